@@ -1,0 +1,1 @@
+"""One commented YAML file an env; ``sd_gym.registration`` makes each a Gymnasium id."""

@@ -1,0 +1,126 @@
+"""Loading a backbone: bundled, from a local folder, or from the Hugging Face hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sd_gym.switch import FlopsModel, Switchboard
+from sd_gym.switch.architectures import architecture_of
+
+BUNDLED = {"mini": Path(__file__).parent / "mini"}
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A frozen model with its tokenizer, switchboard and FLOPs.
+
+    Attributes:
+        name: What it was loaded as.
+        model: In evaluation mode, without gradients.
+        tokenizer: Its tokenizer.
+        board: Its switchboard.
+        flops: Its FLOPs as a function of lengths and decisions.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    board: Switchboard
+    flops: FlopsModel
+
+    @property
+    def generates(self) -> bool:
+        """Whether it generates its answers (encoder-decoder) rather than classifying."""
+        return self.model.can_generate()
+
+    def logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits of one forward pass, teacher-forced where the backbone generates (``labels`` are in the inputs).
+
+        Returns:
+            ``[batch, target length, vocabulary]`` or ``[batch, classes]``.
+        """
+        if self.generates:
+            return self.model(**inputs, use_cache=False).logits
+        return self.model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
+
+
+def resolve(name: str) -> str:
+    """The folder or hub id that a backbone's name stands for.
+
+    Raises:
+        FileNotFoundError: If the name looks like a path and there is no such folder.
+    """
+    if name in BUNDLED:
+        return str(BUNDLED[name])
+    if Path(name).is_dir():
+        return name
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+        raise FileNotFoundError(
+            f"no backbone folder at {name!r}; expected a folder with config.json and model.safetensors, a hub id "
+            f"such as 'facebook/bart-base', or one of the bundled: {', '.join(BUNDLED)}"
+        )
+    return name
+
+
+def load_model(name: str, *, num_labels: int | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model of a supported architecture and its tokenizer; weights only as safetensors, no remote code.
+
+    Args:
+        name: Bundled name, local folder or hub id.
+        num_labels: Put a classification head of that size on the model, new where the stored model has none of
+            that size; ``None``: load the head that was stored.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or the hub does not have it or cannot be reached.
+        UnsupportedArchitectureError: If no switches are known for the architecture.
+        ValueError: If the stored model has no head and none is asked for.
+    """
+    path = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"cannot load the backbone {name!r}: it is no local folder, and the Hugging Face hub did not give it. "
+            "Without network, pass the path of a local copy as backbone=..."
+        ) from error
+    architecture_of(config.model_type)
+    heads = " ".join(config.architectures or [])
+    if num_labels is not None:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=num_labels, use_safetensors=True, ignore_mismatched_sizes=True
+        )
+    elif "ForConditionalGeneration" in heads:
+        model = AutoModelForSeq2SeqLM.from_pretrained(path, use_safetensors=True)
+    elif "ForSequenceClassification" in heads:
+        model = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True)
+    else:
+        raise ValueError(
+            f"the backbone {name!r} ({heads or config.model_type}) has no task head; fine-tune one with "
+            f"'sd-gym prepare --backbone {name} --dataset DATA --output FOLDER' and use that folder"
+        )
+    return model, AutoTokenizer.from_pretrained(path)
+
+
+@lru_cache(maxsize=4)
+def load_backbone(name: str, device: str = "cpu") -> Backbone:
+    """Load a frozen backbone, ready to be switched; loaded once a process, since it never changes.
+
+    Raises:
+        As ``load_model``.
+    """
+    model, tokenizer = load_model(name)
+    model = model.to(device).eval().requires_grad_(False)
+    board = Switchboard(model)
+    return Backbone(name, model, tokenizer, board, FlopsModel(board))

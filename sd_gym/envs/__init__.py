@@ -1,0 +1,16 @@
+"""One batched core and its shells: ``gymnasium.Env``, ``gymnasium.vector.VectorEnv``, Stable-Baselines3 ``VecEnv``."""
+
+from sd_gym.envs.config import ConfigError, EnvConfig
+from sd_gym.envs.core import Core, Outcome, Split, shared_core
+from sd_gym.envs.shells import SwitchableEnv, SwitchableVectorEnv
+
+__all__ = [
+    "ConfigError",
+    "Core",
+    "EnvConfig",
+    "Outcome",
+    "Split",
+    "SwitchableEnv",
+    "SwitchableVectorEnv",
+    "shared_core",
+]

@@ -1,0 +1,84 @@
+"""What an env is made of; one YAML file of ``envs_configs/`` an env, every key overridable in ``gym.make``."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+SplitName = Literal["train", "validation", "test"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and what was expected."""
+
+
+class EnvConfig(BaseModel):
+    """All keys of an env's configuration. The YAML files in ``envs_configs/`` explain each one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    task: Literal["classification", "question_answering", "summarization"]
+    dataset: str
+    backbone: str
+    split: SplitName = "train"
+    train_size: int | None = Field(default=None, ge=1)
+    validation_size: int | None = Field(default=None, ge=1)
+    test_size: int | None = Field(default=None, ge=1)
+    max_source_length: int = Field(default=128, ge=1)
+    max_target_length: int = Field(default=32, ge=1)
+    token_shares: tuple[float, ...] = (0.0,)
+    objective: Literal["lexicographic", "scalarized"] = "lexicographic"
+    epsilon: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    penalty: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    cost_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    device: str = "cpu"
+
+    def size_of(self, split: str) -> int | None:
+        """How many instances of a split are used; ``None``: all."""
+        return getattr(self, f"{split}_size")
+
+
+def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
+    """Check the values of a configuration.
+
+    Raises:
+        ConfigError: Naming the key, what was expected and what came; an unknown key with the nearest known one.
+    """
+    for key in values:
+        if key not in EnvConfig.model_fields:
+            near = difflib.get_close_matches(key, EnvConfig.model_fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"{origin}: unknown config key {key!r}{hint} Known keys: {', '.join(EnvConfig.model_fields)}."
+            )
+    for key in ("dataset", "backbone"):
+        if values.get(key, "") is None:
+            raise ConfigError(
+                f"{origin}: {key!r} has no value; pass it, as in "
+                f"gym.make({values.get('id', 'ID')!r}, dataset='reviews.jsonl', backbone='my-model')"
+            )
+    try:
+        config = EnvConfig(**{key: str(value) if isinstance(value, Path) else value for key, value in values.items()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{origin}: config key {key!r}: {first['msg']}, got {first['input']!r}") from error
+    if config.token_shares != (0.0,):
+        raise ConfigError(f"{origin}: token dropping is not available yet; token_shares must be [0.0]")
+    return config
+
+
+def load_config(file: str | Path, overrides: dict[str, Any]) -> EnvConfig:
+    """The configuration of a YAML file with some keys overridden.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ConfigError: If a key or value is wrong.
+    """
+    values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    return make_config({**values, **overrides}, values["id"])

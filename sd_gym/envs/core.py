@@ -1,0 +1,244 @@
+"""The batched core of all envs: instances, observations, and the scores of decisions. Its shells hold no logic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sd_gym.backbones import first_layer_input, load_backbone, pooled
+from sd_gym.envs.config import EnvConfig
+from sd_gym.objectives import OBJECTIVES, quality_cost
+from sd_gym.tasks.data import load_split
+from sd_gym.tasks.encoding import encode, exact_match
+from sd_gym.tasks.instance import Instance
+
+Array = NDArray
+OBSERVATION_LIMIT = 10.0
+STATISTICS_SIZE = 2000  # training instances that the observation's mean and deviation are taken from
+EMBEDDING_BATCH = 512
+PASS_OVERHEAD = 1000  # padded tokens that one more forward pass costs as much as, about, on a small backbone
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of some decisions; every field has one row an instance.
+
+    Attributes:
+        quality: Task quality under the decision, float64 ``[n]``.
+        quality_ref: Task quality of the dense backbone, float64 ``[n]``.
+        cost: ``max(0, quality_ref - epsilon - quality)``, float64 ``[n]``.
+        flops_ratio: FLOPs under the decision over dense FLOPs, float64 ``[n]``.
+        reward: The configured objective, float64 ``[n]``.
+    """
+
+    quality: Array
+    quality_ref: Array
+    cost: Array
+    flops_ratio: Array
+    reward: Array
+
+
+class Split:
+    """One split of a data set, with everything about it that never changes.
+
+    Attributes:
+        instances: The instances, in order.
+        encoded: Their tensors.
+        features: Raw observations (not standardised), float32 ``[n, features]``.
+    """
+
+    def __init__(self, config: EnvConfig, name: str) -> None:
+        self.backbone = load_backbone(config.backbone, config.device)
+        self.instances: list[Instance] = load_split(config.dataset, config.task, name, config.size_of(name))
+        self.encoded = encode(
+            self.instances,
+            self.backbone.tokenizer,
+            generates=self.backbone.generates,
+            max_source_length=config.max_source_length,
+            max_target_length=config.max_target_length,
+            label2id=self.backbone.model.config.label2id,
+        )
+        self.features = self._features()
+        lengths = (self.encoded.source_length, self.encoded.target_length)
+        self._always, self._switched = self.backbone.flops.costs(*lengths)
+        self._scores: dict[tuple[int, bytes], float] = {}
+
+    def __len__(self) -> int:
+        return len(self.instances)
+
+    @cached_property
+    def number_of(self) -> dict[str, int]:
+        """Row of each instance, by its id."""
+        return {instance.id: row for row, instance in enumerate(self.instances)}
+
+    @cached_property
+    def difficulty(self) -> Array:
+        """Difficulty of each instance, int64 ``[n]``; 0 where it is not known."""
+        return np.array([instance.difficulty for instance in self.instances])
+
+    def flops_ratio(self, rows: Array, skip: Array) -> Array:
+        """FLOPs under the decisions ``skip [n, switches]`` over dense FLOPs, float64 ``[n]``."""
+        always, switched = self._always[rows], self._switched[rows]
+        return (always + (switched * (1 - skip)).sum(axis=1)) / (always + switched.sum(axis=1))
+
+    def dense_flops(self, rows: Array) -> Array:
+        """FLOPs of the dense backbone, int64 ``[n]``."""
+        return self._always[rows] + self._switched[rows].sum(axis=1)
+
+    def quality(self, rows: Array, skip: Array) -> tuple[Array, Array]:
+        """Quality under the decisions and dense quality, each float64 ``[n]``.
+
+        The backbone is frozen, so every (instance, decision) is computed once; the dense decisions that are not known
+        yet run in the same forward pass as the others.
+        """
+        dense = np.zeros_like(skip)
+        decisions = np.concatenate([skip, dense]).astype(np.uint8)
+        packed = np.packbits(decisions, axis=1)
+        keys = [(row, bits.tobytes()) for row, bits in zip([*rows.tolist()] * 2, packed, strict=True)]
+        missing: dict[tuple[int, bytes], int] = {}
+        for position, key in enumerate(keys):
+            if key not in self._scores:
+                missing.setdefault(key, position)
+        if missing:
+            wanted = np.fromiter(missing.values(), dtype=np.int64)
+            qualities = self.run(np.concatenate([rows, rows])[wanted], decisions[wanted])
+            self._scores.update(zip(missing, qualities.tolist(), strict=True))
+        found = np.array([self._scores[key] for key in keys])
+        return found[: len(rows)], found[len(rows) :]
+
+    @torch.inference_mode()
+    def run(self, rows: Array, skip: Array) -> Array:
+        """Run the backbone on rows under decisions and score it: float64 ``[n]``. Nothing is cached.
+
+        Rows are sorted by length and cut into a few passes where that saves more padding than a pass costs.
+        """
+        order = np.argsort(self.encoded.source_length[rows], kind="stable")
+        qualities = np.empty(len(rows))
+        for chunk in _by_length(self.encoded.source_length[rows][order]):
+            picked = order[chunk]
+            inputs = self.encoded.batch(rows[picked], self.backbone.model.device)
+            with self.backbone.board.decide(skip[picked]):
+                logits = self.backbone.logits(inputs)
+            qualities[picked] = exact_match(logits, inputs["labels"]).cpu().numpy()
+        return qualities
+
+    def _features(self) -> Array:
+        """Mean and maximum of the first layer's input over the tokens, the length and its logarithm."""
+        chunks = []
+        for start in range(0, len(self), EMBEDDING_BATCH):
+            rows = np.arange(start, min(start + EMBEDDING_BATCH, len(self)))
+            inputs = self.encoded.batch(rows, self.backbone.model.device)
+            inputs.pop("labels")
+            hidden = first_layer_input(self.backbone, inputs)
+            chunks.append(pooled(hidden, inputs["attention_mask"]).float().cpu().numpy())
+        length = self.encoded.source_length[:, None].astype(np.float32)
+        return np.concatenate([np.concatenate(chunks), length, np.log(length)], axis=1)
+
+
+def _by_length(lengths: Array) -> list[slice]:
+    """Cuts ascending lengths into passes: halves as long as that saves more padded tokens than a pass costs."""
+
+    def cut(start: int, end: int) -> list[slice]:
+        middle = (start + end) // 2
+        saved = (middle - start) * int(lengths[end - 1] - lengths[middle - 1]) if end - start > 1 else 0
+        if saved <= PASS_OVERHEAD:
+            return [slice(start, end)]
+        return cut(start, middle) + cut(middle, end)
+
+    return cut(0, len(lengths))
+
+
+class Core:
+    """Draws instances, observes them, and scores decisions on them; shared by all envs of the same configuration.
+
+    Args:
+        config: The env's configuration.
+
+    Raises:
+        FileNotFoundError: If the data set or the backbone does not exist.
+        sd_gym.tasks.data.DataError: If the data set is malformed.
+        sd_gym.switch.UnsupportedArchitectureError: If the backbone cannot be switched.
+    """
+
+    def __init__(self, config: EnvConfig) -> None:
+        self.config = config
+        self.backbone = load_backbone(config.backbone, config.device)
+        self._splits: dict[str, Split] = {}
+        features = self.split("train").features[:STATISTICS_SIZE]
+        self.observation_mean = features.mean(axis=0)
+        # A feature that never changes in training says nothing: dividing by 1 leaves it at 0.
+        deviation = features.std(axis=0)
+        self.observation_deviation = np.where(deviation > 1e-6, deviation, 1.0).astype(np.float32)
+
+    @property
+    def n_switches(self) -> int:
+        """Number of switches of the backbone."""
+        return len(self.backbone.board)
+
+    @property
+    def nvec(self) -> Array:
+        """Sizes of the action's components: 2 a switch, then the number of token levels; int64 ``[switches + 1]``."""
+        return np.array([2] * self.n_switches + [len(self.config.token_shares)], dtype=np.int64)
+
+    def split(self, name: str) -> Split:
+        """A split by name, loaded when first asked for."""
+        if name not in self._splits:
+            self._splits[name] = Split(self.config, name)
+        return self._splits[name]
+
+    def observe(self, split: Split, rows: Array) -> Array:
+        """Standardised observations, float32 ``[n, features]``, each within ``OBSERVATION_LIMIT``."""
+        standard = (split.features[rows] - self.observation_mean) / self.observation_deviation
+        return np.clip(standard, -OBSERVATION_LIMIT, OBSERVATION_LIMIT)
+
+    def check_decisions(self, decisions: Array, n: int) -> Array:
+        """Decisions as an int64 array ``[n, switches + 1]``.
+
+        Raises:
+            ValueError: If the shape, type or a value is wrong.
+        """
+        array = np.asarray(decisions)
+        if array.shape != (n, len(self.nvec)):
+            raise ValueError(
+                f"expected actions of shape {(n, len(self.nvec))} ({self.n_switches} switches and the token level for "
+                f"each of {n} instances), got {array.shape}"
+            )
+        if not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"actions must be integers (1 = skip), got {array.dtype}")
+        wrong = (array < 0) | (array >= self.nvec)
+        if wrong.any():
+            component = int(np.nonzero(wrong.any(axis=0))[0][0])
+            raise ValueError(
+                f"action component {component} must be in 0..{self.nvec[component] - 1}, got "
+                f"{array[wrong[:, component], component][0]}"
+            )
+        return array.astype(np.int64)
+
+    def score(self, split: Split, rows: Array, decisions: Array) -> Outcome:
+        """What comes of one decision an instance; one batched run of the backbone.
+
+        Args:
+            split: Where the instances are.
+            rows: Their rows, int64 ``[n]``.
+            decisions: ``[n, switches + 1]``.
+
+        Raises:
+            ValueError: If the decisions are malformed.
+        """
+        skip = self.check_decisions(decisions, len(rows))[:, :-1]
+        quality, quality_ref = split.quality(rows, skip)
+        flops_ratio = split.flops_ratio(rows, skip)
+        cost = quality_cost(quality, quality_ref, self.config.epsilon)
+        objective = OBJECTIVES[self.config.objective]
+        reward = objective(cost, flops_ratio, self.config.penalty, self.config.cost_scale)
+        return Outcome(quality, quality_ref, cost, flops_ratio, reward)
+
+
+@lru_cache(maxsize=8)
+def shared_core(config: EnvConfig) -> Core:
+    """The core of a configuration: made once a process, since nothing in it but its caches ever changes."""
+    return Core(config)

@@ -1,0 +1,24 @@
+"""Switching a backbone: architectures, switches, the switchboard, FLOPs. Knows no task and no reinforcement learning."""
+
+from sd_gym.switch.architectures import (
+    Architecture,
+    Stack,
+    Sublayer,
+    UnsupportedArchitectureError,
+    register_architecture,
+    supported_architectures,
+)
+from sd_gym.switch.flops import FlopsModel
+from sd_gym.switch.switchboard import Switch, Switchboard
+
+__all__ = [
+    "Architecture",
+    "FlopsModel",
+    "Stack",
+    "Sublayer",
+    "Switch",
+    "Switchboard",
+    "UnsupportedArchitectureError",
+    "register_architecture",
+    "supported_architectures",
+]

@@ -1,0 +1,144 @@
+"""Instances as tensors, and the quality of a backbone's output on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sd_gym.tasks.data import DataError
+from sd_gym.tasks.instance import Instance
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A whole split as padded tensors; batches are cut out of it.
+
+    Attributes:
+        input_ids: int64 ``[n, longest source]``, padded at the right.
+        source_length: int64 ``[n]``, tokens of each input.
+        labels: int64 ``[n, longest target]`` padded with -100 where the backbone generates, class indices ``[n]``
+            where it classifies.
+        target_length: int64 ``[n]``, tokens of each target; 1 where the backbone classifies.
+        token_type_ids: int64 like ``input_ids`` for sentence pairs, else ``None``.
+    """
+
+    input_ids: Tensor
+    source_length: np.ndarray
+    labels: Tensor
+    target_length: np.ndarray
+    token_type_ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def batch(self, indices: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+        """The model's inputs of some instances, cut to the longest of them, on ``device``."""
+        rows = torch.from_numpy(np.asarray(indices))
+        longest = int(self.source_length[indices].max())
+        positions = torch.arange(longest)
+        inputs = {
+            "input_ids": self.input_ids[rows, :longest],
+            "attention_mask": (positions < torch.from_numpy(self.source_length[indices])[:, None]).long(),
+        }
+        if self.token_type_ids is not None:
+            inputs["token_type_ids"] = self.token_type_ids[rows, :longest]
+        labels = self.labels[rows]
+        inputs["labels"] = labels if labels.ndim == 1 else labels[:, : int(self.target_length[indices].max())]
+        return {key: value.to(device) for key, value in inputs.items()}
+
+
+def encode(
+    instances: list[Instance],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    generates: bool,
+    max_source_length: int,
+    max_target_length: int,
+    label2id: dict[str, int] | None = None,
+) -> Encoded:
+    """Tokenise instances; what is longer than the limits is cut.
+
+    Args:
+        instances: What to encode.
+        tokenizer: The backbone's tokenizer.
+        generates: Whether targets are texts to generate (else: class indices).
+        max_source_length: Longest input, in tokens.
+        max_target_length: Longest target, in tokens.
+        label2id: Class indices of label words, for backbones that classify.
+
+    Raises:
+        DataError: If a label is none of the backbone's classes.
+    """
+    limit = min(max_source_length, tokenizer.model_max_length)
+    pairs = [instance.source_pair for instance in instances]
+    has_pairs = any(pair is not None for pair in pairs)
+    source = tokenizer(
+        [instance.source for instance in instances],
+        [pair or "" for pair in pairs] if has_pairs else None,
+        truncation=True,
+        max_length=limit,
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    if generates:
+        targets = tokenizer(
+            text_target=[str(instance.target) for instance in instances],
+            truncation=True,
+            max_length=max_target_length,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        labels = targets.input_ids.masked_fill(targets.attention_mask == 0, IGNORED)
+        target_length = targets.attention_mask.sum(dim=1).numpy()
+    else:
+        labels = torch.tensor([class_index(instance, label2id or {}) for instance in instances])
+        target_length = np.ones(len(instances), dtype=np.int64)
+    return Encoded(
+        input_ids=source.input_ids,
+        source_length=source.attention_mask.sum(dim=1).numpy(),
+        labels=labels,
+        target_length=target_length,
+        token_type_ids=source.get("token_type_ids") if has_pairs else None,
+    )
+
+
+def class_index(instance: Instance, label2id: dict[str, int]) -> int:
+    """The class index of an instance's label.
+
+    Raises:
+        DataError: If the label is none of the classes.
+    """
+    target = instance.target
+    if isinstance(target, str) and target in label2id:
+        return label2id[target]
+    if isinstance(target, int) and target < len(label2id):
+        return target
+    raise DataError(
+        f"instance {instance.id}: label {target!r} is none of the backbone's {len(label2id)} classes: "
+        f"{', '.join(map(str, label2id))}"
+    )
+
+
+def exact_match(logits: Tensor, labels: Tensor) -> Tensor:
+    """Quality of each row: 1.0 where the output is exactly the reference, else 0.0; float32 ``[batch]``.
+
+    For generated text the logits are teacher-forced: greedy decoding gives the reference if and only if, at every
+    position, the most probable token after the reference's prefix is the reference's next token. So one forward pass
+    tells what generating would, ``</s>`` included. The corpus metric, exact match or accuracy, is the mean.
+
+    Args:
+        logits: ``[batch, target length, vocabulary]`` or ``[batch, classes]``.
+        labels: ``[batch, target length]``, -100 where padded, or ``[batch]``.
+    """
+    right = logits.argmax(dim=-1) == labels
+    if labels.ndim == 2:
+        right = (right | (labels == IGNORED)).all(dim=1)
+    return right.float()

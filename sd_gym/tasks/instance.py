@@ -1,0 +1,24 @@
+"""The unit of every data set: one instance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One input with its reference.
+
+    Attributes:
+        id: Unique within its data set, stable between runs (``"test-17"``).
+        source: The text that the backbone reads.
+        target: The reference: a text that the backbone shall generate, or a class index.
+        difficulty: How hard the instance is, 1 (trivial) and up; 0 where it is not known.
+        source_pair: The second sentence of a sentence pair.
+    """
+
+    id: str
+    source: str
+    target: str | int
+    difficulty: int = 0
+    source_pair: str | None = None

@@ -1,0 +1,67 @@
+"""Generated reviews: is the verdict of the sentences together positive or negative?
+
+Each sentence judges one thing. A negation turns its judgement round, two negations cancel out, and the
+label is the majority of the sentences. What makes an instance hard is therefore how much has to be composed:
+
+* level 1: one plain sentence,
+* level 2: two or three plain sentences that agree,
+* level 3: one or three sentences, some negated; where they disagree, the majority wins,
+* level 4: five sentences with negations, double negations and mixed evidence.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+LABELS = ("negative", "positive")
+THINGS = (
+    "food service room film story music view price staff sound coffee bread garden hotel ending script acting "
+    "camera screen battery bed soup wine museum tour pool window chair book song dance sauce"
+).split()
+VERBS = "was seemed felt looked proved".split()
+ADVERBS = ["", "", "very", "quite", "really", "rather"]
+ADJECTIVES = {
+    1: "good great lovely superb fresh fine clever warm bright charming elegant perfect tasty solid".split(),
+    -1: "bad awful dull poor stale weak clumsy cold dirty boring ugly broken bland shabby".split(),
+}
+NEGATIONS = {
+    0: [""],
+    1: ["not", "never", "hardly", "anything but"],
+    2: ["never not", "not hardly"],
+}
+WORDS = {word for phrases in NEGATIONS.values() for phrase in phrases for word in phrase.split()}
+WORDS |= {*LABELS, *THINGS, *VERBS, *ADVERBS, *ADJECTIVES[1], *ADJECTIVES[-1], "the", "."} - {""}
+
+
+def sentence(random: Random, judgement: int, negations: int) -> str:
+    """A sentence that judges one thing ``judgement`` (1 or -1) through that many negations."""
+    word = judgement if negations % 2 == 0 else -judgement
+    parts = [
+        "the",
+        random.choice(THINGS),
+        random.choice(VERBS),
+        random.choice(NEGATIONS[negations]),
+        random.choice(ADVERBS) if negations == 0 else "",
+        random.choice(ADJECTIVES[word]),
+        ".",
+    ]
+    return " ".join(part for part in parts if part)
+
+
+def generate(random: Random, level: int) -> tuple[str, str]:
+    """A review of difficulty ``level`` (1 to 4) and its label word."""
+    label = random.choice((-1, 1))
+    count = {1: 1, 2: random.choice((2, 3)), 3: random.choice((1, 3, 3)), 4: 5}[level]
+    minority = 0
+    if level >= 3 and count > 1:
+        minority = random.randint(0, (count - 1) // 2)
+    judgements = [label] * (count - minority) + [-label] * minority
+    random.shuffle(judgements)
+    negations = [0] * count
+    if level == 3:
+        negations = [random.choice((0, 1)) for _ in judgements]
+        negations[random.randrange(count)] = 1
+    if level == 4:
+        negations = [random.choice((0, 0, 1, 1, 2)) for _ in judgements]
+    text = " ".join(sentence(random, j, n) for j, n in zip(judgements, negations, strict=True))
+    return text, LABELS[label == 1]

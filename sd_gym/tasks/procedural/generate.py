@@ -1,0 +1,86 @@
+"""Seeded generation of the procedural tasks, with disjoint splits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from random import Random
+
+from sd_gym.tasks.instance import Instance
+from sd_gym.tasks.procedural import classification, question_answering, summarization
+
+TASKS = {
+    "classification": classification,
+    "question_answering": question_answering,
+    "summarization": summarization,
+}
+TASK_WORDS = {"classification": "classify", "question_answering": "answer", "summarization": "summarize"}
+# A second question about the same facts, asked in training only: it names every person on the way to the answer, which
+# teaches the hops that the answer alone hardly teaches.
+TRACE_WORD = "trace"
+LEVELS = (1, 2, 3, 4)
+LEVEL_WEIGHTS = (0.3, 0.25, 0.25, 0.2)
+SPLITS = ("train", "validation", "test")
+
+
+def vocabulary() -> list[str]:
+    """All words of all procedural tasks, sorted."""
+    words = set().union(*(task.WORDS for task in TASKS.values()))
+    return sorted(words | {*TASK_WORDS.values(), TRACE_WORD, ":"})
+
+
+def split_of(source: str) -> str:
+    """The only split that an instance with this text may belong to: 70% train, 10% validation, 20% test."""
+    bucket = hashlib.blake2b(source.encode(), digest_size=2).digest()[0] % 10
+    return "train" if bucket < 7 else "validation" if bucket == 7 else "test"
+
+
+def stream(task: str, split: str, seed: int, *, max_level: int = 4, trace: float = 0.0) -> Iterator[Instance]:
+    """An endless seeded stream of instances of one task and split.
+
+    Args:
+        task: A key of ``TASKS``.
+        split: ``train``, ``validation`` or ``test``.
+        seed: The same seed gives the same stream.
+        max_level: The hardest difficulty level drawn, for a curriculum.
+        trace: The share of question answering instances that ask for the whole way instead of the answer.
+
+    Raises:
+        ValueError: If ``task`` or ``split`` is unknown.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown procedural task {task!r}; expected one of {', '.join(TASKS)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
+    random = Random(f"{task}/{split}/{seed}")
+    levels, weights = LEVELS[:max_level], LEVEL_WEIGHTS[:max_level]
+    number = 0
+    while True:
+        level = random.choices(levels, weights)[0]
+        text, target, *way = TASKS[task].generate(random, level)
+        if split_of(text) != split:
+            continue
+        word = TASK_WORDS[task]
+        if way and random.random() < trace:
+            word, target = TRACE_WORD, " ".join(way[0])
+        yield Instance(f"{split}-{number}", f"{word} : {text}", target, level)
+        number += 1
+
+
+def generate_split(task: str, split: str, size: int, seed: int = 0) -> list[Instance]:
+    """``size`` different instances of one split.
+
+    Raises:
+        ValueError: If ``task`` or ``split`` is unknown, or ``size`` is not positive.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    seen: set[str] = set()
+    chosen: list[Instance] = []
+    for instance in stream(task, split, seed):
+        if instance.source not in seen:
+            seen.add(instance.source)
+            chosen.append(instance)
+            if len(chosen) == size:
+                return chosen
+    raise AssertionError("the stream is endless")

@@ -1,0 +1,233 @@
+"""Trains the bundled backbone: one small pre-norm encoder-decoder for the three procedural tasks.
+
+    python -m sd_gym.tasks.procedural.train --output mini
+
+First densely, with a curriculum (question answering starts with one hop; the next level opens when the last one is
+learned), then under random decisions so that the backbone bears skipping (``sd_gym.backbones.prepare``). Writes
+weights, configuration, tokenizer and the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import MBartConfig, MBartForConditionalGeneration, PreTrainedTokenizerFast
+from transformers.models.mbart.modeling_mbart import MBartAttention
+
+from sd_gym.backbones.prepare import prepare, random_decisions
+from sd_gym.switch import Switchboard
+from sd_gym.tasks.instance import Instance
+from sd_gym.tasks.procedural.generate import TASKS, generate_split, stream, vocabulary
+
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+MAX_POSITIONS = 126  # + 2, mBART's offset
+SHARES = {"classification": 0.2, "question_answering": 0.6, "summarization": 0.2}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Word level: splits at white space, one id a word, ``</s>`` at the end."""
+    words = {word: index for index, word in enumerate([*SPECIAL, *vocabulary()])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", words["</s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=MAX_POSITIONS,
+    )
+
+
+def make_model(seed: int) -> MBartForConditionalGeneration:
+    """The untrained backbone: 6+6 layers of width 128, 2.0 million parameters.
+
+    The positions start as sinusoids, and each attention's keys start as its queries, so that tokens look at their
+    neighbours and at equal tokens from the beginning (mimetic initialisation, Trockman and Kolter 2023). Otherwise a
+    model of this size takes several times as long to begin to look facts up.
+    """
+    torch.manual_seed(seed)
+    model = MBartForConditionalGeneration(
+        MBartConfig(
+            vocab_size=len(SPECIAL) + len(vocabulary()),
+            d_model=128,
+            encoder_layers=6,
+            decoder_layers=6,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=256,
+            decoder_ffn_dim=256,
+            max_position_embeddings=MAX_POSITIONS,
+            dropout=0.0,
+            attention_dropout=0.0,
+            activation_dropout=0.0,
+            init_std=0.08,
+            scale_embedding=False,
+            decoder_start_token_id=2,
+            forced_eos_token_id=None,
+        )
+    )
+    for stack in (model.model.encoder, model.model.decoder):
+        _fill_with_sinusoids(stack.embed_positions.weight.data)
+    for module in model.modules():
+        if isinstance(module, MBartAttention):
+            module.k_proj.weight.data.copy_(module.q_proj.weight.data)
+    return model
+
+
+def _fill_with_sinusoids(weight: Tensor, scale: float = 0.1) -> None:
+    positions = torch.arange(weight.shape[0])[:, None]
+    frequencies = torch.exp(torch.arange(0, weight.shape[1], 2) * (-math.log(1000.0) / weight.shape[1]))
+    weight[:, 0::2] = scale * torch.sin(positions * frequencies)
+    weight[:, 1::2] = scale * torch.cos(positions * frequencies)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, instances: list[Instance]) -> dict[str, Tensor]:
+    """Inputs and labels of a batch, padded; padding labels are -100."""
+    inputs = tokenizer([i.source for i in instances], padding=True, return_tensors="pt", return_token_type_ids=False)
+    labels = tokenizer([i.target for i in instances], padding=True, return_tensors="pt")
+    inputs["labels"] = labels.input_ids.masked_fill(labels.attention_mask == 0, -100)
+    return dict(inputs)
+
+
+class Curriculum:
+    """An endless stream of training batches, whose question answering grows harder when ``raise_level`` is called."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int) -> None:
+        self.level = 2
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._seed = seed
+        self._random = random.Random(seed)
+        self._open()
+
+    def raise_level(self) -> None:
+        """Open the next level of question answering, with fresh instances."""
+        self.level += 1
+        self._seed += 1
+        self._open()
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Batches of instances of similar length, so that little is spent on padding."""
+        while True:
+            tasks = self._random.choices(list(SHARES), list(SHARES.values()), k=4 * self._batch_size)
+            pool = sorted((next(self._streams[task]) for task in tasks), key=lambda i: len(i.source.split()))
+            chunks = [pool[i : i + self._batch_size] for i in range(0, len(pool), self._batch_size)]
+            self._random.shuffle(chunks)
+            for chunk in chunks:
+                yield encode(self._tokenizer, chunk)
+
+    def _open(self) -> None:
+        self._streams = {
+            task: stream(
+                task, "train", self._seed, max_level=self.level if task == "question_answering" else 4, trace=0.3
+            )
+            for task in TASKS
+        }
+
+
+@torch.inference_mode()
+def exact_match(
+    board: Switchboard,
+    tokenizer: PreTrainedTokenizerFast,
+    instances: list[Instance],
+    max_rate: float = 0.0,
+) -> dict[int, float]:
+    """Share of exactly right targets by difficulty level, under random decisions if ``max_rate`` is positive."""
+    was_training = board.model.training
+    board.model.eval()
+    generator = torch.Generator().manual_seed(0)
+    hits: dict[int, list[bool]] = {}
+    ordered = sorted(instances, key=lambda i: len(i.source.split()))
+    for start in range(0, len(ordered), 100):
+        chunk = ordered[start : start + 100]
+        batch = encode(tokenizer, chunk)
+        labels = batch["labels"]
+        with board.decide(random_decisions(len(chunk), len(board), max_rate, generator)):
+            predicted = board.model(**batch).logits.argmax(-1)
+        right = ((predicted == labels) | (labels == -100)).all(dim=1)
+        for instance, hit in zip(chunk, right.tolist(), strict=True):
+            hits.setdefault(instance.difficulty, []).append(hit)
+    board.model.train(was_training)
+    return {level: sum(values) / len(values) for level, values in sorted(hits.items())}
+
+
+def save(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the backbone as Hugging Face would; complete or not at all."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in temporary.iterdir():
+        file.replace(folder / file.name)
+    temporary.rmdir()
+
+
+def main() -> None:
+    """Train, evaluate and save; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write the backbone to")
+    parser.add_argument("--start", type=Path, help="folder of a backbone to go on from (its curriculum is done)")
+    parser.add_argument("--steps", type=int, default=16000, help="optimiser steps in all")
+    parser.add_argument("--dense-steps", type=int, default=10000, help="of them, dense steps at the start")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    tokenizer = make_tokenizer()
+    model = make_model(arguments.seed)
+    if arguments.start is not None:
+        model = MBartForConditionalGeneration.from_pretrained(arguments.start)
+    board = Switchboard(model)
+    batches = Curriculum(tokenizer, arguments.batch_size, arguments.seed)
+    if arguments.start is not None:
+        batches.raise_level()
+        batches.raise_level()
+    validation = {task: generate_split(task, "validation", 600) for task in TASKS}
+    started = time.time()
+
+    def on_step(step: int, loss: float, distillation: float) -> None:
+        if step % 400:
+            return
+        dense = {task: exact_match(board, tokenizer, validation[task]) for task in TASKS}
+        print(f"step {step} {time.time() - started:.0f} s loss {loss:.3f} {distillation:.3f} level {batches.level}")
+        for task, by_level in dense.items():
+            line = " ".join(f"{value:.3f}" for value in by_level.values())
+            if step > arguments.dense_steps:
+                skipped = exact_match(board, tokenizer, validation[task], 0.8)
+                line += "  under decisions " + " ".join(f"{value:.3f}" for value in skipped.values())
+            print(f"  {task:20} {line}", flush=True)
+        if batches.level < 4 and dense["question_answering"][batches.level] > 0.9:
+            batches.raise_level()
+        save(model, tokenizer, arguments.output)
+
+    prepare(
+        board,
+        batches,
+        steps=arguments.steps,
+        dense_steps=arguments.dense_steps,
+        learning_rate=arguments.learning_rate,
+        warmup_steps=200,
+        seed=arguments.seed,
+        on_step=on_step,
+    )
+    save(model, tokenizer, arguments.output)
+    test = {task: exact_match(board, tokenizer, generate_split(task, "test", 2000)) for task in TASKS}
+    (arguments.output / "quality.json").write_text(json.dumps(test, indent=2))
+
+
+if __name__ == "__main__":
+    main()
