@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sd_gym.backbones.load import Backbone
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818  (no error: it ends the pass on purpose)
     """The first layer was reached; carries its input."""
 
     def __init__(self, hidden: Tensor) -> None:

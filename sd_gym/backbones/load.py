@@ -113,6 +113,18 @@ def load_model(name: str, *, num_labels: int | None = None) -> tuple[PreTrainedM
     return model, AutoTokenizer.from_pretrained(path)
 
 
+def save_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model and its tokenizer as Hugging Face does; each file appears complete or not at all."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The configuration comes last: a folder that has it is complete.
+    for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+        file.replace(folder / file.name)
+    temporary.rmdir()
+
+
 @lru_cache(maxsize=4)
 def load_backbone(name: str, device: str = "cpu") -> Backbone:
     """Load a frozen backbone, ready to be switched; loaded once a process, since it never changes.

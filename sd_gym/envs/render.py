@@ -25,7 +25,7 @@ def as_text(names: list[str], skip: NDArray) -> str:
 
 
 def as_image(names: list[str], skip: NDArray) -> NDArray:
-    """A grid: a column a layer, a row a sublayer kind; green = ran, grey = skipped, white = none. uint8 ``[h, w, 3]``."""
+    """A grid, uint8 ``[h, w, 3]``: a column a layer, a row a kind; green = ran, grey = skipped, white = none."""
     places = [name.rsplit(".", 1) for name in names]
     columns = {layer: number for number, layer in enumerate(dict.fromkeys(layer for layer, _ in places))}
     rows = {kind: number for number, kind in enumerate(kind for kind in LETTERS if any(k == kind for _, k in places))}

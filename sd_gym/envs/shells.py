@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -122,7 +122,7 @@ class SwitchableEnv(gym.Env, EzPickle):
         UnsupportedArchitectureError: If the backbone cannot be switched.
     """
 
-    metadata = {"render_modes": list(RENDER_MODES), "render_fps": 1}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": list(RENDER_MODES), "render_fps": 1}
 
     def __init__(self, config_file: str, render_mode: str | None = None, **overrides: Any) -> None:
         EzPickle.__init__(self, config_file, render_mode, **overrides)
@@ -194,7 +194,7 @@ class SwitchableVectorEnv(VectorEnv):
         As ``SwitchableEnv``.
     """
 
-    metadata = {**SwitchableEnv.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+    metadata: ClassVar[dict[str, Any]] = {**SwitchableEnv.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
 
     def __init__(self, config_file: str, num_envs: int = 1, render_mode: str | None = None, **overrides: Any) -> None:
         check_render_mode(render_mode)

@@ -1,4 +1,4 @@
-"""Switching a backbone: architectures, switches, the switchboard, FLOPs. Knows no task and no reinforcement learning."""
+"""Switching a backbone: architectures, switches, the switchboard, FLOPs. Knows no task and no RL."""
 
 from sd_gym.switch.architectures import (
     Architecture,

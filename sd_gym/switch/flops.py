@@ -28,7 +28,9 @@ class FlopsModel:
         self._on_target = np.array([switch.stack == "decoder" for switch in board.switches])
         self._across = np.array([switch.sublayer.kind == "cross_attention" for switch in board.switches])
 
-    def costs(self, source_length: np.ndarray, target_length: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def costs(
+        self, source_length: np.ndarray, target_length: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """FLOPs of each part, for instances of the given lengths.
 
         Args:
@@ -36,7 +38,7 @@ class FlopsModel:
             target_length: Tokens that the decoder runs on (teacher forcing), int ``[n]``; not used by encoders.
 
         Returns:
-            ``(always, switched)``: FLOPs that no decision saves ``[n]``, and FLOPs of each switch ``[n, switches]``, int64.
+            ``(always, switched)``, int64: FLOPs that no decision saves ``[n]``, and of each switch ``[n, switches]``.
 
         Raises:
             ValueError: If the backbone has a decoder and ``target_length`` is missing.
@@ -53,13 +55,6 @@ class FlopsModel:
         switched = self._per_query * query + self._per_source * source + self._per_pair * query * key
         always = self._token_head * target[:, 0] + self._sequence_head
         return always, switched
-
-    def ratio(
-        self, skip: np.ndarray, source_length: np.ndarray, target_length: np.ndarray | None = None
-    ) -> np.ndarray:
-        """``flops_ratio`` of decisions ``[n, switches]``: FLOPs under the decision over dense FLOPs, float64 ``[n]``."""
-        always, switched = self.costs(source_length, target_length)
-        return (always + (switched * (1 - skip)).sum(axis=1)) / (always + switched.sum(axis=1))
 
 
 def _coefficients(switch: Switch) -> tuple[int, int, int]:

@@ -49,7 +49,9 @@ class Encoded:
         if self.token_type_ids is not None:
             inputs["token_type_ids"] = self.token_type_ids[rows, :longest]
         labels = self.labels[rows]
-        inputs["labels"] = labels if labels.ndim == 1 else labels[:, : int(self.target_length[indices].max())]
+        inputs["labels"] = (
+            labels if labels.ndim == 1 else labels[:, : int(self.target_length[indices].max())].contiguous()
+        )
         return {key: value.to(device) for key, value in inputs.items()}
 
 

@@ -46,10 +46,11 @@ def generate(random: Random, level: int) -> tuple[str, str]:
             end = "." if counts else "but it did not count ."
             events.append(f"{players.pop()} scored for the {first if goal == 1 else second} {end}")
     salient = [
-        f"{players.pop()} {random.choice(SALIENT)}"
-        for _ in range(random.randint(0, {1: 0, 2: 1, 3: 1, 4: 2}[level]))
+        f"{players.pop()} {random.choice(SALIENT)}" for _ in range(random.randint(0, {1: 0, 2: 1, 3: 1, 4: 2}[level]))
     ]
-    noise = random.sample(NOISE, {1: 0, 2: random.randint(1, 3), 3: random.randint(0, 2), 4: random.randint(0, 2)}[level])
+    noise = random.sample(
+        NOISE, {1: 0, 2: random.randint(1, 3), 3: random.randint(0, 2), 4: random.randint(0, 2)}[level]
+    )
     # Salient facts keep their order in the text, so that the summary's order is determined.
     slots = ["salient"] * len(salient) + [f"{n} ." for n in noise] + events
     random.shuffle(slots)

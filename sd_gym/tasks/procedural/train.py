@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import time
 from collections.abc import Iterator
@@ -19,14 +18,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import MBartConfig, MBartForConditionalGeneration, PreTrainedTokenizerFast
-from transformers.models.mbart.modeling_mbart import MBartAttention
 
+from sd_gym.backbones.load import save_backbone
 from sd_gym.backbones.prepare import prepare, random_decisions
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.procedural.generate import TASKS, generate_split, stream, vocabulary
+from sd_gym.tasks.procedural.initialisation import lay_out_look_up
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 MAX_POSITIONS = 126  # + 2, mBART's offset
@@ -52,12 +52,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(seed: int) -> MBartForConditionalGeneration:
-    """The untrained backbone: 6+6 layers of width 128, 2.0 million parameters.
-
-    The positions start as sinusoids, and each attention's keys start as its queries, so that tokens look at their
-    neighbours and at equal tokens from the beginning (mimetic initialisation, Trockman and Kolter 2023). Otherwise a
-    model of this size takes several times as long to begin to look facts up.
-    """
+    """The untrained backbone: 6+6 layers of width 128, 2.0 million parameters."""
     torch.manual_seed(seed)
     model = MBartForConditionalGeneration(
         MBartConfig(
@@ -79,19 +74,8 @@ def make_model(seed: int) -> MBartForConditionalGeneration:
             forced_eos_token_id=None,
         )
     )
-    for stack in (model.model.encoder, model.model.decoder):
-        _fill_with_sinusoids(stack.embed_positions.weight.data)
-    for module in model.modules():
-        if isinstance(module, MBartAttention):
-            module.k_proj.weight.data.copy_(module.q_proj.weight.data)
+    lay_out_look_up(model)
     return model
-
-
-def _fill_with_sinusoids(weight: Tensor, scale: float = 0.1) -> None:
-    positions = torch.arange(weight.shape[0])[:, None]
-    frequencies = torch.exp(torch.arange(0, weight.shape[1], 2) * (-math.log(1000.0) / weight.shape[1]))
-    weight[:, 0::2] = scale * torch.sin(positions * frequencies)
-    weight[:, 1::2] = scale * torch.cos(positions * frequencies)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, instances: list[Instance]) -> dict[str, Tensor]:
@@ -164,17 +148,6 @@ def exact_match(
     return {level: sum(values) / len(values) for level, values in sorted(hits.items())}
 
 
-def save(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the backbone as Hugging Face would; complete or not at all."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in temporary.iterdir():
-        file.replace(folder / file.name)
-    temporary.rmdir()
-
-
 def main() -> None:
     """Train, evaluate and save; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -212,7 +185,7 @@ def main() -> None:
             print(f"  {task:20} {line}", flush=True)
         if batches.level < 4 and dense["question_answering"][batches.level] > 0.9:
             batches.raise_level()
-        save(model, tokenizer, arguments.output)
+        save_backbone(model, tokenizer, arguments.output)
 
     prepare(
         board,
@@ -224,7 +197,7 @@ def main() -> None:
         seed=arguments.seed,
         on_step=on_step,
     )
-    save(model, tokenizer, arguments.output)
+    save_backbone(model, tokenizer, arguments.output)
     test = {task: exact_match(board, tokenizer, generate_split(task, "test", 2000)) for task in TASKS}
     (arguments.output / "quality.json").write_text(json.dumps(test, indent=2))
 

@@ -1,0 +1,9 @@
+"""How policies are learned and compared; installed as ``sd_gym.agents``.
+
+Agents are swapped by name: ``ppo``, ``a2c``, ``reinforce``, and the controls ``dense`` and ``random``. ``blind-NAME``
+is the agent NAME with its observation zeroed: what pruning alone gets.
+"""
+
+from sd_gym.agents.registry import AGENTS, agent_names, make_agent
+
+__all__ = ["AGENTS", "agent_names", "make_agent"]

@@ -1,0 +1,28 @@
+"""A2C, by Stable-Baselines3."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from sd_gym.agents.common.agent import AgentSettings
+from sd_gym.agents.common.sb3 import SB3Agent
+from stable_baselines3 import A2C
+from stable_baselines3.common.vec_env import VecEnv
+
+
+class A2CSettings(AgentSettings):
+    """Settings of A2C; a rollout is ``num_envs * n_steps`` decisions, and each is used once."""
+
+    learning_rate: float = Field(2e-3, gt=0)
+    n_steps: int = Field(4, ge=1)
+    entropy: float = Field(0.0, ge=0)
+    initial_skip_rate: float = Field(0.1, gt=0, lt=1)
+
+
+class A2CAgent(SB3Agent):
+    """Advantage actor-critic (Mnih et al. 2016), synchronous, with Adam and normalised advantages."""
+
+    Settings = A2CSettings
+    settings: A2CSettings
+
+    def _make_algorithm(self, vec_env: VecEnv) -> A2C:
+        return A2C(**self._common(vec_env), use_rms_prop=False, normalize_advantage=True)

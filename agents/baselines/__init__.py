@@ -1,0 +1,1 @@
+"""Controls: agents that do not look at their input."""

@@ -1,0 +1,1 @@
+"""What the agents share: their interface, run folder, logging, evaluation, model selection, pictures."""

@@ -1,0 +1,58 @@
+"""Runs side by side: one row an env and agent, over seeds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+COLUMNS = [
+    "env",
+    "agent",
+    "seeds",
+    "dense quality",
+    "difference, points (worst)",
+    "FLOPs (worst)",
+    "FLOPs easy / hard",
+    "time, batch 32",
+    "decisions",
+    "quality kept",
+]
+
+
+def comparison(folders: list[Path]) -> list[list[str]]:
+    """Rows of ``COLUMNS`` for finished runs, grouped by env and agent.
+
+    Raises:
+        FileNotFoundError: If a folder holds no finished run.
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for folder in folders:
+        if not (folder / "result.json").exists():
+            raise FileNotFoundError(f"no result.json in {folder}; expected the folder of a finished run")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        groups.setdefault((config["env"], config["algo"]), []).append(result)
+    return [_row(env, algo, results) for (env, algo), results in sorted(groups.items())]
+
+
+def _row(env: str, algo: str, results: list[dict[str, Any]]) -> list[str]:
+    difference = [100 * result["quality_difference"] for result in results]
+    flops = [result["flops_ratio_with_policy"] for result in results]
+    easy = fmean(result["by_difficulty"][0]["flops_ratio"] for result in results)
+    hard = fmean(result["by_difficulty"][-1]["flops_ratio"] for result in results)
+    time = fmean(result["time"]["32"]["time_ratio"] for result in results)
+    decisions = sorted(result["decisions_used"] for result in results)
+    return [
+        env,
+        algo,
+        str(len(results)),
+        f"{fmean(result['quality_ref'] for result in results):.1%}",
+        f"{fmean(difference):+.2f} ({min(difference):+.2f})",
+        f"{fmean(flops):.1%} ({max(flops):.1%})",
+        f"{easy:.0%} / {hard:.0%}",
+        f"{time:.0%}",
+        f"{decisions[0]} to {decisions[-1]}" if decisions[0] != decisions[-1] else str(decisions[0]),
+        f"{sum(result['quality_kept'] for result in results)} of {len(results)}",
+    ]

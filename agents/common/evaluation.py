@@ -1,0 +1,132 @@
+"""Honest results: a policy on a whole split, beside the dense backbone, with intervals and measured time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sd_gym.envs.core import Core, Split
+from sd_gym.policy import DecisionPolicy
+
+BATCH = 256
+BOOTSTRAP_SAMPLES = 2000
+ONE_SIDED_95 = 1.645  # standard errors
+
+
+def quality_kept(difference: NDArray, epsilon: float) -> bool:
+    """Non-inferiority: is the mean of ``quality - quality_ref`` above ``-epsilon`` at one-sided 95% confidence?"""
+    error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else np.inf
+    return bool(difference.mean() - ONE_SIDED_95 * error >= -epsilon)
+
+
+def bootstrap_interval(values: NDArray, seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of the mean of paired differences ``[n]``."""
+    random = np.random.default_rng(seed)
+    means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(BOOTSTRAP_SAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def decide_and_score(core: Core, policy: DecisionPolicy, split: Split) -> dict[str, NDArray]:
+    """Walk a split once, in order, with the policy's decisions.
+
+    Returns:
+        ``decision`` ``[n, switches + 1]``, ``quality``, ``quality_ref`` and ``flops_ratio`` ``[n]``.
+    """
+    rows = np.arange(len(split))
+    decisions = policy.decide(core.observe(split, rows))
+    # Batches of similar length waste little on padding; results are put back in order.
+    order = np.argsort(split.encoded.source_length, kind="stable")
+    outcomes = [core.score(split, part, decisions[part]) for part in np.split(order, range(BATCH, len(order), BATCH))]
+    back = np.argsort(order)
+    result = {
+        name: np.concatenate([getattr(outcome, name) for outcome in outcomes])[back]
+        for name in ("quality", "quality_ref", "flops_ratio")
+    }
+    return {"decision": decisions, **result}
+
+
+def evaluate(core: Core, policy: DecisionPolicy, split_name: str) -> dict[str, Any]:
+    """A policy's result on a split: quality, FLOPs and decisions, in all and by difficulty.
+
+    ``flops_ratio`` is the mean over instances of the backbone's ratio; ``flops_ratio_with_policy`` adds the FLOPs of
+    the policy network itself.
+    """
+    split = core.split(split_name)
+    scored = decide_and_score(core, policy, split)
+    difference = scored["quality"] - scored["quality_ref"]
+    own = policy.flops / split.dense_flops(np.arange(len(split)))
+    skip = scored["decision"][:, :-1]
+    return {
+        "split": split_name,
+        "instances": len(split),
+        "quality": float(scored["quality"].mean()),
+        "quality_ref": float(scored["quality_ref"].mean()),
+        "quality_difference": float(difference.mean()),
+        "quality_difference_interval": bootstrap_interval(difference),
+        "quality_kept": quality_kept(difference, core.config.epsilon),
+        "epsilon": core.config.epsilon,
+        "flops_ratio": float(scored["flops_ratio"].mean()),
+        "flops_ratio_with_policy": float((scored["flops_ratio"] + own).mean()),
+        "decisions_used": len(np.unique(scored["decision"], axis=0)),
+        "by_difficulty": [_level(scored, split.difficulty, level) for level in np.unique(split.difficulty)],
+        "skip_rate": dict(zip(core.backbone.board.names, skip.mean(axis=0).tolist(), strict=True)),
+    }
+
+
+def _level(scored: dict[str, NDArray], difficulty: NDArray, level: int) -> dict[str, Any]:
+    chosen = difficulty == level
+    means = {name: float(scored[name][chosen].mean()) for name in ("quality", "quality_ref", "flops_ratio")}
+    skip_rate = scored["decision"][chosen, :-1].mean(axis=0).tolist()
+    return {"difficulty": int(level), "instances": int(chosen.sum()), **means, "skip_rate": skip_rate}
+
+
+@torch.inference_mode()
+def time_ratio(
+    core: Core, policy: DecisionPolicy, split_name: str, batch_size: int, batches: int = 12
+) -> dict[str, float]:
+    """Time of the switched backbone over that of the dense one, end to end: the policy's decision is included.
+
+    Both run the same batches (drawn at random, padded to their longest), in turn, after a warm-up.
+
+    Returns:
+        ``time_ratio`` (median over batches) and ``flops_ratio`` (of the same batches, FLOPs summed).
+    """
+    split = core.split(split_name)
+    backbone, device = core.backbone, core.backbone.model.device
+    random = np.random.default_rng(0)
+    ratios, used, dense_flops = [], 0.0, 0.0
+    for number in range(batches + 2):
+        rows = random.integers(len(split), size=min(batch_size, len(split)))
+        inputs = split.encoded.batch(rows, device)
+
+        def dense(inputs: dict = inputs) -> None:
+            backbone.logits(inputs)
+
+        def switched(inputs: dict = inputs, rows: NDArray = rows) -> None:
+            with backbone.board.decide(policy.decide(core.observe(split, rows))[:, :-1]):
+                backbone.logits(inputs)
+
+        pair = [_seconds(run, device) for run in (dense, switched)]
+        if number >= 2:  # the first two warm up
+            ratios.append(pair[1] / pair[0])
+            skip = policy.decide(core.observe(split, rows))[:, :-1]
+            flops = split.dense_flops(rows)
+            used += float((split.flops_ratio(rows, skip) * flops).sum())
+            dense_flops += float(flops.sum())
+    return {"time_ratio": statistics.median(ratios), "flops_ratio": used / dense_flops}
+
+
+def _seconds(run: Any, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

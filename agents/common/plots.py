@@ -1,0 +1,43 @@
+"""Pictures of a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def plot_run(result: dict[str, Any], switches: list[str], file: Path) -> None:
+    """Quality and FLOPs over steps, and the skip rate of each switch against difficulty, as one PNG."""
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    curves, rates = figure.subplots(2, 1, height_ratios=[1, 1])
+    _plot_history(curves, result["history"])
+    _plot_skip_rates(rates, result["by_difficulty"], switches)
+    temporary = file.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=100)
+    os.replace(temporary, file)
+
+
+def _plot_history(axes: Any, history: list[dict[str, Any]]) -> None:
+    steps = [entry["step"] for entry in history]
+    axes.plot(steps, [entry["quality"] for entry in history], marker="o", label="quality")
+    axes.plot(steps, [entry["quality_ref"] for entry in history], linestyle="--", label="quality, dense")
+    axes.plot(steps, [entry["flops_ratio"] for entry in history], marker="s", label="FLOPs ratio")
+    axes.set(xlabel="decisions learned from", ylim=(0, 1.03), title="Validation split, most probable decisions")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+
+
+def _plot_skip_rates(axes: Any, levels: list[dict[str, Any]], switches: list[str]) -> None:
+    rates = np.array([level["skip_rate"] for level in levels])
+    image = axes.imshow(rates, aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    axes.set_xticks(range(len(switches)), switches, rotation=90, fontsize=7)
+    labels = [f"{level['difficulty']}  (FLOPs {level['flops_ratio']:.0%})" for level in levels]
+    axes.set_yticks(range(len(levels)), labels)
+    axes.set(ylabel="difficulty", title="Skip rate of each switch, test split")
+    axes.figure.colorbar(image, ax=axes, label="skip rate")

@@ -1,0 +1,36 @@
+"""PPO, by Stable-Baselines3."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from sd_gym.agents.common.agent import AgentSettings
+from sd_gym.agents.common.sb3 import SB3Agent
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import VecEnv
+
+
+class PPOSettings(AgentSettings):
+    """Settings of PPO; a rollout is ``num_envs * n_steps`` decisions."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    n_steps: int = Field(16, ge=1)
+    batch_size: int = Field(256, ge=2)
+    n_epochs: int = Field(6, ge=1)
+    clip_range: float = Field(0.2, gt=0)
+    entropy: float = Field(0.0, ge=0)
+    initial_skip_rate: float = Field(0.1, gt=0, lt=1)
+
+
+class PPOAgent(SB3Agent):
+    """Proximal policy optimisation (Schulman et al. 2017, equation 7)."""
+
+    Settings = PPOSettings
+    settings: PPOSettings
+
+    def _make_algorithm(self, vec_env: VecEnv) -> PPO:
+        return PPO(
+            **self._common(vec_env),
+            batch_size=self.settings.batch_size,
+            n_epochs=self.settings.n_epochs,
+            clip_range=self.settings.clip_range,
+        )

@@ -1,0 +1,1 @@
+"""REINFORCE with a self-critical baseline, our own."""

@@ -1,0 +1,242 @@
+"""The command ``sd-gym``; the only file that knows every room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+app = typer.Typer(
+    help="Learn what a transformer need not compute. Start with: sd-gym envs",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+def _fail(error: Exception) -> None:
+    errors.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, soft_wrap=True)
+    raise typer.Exit(2)
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    """``key=value`` pairs, values read as YAML (numbers, booleans, lists, text)."""
+    settings = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise typer.BadParameter(f"expected key=value, got {pair!r}", param_hint="--set")
+        settings[key] = yaml.safe_load(value)
+    return settings
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+        console=errors,
+    )
+
+
+@app.command()
+def envs() -> None:
+    """List the envs.
+
+    Example: `sd-gym envs`
+    """
+    from sd_gym.registration import config_files
+
+    table = Table(title="sd_gym envs")
+    for column in ("id", "task", "data set", "backbone"):
+        table.add_column(column)
+    for file in config_files():
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        shown = [values["dataset"] or "(pass dataset=)", values["backbone"] or "(pass backbone=)"]
+        table.add_row(values["id"], values["task"], *shown)
+    console.print(table)
+
+
+@app.command()
+def train(
+    env: Annotated[str, typer.Argument(help="Env id, such as SD/Classification-Mini-v0.")],
+    algo: Annotated[
+        str, typer.Option(help="ppo, a2c, reinforce, dense, random, or one of the first three as blind-NAME.")
+    ] = "ppo",
+    steps: Annotated[int, typer.Option(min=1, help="Decisions to learn from.")] = 60_000,
+    seed: Annotated[int, typer.Option(help="Of the agent and of the instances drawn.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Run folder [default: runs/TASK-ALGO-SEED].")] = None,
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config key or a setting of the agent.")
+    ] = [],  # noqa: B006  (typer wants a list)
+) -> None:
+    """Train an agent on an env, then evaluate it on the test split.
+
+    Examples:
+    `sd-gym train SD/Classification-Mini-v0`
+
+    `sd-gym train SD/Summarization-Mini-v0 --algo reinforce --seed 1 --set penalty=20 --set learning_rate=0.002`
+
+    `sd-gym train SD/Classification-Custom-v0 --set dataset=reviews.jsonl --set backbone=my-model --algo a2c`
+
+    Watch the curves with `tensorboard --logdir runs`.
+    """
+    try:
+        settings = _settings(set_)
+        folder = output or Path("runs") / f"{env.removeprefix('SD/').removesuffix('-v0')}-{algo}-{seed}"
+        with _progress() as progress:
+            bar = progress.add_task("loading", total=steps, figures="")
+
+            def on_progress(done: int, figures: dict[str, float]) -> None:
+                shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+                state = "learning" if done < steps else "evaluating"
+                progress.update(bar, completed=min(done, steps), description=state, figures=shown)
+
+            import sd_gym  # noqa: F401  (registers the ids)
+            from sd_gym.agents.common.run import train as run_training
+
+            result = run_training(env, algo, folder, steps=steps, seed=seed, settings=settings, on_progress=on_progress)
+    except (ValueError, FileNotFoundError, FileExistsError, NotImplementedError) as error:
+        _fail(error)
+    except Exception as error:
+        if type(error).__module__.startswith("gymnasium.error"):
+            _fail(error)
+        raise
+    _print_result(f"{env}, {algo}, seed {seed}", result)
+    console.print(f"Run folder: {folder}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder that sd-gym train wrote.")],
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+) -> None:
+    """Evaluate a run's policy again, on any split.
+
+    Example: `sd-gym evaluate runs/Classification-Mini-ppo-0 --split validation`
+    """
+    from sd_gym.agents.common.evaluation import evaluate as run_evaluation
+    from sd_gym.agents.common.evaluation import time_ratio
+    from sd_gym.agents.common.run import TIMED_BATCH_SIZES, load_run
+
+    if split not in ("train", "validation", "test"):
+        raise typer.BadParameter(f"expected train, validation or test, got {split!r}", param_hint="--split")
+    try:
+        description, core, policy = load_run(run)
+        result = run_evaluation(core, policy, split)
+        result["time"] = {str(size): time_ratio(core, policy, split, size) for size in TIMED_BATCH_SIZES}
+    except (ValueError, FileNotFoundError) as error:
+        _fail(error)
+    _print_result(f"{description['env']}, {description['algo']}, seed {description['seed']}", result)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    markdown: Annotated[bool, typer.Option(help="Print a Markdown table.")] = False,
+) -> None:
+    """Put runs side by side, one row an env and agent, means over seeds with the worst seed in brackets.
+
+    Example: `sd-gym compare runs/*`
+    """
+    from sd_gym.agents.common.compare import COLUMNS, comparison
+
+    try:
+        rows = comparison(runs)
+    except FileNotFoundError as error:
+        _fail(error)
+    if markdown:
+        lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+        print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        return
+    table = Table(title="Runs on the test split")
+    for column in COLUMNS:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+@app.command()
+def prepare(
+    backbone: Annotated[str, typer.Option(help="Local folder or hub id of a supported encoder, such as a BERT.")],
+    dataset: Annotated[str, typer.Option(help="JSONL file, folder of JSONL files, or hub id; fields text, label.")],
+    output: Annotated[Path, typer.Option(help="Folder to write the prepared model to.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1500,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    learning_rate: Annotated[float, typer.Option()] = 5e-5,
+    max_rate: Annotated[float, typer.Option(help="Highest skip rate during preparation.")] = 0.6,
+    max_length: Annotated[int, typer.Option(min=2, help="Longest input, in tokens.")] = 128,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Fine-tune a sequence classifier so that it bears skipping.
+
+    Half of each pass runs densely under the task's loss, half under random decisions with the dense output as target.
+
+    Example: `sd-gym prepare --backbone ./minilm --dataset ./sst2 --output ./minilm-sst2 --steps 2000`
+    """
+    try:
+        with _progress() as progress:
+            bar = progress.add_task("loading", total=steps, figures="")
+
+            def on_step(step: int, loss: float, distillation: float) -> None:
+                figures = f"loss {loss:.3f}  distillation {distillation:.3f}"
+                progress.update(bar, completed=step, description="preparing", figures=figures)
+
+            from sd_gym.tasks.classifier import prepare_classifier
+
+            report = prepare_classifier(
+                backbone,
+                dataset,
+                output,
+                steps=steps,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                max_rate=max_rate,
+                max_length=max_length,
+                seed=seed,
+                on_step=on_step,
+            )
+    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+        _fail(error)
+    table = Table(title=f"{output}: accuracy on the validation split")
+    for column in ("random skip rate", "accuracy"):
+        table.add_column(column, justify="right")
+    for rate, accuracy in report["accuracy"].items():
+        table.add_row(f"{float(rate):.0%}", f"{accuracy:.1%}")
+    console.print(table)
+    console.print(f"Prepared backbone: {output}", highlight=False, soft_wrap=True)
+
+
+def _print_result(title: str, result: dict[str, Any]) -> None:
+    table = Table(title=f"{title} ({result['split']} split, {result['instances']} instances)")
+    for column in ("", "quality", "FLOPs", *(f"time, batch {size}" for size in result["time"])):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("dense", f"{result['quality_ref']:.1%}", "100.0%", *["100%"] * len(result["time"]))
+    times = [f"{timed['time_ratio']:.0%}" for timed in result["time"].values()]
+    table.add_row("policy", f"{result['quality']:.1%}", f"{result['flops_ratio_with_policy']:.1%}", *times)
+    for level in result["by_difficulty"] if len(result["by_difficulty"]) > 1 else []:
+        row = (f"  difficulty {level['difficulty']}", f"{level['quality']:.1%}", f"{level['flops_ratio']:.1%}")
+        table.add_row(*row, *[""] * len(times), style="dim")
+    console.print(table)
+    low, high = result["quality_difference_interval"]
+    verdict = "quality kept" if result["quality_kept"] else "quality not shown to be kept"
+    console.print(
+        f"{verdict}: difference {result['quality_difference'] * 100:+.2f} points "
+        f"[{low * 100:+.2f}, {high * 100:+.2f}] at epsilon {result['epsilon'] * 100:g} points; "
+        f"{result['decisions_used']} different decisions used.",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    app()
