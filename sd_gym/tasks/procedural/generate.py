@@ -19,7 +19,7 @@ TASK_WORDS = {"classification": "classify", "question_answering": "answer", "sum
 # teaches the hops that the answer alone hardly teaches.
 TRACE_WORD = "trace"
 LEVELS = (1, 2, 3, 4)
-LEVEL_WEIGHTS = (0.3, 0.25, 0.25, 0.2)
+LEVEL_WEIGHTS = (0.3, 0.3, 0.25, 0.15)
 SPLITS = ("train", "validation", "test")
 
 
@@ -35,7 +35,15 @@ def split_of(source: str) -> str:
     return "train" if bucket < 7 else "validation" if bucket == 7 else "test"
 
 
-def stream(task: str, split: str, seed: int, *, max_level: int = 4, trace: float = 0.0) -> Iterator[Instance]:
+def stream(
+    task: str,
+    split: str,
+    seed: int,
+    *,
+    max_level: int = 4,
+    weights: tuple[float, ...] = LEVEL_WEIGHTS,
+    trace: float = 0.0,
+) -> Iterator[Instance]:
     """An endless seeded stream of instances of one task and split.
 
     Args:
@@ -43,6 +51,7 @@ def stream(task: str, split: str, seed: int, *, max_level: int = 4, trace: float
         split: ``train``, ``validation`` or ``test``.
         seed: The same seed gives the same stream.
         max_level: The hardest difficulty level drawn, for a curriculum.
+        weights: How often each level is drawn, relatively.
         trace: The share of question answering instances that ask for the whole way instead of the answer.
 
     Raises:
@@ -53,10 +62,9 @@ def stream(task: str, split: str, seed: int, *, max_level: int = 4, trace: float
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
     random = Random(f"{task}/{split}/{seed}")
-    levels, weights = LEVELS[:max_level], LEVEL_WEIGHTS[:max_level]
     number = 0
     while True:
-        level = random.choices(levels, weights)[0]
+        level = random.choices(LEVELS[:max_level], weights[:max_level])[0]
         text, target, *way = TASKS[task].generate(random, level)
         if split_of(text) != split:
             continue

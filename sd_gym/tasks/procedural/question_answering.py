@@ -6,8 +6,8 @@ who is asked for, with another verb. The facts stand in random order.
 
 * level 1: one hop, at most two distractors,
 * level 2: one hop, four to eight distractors,
-* level 3: two hops, two to six distractors,
-* level 4: three hops, two to six distractors.
+* level 3: two hops, one to five distractors,
+* level 4: three hops, at most three distractors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from random import Random
 NAMES = "anna ben cara dan emma finn gina hugo iris jack kate liam mona nick olga paul".split()
 VERBS = "leads helps pays calls".split()
 HOPS = {1: 1, 2: 1, 3: 2, 4: 3}
-DISTRACTORS = {1: (0, 2), 2: (4, 8), 3: (2, 6), 4: (2, 6)}
+DISTRACTORS = {1: (0, 2), 2: (4, 8), 3: (1, 5), 4: (0, 3)}
 TEMPTING = 0.2  # share of instances with a distractor that shares its object with a needed fact
 WORDS = {*NAMES, *VERBS, "who", "the", "one", "?", "."}
 

@@ -3,7 +3,7 @@
 * level 1: the outcome is stated and nothing else happens,
 * level 2: the outcome is stated among sentences that do not matter, and up to one salient fact,
 * level 3: the outcome has to be counted: one to three goals,
-* level 4: three to five goals, some of them disallowed, which do not count, and up to two salient facts.
+* level 4: three or four goals, some of them disallowed, which do not count, and up to two salient facts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def generate(random: Random, level: int) -> tuple[str, str]:
         balance = random.choice((1, -1, 0))
         events += [_stated(random, first, second, balance)]
     else:
-        goals = [random.choice((1, -1)) for _ in range(random.randint(*((1, 3) if level == 3 else (3, 5))))]
+        goals = [random.choice((1, -1)) for _ in range(random.randint(*((1, 3) if level == 3 else (3, 4))))]
         valid = [level == 3 or random.random() < 0.7 for _ in goals]
         balance = sum(g for g, v in zip(goals, valid, strict=True) if v)
         for goal, counts in zip(goals, valid, strict=True):

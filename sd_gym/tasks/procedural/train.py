@@ -30,7 +30,8 @@ from sd_gym.tasks.procedural.initialisation import lay_out_look_up
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 MAX_POSITIONS = 126  # + 2, mBART's offset
-SHARES = {"classification": 0.2, "question_answering": 0.6, "summarization": 0.2}
+SHARES = {"classification": 0.15, "question_answering": 0.55, "summarization": 0.3}
+TRAINING_WEIGHTS = (0.1, 0.15, 0.35, 0.4)  # of the levels: what is easy is soon learned
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -116,7 +117,12 @@ class Curriculum:
     def _open(self) -> None:
         self._streams = {
             task: stream(
-                task, "train", self._seed, max_level=self.level if task == "question_answering" else 4, trace=0.3
+                task,
+                "train",
+                self._seed,
+                max_level=self.level if task == "question_answering" else 4,
+                weights=TRAINING_WEIGHTS,
+                trace=0.3,
             )
             for task in TASKS
         }

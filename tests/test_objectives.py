@@ -1,0 +1,30 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sd_gym.objectives import OBJECTIVES, lexicographic, quality_cost, scalarized
+
+unit = st.floats(0, 1)
+
+
+@given(unit, unit, unit, unit, st.floats(0.01, 100), st.floats(0.01, 10))
+def test_any_satisfied_outcome_beats_any_violated_one(quality_ref, lost, kept_ratio, broken_ratio, penalty, scale):
+    cost = quality_cost(np.array([quality_ref, quality_ref]), np.full(2, quality_ref), 0.0)
+    assert (cost == 0).all()
+    kept = lexicographic(np.array([0.0]), np.array([kept_ratio]), penalty, scale)[0]
+    broken = lexicographic(np.array([lost + 1e-9]), np.array([broken_ratio]), penalty, scale)[0]
+    assert 0 <= kept <= 1
+    assert -penalty <= broken < 0
+    assert kept > broken
+
+
+def test_values_by_hand():
+    quality, reference = np.array([1.0, 0.0, 0.7]), np.array([1.0, 1.0, 1.0])
+    cost = quality_cost(quality, reference, 0.1)
+    np.testing.assert_allclose(cost, [0.0, 0.9, 0.2])
+    ratio = np.array([0.25, 0.5, 0.75])
+    np.testing.assert_allclose(lexicographic(cost, ratio, 4.0, 0.8), [0.75, -4.0, -1.0])
+    np.testing.assert_allclose(scalarized(cost, ratio, 4.0, 0.8), [0.75, 0.5 - 4.5, 0.25 - 1.0])
+    assert set(OBJECTIVES) == {"lexicographic", "scalarized"}
+    assert pytest.approx(0.0) == quality_cost(np.array([1.0]), np.array([0.5]), 0.0)[0]
