@@ -1,0 +1,227 @@
+"""Agents: they learn what is easy to learn, are deterministic, and their artefacts decide as they do."""
+
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from sd_gym.agents import agent_names, make_agent
+from sd_gym.agents.common.agent import initial_bias
+from sd_gym.agents.common.evaluation import bootstrap_interval, decide_and_score, evaluate, quality_kept
+from sd_gym.agents.common.run import Selection, load_run, split_settings, train
+from stable_baselines3 import PPO
+from stable_baselines3.common.logger import configure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sd_gym.envs.config import ConfigError
+from sd_gym.policy import DecisionPolicy
+
+LEARNING = ["ppo", "a2c", "reinforce"]
+TAGS = {
+    "rollout/ep_rew_mean",
+    "rollout/ep_len_mean",
+    "rollout/quality",
+    "rollout/quality_ref",
+    "rollout/flops_ratio",
+    "rollout/success_rate",
+    "time/fps",
+    "validation/quality",
+    "validation/flops_ratio",
+}
+
+
+@pytest.fixture
+def custom(reviews, tiny_backbone):
+    """Settings of a tiny env whose random backbone cannot be broken much: skipping nearly always pays."""
+    return {"dataset": str(reviews), "backbone": str(tiny_backbone)}
+
+
+@pytest.fixture
+def env(custom):
+    vector = gym.make_vec("SD/Classification-Custom-v0", num_envs=64, epsilon=1.0, **custom).unwrapped
+    vector.reset(seed=0)
+    return vector
+
+
+def learn(agent, steps, folder):
+    rollouts = []
+    agent.learn(steps, configure(str(folder), []), rollouts.append)
+    return rollouts
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_learns_to_skip_everything_where_quality_is_free(name, env, tmp_path):
+    settings = {"learning_rate": 0.01}
+    if name == "a2c":
+        settings["n_steps"] = 2
+    agent = make_agent(name, env, seed=0, **settings)
+    rollouts = learn(agent, 12_000, tmp_path)
+    assert rollouts[0].infos["flops_ratio"].mean() > 0.8
+    decisions = agent.policy().decide(env.core.observe(env.core.split("train"), np.arange(32)))
+    assert decisions[:, :-1].mean() == 1
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_learns_to_look_at_its_input(name, env, tmp_path, monkeypatch):
+    """Skipping the first switch is right for one half of the instances and wrong for the other."""
+    core = env.core
+    positive = core.split("train").encoded.labels.numpy().astype(bool)
+
+    def score(split, rows, decisions):
+        outcome = original(split, rows, decisions)
+        right = decisions[:, 0] == positive[rows]
+        return outcome.__class__(**{**vars(outcome), "reward": np.where(right, 1.0, -1.0)})
+
+    original = core.score
+    monkeypatch.setattr(core, "score", score)
+    accuracy = {}
+    for variant in (name, f"blind-{name}"):
+        agent = make_agent(variant, env, seed=0, learning_rate=0.005)
+        learn(agent, 12_000, tmp_path)
+        decisions = agent.policy().decide(core.observe(core.split("train"), np.arange(32)))
+        accuracy[variant] = (decisions[:, 0] == positive).mean()
+    assert accuracy[name] > 0.9
+    assert accuracy[f"blind-{name}"] == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_same_seed_same_policy(name, env, tmp_path):
+    weights = []
+    for seed in (0, 0, 1):
+        env.reset(seed=seed)
+        agent = make_agent(name, env, seed=seed)
+        learn(agent, 2_000, tmp_path)
+        weights.append(agent.policy().head.weight.detach().clone())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("name", ["ppo", "a2c", "blind-ppo"])
+def test_the_exported_policy_decides_as_sb3_does(name, env, tmp_path):
+    agent = make_agent(name, env, seed=0, learning_rate=0.01)
+    learn(agent, 3_000, tmp_path)
+    agent.save_extra(tmp_path)
+    agent.policy().save(tmp_path)
+    observations = np.random.default_rng(0).normal(size=(200, *env.single_observation_space.shape)).astype(np.float32)
+    loaded = agent.algorithm.__class__.load(tmp_path / "sb3.zip")
+    seen = np.zeros_like(observations) if name.startswith("blind") else observations
+    expected, _ = loaded.predict(seen, deterministic=True)
+    np.testing.assert_array_equal(DecisionPolicy.load(tmp_path).decide(observations), expected)
+
+
+def test_controls(env):
+    observations = env.core.observe(env.core.split("train"), np.arange(32))
+    assert not make_agent("dense", env).policy().decide(observations).any()
+    policy = make_agent("random", env, rate=0.3).policy()
+    decisions = policy.decide(observations)
+    assert 0.15 < decisions[:, :-1].mean() < 0.45
+    assert len(np.unique(decisions, axis=0)) > 5
+    np.testing.assert_array_equal(policy.decide(observations), decisions)
+
+
+def test_initial_bias_gives_the_skip_rate():
+    bias = initial_bias(np.array([2, 2, 1]), 0.1)
+    assert bias.shape == (5,)
+    assert bias[:2].softmax(0)[1].item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", [*LEARNING, "random", "blind-reinforce"])
+def test_a_run_folder_is_complete(name, custom, tmp_path):
+    folder = tmp_path / "run"
+    seen = []
+    result = train(
+        "SD/Classification-Custom-v0",
+        name,
+        folder,
+        steps=2_000,
+        settings={**custom, "penalty": 3.0},
+        on_progress=lambda step, figures: seen.append((step, figures)),
+    )
+    files = {file.name for file in folder.iterdir()}
+    wanted = {"config.json", "policy.json", "policy.safetensors", "result.json", "result.png"}
+    assert wanted <= files
+    assert ("sb3.zip" in files) == (name in ("ppo", "a2c"))
+    assert not any(file.endswith(".tmp") for file in files)
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["env_config"]["penalty"] == 3.0
+    assert config["algo"] == name
+    assert "torch" in config["versions"]
+    if name != "random":
+        assert seen[-1][0] >= 2_000
+        events = EventAccumulator(str(folder)).Reload()
+        assert set(events.Tags()["scalars"]) >= TAGS
+    _, core, policy = load_run(folder)
+    again = evaluate(core, policy, "test")
+    assert again == {key: result[key] for key in again}
+    with pytest.raises(FileExistsError, match="finished run"):
+        train("SD/Classification-Custom-v0", name, folder, steps=10, settings=custom)
+
+
+def test_ppo_zip_is_a_real_sb3_model(custom, tmp_path):
+    train("SD/Classification-Custom-v0", "ppo", tmp_path / "run", steps=1_000, settings=custom)
+    assert PPO.load(tmp_path / "run" / "sb3.zip").num_timesteps >= 1_000
+
+
+def test_selection_prefers_kept_quality_then_fewer_flops(env, monkeypatch):
+    n = 2_000
+    results = {
+        "dense": (np.ones(n), 1.0),
+        "broken": (np.r_[np.zeros(100), np.ones(n - 100)], 0.2),
+        "good": (np.r_[np.zeros(2), np.ones(n - 2)], 0.5),
+        "worse": (np.ones(n), 0.6),
+    }
+
+    def score(core, policy, split):
+        quality, ratio = results[policy]
+        return {"quality": quality, "quality_ref": np.ones(n), "flops_ratio": np.full(n, ratio)}
+
+    monkeypatch.setattr("sd_gym.agents.common.run.decide_and_score", score)
+    monkeypatch.setattr(env.core, "config", env.core.config.model_copy(update={"epsilon": 0.01}))
+    selection = Selection(env.core)
+    for step, name in enumerate(results):
+        selection.consider(step, name)
+    assert selection.best == "good"
+    assert [entry["quality_kept"] for entry in selection.history] == [True, False, True, True]
+
+
+def test_quality_kept_is_a_non_inferiority_test():
+    loses_1_percent = np.r_[-np.ones(20), np.zeros(1980)]
+    assert not quality_kept(loses_1_percent, 0.01)  # the mean is at the limit, so it is not shown to be above it
+    assert quality_kept(np.r_[-np.ones(10), np.zeros(1990)], 0.01)
+    assert not quality_kept(np.r_[-np.ones(1), np.zeros(9)], 0.01)
+    low, high = bootstrap_interval(loses_1_percent)
+    assert low < -0.01 < high < 0
+
+
+def test_evaluation_walks_the_split_in_order(env):
+    split = env.core.split("train")
+    policy = make_agent("random", env).policy()
+    scored = decide_and_score(env.core, policy, split)
+    rows = np.arange(len(split))
+    outcome = env.core.score(split, rows, scored["decision"])
+    for name in ("quality", "quality_ref", "flops_ratio"):
+        np.testing.assert_array_equal(scored[name], getattr(outcome, name))
+
+
+def test_names_and_settings_are_checked(env):
+    assert "blind-a2c" in agent_names()
+    with pytest.raises(ValueError, match=r"unknown agent 'reinforc'; did you mean 'reinforce'"):
+        make_agent("reinforc", env)
+    with pytest.raises(ValueError, match=r"unknown setting 'learning_rat' of PPOAgent; did you mean 'learning_rate'"):
+        make_agent("ppo", env, learning_rat=1)
+    with pytest.raises(ValueError, match="greater than 0"):
+        make_agent("ppo", env, learning_rate=-1)
+    with pytest.raises(ValueError, match=r"unknown setting 'foo'. Of the env: id.*Of ppo: learning_rate"):
+        split_settings("ppo", {"foo": 1})
+    assert split_settings("ppo", {"penalty": 1, "n_steps": 2}) == ({"penalty": 1}, {"n_steps": 2})
+
+
+def test_a_policy_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no policy.json"):
+        DecisionPolicy.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no config.json"):
+        load_run(tmp_path)
+    with pytest.raises(ConfigError):
+        train("SD/Classification-Custom-v0", "ppo", tmp_path / "run", steps=10)

@@ -1,0 +1,77 @@
+"""The command line, as a user would call it."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from sd_gym.cli import app
+
+runner = CliRunner()
+
+
+def run(*arguments):
+    return runner.invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "prepare", "envs"])
+def test_help_has_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"sd-gym {command}" in result.output
+
+
+def test_envs_lists_the_ids():
+    output = run("envs").output
+    assert "SD/Classification-Mini-v0" in output
+    assert "SD/Summarization-Custom-v0" in output
+
+
+def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone):
+    prepared = tmp_path / "prepared"
+    arguments = ["--dataset", reviews, "--output", prepared, "--steps", 120, "--learning-rate", 0.003]
+    result = run("prepare", "--backbone", tiny_backbone, *arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads((prepared / "preparation.json").read_text())
+    assert report["accuracy"]["0.0"] == 1.0
+    assert (prepared / "model.safetensors").exists()
+    assert run("prepare", "--backbone", tiny_backbone, *arguments).exit_code == 2
+
+    folder = tmp_path / "run"
+    settings = ["--set", f"dataset={reviews}", "--set", f"backbone={prepared}", "--set", "penalty=4"]
+    options = ["--steps", 2000, "--output", folder]
+    result = run("train", "SD/Classification-Custom-v0", "--algo", "a2c", *options, *settings)
+    assert result.exit_code == 0, result.output
+    assert "dense" in result.output
+    assert "different decisions used" in result.output
+
+    result = run("evaluate", folder, "--split", "validation")
+    assert result.exit_code == 0, result.output
+    assert "validation split, 4 instances" in result.output
+
+    result = run("compare", folder, "--markdown")
+    assert result.exit_code == 0, result.output
+    assert "| SD/Classification-Custom-v0 | a2c | 1 |" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "SD/Nothing-v0"], "SD/Nothing"),
+        (["train", "SD/Classification-Mini-v0", "--algo", "pp0"], "did you mean 'ppo'"),
+        (["train", "SD/Classification-Mini-v0", "--set", "epsilom=1"], "unknown setting 'epsilom'"),
+        (["train", "SD/Classification-Mini-v0", "--set", "epsilon"], "expected key=value"),
+        (["train", "SD/Classification-Custom-v0"], "'dataset' has no value"),
+        (["train", "SD/Classification-Custom-v0", "--set", "dataset=./no.jsonl"], "'backbone' has no value"),
+        (["evaluate", "nowhere"], "no config.json"),
+        (["evaluate", "nowhere", "--split", "dev"], "expected train, validation or test"),
+        (["compare", "nowhere"], "no result.json"),
+        (["prepare", "--backbone", "./no", "--dataset", "./no.jsonl", "--output", "out"], "no data at"),
+    ],
+)
+def test_errors_say_what_to_do_and_exit_with_2(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join((result.output + result.stderr).split())
+    assert "Traceback" not in result.output

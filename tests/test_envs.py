@@ -1,0 +1,353 @@
+"""The envs over the whole registry, and their three shells against each other."""
+
+import json
+import pickle
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from stable_baselines3.common.env_checker import check_env as check_sb3_env
+
+import sd_gym
+from sd_gym.backbones.load import BUNDLED
+from sd_gym.envs import ConfigError, SwitchableEnv
+from sd_gym.envs.core import _by_length
+from sd_gym.envs.sb3 import SwitchableVecEnv
+from sd_gym.switch import UnsupportedArchitectureError
+from sd_gym.tasks.data import DataError
+from tests.conftest import make_model
+
+SMALL = {"train_size": 60, "validation_size": 20, "test_size": 20}
+MINI = [id for id in sd_gym.registered_ids() if "Mini" in id]
+STEP_INFO = {
+    "quality",
+    "quality_ref",
+    "cost",
+    "flops_ratio",
+    "vector_reward",
+    "is_success",
+    "instance",
+    "difficulty",
+    "decision",
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_generator(tmp_path_factory, tiny_tokenizer):
+    """A random mBART with the tiny tokenizer, saved as a local folder."""
+    folder = tmp_path_factory.mktemp("generator")
+    make_model("mbart").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=sd_gym.registered_ids())
+def env_arguments(request, reviews, tiny_backbone, tiny_generator, tmp_path):
+    """(id, keyword arguments that make it small or give a Custom env its data and backbone)."""
+    if request.param in MINI:
+        return request.param, SMALL
+    if "Classification" in request.param:
+        return request.param, {"dataset": str(reviews), "backbone": str(tiny_backbone)}
+    row = {"question": "was the food good", "context": "the food was good", "answers": ["good"]}
+    if "Summarization" in request.param:
+        row = {"document": "the food was good the room was bad", "summary": "good food"}
+    file = tmp_path / "data.jsonl"
+    file.write_text((json.dumps(row) + "\n") * 20)
+    return request.param, {"dataset": str(file), "backbone": str(tiny_generator)}
+
+
+def test_both_checkers_pass_without_a_warning(env_arguments):
+    env_id, arguments = env_arguments
+    env = gym.make(env_id, **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(env.unwrapped)
+        check_sb3_env(env.unwrapped)
+
+
+def rollout(env, seed, steps=5):
+    env.action_space.seed(seed)
+    trace = []
+    for number in range(steps):
+        observation, info = env.reset(seed=seed if number == 0 else None)
+        trace += [observation, info, *env.step(env.action_space.sample())]
+    return trace
+
+
+def test_a_twin_rollout_is_equal(env_arguments):
+    env_id, arguments = env_arguments
+    first = rollout(gym.make(env_id, **arguments), seed=3)
+    second = rollout(gym.make(env_id, **arguments), seed=3)
+    np.testing.assert_equal(first, second)
+
+
+def test_an_episode_is_one_decision_with_the_documented_info(env_arguments):
+    env_id, arguments = env_arguments
+    env = gym.make(env_id, **arguments)
+    _, info = env.reset(seed=0)
+    assert set(info) == {"instance", "difficulty"}
+    action = env.action_space.sample()
+    observation, reward, terminated, truncated, info = env.step(action)
+    assert set(info) == STEP_INFO
+    assert (type(reward), terminated, truncated) == (float, True, False)
+    np.testing.assert_array_equal(info["decision"], action)
+    np.testing.assert_allclose(info["vector_reward"], [info["quality"], -info["flops_ratio"]])
+    assert info["is_success"] is (info["cost"] == 0)
+    assert reward == (1 - info["flops_ratio"] if info["is_success"] else pytest.approx(-10 * min(1, info["cost"])))
+    assert env.observation_space.contains(observation)
+    with pytest.raises(gym.error.ResetNeeded):
+        env.unwrapped.step(action)
+
+
+def test_an_env_survives_pickling(env_arguments):
+    env_id, arguments = env_arguments
+    env = gym.make(env_id, **arguments).unwrapped
+    twin = pickle.loads(pickle.dumps(env))
+    np.testing.assert_equal(rollout(env, seed=1), rollout(twin, seed=1))
+
+
+@pytest.mark.parametrize("env_id", MINI)
+def test_all_zeros_is_the_untouched_model_bit_for_bit(env_id):
+    from transformers import AutoModelForSeq2SeqLM
+
+    core = gym.make(env_id, **SMALL).unwrapped.core
+    split, rows = core.split("test"), np.arange(20)
+    outcome = core.score(split, rows, np.zeros((20, len(core.nvec)), dtype=int))
+    assert (outcome.flops_ratio == 1).all()
+    np.testing.assert_array_equal(outcome.quality, outcome.quality_ref)
+    untouched = AutoModelForSeq2SeqLM.from_pretrained(BUNDLED["mini"]).eval()
+    inputs = split.encoded.batch(rows, torch.device("cpu"))
+    with torch.inference_mode(), core.backbone.board.decide(np.zeros((20, core.n_switches))):
+        assert torch.equal(core.backbone.logits(inputs), untouched(**inputs, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("env_id", MINI)
+def test_a_batch_of_mixed_decisions_scores_as_each_row_alone(env_id):
+    core = gym.make(env_id, **SMALL).unwrapped.core
+    split, rows = core.split("train"), np.arange(60)
+    skip = (np.random.default_rng(0).random((60, core.n_switches)) < 0.3).astype(np.int64)
+    together = split.run(rows, skip)
+    alone = np.array([split.run(rows[i : i + 1], skip[i : i + 1])[0] for i in range(60)])
+    np.testing.assert_array_equal(together, alone)
+    assert 0 < together.mean() < 1
+
+
+@pytest.mark.parametrize("env_id", MINI)
+def test_exact_match_of_one_forward_pass_is_exact_match_of_generating(env_id):
+    core = gym.make(env_id, **SMALL).unwrapped.core
+    backbone, split, rows = core.backbone, core.split("test"), np.arange(20)
+    skip = (np.random.default_rng(1).random((20, core.n_switches)) < 0.2).astype(np.int64)
+    inputs = split.encoded.batch(rows, torch.device("cpu"))
+    inputs.pop("labels")
+    with torch.inference_mode(), backbone.board.decide(skip):
+        tokens = backbone.model.generate(**inputs, max_new_tokens=32, do_sample=False, use_cache=False)
+    texts = backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    generated = [float(text == split.instances[row].target) for row, text in zip(rows, texts, strict=True)]
+    np.testing.assert_array_equal(split.run(rows, skip), generated)
+
+
+@pytest.mark.parametrize("env_id", MINI)
+def test_the_bundled_backbone_is_right_on_at_least_95_percent(env_id):
+    core = gym.make(env_id, train_size=60, validation_size=20, test_size=500).unwrapped.core
+    split = core.split("test")
+    assert split.run(np.arange(500), np.zeros((500, core.n_switches), dtype=np.int64)).mean() >= 0.95
+
+
+def test_all_shells_agree_on_the_same_instances_and_decisions():
+    env_id = "SD/QuestionAnswering-Mini-v0"
+    single = gym.make(env_id, **SMALL)
+    vector = gym.make_vec(env_id, num_envs=6, **SMALL)
+    ids = [f"train-{number}" for number in (3, 1, 4, 1, 5, 9)]
+    observations, reset_infos = vector.reset(options={"instance": ids})
+    assert list(reset_infos["instance"]) == ids
+    actions = (np.random.default_rng(2).random(vector.action_space.shape) < 0.2).astype(np.int64)
+    actions[:, -1] = 0  # there is one token level
+    _, rewards, terminated, truncated, infos = vector.step(actions)
+    assert terminated.all()
+    assert not truncated.any()
+    for row, identity in enumerate(ids):
+        observation, _ = single.reset(options={"instance": identity})
+        np.testing.assert_array_equal(observation, observations[row])
+        _, reward, _, _, info = single.step(actions[row])
+        assert reward == rewards[row]
+        for key in STEP_INFO:
+            np.testing.assert_array_equal(infos["final_info"][key][row], info[key])
+
+    sb3 = SwitchableVecEnv(gym.make_vec(env_id, num_envs=6, **SMALL).unwrapped)
+    sb3.set_options({"instance": ids})
+    np.testing.assert_array_equal(sb3.reset(), observations)
+    _, sb3_rewards, dones, sb3_infos = sb3.step(actions)
+    np.testing.assert_array_equal(sb3_rewards, rewards.astype(np.float32))
+    assert dones.all()
+    for row, info in enumerate(sb3_infos):
+        assert set(info) > STEP_INFO
+        assert info["TimeLimit.truncated"] is False
+        np.testing.assert_array_equal(info["terminal_observation"], observations[row])
+        assert info["quality"] == infos["final_info"]["quality"][row]
+    assert all(mask.shape == (int(single.action_space.nvec.sum()),) for mask in sb3.env_method("action_masks"))
+
+
+def test_the_vector_env_looks_like_a_sync_vector_env_in_same_step_mode():
+    env_id = MINI[0]
+    ours = gym.make_vec(env_id, num_envs=3, **SMALL)
+    theirs = SyncVectorEnv([lambda: gym.make(env_id, **SMALL)] * 3, autoreset_mode=AutoresetMode.SAME_STEP)
+    assert ours.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
+    assert (ours.observation_space, ours.action_space) == (theirs.observation_space, theirs.action_space)
+    steps = []
+    for env in (ours, theirs):
+        env.reset(seed=0, options={"instance": ["train-1"] * 3} if env is ours else {"instance": "train-1"})
+        steps.append(env.step(np.zeros(env.action_space.shape, dtype=np.int64)))
+    (_, reward, *_, infos), (_, their_reward, *_, their_infos) = steps
+    np.testing.assert_array_equal(reward, their_reward)
+    assert set(infos) == set(their_infos)
+    assert set(infos["final_info"]) == set(their_infos["final_info"])
+    for key in STEP_INFO:
+        np.testing.assert_array_equal(infos["final_info"][key], their_infos["final_info"][key])
+
+
+def test_a_vector_step_draws_new_instances_and_is_seeded():
+    env = gym.make_vec(MINI[0], num_envs=8, **SMALL)
+    traces = []
+    for _ in range(2):
+        first, _ = env.reset(seed=5)
+        second, *_ = env.step(np.zeros(env.action_space.shape, dtype=np.int64))
+        traces.append((first, second))
+        assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(traces[0], traces[1])
+
+
+def test_scores_are_computed_once(monkeypatch):
+    env = gym.make_vec(MINI[0], num_envs=4, **SMALL, penalty=9.0).unwrapped
+    split = env.core.split("train")
+    runs = []
+    original = split.run
+    monkeypatch.setattr(split, "run", lambda rows, skip: (runs.append(len(rows)), original(rows, skip))[1])
+    rows, decision = np.array([0, 1, 2, 2]), np.zeros((4, len(env.core.nvec)), dtype=int)
+    decision[:, 0] = 1
+    first = env.core.score(split, rows, decision)
+    assert runs == [6]  # three instances, each switched and dense; the repeated one is not run again
+    second = env.core.score(split, rows, decision)
+    assert runs == [6]
+    np.testing.assert_array_equal(first.reward, second.reward)
+
+
+@pytest.mark.parametrize("lengths", [[5], [3] * 64, sorted([4] * 50 + [120] * 14), list(range(1, 257))])
+def test_passes_cover_every_row_once(lengths):
+    chunks = _by_length(np.array(lengths))
+    covered = np.concatenate([np.arange(len(lengths))[chunk] for chunk in chunks])
+    np.testing.assert_array_equal(covered, np.arange(len(lengths)))
+
+
+def test_observations_are_standardised_and_differ():
+    core = gym.make(MINI[0], **SMALL).unwrapped.core
+    observations = core.observe(core.split("train"), np.arange(60))
+    assert observations.dtype == np.float32
+    assert np.isfinite(observations).all()
+    assert abs(observations.mean()) < 0.05
+    assert 0.8 < observations.std() < 1.1
+    assert len(np.unique(observations, axis=0)) == 60
+
+
+def test_render_shows_which_switches_ran():
+    env = gym.make("SD/Summarization-Mini-v0", render_mode="ansi", **SMALL)
+    env.reset(seed=0)
+    action = np.zeros(env.action_space.shape, dtype=np.int64)
+    action[[0, 3, 13]] = 1
+    env.step(action)
+    assert env.render() == "encoder .f a. af af af af | decoder a.f acf acf acf acf acf"
+    picture = gym.make("SD/Summarization-Mini-v0", render_mode="rgb_array", **SMALL)
+    picture.reset(seed=0)
+    dense = picture.render()
+    picture.step(action)
+    skipped = picture.render()
+    assert skipped.dtype == np.uint8
+    assert skipped.shape == dense.shape
+    assert not np.array_equal(skipped, dense)
+    vector = gym.make_vec("SD/Summarization-Mini-v0", num_envs=2, render_mode="ansi", **SMALL)
+    vector.reset(seed=0)
+    assert len(vector.render()) == 2
+
+
+def test_the_custom_env_trains_on_a_file(reviews, tiny_backbone):
+    env = gym.make("SD/Classification-Custom-v0", dataset=str(reviews), backbone=str(tiny_backbone))
+    _, info = env.reset(options={"split": "test", "instance": "test-1"})
+    assert info["instance"] == "test-1"
+    *_, info = env.step(np.zeros(7, dtype=int))
+    assert info["flops_ratio"] == 1
+    assert info["quality"] == info["quality_ref"]
+
+
+def test_unknown_ids_and_keys():
+    with pytest.raises(gym.error.NameNotFound, match="Did you mean"):
+        gym.make("SD/Clasification-Mini-v0")
+    with pytest.raises(ConfigError, match="unknown config key 'epsilom'; did you mean 'epsilon'"):
+        gym.make(MINI[0], epsilom=0.1)
+    with pytest.raises(ConfigError, match=r"config key 'penalty'.*greater than 0, got -1"):
+        gym.make(MINI[0], penalty=-1)
+    with pytest.raises(ConfigError, match=r"config key 'epsilon'.*finite"):
+        gym.make(MINI[0], epsilon=float("nan"))
+    with pytest.raises(ConfigError, match="'dataset' has no value"):
+        gym.make("SD/Classification-Custom-v0")
+    with pytest.raises(ConfigError, match="token dropping is not available"):
+        gym.make(MINI[0], token_shares=[0.0, 0.3])
+    with pytest.raises(ValueError, match="render_mode must be one of ansi, rgb_array"):
+        SwitchableEnv("classification_mini.yaml", render_mode="html", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda action: action[:-1], "expected an action of shape"),
+        (lambda action: action + 2, "action component 0 must be in 0..1, got 2"),
+        (lambda action: action - 1, "action component 0 must be in 0..1, got -1"),
+        (lambda action: action + 0.5, "must be integers"),
+    ],
+)
+def test_bad_actions(change, message):
+    env = gym.make(MINI[0], **SMALL).unwrapped
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=message):
+        env.step(change(np.zeros(env.action_space.shape, dtype=np.int64)))
+    vector = gym.make_vec(MINI[0], num_envs=2, **SMALL)
+    vector.reset(seed=0)
+    with pytest.raises(ValueError, match=message.replace("an action of shape", "actions of shape")):
+        vector.step(np.stack([change(np.zeros(env.action_space.shape, dtype=np.int64))] * 2))
+
+
+def test_bad_reset_options():
+    env = gym.make(MINI[0], **SMALL).unwrapped
+    with pytest.raises(ValueError, match="unknown reset option 'spit'"):
+        env.reset(options={"spit": "test"})
+    with pytest.raises(ValueError, match="unknown split 'dev'"):
+        env.reset(options={"split": "dev"})
+    with pytest.raises(ValueError, match="no instance 'test-999' in the test split"):
+        env.reset(options={"split": "test", "instance": "test-999"})
+
+
+def test_bad_backbones(reviews, tmp_path, tiny_tokenizer):
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+    arguments = {"id": "SD/Classification-Custom-v0", "dataset": str(reviews)}
+    with pytest.raises(FileNotFoundError, match=r"no backbone folder at './missing'"):
+        gym.make(**arguments, backbone="./missing")
+    gpt = tmp_path / "gpt"
+    GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=2)).save_pretrained(gpt)
+    with pytest.raises(UnsupportedArchitectureError, match=r"'gpt2'; known are: bart, bert, mbart"):
+        gym.make(**arguments, backbone=str(gpt))
+    headless = tmp_path / "headless"
+    BertModel(BertConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
+        headless
+    )
+    with pytest.raises(ValueError, match=r"has no task head.*sd-gym prepare"):
+        gym.make(**arguments, backbone=str(headless))
+
+
+def test_labels_that_the_backbone_does_not_know(tmp_path, tiny_backbone):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "the food", "label": 7}\n')
+    with pytest.raises(DataError, match="label 7 is none of the backbone's 2 classes"):
+        gym.make("SD/Classification-Custom-v0", dataset=str(file), backbone=str(tiny_backbone))
