@@ -58,10 +58,10 @@ def envs() -> None:
 
     table = Table(title="sd_gym envs")
     for column in ("id", "task", "data set", "backbone"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "id")
     for file in config_files():
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        shown = [values["dataset"] or "(pass dataset=)", values["backbone"] or "(pass backbone=)"]
+        shown = [values["dataset"] or "yours", values["backbone"] or "yours"]
         table.add_row(values["id"], values["task"], *shown)
     console.print(table)
 
@@ -219,15 +219,18 @@ def prepare(
 
 def _print_result(title: str, result: dict[str, Any]) -> None:
     table = Table(title=f"{title} ({result['split']} split, {result['instances']} instances)")
-    for column in ("", "quality", "FLOPs", *(f"time, batch {size}" for size in result["time"])):
-        table.add_column(column, justify="left" if not column else "right")
+    for column in ("", "quality", "FLOPs", *(f"time at {size}" for size in result["time"])):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     table.add_row("dense", f"{result['quality_ref']:.1%}", "100.0%", *["100%"] * len(result["time"]))
     times = [f"{timed['time_ratio']:.0%}" for timed in result["time"].values()]
     table.add_row("policy", f"{result['quality']:.1%}", f"{result['flops_ratio_with_policy']:.1%}", *times)
     for level in result["by_difficulty"] if len(result["by_difficulty"]) > 1 else []:
-        row = (f"  difficulty {level['difficulty']}", f"{level['quality']:.1%}", f"{level['flops_ratio']:.1%}")
+        row = (f"  level {level['difficulty']}", f"{level['quality']:.1%}", f"{level['flops_ratio']:.1%}")
         table.add_row(*row, *[""] * len(times), style="dim")
     console.print(table)
+    console.print(
+        "time at B: of the policy and the switched backbone at batch size B, over the dense backbone's.", style="dim"
+    )
     low, high = result["quality_difference_interval"]
     verdict = "quality kept" if result["quality_kept"] else "quality not shown to be kept"
     console.print(

@@ -47,7 +47,7 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone):
 
     result = run("evaluate", folder, "--split", "validation")
     assert result.exit_code == 0, result.output
-    assert "validation split, 4 instances" in result.output
+    assert "validation split, 4 instances" in " ".join(result.output.split())
 
     result = run("compare", folder, "--markdown")
     assert result.exit_code == 0, result.output
@@ -57,7 +57,7 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "SD/Nothing-v0"], "SD/Nothing"),
+        (["train", "SD/Clasification-Mini-v0"], "Did you mean: `Classification-Mini`"),
         (["train", "SD/Classification-Mini-v0", "--algo", "pp0"], "did you mean 'ppo'"),
         (["train", "SD/Classification-Mini-v0", "--set", "epsilom=1"], "unknown setting 'epsilom'"),
         (["train", "SD/Classification-Mini-v0", "--set", "epsilon"], "expected key=value"),

@@ -17,6 +17,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.policy import HIDDEN, DecisionPolicy
 
+LOGGED_DECISIONS = 1024  # about so many between two points of a curve, whatever the size of a rollout
+
 
 class Blindfold(VecEnvWrapper):
     """A ``VecEnv`` whose observations are zeros."""
@@ -88,7 +90,8 @@ class SB3Agent(Agent):
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Learn from at least ``total_steps`` decisions."""
         self.algorithm.set_logger(logger)
-        self.algorithm.learn(total_steps, callback=_RolloutCallback(on_rollout))
+        interval = max(1, LOGGED_DECISIONS // (self.algorithm.n_envs * self.algorithm.n_steps))
+        self.algorithm.learn(total_steps, callback=_RolloutCallback(on_rollout), log_interval=interval)
 
     def policy(self) -> DecisionPolicy:
         """The actor's weights in the project's own network, which decides the same."""
