@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--envs", nargs="+", default=MINI)
     parser.add_argument("--algos", nargs="+", default=["ppo", "a2c", "reinforce", "blind-ppo", "dense"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60_000)
+    parser.add_argument("--steps", type=int, default=50_000)
     arguments = parser.parse_args()
     console = Console(stderr=True)
     folders = []

@@ -72,7 +72,7 @@ def train(
     algo: Annotated[
         str, typer.Option(help="ppo, a2c, reinforce, dense, random, or one of the first three as blind-NAME.")
     ] = "ppo",
-    steps: Annotated[int, typer.Option(min=1, help="Decisions to learn from.")] = 60_000,
+    steps: Annotated[int, typer.Option(min=1, help="Decisions to learn from.")] = 50_000,
     seed: Annotated[int, typer.Option(help="Of the agent and of the instances drawn.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Run folder [default: runs/TASK-ALGO-SEED].")] = None,
     set_: Annotated[

@@ -13,7 +13,7 @@ class A2CSettings(AgentSettings):
     """Settings of A2C; a rollout is ``num_envs * n_steps`` decisions, and each is used once."""
 
     learning_rate: float = Field(2e-3, gt=0)
-    n_steps: int = Field(4, ge=1)
+    n_steps: int = Field(1, ge=1)
     entropy: float = Field(0.0, ge=0)
     initial_skip_rate: float = Field(0.1, gt=0, lt=1)
 
