@@ -23,7 +23,7 @@ from sd_gym.policy import DecisionPolicy
 class ReinforceSettings(AgentSettings):
     """Settings of REINFORCE; a rollout scores ``batch_size * (samples + 1)`` decisions."""
 
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(2e-3, gt=0)
     batch_size: int = Field(64, ge=1)
     samples: int = Field(4, ge=1)
     entropy: float = Field(0.0, ge=0)
