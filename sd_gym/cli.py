@@ -38,6 +38,9 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
 
 
 def _progress() -> Progress:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one bar at a time
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

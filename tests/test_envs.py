@@ -97,7 +97,7 @@ def test_an_episode_is_one_decision_with_the_documented_info(env_arguments):
     np.testing.assert_array_equal(info["decision"], action)
     np.testing.assert_allclose(info["vector_reward"], [info["quality"], -info["flops_ratio"]])
     assert info["is_success"] is (info["cost"] == 0)
-    assert reward == (1 - info["flops_ratio"] if info["is_success"] else pytest.approx(-50 * min(1, info["cost"])))
+    assert reward == (1 - info["flops_ratio"] if info["is_success"] else pytest.approx(-20 * min(1, info["cost"])))
     assert env.observation_space.contains(observation)
     with pytest.raises(gym.error.ResetNeeded):
         env.unwrapped.step(action)

@@ -26,7 +26,7 @@ from sd_gym.envs.shells import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy, write_json
 
 NUM_ENVS = 256
-VALIDATIONS = 8  # times that the policy is validated during training
+VALIDATIONS = 10  # times that the policy is validated during training
 TIMED_BATCH_SIZES = (1, 8, 32)
 LIBRARIES = ("gymnasium", "numpy", "sd-gym", "stable-baselines3", "torch", "transformers")
 

@@ -12,10 +12,10 @@ from stable_baselines3.common.vec_env import VecEnv
 class PPOSettings(AgentSettings):
     """Settings of PPO; a rollout is ``num_envs * n_steps`` decisions."""
 
-    learning_rate: float = Field(2e-3, gt=0)
-    n_steps: int = Field(2, ge=1)
-    batch_size: int = Field(128, ge=2)
-    n_epochs: int = Field(4, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    n_steps: int = Field(4, ge=1)
+    batch_size: int = Field(256, ge=2)
+    n_epochs: int = Field(6, ge=1)
     clip_range: float = Field(0.2, gt=0)
     entropy: float = Field(0.0, ge=0)
     initial_skip_rate: float = Field(0.1, gt=0, lt=1)

@@ -23,7 +23,7 @@ from sd_gym.policy import DecisionPolicy
 class ReinforceSettings(AgentSettings):
     """Settings of REINFORCE; a rollout scores ``batch_size * (samples + 1)`` decisions."""
 
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
     batch_size: int = Field(64, ge=1)
     samples: int = Field(4, ge=1)
     entropy: float = Field(0.0, ge=0)
@@ -41,6 +41,10 @@ class ReinforceAgent(Agent):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.network = self._new_policy()
+            for layer in self.network.body:
+                if isinstance(layer, torch.nn.Linear):  # as Stable-Baselines3 does: the features start at full size
+                    torch.nn.init.orthogonal_(layer.weight, gain=2**0.5)
+                    torch.nn.init.zeros_(layer.bias)
         with torch.no_grad():
             self.network.head.weight.mul_(0.01)  # starts alike for all inputs
             self.network.head.bias.copy_(initial_bias(self.env.core.nvec, self.settings.initial_skip_rate))

@@ -34,7 +34,7 @@ class EnvConfig(BaseModel):
     token_shares: tuple[float, ...] = (0.0,)
     objective: Literal["lexicographic", "scalarized"] = "lexicographic"
     epsilon: float = Field(default=0.01, ge=0, allow_inf_nan=False)
-    penalty: float = Field(default=50.0, gt=0, allow_inf_nan=False)
+    penalty: float = Field(default=20.0, gt=0, allow_inf_nan=False)
     cost_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     device: str = "cpu"
 
