@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,14 @@ class DecisionPolicy(nn.Module):
             generator = torch.Generator(device).manual_seed(0)
             logits = [_gumbel(choice, generator) for choice in logits]
         return torch.stack([choice.argmax(dim=1) for choice in logits], dim=1).cpu().numpy()
+
+    def more_cautious(self, margin: float) -> DecisionPolicy:
+        """A copy that skips only where it prefers skipping by more than ``margin`` in log-odds."""
+        cautious = deepcopy(self)
+        running = np.cumsum([0, *self.nvec[:-1]])  # the first choice of each component leaves everything running
+        with torch.no_grad():
+            cautious.head.bias[torch.from_numpy(running)] += margin
+        return cautious
 
     @property
     def flops(self) -> int:

@@ -1,6 +1,7 @@
 """Agents: they learn what is easy to learn, are deterministic, and their artefacts decide as they do."""
 
 import json
+from itertools import pairwise
 
 import gymnasium as gym
 import numpy as np
@@ -176,11 +177,22 @@ def test_selection_prefers_kept_quality_then_fewer_flops(env, monkeypatch):
 
     monkeypatch.setattr("sd_gym.agents.common.run.decide_and_score", score)
     monkeypatch.setattr(env.core, "config", env.core.config.model_copy(update={"epsilon": 0.01}))
+    monkeypatch.setattr("sd_gym.agents.common.run.MARGINS", ())
     selection = Selection(env.core)
     for step, name in enumerate(results):
         selection.consider(step, name)
     assert selection.best == "good"
     assert [entry["quality_kept"] for entry in selection.history] == [True, False, True, True]
+
+
+def test_a_more_cautious_policy_skips_less_and_less(env):
+    policy = make_agent("random", env, rate=0.4).policy()
+    observations = env.core.observe(env.core.split("train"), np.arange(32))
+    skipped = [policy.more_cautious(margin).decide(observations)[:, :-1] for margin in (0.0, 1.0, 2.0, 9.0)]
+    np.testing.assert_array_equal(skipped[0], policy.decide(observations)[:, :-1])
+    for bolder, shyer in pairwise(skipped):
+        assert (shyer <= bolder).all()
+        assert shyer.sum() < bolder.sum()
 
 
 def test_quality_kept_is_a_non_inferiority_test():

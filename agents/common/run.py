@@ -26,7 +26,8 @@ from sd_gym.envs.shells import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy, write_json
 
 NUM_ENVS = 256
-VALIDATIONS = 10  # times that the policy is validated during training
+MARGINS = (0.5, 1.0, 2.0, 3.0)  # of more cautious versions of a policy, in log-odds
+VALIDATIONS = 8  # times that the policy is validated during training
 TIMED_BATCH_SIZES = (1, 8, 32)
 LIBRARIES = ("gymnasium", "numpy", "sd-gym", "stable-baselines3", "torch", "transformers")
 
@@ -47,7 +48,21 @@ class Selection:
     _rank: tuple[bool, float] | None = None
 
     def consider(self, step: int, policy: DecisionPolicy) -> dict[str, Any]:
-        """Validate a policy, keep it if it is the best, and return its entry of the history."""
+        """Validate a policy, keep it if it is the best, and return its entry of the history.
+
+        Where a policy does not keep the quality, more cautious versions of it are tried: what it is least sure of
+        is run again, step by step, until the quality is kept.
+        """
+        entry = self._validate(step, policy)
+        self.history.append(entry)
+        kept = entry["quality_kept"]
+        for margin in MARGINS:
+            if kept:
+                break
+            kept = self._validate(step, policy.more_cautious(margin))["quality_kept"]
+        return entry
+
+    def _validate(self, step: int, policy: DecisionPolicy) -> dict[str, Any]:
         scored = decide_and_score(self.core, policy, self.core.split("validation"))
         difference = scored["quality"] - scored["quality_ref"]
         kept = quality_kept(difference, self.core.config.epsilon)
@@ -58,7 +73,6 @@ class Selection:
             "flops_ratio": float(scored["flops_ratio"].mean()),
             "quality_kept": kept,
         }
-        self.history.append(entry)
         # Where no policy keeps the quality, the one that loses least is the best.
         rank = (kept, -entry["flops_ratio"] if kept else float(difference.mean()))
         if self._rank is None or rank > self._rank:
