@@ -24,7 +24,7 @@ class ReinforceSettings(AgentSettings):
     """Settings of REINFORCE; a rollout scores ``batch_size * (samples + 1)`` decisions."""
 
     learning_rate: float = Field(1e-3, gt=0)
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(32, ge=1)
     samples: int = Field(4, ge=1)
     entropy: float = Field(0.0, ge=0)
     initial_skip_rate: float = Field(0.1, gt=0, lt=1)
