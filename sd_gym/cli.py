@@ -108,7 +108,7 @@ def train(
             from sd_gym.agents.common.run import train as run_training
 
             result = run_training(env, algo, folder, steps=steps, seed=seed, settings=settings, on_progress=on_progress)
-    except (ValueError, FileNotFoundError, FileExistsError, NotImplementedError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
         _fail(error)
     except Exception as error:
         if type(error).__module__.startswith("gymnasium.error"):

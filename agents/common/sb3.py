@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,9 @@ class SB3Agent(Agent):
             bias = self.algorithm.policy.action_net.bias
             bias.copy_(initial_bias(self.env.core.nvec, self.settings.initial_skip_rate))
 
+    @abstractmethod
     def _make_algorithm(self, vec_env: VecEnv) -> OnPolicyAlgorithm:
-        raise NotImplementedError
+        """The algorithm, untrained, on ``vec_env``."""
 
     def _common(self, vec_env: VecEnv) -> dict[str, Any]:
         """Arguments that the algorithms share. An episode is one decision, so discounting plays no part."""
