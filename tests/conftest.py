@@ -9,68 +9,105 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    BertConfig,
-    BertForSequenceClassification,
-    MBartConfig,
-    MBartForConditionalGeneration,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
 WORDS = ["good", "bad", "fine", "awful", "the", "food", "was", "not", "room"]
 
-
-def bart_config(cls, attention):
-    return cls(
-        vocab_size=40,
-        d_model=16,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=24,
-        decoder_ffn_dim=20,
-        max_position_embeddings=32,
-        init_std=0.3,
-        attn_implementation=attention,
-    )
+_BART = {
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 20,
+    "max_position_embeddings": 32,
+    "init_std": 0.3,
+    "decoder_start_token_id": 2,
+}
+_T5 = {"d_model": 16, "d_kv": 6, "d_ff": 24, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 2}
+_LLAMA = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+_BERT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.3,
+}
+TINY = {
+    "bart": _BART,
+    "mbart": _BART,
+    "pegasus": _BART,
+    "marian": _BART,
+    "t5": _T5 | {"feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 8},
+    "gpt2": {"n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 64, "initializer_range": 0.3},
+    "llama": _LLAMA,
+    "mistral": _LLAMA | {"sliding_window": 4},
+    "qwen2": {key: value for key, value in _LLAMA.items() if key != "head_dim"},
+    "qwen3": _LLAMA,
+    "gemma3_text": _LLAMA
+    | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "phi3": {key: value for key, value in _LLAMA.items() if key != "head_dim"},
+    "bert": _BERT,
+    "roberta": _BERT,
+    "distilbert": {"dim": 16, "n_layers": 3, "n_heads": 4, "hidden_dim": 24, "initializer_range": 0.3},
+    "electra": _BERT | {"embedding_size": 12},
+}
+ENCODER_DECODER = ["bart", "mbart", "pegasus", "marian", "t5"]
+DECODER = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3"]
+ENCODER = ["bert", "roberta", "distilbert", "electra"]
 
 
 def make_model(name, attention="sdpa"):
+    """A random model of an architecture, with weights large enough that every sublayer matters."""
     torch.manual_seed(0)
-    if name == "bart":
-        model = BartForConditionalGeneration(bart_config(BartConfig, attention))
-    elif name == "mbart":
-        model = MBartForConditionalGeneration(bart_config(MBartConfig, attention))
-    else:
-        model = BertForSequenceClassification(
-            BertConfig(
-                vocab_size=40,
-                hidden_size=16,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                intermediate_size=24,
-                max_position_embeddings=32,
-                initializer_range=0.3,
-                attn_implementation=attention,
-            )
-        )
-    return model.eval()
+    special = {"vocab_size": 40, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+    config = AutoConfig.for_model(name, **special, **TINY[name])
+    family = (
+        AutoModelForSeq2SeqLM
+        if name in ENCODER_DECODER
+        else AutoModelForCausalLM
+        if name in DECODER
+        else AutoModelForSequenceClassification
+    )
+    return family.from_config(config, attn_implementation=attention).eval()
 
 
-def make_inputs(name, batch=5, source=7, target=4, seed=0):
-    """Inputs with rows of different lengths (right-padded), and both lengths."""
+def make_inputs(name, batch=5, source=7, target=4, seed=0, side="right"):
+    """Inputs with rows of different lengths, padded at one side."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, 40, (batch, source), generator=generator)
     lengths = torch.randint(2, source + 1, (batch,), generator=generator)
     lengths[0] = source
     mask = (torch.arange(source) < lengths[:, None]).long()
+    if side == "left":
+        mask = mask.flip(1)
     inputs = {"input_ids": torch.where(mask.bool(), ids, 1), "attention_mask": mask}
-    if name != "bert":
+    if name in ENCODER_DECODER:
         inputs["decoder_input_ids"] = torch.randint(4, 40, (batch, target), generator=generator)
+    if name not in ENCODER:
         inputs["use_cache"] = False
     return inputs
+
+
+def row_of(inputs, row):
+    """The inputs of one row, as a batch of one."""
+    return {key: value[row : row + 1] if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from sd_gym.switch.architectures import (
 )
 from sd_gym.switch.flops import FlopsModel
 from sd_gym.switch.switchboard import Switch, Switchboard
+from sd_gym.switch.tokens import inverse_document_frequency, keep_tokens, position_scores, random_scores
 
 __all__ = [
     "Architecture",
@@ -19,6 +20,10 @@ __all__ = [
     "Switch",
     "Switchboard",
     "UnsupportedArchitectureError",
+    "inverse_document_frequency",
+    "keep_tokens",
+    "position_scores",
+    "random_scores",
     "register_architecture",
     "supported_architectures",
 ]

@@ -17,19 +17,31 @@ class Sublayer:
 
     Attributes:
         kind: What it is; names the switch (``encoder.0.attention``).
-        modules: Attribute paths inside the layer, in execution order: one module, or the first and the last of a
-            branch that the layer spells out (BART's ``fc1`` and ``fc2``).
+        modules: Paths of the branch's modules inside the layer, in execution order, each one's output the next one's
+            first input: one module, or as many as the layer spells out (a norm in front; BART's ``fc1`` and ``fc2``).
+            The first selects the rows that run, the last puts them back among the others.
         adds_residual: Whether the last module adds the branch's input itself, as BERT's output modules do. Then a
             skipped row passes through unchanged; otherwise it gets zeros and the layer's own residual sum passes it.
-        query: Path of the query projection inside an attention; its output width is the width of all heads.
+        output: Of an attention, the path of its output projection inside the layer; the module of ``modules`` that
+            holds it is the attention proper, and the projection's input width is the width of all heads.
         source: Paths of the projections that read the encoder's output (keys and values of a cross-attention).
+        position_bias: Path of a module whose ``compute_bias`` makes what the first layer shares with all others (T5's
+            relative positions), so that it exists where the first layer is skipped.
     """
 
     kind: Kind
     modules: tuple[str, ...]
     adds_residual: bool = False
-    query: str | None = None
+    output: str | None = None
     source: tuple[str, ...] = ()
+    position_bias: str | None = None
+
+    @property
+    def attention(self) -> str | None:
+        """The module that is the attention proper; ``None`` in a feed-forward."""
+        if self.output is None:
+            return None
+        return next(path for path in self.modules if self.output.startswith(path + "."))
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,8 @@ class Stack:
     """A list of equal layers.
 
     Attributes:
-        name: ``encoder`` or ``decoder``; a stack called ``decoder`` runs on the target, every other on the source.
+        name: ``encoder`` or ``decoder``. Behind an encoder, a decoder runs on the target; a lone stack of either name
+            runs on the input.
         layers: Path of the layer list inside ``model.base_model``.
         sublayers: Residual branches of each layer, in execution order.
     """
@@ -53,7 +66,8 @@ class Architecture:
 
     Attributes:
         model_types: Values of ``model.config.model_type`` that this entry is for.
-        stacks: Layer stacks in execution order.
+        stacks: Layer stacks in execution order; the first reads the input.
+        causal: Whether the first stack's positions see only what stands before them (decoder-only models).
         token_heads: Paths inside the model of linears that run once a target (or source) token, such as ``lm_head``.
         sequence_heads: Paths inside the model of linears that run once a sequence, such as a classifier.
             Paths that a model does not have are passed over, so one entry serves all heads.
@@ -61,6 +75,7 @@ class Architecture:
 
     model_types: tuple[str, ...]
     stacks: tuple[Stack, ...]
+    causal: bool = False
     token_heads: tuple[str, ...] = ()
     sequence_heads: tuple[str, ...] = ()
 
@@ -85,7 +100,7 @@ def register_architecture(architecture: Architecture) -> None:
         ...                 "encoder",
         ...                 layers="layers",
         ...                 sublayers=(
-        ...                     Sublayer("attention", ("self_attn",), query="q_proj"),
+        ...                     Sublayer("attention", ("norm", "self_attn"), output="self_attn.out_proj"),
         ...                     Sublayer("feed_forward", ("fc1", "fc2")),
         ...                 ),
         ...             ),
@@ -117,35 +132,157 @@ def architecture_of(model_type: str) -> Architecture:
     return _REGISTRY[model_type]
 
 
-_BART_SELF = Sublayer("attention", ("self_attn",), query="q_proj")
-_BART_CROSS = Sublayer("cross_attention", ("encoder_attn",), query="q_proj", source=("k_proj", "v_proj"))
-_BART_FEED_FORWARD = Sublayer("feed_forward", ("fc1", "fc2"))
+def _bart_like(norm: bool) -> tuple[Stack, ...]:
+    """Encoder and decoder layers as BART names them, with the norms in front (mBART) or behind (BART)."""
+
+    def chain(norm_name: str, *modules: str) -> tuple[str, ...]:
+        return (norm_name, *modules) if norm else modules
+
+    attention = Sublayer("attention", chain("self_attn_layer_norm", "self_attn"), output="self_attn.out_proj")
+    cross_attention = Sublayer(
+        "cross_attention",
+        chain("encoder_attn_layer_norm", "encoder_attn"),
+        output="encoder_attn.out_proj",
+        source=("encoder_attn.k_proj", "encoder_attn.v_proj"),
+    )
+    feed_forward = Sublayer("feed_forward", chain("final_layer_norm", "fc1", "fc2"))
+    return (
+        Stack("encoder", "encoder.layers", (attention, feed_forward)),
+        Stack("decoder", "decoder.layers", (attention, cross_attention, feed_forward)),
+    )
+
+
+def _bert_like() -> tuple[Stack, ...]:
+    attention = Sublayer("attention", ("attention",), adds_residual=True, output="attention.output.dense")
+    feed_forward = Sublayer("feed_forward", ("intermediate", "output"), adds_residual=True)
+    return (Stack("encoder", "encoder.layer", (attention, feed_forward)),)
+
+
+def _llama_like() -> tuple[Stack, ...]:
+    attention = Sublayer("attention", ("input_layernorm", "self_attn"), output="self_attn.o_proj")
+    feed_forward = Sublayer("feed_forward", ("post_attention_layernorm", "mlp"))
+    return (Stack("decoder", "layers", (attention, feed_forward)),)
+
+
+_SEQUENCE_TO_SEQUENCE_HEADS = {
+    "token_heads": ("lm_head", "qa_outputs"),
+    "sequence_heads": ("classification_head.dense", "classification_head.out_proj"),
+}
+_CAUSAL_HEADS = {"token_heads": ("lm_head", "score", "qa_outputs")}
+
+register_architecture(Architecture(("bart", "marian"), _bart_like(norm=False), **_SEQUENCE_TO_SEQUENCE_HEADS))
+register_architecture(Architecture(("mbart", "pegasus"), _bart_like(norm=True), **_SEQUENCE_TO_SEQUENCE_HEADS))
+
+_T5_SELF = Sublayer(
+    "attention",
+    ("layer.0",),
+    adds_residual=True,
+    output="layer.0.SelfAttention.o",
+    position_bias="layer.0.SelfAttention",
+)
+_T5_CROSS = Sublayer(
+    "cross_attention",
+    ("layer.1",),
+    adds_residual=True,
+    output="layer.1.EncDecAttention.o",
+    source=("layer.1.EncDecAttention.k", "layer.1.EncDecAttention.v"),
+    position_bias="layer.1.EncDecAttention",
+)
+register_architecture(
+    Architecture(
+        model_types=("t5",),
+        stacks=(
+            Stack("encoder", "encoder.block", (_T5_SELF, Sublayer("feed_forward", ("layer.1",), adds_residual=True))),
+            Stack(
+                "decoder",
+                "decoder.block",
+                (_T5_SELF, _T5_CROSS, Sublayer("feed_forward", ("layer.2",), adds_residual=True)),
+            ),
+        ),
+        **_SEQUENCE_TO_SEQUENCE_HEADS,
+    )
+)
 
 register_architecture(
     Architecture(
-        model_types=("bart", "mbart"),
+        model_types=("gpt2",),
         stacks=(
-            Stack("encoder", "encoder.layers", (_BART_SELF, _BART_FEED_FORWARD)),
-            Stack("decoder", "decoder.layers", (_BART_SELF, _BART_CROSS, _BART_FEED_FORWARD)),
+            Stack(
+                "decoder",
+                "h",
+                (
+                    Sublayer("attention", ("ln_1", "attn"), output="attn.c_proj"),
+                    Sublayer("feed_forward", ("ln_2", "mlp")),
+                ),
+            ),
         ),
-        token_heads=("lm_head", "qa_outputs"),
-        sequence_heads=("classification_head.dense", "classification_head.out_proj"),
+        causal=True,
+        **_CAUSAL_HEADS,
+    )
+)
+register_architecture(
+    Architecture(("llama", "mistral", "qwen2", "qwen3", "phi3"), _llama_like(), causal=True, **_CAUSAL_HEADS)
+)
+register_architecture(
+    Architecture(
+        model_types=("gemma3_text",),
+        stacks=(
+            Stack(
+                "decoder",
+                "layers",
+                (
+                    Sublayer(
+                        "attention",
+                        ("input_layernorm", "self_attn", "post_attention_layernorm"),
+                        output="self_attn.o_proj",
+                    ),
+                    Sublayer("feed_forward", ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm")),
+                ),
+            ),
+        ),
+        causal=True,
+        **_CAUSAL_HEADS,
+    )
+)
+
+register_architecture(
+    Architecture(
+        model_types=("bert", "roberta", "electra"),
+        stacks=_bert_like(),
+        token_heads=(
+            "qa_outputs",
+            "cls.predictions.transform.dense",
+            "cls.predictions.decoder",
+            "lm_head.dense",
+            "lm_head.decoder",
+            "generator_predictions.dense",
+            "generator_lm_head",
+            "electra.embeddings_project",
+            "embeddings_project",
+        ),
+        sequence_heads=(
+            "bert.pooler.dense",
+            "pooler.dense",
+            "classifier",
+            "classifier.dense",
+            "classifier.out_proj",
+        ),
     )
 )
 register_architecture(
     Architecture(
-        model_types=("bert",),
+        model_types=("distilbert",),
         stacks=(
             Stack(
                 "encoder",
-                "encoder.layer",
+                "transformer.layer",
                 (
-                    Sublayer("attention", ("attention",), adds_residual=True, query="self.query"),
-                    Sublayer("feed_forward", ("intermediate", "output"), adds_residual=True),
+                    Sublayer("attention", ("attention",), output="attention.out_lin"),
+                    Sublayer("feed_forward", ("ffn",)),
                 ),
             ),
         ),
-        token_heads=("qa_outputs", "cls.predictions.transform.dense", "cls.predictions.decoder"),
-        sequence_heads=("bert.pooler.dense", "pooler.dense", "classifier"),
+        token_heads=("qa_outputs", "vocab_transform", "vocab_projector"),
+        sequence_heads=("pre_classifier", "classifier"),
     )
 )

@@ -1,4 +1,4 @@
-"""Analytic FLOPs of a switched forward pass, vectorised over instances and decisions.
+"""Analytic FLOPs of a switched backbone, vectorised over instances and decisions.
 
 Counted as ``torch.utils.flop_counter.FlopCounterMode`` counts: 2 per multiply-add of every matrix product, that is
 the linears, the two products of an attention, and the heads. Embedding look-ups, norms and activations count nothing.
@@ -7,70 +7,133 @@ the linears, the two products of an attention, and the heads. Embedding look-ups
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from sd_gym.switch.switchboard import Switch, Switchboard
+
+NO_WINDOW = 2**40  # keys; more than any input has
 
 
 class FlopsModel:
     """FLOPs of one backbone as a function of lengths and decisions.
+
+    Both methods return ``(always, switched)``, int64: the FLOPs of each instance that no decision saves ``[n]``, and
+    those of each switch ``[n, switches]``. A decision costs ``always + (switched * (1 - skip)).sum(axis=1)``.
 
     Args:
         board: The switchboard of the backbone; dimensions are read from its modules.
     """
 
     def __init__(self, board: Switchboard) -> None:
-        self._encoder_decoder = any(stack.name == "decoder" for stack in board.architecture.stacks)
+        stacks = board.architecture.stacks
+        self._encoder_decoder = len(stacks) > 1
+        self._generates = self._encoder_decoder or board.architecture.causal
         self._token_head = _head(board.model, board.architecture.token_heads)
         self._sequence_head = _head(board.model, board.architecture.sequence_heads)
         costs = np.array([_coefficients(switch) for switch in board.switches], dtype=np.int64)
         self._per_query, self._per_source, self._per_pair = costs.T
-        self._on_target = np.array([switch.stack == "decoder" for switch in board.switches])
+        self._on_target = np.array([not switch.reads_input for switch in board.switches])
         self._across = np.array([switch.sublayer.kind == "cross_attention" for switch in board.switches])
+        self._window = np.array([_window(switch) for switch in board.switches])
 
     def costs(
-        self, source_length: np.ndarray, target_length: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """FLOPs of each part, for instances of the given lengths.
+        self, source_length: NDArray, target_length: NDArray | None = None, kept_length: NDArray | None = None
+    ) -> tuple[NDArray, NDArray]:
+        """One forward pass, teacher-forced where the backbone generates.
 
         Args:
-            source_length: Tokens of the input, int ``[n]``.
-            target_length: Tokens that the decoder runs on (teacher forcing), int ``[n]``; not used by encoders.
-
-        Returns:
-            ``(always, switched)``, int64: FLOPs that no decision saves ``[n]``, and of each switch ``[n, switches]``.
+            source_length: Tokens of the input, int ``[n]``; of a decoder-only model: prompt and answer together.
+            target_length: Tokens that the decoder runs on, int ``[n]``; of encoder-decoder models only.
+            kept_length: Tokens of the input that are not dropped, int ``[n]``; ``None``: all.
 
         Raises:
-            ValueError: If the backbone has a decoder and ``target_length`` is missing.
+            ValueError: If the backbone has a decoder behind an encoder and ``target_length`` is missing.
         """
-        source = np.asarray(source_length, dtype=np.int64)[:, None]
-        if not self._encoder_decoder:
-            target = source
-        elif target_length is None:
-            raise ValueError("an encoder-decoder backbone needs target_length as well as source_length")
+        source, kept, target = self._lengths(source_length, kept_length, target_length)
+        query = np.where(self._on_target, target, kept)
+        pairs = query * np.where(self._across, kept, query)
+        # Hidden states of dropped positions come back as zeros, so an encoder's or a lone decoder's head runs on all.
+        always = self._token_head * (target if self._encoder_decoder else source)[:, 0] + self._sequence_head
+        return always, self._switched(query, kept, pairs)
+
+    def generation_costs(
+        self, source_length: NDArray, generated: NDArray, kept_length: NDArray | None = None
+    ) -> tuple[NDArray, NDArray]:
+        """``generate()`` with a key-value cache, greedy or sampling: the input once, then a step a token.
+
+        Args:
+            source_length: Tokens of the input or prompt, int ``[n]``.
+            generated: Tokens generated, the end token included, int ``[n]``, at least 1.
+            kept_length: Tokens of the input that are not dropped, int ``[n]``; ``None``: all.
+
+        Raises:
+            ValueError: If the backbone does not generate.
+        """
+        if not self._generates:
+            raise ValueError("this backbone does not generate")
+        source, kept, steps = self._lengths(source_length, kept_length, generated)
+        if self._encoder_decoder:
+            query = np.where(self._on_target, steps, kept)
+            own = np.where(self._on_target, self._decoding_pairs(0, steps + 1, NO_WINDOW), kept * kept)
+            pairs = np.where(self._across, steps * kept, own)
         else:
-            target = np.asarray(target_length, dtype=np.int64)[:, None]
-        query = np.where(self._on_target, target, source)
-        key = np.where(self._across, source, query)
-        switched = self._per_query * query + self._per_source * source + self._per_pair * query * key
-        always = self._token_head * target[:, 0] + self._sequence_head
-        return always, switched
+            # The prompt's pass yields the first token, so one step less; a window bounds the keys of a step, but not
+            # where tokens were dropped: then the cache keeps all, and the mask does the rest.
+            window = np.where(kept < source, NO_WINDOW, self._window)
+            query = kept + steps - 1
+            pairs = kept * kept + self._decoding_pairs(kept, steps, window)
+        always = self._token_head * steps[:, 0] + self._sequence_head
+        return always, self._switched(query, kept, pairs)
+
+    @staticmethod
+    def _decoding_pairs(past: NDArray | int, steps: NDArray, window: NDArray | int) -> NDArray:
+        """Keys seen by the ``steps - 1`` steps behind the first: ``sum over t = 1 .. steps - 1 of min(past + t, window)``."""
+        free = np.clip(window - past, 0, steps - 1)  # steps that see fewer keys than the window has
+        return past * free + free * (free + 1) // 2 + (steps - 1 - free) * window
+
+    def _lengths(self, source: NDArray, kept: NDArray | None, target: NDArray | None) -> tuple[NDArray, ...]:
+        source = np.asarray(source, dtype=np.int64)[:, None]
+        kept = source if kept is None else np.asarray(kept, dtype=np.int64)[:, None]
+        if target is None and self._encoder_decoder:
+            raise ValueError("an encoder-decoder backbone needs target_length as well as source_length")
+        return source, kept, source if target is None else np.asarray(target, dtype=np.int64)[:, None]
+
+    def _switched(self, query: NDArray, kept: NDArray, pairs: NDArray) -> NDArray:
+        return self._per_query * query + self._per_source * kept + self._per_pair * pairs
 
 
 def _coefficients(switch: Switch) -> tuple[int, int, int]:
     """FLOPs per query token, per encoder token, and per pair of query and key."""
-    modules = switch.modules
-    source = sum(_multiply_adds(modules[0].get_submodule(path)) for path in switch.sublayer.source)
-    query = sum(_multiply_adds(part) for module in modules for part in module.modules()) - source
+    source = sum(_multiply_adds(switch.layer.get_submodule(path)) for path in switch.sublayer.source)
+    query = sum(_multiply_adds(part) for module in switch.modules for part in module.modules()) - source
     pair = 0
-    if switch.sublayer.query is not None:
-        pair = 2 * modules[0].get_submodule(switch.sublayer.query).out_features  # the scores and the weighted sum
+    if switch.sublayer.output is not None:
+        heads = _shape(switch.layer.get_submodule(switch.sublayer.output))[0]
+        pair = 2 * heads  # the scores and the weighted sum
     return 2 * query, 2 * source, 2 * pair
 
 
+def _window(switch: Switch) -> int:
+    """Keys that a decoding step sees at most."""
+    if switch.sublayer.attention is None:
+        return NO_WINDOW
+    attention = switch.layer.get_submodule(switch.sublayer.attention)
+    holder = attention if hasattr(attention, "sliding_window") else getattr(attention, "config", None)
+    return getattr(holder, "sliding_window", None) or NO_WINDOW
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Input and output width of a linear; (0, 0) for any other module, whose linears are counted one by one."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return tuple(module.weight.shape) if isinstance(module, Conv1D) else (0, 0)
+
+
 def _multiply_adds(module: nn.Module) -> int:
-    """Multiply-adds a token of one linear; 0 for any other module, whose linears are counted one by one."""
-    return module.in_features * module.out_features if isinstance(module, nn.Linear) else 0
+    width, out = _shape(module)
+    return width * out
 
 
 def _head(model: nn.Module, paths: tuple[str, ...]) -> int:

@@ -11,14 +11,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from sd_gym.switch.architectures import Sublayer, architecture_of
+from sd_gym.switch.cache import KeptRows, kept_rows
+from sd_gym.switch.tokens import DroppedTokens
+
+
+class _Place(NamedTuple):
+    """Where a module stands in its sublayer's chain."""
+
+    first: bool
+    last: bool
+    attention: bool
+
+
+class _Call(NamedTuple):
+    """What a sublayer's first module leaves to the others of the same forward pass."""
+
+    hidden: Tensor  # the branch's input, all rows
+    rows: Tensor | None  # that run; None: all
 
 
 @dataclass
@@ -28,21 +45,56 @@ class Switch:
     Attributes:
         name: ``stack.layer.kind``, such as ``decoder.3.cross_attention``.
         stack: Name of the stack that it is in.
+        index: Index of its layer in the stack.
         layer: The layer module that it is in.
         sublayer: What it switches.
+        reads_input: Whether its stack is the one that reads the input, whose tokens can be dropped.
+        modules: The switched modules, in execution order.
         rows: Indices of the rows that run it, int64 ``[kept]`` on the model's device; ``None``: all of them.
+        tokens: The tokens that are dropped, where it is an attention over the input; ``None``: none.
     """
 
     name: str
     stack: str
+    index: int
     layer: nn.Module
     sublayer: Sublayer
+    reads_input: bool
+    modules: list[nn.Module] = field(init=False, repr=False)
     rows: Tensor | None = field(default=None, repr=False)
+    tokens: DroppedTokens | None = field(default=None, repr=False)
+    _call: _Call | None = field(default=None, repr=False)
 
-    @property
-    def modules(self) -> list[nn.Module]:
-        """The switched modules, in execution order."""
-        return [self.layer.get_submodule(path) for path in self.sublayer.modules]
+    def __post_init__(self) -> None:
+        self.modules = [self.layer.get_submodule(path) for path in self.sublayer.modules]
+
+
+@dataclass
+class _Plan:
+    """Decisions in force: rows by switch, by how often each row of the decisions stands in the batch (beams)."""
+
+    batch: int
+    rows: dict[int, list[Tensor | None]]
+    tokens: DroppedTokens | None
+
+    def rows_of(self, number: int, total: int) -> Tensor | None:
+        """Rows of a batch of ``total`` that run switch ``number``.
+
+        Raises:
+            ValueError: If ``total`` is no multiple of the decisions' batch.
+        """
+        repeats, rest = divmod(total, self.batch)
+        if rest or not repeats:
+            raise ValueError(f"decisions are in force for {self.batch} rows, but the model got {total}")
+        if repeats not in self.rows:
+            self.rows[repeats] = [_repeated(rows, repeats) for rows in self.rows[1]]
+        return self.rows[repeats][number]
+
+
+def _repeated(rows: Tensor | None, repeats: int) -> Tensor | None:
+    if rows is None:
+        return None
+    return (rows[:, None] * repeats + torch.arange(repeats, device=rows.device)).flatten()
 
 
 class Switchboard:
@@ -79,15 +131,21 @@ class Switchboard:
         self.model = model
         self.architecture = architecture_of(model.config.model_type)
         self.switches = [
-            Switch(f"{stack.name}.{index}.{sublayer.kind}", stack.name, layer, sublayer)
+            Switch(
+                f"{stack.name}.{index}.{sublayer.kind}",
+                stack.name,
+                index,
+                layer,
+                sublayer,
+                stack is self.architecture.stacks[0],
+            )
             for stack in self.architecture.stacks
             for index, layer in enumerate(model.base_model.get_submodule(stack.layers))
             for sublayer in stack.sublayers
         ]
-        self._batch: int | None = None
-        for switch in self.switches:
-            self._install(switch)
-        self._guard = model.register_forward_pre_hook(self._refuse_filled_cache, with_kwargs=True)
+        self._plan: _Plan | None = None
+        for number, switch in enumerate(self.switches):
+            self._install(number, switch)
         model._switchboard = self
 
     def __len__(self) -> int:
@@ -99,123 +157,171 @@ class Switchboard:
         return [switch.name for switch in self.switches]
 
     @contextmanager
-    def decide(self, skip: Tensor | np.ndarray) -> Iterator[None]:
-        """Put decisions in force for the forward passes inside the ``with`` block.
+    def decide(self, skip: Tensor | np.ndarray, keep: Tensor | np.ndarray | None = None) -> Iterator[None]:
+        """Put decisions in force for the forward passes and ``generate()`` calls inside the ``with`` block.
+
+        The plan is made on the host, so CPU tensors or arrays are the cheapest; nothing synchronises inside the forward
+        pass. A batch may be a multiple of the decisions': each row then stands for its beams or samples, one after
+        the other, as ``generate()`` arranges them.
 
         Args:
-            skip: Integers or booleans ``[batch, len(board)]``; 1 = the row skips the sublayer. The plan is made on
-                the host, so a CPU tensor or an array is the cheapest; nothing synchronises inside the forward pass.
+            skip: Integers or booleans ``[batch, len(board)]``; 1 = the row skips the sublayer.
+            keep: Integers or booleans ``[batch, length]``; 0 = the input's token is dropped, physically, in front of
+                the first layer (``sd_gym.switch.keep_tokens`` ranks). Padding may be kept or not. The model returns
+                zeros as the hidden states of dropped positions; encoder-decoder models return the encoder's output
+                without them. ``None``: all tokens stay.
 
         Raises:
-            ValueError: If the shape or a value is wrong.
+            ValueError: If a shape or a value is wrong, or a row keeps no token.
         """
-        skip = self._checked(skip)
-        outer = (self._batch, [switch.rows for switch in self.switches])
-        self._batch = len(skip)
-        for switch, rows in zip(self.switches, self._plan(skip), strict=True):
-            switch.rows = rows
+        skip = self._checked(skip, len(self), "switch")
+        tokens = None
+        if keep is not None:
+            keep = self._checked(keep, None, "token")
+            if len(keep) != len(skip):
+                raise ValueError(f"keep is for {len(keep)} rows and skip for {len(skip)}; they must agree")
+            if not keep.any(axis=1).all():
+                raise ValueError("keep leaves a row without any token; protect at least one")
+            if not keep.all():
+                tokens = DroppedTokens(keep, self.model.device)
+        outer = self._plan
+        self._enforce(_Plan(len(skip), {1: self._rows(skip)}, tokens))
+        hooks = tokens.install(self.model, self.architecture) if tokens is not None else []
         try:
             yield
         finally:
-            self._batch = outer[0]
-            for switch, rows in zip(self.switches, outer[1], strict=True):
-                switch.rows = rows
+            for hook in hooks:
+                hook.remove()
+            self._enforce(outer)
 
     def remove(self) -> None:
         """Take all switches out; the model is then exactly what it was."""
         for switch in self.switches:
             for module in switch.modules:
                 del module.forward
-        self._guard.remove()
         del self.model._switchboard
 
-    def _checked(self, skip: Tensor | np.ndarray) -> np.ndarray:
-        array = skip.detach().cpu().numpy() if isinstance(skip, Tensor) else np.asarray(skip)
-        if array.ndim != 2 or array.shape[1] != len(self):
-            raise ValueError(f"skip must have shape [batch, {len(self)}], one column a switch; got {list(array.shape)}")
+    def _enforce(self, plan: _Plan | None) -> None:
+        self._plan = plan
+        for switch, rows in zip(self.switches, plan.rows[1] if plan else [None] * len(self), strict=True):
+            switch.rows = rows
+            attends = switch.reads_input and switch.sublayer.output is not None
+            switch.tokens = plan.tokens if plan and attends else None
+
+    def _checked(self, values: Tensor | np.ndarray, columns: int | None, column: str) -> np.ndarray:
+        name = "keep" if columns is None else "skip"
+        array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+        if array.ndim != 2 or columns not in (None, array.shape[1]):
+            raise ValueError(
+                f"{name} must have shape [batch, {columns or 'length'}], one column a {column}; "
+                f"got {list(array.shape)}"
+            )
         if not ((array == 0) | (array == 1)).all():
-            raise ValueError("skip must hold only 0 (run) and 1 (skip)")
+            raise ValueError(f"{name} must hold only 0 and 1")
         return array.astype(bool)
 
-    def _plan(self, skip: np.ndarray) -> list[Tensor | None]:
+    def _rows(self, skip: np.ndarray) -> list[Tensor | None]:
         """The rows that run, a switch: one transfer to the device for the whole plan."""
         runs = ~skip.T
         counts = runs.sum(axis=1)
         rows = torch.from_numpy(np.nonzero(runs)[1]).to(self.model.device).split(counts.tolist())
         return [None if count == len(skip) else kept for count, kept in zip(counts, rows, strict=True)]
 
-    def _install(self, switch: Switch) -> None:
-        modules = switch.modules
-        if len(modules) == 1:
-            modules[0].forward = partial(self._whole, switch, modules[0].forward)
-        else:
-            modules[0].forward = partial(self._first, switch, modules[0].forward)
-            modules[1].forward = partial(self._last, switch, modules[1].forward)
+    def _install(self, number: int, switch: Switch) -> None:
+        chain = list(zip(switch.sublayer.modules, switch.modules, strict=True))
+        for position, (path, module) in enumerate(chain):
+            place = _Place(position == 0, position == len(chain) - 1, path == switch.sublayer.attention)
+            module.forward = partial(self._run, number, switch, place, module.forward)
 
-    def _whole(self, switch: Switch, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-        """A sublayer that is one module: select, run, scatter."""
-        rows = switch.rows
-        if rows is None:
+    def _run(self, number: int, switch: Switch, place: _Place, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+        """One module of a sublayer: the first selects the rows, the last scatters them back."""
+        if switch.rows is None and switch.tokens is None:
             return inner(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
-        self._check_batch(hidden)
-        base = hidden if switch.sublayer.adds_residual else torch.zeros_like(hidden)
-        if len(rows) == 0:
-            return base, None
-        selected = [self._select(value, rows) for value in args]
-        output = inner(*selected, **{key: self._select(value, rows) for key, value in kwargs.items()})
-        attended = output[1]
-        if isinstance(attended, Tensor):
-            attended = attended.new_zeros(len(hidden), *attended.shape[1:]).index_copy(0, rows, attended)
-        return base.index_copy(0, rows, output[0]), attended, *output[2:]
+        if place.first:
+            switch._call = _Call(hidden, self._plan.rows_of(number, len(hidden)))
+        call = switch._call
+        if place.last:
+            switch._call = None  # holds no memory between passes
+        if place.attention:
+            return self._run_attention(switch, place, call, inner, args, kwargs)
+        if call.rows is not None and len(call.rows) == 0:
+            return self._skipped(switch, call) if place.last else hidden[:0]
+        output = inner(*self._selected(args, call), **self._selected(kwargs, call))
+        return self._scattered(switch, call, output) if place.last else output
 
-    def _first(self, switch: Switch, inner: Callable, hidden: Tensor) -> Tensor:
-        """The first module of a sublayer that the layer spells out: from here on, only the kept rows exist."""
-        rows = switch.rows
-        if rows is None:
-            return inner(hidden)
-        self._check_batch(hidden)
-        if len(rows) == 0:
-            return hidden.new_empty(0, *hidden.shape[1:])
-        return inner(hidden.index_select(0, rows))
-
-    def _last(self, switch: Switch, inner: Callable, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The last module of such a sublayer: all rows exist again."""
-        rows = switch.rows
-        inputs = (hidden,) if residual is None else (hidden, residual)
-        if rows is None:
-            return inner(*inputs)
-        if len(rows) == 0:
-            # The width is that of the layer's input, which ``_first`` passed on.
-            return residual if residual is not None else hidden.new_zeros(self._batch, *hidden.shape[1:])
-        if residual is None:
-            output = inner(hidden)
-            base = output.new_zeros(self._batch, *output.shape[1:])
+    def _run_attention(
+        self, switch: Switch, place: _Place, call: _Call, inner: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple:
+        """The attention proper of a sublayer: its other arguments, its cache and its position bias follow the rows."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        query_length = hidden.shape[1] if switch.tokens is None else switch.tokens.query_length
+        layer = self._cache_layer(switch, call, (*args, *kwargs.values()))
+        shared = ()
+        if switch.sublayer.position_bias is not None:
+            if kwargs.get("position_bias") is None:
+                past = layer.length if layer is not None else 0
+                kwargs["position_bias"] = self._position_bias(switch, query_length, past, len(call.hidden))
+            shared = (kwargs["position_bias"],)
+        if call.rows is not None and len(call.rows) == 0:
+            output = (self._skipped(switch, call) if place.last else hidden[:0], *shared, None)
         else:
-            output = inner(hidden, residual.index_select(0, rows))
-            base = residual
-        return base.index_copy(0, rows, output)
+            output = inner(*self._selected(args, call), **self._selected(kwargs, call))
+            weights = [self._padded(value, call) for value in output[1 + len(shared) :]]
+            if shared == (None,):
+                shared = output[1:2]
+            output = (self._scattered(switch, call, output[0]) if place.last else output[0], *shared, *weights)
+        if layer is not None and switch.sublayer.kind == "attention":
+            layer.advance(query_length)
+        return output
 
-    def _select(self, value: Any, rows: Tensor) -> Any:
-        """Rows of a tensor whose first dimension is the batch; anything else as it is.
+    def _cache_layer(self, switch: Switch, call: _Call, values: tuple) -> KeptRows | None:
+        cache = next((value for value in values if isinstance(value, Cache)), None)
+        if cache is None:
+            return None
+        across, whole = switch.sublayer.kind == "cross_attention", switch.tokens is not None
+        return kept_rows(cache, switch.index, across=across, rows=call.rows, batch=len(call.hidden), whole=whole)
 
-        One-dimensional tensors (positions) never count a batch.
+    def _position_bias(self, switch: Switch, query_length: int, past: int, total: int) -> Tensor | None:
+        """What the first layer shares with all others, whether or not any row runs it."""
+        module = switch.layer.get_submodule(switch.sublayer.position_bias)
+        if not module.has_relative_attention_bias:
+            return None
+        device = self.model.device
+        bias = module.compute_bias(query_length, past + query_length, device=device, past_seen_tokens=past)
+        return bias if switch.tokens is None else switch.tokens.gather_square(bias, total)
+
+    def _selected(self, values: Any, call: _Call) -> Any:
+        """The rows that run, of every tensor whose first dimension is the batch; anything else as it is.
+
+        One-dimensional tensors (positions) never count a batch, and what an earlier module of the sublayer has selected
+        already is shorter than the batch.
         """
-        if isinstance(value, Tensor) and value.ndim >= 2 and len(value) == self._batch:
-            return value.index_select(0, rows)
-        return value
+        if call.rows is None:
+            return values
+        if isinstance(values, Tensor):
+            whole = values.ndim >= 2 and len(values) == len(call.hidden)
+            return values.index_select(0, call.rows) if whole else values
+        if isinstance(values, tuple):
+            return tuple(self._selected(value, call) for value in values)
+        if type(values) is dict:
+            return {name: self._selected(value, call) for name, value in values.items()}
+        return values
 
-    def _check_batch(self, hidden: Tensor) -> None:
-        if len(hidden) != self._batch:
-            raise ValueError(f"decisions are in force for {self._batch} rows, but the model got {len(hidden)}")
+    def _skipped(self, switch: Switch, call: _Call) -> Tensor:
+        """The output of a sublayer that no row runs."""
+        return call.hidden if switch.sublayer.adds_residual else torch.zeros_like(call.hidden)
 
-    def _refuse_filled_cache(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Decoding step by step over a cache is not possible yet: fail instead of giving wrong tokens."""
-        if all(switch.rows is None for switch in self.switches):
-            return
-        for value in kwargs.values():
-            layers = getattr(getattr(value, "self_attention_cache", value), "layers", None)
-            if layers is not None and any(getattr(layer, "is_initialized", False) for layer in layers):
-                raise NotImplementedError(
-                    "decoding with a key-value cache under skip decisions is not supported yet; pass use_cache=False"
-                )
+    def _scattered(self, switch: Switch, call: _Call, output: Tensor) -> Tensor:
+        """The output of a sublayer for all rows, from that of the rows that ran it."""
+        if call.rows is None:
+            return output
+        if switch.sublayer.adds_residual:
+            return call.hidden.to(output.dtype).index_copy(0, call.rows, output)
+        return self._padded(output, call)
+
+    def _padded(self, output: Tensor | None, call: _Call) -> Tensor | None:
+        """Zeros for the rows that did not run."""
+        if call.rows is None or output is None:
+            return output
+        return output.new_zeros(len(call.hidden), *output.shape[1:]).index_copy_(0, call.rows, output)

@@ -1,0 +1,143 @@
+"""A key-value cache whose layers hold only the rows that run them.
+
+A decision is made once a sequence, so what a row skips it skips at every step: its keys and values are never needed and
+never stored. What the model asks its cache for, the length seen so far and the order of the beams, must still be
+right for all rows, also where a layer stores none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+
+
+class KeptRows(CacheLayerMixin):
+    """One layer of a cache, holding the keys and values of some rows of the batch.
+
+    Stands in the place of the Hugging Face layer and answers for it.
+
+    Attributes:
+        inner: The Hugging Face layer that stores ``[kept, heads, stored length, head size]``.
+        rows: The rows that it stores, int64 ``[kept]``; ``None``: all.
+        batch: Rows of the batch, beams included.
+        length: Positions seen so far, dropped tokens included.
+    """
+
+    def __init__(self, inner: DynamicLayer, rows: Tensor | None, batch: int) -> None:
+        self.inner = inner
+        self.rows = rows
+        self.batch = batch
+        self.length = 0
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys of the kept rows."""
+        return self.inner.keys
+
+    @property
+    def values(self) -> Tensor | None:
+        """Values of the kept rows."""
+        return self.inner.values
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything was seen."""
+        return self.length > 0
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether only a window is stored."""
+        return self.inner.is_sliding
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the inner layer begins with its first update."""
+
+    def get_max_length(self) -> int:
+        """As the inner layer says."""
+        return self.inner.get_max_length()
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of the kept rows."""
+        expected = self.batch if self.rows is None else len(self.rows)
+        if len(keys) != expected:
+            raise ValueError(
+                f"this cache was filled under a decision by which {expected} of {self.batch} rows run the layer, but "
+                f"{len(keys)} came; go on under the decision that it was filled under"
+            )
+        return self.inner.update(keys, values, *args, **kwargs)
+
+    def advance(self, positions: int) -> None:
+        """Count positions that the model has run on, whether or not any row ran this layer."""
+        self.length += positions
+
+    def get_seq_length(self) -> int:
+        """Positions seen so far."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that the next ``query_length`` positions may look at."""
+        window = getattr(self.inner, "sliding_window", None)
+        if window is None:
+            return self.length + query_length, 0
+        return min(self.length, window - 1) + query_length, max(self.length - window + 1, 0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams: all beams of an input share its decision, so kept rows only ever come from kept rows."""
+        if self.rows is None:
+            self._take(beam_idx)
+        elif len(self.rows):
+            place = torch.zeros(self.batch, dtype=torch.long, device=self.rows.device)
+            place[self.rows] = torch.arange(len(self.rows), device=self.rows.device)
+            self._take(place[beam_idx.to(self.rows.device)[self.rows]])
+
+    def crop(self, *_: Any) -> None:
+        """Not possible.
+
+        Raises:
+            NotImplementedError: Always; assisted decoding, which crops, runs without decisions only.
+        """
+        raise NotImplementedError("a cache that was filled under skip decisions cannot be cropped")
+
+    def _take(self, rows: Tensor) -> None:
+        if self.inner.is_initialized:
+            self.inner.keys = self.inner.keys.index_select(0, rows)
+            self.inner.values = self.inner.values.index_select(0, rows)
+
+
+def kept_rows(cache: Cache, layer: int, *, across: bool, rows: Tensor | None, batch: int, whole: bool) -> KeptRows:
+    """The layer of a cache that holds only ``rows``, put in place at its first use.
+
+    Args:
+        cache: The model's cache, self-attention only or both.
+        layer: Index of the layer.
+        across: Whether the layer of the cross-attention is meant.
+        rows: The rows that run the layer, ``None``: all.
+        batch: Rows of the batch, beams included.
+        whole: Whether a sliding window must keep everything (stored positions have gaps where tokens were dropped,
+            so that the window is left to the mask).
+
+    Raises:
+        ValueError: If the layer was filled before, outside the decision.
+        NotImplementedError: If the layer is of a kind whose rows cannot be told apart.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.cross_attention_cache if across else cache.self_attention_cache
+    while len(cache.layers) <= layer:  # as Cache.update does
+        cache.layers.append(cache.layer_class_to_replicate())
+    inner = cache.layers[layer]
+    if isinstance(inner, KeptRows):
+        return inner
+    if type(inner) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise NotImplementedError(
+            f"decisions work with dynamic caches, not with {type(inner).__name__}; leave cache_implementation as it is"
+        )
+    if inner.is_initialized:
+        raise ValueError("this cache was filled outside the decision in force; start with an empty one")
+    if whole:
+        inner = DynamicLayer()
+    cache.layers[layer] = KeptRows(inner, rows, batch)
+    return cache.layers[layer]

@@ -1,0 +1,256 @@
+"""Physically dropping tokens of the input, in front of the first layer of an unmodified Hugging Face model.
+
+The kept tokens are gathered where the first layer reads them, so they keep their positions; masks and rotary embeddings
+follow. What the model returns keeps its length (zeros where a token was dropped), but between encoder and decoder, where
+the shorter states make the cross-attention cheaper.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache, PreTrainedModel
+
+from sd_gym.switch.architectures import Architecture
+
+
+def keep_tokens(scores: NDArray, droppable: NDArray, share: NDArray | float) -> NDArray:
+    """The tokens that stay when each row drops a share of what it may drop, the lowest scores first.
+
+    Args:
+        scores: How much a token matters, ``[n, length]``.
+        droppable: Whether it may go at all, bool ``[n, length]``: no special token, no padding, no question.
+        share: Share of the droppable tokens to drop, in ``[0, 1)``, one for all or ``[n]``; rounded down.
+
+    Returns:
+        bool ``[n, length]``; ties are broken in favour of the earlier token.
+
+    Raises:
+        ValueError: If a share is outside ``[0, 1)`` or the shapes differ.
+
+    Example:
+        >>> keep_tokens(np.array([[9.0, 1.0, 3.0, 2.0]]), np.array([[False, True, True, True]]), 0.7)
+        array([[ True, False,  True, False]])
+    """
+    if scores.shape != droppable.shape:
+        raise ValueError(f"scores {scores.shape} and droppable {droppable.shape} must have the same shape")
+    share = np.broadcast_to(np.asarray(share, dtype=float), len(scores))
+    if not ((share >= 0) & (share < 1)).all():
+        raise ValueError(f"a share of tokens to drop must be in [0, 1), got {share.min()} to {share.max()}")
+    dropped = np.floor(share * droppable.sum(axis=1) + 1e-9).astype(int)
+    ranked = np.argsort(np.where(droppable, scores, np.inf)[:, ::-1], axis=1, kind="stable")
+    rank = np.empty_like(ranked)
+    np.put_along_axis(rank, ranked, np.arange(scores.shape[1])[None], axis=1)
+    return rank[:, ::-1] >= dropped[:, None]
+
+
+def position_scores(shape: tuple[int, int]) -> NDArray:
+    """Earlier tokens matter more: float64 ``[n, length]``."""
+    return np.broadcast_to(-np.arange(shape[1], dtype=float), shape)
+
+
+def random_scores(shape: tuple[int, int], seed: int = 0) -> NDArray:
+    """The control: float64 ``[n, length]`` that say nothing."""
+    return np.random.default_rng(seed).random(shape)
+
+
+def inverse_document_frequency(input_ids: NDArray, present: NDArray, corpus: Iterable[NDArray]) -> NDArray:
+    """Rare tokens matter more: ``log((1 + N) / (1 + df))`` over a corpus (Sparck Jones 1972), float64 ``[n, length]``.
+
+    Args:
+        input_ids: ``[n, length]``.
+        present: bool ``[n, length]``, False at padding, which scores ``-inf``.
+        corpus: Token ids of each document.
+    """
+    documents, frequency = 0, np.zeros(int(input_ids.max()) + 1)
+    for document in corpus:
+        unique = np.unique(document)
+        if len(unique) and unique[-1] >= len(frequency):
+            frequency = np.pad(frequency, (0, int(unique[-1]) + 1 - len(frequency)))
+        frequency[unique] += 1
+        documents += 1
+    return np.where(present, np.log((1 + documents) / (1 + frequency[input_ids])), -np.inf)
+
+
+class DroppedTokens:
+    """The tokens that a batch keeps, and the hooks that leave the others out while they are installed.
+
+    Args:
+        keep: bool ``[batch, length]``.
+        device: Where the model is.
+
+    Attributes:
+        length: Tokens of the input before dropping.
+        query_length: Positions of the running forward pass, dropped ones included.
+    """
+
+    def __init__(self, keep: NDArray, device: torch.device) -> None:
+        counts = keep.sum(axis=1)
+        self.batch, self.length = keep.shape
+        self.kept = int(counts.max())
+        # Behind its kept tokens, each row has some of its dropped ones as padding: valid indices, never attended to.
+        order = np.argsort(~keep, axis=1, kind="stable")[:, : self.kept]
+        self._index = torch.from_numpy(order).to(device)
+        self._valid = torch.from_numpy(np.arange(self.kept) < counts[:, None]).to(device)
+        self.ragged = bool(counts.min() < self.kept)
+        self._views: dict[int, tuple[Tensor, Tensor]] = {1: (self._index, self._valid)}
+        self.query_length = 0
+
+    def view(self, total: int) -> tuple[Tensor, Tensor]:
+        """Indices and validity ``[total, kept]`` for a batch in which each row stands ``total / batch`` times (beams).
+
+        Raises:
+            ValueError: If ``total`` is no multiple of the batch.
+        """
+        repeats, rest = divmod(total, self.batch)
+        if rest:
+            raise ValueError(f"decisions are in force for {self.batch} rows, but the model got {total}")
+        if repeats not in self._views:
+            pair = (self._index.repeat_interleave(repeats, dim=0), self._valid.repeat_interleave(repeats, dim=0))
+            self._views[repeats] = pair
+        return self._views[repeats]
+
+    def install(self, model: PreTrainedModel, architecture: Architecture) -> list[RemovableHandle]:
+        """Hooks on the layers of the first stack, and on the decoder behind it if there is one."""
+        self._causal = architecture.causal
+        layers = model.base_model.get_submodule(architecture.stacks[0].layers)
+        self._first = layers[0]
+        handles = [layer.register_forward_pre_hook(self._before_layer, with_kwargs=True) for layer in layers]
+        if len(architecture.stacks) > 1:
+            decoder = model.base_model.get_submodule("decoder")
+            handles.append(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+        else:
+            handles.append(layers[-1].register_forward_hook(self._after_last_layer))
+        return handles
+
+    def gather_square(self, values: Tensor, total: int) -> Tensor:
+        """Rows and columns of kept tokens of ``[1 or total, heads, query, query]``: ``[total, heads, kept, kept]``."""
+        index = self._extended(total, self.query_length)[0]
+        compact = _take(_take(values.expand(total, -1, -1, -1), index, -1), index, -2)
+        self._memo.append((compact, compact))  # goes to the other layers as it is
+        return compact
+
+    def _extended(self, total: int, positions: int) -> tuple[Tensor, Tensor]:
+        """Indices and validity of the kept ones among ``positions``; what was generated is always kept."""
+        index, valid = self.view(total)
+        if positions == self.length:
+            return index, valid
+        new = torch.arange(self.length, positions, device=index.device).expand(total, -1)
+        return torch.cat([index, new], dim=1), torch.cat([valid, torch.ones_like(new, dtype=torch.bool)], dim=1)
+
+    def _before_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if layer is self._first:
+            self._enter(args, kwargs)
+        if self._own_mask is not None:
+            slot = _mask_slot(type(layer))
+            if slot >= len(args):
+                if kwargs.get("attention_mask") is None:
+                    kwargs = {**kwargs, "attention_mask": self._own_mask}
+            elif args[slot] is None:
+                args = (*args[:slot], self._own_mask, *args[slot + 1 :])
+        # Hidden states come first, or by name; behind the first layer only kept tokens are left of them.
+        if args:
+            hidden, others = args[:1], args[1:]
+            args = (*(map(self._compact, hidden) if layer is self._first else hidden), *map(self._compact, others))
+        return args, {
+            name: value if name == "hidden_states" and layer is not self._first else self._compact(value)
+            for name, value in kwargs.items()
+        }
+
+    def _enter(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Read the shapes of a forward pass once, in front of its first layer."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        total, self.query_length = hidden.shape[:2]
+        self._whole = self.query_length >= self.length  # else a step of decoding over a cache that holds the prompt
+        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+        past = caches[0].get_seq_length() if caches else 0
+        if past < self.length and (past or not self._whole):
+            raise ValueError(
+                f"tokens are dropped from inputs of {self.length} tokens, but the model got {self.query_length}"
+                + (f" behind {past} in its cache" if past else "")
+            )
+        self._keys = past + self.query_length
+        self._index_of_keys, self._valid_keys = self._extended(total, self._keys)
+        self._memo: list[tuple[Tensor, Tensor]] = []
+        # Without padding, models leave the mask out; rows that keep different numbers of tokens need one.
+        self._own_mask = self._make_mask(self._index_of_keys, self._valid_keys) if self.ragged else None
+
+    def _make_mask(self, index: Tensor, valid: Tensor) -> Tensor:
+        allowed = valid[:, None, None, :]
+        if self._causal and self._whole:
+            allowed = allowed & (index[:, None, None, :] <= index[:, None, :, None])
+        return allowed
+
+    def _compact(self, value: Any) -> Any:
+        """A layer's argument with the dropped tokens left out, where it has a dimension of tokens."""
+        if isinstance(value, tuple):
+            return tuple(map(self._compact, value))
+        if not isinstance(value, Tensor) or value is self._own_mask:
+            return value
+        if value.ndim == 4 and value.shape[-1] == self._keys:
+            return self._mask(value)
+        if self._whole and value.ndim in (2, 3) and value.shape[1] == self.query_length:
+            index = self._index_of_keys
+            return _take(value.expand(len(index), *value.shape[1:]), index, 1)
+        return value
+
+    def _mask(self, mask: Tensor) -> Tensor:
+        for known, compact in self._memo:  # the same few masks go to every layer
+            if known is mask:
+                return compact
+        index = self._index_of_keys
+        compact = _take(mask.expand(len(index), -1, -1, -1), index, -1)
+        if self._whole and mask.shape[-2] == self.query_length > 1:
+            compact = _take(compact, index, -2)
+        if self.ragged:
+            valid = self._valid_keys[:, None, None, :]
+            lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            compact = compact.masked_fill(~valid, lowest)
+        self._memo.append((mask, compact))
+        return compact
+
+    def _after_last_layer(self, layer: nn.Module, args: tuple, output: Any) -> Any:
+        """All positions exist again, with zeros for the dropped ones."""
+        if not self._whole:
+            return output
+        hidden = output[0] if isinstance(output, tuple) else output
+        index = self._index_of_keys[:, :, None].expand_as(hidden)
+        kept = hidden.masked_fill(~self._valid_keys[:, :, None], 0) if self.ragged else hidden
+        full = hidden.new_zeros(len(hidden), self.query_length, hidden.shape[-1]).scatter(1, index, kept)
+        return (full, *output[1:]) if isinstance(output, tuple) else full
+
+    def _before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The cross-attention's padding follows the encoder's shorter output."""
+        encoded = kwargs.get("encoder_hidden_states")
+        if encoded is None or encoded.shape[1] != self.kept:
+            return args, kwargs
+        index, valid = self.view(len(encoded))
+        mask = kwargs.get("encoder_attention_mask")
+        if mask is not None:
+            mask = mask.gather(1, index) * valid
+        elif self.ragged:
+            mask = valid.long()
+        return args, {**kwargs, "encoder_attention_mask": mask}
+
+
+@lru_cache
+def _mask_slot(layer_class: type[nn.Module]) -> int:
+    """At which place a layer takes its attention mask, if it is passed by place."""
+    return list(inspect.signature(layer_class.forward).parameters).index("attention_mask") - 1
+
+
+def _take(values: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Elements of ``values [total, ...]`` along ``dim`` by ``index [total, kept]``, a row's own ones for each row."""
+    shape = [1] * values.ndim
+    shape[0], shape[dim] = index.shape
+    wanted = list(values.shape)
+    wanted[dim] = index.shape[1]
+    return values.gather(dim, index.view(shape).expand(wanted))
