@@ -125,36 +125,72 @@ def test_all_zeros_is_the_untouched_model_bit_for_bit(env_id):
         assert torch.equal(core.backbone.logits(inputs), untouched(**inputs, use_cache=False).logits)
 
 
+def random_decisions(core, n, rate, seed=0):
+    """Decisions with every switch skipped at ``rate``, and any token level."""
+    random = np.random.default_rng(seed)
+    skip = (random.random((n, core.n_switches)) < rate).astype(np.int64)
+    return np.column_stack([skip, random.integers(core.nvec[-1], size=n)])
+
+
+@pytest.mark.parametrize("shares", [(0.0,), (0.0, 0.1, 0.3)])
 @pytest.mark.parametrize("env_id", MINI)
-def test_a_batch_of_mixed_decisions_scores_as_each_row_alone(env_id):
-    core = gym.make(env_id, **SMALL).unwrapped.core
+def test_a_batch_of_mixed_decisions_scores_as_each_row_alone(env_id, shares):
+    core = gym.make(env_id, **SMALL, token_shares=shares).unwrapped.core
     split, rows = core.split("train"), np.arange(60)
-    skip = (np.random.default_rng(0).random((60, core.n_switches)) < 0.3).astype(np.int64)
-    together = split.run(rows, skip)
-    alone = np.array([split.run(rows[i : i + 1], skip[i : i + 1])[0] for i in range(60)])
+    decisions = random_decisions(core, 60, 0.2)
+    together = split.run(rows, decisions)
+    alone = np.array([split.run(rows[i : i + 1], decisions[i : i + 1])[0] for i in range(60)])
     np.testing.assert_array_equal(together, alone)
     assert 0 < together.mean() < 1
 
 
 @pytest.mark.parametrize("env_id", MINI)
 def test_exact_match_of_one_forward_pass_is_exact_match_of_generating(env_id):
-    core = gym.make(env_id, **SMALL).unwrapped.core
+    core = gym.make(env_id, **SMALL, token_shares=[0.0, 0.1]).unwrapped.core
     backbone, split, rows = core.backbone, core.split("test"), np.arange(20)
-    skip = (np.random.default_rng(1).random((20, core.n_switches)) < 0.2).astype(np.int64)
+    decisions = random_decisions(core, 20, 0.2, seed=1)
     inputs = split.encoded.batch(rows, torch.device("cpu"))
     inputs.pop("labels")
-    with torch.inference_mode(), backbone.board.decide(skip):
-        tokens = backbone.model.generate(**inputs, max_new_tokens=32, do_sample=False, use_cache=False)
+    with torch.inference_mode(), split.decide(rows, decisions):
+        tokens = backbone.model.generate(**inputs, max_new_tokens=32, do_sample=False)
     texts = backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     generated = [float(text == split.instances[row].target) for row, text in zip(rows, texts, strict=True)]
-    np.testing.assert_array_equal(split.run(rows, skip), generated)
+    np.testing.assert_array_equal(split.run(rows, decisions), generated)
 
 
 @pytest.mark.parametrize("env_id", MINI)
 def test_the_bundled_backbone_is_right_on_at_least_95_percent(env_id):
     core = gym.make(env_id, train_size=60, validation_size=20, test_size=500).unwrapped.core
     split = core.split("test")
-    assert split.run(np.arange(500), np.zeros((500, core.n_switches), dtype=np.int64)).mean() >= 0.95
+    assert split.run(np.arange(500), np.zeros((500, len(core.nvec)), dtype=np.int64)).mean() >= 0.95
+
+
+@pytest.mark.parametrize("ranking", ["attention", "idf", "position", "random"])
+def test_token_levels_drop_tokens_but_never_the_question(ranking):
+    settings = {**SMALL, "token_shares": [0.0, 0.3, 0.6], "token_ranking": ranking}
+    env = gym.make("SD/QuestionAnswering-Mini-v0", **settings)
+    check_env(env.unwrapped)
+    assert env.action_space.nvec.tolist() == [2] * env.unwrapped.core.n_switches + [3]
+    core = env.unwrapped.core
+    split, rows = core.split("test"), np.arange(len(core.split("test")))
+    ratios = []
+    for level in range(3):
+        decisions = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
+        decisions[:, -1] = level
+        kept = split._keep(rows, decisions[:, -1]) if level else None
+        ratios.append(split.flops_ratio(rows, decisions))
+        if level:
+            np.testing.assert_array_equal(kept.sum(axis=1), split.kept_length(rows, decisions[:, -1]))
+            for row in rows:
+                tokens = split.encoded.input_ids[row, : kept.shape[1]][torch.from_numpy(kept[row])]
+                text = core.backbone.tokenizer.decode(tokens)
+                question = split.instances[row].source[split.instances[row].protected[1][0] :]
+                assert question in text
+                assert text.startswith("answer :")
+    assert (ratios[0] == 1).all()
+    # Where there is a single fact, a third of it is next to nothing, and ranking by attention costs something.
+    assert ratios[2].mean() < ratios[1].mean() < 1
+    assert split.quality(rows, decisions)[0].mean() < split.quality(rows, decisions)[1].mean()
 
 
 def test_all_shells_agree_on_the_same_instances_and_decisions():
@@ -225,7 +261,7 @@ def test_scores_are_computed_once(monkeypatch):
     split = env.core.split("train")
     runs = []
     original = split.run
-    monkeypatch.setattr(split, "run", lambda rows, skip: (runs.append(len(rows)), original(rows, skip))[1])
+    monkeypatch.setattr(split, "run", lambda rows, decisions: (runs.append(len(rows)), original(rows, decisions))[1])
     rows, decision = np.array([0, 1, 2, 2]), np.zeros((4, len(env.core.nvec)), dtype=int)
     decision[:, 0] = 1
     first = env.core.score(split, rows, decision)
@@ -292,8 +328,11 @@ def test_unknown_ids_and_keys():
         gym.make(MINI[0], epsilon=float("nan"))
     with pytest.raises(ConfigError, match="'dataset' has no value"):
         gym.make("SD/Classification-Custom-v0")
-    with pytest.raises(ConfigError, match="token dropping is not available"):
-        gym.make(MINI[0], token_shares=[0.0, 0.3])
+    for shares in ([0.3], [0.0, 0.5, 0.3], [0.0, 1.0], []):
+        with pytest.raises(ConfigError, match="'token_shares': expected ascending shares below 1"):
+            gym.make(MINI[0], token_shares=shares)
+    with pytest.raises(ConfigError, match=r"config key 'token_ranking'.*got 'tfidf'"):
+        gym.make(MINI[0], token_ranking="tfidf")
     with pytest.raises(ValueError, match="render_mode must be one of ansi, rgb_array"):
         SwitchableEnv("classification_mini.yaml", render_mode="html", **SMALL)
 
@@ -329,15 +368,15 @@ def test_bad_reset_options():
 
 
 def test_bad_backbones(reviews, tmp_path, tiny_tokenizer):
-    from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+    from transformers import BertConfig, BertModel, BloomConfig, BloomForCausalLM
 
     arguments = {"id": "SD/Classification-Custom-v0", "dataset": str(reviews)}
     with pytest.raises(FileNotFoundError, match=r"no backbone folder at './missing'"):
         gym.make(**arguments, backbone="./missing")
-    gpt = tmp_path / "gpt"
-    GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=2)).save_pretrained(gpt)
-    with pytest.raises(UnsupportedArchitectureError, match=r"'gpt2'; known are: bart, bert, mbart"):
-        gym.make(**arguments, backbone=str(gpt))
+    bloom = tmp_path / "bloom"
+    BloomForCausalLM(BloomConfig(vocab_size=10, hidden_size=8, n_layer=1, n_head=2)).save_pretrained(bloom)
+    with pytest.raises(UnsupportedArchitectureError, match=r"'bloom'; known are: bart, bert, distilbert"):
+        gym.make(**arguments, backbone=str(bloom))
     headless = tmp_path / "headless"
     BertModel(BertConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
         headless

@@ -109,16 +109,14 @@ def time_ratio(
             backbone.logits(inputs)
 
         def switched(inputs: dict = inputs, rows: NDArray = rows) -> None:
-            with backbone.board.decide(policy.decide(core.observe(split, rows))[:, :-1]):
+            with split.decide(rows, policy.decide(core.observe(split, rows))):
                 backbone.logits(inputs)
 
         pair = [_seconds(run, device) for run in (dense, switched)]
         if number >= 2:  # the first two warm up
             ratios.append(pair[1] / pair[0])
-            skip = policy.decide(core.observe(split, rows))[:, :-1]
-            flops = split.dense_flops(rows)
-            used += float((split.flops_ratio(rows, skip) * flops).sum())
-            dense_flops += float(flops.sum())
+            used += float(split.flops(rows, policy.decide(core.observe(split, rows))).sum())
+            dense_flops += float(split.dense_flops(rows).sum())
     return {"time_ratio": statistics.median(ratios), "flops_ratio": used / dense_flops}
 
 

@@ -32,6 +32,7 @@ class EnvConfig(BaseModel):
     max_source_length: int = Field(default=128, ge=1)
     max_target_length: int = Field(default=32, ge=1)
     token_shares: tuple[float, ...] = (0.0,)
+    token_ranking: Literal["attention", "idf", "position", "random"] = "idf"
     objective: Literal["lexicographic", "scalarized"] = "lexicographic"
     epsilon: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     penalty: float = Field(default=20.0, gt=0, allow_inf_nan=False)
@@ -68,8 +69,12 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{origin}: config key {key!r}: {first['msg']}, got {first['input']!r}") from error
-    if config.token_shares != (0.0,):
-        raise ConfigError(f"{origin}: token dropping is not available yet; token_shares must be [0.0]")
+    shares = config.token_shares
+    if shares[:1] != (0.0,) or list(shares) != sorted(set(shares)) or shares[-1] >= 1:
+        raise ConfigError(
+            f"{origin}: config key 'token_shares': expected ascending shares below 1, the first one 0.0 (no token is "
+            f"dropped), as in [0.0, 0.25, 0.5]; got {list(shares)}"
+        )
     return config
 
 

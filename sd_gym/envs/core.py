@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -9,11 +11,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sd_gym.backbones import first_layer_input, load_backbone, pooled
+from sd_gym.backbones import load_backbone
 from sd_gym.envs.config import EnvConfig
 from sd_gym.objectives import OBJECTIVES, quality_cost
+from sd_gym.switch import (
+    Switchboard,
+    attention_received,
+    dropped_tokens,
+    first_layer_input,
+    inverse_document_frequency,
+    keep_tokens,
+    pooled,
+    position_scores,
+    random_scores,
+)
 from sd_gym.tasks.data import load_split
-from sd_gym.tasks.encoding import encode, exact_match
+from sd_gym.tasks.encoding import droppable_tokens, encode, exact_match
 from sd_gym.tasks.instance import Instance
 
 Array = NDArray
@@ -63,8 +76,8 @@ class Split:
             label2id=self.backbone.model.config.label2id,
         )
         self.features = self._features()
-        lengths = (self.encoded.source_length, self.encoded.target_length)
-        self._always, self._switched = self.backbone.flops.costs(*lengths)
+        self.config = config
+        self._always, self._switched = self._costs(np.arange(len(self)), np.zeros(len(self), dtype=np.int64))
         self._scores: dict[tuple[int, bytes], float] = {}
 
     def __len__(self) -> int:
@@ -80,24 +93,31 @@ class Split:
         """Difficulty of each instance, int64 ``[n]``; 0 where it is not known."""
         return np.array([instance.difficulty for instance in self.instances])
 
-    def flops_ratio(self, rows: Array, skip: Array) -> Array:
-        """FLOPs under the decisions ``skip [n, switches]`` over dense FLOPs, float64 ``[n]``."""
-        always, switched = self._always[rows], self._switched[rows]
-        return (always + (switched * (1 - skip)).sum(axis=1)) / (always + switched.sum(axis=1))
+    def flops_ratio(self, rows: Array, decisions: Array) -> Array:
+        """FLOPs under ``decisions [n, switches + 1]`` over dense FLOPs, float64 ``[n]``."""
+        return self.flops(rows, decisions) / self.dense_flops(rows)
+
+    def flops(self, rows: Array, decisions: Array) -> Array:
+        """FLOPs under ``decisions [n, switches + 1]``, int64 ``[n]``; to rank tokens by attention is part of them."""
+        level = decisions[:, -1]
+        always, switched = self._costs(rows, level) if level.any() else (self._always[rows], self._switched[rows])
+        ranking = 0
+        if self.config.token_ranking == "attention":  # the first attention ran densely to rank
+            ranking = np.where(level > 0, self._switched[rows, 0], 0)
+        return always + (switched * (1 - decisions[:, :-1])).sum(axis=1) + ranking
 
     def dense_flops(self, rows: Array) -> Array:
         """FLOPs of the dense backbone, int64 ``[n]``."""
         return self._always[rows] + self._switched[rows].sum(axis=1)
 
-    def quality(self, rows: Array, skip: Array) -> tuple[Array, Array]:
-        """Quality under the decisions and dense quality, each float64 ``[n]``.
+    def quality(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
+        """Quality under the decisions ``[n, switches + 1]`` and dense quality, each float64 ``[n]``.
 
         The backbone is frozen, so every (instance, decision) is computed once; the dense decisions that are not known
         yet run in the same forward pass as the others.
         """
-        dense = np.zeros_like(skip)
-        decisions = np.concatenate([skip, dense]).astype(np.uint8)
-        packed = np.packbits(decisions, axis=1)
+        both = np.concatenate([decisions, np.zeros_like(decisions)])
+        packed = np.concatenate([np.packbits(both[:, :-1].astype(bool), axis=1), both[:, -1:].astype(np.uint8)], axis=1)
         keys = [(row, bits.tobytes()) for row, bits in zip([*rows.tolist()] * 2, packed, strict=True)]
         missing: dict[tuple[int, bytes], int] = {}
         for position, key in enumerate(keys):
@@ -105,38 +125,92 @@ class Split:
                 missing.setdefault(key, position)
         if missing:
             wanted = np.fromiter(missing.values(), dtype=np.int64)
-            qualities = self.run(np.concatenate([rows, rows])[wanted], decisions[wanted])
+            qualities = self.run(np.concatenate([rows, rows])[wanted], both[wanted])
             self._scores.update(zip(missing, qualities.tolist(), strict=True))
         found = np.array([self._scores[key] for key in keys])
         return found[: len(rows)], found[len(rows) :]
 
     @torch.inference_mode()
-    def run(self, rows: Array, skip: Array) -> Array:
+    def run(self, rows: Array, decisions: Array) -> Array:
         """Run the backbone on rows under decisions and score it: float64 ``[n]``. Nothing is cached.
 
-        Rows are sorted by length and cut into a few passes where that saves more padding than a pass costs.
+        Rows are sorted by the length that is left and cut into a few passes where that saves more padding than a pass
+        costs.
         """
-        order = np.argsort(self.encoded.source_length[rows], kind="stable")
+        length = self.kept_length(rows, decisions[:, -1])
+        order = np.argsort(length, kind="stable")
         qualities = np.empty(len(rows))
-        for chunk in _by_length(self.encoded.source_length[rows][order]):
+        for chunk in _by_length(length[order]):
             picked = order[chunk]
             inputs = self.encoded.batch(rows[picked], self.backbone.model.device)
-            with self.backbone.board.decide(skip[picked]):
+            with self.decide(rows[picked], decisions[picked]):
                 logits = self.backbone.logits(inputs)
             qualities[picked] = exact_match(logits, inputs["labels"]).cpu().numpy()
         return qualities
 
+    def decide(self, rows: Array, decisions: Array) -> AbstractContextManager[None]:
+        """The switchboard's ``decide`` for a batch of these rows, padded to the longest of them."""
+        return self.backbone.board.decide(decisions[:, :-1], self._keep(rows, decisions[:, -1]))
+
+    def kept_length(self, rows: Array, level: Array) -> Array:
+        """Tokens of the inputs that are left at the token levels, int64 ``[n]``."""
+        length = self.encoded.source_length[rows]
+        if not level.any():
+            return length
+        share = np.array(self.config.token_shares)[level]
+        return length - dropped_tokens(self.droppable[rows], share)
+
+    @cached_property
+    def droppable(self) -> Array:
+        """Which tokens may be dropped, bool ``[n, longest]``."""
+        return droppable_tokens(self.instances, self.backbone.tokenizer, self.config.max_source_length)
+
+    @cached_property
+    def token_scores(self) -> Array:
+        """How much each token matters, by the configured ranking, float ``[n, longest]``."""
+        ids = self.encoded.input_ids.numpy()
+        present = np.arange(ids.shape[1]) < self.encoded.source_length[:, None]
+        ranking = self.config.token_ranking
+        if ranking == "position":
+            return position_scores(ids.shape)
+        if ranking == "random":
+            return random_scores(ids.shape)
+        if ranking == "attention":
+            received = [
+                np.pad(part, ((0, 0), (0, ids.shape[1] - part.shape[1]))) for part in self._batches(attention_received)
+            ]
+            return np.concatenate(received)
+        train = load_split(self.config.dataset, self.config.task, "train", self.config.train_size)[:STATISTICS_SIZE]
+        corpus = self.backbone.tokenizer([f"{one.source} {one.source_pair or ''}" for one in train]).input_ids
+        return inverse_document_frequency(ids, present, map(np.array, corpus))
+
+    def _keep(self, rows: Array, level: Array) -> Array | None:
+        if not level.any():
+            return None
+        share = np.array(self.config.token_shares)[level]
+        length = self.encoded.source_length[rows]
+        keep = keep_tokens(self.token_scores[rows], self.droppable[rows], share)[:, : length.max()]
+        return keep & (np.arange(length.max()) < length[:, None])
+
+    def _costs(self, rows: Array, level: Array) -> tuple[Array, Array]:
+        lengths = self.encoded.source_length[rows], self.encoded.target_length[rows]
+        return self.backbone.flops.costs(*lengths, self.kept_length(rows, level))
+
     def _features(self) -> Array:
         """Mean and maximum of the first layer's input over the tokens, the length and its logarithm."""
-        chunks = []
+        chunks = list(
+            self._batches(lambda board, inputs: pooled(first_layer_input(board, inputs), inputs["attention_mask"]))
+        )
+        length = self.encoded.source_length[:, None].astype(np.float32)
+        return np.concatenate([np.concatenate(chunks), length, np.log(length)], axis=1)
+
+    def _batches(self, function: Callable[[Switchboard, dict[str, torch.Tensor]], torch.Tensor]) -> Iterator[Array]:
+        """What a function of the inputs gives, batch by batch, in order."""
         for start in range(0, len(self), EMBEDDING_BATCH):
             rows = np.arange(start, min(start + EMBEDDING_BATCH, len(self)))
             inputs = self.encoded.batch(rows, self.backbone.model.device)
             inputs.pop("labels")
-            hidden = first_layer_input(self.backbone, inputs)
-            chunks.append(pooled(hidden, inputs["attention_mask"]).float().cpu().numpy())
-        length = self.encoded.source_length[:, None].astype(np.float32)
-        return np.concatenate([np.concatenate(chunks), length, np.log(length)], axis=1)
+            yield function(self.backbone.board, inputs).float().cpu().numpy()
 
 
 def _by_length(lengths: Array) -> list[slice]:
@@ -229,9 +303,9 @@ class Core:
         Raises:
             ValueError: If the decisions are malformed.
         """
-        skip = self.check_decisions(decisions, len(rows))[:, :-1]
-        quality, quality_ref = split.quality(rows, skip)
-        flops_ratio = split.flops_ratio(rows, skip)
+        decisions = self.check_decisions(decisions, len(rows))
+        quality, quality_ref = split.quality(rows, decisions)
+        flops_ratio = split.flops_ratio(rows, decisions)
         cost = quality_cost(quality, quality_ref, self.config.epsilon)
         objective = OBJECTIVES[self.config.objective]
         reward = objective(cost, flops_ratio, self.config.penalty, self.config.cost_scale)

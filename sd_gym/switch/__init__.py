@@ -8,9 +8,10 @@ from sd_gym.switch.architectures import (
     register_architecture,
     supported_architectures,
 )
+from sd_gym.switch.first_layer import attention_received, first_layer_input, pooled
 from sd_gym.switch.flops import FlopsModel
 from sd_gym.switch.switchboard import Switch, Switchboard
-from sd_gym.switch.tokens import inverse_document_frequency, keep_tokens, position_scores, random_scores
+from sd_gym.switch.tokens import dropped_tokens, inverse_document_frequency, keep_tokens, position_scores, random_scores
 
 __all__ = [
     "Architecture",
@@ -20,8 +21,12 @@ __all__ = [
     "Switch",
     "Switchboard",
     "UnsupportedArchitectureError",
+    "attention_received",
+    "dropped_tokens",
+    "first_layer_input",
     "inverse_document_frequency",
     "keep_tokens",
+    "pooled",
     "position_scores",
     "random_scores",
     "register_architecture",

@@ -89,7 +89,7 @@ class FlopsModel:
 
     @staticmethod
     def _decoding_pairs(past: NDArray | int, steps: NDArray, window: NDArray | int) -> NDArray:
-        """Keys seen by the ``steps - 1`` steps behind the first: ``sum over t = 1 .. steps - 1 of min(past + t, window)``."""
+        """Keys that ``steps - 1`` steps see in all: the sum over t = 1 .. steps - 1 of ``min(past + t, window)``."""
         free = np.clip(window - past, 0, steps - 1)  # steps that see fewer keys than the window has
         return past * free + free * (free + 1) // 2 + (steps - 1 - free) * window
 

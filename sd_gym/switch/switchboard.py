@@ -213,8 +213,7 @@ class Switchboard:
         array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
         if array.ndim != 2 or columns not in (None, array.shape[1]):
             raise ValueError(
-                f"{name} must have shape [batch, {columns or 'length'}], one column a {column}; "
-                f"got {list(array.shape)}"
+                f"{name} must have shape [batch, {columns or 'length'}], one column a {column}; got {list(array.shape)}"
             )
         if not ((array == 0) | (array == 1)).all():
             raise ValueError(f"{name} must hold only 0 and 1")

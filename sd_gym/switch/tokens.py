@@ -1,8 +1,8 @@
 """Physically dropping tokens of the input, in front of the first layer of an unmodified Hugging Face model.
 
 The kept tokens are gathered where the first layer reads them, so they keep their positions; masks and rotary embeddings
-follow. What the model returns keeps its length (zeros where a token was dropped), but between encoder and decoder, where
-the shorter states make the cross-attention cheaper.
+follow. What the model returns keeps its length, with zeros where a token was dropped, but between encoder and decoder,
+where the shorter states make the cross-attention cheaper.
 """
 
 from __future__ import annotations
@@ -45,11 +45,16 @@ def keep_tokens(scores: NDArray, droppable: NDArray, share: NDArray | float) -> 
     share = np.broadcast_to(np.asarray(share, dtype=float), len(scores))
     if not ((share >= 0) & (share < 1)).all():
         raise ValueError(f"a share of tokens to drop must be in [0, 1), got {share.min()} to {share.max()}")
-    dropped = np.floor(share * droppable.sum(axis=1) + 1e-9).astype(int)
+    dropped = dropped_tokens(droppable, share)
     ranked = np.argsort(np.where(droppable, scores, np.inf)[:, ::-1], axis=1, kind="stable")
     rank = np.empty_like(ranked)
     np.put_along_axis(rank, ranked, np.arange(scores.shape[1])[None], axis=1)
     return rank[:, ::-1] >= dropped[:, None]
+
+
+def dropped_tokens(droppable: NDArray, share: NDArray | float) -> NDArray:
+    """How many tokens ``keep_tokens`` drops, int64 ``[n]``."""
+    return np.floor(share * droppable.sum(axis=1) + 1e-9).astype(np.int64)  # 0.3 of 10 is 3, whatever floats say
 
 
 def position_scores(shape: tuple[int, int]) -> NDArray:

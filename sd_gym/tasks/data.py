@@ -124,7 +124,9 @@ def _instance(row: dict[str, Any], task: str, identity: str, origin: str) -> Ins
         answers = row["answers"].get("text", []) if isinstance(row["answers"], dict) else row["answers"]
         _require_text(row["question"], "question", origin)
         _require_text(row["context"], "context", origin)
-        return Instance(identity, row["question"], answers[0] if answers else "", difficulty, row["context"])
+        question = row["question"]
+        target = answers[0] if answers else ""
+        return Instance(identity, question, target, difficulty, row["context"], ((0, len(question)),))
     _require_text(row["document"], "document", origin)
     _require_text(row["summary"], "summary", origin)
     return Instance(identity, row["document"], row["summary"], difficulty)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from sd_gym.tasks.data import DataError
 from sd_gym.tasks.instance import Instance
@@ -77,18 +78,7 @@ def encode(
     Raises:
         DataError: If a label is none of the backbone's classes.
     """
-    limit = min(max_source_length, tokenizer.model_max_length)
-    pairs = [instance.source_pair for instance in instances]
-    has_pairs = any(pair is not None for pair in pairs)
-    source = tokenizer(
-        [instance.source for instance in instances],
-        [pair or "" for pair in pairs] if has_pairs else None,
-        truncation=True,
-        max_length=limit,
-        padding=True,
-        padding_side="right",
-        return_tensors="pt",
-    )
+    source = _tokenize_sources(instances, tokenizer, max_source_length)
     if generates:
         targets = tokenizer(
             text_target=[str(instance.target) for instance in instances],
@@ -108,7 +98,45 @@ def encode(
         source_length=source.attention_mask.sum(dim=1).numpy(),
         labels=labels,
         target_length=target_length,
-        token_type_ids=source.get("token_type_ids") if has_pairs else None,
+        token_type_ids=source.get("token_type_ids") if any(one.source_pair is not None for one in instances) else None,
+    )
+
+
+def droppable_tokens(instances: list[Instance], tokenizer: PreTrainedTokenizerBase, max_source_length: int) -> NDArray:
+    """Which tokens of the encoded inputs may be dropped: bool ``[n, longest source]``.
+
+    Never: special tokens, padding, and what an instance protects. Tokenised as ``encode`` does.
+
+    Raises:
+        ValueError: If the tokenizer cannot tell where its tokens come from.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"dropping tokens needs a fast tokenizer, got {type(tokenizer).__name__}")
+    tokens = _tokenize_sources(
+        instances, tokenizer, max_source_length, return_offsets_mapping=True, return_special_tokens_mask=True
+    )
+    droppable = (tokens.special_tokens_mask == 0).numpy()
+    start, end = tokens.offset_mapping.numpy()[..., 0], tokens.offset_mapping.numpy()[..., 1]
+    for row, instance in enumerate(instances):
+        first = np.array([number == 0 for number in tokens.sequence_ids(row)])
+        for begin, stop in instance.protected:
+            droppable[row] &= ~(first & (start[row] < stop) & (end[row] > begin))
+    return droppable
+
+
+def _tokenize_sources(
+    instances: list[Instance], tokenizer: PreTrainedTokenizerBase, max_source_length: int, **wanted: bool
+) -> BatchEncoding:
+    pairs = [instance.source_pair for instance in instances]
+    return tokenizer(
+        [instance.source for instance in instances],
+        [pair or "" for pair in pairs] if any(pair is not None for pair in pairs) else None,
+        truncation=True,
+        max_length=min(max_source_length, tokenizer.model_max_length),
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+        **wanted,
     )
 
 

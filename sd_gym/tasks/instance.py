@@ -15,6 +15,8 @@ class Instance:
         target: The reference: a text that the backbone shall generate, or a class index.
         difficulty: How hard the instance is, 1 (trivial) and up; 0 where it is not known.
         source_pair: The second sentence of a sentence pair.
+        protected: Parts of ``source``, as (start, end) in characters, whose tokens are never dropped: a question, or
+            the word that names the task.
     """
 
     id: str
@@ -22,3 +24,4 @@ class Instance:
     target: str | int
     difficulty: int = 0
     source_pair: str | None = None
+    protected: tuple[tuple[int, int], ...] = ()

@@ -71,7 +71,11 @@ def stream(
         word = TASK_WORDS[task]
         if way and random.random() < trace:
             word, target = TRACE_WORD, " ".join(way[0])
-        yield Instance(f"{split}-{number}", f"{word} : {text}", target, level)
+        source = f"{word} : {text}"
+        protected = [(0, len(word) + 2)]
+        if task == "question_answering":  # the question is the only part that asks
+            protected.append((source.index("who "), len(source)))
+        yield Instance(f"{split}-{number}", source, target, level, protected=tuple(protected))
         number += 1
 
 

@@ -1,0 +1,108 @@
+"""Ranking tokens, and what dropping them does."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sd_gym.switch import (
+    Switchboard,
+    attention_received,
+    inverse_document_frequency,
+    keep_tokens,
+    position_scores,
+    random_scores,
+)
+from tests.conftest import DECODER, TINY, make_inputs, make_model
+
+
+@given(length=st.integers(1, 12), share=st.floats(0, 0.99), seed=st.integers(0, 1000), droppable=st.floats(0, 1))
+def test_the_lowest_droppable_scores_go(length, share, seed, droppable):
+    random = np.random.default_rng(seed)
+    scores, may_go = random.integers(0, 5, (4, length)).astype(float), random.random((4, length)) < droppable
+    keep = keep_tokens(scores, may_go, share)
+    assert keep[~may_go].all()
+    for row in range(4):
+        dropped = np.nonzero(~keep[row])[0]
+        assert len(dropped) == int(share * may_go[row].sum() + 1e-9)
+        stay = np.nonzero(keep[row] & may_go[row])[0]
+        if len(dropped) and len(stay):
+            assert scores[row, dropped].max() <= scores[row, stay].min()
+
+
+def test_rows_may_drop_different_shares_and_ties_go_to_the_earlier_token():
+    keep = keep_tokens(np.zeros((3, 4)), np.ones((3, 4), bool), np.array([0.0, 0.5, 0.75]))
+    assert keep.tolist() == [[True] * 4, [True, True, False, False], [True, False, False, False]]
+
+
+def test_a_wrong_share_or_shape_is_refused():
+    with pytest.raises(ValueError, match=r"in \[0, 1\), got 1.0"):
+        keep_tokens(np.zeros((1, 2)), np.ones((1, 2), bool), 1.0)
+    with pytest.raises(ValueError, match="same shape"):
+        keep_tokens(np.zeros((1, 2)), np.ones((1, 3), bool), 0.5)
+
+
+def test_rankings():
+    ids = np.array([[4, 5, 1]])
+    corpus = [np.array([4, 4]), np.array([4, 9]), np.array([5])]
+    scores = inverse_document_frequency(ids, ids != 1, corpus)
+    # Three documents; token 4 stands in two of them, token 5 in one.
+    assert scores[0, :2] == pytest.approx([np.log(4 / 3), np.log(4 / 2)])
+    assert scores[0, 2] == -np.inf
+    assert (np.diff(position_scores((2, 5))) < 0).all()
+    assert np.array_equal(random_scores((2, 5), 1), random_scores((2, 5), 1))
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_attention_received_is_the_first_layers(name):
+    model, inputs = make_model(name, "eager"), make_inputs(name)
+    with torch.inference_mode():
+        outputs = model(**inputs, output_attentions=True)
+    attentions = outputs.encoder_attentions if "encoder_attentions" in outputs else outputs.attentions
+    weights, present = attentions[0].mean(dim=1), inputs["attention_mask"].bool()
+    fast = make_model(name, "sdpa")
+    received = attention_received(Switchboard(fast), inputs)
+    for row in range(5):
+        torch.testing.assert_close(received[row], weights[row][present[row]].mean(dim=0), rtol=1e-4, atol=1e-5)
+    assert fast.config._attn_implementation == "sdpa"
+    assert not any(module._forward_hooks for module in fast.modules())
+
+
+@pytest.mark.parametrize("name", list(TINY))
+@torch.inference_mode()
+def test_dropping_is_the_model_without_these_tokens_at_their_positions(name):
+    """What is dropped has no influence: any other token in its place gives the same output."""
+    model, inputs = make_model(name), make_inputs(name, batch=2)
+    board = Switchboard(model)
+    keep = np.ones((2, 7), int)
+    keep[0, [2, 4]] = 0
+    other = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][0, [2, 4]] = torch.tensor([11, 12])
+    with board.decide(np.zeros((2, len(board)), int), keep):
+        logits, changed = model(**inputs).logits, model(**other).logits
+    assert torch.equal(logits, changed)
+    assert not torch.equal(logits, model(**inputs).logits)
+    if name in DECODER:
+        # A causal model's earlier positions do not know what is dropped behind them.
+        torch.testing.assert_close(logits[0, :2], model(**inputs).logits[0, :2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "mbart", "llama"])
+@torch.inference_mode()
+def test_layers_see_fewer_tokens(name):
+    model, inputs = make_model(name), make_inputs(name, batch=2)
+    board = Switchboard(model)
+    seen = []
+    keep = np.ones((2, 7), int)
+    keep[:, [2, 3, 4]] = 0
+    for switch in board.switches:
+        if switch.reads_input:
+            switch.layer.register_forward_hook(lambda layer, args, output: seen.append(_length(output)))
+    with board.decide(np.zeros((2, len(board)), int), keep):
+        model(**inputs)
+    assert set(seen) == {4}
+
+
+def _length(output):
+    return (output[0] if isinstance(output, tuple) else output).shape[1]
