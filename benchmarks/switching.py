@@ -1,56 +1,256 @@
 """Does the clock show what the FLOPs promise? Time ratio beside FLOPs ratio, dense timed in the same run.
 
-    python benchmarks/switching.py
-    python benchmarks/switching.py --backbone runs/minilm-sst2 --dataset path/to/sst2
+    python benchmarks/switching.py                                                 # the bundled summarizer
+    python benchmarks/switching.py --backbone runs/minilm-sst2 --dataset DATA     # a prepared classifier
+    python benchmarks/switching.py --architectures mbart t5 llama bert            # random weights, width 512
+    python benchmarks/switching.py --architectures all --csv switching.csv
 
-The first prints the bundled summarizer, the second any prepared classifier. Random decisions at several keep rates, and
-nothing skipped; the median over batches of mixed lengths. promise kept = FLOPs ratio / time ratio; 1 = all of it.
+promise kept = FLOPs ratio / time ratio; 1 = all of it. Dense and switched runs alternate, and the median over the pairs
+is shown. Decisions are random at several keep rates; "few" are as a trained policy makes them: a handful of
+different decisions, at a keep rate of one half, some taken much more often than others. Random weights are timed in
+three phases: reading the input (prefill), one teacher-forced pass, and ``generate()`` over a key-value cache (decode).
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import statistics
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 import sd_gym  # noqa: F401  (registers the ids)
+from sd_gym.switch import FlopsModel, Switchboard, supported_architectures
+from sd_gym.switch.architectures import architecture_of
 
 KEEP_RATES = (1.0, 0.8, 0.6, 0.4, 0.2)
+WARM_UP = 2
+SOURCE, TARGET = 64, 24  # tokens
+
+
+def decisions(random: np.random.Generator, batch: int, switches: int, keep_rate: float | str) -> NDArray:
+    """Random skip vectors ``[batch, switches]``; "few": each row takes one of eight, the first ones more often."""
+    if keep_rate != "few":
+        return (random.random((batch, switches)) >= keep_rate).astype(np.int64)
+    weights = 0.5 ** np.arange(1, 9)
+    patterns = np.random.default_rng(1).random((8, switches)) >= 0.5
+    return patterns[random.choice(8, size=batch, p=weights / weights.sum())].astype(np.int64)
+
+
+def compare(dense: Callable[[], object], switched: Callable[[], object]) -> float:
+    """Seconds of the second over seconds of the first."""
+    started = time.perf_counter()
+    dense()
+    middle = time.perf_counter()
+    switched()
+    return (time.perf_counter() - middle) / (middle - started)
+
+
+# --- prepared backbones -----------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def measure(core, keep_rate: float, batch_size: int, batches: int) -> tuple[float, float]:
+def measure_backbone(core, keep_rate: float | str, batch_size: int, pairs: int) -> tuple[float, float]:
     """(FLOPs ratio, time ratio) of random decisions on random batches of the test split."""
     split, backbone = core.split("test"), core.backbone
     random = np.random.default_rng(0)
     ratios, used, dense_flops = [], 0.0, 0.0
-    for number in range(batches + 3):
+    for _ in range(pairs + WARM_UP):
         rows = random.integers(len(split), size=batch_size)
         inputs = split.encoded.batch(rows, backbone.model.device)
-        skip = (random.random((batch_size, core.n_switches)) >= keep_rate).astype(np.int64)
-        started = time.perf_counter()
-        backbone.logits(inputs)
-        middle = time.perf_counter()
-        with backbone.board.decide(skip):
-            backbone.logits(inputs)
-        ended = time.perf_counter()
-        if number < 3:
-            continue  # warm-up
-        ratios.append((ended - middle) / (middle - started))
+        skip = decisions(random, batch_size, core.n_switches, keep_rate)
+
+        def switched(inputs: dict = inputs, skip: NDArray = skip) -> None:
+            with backbone.board.decide(skip):
+                backbone.logits(inputs)
+
+        ratios.append(compare(lambda inputs=inputs: backbone.logits(inputs), switched))
         # Every row is computed at the batch's padded length, dense and switched alike.
         lengths = [np.full(batch_size, inputs["input_ids"].shape[1])]
         if backbone.generates:
             lengths.append(np.full(batch_size, inputs["labels"].shape[1]))
-        always, switched = backbone.flops.costs(*lengths)
-        used += float((always + (switched * (1 - skip)).sum(axis=1)).sum())
-        dense_flops += float((always + switched.sum(axis=1)).sum())
-    return used / dense_flops, statistics.median(ratios)
+        always, costs = backbone.flops.costs(*lengths)
+        used += float((always + (costs * (1 - skip)).sum(axis=1)).sum())
+        dense_flops += float((always + costs.sum(axis=1)).sum())
+    return used / dense_flops, statistics.median(ratios[WARM_UP:])
+
+
+def backbone_table(arguments: argparse.Namespace) -> Table:
+    """One prepared backbone at one batch size."""
+    env_id, settings = "SD/Summarization-Mini-v0", {"train_size": 500, "test_size": 1000}
+    if arguments.backbone:
+        env_id = "SD/Classification-Custom-v0"
+        settings = {"backbone": arguments.backbone, "dataset": arguments.dataset, "train_size": 500}
+    core = gym.make(env_id, **settings).unwrapped.core
+    batch_size = arguments.batch_sizes[-1]
+    table = Table(title=f"{arguments.backbone or env_id}, batch {batch_size}")
+    for column in ("keep rate", "FLOPs ratio", "time ratio", "promise kept"):
+        table.add_column(column, justify="right")
+    for keep_rate in (*KEEP_RATES, "few"):
+        flops, clock = measure_backbone(core, keep_rate, batch_size, arguments.pairs)
+        table.add_row(str(keep_rate), f"{flops:.3f}", f"{clock:.3f}", f"{flops / clock:.2f}")
+    return table
+
+
+# --- architectures with random weights ---------------------------------------------------------------------------
+
+
+def make_model(architecture: str, width: int, layers: int) -> PreTrainedModel:
+    """A model of an architecture with random weights and a vocabulary that is small beside its layers."""
+    heads = width // 64
+    sizes = {
+        "hidden_size": width,
+        "d_model": width,
+        "n_embd": width,
+        "dim": width,
+        "embedding_size": width,
+        "num_hidden_layers": layers,
+        "encoder_layers": layers,
+        "decoder_layers": layers,
+        "num_layers": layers,
+        "n_layer": layers,
+        "n_layers": layers,
+        "num_attention_heads": heads,
+        "encoder_attention_heads": heads,
+        "decoder_attention_heads": heads,
+        "num_heads": heads,
+        "n_head": heads,
+        "n_heads": heads,
+        "num_key_value_heads": max(1, heads // 2),
+        "head_dim": 64,
+        "d_kv": 64,
+        "intermediate_size": 4 * width,
+        "encoder_ffn_dim": 4 * width,
+        "decoder_ffn_dim": 4 * width,
+        "d_ff": 4 * width,
+        "hidden_dim": 4 * width,
+        "max_position_embeddings": 512,
+        "vocab_size": 1000,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 0,
+    }
+    known = AutoConfig.for_model(architecture)
+    config = AutoConfig.for_model(architecture, **{key: value for key, value in sizes.items() if hasattr(known, key)})
+    stacks = architecture_of(config.model_type)
+    family = (
+        AutoModelForSeq2SeqLM
+        if len(stacks.stacks) > 1
+        else AutoModelForCausalLM
+        if stacks.causal
+        else AutoModelForSequenceClassification
+    )
+    return family.from_config(config).eval()
+
+
+def phases(board: Switchboard, batch: int) -> dict[str, tuple[Callable[[], object], tuple[NDArray, NDArray]]]:
+    """What is timed of a model, and its FLOPs ``(always, switched)``, by phase."""
+    model, flops = board.model, FlopsModel(board)
+    ids = torch.randint(3, 1000, (batch, SOURCE))
+    mask = torch.ones_like(ids)
+    target = torch.randint(3, 1000, (batch, TARGET))
+    source, generated = np.full(batch, SOURCE), np.full(batch, TARGET)
+
+    def generate() -> object:
+        length = {"max_new_tokens": TARGET, "min_new_tokens": TARGET}
+        return model.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, **length)
+
+    if len(board.architecture.stacks) > 1:
+        encoder, costs = model.get_encoder(), flops.costs(source, generated)
+        reads_input = np.array([switch.reads_input for switch in board.switches])
+        return {
+            "prefill": (
+                lambda: encoder(input_ids=ids, attention_mask=mask),
+                (np.zeros_like(costs[0]), costs[1] * reads_input),
+            ),
+            "teacher-forced": (
+                lambda: model(input_ids=ids, attention_mask=mask, decoder_input_ids=target, use_cache=False),
+                costs,
+            ),
+            "decode": (generate, flops.generation_costs(source, generated)),
+        }
+    if board.architecture.causal:
+        both, length = torch.cat([ids, target], dim=1), source + generated
+        return {
+            "prefill": (lambda: model(input_ids=ids, attention_mask=mask, use_cache=True), flops.costs(source)),
+            "teacher-forced": (lambda: model(input_ids=both, use_cache=False), flops.costs(length)),
+            "decode": (generate, flops.generation_costs(source, generated)),
+        }
+    return {"prefill": (lambda: model(input_ids=ids, attention_mask=mask), flops.costs(source))}
+
+
+@torch.inference_mode()
+def measure_architecture(architecture: str, arguments: argparse.Namespace) -> list[dict[str, str | int | float]]:
+    """FLOPs ratio, time ratio and their quotient for every phase, batch size and keep rate."""
+    model, rows = make_model(architecture, arguments.width, arguments.layers), []
+    for batch in arguments.batch_sizes:
+        board = Switchboard(model)
+        timed = phases(board, batch)
+        board.remove()
+        for phase, (run, (always, switched)) in timed.items():
+            for keep_rate in ("untouched", *KEEP_RATES, "few"):
+                random, ratios, used = np.random.default_rng(0), [], []
+                for _ in range(arguments.pairs + WARM_UP):
+                    if keep_rate == "untouched":  # what the switchboard costs where nothing is decided
+                        skip = np.zeros_like(switched)
+                    else:
+                        skip = decisions(random, batch, switched.shape[1], keep_rate)
+
+                    def decided(
+                        run: Callable = run, skip: NDArray = skip, free: bool = keep_rate == "untouched"
+                    ) -> None:
+                        board = Switchboard(model)
+                        with nullcontext() if free else board.decide(skip):
+                            run()
+                        board.remove()
+
+                    ratios.append(compare(run, decided))
+                    used.append((always + (switched * (1 - skip)).sum(axis=1)).sum())
+                flops = float(np.mean(used[WARM_UP:]) / (always + switched.sum(axis=1)).sum())
+                # The mean, as the FLOPs are those of all decisions; at batch 1 they differ from pair to pair.
+                clock = statistics.median(ratios[WARM_UP:]) if batch > 1 else statistics.fmean(ratios[WARM_UP:])
+                rows.append(
+                    {
+                        "architecture": architecture,
+                        "phase": phase,
+                        "batch": batch,
+                        "keep rate": keep_rate,
+                        "FLOPs ratio": round(flops, 4),
+                        "time ratio": round(clock, 4),
+                        "promise kept": round(flops / clock, 4),
+                    }
+                )
+    return rows
+
+
+def architecture_table(rows: list[dict[str, str | int | float]]) -> Table:
+    """Promise kept: a row for each architecture, phase and batch, a column for each keep rate."""
+    table = Table(title="promise kept: FLOPs ratio / time ratio")
+    rates = list(dict.fromkeys(row["keep rate"] for row in rows))
+    for column in ("architecture", "phase", "batch", *map(str, rates)):
+        table.add_column(column, justify="right")
+    for key in dict.fromkeys((row["architecture"], row["phase"], row["batch"]) for row in rows):
+        chosen = [row for row in rows if (row["architecture"], row["phase"], row["batch"]) == key]
+        table.add_row(*map(str, key), *(f"{row['promise kept']:.2f}" for row in chosen))
+    return table
 
 
 def main() -> None:
@@ -58,21 +258,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", help="folder of a prepared classifier; without it, the bundled summarizer")
     parser.add_argument("--dataset", help="its data set: JSONL file or folder")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--batches", type=int, default=30)
+    parser.add_argument("--architectures", nargs="+", help="model types to time with random weights, or 'all'")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32], help="a backbone takes the last one")
+    parser.add_argument("--pairs", type=int, default=20, help="timed pairs of a dense and a switched run")
+    parser.add_argument("--csv", type=Path, help="write every figure of the architectures to this file")
     arguments = parser.parse_args()
-    env_id, settings = "SD/Summarization-Mini-v0", {"train_size": 500, "test_size": 1000}
-    if arguments.backbone:
-        env_id = "SD/Classification-Custom-v0"
-        settings = {"backbone": arguments.backbone, "dataset": arguments.dataset, "train_size": 500}
-    core = gym.make(env_id, **settings).unwrapped.core
-    table = Table(title=f"{arguments.backbone or env_id}, batch {arguments.batch_size}")
-    for column in ("keep rate", "FLOPs ratio", "time ratio", "promise kept"):
-        table.add_column(column, justify="right")
-    for keep_rate in KEEP_RATES:
-        flops, clock = measure(core, keep_rate, arguments.batch_size, arguments.batches)
-        table.add_row(f"{keep_rate:.1f}", f"{flops:.3f}", f"{clock:.3f}", f"{flops / clock:.2f}")
-    Console().print(table)
+    if arguments.architectures is None:
+        Console().print(backbone_table(arguments))
+        return
+    names = supported_architectures() if arguments.architectures == ["all"] else arguments.architectures
+    rows = [row for name in track(names, "timing") for row in measure_architecture(name, arguments)]
+    Console().print(architecture_table(rows))
+    if arguments.csv:
+        with arguments.csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":

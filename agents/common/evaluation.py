@@ -15,13 +15,13 @@ from sd_gym.policy import DecisionPolicy
 
 BATCH = 256
 BOOTSTRAP_SAMPLES = 2000
-ONE_SIDED_95 = 1.645  # standard errors
+ONE_SIDED_95, ONE_SIDED_99_5 = 1.645, 2.576  # standard errors
 
 
-def quality_kept(difference: NDArray, epsilon: float) -> bool:
-    """Non-inferiority: is the mean of ``quality - quality_ref`` above ``-epsilon`` at one-sided 95% confidence?"""
+def quality_kept(difference: NDArray, epsilon: float, errors: float = ONE_SIDED_95) -> bool:
+    """Non-inferiority: is the mean of ``quality - quality_ref`` above ``-epsilon`` by so many standard errors?"""
     error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else np.inf
-    return bool(difference.mean() - ONE_SIDED_95 * error >= -epsilon)
+    return bool(difference.mean() - errors * error >= -epsilon)
 
 
 def bootstrap_interval(values: NDArray, seed: int = 0) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from sd_gym.agents.common.agent import Rollout
-from sd_gym.agents.common.evaluation import decide_and_score, evaluate, quality_kept, time_ratio
+from sd_gym.agents.common.evaluation import ONE_SIDED_99_5, decide_and_score, evaluate, quality_kept, time_ratio
 from sd_gym.agents.common.plots import plot_run
 from sd_gym.agents.registry import agent_class, make_agent
 from stable_baselines3.common.logger import configure
@@ -26,7 +26,7 @@ from sd_gym.envs.shells import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy, write_json
 
 NUM_ENVS = 256
-MARGINS = (0.5, 1.0, 2.0, 3.0)  # of more cautious versions of a policy, in log-odds
+MARGINS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)  # of more cautious versions of a policy, in log-odds
 VALIDATIONS = 8  # times that the policy is validated during training
 TIMED_BATCH_SIZES = (1, 8, 32)
 LIBRARIES = ("gymnasium", "numpy", "sd-gym", "stable-baselines3", "torch", "transformers")
@@ -65,7 +65,8 @@ class Selection:
     def _validate(self, step: int, policy: DecisionPolicy) -> dict[str, Any]:
         scored = decide_and_score(self.core, policy, self.core.split("validation"))
         difference = scored["quality"] - scored["quality_ref"]
-        kept = quality_kept(difference, self.core.config.epsilon)
+        # Stricter than the verdict on the test split: the best of many candidates has been lucky in part.
+        kept = quality_kept(difference, self.core.config.epsilon, ONE_SIDED_99_5)
         entry = {
             "step": step,
             "quality": float(scored["quality"].mean()),
