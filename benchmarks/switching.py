@@ -146,10 +146,10 @@ def make_model(architecture: str, width: int, layers: int) -> PreTrainedModel:
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "decoder_start_token_id": 0,
     }
     known = AutoConfig.for_model(architecture)
-    config = AutoConfig.for_model(architecture, **{key: value for key, value in sizes.items() if hasattr(known, key)})
+    sizes = {key: value for key, value in sizes.items() if hasattr(known, key)} | {"decoder_start_token_id": 0}
+    config = AutoConfig.for_model(architecture, **sizes)
     stacks = architecture_of(config.model_type)
     family = (
         AutoModelForSeq2SeqLM

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pydantic import Field
-from sd_gym.agents.common.agent import AgentSettings
+from sd_gym.agents.common.agent import LearnerSettings
 from sd_gym.agents.common.sb3 import SB3Agent
 from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import VecEnv
 
 
-class A2CSettings(AgentSettings):
-    """Settings of A2C; a rollout is ``num_envs * n_steps`` decisions, and each is used once."""
+class A2CSettings(LearnerSettings):
+    """Settings of A2C; a rollout is ``num_envs * n_steps`` decisions, and each is used once.
 
-    learning_rate: float = Field(2e-3, gt=0)
+    So rollouts are small, and the entropy bonus keeps the policy from being certain before it looks at its input.
+    """
+
+    num_envs: int = Field(64, ge=1)
     n_steps: int = Field(1, ge=1)
-    entropy: float = Field(0.0, ge=0)
-    initial_skip_rate: float = Field(0.1, gt=0, lt=1)
+    entropy: float = Field(0.1, ge=0)
 
 
 class A2CAgent(SB3Agent):

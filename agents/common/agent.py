@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.shells import SwitchableVectorEnv
@@ -22,9 +22,30 @@ INFO_TAGS = ("quality", "quality_ref", "flops_ratio")
 
 
 class AgentSettings(BaseModel):
-    """Settings of an agent; each agent has its own subclass, every field of it can be set by name."""
+    """Settings of an agent; each agent has its own subclass, every field of it can be set by name.
+
+    Attributes:
+        num_envs: Of the vector env that ``train`` makes for the agent: instances decided on in one step, scored by one
+            batched run of the backbone.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_envs: int = Field(256, ge=1)
+
+
+class LearnerSettings(AgentSettings):
+    """What all agents that learn share.
+
+    Attributes:
+        learning_rate: Of Adam.
+        entropy: Weight of the entropy bonus.
+        initial_skip_rate: How often each switch is skipped before anything is learned.
+    """
+
+    learning_rate: float = Field(1e-3, gt=0)
+    entropy: float = Field(0.0, ge=0)
+    initial_skip_rate: float = Field(0.1, gt=0, lt=1)
 
 
 @dataclass

@@ -25,7 +25,6 @@ from sd_gym.envs.core import Core, shared_core
 from sd_gym.envs.shells import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy, write_json
 
-NUM_ENVS = 256
 MARGINS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)  # of more cautious versions of a policy, in log-odds
 VALIDATIONS = 8  # times that the policy is validated during training
 TIMED_BATCH_SIZES = (1, 8, 32)
@@ -130,7 +129,8 @@ def train(
         raise FileExistsError(f"{folder} holds a finished run; choose another --output")
     env_settings, agent_settings = split_settings(algo, settings or {})
     folder.mkdir(parents=True, exist_ok=True)
-    env = gym.make_vec(env_id, num_envs=NUM_ENVS, **env_settings).unwrapped
+    num_envs = agent_class(algo).Settings(**agent_settings).num_envs
+    env = gym.make_vec(env_id, num_envs=num_envs, **env_settings).unwrapped
     agent = make_agent(algo, env, seed=seed, **agent_settings)
     env.reset(seed=seed)
     write_json(folder / "config.json", _describe(env, env_id, algo, agent.settings, steps, seed))

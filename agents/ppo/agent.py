@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from pydantic import Field
-from sd_gym.agents.common.agent import AgentSettings
+from sd_gym.agents.common.agent import LearnerSettings
 from sd_gym.agents.common.sb3 import SB3Agent
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
 
 
-class PPOSettings(AgentSettings):
+class PPOSettings(LearnerSettings):
     """Settings of PPO; a rollout is ``num_envs * n_steps`` decisions."""
 
-    learning_rate: float = Field(1e-3, gt=0)
     n_steps: int = Field(4, ge=1)
     batch_size: int = Field(256, ge=2)
     n_epochs: int = Field(6, ge=1)
     clip_range: float = Field(0.2, gt=0)
-    entropy: float = Field(0.0, ge=0)
-    initial_skip_rate: float = Field(0.1, gt=0, lt=1)
 
 
 class PPOAgent(SB3Agent):

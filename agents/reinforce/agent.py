@@ -13,21 +13,23 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
-from sd_gym.agents.common.agent import Agent, AgentSettings, OnRollout, Rollout, initial_bias
+from sd_gym.agents.common.agent import Agent, LearnerSettings, OnRollout, Rollout, initial_bias
 from stable_baselines3.common.logger import Logger
 from torch.distributions import Categorical
 
 from sd_gym.policy import DecisionPolicy
 
 
-class ReinforceSettings(AgentSettings):
-    """Settings of REINFORCE; a rollout scores ``batch_size * (samples + 1)`` decisions."""
+class ReinforceSettings(LearnerSettings):
+    """Settings of REINFORCE; a rollout scores ``num_envs * (samples + 1)`` decisions.
 
-    learning_rate: float = Field(1e-3, gt=0)
-    batch_size: int = Field(32, ge=1)
+    Rollouts are small, as each is used once, and the entropy bonus keeps the policy from being certain before it looks
+    at its input.
+    """
+
+    num_envs: int = Field(16, ge=1)
     samples: int = Field(4, ge=1)
-    entropy: float = Field(0.0, ge=0)
-    initial_skip_rate: float = Field(0.1, gt=0, lt=1)
+    entropy: float = Field(0.2, ge=0)
 
 
 class ReinforceAgent(Agent):
@@ -54,18 +56,18 @@ class ReinforceAgent(Agent):
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Learn from at least ``total_steps`` scored decisions, the greedy ones included."""
-        core, settings = self.env.core, self.settings
+        core, settings, batch = self.env.core, self.settings, self.env.num_envs
         split = core.split(core.config.split)
         started, steps = time.monotonic(), 0
         while steps < total_steps:
-            rows = self.random.integers(len(split), size=settings.batch_size)
+            rows = self.random.integers(len(split), size=batch)
             observations = torch.from_numpy(core.observe(split, rows))
             logits = self.network(observations)
             greedy = torch.stack([choice.argmax(dim=1) for choice in logits], dim=1)
             sampled = [self._sample(choice) for choice in logits]  # one [samples, batch] a component
             decisions = torch.stack(sampled, dim=2).flatten(0, 1)
             outcome = core.score(split, np.tile(rows, settings.samples + 1), torch.cat([greedy, decisions]).numpy())
-            rewards = torch.from_numpy(outcome.reward).float().view(settings.samples + 1, settings.batch_size)
+            rewards = torch.from_numpy(outcome.reward).float().view(settings.samples + 1, batch)
             advantage = rewards[1:] - rewards[:1]
             advantage = advantage / (advantage.std() + 1e-6)
 
@@ -79,7 +81,7 @@ class ReinforceAgent(Agent):
             self.optimizer.step()
 
             steps += len(decisions) + len(greedy)
-            drawn = slice(settings.batch_size, None)  # as for the other agents: what was explored
+            drawn = slice(batch, None)  # as for the other agents: what was explored
             infos = {name: getattr(outcome, name)[drawn] for name in ("quality", "quality_ref", "flops_ratio")}
             infos["is_success"] = outcome.cost[drawn] == 0
             rollout = Rollout(steps, outcome.reward[drawn], infos)
