@@ -72,13 +72,14 @@ def test_nothing_skipped_is_the_untouched_model_bit_for_bit(name, attention):
     rate=st.sampled_from([0.1, 0.5, 0.9]),
     drop=st.booleans(),
     batch=st.integers(1, 6),
+    length=st.integers(2, 11),
     seed=st.integers(0, 10_000),
 )
-def test_a_batch_of_mixed_decisions_is_each_row_alone(name, attention, side, rate, drop, batch, seed):
+def test_a_batch_of_mixed_decisions_is_each_row_alone(name, attention, side, rate, drop, batch, length, seed):
     side = side if name in DECODER else "right"
-    model, inputs = make_model(name, attention), make_inputs(name, batch=batch, seed=seed, side=side)
+    model, inputs = make_model(name, attention), make_inputs(name, batch=batch, source=length, seed=seed, side=side)
     board = Switchboard(model)
-    skip, keep = random_decisions(board, batch, 7, seed, rate)
+    skip, keep = random_decisions(board, batch, length, seed, rate)
     keep = keep if drop else np.ones_like(keep)
     with torch.inference_mode():
         with board.decide(skip, keep):
@@ -99,16 +100,20 @@ def test_a_batch_of_mixed_decisions_is_each_row_alone(name, attention, side, rat
     beams=st.sampled_from([1, 3]),
     drop=st.booleans(),
     rate=st.sampled_from([0.3, 0.7, 1.0]),
+    length=st.integers(2, 9),
     seed=st.integers(0, 10_000),
 )
-def test_generating_over_a_cache_is_generating_without_and_each_row_alone(name, attention, beams, drop, rate, seed):
+def test_generating_over_a_cache_is_generating_without_and_each_row_alone(
+    name, attention, beams, drop, rate, length, seed
+):
     model = make_model(name, attention)
-    inputs = make_inputs(name, batch=4, seed=seed, side="left" if name in DECODER else "right")
+    side = "left" if name in DECODER else "right"
+    inputs = make_inputs(name, batch=4, source=length, seed=seed, side=side)
     prompt = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     # Longer than the sliding windows of 4; some rows end early.
     arguments = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "length_penalty": 0.7}
     board = Switchboard(model)
-    skip, keep = random_decisions(board, 4, 7, seed, rate)
+    skip, keep = random_decisions(board, 4, length, seed, rate)
     keep = keep if drop else None
     with board.decide(skip, keep):
         cached = model.generate(**prompt, **arguments)

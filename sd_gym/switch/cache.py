@@ -94,6 +94,11 @@ class KeptRows(CacheLayerMixin):
             place[self.rows] = torch.arange(len(self.rows), device=self.rows.device)
             self._take(place[beam_idx.to(self.rows.device)[self.rows]])
 
+    def reset(self) -> None:
+        """Forget everything."""
+        self.inner.reset()
+        self.length = 0
+
     def crop(self, *_: Any) -> None:
         """Not possible.
 
