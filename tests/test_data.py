@@ -40,7 +40,7 @@ def test_question_answering_and_summarization_fields(tmp_path):
         ("[1, 2]\n", "line 1: expected a JSON object, got list"),
         ('{"text": "a"}\n', "line 1: no field 'label'"),
         ('{"text": " ", "label": 0}\n', "line 1: text must be a text"),
-        ('{"text": "a", "label": 1.5}\n', "line 1: label must be a class index"),
+        ('{"text": "a", "label": true}\n', "line 1: label must be a class index"),
         ('{"text": "a", "label": -1}\n', "line 1: label must be a class index"),
         ("", "the split 'train' .* is empty"),
         ("\n\n", "the split 'train' .* is empty"),
@@ -54,7 +54,7 @@ def test_malformed_files(tmp_path, content, message):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"missing.jsonl.*expected a JSONL file"):
+    with pytest.raises(FileNotFoundError, match=r"missing.jsonl.*expected a JSONL, CSV or Parquet file"):
         load_split(str(tmp_path / "missing.jsonl"), "classification", "train", None)
     with pytest.raises(FileNotFoundError, match=r"no train.jsonl"):
         load_split(str(tmp_path), "classification", "train", None)

@@ -51,7 +51,7 @@ def env_arguments(request, reviews, tiny_backbone, tiny_generator, tmp_path):
     if request.param in MINI:
         return request.param, SMALL
     if "Classification" in request.param:
-        return request.param, {"dataset": str(reviews), "backbone": str(tiny_backbone)}
+        return request.param, {"dataset": str(reviews), "backbone": str(tiny_backbone), "splits": {}}
     row = {"question": "was the food good", "context": "the food was good", "answers": ["good"]}
     if "Summarization" in request.param:
         row = {"document": "the food was good the room was bad", "summary": "good food"}

@@ -59,10 +59,18 @@ def evaluate(core: Core, policy: DecisionPolicy, split_name: str) -> dict[str, A
     """
     split = core.split(split_name)
     scored = decide_and_score(core, policy, split)
+    rows = np.arange(len(split))
     difference = scored["quality"] - scored["quality_ref"]
-    own = policy.flops / split.dense_flops(np.arange(len(split)))
-    skip = scored["decision"][:, :-1]
+    own = policy.flops / split.dense_flops(rows)
+    decisions = scored["decision"]
+    skip = decisions[:, :-1]
+    metric = {"name": core.config.metric, "value": split.metric(rows, decisions)}
+    if metric["value"] is None:
+        metric |= {"value": float(scored["quality"].mean()), "value_ref": float(scored["quality_ref"].mean())}
+    else:
+        metric["value_ref"] = split.metric(rows, np.zeros_like(decisions))
     return {
+        "metric": metric,
         "split": split_name,
         "instances": len(split),
         "quality": float(scored["quality"].mean()),

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from sd_gym.tasks.data import Source
 
 SplitName = Literal["train", "validation", "test"]
+# A mapping as sorted pairs, since a configuration is hashed: envs of the same one share their core.
+Pairs = Annotated[
+    tuple[tuple[str, str], ...],
+    BeforeValidator(lambda value: tuple(sorted(value.items())) if isinstance(value, dict) else value),
+]
 
 
 class ConfigError(ValueError):
@@ -24,6 +31,10 @@ class EnvConfig(BaseModel):
     id: str
     task: Literal["classification", "question_answering", "summarization"]
     dataset: str
+    subset: str | None = None
+    revision: str | None = None
+    columns: Pairs = ()
+    splits: Pairs = ()
     backbone: str
     split: SplitName = "train"
     train_size: int | None = Field(default=None, ge=1)
@@ -33,11 +44,18 @@ class EnvConfig(BaseModel):
     max_target_length: int = Field(default=32, ge=1)
     token_shares: tuple[float, ...] = (0.0,)
     token_ranking: Literal["attention", "idf", "position", "random"] = "idf"
+    metric: Literal["exact_match", "accuracy", "f1", "matthews", "correlation"] = "exact_match"
+    label_range: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     objective: Literal["lexicographic", "scalarized"] = "lexicographic"
     epsilon: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     penalty: float = Field(default=20.0, gt=0, allow_inf_nan=False)
     cost_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     device: str = "cpu"
+
+    @property
+    def source(self) -> Source:
+        """Where the data set is."""
+        return Source(self.dataset, self.subset, self.revision, dict(self.columns), dict(self.splits))
 
     def size_of(self, split: str) -> int | None:
         """How many instances of a split are used; ``None``: all."""

@@ -26,8 +26,9 @@ from sd_gym.switch import (
     random_scores,
 )
 from sd_gym.tasks.data import load_split
-from sd_gym.tasks.encoding import droppable_tokens, encode, exact_match
+from sd_gym.tasks.encoding import droppable_tokens, encode
 from sd_gym.tasks.instance import Instance
+from sd_gym.tasks.metrics import corpus_metric, prediction, quality
 
 Array = NDArray
 OBSERVATION_LIMIT = 10.0
@@ -66,7 +67,7 @@ class Split:
 
     def __init__(self, config: EnvConfig, name: str) -> None:
         self.backbone = load_backbone(config.backbone, config.device)
-        self.instances: list[Instance] = load_split(config.dataset, config.task, name, config.size_of(name))
+        self.instances: list[Instance] = load_split(config.source, config.task, name, config.size_of(name))
         self.encoded = encode(
             self.instances,
             self.backbone.tokenizer,
@@ -137,16 +138,28 @@ class Split:
         Rows are sorted by the length that is left and cut into a few passes where that saves more padding than a pass
         costs.
         """
+        return self._run(rows, decisions, lambda logits, labels: quality(logits, labels, self.config.label_range))
+
+    @torch.inference_mode()
+    def metric(self, rows: Array, decisions: Array) -> float | None:
+        """The configured metric of the rows under the decisions; ``None`` where it is the mean quality."""
+        if self.config.metric in ("exact_match", "accuracy"):
+            return None
+        predicted = self._run(rows, decisions, lambda logits, labels: prediction(logits))
+        return corpus_metric(self.config.metric, predicted, self.encoded.labels[torch.from_numpy(rows)].numpy())
+
+    def _run(self, rows: Array, decisions: Array, value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Array:
+        """A value of each row's logits and labels, float64 ``[n]``."""
         length = self.kept_length(rows, decisions[:, -1])
         order = np.argsort(length, kind="stable")
-        qualities = np.empty(len(rows))
+        values = np.empty(len(rows))
         for chunk in _by_length(length[order]):
             picked = order[chunk]
             inputs = self.encoded.batch(rows[picked], self.backbone.model.device)
             with self.decide(rows[picked], decisions[picked]):
                 logits = self.backbone.logits(inputs)
-            qualities[picked] = exact_match(logits, inputs["labels"]).cpu().numpy()
-        return qualities
+            values[picked] = value(logits, inputs["labels"]).cpu().numpy()
+        return values
 
     def decide(self, rows: Array, decisions: Array) -> AbstractContextManager[None]:
         """The switchboard's ``decide`` for a batch of these rows, padded to the longest of them."""
@@ -180,7 +193,7 @@ class Split:
                 np.pad(part, ((0, 0), (0, ids.shape[1] - part.shape[1]))) for part in self._batches(attention_received)
             ]
             return np.concatenate(received)
-        train = load_split(self.config.dataset, self.config.task, "train", self.config.train_size)[:STATISTICS_SIZE]
+        train = load_split(self.config.source, self.config.task, "train", self.config.train_size)[:STATISTICS_SIZE]
         corpus = self.backbone.tokenizer([f"{one.source} {one.source_pair or ''}" for one in train]).input_ids
         return inverse_document_frequency(ids, present, map(np.array, corpus))
 
@@ -193,8 +206,10 @@ class Split:
         return keep & (np.arange(length.max()) < length[:, None])
 
     def _costs(self, rows: Array, level: Array) -> tuple[Array, Array]:
-        lengths = self.encoded.source_length[rows], self.encoded.target_length[rows]
-        return self.backbone.flops.costs(*lengths, self.kept_length(rows, level))
+        source = self.encoded.source_length[rows]
+        # A decoder that classifies reads the input again.
+        target = self.encoded.target_length[rows] if self.backbone.generates else source
+        return self.backbone.flops.costs(source, target, self.kept_length(rows, level))
 
     def _features(self) -> Array:
         """Mean and maximum of the first layer's input over the tokens, the length and its logarithm."""

@@ -15,8 +15,9 @@ from sd_gym.backbones.prepare import prepare
 from sd_gym.policy import write_json
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.data import DataError, load_split
-from sd_gym.tasks.encoding import Encoded, encode, exact_match
+from sd_gym.tasks.encoding import Encoded, encode
 from sd_gym.tasks.instance import Instance
+from sd_gym.tasks.metrics import quality
 
 REPORTED_RATES = (0.0, 0.2, 0.4, 0.6)
 EVALUATION_BATCH = 64
@@ -131,7 +132,7 @@ def accuracy(board: Switchboard, encoded: Encoded, max_rate: float) -> float:
         labels = inputs.pop("labels")
         skip = (torch.rand(len(rows), len(board), generator=generator) < max_rate).long()
         with board.decide(skip):
-            right.append(exact_match(board.model(**inputs).logits, labels))
+            right.append(quality(board.model(**inputs).logits, labels))
     return float(torch.cat(right).mean())
 
 

@@ -1,9 +1,12 @@
-"""Data sets as lists of instances: generated, from JSONL files, or from the Hugging Face hub."""
+"""Data sets as lists of instances: generated, from JSONL, CSV or Parquet files, or from the Hugging Face hub."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,65 +19,116 @@ FIELDS = {
     "question_answering": ("question", "context", "answers"),
     "summarization": ("document", "summary"),
 }
+FORMATS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+Rows = Iterable[tuple[str, dict[str, Any]]]  # (where it stands, row)
 
 
 class DataError(ValueError):
     """A data set that cannot be used; the message names the file and line."""
 
 
-def load_split(dataset: str, task: str, split: str, size: int | None) -> list[Instance]:
+@dataclass(frozen=True)
+class Source:
+    """Where a data set is and how its columns and splits are called there.
+
+    Attributes:
+        dataset: ``procedural``; a file (``.jsonl``, ``.csv``, ``.parquet``); a folder of ``train``, ``validation`` and
+            ``test`` files of these formats; a folder in the hub's own form; or the id of a data set on the hub.
+        subset: Of a data set on the hub that has several (GLUE's ``sst2``).
+        revision: Commit of the data set on the hub.
+        columns: The column of each field that is called differently, ``{"text": "sentence"}``.
+        splits: What each split is, ``{"validation": "train[-2000:]"}``: a split of the data set, sliced or not.
+    """
+
+    dataset: str
+    subset: str | None = None
+    revision: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    splits: Mapping[str, str] = field(default_factory=dict)
+
+
+def load_split(source: Source | str, task: str, split: str, size: int | None) -> list[Instance]:
     """The instances of one split, in the data set's order.
 
     Args:
-        dataset: ``procedural``; a JSONL file; a folder of ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``; or
-            the id of a data set on the Hugging Face hub.
+        source: The data set; a text is its ``Source.dataset``.
         task: ``classification`` (fields ``text``, ``text_pair``?, ``label``), ``question_answering`` (``question``,
             ``context``, ``answers``) or ``summarization`` (``document``, ``summary``).
         split: ``train``, ``validation`` or ``test``. A single file is divided by row: every tenth row is validation,
-            every tenth test, the rest train. A folder without ``test.jsonl`` tests on its validation split.
+            every tenth test, the rest train. A data set without a test split tests on its validation split.
         size: At most so many instances; ``None``: all.
 
     Raises:
         FileNotFoundError: If the file, folder, split or hub id does not exist.
         DataError: If the data set is empty or a row is malformed.
     """
-    if dataset == "procedural":
+    source = Source(source) if isinstance(source, str) else source
+    if source.dataset == "procedural":
         if size is None:
             raise DataError(f"the procedural data set is endless; set {split}_size")
         return generate_split(task, split, size)
-    path = Path(dataset)
-    if path.is_file():
-        rows = _divide(_read_jsonl(path), split)
-    elif path.is_dir():
-        rows = _read_jsonl(_split_file(path, split))
-    elif path.suffix == ".jsonl" or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
-        raise FileNotFoundError(
-            f"no data at {dataset!r}; expected a JSONL file, a folder with {', '.join(f'{s}.jsonl' for s in SPLITS)}, "
-            "'procedural', or the id of a data set on the Hugging Face hub"
-        )
-    else:
-        rows = _read_hub(dataset, split)
-    instances = []
-    for origin, row in rows:
-        if size is not None and len(instances) == size:
-            break
-        instances.append(_instance(row, task, f"{split}-{len(instances)}", origin))
+    name, start, end = _slice(source.splits.get(split, split))
+    rows = list(_read(source, name))[start:end]
+    instances = [
+        _instance(_renamed(row, source, task, origin), task, f"{split}-{number}", origin)
+        for number, (origin, row) in enumerate(rows[:size])
+    ]
     if not instances:
-        raise DataError(f"the split {split!r} of {dataset!r} is empty")
+        raise DataError(f"the split {split!r} of {source.dataset!r} is empty")
     return instances
 
 
+def _slice(expression: str) -> tuple[str, int | None, int | None]:
+    """``train[:-2000]`` as a split's name and the ends of a slice."""
+    match = re.fullmatch(r"(\w+)(?:\[(-?\d*):(-?\d*)\])?", expression)
+    if match is None:
+        raise DataError(f"expected a split such as 'train' or 'train[:-2000]', got {expression!r}")
+    name, start, end = match.groups()
+    return name, int(start) if start else None, int(end) if end else None
+
+
+def _read(source: Source, split: str) -> Rows:
+    path = Path(source.dataset)
+    if path.is_file():
+        rows = _read_file(path)
+        return rows if source.splits else _divide(rows, split)
+    if path.is_dir() and any((path / f"{name}{suffix}").exists() for name in SPLITS for suffix in FORMATS):
+        return _read_file(_split_file(path, split))
+    if not path.is_dir() and (
+        path.suffix in FORMATS or source.dataset.startswith((".", "/", "~")) or source.dataset.count("/") > 1
+    ):
+        raise FileNotFoundError(
+            f"no data at {source.dataset!r}; expected a JSONL, CSV or Parquet file, a folder with "
+            f"{', '.join(f'{s}.jsonl' for s in SPLITS)}, 'procedural', or the id of a data set on the Hugging Face hub"
+        )
+    return _read_hub(source, split)
+
+
 def _split_file(folder: Path, split: str) -> Path:
-    file = folder / f"{split}.jsonl"
-    if not file.exists() and split == "test":
-        file = folder / "validation.jsonl"
-    if not file.exists():
-        raise FileNotFoundError(f"no {split}.jsonl in {folder}; expected {', '.join(f'{s}.jsonl' for s in SPLITS)}")
-    return file
+    names = [split, "validation"] if split == "test" else [split]
+    for name in names:
+        for suffix in FORMATS:
+            if (folder / f"{name}{suffix}").exists():
+                return folder / f"{name}{suffix}"
+    raise FileNotFoundError(f"no {split}.jsonl in {folder}; expected {', '.join(f'{s}.jsonl' for s in SPLITS)}")
 
 
-def _read_jsonl(file: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    """(where it stands, row) of every line that is not blank."""
+def _read_file(file: Path) -> Rows:
+    if file.suffix == ".jsonl":
+        return _read_jsonl(file)
+    if file.suffix not in FORMATS:
+        raise DataError(f"{file}: expected one of the formats {', '.join(FORMATS)}")
+    from datasets import load_dataset  # heavy, and only needed here
+
+    try:
+        rows = load_dataset(FORMATS[file.suffix], data_files=str(file), split="train")
+    except Exception as error:  # the library raises errors of many kinds
+        raise DataError(f"{file}: cannot be read as {file.suffix} ({error})") from error
+    return ((f"{file}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _read_jsonl(file: Path) -> Rows:
+    """Every line that is not blank."""
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -88,25 +142,43 @@ def _read_jsonl(file: Path) -> Iterable[tuple[str, dict[str, Any]]]:
             yield f"{file}, line {number}", row
 
 
-def _divide(rows: Iterable[tuple[str, dict[str, Any]]], split: str) -> list[tuple[str, dict[str, Any]]]:
+def _divide(rows: Rows, split: str) -> Rows:
     place = {8: "validation", 9: "test"}
     return [row for number, row in enumerate(rows) if place.get(number % 10, "train") == split]
 
 
-def _read_hub(dataset: str, split: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    from datasets import get_dataset_split_names, load_dataset  # heavy, and only needed here
+def _read_hub(source: Source, split: str) -> Rows:
+    """From the hub, or from a folder in its form."""
+    from datasets import get_dataset_split_names, load_dataset
 
+    revision = None if Path(source.dataset).is_dir() else source.revision
     try:
-        known = get_dataset_split_names(dataset)
+        known = get_dataset_split_names(source.dataset, source.subset, revision=revision)
         if split == "test" and "test" not in known:
             split = "validation"
-        rows = load_dataset(dataset, split=split)
-    except Exception as error:  # the library raises errors of many kinds when the hub cannot be reached
+        rows = load_dataset(source.dataset, source.subset, split=split, revision=revision)
+    except Exception as error:  # the library raises errors of many kinds, above all when the hub cannot be reached
+        if Path(source.dataset).is_dir():
+            raise FileNotFoundError(
+                f"no {split}.jsonl in {source.dataset}, and as a copy of a hub data set the folder does not give "
+                f"the split {split!r} (subset {source.subset}): {error}"
+            ) from error
         raise FileNotFoundError(
-            f"cannot load the split {split!r} of {dataset!r}: it is no local file or folder, and the Hugging Face hub "
-            "did not give it. Without network, pass the path of a local copy as dataset=..."
+            f"cannot load the split {split!r} of {source.dataset!r}: it is no local file or folder, and the Hugging "
+            "Face hub did not give it. Without network, pass the path of a local copy as dataset=..."
         ) from error
-    return ((f"{dataset}, row {number}", row) for number, row in enumerate(rows))
+    return ((f"{source.dataset}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _renamed(row: dict[str, Any], source: Source, task: str, origin: str) -> dict[str, Any]:
+    """A row with the task's own names for its fields; a local copy may have these already."""
+    renamed = dict(row)
+    for name, column in source.columns.items():
+        if column in row:
+            renamed[name] = row[column]
+        elif name in FIELDS[task] and name not in row:
+            raise DataError(f"{origin}: no column {column!r} (for {name}); the columns are {', '.join(row)}")
+    return renamed
 
 
 def _instance(row: dict[str, Any], task: str, identity: str, origin: str) -> Instance:
@@ -116,8 +188,12 @@ def _instance(row: dict[str, Any], task: str, identity: str, origin: str) -> Ins
     difficulty = row.get("difficulty", 0)
     if task == "classification":
         text, label = row["text"], row["label"]
-        if isinstance(label, bool) or not isinstance(label, int | str) or (isinstance(label, int) and label < 0):
-            raise DataError(f"{origin}: label must be a class index from 0 or a label word, got {label!r}")
+        number = isinstance(label, int | float) and not isinstance(label, bool) and label >= 0 and math.isfinite(label)
+        if not number and not isinstance(label, str):
+            raise DataError(
+                f"{origin}: label must be a class index from 0, a label word or a score, got {label!r}; data sets that "
+                "hide the labels of their test split give -1 there: test on another split"
+            )
         _require_text(text, "text", origin)
         return Instance(identity, text, label, difficulty, row.get("text_pair"))
     if task == "question_answering":

@@ -1,4 +1,4 @@
-"""Instances as tensors, and the quality of a backbone's output on them."""
+"""Instances as tensors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from sd_gym.tasks.data import DataError
 from sd_gym.tasks.instance import Instance
-
-IGNORED = -100
+from sd_gym.tasks.metrics import IGNORED
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Encoded:
         input_ids: int64 ``[n, longest source]``, padded at the right.
         source_length: int64 ``[n]``, tokens of each input.
         labels: int64 ``[n, longest target]`` padded with -100 where the backbone generates, class indices ``[n]``
-            where it classifies.
+            where it classifies, scores float32 ``[n]`` where it has a single output (regression).
         target_length: int64 ``[n]``, tokens of each target; 1 where the backbone classifies.
         token_type_ids: int64 like ``input_ids`` for sentence pairs, else ``None``.
     """
@@ -91,7 +90,7 @@ def encode(
         labels = targets.input_ids.masked_fill(targets.attention_mask == 0, IGNORED)
         target_length = targets.attention_mask.sum(dim=1).numpy()
     else:
-        labels = torch.tensor([class_index(instance, label2id or {}) for instance in instances])
+        labels = _labels(instances, label2id or {})
         target_length = np.ones(len(instances), dtype=np.int64)
     return Encoded(
         input_ids=source.input_ids,
@@ -140,6 +139,15 @@ def _tokenize_sources(
     )
 
 
+def _labels(instances: list[Instance], label2id: dict[str, int]) -> Tensor:
+    if len(label2id) != 1:
+        return torch.tensor([class_index(instance, label2id) for instance in instances])
+    for instance in instances:
+        if isinstance(instance.target, str):
+            raise DataError(f"instance {instance.id}: the backbone gives a score, but the label is {instance.target!r}")
+    return torch.tensor([float(instance.target) for instance in instances])
+
+
 def class_index(instance: Instance, label2id: dict[str, int]) -> int:
     """The class index of an instance's label.
 
@@ -155,20 +163,3 @@ def class_index(instance: Instance, label2id: dict[str, int]) -> int:
         f"instance {instance.id}: label {target!r} is none of the backbone's {len(label2id)} classes: "
         f"{', '.join(map(str, label2id))}"
     )
-
-
-def exact_match(logits: Tensor, labels: Tensor) -> Tensor:
-    """Quality of each row: 1.0 where the output is exactly the reference, else 0.0; float32 ``[batch]``.
-
-    For generated text the logits are teacher-forced: greedy decoding gives the reference if and only if, at every
-    position, the most probable token after the reference's prefix is the reference's next token. So one forward pass
-    tells what generating would, ``</s>`` included. The corpus metric, exact match or accuracy, is the mean.
-
-    Args:
-        logits: ``[batch, target length, vocabulary]`` or ``[batch, classes]``.
-        labels: ``[batch, target length]``, -100 where padded, or ``[batch]``.
-    """
-    right = logits.argmax(dim=-1) == labels
-    if labels.ndim == 2:
-        right = (right | (labels == IGNORED)).all(dim=1)
-    return right.float()

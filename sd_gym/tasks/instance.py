@@ -12,7 +12,7 @@ class Instance:
     Attributes:
         id: Unique within its data set, stable between runs (``"test-17"``).
         source: The text that the backbone reads.
-        target: The reference: a text that the backbone shall generate, or a class index.
+        target: The reference: a text that the backbone shall generate, a class index or word, or a score (regression).
         difficulty: How hard the instance is, 1 (trivial) and up; 0 where it is not known.
         source_pair: The second sentence of a sentence pair.
         protected: Parts of ``source``, as (start, end) in characters, whose tokens are never dropped: a question, or
@@ -21,7 +21,7 @@ class Instance:
 
     id: str
     source: str
-    target: str | int
+    target: str | int | float
     difficulty: int = 0
     source_pair: str | None = None
     protected: tuple[tuple[int, int], ...] = ()

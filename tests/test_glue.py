@@ -1,0 +1,166 @@
+"""The GLUE envs, on local mirrors of a few instances in the hub's own form, with tiny backbones."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from gymnasium.utils.env_checker import check_env
+from sd_gym.agents.common.evaluation import evaluate
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+import sd_gym
+from sd_gym.tasks.data import DataError, Source, load_split
+from tests.conftest import TINY, WORDS, make_model
+
+# Column names as on the hub, and the number of classes; 1 = a score.
+GLUE = {
+    "SST2": (("sentence",), 2),
+    "MRPC": (("sentence1", "sentence2"), 2),
+    "RTE": (("sentence1", "sentence2"), 2),
+    "CoLA": (("sentence",), 2),
+    "QNLI": (("question", "sentence"), 2),
+    "MNLI": (("premise", "hypothesis"), 3),
+    "QQP": (("question1", "question2"), 2),
+    "STSB": (("sentence1", "sentence2"), 1),
+}
+# Smaller than in the YAML files, where the end of the training split selects.
+SPLITS = {"train": "train[:-10]", "validation": "train[-10:]"}
+
+
+def mirror(folder, subset, columns, classes):
+    """A data set as the hub stores it: Parquet files in a folder for each subset, and a card that names them."""
+    random = np.random.default_rng(0)
+    names = {"train": 40, "validation_matched" if subset == "mnli" else "validation": 12}
+    label = Value("float32") if classes == 1 else ClassLabel(num_classes=classes)
+    features = Features({**{column: Value("string") for column in columns}, "label": label, "idx": Value("int32")})
+    (folder / subset).mkdir(parents=True)
+    for split, size in {**names, "test": 5}.items():
+        rows = {column: [" ".join(random.choice(WORDS, 5)) for _ in range(size)] for column in columns}
+        labels = random.random(size) * 5 if classes == 1 else random.integers(classes, size=size)
+        rows["label"] = [-1] * size if split == "test" else labels.tolist()
+        rows["idx"] = list(range(size))
+        if split == "test" and classes > 1:
+            rows["label"] = [-1] * size  # hidden
+        data = Dataset.from_dict(rows, features=features)
+        data.to_parquet(folder / subset / f"{split}-00000-of-00001.parquet")
+    files = "".join(f"  - split: {split}\n    path: {subset}/{split}-*\n" for split in [*names, "test"])
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {subset}\n  data_files:\n{files}---\n")
+    return folder
+
+
+def backbone(folder, tokenizer, classes, architecture):
+    # Named classes: transformers forgets the number of unnamed ones where it is the default of another architecture.
+    labels = {
+        "id2label": {n: f"class {n}" for n in range(classes)},
+        "label2id": {f"class {n}": n for n in range(classes)},
+    }
+    config = AutoConfig.for_model(
+        architecture, vocab_size=40, pad_token_id=0, eos_token_id=2, **labels, **TINY[architecture]
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ["bart", "bert"])
+@pytest.mark.parametrize("name", list(GLUE))
+def test_every_glue_env_runs(name, architecture, tmp_path, tiny_tokenizer):
+    columns, classes = GLUE[name]
+    data = mirror(tmp_path / "glue", name.lower(), columns, classes)
+    model = backbone(tmp_path / "model", tiny_tokenizer, classes, architecture)
+    splits = SPLITS | {"test": "validation_matched" if name == "MNLI" else "validation"}
+    env = gym.make(f"SD/Classification-{name}-v0", dataset=str(data), backbone=str(model), splits=splits)
+    check_env(env.unwrapped)
+    core = env.unwrapped.core
+    assert {split: len(core.split(split)) for split in ("train", "validation", "test")} == {
+        "train": 30,
+        "validation": 10,
+        "test": 12,
+    }
+    split, rows = core.split("test"), np.arange(12)
+    decisions = np.zeros((12, len(core.nvec)), dtype=np.int64)
+    outcome = core.score(split, rows, decisions)
+    assert (outcome.flops_ratio == 1).all()
+    decisions[:, :-1] = 1
+    assert (core.score(split, rows, decisions).flops_ratio < 0.5).all()
+    metric = evaluate(core, _dense(env.unwrapped), "test")["metric"]
+    assert metric["value"] == metric["value_ref"]
+    expected = {"MRPC": "f1", "QQP": "f1", "CoLA": "matthews", "STSB": "correlation"}.get(name, "accuracy")
+    assert metric["name"] == expected
+
+
+def _dense(env):
+    from sd_gym.agents.registry import make_agent
+
+    vector = gym.make_vec(env.config.id, num_envs=1, **_settings(env.config)).unwrapped
+    return make_agent("dense", vector).policy()
+
+
+def _settings(config):
+    return {"dataset": config.dataset, "backbone": config.backbone, "splits": dict(config.splits)}
+
+
+def test_the_flops_of_a_bart_classifier_are_counted(tmp_path, tiny_tokenizer):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    data = mirror(tmp_path / "glue", "sst2", ("sentence",), 2)
+    model = backbone(tmp_path / "model", tiny_tokenizer, 2, "bart")
+    settings = {"dataset": str(data), "backbone": str(model), "splits": SPLITS}
+    core = gym.make("SD/Classification-SST2-v0", **settings).unwrapped.core
+    core.backbone.model.set_attn_implementation("eager")
+    split, decision = core.split("train"), np.zeros((1, len(core.nvec)), dtype=np.int64)
+    decision[0, ::3] = 1
+    decision[0, -1] = 0
+    with FlopCounterMode(display=False) as counter:
+        split.run(np.array([3]), decision)
+    assert counter.get_total_flops() == split.flops(np.array([3]), decision)[0]
+
+
+def test_all_glue_ids_are_registered():
+    assert {f"SD/Classification-{name}-v0" for name in GLUE} <= set(sd_gym.registered_ids())
+
+
+def test_hidden_labels_and_missing_columns_are_refused(tmp_path):
+    data = mirror(tmp_path / "glue", "sst2", ("sentence",), 2)
+    source = Source(str(data), "sst2", columns={"text": "sentence"})
+    with pytest.raises(DataError, match="hide the labels of their test split"):
+        load_split(source, "classification", "test", None)
+    with pytest.raises(DataError, match=r"no column 'review' \(for text\); the columns are sentence, label, idx"):
+        load_split(Source(str(data), "sst2", columns={"text": "review"}), "classification", "train", None)
+    with pytest.raises(FileNotFoundError, match="does not give the split 'train'"):
+        load_split(Source(str(data), "no-such-subset"), "classification", "train", None)
+    with pytest.raises(DataError, match="expected a split such as"):
+        load_split(Source(str(data), "sst2", splits={"train": "train[::2]"}), "classification", "train", None)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_other_formats(tmp_path, suffix):
+    rows = Dataset.from_dict({"body": [f"the food {n}" for n in range(20)], "label": [n % 2 for n in range(20)]})
+    for split in ("train", "validation"):
+        file = tmp_path / f"{split}.{suffix}"
+        rows.to_csv(file) if suffix == "csv" else rows.to_parquet(file)
+    instances = load_split(Source(str(tmp_path), columns={"text": "body"}), "classification", "train", 7)
+    assert [one.source for one in instances] == [f"the food {n}" for n in range(7)]
+    single = Source(str(tmp_path / f"train.{suffix}"), columns={"text": "body"}, splits={"train": "train[-3:]"})
+    assert [one.source for one in load_split(single, "classification", "train", None)] == [
+        f"the food {n}" for n in range(17, 20)
+    ]
+    (tmp_path / "broken.parquet").write_text("no such thing")
+    with pytest.raises(DataError, match=r"broken.parquet: cannot be read as .parquet"):
+        load_split(str(tmp_path / "broken.parquet"), "classification", "train", None)
+
+
+def test_a_score_needs_numbers(tmp_path, tiny_tokenizer):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "good", "label": "yes"}\n' * 20)
+    model = backbone(tmp_path / "model", tiny_tokenizer, 1, "bert")
+    with pytest.raises(DataError, match="gives a score, but the label is 'yes'"):
+        gym.make("SD/Classification-Custom-v0", dataset=str(file), backbone=str(model))
+
+
+def test_a_backbone_without_a_classifier_says_what_to_do(tmp_path, tiny_tokenizer):
+    data = mirror(tmp_path / "glue", "sst2", ("sentence",), 2)
+    make_model("bert").bert.save_pretrained(tmp_path / "bare")
+    tiny_tokenizer.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="no task head; fine-tune one with"):
+        gym.make("SD/Classification-SST2-v0", dataset=str(data), backbone=str(tmp_path / "bare"), splits=SPLITS)
