@@ -55,7 +55,7 @@ def evaluate(core: Core, policy: DecisionPolicy, split_name: str) -> dict[str, A
     """A policy's result on a split: quality, FLOPs and decisions, in all and by difficulty.
 
     ``flops_ratio`` is the mean over instances of the backbone's ratio; ``flops_ratio_with_policy`` adds the FLOPs of
-    the policy network itself.
+    the policy network itself. ``metrics`` holds the data set's own metric where it is not the mean quality.
     """
     split = core.split(split_name)
     scored = decide_and_score(core, policy, split)
@@ -64,13 +64,9 @@ def evaluate(core: Core, policy: DecisionPolicy, split_name: str) -> dict[str, A
     own = policy.flops / split.dense_flops(rows)
     decisions = scored["decision"]
     skip = decisions[:, :-1]
-    metric = {"name": core.config.metric, "value": split.metric(rows, decisions)}
-    if metric["value"] is None:
-        metric |= {"value": float(scored["quality"].mean()), "value_ref": float(scored["quality_ref"].mean())}
-    else:
-        metric["value_ref"] = split.metric(rows, np.zeros_like(decisions))
+    metrics = {"policy": split.metrics(rows, decisions), "dense": split.metrics(rows, np.zeros_like(decisions))}
     return {
-        "metric": metric,
+        "metrics": metrics,
         "split": split_name,
         "instances": len(split),
         "quality": float(scored["quality"].mean()),

@@ -35,6 +35,7 @@ class EnvConfig(BaseModel):
     revision: str | None = None
     columns: Pairs = ()
     splits: Pairs = ()
+    unanswerable: bool = True
     backbone: str
     split: SplitName = "train"
     train_size: int | None = Field(default=None, ge=1)
@@ -44,7 +45,9 @@ class EnvConfig(BaseModel):
     max_target_length: int = Field(default=32, ge=1)
     token_shares: tuple[float, ...] = (0.0,)
     token_ranking: Literal["attention", "idf", "position", "random"] = "idf"
-    metric: Literal["exact_match", "accuracy", "f1", "matthews", "correlation"] = "exact_match"
+    metric: Literal["exact_match", "accuracy", "f1", "matthews", "correlation", "rouge", "squad"] = "exact_match"
+    quality: Literal["exact_match", "likelihood", "metric"] = "exact_match"
+    num_beams: int = Field(default=1, ge=1)
     label_range: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     objective: Literal["lexicographic", "scalarized"] = "lexicographic"
     epsilon: float = Field(default=0.01, ge=0, allow_inf_nan=False)
@@ -55,7 +58,9 @@ class EnvConfig(BaseModel):
     @property
     def source(self) -> Source:
         """Where the data set is."""
-        return Source(self.dataset, self.subset, self.revision, dict(self.columns), dict(self.splits))
+        return Source(
+            self.dataset, self.subset, self.revision, dict(self.columns), dict(self.splits), self.unanswerable
+        )
 
     def size_of(self, split: str) -> int | None:
         """How many instances of a split are used; ``None``: all."""
@@ -87,6 +92,11 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{origin}: config key {key!r}: {first['msg']}, got {first['input']!r}") from error
+    if config.quality == "metric" and config.metric not in ("rouge", "squad"):
+        raise ConfigError(
+            f"{origin}: config key 'quality': 'metric' scores generated texts, by rouge or squad; the metric "
+            f"is {config.metric!r}, for which exact_match and likelihood are there"
+        )
     shares = config.token_shares
     if shares[:1] != (0.0,) or list(shares) != sorted(set(shares)) or shares[-1] >= 1:
         raise ConfigError(

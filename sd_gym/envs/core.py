@@ -28,7 +28,8 @@ from sd_gym.switch import (
 from sd_gym.tasks.data import load_split
 from sd_gym.tasks.encoding import droppable_tokens, encode
 from sd_gym.tasks.instance import Instance
-from sd_gym.tasks.metrics import corpus_metric, prediction, quality
+from sd_gym.tasks.metrics import corpus_metric, likelihood, prediction, quality
+from sd_gym.tasks.text import text_metrics, text_quality
 
 Array = NDArray
 OBSERVATION_LIMIT = 10.0
@@ -138,28 +139,63 @@ class Split:
         Rows are sorted by the length that is left and cut into a few passes where that saves more padding than a pass
         costs.
         """
-        return self._run(rows, decisions, lambda logits, labels: quality(logits, labels, self.config.label_range))
+        config = self.config
+        if config.quality == "metric":
+            texts = self.texts(rows, decisions)
+            return np.array(
+                [
+                    text_quality(config.metric, text, self.instances[row].references)
+                    for row, text in zip(rows, texts, strict=True)
+                ]
+            )
+        score = likelihood if config.quality == "likelihood" else quality
+        return self._teacher_forced(rows, decisions, lambda logits, labels: score(logits, labels, config.label_range))
 
     @torch.inference_mode()
-    def metric(self, rows: Array, decisions: Array) -> float | None:
-        """The configured metric of the rows under the decisions; ``None`` where it is the mean quality."""
-        if self.config.metric in ("exact_match", "accuracy"):
-            return None
-        predicted = self._run(rows, decisions, lambda logits, labels: prediction(logits))
-        return corpus_metric(self.config.metric, predicted, self.encoded.labels[torch.from_numpy(rows)].numpy())
+    def texts(self, rows: Array, decisions: Array) -> list[str]:
+        """What the backbone generates for rows under decisions, by greedy or beam search."""
+        config, backbone = self.config, self.backbone
+        texts = [""] * len(rows)
+        for picked, inputs in self._passes(rows, decisions):
+            inputs.pop("labels")
+            with self.decide(rows[picked], decisions[picked]):
+                tokens = backbone.model.generate(
+                    **inputs, max_new_tokens=config.max_target_length, num_beams=config.num_beams, do_sample=False
+                )
+            for position, text in zip(
+                picked, backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True
+            ):
+                texts[position] = text
+        return texts
 
-    def _run(self, rows: Array, decisions: Array, value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Array:
+    @torch.inference_mode()
+    def metrics(self, rows: Array, decisions: Array) -> dict[str, float]:
+        """The metric of the rows under the decisions, by name; empty where it is the mean quality."""
+        name = self.config.metric
+        if name in ("rouge", "squad"):
+            return text_metrics(name, self.texts(rows, decisions), [self.instances[row].references for row in rows])
+        if name == "exact_match" or (name == "accuracy" and self.config.quality == "exact_match"):
+            return {}
+        predicted = self._teacher_forced(rows, decisions, lambda logits, labels: prediction(logits))
+        return {name: corpus_metric(name, predicted, self.encoded.labels[torch.from_numpy(rows)].numpy())}
+
+    def _teacher_forced(
+        self, rows: Array, decisions: Array, value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> Array:
         """A value of each row's logits and labels, float64 ``[n]``."""
-        length = self.kept_length(rows, decisions[:, -1])
-        order = np.argsort(length, kind="stable")
         values = np.empty(len(rows))
-        for chunk in _by_length(length[order]):
-            picked = order[chunk]
-            inputs = self.encoded.batch(rows[picked], self.backbone.model.device)
+        for picked, inputs in self._passes(rows, decisions):
             with self.decide(rows[picked], decisions[picked]):
                 logits = self.backbone.logits(inputs)
             values[picked] = value(logits, inputs["labels"]).cpu().numpy()
         return values
+
+    def _passes(self, rows: Array, decisions: Array) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
+        """Positions in ``rows`` and inputs of each forward pass."""
+        length = self.kept_length(rows, decisions[:, -1])
+        order = np.argsort(length, kind="stable")
+        for chunk in _by_length(length[order]):
+            yield order[chunk], self.encoded.batch(rows[order[chunk]], self.backbone.model.device)
 
     def decide(self, rows: Array, decisions: Array) -> AbstractContextManager[None]:
         """The switchboard's ``decide`` for a batch of these rows, padded to the longest of them."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from sd_gym.tasks.instance import Instance
@@ -38,6 +39,7 @@ class Source:
         revision: Commit of the data set on the hub.
         columns: The column of each field that is called differently, ``{"text": "sentence"}``.
         splits: What each split is, ``{"validation": "train[-2000:]"}``: a split of the data set, sliced or not.
+        unanswerable: Whether questions may be without an answer.
     """
 
     dataset: str
@@ -45,6 +47,7 @@ class Source:
     revision: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     splits: Mapping[str, str] = field(default_factory=dict)
+    unanswerable: bool = True
 
 
 def load_split(source: Source | str, task: str, split: str, size: int | None) -> list[Instance]:
@@ -70,7 +73,7 @@ def load_split(source: Source | str, task: str, split: str, size: int | None) ->
     name, start, end = _slice(source.splits.get(split, split))
     rows = list(_read(source, name))[start:end]
     instances = [
-        _instance(_renamed(row, source, task, origin), task, f"{split}-{number}", origin)
+        _instance(_renamed(row, source, task, origin), task, f"{split}-{number}", origin, source.unanswerable)
         for number, (origin, row) in enumerate(rows[:size])
     ]
     if not instances:
@@ -151,14 +154,20 @@ def _read_hub(source: Source, split: str) -> Rows:
     """From the hub, or from a folder in its form."""
     from datasets import get_dataset_split_names, load_dataset
 
-    revision = None if Path(source.dataset).is_dir() else source.revision
+    folder = Path(source.dataset).is_dir()
     try:
-        known = get_dataset_split_names(source.dataset, source.subset, revision=revision)
-        if split == "test" and "test" not in known:
-            split = "validation"
-        rows = load_dataset(source.dataset, source.subset, split=split, revision=revision)
+        if folder:
+            # Streamed, with a cache of its own: the library's cache does not tell apart two folders of the same name.
+            with TemporaryDirectory() as cache:
+                parts = load_dataset(source.dataset, source.subset, streaming=True, cache_dir=cache)
+                rows = list(parts[_or_validation(split, parts)])
+        else:
+            known = get_dataset_split_names(source.dataset, source.subset, revision=source.revision)
+            rows = load_dataset(
+                source.dataset, source.subset, split=_or_validation(split, known), revision=source.revision
+            )
     except Exception as error:  # the library raises errors of many kinds, above all when the hub cannot be reached
-        if Path(source.dataset).is_dir():
+        if folder:
             raise FileNotFoundError(
                 f"no {split}.jsonl in {source.dataset}, and as a copy of a hub data set the folder does not give "
                 f"the split {split!r} (subset {source.subset}): {error}"
@@ -168,6 +177,10 @@ def _read_hub(source: Source, split: str) -> Rows:
             "Face hub did not give it. Without network, pass the path of a local copy as dataset=..."
         ) from error
     return ((f"{source.dataset}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _or_validation(split: str, known: Container[str]) -> str:
+    return "validation" if split == "test" and "test" not in known else split
 
 
 def _renamed(row: dict[str, Any], source: Source, task: str, origin: str) -> dict[str, Any]:
@@ -181,7 +194,7 @@ def _renamed(row: dict[str, Any], source: Source, task: str, origin: str) -> dic
     return renamed
 
 
-def _instance(row: dict[str, Any], task: str, identity: str, origin: str) -> Instance:
+def _instance(row: dict[str, Any], task: str, identity: str, origin: str, unanswerable: bool) -> Instance:
     missing = [field for field in FIELDS[task] if field not in row]
     if missing:
         raise DataError(f"{origin}: no field {missing[0]!r}; {task} needs {', '.join(FIELDS[task])}")
@@ -197,12 +210,17 @@ def _instance(row: dict[str, Any], task: str, identity: str, origin: str) -> Ins
         _require_text(text, "text", origin)
         return Instance(identity, text, label, difficulty, row.get("text_pair"))
     if task == "question_answering":
-        answers = row["answers"].get("text", []) if isinstance(row["answers"], dict) else row["answers"]
         _require_text(row["question"], "question", origin)
         _require_text(row["context"], "context", origin)
+        answers = row["answers"].get("text") if isinstance(row["answers"], dict) else row["answers"]
+        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+            raise DataError(f"{origin}: answers must be a list of texts, or SQuAD's form of it, got {row['answers']!r}")
+        if not answers and not unanswerable:
+            raise DataError(f"{origin}: the question has no answer; where that may be, set unanswerable to true")
+        target, *others = dict.fromkeys(answers) or [""]
         question = row["question"]
-        target = answers[0] if answers else ""
-        return Instance(identity, question, target, difficulty, row["context"], ((0, len(question)),))
+        protected = ((0, len(question)),)
+        return Instance(identity, question, target, difficulty, row["context"], protected, tuple(others))
     _require_text(row["document"], "document", origin)
     _require_text(row["summary"], "summary", origin)
     return Instance(identity, row["document"], row["summary"], difficulty)

@@ -17,6 +17,7 @@ class Instance:
         source_pair: The second sentence of a sentence pair.
         protected: Parts of ``source``, as (start, end) in characters, whose tokens are never dropped: a question, or
             the word that names the task.
+        more_targets: Other texts that are as right as ``target``.
     """
 
     id: str
@@ -25,3 +26,9 @@ class Instance:
     difficulty: int = 0
     source_pair: str | None = None
     protected: tuple[tuple[int, int], ...] = ()
+    more_targets: tuple[str, ...] = ()
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All texts that are right; none where a question has no answer."""
+        return (str(self.target), *self.more_targets) if self.target != "" else ()

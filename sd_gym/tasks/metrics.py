@@ -41,6 +41,21 @@ def quality(logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
     return ((logits.argmax(dim=-1) == labels) | (labels == IGNORED)).all(dim=1).float()
 
 
+def likelihood(logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
+    """Probability of the reference, float32 ``[batch]``: of a class; of a text, the geometric mean over its tokens.
+
+    A graded quality where exact match is too coarse: from one teacher-forced pass, and comparable with the dense
+    backbone's on the same instance. Arguments as of ``quality``; a score has its quality there.
+    """
+    if labels.is_floating_point():
+        return quality(logits, labels, label_range)
+    if labels.ndim == 1:
+        logits, labels = logits[:, None], labels[:, None]
+    counted = labels != IGNORED
+    log_prob = logits.float().log_softmax(dim=-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return ((log_prob * counted).sum(dim=1) / counted.sum(dim=1)).exp()
+
+
 def corpus_metric(name: str, predictions: NDArray, labels: NDArray) -> float:
     """The metric of a whole data set, as GLUE defines it.
 
