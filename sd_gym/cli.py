@@ -171,21 +171,33 @@ def compare(
 
 @app.command()
 def prepare(
-    backbone: Annotated[str, typer.Option(help="Local folder or hub id of a supported encoder, such as a BERT.")],
-    dataset: Annotated[str, typer.Option(help="JSONL file, folder of JSONL files, or hub id; fields text, label.")],
+    backbone: Annotated[str, typer.Option(help="Local folder or hub id of a supported model, such as a BERT.")],
     output: Annotated[Path, typer.Option(help="Folder to write the prepared model to.")],
+    env: Annotated[
+        str, typer.Option(help="Env whose task and data it is prepared for.")
+    ] = "SD/Classification-Custom-v0",
+    dataset: Annotated[str | None, typer.Option(help="The env's data set: a file, a folder, or a hub id.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1500,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     learning_rate: Annotated[float, typer.Option()] = 5e-5,
     max_rate: Annotated[float, typer.Option(help="Highest skip rate during preparation.")] = 0.6,
-    max_length: Annotated[int, typer.Option(min=2, help="Longest input, in tokens.")] = 128,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Longest input, in tokens [default: the env's].")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint of a preparation that was cut off.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the env's config.")
+    ] = [],  # noqa: B006  (typer wants a list)
 ) -> None:
-    """Fine-tune a sequence classifier so that it bears skipping.
+    """Fine-tune a backbone so that it bears skipping.
 
     Half of each pass runs densely under the task's loss, half under random decisions with the dense output as target.
 
-    Example: `sd-gym prepare --backbone ./minilm --dataset ./sst2 --output ./minilm-sst2 --steps 2000`
+    Examples:
+    `sd-gym prepare --backbone ./minilm --dataset ./sst2 --output ./minilm-sst2 --steps 2000`
+
+    `sd-gym prepare --backbone ./bart --env SD/Summarization-Custom-v0 --dataset ./mails --output ./bart-mails`
     """
     try:
         with _progress() as progress:
@@ -195,27 +207,39 @@ def prepare(
                 figures = f"loss {loss:.3f}  distillation {distillation:.3f}"
                 progress.update(bar, completed=step, description="preparing", figures=figures)
 
-            from sd_gym.tasks.classifier import prepare_classifier
+            from sd_gym.envs.config import load_config
+            from sd_gym.registration import config_of
+            from sd_gym.tasks.preparation import prepare_backbone
 
-            report = prepare_classifier(
-                backbone,
-                dataset,
+            given = {"dataset": dataset, "max_source_length": max_length}
+            overrides = {key: value for key, value in given.items() if value is not None} | _settings(set_)
+            config = load_config(config_of(env), {**overrides, "backbone": backbone})
+            report = prepare_backbone(
+                config.backbone,
+                config.source,
+                config.task,
                 output,
                 steps=steps,
                 batch_size=batch_size,
                 learning_rate=learning_rate,
                 max_rate=max_rate,
-                max_length=max_length,
+                max_source_length=config.max_source_length,
+                max_target_length=config.max_target_length,
+                label_range=config.label_range,
+                train_size=config.train_size,
+                validation_size=config.validation_size,
+                resume=resume,
                 seed=seed,
+                device=config.device,
                 on_step=on_step,
             )
     except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
         _fail(error)
-    table = Table(title=f"{output}: accuracy on the validation split")
-    for column in ("random skip rate", "accuracy"):
+    table = Table(title=f"{output}: mean quality on the validation split")
+    for column in ("random skip rate", "before", "after"):
         table.add_column(column, justify="right")
-    for rate, accuracy in report["accuracy"].items():
-        table.add_row(f"{float(rate):.0%}", f"{accuracy:.1%}")
+    for rate, after in report["quality"]["after"].items():
+        table.add_row(f"{float(rate):.0%}", f"{report['quality']['before'][rate]:.1%}", f"{after:.1%}")
     console.print(table)
     console.print(f"Prepared backbone: {output}", highlight=False, soft_wrap=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from importlib.resources import files
 from pathlib import Path
 
@@ -24,6 +25,20 @@ def env_id(file: Path) -> str:
         if line.startswith("id:"):
             return line.removeprefix("id:").strip()
     raise ValueError(f"{file}: no line 'id: ...'")
+
+
+def config_of(identity: str) -> Path:
+    """The configuration file of an id.
+
+    Raises:
+        ValueError: If there is no such id.
+    """
+    known = {env_id(file): file for file in config_files()}
+    if identity not in known:
+        near = difflib.get_close_matches(identity, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown env {identity!r}{hint} Known: {', '.join(known)}.")
+    return known[identity]
 
 
 def register_envs() -> None:

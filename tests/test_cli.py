@@ -33,7 +33,7 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone):
     result = run("prepare", "--backbone", tiny_backbone, *arguments)
     assert result.exit_code == 0, result.output
     report = json.loads((prepared / "preparation.json").read_text())
-    assert report["accuracy"]["0.0"] == 1.0
+    assert report["quality"]["after"]["0.0"] == 1.0
     assert (prepared / "model.safetensors").exists()
     assert run("prepare", "--backbone", tiny_backbone, *arguments).exit_code == 2
 

@@ -8,7 +8,10 @@ once densely, under the task's loss, and once under random decisions, with the d
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +31,22 @@ def random_decisions(rows: int, switches: int, max_rate: float, generator: torch
 
 
 def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of class labels ``[batch]`` or token labels ``[batch, length]`` (-100 counts not)."""
+    """Mean cross-entropy of class labels ``[batch]`` or token labels ``[batch, length]`` (-100 counts not).
+
+    Squared error where the labels are scores (floats).
+    """
+    if labels.is_floating_point():
+        return F.mse_loss(logits[:, 0].float(), labels)
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100)
 
 
 def distillation_loss(logits: Tensor, dense_logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean KL divergence from the dense output, over the same positions as ``task_loss``; no gradient to the dense."""
+    """Mean KL divergence from the dense output, over the same positions as ``task_loss``; no gradient to the dense.
+
+    Squared distance where the labels are scores.
+    """
+    if labels.is_floating_point():
+        return F.mse_loss(logits.float(), dense_logits.detach().float())
     counted = labels != -100
     target = F.log_softmax(dense_logits.detach()[counted], dim=-1)
     return F.kl_div(F.log_softmax(logits[counted], dim=-1), target, reduction="batchmean", log_target=True)
@@ -64,6 +77,8 @@ def prepare(
     max_rate: float = 0.8,
     weight_decay: float = 0.01,
     seed: int = 0,
+    checkpoint: Path | None = None,
+    resume: bool = False,
     on_step: Callable[[int, float, float], None] | None = None,
 ) -> None:
     """Fine-tune the backbone of ``board`` in place; learning rate warmed up, then a cosine down to zero.
@@ -78,6 +93,9 @@ def prepare(
         max_rate: Highest skip rate that a row may draw.
         weight_decay: Of AdamW.
         seed: Of the random decisions.
+        checkpoint: File that the state is written to ten times on the way; ``None``: none.
+        resume: Whether to go on from it, if it is there, as if nothing had happened: the batches that were used are
+            drawn again and passed over.
         on_step: Called with (step, task loss, distillation loss) after every step.
 
     Raises:
@@ -96,11 +114,15 @@ def prepare(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
     model.train()
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    done = _restore(checkpoint, state, generator) if resume and checkpoint is not None and checkpoint.exists() else 0
     source = iter(batches)
     for step in range(1, steps + 1):
         batch = next(source, None)
         if batch is None:
             raise ValueError(f"the batches ended after {step - 1} of {steps} steps")
+        if step <= done:
+            continue
         if step <= dense_steps:
             loss = task_loss(model(**batch).logits, batch["labels"])
             distillation = torch.zeros(())
@@ -117,4 +139,25 @@ def prepare(
             raise FloatingPointError(f"the loss is {total.item()} at step {step}; try a lower learning rate")
         if on_step is not None:
             on_step(step, loss.item(), distillation.item())
+        if checkpoint is not None and step % max(1, steps // 10) == 0:
+            _save(checkpoint, state, generator, step)
     model.eval()
+
+
+def _save(file: Path, state: dict[str, Any], generator: torch.Generator, step: int) -> None:
+    """Everything that the next step depends on; the file appears complete or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    saved = {name: part.state_dict() for name, part in state.items()}
+    random = {"decisions": generator.get_state(), "dropout": torch.get_rng_state()}
+    torch.save({**saved, "random": random, "step": step}, file.with_suffix(".tmp"))
+    os.replace(file.with_suffix(".tmp"), file)
+
+
+def _restore(file: Path, state: dict[str, Any], generator: torch.Generator) -> int:
+    """The step that was done last; tensors and plain values only are read from the file."""
+    saved = torch.load(file, weights_only=True)
+    for name, part in state.items():
+        part.load_state_dict(saved[name])
+    generator.set_state(saved["random"]["decisions"])
+    torch.set_rng_state(saved["random"]["dropout"])
+    return saved["step"]
