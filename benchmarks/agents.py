@@ -2,7 +2,7 @@
 
     python benchmarks/agents.py --output runs/agents
 
-Finished runs are kept, so the command can be interrupted and started again. About a minute and a half a run on 2 cores.
+Finished runs are kept, so the command can be interrupted and started again. A few minutes a run on 2 cores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--envs", nargs="+", default=MINI)
     parser.add_argument("--algos", nargs="+", default=["ppo", "a2c", "reinforce", "blind-ppo", "dense"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=50_000)
+    parser.add_argument("--steps", type=int, default=100_000)
     arguments = parser.parse_args()
     console = Console(stderr=True)
     folders = []

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sd_gym  # noqa: F401  (registers the ids)
-from sd_gym.envs.core import _by_length
+from sd_gym.envs.split import _by_length
 
 NUM_ENVS = 64
 

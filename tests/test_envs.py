@@ -15,8 +15,8 @@ from stable_baselines3.common.env_checker import check_env as check_sb3_env
 import sd_gym
 from sd_gym.backbones.load import BUNDLED
 from sd_gym.envs import ConfigError, SwitchableEnv
-from sd_gym.envs.core import _by_length
 from sd_gym.envs.sb3 import SwitchableVecEnv
+from sd_gym.envs.split import _by_length
 from sd_gym.switch import UnsupportedArchitectureError
 from sd_gym.tasks.data import DataError
 from tests.conftest import make_model
@@ -57,7 +57,7 @@ def env_arguments(request, reviews, tiny_backbone, tiny_generator, tmp_path):
         row = {"document": "the food was good the room was bad", "summary": "good food"}
     file = tmp_path / "data.jsonl"
     file.write_text((json.dumps(row) + "\n") * 20)
-    return request.param, {"dataset": str(file), "backbone": str(tiny_generator)}
+    return request.param, {"dataset": str(file), "backbone": str(tiny_generator), "splits": {}}
 
 
 def test_both_checkers_pass_without_a_warning(env_arguments):

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sd_gym.envs.core import Core, Split
+from sd_gym.envs.core import Core
+from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy
 
 BATCH = 256

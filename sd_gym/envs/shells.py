@@ -13,8 +13,9 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from sd_gym.envs.config import EnvConfig, load_config
-from sd_gym.envs.core import OBSERVATION_LIMIT, Core, Outcome, Split, shared_core
+from sd_gym.envs.core import OBSERVATION_LIMIT, Core, Outcome, shared_core
 from sd_gym.envs.render import as_image, as_text
+from sd_gym.envs.split import Split
 from sd_gym.registration import CONFIG_FOLDER
 
 RENDER_MODES = ("ansi", "rgb_array")

@@ -1,0 +1,255 @@
+"""One split of a data set: what its instances cost, and what they are worth, under any decision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sd_gym.backbones import load_backbone
+from sd_gym.envs.config import EnvConfig
+from sd_gym.switch import (
+    Switchboard,
+    attention_received,
+    dropped_tokens,
+    first_layer_input,
+    inverse_document_frequency,
+    keep_tokens,
+    pooled,
+    position_scores,
+    random_scores,
+)
+from sd_gym.tasks.data import load_split
+from sd_gym.tasks.encoding import droppable_tokens, encode
+from sd_gym.tasks.instance import Instance
+from sd_gym.tasks.metrics import corpus_metric, likelihood, prediction, quality
+from sd_gym.tasks.text import text_metrics, text_quality
+
+Array = NDArray
+STATISTICS_SIZE = 2000  # training instances that statistics are taken from
+EMBEDDING_BATCH = 512
+PASS_OVERHEAD = 1000  # padded tokens that one more forward pass costs as much as, about, on a small backbone
+
+
+class Split:
+    """One split of a data set, with everything about it that never changes.
+
+    Attributes:
+        instances: The instances, in order.
+        encoded: Their tensors.
+        features: Raw observations (not standardised), float32 ``[n, features]``.
+    """
+
+    def __init__(self, config: EnvConfig, name: str) -> None:
+        self.backbone = load_backbone(config.backbone, config.device)
+        self.instances: list[Instance] = load_split(config.source, config.task, name, config.size_of(name))
+        self.encoded = encode(
+            self.instances,
+            self.backbone.tokenizer,
+            generates=self.backbone.generates,
+            max_source_length=config.max_source_length,
+            max_target_length=config.max_target_length,
+            label2id=self.backbone.model.config.label2id,
+        )
+        self.features = self._features()
+        self.config = config
+        self._always, self._switched = self._costs(np.arange(len(self)), np.zeros(len(self), dtype=np.int64))
+        self._scores: dict[tuple[int, bytes], float] = {}
+
+    def __len__(self) -> int:
+        return len(self.instances)
+
+    @cached_property
+    def number_of(self) -> dict[str, int]:
+        """Row of each instance, by its id."""
+        return {instance.id: row for row, instance in enumerate(self.instances)}
+
+    @cached_property
+    def difficulty(self) -> Array:
+        """Difficulty of each instance, int64 ``[n]``; 0 where it is not known."""
+        return np.array([instance.difficulty for instance in self.instances])
+
+    def flops_ratio(self, rows: Array, decisions: Array) -> Array:
+        """FLOPs under ``decisions [n, switches + 1]`` over dense FLOPs, float64 ``[n]``."""
+        return self.flops(rows, decisions) / self.dense_flops(rows)
+
+    def flops(self, rows: Array, decisions: Array) -> Array:
+        """FLOPs under ``decisions [n, switches + 1]``, int64 ``[n]``; to rank tokens by attention is part of them."""
+        level = decisions[:, -1]
+        always, switched = self._costs(rows, level) if level.any() else (self._always[rows], self._switched[rows])
+        ranking = 0
+        if self.config.token_ranking == "attention":  # the first attention ran densely to rank
+            ranking = np.where(level > 0, self._switched[rows, 0], 0)
+        return always + (switched * (1 - decisions[:, :-1])).sum(axis=1) + ranking
+
+    def dense_flops(self, rows: Array) -> Array:
+        """FLOPs of the dense backbone, int64 ``[n]``."""
+        return self._always[rows] + self._switched[rows].sum(axis=1)
+
+    def quality(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
+        """Quality under the decisions ``[n, switches + 1]`` and dense quality, each float64 ``[n]``.
+
+        The backbone is frozen, so every (instance, decision) is computed once; the dense decisions that are not known
+        yet run in the same forward pass as the others.
+        """
+        both = np.concatenate([decisions, np.zeros_like(decisions)])
+        packed = np.concatenate([np.packbits(both[:, :-1].astype(bool), axis=1), both[:, -1:].astype(np.uint8)], axis=1)
+        keys = [(row, bits.tobytes()) for row, bits in zip([*rows.tolist()] * 2, packed, strict=True)]
+        missing: dict[tuple[int, bytes], int] = {}
+        for position, key in enumerate(keys):
+            if key not in self._scores:
+                missing.setdefault(key, position)
+        if missing:
+            wanted = np.fromiter(missing.values(), dtype=np.int64)
+            qualities = self.run(np.concatenate([rows, rows])[wanted], both[wanted])
+            self._scores.update(zip(missing, qualities.tolist(), strict=True))
+        found = np.array([self._scores[key] for key in keys])
+        return found[: len(rows)], found[len(rows) :]
+
+    @torch.inference_mode()
+    def run(self, rows: Array, decisions: Array) -> Array:
+        """Run the backbone on rows under decisions and score it: float64 ``[n]``. Nothing is cached.
+
+        Rows are sorted by the length that is left and cut into a few passes where that saves more padding than a pass
+        costs.
+        """
+        config = self.config
+        if config.quality == "metric":
+            texts = self.texts(rows, decisions)
+            return np.array(
+                [
+                    text_quality(config.metric, text, self.instances[row].references)
+                    for row, text in zip(rows, texts, strict=True)
+                ]
+            )
+        score = likelihood if config.quality == "likelihood" else quality
+        return self._teacher_forced(rows, decisions, lambda logits, labels: score(logits, labels, config.label_range))
+
+    @torch.inference_mode()
+    def texts(self, rows: Array, decisions: Array) -> list[str]:
+        """What the backbone generates for rows under decisions, by greedy or beam search."""
+        config, backbone = self.config, self.backbone
+        texts = [""] * len(rows)
+        for picked, inputs in self._passes(rows, decisions):
+            inputs.pop("labels")
+            with self.decide(rows[picked], decisions[picked]):
+                tokens = backbone.model.generate(
+                    **inputs, max_new_tokens=config.max_target_length, num_beams=config.num_beams, do_sample=False
+                )
+            for position, text in zip(
+                picked, backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True
+            ):
+                texts[position] = text
+        return texts
+
+    @torch.inference_mode()
+    def metrics(self, rows: Array, decisions: Array) -> dict[str, float]:
+        """The metric of the rows under the decisions, by name; empty where it is the mean quality."""
+        name = self.config.metric
+        if name in ("rouge", "squad"):
+            return text_metrics(name, self.texts(rows, decisions), [self.instances[row].references for row in rows])
+        if name == "exact_match" or (name == "accuracy" and self.config.quality == "exact_match"):
+            return {}
+        predicted = self._teacher_forced(rows, decisions, lambda logits, labels: prediction(logits))
+        return {name: corpus_metric(name, predicted, self.encoded.labels[torch.from_numpy(rows)].numpy())}
+
+    def _teacher_forced(
+        self, rows: Array, decisions: Array, value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> Array:
+        """A value of each row's logits and labels, float64 ``[n]``."""
+        values = np.empty(len(rows))
+        for picked, inputs in self._passes(rows, decisions):
+            with self.decide(rows[picked], decisions[picked]):
+                logits = self.backbone.logits(inputs)
+            values[picked] = value(logits, inputs["labels"]).cpu().numpy()
+        return values
+
+    def _passes(self, rows: Array, decisions: Array) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
+        """Positions in ``rows`` and inputs of each forward pass."""
+        length = self.kept_length(rows, decisions[:, -1])
+        order = np.argsort(length, kind="stable")
+        for chunk in _by_length(length[order]):
+            yield order[chunk], self.encoded.batch(rows[order[chunk]], self.backbone.model.device)
+
+    def decide(self, rows: Array, decisions: Array) -> AbstractContextManager[None]:
+        """The switchboard's ``decide`` for a batch of these rows, padded to the longest of them."""
+        return self.backbone.board.decide(decisions[:, :-1], self._keep(rows, decisions[:, -1]))
+
+    def kept_length(self, rows: Array, level: Array) -> Array:
+        """Tokens of the inputs that are left at the token levels, int64 ``[n]``."""
+        length = self.encoded.source_length[rows]
+        if not level.any():
+            return length
+        share = np.array(self.config.token_shares)[level]
+        return length - dropped_tokens(self.droppable[rows], share)
+
+    @cached_property
+    def droppable(self) -> Array:
+        """Which tokens may be dropped, bool ``[n, longest]``."""
+        return droppable_tokens(self.instances, self.backbone.tokenizer, self.config.max_source_length)
+
+    @cached_property
+    def token_scores(self) -> Array:
+        """How much each token matters, by the configured ranking, float ``[n, longest]``."""
+        ids = self.encoded.input_ids.numpy()
+        present = np.arange(ids.shape[1]) < self.encoded.source_length[:, None]
+        ranking = self.config.token_ranking
+        if ranking == "position":
+            return position_scores(ids.shape)
+        if ranking == "random":
+            return random_scores(ids.shape)
+        if ranking == "attention":
+            received = [
+                np.pad(part, ((0, 0), (0, ids.shape[1] - part.shape[1]))) for part in self._batches(attention_received)
+            ]
+            return np.concatenate(received)
+        train = load_split(self.config.source, self.config.task, "train", self.config.train_size)[:STATISTICS_SIZE]
+        corpus = self.backbone.tokenizer([f"{one.source} {one.source_pair or ''}" for one in train]).input_ids
+        return inverse_document_frequency(ids, present, map(np.array, corpus))
+
+    def _keep(self, rows: Array, level: Array) -> Array | None:
+        if not level.any():
+            return None
+        share = np.array(self.config.token_shares)[level]
+        length = self.encoded.source_length[rows]
+        keep = keep_tokens(self.token_scores[rows], self.droppable[rows], share)[:, : length.max()]
+        return keep & (np.arange(length.max()) < length[:, None])
+
+    def _costs(self, rows: Array, level: Array) -> tuple[Array, Array]:
+        source = self.encoded.source_length[rows]
+        # A decoder that classifies reads the input again.
+        target = self.encoded.target_length[rows] if self.backbone.generates else source
+        return self.backbone.flops.costs(source, target, self.kept_length(rows, level))
+
+    def _features(self) -> Array:
+        """Mean and maximum of the first layer's input over the tokens, the length and its logarithm."""
+        chunks = list(
+            self._batches(lambda board, inputs: pooled(first_layer_input(board, inputs), inputs["attention_mask"]))
+        )
+        length = self.encoded.source_length[:, None].astype(np.float32)
+        return np.concatenate([np.concatenate(chunks), length, np.log(length)], axis=1)
+
+    def _batches(self, function: Callable[[Switchboard, dict[str, torch.Tensor]], torch.Tensor]) -> Iterator[Array]:
+        """What a function of the inputs gives, batch by batch, in order."""
+        for start in range(0, len(self), EMBEDDING_BATCH):
+            rows = np.arange(start, min(start + EMBEDDING_BATCH, len(self)))
+            inputs = self.encoded.batch(rows, self.backbone.model.device)
+            inputs.pop("labels")
+            yield function(self.backbone.board, inputs).float().cpu().numpy()
+
+
+def _by_length(lengths: Array) -> list[slice]:
+    """Cuts ascending lengths into passes: halves as long as that saves more padded tokens than a pass costs."""
+
+    def cut(start: int, end: int) -> list[slice]:
+        middle = (start + end) // 2
+        saved = (middle - start) * int(lengths[end - 1] - lengths[middle - 1]) if end - start > 1 else 0
+        if saved <= PASS_OVERHEAD:
+            return [slice(start, end)]
+        return cut(start, middle) + cut(middle, end)
+
+    return cut(0, len(lengths))
