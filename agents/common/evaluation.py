@@ -108,7 +108,7 @@ def time_ratio(
     ratios, used, dense_flops = [], 0.0, 0.0
     for number in range(batches + 2):
         rows = random.integers(len(split), size=min(batch_size, len(split)))
-        inputs = split.encoded.batch(rows, device)
+        inputs = split.inputs(rows)
 
         def dense(inputs: dict = inputs) -> None:
             backbone.logits(inputs)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -42,8 +44,13 @@ class Backbone:
 
     @property
     def generates(self) -> bool:
-        """Whether it generates its answers (encoder-decoder) rather than classifying."""
+        """Whether it generates its answers rather than classifying."""
         return self.model.can_generate()
+
+    @property
+    def causal(self) -> bool:
+        """Whether it is a decoder only, which reads a prompt and goes on with it."""
+        return self.generates and self.board.architecture.causal
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits of one forward pass, teacher-forced where the backbone generates (``labels`` are in the inputs).
@@ -51,9 +58,22 @@ class Backbone:
         Returns:
             ``[batch, target length, vocabulary]`` or ``[batch, classes]``.
         """
+        if self.causal:
+            return self._continuation(**inputs)
         if self.generates:
             return self.model(**inputs, use_cache=False).logits
         return self.model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
+
+    def _continuation(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """Logits of the labels behind prompts that are padded at the left."""
+        given = labels[:, :-1]  # nothing follows the last one
+        input_ids = torch.cat([input_ids, given.clamp(min=0)], dim=1)
+        mask = torch.cat([attention_mask, (given >= 0).long()], dim=1)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        keep = labels.shape[1]
+        return self.model(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False
+        ).logits
 
 
 def resolve(name: str) -> str:
@@ -64,12 +84,12 @@ def resolve(name: str) -> str:
     """
     if name in BUNDLED:
         return str(BUNDLED[name])
-    if Path(name).is_dir():
+    if Path(name).is_dir() or (name.endswith(".gguf") and Path(name).is_file()):
         return name
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
         raise FileNotFoundError(
-            f"no backbone folder at {name!r}; expected a folder with config.json and model.safetensors, a hub id "
-            f"such as 'facebook/bart-base', or one of the bundled: {', '.join(BUNDLED)}"
+            f"no backbone folder at {name!r}; expected a folder with config.json and model.safetensors, a .gguf file, "
+            f"a hub id such as 'facebook/bart-base', or one of the bundled: {', '.join(BUNDLED)}"
         )
     return name
 
@@ -78,7 +98,7 @@ def load_model(name: str, *, num_labels: int | None = None) -> tuple[PreTrainedM
     """Load a model of a supported architecture and its tokenizer; weights only as safetensors, no remote code.
 
     Args:
-        name: Bundled name, local folder or hub id.
+        name: Bundled name, local folder, ``.gguf`` file, or hub id.
         num_labels: Put a classification head of that size on the model, new where the stored model has none of
             that size; ``None``: load the head that was stored.
 
@@ -87,9 +107,12 @@ def load_model(name: str, *, num_labels: int | None = None) -> tuple[PreTrainedM
         UnsupportedArchitectureError: If no switches are known for the architecture.
         ValueError: If the stored model has no head and none is asked for.
     """
-    path = resolve(name)
+    path, file = resolve(name), {}
+    if path.endswith(".gguf"):
+        file = {"gguf_file": Path(path).name}
+        path = str(Path(path).parent)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, **file)
     except OSError as error:
         raise FileNotFoundError(
             f"cannot load the backbone {name!r}: it is no local folder, and the Hugging Face hub did not give it. "
@@ -103,6 +126,9 @@ def load_model(name: str, *, num_labels: int | None = None) -> tuple[PreTrainedM
         )
     elif "ForConditionalGeneration" in heads:
         model = AutoModelForSeq2SeqLM.from_pretrained(path, use_safetensors=True)
+    elif "ForCausalLM" in heads or "LMHeadModel" in heads or file:
+        weights = file or {"use_safetensors": True}
+        model = AutoModelForCausalLM.from_pretrained(path, **weights)
     elif "ForSequenceClassification" in heads:
         model = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True)
     else:
@@ -110,7 +136,10 @@ def load_model(name: str, *, num_labels: int | None = None) -> tuple[PreTrainedM
             f"the backbone {name!r} ({heads or config.model_type}) has no task head; fine-tune one with "
             f"'sd-gym prepare --backbone {name} --dataset DATA --output FOLDER' and use that folder"
         )
-    return model, AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, **file)
+    if tokenizer.pad_token is None:  # padding is masked, so any token does
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
 
 
 def save_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -37,6 +37,7 @@ class EnvConfig(BaseModel):
     splits: Pairs = ()
     unanswerable: bool = True
     backbone: str
+    prompt: str | None = None
     split: SplitName = "train"
     train_size: int | None = Field(default=None, ge=1)
     validation_size: int | None = Field(default=None, ge=1)

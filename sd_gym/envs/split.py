@@ -24,7 +24,7 @@ from sd_gym.switch import (
     random_scores,
 )
 from sd_gym.tasks.data import load_split
-from sd_gym.tasks.encoding import droppable_tokens, encode
+from sd_gym.tasks.encoding import droppable_tokens, encode, left_padded
 from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.metrics import corpus_metric, likelihood, prediction, quality
 from sd_gym.tasks.text import text_metrics, text_quality
@@ -32,6 +32,11 @@ from sd_gym.tasks.text import text_metrics, text_quality
 Array = NDArray
 STATISTICS_SIZE = 2000  # training instances that statistics are taken from
 EMBEDDING_BATCH = 512
+PROMPTS = {  # for decoder-only backbones, where the configuration has none
+    "summarization": "{source}\nSummary:",
+    "question_answering": "{source_pair}\nQuestion: {source}\nAnswer:",
+    "classification": "{source}\nLabel:",
+}
 PASS_OVERHEAD = 1000  # padded tokens that one more forward pass costs as much as, about, on a small backbone
 
 
@@ -46,6 +51,8 @@ class Split:
 
     def __init__(self, config: EnvConfig, name: str) -> None:
         self.backbone = load_backbone(config.backbone, config.device)
+        self.config = config
+        self.prompt = (config.prompt or PROMPTS.get(config.task)) if self.backbone.causal else None
         self.instances: list[Instance] = load_split(config.source, config.task, name, config.size_of(name))
         self.encoded = encode(
             self.instances,
@@ -54,9 +61,9 @@ class Split:
             max_source_length=config.max_source_length,
             max_target_length=config.max_target_length,
             label2id=self.backbone.model.config.label2id,
+            prompt=self.prompt,
         )
         self.features = self._features()
-        self.config = config
         self._always, self._switched = self._costs(np.arange(len(self)), np.zeros(len(self), dtype=np.int64))
         self._scores: dict[tuple[int, bytes], float] = {}
 
@@ -82,8 +89,9 @@ class Split:
         level = decisions[:, -1]
         always, switched = self._costs(rows, level) if level.any() else (self._always[rows], self._switched[rows])
         ranking = 0
-        if self.config.token_ranking == "attention":  # the first attention ran densely to rank
-            ranking = np.where(level > 0, self._switched[rows, 0], 0)
+        if self.config.token_ranking == "attention" and level.any():  # the first attention ran densely to rank
+            length = self.encoded.source_length[rows]
+            ranking = np.where(level > 0, self.backbone.flops.costs(length, length)[1][:, 0], 0)
         return always + (switched * (1 - decisions[:, :-1])).sum(axis=1) + ranking
 
     def dense_flops(self, rows: Array) -> Array:
@@ -138,12 +146,18 @@ class Split:
             inputs.pop("labels")
             with self.decide(rows[picked], decisions[picked]):
                 tokens = backbone.model.generate(
-                    **inputs, max_new_tokens=config.max_target_length, num_beams=config.num_beams, do_sample=False
+                    **inputs,
+                    max_new_tokens=config.max_target_length,
+                    num_beams=config.num_beams,
+                    do_sample=False,
+                    pad_token_id=backbone.tokenizer.pad_token_id,
                 )
+            if backbone.causal:
+                tokens = tokens[:, inputs["input_ids"].shape[1] :]
             for position, text in zip(
                 picked, backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True
             ):
-                texts[position] = text
+                texts[position] = text.strip()
         return texts
 
     @torch.inference_mode()
@@ -173,7 +187,12 @@ class Split:
         length = self.kept_length(rows, decisions[:, -1])
         order = np.argsort(length, kind="stable")
         for chunk in _by_length(length[order]):
-            yield order[chunk], self.encoded.batch(rows[order[chunk]], self.backbone.model.device)
+            yield order[chunk], self.inputs(rows[order[chunk]])
+
+    def inputs(self, rows: Array) -> dict[str, torch.Tensor]:
+        """The backbone's inputs, with ``labels``, of a batch of these rows."""
+        side = "left" if self.backbone.causal else "right"
+        return self.encoded.batch(rows, self.backbone.model.device, padding_side=side)
 
     def decide(self, rows: Array, decisions: Array) -> AbstractContextManager[None]:
         """The switchboard's ``decide`` for a batch of these rows, padded to the longest of them."""
@@ -190,7 +209,7 @@ class Split:
     @cached_property
     def droppable(self) -> Array:
         """Which tokens may be dropped, bool ``[n, longest]``."""
-        return droppable_tokens(self.instances, self.backbone.tokenizer, self.config.max_source_length)
+        return droppable_tokens(self.instances, self.backbone.tokenizer, self.config.max_source_length, self.prompt)
 
     @cached_property
     def token_scores(self) -> Array:
@@ -217,13 +236,19 @@ class Split:
         share = np.array(self.config.token_shares)[level]
         length = self.encoded.source_length[rows]
         keep = keep_tokens(self.token_scores[rows], self.droppable[rows], share)[:, : length.max()]
-        return keep & (np.arange(length.max()) < length[:, None])
+        keep &= np.arange(length.max()) < length[:, None]
+        if self.backbone.causal:
+            return left_padded(torch.from_numpy(keep), torch.from_numpy(length)[:, None]).numpy()
+        return keep
 
     def _costs(self, rows: Array, level: Array) -> tuple[Array, Array]:
-        source = self.encoded.source_length[rows]
+        source, kept = self.encoded.source_length[rows], self.kept_length(rows, level)
+        if self.backbone.causal:  # prompt and answer in one pass, but for the answer's last token
+            target = self.encoded.target_length[rows]
+            return self.backbone.flops.costs(source + target - 1, target, kept + target - 1)
         # A decoder that classifies reads the input again.
         target = self.encoded.target_length[rows] if self.backbone.generates else source
-        return self.backbone.flops.costs(source, target, self.kept_length(rows, level))
+        return self.backbone.flops.costs(source, target, kept)
 
     def _features(self) -> Array:
         """Mean and maximum of the first layer's input over the tokens, the length and its logarithm."""

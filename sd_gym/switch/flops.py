@@ -45,7 +45,8 @@ class FlopsModel:
 
         Args:
             source_length: Tokens of the input, int ``[n]``; of a decoder-only model: prompt and answer together.
-            target_length: Tokens that the decoder runs on, int ``[n]``; of encoder-decoder models only.
+            target_length: Tokens that the decoder behind an encoder runs on, int ``[n]``; of decoder-only models the
+                last tokens that the head runs on (``logits_to_keep``), ``None``: all.
             kept_length: Tokens of the input that are not dropped, int ``[n]``; ``None``: all.
 
         Raises:
@@ -55,7 +56,7 @@ class FlopsModel:
         query = np.where(self._on_target, target, kept)
         pairs = query * np.where(self._across, kept, query)
         # Hidden states of dropped positions come back as zeros, so an encoder's or a lone decoder's head runs on all.
-        always = self._token_head * (target if self._encoder_decoder else source)[:, 0] + self._sequence_head
+        always = self._token_head * (target if self._generates else source)[:, 0] + self._sequence_head
         return always, self._switched(query, kept, pairs)
 
     def generation_costs(

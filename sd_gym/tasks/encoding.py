@@ -37,15 +37,19 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def batch(self, indices: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-        """The model's inputs of some instances, cut to the longest of them, on ``device``."""
+    def batch(self, indices: NDArray, device: torch.device, *, padding_side: str = "right") -> dict[str, Tensor]:
+        """The model's inputs of some instances, cut to the longest of them, on ``device``.
+
+        Prompts that are gone on with are padded at the left, so that all answers begin at the same place.
+        """
         rows = torch.from_numpy(np.asarray(indices))
-        longest = int(self.source_length[indices].max())
-        positions = torch.arange(longest)
-        inputs = {
-            "input_ids": self.input_ids[rows, :longest],
-            "attention_mask": (positions < torch.from_numpy(self.source_length[indices])[:, None]).long(),
-        }
+        length = torch.from_numpy(self.source_length[indices])[:, None]
+        longest = int(length.max())
+        present = torch.arange(longest) < length
+        input_ids = self.input_ids[rows, :longest]
+        if padding_side == "left":
+            input_ids, present = left_padded(input_ids, length), present.flip(1)
+        inputs = {"input_ids": input_ids, "attention_mask": present.long()}
         if self.token_type_ids is not None:
             inputs["token_type_ids"] = self.token_type_ids[rows, :longest]
         labels = self.labels[rows]
@@ -53,6 +57,12 @@ class Encoded:
             labels if labels.ndim == 1 else labels[:, : int(self.target_length[indices].max())].contiguous()
         )
         return {key: value.to(device) for key, value in inputs.items()}
+
+
+def left_padded(values: Tensor, length: Tensor) -> Tensor:
+    """``values [n, longest]``, padded at the right, with the padding at the left; ``length`` is ``[n, 1]``."""
+    longest = values.shape[1]
+    return values.gather(1, (torch.arange(longest) - longest + length) % longest)
 
 
 def encode(
@@ -63,6 +73,7 @@ def encode(
     max_source_length: int,
     max_target_length: int,
     label2id: dict[str, int] | None = None,
+    prompt: str | None = None,
 ) -> Encoded:
     """Tokenise instances; what is longer than the limits is cut.
 
@@ -73,12 +84,16 @@ def encode(
         max_source_length: Longest input, in tokens.
         max_target_length: Longest target, in tokens.
         label2id: Class indices of label words, for backbones that classify.
+        prompt: For decoder-only backbones, what the input is put into: ``{source}`` and, for question answering,
+            ``{source_pair}`` (the context) are filled in; it is never cut.
 
     Raises:
         DataError: If a label is none of the backbone's classes.
     """
-    source = _tokenize_sources(instances, tokenizer, max_source_length)
-    if generates:
+    source = _tokenize_sources(instances, tokenizer, max_source_length, prompt)
+    if prompt is not None:
+        labels, target_length = _answers(instances, tokenizer, max_target_length)
+    elif generates:
         targets = tokenizer(
             text_target=[str(instance.target) for instance in instances],
             truncation=True,
@@ -101,42 +116,97 @@ def encode(
     )
 
 
-def droppable_tokens(instances: list[Instance], tokenizer: PreTrainedTokenizerBase, max_source_length: int) -> NDArray:
+def droppable_tokens(
+    instances: list[Instance], tokenizer: PreTrainedTokenizerBase, max_source_length: int, prompt: str | None = None
+) -> NDArray:
     """Which tokens of the encoded inputs may be dropped: bool ``[n, longest source]``.
 
-    Never: special tokens, padding, and what an instance protects. Tokenised as ``encode`` does.
+    Never: special tokens, padding, what an instance protects, and of a prompt all but the document. Tokenised as
+    ``encode`` does.
 
     Raises:
         ValueError: If the tokenizer cannot tell where its tokens come from.
     """
     if not tokenizer.is_fast:
         raise ValueError(f"dropping tokens needs a fast tokenizer, got {type(tokenizer).__name__}")
-    tokens = _tokenize_sources(
-        instances, tokenizer, max_source_length, return_offsets_mapping=True, return_special_tokens_mask=True
-    )
+    wanted = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
+    tokens = _tokenize_sources(instances, tokenizer, max_source_length, prompt, **wanted)
     droppable = (tokens.special_tokens_mask == 0).numpy()
     start, end = tokens.offset_mapping.numpy()[..., 0], tokens.offset_mapping.numpy()[..., 1]
     for row, instance in enumerate(instances):
         first = np.array([number == 0 for number in tokens.sequence_ids(row)])
-        for begin, stop in instance.protected:
-            droppable[row] &= ~(first & (start[row] < stop) & (end[row] > begin))
+        protected, shift = instance.protected, 0
+        if prompt is not None:
+            field = _document(instance)
+            before, _, after = prompt.partition(f"{{{field}}}")
+            shift = len(before.format(source=instance.source))
+            last = end[row].max() - len(after.format(source=instance.source))
+            droppable[row] &= (start[row] >= shift) & (end[row] <= last)
+            protected = protected if field == "source" else ()
+        for begin, stop in protected:
+            droppable[row] &= ~(first & (start[row] < stop + shift) & (end[row] > begin + shift))
     return droppable
 
 
 def _tokenize_sources(
-    instances: list[Instance], tokenizer: PreTrainedTokenizerBase, max_source_length: int, **wanted: bool
+    instances: list[Instance],
+    tokenizer: PreTrainedTokenizerBase,
+    max_source_length: int,
+    prompt: str | None,
+    **wanted: bool,
 ) -> BatchEncoding:
+    limit = min(max_source_length, tokenizer.model_max_length)
+    padding = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+    if prompt is not None:
+        return tokenizer(_prompts(instances, tokenizer, limit, prompt), **padding, **wanted)
     pairs = [instance.source_pair for instance in instances]
     return tokenizer(
         [instance.source for instance in instances],
         [pair or "" for pair in pairs] if any(pair is not None for pair in pairs) else None,
         truncation=True,
-        max_length=min(max_source_length, tokenizer.model_max_length),
-        padding=True,
-        padding_side="right",
-        return_tensors="pt",
+        max_length=limit,
+        **padding,
         **wanted,
     )
+
+
+def _document(instance: Instance) -> str:
+    """The field of a prompt that may be long: the context of a question, else the source."""
+    return "source" if instance.source_pair is None else "source_pair"
+
+
+def _prompts(instances: list[Instance], tokenizer: PreTrainedTokenizerBase, limit: int, prompt: str) -> list[str]:
+    """Each instance's prompt, its document cut so that the whole has about ``limit`` tokens.
+
+    Raises:
+        DataError: If the prompt leaves no room, or does not name the fields.
+    """
+    documents = [getattr(instance, _document(instance)) for instance in instances]
+    for instance in instances[:1]:
+        if f"{{{_document(instance)}}}" not in prompt or (instance.source_pair and "{source}" not in prompt):
+            raise DataError(f"the prompt must name {{source}} (and {{source_pair}}, for a context), got {prompt!r}")
+    frames = [prompt.format(**{"source": instance.source, _document(instance): ""}) for instance in instances]
+    used = [len(ids) for ids in tokenizer(frames).input_ids]
+    offsets = tokenizer(documents, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    texts = []
+    for instance, document, taken, places in zip(instances, documents, used, offsets, strict=True):
+        room = limit - taken
+        if room < 1:
+            raise DataError(f"instance {instance.id}: the prompt alone has {taken} of max_source_length {limit} tokens")
+        text = document if len(places) <= room else document[: places[room - 1][1]]
+        texts.append(prompt.format(**{"source": instance.source, _document(instance): text}))
+    return texts
+
+
+def _answers(
+    instances: list[Instance], tokenizer: PreTrainedTokenizerBase, max_target_length: int
+) -> tuple[Tensor, NDArray]:
+    """What a decoder-only backbone shall say behind the prompt: a space, the target, and the end of text."""
+    texts = [f" {instance.target}" for instance in instances]
+    tokens = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=max_target_length - 1)
+    answers = [torch.tensor([*ids, tokenizer.eos_token_id]) for ids in tokens.input_ids]
+    labels = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED)
+    return labels, np.array([len(answer) for answer in answers])
 
 
 def _labels(instances: list[Instance], label2id: dict[str, int]) -> Tensor:

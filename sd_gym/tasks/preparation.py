@@ -92,6 +92,8 @@ def prepare_backbone(
         model, tokenizer = load_model(backbone)
         if not model.can_generate():
             raise ValueError(f"the backbone {backbone!r} does not generate text, which {task} needs")
+        if not model.config.is_encoder_decoder:
+            raise ValueError(f"the backbone {backbone!r} is decoder-only; preparing these is not possible yet")
     model.to(device)
     lengths = {"max_source_length": max_source_length, "max_target_length": max_target_length}
     encoded = {

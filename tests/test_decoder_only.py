@@ -1,0 +1,120 @@
+"""Decoder-only backbones as envs: prompted, padded at the left, scored on what they say behind the prompt."""
+
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedTokenizerFast
+
+from sd_gym.tasks.data import DataError
+from sd_gym.tasks.preparation import prepare_backbone
+from tests.conftest import WORDS, make_model
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    random = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("data")
+    for split in ("train", "validation"):
+        rows = [
+            {
+                "question": " ".join(random.choice(WORDS, 3)),
+                "context": " ".join(random.choice(WORDS, random.integers(3, 9))),
+                "answers": [" ".join(random.choice(WORDS, random.integers(1, 3)))],
+            }
+            for _ in range(12)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama", "gemma3_text"])
+def backbone(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    words = ["<unk>", "<pad>", "<s>", "</s>", *WORDS, "Question", "Answer", ":"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}  # no padding token, as SmolLM2 has none
+    make_model(request.param, "eager").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=60, **special).save_pretrained(folder)
+    return str(folder)
+
+
+def make(data, backbone, **settings):
+    settings = {"max_source_length": 30, "max_target_length": 4, **settings}
+    return gym.make("SD/QuestionAnswering-Custom-v0", dataset=data, backbone=backbone, **settings)
+
+
+def decisions_for(core, n, rate=0.3):
+    random = np.random.default_rng(0)
+    skip = (random.random((n, core.n_switches)) < rate).astype(np.int64)
+    return np.column_stack([skip, random.integers(core.nvec[-1], size=n)])
+
+
+@pytest.mark.parametrize("settings", [{"quality": "likelihood"}, {"quality": "metric", "metric": "squad"}])
+def test_the_env_passes_the_checks_and_scores_each_row_as_alone(data, backbone, settings):
+    env = make(data, backbone, token_shares=[0.0, 0.5], **settings)
+    check_env(env.unwrapped)
+    core = env.unwrapped.core
+    split, rows = core.split("test"), np.arange(12)
+    decisions = decisions_for(core, 12)
+    together = split.run(rows, decisions)
+    alone = [split.run(rows[i : i + 1], decisions[i : i + 1])[0] for i in rows]
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)
+    assert (split.flops_ratio(rows, 0 * decisions) == 1).all()
+
+
+def test_likelihood_is_that_of_the_untouched_model(data, backbone):
+    core = make(data, backbone, quality="likelihood").unwrapped.core
+    split = core.split("test")
+    quality = split.run(np.arange(12), np.zeros((12, len(core.nvec)), dtype=np.int64))
+    for row in (0, 5):
+        instance = split.instances[row]
+        prompt = f"{instance.source_pair}\nQuestion: {instance.source}\nAnswer:"
+        ids = core.backbone.tokenizer(prompt).input_ids
+        answer = [*core.backbone.tokenizer(instance.target).input_ids, core.backbone.tokenizer.eos_token_id]
+        with torch.inference_mode():
+            logits = core.backbone.model(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).mean().exp()
+        assert quality[row] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_analytic_flops_are_counted_flops(data, backbone):
+    core = make(data, backbone, quality="likelihood", token_shares=[0.0, 0.5]).unwrapped.core
+    core.backbone.model.set_attn_implementation("eager")  # the only one whose products the counter sees on a CPU
+    split = core.split("train")
+    decisions = decisions_for(core, 2)
+    decisions[:, -1] = [0, 1]
+    for row in range(2):
+        with FlopCounterMode(display=False) as counter:
+            split.run(np.array([row]), decisions[row : row + 1])
+        assert counter.get_total_flops() == split.flops(np.array([row]), decisions[row : row + 1])[0]
+
+
+def test_only_the_context_loses_tokens_and_only_the_context_is_cut(data, backbone):
+    core = make(data, backbone, token_shares=[0.0, 0.9], max_source_length=13, token_ranking="random").unwrapped.core
+    split = core.split("test")
+    tokenizer = core.backbone.tokenizer
+    for row in range(12):
+        ids = split.encoded.input_ids[row, : split.encoded.source_length[row]]
+        assert len(ids) <= 13
+        question = f"Question : {split.instances[row].source} Answer :"
+        assert tokenizer.decode(ids).endswith(question)
+        kept = ids[torch.from_numpy(~split.droppable[row, : len(ids)])]
+        assert tokenizer.decode(kept) == question
+    with pytest.raises(DataError, match="the prompt alone has 7 of max_source_length 7 tokens"):
+        make(data, backbone, max_source_length=7)
+    with pytest.raises(DataError, match="the prompt must name"):
+        make(data, backbone, prompt="Say it:")
+
+
+def test_preparing_is_refused(data, backbone, tmp_path):
+    from sd_gym.tasks.data import Source
+
+    with pytest.raises(ValueError, match="decoder-only; preparing these is not possible yet"):
+        prepare_backbone(backbone, Source(data), "question_answering", tmp_path / "out", steps=1)
