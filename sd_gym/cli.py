@@ -60,12 +60,12 @@ def envs() -> None:
     from sd_gym.registration import config_files
 
     table = Table(title="sd_gym envs")
-    for column in ("id", "task", "data set", "backbone"):
+    for column in ("id", "data set", "backbone"):
         table.add_column(column, no_wrap=column == "id")
     for file in config_files():
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
         shown = [values["dataset"] or "yours", values["backbone"] or "yours"]
-        table.add_row(values["id"], values["task"], *shown)
+        table.add_row(values["id"], *shown)
     console.print(table)
 
 

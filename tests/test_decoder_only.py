@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
+from sd_gym.envs import ConfigError
 from sd_gym.tasks.data import DataError
 from sd_gym.tasks.preparation import prepare_backbone
 from tests.conftest import WORDS, make_model
@@ -111,6 +112,8 @@ def test_only_the_context_loses_tokens_and_only_the_context_is_cut(data, backbon
         make(data, backbone, max_source_length=7)
     with pytest.raises(DataError, match="the prompt must name"):
         make(data, backbone, prompt="Say it:")
+    with pytest.raises(ConfigError, match="decoder-only; say with the config key 'prompt'"):
+        make(data, backbone, prompt=None)
 
 
 def test_preparing_is_refused(data, backbone, tmp_path):

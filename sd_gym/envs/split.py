@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from sd_gym.backbones import load_backbone
-from sd_gym.envs.config import EnvConfig
+from sd_gym.envs.config import ConfigError, EnvConfig
 from sd_gym.switch import (
     Switchboard,
     attention_received,
@@ -32,11 +32,6 @@ from sd_gym.tasks.text import text_metrics, text_quality
 Array = NDArray
 STATISTICS_SIZE = 2000  # training instances that statistics are taken from
 EMBEDDING_BATCH = 512
-PROMPTS = {  # for decoder-only backbones, where the configuration has none
-    "summarization": "{source}\nSummary:",
-    "question_answering": "{source_pair}\nQuestion: {source}\nAnswer:",
-    "classification": "{source}\nLabel:",
-}
 PASS_OVERHEAD = 1000  # padded tokens that one more forward pass costs as much as, about, on a small backbone
 
 
@@ -52,7 +47,12 @@ class Split:
     def __init__(self, config: EnvConfig, name: str) -> None:
         self.backbone = load_backbone(config.backbone, config.device)
         self.config = config
-        self.prompt = (config.prompt or PROMPTS.get(config.task)) if self.backbone.causal else None
+        if self.backbone.causal and config.prompt is None:
+            raise ConfigError(
+                f"{config.id}: the backbone is decoder-only; say with the config key 'prompt' what it shall read, such "
+                "as '{source}\\nLabel:'"
+            )
+        self.prompt = config.prompt if self.backbone.causal else None
         self.instances: list[Instance] = load_split(config.source, config.task, name, config.size_of(name))
         self.encoded = encode(
             self.instances,
