@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 WIDTH, LAYERS, ROUNDS = 512, 24, 25  # more weights than the caches hold
-ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 @torch.inference_mode()
