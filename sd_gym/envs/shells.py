@@ -90,7 +90,7 @@ class SwitchableEnv(gym.Env, EzPickle):
 
     Action Space:
         ``MultiDiscrete([2] * switches + [token levels])``: 1 = skip the sublayer; the last component chooses the
-        share of tokens to drop (so far one level: none). All zeros = dense.
+        share of tokens to drop, one of the config's ``token_shares``. All zeros = dense.
 
     Observation Space:
         ``Box(-10, 10, (2 * width + 2,), float32)``: mean and maximum over tokens of the first layer's input, the
