@@ -110,6 +110,14 @@ def row_of(inputs, row):
     return {key: value[row : row + 1] if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
 
 
+def dense_policy(env_id, **settings):
+    """The policy that skips nothing, for an env of these settings."""
+    import gymnasium as gym
+    from sd_gym.agents.registry import make_agent
+
+    return make_agent("dense", gym.make_vec(env_id, num_envs=1, **settings).unwrapped).policy()
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     vocabulary = {word: index for index, word in enumerate(["<pad>", "[CLS]", "[SEP]", "<unk>", *WORDS])}

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import sd_gym
 from sd_gym.tasks.data import DataError, Source, load_split
-from tests.conftest import TINY, WORDS, make_model
+from tests.conftest import TINY, WORDS, dense_policy, make_model
 
 # Column names as on the hub, and the number of classes; 1 = a score.
 GLUE = {
@@ -69,7 +69,8 @@ def test_every_glue_env_runs(name, architecture, tmp_path, tiny_tokenizer):
     data = mirror(tmp_path / "glue", name.lower(), columns, classes)
     model = backbone(tmp_path / "model", tiny_tokenizer, classes, architecture)
     splits = SPLITS | {"test": "validation_matched" if name == "MNLI" else "validation"}
-    env = gym.make(f"SD/Classification-{name}-v0", dataset=str(data), backbone=str(model), splits=splits)
+    settings = {"dataset": str(data), "backbone": str(model), "splits": splits}
+    env = gym.make(f"SD/Classification-{name}-v0", **settings)
     check_env(env.unwrapped)
     core = env.unwrapped.core
     assert {split: len(core.split(split)) for split in ("train", "validation", "test")} == {
@@ -83,21 +84,10 @@ def test_every_glue_env_runs(name, architecture, tmp_path, tiny_tokenizer):
     assert (outcome.flops_ratio == 1).all()
     decisions[:, :-1] = 1
     assert (core.score(split, rows, decisions).flops_ratio < 0.5).all()
-    metrics = evaluate(core, _dense(env.unwrapped), "test")["metrics"]
+    metrics = evaluate(core, dense_policy(env.spec.id, **settings), "test")["metrics"]
     assert metrics["policy"] == metrics["dense"]
     expected = {"MRPC": "f1", "QQP": "f1", "CoLA": "matthews", "STSB": "correlation"}.get(name)
     assert list(metrics["dense"]) == ([expected] if expected else [])
-
-
-def _dense(env):
-    from sd_gym.agents.registry import make_agent
-
-    vector = gym.make_vec(env.config.id, num_envs=1, **_settings(env.config)).unwrapped
-    return make_agent("dense", vector).policy()
-
-
-def _settings(config):
-    return {"dataset": config.dataset, "backbone": config.backbone, "splits": dict(config.splits)}
 
 
 def test_the_flops_of_a_bart_classifier_are_counted(tmp_path, tiny_tokenizer):

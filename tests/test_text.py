@@ -11,7 +11,7 @@ from sd_gym.agents.common.evaluation import evaluate
 from sd_gym.envs import ConfigError
 from sd_gym.tasks.data import DataError, Source, load_split
 from sd_gym.tasks.text import answer_scores, normalised, summary_scores, text_metrics, text_quality
-from tests.conftest import WORDS, make_model
+from tests.conftest import WORDS, dense_policy, make_model
 
 
 def test_squads_normalisation():
@@ -105,16 +105,10 @@ def test_every_env_with_texts_runs(name, quality, tmp_path, generator):
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)
     if name.endswith("v2"):
         assert split.instances[1].references == ()
-    policy = _dense(f"SD/{name}-v0", settings)
+    policy = dense_policy(f"SD/{name}-v0", **settings)
     metrics = evaluate(core, policy, "test")["metrics"]
     assert metrics["policy"] == metrics["dense"]
     assert set(metrics["dense"]) == ({"rouge1", "rouge2", "rougeL"} if "Summ" in name else {"exact_match", "f1"})
-
-
-def _dense(env_id, settings):
-    from sd_gym.agents.registry import make_agent
-
-    return make_agent("dense", gym.make_vec(env_id, num_envs=1, **settings).unwrapped).policy()
 
 
 def test_likelihood_is_the_mean_probability_of_the_reference(tmp_path, generator):

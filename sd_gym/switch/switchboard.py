@@ -267,7 +267,7 @@ class Switchboard:
         else:
             output = inner(*self._selected(args, call), **self._selected(kwargs, call))
             weights = [self._padded(value, call) for value in output[1 + len(shared) :]]
-            if shared == (None,):  # a cross-attention's bias is zeros; passed on, the next layers need not make it again
+            if shared == (None,):  # the next layers take it instead of making it again
                 shared = output[1:2]
             output = (self._scattered(switch, call, output[0]) if place.last else output[0], *shared, *weights)
         if layer is not None and switch.sublayer.kind == "attention":
