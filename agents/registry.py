@@ -12,12 +12,18 @@ from sd_gym.envs.shells import SwitchableVectorEnv
 
 AGENTS = {
     "ppo": "sd_gym.agents.ppo.agent:PPOAgent",
+    "ppo_lex": "sd_gym.agents.ppo.agent:PPOLexAgent",
     "a2c": "sd_gym.agents.a2c.agent:A2CAgent",
+    "a2c_lex": "sd_gym.agents.a2c.agent:A2CLexAgent",
     "reinforce": "sd_gym.agents.reinforce.agent:ReinforceAgent",
+    "imitation": "sd_gym.agents.imitation.agent:ImitationAgent",
+    "static": "sd_gym.agents.baselines.static:StaticAgent",
     "dense": "sd_gym.agents.baselines.constant:DenseAgent",
+    "every-other": "sd_gym.agents.baselines.constant:EveryOtherAgent",
     "random": "sd_gym.agents.baselines.constant:RandomAgent",
+    "hash": "sd_gym.agents.baselines.constant:HashAgent",
 }
-LEARNING = ("ppo", "a2c", "reinforce")
+LEARNING = ("ppo", "ppo_lex", "a2c", "a2c_lex", "reinforce", "imitation")
 
 
 def agent_names() -> list[str]:

@@ -1,13 +1,14 @@
-"""The lexicographic objective and its alternatives, as functions of arrays; one value a row."""
+"""The lexicographic objective and its alternatives: quality first, then less computation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+ObjectiveName = Literal["lexicographic", "lagrangian", "scalarized"]
 
 
 def quality_cost(quality: Floats, quality_ref: Floats, epsilon: float) -> Floats:
@@ -34,7 +35,42 @@ def scalarized(cost: Floats, flops_ratio: Floats, penalty: float, cost_scale: fl
     return 1.0 - flops_ratio - penalty * cost / cost_scale
 
 
-OBJECTIVES: dict[str, Callable[[Floats, Floats, float, float], Floats]] = {
-    "lexicographic": lexicographic,
-    "scalarized": scalarized,
-}
+class Objective:
+    """Turns what came of decisions into rewards; each env has its own.
+
+    ``lagrangian`` is the Lagrangian of ``max E[savings]`` under ``E[quality] >= E[quality_ref] - epsilon``: savings minus
+    a multiplier times the quality that is missing (negative where there is more than enough). The multiplier starts at
+    ``penalty`` and follows the constraint: every decision raises it by ``multiplier_rate`` times what it lacks, never
+    below 0. So it is the mean quality that is kept, not that of each instance, and nobody has to know the right
+    penalty. The other objectives have no state.
+
+    Args:
+        name: ``lexicographic``, ``lagrangian`` or ``scalarized``.
+        epsilon: How much quality may be lost, in its own unit.
+        penalty: Reward lost at full cost; the multiplier's start.
+        cost_scale: The cost that counts as full, in units of quality.
+        multiplier_rate: How fast the multiplier moves, a decision.
+
+    Attributes:
+        multiplier: The penalty in force; it belongs to the state of a run.
+    """
+
+    def __init__(
+        self, name: ObjectiveName, *, epsilon: float, penalty: float, cost_scale: float, multiplier_rate: float
+    ) -> None:
+        self.name = name
+        self.epsilon = epsilon
+        self.cost_scale = cost_scale
+        self.multiplier_rate = multiplier_rate
+        self.multiplier = penalty
+
+    def rewards(self, quality: Floats, quality_ref: Floats, flops_ratio: Floats) -> Floats:
+        """Rewards ``[n]`` of ``n`` decisions made together; the multiplier moves after they are given."""
+        if self.name == "lagrangian":
+            missing = (quality_ref - self.epsilon - quality) / self.cost_scale
+            rewards = 1.0 - flops_ratio - self.multiplier * missing
+            self.multiplier = max(0.0, self.multiplier + self.multiplier_rate * float(missing.sum()))
+            return rewards
+        objective = lexicographic if self.name == "lexicographic" else scalarized
+        cost = quality_cost(quality, quality_ref, self.epsilon)
+        return objective(cost, flops_ratio, self.multiplier, self.cost_scale)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,17 +19,25 @@ HIDDEN = 64
 FORMAT = 1
 
 
+def _most_probable(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=1)
+
+
 class DecisionPolicy(nn.Module):
     """From observations to decisions: two hidden layers, then one categorical choice an action component.
 
-    The choices are independent given the observation: ``pi(a|x) = prod_i pi_i(a_i|x)`` (Zhang et al. 2024, section 3).
+    The choices are independent given the observation: ``pi(a|x) = prod_i pi_i(a_i|x)`` (Zhang et al. 2024, section 3); or
+    autoregressive: ``prod_i pi_i(a_i|x, a_1 .. a_(i-1))``, where what was skipped before shifts the logits linearly, so
+    that one of two sublayers can be skipped, but not both.
 
     Args:
         observation_size: Features of an observation.
         nvec: Sizes of the action's components.
         switches: Names of the switches, in the action's order; only stored, so that a policy tells what it decides on.
         blind: Whether the observation is zeroed: the control that sees nothing of its input.
-        stochastic: Whether decisions are drawn (from a fixed seed) instead of the most probable ones taken.
+        noise: Decisions are the most probable ones (``none``), drawn from a fixed seed (``random``), or drawn from a hash
+            of the observation (``hash``): the same input is always decided on alike, for no reason.
+        autoregressive: Whether a choice depends on earlier ones.
         hidden: Width of the hidden layers.
     """
 
@@ -39,7 +48,8 @@ class DecisionPolicy(nn.Module):
         switches: list[str],
         *,
         blind: bool = False,
-        stochastic: bool = False,
+        noise: Literal["none", "random", "hash"] = "none",
+        autoregressive: bool = False,
         hidden: int = HIDDEN,
     ) -> None:
         super().__init__()
@@ -47,39 +57,85 @@ class DecisionPolicy(nn.Module):
         self.nvec = [int(size) for size in nvec]
         self.switches = list(switches)
         self.blind = blind
-        self.stochastic = stochastic
+        self.noise = noise
+        self.autoregressive = autoregressive
         self.hidden = hidden
         self.body = nn.Sequential(nn.Linear(observation_size, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
         self.head = nn.Linear(hidden, sum(self.nvec))
+        if autoregressive:
+            self.coupling = nn.Parameter(torch.zeros(sum(self.nvec), len(self.nvec)))
+            component = torch.repeat_interleave(torch.arange(len(self.nvec)), torch.tensor(self.nvec))
+            earlier = component[:, None] > torch.arange(len(self.nvec))
+            self.register_buffer("_earlier", earlier.float(), persistent=False)
 
-    def forward(self, observations: Tensor) -> list[Tensor]:
-        """Logits of each action component, each ``[n, size]``, for observations ``[n, features]``."""
+    def forward(self, observations: Tensor) -> Tensor:
+        """Logits of all components, side by side, ``[n, sum(nvec)]``; where nothing was skipped before, if autoregressive.
+
+        Args:
+            observations: ``[n, features]``.
+        """
         if self.blind:
             observations = torch.zeros_like(observations)
-        return list(self.head(self.body(observations)).split(self.nvec, dim=1))
+        return self.head(self.body(observations))
+
+    def log_probs(self, logits: Tensor, decisions: Tensor, exploration: float = 0.0) -> list[Tensor]:
+        """Log-probabilities of every choice of each component, each ``[n, size]``, given the choices before it.
+
+        Args:
+            logits: Of ``forward``.
+            decisions: ``[n, components]``.
+            exploration: No choice is less probable than this (Wu et al. 2018, BlockDrop, equation 5).
+        """
+        if self.autoregressive:
+            logits = logits + decisions.to(logits.dtype) @ (self.coupling * self._earlier).T
+        return [bounded(choice, exploration) for choice in logits.split(self.nvec, dim=1)]
+
+    @torch.no_grad()
+    def choose(self, logits: Tensor, pick: Callable[[Tensor], Tensor] = _most_probable) -> Tensor:
+        """Decisions, int64 ``[n, components]``, component by component.
+
+        Args:
+            logits: Of ``forward``.
+            pick: Takes the logits ``[n, size]`` of one component, given the choices before it, to choices ``[n]``.
+        """
+        decisions = torch.zeros(len(logits), len(self.nvec), dtype=torch.int64, device=logits.device)
+        ends = np.cumsum(self.nvec)
+        for number, (size, end) in enumerate(zip(self.nvec, ends, strict=True)):
+            choice = logits[:, end - size : end]
+            if self.autoregressive and number:
+                choice = choice + decisions[:, :number].to(logits.dtype) @ self.coupling[end - size : end, :number].T
+            decisions[:, number] = pick(choice)
+        return decisions
 
     @torch.inference_mode()
     def decide(self, observations: NDArray) -> NDArray:
-        """Decisions, int64 ``[n, switches + 1]``, for observations ``[n, features]``: the most probable ones."""
-        device = self.head.weight.device
-        logits = self(torch.as_tensor(observations, dtype=torch.float32, device=device))
-        if self.stochastic:
-            generator = torch.Generator(device).manual_seed(0)
-            logits = [_gumbel(choice, generator) for choice in logits]
-        return torch.stack([choice.argmax(dim=1) for choice in logits], dim=1).cpu().numpy()
+        """Decisions, int64 ``[n, components]``, for observations ``[n, features]``."""
+        seen = torch.as_tensor(observations, dtype=torch.float32, device=self.head.weight.device)
+        logits = self(seen)
+        if self.noise != "none":
+            uniform = _seeded(logits) if self.noise == "random" else _hashed(seen, logits.shape[1])
+            logits = logits - torch.log(-torch.log(uniform.clamp(1e-6, 1 - 1e-6)))  # their argmax draws from the softmax
+        return self.choose(logits).cpu().numpy()
 
-    def more_cautious(self, margin: float) -> DecisionPolicy:
-        """A copy that skips only where it prefers skipping by more than ``margin`` in log-odds."""
-        cautious = deepcopy(self)
+    def with_margin(self, margin: float) -> DecisionPolicy:
+        """A copy that skips only where it prefers skipping by more than ``margin`` in log-odds: a knob for caution."""
+        copy = deepcopy(self)
         running = np.cumsum([0, *self.nvec[:-1]])  # the first choice of each component leaves everything running
         with torch.no_grad():
-            cautious.head.bias[torch.from_numpy(running)] += margin
-        return cautious
+            copy.head.bias[torch.from_numpy(running)] += margin
+        return copy
+
+    def with_weights(self, weights: dict[str, Tensor]) -> DecisionPolicy:
+        """A copy with other weights (a ``state_dict``)."""
+        copy = deepcopy(self)
+        copy.load_state_dict(weights)
+        return copy.eval()
 
     @property
     def flops(self) -> int:
         """FLOPs of one decision, 2 per multiply-add."""
-        return 2 * sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
+        linears = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
+        return 2 * (linears + (int(self._earlier.sum()) if self.autoregressive else 0))
 
     def save(self, folder: Path) -> None:
         """Write ``policy.safetensors`` and ``policy.json``; each file appears complete or not at all."""
@@ -90,7 +146,8 @@ class DecisionPolicy(nn.Module):
             "nvec": self.nvec,
             "switches": self.switches,
             "blind": self.blind,
-            "stochastic": self.stochastic,
+            "noise": self.noise,
+            "autoregressive": self.autoregressive,
             "hidden": self.hidden,
         }
         weights = {key: value.contiguous() for key, value in self.state_dict().items()}
@@ -117,20 +174,43 @@ class DecisionPolicy(nn.Module):
         return policy.eval()
 
 
-def _gumbel(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Logits plus Gumbel noise: their argmax is a draw from the softmax."""
-    uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
-    return logits - torch.log(-torch.log(uniform.clamp(1e-9, 1 - 1e-7)))
+def bounded(logits: Tensor, lowest: float) -> Tensor:
+    """Log-probabilities ``[n, size]`` of the choices with these logits, none less probable than ``lowest``."""
+    log_prob = logits.log_softmax(dim=1)
+    if lowest == 0:
+        return log_prob
+    return torch.log((1 - logits.shape[1] * lowest) * log_prob.exp() + lowest)
+
+
+def _seeded(logits: Tensor) -> Tensor:
+    """Uniform noise from a fixed seed, of the logits' shape."""
+    generator = torch.Generator(logits.device).manual_seed(0)
+    return torch.rand(logits.shape, generator=generator, device=logits.device)
+
+
+def _hashed(observations: Tensor, columns: int) -> Tensor:
+    """Noise in [0, 1), ``[n, columns]``, that looks uniform and depends on the observation only."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(observations.shape[1], columns, generator=generator, dtype=torch.float64)
+    mixed = observations.cpu().double() @ directions  # on the host, so that it is the same on every device
+    return torch.frac(torch.sin(mixed) * 43758.5453).abs().to(observations)
 
 
 def write_json(file: Path, value: Any) -> None:
     """Write JSON to a temporary name, then rename: a reader never sees half a file."""
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, default=_plain) + "\n", encoding="utf-8")
+    temporary.write_text(as_json(value) + "\n", encoding="utf-8")
     os.replace(temporary, file)
+
+
+def as_json(value: Any) -> str:
+    """JSON of plain values, numpy's numbers and arrays, and paths."""
+    return json.dumps(value, indent=2, default=_plain)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
     raise TypeError(f"cannot write {type(value).__name__} as JSON")

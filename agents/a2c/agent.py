@@ -1,9 +1,12 @@
-"""A2C, by Stable-Baselines3."""
+"""A2C, by Stable-Baselines3, on the env's reward (``a2c``) or with quality first (``a2c_lex``)."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 from sd_gym.agents.common.agent import LearnerSettings
+from sd_gym.agents.common.crpo import Rectified, RectifiedAgent
 from sd_gym.agents.common.sb3 import SB3Agent
 from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import VecEnv
@@ -25,6 +28,17 @@ class A2CAgent(SB3Agent):
 
     Settings = A2CSettings
     settings: A2CSettings
+    Algorithm: ClassVar[type[A2C]] = A2C
 
     def _make_algorithm(self, vec_env: VecEnv) -> A2C:
-        return A2C(**self._common(vec_env), use_rms_prop=False, normalize_advantage=True)
+        return self.Algorithm(**self._common(vec_env), use_rms_prop=False, normalize_advantage=True)
+
+
+class RectifiedA2C(Rectified, A2C):
+    """A2C with two value heads and quality first."""
+
+
+class A2CLexAgent(RectifiedAgent, A2CAgent):
+    """A2C that restores the quality while it is violated and saves while it is not (``Rectified``)."""
+
+    Algorithm = RectifiedA2C

@@ -1,53 +1,66 @@
-"""Controls that learn nothing: everything runs, or switches are skipped at random."""
+"""Controls that learn nothing: everything runs, every other layer does, or switches are skipped at random."""
 
 from __future__ import annotations
 
-import torch
+from typing import ClassVar, Literal
+
+import numpy as np
 from pydantic import Field
-from sd_gym.agents.common.agent import Agent, AgentSettings, OnRollout, initial_bias
+from sd_gym.agents.common.agent import Agent, AgentSettings, OnRollout, decision_logits, initial_bias
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.policy import DecisionPolicy
 
+CERTAIN = 0.99
 
-class RandomSettings(AgentSettings):
-    """Settings of the random control."""
+
+class RateSettings(AgentSettings):
+    """Settings of the controls that skip at random."""
 
     rate: float = Field(0.2, gt=0, lt=1)
 
 
-class _Fixed(Agent):
+class _Given(Agent):
     """An agent whose policy is given from the start."""
 
-    rate: float
-    stochastic = False
+    selects = False
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """There is nothing to learn."""
 
-    def policy(self) -> DecisionPolicy:
-        """The same odds for every input."""
-        policy = self._new_policy(stochastic=self.stochastic)
-        with torch.no_grad():
-            policy.head.weight.zero_()
-            policy.head.bias.copy_(initial_bias(self.env.core.nvec, self.rate))
-        return policy.eval()
 
-
-class DenseAgent(_Fixed):
+class DenseAgent(_Given):
     """Nothing is skipped."""
 
-    rate = 0.01
+    def policy(self) -> DecisionPolicy:
+        """Everything runs."""
+        nvec = self.env.core.nvec
+        return self._constant_policy(decision_logits(nvec, np.zeros(len(nvec)), CERTAIN))
 
 
-class RandomAgent(_Fixed):
+class EveryOtherAgent(_Given):
+    """Every other layer is skipped whole, the first one of each stack runs (LayerDrop, Fan et al. 2020, section 4)."""
+
+    def policy(self) -> DecisionPolicy:
+        """The same layers for every input."""
+        core = self.env.core
+        odd = [switch.index % 2 for switch in core.backbone.board.switches]
+        return self._constant_policy(decision_logits(core.nvec, np.array([*odd, 0]), CERTAIN))
+
+
+class RandomAgent(_Given):
     """Each switch is skipped with probability ``rate``, whatever the input."""
 
-    Settings = RandomSettings
-    settings: RandomSettings
-    stochastic = True
+    Settings = RateSettings
+    settings: RateSettings
+    noise: ClassVar[Literal["random", "hash"]] = "random"
 
-    @property
-    def rate(self) -> float:
-        """The skip rate."""
-        return self.settings.rate
+    def policy(self) -> DecisionPolicy:
+        """The same odds for every input."""
+        return self._constant_policy(initial_bias(self.env.core.nvec, self.settings.rate), noise=self.noise)
+
+
+class HashAgent(RandomAgent):
+    """Like ``random``, but the same input is always decided on alike: variety that says nothing about the input."""
+
+    noise = "hash"

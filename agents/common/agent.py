@@ -19,6 +19,7 @@ from sd_gym.envs.shells import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy
 
 INFO_TAGS = ("quality", "quality_ref", "flops_ratio")
+INFO_KEYS = (*INFO_TAGS, "is_success")
 
 
 class AgentSettings(BaseModel):
@@ -41,11 +42,14 @@ class LearnerSettings(AgentSettings):
         learning_rate: Of Adam.
         entropy: Weight of the entropy bonus.
         initial_skip_rate: How often each switch is skipped before anything is learned.
+        start: Folder of a run whose policy learning goes on from (a warm start), such as one of ``static`` or
+            ``imitation``; then ``initial_skip_rate`` plays no part.
     """
 
     learning_rate: float = Field(1e-3, gt=0)
     entropy: float = Field(0.0, ge=0)
     initial_skip_rate: float = Field(0.1, gt=0, lt=1)
+    start: Path | None = None
 
 
 @dataclass
@@ -85,6 +89,7 @@ class Agent(ABC):
     """
 
     Settings: ClassVar[type[AgentSettings]] = AgentSettings
+    selects: ClassVar[bool] = True  # whether the policy to keep is chosen on the validation split
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
         for key in settings:
@@ -100,11 +105,28 @@ class Agent(ABC):
 
     @abstractmethod
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
-        """Learn from at least ``total_steps`` decisions; ``on_rollout`` is called after each rollout."""
+        """Learn until ``total_steps`` decisions were made, those before a ``load_state`` included.
+
+        ``on_rollout`` is called after each rollout and the update that it leads to.
+        """
 
     @abstractmethod
     def policy(self) -> DecisionPolicy:
         """The current policy as an artefact of its own, independent of the agent."""
+
+    def offers(self) -> list[DecisionPolicy]:
+        """Policies to select from when learning has ended, besides those that were validated on the way."""
+        return []
+
+    def state(self) -> dict[str, Any]:
+        """Everything that learning depends on, as tensors and plain values; called from within ``on_rollout``.
+
+        Agents that search instead of learning have none: they start again and find the same.
+        """
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027  (most agents have none)
+        """Go on from what ``state`` gave."""
 
     def save_extra(self, folder: Path) -> None:  # noqa: B027  (most agents keep nothing)
         """Write what the agent keeps beside the policy, such as Stable-Baselines3's zip."""
@@ -113,6 +135,31 @@ class Agent(ABC):
         core = self.env.core
         size = self.env.single_observation_space.shape[0]
         return DecisionPolicy(size, core.nvec.tolist(), core.backbone.board.names, blind=self.blind, **kwargs)
+
+    def _constant_policy(self, logits: torch.Tensor, **kwargs: Any) -> DecisionPolicy:
+        """The same logits ``[sum(nvec)]`` for every input."""
+        policy = self._new_policy(**kwargs)
+        with torch.no_grad():
+            policy.head.weight.zero_()
+            policy.head.bias.copy_(logits)
+        return policy.eval()
+
+    def _start_policy(self, folder: Path) -> DecisionPolicy:
+        """The policy of the run that a warm start begins with.
+
+        Raises:
+            FileNotFoundError: If the folder holds none.
+            ValueError: If it decides on something else.
+        """
+        start = DecisionPolicy.load(folder)
+        expected = self._new_policy()
+        for name in ("observation_size", "nvec", "switches", "hidden"):
+            if getattr(start, name) != getattr(expected, name):
+                raise ValueError(
+                    f"the policy in {folder} cannot be a start here: its {name} is {getattr(start, name)}, expected "
+                    f"{getattr(expected, name)}"
+                )
+        return start
 
 
 def initial_bias(nvec: NDArray, skip_rate: float) -> torch.Tensor:
@@ -123,5 +170,20 @@ def initial_bias(nvec: NDArray, skip_rate: float) -> torch.Tensor:
     Returns:
         float32 ``[sum(nvec)]``.
     """
-    half = 0.5 * float(np.log((1 - skip_rate) / skip_rate))
-    return torch.cat([torch.tensor([half] + [-half] * (int(size) - 1)) for size in nvec])
+    return decision_logits(nvec, np.zeros(len(nvec), dtype=np.int64), 1 - skip_rate)
+
+
+def decision_logits(nvec: NDArray, decision: NDArray, confidence: float) -> torch.Tensor:
+    """Logits of all components, float32 ``[sum(nvec)]``, that make ``decision``.
+
+    Args:
+        nvec: Sizes of the components.
+        decision: The choice of each component.
+        confidence: Probability of the choice where there are two.
+    """
+    half = 0.5 * float(np.log(confidence / (1 - confidence)))
+    choices = [
+        torch.where(torch.arange(int(size)) == int(choice), half, -half)
+        for size, choice in zip(nvec, decision, strict=True)
+    ]
+    return torch.cat(choices)

@@ -16,7 +16,7 @@ from sd_gym.policy import DecisionPolicy
 
 BATCH = 256
 BOOTSTRAP_SAMPLES = 2000
-ONE_SIDED_95, ONE_SIDED_99_5 = 1.645, 2.576  # standard errors
+ONE_SIDED_95 = 1.645  # standard errors
 
 
 def quality_kept(difference: NDArray, epsilon: float, errors: float = ONE_SIDED_95) -> bool:
@@ -33,17 +33,30 @@ def bootstrap_interval(values: NDArray, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def decide_and_score(core: Core, policy: DecisionPolicy, split: Split) -> dict[str, NDArray]:
+def decide_and_score(
+    core: Core, policy: DecisionPolicy, split: Split, rows: NDArray | None = None
+) -> dict[str, NDArray]:
     """Walk a split once, in order, with the policy's decisions.
+
+    Args:
+        core: Scores the decisions.
+        policy: Makes them.
+        split: Where the instances are.
+        rows: Which of them, ``[n]``; ``None``: all.
 
     Returns:
         ``decision`` ``[n, switches + 1]``, ``quality``, ``quality_ref`` and ``flops_ratio`` ``[n]``.
     """
-    rows = np.arange(len(split))
-    decisions = policy.decide(core.observe(split, rows))
+    rows = np.arange(len(split)) if rows is None else rows
+    return score_decisions(core, split, rows, policy.decide(core.observe(split, rows)))
+
+
+def score_decisions(core: Core, split: Split, rows: NDArray, decisions: NDArray) -> dict[str, NDArray]:
+    """What comes of given decisions ``[n, switches + 1]`` on ``rows [n]``; as ``decide_and_score`` returns it."""
     # Batches of similar length waste little on padding; results are put back in order.
-    order = np.argsort(split.encoded.source_length, kind="stable")
-    outcomes = [core.score(split, part, decisions[part]) for part in np.split(order, range(BATCH, len(order), BATCH))]
+    order = np.argsort(split.encoded.source_length[rows], kind="stable")
+    parts = np.split(order, range(BATCH, len(order), BATCH))
+    outcomes = [core.score(split, rows[part], decisions[part]) for part in parts]
     back = np.argsort(order)
     result = {
         name: np.concatenate([getattr(outcome, name) for outcome in outcomes])[back]

@@ -3,81 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from sd_gym.agents.common.agent import Rollout
-from sd_gym.agents.common.evaluation import ONE_SIDED_99_5, decide_and_score, evaluate, quality_kept, time_ratio
+import torch
+from sd_gym.agents.common.agent import INFO_TAGS, Rollout
+from sd_gym.agents.common.evaluation import evaluate, time_ratio
 from sd_gym.agents.common.plots import plot_run
+from sd_gym.agents.common.selection import STRICT, Selection
 from sd_gym.agents.registry import agent_class, make_agent
 from stable_baselines3.common.logger import configure
 
 from sd_gym.envs.config import EnvConfig
 from sd_gym.envs.core import Core, shared_core
 from sd_gym.envs.shells import SwitchableVectorEnv
-from sd_gym.policy import DecisionPolicy, write_json
+from sd_gym.policy import DecisionPolicy, as_json, write_json
 
-MARGINS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)  # of more cautious versions of a policy, in log-odds
 VALIDATIONS = 8  # times that the policy is validated during training
 TIMED_BATCH_SIZES = (1, 8, 32)
 LIBRARIES = ("gymnasium", "numpy", "sd-gym", "stable-baselines3", "torch", "transformers")
-
-
-@dataclass
-class Selection:
-    """Keeps the best policy seen, by (quality kept on validation, then fewer FLOPs), never by mean reward.
-
-    Attributes:
-        core: Scores the policies.
-        best: The best policy so far.
-        history: One entry a validation: step, quality, quality_ref, flops_ratio, quality_kept.
-    """
-
-    core: Core
-    best: DecisionPolicy | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
-    _rank: tuple[bool, float] | None = None
-
-    def consider(self, step: int, policy: DecisionPolicy) -> dict[str, Any]:
-        """Validate a policy, keep it if it is the best, and return its entry of the history.
-
-        Where a policy does not keep the quality, more cautious versions of it are tried: what it is least sure of
-        is run again, step by step, until the quality is kept.
-        """
-        entry = self._validate(step, policy)
-        self.history.append(entry)
-        kept = entry["quality_kept"]
-        for margin in MARGINS:
-            if kept:
-                break
-            kept = self._validate(step, policy.more_cautious(margin))["quality_kept"]
-        return entry
-
-    def _validate(self, step: int, policy: DecisionPolicy) -> dict[str, Any]:
-        scored = decide_and_score(self.core, policy, self.core.split("validation"))
-        difference = scored["quality"] - scored["quality_ref"]
-        # Stricter than the verdict on the test split: the best of many candidates has been lucky in part.
-        kept = quality_kept(difference, self.core.config.epsilon, ONE_SIDED_99_5)
-        entry = {
-            "step": step,
-            "quality": float(scored["quality"].mean()),
-            "quality_ref": float(scored["quality_ref"].mean()),
-            "flops_ratio": float(scored["flops_ratio"].mean()),
-            "quality_kept": kept,
-        }
-        # Where no policy keeps the quality, the one that loses least is the best.
-        rank = (kept, -entry["flops_ratio"] if kept else float(difference.mean()))
-        if self._rank is None or rank > self._rank:
-            self._rank, self.best = rank, policy
-        return entry
 
 
 def split_settings(algo: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -104,6 +56,8 @@ def train(
     steps: int,
     seed: int = 0,
     settings: dict[str, Any] | None = None,
+    strictness: float = STRICT,
+    resume: bool = False,
     on_progress: Callable[[int, dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
     """Train an agent on an env, select its best policy on validation, and evaluate that on the test split.
@@ -112,49 +66,64 @@ def train(
         env_id: A registered id.
         algo: An agent's name.
         folder: The run folder: ``config.json``, TensorBoard events, ``policy.safetensors``, ``policy.json``,
-            ``result.json``, ``result.png`` (and ``sb3.zip``) are written to it.
+            ``result.json``, ``result.png`` (and ``sb3.zip``) are written to it; ``checkpoint.pt`` while it learns.
         steps: Decisions to learn from.
         seed: Of the agent and of the env's draws.
         settings: Overrides of the env's config and of the agent's settings, by key.
+        strictness: Standard errors by which a policy's loss must stay below epsilon on validation to be selected.
+        resume: Whether to go on from the folder's checkpoint, if there is one, as if nothing had happened.
         on_progress: Called after each rollout with (steps so far, figures to show).
 
     Returns:
         The result, as in ``result.json``.
 
     Raises:
-        FileExistsError: If the folder holds a finished run.
-        ValueError: If a name or setting is unknown.
+        FileExistsError: If the folder holds a finished run, or one that was cut off and shall not be resumed.
+        ValueError: If a name or setting is unknown, or the run to resume is another one.
     """
     if (folder / "result.json").exists():
         raise FileExistsError(f"{folder} holds a finished run; choose another --output")
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.exists() and not resume:
+        raise FileExistsError(f"{folder} holds a run that was cut off; go on with --resume, or choose another --output")
     env_settings, agent_settings = split_settings(algo, settings or {})
-    folder.mkdir(parents=True, exist_ok=True)
     num_envs = agent_class(algo).Settings(**agent_settings).num_envs
     env = gym.make_vec(env_id, num_envs=num_envs, **env_settings).unwrapped
     agent = make_agent(algo, env, seed=seed, **agent_settings)
     env.reset(seed=seed)
-    write_json(folder / "config.json", _describe(env, env_id, algo, agent.settings, steps, seed))
+    description = _describe(env, env_id, algo, agent.settings, steps, seed)
+    selection = Selection(env.core, strictness)
+    if checkpoint.exists():
+        _check_same(folder, description)
+        saved = torch.load(checkpoint, weights_only=True)  # tensors and plain values only
+        agent.load_state(saved["agent"])
+        selection.load_state(saved["selection"], agent.policy())
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", description)
     logger = configure(str(folder), ["tensorboard"])
-    selection = Selection(env.core)
     interval = max(1, steps // VALIDATIONS)
 
     def on_rollout(rollout: Rollout) -> None:
         due = len(selection.history) + 1
-        if rollout.steps >= due * interval or rollout.steps >= steps:
+        if agent.selects and (rollout.steps >= due * interval or rollout.steps >= steps):
             entry = selection.consider(rollout.steps, agent.policy())
             for key in ("quality", "flops_ratio"):
                 logger.record(f"validation/{key}", entry[key])
+            if state := agent.state():
+                _save(checkpoint, {"agent": state, "selection": selection.state()})
         if on_progress is not None:
-            shown = {key: float(np.mean(rollout.infos[key])) for key in ("quality", "quality_ref", "flops_ratio")}
-            on_progress(rollout.steps, shown)
+            figures = {key: float(np.mean(values)) for key, values in rollout.infos.items() if key in INFO_TAGS}
+            on_progress(rollout.steps, figures)
 
     agent.learn(steps, logger, on_rollout)
-    if selection.best is None:
-        selection.consider(0, agent.policy())
+    logger.dump(steps)
     logger.close()
-    selection.best.save(folder)
+    policy = selection.select(agent.offers()) if agent.selects else agent.policy()
+    policy.save(folder)
     agent.save_extra(folder)
-    return finish(env.core, selection.best, folder, selection.history)
+    result = finish(env.core, policy, folder, selection.history)
+    checkpoint.unlink(missing_ok=True)
+    return result
 
 
 def finish(core: Core, policy: DecisionPolicy, folder: Path, history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -165,6 +134,21 @@ def finish(core: Core, policy: DecisionPolicy, folder: Path, history: list[dict[
     plot_run(result, core.backbone.board.names, folder / "result.png")
     write_json(folder / "result.json", result)
     return result
+
+
+def _save(file: Path, value: dict[str, Any]) -> None:
+    """The file appears complete or not at all."""
+    torch.save(value, file.with_suffix(".tmp"))
+    os.replace(file.with_suffix(".tmp"), file)
+
+
+def _check_same(folder: Path, description: dict[str, Any]) -> None:
+    """Raise ``ValueError`` if the run in the folder is not the described one."""
+    there = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    here = json.loads(as_json(description))
+    for key in ("env", "algo", "steps", "seed", "env_config", "agent_settings"):
+        if there[key] != here[key]:
+            raise ValueError(f"{folder} holds another run: its {key} is {there[key]}, now it is {here[key]}")
 
 
 def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:

@@ -1,4 +1,4 @@
-"""What the agents of Stable-Baselines3 share: the env shell, logging, and the export of their policy."""
+"""What the agents of Stable-Baselines3 share: the env shell, logging, state, and the export of their policy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.common.agent import INFO_TAGS, Agent, OnRollout, Rollout, initial_bias
+from sd_gym.agents.common.agent import INFO_KEYS, Agent, OnRollout, Rollout, initial_bias
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -35,26 +35,39 @@ class Blindfold(VecEnvWrapper):
 
 
 class _RolloutCallback(BaseCallback):
-    """Gathers the infos of a rollout, records the project's tags and passes the rollout on."""
+    """Gathers the infos of a rollout, records the project's tags, and passes the rollout on when it was learned from."""
 
-    def __init__(self, on_rollout: OnRollout) -> None:
+    def __init__(self, agent: SB3Agent, on_rollout: OnRollout) -> None:
         super().__init__()
+        self._agent = agent
         self._on_rollout = on_rollout
-        self._infos: list[dict[str, Any]] = []
+        self._infos: list[list[dict[str, Any]]] = []
         self._rewards: list[NDArray] = []
+        self._finished: Rollout | None = None
+
+    def _on_rollout_start(self) -> None:
+        self._pass_on()
 
     def _on_step(self) -> bool:
-        self._infos += self.locals["infos"]
+        self._infos.append(self.locals["infos"])
         self._rewards.append(self.locals["rewards"])
         return True
 
     def _on_rollout_end(self) -> None:
-        keys = (*INFO_TAGS, "is_success")
-        infos = {key: np.array([info[key] for info in self._infos]) for key in keys}
-        rollout = Rollout(self.num_timesteps, np.concatenate(self._rewards), infos)
-        rollout.record(self.logger)
+        infos = {key: np.array([[info[key] for info in step] for step in self._infos]) for key in INFO_KEYS}
+        self._agent.before_update(infos)
+        flat = {key: values.ravel() for key, values in infos.items()}
+        self._finished = Rollout(self.num_timesteps, np.concatenate(self._rewards), flat)
+        self._finished.record(self.logger)
         self._infos, self._rewards = [], []
-        self._on_rollout(rollout)
+
+    def _on_training_end(self) -> None:
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._finished is not None:
+            self._on_rollout(self._finished)
+            self._finished = None
 
 
 class SB3Agent(Agent):
@@ -67,8 +80,13 @@ class SB3Agent(Agent):
             vec_env = Blindfold(vec_env)
         self.algorithm = self._make_algorithm(vec_env)
         with torch.no_grad():
-            bias = self.algorithm.policy.action_net.bias
-            bias.copy_(initial_bias(self.env.core.nvec, self.settings.initial_skip_rate))
+            if self.settings.start is not None:
+                start = self._start_policy(self.settings.start)
+                for theirs, ours in zip(self._layers(), [*start.body, start.head], strict=True):
+                    theirs.load_state_dict(ours.state_dict())
+            else:
+                bias = initial_bias(self.env.core.nvec, self.settings.initial_skip_rate)
+                self.algorithm.policy.action_net.bias.copy_(bias)
 
     @abstractmethod
     def _make_algorithm(self, vec_env: VecEnv) -> OnPolicyAlgorithm:
@@ -89,22 +107,61 @@ class SB3Agent(Agent):
             "device": "cpu",
         }
 
+    def _layers(self) -> list[torch.nn.Module]:
+        """The actor's layers, in the order of ``DecisionPolicy``'s body and head."""
+        return [*self.algorithm.policy.mlp_extractor.policy_net, self.algorithm.policy.action_net]
+
+    def before_update(self, infos: dict[str, NDArray]) -> None:
+        """Called with a rollout's infos, each ``[steps, envs]``, before the algorithm learns from it."""
+        if self.env.objective.name == "lagrangian":
+            self.algorithm.logger.record("train/multiplier", self.env.objective.multiplier)
+
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
-        """Learn from at least ``total_steps`` decisions."""
-        self.algorithm.set_logger(logger)
-        interval = max(1, LOGGED_DECISIONS // (self.algorithm.n_envs * self.algorithm.n_steps))
-        self.algorithm.learn(total_steps, callback=_RolloutCallback(on_rollout), log_interval=interval)
+        """Learn until ``total_steps`` decisions were made."""
+        algorithm = self.algorithm
+        algorithm.set_logger(logger)
+        interval = max(1, LOGGED_DECISIONS // (algorithm.n_envs * algorithm.n_steps))
+        algorithm.learn(
+            total_steps - algorithm.num_timesteps,
+            callback=_RolloutCallback(self, on_rollout),
+            log_interval=interval,
+            reset_num_timesteps=algorithm.num_timesteps == 0,
+        )
 
     def policy(self) -> DecisionPolicy:
         """The actor's weights in the project's own network, which decides the same."""
         exported = self._new_policy()
-        actor = self.algorithm.policy
-        source = [*actor.mlp_extractor.policy_net, actor.action_net]
-        target = [*exported.body, exported.head]
-        for ours, theirs in zip(target, source, strict=True):
+        for ours, theirs in zip([*exported.body, exported.head], self._layers(), strict=True):
             ours.load_state_dict(theirs.state_dict())
         return exported.eval()
 
+    def state(self) -> dict[str, Any]:
+        """Weights, optimizers, counters, the random states that the library draws from, and the env's state."""
+        algorithm = self.algorithm
+        _, keys, position, *gauss = np.random.get_state()  # noqa: NPY002  (what the library shuffles with)
+        return {
+            "parameters": algorithm.get_parameters(),
+            "steps": algorithm.num_timesteps,
+            "updates": algorithm._n_updates,
+            "torch": torch.get_rng_state(),
+            "numpy": (torch.from_numpy(keys.astype(np.int64)), position, *gauss),
+            "env": self.env.state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state`` gave."""
+        algorithm = self.algorithm
+        algorithm.set_parameters(state["parameters"])
+        algorithm.num_timesteps, algorithm._n_updates = state["steps"], state["updates"]
+        # Making the env ready draws instances and random numbers, which the loaded states then take back.
+        algorithm._last_obs = algorithm.env.reset()
+        observations = self.env.load_state(state["env"])
+        algorithm._last_obs = np.zeros_like(observations) if self.blind else observations
+        algorithm._last_episode_starts = np.ones(algorithm.n_envs, dtype=bool)
+        keys, *rest = state["numpy"]
+        np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+        torch.set_rng_state(state["torch"])
+
     def save_extra(self, folder: Path) -> None:
-        """Write ``sb3.zip``, from which Stable-Baselines3 can go on."""
+        """Write ``sb3.zip``, which Stable-Baselines3 loads."""
         self.algorithm.save(folder / "sb3.zip")

@@ -1,9 +1,12 @@
-"""PPO, by Stable-Baselines3."""
+"""PPO, by Stable-Baselines3, on the env's reward (``ppo``) or with quality first (``ppo_lex``)."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 from sd_gym.agents.common.agent import LearnerSettings
+from sd_gym.agents.common.crpo import Rectified, RectifiedAgent
 from sd_gym.agents.common.sb3 import SB3Agent
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
@@ -23,11 +26,22 @@ class PPOAgent(SB3Agent):
 
     Settings = PPOSettings
     settings: PPOSettings
+    Algorithm: ClassVar[type[PPO]] = PPO
 
     def _make_algorithm(self, vec_env: VecEnv) -> PPO:
-        return PPO(
+        return self.Algorithm(
             **self._common(vec_env),
             batch_size=self.settings.batch_size,
             n_epochs=self.settings.n_epochs,
             clip_range=self.settings.clip_range,
         )
+
+
+class RectifiedPPO(Rectified, PPO):
+    """PPO with two value heads and quality first."""
+
+
+class PPOLexAgent(RectifiedAgent, PPOAgent):
+    """PPO that restores the quality while it is violated and saves while it is not (``Rectified``)."""
+
+    Algorithm = RectifiedPPO

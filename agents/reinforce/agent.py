@@ -1,109 +1,204 @@
-"""REINFORCE (Williams 1992) with a self-critical baseline (Rennie et al. 2017); reads from top to bottom.
+"""REINFORCE (Williams 1992) under the dynamic barrier; reads from top to bottom.
 
-For each drawn instance several decisions are sampled and scored together with the greedy decision, in one batched run
-of the backbone. A sample's advantage is its reward minus the greedy decision's: what the policy would do without
-exploring is the bar, so the gradient vanishes where sampling brings nothing new.
+For each drawn instance several decisions are sampled and scored, in one batched run of the backbone. Two gradients come of
+them: that of the FLOPs, ``E[grad log pi(a|x) * A_flops]``, and that of the quality loss, both advantages as losses minus a
+baseline. The barrier says how much the second weighs (Zhang et al. 2024, section 3.3): while the quality is kept the FLOPs
+fall as they like, and the nearer the limit the less of it.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
-from sd_gym.agents.common.agent import Agent, LearnerSettings, OnRollout, Rollout, initial_bias
+from sd_gym.agents.common.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, initial_bias
+from sd_gym.agents.reinforce.barrier import DynamicBarrier
 from stable_baselines3.common.logger import Logger
-from torch.distributions import Categorical
+from torch import Tensor
 
-from sd_gym.policy import DecisionPolicy
+from sd_gym.policy import DecisionPolicy, bounded
 
 
 class ReinforceSettings(LearnerSettings):
-    """Settings of REINFORCE; a rollout scores ``num_envs * (samples + 1)`` decisions.
+    """Settings of REINFORCE; a rollout scores ``num_envs * samples`` decisions, and as many greedy ones as instances.
 
-    Rollouts are small, as each is used once, and the entropy bonus keeps the policy from being certain before it looks
-    at its input.
+    Rollouts are small, as each is used once.
+
+    Attributes:
+        samples: Decisions sampled for each instance.
+        baseline: What a sample's value is compared with: that of the greedy decision for the same input
+            (``self_critical``, Rennie et al. 2017) or the mean of the other samples (``leave_one_out``, Kool et al. 2019).
+        control: The barrier's control function: the quality loss stays within the env's epsilon (``constrained``) or is as
+            low as can be (``lexicographic``).
+        alpha: The barrier's.
+        beta: The barrier's.
+        highest_multiplier: The barrier's cap.
+        memory: The barrier's.
+        exploration: No choice of a component is less probable than this while learning.
+        unlock_steps: Over so many decisions the switches are unlocked, the last ones of the backbone first; 0: at once
+            (a curriculum, Wu et al. 2018).
+        autoregressive: Whether a choice may depend on those before it.
     """
 
-    num_envs: int = Field(16, ge=1)
-    samples: int = Field(4, ge=1)
-    entropy: float = Field(0.2, ge=0)
+    num_envs: int = Field(32, ge=2)
+    samples: int = Field(4, ge=2)
+    entropy: float = Field(0.0, ge=0)
+    baseline: Literal["self_critical", "leave_one_out"] = "leave_one_out"
+    control: Literal["constrained", "lexicographic"] = "constrained"
+    alpha: float = Field(1.0, gt=0)
+    beta: float = Field(1.0, gt=0)
+    highest_multiplier: float = Field(100.0, gt=0)
+    memory: float = Field(0.95, ge=0, lt=1)
+    exploration: float = Field(0.01, ge=0, lt=0.25)
+    unlock_steps: int = Field(0, ge=0)
+    autoregressive: bool = False
 
 
 class ReinforceAgent(Agent):
-    """REINFORCE: ascends ``E[(r(a) - r(greedy)) * grad log pi(a|x)]``."""
+    """REINFORCE: descends ``E[(flops + lambda * quality loss - baseline) * grad log pi(a|x)]``."""
 
     Settings = ReinforceSettings
     settings: ReinforceSettings
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        settings = self.settings
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            self.network = self._new_policy()
+            self.network = self._new_policy(autoregressive=settings.autoregressive)
             for layer in self.network.body:
                 if isinstance(layer, torch.nn.Linear):  # as Stable-Baselines3 does: the features start at full size
                     torch.nn.init.orthogonal_(layer.weight, gain=2**0.5)
                     torch.nn.init.zeros_(layer.bias)
         with torch.no_grad():
-            self.network.head.weight.mul_(0.01)  # starts alike for all inputs
-            self.network.head.bias.copy_(initial_bias(self.env.core.nvec, self.settings.initial_skip_rate))
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.settings.learning_rate)
+            if settings.start is not None:
+                self.network.load_state_dict(self._start_policy(settings.start).state_dict(), strict=False)
+            else:
+                self.network.head.weight.mul_(0.01)  # starts alike for all inputs
+                self.network.head.bias.copy_(initial_bias(self.env.core.nvec, settings.initial_skip_rate))
+        self.parameters = list(self.network.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, lr=settings.learning_rate)
+        self.barrier = DynamicBarrier(
+            settings.control,
+            limit=self.env.config.epsilon,
+            alpha=settings.alpha,
+            beta=settings.beta,
+            highest=settings.highest_multiplier,
+            memory=settings.memory,
+        )
         self.random = np.random.default_rng(self.seed)
         self.generator = torch.Generator().manual_seed(self.seed)
+        self.steps = 0
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
-        """Learn from at least ``total_steps`` scored decisions, the greedy ones included."""
+        """Learn until ``total_steps`` decisions were scored, the greedy ones included."""
         core, settings, batch = self.env.core, self.settings, self.env.num_envs
         split = core.split(core.config.split)
-        started, steps = time.monotonic(), 0
-        while steps < total_steps:
+        started, before = time.monotonic(), self.steps
+        while self.steps < total_steps:
             rows = self.random.integers(len(split), size=batch)
-            observations = torch.from_numpy(core.observe(split, rows))
-            logits = self.network(observations)
-            greedy = torch.stack([choice.argmax(dim=1) for choice in logits], dim=1)
-            sampled = [self._sample(choice) for choice in logits]  # one [samples, batch] a component
-            decisions = torch.stack(sampled, dim=2).flatten(0, 1)
-            outcome = core.score(split, np.tile(rows, settings.samples + 1), torch.cat([greedy, decisions]).numpy())
-            rewards = torch.from_numpy(outcome.reward).float().view(settings.samples + 1, batch)
-            advantage = rewards[1:] - rewards[:1]
-            advantage = advantage / (advantage.std() + 1e-6)
+            logits = self.network(torch.from_numpy(core.observe(split, rows)))
+            # Row k * batch + i is sample k of instance i.
+            repeated = logits.repeat(settings.samples, 1)
+            unlocked = self._unlocked()
+            decisions = self.network.choose(repeated, self._draw) * unlocked
+            drawn = len(decisions)
+            if settings.baseline == "self_critical":
+                decisions = torch.cat([decisions, self.network.choose(logits) * unlocked])
+            outcome = core.score(split, np.resize(rows, len(decisions)), decisions.numpy())
+            flops = torch.from_numpy(outcome.flops_ratio).float().view(-1, batch)
+            loss = torch.from_numpy(outcome.quality_ref - outcome.quality).float().view(-1, batch)
 
-            choices = [Categorical(logits=choice) for choice in logits]
-            log_prob = sum(choice.log_prob(actions) for choice, actions in zip(choices, sampled, strict=True))
-            entropy = sum(choice.entropy() for choice in choices).mean()
-            loss = -(advantage * log_prob).mean() - settings.entropy * entropy
-            self.optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-            self.optimizer.step()
+            log_probs = self.network.log_probs(repeated, decisions[:drawn], settings.exploration)
+            entropy = -sum((log_prob.exp() * log_prob).sum(dim=1) for log_prob in log_probs).mean()
+            taken = [log_prob.gather(1, decisions[:drawn, [i]]) for i, log_prob in enumerate(log_probs)]
+            log_prob = (torch.cat(taken, dim=1) * unlocked).sum(dim=1).view(settings.samples, batch)
+            f_halves = self._halves(log_prob * self._advantage(flops))
+            q_halves = self._halves(log_prob * self._advantage(loss))
+            weight = self.barrier.weigh(float(loss[: settings.samples].mean()), f_halves, q_halves)
+            gradient = (f_halves[0] + f_halves[1]) / 2 + weight.multiplier * (q_halves[0] + q_halves[1]) / 2
+            if settings.entropy:
+                gradient = gradient - settings.entropy * self._flat_gradient(entropy)
+            self._step(gradient)
 
-            steps += len(decisions) + len(greedy)
-            drawn = slice(batch, None)  # as for the other agents: what was explored
-            infos = {name: getattr(outcome, name)[drawn] for name in ("quality", "quality_ref", "flops_ratio")}
-            infos["is_success"] = outcome.cost[drawn] == 0
-            rollout = Rollout(steps, outcome.reward[drawn], infos)
+            self.steps += len(decisions)
+            infos = {key: getattr(outcome, key)[:drawn] for key in INFO_KEYS if key != "is_success"}
+            infos["is_success"] = outcome.cost[:drawn] == 0
+            rewards = self.env.objective.rewards(*(infos[key] for key in ("quality", "quality_ref", "flops_ratio")))
+            rollout = Rollout(self.steps, rewards, infos)  # of what was explored, as for the other agents
             rollout.record(logger)
-            logger.record("rollout/ep_rew_mean", float(rollout.rewards.mean()))
+            logger.record("rollout/ep_rew_mean", float(rewards.mean()))
             logger.record("rollout/ep_len_mean", 1.0)
             logger.record("rollout/success_rate", float(infos["is_success"].mean()))
-            logger.record("train/loss", loss.item())
             logger.record("train/entropy_loss", -entropy.item())
             logger.record("train/learning_rate", settings.learning_rate)
-            logger.record("time/fps", int(steps / (time.monotonic() - started)))
-            logger.dump(steps)
+            for name, value in weight._asdict().items():
+                logger.record(f"train/{name}", value)
+            logger.record("time/fps", int((self.steps - before) / (time.monotonic() - started)))
+            logger.dump(self.steps)
             on_rollout(rollout)
 
     def policy(self) -> DecisionPolicy:
         """A copy of the network."""
-        copy = self._new_policy()
+        copy = self._new_policy(autoregressive=self.settings.autoregressive)
         copy.load_state_dict(self.network.state_dict())
         return copy.eval()
 
-    def _sample(self, logits: torch.Tensor) -> torch.Tensor:
-        """``[samples, batch]`` draws from logits ``[batch, size]``, by this agent's own generator."""
-        probabilities = logits.detach().softmax(dim=1)
-        drawn = torch.multinomial(probabilities, self.settings.samples, replacement=True, generator=self.generator)
-        return drawn.T
+    def state(self) -> dict[str, Any]:
+        """Weights, optimizer, the barrier's averages, the random states and the env's."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "barrier": self.barrier.state(),
+            "random": self.random.bit_generator.state,
+            "generator": self.generator.get_state(),
+            "steps": self.steps,
+            "multiplier": self.env.objective.multiplier,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state`` gave."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.barrier.load_state(state["barrier"])
+        self.random.bit_generator.state = state["random"]
+        self.generator.set_state(state["generator"])
+        self.steps = state["steps"]
+        self.env.objective.multiplier = state["multiplier"]
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        """Draws ``[n]`` from the logits ``[n, size]`` of one component, by this agent's own generator."""
+        probabilities = bounded(logits, self.settings.exploration).exp()
+        return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
+
+    def _unlocked(self) -> Tensor:
+        """1 for each component that may be skipped by now, 0 for the others, int64 ``[components]``."""
+        size = len(self.network.nvec)
+        share = min(1.0, self.steps / self.settings.unlock_steps) if self.settings.unlock_steps else 1.0
+        return (torch.arange(size) >= size - np.ceil(share * size)).long()
+
+    def _advantage(self, values: Tensor) -> Tensor:
+        """Values of the samples ``[samples, batch]`` minus their baseline; ``values`` end with the greedy ones' if any."""
+        samples = self.settings.samples
+        if self.settings.baseline == "self_critical":
+            return values[:samples] - values[samples:]
+        return (values - values.mean(dim=0)) * samples / (samples - 1)
+
+    def _halves(self, terms: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients ``[parameters]`` of the mean of ``terms [samples, batch]``, one from each half of the instances."""
+        half = terms.shape[1] // 2
+        return self._flat_gradient(terms[:, :half].mean()), self._flat_gradient(terms[:, half:].mean())
+
+    def _flat_gradient(self, scalar: Tensor) -> Tensor:
+        gradients = torch.autograd.grad(scalar, self.parameters, retain_graph=True)
+        return torch.cat([gradient.flatten() for gradient in gradients])
+
+    def _step(self, gradient: Tensor) -> None:
+        sizes = [parameter.numel() for parameter in self.parameters]
+        for parameter, part in zip(self.parameters, gradient.split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()

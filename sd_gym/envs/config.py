@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from sd_gym.objectives import Objective, ObjectiveName
 from sd_gym.tasks.data import Source
 
 SplitName = Literal["train", "validation", "test"]
@@ -50,10 +51,11 @@ class EnvConfig(BaseModel):
     quality: Literal["exact_match", "likelihood", "metric"] = "exact_match"
     num_beams: int = Field(default=1, ge=1)
     label_range: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    objective: Literal["lexicographic", "scalarized"] = "lexicographic"
+    objective: ObjectiveName = "lexicographic"
     epsilon: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     penalty: float = Field(default=20.0, gt=0, allow_inf_nan=False)
     cost_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    multiplier_rate: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     device: str = "cpu"
 
     @property
@@ -61,6 +63,16 @@ class EnvConfig(BaseModel):
         """Where the data set is."""
         return Source(
             self.dataset, self.subset, self.revision, dict(self.columns), dict(self.splits), self.unanswerable
+        )
+
+    def make_objective(self) -> Objective:
+        """The objective, at its start."""
+        return Objective(
+            self.objective,
+            epsilon=self.epsilon,
+            penalty=self.penalty,
+            cost_scale=self.cost_scale,
+            multiplier_rate=self.multiplier_rate,
         )
 
     def size_of(self, split: str) -> int | None:

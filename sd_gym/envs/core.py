@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sd_gym.backbones import load_backbone
 from sd_gym.envs.config import EnvConfig
 from sd_gym.envs.split import STATISTICS_SIZE, Split
-from sd_gym.objectives import OBJECTIVES, quality_cost
+from sd_gym.objectives import quality_cost
 
 Array = NDArray
 OBSERVATION_LIMIT = 10.0
@@ -26,14 +26,12 @@ class Outcome:
         quality_ref: Task quality of the dense backbone, float64 ``[n]``.
         cost: ``max(0, quality_ref - epsilon - quality)``, float64 ``[n]``.
         flops_ratio: FLOPs under the decision over dense FLOPs, float64 ``[n]``.
-        reward: The configured objective, float64 ``[n]``.
     """
 
     quality: Array
     quality_ref: Array
     cost: Array
     flops_ratio: Array
-    reward: Array
 
 
 class Core:
@@ -117,9 +115,7 @@ class Core:
         quality, quality_ref = split.quality(rows, decisions)
         flops_ratio = split.flops_ratio(rows, decisions)
         cost = quality_cost(quality, quality_ref, self.config.epsilon)
-        objective = OBJECTIVES[self.config.objective]
-        reward = objective(cost, flops_ratio, self.config.penalty, self.config.cost_scale)
-        return Outcome(quality, quality_ref, cost, flops_ratio, reward)
+        return Outcome(quality, quality_ref, cost, flops_ratio)
 
 
 @lru_cache(maxsize=8)

@@ -99,7 +99,8 @@ class SwitchableEnv(gym.Env, EzPickle):
     Reward:
         The config's ``objective`` with its ``epsilon``, ``penalty`` and ``cost_scale`` (``sd_gym.objectives``). The
         default is lexicographic: savings (1 - flops_ratio) if the quality is kept, -penalty * min(1, cost /
-        cost_scale) if not.
+        cost_scale) if not. ``lagrangian`` moves its penalty with the mean quality, so its rewards depend on the
+        decisions before.
 
     Episode End:
         Terminates after one step; never truncates.
@@ -130,6 +131,7 @@ class SwitchableEnv(gym.Env, EzPickle):
         check_render_mode(render_mode)
         self.config = read_config(config_file, overrides)
         self.core = shared_core(self.config)
+        self.objective = self.config.make_objective()
         self.observation_space, self.action_space = spaces(self.core)
         self.render_mode = render_mode
         self._split: Split | None = None
@@ -162,7 +164,8 @@ class SwitchableEnv(gym.Env, EzPickle):
         self._decision = action.astype(np.int64)
         infos = step_infos(self._split, self._row, action[None], outcome)
         info = {key: value[0].item() if value[0].__class__ in _SCALARS else value[0] for key, value in infos.items()}
-        return self._observation(), float(outcome.reward[0]), True, False, info
+        reward = self.objective.rewards(outcome.quality, outcome.quality_ref, outcome.flops_ratio)
+        return self._observation(), float(reward[0]), True, False, info
 
     def render(self) -> str | NDArray | None:
         """Which switches ran in the last step (all, before one), as the render mode says."""
@@ -201,6 +204,7 @@ class SwitchableVectorEnv(VectorEnv):
         check_render_mode(render_mode)
         self.config = read_config(config_file, overrides)
         self.core = shared_core(self.config)
+        self.objective = self.config.make_objective()
         self.num_envs = num_envs
         self.render_mode = render_mode
         self.single_observation_space, self.single_action_space = spaces(self.core)
@@ -229,6 +233,7 @@ class SwitchableVectorEnv(VectorEnv):
         if self._split is None:
             raise gym.error.ResetNeeded("call reset() before the first step()")
         outcome = self.core.score(self._split, self._rows, actions)
+        rewards = self.objective.rewards(outcome.quality, outcome.quality_ref, outcome.flops_ratio)
         self._decisions = np.array(actions, dtype=np.int64)
         final = step_infos(self._split, self._rows, actions, outcome)
         final_observations = np.empty(self.num_envs, dtype=object)
@@ -238,7 +243,7 @@ class SwitchableVectorEnv(VectorEnv):
         infos |= {"final_obs": final_observations, "_final_obs": self._all()}
         infos |= {"final_info": self._masked(final), "_final_info": self._all()}
         ended = self._all()
-        return self.core.observe(self._split, self._rows), outcome.reward, ended, ~ended, infos
+        return self.core.observe(self._split, self._rows), rewards, ended, ~ended, infos
 
     def render(self) -> tuple[str | NDArray, ...] | None:
         """One picture an env, as ``SwitchableEnv.render``."""
@@ -247,6 +252,23 @@ class SwitchableVectorEnv(VectorEnv):
         skips = np.zeros((self.num_envs, self.core.n_switches)) if self._decisions is None else self._decisions[:, :-1]
         picture = as_text if self.render_mode == "ansi" else as_image
         return tuple(picture(self.core.backbone.board.names, skip) for skip in skips)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on, as plain values; after ``reset``."""
+        return {
+            "random": self.np_random.bit_generator.state,
+            "split": self._split.name,
+            "rows": self._rows.tolist(),
+            "multiplier": self.objective.multiplier,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> NDArray:
+        """Go on from what ``state`` gave; returns the observations ``[num_envs, features]`` to decide on next."""
+        self.np_random.bit_generator.state = state["random"]
+        self._split, self._rows = self.core.split(state["split"]), np.array(state["rows"])
+        self._decisions = None
+        self.objective.multiplier = state["multiplier"]
+        return self.core.observe(self._split, self._rows)
 
     def _reset_infos(self) -> dict[str, Any]:
         ids = np.array([self._split.instances[row].id for row in self._rows], dtype=object)

@@ -39,6 +39,7 @@ class Split:
     """One split of a data set, with everything about it that never changes.
 
     Attributes:
+        name: ``train``, ``validation`` or ``test``.
         instances: The instances, in order.
         encoded: Their tensors.
         features: Raw observations (not standardised), float32 ``[n, features]``.
@@ -47,6 +48,7 @@ class Split:
     def __init__(self, config: EnvConfig, name: str) -> None:
         self.backbone = load_backbone(config.backbone, config.device)
         self.config = config
+        self.name = name
         if self.backbone.causal and config.prompt is None:
             raise ConfigError(
                 f"{config.id}: the backbone is decoder-only; say with the config key 'prompt' what it shall read, such "
@@ -138,6 +140,21 @@ class Split:
         return self._teacher_forced(rows, decisions, lambda logits, labels: score(logits, labels, config.label_range))
 
     @torch.inference_mode()
+    def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
+        """Quality as ``run`` gives it, and the likelihood of the reference; each float64 ``[n]``. Nothing is cached."""
+        label_range = self.config.label_range
+        if self.config.quality == "metric":
+            probability = self._teacher_forced(rows, decisions, lambda *output: likelihood(*output, label_range))
+            return self.run(rows, decisions), probability
+        score = likelihood if self.config.quality == "likelihood" else quality
+
+        def both(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return torch.stack([function(logits, labels, label_range) for function in (score, likelihood)], dim=1)
+
+        values = self._teacher_forced(rows, decisions, both)
+        return values[:, 0], values[:, 1]
+
+    @torch.inference_mode()
     def texts(self, rows: Array, decisions: Array) -> list[str]:
         """What the backbone generates for rows under decisions, by greedy or beam search."""
         config, backbone = self.config, self.backbone
@@ -174,13 +191,14 @@ class Split:
     def _teacher_forced(
         self, rows: Array, decisions: Array, value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> Array:
-        """A value of each row's logits and labels, float64 ``[n]``."""
-        values = np.empty(len(rows))
+        """A value, or several, of each row's logits and labels, float64 ``[n]`` or ``[n, values]``."""
+        order, values = [], []
         for picked, inputs in self._passes(rows, decisions):
             with self.decide(rows[picked], decisions[picked]):
                 logits = self.backbone.logits(inputs)
-            values[picked] = value(logits, inputs["labels"]).cpu().numpy()
-        return values
+            order.append(picked)
+            values.append(value(logits, inputs["labels"]).double().cpu().numpy())
+        return np.concatenate(values)[np.argsort(np.concatenate(order))]
 
     def _passes(self, rows: Array, decisions: Array) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
         """Positions in ``rows`` and inputs of each forward pass."""

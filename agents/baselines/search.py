@@ -1,0 +1,133 @@
+"""Searches over decisions: good static masks, and the cheapest good decision of each instance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise, product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sd_gym.envs.core import Core
+from sd_gym.envs.split import Split
+
+SCREENED = 200  # instances that every move of a greedy search is tried on
+FINALISTS = 3  # moves of a round that are tried on all instances
+SMALL_LOSS = 0.004  # smaller losses are noise: among such moves, the one that saves most is the best
+LIKELIHOOD_WEIGHT = 0.2  # beside the quality: the likelihood tells apart what exact match does not
+EXHAUSTIVE_SWITCHES = 12  # up to so many, all decisions can be tried
+BATCH = 4096  # decisions scored in one call
+
+Array = NDArray
+OnRound = Callable[[int], None]  # called with the decisions scored so far
+Good = Callable[[Array, Array], Array]  # takes rows [n] and decisions [n, components] to bool [n]
+
+
+def static_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, forward: bool = False) -> list[Array]:
+    """Greedy search of static masks: one more candidate is skipped each round, the one least missed for what it saves.
+
+    All moves of a round are screened on a few instances, the best of them are tried on all.
+
+    Args:
+        core: The env's core.
+        split: Where the instances are.
+        rows: The instances to search on, ``[n]``.
+        on_round: Called after each round.
+        forward: From everything skipped, one candidate more runs each round; else from dense, one more is skipped.
+
+    Returns:
+        Decisions ``[components]`` from the start of the search to its end.
+    """
+    path = [core.nvec - 1 if forward else np.zeros_like(core.nvec)]
+    scored = 0
+
+    def worth(decision: Array, on: Array) -> tuple[float, float]:
+        nonlocal scored
+        scored += len(on)
+        decisions = np.tile(decision, (len(on), 1))
+        quality, likelihood = split.quality_and_likelihood(on, decisions)
+        return float(np.mean(quality + LIKELIHOOD_WEIGHT * likelihood)), float(split.flops_ratio(on, decisions).mean())
+
+    def best_first(candidates: list[Array], on: Array) -> list[Array]:
+        start, start_flops = worth(path[-1], on)
+
+        def price(decision: Array) -> float:
+            value, flops = worth(decision, on)
+            changed = abs(flops - start_flops) + 1e-9
+            return -(value - start) / changed if forward else (start - value + SMALL_LOSS) / changed
+
+        return sorted(candidates, key=price)
+
+    while candidates := _moves(core.nvec, path[-1], -1 if forward else 1):
+        finalists = best_first(candidates, rows[:SCREENED])[:FINALISTS]
+        path.append(best_first(finalists, rows)[0] if len(rows) > SCREENED else finalists[0])
+        on_round(scored)
+    return path
+
+
+def _moves(nvec: Array, decision: Array, step: int) -> list[Array]:
+    """The decisions that differ from ``decision`` by ``step`` in one component."""
+    found = []
+    for component, size in enumerate(nvec):
+        if 0 <= decision[component] + step < size:
+            found.append(decision.copy())
+            found[-1][component] += step
+    return found
+
+
+def order_of(path: list[Array]) -> list[int]:
+    """The components in the order in which a path raises them."""
+    return [int(np.nonzero(after != before)[0][0]) for before, after in pairwise(path)]
+
+
+def search_each(
+    split: Split, rows: Array, order: list[int], good: Good, on_round: OnRound, *, width: int = 1
+) -> Array:
+    """A cheap good decision for each instance, by beam search: one component after the other is raised where that is good.
+
+    All instances try the same component at the same time, so that similar instances get similar decisions, which a
+    policy can learn.
+
+    Args:
+        split: Where the instances are.
+        rows: The instances, ``[n]``.
+        order: Components in the order in which they are tried (``order_of``).
+        good: Whether decisions are good enough.
+        on_round: Called after each component.
+        width: Decisions kept for each instance.
+
+    Returns:
+        int64 ``[n, components]``: of the kept decisions, the one with the fewest FLOPs; dense where none is good.
+    """
+    n, components = len(rows), max(order) + 1
+    beam = np.zeros((n, 1, components), dtype=np.int64)
+    scored = 0
+    for component in order:
+        raised = beam.copy()
+        raised[:, :, component] += 1
+        both = np.concatenate([beam, raised], axis=1)
+        flat, of_row = raised.reshape(-1, components), np.repeat(rows, raised.shape[1])
+        parts = [slice(start, start + BATCH) for start in range(0, len(flat), BATCH)]
+        alive = np.concatenate([good(of_row[part], flat[part]) for part in parts]).reshape(n, -1)
+        flops = split.flops_ratio(np.repeat(rows, both.shape[1]), both.reshape(-1, components)).reshape(n, -1)
+        flops[:, beam.shape[1] :][~alive] = np.inf
+        kept = np.argsort(flops, axis=1, kind="stable")[:, :width]
+        # Where fewer are good than are kept, the best one stands in for the others.
+        kept = np.where(np.isfinite(np.take_along_axis(flops, kept, axis=1)), kept, kept[:, :1])
+        beam = np.take_along_axis(both, kept[:, :, None], axis=1)
+        scored += len(flat)
+        on_round(scored)
+    return beam[:, 0]
+
+
+def exhaustive_each(core: Core, split: Split, rows: Array, good: Good, on_round: OnRound) -> Array:
+    """The cheapest good decision of each instance, int64 ``[n, components]``: all decisions are tried; dense if none is."""
+    best = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
+    lowest = np.ones(len(rows))
+    for number, choice in enumerate(product(*map(range, core.nvec)), start=1):
+        decisions = np.tile(np.array(choice), (len(rows), 1))
+        flops = split.flops_ratio(rows, decisions)
+        better = good(rows, decisions) & (flops < lowest)
+        best[better], lowest[better] = decisions[better], flops[better]
+        on_round(number * len(rows))
+    return best

@@ -1,0 +1,63 @@
+"""The best static masks: what pruning gets, searched rather than learned."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sd_gym.agents.baselines.search import EXHAUSTIVE_SWITCHES, static_path
+from sd_gym.agents.common.agent import Agent, OnRollout, Rollout, decision_logits
+from sd_gym.agents.common.selection import halves
+from stable_baselines3.common.logger import Logger
+
+from sd_gym.policy import DecisionPolicy, write_json
+
+CONFIDENCE = 0.9  # in the mask; less than certain, so that learning that starts from it can leave it
+
+
+class StaticAgent(Agent):
+    """One mask for all inputs, searched on the screening half of the validation split.
+
+    All masks where there are few switches; else greedily, backward from dense and forward from nothing. The usual selection
+    then takes the cheapest mask that keeps the quality on the other half.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.masks: list[NDArray] = [np.zeros_like(self.env.core.nvec)]
+
+    def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
+        """Search; it takes as many decisions as it takes."""
+        core = self.env.core
+        split = core.split("validation")
+        rows = halves(split)[0]
+        if core.n_switches <= EXHAUSTIVE_SWITCHES:
+            self.masks = [np.array(choice) for choice in product(*map(range, core.nvec))]
+            return
+        backward = static_path(core, split, rows, partial(report, on_rollout))
+        forward = static_path(core, split, rows, partial(report, on_rollout), forward=True)
+        self.masks = [*backward, *forward]
+
+    def policy(self) -> DecisionPolicy:
+        """The first mask: dense."""
+        return self._mask_policy(self.masks[0])
+
+    def offers(self) -> list[DecisionPolicy]:
+        """All masks that the search found."""
+        return [self._mask_policy(mask) for mask in self.masks]
+
+    def save_extra(self, folder: Path) -> None:
+        """Write ``masks.json``, from which the front of static masks is read."""
+        write_json(folder / "masks.json", [mask.tolist() for mask in self.masks])
+
+    def _mask_policy(self, mask: NDArray) -> DecisionPolicy:
+        return self._constant_policy(decision_logits(self.env.core.nvec, mask, CONFIDENCE))
+
+
+def report(on_rollout: OnRollout, scored: int) -> None:
+    """Tell how many decisions a search has scored; it has no rewards to show."""
+    on_rollout(Rollout(scored, np.zeros(0), {}))

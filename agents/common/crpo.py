@@ -1,0 +1,98 @@
+"""Quality first for the algorithms of Stable-Baselines3: constraint-rectified policy optimisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sd_gym.agents.common.sb3 import SB3Agent
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from torch import nn
+
+from sd_gym.policy import HIDDEN
+
+MEMORY = 2048  # decisions over which the quality loss is averaged
+CRITIC_EPOCHS = 4
+
+
+class Rectified(OnPolicyAlgorithm):
+    """Learns from the savings while the quality is kept, and from the quality alone while it is not.
+
+    Constraint-rectified policy optimisation (CRPO, Xu, Liang and Lan 2021, algorithm 1), as a mixin in front of an
+    on-policy algorithm. There are two value heads: the library's own learns the savings, ``loss_critic`` the quality loss;
+    the advantage is that of savings where the mean loss is within the limit, else that of less loss. The env's own
+    reward plays no part.
+
+    Attributes:
+        limit: Mean quality that may be lost.
+        savings: ``1 - flops_ratio`` of the rollout, ``[steps, envs]``; set before each update.
+        losses: ``quality_ref - quality`` of the rollout, ``[steps, envs]``; likewise.
+        mean_loss: Running mean of the quality loss; NaN before the first update.
+    """
+
+    limit: float = 0.0
+    savings: NDArray
+    losses: NDArray
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        size = int(np.prod(self.observation_space.shape))
+        self.mean_loss = float("nan")
+        self.loss_critic = nn.Sequential(
+            nn.Linear(size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1)
+        ).to(self.device)
+        self.loss_optimizer = torch.optim.Adam(self.loss_critic.parameters(), lr=self.lr_schedule(1))
+
+    def train(self) -> None:
+        """One update, in the direction that the quality allows."""
+        share = 1.0 if np.isnan(self.mean_loss) else min(1.0, self.losses.size / MEMORY)
+        before = 0.0 if np.isnan(self.mean_loss) else self.mean_loss
+        self.mean_loss = before + share * (float(self.losses.mean()) - before)
+        violated = self.mean_loss > self.limit
+        buffer = self.rollout_buffer
+        observations = torch.as_tensor(buffer.observations, device=self.device)
+        losses = torch.as_tensor(self.losses, dtype=torch.float32, device=self.device)
+        with torch.no_grad():
+            expected = self.loss_critic(observations)[..., 0].cpu().numpy()
+        buffer.returns = self.savings.astype(np.float32)
+        less_loss, more_savings = expected - self.losses, self.savings - buffer.values
+        buffer.advantages = (less_loss if violated else more_savings).astype(np.float32)
+        for _ in range(CRITIC_EPOCHS):
+            error = nn.functional.mse_loss(self.loss_critic(observations)[..., 0], losses)
+            self.loss_optimizer.zero_grad()
+            error.backward()
+            self.loss_optimizer.step()
+        super().train()
+        self.logger.record("train/mean_quality_loss", self.mean_loss)
+        self.logger.record("train/violated", float(violated))
+        self.logger.record("train/loss_critic_error", error.item())
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        modules, variables = super()._get_torch_save_params()
+        return [*modules, "loss_critic", "loss_optimizer"], variables
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "loss_critic", "loss_optimizer", "savings", "losses"]
+
+
+class RectifiedAgent(SB3Agent):
+    """An SB3 agent whose algorithm is ``Rectified``; the limit is the env's epsilon."""
+
+    algorithm: Rectified
+
+    def before_update(self, infos: dict[str, NDArray]) -> None:
+        """Hand the two streams over."""
+        self.algorithm.limit = self.env.config.epsilon
+        self.algorithm.savings = 1 - infos["flops_ratio"]
+        self.algorithm.losses = infos["quality_ref"] - infos["quality"]
+
+    def state(self) -> dict[str, Any]:
+        """Also the running mean of the loss."""
+        return {**super().state(), "mean_loss": self.algorithm.mean_loss}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state`` gave."""
+        super().load_state(state)
+        self.algorithm.mean_loss = state["mean_loss"]

@@ -1,0 +1,97 @@
+"""Which policy of a run is kept: quality first, then the fewest FLOPs; never the mean reward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sd_gym.agents.common.evaluation import decide_and_score, quality_kept
+
+from sd_gym.envs.core import Core
+from sd_gym.envs.split import Split
+from sd_gym.policy import DecisionPolicy
+
+# Of versions of a policy, from bolder to more cautious, in log-odds; the last one leaves everything running.
+MARGINS = (-1.5, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 1000.0)
+OFFERED = 4  # of the policies that were validated on the way, the last ones are selected from
+# Standard errors by which a loss must stay below epsilon on one half of the validation split. The verdict on a test split
+# as large as that half asks for 1.645; the rest is for the difference between the two halves' luck (sqrt(2) * 1.645).
+STRICT = 3.97
+
+
+def halves(split: Split) -> tuple[NDArray, NDArray]:
+    """The rows that policies are screened (and searched) on, and those on which the choice is confirmed."""
+    rows = np.arange(len(split))
+    return rows[: (len(split) + 1) // 2], rows[(len(split) + 1) // 2 :]
+
+
+@dataclass
+class Selection:
+    """Gathers the policies of a run and selects one in the end.
+
+    The best of many candidates on one sample is a lucky one. So the candidates, versions of each policy from bold to
+    cautious, are screened on one half of the validation split; then, from the cheapest on, the first whose quality is
+    confirmed on the other half is kept.
+
+    Attributes:
+        core: Scores the policies.
+        strictness: Standard errors by which a loss must stay below epsilon on either half.
+        policies: The last policies that were validated.
+        history: One entry a validation: step, quality, quality_ref, flops_ratio, quality_kept, on the screening half.
+    """
+
+    core: Core
+    strictness: float = STRICT
+    policies: list[DecisionPolicy] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def consider(self, step: int, policy: DecisionPolicy) -> dict[str, Any]:
+        """Validate a policy, remember it, and return its entry of the history."""
+        scored = self._score(policy, 0)
+        entry = {"step": step} | {name: float(scored[name].mean()) for name in ("quality", "quality_ref", "flops_ratio")}
+        entry["quality_kept"] = self._kept(scored)
+        self.history.append(entry)
+        self.policies = [*self.policies, policy][-OFFERED:]
+        return entry
+
+    def select(self, offers: list[DecisionPolicy]) -> DecisionPolicy:
+        """The policy to keep, of those that were validated and ``offers``; the dense one if no other keeps the quality."""
+        candidates = [self._screened(policy) for policy in [*self.policies, *offers]]
+        candidates.sort(key=lambda candidate: candidate[0])
+        for _, policy in candidates:
+            if self._kept(self._score(policy, 1)):
+                return policy
+        return candidates[0][1].with_margin(MARGINS[-1])
+
+    def state(self) -> dict[str, Any]:
+        """What was gathered, as tensors and plain values."""
+        return {"history": self.history, "policies": [policy.state_dict() for policy in self.policies]}
+
+    def load_state(self, state: dict[str, Any], like: DecisionPolicy) -> None:
+        """Go on from what ``state`` gave; the policies are built ``like`` the agent's."""
+        self.history = state["history"]
+        self.policies = [like.with_weights(weights) for weights in state["policies"]]
+
+    def _screened(self, policy: DecisionPolicy) -> tuple[float, DecisionPolicy]:
+        """(FLOPs ratio, version) of the boldest version of a policy that keeps the quality on the screening half.
+
+        More caution means fewer skips and a higher quality, so it is found by bisection.
+        """
+        low, high = 0, len(MARGINS) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self._kept(self._score(policy.with_margin(MARGINS[middle]), 0)):
+                high = middle
+            else:
+                low = middle + 1
+        chosen = policy.with_margin(MARGINS[low])
+        return float(self._score(chosen, 0)["flops_ratio"].mean()), chosen
+
+    def _score(self, policy: DecisionPolicy, half: int) -> dict[str, NDArray]:
+        split = self.core.split("validation")
+        return decide_and_score(self.core, policy, split, halves(split)[half])
+
+    def _kept(self, scored: dict[str, NDArray]) -> bool:
+        return quality_kept(scored["quality"] - scored["quality_ref"], self.core.config.epsilon, self.strictness)

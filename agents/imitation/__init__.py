@@ -1,0 +1,1 @@
+"""Imitation of decisions that a search found."""
