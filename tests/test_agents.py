@@ -10,15 +10,18 @@ import torch
 from sd_gym.agents import agent_names, make_agent
 from sd_gym.agents.common.agent import initial_bias
 from sd_gym.agents.common.evaluation import bootstrap_interval, decide_and_score, evaluate, quality_kept
-from sd_gym.agents.common.run import Selection, load_run, split_settings, train
+from sd_gym.agents.common.run import load_run, split_settings, train
+from sd_gym.agents.common.selection import MARGINS, Selection
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import configure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sd_gym.envs.config import ConfigError
+from sd_gym.envs.core import Outcome
 from sd_gym.policy import DecisionPolicy
 
-LEARNING = ["ppo", "a2c", "reinforce"]
+LEARNING = ["ppo", "ppo_lex", "a2c", "a2c_lex", "reinforce"]
+SB3 = ["ppo", "ppo_lex", "a2c", "a2c_lex"]
 TAGS = {
     "rollout/ep_rew_mean",
     "rollout/ep_len_mean",
@@ -39,12 +42,23 @@ def custom(reviews, tiny_backbone):
 
 
 @pytest.fixture
-def env(custom, request):
-    name = request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else None
-    size = 16 if name == "reinforce" else 64
-    vector = gym.make_vec("SD/Classification-Custom-v0", num_envs=size, epsilon=1.0, **custom).unwrapped
-    vector.reset(seed=0)
-    return vector
+def make_env(custom, request):
+    """Makes the tiny env, as many envs as the agent under test likes."""
+
+    def make(**settings):
+        name = request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else None
+        size = 16 if name == "reinforce" else 64
+        vector = gym.make_vec("SD/Classification-Custom-v0", num_envs=size, **custom, **settings).unwrapped
+        vector.reset(seed=0)
+        return vector
+
+    return make
+
+
+@pytest.fixture
+def env(make_env):
+    """Quality is free."""
+    return make_env(epsilon=1.0)
 
 
 def learn(agent, steps, folder):
@@ -63,17 +77,17 @@ def test_learns_to_skip_everything_where_quality_is_free(name, env, tmp_path):
 
 
 @pytest.mark.parametrize("name", LEARNING)
-def test_learns_to_look_at_its_input(name, env, tmp_path, monkeypatch):
+def test_learns_to_look_at_its_input(name, make_env, tmp_path, monkeypatch):
     """Skipping the first switch is right for one half of the instances and wrong for the other."""
+    env = make_env(epsilon=0.0)
     core = env.core
     positive = core.split("train").encoded.labels.numpy().astype(bool)
 
     def score(split, rows, decisions):
-        outcome = original(split, rows, decisions)
-        right = decisions[:, 0] == positive[rows]
-        return outcome.__class__(**{**vars(outcome), "reward": np.where(right, 1.0, -1.0)})
+        right = (decisions[:, 0] == positive[rows]).astype(float)
+        half = np.full(len(rows), 0.5)
+        return Outcome(right, np.ones(len(rows)), 1 - right, half)
 
-    original = core.score
     monkeypatch.setattr(core, "score", score)
     accuracy = {}
     for variant in (name, f"blind-{name}"):
@@ -97,7 +111,7 @@ def test_same_seed_same_policy(name, env, tmp_path):
     assert not torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.parametrize("name", ["ppo", "a2c", "blind-ppo"])
+@pytest.mark.parametrize("name", [*SB3, "blind-ppo"])
 def test_the_exported_policy_decides_as_sb3_does(name, env, tmp_path):
     agent = make_agent(name, env, seed=0, learning_rate=0.01)
     learn(agent, 3_000, tmp_path)
@@ -108,6 +122,22 @@ def test_the_exported_policy_decides_as_sb3_does(name, env, tmp_path):
     seen = np.zeros_like(observations) if name.startswith("blind") else observations
     expected, _ = loaded.predict(seen, deterministic=True)
     np.testing.assert_array_equal(DecisionPolicy.load(tmp_path).decide(observations), expected)
+
+
+def test_hash_decides_alike_on_the_same_input_and_says_nothing_about_it(env):
+    observations = np.random.default_rng(0).normal(size=(400, *env.single_observation_space.shape)).astype(np.float32)
+    policy = make_agent("hash", env, rate=0.3).policy()
+    decisions = policy.decide(observations)
+    order = np.random.default_rng(1).permutation(400)
+    np.testing.assert_array_equal(policy.decide(observations[order]), decisions[order])
+    np.testing.assert_allclose(decisions[:, :-1].mean(axis=0), 0.3, atol=0.1)
+
+
+def test_every_other_layer(env):
+    observations = env.core.observe(env.core.split("train"), np.arange(4))
+    decisions = make_agent("every-other", env).policy().decide(observations)
+    assert env.core.backbone.board.names[2].startswith("encoder.1")
+    np.testing.assert_array_equal(decisions, np.tile([0, 0, 1, 1, 0, 0, 0], (4, 1)))
 
 
 def test_controls(env):
@@ -141,8 +171,8 @@ def test_a_run_folder_is_complete(name, custom, tmp_path):
     files = {file.name for file in folder.iterdir()}
     wanted = {"config.json", "policy.json", "policy.safetensors", "result.json", "result.png"}
     assert wanted <= files
-    assert ("sb3.zip" in files) == (name in ("ppo", "a2c"))
-    assert not any(file.endswith(".tmp") for file in files)
+    assert ("sb3.zip" in files) == (name in SB3)
+    assert not any(file.endswith((".tmp", ".pt")) for file in files)
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
     config = json.loads((folder / "config.json").read_text())
     assert config["env_config"]["penalty"] == 3.0
@@ -164,33 +194,60 @@ def test_ppo_zip_is_a_real_sb3_model(custom, tmp_path):
     assert PPO.load(tmp_path / "run" / "sb3.zip").num_timesteps >= 1_000
 
 
-def test_selection_prefers_kept_quality_then_fewer_flops(env, monkeypatch):
-    n = 2_000
-    results = {
-        "dense": (np.ones(n), 1.0),
-        "broken": (np.r_[np.zeros(100), np.ones(n - 100)], 0.2),
-        "good": (np.r_[np.zeros(2), np.ones(n - 2)], 0.5),
-        "worse": (np.ones(n), 0.6),
-    }
+class Scripted:
+    """Stands for a policy: its loss and FLOPs at each margin are given."""
 
-    def score(core, policy, split):
-        quality, ratio = results[policy]
-        return {"quality": quality, "quality_ref": np.ones(n), "flops_ratio": np.full(n, ratio)}
+    def __init__(self, losses, flops, margin=0.0):
+        self.losses, self.flops, self.margin = losses, flops, margin
 
-    monkeypatch.setattr("sd_gym.agents.common.run.decide_and_score", score)
+    def with_margin(self, margin):
+        return Scripted(self.losses, self.flops, margin)
+
+
+@pytest.fixture
+def scripted_scores(env, monkeypatch):
+    """Scripted policies are scored as they say, on halves of 1,000 instances."""
+
+    def score(core, policy, split, rows):
+        half = int(rows[0] > 0)
+        lost = 0 if policy.margin == MARGINS[-1] else policy.losses(policy.margin)[half]
+        quality = np.r_[np.zeros(lost), np.ones(1000 - lost)]
+        ratio = 1.0 if policy.margin == MARGINS[-1] else policy.flops(policy.margin)
+        return {"quality": quality, "quality_ref": np.ones(1000), "flops_ratio": np.full(1000, ratio)}
+
+    monkeypatch.setattr("sd_gym.agents.common.selection.decide_and_score", score)
     monkeypatch.setattr(env.core, "config", env.core.config.model_copy(update={"epsilon": 0.01}))
-    monkeypatch.setattr("sd_gym.agents.common.run.MARGINS", ())
-    selection = Selection(env.core)
-    for step, name in enumerate(results):
-        selection.consider(step, name)
-    assert selection.best == "good"
-    assert [entry["quality_kept"] for entry in selection.history] == [True, False, True, True]
+    return env.core
 
 
-def test_a_more_cautious_policy_skips_less_and_less(env):
+def test_selection_prefers_kept_quality_then_fewer_flops(scripted_scores):
+    good = Scripted(lambda margin: (1, 1), lambda margin: 0.5)
+    broken = Scripted(lambda margin: (100, 100), lambda margin: 0.2)
+    worse = Scripted(lambda margin: (0, 0), lambda margin: 0.6)
+    selection = Selection(scripted_scores)
+    entries = [selection.consider(step, policy) for step, policy in enumerate((broken, good, worse))]
+    assert [entry["quality_kept"] for entry in entries] == [False, True, True]
+    assert selection.select([]).flops is good.flops
+
+
+def test_a_candidate_that_was_only_lucky_on_the_screening_half_is_not_confirmed(scripted_scores):
+    lucky = Scripted(lambda margin: (0, 30), lambda margin: 0.2)
+    honest = Scripted(lambda margin: (1, 1), lambda margin: 0.5)
+    selection = Selection(scripted_scores)
+    assert selection.select([lucky, honest]).flops is honest.flops
+    only = selection.select([lucky])
+    assert only.margin == MARGINS[-1]  # nothing keeps the quality, so everything runs
+
+
+def test_a_policy_that_loses_too_much_is_made_more_cautious(scripted_scores):
+    bold = Scripted(lambda margin: (20, 20) if margin < 0.5 else (0, 0), lambda margin: 0.3 + margin / 10)
+    assert Selection(scripted_scores).select([bold]).margin == 0.5
+
+
+def test_a_margin_makes_a_policy_skip_less_and_less(env):
     policy = make_agent("random", env, rate=0.4).policy()
     observations = env.core.observe(env.core.split("train"), np.arange(32))
-    skipped = [policy.more_cautious(margin).decide(observations)[:, :-1] for margin in (0.0, 1.0, 2.0, 9.0)]
+    skipped = [policy.with_margin(margin).decide(observations)[:, :-1] for margin in (0.0, 1.0, 2.0, 9.0)]
     np.testing.assert_array_equal(skipped[0], policy.decide(observations)[:, :-1])
     for bolder, shyer in pairwise(skipped):
         assert (shyer <= bolder).all()
@@ -236,3 +293,50 @@ def test_a_policy_that_is_not_there(tmp_path):
         load_run(tmp_path)
     with pytest.raises(ConfigError):
         train("SD/Classification-Custom-v0", "ppo", tmp_path / "run", steps=10)
+
+
+@pytest.mark.parametrize("name", [*LEARNING, "blind-ppo"])
+def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(name, custom, tmp_path):
+    class KilledError(Exception):
+        pass
+
+    def kill(step, figures):
+        if step > 1300:
+            raise KilledError
+
+    settings = {**custom, "objective": "lagrangian", "penalty": 3.0, "num_envs": 16}
+    arguments = {"steps": 2_000, "seed": 3, "settings": settings}
+    whole = train("SD/Classification-Custom-v0", name, tmp_path / "whole", **arguments)
+    with pytest.raises(KilledError):
+        train("SD/Classification-Custom-v0", name, tmp_path / "cut", **arguments, on_progress=kill)
+    with pytest.raises(FileExistsError, match="go on with --resume"):
+        train("SD/Classification-Custom-v0", name, tmp_path / "cut", **arguments)
+    with pytest.raises(ValueError, match="its seed is 3, now it is 4"):
+        train("SD/Classification-Custom-v0", name, tmp_path / "cut", **{**arguments, "seed": 4}, resume=True)
+    steps = []
+    resumed = train(
+        "SD/Classification-Custom-v0",
+        name,
+        tmp_path / "cut",
+        **arguments,
+        resume=True,
+        on_progress=lambda step, figures: steps.append(step),
+    )
+    assert steps[0] > 1000  # the decisions before the checkpoint were not made again
+    weights = [(tmp_path / run / "policy.safetensors").read_bytes() for run in ("whole", "cut")]
+    assert weights[0] == weights[1]
+    assert {**whole, "time": None} == {**resumed, "time": None}
+
+
+@pytest.mark.parametrize("name", ["ppo", "a2c_lex", "reinforce", "imitation"])
+def test_a_warm_start_begins_where_the_other_run_ended(name, env, tmp_path):
+    start = make_agent("random", env, rate=0.9).policy()
+    start.noise = "none"
+    start.save(tmp_path)
+    observations = env.core.observe(env.core.split("train"), np.arange(32))
+    agent = make_agent(name, env, start=tmp_path)
+    np.testing.assert_array_equal(agent.policy().decide(observations), start.decide(observations))
+    policy = DecisionPolicy(3, [2, 2], ["a"])
+    policy.save(tmp_path / "other")
+    with pytest.raises(ValueError, match="cannot be a start here: its observation_size is 3, expected"):
+        make_agent(name, env, start=tmp_path / "other")

@@ -268,7 +268,7 @@ def test_scores_are_computed_once(monkeypatch):
     assert runs == [6]  # three instances, each switched and dense; the repeated one is not run again
     second = env.core.score(split, rows, decision)
     assert runs == [6]
-    np.testing.assert_array_equal(first.reward, second.reward)
+    np.testing.assert_array_equal(first.quality, second.quality)
 
 
 @pytest.mark.parametrize("lengths", [[5], [3] * 64, sorted([4] * 50 + [120] * 14), list(range(1, 257))])

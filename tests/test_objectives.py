@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sd_gym.objectives import OBJECTIVES, lexicographic, quality_cost, scalarized
+from sd_gym.objectives import Objective, lexicographic, quality_cost, scalarized
 
 unit = st.floats(0, 1)
 
@@ -26,5 +26,20 @@ def test_values_by_hand():
     ratio = np.array([0.25, 0.5, 0.75])
     np.testing.assert_allclose(lexicographic(cost, ratio, 4.0, 0.8), [0.75, -4.0, -1.0])
     np.testing.assert_allclose(scalarized(cost, ratio, 4.0, 0.8), [0.75, 0.5 - 4.5, 0.25 - 1.0])
-    assert set(OBJECTIVES) == {"lexicographic", "scalarized"}
+    for name in ("lexicographic", "scalarized"):
+        objective = Objective(name, epsilon=0.1, penalty=4.0, cost_scale=0.8, multiplier_rate=1.0)
+        expected = {"lexicographic": lexicographic, "scalarized": scalarized}[name](cost, ratio, 4.0, 0.8)
+        np.testing.assert_allclose(objective.rewards(quality, reference, ratio), expected)
+        assert objective.multiplier == 4.0
     assert pytest.approx(0.0) == quality_cost(np.array([1.0]), np.array([0.5]), 0.0)[0]
+
+
+def test_the_lagrangian_follows_the_mean_quality():
+    objective = Objective("lagrangian", epsilon=0.1, penalty=2.0, cost_scale=1.0, multiplier_rate=0.5)
+    quality, reference, ratio = np.array([1.0, 0.0]), np.array([1.0, 1.0]), np.array([0.5, 0.25])
+    # What is missing is 1 - 0.1 - 1 = -0.1 and 1 - 0.1 - 0 = 0.9; 0.8 in all.
+    np.testing.assert_allclose(objective.rewards(quality, reference, ratio), [0.5 + 2 * 0.1, 0.75 - 2 * 0.9])
+    assert objective.multiplier == pytest.approx(2.0 + 0.5 * 0.8)
+    for _ in range(100):  # far more quality than asked for
+        objective.rewards(np.array([1.0]), np.array([1.0]), np.array([0.5]))
+    assert objective.multiplier == 0.0

@@ -23,7 +23,7 @@ class RateSettings(AgentSettings):
 class _Given(Agent):
     """An agent whose policy is given from the start."""
 
-    selects = False
+    selects = validates = False
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """There is nothing to learn."""

@@ -81,7 +81,7 @@ def order_of(path: list[Array]) -> list[int]:
 
 
 def search_each(
-    split: Split, rows: Array, order: list[int], good: Good, on_round: OnRound, *, width: int = 1
+    core: Core, split: Split, rows: Array, order: list[int], good: Good, on_round: OnRound, *, width: int = 1
 ) -> Array:
     """A cheap good decision for each instance, by beam search: one component after the other is raised where that is good.
 
@@ -89,6 +89,7 @@ def search_each(
     policy can learn.
 
     Args:
+        core: The env's core.
         split: Where the instances are.
         rows: The instances, ``[n]``.
         order: Components in the order in which they are tried (``order_of``).
@@ -99,7 +100,7 @@ def search_each(
     Returns:
         int64 ``[n, components]``: of the kept decisions, the one with the fewest FLOPs; dense where none is good.
     """
-    n, components = len(rows), max(order) + 1
+    n, components = len(rows), len(core.nvec)
     beam = np.zeros((n, 1, components), dtype=np.int64)
     scored = 0
     for component in order:

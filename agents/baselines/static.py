@@ -26,6 +26,8 @@ class StaticAgent(Agent):
     then takes the cheapest mask that keeps the quality on the other half.
     """
 
+    validates = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.masks: list[NDArray] = [np.zeros_like(self.env.core.nvec)]

@@ -90,6 +90,7 @@ class Agent(ABC):
 
     Settings: ClassVar[type[AgentSettings]] = AgentSettings
     selects: ClassVar[bool] = True  # whether the policy to keep is chosen on the validation split
+    validates: ClassVar[bool] = True  # whether the policy grows with every rollout, so that it is validated on the way
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
         for key in settings:

@@ -105,7 +105,7 @@ def train(
 
     def on_rollout(rollout: Rollout) -> None:
         due = len(selection.history) + 1
-        if agent.selects and (rollout.steps >= due * interval or rollout.steps >= steps):
+        if agent.validates and (rollout.steps >= due * interval or rollout.steps >= steps):
             entry = selection.consider(rollout.steps, agent.policy())
             for key in ("quality", "flops_ratio"):
                 logger.record(f"validation/{key}", entry[key])

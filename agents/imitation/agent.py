@@ -36,7 +36,7 @@ class ImitationSettings(LearnerSettings):
         weight_decay: Of AdamW.
     """
 
-    instances: int = Field(4000, ge=20)
+    instances: int = Field(2000, ge=20)
     threshold: float = Field(0.8, gt=0, le=1)
     width: int = Field(1, ge=1)
     epochs: int = Field(60, ge=1)
@@ -49,6 +49,7 @@ class ImitationAgent(Agent):
 
     Settings = ImitationSettings
     settings: ImitationSettings
+    validates = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -80,7 +81,7 @@ class ImitationAgent(Agent):
             _, likelihood = split.quality_and_likelihood(rows, decisions)
             return likelihood >= self.settings.threshold * dense[rows]
 
-        found = search_each(split, rows, order_of(path), good, on_round, width=self.settings.width)
+        found = search_each(core, split, rows, order_of(path), good, on_round, width=self.settings.width)
         logger.record("search/flops_ratio", float(split.flops_ratio(rows, found).mean()))
         self._imitate(torch.from_numpy(core.observe(split, rows)), torch.from_numpy(found), logger)
 

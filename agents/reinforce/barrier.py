@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 TINY = 1e-12
+FLOOR = 0.1  # |grad q|^2 is taken to be at least this share of what the noisy gradient says: the guard on lambda
 
 
 class Weight(NamedTuple):
@@ -69,7 +70,8 @@ class DynamicBarrier:
         self.highest = highest
         self.memory = memory
         self._seen = 0.0  # total weight of the averages
-        self._means = torch.zeros(4, dtype=torch.float64)  # q, |grad f|^2, |grad q|^2, <grad f, grad q>
+        # q, |grad f|^2, |grad q|^2 and <grad f, grad q> across halves, and |grad q|^2 as the noisy gradient has it
+        self._means = torch.zeros(5, dtype=torch.float64)
 
     def weigh(self, q: float, f_halves: tuple[Tensor, Tensor], q_halves: tuple[Tensor, Tensor]) -> Weight:
         """Lambda for this step.
@@ -80,12 +82,13 @@ class DynamicBarrier:
             q_halves: Likewise of grad q.
         """
         (f1, f2), (q1, q2) = f_halves, q_halves
-        products = torch.stack([f1 @ f2, q1 @ q2, (f1 @ q2 + f2 @ q1) / 2]).double().cpu()
+        mean = (q1 + q2) / 2
+        products = torch.stack([f1 @ f2, q1 @ q2, (f1 @ q2 + f2 @ q1) / 2, mean @ mean]).double().cpu()
         now = torch.cat([torch.tensor([q], dtype=torch.float64), products])
         self._seen = self.memory * self._seen + 1
         self._means += (now - self._means) / self._seen
-        mean_q, ff, qq, fq = self._means.tolist()
-        ff, qq = max(ff, 0.0), max(qq, 0.0)
+        mean_q, ff, qq, fq, noisy = self._means.tolist()
+        ff, qq = max(ff, 0.0), max(qq, FLOOR * noisy)
         phi = self.beta * qq
         if self.control == "constrained":
             phi = min(self.alpha * (mean_q - self.limit), phi)
