@@ -73,11 +73,24 @@ def envs() -> None:
 def train(
     env: Annotated[str, typer.Argument(help="Env id, such as SD/Classification-Mini-v0.")],
     algo: Annotated[
-        str, typer.Option(help="ppo, a2c, reinforce, dense, random, or one of the first three as blind-NAME.")
+        str,
+        typer.Option(
+            help="ppo, a2c (the env's reward); ppo_lex, a2c_lex, reinforce (quality first); imitation (of a search); "
+            "the controls static, every-other, dense, random, hash; or a learning agent that sees nothing, as blind-NAME."
+        ),
     ] = "ppo",
     steps: Annotated[int, typer.Option(min=1, help="Decisions to learn from.")] = 50_000,
     seed: Annotated[int, typer.Option(help="Of the agent and of the instances drawn.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Run folder [default: runs/TASK-ALGO-SEED].")] = None,
+    strictness: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Standard errors by which a policy's loss must stay below epsilon on validation to be selected; lower "
+            "it where the validation split is small.",
+        ),
+    ] = 3.97,
+    resume: Annotated[bool, typer.Option(help="Go on with a run that was cut off.")] = False,
     set_: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config key or a setting of the agent.")
     ] = [],  # noqa: B006  (typer wants a list)
@@ -90,6 +103,10 @@ def train(
     `sd-gym train SD/Summarization-Mini-v0 --algo reinforce --seed 1 --set penalty=20 --set learning_rate=0.002`
 
     `sd-gym train SD/Classification-Custom-v0 --set dataset=reviews.jsonl --set backbone=my-model --algo a2c`
+
+    A warm start, from what a search found:
+    `sd-gym train SD/Classification-Mini-v0 --algo imitation --output runs/searched`, then
+    `sd-gym train SD/Classification-Mini-v0 --algo ppo_lex --set start=runs/searched`
 
     Watch the curves with `tensorboard --logdir runs`.
     """
@@ -107,7 +124,17 @@ def train(
             import sd_gym  # noqa: F401  (registers the ids)
             from sd_gym.agents.common.run import train as run_training
 
-            result = run_training(env, algo, folder, steps=steps, seed=seed, settings=settings, on_progress=on_progress)
+            result = run_training(
+                env,
+                algo,
+                folder,
+                steps=steps,
+                seed=seed,
+                settings=settings,
+                strictness=strictness,
+                resume=resume,
+                on_progress=on_progress,
+            )
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         _fail(error)
     except Exception as error:

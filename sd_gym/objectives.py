@@ -38,11 +38,11 @@ def scalarized(cost: Floats, flops_ratio: Floats, penalty: float, cost_scale: fl
 class Objective:
     """Turns what came of decisions into rewards; each env has its own.
 
-    ``lagrangian`` is the Lagrangian of ``max E[savings]`` under ``E[quality] >= E[quality_ref] - epsilon``: savings minus
-    a multiplier times the quality that is missing (negative where there is more than enough). The multiplier starts at
-    ``penalty`` and follows the constraint: every decision raises it by ``multiplier_rate`` times what it lacks, never
-    below 0. So it is the mean quality that is kept, not that of each instance, and nobody has to know the right
-    penalty. The other objectives have no state.
+    ``lagrangian`` is the Lagrangian of ``max E[savings]`` under ``E[quality] >= E[quality_ref] - epsilon``: savings
+    minus a multiplier times the quality that is missing (negative where there is more than enough). The multiplier
+    starts at ``penalty`` and follows the constraint: every decision raises it by ``multiplier_rate`` times what it
+    lacks, never below 0. So it is the mean quality that is kept, not that of each instance, and nobody has to know the
+    right penalty. The other objectives have no state.
 
     Args:
         name: ``lexicographic``, ``lagrangian`` or ``scalarized``.

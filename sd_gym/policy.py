@@ -26,7 +26,8 @@ def _most_probable(logits: Tensor) -> Tensor:
 class DecisionPolicy(nn.Module):
     """From observations to decisions: two hidden layers, then one categorical choice an action component.
 
-    The choices are independent given the observation: ``pi(a|x) = prod_i pi_i(a_i|x)`` (Zhang et al. 2024, section 3); or
+    The choices are independent given the observation: ``pi(a|x) = prod_i pi_i(a_i|x)`` (Zhang et al. 2024, section 3);
+    or
     autoregressive: ``prod_i pi_i(a_i|x, a_1 .. a_(i-1))``, where what was skipped before shifts the logits linearly, so
     that one of two sublayers can be skipped, but not both.
 
@@ -35,8 +36,8 @@ class DecisionPolicy(nn.Module):
         nvec: Sizes of the action's components.
         switches: Names of the switches, in the action's order; only stored, so that a policy tells what it decides on.
         blind: Whether the observation is zeroed: the control that sees nothing of its input.
-        noise: Decisions are the most probable ones (``none``), drawn from a fixed seed (``random``), or drawn from a hash
-            of the observation (``hash``): the same input is always decided on alike, for no reason.
+        noise: Decisions are the most probable ones (``none``), drawn from a fixed seed (``random``), or drawn from a
+            hash of the observation (``hash``): the same input is always decided on alike, for no reason.
         autoregressive: Whether a choice depends on earlier ones.
         hidden: Width of the hidden layers.
     """
@@ -69,7 +70,8 @@ class DecisionPolicy(nn.Module):
             self.register_buffer("_earlier", earlier.float(), persistent=False)
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Logits of all components, side by side, ``[n, sum(nvec)]``; where nothing was skipped before, if autoregressive.
+        """Logits of all components, side by side, ``[n, sum(nvec)]``; where nothing was skipped before, if
+        autoregressive.
 
         Args:
             observations: ``[n, features]``.
@@ -114,7 +116,9 @@ class DecisionPolicy(nn.Module):
         logits = self(seen)
         if self.noise != "none":
             uniform = _seeded(logits) if self.noise == "random" else _hashed(seen, logits.shape[1])
-            logits = logits - torch.log(-torch.log(uniform.clamp(1e-6, 1 - 1e-6)))  # their argmax draws from the softmax
+            logits = logits - torch.log(
+                -torch.log(uniform.clamp(1e-6, 1 - 1e-6))
+            )  # their argmax draws from the softmax
         return self.choose(logits).cpu().numpy()
 
     def with_margin(self, margin: float) -> DecisionPolicy:

@@ -1,7 +1,7 @@
 """The dynamic barrier on a problem with a known answer: f = |t - (2, 2)|^2 under q = (t1 + t2 - 1)^2.
 
-The end points are worked out by hand: q is lowest on the line t1 + t2 = 1, where f is lowest at (0.5, 0.5); q <= 0.04 lets
-t1 + t2 reach 1.2, where f is lowest at (0.6, 0.6) and is 2 * 1.4^2 = 3.92.
+The end points are worked out by hand: q is lowest on the line t1 + t2 = 1, where f is lowest at (0.5, 0.5); q <= 0.04
+lets t1 + t2 reach 1.2, where f is lowest at (0.6, 0.6) and is 2 * 1.4^2 = 3.92.
 """
 
 import pytest

@@ -80,10 +80,37 @@ def order_of(path: list[Array]) -> list[int]:
     return [int(np.nonzero(after != before)[0][0]) for before, after in pairwise(path)]
 
 
+def deepest_safe(split: Split, rows: Array, path: list[Array], on_round: OnRound) -> Array:
+    """How far each instance can go along a backward path before its quality falls below the dense one's.
+
+    Args:
+        split: Where the instances are.
+        rows: The instances, ``[n]``.
+        path: Of ``static_path``, from dense on.
+        on_round: Called after each mask.
+
+    Returns:
+        Index in ``path``, int64 ``[n]``: all masks up to it keep the instance's quality, the next one does not.
+    """
+    deepest = np.zeros(len(rows), dtype=np.int64)
+    reference = split.run(rows, np.tile(path[0], (len(rows), 1)))
+    alive, scored = np.arange(len(rows)), len(rows)
+    for depth, mask in enumerate(path[1:], start=1):
+        kept = split.run(rows[alive], np.tile(mask, (len(alive), 1))) >= reference[alive]
+        scored += len(alive)
+        alive = alive[kept]
+        deepest[alive] = depth
+        on_round(scored)
+        if not len(alive):
+            break
+    return deepest
+
+
 def search_each(
     core: Core, split: Split, rows: Array, order: list[int], good: Good, on_round: OnRound, *, width: int = 1
 ) -> Array:
-    """A cheap good decision for each instance, by beam search: one component after the other is raised where that is good.
+    """A cheap good decision for each instance, by beam search: one component after the other is raised where that is
+    good.
 
     All instances try the same component at the same time, so that similar instances get similar decisions, which a
     policy can learn.
@@ -122,7 +149,7 @@ def search_each(
 
 
 def exhaustive_each(core: Core, split: Split, rows: Array, good: Good, on_round: OnRound) -> Array:
-    """The cheapest good decision of each instance, int64 ``[n, components]``: all decisions are tried; dense if none is."""
+    """The cheapest good decision of each instance, of all that there are; int64 ``[n, components]``, dense if none is."""
     best = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
     lowest = np.ones(len(rows))
     for number, choice in enumerate(product(*map(range, core.nvec)), start=1):

@@ -22,8 +22,8 @@ CONFIDENCE = 0.9  # in the mask; less than certain, so that learning that starts
 class StaticAgent(Agent):
     """One mask for all inputs, searched on the screening half of the validation split.
 
-    All masks where there are few switches; else greedily, backward from dense and forward from nothing. The usual selection
-    then takes the cheapest mask that keeps the quality on the other half.
+    All masks where there are few switches; else greedily, backward from dense and forward from nothing. The usual
+    selection then takes the cheapest mask that keeps the quality on the other half.
     """
 
     validates = False

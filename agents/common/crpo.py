@@ -21,9 +21,9 @@ class Rectified(OnPolicyAlgorithm):
     """Learns from the savings while the quality is kept, and from the quality alone while it is not.
 
     Constraint-rectified policy optimisation (CRPO, Xu, Liang and Lan 2021, algorithm 1), as a mixin in front of an
-    on-policy algorithm. There are two value heads: the library's own learns the savings, ``loss_critic`` the quality loss;
-    the advantage is that of savings where the mean loss is within the limit, else that of less loss. The env's own
-    reward plays no part.
+    on-policy algorithm. There are two value heads: the library's own learns the savings, ``loss_critic`` the quality
+    loss; the advantage is that of savings where the mean loss is within the limit, else that of less loss. The env's
+    own reward plays no part.
 
     Attributes:
         limit: Mean quality that may be lost.

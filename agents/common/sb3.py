@@ -35,7 +35,7 @@ class Blindfold(VecEnvWrapper):
 
 
 class _RolloutCallback(BaseCallback):
-    """Gathers the infos of a rollout, records the project's tags, and passes the rollout on when it was learned from."""
+    """Gathers the infos of a rollout, records the project's tags, passes the rollout on when it was learned from."""
 
     def __init__(self, agent: SB3Agent, on_rollout: OnRollout) -> None:
         super().__init__()

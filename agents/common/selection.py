@@ -16,8 +16,9 @@ from sd_gym.policy import DecisionPolicy
 # Of versions of a policy, from bolder to more cautious, in log-odds; the last one leaves everything running.
 MARGINS = (-1.5, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 1000.0)
 OFFERED = 4  # of the policies that were validated on the way, the last ones are selected from
-# Standard errors by which a loss must stay below epsilon on one half of the validation split. The verdict on a test split
-# as large as that half asks for 1.645; the rest is for the difference between the two halves' luck (sqrt(2) * 1.645).
+# Standard errors by which a loss must stay below epsilon on one half of the validation split. The verdict on a test
+# split as large as that half asks for 1.645; the rest is for the difference between the two halves' luck (sqrt(2) *
+# 1.645).
 STRICT = 3.97
 
 
@@ -50,14 +51,16 @@ class Selection:
     def consider(self, step: int, policy: DecisionPolicy) -> dict[str, Any]:
         """Validate a policy, remember it, and return its entry of the history."""
         scored = self._score(policy, 0)
-        entry = {"step": step} | {name: float(scored[name].mean()) for name in ("quality", "quality_ref", "flops_ratio")}
+        entry = {"step": step} | {
+            name: float(scored[name].mean()) for name in ("quality", "quality_ref", "flops_ratio")
+        }
         entry["quality_kept"] = self._kept(scored)
         self.history.append(entry)
         self.policies = [*self.policies, policy][-OFFERED:]
         return entry
 
     def select(self, offers: list[DecisionPolicy]) -> DecisionPolicy:
-        """The policy to keep, of those that were validated and ``offers``; the dense one if no other keeps the quality."""
+        """The policy to keep, of those that were validated and ``offers``; dense if no other keeps the quality."""
         candidates = [self._screened(policy) for policy in [*self.policies, *offers]]
         candidates.sort(key=lambda candidate: candidate[0])
         for _, policy in candidates:

@@ -1,47 +1,43 @@
-"""Imitation: a search finds a cheap good decision for each training instance, and the policy learns to make it.
+"""Imitation: a search finds out how much of each training instance can be skipped, and the policy learns to foresee it.
 
-What reinforcement learning finds by trial, a search finds by looking at the answer (TR-BERT, Ye et al. 2021, warms up so). A
-lucky wrong path, such as guessing one of two classes, would teach nothing, so a decision is good only if the reference
-stays likely under it.
+A greedy search orders the candidates: a path of static masks from dense to nothing. Each training instance goes down
+this path as long as its quality is kept, and the policy learns by cross-entropy to skip what was skipped. Its logits
+are then estimates of "this input bears skipping down to here", so a margin on them is a bound on the risk (TR-BERT, Ye
+et al. 2021, and Dr.LLM warm up on searched decisions). A lucky wrong mask further down the path teaches nothing: the
+first loss ends the way.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
-from sd_gym.agents.baselines.search import order_of, search_each, static_path
+from sd_gym.agents.baselines.search import deepest_safe, static_path
 from sd_gym.agents.baselines.static import report
 from sd_gym.agents.common.agent import Agent, LearnerSettings, OnRollout, initial_bias
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.policy import DecisionPolicy
 
-ORDER_INSTANCES = 200  # that the order in which the search tries the components is found on
+ORDER_INSTANCES = 1000  # that the path of static masks is searched on
 
 
 class ImitationSettings(LearnerSettings):
     """Settings of imitation.
 
     Attributes:
-        instances: Training instances that are searched.
-        threshold: Least likelihood of the reference under a good decision, over the dense backbone's.
-        width: Decisions kept for each instance during the search.
+        instances: Training instances that are tried on the masks of the path.
         epochs: Passes over the found decisions; a tenth of them is held out, and the best epoch on it is kept.
         batch_size: Of the supervised learning.
         weight_decay: Of AdamW.
     """
 
-    instances: int = Field(2000, ge=20)
-    threshold: float = Field(0.8, gt=0, le=1)
-    width: int = Field(1, ge=1)
-    epochs: int = Field(60, ge=1)
+    instances: int = Field(5000, ge=20)
+    epochs: int = Field(40, ge=1)
     batch_size: int = Field(128, ge=1)
-    weight_decay: float = Field(1e-3, ge=0)
+    weight_decay: float = Field(1e-2, ge=0)
 
 
 class ImitationAgent(Agent):
@@ -67,21 +63,15 @@ class ImitationAgent(Agent):
         """Search and learn; it takes as many decisions as it takes."""
         core = self.env.core
         split = core.split("train")
-        random = np.random.default_rng(self.seed)
-        rows = random.permutation(len(split))[: self.settings.instances]
+        rows = np.random.default_rng(self.seed).permutation(len(split))[: self.settings.instances]
         scored = 0
 
         def on_round(more: int) -> None:
             report(on_rollout, scored + more)
 
         path = static_path(core, split, rows[:ORDER_INSTANCES], on_round)
-        _, dense = split.quality_and_likelihood(np.arange(len(split)), np.zeros((len(split), len(core.nvec)), int))
-
-        def good(rows: NDArray, decisions: NDArray) -> NDArray:
-            _, likelihood = split.quality_and_likelihood(rows, decisions)
-            return likelihood >= self.settings.threshold * dense[rows]
-
-        found = search_each(core, split, rows, order_of(path), good, on_round, width=self.settings.width)
+        depths = deepest_safe(split, rows, path, on_round)
+        found = np.stack(path)[depths]
         logger.record("search/flops_ratio", float(split.flops_ratio(rows, found).mean()))
         self._imitate(torch.from_numpy(core.observe(split, rows)), torch.from_numpy(found), logger)
 

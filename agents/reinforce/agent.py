@@ -1,9 +1,10 @@
 """REINFORCE (Williams 1992) under the dynamic barrier; reads from top to bottom.
 
-For each drawn instance several decisions are sampled and scored, in one batched run of the backbone. Two gradients come of
-them: that of the FLOPs, ``E[grad log pi(a|x) * A_flops]``, and that of the quality loss, both advantages as losses minus a
-baseline. The barrier says how much the second weighs (Zhang et al. 2024, section 3.3): while the quality is kept the FLOPs
-fall as they like, and the nearer the limit the less of it.
+For each drawn instance several decisions are sampled and scored, in one batched run of the backbone. Two gradients come
+of
+them: that of the FLOPs, ``E[grad log pi(a|x) * A_flops]``, and that of the quality loss, both advantages as losses
+minus a baseline. The barrier says how much the second weighs (Zhang et al. 2024, section 3.3): while the quality is
+kept the FLOPs fall as they like, and the nearer the limit the less of it.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ class ReinforceSettings(LearnerSettings):
     Attributes:
         samples: Decisions sampled for each instance.
         baseline: What a sample's value is compared with: that of the greedy decision for the same input
-            (``self_critical``, Rennie et al. 2017) or the mean of the other samples (``leave_one_out``, Kool et al. 2019).
-        control: The barrier's control function: the quality loss stays within the env's epsilon (``constrained``) or is as
-            low as can be (``lexicographic``).
+            (``self_critical``, Rennie et al. 2017) or the mean of the other samples (``leave_one_out``, Kool et al.
+            2019).
+        control: The barrier's control function: the quality loss stays within the env's epsilon (``constrained``) or is
+            as low as can be (``lexicographic``).
         alpha: The barrier's.
         beta: The barrier's.
         highest_multiplier: The barrier's cap.
@@ -181,7 +183,7 @@ class ReinforceAgent(Agent):
         return (torch.arange(size) >= size - np.ceil(share * size)).long()
 
     def _advantage(self, values: Tensor) -> Tensor:
-        """Values of the samples ``[samples, batch]`` minus their baseline; ``values`` end with the greedy ones' if any."""
+        """Values of the samples ``[samples, batch]`` minus their baseline; behind them stand the greedy ones' if any."""
         samples = self.settings.samples
         if self.settings.baseline == "self_critical":
             return values[:samples] - values[samples:]

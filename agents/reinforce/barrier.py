@@ -1,11 +1,13 @@
 """The dynamic barrier: how much the gradient of the quality loss weighs against that of the FLOPs.
 
-Gong, Liu and Liu, "Bi-objective Trade-off with Dynamic Barrier Gradient Descent" (NeurIPS 2021). To minimise f first of all
-under q, step along ``grad f + lambda * grad q`` with the least ``lambda >= 0`` by which q falls at the rate ``phi``:
+Gong, Liu and Liu, "Bi-objective Trade-off with Dynamic Barrier Gradient Descent" (NeurIPS 2021). To minimise f first of
+all under q, step along ``grad f + lambda * grad q`` with the least ``lambda >= 0`` by which q falls at the rate
+``phi``:
 
     lambda = max(0, (phi - <grad f, grad q>) / |grad q|^2)
 
-* ``constrained`` (q <= limit): ``phi = min(alpha * (q - limit), beta * |grad q|^2)``, so that below its limit q may rise;
+* ``constrained`` (q <= limit): ``phi = min(alpha * (q - limit), beta * |grad q|^2)``, so that below its limit q may
+  rise;
 * ``lexicographic`` (q as low as can be, then f): ``phi = beta * |grad q|^2``.
 """
 
@@ -41,8 +43,9 @@ class Weight(NamedTuple):
 class DynamicBarrier:
     """Weighs two gradients that are only known as noisy estimates.
 
-    The squared norm of a noisy gradient is too large by the noise's variance, and lambda with it too small. So inner products
-    are taken between two independent halves of a batch, where the noise has mean zero, and averaged over steps.
+    The squared norm of a noisy gradient is too large by the noise's variance, and lambda with it too small. So inner
+    products are taken between two independent halves of a batch, where the noise has mean zero, and averaged over
+    steps.
 
     Args:
         control: ``constrained`` or ``lexicographic``.
