@@ -20,6 +20,8 @@ AGENTS = {
     "static": "sd_gym.agents.baselines.static:StaticAgent",
     "dense": "sd_gym.agents.baselines.constant:DenseAgent",
     "every-other": "sd_gym.agents.baselines.constant:EveryOtherAgent",
+    "early-exit": "sd_gym.agents.baselines.early_exit:EarlyExitAgent",
+    "oracle": "sd_gym.agents.baselines.oracle:OracleAgent",
     "random": "sd_gym.agents.baselines.constant:RandomAgent",
     "hash": "sd_gym.agents.baselines.constant:HashAgent",
 }

@@ -76,7 +76,8 @@ def train(
         str,
         typer.Option(
             help="ppo, a2c (the env's reward); ppo_lex, a2c_lex, reinforce (quality first); imitation (of a search); "
-            "the controls static, every-other, dense, random, hash; or a learning agent that sees nothing, as blind-NAME."
+            "controls: static, every-other, early-exit, oracle, dense, random, hash; or, as blind-NAME, an agent that "
+            "sees nothing."
         ),
     ] = "ppo",
     steps: Annotated[int, typer.Option(min=1, help="Decisions to learn from.")] = 50_000,

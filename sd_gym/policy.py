@@ -70,8 +70,7 @@ class DecisionPolicy(nn.Module):
             self.register_buffer("_earlier", earlier.float(), persistent=False)
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Logits of all components, side by side, ``[n, sum(nvec)]``; where nothing was skipped before, if
-        autoregressive.
+        """Logits of all components, side by side, ``[n, sum(nvec)]``; autoregressive: if nothing was skipped before.
 
         Args:
             observations: ``[n, features]``.

@@ -109,8 +109,7 @@ def deepest_safe(split: Split, rows: Array, path: list[Array], on_round: OnRound
 def search_each(
     core: Core, split: Split, rows: Array, order: list[int], good: Good, on_round: OnRound, *, width: int = 1
 ) -> Array:
-    """A cheap good decision for each instance, by beam search: one component after the other is raised where that is
-    good.
+    """A cheap good decision for each instance, by beam search: one component after the other is raised where it may be.
 
     All instances try the same component at the same time, so that similar instances get similar decisions, which a
     policy can learn.
@@ -149,7 +148,7 @@ def search_each(
 
 
 def exhaustive_each(core: Core, split: Split, rows: Array, good: Good, on_round: OnRound) -> Array:
-    """The cheapest good decision of each instance, of all that there are; int64 ``[n, components]``, dense if none is."""
+    """The cheapest good decision of each instance, of all there are; int64 ``[n, components]``, dense if none is."""
     best = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
     lowest = np.ones(len(rows))
     for number, choice in enumerate(product(*map(range, core.nvec)), start=1):

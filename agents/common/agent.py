@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
+from sd_gym.agents.common.evaluation import Decided
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.shells import SwitchableVectorEnv
+from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy
 
 INFO_TAGS = ("quality", "quality_ref", "flops_ratio")
@@ -118,6 +120,10 @@ class Agent(ABC):
     def offers(self) -> list[DecisionPolicy]:
         """Policies to select from when learning has ended, besides those that were validated on the way."""
         return []
+
+    def decided(self, split: Split) -> Decided | None:
+        """Decisions on a split that no policy could make, as they look at more than the observation; most have none."""
+        return None
 
     def state(self) -> dict[str, Any]:
         """Everything that learning depends on, as tensors and plain values; called from within ``on_rollout``.

@@ -42,7 +42,7 @@ def _row(env: str, algo: str, results: list[dict[str, Any]]) -> list[str]:
     flops = [result["flops_ratio_with_policy"] for result in results]
     easy = fmean(result["by_difficulty"][0]["flops_ratio"] for result in results)
     hard = fmean(result["by_difficulty"][-1]["flops_ratio"] for result in results)
-    time = fmean(result["time"]["32"]["time_ratio"] for result in results)
+    times = [result["time"]["32"]["time_ratio"] for result in results if result["time"]]
     decisions = sorted(result["decisions_used"] for result in results)
     return [
         env,
@@ -52,7 +52,7 @@ def _row(env: str, algo: str, results: list[dict[str, Any]]) -> list[str]:
         f"{fmean(difference):+.2f} ({min(difference):+.2f})",
         f"{fmean(flops):.1%} ({max(flops):.1%})",
         f"{easy:.0%} / {hard:.0%}",
-        f"{time:.0%}",
+        f"{fmean(times):.0%}" if times else "-",
         f"{decisions[0]} to {decisions[-1]}" if decisions[0] != decisions[-1] else str(decisions[0]),
         f"{sum(result['quality_kept'] for result in results)} of {len(results)}",
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,18 @@ from sd_gym.policy import DecisionPolicy
 BATCH = 256
 BOOTSTRAP_SAMPLES = 2000
 ONE_SIDED_95 = 1.645  # standard errors
+
+
+class Decided(NamedTuple):
+    """Decisions on a whole split.
+
+    Attributes:
+        decisions: ``[n, switches + 1]``.
+        flops: FLOPs of deciding, ``[n]``.
+    """
+
+    decisions: NDArray
+    flops: NDArray
 
 
 def quality_kept(difference: NDArray, epsilon: float, errors: float = ONE_SIDED_95) -> bool:
@@ -65,17 +77,21 @@ def score_decisions(core: Core, split: Split, rows: NDArray, decisions: NDArray)
     return {"decision": decisions, **result}
 
 
-def evaluate(core: Core, policy: DecisionPolicy, split_name: str) -> dict[str, Any]:
-    """A policy's result on a split: quality, FLOPs and decisions, in all and by difficulty.
+def evaluate(
+    core: Core, policy: DecisionPolicy | None, split_name: str, decided: Decided | None = None
+) -> dict[str, Any]:
+    """The result on a split, of a policy or of decisions that no policy made: in all and by difficulty.
 
-    ``flops_ratio`` is the mean over instances of the backbone's ratio; ``flops_ratio_with_policy`` adds the FLOPs of
-    the policy network itself. ``metrics`` holds the data set's own metric where it is not the mean quality.
+    ``flops_ratio`` is the mean over instances of the backbone's ratio; ``flops_ratio_with_policy`` adds what it costs
+    to decide. ``metrics`` holds the data set's own metric where it is not the mean quality.
     """
     split = core.split(split_name)
-    scored = decide_and_score(core, policy, split)
     rows = np.arange(len(split))
+    if decided is None:
+        decided = Decided(policy.decide(core.observe(split, rows)), np.full(len(split), policy.flops))
+    scored = score_decisions(core, split, rows, decided.decisions)
     difference = scored["quality"] - scored["quality_ref"]
-    own = policy.flops / split.dense_flops(rows)
+    own = decided.flops / split.dense_flops(rows)
     decisions = scored["decision"]
     skip = decisions[:, :-1]
     metrics = {"policy": split.metrics(rows, decisions), "dense": split.metrics(rows, np.zeros_like(decisions))}

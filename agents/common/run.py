@@ -16,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from sd_gym.agents.common.agent import INFO_TAGS, Rollout
-from sd_gym.agents.common.evaluation import evaluate, time_ratio
+from sd_gym.agents.common.evaluation import Decided, evaluate, time_ratio
 from sd_gym.agents.common.plots import plot_run
 from sd_gym.agents.common.selection import STRICT, Selection
 from sd_gym.agents.registry import agent_class, make_agent
@@ -118,18 +118,28 @@ def train(
     agent.learn(steps, logger, on_rollout)
     logger.dump(steps)
     logger.close()
-    policy = selection.select(agent.offers()) if agent.selects else agent.policy()
-    policy.save(folder)
+    decided = agent.decided(env.core.split("test"))
+    policy = None
+    if decided is None:
+        policy = selection.select(agent.offers()) if agent.selects else agent.policy()
+        policy.save(folder)
     agent.save_extra(folder)
-    result = finish(env.core, policy, folder, selection.history)
+    result = finish(env.core, policy, folder, selection.history, decided)
     checkpoint.unlink(missing_ok=True)
     return result
 
 
-def finish(core: Core, policy: DecisionPolicy, folder: Path, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Evaluate a policy on the test split and write ``result.json`` and ``result.png``."""
-    result = evaluate(core, policy, "test")
-    result["time"] = {str(size): time_ratio(core, policy, "test", size) for size in TIMED_BATCH_SIZES}
+def finish(
+    core: Core,
+    policy: DecisionPolicy | None,
+    folder: Path,
+    history: list[dict[str, Any]],
+    decided: Decided | None = None,
+) -> dict[str, Any]:
+    """Evaluate on the test split and write ``result.json`` and ``result.png``; only a policy is timed."""
+    result = evaluate(core, policy, "test", decided)
+    sizes = TIMED_BATCH_SIZES if policy is not None else ()
+    result["time"] = {str(size): time_ratio(core, policy, "test", size) for size in sizes}
     result["history"] = history
     plot_run(result, core.backbone.board.names, folder / "result.png")
     write_json(folder / "result.json", result)

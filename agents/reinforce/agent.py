@@ -183,7 +183,7 @@ class ReinforceAgent(Agent):
         return (torch.arange(size) >= size - np.ceil(share * size)).long()
 
     def _advantage(self, values: Tensor) -> Tensor:
-        """Values of the samples ``[samples, batch]`` minus their baseline; behind them stand the greedy ones' if any."""
+        """Values of the samples ``[samples, batch]`` minus their baseline; behind them stand the greedy ones'."""
         samples = self.settings.samples
         if self.settings.baseline == "self_critical":
             return values[:samples] - values[samples:]

@@ -178,6 +178,11 @@ class Split:
         return texts
 
     @torch.inference_mode()
+    def confidence(self, rows: Array, decisions: Array) -> Array:
+        """Highest class probability of each row under decisions, float64 ``[n]``, of a backbone that classifies."""
+        return self._teacher_forced(rows, decisions, lambda logits, labels: logits.softmax(dim=-1).amax(dim=-1))
+
+    @torch.inference_mode()
     def metrics(self, rows: Array, decisions: Array) -> dict[str, float]:
         """The metric of the rows under the decisions, by name; empty where it is the mean quality."""
         name = self.config.metric

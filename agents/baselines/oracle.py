@@ -1,0 +1,69 @@
+"""The oracle: the cheapest good decision of each test instance, found by looking at the answer."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from sd_gym.agents.baselines.search import EXHAUSTIVE_SWITCHES, exhaustive_each, order_of, search_each, static_path
+from sd_gym.agents.common.agent import Agent, AgentSettings, OnRollout
+from sd_gym.agents.common.evaluation import Decided
+from stable_baselines3.common.logger import Logger
+
+from sd_gym.envs.split import Split
+from sd_gym.policy import DecisionPolicy
+
+ORDER_INSTANCES = 200  # of the validation split, that the order of a beam search is found on
+
+
+class OracleSettings(AgentSettings):
+    """Settings of the oracle.
+
+    Attributes:
+        width: Decisions kept for each instance, where a beam is searched.
+    """
+
+    width: int = Field(4, ge=1)
+
+
+class OracleAgent(Agent):
+    """All decisions are tried where there are few switches, else a beam of them.
+
+    A lucky wrong way counts as right, such as guessing one of two classes: a bound, and no target.
+    """
+
+    Settings = OracleSettings
+    settings: OracleSettings
+    selects = validates = False
+
+    def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
+        """There is nothing to learn."""
+
+    def policy(self) -> DecisionPolicy:
+        """There is none.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("the oracle looks at the answers; no policy can")
+
+    def decided(self, split: Split) -> Decided:
+        """The cheapest decision of each instance whose quality is at least the dense one's; deciding costs nothing."""
+        core, rows = self.env.core, np.arange(len(split))
+
+        def good(rows: NDArray, decisions: NDArray) -> NDArray:
+            outcome = core.score(split, rows, decisions)
+            return outcome.quality >= outcome.quality_ref
+
+        if core.n_switches <= EXHAUSTIVE_SWITCHES:
+            decisions = exhaustive_each(core, split, rows, good, _unheard)
+        else:
+            validation = core.split("validation")
+            few = np.arange(min(ORDER_INSTANCES, len(validation)))
+            order = order_of(static_path(core, validation, few, _unheard))
+            decisions = search_each(core, split, rows, order, good, _unheard, width=self.settings.width)
+        return Decided(decisions, np.zeros(len(split)))
+
+
+def _unheard(scored: int) -> None:
+    """Nobody follows the search."""

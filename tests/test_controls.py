@@ -1,0 +1,157 @@
+"""Searches and controls on a tiny backbone, where everything can be tried."""
+
+from itertools import product
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from sd_gym.agents import make_agent
+from sd_gym.agents.baselines.search import deepest_safe, exhaustive_each, order_of, search_each, static_path
+from sd_gym.agents.common.run import train
+from stable_baselines3.common.logger import configure
+
+
+@pytest.fixture
+def settings(reviews, tiny_backbone):
+    return {"dataset": str(reviews), "backbone": str(tiny_backbone), "epsilon": 0.0}
+
+
+@pytest.fixture
+def env(settings):
+    vector = gym.make_vec("SD/Classification-Custom-v0", num_envs=8, **settings).unwrapped
+    vector.reset(seed=0)
+    return vector
+
+
+def everything(core, split):
+    """Outcome of every decision on every instance: decisions [64, 7], quality and FLOPs ratio [64, n]."""
+    decisions = np.array(list(product(*map(range, core.nvec))))
+    rows = np.arange(len(split))
+    outcomes = [core.score(split, rows, np.tile(decision, (len(rows), 1))) for decision in decisions]
+    return decisions, np.stack([o.quality for o in outcomes]), np.stack([o.flops_ratio for o in outcomes])
+
+
+def good_in(core, split):
+    def good(rows, decisions):
+        outcome = core.score(split, rows, decisions)
+        return outcome.quality >= outcome.quality_ref
+
+    return good
+
+
+def nobody(scored):
+    pass
+
+
+def test_exhaustive_search_finds_the_cheapest_good_decision_of_each_instance(env):
+    core, split = env.core, env.core.split("train")
+    rows = np.arange(len(split))
+    found = exhaustive_each(core, split, rows, good_in(core, split), nobody)
+    _, quality, ratio = everything(core, split)
+    cheapest = np.where(quality >= quality[0], ratio, np.inf).min(axis=0)
+    np.testing.assert_allclose(split.flops_ratio(rows, found), cheapest)
+
+
+def test_a_wider_beam_is_never_worse_and_always_good(env):
+    core, split = env.core, env.core.split("train")
+    rows, good = np.arange(len(split)), good_in(env.core, env.core.split("train"))
+    best = split.flops_ratio(rows, exhaustive_each(core, split, rows, good, nobody))
+    last = np.ones(len(rows))
+    for width in (1, 4, 64):
+        found = search_each(core, split, rows, list(range(core.n_switches)), good, nobody, width=width)
+        assert good(rows, found).all()
+        ratio = split.flops_ratio(rows, found)
+        assert ratio.mean() <= last.mean() + 1e-12
+        last = ratio
+    np.testing.assert_allclose(last, best)  # wide enough to hold all 64 decisions
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_a_static_path_changes_one_component_at_a_time(env, forward):
+    core, split = env.core, env.core.split("train")
+    path = static_path(core, split, np.arange(len(split)), nobody, forward=forward)
+    assert len(path) == core.n_switches + 1
+    ends = (path[-1], path[0]) if forward else (path[0], path[-1])
+    assert not ends[0].any()
+    np.testing.assert_array_equal(ends[1][:-1], 1)
+    assert all(np.abs(after - before).sum() == 1 for before, after in zip(path, path[1:], strict=False))
+    if not forward:
+        assert sorted(order_of(path)) == list(range(core.n_switches))
+
+
+def test_how_deep_an_instance_can_go(env):
+    core, split = env.core, env.core.split("train")
+    rows = np.arange(len(split))
+    path = static_path(core, split, rows, nobody)
+    depths = deepest_safe(split, rows, path, nobody)
+    kept = np.stack([split.run(rows, np.tile(mask, (len(rows), 1))) for mask in path])
+    kept = kept >= kept[0]
+    assert 0 < depths.mean() < len(path)
+    for row, depth in enumerate(depths):
+        assert kept[: depth + 1, row].all()
+        assert depth == len(path) - 1 or not kept[depth + 1, row]
+
+
+def test_the_static_agent_finds_the_best_of_all_masks(settings, tmp_path):
+    result = train("SD/Classification-Custom-v0", "static", tmp_path / "run", steps=1, settings=settings)
+    assert result["decisions_used"] == 1
+    core = gym.make_vec("SD/Classification-Custom-v0", num_envs=1, **settings).unwrapped.core
+    _, quality, ratio = everything(core, core.split("validation"))
+    kept = (quality >= quality[0]).all(axis=1)  # with epsilon 0 no instance may be lost
+    best = ratio[kept].mean(axis=1).min()
+    mask = np.array([list(result["skip_rate"].values()) + [0]]).astype(int)
+    split = core.split("validation")
+    assert split.flops_ratio(np.arange(len(split)), np.tile(mask, (len(split), 1))).mean() == pytest.approx(best)
+
+
+def test_no_policy_saves_more_than_the_oracle(settings, tmp_path):
+    oracle = train("SD/Classification-Custom-v0", "oracle", tmp_path / "oracle", steps=1, settings=settings)
+    static = train("SD/Classification-Custom-v0", "static", tmp_path / "static", steps=1, settings=settings)
+    assert oracle["quality"] >= oracle["quality_ref"]
+    assert oracle["flops_ratio"] <= static["flops_ratio"]
+    assert not (tmp_path / "oracle" / "policy.json").exists()
+    assert oracle["time"] == {}
+
+
+def test_early_exit_leaves_at_the_first_sure_layer(env):
+    agent = make_agent("early-exit", env)
+    split = env.core.split("train")
+    rows = np.arange(len(split))
+    confidence = agent._confidence(split)
+    assert confidence.shape == (len(split), 3)
+    dense = split.confidence(rows, np.zeros((len(split), len(env.core.nvec)), dtype=int))
+    np.testing.assert_allclose(confidence[:, -1], dense)
+    agent.threshold = float(np.median(confidence[:, 0]))
+    decided = agent.decided(split)
+    sure = confidence[:, 0] >= agent.threshold
+    assert 0 < sure.sum() < len(split)
+    np.testing.assert_array_equal(decided.decisions[sure], np.tile([0, 0, 1, 1, 1, 1, 0], (sure.sum(), 1)))
+    assert not decided.decisions[~sure][:, :4].any()
+    head = env.core.backbone.flops.costs(split.encoded.source_length)[0]
+    assert (decided.flops[sure] == 0).all()
+    assert (decided.flops[~sure] >= head[~sure]).all()
+
+
+def test_early_exit_keeps_the_validation_quality(settings, tmp_path):
+    result = train("SD/Classification-Custom-v0", "early-exit", tmp_path / "run", steps=1, settings=settings)
+    assert result["flops_ratio_with_policy"] >= result["flops_ratio"]
+
+
+def test_early_exit_needs_a_classifier():
+    env = gym.make_vec("SD/Classification-Mini-v0", num_envs=1, train_size=50).unwrapped
+    with pytest.raises(ValueError, match="needs an encoder that classifies"):
+        make_agent("early-exit", env)
+
+
+def test_imitation_skips_what_the_search_found_to_be_safe(settings, tmp_path):
+    env = gym.make_vec("SD/Classification-Custom-v0", num_envs=8, **settings).unwrapped
+    env.reset(seed=0)
+    agent = make_agent("imitation", env, instances=32, epochs=400, learning_rate=0.01, weight_decay=0.0)
+    agent.learn(1, configure(str(tmp_path), []), lambda rollout: None)
+    split = env.core.split("train")
+    rows = np.arange(len(split))
+    path = static_path(env.core, split, rows, nobody)
+    found = np.stack(path)[deepest_safe(split, rows, path, nobody)]
+    decided = agent.policy().decide(env.core.observe(split, rows))
+    assert (decided == found).mean() > 0.85
+    assert len(np.unique(found, axis=0)) > 1
