@@ -14,12 +14,11 @@ from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy
 
 # Of versions of a policy, from bolder to more cautious, in log-odds; the last one leaves everything running.
-MARGINS = (-1.5, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 1000.0)
+MARGINS = (*np.arange(-1.5, 6.01, 0.25).tolist(), 1000.0)
 OFFERED = 4  # of the policies that were validated on the way, the last ones are selected from
-# Standard errors by which a loss must stay below epsilon on one half of the validation split. The verdict on a test
-# split as large as that half asks for 1.645; the rest is for the difference between the two halves' luck (sqrt(2) *
-# 1.645).
-STRICT = 3.97
+# Standard errors by which a loss must stay below epsilon on either half of the validation split. The verdict on a test
+# split as large as such a half asks for 1.645; the rest is for the difference between the luck of two samples.
+STRICT = 3.2
 
 
 def halves(split: Split) -> tuple[NDArray, NDArray]:
