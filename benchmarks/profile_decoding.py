@@ -30,7 +30,11 @@ PARTS = {  # by what the file's path holds; the first that fits
     "linears": ("torch/nn/modules/linear.py", "transformers/pytorch_utils.py"),
     "attention products": ("transformers/integrations/",),
     "key-value cache": ("transformers/cache_utils.py",),
-    "norms, rotary, residual sums": ("transformers/models/", "torch/nn/modules/normalization.py", "torch/nn/functional"),
+    "norms, rotary, residual sums": (
+        "transformers/models/",
+        "torch/nn/modules/normalization.py",
+        "torch/nn/functional",
+    ),
     "calling modules": ("torch/nn/modules/module.py",),
     "masks, generation loop": ("",),
 }

@@ -322,6 +322,64 @@ def test_decisions_nest_and_end_with_their_block(name):
         assert torch.equal(model(**inputs).logits, dense)
 
 
+@torch.inference_mode()
+def test_only_what_some_row_skips_is_shadowed(name):
+    """So a model whose rows all run, or on which nothing is decided, has nothing of the switchboard to pay for."""
+    model = make_model(name)
+    board = Switchboard(model)
+    skip = np.zeros((5, len(board)), int)
+    skip[2, 1] = 1
+
+    def shadowed():
+        return [module for module in model.modules() if "forward" in vars(module)]
+
+    assert not shadowed()
+    with board.decide(skip):
+        assert {id(module) for module in shadowed()} == {id(module) for module in board.switches[1].modules}
+        with board.decide(0 * skip):
+            assert not shadowed()
+        assert shadowed()
+    assert not shadowed()
+
+
+def test_a_forward_that_another_tool_has_put_in_place_stays():
+    model, inputs = make_model("bert"), make_inputs("bert")
+    module = model.base_model.encoder.layer[0].attention
+    original, calls = module.forward, []
+    module.forward = lambda *args, **kwargs: (calls.append(len(args[0])), original(*args, **kwargs))[1]
+    mine = module.forward
+    board = Switchboard(model)
+    skip = np.zeros((5, len(board)), int)
+    skip[:2, 0] = 1
+    with torch.inference_mode(), board.decide(skip):
+        model(**inputs)
+    board.remove()
+    assert calls == [3]
+    assert module.forward is mine
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODER)
+def test_gradients_reach_the_encoder_after_a_pass_without_them(name):
+    """The rows of the encoder's output are taken once without gradients, and never used with them."""
+    model, inputs = make_model(name), make_inputs(name)
+    board = Switchboard(model)
+    skip = np.zeros((5, len(board)), int)
+    skip[0] = [not switch.reads_input for switch in board.switches]  # mixed in every sublayer of the decoder
+    gradients = []
+    for warm_up in (False, True):
+        with board.decide(skip):
+            encoded = model.get_encoder()(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            inner = {"encoder_outputs": encoded, **{key: inputs[key] for key in inputs if key != "input_ids"}}
+            if warm_up:
+                with torch.no_grad():
+                    model(**inner)
+            model.zero_grad()
+            model(**inner).logits.sum().backward()
+        gradients.append([p.grad for path, p in model.named_parameters() if "encoder." in path and p.grad is not None])
+    assert gradients[0]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
 def test_bad_decisions_are_refused(name):
     model, inputs = make_model(name), make_inputs(name)
     board = Switchboard(model)
