@@ -30,7 +30,7 @@ PARTS = {  # by what the file's path holds; the first that fits
     "linears": ("torch/nn/modules/linear.py", "transformers/pytorch_utils.py"),
     "attention products": ("transformers/integrations/",),
     "key-value cache": ("transformers/cache_utils.py",),
-    "norms, rotary, residual sums": (
+    "norms, rotary, residual sums": ("transformers/models/", "modules/normalization.py", "torch/nn/functional"),
         "transformers/models/",
         "torch/nn/modules/normalization.py",
         "torch/nn/functional",
