@@ -31,10 +31,6 @@ PARTS = {  # by what the file's path holds; the first that fits
     "attention products": ("transformers/integrations/",),
     "key-value cache": ("transformers/cache_utils.py",),
     "norms, rotary, residual sums": ("transformers/models/", "modules/normalization.py", "torch/nn/functional"),
-        "transformers/models/",
-        "torch/nn/modules/normalization.py",
-        "torch/nn/functional",
-    ),
     "calling modules": ("torch/nn/modules/module.py",),
     "masks, generation loop": ("",),
 }

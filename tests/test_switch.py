@@ -432,7 +432,7 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones():
         Switchboard(model)
 
 
-@pytest.mark.parametrize("module", ["switchboard", "architectures", "tokens"])
+@pytest.mark.parametrize("module", ["switchboard", "architectures", "tokens", "plan"])
 def test_docstring_examples_run(module):
     result = doctest.testmod(importlib.import_module(f"sd_gym.switch.{module}"))
     assert result.attempted > 0
