@@ -183,7 +183,11 @@ class Split:
 
     def _passes(self, rows: Array, decisions: Array, steps: int = 0) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
         """Positions in ``rows`` and inputs of each forward pass, or of each ``generate()`` of so many steps."""
-        length = self.kept_length(rows, decisions[:, -1])
+        kept = self.kept_length(rows, decisions[:, -1])[:, None]
+        reads_input = np.array([switch.reads_input for switch in self.backbone.board.switches])
+        # Behind an encoder: the target; of a decoder that classifies, the input once more.
+        target = self.encoded.target_length[rows][:, None] if self.backbone.generates else kept
+        length = np.where(reads_input, kept, target)
         for picked in passes(decisions[:, :-1], length, self.backbone.model.config.hidden_size, steps):
             yield picked, self.inputs(rows[picked])
 

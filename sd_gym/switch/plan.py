@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 # As measured on a CPU (benchmarks/bucketing.py); on an accelerator a call costs more, so that fewer passes are better.
-CALL = 32_768  # over the width: tokens that run a sublayer in the time that one more call of it costs
-MIXING = 0.05  # what gathering and scattering costs a token, beside running the sublayer
+# Both over the width, in what running the sublayer costs a token: that grows faster with the width than they do.
+CALL = 16_000  # what one more call of the sublayer costs
+MIXING = 13  # what gathering and scattering costs a token
 
 
 def passes(skip: NDArray, lengths: NDArray, width: int, steps: int = 0) -> list[NDArray]:
@@ -25,7 +26,8 @@ def passes(skip: NDArray, lengths: NDArray, width: int, steps: int = 0) -> list[
 
     Args:
         skip: Decisions, integers or booleans ``[n, switches]``; 1 = the row skips the sublayer.
-        lengths: Tokens of each row that run (without padding and dropped ones), int ``[n]``.
+        lengths: Tokens of each row that run (without padding and dropped ones), int ``[n]``, or ``[n, switches]`` where
+            they differ from switch to switch, as between encoder and decoder.
         width: The model's hidden size. In a wide model a call weighs little beside what it computes.
         steps: Tokens that ``generate()`` makes behind the input; 0: a single pass. Each step calls every sublayer
             again, so that the batch is cut less.
@@ -46,31 +48,34 @@ def passes(skip: NDArray, lengths: NDArray, width: int, steps: int = 0) -> list[
         [array([1, 2]), array([0])]
     """
     runs, lengths = ~np.asarray(skip).astype(bool), np.asarray(lengths)
-    if runs.ndim != 2 or lengths.shape != runs.shape[:1]:
+    if runs.ndim != 2 or lengths.shape not in (runs.shape[:1], runs.shape):
         raise ValueError(
-            f"skip must be [n, switches] and lengths [n]; got {list(runs.shape)} and {list(lengths.shape)}"
+            "skip must be [n, switches] and lengths [n] or [n, switches]; "
+            f"got {list(runs.shape)} and {list(lengths.shape)}"
         )
+    lengths = np.broadcast_to(lengths if lengths.ndim == 2 else lengths[:, None], runs.shape)
 
-    def cost(count: NDArray, size: NDArray | int, longest: NDArray | int) -> NDArray:
-        """Costs of passes: rows that run each sublayer ``[..., switches]``, rows in all, and the longest of them."""
+    def cost(count: NDArray, size: NDArray, longest: NDArray) -> NDArray:
+        """Costs of passes: rows that run each sublayer, ``[..., switches]``, rows in all, and the longest of them."""
         called = np.count_nonzero(count, axis=-1)
-        mixed = np.count_nonzero(count % np.expand_dims(size, -1), axis=-1)
         calls = CALL / width * (called + 1) * (1 + steps)  # one more for what always runs: embeddings and heads
-        return calls + (longest + steps) * (count.sum(axis=-1) + MIXING * size * mixed)
+        size = np.expand_dims(size, -1)
+        return calls + ((longest + steps) * (count + MIXING / width * size * (count % size > 0))).sum(axis=-1)
 
     def cut(rows: NDArray) -> list[NDArray]:
         """Rows in ascending order of length, cut where that saves most."""
         if len(rows) < 2:
             return [rows]
-        size, longest = np.arange(1, len(rows)), lengths[rows]
-        count = runs[rows].cumsum(axis=0)
-        both = cost(count[:-1], size, longest[:-1]) + cost(count[-1] - count[:-1], len(rows) - size, longest[-1])
+        size, own = np.arange(1, len(rows) + 1), lengths[rows]
+        first = cost(runs[rows].cumsum(axis=0), size, np.maximum.accumulate(own))
+        second = cost(_left(runs[rows]), size[::-1], _left(own, np.maximum))
+        both = first[:-1] + second[1:]
         best = int(both.argmin())
-        if both[best] >= cost(count[-1], len(rows), longest[-1]):
+        if both[best] >= first[-1]:
             return [rows]
         return cut(rows[: best + 1]) + cut(rows[best + 1 :])
 
-    order = np.argsort(lengths, kind="stable")
+    order = np.argsort(lengths.sum(axis=1), kind="stable")
     return [part for rows in _by_decision(runs, lengths, cost) for part in cut(order[rows[order]])]
 
 
@@ -80,20 +85,21 @@ def _by_decision(runs: NDArray, lengths: NDArray, cost: Callable[..., NDArray]) 
         return []
     decisions, group = np.unique(runs, axis=0, return_inverse=True)
     group = group.reshape(-1)
-    common = np.argsort(-np.bincount(group, weights=lengths), kind="stable")  # those with the most tokens first
+    tokens = np.bincount(group, weights=lengths.sum(axis=1))
+    common = np.argsort(-tokens, kind="stable")  # those with the most tokens first
     group, decisions = np.argsort(common)[group], decisions[common]
     size = np.bincount(group)
-    longest = np.zeros(len(size), dtype=np.int64)
+    longest = np.zeros(decisions.shape, dtype=np.int64)
     np.maximum.at(longest, group, lengths)
     count = size[:, None] * decisions
     own = cost(count, size, longest)
     # What is left when the first 0, 1, ... decisions have passes of their own; where nothing is, it costs nothing.
-    left = cost(*(_left(values) for values in (count, size)), np.maximum.accumulate(longest[::-1])[::-1])
+    left = cost(_left(count), _left(size), _left(longest, np.maximum))
     separate = int(np.argmin(np.append(left, 0) + np.append(0, own.cumsum())))
     masks = [group == number for number in range(separate)]
     return masks + [group >= separate] * (separate < len(size))
 
 
-def _left(values: NDArray) -> NDArray:
-    """Sums of what stands from each place to the end."""
-    return values[::-1].cumsum(axis=0)[::-1]
+def _left(values: NDArray, combine: np.ufunc = np.add) -> NDArray:
+    """Sums, or maxima, of what stands from each place to the end."""
+    return combine.accumulate(values[::-1], dtype=np.int64)[::-1]
