@@ -28,7 +28,6 @@ CASES = (
     ("bert", 512, 32),
     ("llama", 512, 8),
     ("llama", 512, 32),
-    ("llama", 512, 128),
 )
 GROUPS = (2, 4, 8)
 LAYERS, TOKENS = 3, 64
