@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sd_gym  # noqa: F401  (registers the ids)
-from sd_gym.envs.split import _by_length
+from sd_gym.switch import passes
 
 NUM_ENVS = 64
 
@@ -27,10 +27,8 @@ NUM_ENVS = 64
 def bare(core, rows: np.ndarray, skip: np.ndarray) -> float:
     """Seconds of the backbone alone on the passes that the env would make, inputs and plans ready."""
     split, backbone = core.split("train"), core.backbone
-    order = np.argsort(split.encoded.source_length[rows], kind="stable")
     seconds = 0.0
-    for chunk in _by_length(split.encoded.source_length[rows][order]):
-        picked = order[chunk]
+    for picked in passes(skip, split.encoded.source_length[rows], backbone.model.config.hidden_size):
         inputs = split.encoded.batch(rows[picked], backbone.model.device)
         with torch.inference_mode(), backbone.board.decide(skip[picked]):
             started = time.perf_counter()

@@ -3,7 +3,8 @@
     python benchmarks/switching.py                                                 # the bundled summarizer
     python benchmarks/switching.py --backbone runs/minilm-sst2 --dataset DATA     # a prepared classifier
     python benchmarks/switching.py --architectures mbart t5 llama bert            # random weights, width 512
-    python benchmarks/switching.py --architectures all --csv switching.csv
+    python benchmarks/switching.py --architectures all --csv switching.csv        # hours
+    python benchmarks/switching.py --architectures all --layers 4 --pairs 3 --keep-rates 1.0 0.8 0.6 0.4 few
 
 promise kept = FLOPs ratio / time ratio; 1 = all of it. Dense and switched runs alternate, and the median over the pairs
 is shown. Decisions are random at several keep rates; "few" are as a trained policy makes them: a handful of
@@ -18,7 +19,6 @@ import csv
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import gymnasium as gym
@@ -40,7 +40,7 @@ import sd_gym  # noqa: F401  (registers the ids)
 from sd_gym.switch import FlopsModel, Switchboard, supported_architectures
 from sd_gym.switch.architectures import architecture_of
 
-KEEP_RATES = (1.0, 0.8, 0.6, 0.4, 0.2)
+KEEP_RATES = [1.0, 0.8, 0.6, 0.4, 0.2, "few"]
 WARM_UP = 2
 SOURCE, TARGET = 64, 24  # tokens
 
@@ -103,7 +103,7 @@ def backbone_table(arguments: argparse.Namespace) -> Table:
     table = Table(title=f"{arguments.backbone or env_id}, batch {batch_size}")
     for column in ("keep rate", "FLOPs ratio", "time ratio", "promise kept"):
         table.add_column(column, justify="right")
-    for keep_rate in (*KEEP_RATES, "few"):
+    for keep_rate in arguments.keep_rates:
         flops, clock = measure_backbone(core, keep_rate, batch_size, arguments.pairs)
         table.add_row(str(keep_rate), f"{flops:.3f}", f"{clock:.3f}", f"{flops / clock:.2f}")
     return table
@@ -201,32 +201,25 @@ def phases(board: Switchboard, batch: int) -> dict[str, tuple[Callable[[], objec
 def measure_architecture(architecture: str, arguments: argparse.Namespace) -> list[dict[str, str | int | float]]:
     """FLOPs ratio, time ratio and their quotient for every phase, batch size and keep rate."""
     model, rows = make_model(architecture, arguments.width, arguments.layers), []
+    board = Switchboard(model)
     for batch in arguments.batch_sizes:
-        board = Switchboard(model)
-        timed = phases(board, batch)
-        board.remove()
-        for phase, (run, (always, switched)) in timed.items():
-            for keep_rate in ("untouched", *KEEP_RATES, "few"):
+        for phase, (run, (always, switched)) in phases(board, batch).items():
+            for _ in range(WARM_UP):
+                run()
+            for keep_rate in arguments.keep_rates:
                 random, ratios, used = np.random.default_rng(0), [], []
-                for _ in range(arguments.pairs + WARM_UP):
-                    if keep_rate == "untouched":  # what the switchboard costs where nothing is decided
-                        skip = np.zeros_like(switched)
-                    else:
-                        skip = decisions(random, batch, switched.shape[1], keep_rate)
+                for _ in range(arguments.pairs):
+                    skip = decisions(random, batch, switched.shape[1], keep_rate)
 
-                    def decided(
-                        run: Callable = run, skip: NDArray = skip, free: bool = keep_rate == "untouched"
-                    ) -> None:
-                        board = Switchboard(model)
-                        with nullcontext() if free else board.decide(skip):
+                    def decided(run: Callable = run, skip: NDArray = skip) -> None:
+                        with board.decide(skip):
                             run()
-                        board.remove()
 
                     ratios.append(compare(run, decided))
                     used.append((always + (switched * (1 - skip)).sum(axis=1)).sum())
-                flops = float(np.mean(used[WARM_UP:]) / (always + switched.sum(axis=1)).sum())
+                flops = float(np.mean(used) / (always + switched.sum(axis=1)).sum())
                 # The mean, as the FLOPs are those of all decisions; at batch 1 they differ from pair to pair.
-                clock = statistics.median(ratios[WARM_UP:]) if batch > 1 else statistics.fmean(ratios[WARM_UP:])
+                clock = statistics.median(ratios) if batch > 1 else statistics.fmean(ratios)
                 rows.append(
                     {
                         "architecture": architecture,
@@ -263,6 +256,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32], help="a backbone takes the last one")
     parser.add_argument("--pairs", type=int, default=20, help="timed pairs of a dense and a switched run")
+    parser.add_argument(
+        "--keep-rates", type=lambda rate: rate if rate == "few" else float(rate), nargs="+", default=KEEP_RATES
+    )
     parser.add_argument("--csv", type=Path, help="write every figure of the architectures to this file")
     arguments = parser.parse_args()
     if arguments.architectures is None:

@@ -16,7 +16,6 @@ import sd_gym
 from sd_gym.backbones.load import BUNDLED
 from sd_gym.envs import ConfigError, SwitchableEnv
 from sd_gym.envs.sb3 import SwitchableVecEnv
-from sd_gym.envs.split import _by_length
 from sd_gym.switch import UnsupportedArchitectureError
 from sd_gym.tasks.data import DataError
 from tests.conftest import make_model
@@ -269,13 +268,6 @@ def test_scores_are_computed_once(monkeypatch):
     second = env.core.score(split, rows, decision)
     assert runs == [6]
     np.testing.assert_array_equal(first.quality, second.quality)
-
-
-@pytest.mark.parametrize("lengths", [[5], [3] * 64, sorted([4] * 50 + [120] * 14), list(range(1, 257))])
-def test_passes_cover_every_row_once(lengths):
-    chunks = _by_length(np.array(lengths))
-    covered = np.concatenate([np.arange(len(lengths))[chunk] for chunk in chunks])
-    np.testing.assert_array_equal(covered, np.arange(len(lengths)))
 
 
 def test_observations_are_standardised_and_differ():

@@ -19,6 +19,7 @@ from sd_gym.switch import (
     first_layer_input,
     inverse_document_frequency,
     keep_tokens,
+    passes,
     pooled,
     position_scores,
     random_scores,
@@ -32,7 +33,6 @@ from sd_gym.tasks.text import text_metrics, text_quality
 Array = NDArray
 STATISTICS_SIZE = 2000  # training instances that statistics are taken from
 EMBEDDING_BATCH = 512
-PASS_OVERHEAD = 1000  # padded tokens that one more forward pass costs as much as, about, on a small backbone
 
 
 class Split:
@@ -124,8 +124,7 @@ class Split:
     def run(self, rows: Array, decisions: Array) -> Array:
         """Run the backbone on rows under decisions and score it: float64 ``[n]``. Nothing is cached.
 
-        Rows are sorted by the length that is left and cut into a few passes where that saves more padding than a pass
-        costs.
+        The rows run in the passes that are the cheapest: of about the same length that is left, or the same decision.
         """
         config = self.config
         if config.quality == "metric":
@@ -159,7 +158,7 @@ class Split:
         """What the backbone generates for rows under decisions, by greedy or beam search."""
         config, backbone = self.config, self.backbone
         texts = [""] * len(rows)
-        for picked, inputs in self._passes(rows, decisions):
+        for picked, inputs in self._passes(rows, decisions, config.max_target_length):
             inputs.pop("labels")
             with self.decide(rows[picked], decisions[picked]):
                 tokens = backbone.model.generate(
@@ -205,12 +204,15 @@ class Split:
             values.append(value(logits, inputs["labels"]).double().cpu().numpy())
         return np.concatenate(values)[np.argsort(np.concatenate(order))]
 
-    def _passes(self, rows: Array, decisions: Array) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
-        """Positions in ``rows`` and inputs of each forward pass."""
-        length = self.kept_length(rows, decisions[:, -1])
-        order = np.argsort(length, kind="stable")
-        for chunk in _by_length(length[order]):
-            yield order[chunk], self.inputs(rows[order[chunk]])
+    def _passes(self, rows: Array, decisions: Array, steps: int = 0) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
+        """Positions in ``rows`` and inputs of each forward pass, or of each ``generate()`` of so many steps."""
+        kept = self.kept_length(rows, decisions[:, -1])[:, None]
+        reads_input = np.array([switch.reads_input for switch in self.backbone.board.switches])
+        # Behind an encoder: the target; of a decoder that classifies, the input once more.
+        target = self.encoded.target_length[rows][:, None] if self.backbone.generates else kept
+        length = np.where(reads_input, kept, target)
+        for picked in passes(decisions[:, :-1], length, self.backbone.model.config.hidden_size, steps):
+            yield picked, self.inputs(rows[picked])
 
     def inputs(self, rows: Array) -> dict[str, torch.Tensor]:
         """The backbone's inputs, with ``labels``, of a batch of these rows."""
@@ -288,16 +290,3 @@ class Split:
             inputs = self.encoded.batch(rows, self.backbone.model.device)
             inputs.pop("labels")
             yield function(self.backbone.board, inputs).float().cpu().numpy()
-
-
-def _by_length(lengths: Array) -> list[slice]:
-    """Cuts ascending lengths into passes: halves as long as that saves more padded tokens than a pass costs."""
-
-    def cut(start: int, end: int) -> list[slice]:
-        middle = (start + end) // 2
-        saved = (middle - start) * int(lengths[end - 1] - lengths[middle - 1]) if end - start > 1 else 0
-        if saved <= PASS_OVERHEAD:
-            return [slice(start, end)]
-        return cut(start, middle) + cut(middle, end)
-
-    return cut(0, len(lengths))

@@ -10,6 +10,7 @@ from sd_gym.switch.architectures import (
 )
 from sd_gym.switch.first_layer import attention_received, first_layer_input, pooled
 from sd_gym.switch.flops import FlopsModel
+from sd_gym.switch.plan import passes
 from sd_gym.switch.switchboard import Switch, Switchboard
 from sd_gym.switch.tokens import dropped_tokens, inverse_document_frequency, keep_tokens, position_scores, random_scores
 
@@ -26,6 +27,7 @@ __all__ = [
     "first_layer_input",
     "inverse_document_frequency",
     "keep_tokens",
+    "passes",
     "pooled",
     "position_scores",
     "random_scores",

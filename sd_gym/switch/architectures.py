@@ -114,7 +114,12 @@ def register_architecture(architecture: Architecture) -> None:
 
 
 def supported_architectures() -> list[str]:
-    """All known model types, sorted."""
+    """All known model types, sorted.
+
+    Example:
+        >>> "llama" in supported_architectures()
+        True
+    """
     return sorted(_REGISTRY)
 
 

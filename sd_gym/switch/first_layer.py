@@ -23,6 +23,20 @@ def first_layer_input(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
 
     The cheapest representation of an input, and the policy's observation (Zhang et al. 2024, section 3). The forward
     pass is stopped by an exception, which works for any architecture.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from sd_gym.switch import Switchboard
+        >>> config = BertConfig(
+        ...     vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        ... )
+        >>> board = Switchboard(BertForSequenceClassification(config).eval())
+        >>> mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+        >>> hidden = first_layer_input(board, {"input_ids": 5 * mask, "attention_mask": mask})
+        >>> hidden.shape
+        torch.Size([2, 3, 16])
+        >>> pooled(hidden, mask).shape
+        torch.Size([2, 32])
     """
 
     def stop(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -42,6 +56,18 @@ def attention_received(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
     Args:
         board: The switchboard.
         inputs: The model's inputs, ``attention_mask`` among them.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from sd_gym.switch import Switchboard
+        >>> config = BertConfig(
+        ...     vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        ... )
+        >>> board = Switchboard(BertForSequenceClassification(config).eval())
+        >>> mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+        >>> received = attention_received(board, {"input_ids": 5 * mask, "attention_mask": mask})
+        >>> received.sum(dim=1).round().tolist()  # each token that attends shares out 1
+        [1.0, 1.0]
     """
     switch = next(switch for switch in board.switches if switch.sublayer.output is not None)
     module = switch.layer.get_submodule(switch.sublayer.attention)
@@ -60,7 +86,12 @@ def attention_received(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean and maximum over the tokens that ``mask`` keeps: ``[batch, 2 * width]`` (Zhang et al. 2024, section 3)."""
+    """Mean and maximum over the tokens that ``mask`` keeps: ``[batch, 2 * width]`` (Zhang et al. 2024, section 3).
+
+    Example:
+        >>> pooled(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1, 1, 0]]))
+        tensor([[2., 3.]])
+    """
     kept = mask.bool().unsqueeze(-1)
     mean = (hidden * kept).sum(dim=1) / kept.sum(dim=1)
     return torch.cat([mean, hidden.masked_fill(~kept, -torch.inf).amax(dim=1)], dim=1)

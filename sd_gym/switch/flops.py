@@ -24,6 +24,21 @@ class FlopsModel:
 
     Args:
         board: The switchboard of the backbone; dimensions are read from its modules.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from sd_gym.switch import Switchboard
+        >>> config = BertConfig(
+        ...     vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        ... )
+        >>> board = Switchboard(BertForSequenceClassification(config))
+        >>> always, switched = FlopsModel(board).costs(np.array([5, 10]))  # two inputs of 5 and 10 tokens
+        >>> switched  # attention and feed-forward of each
+        array([[11840, 10240],
+               [26880, 20480]])
+        >>> skip = np.array([[0, 1], [1, 1]])
+        >>> always + (switched * (1 - skip)).sum(axis=1)
+        array([12416,   576])
     """
 
     def __init__(self, board: Switchboard) -> None:

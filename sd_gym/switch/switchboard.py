@@ -2,7 +2,8 @@
 
 A switch stands in front of one sublayer. For each batch it selects the rows that run the sublayer, calls it on those
 rows alone, and scatters the result back; with no row left the sublayer is never called. The model's modules, parameter
-names and outputs stay as they are: only ``forward`` of the switched modules is shadowed, on the instance.
+names and outputs stay as they are: only ``forward`` of the switched modules is shadowed, on the instance, while a
+decision is in force by which some row skips them; whatever all rows run is the untouched model and costs nothing more.
 """
 
 from __future__ import annotations
@@ -64,9 +65,29 @@ class Switch:
     rows: Tensor | None = field(default=None, repr=False)
     tokens: DroppedTokens | None = field(default=None, repr=False)
     _call: _Call | None = field(default=None, repr=False)
+    _source: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    _shadowed: list[Callable | None] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self.modules = [self.layer.get_submodule(path) for path in self.sublayer.modules]
+
+    def shadow(self, run: Callable) -> None:
+        """Have ``run(place, forward, *args, **kwargs)`` called in the place of each module's ``forward``."""
+        last = len(self.modules) - 1
+        for position, (path, module) in enumerate(zip(self.sublayer.modules, self.modules, strict=True)):
+            place = _Place(position == 0, position == last, path == self.sublayer.attention)
+            self._shadowed.append(vars(module).get("forward"))
+            vars(module)["forward"] = partial(run, place, module.forward)
+
+    def restore(self) -> None:
+        """Take the shadows away."""
+        for module, forward in zip(self.modules, self._shadowed, strict=False):  # none where nothing is shadowed
+            if forward is None:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = forward
+        self._shadowed = []
+        self._call = self._source = None
 
 
 @dataclass
@@ -144,8 +165,6 @@ class Switchboard:
             for sublayer in stack.sublayers
         ]
         self._plan: _Plan | None = None
-        for number, switch in enumerate(self.switches):
-            self._install(number, switch)
         model._switchboard = self
 
     def __len__(self) -> int:
@@ -196,17 +215,19 @@ class Switchboard:
 
     def remove(self) -> None:
         """Take all switches out; the model is then exactly what it was."""
-        for switch in self.switches:
-            for module in switch.modules:
-                del module.forward
+        self._enforce(None)
         del self.model._switchboard
 
     def _enforce(self, plan: _Plan | None) -> None:
         self._plan = plan
-        for switch, rows in zip(self.switches, plan.rows[1] if plan else [None] * len(self), strict=True):
-            switch.rows = rows
+        all_rows = plan.rows[1] if plan else [None] * len(self)
+        for number, (switch, rows) in enumerate(zip(self.switches, all_rows, strict=True)):
+            switch.restore()
             attends = switch.reads_input and switch.sublayer.output is not None
             switch.tokens = plan.tokens if plan and attends else None
+            switch.rows = rows
+            if rows is not None or switch.tokens is not None:
+                switch.shadow(partial(self._run, number, switch))
 
     def _checked(self, values: Tensor | np.ndarray, columns: int | None, column: str) -> np.ndarray:
         name = "keep" if columns is None else "skip"
@@ -226,16 +247,8 @@ class Switchboard:
         rows = torch.from_numpy(np.nonzero(runs)[1]).to(self.model.device).split(counts.tolist())
         return [None if count == len(skip) else kept for count, kept in zip(counts, rows, strict=True)]
 
-    def _install(self, number: int, switch: Switch) -> None:
-        chain = list(zip(switch.sublayer.modules, switch.modules, strict=True))
-        for position, (path, module) in enumerate(chain):
-            place = _Place(position == 0, position == len(chain) - 1, path == switch.sublayer.attention)
-            module.forward = partial(self._run, number, switch, place, module.forward)
-
     def _run(self, number: int, switch: Switch, place: _Place, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         """One module of a sublayer: the first selects the rows, the last scatters them back."""
-        if switch.rows is None and switch.tokens is None:
-            return inner(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         if place.first:
             switch._call = _Call(hidden, self._plan.rows_of(number, len(hidden)))
@@ -246,7 +259,7 @@ class Switchboard:
             return self._run_attention(switch, place, call, inner, args, kwargs)
         if call.rows is not None and len(call.rows) == 0:
             return self._skipped(switch, call) if place.last else hidden[:0]
-        output = inner(*self._selected(args, call), **self._selected(kwargs, call))
+        output = inner(*self._selected(args, switch, call), **self._selected(kwargs, switch, call))
         return self._scattered(switch, call, output) if place.last else output
 
     def _run_attention(
@@ -265,7 +278,7 @@ class Switchboard:
         if call.rows is not None and len(call.rows) == 0:
             output = (self._skipped(switch, call) if place.last else hidden[:0], *shared, None)
         else:
-            output = inner(*self._selected(args, call), **self._selected(kwargs, call))
+            output = inner(*self._selected(args, switch, call), **self._selected(kwargs, switch, call))
             weights = [self._padded(value, call) for value in output[1 + len(shared) :]]
             if shared == (None,):  # the next layers take it instead of making it again
                 shared = output[1:2]
@@ -290,7 +303,7 @@ class Switchboard:
         bias = module.compute_bias(query_length, past + query_length, device=device, past_seen_tokens=past)
         return bias if switch.tokens is None else switch.tokens.gather_square(bias, total)
 
-    def _selected(self, values: Any, call: _Call) -> Any:
+    def _selected(self, values: Any, switch: Switch, call: _Call) -> Any:
         """The rows that run, of every tensor whose first dimension is the batch; anything else as it is.
 
         One-dimensional tensors (positions) never count a batch, and what an earlier module of the sublayer has selected
@@ -300,12 +313,21 @@ class Switchboard:
             return values
         if isinstance(values, Tensor):
             whole = values.ndim >= 2 and len(values) == len(call.hidden)
-            return values.index_select(0, call.rows) if whole else values
+            return self._taken(values, switch, call) if whole else values
         if isinstance(values, tuple):
-            return tuple(self._selected(value, call) for value in values)
+            return tuple(self._selected(value, switch, call) for value in values)
         if type(values) is dict:
-            return {name: self._selected(value, call) for name, value in values.items()}
+            return {name: self._selected(value, switch, call) for name, value in values.items()}
         return values
+
+    def _taken(self, values: Tensor, switch: Switch, call: _Call) -> Tensor:
+        """The rows that run; of the encoder's output, the same at every step of decoding, they are taken once."""
+        source = switch.sublayer.kind == "cross_attention" and values.ndim == 3 and values is not call.hidden
+        if not source or torch.is_grad_enabled():  # what was taken without gradients must not be used with them
+            return values.index_select(0, call.rows)
+        if switch._source is None or switch._source[0] is not values:
+            switch._source = (values, values.index_select(0, call.rows))
+        return switch._source[1]
 
     def _skipped(self, switch: Switch, call: _Call) -> Tensor:
         """The output of a sublayer that no row runs."""

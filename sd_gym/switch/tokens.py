@@ -53,17 +53,32 @@ def keep_tokens(scores: NDArray, droppable: NDArray, share: NDArray | float) -> 
 
 
 def dropped_tokens(droppable: NDArray, share: NDArray | float) -> NDArray:
-    """How many tokens ``keep_tokens`` drops, int64 ``[n]``."""
+    """How many tokens ``keep_tokens`` drops, int64 ``[n]``.
+
+    Example:
+        >>> dropped_tokens(np.array([[False, True, True, True]]), 0.7)
+        array([2])
+    """
     return np.floor(share * droppable.sum(axis=1) + 1e-9).astype(np.int64)  # 0.3 of 10 is 3, whatever floats say
 
 
 def position_scores(shape: tuple[int, int]) -> NDArray:
-    """Earlier tokens matter more: float64 ``[n, length]``."""
-    return np.broadcast_to(-np.arange(shape[1], dtype=float), shape)
+    """Earlier tokens matter more: float64 ``[n, length]``.
+
+    Example:
+        >>> position_scores((1, 3))
+        array([[ 0., -1., -2.]])
+    """
+    return np.broadcast_to(np.arange(0, -shape[1], -1, dtype=float), shape)
 
 
 def random_scores(shape: tuple[int, int], seed: int = 0) -> NDArray:
-    """The control: float64 ``[n, length]`` that say nothing."""
+    """The control: float64 ``[n, length]`` that say nothing.
+
+    Example:
+        >>> random_scores((2, 3), seed=0).shape
+        (2, 3)
+    """
     return np.random.default_rng(seed).random(shape)
 
 
@@ -74,6 +89,11 @@ def inverse_document_frequency(input_ids: NDArray, present: NDArray, corpus: Ite
         input_ids: ``[n, length]``.
         present: bool ``[n, length]``, False at padding, which scores ``-inf``.
         corpus: Token ids of each document.
+
+    Example:
+        >>> corpus = [np.array([7, 8]), np.array([7]), np.array([7, 9])]
+        >>> inverse_document_frequency(np.array([[7, 8, 0]]), np.array([[True, True, False]]), corpus).round(2)
+        array([[0.  , 0.69, -inf]])
     """
     documents, frequency = 0, np.zeros(int(input_ids.max()) + 1)
     for document in corpus:
