@@ -52,7 +52,7 @@ def test_a_preparation_that_was_cut_off_goes_on_as_if_nothing_had_happened(tmp_p
     class CutError(Exception):
         pass
 
-    def cut(step, loss, distillation):
+    def cut(step, figures):
         if step == 25:
             raise CutError
 

@@ -38,6 +38,7 @@ class EnvConfig(BaseModel):
     unanswerable: bool = True
     backbone: str
     prompt: str | None = None
+    answers: Literal["generated", "extracted"] | None = None
     split: SplitName = "train"
     train_size: int | None = Field(default=None, ge=1)
     validation_size: int | None = Field(default=None, ge=1)
