@@ -209,9 +209,9 @@ def prepare(
 
     `sd-gym prepare --backbone ./bart --env SD/Summarization-Custom-v0 --dataset ./mails --output ./bart-mails`
 
-    `sd-gym prepare --backbone ./minilm --env SD/QuestionAnswering-SQuAD-v0 --output ./minilm-squad --set answers=extracted`
+    `sd-gym prepare --backbone ./minilm --env SD/QuestionAnswering-SQuAD-v0 --output ./extractor --set answers=extracted`
 
-    `accelerate launch --multi_gpu -m sd_gym.cli prepare --set device=cuda ...` shares the work between GPUs or machines.
+    `accelerate launch --multi_gpu -m sd_gym.cli prepare --set device=cuda ...` shares the work between GPUs.
     """
     first = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher has started
     try:
