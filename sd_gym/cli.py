@@ -209,7 +209,7 @@ def prepare(
 
     `sd-gym prepare --backbone ./bart --env SD/Summarization-Custom-v0 --dataset ./mails --output ./bart-mails`
 
-    `sd-gym prepare --backbone ./minilm --env SD/QuestionAnswering-SQuAD-v0 --output ./extractor --set answers=extracted`
+    `sd-gym prepare --backbone ./minilm --env SD/QuestionAnswering-SQuAD-v0 --output ./minilm-squad`
 
     `accelerate launch --multi_gpu -m sd_gym.cli prepare --set device=cuda ...` shares the work between GPUs.
     """
