@@ -11,7 +11,7 @@ from sd_gym.agents.common.evaluation import evaluate
 from sd_gym.envs import ConfigError
 from sd_gym.tasks.data import DataError, Source, load_split
 from sd_gym.tasks.text import answer_scores, normalised, summary_scores, text_metrics, text_quality
-from tests.conftest import WORDS, dense_policy, make_model
+from tests.conftest import WORDS, dense_policy, make_extractor, make_model, write_mirror
 
 
 def test_squads_normalisation():
@@ -67,29 +67,39 @@ ENVS = {
 
 
 def mirror(folder, features, subset="default", empty=False):
-    """A data set in the hub's form: Parquet files and a card."""
+    """A data set of a few instances with these features."""
     random = np.random.default_rng(0)
-    files = ""
+    splits = {}
     for split, size in {"train": 30, "validation": 8, "test": 8}.items():
         rows = {name: [" ".join(random.choice(WORDS, 6)) for _ in range(size)] for name in features}
         if "answers" in features:
+            rows["context"] = [f"good food {context}" for context in rows["context"]]
             one = {"text": ["good food", "food"], "answer_start": [0, 5]}
             none = {"text": [], "answer_start": []}
             rows["answers"] = [none if empty and number % 2 else one for number in range(size)]
-        (folder / subset).mkdir(parents=True, exist_ok=True)
-        Dataset.from_dict(rows, features=Features(features)).to_parquet(folder / subset / f"{split}-0.parquet")
-        files += f"  - split: {split}\n    path: {subset}/{split}-*\n"
-    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {subset}\n  data_files:\n{files}---\n")
-    return str(folder)
+        splits[split] = Dataset.from_dict(rows, features=Features(features))
+    return write_mirror(folder, subset, splits)
+
+
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory, tiny_tokenizer):
+    folder = tmp_path_factory.mktemp("extractor")
+    make_extractor("bert").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("quality", ["likelihood", "metric"])
-@pytest.mark.parametrize("name", list(ENVS))
-def test_every_env_with_texts_runs(name, quality, tmp_path, generator):
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [*((name, "generator") for name in ENVS), *((name, "extractor") for name in ENVS if name.startswith("Question"))],
+)
+def test_every_env_with_texts_runs(name, backbone, quality, tmp_path, request):
+    backbone = request.getfixturevalue(backbone)
     subset = "3.0.0" if "CNN" in name else "default"
     data = mirror(tmp_path / "data", ENVS[name], subset, empty=name.endswith("v2"))
     splits = {"train": "train[:-10]", "validation": "train[-10:]", "test": "validation"}
-    settings = {"dataset": data, "backbone": str(generator), "splits": splits, "quality": quality}
+    settings = {"dataset": data, "backbone": str(backbone), "splits": splits, "quality": quality}
     settings |= {"max_source_length": 24, "max_target_length": 6, "num_beams": 2}
     env = gym.make(f"SD/{name}-v0", **settings)
     check_env(env.unwrapped)
