@@ -138,6 +138,14 @@ def write_mirror(folder, subset, splits):
     return str(folder)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tests neither read nor write the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SD_GYM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     vocabulary = {word: index for index, word in enumerate(["<pad>", "[CLS]", "[SEP]", "<unk>", *WORDS])}

@@ -170,7 +170,7 @@ def test_what_was_left_out_and_cut_is_reported(tmp_path, tiny_backbone):
 
 @pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path, reviews, tiny_backbone):
-    """Both processes end with the weights of the mean gradient; the first one writes."""
+    """Each runs batches of its own; the first one writes."""
     # accelerate's own launcher starts several processes on GPUs only; torch's, which it calls there, on CPUs too.
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sd_gym.cli"]
     arguments = ["prepare", "--backbone", tiny_backbone, "--dataset", reviews, "--learning-rate", 0.003]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from sd_gym.envs.core import Core
+from sd_gym.envs.report import by_facts, write_instances
 from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy
 
@@ -52,14 +54,18 @@ def decide_and_score(core: Core, policy: DecisionPolicy, split: Split) -> dict[s
     return {"decision": decisions, **result}
 
 
-def evaluate(core: Core, policy: DecisionPolicy, split_name: str) -> dict[str, Any]:
+def evaluate(core: Core, policy: DecisionPolicy, split_name: str, table: Path | None = None) -> dict[str, Any]:
     """A policy's result on a split: quality, FLOPs and decisions, in all and by difficulty.
 
     ``flops_ratio`` is the mean over instances of the backbone's ratio; ``flops_ratio_with_policy`` adds the FLOPs of
     the policy network itself. ``metrics`` holds the data set's own metric where it is not the mean quality.
+    ``by_difficulty`` has the data's levels, or where they have none the quartiles of the dense loss; ``by_fact`` the
+    quartiles of all that is known of an instance, and ``table`` (a CSV file to write) each instance.
     """
     split = core.split(split_name)
     scored = decide_and_score(core, policy, split)
+    if table is not None:
+        write_instances(split, scored, table)
     rows = np.arange(len(split))
     difference = scored["quality"] - scored["quality_ref"]
     own = policy.flops / split.dense_flops(rows)
@@ -79,7 +85,9 @@ def evaluate(core: Core, policy: DecisionPolicy, split_name: str) -> dict[str, A
         "flops_ratio": float(scored["flops_ratio"].mean()),
         "flops_ratio_with_policy": float((scored["flops_ratio"] + own).mean()),
         "decisions_used": len(np.unique(scored["decision"], axis=0)),
-        "by_difficulty": [_level(scored, split.difficulty, level) for level in np.unique(split.difficulty)],
+        "by_difficulty": [_level(scored, split.levels, level) for level in np.unique(split.levels)],
+        "by_fact": by_facts(split, scored),
+        "data": split.counts,
         "skip_rate": dict(zip(core.backbone.board.names, skip.mean(axis=0).tolist(), strict=True)),
     }
 

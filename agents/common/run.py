@@ -112,7 +112,7 @@ def train(
         env_id: A registered id.
         algo: An agent's name.
         folder: The run folder: ``config.json``, TensorBoard events, ``policy.safetensors``, ``policy.json``,
-            ``result.json``, ``result.png`` (and ``sb3.zip``) are written to it.
+            ``result.json``, ``instances.csv``, ``result.png`` (and ``sb3.zip``) are written to it.
         steps: Decisions to learn from.
         seed: Of the agent and of the env's draws.
         settings: Overrides of the env's config and of the agent's settings, by key.
@@ -158,8 +158,8 @@ def train(
 
 
 def finish(core: Core, policy: DecisionPolicy, folder: Path, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Evaluate a policy on the test split and write ``result.json`` and ``result.png``."""
-    result = evaluate(core, policy, "test")
+    """Evaluate a policy on the test split and write ``result.json``, ``instances.csv`` and ``result.png``."""
+    result = evaluate(core, policy, "test", folder / "instances.csv")
     result["time"] = {str(size): time_ratio(core, policy, "test", size) for size in TIMED_BATCH_SIZES}
     result["history"] = history
     plot_run(result, core.backbone.board.names, folder / "result.png")

@@ -15,8 +15,10 @@ from sd_gym.backbones.load import Output
 from sd_gym.backbones.spans import best_spans
 from sd_gym.envs.config import ConfigError, EnvConfig
 from sd_gym.switch import dropped_tokens, first_layer_input, pooled
+from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.data import Instances, load_split
-from sd_gym.tasks.encoding import droppable_tokens, encode
+from sd_gym.tasks.difficulty import quartiles
+from sd_gym.tasks.encoding import droppable_tokens
 from sd_gym.tasks.metrics import corpus_metric, likelihood, prediction, quality
 from sd_gym.tasks.ranking import in_batches, kept_tokens, token_scores
 from sd_gym.tasks.text import text_metrics, text_quality
@@ -50,7 +52,7 @@ class Split:
         self._check_output()
         self.prompt = config.prompt if self.backbone.causal else None
         self.instances: Instances = load_split(config.source, config.task, name, config.size_of(name))
-        self.encoded = encode(
+        self.encoded = encode_cached(
             self.instances,
             self.backbone.tokenizer,
             output=self.backbone.output,
@@ -91,6 +93,44 @@ class Split:
     def difficulty(self) -> Array:
         """Difficulty of each instance, int64 ``[n]``; 0 where it is not known."""
         return np.array([instance.difficulty for instance in self.instances])
+
+    @cached_property
+    def dense_loss(self) -> Array:
+        """Loss of the dense backbone on each instance, float64 ``[n]``: one forward pass over the split.
+
+        The negative logarithm of the reference's likelihood (see ``sd_gym.tasks.metrics.likelihood``), at most 30; of
+        scores, how far the backbone is off.
+        """
+        rows = np.arange(len(self))
+        dense = np.zeros((len(self), len(self.backbone.board) + 1), dtype=np.int64)
+        scale = self.config.label_range
+        likely = self._teacher_forced(rows, dense, lambda logits, labels: likelihood(logits, labels, scale))
+        return scale * (1 - likely) if self.encoded.labels.is_floating_point() else -np.log(np.maximum(likely, 1e-13))
+
+    @cached_property
+    def levels(self) -> Array:
+        """Difficulty for reports, int64 ``[n]``: the data's own where they have one, else the dense loss's quartile."""
+        return self.difficulty if self.difficulty.any() else quartiles(self.dense_loss)
+
+    def facts(self) -> dict[str, Array]:
+        """What is known of each instance before any decision, by name, each ``[n]``.
+
+        ``source_length`` and ``target_length`` in tokens (the latter where texts are generated), ``dense_loss``, and
+        the ``label`` where instances are classified, or ``answerable`` where questions are answered.
+        """
+        facts = {"source_length": self.encoded.source_length, "dense_loss": self.dense_loss}
+        if self.backbone.generates:
+            facts["target_length"] = self.encoded.target_length
+        if self.config.task == "classification":
+            facts["label"] = np.array([str(instance.target) for instance in self.instances])
+        if self.config.task == "question_answering":
+            facts["answerable"] = np.array([bool(instance.references) for instance in self.instances])
+        return facts
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many instances there are, were left out (an empty text), and had their input or target cut."""
+        return {**self.encoded.counts, "left_out": self.instances.left_out}
 
     def flops_ratio(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under ``decisions [n, switches + 1]`` over dense FLOPs, float64 ``[n]``."""
@@ -184,6 +224,7 @@ class Split:
         predicted = self._teacher_forced(rows, decisions, lambda logits, labels: prediction(logits))
         return {name: corpus_metric(name, predicted, self.encoded.labels[torch.from_numpy(rows)].numpy())}
 
+    @torch.inference_mode()
     def _teacher_forced(
         self,
         rows: Array,

@@ -25,8 +25,9 @@ from sd_gym.backbones.prepare import prepare, random_decisions
 from sd_gym.backbones.spans import best_spans
 from sd_gym.policy import write_json
 from sd_gym.switch import Switchboard
+from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.data import DataError, Instances, Source, load_split
-from sd_gym.tasks.encoding import Encoded, droppable_tokens, encode
+from sd_gym.tasks.encoding import Encoded, droppable_tokens
 from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.metrics import likelihood, quality
 from sd_gym.tasks.ranking import Ranking, kept_tokens, token_scores
@@ -134,7 +135,7 @@ def prepare_backbone(
 
     def part(name: str) -> Part:
         split, scores, droppable = instances[name], None, None
-        encoded = encode(split, tokenizer, **encoding)
+        encoded = encode_cached(split, tokenizer, **encoding)
         if len(token_shares) > 1:
             scores = token_scores(token_ranking, encoded, board, tokenizer, lambda: instances["train"])
             droppable = droppable_tokens(split, tokenizer, max_source_length, encoding["prompt"])
