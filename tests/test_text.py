@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, Sequence, Value
 from gymnasium.utils.env_checker import check_env
+from hypothesis import given
+from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sd_gym.agents.common.evaluation import evaluate
+from torchmetrics.functional.text import squad
 
 from sd_gym.envs import ConfigError
 from sd_gym.tasks.data import DataError, Source, load_split
@@ -27,6 +30,21 @@ def test_squads_scores_by_hand():
     assert answer_scores("", [])["f1"] == 1.0
     assert answer_scores("something", []) == {"exact_match": 0.0, "f1": 0.0}
     assert answer_scores("", ["yes"])["f1"] == 0.0
+
+
+PIECES = st.sampled_from(["the ", "a ", "An ", "dog ", "Cat", ".", "'s ", "-", "1 ", " "])
+TEXTS = st.lists(PIECES, max_size=8).map("".join)
+
+
+@given(answer=TEXTS, references=st.lists(TEXTS, min_size=1, max_size=3))
+def test_squads_scores_are_those_of_torchmetrics(answer, references):
+    target = {"answers": {"text": references, "answer_start": [0] * len(references)}, "id": "1"}
+    expected = squad([{"prediction_text": answer, "id": "1"}], [target])
+    scores = answer_scores(answer, references)
+    assert 100 * scores["exact_match"] == pytest.approx(expected["exact_match"].item())
+    if normalised(answer) and all(normalised(reference) for reference in references):
+        # With nothing left to compare, SQuAD 2.0's rule applies here (no answer is right or wrong), not SQuAD 1.1's.
+        assert 100 * scores["f1"] == pytest.approx(expected["f1"].item(), rel=1e-5)
 
 
 def test_rouge_by_hand_and_against_the_reference():
@@ -144,5 +162,10 @@ def test_questions_without_answer_are_refused_where_there_are_none(tmp_path):
 
 
 def test_quality_by_metric_needs_a_metric_of_texts(generator, tmp_path):
-    with pytest.raises(ConfigError, match="config key 'quality': 'metric' scores generated texts"):
+    with pytest.raises(ConfigError, match="config key 'quality': 'metric' scores texts"):
         gym.make("SD/Summarization-Custom-v0", dataset="x.jsonl", backbone=str(generator), quality="metric")
+
+
+def test_a_metric_of_another_task_is_refused(generator):
+    with pytest.raises(ConfigError, match="'metric': summarization is measured by rouge, exact_match; got 'squad'"):
+        gym.make("SD/Summarization-Custom-v0", dataset="x.jsonl", backbone=str(generator), metric="squad")
