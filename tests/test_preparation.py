@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -87,6 +88,21 @@ def test_a_preparation_that_was_cut_off_goes_on_as_if_nothing_had_happened(tmp_p
     assert weights[0] == weights[1]
 
 
+def test_a_decoder_without_padding_token_learns_to_classify(reviews, tmp_path, tiny_tokenizer):
+    model = make_model("gpt2")
+    model.config.pad_token_id = None
+    model.save_pretrained(tmp_path / "decoder")
+    tiny_tokenizer.save_pretrained(tmp_path / "decoder")
+    settings = {"steps": 80, "learning_rate": 0.003}
+    arguments = str(tmp_path / "decoder"), Source(str(reviews)), "classification"
+    report = prepare_backbone(*arguments, tmp_path / "out", **settings)
+    assert report["quality"]["after"]["0.0"] == 1.0
+    env = gym.make("SD/Classification-Custom-v0", dataset=str(reviews), backbone=str(tmp_path / "out"))
+    split = env.unwrapped.core.split("train")
+    dense = np.zeros((32, len(split.backbone.board) + 1), dtype=np.int64)
+    assert split.run(np.arange(32), dense).mean() == 1.0
+
+
 def count_steps(board, qualities, **settings):
     """Steps of a preparation whose validations give these qualities, and the weights that it leaves."""
     batch = {**make_inputs("bert"), "labels": torch.tensor([0, 1, 0, 1, 0])}
@@ -105,8 +121,8 @@ def test_the_best_weights_stay_and_patience_ends():
     course, weights = count_steps(board, [0.1, 0.5, 0.4, 0.5, 0.3, 0.9], patience=3)
     assert course.step == 50  # the best quality came after 20 steps, and did not come again in three validations
     assert course.validation == [(10, 0.1), (20, 0.5), (30, 0.4), (40, 0.5), (50, 0.3)]
-    assert torch.equal(board.model.classifier.weight, weights[1])
-    assert not torch.equal(weights[1], weights[4])
+    assert torch.equal(board.model.classifier.weight, weights[3])  # as good, and it learned longer
+    assert not torch.equal(weights[3], weights[1])
     course, weights = count_steps(Switchboard(make_model("bert")), np.linspace(0, 1, 10))
     assert course.step == 100
 

@@ -152,6 +152,16 @@ def test_likelihood_is_the_mean_probability_of_the_reference(tmp_path, generator
     assert quality[0] == pytest.approx(float(torch.exp(-loss)), rel=1e-5)
 
 
+def test_passes_are_bounded(tmp_path, generator, monkeypatch):
+    data = mirror(tmp_path / "data", ENVS["Summarization-XSum"])
+    split = gym.make("SD/Summarization-XSum-v0", dataset=data, backbone=str(generator)).unwrapped.core.split("train")
+    rows, decisions = np.arange(30), np.zeros((30, len(split.backbone.board) + 1), dtype=np.int64)
+    whole = split.run(rows, decisions)
+    monkeypatch.setattr("sd_gym.envs.split.PASS_TOKENS", 50)  # three rows of 8 + 8 tokens
+    assert [len(picked) for picked, _ in split._passes(rows, decisions)] == [3] * 10
+    np.testing.assert_allclose(split.run(rows, decisions), whole, rtol=1e-5)
+
+
 def test_questions_without_answer_are_refused_where_there_are_none(tmp_path):
     data = mirror(tmp_path / "data", ENVS["QuestionAnswering-SQuAD"], empty=True)
     with pytest.raises(DataError, match="row 2: the question has no answer"):

@@ -136,6 +136,8 @@ def load_model(
         model.hf_quantizer = None
     if tokenizer.pad_token is None:  # padding is masked, so any token does
         tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:  # decoder-only classifiers look for it to find an input's end
+        model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
 

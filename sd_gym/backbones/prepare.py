@@ -115,11 +115,11 @@ class Course:
     weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def add(self, quality: float, model: torch.nn.Module) -> None:
-        """Note a validation, and the weights if they are the best."""
+        """Note a validation, and the weights if none are better; of equally good ones those that learned longer."""
         self.validation.append((self.step, quality))
-        self.since += 1
-        if quality > self.best:
-            self.best, self.since = quality, 0
+        self.since = 0 if quality > self.best else self.since + 1
+        if quality >= self.best:
+            self.best = quality
             self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 

@@ -29,6 +29,7 @@ OUTPUTS: dict[str, tuple[Output, ...]] = {
     "question_answering": ("text", "span"),
     "summarization": ("text",),
 }
+PASS_TOKENS = 2**15  # padded tokens of a forward pass at most, which bounds its memory
 PASS_OVERHEAD = 1000  # padded tokens that one more forward pass costs as much as, about, on a small backbone
 
 
@@ -249,7 +250,11 @@ class Split:
         length = self.kept_length(rows, decisions[:, -1])
         order = np.argsort(length, kind="stable")
         for chunk in _by_length(length[order]):
-            yield order[chunk], self.inputs(rows[order[chunk]])
+            picked = order[chunk]
+            tokens = int(length[picked].max() + self.encoded.target_length[rows[picked]].max())
+            most = max(1, PASS_TOKENS // tokens)
+            for part in np.split(picked, range(most, len(picked), most)):
+                yield part, self.inputs(rows[part])
 
     def inputs(self, rows: Array) -> dict[str, torch.Tensor]:
         """The backbone's inputs, with ``labels``, of a batch of these rows."""
