@@ -296,7 +296,7 @@ def _print_result(title: str, result: dict[str, Any]) -> None:
         row = (f"  level {level['difficulty']}", f"{level['quality']:.1%}", f"{level['flops_ratio']:.1%}")
         table.add_row(*row, *[""] * len(times), style="dim")
     console.print(table)
-    _print_counts({result["split"]: result["data"]})
+    _print_counts(result.get("data", {}))
     console.print(
         "time at B: of the policy and the switched backbone at batch size B, over the dense backbone's.", style="dim"
     )

@@ -77,7 +77,8 @@ def test_a_run_keeps_what_came_of_each_instance(settings, tmp_path):
     assert [row["id"] for row in rows] == [f"test-{n}" for n in range(4)]
     assert np.mean([float(row["flops_ratio"]) for row in rows]) == pytest.approx(result["flops_ratio"])
     assert all(set(row["decision"]) <= {"0", "1"} for row in rows)
-    assert result["data"] == {"instances": 4, "cut_inputs": 0, "cut_targets": 0, "left_out": 0}
+    assert set(result["data"]) == {"train", "validation", "test"}
+    assert result["data"]["test"] == {"instances": 4, "cut_inputs": 0, "cut_targets": 0, "left_out": 0}
 
 
 def test_scoring_is_not_changed_by_looking_at_difficulty(settings):

@@ -86,6 +86,8 @@ def test_a_preparation_that_was_cut_off_goes_on_as_if_nothing_had_happened(tmp_p
     assert steps == list(range(25, 41))  # the last checkpoint was written after step 24
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
+    curves = [EventAccumulator(str(tmp_path / name)).Reload().Scalars("train/loss") for name in ("whole", "cut")]
+    assert [(event.step, event.value) for event in curves[0]] == [(event.step, event.value) for event in curves[1]]
 
 
 def test_a_decoder_without_padding_token_learns_to_classify(reviews, tmp_path, tiny_tokenizer):

@@ -87,7 +87,6 @@ def evaluate(core: Core, policy: DecisionPolicy, split_name: str, table: Path | 
         "decisions_used": len(np.unique(scored["decision"], axis=0)),
         "by_difficulty": [_level(scored, split.levels, level) for level in np.unique(split.levels)],
         "by_fact": by_facts(split, scored),
-        "data": split.counts,
         "skip_rate": dict(zip(core.backbone.board.names, skip.mean(axis=0).tolist(), strict=True)),
     }
 

@@ -162,6 +162,7 @@ def finish(core: Core, policy: DecisionPolicy, folder: Path, history: list[dict[
     result = evaluate(core, policy, "test", folder / "instances.csv")
     result["time"] = {str(size): time_ratio(core, policy, "test", size) for size in TIMED_BATCH_SIZES}
     result["history"] = history
+    result["data"] = {name: core.split(name).counts for name in ("train", "validation", "test")}
     plot_run(result, core.backbone.board.names, folder / "result.png")
     write_json(folder / "result.json", result)
     return result
