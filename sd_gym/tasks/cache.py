@@ -68,7 +68,8 @@ def _to_tensors(encoded: Encoded) -> dict[str, torch.Tensor]:
 
 
 def _from_tensors(tensors: dict[str, torch.Tensor]) -> Encoded:
-    tensors = {name: value.long() if value.dtype == torch.int32 else value for name, value in tensors.items()}
+    short = [name for name, value in tensors.items() if value.dtype == torch.int32 and name != "offsets"]
+    tensors |= {name: tensors[name].long() for name in short}
     arrays = {field.name for field in fields(Encoded) if "ndarray" in str(field.type)}
     return Encoded(**{name: value.numpy() if name in arrays else value for name, value in tensors.items()})
 

@@ -34,7 +34,7 @@ class Encoded:
             what was cut off (then there is no label: the likelihood is 0, and training passes over it).
         token_type_ids: int64 like ``input_ids`` for sentence pairs, else ``None``.
         context_mask: bool like ``input_ids`` where answers are extracted, else ``None``: where they may begin and end.
-        offsets: int64 ``[n, longest source, 2]``, likewise: the characters of the text that each token is.
+        offsets: int32 ``[n, longest source, 2]``, likewise: the characters of the text that each token is.
     """
 
     input_ids: Tensor
@@ -136,7 +136,7 @@ def encode(
     context_mask = offsets = None
     target_length, target_cut = np.ones(len(instances), dtype=np.int64), np.zeros(len(instances), dtype=bool)
     if output == "span":
-        offsets = source.offset_mapping
+        offsets = source.offset_mapping.int()
         context_mask = _context_mask(source, len(instances))
         labels, target_cut = _spans(instances, context_mask.numpy(), offsets.numpy())
         context_mask[:, 0] = unanswerable
