@@ -123,7 +123,9 @@ class Split:
         if self.backbone.generates:
             facts["target_length"] = self.encoded.target_length
         if self.config.task == "classification":
-            facts["label"] = np.array([str(instance.target) for instance in self.instances])
+            scores = self.encoded.labels.is_floating_point()
+            named = [one.target if scores else str(one.target) for one in self.instances]
+            facts["label"] = np.array(named, dtype=float if scores else None)
         if self.config.task == "question_answering":
             facts["answerable"] = np.array([bool(instance.references) for instance in self.instances])
         return facts

@@ -72,7 +72,8 @@ def prepare_backbone(
         steps: Optimiser steps; each runs the batch densely and under random decisions.
         batch_size: Instances a step.
         learning_rate: Peak learning rate.
-        max_rate: Highest skip rate that a row may draw; 0: the backbone is fine-tuned densely, as usual.
+        max_rate: Highest skip rate that a row may draw; 0 (and no tokens to drop): the backbone is fine-tuned densely,
+            as usual.
         patience: Validations (there are ten) without a better quality after which the preparation ends; ``None``: it
             never ends early. The weights with the best quality under random decisions are kept in any case.
         answers: For question answering, whether the backbone generates its answers or extracts them from the context;
@@ -155,7 +156,7 @@ def prepare_backbone(
         board,
         _batches(train, batch_size, seed, accelerator),
         steps=steps,
-        dense_steps=steps if max_rate == 0 else 0,
+        dense_steps=steps if max_rate == 0 and len(token_shares) == 1 else 0,
         learning_rate=learning_rate,
         warmup_steps=max(1, steps // 10),
         max_rate=max_rate,
