@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,6 +28,7 @@ ARCHITECTURES = ["bart", "mbart", "t5", "gpt2", "llama", "bert", "roberta", "dis
 # --- spans ------------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10_000), length=st.integers(2, 9), longest=st.integers(1, 12), unanswerable=st.booleans())
 def test_the_best_span_is_that_of_an_exhaustive_search(seed, length, longest, unanswerable):
     random = np.random.default_rng(seed)
@@ -84,6 +85,7 @@ def encoded(instances, tokenizer, limit=32, unanswerable=True):
     return encode(instances, tokenizer, **options)
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_the_label_is_the_answer_and_the_span_is_its_original_text(data, tiny_tokenizer):
     words = data.draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=12))
