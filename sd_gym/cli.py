@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +38,7 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _progress() -> Progress:
+def _progress(visible: bool = True) -> Progress:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar at a time
@@ -48,6 +49,7 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
         console=errors,
+        disable=not visible,
     )
 
 
@@ -208,7 +210,13 @@ def prepare(
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1500,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     learning_rate: Annotated[float, typer.Option()] = 5e-5,
-    max_rate: Annotated[float, typer.Option(help="Highest skip rate during preparation.")] = 0.6,
+    max_rate: Annotated[
+        float, typer.Option(min=0, max=1, help="Highest skip rate during preparation; 0: fine-tune densely, as usual.")
+    ] = 0.6,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="End after so many validations (of ten) without a better quality [default: never]."),
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Longest input, in tokens [default: the env's].")
     ] = None,
@@ -221,19 +229,28 @@ def prepare(
     """Fine-tune a backbone so that it bears skipping.
 
     Half of each pass runs densely under the task's loss, half under random decisions with the dense output as target.
+    The weights with the best validation quality under random decisions are kept. Curves are in the output folder, for
+    `tensorboard --logdir`, and a picture of quality against skip rate.
 
     Examples:
     `sd-gym prepare --backbone ./minilm --dataset ./sst2 --output ./minilm-sst2 --steps 2000`
 
     `sd-gym prepare --backbone ./bart --env SD/Summarization-Custom-v0 --dataset ./mails --output ./bart-mails`
-    """
-    try:
-        with _progress() as progress:
-            bar = progress.add_task("loading", total=steps, figures="")
 
-            def on_step(step: int, loss: float, distillation: float) -> None:
-                figures = f"loss {loss:.3f}  distillation {distillation:.3f}"
-                progress.update(bar, completed=step, description="preparing", figures=figures)
+    `sd-gym prepare --backbone ./minilm --env SD/QuestionAnswering-SQuAD-v0 --output ./minilm-squad`
+
+    `accelerate launch --multi_gpu -m sd_gym.cli prepare --set device=cuda ...` shares the work between GPUs.
+    """
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher has started
+    try:
+        with _progress(visible=first) as progress:
+            bar = progress.add_task("loading", total=steps, figures="")
+            latest: dict[str, float] = {}
+
+            def on_step(step: int, figures: dict[str, float]) -> None:
+                latest.update(figures)
+                shown = "  ".join(f"{name} {value:.3f}" for name, value in latest.items() if name != "learning_rate")
+                progress.update(bar, completed=step, description="preparing", figures=shown)
 
             from sd_gym.envs.config import load_config
             from sd_gym.registration import config_of
@@ -251,6 +268,11 @@ def prepare(
                 batch_size=batch_size,
                 learning_rate=learning_rate,
                 max_rate=max_rate,
+                patience=patience,
+                answers=config.answers,
+                prompt=config.prompt,
+                token_shares=config.token_shares,
+                token_ranking=config.token_ranking,
                 max_source_length=config.max_source_length,
                 max_target_length=config.max_target_length,
                 label_range=config.label_range,
@@ -263,13 +285,32 @@ def prepare(
             )
     except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
         _fail(error)
-    table = Table(title=f"{output}: mean quality on the validation split")
-    for column in ("random skip rate", "before", "after"):
+    if not first:
+        return
+    _print_counts(report["data"])
+    table = Table(title=f"{output}: mean quality ({report['measure']}) on the validation split")
+    for column in ("skipped at random", "before", "after"):
         table.add_column(column, justify="right")
-    for rate, after in report["quality"]["after"].items():
-        table.add_row(f"{float(rate):.0%}", f"{report['quality']['before'][rate]:.1%}", f"{after:.1%}")
+    for what, key in (("sublayers", "quality"), ("tokens", "quality_by_token_share")):
+        for rate, after in report[key]["after"].items():
+            table.add_row(f"{float(rate):.0%} of {what}", f"{report[key]['before'][rate]:.1%}", f"{after:.1%}")
     console.print(table)
+    if report["steps_done"] < steps:
+        console.print(f"Ended early, after {report['steps_done']} steps.")
     console.print(f"Prepared backbone: {output}", highlight=False, soft_wrap=True)
+
+
+def _print_counts(data: dict[str, dict[str, int]]) -> None:
+    """What was left out and cut, a line a split where there is anything to say."""
+    words = {
+        "left_out": "rows left out (an empty text)",
+        "cut_inputs": "inputs cut",
+        "cut_targets": "targets cut, or answers cut off",
+    }
+    for split, counts in data.items():
+        shown = [f"{counts[key]} {what}" for key, what in words.items() if counts.get(key)]
+        if shown:
+            console.print(f"{split}: {counts['instances']} instances, {', '.join(shown)}", highlight=False)
 
 
 def _print_result(title: str, result: dict[str, Any]) -> None:
@@ -283,6 +324,7 @@ def _print_result(title: str, result: dict[str, Any]) -> None:
         row = (f"  level {level['difficulty']}", f"{level['quality']:.1%}", f"{level['flops_ratio']:.1%}")
         table.add_row(*row, *[""] * len(times), style="dim")
     console.print(table)
+    _print_counts(result.get("data", {}))
     console.print(
         "time at B: of the policy and the switched backbone at batch size B, over the dense backbone's.", style="dim"
     )

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -88,6 +89,14 @@ def make_model(name, attention="sdpa"):
     return family.from_config(config, attn_implementation=attention).eval()
 
 
+def make_extractor(name):
+    """A random model of an architecture with a head that marks spans."""
+    torch.manual_seed(0)
+    special = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(name, **special, **TINY[name])
+    return AutoModelForQuestionAnswering.from_config(config).eval()
+
+
 def make_inputs(name, batch=5, source=7, target=4, seed=0, side="right"):
     """Inputs with rows of different lengths, padded at one side."""
     generator = torch.Generator().manual_seed(seed)
@@ -116,6 +125,25 @@ def dense_policy(env_id, **settings):
     from sd_gym.agents.registry import make_agent
 
     return make_agent("dense", gym.make_vec(env_id, num_envs=1, **settings).unwrapped).policy()
+
+
+def write_mirror(folder, subset, splits):
+    """Data sets as the hub stores them: Parquet files in a folder for each subset, and a card that names them."""
+    (folder / subset).mkdir(parents=True, exist_ok=True)
+    files = ""
+    for split, data in splits.items():
+        data.to_parquet(folder / subset / f"{split}-00000-of-00001.parquet")
+        files += f"  - split: {split}\n    path: {subset}/{split}-*\n"
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {subset}\n  data_files:\n{files}---\n")
+    return str(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tests neither read nor write the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SD_GYM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

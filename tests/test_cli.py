@@ -39,11 +39,13 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone):
 
     folder = tmp_path / "run"
     settings = ["--set", f"dataset={reviews}", "--set", f"backbone={prepared}", "--set", "penalty=4"]
+    settings += ["--set", "max_source_length=7"]
     options = ["--steps", 2000, "--output", folder]
     result = run("train", "SD/Classification-Custom-v0", "--algo", "a2c", *options, *settings)
     assert result.exit_code == 0, result.output
     assert "dense" in result.output
     assert "different decisions used" in result.output
+    assert "train: 32 instances, 16 inputs cut" in " ".join(result.output.split())
 
     result = run("evaluate", folder, "--split", "validation")
     assert result.exit_code == 0, result.output

@@ -1,6 +1,6 @@
 """Searches and controls on a tiny backbone, where everything can be tried."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import gymnasium as gym
 import numpy as np
@@ -74,7 +74,7 @@ def test_a_static_path_changes_one_component_at_a_time(env, forward):
     ends = (path[-1], path[0]) if forward else (path[0], path[-1])
     assert not ends[0].any()
     np.testing.assert_array_equal(ends[1][:-1], 1)
-    assert all(np.abs(after - before).sum() == 1 for before, after in zip(path, path[1:], strict=False))
+    assert all(np.abs(after - before).sum() == 1 for before, after in pairwise(path))
     if not forward:
         assert sorted(order_of(path)) == list(range(core.n_switches))
 
@@ -99,7 +99,7 @@ def test_the_static_agent_finds_the_best_of_all_masks(settings, tmp_path):
     _, quality, ratio = everything(core, core.split("validation"))
     kept = (quality >= quality[0]).all(axis=1)  # with epsilon 0 no instance may be lost
     best = ratio[kept].mean(axis=1).min()
-    mask = np.array([list(result["skip_rate"].values()) + [0]]).astype(int)
+    mask = np.array([[*result["skip_rate"].values(), 0]]).astype(int)
     split = core.split("validation")
     assert split.flops_ratio(np.arange(len(split)), np.tile(mask, (len(split), 1))).mean() == pytest.approx(best)
 

@@ -39,7 +39,9 @@ def test_question_answering_and_summarization_fields(tmp_path):
         ('{"text": "a", "label": 0}\n{"text": oops\n', "line 2: not JSON"),
         ("[1, 2]\n", "line 1: expected a JSON object, got list"),
         ('{"text": "a"}\n', "line 1: no field 'label'"),
-        ('{"text": " ", "label": 0}\n', "line 1: text must be a text"),
+        ('{"text": 7, "label": 0}\n', "line 1: text must be a text, got 7"),
+        ('{"text": "a", "text_pair": 7, "label": 0}\n', "line 1: text_pair must be a text, got 7"),
+        ('{"text": " ", "label": 0}\n', "the split 'train' .* is empty: all 1 rows have empty texts"),
         ('{"text": "a", "label": true}\n', "line 1: label must be a class index"),
         ('{"text": "a", "label": -1}\n', "line 1: label must be a class index"),
         ("", "the split 'train' .* is empty"),
@@ -51,6 +53,23 @@ def test_malformed_files(tmp_path, content, message):
     file.write_text(content)
     with pytest.raises(DataError, match=message):
         load_split(str(file), "classification", "train", None)
+
+
+@pytest.mark.parametrize(
+    ("task", "full", "empty"),
+    [
+        ("classification", {"text": "a", "label": 0}, {"text": " "}),
+        ("summarization", {"document": "a b", "summary": "a"}, {"document": ""}),
+        ("summarization", {"document": "a b", "summary": "a"}, {"summary": None}),
+        ("question_answering", {"question": "q", "context": "c", "answers": ["c"]}, {"context": "\n"}),
+    ],
+)
+def test_empty_texts_are_left_out_and_counted(tmp_path, task, full, empty):
+    rows = [full, {**full, **empty}, full, {**full, **empty}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    instances = load_split(str(tmp_path), task, "train", None)
+    assert [instance.id for instance in instances] == ["train-0", "train-2"]
+    assert instances.left_out == 2
 
 
 def test_missing_files(tmp_path):

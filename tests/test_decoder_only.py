@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
 from sd_gym.envs import ConfigError
-from sd_gym.tasks.data import DataError
+from sd_gym.tasks.data import DataError, Source
 from sd_gym.tasks.preparation import prepare_backbone
 from tests.conftest import WORDS, make_model
 
@@ -116,8 +116,47 @@ def test_only_the_context_loses_tokens_and_only_the_context_is_cut(data, backbon
         make(data, backbone, prompt=None)
 
 
-def test_preparing_is_refused(data, backbone, tmp_path):
-    from sd_gym.tasks.data import Source
+def test_preparing_teaches_the_answer_behind_the_prompt(backbone, tmp_path):
+    rows = [{"document": f"the {w} was {x}", "summary": f"{x} {w}"} for w in ("food", "room") for x in ("good", "bad")]
+    (tmp_path / "reports.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 10))
+    source = Source(str(tmp_path / "reports.jsonl"))
+    settings = {"steps": 120, "learning_rate": 0.01, "max_target_length": 4, "token_shares": (0.0, 0.3)}
+    with pytest.raises(ValueError, match="decoder-only; say with 'prompt' what it shall read"):
+        prepare_backbone(backbone, source, "summarization", tmp_path / "out", **settings)
+    report = prepare_backbone(
+        backbone, source, "summarization", tmp_path / "out", prompt="Question: {source} Answer:", **settings
+    )
+    before, after = (report["quality"][when] for when in ("before", "after"))
+    assert after["0.0"] > 0.9 > before["0.0"]
+    assert after["0.2"] > before["0.2"]
+    env = gym.make(
+        "SD/Summarization-Custom-v0",
+        dataset=source.dataset,
+        backbone=str(tmp_path / "out"),
+        prompt="Question: {source} Answer:",
+        max_target_length=4,
+        metric="rouge",
+        quality="metric",
+    )
+    core = env.unwrapped.core
+    split = core.split("test")
+    assert split.run(np.arange(4), np.zeros((4, len(core.nvec)), dtype=np.int64)).mean() > 0.9
 
-    with pytest.raises(ValueError, match="decoder-only; preparing these is not possible yet"):
-        prepare_backbone(backbone, Source(data), "question_answering", tmp_path / "out", steps=1)
+
+def test_the_loss_is_on_the_answer_alone(data, backbone):
+    from sd_gym.backbones.forward import forward
+    from sd_gym.backbones.prepare import task_loss
+
+    core = make(data, backbone).unwrapped.core
+    split = core.split("train")
+    inputs = split.inputs(np.arange(5))
+    with torch.inference_mode():
+        loss = task_loss(forward(core.backbone.board, inputs), inputs["labels"])
+        # Hugging Face's loss: labels of the whole sequence, -100 at the prompt and at the padding.
+        ids = torch.cat([inputs["input_ids"], inputs["labels"].clamp(min=0)], dim=1)
+        mask = torch.cat([inputs["attention_mask"], (inputs["labels"] >= 0).long()], dim=1)
+        labels = torch.cat([torch.full_like(inputs["input_ids"], -100), inputs["labels"]], dim=1)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        model = core.backbone.model
+        expected = model(input_ids=ids, attention_mask=mask, position_ids=positions, labels=labels).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)

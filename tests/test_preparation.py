@@ -1,14 +1,22 @@
 """Preparing backbones for every task, and going on after an interruption."""
 
 import json
+import subprocess
+import sys
 
+import gymnasium as gym
+import numpy as np
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
+from sd_gym.backbones.prepare import distillation_loss, prepare, sandwich_loss, task_loss
 from sd_gym.cli import app
+from sd_gym.switch import Switchboard
 from sd_gym.tasks.data import Source
 from sd_gym.tasks.preparation import prepare_backbone
-from tests.conftest import make_model
+from tests.conftest import make_inputs, make_model
 
 
 @pytest.fixture
@@ -35,6 +43,17 @@ def test_a_generator_learns_to_bear_skipping(reports, tiny_generator, tmp_path):
     assert report["quality"]["after"]["0.0"] > 0.9 > report["quality"]["before"]["0.0"]
     assert report["quality"]["after"]["0.4"] > report["quality"]["before"]["0.4"]
     assert not list(output.glob("checkpoint*"))
+    assert (output / "preparation.png").read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(output)).Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "train/loss",
+        "train/distillation",
+        "train/learning_rate",
+        "validation/quality",
+    }
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 151))
+    measured = [(event.step, event.value) for event in events.Scalars("validation/quality")]
+    assert measured == [(one["step"], pytest.approx(one["quality"])) for one in report["validation"]]
 
 
 def test_a_regression_has_one_output(tmp_path, tiny_backbone):
@@ -52,7 +71,7 @@ def test_a_preparation_that_was_cut_off_goes_on_as_if_nothing_had_happened(tmp_p
     class CutError(Exception):
         pass
 
-    def cut(step, loss, distillation):
+    def cut(step, figures):
         if step == 25:
             raise CutError
 
@@ -67,6 +86,121 @@ def test_a_preparation_that_was_cut_off_goes_on_as_if_nothing_had_happened(tmp_p
     assert steps == list(range(25, 41))  # the last checkpoint was written after step 24
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
+    curves = [EventAccumulator(str(tmp_path / name)).Reload().Scalars("train/loss") for name in ("whole", "cut")]
+    assert [(event.step, event.value) for event in curves[0]] == [(event.step, event.value) for event in curves[1]]
+
+
+def test_a_decoder_without_padding_token_learns_to_classify(reviews, tmp_path, tiny_tokenizer):
+    model = make_model("gpt2")
+    model.config.pad_token_id = None
+    model.save_pretrained(tmp_path / "decoder")
+    tiny_tokenizer.save_pretrained(tmp_path / "decoder")
+    settings = {"steps": 80, "learning_rate": 0.003}
+    arguments = str(tmp_path / "decoder"), Source(str(reviews)), "classification"
+    report = prepare_backbone(*arguments, tmp_path / "out", **settings)
+    assert report["quality"]["after"]["0.0"] == 1.0
+    env = gym.make("SD/Classification-Custom-v0", dataset=str(reviews), backbone=str(tmp_path / "out"))
+    split = env.unwrapped.core.split("train")
+    dense = np.zeros((32, len(split.backbone.board) + 1), dtype=np.int64)
+    assert split.run(np.arange(32), dense).mean() == 1.0
+
+
+def count_steps(board, qualities, **settings):
+    """Steps of a preparation whose validations give these qualities, and the weights that it leaves."""
+    batch = {**make_inputs("bert"), "labels": torch.tensor([0, 1, 0, 1, 0])}
+    weights, remaining = [], iter(qualities)
+
+    def validate():
+        weights.append(board.model.classifier.weight.detach().clone())
+        return next(remaining)
+
+    course = prepare(board, iter(lambda: batch, None), steps=100, learning_rate=1e-3, validate=validate, **settings)
+    return course, weights
+
+
+def test_the_best_weights_stay_and_patience_ends():
+    board = Switchboard(make_model("bert"))
+    course, weights = count_steps(board, [0.1, 0.5, 0.4, 0.5, 0.3, 0.9], patience=3)
+    assert course.step == 50  # the best quality came after 20 steps, and did not come again in three validations
+    assert course.validation == [(10, 0.1), (20, 0.5), (30, 0.4), (40, 0.5), (50, 0.3)]
+    assert torch.equal(board.model.classifier.weight, weights[3])  # as good, and it learned longer
+    assert not torch.equal(weights[3], weights[1])
+    course, weights = count_steps(Switchboard(make_model("bert")), np.linspace(0, 1, 10))
+    assert course.step == 100
+
+
+def test_patience_and_the_best_weights_survive_an_interruption(tmp_path):
+    class CutError(Exception):
+        pass
+
+    def cut(step, figures):
+        if step == 35:
+            raise CutError
+
+    whole, cut_off = Switchboard(make_model("bert")), Switchboard(make_model("bert"))
+    qualities = [0.1, 0.5, 0.4, 0.5, 0.3, 0.9]
+    count_steps(whole, qualities, patience=3)
+    settings = {"patience": 3, "checkpoint": tmp_path / "checkpoint.pt"}
+    with pytest.raises(CutError):
+        count_steps(cut_off, qualities, **settings, on_step=cut)
+    again = Switchboard(make_model("bert"))
+    course, _ = count_steps(again, qualities[3:], **settings, resume=True)
+    assert [quality for _, quality in course.validation] == qualities[:5]
+    for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_no_skipping_is_dense_fine_tuning(tmp_path, reviews, tiny_backbone):
+    figures = []
+    settings = {"steps": 60, "learning_rate": 0.003, "on_step": lambda step, shown: figures.append(shown)}
+    arguments = str(tiny_backbone), Source(str(reviews)), "classification"
+    report = prepare_backbone(*arguments, tmp_path / "dense", max_rate=0.0, **settings)
+    assert report["quality"]["after"]["0.0"] == 1.0
+    assert all(one["distillation"] == 0 for one in figures)
+
+
+def test_a_dropped_token_is_not_seen_by_the_switched_half_only():
+    board, inputs = Switchboard(make_model("bert")), make_inputs("bert")
+    batch = {**inputs, "labels": torch.tensor([0, 1, 0, 1, 0]), "keep": inputs["attention_mask"].bool()}
+    batch["keep"][0, 3] = False
+    skip = torch.zeros(5, len(board), dtype=torch.int64)
+    with torch.inference_mode():
+        loss, distillation = sandwich_loss(board, batch, skip)
+        dense = board.model(**inputs).logits
+        with board.decide(skip, batch["keep"]):
+            dropped = board.model(**inputs).logits
+    assert loss.item() == pytest.approx(task_loss(dense, batch["labels"]).item(), rel=1e-5)
+    assert distillation.item() == pytest.approx(distillation_loss(dropped, dense, batch["labels"]).item(), rel=1e-4)
+    assert distillation.item() > 0
+
+
+def test_what_was_left_out_and_cut_is_reported(tmp_path, tiny_backbone):
+    rows = [{"text": "the food was good", "label": 1}, {"text": "bad", "label": 0}, {"text": " ", "label": 0}] * 4
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--steps", 1, "--max-length", 5, "--output", tmp_path / "out", "--dataset", tmp_path]
+    result = CliRunner().invoke(app, [str(a) for a in ["prepare", "--backbone", tiny_backbone, *options]])
+    assert result.exit_code == 0, result.output
+    assert "train: 8 instances, 4 rows left out (an empty text), 4 inputs cut" in " ".join(result.output.split())
+    report = json.loads((tmp_path / "out" / "preparation.json").read_text())
+    assert report["data"]["validation"] == {"instances": 8, "cut_inputs": 4, "cut_targets": 0, "left_out": 4}
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(tmp_path, reviews, tiny_backbone):
+    """Each runs batches of its own; the first one writes."""
+    # accelerate's own launcher starts several processes on GPUs only; torch's, which it calls there, on CPUs too.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sd_gym.cli"]
+    arguments = ["prepare", "--backbone", tiny_backbone, "--dataset", reviews, "--learning-rate", 0.003]
+    arguments += ["--steps", 100, "--batch-size", 8, "--output", tmp_path / "out"]
+    command = [sys.executable, *launch, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Prepared backbone") == 1
+    report = json.loads((tmp_path / "out" / "preparation.json").read_text())
+    assert report["processes"] == 2
+    assert report["quality"]["after"]["0.0"] == 1.0
+    assert len(list((tmp_path / "out").glob("events*"))) == 1
 
 
 def test_the_wrong_kind_of_backbone_is_refused(tmp_path, reports, tiny_backbone):

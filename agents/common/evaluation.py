@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from sd_gym.envs.core import Core
+from sd_gym.envs.report import by_facts, write_instances
 from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy
 
@@ -78,18 +80,27 @@ def score_decisions(core: Core, split: Split, rows: NDArray, decisions: NDArray)
 
 
 def evaluate(
-    core: Core, policy: DecisionPolicy | None, split_name: str, decided: Decided | None = None
+    core: Core,
+    policy: DecisionPolicy | None,
+    split_name: str,
+    *,
+    decided: Decided | None = None,
+    table: Path | None = None,
 ) -> dict[str, Any]:
     """The result on a split, of a policy or of decisions that no policy made: in all and by difficulty.
 
     ``flops_ratio`` is the mean over instances of the backbone's ratio; ``flops_ratio_with_policy`` adds what it costs
-    to decide. ``metrics`` holds the data set's own metric where it is not the mean quality.
+    to decide. ``metrics`` holds the data set's own metric where it is not the mean quality. ``by_difficulty`` has the
+    data's levels, or where they have none the quartiles of the dense loss; ``by_fact`` the quartiles of all that is
+    known of an instance, and ``table`` (a CSV file to write) each instance.
     """
     split = core.split(split_name)
     rows = np.arange(len(split))
     if decided is None:
         decided = Decided(policy.decide(core.observe(split, rows)), np.full(len(split), policy.flops))
     scored = score_decisions(core, split, rows, decided.decisions)
+    if table is not None:
+        write_instances(split, scored, table)
     difference = scored["quality"] - scored["quality_ref"]
     own = decided.flops / split.dense_flops(rows)
     decisions = scored["decision"]
@@ -108,7 +119,8 @@ def evaluate(
         "flops_ratio": float(scored["flops_ratio"].mean()),
         "flops_ratio_with_policy": float((scored["flops_ratio"] + own).mean()),
         "decisions_used": len(np.unique(scored["decision"], axis=0)),
-        "by_difficulty": [_level(scored, split.difficulty, level) for level in np.unique(split.difficulty)],
+        "by_difficulty": [_level(scored, split.levels, level) for level in np.unique(split.levels)],
+        "by_fact": by_facts(split, scored),
         "skip_rate": dict(zip(core.backbone.board.names, skip.mean(axis=0).tolist(), strict=True)),
     }
 

@@ -66,7 +66,8 @@ def train(
         env_id: A registered id.
         algo: An agent's name.
         folder: The run folder: ``config.json``, TensorBoard events, ``policy.safetensors``, ``policy.json``,
-            ``result.json``, ``result.png`` (and ``sb3.zip``) are written to it; ``checkpoint.pt`` while it learns.
+            ``result.json``, ``instances.csv``, ``result.png`` (and ``sb3.zip``) are written to it; ``checkpoint.pt``
+            while it learns.
         steps: Decisions to learn from.
         seed: Of the agent and of the env's draws.
         settings: Overrides of the env's config and of the agent's settings, by key.
@@ -136,11 +137,12 @@ def finish(
     history: list[dict[str, Any]],
     decided: Decided | None = None,
 ) -> dict[str, Any]:
-    """Evaluate on the test split and write ``result.json`` and ``result.png``; only a policy is timed."""
-    result = evaluate(core, policy, "test", decided)
+    """Evaluate on the test split; write ``result.json``, ``instances.csv``, ``result.png``. Only a policy is timed."""
+    result = evaluate(core, policy, "test", decided=decided, table=folder / "instances.csv")
     sizes = TIMED_BATCH_SIZES if policy is not None else ()
     result["time"] = {str(size): time_ratio(core, policy, "test", size) for size in sizes}
     result["history"] = history
+    result["data"] = {name: core.split(name).counts for name in ("train", "validation", "test")}
     plot_run(result, core.backbone.board.names, folder / "result.png")
     write_json(folder / "result.json", result)
     return result

@@ -5,23 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
-import torch
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from sd_gym.backbones.forward import forward
 from sd_gym.switch import FlopsModel, Switchboard
 from sd_gym.switch.architectures import architecture_of
 
 BUNDLED = {"mini": Path(__file__).parent / "mini"}
+Output = Literal["text", "span", "label"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,28 +57,21 @@ class Backbone:
         """Whether it is a decoder only, which reads a prompt and goes on with it."""
         return self.generates and self.board.architecture.causal
 
+    @property
+    def output(self) -> Output:
+        """What it gives: a ``text`` that it generates, a ``span`` of the context, or a ``label`` (or score)."""
+        return output_of(self.model)
+
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits of one forward pass, teacher-forced where the backbone generates (``labels`` are in the inputs).
+        """As ``sd_gym.backbones.forward.forward``."""
+        return forward(self.board, inputs)
 
-        Returns:
-            ``[batch, target length, vocabulary]`` or ``[batch, classes]``.
-        """
-        if self.causal:
-            return self._continuation(**inputs)
-        if self.generates:
-            return self.model(**inputs, use_cache=False).logits
-        return self.model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
 
-    def _continuation(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """Logits of the labels behind prompts that are padded at the left."""
-        given = labels[:, :-1]  # nothing follows the last one
-        input_ids = torch.cat([input_ids, given.clamp(min=0)], dim=1)
-        mask = torch.cat([attention_mask, (given >= 0).long()], dim=1)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        keep = labels.shape[1]
-        return self.model(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False
-        ).logits
+def output_of(model: PreTrainedModel) -> Output:
+    """What a model's head gives."""
+    if model.can_generate():
+        return "text"
+    return "span" if "ForQuestionAnswering" in type(model).__name__ else "label"
 
 
 def resolve(name: str) -> str:
@@ -94,19 +92,67 @@ def resolve(name: str) -> str:
     return name
 
 
-def load_model(name: str, *, num_labels: int | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    name: str, *, num_labels: int | None = None, extracts: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model of a supported architecture and its tokenizer; weights only as safetensors, no remote code.
 
     Args:
         name: Bundled name, local folder, ``.gguf`` file, or hub id.
         num_labels: Put a classification head of that size on the model, new where the stored model has none of
             that size; ``None``: load the head that was stored.
+        extracts: Put a head on the model that marks a span of the input, new where the stored model has none.
 
     Raises:
         FileNotFoundError: If there is no such folder, or the hub does not have it or cannot be reached.
         UnsupportedArchitectureError: If no switches are known for the architecture.
-        ValueError: If the stored model has no head and none is asked for.
+        ValueError: If the stored model has no head and none is asked for, or its architecture has none of that kind.
     """
+    config, path, file = _stored(name)
+    stored, weights = _stored_output(config, file), file or {"use_safetensors": True}
+    if num_labels is not None:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=num_labels, ignore_mismatched_sizes=True, **weights
+        )
+    elif extracts or stored == "span":
+        if type(config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING:
+            raise ValueError(f"the architecture {config.model_type!r} has no head that extracts answers")
+        # One output for starts and one for ends, whatever a former head had.
+        model = AutoModelForQuestionAnswering.from_pretrained(path, num_labels=2, **weights)
+    elif stored == "text" and config.is_encoder_decoder:
+        model = AutoModelForSeq2SeqLM.from_pretrained(path, **weights)
+    elif stored == "text":
+        model = AutoModelForCausalLM.from_pretrained(path, **weights)
+    elif stored == "label":
+        model = AutoModelForSequenceClassification.from_pretrained(path, **weights)
+    else:
+        raise ValueError(
+            f"the backbone {name!r} ({config.model_type}) has no task head; fine-tune one with "
+            f"'sd-gym prepare --backbone {name} --dataset DATA --output FOLDER' and use that folder"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(path, **file)
+    if file:  # its weights are ordinary numbers now, so it can be saved as any other
+        model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer = None
+    if tokenizer.pad_token is None:  # padding is masked, so any token does
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:  # decoder-only classifiers look for it to find an input's end
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def stored_output(name: str) -> Output | None:
+    """What the head that is stored with a backbone gives; ``None`` where there is none.
+
+    Raises:
+        FileNotFoundError, UnsupportedArchitectureError: As ``load_model``.
+    """
+    config, _, file = _stored(name)
+    return _stored_output(config, file)
+
+
+def _stored(name: str) -> tuple[PretrainedConfig, str, dict[str, str]]:
+    """The configuration of a backbone, its folder or hub id, and the GGUF file in it, if it is one."""
     path, file = resolve(name), {}
     if path.endswith(".gguf"):
         file = {"gguf_file": Path(path).name}
@@ -119,27 +165,19 @@ def load_model(name: str, *, num_labels: int | None = None) -> tuple[PreTrainedM
             "Without network, pass the path of a local copy as backbone=..."
         ) from error
     architecture_of(config.model_type)
-    heads = " ".join(config.architectures or [])
-    if num_labels is not None:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=num_labels, use_safetensors=True, ignore_mismatched_sizes=True
-        )
-    elif "ForConditionalGeneration" in heads:
-        model = AutoModelForSeq2SeqLM.from_pretrained(path, use_safetensors=True)
-    elif "ForCausalLM" in heads or "LMHeadModel" in heads or file:
-        weights = file or {"use_safetensors": True}
-        model = AutoModelForCausalLM.from_pretrained(path, **weights)
-    elif "ForSequenceClassification" in heads:
-        model = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True)
-    else:
-        raise ValueError(
-            f"the backbone {name!r} ({heads or config.model_type}) has no task head; fine-tune one with "
-            f"'sd-gym prepare --backbone {name} --dataset DATA --output FOLDER' and use that folder"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(path, **file)
-    if tokenizer.pad_token is None:  # padding is masked, so any token does
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return config, path, file
+
+
+def _stored_output(config: PretrainedConfig, file: dict[str, str]) -> Output | None:
+    heads = {
+        "ForConditionalGeneration": "text",
+        "ForCausalLM": "text",
+        "LMHeadModel": "text",
+        "ForQuestionAnswering": "span",
+        "ForSequenceClassification": "label",
+    }
+    found = [output for head, output in heads.items() if head in " ".join(config.architectures or [])]
+    return found[0] if found else "text" if file else None
 
 
 def save_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -10,14 +10,21 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 
+from sd_gym.backbones.forward import forward
+from sd_gym.backbones.spans import NOWHERE, span_log_likelihood
 from sd_gym.switch import Switchboard
+
+CHECKPOINTS = 10  # on the way
 
 
 def random_decisions(rows: int, switches: int, max_rate: float, generator: torch.Generator) -> Tensor:
@@ -33,37 +40,87 @@ def random_decisions(rows: int, switches: int, max_rate: float, generator: torch
 def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of class labels ``[batch]`` or token labels ``[batch, length]`` (-100 counts not).
 
-    Squared error where the labels are scores (floats).
+    Squared error where the labels are scores (floats); where they are spans ``[batch, spans, 2]``, the mean negative
+    log-probability of the right ones, over the rows that have any.
     """
     if labels.is_floating_point():
         return F.mse_loss(logits[:, 0].float(), labels)
+    if labels.ndim == 3:
+        known = labels[:, 0, 0] >= 0
+        return -span_log_likelihood(logits[known], labels[known]).sum() / known.sum().clamp(min=1)
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100)
 
 
 def distillation_loss(logits: Tensor, dense_logits: Tensor, labels: Tensor) -> Tensor:
     """Mean KL divergence from the dense output, over the same positions as ``task_loss``; no gradient to the dense.
 
-    Squared distance where the labels are scores.
+    Squared distance where the labels are scores. Of spans, the sum of the divergences of starts and ends, the dense
+    output renormalised over the tokens that the switched half keeps.
     """
+    dense_logits = dense_logits.detach()
     if labels.is_floating_point():
-        return F.mse_loss(logits.float(), dense_logits.detach().float())
+        return F.mse_loss(logits.float(), dense_logits.float())
+    if labels.ndim == 3:
+        dense_logits = dense_logits.masked_fill(logits <= NOWHERE, NOWHERE)
+        return 2 * _divergence(logits.flatten(0, 1), dense_logits.flatten(0, 1))
     counted = labels != -100
-    target = F.log_softmax(dense_logits.detach()[counted], dim=-1)
-    return F.kl_div(F.log_softmax(logits[counted], dim=-1), target, reduction="batchmean", log_target=True)
+    return _divergence(logits[counted], dense_logits[counted])
 
 
-def sandwich_loss(board: Switchboard, batch: dict[str, Tensor], skip: Tensor) -> tuple[Tensor, Tensor]:
+def _divergence(logits: Tensor, target: Tensor) -> Tensor:
+    log_prob, target = F.log_softmax(logits, dim=-1), F.log_softmax(target, dim=-1)
+    return F.kl_div(log_prob, target, reduction="batchmean", log_target=True)
+
+
+def sandwich_loss(
+    board: Switchboard, batch: dict[str, Tensor], skip: Tensor, call: Callable[..., Any] | None = None
+) -> tuple[Tensor, Tensor]:
     """The task loss of the dense half and the distillation loss of the half under ``skip``, from one forward pass.
 
     Args:
         board: The backbone's switchboard.
-        batch: The model's inputs with ``labels``, each ``[batch, ...]``.
+        batch: The model's inputs with ``labels``, each ``[batch, ...]``; ``keep``, if it is there, bool
+            ``[batch, length]``, are the tokens that the switched half keeps.
         skip: Decisions of the switched half, ``[batch, switches]``.
+        call: As for ``forward``.
     """
-    doubled = {key: torch.cat([value, value]) for key, value in batch.items()}
-    with board.decide(torch.cat([torch.zeros_like(skip), skip])):
-        dense, switched = board.model(**doubled).logits.chunk(2)
+    inputs = {name: value for name, value in batch.items() if name != "keep"}
+    doubled = {name: torch.cat([value, value]) for name, value in inputs.items()}
+    keep = batch.get("keep")
+    if keep is not None:
+        if "context_mask" in doubled:  # an answer can neither begin nor end where a token is dropped
+            doubled["context_mask"] = torch.cat([inputs["context_mask"], inputs["context_mask"] & keep])
+        keep = torch.cat([torch.ones_like(keep), keep])
+    with board.decide(torch.cat([torch.zeros_like(skip), skip]), keep):
+        dense, switched = forward(board, doubled, call).chunk(2)
     return task_loss(dense, batch["labels"]), distillation_loss(switched, dense, batch["labels"])
+
+
+@dataclass
+class Course:
+    """How a preparation went.
+
+    Attributes:
+        step: The last step.
+        validation: Step and quality of each validation.
+        best: The best quality so far; ``-inf`` before the first validation.
+        since: Validations since then.
+        weights: The model's weights at the best quality; empty before the first validation.
+    """
+
+    step: int = 0
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    best: float = -math.inf
+    since: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def add(self, quality: float, model: torch.nn.Module) -> None:
+        """Note a validation, and the weights if none are better; of equally good ones those that learned longer."""
+        self.validation.append((self.step, quality))
+        self.since = 0 if quality > self.best else self.since + 1
+        if quality >= self.best:
+            self.best = quality
+            self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def prepare(
@@ -77,33 +134,46 @@ def prepare(
     max_rate: float = 0.8,
     weight_decay: float = 0.01,
     seed: int = 0,
+    validate: Callable[[], float] | None = None,
+    patience: int | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
-    on_step: Callable[[int, float, float], None] | None = None,
-) -> None:
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+    accelerator: Accelerator | None = None,
+) -> Course:
     """Fine-tune the backbone of ``board`` in place; learning rate warmed up, then a cosine down to zero.
+
+    What is random in a step depends on the seed, the process and the step alone, so that a preparation that goes on
+    from a checkpoint does what it would have done.
 
     Args:
         board: The backbone's switchboard.
-        batches: Yields at least ``steps`` batches of the model's inputs with ``labels``, on the model's device.
+        batches: Yields at least ``steps`` batches of the model's inputs with ``labels`` (and ``keep``, see
+            ``sandwich_loss``), for this process alone if there are several.
         steps: Optimiser steps in all.
         learning_rate: Peak learning rate of AdamW.
-        dense_steps: The first steps run densely only (a backbone that starts from nothing must learn first).
+        dense_steps: The first steps run densely only (a backbone that starts from nothing must learn first); all of
+            them: the backbone is fine-tuned as usual.
         warmup_steps: Steps of the linear warm-up.
         max_rate: Highest skip rate that a row may draw.
         weight_decay: Of AdamW.
-        seed: Of the random decisions.
+        seed: Of the random decisions and dropout.
+        validate: Gives a quality, ten times on the way; the weights of the best one are those that stay. ``None``: the
+            last weights stay.
+        patience: Validations without a better quality after which the preparation ends; ``None``: it never ends early.
         checkpoint: File that the state is written to ten times on the way; ``None``: none.
         resume: Whether to go on from it, if it is there, as if nothing had happened: the batches that were used are
             drawn again and passed over.
-        on_step: Called with (step, task loss, distillation loss) after every step.
+        on_step: Called with the step and its figures (``loss``, ``distillation``, ``learning_rate``; ``quality`` where
+            it was validated) after every step.
+        accelerator: The processes that share the work; ``None``: this one alone.
 
     Raises:
         ValueError: If the batches end early.
         FloatingPointError: If the loss is not finite.
     """
     model = board.model
-    generator = torch.Generator().manual_seed(seed)
+    accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu", device_placement=False)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True
     )
@@ -113,51 +183,71 @@ def prepare(
         return min(1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+    state, course = {"model": model, "optimizer": optimizer, "schedule": schedule}, Course()
+    if resume and checkpoint is not None and checkpoint.exists():
+        _restore(checkpoint, state, course)
+    done = course.step
     model.train()
-    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    done = _restore(checkpoint, state, generator) if resume and checkpoint is not None and checkpoint.exists() else 0
-    source = iter(batches)
+    call, optimizer = accelerator.prepare(model, optimizer)
+    generator, source, interval = torch.Generator(), iter(batches), max(1, steps // CHECKPOINTS)
     for step in range(1, steps + 1):
         batch = next(source, None)
         if batch is None:
             raise ValueError(f"the batches ended after {step - 1} of {steps} steps")
         if step <= done:
             continue
+        if patience is not None and course.since >= patience:
+            break
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        random = np.random.SeedSequence([seed, accelerator.process_index, step]).generate_state(2).tolist()
+        torch.manual_seed(random[0])  # dropout
         if step <= dense_steps:
-            loss = task_loss(model(**batch).logits, batch["labels"])
-            distillation = torch.zeros(())
+            batch.pop("keep", None)
+            loss = task_loss(forward(board, batch, call), batch["labels"])
+            distillation = torch.zeros((), device=model.device)
         else:
-            skip = random_decisions(len(batch["labels"]), len(board), max_rate, generator)
-            loss, distillation = sandwich_loss(board, batch, skip)
+            rows = len(batch["labels"])
+            skip = random_decisions(rows, len(board), max_rate, generator.manual_seed(random[1]))
+            loss, distillation = sandwich_loss(board, batch, skip, call)
         total = loss + distillation
         optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        accelerator.backward(total)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        figures = {"loss": loss, "distillation": distillation}
+        figures = {name: value.item() for name, value in figures.items()} | {"learning_rate": schedule.get_last_lr()[0]}
         schedule.step()
         if not math.isfinite(total.item()):
             raise FloatingPointError(f"the loss is {total.item()} at step {step}; try a lower learning rate")
+        course.step = step
+        if validate is not None and (step % interval == 0 or step == steps):
+            model.eval()
+            figures["quality"] = validate()
+            course.add(figures["quality"], model)
+            model.train()
         if on_step is not None:
-            on_step(step, loss.item(), distillation.item())
-        if checkpoint is not None and step % max(1, steps // 10) == 0:
-            _save(checkpoint, state, generator, step)
+            on_step(step, figures)
+        if checkpoint is not None and step % interval == 0 and accelerator.is_main_process:
+            _save(checkpoint, state, course)
+    accelerator.unwrap_model(call, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+    if course.weights:
+        model.load_state_dict(course.weights)
     model.eval()
+    return course
 
 
-def _save(file: Path, state: dict[str, Any], generator: torch.Generator, step: int) -> None:
+def _save(file: Path, state: dict[str, Any], course: Course) -> None:
     """Everything that the next step depends on; the file appears complete or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     saved = {name: part.state_dict() for name, part in state.items()}
-    random = {"decisions": generator.get_state(), "dropout": torch.get_rng_state()}
-    torch.save({**saved, "random": random, "step": step}, file.with_suffix(".tmp"))
+    torch.save({**saved, "course": vars(course)}, file.with_suffix(".tmp"))
     os.replace(file.with_suffix(".tmp"), file)
 
 
-def _restore(file: Path, state: dict[str, Any], generator: torch.Generator) -> int:
-    """The step that was done last; tensors and plain values only are read from the file."""
+def _restore(file: Path, state: dict[str, Any], course: Course) -> None:
+    """Tensors and plain values only are read from the file."""
     saved = torch.load(file, weights_only=True)
     for name, part in state.items():
         part.load_state_dict(saved[name])
-    generator.set_state(saved["random"]["decisions"])
-    torch.set_rng_state(saved["random"]["dropout"])
-    return saved["step"]
+    vars(course).update(saved["course"])

@@ -20,6 +20,13 @@ Pairs = Annotated[
 ]
 
 
+METRICS = {
+    "classification": ("accuracy", "f1", "matthews", "correlation", "exact_match"),
+    "question_answering": ("squad", "exact_match"),
+    "summarization": ("rouge", "exact_match"),
+}
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and what was expected."""
 
@@ -39,6 +46,7 @@ class EnvConfig(BaseModel):
     unanswerable: bool = True
     backbone: str
     prompt: str | None = None
+    answers: Literal["generated", "extracted"] | None = None
     split: SplitName = "train"
     train_size: int | None = Field(default=None, ge=1)
     validation_size: int | None = Field(default=None, ge=1)
@@ -105,9 +113,14 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{origin}: config key {key!r}: {first['msg']}, got {first['input']!r}") from error
+    if config.metric not in METRICS[config.task]:
+        raise ConfigError(
+            f"{origin}: config key 'metric': {config.task} is measured by {', '.join(METRICS[config.task])}; got "
+            f"{config.metric!r}"
+        )
     if config.quality == "metric" and config.metric not in ("rouge", "squad"):
         raise ConfigError(
-            f"{origin}: config key 'quality': 'metric' scores generated texts, by rouge or squad; the metric "
+            f"{origin}: config key 'quality': 'metric' scores texts, by rouge or squad; the metric "
             f"is {config.metric!r}, for which exact_match and likelihood are there"
         )
     shares = config.token_shares

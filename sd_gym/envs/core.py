@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from sd_gym.backbones import load_backbone
 from sd_gym.envs.config import EnvConfig
-from sd_gym.envs.split import STATISTICS_SIZE, Split
+from sd_gym.envs.split import Split
 from sd_gym.objectives import quality_cost
+from sd_gym.tasks.ranking import STATISTICS_SIZE
 
 Array = NDArray
 OBSERVATION_LIMIT = 10.0

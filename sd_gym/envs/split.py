@@ -11,28 +11,25 @@ import torch
 from numpy.typing import NDArray
 
 from sd_gym.backbones import load_backbone
+from sd_gym.backbones.load import Output
+from sd_gym.backbones.spans import best_spans
 from sd_gym.envs.config import ConfigError, EnvConfig
-from sd_gym.switch import (
-    Switchboard,
-    attention_received,
-    dropped_tokens,
-    first_layer_input,
-    inverse_document_frequency,
-    keep_tokens,
-    passes,
-    pooled,
-    position_scores,
-    random_scores,
-)
-from sd_gym.tasks.data import load_split
-from sd_gym.tasks.encoding import droppable_tokens, encode, left_padded
-from sd_gym.tasks.instance import Instance
+from sd_gym.switch import dropped_tokens, first_layer_input, passes, pooled
+from sd_gym.tasks.cache import encode_cached
+from sd_gym.tasks.data import Instances, load_split
+from sd_gym.tasks.difficulty import quartiles
+from sd_gym.tasks.encoding import droppable_tokens
 from sd_gym.tasks.metrics import corpus_metric, likelihood, prediction, quality
+from sd_gym.tasks.ranking import in_batches, kept_tokens, token_scores
 from sd_gym.tasks.text import text_metrics, text_quality
 
 Array = NDArray
-STATISTICS_SIZE = 2000  # training instances that statistics are taken from
-EMBEDDING_BATCH = 512
+OUTPUTS: dict[str, tuple[Output, ...]] = {
+    "classification": ("label", "text"),
+    "question_answering": ("text", "span"),
+    "summarization": ("text",),
+}
+PASS_TOKENS = 2**15  # padded tokens of a forward pass at most, which bounds its memory
 
 
 class Split:
@@ -54,20 +51,37 @@ class Split:
                 f"{config.id}: the backbone is decoder-only; say with the config key 'prompt' what it shall read, such "
                 "as '{source}\\nLabel:'"
             )
+        self._check_output()
         self.prompt = config.prompt if self.backbone.causal else None
-        self.instances: list[Instance] = load_split(config.source, config.task, name, config.size_of(name))
-        self.encoded = encode(
+        self.instances: Instances = load_split(config.source, config.task, name, config.size_of(name))
+        self.encoded = encode_cached(
             self.instances,
             self.backbone.tokenizer,
-            generates=self.backbone.generates,
+            output=self.backbone.output,
             max_source_length=config.max_source_length,
             max_target_length=config.max_target_length,
             label2id=self.backbone.model.config.label2id,
             prompt=self.prompt,
+            unanswerable=config.unanswerable,
         )
         self.features = self._features()
         self._always, self._switched = self._costs(np.arange(len(self)), np.zeros(len(self), dtype=np.int64))
         self._scores: dict[tuple[int, bytes], float] = {}
+
+    def _check_output(self) -> None:
+        """Raise ConfigError if the backbone's head cannot do the task, or not in the way that is asked for."""
+        config, output = self.config, self.backbone.output
+        if output not in OUTPUTS[config.task]:
+            raise ConfigError(
+                f"{config.id}: the backbone {config.backbone!r} gives a {output}, but {config.task} needs a "
+                f"{' or a '.join(OUTPUTS[config.task])}; 'sd-gym prepare --env {config.id}' makes one that does"
+            )
+        wanted = {"generated": "text", "extracted": "span"}.get(config.answers or "", output)
+        if output != wanted:
+            raise ConfigError(
+                f"{config.id}: config key 'answers': {config.answers!r} needs a backbone that gives a {wanted}, but "
+                f"{config.backbone!r} gives a {output}"
+            )
 
     def __len__(self) -> int:
         return len(self.instances)
@@ -81,6 +95,46 @@ class Split:
     def difficulty(self) -> Array:
         """Difficulty of each instance, int64 ``[n]``; 0 where it is not known."""
         return np.array([instance.difficulty for instance in self.instances])
+
+    @cached_property
+    def dense_loss(self) -> Array:
+        """Loss of the dense backbone on each instance, float64 ``[n]``: one forward pass over the split.
+
+        The negative logarithm of the reference's likelihood (see ``sd_gym.tasks.metrics.likelihood``), at most 30; of
+        scores, how far the backbone is off.
+        """
+        rows = np.arange(len(self))
+        dense = np.zeros((len(self), len(self.backbone.board) + 1), dtype=np.int64)
+        scale = self.config.label_range
+        likely = self._teacher_forced(rows, dense, lambda logits, labels: likelihood(logits, labels, scale))
+        return scale * (1 - likely) if self.encoded.labels.is_floating_point() else -np.log(np.maximum(likely, 1e-13))
+
+    @cached_property
+    def levels(self) -> Array:
+        """Difficulty for reports, int64 ``[n]``: the data's own where they have one, else the dense loss's quartile."""
+        return self.difficulty if self.difficulty.any() else quartiles(self.dense_loss)
+
+    def facts(self) -> dict[str, Array]:
+        """What is known of each instance before any decision, by name, each ``[n]``.
+
+        ``source_length`` and ``target_length`` in tokens (the latter where texts are generated), ``dense_loss``, and
+        the ``label`` where instances are classified, or ``answerable`` where questions are answered.
+        """
+        facts = {"source_length": self.encoded.source_length, "dense_loss": self.dense_loss}
+        if self.backbone.generates:
+            facts["target_length"] = self.encoded.target_length
+        if self.config.task == "classification":
+            scores = self.encoded.labels.is_floating_point()
+            named = [one.target if scores else str(one.target) for one in self.instances]
+            facts["label"] = np.array(named, dtype=float if scores else None)
+        if self.config.task == "question_answering":
+            facts["answerable"] = np.array([bool(instance.references) for instance in self.instances])
+        return facts
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many instances there are, were left out (an empty text), and had their input or target cut."""
+        return {**self.encoded.counts, "left_out": self.instances.left_out}
 
     def flops_ratio(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under ``decisions [n, switches + 1]`` over dense FLOPs, float64 ``[n]``."""
@@ -127,14 +181,11 @@ class Split:
         The rows run in the passes that are the cheapest: of about the same length that is left, or the same decision.
         """
         config = self.config
-        if config.quality == "metric":
-            texts = self.texts(rows, decisions)
-            return np.array(
-                [
-                    text_quality(config.metric, text, self.instances[row].references)
-                    for row, text in zip(rows, texts, strict=True)
-                ]
-            )
+        spans = self.backbone.output == "span"
+        if config.quality == "metric" or (spans and config.quality == "exact_match"):
+            metric = config.metric if config.quality == "metric" else "exact_match"
+            pairs = zip(rows, self.texts(rows, decisions), strict=True)
+            return np.array([text_quality(metric, text, self.instances[row].references) for row, text in pairs])
         score = likelihood if config.quality == "likelihood" else quality
         return self._teacher_forced(rows, decisions, lambda logits, labels: score(logits, labels, config.label_range))
 
@@ -155,8 +206,12 @@ class Split:
 
     @torch.inference_mode()
     def texts(self, rows: Array, decisions: Array) -> list[str]:
-        """What the backbone generates for rows under decisions, by greedy or beam search."""
+        """What the backbone generates for rows under decisions, by greedy or beam search; or the spans it extracts."""
         config, backbone = self.config, self.backbone
+        if backbone.output == "span":
+            longest = config.max_target_length
+            spans = self._teacher_forced(rows, decisions, lambda logits, labels: best_spans(logits, longest))
+            return self.encoded.span_texts(rows, spans.astype(np.int64), [self.instances[r].source_pair for r in rows])
         texts = [""] * len(rows)
         for picked, inputs in self._passes(rows, decisions, config.max_target_length):
             inputs.pop("labels")
@@ -192,14 +247,22 @@ class Split:
         predicted = self._teacher_forced(rows, decisions, lambda logits, labels: prediction(logits))
         return {name: corpus_metric(name, predicted, self.encoded.labels[torch.from_numpy(rows)].numpy())}
 
+    @torch.inference_mode()
     def _teacher_forced(
-        self, rows: Array, decisions: Array, value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+        self,
+        rows: Array,
+        decisions: Array,
+        value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> Array:
         """A value, or several, of each row's logits and labels, float64 ``[n]`` or ``[n, values]``."""
+        backbone = self.backbone
         order, values = [], []
         for picked, inputs in self._passes(rows, decisions):
-            with self.decide(rows[picked], decisions[picked]):
-                logits = self.backbone.logits(inputs)
+            keep = self._keep(rows[picked], decisions[picked, -1])
+            if keep is not None and "context_mask" in inputs:  # what is dropped neither begins nor ends an answer
+                inputs["context_mask"] = inputs["context_mask"] & torch.from_numpy(keep).to(backbone.model.device)
+            with backbone.board.decide(decisions[picked, :-1], keep):
+                logits = backbone.logits(inputs)
             order.append(picked)
             values.append(value(logits, inputs["labels"]).double().cpu().numpy())
         return np.concatenate(values)[np.argsort(np.concatenate(order))]
@@ -212,12 +275,18 @@ class Split:
         target = self.encoded.target_length[rows][:, None] if self.backbone.generates else kept
         length = np.where(reads_input, kept, target)
         for picked in passes(decisions[:, :-1], length, self.backbone.model.config.hidden_size, steps):
-            yield picked, self.inputs(rows[picked])
+            tokens = int(kept[picked].max() + self.encoded.target_length[rows[picked]].max())
+            most = max(1, PASS_TOKENS // tokens)
+            for part in np.split(picked, range(most, len(picked), most)):
+                yield part, self.inputs(rows[part])
 
     def inputs(self, rows: Array) -> dict[str, torch.Tensor]:
         """The backbone's inputs, with ``labels``, of a batch of these rows."""
-        side = "left" if self.backbone.causal else "right"
-        return self.encoded.batch(rows, self.backbone.model.device, padding_side=side)
+        return self.encoded.batch(rows, self.backbone.model.device, padding_side=self._padding_side)
+
+    @property
+    def _padding_side(self) -> str:
+        return "left" if self.backbone.causal else "right"
 
     def decide(self, rows: Array, decisions: Array) -> AbstractContextManager[None]:
         """The switchboard's ``decide`` for a batch of these rows, padded to the longest of them."""
@@ -239,32 +308,20 @@ class Split:
     @cached_property
     def token_scores(self) -> Array:
         """How much each token matters, by the configured ranking, float ``[n, longest]``."""
-        ids = self.encoded.input_ids.numpy()
-        present = np.arange(ids.shape[1]) < self.encoded.source_length[:, None]
-        ranking = self.config.token_ranking
-        if ranking == "position":
-            return position_scores(ids.shape)
-        if ranking == "random":
-            return random_scores(ids.shape)
-        if ranking == "attention":
-            received = [
-                np.pad(part, ((0, 0), (0, ids.shape[1] - part.shape[1]))) for part in self._batches(attention_received)
-            ]
-            return np.concatenate(received)
-        train = load_split(self.config.source, self.config.task, "train", self.config.train_size)[:STATISTICS_SIZE]
-        corpus = self.backbone.tokenizer([f"{one.source} {one.source_pair or ''}" for one in train]).input_ids
-        return inverse_document_frequency(ids, present, map(np.array, corpus))
+        config = self.config
+        return token_scores(
+            config.token_ranking,
+            self.encoded,
+            self.backbone.board,
+            self.backbone.tokenizer,
+            lambda: load_split(config.source, config.task, "train", config.train_size),
+        )
 
     def _keep(self, rows: Array, level: Array) -> Array | None:
         if not level.any():
             return None
-        share = np.array(self.config.token_shares)[level]
-        length = self.encoded.source_length[rows]
-        keep = keep_tokens(self.token_scores[rows], self.droppable[rows], share)[:, : length.max()]
-        keep &= np.arange(length.max()) < length[:, None]
-        if self.backbone.causal:
-            return left_padded(torch.from_numpy(keep), torch.from_numpy(length)[:, None]).numpy()
-        return keep
+        share, length = np.array(self.config.token_shares)[level], self.encoded.source_length[rows]
+        return kept_tokens(self.token_scores[rows], self.droppable[rows], length, share, self._padding_side)
 
     def _costs(self, rows: Array, level: Array) -> tuple[Array, Array]:
         source, kept = self.encoded.source_length[rows], self.kept_length(rows, level)
@@ -277,16 +334,10 @@ class Split:
 
     def _features(self) -> Array:
         """Mean and maximum of the first layer's input over the tokens, the length and its logarithm."""
-        chunks = list(
-            self._batches(lambda board, inputs: pooled(first_layer_input(board, inputs), inputs["attention_mask"]))
+        chunks = in_batches(
+            lambda board, inputs: pooled(first_layer_input(board, inputs), inputs["attention_mask"]),
+            self.encoded,
+            self.backbone.board,
         )
         length = self.encoded.source_length[:, None].astype(np.float32)
-        return np.concatenate([np.concatenate(chunks), length, np.log(length)], axis=1)
-
-    def _batches(self, function: Callable[[Switchboard, dict[str, torch.Tensor]], torch.Tensor]) -> Iterator[Array]:
-        """What a function of the inputs gives, batch by batch, in order."""
-        for start in range(0, len(self), EMBEDDING_BATCH):
-            rows = np.arange(start, min(start + EMBEDDING_BATCH, len(self)))
-            inputs = self.encoded.batch(rows, self.backbone.model.device)
-            inputs.pop("labels")
-            yield function(self.backbone.board, inputs).float().cpu().numpy()
+        return np.concatenate([np.concatenate(list(chunks)), length, np.log(length)], axis=1)

@@ -24,6 +24,16 @@ FORMATS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 Rows = Iterable[tuple[str, dict[str, Any]]]  # (where it stands, row)
 
 
+class Instances(list[Instance]):
+    """The instances of a split.
+
+    Attributes:
+        left_out: Rows that are no instances, since a text that they need is empty.
+    """
+
+    left_out: int = 0
+
+
 class DataError(ValueError):
     """A data set that cannot be used; the message names the file and line."""
 
@@ -50,8 +60,11 @@ class Source:
     unanswerable: bool = True
 
 
-def load_split(source: Source | str, task: str, split: str, size: int | None) -> list[Instance]:
+def load_split(source: Source | str, task: str, split: str, size: int | None) -> Instances:
     """The instances of one split, in the data set's order.
+
+    A row with an empty document, summary, text, question or context is left out, and counted: data sets of the hub have
+    a few of these.
 
     Args:
         source: The data set; a text is its ``Source.dataset``.
@@ -59,7 +72,7 @@ def load_split(source: Source | str, task: str, split: str, size: int | None) ->
             ``context``, ``answers``) or ``summarization`` (``document``, ``summary``).
         split: ``train``, ``validation`` or ``test``. A single file is divided by row: every tenth row is validation,
             every tenth test, the rest train. A data set without a test split tests on its validation split.
-        size: At most so many instances; ``None``: all.
+        size: So many rows at most; ``None``: all.
 
     Raises:
         FileNotFoundError: If the file, folder, split or hub id does not exist.
@@ -69,15 +82,19 @@ def load_split(source: Source | str, task: str, split: str, size: int | None) ->
     if source.dataset == "procedural":
         if size is None:
             raise DataError(f"the procedural data set is endless; set {split}_size")
-        return generate_split(task, split, size)
+        return Instances(generate_split(task, split, size))
     name, start, end = _slice(source.splits.get(split, split))
-    rows = list(_read(source, name))[start:end]
-    instances = [
-        _instance(_renamed(row, source, task, origin), task, f"{split}-{number}", origin, source.unanswerable)
-        for number, (origin, row) in enumerate(rows[:size])
-    ]
+    rows = list(_read(source, name))[start:end][:size]
+    instances = Instances()
+    for number, (origin, row) in enumerate(rows):
+        row = _renamed(row, source, task, origin)
+        if _is_empty(row, task, origin):
+            instances.left_out += 1
+        else:
+            instances.append(_instance(row, task, f"{split}-{number}", origin, source.unanswerable))
     if not instances:
-        raise DataError(f"the split {split!r} of {source.dataset!r} is empty")
+        empty = f": all {len(rows)} rows have empty texts" if rows else ""
+        raise DataError(f"the split {split!r} of {source.dataset!r} is empty{empty}")
     return instances
 
 
@@ -194,10 +211,23 @@ def _renamed(row: dict[str, Any], source: Source, task: str, origin: str) -> dic
     return renamed
 
 
-def _instance(row: dict[str, Any], task: str, identity: str, origin: str, unanswerable: bool) -> Instance:
-    missing = [field for field in FIELDS[task] if field not in row]
+def _is_empty(row: dict[str, Any], task: str, origin: str) -> bool:
+    """Whether a text that the row needs is empty (an empty cell of a CSV file is ``None``).
+
+    Raises:
+        DataError: If there is no such field, or it is no text.
+    """
+    missing = [name for name in FIELDS[task] if name not in row]
     if missing:
         raise DataError(f"{origin}: no field {missing[0]!r}; {task} needs {', '.join(FIELDS[task])}")
+    texts = [name for name in FIELDS[task] if name not in ("label", "answers")]
+    for name in [*texts, "text_pair"]:
+        if not isinstance(row.get(name), str | None):
+            raise DataError(f"{origin}: {name} must be a text, got {row[name]!r}")
+    return not all((row[name] or "").strip() for name in texts)
+
+
+def _instance(row: dict[str, Any], task: str, identity: str, origin: str, unanswerable: bool) -> Instance:
     difficulty = row.get("difficulty", 0)
     if task == "classification":
         text, label = row["text"], row["label"]
@@ -207,25 +237,34 @@ def _instance(row: dict[str, Any], task: str, identity: str, origin: str, unansw
                 f"{origin}: label must be a class index from 0, a label word or a score, got {label!r}; data sets that "
                 "hide the labels of their test split give -1 there: test on another split"
             )
-        _require_text(text, "text", origin)
         return Instance(identity, text, label, difficulty, row.get("text_pair"))
     if task == "question_answering":
-        _require_text(row["question"], "question", origin)
-        _require_text(row["context"], "context", origin)
-        answers = row["answers"].get("text") if isinstance(row["answers"], dict) else row["answers"]
-        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-            raise DataError(f"{origin}: answers must be a list of texts, or SQuAD's form of it, got {row['answers']!r}")
+        answers, spans = _answers(row["answers"], origin)
         if not answers and not unanswerable:
             raise DataError(f"{origin}: the question has no answer; where that may be, set unanswerable to true")
         target, *others = dict.fromkeys(answers) or [""]
         question = row["question"]
         protected = ((0, len(question)),)
-        return Instance(identity, question, target, difficulty, row["context"], protected, tuple(others))
-    _require_text(row["document"], "document", origin)
-    _require_text(row["summary"], "summary", origin)
+        return Instance(identity, question, target, difficulty, row["context"], protected, tuple(others), spans)
     return Instance(identity, row["document"], row["summary"], difficulty)
 
 
-def _require_text(value: Any, field: str, origin: str) -> None:
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{origin}: {field} must be a text that is not empty, got {value!r}")
+def _answers(value: Any, origin: str) -> tuple[list[str], tuple[tuple[int, int], ...]]:
+    """The texts of answers, and where they stand if the form is SQuAD's: ``{"text": [...], "answer_start": [...]}``."""
+    answers = value.get("text") if isinstance(value, dict) else value
+    if not isinstance(answers, list) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        raise DataError(
+            f"{origin}: answers must be a list of texts, or SQuAD's form of it, got {value!r}; a "
+            "question without answer has an empty list"
+        )
+    starts = value.get("answer_start") if isinstance(value, dict) else None
+    if starts is None:
+        return answers, ()
+    if (
+        not isinstance(starts, list)
+        or len(starts) != len(answers)
+        or not all(isinstance(start, int) and start >= 0 for start in starts)
+    ):
+        raise DataError(f"{origin}: answer_start must be one character index an answer, got {value!r}")
+    spans = ((start, start + len(answer)) for start, answer in zip(starts, answers, strict=True))
+    return answers, tuple(dict.fromkeys(spans))

@@ -18,6 +18,8 @@ class Instance:
         protected: Parts of ``source``, as (start, end) in characters, whose tokens are never dropped: a question, or
             the word that names the task.
         more_targets: Other texts that are as right as ``target``.
+        answer_spans: Where the right answers stand in ``source_pair``, as (start, end) in characters; empty where the
+            data do not say.
     """
 
     id: str
@@ -27,6 +29,7 @@ class Instance:
     source_pair: str | None = None
     protected: tuple[tuple[int, int], ...] = ()
     more_targets: tuple[str, ...] = ()
+    answer_spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def references(self) -> tuple[str, ...]:

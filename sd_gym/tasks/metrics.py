@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sd_gym.backbones.spans import span_log_likelihood
+
 IGNORED = -100
 
 
@@ -42,13 +44,18 @@ def quality(logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
 
 
 def likelihood(logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
-    """Probability of the reference, float32 ``[batch]``: of a class; of a text, the geometric mean over its tokens.
+    """Probability of the reference, float32 ``[batch]``.
+
+    Of a class; of a text, the geometric mean over its tokens; of the right spans of the context, where answers are
+    extracted (labels ``[batch, spans, 2]``, logits ``[batch, 2, length]``), their sum.
 
     A graded quality where exact match is too coarse: from one teacher-forced pass, and comparable with the dense
     backbone's on the same instance. Arguments as of ``quality``; a score has its quality there.
     """
     if labels.is_floating_point():
         return quality(logits, labels, label_range)
+    if labels.ndim == 3:
+        return span_log_likelihood(logits, labels).exp()
     if labels.ndim == 1:
         logits, labels = logits[:, None], labels[:, None]
     counted = labels != IGNORED

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_gym.backbones.load import load_model, save_backbone
+from sd_gym.backbones.load import load_model, output_of, save_backbone, stored_output
 from sd_gym.backbones.prepare import prepare
 from sd_gym.policy import write_json
 from sd_gym.switch import Switchboard
+from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.data import DataError, Source, load_split
-from sd_gym.tasks.encoding import Encoded, encode
+from sd_gym.tasks.encoding import droppable_tokens
 from sd_gym.tasks.instance import Instance
-from sd_gym.tasks.metrics import likelihood, quality
-
-REPORTED_RATES = (0.0, 0.2, 0.4, 0.6)
-EVALUATION_BATCH = 64
+from sd_gym.tasks.ranking import Ranking, token_scores
+from sd_gym.tasks.validation import Part, Score
 
 
 def prepare_backbone(
@@ -34,42 +41,61 @@ def prepare_backbone(
     batch_size: int = 32,
     learning_rate: float = 5e-5,
     max_rate: float = 0.6,
+    patience: int | None = None,
+    answers: Literal["generated", "extracted"] | None = None,
+    prompt: str | None = None,
     max_source_length: int = 128,
     max_target_length: int = 32,
+    token_shares: tuple[float, ...] = (0.0,),
+    token_ranking: Ranking = "idf",
     label_range: float = 1.0,
     train_size: int | None = None,
     validation_size: int | None = None,
     resume: bool = False,
     seed: int = 0,
     device: str = "cpu",
-    on_step: Callable[[int, float, float], None] | None = None,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
     """Fine-tune a backbone on a task so that it bears skipping, and save it with its tokenizer and a report.
 
+    Started by ``accelerate launch``, several processes share the work, each with batches of its own (so ``batch_size``
+    is that of one process); the first one writes.
+
     Args:
-        backbone: Local folder or hub id of a supported model; for classification a head of the right size is put on it
-            if it has none, for the other tasks it must generate.
+        backbone: Local folder or hub id of a supported model. For classification a head of the right size is put on it
+            if it has none, for extracted answers one that marks spans; for anything else it must generate.
         source: The data set; its train and validation splits are used.
         task: ``classification`` (or regression, where the labels are scores), ``question_answering`` or
             ``summarization``.
-        output: Folder to write to; ``checkpoint/`` in it while the preparation runs.
+        output: Folder to write to: the model, ``preparation.json``, ``preparation.png`` (quality against skip rate) and
+            TensorBoard's events; ``checkpoint.pt`` while the preparation runs.
         steps: Optimiser steps; each runs the batch densely and under random decisions.
         batch_size: Instances a step.
         learning_rate: Peak learning rate.
-        max_rate: Highest skip rate that a row may draw.
+        max_rate: Highest skip rate that a row may draw; 0 (and no tokens to drop): the backbone is fine-tuned densely,
+            as usual.
+        patience: Validations (there are ten) without a better quality after which the preparation ends; ``None``: it
+            never ends early. The weights with the best quality under random decisions are kept in any case.
+        answers: For question answering, whether the backbone generates its answers or extracts them from the context;
+            ``None``: it generates if its stored head does.
+        prompt: What decoder-only backbones read, as for ``encode``; the loss is on the answer behind it.
         max_source_length: Longest input, in tokens.
         max_target_length: Longest target, in tokens.
+        token_shares: Shares of the tokens to drop that a row draws from, as in an env's configuration.
+        token_ranking: Which tokens go first; by ``attention``, that of the backbone before it is prepared.
         label_range: Difference of the highest and the lowest score.
         train_size: At most so many training instances; ``None``: all.
         validation_size: Likewise.
         resume: Whether to go on from the checkpoint in ``output``, if there is one.
         seed: Of a new head, the batches and the decisions.
-        device: Where to run.
-        on_step: As for ``sd_gym.backbones.prepare``.
+        device: Where to run, in a single process.
+        on_step: As for ``sd_gym.backbones.prepare``; called in the first process.
 
     Returns:
-        The report, also in ``preparation.json``: settings, and mean quality on the validation split by random skip
-        rate, before and after: accuracy where it classifies, the likelihood of the reference where it generates.
+        The report, also in ``preparation.json``: settings; how many instances there are, were left out (empty) and cut;
+        the course of the validation quality; and mean quality on the validation split by random skip rate, and by the
+        share of tokens dropped, before and after. Quality is accuracy (nearness, of scores) where the backbone
+        classifies, F1 where it extracts answers, the likelihood of the reference where it generates.
 
     Raises:
         FileExistsError: If ``output`` holds a model.
@@ -79,62 +105,122 @@ def prepare_backbone(
     """
     if (output / "config.json").exists():
         raise FileExistsError(f"{output} holds a model; choose another --output")
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        device_placement=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
     sizes = {"train": train_size, "validation": validation_size}
     instances = {name: load_split(source, task, name, size) for name, size in sizes.items()}
     torch.manual_seed(seed)
-    if task == "classification":
-        label2id = classes(instances["train"])
-        model, tokenizer = load_model(backbone, num_labels=len(label2id))
-        model.config.label2id = label2id
-        model.config.id2label = {index: word for word, index in label2id.items()}
-    else:
-        label2id = None
-        model, tokenizer = load_model(backbone)
-        if not model.can_generate():
-            raise ValueError(f"the backbone {backbone!r} does not generate text, which {task} needs")
-        if not model.config.is_encoder_decoder:
-            raise ValueError(f"the backbone {backbone!r} is decoder-only; preparing these is not possible yet")
-    model.to(device)
-    lengths = {"max_source_length": max_source_length, "max_target_length": max_target_length}
-    encoded = {
-        name: encode(split, tokenizer, generates=model.can_generate(), label2id=label2id, **lengths)
-        for name, split in instances.items()
-    }
+    model, tokenizer = _load(backbone, task, answers, instances["train"])
+    model.to(accelerator.device if accelerator.num_processes > 1 else device)
     board = Switchboard(model.eval())
+    causal = model.can_generate() and board.architecture.causal
+    if causal and prompt is None:
+        raise ValueError(f"the backbone {backbone!r} is decoder-only; say with 'prompt' what it shall read")
+    encoding = {
+        "output": output_of(model),
+        "max_source_length": max_source_length,
+        "max_target_length": max_target_length,
+        "label2id": model.config.label2id,
+        "prompt": prompt if causal else None,
+        "unanswerable": source.unanswerable,
+    }
 
-    def measured() -> dict[str, float]:
-        return {str(rate): mean_quality(board, encoded["validation"], rate, label_range) for rate in REPORTED_RATES}
+    def part(name: str) -> Part:
+        split, scores, droppable = instances[name], None, None
+        encoded = encode_cached(split, tokenizer, **encoding)
+        if len(token_shares) > 1:
+            scores = token_scores(token_ranking, encoded, board, tokenizer, lambda: instances["train"])
+            droppable = droppable_tokens(split, tokenizer, max_source_length, encoding["prompt"])
+        return Part(split, encoded, "left" if causal else "right", np.array(token_shares), scores, droppable)
 
-    before = measured()
-    prepare(
+    train, validation = part("train"), part("validation")
+    score = Score(board, validation, label_range, max_target_length, accelerator)
+    before = score.by_rate(), score.by_share()
+    writer: SummaryWriter | None = None
+
+    def log(step: int, figures: dict[str, float]) -> None:
+        nonlocal writer
+        if not accelerator.is_main_process:
+            return
+        if writer is None:  # what a run that was cut off wrote from here on counts no more
+            writer = SummaryWriter(output, purge_step=step)
+        for name, value in figures.items():
+            writer.add_scalar(f"validation/{name}" if name == "quality" else f"train/{name}", value, step)
+        if on_step is not None:
+            on_step(step, figures)
+
+    course = prepare(
         board,
-        _batches(encoded["train"], batch_size, seed, model.device),
+        _batches(train, batch_size, seed, accelerator),
         steps=steps,
+        dense_steps=steps if max_rate == 0 and len(token_shares) == 1 else 0,
         learning_rate=learning_rate,
         warmup_steps=max(1, steps // 10),
         max_rate=max_rate,
         seed=seed,
+        validate=lambda: score.under_random_decisions(max_rate),
+        patience=patience,
         checkpoint=output / "checkpoint.pt",
         resume=resume,
-        on_step=on_step,
+        on_step=log,
+        accelerator=accelerator,
     )
+    after = score.by_rate(), score.by_share()
     report = {
         "backbone": backbone,
         "source": asdict(source),
         "task": task,
         "steps": steps,
         "batch_size": batch_size,
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
         "learning_rate": learning_rate,
         "max_rate": max_rate,
+        "patience": patience,
+        "prompt": encoding["prompt"],
+        "max_source_length": max_source_length,
+        "max_target_length": max_target_length,
+        "token_shares": list(token_shares),
+        "token_ranking": token_ranking,
         "seed": seed,
-        "instances": {name: len(split) for name, split in instances.items()},
-        "quality": {"before": before, "after": measured()},
+        "data": {name: part.counts for name, part in (("train", train), ("validation", validation))},
+        "steps_done": course.step,
+        "validation": [{"step": step, "quality": value} for step, value in course.validation],
+        "measure": score.name,
+        "quality": {"before": before[0], "after": after[0]},
+        "quality_by_token_share": {"before": before[1], "after": after[1]},
     }
     board.remove()
-    save_backbone(model, tokenizer, output)
-    write_json(output / "preparation.json", report)
-    (output / "checkpoint.pt").unlink(missing_ok=True)
+    if writer is not None:
+        writer.close()
+    if accelerator.is_main_process:
+        plot_preparation(report, output / "preparation.png")
+        write_json(output / "preparation.json", report)
+        save_backbone(model, tokenizer, output)
+        (output / "checkpoint.pt").unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
     return report
+
+
+def _load(
+    backbone: str, task: str, answers: str | None, train: list[Instance]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model with the head that the task needs."""
+    if task == "classification":
+        label2id = classes(train)
+        model, tokenizer = load_model(backbone, num_labels=len(label2id))
+        model.config.label2id = label2id
+        model.config.id2label = {index: word for word, index in label2id.items()}
+        return model, tokenizer
+    generates = stored_output(backbone) == "text"
+    if task == "question_answering" and (answers == "extracted" or (answers is None and not generates)):
+        return load_model(backbone, extracts=True)
+    if not generates:
+        raise ValueError(f"the backbone {backbone!r} does not generate text, which {task} needs")
+    return load_model(backbone)
 
 
 def classes(instances: list[Instance]) -> dict[str, int]:
@@ -155,37 +241,46 @@ def classes(instances: list[Instance]) -> dict[str, int]:
     return {str(label): index for index, label in enumerate(sorted(labels))}
 
 
-@torch.inference_mode()
-def mean_quality(board: Switchboard, encoded: Encoded, skip_rate: float, label_range: float = 1.0) -> float:
-    """Mean quality over a split with every row skipping each switch at random (0: dense).
-
-    Accuracy, or the nearness of scores, where the backbone classifies; the likelihood of the reference where it
-    generates.
-    """
-    generator = torch.Generator().manual_seed(0)
-    generates = board.model.can_generate()
-    order = np.argsort(encoded.source_length, kind="stable")
-    total = 0.0
-    for rows in np.split(order, range(EVALUATION_BATCH, len(order), EVALUATION_BATCH)):
-        inputs = encoded.batch(rows, board.model.device)
-        labels = inputs["labels"] if generates else inputs.pop("labels")
-        skip = (torch.rand(len(rows), len(board), generator=generator) < skip_rate).long()
-        with board.decide(skip):
-            logits = board.model(**inputs, **({"use_cache": False} if generates else {})).logits
-        score = likelihood if generates else quality
-        total += float(score(logits, labels, label_range).sum())
-    return total / len(order)
-
-
-def _batches(encoded: Encoded, batch_size: int, seed: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Endless shuffled batches; within a window of 50 batches, instances of similar length go together."""
+def _batches(part: Part, batch_size: int, seed: int, accelerator: Accelerator) -> Iterator[dict[str, Tensor]]:
+    """This process's share of endless shuffled batches, each row at a random token level."""
     random = np.random.default_rng(seed)
+    drawn = _draws(part.encoded.source_length, batch_size, len(part.shares), random)
+    for rows, level in itertools.islice(drawn, accelerator.process_index, None, accelerator.num_processes):
+        yield part.batch(rows, level)
+
+
+def _draws(
+    lengths: NDArray, batch_size: int, levels: int, random: np.random.Generator
+) -> Iterator[tuple[NDArray, NDArray]]:
+    """Endless shuffled rows with their token levels; in a window of 50 batches, rows of similar length go together."""
     window = 50 * batch_size
     while True:
-        order = random.permutation(len(encoded))
+        order = random.permutation(len(lengths))
         for start in range(0, len(order), window):
             part = order[start : start + window]
-            part = part[np.argsort(encoded.source_length[part], kind="stable")]
+            part = part[np.argsort(lengths[part], kind="stable")]
             batches = np.split(part, range(batch_size, len(part), batch_size))
             for number in random.permutation(len(batches)):
-                yield encoded.batch(batches[number], device)
+                yield batches[number], random.integers(levels, size=len(batches[number]))
+
+
+def plot_preparation(report: dict[str, Any], file: Path) -> None:
+    """Quality against skip rate and share of tokens dropped, before and after, and its course, as one PNG."""
+    panels = [("skip rate of every sublayer", report["quality"])]
+    if report["quality_by_token_share"]["after"]:
+        panels.append(("share of tokens dropped", report["quality_by_token_share"]))
+    figure = Figure(figsize=(5 * (len(panels) + 1), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    *curves, course = figure.subplots(1, len(panels) + 1)
+    for axes, (label, values) in zip(curves, panels, strict=True):
+        for name, marker in (("before", "s"), ("after", "o")):
+            axes.plot([float(x) for x in values[name]], list(values[name].values()), marker=marker, label=name)
+        axes.set(xlabel=label, ylabel=f"{report['measure']}, validation split", ylim=(0, 1.03))
+        axes.legend(loc="lower left")
+    course.plot([one["step"] for one in report["validation"]], [one["quality"] for one in report["validation"]], "o-")
+    course.set(xlabel="step", ylabel=f"{report['measure']} under random decisions", ylim=(0, 1.03))
+    for axes in (*curves, course):
+        axes.grid(alpha=0.3)
+    temporary = file.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=100)
+    os.replace(temporary, file)

@@ -1,4 +1,4 @@
-"""What a generated text is worth: SQuAD's exact match and F1, and ROUGE."""
+"""What a text is worth that a backbone generates or extracts: SQuAD's exact match and F1, and ROUGE."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def summary_scores(summary: str, references: Sequence[str]) -> dict[str, float]:
 
 
 def text_quality(metric: str, text: str, references: Sequence[str]) -> float:
-    """Quality of one text in [0, 1]: F1 for ``squad``, the mean of the three ROUGE for ``rouge``.
+    """Quality of one text in [0, 1]: F1 for ``squad``, ``exact_match``, the mean of the three ROUGE for ``rouge``.
 
     Both metrics of a data set are means over its instances, so mean quality kept is metric kept: of SQuAD's two
     figures F1 is the one that a reward can grade, and of the three ROUGE none is preferred.
@@ -48,9 +48,11 @@ def text_quality(metric: str, text: str, references: Sequence[str]) -> float:
     """
     if metric == "squad":
         return answer_scores(text, references)["f1"]
+    if metric == "exact_match":
+        return answer_scores(text, references)["exact_match"]
     if metric == "rouge":
         return float(np.mean(list(summary_scores(text, references).values())))
-    raise ValueError(f"unknown metric {metric!r} of generated texts; expected rouge or squad")
+    raise ValueError(f"unknown metric {metric!r} of generated texts; expected rouge, squad or exact_match")
 
 
 def text_metrics(metric: str, texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -178,11 +178,12 @@ def main() -> None:
     validation = {task: generate_split(task, "validation", 600) for task in TASKS}
     started = time.time()
 
-    def on_step(step: int, loss: float, distillation: float) -> None:
+    def on_step(step: int, figures: dict[str, float]) -> None:
         if step % 400:
             return
         dense = {task: exact_match(board, tokenizer, validation[task]) for task in TASKS}
-        print(f"step {step} {time.time() - started:.0f} s loss {loss:.3f} {distillation:.3f} level {batches.level}")
+        losses = f"loss {figures['loss']:.3f} {figures['distillation']:.3f}"
+        print(f"step {step} {time.time() - started:.0f} s {losses} level {batches.level}")
         for task, by_level in dense.items():
             line = " ".join(f"{value:.3f}" for value in by_level.values())
             if step > arguments.dense_steps:

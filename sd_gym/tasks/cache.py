@@ -1,0 +1,82 @@
+"""Encoded data on disk: tokenising a large data set takes a minute, reading its tensors takes none.
+
+One safetensors file a split, in the folder that the environment variable ``SD_GYM_CACHE`` names, or
+``~/.cache/sd_gym``. Its name is a hash of all that the tensors depend on: the texts, the tokenizer, the lengths. It may
+be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from sd_gym.tasks.encoding import Encoded, encode
+from sd_gym.tasks.instance import Instance
+from sd_gym.version import __version__
+
+SMALLEST = 2000  # instances; fewer are encoded as fast as they are read
+
+
+def encode_cached(instances: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Encoded:
+    """As ``sd_gym.tasks.encoding.encode``, from the cache if it is there."""
+    if len(instances) < SMALLEST or not tokenizer.is_fast:
+        return encode(instances, tokenizer, **settings)
+    file = _folder() / f"{_key(instances, tokenizer, settings)}.safetensors"
+    # A file that cannot be read is made again; where none can be written, there is no cache.
+    with contextlib.suppress(OSError, SafetensorError):
+        return _from_tensors(load_file(file))
+    encoded = encode(instances, tokenizer, **settings)
+    with contextlib.suppress(OSError):
+        _write(_to_tensors(encoded), file)
+    return encoded
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("SD_GYM_CACHE") or Path.home() / ".cache" / "sd_gym")
+
+
+def _key(instances: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> str:
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    for state in ("truncation", "padding"):  # left there by the last call
+        described.pop(state)
+    versions = [__version__, tokenizers.__version__, tokenizer.model_max_length, tokenizer.model_input_names]
+    digest = hashlib.sha256(json.dumps([versions, described, settings], sort_keys=True).encode())
+    for one in instances:
+        parts = [one.source, one.source_pair, one.target, one.more_targets, one.protected, one.answer_spans]
+        digest.update(json.dumps(parts).encode())
+    return digest.hexdigest()
+
+
+def _to_tensors(encoded: Encoded) -> dict[str, torch.Tensor]:
+    """All fields as tensors, whole numbers in half the room."""
+    tensors = {field.name: getattr(encoded, field.name) for field in fields(Encoded)}
+    tensors = {name: torch.as_tensor(value) for name, value in tensors.items() if value is not None}
+    return {name: (v.int() if v.dtype == torch.int64 else v).contiguous() for name, v in tensors.items()}
+
+
+def _from_tensors(tensors: dict[str, torch.Tensor]) -> Encoded:
+    short = [name for name, value in tensors.items() if value.dtype == torch.int32 and name != "offsets"]
+    tensors |= {name: tensors[name].long() for name in short}
+    arrays = {field.name for field in fields(Encoded) if "ndarray" in str(field.type)}
+    return Encoded(**{name: value.numpy() if name in arrays else value for name, value in tensors.items()})
+
+
+def _write(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as temporary:
+        pass
+    save_file(tensors, temporary.name)
+    os.replace(temporary.name, file)

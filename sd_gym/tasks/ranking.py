@@ -1,0 +1,85 @@
+"""Which tokens of encoded inputs go first when tokens are dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sd_gym.backbones.forward import model_inputs
+from sd_gym.switch import (
+    Switchboard,
+    attention_received,
+    inverse_document_frequency,
+    keep_tokens,
+    position_scores,
+    random_scores,
+)
+from sd_gym.tasks.encoding import Encoded, left_padded
+from sd_gym.tasks.instance import Instance
+
+Ranking = Literal["attention", "idf", "position", "random"]
+STATISTICS_SIZE = 2000  # training instances that statistics are taken from
+BATCH = 512
+
+
+def token_scores(
+    ranking: Ranking,
+    encoded: Encoded,
+    board: Switchboard,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Callable[[], Sequence[Instance]],
+) -> NDArray:
+    """How much each token matters, float ``[n, longest]``.
+
+    Args:
+        ranking: ``attention`` (received in the backbone's first layer), ``idf`` (inverse document frequency),
+            ``position`` or ``random``.
+        encoded: The inputs.
+        board: The backbone's switchboard.
+        tokenizer: The backbone's tokenizer.
+        train: Gives the training instances, whose words ``idf`` counts.
+    """
+    ids = encoded.input_ids.numpy()
+    if ranking == "position":
+        return position_scores(ids.shape)
+    if ranking == "random":
+        return random_scores(ids.shape)
+    if ranking == "attention":
+        parts = in_batches(attention_received, encoded, board)
+        return np.concatenate([np.pad(part, ((0, 0), (0, ids.shape[1] - part.shape[1]))) for part in parts])
+    present = np.arange(ids.shape[1]) < encoded.source_length[:, None]
+    texts = [f"{one.source} {one.source_pair or ''}" for one in train()[:STATISTICS_SIZE]]
+    return inverse_document_frequency(ids, present, map(np.array, tokenizer(texts).input_ids))
+
+
+def kept_tokens(scores: NDArray, droppable: NDArray, length: NDArray, share: NDArray, padding_side: str) -> NDArray:
+    """The tokens that a batch of inputs keeps, bool ``[n, longest of them]``, as the switchboard's ``decide`` takes it.
+
+    Args:
+        scores: How much each token matters, ``[n, longest of the split]``.
+        droppable: Whether it may be dropped, likewise.
+        length: Tokens of each input, ``[n]``.
+        share: Share of the droppable tokens that each row drops, ``[n]``.
+        padding_side: Where the batch is padded, ``left`` or ``right``.
+    """
+    longest = int(length.max())
+    keep = keep_tokens(scores, droppable, share)[:, :longest] & (np.arange(longest) < length[:, None])
+    if padding_side == "left":
+        return left_padded(torch.from_numpy(keep), torch.from_numpy(length)[:, None]).numpy()
+    return keep
+
+
+def in_batches(
+    function: Callable[[Switchboard, dict[str, Tensor]], Tensor], encoded: Encoded, board: Switchboard
+) -> Iterator[NDArray]:
+    """What a function of the model's inputs gives, batch by batch, in order."""
+    for start in range(0, len(encoded), BATCH):
+        rows = np.arange(start, min(start + BATCH, len(encoded)))
+        inputs = model_inputs(encoded.batch(rows, board.model.device))
+        yield function(board, inputs).float().cpu().numpy()

@@ -1,0 +1,73 @@
+"""Encoded data on disk: read as they were written, made again when anything about them changes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from sd_gym.tasks import cache
+from sd_gym.tasks.cache import encode_cached
+from sd_gym.tasks.encoding import encode
+from sd_gym.tasks.instance import Instance
+
+SETTINGS = {"output": "span", "max_source_length": 9, "max_target_length": 4}
+INSTANCES = [
+    Instance("a", "the food", "good", 0, "the food was good", ((0, 8),), ("food was good",), ((13, 17),)),
+    Instance("b", "the room", "", 0, "not awful", ((0, 8),)),
+]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    monkeypatch.setenv("SD_GYM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "SMALLEST", 2)
+    return tmp_path / "cache"
+
+
+def same(one, other):
+    for field in dataclasses.fields(one):
+        first, second = getattr(one, field.name), getattr(other, field.name)
+        assert type(first) is type(second), field.name
+        if first is not None:
+            assert first.dtype == second.dtype, field.name
+            assert np.array_equal(np.asarray(first), np.asarray(second)), field.name
+
+
+@pytest.mark.parametrize("output", ["span", "text", "label"])
+def test_what_is_read_is_what_was_encoded(output, tiny_tokenizer, monkeypatch):
+    instances = [dataclasses.replace(one, target=n) for n, one in enumerate(INSTANCES)]
+    instances = instances if output == "label" else INSTANCES
+    settings = {**SETTINGS, "output": output, "label2id": {"0": 0, "1": 1}}
+    fresh = encode(instances, tiny_tokenizer, **settings)
+    same(fresh, encode_cached(instances, tiny_tokenizer, **settings))
+    monkeypatch.setattr(cache, "encode", None)  # it is not called again
+    same(fresh, encode_cached(instances, tiny_tokenizer, **settings))
+
+
+def test_everything_that_matters_makes_another_file(small, tiny_tokenizer):
+    def files():
+        encode_cached(instances, tiny_tokenizer, **settings)
+        return len(list(small.iterdir()))
+
+    instances, settings = list(INSTANCES), dict(SETTINGS)
+    assert [files(), files()] == [1, 1]
+    settings["max_source_length"] = 8
+    assert files() == 2
+    instances[1] = dataclasses.replace(INSTANCES[1], source_pair="not bad")
+    assert files() == 3
+    instances[0] = dataclasses.replace(INSTANCES[0], answer_spans=((9, 17),))
+    assert files() == 4
+    tiny_tokenizer("the food", "the food", truncation=True, max_length=3)  # leaves its state in the tokenizer
+    assert files() == 4
+
+
+def test_a_broken_or_unwritable_cache_does_no_harm(small, tiny_tokenizer, tmp_path, monkeypatch):
+    fresh = encode_cached(INSTANCES, tiny_tokenizer, **SETTINGS)
+    (file,) = small.iterdir()
+    file.write_bytes(file.read_bytes()[:50])
+    same(fresh, encode_cached(INSTANCES, tiny_tokenizer, **SETTINGS))
+    assert torch.equal(cache.load_file(file)["labels"].long(), fresh.labels)
+    (tmp_path / "no-folder").write_text("a file is in the way")
+    monkeypatch.setenv("SD_GYM_CACHE", str(tmp_path / "no-folder"))
+    same(fresh, encode_cached(INSTANCES, tiny_tokenizer, **SETTINGS))

@@ -1,0 +1,301 @@
+"""Extractive question answering: spans of the context, from start and end logits."""
+
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from sd_gym.backbones.prepare import distillation_loss, task_loss
+from sd_gym.backbones.spans import NOWHERE, best_spans, span_log_likelihood
+from sd_gym.envs import ConfigError
+from sd_gym.tasks.data import DataError, Source, load_split
+from sd_gym.tasks.encoding import encode
+from sd_gym.tasks.instance import Instance
+from sd_gym.tasks.metrics import likelihood
+from sd_gym.tasks.preparation import prepare_backbone
+from sd_gym.tasks.text import normalised
+from tests.conftest import WORDS, make_extractor, make_model
+
+ARCHITECTURES = ["bart", "mbart", "t5", "gpt2", "llama", "bert", "roberta", "distilbert", "electra"]
+
+
+# --- spans ------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 10_000), length=st.integers(2, 9), longest=st.integers(1, 12), unanswerable=st.booleans())
+def test_the_best_span_is_that_of_an_exhaustive_search(seed, length, longest, unanswerable):
+    random = np.random.default_rng(seed)
+    logits = torch.from_numpy(random.normal(size=(4, 2, length))).float()
+    allowed = torch.from_numpy(random.random((4, length)) < 0.5)
+    allowed[:, 0], allowed[:, -1] = unanswerable, True
+    logits = logits.masked_fill(~allowed[:, None], NOWHERE)
+    found = best_spans(logits, longest).tolist()
+    for row in range(4):
+        spans = [
+            (first, last)
+            for first in range(length)
+            for last in range(first, min(length, first + longest))
+            if allowed[row, first] and allowed[row, last] and (first > 0 or last == 0)
+        ]
+        assert tuple(found[row]) == max(spans, key=lambda span: logits[row, 0, span[0]] + logits[row, 1, span[1]])
+
+
+def test_likelihood_adds_the_probabilities_of_the_right_spans():
+    start, end = [0.1, 0.6, 0.3], [0.2, 0.3, 0.5]
+    logits = torch.tensor([[start, end]] * 3).log() + 7  # a constant changes nothing
+    spans = torch.tensor([[[1, 2], [0, 0]], [[1, 1], [-100, -100]], [[-100, -100], [-100, -100]]])
+    assert likelihood(logits, spans).tolist() == pytest.approx([0.6 * 0.5 + 0.1 * 0.2, 0.6 * 0.3, 0.0])
+    assert task_loss(logits, spans).item() == pytest.approx(-(np.log(0.32) + np.log(0.18)) / 2, rel=1e-5)
+    assert task_loss(logits, spans[2:].expand(3, -1, -1)).item() == 0.0  # nothing to learn from: no loss, and no NaN
+    assert span_log_likelihood(logits, spans)[2] == -torch.inf
+
+
+def test_distillation_of_spans_compares_what_both_may_choose():
+    dense = torch.tensor([[[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]]]).log()
+    labels = torch.tensor([[[1, 1]]])
+    assert distillation_loss(dense, dense, labels).item() == pytest.approx(0, abs=1e-6)
+    switched = torch.tensor([[[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]]).log().clamp(min=NOWHERE)
+    # Without the third token the dense output is (2/3, 1/3) and (1/3, 2/3).
+    expected = 2 * (2 / 3 * np.log(2 / 3 / 0.5) + 1 / 3 * np.log(1 / 3 / 0.5))
+    switched.requires_grad_()
+    loss = distillation_loss(switched, dense, labels)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert torch.isfinite(switched.grad).all()
+
+
+# --- data and encoding ------------------------------------------------------------------------------------------------
+
+
+def question(context, answers, starts=None, number=0):
+    spans = tuple((start, start + len(text)) for start, text in zip(starts or [], answers, strict=starts is not None))
+    first, *others = answers or [""]
+    return Instance(f"q-{number}", "was the room", first, 0, context, ((0, 12),), tuple(others), spans)
+
+
+def encoded(instances, tokenizer, limit=32, unanswerable=True):
+    options = {"output": "span", "max_source_length": limit, "max_target_length": 8, "unanswerable": unanswerable}
+    return encode(instances, tokenizer, **options)
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_the_label_is_the_answer_and_the_span_is_its_original_text(data, tiny_tokenizer):
+    words = data.draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=12))
+    gaps = data.draw(st.lists(st.sampled_from([" ", "  ", "\n "]), min_size=len(words), max_size=len(words)))
+    first = data.draw(st.integers(0, len(words) - 1))
+    last = data.draw(st.integers(first, len(words) - 1))
+    pieces = [word + gap for word, gap in zip(words, gaps, strict=True)]
+    context, start = "".join(pieces), len("".join(pieces[:first]))
+    answer = "".join(pieces[first : last + 1]).strip()
+    split = encoded([question(context, [answer], [start])], tiny_tokenizer)
+    before = 1 + 3 + 1  # [CLS], the question, [SEP]
+    assert split.labels.tolist() == [[[before + first, before + last]]]
+    assert split.span_texts(np.array([0]), split.labels[:, 0].numpy(), [context]) == [answer]
+    assert split.context_mask[0].tolist() == [True] + [False] * 4 + [True] * len(words) + [False]
+
+
+def test_answers_without_a_place_are_looked_for(tiny_tokenizer):
+    context = "the food was good the food"
+    split = encoded([question(context, ["the food", "good"])], tiny_tokenizer)
+    assert split.labels.tolist() == [[[5, 6], [9, 10], [8, 8]]]
+    wrong = encoded([question(context, ["good"], [3])], tiny_tokenizer)  # not at its place: wherever it occurs
+    assert wrong.labels.tolist() == [[[8, 8]]]
+    with pytest.raises(DataError, match="the answer 'awful' does not stand in its context"):
+        encoded([question(context, ["awful"])], tiny_tokenizer)
+
+
+def test_only_the_context_is_cut_and_answers_that_were_cut_off_are_counted(tiny_tokenizer):
+    contexts = ["good food was fine", "fine was the food good", "good"]
+    instances = [question(context, ["good"], [context.index("good")]) for context in contexts]
+    instances.append(question("the food was bad", []))
+    split = encoded(instances, tiny_tokenizer, limit=9)  # 5 before the context, 1 behind it
+    assert split.source_length.tolist() == [9, 9, 7, 9]
+    assert split.labels.tolist() == [[[5, 5]], [[-100, -100]], [[5, 5]], [[0, 0]]]
+    assert split.counts == {"instances": 4, "cut_inputs": 3, "cut_targets": 1}
+    assert not encoded(instances[:3], tiny_tokenizer, unanswerable=False).context_mask[:, 0].any()
+    with pytest.raises(DataError, match="instance q-0: the question alone has 6 of max_source_length 6 tokens"):
+        encoded(instances, tiny_tokenizer, limit=6)
+
+
+def test_an_answer_cut_in_two_is_cut_off(tiny_tokenizer):
+    split = encoded([question("the food was bad", ["food was bad"], [4])], tiny_tokenizer, limit=9)
+    assert split.labels.tolist() == [[[-100, -100]]]
+    assert split.target_cut.all()
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"text": ["good"], "answer_start": []},
+        {"text": ["good"], "answer_start": [-1]},
+        {"text": ["good"], "answer_start": ["0"]},
+    ],
+)
+def test_malformed_places_are_refused(tmp_path, answers):
+    (tmp_path / "qa.jsonl").write_text(json.dumps({"question": "q", "context": "good", "answers": answers}))
+    with pytest.raises(DataError, match="line 1: answer_start must be one character index an answer"):
+        load_split(str(tmp_path / "qa.jsonl"), "question_answering", "train", None)
+
+
+# --- envs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The answer is the word behind "was"; every fourth question has none."""
+    random = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("data")
+    for split, size in (("train", 60), ("validation", 24)):
+        rows = []
+        for number in range(size):
+            words = random.choice(["the", "food", "not", "room"], random.integers(4, 9)).tolist()
+            place, answer = int(random.integers(1, len(words))), str(random.choice(["good", "bad", "fine", "awful"]))
+            answered = number % 4 > 0
+            if answered:
+                words[place - 1 : place + 1] = ["was", answer]
+            context = " ".join(words)
+            start = [len(" ".join(words[:place])) + 1] if answered else []
+            answers = {"text": [answer] if answered else [], "answer_start": start}
+            rows.append({"question": "the food", "context": context, "answers": answers})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def extractor(request, tmp_path, tiny_tokenizer):
+    make_extractor(request.param).save_pretrained(tmp_path / request.param)
+    tiny_tokenizer.save_pretrained(tmp_path / request.param)
+    return str(tmp_path / request.param)
+
+
+def make(data, backbone, **settings):
+    settings = {"max_source_length": 20, "max_target_length": 3, "metric": "squad", "quality": "metric", **settings}
+    return gym.make("SD/QuestionAnswering-Custom-v0", dataset=data, backbone=backbone, **settings)
+
+
+def decisions_for(core, n, rate=0.3):
+    random = np.random.default_rng(0)
+    skip = (random.random((n, core.n_switches)) < rate).astype(np.int64)
+    return np.column_stack([skip, random.integers(core.nvec[-1], size=n)])
+
+
+def test_the_env_passes_the_checks_and_each_row_answers_as_alone(data, extractor):
+    env = make(data, extractor, token_shares=[0.0, 0.5], token_ranking="position")
+    check_env(env.unwrapped)
+    core = env.unwrapped.core
+    split, rows = core.split("test"), np.arange(24)
+    decisions = decisions_for(core, 24)
+    probable = make(data, extractor, token_shares=[0.0, 0.5], token_ranking="position", quality="likelihood")
+    run = probable.unwrapped.core.split("test").run
+    alone = [run(rows[i : i + 1], decisions[i : i + 1])[0] for i in rows]
+    np.testing.assert_allclose(run(rows, decisions), alone, rtol=1e-4, atol=1e-6)
+    together = split.texts(rows, decisions)
+    assert len(set(together)) > 3
+    kept_end = np.where(decisions[:, -1] > 0, 0.5, 1.0)
+    for text, instance, share in zip(together, split.instances, kept_end, strict=True):
+        assert text in instance.source_pair
+        # The context's last tokens were dropped, so no answer ends there.
+        words = instance.source_pair.split()
+        assert text in " ".join(words[: int(np.ceil(share * len(words)))])
+    assert set(split.metrics(rows, decisions)) == {"exact_match", "f1"}
+    exact = make(data, extractor, quality="exact_match", metric="exact_match").unwrapped.core.split("test")
+    nothing = np.zeros((24, len(core.nvec)), dtype=np.int64)
+    texts = exact.texts(rows, nothing)
+    matches = [
+        normalised(text) in map(normalised, one.references or ("",))
+        for text, one in zip(texts, exact.instances, strict=True)
+    ]
+    assert exact.run(rows, nothing).tolist() == [float(match) for match in matches]
+
+
+def test_likelihood_is_that_of_the_untouched_model(data, tmp_path, tiny_tokenizer):
+    model = make_extractor("bert")
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    split = make(data, str(tmp_path), quality="likelihood").unwrapped.core.split("test")
+    quality = split.run(np.arange(24), np.zeros((24, 7), dtype=np.int64))
+    for row, instance in enumerate(split.instances[:6]):
+        inputs = tiny_tokenizer(instance.source, instance.source_pair, return_tensors="pt")
+        with torch.inference_mode():
+            output = model(**inputs)
+        allowed = [place for place, number in enumerate(inputs.sequence_ids(0)) if number == 1 or place == 0]
+        word = (["[CLS]"] if not instance.references else list(instance.references))[0]
+        place = allowed.index(inputs.tokens(0).index(word))
+        expected = output.start_logits[0, allowed].softmax(-1)[place] * output.end_logits[0, allowed].softmax(-1)[place]
+        assert quality[row] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_analytic_flops_are_counted_flops(data, extractor):
+    core = make(data, extractor, token_shares=[0.0, 0.5]).unwrapped.core
+    core.backbone.model.set_attn_implementation("eager")  # the only one whose products the counter sees on a CPU
+    split, decisions = core.split("train"), decisions_for(core, 2)
+    decisions[:, -1] = [0, 1]
+    for row in range(2):
+        split.token_scores, split.droppable  # noqa: B018  (ranking is not part of the pass)
+        with FlopCounterMode(display=False) as counter:
+            split.run(np.array([row]), decisions[row : row + 1])
+        assert counter.get_total_flops() == split.flops(np.array([row]), decisions[row : row + 1])[0]
+
+
+def test_a_backbone_of_the_wrong_kind_is_refused(data, tmp_path, tiny_tokenizer, tiny_backbone):
+    for name, model in (("generator", make_model("bart")), ("extractor", make_extractor("bert"))):
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+    with pytest.raises(ConfigError, match="gives a label, but question_answering needs a text or a span"):
+        make(data, str(tiny_backbone))
+    with pytest.raises(ConfigError, match="'answers': 'extracted' needs a backbone that gives a span"):
+        make(data, str(tmp_path / "generator"), answers="extracted")
+    with pytest.raises(ConfigError, match="'answers': 'generated' needs a backbone that gives a text"):
+        make(data, str(tmp_path / "extractor"), answers="generated")
+    (tmp_path / "x.jsonl").write_text('{"document": "the food", "summary": "food"}\n' * 20)
+    with pytest.raises(ConfigError, match="gives a span, but summarization needs a text"):
+        gym.make("SD/Summarization-Custom-v0", dataset=str(tmp_path / "x.jsonl"), backbone=str(tmp_path / "extractor"))
+
+
+# --- preparing --------------------------------------------------------------------------------------------------------
+
+
+def test_a_bare_encoder_learns_to_extract_and_to_bear_skipping_and_dropping(data, tmp_path, tiny_tokenizer):
+    make_model("bert").bert.save_pretrained(tmp_path / "bare")
+    tiny_tokenizer.save_pretrained(tmp_path / "bare")
+    settings = {"steps": 250, "learning_rate": 0.01, "max_source_length": 20, "max_target_length": 3}
+    report = prepare_backbone(
+        str(tmp_path / "bare"),
+        Source(data),
+        "question_answering",
+        tmp_path / "out",
+        token_shares=(0.0, 0.3),
+        **settings,
+    )
+    after, before = report["quality"]["after"], report["quality"]["before"]
+    assert report["measure"] == "f1"
+    assert after["0.0"] > 0.8 > before["0.0"]
+    assert after["0.2"] > before["0.2"]
+    assert set(report["quality_by_token_share"]["after"]) == {"0.3"}
+    core = make(data, str(tmp_path / "out")).unwrapped.core
+    split = core.split("test")
+    quality = split.run(np.arange(24), np.zeros((24, len(core.nvec)), dtype=np.int64))
+    assert quality.mean() == pytest.approx(after["0.0"])
+
+
+def test_a_generator_can_be_made_to_extract(data, tmp_path, tiny_tokenizer):
+    make_model("bart").save_pretrained(tmp_path / "generator")
+    make_model("pegasus").save_pretrained(tmp_path / "pegasus")
+    for name in ("generator", "pegasus"):
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+    settings = {"steps": 1, "max_source_length": 20}
+    arguments = Source(data), "question_answering"
+    report = prepare_backbone(str(tmp_path / "generator"), *arguments, tmp_path / "a", **settings)
+    assert report["measure"] == "likelihood"
+    report = prepare_backbone(str(tmp_path / "generator"), *arguments, tmp_path / "b", answers="extracted", **settings)
+    assert report["measure"] == "f1"
+    with pytest.raises(ValueError, match="'pegasus' has no head that extracts answers"):
+        prepare_backbone(str(tmp_path / "pegasus"), *arguments, tmp_path / "c", answers="extracted", **settings)
