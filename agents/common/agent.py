@@ -141,7 +141,8 @@ class Agent(ABC):
     def _new_policy(self, **kwargs: Any) -> DecisionPolicy:
         core = self.env.core
         size = self.env.single_observation_space.shape[0]
-        return DecisionPolicy(size, core.nvec.tolist(), core.backbone.board.names, blind=self.blind, **kwargs)
+        with torch.random.fork_rng(devices=[]):  # to export a policy draws nothing from the agent's randomness
+            return DecisionPolicy(size, core.nvec.tolist(), core.backbone.board.names, blind=self.blind, **kwargs)
 
     def _constant_policy(self, logits: torch.Tensor, **kwargs: Any) -> DecisionPolicy:
         """The same logits ``[sum(nvec)]`` for every input."""
