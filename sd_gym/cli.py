@@ -201,8 +201,16 @@ def compare(
 
 @app.command()
 def prepare(
-    backbone: Annotated[str, typer.Option(help="Local folder or hub id of a supported model, such as a BERT.")],
     output: Annotated[Path, typer.Option(help="Folder to write the prepared model to.")],
+    backbone: Annotated[
+        str | None, typer.Option(help="Local folder or hub id of a supported model, such as a BERT.")
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run folder: tune the run's backbone further, on the run's data, under the policy it learned."
+        ),
+    ] = None,
     env: Annotated[
         str, typer.Option(help="Env whose task and data it is prepared for.")
     ] = "SD/Classification-Custom-v0",
@@ -239,6 +247,10 @@ def prepare(
 
     `sd-gym prepare --backbone ./minilm --env SD/QuestionAnswering-SQuAD-v0 --output ./minilm-squad`
 
+    Backbone and policy tuned to each other, alternating:
+    `sd-gym prepare --policy runs/first --output tuned`, then
+    `sd-gym train SD/Classification-Mini-v0 --set backbone=tuned --set start=runs/first --output runs/second`
+
     `accelerate launch --multi_gpu -m sd_gym.cli prepare --set device=cuda ...` shares the work between GPUs.
     """
     first = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher has started
@@ -256,9 +268,25 @@ def prepare(
             from sd_gym.registration import config_of
             from sd_gym.tasks.preparation import prepare_backbone
 
-            given = {"dataset": dataset, "max_source_length": max_length}
-            overrides = {key: value for key, value in given.items() if value is not None} | _settings(set_)
-            config = load_config(config_of(env), {**overrides, "backbone": backbone})
+            if (backbone is None) == (policy is None):
+                raise ValueError("pass either --backbone, or --policy for the backbone of a run")
+            skip_logits = None
+            if policy is not None:
+                import numpy as np
+
+                from sd_gym.agents.common.run import load_run
+
+                _, core, network = load_run(policy)
+                config = core.config
+                splits = {name: core.split(name) for name in ("train", "validation")}
+                skip_logits = {
+                    name: network.skip_logits(core.observe(split, np.arange(len(split))))
+                    for name, split in splits.items()
+                }
+            else:
+                given = {"dataset": dataset, "max_source_length": max_length}
+                overrides = {key: value for key, value in given.items() if value is not None} | _settings(set_)
+                config = load_config(config_of(env), {**overrides, "backbone": backbone})
             report = prepare_backbone(
                 config.backbone,
                 config.source,
@@ -278,6 +306,7 @@ def prepare(
                 label_range=config.label_range,
                 train_size=config.train_size,
                 validation_size=config.validation_size,
+                skip_logits=skip_logits,
                 resume=resume,
                 seed=seed,
                 device=config.device,

@@ -120,6 +120,19 @@ class DecisionPolicy(nn.Module):
             )  # their argmax draws from the softmax
         return self.choose(logits).cpu().numpy()
 
+    @torch.inference_mode()
+    def skip_logits(self, observations: NDArray) -> NDArray:
+        """Log-odds of skipping each switch, float32 ``[n, switches]``, for observations ``[n, features]``.
+
+        Raises:
+            ValueError: If the policy is autoregressive: its odds depend on earlier choices.
+        """
+        if self.autoregressive:
+            raise ValueError("an autoregressive policy has no odds of a switch by itself")
+        seen = torch.as_tensor(observations, dtype=torch.float32, device=self.head.weight.device)
+        choices = self(seen)[:, : 2 * len(self.switches)].unflatten(1, (-1, 2))
+        return (choices[..., 1] - choices[..., 0]).cpu().numpy()
+
     def with_margin(self, margin: float) -> DecisionPolicy:
         """A copy that skips only where it prefers skipping by more than ``margin`` in log-odds: a knob for caution."""
         copy = deepcopy(self)

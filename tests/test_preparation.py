@@ -8,11 +8,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from sd_gym.agents.common.run import load_run, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from sd_gym.backbones.prepare import distillation_loss, prepare, sandwich_loss, task_loss
+from sd_gym.backbones.prepare import decisions_around, distillation_loss, prepare, sandwich_loss, task_loss
 from sd_gym.cli import app
+from sd_gym.envs.core import shared_core
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.data import Source
 from sd_gym.tasks.preparation import prepare_backbone
@@ -213,3 +216,44 @@ def test_unknown_env_is_refused(tmp_path):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert "did you mean 'SD/Classification-SST2-v0'" in " ".join((result.output + result.stderr).split())
+
+
+def test_a_backbone_is_tuned_under_a_policy(tmp_path, reviews, tiny_backbone):
+    """The policy sees what it saw before, and its decisions lose less."""
+    prepared, run, tuned = (tmp_path / name for name in ("prepared", "run", "tuned"))
+    settings = {"steps": 60, "learning_rate": 0.003}
+    prepare_backbone(str(tiny_backbone), Source(str(reviews)), "classification", prepared, **settings)
+    overrides = {"dataset": str(reviews), "backbone": str(prepared), "rate": 0.7}
+    train("SD/Classification-Custom-v0", "hash", run, steps=1, settings=overrides)
+    options = ["--policy", run, "--output", tuned, "--steps", 150, "--learning-rate", 0.003]
+    result = CliRunner().invoke(app, ["prepare", *map(str, options)])
+    assert result.exit_code == 0, result.output
+    _, before, policy = load_run(run)
+    after = shared_core(before.config.model_copy(update={"backbone": str(tuned)}))
+    rows = np.arange(len(before.split("train")))
+    observations = before.observe(before.split("train"), rows)
+    np.testing.assert_array_equal(after.observe(after.split("train"), rows), observations)
+    skip = np.pad(policy.skip_logits(observations) > 0, ((0, 0), (0, 1))).astype(int)
+    skip[:, 1] = skip[:, 4] = 1  # around the policy, not only its very decisions
+    assert after.split("train").run(rows, skip).mean() >= before.split("train").run(rows, skip).mean()
+    assert after.split("train").dense_loss.mean() < 0.3
+    weights = [load_file(folder / "model.safetensors") for folder in (prepared, tuned)]
+    assert not torch.equal(*(part["bert.encoder.layer.0.output.dense.weight"] for part in weights))
+
+
+def test_decisions_around_a_policy_follow_it():
+    logits = torch.tensor([[8.0, -8.0, 0.0]]).repeat(4000, 1)
+    random = torch.ones(4000, 3, dtype=torch.int64)
+    drawn = decisions_around(logits, random, torch.Generator().manual_seed(0))
+    rates = drawn.double().mean(dim=0)
+    # Rows that take the random decision (a share of 0.3) skip all; the others skip with 0.98, 0.02, and in between.
+    assert rates[0] == pytest.approx(0.3 + 0.7 * 0.98, abs=0.03)
+    assert rates[1] == pytest.approx(0.3 + 0.7 * 0.02, abs=0.03)
+    assert rates[1] < rates[2] < rates[0]
+
+
+def test_either_a_backbone_or_a_policy(tmp_path):
+    for options in ([], ["--backbone", "x", "--policy", "y"]):
+        result = CliRunner().invoke(app, ["prepare", "--output", str(tmp_path / "o"), *options])
+        assert result.exit_code == 2
+        assert "pass either --backbone, or --policy" in " ".join((result.output + result.stderr).split())

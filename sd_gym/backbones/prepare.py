@@ -25,6 +25,9 @@ from sd_gym.backbones.spans import NOWHERE, span_log_likelihood
 from sd_gym.switch import Switchboard
 
 CHECKPOINTS = 10  # on the way
+BOLDNESS = (-1.0, 2.0)  # between what a policy's log-odds of skipping are shifted
+RARE = 0.02  # the least probability of skipping, and of not skipping, a switch
+RANDOM_SHARE = 0.3  # of the rows, beside those that a policy decides on
 
 
 def random_decisions(rows: int, switches: int, max_rate: float, generator: torch.Generator) -> Tensor:
@@ -35,6 +38,42 @@ def random_decisions(rows: int, switches: int, max_rate: float, generator: torch
     """
     rates = torch.rand(rows, 1, generator=generator) * max_rate
     return (torch.rand(rows, switches, generator=generator) < rates).long()
+
+
+def decisions_around(skip_logits: Tensor, random: Tensor, generator: torch.Generator) -> Tensor:
+    """Skip vectors around those of a policy, some bolder and some more cautious, among random ones.
+
+    Args:
+        skip_logits: The policy's log-odds of skipping each switch, ``[rows, switches]``.
+        random: Random skip vectors, ``[rows, switches]``, which a share of the rows takes, so that the backbone bears
+            more than this one policy.
+        generator: Of what is drawn.
+
+    Returns:
+        int64 ``[rows, switches]`` on the CPU.
+    """
+    rows = len(skip_logits)
+    lowest, highest = BOLDNESS
+    shifted = skip_logits + lowest + (highest - lowest) * torch.rand(rows, 1, generator=generator)
+    probability = shifted.sigmoid().clamp(RARE, 1 - RARE)
+    drawn = (torch.rand(probability.shape, generator=generator) < probability).long()
+    return torch.where(torch.rand(rows, 1, generator=generator) < RANDOM_SHARE, random, drawn)
+
+
+def freeze_observation(board: Switchboard) -> None:
+    """Freeze what a policy sees of an input, in place: all parameters but those of the layers and of the heads.
+
+    So a policy's observation stays what it was while the backbone is tuned under it; what a head shares with the
+    embeddings stays too.
+    """
+    architecture, model = board.architecture, board.model
+    layers = [model.base_model.get_submodule(stack.layers) for stack in architecture.stacks]
+    heads = {*architecture.token_heads, *architecture.sequence_heads}
+    tuned = [*layers, *(module for path, module in model.named_modules() if path in heads)]
+    free = {id(parameter) for module in tuned for parameter in module.parameters()}
+    shared = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in free - shared)
 
 
 def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -149,7 +188,8 @@ def prepare(
     Args:
         board: The backbone's switchboard.
         batches: Yields at least ``steps`` batches of the model's inputs with ``labels`` (and ``keep``, see
-            ``sandwich_loss``), for this process alone if there are several.
+            ``sandwich_loss``; and ``skip_logits``, of the policy that it is tuned under), for this process alone if
+            there are several.
         steps: Optimiser steps in all.
         learning_rate: Peak learning rate of AdamW.
         dense_steps: The first steps run densely only (a backbone that starts from nothing must learn first); all of
@@ -174,9 +214,8 @@ def prepare(
     """
     model = board.model
     accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu", device_placement=False)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True
-    )
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
 
     def scale(step: int) -> float:
         progress = max(0, step - warmup_steps) / max(1, steps - warmup_steps)
@@ -199,6 +238,7 @@ def prepare(
         if patience is not None and course.since >= patience:
             break
         batch = {name: value.to(model.device) for name, value in batch.items()}
+        skip_logits = batch.pop("skip_logits", None)
         random = np.random.SeedSequence([seed, accelerator.process_index, step]).generate_state(2).tolist()
         torch.manual_seed(random[0])  # dropout
         if step <= dense_steps:
@@ -208,6 +248,8 @@ def prepare(
         else:
             rows = len(batch["labels"])
             skip = random_decisions(rows, len(board), max_rate, generator.manual_seed(random[1]))
+            if skip_logits is not None:
+                skip = decisions_around(skip_logits.cpu(), skip, generator)
             loss, distillation = sandwich_loss(board, batch, skip, call)
         total = loss + distillation
         optimizer.zero_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.backbones.load import load_model, output_of, save_backbone, stored_output
-from sd_gym.backbones.prepare import prepare
+from sd_gym.backbones.prepare import freeze_observation, prepare
 from sd_gym.policy import write_json
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.cache import encode_cached
@@ -51,6 +51,7 @@ def prepare_backbone(
     label_range: float = 1.0,
     train_size: int | None = None,
     validation_size: int | None = None,
+    skip_logits: Mapping[str, NDArray] | None = None,
     resume: bool = False,
     seed: int = 0,
     device: str = "cpu",
@@ -86,6 +87,9 @@ def prepare_backbone(
         label_range: Difference of the highest and the lowest score.
         train_size: At most so many training instances; ``None``: all.
         validation_size: Likewise.
+        skip_logits: To tune it under a policy: of ``train`` and ``validation``, the log-odds by which the policy skips
+            each switch for each instance, float32 ``[n, switches]``. Then decisions are drawn around the policy's
+            (``decisions_around``), and what the policy observes is frozen (``freeze_observation``).
         resume: Whether to go on from the checkpoint in ``output``, if there is one.
         seed: Of a new head, the batches and the decisions.
         device: Where to run, in a single process.
@@ -113,9 +117,14 @@ def prepare_backbone(
     sizes = {"train": train_size, "validation": validation_size}
     instances = {name: load_split(source, task, name, size) for name, size in sizes.items()}
     torch.manual_seed(seed)
-    model, tokenizer = _load(backbone, task, answers, instances["train"])
+    if skip_logits is None:
+        model, tokenizer = _load(backbone, task, answers, instances["train"])
+    else:
+        model, tokenizer = load_model(backbone)  # as the policy knows it
     model.to(accelerator.device if accelerator.num_processes > 1 else device)
     board = Switchboard(model.eval())
+    if skip_logits is not None:
+        freeze_observation(board)
     causal = model.can_generate() and board.architecture.causal
     if causal and prompt is None:
         raise ValueError(f"the backbone {backbone!r} is decoder-only; say with 'prompt' what it shall read")
@@ -134,7 +143,8 @@ def prepare_backbone(
         if len(token_shares) > 1:
             scores = token_scores(token_ranking, encoded, board, tokenizer, lambda: instances["train"])
             droppable = droppable_tokens(split, tokenizer, max_source_length, encoding["prompt"])
-        return Part(split, encoded, "left" if causal else "right", np.array(token_shares), scores, droppable)
+        odds = None if skip_logits is None else skip_logits[name]
+        return Part(split, encoded, "left" if causal else "right", np.array(token_shares), scores, droppable, odds)
 
     train, validation = part("train"), part("validation")
     score = Score(board, validation, label_range, max_target_length, accelerator)
@@ -161,7 +171,7 @@ def prepare_backbone(
         warmup_steps=max(1, steps // 10),
         max_rate=max_rate,
         seed=seed,
-        validate=lambda: score.under_random_decisions(max_rate),
+        validate=lambda: score.under_decisions(max_rate),
         patience=patience,
         checkpoint=output / "checkpoint.pt",
         resume=resume,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sd_gym.backbones.forward import forward
 from sd_gym.backbones.load import output_of
-from sd_gym.backbones.prepare import random_decisions
+from sd_gym.backbones.prepare import decisions_around, random_decisions
 from sd_gym.backbones.spans import best_spans
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.data import Instances
@@ -36,6 +36,8 @@ class Part:
         shares: The shares of tokens that a row may drop, float ``[levels]``.
         scores: How much each token matters, ``[n, longest]``; ``None`` where none is dropped.
         droppable: Whether it may be dropped, likewise.
+        skip_logits: Log-odds by which the policy that the backbone is tuned under skips each switch, float32
+            ``[n, switches]``; ``None``: there is none.
     """
 
     instances: Instances
@@ -44,6 +46,7 @@ class Part:
     shares: NDArray
     scores: NDArray | None
     droppable: NDArray | None
+    skip_logits: NDArray | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -53,6 +56,8 @@ class Part:
     def batch(self, rows: NDArray, level: NDArray) -> dict[str, Tensor]:
         """The inputs of some rows, on the CPU; ``keep`` among them where tokens are dropped at their levels."""
         inputs = self.encoded.batch(rows, torch.device("cpu"), padding_side=self.padding_side)
+        if self.skip_logits is not None:
+            inputs["skip_logits"] = torch.from_numpy(self.skip_logits[rows])
         if level.any():
             length, share = self.encoded.source_length[rows], self.shares[level]
             keep = kept_tokens(self.scores[rows], self.droppable[rows], length, share, self.padding_side)
@@ -89,10 +94,13 @@ class Score:
         nothing = torch.zeros(n, len(self.board), dtype=torch.int64)
         return {str(share): self.mean(nothing, np.full(n, level)) for level, share in enumerate(shares, start=1)}
 
-    def under_random_decisions(self, max_rate: float) -> float:
+    def under_decisions(self, max_rate: float) -> float:
         """Quality with every row drawing its decision as in training, the same ones at each call."""
         n, levels = len(self.part.encoded), len(self.part.shares)
-        skip = random_decisions(n, len(self.board), max_rate, torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        skip = random_decisions(n, len(self.board), max_rate, generator)
+        if self.part.skip_logits is not None:
+            skip = decisions_around(torch.from_numpy(self.part.skip_logits), skip, generator)
         return self.mean(skip, np.random.default_rng(0).integers(levels, size=n))
 
     @torch.inference_mode()
@@ -104,6 +112,7 @@ class Score:
         total = 0.0
         for rows in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
             inputs = {name: value.to(device) for name, value in part.batch(rows, level[rows]).items()}
+            inputs.pop("skip_logits", None)
             keep = inputs.pop("keep", None)
             if keep is not None and "context_mask" in inputs:
                 inputs["context_mask"] = inputs["context_mask"] & keep
