@@ -141,6 +141,16 @@ class DecisionPolicy(nn.Module):
             copy.head.bias[torch.from_numpy(running)] += margin
         return copy
 
+    def with_decision(self, decision: NDArray) -> DecisionPolicy:
+        """A copy that makes one decision ``[components]`` for every input."""
+        copy = deepcopy(self)
+        chosen = torch.from_numpy(np.cumsum([0, *self.nvec[:-1]]) + np.asarray(decision))
+        with torch.no_grad():
+            copy.head.weight.zero_()
+            copy.head.bias.zero_()
+            copy.head.bias[chosen] = 1.0
+        return copy
+
     def with_weights(self, weights: dict[str, Tensor]) -> DecisionPolicy:
         """A copy with other weights (a ``state_dict``)."""
         copy = deepcopy(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -58,6 +59,23 @@ class StaticAgent(Agent):
 
     def _mask_policy(self, mask: NDArray) -> DecisionPolicy:
         return self._constant_policy(decision_logits(self.env.core.nvec, mask, CONFIDENCE))
+
+
+def backward_path(folder: Path, nvec: NDArray) -> list[NDArray]:
+    """The masks of a run of ``static`` from dense to nothing, each skipping one candidate more.
+
+    Raises:
+        FileNotFoundError: If the folder holds no masks.
+        ValueError: If they are masks of something else.
+    """
+    file = folder / "masks.json"
+    if not file.exists():
+        raise FileNotFoundError(f"no masks.json in {folder}; expected a run of the agent static")
+    masks = np.array(json.loads(file.read_text(encoding="utf-8")))
+    length = int((nvec - 1).sum()) + 1
+    if masks.shape[1:] != nvec.shape or (np.diff(masks[:length], axis=0).sum(axis=1) != 1).any():
+        raise ValueError(f"the masks in {folder} are no path of {len(nvec)} components from dense to nothing")
+    return list(masks[:length])
 
 
 def report(on_rollout: OnRollout, scored: int) -> None:

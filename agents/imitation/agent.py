@@ -9,13 +9,14 @@ first loss ends the way.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field
 from sd_gym.agents.baselines.search import deepest_safe, static_path
-from sd_gym.agents.baselines.static import report
+from sd_gym.agents.baselines.static import backward_path, report
 from sd_gym.agents.common.agent import Agent, LearnerSettings, OnRollout, initial_bias
 from stable_baselines3.common.logger import Logger
 
@@ -28,12 +29,14 @@ class ImitationSettings(LearnerSettings):
     """Settings of imitation.
 
     Attributes:
+        path: Folder of a run of ``static`` whose masks are the path; ``None``: it is searched on the training split.
         instances: Training instances that are tried on the masks of the path.
         epochs: Passes over the found decisions; a tenth of them is held out, and the best epoch on it is kept.
         batch_size: Of the supervised learning.
         weight_decay: Of AdamW.
     """
 
+    path: Path | None = None
     instances: int = Field(5000, ge=20)
     epochs: int = Field(40, ge=1)
     batch_size: int = Field(128, ge=1)
@@ -69,7 +72,10 @@ class ImitationAgent(Agent):
         def on_round(more: int) -> None:
             report(on_rollout, scored + more)
 
-        path = static_path(core, split, rows[:ORDER_INSTANCES], on_round)
+        if self.settings.path is None:
+            path = static_path(core, split, rows[:ORDER_INSTANCES], on_round)
+        else:
+            path = backward_path(self.settings.path, core.nvec)
         depths = deepest_safe(split, rows, path, on_round)
         found = np.stack(path)[depths]
         logger.record("search/flops_ratio", float(split.flops_ratio(rows, found).mean()))
