@@ -2,10 +2,10 @@
 
     python benchmarks/agents.py --output runs/agents
 
-For each env: the best static masks are searched once; ``imitation`` learns, for each seed, how far down their path an input
-can go; the learning agents start from there and refine. The blind control (the same agent, its observation zeroed) starts
-from the best static mask. What is finished is kept and what was cut off goes on, so the command can be started again, and
-twice at the same time with other ``--envs``. ``--table`` only prints what is there.
+For each env: the best static masks are searched once; ``imitation`` learns, for each seed, how far down their path an
+input can go; the learning agents start from there and refine. The blind control (the same agent, its observation
+zeroed) starts from the best static mask. What is finished is kept and what was cut off goes on, so the command can be
+started again, and twice at the same time with other ``--envs``. ``--table`` only prints what is there.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Plan:
 
 
 def fronts(plan: Plan, seeds: list[int]) -> dict[str, Front]:
-    """The fronts on the test split that agents are compared with: of static masks, and of the blind agent's versions."""
+    """The fronts on the test split that agents are compared with: static masks, and versions of the blind agent."""
     _, core, _ = load_run(plan.folder("static"))
     split = core.split("test")
     masks = json.loads((plan.folder("static") / "masks.json").read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from sd_gym.agents.baselines.search import EXHAUSTIVE_SWITCHES, exhaustive_each, order_of, search_each, static_path
+from sd_gym.agents.baselines.search import can_try_all, exhaustive_each, order_of, search_each, static_path
 from sd_gym.agents.common.agent import Agent, AgentSettings, OnRollout
 from sd_gym.agents.common.evaluation import Decided
 from stable_baselines3.common.logger import Logger
@@ -27,7 +27,7 @@ class OracleSettings(AgentSettings):
 
 
 class OracleAgent(Agent):
-    """All decisions are tried where there are few switches, else a beam of them.
+    """All decisions are tried where they are few enough, else a beam of them.
 
     A lucky wrong way counts as right, such as guessing one of two classes: a bound, and no target.
     """
@@ -55,7 +55,7 @@ class OracleAgent(Agent):
             outcome = core.score(split, rows, decisions)
             return outcome.quality >= outcome.quality_ref
 
-        if core.n_switches <= EXHAUSTIVE_SWITCHES:
+        if can_try_all(core.nvec, len(split)):
             decisions = exhaustive_each(core, split, rows, good, _unheard)
         else:
             validation = core.split("validation")

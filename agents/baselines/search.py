@@ -15,7 +15,7 @@ SCREENED = 200  # instances that every move of a greedy search is tried on
 FINALISTS = 3  # moves of a round that are tried on all instances
 SMALL_LOSS = 0.004  # smaller losses are noise: among such moves, the one that saves most is the best
 LIKELIHOOD_WEIGHT = 0.2  # beside the quality: the likelihood tells apart what exact match does not
-EXHAUSTIVE_SWITCHES = 12  # up to so many, all decisions can be tried
+EXHAUSTIVE = 500_000  # scores; up to so many, all decisions are tried on all instances
 BATCH = 4096  # decisions scored in one call
 
 Array = NDArray
@@ -145,6 +145,11 @@ def search_each(
         scored += len(flat)
         on_round(scored)
     return beam[:, 0]
+
+
+def can_try_all(nvec: Array, instances: int) -> bool:
+    """Whether all decisions can be tried on so many instances (12 switches and 122 of them, say)."""
+    return int(np.prod(nvec)) * instances <= EXHAUSTIVE
 
 
 def exhaustive_each(core: Core, split: Split, rows: Array, good: Good, on_round: OnRound) -> Array:

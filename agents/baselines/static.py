@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.baselines.search import EXHAUSTIVE_SWITCHES, static_path
+from sd_gym.agents.baselines.search import can_try_all, static_path
 from sd_gym.agents.common.agent import Agent, OnRollout, Rollout, decision_logits
 from sd_gym.agents.common.selection import halves
 from stable_baselines3.common.logger import Logger
@@ -23,7 +23,7 @@ CONFIDENCE = 0.9  # in the mask; less than certain, so that learning that starts
 class StaticAgent(Agent):
     """One mask for all inputs, searched on the screening half of the validation split.
 
-    All masks where there are few switches; else greedily, backward from dense and forward from nothing. The usual
+    All masks where they are few enough; else greedily, backward from dense and forward from nothing. The usual
     selection then takes the cheapest mask that keeps the quality on the other half.
     """
 
@@ -38,7 +38,7 @@ class StaticAgent(Agent):
         core = self.env.core
         split = core.split("validation")
         rows = halves(split)[0]
-        if core.n_switches <= EXHAUSTIVE_SWITCHES:
+        if can_try_all(core.nvec, len(rows)):
             self.masks = [np.array(choice) for choice in product(*map(range, core.nvec))]
             return
         backward = static_path(core, split, rows, partial(report, on_rollout))
