@@ -75,7 +75,11 @@ class Core:
 
     def observe(self, split: Split, rows: Array) -> Array:
         """Standardised observations, float32 ``[n, features]``, each within ``OBSERVATION_LIMIT``."""
-        standard = (split.features[rows] - self.observation_mean) / self.observation_deviation
+        return self.standardised(split.features[rows])
+
+    def standardised(self, features: Array) -> Array:
+        """Raw observations ``[n, features]`` as a policy reads them: of the training split's mean and deviation."""
+        standard = (features - self.observation_mean) / self.observation_deviation
         return np.clip(standard, -OBSERVATION_LIMIT, OBSERVATION_LIMIT)
 
     def check_decisions(self, decisions: Array, n: int) -> Array:

@@ -14,7 +14,7 @@ from sd_gym.backbones import load_backbone
 from sd_gym.backbones.load import Output
 from sd_gym.backbones.spans import best_spans
 from sd_gym.envs.config import ConfigError, EnvConfig
-from sd_gym.switch import dropped_tokens, first_layer_input, passes, pooled
+from sd_gym.switch import Switchboard, dropped_tokens, first_layer_input, passes, pooled
 from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.data import Instances, load_split
 from sd_gym.tasks.difficulty import quartiles
@@ -333,11 +333,22 @@ class Split:
         return self.backbone.flops.costs(source, target, kept)
 
     def _features(self) -> Array:
-        """Mean and maximum of the first layer's input over the tokens, the length and its logarithm."""
-        chunks = in_batches(
-            lambda board, inputs: pooled(first_layer_input(board, inputs), inputs["attention_mask"]),
-            self.encoded,
-            self.backbone.board,
-        )
-        length = self.encoded.source_length[:, None].astype(np.float32)
-        return np.concatenate([np.concatenate(list(chunks)), length, np.log(length)], axis=1)
+        return np.concatenate(list(in_batches(_observed, self.encoded, self.backbone.board)))
+
+
+def raw_observation(board: Switchboard, inputs: dict[str, torch.Tensor]) -> Array:
+    """What a policy sees of a batch, not yet standardised, float32 ``[batch, 2 * width + 2]``.
+
+    Mean and maximum of the first layer's input over the tokens, the length and its logarithm.
+
+    Args:
+        board: The backbone's switchboard.
+        inputs: The model's inputs, ``attention_mask`` among them.
+    """
+    return _observed(board, inputs).float().cpu().numpy()
+
+
+def _observed(board: Switchboard, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    mask = inputs["attention_mask"]
+    length = mask.sum(dim=1, keepdim=True).float()
+    return torch.cat([pooled(first_layer_input(board, inputs), mask), length, length.log()], dim=1)
