@@ -121,6 +121,10 @@ def train(
 
             def on_progress(done: int, figures: dict[str, float]) -> None:
                 shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+                if not figures:  # a search takes as many decisions as it takes
+                    scored = f"{done:,} decisions scored"
+                    progress.update(bar, completed=done, total=None, description="searching", figures=scored)
+                    return
                 state = "learning" if done < steps else "evaluating"
                 progress.update(bar, completed=min(done, steps), description=state, figures=shown)
 
