@@ -59,13 +59,20 @@ class Selection:
         return entry
 
     def select(self, offers: list[DecisionPolicy]) -> DecisionPolicy:
-        """The policy to keep, of those that were validated and ``offers``; dense if no other keeps the quality."""
-        candidates = [self._screened(policy) for policy in [*self.policies, *offers]]
-        candidates.sort(key=lambda candidate: candidate[0])
-        for _, policy in candidates:
-            if self._kept(self._score(policy, 1)):
-                return policy
-        return candidates[0][1].with_margin(MARGINS[-1])
+        """The policy to keep, of those that were validated and ``offers``; dense if no other keeps the quality.
+
+        A version that is not confirmed is replaced by the next more cautious one of the same policy.
+        """
+        policies = [*self.policies, *offers]
+        boldest = [self._boldest(policy) for policy in policies]
+        candidates = [(self._flops(*pair), *pair) for pair in zip(policies, boldest, strict=True)]
+        while True:
+            candidates.sort(key=lambda candidate: candidate[0])
+            _, policy, step = candidates.pop(0)
+            chosen = policy.with_margin(MARGINS[step])
+            if step == len(MARGINS) - 1 or self._kept(self._score(chosen, 1)):
+                return chosen
+            candidates.append((self._flops(policy, step + 1), policy, step + 1))
 
     def state(self) -> dict[str, Any]:
         """What was gathered, as tensors and plain values."""
@@ -76,8 +83,8 @@ class Selection:
         self.history = state["history"]
         self.policies = [like.with_weights(weights) for weights in state["policies"]]
 
-    def _screened(self, policy: DecisionPolicy) -> tuple[float, DecisionPolicy]:
-        """(FLOPs ratio, version) of the boldest version of a policy that keeps the quality on the screening half.
+    def _boldest(self, policy: DecisionPolicy) -> int:
+        """The first of ``MARGINS`` at which a policy keeps the quality on the screening half.
 
         More caution means fewer skips and a higher quality, so it is found by bisection.
         """
@@ -88,8 +95,10 @@ class Selection:
                 high = middle
             else:
                 low = middle + 1
-        chosen = policy.with_margin(MARGINS[low])
-        return float(self._score(chosen, 0)["flops_ratio"].mean()), chosen
+        return low
+
+    def _flops(self, policy: DecisionPolicy, step: int) -> float:
+        return float(self._score(policy.with_margin(MARGINS[step]), 0)["flops_ratio"].mean())
 
     def _score(self, policy: DecisionPolicy, half: int) -> dict[str, NDArray]:
         split = self.core.split("validation")
