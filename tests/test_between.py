@@ -1,0 +1,57 @@
+"""A learned policy stands between the best static mask and the oracle.
+
+The backbone is made by the test itself: a BERT of 3 layers and width 16 (6 switches, 64 decisions), prepared for 500 steps on
+generated reviews whose last word is the verdict, turned round by a "not" in front of it. All decisions are tried, so the golden
+values are exact for these weights: they come from this very recipe (torch 2.13, CPU), and weights that differ in the
+last bits on another machine move them by a few points at most.
+"""
+
+import json
+import random
+
+import pytest
+from sd_gym.agents.common.run import train
+
+from sd_gym.tasks.data import Source
+from sd_gym.tasks.preparation import prepare_backbone
+
+GOOD, BAD = ("good", "fine"), ("bad", "awful")
+GOLDEN = {"static": 0.0, "oracle": 0.0}
+
+
+def review(drawn):
+    negated = drawn.random() < 0.3
+    positive = drawn.random() < 0.5
+    filler = " ".join(drawn.choice(("the food", "the room", "was")) for _ in range(drawn.randint(0, 6)))
+    word = drawn.choice(GOOD if positive else BAD)
+    text = f"{filler} was {'not ' if negated else ''}{word}".strip()
+    return {"text": text, "label": int(positive != negated), "difficulty": 1 + negated}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, tiny_backbone):
+    folder = tmp_path_factory.mktemp("between")
+    drawn = random.Random(0)
+    for split, size in (("train", 600), ("validation", 600), ("test", 600)):
+        rows = [review(drawn) for _ in range(size)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare_backbone(
+        str(tiny_backbone), Source(str(folder)), "classification", folder / "model", steps=500, learning_rate=3e-3
+    )
+    return {"dataset": str(folder), "backbone": str(folder / "model")}
+
+
+def result_of(algo, folder, settings, steps=1, **more):
+    return train("SD/Classification-Custom-v0", algo, folder / algo, steps=steps, settings={**settings, **more})
+
+
+def test_a_learned_policy_is_between_static_and_oracle(settings, tmp_path):
+    static, oracle = (result_of(name, tmp_path, settings) for name in GOLDEN)
+    assert static["quality_ref"] > 0.97
+    found = {"static": static["flops_ratio"], "oracle": oracle["flops_ratio"]}
+    assert found == pytest.approx(GOLDEN, abs=0.05)
+    learned = result_of("reinforce", tmp_path, settings, steps=20_000, alpha=10.0, beta=10.0)
+    assert learned["quality_kept"]
+    assert oracle["flops_ratio"] < learned["flops_ratio"] < static["flops_ratio"]
+    easy, hard = (level["flops_ratio"] for level in learned["by_difficulty"])
+    assert easy < hard
