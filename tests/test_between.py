@@ -1,7 +1,8 @@
 """A learned policy stands between the best static mask and the oracle.
 
-The backbone is made by the test itself: a BERT of 3 layers and width 16 (6 switches, 64 decisions), prepared for 500 steps on
-generated reviews whose last word is the verdict, turned round by a "not" in front of it. All decisions are tried, so the golden
+The backbone is made by the test itself: a BERT of 3 layers and width 16 (6 switches, 64 decisions), prepared for 500
+steps on generated reviews whose last word is the verdict, turned round by a "not" in front of it. All decisions are
+tried, so the golden
 values are exact for these weights: they come from this very recipe (torch 2.13, CPU), and weights that differ in the
 last bits on another machine move them by a few points at most.
 """

@@ -33,7 +33,8 @@ def static_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, for
         split: Where the instances are.
         rows: The instances to search on, ``[n]``.
         on_round: Called after each round.
-        forward: From everything skipped, one candidate more runs each round; else from dense, one more is skipped.
+        forward: From everything skipped, one candidate more runs each round, until the dense quality is reached; else
+            from dense, one more is skipped each round, until nothing runs.
 
     Returns:
         Decisions ``[components]`` from the start of the search to its end.
@@ -58,7 +59,10 @@ def static_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, for
 
         return sorted(candidates, key=price)
 
+    reference = split.run(rows, np.tile(np.zeros_like(core.nvec), (len(rows), 1))).mean() if forward else np.inf
     while candidates := _moves(core.nvec, path[-1], -1 if forward else 1):
+        if forward and split.run(rows, np.tile(path[-1], (len(rows), 1))).mean() >= reference:
+            break
         finalists = best_first(candidates, rows[:SCREENED])[:FINALISTS]
         path.append(best_first(finalists, rows)[0] if len(rows) > SCREENED else finalists[0])
         on_round(scored)
