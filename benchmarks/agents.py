@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from sd_gym.agents.common.compare import COLUMNS, comparison
-from sd_gym.agents.common.fronts import Front, front_of, saved_more
+from sd_gym.agents.common.fronts import Front, flops_at_loss, front_of, saved_more
 from sd_gym.agents.common.run import load_run, train
 from sd_gym.agents.common.selection import MARGINS
 
@@ -27,12 +27,15 @@ from sd_gym.policy import DecisionPolicy
 
 MINI = [identity for identity in sd_gym.registered_ids() if "Mini" in identity]
 REFINE = {  # settings of the learning agents, which start from what imitation has learned
-    "ppo": {"objective": "lagrangian", "learning_rate": 5e-4},
-    "ppo_lex": {"learning_rate": 5e-4},
-    "a2c": {"objective": "lagrangian", "learning_rate": 5e-4, "entropy": 0.01},
-    "a2c_lex": {"learning_rate": 5e-4, "entropy": 0.01},
-    "reinforce": {"learning_rate": 5e-4, "alpha": 30.0, "beta": 30.0},
+    "ppo": {"objective": "lagrangian", "learning_rate": 2e-4},
+    "ppo_lex": {"learning_rate": 2e-4},
+    "a2c": {"objective": "lagrangian", "learning_rate": 2e-4, "entropy": 0.0},
+    "a2c_lex": {"learning_rate": 2e-4, "entropy": 0.0},
+    "reinforce": {"learning_rate": 2e-4, "alpha": 30.0, "beta": 30.0},
 }
+BLIND_RATE = 1e-3  # of learning: a blind agent has no more than its biases to learn
+LOSS = 0.005  # of mean quality, at which fronts are compared: half of epsilon
+VERSIONS = [margin for margin in np.arange(-3.0, 3.01, 0.25)]  # of a policy, bolder and more cautious than selected
 console = Console(stderr=True)
 
 
@@ -64,7 +67,7 @@ class Plan:
         """One agent with what it starts from."""
         static = self.run("static")
         if algo.startswith("blind-"):
-            self.run(algo, seed, **REFINE[algo.removeprefix("blind-")], start=static)
+            self.run(algo, seed, **{**REFINE[algo.removeprefix("blind-")], "learning_rate": BLIND_RATE}, start=static)
         elif algo in REFINE:
             self.run(algo, seed, **REFINE[algo], start=self.run("imitation", seed, path=static))
         elif algo == "imitation":
@@ -88,28 +91,32 @@ def fronts(plan: Plan, seeds: list[int]) -> dict[str, Front]:
 
 
 def savings_rows(plan: Plan, algos: list[str], seeds: list[int]) -> list[list[str]]:
-    """How much more of the FLOPs each run saves than the fronts, at its own quality; a row an agent."""
+    """How much more of the FLOPs the versions of each run's policy save than the controls, at the same quality."""
     against, rows = fronts(plan, seeds), []
     for algo in algos:
         folders = [folder for seed in seeds if (folder := plan.folder(algo, seed)).joinpath("result.json").exists()]
-        cells = {name: [] for name in against}
+        if not folders or algo in ("static", "blind-ppo"):
+            continue
+        cells, costs = {name: [] for name in against}, []
         for folder in folders:
             _, core, policy = load_run(folder)
-            front = front_of(core, core.split("test"), [policy])
+            versions = [policy.with_margin(margin) for margin in VERSIONS]
+            front = front_of(core, core.split("test"), versions)
+            costs.append(flops_at_loss(front, LOSS))
             for name, other in against.items():
-                cells[name].append(saved_more(front.quality[0], front.flops_ratio[0], other))
-        if folders:
-            shown = []
-            for name in ("static", "blind"):
-                values = np.array(cells.get(name, []))
-                if len(values):
-                    above = f"{(values[:, 1] > 0).sum()} of {len(values)}"
-                    worst = values[values[:, 0].argmin()]
-                    interval = f"{100 * worst[1]:+.1f} to {100 * worst[2]:+.1f}"
-                    shown += [f"{100 * values[:, 0].mean():+.1f} (worst {100 * worst[0]:+.1f}, {interval})", above]
-                else:
-                    shown += ["-", "-"]
-            rows.append([plan.env, algo, str(len(folders)), *shown])
+                cells[name].append(saved_more(front, other, LOSS))
+        shown = [f"{100 * np.mean(costs):.1f}% ({100 * max(costs):.1f}%)"]
+        for name in ("static", "blind"):
+            values = np.array(cells.get(name, []))
+            if not len(values):
+                shown += ["-", "-"]
+                continue
+            worst = values[values[:, 0].argmin()]
+            interval = f"{100 * worst[1]:+.1f} to {100 * worst[2]:+.1f}"
+            shown.append(f"{100 * values[:, 0].mean():+.1f} (worst {100 * worst[0]:+.1f}, {interval})")
+            shown.append(f"{(values[:, 1] > 0).sum()} of {len(values)}")
+        controls = [f"{100 * flops_at_loss(against[name], LOSS):.1f}%" for name in against]
+        rows.append([plan.env, algo, str(len(folders)), " / ".join(controls), *shown])
     return rows
 
 
@@ -125,7 +132,7 @@ def main() -> None:
     parser.add_argument("--envs", nargs="+", default=MINI)
     parser.add_argument("--algos", nargs="+", default=["ppo", "a2c", "reinforce", "imitation", "blind-ppo", "static"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=60_000)
+    parser.add_argument("--steps", type=int, default=40_000)
     parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
     arguments = parser.parse_args()
     plans = [Plan(env, arguments.output, arguments.steps) for env in arguments.envs]

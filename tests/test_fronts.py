@@ -2,7 +2,16 @@
 
 import numpy as np
 import pytest
-from sd_gym.agents.common.fronts import Front, flops_at, saved_more
+from sd_gym.agents.common.fronts import Front, flops_at, flops_at_loss, saved_more
+
+N = 1000
+LOST = {share: np.r_[np.zeros(int(share * N)), np.ones(N - int(share * N))] for share in (0.0, 0.05, 0.1)}
+
+
+def front(*points):
+    """A front of (share lost, FLOPs ratio), and the dense decision."""
+    lost = np.stack([LOST[share] for share, _ in (*points, (0.0, 1.0))])
+    return Front(lost, np.stack([np.full(N, ratio) for _, ratio in (*points, (0.0, 1.0))]))
 
 
 def test_a_front_is_read_between_its_points():
@@ -15,13 +24,11 @@ def test_a_front_is_read_between_its_points():
 
 
 def test_what_is_saved_more_at_the_same_quality():
-    n = 1000
-    lost_by_half = np.r_[np.zeros(100), np.ones(900)]  # a mask that costs half and loses a tenth
-    front = Front(np.stack([lost_by_half, np.ones(n)]), np.stack([np.full(n, 0.5), np.ones(n)]))
-    quality = np.r_[np.zeros(50), np.ones(950)]  # at 95% the front costs 0.75
-    more, low, high = saved_more(quality, np.full(n, 0.6), front)
+    mask = front((0.1, 0.5))  # half way to its loss of 0.1 it costs 0.75
+    learned = front((0.05, 0.6))
+    assert flops_at_loss(mask, 0.05) == pytest.approx(0.75)
+    more, low, high = saved_more(learned, mask, 0.05)
     assert more == pytest.approx(0.15)
     assert 0 < low < more < high < 0.4
-    nothing, low, high = saved_more(lost_by_half, np.full(n, 0.5), front)
-    assert nothing == pytest.approx(0.0)
-    assert low <= 0.0 <= high
+    nothing, low, high = saved_more(mask, mask, 0.05)
+    assert nothing == low == high == 0.0

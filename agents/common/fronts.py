@@ -54,30 +54,33 @@ def flops_at(quality: float, front_quality: NDArray, front_flops: NDArray) -> fl
     return float(np.interp(quality, best[first], front_flops[order][first]))
 
 
+def flops_at_loss(front: Front, loss: float, rows: NDArray | slice = slice(None)) -> float:
+    """FLOPs ratio at which a front loses so much of the dense quality, on some of its instances."""
+    quality = front.quality[:, rows].mean(axis=1)
+    return flops_at(quality[-1] - loss, quality, front.flops_ratio[:, rows].mean(axis=1))
+
+
 def saved_more(
-    quality: NDArray, flops_ratio: NDArray, front: Front, *, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0
+    front: Front, other: Front, loss: float, *, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0
 ) -> tuple[float, float, float]:
-    """How much more of the FLOPs is saved than by a front at the same quality, with a 95% paired bootstrap interval.
+    """How much more of the FLOPs one front saves than another at the same quality, on the same instances.
 
     Args:
-        quality: Of the policy in question, ``[n]``, on the instances of the front.
-        flops_ratio: Likewise, its own FLOPs included.
-        front: What it is compared with.
+        front: Of the policy in question.
+        other: What it is compared with.
+        loss: Of mean quality, at which both are read.
         samples: Of the bootstrap.
         seed: Of the bootstrap.
 
     Returns:
-        (difference, low, high), in shares of the dense FLOPs.
+        (difference, low, high), in shares of the dense FLOPs; the 95% interval is a paired bootstrap over instances.
     """
+    random = np.random.default_rng(seed)
+    n = front.quality.shape[1]
 
     def difference(rows: NDArray | slice) -> float:
-        at = flops_at(
-            quality[rows].mean(), front.quality[:, rows].mean(axis=1), front.flops_ratio[:, rows].mean(axis=1)
-        )
-        return at - float(flops_ratio[rows].mean())
+        return flops_at_loss(other, loss, rows) - flops_at_loss(front, loss, rows)
 
-    random = np.random.default_rng(seed)
-    n = len(quality)
     drawn = [difference(random.integers(n, size=n)) for _ in range(samples)]
     low, high = np.percentile(drawn, [2.5, 97.5])
     return difference(slice(None)), float(low), float(high)
