@@ -84,16 +84,20 @@ def test_a_static_path_changes_one_component_at_a_time(env, forward):
         assert sorted(order_of(path)) == list(range(core.n_switches))
 
 
-def test_how_deep_an_instance_can_go(env):
+@pytest.mark.parametrize("loss", [-1.0, -0.05])  # negative, since a random backbone loses nothing in the mean
+def test_how_deep_an_instance_can_go(env, loss):
     core, split = env.core, env.core.split("train")
     rows = np.arange(len(split))
     path = static_path(core, split, rows, nobody)
-    depths = deepest_safe(split, rows, path, nobody)
-    kept = np.stack([split.run(rows, np.tile(mask, (len(rows), 1))) for mask in path])
-    kept = kept >= kept[0]
-    assert 0 < depths.mean() < len(path)
+    depths = deepest_safe(split, rows, path, loss, nobody)
+    quality = np.stack([split.run(rows, np.tile(mask, (len(rows), 1))) for mask in path])
+    kept, lost = quality >= quality[0], quality[0].mean() - quality.mean(axis=1)
+    base = depths.min()  # some instance can go no further than all
+    assert (lost[1 : base + 1] <= loss).all()
+    assert lost[base + 1] > loss
+    assert depths.max() > base
     for row, depth in enumerate(depths):
-        assert kept[: depth + 1, row].all()
+        assert kept[base + 1 : depth + 1, row].all()
         assert depth == len(path) - 1 or not kept[depth + 1, row]
 
 
@@ -148,15 +152,16 @@ def test_early_exit_needs_a_classifier():
         make_agent("early-exit", env)
 
 
-def test_imitation_skips_what_the_search_found_to_be_safe(settings, tmp_path):
-    env = gym.make_vec("SD/Classification-Custom-v0", num_envs=8, **settings).unwrapped
+def test_imitation_skips_what_the_search_found_to_be_safe(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("sd_gym.agents.imitation.agent.BASE_LOSS", -100)
+    env = gym.make_vec("SD/Classification-Custom-v0", num_envs=8, **{**settings, "epsilon": 0.01}).unwrapped
     env.reset(seed=0)
     agent = make_agent("imitation", env, instances=32, epochs=400, learning_rate=0.01, weight_decay=0.0)
     agent.learn(1, configure(str(tmp_path), []), lambda rollout: None)
     split = env.core.split("train")
     rows = np.arange(len(split))
     path = static_path(env.core, split, rows, nobody)
-    found = np.stack(path)[deepest_safe(split, rows, path, nobody)]
+    found = np.stack(path)[deepest_safe(split, rows, path, -1.0, nobody)]
     decided = agent.policy().decide(env.core.observe(split, rows))
     assert (decided == found).mean() > 0.85
     assert len(np.unique(found, axis=0)) > 1

@@ -84,30 +84,31 @@ def order_of(path: list[Array]) -> list[int]:
     return [int(np.nonzero(after != before)[0][0]) for before, after in pairwise(path)]
 
 
-def deepest_safe(split: Split, rows: Array, path: list[Array], on_round: OnRound) -> Array:
-    """How far each instance can go along a backward path before its quality falls below the dense one's.
+def deepest_safe(split: Split, rows: Array, path: list[Array], loss: float, on_round: OnRound) -> Array:
+    """How far each instance can go along a backward path of masks.
+
+    All go down to the last mask before their mean quality has lost more than ``loss``: so far no look at the input is
+    needed. From there each one goes on as long as its own quality is not below the dense one's.
 
     Args:
         split: Where the instances are.
         rows: The instances, ``[n]``.
         path: Of ``static_path``, from dense on.
+        loss: Mean quality that may be lost by all together.
         on_round: Called after each mask.
 
     Returns:
-        Index in ``path``, int64 ``[n]``: all masks up to it keep the instance's quality, the next one does not.
+        Index in ``path``, int64 ``[n]``.
     """
-    deepest = np.zeros(len(rows), dtype=np.int64)
     reference = split.run(rows, np.tile(path[0], (len(rows), 1)))
-    alive, scored = np.arange(len(rows)), len(rows)
-    for depth, mask in enumerate(path[1:], start=1):
-        kept = split.run(rows[alive], np.tile(mask, (len(alive), 1))) >= reference[alive]
-        scored += len(alive)
-        alive = alive[kept]
-        deepest[alive] = depth
-        on_round(scored)
-        if not len(alive):
-            break
-    return deepest
+    quality = [reference]
+    for mask in path[1:]:
+        quality.append(split.run(rows, np.tile(mask, (len(rows), 1))))
+        on_round(len(quality) * len(rows))
+    kept = np.stack(quality) >= reference
+    too_much = [reference.mean() - one.mean() > loss for one in quality[1:]]
+    base = too_much.index(True) if True in too_much else len(path) - 1
+    return base + np.minimum.accumulate(kept[base + 1 :], axis=0).sum(axis=0)
 
 
 def search_each(

@@ -1,10 +1,10 @@
 """Imitation: a search finds out how much of each training instance can be skipped, and the policy learns to foresee it.
 
-A greedy search orders the candidates: a path of static masks from dense to nothing. Each training instance goes down
-this path as long as its quality is kept, and the policy learns by cross-entropy to skip what was skipped. Its logits
-are then estimates of "this input bears skipping down to here", so a margin on them is a bound on the risk (TR-BERT, Ye
-et al. 2021, and Dr.LLM warm up on searched decisions). A lucky wrong mask further down the path teaches nothing: the
-first loss ends the way.
+A greedy search orders the candidates: a path of static masks from dense to nothing. All training instances go down this
+path to a mask that hardly loses any; from there each one goes on as long as its own quality is kept, and the policy
+learns by cross-entropy to skip what was skipped. Its logits are then estimates of "this input bears skipping down to
+here", so a margin on them is a bound on the risk (TR-BERT, Ye et al. 2021, and Dr.LLM warm up on searched decisions). A
+lucky wrong mask further down the path teaches nothing: the first loss ends the way.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from stable_baselines3.common.logger import Logger
 
 from sd_gym.policy import DecisionPolicy
 
+BASE_LOSS = 0.25  # of epsilon: what all inputs together may lose where none is looked at
 ORDER_INSTANCES = 1000  # that the path of static masks is searched on
 
 
@@ -76,7 +77,7 @@ class ImitationAgent(Agent):
             path = static_path(core, split, rows[:ORDER_INSTANCES], on_round)
         else:
             path = backward_path(self.settings.path, core.nvec)
-        depths = deepest_safe(split, rows, path, on_round)
+        depths = deepest_safe(split, rows, path, core.config.epsilon * BASE_LOSS, on_round)
         found = np.stack(path)[depths]
         logger.record("search/flops_ratio", float(split.flops_ratio(rows, found).mean()))
         self._imitate(torch.from_numpy(core.observe(split, rows)), torch.from_numpy(found), logger)
