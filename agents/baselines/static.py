@@ -11,13 +11,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.search import can_try_all, static_path
-from sd_gym.agents.common.agent import Agent, OnRollout, Rollout, decision_logits
+from sd_gym.agents.common.agent import Agent, AgentSettings, OnRollout, Rollout, decision_logits
 from sd_gym.agents.common.selection import halves
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.policy import DecisionPolicy, write_json
 
 CONFIDENCE = 0.9  # in the mask; less than certain, so that learning that starts from it can leave it
+
+
+class StaticSettings(AgentSettings):
+    """Settings of the search.
+
+    Attributes:
+        path: Folder of a run of ``static`` whose masks are taken instead of searching again; ``None``: search.
+    """
+
+    path: Path | None = None
 
 
 class StaticAgent(Agent):
@@ -27,6 +37,8 @@ class StaticAgent(Agent):
     selection then takes the cheapest mask that keeps the quality on the other half.
     """
 
+    Settings = StaticSettings
+    settings: StaticSettings
     validates = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,6 +50,9 @@ class StaticAgent(Agent):
         core = self.env.core
         split = core.split("validation")
         rows = halves(split)[0]
+        if self.settings.path is not None:
+            self.masks = read_masks(self.settings.path, core.nvec)
+            return
         if can_try_all(core.nvec, len(rows)):
             self.masks = [np.array(choice) for choice in product(*map(range, core.nvec))]
             return
@@ -61,21 +76,34 @@ class StaticAgent(Agent):
         return self._constant_policy(decision_logits(self.env.core.nvec, mask, CONFIDENCE))
 
 
-def backward_path(folder: Path, nvec: NDArray) -> list[NDArray]:
-    """The masks of a run of ``static`` from dense to nothing, each skipping one candidate more.
+def read_masks(folder: Path, nvec: NDArray) -> list[NDArray]:
+    """The masks that a run of ``static`` has found.
 
     Raises:
-        FileNotFoundError: If the folder holds no masks.
+        FileNotFoundError: If the folder holds none.
         ValueError: If they are masks of something else.
     """
     file = folder / "masks.json"
     if not file.exists():
         raise FileNotFoundError(f"no masks.json in {folder}; expected a run of the agent static")
     masks = np.array(json.loads(file.read_text(encoding="utf-8")))
+    if masks.shape[1:] != nvec.shape:
+        raise ValueError(f"the masks in {folder} have {masks.shape[1]} components, expected {len(nvec)}")
+    return list(masks)
+
+
+def backward_path(folder: Path, nvec: NDArray) -> list[NDArray]:
+    """The masks of a run of ``static`` from dense to nothing, each skipping one candidate more.
+
+    Raises:
+        FileNotFoundError: If the folder holds no masks.
+        ValueError: If they are no such path.
+    """
     length = int((nvec - 1).sum()) + 1
-    if masks.shape[1:] != nvec.shape or (np.diff(masks[:length], axis=0).sum(axis=1) != 1).any():
-        raise ValueError(f"the masks in {folder} are no path of {len(nvec)} components from dense to nothing")
-    return list(masks[:length])
+    path = read_masks(folder, nvec)[:length]
+    if len(path) < length or (np.diff(path, axis=0).sum(axis=1) != 1).any():
+        raise ValueError(f"the masks in {folder} are no path from dense to nothing")
+    return path
 
 
 def report(on_rollout: OnRollout, scored: int) -> None:
