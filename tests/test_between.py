@@ -1,7 +1,8 @@
 """A learned policy stands between the best static mask and the oracle.
 
-The backbone is made by the test itself: a BERT of 3 layers and width 16 (6 switches, 64 decisions), prepared on generated
-reviews with one verdict, or two of which the last counts. All decisions are tried, so the golden values are exact for
+The backbone is made by the test itself: a BERT of 3 layers and width 16 (6 switches, 64 decisions), prepared on
+generated reviews with one verdict, or two of which the last counts. All decisions are tried, so the golden values are
+exact for
 these weights: they come from this very recipe (torch 2.13 on a CPU), and weights that differ in their last bits on
 another machine move them by a few points at most.
 """
