@@ -136,7 +136,7 @@ def random_decisions(core, n, rate, seed=0):
 def test_a_batch_of_mixed_decisions_scores_as_each_row_alone(env_id, shares):
     core = gym.make(env_id, **SMALL, token_shares=shares).unwrapped.core
     split, rows = core.split("train"), np.arange(60)
-    decisions = random_decisions(core, 60, 0.2)
+    decisions = random_decisions(core, 60, 0.5)
     together = split.run(rows, decisions)
     alone = np.array([split.run(rows[i : i + 1], decisions[i : i + 1])[0] for i in range(60)])
     np.testing.assert_array_equal(together, alone)
