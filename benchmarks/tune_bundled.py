@@ -27,11 +27,12 @@ from sd_gym.switch import Switchboard
 from sd_gym.tasks.procedural.generate import TASKS, generate_split, stream
 from sd_gym.tasks.procedural.train import encode, exact_match, make_tokenizer
 
-SHARES = {"classification": 0.3, "question_answering": 0.35, "summarization": 0.35}
 WEIGHTS = (0.2, 0.2, 0.3, 0.3)  # of the levels
 
 
-def batches(board: Switchboard, runs: list[Path], batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+def batches(
+    board: Switchboard, runs: list[Path], shares: list[float], batch_size: int, seed: int
+) -> Iterator[dict[str, Tensor]]:
     """Endless batches of all tasks, of similar length, with the log-odds of each row's own policy."""
     tokenizer, chosen = make_tokenizer(), random.Random(seed)
     policies = {core.config.task: (core, policy) for _, core, policy in map(load_run, runs)}
@@ -39,7 +40,7 @@ def batches(board: Switchboard, runs: list[Path], batch_size: int, seed: int) ->
         raise ValueError(f"expected a run of each of {', '.join(TASKS)}, got {', '.join(policies)}")
     streams = {task: stream(task, "train", seed, weights=WEIGHTS) for task in TASKS}
     while True:
-        tasks = chosen.choices(list(SHARES), list(SHARES.values()), k=6 * batch_size)
+        tasks = chosen.choices(list(TASKS), shares, k=6 * batch_size)
         pool = sorted(((next(streams[task]), task) for task in tasks), key=lambda drawn: len(drawn[0].source.split()))
         chunks = [pool[start : start + batch_size] for start in range(0, len(pool), batch_size)]
         chosen.shuffle(chunks)
@@ -59,6 +60,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, nargs=3, required=True, help="a run folder of each Mini env")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the backbone to")
     parser.add_argument("--start", type=Path, default=BUNDLED["mini"], help="folder of the backbone to go on from")
+    parser.add_argument(
+        "--shares", type=float, nargs=3, default=[0.3, 0.35, 0.35], help=f"of the instances, of {', '.join(TASKS)}"
+    )
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
@@ -83,7 +87,7 @@ def main() -> None:
 
     prepare(
         board,
-        batches(board, arguments.runs, arguments.batch_size, arguments.seed),
+        batches(board, arguments.runs, arguments.shares, arguments.batch_size, arguments.seed),
         steps=arguments.steps,
         learning_rate=arguments.learning_rate,
         seed=arguments.seed,
