@@ -17,10 +17,19 @@ DATA = Path(os.environ.get("SD_GYM_DATA", "not-given"))  # a folder with sst2/tr
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="module", params=MINI)
+def warm_start(request, tmp_path_factory):
+    """An env and a run of imitation on it, from which the learning agents go on."""
+    folder = tmp_path_factory.mktemp("imitation") / "run"
+    train(request.param, "imitation", folder, steps=1)
+    return request.param, folder
+
+
 @pytest.mark.parametrize("algo", ["ppo", "a2c", "reinforce"])
-@pytest.mark.parametrize("env", MINI)
-def test_saves_35_percent_at_most_one_point_under_dense(env, algo, tmp_path):
-    result = train(env, algo, tmp_path / "run", steps=100_000, seed=0)
+def test_saves_35_percent_at_most_one_point_under_dense(warm_start, algo, tmp_path):
+    env, start = warm_start
+    settings = {"start": start, "learning_rate": 2e-4}
+    result = train(env, algo, tmp_path / "run", steps=20_000, settings=settings)
     assert result["instances"] == 2000
     assert result["flops_ratio_with_policy"] <= 0.65
     assert result["quality_difference"] >= -0.01

@@ -12,7 +12,7 @@ COLUMNS = [
     "agent",
     "seeds",
     "dense quality",
-    "difference, points (worst)",
+    "difference, points (worst, its 95% interval)",
     "FLOPs (worst)",
     "FLOPs easy / hard",
     "time, batch 32",
@@ -39,6 +39,8 @@ def comparison(folders: list[Path]) -> list[list[str]]:
 
 def _row(env: str, algo: str, results: list[dict[str, Any]]) -> list[str]:
     difference = [100 * result["quality_difference"] for result in results]
+    worst = min(results, key=lambda result: result["quality_difference"])
+    low, high = (100 * bound for bound in worst["quality_difference_interval"])
     flops = [result["flops_ratio_with_policy"] for result in results]
     easy = fmean(result["by_difficulty"][0]["flops_ratio"] for result in results)
     hard = fmean(result["by_difficulty"][-1]["flops_ratio"] for result in results)
@@ -49,7 +51,7 @@ def _row(env: str, algo: str, results: list[dict[str, Any]]) -> list[str]:
         algo,
         str(len(results)),
         f"{fmean(result['quality_ref'] for result in results):.1%}",
-        f"{fmean(difference):+.2f} ({min(difference):+.2f})",
+        f"{fmean(difference):+.2f} ({min(difference):+.2f}, {low:+.2f} to {high:+.2f})",
         f"{fmean(flops):.1%} ({max(flops):.1%})",
         f"{easy:.0%} / {hard:.0%}",
         f"{fmean(times):.0%}" if times else "-",
