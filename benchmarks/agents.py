@@ -149,10 +149,13 @@ def main() -> None:
         if (folder := plan.folder(algo, seed)).joinpath("result.json").exists()
     ]
     print(markdown(COLUMNS, comparison(there)), end="\n\n")
+    print(f"At a loss of {100 * LOSS:g} points, read off fronts:", end="\n\n")
     columns = [
         "env",
         "agent",
         "seeds",
+        "FLOPs of static / blind",
+        "FLOPs (worst)",
         "saved more than static masks, points",
         "above zero",
         "than blind",
