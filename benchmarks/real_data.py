@@ -100,9 +100,16 @@ def run_task(name: str, task: Task, arguments: argparse.Namespace) -> None:
             how = [f"instances={arguments.instances}"] if algo == "imitation" else [f"start={first}", *settings]
         else:
             how = []
-        pairs = [*data, f"backbone={folder.with_name(f'{name}-{kind}')}", "train_size=8000", *how]
+        sizes = [f"train_size={arguments.train_size}", f"validation_size={arguments.validation_size}"]
+        pairs = [*data, f"backbone={folder.with_name(f'{name}-{kind}')}", *sizes, *how]
         options = ["--algo", algo, "--steps", arguments.steps, "--strictness", arguments.strictness, "--resume"]
         sd_gym("train", env, *options, "--output", run, *sets(pairs))
+
+
+def figure(result: dict, metric: str, who: str) -> str:
+    """The data set's metric of the policy or of the dense backbone, in points; accuracy is the mean quality."""
+    quality = {"dense": "quality_ref", "policy": "quality"}[who]
+    return f"{100 * (result[quality] if metric == 'accuracy' else result['metrics'][who][metric]):.1f}"
 
 
 def rows(name: str, output: Path) -> list[list[str]]:
@@ -113,13 +120,10 @@ def rows(name: str, output: Path) -> list[list[str]]:
         if not file.exists():
             continue
         result = json.loads(file.read_text(encoding="utf-8"))
-        dense = json.loads((output / f"{name}-dense-dense" / "result.json").read_text(encoding="utf-8"))
         metric = METRICS.get(name, "accuracy")
-        figures = [dense["quality"], result["quality_ref"], result["quality"]]
-        if metric != "accuracy":
-            ours = [result["metrics"][who][metric] for who in ("dense", "policy")]
-            figures = [dense["metrics"]["dense"][metric], *ours]
-        tuned, prepared, policy = (f"{100 * figure:.1f}" for figure in figures)
+        prepared, policy = (figure(result, metric, who) for who in ("dense", "policy"))
+        other = output / f"{name}-dense-dense" / "result.json"
+        tuned = figure(json.loads(other.read_text(encoding="utf-8")), metric, "dense") if other.exists() else "-"
         low, high = (100 * value for value in result["quality_difference_interval"])
         found.append(
             [
@@ -146,6 +150,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--steps", type=int, default=10_000, help="decisions that an agent learns from")
     parser.add_argument("--instances", type=int, default=600, help="what imitation searches decisions for")
+    parser.add_argument("--train-size", type=int, default=8000, help="rows that agents learn on")
+    parser.add_argument("--validation-size", type=int, default=800, help="rows that policies are selected on")
     parser.add_argument("--strictness", type=float, default=0.5, help="of selection; the validation splits are small")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     arguments = parser.parse_args()
