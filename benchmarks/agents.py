@@ -35,7 +35,7 @@ REFINE = {  # settings of the learning agents, which start from what imitation h
 }
 BLIND_RATE = 1e-3  # of learning: a blind agent has no more than its biases to learn
 LOSS = 0.005  # of mean quality, at which fronts are compared: half of epsilon
-VERSIONS = [margin for margin in np.arange(-3.0, 3.01, 0.25)]  # of a policy, bolder and more cautious than selected
+VERSIONS = [margin for margin in np.arange(-3.0, 3.01, 0.5)]  # of a policy, bolder and more cautious than selected
 console = Console(stderr=True)
 
 
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--envs", nargs="+", default=MINI)
     parser.add_argument("--algos", nargs="+", default=["ppo", "a2c", "reinforce", "imitation", "blind-ppo", "static"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=40_000)
+    parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
     arguments = parser.parse_args()
     plans = [Plan(env, arguments.output, arguments.steps) for env in arguments.envs]
