@@ -146,6 +146,7 @@ class DroppedTokens:
     def install(self, model: PreTrainedModel, architecture: Architecture) -> list[RemovableHandle]:
         """Hooks on the layers of the first stack, and on the decoder behind it if there is one."""
         self._causal = architecture.causal
+        self._additive = model.config._attn_implementation == "eager"  # it adds its mask to the scores
         layers = model.base_model.get_submodule(architecture.stacks[0].layers)
         self._first = layers[0]
         handles = [layer.register_forward_pre_hook(self._before_layer, with_kwargs=True) for layer in layers]
@@ -206,13 +207,17 @@ class DroppedTokens:
         self._index_of_keys, self._valid_keys = self._extended(total, self._keys)
         self._memo: list[tuple[Tensor, Tensor]] = []
         # Without padding, models leave the mask out; rows that keep different numbers of tokens need one.
-        self._own_mask = self._make_mask(self._index_of_keys, self._valid_keys) if self.ragged else None
+        self._own_mask = None
+        if self.ragged:
+            self._own_mask = self._make_mask(self._index_of_keys, self._valid_keys, hidden.dtype)
 
-    def _make_mask(self, index: Tensor, valid: Tensor) -> Tensor:
+    def _make_mask(self, index: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
         allowed = valid[:, None, None, :]
         if self._causal and self._whole:
             allowed = allowed & (index[:, None, None, :] <= index[:, None, :, None])
-        return allowed
+        if not self._additive:
+            return allowed
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
     def _compact(self, value: Any) -> Any:
         """A layer's argument with the dropped tokens left out, where it has a dimension of tokens."""
