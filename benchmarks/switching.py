@@ -246,6 +246,22 @@ def architecture_table(rows: list[dict[str, str | int | float]]) -> Table:
     return table
 
 
+def summary_table(rows: list[dict[str, str | int | float]]) -> Table:
+    """Promise kept over all architectures: median, lowest and highest, a row for each phase and batch."""
+    table = Table(title="over the architectures: median (lowest to highest)")
+    rates = list(dict.fromkeys(row["keep rate"] for row in rows))
+    for column in ("phase", "batch", *map(str, rates)):
+        table.add_column(column, justify="right")
+    for phase, batch in sorted(dict.fromkeys((row["phase"], row["batch"]) for row in rows), reverse=True):
+        cells = []
+        for rate in rates:
+            key = (phase, batch, rate)
+            kept = [row["promise kept"] for row in rows if (row["phase"], row["batch"], row["keep rate"]) == key]
+            cells.append(f"{statistics.median(kept):.2f} ({min(kept):.2f} to {max(kept):.2f})")
+        table.add_row(phase, str(batch), *cells)
+    return table
+
+
 def main() -> None:
     """Print the table; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -267,6 +283,8 @@ def main() -> None:
     names = supported_architectures() if arguments.architectures == ["all"] else arguments.architectures
     rows = [row for name in track(names, "timing") for row in measure_architecture(name, arguments)]
     Console().print(architecture_table(rows))
+    if len(names) > 1:
+        Console().print(summary_table(rows))
     if arguments.csv:
         with arguments.csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])

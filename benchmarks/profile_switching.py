@@ -1,10 +1,11 @@
-"""Where the time of decoding goes: milliseconds of each part of the work, dense and switched.
+"""Where the time goes: milliseconds of each part of the work, dense and switched.
 
-    python benchmarks/profile_decoding.py
+    python benchmarks/profile_switching.py
+    python benchmarks/profile_switching.py --phase prefill --architectures bert llama --batch-sizes 8 32
 
-``generate()`` over a key-value cache, random weights, half of all switches kept at random. A timer looks every
-half millisecond at which function is running; what it runs in C (a matrix product, say) counts for the function that
-called it. Unlike a tracing profiler that hardly slows anything down.
+The phases of switching.py, random weights, half of all switches kept at random. A timer looks every half millisecond at
+which function is running; what it runs in C (a matrix product, say) counts for the function that called it. Unlike a
+tracing profiler that hardly slows anything down.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ PARTS = {  # by what the file's path holds; the first that fits
     "key-value cache": ("transformers/cache_utils.py",),
     "norms, rotary, residual sums": ("transformers/models/", "modules/normalization.py", "torch/nn/functional"),
     "calling modules": ("torch/nn/modules/module.py",),
-    "masks, generation loop": ("",),
+    "masks, activations, the rest": ("",),
 }
 
 
@@ -65,10 +66,10 @@ def sampled(run: Callable[[], object]) -> Counter[str]:
 
 @torch.inference_mode()
 def profile(architecture: str, batch: int, arguments: argparse.Namespace) -> tuple[Counter[str], Counter[str]]:
-    """Milliseconds of each part of one dense and one switched ``generate()``: means over the rounds."""
+    """Milliseconds of each part of one dense and one switched run of the phase: means over the rounds."""
     model, random = make_model(architecture, arguments.width, arguments.layers), np.random.default_rng(0)
     board = Switchboard(model)
-    run, (_, switched) = phases(board, batch)["decode"]
+    run, (_, switched) = phases(board, batch)[arguments.phase]
     run()
     totals: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
     for _ in range(arguments.rounds):
@@ -83,13 +84,14 @@ def main() -> None:
     """Print the table; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", nargs="+", default=["llama", "mbart"])
+    parser.add_argument("--phase", choices=["prefill", "teacher-forced", "decode"], default="decode")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--keep-rate", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=10)
     arguments = parser.parse_args()
-    table = Table(title=f"milliseconds of generate(), dense / keep rate {arguments.keep_rate}")
+    table = Table(title=f"milliseconds of {arguments.phase}, dense / keep rate {arguments.keep_rate}")
     table.add_column("part")
     columns = []
     for architecture in arguments.architectures:
