@@ -251,7 +251,7 @@ def prepare(
 
     `sd-gym prepare --backbone ./minilm --env SD/QuestionAnswering-SQuAD-v0 --output ./minilm-squad`
 
-    Backbone and policy tuned to each other, alternating:
+    Backbone and policy tuned to each other, alternating (--set takes other data than the run's own):
     `sd-gym prepare --policy runs/first --output tuned`, then
     `sd-gym train SD/Classification-Mini-v0 --set backbone=tuned --set start=runs/first --output runs/second`
 
@@ -268,28 +268,28 @@ def prepare(
                 shown = "  ".join(f"{name} {value:.3f}" for name, value in latest.items() if name != "learning_rate")
                 progress.update(bar, completed=step, description="preparing", figures=shown)
 
-            from sd_gym.envs.config import load_config
+            from sd_gym.envs.config import load_config, make_config
             from sd_gym.registration import config_of
             from sd_gym.tasks.preparation import prepare_backbone
 
             if (backbone is None) == (policy is None):
                 raise ValueError("pass either --backbone, or --policy for the backbone of a run")
+            given = {"dataset": dataset, "max_source_length": max_length}
+            overrides = {key: value for key, value in given.items() if value is not None} | _settings(set_)
             skip_logits = None
             if policy is not None:
-                import numpy as np
-
                 from sd_gym.agents.common.run import load_run
+                from sd_gym.envs.split import Split
 
+                if "backbone" in overrides:
+                    raise ValueError("--policy tunes the run's own backbone; leave out backbone=")
                 _, core, network = load_run(policy)
-                config = core.config
-                splits = {name: core.split(name) for name in ("train", "validation")}
+                config = make_config(core.config.model_dump() | overrides, core.config.id)
                 skip_logits = {
-                    name: network.skip_logits(core.observe(split, np.arange(len(split))))
-                    for name, split in splits.items()
+                    name: network.skip_logits(core.standardised(Split(config, name).features))
+                    for name in ("train", "validation")
                 }
             else:
-                given = {"dataset": dataset, "max_source_length": max_length}
-                overrides = {key: value for key, value in given.items() if value is not None} | _settings(set_)
                 config = load_config(config_of(env), {**overrides, "backbone": backbone})
             report = prepare_backbone(
                 config.backbone,

@@ -226,8 +226,9 @@ def test_a_backbone_is_tuned_under_a_policy(tmp_path, reviews, tiny_backbone):
     overrides = {"dataset": str(reviews), "backbone": str(prepared), "rate": 0.7}
     train("SD/Classification-Custom-v0", "hash", run, steps=1, settings=overrides)
     options = ["--policy", run, "--output", tuned, "--steps", 150, "--learning-rate", 0.003]
-    result = CliRunner().invoke(app, ["prepare", *map(str, options)])
+    result = CliRunner().invoke(app, ["prepare", *map(str, options), "--set", "train_size=24"])
     assert result.exit_code == 0, result.output
+    assert json.loads((tuned / "preparation.json").read_text())["data"]["train"]["instances"] == 24  # not the run's 32
     _, before, policy = load_run(run)
     after = shared_core(before.config.model_copy(update={"backbone": str(tuned)}))
     rows = np.arange(len(before.split("train")))
@@ -250,6 +251,13 @@ def test_decisions_around_a_policy_follow_it():
     assert rates[0] == pytest.approx(0.3 + 0.7 * 0.98, abs=0.03)
     assert rates[1] == pytest.approx(0.3 + 0.7 * 0.02, abs=0.03)
     assert rates[1] < rates[2] < rates[0]
+
+
+def test_a_run_has_its_own_backbone(tmp_path):
+    options = ["--policy", "run", "--output", str(tmp_path / "o"), "--set", "backbone=other"]
+    result = CliRunner().invoke(app, ["prepare", *options])
+    assert result.exit_code == 2
+    assert "leave out backbone=" in " ".join((result.output + result.stderr).split())
 
 
 def test_either_a_backbone_or_a_policy(tmp_path):
