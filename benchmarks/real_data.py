@@ -107,8 +107,8 @@ TASKS = {
         (250, 150),
         ("max_source_length=192", *SQUAD, "quality=metric", "answers=extracted"),
     ),
-    "debian_desc": Task("Summarization", "rouge", "bart", 1500, 600, (500, 300), SUMMARIES, first_steps=2000),
-    "aeslc": Task("Summarization", "rouge", "bart", 500, 500, (500, 300), SUMMARIES, first_steps=2000),
+    "debian_desc": Task("Summarization", "rouge", "bart", 1000, 400, (500, 300), SUMMARIES, first_steps=2000),
+    "aeslc": Task("Summarization", "rouge", "bart", 500, 400, (500, 300), SUMMARIES, first_steps=2000),
     "squad_smollm2": Task(
         "QuestionAnswering",
         "squad",
