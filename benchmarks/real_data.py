@@ -10,10 +10,10 @@ smollm2``; the summarizer is a small BART that starts from random weights. The t
 beginning backbones are prepared, on the next rows, which no backbone was tuned on, agents learn, and on the last ones
 policies are selected; the validation file is the test split, which nothing else touches. A backbone is prepared under
 random decisions, ``imitation`` learns a first and bold policy, the backbone is tuned under it, and then all agents
-learn on the tuned one, from static masks that are searched there. For comparison, the backbone is fine-tuned densely
-for twice the steps, which takes about the same time. Each command of ``sd-gym`` is printed before it runs, with its
-time behind it. What is finished is kept and what was cut off goes on, so it can be started again; ``--table`` only
-prints what is there.
+learn on the tuned one, from the best static mask that is found there. For comparison, the backbone is fine-tuned
+densely for twice the steps, which takes about the same time. Each command of ``sd-gym`` is printed before it runs,
+with its time behind it. What is finished is kept and what was cut off goes on, so it can be started again; ``--table``
+only prints what is there.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ COLUMNS = [
     "decisions",
 ]
 SHOWN = {"rouge": ["rouge1", "rouge2", "rougeL"], "squad": ["exact_match", "f1"]}  # what there is of a metric
-REFINE = {  # settings of the learning agents, which start from what imitation has learned
+REFINE = {  # settings of the learning agents
     "ppo": ["objective=lagrangian", "learning_rate=2e-4"],
     "a2c": ["objective=lagrangian", "learning_rate=2e-4"],
     "reinforce": ["learning_rate=2e-4", "alpha=30", "beta=30"],
@@ -69,7 +69,7 @@ class Task:
         settings: More keys of the env.
         data: Folder of the data set, if it is not the task's name.
         first_steps: Of dense training before either, where the backbone starts from random weights.
-        learning: Settings of agents that start from nothing; empty: they start from imitation of searched masks.
+        learning: Settings of agents that start from nothing; empty: they start from the best static mask.
         sentences: Whether the rows are mostly parts of sentences, and whole sentences shall be kept for the agents.
     """
 
@@ -279,7 +279,8 @@ class Runs:
         learning = task.learning
         if not learning:
             static = self.train("static", "static", backbone)
-            learning = (f"start={self.train('imitation', 'imitation', backbone, f'path={static}')}",)
+            self.train("imitation", "imitation", backbone, f"path={static}")
+            learning = (f"start={static}",)
         for algo, settings in REFINE.items():
             self.train(algo, algo, backbone, *settings, *learning)
 
