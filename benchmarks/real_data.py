@@ -275,7 +275,8 @@ class Runs:
             self.train("dense-dense", "dense", dense)
             prepared = self.prepare("prepared", *options, steps=prepare_steps, max_rate=max_rate)
             policy = self.train("first", "imitation", prepared, f"epsilon={BOLD}")
-            backbone = self.prepare("tuned", "--policy", policy, steps=tune_steps, max_rate=max_rate)
+            options = ("--policy", policy)
+            backbone = self.prepare("tuned", *options, steps=tune_steps, max_rate=max_rate, learning_rate=1e-4)
         learning = task.learning
         if not learning:
             static = self.train("static", "static", backbone)
