@@ -136,7 +136,8 @@ def sd_gym(*arguments: object) -> None:
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """Of a JSONL file."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def keep_sentences(data: Path, folder: Path, held_out: int) -> None:
