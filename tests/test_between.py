@@ -55,7 +55,7 @@ def test_a_learned_policy_is_between_static_and_oracle(settings, tmp_path):
     assert static["quality_ref"] > 0.97
     found = {"static": static["flops_ratio"], "oracle": oracle["flops_ratio"]}
     assert found == pytest.approx(GOLDEN, abs=0.05)
-    # From the mask, as docs/agents.md says: from dense it may stay above the mask, depending on the weights' last bits.
+    # From the mask, as docs/agents.md says: from dense it ends above the mask on some backbones.
     start = tmp_path / "static"
     learned = result_of("reinforce", tmp_path, settings, steps=20_000, alpha=10.0, beta=10.0, start=start)
     assert learned["quality_kept"]
