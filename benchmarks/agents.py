@@ -4,7 +4,8 @@
 
 For each env: the best static masks are searched once; ``imitation`` learns, for each seed, how far down their path an
 input can go; the learning agents start from there and refine. The blind control (the same agent, its observation
-zeroed) starts from the best static mask. What is finished is kept and what was cut off goes on, so the command can be
+zeroed) starts from the best static mask. ``ppo-from-static`` and ``ppo-from-nothing`` (likewise of any learning agent)
+show what the start is worth. What is finished is kept and what was cut off goes on, so the command can be
 started again, and twice at the same time with other ``--envs``. ``--table`` only prints what is there.
 """
 
@@ -51,9 +52,9 @@ class Plan:
         """Of one run."""
         return self.output / f"{self.env.removeprefix('SD/').removesuffix('-v0')}-{algo}-{seed}"
 
-    def run(self, algo: str, seed: int = 0, **settings: object) -> Path:
+    def run(self, algo: str, seed: int = 0, name: str | None = None, **settings: object) -> Path:
         """Train, unless it was done."""
-        folder = self.folder(algo, seed)
+        folder = self.folder(name or algo, seed)
         if not (folder / "result.json").exists():
             result = train(self.env, algo, folder, steps=self.steps, seed=seed, settings=settings, resume=True)
             console.print(
@@ -63,13 +64,18 @@ class Plan:
             )
         return folder
 
-    def learn(self, algo: str, seed: int) -> None:
+    def learn(self, name: str, seed: int) -> None:
         """One agent with what it starts from."""
         static = self.run("static")
+        algo, _, origin = name.partition("-from-")
         if algo.startswith("blind-"):
             self.run(algo, seed, **{**REFINE[algo.removeprefix("blind-")], "learning_rate": BLIND_RATE}, start=static)
         elif algo in REFINE:
-            self.run(algo, seed, **REFINE[algo], start=self.run("imitation", seed, path=static))
+            if not origin:
+                origin_run = self.run("imitation", seed, path=static)
+            else:
+                origin_run = {"static": static, "nothing": None}[origin]
+            self.run(algo, seed, name, **REFINE[algo], start=origin_run)
         elif algo == "imitation":
             self.run(algo, seed, path=static)
         elif algo != "static":

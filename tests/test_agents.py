@@ -10,6 +10,7 @@ import torch
 from sd_gym.agents import agent_names, make_agent
 from sd_gym.agents.common.agent import initial_bias
 from sd_gym.agents.common.evaluation import bootstrap_interval, decide_and_score, evaluate, quality_kept
+from sd_gym.agents.common.fronts import front_of
 from sd_gym.agents.common.run import load_run, split_settings, train
 from sd_gym.agents.common.selection import MARGINS, Selection
 from stable_baselines3 import PPO
@@ -340,3 +341,19 @@ def test_a_warm_start_begins_where_the_other_run_ended(name, env, tmp_path):
     policy.save(tmp_path / "other")
     with pytest.raises(ValueError, match="cannot be a start here: its observation_size is 3, expected"):
         make_agent(name, env, start=tmp_path / "other")
+
+
+def test_a_front_is_what_each_policy_reaches_alone(env):
+    policies = [make_agent("random", env, rate=rate).policy() for rate in (0.2, 0.6)]
+    policies += [policies[0].with_decision(np.zeros(len(env.core.nvec), dtype=int)), policies[1].with_margin(1.0)]
+    for policy in policies:
+        policy.noise = "none"
+    split = env.core.split("validation")
+    front = front_of(env.core, split, policies)
+    for policy, quality, flops in zip(policies, front.quality, front.flops_ratio, strict=False):
+        alone = decide_and_score(env.core, policy, split)
+        own = policy.flops / split.dense_flops(np.arange(len(split))) if policy.head.weight.any() else 0
+        np.testing.assert_array_equal(quality, alone["quality"])
+        np.testing.assert_allclose(flops, alone["flops_ratio"] + own)
+    np.testing.assert_array_equal(front.flops_ratio[-1], 1.0)
+    assert len(front.quality) == len(policies) + 1

@@ -22,7 +22,7 @@ COLUMNS = [
 
 
 def comparison(folders: list[Path]) -> list[list[str]]:
-    """Rows of ``COLUMNS`` for finished runs, grouped by env and agent.
+    """Rows of ``COLUMNS`` for finished runs, grouped by env, agent and what the agent started from.
 
     Raises:
         FileNotFoundError: If a folder holds no finished run.
@@ -33,11 +33,21 @@ def comparison(folders: list[Path]) -> list[list[str]]:
             raise FileNotFoundError(f"no result.json in {folder}; expected the folder of a finished run")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        groups.setdefault((config["env"], config["algo"]), []).append(result)
-    return [_row(env, algo, results) for (env, algo), results in sorted(groups.items())]
+        groups.setdefault((config["env"], _agent(config)), []).append(result)
+    return [_row(env, agent, results) for (env, agent), results in sorted(groups.items())]
 
 
-def _row(env: str, algo: str, results: list[dict[str, Any]]) -> list[str]:
+def _agent(config: dict[str, Any]) -> str:
+    """The agent's name, with that of the run it started from."""
+    start = config["agent_settings"].get("start")
+    if start is None:
+        return config["algo"]
+    file = Path(start) / "config.json"
+    name = json.loads(file.read_text(encoding="utf-8"))["algo"] if file.exists() else Path(start).name
+    return f"{config['algo']} from {name}"
+
+
+def _row(env: str, agent: str, results: list[dict[str, Any]]) -> list[str]:
     difference = [100 * result["quality_difference"] for result in results]
     worst = min(results, key=lambda result: result["quality_difference"])
     low, high = (100 * bound for bound in worst["quality_difference_interval"])
@@ -48,7 +58,7 @@ def _row(env: str, algo: str, results: list[dict[str, Any]]) -> list[str]:
     decisions = sorted(result["decisions_used"] for result in results)
     return [
         env,
-        algo,
+        agent,
         str(len(results)),
         f"{fmean(result['quality_ref'] for result in results):.1%}",
         f"{fmean(difference):+.2f} ({min(difference):+.2f}, {low:+.2f} to {high:+.2f})",

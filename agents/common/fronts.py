@@ -28,16 +28,17 @@ class Front(NamedTuple):
 
 def front_of(core: Core, split: Split, policies: Sequence[DecisionPolicy]) -> Front:
     """Score policies on a whole split; the dense decision, at its full FLOPs, always belongs to a front."""
-    rows = np.arange(len(split))
-    quality, flops = [], []
-    for policy in policies:
-        scored = score_decisions(core, split, rows, policy.decide(core.observe(split, rows)))
-        # A policy that does not look at its input need not run at all.
-        own = policy.flops if policy.head.weight.any() and not policy.blind else 0
-        quality.append(scored["quality"])
-        flops.append(scored["flops_ratio"] + own / split.dense_flops(rows))
-    reference = scored["quality_ref"]
-    return Front(np.stack([*quality, reference]), np.stack([*flops, np.ones(len(rows))]))
+    rows, policies = np.arange(len(split)), list(policies)
+    observation = core.observe(split, rows)
+    decided = np.stack([*(policy.decide(observation) for policy in policies), np.zeros((len(rows), len(core.nvec)))])
+    # Versions of a policy agree on most instances: each decision on an instance is scored once.
+    pairs = np.column_stack([np.tile(rows, len(decided)), decided.reshape(-1, len(core.nvec)).astype(np.int64)])
+    different, back = np.unique(pairs, axis=0, return_inverse=True)
+    scored = score_decisions(core, split, different[:, 0], different[:, 1:])
+    quality, flops = (scored[name][back].reshape(decided.shape[:2]) for name in ("quality", "flops_ratio"))
+    # A policy that does not look at its input need not run at all.
+    own = [policy.flops if policy.head.weight.any() and not policy.blind else 0 for policy in policies]
+    return Front(quality, flops + np.array([*own, 0])[:, None] / split.dense_flops(rows))
 
 
 def flops_at(quality: float, front_quality: NDArray, front_flops: NDArray) -> float:
@@ -54,10 +55,13 @@ def flops_at(quality: float, front_quality: NDArray, front_flops: NDArray) -> fl
     return float(np.interp(quality, best[first], front_flops[order][first]))
 
 
-def flops_at_loss(front: Front, loss: float, rows: NDArray | slice = slice(None)) -> float:
-    """FLOPs ratio at which a front loses so much of the dense quality, on some of its instances."""
-    quality = front.quality[:, rows].mean(axis=1)
-    return flops_at(quality[-1] - loss, quality, front.flops_ratio[:, rows].mean(axis=1))
+def flops_at_loss(front: Front, loss: float) -> float:
+    """FLOPs ratio at which a front loses so much of the dense quality."""
+    return _flops_at_loss(front.quality.mean(axis=1), front.flops_ratio.mean(axis=1), loss)
+
+
+def _flops_at_loss(quality: NDArray, flops: NDArray, loss: float) -> float:
+    return flops_at(quality[-1] - loss, quality, flops)
 
 
 def saved_more(
@@ -75,12 +79,17 @@ def saved_more(
     Returns:
         (difference, low, high), in shares of the dense FLOPs; the 95% interval is a paired bootstrap over instances.
     """
-    random = np.random.default_rng(seed)
     n = front.quality.shape[1]
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples).T  # of each instance, drawn
+    own, others = (
+        np.array([_flops_at_loss(quality, flops, loss) for quality, flops in zip(*_means(one, counts), strict=True)])
+        for one in (front, other)
+    )
+    low, high = np.percentile(others - own, [2.5, 97.5])
+    return flops_at_loss(other, loss) - flops_at_loss(front, loss), float(low), float(high)
 
-    def difference(rows: NDArray | slice) -> float:
-        return flops_at_loss(other, loss, rows) - flops_at_loss(front, loss, rows)
 
-    drawn = [difference(random.integers(n, size=n)) for _ in range(samples)]
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return difference(slice(None)), float(low), float(high)
+def _means(front: Front, counts: NDArray) -> tuple[NDArray, NDArray]:
+    """Mean quality and FLOPs ratio ``[samples, policies]``, each instance as often as drawn, ``[n, samples]``."""
+    drawn = counts / len(counts)
+    return (front.quality @ drawn).T, (front.flops_ratio @ drawn).T
