@@ -65,11 +65,14 @@ class Task:
         backbone: ``minilm``, ``bart`` or ``smollm2``.
         policy: Rows of the training file that agents learn on.
         validation: Rows at its end that policies are selected on.
-        steps: Of preparing, and of tuning under a policy; zeros: the backbone is taken as it is.
+        steps: Of preparing, and of tuning under a policy; zero: none.
         settings: More keys of the env.
         data: Folder of the data set, if it is not the task's name.
         first_steps: Of dense training before either, where the backbone starts from random weights.
         learning: Settings of agents that start from nothing; empty: they start from the best static mask.
+        max_rate: Highest skip rate in preparing.
+        learning_rate: Of preparing; tuning has half of it.
+        batch_size: Of preparing.
         sentences: Whether the rows are mostly parts of sentences, and whole sentences shall be kept for the agents.
     """
 
@@ -83,6 +86,9 @@ class Task:
     data: str | None = None
     first_steps: int = 0
     learning: tuple[str, ...] = ()
+    max_rate: float = 0.7
+    learning_rate: float = 2e-4
+    batch_size: int = 32
     sentences: bool = False
 
 
@@ -93,6 +99,8 @@ def classification(metric: str, policy: int, validation: int, steps: tuple[int, 
 
 
 SQUAD = ("unanswerable=false",)
+EXAMPLE = "The river Po rises in the Alps and flows east.\\nQuestion: Where does the Po rise?\\nAnswer: the Alps"
+ONE_SHOT = (f'prompt="{EXAMPLE}\\n\\n{{source_pair}}\\nQuestion: {{source}}\\nAnswer:"', r'stop="\n"')
 SUMMARIES = ("max_source_length=96", "max_target_length=24", "quality=likelihood", "test_size=500")
 TASKS = {
     "sst2": classification("accuracy", 1000, 1500, steps=(1000, 600), length=64, sentences=True),
@@ -117,10 +125,13 @@ TASKS = {
         "smollm2",
         64,
         64,
-        (0, 0),
-        ("max_source_length=160", "max_target_length=12", *SQUAD, "quality=likelihood", "test_size=64"),
+        (60, 0),
+        ("max_source_length=192", "max_target_length=12", *SQUAD, *ONE_SHOT, "quality=likelihood", "test_size=64"),
         data="squad_answerable",
         learning=("num_envs=16", "initial_skip_rate=0.03"),  # a search over 60 switches takes hours
+        max_rate=0.3,
+        learning_rate=5e-5,
+        batch_size=8,
     ),
 }
 
@@ -241,11 +252,12 @@ class Runs:
         splits = f"{{train: 'train[{train}]', validation: 'train[-{self.task.validation}:]', test: validation}}"
         return [f"dataset={self.data}", f"splits={splits}", f"metric={self.task.metric}", *self.task.settings]
 
-    def prepare(self, what: str, *options: object, steps: int, max_rate: float, learning_rate: float = 2e-4) -> Path:
+    def prepare(self, what: str, *options: object, steps: int, max_rate: float, learning_rate: float) -> Path:
         """A backbone, unless it was done."""
         folder = self.folder(what)
         if not (folder / "preparation.json").exists():
-            how = ["--steps", steps, "--learning-rate", learning_rate, "--max-rate", max_rate, "--resume"]
+            how = ["--steps", steps, "--batch-size", self.task.batch_size, "--learning-rate", learning_rate]
+            how += ["--max-rate", max_rate, "--resume"]
             sd_gym("prepare", *options, "--output", folder, *how, *sets(self.settings(f":-{self.held_out}")))
         return folder
 
@@ -262,7 +274,7 @@ class Runs:
     def run(self) -> None:
         """Everything that is not there yet."""
         task, backbone = self.task, getattr(self.arguments, self.task.backbone, None)
-        env, max_rate = ("--env", f"SD/{task.family}-Custom-v0"), self.arguments.max_rate
+        env, rate = ("--env", f"SD/{task.family}-Custom-v0"), task.learning_rate
         prepare_steps, tune_steps = task.steps
         if task.first_steps:
             start = self.folder("random")
@@ -270,14 +282,14 @@ class Runs:
                 make_bart(self.data, start)
             options = ("--backbone", start, *env)
             backbone = self.prepare("start", *options, steps=task.first_steps, max_rate=0, learning_rate=1e-3)
-        if prepare_steps:
-            options = ("--backbone", backbone, *env)
-            dense = self.prepare("dense", *options, steps=2 * (prepare_steps + tune_steps), max_rate=0)
-            self.train("dense-dense", "dense", dense)
-            prepared = self.prepare("prepared", *options, steps=prepare_steps, max_rate=max_rate)
-            policy = self.train("first", "imitation", prepared, f"epsilon={BOLD}")
-            options = ("--policy", policy)
-            backbone = self.prepare("tuned", *options, steps=tune_steps, max_rate=max_rate, learning_rate=1e-4)
+        options = ("--backbone", backbone, *env)
+        dense = self.prepare("dense", *options, steps=2 * (prepare_steps + tune_steps), max_rate=0, learning_rate=rate)
+        self.train("dense-dense", "dense", dense)
+        backbone = self.prepare("prepared", *options, steps=prepare_steps, max_rate=task.max_rate, learning_rate=rate)
+        if tune_steps:
+            policy = self.train("first", "imitation", backbone, f"epsilon={BOLD}")
+            how = {"steps": tune_steps, "max_rate": task.max_rate, "learning_rate": rate / 2}
+            backbone = self.prepare("tuned", "--policy", policy, **how)
         learning = task.learning
         if not learning:
             static = self.train("static", "static", backbone)
@@ -333,7 +345,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/real"))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--steps", type=int, default=10_000, help="decisions that an agent learns from")
-    parser.add_argument("--max-rate", type=float, default=0.7, help="highest skip rate in preparing")
     parser.add_argument("--strictness", type=float, default=0.5, help="of selection; the validation splits are small")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     arguments = parser.parse_args()

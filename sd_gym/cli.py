@@ -303,6 +303,7 @@ def prepare(
                 patience=patience,
                 answers=config.answers,
                 prompt=config.prompt,
+                stop=config.stop,
                 token_shares=config.token_shares,
                 token_ranking=config.token_ranking,
                 max_source_length=config.max_source_length,

@@ -85,6 +85,22 @@ def test_likelihood_is_that_of_the_untouched_model(data, backbone):
         assert quality[row] == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_an_answer_ends_at_the_stop(data, backbone):
+    settings = {"quality": "metric", "metric": "squad", "max_target_length": 8}
+    whole, rows = make(data, backbone, **settings).unwrapped.core, np.arange(12)
+    dense = np.zeros((12, len(whole.nvec)), dtype=np.int64)
+    texts = whole.split("test").texts(rows, dense)
+    stop = max(texts, key=lambda text: len(set(text.split()))).split()[-1]
+    core = make(data, backbone, stop=stop, **settings).unwrapped.core
+    ended = core.split("test").texts(rows, dense)
+    assert ended != texts
+    assert ended == [text.partition(stop)[0].strip() for text in texts]
+    for labels, instance in zip(core.split("test").encoded.labels, core.split("test").instances, strict=True):
+        assert core.backbone.tokenizer.decode(labels[labels >= 0]) == f"{instance.target} {stop}"
+    with pytest.raises(DataError, match="expected max_target_length above 1, the tokens of the stop, got 1"):
+        make(data, backbone, stop=stop, max_target_length=1)
+
+
 def test_analytic_flops_are_counted_flops(data, backbone):
     core = make(data, backbone, quality="likelihood", token_shares=[0.0, 0.5]).unwrapped.core
     core.backbone.model.set_attn_implementation("eager")  # the only one whose products the counter sees on a CPU

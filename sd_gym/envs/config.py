@@ -46,6 +46,7 @@ class EnvConfig(BaseModel):
     unanswerable: bool = True
     backbone: str
     prompt: str | None = None
+    stop: str | None = Field(default=None, min_length=1)
     answers: Literal["generated", "extracted"] | None = None
     split: SplitName = "train"
     train_size: int | None = Field(default=None, ge=1)

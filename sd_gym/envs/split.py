@@ -52,7 +52,7 @@ class Split:
                 "as '{source}\\nLabel:'"
             )
         self._check_output()
-        self.prompt = config.prompt if self.backbone.causal else None
+        self.prompt, self.stop = (config.prompt, config.stop) if self.backbone.causal else (None, None)
         self.instances: Instances = load_split(config.source, config.task, name, config.size_of(name))
         self.encoded = encode_cached(
             self.instances,
@@ -62,6 +62,7 @@ class Split:
             max_target_length=config.max_target_length,
             label2id=self.backbone.model.config.label2id,
             prompt=self.prompt,
+            stop=self.stop,
             unanswerable=config.unanswerable,
         )
         self.features = self._features()
@@ -221,6 +222,7 @@ class Split:
                     max_new_tokens=config.max_target_length,
                     num_beams=config.num_beams,
                     do_sample=False,
+                    **self._end,
                     pad_token_id=backbone.tokenizer.pad_token_id,
                 )
             if backbone.causal:
@@ -228,8 +230,16 @@ class Split:
             for position, text in zip(
                 picked, backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True
             ):
-                texts[position] = text.strip()
+                texts[position] = (text if self.stop is None else text.partition(self.stop)[0]).strip()
         return texts
+
+    @property
+    def _end(self) -> dict[str, list[int]]:
+        """Where ``generate()`` ends early: at a stop of one token; a longer one is cut off its text."""
+        if self.stop is None:
+            return {}
+        tokens = self.backbone.tokenizer(self.stop, add_special_tokens=False).input_ids
+        return {"eos_token_id": [self.backbone.tokenizer.eos_token_id, *tokens]} if len(tokens) == 1 else {}
 
     @torch.inference_mode()
     def confidence(self, rows: Array, decisions: Array) -> Array:

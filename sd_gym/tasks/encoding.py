@@ -111,6 +111,7 @@ def encode(
     max_target_length: int,
     label2id: dict[str, int] | None = None,
     prompt: str | None = None,
+    stop: str | None = None,
     unanswerable: bool = True,
 ) -> Encoded:
     """Tokenise instances; what is longer than the limits is cut: of a question and its context only the context.
@@ -124,6 +125,7 @@ def encode(
         label2id: Class indices of label words, for backbones that classify.
         prompt: For decoder-only backbones, what the input is put into: ``{source}`` and, for question answering,
             ``{source_pair}`` (the context) are filled in; it is never cut.
+        stop: What ends an answer to a prompt; ``None``: the tokenizer's end of text.
         unanswerable: Whether questions may be without answer, for backbones that extract.
 
     Raises:
@@ -141,7 +143,7 @@ def encode(
         labels, target_cut = _spans(instances, context_mask.numpy(), offsets.numpy())
         context_mask[:, 0] = unanswerable
     elif prompt is not None:
-        labels, target_length, target_cut = _answers(instances, tokenizer, max_target_length)
+        labels, target_length, target_cut = _answers(instances, tokenizer, max_target_length, stop)
     elif output == "text":
         targets = tokenizer(
             text_target=[str(instance.target) for instance in instances],
@@ -321,12 +323,15 @@ def _prompts(
 
 
 def _answers(
-    instances: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, max_target_length: int
+    instances: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, max_target_length: int, stop: str | None
 ) -> tuple[Tensor, NDArray, NDArray]:
-    """What a decoder-only backbone shall say behind the prompt: a space, the target, and the end of text."""
-    room = max_target_length - 1
+    """What a decoder-only backbone shall say behind the prompt: a space, the target, and what ends it."""
+    end = [tokenizer.eos_token_id] if stop is None else tokenizer(stop, add_special_tokens=False).input_ids
+    room = max_target_length - len(end)
+    if room < 1:
+        raise DataError(f"expected max_target_length above {len(end)}, the tokens of the stop, got {max_target_length}")
     tokens = tokenizer([f" {instance.target}" for instance in instances], add_special_tokens=False).input_ids
-    answers = [torch.tensor([*ids[:room], tokenizer.eos_token_id]) for ids in tokens]
+    answers = [torch.tensor([*ids[:room], *end]) for ids in tokens]
     labels = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED)
     return labels, np.array([len(answer) for answer in answers]), np.array([len(ids) > room for ids in tokens])
 

@@ -44,6 +44,7 @@ def prepare_backbone(
     patience: int | None = None,
     answers: Literal["generated", "extracted"] | None = None,
     prompt: str | None = None,
+    stop: str | None = None,
     max_source_length: int = 128,
     max_target_length: int = 32,
     token_shares: tuple[float, ...] = (0.0,),
@@ -80,6 +81,7 @@ def prepare_backbone(
         answers: For question answering, whether the backbone generates its answers or extracts them from the context;
             ``None``: it generates if its stored head does.
         prompt: What decoder-only backbones read, as for ``encode``; the loss is on the answer behind it.
+        stop: What ends their answers, as for ``encode``.
         max_source_length: Longest input, in tokens.
         max_target_length: Longest target, in tokens.
         token_shares: Shares of the tokens to drop that a row draws from, as in an env's configuration.
@@ -134,6 +136,7 @@ def prepare_backbone(
         "max_target_length": max_target_length,
         "label2id": model.config.label2id,
         "prompt": prompt if causal else None,
+        "stop": stop if causal else None,
         "unanswerable": source.unanswerable,
     }
 
@@ -191,6 +194,7 @@ def prepare_backbone(
         "max_rate": max_rate,
         "patience": patience,
         "prompt": encoding["prompt"],
+        "stop": encoding["stop"],
         "max_source_length": max_source_length,
         "max_target_length": max_target_length,
         "token_shares": list(token_shares),
