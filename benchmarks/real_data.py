@@ -105,9 +105,9 @@ SUMMARIES = ("max_source_length=96", "max_target_length=24", "quality=likelihood
 TASKS = {
     "sst2": classification("accuracy", 1000, 1500, steps=(1000, 600), length=64, sentences=True),
     "agnews": classification("accuracy", 1500, 1500, steps=(600, 300), length=64),
-    "cola": classification("matthews", 1500, 1000, steps=(600, 400), length=32),
+    "cola": classification("matthews", 1500, 1000, steps=(600, 400), length=32, learning_rate=5e-5),
     "mrpc": classification("f1", 600, 500, steps=(250, 150), length=96),
-    "rte": classification("accuracy", 400, 300, steps=(200, 100), length=128),
+    "rte": classification("accuracy", 400, 300, steps=(200, 100), length=128, learning_rate=5e-5),
     "squad_answerable": Task(
         "QuestionAnswering",
         "squad",
@@ -125,7 +125,7 @@ TASKS = {
         "smollm2",
         64,
         64,
-        (60, 0),
+        (40, 0),
         ("max_source_length=192", "max_target_length=12", *SQUAD, *ONE_SHOT, "quality=likelihood", "test_size=64"),
         data="squad_answerable",
         learning=("num_envs=16", "initial_skip_rate=0.03"),  # a search over 60 switches takes hours
