@@ -70,19 +70,24 @@ def test_the_env_passes_the_checks_and_scores_each_row_as_alone(data, backbone, 
     assert (split.flops_ratio(rows, 0 * decisions) == 1).all()
 
 
-def test_likelihood_is_that_of_the_untouched_model(data, backbone):
+def test_likelihood_is_that_of_the_model_relative_to_the_untouched_one(data, backbone):
     core = make(data, backbone, quality="likelihood").unwrapped.core
-    split = core.split("test")
-    quality = split.run(np.arange(12), np.zeros((12, len(core.nvec)), dtype=np.int64))
+    split, decisions = core.split("test"), decisions_for(core, 12)
+    quality, reference = split.quality(np.arange(12), decisions)
+    np.testing.assert_array_equal(reference, 1.0)
+    assert (quality != 1.0).any()
     for row in (0, 5):
         instance = split.instances[row]
         prompt = f"{instance.source_pair}\nQuestion: {instance.source}\nAnswer:"
         ids = core.backbone.tokenizer(prompt).input_ids
         answer = [*core.backbone.tokenizer(instance.target).input_ids, core.backbone.tokenizer.eos_token_id]
-        with torch.inference_mode():
-            logits = core.backbone.model(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).mean().exp()
-        assert quality[row] == pytest.approx(float(expected), rel=1e-4)
+        losses = []
+        for decision in (decisions[row], 0 * decisions[row]):
+            with core.backbone.board.decide(decision[None, :-1]), torch.inference_mode():
+                logits = core.backbone.model(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
+            losses.append(-float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).mean()))
+        assert split.dense_loss[row] == pytest.approx(losses[1], rel=1e-4)
+        assert quality[row] == pytest.approx(np.clip(1 + losses[1] - losses[0], 0, 2), abs=1e-4)
 
 
 def test_an_answer_ends_at_the_stop(data, backbone):
@@ -102,7 +107,7 @@ def test_an_answer_ends_at_the_stop(data, backbone):
 
 
 def test_analytic_flops_are_counted_flops(data, backbone):
-    core = make(data, backbone, quality="likelihood", token_shares=[0.0, 0.5]).unwrapped.core
+    core = make(data, backbone, token_shares=[0.0, 0.5]).unwrapped.core
     core.backbone.model.set_attn_implementation("eager")  # the only one whose products the counter sees on a CPU
     split = core.split("train")
     decisions = decisions_for(core, 2)

@@ -221,7 +221,7 @@ def test_likelihood_is_that_of_the_untouched_model(data, tmp_path, tiny_tokenize
     model.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     split = make(data, str(tmp_path), quality="likelihood").unwrapped.core.split("test")
-    quality = split.run(np.arange(24), np.zeros((24, 7), dtype=np.int64))
+    _, probability = split.quality_and_likelihood(np.arange(24), np.zeros((24, 7), dtype=np.int64))
     for row, instance in enumerate(split.instances[:6]):
         inputs = tiny_tokenizer(instance.source, instance.source_pair, return_tensors="pt")
         with torch.inference_mode():
@@ -230,7 +230,7 @@ def test_likelihood_is_that_of_the_untouched_model(data, tmp_path, tiny_tokenize
         word = (["[CLS]"] if not instance.references else list(instance.references))[0]
         place = allowed.index(inputs.tokens(0).index(word))
         expected = output.start_logits[0, allowed].softmax(-1)[place] * output.end_logits[0, allowed].softmax(-1)[place]
-        assert quality[row] == pytest.approx(float(expected), rel=1e-4)
+        assert probability[row] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_analytic_flops_are_counted_flops(data, extractor):

@@ -149,8 +149,8 @@ def test_likelihood_is_the_mean_probability_of_the_reference(tmp_path, generator
     inputs = split.encoded.batch(np.array([2]), torch.device("cpu"))
     with torch.inference_mode():
         loss = core.backbone.model(**inputs).loss  # Hugging Face's mean over the reference's tokens
-    quality = split.run(np.array([2]), np.zeros((1, len(core.nvec)), dtype=np.int64))
-    assert quality[0] == pytest.approx(float(torch.exp(-loss)), rel=1e-5)
+    _, probability = split.quality_and_likelihood(np.array([2]), np.zeros((1, len(core.nvec)), dtype=np.int64))
+    assert probability[0] == pytest.approx(float(torch.exp(-loss)), rel=1e-5)
 
 
 def test_passes_are_bounded(tmp_path, generator, monkeypatch):

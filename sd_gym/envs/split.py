@@ -29,6 +29,7 @@ OUTPUTS: dict[str, tuple[Output, ...]] = {
     "question_answering": ("text", "span"),
     "summarization": ("text",),
 }
+LEAST_LIKELIHOOD = 1e-13  # whose logarithm is taken: about minus 30
 PASS_TOKENS = 2**15  # padded tokens of a forward pass at most, which bounds its memory
 
 
@@ -68,6 +69,7 @@ class Split:
         self.features = self._features()
         self._always, self._switched = self._costs(np.arange(len(self)), np.zeros(len(self), dtype=np.int64))
         self._scores: dict[tuple[int, bytes], float] = {}
+        self._dense_log = np.full(len(self), np.nan)  # of the likelihood, where it is known
 
     def _check_output(self) -> None:
         """Raise ConfigError if the backbone's head cannot do the task, or not in the way that is asked for."""
@@ -104,11 +106,11 @@ class Split:
         The negative logarithm of the reference's likelihood (see ``sd_gym.tasks.metrics.likelihood``), at most 30; of
         scores, how far the backbone is off.
         """
-        rows = np.arange(len(self))
         dense = np.zeros((len(self), len(self.backbone.board) + 1), dtype=np.int64)
-        scale = self.config.label_range
-        likely = self._teacher_forced(rows, dense, lambda logits, labels: likelihood(logits, labels, scale))
-        return scale * (1 - likely) if self.encoded.labels.is_floating_point() else -np.log(np.maximum(likely, 1e-13))
+        likely = self._teacher_forced(np.arange(len(self)), dense, self._likelihood)
+        if self.encoded.labels.is_floating_point():
+            return self.config.label_range * (1 - likely)
+        return -np.log(np.maximum(likely, LEAST_LIKELIHOOD))
 
     @cached_property
     def levels(self) -> Array:
@@ -179,6 +181,9 @@ class Split:
     def run(self, rows: Array, decisions: Array) -> Array:
         """Run the backbone on rows under decisions and score it: float64 ``[n]``. Nothing is cached.
 
+        Of a likelihood: one plus the logarithm of its ratio to the dense backbone's, between 0 and 2, so that dense has
+        1, a loss of 0.01 is one percent of perplexity, and no instance weighs more than any other's loss of all.
+
         The rows run in the passes that are the cheapest: of about the same length that is left, or the same decision.
         """
         config = self.config
@@ -187,23 +192,44 @@ class Split:
             metric = config.metric if config.quality == "metric" else "exact_match"
             pairs = zip(rows, self.texts(rows, decisions), strict=True)
             return np.array([text_quality(metric, text, self.instances[row].references) for row, text in pairs])
-        score = likelihood if config.quality == "likelihood" else quality
-        return self._teacher_forced(rows, decisions, lambda logits, labels: score(logits, labels, config.label_range))
+        values = self._teacher_forced(rows, decisions, self._score)
+        return self._relative(rows, decisions, values) if self._is_relative else values
 
     @torch.inference_mode()
     def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
         """Quality as ``run`` gives it, and the likelihood of the reference; each float64 ``[n]``. Nothing is cached."""
-        label_range = self.config.label_range
         if self.config.quality == "metric":
-            probability = self._teacher_forced(rows, decisions, lambda *output: likelihood(*output, label_range))
-            return self.run(rows, decisions), probability
-        score = likelihood if self.config.quality == "likelihood" else quality
+            return self.run(rows, decisions), self._teacher_forced(rows, decisions, self._likelihood)
 
         def both(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return torch.stack([function(logits, labels, label_range) for function in (score, likelihood)], dim=1)
+            return torch.stack([self._score(logits, labels), self._likelihood(logits, labels)], dim=1)
 
-        values = self._teacher_forced(rows, decisions, both)
-        return values[:, 0], values[:, 1]
+        values, probability = self._teacher_forced(rows, decisions, both).T
+        return self._relative(rows, decisions, values) if self._is_relative else values, probability
+
+    def _likelihood(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return likelihood(logits, labels, self.config.label_range)
+
+    def _score(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        score = likelihood if self.config.quality == "likelihood" else quality
+        return score(logits, labels, self.config.label_range)
+
+    @property
+    def _is_relative(self) -> bool:
+        """Whether quality is relative to the dense backbone's: likelihoods are (a score has its quality there)."""
+        return self.config.quality == "likelihood" and not self.encoded.labels.is_floating_point()
+
+    def _relative(self, rows: Array, decisions: Array, probability: Array) -> Array:
+        """One plus the logarithm of the likelihood over the dense one, between 0 and 2."""
+        log = np.log(np.maximum(probability, LEAST_LIKELIHOOD))
+        dense = ~decisions.any(axis=1)
+        self._dense_log[rows[dense]] = log[dense]
+        unknown = np.unique(rows[np.isnan(self._dense_log[rows])])
+        if len(unknown):
+            nothing = np.zeros((len(unknown), decisions.shape[1]), dtype=np.int64)
+            reference = self._teacher_forced(unknown, nothing, self._likelihood)
+            self._dense_log[unknown] = np.log(np.maximum(reference, LEAST_LIKELIHOOD))
+        return np.clip(1 + log - self._dense_log[rows], 0, 2)
 
     @torch.inference_mode()
     def texts(self, rows: Array, decisions: Array) -> list[str]:

@@ -49,8 +49,9 @@ def likelihood(logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tens
     Of a class; of a text, the geometric mean over its tokens; of the right spans of the context, where answers are
     extracted (labels ``[batch, spans, 2]``, logits ``[batch, 2, length]``), their sum.
 
-    A graded quality where exact match is too coarse: from one teacher-forced pass, and comparable with the dense
-    backbone's on the same instance. Arguments as of ``quality``; a score has its quality there.
+    A graded quality where exact match is too coarse, from one teacher-forced pass; what an env makes of it is relative
+    to the dense backbone's on the same instance (see ``Split.run``). Arguments as of ``quality``; a score has its
+    quality there.
     """
     if labels.is_floating_point():
         return quality(logits, labels, label_range)
