@@ -92,9 +92,10 @@ class Task:
     sentences: bool = False
 
 
-def classification(metric: str, policy: int, validation: int, steps: tuple[int, int], length: int, **more: Any) -> Task:
+def classification(
+    metric: str, policy: int, validation: int, steps: tuple[int, int], *settings: str, **more: Any
+) -> Task:
     """With MiniLM."""
-    settings = (f"max_source_length={length}",)
     return Task("Classification", metric, "minilm", policy, validation, steps, settings, **more)
 
 
@@ -103,11 +104,13 @@ EXAMPLE = "The river Po rises in the Alps and flows east.\\nQuestion: Where does
 ONE_SHOT = (f'prompt="{EXAMPLE}\\n\\n{{source_pair}}\\nQuestion: {{source}}\\nAnswer:"', r'stop="\n"')
 SUMMARIES = ("max_source_length=96", "max_target_length=24", "quality=likelihood", "test_size=500")
 TASKS = {
-    "sst2": classification("accuracy", 1000, 1500, steps=(1000, 600), length=64, sentences=True),
-    "agnews": classification("accuracy", 1500, 1500, steps=(600, 300), length=64),
-    "cola": classification("matthews", 1500, 1000, steps=(600, 400), length=32, learning_rate=5e-5),
-    "mrpc": classification("f1", 600, 500, steps=(250, 150), length=96),
-    "rte": classification("accuracy", 400, 300, steps=(200, 100), length=128, learning_rate=5e-5),
+    "sst2": classification("accuracy", 1000, 1500, (1000, 600), "max_source_length=64", sentences=True),
+    "agnews": classification("accuracy", 1500, 1500, (600, 300), "max_source_length=64"),
+    "cola": classification(
+        "matthews", 1500, 1000, (600, 400), "max_source_length=32", "quality=likelihood", learning_rate=5e-5
+    ),
+    "mrpc": classification("f1", 600, 500, (250, 150), "max_source_length=96"),
+    "rte": classification("accuracy", 400, 300, (200, 100), "max_source_length=128", learning_rate=5e-5),
     "squad_answerable": Task(
         "QuestionAnswering",
         "squad",
