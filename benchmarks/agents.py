@@ -2,11 +2,12 @@
 
     python benchmarks/agents.py --output runs/agents
 
-For each env: the best static masks are searched once; ``imitation`` learns, for each seed, how far down their path an
-input can go; the learning agents start from there and refine. The blind control (the same agent, its observation
-zeroed) starts from the best static mask. ``ppo-from-static`` and ``ppo-from-nothing`` (likewise of any learning agent)
-show what the start is worth. What is finished is kept and what was cut off goes on, so the command can be
-started again, and twice at the same time with other ``--envs``. ``--table`` only prints what is there.
+For each env: the best static masks are searched once, and once how far down their path each training instance can go;
+``imitation`` learns to foresee that, for each seed; the learning agents start from there and refine. The blind control
+(the same agent, its observation zeroed) starts from the best static mask. ``ppo-from-static`` and ``ppo-from-nothing``
+(likewise of any learning agent) show what the start is worth. What is finished is kept and what was cut off goes on, so
+the command can be started again, and twice at the same time with other ``--envs``. ``--table`` only prints what is
+there.
 """
 
 from __future__ import annotations
@@ -64,6 +65,10 @@ class Plan:
             )
         return folder
 
+    def imitate(self, seed: int) -> Path:
+        """What most agents start from; all seeds learn from the search of the first."""
+        return self.run("imitation", seed, path=self.imitate(0) if seed else self.run("static"))
+
     def learn(self, name: str, seed: int) -> None:
         """One agent with what it starts from."""
         static = self.run("static")
@@ -71,13 +76,10 @@ class Plan:
         if algo.startswith("blind-"):
             self.run(algo, seed, **{**REFINE[algo.removeprefix("blind-")], "learning_rate": BLIND_RATE}, start=static)
         elif algo in REFINE:
-            if not origin:
-                origin_run = self.run("imitation", seed, path=static)
-            else:
-                origin_run = {"static": static, "nothing": None}[origin]
+            origin_run = {"static": static, "nothing": None}[origin] if origin else self.imitate(seed)
             self.run(algo, seed, name, **REFINE[algo], start=origin_run)
         elif algo == "imitation":
-            self.run(algo, seed, path=static)
+            self.imitate(seed)
         elif algo != "static":
             self.run(algo, seed)
 

@@ -101,14 +101,18 @@ def deepest_safe(split: Split, rows: Array, path: list[Array], loss: float, on_r
         Index in ``path``, int64 ``[n]``.
     """
     reference = split.run(rows, np.tile(path[0], (len(rows), 1)))
-    quality = [reference]
-    for mask in path[1:]:
-        quality.append(split.run(rows, np.tile(mask, (len(rows), 1))))
-        on_round(len(quality) * len(rows))
-    kept = np.stack(quality) >= reference
-    too_much = [reference.mean() - one.mean() > loss for one in quality[1:]]
-    base = too_much.index(True) if True in too_much else len(path) - 1
-    return base + np.minimum.accumulate(kept[base + 1 :], axis=0).sum(axis=0)
+    depths, going, together, scored = np.zeros(len(rows), dtype=np.int64), np.arange(len(rows)), True, len(rows)
+    for depth, mask in enumerate(path[1:], start=1):
+        quality = split.run(rows[going], np.tile(mask, (len(going), 1)))
+        scored += len(going)
+        on_round(scored)
+        together = together and reference.mean() - quality.mean() <= loss
+        if not together:
+            going = going[quality >= reference[going]]
+        if not len(going):
+            break
+        depths[going] = depth
+    return depths
 
 
 def search_each(

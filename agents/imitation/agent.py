@@ -9,28 +9,34 @@ lucky wrong mask further down the path teaches nothing: the first loss ends the 
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.baselines.search import deepest_safe, static_path
 from sd_gym.agents.baselines.static import backward_path, report
 from sd_gym.agents.common.agent import Agent, LearnerSettings, OnRollout, initial_bias
 from stable_baselines3.common.logger import Logger
 
-from sd_gym.policy import DecisionPolicy
+from sd_gym.envs.split import Split
+from sd_gym.policy import DecisionPolicy, write_json
 
 BASE_LOSS = 0.25  # of epsilon: what all inputs together may lose where none is looked at
 ORDER_INSTANCES = 1000  # that the path of static masks is searched on
+SEARCHED = "searched.json"
 
 
 class ImitationSettings(LearnerSettings):
     """Settings of imitation.
 
     Attributes:
-        path: Folder of a run of ``static`` whose masks are the path; ``None``: it is searched on the training split.
+        path: Folder of a run of ``static`` whose masks are the path, or of one of ``imitation`` whose whole search is
+            taken over; ``None``: the path is searched on the training split.
         instances: Training instances that are tried on the masks of the path.
         epochs: Passes over the found decisions; a tenth of them is held out, and the best epoch on it is kept.
         batch_size: Of the supervised learning.
@@ -49,6 +55,7 @@ class ImitationAgent(Agent):
 
     Settings = ImitationSettings
     settings: ImitationSettings
+    searched: tuple[NDArray, NDArray]  # rows and decisions, once it has learned
     validates = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -66,21 +73,29 @@ class ImitationAgent(Agent):
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Search and learn; it takes as many decisions as it takes."""
         core = self.env.core
-        split = core.split("train")
+        split, taken = core.split("train"), self.settings.path
+        if taken is not None and (taken / SEARCHED).exists():
+            self.searched = read_searched(taken, len(split), core.nvec)
+        else:
+            self.searched = self._search(split, on_rollout)
+        rows, found = self.searched
+        logger.record("search/flops_ratio", float(split.flops_ratio(rows, found).mean()))
+        self._imitate(torch.from_numpy(core.observe(split, rows)), torch.from_numpy(found), logger)
+
+    def _search(self, split: Split, on_rollout: OnRollout) -> tuple[NDArray, NDArray]:
+        core = self.env.core
         rows = np.random.default_rng(self.seed).permutation(len(split))[: self.settings.instances]
-        scored = 0
-
-        def on_round(more: int) -> None:
-            report(on_rollout, scored + more)
-
+        on_round = partial(report, on_rollout)
         if self.settings.path is None:
             path = static_path(core, split, rows[:ORDER_INSTANCES], on_round)
         else:
             path = backward_path(self.settings.path, core.nvec)
-        depths = deepest_safe(split, rows, path, core.config.epsilon * BASE_LOSS, on_round)
-        found = np.stack(path)[depths]
-        logger.record("search/flops_ratio", float(split.flops_ratio(rows, found).mean()))
-        self._imitate(torch.from_numpy(core.observe(split, rows)), torch.from_numpy(found), logger)
+        return rows, np.stack(path)[deepest_safe(split, rows, path, core.config.epsilon * BASE_LOSS, on_round)]
+
+    def save_extra(self, folder: Path) -> None:
+        """Write ``searched.json``: the instances' rows in the training split, and what each of them bears."""
+        rows, found = self.searched
+        write_json(folder / SEARCHED, {"rows": rows.tolist(), "decisions": found.tolist()})
 
     def policy(self) -> DecisionPolicy:
         """A copy of the network."""
@@ -116,3 +131,19 @@ class ImitationAgent(Agent):
             if error < lowest:
                 lowest, best = error, {name: value.clone() for name, value in self.network.state_dict().items()}
         self.network.load_state_dict(best)
+
+
+def read_searched(folder: Path, instances: int, nvec: NDArray) -> tuple[NDArray, NDArray]:
+    """Rows of a training split of so many ``instances``, and decisions ``[n, components]`` that were found for them.
+
+    Raises:
+        ValueError: If they are those of another env.
+    """
+    searched = json.loads((folder / SEARCHED).read_text(encoding="utf-8"))
+    rows, found = np.array(searched["rows"]), np.array(searched["decisions"])
+    if found.shape[1:] != nvec.shape or rows.max() >= instances:
+        raise ValueError(
+            f"what was searched in {folder} has {found.shape[1]} components and rows up to {rows.max()}; expected "
+            f"{len(nvec)} components, and rows of a training split of {instances}"
+        )
+    return rows, found
