@@ -92,7 +92,7 @@ def train(
             help="Standard errors by which a policy's loss must stay below epsilon on validation to be selected; lower "
             "it where the validation split is small.",
         ),
-    ] = 2.6,
+    ] = 3.3,
     resume: Annotated[bool, typer.Option(help="Go on with a run that was cut off.")] = False,
     set_: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config key or a setting of the agent.")
