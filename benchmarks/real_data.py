@@ -119,6 +119,7 @@ TASKS = {
         200,
         (250, 150),
         ("max_source_length=192", *SQUAD, "quality=metric", "answers=extracted"),
+        batch_size=16,
     ),
     "debian_desc": Task("Summarization", "rouge", "bart", 1000, 400, (500, 300), SUMMARIES, first_steps=2000),
     "aeslc": Task("Summarization", "rouge", "bart", 500, 400, (500, 300), SUMMARIES, first_steps=2000),

@@ -1,8 +1,7 @@
 """REINFORCE (Williams 1992) under the dynamic barrier; reads from top to bottom.
 
 For each drawn instance several decisions are sampled and scored, in one batched run of the backbone. Two gradients come
-of
-them: that of the FLOPs, ``E[grad log pi(a|x) * A_flops]``, and that of the quality loss, both advantages as losses
+of them: that of the FLOPs, ``E[grad log pi(a|x) * A_flops]``, and that of the quality loss, both advantages as losses
 minus a baseline. The barrier says how much the second weighs (Zhang et al. 2024, section 3.3): while the quality is
 kept the FLOPs fall as they like, and the nearer the limit the less of it.
 """
