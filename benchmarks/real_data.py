@@ -29,6 +29,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from sd_gym.agents.common.compare import markdown
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -50,7 +51,8 @@ REFINE = {  # settings of the learning agents
     "a2c": ["objective=lagrangian", "learning_rate=2e-4"],
     "reinforce": ["learning_rate=2e-4", "alpha=30", "beta=30"],
 }
-AGENTS = ["static", "imitation", *REFINE]
+BLIND = [*REFINE["ppo"], "learning_rate=1e-3"]  # it has no more than its biases to learn
+AGENTS = ["static", "imitation", *REFINE, "blind-ppo"]
 BOLD = 0.03  # epsilon of the policy that a backbone is tuned under: it will bear more then
 VOCABULARY = 8000  # of the small BART
 
@@ -299,6 +301,7 @@ class Runs:
             static = self.train("static", "static", backbone)
             self.train("imitation", "imitation", backbone, f"path={static}")
             learning = (f"start={static}",)
+            self.train("blind-ppo", "blind-ppo", backbone, *BLIND, *learning)
         for algo, settings in REFINE.items():
             self.train(algo, algo, backbone, *settings, *learning)
 
@@ -360,7 +363,7 @@ def main() -> None:
         for one in runs:
             one.run()
     found = [row for one in runs for row in one.rows()]
-    print("\n".join(f"| {' | '.join(line)} |" for line in [COLUMNS, ["---"] * len(COLUMNS), *found]))
+    print(markdown(COLUMNS, found))
 
 
 if __name__ == "__main__":

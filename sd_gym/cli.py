@@ -179,24 +179,40 @@ def evaluate(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    fronts: Annotated[
+        bool,
+        typer.Option(
+            help="How much more of the FLOPs each learned agent saves than static masks and blind agents at the same "
+            "quality; policies are scored again, which takes minutes."
+        ),
+    ] = False,
     markdown: Annotated[bool, typer.Option(help="Print a Markdown table.")] = False,
 ) -> None:
     """Put runs side by side, one row an env and agent, means over seeds with the worst seed in brackets.
 
-    Example: `sd-gym compare runs/*`
+    Examples:
+    `sd-gym compare runs/*`
+
+    `sd-gym compare --fronts runs/static runs/blind runs/ppo-*`
     """
-    from sd_gym.agents.common.compare import COLUMNS, comparison
+    from sd_gym.agents.common import compare as results
 
     try:
-        rows = comparison(runs)
-    except FileNotFoundError as error:
+        if fronts:
+            from sd_gym.agents.common import savings
+
+            title, columns = "At a loss of half of epsilon, test split", savings.COLUMNS
+            with console.status("scoring"):
+                rows = savings.savings(runs)
+        else:
+            title, columns, rows = "Runs on the test split", results.COLUMNS, results.comparison(runs)
+    except (FileNotFoundError, ValueError) as error:
         _fail(error)
     if markdown:
-        lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-        print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        print(results.markdown(columns, rows))
         return
-    table = Table(title="Runs on the test split")
-    for column in COLUMNS:
+    table = Table(title=title)
+    for column in columns:
         table.add_column(column)
     for row in rows:
         table.add_row(*row)

@@ -60,6 +60,15 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone):
     result = run("compare", folder, tmp_path / "warm", "--markdown")
     assert "| SD/Classification-Custom-v0 | a2c from a2c | 1 |" in result.output
 
+    result = run("compare", "--fronts", folder)
+    assert result.exit_code == 2
+    assert "expected runs of a learned agent and, on the same env, of static" in " ".join(result.output.split())
+    for algo in ("static", "blind-a2c"):
+        options = ["--algo", algo, "--steps", 256, "--output", tmp_path / algo]
+        assert run("train", "SD/Classification-Custom-v0", *options, *settings).exit_code == 0
+    result = run("compare", "--fronts", "--markdown", folder, tmp_path / "static", tmp_path / "blind-a2c")
+    assert "| SD/Classification-Custom-v0 | a2c | 1 |" in result.output
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -29,15 +29,31 @@ def comparison(folders: list[Path]) -> list[list[str]]:
     """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for folder in folders:
-        if not (folder / "result.json").exists():
-            raise FileNotFoundError(f"no result.json in {folder}; expected the folder of a finished run")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        groups.setdefault((config["env"], _agent(config)), []).append(result)
+        config, result = finished(folder)
+        groups.setdefault((config["env"], agent_of(config)), []).append(result)
     return [_row(env, agent, results) for (env, agent), results in sorted(groups.items())]
 
 
-def _agent(config: dict[str, Any]) -> str:
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *rows])
+
+
+def finished(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``config.json`` and ``result.json`` of a finished run.
+
+    Raises:
+        FileNotFoundError: If the folder holds none.
+    """
+    if not (folder / "result.json").exists():
+        raise FileNotFoundError(f"no result.json in {folder}; expected the folder of a finished run")
+    config, result = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "result")
+    )
+    return config, result
+
+
+def agent_of(config: dict[str, Any]) -> str:
     """The agent's name, with that of the run it started from."""
     start = config["agent_settings"].get("start")
     if start is None:

@@ -1,0 +1,104 @@
+"""How much more of the FLOPs agents save than what needs no learning, at the same quality."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sd_gym.agents.baselines.static import read_masks
+from sd_gym.agents.common.compare import agent_of, finished
+from sd_gym.agents.common.fronts import Front, flops_at_loss, front_of, saved_more
+from sd_gym.agents.common.selection import MARGINS
+from sd_gym.agents.registry import LEARNING
+
+from sd_gym.envs.config import EnvConfig
+from sd_gym.envs.core import shared_core
+from sd_gym.policy import DecisionPolicy
+
+COLUMNS = [
+    "env",
+    "agent",
+    "seeds",
+    "FLOPs of static / blind",
+    "FLOPs (worst)",
+    "saved more than static masks, points",
+    "above zero",
+    "than blind",
+    "above zero",
+]
+CONTROLS = ("static", "blind")
+REWARD = {"objective", "penalty", "cost_scale", "multiplier_rate"}  # config keys that change no instance and no quality
+VERSIONS = np.arange(-3.0, 3.01, 0.5)  # of a policy, as margins: bolder and more cautious than selected
+
+
+def savings(folders: list[Path]) -> list[list[str]]:
+    """Rows of ``COLUMNS``: each learned agent beside the static masks and the blind agents of the same env, over seeds.
+
+    All masks that were searched, and bolder and more cautious versions of each policy, are scored on the test split;
+    what lies on their fronts at a loss of half of epsilon is compared, with paired intervals over instances
+    (``saved_more``). Blind agents of all seeds are one front.
+
+    Raises:
+        FileNotFoundError: If a folder holds no finished run.
+        ValueError: If there is no env with a learned agent and with a control.
+    """
+    envs: dict[str, dict[str, list[Path]]] = {}
+    for folder in folders:
+        config, _ = finished(folder)
+        algo = config["algo"]
+        name = "blind" if algo.startswith("blind-") else algo if algo == "static" else agent_of(config)
+        if name in CONTROLS or algo in LEARNING:
+            envs.setdefault(_env_of(config), {}).setdefault(name, []).append(folder)
+    rows = [row for env, agents in sorted(envs.items()) for row in _rows(EnvConfig(**json.loads(env)), agents)]
+    if not rows:
+        raise ValueError("expected runs of a learned agent and, on the same env, of static or a blind agent")
+    return rows
+
+
+def _env_of(config: dict[str, Any]) -> str:
+    return json.dumps({key: value for key, value in config["env_config"].items() if key not in REWARD}, sort_keys=True)
+
+
+def _rows(config: EnvConfig, agents: dict[str, list[Path]]) -> Iterator[list[str]]:
+    learned = {name: folders for name, folders in agents.items() if name not in CONTROLS}
+    if not learned or len(learned) == len(agents):
+        return
+    core = shared_core(config)
+
+    def front(policies: list[DecisionPolicy]) -> Front:
+        return front_of(core, core.split("test"), policies)
+
+    masks = [
+        DecisionPolicy.load(folder).with_decision(mask)
+        for folder in agents.get("static", [])
+        for mask in read_masks(folder, core.nvec)
+    ]
+    blind = [
+        DecisionPolicy.load(folder).with_margin(margin) for folder in agents.get("blind", []) for margin in MARGINS
+    ]
+    against = {name: front(policies) for name, policies in zip(CONTROLS, (masks, blind), strict=True) if policies}
+    loss = config.epsilon / 2
+    costs = [f"{flops_at_loss(against[name], loss):.1%}" if name in against else "-" for name in CONTROLS]
+    for name, folders in sorted(learned.items()):
+        policies = map(DecisionPolicy.load, folders)
+        fronts = [front([policy.with_margin(margin) for margin in VERSIONS]) for policy in policies]
+        own = [flops_at_loss(one, loss) for one in fronts]
+        cells = [cell for control in CONTROLS for cell in _compared(fronts, against.get(control), loss)]
+        flops = f"{np.mean(own):.1%} ({max(own):.1%})"
+        yield [config.id, name, str(len(folders)), " / ".join(costs), flops, *cells]
+
+
+def _compared(fronts: list[Front], other: Front | None, loss: float) -> tuple[str, str]:
+    """What is saved more, in points, with the worst seed and its interval; and how often the interval is above zero."""
+    if other is None:
+        return "-", "-"
+    differences = 100 * np.array([saved_more(one, other, loss) for one in fronts])
+    worst, low, high = differences[differences[:, 0].argmin()]
+    mean = differences[:, 0].mean()
+    return (
+        f"{mean:+.1f} (worst {worst:+.1f}, {low:+.1f} to {high:+.1f})",
+        f"{(differences[:, 1] > 0).sum()} of {len(fronts)}",
+    )
