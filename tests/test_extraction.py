@@ -216,6 +216,24 @@ def test_the_env_passes_the_checks_and_each_row_answers_as_alone(data, extractor
     assert exact.run(rows, nothing).tolist() == [float(match) for match in matches]
 
 
+@pytest.mark.parametrize("quality", ["metric", "exact_match", "likelihood"])
+def test_quality_comes_with_the_likelihood_from_the_same_passes(quality, data, tmp_path, tiny_tokenizer):
+    model = make_extractor("bert")
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    core = make(data, str(tmp_path), quality=quality).unwrapped.core
+    split, rows, decisions = core.split("test"), np.arange(24), decisions_for(core, 24)
+    passes = []
+    core.backbone.model.register_forward_hook(lambda *_: passes.append(1))
+    expected = split.run(rows, decisions)
+    alone = len(passes)
+    found, probability = split.quality_and_likelihood(rows, decisions)
+    assert len(passes) - alone <= alone
+    np.testing.assert_array_equal(found, expected)
+    likely = make(data, str(tmp_path), quality="likelihood").unwrapped.core.split("test")
+    np.testing.assert_array_equal(probability, likely.quality_and_likelihood(rows, decisions)[1])
+
+
 def test_likelihood_is_that_of_the_untouched_model(data, tmp_path, tiny_tokenizer):
     model = make_extractor("bert")
     model.save_pretrained(tmp_path)

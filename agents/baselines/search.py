@@ -40,14 +40,18 @@ def static_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, for
         Decisions ``[components]`` from the start of the search to its end.
     """
     path = [core.nvec - 1 if forward else np.zeros_like(core.nvec)]
-    scored = 0
+    scored, known = 0, {}
 
     def worth(decision: Array, on: Array) -> tuple[float, float]:
         nonlocal scored
-        scored += len(on)
-        decisions = np.tile(decision, (len(on), 1))
-        quality, likelihood = split.quality_and_likelihood(on, decisions)
-        return float(np.mean(quality + LIKELIHOOD_WEIGHT * likelihood)), float(split.flops_ratio(on, decisions).mean())
+        key = (len(on), decision.tobytes())  # a round starts where the one before has ended
+        if key not in known:
+            scored += len(on)
+            decisions = np.tile(decision, (len(on), 1))
+            quality, likelihood = split.quality_and_likelihood(on, decisions)
+            value = float(np.mean(quality + LIKELIHOOD_WEIGHT * likelihood))
+            known[key] = value, float(split.flops_ratio(on, decisions).mean())
+        return known[key]
 
     def best_first(candidates: list[Array], on: Array) -> list[Array]:
         start, start_flops = worth(path[-1], on)

@@ -186,26 +186,45 @@ class Split:
 
         The rows run in the passes that are the cheapest: of about the same length that is left, or the same decision.
         """
-        config = self.config
-        spans = self.backbone.output == "span"
-        if config.quality == "metric" or (spans and config.quality == "exact_match"):
-            metric = config.metric if config.quality == "metric" else "exact_match"
-            pairs = zip(rows, self.texts(rows, decisions), strict=True)
-            return np.array([text_quality(metric, text, self.instances[row].references) for row, text in pairs])
+        if self._text_metric is not None:
+            return self._text_quality(rows, self.texts(rows, decisions))
         values = self._teacher_forced(rows, decisions, self._score)
         return self._relative(rows, decisions, values) if self._is_relative else values
 
     @torch.inference_mode()
     def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
         """Quality as ``run`` gives it, and the likelihood of the reference; each float64 ``[n]``. Nothing is cached."""
-        if self.config.quality == "metric":
+        of_text = self._text_metric is not None
+        if of_text and self.backbone.output != "span":
             return self.run(rows, decisions), self._teacher_forced(rows, decisions, self._likelihood)
 
         def both(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return torch.stack([self._score(logits, labels), self._likelihood(logits, labels)], dim=1)
+            first = self._best_spans(logits, labels) if of_text else self._score(logits, labels)[:, None]
+            return torch.cat([first, self._likelihood(logits, labels)[:, None]], dim=1)
 
-        values, probability = self._teacher_forced(rows, decisions, both).T
-        return self._relative(rows, decisions, values) if self._is_relative else values, probability
+        values = self._teacher_forced(rows, decisions, both)
+        first, probability = values[:, :-1], values[:, -1]
+        if of_text:
+            return self._text_quality(rows, self._span_texts(rows, first)), probability
+        return self._relative(rows, decisions, first[:, 0]) if self._is_relative else first[:, 0], probability
+
+    @property
+    def _text_metric(self) -> str | None:
+        """What scores the answer's text, where the quality is one of texts; else ``None``."""
+        if self.config.quality == "metric":
+            return self.config.metric
+        return "exact_match" if self.backbone.output == "span" and self.config.quality == "exact_match" else None
+
+    def _text_quality(self, rows: Array, texts: list[str]) -> Array:
+        pairs = zip(rows, texts, strict=True)
+        return np.array([text_quality(self._text_metric, text, self.instances[row].references) for row, text in pairs])
+
+    def _best_spans(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return best_spans(logits, self.config.max_target_length)
+
+    def _span_texts(self, rows: Array, spans: Array) -> list[str]:
+        contexts = [self.instances[row].source_pair for row in rows]
+        return self.encoded.span_texts(rows, spans.astype(np.int64), contexts)
 
     def _likelihood(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return likelihood(logits, labels, self.config.label_range)
@@ -236,9 +255,7 @@ class Split:
         """What the backbone generates for rows under decisions, by greedy or beam search; or the spans it extracts."""
         config, backbone = self.config, self.backbone
         if backbone.output == "span":
-            longest = config.max_target_length
-            spans = self._teacher_forced(rows, decisions, lambda logits, labels: best_spans(logits, longest))
-            return self.encoded.span_texts(rows, spans.astype(np.int64), [self.instances[r].source_pair for r in rows])
+            return self._span_texts(rows, self._teacher_forced(rows, decisions, self._best_spans))
         texts = [""] * len(rows)
         for picked, inputs in self._passes(rows, decisions, config.max_target_length):
             inputs.pop("labels")
