@@ -19,6 +19,8 @@ from sd_gym.policy import DecisionPolicy
 BATCH = 256
 BOOTSTRAP_SAMPLES = 2000
 ONE_SIDED_95 = 1.645  # standard errors
+WARM_UP, LEAST_TIMED = 2, 3  # batches
+TIMED_SECONDS = 30.0  # behind which no further batch is timed: of a large backbone, three batches take minutes
 
 
 class Decided(NamedTuple):
@@ -138,7 +140,8 @@ def time_ratio(
 ) -> dict[str, float]:
     """Time of the switched backbone over that of the dense one, end to end: the policy's decision is included.
 
-    Both run the same batches (drawn at random, padded to their longest), in turn, after a warm-up.
+    Both run the same batches (drawn at random, padded to their longest), in turn, after a warm-up; ``batches`` of them,
+    or fewer where they take long.
 
     Returns:
         ``time_ratio`` (median over batches) and ``flops_ratio`` (of the same batches, FLOPs summed).
@@ -147,7 +150,10 @@ def time_ratio(
     backbone, device = core.backbone, core.backbone.model.device
     random = np.random.default_rng(0)
     ratios, used, dense_flops = [], 0.0, 0.0
-    for number in range(batches + 2):
+    started = time.perf_counter()
+    for number in range(batches + WARM_UP):
+        if len(ratios) >= LEAST_TIMED and time.perf_counter() - started > TIMED_SECONDS:
+            break
         rows = random.integers(len(split), size=min(batch_size, len(split)))
         inputs = split.inputs(rows)
 
@@ -159,7 +165,7 @@ def time_ratio(
                 backbone.logits(inputs)
 
         pair = [_seconds(run, device) for run in (dense, switched)]
-        if number >= 2:  # the first two warm up
+        if number >= WARM_UP:
             ratios.append(pair[1] / pair[0])
             used += float(split.flops(rows, policy.decide(core.observe(split, rows))).sum())
             dense_flops += float(split.dense_flops(rows).sum())
