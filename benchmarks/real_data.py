@@ -109,7 +109,7 @@ TASKS = {
     "sst2": classification("accuracy", 1000, 1500, (1000, 600), "max_source_length=64", sentences=True),
     "agnews": classification("accuracy", 1500, 1500, (600, 300), "max_source_length=64"),
     "cola": classification(
-        "matthews", 1500, 1000, (600, 400), "max_source_length=32", "quality=likelihood", learning_rate=5e-5
+        "matthews", 1500, 1000, (600, 400), "max_source_length=32", "quality=balanced", learning_rate=5e-5
     ),
     "mrpc": classification("f1", 600, 500, (250, 150), "max_source_length=96"),
     "rte": classification("accuracy", 400, 300, (200, 100), "max_source_length=128", learning_rate=5e-5),

@@ -6,9 +6,11 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from gymnasium.utils.env_checker import check_env
 from sd_gym.agents.common.evaluation import evaluate
+from sklearn.metrics import balanced_accuracy_score
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import sd_gym
+from sd_gym.envs.config import ConfigError
 from sd_gym.tasks.data import DataError, Source, load_split
 from tests.conftest import TINY, WORDS, dense_policy, make_model, write_mirror
 
@@ -85,6 +87,35 @@ def test_every_glue_env_runs(name, architecture, tmp_path, tiny_tokenizer):
     assert metrics["policy"] == metrics["dense"]
     expected = {"MRPC": "f1", "QQP": "f1", "CoLA": "matthews", "STSB": "correlation"}.get(name)
     assert list(metrics["dense"]) == ([expected] if expected else [])
+
+
+def test_balanced_quality_is_balanced_accuracy_and_tells_matthews(tmp_path, tiny_tokenizer):
+    data = mirror(tmp_path / "glue", "cola", GLUE["CoLA"][0], 2)
+    model = str(backbone(tmp_path / "model", tiny_tokenizer, 2, "bert"))
+    splits = SPLITS | {"train": "train[:12]"}
+    core = gym.make("SD/Classification-CoLA-v0", dataset=data, backbone=model, splits=splits).unwrapped.core
+    split = core.split("train")
+    rows = np.arange(len(split))
+    decisions = np.random.default_rng(0).integers(core.nvec, size=(len(rows), len(core.nvec)))
+    quality = split.run(rows, decisions)
+    labels = split.encoded.labels.numpy()
+    predicted = np.where(quality > 0, labels, 1 - labels)
+    assert labels.mean() == 5 / 12
+    assert 0 < predicted.mean() < 1
+    balanced = quality.mean()
+    assert balanced == pytest.approx(balanced_accuracy_score(labels, predicted))
+    matthews = (2 * balanced - 1) * labels.std() / predicted.std()
+    assert split.metrics(rows, decisions) == {"matthews": pytest.approx(matthews)}
+    np.testing.assert_array_equal(split.quality_and_likelihood(rows, decisions)[0], quality)
+
+
+def test_scores_and_texts_have_no_classes_to_balance(tmp_path, tiny_tokenizer):
+    data = mirror(tmp_path / "glue", "stsb", GLUE["STSB"][0], 1)
+    model = str(backbone(tmp_path / "model", tiny_tokenizer, 1, "bert"))
+    with pytest.raises(ConfigError, match="weighs classes, not scores"):
+        gym.make("SD/Classification-STSB-v0", dataset=data, backbone=model, splits=SPLITS, quality="balanced")
+    with pytest.raises(ConfigError, match="weighs classes; summarization has none"):
+        gym.make("SD/Summarization-Mini-v0", quality="balanced")
 
 
 def test_the_flops_of_a_bart_classifier_are_counted(tmp_path, tiny_tokenizer):

@@ -57,7 +57,7 @@ class EnvConfig(BaseModel):
     token_shares: tuple[float, ...] = (0.0,)
     token_ranking: Literal["attention", "idf", "position", "random"] = "idf"
     metric: Literal["exact_match", "accuracy", "f1", "matthews", "correlation", "rouge", "squad"] = "exact_match"
-    quality: Literal["exact_match", "likelihood", "metric"] = "exact_match"
+    quality: Literal["exact_match", "balanced", "likelihood", "metric"] = "exact_match"
     num_beams: int = Field(default=1, ge=1)
     label_range: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     objective: ObjectiveName = "lexicographic"
@@ -124,6 +124,8 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
             f"{origin}: config key 'quality': 'metric' scores texts, by rouge or squad; the metric "
             f"is {config.metric!r}, for which exact_match and likelihood are there"
         )
+    if config.quality == "balanced" and config.task != "classification":
+        raise ConfigError(f"{origin}: config key 'quality': 'balanced' weighs classes; {config.task} has none")
     shares = config.token_shares
     if shares[:1] != (0.0,) or list(shares) != sorted(set(shares)) or shares[-1] >= 1:
         raise ConfigError(

@@ -66,6 +66,8 @@ class Split:
             stop=self.stop,
             unanswerable=config.unanswerable,
         )
+        if config.quality == "balanced" and self.encoded.labels.is_floating_point():
+            raise ConfigError(f"{config.id}: config key 'quality': 'balanced' weighs classes, not scores")
         self.features = self._features()
         self._always, self._switched = self._costs(np.arange(len(self)), np.zeros(len(self), dtype=np.int64))
         self._scores: dict[tuple[int, bytes], float] = {}
@@ -127,9 +129,7 @@ class Split:
         if self.backbone.generates:
             facts["target_length"] = self.encoded.target_length
         if self.config.task == "classification":
-            scores = self.encoded.labels.is_floating_point()
-            named = [one.target if scores else str(one.target) for one in self.instances]
-            facts["label"] = np.array(named, dtype=float if scores else None)
+            facts["label"] = self._labels
         if self.config.task == "question_answering":
             facts["answerable"] = np.array([bool(instance.references) for instance in self.instances])
         return facts
@@ -188,8 +188,7 @@ class Split:
         """
         if self._text_metric is not None:
             return self._text_quality(rows, self.texts(rows, decisions))
-        values = self._teacher_forced(rows, decisions, self._score)
-        return self._relative(rows, decisions, values) if self._is_relative else values
+        return self._of_score(rows, decisions, self._teacher_forced(rows, decisions, self._score))
 
     @torch.inference_mode()
     def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
@@ -206,7 +205,7 @@ class Split:
         first, probability = values[:, :-1], values[:, -1]
         if of_text:
             return self._text_quality(rows, self._span_texts(rows, first)), probability
-        return self._relative(rows, decisions, first[:, 0]) if self._is_relative else first[:, 0], probability
+        return self._of_score(rows, decisions, first[:, 0]), probability
 
     @property
     def _text_metric(self) -> str | None:
@@ -233,10 +232,26 @@ class Split:
         score = likelihood if self.config.quality == "likelihood" else quality
         return score(logits, labels, self.config.label_range)
 
+    def _of_score(self, rows: Array, decisions: Array, values: Array) -> Array:
+        """The quality that a score gives: a likelihood relative to dense, a balanced one weighted by class."""
+        if self.config.quality == "balanced":
+            return values * self._class_weight[rows]
+        # Numbers (regression) have their own quality under both names.
+        relative = self.config.quality == "likelihood" and not self.encoded.labels.is_floating_point()
+        return self._relative(rows, decisions, values) if relative else values
+
+    @cached_property
+    def _class_weight(self) -> Array:
+        """What a right answer is worth, by instance, float64 ``[n]``: the same in all for each class."""
+        classes, of_class, count = np.unique(self._labels, return_inverse=True, return_counts=True)
+        return len(self) / (len(classes) * count[of_class])
+
     @property
-    def _is_relative(self) -> bool:
-        """Whether quality is relative to the dense backbone's: likelihoods are (a score has its quality there)."""
-        return self.config.quality == "likelihood" and not self.encoded.labels.is_floating_point()
+    def _labels(self) -> Array:
+        """Of classified instances, ``[n]``: scores, or names of classes."""
+        if self.encoded.labels.is_floating_point():
+            return np.array([one.target for one in self.instances], dtype=float)
+        return np.array([str(one.target) for one in self.instances])
 
     def _relative(self, rows: Array, decisions: Array, probability: Array) -> Array:
         """One plus the logarithm of the likelihood over the dense one, between 0 and 2."""

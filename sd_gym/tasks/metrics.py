@@ -3,7 +3,10 @@
 The quality of an instance is what rewards are made of; the metric is what reports show. Accuracy and exact match are
 the mean quality. F1, Matthews correlation and the correlations of a regression are properties of the whole data set,
 that no single instance has: there the quality is what each instance adds to accuracy (or, for scores, how near it
-comes), and a policy that keeps the mean quality keeps the metric only nearly, so reports show both.
+comes), and a policy that keeps the mean quality keeps the metric only nearly, so reports show both. With
+``quality=balanced`` a right answer counts inversely to how frequent its class is, and the mean is balanced accuracy B.
+Of two classes, Matthews correlation is (2 B - 1) times the standard deviation of the labels over that of the
+predictions, so this is what keeps it where one class is rare, which accuracy does not.
 """
 
 from __future__ import annotations
