@@ -106,7 +106,9 @@ EXAMPLE = "The river Po rises in the Alps and flows east.\\nQuestion: Where does
 ONE_SHOT = (f'prompt="{EXAMPLE}\\n\\n{{source_pair}}\\nQuestion: {{source}}\\nAnswer:"', r'stop="\n"')
 SUMMARIES = ("max_source_length=96", "max_target_length=24", "quality=likelihood", "test_size=500")
 TASKS = {
-    "sst2": classification("accuracy", 1000, 1500, (1000, 600), "max_source_length=64", sentences=True),
+    "sst2": classification(
+        "accuracy", 1000, 1500, (1600, 1000), "max_source_length=64", "token_shares=[0.0, 0.25, 0.5]", sentences=True
+    ),
     "agnews": classification("accuracy", 1500, 1500, (600, 300), "max_source_length=64"),
     "cola": classification(
         "matthews", 1500, 1000, (600, 400), "max_source_length=32", "quality=balanced", learning_rate=5e-5
@@ -264,7 +266,10 @@ class Runs:
         if not (folder / "preparation.json").exists():
             how = ["--steps", steps, "--batch-size", self.task.batch_size, "--learning-rate", learning_rate]
             how += ["--max-rate", max_rate, "--resume"]
-            sd_gym("prepare", *options, "--output", folder, *how, *sets(self.settings(f":-{self.held_out}")))
+            settings = self.settings(f":-{self.held_out}")
+            if not max_rate:  # densely: no tokens are dropped either
+                settings = [pair for pair in settings if not pair.startswith("token_shares")]
+            sd_gym("prepare", *options, "--output", folder, *how, *sets(settings))
         return folder
 
     def train(self, what: str, algo: str, backbone: object, *settings: str) -> Path:
