@@ -1,12 +1,13 @@
 """Generated reviews: is the verdict of the sentences together positive or negative?
 
-Each sentence judges one thing. A negation turns its judgement round, two negations cancel out, and the
-label is the majority of the sentences. What makes an instance hard is therefore how much has to be composed:
+Each sentence judges one thing. A negation turns its judgement round, two negations cancel out, a comparison (``the soup
+did not match it``) judges as the sentence before it, or against it, and the label is the majority of the sentences.
+What makes an instance hard is therefore how much has to be composed:
 
 * level 1: one plain sentence,
 * level 2: two or three plain sentences that agree,
 * level 3: one or three sentences, some negated; where they disagree, the majority wins,
-* level 4: five sentences with negations, double negations and mixed evidence.
+* level 4: three or five sentences with negations, double negations, comparisons and mixed evidence.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ NEGATIONS = {
     1: ["not", "never", "hardly", "anything but"],
     2: ["never not", "not hardly"],
 }
+COMPARISONS = {True: "did match it .", False: "did not match it ."}
+COMPARED = 0.4  # share of the later sentences of a review of level 4
 WORDS = {word for phrases in NEGATIONS.values() for phrase in phrases for word in phrase.split()}
 WORDS |= {*LABELS, *THINGS, *VERBS, *ADVERBS, *ADJECTIVES[1], *ADJECTIVES[-1], "the", "."} - {""}
+WORDS |= {word for phrase in COMPARISONS.values() for word in phrase.split()}
 
 
 def sentence(random: Random, judgement: int, negations: int) -> str:
@@ -48,10 +52,15 @@ def sentence(random: Random, judgement: int, negations: int) -> str:
     return " ".join(part for part in parts if part)
 
 
+def comparison(random: Random, agrees: bool) -> str:
+    """A sentence that judges one thing as the sentence before it, or against it."""
+    return f"the {random.choice(THINGS)} {COMPARISONS[agrees]}"
+
+
 def generate(random: Random, level: int) -> tuple[str, str]:
     """A review of difficulty ``level`` (1 to 4) and its label word."""
     label = random.choice((-1, 1))
-    count = {1: 1, 2: random.choice((2, 3)), 3: random.choice((1, 3, 3)), 4: 5}[level]
+    count = {1: 1, 2: random.choice((2, 3)), 3: random.choice((1, 3, 3)), 4: random.choice((3, 5))}[level]
     minority = 0
     if level >= 3 and count > 1:
         minority = random.randint(0, (count - 1) // 2)
@@ -63,5 +72,8 @@ def generate(random: Random, level: int) -> tuple[str, str]:
         negations[random.randrange(count)] = 1
     if level == 4:
         negations = [random.choice((0, 0, 1, 1, 2)) for _ in judgements]
-    text = " ".join(sentence(random, j, n) for j, n in zip(judgements, negations, strict=True))
-    return text, LABELS[label == 1]
+    sentences = [sentence(random, j, n) for j, n in zip(judgements, negations, strict=True)]
+    for place in range(1, count):
+        if level == 4 and random.random() < COMPARED:
+            sentences[place] = comparison(random, judgements[place] == judgements[place - 1])
+    return " ".join(sentences), LABELS[label == 1]

@@ -30,7 +30,7 @@ from sd_gym.tasks.procedural.initialisation import lay_out_look_up
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 MAX_POSITIONS = 126  # + 2, mBART's offset
-SHARES = {"classification": 0.15, "question_answering": 0.55, "summarization": 0.3}
+SHARES = (0.15, 0.55, 0.3)  # of the instances, of the tasks
 TRAINING_WEIGHTS = (0.1, 0.15, 0.35, 0.4)  # of the levels: what is easy is soon learned
 
 
@@ -90,8 +90,11 @@ def encode(tokenizer: PreTrainedTokenizerFast, instances: list[Instance]) -> dic
 class Curriculum:
     """An endless stream of training batches, whose question answering grows harder when ``raise_level`` is called."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, shares: tuple[float, ...], batch_size: int, seed: int
+    ) -> None:
         self.level = 2
+        self._shares = shares
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._seed = seed
@@ -107,7 +110,7 @@ class Curriculum:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Batches of instances of similar length, so that little is spent on padding."""
         while True:
-            tasks = self._random.choices(list(SHARES), list(SHARES.values()), k=4 * self._batch_size)
+            tasks = self._random.choices(list(TASKS), self._shares, k=4 * self._batch_size)
             pool = sorted((next(self._streams[task]) for task in tasks), key=lambda i: len(i.source.split()))
             chunks = [pool[i : i + self._batch_size] for i in range(0, len(pool), self._batch_size)]
             self._random.shuffle(chunks)
@@ -159,6 +162,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write the backbone to")
     parser.add_argument("--start", type=Path, help="folder of a backbone to go on from (its curriculum is done)")
+    parser.add_argument(
+        "--shares", type=float, nargs=3, default=SHARES, help=f"of the instances, of {', '.join(TASKS)}"
+    )
     parser.add_argument("--steps", type=int, default=16000, help="optimiser steps in all")
     parser.add_argument("--dense-steps", type=int, default=10000, help="of them, dense steps at the start")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -171,7 +177,7 @@ def main() -> None:
     if arguments.start is not None:
         model = MBartForConditionalGeneration.from_pretrained(arguments.start)
     board = Switchboard(model)
-    batches = Curriculum(tokenizer, arguments.batch_size, arguments.seed)
+    batches = Curriculum(tokenizer, arguments.shares, arguments.batch_size, arguments.seed)
     if arguments.start is not None:
         batches.raise_level()
         batches.raise_level()
