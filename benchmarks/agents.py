@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--algos", nargs="+", default=["ppo", "a2c", "reinforce", "imitation", "blind-ppo", "static"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--test-size", type=int, help="instances that fronts are read on; otherwise those of the runs")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
     arguments = parser.parse_args()
     plans = [Plan(env, arguments.output, arguments.steps) for env in arguments.envs]
@@ -103,7 +104,7 @@ def main() -> None:
     ]
     print(markdown(compare.COLUMNS, compare.comparison(there)), end="\n\n")
     print("At a loss of half of epsilon, read off fronts:", end="\n\n")
-    print(markdown(savings.COLUMNS, savings.savings(there)))
+    print(markdown(savings.COLUMNS, savings.savings(there, arguments.test_size)))
 
 
 if __name__ == "__main__":

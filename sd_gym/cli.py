@@ -186,6 +186,14 @@ def compare(
             "quality; policies are scored again, which takes minutes."
         ),
     ] = False,
+    test_size: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="With --fronts: instances of the test split, for narrower intervals; generated data have as many as "
+            "you like. Otherwise as in the runs.",
+        ),
+    ] = None,
     markdown: Annotated[bool, typer.Option(help="Print a Markdown table.")] = False,
 ) -> None:
     """Put runs side by side, one row an env and agent, means over seeds with the worst seed in brackets.
@@ -193,7 +201,7 @@ def compare(
     Examples:
     `sd-gym compare runs/*`
 
-    `sd-gym compare --fronts runs/static runs/blind runs/ppo-*`
+    `sd-gym compare --fronts --test-size 10000 runs/static runs/blind runs/ppo-*`
     """
     from sd_gym.agents.common import compare as results
 
@@ -203,7 +211,7 @@ def compare(
 
             title, columns = "At a loss of half of epsilon, test split", savings.COLUMNS
             with console.status("scoring"):
-                rows = savings.savings(runs)
+                rows = savings.savings(runs, test_size)
         else:
             title, columns, rows = "Runs on the test split", results.COLUMNS, results.comparison(runs)
     except (FileNotFoundError, ValueError) as error:

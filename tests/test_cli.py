@@ -66,8 +66,10 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone):
     for algo in ("static", "blind-a2c"):
         options = ["--algo", algo, "--steps", 256, "--output", tmp_path / algo]
         assert run("train", "SD/Classification-Custom-v0", *options, *settings).exit_code == 0
-    result = run("compare", "--fronts", "--markdown", folder, tmp_path / "static", tmp_path / "blind-a2c")
-    assert "| SD/Classification-Custom-v0 | a2c | 1 |" in result.output
+    everything = [folder, tmp_path / "static", tmp_path / "blind-a2c"]
+    for size in ([], ["--test-size", 5]):
+        result = run("compare", "--fronts", *size, "--markdown", *everything)
+        assert "| SD/Classification-Custom-v0 | a2c | 1 |" in result.output
 
 
 @pytest.mark.parametrize(

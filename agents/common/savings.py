@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from sd_gym.agents.baselines.static import read_masks
 from sd_gym.agents.common.compare import agent_of, finished
+from sd_gym.agents.common.evaluation import decide_and_score
 from sd_gym.agents.common.fronts import Front, flops_at_loss, front_of, saved_more
-from sd_gym.agents.common.selection import MARGINS
 from sd_gym.agents.registry import LEARNING
 
 from sd_gym.envs.config import EnvConfig
-from sd_gym.envs.core import shared_core
+from sd_gym.envs.core import Core, shared_core
 from sd_gym.policy import DecisionPolicy
 
 COLUMNS = [
@@ -31,15 +31,19 @@ COLUMNS = [
 ]
 CONTROLS = ("static", "blind")
 REWARD = {"objective", "penalty", "cost_scale", "multiplier_rate"}  # config keys that change no instance and no quality
-VERSIONS = np.arange(-3.0, 3.01, 0.5)  # of a policy, as margins: bolder and more cautious than selected
+STEP, FURTHEST = 0.5, 3.0  # margins of bolder and more cautious versions of a policy
 
 
-def savings(folders: list[Path]) -> list[list[str]]:
+def savings(folders: list[Path], test_size: int | None = None) -> list[list[str]]:
     """Rows of ``COLUMNS``: each learned agent beside the static masks and the blind agents of the same env, over seeds.
 
     All masks that were searched, and bolder and more cautious versions of each policy, are scored on the test split;
     what lies on their fronts at a loss of half of epsilon is compared, with paired intervals over instances
     (``saved_more``). Blind agents of all seeds are one front.
+
+    Args:
+        folders: Of the runs.
+        test_size: Instances of the test split to score, if there are so many; ``None``: those that the runs had.
 
     Raises:
         FileNotFoundError: If a folder holds no finished run.
@@ -52,7 +56,12 @@ def savings(folders: list[Path]) -> list[list[str]]:
         name = "blind" if algo.startswith("blind-") else algo if algo == "static" else agent_of(config)
         if name in CONTROLS or algo in LEARNING:
             envs.setdefault(_env_of(config), {}).setdefault(name, []).append(folder)
-    rows = [row for env, agents in sorted(envs.items()) for row in _rows(EnvConfig(**json.loads(env)), agents)]
+    resized = {} if test_size is None else {"test_size": test_size}
+    rows = [
+        row
+        for env, agents in sorted(envs.items())
+        for row in _rows(EnvConfig(**{**json.loads(env), **resized}), agents)
+    ]
     if not rows:
         raise ValueError("expected runs of a learned agent and, on the same env, of static or a blind agent")
     return rows
@@ -68,27 +77,43 @@ def _rows(config: EnvConfig, agents: dict[str, list[Path]]) -> Iterator[list[str
         return
     core = shared_core(config)
 
+    loss = config.epsilon / 2
+
     def front(policies: list[DecisionPolicy]) -> Front:
         return front_of(core, core.split("test"), policies)
+
+    def versions(folder: Path) -> list[DecisionPolicy]:
+        return _versions(core, DecisionPolicy.load(folder), loss)
 
     masks = [
         DecisionPolicy.load(folder).with_decision(mask)
         for folder in agents.get("static", [])
         for mask in read_masks(folder, core.nvec)
     ]
-    blind = [
-        DecisionPolicy.load(folder).with_margin(margin) for folder in agents.get("blind", []) for margin in MARGINS
-    ]
+    blind = [version for folder in agents.get("blind", []) for version in versions(folder)]
     against = {name: front(policies) for name, policies in zip(CONTROLS, (masks, blind), strict=True) if policies}
-    loss = config.epsilon / 2
     costs = [f"{flops_at_loss(against[name], loss):.1%}" if name in against else "-" for name in CONTROLS]
     for name, folders in sorted(learned.items()):
-        policies = map(DecisionPolicy.load, folders)
-        fronts = [front([policy.with_margin(margin) for margin in VERSIONS]) for policy in policies]
+        fronts = [front(versions(folder)) for folder in folders]
         own = [flops_at_loss(one, loss) for one in fronts]
         cells = [cell for control in CONTROLS for cell in _compared(fronts, against.get(control), loss)]
         flops = f"{np.mean(own):.1%} ({max(own):.1%})"
         yield [config.id, name, str(len(folders)), " / ".join(costs), flops, *cells]
+
+
+def _versions(core: Core, policy: DecisionPolicy, loss: float) -> list[DecisionPolicy]:
+    """A policy from bolder to more cautious, from well above the loss that is looked at to well below it."""
+
+    def lost(margin: float) -> float:
+        scored = decide_and_score(core, policy.with_margin(margin), core.split("test"))
+        return float((scored["quality_ref"] - scored["quality"]).mean())
+
+    boldest = cautious = 0.0
+    while boldest > -FURTHEST and lost(boldest) < 2 * loss:
+        boldest -= STEP
+    while cautious < FURTHEST and lost(cautious) > loss / 2:
+        cautious += STEP
+    return [policy.with_margin(margin) for margin in np.arange(boldest, cautious + STEP / 2, STEP)]
 
 
 def _compared(fronts: list[Front], other: Front | None, loss: float) -> tuple[str, str]:
