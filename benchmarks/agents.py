@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from sd_gym.agents.common import compare, savings
+from sd_gym.agents.common import compare, plots, savings
 from sd_gym.agents.common.compare import markdown
 from sd_gym.agents.common.run import train
 
@@ -104,7 +104,9 @@ def main() -> None:
     ]
     print(markdown(compare.COLUMNS, compare.comparison(there)), end="\n\n")
     print("At a loss of half of epsilon, read off fronts:", end="\n\n")
-    print(markdown(savings.COLUMNS, savings.savings(there, arguments.test_size)))
+    fronts = savings.env_fronts(there, arguments.test_size)
+    print(markdown(savings.COLUMNS, [row for one in fronts for row in savings.savings(one)]))
+    plots.plot_fronts(fronts, arguments.output / "fronts.png")
 
 
 if __name__ == "__main__":

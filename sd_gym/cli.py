@@ -194,6 +194,9 @@ def compare(
             "you like. Otherwise as in the runs.",
         ),
     ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="With --fronts: PNG to write the fronts to, FLOPs against quality lost.")
+    ] = None,
     markdown: Annotated[bool, typer.Option(help="Print a Markdown table.")] = False,
 ) -> None:
     """Put runs side by side, one row an env and agent, means over seeds with the worst seed in brackets.
@@ -201,17 +204,20 @@ def compare(
     Examples:
     `sd-gym compare runs/*`
 
-    `sd-gym compare --fronts --test-size 10000 runs/static runs/blind runs/ppo-*`
+    `sd-gym compare --fronts --picture fronts.png runs/static runs/blind runs/ppo-*`
     """
     from sd_gym.agents.common import compare as results
 
     try:
         if fronts:
-            from sd_gym.agents.common import savings
+            from sd_gym.agents.common import plots, savings
 
             title, columns = "At a loss of half of epsilon, test split", savings.COLUMNS
             with console.status("scoring"):
-                rows = savings.savings(runs, test_size)
+                found = savings.env_fronts(runs, test_size)
+            rows = [row for one in found for row in savings.savings(one)]
+            if picture is not None:
+                plots.plot_fronts(found, picture)
         else:
             title, columns, rows = "Runs on the test split", results.COLUMNS, results.comparison(runs)
     except (FileNotFoundError, ValueError) as error:

@@ -67,9 +67,11 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone):
         options = ["--algo", algo, "--steps", 256, "--output", tmp_path / algo]
         assert run("train", "SD/Classification-Custom-v0", *options, *settings).exit_code == 0
     everything = [folder, tmp_path / "static", tmp_path / "blind-a2c"]
-    for size in ([], ["--test-size", 5]):
-        result = run("compare", "--fronts", *size, "--markdown", *everything)
+    picture = tmp_path / "fronts.png"
+    for options in ([], ["--test-size", 5, "--picture", picture]):
+        result = run("compare", "--fronts", *options, "--markdown", *everything)
         assert "| SD/Classification-Custom-v0 | a2c | 1 |" in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

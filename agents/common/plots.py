@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Pictures of a run, and of the fronts of several."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from sd_gym.agents.common.fronts import flops_at_loss
+from sd_gym.agents.common.savings import LEAST, EnvFronts
 
 
 def plot_run(result: dict[str, Any], switches: list[str], file: Path) -> None:
@@ -18,6 +20,28 @@ def plot_run(result: dict[str, Any], switches: list[str], file: Path) -> None:
     curves, rates = figure.subplots(2, 1, height_ratios=[1, 1])
     _plot_history(curves, result["history"])
     _plot_skip_rates(rates, result["by_difficulty"], switches)
+    _write(figure, file)
+
+
+def plot_fronts(fronts: list[EnvFronts], file: Path) -> None:
+    """FLOPs at each loss from a tenth of epsilon to all of it, a panel an env; bands span the runs of an agent."""
+    figure = Figure(figsize=(5 * len(fronts), 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, one in zip(figure.subplots(1, len(fronts), squeeze=False)[0], fronts, strict=True):
+        losses = np.linspace(LEAST, 1, 19) * one.epsilon
+        for name, runs in [*((name, [front]) for name, front in one.controls.items()), *sorted(one.learned.items())]:
+            flops = 100 * np.array([[flops_at_loss(run, loss) for loss in losses] for run in runs])
+            style = "--" if name in one.controls else "-"
+            (line,) = axes.plot(100 * losses, flops.mean(axis=0), style, label=f"{name} ({len(runs)})")
+            axes.fill_between(100 * losses, flops.min(axis=0), flops.max(axis=0), color=line.get_color(), alpha=0.15)
+        axes.set(title=one.env, xlabel="quality lost, points", ylabel="FLOPs, % of dense")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    _write(figure, file)
+
+
+def _write(figure: Figure, file: Path) -> None:
     temporary = file.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=100)
     os.replace(temporary, file)

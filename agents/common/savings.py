@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,28 @@ COLUMNS = [
 CONTROLS = ("static", "blind")
 REWARD = {"objective", "penalty", "cost_scale", "multiplier_rate"}  # config keys that change no instance and no quality
 STEP, FURTHEST = 0.5, 3.0  # margins of bolder and more cautious versions of a policy
+LEAST = 0.1  # loss that is looked at, as a share of epsilon
 
 
-def savings(folders: list[Path], test_size: int | None = None) -> list[list[str]]:
-    """Rows of ``COLUMNS``: each learned agent beside the static masks and the blind agents of the same env, over seeds.
+@dataclass(frozen=True)
+class EnvFronts:
+    """Fronts of all agents of one env, on its test split.
 
-    All masks that were searched, and bolder and more cautious versions of each policy, are scored on the test split;
-    what lies on their fronts at a loss of half of epsilon is compared, with paired intervals over instances
-    (``saved_more``). Blind agents of all seeds are one front.
+    Attributes:
+        env: Its id.
+        epsilon: Of its objective.
+        controls: ``static`` and ``blind``, as far as there are runs of them; all runs of one are one front.
+        learned: The front of each run, by agent.
+    """
+
+    env: str
+    epsilon: float
+    controls: dict[str, Front]
+    learned: dict[str, list[Front]]
+
+
+def env_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFronts]:
+    """Score all masks that were searched, and bolder and more cautious versions of each policy, on the test split.
 
     Args:
         folders: Of the runs.
@@ -57,13 +71,31 @@ def savings(folders: list[Path], test_size: int | None = None) -> list[list[str]
         if name in CONTROLS or algo in LEARNING:
             envs.setdefault(_env_of(config), {}).setdefault(name, []).append(folder)
     resized = {} if test_size is None else {"test_size": test_size}
-    rows = [
-        row
+    found = [
+        _fronts_of(EnvConfig(**{**json.loads(env), **resized}), agents)
         for env, agents in sorted(envs.items())
-        for row in _rows(EnvConfig(**{**json.loads(env), **resized}), agents)
+        if 0 < sum(name in CONTROLS for name in agents) < len(agents)
     ]
-    if not rows:
+    if not found:
         raise ValueError("expected runs of a learned agent and, on the same env, of static or a blind agent")
+    return found
+
+
+def savings(fronts: EnvFronts) -> list[list[str]]:
+    """Rows of ``COLUMNS``: each learned agent beside the static masks and the blind agents of the same env, over seeds.
+
+    What lies on their fronts at a loss of half of epsilon is compared, with paired intervals over instances
+    (``saved_more``).
+    """
+    loss, rows = fronts.epsilon / 2, []
+    costs = [
+        f"{flops_at_loss(fronts.controls[name], loss):.1%}" if name in fronts.controls else "-" for name in CONTROLS
+    ]
+    for name, runs in sorted(fronts.learned.items()):
+        own = [flops_at_loss(one, loss) for one in runs]
+        cells = [cell for control in CONTROLS for cell in _compared(runs, fronts.controls.get(control), loss)]
+        flops = f"{np.mean(own):.1%} ({max(own):.1%})"
+        rows.append([fronts.env, name, str(len(runs)), " / ".join(costs), flops, *cells])
     return rows
 
 
@@ -71,19 +103,14 @@ def _env_of(config: dict[str, Any]) -> str:
     return json.dumps({key: value for key, value in config["env_config"].items() if key not in REWARD}, sort_keys=True)
 
 
-def _rows(config: EnvConfig, agents: dict[str, list[Path]]) -> Iterator[list[str]]:
-    learned = {name: folders for name, folders in agents.items() if name not in CONTROLS}
-    if not learned or len(learned) == len(agents):
-        return
+def _fronts_of(config: EnvConfig, agents: dict[str, list[Path]]) -> EnvFronts:
     core = shared_core(config)
-
-    loss = config.epsilon / 2
 
     def front(policies: list[DecisionPolicy]) -> Front:
         return front_of(core, core.split("test"), policies)
 
     def versions(folder: Path) -> list[DecisionPolicy]:
-        return _versions(core, DecisionPolicy.load(folder), loss)
+        return _versions(core, DecisionPolicy.load(folder), config.epsilon)
 
     masks = [
         DecisionPolicy.load(folder).with_decision(mask)
@@ -91,27 +118,26 @@ def _rows(config: EnvConfig, agents: dict[str, list[Path]]) -> Iterator[list[str
         for mask in read_masks(folder, core.nvec)
     ]
     blind = [version for folder in agents.get("blind", []) for version in versions(folder)]
-    against = {name: front(policies) for name, policies in zip(CONTROLS, (masks, blind), strict=True) if policies}
-    costs = [f"{flops_at_loss(against[name], loss):.1%}" if name in against else "-" for name in CONTROLS]
-    for name, folders in sorted(learned.items()):
-        fronts = [front(versions(folder)) for folder in folders]
-        own = [flops_at_loss(one, loss) for one in fronts]
-        cells = [cell for control in CONTROLS for cell in _compared(fronts, against.get(control), loss)]
-        flops = f"{np.mean(own):.1%} ({max(own):.1%})"
-        yield [config.id, name, str(len(folders)), " / ".join(costs), flops, *cells]
+    controls = {name: front(policies) for name, policies in zip(CONTROLS, (masks, blind), strict=True) if policies}
+    learned = {
+        name: [front(versions(folder)) for folder in folders]
+        for name, folders in agents.items()
+        if name not in CONTROLS
+    }
+    return EnvFronts(config.id, config.epsilon, controls, learned)
 
 
-def _versions(core: Core, policy: DecisionPolicy, loss: float) -> list[DecisionPolicy]:
-    """A policy from bolder to more cautious, from well above the loss that is looked at to well below it."""
+def _versions(core: Core, policy: DecisionPolicy, epsilon: float) -> list[DecisionPolicy]:
+    """A policy from bolder to more cautious, from a loss of epsilon to a tenth of it."""
 
     def lost(margin: float) -> float:
         scored = decide_and_score(core, policy.with_margin(margin), core.split("test"))
         return float((scored["quality_ref"] - scored["quality"]).mean())
 
     boldest = cautious = 0.0
-    while boldest > -FURTHEST and lost(boldest) < 2 * loss:
+    while boldest > -FURTHEST and lost(boldest) < epsilon:
         boldest -= STEP
-    while cautious < FURTHEST and lost(cautious) > loss / 2:
+    while cautious < FURTHEST and lost(cautious) > LEAST * epsilon:
         cautious += STEP
     return [policy.with_margin(margin) for margin in np.arange(boldest, cautious + STEP / 2, STEP)]
 
