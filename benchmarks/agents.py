@@ -103,7 +103,7 @@ def main() -> None:
         if (folder := plan.folder(algo, seed)).joinpath("result.json").exists()
     ]
     print(markdown(compare.COLUMNS, compare.comparison(there)), end="\n\n")
-    print("At a loss of half of epsilon, read off fronts:", end="\n\n")
+    print("At the same quality, read off fronts:", end="\n\n")
     fronts = savings.env_fronts(there, arguments.test_size)
     print(markdown(savings.COLUMNS, [row for one in fronts for row in savings.savings(one)]))
     plots.plot_fronts(fronts, arguments.output / "fronts.png")

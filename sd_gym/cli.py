@@ -212,7 +212,7 @@ def compare(
         if fronts:
             from sd_gym.agents.common import plots, savings
 
-            title, columns = "At a loss of half of epsilon, test split", savings.COLUMNS
+            title, columns = "At the same quality, test split", savings.COLUMNS
             with console.status("scoring"):
                 found = savings.env_fronts(runs, test_size)
             rows = [row for one in found for row in savings.savings(one)]

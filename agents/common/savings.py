@@ -22,6 +22,7 @@ COLUMNS = [
     "env",
     "agent",
     "seeds",
+    "points lost",
     "FLOPs of static / blind",
     "FLOPs (worst)",
     "saved more than static masks, points",
@@ -32,6 +33,7 @@ COLUMNS = [
 CONTROLS = ("static", "blind")
 REWARD = {"objective", "penalty", "cost_scale", "multiplier_rate"}  # config keys that change no instance and no quality
 STEP, FURTHEST = 0.5, 3.0  # margins of bolder and more cautious versions of a policy
+READ = (0.25, 0.5)  # losses that fronts are read at, as shares of epsilon: about what selected policies lose
 LEAST = 0.1  # loss that is looked at, as a share of epsilon
 
 
@@ -84,18 +86,18 @@ def env_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFro
 def savings(fronts: EnvFronts) -> list[list[str]]:
     """Rows of ``COLUMNS``: each learned agent beside the static masks and the blind agents of the same env, over seeds.
 
-    What lies on their fronts at a loss of half of epsilon is compared, with paired intervals over instances
-    (``saved_more``).
+    What lies on their fronts at a loss of a quarter and of half of epsilon is compared, with paired intervals over
+    instances (``saved_more``).
     """
-    loss, rows = fronts.epsilon / 2, []
-    costs = [
-        f"{flops_at_loss(fronts.controls[name], loss):.1%}" if name in fronts.controls else "-" for name in CONTROLS
-    ]
+    rows = []
     for name, runs in sorted(fronts.learned.items()):
-        own = [flops_at_loss(one, loss) for one in runs]
-        cells = [cell for control in CONTROLS for cell in _compared(runs, fronts.controls.get(control), loss)]
-        flops = f"{np.mean(own):.1%} ({max(own):.1%})"
-        rows.append([fronts.env, name, str(len(runs)), " / ".join(costs), flops, *cells])
+        for loss in (share * fronts.epsilon for share in READ):
+            own = [flops_at_loss(one, loss) for one in runs]
+            controls = [fronts.controls.get(control) for control in CONTROLS]
+            costs = " / ".join("-" if one is None else f"{flops_at_loss(one, loss):.1%}" for one in controls)
+            cells = [cell for control in controls for cell in _compared(runs, control, loss)]
+            flops = f"{np.mean(own):.1%} ({max(own):.1%})"
+            rows.append([fronts.env, name, str(len(runs)), f"{100 * loss:.2f}", costs, flops, *cells])
     return rows
 
 
