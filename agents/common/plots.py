@@ -31,8 +31,8 @@ def plot_fronts(fronts: list[EnvFronts], file: Path) -> None:
         losses = np.linspace(LEAST, 1, 19) * one.epsilon
         for name, runs in [*((name, [front]) for name, front in one.controls.items()), *sorted(one.learned.items())]:
             flops = 100 * np.array([[flops_at_loss(run, loss) for loss in losses] for run in runs])
-            style = "--" if name in one.controls else "-"
-            (line,) = axes.plot(100 * losses, flops.mean(axis=0), style, label=f"{name} ({len(runs)})")
+            style, label = ("--", name) if name in one.controls else ("-", f"{name} ({len(runs)})")
+            (line,) = axes.plot(100 * losses, flops.mean(axis=0), style, label=label)
             axes.fill_between(100 * losses, flops.min(axis=0), flops.max(axis=0), color=line.get_color(), alpha=0.15)
         axes.set(title=one.env, xlabel="quality lost, points", ylabel="FLOPs, % of dense")
         axes.set_ylim(bottom=0)
