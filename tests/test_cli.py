@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from sd_gym.agents.common.savings import env_fronts
 from typer.testing import CliRunner
 
 from sd_gym.cli import app
@@ -68,10 +69,12 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone):
         assert run("train", "SD/Classification-Custom-v0", *options, *settings).exit_code == 0
     everything = [folder, tmp_path / "static", tmp_path / "blind-a2c"]
     picture = tmp_path / "fronts.png"
-    for options in ([], ["--test-size", 5, "--picture", picture]):
+    for options in ([], ["--test-size", 3, "--picture", picture]):
         result = run("compare", "--fronts", *options, "--markdown", *everything)
         assert "| SD/Classification-Custom-v0 | a2c | 1 |" in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
+    (fronts,) = env_fronts(everything, 3)
+    assert fronts.controls["static"].quality.shape[1] == 3
 
 
 @pytest.mark.parametrize(

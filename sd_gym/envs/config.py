@@ -122,7 +122,7 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
     if config.quality == "metric" and config.metric not in ("rouge", "squad"):
         raise ConfigError(
             f"{origin}: config key 'quality': 'metric' scores texts, by rouge or squad; the metric "
-            f"is {config.metric!r}, for which exact_match and likelihood are there"
+            f"is {config.metric!r}, for which exact_match, likelihood and, of classes, balanced are there"
         )
     if config.quality == "balanced" and config.task != "classification":
         raise ConfigError(f"{origin}: config key 'quality': 'balanced' weighs classes; {config.task} has none")
