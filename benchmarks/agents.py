@@ -2,9 +2,9 @@
 
     python benchmarks/agents.py --output runs/agents
 
-For each env: the best static masks are searched once, and once how far down their path each training instance can go;
-``imitation`` learns to foresee that, for each seed; the learning agents start from there and refine. The blind control
-(the same agent, its observation zeroed) starts from the best static mask. ``ppo-from-static`` and ``ppo-from-nothing``
+For each env: the best static masks are searched once, and once what each training instance loses under the masks of their
+path; ``imitation`` learns to foresee that, for each seed; the learning agents start from there and refine. The blind
+control (the same agent, its observation zeroed) starts from the best static mask. ``ppo-from-static`` and ``ppo-from-nothing``
 (likewise of any learning agent) show what the start is worth. What is finished is kept and what was cut off goes on, so
 the command can be started again, and twice at the same time with other ``--envs``. ``--table`` only prints what is
 there.

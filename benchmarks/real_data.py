@@ -114,7 +114,7 @@ TASKS = {
         "matthews", 1500, 1000, (600, 400), "max_source_length=32", "quality=balanced", learning_rate=5e-5
     ),
     "mrpc": classification("f1", 600, 500, (250, 150), "max_source_length=96"),
-    "rte": classification("accuracy", 400, 300, (200, 100), "max_source_length=128", learning_rate=5e-5),
+    "rte": classification("accuracy", 400, 300, (400, 200), "max_source_length=128", learning_rate=5e-5),
     "squad_answerable": Task(
         "QuestionAnswering",
         "squad",

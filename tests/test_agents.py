@@ -343,18 +343,6 @@ def test_a_warm_start_begins_where_the_other_run_ended(name, env, tmp_path):
         make_agent(name, env, start=tmp_path / "other")
 
 
-def test_a_search_can_be_taken_over(custom, tmp_path):
-    runs = {}
-    for name, path in (("first", None), ("again", tmp_path / "first")):
-        train("SD/Classification-Custom-v0", "imitation", tmp_path / name, steps=1, settings={**custom, "path": path})
-        runs[name] = [(tmp_path / name / file).read_bytes() for file in ("policy.safetensors", "searched.json")]
-    assert runs["first"] == runs["again"]
-    searched = json.loads((tmp_path / "first" / "searched.json").read_text())
-    (tmp_path / "first" / "searched.json").write_text(json.dumps({**searched, "rows": [1000]}))
-    with pytest.raises(ValueError, match="rows up to 1000; expected 7 components, and rows of a training split of 32"):
-        train("SD/Classification-Custom-v0", "imitation", tmp_path / "x", steps=1, settings={**custom, "path": path})
-
-
 def test_a_front_is_what_each_policy_reaches_alone(env):
     policies = [make_agent("random", env, rate=rate).policy() for rate in (0.2, 0.6)]
     policies += [policies[0].with_decision(np.zeros(len(env.core.nvec), dtype=int)), policies[1].with_margin(1.0)]

@@ -6,9 +6,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from sd_gym.agents import make_agent
-from sd_gym.agents.baselines.search import deepest_safe, exhaustive_each, order_of, search_each, static_path
+from sd_gym.agents.baselines.search import exhaustive_each, losses_along, order_of, search_each, static_path
 from sd_gym.agents.common.run import train
-from stable_baselines3.common.logger import configure
 
 
 @pytest.fixture
@@ -84,21 +83,15 @@ def test_a_static_path_changes_one_component_at_a_time(env, forward):
         assert sorted(order_of(path)) == list(range(core.n_switches))
 
 
-@pytest.mark.parametrize("loss", [-1.0, -0.05])  # negative, since a random backbone loses nothing in the mean
-def test_how_deep_an_instance_can_go(env, loss):
+def test_what_instances_lose_along_a_path(env):
     core, split = env.core, env.core.split("train")
-    rows = np.arange(len(split))
+    rows, seen = np.array([5, 0, 9]), []
     path = static_path(core, split, rows, nobody)
-    depths = deepest_safe(split, rows, path, loss, nobody)
-    quality = np.stack([split.run(rows, np.tile(mask, (len(rows), 1))) for mask in path])
-    kept, lost = quality >= quality[0], quality[0].mean() - quality.mean(axis=1)
-    base = depths.min()  # some instance can go no further than all
-    assert (lost[1 : base + 1] <= loss).all()
-    assert lost[base + 1] > loss
-    assert depths.max() > base
-    for row, depth in enumerate(depths):
-        assert kept[base + 1 : depth + 1, row].all()
-        assert depth == len(path) - 1 or not kept[depth + 1, row]
+    lost = losses_along(split, rows, path, seen.append)
+    for mask, column in zip(path, lost.T, strict=True):
+        outcome = core.score(split, rows, np.tile(mask, (3, 1)))
+        np.testing.assert_array_equal(column, outcome.quality_ref - outcome.quality)
+    assert seen == [3 * count for count in range(1, len(path) + 1)]
 
 
 def test_the_static_agent_finds_the_best_of_all_masks(settings, tmp_path):
@@ -150,18 +143,3 @@ def test_early_exit_needs_a_classifier():
     env = gym.make_vec("SD/Classification-Mini-v0", num_envs=1, train_size=50).unwrapped
     with pytest.raises(ValueError, match="needs an encoder that classifies"):
         make_agent("early-exit", env)
-
-
-def test_imitation_skips_what_the_search_found_to_be_safe(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("sd_gym.agents.imitation.agent.BASE_LOSS", -100)
-    env = gym.make_vec("SD/Classification-Custom-v0", num_envs=8, **{**settings, "epsilon": 0.01}).unwrapped
-    env.reset(seed=0)
-    agent = make_agent("imitation", env, instances=32, epochs=400, learning_rate=0.01, weight_decay=0.0)
-    agent.learn(1, configure(str(tmp_path), []), lambda rollout: None)
-    split = env.core.split("train")
-    rows = np.arange(len(split))
-    path = static_path(env.core, split, rows, nobody)
-    found = np.stack(path)[deepest_safe(split, rows, path, -1.0, nobody)]
-    decided = agent.policy().decide(env.core.observe(split, rows))
-    assert (decided == found).mean() > 0.85
-    assert len(np.unique(found, axis=0)) > 1

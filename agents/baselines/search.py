@@ -88,35 +88,23 @@ def order_of(path: list[Array]) -> list[int]:
     return [int(np.nonzero(after != before)[0][0]) for before, after in pairwise(path)]
 
 
-def deepest_safe(split: Split, rows: Array, path: list[Array], loss: float, on_round: OnRound) -> Array:
-    """How far each instance can go along a backward path of masks.
-
-    All go down to the last mask before their mean quality has lost more than ``loss``: so far no look at the input is
-    needed. From there each one goes on as long as its own quality is not below the dense one's.
+def losses_along(split: Split, rows: Array, path: list[Array], on_round: OnRound) -> Array:
+    """Quality that instances lose under each mask of a path.
 
     Args:
         split: Where the instances are.
         rows: The instances, ``[n]``.
-        path: Of ``static_path``, from dense on.
-        loss: Mean quality that may be lost by all together.
+        path: Decisions ``[components]``, the first of them dense.
         on_round: Called after each mask.
 
     Returns:
-        Index in ``path``, int64 ``[n]``.
+        float64 ``[n, masks]``.
     """
-    reference = split.run(rows, np.tile(path[0], (len(rows), 1)))
-    depths, going, together, scored = np.zeros(len(rows), dtype=np.int64), np.arange(len(rows)), True, len(rows)
-    for depth, mask in enumerate(path[1:], start=1):
-        quality = split.run(rows[going], np.tile(mask, (len(going), 1)))
-        scored += len(going)
-        on_round(scored)
-        together = together and reference.mean() - quality.mean() <= loss
-        if not together:
-            going = going[quality >= reference[going]]
-        if not len(going):
-            break
-        depths[going] = depth
-    return depths
+    quality = []
+    for mask in path:
+        quality.append(split.run(rows, np.tile(mask, (len(rows), 1))))
+        on_round(len(rows) * len(quality))
+    return quality[0][:, None] - np.stack(quality, axis=1)
 
 
 def search_each(

@@ -1,34 +1,56 @@
-"""Imitation: a search finds out how much of each training instance can be skipped, and the policy learns to foresee it.
+"""Imitation: a search finds out what each training instance loses under each mask, and the policy learns to foresee it.
 
-A greedy search orders the candidates: a path of static masks from dense to nothing. All training instances go down this
-path to a mask that hardly loses any; from there each one goes on as long as its own quality is kept, and the policy
-learns by cross-entropy to skip what was skipped. Its logits are then estimates of "this input bears skipping down to
-here", so a margin on them is a bound on the risk (TR-BERT, Ye et al. 2021, and Dr.LLM warm up on searched decisions). A
-lucky wrong mask further down the path teaches nothing: the first loss ends the way.
+A greedy search orders the candidates: a path of static masks from dense to nothing. All training instances run under
+all masks of this path. A network learns how likely each instance is to lose its quality under each mask (its *risk*),
+and from that follows how far it should go: each step down the path saves FLOPs and adds risk, and is worth it as long
+as the savings outweigh the risk times a multiplier. The policy learns these exchange rates, so that a margin on its
+logits is the logarithm of another multiplier: a bolder or more cautious policy. (TR-BERT, Ye et al. 2021, and Dr.LLM
+also warm up on searched decisions; there each instance's own luck under a decision is the target, here its risk.)
 """
 
 from __future__ import annotations
 
-import json
+import math
+import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from sd_gym.agents.baselines.search import deepest_safe, static_path
+from safetensors.numpy import load_file, save_file
+from sd_gym.agents.baselines.search import losses_along, order_of, static_path
 from sd_gym.agents.baselines.static import backward_path, report
 from sd_gym.agents.common.agent import Agent, LearnerSettings, OnRollout, initial_bias
 from stable_baselines3.common.logger import Logger
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sd_gym.envs.split import Split
-from sd_gym.policy import DecisionPolicy, write_json
+from sd_gym.policy import HIDDEN, DecisionPolicy
 
-BASE_LOSS = 0.25  # of epsilon: what all inputs together may lose where none is looked at
 ORDER_INSTANCES = 1000  # that the path of static masks is searched on
-SEARCHED = "searched.json"
+SEARCHED = "searched.safetensors"
+SURE = 6.0  # log-odds of skipping at most: learning that goes on from the policy can still leave a decision
+LEAST_SAVED = 1e-4  # of the dense FLOPs: what a step saves at least, where it costs as much as it saves
+LEAST_RISK = 1e-6  # a saved FLOPs ratio of 1, so that the exchange rate is finite
+
+
+class Searched(NamedTuple):
+    """What came of the search.
+
+    Attributes:
+        rows: Of the training split, int64 ``[n]``.
+        path: Masks from dense to nothing, int64 ``[masks, components]``.
+        lost: Quality that each instance loses under each mask, float32 ``[n, masks]``; negative where it gains.
+    """
+
+    rows: NDArray
+    path: NDArray
+    lost: NDArray
 
 
 class ImitationSettings(LearnerSettings):
@@ -37,25 +59,26 @@ class ImitationSettings(LearnerSettings):
     Attributes:
         path: Folder of a run of ``static`` whose masks are the path, or of one of ``imitation`` whose whole search is
             taken over; ``None``: the path is searched on the training split.
-        instances: Training instances that are tried on the masks of the path.
-        epochs: Passes over the found decisions; a tenth of them is held out, and the best epoch on it is kept.
+        instances: Training instances that run under the masks of the path, at most.
+        epochs: Passes over them, for the risk and for the policy; a tenth of them is held out, and the best epoch on it
+            is kept.
         batch_size: Of the supervised learning.
         weight_decay: Of AdamW.
     """
 
     path: Path | None = None
-    instances: int = Field(5000, ge=20)
+    instances: int = Field(10_000, ge=20)
     epochs: int = Field(40, ge=1)
     batch_size: int = Field(128, ge=1)
     weight_decay: float = Field(1e-2, ge=0)
 
 
 class ImitationAgent(Agent):
-    """Searches decisions on the training split, then learns them by cross-entropy."""
+    """Runs training instances under the masks of a path, learns their risk, and what is worth it."""
 
     Settings = ImitationSettings
     settings: ImitationSettings
-    searched: tuple[NDArray, NDArray]  # rows and decisions, once it has learned
+    searched: Searched  # once it has learned
     validates = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -63,6 +86,9 @@ class ImitationAgent(Agent):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.network = self._new_policy()
+            self.foresight = nn.Sequential(
+                nn.Linear(self.network.observation_size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh()
+            )
         with torch.no_grad():
             if self.settings.start is not None:
                 self.network.load_state_dict(self._start_policy(self.settings.start).state_dict())
@@ -78,11 +104,16 @@ class ImitationAgent(Agent):
             self.searched = read_searched(taken, len(split), core.nvec)
         else:
             self.searched = self._search(split, on_rollout)
-        rows, found = self.searched
-        logger.record("search/flops_ratio", float(split.flops_ratio(rows, found).mean()))
-        self._imitate(torch.from_numpy(core.observe(split, rows)), torch.from_numpy(found), logger)
+        rows, path, lost = self.searched
+        flops = np.array([split.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in path])
+        observations = torch.from_numpy(core.observe(split, rows))
+        risk = self._foresee(torch.zeros_like(observations) if self.blind else observations, lost[:, 1:], logger)
+        multiplier = core.config.penalty / core.config.cost_scale
+        worth = step_logits(F.pad(risk, (1, 0)), torch.from_numpy(flops)) - math.log(multiplier)
+        logger.record("search/flops_ratio", float(flops[(worth > 0).sum(dim=1)].mean()))
+        self._imitate(observations, component_logits(worth.clamp(-SURE, SURE), path, core.nvec), logger)
 
-    def _search(self, split: Split, on_rollout: OnRollout) -> tuple[NDArray, NDArray]:
+    def _search(self, split: Split, on_rollout: OnRollout) -> Searched:
         core = self.env.core
         rows = np.random.default_rng(self.seed).permutation(len(split))[: self.settings.instances]
         on_round = partial(report, on_rollout)
@@ -90,12 +121,13 @@ class ImitationAgent(Agent):
             path = static_path(core, split, rows[:ORDER_INSTANCES], on_round)
         else:
             path = backward_path(self.settings.path, core.nvec)
-        return rows, np.stack(path)[deepest_safe(split, rows, path, core.config.epsilon * BASE_LOSS, on_round)]
+        return Searched(rows, np.stack(path), losses_along(split, rows, path, on_round).astype(np.float32))
 
     def save_extra(self, folder: Path) -> None:
-        """Write ``searched.json``: the instances' rows in the training split, and what each of them bears."""
-        rows, found = self.searched
-        write_json(folder / SEARCHED, {"rows": rows.tolist(), "decisions": found.tolist()})
+        """Write ``searched.safetensors``: the fields of ``Searched``."""
+        temporary = folder / f"{SEARCHED}.tmp"
+        save_file({name: np.ascontiguousarray(value) for name, value in self.searched._asdict().items()}, temporary)
+        os.replace(temporary, folder / SEARCHED)
 
     def policy(self) -> DecisionPolicy:
         """A copy of the network."""
@@ -105,45 +137,119 @@ class ImitationAgent(Agent):
         """The policy."""
         return [self.policy()]
 
-    def _imitate(self, observations: torch.Tensor, decisions: torch.Tensor, logger: Logger) -> None:
-        settings, held_out = self.settings, max(1, len(observations) // 10)
+    def _foresee(self, observations: Tensor, lost: NDArray, logger: Logger) -> Tensor:
+        """Learn what instances lose under masks ``[n, masks]``, and return what is expected of each.
+
+        Losses and gains are foreseen each by itself, since both may be likely at once where the backbone is often
+        wrong.
+        """
+        targets = torch.from_numpy(np.concatenate([lost, -lost], axis=1)).clamp(0, 1)
+        head = nn.Linear(HIDDEN, targets.shape[1])
+        with torch.no_grad():
+            head.weight.zero_()
+            head.bias.copy_(targets.mean(dim=0).clamp(1e-4, 1 - 1e-4).logit())
+        network = nn.Sequential(self.foresight, head)
+
+        def loss(rows: Tensor | slice) -> Tensor:
+            return F.binary_cross_entropy_with_logits(network(observations[rows]), targets[rows])
+
+        self._fit(network, loss, len(observations), partial(logger.record, "imitation/risk_loss"), logger)
+        with torch.no_grad():
+            losing, gaining = network(observations).sigmoid().chunk(2, dim=1)
+        return losing - gaining
+
+    def _imitate(self, observations: Tensor, logits: Tensor, logger: Logger) -> None:
+        """Teach the policy these logits ``[n, sum(nvec)]``."""
+
+        def loss(rows: Tensor | slice) -> Tensor:
+            return F.mse_loss(self.network(observations[rows]), logits[rows])
+
+        self._fit(self.network, loss, len(observations), partial(logger.record, "imitation/held_out_loss"), logger)
+
+    def _fit(
+        self,
+        network: nn.Module,
+        loss: Callable[[Tensor | slice], Tensor],
+        instances: int,
+        record: Callable[[float], None],
+        logger: Logger,
+    ) -> None:
+        """Minimise a loss of rows by AdamW, and keep the epoch that is the best on the first tenth, held out."""
+        settings, held_out = self.settings, max(1, instances // 10)
         generator = torch.Generator().manual_seed(self.seed)
         optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-
-        def loss(rows: torch.Tensor | slice) -> torch.Tensor:
-            choices = decisions[rows]
-            log_probs = self.network.log_probs(self.network(observations[rows]), choices)
-            return -sum(log_prob.gather(1, choices[:, [i]]).mean() for i, log_prob in enumerate(log_probs))
-
-        lowest, best = float("inf"), self.network.state_dict()
+        lowest, best = float("inf"), network.state_dict()
         for epoch in range(settings.epochs):
-            order = held_out + torch.randperm(len(observations) - held_out, generator=generator)
+            order = held_out + torch.randperm(instances - held_out, generator=generator)
             for rows in order.split(settings.batch_size):
                 optimizer.zero_grad()
                 loss(rows).backward()
                 optimizer.step()
             with torch.no_grad():
                 error = loss(slice(0, held_out)).item()
-            logger.record("imitation/held_out_loss", error)
+            record(error)
             logger.dump(epoch)
             if error < lowest:
-                lowest, best = error, {name: value.clone() for name, value in self.network.state_dict().items()}
-        self.network.load_state_dict(best)
+                lowest, best = error, {name: value.clone() for name, value in network.state_dict().items()}
+        network.load_state_dict(best)
 
 
-def read_searched(folder: Path, instances: int, nvec: NDArray) -> tuple[NDArray, NDArray]:
-    """Rows of a training split of so many ``instances``, and decisions ``[n, components]`` that were found for them.
+def step_logits(risk: Tensor, flops: Tensor) -> Tensor:
+    """Logarithm of the FLOPs that each step of a path saves over the risk that it adds.
+
+    Steps that only pay together (the next one saves more for less risk) have one exchange rate: that of the lower
+    convex hull of risk over savings, so that the rates fall along the path and a bound on them ends it at the mask that
+    is the best at this rate.
+
+    Args:
+        risk: Quality that is expected to be lost under each mask of the path, float32 ``[n, masks]``; the first, of
+            dense, is 0.
+        flops: FLOPs ratio of each mask, ``[masks]``.
+
+    Returns:
+        float32 ``[n, masks - 1]``, not rising along the path.
+    """
+    saved = (flops[:, None] - flops[None, :]).clamp(min=LEAST_SAVED).float()  # from one mask to a later one
+    rate = (risk[:, None, :] - risk[:, :, None]) / saved
+    masks = torch.arange(len(flops))
+    rate = torch.where(masks[:, None] < masks[None, :], rate, torch.inf)
+    # The slope of a hull, by the minimax formula of isotonic regression: the highest, over where a stretch may begin,
+    # of the lowest over where it may end.
+    lowest = rate.flip(2).cummin(dim=2).values.flip(2)
+    slopes = lowest.cummax(dim=1).values.diagonal(offset=1, dim1=1, dim2=2)
+    return -slopes.clamp(min=LEAST_RISK).log()
+
+
+def component_logits(steps: Tensor, path: NDArray, nvec: NDArray) -> Tensor:
+    """Logits ``[n, sum(nvec)]`` under which a policy takes the steps of a path whose own logits are positive.
+
+    A choice of a component has the sum of the steps that lead to it, the first choice (everything runs) has 0.
+
+    Args:
+        steps: Logits of the path's steps, ``[n, masks - 1]``.
+        path: Its masks, ``[masks, components]``.
+        nvec: Sizes of the components.
+    """
+    first = np.cumsum([0, *nvec[:-1]])
+    leads = torch.zeros(steps.shape[1], int(nvec.sum()))
+    for step, component in enumerate(order_of(list(path))):
+        choice, start = path[step + 1, component], first[component]
+        leads[step, start + choice : start + nvec[component]] = 1
+    return steps @ leads
+
+
+def read_searched(folder: Path, instances: int, nvec: NDArray) -> Searched:
+    """What a run of ``imitation`` has searched, for a training split of so many ``instances``.
 
     Raises:
-        ValueError: If they are those of another env.
+        ValueError: If it is that of another env.
     """
-    searched = json.loads((folder / SEARCHED).read_text(encoding="utf-8"))
-    rows, found = np.array(searched["rows"]), np.array(searched["decisions"])
-    if found.shape[1:] != nvec.shape or rows.max() >= instances:
+    searched = Searched(**load_file(folder / SEARCHED))
+    if searched.path.shape[1:] != nvec.shape or searched.rows.max() >= instances:
         raise ValueError(
-            f"what was searched in {folder} has {found.shape[1]} components and rows up to {rows.max()}; expected "
-            f"{len(nvec)} components, and rows of a training split of {instances}"
+            f"what was searched in {folder} has {searched.path.shape[1]} components and rows up to "
+            f"{searched.rows.max()}; expected {len(nvec)} components, and rows of a training split of {instances}"
         )
-    return rows, found
+    return searched
