@@ -2,12 +2,12 @@
 
     python benchmarks/agents.py --output runs/agents
 
-For each env: the best static masks are searched once, and once what each training instance loses under the masks of their
-path; ``imitation`` learns to foresee that, for each seed; the learning agents start from there and refine. The blind
-control (the same agent, its observation zeroed) starts from the best static mask. ``ppo-from-static`` and ``ppo-from-nothing``
-(likewise of any learning agent) show what the start is worth. What is finished is kept and what was cut off goes on, so
-the command can be started again, and twice at the same time with other ``--envs``. ``--table`` only prints what is
-there.
+For each env: the best static masks are searched once, and once what each training instance loses under the masks of
+their path; ``imitation`` learns to foresee that, for each seed; the learning agents start from there and refine. The
+blind control (the same agent, its observation zeroed) starts from the best static mask. ``ppo-from-static`` and
+``ppo-from-nothing`` (likewise of any learning agent) show what the start is worth. What is finished is kept and what
+was cut off goes on, so the command can be started again, and twice at the same time with other ``--envs``. ``--table``
+only prints what is there.
 """
 
 from __future__ import annotations
