@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from sd_gym.agents.common.fronts import Front, flops_at, flops_at_loss, saved_more
+from sd_gym.agents.common.fronts import Front, flops_at, flops_at_loss, flops_samples
+from sd_gym.agents.common.savings import _compared
 
 N = 1000
 LOST = {share: np.r_[np.zeros(int(share * N)), np.ones(N - int(share * N))] for share in (0.0, 0.05, 0.1)}
@@ -23,12 +24,27 @@ def test_a_front_is_read_between_its_points():
     assert flops_at(0.1, quality, flops) == pytest.approx(0.4)  # the front has nothing cheaper
 
 
-def test_what_is_saved_more_at_the_same_quality():
+def test_fronts_are_compared_at_the_same_quality_on_the_same_instances():
     mask = front((0.1, 0.5))  # half way to its loss of 0.1 it costs 0.75
     learned = front((0.05, 0.6))
-    assert flops_at_loss(mask, 0.05) == pytest.approx(0.75)
-    more, low, high = saved_more(learned, mask, 0.05)
-    assert more == pytest.approx(0.15)
-    assert 0 < low < more < high < 0.4
-    nothing, low, high = saved_more(mask, mask, 0.05)
-    assert nothing == low == high == 0.0
+    masks, agent = (flops_samples(one, [0.05, 0.1]) for one in (mask, learned))
+    assert masks.shape == (2, 2001)
+    assert masks[0, 0] == pytest.approx(0.75) == flops_at_loss(mask, 0.05)
+    assert masks[1, 0] == pytest.approx(0.5)
+    more = masks[0] - agent[0]
+    assert more[0] == pytest.approx(0.15)
+    low, high = np.percentile(more[1:], [2.5, 97.5])
+    assert 0 < low < more[0] < high < 0.4
+    # A sample of the mask's loss alone: 1,000 instances of which a tenth is lost, read at half of that.
+    lost = np.random.default_rng(1).binomial(N, 0.1, size=4000) / N
+    assert masks[0, 1:].std() == pytest.approx(np.std(1 - 0.5 * 0.05 / lost), rel=0.1)
+    np.testing.assert_array_equal(flops_samples(mask, [0.05]), masks[:1])
+
+
+def test_the_interval_is_that_of_the_mean_over_runs():
+    runs = np.array(
+        [[0.4, 0.5, 0.3], [0.4, 0.3, 0.5]]
+    )  # a reading and two samples: where one is lucky, the other is not
+    assert _compared(runs, np.full(3, 0.45)) == ("+5.0 (+5.0 to +5.0; worst +5.0)", "0 of 2")
+    assert _compared(runs, np.full(3, 0.55)) == ("+15.0 (+15.0 to +15.0; worst +15.0)", "2 of 2")
+    assert _compared(runs, None) == ("-", "-")

@@ -64,32 +64,22 @@ def _flops_at_loss(quality: NDArray, flops: NDArray, loss: float) -> float:
     return flops_at(quality[-1] - loss, quality, flops)
 
 
-def saved_more(
-    front: Front, other: Front, loss: float, *, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0
-) -> tuple[float, float, float]:
-    """How much more of the FLOPs one front saves than another at the same quality, on the same instances.
+def flops_samples(front: Front, losses: Sequence[float], *, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0) -> NDArray:
+    """FLOPs ratio at which a front loses so much, and what it would be on other instances: a bootstrap over them.
+
+    The same seed draws the same instances, so that samples of several fronts are paired.
 
     Args:
-        front: Of the policy in question.
-        other: What it is compared with.
-        loss: Of mean quality, at which both are read.
+        front: To read.
+        losses: Of mean quality, at which it is read.
         samples: Of the bootstrap.
         seed: Of the bootstrap.
 
     Returns:
-        (difference, low, high), in shares of the dense FLOPs; the 95% interval is a paired bootstrap over instances.
+        ``[losses, 1 + samples]``; the first column is of the instances as they are.
     """
     n = front.quality.shape[1]
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples).T  # of each instance, drawn
-    own, others = (
-        np.array([_flops_at_loss(quality, flops, loss) for quality, flops in zip(*_means(one, counts), strict=True)])
-        for one in (front, other)
-    )
-    low, high = np.percentile(others - own, [2.5, 97.5])
-    return flops_at_loss(other, loss) - flops_at_loss(front, loss), float(low), float(high)
-
-
-def _means(front: Front, counts: NDArray) -> tuple[NDArray, NDArray]:
-    """Mean quality and FLOPs ratio ``[samples, policies]``, each instance as often as drawn, ``[n, samples]``."""
-    drawn = counts / len(counts)
-    return (front.quality @ drawn).T, (front.flops_ratio @ drawn).T
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples) / n
+    weights = np.vstack([np.full(n, 1 / n), drawn]).T
+    means = list(zip((front.quality @ weights).T, (front.flops_ratio @ weights).T, strict=True))
+    return np.array([[_flops_at_loss(quality, flops, loss) for quality, flops in means] for loss in losses])

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from sd_gym.agents.baselines.static import read_masks
 from sd_gym.agents.common.compare import agent_of, finished
 from sd_gym.agents.common.evaluation import decide_and_score
-from sd_gym.agents.common.fronts import Front, flops_at_loss, front_of, saved_more
+from sd_gym.agents.common.fronts import Front, flops_samples, front_of
 from sd_gym.agents.registry import LEARNING
 
 from sd_gym.envs.config import EnvConfig
@@ -25,7 +26,7 @@ COLUMNS = [
     "points lost",
     "FLOPs of static / blind",
     "FLOPs (worst)",
-    "saved more than static masks, points",
+    "saved more than static masks, points (interval; worst)",
     "above zero",
     "than blind",
     "above zero",
@@ -86,17 +87,20 @@ def env_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFro
 def savings(fronts: EnvFronts) -> list[list[str]]:
     """Rows of ``COLUMNS``: each learned agent beside the static masks and the blind agents of the same env, over seeds.
 
-    What lies on their fronts at a loss of a quarter and of half of epsilon is compared, with paired intervals over
-    instances (``saved_more``).
+    What lies on their fronts at a loss of a quarter and of half of epsilon is compared. Intervals are paired bootstraps
+    over instances (``flops_samples``): that of the mean over seeds, and how many seeds' own ones are above zero.
     """
+    losses = [share * fronts.epsilon for share in READ]
+    controls = {name: flops_samples(front, losses) for name, front in fronts.controls.items()}
     rows = []
     for name, runs in sorted(fronts.learned.items()):
-        for loss in (share * fronts.epsilon for share in READ):
-            own = [flops_at_loss(one, loss) for one in runs]
-            controls = [fronts.controls.get(control) for control in CONTROLS]
-            costs = " / ".join("-" if one is None else f"{flops_at_loss(one, loss):.1%}" for one in controls)
-            cells = [cell for control in controls for cell in _compared(runs, control, loss)]
-            flops = f"{np.mean(own):.1%} ({max(own):.1%})"
+        read = np.stack([flops_samples(front, losses) for front in runs])  # [runs, losses, 1 + samples]
+        for number, loss in enumerate(losses):
+            others = [controls[control][number] if control in controls else None for control in CONTROLS]
+            costs = " / ".join("-" if other is None else f"{other[0]:.1%}" for other in others)
+            own = read[:, number]
+            cells = [cell for other in others for cell in _compared(own, other)]
+            flops = f"{own[:, 0].mean():.1%} ({own[:, 0].max():.1%})"
             rows.append([fronts.env, name, str(len(runs)), f"{100 * loss:.2f}", costs, flops, *cells])
     return rows
 
@@ -144,14 +148,12 @@ def _versions(core: Core, policy: DecisionPolicy, epsilon: float) -> list[Decisi
     return [policy.with_margin(margin) for margin in np.arange(boldest, cautious + STEP / 2, STEP)]
 
 
-def _compared(fronts: list[Front], other: Front | None, loss: float) -> tuple[str, str]:
-    """What is saved more, in points, with the worst seed and its interval; and how often the interval is above zero."""
+def _compared(own: NDArray, other: NDArray | None) -> tuple[str, str]:
+    """What runs ``[runs, 1 + samples]`` save more than another front, and how many of the runs surely do."""
     if other is None:
         return "-", "-"
-    differences = 100 * np.array([saved_more(one, other, loss) for one in fronts])
-    worst, low, high = differences[differences[:, 0].argmin()]
-    mean = differences[:, 0].mean()
-    return (
-        f"{mean:+.1f} (worst {worst:+.1f}, {low:+.1f} to {high:+.1f})",
-        f"{(differences[:, 1] > 0).sum()} of {len(fronts)}",
-    )
+    more = 100 * (other - own)
+    mean = more.mean(axis=0)
+    low, high = np.percentile(mean[1:], [2.5, 97.5])
+    above = np.percentile(more[:, 1:], 2.5, axis=1) > 0
+    return f"{mean[0]:+.1f} ({low:+.1f} to {high:+.1f}; worst {more[:, 0].min():+.1f})", f"{above.sum()} of {len(own)}"
