@@ -15,13 +15,18 @@ def front(*points):
     return Front(lost, np.stack([np.full(N, ratio) for _, ratio in (*points, (0.0, 1.0))]))
 
 
-def test_a_front_is_read_between_its_points():
+def test_a_front_is_the_cheapest_mix_of_two_points():
     quality, flops = np.array([0.9, 1.0, 0.8, 0.95]), np.array([0.4, 1.0, 0.5, 0.6])  # the third is worse and dearer
     assert flops_at(0.9, quality, flops) == pytest.approx(0.4)
     assert flops_at(0.925, quality, flops) == pytest.approx(0.5)
     assert flops_at(0.975, quality, flops) == pytest.approx(0.8)
     assert flops_at(1.0, quality, flops) == pytest.approx(1.0)
     assert flops_at(0.1, quality, flops) == pytest.approx(0.4)  # the front has nothing cheaper
+    flops[3] = 0.8  # dearer than half of the one and half of the other
+    assert flops_at(0.95, quality, flops) == pytest.approx(0.7)
+    assert flops_at(0.95, np.append(quality, 0.9), np.append(flops, 0.7)) == pytest.approx(0.7)
+    with pytest.raises(ValueError, match=r"quality of at most 0\.9000, got 0\.9500"):
+        flops_at(0.95, quality[:1], flops[:1])
 
 
 def test_fronts_are_compared_at_the_same_quality_on_the_same_instances():

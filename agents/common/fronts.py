@@ -42,17 +42,25 @@ def front_of(core: Core, split: Split, policies: Sequence[DecisionPolicy]) -> Fr
 
 
 def flops_at(quality: float, front_quality: NDArray, front_flops: NDArray) -> float:
-    """FLOPs ratio at which a front has a quality, between its points by linear interpolation.
+    """The fewest FLOPs with which the points of a front have a quality.
+
+    Any two of them can be mixed, one for some inputs and the other for the rest, drawn without a look at the input: the
+    front is convex.
 
     Args:
         quality: Mean quality.
         front_quality: Mean quality of each point, ``[m]``.
         front_flops: Mean FLOPs ratio of each point, ``[m]``.
+
+    Raises:
+        ValueError: If no point is that good.
     """
-    order = np.argsort(front_flops, kind="stable")
-    best = np.maximum.accumulate(front_quality[order])  # what is worse and dearer than another point is no part of it
-    first = np.r_[True, np.diff(best) > 0]
-    return float(np.interp(quality, best[first], front_flops[order][first]))
+    good = front_quality >= quality
+    if not good.any():
+        raise ValueError(f"expected a quality of at most {front_quality.max():.4f}, got {quality:.4f}")
+    (better, dear), (worse, cheap) = ((front_quality[on, None], front_flops[on, None]) for on in (good, ~good))
+    share = (quality - worse.T) / (better - worse.T)
+    return float(min(dear.min(), (cheap.T + share * (dear - cheap.T)).min(initial=np.inf)))
 
 
 def flops_at_loss(front: Front, loss: float) -> float:
