@@ -122,8 +122,11 @@ def train(
             def on_progress(done: int, figures: dict[str, float]) -> None:
                 shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
                 if not figures:  # a search takes as many decisions as it takes
-                    scored = f"{done:,} decisions scored"
-                    progress.update(bar, completed=done, total=None, description="searching", figures=scored)
+                    nonlocal bar
+                    if progress.tasks[0].total is not None:
+                        progress.remove_task(bar)
+                        bar = progress.add_task("searching", total=None, figures="decisions scored")
+                    progress.update(bar, completed=done)
                     return
                 state = "learning" if done < steps else "evaluating"
                 progress.update(bar, completed=min(done, steps), description=state, figures=shown)
