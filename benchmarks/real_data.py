@@ -10,10 +10,10 @@ smollm2``; the summarizer is a small BART that starts from random weights. The t
 beginning backbones are prepared, on the next rows, which no backbone was tuned on, agents learn, and on the last ones
 policies are selected; the validation file is the test split, which nothing else touches. A backbone is prepared under
 random decisions, ``imitation`` learns a first and bold policy, the backbone is tuned under it, and then all agents
-learn on the tuned one, from the best static mask that is found there. For comparison, the backbone is fine-tuned
-densely for twice the steps, which takes about the same time. Each command of ``sd-gym`` is printed before it runs,
-with its time behind it. What is finished is kept and what was cut off goes on, so it can be started again; ``--table``
-only prints what is there.
+learn on the tuned one, from the best static mask that is found there or, where there are rows enough, from imitation.
+For comparison, the backbone is fine-tuned densely for twice the steps, which takes about the same time. Each command of
+``sd-gym`` is printed before it runs, with its time behind it. What is finished is kept and what was cut off goes on, so
+it can be started again; ``--table`` only prints what is there.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ COLUMNS = [
 SHOWN = {"rouge": ["rouge1", "rouge2", "rougeL"], "squad": ["exact_match", "f1"]}  # what there is of a metric
 REFINE = {  # settings of the learning agents
     "ppo": ["objective=lagrangian", "learning_rate=2e-4"],
-    "a2c": ["objective=lagrangian", "learning_rate=2e-4"],
+    "a2c": ["objective=lagrangian", "learning_rate=2e-4", "entropy=0.0"],
     "reinforce": ["learning_rate=2e-4", "alpha=30", "beta=30"],
 }
 BLIND = [*REFINE["ppo"], "learning_rate=1e-3"]  # it has no more than its biases to learn
@@ -76,6 +76,8 @@ class Task:
         learning_rate: Of preparing; tuning has half of it.
         batch_size: Of preparing.
         sentences: Whether the rows are mostly parts of sentences, and whole sentences shall be kept for the agents.
+        more: Rows before these that agents learn on as well, though backbones were tuned on them: it takes thousands to
+            foresee a loss of a point. Then agents start from imitation.
     """
 
     family: str
@@ -92,6 +94,7 @@ class Task:
     learning_rate: float = 2e-4
     batch_size: int = 32
     sentences: bool = False
+    more: int = 0
 
 
 def classification(
@@ -107,9 +110,16 @@ ONE_SHOT = (f'prompt="{EXAMPLE}\\n\\n{{source_pair}}\\nQuestion: {{source}}\\nAn
 SUMMARIES = ("max_source_length=96", "max_target_length=24", "quality=likelihood", "test_size=500")
 TASKS = {
     "sst2": classification(
-        "accuracy", 1000, 1500, (1600, 1000), "max_source_length=64", "token_shares=[0.0, 0.25, 0.5]", sentences=True
+        "accuracy",
+        1000,
+        1500,
+        (1600, 1000),
+        "max_source_length=64",
+        "token_shares=[0.0, 0.25, 0.5]",
+        sentences=True,
+        more=8000,
     ),
-    "agnews": classification("accuracy", 1500, 1500, (600, 300), "max_source_length=64"),
+    "agnews": classification("accuracy", 1500, 1500, (600, 300), "max_source_length=64", more=7000),
     "cola": classification(
         "matthews", 1500, 1000, (600, 400), "max_source_length=32", "quality=balanced", learning_rate=5e-5
     ),
@@ -272,11 +282,11 @@ class Runs:
             sd_gym("prepare", *options, "--output", folder, *how, *sets(settings))
         return folder
 
-    def train(self, what: str, algo: str, backbone: object, *settings: str) -> Path:
+    def train(self, what: str, algo: str, backbone: object, *settings: str, more: int = 0) -> Path:
         """An agent, unless it was done."""
         folder = self.folder(what)
         if not (folder / "result.json").exists():
-            rows = f"-{self.held_out}:-{self.task.validation}"
+            rows = f"-{self.held_out + more}:-{self.task.validation}"
             pairs = [*self.settings(rows), f"backbone={backbone}", *settings]
             how = ["--algo", algo, "--steps", self.arguments.steps, "--strictness", self.arguments.strictness]
             sd_gym("train", f"SD/{self.task.family}-Custom-v0", *how, "--resume", "--output", folder, *sets(pairs))
@@ -301,14 +311,14 @@ class Runs:
             policy = self.train("first", "imitation", backbone, f"epsilon={BOLD}")
             how = {"steps": tune_steps, "max_rate": task.max_rate, "learning_rate": rate / 2}
             backbone = self.prepare("tuned", "--policy", policy, **how)
-        learning = task.learning
+        learning, more = task.learning, task.more
         if not learning:
             static = self.train("static", "static", backbone)
-            self.train("imitation", "imitation", backbone, f"path={static}")
-            learning = (f"start={static}",)
-            self.train("blind-ppo", "blind-ppo", backbone, *BLIND, *learning)
+            imitation = self.train("imitation", "imitation", backbone, f"path={static}", more=more)
+            self.train("blind-ppo", "blind-ppo", backbone, *BLIND, f"start={static}", more=more)
+            learning = (f"start={imitation if more else static}",)
         for algo, settings in REFINE.items():
-            self.train(algo, algo, backbone, *settings, *learning)
+            self.train(algo, algo, backbone, *settings, *learning, more=more)
 
     def rows(self) -> list[list[str]]:
         """Of the table, as far as there are results."""
