@@ -313,7 +313,7 @@ class Runs:
             backbone = self.prepare("tuned", "--policy", policy, **how)
         learning, more = task.learning, task.more
         if not learning:
-            static = self.train("static", "static", backbone)
+            static = self.train("static", "static", backbone, more=more)
             imitation = self.train("imitation", "imitation", backbone, f"path={static}", more=more)
             self.train("blind-ppo", "blind-ppo", backbone, *BLIND, f"start={static}", more=more)
             learning = (f"start={imitation if more else static}",)
