@@ -76,6 +76,12 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone):
     (fronts,) = env_fronts(everything, 3)
     assert fronts.controls["static"].quality.shape[1] == 3
 
+    other = tmp_path / "other"
+    options = ["--algo", "static", "--output", other, "--set", "train_size=16"]
+    assert run("train", "SD/Classification-Custom-v0", *options, *settings).exit_code == 0
+    with pytest.warns(UserWarning, match=f"left out, .* no run to compare them with: {other}"):
+        assert len(env_fronts([*everything, other], 3)) == 1
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

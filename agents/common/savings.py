@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,9 @@ def env_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFro
     Raises:
         FileNotFoundError: If a folder holds no finished run.
         ValueError: If there is no env with a learned agent and with a control.
+
+    Warns:
+        UserWarning: If runs are left out, since there is nothing to compare them with on the same env.
     """
     envs: dict[str, dict[str, list[Path]]] = {}
     for folder in folders:
@@ -74,13 +78,20 @@ def env_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFro
         if name in CONTROLS or algo in LEARNING:
             envs.setdefault(_env_of(config), {}).setdefault(name, []).append(folder)
     resized = {} if test_size is None else {"test_size": test_size}
-    found = [
-        _fronts_of(EnvConfig(**{**json.loads(env), **resized}), agents)
-        for env, agents in sorted(envs.items())
-        if 0 < sum(name in CONTROLS for name in agents) < len(agents)
-    ]
+    found, alone = [], []
+    for env, agents in sorted(envs.items()):
+        if 0 < sum(name in CONTROLS for name in agents) < len(agents):
+            found.append(_fronts_of(EnvConfig(**{**json.loads(env), **resized}), agents))
+        else:
+            alone += [str(folder) for runs in agents.values() for folder in runs]
     if not found:
         raise ValueError("expected runs of a learned agent and, on the same env, of static or a blind agent")
+    if alone:
+        warnings.warn(
+            f"left out, as their env's config (the rows that were trained on are part of it) has no run to compare "
+            f"them with: {', '.join(alone)}",
+            stacklevel=2,
+        )
     return found
 
 
