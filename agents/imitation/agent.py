@@ -37,6 +37,7 @@ SEARCHED = "searched.safetensors"
 SURE = 6.0  # log-odds of skipping at most: learning that goes on from the policy can still leave a decision
 LEAST_SAVED = 1e-4  # of the dense FLOPs: what a step saves at least, where it costs as much as it saves
 LEAST_RISK = 1e-6  # a saved FLOPs ratio of 1, so that the exchange rate is finite
+PART = 1024  # instances whose exchange rates are computed at once: each has one for any two masks
 
 
 class Searched(NamedTuple):
@@ -216,14 +217,16 @@ def step_logits(risk: Tensor, flops: Tensor) -> Tensor:
         float32 ``[n, masks - 1]``, not rising along the path.
     """
     saved = (flops[:, None] - flops[None, :]).clamp(min=LEAST_SAVED).float()  # from one mask to a later one
-    rate = (risk[:, None, :] - risk[:, :, None]) / saved
     masks = torch.arange(len(flops))
-    rate = torch.where(masks[:, None] < masks[None, :], rate, torch.inf)
-    # The slope of a hull, by the minimax formula of isotonic regression: the highest, over where a stretch may begin,
-    # of the lowest over where it may end.
-    lowest = rate.flip(2).cummin(dim=2).values.flip(2)
-    slopes = lowest.cummax(dim=1).values.diagonal(offset=1, dim1=1, dim2=2)
-    return -slopes.clamp(min=LEAST_RISK).log()
+    later = masks[:, None] < masks[None, :]
+    slopes = []
+    for part in risk.split(PART):
+        rate = torch.where(later, (part[:, None, :] - part[:, :, None]) / saved, torch.inf)
+        # The slope of a hull, by the minimax formula of isotonic regression: the highest, over where a stretch may
+        # begin, of the lowest over where it may end.
+        lowest = rate.flip(2).cummin(dim=2).values.flip(2)
+        slopes.append(lowest.cummax(dim=1).values.diagonal(offset=1, dim1=1, dim2=2))
+    return -torch.cat(slopes).clamp(min=LEAST_RISK).log()
 
 
 def component_logits(steps: Tensor, path: NDArray, nvec: NDArray) -> Tensor:
