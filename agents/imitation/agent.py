@@ -154,7 +154,7 @@ class ImitationAgent(Agent):
         def loss(rows: Tensor | slice) -> Tensor:
             return F.binary_cross_entropy_with_logits(network(observations[rows]), targets[rows])
 
-        self._fit(network, loss, len(observations), partial(logger.record, "imitation/risk_loss"), logger)
+        self._fit(network, loss, len(observations), "imitation/risk_loss", logger)
         with torch.no_grad():
             losing, gaining = network(observations).sigmoid().chunk(2, dim=1)
         return losing - gaining
@@ -165,14 +165,14 @@ class ImitationAgent(Agent):
         def loss(rows: Tensor | slice) -> Tensor:
             return F.mse_loss(self.network(observations[rows]), logits[rows])
 
-        self._fit(self.network, loss, len(observations), partial(logger.record, "imitation/held_out_loss"), logger)
+        self._fit(self.network, loss, len(observations), "imitation/held_out_loss", logger)
 
     def _fit(
         self,
         network: nn.Module,
         loss: Callable[[Tensor | slice], Tensor],
         instances: int,
-        record: Callable[[float], None],
+        tag: str,
         logger: Logger,
     ) -> None:
         """Minimise a loss of rows by AdamW, and keep the epoch that is the best on the first tenth, held out.
@@ -194,7 +194,7 @@ class ImitationAgent(Agent):
                     optimizer.step()
             with torch.no_grad():
                 error = loss(slice(0, held_out)).item()
-            record(error)
+            logger.record(tag, error)
             logger.dump(epoch)
             if error < lowest:
                 lowest, best = error, {name: value.clone() for name, value in network.state_dict().items()}
