@@ -14,7 +14,7 @@ from sd_gym.tasks.preparation import prepare_backbone
 MINI = [identity for identity in sd_gym.registered_ids() if "Mini" in identity]
 DATA = Path(os.environ.get("SD_GYM_DATA", "not-given"))  # a folder with sst2/train.jsonl and sst2/validation.jsonl
 
-REFINE = {  # settings that leave what a warm start has found: benchmarks/agents.py has the same
+REFINE = {  # what keeps an agent from giving away what a warm start has found
     "ppo": {},
     "a2c": {"entropy": 0.0},
     "reinforce": {"alpha": 30.0, "beta": 30.0},

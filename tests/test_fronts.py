@@ -47,9 +47,8 @@ def test_fronts_are_compared_at_the_same_quality_on_the_same_instances():
 
 
 def test_the_interval_is_that_of_the_mean_over_runs():
-    runs = np.array(
-        [[0.4, 0.5, 0.3], [0.4, 0.3, 0.5]]
-    )  # a reading and two samples: where one is lucky, the other is not
+    # A reading and two samples each; where one run is lucky, the other is not.
+    runs = np.array([[0.4, 0.5, 0.3], [0.4, 0.3, 0.5]])
     assert _compared(runs, np.full(3, 0.45)) == ("+5.0 (+5.0 to +5.0; worst +5.0)", "0 of 2")
     assert _compared(runs, np.full(3, 0.55)) == ("+15.0 (+15.0 to +15.0; worst +15.0)", "2 of 2")
     assert _compared(runs, None) == ("-", "-")

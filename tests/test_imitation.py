@@ -47,6 +47,13 @@ def test_steps_that_only_pay_together_have_one_rate():
     torch.testing.assert_close(rates, torch.tensor([[10.0, 10.0, 1.0]]))
 
 
+def test_many_instances_have_the_rates_of_each_alone(monkeypatch):
+    risk, flops = torch.rand(7, 5).cumsum(dim=1), torch.linspace(1, 0, 5)
+    monkeypatch.setattr("sd_gym.agents.imitation.agent.PART", 3)
+    alone = torch.cat([step_logits(row[None], flops) for row in risk])
+    torch.testing.assert_close(step_logits(risk, flops), alone, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("taken", range(5))
 def test_a_policy_takes_the_steps_with_positive_logits(taken):
     nvec = np.array([2, 2, 3])
@@ -86,6 +93,14 @@ def test_what_is_learned_is_worth_more_than_any_mask_of_the_path(env, tmp_path):
     price = outcome.flops_ratio + 2.0 * (outcome.quality_ref - outcome.quality)
     assert price.mean() < (flops + 2.0 * lost).mean(axis=0).min()
     assert len(np.unique(decided, axis=0)) > 1
+
+
+def test_where_nothing_is_foreseen_the_mean_risk_stays(env, tmp_path):
+    agent = make_agent("imitation", env, epochs=3, learning_rate=100.0)  # every epoch is worse than none
+    observations = torch.randn(40, agent.network.observation_size)
+    lost = np.repeat([[1.0, 0.0], [0.0, -1.0], [0.0, 0.0], [0.0, 0.0]], 10, axis=0).astype(np.float32)
+    risk = agent._foresee(observations, lost, configure(str(tmp_path), []))
+    torch.testing.assert_close(risk, torch.tensor([[0.25, -0.25]]).expand(40, 2), rtol=0, atol=2e-4)
 
 
 def test_a_blind_imitation_finds_the_best_mask_of_the_path(env, tmp_path):
