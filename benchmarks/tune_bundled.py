@@ -28,6 +28,11 @@ from sd_gym.tasks.procedural.generate import TASKS, generate_split, stream
 from sd_gym.tasks.procedural.train import encode, exact_match, make_tokenizer
 
 WEIGHTS = (0.2, 0.2, 0.3, 0.3)  # of the levels
+TRACE = 0.15  # share of the questions that ask for everyone on the way
+RANDOM_SHARE = 0.15  # of the rows
+# Inputs of which a policy skips more than a share are tuned under a bolder one, the others under a more cautious one, by
+# so many log-odds for the difference to it: what sets inputs apart is what a policy saves more than a mask.
+CONTRAST, AROUND = 5.0, 0.8
 
 
 def batches(
@@ -38,7 +43,7 @@ def batches(
     policies = {core.config.task: (core, policy) for _, core, policy in map(load_run, runs)}
     if set(policies) != set(TASKS):
         raise ValueError(f"expected a run of each of {', '.join(TASKS)}, got {', '.join(policies)}")
-    streams = {task: stream(task, "train", seed, weights=WEIGHTS) for task in TASKS}
+    streams = {task: stream(task, "train", seed, weights=WEIGHTS, trace=TRACE) for task in TASKS}
     while True:
         tasks = chosen.choices(list(TASKS), shares, k=6 * batch_size)
         pool = sorted(((next(streams[task]), task) for task in tasks), key=lambda drawn: len(drawn[0].source.split()))
@@ -51,7 +56,8 @@ def batches(
             for task, (core, policy) in policies.items():
                 rows = [row for row, (_, own) in enumerate(chunk) if own == task]
                 logits[rows] = torch.from_numpy(policy.skip_logits(core.standardised(seen[rows])))
-            yield {**batch, "skip_logits": logits}
+            skipped = logits.sigmoid().mean(dim=1, keepdim=True)
+            yield {**batch, "skip_logits": logits + CONTRAST * (skipped - AROUND)}
 
 
 def main() -> None:
@@ -90,6 +96,7 @@ def main() -> None:
         batches(board, arguments.runs, arguments.shares, arguments.batch_size, arguments.seed),
         steps=arguments.steps,
         learning_rate=arguments.learning_rate,
+        random_share=RANDOM_SHARE,
         seed=arguments.seed,
         on_step=on_step,
     )

@@ -242,14 +242,15 @@ def test_a_backbone_is_tuned_under_a_policy(tmp_path, reviews, tiny_backbone):
     assert not torch.equal(*(part["bert.encoder.layer.0.output.dense.weight"] for part in weights))
 
 
-def test_decisions_around_a_policy_follow_it():
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
+def test_decisions_around_a_policy_follow_it(share):
     logits = torch.tensor([[8.0, -8.0, 0.0]]).repeat(4000, 1)
     random = torch.ones(4000, 3, dtype=torch.int64)
-    drawn = decisions_around(logits, random, torch.Generator().manual_seed(0))
+    drawn = decisions_around(logits, random, torch.Generator().manual_seed(0), share)
     rates = drawn.double().mean(dim=0)
-    # Rows that take the random decision (a share of 0.3) skip all; the others skip with 0.98, 0.02, and in between.
-    assert rates[0] == pytest.approx(0.3 + 0.7 * 0.98, abs=0.03)
-    assert rates[1] == pytest.approx(0.3 + 0.7 * 0.02, abs=0.03)
+    # Rows that take the random decision skip all; the others skip with 0.98, 0.02, and in between.
+    assert rates[0] == pytest.approx(share + (1 - share) * 0.98, abs=0.03)
+    assert rates[1] == pytest.approx(share + (1 - share) * 0.02, abs=0.03)
     assert rates[1] < rates[2] < rates[0]
 
 

@@ -40,7 +40,9 @@ def random_decisions(rows: int, switches: int, max_rate: float, generator: torch
     return (torch.rand(rows, switches, generator=generator) < rates).long()
 
 
-def decisions_around(skip_logits: Tensor, random: Tensor, generator: torch.Generator) -> Tensor:
+def decisions_around(
+    skip_logits: Tensor, random: Tensor, generator: torch.Generator, random_share: float = RANDOM_SHARE
+) -> Tensor:
     """Skip vectors around those of a policy, some bolder and some more cautious, among random ones.
 
     Args:
@@ -48,6 +50,7 @@ def decisions_around(skip_logits: Tensor, random: Tensor, generator: torch.Gener
         random: Random skip vectors, ``[rows, switches]``, which a share of the rows takes, so that the backbone bears
             more than this one policy.
         generator: Of what is drawn.
+        random_share: That share.
 
     Returns:
         int64 ``[rows, switches]`` on the CPU.
@@ -57,7 +60,7 @@ def decisions_around(skip_logits: Tensor, random: Tensor, generator: torch.Gener
     shifted = skip_logits + lowest + (highest - lowest) * torch.rand(rows, 1, generator=generator)
     probability = shifted.sigmoid().clamp(RARE, 1 - RARE)
     drawn = (torch.rand(probability.shape, generator=generator) < probability).long()
-    return torch.where(torch.rand(rows, 1, generator=generator) < RANDOM_SHARE, random, drawn)
+    return torch.where(torch.rand(rows, 1, generator=generator) < random_share, random, drawn)
 
 
 def freeze_observation(board: Switchboard) -> None:
@@ -171,6 +174,7 @@ def prepare(
     dense_steps: int = 0,
     warmup_steps: int = 100,
     max_rate: float = 0.8,
+    random_share: float = RANDOM_SHARE,
     weight_decay: float = 0.01,
     seed: int = 0,
     validate: Callable[[], float] | None = None,
@@ -196,6 +200,7 @@ def prepare(
             them: the backbone is fine-tuned as usual.
         warmup_steps: Steps of the linear warm-up.
         max_rate: Highest skip rate that a row may draw.
+        random_share: Of the rows, beside those that a policy decides on.
         weight_decay: Of AdamW.
         seed: Of the random decisions and dropout.
         validate: Gives a quality, ten times on the way; the weights of the best one are those that stay. ``None``: the
@@ -249,7 +254,7 @@ def prepare(
             rows = len(batch["labels"])
             skip = random_decisions(rows, len(board), max_rate, generator.manual_seed(random[1]))
             if skip_logits is not None:
-                skip = decisions_around(skip_logits.cpu(), skip, generator)
+                skip = decisions_around(skip_logits.cpu(), skip, generator, random_share)
             loss, distillation = sandwich_loss(board, batch, skip, call)
         total = loss + distillation
         optimizer.zero_grad()
