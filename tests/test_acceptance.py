@@ -15,9 +15,9 @@ MINI = [identity for identity in sd_gym.registered_ids() if "Mini" in identity]
 DATA = Path(os.environ.get("SD_GYM_DATA", "not-given"))  # a folder with sst2/train.jsonl and sst2/validation.jsonl
 
 REFINE = {  # what keeps an agent from giving away what a warm start has found
-    "ppo": {},
-    "a2c": {"entropy": 0.0},
-    "reinforce": {"alpha": 30.0, "beta": 30.0},
+    "ppo": {"learning_rate": 2e-4},
+    "a2c": {"learning_rate": 5e-5, "entropy": 0.0},
+    "reinforce": {"learning_rate": 5e-5, "alpha": 30.0, "beta": 30.0},
 }
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,7 @@ def warm_start(request, tmp_path_factory):
 @pytest.mark.parametrize("algo", REFINE)
 def test_saves_half_at_most_one_point_under_dense(warm_start, algo, tmp_path):
     env, start = warm_start
-    settings = {"start": start, "learning_rate": 2e-4, **REFINE[algo]}
+    settings = {"start": start, **REFINE[algo]}
     result = train(env, algo, tmp_path / "run", steps=20_000, settings=settings)
     assert result["instances"] == 2000
     assert result["flops_ratio_with_policy"] <= 0.5
