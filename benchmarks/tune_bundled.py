@@ -30,8 +30,9 @@ from sd_gym.tasks.procedural.train import encode, exact_match, make_tokenizer
 WEIGHTS = (0.2, 0.2, 0.3, 0.3)  # of the levels
 TRACE = 0.15  # share of the questions that ask for everyone on the way
 RANDOM_SHARE = 0.15  # of the rows
-# Inputs of which a policy skips more than a share are tuned under a bolder one, the others under a more cautious one, by
-# so many log-odds for the difference to it: what sets inputs apart is what a policy saves more than a mask.
+# An input's log-odds of skipping are shifted by CONTRAST times (share of the switches that its policy skips - AROUND):
+# cheap inputs are tuned under a bolder policy, dear ones under a more cautious one, since what sets them apart is what
+# a policy saves more than a mask.
 CONTRAST, AROUND = 5.0, 0.8
 
 
