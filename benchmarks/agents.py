@@ -20,6 +20,7 @@ from rich.console import Console
 from sd_gym.agents.common import compare, plots, savings
 from sd_gym.agents.common.compare import markdown
 from sd_gym.agents.common.run import train
+from sd_gym.agents.registry import LEARNING
 
 import sd_gym
 
@@ -107,10 +108,12 @@ def main() -> None:
         if (folder := plan.folder(algo, seed)).joinpath("result.json").exists()
     ]
     print(markdown(compare.COLUMNS, compare.comparison(there)), end="\n\n")
-    print("At the same quality, read off fronts:", end="\n\n")
-    fronts = savings.env_fronts(there, arguments.test_size)
-    print(markdown(savings.COLUMNS, [row for one in fronts for row in savings.savings(one)]))
-    plots.plot_fronts(fronts, arguments.output / "fronts.png")
+    algos = {algo.partition("-from-")[0] for algo in arguments.algos}
+    if algos & {"static", "blind-ppo"} and algos & set(LEARNING):
+        print("At the same quality, read off fronts:", end="\n\n")
+        fronts = savings.env_fronts(there, arguments.test_size)
+        print(markdown(savings.COLUMNS, [row for one in fronts for row in savings.savings(one)]))
+        plots.plot_fronts(fronts, arguments.output / "fronts.png")
 
 
 if __name__ == "__main__":
