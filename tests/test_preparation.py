@@ -254,6 +254,24 @@ def test_decisions_around_a_policy_follow_it(share):
     assert rates[1] < rates[2] < rates[0]
 
 
+@pytest.mark.parametrize(("share", "same"), [(1.0, True), (0.0, False)])
+def test_a_policy_decides_on_the_rows_that_are_not_random(share, same):
+    def distillations(log_odds):
+        board = Switchboard(make_model("bert"))
+        logits = torch.full((5, len(board)), log_odds)
+        batch = {**make_inputs("bert"), "labels": torch.tensor([0, 1, 0, 1, 0]), "skip_logits": logits}
+        seen = []
+
+        def on_step(step, figures):
+            seen.append(figures["distillation"])
+
+        settings = {"steps": 3, "learning_rate": 1e-3, "random_share": share, "on_step": on_step}
+        prepare(board, iter(lambda: dict(batch), None), **settings)
+        return seen
+
+    assert (distillations(-9.0) == distillations(9.0)) is same
+
+
 def test_a_run_has_its_own_backbone(tmp_path):
     options = ["--policy", "run", "--output", str(tmp_path / "o"), "--set", "backbone=other"]
     result = CliRunner().invoke(app, ["prepare", *options])
