@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from sd_gym.agents import make_agent
-from sd_gym.agents.baselines.search import exhaustive_each, losses_along, order_of, search_each, static_path
+from sd_gym.agents.baselines.search import exhaustive_each, greedy_path, losses_along, order_of, search_each
 from sd_gym.agents.common.run import train
 
 
@@ -66,10 +66,10 @@ def test_a_wider_beam_is_never_worse_and_always_good(env):
 
 
 @pytest.mark.parametrize("forward", [False, True])
-def test_a_static_path_changes_one_component_at_a_time(env, forward):
+def test_a_greedy_path_changes_one_component_at_a_time(env, forward):
     core, split = env.core, env.core.split("train")
     rows = np.arange(len(split))
-    path = static_path(core, split, rows, nobody, forward=forward)
+    path = greedy_path(core, split, rows, nobody, forward=forward)
     np.testing.assert_array_equal(path[0 if forward else -1][:-1], 1)
     kept = [(split.run(rows, np.tile(mask, (len(rows), 1)))).mean() for mask in path]
     if forward:
@@ -86,7 +86,7 @@ def test_a_static_path_changes_one_component_at_a_time(env, forward):
 def test_what_instances_lose_along_a_path(env):
     core, split = env.core, env.core.split("train")
     rows, seen = np.array([5, 0, 9]), []
-    path = static_path(core, split, rows, nobody)
+    path = greedy_path(core, split, rows, nobody)
     lost = losses_along(split, rows, path, seen.append)
     for mask, column in zip(path, lost.T, strict=True):
         outcome = core.score(split, rows, np.tile(mask, (3, 1)))

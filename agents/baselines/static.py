@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.baselines.search import can_try_all, static_path
+from sd_gym.agents.baselines.search import can_try_all, greedy_path, learned_path
 from sd_gym.agents.common.agent import Agent, AgentSettings, OnRollout, Rollout, decision_logits
 from sd_gym.agents.common.selection import halves
 from stable_baselines3.common.logger import Logger
@@ -33,8 +33,8 @@ class StaticSettings(AgentSettings):
 class StaticAgent(Agent):
     """One mask for all inputs, searched on the screening half of the validation split.
 
-    All masks where they are few enough; else greedily, backward from dense and forward from nothing. The usual
-    selection then takes the cheapest mask that keeps the quality on the other half.
+    All masks where they are few enough; else a learned path, and greedily backward from dense and forward from
+    nothing. The usual selection then takes the cheapest mask that keeps the quality on the other half.
     """
 
     Settings = StaticSettings
@@ -56,9 +56,11 @@ class StaticAgent(Agent):
         if can_try_all(core.nvec, len(rows)):
             self.masks = [np.array(choice) for choice in product(*map(range, core.nvec))]
             return
-        backward = static_path(core, split, rows, partial(report, on_rollout))
-        forward = static_path(core, split, rows, partial(report, on_rollout), forward=True)
-        self.masks = [*backward, *forward]
+        on_round = partial(report, on_rollout)
+        learned = learned_path(core, split, rows, on_round, self.seed)
+        backward = greedy_path(core, split, rows, on_round)
+        forward = greedy_path(core, split, rows, on_round, forward=True)
+        self.masks = [*learned, *backward, *forward]
 
     def policy(self) -> DecisionPolicy:
         """The first mask: dense."""
@@ -90,20 +92,6 @@ def read_masks(folder: Path, nvec: NDArray) -> list[NDArray]:
     if masks.shape[1:] != nvec.shape:
         raise ValueError(f"the masks in {folder} have {masks.shape[1]} components, expected {len(nvec)}")
     return list(masks)
-
-
-def backward_path(folder: Path, nvec: NDArray) -> list[NDArray]:
-    """The masks of a run of ``static`` from dense to nothing, each skipping one candidate more.
-
-    Raises:
-        FileNotFoundError: If the folder holds no masks.
-        ValueError: If they are no such path.
-    """
-    length = int((nvec - 1).sum()) + 1
-    path = read_masks(folder, nvec)[:length]
-    if len(path) < length or (np.diff(path, axis=0).sum(axis=1) != 1).any():
-        raise ValueError(f"the masks in {folder} are no path from dense to nothing")
-    return path
 
 
 def report(on_rollout: OnRollout, scored: int) -> None:
