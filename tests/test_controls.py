@@ -6,7 +6,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from sd_gym.agents import make_agent
-from sd_gym.agents.baselines.search import exhaustive_each, greedy_path, losses_along, order_of, search_each
+from sd_gym.agents.baselines.search import (
+    exhaustive_each,
+    greedy_path,
+    losses_along,
+    order_of,
+    refined_path,
+    search_each,
+)
 from sd_gym.agents.common.run import train
 
 
@@ -81,6 +88,35 @@ def test_a_greedy_path_changes_one_component_at_a_time(env, forward):
     assert all(np.abs(after - before).sum() == 1 for before, after in pairwise(path))
     if not forward:
         assert sorted(order_of(path)) == list(range(core.n_switches))
+
+
+class Known:
+    """A split whose quality and FLOPs are known: three switches and two token levels, of these shares of the FLOPs."""
+
+    nvec = np.array([2, 2, 2, 3])
+    shares = np.array([0.2, 0.2, 0.3, 0.1])
+
+    def quality_and_likelihood(self, rows, decisions):
+        first, second, third, level = decisions.T
+        lost = np.where(rows < 2, third == 1, (first == 1) | (second == 1)) | (level == 2)
+        return 1.0 - lost, 1.0 - lost
+
+    def flops_ratio(self, rows, decisions):
+        return 1 - decisions @ self.shares
+
+
+def test_refining_a_path_mends_what_the_search_on_few_instances_got_wrong(monkeypatch):
+    monkeypatch.setattr("sd_gym.agents.baselines.search.UPDATES", 40)
+    known, seen = Known(), []
+    greedy = greedy_path(known, known, np.arange(2), nobody)
+    assert order_of(greedy)[:3] == [0, 1, 3]
+    path = refined_path(known, known, np.arange(40), greedy, seen.append, 0)
+    assert set(order_of(path)[:2]) == {2, 3}
+    assert not path[0].any()
+    np.testing.assert_array_equal(path[-1], [1, 1, 1, 2])
+    assert all(np.diff(path, axis=0).sum(axis=1) == 1)
+    assert seen == [40 * 4 * update for update in range(1, 201)]
+    np.testing.assert_array_equal(refined_path(known, known, np.arange(40), greedy, nobody, 0), path)
 
 
 def test_what_instances_lose_along_a_path(env):

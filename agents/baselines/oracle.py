@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from sd_gym.agents.baselines.search import can_try_all, exhaustive_each, learned_path, order_of, search_each
+from sd_gym.agents.baselines.search import can_try_all, exhaustive_each, greedy_path, order_of, search_each
 from sd_gym.agents.common.agent import Agent, AgentSettings, OnRollout
 from sd_gym.agents.common.evaluation import Decided
 from stable_baselines3.common.logger import Logger
@@ -60,7 +60,7 @@ class OracleAgent(Agent):
         else:
             validation = core.split("validation")
             few = np.arange(min(ORDER_INSTANCES, len(validation)))
-            order = order_of(learned_path(core, validation, few, _unheard, self.seed))
+            order = order_of(greedy_path(core, validation, few, _unheard))
             decisions = search_each(core, split, rows, order, good, _unheard, width=self.settings.width)
         return Decided(decisions, np.zeros(len(split)))
 

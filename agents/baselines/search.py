@@ -17,7 +17,8 @@ SCREENED = 200  # instances that every move of a greedy search is tried on
 FINALISTS = 3  # moves of a round that are tried on all instances
 SMALL_LOSS = 0.004  # smaller losses are noise: among such moves, the one that saves most is the best
 LIKELIHOOD_WEIGHT = 0.2  # beside the quality: the likelihood tells apart what exact match does not
-PRICES = (1.5, 7.0)  # logarithms of the penalties that a path is learned for: 4.5 to 1,100 a lost instance
+PRICES = (-1.5, 7.0)  # logarithms of the penalties that a path is learned for: 0.2 to 1,100 a lost instance
+START = (5.0, 0.5)  # thresholds of the first and the last candidate of the path that is refined
 UPDATES = 10  # of the thresholds, for each candidate of the path
 INSTANCES, TRIES = 256, 4  # of an update: drawn instances, at most; decisions for each
 LEARNING_RATE = 0.1  # of the thresholds, falling to a tenth; they are logarithms
@@ -28,54 +29,6 @@ BATCH = 4096  # decisions scored in one call
 Array = NDArray
 OnRound = Callable[[int], None]  # called with the decisions scored so far
 Good = Callable[[Array, Array], Array]  # takes rows [n] and decisions [n, components] to bool [n]
-
-
-def learned_path(core: Core, split: Split, rows: Array, on_round: OnRound, seed: int) -> list[Array]:
-    """Learn a path of static masks for all penalties at once, by REINFORCE with a leave-one-out baseline.
-
-    Every candidate (a switch, or a step of the token level) has a threshold: it is skipped where a lost instance costs
-    less than that. Each drawn instance draws a penalty as well and tries some decisions around the thresholds; they are
-    worth the FLOPs that they save less the penalty times the quality that they lose. Sorted by threshold, the
-    candidates are a path. Unlike the greedy search this looks past the next candidate, and no choice is final.
-
-    Args:
-        core: The env's core.
-        split: Where the instances are.
-        rows: The instances to learn on, ``[n]``.
-        on_round: Called after each update.
-        seed: Of all that is drawn.
-
-    Returns:
-        Decisions ``[components]`` from dense to nothing, each raising one component by one.
-    """
-    component = np.repeat(np.arange(len(core.nvec)), core.nvec - 1)  # of each candidate
-    belongs = (component[:, None] == np.arange(len(core.nvec))).astype(np.int64)
-    random, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    threshold = torch.full((len(component),), float(np.mean(PRICES)), requires_grad=True)
-    updates, instances = UPDATES * len(component), min(INSTANCES, len(rows))
-    optimizer = torch.optim.Adam([threshold], lr=LEARNING_RATE, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, updates)
-    for update in range(1, updates + 1):
-        drawn, price = random.choice(rows, instances), random.uniform(*PRICES, instances)
-        drawn, price = np.repeat(drawn, TRIES), np.repeat(price, TRIES)
-        logits = (threshold - torch.from_numpy(price)[:, None]) / SOFTNESS
-        skipped = torch.bernoulli(logits.detach().sigmoid(), generator=generator)
-        decisions = skipped.numpy().astype(np.int64) @ belongs
-        quality, likelihood = split.quality_and_likelihood(drawn, decisions)
-        penalty = np.exp(price)
-        value = penalty * (quality + LIKELIHOOD_WEIGHT * likelihood) - split.flops_ratio(drawn, decisions)
-        # At a high penalty the same loss weighs more; without a scale, it would be all that the thresholds learn from.
-        value = (value / penalty**0.75).reshape(instances, TRIES)
-        advantage = torch.from_numpy(value - value.mean(axis=1, keepdims=True)).reshape(-1, 1)
-        optimizer.zero_grad()
-        (F.binary_cross_entropy_with_logits(logits, skipped.double(), reduction="none") * advantage).mean().backward()
-        optimizer.step()
-        schedule.step()
-        on_round(update * len(drawn))
-    path = [np.zeros_like(core.nvec)]
-    for candidate in torch.argsort(threshold.detach(), descending=True, stable=True).tolist():
-        path.append(path[-1] + belongs[candidate])
-    return path
 
 
 def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, forward: bool = False) -> list[Array]:
@@ -126,6 +79,55 @@ def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, for
         path.append(best_first(finalists, rows)[0] if len(rows) > SCREENED else finalists[0])
         on_round(scored)
     return path
+
+
+def refined_path(core: Core, split: Split, rows: Array, path: list[Array], on_round: OnRound, seed: int) -> list[Array]:
+    """Refine a path of static masks for all penalties at once, by REINFORCE with the mean of a few tries as baseline.
+
+    Every candidate (a switch, or a step of the token level) has a threshold: it is skipped where a lost instance costs
+    less than that. Each drawn instance draws a penalty as well and tries some decisions around the thresholds; they are
+    worth the FLOPs that they save less the penalty times the quality that they lose. Sorted by threshold, the
+    candidates are a path. Unlike the greedy search that it starts from, no choice is final.
+
+    Args:
+        core: The env's core.
+        split: Where the instances are.
+        rows: The instances to learn on, ``[n]``.
+        path: What to start from: decisions ``[components]`` from dense to nothing.
+        on_round: Called after each update.
+        seed: Of all that is drawn.
+
+    Returns:
+        Decisions ``[components]`` from dense to nothing, each raising one component by one.
+    """
+    component = np.array(order_of(path))  # of each candidate
+    belongs = (component[:, None] == np.arange(len(core.nvec))).astype(np.int64)
+    random, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    threshold = torch.linspace(*START, len(component), requires_grad=True)
+    updates, instances = UPDATES * len(component), min(INSTANCES, len(rows))
+    optimizer = torch.optim.Adam([threshold], lr=LEARNING_RATE, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, updates)
+    for update in range(1, updates + 1):
+        drawn, price = random.choice(rows, instances), random.uniform(*PRICES, instances)
+        drawn, price = np.repeat(drawn, TRIES), np.repeat(price, TRIES)
+        logits = (threshold - torch.from_numpy(price)[:, None]) / SOFTNESS
+        skipped = torch.bernoulli(logits.detach().sigmoid(), generator=generator)
+        decisions = skipped.numpy().astype(np.int64) @ belongs
+        quality, likelihood = split.quality_and_likelihood(drawn, decisions)
+        penalty = np.exp(price)
+        value = penalty * (quality + LIKELIHOOD_WEIGHT * likelihood) - split.flops_ratio(drawn, decisions)
+        # At a high penalty the same loss weighs more; without a scale, it would be all that the thresholds learn from.
+        value = (value / penalty**0.75).reshape(instances, TRIES)
+        advantage = torch.from_numpy(value - value.mean(axis=1, keepdims=True)).reshape(-1, 1)
+        optimizer.zero_grad()
+        (F.binary_cross_entropy_with_logits(logits, skipped.double(), reduction="none") * advantage).mean().backward()
+        optimizer.step()
+        schedule.step()
+        on_round(update * len(drawn))
+    refined = path[:1]
+    for candidate in torch.argsort(threshold.detach(), descending=True, stable=True).tolist():
+        refined.append(refined[-1] + belongs[candidate])
+    return refined
 
 
 def _moves(nvec: Array, decision: Array, step: int) -> list[Array]:
