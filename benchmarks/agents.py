@@ -30,7 +30,7 @@ REFINE = {  # settings of the learning agents, which start from what imitation h
     "ppo_lex": {"learning_rate": 2e-4},
     "a2c": {"objective": "lagrangian", "learning_rate": 5e-5, "entropy": 0.0},
     "a2c_lex": {"learning_rate": 5e-5, "entropy": 0.0},
-    "reinforce": {"learning_rate": 5e-5, "alpha": 30.0, "beta": 30.0},
+    "reinforce": {"learning_rate": 2e-5, "alpha": 30.0, "beta": 30.0},
 }
 # Standard errors by which a loss must stay below epsilon on either half of the validation split: dozens of verdicts are
 # to hold at once, and each of them is from one test split.
