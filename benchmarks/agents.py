@@ -70,17 +70,17 @@ class Plan:
 
     def learn(self, name: str, seed: int) -> None:
         """One agent with what it starts from."""
-        static = self.run("static")
         algo, _, origin = name.partition("-from-")
         if algo.startswith("blind-"):
-            self.run(algo, seed, **{**REFINE[algo.removeprefix("blind-")], "learning_rate": BLIND_RATE}, start=static)
+            settings = {**REFINE[algo.removeprefix("blind-")], "learning_rate": BLIND_RATE}
+            self.run(algo, seed, **settings, start=self.run("static"))
         elif algo in REFINE:
-            origin_run = {"static": static, "nothing": None}[origin] if origin else self.imitate(seed)
-            self.run(algo, seed, name, **REFINE[algo], start=origin_run)
+            start = {"": self.imitate, "static": lambda _: self.run("static"), "nothing": lambda _: None}[origin](seed)
+            self.run(algo, seed, name, **REFINE[algo], start=start)
         elif algo == "imitation":
             self.imitate(seed)
-        elif algo != "static":
-            self.run(algo, seed)
+        else:
+            self.run(algo, 0 if algo == "static" else seed)
 
 
 def main() -> None:
