@@ -18,11 +18,10 @@ FINALISTS = 3  # moves of a round that are tried on all instances
 SMALL_LOSS = 0.004  # smaller losses are noise: among such moves, the one that saves most is the best
 LIKELIHOOD_WEIGHT = 0.2  # beside the quality: the likelihood tells apart what exact match does not
 PRICES = (-1.5, 7.0)  # logarithms of the penalties that a path is learned for: 0.2 to 1,100 a lost instance
-START = (5.0, 0.5)  # thresholds of the first and the last candidate of the path that is refined
 UPDATES = 10  # of the thresholds, for each candidate of the path
 INSTANCES, TRIES = 256, 4  # of an update: drawn instances, at most; decisions for each
 LEARNING_RATE = 0.1  # of the thresholds, falling to a tenth; they are logarithms
-SOFTNESS = 0.5  # of the thresholds while they are learned
+SOFTNESS = (1.5, 0.4)  # of the thresholds, from the first update to the last
 EXHAUSTIVE = 500_000  # scores; up to so many, all decisions are tried on all instances
 BATCH = 4096  # decisions scored in one call
 
@@ -81,36 +80,37 @@ def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, for
     return path
 
 
-def refined_path(core: Core, split: Split, rows: Array, path: list[Array], on_round: OnRound, seed: int) -> list[Array]:
-    """Refine a path of static masks for all penalties at once, by REINFORCE with the mean of a few tries as baseline.
+def learned_path(core: Core, split: Split, rows: Array, on_round: OnRound, seed: int) -> list[Array]:
+    """Learn a path of static masks for all penalties at once, by REINFORCE with the mean of a few tries as baseline.
 
     Every candidate (a switch, or a step of the token level) has a threshold: it is skipped where a lost instance costs
     less than that. Each drawn instance draws a penalty as well and tries some decisions around the thresholds; they are
     worth the FLOPs that they save less the penalty times the quality that they lose. Sorted by threshold, the
-    candidates are a path. Unlike the greedy search that it starts from, no choice is final.
+    candidates are a path. Unlike in a greedy search no choice is final: the thresholds begin alike and soft, so that a
+    candidate is first tried beside many others, and harden.
 
     Args:
         core: The env's core.
         split: Where the instances are.
         rows: The instances to learn on, ``[n]``.
-        path: What to start from: decisions ``[components]`` from dense to nothing.
         on_round: Called after each update.
         seed: Of all that is drawn.
 
     Returns:
         Decisions ``[components]`` from dense to nothing, each raising one component by one.
     """
-    component = np.array(order_of(path))  # of each candidate
+    component = np.repeat(np.arange(len(core.nvec)), core.nvec - 1)  # of each candidate
     belongs = (component[:, None] == np.arange(len(core.nvec))).astype(np.int64)
     random, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    threshold = torch.linspace(*START, len(component), requires_grad=True)
+    threshold = torch.full((len(component),), float(np.mean(PRICES)), requires_grad=True)
     updates, instances = UPDATES * len(component), min(INSTANCES, len(rows))
     optimizer = torch.optim.Adam([threshold], lr=LEARNING_RATE, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, updates)
     for update in range(1, updates + 1):
         drawn, price = random.choice(rows, instances), random.uniform(*PRICES, instances)
         drawn, price = np.repeat(drawn, TRIES), np.repeat(price, TRIES)
-        logits = (threshold - torch.from_numpy(price)[:, None]) / SOFTNESS
+        softness = SOFTNESS[0] * (SOFTNESS[1] / SOFTNESS[0]) ** (update / updates)
+        logits = (threshold - torch.from_numpy(price)[:, None]) / softness
         skipped = torch.bernoulli(logits.detach().sigmoid(), generator=generator)
         decisions = skipped.numpy().astype(np.int64) @ belongs
         quality, likelihood = split.quality_and_likelihood(drawn, decisions)
@@ -124,10 +124,10 @@ def refined_path(core: Core, split: Split, rows: Array, path: list[Array], on_ro
         optimizer.step()
         schedule.step()
         on_round(update * len(drawn))
-    refined = path[:1]
+    path = [np.zeros_like(core.nvec)]
     for candidate in torch.argsort(threshold.detach(), descending=True, stable=True).tolist():
-        refined.append(refined[-1] + belongs[candidate])
-    return refined
+        path.append(path[-1] + belongs[candidate])
+    return path
 
 
 def _moves(nvec: Array, decision: Array, step: int) -> list[Array]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.baselines.search import can_try_all, greedy_path, refined_path
+from sd_gym.agents.baselines.search import can_try_all, greedy_path, learned_path
 from sd_gym.agents.common.agent import Agent, AgentSettings, OnRollout, Rollout, decision_logits
 from sd_gym.agents.common.selection import halves
 from stable_baselines3.common.logger import Logger
@@ -33,8 +33,8 @@ class StaticSettings(AgentSettings):
 class StaticAgent(Agent):
     """One mask for all inputs, searched on the screening half of the validation split.
 
-    All masks where they are few enough; else greedily, backward from dense and forward from nothing, and then the
-    backward path refined. The usual selection then takes the cheapest mask that keeps the quality on the other half.
+    All masks where they are few enough; else greedily, backward from dense and forward from nothing, and those of a
+    learned path. The usual selection then takes the cheapest mask that keeps the quality on the other half.
     """
 
     Settings = StaticSettings
@@ -59,8 +59,8 @@ class StaticAgent(Agent):
         on_round = partial(report, on_rollout)
         backward = greedy_path(core, split, rows, on_round)
         forward = greedy_path(core, split, rows, on_round, forward=True)
-        refined = refined_path(core, split, rows, backward, on_round, self.seed)
-        self.masks = [*backward, *forward, *refined]
+        learned = learned_path(core, split, rows, on_round, self.seed)
+        self.masks = [*backward, *forward, *learned]
 
     def policy(self) -> DecisionPolicy:
         """The first mask: dense."""

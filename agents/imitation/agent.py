@@ -1,9 +1,9 @@
 """Imitation: a search finds out what each training instance loses under each mask, and the policy learns to foresee it.
 
-A path of static masks from dense to nothing is searched, and refined for all penalties at once. All training instances
-run under all masks of this path. Networks learn how likely each instance is to lose its quality under each mask (its
-*risk*), and from that follows how far it should go: each step down the path saves FLOPs and adds risk, and is worth it
-as long as the savings outweigh the risk times a multiplier. The policy learns these exchange rates, so that a margin
+A path of static masks from dense to nothing is learned, for all penalties at once. All training instances run under all
+masks of this path. Networks learn how likely each instance is to lose its quality under each mask (its *risk*), and
+from that follows how far it should go: each step down the path saves FLOPs and adds risk, and is worth it as long as
+the savings outweigh the risk times a multiplier. The policy learns these exchange rates, so that a margin
 on its logits is the logarithm of another multiplier: a bolder or more cautious policy. (TR-BERT, Ye et al. 2021, and
 Dr.LLM also warm up on searched decisions; there an instance's own luck under a decision is the target, here its risk.)
 """
@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from safetensors.numpy import load_file, save_file
-from sd_gym.agents.baselines.search import greedy_path, losses_along, order_of, refined_path
+from sd_gym.agents.baselines.search import learned_path, losses_along, order_of
 from sd_gym.agents.baselines.static import report
 from sd_gym.agents.common.agent import Agent, LearnerSettings, OnRollout, initial_bias
 from stable_baselines3.common.logger import Logger
@@ -32,7 +32,6 @@ from torch.nn import functional as F
 from sd_gym.envs.split import Split
 from sd_gym.policy import HIDDEN, DecisionPolicy
 
-GREEDY_INSTANCES = 200  # that a first path is searched on
 NETWORKS = 4  # that foresee the risk, by their mean (deep ensembles, Lakshminarayanan et al. 2017)
 DROPPED = 0.2  # share of the observation that each of them misses while it learns
 SEARCHED = "searched.safetensors"
@@ -114,11 +113,9 @@ class ImitationAgent(Agent):
         self._imitate(observations, component_logits(worth.clamp(-SURE, SURE), path, core.nvec), logger)
 
     def _search(self, split: Split, on_rollout: OnRollout) -> Searched:
-        core = self.env.core
         rows = np.random.default_rng(self.seed).permutation(len(split))[: self.settings.instances]
         on_round = partial(report, on_rollout)
-        path = greedy_path(core, split, rows[:GREEDY_INSTANCES], on_round)
-        path = refined_path(core, split, rows, path, on_round, self.seed)
+        path = learned_path(self.env.core, split, rows, on_round, self.seed)
         return Searched(rows, np.stack(path), losses_along(split, rows, path, on_round).astype(np.float32))
 
     def save_extra(self, folder: Path) -> None:
