@@ -2,8 +2,8 @@
 
     python benchmarks/agents.py --output runs/agents
 
-For each env: the best static masks are searched once, and once a path of masks and what each training instance loses
-under them; ``imitation`` learns to foresee that, for each seed; the learning agents start from there and refine. The
+For each env: the best static masks are searched once, and once what each training instance loses under the masks of
+their path; ``imitation`` learns to foresee that, for each seed; the learning agents start from there and refine. The
 blind control (the same agent, its observation zeroed) starts from the best static mask. ``ppo-from-static`` and
 ``ppo-from-nothing`` (likewise of any learning agent) show what the start is worth. What is finished is kept and what
 was cut off goes on, so the command can be started again, and twice at the same time with other ``--envs``. ``--table``
@@ -30,7 +30,7 @@ REFINE = {  # settings of the learning agents, which start from what imitation h
     "ppo_lex": {"learning_rate": 2e-4},
     "a2c": {"objective": "lagrangian", "learning_rate": 5e-5, "entropy": 0.0},
     "a2c_lex": {"learning_rate": 5e-5, "entropy": 0.0},
-    "reinforce": {"learning_rate": 2e-5, "alpha": 30.0, "beta": 30.0},
+    "reinforce": {"learning_rate": 5e-5, "alpha": 30.0, "beta": 30.0},
 }
 # Standard errors by which a loss must stay below epsilon on either half of the validation split: dozens of verdicts are
 # to hold at once, and each of them is from one test split.
@@ -66,7 +66,7 @@ class Plan:
 
     def imitate(self, seed: int) -> Path:
         """What most agents start from; all seeds learn from the search of the first."""
-        return self.run("imitation", seed, path=self.imitate(0) if seed else None)
+        return self.run("imitation", seed, path=self.imitate(0) if seed else self.run("static"))
 
     def learn(self, name: str, seed: int) -> None:
         """One agent with what it starts from."""

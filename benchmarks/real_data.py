@@ -315,7 +315,7 @@ class Runs:
         learning, more = task.learning, task.more
         if not learning:
             static = self.train("static", "static", backbone, more=more)
-            imitation = self.train("imitation", "imitation", backbone, more=more)
+            imitation = self.train("imitation", "imitation", backbone, f"path={static}", more=more)
             self.train("blind-ppo", "blind-ppo", backbone, *BLIND, f"start={static}", more=more)
             learning = (f"start={imitation if more else static}",)
         for algo, settings in REFINE.items():

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from sd_gym.agents.common.run import load_run
 from torch import Tensor
@@ -31,11 +30,10 @@ from sd_gym.tasks.procedural.train import encode, exact_match, make_tokenizer
 WEIGHTS = (0.2, 0.2, 0.3, 0.3)  # of the levels
 TRACE = 0.15  # share of the questions that ask for everyone on the way
 RANDOM_SHARE = 0.15  # of the rows
-# An input's log-odds of skipping are shifted by CONTRAST times (share of the switches that its policy skips - the mean
-# of its task): cheap inputs are tuned under a bolder policy, dear ones under a more cautious one, since what sets them
-# apart is what a policy saves more than a mask.
-CONTRAST = 10.0
-MEASURED = 2000  # training instances that the mean share is of
+# An input's log-odds of skipping are shifted by CONTRAST times (share of the switches that its policy skips - AROUND):
+# cheap inputs are tuned under a bolder policy, dear ones under a more cautious one, since what sets them apart is what
+# a policy saves more than a mask.
+CONTRAST, AROUND = 5.0, 0.8
 
 
 def batches(
@@ -46,11 +44,6 @@ def batches(
     policies = {core.config.task: (core, policy) for _, core, policy in map(load_run, runs)}
     if set(policies) != set(TASKS):
         raise ValueError(f"expected a run of each of {', '.join(TASKS)}, got {', '.join(policies)}")
-    mean_share = {}
-    for task, (core, policy) in policies.items():
-        known = core.split("train")
-        observed = core.observe(known, np.arange(min(MEASURED, len(known))))
-        mean_share[task] = float(torch.from_numpy(policy.skip_logits(observed)).sigmoid().mean())
     streams = {task: stream(task, "train", seed, weights=WEIGHTS, trace=TRACE) for task in TASKS}
     while True:
         tasks = chosen.choices(list(TASKS), shares, k=6 * batch_size)
@@ -62,11 +55,10 @@ def batches(
             seen = raw_observation(board, {name: value for name, value in batch.items() if name != "labels"})
             logits = torch.empty(len(chunk), len(board))
             for task, (core, policy) in policies.items():
-                rows = [row for row, (_, of) in enumerate(chunk) if of == task]
-                own = torch.from_numpy(policy.skip_logits(core.standardised(seen[rows])))
-                share = own.sigmoid().mean(dim=1, keepdim=True)
-                logits[rows] = own + CONTRAST * (share - mean_share[task])
-            yield {**batch, "skip_logits": logits}
+                rows = [row for row, (_, own) in enumerate(chunk) if own == task]
+                logits[rows] = torch.from_numpy(policy.skip_logits(core.standardised(seen[rows])))
+            skipped = logits.sigmoid().mean(dim=1, keepdim=True)
+            yield {**batch, "skip_logits": logits + CONTRAST * (skipped - AROUND)}
 
 
 def main() -> None:

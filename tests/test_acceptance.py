@@ -17,7 +17,7 @@ DATA = Path(os.environ.get("SD_GYM_DATA", "not-given"))  # a folder with sst2/tr
 REFINE = {  # what keeps an agent from giving away what a warm start has found
     "ppo": {"learning_rate": 2e-4},
     "a2c": {"learning_rate": 5e-5, "entropy": 0.0},
-    "reinforce": {"learning_rate": 2e-5, "alpha": 30.0, "beta": 30.0},
+    "reinforce": {"learning_rate": 5e-5, "alpha": 30.0, "beta": 30.0},
 }
 
 pytestmark = pytest.mark.slow

@@ -94,6 +94,20 @@ def read_masks(folder: Path, nvec: NDArray) -> list[NDArray]:
     return list(masks)
 
 
+def backward_path(folder: Path, nvec: NDArray) -> list[NDArray]:
+    """The masks of a run of ``static`` from dense to nothing, each skipping one candidate more.
+
+    Raises:
+        FileNotFoundError: If the folder holds no masks.
+        ValueError: If they are no such path.
+    """
+    length = int((nvec - 1).sum()) + 1
+    path = read_masks(folder, nvec)[:length]
+    if len(path) < length or (np.diff(path, axis=0).sum(axis=1) != 1).any():
+        raise ValueError(f"the masks in {folder} are no path from dense to nothing")
+    return path
+
+
 def report(on_rollout: OnRollout, scored: int) -> None:
     """Tell how many decisions a search has scored; it has no rewards to show."""
     on_rollout(Rollout(scored, np.zeros(0), {}))

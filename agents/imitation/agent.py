@@ -1,11 +1,11 @@
 """Imitation: a search finds out what each training instance loses under each mask, and the policy learns to foresee it.
 
-A path of static masks from dense to nothing is learned, for all penalties at once. All training instances run under all
-masks of this path. Networks learn how likely each instance is to lose its quality under each mask (its *risk*), and
-from that follows how far it should go: each step down the path saves FLOPs and adds risk, and is worth it as long as
-the savings outweigh the risk times a multiplier. The policy learns these exchange rates, so that a margin
-on its logits is the logarithm of another multiplier: a bolder or more cautious policy. (TR-BERT, Ye et al. 2021, and
-Dr.LLM also warm up on searched decisions; there an instance's own luck under a decision is the target, here its risk.)
+A greedy search orders the candidates: a path of static masks from dense to nothing. All training instances run under
+all masks of this path. A network learns how likely each instance is to lose its quality under each mask (its *risk*),
+and from that follows how far it should go: each step down the path saves FLOPs and adds risk, and is worth it as long
+as the savings outweigh the risk times a multiplier. The policy learns these exchange rates, so that a margin on its
+logits is the logarithm of another multiplier: a bolder or more cautious policy. (TR-BERT, Ye et al. 2021, and Dr.LLM
+also warm up on searched decisions; there each instance's own luck under a decision is the target, here its risk.)
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from safetensors.numpy import load_file, save_file
-from sd_gym.agents.baselines.search import learned_path, losses_along, order_of
-from sd_gym.agents.baselines.static import report
+from sd_gym.agents.baselines.search import greedy_path, losses_along, order_of
+from sd_gym.agents.baselines.static import backward_path, report
 from sd_gym.agents.common.agent import Agent, LearnerSettings, OnRollout, initial_bias
 from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
@@ -32,8 +32,7 @@ from torch.nn import functional as F
 from sd_gym.envs.split import Split
 from sd_gym.policy import HIDDEN, DecisionPolicy
 
-NETWORKS = 4  # that foresee the risk, by their mean (deep ensembles, Lakshminarayanan et al. 2017)
-DROPPED = 0.2  # share of the observation that each of them misses while it learns
+ORDER_INSTANCES = 1000  # that the path of static masks is searched on
 SEARCHED = "searched.safetensors"
 SURE = 6.0  # log-odds of skipping at most: learning that goes on from the policy can still leave a decision
 LEAST_SAVED = 1e-4  # of the dense FLOPs: what a step saves at least, where it costs as much as it saves
@@ -59,7 +58,8 @@ class ImitationSettings(LearnerSettings):
     """Settings of imitation.
 
     Attributes:
-        path: Folder of a run of ``imitation`` whose search is taken over; ``None``: search.
+        path: Folder of a run of ``static`` whose masks are the path, or of one of ``imitation`` whose whole search is
+            taken over; ``None``: the path is searched on the training split.
         instances: Training instances that run under the masks of the path, at most.
         epochs: Passes over them, for the risk and for the policy; a tenth of them is held out, and the best epoch on it
             is kept.
@@ -87,6 +87,9 @@ class ImitationAgent(Agent):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.network = self._new_policy()
+            self.foresight = nn.Sequential(
+                nn.Linear(self.network.observation_size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh()
+            )
         with torch.no_grad():
             if self.settings.start is not None:
                 self.network.load_state_dict(self._start_policy(self.settings.start).state_dict())
@@ -98,24 +101,27 @@ class ImitationAgent(Agent):
         """Search and learn; it takes as many decisions as it takes."""
         core = self.env.core
         split, taken = core.split("train"), self.settings.path
-        self.searched = (
-            self._search(split, on_rollout) if taken is None else read_searched(taken, len(split), core.nvec)
-        )
+        if taken is not None and (taken / SEARCHED).exists():
+            self.searched = read_searched(taken, len(split), core.nvec)
+        else:
+            self.searched = self._search(split, on_rollout)
         rows, path, lost = self.searched
         flops = np.array([split.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in path])
         observations = torch.from_numpy(core.observe(split, rows))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            risk = self._foresee(torch.zeros_like(observations) if self.blind else observations, lost[:, 1:], logger)
+        risk = self._foresee(torch.zeros_like(observations) if self.blind else observations, lost[:, 1:], logger)
         multiplier = core.config.penalty / core.config.cost_scale
         worth = step_logits(F.pad(risk, (1, 0)), torch.from_numpy(flops)) - math.log(multiplier)
         logger.record("search/flops_ratio", float(flops[(worth > 0).sum(dim=1)].mean()))
         self._imitate(observations, component_logits(worth.clamp(-SURE, SURE), path, core.nvec), logger)
 
     def _search(self, split: Split, on_rollout: OnRollout) -> Searched:
+        core = self.env.core
         rows = np.random.default_rng(self.seed).permutation(len(split))[: self.settings.instances]
         on_round = partial(report, on_rollout)
-        path = learned_path(self.env.core, split, rows, on_round, self.seed)
+        if self.settings.path is None:
+            path = greedy_path(core, split, rows[:ORDER_INSTANCES], on_round)
+        else:
+            path = backward_path(self.settings.path, core.nvec)
         return Searched(rows, np.stack(path), losses_along(split, rows, path, on_round).astype(np.float32))
 
     def save_extra(self, folder: Path) -> None:
@@ -139,29 +145,19 @@ class ImitationAgent(Agent):
         wrong.
         """
         targets = torch.from_numpy(np.concatenate([lost, -lost], axis=1)).clamp(0, 1)
-        foreseen = torch.zeros_like(targets)
-        for number in range(NETWORKS):
-            network = self._risk_network(targets.mean(dim=0))
-
-            def loss(rows: Tensor | slice, network: nn.Module = network) -> Tensor:
-                return F.binary_cross_entropy_with_logits(network(observations[rows]), targets[rows])
-
-            self._fit(network, loss, len(observations), f"imitation/risk_loss_{number}", logger)
-            with torch.no_grad():
-                foreseen += network(observations).sigmoid() / NETWORKS
-        losing, gaining = foreseen.chunk(2, dim=1)
-        return losing - gaining
-
-    def _risk_network(self, mean: Tensor) -> nn.Module:
-        """Logits of each instance's risks; ``mean`` of them are foreseen before it has learned."""
-        inputs, outputs = self.network.observation_size, len(mean)
-        head = nn.Linear(HIDDEN, outputs)
+        head = nn.Linear(HIDDEN, targets.shape[1])
         with torch.no_grad():
             head.weight.zero_()
-            head.bias.copy_(mean.clamp(1e-4, 1 - 1e-4).logit())
-        return nn.Sequential(
-            nn.Dropout(DROPPED), nn.Linear(inputs, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), head
-        )
+            head.bias.copy_(targets.mean(dim=0).clamp(1e-4, 1 - 1e-4).logit())
+        network = nn.Sequential(self.foresight, head)
+
+        def loss(rows: Tensor | slice) -> Tensor:
+            return F.binary_cross_entropy_with_logits(network(observations[rows]), targets[rows])
+
+        self._fit(network, loss, len(observations), "imitation/risk_loss", logger)
+        with torch.no_grad():
+            losing, gaining = network(observations).sigmoid().chunk(2, dim=1)
+        return losing - gaining
 
     def _imitate(self, observations: Tensor, logits: Tensor, logger: Logger) -> None:
         """Teach the policy these logits ``[n, sum(nvec)]``."""
@@ -191,13 +187,11 @@ class ImitationAgent(Agent):
         lowest = float("inf")
         for epoch in range(settings.epochs + 1):
             if epoch:
-                network.train()
                 order = held_out + torch.randperm(instances - held_out, generator=generator)
                 for rows in order.split(settings.batch_size):
                     optimizer.zero_grad()
                     loss(rows).backward()
                     optimizer.step()
-            network.eval()
             with torch.no_grad():
                 error = loss(slice(0, held_out)).item()
             logger.record(tag, error)
@@ -257,11 +251,8 @@ def read_searched(folder: Path, instances: int, nvec: NDArray) -> Searched:
     """What a run of ``imitation`` has searched, for a training split of so many ``instances``.
 
     Raises:
-        FileNotFoundError: If it is no run of ``imitation``.
         ValueError: If it is that of another env.
     """
-    if not (folder / SEARCHED).exists():
-        raise FileNotFoundError(f"no {SEARCHED} in {folder}; expected a run of the agent imitation")
     searched = Searched(**load_file(folder / SEARCHED))
     if searched.path.shape[1:] != nvec.shape or searched.rows.max() >= instances:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Generated facts about who does what to whom, and questions that need one to five of them.
+"""Generated facts about who does what to whom, and questions that need one to four of them.
 
 ``dan leads cara . cara helps anna . ... who leads the one who helps anna ?`` is answered with ``dan``. A verb and its
 object name one subject at most, so the answer is always unique. Distractors are about other people, or about a person
@@ -7,7 +7,7 @@ who is asked for, with another verb. The facts stand in random order.
 * level 1: one hop, at most two distractors,
 * level 2: one hop, four to eight distractors,
 * level 3: two hops, one to five distractors,
-* level 4: four or five hops, at most three distractors.
+* level 4: three or four hops, at most three distractors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from random import Random
 
 NAMES = "anna ben cara dan emma finn gina hugo iris jack kate liam mona nick olga paul".split()
 VERBS = "leads helps pays calls".split()
-HOPS = {1: (1, 1), 2: (1, 1), 3: (2, 2), 4: (4, 5)}
+HOPS = {1: (1, 1), 2: (1, 1), 3: (2, 2), 4: (3, 4)}
 DISTRACTORS = {1: (0, 2), 2: (4, 8), 3: (1, 5), 4: (0, 3)}
 TEMPTING = 0.2  # share of instances with a distractor that shares its object with a needed fact
 WORDS = {*NAMES, *VERBS, "who", "the", "one", "?", "."}
