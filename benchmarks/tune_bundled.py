@@ -27,12 +27,13 @@ from sd_gym.switch import Switchboard
 from sd_gym.tasks.procedural.generate import TASKS, generate_split, stream
 from sd_gym.tasks.procedural.train import encode, exact_match, make_tokenizer
 
-WEIGHTS = (0.2, 0.15, 0.25, 0.4)  # of the levels
+WEIGHTS = (0.2, 0.2, 0.3, 0.3)  # of the levels
 TRACE = 0.15  # share of the questions that ask for everyone on the way
 RANDOM_SHARE = 0.15  # of the rows
-# By level, what a policy's log-odds of skipping are shifted by: easy inputs are tuned under bolder decisions, hard ones
-# under more cautious ones, since what sets them apart is what a policy saves more than a mask.
-BOLDER = (4.0, 1.0, -1.5, -3.0)
+# An input's log-odds of skipping are shifted by CONTRAST times (share of the switches that its policy skips - AROUND):
+# cheap inputs are tuned under a bolder policy, dear ones under a more cautious one, since what sets them apart is what
+# a policy saves more than a mask.
+CONTRAST, AROUND = 5.0, 0.8
 
 
 def batches(
@@ -56,8 +57,8 @@ def batches(
             for task, (core, policy) in policies.items():
                 rows = [row for row, (_, own) in enumerate(chunk) if own == task]
                 logits[rows] = torch.from_numpy(policy.skip_logits(core.standardised(seen[rows])))
-            bolder = torch.tensor([[BOLDER[instance.difficulty - 1]] for instance, _ in chunk])
-            yield {**batch, "skip_logits": logits + bolder}
+            skipped = logits.sigmoid().mean(dim=1, keepdim=True)
+            yield {**batch, "skip_logits": logits + CONTRAST * (skipped - AROUND)}
 
 
 def main() -> None:

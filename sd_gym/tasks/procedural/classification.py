@@ -7,7 +7,7 @@ What makes an instance hard is therefore how much has to be composed:
 * level 1: one plain sentence,
 * level 2: two or three plain sentences that agree,
 * level 3: one or three sentences, some negated; where they disagree, the majority wins,
-* level 4: five sentences with negations, double negations, comparisons and mixed evidence.
+* level 4: three or five sentences with negations, double negations, comparisons and mixed evidence.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NEGATIONS = {
     2: ["never not", "not hardly"],
 }
 COMPARISONS = {True: "did match it .", False: "did not match it ."}
-COMPARED = 0.6  # share of the later sentences of a review of level 4
+COMPARED = 0.4  # share of the later sentences of a review of level 4
 WORDS = {word for phrases in NEGATIONS.values() for phrase in phrases for word in phrase.split()}
 WORDS |= {*LABELS, *THINGS, *VERBS, *ADVERBS, *ADJECTIVES[1], *ADJECTIVES[-1], "the", "."} - {""}
 WORDS |= {word for phrase in COMPARISONS.values() for word in phrase.split()}
@@ -60,7 +60,7 @@ def comparison(random: Random, agrees: bool) -> str:
 def generate(random: Random, level: int) -> tuple[str, str]:
     """A review of difficulty ``level`` (1 to 4) and its label word."""
     label = random.choice((-1, 1))
-    count = {1: 1, 2: random.choice((2, 3)), 3: random.choice((1, 3, 3)), 4: 5}[level]
+    count = {1: 1, 2: random.choice((2, 3)), 3: random.choice((1, 3, 3)), 4: random.choice((3, 5))}[level]
     minority = 0
     if level >= 3 and count > 1:
         minority = random.randint(0, (count - 1) // 2)

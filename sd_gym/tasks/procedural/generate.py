@@ -19,7 +19,7 @@ TASK_WORDS = {"classification": "classify", "question_answering": "answer", "sum
 # teaches the hops that the answer alone hardly teaches.
 TRACE_WORD = "trace"
 LEVELS = (1, 2, 3, 4)
-LEVEL_WEIGHTS = (0.35, 0.25, 0.2, 0.2)
+LEVEL_WEIGHTS = (0.3, 0.3, 0.25, 0.15)
 SPLITS = ("train", "validation", "test")
 
 
