@@ -4,7 +4,7 @@
 object name one subject at most, so the answer is always unique. Distractors are about other people, or about a person
 who is asked for, with another verb. The facts stand in random order.
 
-* level 1: one hop, at most two distractors,
+* level 1: one hop, and whatever is done, the same person does it: up to three distractors,
 * level 2: one hop, four to eight distractors,
 * level 3: two hops, one to five distractors,
 * level 4: three or four hops, at most three distractors.
@@ -17,7 +17,7 @@ from random import Random
 NAMES = "anna ben cara dan emma finn gina hugo iris jack kate liam mona nick olga paul".split()
 VERBS = "leads helps pays calls".split()
 HOPS = {1: (1, 1), 2: (1, 1), 3: (2, 2), 4: (3, 4)}
-DISTRACTORS = {1: (0, 2), 2: (4, 8), 3: (1, 5), 4: (0, 3)}
+DISTRACTORS = {1: (0, 3), 2: (4, 8), 3: (1, 5), 4: (0, 3)}
 TEMPTING = 0.2  # share of instances with a distractor that shares its object with a needed fact
 WORDS = {*NAMES, *VERBS, "who", "the", "one", "?", "."}
 
@@ -33,6 +33,9 @@ def generate(random: Random, level: int) -> tuple[str, str, list[str]]:
     way = people[: hops + 1]
     verbs = [random.choice(VERBS) for _ in range(hops)]
     facts = {(verbs[i], way[i]): way[i + 1] for i in range(hops)}
+    others = [person for person in people if person != way[1]]
+    while level == 1 and len(facts) < wanted:
+        facts[random.choice(VERBS), random.choice(others)] = way[1]
     if len(facts) < wanted and random.random() < TEMPTING:
         # Two facts with the same object: the verb decides which of them is needed.
         obj = random.choice(way[:-1])
