@@ -118,8 +118,16 @@ class Agent(ABC):
         """The current policy as an artefact of its own, independent of the agent."""
 
     def offers(self) -> list[DecisionPolicy]:
-        """Policies to select from when learning has ended, besides those that were validated on the way."""
-        return []
+        """Policies to select from when learning has ended, besides those that were validated on the way.
+
+        Where learning went on from a start, that is the start: refining shall not end behind it.
+        """
+        start = getattr(self.settings, "start", None)
+        if start is None:
+            return []
+        policy = self._start_policy(start)
+        policy.blind = self.blind
+        return [policy]
 
     def decided(self, split: Split) -> Decided | None:
         """Decisions on a split that no policy could make, as they look at more than the observation; most have none."""
