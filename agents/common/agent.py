@@ -105,6 +105,7 @@ class Agent(ABC):
         self.seed = seed
         self.blind = blind
         self.settings = self.Settings(**settings)
+        self.start: DecisionPolicy | None = None  # kept, as its folder may be gone when learning has ended
 
     @abstractmethod
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
@@ -122,12 +123,7 @@ class Agent(ABC):
 
         Where learning went on from a start, that is the start: refining shall not end behind it.
         """
-        start = getattr(self.settings, "start", None)
-        if start is None:
-            return []
-        policy = self._start_policy(start)
-        policy.blind = self.blind
-        return [policy]
+        return [] if self.start is None else [self.start]
 
     def decided(self, split: Split) -> Decided | None:
         """Decisions on a split that no policy could make, as they look at more than the observation; most have none."""
@@ -160,8 +156,8 @@ class Agent(ABC):
             policy.head.bias.copy_(logits)
         return policy.eval()
 
-    def _start_policy(self, folder: Path) -> DecisionPolicy:
-        """The policy of the run that a warm start begins with.
+    def _load_start(self, folder: Path) -> DecisionPolicy:
+        """Load the policy of the run that a warm start begins with, and keep it.
 
         Raises:
             FileNotFoundError: If the folder holds none.
@@ -175,6 +171,8 @@ class Agent(ABC):
                     f"the policy in {folder} cannot be a start here: its {name} is {getattr(start, name)}, expected "
                     f"{getattr(expected, name)}"
                 )
+        start.blind = self.blind
+        self.start = start
         return start
 
 

@@ -81,7 +81,7 @@ class SB3Agent(Agent):
         self.algorithm = self._make_algorithm(vec_env)
         with torch.no_grad():
             if self.settings.start is not None:
-                start = self._start_policy(self.settings.start)
+                start = self._load_start(self.settings.start)
                 for theirs, ours in zip(self._layers(), [*start.body, start.head], strict=True):
                     theirs.load_state_dict(ours.state_dict())
             else:

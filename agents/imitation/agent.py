@@ -92,7 +92,7 @@ class ImitationAgent(Agent):
             )
         with torch.no_grad():
             if self.settings.start is not None:
-                self.network.load_state_dict(self._start_policy(self.settings.start).state_dict())
+                self.network.load_state_dict(self._load_start(self.settings.start).state_dict())
             else:
                 self.network.head.weight.mul_(0.01)
                 self.network.head.bias.copy_(initial_bias(self.env.core.nvec, self.settings.initial_skip_rate))

@@ -76,7 +76,7 @@ class ReinforceAgent(Agent):
                     torch.nn.init.zeros_(layer.bias)
         with torch.no_grad():
             if settings.start is not None:
-                self.network.load_state_dict(self._start_policy(settings.start).state_dict(), strict=False)
+                self.network.load_state_dict(self._load_start(settings.start).state_dict(), strict=False)
             else:
                 self.network.head.weight.mul_(0.01)  # starts alike for all inputs
                 self.network.head.bias.copy_(initial_bias(self.env.core.nvec, settings.initial_skip_rate))
