@@ -53,7 +53,8 @@ REFINE = {  # settings of the learning agents
     "reinforce": ["learning_rate=2e-4", "alpha=30", "beta=30"],
 }
 BLIND = [*REFINE["ppo"], "learning_rate=1e-3"]  # it has no more than its biases to learn
-AGENTS = ["static", "imitation", *REFINE, "blind-ppo"]
+CONTROLS = ["every-other", "early-exit"]  # of classification: they learn nothing, and exit needs an encoder
+AGENTS = ["static", "imitation", *REFINE, "blind-ppo", *CONTROLS]
 BOLD = 0.03  # epsilon of the policy that a backbone is tuned under: it will bear more then
 VOCABULARY = 8000  # of the small BART
 
@@ -320,6 +321,9 @@ class Runs:
             learning = (f"start={imitation if more else static}",)
         for algo, settings in REFINE.items():
             self.train(algo, algo, backbone, *settings, *learning, more=more)
+        if task.family == "Classification":
+            for algo in CONTROLS:
+                self.train(algo, algo, backbone)
 
     def rows(self) -> list[list[str]]:
         """Of the table, as far as there are results."""
