@@ -114,7 +114,7 @@ TASKS = {
     "sst2": classification(
         "accuracy",
         1000,
-        1500,
+        3000,
         (1600, 1000),
         "max_source_length=64",
         "token_shares=[0.0, 0.25, 0.5]",

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -216,6 +217,7 @@ def compare(
             from sd_gym.agents.common import plots, savings
 
             title, columns = "At the same quality, test split", savings.COLUMNS
+            by = ["env", "points lost", "FLOPs of static / blind"]
             with console.status("scoring"):
                 found = savings.env_fronts(runs, test_size)
             rows = [row for one in found for row in savings.savings(one)]
@@ -223,17 +225,13 @@ def compare(
                 plots.plot_fronts(found, picture)
         else:
             title, columns, rows = "Runs on the test split", results.COLUMNS, results.comparison(runs)
+            by = ["env", "dense quality"]
     except (FileNotFoundError, ValueError) as error:
         _fail(error)
     if markdown:
         print(results.markdown(columns, rows))
         return
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    _print_comparison(title, columns, rows, by)
 
 
 @app.command()
@@ -365,6 +363,29 @@ def prepare(
     if report["steps_done"] < steps:
         console.print(f"Ended early, after {report['steps_done']} steps.")
     console.print(f"Prepared backbone: {output}", highlight=False, soft_wrap=True)
+
+
+def _print_comparison(title: str, columns: list[str], rows: list[list[str]], by: list[str]) -> None:
+    """Print a table for each value of the columns ``by``, which stands in its title: 80 characters are wide enough."""
+    keys = [columns.index(name) for name in by]
+    shown = [number for number in range(len(columns)) if number not in keys]
+    groups: dict[tuple[str, ...], list[list[str]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    for (env, *values), group in groups.items():
+        named = [f"{name} {value}" for name, value in zip(by[1:], values, strict=True)]
+        table = Table(title=f"{title}: {', '.join([env, *named])}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for number in shown:
+            words = " ".join([columns[number], *(row[number] for row in group)]).split()
+            table.add_column(_broken(columns[number]), min_width=max(map(len, words)))
+        for row in group:
+            table.add_row(*(_broken(row[number]) for number in shown))
+        console.print(table)
+
+
+def _broken(cell: str) -> str:
+    """What is in brackets on a line of its own."""
+    return cell.replace(" (", "\n(")
 
 
 def _print_counts(data: dict[str, dict[str, int]]) -> None:

@@ -28,7 +28,8 @@ def test_envs_lists_the_ids():
     assert "SD/Summarization-Custom-v0" in output
 
 
-def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone):
+def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")  # of the terminal
     prepared = tmp_path / "prepared"
     arguments = ["--dataset", reviews, "--output", prepared, "--steps", 120, "--learning-rate", 0.003]
     result = run("prepare", "--backbone", tiny_backbone, *arguments)
@@ -61,6 +62,11 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone):
     result = run("compare", folder, tmp_path / "warm", "--markdown")
     assert "| SD/Classification-Custom-v0 | a2c from a2c | 1 |" in result.output
 
+    result = run("compare", folder, tmp_path / "warm")
+    assert "SD/Classification-Custom-v0, dense quality" in result.output
+    assert "…" not in result.output
+    assert max(map(len, result.output.splitlines())) <= 80
+
     result = run("compare", "--fronts", folder)
     assert result.exit_code == 2
     assert "expected runs of a learned agent and, on the same env, of static" in " ".join(result.output.split())
@@ -69,6 +75,9 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone):
         assert run("train", "SD/Classification-Custom-v0", *options, *settings).exit_code == 0
     everything = [folder, tmp_path / "static", tmp_path / "blind-a2c"]
     picture = tmp_path / "fronts.png"
+    result = run("compare", "--fronts", *everything)
+    assert "points lost 0.50" in result.output
+    assert "…" not in result.output
     for options in ([], ["--test-size", 3, "--picture", picture]):
         result = run("compare", "--fronts", *options, "--markdown", *everything)
         assert "| SD/Classification-Custom-v0 | a2c | 1 |" in result.output

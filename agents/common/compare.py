@@ -12,7 +12,7 @@ COLUMNS = [
     "agent",
     "seeds",
     "dense quality",
-    "difference, points (worst, its 95% interval)",
+    "against dense, points (worst, its 95% interval)",
     "FLOPs (worst)",
     "FLOPs easy / hard",
     "time, batch 32",
