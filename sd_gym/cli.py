@@ -11,6 +11,7 @@ import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
 from rich.table import Table
 
 app = typer.Typer(
@@ -39,10 +40,20 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _progress(visible: bool = True) -> Progress:
+def _no_other_bars() -> None:
+    """One at a time: transformers has its own for loading weights."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # one bar at a time
+    logging.disable_progress_bar()
+
+
+def _status(what: str) -> Status:
+    _no_other_bars()
+    return errors.status(what)
+
+
+def _progress(visible: bool = True) -> Progress:
+    _no_other_bars()
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -62,9 +73,9 @@ def envs() -> None:
     """
     from sd_gym.registration import config_files
 
-    table = Table(title="sd_gym envs")
+    table = Table(title="sd_gym envs", box=SIMPLE_HEAD, padding=0)
     for column in ("id", "data set", "backbone"):
-        table.add_column(column, no_wrap=column == "id")
+        table.add_column(column, overflow="fold")
     for file in config_files():
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
         shown = [values["dataset"] or "yours", values["backbone"] or "yours"]
@@ -172,9 +183,10 @@ def evaluate(
     if split not in ("train", "validation", "test"):
         raise typer.BadParameter(f"expected train, validation or test, got {split!r}", param_hint="--split")
     try:
-        description, core, policy = load_run(run)
-        result = run_evaluation(core, policy, split)
-        result["time"] = {str(size): time_ratio(core, policy, split, size) for size in TIMED_BATCH_SIZES}
+        with _status("evaluating"):
+            description, core, policy = load_run(run)
+            result = run_evaluation(core, policy, split)
+            result["time"] = {str(size): time_ratio(core, policy, split, size) for size in TIMED_BATCH_SIZES}
     except (ValueError, FileNotFoundError) as error:
         _fail(error)
     _print_result(f"{description['env']}, {description['algo']}, seed {description['seed']}", result)
@@ -218,7 +230,7 @@ def compare(
 
             title, columns = "At the same quality, test split", savings.COLUMNS
             by = ["env", "points lost", "FLOPs of static / blind"]
-            with console.status("scoring"):
+            with _status("scoring"):
                 found = savings.env_fronts(runs, test_size)
             rows = [row for one in found for row in savings.savings(one)]
             if picture is not None:
