@@ -344,7 +344,7 @@ class Runs:
                     self.figure(result, "policy"),
                     f"{100 * result['quality_difference']:+.2f} ({low:+.2f} to {high:+.2f})",
                     f"{result['flops_ratio_with_policy']:.1%}",
-                    f"{result['time']['32']['time_ratio']:.0%}",
+                    f"{result['time']['32']['time_ratio']:.0%}" if result["time"] else "-",
                     str(result["decisions_used"]),
                 ]
             )
