@@ -104,7 +104,7 @@ def train(
             help="Standard errors by which a policy's loss must stay below epsilon on validation to be selected; lower "
             "it where the validation split is small.",
         ),
-    ] = 3.3,
+    ] = 3.0,
     resume: Annotated[bool, typer.Option(help="Go on with a run that was cut off.")] = False,
     set_: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config key or a setting of the agent.")
@@ -429,9 +429,8 @@ def _print_result(title: str, result: dict[str, Any]) -> None:
         "time at B: of the policy and the switched backbone at batch size B, over the dense backbone's.", style="dim"
     )
     low, high = result["quality_difference_interval"]
-    verdict = "quality kept" if result["quality_kept"] else "quality not shown to be kept"
     console.print(
-        f"{verdict}: difference {result['quality_difference'] * 100:+.2f} points "
+        f"{result['verdict']}: difference {result['quality_difference'] * 100:+.2f} points "
         f"[{low * 100:+.2f}, {high * 100:+.2f}] at epsilon {result['epsilon'] * 100:g} points; "
         f"{result['decisions_used']} different decisions used.",
         highlight=False,

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.common.agent import Agent, OnRollout
-from sd_gym.agents.common.evaluation import Decided, quality_kept, score_decisions
+from sd_gym.agents.common.evaluation import Decided, score_decisions
 from sd_gym.agents.common.selection import STRICT, halves
+from sd_gym.agents.common.verdict import Verdict, verdict
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.split import Split
@@ -42,7 +43,9 @@ class EarlyExitAgent(Agent):
             self.threshold = float(threshold)
             exits = self._exits(confidence)
             scores = [score_decisions(core, split, rows, self._decisions(exits[rows])) for rows in halves(split)]
-            if all(quality_kept(s["quality"] - s["quality_ref"], core.config.epsilon, STRICT) for s in scores):
+            if all(
+                verdict(s["quality"], s["quality_ref"], core.config.epsilon, STRICT) == Verdict.KEPT for s in scores
+            ):
                 return
 
     def policy(self) -> DecisionPolicy:

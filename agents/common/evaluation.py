@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sd_gym.agents.common.verdict import Verdict, fewest_instances, verdict
 
 from sd_gym.envs.core import Core
 from sd_gym.envs.report import by_facts, write_instances
@@ -18,7 +19,6 @@ from sd_gym.policy import DecisionPolicy
 
 BATCH = 256
 BOOTSTRAP_SAMPLES = 2000
-ONE_SIDED_95 = 1.645  # standard errors
 WARM_UP, LEAST_TIMED = 2, 3  # batches
 TIMED_SECONDS = 30.0  # behind which no further batch is timed: of a large backbone, three batches take minutes
 
@@ -33,12 +33,6 @@ class Decided(NamedTuple):
 
     decisions: NDArray
     flops: NDArray
-
-
-def quality_kept(difference: NDArray, epsilon: float, errors: float = ONE_SIDED_95) -> bool:
-    """Non-inferiority: is the mean of ``quality - quality_ref`` above ``-epsilon`` by so many standard errors?"""
-    error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else np.inf
-    return bool(difference.mean() - errors * error >= -epsilon)
 
 
 def bootstrap_interval(values: NDArray, seed: int = 0) -> tuple[float, float]:
@@ -104,6 +98,7 @@ def evaluate(
     if table is not None:
         write_instances(split, scored, table)
     difference = scored["quality"] - scored["quality_ref"]
+    judged = verdict(scored["quality"], scored["quality_ref"], core.config.epsilon)
     own = decided.flops / split.dense_flops(rows)
     decisions = scored["decision"]
     skip = decisions[:, :-1]
@@ -116,7 +111,9 @@ def evaluate(
         "quality_ref": float(scored["quality_ref"].mean()),
         "quality_difference": float(difference.mean()),
         "quality_difference_interval": bootstrap_interval(difference),
-        "quality_kept": quality_kept(difference, core.config.epsilon),
+        "quality_kept": judged == Verdict.KEPT,
+        "verdict": str(judged),
+        "fewest_instances": fewest_instances(core.config.epsilon),
         "epsilon": core.config.epsilon,
         "flops_ratio": float(scored["flops_ratio"].mean()),
         "flops_ratio_with_policy": float((scored["flops_ratio"] + own).mean()),

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.common.evaluation import decide_and_score, quality_kept
+from sd_gym.agents.common.evaluation import decide_and_score
+from sd_gym.agents.common.verdict import Verdict, verdict
 
 from sd_gym.envs.core import Core
 from sd_gym.envs.split import Split
@@ -18,8 +19,8 @@ MARGINS = (*np.arange(-1.5, 6, 0.25).tolist(), *np.arange(6, 14.01, 0.5).tolist(
 OFFERED = 4  # of the policies that were validated on the way, the last ones are selected from
 # Standard errors by which a loss must stay below epsilon on either half of the validation split. The verdict on a test
 # split as large as such a half asks for 1.645; what differs between the luck of two samples is sqrt(2) standard errors,
-# so a policy that just passes with 3.3 on a half passes there nine times out of ten; it has to pass on both.
-STRICT = 3.3
+# so a policy that just passes with 3.0 on a half passes there nine times out of ten; it has to pass on both.
+STRICT = 3.0
 
 
 def halves(split: Split) -> tuple[NDArray, NDArray]:
@@ -106,4 +107,5 @@ class Selection:
         return decide_and_score(self.core, policy, split, halves(split)[half])
 
     def _kept(self, scored: dict[str, NDArray]) -> bool:
-        return quality_kept(scored["quality"] - scored["quality_ref"], self.core.config.epsilon, self.strictness)
+        epsilon = self.core.config.epsilon
+        return verdict(scored["quality"], scored["quality_ref"], epsilon, self.strictness) == Verdict.KEPT

@@ -1,0 +1,73 @@
+"""The verdict "quality kept": how often it is wrong where exactly epsilon is lost, and how many instances it takes."""
+
+import numpy as np
+import pytest
+from sd_gym.agents.common.evaluation import bootstrap_interval
+from sd_gym.agents.common.verdict import Verdict, fewest_instances, verdict
+
+SIMULATIONS = 1000
+SLACK = 3 * np.sqrt(0.05 * 0.95 / SIMULATIONS)  # of a simulated rate: three of its standard errors
+
+
+def judged(difference, epsilon=0.01, errors=1.645):
+    return verdict(1.0 + difference, np.ones(len(difference)), epsilon, errors)
+
+
+def binary(random, n, gained, epsilon):
+    """Paired outcomes: ``gained`` of the instances become right, so many and ``epsilon`` more become wrong."""
+    drawn = random.random(n)
+    return np.where(drawn < gained, 1.0, 0.0) - ((drawn >= gained) & (drawn < 2 * gained + epsilon))
+
+
+def graded(random, n, ruined, epsilon):
+    """A share of the instances is ruined, all others lose a little, in all ``epsilon``."""
+    others = random.normal(-(epsilon - ruined) / (1 - ruined), 0.02, n)
+    return np.where(random.random(n) < ruined, -1.0, others)
+
+
+@pytest.mark.parametrize("n", [5, 50, 298, 300, 500, 872, 2000])
+@pytest.mark.parametrize(
+    ("draw", "share"), [(binary, 0.0), (binary, 0.01), (binary, 0.1), (graded, 0.01), (graded, 0.005)]
+)
+def test_a_policy_that_loses_epsilon_is_rarely_said_to_keep_the_quality(n, draw, share):
+    random = np.random.default_rng(0)
+    wrong = np.mean([judged(draw(random, n, share, 0.01)) == Verdict.KEPT for _ in range(SIMULATIONS)])
+    assert wrong <= 0.05 + SLACK
+
+
+def test_a_policy_that_loses_much_is_never_said_to_on_few_instances():
+    random = np.random.default_rng(0)
+    for n in (5, 20, 100):
+        assert {judged(binary(random, n, 0.0, 0.1)) for _ in range(200)} == {Verdict.TOO_FEW}
+
+
+def test_a_policy_that_keeps_the_quality_is_mostly_said_to():
+    random = np.random.default_rng(0)
+    kept = [judged(binary(random, 2000, 0.005, 0.0)) == Verdict.KEPT for _ in range(200)]
+    assert np.mean(kept) > 0.9
+
+
+def test_how_many_instances_it_takes():
+    assert fewest_instances(0.01) == 299  # 0.99^299 = 0.0495: the rule of three
+    assert judged(np.zeros(298)) == Verdict.TOO_FEW
+    assert judged(np.zeros(299)) == Verdict.KEPT
+    assert judged(np.zeros(0)) == Verdict.TOO_FEW
+    assert judged(np.zeros(10_000), epsilon=0.0) == Verdict.TOO_FEW  # to lose nothing at all cannot be shown
+    assert fewest_instances(1.0) == 0
+    assert judged(-np.ones(3), epsilon=1.5) == Verdict.KEPT  # there is no more to lose
+
+
+def test_the_mean_has_to_be_above_the_limit_by_more_than_chance():
+    loses_1_percent = np.r_[-np.ones(20), np.zeros(1980)]
+    assert judged(loses_1_percent) == Verdict.NOT_SHOWN
+    assert judged(np.r_[-np.ones(11), np.zeros(1989)]) == Verdict.KEPT
+    assert judged(np.r_[-np.ones(11), np.zeros(1989)], errors=3.3) == Verdict.NOT_SHOWN
+    low, high = bootstrap_interval(loses_1_percent)
+    assert low < -0.01 < high < 0
+
+
+def test_where_an_instance_weighs_more_more_of_them_are_needed():
+    """Qualities that are weighted by class go above 1, so an instance can lose more."""
+    weight = np.r_[np.full(200, 5.0), np.full(200, 0.5)]
+    assert verdict(weight, weight, 0.01) == Verdict.TOO_FEW
+    assert verdict(np.ones(400), np.ones(400), 0.01) == Verdict.KEPT
