@@ -13,14 +13,15 @@ from stable_baselines3.common.vec_env import VecEnv
 
 
 class A2CSettings(LearnerSettings):
-    """Settings of A2C; a rollout is ``num_envs * n_steps`` decisions, and each is used once.
+    """Settings of A2C; a rollout is ``num_envs * n_steps`` decisions: small ones, since each is used once.
 
-    So rollouts are small, and the entropy bonus keeps the policy from being certain before it looks at its input.
+    The entropy bonus keeps the odds of what is not settled yet near even, so that a margin on them tells it apart.
     """
 
-    num_envs: int = Field(64, ge=1)
+    num_envs: int = Field(16, ge=1)
+    learning_rate: float = Field(2e-3, gt=0)
     n_steps: int = Field(1, ge=1)
-    entropy: float = Field(0.1, ge=0)
+    entropy: float = Field(0.05, ge=0)
 
 
 class A2CAgent(SB3Agent):

@@ -22,6 +22,7 @@ from sd_gym.policy import DecisionPolicy
 
 INFO_TAGS = ("quality", "quality_ref", "flops_ratio")
 INFO_KEYS = (*INFO_TAGS, "is_success")
+LAST_RATE = 0.1  # of the learning rate: what a policy ends with has to be calm, or selection makes it over-cautious
 
 
 class AgentSettings(BaseModel):
@@ -41,16 +42,17 @@ class LearnerSettings(AgentSettings):
     """What all agents that learn share.
 
     Attributes:
-        learning_rate: Of Adam.
+        learning_rate: Of Adam at the start; it falls to a tenth in a straight line until the last decision.
         entropy: Weight of the entropy bonus.
-        initial_skip_rate: How often each switch is skipped before anything is learned.
+        initial_skip_rate: How often each switch is skipped before anything is learned. At even odds every decision
+            tells most about all switches; near the dense backbone learning takes several times as long.
         start: Folder of a run whose policy learning goes on from (a warm start), such as one of ``static`` or
             ``imitation``; then ``initial_skip_rate`` plays no part.
     """
 
     learning_rate: float = Field(1e-3, gt=0)
     entropy: float = Field(0.0, ge=0)
-    initial_skip_rate: float = Field(0.1, gt=0, lt=1)
+    initial_skip_rate: float = Field(0.5, gt=0, lt=1)
     start: Path | None = None
 
 
@@ -178,8 +180,6 @@ class Agent(ABC):
 
 def initial_bias(nvec: NDArray, skip_rate: float) -> torch.Tensor:
     """Logits of all components such that each switch is skipped with ``skip_rate`` and no token is dropped.
-
-    Learning starts near the dense backbone: from even odds nearly every decision breaks it, and all rewards are alike.
 
     Returns:
         float32 ``[sum(nvec)]``.

@@ -98,8 +98,6 @@ def evaluate(
     if table is not None:
         write_instances(split, scored, table)
     difference = scored["quality"] - scored["quality_ref"]
-    judged = verdict(scored["quality"], scored["quality_ref"], core.config.epsilon)
-    own = decided.flops / split.dense_flops(rows)
     decisions = scored["decision"]
     skip = decisions[:, :-1]
     metrics = {"policy": split.metrics(rows, decisions), "dense": split.metrics(rows, np.zeros_like(decisions))}
@@ -107,20 +105,35 @@ def evaluate(
         "metrics": metrics,
         "split": split_name,
         "instances": len(split),
-        "quality": float(scored["quality"].mean()),
-        "quality_ref": float(scored["quality_ref"].mean()),
-        "quality_difference": float(difference.mean()),
+        **_means(scored, decided.flops / split.dense_flops(rows), core.config.epsilon),
         "quality_difference_interval": bootstrap_interval(difference),
-        "quality_kept": judged == Verdict.KEPT,
-        "verdict": str(judged),
         "fewest_instances": fewest_instances(core.config.epsilon),
         "epsilon": core.config.epsilon,
-        "flops_ratio": float(scored["flops_ratio"].mean()),
-        "flops_ratio_with_policy": float((scored["flops_ratio"] + own).mean()),
         "decisions_used": len(np.unique(scored["decision"], axis=0)),
         "by_difficulty": [_level(scored, split.levels, level) for level in np.unique(split.levels)],
         "by_fact": by_facts(split, scored),
         "skip_rate": dict(zip(core.backbone.board.names, skip.mean(axis=0).tolist(), strict=True)),
+    }
+
+
+def summary(core: Core, policy: DecisionPolicy, split_name: str) -> dict[str, Any]:
+    """What ``evaluate`` says first: means of quality and FLOPs, and the verdict."""
+    split = core.split(split_name)
+    own = policy.flops / split.dense_flops(np.arange(len(split)))
+    return _means(decide_and_score(core, policy, split), own, core.config.epsilon)
+
+
+def _means(scored: dict[str, NDArray], own: NDArray, epsilon: float) -> dict[str, Any]:
+    """Means and the verdict, of scored decisions and the FLOPs ratio ``own [n]`` of deciding."""
+    judged = verdict(scored["quality"], scored["quality_ref"], epsilon)
+    return {
+        "quality": float(scored["quality"].mean()),
+        "quality_ref": float(scored["quality_ref"].mean()),
+        "quality_difference": float((scored["quality"] - scored["quality_ref"]).mean()),
+        "quality_kept": judged == Verdict.KEPT,
+        "verdict": str(judged),
+        "flops_ratio": float(scored["flops_ratio"].mean()),
+        "flops_ratio_with_policy": float((scored["flops_ratio"] + own).mean()),
     }
 
 

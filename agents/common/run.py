@@ -16,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from sd_gym.agents.common.agent import INFO_TAGS, Rollout
-from sd_gym.agents.common.evaluation import Decided, evaluate, time_ratio
+from sd_gym.agents.common.evaluation import Decided, evaluate, summary, time_ratio
 from sd_gym.agents.common.plots import plot_run
 from sd_gym.agents.common.selection import STRICT, Selection
 from sd_gym.agents.registry import agent_class, make_agent
@@ -120,12 +120,15 @@ def train(
     logger.dump(steps)
     logger.close()
     decided = agent.decided(env.core.split("test"))
-    policy = None
+    policy = last = None
     if decided is None:
-        policy = selection.select(agent.offers()) if agent.selects else agent.policy()
+        policy = agent.policy()
+        if agent.selects:
+            last = summary(env.core, policy, "test")
+            policy = selection.select(agent.offers())
         policy.save(folder)
     agent.save_extra(folder)
-    result = finish(env.core, policy, folder, selection.history, decided)
+    result = finish(env.core, policy, folder, selection.history, decided, last)
     checkpoint.unlink(missing_ok=True)
     return result
 
@@ -136,11 +139,16 @@ def finish(
     folder: Path,
     history: list[dict[str, Any]],
     decided: Decided | None = None,
+    last: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate on the test split; write ``result.json``, ``instances.csv``, ``result.png``. Only a policy is timed."""
+    """Evaluate on the test split; write ``result.json``, ``instances.csv``, ``result.png``. Only a policy is timed.
+
+    ``last`` is what the policy that learning ended with does on that split, where another one was selected.
+    """
     result = evaluate(core, policy, "test", decided=decided, table=folder / "instances.csv")
     sizes = TIMED_BATCH_SIZES if policy is not None else ()
     result["time"] = {str(size): time_ratio(core, policy, "test", size) for size in sizes}
+    result["last_policy"] = last
     result["history"] = history
     result["data"] = {name: core.split(name).counts for name in ("train", "validation", "test")}
     plot_run(result, core.backbone.board.names, folder / "result.png")

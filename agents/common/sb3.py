@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.common.agent import INFO_KEYS, Agent, OnRollout, Rollout, initial_bias
+from sd_gym.agents.common.agent import INFO_KEYS, LAST_RATE, Agent, OnRollout, Rollout, initial_bias
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
 
 from sd_gym.envs.sb3 import SwitchableVecEnv
@@ -94,10 +95,11 @@ class SB3Agent(Agent):
 
     def _common(self, vec_env: VecEnv) -> dict[str, Any]:
         """Arguments that the algorithms share. An episode is one decision, so discounting plays no part."""
+        rate = self.settings.learning_rate
         return {
             "policy": "MlpPolicy",
             "env": vec_env,
-            "learning_rate": self.settings.learning_rate,
+            "learning_rate": LinearSchedule(rate, LAST_RATE * rate, 1.0),
             "n_steps": self.settings.n_steps,
             "gamma": 1.0,
             "gae_lambda": 1.0,

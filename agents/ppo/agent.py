@@ -13,11 +13,13 @@ from stable_baselines3.common.vec_env import VecEnv
 
 
 class PPOSettings(LearnerSettings):
-    """Settings of PPO; a rollout is ``num_envs * n_steps`` decisions."""
+    """Settings of PPO; a rollout is ``num_envs * n_steps`` decisions: small ones, for many updates."""
 
+    num_envs: int = Field(64, ge=1)
+    learning_rate: float = Field(2e-3, gt=0)
     n_steps: int = Field(4, ge=1)
-    batch_size: int = Field(256, ge=2)
-    n_epochs: int = Field(6, ge=1)
+    batch_size: int = Field(64, ge=2)
+    n_epochs: int = Field(4, ge=1)
     clip_range: float = Field(0.2, gt=0)
 
 

@@ -14,12 +14,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from sd_gym.agents.common.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, initial_bias
+from sd_gym.agents.common.agent import INFO_KEYS, LAST_RATE, Agent, LearnerSettings, OnRollout, Rollout, initial_bias
 from sd_gym.agents.reinforce.barrier import DynamicBarrier
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
 from sd_gym.policy import DecisionPolicy, bounded
+
+AIM = 1 / 3  # of epsilon: the loss that is learned for; that epsilon is kept has to be shown with a margin for chance
 
 
 class ReinforceSettings(LearnerSettings):
@@ -32,29 +34,25 @@ class ReinforceSettings(LearnerSettings):
         baseline: What a sample's value is compared with: that of the greedy decision for the same input
             (``self_critical``, Rennie et al. 2017) or the mean of the other samples (``leave_one_out``, Kool et al.
             2019).
-        control: The barrier's control function: the quality loss stays within the env's epsilon (``constrained``) or is
-            as low as can be (``lexicographic``).
+        control: The barrier's control function: the quality loss stays within a third of the env's epsilon
+            (``constrained``) or is as low as can be (``lexicographic``).
         alpha: The barrier's.
         beta: The barrier's.
         highest_multiplier: The barrier's cap.
         memory: The barrier's.
         exploration: No choice of a component is less probable than this while learning.
-        unlock_steps: Over so many decisions the switches are unlocked, the last ones of the backbone first; 0: at once
-            (a curriculum, Wu et al. 2018).
         autoregressive: Whether a choice may depend on those before it.
     """
 
-    num_envs: int = Field(32, ge=2)
+    num_envs: int = Field(16, ge=2)
     samples: int = Field(4, ge=2)
-    entropy: float = Field(0.0, ge=0)
     baseline: Literal["self_critical", "leave_one_out"] = "leave_one_out"
     control: Literal["constrained", "lexicographic"] = "constrained"
     alpha: float = Field(1.0, gt=0)
     beta: float = Field(1.0, gt=0)
     highest_multiplier: float = Field(100.0, gt=0)
     memory: float = Field(0.95, ge=0, lt=1)
-    exploration: float = Field(0.01, ge=0, lt=0.25)
-    unlock_steps: int = Field(0, ge=0)
+    exploration: float = Field(0.001, ge=0, lt=0.25)
     autoregressive: bool = False
 
 
@@ -84,7 +82,7 @@ class ReinforceAgent(Agent):
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings.learning_rate)
         self.barrier = DynamicBarrier(
             settings.control,
-            limit=self.env.config.epsilon,
+            limit=AIM * self.env.config.epsilon,
             alpha=settings.alpha,
             beta=settings.beta,
             highest=settings.highest_multiplier,
@@ -104,11 +102,10 @@ class ReinforceAgent(Agent):
             logits = self.network(torch.from_numpy(core.observe(split, rows)))
             # Row k * batch + i is sample k of instance i.
             repeated = logits.repeat(settings.samples, 1)
-            unlocked = self._unlocked()
-            decisions = self.network.choose(repeated, self._draw) * unlocked
+            decisions = self.network.choose(repeated, self._draw)
             drawn = len(decisions)
             if settings.baseline == "self_critical":
-                decisions = torch.cat([decisions, self.network.choose(logits) * unlocked])
+                decisions = torch.cat([decisions, self.network.choose(logits)])
             outcome = core.score(split, np.resize(rows, len(decisions)), decisions.numpy())
             flops = torch.from_numpy(outcome.flops_ratio).float().view(-1, batch)
             loss = torch.from_numpy(outcome.quality_ref - outcome.quality).float().view(-1, batch)
@@ -116,14 +113,15 @@ class ReinforceAgent(Agent):
             log_probs = self.network.log_probs(repeated, decisions[:drawn], settings.exploration)
             entropy = -sum((log_prob.exp() * log_prob).sum(dim=1) for log_prob in log_probs).mean()
             taken = [log_prob.gather(1, decisions[:drawn, [i]]) for i, log_prob in enumerate(log_probs)]
-            log_prob = (torch.cat(taken, dim=1) * unlocked).sum(dim=1).view(settings.samples, batch)
+            log_prob = torch.cat(taken, dim=1).sum(dim=1).view(settings.samples, batch)
             f_halves = self._halves(log_prob * self._advantage(flops))
             q_halves = self._halves(log_prob * self._advantage(loss))
             weight = self.barrier.weigh(float(loss[: settings.samples].mean()), f_halves, q_halves)
             gradient = (f_halves[0] + f_halves[1]) / 2 + weight.multiplier * (q_halves[0] + q_halves[1]) / 2
             if settings.entropy:
                 gradient = gradient - settings.entropy * self._flat_gradient(entropy)
-            self._step(gradient)
+            rate = settings.learning_rate * (1 - (1 - LAST_RATE) * self.steps / total_steps)
+            self._step(gradient, rate)
 
             self.steps += len(decisions)
             infos = {key: getattr(outcome, key)[:drawn] for key in INFO_KEYS if key != "is_success"}
@@ -135,7 +133,7 @@ class ReinforceAgent(Agent):
             logger.record("rollout/ep_len_mean", 1.0)
             logger.record("rollout/success_rate", float(infos["is_success"].mean()))
             logger.record("train/entropy_loss", -entropy.item())
-            logger.record("train/learning_rate", settings.learning_rate)
+            logger.record("train/learning_rate", rate)
             for name, value in weight._asdict().items():
                 logger.record(f"train/{name}", value)
             logger.record("time/fps", int((self.steps - before) / (time.monotonic() - started)))
@@ -175,12 +173,6 @@ class ReinforceAgent(Agent):
         probabilities = bounded(logits, self.settings.exploration).exp()
         return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
 
-    def _unlocked(self) -> Tensor:
-        """1 for each component that may be skipped by now, 0 for the others, int64 ``[components]``."""
-        size = len(self.network.nvec)
-        share = min(1.0, self.steps / self.settings.unlock_steps) if self.settings.unlock_steps else 1.0
-        return (torch.arange(size) >= size - np.ceil(share * size)).long()
-
     def _advantage(self, values: Tensor) -> Tensor:
         """Values of the samples ``[samples, batch]`` minus their baseline; behind them stand the greedy ones'."""
         samples = self.settings.samples
@@ -197,9 +189,10 @@ class ReinforceAgent(Agent):
         gradients = torch.autograd.grad(scalar, self.parameters, retain_graph=True)
         return torch.cat([gradient.flatten() for gradient in gradients])
 
-    def _step(self, gradient: Tensor) -> None:
+    def _step(self, gradient: Tensor, rate: float) -> None:
         sizes = [parameter.numel() for parameter in self.parameters]
         for parameter, part in zip(self.parameters, gradient.split(sizes), strict=True):
             parameter.grad = part.view_as(parameter)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()

@@ -1,0 +1,177 @@
+"""Agents that learn from nothing beside a plain PPO script, at equal decisions: a table, and learning curves.
+
+    python benchmarks/from_nothing.py --output runs/from_nothing
+
+``script`` is ``examples/own_ppo.py``, run as an agent, so that its policy is validated and selected as those of all
+others are. For each run two policies are shown: the one that learning ended with, and the one that was selected on the
+validation split. Means over seeds with 95% intervals (Student's t). What is finished is kept and what was cut off goes
+on, so the command can be started again, and twice at the same time with other ``--envs``. ``--table`` only prints what
+is there. ``--ablation`` changes one default of PPO at a time instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from scipy import stats
+from sd_gym.agents.common.agent import INFO_KEYS, Agent, AgentSettings, OnRollout, Rollout
+from sd_gym.agents.common.compare import markdown
+from sd_gym.agents.common.run import train
+from sd_gym.agents.registry import register_agent
+from stable_baselines3.common.logger import Logger
+
+import sd_gym
+from examples import own_ppo
+from sd_gym.policy import DecisionPolicy
+
+MINI = [identity for identity in sd_gym.registered_ids() if "Mini" in identity]
+AGENTS = ["script", "ppo", "a2c", "reinforce", "ppo_lex", "a2c_lex"]
+ABLATION: dict[str, tuple[str, dict[str, Any]]] = {  # one default changed, by name of the row
+    "ppo": ("ppo", {}),
+    "start near dense (0.1)": ("ppo", {"initial_skip_rate": 0.1}),
+    "rollouts of 1,024 (16 steps)": ("ppo", {"n_steps": 16}),
+    "the same, minibatches of 256": ("ppo", {"n_steps": 16, "batch_size": 256}),
+    "learning rate 2e-4": ("ppo", {"learning_rate": 2e-4}),
+    "learning rate 5e-4": ("ppo", {"learning_rate": 5e-4}),
+    "entropy bonus 0.05": ("ppo", {"entropy": 0.05}),
+    "8 epochs": ("ppo", {"n_epochs": 8}),
+    "a2c": ("a2c", {}),
+    "a2c without entropy bonus": ("a2c", {"entropy": 0.0}),
+    "a2c, 64 envs": ("a2c", {"num_envs": 64}),
+    "reinforce": ("reinforce", {}),
+    "reinforce, 32 envs": ("reinforce", {"num_envs": 32}),
+    "reinforce, greedy decision as baseline": ("reinforce", {"baseline": "self_critical"}),
+}
+COLUMNS = ["env", "decisions", "agent", "seeds", "FLOPs as learned (points)", "FLOPs as selected (points)", "kept"]
+console = Console(stderr=True)
+
+
+class ScriptSettings(AgentSettings):
+    """The script's own number of envs."""
+
+    num_envs: int = own_ppo.ENVS
+
+
+class Script(Agent):
+    """``examples/own_ppo.py`` as an agent."""
+
+    Settings = ScriptSettings
+
+    def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
+        """The script's loop, with a validation now and then."""
+        nothing = {key: np.zeros(1) for key in INFO_KEYS}
+        for steps, policy in own_ppo.learn(self.env, total_steps, self.seed):
+            self._policy = policy
+            on_rollout(Rollout(steps, np.zeros(1), nothing))
+
+    def policy(self) -> DecisionPolicy:
+        """The script's weights in the project's network, which is the same one."""
+        exported = self._new_policy()
+        for ours, theirs in zip([*exported.body, exported.head], self._policy.logits, strict=True):
+            ours.load_state_dict(theirs.state_dict())
+        return exported.eval()
+
+
+def folder_of(output: Path, env: str, name: str, steps: int, seed: int) -> Path:
+    """Of one run."""
+    short = env.removeprefix("SD/").removesuffix("-v0")
+    return output / f"{short}-{steps}" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+
+
+def run(output: Path, env: str, name: str, steps: int, seed: int, variants: dict[str, tuple[str, dict]]) -> None:
+    """Train, unless it was done."""
+    folder = folder_of(output, env, name, steps, seed)
+    if (folder / "result.json").exists():
+        return
+    algo, settings = variants[name]
+    result = train(env, algo, folder, steps=steps, seed=seed, settings=settings, resume=True)
+    last = result["last_policy"]
+    console.print(
+        f"{folder}: as learned {last['flops_ratio_with_policy']:.1%} ({100 * last['quality_difference']:+.2f}), "
+        f"selected {result['flops_ratio_with_policy']:.1%} ({100 * result['quality_difference']:+.2f})",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def interval(values: np.ndarray) -> float:
+    """Half of the 95% interval of the mean."""
+    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else float("nan")
+
+
+def cell(results: list[dict[str, Any]]) -> str:
+    """Mean FLOPs with its interval, and the points lost."""
+    flops = 100 * np.array([result["flops_ratio_with_policy"] for result in results])
+    points = 100 * np.mean([result["quality_difference"] for result in results])
+    return f"{flops.mean():.1f}% ± {interval(flops):.1f} ({points:+.2f})"
+
+
+def plot(curves: dict[str, dict[str, list[list[dict]]]], file: Path) -> None:
+    """FLOPs and points lost on the validation split against decisions: means, and bands of their 95% intervals."""
+    figure = Figure(figsize=(5 * len(curves), 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(curves), squeeze=False, sharex="col")
+    for column, (env, agents) in enumerate(curves.items()):
+        for number, (name, runs) in enumerate(agents.items()):
+            steps = np.mean([[entry["step"] for entry in history] for history in runs], axis=0)
+            read = np.array([[[e["flops_ratio"], e["quality"] - e["quality_ref"]] for e in run] for run in runs])
+            for row in range(2):
+                values = 100 * read[:, :, row]
+                mean, half = values.mean(axis=0), np.array([interval(column) for column in values.T])
+                style = {"color": f"C{number}", "linestyle": "--" if name == "script" else "-"}
+                axes[row, column].plot(steps, mean, label=name, marker="os^vD<"[number % 6], markersize=4, **style)
+                axes[row, column].fill_between(steps, mean - half, mean + half, color=f"C{number}", alpha=0.12)
+        axes[0, column].set(title=env, ylabel="FLOPs, % of dense", ylim=(0, 100))
+        axes[1, column].set(xlabel="decisions", ylabel="points against dense", ylim=(-12, 1))
+        axes[1, column].axhline(-1, color="0.5", linestyle=":", linewidth=1)
+        for row in range(2):
+            axes[row, column].grid(alpha=0.3)
+    axes[0, 0].legend()
+    figure.savefig(file, dpi=100)
+
+
+def main() -> None:
+    """Train what is not trained yet, then print a Markdown table and draw the curves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/from_nothing"))
+    parser.add_argument("--envs", nargs="+", default=MINI)
+    parser.add_argument("--algos", nargs="+", default=AGENTS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", nargs="+", type=int, default=[20_000])
+    parser.add_argument("--ablation", action="store_true", help="PPO with one default changed")
+    parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
+    arguments = parser.parse_args()
+    register_agent("script", Script)
+    variants = ABLATION if arguments.ablation else {name: (name, {}) for name in arguments.algos}
+    cases = [(env, steps) for env in arguments.envs for steps in arguments.steps]
+    if not arguments.table:
+        for seed in arguments.seeds:
+            for env, steps in cases:
+                for name in variants:
+                    run(arguments.output, env, name, steps, seed, variants)
+    rows, curves = [], {}
+    for env, steps in cases:
+        for name in variants:
+            folders = [folder_of(arguments.output, env, name, steps, seed) for seed in arguments.seeds]
+            files = [folder / "result.json" for folder in folders]
+            results = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+            if results:
+                kept = f"{sum(result['quality_kept'] for result in results)} of {len(results)}"
+                learned = cell([result["last_policy"] for result in results])
+                rows.append([env, f"{steps:,}", name, str(len(results)), learned, cell(results), kept])
+                runs = curves.setdefault(f"{env}, {steps:,} decisions", {})
+                runs[name] = [result["history"] for result in results]
+    print(markdown(COLUMNS, rows))
+    if rows:
+        plot(curves, arguments.output / "curves.png")
+
+
+if __name__ == "__main__":
+    main()
