@@ -2,49 +2,78 @@
 
 from __future__ import annotations
 
-import difflib
-from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from sd_gym.agents.common.agent import Agent
 
 from sd_gym.envs.shells import SwitchableVectorEnv
+from sd_gym.registry import Registry, UnknownNameError, unknown
 
-AGENTS = {
-    "ppo": "sd_gym.agents.ppo.agent:PPOAgent",
-    "ppo_lex": "sd_gym.agents.ppo.agent:PPOLexAgent",
-    "a2c": "sd_gym.agents.a2c.agent:A2CAgent",
-    "a2c_lex": "sd_gym.agents.a2c.agent:A2CLexAgent",
-    "reinforce": "sd_gym.agents.reinforce.agent:ReinforceAgent",
-    "imitation": "sd_gym.agents.imitation.agent:ImitationAgent",
-    "static": "sd_gym.agents.baselines.static:StaticAgent",
-    "dense": "sd_gym.agents.baselines.constant:DenseAgent",
-    "every-other": "sd_gym.agents.baselines.constant:EveryOtherAgent",
-    "early-exit": "sd_gym.agents.baselines.early_exit:EarlyExitAgent",
-    "oracle": "sd_gym.agents.baselines.oracle:OracleAgent",
-    "random": "sd_gym.agents.baselines.constant:RandomAgent",
-    "hash": "sd_gym.agents.baselines.constant:HashAgent",
-}
-LEARNING = ("ppo", "ppo_lex", "a2c", "a2c_lex", "reinforce", "imitation")
+BLIND = "blind-"
+AGENTS: Registry[type[Agent]] = Registry(
+    "agent",
+    {
+        "ppo": "sd_gym.agents.ppo.agent:PPOAgent",
+        "ppo_lex": "sd_gym.agents.ppo.agent:PPOLexAgent",
+        "a2c": "sd_gym.agents.a2c.agent:A2CAgent",
+        "a2c_lex": "sd_gym.agents.a2c.agent:A2CLexAgent",
+        "reinforce": "sd_gym.agents.reinforce.agent:ReinforceAgent",
+        "imitation": "sd_gym.agents.imitation.agent:ImitationAgent",
+        "static": "sd_gym.agents.baselines.static:StaticAgent",
+        "dense": "sd_gym.agents.baselines.constant:DenseAgent",
+        "every-other": "sd_gym.agents.baselines.constant:EveryOtherAgent",
+        "early-exit": "sd_gym.agents.baselines.early_exit:EarlyExitAgent",
+        "oracle": "sd_gym.agents.baselines.oracle:OracleAgent",
+        "random": "sd_gym.agents.baselines.constant:RandomAgent",
+        "hash": "sd_gym.agents.baselines.constant:HashAgent",
+    },
+)
+LEARNING = ["ppo", "ppo_lex", "a2c", "a2c_lex", "reinforce", "imitation"]  # and a user's own that learn
+
+
+def register_agent(name: str, cls: type[Agent], *, learns: bool = True) -> None:
+    """Make an agent of your own known: then ``sd_gym.train(env, name)`` and, with ``--import``, ``--algo NAME`` work.
+
+    Args:
+        name: What it is called.
+        cls: A subclass of ``sd_gym.agents.Agent``.
+        learns: Whether it learns from what it observes: then there is a ``blind-NAME`` as well, and
+            ``compare --fronts`` sets it against the controls.
+
+    Raises:
+        TypeError: If ``cls`` is no such class.
+        ValueError: If the name is one of the project's, or begins with ``blind-``.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Agent)):
+        raise TypeError(f"the agent {name!r} has to be a subclass of sd_gym.agents.Agent, got {cls!r}")
+    if name.startswith(BLIND):
+        raise ValueError(f"the agent {name!r} needs another name: {BLIND}NAME is the agent NAME that sees nothing")
+    AGENTS.register(name, cls)
+    if name in LEARNING:
+        LEARNING.remove(name)
+    if learns:
+        LEARNING.append(name)
 
 
 def agent_names() -> list[str]:
     """All names that ``make_agent`` takes."""
-    return [*AGENTS, *(f"blind-{name}" for name in LEARNING)]
+    return [*AGENTS.names(), *(BLIND + name for name in LEARNING)]
 
 
-def agent_class(name: str) -> type[Agent]:
+def agent_class(name: str, run: Path | None = None) -> type[Agent]:
     """The class behind a name, imported now.
+
+    Args:
+        name: One of ``agent_names()``.
+        run: Folder of the run that the name stands in, if it does.
 
     Raises:
         ValueError: If there is no agent of that name.
     """
     if name not in agent_names():
-        near = difflib.get_close_matches(name, agent_names(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown agent {name!r}{hint} Known agents: {', '.join(agent_names())}.")
-    module, _, attribute = AGENTS[name.removeprefix("blind-")].partition(":")
-    return getattr(import_module(module), attribute)
+        raise UnknownNameError(unknown("agent", name, agent_names(), run))
+    return AGENTS.find(name.removeprefix(BLIND))
 
 
 def make_agent(name: str, env: SwitchableVectorEnv, *, seed: int = 0, **settings: Any) -> Agent:
@@ -59,4 +88,4 @@ def make_agent(name: str, env: SwitchableVectorEnv, *, seed: int = 0, **settings
     Raises:
         ValueError: If the name or a setting is unknown.
     """
-    return agent_class(name)(env, seed=seed, blind=name.startswith("blind-"), **settings)
+    return agent_class(name)(env, seed=seed, blind=name.startswith(BLIND), **settings)

@@ -107,7 +107,7 @@ def main() -> None:
         for seed in arguments.seeds
         if (folder := plan.folder(algo, seed)).joinpath("result.json").exists()
     ]
-    print(markdown(compare.COLUMNS, compare.comparison(there)), end="\n\n")
+    print(markdown(compare.COLUMNS, [compare.cells(row) for row in compare.compare(there)]), end="\n\n")
     algos = {algo.partition("-from-")[0] for algo in arguments.algos}
     if algos & {"static", "blind-ppo"} and algos & set(LEARNING):
         print("At the same quality, read off fronts:", end="\n\n")

@@ -4,11 +4,57 @@ Importing it registers all envs with Gymnasium; torch and transformers are impor
 
     >>> import gymnasium as gym, sd_gym
     >>> env = gym.make("SD/Classification-Mini-v0")
+
+What the command line does, ``sd_gym.train``, ``evaluate``, ``compare`` and ``instances`` do from Python; things of your
+own are made known with ``register_agent``, ``register_objective``, ``register_network`` and ``register_env``.
 """
 
-from sd_gym.registration import register_envs, registered_ids
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sd_gym.registration import register_env, register_envs, registered_ids
 from sd_gym.version import __version__
 
-__all__ = ["__version__", "registered_ids"]
+if TYPE_CHECKING:
+    from sd_gym.agents.api import evaluate, train
+    from sd_gym.agents.common.compare import compare
+    from sd_gym.agents.registry import register_agent
+    from sd_gym.envs.listing import instances
+    from sd_gym.objectives import register_objective
+    from sd_gym.policy import register_network
+
+_WHERE = {
+    "compare": "sd_gym.agents.common.compare",
+    "evaluate": "sd_gym.agents.api",
+    "instances": "sd_gym.envs.listing",
+    "register_agent": "sd_gym.agents.registry",
+    "register_network": "sd_gym.policy",
+    "register_objective": "sd_gym.objectives",
+    "train": "sd_gym.agents.api",
+}
+
+__all__ = [
+    "__version__",
+    "compare",
+    "evaluate",
+    "instances",
+    "register_agent",
+    "register_env",
+    "register_network",
+    "register_objective",
+    "registered_ids",
+    "train",
+]
 
 register_envs()
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch is imported when it is asked for."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'sd_gym' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,9 +27,39 @@ console = Console()
 errors = Console(stderr=True)
 
 
+Imports = Annotated[
+    list[str],
+    typer.Option(
+        "--import",
+        metavar="MODULE_OR_FILE",
+        help="Import a module or .py file of yours first: what it registers is known then.",
+    ),
+]
+
+
+def _import(names: list[str]) -> list[str]:
+    """Import a user's modules; returns their names, with absolute paths."""
+    from sd_gym.registry import import_own
+
+    try:
+        return [import_own(name) for name in names]
+    except (ValueError, FileNotFoundError) as error:
+        _fail(error)
+
+
 def _fail(error: Exception) -> None:
     errors.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, soft_wrap=True)
     raise typer.Exit(2)
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as noted:
+        try:
+            yield
+        finally:
+            for warning in noted:
+                errors.print(str(warning.message), style="yellow", highlight=False, soft_wrap=True)
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
@@ -66,11 +99,12 @@ def _progress(visible: bool = True) -> Progress:
 
 
 @app.command()
-def envs() -> None:
+def envs(imports: Imports = []) -> None:  # noqa: B006  (typer wants a list)
     """List the envs.
 
     Example: `sd-gym envs`
     """
+    _import(imports)
     from sd_gym.registration import config_files
 
     table = Table(title="sd_gym envs", box=SIMPLE_HEAD, padding=0)
@@ -91,7 +125,7 @@ def train(
         typer.Option(
             help="ppo, a2c (the env's reward); ppo_lex, a2c_lex, reinforce (quality first); imitation (of a search); "
             "controls: static, every-other, early-exit, oracle, dense, random, hash; or, as blind-NAME, an agent that "
-            "sees nothing."
+            "sees nothing; or your own, registered by what --import imports."
         ),
     ] = "ppo",
     steps: Annotated[int, typer.Option(min=1, help="Decisions to learn from.")] = 50_000,
@@ -109,6 +143,7 @@ def train(
     set_: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config key or a setting of the agent.")
     ] = [],  # noqa: B006  (typer wants a list)
+    imports: Imports = [],  # noqa: B006
 ) -> None:
     """Train an agent on an env, then evaluate it on the test split.
 
@@ -123,11 +158,13 @@ def train(
     `sd-gym train SD/Classification-Mini-v0 --algo imitation --output runs/searched`, then
     `sd-gym train SD/Classification-Mini-v0 --algo ppo_lex --set start=runs/searched`
 
+    An agent of your own: `sd-gym train SD/Classification-Mini-v0 --import examples/own_agent.py --algo hill-climbing`
+
     Watch the curves with `tensorboard --logdir runs`.
     """
+    imported = _import(imports)
     try:
         settings = _settings(set_)
-        folder = output or Path("runs") / f"{env.removeprefix('SD/').removesuffix('-v0')}-{algo}-{seed}"
         with _progress() as progress:
             bar = progress.add_task("loading", total=steps, figures="")
 
@@ -144,8 +181,10 @@ def train(
                 progress.update(bar, completed=min(done, steps), description=state, figures=shown)
 
             import sd_gym  # noqa: F401  (registers the ids)
+            from sd_gym.agents.api import default_folder
             from sd_gym.agents.common.run import train as run_training
 
+            folder = output or default_folder(env, algo, seed)
             result = run_training(
                 env,
                 algo,
@@ -155,6 +194,7 @@ def train(
                 settings=settings,
                 strictness=strictness,
                 resume=resume,
+                imports=imported,
                 on_progress=on_progress,
             )
     except (ValueError, FileNotFoundError, FileExistsError) as error:
@@ -171,30 +211,34 @@ def train(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder that sd-gym train wrote.")],
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write the result, its table of instances and its picture to.")
+    ] = None,
+    imports: Imports = [],  # noqa: B006  (typer wants a list)
 ) -> None:
     """Evaluate a run's policy again, on any split.
 
     Example: `sd-gym evaluate runs/Classification-Mini-ppo-0 --split validation`
     """
-    from sd_gym.agents.common.evaluation import evaluate as run_evaluation
-    from sd_gym.agents.common.evaluation import time_ratio
-    from sd_gym.agents.common.run import TIMED_BATCH_SIZES, load_run
-
     if split not in ("train", "validation", "test"):
         raise typer.BadParameter(f"expected train, validation or test, got {split!r}", param_hint="--split")
+    _import(imports)
+    from sd_gym.agents.api import evaluate as run_evaluation
+    from sd_gym.agents.common.run import read_description
+
     try:
         with _status("evaluating"):
-            description, core, policy = load_run(run)
-            result = run_evaluation(core, policy, split)
-            result["time"] = {str(size): time_ratio(core, policy, split, size) for size in TIMED_BATCH_SIZES}
-    except (ValueError, FileNotFoundError) as error:
+            description = read_description(run)
+            result = run_evaluation(description["env"], run, split, output)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
         _fail(error)
-    _print_result(f"{description['env']}, {description['algo']}, seed {description['seed']}", result)
+    title = [description[key] for key in ("env", "algo")]
+    _print_result(f"{', '.join(title)}, seed {description['seed']}", result)
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; what is none is passed over.")],
     fronts: Annotated[
         bool,
         typer.Option(
@@ -214,6 +258,7 @@ def compare(
         Path | None, typer.Option(help="With --fronts: PNG to write the fronts to, FLOPs against quality lost.")
     ] = None,
     markdown: Annotated[bool, typer.Option(help="Print a Markdown table.")] = False,
+    imports: Imports = [],  # noqa: B006  (typer wants a list)
 ) -> None:
     """Put runs side by side, one row an env and agent, means over seeds with the worst seed in brackets.
 
@@ -222,22 +267,24 @@ def compare(
 
     `sd-gym compare --fronts --picture fronts.png runs/static runs/blind runs/ppo-*`
     """
+    _import(imports)
     from sd_gym.agents.common import compare as results
 
     try:
-        if fronts:
-            from sd_gym.agents.common import plots, savings
+        with _warnings_as_lines():
+            if fronts:
+                from sd_gym.agents.common import plots, savings
 
-            title, columns = "At the same quality, test split", savings.COLUMNS
-            by = ["env", "points lost", "FLOPs of static / blind"]
-            with _status("scoring"):
-                found = savings.env_fronts(runs, test_size)
-            rows = [row for one in found for row in savings.savings(one)]
-            if picture is not None:
-                plots.plot_fronts(found, picture)
-        else:
-            title, columns, rows = "Runs on the test split", results.COLUMNS, results.comparison(runs)
-            by = ["env", "dense quality"]
+                title, columns = "At the same quality, test split", savings.COLUMNS
+                by = ["env", "points lost", "FLOPs of static / blind"]
+                with _status("scoring"):
+                    found = savings.env_fronts(runs, test_size)
+                rows = [row for one in found for row in savings.savings(one)]
+                if picture is not None:
+                    plots.plot_fronts(found, picture)
+            else:
+                title, columns, by = "Runs on the test split", results.COLUMNS, ["env", "dense quality"]
+                rows = [results.cells(row) for row in results.compare(runs)]
     except (FileNotFoundError, ValueError) as error:
         _fail(error)
     if markdown:
@@ -280,6 +327,7 @@ def prepare(
     set_: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the env's config.")
     ] = [],  # noqa: B006  (typer wants a list)
+    imports: Imports = [],  # noqa: B006
 ) -> None:
     """Fine-tune a backbone so that it bears skipping.
 
@@ -300,6 +348,7 @@ def prepare(
 
     `accelerate launch --multi_gpu -m sd_gym.cli prepare --set device=cuda ...` shares the work between GPUs.
     """
+    _import(imports)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher has started
     try:
         with _progress(visible=first) as progress:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import inspect
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sd_gym.registry import Registry
+
 Floats = NDArray[np.float64]
-ObjectiveName = Literal["lexicographic", "lagrangian", "scalarized"]
+ObjectiveFunction = Callable[..., Floats]
 
 
 def quality_cost(quality: Floats, quality_ref: Floats, epsilon: float) -> Floats:
@@ -16,61 +19,158 @@ def quality_cost(quality: Floats, quality_ref: Floats, epsilon: float) -> Floats
     return np.maximum(0.0, quality_ref - epsilon - quality)
 
 
-def lexicographic(cost: Floats, flops_ratio: Floats, penalty: float, cost_scale: float) -> Floats:
-    """Quality first: savings where the quality is kept, a penalty where it is not.
+def lexicographic(
+    quality: Floats, quality_ref: Floats, flops_ratio: Floats, *, epsilon: float, penalty: float, cost_scale: float
+) -> Floats:
+    """Quality first: savings where the quality is kept, a penalty where it is not, ``[n]``.
 
     Any outcome that keeps the quality (reward in [0, 1]) beats any that does not (reward in [-penalty, 0)).
 
     Args:
-        cost: ``quality_cost``, ``[n]``.
+        quality: ``[n]``.
+        quality_ref: Of the dense backbone, ``[n]``.
         flops_ratio: ``[n]``.
+        epsilon: How much quality may be lost, in its own unit.
         penalty: Reward lost at full cost.
         cost_scale: The cost that counts as full, in units of quality.
     """
+    cost = quality_cost(quality, quality_ref, epsilon)
     return np.where(cost > 0, -penalty * np.minimum(1.0, cost / cost_scale), 1.0 - flops_ratio)
 
 
-def scalarized(cost: Floats, flops_ratio: Floats, penalty: float, cost_scale: float) -> Floats:
+def scalarized(
+    quality: Floats, quality_ref: Floats, flops_ratio: Floats, *, epsilon: float, penalty: float, cost_scale: float
+) -> Floats:
     """The weighted sum that the paper compares with: savings minus ``penalty`` times the scaled cost, ``[n]``."""
-    return 1.0 - flops_ratio - penalty * cost / cost_scale
+    return 1.0 - flops_ratio - penalty * quality_cost(quality, quality_ref, epsilon) / cost_scale
+
+
+def lagrangian(
+    quality: Floats, quality_ref: Floats, flops_ratio: Floats, *, epsilon: float, penalty: float, cost_scale: float
+) -> Floats:
+    """Savings minus ``penalty`` times the quality that is missing (negative where there is more than enough), ``[n]``.
+
+    The Lagrangian of ``max E[savings]`` under ``E[quality] >= E[quality_ref] - epsilon``; ``Objective`` moves the
+    penalty.
+    """
+    return 1.0 - flops_ratio - penalty * ((quality_ref - epsilon - quality) / cost_scale)
+
+
+OBJECTIVES: Registry[ObjectiveFunction] = Registry(
+    "objective", {"lexicographic": lexicographic, "lagrangian": lagrangian, "scalarized": scalarized}
+)
+
+
+def register_objective(name: str, function: ObjectiveFunction) -> None:
+    """Make an objective of your own known: then ``objective=name`` works in ``gym.make``, YAML files and ``--set``.
+
+    Args:
+        name: What it is called.
+        function: Takes ``(quality, quality_ref, flops_ratio, *, epsilon, penalty, cost_scale)`` to rewards: the first
+            three are float64 ``[n]``, of decisions made together, the others the config's keys; returns ``[n]``.
+
+    Raises:
+        ValueError: If the name is one of the project's, or the function takes something else.
+
+    Example:
+        >>> import sd_gym
+        >>> def risky(quality, quality_ref, flops_ratio, **constants):
+        ...     return quality / quality_ref.clip(0.01) - flops_ratio
+        >>> sd_gym.register_objective("risky", risky)
+    """
+    _check_arguments(name, function)
+    OBJECTIVES.register(name, function)
+
+
+def objective_function(objective: str | ObjectiveFunction) -> ObjectiveFunction:
+    """The function of a name, or the function itself.
+
+    Raises:
+        ValueError: If the name is unknown, or the function does not take what an objective is given.
+    """
+    if isinstance(objective, str):
+        return OBJECTIVES.find(objective)
+    _check_arguments(objective_name(objective), objective)
+    return objective
+
+
+def objective_name(objective: str | ObjectiveFunction) -> str:
+    """The name, or ``module:name`` of a function that was given itself."""
+    if isinstance(objective, str):
+        return objective
+    kind = objective if hasattr(objective, "__qualname__") else type(objective)
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _check_arguments(name: str, function: ObjectiveFunction) -> None:
+    expected = "quality, quality_ref, flops_ratio, *, epsilon, penalty, cost_scale"
+    try:
+        inspect.signature(function).bind(None, None, None, epsilon=0, penalty=0, cost_scale=0)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the objective {name!r} has to take ({expected}), those that it does not need as **rest: {error}"
+        ) from error
 
 
 class Objective:
     """Turns what came of decisions into rewards; each env has its own.
 
-    ``lagrangian`` is the Lagrangian of ``max E[savings]`` under ``E[quality] >= E[quality_ref] - epsilon``: savings
-    minus a multiplier times the quality that is missing (negative where there is more than enough). The multiplier
-    starts at ``penalty`` and follows the constraint: every decision raises it by ``multiplier_rate`` times what it
-    lacks, never below 0. So it is the mean quality that is kept, not that of each instance, and nobody has to know the
-    right penalty. The other objectives have no state.
+    Under ``lagrangian`` the penalty is a multiplier that starts at ``penalty`` and follows the constraint: every
+    decision raises it by ``multiplier_rate`` times the quality that it lacks, never below 0. So it is the mean quality
+    that is kept, not that of each instance, and nobody has to know the right penalty. Other objectives have no state.
 
     Args:
-        name: ``lexicographic``, ``lagrangian`` or ``scalarized``.
+        objective: A name, or a function as ``register_objective`` takes it.
         epsilon: How much quality may be lost, in its own unit.
         penalty: Reward lost at full cost; the multiplier's start.
         cost_scale: The cost that counts as full, in units of quality.
         multiplier_rate: How fast the multiplier moves, a decision.
 
     Attributes:
+        name: Of the objective.
         multiplier: The penalty in force; it belongs to the state of a run.
+
+    Raises:
+        ValueError: If the name is unknown, or the function takes something else.
     """
 
     def __init__(
-        self, name: ObjectiveName, *, epsilon: float, penalty: float, cost_scale: float, multiplier_rate: float
+        self,
+        objective: str | ObjectiveFunction,
+        *,
+        epsilon: float,
+        penalty: float,
+        cost_scale: float,
+        multiplier_rate: float,
     ) -> None:
-        self.name = name
+        self.name = objective_name(objective)
+        self.function = objective_function(objective)
         self.epsilon = epsilon
         self.cost_scale = cost_scale
         self.multiplier_rate = multiplier_rate
         self.multiplier = penalty
 
     def rewards(self, quality: Floats, quality_ref: Floats, flops_ratio: Floats) -> Floats:
-        """Rewards ``[n]`` of ``n`` decisions made together; the multiplier moves after they are given."""
+        """Rewards ``[n]`` of ``n`` decisions made together; the multiplier moves after they are given.
+
+        Raises:
+            ValueError: If an objective of one's own gives something else than ``n`` finite numbers.
+        """
+        given = self.function(
+            quality,
+            quality_ref,
+            flops_ratio,
+            epsilon=self.epsilon,
+            penalty=self.multiplier,
+            cost_scale=self.cost_scale,
+        )
+        rewards = np.asarray(given, dtype=np.float64)
+        if rewards.shape != quality.shape or not np.isfinite(rewards).all():
+            raise ValueError(
+                f"the objective {self.name!r} has to give a finite reward for each of {len(quality)} decisions, got "
+                f"{given!r}"
+            )
         if self.name == "lagrangian":
             missing = (quality_ref - self.epsilon - quality) / self.cost_scale
-            rewards = 1.0 - flops_ratio - self.multiplier * missing
             self.multiplier = max(0.0, self.multiplier + self.multiplier_rate * float(missing.sum()))
-            return rewards
-        objective = lexicographic if self.name == "lexicographic" else scalarized
-        cost = quality_cost(quality, quality_ref, self.epsilon)
-        return objective(cost, flops_ratio, self.multiplier, self.cost_scale)
+        return rewards

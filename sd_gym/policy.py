@@ -14,9 +14,29 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sd_gym.registry import Registry
 
 HIDDEN = 64
 FORMAT = 1
+NetworkFactory = Callable[[int, int], nn.Module]
+NETWORKS: Registry[NetworkFactory] = Registry("network", {})
+
+
+def register_network(name: str, factory: NetworkFactory) -> None:
+    """Make a policy network of your own known: then all agents that learn take the setting ``network=name``.
+
+    Args:
+        name: What it is called.
+        factory: Takes (features of an observation, logits) to a module from observations float32 ``[n, features]`` to
+            logits ``[n, logits]``, row by row; a module's class, for one. A bias is added to its logits, so that
+            learning begins at ``initial_skip_rate``. Its weights are saved with the run, and its FLOPs count.
+
+    Raises:
+        ValueError: If there is no name.
+    """
+    NETWORKS.register(name, factory)
 
 
 def _most_probable(logits: Tensor) -> Tensor:
@@ -39,7 +59,15 @@ class DecisionPolicy(nn.Module):
         noise: Decisions are the most probable ones (``none``), drawn from a fixed seed (``random``), or drawn from a
             hash of the observation (``hash``): the same input is always decided on alike, for no reason.
         autoregressive: Whether a choice depends on earlier ones.
+        network: Name of a registered network that gives the logits instead of two hidden layers.
         hidden: Width of the hidden layers.
+
+    Attributes:
+        body: The hidden layers ``[n, hidden]``, or the registered network.
+        head: What makes logits of its output: linear, or, of a registered network, a bias for each.
+
+    Raises:
+        ValueError: If the network is unknown, or is none from observations to logits.
     """
 
     def __init__(
@@ -51,6 +79,7 @@ class DecisionPolicy(nn.Module):
         blind: bool = False,
         noise: Literal["none", "random", "hash"] = "none",
         autoregressive: bool = False,
+        network: str | None = None,
         hidden: int = HIDDEN,
     ) -> None:
         super().__init__()
@@ -60,9 +89,15 @@ class DecisionPolicy(nn.Module):
         self.blind = blind
         self.noise = noise
         self.autoregressive = autoregressive
+        self.network = network
         self.hidden = hidden
-        self.body = nn.Sequential(nn.Linear(observation_size, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
-        self.head = nn.Linear(hidden, sum(self.nvec))
+        if network is None:
+            self.body = nn.Sequential(
+                nn.Linear(observation_size, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh()
+            )
+            self.head = nn.Linear(hidden, sum(self.nvec))
+        else:
+            self.body, self.head = own_network(network, observation_size, sum(self.nvec))
         if autoregressive:
             self.coupling = nn.Parameter(torch.zeros(sum(self.nvec), len(self.nvec)))
             component = torch.repeat_interleave(torch.arange(len(self.nvec)), torch.tensor(self.nvec))
@@ -133,6 +168,13 @@ class DecisionPolicy(nn.Module):
         choices = self(seen)[:, : 2 * len(self.switches)].unflatten(1, (-1, 2))
         return (choices[..., 1] - choices[..., 0]).cpu().numpy()
 
+    @torch.no_grad()
+    def begin_at(self, logits: Tensor) -> None:
+        """Decide by ``logits [sum(nvec)]``, nearly alike for all inputs; a registered network adds its own to them."""
+        if self.network is None:
+            self.head.weight.mul_(0.01)
+        self.head.bias.copy_(logits)
+
     def with_margin(self, margin: float) -> DecisionPolicy:
         """A copy that skips only where it prefers skipping by more than ``margin`` in log-odds: a knob for caution."""
         copy = deepcopy(self)
@@ -159,9 +201,9 @@ class DecisionPolicy(nn.Module):
 
     @property
     def flops(self) -> int:
-        """FLOPs of one decision, 2 per multiply-add."""
-        linears = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
-        return 2 * (linears + (int(self._earlier.sum()) if self.autoregressive else 0))
+        """FLOPs of one decision, 2 per multiply-add, as torch's ``FlopCounterMode`` counts them."""
+        counted, _ = _on_meta(nn.Sequential(self.body, self.head), 1, self.observation_size)
+        return counted + (2 * int(self._earlier.sum()) if self.autoregressive else 0)
 
     def save(self, folder: Path) -> None:
         """Write ``policy.safetensors`` and ``policy.json``; each file appears complete or not at all."""
@@ -176,7 +218,9 @@ class DecisionPolicy(nn.Module):
             "autoregressive": self.autoregressive,
             "hidden": self.hidden,
         }
-        weights = {key: value.contiguous() for key, value in self.state_dict().items()}
+        if self.network is not None:
+            description["network"] = self.network
+        weights = {key: value.contiguous().clone() for key, value in self.state_dict().items()}  # none shares memory
         save_file(weights, folder / "policy.safetensors.tmp")
         os.replace(folder / "policy.safetensors.tmp", folder / "policy.safetensors")
         write_json(folder / "policy.json", description)
@@ -187,7 +231,7 @@ class DecisionPolicy(nn.Module):
 
         Raises:
             FileNotFoundError: If the folder holds none.
-            ValueError: If its format is another one.
+            ValueError: If its format is another one, or its network is not registered.
         """
         file = Path(folder) / "policy.json"
         if not file.exists():
@@ -195,9 +239,61 @@ class DecisionPolicy(nn.Module):
         description = json.loads(file.read_text(encoding="utf-8"))
         if description.pop("format", None) != FORMAT:
             raise ValueError(f"{file}: not a policy of format {FORMAT}")
+        if (network := description.get("network")) is not None:
+            NETWORKS.find(network, run=Path(folder))
         policy = cls(**description)
         policy.load_state_dict(load_file(Path(folder) / "policy.safetensors"))
         return policy.eval()
+
+
+class Bias(nn.Module):
+    """Adds a bias to the logits of a network that makes them itself; ``weight`` is 1, or 0 to leave the bias alone.
+
+    Args:
+        size: Number of logits.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.register_buffer("weight", torch.ones(size))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """``[n, size]`` to ``[n, size]``."""
+        return logits * self.weight + self.bias
+
+
+def own_network(name: str, observation_size: int, n_logits: int) -> tuple[nn.Module, Bias]:
+    """A registered network, made now, and the bias behind it.
+
+    Raises:
+        ValueError: If there is none of that name, or it is none from observations to logits.
+    """
+    network = NETWORKS.find(name)(observation_size, n_logits)
+    expected = f"a module from observations [n, {observation_size}] to logits [n, {n_logits}]"
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"the network {name!r} has to be {expected}, got {type(network).__name__}")
+    try:
+        _, logits = _on_meta(network, 2, observation_size)
+    except Exception as error:  # whatever a user's module raises
+        raise ValueError(
+            f"the network {name!r} has to be {expected}, on any device (its FLOPs are counted on 'meta'): {error}"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.shape != (2, n_logits):
+        came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the network {name!r} has to be {expected}; of 2 observations it made {came}")
+    return network, Bias(n_logits)
+
+
+def _on_meta(module: nn.Module, rows: int, features: int) -> tuple[int, Any]:
+    """FLOPs and output of a module for so many observations, without running it.
+
+    On torch's device ``meta`` there are no fused kernels, which its counter overlooks (LSTMs and attention on a CPU).
+    """
+    copy = deepcopy(module).to("meta").eval()
+    with torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        output = copy(torch.zeros(rows, features, device="meta"))
+    return counter.get_total_flops(), output
 
 
 def bounded(logits: Tensor, lowest: float) -> Tensor:

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib.resources import files
 from pathlib import Path
 
 import gymnasium as gym
+from gymnasium.envs.registration import parse_env_id
+
+from sd_gym.registry import Registry
 
 CONFIG_FOLDER = Path(str(files("sd_gym.envs_configs")))
-
-
-def config_files() -> list[Path]:
-    """The configuration files, sorted by name."""
-    return sorted(CONFIG_FOLDER.glob("*.yaml"))
 
 
 def env_id(file: Path) -> str:
     """The Gymnasium id in a configuration file, read from its line ``id: ...``.
 
     Parsing only that line keeps ``import sd_gym`` fast.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has no such line.
     """
+    if not file.is_file():
+        raise FileNotFoundError(f"no configuration file {str(file)!r}")
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("id:"):
-            return line.removeprefix("id:").strip()
-    raise ValueError(f"{file}: no line 'id: ...'")
+            return line.removeprefix("id:").partition(" #")[0].strip(" \"'")
+    raise ValueError(f"{file}: no line 'id: ...', such as 'id: My/Reviews-v0'")
+
+
+ENVS = Registry("env", {env_id(file): file for file in sorted(CONFIG_FOLDER.glob("*.yaml"))})
+
+
+def config_files() -> list[Path]:
+    """The configuration files, the bundled ones first."""
+    return [ENVS.find(identity) for identity in ENVS.names()]
 
 
 def config_of(identity: str) -> Path:
@@ -33,25 +44,54 @@ def config_of(identity: str) -> Path:
     Raises:
         ValueError: If there is no such id.
     """
-    known = {env_id(file): file for file in config_files()}
-    if identity not in known:
-        near = difflib.get_close_matches(identity, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown env {identity!r}{hint} Known: {', '.join(known)}.")
-    return known[identity]
-
-
-def register_envs() -> None:
-    """Register all envs with Gymnasium."""
-    for file in config_files():
-        gym.register(
-            env_id(file),
-            entry_point="sd_gym.envs:SwitchableEnv",
-            vector_entry_point="sd_gym.envs:SwitchableVectorEnv",
-            kwargs={"config_file": file.name},
-        )
+    return ENVS.find(identity)
 
 
 def registered_ids() -> list[str]:
     """The ids of all sd_gym envs."""
-    return [env_id(file) for file in config_files()]
+    return ENVS.names()
+
+
+def register_env(file: str | Path) -> str:
+    """Make an env of your own, described in a YAML file as those of ``envs_configs/`` are, known to Gymnasium.
+
+    Its ``dataset`` and ``backbone`` may be paths from where the file lies; those that are passed to ``gym.make`` or
+    ``--set`` are paths from the working directory, as always. The keys are checked when an env is made.
+
+    Args:
+        file: The YAML file.
+
+    Returns:
+        Its id, for ``gym.make``, ``gym.make_vec`` and, with ``--import``, the command line. A file of the same id that
+        was registered before is replaced.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has no ``id``, or one that is taken by another env.
+        gymnasium.error.Error: If the id is not of the form ``[NAMESPACE/]NAME[-vVERSION]``.
+    """
+    file = Path(file).expanduser().resolve()
+    identity = env_id(file)
+    parse_env_id(identity)
+    if identity in gym.registry and identity not in ENVS.names():
+        raise ValueError(f"{file}: the id {identity!r} is taken by another env of Gymnasium's registry")
+    ENVS.register(identity, file)
+    gym.registry.pop(identity, None)
+    _register(identity)
+    return identity
+
+
+def register_envs() -> None:
+    """Register the bundled envs with Gymnasium."""
+    for identity in ENVS.names():
+        _register(identity)
+
+
+def _register(identity: str) -> None:
+    file = ENVS.find(identity)
+    gym.register(
+        identity,
+        entry_point="sd_gym.envs:SwitchableEnv",
+        vector_entry_point="sd_gym.envs:SwitchableVectorEnv",
+        kwargs={"config_file": file.name if file.parent == CONFIG_FOLDER else str(file)},
+    )

@@ -10,10 +10,10 @@ unit = st.floats(0, 1)
 
 @given(unit, unit, unit, unit, st.floats(0.01, 100), st.floats(0.01, 10))
 def test_any_satisfied_outcome_beats_any_violated_one(quality_ref, lost, kept_ratio, broken_ratio, penalty, scale):
-    cost = quality_cost(np.array([quality_ref, quality_ref]), np.full(2, quality_ref), 0.0)
-    assert (cost == 0).all()
-    kept = lexicographic(np.array([0.0]), np.array([kept_ratio]), penalty, scale)[0]
-    broken = lexicographic(np.array([lost + 1e-9]), np.array([broken_ratio]), penalty, scale)[0]
+    constants = {"epsilon": 0.0, "penalty": penalty, "cost_scale": scale}
+    reference = np.array([quality_ref])
+    kept = lexicographic(reference, reference, np.array([kept_ratio]), **constants)[0]
+    broken = lexicographic(reference - lost - 1e-9, reference, np.array([broken_ratio]), **constants)[0]
     assert 0 <= kept <= 1
     assert -penalty <= broken < 0
     assert kept > broken
@@ -24,11 +24,12 @@ def test_values_by_hand():
     cost = quality_cost(quality, reference, 0.1)
     np.testing.assert_allclose(cost, [0.0, 0.9, 0.2])
     ratio = np.array([0.25, 0.5, 0.75])
-    np.testing.assert_allclose(lexicographic(cost, ratio, 4.0, 0.8), [0.75, -4.0, -1.0])
-    np.testing.assert_allclose(scalarized(cost, ratio, 4.0, 0.8), [0.75, 0.5 - 4.5, 0.25 - 1.0])
-    for name in ("lexicographic", "scalarized"):
-        objective = Objective(name, epsilon=0.1, penalty=4.0, cost_scale=0.8, multiplier_rate=1.0)
-        expected = {"lexicographic": lexicographic, "scalarized": scalarized}[name](cost, ratio, 4.0, 0.8)
+    constants = {"epsilon": 0.1, "penalty": 4.0, "cost_scale": 0.8}
+    by_hand = {"lexicographic": [0.75, -4.0, -1.0], "scalarized": [0.75, 0.5 - 4.5, 0.25 - 1.0]}
+    for function in (lexicographic, scalarized):
+        expected = by_hand[function.__name__]
+        np.testing.assert_allclose(function(quality, reference, ratio, **constants), expected)
+        objective = Objective(function.__name__, **constants, multiplier_rate=1.0)
         np.testing.assert_allclose(objective.rewards(quality, reference, ratio), expected)
         assert objective.multiplier == 4.0
     assert pytest.approx(0.0) == quality_cost(np.array([1.0]), np.array([0.5]), 0.0)[0]

@@ -48,12 +48,14 @@ class LearnerSettings(AgentSettings):
             tells most about all switches; near the dense backbone learning takes several times as long.
         start: Folder of a run whose policy learning goes on from (a warm start), such as one of ``static`` or
             ``imitation``; then ``initial_skip_rate`` plays no part.
+        network: Name of a policy network of your own (``sd_gym.register_network``); ``None``: two hidden layers.
     """
 
     learning_rate: float = Field(1e-3, gt=0)
     entropy: float = Field(0.0, ge=0)
     initial_skip_rate: float = Field(0.5, gt=0, lt=1)
     start: Path | None = None
+    network: str | None = None
 
 
 @dataclass
@@ -147,6 +149,7 @@ class Agent(ABC):
     def _new_policy(self, **kwargs: Any) -> DecisionPolicy:
         core = self.env.core
         size = self.env.single_observation_space.shape[0]
+        kwargs["network"] = getattr(self.settings, "network", None)
         with torch.random.fork_rng(devices=[]):  # to export a policy draws nothing from the agent's randomness
             return DecisionPolicy(size, core.nvec.tolist(), core.backbone.board.names, blind=self.blind, **kwargs)
 
@@ -167,7 +170,7 @@ class Agent(ABC):
         """
         start = DecisionPolicy.load(folder)
         expected = self._new_policy()
-        for name in ("observation_size", "nvec", "switches", "hidden"):
+        for name in ("observation_size", "nvec", "switches", "network", "hidden"):
             if getattr(start, name) != getattr(expected, name):
                 raise ValueError(
                     f"the policy in {folder} cannot be a start here: its {name} is {getattr(start, name)}, expected "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,12 +15,24 @@ from sd_gym.agents.common.verdict import Verdict, fewest_instances, verdict
 from sd_gym.envs.core import Core
 from sd_gym.envs.report import by_facts, write_instances
 from sd_gym.envs.split import Split
-from sd_gym.policy import DecisionPolicy
 
 BATCH = 256
 BOOTSTRAP_SAMPLES = 2000
 WARM_UP, LEAST_TIMED = 2, 3  # batches
 TIMED_SECONDS = 30.0  # behind which no further batch is timed: of a large backbone, three batches take minutes
+
+
+class Decides(Protocol):
+    """What can be evaluated: a ``DecisionPolicy``, or anything else that decides.
+
+    Attributes:
+        flops: FLOPs of one decision; ``None`` where nobody has counted them.
+    """
+
+    flops: int | None
+
+    def decide(self, observations: NDArray) -> NDArray:
+        """Decisions, int64 ``[n, switches + 1]``, for observations float32 ``[n, features]``."""
 
 
 class Decided(NamedTuple):
@@ -43,9 +55,7 @@ def bootstrap_interval(values: NDArray, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def decide_and_score(
-    core: Core, policy: DecisionPolicy, split: Split, rows: NDArray | None = None
-) -> dict[str, NDArray]:
+def decide_and_score(core: Core, policy: Decides, split: Split, rows: NDArray | None = None) -> dict[str, NDArray]:
     """Walk a split once, in order, with the policy's decisions.
 
     Args:
@@ -77,7 +87,7 @@ def score_decisions(core: Core, split: Split, rows: NDArray, decisions: NDArray)
 
 def evaluate(
     core: Core,
-    policy: DecisionPolicy | None,
+    policy: Decides | None,
     split_name: str,
     *,
     decided: Decided | None = None,
@@ -86,14 +96,14 @@ def evaluate(
     """The result on a split, of a policy or of decisions that no policy made: in all and by difficulty.
 
     ``flops_ratio`` is the mean over instances of the backbone's ratio; ``flops_ratio_with_policy`` adds what it costs
-    to decide. ``metrics`` holds the data set's own metric where it is not the mean quality. ``by_difficulty`` has the
-    data's levels, or where they have none the quartiles of the dense loss; ``by_fact`` the quartiles of all that is
-    known of an instance, and ``table`` (a CSV file to write) each instance.
+    to decide, if ``policy_flops_counted``. ``metrics`` holds the data set's own metric where it is not the mean
+    quality. ``by_difficulty`` has the data's levels, or where they have none the quartiles of the dense loss;
+    ``by_fact`` the quartiles of all that is known of an instance, and ``table`` (a CSV file to write) each instance.
     """
     split = core.split(split_name)
     rows = np.arange(len(split))
     if decided is None:
-        decided = Decided(policy.decide(core.observe(split, rows)), np.full(len(split), policy.flops))
+        decided = Decided(policy.decide(core.observe(split, rows)), np.full(len(split), policy.flops or 0))
     scored = score_decisions(core, split, rows, decided.decisions)
     if table is not None:
         write_instances(split, scored, table)
@@ -109,6 +119,7 @@ def evaluate(
         "quality_difference_interval": bootstrap_interval(difference),
         "fewest_instances": fewest_instances(core.config.epsilon),
         "epsilon": core.config.epsilon,
+        "policy_flops_counted": policy is None or policy.flops is not None,
         "decisions_used": len(np.unique(scored["decision"], axis=0)),
         "by_difficulty": [_level(scored, split.levels, level) for level in np.unique(split.levels)],
         "by_fact": by_facts(split, scored),
@@ -116,10 +127,10 @@ def evaluate(
     }
 
 
-def summary(core: Core, policy: DecisionPolicy, split_name: str) -> dict[str, Any]:
+def summary(core: Core, policy: Decides, split_name: str) -> dict[str, Any]:
     """What ``evaluate`` says first: means of quality and FLOPs, and the verdict."""
     split = core.split(split_name)
-    own = policy.flops / split.dense_flops(np.arange(len(split)))
+    own = (policy.flops or 0) / split.dense_flops(np.arange(len(split)))
     return _means(decide_and_score(core, policy, split), own, core.config.epsilon)
 
 
@@ -145,9 +156,7 @@ def _level(scored: dict[str, NDArray], difficulty: NDArray, level: int) -> dict[
 
 
 @torch.inference_mode()
-def time_ratio(
-    core: Core, policy: DecisionPolicy, split_name: str, batch_size: int, batches: int = 12
-) -> dict[str, float]:
+def time_ratio(core: Core, policy: Decides, split_name: str, batch_size: int, batches: int = 12) -> dict[str, float]:
     """Time of the switched backbone over that of the dense one, end to end: the policy's decision is included.
 
     Both run the same batches (drawn at random, padded to their longest), in turn, after a warm-up; ``batches`` of them,

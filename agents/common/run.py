@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,16 @@ import gymnasium as gym
 import numpy as np
 import torch
 from sd_gym.agents.common.agent import INFO_TAGS, Rollout
-from sd_gym.agents.common.evaluation import Decided, evaluate, summary, time_ratio
+from sd_gym.agents.common.evaluation import Decided, Decides, evaluate, summary, time_ratio
 from sd_gym.agents.common.plots import plot_run
 from sd_gym.agents.common.selection import STRICT, Selection
 from sd_gym.agents.registry import agent_class, make_agent
 from stable_baselines3.common.logger import configure
 
-from sd_gym.envs.config import EnvConfig
+from sd_gym.envs.config import EnvConfig, make_config
 from sd_gym.envs.core import Core, shared_core
-from sd_gym.envs.shells import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy, as_json, write_json
+from sd_gym.tasks.data import SPLITS
 
 VALIDATIONS = 8  # times that the policy is validated during training
 TIMED_BATCH_SIZES = (1, 8, 32)
@@ -58,6 +58,7 @@ def train(
     settings: dict[str, Any] | None = None,
     strictness: float = STRICT,
     resume: bool = False,
+    imports: Sequence[str] = (),
     on_progress: Callable[[int, dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
     """Train an agent on an env, select its best policy on validation, and evaluate that on the test split.
@@ -73,6 +74,8 @@ def train(
         settings: Overrides of the env's config and of the agent's settings, by key.
         strictness: Standard errors by which a policy's loss must stay below epsilon on validation to be selected.
         resume: Whether to go on from the folder's checkpoint, if there is one, as if nothing had happened.
+        imports: Modules and files that register what the run needs, as ``--import`` takes them; kept in
+            ``config.json``, so that whoever lacks them is told. Import them first.
         on_progress: Called after each rollout with (steps so far, figures to show).
 
     Returns:
@@ -87,12 +90,14 @@ def train(
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists() and not resume:
         raise FileExistsError(f"{folder} holds a run that was cut off; go on with --resume, or choose another --output")
+    agent_class(algo, run=folder)
     env_settings, agent_settings = split_settings(algo, settings or {})
     num_envs = agent_class(algo).Settings(**agent_settings).num_envs
     env = gym.make_vec(env_id, num_envs=num_envs, **env_settings).unwrapped
     agent = make_agent(algo, env, seed=seed, **agent_settings)
     env.reset(seed=seed)
-    description = _describe(env, env_id, algo, agent.settings, steps, seed)
+    description = {"env": env_id, "algo": algo, "steps": steps, "seed": seed, "imports": list(imports)}
+    description |= circumstances(env.config) | {"agent_settings": agent.settings.model_dump()}
     selection = Selection(env.core, strictness)
     if checkpoint.exists():
         _check_same(folder, description)
@@ -128,32 +133,29 @@ def train(
             policy = selection.select(agent.offers())
         policy.save(folder)
     agent.save_extra(folder)
-    result = finish(env.core, policy, folder, selection.history, decided, last)
+    result = measured(env.core, policy, "test", folder, decided)
+    result["last_policy"] = last  # what learning ended with, where another one may have been selected
+    result["history"] = selection.history
+    result["data"] = {name: env.core.split(name).counts for name in SPLITS}
+    write_result(result, env.core, folder)
     checkpoint.unlink(missing_ok=True)
     return result
 
 
-def finish(
-    core: Core,
-    policy: DecisionPolicy | None,
-    folder: Path,
-    history: list[dict[str, Any]],
-    decided: Decided | None = None,
-    last: dict[str, Any] | None = None,
+def measured(
+    core: Core, policy: Decides | None, split: str, folder: Path | None, decided: Decided | None = None
 ) -> dict[str, Any]:
-    """Evaluate on the test split; write ``result.json``, ``instances.csv``, ``result.png``. Only a policy is timed.
-
-    ``last`` is what the policy that learning ended with does on that split, where another one was selected.
-    """
-    result = evaluate(core, policy, "test", decided=decided, table=folder / "instances.csv")
+    """The result on a split, timed if a policy decides; ``instances.csv`` is written to the folder, if there is one."""
+    result = evaluate(core, policy, split, decided=decided, table=folder / "instances.csv" if folder else None)
     sizes = TIMED_BATCH_SIZES if policy is not None else ()
-    result["time"] = {str(size): time_ratio(core, policy, "test", size) for size in sizes}
-    result["last_policy"] = last
-    result["history"] = history
-    result["data"] = {name: core.split(name).counts for name in ("train", "validation", "test")}
+    result["time"] = {str(size): time_ratio(core, policy, split, size) for size in sizes}
+    return result
+
+
+def write_result(result: dict[str, Any], core: Core, folder: Path) -> None:
+    """Write ``result.png`` and ``result.json``."""
     plot_run(result, core.backbone.board.names, folder / "result.png")
     write_json(folder / "result.json", result)
-    return result
 
 
 def _save(file: Path, value: dict[str, Any]) -> None:
@@ -176,23 +178,37 @@ def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:
 
     Raises:
         FileNotFoundError: If the folder holds no run.
+        ValueError: If its network is not registered.
+    """
+    description = read_description(folder)
+    return description, shared_core(run_config(description)), DecisionPolicy.load(folder)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """A run's ``config.json``.
+
+    Raises:
+        FileNotFoundError: If there is none.
     """
     file = folder / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"no config.json in {folder}; expected a folder that 'sd-gym train' wrote")
-    description = json.loads(file.read_text(encoding="utf-8"))
-    core = shared_core(EnvConfig(**description["env_config"]))
-    return description, core, DecisionPolicy.load(folder)
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _describe(env: SwitchableVectorEnv, env_id: str, algo: str, settings: Any, steps: int, seed: int) -> dict[str, Any]:
+def run_config(description: dict[str, Any], settings: dict[str, Any] | None = None) -> EnvConfig:
+    """The env's config of a run, some keys overridden, to evaluate on.
+
+    The run's objective is left out: no reward is given, and a user's own may not be registered here.
+    """
+    values = {key: value for key, value in description["env_config"].items() if key != "objective"}
+    return make_config({**values, **(settings or {})}, description["env"])
+
+
+def circumstances(config: EnvConfig) -> dict[str, Any]:
+    """What ``config.json`` says of the env, and of how the program was called."""
     return {
-        "env": env_id,
-        "algo": algo,
-        "steps": steps,
-        "seed": seed,
         "command": shlex.join(sys.argv),
-        "env_config": env.config.model_dump(),
-        "agent_settings": settings.model_dump(),
+        "env_config": config.model_dump(),
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
     }

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.static import read_masks
-from sd_gym.agents.common.compare import agent_of, finished
+from sd_gym.agents.common.compare import agent_of, finished, finished_runs
 from sd_gym.agents.common.evaluation import decide_and_score
 from sd_gym.agents.common.fronts import Front, flops_samples, front_of
-from sd_gym.agents.registry import LEARNING
+from sd_gym.agents.registry import LEARNING, agent_names
 
 from sd_gym.envs.config import EnvConfig
 from sd_gym.envs.core import Core, shared_core
@@ -64,19 +64,29 @@ def env_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFro
         test_size: Instances of the test split to score, if there are so many; ``None``: those that the runs had.
 
     Raises:
-        FileNotFoundError: If a folder holds no finished run.
+        FileNotFoundError: If no folder holds a finished run.
         ValueError: If there is no env with a learned agent and with a control.
 
     Warns:
-        UserWarning: If runs are left out, since there is nothing to compare them with on the same env.
+        UserWarning: If folders hold no finished run, or runs are left out, since there is nothing to compare them with
+            on the same env or their agent is not known.
     """
     envs: dict[str, dict[str, list[Path]]] = {}
-    for folder in folders:
+    strange = []
+    for folder in finished_runs(folders):
         config, _ = finished(folder)
         algo = config["algo"]
         name = "blind" if algo.startswith("blind-") else algo if algo == "static" else agent_of(config)
         if name in CONTROLS or algo in LEARNING:
             envs.setdefault(_env_of(config), {}).setdefault(name, []).append(folder)
+        elif algo not in agent_names():
+            strange.append(str(folder))
+    if strange:
+        warnings.warn(
+            f"left out, as their agent is not known here (one of your own has to be imported, --import): "
+            f"{', '.join(strange)}",
+            stacklevel=2,
+        )
     resized = {} if test_size is None else {"test_size": test_size}
     found, alone = [], []
     for env, agents in sorted(envs.items()):

@@ -13,11 +13,13 @@ from sd_gym.agents.common.agent import INFO_KEYS, LAST_RATE, Agent, OnRollout, R
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
 
 from sd_gym.envs.sb3 import SwitchableVecEnv
-from sd_gym.policy import HIDDEN, DecisionPolicy
+from sd_gym.policy import HIDDEN, DecisionPolicy, own_network
 
 LOGGED_DECISIONS = 1024  # about so many between two points of a curve, whatever the size of a rollout
 
@@ -33,6 +35,29 @@ class Blindfold(VecEnvWrapper):
         """The step with zeros for observations."""
         observations, rewards, dones, infos = self.venv.step_wait()
         return np.zeros_like(observations), rewards, dones, infos
+
+
+class OwnNetworkPolicy(ActorCriticPolicy):
+    """The library's policy with a registered network as its actor; the critic is the usual one.
+
+    Args:
+        network: The network's name.
+        args: As of the library's policy.
+        kwargs: As of the library's policy.
+    """
+
+    def __init__(self, *args: Any, network: str, **kwargs: Any) -> None:
+        self.network = network
+        super().__init__(*args, **kwargs)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        super()._build(lr_schedule)
+        n_logits = int(self.action_space.nvec.sum())
+        self.mlp_extractor.policy_net, self.action_net = own_network(self.network, self.features_dim, n_logits)
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), "network": self.network}
 
 
 class _RolloutCallback(BaseCallback):
@@ -83,7 +108,7 @@ class SB3Agent(Agent):
         with torch.no_grad():
             if self.settings.start is not None:
                 start = self._load_start(self.settings.start)
-                for theirs, ours in zip(self._layers(), [*start.body, start.head], strict=True):
+                for theirs, ours in zip(self._actor(), (start.body, start.head), strict=True):
                     theirs.load_state_dict(ours.state_dict())
             else:
                 bias = initial_bias(self.env.core.nvec, self.settings.initial_skip_rate)
@@ -96,22 +121,24 @@ class SB3Agent(Agent):
     def _common(self, vec_env: VecEnv) -> dict[str, Any]:
         """Arguments that the algorithms share. An episode is one decision, so discounting plays no part."""
         rate = self.settings.learning_rate
+        network = self.settings.network
+        own = {} if network is None else {"network": network}
         return {
-            "policy": "MlpPolicy",
+            "policy": OwnNetworkPolicy if own else "MlpPolicy",
             "env": vec_env,
             "learning_rate": LinearSchedule(rate, LAST_RATE * rate, 1.0),
             "n_steps": self.settings.n_steps,
             "gamma": 1.0,
             "gae_lambda": 1.0,
             "ent_coef": self.settings.entropy,
-            "policy_kwargs": {"net_arch": {"pi": [HIDDEN, HIDDEN], "vf": [HIDDEN, HIDDEN]}},
+            "policy_kwargs": {"net_arch": {"pi": [HIDDEN, HIDDEN], "vf": [HIDDEN, HIDDEN]}, **own},
             "seed": self.seed,
             "device": "cpu",
         }
 
-    def _layers(self) -> list[torch.nn.Module]:
-        """The actor's layers, in the order of ``DecisionPolicy``'s body and head."""
-        return [*self.algorithm.policy.mlp_extractor.policy_net, self.algorithm.policy.action_net]
+    def _actor(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """What corresponds to ``DecisionPolicy``'s body and head."""
+        return self.algorithm.policy.mlp_extractor.policy_net, self.algorithm.policy.action_net
 
     def before_update(self, infos: dict[str, NDArray]) -> None:
         """Called with a rollout's infos, each ``[steps, envs]``, before the algorithm learns from it."""
@@ -133,7 +160,7 @@ class SB3Agent(Agent):
     def policy(self) -> DecisionPolicy:
         """The actor's weights in the project's own network, which decides the same."""
         exported = self._new_policy()
-        for ours, theirs in zip([*exported.body, exported.head], self._layers(), strict=True):
+        for ours, theirs in zip((exported.body, exported.head), self._actor(), strict=True):
             ours.load_state_dict(theirs.state_dict())
         return exported.eval()
 

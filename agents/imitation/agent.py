@@ -94,8 +94,7 @@ class ImitationAgent(Agent):
             if self.settings.start is not None:
                 self.network.load_state_dict(self._load_start(self.settings.start).state_dict())
             else:
-                self.network.head.weight.mul_(0.01)
-                self.network.head.bias.copy_(initial_bias(self.env.core.nvec, self.settings.initial_skip_rate))
+                self.network.begin_at(initial_bias(self.env.core.nvec, self.settings.initial_skip_rate))
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Search and learn; it takes as many decisions as it takes."""

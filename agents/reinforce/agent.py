@@ -68,7 +68,7 @@ class ReinforceAgent(Agent):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.network = self._new_policy(autoregressive=settings.autoregressive)
-            for layer in self.network.body:
+            for layer in self.network.body if settings.network is None else ():
                 if isinstance(layer, torch.nn.Linear):  # as Stable-Baselines3 does: the features start at full size
                     torch.nn.init.orthogonal_(layer.weight, gain=2**0.5)
                     torch.nn.init.zeros_(layer.bias)
@@ -76,8 +76,7 @@ class ReinforceAgent(Agent):
             if settings.start is not None:
                 self.network.load_state_dict(self._load_start(settings.start).state_dict(), strict=False)
             else:
-                self.network.head.weight.mul_(0.01)  # starts alike for all inputs
-                self.network.head.bias.copy_(initial_bias(self.env.core.nvec, settings.initial_skip_rate))
+                self.network.begin_at(initial_bias(self.env.core.nvec, settings.initial_skip_rate))
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings.learning_rate)
         self.barrier = DynamicBarrier(

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
-from sd_gym.objectives import Objective, ObjectiveName
+from sd_gym.objectives import Objective, ObjectiveFunction, objective_function, objective_name
 from sd_gym.tasks.data import Source
 
 SplitName = Literal["train", "validation", "test"]
@@ -18,7 +18,8 @@ Pairs = Annotated[
     tuple[tuple[str, str], ...],
     BeforeValidator(lambda value: tuple(sorted(value.items())) if isinstance(value, dict) else value),
 ]
-
+# A name, or a function as ``register_objective`` takes it, which is written by its name.
+ObjectiveKey = Annotated[str | ObjectiveFunction, PlainSerializer(objective_name)]
 
 METRICS = {
     "classification": ("accuracy", "f1", "matthews", "correlation", "exact_match"),
@@ -60,7 +61,7 @@ class EnvConfig(BaseModel):
     quality: Literal["exact_match", "balanced", "likelihood", "metric"] = "exact_match"
     num_beams: int = Field(default=1, ge=1)
     label_range: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    objective: ObjectiveName = "lexicographic"
+    objective: ObjectiveKey = "lexicographic"
     epsilon: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     penalty: float = Field(default=20.0, gt=0, allow_inf_nan=False)
     cost_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -114,6 +115,10 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{origin}: config key {key!r}: {first['msg']}, got {first['input']!r}") from error
+    try:
+        objective_function(config.objective)
+    except ValueError as error:
+        raise ConfigError(f"{origin}: config key 'objective': {error}") from error
     if config.metric not in METRICS[config.task]:
         raise ConfigError(
             f"{origin}: config key 'metric': {config.task} is measured by {', '.join(METRICS[config.task])}; got "
@@ -138,9 +143,15 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
 def load_config(file: str | Path, overrides: dict[str, Any]) -> EnvConfig:
     """The configuration of a YAML file with some keys overridden.
 
+    The file's own ``dataset`` and ``backbone`` may be paths from where it lies: what begins with a dot, or is there.
+
     Raises:
         FileNotFoundError: If there is no such file.
         ConfigError: If a key or value is wrong.
     """
-    values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    file = Path(file)
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for key in ("dataset", "backbone"):
+        if isinstance(value := values.get(key), str) and (value.startswith(".") or (file.parent / value).exists()):
+            values[key] = str((file.parent / value).resolve())
     return make_config({**values, **overrides}, values["id"])

@@ -1,0 +1,185 @@
+"""Training and evaluation from Python, as ``sd_gym.train`` and ``sd_gym.evaluate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sd_gym.agents.common import run
+from sd_gym.agents.common.evaluation import Decides
+from sd_gym.agents.common.selection import STRICT
+
+from sd_gym.envs.config import EnvConfig, load_config
+from sd_gym.envs.core import Core, shared_core
+from sd_gym.policy import DecisionPolicy, write_json
+from sd_gym.registration import config_of
+
+
+def train(
+    env_id: str,
+    algo: str = "ppo",
+    output: str | Path | None = None,
+    *,
+    steps: int = 50_000,
+    seed: int = 0,
+    strictness: float = STRICT,
+    resume: bool = False,
+    imports: Sequence[str] = (),
+    on_progress: Callable[[int, dict[str, float]], None] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train an agent, select its best policy on validation, and evaluate that on the test split: ``sd-gym train``.
+
+    Args:
+        env_id: A registered id.
+        algo: An agent's name.
+        output: Run folder; ``None``: ``default_folder``.
+        steps: Decisions to learn from.
+        seed: Of the agent and of the instances drawn.
+        strictness: Standard errors by which a policy's loss must stay below epsilon on validation to be selected.
+        resume: Whether to go on with a run that was cut off.
+        imports: Modules and files that register what the run needs, to be named by errors where they are missing.
+        on_progress: Called after each rollout with (steps so far, figures to show).
+        settings: Keys of the env's config and settings of the agent.
+
+    Returns:
+        The result, as in the folder's ``result.json``: ``quality``, ``quality_ref`` (dense), ``flops_ratio``,
+        ``flops_ratio_with_policy``, the verdict ``quality_kept`` at ``epsilon``, ``quality_difference_interval``,
+        ``by_difficulty``, ``time`` by batch size, and more.
+
+    Raises:
+        FileExistsError: If the folder holds a finished run, or one that was cut off and shall not be resumed.
+        ValueError: If a name or setting is unknown, or the run to resume is another one.
+    """
+    folder = default_folder(env_id, algo, seed) if output is None else Path(output)
+    return run.train(
+        env_id,
+        algo,
+        folder,
+        steps=steps,
+        seed=seed,
+        settings=settings,
+        strictness=strictness,
+        resume=resume,
+        imports=imports,
+        on_progress=on_progress,
+    )
+
+
+def default_folder(env_id: str, algo: str, seed: int) -> Path:
+    """``runs/TASK-ALGO-SEED``, such as ``runs/Classification-Mini-ppo-0``."""
+    name = env_id.removeprefix("SD/").removesuffix("-v0").replace("/", "-")
+    return Path("runs") / f"{name}-{algo}-{seed}"
+
+
+Policy = DecisionPolicy | str | Path | Callable[[NDArray], Any]
+
+
+def evaluate(
+    env_id: str,
+    policy: Policy,
+    split: str = "test",
+    output: str | Path | None = None,
+    *,
+    policy_flops: int | None = None,
+    name: str | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """The result of any policy on a split: what ``sd-gym train`` and ``sd-gym evaluate`` give of theirs.
+
+    Args:
+        env_id: A registered id.
+        policy: A callable from observations, float32 ``[n, features]``, to decisions, integers ``[n, switches + 1]``; a
+            model of Stable-Baselines3 (or anything with its ``predict``); a ``DecisionPolicy``; or the folder of a run,
+            whose settings of the env then hold where ``settings`` say nothing else.
+        split: ``train``, ``validation`` or ``test``.
+        output: Folder to write ``result.json``, ``instances.csv``, ``result.png`` and ``config.json`` to, so that
+            ``compare`` can set it beside runs; ``None``: nothing is written.
+        policy_flops: FLOPs of one decision; ``None``: the policy's attribute ``flops`` if it has one, else they are not
+            counted, and the result says so (``policy_flops_counted``).
+        name: Of the policy, in ``config.json``; ``None``: of the function or class.
+        settings: Overrides of the env's config, as for ``gym.make``.
+
+    Returns:
+        The result, as ``train`` gives it.
+
+    Raises:
+        FileNotFoundError: If there is no such run.
+        FileExistsError: If ``output`` holds a result.
+        ValueError: If a name or setting is unknown, or what the policy decides is malformed.
+
+    Example:
+        >>> import numpy as np, sd_gym
+        >>> def dense(observations):
+        ...     return np.zeros((len(observations), 13), dtype=int)
+        >>> result = sd_gym.evaluate("SD/Classification-Mini-v0", dense, test_size=20)  # doctest: +SKIP
+    """
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"unknown split {split!r}; expected train, validation or test")
+    folder = None if output is None else Path(output)
+    if folder is not None and (folder / "result.json").exists():
+        raise FileExistsError(f"{folder} holds a result; choose another output")
+    core = shared_core(_config(env_id, policy, settings))
+    decides = _decides(policy, policy_flops, core)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        description = {"env": env_id, "algo": name or _name_of(policy), "agent_settings": {}}
+        write_json(folder / "config.json", description | run.circumstances(core.config))
+    result = run.measured(core, decides, split, folder)
+    result["history"] = []
+    result["data"] = {name: core.split(name).counts for name in ("train", split)}
+    if folder is not None:
+        run.write_result(result, core, folder)
+    return result
+
+
+@dataclass
+class _Decides:
+    """Anything that decides, as ``Decides``."""
+
+    function: Callable[[NDArray], Any]
+    flops: int | None
+
+    def decide(self, observations: NDArray) -> NDArray:
+        return np.asarray(self.function(observations))
+
+
+def _decides(policy: Policy, flops: int | None, core: Core) -> Decides:
+    if isinstance(policy, str | Path):
+        policy = DecisionPolicy.load(Path(policy))
+    if isinstance(policy, DecisionPolicy):
+        for what, has, needs in (
+            ("decides on components", policy.nvec, core.nvec.tolist()),
+            ("reads observations of size", policy.observation_size, len(core.observation_mean)),
+        ):
+            if has != needs:
+                raise ValueError(f"the policy {what} {has}, but {core.config.id} has {needs}")
+        return policy if flops is None else _Decides(policy.decide, flops)
+    counted = getattr(policy, "flops", None) if flops is None else flops
+    if callable(getattr(policy, "predict", None)):
+        return _Decides(lambda observations: policy.predict(observations, deterministic=True)[0], counted)
+    if not callable(policy):
+        raise ValueError(
+            "expected a policy: a callable from observations to decisions, a model with predict(), a DecisionPolicy or "
+            f"the folder of a run; got {policy!r}"
+        )
+    return _Decides(policy, counted)
+
+
+def _config(env_id: str, policy: Policy, settings: dict[str, Any]) -> EnvConfig:
+    """The env's config; of a run on this env, the run's own one."""
+    if isinstance(policy, str | Path):
+        description = run.read_description(Path(policy))
+        if description["env"] == env_id:
+            return run.run_config(description, settings)
+    return load_config(config_of(env_id), settings)
+
+
+def _name_of(policy: Policy) -> str:
+    if isinstance(policy, str | Path):
+        return run.read_description(Path(policy))["algo"]
+    return getattr(policy, "__name__", type(policy).__name__)

@@ -1,0 +1,47 @@
+"""What instances an env has, without running anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sd_gym.envs.config import load_config
+from sd_gym.registration import config_of
+from sd_gym.tasks.data import load_split
+
+
+def instances(env_id: str, split: str = "test", **settings: Any) -> list[dict[str, Any]]:
+    """The instances of a split, in order; no backbone is loaded.
+
+    Args:
+        env_id: A registered id.
+        split: ``train``, ``validation`` or ``test``.
+        settings: Overrides of the env's config, as for ``gym.make``.
+
+    Returns:
+        One dictionary an instance: ``id`` (as ``reset(options={"instance": id})`` takes it), ``text`` (of question
+        answering: the question), ``text_pair`` (the context, or the second sentence; ``None`` where there is none),
+        ``label`` (the reference: a text, a class or a score), ``level`` (of difficulty, 1 and up; 0: the data do not
+        say).
+
+    Raises:
+        ValueError: If the id, the split or a setting is unknown.
+        FileNotFoundError: If there is no such data set.
+
+    Example:
+        >>> import sd_gym
+        >>> sd_gym.instances("SD/Summarization-Mini-v0", "test", test_size=3)[0]["id"]
+        'test-0'
+    """
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"unknown split {split!r}; expected train, validation or test")
+    config = load_config(config_of(env_id), settings)
+    return [
+        {
+            "id": instance.id,
+            "text": instance.source,
+            "text_pair": instance.source_pair,
+            "label": instance.target,
+            "level": instance.difficulty,
+        }
+        for instance in load_split(config.source, config.task, split, config.size_of(split))
+    ]

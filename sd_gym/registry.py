@@ -1,0 +1,129 @@
+"""Things by name: the project's own, imported when they are asked for, and those that a user registers."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+Thing = TypeVar("Thing")
+
+
+class UnknownNameError(ValueError):
+    """A name that nothing is registered under; the message has the nearest known one."""
+
+
+class Registry(Generic[Thing]):
+    """Names of one kind of thing.
+
+    Only what a program registers itself is found, so that no name that stands in a file can have anything imported or
+    called.
+
+    Args:
+        kind: What is named, in the singular, as messages call it.
+        built_in: The project's own; ``"module:attribute"`` stands for what is imported when it is asked for.
+    """
+
+    def __init__(self, kind: str, built_in: Mapping[str, Thing | str]) -> None:
+        self.kind = kind
+        self._built_in = dict(built_in)
+        self._own: dict[str, Thing] = {}
+
+    def register(self, name: str, thing: Thing) -> None:
+        """Make a thing of one's own known; a later one of the same name replaces it.
+
+        Raises:
+            ValueError: If the name is empty or one of the project's.
+        """
+        if not name or name in self._built_in:
+            raise ValueError(f"the {self.kind} needs a name of its own; {name!r} is {'taken' if name else 'none'}")
+        self._own[name] = thing
+
+    def names(self) -> list[str]:
+        """All names, the project's first."""
+        return [*self._built_in, *self._own]
+
+    def find(self, name: str, run: Path | None = None) -> Thing:
+        """The thing behind a name.
+
+        Args:
+            name: Of the thing.
+            run: Folder of the run whose files say the name: an error then tells what was imported when it was made.
+
+        Raises:
+            UnknownNameError: If there is none.
+        """
+        if name in self._own:
+            return self._own[name]
+        if name not in self._built_in:
+            raise UnknownNameError(unknown(self.kind, name, self.names(), run))
+        thing = self._built_in[name]
+        if isinstance(thing, str):
+            module, _, attribute = thing.partition(":")
+            return getattr(import_module(module), attribute)
+        return thing
+
+
+def unknown(kind: str, name: str, known: list[str], run: Path | None = None) -> str:
+    """The message for a name that nothing is registered under; arguments as of ``Registry.find``."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    message = (
+        f"unknown {kind} {name!r}{hint} Known {kind}s: {', '.join(known) or 'none'}. One of your own is known once the "
+        "module that registers it is imported (on the command line: --import MODULE_OR_FILE)."
+    )
+    imports = imports_of(run) if run is not None else []
+    if imports:
+        message += f" {run} was made with {' '.join(f'--import {name}' for name in imports)}; pass that again."
+    return message
+
+
+def imports_of(run: Path) -> list[str]:
+    """What a run's ``config.json`` says was imported for it; only ever shown, never imported."""
+    file = Path(run) / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("imports", []) if file.exists() else []
+
+
+def import_own(name: str) -> str:
+    """Import a user's module, so that what it registers is known.
+
+    Modules beside it can be imported too, as if it were run as a script, but none takes the place of an installed one.
+
+    Args:
+        name: A module that can be imported from here, or the path of a ``.py`` file.
+
+    Returns:
+        The name; the path of a file made absolute.
+
+    Raises:
+        FileNotFoundError: If there is no such file or module.
+        ValueError: If an installed module has the file's name.
+    """
+    if not name.endswith(".py"):
+        _also_from(Path.cwd())
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (name + ".").startswith(error.name + "."):
+                raise  # one that it imports itself
+            raise FileNotFoundError(
+                f"no module {name!r} to import; expected one that can be imported from here, or the path of a .py file"
+            ) from error
+        return name
+    file = Path(name).expanduser().resolve()
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {name!r} to import")
+    _also_from(file.parent)
+    module: Any = import_module(file.stem)
+    if Path(module.__file__ or "").resolve() != file:
+        raise ValueError(f"cannot import {name!r}: there is another module {file.stem!r}; rename the file")
+    return str(file)
+
+
+def _also_from(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
