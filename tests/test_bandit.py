@@ -25,8 +25,8 @@ CONSTRAINED = {
     "ppo": {"objective": "lagrangian", "multiplier_rate": 1.0},
     "a2c": {"objective": "lagrangian", "multiplier_rate": 1.0},
     "ppo_lex": {},
-    "a2c_lex": {},
-    "reinforce": {"alpha": 10.0, "beta": 10.0},
+    "a2c_lex": {"entropy": 0.2},  # or it is certain of dense before it has seen the right arm
+    "reinforce": {},
 }
 SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))]
 

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from sd_gym.policy import DecisionPolicy, bounded
 
-AIM = 1 / 3  # of epsilon: the loss that is learned for; that epsilon is kept has to be shown with a margin for chance
-
 
 class ReinforceSettings(LearnerSettings):
     """Settings of REINFORCE; a rollout scores ``num_envs * samples`` decisions, and as many greedy ones as instances.
@@ -34,10 +32,10 @@ class ReinforceSettings(LearnerSettings):
         baseline: What a sample's value is compared with: that of the greedy decision for the same input
             (``self_critical``, Rennie et al. 2017) or the mean of the other samples (``leave_one_out``, Kool et al.
             2019).
-        control: The barrier's control function: the quality loss stays within a third of the env's epsilon
-            (``constrained``) or is as low as can be (``lexicographic``).
-        alpha: The barrier's.
-        beta: The barrier's.
+        control: The barrier's control function: the quality loss stays within the env's epsilon (``constrained``) or is
+            as low as can be (``lexicographic``).
+        alpha: The barrier's: how fast a violated quality is restored.
+        beta: The barrier's: how fast at most; at 1 the quality would fall for as long as the FLOPs do.
         highest_multiplier: The barrier's cap.
         memory: The barrier's.
         exploration: No choice of a component is less probable than this while learning.
@@ -45,11 +43,12 @@ class ReinforceSettings(LearnerSettings):
     """
 
     num_envs: int = Field(16, ge=2)
-    samples: int = Field(4, ge=2)
+    learning_rate: float = Field(2e-3, gt=0)
+    samples: int = Field(2, ge=2)
     baseline: Literal["self_critical", "leave_one_out"] = "leave_one_out"
     control: Literal["constrained", "lexicographic"] = "constrained"
-    alpha: float = Field(1.0, gt=0)
-    beta: float = Field(1.0, gt=0)
+    alpha: float = Field(10.0, gt=0)
+    beta: float = Field(10.0, gt=0)
     highest_multiplier: float = Field(100.0, gt=0)
     memory: float = Field(0.95, ge=0, lt=1)
     exploration: float = Field(0.001, ge=0, lt=0.25)
@@ -81,7 +80,7 @@ class ReinforceAgent(Agent):
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings.learning_rate)
         self.barrier = DynamicBarrier(
             settings.control,
-            limit=AIM * self.env.config.epsilon,
+            limit=self.env.config.epsilon,
             alpha=settings.alpha,
             beta=settings.beta,
             highest=settings.highest_multiplier,
