@@ -16,7 +16,7 @@ from sd_gym.policy import DecisionPolicy
 
 # Of versions of a policy, from bolder to more cautious, in log-odds; the last one leaves everything running.
 MARGINS = (*np.arange(-1.5, 6, 0.25).tolist(), *np.arange(6, 14.01, 0.5).tolist(), 1000.0)
-OFFERED = 4  # of the policies that were validated on the way, the last ones are selected from
+OFFERED = 2  # of the policies that were validated on the way, the last ones are selected from; they are alike
 # Standard errors by which a loss must stay below epsilon on either half of the validation split. The verdict on a test
 # split as large as such a half asks for 1.645; what differs between the luck of two samples is sqrt(2) standard errors,
 # so a policy that just passes with 3.0 on a half passes there nine times out of ten; it has to pass on both.
