@@ -104,7 +104,8 @@ class SwitchableEnv(gym.Env):
 
     Description:
         Each episode is one instance of an NLP task and one decision (a contextual bandit): the backbone runs the
-        instance under the decision, what is skipped is not executed, and the episode terminates.
+        instance under the decision, what is skipped is not executed, and the episode terminates. ``copy.deepcopy`` and
+        ``pickle`` keep the running episode and the random state; the backbone is shared, not copied.
 
     Action Space:
         ``MultiDiscrete([2] * switches + [token levels])``: 1 = skip the sublayer; the last component chooses the
@@ -133,8 +134,6 @@ class SwitchableEnv(gym.Env):
         config_file: Name of a file in ``envs_configs/``, or the path of any such file.
         render_mode: ``ansi`` (one line: which switches ran), ``rgb_array`` (the same as a picture), or ``None``.
         overrides: Any key of the config. ``reset(options={"split": ..., "instance": id})`` picks what to decide on.
-
-        ``copy.deepcopy`` and ``pickle`` keep the running episode and the random state.
 
     Version History:
         * v0: first version.
