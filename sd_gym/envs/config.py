@@ -32,6 +32,13 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and what was expected."""
 
 
+class UnknownKeyError(ConfigError, TypeError):
+    """A key that no configuration has.
+
+    Also a ``TypeError``, as any unknown keyword in Python: libraries try a keyword of theirs and catch that.
+    """
+
+
 class EnvConfig(BaseModel):
     """All keys of an env's configuration. The YAML files in ``envs_configs/`` explain each one."""
 
@@ -94,14 +101,17 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
     """Check the values of a configuration.
 
     Raises:
-        ConfigError: Naming the key, what was expected and what came; an unknown key with the nearest known one.
+        UnknownKeyError: Naming the key and the nearest known one.
+        ConfigError: Naming the key, what was expected and what came.
     """
     for key in values:
         if key not in EnvConfig.model_fields:
             near = difflib.get_close_matches(key, EnvConfig.model_fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"{origin}: unknown config key {key!r}{hint} Known keys: {', '.join(EnvConfig.model_fields)}."
+            # TorchRL tells an unknown keyword from other errors by Python's own words, which are therefore in it.
+            raise UnknownKeyError(
+                f"{origin}: unknown config key {key!r}{hint} Known keys: {', '.join(EnvConfig.model_fields)} "
+                f"(unexpected keyword argument {key!r})."
             )
     for key in ("dataset", "backbone"):
         if values.get(key, "") is None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copyreg
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sd_gym.backbones import load_backbone
@@ -57,6 +60,10 @@ class Core:
         deviation = features.std(axis=0)
         self.observation_deviation = np.where(deviation > 1e-6, deviation, 1.0).astype(np.float32)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of an env, in this process or another, shares the core of its configuration."""
+        return shared_core, (self.config,)
+
     @property
     def n_switches(self) -> int:
         """Number of switches of the backbone."""
@@ -83,19 +90,22 @@ class Core:
         return np.clip(standard, -OBSERVATION_LIMIT, OBSERVATION_LIMIT)
 
     def check_decisions(self, decisions: Array, n: int) -> Array:
-        """Decisions as an int64 array ``[n, switches + 1]``.
+        """Decisions, whole numbers of any type, as an int64 array ``[n, switches + 1]``.
 
         Raises:
             ValueError: If the shape, type or a value is wrong.
         """
-        array = np.asarray(decisions)
+        array = as_array(decisions)
         if array.shape != (n, len(self.nvec)):
             raise ValueError(
                 f"expected actions of shape {(n, len(self.nvec))} ({self.n_switches} switches and the token level for "
                 f"each of {n} instances), got {array.shape}"
             )
-        if not np.issubdtype(array.dtype, np.integer):
+        if array.dtype.kind not in "biuf":
             raise ValueError(f"actions must be integers (1 = skip), got {array.dtype}")
+        broken = array != np.floor(array)
+        if broken.any():
+            raise ValueError(f"actions must be integers (1 = skip), got {array[broken][0]}")
         wrong = (array < 0) | (array >= self.nvec)
         if wrong.any():
             component = int(np.nonzero(wrong.any(axis=0))[0][0])
@@ -123,7 +133,20 @@ class Core:
         return Outcome(quality, quality_ref, cost, flops_ratio)
 
 
+def as_array(actions: Any) -> Array:
+    """Actions as a NumPy array: of a tensor on any device too, whether or not it has a gradient."""
+    return actions.detach().cpu().numpy() if isinstance(actions, torch.Tensor) else np.asarray(actions)
+
+
 @lru_cache(maxsize=8)
 def shared_core(config: EnvConfig) -> Core:
     """The core of a configuration: made once a process, since nothing in it but its caches ever changes."""
     return Core(config)
+
+
+def _shared_split(config: EnvConfig, name: str) -> Split:
+    return shared_core(config).split(name)
+
+
+# A split is never copied, as its core is not.
+copyreg.pickle(Split, lambda split: (_shared_split, (split.config, split.name)))

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from sd_gym.envs.shells import SwitchableVectorEnv
+# Methods of the vector env that answer with a row an env.
+ROW_AN_ENV = ("action_masks", "render")
 
 
 class SwitchableVecEnv(VecEnv):
     """A ``SwitchableVectorEnv`` as Stable-Baselines3 wants it: list infos, copied ``terminal_observation``.
 
+    Gymnasium's vector wrappers may be around it; spaces, observations, rewards and infos are then theirs. Those that
+    refuse ``AutoresetMode.SAME_STEP`` want an env of another mode; this one still resets in the same step, as
+    Stable-Baselines3 expects.
+
     Args:
         env: The vector env to present.
     """
 
-    def __init__(self, env: SwitchableVectorEnv) -> None:
+    def __init__(self, env: VectorEnv) -> None:
         self.env = env
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self._actions: NDArray | None = None
+        self._everywhere = np.ones(env.num_envs, dtype=np.bool_)
 
     def reset(self) -> NDArray:
         """Observations ``[num_envs, features]`` of new instances; takes the seed and options set before."""
@@ -39,12 +46,19 @@ class SwitchableVecEnv(VecEnv):
 
     def step_wait(self) -> tuple[NDArray, NDArray, NDArray, list[dict[str, Any]]]:
         """(observations, rewards, dones, infos) of the step; the observations are those of the next instances."""
-        observations, rewards, dones, _, infos = self.env.step(self._actions)
-        listed = self._listed(infos["final_info"])
-        for info, final in zip(listed, infos["final_obs"], strict=True):
-            info["TimeLimit.truncated"] = False
+        observations, rewards, terminated, truncated, infos = self.env.step(self._actions)
+        dones = terminated | truncated
+        if self.env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP:
+            finals, reset = infos.pop("final_obs"), self._listed(infos)
+            listed = [_step_info(info) for info in reset]
+        else:
+            finals, listed = observations, self._listed(infos)
+            observations, infos = self._reset_ended(dones)
+            reset = self._listed(infos)
+        for info, final, cut in zip(listed, finals, truncated & ~terminated, strict=True):
+            info["TimeLimit.truncated"] = bool(cut)
             info["terminal_observation"] = np.copy(final)
-        self.reset_infos = self._listed(infos)
+        self.reset_infos = reset
         return observations, rewards.astype(np.float32), dones, listed
 
     def close(self) -> None:
@@ -56,31 +70,82 @@ class SwitchableVecEnv(VecEnv):
         return self.env.render() if self.render_mode == "rgb_array" else [None] * self.num_envs
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """An attribute of the vector env, once for each index."""
-        return [getattr(self.env, attr_name)] * len(self._get_indices_list(indices))
+        """An attribute of the vector env or of a wrapper around it (the outermost that has it), for each index.
+
+        Raises:
+            AttributeError: If none has it.
+        """
+        return [getattr(self._holder(attr_name), attr_name)] * len(self._get_indices_list(indices))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Set an attribute of the vector env; it is shared, so ``indices`` must be ``None``."""
-        if indices is not None:
-            raise ValueError("the envs of a SwitchableVecEnv share their attributes; indices must be None")
-        setattr(self.env, attr_name, value)
+        """Set an attribute where ``get_attr`` finds it, or, of a new name, on the vector env itself.
+
+        Raises:
+            ValueError: If ``indices`` leaves out some envs, since they share their attributes.
+        """
+        if len(set(self._get_indices_list(indices))) != self.num_envs:
+            raise ValueError("the envs of a SwitchableVecEnv share their attributes; indices must be None, or all")
+        holder = self._holder(attr_name) if self.has_attr(attr_name) else self.env.unwrapped
+        setattr(holder, attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        """Call a method; ``action_masks`` gives one mask an env, every choice allowed."""
-        n = len(self._get_indices_list(indices))
-        if method_name == "action_masks":
-            return [np.ones(int(self.env.core.nvec.sum()), dtype=bool) for _ in range(n)]
-        return [getattr(self.env, method_name)(*args, **kwargs)] * n
+        """Call a method of the vector env or of a wrapper once; its result for each index.
+
+        Of ``action_masks`` and ``render`` each env gets its own row.
+
+        Raises:
+            AttributeError: If none has the method.
+        """
+        result = getattr(self._holder(method_name), method_name)(*args, **kwargs)
+        return [result[env] if method_name in ROW_AN_ENV else result for env in self._get_indices_list(indices)]
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        """No env is wrapped."""
-        return [False] * len(self._get_indices_list(indices))
+        """Whether the vector env is wrapped in this class, for each index."""
+        wrapped = any(isinstance(env, wrapper_class) for env in self._layers())
+        return [wrapped] * len(self._get_indices_list(indices))
+
+    def _reset_ended(self, dones: NDArray) -> tuple[NDArray, dict[str, Any]]:
+        """Reset, as the mode of the vector env wants it, the envs whose episodes are over: all of them, or none."""
+        if self.env.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP:
+            observations, _, _, _, infos = self.env.step(self._actions)
+            return observations, infos
+        return self.env.reset(options={"reset_mask": dones})
+
+    def _layers(self) -> Iterator[VectorEnv]:
+        """The wrappers from outside in, then the vector env."""
+        env = self.env
+        while env is not env.unwrapped:
+            yield env
+            env = env.env
+        yield env
+
+    def _holder(self, name: str) -> VectorEnv:
+        for env in self._layers():
+            if hasattr(env, name):
+                return env
+        raise AttributeError(f"{self.env} has no attribute {name!r}")
 
     def _get_indices_list(self, indices: Any) -> list[int]:
         return list(self._get_indices(indices))
 
     def _listed(self, infos: dict[str, Any]) -> list[dict[str, Any]]:
-        """Infos as SB3 wants them: a dictionary an env."""
-        keys = [key for key in infos if not key.startswith(("_", "final"))]
-        columns = [infos[key].tolist() if infos[key].ndim == 1 else list(infos[key]) for key in keys]
-        return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
+        """Infos as SB3 wants them: a dictionary an env, of what the env has."""
+        columns = {key: self._column(values) for key, values in infos.items() if not key.startswith("_")}
+        listed = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        for key in columns:
+            for env in np.flatnonzero(~infos.get(f"_{key}", self._everywhere)):
+                del listed[env][key]
+        return listed
+
+    def _column(self, values: NDArray | dict[str, Any]) -> list[Any]:
+        """A value an env; numbers are Python's own."""
+        if isinstance(values, dict):
+            return self._listed(values)
+        return values.tolist() if values.ndim == 1 else list(values)
+
+
+def _step_info(info: dict[str, Any]) -> dict[str, Any]:
+    """The step's info out of what ``SAME_STEP`` gives an env, which keeps its reset's: with what wrappers added."""
+    final = info.pop("final_info")
+    added = [key for key in info if key not in final]
+    return final | {key: info.pop(key) for key in added}

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.utils import EzPickle
+from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from sd_gym.envs.config import EnvConfig, load_config
-from sd_gym.envs.core import OBSERVATION_LIMIT, Core, Outcome, shared_core
+from sd_gym.envs.core import OBSERVATION_LIMIT, Core, Outcome, as_array, shared_core
 from sd_gym.envs.render import as_image, as_text
 from sd_gym.envs.split import Split
 from sd_gym.registration import CONFIG_FOLDER
 
 RENDER_MODES = ("ansi", "rgb_array")
+KNOWN_AT_RESET = ("instance", "difficulty")
 
 
 def spaces(core: Core) -> tuple[gym.spaces.Box, gym.spaces.MultiDiscrete]:
@@ -34,13 +36,12 @@ def check_render_mode(render_mode: str | None) -> None:
         raise ValueError(f"render_mode must be one of {', '.join(RENDER_MODES)} or None, got {render_mode!r}")
 
 
-def draw(core: Core, random: np.random.Generator, n: int, options: dict[str, Any] | None) -> tuple[Split, NDArray]:
-    """The split and rows that a reset with these options starts on.
+def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, NDArray | None]:
+    """The split that a reset with these options starts on, and the rows ``[n]``; ``None``: they are to be drawn.
 
     Args:
         core: The env's core.
-        random: Where random rows are drawn from.
-        n: How many.
+        n: How many envs there are.
         options: ``{"split": name}`` and ``{"instance": id}`` (a list of ids for a vector env) choose what to decide on.
 
     Raises:
@@ -55,7 +56,7 @@ def draw(core: Core, random: np.random.Generator, n: int, options: dict[str, Any
         raise ValueError(f"unknown split {name!r}; expected train, validation or test")
     split = core.split(name)
     if "instance" not in options:
-        return split, random.integers(len(split), size=n)
+        return split, None
     wanted = options["instance"]
     ids = [wanted] * n if isinstance(wanted, str) else list(wanted)
     if len(ids) != n:
@@ -81,12 +82,30 @@ def step_infos(split: Split, rows: NDArray, decisions: NDArray, outcome: Outcome
     }
 
 
-class SwitchableEnv(gym.Env, EzPickle):
+def reset_infos(core: Core, split: Split, rows: NDArray) -> dict[str, NDArray]:
+    """The documented info of a reset: that of a step, with zeros for all that no decision has decided yet."""
+    nothing = Outcome(*np.zeros((4, len(rows))))
+    infos = step_infos(split, rows, np.zeros((len(rows), len(core.nvec)), dtype=np.int64), nothing)
+    return {key: values if key in KNOWN_AT_RESET else np.zeros_like(values) for key, values in infos.items()}
+
+
+def info_of_one(infos: dict[str, NDArray]) -> dict[str, Any]:
+    """The info of a single env: the first row of each array, numbers as Python's own."""
+    return {key: values[0].item() if values[0].__class__ in _SCALARS else values[0] for key, values in infos.items()}
+
+
+def allowed(space: gym.spaces.Space) -> NDArray:
+    """The action mask of sb3-contrib's convention: every choice of every component is allowed."""
+    return np.ones(gym.spaces.flatdim(space), dtype=np.bool_)
+
+
+class SwitchableEnv(gym.Env):
     """Decide, for one input, which parts of a transformer to skip.
 
     Description:
         Each episode is one instance of an NLP task and one decision (a contextual bandit): the backbone runs the
-        instance under the decision, what is skipped is not executed, and the episode terminates.
+        instance under the decision, what is skipped is not executed, and the episode terminates. ``copy.deepcopy`` and
+        ``pickle`` keep the running episode and the random state; the backbone is shared, not copied.
 
     Action Space:
         ``MultiDiscrete([2] * switches + [token levels])``: 1 = skip the sublayer; the last component chooses the
@@ -106,8 +125,10 @@ class SwitchableEnv(gym.Env, EzPickle):
         Terminates after one step; never truncates.
 
     Info:
-        reset: ``instance`` (id), ``difficulty``. step: these and ``quality``, ``quality_ref``, ``cost``,
-        ``flops_ratio``, ``vector_reward`` = [quality, -flops_ratio], ``is_success`` (cost == 0), ``decision``.
+        step: ``quality``, ``quality_ref``, ``cost``, ``flops_ratio``, ``vector_reward`` = [quality, -flops_ratio],
+        ``is_success`` (cost == 0), ``instance`` (id), ``difficulty``, ``decision``. reset: the same keys (so that
+        recorders can stack infos), of which only ``instance`` and ``difficulty`` are known; the others are zeros (and
+        ``is_success`` is ``False``), since nothing was decided yet.
 
     Arguments:
         config_file: Name of a file in ``envs_configs/``, or the path of any such file.
@@ -118,7 +139,7 @@ class SwitchableEnv(gym.Env, EzPickle):
         * v0: first version.
 
     Raises:
-        ConfigError: If a config key or value is wrong.
+        ConfigError: If a config key or value is wrong; an unknown key's is a ``TypeError`` too.
         FileNotFoundError: If the data set or the backbone does not exist.
         DataError: If the data set is malformed.
         UnsupportedArchitectureError: If the backbone cannot be switched.
@@ -127,7 +148,6 @@ class SwitchableEnv(gym.Env, EzPickle):
     metadata: ClassVar[dict[str, Any]] = {"render_modes": list(RENDER_MODES), "render_fps": 1}
 
     def __init__(self, config_file: str, render_mode: str | None = None, **overrides: Any) -> None:
-        EzPickle.__init__(self, config_file, render_mode, **overrides)
         check_render_mode(render_mode)
         self.config = read_config(config_file, overrides)
         self.core = shared_core(self.config)
@@ -143,10 +163,10 @@ class SwitchableEnv(gym.Env, EzPickle):
     ) -> tuple[NDArray, dict[str, Any]]:
         """Draw an instance; see the class for ``options``. Raises ``ValueError`` for an unknown one."""
         super().reset(seed=seed)
-        self._split, self._row = draw(self.core, self.np_random, 1, options)
+        self._split, row = chosen(self.core, 1, options)
+        self._row = self.np_random.integers(len(self._split), size=1) if row is None else row
         self._decision = None
-        instance = self._split.instances[self._row[0]]
-        return self._observation(), {"instance": instance.id, "difficulty": instance.difficulty}
+        return self._observation(), info_of_one(reset_infos(self.core, self._split, self._row))
 
     def step(self, action: NDArray) -> tuple[NDArray, float, bool, bool, dict[str, Any]]:
         """Run the backbone under the decision ``action [switches + 1]``.
@@ -157,15 +177,18 @@ class SwitchableEnv(gym.Env, EzPickle):
         """
         if self._split is None or self._decision is not None:
             raise gym.error.ResetNeeded("an episode is one decision: call reset() before the next step()")
-        action = np.asarray(action)
+        action = as_array(action)
         if action.shape != self.action_space.shape:
             raise ValueError(f"expected an action of shape {self.action_space.shape}, got {action.shape}")
         outcome = self.core.score(self._split, self._row, action[None])
         self._decision = action.astype(np.int64)
-        infos = step_infos(self._split, self._row, action[None], outcome)
-        info = {key: value[0].item() if value[0].__class__ in _SCALARS else value[0] for key, value in infos.items()}
+        info = info_of_one(step_infos(self._split, self._row, action[None], outcome))
         reward = self.objective.rewards(outcome.quality, outcome.quality_ref, outcome.flops_ratio)
         return self._observation(), float(reward[0]), True, False, info
+
+    def action_masks(self) -> NDArray:
+        """Which choices are allowed, bool ``[choices]``: all (what sb3-contrib's maskable algorithms ask for)."""
+        return allowed(self.action_space)
 
     def render(self) -> str | NDArray | None:
         """Which switches ran in the last step (all, before one), as the render mode says."""
@@ -185,23 +208,40 @@ _SCALARS = (np.float64, np.int64, np.bool_)
 class SwitchableVectorEnv(VectorEnv):
     """``SwitchableEnv`` for a batch: one forward pass of the backbone a step serves all ``num_envs`` instances.
 
-    Every episode is one step, so every step resets in the same step: observations are those of the next instances,
-    ``infos["final_info"]`` holds the step's info and ``infos["final_obs"]`` the observations that were decided on.
+    Every episode is one step, so every step ends all episodes. What comes then is Gymnasium's ``AutoresetMode``, as
+    ``SyncVectorEnv`` has it:
+
+    * ``SAME_STEP`` (default): the step resets too. Its observations are those of the next instances and its infos
+      those of their reset; ``infos["final_info"]`` holds the step's info and ``infos["final_obs"]`` the observations
+      that were decided on.
+    * ``NEXT_STEP``: infos and observations are the step's; the next step ignores its actions, resets, and gives no
+      reward, so every other step decides nothing.
+    * ``DISABLED``: ``reset(options={"reset_mask": mask})`` resets the masked envs; before, no step is possible.
 
     Args:
         config_file: As for ``SwitchableEnv``.
         num_envs: Batch size.
         render_mode: As for ``SwitchableEnv``.
+        autoreset_mode: An ``AutoresetMode`` or its value, as in ``gym.make_vec(id, autoreset_mode="NextStep")``.
         overrides: Any key of the config.
 
     Raises:
-        As ``SwitchableEnv``.
+        ValueError: If there is no such autoreset mode; else as ``SwitchableEnv``.
     """
 
     metadata: ClassVar[dict[str, Any]] = {**SwitchableEnv.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
 
-    def __init__(self, config_file: str, num_envs: int = 1, render_mode: str | None = None, **overrides: Any) -> None:
+    def __init__(
+        self,
+        config_file: str,
+        num_envs: int = 1,
+        render_mode: str | None = None,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
+        **overrides: Any,
+    ) -> None:
         check_render_mode(render_mode)
+        self.autoreset_mode = read_autoreset_mode(autoreset_mode)
+        self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
         self.config = read_config(config_file, overrides)
         self.core = shared_core(self.config)
         self.objective = self.config.make_objective()
@@ -211,39 +251,71 @@ class SwitchableVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._split: Split | None = None
-        self._rows: NDArray | None = None
+        self._rows: NDArray = np.zeros(num_envs, dtype=np.int64)
+        self._ended: NDArray = np.zeros(num_envs, dtype=np.bool_)  # decided, and not yet reset
         self._decisions: NDArray | None = None
 
     def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray, dict[str, Any]]:
-        """Draw ``num_envs`` instances; options as for ``SwitchableEnv``, ``instance`` may be a list of ids."""
-        super().reset(seed=seed)
-        self._split, self._rows = draw(self.core, self.np_random, self.num_envs, options)
+        """Draw an instance for each env.
+
+        Args:
+            seed: A number seeds one generator, from which the instances of all envs are drawn. A list, a seed an env,
+                gives each env a generator of its own, which draws as that of a single env with this seed; ``None`` in
+                it leaves an env's generator as it is.
+            options: As for ``SwitchableEnv``; ``instance`` may be a list of ids, one an env. ``reset_mask``, bool
+                ``[num_envs]``, says which envs are reset; the others keep their instances, and the infos hold nothing
+                of them. All envs are on one split, which only a reset of all of them changes.
+
+        Raises:
+            ValueError: If a seed or an option is wrong.
+            TypeError: If ``reset_mask`` is no array of booleans.
+            gymnasium.error.ResetNeeded: If the first reset is not one of all envs.
+        """
+        options = dict(options or {})
+        envs = self._envs_to_reset(options)
+        self._seed(seed, envs)
+        self._split, rows = chosen(self.core, self.num_envs, options)
+        self._rows[envs] = self._random_rows(envs) if rows is None else rows[envs]
+        self._ended[envs] = False
         self._decisions = None
-        return self.core.observe(self._split, self._rows), self._reset_infos()
+        return self._observations(), self._infos((envs, self._reset_infos(envs)))
 
     def step(self, actions: NDArray) -> tuple[NDArray, NDArray, NDArray, NDArray, dict[str, Any]]:
-        """Run the backbone under the decisions ``actions [num_envs, switches + 1]``, then draw the next instances.
+        """Run the backbone under the decisions ``actions [num_envs, switches + 1]``; the class says what follows.
 
         Raises:
             ValueError: If the actions are malformed.
-            gymnasium.error.ResetNeeded: If ``reset`` was never called.
+            gymnasium.error.ResetNeeded: If an env has to be reset first.
         """
         if self._split is None:
             raise gym.error.ResetNeeded("call reset() before the first step()")
-        outcome = self.core.score(self._split, self._rows, actions)
-        rewards = self.objective.rewards(outcome.quality, outcome.quality_ref, outcome.flops_ratio)
-        self._decisions = np.array(actions, dtype=np.int64)
-        final = step_infos(self._split, self._rows, actions, outcome)
-        final_observations = np.empty(self.num_envs, dtype=object)
-        final_observations[:] = list(self.core.observe(self._split, self._rows))
-        self._rows = self.np_random.integers(len(self._split), size=self.num_envs)
-        infos = self._reset_infos()
-        infos |= {"final_obs": final_observations, "_final_obs": self._all()}
-        infos |= {"final_info": self._masked(final), "_final_info": self._all()}
-        ended = self._all()
-        return self.core.observe(self._split, self._rows), rewards, ended, ~ended, infos
+        if self.autoreset_mode == AutoresetMode.DISABLED and self._ended.any():
+            raise gym.error.ResetNeeded(
+                f"the episodes of envs {np.flatnonzero(self._ended).tolist()} are over and autoreset is disabled: call "
+                'reset(options={"reset_mask": terminated}) before the next step()'
+            )
+        decisions = self.core.check_decisions(actions, self.num_envs)
+        decided, reset = np.flatnonzero(~self._ended), np.flatnonzero(self._ended)
+        decisions[reset] = 0
+        rewards, terminated = np.zeros(self.num_envs), ~self._ended
+        outcome, rewards[decided] = self._decide(decided, decisions[decided])
+        self._decisions = decisions
+        if self.autoreset_mode == AutoresetMode.SAME_STEP:
+            final = {"final_obs": _objects(self._observations()), "_final_obs": terminated.copy()}
+            final |= {"final_info": self._infos((decided, outcome)), "_final_info": terminated.copy()}
+            self._rows = self._random_rows(decided)
+            infos = self._infos((decided, self._reset_infos(decided))) | final
+        else:
+            self._rows[reset] = self._random_rows(reset)
+            self._ended = terminated.copy()
+            infos = self._infos((decided, outcome), (reset, self._reset_infos(reset)))
+        return self._observations(), rewards, terminated, np.zeros(self.num_envs, dtype=np.bool_), infos
+
+    def action_masks(self) -> NDArray:
+        """Which choices are allowed, bool ``[num_envs, choices]``: all, as of ``SwitchableEnv``."""
+        return np.stack([allowed(self.single_action_space)] * self.num_envs)
 
     def render(self) -> tuple[str | NDArray, ...] | None:
         """One picture an env, as ``SwitchableEnv.render``."""
@@ -255,30 +327,120 @@ class SwitchableVectorEnv(VectorEnv):
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, as plain values; after ``reset``."""
+        random = self.np_random
+        own = isinstance(random, tuple)
         return {
-            "random": self.np_random.bit_generator.state,
+            "random": [one.bit_generator.state for one in random] if own else random.bit_generator.state,
             "split": self._split.name,
             "rows": self._rows.tolist(),
+            "ended": self._ended.tolist(),
             "multiplier": self.objective.multiplier,
         }
 
     def load_state(self, state: dict[str, Any]) -> NDArray:
         """Go on from what ``state`` gave; returns the observations ``[num_envs, features]`` to decide on next."""
-        self.np_random.bit_generator.state = state["random"]
+        random = state["random"]
+        self.np_random = _generator(random) if isinstance(random, dict) else tuple(_generator(own) for own in random)
         self._split, self._rows = self.core.split(state["split"]), np.array(state["rows"])
+        self._ended = np.array(state["ended"])
         self._decisions = None
         self.objective.multiplier = state["multiplier"]
+        return self._observations()
+
+    def _decide(self, envs: NDArray, decisions: NDArray) -> tuple[dict[str, NDArray], NDArray]:
+        """The step infos and the rewards of some envs, a row each."""
+        if not len(envs):
+            return {}, np.zeros(0)
+        rows = self._rows[envs]
+        outcome = self.core.score(self._split, rows, decisions)
+        rewards = self.objective.rewards(outcome.quality, outcome.quality_ref, outcome.flops_ratio)
+        return step_infos(self._split, rows, decisions, outcome), rewards
+
+    def _envs_to_reset(self, options: dict[str, Any]) -> NDArray:
+        """Takes ``reset_mask`` out of the options; a reset that has one stays on the split unless it names another."""
+        if "reset_mask" not in options:
+            return np.arange(self.num_envs)
+        mask = options.pop("reset_mask")
+        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
+            raise TypeError(f"expected an array of booleans for reset_mask, got {getattr(mask, 'dtype', type(mask))}")
+        if mask.shape != (self.num_envs,) or not mask.any():
+            raise ValueError(f"expected a reset_mask of shape {(self.num_envs,)} that is true somewhere, got {mask}")
+        if self._split is not None:
+            options.setdefault("split", self._split.name)
+        if not mask.all():
+            if self._split is None:
+                raise gym.error.ResetNeeded("the first reset has to be one of all envs")
+            if options["split"] != self._split.name:
+                raise ValueError(
+                    f"some envs cannot be reset to the split {options['split']!r} while the others are on "
+                    f"{self._split.name!r}; reset all of them"
+                )
+        return np.flatnonzero(mask)
+
+    def _seed(self, seed: int | Sequence[int | None] | None, envs: NDArray) -> None:
+        """Seed the one generator, or those of some envs."""
+        if seed is None or np.ndim(seed) == 0:
+            super().reset(seed=seed)
+            return
+        if len(seed) != self.num_envs:
+            raise ValueError(f"expected {self.num_envs} seeds, one an env, got {len(seed)}")
+        own = isinstance(self._np_random, tuple)
+        generators = list(self._np_random) if own else [None] * self.num_envs
+        seeds = list(self._np_random_seed) if own else [None] * self.num_envs
+        for env in range(self.num_envs):
+            new = seed[env] if env in envs else None
+            if new is not None or generators[env] is None:
+                generators[env], seeds[env] = seeding.np_random(new)
+        self._np_random, self._np_random_seed = tuple(generators), tuple(seeds)
+
+    def _random_rows(self, envs: NDArray) -> NDArray:
+        """New rows for some envs: from the one generator, or each by the env's own."""
+        if isinstance(self.np_random, np.random.Generator):
+            return self.np_random.integers(len(self._split), size=len(envs))
+        drawn = [self.np_random[env].integers(len(self._split), size=1) for env in envs]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *drawn])
+
+    def _observations(self) -> NDArray:
         return self.core.observe(self._split, self._rows)
 
-    def _reset_infos(self) -> dict[str, Any]:
-        ids = np.array([self._split.instances[row].id for row in self._rows], dtype=object)
-        return self._masked({"instance": ids, "difficulty": self._split.difficulty[self._rows]})
+    def _reset_infos(self, envs: NDArray) -> dict[str, NDArray]:
+        return reset_infos(self.core, self._split, self._rows[envs])
 
-    def _masked(self, infos: dict[str, NDArray]) -> dict[str, NDArray]:
-        return infos | {f"_{key}": self._all() for key in infos}
+    def _infos(self, *parts: tuple[NDArray, dict[str, NDArray]]) -> dict[str, NDArray]:
+        """Infos as ``VectorEnv`` has them, a row an env and a mask ``_key`` for each key, of (envs, their infos)."""
+        merged: dict[str, NDArray] = {}
+        for envs, infos in parts:
+            for key, values in infos.items() if len(envs) else ():
+                if key not in merged:
+                    nothing = None if values.dtype == object else 0
+                    merged[key] = np.full((self.num_envs, *values.shape[1:]), nothing, dtype=values.dtype)
+                    merged[f"_{key}"] = np.zeros(self.num_envs, dtype=np.bool_)
+                merged[key][envs] = values
+                merged[f"_{key}"][envs] = True
+        return merged
 
-    def _all(self) -> NDArray:
-        return np.ones(self.num_envs, dtype=np.bool_)
+
+def read_autoreset_mode(value: str | AutoresetMode) -> AutoresetMode:
+    """An autoreset mode, or that of its value; raises ``ValueError`` for any other."""
+    try:
+        return AutoresetMode(value)
+    except ValueError:
+        known = ", ".join(mode.value for mode in AutoresetMode)
+        raise ValueError(f"autoreset_mode must be one of {known}, got {value!r}") from None
+
+
+def _objects(rows: NDArray) -> NDArray:
+    """An array whose elements are the rows."""
+    array = np.empty(len(rows), dtype=object)
+    array[:] = list(rows)
+    return array
+
+
+def _generator(state: dict[str, Any]) -> np.random.Generator:
+    """A generator that goes on from the state of another."""
+    generator, _ = seeding.np_random(0)
+    generator.bit_generator.state = state
+    return generator
 
 
 def read_config(config_file: str, overrides: dict[str, Any]) -> EnvConfig:
