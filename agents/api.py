@@ -18,6 +18,8 @@ from sd_gym.envs.core import Core, shared_core
 from sd_gym.policy import DecisionPolicy, write_json
 from sd_gym.registration import config_of
 
+Policy = DecisionPolicy | str | Path | Callable[[NDArray], Any]
+
 
 def train(
     env_id: str,
@@ -74,9 +76,6 @@ def default_folder(env_id: str, algo: str, seed: int) -> Path:
     """``runs/TASK-ALGO-SEED``, such as ``runs/Classification-Mini-ppo-0``."""
     name = env_id.removeprefix("SD/").removesuffix("-v0").replace("/", "-")
     return Path("runs") / f"{name}-{algo}-{seed}"
-
-
-Policy = DecisionPolicy | str | Path | Callable[[NDArray], Any]
 
 
 def evaluate(

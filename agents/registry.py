@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from sd_gym.agents.common.agent import Agent
@@ -61,18 +60,14 @@ def agent_names() -> list[str]:
     return [*AGENTS.names(), *(BLIND + name for name in LEARNING)]
 
 
-def agent_class(name: str, run: Path | None = None) -> type[Agent]:
+def agent_class(name: str) -> type[Agent]:
     """The class behind a name, imported now.
-
-    Args:
-        name: One of ``agent_names()``.
-        run: Folder of the run that the name stands in, if it does.
 
     Raises:
         ValueError: If there is no agent of that name.
     """
     if name not in agent_names():
-        raise UnknownNameError(unknown("agent", name, agent_names(), run))
+        raise UnknownNameError(unknown("agent", name, agent_names()))
     return AGENTS.find(name.removeprefix(BLIND))
 
 

@@ -158,7 +158,7 @@ def train(
     `sd-gym train SD/Classification-Mini-v0 --algo imitation --output runs/searched`, then
     `sd-gym train SD/Classification-Mini-v0 --algo ppo_lex --set start=runs/searched`
 
-    An agent of your own: `sd-gym train SD/Classification-Mini-v0 --import examples/own_agent.py --algo hill-climbing`
+    An agent of your own: `sd-gym train SD/Classification-Mini-v0 --import examples/own_agent.py --algo gradient`
 
     Watch the curves with `tensorboard --logdir runs`.
     """

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sd_gym.registry import Registry
+from sd_gym.registry import Registry, naming_imports
 
 HIDDEN = 64
 FORMAT = 1
@@ -31,7 +31,8 @@ def register_network(name: str, factory: NetworkFactory) -> None:
         name: What it is called.
         factory: Takes (features of an observation, logits) to a module from observations float32 ``[n, features]`` to
             logits ``[n, logits]``, row by row; a module's class, for one. A bias is added to its logits, so that
-            learning begins at ``initial_skip_rate``. Its weights are saved with the run, and its FLOPs count.
+            learning begins at ``initial_skip_rate``. Its weights are saved with the run, and its FLOPs count. It is in
+            training mode (dropout) only where Stable-Baselines3 learns.
 
     Raises:
         ValueError: If there is no name.
@@ -239,9 +240,8 @@ class DecisionPolicy(nn.Module):
         description = json.loads(file.read_text(encoding="utf-8"))
         if description.pop("format", None) != FORMAT:
             raise ValueError(f"{file}: not a policy of format {FORMAT}")
-        if (network := description.get("network")) is not None:
-            NETWORKS.find(network, run=Path(folder))
-        policy = cls(**description)
+        with naming_imports(Path(folder)):
+            policy = cls(**description)
         policy.load_state_dict(load_file(Path(folder) / "policy.safetensors"))
         return policy.eval()
 

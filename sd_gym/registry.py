@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -47,12 +48,8 @@ class Registry(Generic[Thing]):
         """All names, the project's first."""
         return [*self._built_in, *self._own]
 
-    def find(self, name: str, run: Path | None = None) -> Thing:
+    def find(self, name: str) -> Thing:
         """The thing behind a name.
-
-        Args:
-            name: Of the thing.
-            run: Folder of the run whose files say the name: an error then tells what was imported when it was made.
 
         Raises:
             UnknownNameError: If there is none.
@@ -60,7 +57,7 @@ class Registry(Generic[Thing]):
         if name in self._own:
             return self._own[name]
         if name not in self._built_in:
-            raise UnknownNameError(unknown(self.kind, name, self.names(), run))
+            raise UnknownNameError(unknown(self.kind, name, self.names()))
         thing = self._built_in[name]
         if isinstance(thing, str):
             module, _, attribute = thing.partition(":")
@@ -68,24 +65,32 @@ class Registry(Generic[Thing]):
         return thing
 
 
-def unknown(kind: str, name: str, known: list[str], run: Path | None = None) -> str:
-    """The message for a name that nothing is registered under; arguments as of ``Registry.find``."""
+def unknown(kind: str, name: str, known: list[str]) -> str:
+    """The message for a name that nothing is registered under."""
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    message = (
+    return (
         f"unknown {kind} {name!r}{hint} Known {kind}s: {', '.join(known) or 'none'}. One of your own is known once the "
         "module that registers it is imported (on the command line: --import MODULE_OR_FILE)."
     )
-    imports = imports_of(run) if run is not None else []
-    if imports:
-        message += f" {run} was made with {' '.join(f'--import {name}' for name in imports)}; pass that again."
-    return message
 
 
-def imports_of(run: Path) -> list[str]:
-    """What a run's ``config.json`` says was imported for it; only ever shown, never imported."""
-    file = Path(run) / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("imports", []) if file.exists() else []
+@contextmanager
+def naming_imports(run: Path) -> Iterator[None]:
+    """Where a name of a run is unknown, the error also tells what was imported for it; nothing is imported by itself.
+
+    Args:
+        run: Folder of the run, if there is one yet.
+    """
+    try:
+        yield
+    except ValueError as error:
+        file = run / "config.json"
+        imports = json.loads(file.read_text(encoding="utf-8")).get("imports", []) if file.exists() else []
+        if not imports or UnknownNameError not in (type(error), type(error.__cause__)):
+            raise
+        options = " ".join(f"--import {name}" for name in imports)
+        raise type(error)(f"{error} {run} was made with {options}; pass that again.") from error
 
 
 def import_own(name: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -121,7 +123,6 @@ def row_of(inputs, row):
 
 def dense_policy(env_id, **settings):
     """The policy that skips nothing, for an env of these settings."""
-    import gymnasium as gym
     from sd_gym.agents.registry import make_agent
 
     return make_agent("dense", gym.make_vec(env_id, num_envs=1, **settings).unwrapped).policy()
@@ -136,6 +137,42 @@ def write_mirror(folder, subset, splits):
         files += f"  - split: {split}\n    path: {subset}/{split}-*\n"
     (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {subset}\n  data_files:\n{files}---\n")
     return str(folder)
+
+
+def write_env(folder, dataset, backbone, **values):
+    """An env of one's own as a YAML file; its id is ``Own/Reviews-v0`` if the values give no other."""
+    values = {"task": "classification", "dataset": str(dataset), "backbone": str(backbone), **values}
+    lines = [f"id: {values.pop('id', 'Own/Reviews-v0')}", *(f"{key}: {value}" for key, value in values.items())]
+    file = folder / "own.yaml"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def forget_own():
+    """What a new process knows: only the project's own names, and none of the given modules."""
+    from sd_gym.agents.registry import AGENTS, LEARNING
+
+    from sd_gym.objectives import OBJECTIVES
+    from sd_gym.policy import NETWORKS
+    from sd_gym.registration import ENVS
+
+    for identity in ENVS._own:
+        gym.registry.pop(identity)
+    for registry in (AGENTS, NETWORKS, OBJECTIVES, ENVS):
+        registry._own.clear()
+    LEARNING[:] = [name for name in LEARNING if name in AGENTS.names()]
+
+
+@pytest.fixture
+def own_names(monkeypatch, tmp_path):
+    """Names that a test registers, and modules that it imports by path, are gone behind it."""
+    modules = set(sys.modules)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    forget_own()
+    for name in set(sys.modules) - modules:
+        if {"examples", tmp_path.name} & set(Path(getattr(sys.modules[name], "__file__", None) or ".").parts):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session", autouse=True)

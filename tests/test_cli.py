@@ -95,7 +95,7 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "SD/Clasification-Mini-v0"], "Did you mean: `Classification-Mini`"),
+        (["train", "SD/Clasification-Mini-v0"], "did you mean 'SD/Classification-Mini-v0'"),
         (["train", "SD/Classification-Mini-v0", "--algo", "pp0"], "did you mean 'ppo'"),
         (["train", "SD/Classification-Mini-v0", "--set", "epsilom=1"], "unknown setting 'epsilom'"),
         (["train", "SD/Classification-Mini-v0", "--set", "epsilon"], "expected key=value"),

@@ -146,7 +146,8 @@ class Agent(ABC):
     def save_extra(self, folder: Path) -> None:  # noqa: B027  (most agents keep nothing)
         """Write what the agent keeps beside the policy, such as Stable-Baselines3's zip."""
 
-    def _new_policy(self, **kwargs: Any) -> DecisionPolicy:
+    def new_policy(self, **kwargs: Any) -> DecisionPolicy:
+        """A policy for this env, untrained; ``kwargs`` as of ``DecisionPolicy``."""
         core = self.env.core
         size = self.env.single_observation_space.shape[0]
         kwargs["network"] = getattr(self.settings, "network", None)
@@ -155,7 +156,7 @@ class Agent(ABC):
 
     def _constant_policy(self, logits: torch.Tensor, **kwargs: Any) -> DecisionPolicy:
         """The same logits ``[sum(nvec)]`` for every input."""
-        policy = self._new_policy(**kwargs)
+        policy = self.new_policy(**kwargs)
         with torch.no_grad():
             policy.head.weight.zero_()
             policy.head.bias.copy_(logits)
@@ -169,7 +170,7 @@ class Agent(ABC):
             ValueError: If it decides on something else.
         """
         start = DecisionPolicy.load(folder)
-        expected = self._new_policy()
+        expected = self.new_policy()
         for name in ("observation_size", "nvec", "switches", "network", "hidden"):
             if getattr(start, name) != getattr(expected, name):
                 raise ValueError(

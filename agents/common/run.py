@@ -15,7 +15,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from sd_gym.agents.common.agent import INFO_TAGS, Rollout
+from sd_gym.agents.common.agent import INFO_TAGS, Agent, Rollout
 from sd_gym.agents.common.evaluation import Decided, Decides, evaluate, summary, time_ratio
 from sd_gym.agents.common.plots import plot_run
 from sd_gym.agents.common.selection import STRICT, Selection
@@ -25,6 +25,8 @@ from stable_baselines3.common.logger import configure
 from sd_gym.envs.config import EnvConfig, make_config
 from sd_gym.envs.core import Core, shared_core
 from sd_gym.policy import DecisionPolicy, as_json, write_json
+from sd_gym.registration import registered_ids
+from sd_gym.registry import UnknownNameError, naming_imports, unknown
 from sd_gym.tasks.data import SPLITS
 
 VALIDATIONS = 8  # times that the policy is validated during training
@@ -90,11 +92,9 @@ def train(
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists() and not resume:
         raise FileExistsError(f"{folder} holds a run that was cut off; go on with --resume, or choose another --output")
-    agent_class(algo, run=folder)
-    env_settings, agent_settings = split_settings(algo, settings or {})
-    num_envs = agent_class(algo).Settings(**agent_settings).num_envs
-    env = gym.make_vec(env_id, num_envs=num_envs, **env_settings).unwrapped
-    agent = make_agent(algo, env, seed=seed, **agent_settings)
+    with naming_imports(folder):
+        agent = _make(env_id, algo, seed, settings or {})
+    env = agent.env
     env.reset(seed=seed)
     description = {"env": env_id, "algo": algo, "steps": steps, "seed": seed, "imports": list(imports)}
     description |= circumstances(env.config) | {"agent_settings": agent.settings.model_dump()}
@@ -140,6 +140,17 @@ def train(
     write_result(result, env.core, folder)
     checkpoint.unlink(missing_ok=True)
     return result
+
+
+def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> Agent:
+    """The agent, untrained, on a vector env of its own."""
+    env_settings, agent_settings = split_settings(algo, settings)
+    num_envs = agent_class(algo).Settings(**agent_settings).num_envs
+    try:
+        env = gym.make_vec(env_id, num_envs=num_envs, **env_settings).unwrapped
+    except gym.error.UnregisteredEnv as error:
+        raise UnknownNameError(unknown("env", env_id, registered_ids())) from error
+    return make_agent(algo, env, seed=seed, **agent_settings)
 
 
 def measured(

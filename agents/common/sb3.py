@@ -159,7 +159,7 @@ class SB3Agent(Agent):
 
     def policy(self) -> DecisionPolicy:
         """The actor's weights in the project's own network, which decides the same."""
-        exported = self._new_policy()
+        exported = self.new_policy()
         for ours, theirs in zip((exported.body, exported.head), self._actor(), strict=True):
             ours.load_state_dict(theirs.state_dict())
         return exported.eval()

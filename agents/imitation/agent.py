@@ -86,7 +86,7 @@ class ImitationAgent(Agent):
         super().__init__(*args, **kwargs)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            self.network = self._new_policy()
+            self.network = self.new_policy().eval()
             self.foresight = nn.Sequential(
                 nn.Linear(self.network.observation_size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh()
             )

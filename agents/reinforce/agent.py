@@ -66,7 +66,7 @@ class ReinforceAgent(Agent):
         settings = self.settings
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            self.network = self._new_policy(autoregressive=settings.autoregressive)
+            self.network = self.new_policy(autoregressive=settings.autoregressive).eval()
             for layer in self.network.body if settings.network is None else ():
                 if isinstance(layer, torch.nn.Linear):  # as Stable-Baselines3 does: the features start at full size
                     torch.nn.init.orthogonal_(layer.weight, gain=2**0.5)
@@ -140,7 +140,7 @@ class ReinforceAgent(Agent):
 
     def policy(self) -> DecisionPolicy:
         """A copy of the network."""
-        copy = self._new_policy(autoregressive=self.settings.autoregressive)
+        copy = self.new_policy(autoregressive=self.settings.autoregressive)
         copy.load_state_dict(self.network.state_dict())
         return copy.eval()
 

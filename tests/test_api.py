@@ -1,0 +1,167 @@
+"""From Python: any policy evaluated as a run is, instances listed, runs compared."""
+
+import csv
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from sd_gym.agents import make_agent
+from sd_gym.agents.common import compare as comparing
+from stable_baselines3 import PPO
+
+import sd_gym
+from sd_gym.envs.sb3 import SwitchableVecEnv
+from tests.conftest import dense_policy, write_env
+
+CUSTOM = "SD/Classification-Custom-v0"
+
+
+@pytest.fixture
+def custom(reviews, tiny_backbone):
+    return {"dataset": str(reviews), "backbone": str(tiny_backbone)}
+
+
+def without_time(result):
+    return {key: value for key, value in result.items() if key not in ("time", "history", "data")}
+
+
+def test_any_policy_that_decides_alike_has_the_same_result(custom, tmp_path):
+    env = gym.make_vec(CUSTOM, num_envs=8, **custom).unwrapped
+    policy = make_agent("hash", env, rate=0.4).policy()
+    policy.save(tmp_path / "policy")
+    expected = sd_gym.evaluate(CUSTOM, policy, **custom)
+    assert expected["policy_flops_counted"]
+    assert expected["flops_ratio_with_policy"] > expected["flops_ratio"]
+    assert set(expected["time"]) == {"1", "8", "32"}
+
+    class Model:
+        flops = policy.flops
+
+        def predict(self, observations, deterministic):
+            assert deterministic
+            return policy.decide(observations), None
+
+    for other in (Model(), lambda observations: torch.from_numpy(policy.decide(observations)).int()):
+        result = sd_gym.evaluate(CUSTOM, other, policy_flops=policy.flops, **custom)
+        assert without_time(result) == without_time(expected)
+    free = sd_gym.evaluate(CUSTOM, policy.decide, **custom)
+    assert not free["policy_flops_counted"]
+    assert free["flops_ratio_with_policy"] == free["flops_ratio"] == expected["flops_ratio"]
+    given = sd_gym.evaluate(CUSTOM, policy, policy_flops=0, **custom)
+    assert given["policy_flops_counted"]
+    assert given["flops_ratio_with_policy"] == expected["flops_ratio"]
+
+
+def test_a_model_of_stable_baselines3_is_evaluated_as_its_agent(custom, tmp_path):
+    result = sd_gym.train(CUSTOM, "ppo", tmp_path / "run", steps=1_000, epsilon=1.0, strictness=0, **custom)
+    assert result == json.loads((tmp_path / "run" / "result.json").read_text()) | {
+        "quality_difference_interval": result["quality_difference_interval"]
+    }
+    again = sd_gym.evaluate(CUSTOM, tmp_path / "run")  # with the run's own settings of the env
+    assert without_time(again) == without_time(result)
+    wider = sd_gym.evaluate(CUSTOM, tmp_path / "run", split="validation", epsilon=0.5)
+    assert (wider["split"], wider["epsilon"]) == ("validation", 0.5)
+
+    vector = gym.make_vec(CUSTOM, num_envs=4, epsilon=1.0, **custom).unwrapped
+    vector.reset(seed=0)
+    model = PPO("MlpPolicy", SwitchableVecEnv(vector), n_steps=8, batch_size=8, device="cpu", seed=0).learn(32)
+    result = sd_gym.evaluate(CUSTOM, model, epsilon=1.0, **custom)
+    split = vector.core.split("test")
+    decisions, _ = model.predict(vector.core.observe(split, np.arange(len(split))), deterministic=True)
+    ratio = vector.core.score(split, np.arange(len(split)), decisions).flops_ratio
+    assert result["flops_ratio"] == pytest.approx(ratio.mean())
+
+
+def test_what_is_written_stands_beside_runs(custom, tmp_path):
+    def half(observations):
+        return np.tile([1, 0, 1, 0, 1, 0, 0], (len(observations), 1))
+
+    result = sd_gym.evaluate(CUSTOM, half, "test", tmp_path / "half", **custom)
+    assert result["quality_kept"] in (True, False)
+    assert json.loads((tmp_path / "half" / "result.json").read_text())["quality"] == result["quality"]
+    assert (tmp_path / "half" / "result.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "half" / "instances.csv").open() as lines:
+        assert {row["decision"] for row in csv.DictReader(lines)} == {"1010100"}
+    with pytest.raises(FileExistsError, match="holds a result"):
+        sd_gym.evaluate(CUSTOM, half, "test", tmp_path / "half", **custom)
+    sd_gym.evaluate(CUSTOM, half, "validation", tmp_path / "validation", **custom)
+    sd_gym.train(CUSTOM, "dense", tmp_path / "dense", steps=1, **custom)
+    (tmp_path / "notes.txt").write_text("no run")
+    with pytest.warns(UserWarning, match=r"passed over, as they hold no .*/notes.txt, .*/validation$"):
+        rows = sd_gym.compare(sorted(tmp_path.glob("[dhnv]*")))
+    assert [row["agent"] for row in rows] == ["dense", "half (its own FLOPs not counted)"]
+    assert rows[1]["flops_ratio"] == result["flops_ratio"]
+    assert rows[1]["quality_difference"] == rows[1]["worst_difference"] == result["quality_difference"]
+    assert all(len(comparing.cells(row)) == len(comparing.COLUMNS) for row in rows)
+    with pytest.raises(FileNotFoundError, match=r"no result\.json of a test split in .*notes\.txt; expected"):
+        sd_gym.compare([tmp_path / "notes.txt"])
+    with pytest.raises(FileNotFoundError, match="in no folder"):
+        sd_gym.compare([])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((CUSTOM, lambda observations: observations), ValueError, "expected actions of shape"),
+        ((CUSTOM, lambda observations: np.full((len(observations), 7), 2)), ValueError, "must be in 0..1, got 2"),
+        ((CUSTOM, 3), ValueError, "expected a policy: a callable from observations to decisions"),
+        ((CUSTOM, "nowhere"), FileNotFoundError, r"no config\.json in nowhere"),
+        ((CUSTOM, print, "dev"), ValueError, "unknown split 'dev'; expected train, validation or test"),
+        (("SD/Classification-Costum-v0", print), ValueError, "did you mean 'SD/Classification-Custom-v0'"),
+    ],
+)
+def test_what_cannot_be_evaluated(arguments, error, message, custom):
+    with pytest.raises(error, match=message):
+        sd_gym.evaluate(*arguments, **custom)
+
+
+def test_a_policy_of_another_env_is_refused(custom):
+    small = {"train_size": 60, "validation_size": 20, "test_size": 20}
+    policy = dense_policy("SD/Classification-Mini-v0", **small)
+    with pytest.raises(ValueError, match=r"the policy decides on components \[2, .*but SD/Classification-Custom"):
+        sd_gym.evaluate(CUSTOM, policy, **custom)
+
+
+def test_instances_are_those_of_the_env(custom):
+    env = gym.make(CUSTOM, **custom)
+    listed = sd_gym.instances(CUSTOM, "validation", **custom)
+    assert [set(one) for one in listed] == [{"id", "text", "text_pair", "label", "level"}] * 4
+    assert listed[0] == {
+        "id": "validation-0",
+        "text": "the food was bad fine fine fine",
+        "text_pair": None,
+        "label": 0,
+        "level": 0,
+    }
+    for one in listed:
+        _, info = env.reset(options={"split": "validation", "instance": one["id"]})
+        assert (info["instance"], info["difficulty"]) == (one["id"], one["level"])
+    levels = {one["level"] for one in sd_gym.instances("SD/QuestionAnswering-Mini-v0", test_size=40)}
+    assert min(levels) >= 1
+    assert len(levels) > 1
+    with pytest.raises(ValueError, match="unknown split 'dev'"):
+        sd_gym.instances(CUSTOM, "dev", **custom)
+
+
+def test_instances_load_no_backbone(reviews):
+    assert len(sd_gym.instances(CUSTOM, "train", dataset=str(reviews), backbone="./nowhere")) == 32
+
+
+@pytest.mark.usefixtures("own_names")
+def test_train_writes_where_the_command_line_does(reviews, tiny_backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    env_id = sd_gym.register_env(write_env(tmp_path, reviews, tiny_backbone, id="Own/Reviews-v3"))
+    sd_gym.train(env_id, "dense", seed=2, steps=1)
+    assert (tmp_path / "runs" / "Own-Reviews-v3-dense-2" / "result.json").exists()
+    with pytest.raises(ValueError, match="unknown setting 'epsilom'"):
+        sd_gym.train(env_id, "dense", epsilom=1)
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in sd_gym.__all__:
+        assert name.startswith("__") or getattr(sd_gym, name).__doc__
+    assert set(sd_gym.__all__) <= set(dir(sd_gym))
+    with pytest.raises(AttributeError, match="no attribute 'evaluat'"):
+        sd_gym.evaluat  # noqa: B018

@@ -1,0 +1,76 @@
+"""The examples and the Python page, run as they are, on an env that takes no time."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import sd_gym
+from sd_gym.registry import import_own
+from tests.conftest import write_env
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = [ROOT / "examples" / f"own_{name}.py" for name in ("agent", "objective", "network", "env")]
+pytestmark = pytest.mark.usefixtures("own_names")
+TINY = {"train_size": 60, "validation_size": 20, "test_size": 20}
+
+
+@pytest.fixture
+def env_id(reviews, tiny_backbone, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return sd_gym.register_env(write_env(tmp_path, reviews, tiny_backbone))
+
+
+def imported(name):
+    import_own(str(ROOT / "examples" / f"{name}.py"))
+    return sys.modules[name]
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_an_example_is_short_and_says_how_to_run_it(file):
+    text = file.read_text()
+    assert len(text.splitlines()) <= 60
+    assert f"python examples/{file.name}" in text
+    assert f"--import examples/{file.name}" in text
+
+
+def test_own_agent(env_id):
+    imported("own_agent")
+    result = sd_gym.train(env_id, "gradient", "run", steps=2_000, epsilon=1.0, strictness=0)
+    assert result["flops_ratio"] < 0.5  # quality is free: it has learned to skip
+    assert sd_gym.train(env_id, "blind-gradient", "blind", steps=300)["history"]
+
+
+def test_own_objective(env_id):
+    example = imported("own_objective")
+    result = example.main(env_id, steps=300, output="run")
+    assert result["instances"] == 4
+    assert '"objective": "budget"' in Path("run/config.json").read_text()
+
+
+def test_own_network(env_id):
+    example = imported("own_network")
+    result = example.main(env_id, steps=300, output="run")
+    assert result["split"] == "validation"
+    assert '"network": "wide-and-deep"' in Path("run/policy.json").read_text()
+
+
+def test_own_env(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    example = imported("own_env")
+    result = example.main(steps=64, output="run", **TINY)
+    assert result["epsilon"] == 0.005
+    assert result["instances"] == 20
+
+
+def test_the_python_page_runs_as_it_stands(env_id):
+    text = (ROOT / "docs" / "python.md").read_text()
+    assert len(text.splitlines()) <= 80
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 3
+    program = "\n".join(blocks).replace("SD/Classification-Mini-v0", env_id).replace("20_000", "300")
+    names = {}
+    exec(compile(program, "docs/python.md", "exec"), names)
+    assert names["result"]["policy_flops_counted"] is False
+    assert Path("runs/first-skipped/result.png").exists()

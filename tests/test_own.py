@@ -1,0 +1,504 @@
+"""Things of one's own without a fork: registered, used by name, saved with a run, missed with words."""
+
+import json
+import os
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from sd_gym.agents import agent_names, make_agent, register_agent
+from sd_gym.agents.common.run import load_run, train
+from sd_gym.agents.ppo.agent import PPOAgent
+from stable_baselines3.common.logger import configure
+from torch import nn
+from typer.testing import CliRunner
+
+import sd_gym
+from sd_gym.cli import app
+from sd_gym.envs import ConfigError, SwitchableEnv
+from sd_gym.objectives import Objective
+from sd_gym.policy import DecisionPolicy
+from sd_gym.registry import Registry, UnknownNameError, import_own
+from tests.conftest import forget_own, write_env
+
+pytestmark = pytest.mark.usefixtures("own_names")
+CUSTOM = "SD/Classification-Custom-v0"
+
+
+@pytest.fixture
+def custom(reviews, tiny_backbone):
+    return {"dataset": str(reviews), "backbone": str(tiny_backbone)}
+
+
+@pytest.fixture
+def env(custom):
+    vector = gym.make_vec(CUSTOM, num_envs=64, epsilon=1.0, **custom).unwrapped
+    vector.reset(seed=0)
+    return vector
+
+
+def observations_of(env, n=64):
+    size = env.single_observation_space.shape
+    return np.random.default_rng(0).normal(size=(n, *size)).astype(np.float32)
+
+
+# --- names ---
+
+
+def test_a_registry_knows_what_is_registered_and_guards_what_is_built_in():
+    registry = Registry("thing", {"lazy": "json:dumps", "given": 3})
+    assert registry.find("lazy") is json.dumps
+    assert registry.find("given") == 3
+    registry.register("mine", 1)
+    registry.register("mine", 2)
+    assert registry.find("mine") == 2
+    assert registry.names() == ["lazy", "given", "mine"]
+    for name in ("given", ""):
+        with pytest.raises(ValueError, match="needs a name of its own"):
+            registry.register(name, 1)
+    with pytest.raises(
+        UnknownNameError, match=r"unknown thing 'mines'; did you mean 'mine'\? Known things: lazy, given"
+    ):
+        registry.find("mines")
+    with pytest.raises(UnknownNameError, match=r"unknown thing 'json:loads'.*--import MODULE_OR_FILE"):
+        registry.find("json:loads")  # nothing is looked up in modules
+
+
+# --- objectives ---
+
+
+def stingy(quality, quality_ref, flops_ratio, **constants):
+    return quality - quality_ref - constants["penalty"] * flops_ratio
+
+
+@pytest.mark.parametrize("objective", [stingy, "stingy"])
+def test_an_own_objective_gives_the_rewards(objective, custom):
+    sd_gym.register_objective("stingy", stingy)
+    arguments = {**custom, "objective": objective, "penalty": 3.0}
+    single = gym.make(CUSTOM, **arguments)
+    vector = gym.make_vec(CUSTOM, num_envs=2, **arguments)
+    action = np.array([1, 0, 1, 0, 1, 1, 0])
+    _, info = single.reset(seed=0)
+    vector.reset(options={"instance": [info["instance"]] * 2})
+    _, reward, _, _, info = single.step(action)
+    _, rewards, *_ = vector.step(np.stack([action] * 2))
+    expected = info["quality"] - info["quality_ref"] - 3.0 * info["flops_ratio"]
+    assert reward == pytest.approx(expected)
+    np.testing.assert_array_equal(rewards, [reward, reward])
+    written = single.unwrapped.config.model_dump()["objective"]
+    assert written == ("stingy" if objective == "stingy" else f"{__name__}:stingy")
+    hash(single.unwrapped.config)
+
+
+def test_objectives_are_checked_when_an_env_is_made(custom):
+    with pytest.raises(
+        ConfigError, match=r"config key 'objective': unknown objective 'scalar'; did you mean 'scalarized'"
+    ):
+        gym.make(CUSTOM, **custom, objective="scalar")
+    with pytest.raises(ConfigError, match=r"'.*<lambda>' has to take \(quality, .*, those that it does not need as"):
+        gym.make(CUSTOM, **custom, objective=lambda quality, flops: flops)
+    with pytest.raises(ValueError, match="has to take"):
+        sd_gym.register_objective("narrow", lambda quality, quality_ref, flops_ratio: flops_ratio)
+    with pytest.raises(ValueError, match="needs a name of its own"):
+        sd_gym.register_objective("lagrangian", stingy)
+
+
+@pytest.mark.parametrize("wrong", [lambda *args, **constants: 1.0, lambda quality, *args, **constants: quality / 0])
+def test_an_objective_has_to_give_a_finite_reward_for_each_decision(wrong):
+    objective = Objective(wrong, epsilon=0, penalty=1, cost_scale=1, multiplier_rate=0)
+    one = np.ones(3)
+    with np.errstate(divide="ignore"), pytest.raises(ValueError, match="a finite reward for each of 3 decisions"):
+        objective.rewards(one, one, one)
+
+
+def test_a_run_with_an_own_objective_is_evaluated_by_anybody_but_resumed_only_with_it(custom, tmp_path):
+    sd_gym.register_objective("stingy", stingy)
+    settings = {**custom, "objective": "stingy", "num_envs": 16}
+    train(CUSTOM, "a2c", tmp_path / "done", steps=64, settings=settings)
+    half_way(CUSTOM, "a2c", tmp_path / "cut", steps=640, settings=settings, imports=["my_things"])
+    forget_own()
+    assert sd_gym.evaluate(CUSTOM, tmp_path / "done")["instances"] == 4
+    with pytest.raises(ConfigError, match=r"unknown objective 'stingy'.*cut was made with --import my_things"):
+        train(CUSTOM, "a2c", tmp_path / "cut", steps=640, settings=settings, resume=True)
+
+
+def half_way(*arguments, **keywords):
+    """A run that is cut off behind a checkpoint."""
+
+    class KilledError(Exception):
+        pass
+
+    def kill(step, figures):
+        if step > keywords["steps"] / 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(*arguments, **keywords, on_progress=kill)
+
+
+# --- networks ---
+
+
+class Convolution(nn.Module):
+    """Reads the observation as a line; has buffers, dropout and two names for one weight."""
+
+    def __init__(self, observation_size, n_logits):
+        super().__init__()
+        self.scan = nn.Conv1d(1, 3, kernel_size=3)
+        self.norm = nn.LayerNorm(observation_size - 2)
+        self.out = nn.Linear(3 * (observation_size - 2), n_logits)
+        self.same = self.out
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, observations):
+        return self.out(self.drop(self.norm(self.scan(observations[:, None])).relu().flatten(1)))
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo_lex", "a2c", "blind-ppo", "reinforce", "imitation"])
+def test_an_own_network_learns_and_is_saved_with_its_agent(name, env, tmp_path):
+    sd_gym.register_network("convolution", Convolution)
+    epochs = {"epochs": 3} if name == "imitation" else {}
+    agent = make_agent(name, env, seed=0, learning_rate=0.01, network="convolution", **epochs)
+    before = agent.policy().state_dict()
+    agent.learn(2_000, configure(str(tmp_path), []), lambda rollout: None)
+    policy = agent.policy()
+    assert isinstance(policy.body, Convolution)
+    assert not torch.equal(policy.body.out.bias, before["body.out.bias"])
+    policy.save(tmp_path)
+    observations = observations_of(env)
+    decisions = DecisionPolicy.load(tmp_path).decide(observations)
+    np.testing.assert_array_equal(decisions, policy.decide(observations))
+    if isinstance(agent, PPOAgent) or name == "a2c":  # and as the library itself
+        agent.save_extra(tmp_path)
+        loaded = agent.algorithm.__class__.load(tmp_path / "sb3.zip")
+        seen = np.zeros_like(observations) if name.startswith("blind") else observations
+        np.testing.assert_array_equal(loaded.predict(seen, deterministic=True)[0], decisions)
+
+
+def test_learning_with_an_own_network_begins_at_the_skip_rate(env):
+    sd_gym.register_network("silent", lambda size, n: nn.Sequential(nn.Linear(size, n), nn.Threshold(1e9, 0.0)))
+    for name in ("ppo", "reinforce", "imitation"):
+        policy = make_agent(name, env, network="silent", initial_skip_rate=0.3).policy()
+        odds = policy.skip_logits(observations_of(env, 3))
+        np.testing.assert_allclose(1 / (1 + np.exp(-odds)), 0.3, rtol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(-3, 3), st.integers(0, 2**31))
+def test_a_margin_and_a_decision_act_on_the_logits_of_any_network(margin, seed):
+    torch.manual_seed(seed)
+    registered = Registry("network", {})
+    registered.register("convolution", Convolution)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sd_gym.policy.NETWORKS", registered)
+        policy = DecisionPolicy(6, [2, 2, 3], ["a", "b"], network="convolution").eval()
+    observations = np.random.default_rng(seed).normal(size=(50, 6)).astype(np.float32)
+    odds = policy.skip_logits(observations)
+    clear = (abs(odds - margin) > 1e-5).all(axis=1)
+    decided = policy.with_margin(margin).decide(observations)
+    np.testing.assert_array_equal(decided[clear, :2], odds[clear] > margin)
+    wanted = [seed % 2, seed // 2 % 2, seed % 3]
+    np.testing.assert_array_equal(policy.with_decision(np.array(wanted)).decide(observations), [wanted] * 50)
+
+
+def test_flops_of_a_decision_are_exact_for_any_network():
+    default = DecisionPolicy(10, [2, 2, 1], ["a", "b"])
+    assert default.flops == 2 * (10 * 64 + 64 * 64 + 64 * 5)
+    dependent = DecisionPolicy(10, [2, 2, 1], ["a", "b"], autoregressive=True)
+    assert dependent.flops == default.flops + 2 * (2 * 1 + 1 * 2)
+
+    class Recurrent(nn.Module):
+        def __init__(self, size, n):
+            super().__init__()
+            self.lstm = nn.LSTM(1, 4, batch_first=True)
+            self.mix = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+            self.out = nn.Linear(4, n)
+
+        def forward(self, observations):
+            return self.out(self.mix(self.lstm(observations[..., None])[0]).mean(dim=1))
+
+    sd_gym.register_network("convolution", Convolution)
+    sd_gym.register_network("recurrent", Recurrent)
+    convolution = DecisionPolicy(10, [2, 2, 1], ["a", "b"], network="convolution")
+    assert convolution.flops == 2 * (8 * 3 * 3 + 3 * 8 * 5)
+    recurrent = DecisionPolicy(10, [2, 2, 1], ["a", "b"], network="recurrent").eval()
+    lstm, attention, feed_forward = 10 * 16 * (1 + 4), 10 * (4 * 4 * 4) + 2 * 10 * 10 * 4, 2 * 10 * 4 * 8
+    assert recurrent.flops == 2 * (lstm + attention + feed_forward + 4 * 5)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (lambda size, n: nn.Linear(size, n + 1), r"logits \[n, 13\]; of 2 observations it made \[2, 14\]"),
+        (
+            lambda size, n: nn.Linear(size + 1, n),
+            r"has to be a module from observations \[n, \d+\] .* counted on 'meta'",
+        ),
+        (lambda size, n: nn.LSTM(size, n), "of 2 observations it made tuple"),
+        (lambda size, n: "mlp", "got str"),
+    ],
+)
+def test_a_network_that_is_none(factory, message, env):
+    sd_gym.register_network("broken", factory)
+    with pytest.raises(ValueError, match=message):
+        make_agent("ppo", env, network="broken")
+    with pytest.raises(UnknownNameError, match="unknown network 'brokn'; did you mean 'broken'"):
+        make_agent("reinforce", env, network="brokn")
+
+
+def test_a_policy_of_the_first_format_loads(tmp_path):
+    """As files were written before there were own networks."""
+    weights = {
+        "body.0.weight": torch.zeros(4, 3),
+        "body.0.bias": torch.zeros(4),
+        "body.2.weight": torch.zeros(4, 4),
+        "body.2.bias": torch.zeros(4),
+        "head.weight": torch.zeros(5, 4),
+        "head.bias": torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0]),
+    }
+    save_file(weights, tmp_path / "policy.safetensors")
+    description = {
+        "format": 1,
+        "observation_size": 3,
+        "nvec": [2, 2, 1],
+        "switches": ["a", "b"],
+        "blind": False,
+        "noise": "none",
+        "autoregressive": False,
+        "hidden": 4,
+    }
+    (tmp_path / "policy.json").write_text(json.dumps(description))
+    policy = DecisionPolicy.load(tmp_path)
+    np.testing.assert_array_equal(policy.decide(np.zeros((1, 3))), [[1, 0, 0]])
+    policy.save(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "policy.json").read_text()) == description
+
+
+def test_a_run_whose_network_is_missing_says_what_to_import_and_imports_nothing(custom, tmp_path, monkeypatch):
+    (tmp_path / "my_net.py").write_text("raise SystemExit('imported by itself')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    sd_gym.register_network("convolution", Convolution)
+    arguments = {"steps": 64, "settings": {**custom, "network": "convolution"}, "imports": ["my_net"]}
+    train(CUSTOM, "a2c", tmp_path / "run", **arguments)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["imports"] == ["my_net"]
+    load_run(tmp_path / "run")
+    forget_own()
+    message = r"unknown network 'convolution'.*run was made with --import my_net; pass that again"
+    with pytest.raises(UnknownNameError, match=message):
+        load_run(tmp_path / "run")
+    with pytest.raises(UnknownNameError, match=message):
+        train(CUSTOM, "ppo", tmp_path / "warm", steps=64, settings={**custom, "start": str(tmp_path / "run")})
+    description = json.loads((tmp_path / "run" / "policy.json").read_text())
+    (tmp_path / "run" / "policy.json").write_text(json.dumps({**description, "network": "os:system"}))
+    with pytest.raises(UnknownNameError, match="unknown network 'os:system'"):
+        load_run(tmp_path / "run")
+
+
+def test_a_warm_start_needs_the_same_network(env, tmp_path):
+    sd_gym.register_network("convolution", Convolution)
+    make_agent("ppo", env, network="convolution").policy().save(tmp_path)
+    agent = make_agent("reinforce", env, network="convolution", start=tmp_path)
+    observations = observations_of(env)
+    np.testing.assert_array_equal(
+        agent.policy().decide(observations), DecisionPolicy.load(tmp_path).decide(observations)
+    )
+    with pytest.raises(ValueError, match="its network is convolution, expected None"):
+        make_agent("ppo", env, start=tmp_path)
+
+
+# --- agents ---
+
+
+@pytest.fixture
+def gradient():
+    import_own("examples/own_agent.py")
+    return sys.modules["own_agent"].Gradient
+
+
+def test_an_own_agent_is_one_by_name(gradient, env):
+    assert {"gradient", "blind-gradient"} <= set(agent_names())
+    assert make_agent("blind-gradient", env, learning_rate=0.1).policy().blind
+    with pytest.raises(ValueError, match=r"unknown setting 'learning_rat' of Gradient; did you mean 'learning_rate'"):
+        make_agent("gradient", env, learning_rat=0.1)
+    register_agent("control", gradient, learns=False)
+    assert "control" in agent_names()
+    assert "blind-control" not in agent_names()
+    for name in ("ppo", "blind-mine"):
+        with pytest.raises(ValueError, match="name"):
+            register_agent(name, gradient)
+    with pytest.raises(TypeError, match="has to be a subclass of"):
+        register_agent("network", Convolution)
+
+
+@pytest.mark.parametrize("name", ["gradient", "a2c", "reinforce"])
+def test_a_killed_run_of_ones_own_ends_as_the_uninterrupted_one(name, gradient, custom, tmp_path):
+    sd_gym.register_network("convolution", Convolution)
+    own = {} if name == "gradient" else {"network": "convolution"}
+    arguments = {"steps": 2_000, "seed": 3, "settings": {**custom, **own, "num_envs": 16}, "imports": ["mine.py"]}
+    whole = train(CUSTOM, name, tmp_path / "whole", **arguments)
+    half_way(CUSTOM, name, tmp_path / "cut", **arguments)
+    forget_own()
+    missing = "network 'convolution'" if own else "agent 'gradient'"
+    message = rf"unknown {missing}.*cut was made with --import mine\.py; pass that again"
+    with pytest.raises(UnknownNameError, match=message):
+        train(CUSTOM, name, tmp_path / "cut", **arguments, resume=True)
+    sd_gym.register_agent("gradient", gradient)
+    sd_gym.register_network("convolution", Convolution)
+    resumed = train(CUSTOM, name, tmp_path / "cut", **arguments, resume=True)
+    weights = [(tmp_path / run / "policy.safetensors").read_bytes() for run in ("whole", "cut")]
+    assert weights[0] == weights[1]
+    assert {**whole, "time": None} == {**resumed, "time": None}
+
+
+# --- envs ---
+
+
+def test_an_env_from_a_yaml_file(reviews, tiny_backbone, tmp_path, monkeypatch):
+    (tmp_path / "model").symlink_to(tiny_backbone)
+    file = write_env(tmp_path, reviews.name, "./model", penalty=7.0)  # paths from where the file lies
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    env_id = sd_gym.register_env(file)
+    assert env_id == "Own/Reviews-v0"
+    assert env_id in sd_gym.registered_ids()
+    env = gym.make(env_id, epsilon=0.5)
+    assert (env.unwrapped.config.penalty, env.unwrapped.config.epsilon) == (7.0, 0.5)
+    assert env.unwrapped.config.dataset == str(reviews.resolve())
+    vector = gym.make_vec(env_id, num_envs=3)
+    vector.reset(seed=0)
+    vector.step(vector.action_space.sample())
+    assert SwitchableEnv(str(file)).config == gym.make(env_id).unwrapped.config
+    (elsewhere / "other.jsonl").write_text(reviews.read_text())  # those that are passed: from the working directory
+    assert gym.make(env_id, dataset="other.jsonl").unwrapped.config.dataset == "other.jsonl"
+    assert sd_gym.register_env(write_env(tmp_path, reviews.name, "./model", penalty=8.0)) == env_id
+    assert gym.make(env_id).unwrapped.config.penalty == 8.0
+
+
+def test_yaml_files_that_are_no_envs(reviews, tiny_backbone, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no configuration file"):
+        sd_gym.register_env(tmp_path / "none.yaml")
+    nameless = tmp_path / "nameless.yaml"
+    nameless.write_text("task: classification\n")
+    with pytest.raises(ValueError, match="no line 'id: "):
+        sd_gym.register_env(nameless)
+    with pytest.raises(ValueError, match="needs a name of its own"):
+        sd_gym.register_env(write_env(tmp_path, reviews, tiny_backbone, id="SD/Classification-Mini-v0"))
+    with pytest.raises(ValueError, match="'CartPole-v1' is taken by another env"):
+        sd_gym.register_env(write_env(tmp_path, reviews, tiny_backbone, id="CartPole-v1"))
+    with pytest.raises(gym.error.Error, match="Malformed"):
+        sd_gym.register_env(write_env(tmp_path, reviews, tiny_backbone, id="my own"))
+    assert set(gym.registry) >= {"SD/Classification-Mini-v0", "CartPole-v1"}
+    assert "my own" not in sd_gym.registered_ids()
+    env_id = sd_gym.register_env(write_env(tmp_path, reviews, tiny_backbone, epsilom=1))
+    with pytest.raises(ConfigError, match="Own/Reviews-v0: unknown config key 'epsilom'; did you mean 'epsilon'"):
+        gym.make(env_id)
+
+
+# --- imports ---
+
+THINGS = """
+import numpy as np
+from torch import nn
+
+import beside
+import sd_gym
+from sd_gym.agents.ppo.agent import PPOAgent
+
+sd_gym.register_objective("stingy", lambda quality, quality_ref, flops_ratio, **rest: quality - flops_ratio)
+sd_gym.register_network("linear", nn.Linear)
+sd_gym.register_agent("my-ppo", type("MyPPO", (PPOAgent,), {}))
+sd_gym.register_env(beside.FILE)
+"""
+
+
+@pytest.fixture
+def things(reviews, tiny_backbone, tmp_path):
+    """A module of one's own that imports the one beside it."""
+    file = write_env(tmp_path, reviews, tiny_backbone)
+    (tmp_path / "beside.py").write_text(f"FILE = {str(file)!r}\n")
+    (tmp_path / "my_things.py").write_text(THINGS)
+    return tmp_path / "my_things.py"
+
+
+def test_a_file_or_a_module_is_imported_once(things, monkeypatch):
+    monkeypatch.chdir(things.parent)
+    assert import_own("my_things.py") == str(things)
+    module = sys.modules["my_things"]
+    assert import_own("./my_things.py") == str(things)
+    assert import_own("my_things") == "my_things"
+    assert sys.modules["my_things"] is module
+    assert "my-ppo" in agent_names()
+
+
+def test_imports_that_fail(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no file 'none.py' to import"):
+        import_own("none.py")
+    with pytest.raises(FileNotFoundError, match="no module 'no_such_module' to import"):
+        import_own("no_such_module")
+    (tmp_path / "random.py").write_text("")
+    with pytest.raises(ValueError, match="there is another module 'random'; rename the file"):
+        import_own("random.py")
+    (tmp_path / "needs_more.py").write_text("import no_such_module\n")
+    for name in ("needs_more.py", "needs_more"):
+        with pytest.raises(ModuleNotFoundError, match="no_such_module"):  # the module's own error, as it is
+            import_own(name)
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result, " ".join((result.output + result.stderr).split())
+
+
+def test_the_command_line_imports_what_is_ones_own(things, tmp_path):
+    folder = tmp_path / "run"
+    chosen = ["--set", "network=linear", "--set", "objective=stingy", "--set", "num_envs=64"]
+    arguments = ["train", "Own/Reviews-v0", "--algo", "my-ppo", "--steps", 64, "--output", folder, *chosen]
+    for missing in ("agent 'my-ppo'", "env 'Own/Reviews-v0'"):
+        result, output = run(*arguments)
+        assert result.exit_code == 2
+        assert f"unknown {missing}" in output
+        assert "known once the module that registers it is imported (on the command line: --import" in output
+        arguments[3] = "ppo"
+    arguments[3] = "my-ppo"
+    result, output = run(*arguments, "--import", things)
+    assert result.exit_code == 0, output
+    description = json.loads((folder / "config.json").read_text())
+    assert description["imports"] == [str(things)]
+    assert description["env_config"]["objective"] == "stingy"
+    assert "Own/Reviews-v0" in run("envs", "--import", things)[1]
+
+    environment = {**os.environ, "COLUMNS": "400"}
+    command = [sys.executable, "-m", "sd_gym.cli", "evaluate", str(folder)]
+    clean = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert clean.returncode == 2
+    assert "unknown network 'linear'" in clean.stderr
+    assert f"{folder} was made with --import {things}; pass that again" in " ".join(clean.stderr.split())
+    assert "Traceback" not in clean.stderr
+    result, output = run("evaluate", folder, "--import", things, "--output", tmp_path / "again")
+    assert result.exit_code == 0, output
+    assert (tmp_path / "again" / "result.png").exists()
+
+    result, output = run("compare", folder, tmp_path / "again", tmp_path, things, "--markdown", "--import", things)
+    assert result.exit_code == 0, output
+    assert "| Own/Reviews-v0 | my-ppo | 2 |" in output
+    assert f"passed over, as they hold no result.json of a test split: {tmp_path}, {things}" in output
+    options = ["--env", "Own/Reviews-v0", "--steps", 2, "--output", tmp_path / "prepared", "--import", things]
+    backbone = description["env_config"]["backbone"]
+    result, output = run("prepare", "--backbone", backbone, "--dataset", description["env_config"]["dataset"], *options)
+    assert result.exit_code == 0, output
+
+
+@pytest.mark.parametrize("command", ["train ID", "evaluate x", "compare x", "prepare --output x", "envs"])
+def test_a_missing_import_ends_every_command_with_words(command):
+    result, output = run(*command.split(), "--import", "no_such_module")
+    assert result.exit_code == 2
+    assert "no module 'no_such_module' to import; expected one that can be imported from here" in output
+    assert "Traceback" not in output
