@@ -151,9 +151,10 @@ def _decides(policy: Policy, flops: int | None, core: Core) -> Decides:
     if isinstance(policy, str | Path):
         policy = DecisionPolicy.load(Path(policy))
     if isinstance(policy, DecisionPolicy):
+        seen = core.observe(core.split("train"), np.arange(1))
         for what, has, needs in (
             ("decides on components", policy.nvec, core.nvec.tolist()),
-            ("reads observations of size", policy.observation_size, len(core.observation_mean)),
+            ("reads observations of shape", (policy.observation_size,), np.shape(seen)[1:]),
         ):
             if has != needs:
                 raise ValueError(f"the policy {what} {has}, but {core.config.id} has {needs}")
