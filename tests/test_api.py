@@ -24,7 +24,7 @@ def custom(reviews, tiny_backbone):
 
 
 def without_time(result):
-    return {key: value for key, value in result.items() if key not in ("time", "history", "data")}
+    return {key: value for key, value in result.items() if key not in ("time", "history", "data", "last_policy")}
 
 
 def test_any_policy_that_decides_alike_has_the_same_result(custom, tmp_path):
