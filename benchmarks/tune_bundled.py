@@ -56,7 +56,7 @@ def batches(
             logits = torch.empty(len(chunk), len(board))
             for task, (core, policy) in policies.items():
                 rows = [row for row, (_, own) in enumerate(chunk) if own == task]
-                logits[rows] = torch.from_numpy(policy.skip_logits(core.standardised(seen[rows])))
+                logits[rows] = torch.from_numpy(policy.skip_logits(core.observation.standardised(seen[rows])))
             skipped = logits.sigmoid().mean(dim=1, keepdim=True)
             yield {**batch, "skip_logits": logits + CONTRAST * (skipped - AROUND)}
 

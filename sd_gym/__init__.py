@@ -6,13 +6,14 @@ Importing it registers all envs with Gymnasium; torch and transformers are impor
     >>> env = gym.make("SD/Classification-Mini-v0")
 
 What the command line does, ``sd_gym.train``, ``evaluate``, ``compare`` and ``instances`` do from Python; things of your
-own are made known with ``register_agent``, ``register_objective``, ``register_network`` and ``register_env``.
+own are made known with ``register_agent``, ``register_objective``, ``register_network``, ``register_observation`` and
+``register_env``.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sd_gym.registration import register_env, register_envs, registered_ids
+from sd_gym.registration import register_env, register_envs, register_observation, registered_ids
 from sd_gym.version import __version__
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ __all__ = [
     "register_env",
     "register_network",
     "register_objective",
+    "register_observation",
     "registered_ids",
     "train",
 ]

@@ -360,6 +360,8 @@ def prepare(
                 shown = "  ".join(f"{name} {value:.3f}" for name, value in latest.items() if name != "learning_rate")
                 progress.update(bar, completed=step, description="preparing", figures=shown)
 
+            import numpy as np
+
             from sd_gym.envs.config import load_config, make_config
             from sd_gym.registration import config_of
             from sd_gym.tasks.preparation import prepare_backbone
@@ -377,9 +379,10 @@ def prepare(
                     raise ValueError("--policy tunes the run's own backbone; leave out backbone=")
                 _, core, network = load_run(policy)
                 config = make_config(core.config.model_dump() | overrides, core.config.id)
+                splits = {name: Split(config, name) for name in ("train", "validation")}
                 skip_logits = {
-                    name: network.skip_logits(core.standardised(Split(config, name).features))
-                    for name in ("train", "validation")
+                    name: network.skip_logits(core.observe(split, np.arange(len(split))))
+                    for name, split in splits.items()
                 }
             else:
                 config = load_config(config_of(env), {**overrides, "backbone": backbone})

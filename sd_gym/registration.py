@@ -11,6 +11,26 @@ from gymnasium.envs.registration import parse_env_id
 from sd_gym.registry import Registry
 
 CONFIG_FOLDER = Path(str(files("sd_gym.envs_configs")))
+OBSERVATIONS: Registry[type] = Registry(
+    "observation", {"pooled": "sd_gym.envs.spaces:Pooled", "tokens": "sd_gym.envs.spaces:Tokens"}
+)
+
+
+def register_observation(name: str, observation: type) -> None:
+    """Make an observation of your own known: then ``observation=name`` works in ``gym.make``, YAML files and ``--set``.
+
+    Args:
+        name: What it is called; a later one of the same name replaces it.
+        observation: A subclass of ``sd_gym.envs.spaces.Observation``, such as of ``Standardised``, which only has to
+            say what numbers an instance has.
+
+    Raises:
+        TypeError: If it is no such class.
+        ValueError: If the name is one of the project's.
+    """
+    if not (isinstance(observation, type) and hasattr(observation, "observe")):
+        raise TypeError(f"the observation {name!r} has to be a subclass of sd_gym.envs.spaces.Observation")
+    OBSERVATIONS.register(name, observation)
 
 
 def env_id(file: Path) -> str:

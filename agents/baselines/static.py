@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -10,12 +9,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sd_gym.agents.baselines.codebook import nested_codebook
 from sd_gym.agents.baselines.search import can_try_all, greedy_path, learned_path
 from sd_gym.agents.common.agent import Agent, AgentSettings, OnRollout, Rollout, decision_logits
+from sd_gym.agents.common.evaluation import score_decisions
 from sd_gym.agents.common.selection import halves
 from stable_baselines3.common.logger import Logger
 
-from sd_gym.policy import DecisionPolicy, write_json
+from sd_gym.envs.spaces import read_masks, write_masks
+from sd_gym.policy import DecisionPolicy
 
 CONFIDENCE = 0.9  # in the mask; less than certain, so that learning that starts from it can leave it
 
@@ -51,7 +53,7 @@ class StaticAgent(Agent):
         split = core.split("validation")
         rows = halves(split)[0]
         if self.settings.path is not None:
-            self.masks = read_masks(self.settings.path, core.nvec)
+            self.masks = searched_masks(self.settings.path, core.nvec)
             return
         if can_try_all(core.nvec, len(rows)):
             self.masks = [np.array(choice) for choice in product(*map(range, core.nvec))]
@@ -71,14 +73,22 @@ class StaticAgent(Agent):
         return [self._mask_policy(mask) for mask in self.masks]
 
     def save_extra(self, folder: Path) -> None:
-        """Write ``masks.json``, from which the front of static masks is read."""
-        write_json(folder / "masks.json", [mask.tolist() for mask in self.masks])
+        """Write ``masks.json``, from which the front of static masks is read, and ``codebook.json``, a nested few.
+
+        An env with ``action="discrete"`` takes the folder as its ``codebook``.
+        """
+        write_masks(np.stack(self.masks), folder / "masks.json")
+        core, split = self.env.core, self.env.core.split("validation")
+        rows, masks = halves(split)[0], np.unique(self.masks, axis=0)
+        scored = [score_decisions(core, split, rows, np.tile(mask, (len(rows), 1))) for mask in masks]
+        quality, flops = (np.array([one[name].mean() for one in scored]) for name in ("quality", "flops_ratio"))
+        write_masks(masks[nested_codebook(masks, quality, flops)], folder / "codebook.json")
 
     def _mask_policy(self, mask: NDArray) -> DecisionPolicy:
         return self._constant_policy(decision_logits(self.env.core.nvec, mask, CONFIDENCE))
 
 
-def read_masks(folder: Path, nvec: NDArray) -> list[NDArray]:
+def searched_masks(folder: Path, nvec: NDArray) -> list[NDArray]:
     """The masks that a run of ``static`` has found.
 
     Raises:
@@ -88,10 +98,7 @@ def read_masks(folder: Path, nvec: NDArray) -> list[NDArray]:
     file = folder / "masks.json"
     if not file.exists():
         raise FileNotFoundError(f"no masks.json in {folder}; expected a run of the agent static")
-    masks = np.array(json.loads(file.read_text(encoding="utf-8")))
-    if masks.shape[1:] != nvec.shape:
-        raise ValueError(f"the masks in {folder} have {masks.shape[1]} components, expected {len(nvec)}")
-    return list(masks)
+    return list(read_masks(file, nvec))
 
 
 def backward_path(folder: Path, nvec: NDArray) -> list[NDArray]:
@@ -102,7 +109,7 @@ def backward_path(folder: Path, nvec: NDArray) -> list[NDArray]:
         ValueError: If they are no such path.
     """
     length = int((nvec - 1).sum()) + 1
-    path = read_masks(folder, nvec)[:length]
+    path = searched_masks(folder, nvec)[:length]
     if len(path) < length or (np.diff(path, axis=0).sum(axis=1) != 1).any():
         raise ValueError(f"the masks in {folder} are no path from dense to nothing")
     return path

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -105,6 +106,7 @@ class Agent(ABC):
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"unknown setting {key!r} of {type(self).__name__}{hint} Known: {', '.join(known)}.")
+        check_learnable(env)
         self.env = env
         self.seed = seed
         self.blind = blind
@@ -180,6 +182,23 @@ class Agent(ABC):
         start.blind = self.blind
         self.start = start
         return start
+
+
+def check_learnable(env: SwitchableVectorEnv) -> None:
+    """Raise ``ValueError`` if an env's actions, observations or rewards are none that the agents here take."""
+    if env.config.action != "multi_discrete":
+        raise ValueError(
+            f"the agents of sd_gym decide by action=multi_discrete, got action={env.config.action}; leave it out (an "
+            "agent of another library can have it: docs/envs.md)"
+        )
+    if env.config.vector_reward:
+        raise ValueError("the agents of sd_gym learn from one number, got vector_reward=True; leave it out")
+    space = env.single_observation_space
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        raise ValueError(
+            "the agents of sd_gym see flat observations: observation=pooled, or a registered one whose space is a Box "
+            f"of one dimension; got observation={env.config.observation} with the space {space}"
+        )
 
 
 def initial_bias(nvec: NDArray, skip_rate: float) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.baselines.static import read_masks
+from sd_gym.agents.baselines.static import searched_masks
 from sd_gym.agents.common.compare import agent_of, finished, finished_runs
 from sd_gym.agents.common.evaluation import decide_and_score
 from sd_gym.agents.common.fronts import Front, flops_samples, front_of
@@ -142,7 +142,7 @@ def _fronts_of(config: EnvConfig, agents: dict[str, list[Path]]) -> EnvFronts:
     masks = [
         DecisionPolicy.load(folder).with_decision(mask)
         for folder in agents.get("static", [])
-        for mask in read_masks(folder, core.nvec)
+        for mask in searched_masks(folder, core.nvec)
     ]
     blind = [version for folder in agents.get("blind", []) for version in versions(folder)]
     controls = {name: front(policies) for name, policies in zip(CONTROLS, (masks, blind), strict=True) if policies}

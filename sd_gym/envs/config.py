@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from sd_gym.objectives import Objective, ObjectiveFunction, objective_function, objective_name
+from sd_gym.registration import CONFIG_FOLDER, OBSERVATIONS
 from sd_gym.tasks.data import Source
 
 SplitName = Literal["train", "validation", "test"]
@@ -73,6 +74,10 @@ class EnvConfig(BaseModel):
     penalty: float = Field(default=20.0, gt=0, allow_inf_nan=False)
     cost_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     multiplier_rate: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+    action: Literal["multi_discrete", "multi_binary", "discrete"] = "multi_discrete"
+    codebook: str | None = None
+    observation: str = "pooled"
+    vector_reward: bool = False
     device: str = "cpu"
 
     @property
@@ -129,6 +134,10 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
         objective_function(config.objective)
     except ValueError as error:
         raise ConfigError(f"{origin}: config key 'objective': {error}") from error
+    try:
+        OBSERVATIONS.find(config.observation)
+    except ValueError as error:
+        raise ConfigError(f"{origin}: config key 'observation': {error}") from error
     if config.metric not in METRICS[config.task]:
         raise ConfigError(
             f"{origin}: config key 'metric': {config.task} is measured by {', '.join(METRICS[config.task])}; got "
@@ -147,13 +156,19 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
             f"{origin}: config key 'token_shares': expected ascending shares below 1, the first one 0.0 (no token is "
             f"dropped), as in [0.0, 0.25, 0.5]; got {list(shares)}"
         )
+    if config.action == "multi_binary" and len(shares) > 1:
+        raise ConfigError(
+            f"{origin}: config key 'action': 'multi_binary' has a bit for each switch and none for the tokens, but "
+            f"there are {len(shares)} token_shares; use multi_discrete, or discrete with a codebook"
+        )
     return config
 
 
 def load_config(file: str | Path, overrides: dict[str, Any]) -> EnvConfig:
     """The configuration of a YAML file with some keys overridden.
 
-    The file's own ``dataset`` and ``backbone`` may be paths from where it lies: what begins with a dot, or is there.
+    The file's own ``dataset``, ``backbone`` and ``codebook`` may be paths from where it lies: what begins with a dot, or
+    is there.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -161,7 +176,7 @@ def load_config(file: str | Path, overrides: dict[str, Any]) -> EnvConfig:
     """
     file = Path(file)
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    for key in ("dataset", "backbone"):
+    for key in ("dataset", "backbone", "codebook") if file.parent != CONFIG_FOLDER else ():
         if isinstance(value := values.get(key), str) and (value.startswith(".") or (file.parent / value).exists()):
             values[key] = str((file.parent / value).resolve())
     return make_config({**values, **overrides}, values["id"])

@@ -8,17 +8,16 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from sd_gym.backbones import load_backbone
 from sd_gym.envs.config import EnvConfig
+from sd_gym.envs.spaces import ACTIONS, Actions, MultiDiscreteActions, Observation, Observations
 from sd_gym.envs.split import Split
 from sd_gym.objectives import quality_cost
-from sd_gym.tasks.ranking import STATISTICS_SIZE
+from sd_gym.registration import OBSERVATIONS
 
 Array = NDArray
-OBSERVATION_LIMIT = 10.0
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,13 @@ class Core:
     Args:
         config: The env's configuration.
 
+    Attributes:
+        actions: How an agent says its decisions.
+        observation: What it sees.
+
     Raises:
-        FileNotFoundError: If the data set or the backbone does not exist.
+        FileNotFoundError: If the data set, the backbone or the codebook does not exist.
+        ConfigError: If the codebook is none of this backbone.
         sd_gym.tasks.data.DataError: If the data set is malformed.
         sd_gym.switch.UnsupportedArchitectureError: If the backbone cannot be switched.
     """
@@ -54,11 +58,9 @@ class Core:
         self.config = config
         self.backbone = load_backbone(config.backbone, config.device)
         self._splits: dict[str, Split] = {}
-        features = self.split("train").features[:STATISTICS_SIZE]
-        self.observation_mean = features.mean(axis=0)
-        # A feature that never changes in training says nothing: dividing by 1 leaves it at 0.
-        deviation = features.std(axis=0)
-        self.observation_deviation = np.where(deviation > 1e-6, deviation, 1.0).astype(np.float32)
+        self.actions: Actions = ACTIONS[config.action](config, self.nvec)
+        self._decided = MultiDiscreteActions(config, self.nvec)
+        self.observation: Observation = OBSERVATIONS.find(config.observation)(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of an env, in this process or another, shares the core of its configuration."""
@@ -80,40 +82,9 @@ class Core:
             self._splits[name] = Split(self.config, name)
         return self._splits[name]
 
-    def observe(self, split: Split, rows: Array) -> Array:
-        """Standardised observations, float32 ``[n, features]``, each within ``OBSERVATION_LIMIT``."""
-        return self.standardised(split.features[rows])
-
-    def standardised(self, features: Array) -> Array:
-        """Raw observations ``[n, features]`` as a policy reads them: of the training split's mean and deviation."""
-        standard = (features - self.observation_mean) / self.observation_deviation
-        return np.clip(standard, -OBSERVATION_LIMIT, OBSERVATION_LIMIT)
-
-    def check_decisions(self, decisions: Array, n: int) -> Array:
-        """Decisions, whole numbers of any type, as an int64 array ``[n, switches + 1]``.
-
-        Raises:
-            ValueError: If the shape, type or a value is wrong.
-        """
-        array = as_array(decisions)
-        if array.shape != (n, len(self.nvec)):
-            raise ValueError(
-                f"expected actions of shape {(n, len(self.nvec))} ({self.n_switches} switches and the token level for "
-                f"each of {n} instances), got {array.shape}"
-            )
-        if array.dtype.kind not in "biuf":
-            raise ValueError(f"actions must be integers (1 = skip), got {array.dtype}")
-        broken = array != np.floor(array)
-        if broken.any():
-            raise ValueError(f"actions must be integers (1 = skip), got {array[broken][0]}")
-        wrong = (array < 0) | (array >= self.nvec)
-        if wrong.any():
-            component = int(np.nonzero(wrong.any(axis=0))[0][0])
-            raise ValueError(
-                f"action component {component} must be in 0..{self.nvec[component] - 1}, got "
-                f"{array[wrong[:, component], component][0]}"
-            )
-        return array.astype(np.int64)
+    def observe(self, split: Split, rows: Array) -> Observations:
+        """What the configured observation shows of rows ``[n]`` of a split: new arrays, a row an instance."""
+        return self.observation.observe(split, rows)
 
     def score(self, split: Split, rows: Array, decisions: Array) -> Outcome:
         """What comes of one decision an instance; one batched run of the backbone.
@@ -126,21 +97,21 @@ class Core:
         Raises:
             ValueError: If the decisions are malformed.
         """
-        decisions = self.check_decisions(decisions, len(rows))
+        decisions = self._decided.decisions(decisions, len(rows))
         quality, quality_ref = split.quality(rows, decisions)
         flops_ratio = split.flops_ratio(rows, decisions)
         cost = quality_cost(quality, quality_ref, self.config.epsilon)
         return Outcome(quality, quality_ref, cost, flops_ratio)
 
 
-def as_array(actions: Any) -> Array:
-    """Actions as a NumPy array: of a tensor on any device too, whether or not it has a gradient."""
-    return actions.detach().cpu().numpy() if isinstance(actions, torch.Tensor) else np.asarray(actions)
+def shared_core(config: EnvConfig) -> Core:
+    """The core of a configuration: made once a process, since nothing in it but its caches ever changes."""
+    return _shared_core(config, OBSERVATIONS.find(config.observation))
 
 
 @lru_cache(maxsize=8)
-def shared_core(config: EnvConfig) -> Core:
-    """The core of a configuration: made once a process, since nothing in it but its caches ever changes."""
+def _shared_core(config: EnvConfig, observation: type) -> Core:
+    """As ``shared_core``; a name may come to stand for another class."""
     return Core(config)
 
 

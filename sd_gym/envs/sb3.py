@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
+
+from sd_gym.envs.spaces import Observations, each
 
 # Methods of the vector env that answer with a row an env.
 ROW_AN_ENV = ("action_masks", "render")
@@ -23,16 +26,21 @@ class SwitchableVecEnv(VecEnv):
 
     Args:
         env: The vector env to present.
+
+    Raises:
+        ValueError: If its reward is a vector.
     """
 
     def __init__(self, env: VectorEnv) -> None:
+        if hasattr(env.unwrapped, "reward_space"):
+            raise ValueError("Stable-Baselines3 learns from one number, but the env has vector_reward=True")
         self.env = env
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self._actions: NDArray | None = None
         self._everywhere = np.ones(env.num_envs, dtype=np.bool_)
 
-    def reset(self) -> NDArray:
-        """Observations ``[num_envs, features]`` of new instances; takes the seed and options set before."""
+    def reset(self) -> Observations:
+        """Observations of new instances; takes the seed and options set before."""
         options = self._options[0] or None
         observations, infos = self.env.reset(seed=self._seeds[0], options=options)
         self._reset_seeds()
@@ -41,10 +49,10 @@ class SwitchableVecEnv(VecEnv):
         return observations
 
     def step_async(self, actions: NDArray) -> None:
-        """Take the actions ``[num_envs, switches + 1]`` for ``step_wait``."""
+        """Take the actions, a row an env, for ``step_wait``."""
         self._actions = actions
 
-    def step_wait(self) -> tuple[NDArray, NDArray, NDArray, list[dict[str, Any]]]:
+    def step_wait(self) -> tuple[Observations, NDArray, NDArray, list[dict[str, Any]]]:
         """(observations, rewards, dones, infos) of the step; the observations are those of the next instances."""
         observations, rewards, terminated, truncated, infos = self.env.step(self._actions)
         dones = terminated | truncated
@@ -52,12 +60,12 @@ class SwitchableVecEnv(VecEnv):
             finals, reset = infos.pop("final_obs"), self._listed(infos)
             listed = [_step_info(info) for info in reset]
         else:
-            finals, listed = observations, self._listed(infos)
+            finals, listed = each(observations), self._listed(infos)
             observations, infos = self._reset_ended(dones)
             reset = self._listed(infos)
         for info, final, cut in zip(listed, finals, truncated & ~terminated, strict=True):
             info["TimeLimit.truncated"] = bool(cut)
-            info["terminal_observation"] = np.copy(final)
+            info["terminal_observation"] = copy.deepcopy(final)
         self.reset_infos = reset
         return observations, rewards.astype(np.float32), dones, listed
 
@@ -104,7 +112,7 @@ class SwitchableVecEnv(VecEnv):
         wrapped = any(isinstance(env, wrapper_class) for env in self._layers())
         return [wrapped] * len(self._get_indices_list(indices))
 
-    def _reset_ended(self, dones: NDArray) -> tuple[NDArray, dict[str, Any]]:
+    def _reset_ended(self, dones: NDArray) -> tuple[Observations, dict[str, Any]]:
         """Reset, as the mode of the vector env wants it, the envs whose episodes are over: all of them, or none."""
         if self.env.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP:
             observations, _, _, _, infos = self.env.step(self._actions)

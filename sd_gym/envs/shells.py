@@ -14,20 +14,15 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from sd_gym.envs.config import EnvConfig, load_config
-from sd_gym.envs.core import OBSERVATION_LIMIT, Core, Outcome, as_array, shared_core
+from sd_gym.envs.core import Core, Outcome, shared_core
 from sd_gym.envs.render import as_image, as_text
+from sd_gym.envs.spaces import Observations, as_array, each, reward_space, spaces
 from sd_gym.envs.split import Split
+from sd_gym.objectives import Objective
 from sd_gym.registration import CONFIG_FOLDER
 
 RENDER_MODES = ("ansi", "rgb_array")
 KNOWN_AT_RESET = ("instance", "difficulty")
-
-
-def spaces(core: Core) -> tuple[gym.spaces.Box, gym.spaces.MultiDiscrete]:
-    """Observation and action space of one env."""
-    size = core.observation_mean.shape
-    observation = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, size, np.float32)
-    return observation, gym.spaces.MultiDiscrete(core.nvec)
 
 
 def check_render_mode(render_mode: str | None) -> None:
@@ -94,9 +89,21 @@ def info_of_one(infos: dict[str, NDArray]) -> dict[str, Any]:
     return {key: values[0].item() if values[0].__class__ in _SCALARS else values[0] for key, values in infos.items()}
 
 
-def allowed(space: gym.spaces.Space) -> NDArray:
+def allowed(core: Core) -> NDArray:
     """The action mask of sb3-contrib's convention: every choice of every component is allowed."""
-    return np.ones(gym.spaces.flatdim(space), dtype=np.bool_)
+    return np.ones(core.actions.nvec.sum(), dtype=np.bool_)
+
+
+def no_rewards(config: EnvConfig, n: int) -> NDArray:
+    """Zeros in the shape of ``n`` rewards."""
+    return np.zeros((n, 2), dtype=np.float32) if config.vector_reward else np.zeros(n)
+
+
+def rewards_of(config: EnvConfig, objective: Objective, outcome: Outcome) -> NDArray:
+    """Rewards, float64 ``[n]``, by the objective; or float32 ``[n, 2]``: quality and minus the FLOPs ratio."""
+    if config.vector_reward:
+        return np.stack([outcome.quality, -outcome.flops_ratio], axis=1).astype(np.float32)
+    return objective.rewards(outcome.quality, outcome.quality_ref, outcome.flops_ratio)
 
 
 class SwitchableEnv(gym.Env):
@@ -108,18 +115,32 @@ class SwitchableEnv(gym.Env):
         ``pickle`` keep the running episode and the random state; the backbone is shared, not copied.
 
     Action Space:
-        ``MultiDiscrete([2] * switches + [token levels])``: 1 = skip the sublayer; the last component chooses the
-        share of tokens to drop, one of the config's ``token_shares``. All zeros = dense.
+        ``action="multi_discrete"`` (default): ``MultiDiscrete([2] * switches + [token levels])``: 1 = skip the
+        sublayer; the last component chooses the share of tokens to drop, one of the config's ``token_shares``. All
+        zeros = dense.
+
+        ``"multi_binary"``: ``MultiBinary(switches)``, the same where there is one token level only.
+
+        ``"discrete"``: ``Discrete(K)``, one of the K masks of the config's ``codebook``; in the codebooks of the Mini
+        envs the masks are nested, and the first one is dense.
 
     Observation Space:
-        ``Box(-10, 10, (2 * width + 2,), float32)``: mean and maximum over tokens of the first layer's input, the
-        length and its logarithm, standardised on the training split.
+        ``observation="pooled"`` (default): ``Box(-10, 10, (2 * width + 2,), float32)``: mean and maximum over tokens of
+        the first layer's input, the length and its logarithm, standardised on the training split.
+
+        ``"tokens"``: ``Dict(tokens=Box(-10, 10, (max_source_length, width), float32),
+        mask=MultiBinary(max_source_length))``, the first layer's input itself, standardised too and padded with zeros.
+
+        Any name that ``sd_gym.register_observation`` was given: the space of that class.
 
     Reward:
         The config's ``objective`` with its ``epsilon``, ``penalty`` and ``cost_scale`` (``sd_gym.objectives``). The
         default is lexicographic: savings (1 - flops_ratio) if the quality is kept, -penalty * min(1, cost /
         cost_scale) if not. ``lagrangian`` moves its penalty with the mean quality, so its rewards depend on the
         decisions before.
+
+        ``vector_reward=True``: ``[quality, -flops_ratio]``, float32, within ``reward_space``, as MO-Gymnasium has it;
+        the objective plays no part. ``sd_gym.envs.wrappers.SafetyWrapper`` steps with a cost beside the reward.
 
     Episode End:
         Terminates after one step; never truncates.
@@ -133,14 +154,15 @@ class SwitchableEnv(gym.Env):
     Arguments:
         config_file: Name of a file in ``envs_configs/``, or the path of any such file.
         render_mode: ``ansi`` (one line: which switches ran), ``rgb_array`` (the same as a picture), or ``None``.
-        overrides: Any key of the config. ``reset(options={"split": ..., "instance": id})`` picks what to decide on.
+        overrides: Any key of the config, ``action``, ``codebook``, ``observation`` and ``vector_reward`` among them.
+            ``reset(options={"split": ..., "instance": id})`` picks what to decide on.
 
     Version History:
         * v0: first version.
 
     Raises:
         ConfigError: If a config key or value is wrong; an unknown key's is a ``TypeError`` too.
-        FileNotFoundError: If the data set or the backbone does not exist.
+        FileNotFoundError: If the data set, the backbone or the codebook does not exist.
         DataError: If the data set is malformed.
         UnsupportedArchitectureError: If the backbone cannot be switched.
     """
@@ -153,14 +175,14 @@ class SwitchableEnv(gym.Env):
         self.core = shared_core(self.config)
         self.objective = self.config.make_objective()
         self.observation_space, self.action_space = spaces(self.core)
+        if self.config.vector_reward:
+            self.reward_space = reward_space(self.config)
         self.render_mode = render_mode
         self._split: Split | None = None
         self._row: NDArray | None = None
         self._decision: NDArray | None = None
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Draw an instance; see the class for ``options``. Raises ``ValueError`` for an unknown one."""
         super().reset(seed=seed)
         self._split, row = chosen(self.core, 1, options)
@@ -168,8 +190,8 @@ class SwitchableEnv(gym.Env):
         self._decision = None
         return self._observation(), info_of_one(reset_infos(self.core, self._split, self._row))
 
-    def step(self, action: NDArray) -> tuple[NDArray, float, bool, bool, dict[str, Any]]:
-        """Run the backbone under the decision ``action [switches + 1]``.
+    def step(self, action: Any) -> tuple[Any, float | NDArray, bool, bool, dict[str, Any]]:
+        """Run the backbone under the decision that an action of the action space stands for.
 
         Raises:
             ValueError: If the action is malformed.
@@ -180,15 +202,16 @@ class SwitchableEnv(gym.Env):
         action = as_array(action)
         if action.shape != self.action_space.shape:
             raise ValueError(f"expected an action of shape {self.action_space.shape}, got {action.shape}")
-        outcome = self.core.score(self._split, self._row, action[None])
-        self._decision = action.astype(np.int64)
-        info = info_of_one(step_infos(self._split, self._row, action[None], outcome))
-        reward = self.objective.rewards(outcome.quality, outcome.quality_ref, outcome.flops_ratio)
-        return self._observation(), float(reward[0]), True, False, info
+        decisions = self.core.actions.decisions(action[None], 1)
+        outcome = self.core.score(self._split, self._row, decisions)
+        self._decision = decisions[0]
+        info = info_of_one(step_infos(self._split, self._row, decisions, outcome))
+        reward = rewards_of(self.config, self.objective, outcome)[0]
+        return self._observation(), reward if self.config.vector_reward else float(reward), True, False, info
 
     def action_masks(self) -> NDArray:
         """Which choices are allowed, bool ``[choices]``: all (what sb3-contrib's maskable algorithms ask for)."""
-        return allowed(self.action_space)
+        return allowed(self.core)
 
     def render(self) -> str | NDArray | None:
         """Which switches ran in the last step (all, before one), as the render mode says."""
@@ -198,8 +221,8 @@ class SwitchableEnv(gym.Env):
         picture = as_text if self.render_mode == "ansi" else as_image
         return picture(self.core.backbone.board.names, skip)
 
-    def _observation(self) -> NDArray:
-        return self.core.observe(self._split, self._row)[0]
+    def _observation(self) -> Any:
+        return each(self.core.observe(self._split, self._row))[0]
 
 
 _SCALARS = (np.float64, np.int64, np.bool_)
@@ -250,6 +273,8 @@ class SwitchableVectorEnv(VectorEnv):
         self.single_observation_space, self.single_action_space = spaces(self.core)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
+        if self.config.vector_reward:
+            self.reward_space = reward_space(self.config)  # of one env, as MO-Gymnasium's vector envs have it
         self._split: Split | None = None
         self._rows: NDArray = np.zeros(num_envs, dtype=np.int64)
         self._ended: NDArray = np.zeros(num_envs, dtype=np.bool_)  # decided, and not yet reset
@@ -257,7 +282,7 @@ class SwitchableVectorEnv(VectorEnv):
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray, dict[str, Any]]:
+    ) -> tuple[Observations, dict[str, Any]]:
         """Draw an instance for each env.
 
         Args:
@@ -282,8 +307,8 @@ class SwitchableVectorEnv(VectorEnv):
         self._decisions = None
         return self._observations(), self._infos((envs, self._reset_infos(envs)))
 
-    def step(self, actions: NDArray) -> tuple[NDArray, NDArray, NDArray, NDArray, dict[str, Any]]:
-        """Run the backbone under the decisions ``actions [num_envs, switches + 1]``; the class says what follows.
+    def step(self, actions: Any) -> tuple[Observations, NDArray, NDArray, NDArray, dict[str, Any]]:
+        """Run the backbone under the decisions that a batch of actions stands for; the class says what follows.
 
         Raises:
             ValueError: If the actions are malformed.
@@ -296,14 +321,14 @@ class SwitchableVectorEnv(VectorEnv):
                 f"the episodes of envs {np.flatnonzero(self._ended).tolist()} are over and autoreset is disabled: call "
                 'reset(options={"reset_mask": terminated}) before the next step()'
             )
-        decisions = self.core.check_decisions(actions, self.num_envs)
+        decisions = self.core.actions.decisions(actions, self.num_envs)
         decided, reset = np.flatnonzero(~self._ended), np.flatnonzero(self._ended)
         decisions[reset] = 0
-        rewards, terminated = np.zeros(self.num_envs), ~self._ended
+        rewards, terminated = no_rewards(self.config, self.num_envs), ~self._ended
         outcome, rewards[decided] = self._decide(decided, decisions[decided])
         self._decisions = decisions
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
-            final = {"final_obs": _objects(self._observations()), "_final_obs": terminated.copy()}
+            final = {"final_obs": _objects(each(self._observations())), "_final_obs": terminated.copy()}
             final |= {"final_info": self._infos((decided, outcome)), "_final_info": terminated.copy()}
             self._rows = self._random_rows(decided)
             infos = self._infos((decided, self._reset_infos(decided))) | final
@@ -315,7 +340,7 @@ class SwitchableVectorEnv(VectorEnv):
 
     def action_masks(self) -> NDArray:
         """Which choices are allowed, bool ``[num_envs, choices]``: all, as of ``SwitchableEnv``."""
-        return np.stack([allowed(self.single_action_space)] * self.num_envs)
+        return np.stack([allowed(self.core)] * self.num_envs)
 
     def render(self) -> tuple[str | NDArray, ...] | None:
         """One picture an env, as ``SwitchableEnv.render``."""
@@ -337,8 +362,8 @@ class SwitchableVectorEnv(VectorEnv):
             "multiplier": self.objective.multiplier,
         }
 
-    def load_state(self, state: dict[str, Any]) -> NDArray:
-        """Go on from what ``state`` gave; returns the observations ``[num_envs, features]`` to decide on next."""
+    def load_state(self, state: dict[str, Any]) -> Observations:
+        """Go on from what ``state`` gave; returns the observations to decide on next."""
         random = state["random"]
         self.np_random = _generator(random) if isinstance(random, dict) else tuple(_generator(own) for own in random)
         self._split, self._rows = self.core.split(state["split"]), np.array(state["rows"])
@@ -350,10 +375,10 @@ class SwitchableVectorEnv(VectorEnv):
     def _decide(self, envs: NDArray, decisions: NDArray) -> tuple[dict[str, NDArray], NDArray]:
         """The step infos and the rewards of some envs, a row each."""
         if not len(envs):
-            return {}, np.zeros(0)
+            return {}, no_rewards(self.config, 0)
         rows = self._rows[envs]
         outcome = self.core.score(self._split, rows, decisions)
-        rewards = self.objective.rewards(outcome.quality, outcome.quality_ref, outcome.flops_ratio)
+        rewards = rewards_of(self.config, self.objective, outcome)
         return step_infos(self._split, rows, decisions, outcome), rewards
 
     def _envs_to_reset(self, options: dict[str, Any]) -> NDArray:
@@ -400,7 +425,7 @@ class SwitchableVectorEnv(VectorEnv):
         drawn = [self.np_random[env].integers(len(self._split), size=1) for env in envs]
         return np.concatenate([np.zeros(0, dtype=np.int64), *drawn])
 
-    def _observations(self) -> NDArray:
+    def _observations(self) -> Observations:
         return self.core.observe(self._split, self._rows)
 
     def _reset_infos(self, envs: NDArray) -> dict[str, NDArray]:
@@ -429,10 +454,10 @@ def read_autoreset_mode(value: str | AutoresetMode) -> AutoresetMode:
         raise ValueError(f"autoreset_mode must be one of {known}, got {value!r}") from None
 
 
-def _objects(rows: NDArray) -> NDArray:
-    """An array whose elements are the rows."""
-    array = np.empty(len(rows), dtype=object)
-    array[:] = list(rows)
+def _objects(values: list[Any]) -> NDArray:
+    """An array whose elements are these."""
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
     return array
 
 

@@ -40,7 +40,6 @@ class Split:
         name: ``train``, ``validation`` or ``test``.
         instances: The instances, in order.
         encoded: Their tensors.
-        features: Raw observations (not standardised), float32 ``[n, features]``.
     """
 
     def __init__(self, config: EnvConfig, name: str) -> None:
@@ -68,7 +67,6 @@ class Split:
         )
         if config.quality == "balanced" and self.encoded.labels.is_floating_point():
             raise ConfigError(f"{config.id}: config key 'quality': 'balanced' weighs classes, not scores")
-        self.features = self._features()
         self._always, self._switched = self._costs(np.arange(len(self)), np.zeros(len(self), dtype=np.int64))
         self._scores: dict[tuple[int, bytes], float] = {}
         self._dense_log = np.full(len(self), np.nan)  # of the likelihood, where it is known
@@ -400,7 +398,9 @@ class Split:
         target = self.encoded.target_length[rows] if self.backbone.generates else source
         return self.backbone.flops.costs(source, target, kept)
 
-    def _features(self) -> Array:
+    @cached_property
+    def features(self) -> Array:
+        """What ``raw_observation`` says of each instance, float32 ``[n, features]``: one look at the whole split."""
         return np.concatenate(list(in_batches(_observed, self.encoded, self.backbone.board)))
 
 

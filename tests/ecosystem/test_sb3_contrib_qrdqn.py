@@ -1,0 +1,25 @@
+"""QR-DQN of sb3-contrib, which chooses one of a codebook's masks."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import sd_gym  # noqa: F401  (registers the ids)
+from sd_gym.envs.sb3 import SwitchableVecEnv
+
+PINS = ["sb3-contrib==2.9.2"]
+sb3_contrib = pytest.importorskip("sb3_contrib")
+
+
+def test_qr_dqn_learns_on_masks():
+    env = gym.make_vec("SD/Classification-Mini-v0", num_envs=8, train_size=60, action="discrete").unwrapped
+    vec_env = SwitchableVecEnv(env)
+    agent = sb3_contrib.QRDQN("MlpPolicy", vec_env, learning_starts=100, train_freq=1, gamma=0.0, seed=0)
+    agent.learn(1000)
+    split, rows = env.core.split("train"), np.arange(60)
+    chosen, _ = agent.predict(env.core.observe(split, rows), deterministic=True)
+    outcome = env.core.score(split, rows, env.core.actions.decisions(chosen, 60))
+    random = env.core.actions.decisions(np.random.default_rng(0).integers(env.single_action_space.n, size=60), 60)
+    assert outcome.quality.mean() > 0.9
+    assert outcome.quality.mean() > env.core.score(split, rows, random).quality.mean()
+    assert outcome.flops_ratio.mean() < 0.9
