@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.common import run
 from sd_gym.agents.common.evaluation import Decides
@@ -15,10 +14,11 @@ from sd_gym.agents.common.selection import STRICT
 
 from sd_gym.envs.config import EnvConfig, load_config
 from sd_gym.envs.core import Core, shared_core
+from sd_gym.envs.spaces import Actions, MultiDiscreteActions, Observations, each
 from sd_gym.policy import DecisionPolicy, write_json
 from sd_gym.registration import config_of
 
-Policy = DecisionPolicy | str | Path | Callable[[NDArray], Any]
+Policy = DecisionPolicy | str | Path | Callable[[Observations], Any]
 
 
 def train(
@@ -92,9 +92,10 @@ def evaluate(
 
     Args:
         env_id: A registered id.
-        policy: A callable from observations, float32 ``[n, features]``, to decisions, integers ``[n, switches + 1]``; a
-            model of Stable-Baselines3 (or anything with its ``predict``); a ``DecisionPolicy``; or the folder of a run,
-            whose settings of the env then hold where ``settings`` say nothing else.
+        policy: A callable from observations, float32 ``[n, features]``, to decisions, integers ``[n, switches + 1]``
+            (where ``settings`` have another ``observation`` or ``action``: to those actions); a model of
+            Stable-Baselines3 (or anything with its ``predict``); a ``DecisionPolicy``; or the folder of a run, whose
+            settings of the env then hold where ``settings`` say nothing else.
         split: ``train``, ``validation`` or ``test``.
         output: Folder to write ``result.json``, ``instances.csv``, ``result.png`` and ``config.json`` to, so that
             ``compare`` can set it beside runs; ``None``: nothing is written.
@@ -138,36 +139,36 @@ def evaluate(
 
 @dataclass
 class _Decides:
-    """Anything that decides, as ``Decides``."""
+    """Anything that decides, as ``Decides``, by the actions of an env."""
 
-    function: Callable[[NDArray], Any]
+    function: Callable[[Observations], Any]
     flops: int | None
+    actions: Actions
 
-    def decide(self, observations: NDArray) -> NDArray:
-        return np.asarray(self.function(observations))
+    def decide(self, observations: Observations) -> NDArray:
+        return self.actions.decisions(self.function(observations), len(each(observations)))
 
 
 def _decides(policy: Policy, flops: int | None, core: Core) -> Decides:
     if isinstance(policy, str | Path):
         policy = DecisionPolicy.load(Path(policy))
     if isinstance(policy, DecisionPolicy):
-        seen = core.observe(core.split("train"), np.arange(1))
         for what, has, needs in (
             ("decides on components", policy.nvec, core.nvec.tolist()),
-            ("reads observations of shape", (policy.observation_size,), np.shape(seen)[1:]),
+            ("reads observations of shape", (policy.observation_size,), core.observation.space.shape),
         ):
             if has != needs:
                 raise ValueError(f"the policy {what} {has}, but {core.config.id} has {needs}")
-        return policy if flops is None else _Decides(policy.decide, flops)
+        return policy if flops is None else _Decides(policy.decide, flops, MultiDiscreteActions(core.config, core.nvec))
     counted = getattr(policy, "flops", None) if flops is None else flops
     if callable(getattr(policy, "predict", None)):
-        return _Decides(lambda observations: policy.predict(observations, deterministic=True)[0], counted)
+        return _Decides(lambda observations: policy.predict(observations, deterministic=True)[0], counted, core.actions)
     if not callable(policy):
         raise ValueError(
             "expected a policy: a callable from observations to decisions, a model with predict(), a DecisionPolicy or "
             f"the folder of a run; got {policy!r}"
         )
-    return _Decides(policy, counted)
+    return _Decides(policy, counted, core.actions)
 
 
 def _config(env_id: str, policy: Policy, settings: dict[str, Any]) -> EnvConfig:

@@ -31,7 +31,7 @@ from sd_gym.cli import app
 from sd_gym.envs import ConfigError, spaces
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.wrappers import SafetyWrapper
-from sd_gym.registration import CONFIG_FOLDER, OBSERVATIONS, config_files
+from sd_gym.registration import CONFIG_FOLDER, config_files
 from sd_gym.switch import first_layer_input
 
 SMALL = {"train_size": 60, "validation_size": 20, "test_size": 20}
@@ -48,9 +48,9 @@ class Lengths(spaces.Standardised):
 
 
 @pytest.fixture(autouse=True)
-def lengths(monkeypatch):
+def lengths():
     """An observation that an extension has registered."""
-    monkeypatch.setitem(OBSERVATIONS._own, "lengths", Lengths)
+    sd_gym.register_observation("lengths", Lengths)
 
 
 @pytest.fixture
@@ -300,6 +300,12 @@ def test_dqn_learns_which_mask_to_choose(tiny):
     before = mean_reward(lambda seen: random.integers(len(MASKS), size=4))
     agent.learn(800)
     assert mean_reward(lambda seen: agent.predict(seen, deterministic=True)[0]) > before + 1
+    settings = {key: value for key, value in tiny.items() if key != "id"}
+    result = sd_gym.evaluate(tiny["id"], agent, **settings, action="discrete")
+    core = env.unwrapped.env.core
+    split, rows = core.split("test"), np.arange(len(core.split("test")))
+    chosen = np.array(MASKS)[agent.predict(core.observe(split, rows), deterministic=True)[0]]
+    assert result["flops_ratio"] == pytest.approx(split.flops_ratio(rows, chosen).mean())
 
 
 def test_a_bandit_without_a_look_at_the_input_learns_a_good_arm(tiny):
@@ -370,6 +376,8 @@ def test_the_multi_input_policy_learns_on_tokens(tiny):
     agent.learn(64)
     after = [*agent.policy.features_extractor.parameters(), *agent.policy.mlp_extractor.parameters()]
     assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    settings = {key: value for key, value in tiny.items() if key != "id"}
+    assert sd_gym.evaluate(tiny["id"], agent, **settings, observation="tokens")["instances"] > 0
     env.reset()
     env.step_async(np.zeros((4, 7), dtype=int))
     observations, _, _, infos = env.step_wait()

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from sd_gym.agents.common.verdict import Verdict, fewest_instances, verdict
 
 from sd_gym.envs.core import Core
 from sd_gym.envs.report import by_facts, write_instances
+from sd_gym.envs.spaces import Observations
 from sd_gym.envs.split import Split
 
 BATCH = 256
@@ -31,8 +33,8 @@ class Decides(Protocol):
 
     flops: int | None
 
-    def decide(self, observations: NDArray) -> NDArray:
-        """Decisions, int64 ``[n, switches + 1]``, for observations float32 ``[n, features]``."""
+    def decide(self, observations: Observations) -> NDArray:
+        """Decisions, int64 ``[n, switches + 1]``, for ``n`` observations."""
 
 
 class Decided(NamedTuple):
@@ -68,7 +70,14 @@ def decide_and_score(core: Core, policy: Decides, split: Split, rows: NDArray | 
         ``decision`` ``[n, switches + 1]``, ``quality``, ``quality_ref`` and ``flops_ratio`` ``[n]``.
     """
     rows = np.arange(len(split)) if rows is None else rows
-    return score_decisions(core, split, rows, policy.decide(core.observe(split, rows)))
+    return score_decisions(core, split, rows, decide_rows(core, policy, split, rows))
+
+
+def decide_rows(core: Core, policy: Decides, split: Split, rows: NDArray) -> NDArray:
+    """A policy's decisions ``[n, switches + 1]`` on ``rows [n]``; what is no flat observation is seen in batches."""
+    size = len(rows) if isinstance(core.observation.space, gym.spaces.Box) else BATCH
+    parts = np.split(rows, range(size, len(rows), size))
+    return np.concatenate([policy.decide(core.observe(split, part)) for part in parts])
 
 
 def score_decisions(core: Core, split: Split, rows: NDArray, decisions: NDArray) -> dict[str, NDArray]:
@@ -103,7 +112,7 @@ def evaluate(
     split = core.split(split_name)
     rows = np.arange(len(split))
     if decided is None:
-        decided = Decided(policy.decide(core.observe(split, rows)), np.full(len(split), policy.flops or 0))
+        decided = Decided(decide_rows(core, policy, split, rows), np.full(len(split), policy.flops or 0))
     scored = score_decisions(core, split, rows, decided.decisions)
     if table is not None:
         write_instances(split, scored, table)

@@ -167,8 +167,8 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
 def load_config(file: str | Path, overrides: dict[str, Any]) -> EnvConfig:
     """The configuration of a YAML file with some keys overridden.
 
-    The file's own ``dataset``, ``backbone`` and ``codebook`` may be paths from where it lies: what begins with a dot, or
-    is there.
+    The file's own ``dataset``, ``backbone`` and ``codebook`` may be paths from where it lies: what begins with a dot,
+    or is there.
 
     Raises:
         FileNotFoundError: If there is no such file.
