@@ -15,7 +15,7 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env, data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sd_gym.agents.baselines.codebook import nested_codebook
 from sd_gym.agents.common.run import load_run, train
@@ -132,6 +132,7 @@ def cores():
     return {action: gym.make(MINI[0], **SMALL, action=action).unwrapped.core for action in spaces.ACTIONS}
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_all_actions_come_to_the_outcome_of_the_decision_they_stand_for(cores, data):
     core = cores["multi_discrete"]
@@ -248,6 +249,7 @@ def test_the_codebooks_of_the_mini_envs_are_nested_and_good(env_id):
     assert np.where(kept, np.array(flops)[:, None], 1).min(axis=0).mean() < 0.25
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_the_nested_codebook_is_the_best_chain_there_is(data):
     n = data.draw(st.integers(1, 5))
@@ -345,6 +347,7 @@ def token_core():
     return gym.make(MINI[1], **SMALL, observation="tokens").unwrapped.core
 
 
+@settings(deadline=None)
 @given(rows=st.lists(st.integers(0, 59), min_size=1, max_size=5))
 def test_a_batch_of_tokens_is_each_row_alone(token_core, rows):
     split = token_core.split("train")
