@@ -14,11 +14,14 @@ from numpy.typing import NDArray
 
 from sd_gym.envs.config import EnvConfig, load_config
 from sd_gym.envs.core import OBSERVATION_LIMIT, Core, Outcome, shared_core
-from sd_gym.envs.render import as_image, as_text
+from sd_gym.envs.render import Shown, pictures
 from sd_gym.envs.split import Split
+from sd_gym.envs.window import HAS_PYGAME, Window
 from sd_gym.registration import CONFIG_FOLDER
 
 RENDER_MODES = ("ansi", "rgb_array")
+# Gymnasium's checker tries every mode that an env declares, so a window is declared only where one can be opened.
+SINGLE_RENDER_MODES = (*RENDER_MODES, "human") if HAS_PYGAME else RENDER_MODES
 
 
 def spaces(core: Core) -> tuple[gym.spaces.Box, gym.spaces.MultiDiscrete]:
@@ -28,10 +31,10 @@ def spaces(core: Core) -> tuple[gym.spaces.Box, gym.spaces.MultiDiscrete]:
     return observation, gym.spaces.MultiDiscrete(core.nvec)
 
 
-def check_render_mode(render_mode: str | None) -> None:
+def check_render_mode(render_mode: str | None, modes: tuple[str, ...]) -> None:
     """Raise ``ValueError`` for a mode that there is not."""
-    if render_mode is not None and render_mode not in RENDER_MODES:
-        raise ValueError(f"render_mode must be one of {', '.join(RENDER_MODES)} or None, got {render_mode!r}")
+    if render_mode is not None and render_mode not in modes:
+        raise ValueError(f"render_mode must be one of {', '.join(modes)} or None, got {render_mode!r}")
 
 
 def draw(core: Core, random: np.random.Generator, n: int, options: dict[str, Any] | None) -> tuple[Split, NDArray]:
@@ -64,6 +67,15 @@ def draw(core: Core, random: np.random.Generator, n: int, options: dict[str, Any
         if identity not in split.number_of:
             raise ValueError(f"no instance {identity!r} in the {name} split; ids run from {split.instances[0].id!r} on")
     return split, np.array([split.number_of[identity] for identity in ids])
+
+
+def text_infos(split: Split, rows: NDArray) -> dict[str, NDArray]:
+    """The texts of instances, one array of ``n`` values a key: see ``info_text`` of ``SwitchableEnv``."""
+    instances = [split.instances[row] for row in rows]
+    texts = {"source": [one.source for one in instances], "reference": [split.reference(row) for row in rows]}
+    if split.paired:
+        texts["source_pair"] = [one.source_pair for one in instances]
+    return {key: np.array(values, dtype=object) for key, values in texts.items()}
 
 
 def step_infos(split: Split, rows: NDArray, decisions: NDArray, outcome: Outcome) -> dict[str, NDArray]:
@@ -107,11 +119,17 @@ class SwitchableEnv(gym.Env, EzPickle):
 
     Info:
         reset: ``instance`` (id), ``difficulty``. step: these and ``quality``, ``quality_ref``, ``cost``,
-        ``flops_ratio``, ``vector_reward`` = [quality, -flops_ratio], ``is_success`` (cost == 0), ``decision``.
+        ``flops_ratio``, ``vector_reward`` = [quality, -flops_ratio], ``is_success`` (cost == 0), ``decision``. With
+        ``info_text`` both also have ``source``, ``reference`` (the right answer, the first of several, empty if there
+        is none) and, where inputs are pairs of texts, ``source_pair``.
 
     Arguments:
         config_file: Name of a file in ``envs_configs/``, or the path of any such file.
-        render_mode: ``ansi`` (one line: which switches ran), ``rgb_array`` (the same as a picture), or ``None``.
+        render_mode: ``ansi`` (lines of text), ``rgb_array`` (a picture, 960 by 720), ``human`` (the picture in a
+            window, which pygame opens), or ``None``. Each shows the text and what of it was dropped, which sublayers
+            ran, the answer beside the right one, FLOPs, quality and reward of the last step; after a reset the text
+            alone. Nothing is generated or drawn until it is asked for.
+        info_text: Whether infos hold the texts of the instance; off, since copying them costs.
         overrides: Any key of the config. ``reset(options={"split": ..., "instance": id})`` picks what to decide on.
 
     Version History:
@@ -124,19 +142,24 @@ class SwitchableEnv(gym.Env, EzPickle):
         UnsupportedArchitectureError: If the backbone cannot be switched.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": list(RENDER_MODES), "render_fps": 1}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": list(SINGLE_RENDER_MODES), "render_fps": 1}
 
-    def __init__(self, config_file: str, render_mode: str | None = None, **overrides: Any) -> None:
-        EzPickle.__init__(self, config_file, render_mode, **overrides)
-        check_render_mode(render_mode)
+    def __init__(
+        self, config_file: str, render_mode: str | None = None, info_text: bool = False, **overrides: Any
+    ) -> None:
+        EzPickle.__init__(self, config_file, render_mode, info_text, **overrides)
+        self._window = Window() if render_mode == "human" else None
+        check_render_mode(render_mode, SINGLE_RENDER_MODES)
         self.config = read_config(config_file, overrides)
         self.core = shared_core(self.config)
         self.objective = self.config.make_objective()
         self.observation_space, self.action_space = spaces(self.core)
         self.render_mode = render_mode
+        self.info_text = info_text
         self._split: Split | None = None
         self._row: NDArray | None = None
         self._decision: NDArray | None = None
+        self._shown: Shown | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -146,7 +169,8 @@ class SwitchableEnv(gym.Env, EzPickle):
         self._split, self._row = draw(self.core, self.np_random, 1, options)
         self._decision = None
         instance = self._split.instances[self._row[0]]
-        return self._observation(), {"instance": instance.id, "difficulty": instance.difficulty}
+        self._show(Shown(self._split, self._row))
+        return self._observation(), {"instance": instance.id, "difficulty": instance.difficulty} | self._texts()
 
     def step(self, action: NDArray) -> tuple[NDArray, float, bool, bool, dict[str, Any]]:
         """Run the backbone under the decision ``action [switches + 1]``.
@@ -165,15 +189,33 @@ class SwitchableEnv(gym.Env, EzPickle):
         infos = step_infos(self._split, self._row, action[None], outcome)
         info = {key: value[0].item() if value[0].__class__ in _SCALARS else value[0] for key, value in infos.items()}
         reward = self.objective.rewards(outcome.quality, outcome.quality_ref, outcome.flops_ratio)
-        return self._observation(), float(reward[0]), True, False, info
+        self._show(Shown(self._split, self._row, self._decision[None], outcome, reward))
+        return self._observation(), float(reward[0]), True, False, info | self._texts()
 
     def render(self) -> str | NDArray | None:
-        """Which switches ran in the last step (all, before one), as the render mode says."""
-        if self.render_mode is None:
+        """What came of the last step, or after a reset what there is to decide on, as the render mode says."""
+        if self.render_mode is None or self._shown is None:
             return None
-        skip = np.zeros(self.core.n_switches) if self._decision is None else self._decision[:-1]
-        picture = as_text if self.render_mode == "ansi" else as_image
-        return picture(self.core.backbone.board.names, skip)
+        (picture,) = pictures(self.core, self._shown, self.render_mode)
+        if self._window is None:
+            return picture
+        self._window.show(picture, self.metadata["render_fps"])
+        return None
+
+    def close(self) -> None:
+        """Close the window, if there is one."""
+        if self._window is not None:
+            self._window.close()
+
+    def _show(self, shown: Shown) -> None:
+        self._shown = shown
+        if self._window is not None:
+            self.render()
+
+    def _texts(self) -> dict[str, str]:
+        if not self.info_text:
+            return {}
+        return {key: value for key, (value,) in text_infos(self._split, self._row).items()}
 
     def _observation(self) -> NDArray:
         return self.core.observe(self._split, self._row)[0]
@@ -191,28 +233,41 @@ class SwitchableVectorEnv(VectorEnv):
     Args:
         config_file: As for ``SwitchableEnv``.
         num_envs: Batch size.
-        render_mode: As for ``SwitchableEnv``.
+        render_mode: As for ``SwitchableEnv``, one picture an env; there are no windows.
+        info_text: As for ``SwitchableEnv``.
         overrides: Any key of the config.
 
     Raises:
         As ``SwitchableEnv``.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {**SwitchableEnv.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+    metadata: ClassVar[dict[str, Any]] = {
+        **SwitchableEnv.metadata,
+        "render_modes": list(RENDER_MODES),
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
 
-    def __init__(self, config_file: str, num_envs: int = 1, render_mode: str | None = None, **overrides: Any) -> None:
-        check_render_mode(render_mode)
+    def __init__(
+        self,
+        config_file: str,
+        num_envs: int = 1,
+        render_mode: str | None = None,
+        info_text: bool = False,
+        **overrides: Any,
+    ) -> None:
+        check_render_mode(render_mode, RENDER_MODES)
         self.config = read_config(config_file, overrides)
         self.core = shared_core(self.config)
         self.objective = self.config.make_objective()
         self.num_envs = num_envs
         self.render_mode = render_mode
+        self.info_text = info_text
         self.single_observation_space, self.single_action_space = spaces(self.core)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._split: Split | None = None
         self._rows: NDArray | None = None
-        self._decisions: NDArray | None = None
+        self._shown: Shown | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -220,7 +275,7 @@ class SwitchableVectorEnv(VectorEnv):
         """Draw ``num_envs`` instances; options as for ``SwitchableEnv``, ``instance`` may be a list of ids."""
         super().reset(seed=seed)
         self._split, self._rows = draw(self.core, self.np_random, self.num_envs, options)
-        self._decisions = None
+        self._shown = Shown(self._split, self._rows)
         return self.core.observe(self._split, self._rows), self._reset_infos()
 
     def step(self, actions: NDArray) -> tuple[NDArray, NDArray, NDArray, NDArray, dict[str, Any]]:
@@ -234,8 +289,10 @@ class SwitchableVectorEnv(VectorEnv):
             raise gym.error.ResetNeeded("call reset() before the first step()")
         outcome = self.core.score(self._split, self._rows, actions)
         rewards = self.objective.rewards(outcome.quality, outcome.quality_ref, outcome.flops_ratio)
-        self._decisions = np.array(actions, dtype=np.int64)
+        self._shown = Shown(self._split, self._rows, np.array(actions, dtype=np.int64), outcome, rewards)
         final = step_infos(self._split, self._rows, actions, outcome)
+        if self.info_text:
+            final |= text_infos(self._split, self._rows)
         final_observations = np.empty(self.num_envs, dtype=object)
         final_observations[:] = list(self.core.observe(self._split, self._rows))
         self._rows = self.np_random.integers(len(self._split), size=self.num_envs)
@@ -246,12 +303,10 @@ class SwitchableVectorEnv(VectorEnv):
         return self.core.observe(self._split, self._rows), rewards, ended, ~ended, infos
 
     def render(self) -> tuple[str | NDArray, ...] | None:
-        """One picture an env, as ``SwitchableEnv.render``."""
-        if self.render_mode is None:
+        """One picture an env, as ``SwitchableEnv.render``: after a step, of the instances that were decided on."""
+        if self.render_mode is None or self._shown is None:
             return None
-        skips = np.zeros((self.num_envs, self.core.n_switches)) if self._decisions is None else self._decisions[:, :-1]
-        picture = as_text if self.render_mode == "ansi" else as_image
-        return tuple(picture(self.core.backbone.board.names, skip) for skip in skips)
+        return tuple(pictures(self.core, self._shown, self.render_mode))
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, as plain values; after ``reset``."""
@@ -266,13 +321,14 @@ class SwitchableVectorEnv(VectorEnv):
         """Go on from what ``state`` gave; returns the observations ``[num_envs, features]`` to decide on next."""
         self.np_random.bit_generator.state = state["random"]
         self._split, self._rows = self.core.split(state["split"]), np.array(state["rows"])
-        self._decisions = None
+        self._shown = Shown(self._split, self._rows)
         self.objective.multiplier = state["multiplier"]
         return self.core.observe(self._split, self._rows)
 
     def _reset_infos(self) -> dict[str, Any]:
         ids = np.array([self._split.instances[row].id for row in self._rows], dtype=object)
-        return self._masked({"instance": ids, "difficulty": self._split.difficulty[self._rows]})
+        infos = {"instance": ids, "difficulty": self._split.difficulty[self._rows]}
+        return self._masked(infos | text_infos(self._split, self._rows) if self.info_text else infos)
 
     def _masked(self, infos: dict[str, NDArray]) -> dict[str, NDArray]:
         return infos | {f"_{key}": self._all() for key in infos}
