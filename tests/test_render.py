@@ -1,5 +1,6 @@
 """What an env shows is what happened: the text, what was dropped and skipped, the answer, and what it was worth."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -75,6 +76,7 @@ def test_a_lost_answer_is_called_lost():
     assert "answer:    (nothing)" in lines
     assert "0.00 (dense: 1.00), lost" in lines
     assert "reward:    -20.000" in lines
+    assert "reward:    +0.000, -0.500" in as_lines(replace(scene, result=replace(lost, reward=np.array([0.0, -0.5]))))
 
 
 # --- marks ------------------------------------------------------------------------------------------------------------
@@ -264,6 +266,8 @@ def test_a_window_opens_and_closes(monkeypatch):
     shown = pygame.surfarray.array3d(pygame.display.get_surface()).swapaxes(0, 1)
     np.testing.assert_array_equal(shown, picture.render())
     assert env.render() is None
+    copy.deepcopy(env.unwrapped._window).close()  # one of its own
+    assert pygame.display.get_init()
     env.close()
     assert not pygame.display.get_init()
     env.close()

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from sd_gym.envs.render import LETTERS, NOTHING, Result, Scene, level_of, quality_of
+from sd_gym.envs.render import LETTERS, NOTHING, Result, Scene, level_of, quality_of, reward_of
 from sd_gym.tasks.marks import CUT, DROPPED, READ, MarkedText
 
 WIDTH, HEIGHT = 960, 720  # even, as video codecs want
@@ -272,5 +272,6 @@ def _figures(draw: ImageDraw.ImageDraw, result: Result | None, top: int) -> None
         return
     colour = RAN if result.kept else LOST
     draw.text((left, top - 1), quality_of(result), colour, font(16, bold=True))
-    draw.text((right, top - 1), f"{result.reward:+.3f}", colour, font(16, bold=True), anchor="ra")
-    draw.text((right - 84, top), "Reward", INK, font(14, bold=True), anchor="ra")
+    reward, face = reward_of(result), font(16, bold=True)
+    draw.text((right, top - 1), reward, colour, face, anchor="ra")
+    draw.text((right - face.getlength(reward) - 20, top), "Reward", INK, font(14, bold=True), anchor="ra")

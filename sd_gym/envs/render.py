@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.envs.core import Core, Outcome
+from sd_gym.envs.core import Core
 from sd_gym.envs.split import Split
 from sd_gym.tasks.marks import CUT, DROPPED, MarkedText
 
@@ -23,15 +23,15 @@ class Shown(NamedTuple):
     Attributes:
         split: Where the instances are.
         rows: Which they are, ``[n]``.
-        decisions: ``[n, switches + 1]``; ``None`` before a step.
-        outcome: What came of them, likewise.
-        rewards: ``[n]``, likewise.
+        decided: Which envs have decided and not been reset since, bool ``[n]``; the others only have their text.
+        infos: Of the step, a row an env; empty where none has decided.
+        rewards: ``[n]``, or ``[n, 2]`` where rewards are vectors; ``None`` where none has decided.
     """
 
     split: Split
     rows: NDArray
-    decisions: NDArray | None = None
-    outcome: Outcome | None = None
+    decided: NDArray
+    infos: dict[str, NDArray]
     rewards: NDArray | None = None
 
 
@@ -46,7 +46,7 @@ class Result:
         quality_ref: Of the dense backbone's.
         kept: Whether no more than epsilon was lost.
         flops_ratio: FLOPs over dense FLOPs.
-        reward: What the agent got.
+        reward: What the agent got, one number or two.
     """
 
     decision: NDArray
@@ -55,7 +55,7 @@ class Result:
     quality_ref: float
     kept: bool
     flops_ratio: float
-    reward: float
+    reward: float | NDArray
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def pictures(core: Core, shown: Shown, render_mode: str) -> list[str] | list[NDA
 
 def scenes(core: Core, shown: Shown) -> list[Scene]:
     """What to show of each env; only here the backbone is asked for its answers."""
-    results = [None] * len(shown.rows) if shown.decisions is None else _results(shown)
-    return [_scene(core, shown.split, row, result) for row, result in zip(shown.rows, results, strict=True)]
+    results = _results(shown) if shown.decided.any() else {}
+    return [_scene(core, shown.split, row, results.get(env)) for env, row in enumerate(shown.rows)]
 
 
 def _scene(core: Core, split: Split, row: int, result: Result | None) -> Scene:
@@ -115,21 +115,22 @@ def _scene(core: Core, split: Split, row: int, result: Result | None) -> Scene:
     )
 
 
-def _results(shown: Shown) -> list[Result]:
-    outcome = shown.outcome
-    return [
-        Result(decision, answer, quality, quality_ref, cost == 0, flops_ratio, reward)
-        for decision, answer, quality, quality_ref, cost, flops_ratio, reward in zip(
-            shown.decisions,
-            shown.split.answers(shown.rows, shown.decisions),
-            outcome.quality,
-            outcome.quality_ref,
-            outcome.cost,
-            outcome.flops_ratio,
-            shown.rewards,
-            strict=True,
+def _results(shown: Shown) -> dict[int, Result]:
+    """What came of the decisions, by env."""
+    envs, infos = np.flatnonzero(shown.decided), shown.infos
+    answers = shown.split.answers(shown.rows[envs], infos["decision"][envs])
+    return {
+        env: Result(
+            decision=infos["decision"][env],
+            answer=answer,
+            quality=infos["quality"][env],
+            quality_ref=infos["quality_ref"][env],
+            kept=infos["cost"][env] == 0,
+            flops_ratio=infos["flops_ratio"][env],
+            reward=shown.rewards[env],
         )
-    ]
+        for env, answer in zip(envs.tolist(), answers, strict=True)
+    }
 
 
 def as_line(names: list[str], skip: NDArray) -> str:
@@ -164,7 +165,7 @@ def as_lines(scene: Scene) -> str:
         f"reference: {scene.reference or NOTHING}",
         f"quality:   {quality_of(result)}",
         f"FLOPs:     {result.flops_ratio:.1%} of dense |{bar:.<{BAR}}|",
-        f"reward:    {result.reward:+.3f}",
+        f"reward:    {reward_of(result)}",
     ]
     return "\n".join(lines)
 
@@ -178,6 +179,11 @@ def quality_of(result: Result) -> str:
     """What the answer was worth in words."""
     verdict = "kept" if result.kept else "lost"
     return f"{result.quality:.2f} (dense: {result.quality_ref:.2f}), {verdict}"
+
+
+def reward_of(result: Result) -> str:
+    """The reward in figures."""
+    return ", ".join(f"{value:+.3f}" for value in np.atleast_1d(result.reward))
 
 
 def _marked(text: MarkedText) -> str:

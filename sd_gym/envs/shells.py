@@ -169,7 +169,7 @@ class SwitchableEnv(gym.Env, EzPickle):
         self._split, self._row = draw(self.core, self.np_random, 1, options)
         self._decision = None
         instance = self._split.instances[self._row[0]]
-        self._show(Shown(self._split, self._row))
+        self._show(Shown(self._split, self._row, np.array([False]), {}))
         return self._observation(), {"instance": instance.id, "difficulty": instance.difficulty} | self._texts()
 
     def step(self, action: NDArray) -> tuple[NDArray, float, bool, bool, dict[str, Any]]:
@@ -189,7 +189,7 @@ class SwitchableEnv(gym.Env, EzPickle):
         infos = step_infos(self._split, self._row, action[None], outcome)
         info = {key: value[0].item() if value[0].__class__ in _SCALARS else value[0] for key, value in infos.items()}
         reward = self.objective.rewards(outcome.quality, outcome.quality_ref, outcome.flops_ratio)
-        self._show(Shown(self._split, self._row, self._decision[None], outcome, reward))
+        self._show(Shown(self._split, self._row, np.array([True]), infos, reward))
         return self._observation(), float(reward[0]), True, False, info | self._texts()
 
     def render(self) -> str | NDArray | None:
@@ -275,7 +275,7 @@ class SwitchableVectorEnv(VectorEnv):
         """Draw ``num_envs`` instances; options as for ``SwitchableEnv``, ``instance`` may be a list of ids."""
         super().reset(seed=seed)
         self._split, self._rows = draw(self.core, self.np_random, self.num_envs, options)
-        self._shown = Shown(self._split, self._rows)
+        self._shown = Shown(self._split, self._rows, ~self._all(), {})
         return self.core.observe(self._split, self._rows), self._reset_infos()
 
     def step(self, actions: NDArray) -> tuple[NDArray, NDArray, NDArray, NDArray, dict[str, Any]]:
@@ -289,8 +289,8 @@ class SwitchableVectorEnv(VectorEnv):
             raise gym.error.ResetNeeded("call reset() before the first step()")
         outcome = self.core.score(self._split, self._rows, actions)
         rewards = self.objective.rewards(outcome.quality, outcome.quality_ref, outcome.flops_ratio)
-        self._shown = Shown(self._split, self._rows, np.array(actions, dtype=np.int64), outcome, rewards)
         final = step_infos(self._split, self._rows, actions, outcome)
+        self._shown = Shown(self._split, self._rows, self._all(), final, rewards)
         if self.info_text:
             final |= text_infos(self._split, self._rows)
         final_observations = np.empty(self.num_envs, dtype=object)
@@ -321,7 +321,7 @@ class SwitchableVectorEnv(VectorEnv):
         """Go on from what ``state`` gave; returns the observations ``[num_envs, features]`` to decide on next."""
         self.np_random.bit_generator.state = state["random"]
         self._split, self._rows = self.core.split(state["split"]), np.array(state["rows"])
-        self._shown = Shown(self._split, self._rows)
+        self._shown = Shown(self._split, self._rows, ~self._all(), {})
         self.objective.multiplier = state["multiplier"]
         return self.core.observe(self._split, self._rows)
 

@@ -25,6 +25,10 @@ class Window:
             )
         self._screen = self._clock = None
 
+    def __reduce__(self) -> tuple[type[Window], tuple[()]]:
+        """A copy is a window of its own, not yet opened."""
+        return Window, ()
+
     def show(self, image: NDArray, fps: float) -> None:
         """Show ``image [height, width, 3]``, no sooner than ``1 / fps`` seconds after the last one."""
         import pygame
