@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from sd_gym.agents.common.agent import INFO_TAGS, Rollout
 from sd_gym.agents.common.evaluation import Decided, evaluate, time_ratio
+from sd_gym.agents.common.logs import open_logger, write_result, write_validation
 from sd_gym.agents.common.plots import plot_run
 from sd_gym.agents.common.selection import STRICT, Selection
 from sd_gym.agents.registry import agent_class, make_agent
-from stable_baselines3.common.logger import configure
 
 from sd_gym.envs.config import EnvConfig
 from sd_gym.envs.core import Core, shared_core
@@ -94,22 +94,24 @@ def train(
     env.reset(seed=seed)
     description = _describe(env, env_id, algo, agent.settings, steps, seed)
     selection = Selection(env.core, strictness)
+    reached = None
     if checkpoint.exists():
         _check_same(folder, description)
         saved = torch.load(checkpoint, weights_only=True)  # tensors and plain values only
         agent.load_state(saved["agent"])
         selection.load_state(saved["selection"], agent.policy())
+        reached = selection.history[-1]["step"]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", description)
-    logger = configure(str(folder), ["tensorboard"])
+    logger = open_logger(folder, description, reached)
     interval = max(1, steps // VALIDATIONS)
 
     def on_rollout(rollout: Rollout) -> None:
+        nonlocal reached
+        reached = rollout.steps
         due = len(selection.history) + 1
         if agent.validates and (rollout.steps >= due * interval or rollout.steps >= steps):
-            entry = selection.consider(rollout.steps, agent.policy())
-            for key in ("quality", "flops_ratio"):
-                logger.record(f"validation/{key}", entry[key])
+            write_validation(logger, selection.consider(rollout.steps, agent.policy(), env.objective))
             if state := agent.state():
                 _save(checkpoint, {"agent": state, "selection": selection.state()})
         if on_progress is not None:
@@ -117,15 +119,19 @@ def train(
             on_progress(rollout.steps, figures)
 
     agent.learn(steps, logger, on_rollout)
-    logger.dump(steps)
-    logger.close()
+    reached = reached or steps  # where nothing is learned there are no rollouts
+    logger.dump(reached)
     decided = agent.decided(env.core.split("test"))
     policy = None
     if decided is None:
         policy = selection.select(agent.offers()) if agent.selects else agent.policy()
+        if not selection.history:
+            write_validation(logger, selection.validate(reached, policy, env.objective))
         policy.save(folder)
     agent.save_extra(folder)
     result = finish(env.core, policy, folder, selection.history, decided)
+    write_result(logger, reached, result)
+    logger.close()
     checkpoint.unlink(missing_ok=True)
     return result
 

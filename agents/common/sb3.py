@@ -99,6 +99,8 @@ class SB3Agent(Agent):
             "env": vec_env,
             "learning_rate": self.settings.learning_rate,
             "n_steps": self.settings.n_steps,
+            # The library averages over its last episodes: as many as a rollout has, so that tags mean the same in all.
+            "stats_window_size": vec_env.num_envs * self.settings.n_steps,
             "gamma": 1.0,
             "gae_lambda": 1.0,
             "ent_coef": self.settings.entropy,
