@@ -7,11 +7,17 @@ import pytest
 from sd_gym.agents import make_agent
 from sd_gym.agents.common.run import train
 from sd_gym.agents.common.selection import Selection
+from sd_gym.agents.imitation.agent import ImitationAgent
 from stable_baselines3.common.logger import KVWriter, Logger
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 CUSTOM = "SD/Classification-Custom-v0"
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
 
 
 @pytest.fixture
@@ -76,9 +82,6 @@ def test_the_validation_reward_is_the_objectives_and_moves_no_multiplier(custom)
 
 @pytest.mark.parametrize("name", ["ppo", "a2c", "reinforce"])
 def test_no_point_is_there_twice_after_a_run_was_cut_off_and_went_on(name, custom, tmp_path):
-    class KilledError(Exception):
-        pass
-
     def kill(step, figures):
         if step > 1300:
             raise KilledError
@@ -98,21 +101,22 @@ def test_no_point_is_there_twice_after_a_run_was_cut_off_and_went_on(name, custo
     assert hyperparameters_of(events)[0]["algo"] == name
 
 
-def test_a_run_that_begins_again_hides_what_was_there(custom, tmp_path):
+def test_a_run_that_begins_again_hides_what_was_there(custom, tmp_path, monkeypatch):
     """An agent that searches has no checkpoint: it starts anew in the folder that it was cut off in."""
 
-    class KilledError(Exception):
-        pass
-
-    def kill(step, figures):
+    def kill(agent, folder):
         raise KilledError
 
-    with pytest.raises(KilledError):
-        train(CUSTOM, "imitation", tmp_path, steps=100, settings=custom, on_progress=kill)
+    with monkeypatch.context() as patch:
+        patch.setattr(ImitationAgent, "save_extra", kill)
+        with pytest.raises(KilledError):
+            train(CUSTOM, "imitation", tmp_path, steps=100, settings=custom)
     train(CUSTOM, "imitation", tmp_path, steps=100, settings=custom)
-    events = events_of(tmp_path)
-    assert len(events.Tensors("config/text_summary")) == 1
-    assert len(points(events, "validation/reward")) == 1
+    assert len(list(tmp_path.glob("events.*"))) == 2
+    events = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload()  # as TensorBoard itself reads them
+    for tag in ("config/text_summary", "imitation/risk_loss", "validation/reward"):
+        steps = [event.step for event in events.Tensors(tag)]
+        assert steps == sorted(set(steps)), tag
 
 
 class Kept(KVWriter):
