@@ -177,8 +177,9 @@ def own_names(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Tests neither read nor write the user's cache."""
+    """Tests neither read nor write the user's cache, nor open windows."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDL_VIDEODRIVER", "dummy")
         patch.setenv("SD_GYM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 

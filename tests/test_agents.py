@@ -33,6 +33,7 @@ TAGS = {
     "time/fps",
     "validation/quality",
     "validation/flops_ratio",
+    "validation/reward",
 }
 
 
@@ -226,7 +227,8 @@ def test_selection_prefers_kept_quality_then_fewer_flops(scripted_scores):
     broken = Scripted(lambda margin: (100, 100), lambda margin: 0.2)
     worse = Scripted(lambda margin: (0, 0), lambda margin: 0.6)
     selection = Selection(scripted_scores)
-    entries = [selection.consider(step, policy) for step, policy in enumerate((broken, good, worse))]
+    objective = scripted_scores.config.make_objective()
+    entries = [selection.consider(step, policy, objective) for step, policy in enumerate((broken, good, worse))]
     assert [entry["quality_kept"] for entry in entries] == [False, True, True]
     assert selection.select([]).flops is good.flops
 

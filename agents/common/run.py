@@ -15,12 +15,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from sd_gym.agents.common import logs
 from sd_gym.agents.common.agent import INFO_TAGS, Agent, Rollout
 from sd_gym.agents.common.evaluation import Decided, Decides, evaluate, summary, time_ratio
 from sd_gym.agents.common.plots import plot_run
 from sd_gym.agents.common.selection import STRICT, Selection
 from sd_gym.agents.registry import agent_class, make_agent
-from stable_baselines3.common.logger import configure
 
 from sd_gym.envs.config import EnvConfig, make_config
 from sd_gym.envs.core import Core, shared_core
@@ -99,22 +99,24 @@ def train(
     description = {"env": env_id, "algo": algo, "steps": steps, "seed": seed, "imports": list(imports)}
     description |= circumstances(env.config) | {"agent_settings": agent.settings.model_dump()}
     selection = Selection(env.core, strictness)
+    reached = None
     if checkpoint.exists():
         _check_same(folder, description)
         saved = torch.load(checkpoint, weights_only=True)  # tensors and plain values only
         agent.load_state(saved["agent"])
         selection.load_state(saved["selection"], agent.policy())
+        reached = selection.history[-1]["step"]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", description)
-    logger = configure(str(folder), ["tensorboard"])
+    logger = logs.open_logger(folder, description, reached)
     interval = max(1, steps // VALIDATIONS)
 
     def on_rollout(rollout: Rollout) -> None:
+        nonlocal reached
+        reached = rollout.steps
         due = len(selection.history) + 1
         if agent.validates and (rollout.steps >= due * interval or rollout.steps >= steps):
-            entry = selection.consider(rollout.steps, agent.policy())
-            for key in ("quality", "flops_ratio"):
-                logger.record(f"validation/{key}", entry[key])
+            logs.write_validation(logger, selection.consider(rollout.steps, agent.policy(), env.objective))
             if state := agent.state():
                 _save(checkpoint, {"agent": state, "selection": selection.state()})
         if on_progress is not None:
@@ -122,8 +124,7 @@ def train(
             on_progress(rollout.steps, figures)
 
     agent.learn(steps, logger, on_rollout)
-    logger.dump(steps)
-    logger.close()
+    reached = reached or steps  # where nothing is learned there are no rollouts
     decided = agent.decided(env.core.split("test"))
     policy = last = None
     if decided is None:
@@ -131,6 +132,8 @@ def train(
         if agent.selects:
             last = summary(env.core, policy, "test")
             policy = selection.select(agent.offers())
+        if not selection.history:
+            logs.write_validation(logger, selection.validate(reached, policy, env.objective))
         policy.save(folder)
     agent.save_extra(folder)
     result = measured(env.core, policy, "test", folder, decided)
@@ -138,6 +141,8 @@ def train(
     result["history"] = selection.history
     result["data"] = {name: env.core.split(name).counts for name in SPLITS}
     write_result(result, env.core, folder)
+    logs.write_result(logger, reached, result)
+    logger.close()
     checkpoint.unlink(missing_ok=True)
     return result
 

@@ -70,6 +70,7 @@ class _RolloutCallback(BaseCallback):
         self._infos: list[list[dict[str, Any]]] = []
         self._rewards: list[NDArray] = []
         self._finished: Rollout | None = None
+        self.rollouts = 0
 
     def _on_rollout_start(self) -> None:
         self._pass_on()
@@ -86,6 +87,7 @@ class _RolloutCallback(BaseCallback):
         self._finished = Rollout(self.num_timesteps, np.concatenate(self._rewards), flat)
         self._finished.record(self.logger)
         self._infos, self._rewards = [], []
+        self.rollouts += 1
 
     def _on_training_end(self) -> None:
         self._pass_on()
@@ -128,6 +130,8 @@ class SB3Agent(Agent):
             "env": vec_env,
             "learning_rate": LinearSchedule(rate, LAST_RATE * rate, 1.0),
             "n_steps": self.settings.n_steps,
+            # The library averages over its last episodes: as many as a rollout has, so that tags mean the same in all.
+            "stats_window_size": vec_env.num_envs * self.settings.n_steps,
             "gamma": 1.0,
             "gae_lambda": 1.0,
             "ent_coef": self.settings.entropy,
@@ -150,12 +154,15 @@ class SB3Agent(Agent):
         algorithm = self.algorithm
         algorithm.set_logger(logger)
         interval = max(1, LOGGED_DECISIONS // (algorithm.n_envs * algorithm.n_steps))
+        callback = _RolloutCallback(self, on_rollout)
         algorithm.learn(
             total_steps - algorithm.num_timesteps,
-            callback=_RolloutCallback(self, on_rollout),
+            callback=callback,
             log_interval=interval,
             reset_num_timesteps=algorithm.num_timesteps == 0,
         )
+        if callback.rollouts % interval:
+            algorithm.dump_logs()  # a curve ends with the last rollout
 
     def policy(self) -> DecisionPolicy:
         """The actor's weights in the project's own network, which decides the same."""

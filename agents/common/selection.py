@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from sd_gym.agents.common.verdict import Verdict, verdict
 
 from sd_gym.envs.core import Core
 from sd_gym.envs.split import Split
+from sd_gym.objectives import Objective
 from sd_gym.policy import DecisionPolicy
 
 # Of versions of a policy, from bolder to more cautious, in log-odds; the last one leaves everything running.
@@ -41,7 +43,8 @@ class Selection:
         core: Scores the policies.
         strictness: Standard errors by which a loss must stay below epsilon on either half.
         policies: The last policies that were validated.
-        history: One entry a validation: step, quality, quality_ref, flops_ratio, quality_kept, on the screening half.
+        history: One entry a validation: step, quality, quality_ref, flops_ratio, quality_kept and reward, on the
+            screening half.
     """
 
     core: Core
@@ -49,16 +52,21 @@ class Selection:
     policies: list[DecisionPolicy] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    def consider(self, step: int, policy: DecisionPolicy) -> dict[str, Any]:
+    def consider(self, step: int, policy: DecisionPolicy, objective: Objective) -> dict[str, Any]:
         """Validate a policy, remember it, and return its entry of the history."""
+        entry = self.validate(step, policy, objective)
+        self.history.append(entry)
+        self.policies = [*self.policies, policy][-OFFERED:]
+        return entry
+
+    def validate(self, step: int, policy: DecisionPolicy, objective: Objective) -> dict[str, Any]:
+        """The entry of a policy; a multiplier in the objective is in force as it is, and does not move."""
         scored = self._score(policy, 0)
         entry = {"step": step} | {
             name: float(scored[name].mean()) for name in ("quality", "quality_ref", "flops_ratio")
         }
-        entry["quality_kept"] = self._kept(scored)
-        self.history.append(entry)
-        self.policies = [*self.policies, policy][-OFFERED:]
-        return entry
+        rewards = copy(objective).rewards(*(scored[name] for name in ("quality", "quality_ref", "flops_ratio")))
+        return entry | {"quality_kept": self._kept(scored), "reward": float(rewards.mean())}
 
     def select(self, offers: list[DecisionPolicy]) -> DecisionPolicy:
         """The policy to keep, of those that were validated and ``offers``; dense if no other keeps the quality.

@@ -1,17 +1,139 @@
-"""Pictures of a decision: one line of text, or a small image."""
+"""What an env shows of a decision: what was read, what ran, what was answered, and what that was worth."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-CELL = 18  # pixels
-GAP = 2
-RAN, SKIPPED, BACKGROUND = (46, 125, 50), (207, 216, 220), (255, 255, 255)
+from sd_gym.envs.core import Core
+from sd_gym.envs.split import Split
+from sd_gym.tasks.marks import CUT, DROPPED, MarkedText
+
 LETTERS = {"attention": "a", "cross_attention": "c", "feed_forward": "f"}
+BAR = 40  # characters
+NOTHING = "(nothing)"
 
 
-def as_text(names: list[str], skip: NDArray) -> str:
+class Shown(NamedTuple):
+    """What there is to show of ``n`` envs; kept by the env, and only looked into when it is asked to render.
+
+    Attributes:
+        split: Where the instances are.
+        rows: Which they are, ``[n]``.
+        decided: Which envs have decided and not been reset since, bool ``[n]``; the others only have their text.
+        infos: Of the step, a row an env; empty where none has decided.
+        rewards: ``[n]``, or ``[n, 2]`` where rewards are vectors; ``None`` where none has decided.
+    """
+
+    split: Split
+    rows: NDArray
+    decided: NDArray
+    infos: dict[str, NDArray]
+    rewards: NDArray | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a decision.
+
+    Attributes:
+        decision: ``[switches + 1]``.
+        answer: What the backbone said under it.
+        quality: Of this answer.
+        quality_ref: Of the dense backbone's.
+        kept: Whether no more than epsilon was lost.
+        flops_ratio: FLOPs over dense FLOPs.
+        reward: What the agent got, one number or two.
+    """
+
+    decision: NDArray
+    answer: str
+    quality: float
+    quality_ref: float
+    kept: bool
+    flops_ratio: float
+    reward: float | NDArray
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that is shown of one instance.
+
+    Attributes:
+        env: The env's id.
+        instance: Id of the instance.
+        difficulty: Its level; 0 where it is not known.
+        texts: What the backbone was given, with what became of each character.
+        reference: The right answer.
+        switches: Names of the switches, as ``encoder.0.attention``.
+        token_shares: Share of the tokens that each token level drops.
+        result: What came of the decision; ``None`` before it.
+    """
+
+    env: str
+    instance: str
+    difficulty: int
+    texts: list[MarkedText]
+    reference: str
+    switches: list[str]
+    token_shares: tuple[float, ...]
+    result: Result | None
+
+    @property
+    def skip(self) -> NDArray:
+        """1 for each switch that was skipped, 0 for the others (all, before a decision), ``[switches]``."""
+        return np.zeros(len(self.switches)) if self.result is None else self.result.decision[:-1]
+
+
+def pictures(core: Core, shown: Shown, render_mode: str) -> list[str] | list[NDArray]:
+    """What each env shows: lines of text for ``ansi``, else pictures."""
+    from sd_gym.envs.picture import as_image  # what draws is imported when something is drawn
+
+    return [as_lines(scene) if render_mode == "ansi" else as_image(scene) for scene in scenes(core, shown)]
+
+
+def scenes(core: Core, shown: Shown) -> list[Scene]:
+    """What to show of each env; only here the backbone is asked for its answers."""
+    results = _results(shown) if shown.decided.any() else {}
+    return [_scene(core, shown.split, row, results.get(env)) for env, row in enumerate(shown.rows)]
+
+
+def _scene(core: Core, split: Split, row: int, result: Result | None) -> Scene:
+    level = 0 if result is None else int(result.decision[-1])
+    return Scene(
+        env=core.config.id,
+        instance=split.instances[row].id,
+        difficulty=split.instances[row].difficulty,
+        texts=split.marked_texts(row, level),
+        reference=split.reference(row),
+        switches=core.backbone.board.names,
+        token_shares=core.config.token_shares,
+        result=result,
+    )
+
+
+def _results(shown: Shown) -> dict[int, Result]:
+    """What came of the decisions, by env."""
+    envs, infos = np.flatnonzero(shown.decided), shown.infos
+    answers = shown.split.answers(shown.rows[envs], infos["decision"][envs])
+    return {
+        env: Result(
+            decision=infos["decision"][env],
+            answer=answer,
+            quality=infos["quality"][env],
+            quality_ref=infos["quality_ref"][env],
+            kept=infos["cost"][env] == 0,
+            flops_ratio=infos["flops_ratio"][env],
+            reward=shown.rewards[env],
+        )
+        for env, answer in zip(envs.tolist(), answers, strict=True)
+    }
+
+
+def as_line(names: list[str], skip: NDArray) -> str:
     """One line: for each layer the letters of the sublayers that ran (a, c, f), a dot for each that was skipped.
 
     ``encoder af af .. | decoder acf a.f ...``
@@ -24,17 +146,47 @@ def as_text(names: list[str], skip: NDArray) -> str:
     return " | ".join(f"{stack} {' '.join(layers.values())}" for stack, layers in stacks.items())
 
 
-def as_image(names: list[str], skip: NDArray) -> NDArray:
-    """A grid, uint8 ``[h, w, 3]``: a column a layer, a row a kind; green = ran, grey = skipped, white = none."""
-    places = [name.rsplit(".", 1) for name in names]
-    columns = {layer: number for number, layer in enumerate(dict.fromkeys(layer for layer, _ in places))}
-    rows = {kind: number for number, kind in enumerate(kind for kind in LETTERS if any(k == kind for _, k in places))}
-    grid = np.full((len(rows), len(columns), 3), BACKGROUND, dtype=np.uint8)
-    for (layer, kind), skipped in zip(places, skip, strict=True):
-        grid[rows[kind], columns[layer]] = SKIPPED if skipped else RAN
-    image = np.full((len(rows) * (CELL + GAP) + GAP, len(columns) * (CELL + GAP) + GAP, 3), BACKGROUND, dtype=np.uint8)
-    for row in range(len(rows)):
-        for column in range(len(columns)):
-            top, left = row * (CELL + GAP) + GAP, column * (CELL + GAP) + GAP
-            image[top : top + CELL, left : left + CELL] = grid[row, column]
-    return image
+def as_lines(scene: Scene) -> str:
+    """Lines for a terminal: ``as_line``, then the instance, its text, and what came of the decision.
+
+    Tokens that were dropped stand in ``[-  -]``, what was cut off as too long in ``[cut: ]``.
+    """
+    lines = [
+        as_line(scene.switches, scene.skip),
+        f"instance:  {scene.instance} of {scene.env}, {level_of(scene.difficulty)}",
+        *(f"text:      {_marked(text)}" for text in scene.texts),
+    ]
+    result = scene.result
+    if result is None:
+        return "\n".join([*lines, f"reference: {scene.reference or NOTHING}", "no decision yet"])
+    bar = "#" * round(BAR * min(1.0, result.flops_ratio))
+    lines += [
+        f"answer:    {result.answer or NOTHING}",
+        f"reference: {scene.reference or NOTHING}",
+        f"quality:   {quality_of(result)}",
+        f"FLOPs:     {result.flops_ratio:.1%} of dense |{bar:.<{BAR}}|",
+        f"reward:    {reward_of(result)}",
+    ]
+    return "\n".join(lines)
+
+
+def level_of(difficulty: int) -> str:
+    """A level of difficulty in words."""
+    return f"difficulty {difficulty}" if difficulty else "difficulty not known"
+
+
+def quality_of(result: Result) -> str:
+    """What the answer was worth in words."""
+    verdict = "kept" if result.kept else "lost"
+    return f"{result.quality:.2f} (dense: {result.quality_ref:.2f}), {verdict}"
+
+
+def reward_of(result: Result) -> str:
+    """The reward in figures."""
+    return ", ".join(f"{value:+.3f}" for value in np.atleast_1d(result.reward))
+
+
+def _marked(text: MarkedText) -> str:
+    signs = {DROPPED: "[-{}-]", CUT: "[cut: {}]"}
+    marked = "".join(signs.get(mark, "{}").format(piece) for piece, mark in text.runs())
+    return " ".join(marked.split())

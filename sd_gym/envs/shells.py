@@ -15,20 +15,23 @@ from numpy.typing import NDArray
 
 from sd_gym.envs.config import EnvConfig, load_config
 from sd_gym.envs.core import Core, Outcome, shared_core
-from sd_gym.envs.render import as_image, as_text
+from sd_gym.envs.render import Shown, pictures
 from sd_gym.envs.spaces import Observations, as_array, each, reward_space, spaces
 from sd_gym.envs.split import Split
+from sd_gym.envs.window import HAS_PYGAME, Window
 from sd_gym.objectives import Objective
 from sd_gym.registration import CONFIG_FOLDER
 
 RENDER_MODES = ("ansi", "rgb_array")
+# Gymnasium's checker tries every mode that an env declares, so a window is declared only where one can be opened.
+SINGLE_RENDER_MODES = (*RENDER_MODES, "human") if HAS_PYGAME else RENDER_MODES
 KNOWN_AT_RESET = ("instance", "difficulty")
 
 
-def check_render_mode(render_mode: str | None) -> None:
+def check_render_mode(render_mode: str | None, modes: tuple[str, ...]) -> None:
     """Raise ``ValueError`` for a mode that there is not."""
-    if render_mode is not None and render_mode not in RENDER_MODES:
-        raise ValueError(f"render_mode must be one of {', '.join(RENDER_MODES)} or None, got {render_mode!r}")
+    if render_mode is not None and render_mode not in modes:
+        raise ValueError(f"render_mode must be one of {', '.join(modes)} or None, got {render_mode!r}")
 
 
 def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, NDArray | None]:
@@ -60,6 +63,15 @@ def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, N
         if identity not in split.number_of:
             raise ValueError(f"no instance {identity!r} in the {name} split; ids run from {split.instances[0].id!r} on")
     return split, np.array([split.number_of[identity] for identity in ids])
+
+
+def text_infos(split: Split, rows: NDArray) -> dict[str, NDArray]:
+    """The texts of instances, one array of ``n`` values a key: see ``info_text`` of ``SwitchableEnv``."""
+    instances = [split.instances[row] for row in rows]
+    texts = {"source": [one.source for one in instances], "reference": [split.reference(row) for row in rows]}
+    if split.paired:
+        texts["source_pair"] = [one.source_pair for one in instances]
+    return {key: np.array(values, dtype=object) for key, values in texts.items()}
 
 
 def step_infos(split: Split, rows: NDArray, decisions: NDArray, outcome: Outcome) -> dict[str, NDArray]:
@@ -149,11 +161,17 @@ class SwitchableEnv(gym.Env):
         step: ``quality``, ``quality_ref``, ``cost``, ``flops_ratio``, ``vector_reward`` = [quality, -flops_ratio],
         ``is_success`` (cost == 0), ``instance`` (id), ``difficulty``, ``decision``. reset: the same keys (so that
         recorders can stack infos), of which only ``instance`` and ``difficulty`` are known; the others are zeros (and
-        ``is_success`` is ``False``), since nothing was decided yet.
+        ``is_success`` is ``False``), since nothing was decided yet. With ``info_text`` both also have ``source``,
+        ``reference`` (the right answer, the first of several, empty if there is none) and, where inputs are pairs of
+        texts, ``source_pair``.
 
     Arguments:
         config_file: Name of a file in ``envs_configs/``, or the path of any such file.
-        render_mode: ``ansi`` (one line: which switches ran), ``rgb_array`` (the same as a picture), or ``None``.
+        render_mode: ``ansi`` (lines of text), ``rgb_array`` (a picture, 960 by 720), ``human`` (the picture in a
+            window, which pygame opens), or ``None``. Each shows the text and what of it was dropped, which sublayers
+            ran, the answer beside the right one, FLOPs, quality and reward of the last step; after a reset the text
+            alone. Nothing is generated or drawn until it is asked for.
+        info_text: Whether infos hold the texts of the instance; off, since copying them costs.
         overrides: Any key of the config, ``action``, ``codebook``, ``observation`` and ``vector_reward`` among them.
             ``reset(options={"split": ..., "instance": id})`` picks what to decide on.
 
@@ -167,10 +185,13 @@ class SwitchableEnv(gym.Env):
         UnsupportedArchitectureError: If the backbone cannot be switched.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": list(RENDER_MODES), "render_fps": 1}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": list(SINGLE_RENDER_MODES), "render_fps": 1}
 
-    def __init__(self, config_file: str, render_mode: str | None = None, **overrides: Any) -> None:
-        check_render_mode(render_mode)
+    def __init__(
+        self, config_file: str, render_mode: str | None = None, info_text: bool = False, **overrides: Any
+    ) -> None:
+        self._window = Window() if render_mode == "human" else None  # raises where no window can be opened
+        check_render_mode(render_mode, SINGLE_RENDER_MODES)
         self.config = read_config(config_file, overrides)
         self.core = shared_core(self.config)
         self.objective = self.config.make_objective()
@@ -178,9 +199,11 @@ class SwitchableEnv(gym.Env):
         if self.config.vector_reward:
             self.reward_space = reward_space(self.config)
         self.render_mode = render_mode
+        self.info_text = info_text
         self._split: Split | None = None
         self._row: NDArray | None = None
         self._decision: NDArray | None = None
+        self._shown: Shown | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Draw an instance; see the class for ``options``. Raises ``ValueError`` for an unknown one."""
@@ -188,7 +211,8 @@ class SwitchableEnv(gym.Env):
         self._split, row = chosen(self.core, 1, options)
         self._row = self.np_random.integers(len(self._split), size=1) if row is None else row
         self._decision = None
-        return self._observation(), info_of_one(reset_infos(self.core, self._split, self._row))
+        self._show(Shown(self._split, self._row, np.array([False]), {}))
+        return self._observation(), info_of_one(reset_infos(self.core, self._split, self._row)) | self._texts()
 
     def step(self, action: Any) -> tuple[Any, float | NDArray, bool, bool, dict[str, Any]]:
         """Run the backbone under the decision that an action of the action space stands for.
@@ -205,21 +229,40 @@ class SwitchableEnv(gym.Env):
         decisions = self.core.actions.decisions(action[None], 1)
         outcome = self.core.score(self._split, self._row, decisions)
         self._decision = decisions[0]
-        info = info_of_one(step_infos(self._split, self._row, decisions, outcome))
-        reward = rewards_of(self.config, self.objective, outcome)[0]
-        return self._observation(), reward if self.config.vector_reward else float(reward), True, False, info
+        infos = step_infos(self._split, self._row, decisions, outcome)
+        rewards = rewards_of(self.config, self.objective, outcome)
+        self._show(Shown(self._split, self._row, np.array([True]), infos, rewards))
+        reward = rewards[0] if self.config.vector_reward else float(rewards[0])
+        return self._observation(), reward, True, False, info_of_one(infos) | self._texts()
 
     def action_masks(self) -> NDArray:
         """Which choices are allowed, bool ``[choices]``: all (what sb3-contrib's maskable algorithms ask for)."""
         return allowed(self.core)
 
     def render(self) -> str | NDArray | None:
-        """Which switches ran in the last step (all, before one), as the render mode says."""
-        if self.render_mode is None:
+        """What came of the last step, or after a reset what there is to decide on, as the render mode says."""
+        if self.render_mode is None or self._shown is None:
             return None
-        skip = np.zeros(self.core.n_switches) if self._decision is None else self._decision[:-1]
-        picture = as_text if self.render_mode == "ansi" else as_image
-        return picture(self.core.backbone.board.names, skip)
+        (picture,) = pictures(self.core, self._shown, self.render_mode)
+        if self._window is None:
+            return picture
+        self._window.show(picture, self.metadata["render_fps"])
+        return None
+
+    def close(self) -> None:
+        """Close the window, if there is one."""
+        if self._window is not None:
+            self._window.close()
+
+    def _show(self, shown: Shown) -> None:
+        self._shown = shown
+        if self._window is not None:
+            self.render()
+
+    def _texts(self) -> dict[str, str]:
+        if not self.info_text:
+            return {}
+        return {key: value for key, (value,) in text_infos(self._split, self._row).items()}
 
     def _observation(self) -> Any:
         return each(self.core.observe(self._split, self._row))[0]
@@ -244,7 +287,8 @@ class SwitchableVectorEnv(VectorEnv):
     Args:
         config_file: As for ``SwitchableEnv``.
         num_envs: Batch size.
-        render_mode: As for ``SwitchableEnv``.
+        render_mode: As for ``SwitchableEnv``, one picture an env; there are no windows.
+        info_text: As for ``SwitchableEnv``.
         autoreset_mode: An ``AutoresetMode`` or its value, as in ``gym.make_vec(id, autoreset_mode="NextStep")``.
         overrides: Any key of the config.
 
@@ -252,17 +296,22 @@ class SwitchableVectorEnv(VectorEnv):
         ValueError: If there is no such autoreset mode; else as ``SwitchableEnv``.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {**SwitchableEnv.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+    metadata: ClassVar[dict[str, Any]] = {
+        **SwitchableEnv.metadata,
+        "render_modes": list(RENDER_MODES),
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
 
     def __init__(
         self,
         config_file: str,
         num_envs: int = 1,
         render_mode: str | None = None,
+        info_text: bool = False,
         autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
         **overrides: Any,
     ) -> None:
-        check_render_mode(render_mode)
+        check_render_mode(render_mode, RENDER_MODES)
         self.autoreset_mode = read_autoreset_mode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
         self.config = read_config(config_file, overrides)
@@ -270,6 +319,7 @@ class SwitchableVectorEnv(VectorEnv):
         self.objective = self.config.make_objective()
         self.num_envs = num_envs
         self.render_mode = render_mode
+        self.info_text = info_text
         self.single_observation_space, self.single_action_space = spaces(self.core)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -278,7 +328,7 @@ class SwitchableVectorEnv(VectorEnv):
         self._split: Split | None = None
         self._rows: NDArray = np.zeros(num_envs, dtype=np.int64)
         self._ended: NDArray = np.zeros(num_envs, dtype=np.bool_)  # decided, and not yet reset
-        self._decisions: NDArray | None = None
+        self._shown: Shown | None = None
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -302,9 +352,10 @@ class SwitchableVectorEnv(VectorEnv):
         envs = self._envs_to_reset(options)
         self._seed(seed, envs)
         self._split, rows = chosen(self.core, self.num_envs, options)
+        self._rows = self._rows.copy()  # what is shown keeps the rows that were decided on
         self._rows[envs] = self._random_rows(envs) if rows is None else rows[envs]
         self._ended[envs] = False
-        self._decisions = None
+        self._shown = self._after_reset(envs)
         return self._observations(), self._infos((envs, self._reset_infos(envs)))
 
     def step(self, actions: Any) -> tuple[Observations, NDArray, NDArray, NDArray, dict[str, Any]]:
@@ -326,13 +377,15 @@ class SwitchableVectorEnv(VectorEnv):
         decisions[reset] = 0
         rewards, terminated = no_rewards(self.config, self.num_envs), ~self._ended
         outcome, rewards[decided] = self._decide(decided, decisions[decided])
-        self._decisions = decisions
+        if len(decided):
+            self._shown = Shown(self._split, self._rows, ~self._ended, self._infos((decided, outcome)), rewards)
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
             final = {"final_obs": _objects(each(self._observations())), "_final_obs": terminated.copy()}
             final |= {"final_info": self._infos((decided, outcome)), "_final_info": terminated.copy()}
             self._rows = self._random_rows(decided)
             infos = self._infos((decided, self._reset_infos(decided))) | final
         else:
+            self._rows = self._rows.copy()  # what is shown keeps the rows that were decided on
             self._rows[reset] = self._random_rows(reset)
             self._ended = terminated.copy()
             infos = self._infos((decided, outcome), (reset, self._reset_infos(reset)))
@@ -343,12 +396,10 @@ class SwitchableVectorEnv(VectorEnv):
         return np.stack([allowed(self.core)] * self.num_envs)
 
     def render(self) -> tuple[str | NDArray, ...] | None:
-        """One picture an env, as ``SwitchableEnv.render``."""
-        if self.render_mode is None:
+        """One picture an env, as ``SwitchableEnv.render``: after a step, of the instances that were decided on."""
+        if self.render_mode is None or self._shown is None:
             return None
-        skips = np.zeros((self.num_envs, self.core.n_switches)) if self._decisions is None else self._decisions[:, :-1]
-        picture = as_text if self.render_mode == "ansi" else as_image
-        return tuple(picture(self.core.backbone.board.names, skip) for skip in skips)
+        return tuple(pictures(self.core, self._shown, self.render_mode))
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, as plain values; after ``reset``."""
@@ -368,7 +419,7 @@ class SwitchableVectorEnv(VectorEnv):
         self.np_random = _generator(random) if isinstance(random, dict) else tuple(_generator(own) for own in random)
         self._split, self._rows = self.core.split(state["split"]), np.array(state["rows"])
         self._ended = np.array(state["ended"])
-        self._decisions = None
+        self._shown = Shown(self._split, self._rows, np.zeros(self.num_envs, dtype=np.bool_), {})
         self.objective.multiplier = state["multiplier"]
         return self._observations()
 
@@ -379,7 +430,16 @@ class SwitchableVectorEnv(VectorEnv):
         rows = self._rows[envs]
         outcome = self.core.score(self._split, rows, decisions)
         rewards = rewards_of(self.config, self.objective, outcome)
-        return step_infos(self._split, rows, decisions, outcome), rewards
+        return step_infos(self._split, rows, decisions, outcome) | self._texts(envs), rewards
+
+    def _after_reset(self, envs: NDArray) -> Shown:
+        """What there is to show when some envs were reset, and the others have decided or wait as before."""
+        decided, before = np.zeros(self.num_envs, dtype=np.bool_), self._shown
+        if before is None or len(envs) == self.num_envs:
+            return Shown(self._split, self._rows, decided, {})
+        decided |= before.decided
+        decided[envs] = False
+        return Shown(self._split, self._rows, decided, before.infos, before.rewards)
 
     def _envs_to_reset(self, options: dict[str, Any]) -> NDArray:
         """Takes ``reset_mask`` out of the options; a reset that has one stays on the split unless it names another."""
@@ -429,7 +489,10 @@ class SwitchableVectorEnv(VectorEnv):
         return self.core.observe(self._split, self._rows)
 
     def _reset_infos(self, envs: NDArray) -> dict[str, NDArray]:
-        return reset_infos(self.core, self._split, self._rows[envs])
+        return reset_infos(self.core, self._split, self._rows[envs]) | self._texts(envs)
+
+    def _texts(self, envs: NDArray) -> dict[str, NDArray]:
+        return text_infos(self._split, self._rows[envs]) if self.info_text else {}
 
     def _infos(self, *parts: tuple[NDArray, dict[str, NDArray]]) -> dict[str, NDArray]:
         """Infos as ``VectorEnv`` has them, a row an env and a mask ``_key`` for each key, of (envs, their infos)."""

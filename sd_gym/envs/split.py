@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -19,6 +20,7 @@ from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.data import Instances, load_split
 from sd_gym.tasks.difficulty import quartiles
 from sd_gym.tasks.encoding import droppable_tokens
+from sd_gym.tasks.marks import MarkedText, marked_texts
 from sd_gym.tasks.metrics import corpus_metric, likelihood, prediction, quality
 from sd_gym.tasks.ranking import in_batches, kept_tokens, token_scores
 from sd_gym.tasks.text import text_metrics, text_quality
@@ -93,6 +95,11 @@ class Split:
     def number_of(self) -> dict[str, int]:
         """Row of each instance, by its id."""
         return {instance.id: row for row, instance in enumerate(self.instances)}
+
+    @cached_property
+    def paired(self) -> bool:
+        """Whether inputs are pairs of texts."""
+        return any(instance.source_pair is not None for instance in self.instances)
 
     @cached_property
     def difficulty(self) -> Array:
@@ -288,6 +295,40 @@ class Split:
             ):
                 texts[position] = (text if self.stop is None else text.partition(self.stop)[0]).strip()
         return texts
+
+    def answers(self, rows: Array, decisions: Array) -> list[str]:
+        """What the backbone says to rows under decisions, to be read: as ``texts``, or a class's name, or a score."""
+        if self.backbone.output != "label":
+            return self.texts(rows, decisions)
+        return [
+            self._said(value) for value in self._teacher_forced(rows, decisions, lambda logits, _: prediction(logits))
+        ]
+
+    def reference(self, row: int) -> str:
+        """What is right, to be read like an answer; of several right texts the first, empty if there is no answer."""
+        if self.backbone.output != "label":
+            return str(self.instances[row].target)
+        return self._said(self.encoded.labels[row].item())
+
+    def _said(self, value: float) -> str:
+        return (
+            f"{value:.2f}"
+            if self.encoded.labels.is_floating_point()
+            else self.backbone.model.config.id2label[int(value)]
+        )
+
+    def marked_texts(self, row: int, level: int) -> list[MarkedText]:
+        """The texts of an instance, and what of them is read at a token level."""
+        keep, instance = self._keep(np.array([row]), np.array([level])), self.instances[row]
+        if self.prompt is None and self.paired and instance.source_pair is None:  # tokenised as the others are
+            instance = replace(instance, source_pair="")
+        return marked_texts(
+            instance,
+            self.backbone.tokenizer,
+            self.config.max_source_length,
+            self.prompt,
+            None if keep is None else keep[0],
+        )
 
     @property
     def _end(self) -> dict[str, list[int]]:

@@ -250,6 +250,27 @@ def droppable_tokens(
     return droppable
 
 
+def texts_and_tokens(
+    instance: Instance, tokenizer: PreTrainedTokenizerBase, max_source_length: int, prompt: str | None = None
+) -> tuple[list[str], NDArray | None]:
+    """The texts that an instance's input is made of, and where its tokens stand in them; tokenised as ``encode`` does.
+
+    Returns:
+        The source and its pair, or the prompt with both in it; and of each token (which of the texts, first character,
+        last character + 1), int64 ``[length, 3]``, the first -1 for special tokens; ``None`` of slow tokenizers, which
+        cannot tell.
+    """
+    if prompt is not None:
+        texts, _ = _prompts([instance], tokenizer, min(max_source_length, tokenizer.model_max_length), prompt)
+    else:
+        texts = [instance.source] + ([] if instance.source_pair is None else [instance.source_pair])
+    if not tokenizer.is_fast:
+        return texts, None
+    tokens, _ = _tokenize_sources([instance], tokenizer, max_source_length, prompt, return_offsets_mapping=True)
+    number = [-1 if sequence is None else sequence for sequence in tokens.sequence_ids(0)]
+    return texts, np.column_stack([number, tokens.offset_mapping[0].numpy()])
+
+
 def _tokenize_sources(
     instances: Sequence[Instance],
     tokenizer: PreTrainedTokenizerBase,

@@ -1,0 +1,62 @@
+"""What TensorBoard shows of a run beside the curves of its agent: settings, validation and the result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from stable_baselines3.common.logger import HParam, Logger, configure
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+from sd_gym.policy import as_json
+
+REWARD_KEYS = ("objective", "epsilon", "penalty", "cost_scale", "multiplier_rate", "quality", "token_shares")
+RESULTS = ("quality_difference", "flops_ratio_with_policy", "quality_kept")  # that hyperparameters are compared by
+VALIDATED = ("reward", "quality", "flops_ratio")
+
+
+def open_logger(folder: Path, description: dict[str, Any], done: int | None = None) -> Logger:
+    """A logger into TensorBoard events of a run folder, the run's settings written to it.
+
+    Args:
+        folder: The run folder.
+        description: What ``config.json`` holds.
+        done: Decisions made before, if the run goes on from a checkpoint; ``None``: it begins. What a run that was cut
+            off had written behind that is hidden, since it happens again.
+    """
+    logger = configure(str(folder), ["tensorboard"])
+    (output,) = logger.output_formats
+    restart = Event(step=0 if done is None else done + 1, session_log=SessionLog(status=SessionLog.START))
+    output.writer.file_writer.add_event(restart)
+    if done is None:
+        plain = json.loads(as_json(description))
+        text = f"```yaml\n{yaml.safe_dump(plain, sort_keys=False)}```"
+        metrics = {f"test/{name}": 0.0 for name in RESULTS}  # TensorBoard takes their values from the scalars
+        write(logger, 0, {"config": text, "hparams": HParam(hyperparameters(plain), metrics)})
+    return logger
+
+
+def hyperparameters(description: dict[str, Any]) -> dict[str, str | bool | int | float]:
+    """What runs are compared by: env, agent, seed and steps, all settings of the agent, the reward's of the env."""
+    found = {key: description[key] for key in ("env", "algo", "seed", "steps")}
+    found |= {key: description["env_config"][key] for key in REWARD_KEYS}
+    found |= description["agent_settings"]
+    return {key: value if isinstance(value, bool | int | float) else str(value) for key, value in found.items()}
+
+
+def write(logger: Logger, step: int, values: dict[str, Any]) -> None:
+    """Write values at once, at this very step, and nothing else; ``record`` waits for the agent's next ``dump``."""
+    for output in logger.output_formats:
+        output.write(values, dict.fromkeys(values, ()), step)
+
+
+def write_validation(logger: Logger, entry: dict[str, Any]) -> None:
+    """Write an entry of ``Selection``'s history."""
+    write(logger, entry["step"], {f"validation/{name}": entry[name] for name in VALIDATED})
+
+
+def write_result(logger: Logger, step: int, result: dict[str, Any]) -> None:
+    """Write the result on the test split."""
+    write(logger, step, {f"test/{name}": float(result[name]) for name in RESULTS})

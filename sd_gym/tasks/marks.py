@@ -1,0 +1,63 @@
+"""What becomes of an input's text, character by character: read, dropped by a decision, or cut off as too long."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from sd_gym.tasks.encoding import texts_and_tokens
+from sd_gym.tasks.instance import Instance
+
+READ, DROPPED, CUT = 0, 1, 2
+
+
+class MarkedText(NamedTuple):
+    """A text, and what becomes of it.
+
+    Attributes:
+        text: The text.
+        marks: ``READ``, ``DROPPED`` or ``CUT`` for each character, int8 ``[len(text)]``.
+    """
+
+    text: str
+    marks: NDArray
+
+    def runs(self) -> list[tuple[str, int]]:
+        """The text in pieces, each with its mark."""
+        groups = groupby(zip(self.text, self.marks.tolist(), strict=True), key=lambda pair: pair[1])
+        return [("".join(character for character, _ in group), mark) for mark, group in groups]
+
+
+def marked_texts(
+    instance: Instance,
+    tokenizer: PreTrainedTokenizerBase,
+    max_source_length: int,
+    prompt: str | None = None,
+    keep: NDArray | None = None,
+) -> list[MarkedText]:
+    """The texts that a backbone is given (source and pair, or the filled prompt), and what becomes of them.
+
+    Args:
+        instance: Whose texts.
+        tokenizer: The backbone's; of a slow one all is said to be read, as it cannot tell where its tokens stand.
+        max_source_length: As for ``encode``.
+        prompt: As for ``encode``.
+        keep: Which tokens stay, bool ``[length]``; ``None``: all.
+    """
+    texts, places = texts_and_tokens(instance, tokenizer, max_source_length, prompt)
+    if places is None:
+        return [MarkedText(text, np.full(len(text), READ, dtype=np.int8)) for text in texts]
+    keep = np.ones(len(places), dtype=bool) if keep is None else keep
+    marked = []
+    for number, text in enumerate(texts):
+        own = places[:, 0] == number
+        marks = np.full(len(text), READ, dtype=np.int8)
+        for (_, begin, end), kept in zip(places[own], keep[own], strict=True):
+            marks[begin:end] = READ if kept else DROPPED
+        marks[places[own, 2].max(initial=0) :] = CUT
+        marked.append(MarkedText(text, marks))
+    return marked

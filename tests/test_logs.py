@@ -1,0 +1,153 @@
+"""What TensorBoard shows of a run: the same tags of all agents, with the same meaning, each point once."""
+
+import json
+
+import gymnasium as gym
+import pytest
+from sd_gym.agents import make_agent
+from sd_gym.agents.common.run import train
+from sd_gym.agents.common.selection import Selection
+from sd_gym.agents.imitation.agent import ImitationAgent
+from stable_baselines3.common.logger import KVWriter, Logger
+from tensorboard.backend.event_processing import plugin_event_accumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+CUSTOM = "SD/Classification-Custom-v0"
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+@pytest.fixture
+def custom(reviews, tiny_backbone):
+    return {"dataset": str(reviews), "backbone": str(tiny_backbone)}
+
+
+def events_of(folder):
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
+
+def points(events, tag):
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def hyperparameters_of(events):
+    """The settings of the one session, and the tags that sessions are compared by."""
+    found = events.summary_metadata["_hparams_/session_start_info"]
+    start = HParamsPluginData.FromString(found.plugin_data.content).session_start_info
+    experiment = HParamsPluginData.FromString(
+        events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    ).experiment
+    values = {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
+    return values, {metric.name.tag for metric in experiment.metric_infos}
+
+
+@pytest.mark.parametrize("name", ["ppo", "a2c_lex", "reinforce", "imitation", "static", "random", "early-exit"])
+def test_settings_result_and_validation_are_there_for_every_agent(name, custom, tmp_path):
+    settings = {**custom, "penalty": 3.0}
+    result = train(CUSTOM, name, tmp_path, steps=600, seed=5, settings=settings)
+    events = events_of(tmp_path)
+    values, metrics = hyperparameters_of(events)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (values["env"], values["algo"], values["seed"], values["steps"]) == (CUSTOM, name, 5, 600)
+    assert (values["penalty"], values["objective"]) == (3.0, "lexicographic")
+    for key, value in config["agent_settings"].items():
+        assert values[key] == (value if isinstance(value, int | float) else str(value))
+    assert metrics == {"test/quality_difference", "test/flops_ratio_with_policy", "test/quality_kept"}
+    for tag in metrics:
+        ((_, value),) = points(events, tag)
+        assert value == pytest.approx(float(result[tag.removeprefix("test/")]), abs=1e-6)
+    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "penalty: 3.0" in text
+    assert f"algo: {name}" in text
+    if name != "early-exit":  # it is no policy
+        for key in ("reward", "quality", "flops_ratio"):
+            logged = points(events, f"validation/{key}")
+            expected = [(entry["step"], pytest.approx(entry[key], abs=1e-5)) for entry in result["history"]]
+            assert logged == expected or (not expected and len(logged) == 1)
+
+
+def test_the_validation_reward_is_the_objectives_and_moves_no_multiplier(custom):
+    env = gym.make_vec(CUSTOM, num_envs=4, objective="lagrangian", penalty=3.0, epsilon=0.0, **custom).unwrapped
+    policy = make_agent("random", env, rate=0.9).policy()
+    env.objective.multiplier = 2.0
+    entry = Selection(env.core).consider(100, policy, env.objective)
+    assert entry["quality"] != entry["quality_ref"]
+    saved, lost = 1 - entry["flops_ratio"], entry["quality_ref"] - entry["quality"]
+    assert entry["reward"] == pytest.approx(saved - 2.0 * lost)
+    assert env.objective.multiplier == 2.0
+
+
+@pytest.mark.parametrize("name", ["ppo", "a2c", "reinforce"])
+def test_no_point_is_there_twice_after_a_run_was_cut_off_and_went_on(name, custom, tmp_path):
+    def kill(step, figures):
+        if step > 1300:
+            raise KilledError
+
+    arguments = {"steps": 2_000, "settings": {**custom, "num_envs": 16}}
+    whole = train(CUSTOM, name, tmp_path / "whole", **arguments)
+    with pytest.raises(KilledError):
+        train(CUSTOM, name, tmp_path / "cut", **arguments, on_progress=kill)
+    train(CUSTOM, name, tmp_path / "cut", **arguments, resume=True)
+    for folder in ("whole", "cut"):
+        events = events_of(tmp_path / folder)
+        for tag in events.Tags()["scalars"]:
+            steps = [step for step, _ in points(events, tag)]
+            assert steps == sorted(set(steps)), tag
+        assert points(events, "rollout/ep_rew_mean")[-1][0] == whole["history"][-1]["step"]
+    logged = points(events, "validation/reward")
+    assert logged == [(entry["step"], pytest.approx(entry["reward"], abs=1e-5)) for entry in whole["history"]]
+    assert len(events.Tensors("config/text_summary")) == 1
+    assert hyperparameters_of(events)[0]["algo"] == name
+
+
+def test_a_run_that_begins_again_hides_what_was_there(custom, tmp_path, monkeypatch):
+    """An agent that searches has no checkpoint: it starts anew in the folder that it was cut off in."""
+
+    def kill(agent, folder):
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImitationAgent, "save_extra", kill)
+        with pytest.raises(KilledError):
+            train(CUSTOM, "imitation", tmp_path, steps=100, settings=custom)
+    train(CUSTOM, "imitation", tmp_path, steps=100, settings=custom)
+    assert len(list(tmp_path.glob("events.*"))) == 2
+    events = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload()  # as TensorBoard itself reads them
+    for tag in ("config/text_summary", "imitation/risk_loss", "validation/reward"):
+        steps = [event.step for event in events.Tensors(tag)]
+        assert steps == sorted(set(steps)), tag
+
+
+class Kept(KVWriter):
+    """Keeps what is dumped, by step."""
+
+    def __init__(self):
+        self.dumped = {}
+
+    def write(self, key_values, key_excluded, step=0):
+        self.dumped.setdefault(step, {}).update(key_values)
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo_lex", "a2c", "a2c_lex", "reinforce"])
+def test_tags_of_a_rollout_are_means_over_all_its_decisions(name, custom):
+    env = gym.make_vec(CUSTOM, num_envs=32, epsilon=0.0, **custom).unwrapped
+    env.reset(seed=0)
+    agent = make_agent(name, env, initial_skip_rate=0.5)
+    kept, rollouts = Kept(), {}
+    agent.learn(3_000, Logger(None, [kept]), lambda rollout: rollouts.update({rollout.steps: rollout}))
+    points = {step: values for step, values in kept.dumped.items() if "rollout/ep_rew_mean" in values}
+    assert len(points) >= 2
+    for step, values in points.items():
+        rollout = rollouts[step]
+        assert values["rollout/ep_rew_mean"] == pytest.approx(rollout.rewards.mean(), rel=1e-5)
+        assert values["rollout/success_rate"] == pytest.approx(rollout.infos["is_success"].mean())
+        assert values["rollout/ep_len_mean"] == 1
+        for key in ("quality", "quality_ref", "flops_ratio"):
+            assert values[f"rollout/{key}"] == pytest.approx(rollout.infos[key].mean())
+    assert len({float(values["rollout/success_rate"]) for values in points.values()} | {0.0, 1.0}) > 2
