@@ -31,7 +31,7 @@ def review(drawn):
 def settings(tmp_path_factory, tiny_backbone):
     folder = tmp_path_factory.mktemp("between")
     drawn = random.Random(0)
-    for split, size in (("train", 1000), ("validation", 600), ("test", 600)):
+    for split, size in (("train", 1000), ("validation", 3000), ("test", 600)):
         rows = [review(drawn) for _ in range(size)]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare_backbone(
@@ -57,6 +57,6 @@ def test_a_learned_policy_is_between_static_and_oracle(settings, tmp_path):
     assert found == pytest.approx(GOLDEN, abs=0.05)
     # From the mask, as docs/agents.md says: from dense it ends above the mask on some backbones.
     start = tmp_path / "static"
-    learned = result_of("reinforce", tmp_path, settings, steps=20_000, alpha=10.0, beta=10.0, start=start)
+    learned = result_of("reinforce", tmp_path, settings, steps=20_000, start=start)
     assert learned["quality_kept"]
     assert oracle["flops_ratio"] < learned["flops_ratio"] < static["flops_ratio"]

@@ -53,6 +53,8 @@ def test_how_many_instances_it_takes():
     assert judged(np.zeros(299)) == Verdict.KEPT
     assert judged(np.zeros(0)) == Verdict.TOO_FEW
     assert judged(np.zeros(10_000), epsilon=0.0) == Verdict.TOO_FEW  # to lose nothing at all cannot be shown
+    assert judged(np.zeros(890), errors=3.0) == Verdict.TOO_FEW
+    assert judged(np.zeros(891), errors=3.0) == Verdict.KEPT
     assert fewest_instances(1.0) == 0
     assert judged(-np.ones(3), epsilon=1.5) == Verdict.KEPT  # there is no more to lose
 

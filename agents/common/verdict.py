@@ -34,7 +34,11 @@ def fewest_instances(epsilon: float, worst: float = 1.0, errors: float = ONE_SID
     """
     if epsilon >= worst:
         return 0
-    return math.ceil(norm.logsf(errors) / math.log1p(-epsilon / worst)) if epsilon > 0 else math.inf
+    if epsilon <= 0:
+        return math.inf
+    by_chance = norm.logsf(errors) / math.log1p(-epsilon / worst)
+    by_score = errors**2 * (worst - epsilon) / epsilon  # what decides where more than 95% is asked for
+    return math.ceil(max(by_chance, by_score))
 
 
 def verdict(quality: NDArray, quality_ref: NDArray, epsilon: float, errors: float = ONE_SIDED_95) -> Verdict:
