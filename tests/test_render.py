@@ -220,6 +220,31 @@ def test_a_vector_env_shows_what_single_ones_do():
             np.testing.assert_array_equal(single.render(), decided)
 
 
+def test_each_env_shows_what_it_last_did_in_every_autoreset_mode():
+    decided, undecided = "reward:", "no decision yet"
+    arguments = {"num_envs": 2, "render_mode": "ansi", **SMALL}
+    zeros = np.zeros((2, len(gym.make(SUMMARIZATION, **SMALL).action_space.nvec)), dtype=np.int64)
+
+    env = gym.make_vec(SUMMARIZATION, autoreset_mode="NextStep", **arguments)
+    env.reset(seed=0)
+    for expected in (decided, undecided, decided):
+        *_, infos = env.step(zeros)
+        for lines, identity in zip(env.render(), infos["instance"], strict=True):
+            assert f"{identity} of" in lines
+            assert expected in lines
+
+    env = gym.make_vec(SUMMARIZATION, autoreset_mode="Disabled", **arguments)
+    env.reset(seed=0)
+    env.step(zeros)
+    first, second = env.render()
+    _, infos = env.reset(options={"reset_mask": np.array([False, True])})
+    now = env.render()
+    assert now[0] == first
+    assert undecided in now[1]
+    assert f"{infos['instance'][1]} of" in now[1]
+    assert decided in second
+
+
 def test_nothing_is_answered_or_marked_unless_it_is_shown(monkeypatch):
     envs = [gym.make(SUMMARIZATION, render_mode=mode, **SMALL) for mode in (None, "ansi", "rgb_array")]
     vector = gym.make_vec(SUMMARIZATION, num_envs=2, render_mode="rgb_array", **SMALL)

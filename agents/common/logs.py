@@ -52,11 +52,11 @@ def write(logger: Logger, step: int, values: dict[str, Any]) -> None:
         output.write(values, dict.fromkeys(values, ()), step)
 
 
-def write_validation(logger: Logger, entry: dict[str, Any]) -> None:
+def log_validation(logger: Logger, entry: dict[str, Any]) -> None:
     """Write an entry of ``Selection``'s history."""
     write(logger, entry["step"], {f"validation/{name}": entry[name] for name in VALIDATED})
 
 
-def write_result(logger: Logger, step: int, result: dict[str, Any]) -> None:
+def log_result(logger: Logger, step: int, result: dict[str, Any]) -> None:
     """Write the result on the test split."""
     write(logger, step, {f"test/{name}": float(result[name]) for name in RESULTS})

@@ -15,9 +15,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from sd_gym.agents.common import logs
 from sd_gym.agents.common.agent import INFO_TAGS, Agent, Rollout
 from sd_gym.agents.common.evaluation import Decided, Decides, evaluate, summary, time_ratio
+from sd_gym.agents.common.logs import log_result, log_validation, open_logger
 from sd_gym.agents.common.plots import plot_run
 from sd_gym.agents.common.selection import STRICT, Selection
 from sd_gym.agents.registry import agent_class, make_agent
@@ -108,7 +108,7 @@ def train(
         reached = selection.history[-1]["step"]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", description)
-    logger = logs.open_logger(folder, description, reached)
+    logger = open_logger(folder, description, reached)
     interval = max(1, steps // VALIDATIONS)
 
     def on_rollout(rollout: Rollout) -> None:
@@ -116,7 +116,7 @@ def train(
         reached = rollout.steps
         due = len(selection.history) + 1
         if agent.validates and (rollout.steps >= due * interval or rollout.steps >= steps):
-            logs.write_validation(logger, selection.consider(rollout.steps, agent.policy(), env.objective))
+            log_validation(logger, selection.consider(rollout.steps, agent.policy(), env.objective))
             if state := agent.state():
                 _save(checkpoint, {"agent": state, "selection": selection.state()})
         if on_progress is not None:
@@ -133,7 +133,7 @@ def train(
             last = summary(env.core, policy, "test")
             policy = selection.select(agent.offers())
         if not selection.history:
-            logs.write_validation(logger, selection.validate(reached, policy, env.objective))
+            log_validation(logger, selection.validate(reached, policy, env.objective))
         policy.save(folder)
     agent.save_extra(folder)
     result = measured(env.core, policy, "test", folder, decided)
@@ -141,7 +141,7 @@ def train(
     result["history"] = selection.history
     result["data"] = {name: env.core.split(name).counts for name in SPLITS}
     write_result(result, env.core, folder)
-    logs.write_result(logger, reached, result)
+    log_result(logger, reached, result)
     logger.close()
     checkpoint.unlink(missing_ok=True)
     return result

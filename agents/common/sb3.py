@@ -130,7 +130,7 @@ class SB3Agent(Agent):
             "env": vec_env,
             "learning_rate": LinearSchedule(rate, LAST_RATE * rate, 1.0),
             "n_steps": self.settings.n_steps,
-            # The library averages over its last episodes: as many as a rollout has, so that tags mean the same in all.
+            # The library averages over its last episodes: as many as a rollout has, as in all agents.
             "stats_window_size": vec_env.num_envs * self.settings.n_steps,
             "gamma": 1.0,
             "gae_lambda": 1.0,

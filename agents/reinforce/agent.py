@@ -127,9 +127,6 @@ class ReinforceAgent(Agent):
             rewards = self.env.objective.rewards(*(infos[key] for key in ("quality", "quality_ref", "flops_ratio")))
             rollout = Rollout(self.steps, rewards, infos)  # of what was explored, as for the other agents
             rollout.record(logger)
-            logger.record("rollout/ep_rew_mean", float(rewards.mean()))
-            logger.record("rollout/ep_len_mean", 1.0)
-            logger.record("rollout/success_rate", float(infos["is_success"].mean()))
             logger.record("train/entropy_loss", -entropy.item())
             logger.record("train/learning_rate", rate)
             for name, value in weight._asdict().items():

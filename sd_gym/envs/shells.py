@@ -65,15 +65,6 @@ def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, N
     return split, np.array([split.number_of[identity] for identity in ids])
 
 
-def text_infos(split: Split, rows: NDArray) -> dict[str, NDArray]:
-    """The texts of instances, one array of ``n`` values a key: see ``info_text`` of ``SwitchableEnv``."""
-    instances = [split.instances[row] for row in rows]
-    texts = {"source": [one.source for one in instances], "reference": [split.reference(row) for row in rows]}
-    if split.paired:
-        texts["source_pair"] = [one.source_pair for one in instances]
-    return {key: np.array(values, dtype=object) for key, values in texts.items()}
-
-
 def step_infos(split: Split, rows: NDArray, decisions: NDArray, outcome: Outcome) -> dict[str, NDArray]:
     """The documented info of a step, one array of ``n`` values a key."""
     return {
@@ -94,6 +85,17 @@ def reset_infos(core: Core, split: Split, rows: NDArray) -> dict[str, NDArray]:
     nothing = Outcome(*np.zeros((4, len(rows))))
     infos = step_infos(split, rows, np.zeros((len(rows), len(core.nvec)), dtype=np.int64), nothing)
     return {key: values if key in KNOWN_AT_RESET else np.zeros_like(values) for key, values in infos.items()}
+
+
+def text_infos(split: Split, rows: NDArray, wanted: bool) -> dict[str, NDArray]:
+    """The texts of instances, one array of ``n`` values a key, if they are ``wanted``: see ``SwitchableEnv``."""
+    if not wanted:
+        return {}
+    instances = [split.instances[row] for row in rows]
+    texts = {"source": [one.source for one in instances], "reference": [split.reference(row) for row in rows]}
+    if split.paired:
+        texts["source_pair"] = [one.source_pair for one in instances]
+    return {key: _objects(values) for key, values in texts.items()}
 
 
 def info_of_one(infos: dict[str, NDArray]) -> dict[str, Any]:
@@ -190,7 +192,7 @@ class SwitchableEnv(gym.Env):
     def __init__(
         self, config_file: str, render_mode: str | None = None, info_text: bool = False, **overrides: Any
     ) -> None:
-        self._window = Window() if render_mode == "human" else None  # raises where no window can be opened
+        self._window = Window() if render_mode == "human" else None
         check_render_mode(render_mode, SINGLE_RENDER_MODES)
         self.config = read_config(config_file, overrides)
         self.core = shared_core(self.config)
@@ -212,7 +214,8 @@ class SwitchableEnv(gym.Env):
         self._row = self.np_random.integers(len(self._split), size=1) if row is None else row
         self._decision = None
         self._show(Shown(self._split, self._row, np.array([False]), {}))
-        return self._observation(), info_of_one(reset_infos(self.core, self._split, self._row)) | self._texts()
+        infos = reset_infos(self.core, self._split, self._row)
+        return self._observation(), info_of_one(infos | text_infos(self._split, self._row, self.info_text))
 
     def step(self, action: Any) -> tuple[Any, float | NDArray, bool, bool, dict[str, Any]]:
         """Run the backbone under the decision that an action of the action space stands for.
@@ -232,8 +235,8 @@ class SwitchableEnv(gym.Env):
         infos = step_infos(self._split, self._row, decisions, outcome)
         rewards = rewards_of(self.config, self.objective, outcome)
         self._show(Shown(self._split, self._row, np.array([True]), infos, rewards))
-        reward = rewards[0] if self.config.vector_reward else float(rewards[0])
-        return self._observation(), reward, True, False, info_of_one(infos) | self._texts()
+        info, reward = info_of_one(infos | text_infos(self._split, self._row, self.info_text)), rewards[0]
+        return self._observation(), reward if self.config.vector_reward else float(reward), True, False, info
 
     def action_masks(self) -> NDArray:
         """Which choices are allowed, bool ``[choices]``: all (what sb3-contrib's maskable algorithms ask for)."""
@@ -258,11 +261,6 @@ class SwitchableEnv(gym.Env):
         self._shown = shown
         if self._window is not None:
             self.render()
-
-    def _texts(self) -> dict[str, str]:
-        if not self.info_text:
-            return {}
-        return {key: value for key, (value,) in text_infos(self._split, self._row).items()}
 
     def _observation(self) -> Any:
         return each(self.core.observe(self._split, self._row))[0]
@@ -352,10 +350,9 @@ class SwitchableVectorEnv(VectorEnv):
         envs = self._envs_to_reset(options)
         self._seed(seed, envs)
         self._split, rows = chosen(self.core, self.num_envs, options)
-        self._rows = self._rows.copy()  # what is shown keeps the rows that were decided on
         self._rows[envs] = self._random_rows(envs) if rows is None else rows[envs]
         self._ended[envs] = False
-        self._shown = self._after_reset(envs)
+        self._show(self._ended)
         return self._observations(), self._infos((envs, self._reset_infos(envs)))
 
     def step(self, actions: Any) -> tuple[Observations, NDArray, NDArray, NDArray, dict[str, Any]]:
@@ -377,17 +374,16 @@ class SwitchableVectorEnv(VectorEnv):
         decisions[reset] = 0
         rewards, terminated = no_rewards(self.config, self.num_envs), ~self._ended
         outcome, rewards[decided] = self._decide(decided, decisions[decided])
-        if len(decided):
-            self._shown = Shown(self._split, self._rows, ~self._ended, self._infos((decided, outcome)), rewards)
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
+            self._show(terminated, (decided, outcome), rewards)
             final = {"final_obs": _objects(each(self._observations())), "_final_obs": terminated.copy()}
             final |= {"final_info": self._infos((decided, outcome)), "_final_info": terminated.copy()}
             self._rows = self._random_rows(decided)
             infos = self._infos((decided, self._reset_infos(decided))) | final
         else:
-            self._rows = self._rows.copy()  # what is shown keeps the rows that were decided on
             self._rows[reset] = self._random_rows(reset)
             self._ended = terminated.copy()
+            self._show(terminated, (decided, outcome), rewards)
             infos = self._infos((decided, outcome), (reset, self._reset_infos(reset)))
         return self._observations(), rewards, terminated, np.zeros(self.num_envs, dtype=np.bool_), infos
 
@@ -419,7 +415,7 @@ class SwitchableVectorEnv(VectorEnv):
         self.np_random = _generator(random) if isinstance(random, dict) else tuple(_generator(own) for own in random)
         self._split, self._rows = self.core.split(state["split"]), np.array(state["rows"])
         self._ended = np.array(state["ended"])
-        self._shown = Shown(self._split, self._rows, np.zeros(self.num_envs, dtype=np.bool_), {})
+        self._show(np.zeros_like(self._ended))
         self.objective.multiplier = state["multiplier"]
         return self._observations()
 
@@ -430,16 +426,23 @@ class SwitchableVectorEnv(VectorEnv):
         rows = self._rows[envs]
         outcome = self.core.score(self._split, rows, decisions)
         rewards = rewards_of(self.config, self.objective, outcome)
-        return step_infos(self._split, rows, decisions, outcome) | self._texts(envs), rewards
+        infos = step_infos(self._split, rows, decisions, outcome)
+        return infos | text_infos(self._split, rows, self.info_text), rewards
 
-    def _after_reset(self, envs: NDArray) -> Shown:
-        """What there is to show when some envs were reset, and the others have decided or wait as before."""
-        decided, before = np.zeros(self.num_envs, dtype=np.bool_), self._shown
-        if before is None or len(envs) == self.num_envs:
-            return Shown(self._split, self._rows, decided, {})
-        decided |= before.decided
-        decided[envs] = False
-        return Shown(self._split, self._rows, decided, before.infos, before.rewards)
+    def _show(
+        self,
+        decided: NDArray,
+        outcome: tuple[NDArray, dict[str, NDArray]] | None = None,
+        rewards: NDArray | None = None,
+    ) -> None:
+        """Keep what there is to show, if anybody may ask; without an outcome, that which there was."""
+        if self.render_mode is None:
+            return
+        if outcome is not None:
+            infos, rewards = self._infos(outcome), rewards.copy()
+        else:
+            infos, rewards = ({}, None) if self._shown is None else (self._shown.infos, self._shown.rewards)
+        self._shown = Shown(self._split, self._rows.copy(), decided.copy(), infos, rewards)
 
     def _envs_to_reset(self, options: dict[str, Any]) -> NDArray:
         """Takes ``reset_mask`` out of the options; a reset that has one stays on the split unless it names another."""
@@ -489,10 +492,8 @@ class SwitchableVectorEnv(VectorEnv):
         return self.core.observe(self._split, self._rows)
 
     def _reset_infos(self, envs: NDArray) -> dict[str, NDArray]:
-        return reset_infos(self.core, self._split, self._rows[envs]) | self._texts(envs)
-
-    def _texts(self, envs: NDArray) -> dict[str, NDArray]:
-        return text_infos(self._split, self._rows[envs]) if self.info_text else {}
+        infos = reset_infos(self.core, self._split, self._rows[envs])
+        return infos | text_infos(self._split, self._rows[envs], self.info_text)
 
     def _infos(self, *parts: tuple[NDArray, dict[str, NDArray]]) -> dict[str, NDArray]:
         """Infos as ``VectorEnv`` has them, a row an env and a mask ``_key`` for each key, of (envs, their infos)."""
