@@ -179,7 +179,7 @@ def test_numbers_are_actions_and_spaces_are_an_envs_own(tiny):
         ("multi_binary", np.full((2, 6), 2), r"component 0 must be in 0..1, got 2"),
         ("discrete", np.array([0, 4]), r"component 0 must be in 0..3, got 4"),
         ("discrete", np.array([0, -1]), r"component 0 must be in 0..3, got -1"),
-        ("discrete", np.array([0.5, 1]), r"must be integers \(the number of one of 4 masks\)"),
+        ("discrete", np.array([0.5, 1]), r"must be integers \(the number of one of 4 masks\), got 0.5"),
         ("discrete", np.zeros((2, 7), dtype=int), r"expected actions of shape \(2,\) \(the number of one of 4 masks"),
     ],
 )
@@ -188,6 +188,24 @@ def test_bad_actions(tiny, action, given, message):
     env.reset(seed=0)
     with pytest.raises(ValueError, match=message):
         env.step(given)
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "Disabled"])
+@pytest.mark.parametrize("variant", [{"vector_reward": True}, {"observation": "tokens", "action": "discrete"}], ids=str)
+def test_other_autoreset_modes_have_all_variants(tiny, variant, mode):
+    env = gym.make_vec(**tiny, **variant, num_envs=3, autoreset_mode=mode)
+    observations, _ = env.reset(seed=0)
+    actions = env.action_space.sample()
+    same, rewards, *_, infos = env.step(actions.astype(float))  # whole numbers of any type
+    assert data_equivalence(same, observations, exact=True)
+    if "vector_reward" in variant:
+        np.testing.assert_array_equal(rewards, infos["vector_reward"].astype(np.float32))
+    if mode == "Disabled":
+        env.reset(options={"reset_mask": np.array([True, False, True])})
+        return
+    following, nothing, terminated, _, _ = env.step(actions)
+    assert following in env.observation_space
+    assert (nothing.shape, nothing.any(), terminated.any()) == (rewards.shape, False, False)
 
 
 @pytest.mark.parametrize(

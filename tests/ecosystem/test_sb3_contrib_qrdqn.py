@@ -1,4 +1,4 @@
-"""QR-DQN of sb3-contrib, which chooses one of a codebook's masks."""
+"""QR-DQN of sb3-contrib, which chooses one of a codebook's masks; and MaskablePPO on the other action spaces."""
 
 import gymnasium as gym
 import numpy as np
@@ -23,3 +23,18 @@ def test_qr_dqn_learns_on_masks():
     assert outcome.quality.mean() > 0.9
     assert outcome.quality.mean() > env.core.score(split, rows, random).quality.mean()
     assert outcome.flops_ratio.mean() < 0.9
+
+
+@pytest.mark.parametrize("action", ["multi_binary", "discrete"])
+def test_maskable_ppo_has_a_mask_for_each_choice(action):
+    env = gym.make_vec("SD/Classification-Mini-v0", num_envs=4, train_size=60, action=action).unwrapped
+    agent = sb3_contrib.MaskablePPO("MlpPolicy", SwitchableVecEnv(env), n_steps=8, batch_size=32, seed=0)
+    agent.learn(64)
+    observations = env.core.observe(env.core.split("train"), np.arange(4))
+    only_dense = env.action_masks()
+    if action == "multi_binary":
+        only_dense[:, 1::2] = False
+    else:
+        only_dense[:, 1:] = False
+    chosen, _ = agent.predict(observations, action_masks=only_dense)
+    assert not env.core.actions.decisions(chosen, 4).any()
