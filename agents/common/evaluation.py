@@ -161,7 +161,7 @@ def time_ratio(
             backbone.logits(inputs)
 
         def switched(inputs: dict = inputs, rows: NDArray = rows) -> None:
-            with split.decide(rows, policy.decide(core.observe(split, rows))):
+            with split.decide(rows, policy.decide(core.observe(split, rows)), inputs["labels"]):
                 backbone.logits(inputs)
 
         pair = [_seconds(run, device) for run in (dense, switched)]
