@@ -59,6 +59,7 @@ class _Entry:
         scope: Whose it is.
         decision: What is decided; ``None``: everything runs.
         generator: The frame of the generator that the block is open in; ``None``: it is open in none.
+        streams: Whether it is or was open in one.
         home: The thread and the task in which it was put in force.
         inside: What was in force there.
         ended: Whether its block ended elsewhere than at home, where it could not be taken out of the context.
@@ -70,6 +71,7 @@ class _Entry:
         self.scope = scope
         self.decision = decision
         self.generator = generator
+        self.streams = generator is not None
         self.home = _here()
         self.inside = inside
         self.ended = False
@@ -184,12 +186,22 @@ class Scope:
         return found
 
     def _of_context(self) -> _Entry | None:
+        found = None
         for entry in reversed(_ENTRIES.get()):
             # A generator's own counts elsewhere only: in threads and tasks that were given its context.
             suspended = entry.generator is not None and entry.home == _here()
-            if entry.scope is self and not entry.ended and not suspended:
+            if entry.scope is not self or entry.ended or suspended:
+                continue
+            if found is None and not entry.streams:
                 return entry
-        return None
+            if found is None:
+                found = entry
+            elif entry.streams and not found.is_within(entry):
+                raise RuntimeError(
+                    "blocks of several generators were open in the context that this thread or task was given, so "
+                    "that it cannot be told which decision is meant; call decide() in the thread or task itself"
+                )
+        return found
 
     def _of_running_generator(self) -> _Entry | None:
         """What the innermost generator that is running here has put in force."""

@@ -94,7 +94,7 @@ class Decision:
         Raises:
             ValueError: If the batch is not the one that was decided on.
         """
-        if total == self.batch or self.batch == 1:
+        if self.batch == 1 or total == self.batch:
             return 1
         if self.generating and total == self.batch * self.repeats:
             return self.repeats

@@ -46,7 +46,7 @@ class Rowwise:
         calls = decision.state.calls
         if place.first:
             self._refuse_replays(decision)
-            calls[self.number] = Call(hidden, decision.rows_of(self.number, len(hidden)))
+            calls[self.number] = Call(hidden, decision.rows_of(self.number, hidden.shape[0]))
         call = calls.pop(self.number) if place.last else calls[self.number]  # holds no memory between passes
         drops = self._attends_input and decision.tokens is not None
         if call.rows is None and not (place.attention and drops):
