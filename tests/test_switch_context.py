@@ -15,7 +15,6 @@ import torch
 from transformers import TextIteratorStreamer
 
 from sd_gym.switch import Switchboard, attention_received, first_layer_input
-from sd_gym.switch.context import Scope
 from tests.conftest import DECODER, make_inputs, make_model
 
 NAMES = ["bert", "mbart", "llama"]
@@ -208,7 +207,7 @@ def test_interleaved_generators_run_each_under_their_own_decisions(name, order):
     for number in order:  # ends in the order that it began in, or in the other one
         streams[number].close()
         assert jobs[0].runs_densely()
-    assert not board._scope.open.any
+    assert not board._scope.family.is_open
 
 
 def test_a_generator_may_run_and_end_in_other_contexts():
@@ -226,7 +225,7 @@ def test_a_generator_may_run_and_end_in_other_contexts():
     del steps  # ended by the garbage collector
     gc.collect()
     assert job.runs_densely()
-    assert not board._scope.open.any
+    assert not board._scope.family.is_open
 
 
 def test_blocks_inside_and_around_generators_nest():
@@ -274,7 +273,7 @@ def test_an_async_generator_has_its_own_decision():
 
     asyncio.run(main())
     assert jobs[0].runs_densely()
-    assert not board._scope.open.any
+    assert not board._scope.family.is_open
 
 
 def test_a_context_of_two_open_generators_is_refused():
@@ -332,7 +331,7 @@ def test_blocks_that_end_in_another_order_leave_the_model_dense(name):
     assert second.model_is_right()
     other.__exit__(None, None, None)
     assert first.runs_densely()
-    assert not board._scope.open.any
+    assert not board._scope.family.is_open
 
 
 def test_a_block_may_end_in_another_thread_than_it_began_in():
@@ -357,22 +356,34 @@ def test_decisions_end_with_an_error(name):
     assert job.is_right()
 
 
-def test_where_nothing_is_decided_nothing_is_looked_up(name, monkeypatch):
-    """So that a switchboard on which nothing is decided costs next to nothing."""
-    board = Switchboard(make_model(name))
-    job = Job(name, board, 0)
-    with torch.inference_mode():
-        dense = board.model(**job.inputs).logits
+@torch.inference_mode()
+def test_only_what_some_row_skips_is_shadowed_and_only_while_it_does(name):
+    """So a model whose rows all run, or on which nothing is decided, has nothing of the switchboard to pay for."""
+    model = make_model(name)
+    board = Switchboard(model)
+    skip = np.zeros((5, len(board)), int)
+    skip[2, 1] = 1
 
-        def never(scope):
-            raise AssertionError("looked up")
+    def shadowed():
+        return {id(module) for module in model.modules() if "forward" in vars(module)}
 
-        monkeypatch.setattr(Scope, "current", never)
-        assert torch.equal(board.model(**job.inputs).logits, dense)
-        with board.decide(0 * job.skip):
-            assert torch.equal(board.model(**job.inputs).logits, dense)
-        with pytest.raises(AssertionError, match="looked up"):
-            job.run()
+    first, both = (
+        {id(module) for switch in switches for module in switch.modules}
+        for switches in (board.switches[1:2], board.switches[1:3])
+    )
+    assert not shadowed()
+    with board.decide(0 * skip):
+        assert not shadowed()
+    outer, inner = board.decide(skip), board.decide(np.roll(skip, 1, axis=1) | skip)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(outer)
+        assert shadowed() == first
+        stack.enter_context(inner)
+        assert shadowed() == both
+        stack.enter_context(board.decide(0 * skip))
+        assert shadowed() == both
+    assert not shadowed()
+    assert "generate" not in vars(model)
 
 
 # --- generate() in a thread, read by a streamer -----------------------------------------------------------------------

@@ -9,16 +9,23 @@ and wherever.
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from contextvars import ContextVar
 from threading import RLock, get_ident, local
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 
 from sd_gym.switch.decision import Decision, Look
+
+if TYPE_CHECKING:
+    from sd_gym.switch.shadow import Shadow
 
 # What stands between a ``with`` statement and the block that it enters.
 _ENTERING = {"__enter__", "__aenter__", "enter_context", "enter_async_context"}
@@ -29,27 +36,41 @@ class StaleBoardError(RuntimeError):
     """The switchboard does not belong to the model as it is now; the message says what to do."""
 
 
-class _Open:
-    """The decisions in force anywhere, of a board and of its copies.
+class _Family:
+    """A board's decisions and those of its copies: puts the shadows in place that any decision in force needs.
 
     Attributes:
-        any: Whether there is one; a plain attribute, which compiled code can watch.
+        scopes: Of the board and its copies.
     """
 
     def __init__(self) -> None:
-        self.any = False
-        self._entries: set[int] = set()
-        self._lock = RLock()  # an entry may end in a garbage collection, in the middle of an addition
+        self.scopes: WeakSet[Scope] = WeakSet()
+        self._needed: Counter[int] = Counter()
+        self._lock = RLock()  # an entry may end in a garbage collection, in the middle of another one's beginning
 
-    def add(self, entry: _Entry) -> None:
-        with self._lock:
-            self._entries.add(id(entry))
-            self.any = bool(self._entries)
+    @property
+    def is_open(self) -> bool:
+        """Whether any decision is in force anywhere."""
+        return bool(self._needed)
 
-    def discard(self, entry: _Entry) -> None:
+    def begin(self, needs: Iterable[int]) -> None:
+        """A decision is in force that needs these shadows."""
         with self._lock:
-            self._entries.discard(id(entry))
-            self.any = bool(self._entries)
+            for number in needs:
+                self._needed[number] += 1
+                if self._needed[number] == 1:
+                    for scope in self.scopes:
+                        scope.shadows[number].put()
+
+    def end(self, needs: Iterable[int]) -> None:
+        """It is in force no more."""
+        with self._lock:
+            for number in needs:
+                self._needed[number] -= 1
+                if not self._needed[number]:
+                    del self._needed[number]
+                    for scope in self.scopes:
+                        scope.shadows[number].take_away()
 
 
 class _Entry:
@@ -76,10 +97,11 @@ class _Entry:
         self.inside = inside
         self.ended = False
         if decision is not None:
-            scope.open.add(self)
+            scope.family.begin(decision.needs)
 
     def __del__(self) -> None:
-        self.scope.open.discard(self)
+        if self.decision is not None:
+            self.scope.family.end(self.decision.needs)
 
     def is_within(self, other: _Entry) -> bool:
         """Whether it was put in force while ``other`` was."""
@@ -110,21 +132,30 @@ class Scope:
     """The decisions of one board, by context.
 
     Attributes:
-        open: What is in force anywhere, here or in a copy.
+        shadows: What asks for the decision in force, in the place of the model's methods while any is.
         original: Of a copy (``copy.deepcopy``), the scope that it was made of.
+        family: What is in force anywhere, here or in a copy.
     """
 
     def __init__(self, original: Scope | None = None) -> None:
+        self.shadows: list[Shadow] = []
         self.original = original
-        self.open = _Open() if original is None else original.open
+        self.family = _Family() if original is None else original.family
+        self.family.scopes.add(self)
         self._in_generators: list[_Entry] = []
         self._known = _Known()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
-        return Scope(original=self)
+        memo[id(self)] = scope = Scope(original=self)
+        scope.shadows = copy.deepcopy(self.shadows, memo)
+        return scope
 
-    def __reduce__(self) -> tuple[type[Scope], tuple]:
-        return Scope, ()  # decisions stay in their process
+    def __getstate__(self) -> list[Shadow]:
+        return self.shadows  # decisions stay in their process
+
+    def __setstate__(self, shadows: list[Shadow]) -> None:
+        self.__init__()
+        self.shadows = shadows
 
     def current(self) -> Decision | Look | None:
         """The decision in force here; ``None``: everything runs.

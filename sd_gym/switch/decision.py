@@ -14,8 +14,15 @@ from torch import Tensor
 from sd_gym.switch.tokens import DroppedTokens, TokenPass
 
 
+@dataclass(frozen=True)
 class Look:
-    """In the place of a decision: nothing is skipped, and the pass ends where the first layer begins."""
+    """In the place of a decision: nothing is skipped, and the pass ends where the first layer begins.
+
+    Attributes:
+        needs: Numbers of the shadows that it needs.
+    """
+
+    needs: tuple[int, ...]
 
 
 class Reached(Exception):  # noqa: N818  (no error: it ends the pass on purpose)
@@ -57,8 +64,9 @@ class Decision:
         rows: Rows that run, int64 ``[kept]`` on the model's device, by switch; ``None``: all. By how often
             ``generate()`` repeats each row.
         tokens: The tokens that are dropped; ``None``: none.
+        needs: Numbers of the shadows that it needs.
         generating: Whether this is for one call of ``generate()``.
-        repeats: How often that repeats each row, for its beams or samples.
+        repeats: How often that repeats each row, for its beams or samples; 1 before and anywhere else.
         state: What a pass remembers.
     """
 
@@ -66,23 +74,32 @@ class Decision:
     columns: list[bytes]
     rows: dict[int, list[Tensor | None]]
     tokens: DroppedTokens | None
+    needs: list[int]
     generating: bool = False
     repeats: int = 1
     state: Pass = field(default_factory=Pass)
 
     @classmethod
-    def of(cls, skip: NDArray, tokens: DroppedTokens | None, device: torch.device) -> Decision:
+    def of(cls, skip: NDArray, tokens: DroppedTokens | None, needs: list[int], device: torch.device) -> Decision:
         """The decisions ``skip``, bool ``[batch, switches]``: one transfer to the device for all rows."""
         runs = np.ascontiguousarray(~skip.T)
         counts = runs.sum(axis=1)
         rows = torch.from_numpy(np.nonzero(runs)[1]).to(device).split(counts.tolist())
         rows = [None if count == len(skip) else kept for count, kept in zip(counts, rows, strict=True)]
-        return cls(len(skip), [column.tobytes() for column in runs], {1: rows}, tokens)
+        return cls(len(skip), [column.tobytes() for column in runs], {1: rows}, tokens, needs)
 
     @property
     def is_uniform(self) -> bool:
         """Whether it says the same of all rows of any batch."""
         return self.batch == 1 and self.tokens is None
+
+    def refuse_tracing(self) -> None:
+        """Raise NotImplementedError where the model is traced or exported under what holds for these rows alone."""
+        if (torch.jit.is_tracing() or torch.compiler.is_exporting()) and not self.is_uniform:
+            raise NotImplementedError(
+                f"a traced or exported model would keep the decisions of these {self.batch} rows for any batch; trace "
+                "it under a single row of decisions without dropped tokens, which stands for all, or densely"
+            )
 
     def for_generating(self) -> Decision:
         """The same decisions for one call of ``generate()``."""
@@ -94,10 +111,8 @@ class Decision:
         Raises:
             ValueError: If the batch is not the one that was decided on.
         """
-        if self.batch == 1 or total == self.batch:
-            return 1
-        if self.generating and total == self.batch * self.repeats:
-            return self.repeats
+        if self.batch == 1 or total == self.batch * self.repeats:
+            return 1 if self.batch == 1 else self.repeats
         raise ValueError(
             f"decisions are in force for {self.batch} rows, but the model got {total}; give a row of decisions for "
             "each row of the batch, in its order, or a single one for all (only in generate() does a row stand for its "

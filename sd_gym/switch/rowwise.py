@@ -43,11 +43,13 @@ class Rowwise:
         if not isinstance(decision, Decision):
             return inner(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
-        calls = decision.state.calls
         if place.first:
-            self._refuse_replays(decision)
-            calls[self.number] = Call(hidden, decision.rows_of(self.number, hidden.shape[0]))
-        call = calls.pop(self.number) if place.last else calls[self.number]  # holds no memory between passes
+            self._refuse_replays()
+            decision.refuse_tracing()
+            decision.state.calls[self.number] = Call(hidden, decision.rows_of(self.number, hidden.shape[0]))
+        call = decision.state.calls[self.number]
+        if place.last:
+            del decision.state.calls[self.number]  # holds no memory between passes
         drops = self._attends_input and decision.tokens is not None
         if call.rows is None and not (place.attention and drops):
             return inner(*args, **kwargs)
@@ -58,17 +60,12 @@ class Rowwise:
         output = inner(*self._selected(decision, args, call), **self._selected(decision, kwargs, call))
         return self._scattered(call, output) if place.last else output
 
-    def _refuse_replays(self, decision: Decision) -> None:
+    def _refuse_replays(self) -> None:
         """Raise where what is run now would be run again without the decision."""
         if getattr(self.switch.layer, "gradient_checkpointing", False) and self.switch.layer.training:
             raise NotImplementedError(
                 "gradient checkpointing runs layers again in the backward pass, where no decision is in force; call "
                 "model.gradient_checkpointing_disable(), or decide nothing"
-            )
-        if (torch.jit.is_tracing() or torch.compiler.is_exporting()) and not decision.is_uniform:
-            raise NotImplementedError(
-                f"a traced or exported model would keep the decisions of these {decision.batch} rows for any batch; "
-                "trace it under a single row of decisions without dropped tokens, which stands for all, or densely"
             )
 
     def _run_attention(

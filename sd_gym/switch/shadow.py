@@ -10,14 +10,18 @@ from sd_gym.switch.context import Scope
 
 
 class Shadow:
-    """Called in the place of a method of one object: asks for the decision in force, if there is any anywhere.
+    """Called in the place of a method of one object, while any decision is in force that needs it.
 
     Args:
         target: The object.
         name: The method.
         scope: The board's decisions.
-        run: ``run(decision, method, *args, **kwargs)``, called in the method's place while a decision is in force
-            anywhere; with ``None`` where none is in force here.
+        run: ``run(decision, method, *args, **kwargs)``, called in the method's place with the decision in force here;
+            ``None``: none is.
+
+    Attributes:
+        replaced: What another tool had put in the method's place before.
+        is_lost: Whether another tool put itself in front meanwhile, so that the place could not be given back.
     """
 
     def __init__(self, target: Any, name: str, scope: Scope, run: Callable[..., Any]) -> None:
@@ -25,13 +29,12 @@ class Shadow:
         self.name = name
         self.run = run
         self.scope = scope
-        self.replaced: Callable[..., Any] | None = vars(target).get(name)  # by another tool
+        self.replaced: Callable[..., Any] | None = None
+        self.is_lost = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The method, or what runs in its place."""
-        if self.scope.open.any:
-            return self.run(self.scope.current(), self.method, *args, **kwargs)
-        return self.method(*args, **kwargs)
+        """What runs in the method's place."""
+        return self.run(self.scope.current(), self.method, *args, **kwargs)
 
     @property
     def method(self) -> Callable[..., Any]:
@@ -40,18 +43,20 @@ class Shadow:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether it still is what is called."""
+        """Whether it is what is called."""
         return vars(self.target).get(self.name) is self
 
     def put(self) -> None:
         """Stand in the method's place."""
-        vars(self.target)[self.name] = self
+        if not self.is_in_place and not self.is_lost:
+            self.replaced = vars(self.target).get(self.name)
+            vars(self.target)[self.name] = self
 
     def take_away(self) -> None:
-        """Give the place back, unless another tool has put itself in front since."""
+        """Give the place back."""
         if not self.is_in_place:
-            return
-        if self.replaced is None:
+            self.is_lost = True
+        elif self.replaced is None:
             del vars(self.target)[self.name]
         else:
             vars(self.target)[self.name] = self.replaced

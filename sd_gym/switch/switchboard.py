@@ -2,8 +2,8 @@
 
 A switch stands in front of one sublayer. For each batch it selects the rows that run the sublayer, calls it on those
 rows alone, and scatters the result back; with no row left the sublayer is never called. The model's modules, parameter
-names and outputs stay as they are: only ``forward`` of the switched modules is shadowed, on the instance. While no
-decision is in force anywhere, a shadow does nothing but call what it stands for.
+names and outputs stay as they are: only ``forward`` of the switched modules is shadowed, on the instance, while a
+decision is in force anywhere by which some row skips them. A shadow asks for the decision in force where it is called.
 """
 
 from __future__ import annotations
@@ -85,9 +85,7 @@ class Switchboard:
         ]
         self._scope = Scope()
         self._links = self._linked()
-        self._shadows = [Shadow(target, name, self._scope, run) for target, name, run in self._methods()]
-        for shadow in self._shadows:
-            shadow.put()
+        self._scope.shadows = [Shadow(target, name, self._scope, run) for target, name, run in self._methods()]
         model._switchboard = self
 
     def __len__(self) -> int:
@@ -131,7 +129,8 @@ class Switchboard:
                 tokens = DroppedTokens(keep, self.architecture.causal, self.model.device)
         if tokens is None and not skip.any():
             return self._scope.put(None)
-        return self._scope.put(Decision.of(skip, tokens, self.model.device))
+        needs = self._needs(skip.any(axis=0), tokens is not None)
+        return self._scope.put(Decision.of(skip, tokens, needs, self.model.device))
 
     def path_of(self, switch: Switch) -> str:
         """Where in the model the layer of a switch is."""
@@ -141,33 +140,57 @@ class Switchboard:
 
     def look(self) -> Block:
         """A block in which nothing is skipped and a pass ends at the first layer, for ``first_layer_input``."""
-        return self._scope.put(Look())
+        first = next(number for number, shadow in enumerate(self._scope.shadows) if shadow.target is self._layers[0])
+        return self._scope.put(Look((first,)))
 
     def remove(self) -> None:
         """Take all switches out; the model is then exactly what it was, and the board decides no more."""
-        for shadow in self._shadows:
-            shadow.take_away()
+        for shadow in self._scope.shadows:
+            if shadow.is_in_place:
+                shadow.take_away()
+        self._scope.family.scopes.discard(self._scope)
         if vars(self.model).get("_switchboard") is self:
             del self.model._switchboard
 
+    @property
+    def _layers(self) -> nn.ModuleList:
+        """The layers that read the input."""
+        return self.model.base_model.get_submodule(self.architecture.stacks[0].layers)
+
     def _methods(self) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
-        """What is shadowed: the object, the name of its method, and what runs in its place."""
+        """What can be shadowed: the object, the name of its method, and what runs in its place."""
         for number, switch in enumerate(self.switches):
             rowwise, last = Rowwise(number, switch, self.model), len(switch.modules) - 1
             for position, (path, module) in enumerate(zip(switch.sublayer.modules, switch.modules, strict=True)):
                 place = Place(position == 0, position == last, path == switch.sublayer.attention)
                 yield module, "forward", partial(rowwise.run, place)
-        stacks = self.architecture.stacks
-        layers = self.model.base_model.get_submodule(stacks[0].layers)
-        for index, layer in enumerate(layers):
-            restores = len(stacks) == 1 and index == len(layers) - 1
+        for index, layer in enumerate(self._layers):
+            restores = len(self.architecture.stacks) == 1 and index == len(self._layers) - 1
             yield layer, "forward", InputLayer(self.model, layer, first=index == 0, restores=restores).run
-        if len(stacks) > 1:
+        if len(self.architecture.stacks) > 1:
             yield self.model.base_model.get_submodule("decoder"), "forward", run_decoder
         if hasattr(self.model, "generate"):
             generate = Generate(self._scope)
             yield self.model, "generate", generate.run
             yield self.model, "_expand_inputs_for_generation", generate.expand
+
+    def _needs(self, skipped: np.ndarray, drops: bool) -> list[int]:
+        """Numbers of the shadows that decisions need.
+
+        Args:
+            skipped: Whether any row skips a switch, bool ``[switches]``.
+            drops: Whether tokens are dropped.
+        """
+        needs, number = [], 0
+        for switch, skips in zip(self.switches, skipped.tolist(), strict=True):
+            attends = switch.reads_input and switch.sublayer.output is not None
+            end = number + len(switch.modules)
+            if skips or (drops and attends):
+                needs += range(number, end)
+            number = end
+        of_model = 2 if hasattr(self.model, "generate") else 0
+        end = len(self._scope.shadows)
+        return [*needs, *range(number if drops else end - of_model, end)]
 
     def _linked(self) -> list[tuple[str, nn.Module, str, nn.Module]]:
         """Path, parent, name and child on the ways from the model to its switched modules."""
@@ -187,7 +210,7 @@ class Switchboard:
             raise StaleBoardError("this switchboard was removed from its model; make a new Switchboard(model)")
         replaced = [path for path, parent, name, child in self._links if parent._modules.get(name) is not child]
         replaced += [
-            f"{shadow.name}() of a {type(shadow.target).__name__}" for shadow in self._shadows if not shadow.is_in_place
+            f"{shadow.name}() of a {type(shadow.target).__name__}" for shadow in self._scope.shadows if shadow.is_lost
         ]
         if replaced:
             raise StaleBoardError(

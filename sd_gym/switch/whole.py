@@ -38,6 +38,7 @@ class InputLayer:
         if not isinstance(decision, Decision) or decision.tokens is None:
             return inner(*args, **kwargs)
         if self.first:
+            decision.refuse_tracing()
             decision.repeats_in(len(args[0] if args else kwargs["hidden_states"]))
             additive = self.model.config._attn_implementation == "eager"  # it adds its mask to the scores
             decision.state.tokens = TokenPass(
