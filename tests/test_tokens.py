@@ -98,7 +98,7 @@ def test_layers_see_fewer_tokens(name):
     keep[:, [2, 3, 4]] = 0
     for switch in board.switches:
         if switch.reads_input:
-            switch.layer.register_forward_hook(lambda layer, args, output: seen.append(_length(output)))
+            switch.modules[-1].register_forward_hook(lambda module, args, output: seen.append(_length(output)))
     with board.decide(np.zeros((2, len(board)), int), keep):
         model(**inputs)
     assert set(seen) == {4}

@@ -189,7 +189,7 @@ def time_ratio(core: Core, policy: Decides, split_name: str, batch_size: int, ba
             backbone.logits(inputs)
 
         def switched(inputs: dict = inputs, rows: NDArray = rows) -> None:
-            with split.decide(rows, policy.decide(core.observe(split, rows))):
+            with split.decide(rows, policy.decide(core.observe(split, rows)), inputs["labels"]):
                 backbone.logits(inputs)
 
         pair = [_seconds(run, device) for run in (dense, switched)]

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sd_gym.backbones.spans import span_logits
@@ -17,6 +19,19 @@ NO_MODEL_INPUTS = ("labels", "context_mask")
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What of a batch the model reads to represent its input."""
     return {name: value for name, value in batch.items() if name not in NO_MODEL_INPUTS}
+
+
+def kept_of_pass(board: Switchboard, keep: NDArray | Tensor | None, labels: Tensor) -> NDArray | Tensor | None:
+    """The tokens that a pass of ``forward`` keeps, ``[batch, length]``: of an answer behind a prompt, all.
+
+    Args:
+        board: The backbone's switchboard.
+        keep: The tokens of the input that are kept; ``None``: all.
+        labels: What the pass is teacher-forced on, if the backbone generates.
+    """
+    if keep is None or not (board.model.can_generate() and board.architecture.causal):
+        return keep
+    return F.pad(torch.as_tensor(keep), (0, labels.shape[1] - 1), value=1)
 
 
 def forward(board: Switchboard, batch: dict[str, Tensor], call: Callable[..., Any] | None = None) -> Tensor:

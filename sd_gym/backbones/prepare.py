@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 
-from sd_gym.backbones.forward import forward
+from sd_gym.backbones.forward import forward, kept_of_pass
 from sd_gym.backbones.spans import NOWHERE, span_log_likelihood
 from sd_gym.switch import Switchboard
 
@@ -132,7 +132,7 @@ def sandwich_loss(
     if keep is not None:
         if "context_mask" in doubled:  # an answer can neither begin nor end where a token is dropped
             doubled["context_mask"] = torch.cat([inputs["context_mask"], inputs["context_mask"] & keep])
-        keep = torch.cat([torch.ones_like(keep), keep])
+        keep = kept_of_pass(board, torch.cat([torch.ones_like(keep), keep]), batch["labels"])
     with board.decide(torch.cat([torch.zeros_like(skip), skip]), keep):
         dense, switched = forward(board, doubled, call).chunk(2)
     return task_loss(dense, batch["labels"]), distillation_loss(switched, dense, batch["labels"])

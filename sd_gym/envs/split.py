@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from sd_gym.backbones import load_backbone
+from sd_gym.backbones.forward import kept_of_pass
 from sd_gym.backbones.load import Output
 from sd_gym.backbones.spans import best_spans
 from sd_gym.envs.config import ConfigError, EnvConfig
@@ -368,6 +369,7 @@ class Split:
             keep = self._keep(rows[picked], decisions[picked, -1])
             if keep is not None and "context_mask" in inputs:  # what is dropped neither begins nor ends an answer
                 inputs["context_mask"] = inputs["context_mask"] & torch.from_numpy(keep).to(backbone.model.device)
+            keep = kept_of_pass(backbone.board, keep, inputs["labels"])
             with backbone.board.decide(decisions[picked, :-1], keep):
                 logits = backbone.logits(inputs)
             order.append(picked)
@@ -395,9 +397,16 @@ class Split:
     def _padding_side(self) -> str:
         return "left" if self.backbone.causal else "right"
 
-    def decide(self, rows: Array, decisions: Array) -> AbstractContextManager[None]:
-        """The switchboard's ``decide`` for a batch of these rows, padded to the longest of them."""
-        return self.backbone.board.decide(decisions[:, :-1], self._keep(rows, decisions[:, -1]))
+    def decide(self, rows: Array, decisions: Array, labels: torch.Tensor | None = None) -> AbstractContextManager[None]:
+        """The switchboard's ``decide`` for a batch of these rows, padded to the longest of them.
+
+        Args:
+            rows: The rows.
+            decisions: Their decisions, ``[n, switches + 1]``.
+            labels: Of a pass of ``backbone.logits``, what it is teacher-forced on; ``None``: for ``generate()``.
+        """
+        board, keep = self.backbone.board, self._keep(rows, decisions[:, -1])
+        return board.decide(decisions[:, :-1], keep if labels is None else kept_of_pass(board, keep, labels))
 
     def kept_length(self, rows: Array, level: Array) -> Array:
         """Tokens of the inputs that are left at the token levels, int64 ``[n]``."""

@@ -8,16 +8,19 @@ from sd_gym.switch.architectures import (
     register_architecture,
     supported_architectures,
 )
+from sd_gym.switch.context import StaleBoardError
 from sd_gym.switch.first_layer import attention_received, first_layer_input, pooled
 from sd_gym.switch.flops import FlopsModel
 from sd_gym.switch.plan import passes
-from sd_gym.switch.switchboard import Switch, Switchboard
+from sd_gym.switch.switch import Switch
+from sd_gym.switch.switchboard import Switchboard
 from sd_gym.switch.tokens import dropped_tokens, inverse_document_frequency, keep_tokens, position_scores, random_scores
 
 __all__ = [
     "Architecture",
     "FlopsModel",
     "Stack",
+    "StaleBoardError",
     "Sublayer",
     "Switch",
     "Switchboard",

@@ -24,23 +24,29 @@ class KeptRows(CacheLayerMixin):
         inner: The Hugging Face layer that stores ``[kept, heads, stored length, head size]``.
         rows: The rows that it stores, int64 ``[kept]``; ``None``: all.
         batch: Rows of the batch, beams included.
+        mark: What tells the decision that it is filled under from others.
+        is_open: Whether that decision is in force; else nothing is stored and nothing given.
         length: Positions seen so far, dropped tokens included.
     """
 
-    def __init__(self, inner: DynamicLayer, rows: Tensor | None, batch: int) -> None:
+    def __init__(self, inner: DynamicLayer, rows: Tensor | None, batch: int, mark: Any) -> None:
         self.inner = inner
         self.rows = rows
         self.batch = batch
+        self.mark = mark
+        self.is_open = False
         self.length = 0
 
     @property
     def keys(self) -> Tensor | None:
         """Keys of the kept rows."""
+        self._check_open()
         return self.inner.keys
 
     @property
     def values(self) -> Tensor | None:
         """Values of the kept rows."""
+        self._check_open()
         return self.inner.values
 
     @property
@@ -61,13 +67,12 @@ class KeptRows(CacheLayerMixin):
         return self.inner.get_max_length()
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of the kept rows."""
-        expected = self.batch if self.rows is None else len(self.rows)
-        if len(keys) != expected:
-            raise ValueError(
-                f"this cache was filled under a decision by which {expected} of {self.batch} rows run the layer, but "
-                f"{len(keys)} came; go on under the decision that it was filled under"
-            )
+        """Append the keys and values of the kept rows.
+
+        Raises:
+            ValueError: If the decision that they were filled under is not in force.
+        """
+        self._check_open()
         return self.inner.update(keys, values, *args, **kwargs)
 
     def advance(self, positions: int) -> None:
@@ -107,13 +112,27 @@ class KeptRows(CacheLayerMixin):
         """
         raise NotImplementedError("a cache that was filled under skip decisions cannot be cropped")
 
+    def refuse(self) -> None:
+        """Raise ValueError: another decision is in force."""
+        runs = self.batch if self.rows is None else len(self.rows)
+        raise ValueError(
+            f"this cache was filled under a decision by which {runs} of {self.batch} rows run the layer, and another "
+            "one is in force, or none; go on under the decision that it was filled under, or start with an empty cache"
+        )
+
+    def _check_open(self) -> None:
+        if not self.is_open:
+            self.refuse()
+
     def _take(self, rows: Tensor) -> None:
         if self.inner.is_initialized:
             self.inner.keys = self.inner.keys.index_select(0, rows)
             self.inner.values = self.inner.values.index_select(0, rows)
 
 
-def kept_rows(cache: Cache, layer: int, *, across: bool, rows: Tensor | None, batch: int, whole: bool) -> KeptRows:
+def kept_rows(
+    cache: Cache, layer: int, *, across: bool, rows: Tensor | None, batch: int, whole: bool, mark: Any
+) -> KeptRows:
     """The layer of a cache that holds only ``rows``, put in place at its first use.
 
     Args:
@@ -124,9 +143,10 @@ def kept_rows(cache: Cache, layer: int, *, across: bool, rows: Tensor | None, ba
         batch: Rows of the batch, beams included.
         whole: Whether a sliding window must keep everything (stored positions have gaps where tokens were dropped,
             so that the window is left to the mask).
+        mark: What tells the decision in force from others.
 
     Raises:
-        ValueError: If the layer was filled before, outside the decision.
+        ValueError: If the layer was filled before, outside the decision or under another one.
         NotImplementedError: If the layer is of a kind whose rows cannot be told apart.
     """
     if isinstance(cache, EncoderDecoderCache):
@@ -135,6 +155,8 @@ def kept_rows(cache: Cache, layer: int, *, across: bool, rows: Tensor | None, ba
         cache.layers.append(cache.layer_class_to_replicate())
     inner = cache.layers[layer]
     if isinstance(inner, KeptRows):
+        if inner.mark != mark:
+            inner.refuse()
         return inner
     if type(inner) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise NotImplementedError(
@@ -144,5 +166,5 @@ def kept_rows(cache: Cache, layer: int, *, across: bool, rows: Tensor | None, ba
         raise ValueError("this cache was filled outside the decision in force; start with an empty one")
     if whole:
         inner = DynamicLayer()
-    cache.layers[layer] = KeptRows(inner, rows, batch)
+    cache.layers[layer] = KeptRows(inner, rows, batch, mark)
     return cache.layers[layer]

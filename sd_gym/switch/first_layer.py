@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
+from sd_gym.switch.decision import Reached
+from sd_gym.switch.shadow import Shadow
 from sd_gym.switch.switchboard import Switchboard
-
-
-class _Reached(Exception):  # noqa: N818  (no error: it ends the pass on purpose)
-    """The module was reached; carries what was looked for."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
 
 
 @torch.inference_mode()
@@ -38,12 +36,8 @@ def first_layer_input(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
         >>> pooled(hidden, mask).shape
         torch.Size([2, 32])
     """
-
-    def stop(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        raise _Reached(args[0] if args else kwargs["hidden_states"])
-
-    layer = board.switches[0].layer
-    return _run_until(board, inputs, layer.register_forward_pre_hook(stop, with_kwargs=True))
+    with board.look():
+        return _reached(board.model, inputs)
 
 
 @torch.inference_mode()
@@ -69,18 +63,8 @@ def attention_received(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
         >>> received.sum(dim=1).round().tolist()  # each token that attends shares out 1
         [1.0, 1.0]
     """
-    switch = next(switch for switch in board.switches if switch.sublayer.output is not None)
-    module = switch.layer.get_submodule(switch.sublayer.attention)
-
-    def stop(module: nn.Module, args: tuple, output: tuple) -> None:
-        raise _Reached(output[-1])
-
-    implementation = board.model.config._attn_implementation
-    board.model.set_attn_implementation("eager")
-    try:
-        weights = _run_until(board, inputs, module.register_forward_hook(stop))
-    finally:
-        board.model.set_attn_implementation(implementation)
+    with board.look():
+        weights = _reached(_eager_twin(board), inputs)
     present = inputs["attention_mask"].to(weights.dtype)
     return (weights.mean(dim=1) * present[:, :, None]).sum(dim=1) / present.sum(dim=1, keepdim=True)
 
@@ -97,11 +81,54 @@ def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([mean, hidden.masked_fill(~kept, -torch.inf).amax(dim=1)], dim=1)
 
 
-def _run_until(board: Switchboard, inputs: dict[str, Tensor], hook: Any) -> Tensor:
+def _reached(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     try:
-        board.model(**inputs)
-    except _Reached as reached:
+        model(**inputs)
+    except Reached as reached:
         return reached.value
-    finally:
-        hook.remove()
     raise RuntimeError("the forward pass ended without reaching the first layer")
+
+
+def _eager_twin(board: Switchboard) -> nn.Module:
+    """The model up to its first attention, which is computed eagerly and ends the pass; it shares all weights.
+
+    Only what leads to the attention is copied, with its configuration, so that other threads see nothing of it.
+    """
+    switch = next(switch for switch in board.switches if switch.sublayer.output is not None)
+    configs: dict[int, PretrainedConfig] = {}
+    twin = attention = _twin(board.model, configs)
+    for name in f"{board.path_of(switch)}.{switch.sublayer.attention}".split("."):
+        attention._modules[name] = _twin(attention._modules[name], configs)
+        attention = attention._modules[name]
+    _twin_parts(attention, configs)
+    vars(attention)["forward"] = partial(_end_with_weights, attention)
+    return twin
+
+
+def _twin(module: nn.Module, configs: dict[int, PretrainedConfig]) -> nn.Module:
+    """A copy of a module that has the same parts and an eager configuration."""
+    twin = copy.copy(module)
+    vars(twin)["_modules"] = dict(module._modules)
+    forward = vars(twin).pop("forward", None)
+    if forward is not None and not (isinstance(forward, Shadow) and forward.replaced is None):
+        raise NotImplementedError(
+            f"another tool has replaced forward() of a {type(module).__name__}, so the first attention cannot be "
+            "looked at; rank tokens in another way"
+        )
+    config = vars(twin).get("config")
+    if config is not None:
+        if id(config) not in configs:
+            configs[id(config)] = copy.copy(config)
+            configs[id(config)]._attn_implementation = "eager"
+        twin.config = configs[id(config)]
+    return twin
+
+
+def _twin_parts(module: nn.Module, configs: dict[int, PretrainedConfig]) -> None:
+    for name, part in module._modules.items():
+        module._modules[name] = _twin(part, configs)
+        _twin_parts(module._modules[name], configs)
+
+
+def _end_with_weights(attention: nn.Module, *args: Any, **kwargs: Any) -> None:
+    raise Reached(type(attention).forward(attention, *args, **kwargs)[-1])

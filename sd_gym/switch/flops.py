@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sd_gym.switch.switchboard import Switch, Switchboard
+from sd_gym.switch.switch import Switch
+from sd_gym.switch.switchboard import Switchboard
 
 NO_WINDOW = 2**40  # keys; more than any input has
 

@@ -3,130 +3,45 @@
 A switch stands in front of one sublayer. For each batch it selects the rows that run the sublayer, calls it on those
 rows alone, and scatters the result back; with no row left the sublayer is never called. The model's modules, parameter
 names and outputs stay as they are: only ``forward`` of the switched modules is shadowed, on the instance, while a
-decision is in force by which some row skips them; whatever all rows run is the untouched model and costs nothing more.
+decision is in force anywhere by which some row skips them. A shadow asks for the decision in force where it is called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from sd_gym.switch.architectures import Sublayer, architecture_of
-from sd_gym.switch.cache import KeptRows, kept_rows
+from sd_gym.switch.architectures import architecture_of
+from sd_gym.switch.context import Block, Scope, StaleBoardError
+from sd_gym.switch.decision import Decision, Look
+from sd_gym.switch.rowwise import Place, Rowwise
+from sd_gym.switch.shadow import Shadow
+from sd_gym.switch.switch import Switch
 from sd_gym.switch.tokens import DroppedTokens
-
-
-class _Place(NamedTuple):
-    """Where a module stands in its sublayer's chain."""
-
-    first: bool
-    last: bool
-    attention: bool
-
-
-class _Call(NamedTuple):
-    """What a sublayer's first module leaves to the others of the same forward pass."""
-
-    hidden: Tensor  # the branch's input, all rows
-    rows: Tensor | None  # that run; None: all
-
-
-@dataclass
-class Switch:
-    """The place where one candidate is skipped or run.
-
-    Attributes:
-        name: ``stack.layer.kind``, such as ``decoder.3.cross_attention``.
-        stack: Name of the stack that it is in.
-        index: Index of its layer in the stack.
-        layer: The layer module that it is in.
-        sublayer: What it switches.
-        reads_input: Whether its stack is the one that reads the input, whose tokens can be dropped.
-        modules: The switched modules, in execution order.
-        rows: Indices of the rows that run it, int64 ``[kept]`` on the model's device; ``None``: all of them.
-        tokens: The tokens that are dropped, where it is an attention over the input; ``None``: none.
-    """
-
-    name: str
-    stack: str
-    index: int
-    layer: nn.Module
-    sublayer: Sublayer
-    reads_input: bool
-    modules: list[nn.Module] = field(init=False, repr=False)
-    rows: Tensor | None = field(default=None, repr=False)
-    tokens: DroppedTokens | None = field(default=None, repr=False)
-    _call: _Call | None = field(default=None, repr=False)
-    _source: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
-    _shadowed: list[Callable | None] = field(default_factory=list, repr=False)
-
-    def __post_init__(self) -> None:
-        self.modules = [self.layer.get_submodule(path) for path in self.sublayer.modules]
-
-    def shadow(self, run: Callable) -> None:
-        """Have ``run(place, forward, *args, **kwargs)`` called in the place of each module's ``forward``."""
-        last = len(self.modules) - 1
-        for position, (path, module) in enumerate(zip(self.sublayer.modules, self.modules, strict=True)):
-            place = _Place(position == 0, position == last, path == self.sublayer.attention)
-            self._shadowed.append(vars(module).get("forward"))
-            vars(module)["forward"] = partial(run, place, module.forward)
-
-    def restore(self) -> None:
-        """Take the shadows away."""
-        for module, forward in zip(self.modules, self._shadowed, strict=False):  # none where nothing is shadowed
-            if forward is None:
-                del vars(module)["forward"]
-            else:
-                vars(module)["forward"] = forward
-        self._shadowed = []
-        self._call = self._source = None
-
-
-@dataclass
-class _Plan:
-    """Decisions in force: rows by switch, by how often each row of the decisions stands in the batch (beams)."""
-
-    batch: int
-    rows: dict[int, list[Tensor | None]]
-    tokens: DroppedTokens | None
-
-    def rows_of(self, number: int, total: int) -> Tensor | None:
-        """Rows of a batch of ``total`` that run switch ``number``.
-
-        Raises:
-            ValueError: If ``total`` is no multiple of the decisions' batch.
-        """
-        repeats, rest = divmod(total, self.batch)
-        if rest or not repeats:
-            raise ValueError(f"decisions are in force for {self.batch} rows, but the model got {total}")
-        if repeats not in self.rows:
-            self.rows[repeats] = [_repeated(rows, repeats) for rows in self.rows[1]]
-        return self.rows[repeats][number]
-
-
-def _repeated(rows: Tensor | None, repeats: int) -> Tensor | None:
-    if rows is None:
-        return None
-    return (rows[:, None] * repeats + torch.arange(repeats, device=rows.device)).flatten()
+from sd_gym.switch.whole import Generate, InputLayer, run_decoder
 
 
 class Switchboard:
-    """All switches of one backbone, in execution order; it holds the decisions in force.
+    """All switches of one backbone, in execution order; it puts decisions in force.
 
     Args:
-        model: A model of a supported architecture; it is switched in place until ``remove()``.
+        model: A model of a supported architecture; it is switched in place until ``remove()``. Of a PEFT, a compiled or
+            another wrapped model, the Hugging Face model inside.
+
+    Attributes:
+        model: The Hugging Face model.
+        architecture: Where its switches are.
+        switches: The switches.
 
     Raises:
         UnsupportedArchitectureError: If the architecture has no entry.
         RuntimeError: If the model already carries a switchboard.
+        TypeError: If the model holds no Hugging Face model, or is one of ``sentence_transformers``, which sort rows.
 
     Example:
         >>> import torch
@@ -146,9 +61,13 @@ class Switchboard:
         >>> board.remove()
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        if getattr(model, "_switchboard", None) is not None:
-            raise RuntimeError("this model already carries a Switchboard; call its remove() first")
+    def __init__(self, model: PreTrainedModel | nn.Module) -> None:
+        model = _unwrapped(model)
+        carried = vars(model).get("_switchboard")
+        if carried is not None:
+            if carried._scope.original is None:
+                raise RuntimeError("this model already carries a Switchboard; call its remove() first")
+            carried.remove()  # came along when the model was copied
         self.model = model
         self.architecture = architecture_of(model.config.model_type)
         self.switches = [
@@ -164,7 +83,9 @@ class Switchboard:
             for index, layer in enumerate(model.base_model.get_submodule(stack.layers))
             for sublayer in stack.sublayers
         ]
-        self._plan: _Plan | None = None
+        self._scope = Scope()
+        self._links = self._linked()
+        self._scope.shadows = [Shadow(target, name, self._scope, run) for target, name, run in self._methods()]
         model._switchboard = self
 
     def __len__(self) -> int:
@@ -175,24 +96,27 @@ class Switchboard:
         """The switches' names, in the order of the skip vector."""
         return [switch.name for switch in self.switches]
 
-    @contextmanager
-    def decide(self, skip: Tensor | np.ndarray, keep: Tensor | np.ndarray | None = None) -> Iterator[None]:
+    def decide(self, skip: Tensor | np.ndarray, keep: Tensor | np.ndarray | None = None) -> Block:
         """Put decisions in force for the forward passes and ``generate()`` calls inside the ``with`` block.
 
-        The plan is made on the host, so CPU tensors or arrays are the cheapest; nothing synchronises inside the forward
-        pass. A batch may be a multiple of the decisions': each row then stands for its beams or samples, one after
-        the other, as ``generate()`` arranges them.
+        They count in the calling thread, task or generator alone. A call of ``generate()`` goes on under the decision
+        that it began under. The plan is made on the host, so CPU tensors or arrays are the cheapest; nothing
+        synchronises inside the forward pass.
 
         Args:
-            skip: Integers or booleans ``[batch, len(board)]``; 1 = the row skips the sublayer.
+            skip: Integers or booleans ``[batch, len(board)]``; 1 = the row skips the sublayer. A single row stands for
+                all rows of any batch; inside ``generate()`` a row stands for its beams or samples, too.
             keep: Integers or booleans ``[batch, length]``; 0 = the input's token is dropped, physically, in front of
                 the first layer (``sd_gym.switch.keep_tokens`` ranks). Padding may be kept or not. The model returns
                 zeros as the hidden states of dropped positions; encoder-decoder models return the encoder's output
                 without them. ``None``: all tokens stay.
 
         Raises:
-            ValueError: If a shape or a value is wrong, or a row keeps no token.
+            ValueError: If a shape or a value is wrong, or a row keeps no token. Inside the block the model raises it
+                where its input has not the rows or the length that were decided on.
+            StaleBoardError: If the model's modules were replaced since the board was made, or it was removed.
         """
+        self._check_fresh()
         skip = self._checked(skip, len(self), "switch")
         tokens = None
         if keep is not None:
@@ -202,32 +126,97 @@ class Switchboard:
             if not keep.any(axis=1).all():
                 raise ValueError("keep leaves a row without any token; protect at least one")
             if not keep.all():
-                tokens = DroppedTokens(keep, self.model.device)
-        outer = self._plan
-        self._enforce(_Plan(len(skip), {1: self._rows(skip)}, tokens))
-        hooks = tokens.install(self.model, self.architecture) if tokens is not None else []
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self._enforce(outer)
+                tokens = DroppedTokens(keep, self.architecture.causal, self.model.device)
+        if tokens is None and not skip.any():
+            return self._scope.put(None)
+        needs = self._needs(skip.any(axis=0), tokens is not None)
+        return self._scope.put(Decision.of(skip, tokens, needs, self.model.device))
+
+    def path_of(self, switch: Switch) -> str:
+        """Where in the model the layer of a switch is."""
+        stack = next(stack for stack in self.architecture.stacks if stack.name == switch.stack)
+        base = "" if self.model.base_model is self.model else f"{self.model.base_model_prefix}."
+        return f"{base}{stack.layers}.{switch.index}"
+
+    def look(self) -> Block:
+        """A block in which nothing is skipped and a pass ends at the first layer, for ``first_layer_input``."""
+        first = next(number for number, shadow in enumerate(self._scope.shadows) if shadow.target is self._layers[0])
+        return self._scope.put(Look((first,)))
 
     def remove(self) -> None:
-        """Take all switches out; the model is then exactly what it was."""
-        self._enforce(None)
-        del self.model._switchboard
+        """Take all switches out; the model is then exactly what it was, and the board decides no more."""
+        for shadow in self._scope.shadows:
+            if shadow.is_in_place:
+                shadow.take_away()
+        self._scope.family.scopes.discard(self._scope)
+        if vars(self.model).get("_switchboard") is self:
+            del self.model._switchboard
 
-    def _enforce(self, plan: _Plan | None) -> None:
-        self._plan = plan
-        all_rows = plan.rows[1] if plan else [None] * len(self)
-        for number, (switch, rows) in enumerate(zip(self.switches, all_rows, strict=True)):
-            switch.restore()
+    @property
+    def _layers(self) -> nn.ModuleList:
+        """The layers that read the input."""
+        return self.model.base_model.get_submodule(self.architecture.stacks[0].layers)
+
+    def _methods(self) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+        """What can be shadowed: the object, the name of its method, and what runs in its place."""
+        for number, switch in enumerate(self.switches):
+            rowwise, last = Rowwise(number, switch, self.model), len(switch.modules) - 1
+            for position, (path, module) in enumerate(zip(switch.sublayer.modules, switch.modules, strict=True)):
+                place = Place(position == 0, position == last, path == switch.sublayer.attention)
+                yield module, "forward", partial(rowwise.run, place)
+        for index, layer in enumerate(self._layers):
+            restores = len(self.architecture.stacks) == 1 and index == len(self._layers) - 1
+            yield layer, "forward", InputLayer(self.model, layer, first=index == 0, restores=restores).run
+        if len(self.architecture.stacks) > 1:
+            yield self.model.base_model.get_submodule("decoder"), "forward", run_decoder
+        if hasattr(self.model, "generate"):
+            generate = Generate(self._scope)
+            yield self.model, "generate", generate.run
+            yield self.model, "_expand_inputs_for_generation", generate.expand
+
+    def _needs(self, skipped: np.ndarray, drops: bool) -> list[int]:
+        """Numbers of the shadows that decisions need.
+
+        Args:
+            skipped: Whether any row skips a switch, bool ``[switches]``.
+            drops: Whether tokens are dropped.
+        """
+        needs, number = [], 0
+        for switch, skips in zip(self.switches, skipped.tolist(), strict=True):
             attends = switch.reads_input and switch.sublayer.output is not None
-            switch.tokens = plan.tokens if plan and attends else None
-            switch.rows = rows
-            if rows is not None or switch.tokens is not None:
-                switch.shadow(partial(self._run, number, switch))
+            end = number + len(switch.modules)
+            if skips or (drops and attends):
+                needs += range(number, end)
+            number = end
+        of_model = 2 if hasattr(self.model, "generate") else 0
+        end = len(self._scope.shadows)
+        return [*needs, *range(number if drops else end - of_model, end)]
+
+    def _linked(self) -> list[tuple[str, nn.Module, str, nn.Module]]:
+        """Path, parent, name and child on the ways from the model to its switched modules."""
+        ways = {f"{self.path_of(switch)}.{path}" for switch in self.switches for path in switch.sublayer.modules}
+        links = {}
+        for way in sorted(ways):
+            parent, steps = self.model, way.split(".")
+            for depth, name in enumerate(steps):
+                child = parent.get_submodule(name)
+                links[".".join(steps[: depth + 1])] = (parent, name, child)
+                parent = child
+        return [(path, *link) for path, link in links.items()]
+
+    def _check_fresh(self) -> None:
+        """Raise StaleBoardError unless the model's modules are those that the board was made for."""
+        if vars(self.model).get("_switchboard") is not self:
+            raise StaleBoardError("this switchboard was removed from its model; make a new Switchboard(model)")
+        replaced = [path for path, parent, name, child in self._links if parent._modules.get(name) is not child]
+        replaced += [
+            f"{shadow.name}() of a {type(shadow.target).__name__}" for shadow in self._scope.shadows if shadow.is_lost
+        ]
+        if replaced:
+            raise StaleBoardError(
+                f"{replaced[0]} was replaced since the switchboard was made (by an adapter, quantisation or another "
+                "tool), so that decisions would be ignored there; call remove() and make a new Switchboard(model)"
+            )
 
     def _checked(self, values: Tensor | np.ndarray, columns: int | None, column: str) -> np.ndarray:
         name = "keep" if columns is None else "skip"
@@ -240,109 +229,20 @@ class Switchboard:
             raise ValueError(f"{name} must hold only 0 and 1")
         return array.astype(bool)
 
-    def _rows(self, skip: np.ndarray) -> list[Tensor | None]:
-        """The rows that run, a switch: one transfer to the device for the whole plan."""
-        runs = ~skip.T
-        counts = runs.sum(axis=1)
-        rows = torch.from_numpy(np.nonzero(runs)[1]).to(self.model.device).split(counts.tolist())
-        return [None if count == len(skip) else kept for count, kept in zip(counts, rows, strict=True)]
 
-    def _run(self, number: int, switch: Switch, place: _Place, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-        """One module of a sublayer: the first selects the rows, the last scatters them back."""
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if place.first:
-            switch._call = _Call(hidden, self._plan.rows_of(number, len(hidden)))
-        call = switch._call
-        if place.last:
-            switch._call = None  # holds no memory between passes
-        if place.attention:
-            return self._run_attention(switch, place, call, inner, args, kwargs)
-        if call.rows is not None and len(call.rows) == 0:
-            return self._skipped(switch, call) if place.last else hidden[:0]
-        output = inner(*self._selected(args, switch, call), **self._selected(kwargs, switch, call))
-        return self._scattered(switch, call, output) if place.last else output
-
-    def _run_attention(
-        self, switch: Switch, place: _Place, call: _Call, inner: Callable, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple:
-        """The attention proper of a sublayer: its other arguments, its cache and its position bias follow the rows."""
-        hidden = args[0] if args else kwargs["hidden_states"]
-        query_length = hidden.shape[1] if switch.tokens is None else switch.tokens.query_length
-        layer = self._cache_layer(switch, call, (*args, *kwargs.values()))
-        shared = ()
-        if switch.sublayer.position_bias is not None:
-            if kwargs.get("position_bias") is None:
-                past = layer.length if layer is not None else 0
-                kwargs["position_bias"] = self._position_bias(switch, query_length, past, len(call.hidden))
-            shared = (kwargs["position_bias"],)
-        if call.rows is not None and len(call.rows) == 0:
-            output = (self._skipped(switch, call) if place.last else hidden[:0], *shared, None)
-        else:
-            output = inner(*self._selected(args, switch, call), **self._selected(kwargs, switch, call))
-            weights = [self._padded(value, call) for value in output[1 + len(shared) :]]
-            if shared == (None,):  # the next layers take it instead of making it again
-                shared = output[1:2]
-            output = (self._scattered(switch, call, output[0]) if place.last else output[0], *shared, *weights)
-        if layer is not None and switch.sublayer.kind == "attention":
-            layer.advance(query_length)
-        return output
-
-    def _cache_layer(self, switch: Switch, call: _Call, values: tuple) -> KeptRows | None:
-        cache = next((value for value in values if isinstance(value, Cache)), None)
-        if cache is None:
-            return None
-        across, whole = switch.sublayer.kind == "cross_attention", switch.tokens is not None
-        return kept_rows(cache, switch.index, across=across, rows=call.rows, batch=len(call.hidden), whole=whole)
-
-    def _position_bias(self, switch: Switch, query_length: int, past: int, total: int) -> Tensor | None:
-        """What the first layer shares with all others, whether or not any row runs it."""
-        module = switch.layer.get_submodule(switch.sublayer.position_bias)
-        if not module.has_relative_attention_bias:
-            return None
-        device = self.model.device
-        bias = module.compute_bias(query_length, past + query_length, device=device, past_seen_tokens=past)
-        return bias if switch.tokens is None else switch.tokens.gather_square(bias, total)
-
-    def _selected(self, values: Any, switch: Switch, call: _Call) -> Any:
-        """The rows that run, of every tensor whose first dimension is the batch; anything else as it is.
-
-        One-dimensional tensors (positions) never count a batch, and what an earlier module of the sublayer has selected
-        already is shorter than the batch.
-        """
-        if call.rows is None:
-            return values
-        if isinstance(values, Tensor):
-            whole = values.ndim >= 2 and len(values) == len(call.hidden)
-            return self._taken(values, switch, call) if whole else values
-        if isinstance(values, tuple):
-            return tuple(self._selected(value, switch, call) for value in values)
-        if type(values) is dict:
-            return {name: self._selected(value, switch, call) for name, value in values.items()}
-        return values
-
-    def _taken(self, values: Tensor, switch: Switch, call: _Call) -> Tensor:
-        """The rows that run; of the encoder's output, the same at every step of decoding, they are taken once."""
-        source = switch.sublayer.kind == "cross_attention" and values.ndim == 3 and values is not call.hidden
-        if not source or torch.is_grad_enabled():  # what was taken without gradients must not be used with them
-            return values.index_select(0, call.rows)
-        if switch._source is None or switch._source[0] is not values:
-            switch._source = (values, values.index_select(0, call.rows))
-        return switch._source[1]
-
-    def _skipped(self, switch: Switch, call: _Call) -> Tensor:
-        """The output of a sublayer that no row runs."""
-        return call.hidden if switch.sublayer.adds_residual else torch.zeros_like(call.hidden)
-
-    def _scattered(self, switch: Switch, call: _Call, output: Tensor) -> Tensor:
-        """The output of a sublayer for all rows, from that of the rows that ran it."""
-        if call.rows is None:
-            return output
-        if switch.sublayer.adds_residual:
-            return call.hidden.to(output.dtype).index_copy(0, call.rows, output)
-        return self._padded(output, call)
-
-    def _padded(self, output: Tensor | None, call: _Call) -> Tensor | None:
-        """Zeros for the rows that did not run."""
-        if call.rows is None or output is None:
-            return output
-        return output.new_zeros(len(call.hidden), *output.shape[1:]).index_copy_(0, call.rows, output)
+def _unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model that is given, or that another one holds."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    if type(model).__module__.startswith("sentence_transformers."):
+        raise TypeError(
+            f"{type(model).__name__} sorts its texts by length, so that rows of decisions would go to other rows; give "
+            "the switchboard its transformer, Switchboard(model[0].auto_model), and decide with a single row, which "
+            "stands for all"
+        )
+    inside = (
+        [part for part in model.modules() if isinstance(part, PreTrainedModel)] if isinstance(model, nn.Module) else []
+    )
+    if not inside:
+        raise TypeError(f"a switchboard needs a Hugging Face model, a PreTrainedModel; got a {type(model).__name__}")
+    return inside[0]

@@ -16,10 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers import Cache, PreTrainedModel
-
-from sd_gym.switch.architectures import Architecture
+from transformers import Cache
 
 
 def keep_tokens(scores: NDArray, droppable: NDArray, share: NDArray | float) -> NDArray:
@@ -106,56 +103,97 @@ def inverse_document_frequency(input_ids: NDArray, present: NDArray, corpus: Ite
 
 
 class DroppedTokens:
-    """The tokens that a batch keeps, and the hooks that leave the others out while they are installed.
+    """The tokens that a batch keeps.
 
     Args:
-        keep: bool ``[batch, length]``.
+        keep: bool ``[batch, length]``; a single row stands for all rows of any batch.
+        causal: Whether positions see only what stands before them.
         device: Where the model is.
 
     Attributes:
         length: Tokens of the input before dropping.
-        query_length: Positions of the running forward pass, dropped ones included.
+        kept: Tokens of the row that keeps the most.
+        ragged: Whether the rows keep different numbers of tokens.
+        mark: What tells them from others.
     """
 
-    def __init__(self, keep: NDArray, device: torch.device) -> None:
+    def __init__(self, keep: NDArray, causal: bool, device: torch.device) -> None:
         counts = keep.sum(axis=1)
         self.batch, self.length = keep.shape
         self.kept = int(counts.max())
+        self.causal = causal
+        self.mark = keep.tobytes()
         # Behind its kept tokens, each row has some of its dropped ones as padding: valid indices, never attended to.
         order = np.argsort(~keep, axis=1, kind="stable")[:, : self.kept]
         self._index = torch.from_numpy(order).to(device)
         self._valid = torch.from_numpy(np.arange(self.kept) < counts[:, None]).to(device)
         self.ragged = bool(counts.min() < self.kept)
         self._views: dict[int, tuple[Tensor, Tensor]] = {1: (self._index, self._valid)}
-        self.query_length = 0
 
     def view(self, total: int) -> tuple[Tensor, Tensor]:
-        """Indices and validity ``[total, kept]`` for a batch in which each row stands ``total / batch`` times (beams).
-
-        Raises:
-            ValueError: If ``total`` is no multiple of the batch.
-        """
-        repeats, rest = divmod(total, self.batch)
-        if rest:
-            raise ValueError(f"decisions are in force for {self.batch} rows, but the model got {total}")
+        """Indices and validity ``[total, kept]`` for a batch in which each row stands ``total / batch`` times."""
+        repeats = total // self.batch
         if repeats not in self._views:
             pair = (self._index.repeat_interleave(repeats, dim=0), self._valid.repeat_interleave(repeats, dim=0))
             self._views[repeats] = pair
         return self._views[repeats]
 
-    def install(self, model: PreTrainedModel, architecture: Architecture) -> list[RemovableHandle]:
-        """Hooks on the layers of the first stack, and on the decoder behind it if there is one."""
-        self._causal = architecture.causal
-        self._additive = model.config._attn_implementation == "eager"  # it adds its mask to the scores
-        layers = model.base_model.get_submodule(architecture.stacks[0].layers)
-        self._first = layers[0]
-        handles = [layer.register_forward_pre_hook(self._before_layer, with_kwargs=True) for layer in layers]
-        if len(architecture.stacks) > 1:
-            decoder = model.base_model.get_submodule("decoder")
-            handles.append(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
-        else:
-            handles.append(layers[-1].register_forward_hook(self._after_last_layer))
-        return handles
+    def before_decoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a decoder: the cross-attention's padding follows the encoder's shorter output."""
+        encoded = kwargs.get("encoder_hidden_states")
+        if encoded is None or encoded.shape[1] != self.kept:
+            return kwargs
+        index, valid = self.view(len(encoded))
+        mask = kwargs.get("encoder_attention_mask")
+        if mask is not None:
+            mask = mask.gather(1, index) * valid
+        elif self.ragged:
+            mask = valid.long()
+        return {**kwargs, "encoder_attention_mask": mask}
+
+
+class TokenPass:
+    """One forward pass of an input that loses tokens: the shapes are read once, in front of the first layer.
+
+    Args:
+        tokens: The tokens that are kept.
+        args: Arguments of the first layer, by place.
+        kwargs: Its arguments by name.
+        additive: Whether the attention adds its mask to the scores.
+        generating: Whether this is a pass of ``generate()``, which appends tokens to the input.
+
+    Attributes:
+        query_length: Positions of the pass, dropped ones included.
+
+    Raises:
+        ValueError: If the input has not the length that was decided on.
+    """
+
+    def __init__(
+        self, tokens: DroppedTokens, args: tuple, kwargs: dict[str, Any], *, additive: bool, generating: bool
+    ) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        total, self.query_length = hidden.shape[:2]
+        self._tokens = tokens
+        self._additive = additive
+        self._whole = self.query_length >= tokens.length  # else a step of decoding over a cache that holds the prompt
+        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+        past = caches[0].get_seq_length() if caches else 0
+        fits = past >= tokens.length if past else self.query_length == tokens.length or (generating and self._whole)
+        if not fits:
+            raise ValueError(
+                f"tokens are dropped from inputs of {tokens.length} tokens, but the model got {self.query_length}"
+                + (f" behind {past} in its cache" if past else "")
+                + "; give keep a column for each token of the padded input, in its order (1 at padding and at an answer"
+                " behind a prompt)"
+            )
+        self._keys = past + self.query_length
+        self._index_of_keys, self._valid_keys = self._extended(total, self._keys)
+        self._memo: list[tuple[Tensor, Tensor]] = []
+        # Without padding, models leave the mask out; rows that keep different numbers of tokens need one.
+        self._own_mask = None
+        if tokens.ragged:
+            self._own_mask = self._make_mask(self._index_of_keys, self._valid_keys, hidden.dtype)
 
     def gather_square(self, values: Tensor, total: int) -> Tensor:
         """Rows and columns of kept tokens of ``[1 or total, heads, query, query]``: ``[total, heads, kept, kept]``."""
@@ -164,17 +202,10 @@ class DroppedTokens:
         self._memo.append((compact, compact))  # goes to the other layers as it is
         return compact
 
-    def _extended(self, total: int, positions: int) -> tuple[Tensor, Tensor]:
-        """Indices and validity of the kept ones among ``positions``; what was generated is always kept."""
-        index, valid = self.view(total)
-        if positions == self.length:
-            return index, valid
-        new = torch.arange(self.length, positions, device=index.device).expand(total, -1)
-        return torch.cat([index, new], dim=1), torch.cat([valid, torch.ones_like(new, dtype=torch.bool)], dim=1)
-
-    def _before_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if layer is self._first:
-            self._enter(args, kwargs)
+    def before_layer(
+        self, layer: nn.Module, first: bool, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        """Arguments of a layer, with the dropped tokens left out."""
         if self._own_mask is not None:
             slot = _mask_slot(type(layer))
             if slot >= len(args):
@@ -185,35 +216,33 @@ class DroppedTokens:
         # Hidden states come first, or by name; behind the first layer only kept tokens are left of them.
         if args:
             hidden, others = args[:1], args[1:]
-            args = (*(map(self._compact, hidden) if layer is self._first else hidden), *map(self._compact, others))
+            args = (*(map(self._compact, hidden) if first else hidden), *map(self._compact, others))
         return args, {
-            name: value if name == "hidden_states" and layer is not self._first else self._compact(value)
+            name: value if name == "hidden_states" and not first else self._compact(value)
             for name, value in kwargs.items()
         }
 
-    def _enter(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Read the shapes of a forward pass once, in front of its first layer."""
-        hidden = args[0] if args else kwargs["hidden_states"]
-        total, self.query_length = hidden.shape[:2]
-        self._whole = self.query_length >= self.length  # else a step of decoding over a cache that holds the prompt
-        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
-        past = caches[0].get_seq_length() if caches else 0
-        if past < self.length and (past or not self._whole):
-            raise ValueError(
-                f"tokens are dropped from inputs of {self.length} tokens, but the model got {self.query_length}"
-                + (f" behind {past} in its cache" if past else "")
-            )
-        self._keys = past + self.query_length
-        self._index_of_keys, self._valid_keys = self._extended(total, self._keys)
-        self._memo: list[tuple[Tensor, Tensor]] = []
-        # Without padding, models leave the mask out; rows that keep different numbers of tokens need one.
-        self._own_mask = None
-        if self.ragged:
-            self._own_mask = self._make_mask(self._index_of_keys, self._valid_keys, hidden.dtype)
+    def after_last_layer(self, output: Any) -> Any:
+        """All positions exist again, with zeros for the dropped ones."""
+        if not self._whole:
+            return output
+        hidden = output[0] if isinstance(output, tuple) else output
+        index = self._index_of_keys[:, :, None].expand_as(hidden)
+        kept = hidden.masked_fill(~self._valid_keys[:, :, None], 0) if self._tokens.ragged else hidden
+        full = hidden.new_zeros(len(hidden), self.query_length, hidden.shape[-1]).scatter(1, index, kept)
+        return (full, *output[1:]) if isinstance(output, tuple) else full
+
+    def _extended(self, total: int, positions: int) -> tuple[Tensor, Tensor]:
+        """Indices and validity of the kept ones among ``positions``; what was generated is always kept."""
+        index, valid = self._tokens.view(total)
+        if positions == self._tokens.length:
+            return index, valid
+        new = torch.arange(self._tokens.length, positions, device=index.device).expand(total, -1)
+        return torch.cat([index, new], dim=1), torch.cat([valid, torch.ones_like(new, dtype=torch.bool)], dim=1)
 
     def _make_mask(self, index: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
         allowed = valid[:, None, None, :]
-        if self._causal and self._whole:
+        if self._tokens.causal and self._whole:
             allowed = allowed & (index[:, None, None, :] <= index[:, None, :, None])
         if not self._additive:
             return allowed
@@ -240,35 +269,12 @@ class DroppedTokens:
         compact = _take(mask.expand(len(index), -1, -1, -1), index, -1)
         if self._whole and mask.shape[-2] == self.query_length > 1:
             compact = _take(compact, index, -2)
-        if self.ragged:
+        if self._tokens.ragged:
             valid = self._valid_keys[:, None, None, :]
             lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
             compact = compact.masked_fill(~valid, lowest)
         self._memo.append((mask, compact))
         return compact
-
-    def _after_last_layer(self, layer: nn.Module, args: tuple, output: Any) -> Any:
-        """All positions exist again, with zeros for the dropped ones."""
-        if not self._whole:
-            return output
-        hidden = output[0] if isinstance(output, tuple) else output
-        index = self._index_of_keys[:, :, None].expand_as(hidden)
-        kept = hidden.masked_fill(~self._valid_keys[:, :, None], 0) if self.ragged else hidden
-        full = hidden.new_zeros(len(hidden), self.query_length, hidden.shape[-1]).scatter(1, index, kept)
-        return (full, *output[1:]) if isinstance(output, tuple) else full
-
-    def _before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """The cross-attention's padding follows the encoder's shorter output."""
-        encoded = kwargs.get("encoder_hidden_states")
-        if encoded is None or encoded.shape[1] != self.kept:
-            return args, kwargs
-        index, valid = self.view(len(encoded))
-        mask = kwargs.get("encoder_attention_mask")
-        if mask is not None:
-            mask = mask.gather(1, index) * valid
-        elif self.ragged:
-            mask = valid.long()
-        return args, {**kwargs, "encoder_attention_mask": mask}
 
 
 @lru_cache

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sd_gym.backbones.forward import forward
+from sd_gym.backbones.forward import forward, kept_of_pass
 from sd_gym.backbones.load import output_of
 from sd_gym.backbones.prepare import decisions_around, random_decisions
 from sd_gym.backbones.spans import best_spans
@@ -116,7 +116,7 @@ class Score:
             keep = inputs.pop("keep", None)
             if keep is not None and "context_mask" in inputs:
                 inputs["context_mask"] = inputs["context_mask"] & keep
-            with self.board.decide(skip[rows], keep):
+            with self.board.decide(skip[rows], kept_of_pass(self.board, keep, inputs["labels"])):
                 logits = forward(self.board, inputs)
             total += self._sum(logits, inputs["labels"], rows)
         return float(self.accelerator.reduce(torch.tensor(total, device=device), reduction="sum")) / len(order)

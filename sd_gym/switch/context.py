@@ -1,0 +1,287 @@
+"""Where a decision counts: in the thread, the task or the generator whose block put it in force, and nowhere else.
+
+Decisions are kept in a context variable, so that threads and asyncio tasks have their own. That alone is not enough for
+generators, which share the context of whoever resumes them: a block that is open in one would count in its caller's
+code between two ``yield``, and in other generators. So such a block counts while its generator runs, whoever resumes it
+and wherever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from contextvars import ContextVar
+from threading import RLock, get_ident, local
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+
+from sd_gym.switch.decision import Decision, Look
+
+if TYPE_CHECKING:
+    from sd_gym.switch.shadow import Shadow
+
+# What stands between a ``with`` statement and the block that it enters.
+_ENTERING = {"__enter__", "__aenter__", "enter_context", "enter_async_context"}
+_SUSPENDED = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+
+
+class StaleBoardError(RuntimeError):
+    """The switchboard does not belong to the model as it is now; the message says what to do."""
+
+
+class _Family:
+    """A board's decisions and those of its copies: puts the shadows in place that any decision in force needs.
+
+    Attributes:
+        scopes: Of the board and its copies.
+    """
+
+    def __init__(self) -> None:
+        self.scopes: WeakSet[Scope] = WeakSet()
+        self._needed: Counter[int] = Counter()
+        self._lock = RLock()  # an entry may end in a garbage collection, in the middle of another one's beginning
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any decision is in force anywhere."""
+        return bool(self._needed)
+
+    def begin(self, needs: Iterable[int]) -> None:
+        """A decision is in force that needs these shadows."""
+        with self._lock:
+            for number in needs:
+                self._needed[number] += 1
+                if self._needed[number] == 1:
+                    for scope in self.scopes:
+                        scope.shadows[number].put()
+
+    def end(self, needs: Iterable[int]) -> None:
+        """It is in force no more."""
+        with self._lock:
+            for number in needs:
+                self._needed[number] -= 1
+                if not self._needed[number]:
+                    del self._needed[number]
+                    for scope in self.scopes:
+                        scope.shadows[number].take_away()
+
+
+class _Entry:
+    """A decision that was put in force, for as long as any context holds it.
+
+    Attributes:
+        scope: Whose it is.
+        decision: What is decided; ``None``: everything runs.
+        generator: The frame of the generator that the block is open in; ``None``: it is open in none.
+        streams: Whether it is or was open in one.
+        home: The thread and the task in which it was put in force.
+        inside: What was in force there.
+        ended: Whether its block ended elsewhere than at home, where it could not be taken out of the context.
+    """
+
+    def __init__(
+        self, scope: Scope, decision: Decision | Look | None, generator: FrameType | None, inside: _Entry | None
+    ) -> None:
+        self.scope = scope
+        self.decision = decision
+        self.generator = generator
+        self.streams = generator is not None
+        self.home = _here()
+        self.inside = inside
+        self.ended = False
+        if decision is not None:
+            scope.family.begin(decision.needs)
+
+    def __del__(self) -> None:
+        if self.decision is not None:
+            self.scope.family.end(self.decision.needs)
+
+    def is_within(self, other: _Entry) -> bool:
+        """Whether it was put in force while ``other`` was."""
+        entry: _Entry | None = self
+        while entry is not None and entry is not other:
+            entry = entry.inside
+        return entry is other
+
+
+class _Known(local):
+    """What compiled code takes for the decision in force in its thread, as it cannot ask a context variable.
+
+    Attributes:
+        sure: Whether the thread has no tasks and generators that could have another one.
+        decision: The decision.
+    """
+
+    sure: bool = False
+    decision: Decision | Look | None = None
+
+
+_ENTRIES: ContextVar[tuple[_Entry, ...]] = ContextVar(
+    "decisions in force", default=()
+)  # of all boards, inner ones last
+
+
+class Scope:
+    """The decisions of one board, by context.
+
+    Attributes:
+        shadows: What asks for the decision in force, in the place of the model's methods while any is.
+        original: Of a copy (``copy.deepcopy``), the scope that it was made of.
+        family: What is in force anywhere, here or in a copy.
+    """
+
+    def __init__(self, original: Scope | None = None) -> None:
+        self.shadows: list[Shadow] = []
+        self.original = original
+        self.family = _Family() if original is None else original.family
+        self.family.scopes.add(self)
+        self._in_generators: list[_Entry] = []
+        self._known = _Known()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
+        memo[id(self)] = scope = Scope(original=self)
+        scope.shadows = copy.deepcopy(self.shadows, memo)
+        return scope
+
+    def __getstate__(self) -> list[Shadow]:
+        return self.shadows  # decisions stay in their process
+
+    def __setstate__(self, shadows: list[Shadow]) -> None:
+        self.__init__()
+        self.shadows = shadows
+
+    def current(self) -> Decision | Look | None:
+        """The decision in force here; ``None``: everything runs.
+
+        Raises:
+            StaleBoardError: If a decision on the model that this one was copied from is.
+        """
+        if torch.compiler.is_dynamo_compiling() and self._known.sure:
+            return self._known.decision
+        return self._ask()
+
+    @torch.compiler.disable
+    def _ask(self) -> Decision | Look | None:
+        entry = self._entry()
+        if entry is not None:
+            return entry.decision
+        if self.original is not None and self.original.current() is not None:
+            raise StaleBoardError(
+                "this model is a copy of the one that the decision in force is for (quantisation copies, too); make a "
+                "Switchboard of the copy and decide with that, or run the copy outside of the block"
+            )
+        return None
+
+    def put(self, decision: Decision | Look | None) -> Block:
+        """A block in which a decision is in force."""
+        return Block(self, decision)
+
+    def enter(self, decision: Decision | Look | None, frame: FrameType) -> _Entry:
+        """Put a decision in force, for the code that runs in ``frame``."""
+        entry = _Entry(self, decision, _generator(frame), self._entry())
+        if entry.generator is not None:
+            self._in_generators.append(entry)
+        _ENTRIES.set((*_ENTRIES.get(), entry))
+        self._note(entry)
+        return entry
+
+    def leave(self, entry: _Entry) -> None:
+        """End what ``enter`` began, in whatever order and context; copies of the context keep it."""
+        entries = _ENTRIES.get()
+        entry.ended = entry not in entries or entry.home != _here()
+        _ENTRIES.set(tuple(one for one in entries if one is not entry))
+        if entry.generator is not None:
+            self._in_generators.remove(entry)
+            entry.generator = None
+        self._note(self._entry())
+
+    def _note(self, entry: _Entry | None) -> None:
+        """Note for compiled code what is in force in this thread."""
+        known = self._known
+        known.sure = entry is not None and entry.generator is None and _here() == (get_ident(), None)
+        known.decision = entry.decision if known.sure else None
+
+    def _entry(self) -> _Entry | None:
+        found = self._of_context()
+        if self._in_generators:
+            running = self._of_running_generator()
+            if running is not None and (found is None or not found.is_within(running)):
+                return running
+        return found
+
+    def _of_context(self) -> _Entry | None:
+        found = None
+        for entry in reversed(_ENTRIES.get()):
+            # A generator's own counts elsewhere only: in threads and tasks that were given its context.
+            suspended = entry.generator is not None and entry.home == _here()
+            if entry.scope is not self or entry.ended or suspended:
+                continue
+            if found is None and not entry.streams:
+                return entry
+            if found is None:
+                found = entry
+            elif entry.streams and not found.is_within(entry):
+                raise RuntimeError(
+                    "blocks of several generators were open in the context that this thread or task was given, so "
+                    "that it cannot be told which decision is meant; call decide() in the thread or task itself"
+                )
+        return found
+
+    def _of_running_generator(self) -> _Entry | None:
+        """What the innermost generator that is running here has put in force."""
+        entries = {entry.generator: entry for entry in tuple(self._in_generators)}
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame in entries:
+                return entries[frame]
+            frame = frame.f_back
+        return None
+
+
+class Block:
+    """A ``with`` block in which a decision is in force."""
+
+    def __init__(self, scope: Scope, decision: Decision | Look | None) -> None:
+        self._scope = scope
+        self._decision = decision
+        self._entry: _Entry | None = None
+
+    def __enter__(self) -> None:
+        if self._entry is not None:
+            raise RuntimeError("this block is entered already; call decide() again for another one")
+        self._entry = self._scope.enter(self._decision, sys._getframe(1))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        entry, self._entry = self._entry, None
+        self._scope.leave(entry)
+
+
+def _here() -> tuple[int, int | None]:
+    """The running thread and task."""
+    try:
+        return get_ident(), id(asyncio.current_task())
+    except RuntimeError:  # no event loop runs here
+        return get_ident(), None
+
+
+def _generator(frame: FrameType) -> FrameType | None:
+    """The generator whose code runs in ``frame``, if it is one.
+
+    What enters a block for another one is passed over: ``contextlib``'s, and the generators that it makes context
+    managers of.
+    """
+    while frame.f_back is not None and (
+        frame.f_code.co_name in _ENTERING
+        or (frame.f_code.co_flags & _SUSPENDED and frame.f_back.f_code.co_name in _ENTERING)
+    ):
+        frame = frame.f_back
+    return frame if frame.f_code.co_flags & _SUSPENDED else None

@@ -1,0 +1,202 @@
+"""Running one sublayer on the rows that do not skip it: gather, run, scatter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.utils import output_capturing
+
+from sd_gym.switch.cache import KeptRows, kept_rows
+from sd_gym.switch.decision import Call, Decision, Look
+from sd_gym.switch.switch import Switch
+
+
+class Place(NamedTuple):
+    """Where a module stands in its sublayer's chain."""
+
+    first: bool
+    last: bool
+    attention: bool
+
+
+class Rowwise:
+    """What runs in the place of a sublayer's modules while a decision is in force.
+
+    Args:
+        number: Number of the switch.
+        switch: The switch.
+        model: The model that it is in.
+    """
+
+    def __init__(self, number: int, switch: Switch, model: PreTrainedModel) -> None:
+        self.number = number
+        self.switch = switch
+        self.model = model
+        self._attends_input = switch.reads_input and switch.sublayer.output is not None
+
+    def run(self, place: Place, decision: Decision | Look | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+        """One module of the sublayer: the first selects the rows, the last scatters them back."""
+        if not isinstance(decision, Decision):
+            return inner(*args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if place.first:
+            self._refuse_replays()
+            decision.refuse_tracing()
+            decision.state.calls[self.number] = Call(hidden, decision.rows_of(self.number, hidden.shape[0]))
+        call = decision.state.calls[self.number]
+        if place.last:
+            del decision.state.calls[self.number]  # holds no memory between passes
+        drops = self._attends_input and decision.tokens is not None
+        if call.rows is None and not (place.attention and drops):
+            return inner(*args, **kwargs)
+        if place.attention:
+            return self._run_attention(decision, drops, place, call, inner, args, kwargs)
+        if call.rows is not None and len(call.rows) == 0:
+            return self._skipped(call) if place.last else hidden[:0]
+        output = inner(*self._selected(decision, args, call), **self._selected(decision, kwargs, call))
+        return self._scattered(call, output) if place.last else output
+
+    def _refuse_replays(self) -> None:
+        """Raise where what is run now would be run again without the decision."""
+        if getattr(self.switch.layer, "gradient_checkpointing", False) and self.switch.layer.training:
+            raise NotImplementedError(
+                "gradient checkpointing runs layers again in the backward pass, where no decision is in force; call "
+                "model.gradient_checkpointing_disable(), or decide nothing"
+            )
+
+    def _run_attention(
+        self,
+        decision: Decision,
+        drops: bool,
+        place: Place,
+        call: Call,
+        inner: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> tuple:
+        """The attention proper of a sublayer: its other arguments, its cache and its position bias follow the rows."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        shown = _shown_weights(self.switch.sublayer.kind)
+        self._refuse_attention(call, shown)
+        query_length = decision.state.tokens.query_length if drops else hidden.shape[1]
+        layer = self._cache_layer(decision, drops, call, (*args, *kwargs.values()))
+        shared = ()
+        if self.switch.sublayer.position_bias is not None:
+            if kwargs.get("position_bias") is None:
+                past = layer.length if layer is not None else 0
+                bias = self._position_bias(query_length, past)
+                if bias is not None and drops:
+                    bias = decision.state.tokens.gather_square(bias, len(call.hidden))
+                kwargs["position_bias"] = bias
+            shared = (kwargs["position_bias"],)
+        if call.rows is not None and len(call.rows) == 0:
+            output = (self._skipped(call) if place.last else hidden[:0], *shared, None)
+        else:
+            selected = self._selected(decision, args, call), self._selected(decision, kwargs, call)
+            before = len(shown or ())
+            output = _with_cache(layer, inner, *selected)
+            if shown is not None and len(shown) > before:  # a part of the attention showed those of its rows
+                shown[-1] = self._padded(shown[-1], call)
+            weights = [self._padded(value, call) for value in output[1 + len(shared) :]]
+            if shared == (None,):  # the next layers take it instead of making it again
+                shared = output[1:2]
+            output = (self._scattered(call, output[0]) if place.last else output[0], *shared, *weights)
+        if layer is not None and self.switch.sublayer.kind == "attention":
+            layer.advance(query_length)
+        return output
+
+    def _refuse_attention(self, call: Call, shown: list[Tensor] | None) -> None:
+        """Raise where the rows that run cannot be told from the others, or no weights of the attention be shown."""
+        implementation = self.model.config._attn_implementation
+        if implementation == "flex_attention" and (call.rows is None or len(call.rows) > 0):
+            raise NotImplementedError(
+                "flex_attention's masks cannot follow rows and tokens that are skipped; call "
+                "model.set_attn_implementation('sdpa')"
+            )
+        if call.rows is not None and len(call.rows) == 0 and shown is not None and implementation == "eager":
+            raise NotImplementedError(
+                f"no row runs {self.switch.name}, so it has no attention weights, and those of the next layer would "
+                "take their place; leave output_attentions out, or have a row run it"
+            )
+
+    def _cache_layer(self, decision: Decision, drops: bool, call: Call, values: tuple) -> KeptRows | None:
+        cache = next((value for value in values if isinstance(value, Cache)), None)
+        if cache is None:
+            return None
+        across, mark = self.switch.sublayer.kind == "cross_attention", decision.mark(self.number, tokens=drops)
+        return kept_rows(
+            cache, self.switch.index, across=across, rows=call.rows, batch=len(call.hidden), whole=drops, mark=mark
+        )
+
+    def _position_bias(self, query_length: int, past: int) -> Tensor | None:
+        """What the first layer shares with all others, whether or not any row runs it."""
+        module = self.switch.layer.get_submodule(self.switch.sublayer.position_bias)
+        if not module.has_relative_attention_bias:
+            return None
+        return module.compute_bias(query_length, past + query_length, device=self.model.device, past_seen_tokens=past)
+
+    def _selected(self, decision: Decision, values: Any, call: Call) -> Any:
+        """The rows that run, of every tensor whose first dimension is the batch; anything else as it is.
+
+        One-dimensional tensors (positions) never count a batch, and what an earlier module of the sublayer has selected
+        already is shorter than the batch.
+        """
+        if call.rows is None:
+            return values
+        if isinstance(values, Tensor):
+            whole = values.ndim >= 2 and len(values) == len(call.hidden)
+            return self._taken(decision, values, call) if whole else values
+        if isinstance(values, tuple):
+            return tuple(self._selected(decision, value, call) for value in values)
+        if type(values) is dict:
+            return {name: self._selected(decision, value, call) for name, value in values.items()}
+        return values
+
+    def _taken(self, decision: Decision, values: Tensor, call: Call) -> Tensor:
+        """The rows that run; of the encoder's output, the same at every step of decoding, they are taken once."""
+        source = self.switch.sublayer.kind == "cross_attention" and values.ndim == 3 and values is not call.hidden
+        if not source or torch.is_grad_enabled():  # what was taken without gradients must not be used with them
+            return values.index_select(0, call.rows)
+        known = decision.state.sources.get(self.number)
+        if known is None or known[0] is not values or known[1] is not call.rows:
+            known = decision.state.sources[self.number] = (values, call.rows, values.index_select(0, call.rows))
+        return known[2]
+
+    def _skipped(self, call: Call) -> Tensor:
+        """The output of a sublayer that no row runs."""
+        return call.hidden if self.switch.sublayer.adds_residual else torch.zeros_like(call.hidden)
+
+    def _scattered(self, call: Call, output: Tensor) -> Tensor:
+        """The output of a sublayer for all rows, from that of the rows that ran it."""
+        if call.rows is None:
+            return output
+        if self.switch.sublayer.adds_residual:
+            return call.hidden.to(output.dtype).index_copy(0, call.rows, output)
+        return self._padded(output, call)
+
+    def _padded(self, output: Tensor | None, call: Call) -> Tensor | None:
+        """Zeros for the rows that did not run."""
+        if call.rows is None or output is None:
+            return output
+        return output.new_zeros(len(call.hidden), *output.shape[1:]).index_copy_(0, call.rows, output)
+
+
+def _shown_weights(kind: str) -> list[Tensor] | None:
+    """Where Hugging Face gathers what ``output_attentions`` shows of a stack; ``None``: it was not asked for."""
+    gathered = output_capturing._active_collector.get() or {}
+    return gathered.get("cross_attentions" if kind == "cross_attention" else "attentions")
+
+
+def _with_cache(layer: KeptRows | None, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Run with the layer of the cache open, and shut it again."""
+    if layer is None:
+        return inner(*args, **kwargs)
+    layer.is_open = True
+    try:
+        return inner(*args, **kwargs)
+    finally:
+        layer.is_open = False

@@ -1,0 +1,62 @@
+"""Standing in the place of a method of one object, without touching its class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from sd_gym.switch.context import Scope
+
+
+class Shadow:
+    """Called in the place of a method of one object, while any decision is in force that needs it.
+
+    Args:
+        target: The object.
+        name: The method.
+        scope: The board's decisions.
+        run: ``run(decision, method, *args, **kwargs)``, called in the method's place with the decision in force here;
+            ``None``: none is.
+
+    Attributes:
+        replaced: What another tool had put in the method's place before.
+        is_lost: Whether another tool put itself in front meanwhile, so that the place could not be given back.
+    """
+
+    def __init__(self, target: Any, name: str, scope: Scope, run: Callable[..., Any]) -> None:
+        self.target = target
+        self.name = name
+        self.run = run
+        self.scope = scope
+        self.replaced: Callable[..., Any] | None = None
+        self.is_lost = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What runs in the method's place."""
+        return self.run(self.scope.current(), self.method, *args, **kwargs)
+
+    @property
+    def method(self) -> Callable[..., Any]:
+        """What it stands in the place of; looked up anew, so that copies of the object have their own."""
+        return self.replaced or partial(getattr(type(self.target), self.name), self.target)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether it is what is called."""
+        return vars(self.target).get(self.name) is self
+
+    def put(self) -> None:
+        """Stand in the method's place."""
+        if not self.is_in_place and not self.is_lost:
+            self.replaced = vars(self.target).get(self.name)
+            vars(self.target)[self.name] = self
+
+    def take_away(self) -> None:
+        """Give the place back."""
+        if not self.is_in_place:
+            self.is_lost = True
+        elif self.replaced is None:
+            del vars(self.target)[self.name]
+        else:
+            vars(self.target)[self.name] = self.replaced

@@ -1,0 +1,94 @@
+"""What runs in the place of whole layers, of the decoder and of ``generate()`` while a decision is in force."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from threading import current_thread, main_thread
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from sd_gym.switch.context import Scope
+from sd_gym.switch.decision import Decision, Look, Reached
+from sd_gym.switch.tokens import TokenPass
+
+
+class InputLayer:
+    """A layer of the stack that reads the input: its tokens are dropped here, and here a look at it ends.
+
+    Args:
+        model: The model.
+        layer: The layer.
+        first: Whether it is the stack's first.
+        restores: Whether it is the last of a lone stack, behind which all positions exist again.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: nn.Module, *, first: bool, restores: bool) -> None:
+        self.model = model
+        self.layer = layer
+        self.first = first
+        self.restores = restores
+
+    def run(self, decision: Decision | Look | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+        """The layer."""
+        if self.first and isinstance(decision, Look):
+            raise Reached(args[0] if args else kwargs["hidden_states"])
+        if not isinstance(decision, Decision) or decision.tokens is None:
+            return inner(*args, **kwargs)
+        if self.first:
+            decision.refuse_tracing()
+            decision.repeats_in(len(args[0] if args else kwargs["hidden_states"]))
+            additive = self.model.config._attn_implementation == "eager"  # it adds its mask to the scores
+            decision.state.tokens = TokenPass(
+                decision.tokens, args, kwargs, additive=additive, generating=decision.generating
+            )
+        tokens = decision.state.tokens
+        args, kwargs = tokens.before_layer(self.layer, self.first, args, kwargs)
+        output = inner(*args, **kwargs)
+        return tokens.after_last_layer(output) if self.restores else output
+
+
+def run_decoder(decision: Decision | Look | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+    """The decoder behind an encoder whose output lost tokens."""
+    if isinstance(decision, Decision) and decision.tokens is not None:
+        kwargs = decision.tokens.before_decoder(kwargs)
+    return inner(*args, **kwargs)
+
+
+class Generate:
+    """``generate()``: it goes on to its end under the decision that it began under, and repeats rows for beams.
+
+    Args:
+        scope: The board's decisions.
+    """
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+
+    def run(self, decision: Decision | Look | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+        """``model.generate``."""
+        streamer = kwargs.get("streamer")
+        if not isinstance(decision, Decision):
+            if streamer is not None and current_thread() is not main_thread():
+                warnings.warn(
+                    "this thread generates densely, while a decision is in force in another one. If it was meant for "
+                    "this thread, start it with target=contextvars.copy_context().run, args=(model.generate,)",
+                    stacklevel=3,
+                )
+            return inner(*args, **kwargs)
+        with self.scope.put(decision.for_generating()):
+            try:
+                return inner(*args, **kwargs)
+            except BaseException:
+                if streamer is not None:  # whoever reads from it must not wait for ever
+                    streamer.end()
+                raise
+
+    @staticmethod
+    def expand(decision: Decision | Look | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+        """``model._expand_inputs_for_generation``, which says how often each row is repeated."""
+        if isinstance(decision, Decision) and decision.generating:
+            decision.repeats = args[0] if args else kwargs.get("expand_size", 1)
+        return inner(*args, **kwargs)

@@ -1,0 +1,480 @@
+"""Where decisions count: in the thread, the task and the generator that they were put in force in."""
+
+import asyncio
+import contextlib
+import contextvars
+import functools
+import gc
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from transformers import TextIteratorStreamer
+
+from sd_gym.switch import Switchboard, attention_received, first_layer_input
+from tests.conftest import DECODER, make_inputs, make_model
+
+NAMES = ["bert", "mbart", "llama"]
+
+
+@pytest.fixture(params=NAMES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def switching_often():
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+class Job:
+    """A batch, its decisions, and the output that it must have."""
+
+    def __init__(self, name, board, seed, drop=False):
+        random = np.random.default_rng(seed)
+        batch = 2 + seed % 3
+        self.board = board
+        self.inputs = make_inputs(name, batch=batch, seed=seed, side="left" if name in DECODER else "right")
+        self.skip = random.random((batch, len(board))) < 0.5
+        self.keep = None
+        if drop:
+            self.keep = random.random((batch, 7)) < 0.7
+            self.keep[:, [0, -1]] = True
+        self.expected = self.run()
+
+    def decide(self):
+        return self.board.decide(self.skip, self.keep)
+
+    @torch.inference_mode()
+    def model(self):
+        return self.board.model(**self.inputs).logits
+
+    def run(self):
+        with self.decide():
+            return self.model()
+
+    def is_right(self):
+        return torch.equal(self.run(), self.expected)
+
+    def model_is_right(self):
+        """Inside its block."""
+        return torch.equal(self.model(), self.expected)
+
+    def runs_densely(self):
+        dense = self.board.decide(np.zeros_like(self.skip))
+        with dense:
+            expected = self.model()
+        return torch.equal(self.model(), expected) and not torch.equal(expected, self.expected)
+
+
+def in_threads(*functions):
+    """Run functions at the same time; what they raise is raised."""
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return [future.result() for future in [pool.submit(function) for function in functions]]
+
+
+@pytest.mark.usefixtures("switching_often")
+def test_threads_with_one_model_have_each_their_own_decisions(name):
+    board = Switchboard(make_model(name))
+    jobs = [Job(name, board, seed, drop=seed % 2 == 1) for seed in range(4)]
+    dense = board.model(**jobs[0].inputs).logits
+
+    def work(job):
+        return all(job.is_right() for _ in range(60))
+
+    def work_densely():
+        return all(torch.equal(board.model(**jobs[0].inputs).logits, dense) for _ in range(60))
+
+    assert all(in_threads(work_densely, *(lambda job=job: work(job) for job in jobs)))
+
+
+@pytest.mark.parametrize("name", ["mbart", "llama"])
+@pytest.mark.usefixtures("switching_often")
+def test_threads_generate_each_under_their_own_decisions(name):
+    board = Switchboard(make_model(name))
+    jobs = [Job(name, board, seed, drop=seed == 2) for seed in range(3)]
+
+    def generate(job):
+        prompt = {key: job.inputs[key] for key in ("input_ids", "attention_mask")}
+        with job.decide():
+            return board.model.generate(**prompt, max_new_tokens=4, num_beams=2, do_sample=False)
+
+    expected = [generate(job) for job in jobs]
+    together = in_threads(*(lambda job=job: [generate(job) for _ in range(8)] for job in jobs))
+    for tokens, right in zip(together, expected, strict=True):
+        assert all(torch.equal(one, right) for one in tokens)
+
+
+@pytest.mark.usefixtures("switching_often")
+def test_one_thread_observes_while_others_request(name):
+    board = Switchboard(make_model(name))
+    job = Job(name, board, 1)
+    with torch.inference_mode():
+        dense = board.model(**job.inputs).logits
+        looks = [look(board, job.inputs) for look in (first_layer_input, attention_received)]
+
+    def observe():
+        for _ in range(40):
+            assert torch.equal(first_layer_input(board, job.inputs), looks[0])
+            assert torch.equal(attention_received(board, job.inputs), looks[1])
+
+    def request():
+        with torch.inference_mode():
+            assert all(torch.equal(board.model(**job.inputs).logits, dense) for _ in range(80))
+
+    def decide():
+        assert all(job.is_right() for _ in range(80))
+
+    in_threads(observe, request, decide)
+
+
+def test_looking_inside_a_block_shows_what_it_shows_outside(name):
+    board = Switchboard(make_model(name))
+    job = Job(name, board, 1, drop=True)
+    other = make_inputs(name, batch=6)  # not the rows that are decided on
+    for look in (first_layer_input, attention_received):
+        outside = look(board, other)
+        with job.decide():
+            assert torch.equal(look(board, other), outside)
+            assert job.model_is_right()
+
+
+def test_asyncio_tasks_have_each_their_own_decisions(name):
+    board = Switchboard(make_model(name))
+    jobs = [Job(name, board, seed) for seed in range(3)]
+
+    async def work(job):
+        with job.decide():
+            for _ in range(3):
+                assert job.model_is_right()
+                await asyncio.sleep(0)
+        return True
+
+    async def work_densely():
+        for _ in range(3):
+            assert jobs[0].runs_densely()
+            await asyncio.sleep(0)
+        return True
+
+    async def main():
+        return await asyncio.gather(work_densely(), *(work(job) for job in jobs))
+
+    assert all(asyncio.run(main()))
+    assert jobs[0].runs_densely()
+
+
+def test_a_task_that_was_made_in_a_block_keeps_its_decision():
+    board = Switchboard(make_model("bert"))
+    job = Job("bert", board, 0)
+
+    async def work():
+        await asyncio.sleep(0)
+        return job.model_is_right()
+
+    async def main():
+        with job.decide():
+            task = asyncio.create_task(work())
+        assert job.runs_densely()
+        return await task
+
+    assert asyncio.run(main())
+
+
+def stream(job, times=3):
+    with job.decide():
+        for _ in range(times):
+            yield job.model_is_right()
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_interleaved_generators_run_each_under_their_own_decisions(name, order):
+    board = Switchboard(make_model(name))
+    jobs = [Job(name, board, seed, drop=seed == 1) for seed in range(2)]
+    streams = [stream(job) for job in jobs]
+    for _ in range(3):
+        assert next(streams[0])
+        assert jobs[0].runs_densely()  # the caller's code is in no block
+        assert next(streams[1])
+    with jobs[1].decide():
+        assert jobs[1].model_is_right()
+    for number in order:  # ends in the order that it began in, or in the other one
+        streams[number].close()
+        assert jobs[0].runs_densely()
+    assert not board._scope.family.is_open
+
+
+def test_a_generator_may_run_and_end_in_other_contexts():
+    """As web servers do it: each step of a stream in another thread, with a new copy of the request's context."""
+    board = Switchboard(make_model("bert"))
+    job = Job("bert", board, 0)
+    steps = stream(job)
+    for _ in range(3):
+        assert in_threads(functools.partial(contextvars.copy_context().run, next, steps)) == [True]
+        assert job.runs_densely()
+    in_threads(steps.close)
+    assert job.runs_densely()
+    steps = stream(job)
+    next(steps)
+    del steps  # ended by the garbage collector
+    gc.collect()
+    assert job.runs_densely()
+    assert not board._scope.family.is_open
+
+
+def test_blocks_inside_and_around_generators_nest():
+    board = Switchboard(make_model("bert"))
+    first, second, third = (Job("bert", board, seed) for seed in (0, 3, 6))
+
+    def inner():
+        with second.decide():
+            yield second.model_is_right()
+            with third.decide():
+                yield third.model_is_right()
+            yield second.model_is_right() and third.is_right() and second.model_is_right()
+
+    steps = inner()
+    with first.decide():
+        for right in steps:
+            assert right
+            assert first.model_is_right()
+    assert first.runs_densely()
+
+
+async def async_stream(job, in_task=False):
+    async def same():
+        return job.model_is_right()
+
+    with job.decide():
+        for _ in range(2):
+            await asyncio.sleep(0)
+            yield (await asyncio.create_task(same())) if in_task else await same()
+
+
+def test_an_async_generator_has_its_own_decision():
+    board = Switchboard(make_model("bert"))
+    jobs = [Job("bert", board, seed) for seed in range(2)]
+
+    async def main():
+        one, other = (async_stream(job) for job in jobs)
+        for _ in range(2):
+            assert await anext(one)
+            assert jobs[0].runs_densely()
+            assert await anext(other)
+        await one.aclose()
+        assert await anext(other, True)
+        assert [right async for right in async_stream(jobs[0], in_task=True)] == [True, True]
+
+    asyncio.run(main())
+    assert jobs[0].runs_densely()
+    assert not board._scope.family.is_open
+
+
+def test_a_context_of_two_open_generators_is_refused():
+    """Whose block counts in a task that one of them makes cannot be told."""
+    board = Switchboard(make_model("bert"))
+    jobs = [Job("bert", board, seed) for seed in range(2)]
+
+    async def main():
+        one, other = async_stream(jobs[0], in_task=True), async_stream(jobs[1])
+        assert await anext(one)
+        assert await anext(other)
+        with pytest.raises(RuntimeError, match="blocks of several generators"):
+            await anext(one)
+        await other.aclose()
+
+    asyncio.run(main())
+    assert jobs[0].runs_densely()
+
+
+@contextlib.contextmanager
+def deciding(job):
+    with job.decide():
+        yield
+
+
+def test_a_context_manager_made_of_a_generator_is_an_ordinary_block():
+    board = Switchboard(make_model("bert"))
+    first, second = Job("bert", board, 0), Job("bert", board, 3)
+
+    def steps():
+        with deciding(second):
+            yield second.model_is_right()
+
+    with deciding(first):
+        assert first.model_is_right()
+        running = steps()
+        assert next(running)
+        assert first.model_is_right()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(deciding(second))
+            assert second.model_is_right()
+        assert first.model_is_right()
+        assert next(running, None) is None
+    assert first.runs_densely()
+
+
+def test_blocks_that_end_in_another_order_leave_the_model_dense(name):
+    board = Switchboard(make_model(name))
+    first, second = Job(name, board, 0), Job(name, board, 3)
+    one, other = first.decide(), second.decide()
+    one.__enter__()
+    other.__enter__()
+    assert second.model_is_right()
+    one.__exit__(None, None, None)
+    assert second.model_is_right()
+    other.__exit__(None, None, None)
+    assert first.runs_densely()
+    assert not board._scope.family.is_open
+
+
+def test_a_block_may_end_in_another_thread_than_it_began_in():
+    board = Switchboard(make_model("bert"))
+    job = Job("bert", board, 0)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(job.decide())
+        in_threads(stack.pop_all().close)
+        assert job.runs_densely()
+
+
+def test_decisions_end_with_an_error(name):
+    board = Switchboard(make_model(name))
+    job = Job(name, board, 0)
+    with pytest.raises(RuntimeError, match="on purpose"), job.decide():
+        raise RuntimeError("on purpose")
+    hook = board.switches[1].modules[-1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        job.run()
+    hook.remove()
+    assert job.runs_densely()
+    assert job.is_right()
+
+
+@torch.inference_mode()
+def test_only_what_some_row_skips_is_shadowed_and_only_while_it_does(name):
+    """So a model whose rows all run, or on which nothing is decided, has nothing of the switchboard to pay for."""
+    model = make_model(name)
+    board = Switchboard(model)
+    skip = np.zeros((5, len(board)), int)
+    skip[2, 1] = 1
+
+    def shadowed():
+        return {id(module) for module in model.modules() if "forward" in vars(module)}
+
+    first, both = (
+        {id(module) for switch in switches for module in switch.modules}
+        for switches in (board.switches[1:2], board.switches[1:3])
+    )
+    assert not shadowed()
+    with board.decide(0 * skip):
+        assert not shadowed()
+    outer, inner = board.decide(skip), board.decide(np.roll(skip, 1, axis=1) | skip)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(outer)
+        assert shadowed() == first
+        stack.enter_context(inner)
+        assert shadowed() == both
+        stack.enter_context(board.decide(0 * skip))
+        assert shadowed() == both
+    assert not shadowed()
+    assert "generate" not in vars(model)
+
+
+# --- generate() in a thread, read by a streamer -----------------------------------------------------------------------
+
+
+class Words:
+    """A tokenizer that a streamer can use."""
+
+    def decode(self, ids, **_):
+        return " ".join(map(str, ids)) + " "
+
+
+@pytest.fixture
+def streaming():
+    """A board, a decision, how a thread is started on ``generate()``, and the texts with and without the decision."""
+    board = Switchboard(make_model("llama"))
+    prompt = {"input_ids": torch.randint(4, 40, (1, 5), generator=torch.Generator().manual_seed(0))}
+    skip = np.arange(len(board))[None] % 2
+
+    def start(**settings):
+        streamer = TextIteratorStreamer(Words(), skip_prompt=True, timeout=20)
+        arguments = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "streamer": streamer}
+        return streamer, {**prompt, **arguments, **settings}
+
+    def text(*skip):
+        streamer, arguments = start()
+        with board.decide(*skip) if skip else contextlib.nullcontext():
+            board.model.generate(**arguments)
+        return "".join(streamer)
+
+    decided, dense = text(skip), text()
+    assert decided != dense
+    return board, skip, start, decided, dense
+
+
+def test_a_streamer_read_after_the_block_has_the_text_of_its_decision(streaming):
+    board, skip, start, decided, _ = streaming
+    streamer, arguments = start()
+    with board.decide(skip):
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(board.model.generate,), kwargs=arguments)
+    thread.start()
+    with board.decide(1 - skip):
+        board.model.generate(**{**arguments, "streamer": None})
+    assert "".join(streamer) == decided
+    thread.join()
+
+
+def test_a_generator_streams_from_a_thread_that_it_gave_its_context(streaming):
+    board, skip, start, decided, _ = streaming
+
+    def answer():
+        streamer, arguments = start()
+        with board.decide(skip):
+            run = contextvars.copy_context().run
+            threading.Thread(target=run, args=(board.model.generate,), kwargs=arguments).start()
+            yield from streamer
+
+    def answer_behind_the_block():
+        streamer, arguments = start()
+        with board.decide(skip):
+            run = contextvars.copy_context().run
+            thread = threading.Thread(target=run, args=(board.model.generate,), kwargs=arguments)
+        thread.start()
+        yield from streamer
+
+    assert "".join(answer()) == decided
+    assert "".join(answer_behind_the_block()) == decided
+
+
+def test_a_thread_without_the_context_generates_densely_and_says_so(streaming):
+    board, skip, start, _, dense = streaming
+    streamer, arguments = start()
+
+    def in_thread():
+        thread = threading.Thread(target=board.model.generate, kwargs=arguments)
+        thread.start()
+        thread.join()
+
+    with board.decide(skip), pytest.warns(UserWarning, match=r"generates densely.*copy_context\(\)\.run"):
+        in_thread()
+    assert "".join(streamer) == dense
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_reader_does_not_wait_for_a_thread_that_failed(streaming):
+    board, skip, start, _, _ = streaming
+    streamer, arguments = start()
+    with board.decide(np.repeat(skip, 3, axis=0)):  # for three rows, but there is one
+        run = contextvars.copy_context().run
+        thread = threading.Thread(target=run, args=(board.model.generate,), kwargs=arguments)
+        thread.start()
+        assert "".join(streamer) == ""
+    thread.join()
