@@ -74,7 +74,10 @@ class Rollout:
     infos: dict[str, NDArray]
 
     def record(self, logger: Logger) -> None:
-        """Record the project's tags; those of Stable-Baselines3 are recorded by whoever owns the loop."""
+        """Record the tags that all agents have: means over this rollout (an episode is one decision)."""
+        logger.record("rollout/ep_rew_mean", float(np.mean(self.rewards)))
+        logger.record("rollout/ep_len_mean", 1.0)
+        logger.record("rollout/success_rate", float(np.mean(self.infos["is_success"])))
         for tag in INFO_TAGS:
             logger.record(f"rollout/{tag}", float(np.mean(self.infos[tag])))
 
@@ -117,7 +120,8 @@ class Agent(ABC):
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Learn until ``total_steps`` decisions were made, those before a ``load_state`` included.
 
-        ``on_rollout`` is called after each rollout and the update that it leads to.
+        ``on_rollout`` is called after each rollout and the update that it leads to; ``logger.dump(steps)`` makes a
+        point of what was recorded.
         """
 
     @abstractmethod
