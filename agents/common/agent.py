@@ -23,7 +23,6 @@ from sd_gym.policy import DecisionPolicy
 
 INFO_TAGS = ("quality", "quality_ref", "flops_ratio")
 INFO_KEYS = (*INFO_TAGS, "is_success")
-LAST_RATE = 0.1  # of the learning rate: what a policy ends with has to be calm, or selection makes it over-cautious
 
 
 class AgentSettings(BaseModel):
@@ -43,7 +42,8 @@ class LearnerSettings(AgentSettings):
     """What all agents that learn share.
 
     Attributes:
-        learning_rate: Of Adam at the start; it falls to a tenth in a straight line until the last decision.
+        learning_rate: Of Adam at the start; it falls to 0 in a straight line until the last decision: what a policy
+            ends with has to be calm, or selection makes it over-cautious.
         entropy: Weight of the entropy bonus.
         initial_skip_rate: How often each switch is skipped before anything is learned. At even odds every decision
             tells most about all switches; near the dense backbone learning takes several times as long.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.common.agent import INFO_KEYS, LAST_RATE, Agent, OnRollout, Rollout, initial_bias
+from sd_gym.agents.common.agent import INFO_KEYS, Agent, OnRollout, Rollout, initial_bias
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -122,13 +122,12 @@ class SB3Agent(Agent):
 
     def _common(self, vec_env: VecEnv) -> dict[str, Any]:
         """Arguments that the algorithms share. An episode is one decision, so discounting plays no part."""
-        rate = self.settings.learning_rate
         network = self.settings.network
         own = {} if network is None else {"network": network}
         return {
             "policy": OwnNetworkPolicy if own else "MlpPolicy",
             "env": vec_env,
-            "learning_rate": LinearSchedule(rate, LAST_RATE * rate, 1.0),
+            "learning_rate": LinearSchedule(self.settings.learning_rate, 0.0, 1.0),
             "n_steps": self.settings.n_steps,
             # The library averages over its last episodes: as many as a rollout has, as in all agents.
             "stats_window_size": vec_env.num_envs * self.settings.n_steps,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from sd_gym.agents.common.agent import INFO_KEYS, LAST_RATE, Agent, LearnerSettings, OnRollout, Rollout, initial_bias
+from sd_gym.agents.common.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, initial_bias
 from sd_gym.agents.reinforce.barrier import DynamicBarrier
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
@@ -118,7 +118,7 @@ class ReinforceAgent(Agent):
             gradient = (f_halves[0] + f_halves[1]) / 2 + weight.multiplier * (q_halves[0] + q_halves[1]) / 2
             if settings.entropy:
                 gradient = gradient - settings.entropy * self._flat_gradient(entropy)
-            rate = settings.learning_rate * (1 - (1 - LAST_RATE) * self.steps / total_steps)
+            rate = settings.learning_rate * (1 - self.steps / total_steps)
             self._step(gradient, rate)
 
             self.steps += len(decisions)
