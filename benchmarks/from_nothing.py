@@ -73,7 +73,7 @@ class Script(Agent):
 
     def policy(self) -> DecisionPolicy:
         """The script's weights in the project's network, which is the same one."""
-        exported = self._new_policy()
+        exported = self.new_policy()
         for ours, theirs in zip([*exported.body, exported.head], self._policy.logits, strict=True):
             ours.load_state_dict(theirs.state_dict())
         return exported.eval()
