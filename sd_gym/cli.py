@@ -475,8 +475,13 @@ def _print_result(title: str, result: dict[str, Any]) -> None:
     for level in result["by_difficulty"] if len(result["by_difficulty"]) > 1 else []:
         row = (f"  level {level['difficulty']}", f"{level['quality']:.1%}", f"{level['flops_ratio']:.1%}")
         table.add_row(*row, *[""] * len(times), style="dim")
+    if last := result.get("last_policy"):
+        row = ("as learned", f"{last['quality']:.1%}", f"{last['flops_ratio_with_policy']:.1%}")
+        table.add_row(*row, *[""] * len(times), style="dim")
     console.print(table)
     _print_counts(result.get("data", {}))
+    if last:
+        console.print(f"as learned: what learning ended with, before selection ({last['verdict']}).", style="dim")
     console.print(
         "time at B: of the policy and the switched backbone at batch size B, over the dense backbone's.", style="dim"
     )
