@@ -36,10 +36,9 @@ def make_vec(mode=AutoresetMode.SAME_STEP, n=N, **keys):
 
 
 def random_actions(env, random):
-    """Decisions that skip a fifth of the switches."""
-    actions = (random.random(env.action_space.shape) < 0.2).astype(np.int64)
-    actions[:, -1] = 0  # there is one token level
-    return actions
+    """Decisions that skip a fifth of the switches; there is one token level."""
+    actions = (random.random(env.action_space.shape) < 0.2).astype(env.action_space.dtype)
+    return np.minimum(actions, env.action_space.high)
 
 
 def assert_same(ours, theirs):
@@ -67,12 +66,13 @@ resets = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.parametrize("keys", [{}, {"action": "multi_binary", "observation": "tokens", "info_text": True}])
 @pytest.mark.parametrize("mode", MODES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(first=st.integers(0, 99), calls=st.lists(st.none() | resets, max_size=8), draws=st.integers(0, 99))
-def test_a_vector_env_with_a_seed_an_env_is_a_sync_vector_env(mode, first, calls, draws):
-    ours = make_vec(mode)
-    theirs = SyncVectorEnv([lambda: gym.make(ID, **SMALL)] * N, autoreset_mode=mode)
+def test_a_vector_env_with_a_seed_an_env_is_a_sync_vector_env(mode, keys, first, calls, draws):
+    ours = make_vec(mode, **keys)
+    theirs = SyncVectorEnv([lambda: gym.make(ID, **SMALL, **keys)] * N, autoreset_mode=mode)
     assert ours.metadata["autoreset_mode"] is theirs.metadata["autoreset_mode"] is mode
     assert (ours.observation_space, ours.action_space) == (theirs.observation_space, theirs.action_space)
     assert_same(ours.reset(seed=[first, first + 1, first + 2]), theirs.reset(seed=first))
@@ -321,6 +321,16 @@ def test_sb3_sees_what_the_wrappers_around_a_vector_env_give(mode, name):
             assert_same(info, plain_info)
             if statistics is None:
                 np.testing.assert_array_equal(terminal, last[row])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sb3_sees_tokens_in_every_mode(mode):
+    env = SwitchableVecEnv(make_vec(mode, observation="tokens"))
+    before = env.reset()
+    after, _, _, infos = env.step(np.zeros((N, len(env.action_space.nvec)), dtype=np.int64))
+    assert not np.array_equal(before["tokens"], after["tokens"])
+    for row, info in enumerate(infos):
+        np.testing.assert_array_equal(info["terminal_observation"]["tokens"], before["tokens"][row])
 
 
 def test_sb3_gets_the_episodes_that_a_wrapper_counts():
