@@ -12,7 +12,7 @@ import asyncio
 import copy
 import inspect
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from contextvars import ContextVar
 from threading import RLock, get_ident, local
@@ -45,30 +45,38 @@ class _Family:
 
     def __init__(self) -> None:
         self.scopes: WeakSet[Scope] = WeakSet()
-        self._needed: Counter[int] = Counter()
+        self._entries: defaultdict[int, set[int]] = defaultdict(set)  # that need a shadow, by its number
         self._lock = RLock()  # an entry may end in a garbage collection, in the middle of another one's beginning
 
     @property
     def is_open(self) -> bool:
         """Whether any decision is in force anywhere."""
-        return bool(self._needed)
+        return any(self._entries.values())
 
-    def begin(self, needs: Iterable[int]) -> None:
+    def join(self, scope: Scope) -> None:
+        """Have the shadows of a board follow the decisions of the family."""
+        with self._lock:
+            self.scopes.add(scope)
+
+    def leave(self, scope: Scope) -> None:
+        """Have them follow no more."""
+        with self._lock:
+            self.scopes.discard(scope)
+
+    def begin(self, entry: _Entry, needs: Iterable[int]) -> None:
         """A decision is in force that needs these shadows."""
         with self._lock:
             for number in needs:
-                self._needed[number] += 1
-                if self._needed[number] == 1:
-                    for scope in self.scopes:
-                        scope.shadows[number].put()
+                self._entries[number].add(id(entry))
+                for scope in self.scopes:
+                    scope.shadows[number].put()
 
-    def end(self, needs: Iterable[int]) -> None:
+    def end(self, entry: _Entry, needs: Iterable[int]) -> None:
         """It is in force no more."""
         with self._lock:
             for number in needs:
-                self._needed[number] -= 1
-                if not self._needed[number]:
-                    del self._needed[number]
+                self._entries[number].discard(id(entry))
+                if not self._entries[number]:
                     for scope in self.scopes:
                         scope.shadows[number].take_away()
 
@@ -97,11 +105,11 @@ class _Entry:
         self.inside = inside
         self.ended = False
         if decision is not None:
-            scope.family.begin(decision.needs)
+            scope.family.begin(self, decision.needs)
 
     def __del__(self) -> None:
         if self.decision is not None:
-            self.scope.family.end(self.decision.needs)
+            self.scope.family.end(self, self.decision.needs)
 
     def is_within(self, other: _Entry) -> bool:
         """Whether it was put in force while ``other`` was."""
@@ -141,13 +149,17 @@ class Scope:
         self.shadows: list[Shadow] = []
         self.original = original
         self.family = _Family() if original is None else original.family
-        self.family.scopes.add(self)
         self._in_generators: list[_Entry] = []
         self._known = _Known()
 
+    def fill(self, shadows: list[Shadow]) -> None:
+        """Have these shadows put in place where a decision needs them."""
+        self.shadows = shadows
+        self.family.join(self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
         memo[id(self)] = scope = Scope(original=self)
-        scope.shadows = copy.deepcopy(self.shadows, memo)
+        scope.fill(copy.deepcopy(self.shadows, memo))
         return scope
 
     def __getstate__(self) -> list[Shadow]:
@@ -155,7 +167,7 @@ class Scope:
 
     def __setstate__(self, shadows: list[Shadow]) -> None:
         self.__init__()
-        self.shadows = shadows
+        self.fill(shadows)
 
     def current(self) -> Decision | Look | None:
         """The decision in force here; ``None``: everything runs.

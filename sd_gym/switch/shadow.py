@@ -21,6 +21,7 @@ class Shadow:
 
     Attributes:
         replaced: What another tool had put in the method's place before.
+        is_put: Whether it stands in the method's place.
         is_lost: Whether another tool put itself in front meanwhile, so that the place could not be given back.
     """
 
@@ -30,6 +31,7 @@ class Shadow:
         self.run = run
         self.scope = scope
         self.replaced: Callable[..., Any] | None = None
+        self.is_put = False
         self.is_lost = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -41,20 +43,19 @@ class Shadow:
         """What it stands in the place of; looked up anew, so that copies of the object have their own."""
         return self.replaced or partial(getattr(type(self.target), self.name), self.target)
 
-    @property
-    def is_in_place(self) -> bool:
-        """Whether it is what is called."""
-        return vars(self.target).get(self.name) is self
-
     def put(self) -> None:
-        """Stand in the method's place."""
-        if not self.is_in_place and not self.is_lost:
+        """Stand in the method's place, if it does not yet."""
+        if not self.is_put and not self.is_lost:
             self.replaced = vars(self.target).get(self.name)
             vars(self.target)[self.name] = self
+            self.is_put = True
 
     def take_away(self) -> None:
-        """Give the place back."""
-        if not self.is_in_place:
+        """Give the place back, if it was taken."""
+        if not self.is_put:
+            return
+        self.is_put = False
+        if vars(self.target).get(self.name) is not self:
             self.is_lost = True
         elif self.replaced is None:
             del vars(self.target)[self.name]

@@ -85,7 +85,8 @@ class Switchboard:
         ]
         self._scope = Scope()
         self._links = self._linked()
-        self._scope.shadows = [Shadow(target, name, self._scope, run) for target, name, run in self._methods()]
+        self._scope.fill([Shadow(target, name, self._scope, run) for target, name, run in self._methods()])
+        self._of_layers = sum(len(switch.modules) for switch in self.switches)  # the first layer's shadow
         model._switchboard = self
 
     def __len__(self) -> int:
@@ -140,22 +141,15 @@ class Switchboard:
 
     def look(self) -> Block:
         """A block in which nothing is skipped and a pass ends at the first layer, for ``first_layer_input``."""
-        first = next(number for number, shadow in enumerate(self._scope.shadows) if shadow.target is self._layers[0])
-        return self._scope.put(Look((first,)))
+        return self._scope.put(Look((self._of_layers,)))
 
     def remove(self) -> None:
         """Take all switches out; the model is then exactly what it was, and the board decides no more."""
+        self._scope.family.leave(self._scope)
         for shadow in self._scope.shadows:
-            if shadow.is_in_place:
-                shadow.take_away()
-        self._scope.family.scopes.discard(self._scope)
+            shadow.take_away()
         if vars(self.model).get("_switchboard") is self:
             del self.model._switchboard
-
-    @property
-    def _layers(self) -> nn.ModuleList:
-        """The layers that read the input."""
-        return self.model.base_model.get_submodule(self.architecture.stacks[0].layers)
 
     def _methods(self) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
         """What can be shadowed: the object, the name of its method, and what runs in its place."""
@@ -164,10 +158,12 @@ class Switchboard:
             for position, (path, module) in enumerate(zip(switch.sublayer.modules, switch.modules, strict=True)):
                 place = Place(position == 0, position == last, path == switch.sublayer.attention)
                 yield module, "forward", partial(rowwise.run, place)
-        for index, layer in enumerate(self._layers):
-            restores = len(self.architecture.stacks) == 1 and index == len(self._layers) - 1
+        stacks = self.architecture.stacks
+        layers = self.model.base_model.get_submodule(stacks[0].layers)
+        for index, layer in enumerate(layers):
+            restores = len(stacks) == 1 and index == len(layers) - 1
             yield layer, "forward", InputLayer(self.model, layer, first=index == 0, restores=restores).run
-        if len(self.architecture.stacks) > 1:
+        if len(stacks) > 1:
             yield self.model.base_model.get_submodule("decoder"), "forward", run_decoder
         if hasattr(self.model, "generate"):
             generate = Generate(self._scope)
@@ -181,16 +177,15 @@ class Switchboard:
             skipped: Whether any row skips a switch, bool ``[switches]``.
             drops: Whether tokens are dropped.
         """
-        needs, number = [], 0
+        needs, begin = [], 0
         for switch, skips in zip(self.switches, skipped.tolist(), strict=True):
-            attends = switch.reads_input and switch.sublayer.output is not None
-            end = number + len(switch.modules)
-            if skips or (drops and attends):
-                needs += range(number, end)
-            number = end
-        of_model = 2 if hasattr(self.model, "generate") else 0
+            end = begin + len(switch.modules)
+            if skips or (drops and switch.reads_input and switch.sublayer.output is not None):
+                needs += range(begin, end)
+            begin = end
         end = len(self._scope.shadows)
-        return [*needs, *range(number if drops else end - of_model, end)]
+        of_model = 2 if hasattr(self.model, "generate") else 0
+        return [*needs, *range(self._of_layers if drops else end - of_model, end)]
 
     def _linked(self) -> list[tuple[str, nn.Module, str, nn.Module]]:
         """Path, parent, name and child on the ways from the model to its switched modules."""
