@@ -95,6 +95,33 @@ def test_threads_with_one_model_have_each_their_own_decisions(name):
     assert all(in_threads(work_densely, *(lambda job=job: work(job) for job in jobs)))
 
 
+def test_a_decision_may_begin_in_the_middle_of_another_threads_sublayer():
+    board = Switchboard(make_model("llama"))
+    inputs = make_inputs("llama", batch=2, side="left")
+    skip = np.zeros((2, len(board)), dtype=int)
+    skip[0, -1] = 1  # the first sublayer, where the other begins, needs no switch
+    with torch.inference_mode(), board.decide(skip):
+        expected = board.model(**inputs).logits
+    begun, done = threading.Event(), threading.Event()
+
+    def other():
+        with board.decide(1 - skip):
+            begun.set()
+            done.wait(10)
+
+    def begin(*_):
+        pool.submit(other)
+        begun.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        hook = board.switches[0].modules[0].register_forward_hook(begin)
+        with torch.inference_mode(), board.decide(skip):
+            assert torch.equal(board.model(**inputs).logits, expected)
+        hook.remove()
+        assert begun.is_set()
+        done.set()
+
+
 @pytest.mark.parametrize("name", ["mbart", "llama"])
 @pytest.mark.usefixtures("switching_often")
 def test_threads_generate_each_under_their_own_decisions(name):

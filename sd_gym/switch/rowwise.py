@@ -42,6 +42,11 @@ class Rowwise:
         """One module of the sublayer: the first selects the rows, the last scatters them back."""
         if not isinstance(decision, Decision):
             return inner(*args, **kwargs)
+        drops = self._attends_input and decision.tokens is not None
+        if decision.rows[1][self.number] is None and not drops:
+            # This decision needs no shadow here; those of another thread's may come and go in the middle of a sublayer.
+            decision.refuse_tracing()
+            return inner(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         if place.first:
             self._refuse_replays()
@@ -50,7 +55,6 @@ class Rowwise:
         call = decision.state.calls[self.number]
         if place.last:
             del decision.state.calls[self.number]  # holds no memory between passes
-        drops = self._attends_input and decision.tokens is not None
         if call.rows is None and not (place.attention and drops):
             return inner(*args, **kwargs)
         if place.attention:
