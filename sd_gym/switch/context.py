@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # What stands between a ``with`` statement and the block that it enters.
 _ENTERING = {"__enter__", "__aenter__", "enter_context", "enter_async_context"}
 _SUSPENDED = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+_LOCK = RLock()  # one for all boards: an entry may end in a garbage collection, in the middle of another's beginning
 
 
 class StaleBoardError(RuntimeError):
@@ -46,7 +47,6 @@ class _Family:
     def __init__(self) -> None:
         self.scopes: WeakSet[Scope] = WeakSet()
         self._entries: defaultdict[int, set[int]] = defaultdict(set)  # that need a shadow, by its number
-        self._lock = RLock()  # an entry may end in a garbage collection, in the middle of another one's beginning
 
     @property
     def is_open(self) -> bool:
@@ -55,17 +55,17 @@ class _Family:
 
     def join(self, scope: Scope) -> None:
         """Have the shadows of a board follow the decisions of the family."""
-        with self._lock:
+        with _LOCK:
             self.scopes.add(scope)
 
     def leave(self, scope: Scope) -> None:
         """Have them follow no more."""
-        with self._lock:
+        with _LOCK:
             self.scopes.discard(scope)
 
     def begin(self, entry: _Entry, needs: Iterable[int]) -> None:
         """A decision is in force that needs these shadows."""
-        with self._lock:
+        with _LOCK:
             for number in needs:
                 self._entries[number].add(id(entry))
                 for scope in self.scopes:
@@ -73,7 +73,7 @@ class _Family:
 
     def end(self, entry: _Entry, needs: Iterable[int]) -> None:
         """It is in force no more."""
-        with self._lock:
+        with _LOCK:
             for number in needs:
                 self._entries[number].discard(id(entry))
                 if not self._entries[number]:
