@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv
 class A2CSettings(LearnerSettings):
     """Settings of A2C; a rollout is ``num_envs * n_steps`` decisions: small ones, since each is used once.
 
-    The entropy bonus is for what it is for in PPO.
+    The entropy bonus serves the same end as in PPO.
     """
 
     num_envs: int = Field(16, ge=1)
