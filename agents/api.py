@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 from sd_gym.agents.common import run
 from sd_gym.agents.common.evaluation import Decides
-from sd_gym.agents.common.selection import STRICT
+from sd_gym.agents.common.verdict import ONE_SIDED_95
 
 from sd_gym.envs.config import EnvConfig, load_config
 from sd_gym.envs.core import Core, shared_core
@@ -28,7 +28,7 @@ def train(
     *,
     steps: int = 50_000,
     seed: int = 0,
-    strictness: float = STRICT,
+    strictness: float = ONE_SIDED_95,
     resume: bool = False,
     imports: Sequence[str] = (),
     on_progress: Callable[[int, dict[str, float]], None] | None = None,
@@ -42,7 +42,7 @@ def train(
         output: Run folder; ``None``: ``default_folder``.
         steps: Decisions to learn from.
         seed: Of the agent and of the instances drawn.
-        strictness: Standard errors by which a policy's loss must stay below epsilon on validation to be selected.
+        strictness: Standard errors of luck that validation has to leave room for, for a policy to be selected.
         resume: Whether to go on with a run that was cut off.
         imports: Modules and files that register what the run needs, to be named by errors where they are missing.
         on_progress: Called after each rollout with (steps so far, figures to show).

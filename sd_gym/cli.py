@@ -135,10 +135,10 @@ def train(
         float,
         typer.Option(
             min=0,
-            help="Standard errors by which a policy's loss must stay below epsilon on validation to be selected; lower "
-            "it where the validation split is small.",
+            help="Standard errors of luck that validation has to leave room for, for a policy to be selected; lower it "
+            "where the validation split is small.",
         ),
-    ] = 3.0,
+    ] = 1.645,
     resume: Annotated[bool, typer.Option(help="Go on with a run that was cut off.")] = False,
     set_: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config key or a setting of the agent.")

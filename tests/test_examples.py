@@ -4,7 +4,9 @@ import re
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
+import torch
 
 import sd_gym
 from sd_gym.registry import import_own
@@ -54,6 +56,18 @@ def test_own_network(env_id):
     result = example.main(env_id, steps=300, output="run")
     assert result["split"] == "validation"
     assert '"network": "wide-and-deep"' in Path("run/policy.json").read_text()
+
+
+def test_own_ppo(env_id, monkeypatch, capsys):
+    """The stranger's script runs as it stands, and what it has learned is judged as any policy is."""
+    example = imported("own_ppo")
+    monkeypatch.setattr(sys, "argv", ["own_ppo.py", "--env", env_id, "--steps", "2048"])
+    example.main()
+    assert re.search(r"% of the FLOPs, [+-].* points, too few instances to tell", capsys.readouterr().out)
+    env = gym.make_vec(env_id, num_envs=example.ENVS, epsilon=1.0)  # quality is free: it learns to skip
+    *_, (_, policy) = example.learn(env, 8192, 0)
+    nothing = torch.zeros(1, *env.single_observation_space.shape)
+    assert min(choice.probs[0, -1] for choice in policy.choices(nothing)) > 0.6
 
 
 def test_own_env(monkeypatch, tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from sd_gym.agents.common.evaluation import bootstrap_interval
-from sd_gym.agents.common.verdict import Verdict, fewest_instances, verdict
+from sd_gym.agents.common.verdict import Verdict, assured, fewest_instances, verdict
 
 SIMULATIONS = 1000
 SLACK = 3 * np.sqrt(0.05 * 0.95 / SIMULATIONS)  # of a simulated rate: three of its standard errors
@@ -73,3 +73,25 @@ def test_where_an_instance_weighs_more_more_of_them_are_needed():
     weight = np.r_[np.full(200, 5.0), np.full(200, 0.5)]
     assert verdict(weight, weight, 0.01) == Verdict.TOO_FEW
     assert verdict(np.ones(400), np.ones(400), 0.01) == Verdict.KEPT
+
+
+@pytest.mark.parametrize("n", [400, 1000, 2000])
+@pytest.mark.parametrize("draw", [binary, graded])
+@pytest.mark.parametrize("loss", [0.0, 0.002, 0.004, 0.006, 0.008])
+def test_what_is_assured_on_one_sample_is_shown_on_the_next(n, draw, loss):
+    """Whatever the true loss, a policy seldom passes on a sample and then fails on one twice as large."""
+    random = np.random.default_rng(1)
+    fails = 0
+    for _ in range(SIMULATIONS):
+        here, there = draw(random, n, 0.002, loss), draw(random, 2 * n, 0.002, loss)
+        passes = assured(1.0 + here, np.ones(n), 0.01, 2 * n) == Verdict.KEPT
+        fails += passes and judged(there) != Verdict.KEPT
+    assert fails / SIMULATIONS <= 0.05 + SLACK
+
+
+def test_how_much_may_be_lost_where_it_is_assured():
+    def lost(count, n):
+        return assured(np.r_[np.zeros(count), np.ones(n - count)], np.ones(n), 0.01, 2 * n)
+
+    assert [lost(2, 1000), lost(3, 1000)] == [Verdict.KEPT, Verdict.NOT_SHOWN]  # 12 of 2,000 are shown to be few
+    assert lost(0, 298) == Verdict.TOO_FEW

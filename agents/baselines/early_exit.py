@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.common.agent import Agent, OnRollout
 from sd_gym.agents.common.evaluation import Decided, score_decisions
-from sd_gym.agents.common.selection import STRICT, halves
-from sd_gym.agents.common.verdict import Verdict, verdict
+from sd_gym.agents.common.selection import halves, keeps
+from sd_gym.agents.common.verdict import ONE_SIDED_95
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.split import Split
@@ -43,9 +43,7 @@ class EarlyExitAgent(Agent):
             self.threshold = float(threshold)
             exits = self._exits(confidence)
             scores = [score_decisions(core, split, rows, self._decisions(exits[rows])) for rows in halves(split)]
-            if all(
-                verdict(s["quality"], s["quality_ref"], core.config.epsilon, STRICT) == Verdict.KEPT for s in scores
-            ):
+            if all(keeps(core, scored, ONE_SIDED_95) for scored in scores):
                 return
 
     def policy(self) -> DecisionPolicy:

@@ -19,7 +19,8 @@ from sd_gym.agents.common.agent import INFO_TAGS, Agent, Rollout
 from sd_gym.agents.common.evaluation import Decided, Decides, evaluate, summary, time_ratio
 from sd_gym.agents.common.logs import log_result, log_validation, open_logger
 from sd_gym.agents.common.plots import plot_run
-from sd_gym.agents.common.selection import STRICT, Selection
+from sd_gym.agents.common.selection import Selection
+from sd_gym.agents.common.verdict import ONE_SIDED_95
 from sd_gym.agents.registry import agent_class, make_agent
 
 from sd_gym.envs.config import EnvConfig, make_config
@@ -58,7 +59,7 @@ def train(
     steps: int,
     seed: int = 0,
     settings: dict[str, Any] | None = None,
-    strictness: float = STRICT,
+    strictness: float = ONE_SIDED_95,
     resume: bool = False,
     imports: Sequence[str] = (),
     on_progress: Callable[[int, dict[str, float]], None] | None = None,
@@ -74,7 +75,7 @@ def train(
         steps: Decisions to learn from.
         seed: Of the agent and of the env's draws.
         settings: Overrides of the env's config and of the agent's settings, by key.
-        strictness: Standard errors by which a policy's loss must stay below epsilon on validation to be selected.
+        strictness: Standard errors of luck that validation has to leave room for, for a policy to be selected.
         resume: Whether to go on from the folder's checkpoint, if there is one, as if nothing had happened.
         imports: Modules and files that register what the run needs, as ``--import`` takes them; kept in
             ``config.json``, so that whoever lacks them is told. Import them first.

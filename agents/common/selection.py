@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.common.evaluation import decide_and_score
-from sd_gym.agents.common.verdict import Verdict, verdict
+from sd_gym.agents.common.verdict import ONE_SIDED_95, Verdict, assured
 
 from sd_gym.envs.core import Core
 from sd_gym.envs.split import Split
@@ -19,10 +19,6 @@ from sd_gym.policy import DecisionPolicy
 # Of versions of a policy, from bolder to more cautious, in log-odds; the last one leaves everything running.
 MARGINS = (*np.arange(-1.5, 6, 0.25).tolist(), *np.arange(6, 14.01, 0.5).tolist(), 1000.0)
 OFFERED = 2  # of the policies that were validated on the way, the last ones are selected from; they are alike
-# Standard errors by which a loss must stay below epsilon on either half of the validation split. The verdict on a test
-# split as large as such a half asks for 1.645; what differs between the luck of two samples is sqrt(2) standard errors,
-# so a policy that just passes with 3.0 on a half passes there nine times out of ten; it has to pass on both.
-STRICT = 3.0
 
 
 def halves(split: Split) -> tuple[NDArray, NDArray]:
@@ -31,24 +27,30 @@ def halves(split: Split) -> tuple[NDArray, NDArray]:
     return rows[: (len(split) + 1) // 2], rows[(len(split) + 1) // 2 :]
 
 
+def keeps(core: Core, scored: dict[str, NDArray], strictness: float) -> bool:
+    """Whether a policy that was scored on one half will keep the quality on a test split as large as both halves."""
+    quality, quality_ref, epsilon = scored["quality"], scored["quality_ref"], core.config.epsilon
+    return assured(quality, quality_ref, epsilon, 2 * len(quality), strictness) == Verdict.KEPT
+
+
 @dataclass
 class Selection:
     """Gathers the policies of a run and selects one in the end.
 
     The best of many candidates on one sample is a lucky one. So the candidates, versions of each policy from bold to
     cautious, are screened on one half of the validation split; then, from the cheapest on, the first whose quality is
-    confirmed on the other half is kept.
+    confirmed on the other half is kept. Either half has to leave room for the luck of a test split.
 
     Attributes:
         core: Scores the policies.
-        strictness: Standard errors by which a loss must stay below epsilon on either half.
+        strictness: Standard errors of luck that either half has to leave room for (``assured``).
         policies: The last policies that were validated.
         history: One entry a validation: step, quality, quality_ref, flops_ratio, quality_kept and reward, on the
             screening half.
     """
 
     core: Core
-    strictness: float = STRICT
+    strictness: float = ONE_SIDED_95
     policies: list[DecisionPolicy] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -115,5 +117,4 @@ class Selection:
         return decide_and_score(self.core, policy, split, halves(split)[half])
 
     def _kept(self, scored: dict[str, NDArray]) -> bool:
-        epsilon = self.core.config.epsilon
-        return verdict(scored["quality"], scored["quality_ref"], epsilon, self.strictness) == Verdict.KEPT
+        return keeps(self.core, scored, self.strictness)

@@ -57,17 +57,52 @@ def verdict(quality: NDArray, quality_ref: NDArray, epsilon: float, errors: floa
         errors: Strictness, in standard errors of a normal distribution; 1.645 is a one-sided 95%.
     """
     difference, n = quality - quality_ref, len(quality)
-    worst = max(1.0, float(quality_ref.max(initial=0.0)))  # no quality is below 0
+    worst = _worst(quality_ref)
     if n < max(1, fewest_instances(epsilon, worst, errors)):
         return Verdict.TOO_FEW
-    mean = float(difference.mean())
+    shown = _shown(float(difference.mean()), float(np.mean(difference**2)), n, epsilon, worst, errors)
+    return Verdict.KEPT if shown else Verdict.NOT_SHOWN
+
+
+def assured(
+    quality: NDArray, quality_ref: NDArray, epsilon: float, fresh: int, errors: float = ONE_SIDED_95
+) -> Verdict:
+    """Will ``fresh`` other instances show that the quality is kept?
+
+    A policy is selected by this on a sample and judged by ``verdict`` on another one, and both samples have their luck.
+    So the mean on the other one is taken to be lower than here by ``errors`` standard errors of the difference of two
+    means; the variance is that of this sample with one more instance in it that loses all, so that no sample is too
+    good to vary.
+
+    Args:
+        quality: Under the decisions, ``[n]``, at least 0.
+        quality_ref: Dense, ``[n]``.
+        epsilon: How much mean quality may be lost.
+        fresh: Number of the other instances.
+        errors: Strictness, in standard errors; also that of the verdict to come.
+    """
+    difference, n = quality - quality_ref, len(quality)
+    worst = _worst(quality_ref)
+    if min(n, fresh) < max(1, fewest_instances(epsilon, worst, errors)):
+        return Verdict.TOO_FEW
+    square = (float(np.sum(difference**2)) + worst**2) / (n + 1)
+    lowest = float(difference.mean()) - errors * math.sqrt(square * (1 / n + 1 / fresh))
+    return Verdict.KEPT if _shown(lowest, square, fresh, epsilon, worst, errors) else Verdict.NOT_SHOWN
+
+
+def _worst(quality_ref: NDArray) -> float:
+    """The most that an instance can lose: no quality is below 0."""
+    return max(1.0, float(quality_ref.max(initial=0.0)))
+
+
+def _shown(mean: float, square: float, n: int, epsilon: float, worst: float, errors: float) -> bool:
+    """Whether ``n`` differences with this mean, and this mean of their squares, show that less than epsilon is lost."""
     if mean <= -epsilon:
-        return Verdict.NOT_SHOWN
+        return False
     if epsilon >= worst:
-        return Verdict.KEPT
+        return True
     share = (mean + epsilon) / (mean + worst)  # of instances that would have to lose all, for epsilon to be lost
-    variance = (1 - share) * float(np.mean(difference**2)) + share * worst**2 - epsilon**2
-    lost = max(0.0, -float(difference.sum()) / worst)
+    variance = (1 - share) * square + share * worst**2 - epsilon**2
+    lost = max(0.0, -mean * n / worst)
     by_chance = betainc(n - lost, lost + 1, 1 - epsilon / worst)  # of n such instances, at most so many are lost
-    enough = (mean + epsilon) * math.sqrt(n / variance) >= errors and by_chance <= norm.sf(errors)
-    return Verdict.KEPT if enough else Verdict.NOT_SHOWN
+    return (mean + epsilon) * math.sqrt(n / variance) >= errors and by_chance <= norm.sf(errors)
