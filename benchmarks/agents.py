@@ -30,7 +30,7 @@ REFINE = {  # settings of the learning agents, which start from what imitation h
     "ppo_lex": {"learning_rate": 2e-4, "entropy": 0.0},
     "a2c": {"objective": "lagrangian", "learning_rate": 5e-5, "entropy": 0.0},
     "a2c_lex": {"learning_rate": 5e-5, "entropy": 0.0},
-    "reinforce": {"learning_rate": 5e-5, "alpha": 30.0, "beta": 30.0},
+    "reinforce": {"learning_rate": 5e-5},
 }
 BLIND_RATE = 1e-3  # of learning: a blind agent has no more than its biases to learn
 console = Console(stderr=True)

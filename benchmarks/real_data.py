@@ -50,7 +50,7 @@ SHOWN = {"rouge": ["rouge1", "rouge2", "rougeL"], "squad": ["exact_match", "f1"]
 REFINE = {  # settings of the learning agents
     "ppo": ["objective=lagrangian", "learning_rate=2e-4"],
     "a2c": ["objective=lagrangian", "learning_rate=2e-4", "entropy=0.0"],
-    "reinforce": ["learning_rate=2e-4", "alpha=30", "beta=30"],
+    "reinforce": ["learning_rate=2e-4"],
 }
 BLIND = [*REFINE["ppo"], "learning_rate=1e-3"]  # it has no more than its biases to learn
 CONTROLS = ["every-other", "early-exit"]  # of classification: they learn nothing, and exit needs an encoder

@@ -21,6 +21,9 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.policy import HIDDEN, DecisionPolicy, own_network
 
+# Of the critic's loss. Actor and critic share no layer, but the library clips their gradients together: at its own 0.5,
+# a lost instance (a reward of -20) is an error that leaves the actor hardly a step, just where it has most to learn.
+VALUE_WEIGHT = 0.02
 LOGGED_DECISIONS = 1024  # about so many between two points of a curve, whatever the size of a rollout
 
 
@@ -134,6 +137,7 @@ class SB3Agent(Agent):
             "gamma": 1.0,
             "gae_lambda": 1.0,
             "ent_coef": self.settings.entropy,
+            "vf_coef": VALUE_WEIGHT,
             "policy_kwargs": {"net_arch": {"pi": [HIDDEN, HIDDEN], "vf": [HIDDEN, HIDDEN]}, **own},
             "seed": self.seed,
             "device": "cpu",

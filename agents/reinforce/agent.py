@@ -47,8 +47,8 @@ class ReinforceSettings(LearnerSettings):
     samples: int = Field(2, ge=2)
     baseline: Literal["self_critical", "leave_one_out"] = "leave_one_out"
     control: Literal["constrained", "lexicographic"] = "constrained"
-    alpha: float = Field(10.0, gt=0)
-    beta: float = Field(10.0, gt=0)
+    alpha: float = Field(30.0, gt=0)
+    beta: float = Field(30.0, gt=0)
     highest_multiplier: float = Field(100.0, gt=0)
     memory: float = Field(0.95, ge=0, lt=1)
     exploration: float = Field(0.001, ge=0, lt=0.25)
