@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from sd_gym.agents.registry import register_agent
 from stable_baselines3.common.logger import Logger
 
 import sd_gym
-from examples import own_ppo
 from sd_gym.policy import DecisionPolicy
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+import own_ppo
 
 MINI = [identity for identity in sd_gym.registered_ids() if "Mini" in identity]
 AGENTS = ["script", "ppo", "a2c", "reinforce", "ppo_lex", "a2c_lex"]
