@@ -191,6 +191,11 @@ class Scope:
             )
         return None
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether a block is open here, be it one in which everything runs."""
+        return self._entry() is not None
+
     def put(self, decision: Decision | Look | None) -> Block:
         """A block in which a decision is in force."""
         return Block(self, decision)

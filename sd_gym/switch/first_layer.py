@@ -110,7 +110,8 @@ def _twin(module: nn.Module, configs: dict[int, PretrainedConfig]) -> nn.Module:
     twin = copy.copy(module)
     vars(twin)["_modules"] = dict(module._modules)
     forward = vars(twin).pop("forward", None)
-    if forward is not None and not (isinstance(forward, Shadow) and forward.replaced is None):
+    passes_on = getattr(forward, "is_attached", False) or (isinstance(forward, Shadow) and forward.replaced is None)
+    if forward is not None and not passes_on:
         raise NotImplementedError(
             f"another tool has replaced forward() of a {type(module).__name__}, so the first attention cannot be "
             "looked at; rank tokens in another way"

@@ -139,6 +139,11 @@ class Switchboard:
         base = "" if self.model.base_model is self.model else f"{self.model.base_model_prefix}."
         return f"{base}{stack.layers}.{switch.index}"
 
+    @property
+    def is_deciding(self) -> bool:
+        """Whether decisions are in force here, be it that everything runs."""
+        return self._scope.is_decided
+
     def look(self) -> Block:
         """A block in which nothing is skipped and a pass ends at the first layer, for ``first_layer_input``."""
         return self._scope.put(Look((self._of_layers,)))

@@ -1,0 +1,1 @@
+"""A learned policy outside of its env: attached to a model, or called on texts."""

@@ -1,0 +1,335 @@
+"""A learned policy with all that deciding needs, as files that leave the env: no data set, no code of one's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sd_gym.files import write_json, write_tensors, write_text
+from sd_gym.inference.protection import Protection
+from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.observation import observed, standardised
+from sd_gym.switch import Switchboard, attention_received, keep_tokens, position_scores
+
+FORMAT = 1
+FILE, TENSORS = "skip_policy.json", "skip_policy.safetensors"
+FILES = (FILE, TENSORS, "policy.json", "policy.safetensors", "README.md")
+
+
+class Stop(NamedTuple):
+    """A version of a policy, bolder or more cautious, as the validation split has seen it.
+
+    Attributes:
+        margin: In log-odds, from the policy that was selected (0) on; higher is more cautious.
+        loss: Quality lost, a mean.
+        highest_loss: The upper end of its one-sided 95% interval.
+        flops_ratio: FLOPs over those of the dense backbone, without the policy's own.
+    """
+
+    margin: float
+    loss: float
+    highest_loss: float
+    flops_ratio: float
+
+
+@dataclass(frozen=True, eq=False)
+class SkipPolicy:
+    """A policy that decides on raw inputs just as it did in its env.
+
+    Attributes:
+        network: From observations to decisions.
+        mean: Of what it observes, on the training split, float32 ``[features]``.
+        deviation: Likewise.
+        scores: How much each token matters by its id, float64 ``[vocabulary]`` (``token_ranking`` ``idf``); else
+            ``None``.
+        protection: Which tokens are never dropped; ``None``: no rule says so (or none is dropped).
+        stops: Versions of it that were validated, the boldest first.
+        card: What it was trained on, and how well: ``env`` (its config), ``backbone``, ``result``, ``run``.
+    """
+
+    network: DecisionPolicy
+    mean: NDArray
+    deviation: NDArray
+    scores: NDArray | None
+    protection: Protection | None
+    stops: tuple[Stop, ...]
+    card: dict[str, Any]
+
+    @property
+    def token_shares(self) -> tuple[float, ...]:
+        """The share of the tokens that each token level drops."""
+        return tuple(self.card["env"]["token_shares"])
+
+    @property
+    def ranks_by_attention(self) -> bool:
+        """Whether the first attention runs to rank the tokens."""
+        return self.card["env"]["token_ranking"] == "attention"
+
+    @property
+    def reads_types(self) -> bool:
+        """Whether the backbone's inputs have token types in the env: it has pairs of texts."""
+        return self.card["backbone"]["token_types"]
+
+    def decide(self, board: Switchboard, inputs: dict[str, Tensor]) -> NDArray:
+        """Decisions, int64 ``[n, switches + 1]``, on the model's inputs, padded at the right.
+
+        Args:
+            board: Of the model.
+            inputs: ``input_ids`` and ``attention_mask``, each ``[n, length]``, and ``token_type_ids`` where pairs are
+                read.
+        """
+        seen = observed(board, inputs).float().cpu().numpy()
+        return self.network.decide(standardised(seen, self.mean, self.deviation))
+
+    def kept(self, board: Switchboard, inputs: dict[str, Tensor], level: NDArray) -> Tensor | None:
+        """Which tokens stay at the token levels ``[n]``, bool ``[n, length]``; ``None``: all.
+
+        Raises:
+            ValueError: If tokens alone do not tell which of them are protected.
+        """
+        if not level.any():
+            return None
+        if self.protection is None:
+            raise ValueError(
+                "this policy drops tokens, and which ones are protected (a question, say) cannot be told from the "
+                "tokens alone; call it on texts, sd_gym.load(policy)(texts)"
+            )
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        droppable = self.protection.droppable(ids, mask).cpu().numpy()
+        keep = keep_tokens(self._token_scores(board, inputs), droppable, np.array(self.token_shares)[level])
+        return torch.from_numpy(keep).to(ids.device)
+
+    def _token_scores(self, board: Switchboard, inputs: dict[str, Tensor]) -> NDArray:
+        ids = inputs["input_ids"]
+        if self.ranks_by_attention:
+            return attention_received(board, inputs).float().cpu().numpy()
+        if self.scores is None:
+            return position_scores(tuple(ids.shape))
+        return np.where(inputs["attention_mask"].cpu().numpy(), self.scores[ids.cpu().numpy()], -np.inf)
+
+    def at(self, *, max_loss: float | None = None, max_flops: float | None = None) -> SkipPolicy:
+        """A bolder or more cautious version, of those that were validated; itself where neither is asked for.
+
+        Args:
+            max_loss: The cheapest version that loses no more quality than this, in the task's unit (0.005: half a
+                point), by the upper end of a 95% interval.
+            max_flops: The most cautious version that runs no more than this share of the dense FLOPs.
+
+        Raises:
+            ValueError: If both are given, or no version does it; the message lists those that there are.
+        """
+        if max_loss is None and max_flops is None:
+            return self
+        if max_loss is not None and max_flops is not None:
+            raise ValueError("expected max_loss or max_flops, got both; the one follows from the other")
+        if max_loss is not None:
+            fitting = [stop for stop in self.stops if stop.highest_loss <= max_loss]
+            chosen = min(fitting, key=lambda stop: stop.flops_ratio, default=None)
+        else:
+            fitting = [stop for stop in self.stops if stop.flops_ratio <= max_flops]
+            chosen = max(fitting, key=lambda stop: stop.margin, default=None)
+        if chosen is None:
+            there = "; ".join(
+                f"{stop.flops_ratio:.0%} of the FLOPs, at most {stop.highest_loss:.4f} lost" for stop in self.stops
+            )
+            asked = f"max_loss={max_loss}" if max_loss is not None else f"max_flops={max_flops}"
+            raise ValueError(f"no version of this policy does {asked}; there are: {there or 'none that was validated'}")
+        return self.with_margin(chosen.margin)
+
+    def with_margin(self, margin: float) -> SkipPolicy:
+        """A version that skips only what it prefers skipping by ``margin`` more; the stops move along."""
+        stops = tuple(stop._replace(margin=stop.margin - margin) for stop in self.stops)
+        return replace(self, network=self.network.with_margin(margin), stops=stops)
+
+    def check_model(self, model: PreTrainedModel, *, weights: bool = True) -> None:
+        """Raise ``ValueError`` if a model is not the one that this policy was trained on.
+
+        Args:
+            model: The model.
+            weights: Whether its weights have to be the same, too.
+        """
+        backbone = self.card["backbone"]
+        if (came := model.config.model_type) != backbone["model_type"]:
+            raise ValueError(f"this policy is for a {backbone['model_type']} ({backbone['name']}), got a {came}")
+        carried = vars(model).get("_switchboard")
+        board = carried or Switchboard(model)
+        try:
+            names, width = board.names, 2 * model.config.hidden_size + 2
+        finally:
+            if carried is None:
+                board.remove()
+        if names != self.network.switches or width != self.network.observation_size:
+            raise ValueError(
+                f"this policy decides on {len(self.network.switches)} switches by {self.network.observation_size} "
+                f"features of {backbone['name']}; the model has {len(names)} switches and {width} features"
+            )
+        if weights and weights_hash(model) != backbone["weights"]:
+            raise ValueError(
+                f"the weights are not those of {backbone['name']} that this policy was trained on, so its quality is "
+                "not known; load that backbone, or pass check_weights=False if they are meant to differ (half "
+                "precision, quantised)"
+            )
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise ``ValueError`` if a tokenizer is not the policy's."""
+        if (came := tokenizer_hash(tokenizer)) != self.card["backbone"]["tokenizer"]:
+            raise ValueError(
+                f"the tokenizer is not the one of {self.card['backbone']['name']} that this policy was trained with "
+                f"(hash {came[:12]}, expected {self.card['backbone']['tokenizer'][:12]})"
+            )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the policy, and a model card; each file appears complete or not at all."""
+        folder = Path(folder)
+        self.network.save(folder)
+        tensors = {"mean": torch.from_numpy(self.mean), "deviation": torch.from_numpy(self.deviation)}
+        if self.scores is not None:
+            tensors["scores"] = torch.from_numpy(self.scores)
+        write_tensors(folder / TENSORS, tensors)
+        write_json(
+            folder / FILE,
+            {
+                "format": FORMAT,
+                "protection": self.protection and self.protection.described(),
+                "stops": [stop._asdict() for stop in self.stops],
+                **self.card,
+            },
+        )
+        write_text(folder / "README.md", self.model_card())
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> SkipPolicy:
+        """Read a policy that ``save_pretrained`` or a training run wrote.
+
+        Args:
+            name: A folder, or the id of a model repository on the Hugging Face hub.
+            revision: Of the repository.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If its files are broken or do not belong together.
+        """
+        folder = Path(name)
+        if not folder.is_dir():
+            folder = _downloaded(str(name), revision)
+        if not (folder / FILE).exists():
+            raise FileNotFoundError(
+                f"no {FILE} in {name}; expected the folder of a training run, or one that save_pretrained wrote"
+            )
+        card = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if card.pop("format", None) != FORMAT:
+            raise ValueError(f"{folder / FILE}: expected a policy of format {FORMAT}")
+        network, tensors = DecisionPolicy.load(folder), load_file(folder / TENSORS)
+        mean, deviation = tensors["mean"].numpy(), tensors["deviation"].numpy()
+        if mean.shape != (network.observation_size,) or deviation.shape != mean.shape:
+            raise ValueError(
+                f"{folder / TENSORS}: expected mean and deviation of {network.observation_size} features, got "
+                f"{list(mean.shape)} and {list(deviation.shape)}"
+            )
+        protection = card.pop("protection")
+        return cls(
+            network,
+            mean,
+            deviation,
+            tensors["scores"].numpy() if "scores" in tensors else None,
+            protection and Protection(**{**protection, "special": tuple(protection["special"])}),
+            tuple(Stop(**stop) for stop in card.pop("stops")),
+            card,
+        )
+
+    def push_to_hub(self, repository: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the policy to a model repository of the Hugging Face hub, made if it is not there.
+
+        Returns:
+            The address of the commit.
+        """
+        from tempfile import TemporaryDirectory
+
+        api = HfApi(token=token)
+        api.create_repo(repository, private=private, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(FILES)).commit_url
+
+    def model_card(self) -> str:
+        """Markdown: what it saves, on what data, how sure that is, and how it is used."""
+        env, backbone, result = self.card["env"], self.card["backbone"], self.card["result"]
+        low, high = (100 * bound for bound in result["quality_difference_interval"])
+        stops = "\n".join(
+            f"| {stop.margin:+.2f} | {stop.flops_ratio:.1%} | {100 * stop.loss:.2f} | {100 * stop.highest_loss:.2f} |"
+            for stop in self.stops
+        )
+        return f"""---
+library_name: sd_gym
+base_model: {backbone["name"]}
+tags: [sd_gym, skipping, {env["task"]}]
+---
+
+# A skipping policy for {backbone["name"]}
+
+It decides for each input which attention and feed-forward blocks of the model (and which tokens) are not needed, and
+they are not executed. Trained by {self.card["run"]["algo"]} on {env["id"]}.
+
+On the {result["split"]} split, {result["instances"]:,} instances:
+
+| | dense | with the policy |
+| --- | --- | --- |
+| quality | {result["quality_ref"]:.4f} | {result["quality"]:.4f} |
+| FLOPs | 100% | {result["flops_ratio_with_policy"]:.1%} |
+
+Difference in quality: {100 * result["quality_difference"]:+.2f} points (95% interval {low:+.2f} to {high:+.2f}).
+Verdict at {100 * env["epsilon"]:.2g} points: {result["verdict"]}.
+
+```python
+import sd_gym
+from transformers import {backbone["auto_class"]}
+
+model = {backbone["auto_class"]}.from_pretrained({backbone["name"]!r})
+sd_gym.attach(model, "PATH OR ID OF THIS POLICY")  # then use the model as ever
+```
+
+Bolder and more cautious versions, as the validation split has seen them (`attach(..., max_loss=0.005)` or
+`max_flops=0.4` chooses one):
+
+| margin | FLOPs | points lost | at most, 95% |
+| --- | --- | --- | --- |
+{stops}
+"""
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """SHA-256 of a model's weights: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of a tokenizer's vocabulary and special tokens."""
+    told = [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no folder {name!r}; expected one with {FILE}, or the id of a repository of the hub")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
+    except Exception as error:  # the hub has a dozen ways to say no
+        raise FileNotFoundError(
+            f"no folder {name!r}, and the Hugging Face hub did not give it ({type(error).__name__}); without network, "
+            "pass the path of a local copy"
+        ) from error

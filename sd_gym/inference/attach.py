@@ -1,0 +1,263 @@
+"""A learned policy inside a Hugging Face model: every call decides for each of its rows, and skips for real."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from threading import local
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from sd_gym.inference.artefact import SkipPolicy
+from sd_gym.switch import FlopsModel, Switchboard
+
+CACHES = ("past_key_values", "cache")  # what transformers calls them, by version
+
+
+def attach(
+    model: PreTrainedModel,
+    policy: SkipPolicy | str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    max_loss: float | None = None,
+    max_flops: float | None = None,
+    check_weights: bool = True,
+) -> PreTrainedModel:
+    """Have a model decide by a policy, inside ``model(...)`` and ``model.generate(...)``, what each input skips.
+
+    Everything else about the model stays as it is, so that pipelines, streamers and beams go on working. In
+    ``generate()`` it decides once, on the prompt. Decisions count in the calling thread or task alone. Inside a ``with
+    board.decide(...)`` block of one's own, that one counts.
+
+    Args:
+        model: The model that the policy was trained on; it is changed in place, until ``detach``. Attached already, it
+            gets the new policy.
+        policy: The policy, or where ``SkipPolicy.from_pretrained`` finds it.
+        tokenizer: Checked to be the policy's, where it is given.
+        max_loss: How much quality may be lost at most, in the task's unit: see ``SkipPolicy.at``.
+        max_flops: The share of the dense FLOPs to run at most, likewise.
+        check_weights: Whether the model's weights have to be those that the policy was trained on. Other weights of the
+            same layout (quantised, in half precision, tuned on) may do, or not.
+
+    Returns:
+        The model. ``model.decisions`` tells what its last call in this thread decided (``Decisions``).
+
+    Raises:
+        ValueError: If the model, its weights or the tokenizer are others than the policy's, or there is no such stop.
+
+    Example:
+        >>> model = attach(model, "runs/ppo")  # doctest: +SKIP
+        >>> model.generate(**tokenizer(texts, return_tensors="pt", padding=True))  # doctest: +SKIP
+        >>> model.decisions.flops_ratio  # doctest: +SKIP
+        array([0.41, 0.12, 0.33])
+    """
+    if not isinstance(policy, SkipPolicy):
+        policy = SkipPolicy.from_pretrained(policy)
+    policy = policy.at(max_loss=max_loss, max_flops=max_flops)
+    policy.check_model(model, weights=check_weights)
+    if tokenizer is not None:
+        policy.check_tokenizer(tokenizer)
+    attached = vars(model).get("_attached")
+    if attached is None:
+        Attached(model, policy)
+    else:
+        attached.policy = policy
+    return model
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Take a policy out of a model, which then is exactly what it was.
+
+    Raises:
+        ValueError: If none is attached.
+        RuntimeError: If another thread is in the middle of a call.
+    """
+    attached = vars(model).get("_attached")
+    if attached is None:
+        raise ValueError("no policy is attached to this model")
+    attached.leave()
+    return model
+
+
+class Decisions(local):
+    """What the last call of an attached model in this thread has decided.
+
+    Attributes:
+        skip: Which row skipped which switch, bool ``[n, switches]``; ``None`` before the first call.
+        token_level: The level of each row, int64 ``[n]``: an index of the policy's token shares.
+    """
+
+    def __init__(self, flops: FlopsModel) -> None:
+        self._flops = flops
+        self.skip: NDArray | None = None
+        self.token_level: NDArray | None = None
+        self._lengths: tuple[Tensor, Tensor, Tensor] | None = None
+        self._ranked = False
+
+    def note(self, decisions: NDArray, mask: Tensor, kept: Tensor, ranked: bool) -> None:
+        """Remember decisions ``[n, switches + 1]`` on inputs with this mask, of which so many tokens are kept."""
+        self.skip, self.token_level = decisions[:, :-1].astype(bool), decisions[:, -1]
+        self._lengths, self._ranked = (mask.sum(dim=1), kept, torch.ones_like(kept)), ranked
+
+    def note_target(self, length: int) -> None:
+        """Remember on how many tokens the call went on."""
+        source, kept, target = self._lengths
+        self._lengths = source, kept, torch.full_like(target, length)
+
+    @property
+    def flops_ratio(self) -> NDArray:
+        """FLOPs of the last call over those of a dense one, float64 ``[n]``; the policy's own are not in it.
+
+        Raises:
+            ValueError: If there was no call.
+        """
+        if self.skip is None:
+            raise ValueError("this thread has not called the model yet")
+        source, kept, target = (value.cpu().numpy() for value in self._lengths)
+        always, switched = self._flops.answer_costs(source, target, kept)
+        dense_always, dense = self._flops.answer_costs(source, target, source)
+        ran = always + (switched * ~self.skip).sum(axis=1)
+        if self._ranked:  # the first attention ran on all tokens to rank them
+            ran = ran + np.where(self.token_level > 0, self._flops.costs(source, source)[1][:, 0], 0)
+        return ran / (dense_always + dense.sum(axis=1))
+
+
+class Attached:
+    """Stands in the place of ``forward`` and ``generate`` of one model.
+
+    Args:
+        model: The model.
+        policy: What decides.
+
+    Attributes:
+        policy: Likewise; it may be replaced by another one of the same model.
+    """
+
+    def __init__(self, model: PreTrainedModel, policy: SkipPolicy) -> None:
+        self.model = model
+        self.policy = policy
+        self._own_board = vars(model).get("_switchboard") is None
+        self.board = Switchboard(model) if self._own_board else model._switchboard
+        self._replaced = {name: vars(model).get(name) for name in ("forward", "generate") if hasattr(model, name)}
+        self._inner = {name: getattr(model, name) for name in self._replaced}
+        self._put = {
+            name: wraps(inner)(self._standing_in(name, getattr(self, f"_{name}")))
+            for name, inner in self._inner.items()
+        }
+        self._decided: WeakKeyDictionary[Cache, tuple[NDArray, Tensor]] = WeakKeyDictionary()
+        vars(model).update(self._put, _attached=self, decisions=Decisions(FlopsModel(self.board)))
+
+    def leave(self) -> None:
+        """Give the places back."""
+        places = vars(self.model)
+        if any(places.get(name) is not put for name, put in self._put.items()):
+            raise RuntimeError(
+                "something else stands in the place of forward() or generate(): a call in another thread, or another "
+                "tool that came later; let it end, or take it out first"
+            )
+        for name, replaced in self._replaced.items():
+            if replaced is None:
+                del places[name]
+            else:
+                places[name] = replaced
+        del places["_attached"], places["decisions"]
+        if self._own_board:
+            self.board.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        raise TypeError("a model with a policy attached cannot be copied or pickled; call sd_gym.detach(model) first")
+
+    __reduce__ = __deepcopy__
+
+    def _standing_in(self, name: str, decided: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(self._inner[name])
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.board.is_deciding:
+                return self._inner[name](*args, **kwargs)
+            return decided(signature.bind_partial(*args, **kwargs), *args, **kwargs)
+
+        call.is_attached = True  # it passes on what is asked while decisions are in force
+        return call
+
+    def _forward(self, bound: inspect.BoundArguments, *args: Any, **kwargs: Any) -> Any:
+        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+        if cache is not None and cache.get_seq_length() > 0:
+            return self._continued(cache, *args, **kwargs)
+        decisions, keep = self._decide(given, given.get("input_ids"))
+        target = given.get("decoder_input_ids") if given.get("decoder_input_ids") is not None else given.get("labels")
+        if len(self.board.architecture.stacks) > 1 and target is not None and target.ndim > 1:
+            self.model.decisions.note_target(target.shape[1])
+        with self.board.decide(decisions[:, :-1], keep):
+            output = self._inner["forward"](*args, **kwargs)
+        for name in CACHES:
+            if isinstance(filled := getattr(output, name, None), Cache):
+                self._decided[filled] = decisions, keep
+        return output
+
+    def _continued(self, cache: Cache, *args: Any, **kwargs: Any) -> Any:
+        """A step of a decoding loop of one's own: it goes on under what was decided on the prompt."""
+        if cache not in self._decided:
+            raise ValueError(
+                "this cache was not filled by the attached model, so nothing was decided for it; begin with an empty "
+                "one, or call model.generate()"
+            )
+        decisions, keep = self._decided[cache]
+        with self.board.decide(decisions[:, :-1], keep):
+            return self._inner["forward"](*args, **kwargs)
+
+    def _generate(self, bound: inspect.BoundArguments, *args: Any, **kwargs: Any) -> Any:
+        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        ids = given.get("inputs") if given.get("inputs") is not None else given.get("input_ids")
+        if given.get("attention_mask") is None and ids is not None:
+            given["attention_mask"] = self._inferred_mask(ids, given)
+        decisions, keep = self._decide(given, ids)
+        with self.board.decide(decisions[:, :-1], keep):
+            output = self.model.generate(*args, **kwargs)  # the switchboard's own stands in front of it now
+        tokens = output if isinstance(output, Tensor) else output.sequences
+        prompt = ids.shape[1] if self.board.architecture.causal else 1
+        self.model.decisions.note_target(max(1, tokens.shape[1] - prompt))
+        return output
+
+    def _inferred_mask(self, ids: Tensor, given: dict[str, Any]) -> Tensor:
+        """The mask that ``generate()`` infers where it is given none: padding is told by its id, unless that ends."""
+        config = given.get("generation_config") or self.model.generation_config
+        pad, end = (given.get(name, getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id"))
+        ends = end if isinstance(end, list) else [end]
+        return torch.ones_like(ids) if pad is None or pad in ends else (ids != pad).long()
+
+    def _decide(self, given: dict[str, Any], ids: Tensor | None) -> tuple[NDArray, Tensor | None]:
+        """Decisions ``[n, switches + 1]`` and the tokens that stay ``[n, length]``, if any go."""
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            raise ValueError(
+                "an attached model decides by its input_ids, a tensor [n, length], and got none; where a part of the "
+                "pass was computed elsewhere (inputs_embeds, encoder_outputs), put decisions in force with "
+                "Switchboard.decide"
+            )
+        mask = given.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        if mask.shape != ids.shape:
+            raise ValueError(f"expected an attention_mask of shape {list(ids.shape)}, got {list(mask.shape)}")
+        # As the env's inputs are: padding at the right.
+        order = (mask == 0).int().argsort(dim=1, stable=True)
+        seen = {"input_ids": ids.gather(1, order), "attention_mask": mask.gather(1, order)}
+        types = given.get("token_type_ids")
+        if types is not None and self.policy.reads_types:
+            seen["token_type_ids"] = types.gather(1, order)
+        decisions = self.policy.decide(self.board, seen)
+        keep = self.policy.kept(self.board, seen, decisions[:, -1])
+        ranked = keep is not None and self.policy.ranks_by_attention
+        length = seen["attention_mask"].sum(dim=1)
+        if keep is None:
+            self.model.decisions.note(decisions, mask, length, ranked)
+            return decisions, None
+        self.model.decisions.note(decisions, mask, (keep & seen["attention_mask"].bool()).sum(dim=1), ranked)
+        return decisions, torch.empty_like(keep).scatter_(1, order, keep)

@@ -1,0 +1,77 @@
+"""Which tokens of a tokenised input may be dropped, told from the tokens alone."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Protection(NamedTuple):
+    """A rule for the tokens that are never dropped: special ones, some at either end, and the question of a pair.
+
+    A data set says for each text what of it is protected (``sd_gym.tasks.encoding.droppable_tokens``). A policy that is
+    attached to a model sees tokens only, so it needs a rule; ``Protection.of`` finds the one that says just the same.
+
+    Attributes:
+        special: Ids of the tokenizer's special tokens.
+        first: Tokens at the beginning.
+        last: Tokens at the end.
+        separator: The id of the token behind the question; ``None``: there is no question.
+    """
+
+    special: tuple[int, ...]
+    first: int
+    last: int
+    separator: int | None
+
+    @classmethod
+    def of(
+        cls, input_ids: Tensor, length: NDArray, droppable: NDArray, special: list[int], separator: int | None
+    ) -> Protection | None:
+        """The rule by which inputs protect exactly what is not ``droppable``; ``None``: there is none.
+
+        Args:
+            input_ids: int64 ``[n, longest]``, padded at the right.
+            length: Tokens of each input, ``[n]``.
+            droppable: bool ``[n, longest]``.
+            special: Ids of the tokenizer's special tokens.
+            separator: The id of the token between two texts, if the tokenizer has one.
+        """
+        wanted = torch.from_numpy(droppable)
+        mask = torch.arange(input_ids.shape[1]) < torch.from_numpy(length)[:, None]
+        some = wanted.any(dim=1)
+        # Where nothing may be dropped, an input does not tell how far the ends reach.
+        firsts = wanted.int().argmax(dim=1)[some]
+        lasts = (torch.from_numpy(length) - wanted.shape[1] + wanted.flip(1).int().argmax(dim=1))[some]
+        ends = (int(firsts.min()), int(lasts.min())) if some.any() else (0, 0)
+        for candidate in (
+            cls(tuple(special), 0, 0, None),
+            cls(tuple(special), 0, 0, separator),
+            cls(tuple(special), *ends, None),
+        ):
+            if torch.equal(candidate.droppable(input_ids, mask), wanted):
+                return candidate
+        return None
+
+    def droppable(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Which tokens may be dropped, bool ``[n, longest]``.
+
+        Args:
+            input_ids: int64 ``[n, longest]``, padded at the right.
+            mask: Its attention mask, likewise.
+        """
+        present = mask.bool()
+        place, length = torch.arange(input_ids.shape[1], device=input_ids.device), present.sum(dim=1, keepdim=True)
+        special = torch.isin(input_ids, torch.tensor(self.special, device=input_ids.device))
+        allowed = present & ~special & (place >= self.first) & (place < length - self.last)
+        if self.separator is not None:
+            behind = ((input_ids == self.separator) & (place > 0)).cumsum(dim=1) > 0
+            allowed &= behind
+        return allowed
+
+    def described(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return self._asdict()

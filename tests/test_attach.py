@@ -1,0 +1,289 @@
+"""A policy attached to a model: each row of each call is decided on, and nothing else changes."""
+
+import copy
+import threading
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache, TextIteratorStreamer
+
+from sd_gym.inference.artefact import SkipPolicy, Stop, weights_hash
+from sd_gym.inference.attach import attach, detach
+from sd_gym.inference.protection import Protection
+from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.observation import observed
+from sd_gym.switch import FlopsModel, Switchboard
+from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, make_inputs, make_model, row_of
+
+ALL = [*ENCODER, *DECODER, *ENCODER_DECODER]
+GENERATING = [*DECODER, *ENCODER_DECODER]
+
+
+def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0):
+    """A random policy that decides differently on each input of ``make_inputs``, or one that skips nothing."""
+    board = vars(model).get("_switchboard") or Switchboard(model)
+    width = 2 * model.config.hidden_size + 2
+    torch.manual_seed(seed)
+    network = DecisionPolicy(width, [2] * len(board) + [len(shares)], board.names).eval()
+    inputs = make_inputs("bert", batch=64)
+    seen = observed(board, {key: inputs[key] for key in ("input_ids", "attention_mask")}).numpy()
+    if "_attached" not in vars(model):
+        board.remove()
+    with torch.no_grad():
+        network.head.weight.mul_(20)
+        if dense:
+            network.head.weight.zero_()
+            network.head.bias.copy_(torch.tensor([1.0, 0.0] * len(board.names) + [0.0] * len(shares)))
+    scores = np.linspace(0, 1, 40) if ranking == "idf" else None
+    card = {
+        "env": {"token_shares": shares, "token_ranking": ranking},
+        "backbone": {
+            "name": "tiny",
+            "model_type": model.config.model_type,
+            "weights": weights_hash(model),
+            "token_types": False,
+        },
+    }
+    protection = Protection((1, 2, 3), 1, 0, None) if len(shares) > 1 else None
+    return SkipPolicy(network, seen.mean(axis=0), seen.std(axis=0), scores, protection, (), card)
+
+
+def logits(model, inputs):
+    with torch.inference_mode():
+        return model(**inputs).logits
+
+
+def expected(model, policy, inputs):
+    """What a switchboard gives under the policy's decisions, by hand."""
+    board = Switchboard(model)
+    seen = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    decisions = policy.decide(board, seen)
+    keep = policy.kept(board, seen, decisions[:, -1])
+    with board.decide(decisions[:, :-1], keep):
+        result = logits(model, inputs)
+    board.remove()
+    return decisions, result
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_call_decides_for_each_row_as_the_policy_does(name):
+    model, inputs = make_model(name), make_inputs(name)
+    policy = make_policy(model)
+    decisions, wanted = expected(model, policy, inputs)
+    assert len(np.unique(decisions, axis=0)) > 1
+    assert attach(model, policy) is model
+    torch.testing.assert_close(logits(model, inputs), wanted, rtol=0, atol=0)
+    np.testing.assert_array_equal(model.decisions.skip, decisions[:, :-1])
+    for row in range(5):  # a batch is each row alone
+        np.testing.assert_allclose(logits(model, row_of(inputs, row))[0], wanted[row], atol=1e-5)
+        np.testing.assert_array_equal(model.decisions.skip, decisions[row : row + 1, :-1])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_with_the_dense_policy_and_after_detaching_the_model_is_untouched(name):
+    model, inputs = make_model(name), make_inputs(name)
+    before, attributes = logits(model, inputs), set(vars(model))
+    attach(model, make_policy(model, dense=True))
+    assert torch.equal(logits(model, inputs), before)
+    np.testing.assert_array_equal(model.decisions.flops_ratio, 1)
+    attach(model, make_policy(model))
+    assert not torch.equal(logits(model, inputs), before)
+    assert detach(model) is model
+    assert torch.equal(logits(model, inputs), before)
+    assert set(vars(model)) == attributes
+    assert all("forward" not in vars(module) for module in model.modules())
+    with pytest.raises(ValueError, match="no policy is attached"):
+        detach(model)
+
+
+@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_generation_decides_on_the_prompt(name, how):
+    side = "left" if name in DECODER else "right"
+    model, inputs = make_model(name), make_inputs(name, side=side)
+    prompts = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    policy, settings = make_policy(model), {"max_new_tokens": 4, "do_sample": False, **how}
+    rows = how.get("num_return_sequences", 1)
+    attach(model, policy)
+    texts = model.generate(**prompts, **settings)
+    skip, ratio = model.decisions.skip, model.decisions.flops_ratio
+    assert len(np.unique(skip, axis=0)) > 1
+    assert (ratio < 1).any()
+    for row in range(5):  # alone, and without padding: each row is decided on as in the batch
+        present = prompts["attention_mask"][row].bool()
+        alone = {"input_ids": prompts["input_ids"][row : row + 1, present]}
+        text = model.generate(**alone, attention_mask=torch.ones_like(alone["input_ids"]), **settings)
+        np.testing.assert_array_equal(model.decisions.skip[0], skip[row])
+        start = (len(present), int(present.sum())) if name in DECODER else (0, 0)
+        length = min(texts.shape[1] - start[0], text.shape[1] - start[1])
+        ours = texts[row * rows : (row + 1) * rows, start[0] : start[0] + length]
+        assert torch.equal(ours, text[:, start[1] : start[1] + length])
+    sampled = model.generate(**prompts, max_new_tokens=3, do_sample=True)
+    assert len(sampled) == 5
+    np.testing.assert_array_equal(model.decisions.skip, skip)
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_generation_without_a_mask_infers_it_as_the_model_does(name):
+    side = "left" if name in DECODER else "right"
+    model, inputs = make_model(name), make_inputs(name, side=side)
+    attach(model, make_policy(model))
+    masked = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=3)
+    skip = model.decisions.skip
+    assert torch.equal(model.generate(inputs["input_ids"], max_new_tokens=3), masked)
+    np.testing.assert_array_equal(model.decisions.skip, skip)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("ranking", ["position", "idf", "attention"])
+def test_tokens_are_dropped_as_the_policy_says(name, ranking):
+    model, inputs = make_model(name), make_inputs(name)
+    policy = make_policy(model, shares=(0.0, 0.5), ranking=ranking, seed=3)
+    decisions, wanted = expected(model, policy, inputs)
+    assert decisions[:, -1].any()
+    attach(model, policy)
+    torch.testing.assert_close(logits(model, inputs), wanted, rtol=0, atol=0)
+    np.testing.assert_array_equal(model.decisions.token_level, decisions[:, -1])
+    assert (model.decisions.flops_ratio[decisions[:, -1] > 0] < 1).all()
+
+
+@pytest.mark.parametrize("name", DECODER)
+def test_padding_at_the_left_is_decided_on_like_padding_at_the_right(name):
+    model = make_model(name)
+    right, left = make_inputs(name), make_inputs(name, side="left")
+    left["input_ids"] = torch.stack(
+        [row.roll(int(7 - mask.sum())) for row, mask in zip(right["input_ids"], right["attention_mask"], strict=True)]
+    )
+    policy = make_policy(model, shares=(0.0, 0.5), seed=3)
+    attach(model, policy)
+    prompts = [{key: one[key] for key in ("input_ids", "attention_mask")} for one in (right, left)]
+    skips = []
+    for one in prompts:
+        model(**one, use_cache=False)
+        skips.append((model.decisions.skip, model.decisions.token_level, model.decisions.flops_ratio))
+    for ours, theirs in zip(*skips, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_decoding_loop_of_ones_own_goes_on_under_what_was_decided_on_the_prompt(name):
+    model, inputs = make_model(name), make_inputs(name, batch=1)
+    attach(model, make_policy(model))
+    ids = inputs["input_ids"]
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3)[0, 7:]
+    skip, cache, tokens = model.decisions.skip, DynamicCache(config=model.config), []
+    with torch.inference_mode():
+        for _ in range(3):
+            ids = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(dim=-1)
+            tokens.append(int(ids))
+    np.testing.assert_array_equal(model.decisions.skip, skip)
+    assert tokens[:2] == wanted[:2].tolist()  # min_new_tokens forbids the end
+    foreign = DynamicCache(config=model.config)
+    detach(model)
+    model(input_ids=inputs["input_ids"], past_key_values=foreign, use_cache=True)
+    attach(model, make_policy(model))
+    with pytest.raises(ValueError, match="was not filled by the attached model"):
+        model(input_ids=ids, past_key_values=foreign, use_cache=True)
+
+
+def test_threads_have_their_own_decisions():
+    model, policy = make_model("bert"), None
+    policy = make_policy(model)
+    batches = [make_inputs("bert", seed=seed) for seed in range(6)]
+    attach(model, policy)
+    wanted = [(logits(model, one), model.decisions.skip) for one in batches]
+    wrong = []
+
+    def work(number):
+        for _ in range(20):
+            same = torch.equal(logits(model, batches[number]), wanted[number][0])
+            if not same or (model.decisions.skip != wanted[number][1]).any():
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_ones_own_decisions_come_first():
+    model, inputs = make_model("bert"), make_inputs("bert")
+    dense = logits(model, inputs)
+    attach(model, make_policy(model))
+    board = model._switchboard
+    with board.decide(np.zeros((1, len(board)))):
+        assert torch.equal(logits(model, inputs), dense)
+
+
+def test_a_streamer_gets_the_text(tiny_tokenizer):
+    model = make_model("llama")
+    attach(model, make_policy(model))
+    ids = torch.tensor([[4, 5, 6]])
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    streamer = TextIteratorStreamer(tiny_tokenizer, skip_prompt=True, timeout=20)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False, "streamer": streamer}
+    thread = threading.Thread(target=model.generate, args=(ids,), kwargs=settings)
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert text.split() == tiny_tokenizer.decode(wanted[0, 3:]).split()
+
+
+def test_what_cannot_work_is_refused():
+    model, inputs = make_model("bert"), make_inputs("bert")
+    policy = make_policy(model)
+    with pytest.raises(ValueError, match="this policy is for a bert"):
+        attach(make_model("roberta"), policy)
+    other = make_model("bert")
+    with torch.no_grad():
+        other.classifier.bias += 1
+    with pytest.raises(ValueError, match="the weights are not those"):
+        attach(other, policy)
+    attach(other, policy, check_weights=False)
+    deeper = type(model)(type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 4}))
+    with pytest.raises(ValueError, match="the model has 8 switches"):
+        attach(deeper, policy)
+    attach(model, policy)
+    with pytest.raises(ValueError, match="decides by its input_ids"):
+        model(inputs_embeds=torch.zeros(1, 3, 16))
+    with pytest.raises(TypeError, match="detach"):
+        copy.deepcopy(model)
+    protected = make_policy(model, shares=(0.0, 0.5), seed=3)
+    attach(model, SkipPolicy(**{**vars(protected), "protection": None}))
+    with pytest.raises(ValueError, match="call it on texts"):
+        model(**inputs)
+
+
+def test_the_dial_takes_a_version_that_was_validated():
+    policy = make_policy(make_model("bert"))
+    stops = (Stop(-1.0, 0.02, 0.03, 0.2), Stop(0.0, 0.002, 0.004, 0.5), Stop(2.0, 0.0, 0.001, 0.9))
+    policy = SkipPolicy(**{**vars(policy), "stops": stops})
+    assert policy.at() is policy
+    bias = policy.network.head.bias[0].item()
+
+    def margin(**asked):
+        return pytest.approx(policy.at(**asked).network.head.bias[0].item() - bias, abs=1e-5)
+
+    assert margin(max_loss=0.005) == 0
+    assert margin(max_loss=0.03) == -1
+    assert margin(max_flops=0.9) == 2
+    assert margin(max_flops=0.6) == 0
+    with pytest.raises(ValueError, match=r"max_flops=0.1; there are: 20% of the FLOPs, at most 0.0300 lost;"):
+        policy.at(max_flops=0.1)
+    with pytest.raises(ValueError, match="got both"):
+        policy.at(max_flops=0.5, max_loss=0.1)
+    shyer = policy.at(max_loss=0.001)
+    assert [stop.margin for stop in shyer.stops] == [-3.0, -2.0, 0.0]  # it can be turned back
+
+
+def test_flops_are_those_of_the_flops_model():
+    model, inputs = make_model("bert"), make_inputs("bert")
+    attach(model, make_policy(model))
+    logits(model, inputs)
+    length = inputs["attention_mask"].sum(dim=1).numpy()
+    always, switched = FlopsModel(model._switchboard).costs(length)
+    ran = always + (switched * ~model.decisions.skip).sum(axis=1)
+    np.testing.assert_allclose(model.decisions.flops_ratio, ran / (always + switched.sum(axis=1)))
