@@ -17,7 +17,10 @@ from sd_gym.envs.core import Core, shared_core
 from sd_gym.envs.spaces import Actions, MultiDiscreteActions, Observations, each
 from sd_gym.policy import DecisionPolicy, write_json
 from sd_gym.registration import config_of
+from sd_gym.tasks.data import SPLITS
 
+DATA_KEYS = {"dataset", "subset", "revision", "columns", "splits", "unanswerable", "overlap"}
+DATA_KEYS |= {f"{split}_size" for split in SPLITS}
 Policy = DecisionPolicy | str | Path | Callable[[Observations], Any]
 
 
@@ -110,7 +113,8 @@ def evaluate(
     Raises:
         FileNotFoundError: If there is no such run.
         FileExistsError: If ``output`` holds a result.
-        ValueError: If a name or setting is unknown, or what the policy decides is malformed.
+        ValueError: If a name or setting is unknown, what the policy decides is malformed, or the data of a run have
+            changed (where ``settings`` name no other data).
 
     Example:
         >>> import numpy as np, sd_gym
@@ -124,14 +128,20 @@ def evaluate(
     if folder is not None and (folder / "result.json").exists():
         raise FileExistsError(f"{folder} holds a result; choose another output")
     core = shared_core(_config(env_id, policy, settings))
+    if isinstance(policy, str | Path) and not DATA_KEYS & settings.keys():
+        description = run.read_description(Path(policy))
+        if description["env"] == env_id:
+            run.check_data(Path(policy), description, core)
     decides = _decides(policy, policy_flops, core)
+    used = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         description = {"env": env_id, "algo": name or _name_of(policy), "agent_settings": {}}
+        description["data"] = {name: core.data[name].identity for name in used}
         write_json(folder / "config.json", description | run.circumstances(core.config))
     result = run.measured(core, decides, split, folder)
     result["history"] = []
-    result["data"] = {name: core.split(name).counts for name in ("train", split)}
+    result["data"] = {name: core.split(name).provenance for name in used}
     if folder is not None:
         run.write_result(result, core, folder)
     return result

@@ -112,7 +112,9 @@ def envs(imports: Imports = []) -> None:  # noqa: B006  (typer wants a list)
         table.add_column(column, overflow="fold")
     for file in config_files():
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        shown = [values["dataset"] or "yours", values["backbone"] or "yours"]
+        tested = (values.get("splits") or {}).get("test", "test")
+        data = f"{values['dataset'] or 'yours'}{'' if tested == 'test' else f', tested on its {tested}'}"
+        shown = [data, values["backbone"] or "yours"]
         table.add_row(values["id"], *shown)
     console.print(table)
 
@@ -373,13 +375,13 @@ def prepare(
             skip_logits = None
             if policy is not None:
                 from sd_gym.agents.common.run import load_run
-                from sd_gym.envs.split import Split
+                from sd_gym.envs.core import shared_core
 
                 if "backbone" in overrides:
                     raise ValueError("--policy tunes the run's own backbone; leave out backbone=")
                 _, core, network = load_run(policy)
                 config = make_config(core.config.model_dump() | overrides, core.config.id)
-                splits = {name: Split(config, name) for name in ("train", "validation")}
+                splits = {name: shared_core(config).split(name) for name in ("train", "validation")}
                 skip_logits = {
                     name: network.skip_logits(core.observe(split, np.arange(len(split))))
                     for name, split in splits.items()
@@ -406,6 +408,7 @@ def prepare(
                 label_range=config.label_range,
                 train_size=config.train_size,
                 validation_size=config.validation_size,
+                test_size=config.test_size,
                 skip_logits=skip_logits,
                 resume=resume,
                 seed=seed,
@@ -416,7 +419,7 @@ def prepare(
         _fail(error)
     if not first:
         return
-    _print_counts(report["data"])
+    _print_data(report["data"])
     table = Table(title=f"{output}: mean quality ({report['measure']}) on the validation split")
     for column in ("skipped at random", "before", "after"):
         table.add_column(column, justify="right")
@@ -452,21 +455,28 @@ def _broken(cell: str) -> str:
     return cell.replace(" (", "\n(")
 
 
-def _print_counts(data: dict[str, dict[str, int]]) -> None:
-    """What was left out and cut, a line a split where there is anything to say."""
+def _print_data(data: dict[str, dict[str, Any]]) -> None:
+    """Which rows each split is, what was left out and cut, and what stands in another split too."""
     words = {
         "left_out": "rows left out (an empty text)",
+        "dropped": "rows left out (they stand in a later split too)",
         "cut_inputs": "inputs cut",
         "cut_targets": "targets cut, or answers cut off",
     }
     for split, counts in data.items():
         shown = [f"{counts[key]} {what}" for key, what in words.items() if counts.get(key)]
-        if shown:
-            console.print(f"{split}: {counts['instances']} instances, {', '.join(shown)}", highlight=False)
+        rows = f"{counts['instances']} instances, {counts['part']} of {counts['file']}, hash {counts['hash']}"
+        console.print(f"{split}: {', '.join([rows, *shown])}", style="dim", highlight=False, markup=False)
+        for other, count in counts["also_in"].items():
+            line = f"{split} overlaps {other}: {count} of its {counts['instances']} instances stand there too."
+            console.print(line, style="bold yellow", highlight=False)
 
 
 def _print_result(title: str, result: dict[str, Any]) -> None:
-    table = Table(title=f"{title} ({result['split']} split, {result['instances']} instances)")
+    split = result["split"]
+    seen = ", ".join(f"{count} of them also in {name}" for name, count in result["data"][split]["also_in"].items())
+    rows = f"{result['instances']} instances{seen and f', {seen}'}"
+    table = Table(title=f"{title} ({split} split, {rows})")
     for column in ("", "quality", "FLOPs", *(f"time at {size}" for size in result["time"])):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     table.add_row("dense", f"{result['quality_ref']:.1%}", "100.0%", *["100%"] * len(result["time"]))
@@ -479,7 +489,7 @@ def _print_result(title: str, result: dict[str, Any]) -> None:
         row = ("as learned", f"{last['quality']:.1%}", f"{last['flops_ratio_with_policy']:.1%}")
         table.add_row(*row, *[""] * len(times), style="dim")
     console.print(table)
-    _print_counts(result.get("data", {}))
+    _print_data(result["data"])
     if last:
         console.print(f"as learned: what learning ended with, before selection ({last['verdict']}).", style="dim")
     console.print(

@@ -206,15 +206,23 @@ def tiny_backbone(tmp_path_factory, tiny_tokenizer) -> Path:
     return folder
 
 
+def varied(row, field, count=20):
+    """Copies of a row, as JSON lines, whose texts in a field all differ: they end differently."""
+    rows = [{**row, field: row[field] + " fine" * (n % 5) + " room" * (n // 5)} for n in range(count)]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 @pytest.fixture
 def reviews(tmp_path) -> Path:
-    """Forty labelled reviews in one JSONL file."""
+    """Forty labelled reviews in one JSONL file, all of them different."""
     file = tmp_path / "reviews.jsonl"
     rows = []
     for number in range(40):
         label = number % 2
         word = ["bad", "good"][label]
         text = " ".join(["the", ["food", "room"][number % 3 % 2], "was", word] + ["fine"] * (number % 5))
+        while any(row["text"] == text for row in rows):
+            text = f"the {text}"
         rows.append({"text": text, "label": label})
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file

@@ -127,9 +127,10 @@ def test_a_policy_of_another_env_is_refused(custom):
 def test_instances_are_those_of_the_env(custom):
     env = gym.make(CUSTOM, **custom)
     listed = sd_gym.instances(CUSTOM, "validation", **custom)
-    assert [set(one) for one in listed] == [{"id", "text", "text_pair", "label", "level"}] * 4
+    assert [set(one) for one in listed] == [{"id", "row", "text", "text_pair", "label", "level"}] * 4
     assert listed[0] == {
         "id": "validation-0",
+        "row": f"{custom['dataset']}, row 9",
         "text": "the food was bad fine fine fine",
         "text_pair": None,
         "label": 0,

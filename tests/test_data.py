@@ -15,11 +15,10 @@ def test_a_single_file_is_divided_by_row(reviews):
     assert parts["validation"][0].source == json.loads(reviews.read_text().splitlines()[8])["text"]
 
 
-def test_a_folder_is_read_by_split_and_tests_on_validation_if_it_has_no_test(tmp_path):
+def test_a_folder_is_read_by_split(tmp_path):
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": split, "label": 1}) + "\n\n")
-    assert load_split(str(tmp_path), "classification", "train", None)[0].source == "train"
-    assert load_split(str(tmp_path), "classification", "test", None)[0].source == "validation"
+        assert load_split(str(tmp_path), "classification", split, None)[0].source == split
 
 
 def test_question_answering_and_summarization_fields(tmp_path):

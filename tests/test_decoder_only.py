@@ -21,7 +21,7 @@ from tests.conftest import WORDS, make_model
 def data(tmp_path_factory):
     random = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("data")
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         rows = [
             {
                 "question": " ".join(random.choice(WORDS, 3)),
@@ -140,7 +140,7 @@ def test_only_the_context_loses_tokens_and_only_the_context_is_cut(data, backbon
 def test_preparing_teaches_the_answer_behind_the_prompt(backbone, tmp_path):
     rows = [{"document": f"the {w} was {x}", "summary": f"{x} {w}"} for w in ("food", "room") for x in ("good", "bad")]
     (tmp_path / "reports.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 10))
-    source = Source(str(tmp_path / "reports.jsonl"))
+    source = Source(str(tmp_path / "reports.jsonl"), overlap="allow")
     settings = {"steps": 120, "learning_rate": 0.01, "max_target_length": 4, "token_shares": (0.0, 0.3)}
     with pytest.raises(ValueError, match="decoder-only; say with 'prompt' what it shall read"):
         prepare_backbone(backbone, source, "summarization", tmp_path / "out", **settings)
@@ -153,6 +153,7 @@ def test_preparing_teaches_the_answer_behind_the_prompt(backbone, tmp_path):
     env = gym.make(
         "SD/Summarization-Custom-v0",
         dataset=source.dataset,
+        overlap="allow",
         backbone=str(tmp_path / "out"),
         prompt="Question: {source} Answer:",
         max_target_length=4,

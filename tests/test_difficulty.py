@@ -63,7 +63,7 @@ def test_reports_take_the_dense_loss_where_the_data_have_no_level(settings, tiny
 
 
 def test_the_datas_own_levels_come_first(tmp_path, tiny_backbone):
-    rows = [{"text": "good", "label": n % 2, "difficulty": 1 + n % 3} for n in range(40)]
+    rows = [{"text": "good" + " fine" * (n % 20), "label": n % 2, "difficulty": 1 + n % 3} for n in range(20)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"dataset": str(tmp_path / "data.jsonl"), "backbone": str(tiny_backbone)}
     split = gym.make("SD/Classification-Custom-v0", **settings).unwrapped.core.split("train")
@@ -78,7 +78,8 @@ def test_a_run_keeps_what_came_of_each_instance(settings, tmp_path):
     assert np.mean([float(row["flops_ratio"]) for row in rows]) == pytest.approx(result["flops_ratio"])
     assert all(set(row["decision"]) <= {"0", "1"} for row in rows)
     assert set(result["data"]) == {"train", "validation", "test"}
-    assert result["data"]["test"] == {"instances": 4, "cut_inputs": 0, "cut_targets": 0, "left_out": 0}
+    counted = {"instances": 4, "cut_inputs": 0, "cut_targets": 0, "left_out": 0, "dropped": 0, "also_in": {}}
+    assert counted.items() <= result["data"]["test"].items()
 
 
 def test_scoring_is_not_changed_by_looking_at_difficulty(settings):

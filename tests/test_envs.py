@@ -1,6 +1,5 @@
 """The envs over the whole registry, and their three shells against each other."""
 
-import json
 import pickle
 import warnings
 
@@ -17,7 +16,7 @@ from sd_gym.envs import ConfigError, SwitchableEnv
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.switch import UnsupportedArchitectureError
 from sd_gym.tasks.data import DataError
-from tests.conftest import make_model
+from tests.conftest import make_model, varied
 
 SMALL = {"train_size": 60, "validation_size": 20, "test_size": 20}
 MINI = [id for id in sd_gym.registered_ids() if "Mini" in id]
@@ -54,7 +53,7 @@ def env_arguments(request, reviews, tiny_backbone, tiny_generator, tmp_path):
     if "Summarization" in request.param:
         row = {"document": "the food was good the room was bad", "summary": "good food"}
     file = tmp_path / "data.jsonl"
-    file.write_text((json.dumps(row) + "\n") * 20)
+    file.write_text(varied(row, "document" if "document" in row else "context"))
     return request.param, {"dataset": str(file), "backbone": str(tiny_generator), "splits": {}}
 
 

@@ -20,7 +20,7 @@ from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.metrics import likelihood
 from sd_gym.tasks.preparation import prepare_backbone
 from sd_gym.tasks.text import normalised
-from tests.conftest import WORDS, make_extractor, make_model
+from tests.conftest import WORDS, make_extractor, make_model, varied
 
 ARCHITECTURES = ["bart", "mbart", "t5", "gpt2", "llama", "bert", "roberta", "distilbert", "electra"]
 
@@ -153,7 +153,7 @@ def data(tmp_path_factory):
     """The answer is the word behind "was"; every fourth question has none."""
     random = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("data")
-    for split, size in (("train", 60), ("validation", 24)):
+    for split, size in (("train", 60), ("validation", 24), ("test", 24)):
         rows = []
         for number in range(size):
             words = random.choice(["the", "food", "not", "room"], random.integers(4, 9)).tolist()
@@ -273,7 +273,7 @@ def test_a_backbone_of_the_wrong_kind_is_refused(data, tmp_path, tiny_tokenizer,
         make(data, str(tmp_path / "generator"), answers="extracted")
     with pytest.raises(ConfigError, match="'answers': 'generated' needs a backbone that gives a text"):
         make(data, str(tmp_path / "extractor"), answers="generated")
-    (tmp_path / "x.jsonl").write_text('{"document": "the food", "summary": "food"}\n' * 20)
+    (tmp_path / "x.jsonl").write_text(varied({"document": "the food", "summary": "food"}, "document"))
     with pytest.raises(ConfigError, match="gives a span, but summarization needs a text"):
         gym.make("SD/Summarization-Custom-v0", dataset=str(tmp_path / "x.jsonl"), backbone=str(tmp_path / "extractor"))
 

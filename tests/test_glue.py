@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 import sd_gym
 from sd_gym.envs.config import ConfigError
 from sd_gym.tasks.data import DataError, Source, load_split
-from tests.conftest import TINY, WORDS, dense_policy, make_model, write_mirror
+from tests.conftest import TINY, WORDS, dense_policy, make_model, varied, write_mirror
 
 # Column names as on the hub, and the number of classes; 1 = a score.
 GLUE = {
@@ -170,7 +170,7 @@ def test_other_formats(tmp_path, suffix):
 
 def test_a_score_needs_numbers(tmp_path, tiny_tokenizer):
     file = tmp_path / "data.jsonl"
-    file.write_text('{"text": "good", "label": "yes"}\n' * 20)
+    file.write_text(varied({"text": "good", "label": "yes"}, "text"))
     model = backbone(tmp_path / "model", tiny_tokenizer, 1, "bert")
     with pytest.raises(DataError, match="gives a score, but the label is 'yes'"):
         gym.make("SD/Classification-Custom-v0", dataset=str(file), backbone=str(model))

@@ -17,7 +17,7 @@ from sd_gym.envs.picture import CELL, HEIGHT, LARGEST_CELL, LOST, RAN, WIDTH, as
 from sd_gym.envs.render import Result, Scene, as_lines
 from sd_gym.envs.split import Split
 from sd_gym.tasks.marks import CUT, DROPPED, READ, MarkedText
-from tests.conftest import make_extractor, make_model
+from tests.conftest import make_extractor, make_model, varied
 
 SMALL = {"train_size": 60, "validation_size": 20, "test_size": 20}
 SUMMARIZATION = "SD/Summarization-Mini-v0"
@@ -107,7 +107,7 @@ def test_pairs_and_what_was_cut(tmp_path, tiny_backbone):
     rows += [{"text": "the food was good not bad", "label": 1}] * 15  # one without its pair
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"dataset": str(file), "backbone": str(tiny_backbone), "token_shares": [0.0, 0.5]}
+    settings = {"dataset": str(file), "backbone": str(tiny_backbone), "token_shares": [0.0, 0.5], "overlap": "allow"}
     env = gym.make("SD/Classification-Custom-v0", max_source_length=8, **settings)
     split = env.unwrapped.core.split("train")
     first, second = split.marked_texts(0, 0)
@@ -146,7 +146,7 @@ def test_answers_of_every_kind_can_be_read_beside_the_reference(tmp_path, review
 
     row = {"question": "was the food good", "context": "the food was good", "answers": ["good"]}
     file = tmp_path / "data.jsonl"
-    file.write_text((json.dumps(row) + "\n") * 20)
+    file.write_text(varied(row, "context"))
     make_extractor("bert").save_pretrained(tmp_path / "extractor")
     tiny_tokenizer.save_pretrained(tmp_path / "extractor")
     arguments = {"dataset": str(file), "backbone": str(tmp_path / "extractor"), "render_mode": "ansi"}
@@ -336,9 +336,10 @@ def test_infos_hold_the_texts_on_request(env_id):
 
 def test_infos_hold_the_second_text_of_pairs(tmp_path, tiny_backbone):
     file = tmp_path / "pairs.jsonl"
-    file.write_text((json.dumps({"text": "the food", "text_pair": "was good", "label": 1}) + "\n") * 20)
+    file.write_text(varied({"text": "the food", "text_pair": "was good", "label": 1}, "text_pair"))
     arguments = {"dataset": str(file), "backbone": str(tiny_backbone), "info_text": True}
     _, info = gym.make("SD/Classification-Custom-v0", **arguments).reset(seed=0)
-    assert (info["source"], info["source_pair"], info["reference"]) == ("the food", "was good", "LABEL_1")
+    assert (info["source"], info["reference"]) == ("the food", "LABEL_1")
+    assert info["source_pair"].startswith("was good")
     _, infos = gym.make_vec("SD/Classification-Custom-v0", num_envs=2, **arguments).reset(seed=0)
-    assert infos["source_pair"].tolist() == ["was good"] * 2
+    assert all(text.startswith("was good") for text in infos["source_pair"])

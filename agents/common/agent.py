@@ -158,6 +158,7 @@ class Agent(ABC):
         size = self.env.single_observation_space.shape[0]
         kwargs["network"] = getattr(self.settings, "network", None)
         with torch.random.fork_rng(devices=[]):  # to export a policy draws nothing from the agent's randomness
+            torch.manual_seed(self.seed)
             return DecisionPolicy(size, core.nvec.tolist(), core.backbone.board.names, blind=self.blind, **kwargs)
 
     def _constant_policy(self, logits: torch.Tensor, **kwargs: Any) -> DecisionPolicy:

@@ -7,8 +7,11 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
+from sd_gym.envs.config import EnvConfig
+
+INCIDENTAL = ("device", "start", "path")  # settings that may differ from seed to seed, and in no result
 COLUMNS = [
     "env",
     "agent",
@@ -23,6 +26,22 @@ COLUMNS = [
 ]
 
 
+class Run(NamedTuple):
+    """A finished run.
+
+    Attributes:
+        folder: Where it is.
+        seed: Its seed; ``None`` of what ``sd_gym.evaluate`` wrote.
+        identity: What it has to share with others of its agent.
+        result: Its result.
+    """
+
+    folder: Path
+    seed: int | None
+    identity: dict[str, Any]
+    result: dict[str, Any]
+
+
 def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
     """Runs side by side, on the test split: ``sd-gym compare``.
 
@@ -31,7 +50,9 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
 
     Returns:
         A dictionary for each env and agent (and what the agent started from), over its runs: ``env``, ``agent``,
-        ``seeds`` (how many), ``quality_ref``; means ``quality_difference``, ``flops_ratio`` (the policy's own
+        ``seeds`` (how many). Only runs that differ in nothing but their seed are seeds of one agent: same config, data,
+        backbone, epsilon, settings and steps; others have a dictionary of their own, and ``agent`` says in brackets
+        what differs. Then ``quality_ref``; means ``quality_difference``, ``flops_ratio`` (the policy's own
         included), ``flops_easy``, ``flops_hard`` (of the easiest and the hardest level), ``time_ratio`` (at batch 32;
         ``None`` where nothing was timed); the worst run's ``worst_difference``, its 95% ``worst_interval`` and
         ``worst_flops``; ``decisions_used`` (fewest, most), and ``quality_kept`` (how many runs keep the quality).
@@ -40,18 +61,54 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
         FileNotFoundError: If no folder holds a finished run.
 
     Warns:
-        UserWarning: If folders hold none; they are passed over.
+        UserWarning: If folders hold none; they are passed over. If a run is given twice, by whatever path; it counts
+            once, as do runs of one agent with the same seed.
     """
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[Run]] = {}
     for folder in finished_runs(folders):
         config, result = finished(folder)
-        groups.setdefault((config["env"], agent_of(config)), []).append(result)
-    return [_row(env, agent, results) for (env, agent), results in sorted(groups.items())]
+        groups.setdefault((config["env"], agent_of(config)), []).append(
+            Run(folder, config.get("seed"), _identity(config), result)
+        )
+    return [
+        _row(env, agent, results)
+        for (env, agent), runs in sorted(groups.items())
+        for agent, results in _alike(agent, runs)
+    ]
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """What runs have to share to be seeds of one agent, by key; where a former version has none, its default."""
+    defaults = {name: field.default for name, field in EnvConfig.model_fields.items() if not field.is_required()}
+    known = {**defaults, **config["env_config"]}
+    data = {f"{split} data": one["hash"] for split, one in config.get("data", {}).items()}
+    named = {"steps": config.get("steps"), **known, **config["agent_settings"], **data}
+    return {key: value for key, value in named.items() if key not in INCIDENTAL}
+
+
+def _alike(agent: str, runs: list[Run]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Results of runs that differ in nothing but their seed, each under a name that says what sets it apart."""
+    keys = {key for run in runs for key in run.identity}
+    differ = sorted(key for key in keys if len({json.dumps(run.identity.get(key)) for run in runs}) > 1)
+    groups: dict[str, dict[Any, dict[str, Any]]] = {}
+    for run in runs:
+        notes = [f"{key} {run.identity.get(key)}" for key in differ]
+        shared = run.result.get("data", {}).get("test", {}).get("also_in", {})
+        notes += [f"{count} of its {run.result['instances']} test rows in {name}" for name, count in shared.items()]
+        found = groups.setdefault(f"{agent} ({', '.join(notes)})" if notes else agent, {})
+        if run.seed is not None and run.seed in found:
+            warnings.warn(f"a copy, counted once: {run.folder} is of the same seed as another run", stacklevel=3)
+        found[run.folder if run.seed is None else run.seed] = run.result
+    return [(name, list(found.values())) for name, found in sorted(groups.items())]
 
 
 def finished_runs(folders: Iterable[str | Path]) -> list[Path]:
     """Those of the folders that hold a result on the test split; raises and warns as ``compare``."""
-    folders = [Path(folder) for folder in folders]
+    given = [Path(folder) for folder in folders]
+    folders = list({folder.resolve(): folder for folder in reversed(given)}.values())[::-1]
+    if twice := len(given) - len(folders):
+        once = sorted({str(folder.resolve()) for folder in given if _times(folder, given) > 1})
+        warnings.warn(f"{twice} of the folders were given before; counted once: {', '.join(once)}", stacklevel=3)
     found = [folder for folder in folders if _tested(folder)]
     left = ", ".join(str(folder) for folder in folders if folder not in found)
     if not found:
@@ -59,6 +116,10 @@ def finished_runs(folders: Iterable[str | Path]) -> list[Path]:
     if left:
         warnings.warn(f"passed over, as they hold no result.json of a test split: {left}", stacklevel=3)
     return found
+
+
+def _times(folder: Path, given: list[Path]) -> int:
+    return sum(one.resolve() == folder.resolve() for one in given)
 
 
 def _tested(folder: Path) -> bool:

@@ -29,6 +29,7 @@ from sd_gym.policy import DecisionPolicy, as_json, write_json
 from sd_gym.registration import registered_ids
 from sd_gym.registry import UnknownNameError, naming_imports, unknown
 from sd_gym.tasks.data import SPLITS
+from sd_gym.tasks.splits import changed
 
 VALIDATIONS = 8  # times that the policy is validated during training
 TIMED_BATCH_SIZES = (1, 8, 32)
@@ -99,14 +100,16 @@ def train(
     env.reset(seed=seed)
     description = {"env": env_id, "algo": algo, "steps": steps, "seed": seed, "imports": list(imports)}
     description |= circumstances(env.config) | {"agent_settings": agent.settings.model_dump()}
+    description["data"] = env.core.data.identity()  # all splits, so that what is wrong with one is told at once
     selection = Selection(env.core, strictness)
-    reached = None
+    reached, scores = None, {}
     if checkpoint.exists():
         _check_same(folder, description)
         saved = torch.load(checkpoint, weights_only=True)  # tensors and plain values only
         agent.load_state(saved["agent"])
         selection.load_state(saved["selection"], agent.policy())
-        reached = selection.history[-1]["step"]
+        reached, scores = selection.history[-1]["step"], saved["scores"]
+    env.core.load_scores(scores)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", description)
     logger = open_logger(folder, description, reached)
@@ -119,7 +122,7 @@ def train(
         if agent.validates and (rollout.steps >= due * interval or rollout.steps >= steps):
             log_validation(logger, selection.consider(rollout.steps, agent.policy(), env.objective))
             if state := agent.state():
-                _save(checkpoint, {"agent": state, "selection": selection.state()})
+                _save(checkpoint, {"agent": state, "selection": selection.state(), "scores": env.core.scores()})
         if on_progress is not None:
             figures = {key: float(np.mean(values)) for key, values in rollout.infos.items() if key in INFO_TAGS}
             on_progress(rollout.steps, figures)
@@ -140,7 +143,7 @@ def train(
     result = measured(env.core, policy, "test", folder, decided)
     result["last_policy"] = last  # what learning ended with, where another one may have been selected
     result["history"] = selection.history
-    result["data"] = {name: env.core.split(name).counts for name in SPLITS}
+    result["data"] = {name: env.core.split(name).provenance for name in SPLITS}
     write_result(result, env.core, folder)
     log_result(logger, reached, result)
     logger.close()
@@ -185,9 +188,23 @@ def _check_same(folder: Path, description: dict[str, Any]) -> None:
     """Raise ``ValueError`` if the run in the folder is not the described one."""
     there = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     here = json.loads(as_json(description))
-    for key in ("env", "algo", "steps", "seed", "env_config", "agent_settings"):
-        if there[key] != here[key]:
-            raise ValueError(f"{folder} holds another run: its {key} is {there[key]}, now it is {here[key]}")
+    differ = differences(flat_settings(there), flat_settings(here))
+    if differ:
+        shown = ", ".join(f"its {key} is {was}, now it is {now}" for key, (was, now) in differ.items())
+        raise ValueError(f"{folder} holds another run: {shown}")
+    if words := changed(there.get("data", {}), here["data"]):
+        raise ValueError(f"{folder} holds a run on other data: {words}")
+
+
+def flat_settings(description: dict[str, Any]) -> dict[str, Any]:
+    """All that says which run it is, by key: env, agent, seed, steps, the env's config and the agent's settings."""
+    named = {key: description.get(key) for key in ("env", "algo", "steps", "seed")}
+    return {**named, **description["env_config"], **description["agent_settings"]}
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Both values of each key whose values differ."""
+    return {key: (one.get(key), other.get(key)) for key in {**one, **other} if one.get(key) != other.get(key)}
 
 
 def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:
@@ -195,10 +212,18 @@ def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:
 
     Raises:
         FileNotFoundError: If the folder holds no run.
-        ValueError: If its network is not registered.
+        ValueError: If its network is not registered, or its data have changed.
     """
     description = read_description(folder)
-    return description, shared_core(run_config(description)), DecisionPolicy.load(folder)
+    core = shared_core(run_config(description))
+    check_data(folder, description, core)
+    return description, core, DecisionPolicy.load(folder)
+
+
+def check_data(folder: Path, description: dict[str, Any], core: Core) -> None:
+    """Raise ``ValueError``, naming the splits, if the data are not those of the run (where it says which those are)."""
+    if "data" in description and (words := changed(description["data"], core.data.identity())):
+        raise ValueError(f"{folder}: {words}. Its results are of the former; train again, or bring the data back")
 
 
 def read_description(folder: Path) -> dict[str, Any]:

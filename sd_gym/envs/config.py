@@ -11,7 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from sd_gym.objectives import Objective, ObjectiveFunction, objective_function, objective_name
 from sd_gym.registration import CONFIG_FOLDER, OBSERVATIONS
-from sd_gym.tasks.data import Source
+from sd_gym.tasks.data import SPLITS, DataError, Source
+from sd_gym.tasks.splits import Splits
 
 SplitName = Literal["train", "validation", "test"]
 # A mapping as sorted pairs, since a configuration is hashed: envs of the same one share their core.
@@ -53,6 +54,7 @@ class EnvConfig(BaseModel):
     columns: Pairs = ()
     splits: Pairs = ()
     unanswerable: bool = True
+    overlap: Literal["error", "drop", "allow"] = "error"
     backbone: str
     prompt: str | None = None
     stop: str | None = Field(default=None, min_length=1)
@@ -84,8 +86,18 @@ class EnvConfig(BaseModel):
     def source(self) -> Source:
         """Where the data set is."""
         return Source(
-            self.dataset, self.subset, self.revision, dict(self.columns), dict(self.splits), self.unanswerable
+            self.dataset,
+            self.subset,
+            self.revision,
+            dict(self.columns),
+            dict(self.splits),
+            self.unanswerable,
+            self.overlap,
         )
+
+    def data(self) -> Splits:
+        """The splits of the data set; nothing is read yet."""
+        return Splits(self.source, self.task, {name: self.size_of(name) for name in SPLITS})
 
     def make_objective(self) -> Objective:
         """The objective, at its start."""
@@ -130,6 +142,10 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{origin}: config key {key!r}: {first['msg']}, got {first['input']!r}") from error
+    try:
+        config.source  # noqa: B018  (says what is wrong with the splits)
+    except DataError as error:
+        raise ConfigError(f"{origin}: config key {error}") from error
     try:
         objective_function(config.objective)
     except ValueError as error:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sd_gym.backbones import load_backbone
@@ -44,6 +45,7 @@ class Core:
         config: The env's configuration.
 
     Attributes:
+        data: The splits of the data set.
         actions: How an agent says its decisions.
         observation: What it sees.
 
@@ -57,6 +59,7 @@ class Core:
     def __init__(self, config: EnvConfig) -> None:
         self.config = config
         self.backbone = load_backbone(config.backbone, config.device)
+        self.data = config.data()
         self._splits: dict[str, Split] = {}
         self.actions: Actions = ACTIONS[config.action](config, self.nvec)
         self._decided = MultiDiscreteActions(config, self.nvec)
@@ -79,8 +82,22 @@ class Core:
     def split(self, name: str) -> Split:
         """A split by name, loaded when first asked for."""
         if name not in self._splits:
-            self._splits[name] = Split(self.config, name)
+            self._splits[name] = Split(self.config, name, self.data)
         return self._splits[name]
+
+    def scores(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What is known of each split (``Split.scores``), by its name."""
+        return {name: split.scores() for name, split in self._splits.items()}
+
+    def load_scores(self, scores: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Know these scores and no others.
+
+        A likelihood differs in its last bits with the batch that it is computed in, so what a run has scored before
+        belongs to the run: it neither takes over what another one in this process has scored, nor scores again what it
+        had before it was cut off.
+        """
+        for name in {*self._splits, *scores}:
+            self.split(name).load_scores(scores.get(name))
 
     def observe(self, split: Split, rows: Array) -> Observations:
         """What the configured observation shows of rows ``[n]`` of a split: new arrays, a row an instance."""

@@ -6,7 +6,6 @@ from typing import Any
 
 from sd_gym.envs.config import load_config
 from sd_gym.registration import config_of
-from sd_gym.tasks.data import load_split
 
 
 def instances(env_id: str, split: str = "test", **settings: Any) -> list[dict[str, Any]]:
@@ -18,10 +17,10 @@ def instances(env_id: str, split: str = "test", **settings: Any) -> list[dict[st
         settings: Overrides of the env's config, as for ``gym.make``.
 
     Returns:
-        One dictionary an instance: ``id`` (as ``reset(options={"instance": id})`` takes it), ``text`` (of question
-        answering: the question), ``text_pair`` (the context, or the second sentence; ``None`` where there is none),
-        ``label`` (the reference: a text, a class or a score), ``level`` (of difficulty, 1 and up; 0: the data do not
-        say).
+        One dictionary an instance: ``id`` (as ``reset(options={"instance": id})`` takes it), ``row`` (where it stands
+        in the data, counted from 1: ``reviews.jsonl, row 9``), ``text`` (of question answering: the question),
+        ``text_pair`` (the context, or the second sentence; ``None`` where there is none), ``label`` (the reference: a
+        text, a class or a score), ``level`` (of difficulty, 1 and up; 0: the data do not say).
 
     Raises:
         ValueError: If the id, the split or a setting is unknown.
@@ -35,13 +34,15 @@ def instances(env_id: str, split: str = "test", **settings: Any) -> list[dict[st
     if split not in ("train", "validation", "test"):
         raise ValueError(f"unknown split {split!r}; expected train, validation or test")
     config = load_config(config_of(env_id), settings)
+    found = config.data()[split]
     return [
         {
             "id": instance.id,
+            "row": f"{found.file}, row {row + 1}",
             "text": instance.source,
             "text_pair": instance.source_pair,
             "label": instance.target,
             "level": instance.difficulty,
         }
-        for instance in load_split(config.source, config.task, split, config.size_of(split))
+        for row, instance in zip(found.rows, found, strict=True)
     ]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +19,13 @@ from sd_gym.backbones.spans import best_spans
 from sd_gym.envs.config import ConfigError, EnvConfig
 from sd_gym.switch import Switchboard, dropped_tokens, first_layer_input, passes, pooled
 from sd_gym.tasks.cache import encode_cached
-from sd_gym.tasks.data import Instances, load_split
+from sd_gym.tasks.data import Instances
 from sd_gym.tasks.difficulty import quartiles
 from sd_gym.tasks.encoding import droppable_tokens
 from sd_gym.tasks.marks import MarkedText, marked_texts
 from sd_gym.tasks.metrics import corpus_metric, likelihood, prediction, quality
 from sd_gym.tasks.ranking import in_batches, kept_tokens, token_scores
+from sd_gym.tasks.splits import Splits
 from sd_gym.tasks.text import text_metrics, text_quality
 
 Array = NDArray
@@ -39,13 +41,18 @@ PASS_TOKENS = 2**15  # padded tokens of a forward pass at most, which bounds its
 class Split:
     """One split of a data set, with everything about it that never changes.
 
+    Args:
+        config: The env's configuration.
+        name: The split.
+        data: The splits of the data set.
+
     Attributes:
         name: ``train``, ``validation`` or ``test``.
         instances: The instances, in order.
         encoded: Their tensors.
     """
 
-    def __init__(self, config: EnvConfig, name: str) -> None:
+    def __init__(self, config: EnvConfig, name: str, data: Splits) -> None:
         self.backbone = load_backbone(config.backbone, config.device)
         self.config = config
         self.name = name
@@ -56,7 +63,8 @@ class Split:
             )
         self._check_output()
         self.prompt, self.stop = (config.prompt, config.stop) if self.backbone.causal else (None, None)
-        self.instances: Instances = load_split(config.source, config.task, name, config.size_of(name))
+        self._data = data
+        self.instances: Instances = data[name]
         self.encoded = encode_cached(
             self.instances,
             self.backbone.tokenizer,
@@ -141,9 +149,9 @@ class Split:
         return facts
 
     @property
-    def counts(self) -> dict[str, int]:
-        """How many instances there are, were left out (an empty text), and had their input or target cut."""
-        return {**self.encoded.counts, "left_out": self.instances.left_out}
+    def provenance(self) -> dict[str, Any]:
+        """Which rows these are (``Instances.provenance``), and how many had their input or target cut."""
+        return {**self.instances.provenance, **self.encoded.counts}
 
     def flops_ratio(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under ``decisions [n, switches + 1]`` over dense FLOPs, float64 ``[n]``."""
@@ -182,6 +190,26 @@ class Split:
             self._scores.update(zip(missing, qualities.tolist(), strict=True))
         found = np.array([self._scores[key] for key in keys])
         return found[: len(rows)], found[len(rows) :]
+
+    def scores(self) -> dict[str, torch.Tensor]:
+        """The qualities that were computed so far, as tensors: the rows, their packed decisions, the values."""
+        packed = np.frombuffer(b"".join(decision for _, decision in self._scores), np.uint8)
+        width = len(packed) // max(1, len(self._scores))
+        return {
+            "rows": torch.tensor([row for row, _ in self._scores], dtype=torch.int64),
+            "decisions": torch.from_numpy(packed.reshape(len(self._scores), width).copy()),
+            "values": torch.tensor(list(self._scores.values()), dtype=torch.float64),
+            "dense_log": torch.from_numpy(self._dense_log.copy()),
+        }
+
+    def load_scores(self, scores: dict[str, torch.Tensor] | None) -> None:
+        """Know what ``scores`` gave and nothing else; ``None``: nothing."""
+        self._scores = {}
+        self._dense_log = np.full(len(self), np.nan)
+        if scores is not None:
+            keys = zip(scores["rows"].tolist(), map(bytes, scores["decisions"].numpy()), strict=True)
+            self._scores = dict(zip(keys, scores["values"].tolist(), strict=True))
+            self._dense_log = scores["dense_log"].numpy()
 
     @torch.inference_mode()
     def run(self, rows: Array, decisions: Array) -> Array:
@@ -430,7 +458,7 @@ class Split:
             self.encoded,
             self.backbone.board,
             self.backbone.tokenizer,
-            lambda: load_split(config.source, config.task, "train", config.train_size),
+            lambda: self._data["train"],
         )
 
     def _keep(self, rows: Array, level: Array) -> Array | None:

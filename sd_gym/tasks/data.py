@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import json
 import math
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.procedural import generate_split
@@ -20,6 +24,7 @@ FIELDS = {
     "question_answering": ("question", "context", "answers"),
     "summarization": ("document", "summary"),
 }
+DIVISION = {8: "validation", 9: "test"}  # of a single file, by the last digit of the row
 FORMATS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 Rows = Iterable[tuple[str, dict[str, Any]]]  # (where it stands, row)
 
@@ -28,10 +33,40 @@ class Instances(list[Instance]):
     """The instances of a split.
 
     Attributes:
+        file: Where they come from: a file, or a data set on the hub.
+        rows: Where they stand in it, counted from 0, ``[n]``.
+        part: Which rows of it were read, such as ``train[0:30]``; the empty ones among them are left out.
         left_out: Rows that are no instances, since a text that they need is empty.
+        dropped: Rows that are left out since they also stand in another split (``overlap: drop``).
+        also_in: How many stand in another split as well (``overlap: allow``), by the other split's name.
     """
 
-    left_out: int = 0
+    def __init__(self, instances: Iterable[Instance] = (), *, file: str = "", part: str = "") -> None:
+        super().__init__(instances)
+        self.file = file
+        self.part = part
+        self.rows: list[int] = list(range(len(self)))
+        self.left_out = self.dropped = 0
+        self.also_in: dict[str, int] = {}
+
+    @cached_property
+    def hash(self) -> str:
+        """A hash of all that the data say of the instances, in order (their ids are left out)."""
+        digest = hashlib.blake2b(digest_size=8)
+        for one in self:
+            facts = (one.source, one.source_pair, one.target, one.difficulty, one.protected, one.more_targets)
+            digest.update(repr((*facts, one.answer_spans)).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Which rows these are, as ``config.json`` keeps it: ``file``, ``part``, ``instances`` and ``hash``."""
+        return {"file": self.file, "part": self.part, "instances": len(self), "hash": self.hash}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """``identity``, and what was left out and is shared with other splits, as a result keeps it."""
+        return {**self.identity, "left_out": self.left_out, "dropped": self.dropped, "also_in": self.also_in}
 
 
 class DataError(ValueError):
@@ -48,8 +83,14 @@ class Source:
         subset: Of a data set on the hub that has several (GLUE's ``sst2``).
         revision: Commit of the data set on the hub.
         columns: The column of each field that is called differently, ``{"text": "sentence"}``.
-        splits: What each split is, ``{"validation": "train[-2000:]"}``: a split of the data set, sliced or not.
+        splits: What each split is, ``{"validation": "train[-2000:]"}``: a split of the data set, sliced or not. A split
+            that is not named is the data set's own, less what the named ones cut off it.
         unanswerable: Whether questions may be without an answer.
+        overlap: What is done about rows whose texts stand in two splits: ``error``; ``drop`` (they stay in test, or
+            else in validation); ``allow``.
+
+    Raises:
+        DataError: If ``splits`` names no split, or something is no slice.
     """
 
     dataset: str
@@ -58,10 +99,22 @@ class Source:
     columns: Mapping[str, str] = field(default_factory=dict)
     splits: Mapping[str, str] = field(default_factory=dict)
     unanswerable: bool = True
+    overlap: Literal["error", "drop", "allow"] = "error"
+
+    def __post_init__(self) -> None:
+        for name, expression in self.splits.items():
+            if name not in SPLITS:
+                raise DataError(f"'splits': unknown split {name!r}{_near(name, SPLITS)} There are {', '.join(SPLITS)}.")
+            try:
+                _slice(expression)
+            except DataError as error:
+                raise DataError(f"'splits': {error}") from None
+        if self.splits and self.dataset == "procedural":
+            raise DataError("'splits': generated data are not cut; leave it out")
 
 
 def load_split(source: Source | str, task: str, split: str, size: int | None) -> Instances:
-    """The instances of one split, in the data set's order.
+    """The instances of one split, in the data set's order; ``Splits`` has all of them, and compares them.
 
     A row with an empty document, summary, text, question or context is left out, and counted: data sets of the hub have
     a few of these.
@@ -71,7 +124,7 @@ def load_split(source: Source | str, task: str, split: str, size: int | None) ->
         task: ``classification`` (fields ``text``, ``text_pair``?, ``label``), ``question_answering`` (``question``,
             ``context``, ``answers``) or ``summarization`` (``document``, ``summary``).
         split: ``train``, ``validation`` or ``test``. A single file is divided by row: every tenth row is validation,
-            every tenth test, the rest train. A data set without a test split tests on its validation split.
+            every tenth test, the rest train; where ``splits`` says what they are, the whole file is ``train``.
         size: So many rows at most; ``None``: all.
 
     Raises:
@@ -82,20 +135,58 @@ def load_split(source: Source | str, task: str, split: str, size: int | None) ->
     if source.dataset == "procedural":
         if size is None:
             raise DataError(f"the procedural data set is endless; set {split}_size")
-        return Instances(generate_split(task, split, size))
-    name, start, end = _slice(source.splits.get(split, split))
-    rows = list(_read(source, name))[start:end][:size]
-    instances = Instances()
-    for number, (origin, row) in enumerate(rows):
+        return Instances(generate_split(task, split, size), file="procedural", part=f"{split}[0:{size}]")
+    divided = Path(source.dataset).is_file() and not source.splits
+    base, start, end = _slice(source.splits.get(split, "train" if divided else split))
+    file, rows = _read(source, base, split)
+    rows = list(rows)
+    cut = set() if split in source.splits else _cut_off(source, base, len(rows))
+    chosen = [row for row in range(len(rows))[start:end] if row not in cut]
+    if divided:
+        chosen = [row for row in chosen if DIVISION.get(row % 10, "train") == split]
+    chosen = chosen[:size]
+    instances = Instances(file=file, part=_described(base, chosen, len(rows)))
+    instances.rows.clear()
+    for number, position in enumerate(chosen):
+        origin, row = rows[position]
         row = _renamed(row, source, task, origin)
         if _is_empty(row, task, origin):
             instances.left_out += 1
         else:
             instances.append(_instance(row, task, f"{split}-{number}", origin, source.unanswerable))
+            instances.rows.append(position)
     if not instances:
-        empty = f": all {len(rows)} rows have empty texts" if rows else ""
-        raise DataError(f"the split {split!r} of {source.dataset!r} is empty{empty}")
+        why = f": all {len(chosen)} rows have empty texts" if chosen else ""
+        if rows and not chosen:
+            taken = source.splits.get(split) or f"what {dict(source.splits)} leaves of {base}"
+            why = f": {taken} has none of the {len(rows)} rows"
+        raise DataError(f"the split {split!r} of {source.dataset!r} is empty{why}")
     return instances
+
+
+def _cut_off(source: Source, base: str, count: int) -> set[int]:
+    """The rows of a data set's own split that the named splits are slices of."""
+    slices = [_slice(expression) for expression in source.splits.values()]
+    return {
+        row
+        for name, start, end in slices
+        if name == base and (start, end) != (None, None)
+        for row in range(count)[start:end]
+    }
+
+
+def _described(base: str, rows: list[int], count: int) -> str:
+    """Rows as slices, ``train[0:30]``; their number, where they are many."""
+    breaks = [number for number, (one, other) in enumerate(pairwise(rows), start=1) if other != one + 1]
+    if len(breaks) > 2:
+        return f"{len(rows)} of the {count} rows of {base}, from {rows[0]} to {rows[-1]}"
+    ends = zip([0, *breaks], [*breaks, len(rows)], strict=True)
+    return " + ".join(f"{base}[{rows[start]}:{rows[end - 1] + 1}]" for start, end in ends if end > start)
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def _slice(expression: str) -> tuple[str, int | None, int | None]:
@@ -107,13 +198,18 @@ def _slice(expression: str) -> tuple[str, int | None, int | None]:
     return name, int(start) if start else None, int(end) if end else None
 
 
-def _read(source: Source, split: str) -> Rows:
+def _read(source: Source, base: str, split: str) -> tuple[str, Rows]:
+    """Where the data set's own split ``base`` is, and its rows; ``split`` is what it is needed for."""
     path = Path(source.dataset)
     if path.is_file():
-        rows = _read_file(path)
-        return rows if source.splits else _divide(rows, split)
+        if base != "train":
+            raise _no_split(source, base, split, ["train"])
+        return str(path), _read_file(path)
     if path.is_dir() and any((path / f"{name}{suffix}").exists() for name in SPLITS for suffix in FORMATS):
-        return _read_file(_split_file(path, split))
+        files = {file.stem: file for suffix in reversed(FORMATS) for file in sorted(path.glob(f"*{suffix}"))}
+        if base not in files:
+            raise _no_split(source, base, split, sorted(files))
+        return str(files[base]), _read_file(files[base])
     if not path.is_dir() and (
         path.suffix in FORMATS or source.dataset.startswith((".", "/", "~")) or source.dataset.count("/") > 1
     ):
@@ -121,16 +217,21 @@ def _read(source: Source, split: str) -> Rows:
             f"no data at {source.dataset!r}; expected a JSONL, CSV or Parquet file, a folder with "
             f"{', '.join(f'{s}.jsonl' for s in SPLITS)}, 'procedural', or the id of a data set on the Hugging Face hub"
         )
-    return _read_hub(source, split)
+    return _hub_name(source), _read_hub(source, base, split)
 
 
-def _split_file(folder: Path, split: str) -> Path:
-    names = [split, "validation"] if split == "test" else [split]
-    for name in names:
-        for suffix in FORMATS:
-            if (folder / f"{name}{suffix}").exists():
-                return folder / f"{name}{suffix}"
-    raise FileNotFoundError(f"no {split}.jsonl in {folder}; expected {', '.join(f'{s}.jsonl' for s in SPLITS)}")
+def _no_split(source: Source, base: str, split: str, known: list[str]) -> FileNotFoundError:
+    """The error where a data set has no split ``base``, which ``split`` is to be."""
+    there = "A single file is all 'train'." if Path(source.dataset).is_file() else f"It has {', '.join(known)}."
+    return FileNotFoundError(
+        f"{source.dataset} has no split {base!r}{_near(base, known)} {there} Say which rows {split!r} is, such as "
+        f'splits={{{split}: "{"train" if "train" in known else known[0]}[-1000:]"}}'
+    )
+
+
+def _hub_name(source: Source) -> str:
+    parts = [source.dataset, source.subset, source.revision and f"at {source.revision}"]
+    return ", ".join(part for part in parts if part)
 
 
 def _read_file(file: Path) -> Rows:
@@ -162,12 +263,7 @@ def _read_jsonl(file: Path) -> Rows:
             yield f"{file}, line {number}", row
 
 
-def _divide(rows: Rows, split: str) -> Rows:
-    place = {8: "validation", 9: "test"}
-    return [row for number, row in enumerate(rows) if place.get(number % 10, "train") == split]
-
-
-def _read_hub(source: Source, split: str) -> Rows:
+def _read_hub(source: Source, base: str, split: str) -> Rows:
     """From the hub, or from a folder in its form."""
     from datasets import get_dataset_split_names, load_dataset
 
@@ -177,27 +273,25 @@ def _read_hub(source: Source, split: str) -> Rows:
             # Streamed, with a cache of its own: the library's cache does not tell apart two folders of the same name.
             with TemporaryDirectory() as cache:
                 parts = load_dataset(source.dataset, source.subset, streaming=True, cache_dir=cache)
-                rows = list(parts[_or_validation(split, parts)])
+                known = sorted(parts)
+                rows = list(parts[base]) if base in parts else []
         else:
             known = get_dataset_split_names(source.dataset, source.subset, revision=source.revision)
-            rows = load_dataset(
-                source.dataset, source.subset, split=_or_validation(split, known), revision=source.revision
-            )
+            there = base in known
+            rows = load_dataset(source.dataset, source.subset, split=base, revision=source.revision) if there else []
     except Exception as error:  # the library raises errors of many kinds, above all when the hub cannot be reached
         if folder:
             raise FileNotFoundError(
-                f"no {split}.jsonl in {source.dataset}, and as a copy of a hub data set the folder does not give "
-                f"the split {split!r} (subset {source.subset}): {error}"
+                f"no {base}.jsonl in {source.dataset}, and as a copy of a hub data set the folder does not give "
+                f"the split {base!r} (subset {source.subset}): {error}"
             ) from error
         raise FileNotFoundError(
-            f"cannot load the split {split!r} of {source.dataset!r}: it is no local file or folder, and the Hugging "
+            f"cannot load the split {base!r} of {source.dataset!r}: it is no local file or folder, and the Hugging "
             "Face hub did not give it. Without network, pass the path of a local copy as dataset=..."
         ) from error
+    if base not in known:
+        raise _no_split(source, base, split, known)
     return ((f"{source.dataset}, row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _or_validation(split: str, known: Container[str]) -> str:
-    return "validation" if split == "test" and "test" not in known else split
 
 
 def _renamed(row: dict[str, Any], source: Source, task: str, origin: str) -> dict[str, Any]:

@@ -24,10 +24,11 @@ from sd_gym.backbones.prepare import freeze_observation, prepare
 from sd_gym.policy import write_json
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.cache import encode_cached
-from sd_gym.tasks.data import DataError, Source, load_split
+from sd_gym.tasks.data import DataError, Source
 from sd_gym.tasks.encoding import droppable_tokens
 from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.ranking import Ranking, token_scores
+from sd_gym.tasks.splits import Splits
 from sd_gym.tasks.validation import Part, Score
 
 
@@ -52,6 +53,7 @@ def prepare_backbone(
     label_range: float = 1.0,
     train_size: int | None = None,
     validation_size: int | None = None,
+    test_size: int | None = None,
     skip_logits: Mapping[str, NDArray] | None = None,
     resume: bool = False,
     seed: int = 0,
@@ -89,6 +91,7 @@ def prepare_backbone(
         label_range: Difference of the highest and the lowest score.
         train_size: At most so many training instances; ``None``: all.
         validation_size: Likewise.
+        test_size: Likewise, of the instances that are compared with those that it learns from.
         skip_logits: To tune it under a policy: of ``train`` and ``validation``, the log-odds by which the policy skips
             each switch for each instance, float32 ``[n, switches]``. Then decisions are drawn around the policy's
             (``decisions_around``), and what the policy observes is frozen (``freeze_observation``).
@@ -116,8 +119,8 @@ def prepare_backbone(
         device_placement=False,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    sizes = {"train": train_size, "validation": validation_size}
-    instances = {name: load_split(source, task, name, size) for name, size in sizes.items()}
+    splits = Splits(source, task, {"train": train_size, "validation": validation_size, "test": test_size})
+    instances = {name: splits[name] for name in ("train", "validation")}
     torch.manual_seed(seed)
     if skip_logits is None:
         model, tokenizer = _load(backbone, task, answers, instances["train"])
@@ -200,7 +203,7 @@ def prepare_backbone(
         "token_shares": list(token_shares),
         "token_ranking": token_ranking,
         "seed": seed,
-        "data": {name: part.counts for name, part in (("train", train), ("validation", validation))},
+        "data": {name: part.provenance for name, part in (("train", train), ("validation", validation))},
         "steps_done": course.step,
         "validation": [{"step": step, "quality": value} for step, value in course.validation],
         "measure": score.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,9 +50,9 @@ class Part:
     skip_logits: NDArray | None = None
 
     @property
-    def counts(self) -> dict[str, int]:
-        """How many instances there are, were left out, and cut."""
-        return {**self.encoded.counts, "left_out": self.instances.left_out}
+    def provenance(self) -> dict[str, Any]:
+        """Which rows these are (``Instances.provenance``), and how many had their input or target cut."""
+        return {**self.instances.provenance, **self.encoded.counts}
 
     def batch(self, rows: NDArray, level: NDArray) -> dict[str, Tensor]:
         """The inputs of some rows, on the CPU; ``keep`` among them where tokens are dropped at their levels."""

@@ -1,0 +1,120 @@
+"""The splits of a data set, compared: no text stands in two of them, or it is known which do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from itertools import combinations
+from typing import Any
+
+from sd_gym.tasks.data import SPLITS, DataError, Instances, Source, load_split
+from sd_gym.tasks.instance import Instance
+
+
+class Splits:
+    """The splits of a data set, all of them read when the first one is asked for.
+
+    What is wrong with a split is told when that split is asked for: who only learns needs no test split. Generated
+    splits are disjoint as they are made, and each is generated when it is asked for.
+
+    Args:
+        source: The data set.
+        task: As for ``load_split``.
+        sizes: So many rows of each split at most; ``None``: all.
+    """
+
+    def __init__(self, source: Source, task: str, sizes: Mapping[str, int | None]) -> None:
+        self._source = source
+        self._task = task
+        self._sizes = sizes
+        self._read: dict[str, Instances | Exception] = {}
+
+    def __getitem__(self, name: str) -> Instances:
+        """The instances of a split, by its name.
+
+        Raises:
+            FileNotFoundError, DataError: As ``load_split`` raises; and if rows stand in two splits whose ``Source``
+                does not say what is done about that.
+
+        Warns:
+            UserWarning: If they do and are allowed to.
+        """
+        if self._source.dataset == "procedural":
+            self._read.setdefault(name, load_split(self._source, self._task, name, self._sizes[name]))
+        elif not self._read:
+            read = {split: self._try(split) for split in SPLITS}
+            _compare({split: one for split, one in read.items() if isinstance(one, Instances)}, self._source)
+            self._read = read
+        found = self._read[name]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """``Instances.identity`` of each split; raises as asking for each does."""
+        return {name: self[name].identity for name in SPLITS}
+
+    def _try(self, name: str) -> Instances | Exception:
+        try:
+            return load_split(self._source, self._task, name, self._sizes[name])
+        except (FileNotFoundError, DataError) as error:
+            return error
+
+
+def changed(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Which splits differ from what ``Splits.identity`` said before, in words; ``None``: none does."""
+    differ = [name for name, was in before.items() if was["hash"] != now[name]["hash"]]
+    if not differ:
+        return None
+    shown = (f"{name} was {_words(before[name])}, and is {_words(now[name])}" for name in differ)
+    return f"the data have changed: {'; '.join(shown)}"
+
+
+def _words(identity: Mapping[str, Any]) -> str:
+    return f"{identity['instances']} instances of {identity['file']} ({identity['part']}, hash {identity['hash']})"
+
+
+def _key(instance: Instance) -> tuple[str, str | None]:
+    return instance.source.strip(), instance.source_pair and instance.source_pair.strip()
+
+
+def _compare(splits: dict[str, Instances], source: Source) -> None:
+    """Do what ``source.overlap`` says about the texts that stand in two splits."""
+    texts = {name: {_key(one) for one in instances} for name, instances in splits.items()}
+    shared = {
+        (one, other): sum(_key(instance) in texts[other] for instance in splits[one])
+        for one, other in combinations(splits, 2)
+        if texts[one] & texts[other]
+    }
+    if not shared:
+        return
+    if source.overlap == "drop":
+        for name in splits:
+            later = [texts[other] for other in splits if SPLITS.index(other) > SPLITS.index(name)]
+            _drop(splits[name], set().union(*later), f"the split {name!r} of {source.dataset!r}")
+        return
+    words = "; ".join(
+        f"{count} of the {len(splits[one])} rows of {one} ({splits[one].part}) also stand in {other} "
+        f"({splits[other].part})"
+        for (one, other), count in shared.items()
+    )
+    if source.overlap == "error":
+        raise DataError(
+            f"splits of {source.dataset!r} overlap: {words} (the same texts, whatever their labels). A result would be "
+            "of rows that were learned from. Cut them apart with splits=..., or set overlap=drop to leave such rows "
+            "out of the first one, or overlap=allow to go on all the same"
+        )
+    for one, other in shared:
+        for name, against in ((one, other), (other, one)):
+            splits[name].also_in[against] = sum(_key(instance) in texts[against] for instance in splits[name])
+    warnings.warn(f"splits of {source.dataset!r} overlap, as overlap=allow says: {words}", stacklevel=4)
+
+
+def _drop(instances: Instances, texts: set[tuple[str, str | None]], what: str) -> None:
+    """Leave out, in place, what stands among ``texts``."""
+    kept = [number for number, one in enumerate(instances) if _key(one) not in texts]
+    instances.dropped = len(instances) - len(kept)
+    instances.rows = [instances.rows[number] for number in kept]
+    instances[:] = [instances[number] for number in kept]
+    if not kept:
+        raise DataError(f"{what} is empty: all its rows also stand in a later split")

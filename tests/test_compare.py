@@ -1,0 +1,87 @@
+"""Only runs that differ in nothing but their seed are seeds of one agent, and each counts once."""
+
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+import sd_gym
+from sd_gym.cli import app
+
+CUSTOM = "SD/Classification-Custom-v0"
+
+
+@pytest.fixture
+def run(reviews, tiny_backbone, tmp_path):
+    """Makes a run of the agent ``random``."""
+
+    def make(name, seed=0, steps=1, **settings):
+        settings = {"dataset": str(reviews), "backbone": str(tiny_backbone), **settings}
+        sd_gym.train(CUSTOM, "random", tmp_path / name, seed=seed, steps=steps, **settings)
+        return tmp_path / name
+
+    return make
+
+
+def agents(folders):
+    return {row["agent"]: row["seeds"] for row in sd_gym.compare(folders)}
+
+
+def test_what_differs_is_a_row_of_its_own_and_its_name_says_what(run, reviews, tiny_backbone, tmp_path):
+    other_data, other_backbone = tmp_path / "other.jsonl", tmp_path / "other-backbone"
+    shutil.copytree(tiny_backbone, other_backbone)
+    lines = reviews.read_text().splitlines()
+    other_data.write_text("\n".join(lines[:30]))
+    first = [run("first", 0), run("second", 1)]
+    assert agents(first) == {"random": 2}
+    changed = {
+        "epsilon": run("strict", epsilon=0.5),
+        "rate": run("bold", rate=0.6),
+        "steps": run("long", steps=5),
+        "dataset": run("elsewhere", dataset=str(other_data)),
+        "backbone": run("tuned", backbone=str(other_backbone)),
+    }
+    for key, folder in changed.items():
+        found = agents([*first, folder])
+        assert sorted(found.values()) == [1, 2], key
+        assert all(f"({key} " in name or f", {key} " in name for name in found), key
+
+
+def test_rows_of_a_file_that_has_changed_are_no_seeds_of_one_agent(run, reviews):
+    from sd_gym.envs.core import _shared_core
+
+    first = run("first")
+    lines = reviews.read_text().splitlines()
+    lines[9] = json.dumps({"text": "the room was not awful", "label": 1})  # of the test split
+    reviews.write_text("\n".join(lines) + "\n")
+    _shared_core.cache_clear()
+    found = agents([first, run("second", 1)])
+    assert len(found) == 2
+    assert all(name.startswith("random (test data ") for name in found)
+
+
+def test_one_folder_counts_once_by_whatever_path_and_it_says_so(run, tmp_path, monkeypatch):
+    folder, other = run("first"), run("second", 1)
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    given = [folder, "first", tmp_path / "second" / ".." / "first", tmp_path / "link", other]
+    with pytest.warns(UserWarning, match=f"3 of the folders were given before; counted once: {folder}$"):
+        assert agents(given) == {"random": 2}
+    shown = CliRunner().invoke(app, ["compare", str(folder), str(tmp_path / "link")])
+    assert "counted once" in shown.stderr
+    assert " 1 " in shown.output
+
+
+def test_a_copy_of_a_run_is_no_other_seed(run, tmp_path):
+    folder = run("first")
+    shutil.copytree(folder, tmp_path / "copy")
+    with pytest.warns(UserWarning, match="same seed"):
+        assert agents([folder, tmp_path / "copy"]) == {"random": 1}
+
+
+def test_rows_of_validation_in_the_test_are_told(run):
+    with pytest.warns(UserWarning, match="overlap"):
+        folder = run("first", splits={"validation": "train[-10:]", "test": "train[-6:]"}, overlap="allow")
+    (row,) = sd_gym.compare([folder])
+    assert row["agent"] == "random (6 of its 6 test rows in validation)"

@@ -1,0 +1,150 @@
+"""The same seed and the same data give the same run, byte for byte; other data are noticed."""
+
+import json
+
+import gymnasium as gym
+import pytest
+import torch
+from sd_gym.agents.common.run import load_run, train
+from sd_gym.agents.registry import make_agent
+from typer.testing import CliRunner
+
+import sd_gym
+from sd_gym.cli import app
+from sd_gym.envs.core import _shared_core
+
+CUSTOM = "SD/Classification-Custom-v0"
+
+
+@pytest.fixture
+def settings(reviews, tiny_backbone):
+    return {"dataset": str(reviews), "backbone": str(tiny_backbone)}
+
+
+def forget():
+    """What a new process does not know."""
+    _shared_core.cache_clear()
+    torch.seed()
+
+
+def weights(folder):
+    return (folder / "policy.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("algo", ["dense", "static", "hash", "random", "every-other"])
+def test_a_control_is_the_same_for_the_same_seed_and_so_is_what_starts_from_it(algo, settings, tmp_path):
+    for name in ("one", "other"):
+        forget()
+        train(CUSTOM, algo, tmp_path / name, steps=1, seed=3, settings=settings)
+        start = {"start": tmp_path / name, "num_envs": 8, "n_steps": 8}
+        train(CUSTOM, "ppo", tmp_path / f"{name}-ppo", steps=64, seed=3, settings={**settings, **start})
+    assert weights(tmp_path / "one") == weights(tmp_path / "other")
+    assert weights(tmp_path / "one-ppo") == weights(tmp_path / "other-ppo")
+
+
+def test_another_seed_has_other_weights(settings):
+    env = gym.make_vec(CUSTOM, num_envs=1, **settings).unwrapped
+    one, other = (make_agent("static", env, seed=seed).policy().body[0].weight for seed in (0, 1))
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("algo", ["ppo", "reinforce"])
+def test_a_killed_run_on_likelihoods_ends_as_the_uninterrupted_one(algo, settings, tmp_path):
+    """A likelihood depends in its last bits on the rows that it is computed beside, and so on what is known before."""
+
+    class KilledError(Exception):
+        pass
+
+    def kill(step, figures):
+        if step > 700:
+            raise KilledError
+
+    settings = {**settings, "quality": "likelihood", "num_envs": 16}
+    arguments = {"steps": 1_000, "seed": 3, "settings": settings}
+    forget()
+    whole = train(CUSTOM, algo, tmp_path / "whole", **arguments)
+    forget()
+    with pytest.raises(KilledError):
+        train(CUSTOM, algo, tmp_path / "cut", **arguments, on_progress=kill)
+    forget()
+    resumed = train(CUSTOM, algo, tmp_path / "cut", **arguments, resume=True)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+    assert {**whole, "time": None} == {**resumed, "time": None}
+
+
+def test_a_run_does_not_depend_on_what_ran_before_in_the_process(settings, tmp_path):
+    settings = {**settings, "quality": "likelihood", "num_envs": 16}
+    forget()
+    alone = train(CUSTOM, "a2c", tmp_path / "alone", steps=500, settings=settings)
+    forget()
+    train(CUSTOM, "random", tmp_path / "before", steps=1, settings={**settings, "rate": 0.6})
+    after = train(CUSTOM, "a2c", tmp_path / "after", steps=500, settings=settings)
+    assert weights(tmp_path / "alone") == weights(tmp_path / "after")
+    assert {**alone, "time": None} == {**after, "time": None}
+
+
+def test_scores_are_kept_whole(settings):
+    split = gym.make(CUSTOM, quality="likelihood", **settings).unwrapped.core.split("train")
+    assert split.scores()["rows"].numel() == 0
+    rows = torch.arange(20).numpy()
+    decisions = torch.randint(2, (20, 7), generator=torch.Generator().manual_seed(0)).numpy()
+    decisions[:, -1] = 0
+    before = split.quality(rows, decisions)
+    saved = split.scores()
+    split.load_scores(None)
+    assert not split._scores
+    split.load_scores(saved)
+    assert {name: value.tolist() for name, value in split.scores().items() if name != "dense_log"} == {
+        name: value.tolist() for name, value in saved.items() if name != "dense_log"
+    }
+    after = split.quality(rows, decisions)
+    assert all((one == other).all() for one, other in zip(before, after, strict=True))
+
+
+def change(file, row):
+    lines = file.read_text().splitlines()
+    lines[row] = json.dumps({**json.loads(lines[row]), "text": "the room was not awful"})
+    file.write_text("\n".join(lines) + "\n")
+    forget()
+
+
+@pytest.mark.parametrize(("row", "split"), [(0, "train"), (8, "validation"), (9, "test")])
+def test_changed_data_are_noticed_with_the_split(row, split, settings, reviews, tmp_path):
+    run = tmp_path / "run"
+    train(CUSTOM, "hash", run, steps=1, settings=settings)
+    change(reviews, row)
+    words = f"the data have changed: {split} was .* of {reviews} .*, and is "
+    with pytest.raises(ValueError, match=words):
+        load_run(run)
+    with pytest.raises(ValueError, match=words):
+        sd_gym.evaluate(CUSTOM, run, "validation")
+    shown = CliRunner().invoke(app, ["evaluate", str(run)])
+    assert shown.exit_code == 2
+    assert f"the data have changed: {split} was" in " ".join(shown.stderr.split())
+    sd_gym.evaluate(CUSTOM, run, dataset=str(reviews))  # who names data means these
+
+
+def test_changed_data_are_noticed_by_who_resumes(settings, reviews, tmp_path):
+    class KilledError(Exception):
+        pass
+
+    def kill(step, figures):
+        if step > 700:
+            raise KilledError
+
+    arguments = {"steps": 1_000, "settings": {**settings, "num_envs": 16}}
+    with pytest.raises(KilledError):
+        train(CUSTOM, "ppo", tmp_path / "run", **arguments, on_progress=kill)
+    change(reviews, 8)
+    with pytest.raises(ValueError, match="on other data: the data have changed: validation was"):
+        train(CUSTOM, "ppo", tmp_path / "run", **arguments, resume=True)
+
+
+def test_a_run_of_before_hashes_were_kept_is_still_read(settings, tmp_path):
+    train(CUSTOM, "hash", tmp_path / "run", steps=1, settings=settings)
+    file = tmp_path / "run" / "config.json"
+    config = json.loads(file.read_text())
+    del config["data"], config["env_config"]["overlap"]
+    file.write_text(json.dumps(config))
+    assert load_run(tmp_path / "run")[1].split("test").instances
+    assert sd_gym.evaluate(CUSTOM, tmp_path / "run")["instances"] == 4
