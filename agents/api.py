@@ -15,9 +15,12 @@ from sd_gym.agents.common.verdict import ONE_SIDED_95
 from sd_gym.envs.config import EnvConfig, load_config
 from sd_gym.envs.core import Core, shared_core
 from sd_gym.envs.spaces import Actions, MultiDiscreteActions, Observations, each
+from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.policy import DecisionPolicy, write_json
 from sd_gym.registration import config_of
 from sd_gym.tasks.data import SPLITS
+from sd_gym.tasks.splits import check_unchanged
+from sd_gym.version import __version__
 
 DATA_KEYS = {"dataset", "subset", "revision", "columns", "splits", "unanswerable", "overlap"}
 DATA_KEYS |= {f"{split}_size" for split in SPLITS}
@@ -112,7 +115,7 @@ def evaluate(
 
     Raises:
         FileNotFoundError: If there is no such run.
-        FileExistsError: If ``output`` holds a result.
+        FileExistsError: If ``output`` holds a result, or anything else.
         ValueError: If a name or setting is unknown, what the policy decides is malformed, or the data of a run have
             changed (where ``settings`` name no other data).
 
@@ -124,19 +127,35 @@ def evaluate(
     """
     if split not in ("train", "validation", "test"):
         raise ValueError(f"unknown split {split!r}; expected train, validation or test")
-    folder = None if output is None else Path(output)
-    if folder is not None and (folder / "result.json").exists():
-        raise FileExistsError(f"{folder} holds a result; choose another output")
+    if output is None:
+        return _evaluate(env_id, policy, split, None, policy_flops, name, settings)
+    with locked(Path(output)):
+        if (Path(output) / "result.json").exists():
+            raise FileExistsError(f"{output} holds a result; choose another output")
+        if contents(Path(output)):
+            raise foreign(Path(output), "place for a result")
+        return _evaluate(env_id, policy, split, Path(output), policy_flops, name, settings)
+
+
+def _evaluate(
+    env_id: str,
+    policy: Policy,
+    split: str,
+    folder: Path | None,
+    policy_flops: int | None,
+    name: str | None,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """As ``evaluate``, into a folder that is empty."""
     core = shared_core(_config(env_id, policy, settings))
     if isinstance(policy, str | Path) and not DATA_KEYS & settings.keys():
         description = run.read_description(Path(policy))
         if description["env"] == env_id:
-            run.check_data(Path(policy), description, core)
+            check_unchanged(Path(policy), description.get("data", {}), core.data)
     decides = _decides(policy, policy_flops, core)
     used = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        description = {"env": env_id, "algo": name or _name_of(policy), "agent_settings": {}}
+        description = {MARKER: __version__, "env": env_id, "algo": name or _name_of(policy), "agent_settings": {}}
         description["data"] = {name: core.data[name].identity for name in used}
         write_json(folder / "config.json", description | run.circumstances(core.config))
     result = run.measured(core, decides, split, folder)

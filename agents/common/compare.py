@@ -31,15 +31,27 @@ class Run(NamedTuple):
 
     Attributes:
         folder: Where it is.
-        seed: Its seed; ``None`` of what ``sd_gym.evaluate`` wrote.
-        identity: What it has to share with others of its agent.
-        result: Its result.
+        config: Its ``config.json``.
+        result: Its ``result.json``.
     """
 
     folder: Path
-    seed: int | None
-    identity: dict[str, Any]
+    config: dict[str, Any]
     result: dict[str, Any]
+
+    @property
+    def seed(self) -> int | None:
+        """Its seed; ``None`` of what ``sd_gym.evaluate`` wrote."""
+        return self.config.get("seed")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What it has to share with others of its agent, by key; where a former version has none, the default."""
+        defaults = {name: field.default for name, field in EnvConfig.model_fields.items() if not field.is_required()}
+        known = {**defaults, **self.config["env_config"]}
+        data = {f"{split} data": one["hash"] for split, one in self.config.get("data", {}).items()}
+        named = {"steps": self.config.get("steps"), **known, **self.config["agent_settings"], **data}
+        return {key: value for key, value in named.items() if key not in INCIDENTAL}
 
 
 def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
@@ -66,31 +78,20 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[str, str], list[Run]] = {}
     for folder in finished_runs(folders):
-        config, result = finished(folder)
-        groups.setdefault((config["env"], agent_of(config)), []).append(
-            Run(folder, config.get("seed"), _identity(config), result)
-        )
+        run = read_run(folder)
+        groups.setdefault((run.config["env"], agent_of(run.config)), []).append(run)
     return [
-        _row(env, agent, results)
-        for (env, agent), runs in sorted(groups.items())
-        for agent, results in _alike(agent, runs)
+        _row(env, name, [run.result for run in runs])
+        for (env, agent), of_agent in sorted(groups.items())
+        for name, runs in alike(agent, of_agent)
     ]
 
 
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What runs have to share to be seeds of one agent, by key; where a former version has none, its default."""
-    defaults = {name: field.default for name, field in EnvConfig.model_fields.items() if not field.is_required()}
-    known = {**defaults, **config["env_config"]}
-    data = {f"{split} data": one["hash"] for split, one in config.get("data", {}).items()}
-    named = {"steps": config.get("steps"), **known, **config["agent_settings"], **data}
-    return {key: value for key, value in named.items() if key not in INCIDENTAL}
-
-
-def _alike(agent: str, runs: list[Run]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Results of runs that differ in nothing but their seed, each under a name that says what sets it apart."""
+def alike(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]]:
+    """Those runs of an agent that differ in nothing but their seed, each under a name that says what sets it apart."""
     keys = {key for run in runs for key in run.identity}
     differ = sorted(key for key in keys if len({json.dumps(run.identity.get(key)) for run in runs}) > 1)
-    groups: dict[str, dict[Any, dict[str, Any]]] = {}
+    groups: dict[str, dict[Any, Run]] = {}
     for run in runs:
         notes = [f"{key} {run.identity.get(key)}" for key in differ]
         shared = run.result.get("data", {}).get("test", {}).get("also_in", {})
@@ -98,7 +99,7 @@ def _alike(agent: str, runs: list[Run]) -> list[tuple[str, list[dict[str, Any]]]
         found = groups.setdefault(f"{agent} ({', '.join(notes)})" if notes else agent, {})
         if run.seed is not None and run.seed in found:
             warnings.warn(f"a copy, counted once: {run.folder} is of the same seed as another run", stacklevel=3)
-        found[run.folder if run.seed is None else run.seed] = run.result
+        found[run.folder if run.seed is None else run.seed] = run
     return [(name, list(found.values())) for name, found in sorted(groups.items())]
 
 
@@ -124,7 +125,7 @@ def _times(folder: Path, given: list[Path]) -> int:
 
 def _tested(folder: Path) -> bool:
     there = all((folder / f"{name}.json").exists() for name in ("config", "result"))
-    return there and finished(folder)[1]["split"] == "test"
+    return there and read_run(folder).result["split"] == "test"
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
@@ -132,12 +133,11 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *rows])
 
 
-def finished(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``config.json`` and ``result.json`` of a finished run."""
-    config, result = (
-        json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "result")
+def read_run(folder: Path) -> Run:
+    """A finished run."""
+    return Run(
+        folder, *(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "result"))
     )
-    return config, result
 
 
 def agent_of(config: dict[str, Any]) -> str:

@@ -25,11 +25,13 @@ from sd_gym.agents.registry import agent_class, make_agent
 
 from sd_gym.envs.config import EnvConfig, make_config
 from sd_gym.envs.core import Core, shared_core
+from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.policy import DecisionPolicy, as_json, write_json
 from sd_gym.registration import registered_ids
 from sd_gym.registry import UnknownNameError, naming_imports, unknown
 from sd_gym.tasks.data import SPLITS
-from sd_gym.tasks.splits import changed
+from sd_gym.tasks.splits import Splits, check_unchanged
+from sd_gym.version import __version__
 
 VALIDATIONS = 8  # times that the policy is validated during training
 TIMED_BATCH_SIZES = (1, 8, 32)
@@ -86,31 +88,63 @@ def train(
         The result, as in ``result.json``.
 
     Raises:
-        FileExistsError: If the folder holds a finished run, or one that was cut off and shall not be resumed.
-        ValueError: If a name or setting is unknown, or the run to resume is another one.
+        FileExistsError: If the folder holds a finished run, one that was cut off and shall not be resumed, or anything
+            else; ``FolderInUseError`` if another process is writing to it.
+        ValueError: If a name or setting is unknown, or the run to resume is another one, or on other data.
     """
+    with locked(folder):
+        there = _there(folder, resume)
+        with naming_imports(folder):
+            agent = _make(env_id, algo, seed, settings or {})
+        names = {"env": env_id, "algo": algo, "steps": steps, "seed": seed, "imports": list(imports)}
+        return _train(agent, folder, names, there, strictness, on_progress)
+
+
+def _there(folder: Path, resume: bool) -> dict[str, Any] | None:
+    """What ``config.json`` says of the run in the folder that is to be resumed; ``None``: the folder is empty.
+
+    Raises:
+        FileExistsError: If the folder holds anything else.
+    """
+    if not contents(folder):
+        return None
+    try:
+        description = read_description(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise foreign(folder, "run folder") from error
     if (folder / "result.json").exists():
         raise FileExistsError(f"{folder} holds a finished run; choose another --output")
-    checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists() and not resume:
+    if not resume:
         raise FileExistsError(f"{folder} holds a run that was cut off; go on with --resume, or choose another --output")
-    with naming_imports(folder):
-        agent = _make(env_id, algo, seed, settings or {})
+    return description
+
+
+def _train(
+    agent: Agent,
+    folder: Path,
+    names: dict[str, Any],
+    there: dict[str, Any] | None,
+    strictness: float,
+    on_progress: Callable[[int, dict[str, float]], None] | None,
+) -> dict[str, Any]:
+    """As ``train``, in a folder that is ours, after what is ``there`` of it."""
+    steps, seed = names["steps"], names["seed"]
+    checkpoint = folder / "checkpoint.pt"
     env = agent.env
     env.reset(seed=seed)
-    description = {"env": env_id, "algo": algo, "steps": steps, "seed": seed, "imports": list(imports)}
-    description |= circumstances(env.config) | {"agent_settings": agent.settings.model_dump()}
+    description = {MARKER: __version__, **names, **circumstances(env.config)}
+    description["agent_settings"] = agent.settings.model_dump()
     description["data"] = env.core.data.identity()  # all splits, so that what is wrong with one is told at once
     selection = Selection(env.core, strictness)
     reached, scores = None, {}
+    if there is not None:
+        _check_same(folder, there, description, env.core.data)
     if checkpoint.exists():
-        _check_same(folder, description)
         saved = torch.load(checkpoint, weights_only=True)  # tensors and plain values only
         agent.load_state(saved["agent"])
         selection.load_state(saved["selection"], agent.policy())
-        reached, scores = selection.history[-1]["step"], saved["scores"]
+        reached, scores = selection.history[-1]["step"], saved.get("scores", {})
     env.core.load_scores(scores)
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", description)
     logger = open_logger(folder, description, reached)
     interval = max(1, steps // VALIDATIONS)
@@ -184,16 +218,14 @@ def _save(file: Path, value: dict[str, Any]) -> None:
     os.replace(file.with_suffix(".tmp"), file)
 
 
-def _check_same(folder: Path, description: dict[str, Any]) -> None:
-    """Raise ``ValueError`` if the run in the folder is not the described one."""
-    there = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def _check_same(folder: Path, there: dict[str, Any], description: dict[str, Any], data: Splits) -> None:
+    """Raise ``ValueError`` if the run in the folder, of which ``there`` tells, is not the described one."""
     here = json.loads(as_json(description))
     differ = differences(flat_settings(there), flat_settings(here))
     if differ:
         shown = ", ".join(f"its {key} is {was}, now it is {now}" for key, (was, now) in differ.items())
         raise ValueError(f"{folder} holds another run: {shown}")
-    if words := changed(there.get("data", {}), here["data"]):
-        raise ValueError(f"{folder} holds a run on other data: {words}")
+    check_unchanged(folder, there.get("data", {}), data)
 
 
 def flat_settings(description: dict[str, Any]) -> dict[str, Any]:
@@ -216,14 +248,8 @@ def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:
     """
     description = read_description(folder)
     core = shared_core(run_config(description))
-    check_data(folder, description, core)
+    check_unchanged(folder, description.get("data", {}), core.data)
     return description, core, DecisionPolicy.load(folder)
-
-
-def check_data(folder: Path, description: dict[str, Any], core: Core) -> None:
-    """Raise ``ValueError``, naming the splits, if the data are not those of the run (where it says which those are)."""
-    if "data" in description and (words := changed(description["data"], core.data.identity())):
-        raise ValueError(f"{folder}: {words}. Its results are of the former; train again, or bring the data back")
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -231,11 +257,17 @@ def read_description(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is none.
+        ValueError: If it is another program's.
     """
     file = folder / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"no config.json in {folder}; expected a folder that 'sd-gym train' wrote")
-    return json.loads(file.read_text(encoding="utf-8"))
+    description = json.loads(file.read_text(encoding="utf-8"))
+    # Runs of before there was a marker are known by what they say.
+    ours = isinstance(description, dict) and (MARKER in description or description.keys() >= {"algo", "env_config"})
+    if not ours:
+        raise ValueError(f"{file} is not of a run; expected the folder of one (sd-gym train)")
+    return description
 
 
 def run_config(description: dict[str, Any], settings: dict[str, Any] | None = None) -> EnvConfig:

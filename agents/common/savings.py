@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.static import searched_masks
-from sd_gym.agents.common.compare import agent_of, finished, finished_runs
+from sd_gym.agents.common.compare import Run, agent_of, alike, finished_runs, read_run
 from sd_gym.agents.common.evaluation import decide_and_score
 from sd_gym.agents.common.fronts import Front, flops_samples, front_of
 from sd_gym.agents.registry import LEARNING, agent_names
@@ -19,6 +19,7 @@ from sd_gym.agents.registry import LEARNING, agent_names
 from sd_gym.envs.config import EnvConfig
 from sd_gym.envs.core import Core, shared_core
 from sd_gym.policy import DecisionPolicy
+from sd_gym.tasks.splits import check_unchanged
 
 COLUMNS = [
     "env",
@@ -65,20 +66,20 @@ def env_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFro
 
     Raises:
         FileNotFoundError: If no folder holds a finished run.
-        ValueError: If there is no env with a learned agent and with a control.
+        ValueError: If there is no env with a learned agent and with a control, or the data of a run have changed.
 
     Warns:
         UserWarning: If folders hold no finished run, or runs are left out, since there is nothing to compare them with
             on the same env or their agent is not known.
     """
-    envs: dict[str, dict[str, list[Path]]] = {}
+    envs: dict[str, dict[str, list[Run]]] = {}
     strange = []
     for folder in finished_runs(folders):
-        config, _ = finished(folder)
-        algo = config["algo"]
+        run = read_run(folder)
+        config, algo = run.config, run.config["algo"]
         name = "blind" if algo.startswith("blind-") else algo if algo == "static" else agent_of(config)
         if name in CONTROLS or algo in LEARNING:
-            envs.setdefault(_env_of(config), {}).setdefault(name, []).append(folder)
+            envs.setdefault(_env_of(config), {}).setdefault(name, []).append(run)
         elif algo not in agent_names():
             strange.append(str(folder))
     if strange:
@@ -90,10 +91,14 @@ def env_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFro
     resized = {} if test_size is None else {"test_size": test_size}
     found, alone = [], []
     for env, agents in sorted(envs.items()):
+        runs = [run for of_agent in agents.values() for run in of_agent]
         if 0 < sum(name in CONTROLS for name in agents) < len(agents):
+            data = EnvConfig(**json.loads(env)).data()
+            for run in runs:
+                check_unchanged(run.folder, run.config.get("data", {}), data)
             found.append(_fronts_of(EnvConfig(**{**json.loads(env), **resized}), agents))
         else:
-            alone += [str(folder) for runs in agents.values() for folder in runs]
+            alone += [str(run.folder) for run in runs]
     if not found:
         raise ValueError("expected runs of a learned agent and, on the same env, of static or a blind agent")
     if alone:
@@ -130,26 +135,27 @@ def _env_of(config: dict[str, Any]) -> str:
     return json.dumps({key: value for key, value in config["env_config"].items() if key not in REWARD}, sort_keys=True)
 
 
-def _fronts_of(config: EnvConfig, agents: dict[str, list[Path]]) -> EnvFronts:
+def _fronts_of(config: EnvConfig, agents: dict[str, list[Run]]) -> EnvFronts:
     core = shared_core(config)
 
     def front(policies: list[DecisionPolicy]) -> Front:
         return front_of(core, core.split("test"), policies)
 
-    def versions(folder: Path) -> list[DecisionPolicy]:
-        return _versions(core, DecisionPolicy.load(folder), config.epsilon)
+    def versions(run: Run) -> list[DecisionPolicy]:
+        return _versions(core, DecisionPolicy.load(run.folder), config.epsilon)
 
     masks = [
-        DecisionPolicy.load(folder).with_decision(mask)
-        for folder in agents.get("static", [])
-        for mask in searched_masks(folder, core.nvec)
+        DecisionPolicy.load(run.folder).with_decision(mask)
+        for run in agents.get("static", [])
+        for mask in searched_masks(run.folder, core.nvec)
     ]
-    blind = [version for folder in agents.get("blind", []) for version in versions(folder)]
+    blind = [version for run in agents.get("blind", []) for version in versions(run)]
     controls = {name: front(policies) for name, policies in zip(CONTROLS, (masks, blind), strict=True) if policies}
     learned = {
-        name: [front(versions(folder)) for folder in folders]
-        for name, folders in agents.items()
-        if name not in CONTROLS
+        name: [front(versions(run)) for run in runs]
+        for agent, of_agent in agents.items()
+        if agent not in CONTROLS
+        for name, runs in alike(agent, of_agent)
     }
     return EnvFronts(config.id, config.epsilon, controls, learned)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -21,15 +24,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.backbones.load import load_model, output_of, save_backbone, stored_output
 from sd_gym.backbones.prepare import freeze_observation, prepare
-from sd_gym.policy import write_json
+from sd_gym.folders import MARKER, contents, foreign, locked
+from sd_gym.policy import as_json, write_json
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.data import DataError, Source
 from sd_gym.tasks.encoding import droppable_tokens
 from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.ranking import Ranking, token_scores
-from sd_gym.tasks.splits import Splits
+from sd_gym.tasks.splits import Splits, check_unchanged
 from sd_gym.tasks.validation import Part, Score
+from sd_gym.version import __version__
+
+CUT_OFF = "preparing.json"  # the settings, while a preparation runs
 
 
 def prepare_backbone(
@@ -72,7 +79,7 @@ def prepare_backbone(
         task: ``classification`` (or regression, where the labels are scores), ``question_answering`` or
             ``summarization``.
         output: Folder to write to: the model, ``preparation.json``, ``preparation.png`` (quality against skip rate) and
-            TensorBoard's events; ``checkpoint.pt`` while the preparation runs.
+            TensorBoard's events; ``checkpoint.pt`` and ``preparing.json`` while the preparation runs.
         steps: Optimiser steps; each runs the batch densely and under random decisions.
         batch_size: Instances a step.
         learning_rate: Peak learning rate.
@@ -107,119 +114,167 @@ def prepare_backbone(
         classifies, F1 where it extracts answers, the likelihood of the reference where it generates.
 
     Raises:
-        FileExistsError: If ``output`` holds a model.
+        FileExistsError: If ``output`` holds anything but a preparation that was cut off and is to be resumed;
+            ``FolderInUseError`` if another process is writing to it.
         FileNotFoundError, DataError, UnsupportedArchitectureError: As loading raises.
-        ValueError: If the backbone cannot do the task.
+        ValueError: If the backbone cannot do the task, or the preparation to resume has other data or settings.
         FloatingPointError: If the loss is not finite.
     """
-    if (output / "config.json").exists():
-        raise FileExistsError(f"{output} holds a model; choose another --output")
     accelerator = Accelerator(
         cpu=device == "cpu",
         device_placement=False,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    splits = Splits(source, task, {"train": train_size, "validation": validation_size, "test": test_size})
-    instances = {name: splits[name] for name in ("train", "validation")}
-    torch.manual_seed(seed)
-    if skip_logits is None:
-        model, tokenizer = _load(backbone, task, answers, instances["train"])
-    else:
-        model, tokenizer = load_model(backbone)  # as the policy knows it
-    model.to(accelerator.device if accelerator.num_processes > 1 else device)
-    board = Switchboard(model.eval())
-    if skip_logits is not None:
-        freeze_observation(board)
-    causal = model.can_generate() and board.architecture.causal
-    if causal and prompt is None:
-        raise ValueError(f"the backbone {backbone!r} is decoder-only; say with 'prompt' what it shall read")
-    encoding = {
-        "output": output_of(model),
-        "max_source_length": max_source_length,
-        "max_target_length": max_target_length,
-        "label2id": model.config.label2id,
-        "prompt": prompt if causal else None,
-        "stop": stop if causal else None,
-        "unanswerable": source.unanswerable,
-    }
+    with locked(output) if accelerator.is_main_process else nullcontext():
+        there = _there(output, resume) if accelerator.is_main_process else None
+        splits = Splits(source, task, {"train": train_size, "validation": validation_size, "test": test_size})
+        instances = {name: splits[name] for name in ("train", "validation")}
+        torch.manual_seed(seed)
+        if skip_logits is None:
+            model, tokenizer = _load(backbone, task, answers, instances["train"])
+        else:
+            model, tokenizer = load_model(backbone)  # as the policy knows it
+        model.to(accelerator.device if accelerator.num_processes > 1 else device)
+        board = Switchboard(model.eval())
+        if skip_logits is not None:
+            freeze_observation(board)
+        causal = model.can_generate() and board.architecture.causal
+        if causal and prompt is None:
+            raise ValueError(f"the backbone {backbone!r} is decoder-only; say with 'prompt' what it shall read")
+        encoding = {
+            "output": output_of(model),
+            "max_source_length": max_source_length,
+            "max_target_length": max_target_length,
+            "label2id": model.config.label2id,
+            "prompt": prompt if causal else None,
+            "stop": stop if causal else None,
+            "unanswerable": source.unanswerable,
+        }
 
-    def part(name: str) -> Part:
-        split, scores, droppable = instances[name], None, None
-        encoded = encode_cached(split, tokenizer, **encoding)
-        if len(token_shares) > 1:
-            scores = token_scores(token_ranking, encoded, board, tokenizer, lambda: instances["train"])
-            droppable = droppable_tokens(split, tokenizer, max_source_length, encoding["prompt"])
-        odds = None if skip_logits is None else skip_logits[name]
-        return Part(split, encoded, "left" if causal else "right", np.array(token_shares), scores, droppable, odds)
+        def part(name: str) -> Part:
+            split, scores, droppable = instances[name], None, None
+            encoded = encode_cached(split, tokenizer, **encoding)
+            if len(token_shares) > 1:
+                scores = token_scores(token_ranking, encoded, board, tokenizer, lambda: instances["train"])
+                droppable = droppable_tokens(split, tokenizer, max_source_length, encoding["prompt"])
+            odds = None if skip_logits is None else skip_logits[name]
+            return Part(split, encoded, "left" if causal else "right", np.array(token_shares), scores, droppable, odds)
 
-    train, validation = part("train"), part("validation")
-    score = Score(board, validation, label_range, max_target_length, accelerator)
-    before = score.by_rate(), score.by_share()
-    writer: SummaryWriter | None = None
+        train, validation = part("train"), part("validation")
+        settings = {
+            MARKER: __version__,
+            "backbone": backbone,
+            "source": asdict(source),
+            "task": task,
+            "steps": steps,
+            "batch_size": batch_size,
+            "processes": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
+            "learning_rate": learning_rate,
+            "max_rate": max_rate,
+            "patience": patience,
+            "prompt": encoding["prompt"],
+            "stop": encoding["stop"],
+            "max_source_length": max_source_length,
+            "max_target_length": max_target_length,
+            "token_shares": list(token_shares),
+            "token_ranking": token_ranking,
+            "label_range": label_range,
+            "seed": seed,
+            "data": {name: part.provenance for name, part in (("train", train), ("validation", validation))},
+            "policy": None if skip_logits is None else _hash(skip_logits),
+        }
+        if accelerator.is_main_process:
+            if there is not None:
+                check_unchanged(output, there["data"], splits)
+                _check_same(output, there, settings)
+            write_json(output / CUT_OFF, settings)
+        score = Score(board, validation, label_range, max_target_length, accelerator)
+        before = score.by_rate(), score.by_share()
+        writer: SummaryWriter | None = None
 
-    def log(step: int, figures: dict[str, float]) -> None:
-        nonlocal writer
-        if not accelerator.is_main_process:
-            return
-        if writer is None:  # what a run that was cut off wrote from here on counts no more
-            writer = SummaryWriter(output, purge_step=step)
-        for name, value in figures.items():
-            writer.add_scalar(f"validation/{name}" if name == "quality" else f"train/{name}", value, step)
-        if on_step is not None:
-            on_step(step, figures)
+        def log(step: int, figures: dict[str, float]) -> None:
+            nonlocal writer
+            if not accelerator.is_main_process:
+                return
+            if writer is None:  # what a run that was cut off wrote from here on counts no more
+                writer = SummaryWriter(output, purge_step=step)
+            for name, value in figures.items():
+                writer.add_scalar(f"validation/{name}" if name == "quality" else f"train/{name}", value, step)
+            if on_step is not None:
+                on_step(step, figures)
 
-    course = prepare(
-        board,
-        _batches(train, batch_size, seed, accelerator),
-        steps=steps,
-        dense_steps=steps if max_rate == 0 and len(token_shares) == 1 else 0,
-        learning_rate=learning_rate,
-        warmup_steps=max(1, steps // 10),
-        max_rate=max_rate,
-        seed=seed,
-        validate=lambda: score.under_decisions(max_rate),
-        patience=patience,
-        checkpoint=output / "checkpoint.pt",
-        resume=resume,
-        on_step=log,
-        accelerator=accelerator,
-    )
-    after = score.by_rate(), score.by_share()
-    report = {
-        "backbone": backbone,
-        "source": asdict(source),
-        "task": task,
-        "steps": steps,
-        "batch_size": batch_size,
-        "processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-        "learning_rate": learning_rate,
-        "max_rate": max_rate,
-        "patience": patience,
-        "prompt": encoding["prompt"],
-        "stop": encoding["stop"],
-        "max_source_length": max_source_length,
-        "max_target_length": max_target_length,
-        "token_shares": list(token_shares),
-        "token_ranking": token_ranking,
-        "seed": seed,
-        "data": {name: part.provenance for name, part in (("train", train), ("validation", validation))},
-        "steps_done": course.step,
-        "validation": [{"step": step, "quality": value} for step, value in course.validation],
-        "measure": score.name,
-        "quality": {"before": before[0], "after": after[0]},
-        "quality_by_token_share": {"before": before[1], "after": after[1]},
-    }
-    board.remove()
-    if writer is not None:
-        writer.close()
-    if accelerator.is_main_process:
-        plot_preparation(report, output / "preparation.png")
-        write_json(output / "preparation.json", report)
-        save_backbone(model, tokenizer, output)
-        (output / "checkpoint.pt").unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-    return report
+        course = prepare(
+            board,
+            _batches(train, batch_size, seed, accelerator),
+            steps=steps,
+            dense_steps=steps if max_rate == 0 and len(token_shares) == 1 else 0,
+            learning_rate=learning_rate,
+            warmup_steps=max(1, steps // 10),
+            max_rate=max_rate,
+            seed=seed,
+            validate=lambda: score.under_decisions(max_rate),
+            patience=patience,
+            checkpoint=output / "checkpoint.pt",
+            resume=resume,
+            on_step=log,
+            accelerator=accelerator,
+        )
+        after = score.by_rate(), score.by_share()
+        report = {
+            **settings,
+            "steps_done": course.step,
+            "validation": [{"step": step, "quality": value} for step, value in course.validation],
+            "measure": score.name,
+            "quality": {"before": before[0], "after": after[0]},
+            "quality_by_token_share": {"before": before[1], "after": after[1]},
+        }
+        board.remove()
+        if writer is not None:
+            writer.close()
+        if accelerator.is_main_process:
+            plot_preparation(report, output / "preparation.png")
+            save_backbone(model, tokenizer, output)
+            write_json(output / "preparation.json", report)
+            for name in ("checkpoint.pt", CUT_OFF):
+                (output / name).unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
+        return report
+
+
+def _there(output: Path, resume: bool) -> dict[str, Any] | None:
+    """The settings of the preparation in the folder that is to be resumed; ``None``: the folder is empty.
+
+    Raises:
+        FileExistsError: If the folder holds anything else.
+    """
+    if not contents(output):
+        return None
+    if not (output / CUT_OFF).exists():
+        if (output / "config.json").exists():
+            raise FileExistsError(f"{output} holds a model; choose another --output")
+        raise foreign(output, "preparation that was cut off")
+    if not resume:
+        raise FileExistsError(
+            f"{output} holds a preparation that was cut off; go on with --resume, or choose another --output"
+        )
+    return json.loads((output / CUT_OFF).read_text(encoding="utf-8"))
+
+
+def _check_same(output: Path, there: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise ``ValueError`` if the preparation in the folder, of which ``there`` tells, has other settings."""
+    here = json.loads(as_json(settings))
+    named = [key for key in here if key not in (MARKER, "source", "data")]  # data that are the same may have moved
+    differ = [f"its {key} is {there.get(key)}, now it is {here[key]}" for key in named if there.get(key) != here[key]]
+    if differ:
+        raise ValueError(f"{output} holds another preparation: {', '.join(differ)}")
+
+
+def _hash(arrays: Mapping[str, NDArray]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(arrays):
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _load(

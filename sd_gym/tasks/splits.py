@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from sd_gym.tasks.data import SPLITS, DataError, Instances, Source, load_split
@@ -61,13 +62,19 @@ class Splits:
             return error
 
 
-def changed(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Which splits differ from what ``Splits.identity`` said before, in words; ``None``: none does."""
+def check_unchanged(run: Path, before: Mapping[str, Mapping[str, Any]], data: Splits) -> None:
+    """Raise ``DataError``, naming the splits, if they are not what they were.
+
+    Args:
+        run: The folder of a run, or of a preparation.
+        before: What ``Splits.identity`` said of some splits when it began; empty: nobody knows.
+        data: The splits now.
+    """
+    now = {name: data[name].identity for name in before}
     differ = [name for name, was in before.items() if was["hash"] != now[name]["hash"]]
-    if not differ:
-        return None
-    shown = (f"{name} was {_words(before[name])}, and is {_words(now[name])}" for name in differ)
-    return f"the data have changed: {'; '.join(shown)}"
+    if differ:
+        shown = "; ".join(f"{name} was {_words(before[name])}, and is {_words(now[name])}" for name in differ)
+        raise DataError(f"{run}: the data have changed: {shown}. Begin again, or bring the former data back")
 
 
 def _words(identity: Mapping[str, Any]) -> str:
