@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 from sd_gym.agents.common import run
-from sd_gym.agents.common.evaluation import Decides
+from sd_gym.agents.common.evaluation import Decides, fitting
 from sd_gym.agents.common.verdict import ONE_SIDED_95
 
 from sd_gym.envs.config import EnvConfig, load_config
@@ -148,15 +148,17 @@ def _evaluate(
 ) -> dict[str, Any]:
     """As ``evaluate``, into a folder that is empty."""
     core = shared_core(_config(env_id, policy, settings))
-    if isinstance(policy, str | Path) and not DATA_KEYS & settings.keys():
-        description = run.read_description(Path(policy))
-        if description["env"] == env_id:
-            check_unchanged(Path(policy), description.get("data", {}), core.data)
+    origin = run.read_description(Path(policy)) if isinstance(policy, str | Path) else None
+    same_data = origin is not None and origin["env"] == env_id and not DATA_KEYS & settings.keys()
+    if same_data:
+        check_unchanged(Path(policy), origin.get("data", {}), core.data)
     decides = _decides(policy, policy_flops, core)
     used = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
     if folder is not None:
         description = {MARKER: __version__, "env": env_id, "algo": name or _name_of(policy), "agent_settings": {}}
         description["data"] = {name: core.data[name].identity for name in used}
+        if same_data:  # beside the run, this is no other seed
+            description |= {key: origin[key] for key in ("steps", "seed", "agent_settings", "data") if key in origin}
         write_json(folder / "config.json", description | run.circumstances(core.config))
     result = run.measured(core, decides, split, folder)
     result["history"] = []
@@ -182,12 +184,7 @@ def _decides(policy: Policy, flops: int | None, core: Core) -> Decides:
     if isinstance(policy, str | Path):
         policy = DecisionPolicy.load(Path(policy))
     if isinstance(policy, DecisionPolicy):
-        for what, has, needs in (
-            ("decides on components", policy.nvec, core.nvec.tolist()),
-            ("reads observations of shape", (policy.observation_size,), core.observation.space.shape),
-        ):
-            if has != needs:
-                raise ValueError(f"the policy {what} {has}, but {core.config.id} has {needs}")
+        fitting(policy, core)
         return policy if flops is None else _Decides(policy.decide, flops, MultiDiscreteActions(core.config, core.nvec))
     counted = getattr(policy, "flops", None) if flops is None else flops
     if callable(getattr(policy, "predict", None)):

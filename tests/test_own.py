@@ -488,7 +488,8 @@ def test_the_command_line_imports_what_is_ones_own(things, tmp_path):
 
     result, output = run("compare", folder, tmp_path / "again", tmp_path, things, "--markdown", "--import", things)
     assert result.exit_code == 0, output
-    assert "| Own/Reviews-v0 | my-ppo | 2 |" in output
+    assert "| Own/Reviews-v0 | my-ppo | 1 |" in output  # evaluated twice, trained once
+    assert "counted once" in output
     assert f"passed over, as they hold no result.json of a test split: {tmp_path}, {things}" in output
     options = ["--env", "Own/Reviews-v0", "--steps", 2, "--output", tmp_path / "prepared", "--import", things]
     backbone = description["env_config"]["backbone"]

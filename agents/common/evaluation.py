@@ -17,6 +17,7 @@ from sd_gym.envs.core import Core
 from sd_gym.envs.report import by_facts, write_instances
 from sd_gym.envs.spaces import Observations
 from sd_gym.envs.split import Split
+from sd_gym.policy import DecisionPolicy
 
 BATCH = 256
 BOOTSTRAP_SAMPLES = 2000
@@ -47,6 +48,22 @@ class Decided(NamedTuple):
 
     decisions: NDArray
     flops: NDArray
+
+
+def fitting(policy: DecisionPolicy, core: Core) -> DecisionPolicy:
+    """The policy, if it observes and decides on what a core has.
+
+    Raises:
+        ValueError: If it does not; the message says what was expected.
+    """
+    for what, has, needs in (
+        ("decides on components", policy.nvec, core.nvec.tolist()),
+        ("decides on the switches", policy.switches, core.backbone.board.names),
+        ("reads observations of shape", (policy.observation_size,), core.observation.space.shape),
+    ):
+        if has != needs:
+            raise ValueError(f"the policy {what} {has}, but {core.config.id} has {needs}")
+    return policy
 
 
 def bootstrap_interval(values: NDArray, seed: int = 0) -> tuple[float, float]:

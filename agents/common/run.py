@@ -16,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from sd_gym.agents.common.agent import INFO_TAGS, Agent, Rollout
-from sd_gym.agents.common.evaluation import Decided, Decides, evaluate, summary, time_ratio
+from sd_gym.agents.common.evaluation import Decided, Decides, evaluate, fitting, summary, time_ratio
 from sd_gym.agents.common.logs import log_result, log_validation, open_logger
 from sd_gym.agents.common.plots import plot_run
 from sd_gym.agents.common.selection import Selection
@@ -244,12 +244,12 @@ def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:
 
     Raises:
         FileNotFoundError: If the folder holds no run.
-        ValueError: If its network is not registered, or its data have changed.
+        ValueError: If its network is not registered, its policy is none for this env, or its data have changed.
     """
     description = read_description(folder)
     core = shared_core(run_config(description))
     check_unchanged(folder, description.get("data", {}), core.data)
-    return description, core, DecisionPolicy.load(folder)
+    return description, core, fitting(DecisionPolicy.load(folder), core)
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.static import searched_masks
 from sd_gym.agents.common.compare import Run, agent_of, alike, finished_runs, read_run
-from sd_gym.agents.common.evaluation import decide_and_score
+from sd_gym.agents.common.evaluation import decide_and_score, fitting
 from sd_gym.agents.common.fronts import Front, flops_samples, front_of
 from sd_gym.agents.registry import LEARNING, agent_names
 
@@ -142,10 +142,10 @@ def _fronts_of(config: EnvConfig, agents: dict[str, list[Run]]) -> EnvFronts:
         return front_of(core, core.split("test"), policies)
 
     def versions(run: Run) -> list[DecisionPolicy]:
-        return _versions(core, DecisionPolicy.load(run.folder), config.epsilon)
+        return _versions(core, fitting(DecisionPolicy.load(run.folder), core), config.epsilon)
 
     masks = [
-        DecisionPolicy.load(run.folder).with_decision(mask)
+        fitting(DecisionPolicy.load(run.folder), core).with_decision(mask)
         for run in agents.get("static", [])
         for mask in searched_masks(run.folder, core.nvec)
     ]

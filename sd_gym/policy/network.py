@@ -7,11 +7,13 @@ import os
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -232,18 +234,82 @@ class DecisionPolicy(nn.Module):
 
         Raises:
             FileNotFoundError: If the folder holds none.
-            ValueError: If its format is another one, or its network is not registered.
+            ValueError: If its format is another one, its network is not registered, or what it says or its weights are
+                none that ``save`` writes; the message names what was expected.
         """
-        file = Path(folder) / "policy.json"
+        folder = Path(folder)
+        file = folder / "policy.json"
         if not file.exists():
             raise FileNotFoundError(f"no policy.json in {folder}; expected the folder of a run (sd-gym train)")
-        description = json.loads(file.read_text(encoding="utf-8"))
-        if description.pop("format", None) != FORMAT:
-            raise ValueError(f"{file}: not a policy of format {FORMAT}")
-        with naming_imports(Path(folder)):
-            policy = cls(**description)
-        policy.load_state_dict(load_file(Path(folder) / "policy.safetensors"))
+        description = _read_description(file)
+        with naming_imports(folder):
+            policy = cls(**description.model_dump(exclude={"format"}))
+        policy.load_state_dict(_read_weights(folder / "policy.safetensors", policy))
         return policy.eval()
+
+
+class _Description(BaseModel):
+    """What ``policy.json`` says; see ``DecisionPolicy``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal[1]
+    observation_size: int = Field(ge=1)
+    nvec: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
+    switches: list[str]
+    blind: bool
+    noise: Literal["none", "random", "hash"]
+    autoregressive: bool
+    hidden: int = Field(ge=1)
+    network: str | None = None
+
+    @model_validator(mode="after")
+    def _one_choice_a_switch(self) -> _Description:
+        if len(set(self.switches)) < len(self.switches):
+            raise ValueError("expected switches that are all different")
+        if self.nvec[:-1] != [2] * len(self.switches):
+            raise ValueError(
+                f"expected nvec with a 2 for each of the {len(self.switches)} switches and then the number of token "
+                f"levels, got {self.nvec}"
+            )
+        return self
+
+
+def _read_description(file: Path) -> _Description:
+    try:
+        return _Description.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        got = f", got {first['input']!r}" if key else ""
+        raise ValueError(
+            f"{file}: no policy that was saved here: {key + ': ' if key else ''}{first['msg']}{got}"
+        ) from error
+
+
+def _read_weights(file: Path, policy: DecisionPolicy) -> dict[str, Tensor]:
+    """The weights in a file, if they are such as the policy has."""
+    if not file.exists():
+        raise FileNotFoundError(f"no {file.name} in {file.parent}; expected the folder of a run (sd-gym train)")
+    try:
+        weights = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: cannot be read ({error}); it was cut off, or is something else") from error
+    expected, parameters = policy.state_dict(), dict(policy.named_parameters())
+    if names := sorted(expected.keys() ^ weights.keys()):
+        raise ValueError(
+            f"{file}: expected the weights {', '.join(sorted(expected))}; missing or too many: {', '.join(names)}"
+        )
+    for name, weight in weights.items():
+        if (weight.shape, weight.dtype) != (expected[name].shape, expected[name].dtype):
+            raise ValueError(
+                f"{file}: expected {name} of shape {list(expected[name].shape)} and {expected[name].dtype}, as "
+                f"policy.json says; got {list(weight.shape)} and {weight.dtype}"
+            )
+        finite = weight.isfinite() if name in parameters else ~weight.isnan()
+        if not finite.all():
+            raise ValueError(f"{file}: expected finite numbers, but {(~finite).sum().item()} in {name} are none")
+    return weights
 
 
 class Bias(nn.Module):
