@@ -156,10 +156,12 @@ def _evaluate(
     used = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
     if folder is not None:
         description = {MARKER: __version__, "env": env_id, "algo": name or _name_of(policy), "agent_settings": {}}
+        description |= run.circumstances(core.config)
         description["data"] = {name: core.data[name].identity for name in used}
         if same_data:  # beside the run, this is no other seed
             description |= {key: origin[key] for key in ("steps", "seed", "agent_settings", "data") if key in origin}
-        write_json(folder / "config.json", description | run.circumstances(core.config))
+            description["env_config"]["objective"] = origin["env_config"]["objective"]
+        write_json(folder / "config.json", description)
     result = run.measured(core, decides, split, folder)
     result["history"] = []
     result["data"] = {name: core.split(name).provenance for name in used}
