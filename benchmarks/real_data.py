@@ -270,7 +270,13 @@ class Runs:
     def settings(self, train: str) -> list[str]:
         """Of the env, with the rows of the training file that are trained on."""
         splits = f"{{train: 'train[{train}]', validation: 'train[-{self.task.validation}:]', test: validation}}"
-        return [f"dataset={self.data}", f"splits={splits}", f"metric={self.task.metric}", *self.task.settings]
+        return [
+            f"dataset={self.data}",
+            f"splits={splits}",
+            "overlap=drop",
+            f"metric={self.task.metric}",
+            *self.task.settings,
+        ]
 
     def prepare(self, what: str, *options: object, steps: int, max_rate: float, learning_rate: float) -> Path:
         """A backbone, unless it was done."""

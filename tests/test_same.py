@@ -6,6 +6,7 @@ import gymnasium as gym
 import pytest
 import torch
 from sd_gym.agents.common.run import load_run, train
+from sd_gym.agents.common.savings import env_fronts
 from sd_gym.agents.registry import make_agent
 from typer.testing import CliRunner
 
@@ -138,6 +139,16 @@ def test_changed_data_are_noticed_by_who_resumes(settings, reviews, tmp_path):
     change(reviews, 8)
     with pytest.raises(ValueError, match="the data have changed: validation was"):
         train(CUSTOM, "ppo", tmp_path / "run", **arguments, resume=True)
+
+
+def test_changed_data_are_noticed_by_fronts(settings, reviews, tmp_path):
+    for algo in ("static", "a2c"):
+        train(CUSTOM, algo, tmp_path / algo, steps=64, settings={**settings, "num_envs": 16})
+    folders = [tmp_path / "static", tmp_path / "a2c"]
+    assert env_fronts(folders)
+    change(reviews, 9)
+    with pytest.raises(ValueError, match="the data have changed: test was"):
+        env_fronts(folders)
 
 
 def test_a_run_of_before_hashes_were_kept_is_still_read(settings, tmp_path):

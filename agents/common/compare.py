@@ -91,15 +91,17 @@ def alike(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]]:
     """Those runs of an agent that differ in nothing but their seed, each under a name that says what sets it apart."""
     keys = {key for run in runs for key in run.identity}
     differ = sorted(key for key in keys if len({json.dumps(run.identity.get(key)) for run in runs}) > 1)
-    groups: dict[str, dict[Any, Run]] = {}
+    groups: dict[str, dict[str, Run]] = {}
     for run in runs:
         notes = [f"{key} {run.identity.get(key)}" for key in differ]
         shared = run.result.get("data", {}).get("test", {}).get("also_in", {})
         notes += [f"{count} of its {run.result['instances']} test rows in {name}" for name, count in shared.items()]
         found = groups.setdefault(f"{agent} ({', '.join(notes)})" if notes else agent, {})
-        if run.seed is not None and run.seed in found:
+        begun = [run.config["agent_settings"].get(key) for key in ("start", "path")]
+        draw = str(run.folder) if run.seed is None else json.dumps([run.seed, *begun])
+        if draw in found:
             warnings.warn(f"a copy, counted once: {run.folder} is of the same seed as another run", stacklevel=3)
-        found[run.folder if run.seed is None else run.seed] = run
+        found[draw] = run
     return [(name, list(found.values())) for name, found in sorted(groups.items())]
 
 
