@@ -159,7 +159,9 @@ def _evaluate(
         description |= run.circumstances(core.config)
         description["data"] = {name: core.data[name].identity for name in used}
         if same_data:  # beside the run, this is no other seed
-            description |= {key: origin[key] for key in ("steps", "seed", "agent_settings", "data") if key in origin}
+            description |= {
+                key: origin[key] for key in ("steps", "seed", "strictness", "agent_settings", "data") if key in origin
+            }
             description["env_config"]["objective"] = origin["env_config"]["objective"]
         write_json(folder / "config.json", description)
     result = run.measured(core, decides, split, folder)

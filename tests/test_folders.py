@@ -145,6 +145,8 @@ def test_resume_names_what_differs(settings, tmp_path):
         ValueError, match=r"another run: its penalty is 20\.0, now it is 3\.0, its n_steps is 4, now it is 8$"
     ):
         train(CUSTOM, "ppo", tmp_path / "run", **{**arguments, "settings": changed}, resume=True)
+    with pytest.raises(ValueError, match=r"another run: its strictness is 1\.6\d*, now it is 0\.5$"):
+        train(CUSTOM, "ppo", tmp_path / "run", **arguments, strictness=0.5, resume=True)
 
 
 @pytest.fixture

@@ -96,8 +96,8 @@ def train(
         there = _there(folder, resume)
         with naming_imports(folder):
             agent = _make(env_id, algo, seed, settings or {})
-        names = {"env": env_id, "algo": algo, "steps": steps, "seed": seed, "imports": list(imports)}
-        return _train(agent, folder, names, there, strictness, on_progress)
+        names = {"env": env_id, "algo": algo, "steps": steps, "seed": seed, "strictness": strictness}
+        return _train(agent, folder, {**names, "imports": list(imports)}, there, on_progress)
 
 
 def _there(folder: Path, resume: bool) -> dict[str, Any] | None:
@@ -124,7 +124,6 @@ def _train(
     folder: Path,
     names: dict[str, Any],
     there: dict[str, Any] | None,
-    strictness: float,
     on_progress: Callable[[int, dict[str, float]], None] | None,
 ) -> dict[str, Any]:
     """As ``train``, in a folder that is ours, after what is ``there`` of it."""
@@ -135,7 +134,7 @@ def _train(
     description = {MARKER: __version__, **names, **circumstances(env.config)}
     description["agent_settings"] = agent.settings.model_dump()
     description["data"] = env.core.data.identity()  # all splits, so that what is wrong with one is told at once
-    selection = Selection(env.core, strictness)
+    selection = Selection(env.core, names["strictness"])
     reached, scores = None, {}
     if there is not None:
         _check_same(folder, there, description, env.core.data)
@@ -221,22 +220,19 @@ def _save(file: Path, value: dict[str, Any]) -> None:
 def _check_same(folder: Path, there: dict[str, Any], description: dict[str, Any], data: Splits) -> None:
     """Raise ``ValueError`` if the run in the folder, of which ``there`` tells, is not the described one."""
     here = json.loads(as_json(description))
-    differ = differences(flat_settings(there), flat_settings(here))
+    was, now = _settings(there), _settings(here)
+    # What a former version did not write down, nobody knows.
+    differ = [key for key in now if key in was and was[key] != now[key]]
     if differ:
-        shown = ", ".join(f"its {key} is {was}, now it is {now}" for key, (was, now) in differ.items())
+        shown = ", ".join(f"its {key} is {was[key]}, now it is {now[key]}" for key in differ)
         raise ValueError(f"{folder} holds another run: {shown}")
     check_unchanged(folder, there.get("data", {}), data)
 
 
-def flat_settings(description: dict[str, Any]) -> dict[str, Any]:
+def _settings(description: dict[str, Any]) -> dict[str, Any]:
     """All that says which run it is, by key: env, agent, seed, steps, the env's config and the agent's settings."""
-    named = {key: description.get(key) for key in ("env", "algo", "steps", "seed")}
+    named = {key: description[key] for key in ("env", "algo", "steps", "seed", "strictness") if key in description}
     return {**named, **description["env_config"], **description["agent_settings"]}
-
-
-def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Both values of each key whose values differ."""
-    return {key: (one.get(key), other.get(key)) for key in {**one, **other} if one.get(key) != other.get(key)}
 
 
 def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:
