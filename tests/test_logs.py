@@ -47,12 +47,12 @@ def hyperparameters_of(events):
 @pytest.mark.parametrize("name", ["ppo", "a2c_lex", "reinforce", "imitation", "static", "random", "early-exit"])
 def test_settings_result_and_validation_are_there_for_every_agent(name, custom, tmp_path):
     settings = {**custom, "penalty": 3.0}
-    result = train(CUSTOM, name, tmp_path, steps=600, seed=5, settings=settings)
-    events = events_of(tmp_path)
+    result = train(CUSTOM, name, tmp_path / "run", steps=600, seed=5, settings=settings)
+    events = events_of(tmp_path / "run")
     if name in ("ppo", "a2c_lex", "reinforce"):  # a run shorter than what lies between two points has its curves too
         assert {"rollout/ep_rew_mean", "rollout/success_rate"} <= set(events.Tags()["scalars"])
     values, metrics = hyperparameters_of(events)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (values["env"], values["algo"], values["seed"], values["steps"]) == (CUSTOM, name, 5, 600)
     assert (values["penalty"], values["objective"]) == (3.0, "lexicographic")
     for key, value in config["agent_settings"].items():
@@ -114,10 +114,12 @@ def test_a_run_that_begins_again_hides_what_was_there(custom, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(ImitationAgent, "save_extra", kill)
         with pytest.raises(KilledError):
-            train(CUSTOM, "imitation", tmp_path, steps=100, settings=custom)
-    train(CUSTOM, "imitation", tmp_path, steps=100, settings=custom)
-    assert len(list(tmp_path.glob("events.*"))) == 2
-    events = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload()  # as TensorBoard itself reads them
+            train(CUSTOM, "imitation", tmp_path / "run", steps=100, settings=custom)
+    train(CUSTOM, "imitation", tmp_path / "run", steps=100, settings=custom, resume=True)
+    assert len(list((tmp_path / "run").glob("events.*"))) == 2
+    events = plugin_event_accumulator.EventAccumulator(
+        str(tmp_path / "run")
+    ).Reload()  # as TensorBoard itself reads them
     for tag in ("config/text_summary", "imitation/risk_loss", "validation/reward"):
         steps = [event.step for event in events.Tensors(tag)]
         assert steps == sorted(set(steps)), tag

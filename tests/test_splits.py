@@ -163,6 +163,21 @@ def test_a_result_says_which_rows_it_is_of(reviews, tiny_backbone, tmp_path):
     assert (first["id"], first["row"]) == ("validation-0", f"{reviews}, row 31")
 
 
+def test_each_split_is_made_once(reviews, monkeypatch):
+    from sd_gym.tasks import data, splits
+
+    read, made = [], []
+    monkeypatch.setattr(data, "_read_file", lambda file, inner=data._read_file: read.append(file) or inner(file))
+    found = splits_of(reviews, splits=CUT)
+    assert [found[name] is found[name] for name in SPLITS] == [True] * 3
+    assert read == [reviews]
+    load = splits.load_split
+    monkeypatch.setattr(splits, "load_split", lambda *given: made.append(given[2]) or load(*given))
+    generated = Splits(Source("procedural"), "classification", dict.fromkeys(SPLITS, 20))
+    assert generated["test"] is generated["test"]
+    assert made == ["test"]
+
+
 def test_the_list_of_envs_says_what_is_tested_on():
     shown = CliRunner().invoke(app, ["envs"]).output
     (line,) = (line for line in shown.splitlines() if "Classification-SST2" in line)

@@ -113,7 +113,9 @@ class Source:
             raise DataError("'splits': generated data are not cut; leave it out")
 
 
-def load_split(source: Source | str, task: str, split: str, size: int | None) -> Instances:
+def load_split(
+    source: Source | str, task: str, split: str, size: int | None, known: dict[str, tuple[str, list]] | None = None
+) -> Instances:
     """The instances of one split, in the data set's order; ``Splits`` has all of them, and compares them.
 
     A row with an empty document, summary, text, question or context is left out, and counted: data sets of the hub have
@@ -126,6 +128,7 @@ def load_split(source: Source | str, task: str, split: str, size: int | None) ->
         split: ``train``, ``validation`` or ``test``. A single file is divided by row: every tenth row is validation,
             every tenth test, the rest train; where ``splits`` says what they are, the whole file is ``train``.
         size: So many rows at most; ``None``: all.
+        known: The data set's own splits that were read before, to which what is read is added; ``None``: none is kept.
 
     Raises:
         FileNotFoundError: If the file, folder, split or hub id does not exist.
@@ -138,8 +141,11 @@ def load_split(source: Source | str, task: str, split: str, size: int | None) ->
         return Instances(generate_split(task, split, size), file="procedural", part=f"{split}[0:{size}]")
     divided = Path(source.dataset).is_file() and not source.splits
     base, start, end = _slice(source.splits.get(split, "train" if divided else split))
-    file, rows = _read(source, base, split)
-    rows = list(rows)
+    known = {} if known is None else known
+    if base not in known:
+        where, lines = _read(source, base, split)
+        known[base] = where, list(lines)
+    file, rows = known[base]
     cut = set() if split in source.splits else _cut_off(source, base, len(rows))
     chosen = [row for row in range(len(rows))[start:end] if row not in cut]
     if divided:

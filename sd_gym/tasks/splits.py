@@ -41,9 +41,11 @@ class Splits:
             UserWarning: If they do and are allowed to.
         """
         if self._source.dataset == "procedural":
-            self._read.setdefault(name, load_split(self._source, self._task, name, self._sizes[name]))
+            if name not in self._read:
+                self._read[name] = self._try(name, {})
         elif not self._read:
-            read = {split: self._try(split) for split in SPLITS}
+            known: dict[str, tuple[str, list]] = {}
+            read = {split: self._try(split, known) for split in SPLITS}
             _compare({split: one for split, one in read.items() if isinstance(one, Instances)}, self._source)
             self._read = read
         found = self._read[name]
@@ -55,9 +57,9 @@ class Splits:
         """``Instances.identity`` of each split; raises as asking for each does."""
         return {name: self[name].identity for name in SPLITS}
 
-    def _try(self, name: str) -> Instances | Exception:
+    def _try(self, name: str, known: dict[str, tuple[str, list]]) -> Instances | Exception:
         try:
-            return load_split(self._source, self._task, name, self._sizes[name])
+            return load_split(self._source, self._task, name, self._sizes[name], known)
         except (FileNotFoundError, DataError) as error:
             return error
 
