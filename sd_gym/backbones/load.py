@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from transformers import (
@@ -21,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sd_gym.backbones.checks import BackboneError, check_tokenizer, check_weights, one_line, usable_device
 from sd_gym.backbones.forward import forward
 from sd_gym.switch import FlopsModel, Switchboard
 from sd_gym.switch.architectures import architecture_of
@@ -97,6 +100,9 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model of a supported architecture and its tokenizer; weights only as safetensors, no remote code.
 
+    All weights come from the files, but for those of a head that is asked for and not stored: it is new, drawn from
+    torch's random state (call ``torch.manual_seed`` before).
+
     Args:
         name: Bundled name, local folder, ``.gguf`` file, or hub id.
         num_labels: Put a classification head of that size on the model, new where the stored model has none of
@@ -106,39 +112,72 @@ def load_model(
     Raises:
         FileNotFoundError: If there is no such folder, or the hub does not have it or cannot be reached.
         UnsupportedArchitectureError: If no switches are known for the architecture.
-        ValueError: If the stored model has no head and none is asked for, or its architecture has none of that kind.
+        BackboneError: If a file cannot be read or is missing, weights are missing, of another size or not finite, the
+            tokenizer has no words or more than the model, the stored model has no head and none is asked for, or its
+            architecture has none of that kind.
     """
     config, path, file = _stored(name)
-    stored, weights = _stored_output(config, file), file or {"use_safetensors": True}
+    stored = _stored_output(config, file)
+    options: dict[str, Any] = {**(file or {"use_safetensors": True})}
     if num_labels is not None:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=num_labels, ignore_mismatched_sizes=True, **weights
-        )
+        auto, options["num_labels"] = AutoModelForSequenceClassification, num_labels
     elif extracts or stored == "span":
         if type(config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING:
-            raise ValueError(f"the architecture {config.model_type!r} has no head that extracts answers")
+            raise BackboneError(f"the architecture {config.model_type!r} has no head that extracts answers")
         # One output for starts and one for ends, whatever a former head had.
-        model = AutoModelForQuestionAnswering.from_pretrained(path, num_labels=2, **weights)
-    elif stored == "text" and config.is_encoder_decoder:
-        model = AutoModelForSeq2SeqLM.from_pretrained(path, **weights)
+        auto, options["num_labels"] = AutoModelForQuestionAnswering, 2
     elif stored == "text":
-        model = AutoModelForCausalLM.from_pretrained(path, **weights)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     elif stored == "label":
-        model = AutoModelForSequenceClassification.from_pretrained(path, **weights)
+        auto = AutoModelForSequenceClassification
     else:
-        raise ValueError(
+        raise BackboneError(
             f"the backbone {name!r} ({config.model_type}) has no task head; fine-tune one with "
             f"'sd-gym prepare --backbone {name} --dataset DATA --output FOLDER' and use that folder"
         )
-    tokenizer = AutoTokenizer.from_pretrained(path, **file)
+    new_head = num_labels is not None or (extracts and stored != "span")
+    model = _load_weights(name, auto, path, new_head, options)
+    tokenizer = _load_tokenizer(name, path, file, model)
     if file:  # its weights are ordinary numbers now, so it can be saved as any other
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer = None
-    if tokenizer.pad_token is None:  # padding is masked, so any token does
-        tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:  # decoder-only classifiers look for it to find an input's end
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def _load_weights(name: str, auto: Any, path: str, new_head: bool, options: dict[str, Any]) -> PreTrainedModel:
+    with _explained(name, "its weights cannot be loaded"):
+        model, info = auto.from_pretrained(
+            path, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
+        )
+    check_weights(name, model, architecture_of(model.config.model_type), info, new_head=new_head)
+    return model
+
+
+def _load_tokenizer(name: str, path: str, file: dict[str, str], model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    expected = "expected its files beside the weights, as tokenizer.save_pretrained() writes them"
+    with _explained(name, f"its tokenizer cannot be loaded; {expected}"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **file)
+    check_tokenizer(name, model, tokenizer)
+    if tokenizer.pad_token is None:  # padding is masked, so any token does
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextmanager
+def _explained(name: str, what: str) -> Iterator[None]:
+    """Errors of the libraries, which are of many kinds, as one line of our own."""
+    try:
+        yield
+    except Exception as error:
+        folder = Path(resolve(name))
+        if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
+            what = (
+                "it has its weights as pickles only (pytorch_model.bin), which can run code when they are read; where "
+                "you trust them, load them with transformers, save_pretrained(), and pass that folder"
+            )
+        raise BackboneError(f"the backbone {name!r}: {what} ({one_line(error)})") from error
 
 
 def stored_output(name: str) -> Output | None:
@@ -157,9 +196,15 @@ def _stored(name: str) -> tuple[PretrainedConfig, str, dict[str, str]]:
     if path.endswith(".gguf"):
         file = {"gguf_file": Path(path).name}
         path = str(Path(path).parent)
+    folder = Path(path)
+    if folder.is_dir() and not file and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no config.json in {path}; expected a backbone as save_pretrained() writes it")
     try:
-        config = AutoConfig.from_pretrained(path, **file)
-    except OSError as error:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **file)
+    except Exception as error:  # the library raises errors of many kinds
+        if folder.is_dir():
+            what = path if not file else Path(path) / file["gguf_file"]
+            raise BackboneError(f"the backbone {name!r}: {what} cannot be read ({one_line(error)})") from error
         raise FileNotFoundError(
             f"cannot load the backbone {name!r}: it is no local folder, and the Hugging Face hub did not give it. "
             "Without network, pass the path of a local copy as backbone=..."
@@ -173,6 +218,7 @@ def _stored_output(config: PretrainedConfig, file: dict[str, str]) -> Output | N
         "ForConditionalGeneration": "text",
         "ForCausalLM": "text",
         "LMHeadModel": "text",
+        "MTModel": "text",  # Marian
         "ForQuestionAnswering": "span",
         "ForSequenceClassification": "label",
     }
@@ -197,9 +243,9 @@ def load_backbone(name: str, device: str = "cpu") -> Backbone:
     """Load a frozen backbone, ready to be switched; loaded once a process, since it never changes.
 
     Raises:
-        As ``load_model``.
+        As ``load_model`` and ``usable_device``.
     """
     model, tokenizer = load_model(name)
-    model = model.to(device).eval().requires_grad_(False)
+    model = model.to(usable_device(device)).eval().requires_grad_(False)
     board = Switchboard(model)
     return Backbone(name, model, tokenizer, board, FlopsModel(board))

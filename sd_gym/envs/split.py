@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from sd_gym.backbones import load_backbone
+from sd_gym.backbones.checks import check_positions
 from sd_gym.backbones.forward import kept_of_pass
 from sd_gym.backbones.load import Output
 from sd_gym.backbones.spans import best_spans
@@ -62,6 +63,13 @@ class Split:
                 "as '{source}\\nLabel:'"
             )
         self._check_output()
+        check_positions(
+            config.backbone,
+            self.backbone.model,
+            self.backbone.tokenizer,
+            config.max_source_length,
+            config.max_target_length,
+        )
         self.prompt, self.stop = (config.prompt, config.stop) if self.backbone.causal else (None, None)
         self._data = data
         self.instances: Instances = data[name]

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sd_gym.backbones.checks import check_positions, usable_device
 from sd_gym.backbones.load import load_model, output_of, save_backbone, stored_output
 from sd_gym.backbones.prepare import freeze_observation, prepare
 from sd_gym.folders import MARKER, contents, foreign, locked
@@ -134,7 +135,8 @@ def prepare_backbone(
             model, tokenizer = _load(backbone, task, answers, instances["train"])
         else:
             model, tokenizer = load_model(backbone)  # as the policy knows it
-        model.to(accelerator.device if accelerator.num_processes > 1 else device)
+        check_positions(backbone, model, tokenizer, max_source_length, max_target_length)
+        model.to(accelerator.device if accelerator.num_processes > 1 else usable_device(device))
         board = Switchboard(model.eval())
         if skip_logits is not None:
             freeze_observation(board)

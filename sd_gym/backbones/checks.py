@@ -1,0 +1,166 @@
+"""What can be wrong with a backbone that was loaded, found before anything runs on it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sd_gym.switch.architectures import Architecture
+
+INVENTED = {"▁"}  # a word that tokenizers without files have, beside special tokens
+LONGEST = 300  # characters of what a library says
+
+
+class BackboneError(ValueError):
+    """A backbone that cannot be used; the message says what was expected, what came, and what to do."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error of a library says, in one line that is not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+
+
+def check_weights(
+    name: str, model: PreTrainedModel, architecture: Architecture, info: dict[str, Any], *, new_head: bool
+) -> None:
+    """Check that no weight is random but those of a new head, that all layers were read, and that all are finite.
+
+    Args:
+        name: What the backbone is called in errors.
+        model: The model.
+        architecture: Its architecture.
+        info: What ``from_pretrained(..., output_loading_info=True)`` says.
+        new_head: Whether the head may be new.
+
+    Raises:
+        BackboneError: If not.
+    """
+    other_size = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    random = sorted({*info["missing_keys"], *other_size} - (_head_keys(model, architecture) if new_head else set()))
+    if random:
+        raise BackboneError(
+            f"the backbone {name!r}: {len(random)} weights of the {type(model).__name__} that config.json describes "
+            f"are missing or of another size, such as {random[0]!r}; expected those of the whole model, as "
+            "save_pretrained() writes them ('sd-gym prepare' makes a head where only that is missing)"
+        )
+    for stack in architecture.stacks:
+        count, stored = len(model.base_model.get_submodule(stack.layers)), _layers_among(info, stack.layers)
+        if stored > count:
+            raise BackboneError(
+                f"the backbone {name!r}: config.json describes {count} layers of the {stack.name}, but the weights "
+                f"have {stored}; correct config.json, or save the smaller model with save_pretrained()"
+            )
+    broken = [key for key, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
+    if broken:
+        raise BackboneError(
+            f"the backbone {name!r}: {len(broken)} of its weights hold NaN or infinity, such as {broken[0]!r}; take an "
+            "earlier checkpoint, or train it again with a lower learning rate"
+        )
+
+
+def _head_keys(model: PreTrainedModel, architecture: Architecture) -> set[str]:
+    """The parameters of the heads: what lies outside the base model, and what the architecture calls a head."""
+    inside = set() if model.base_model is model else {id(parameter) for parameter in model.base_model.parameters()}
+    heads = {*architecture.token_heads, *architecture.sequence_heads}
+    return {
+        key
+        for key, parameter in model.named_parameters()
+        if key.rpartition(".")[0] in heads or (inside and id(parameter) not in inside)
+    }
+
+
+def _layers_among(info: dict[str, Any], layers: str) -> int:
+    """How many layers the weights that were not read belong to, 0 if to none."""
+    path = re.compile(rf"(?:^|\.){re.escape(layers)}\.(\d+)\.")
+    found = [match for key in info["unexpected_keys"] if (match := path.search(key))]
+    return max((int(match[1]) + 1 for match in found), default=0)
+
+
+def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a tokenizer has words, that each has an embedding, and that it has something to pad with.
+
+    Raises:
+        BackboneError: If not.
+    """
+    vocabulary = tokenizer.get_vocab()
+    # Without files the library makes a tokenizer of special tokens up.
+    if not vocabulary.keys() - set(tokenizer.all_special_tokens) - INVENTED:
+        raise BackboneError(
+            f"the backbone {name!r}: its tokenizer has no files, and so knows no words; expected them beside the "
+            "weights, as tokenizer.save_pretrained() writes them"
+        )
+    embeddings, last = len(model.get_input_embeddings().weight), max(vocabulary.values())
+    if last >= embeddings:
+        raise BackboneError(
+            f"the backbone {name!r}: its tokenizer has tokens up to number {last}, but the model has only {embeddings} "
+            "embeddings; take the tokenizer that belongs to it, or call model.resize_token_embeddings() and train it"
+        )
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise BackboneError(
+            f"the backbone {name!r}: its tokenizer has neither a pad_token nor an eos_token; set one and save it again"
+        )
+
+
+def check_positions(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_source_length: int,
+    max_target_length: int,
+) -> None:
+    """Check that a model can read the longest inputs and targets.
+
+    Raises:
+        BackboneError: If it has too few positions for them.
+    """
+    positions = positions_of(model)
+    if positions is None:
+        return
+    source = min(max_source_length, tokenizer.model_max_length)
+    needed = {"max_source_length": source}
+    if model.can_generate() and model.config.is_encoder_decoder:
+        needed["max_target_length"] = max_target_length
+    elif model.can_generate():  # the last token of the answer is not read
+        needed = {"max_source_length + max_target_length - 1": source + max_target_length - 1}
+    for what, tokens in needed.items():
+        if tokens > positions:
+            raise BackboneError(
+                f"the backbone {name!r} has {positions} positions, but {what} is {tokens}; set it to {positions} or "
+                "less, or take a backbone with more positions"
+            )
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens a model can read, where it has a table of positions; ``None`` where it has none."""
+    tables = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and re.fullmatch("position_embeddings|embed_positions|wpe", path.split(".")[-1])
+    ]
+    # The first rows of some tables stand for padding.
+    unused = [getattr(one, "offset", 0 if one.padding_idx is None else one.padding_idx + 1) for one in tables]
+    return min((one.num_embeddings - rows for one, rows in zip(tables, unused, strict=True)), default=None)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ValueError: If there is none, or nothing can be computed on it here.
+    """
+    try:
+        device = torch.empty(1, device=name).fill_(1).device
+        if device.type == "meta":
+            raise ValueError("nothing can be computed on it")
+    except Exception as error:  # torch raises errors of many kinds
+        raise ValueError(
+            f"cannot use the device {name!r}: expected 'cpu', or one that torch has here, such as 'cuda' or 'cuda:1' "
+            f"({one_line(error)})"
+        ) from error
+    return device
