@@ -3,6 +3,7 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from gymnasium.utils.env_checker import check_env
 from sd_gym.agents.common.evaluation import evaluate
@@ -54,6 +55,7 @@ def backbone(folder, tokenizer, classes, architecture):
     config = AutoConfig.for_model(
         architecture, vocab_size=40, pad_token_id=0, eos_token_id=2, **labels, **TINY[architecture]
     )
+    torch.manual_seed(0)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
