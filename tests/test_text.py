@@ -144,7 +144,8 @@ def test_likelihood_is_the_mean_probability_of_the_reference(tmp_path, generator
     import torch
 
     data = mirror(tmp_path / "data", ENVS["Summarization-XSum"])
-    core = gym.make("SD/Summarization-XSum-v0", dataset=data, backbone=str(generator)).unwrapped.core
+    settings = {"dataset": data, "backbone": str(generator), "max_target_length": 32}
+    core = gym.make("SD/Summarization-XSum-v0", **settings).unwrapped.core
     split = core.split("test")
     inputs = split.encoded.batch(np.array([2]), torch.device("cpu"))
     with torch.inference_mode():
@@ -155,7 +156,8 @@ def test_likelihood_is_the_mean_probability_of_the_reference(tmp_path, generator
 
 def test_passes_are_bounded(tmp_path, generator, monkeypatch):
     data = mirror(tmp_path / "data", ENVS["Summarization-XSum"])
-    split = gym.make("SD/Summarization-XSum-v0", dataset=data, backbone=str(generator)).unwrapped.core.split("train")
+    settings = {"dataset": data, "backbone": str(generator), "max_target_length": 32}
+    split = gym.make("SD/Summarization-XSum-v0", **settings).unwrapped.core.split("train")
     rows, decisions = np.arange(30), np.zeros((30, len(split.backbone.board) + 1), dtype=np.int64)
     whole = split.run(rows, decisions)
     monkeypatch.setattr("sd_gym.envs.split.PASS_TOKENS", 50)  # three rows of 8 + 8 tokens
