@@ -15,8 +15,9 @@ from sd_gym.agents.common.verdict import ONE_SIDED_95
 from sd_gym.envs.config import EnvConfig, load_config
 from sd_gym.envs.core import Core, shared_core
 from sd_gym.envs.spaces import Actions, MultiDiscreteActions, Observations, each
+from sd_gym.files import write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
-from sd_gym.policy import DecisionPolicy, write_json
+from sd_gym.policy import DecisionPolicy
 from sd_gym.registration import config_of
 from sd_gym.tasks.data import SPLITS
 from sd_gym.tasks.splits import check_unchanged

@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=5)
     arguments = parser.parse_args()
     tokenizer = make_tokenizer()
-    model = MBartForConditionalGeneration.from_pretrained(arguments.start)
+    model = MBartForConditionalGeneration.from_pretrained(arguments.start, trust_remote_code=False)
     board = Switchboard(model)
     freeze_observation(board)
     validation = {task: generate_split(task, "validation", 600) for task in TASKS}

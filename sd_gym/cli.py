@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 from rich.table import Table
+from rich.text import Text
+
+from sd_gym.errors import short
 
 app = typer.Typer(
     help="Learn what a transformer need not compute. Start with: sd-gym envs",
@@ -23,8 +27,20 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-console = Console()
-errors = Console(stderr=True)
+# What is printed is text: brackets and colons in names, paths and messages stand for themselves.
+console = Console(markup=False, emoji=False)
+errors = Console(stderr=True, markup=False, emoji=False)
+ADVICE = {
+    errno.ENOSPC: "free some space on the disk",
+    errno.EDQUOT: "free some space on the disk",
+    errno.EFBIG: "choose a disk that takes larger files",
+    errno.EROFS: "choose a folder on a disk that can be written",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.ENOTDIR: "choose a folder: what was given is a file, or lies in one",
+    errno.EISDIR: "choose a file: what was given is a folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 
 Imports = Annotated[
@@ -41,15 +57,43 @@ def _import(names: list[str]) -> list[str]:
     """Import a user's modules; returns their names, with absolute paths."""
     from sd_gym.registry import import_own
 
-    try:
+    with _errors_as_lines():
         return [import_own(name) for name in names]
-    except (ValueError, FileNotFoundError) as error:
+
+
+@contextmanager
+def _errors_as_lines() -> Iterator[None]:
+    """What a user can do something about becomes a line and the exit code 2."""
+    threading.excepthook = _thread_failed
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
         _fail(error)
+    except Exception as error:
+        if type(error).__module__.startswith("gymnasium.error"):
+            _fail(error)
+        raise
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread of its own; the disk's error is told here too, where it is met."""
+    if issubclass(failure.exc_type, OSError):
+        errors.print(_as_line(failure.exc_value), soft_wrap=True)
+    else:
+        threading.__excepthook__(failure)
 
 
 def _fail(error: Exception) -> None:
-    errors.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, soft_wrap=True)
+    errors.print(_as_line(error), soft_wrap=True)
     raise typer.Exit(2)
+
+
+def _as_line(error: BaseException) -> Text:
+    advice = ADVICE.get(getattr(error, "errno", None))
+    said = " ".join(str(error).split()) + (f"; {advice}" if advice else "")
+    # Half a character, as a damaged file may hold, cannot be printed.
+    said = said.encode(errors="backslashreplace").decode()
+    return Text.assemble((type(error).__name__, "bold red"), f": {said}")
 
 
 @contextmanager
@@ -63,36 +107,43 @@ def _warnings_as_lines() -> Iterator[None]:
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
-    """``key=value`` pairs, values read as YAML (numbers, booleans, lists, text)."""
+    """``key=value`` pairs, values read as YAML (numbers, booleans, lists, text).
+
+    Raises:
+        ValueError: If one is none.
+    """
+    from sd_gym.envs.config import parse_yaml
+
     settings = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key:
-            raise typer.BadParameter(f"expected key=value, got {pair!r}", param_hint="--set")
-        settings[key] = yaml.safe_load(value)
+            raise ValueError(f"--set: expected key=value, got {short(pair)}")
+        settings[key] = parse_yaml(value, f"--set {short(pair)}")
     return settings
 
 
-def _no_other_bars() -> None:
-    """One at a time: transformers has its own for loading weights."""
+def _alone() -> None:
+    """One bar at a time, and one line an error: transformers has bars and tables of its own for loading weights."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _status(what: str) -> Status:
-    _no_other_bars()
+    _alone()
     return errors.status(what)
 
 
 def _progress(visible: bool = True) -> Progress:
-    _no_other_bars()
+    _alone()
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[figures]}", markup=False),
         console=errors,
         disable=not visible,
     )
@@ -105,17 +156,18 @@ def envs(imports: Imports = []) -> None:  # noqa: B006  (typer wants a list)
     Example: `sd-gym envs`
     """
     _import(imports)
+    from sd_gym.envs.config import read_values
     from sd_gym.registration import config_files
 
     table = Table(title="sd_gym envs", box=SIMPLE_HEAD, padding=0)
     for column in ("id", "data set", "backbone"):
         table.add_column(column, overflow="fold")
-    for file in config_files():
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        tested = (values.get("splits") or {}).get("test", "test")
-        data = f"{values['dataset'] or 'yours'}{'' if tested == 'test' else f', tested on its {tested}'}"
-        shown = [data, values["backbone"] or "yours"]
-        table.add_row(values["id"], *shown)
+    with _errors_as_lines():
+        for file in config_files():
+            values = read_values(file)
+            tested = (values.get("splits") or {}).get("test", "test")
+            data = f"{values.get('dataset') or 'yours'}{'' if tested == 'test' else f', tested on its {tested}'}"
+            table.add_row(str(values.get("id")), data, str(values.get("backbone") or "yours"))
     console.print(table)
 
 
@@ -165,7 +217,7 @@ def train(
     Watch the curves with `tensorboard --logdir runs`.
     """
     imported = _import(imports)
-    try:
+    with _errors_as_lines():
         settings = _settings(set_)
         with _progress() as progress:
             bar = progress.add_task("loading", total=steps, figures="")
@@ -199,12 +251,6 @@ def train(
                 imports=imported,
                 on_progress=on_progress,
             )
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        _fail(error)
-    except Exception as error:
-        if type(error).__module__.startswith("gymnasium.error"):
-            _fail(error)
-        raise
     _print_result(f"{env}, {algo}, seed {seed}", result)
     console.print(f"Run folder: {folder}", highlight=False, soft_wrap=True)
 
@@ -228,14 +274,11 @@ def evaluate(
     from sd_gym.agents.api import evaluate as run_evaluation
     from sd_gym.agents.common.run import read_description
 
-    try:
-        with _status("evaluating"):
-            description = read_description(run)
-            result = run_evaluation(description["env"], run, split, output)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        _fail(error)
+    with _errors_as_lines(), _status("evaluating"):
+        description = read_description(run)
+        result = run_evaluation(description["env"], run, split, output)
     title = [description[key] for key in ("env", "algo")]
-    _print_result(f"{', '.join(title)}, seed {description['seed']}", result)
+    _print_result(f"{', '.join(title)}, seed {description.get('seed')}", result)
 
 
 @app.command()
@@ -272,23 +315,20 @@ def compare(
     _import(imports)
     from sd_gym.agents.common import compare as results
 
-    try:
-        with _warnings_as_lines():
-            if fronts:
-                from sd_gym.agents.common import plots, savings
+    with _errors_as_lines(), _warnings_as_lines():
+        if fronts:
+            from sd_gym.agents.common import plots, savings
 
-                title, columns = "At the same quality, test split", savings.COLUMNS
-                by = ["env", "points lost", "FLOPs of static / blind"]
-                with _status("scoring"):
-                    found = savings.env_fronts(runs, test_size)
-                rows = [row for one in found for row in savings.savings(one)]
-                if picture is not None:
-                    plots.plot_fronts(found, picture)
-            else:
-                title, columns, by = "Runs on the test split", results.COLUMNS, ["env", "dense quality"]
-                rows = [results.cells(row) for row in results.compare(runs)]
-    except (FileNotFoundError, ValueError) as error:
-        _fail(error)
+            title, columns = "At the same quality, test split", savings.COLUMNS
+            by = ["env", "points lost", "FLOPs of static / blind"]
+            with _status("scoring"):
+                found = savings.env_fronts(runs, test_size)
+            rows = [row for one in found for row in savings.savings(one)]
+            if picture is not None:
+                plots.plot_fronts(found, picture)
+        else:
+            title, columns, by = "Runs on the test split", results.COLUMNS, ["env", "dense quality"]
+            rows = [results.cells(row) for row in results.compare(runs)]
     if markdown:
         print(results.markdown(columns, rows))
         return
@@ -352,71 +392,67 @@ def prepare(
     """
     _import(imports)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher has started
-    try:
-        with _progress(visible=first) as progress:
-            bar = progress.add_task("loading", total=steps, figures="")
-            latest: dict[str, float] = {}
+    with _errors_as_lines(), _progress(visible=first) as progress:
+        bar = progress.add_task("loading", total=steps, figures="")
+        latest: dict[str, float] = {}
 
-            def on_step(step: int, figures: dict[str, float]) -> None:
-                latest.update(figures)
-                shown = "  ".join(f"{name} {value:.3f}" for name, value in latest.items() if name != "learning_rate")
-                progress.update(bar, completed=step, description="preparing", figures=shown)
+        def on_step(step: int, figures: dict[str, float]) -> None:
+            latest.update(figures)
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in latest.items() if name != "learning_rate")
+            progress.update(bar, completed=step, description="preparing", figures=shown)
 
-            import numpy as np
+        import numpy as np
 
-            from sd_gym.envs.config import load_config, make_config
-            from sd_gym.registration import config_of
-            from sd_gym.tasks.preparation import prepare_backbone
+        from sd_gym.envs.config import load_config, make_config
+        from sd_gym.registration import config_of
+        from sd_gym.tasks.preparation import prepare_backbone
 
-            if (backbone is None) == (policy is None):
-                raise ValueError("pass either --backbone, or --policy for the backbone of a run")
-            given = {"dataset": dataset, "max_source_length": max_length}
-            overrides = {key: value for key, value in given.items() if value is not None} | _settings(set_)
-            skip_logits = None
-            if policy is not None:
-                from sd_gym.agents.common.run import load_run
-                from sd_gym.envs.core import shared_core
+        if (backbone is None) == (policy is None):
+            raise ValueError("pass either --backbone, or --policy for the backbone of a run")
+        given = {"dataset": dataset, "max_source_length": max_length}
+        overrides = {key: value for key, value in given.items() if value is not None} | _settings(set_)
+        skip_logits = None
+        if policy is not None:
+            from sd_gym.agents.common.run import load_run
+            from sd_gym.envs.core import shared_core
 
-                if "backbone" in overrides:
-                    raise ValueError("--policy tunes the run's own backbone; leave out backbone=")
-                _, core, network = load_run(policy)
-                config = make_config(core.config.model_dump() | overrides, core.config.id)
-                splits = {name: shared_core(config).split(name) for name in ("train", "validation")}
-                skip_logits = {
-                    name: network.skip_logits(core.observe(split, np.arange(len(split))))
-                    for name, split in splits.items()
-                }
-            else:
-                config = load_config(config_of(env), {**overrides, "backbone": backbone})
-            report = prepare_backbone(
-                config.backbone,
-                config.source,
-                config.task,
-                output,
-                steps=steps,
-                batch_size=batch_size,
-                learning_rate=learning_rate,
-                max_rate=max_rate,
-                patience=patience,
-                answers=config.answers,
-                prompt=config.prompt,
-                stop=config.stop,
-                token_shares=config.token_shares,
-                token_ranking=config.token_ranking,
-                max_source_length=config.max_source_length,
-                max_target_length=config.max_target_length,
-                label_range=config.label_range,
-                train_size=config.train_size,
-                validation_size=config.validation_size,
-                test_size=config.test_size,
-                skip_logits=skip_logits,
-                resume=resume,
-                seed=seed,
-                device=config.device,
-                on_step=on_step,
-            )
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
-        _fail(error)
+            if "backbone" in overrides:
+                raise ValueError("--policy tunes the run's own backbone; leave out backbone=")
+            _, core, network = load_run(policy)
+            config = make_config(core.config.model_dump() | overrides, core.config.id)
+            splits = {name: shared_core(config).split(name) for name in ("train", "validation")}
+            skip_logits = {
+                name: network.skip_logits(core.observe(split, np.arange(len(split)))) for name, split in splits.items()
+            }
+        else:
+            config = load_config(config_of(env), {**overrides, "backbone": backbone})
+        report = prepare_backbone(
+            config.backbone,
+            config.source,
+            config.task,
+            output,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            max_rate=max_rate,
+            patience=patience,
+            answers=config.answers,
+            prompt=config.prompt,
+            stop=config.stop,
+            token_shares=config.token_shares,
+            token_ranking=config.token_ranking,
+            max_source_length=config.max_source_length,
+            max_target_length=config.max_target_length,
+            label_range=config.label_range,
+            train_size=config.train_size,
+            validation_size=config.validation_size,
+            test_size=config.test_size,
+            skip_logits=skip_logits,
+            resume=resume,
+            seed=seed,
+            device=config.device,
+            on_step=on_step,
+        )
     if not first:
         return
     _print_data(report["data"])

@@ -1,23 +1,28 @@
-"""Files appear complete or not at all: they are written to a temporary name, then renamed."""
+"""Files appear complete or not at all: written to a temporary name, then renamed. An error names the file."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from sd_gym.errors import one_line, short
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text."""
-    temporary = _temporary(file)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    """Write a text.
+
+    Raises:
+        OSError: If it cannot be written; so of all that writes here.
+    """
+    _write(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -25,13 +30,74 @@ def write_json(file: Path, value: Any) -> None:
     write_text(file, as_json(value) + "\n")
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """An object that ``write_json`` wrote.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no JSON object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is damaged: expected JSON ({one_line(error)}); copy it again, or delete it"
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is damaged: expected a JSON object, got {short(value)}")
+    return value
+
+
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as safetensors; none shares its memory with another in the file."""
     from safetensors.torch import save_file
 
-    temporary = _temporary(file)
-    save_file({name: value.contiguous().clone() for name, value in tensors.items()}, temporary)
-    os.replace(temporary, file)
+    apart = {name: value.contiguous().clone() for name, value in tensors.items()}
+    _write(file, lambda temporary: save_file(apart, temporary))
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors that ``write_tensors`` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise FileNotFoundError(f"no {file.name} in {file.parent}")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: expected safetensors ({one_line(error)}); copy it again") from error
+
+
+def write_checkpoint(file: Path, value: dict[str, Any]) -> None:
+    """Write tensors and plain values, nested, to go on from."""
+    import torch
+
+    _write(file, lambda temporary: torch.save(value, temporary))
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """What ``write_checkpoint`` wrote; tensors and plain values only are read, no code is run.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    import torch
+
+    try:
+        return torch.load(file, weights_only=True)
+    except Exception as error:  # the library raises errors of many kinds
+        raise ValueError(damaged_checkpoint(file, error)) from error
+
+
+def damaged_checkpoint(file: Path, error: Exception) -> str:
+    """The message for a checkpoint that nothing can go on from."""
+    return f"{file} is damaged, so nothing can go on from it ({one_line(error)}); delete it and begin again"
 
 
 def as_json(value: Any) -> str:
@@ -39,9 +105,18 @@ def as_json(value: Any) -> str:
     return json.dumps(value, indent=2, default=_plain)
 
 
-def _temporary(file: Path) -> Path:
+def _write(file: Path, write: Callable[[Path], Any]) -> None:
+    from safetensors import SafetensorError
+
     file.parent.mkdir(parents=True, exist_ok=True)
-    return file.with_name(file.name + ".tmp")
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, file)
+    except (SafetensorError, RuntimeError) as error:  # what the libraries make of a disk's errors
+        raise OSError(f"cannot write {file} ({one_line(error)}); is the disk full?") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

@@ -44,7 +44,7 @@ def env_id(file: Path) -> str:
     """
     if not file.is_file():
         raise FileNotFoundError(f"no configuration file {str(file)!r}")
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():  # the rest is checked later
         if line.startswith("id:"):
             return line.removeprefix("id:").partition(" #")[0].strip(" \"'")
     raise ValueError(f"{file}: no line 'id: ...', such as 'id: My/Reviews-v0'")

@@ -85,12 +85,19 @@ def naming_imports(run: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        file = run / "config.json"
-        imports = json.loads(file.read_text(encoding="utf-8")).get("imports", []) if file.exists() else []
-        if not imports or UnknownNameError not in (type(error), type(error.__cause__)):
+        unknown_name = UnknownNameError in (type(error), type(error.__cause__))
+        if not unknown_name or not (imports := _imports_of(run)):
             raise
         options = " ".join(f"--import {name}" for name in imports)
         raise type(error)(f"{error} {run} was made with {options}; pass that again.") from error
+
+
+def _imports_of(run: Path) -> list[str]:
+    """What ``config.json`` says; nothing where it is not there or damaged."""
+    try:
+        return list(json.loads((run / "config.json").read_text(encoding="utf-8"))["imports"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
 def import_own(name: str) -> str:

@@ -54,7 +54,7 @@ def env_arguments(request, reviews, tiny_backbone, tiny_generator, tmp_path):
         row = {"document": "the food was good the room was bad", "summary": "good food"}
     file = tmp_path / "data.jsonl"
     file.write_text(varied(row, "document" if "document" in row else "context"))
-    return request.param, {"dataset": str(file), "backbone": str(tiny_generator), "splits": {}}
+    return request.param, {"dataset": str(file), "backbone": str(tiny_generator), "splits": {}, "max_target_length": 32}
 
 
 def test_both_checkers_pass_without_a_warning(env_arguments, monkeypatch):

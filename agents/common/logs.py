@@ -10,7 +10,7 @@ import yaml
 from stable_baselines3.common.logger import HParam, Logger, configure
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from sd_gym.policy import as_json
+from sd_gym.files import as_json
 
 REWARD_KEYS = ("objective", "epsilon", "penalty", "cost_scale", "multiplier_rate", "quality", "token_shares")
 RESULTS = ("quality_difference", "flops_ratio_with_policy", "quality_kept")  # that hyperparameters are compared by

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import sys
@@ -14,7 +13,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 from sd_gym.agents.common.agent import INFO_TAGS, Agent, Rollout
 from sd_gym.agents.common.evaluation import Decided, Decides, evaluate, fitting, summary, time_ratio
 from sd_gym.agents.common.logs import log_result, log_validation, open_logger
@@ -25,8 +23,10 @@ from sd_gym.agents.registry import agent_class, make_agent
 
 from sd_gym.envs.config import EnvConfig, make_config
 from sd_gym.envs.core import Core, shared_core
+from sd_gym.errors import short
+from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, read_json, write_checkpoint, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
-from sd_gym.policy import DecisionPolicy, as_json, write_json
+from sd_gym.policy import DecisionPolicy
 from sd_gym.registration import registered_ids
 from sd_gym.registry import UnknownNameError, naming_imports, unknown
 from sd_gym.tasks.data import SPLITS
@@ -73,8 +73,8 @@ def train(
         env_id: A registered id.
         algo: An agent's name.
         folder: The run folder: ``config.json``, TensorBoard events, ``policy.safetensors``, ``policy.json``,
-            ``result.json``, ``instances.csv``, ``result.png`` (and ``sb3.zip``) are written to it; ``checkpoint.pt``
-            while it learns.
+            ``result.json``, ``instances.csv``, ``result.png`` (and ``sb3.safetensors``) are written to it;
+            ``checkpoint.pt`` while it learns.
         steps: Decisions to learn from.
         seed: Of the agent and of the env's draws.
         settings: Overrides of the env's config and of the agent's settings, by key.
@@ -90,7 +90,8 @@ def train(
     Raises:
         FileExistsError: If the folder holds a finished run, one that was cut off and shall not be resumed, or anything
             else; ``FolderInUseError`` if another process is writing to it.
-        ValueError: If a name or setting is unknown, or the run to resume is another one, or on other data.
+        ValueError: If a name or setting is unknown, the data of any split are malformed, or the run to resume is
+            another one, on other data, or damaged.
     """
     with locked(folder):
         there = _there(folder, resume)
@@ -130,6 +131,8 @@ def _train(
     steps, seed = names["steps"], names["seed"]
     checkpoint = folder / "checkpoint.pt"
     env = agent.env
+    for split in SPLITS:  # what is wrong with any of them is told before anything is learned
+        env.core.split(split)
     env.reset(seed=seed)
     description = {MARKER: __version__, **names, **circumstances(env.config)}
     description["agent_settings"] = agent.settings.model_dump()
@@ -139,10 +142,13 @@ def _train(
     if there is not None:
         _check_same(folder, there, description, env.core.data)
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)  # tensors and plain values only
-        agent.load_state(saved["agent"])
-        selection.load_state(saved["selection"], agent.policy())
-        reached, scores = selection.history[-1]["step"], saved.get("scores", {})
+        saved = read_checkpoint(checkpoint)
+        try:
+            agent.load_state(saved["agent"])
+            selection.load_state(saved["selection"], agent.policy())
+            reached, scores = selection.history[-1]["step"], saved.get("scores", {})
+        except Exception as error:  # whatever does not fit
+            raise ValueError(damaged_checkpoint(checkpoint, error)) from error
     env.core.load_scores(scores)
     write_json(folder / "config.json", description)
     logger = open_logger(folder, description, reached)
@@ -155,7 +161,8 @@ def _train(
         if agent.validates and (rollout.steps >= due * interval or rollout.steps >= steps):
             log_validation(logger, selection.consider(rollout.steps, agent.policy(), env.objective))
             if state := agent.state():
-                _save(checkpoint, {"agent": state, "selection": selection.state(), "scores": env.core.scores()})
+                state = {"agent": state, "selection": selection.state(), "scores": env.core.scores()}
+                write_checkpoint(checkpoint, state)
         if on_progress is not None:
             figures = {key: float(np.mean(values)) for key, values in rollout.infos.items() if key in INFO_TAGS}
             on_progress(rollout.steps, figures)
@@ -188,6 +195,8 @@ def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> Agent:
     """The agent, untrained, on a vector env of its own."""
     env_settings, agent_settings = split_settings(algo, settings)
     num_envs = agent_class(algo).Settings(**agent_settings).num_envs
+    if ":" in env_id.removeprefix("sd_gym:"):  # Gymnasium would import a module of that name
+        raise UnknownNameError(unknown("env", env_id, registered_ids()))
     try:
         env = gym.make_vec(env_id, num_envs=num_envs, **env_settings).unwrapped
     except gym.error.UnregisteredEnv as error:
@@ -209,12 +218,6 @@ def write_result(result: dict[str, Any], core: Core, folder: Path) -> None:
     """Write ``result.png`` and ``result.json``."""
     plot_run(result, core.backbone.board.names, folder / "result.png")
     write_json(folder / "result.json", result)
-
-
-def _save(file: Path, value: dict[str, Any]) -> None:
-    """The file appears complete or not at all."""
-    torch.save(value, file.with_suffix(".tmp"))
-    os.replace(file.with_suffix(".tmp"), file)
 
 
 def _check_same(folder: Path, there: dict[str, Any], description: dict[str, Any], data: Splits) -> None:
@@ -253,16 +256,20 @@ def read_description(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is another program's.
+        ValueError: If it is damaged, or another program's.
     """
     file = folder / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"no config.json in {folder}; expected a folder that 'sd-gym train' wrote")
-    description = json.loads(file.read_text(encoding="utf-8"))
+    description = read_json(file)
     # Runs of before there was a marker are known by what they say.
-    ours = isinstance(description, dict) and (MARKER in description or description.keys() >= {"algo", "env_config"})
-    if not ours:
-        raise ValueError(f"{file} is not of a run; expected the folder of one (sd-gym train)")
+    kinds = {"env": str, "algo": str, "env_config": dict, "agent_settings": dict}
+    for key, kind in kinds.items():
+        if not isinstance(description.get(key), kind):
+            raise ValueError(
+                f"{file} is not of a run: its {key!r} is {short(description.get(key))}; expected the folder of one "
+                "(sd-gym train)"
+            )
     return description
 
 

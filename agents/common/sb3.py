@@ -19,6 +19,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
 
 from sd_gym.envs.sb3 import SwitchableVecEnv
+from sd_gym.files import write_tensors
 from sd_gym.policy import HIDDEN, DecisionPolicy, own_network
 
 # Of the critic's loss. Actor and critic share no layer, but the library clips their gradients together: at its own 0.5,
@@ -202,5 +203,9 @@ class SB3Agent(Agent):
         torch.set_rng_state(state["torch"])
 
     def save_extra(self, folder: Path) -> None:
-        """Write ``sb3.zip``, which Stable-Baselines3 loads."""
-        self.algorithm.save(folder / "sb3.zip")
+        """Write ``sb3.safetensors``: the parameters of the library's own policy, the critic's too.
+
+        They are read without running any code, as ``PPO.load`` of a zip would: ``model = PPO("MlpPolicy", vec_env)``,
+        then ``model.policy.load_state_dict(safetensors.torch.load_file(file))``.
+        """
+        write_tensors(folder / "sb3.safetensors", self.algorithm.policy.state_dict())

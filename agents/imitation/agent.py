@@ -11,7 +11,6 @@ also warm up on searched decisions; there each instance's own luck under a decis
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from safetensors.numpy import load_file, save_file
 from sd_gym.agents.baselines.search import greedy_path, losses_along, order_of
 from sd_gym.agents.baselines.static import backward_path, report
 from sd_gym.agents.common.agent import Agent, LearnerSettings, OnRollout, initial_bias
@@ -30,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd_gym.envs.split import Split
+from sd_gym.files import read_tensors, write_tensors
 from sd_gym.policy import HIDDEN, DecisionPolicy
 
 ORDER_INSTANCES = 1000  # that the path of static masks is searched on
@@ -125,9 +124,10 @@ class ImitationAgent(Agent):
 
     def save_extra(self, folder: Path) -> None:
         """Write ``searched.safetensors``: the fields of ``Searched``."""
-        temporary = folder / f"{SEARCHED}.tmp"
-        save_file({name: np.ascontiguousarray(value) for name, value in self.searched._asdict().items()}, temporary)
-        os.replace(temporary, folder / SEARCHED)
+        searched = self.searched._asdict().items()
+        write_tensors(
+            folder / SEARCHED, {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in searched}
+        )
 
     def policy(self) -> DecisionPolicy:
         """A copy of the network."""
@@ -250,9 +250,12 @@ def read_searched(folder: Path, instances: int, nvec: NDArray) -> Searched:
     """What a run of ``imitation`` has searched, for a training split of so many ``instances``.
 
     Raises:
-        ValueError: If it is that of another env.
+        ValueError: If it is that of another env, or damaged.
     """
-    searched = Searched(**load_file(folder / SEARCHED))
+    tensors = {name: value.numpy() for name, value in read_tensors(folder / SEARCHED).items()}
+    if tensors.keys() != set(Searched._fields) or [tensors[name].ndim for name in Searched._fields] != [1, 2, 2]:
+        raise ValueError(f"{folder / SEARCHED} holds {', '.join(tensors)}; expected {', '.join(Searched._fields)}")
+    searched = Searched(**tensors)
     if searched.path.shape[1:] != nvec.shape or searched.rows.max() >= instances:
         raise ValueError(
             f"what was searched in {folder} has {searched.path.shape[1]} components and rows up to "

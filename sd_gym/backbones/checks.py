@@ -9,20 +9,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sd_gym.errors import one_line
 from sd_gym.switch.architectures import Architecture
 
 INVENTED = {"▁"}  # a word that tokenizers without files have, beside special tokens
-LONGEST = 300  # characters of what a library says
 
 
 class BackboneError(ValueError):
     """A backbone that cannot be used; the message says what was expected, what came, and what to do."""
-
-
-def one_line(error: Exception) -> str:
-    """What an error of a library says, in one line that is not too long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 def check_weights(

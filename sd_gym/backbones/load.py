@@ -23,8 +23,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sd_gym.backbones.checks import BackboneError, check_tokenizer, check_weights, one_line, usable_device
+from sd_gym.backbones.checks import BackboneError, check_tokenizer, check_weights, usable_device
 from sd_gym.backbones.forward import forward
+from sd_gym.errors import one_line
 from sd_gym.switch import FlopsModel, Switchboard
 from sd_gym.switch.architectures import architecture_of
 
@@ -228,10 +229,9 @@ def _stored_output(config: PretrainedConfig, file: dict[str, str]) -> Output | N
 
 def save_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a model and its tokenizer as Hugging Face does; each file appears complete or not at all."""
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary = folder / "model.tmp"
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    folder.mkdir(parents=True, exist_ok=True)
     # The configuration comes last: a folder that has it is complete.
     for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
         file.replace(folder / file.name)

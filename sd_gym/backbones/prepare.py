@@ -8,7 +8,6 @@ once densely, under the task's loss, and once under random decisions, with the d
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 
 from sd_gym.backbones.forward import forward, kept_of_pass
 from sd_gym.backbones.spans import NOWHERE, span_log_likelihood
+from sd_gym.files import damaged_checkpoint, read_checkpoint, write_checkpoint
 from sd_gym.switch import Switchboard
 
 CHECKPOINTS = 10  # on the way
@@ -214,7 +214,7 @@ def prepare(
         accelerator: The processes that share the work; ``None``: this one alone.
 
     Raises:
-        ValueError: If the batches end early.
+        ValueError: If the batches end early, or the checkpoint is damaged.
         FloatingPointError: If the loss is not finite.
     """
     model = board.model
@@ -285,16 +285,17 @@ def prepare(
 
 
 def _save(file: Path, state: dict[str, Any], course: Course) -> None:
-    """Everything that the next step depends on; the file appears complete or not at all."""
+    """Everything that the next step depends on."""
     file.parent.mkdir(parents=True, exist_ok=True)
     saved = {name: part.state_dict() for name, part in state.items()}
-    torch.save({**saved, "course": vars(course)}, file.with_suffix(".tmp"))
-    os.replace(file.with_suffix(".tmp"), file)
+    write_checkpoint(file, {**saved, "course": vars(course)})
 
 
 def _restore(file: Path, state: dict[str, Any], course: Course) -> None:
-    """Tensors and plain values only are read from the file."""
-    saved = torch.load(file, weights_only=True)
-    for name, part in state.items():
-        part.load_state_dict(saved[name])
-    vars(course).update(saved["course"])
+    saved = read_checkpoint(file)
+    try:
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+        vars(course).update(saved["course"])
+    except Exception as error:  # whatever does not fit
+        raise ValueError(damaged_checkpoint(file, error)) from error

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
+from sd_gym.errors import one_line, short
 from sd_gym.objectives import Objective, ObjectiveFunction, objective_function, objective_name
 from sd_gym.registration import CONFIG_FOLDER, OBSERVATIONS
 from sd_gym.tasks.data import SPLITS, DataError, Source
@@ -18,11 +19,14 @@ SplitName = Literal["train", "validation", "test"]
 # A mapping as sorted pairs, since a configuration is hashed: envs of the same one share their core.
 Pairs = Annotated[
     tuple[tuple[str, str], ...],
-    BeforeValidator(lambda value: tuple(sorted(value.items())) if isinstance(value, dict) else value),
+    BeforeValidator(
+        lambda value: tuple(sorted(value.items(), key=lambda pair: str(pair[0]))) if isinstance(value, dict) else value
+    ),
 ]
 # A name, or a function as ``register_objective`` takes it, which is written by its name.
 ObjectiveKey = Annotated[str | ObjectiveFunction, PlainSerializer(objective_name)]
 
+LONGEST = 2**20  # tokens
 METRICS = {
     "classification": ("accuracy", "f1", "matthews", "correlation", "exact_match"),
     "question_answering": ("squad", "exact_match"),
@@ -63,8 +67,8 @@ class EnvConfig(BaseModel):
     train_size: int | None = Field(default=None, ge=1)
     validation_size: int | None = Field(default=None, ge=1)
     test_size: int | None = Field(default=None, ge=1)
-    max_source_length: int = Field(default=128, ge=1)
-    max_target_length: int = Field(default=32, ge=1)
+    max_source_length: int = Field(default=128, ge=1, le=LONGEST)
+    max_target_length: int = Field(default=32, ge=1, le=LONGEST)
     token_shares: tuple[float, ...] = (0.0,)
     token_ranking: Literal["attention", "idf", "position", "random"] = "idf"
     metric: Literal["exact_match", "accuracy", "f1", "matthews", "correlation", "rouge", "squad"] = "exact_match"
@@ -123,7 +127,7 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
     """
     for key in values:
         if key not in EnvConfig.model_fields:
-            near = difflib.get_close_matches(key, EnvConfig.model_fields, n=1)
+            near = difflib.get_close_matches(str(key), EnvConfig.model_fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             # TorchRL tells an unknown keyword from other errors by Python's own words, which are therefore in it.
             raise UnknownKeyError(
@@ -141,7 +145,7 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{origin}: config key {key!r}: {first['msg']}, got {first['input']!r}") from error
+        raise ConfigError(f"{origin}: config key {key!r}: {first['msg']}, got {short(first['input'])}") from error
     try:
         config.source  # noqa: B018  (says what is wrong with the splits)
     except DataError as error:
@@ -191,8 +195,38 @@ def load_config(file: str | Path, overrides: dict[str, Any]) -> EnvConfig:
         ConfigError: If a key or value is wrong.
     """
     file = Path(file)
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    values = read_values(file)
     for key in ("dataset", "backbone", "codebook") if file.parent != CONFIG_FOLDER else ():
         if isinstance(value := values.get(key), str) and (value.startswith(".") or (file.parent / value).exists()):
             values[key] = str((file.parent / value).resolve())
-    return make_config({**values, **overrides}, values["id"])
+    return make_config({**values, **overrides}, str(values.get("id", file)))
+
+
+def read_values(file: Path) -> dict[str, Any]:
+    """The keys of a YAML file, not yet checked.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ConfigError: If it is not UTF-8, no YAML, or something else than keys and values.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{file}, line {line}: not UTF-8; save the file as UTF-8") from error
+    values = parse_yaml(text, str(file))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected lines such as 'id: My/Reviews-v0', got {short(values)}")
+    return values
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """What a YAML text says.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # numbers and dates raise the second
+        raise ConfigError(f"{origin}: not YAML ({one_line(error)})") from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -13,11 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sd_gym.files import read_tensors, write_json, write_tensors
 from sd_gym.registry import Registry, naming_imports
 
 HIDDEN = 64
@@ -223,9 +220,7 @@ class DecisionPolicy(nn.Module):
         }
         if self.network is not None:
             description["network"] = self.network
-        weights = {key: value.contiguous().clone() for key, value in self.state_dict().items()}  # none shares memory
-        save_file(weights, folder / "policy.safetensors.tmp")
-        os.replace(folder / "policy.safetensors.tmp", folder / "policy.safetensors")
+        write_tensors(folder / "policy.safetensors", self.state_dict())
         write_json(folder / "policy.json", description)
 
     @classmethod
@@ -289,12 +284,7 @@ def _read_description(file: Path) -> _Description:
 
 def _read_weights(file: Path, policy: DecisionPolicy) -> dict[str, Tensor]:
     """The weights in a file, if they are such as the policy has."""
-    if not file.exists():
-        raise FileNotFoundError(f"no {file.name} in {file.parent}; expected the folder of a run (sd-gym train)")
-    try:
-        weights = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: cannot be read ({error}); it was cut off, or is something else") from error
+    weights = read_tensors(file)
     expected, parameters = policy.state_dict(), dict(policy.named_parameters())
     if names := sorted(expected.keys() ^ weights.keys()):
         raise ValueError(
@@ -382,23 +372,3 @@ def _hashed(observations: Tensor, columns: int) -> Tensor:
     directions = torch.randn(observations.shape[1], columns, generator=generator, dtype=torch.float64)
     mixed = observations.cpu().double() @ directions  # on the host, so that it is the same on every device
     return torch.frac(torch.sin(mixed) * 43758.5453).abs().to(observations)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write JSON to a temporary name, then rename: a reader never sees half a file."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(as_json(value) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
-
-
-def as_json(value: Any) -> str:
-    """JSON of plain values, numpy's numbers and arrays, and paths."""
-    return json.dumps(value, indent=2, default=_plain)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"cannot write {type(value).__name__} as JSON")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from sd_gym.errors import one_line, short
+from sd_gym.tasks.files import DataError, Rows, read_csv, read_jsonl
 from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.procedural import generate_split
 
@@ -26,7 +26,8 @@ FIELDS = {
 }
 DIVISION = {8: "validation", 9: "test"}  # of a single file, by the last digit of the row
 FORMATS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-Rows = Iterable[tuple[str, dict[str, Any]]]  # (where it stands, row)
+LONGEST_TEXT = 2_000_000  # characters: a longer one is a file whose lines are not rows
+LARGEST = 2**31 - 1  # of labels, scores and levels of difficulty
 
 
 class Instances(list[Instance]):
@@ -67,10 +68,6 @@ class Instances(list[Instance]):
     def provenance(self) -> dict[str, Any]:
         """``identity``, and what was left out and is shared with other splits, as a result keeps it."""
         return {**self.identity, "left_out": self.left_out, "dropped": self.dropped, "also_in": self.also_in}
-
-
-class DataError(ValueError):
-    """A data set that cannot be used; the message names the file and line."""
 
 
 @dataclass(frozen=True)
@@ -210,12 +207,12 @@ def _read(source: Source, base: str, split: str) -> tuple[str, Rows]:
     if path.is_file():
         if base != "train":
             raise _no_split(source, base, split, ["train"])
-        return str(path), _read_file(path)
+        return str(path), _read_file(path, source)
     if path.is_dir() and any((path / f"{name}{suffix}").exists() for name in SPLITS for suffix in FORMATS):
         files = {file.stem: file for suffix in reversed(FORMATS) for file in sorted(path.glob(f"*{suffix}"))}
         if base not in files:
             raise _no_split(source, base, split, sorted(files))
-        return str(files[base]), _read_file(files[base])
+        return str(files[base]), _read_file(files[base], source)
     if not path.is_dir() and (
         path.suffix in FORMATS or source.dataset.startswith((".", "/", "~")) or source.dataset.count("/") > 1
     ):
@@ -240,56 +237,48 @@ def _hub_name(source: Source) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _read_file(file: Path) -> Rows:
+def _read_file(file: Path, source: Source) -> Rows:
     if file.suffix == ".jsonl":
-        return _read_jsonl(file)
+        return read_jsonl(file)
+    if file.suffix == ".csv":
+        return read_csv(file, {source.columns.get(name, name) for name in ("label", "difficulty")})
     if file.suffix not in FORMATS:
         raise DataError(f"{file}: expected one of the formats {', '.join(FORMATS)}")
     from datasets import load_dataset  # heavy, and only needed here
 
     try:
-        rows = load_dataset(FORMATS[file.suffix], data_files=str(file), split="train")
+        rows = load_dataset("parquet", data_files=str(file), split="train", trust_remote_code=False)
     except Exception as error:  # the library raises errors of many kinds
-        raise DataError(f"{file}: cannot be read as {file.suffix} ({error})") from error
+        raise DataError(f"{file}: cannot be read as Parquet ({one_line(error)})") from error
     return ((f"{file}, row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _read_jsonl(file: Path) -> Rows:
-    """Every line that is not blank."""
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{file}, line {number}: not JSON ({error.msg})") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{file}, line {number}: expected a JSON object, got {type(row).__name__}")
-            yield f"{file}, line {number}", row
 
 
 def _read_hub(source: Source, base: str, split: str) -> Rows:
     """From the hub, or from a folder in its form."""
-    from datasets import get_dataset_split_names, load_dataset
+    from datasets import get_dataset_split_names, load_dataset, load_dataset_builder
 
     folder = Path(source.dataset).is_dir()
+    revision = None if folder else source.revision
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
+        with TemporaryDirectory() as cache:
+            builder = load_dataset_builder(source.dataset, source.subset, revision=revision, cache_dir=cache)
+        if hasattr(builder.config, "keep_default_na"):  # CSV: "NA" and "null" are texts
+            options["keep_default_na"] = False
         if folder:
             # Streamed, with a cache of its own: the library's cache does not tell apart two folders of the same name.
             with TemporaryDirectory() as cache:
-                parts = load_dataset(source.dataset, source.subset, streaming=True, cache_dir=cache)
+                parts = load_dataset(source.dataset, source.subset, streaming=True, cache_dir=cache, **options)
                 known = sorted(parts)
                 rows = list(parts[base]) if base in parts else []
         else:
-            known = get_dataset_split_names(source.dataset, source.subset, revision=source.revision)
-            there = base in known
-            rows = load_dataset(source.dataset, source.subset, split=base, revision=source.revision) if there else []
+            known = get_dataset_split_names(source.dataset, source.subset, revision=revision)
+            rows = load_dataset(source.dataset, source.subset, split=base, **options) if base in known else []
     except Exception as error:  # the library raises errors of many kinds, above all when the hub cannot be reached
         if folder:
             raise FileNotFoundError(
                 f"no {base}.jsonl in {source.dataset}, and as a copy of a hub data set the folder does not give "
-                f"the split {base!r} (subset {source.subset}): {error}"
+                f"the split {base!r} (subset {source.subset}): {one_line(error)}"
             ) from error
         raise FileNotFoundError(
             f"cannot load the split {base!r} of {source.dataset!r}: it is no local file or folder, and the Hugging "
@@ -322,22 +311,34 @@ def _is_empty(row: dict[str, Any], task: str, origin: str) -> bool:
         raise DataError(f"{origin}: no field {missing[0]!r}; {task} needs {', '.join(FIELDS[task])}")
     texts = [name for name in FIELDS[task] if name not in ("label", "answers")]
     for name in [*texts, "text_pair"]:
-        if not isinstance(row.get(name), str | None):
-            raise DataError(f"{origin}: {name} must be a text, got {row[name]!r}")
+        if row.get(name) is not None:
+            _check_text(row[name], name, origin)
     return not all((row[name] or "").strip() for name in texts)
 
 
+def _check_text(value: Any, name: str, origin: str) -> None:
+    """Raise DataError if a value is no text that a tokenizer can read."""
+    if not isinstance(value, str):
+        raise DataError(f"{origin}: {name} must be a text, got {short(value)}")
+    if len(value) > LONGEST_TEXT:
+        raise DataError(
+            f"{origin}: {name} has {len(value):,} characters, expected at most {LONGEST_TEXT:,}; shorten it, or look "
+            "whether the file has each row on a line of its own"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{origin}: {name} has half a character at place {error.start + 1} (a lone surrogate such as '\\ud83d'), "
+            "which no tokenizer can read; remove it"
+        ) from error
+
+
 def _instance(row: dict[str, Any], task: str, identity: str, origin: str, unanswerable: bool) -> Instance:
-    difficulty = row.get("difficulty", 0)
+    difficulty = _difficulty(row.get("difficulty"), origin)
     if task == "classification":
-        text, label = row["text"], row["label"]
-        number = isinstance(label, int | float) and not isinstance(label, bool) and label >= 0 and math.isfinite(label)
-        if not number and not isinstance(label, str):
-            raise DataError(
-                f"{origin}: label must be a class index from 0, a label word or a score, got {label!r}; data sets that "
-                "hide the labels of their test split give -1 there: test on another split"
-            )
-        return Instance(identity, text, label, difficulty, row.get("text_pair"))
+        text, label = row["text"], _label(row["label"], origin)
+        return Instance(identity, text, label, difficulty, row.get("text_pair"), origin=origin)
     if task == "question_answering":
         answers, spans = _answers(row["answers"], origin)
         if not answers and not unanswerable:
@@ -345,8 +346,33 @@ def _instance(row: dict[str, Any], task: str, identity: str, origin: str, unansw
         target, *others = dict.fromkeys(answers) or [""]
         question = row["question"]
         protected = ((0, len(question)),)
-        return Instance(identity, question, target, difficulty, row["context"], protected, tuple(others), spans)
-    return Instance(identity, row["document"], row["summary"], difficulty)
+        return Instance(identity, question, target, difficulty, row["context"], protected, tuple(others), spans, origin)
+    return Instance(identity, row["document"], row["summary"], difficulty, origin=origin)
+
+
+def _difficulty(value: Any, origin: str) -> int:
+    if value is None:
+        return 0
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= LARGEST or value != int(value):
+        raise DataError(
+            f"{origin}: difficulty must be a whole number from 1 (trivial) up, or 0 where it is not known, got "
+            f"{short(value)}; a column of another meaning needs another name"
+        )
+    return int(value)
+
+
+def _label(value: Any, origin: str) -> str | int | float:
+    if isinstance(value, str) and value.strip():
+        _check_text(value, "label", origin)
+        return value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= LARGEST:
+        raise DataError(
+            f"{origin}: label must be a class index from 0, a label word or a score (at most {LARGEST}), got "
+            f"{short(value)}; data sets that hide the labels of their test split give -1 there: test on another split"
+        )
+    return value
 
 
 def _answers(value: Any, origin: str) -> tuple[list[str], tuple[tuple[int, int], ...]]:
@@ -354,9 +380,11 @@ def _answers(value: Any, origin: str) -> tuple[list[str], tuple[tuple[int, int],
     answers = value.get("text") if isinstance(value, dict) else value
     if not isinstance(answers, list) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise DataError(
-            f"{origin}: answers must be a list of texts, or SQuAD's form of it, got {value!r}; a "
+            f"{origin}: answers must be a list of texts, or SQuAD's form of it, got {short(value)}; a "
             "question without answer has an empty list"
         )
+    for answer in answers:
+        _check_text(answer, "an answer", origin)
     starts = value.get("answer_start") if isinstance(value, dict) else None
     if starts is None:
         return answers, ()
@@ -365,6 +393,6 @@ def _answers(value: Any, origin: str) -> tuple[list[str], tuple[tuple[int, int],
         or len(starts) != len(answers)
         or not all(isinstance(start, int) and start >= 0 for start in starts)
     ):
-        raise DataError(f"{origin}: answer_start must be one character index an answer, got {value!r}")
+        raise DataError(f"{origin}: answer_start must be one character index an answer, got {short(value)}")
     spans = ((start, start + len(answer)) for start, answer in zip(starts, answers, strict=True))
     return answers, tuple(dict.fromkeys(spans))

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from sd_gym.backbones.load import Output
-from sd_gym.tasks.data import DataError
+from sd_gym.errors import short
+from sd_gym.tasks.files import DataError
 from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.metrics import IGNORED
 
@@ -212,7 +213,7 @@ def _places(instance: Instance) -> list[tuple[int, int]]:
         places = [match.span() for text in references for match in re.finditer(re.escape(text), context)]
     if not places:
         raise DataError(
-            f"instance {instance.id}: the answer {references[0]!r} does not stand in its context, so it cannot be "
+            f"{instance.place}: the answer {short(references[0])} does not stand in its context, so it cannot be "
             "extracted; a backbone that generates could answer"
         )
     return places
@@ -292,7 +293,7 @@ def _tokenize_sources(
         for instance, ids in zip(instances, tokenizer(sources, [""] * len(sources)).input_ids, strict=True):
             if len(ids) >= limit:
                 raise DataError(
-                    f"instance {instance.id}: the question alone has {len(ids)} of max_source_length {limit} tokens"
+                    f"{instance.place}: the question alone has {len(ids)} of max_source_length {limit} tokens"
                 )
     tokens = tokenizer(
         sources,
@@ -336,7 +337,7 @@ def _prompts(
     for instance, document, taken, places in zip(instances, documents, used, offsets, strict=True):
         room = limit - taken
         if room < 1:
-            raise DataError(f"instance {instance.id}: the prompt alone has {taken} of max_source_length {limit} tokens")
+            raise DataError(f"{instance.place}: the prompt alone has {taken} of max_source_length {limit} tokens")
         cut.append(len(places) > room)
         text = document[: places[room - 1][1]] if cut[-1] else document
         texts.append(prompt.format(**{"source": instance.source, _document(instance): text}))
@@ -362,7 +363,7 @@ def _labels(instances: Sequence[Instance], label2id: dict[str, int]) -> Tensor:
         return torch.tensor([class_index(instance, label2id) for instance in instances])
     for instance in instances:
         if isinstance(instance.target, str):
-            raise DataError(f"instance {instance.id}: the backbone gives a score, but the label is {instance.target!r}")
+            raise DataError(f"{instance.place}: the backbone gives a score, but the label is {short(instance.target)}")
     return torch.tensor([float(instance.target) for instance in instances])
 
 
@@ -373,11 +374,11 @@ def class_index(instance: Instance, label2id: dict[str, int]) -> int:
         DataError: If the label is none of the classes.
     """
     target = instance.target
-    if isinstance(target, str) and target in label2id:
-        return label2id[target]
+    if str(target) in label2id:  # a number that is a class's name is that class
+        return label2id[str(target)]
     if isinstance(target, int) and target < len(label2id):
         return target
     raise DataError(
-        f"instance {instance.id}: label {target!r} is none of the backbone's {len(label2id)} classes: "
-        f"{', '.join(map(str, label2id))}"
+        f"{instance.place}: label {short(target)} is none of the backbone's {len(label2id)} classes: "
+        f"{', '.join([*label2id][:20])}{' ...' if len(label2id) > 20 else ''}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class Instance:
         more_targets: Other texts that are as right as ``target``.
         answer_spans: Where the right answers stand in ``source_pair``, as (start, end) in characters; empty where the
             data do not say.
+        origin: Where it comes from, for messages: a file and line; empty where it was generated.
     """
 
     id: str
@@ -30,6 +31,12 @@ class Instance:
     protected: tuple[tuple[int, int], ...] = ()
     more_targets: tuple[str, ...] = ()
     answer_spans: tuple[tuple[int, int], ...] = ()
+    origin: str = field(default="", compare=False)
+
+    @property
+    def place(self) -> str:
+        """What messages call it."""
+        return f"{self.origin} ({self.id})" if self.origin else f"instance {self.id}"
 
     @property
     def references(self) -> tuple[str, ...]:

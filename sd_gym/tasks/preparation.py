@@ -25,8 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sd_gym.backbones.checks import check_positions, usable_device
 from sd_gym.backbones.load import load_model, output_of, save_backbone, stored_output
 from sd_gym.backbones.prepare import freeze_observation, prepare
+from sd_gym.errors import short
+from sd_gym.files import as_json, read_json, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
-from sd_gym.policy import as_json, write_json
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.data import DataError, Source
@@ -76,7 +77,7 @@ def prepare_backbone(
     Args:
         backbone: Local folder or hub id of a supported model. For classification a head of the right size is put on it
             if it has none, for extracted answers one that marks spans; for anything else it must generate.
-        source: The data set; its train and validation splits are used.
+        source: The data set.
         task: ``classification`` (or regression, where the labels are scores), ``question_answering`` or
             ``summarization``.
         output: Folder to write to: the model, ``preparation.json``, ``preparation.png`` (quality against skip rate) and
@@ -99,7 +100,8 @@ def prepare_backbone(
         label_range: Difference of the highest and the lowest score.
         train_size: At most so many training instances; ``None``: all.
         validation_size: Likewise.
-        test_size: Likewise, of the instances that are compared with those that it learns from.
+        test_size: Likewise, of the instances that are compared with those that it learns from; nothing is learned or
+            measured on them, but errors in them are told early.
         skip_logits: To tune it under a policy: of ``train`` and ``validation``, the log-odds by which the policy skips
             each switch for each instance, float32 ``[n, switches]``. Then decisions are drawn around the policy's
             (``decisions_around``), and what the policy observes is frozen (``freeze_observation``).
@@ -163,6 +165,7 @@ def prepare_backbone(
             return Part(split, encoded, "left" if causal else "right", np.array(token_shares), scores, droppable, odds)
 
         train, validation = part("train"), part("validation")
+        encode_cached(splits["test"], tokenizer, **encoding)
         settings = {
             MARKER: __version__,
             "backbone": backbone,
@@ -260,7 +263,7 @@ def _there(output: Path, resume: bool) -> dict[str, Any] | None:
         raise FileExistsError(
             f"{output} holds a preparation that was cut off; go on with --resume, or choose another --output"
         )
-    return json.loads((output / CUT_OFF).read_text(encoding="utf-8"))
+    return read_json(output / CUT_OFF)
 
 
 def _check_same(output: Path, there: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -309,9 +312,14 @@ def classes(instances: list[Instance]) -> dict[str, int]:
     if len({type(label) for label in labels}) > 1:
         raise DataError("labels must be all class indices or all words, got both")
     if all(isinstance(label, int) for label in labels):
+        if max(labels) >= len(instances):
+            raise DataError(
+                f"the highest class index is {max(labels)}, but the training split has only {len(instances)} rows; "
+                "number the classes from 0, or give them words"
+            )
         labels = set(range(max(labels) + 1))
     if len(labels) < 2:
-        raise DataError(f"expected at least two classes, got only {labels}")
+        raise DataError(f"expected at least two classes, got only {short(labels)}")
     return {str(label): index for index, label in enumerate(sorted(labels))}
 
 

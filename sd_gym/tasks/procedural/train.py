@@ -175,7 +175,7 @@ def main() -> None:
     tokenizer = make_tokenizer()
     model = make_model(arguments.seed)
     if arguments.start is not None:
-        model = MBartForConditionalGeneration.from_pretrained(arguments.start)
+        model = MBartForConditionalGeneration.from_pretrained(arguments.start, trust_remote_code=False)
     board = Switchboard(model)
     batches = Curriculum(tokenizer, arguments.shares, arguments.batch_size, arguments.seed)
     if arguments.start is not None:

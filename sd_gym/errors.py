@@ -1,0 +1,22 @@
+"""How errors speak: in one line, that is not too long."""
+
+from __future__ import annotations
+
+from typing import Any
+
+LONGEST_VALUE = 80
+LONGEST_MESSAGE = 300
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it."""
+    return _cut(repr(value), LONGEST_VALUE)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says."""
+    return _cut(" ".join(str(error).split()) or type(error).__name__, LONGEST_MESSAGE)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]} ..."

@@ -1,0 +1,99 @@
+"""Rows of files, each with the place where it stands, so that whatever is wrong with it can be found."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+Rows = Iterable[tuple[str, dict[str, Any]]]  # (where it stands, row)
+
+WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message names the file and line."""
+
+
+def read_jsonl(file: Path) -> Rows:
+    """Every line that is not blank.
+
+    Raises:
+        DataError: If a line is no JSON object, or not UTF-8.
+    """
+    for number, line in enumerate(_lines(file), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise DataError(f"{file}, line {number}: not JSON ({reason})") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{file}, line {number}: expected a JSON object, got {type(row).__name__}")
+        yield f"{file}, line {number}", row
+
+
+def read_csv(file: Path, numeric: Collection[str]) -> Rows:
+    """Every row below the header.
+
+    Cells are texts, whatever they look like (``NA``, ``null``, ``12``); empty ones are ``None``.
+
+    Args:
+        file: The file.
+        numeric: Columns that hold numbers where all their cells look like numbers.
+
+    Raises:
+        DataError: If it is not CSV, or not UTF-8.
+    """
+    csv.field_size_limit(2**31 - 1)  # the library's own limit is shorter than many documents
+    reader = csv.reader(_lines(file), strict=True)
+    rows: list[tuple[str, dict[str, Any]]] = []
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise DataError(f"{file}, line 1: two columns have the same name; the columns are {', '.join(header)}")
+        for cells in reader:
+            origin = f"{file}, line {reader.line_num}"
+            if cells and len(cells) != len(header):
+                raise DataError(
+                    f"{origin}: expected {len(header)} cells ({', '.join(header)}), got {len(cells)}; a cell with "
+                    "a comma in it stands in double quotes"
+                )
+            if cells:
+                rows.append((origin, {name: cell or None for name, cell in zip(header, cells, strict=True)}))
+    except csv.Error as error:
+        raise DataError(f"{file}, line {reader.line_num}: not CSV ({error})") from error
+    for name in set(numeric) & set(header):
+        _numbers(rows, name)
+    return rows
+
+
+def _numbers(rows: list[tuple[str, dict[str, Any]]], name: str) -> None:
+    """Make numbers of a column's cells, in place, if all look like numbers."""
+    cells = [row[name] for _, row in rows if row[name] is not None]
+    for pattern, number in ((WHOLE, int), (DECIMAL, float)):
+        if all(pattern.fullmatch(cell) for cell in cells):
+            for _, row in rows:
+                row[name] = None if row[name] is None else number(row[name])
+            return
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a text file.
+
+    Raises:
+        DataError: If one is not UTF-8.
+    """
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")  # some programs mark the beginning
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{file}, line {number}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
+                ) from error
