@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sd_gym.tasks import cache
 from sd_gym.tasks.cache import encode_cached
@@ -60,6 +62,54 @@ def test_everything_that_matters_makes_another_file(small, tiny_tokenizer):
     assert files() == 4
     tiny_tokenizer("the food", "the food", truncation=True, max_length=3)  # leaves its state in the tokenizer
     assert files() == 4
+    for attribute, value in (("truncation_side", "left"), ("pad_token", "the"), ("eos_token", "bad")):
+        before = getattr(tiny_tokenizer, attribute), files()
+        setattr(tiny_tokenizer, attribute, value)
+        try:
+            assert files() == before[1] + 1, attribute
+        finally:
+            setattr(tiny_tokenizer, attribute, before[0])
+
+
+@pytest.mark.parametrize("output", ["span", "text", "label"])
+def test_the_side_of_truncation_counts(output, tiny_tokenizer):
+    settings = {"output": output, "max_source_length": 4, "max_target_length": 3, "label2id": {"good": 0, "": 1}}
+    instances = [dataclasses.replace(one, source_pair=None, protected=()) for one in INSTANCES]
+    instances = INSTANCES if output == "span" else instances
+    settings["max_source_length"] = 7 if output == "span" else 3
+    right = encode_cached(instances, tiny_tokenizer, **settings)
+    tiny_tokenizer.truncation_side = "left"
+    try:
+        left = encode_cached(instances, tiny_tokenizer, **settings)
+        same(left, encode(instances, tiny_tokenizer, **settings))
+    finally:
+        tiny_tokenizer.truncation_side = "right"
+    assert not torch.equal(left.input_ids, right.input_ids)
+
+
+@pytest.mark.parametrize("change", ["lengths", "labels", "rows", "foreign", "renamed"])
+def test_a_file_of_other_lengths_or_labels_is_not_used(change, small, tiny_tokenizer):
+    fresh = encode_cached(INSTANCES, tiny_tokenizer, **SETTINGS)
+    (file,) = small.iterdir()
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    if change == "lengths":
+        tensors["source_length"] += 1
+    if change == "labels":
+        tensors["labels"] = tensors["labels"].flip(0)
+    if change == "rows":
+        tensors = {name: tensor[:1] for name, tensor in tensors.items()}
+    if change == "foreign":
+        tensors = {"x": torch.zeros(1)}
+    if change == "renamed":  # whole, but of other texts
+        other = [dataclasses.replace(one, source="was good") for one in INSTANCES]
+        encode_cached(other, tiny_tokenizer, **SETTINGS)
+        (another,) = set(small.iterdir()) - {file}
+        another.replace(file)
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata=metadata)
+    same(fresh, encode_cached(INSTANCES, tiny_tokenizer, **SETTINGS))
 
 
 def test_a_broken_or_unwritable_cache_does_no_harm(small, tiny_tokenizer, tmp_path, monkeypatch):
@@ -67,7 +117,7 @@ def test_a_broken_or_unwritable_cache_does_no_harm(small, tiny_tokenizer, tmp_pa
     (file,) = small.iterdir()
     file.write_bytes(file.read_bytes()[:50])
     same(fresh, encode_cached(INSTANCES, tiny_tokenizer, **SETTINGS))
-    assert torch.equal(cache.load_file(file)["labels"].long(), fresh.labels)
+    assert torch.equal(load_file(file)["labels"].long(), fresh.labels)
     (tmp_path / "no-folder").write_text("a file is in the way")
     monkeypatch.setenv("SD_GYM_CACHE", str(tmp_path / "no-folder"))
     same(fresh, encode_cached(INSTANCES, tiny_tokenizer, **SETTINGS))

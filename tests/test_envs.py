@@ -189,6 +189,32 @@ def test_token_levels_drop_tokens_but_never_the_question(ranking):
     assert (ratios[0] == 1).all()
     # Where there is a single fact, a third of it is next to nothing, and ranking by attention costs something.
     assert ratios[2].mean() < ratios[1].mean() < 1
+
+
+def test_ranking_by_attention_costs_nothing_where_nothing_is_dropped():
+    settings = {**SMALL, "token_shares": [0.0, 0.001, 0.5], "token_ranking": "attention"}
+    core = gym.make("SD/Summarization-Mini-v0", **settings).unwrapped.core
+    split, rows = core.split("test"), np.arange(SMALL["test_size"])
+    decisions = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
+    decisions[:, -1] = 1  # a thousandth of the tokens is none
+    assert (split.kept_length(rows, decisions[:, -1]) == split.encoded.source_length).all()
+    assert (split.flops_ratio(rows, decisions) == 1).all()
+    quality, quality_ref = split.quality(rows, decisions)
+    np.testing.assert_array_equal(quality, quality_ref)
+    # Where tokens are dropped, ranking them is counted: the same lengths cost more than by position.
+    decisions[:, -1] = 2
+    by_position = gym.make("SD/Summarization-Mini-v0", **settings | {"token_ranking": "position"}).unwrapped.core
+    assert (split.flops(rows, decisions) > by_position.split("test").flops(rows, decisions)).all()
+
+
+def test_more_than_255_token_levels_are_told_apart():
+    shares = [round(level * 0.003, 3) for level in range(300)]
+    core = gym.make("SD/Classification-Mini-v0", **SMALL, token_shares=shares, quality="likelihood").unwrapped.core
+    split, rows = core.split("test"), np.arange(SMALL["test_size"])
+    for level in (0, 256, 299, 43):  # 256 and 299 are 0 and 43 in eight bits
+        decisions = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
+        decisions[:, -1] = level
+        np.testing.assert_array_equal(split.quality(rows, decisions)[0], split.run(rows, decisions))
     assert split.quality(rows, decisions)[0].mean() < split.quality(rows, decisions)[1].mean()
 
 

@@ -166,13 +166,17 @@ class Split:
         return self.flops(rows, decisions) / self.dense_flops(rows)
 
     def flops(self, rows: Array, decisions: Array) -> Array:
-        """FLOPs under ``decisions [n, switches + 1]``, int64 ``[n]``; to rank tokens by attention is part of them."""
+        """FLOPs under ``decisions [n, switches + 1]``, int64 ``[n]``.
+
+        To rank tokens by attention is part of them where any is dropped; if few are, it can cost more than it saves.
+        """
         level = decisions[:, -1]
         always, switched = self._costs(rows, level) if level.any() else (self._always[rows], self._switched[rows])
         ranking = 0
         if self.config.token_ranking == "attention" and level.any():  # the first attention ran densely to rank
             length = self.encoded.source_length[rows]
-            ranking = np.where(level > 0, self.backbone.flops.costs(length, length)[1][:, 0], 0)
+            dropped = self.kept_length(rows, level) < length
+            ranking = np.where(dropped, self.backbone.flops.costs(length, length)[1][:, 0], 0)
         return always + (switched * (1 - decisions[:, :-1])).sum(axis=1) + ranking
 
     def dense_flops(self, rows: Array) -> Array:
@@ -186,7 +190,8 @@ class Split:
         yet run in the same forward pass as the others.
         """
         both = np.concatenate([decisions, np.zeros_like(decisions)])
-        packed = np.concatenate([np.packbits(both[:, :-1].astype(bool), axis=1), both[:, -1:].astype(np.uint8)], axis=1)
+        level = both[:, -1:].astype(np.uint32).view(np.uint8)
+        packed = np.concatenate([np.packbits(both[:, :-1].astype(bool), axis=1), level], axis=1)
         keys = [(row, bits.tobytes()) for row, bits in zip([*rows.tolist()] * 2, packed, strict=True)]
         missing: dict[tuple[int, bytes], int] = {}
         for position, key in enumerate(keys):

@@ -1,7 +1,8 @@
 """Encoded data on disk: tokenising a large data set takes a minute, reading its tensors takes none.
 
 One safetensors file a split, in the folder that the environment variable ``SD_GYM_CACHE`` names, or
-``~/.cache/sd_gym``. Its name is a hash of all that the tensors depend on: the texts, the tokenizer, the lengths. It may
+``~/.cache/sd_gym``. Its name is a hash of all that the tensors depend on: the texts, the tokenizer, the lengths. A hash
+of that name and of the tensors lies in the file, so that one that was changed, cut off or renamed is made again. It may
 be deleted at any time.
 """
 
@@ -19,8 +20,8 @@ from typing import Any
 
 import tokenizers
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from sd_gym.tasks.encoding import Encoded, encode
@@ -35,11 +36,10 @@ def encode_cached(instances: Sequence[Instance], tokenizer: PreTrainedTokenizerB
     if len(instances) < SMALLEST or not tokenizer.is_fast:
         return encode(instances, tokenizer, **settings)
     file = _folder() / f"{_key(instances, tokenizer, settings)}.safetensors"
-    # A file that cannot be read is made again; where none can be written, there is no cache.
-    with contextlib.suppress(OSError, SafetensorError):
-        return _from_tensors(load_file(file))
+    if (tensors := _read(file)) is not None:
+        return _from_tensors(tensors)
     encoded = encode(instances, tokenizer, **settings)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, SafetensorError):  # where none can be written, there is no cache
         _write(_to_tensors(encoded), file)
     return encoded
 
@@ -53,6 +53,7 @@ def _key(instances: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, sett
     for state in ("truncation", "padding"):  # left there by the last call
         described.pop(state)
     versions = [__version__, tokenizers.__version__, tokenizer.model_max_length, tokenizer.model_input_names]
+    versions += [tokenizer.truncation_side, tokenizer.pad_token_id, tokenizer.eos_token_id]
     digest = hashlib.sha256(json.dumps([versions, described, settings], sort_keys=True).encode())
     for one in instances:
         parts = [one.source, one.source_pair, one.target, one.more_targets, one.protected, one.answer_spans]
@@ -74,9 +75,31 @@ def _from_tensors(tensors: dict[str, torch.Tensor]) -> Encoded:
     return Encoded(**{name: value.numpy() if name in arrays else value for name, value in tensors.items()})
 
 
+def _read(file: Path) -> dict[str, torch.Tensor] | None:
+    """The tensors that ``_write`` wrote to this file; ``None`` if there are none, or others."""
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no mapping)
+            written = (opened.metadata() or {}).get("hash")
+    except (OSError, SafetensorError):
+        return None
+    return tensors if written == _hash(tensors, file) else None
+
+
 def _write(tensors: dict[str, torch.Tensor], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as temporary:
         pass
-    save_file(tensors, temporary.name)
-    os.replace(temporary.name, file)
+    try:
+        save_file(tensors, temporary.name, metadata={"hash": _hash(tensors, file)})
+        os.replace(temporary.name, file)
+    finally:
+        Path(temporary.name).unlink(missing_ok=True)
+
+
+def _hash(tensors: dict[str, torch.Tensor], file: Path) -> str:
+    digest = hashlib.sha256(file.name.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.numpy())
+    return digest.hexdigest()
