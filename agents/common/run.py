@@ -44,7 +44,8 @@ def split_settings(algo: str, settings: dict[str, Any]) -> tuple[dict[str, Any],
     Raises:
         ValueError: If a key is neither.
     """
-    env_keys, agent_keys = EnvConfig.model_fields, agent_class(algo).Settings.model_fields
+    env_keys = [key for key in EnvConfig.model_fields if key != "id"]  # which is what the env is asked for by
+    agent_keys = agent_class(algo).Settings.model_fields
     for key in settings:
         if key not in env_keys and key not in agent_keys:
             raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_gym.errors import one_line
+from sd_gym.errors import one_line, short
 from sd_gym.switch.architectures import Architecture
 
 INVENTED = {"▁"}  # a word that tokenizers without files have, beside special tokens
@@ -76,7 +76,7 @@ def _layers_among(info: dict[str, Any], layers: str) -> int:
 
 
 def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a tokenizer has words, that each has an embedding, and that it has something to pad with.
+    """Check that a tokenizer has words, each with an embedding, a longest input, and something to pad with.
 
     Raises:
         BackboneError: If not.
@@ -87,6 +87,12 @@ def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedToke
         raise BackboneError(
             f"the backbone {name!r}: its tokenizer has no files, and so knows no words; expected them beside the "
             "weights, as tokenizer.save_pretrained() writes them"
+        )
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, int | float) or not longest >= 1:
+        raise BackboneError(
+            f"the backbone {name!r}: model_max_length in tokenizer_config.json has to be a number of tokens, got "
+            f"{short(longest)}"
         )
     embeddings, last = len(model.get_input_embeddings().weight), max(vocabulary.values())
     if last >= embeddings:

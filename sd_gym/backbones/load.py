@@ -223,7 +223,7 @@ def _stored_output(config: PretrainedConfig, file: dict[str, str]) -> Output | N
         "ForQuestionAnswering": "span",
         "ForSequenceClassification": "label",
     }
-    found = [output for head, output in heads.items() if head in " ".join(config.architectures or [])]
+    found = [output for head, output in heads.items() if head in " ".join(map(str, config.architectures or []))]
     return found[0] if found else "text" if file else None
 
 

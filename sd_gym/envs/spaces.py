@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sd_gym.backbones.forward import model_inputs
 from sd_gym.envs.config import ConfigError, EnvConfig
 from sd_gym.envs.split import PASS_TOKENS, Split
+from sd_gym.errors import short
 from sd_gym.registration import CONFIG_FOLDER
 from sd_gym.switch import first_layer_input
 from sd_gym.tasks.ranking import STATISTICS_SIZE
@@ -125,8 +126,18 @@ class DiscreteActions(Actions):
 
 
 def as_array(actions: Any) -> Array:
-    """Actions as a NumPy array: of a tensor on any device too, whether or not it has a gradient."""
-    return actions.detach().cpu().numpy() if isinstance(actions, torch.Tensor) else np.asarray(actions)
+    """Actions as a NumPy array: of a tensor on any device too, whether or not it has a gradient.
+
+    Raises:
+        ValueError: If they are no array.
+    """
+    if isinstance(actions, torch.Tensor):
+        actions = actions.detach().cpu()
+        return (actions.float() if actions.is_floating_point() else actions).numpy()
+    try:
+        return np.asarray(actions)
+    except Exception as error:  # of lists of different lengths, of objects that say they were arrays
+        raise ValueError(f"actions must be an array of integers, got {short(actions)}") from error
 
 
 ACTIONS = {"multi_discrete": MultiDiscreteActions, "multi_binary": MultiBinaryActions, "discrete": DiscreteActions}
