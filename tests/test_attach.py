@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import DynamicCache, TextIteratorStreamer
 
-from sd_gym.inference.artefact import SkipPolicy, Stop, weights_hash
 from sd_gym.inference.attach import attach, detach
-from sd_gym.inference.protection import Protection
 from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.artefact import SkipPolicy, Stop, weights_hash
 from sd_gym.policy.observation import observed
+from sd_gym.policy.protection import Protection
 from sd_gym.switch import FlopsModel, Switchboard
 from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, make_inputs, make_model, row_of
 

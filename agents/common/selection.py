@@ -15,6 +15,7 @@ from sd_gym.envs.core import Core
 from sd_gym.envs.split import Split
 from sd_gym.objectives import Objective
 from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.artefact import Stop
 
 # Of versions of a policy, from bolder to more cautious, in log-odds; the last one leaves everything running.
 MARGINS = (*np.arange(-1.5, 6, 0.25).tolist(), *np.arange(6, 14.01, 0.5).tolist(), 1000.0)
@@ -47,12 +48,16 @@ class Selection:
         policies: The last policies that were validated.
         history: One entry a validation: step, quality, quality_ref, flops_ratio, quality_kept and reward, on the
             screening half.
+        stops: Of the policy that was selected, the versions that selection has looked at on the screening half, the
+            boldest first.
     """
 
     core: Core
     strictness: float = ONE_SIDED_95
     policies: list[DecisionPolicy] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+    stops: list[Stop] = field(default_factory=list)
+    _screened: dict[tuple[int, int], tuple[bool, Stop]] = field(default_factory=dict)
 
     def consider(self, step: int, policy: DecisionPolicy, objective: Objective) -> dict[str, Any]:
         """Validate a policy, remember it, and return its entry of the history."""
@@ -76,6 +81,7 @@ class Selection:
         A version that is not confirmed is replaced by the next more cautious one of the same policy.
         """
         policies = [*self.policies, *offers]
+        self._screened.clear()
         boldest = [self._boldest(policy) for policy in policies]
         candidates = [(self._flops(*pair), *pair) for pair in zip(policies, boldest, strict=True)]
         while True:
@@ -83,6 +89,7 @@ class Selection:
             _, policy, step = candidates.pop(0)
             chosen = policy.with_margin(MARGINS[step])
             if step == len(MARGINS) - 1 or self._kept(self._score(chosen, 1)):
+                self.stops = self._stops(policy, step)
                 return chosen
             candidates.append((self._flops(policy, step + 1), policy, step + 1))
 
@@ -95,6 +102,11 @@ class Selection:
         self.history = state["history"]
         self.policies = [like.with_weights(weights) for weights in state["policies"]]
 
+    def _stops(self, policy: DecisionPolicy, selected: int) -> list[Stop]:
+        """The versions of a policy that were screened; margins count from the selected one on."""
+        seen = sorted((step, stop) for (number, step), (_, stop) in self._screened.items() if number == id(policy))
+        return [stop._replace(margin=stop.margin - MARGINS[selected]) for _, stop in seen]
+
     def _boldest(self, policy: DecisionPolicy) -> int:
         """The first of ``MARGINS`` at which a policy keeps the quality on the screening half.
 
@@ -103,14 +115,27 @@ class Selection:
         low, high = 0, len(MARGINS) - 1
         while low < high:
             middle = (low + high) // 2
-            if self._kept(self._score(policy.with_margin(MARGINS[middle]), 0)):
+            if self._screen(policy, middle)[0]:
                 high = middle
             else:
                 low = middle + 1
         return low
 
     def _flops(self, policy: DecisionPolicy, step: int) -> float:
-        return float(self._score(policy.with_margin(MARGINS[step]), 0)["flops_ratio"].mean())
+        return self._screen(policy, step)[1].flops_ratio
+
+    def _screen(self, policy: DecisionPolicy, step: int) -> tuple[bool, Stop]:
+        """Whether a version of a policy keeps the quality on the screening half, and what it does there."""
+        key = id(policy), step
+        if key not in self._screened:
+            scored = self._score(policy.with_margin(MARGINS[step]), 0)
+            loss = scored["quality_ref"] - scored["quality"]
+            # With one more instance that loses all, as ``assured`` has it: no sample is too good to vary.
+            deviation = float((np.sum(loss**2) + 1) / (len(loss) + 1)) ** 0.5
+            highest = float(loss.mean()) + ONE_SIDED_95 * deviation / len(loss) ** 0.5
+            stop = Stop(float(MARGINS[step]), float(loss.mean()), highest, float(scored["flops_ratio"].mean()))
+            self._screened[key] = self._kept(scored), stop
+        return self._screened[key]
 
     def _score(self, policy: DecisionPolicy, half: int) -> dict[str, NDArray]:
         split = self.core.split("validation")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_gym.inference.artefact import SkipPolicy
+from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.switch import FlopsModel, Switchboard
 
 CACHES = ("past_key_values", "cache")  # what transformers calls them, by version

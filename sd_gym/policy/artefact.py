@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.files import write_json, write_tensors, write_text
-from sd_gym.inference.protection import Protection
-from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.network import DecisionPolicy
 from sd_gym.policy.observation import observed, standardised
+from sd_gym.policy.protection import Protection
 from sd_gym.switch import Switchboard, attention_received, keep_tokens, position_scores
 
 FORMAT = 1
