@@ -518,6 +518,10 @@ def _print_result(title: str, result: dict[str, Any]) -> None:
     table.add_row("dense", f"{result['quality_ref']:.1%}", "100.0%", *["100%"] * len(result["time"]))
     times = [f"{timed['time_ratio']:.0%}" for timed in result["time"].values()]
     table.add_row("policy", f"{result['quality']:.1%}", f"{result['flops_ratio_with_policy']:.1%}", *times)
+    for name, shown in (("dense_by_length", "dense, in passes by length"), ("dense_shortened", "dense, inputs cut")):
+        controls = [timed.get(name) for timed in result["time"].values()]
+        if any(controls):
+            table.add_row(f"  {shown}", "", "", *(f"{time:.0%}" for time in controls), style="dim")
     for level in result["by_difficulty"] if len(result["by_difficulty"]) > 1 else []:
         row = (f"  level {level['difficulty']}", f"{level['quality']:.1%}", f"{level['flops_ratio']:.1%}")
         table.add_row(*row, *[""] * len(times), style="dim")
@@ -529,7 +533,8 @@ def _print_result(title: str, result: dict[str, Any]) -> None:
     if last:
         console.print(f"as learned: what learning ended with, before selection ({last['verdict']}).", style="dim")
     console.print(
-        "time at B: of the policy and the switched backbone at batch size B, over the dense backbone's.", style="dim"
+        "time at B: of observing, deciding and the switched backbone at batch size B, over the dense backbone's.",
+        style="dim",
     )
     low, high = result["quality_difference_interval"]
     console.print(

@@ -161,7 +161,7 @@ def test_passes_are_bounded(tmp_path, generator, monkeypatch):
     rows, decisions = np.arange(30), np.zeros((30, len(split.backbone.board) + 1), dtype=np.int64)
     whole = split.run(rows, decisions)
     monkeypatch.setattr("sd_gym.envs.split.PASS_TOKENS", 50)  # three rows of 8 + 8 tokens
-    assert [len(picked) for picked, _ in split._passes(rows, decisions)] == [3] * 10
+    assert [len(picked) for picked, _ in split.passes(rows, decisions)] == [3] * 10
     np.testing.assert_allclose(split.run(rows, decisions), whole, rtol=1e-5)
 
 

@@ -13,6 +13,7 @@ from sd_gym.switch import (
     keep_tokens,
     position_scores,
     random_scores,
+    rarity_scores,
 )
 from tests.conftest import DECODER, TINY, make_inputs, make_model
 
@@ -46,10 +47,12 @@ def test_a_wrong_share_or_shape_is_refused():
 def test_rankings():
     ids = np.array([[4, 5, 1]])
     corpus = [np.array([4, 4]), np.array([4, 9]), np.array([5])]
-    scores = inverse_document_frequency(ids, ids != 1, corpus)
+    scores = rarity_scores(ids, ids != 1, inverse_document_frequency(corpus))
     # Three documents; token 4 stands in two of them, token 5 in one.
     assert scores[0, :2] == pytest.approx([np.log(4 / 3), np.log(4 / 2)])
     assert scores[0, 2] == -np.inf
+    # Nobody has seen token 77.
+    assert rarity_scores(ids + 70, ids > 0, inverse_document_frequency(corpus)) == pytest.approx(np.log(4))
     assert (np.diff(position_scores((2, 5))) < 0).all()
     assert np.array_equal(random_scores((2, 5), 1), random_scores((2, 5), 1))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -182,39 +183,78 @@ def _level(scored: dict[str, NDArray], difficulty: NDArray, level: int) -> dict[
 
 
 @torch.inference_mode()
-def time_ratio(core: Core, policy: Decides, split_name: str, batch_size: int, batches: int = 12) -> dict[str, float]:
-    """Time of the switched backbone over that of the dense one, end to end: the policy's decision is included.
+def time_ratio(
+    core: Core, policy: Decides, split_name: str, batch_size: int, batches: int = 12
+) -> dict[str, float | None]:
+    """Time of deciding and the switched backbone over that of the dense one, end to end.
 
-    Both run the same batches (drawn at random, padded to their longest), in turn, after a warm-up; ``batches`` of them,
-    or fewer where they take long.
+    From tokenised texts to logits: each makes tensors of the same batch (drawn at random); the dense backbone runs it
+    in one pass, padded to its longest row. The policy's side observes the batch, decides, ranks tokens where some are
+    dropped (what is known of the training split, such as how rare a token is, is ready), and runs the passes that the
+    env runs: by decision and by length where that pays. Passes cut by length would save time without any decision, and
+    so would inputs that are simply cut; so these controls stand beside. All take turns, after a warm-up; ``batches`` of
+    them, or fewer where they take long.
 
     Returns:
-        ``time_ratio`` (median over batches) and ``flops_ratio`` (of the same batches, FLOPs summed).
+        Medians over batches of times over the dense one: ``time_ratio``; ``dense_by_length``, the dense backbone in
+        passes cut by length alone; ``dense_shortened``, the dense backbone on inputs that are all cut to the share of
+        tokens that the policy keeps (``None`` where an env drops none). And of the same batches, summed:
+        ``flops_ratio``, that of the rows alone, and ``executed_ratio``, what was executed, padding included, over what
+        the dense pass executed.
     """
-    split = core.split(split_name)
-    backbone, device = core.backbone, core.backbone.model.device
+    split, device = core.split(split_name), core.backbone.model.device
     random = np.random.default_rng(0)
-    ratios, used, dense_flops = [], 0.0, 0.0
+    times: list[list[float]] = []
+    flops = np.zeros(4)
     started = time.perf_counter()
     for number in range(batches + WARM_UP):
-        if len(ratios) >= LEAST_TIMED and time.perf_counter() - started > TIMED_SECONDS:
+        if len(times) >= LEAST_TIMED and time.perf_counter() - started > TIMED_SECONDS:
             break
         rows = random.integers(len(split), size=min(batch_size, len(split)))
+        decisions = policy.decide(core.observe(split, rows))
+        seconds = [_seconds(run, device) for run in _contestants(core, policy, split, rows, decisions[:, -1])]
+        if number < WARM_UP:
+            continue
+        times.append([one / seconds[0] for one in seconds[1:]])
+        nothing, everything = np.zeros_like(decisions), [np.arange(len(rows))]
+        parts = [picked for picked, _ in split.passes(rows, decisions)]
+        flops += (
+            split.flops(rows, decisions).sum(),
+            split.dense_flops(rows).sum(),
+            split.executed_flops(rows, decisions, parts),
+            split.executed_flops(rows, nothing, everything),
+        )
+    switched, by_length, *shortened = (statistics.median(ratios) for ratios in zip(*times, strict=True))
+    return {
+        "time_ratio": switched,
+        "dense_by_length": by_length,
+        "dense_shortened": shortened[0] if shortened else None,
+        "flops_ratio": float(flops[0] / flops[1]),
+        "executed_ratio": float(flops[2] / flops[3]),
+    }
+
+
+def _contestants(
+    core: Core, policy: Decides, split: Split, rows: NDArray, level: NDArray
+) -> list[Callable[[], object]]:
+    """What is timed: dense; decided; dense in passes by length; where tokens are dropped, dense on shorter inputs."""
+    backbone, everything = core.backbone, np.arange(len(rows))
+    unseen, again = split.unseen(rows), split.unseen(rows)
+
+    def shortened() -> None:
         inputs = split.inputs(rows)
+        longest = inputs["input_ids"].shape[1]
+        share = split.kept_length(rows, level).sum() / split.encoded.source_length[rows].sum()
+        rest = max(1, round(share * longest))
+        columns = slice(longest - rest, None) if backbone.causal else slice(rest)
+        backbone.logits({name: value if name == "labels" else value[:, columns] for name, value in inputs.items()})
 
-        def dense(inputs: dict = inputs) -> None:
-            backbone.logits(inputs)
-
-        def switched(inputs: dict = inputs, rows: NDArray = rows) -> None:
-            with split.decide(rows, policy.decide(core.observe(split, rows)), inputs["labels"]):
-                backbone.logits(inputs)
-
-        pair = [_seconds(run, device) for run in (dense, switched)]
-        if number >= WARM_UP:
-            ratios.append(pair[1] / pair[0])
-            used += float(split.flops(rows, policy.decide(core.observe(split, rows))).sum())
-            dense_flops += float(split.dense_flops(rows).sum())
-    return {"time_ratio": statistics.median(ratios), "flops_ratio": used / dense_flops}
+    return [
+        lambda: backbone.logits(split.inputs(rows)),
+        lambda: list(unseen.logits(everything, policy.decide(core.observe(unseen, everything)))),
+        lambda: list(again.logits(everything, np.zeros((len(rows), len(core.nvec)), dtype=np.int64))),
+        *([shortened] if len(core.config.token_shares) > 1 else []),
+    ]
 
 
 def _seconds(run: Any, device: torch.device) -> float:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from sd_gym.backbones import load_backbone
 from sd_gym.backbones.checks import check_positions
@@ -25,7 +26,7 @@ from sd_gym.tasks.difficulty import quartiles
 from sd_gym.tasks.encoding import droppable_tokens
 from sd_gym.tasks.marks import MarkedText, marked_texts
 from sd_gym.tasks.metrics import corpus_metric, likelihood, prediction, quality
-from sd_gym.tasks.ranking import in_batches, kept_tokens, token_scores
+from sd_gym.tasks.ranking import in_batches, kept_tokens, token_scores, training_rarity
 from sd_gym.tasks.splits import Splits
 from sd_gym.tasks.text import text_metrics, text_quality
 
@@ -108,6 +109,24 @@ class Split:
     def __len__(self) -> int:
         return len(self.instances)
 
+    def unseen(self, rows: Array) -> Split:
+        """These rows as a split of their own: tokenised, but neither observed, nor ranked, nor scored yet.
+
+        So everything that comes of the model's inputs is computed anew, as for inputs that nobody has seen before; to
+        measure what that takes.
+        """
+        part = Split.__new__(Split)
+        part.backbone, part.config, part.name = self.backbone, self.config, self.name
+        part.prompt, part.stop = self.prompt, self.stop
+        part._data = self._data
+        part.instances = Instances(self.instances[row] for row in rows)
+        part.encoded = self.encoded.part(rows)
+        part._always, part._switched = self._always[rows], self._switched[rows]
+        part._scores, part._dense_log = {}, np.full(len(rows), np.nan)
+        if len(self.config.token_shares) > 1:
+            part.droppable = self.droppable[rows]  # comes with tokenising
+        return part
+
     @cached_property
     def number_of(self) -> dict[str, int]:
         """Row of each instance, by its id."""
@@ -178,6 +197,27 @@ class Split:
             dropped = self.kept_length(rows, level) < length
             ranking = np.where(dropped, self.backbone.flops.costs(length, length)[1][:, 0], 0)
         return always + (switched * (1 - decisions[:, :-1])).sum(axis=1) + ranking
+
+    def executed_flops(self, rows: Array, decisions: Array, parts: list[Array]) -> int:
+        """FLOPs that forward passes on rows really take: each row is padded to the longest that is left in its pass.
+
+        As torch's counter counts them; ``flops`` are those of each row alone.
+
+        Args:
+            rows: The rows, ``[n]``.
+            decisions: Their decisions, ``[n, switches + 1]``.
+            parts: Positions in ``rows`` of each pass.
+        """
+        length, level = self.encoded.source_length[rows], decisions[:, -1]
+        total = 0
+        if self.config.token_ranking == "attention" and (self.kept_length(rows, level) < length).any():
+            longest = np.full(len(rows), length.max())
+            total = self.backbone.flops.costs(longest, longest)[1][:, 0].sum()  # all are ranked in one pass
+        for part in parts:
+            lengths = (length[part], self.encoded.target_length[rows[part]], self.kept_length(rows[part], level[part]))
+            always, switched = self._costs_of(*(np.full(len(part), values.max()) for values in lengths))
+            total += always.sum() + (switched * (1 - decisions[part, :-1])).sum()
+        return int(total)
 
     def dense_flops(self, rows: Array) -> Array:
         """FLOPs of the dense backbone, int64 ``[n]``."""
@@ -319,7 +359,7 @@ class Split:
         if backbone.output == "span":
             return self._span_texts(rows, self._teacher_forced(rows, decisions, self._best_spans))
         texts = [""] * len(rows)
-        for picked, inputs in self._passes(rows, decisions, config.max_target_length):
+        for picked, inputs in self.passes(rows, decisions, config.max_target_length):
             inputs.pop("labels")
             with self.decide(rows[picked], decisions[picked]):
                 tokens = backbone.model.generate(
@@ -404,20 +444,25 @@ class Split:
         value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> Array:
         """A value, or several, of each row's logits and labels, float64 ``[n]`` or ``[n, values]``."""
-        backbone = self.backbone
         order, values = [], []
-        for picked, inputs in self._passes(rows, decisions):
+        for picked, logits, labels in self.logits(rows, decisions):
+            order.append(picked)
+            values.append(value(logits, labels).double().cpu().numpy())
+        return np.concatenate(values)[np.argsort(np.concatenate(order))]
+
+    def logits(self, rows: Array, decisions: Array) -> Iterator[tuple[Array, torch.Tensor, torch.Tensor]]:
+        """Positions in ``rows``, logits and labels of each forward pass under decisions ``[n, switches + 1]``."""
+        backbone = self.backbone
+        for picked, inputs in self.passes(rows, decisions):
             keep = self._keep(rows[picked], decisions[picked, -1])
             if keep is not None and "context_mask" in inputs:  # what is dropped neither begins nor ends an answer
                 inputs["context_mask"] = inputs["context_mask"] & torch.from_numpy(keep).to(backbone.model.device)
             keep = kept_of_pass(backbone.board, keep, inputs["labels"])
             with backbone.board.decide(decisions[picked, :-1], keep):
                 logits = backbone.logits(inputs)
-            order.append(picked)
-            values.append(value(logits, inputs["labels"]).double().cpu().numpy())
-        return np.concatenate(values)[np.argsort(np.concatenate(order))]
+            yield picked, logits, inputs["labels"]
 
-    def _passes(self, rows: Array, decisions: Array, steps: int = 0) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
+    def passes(self, rows: Array, decisions: Array, steps: int = 0) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
         """Positions in ``rows`` and inputs of each forward pass, or of each ``generate()`` of so many steps."""
         kept = self.kept_length(rows, decisions[:, -1])[:, None]
         reads_input = np.array([switch.reads_input for switch in self.backbone.board.switches])
@@ -465,13 +510,11 @@ class Split:
     @cached_property
     def token_scores(self) -> Array:
         """How much each token matters, by the configured ranking, float ``[n, longest]``."""
-        config = self.config
         return token_scores(
-            config.token_ranking,
+            self.config.token_ranking,
             self.encoded,
             self.backbone.board,
-            self.backbone.tokenizer,
-            lambda: self._data["train"],
+            lambda: _rarity(self._data, self.backbone.tokenizer),
         )
 
     def _keep(self, rows: Array, level: Array) -> Array | None:
@@ -481,18 +524,26 @@ class Split:
         return kept_tokens(self.token_scores[rows], self.droppable[rows], length, share, self._padding_side)
 
     def _costs(self, rows: Array, level: Array) -> tuple[Array, Array]:
-        source, kept = self.encoded.source_length[rows], self.kept_length(rows, level)
+        return self._costs_of(
+            self.encoded.source_length[rows], self.encoded.target_length[rows], self.kept_length(rows, level)
+        )
+
+    def _costs_of(self, source: Array, target: Array, kept: Array) -> tuple[Array, Array]:
         if self.backbone.causal:  # prompt and answer in one pass, but for the answer's last token
-            target = self.encoded.target_length[rows]
             return self.backbone.flops.costs(source + target - 1, target, kept + target - 1)
         # A decoder that classifies reads the input again.
-        target = self.encoded.target_length[rows] if self.backbone.generates else source
-        return self.backbone.flops.costs(source, target, kept)
+        return self.backbone.flops.costs(source, target if self.backbone.generates else source, kept)
 
     @cached_property
     def features(self) -> Array:
         """What ``raw_observation`` says of each instance, float32 ``[n, features]``: one look at the whole split."""
         return np.concatenate(list(in_batches(_observed, self.encoded, self.backbone.board)))
+
+
+@lru_cache(maxsize=8)
+def _rarity(data: Splits, tokenizer: PreTrainedTokenizerBase) -> Array:
+    """How rare each token is in the training split, which is counted once."""
+    return training_rarity(tokenizer, data["train"])
 
 
 def raw_observation(board: Switchboard, inputs: dict[str, torch.Tensor]) -> Array:

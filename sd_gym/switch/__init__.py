@@ -14,7 +14,14 @@ from sd_gym.switch.flops import FlopsModel
 from sd_gym.switch.plan import passes
 from sd_gym.switch.switch import Switch
 from sd_gym.switch.switchboard import Switchboard
-from sd_gym.switch.tokens import dropped_tokens, inverse_document_frequency, keep_tokens, position_scores, random_scores
+from sd_gym.switch.tokens import (
+    dropped_tokens,
+    inverse_document_frequency,
+    keep_tokens,
+    position_scores,
+    random_scores,
+    rarity_scores,
+)
 
 __all__ = [
     "Architecture",
@@ -34,6 +41,7 @@ __all__ = [
     "pooled",
     "position_scores",
     "random_scores",
+    "rarity_scores",
     "register_architecture",
     "supported_architectures",
 ]

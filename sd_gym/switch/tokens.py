@@ -79,27 +79,39 @@ def random_scores(shape: tuple[int, int], seed: int = 0) -> NDArray:
     return np.random.default_rng(seed).random(shape)
 
 
-def inverse_document_frequency(input_ids: NDArray, present: NDArray, corpus: Iterable[NDArray]) -> NDArray:
-    """Rare tokens matter more: ``log((1 + N) / (1 + df))`` over a corpus (Sparck Jones 1972), float64 ``[n, length]``.
+def inverse_document_frequency(corpus: Iterable[NDArray]) -> NDArray:
+    """How rare each token is: ``log((1 + N) / (1 + df))`` over a corpus (Sparck Jones 1972).
+
+    Args:
+        corpus: Token ids of each document.
+
+    Returns:
+        float64 ``[largest id + 2]``, by token id; the last one is that of all tokens that no document has.
+
+    Example:
+        >>> corpus = [np.array([0, 1]), np.array([0]), np.array([0, 2])]
+        >>> inverse_document_frequency(corpus).round(2)
+        array([0.  , 0.69, 0.69, 1.39])
+    """
+    documents = [np.unique(document) for document in corpus]
+    ids = np.concatenate([np.zeros(0, dtype=np.int64), *documents]).astype(np.int64)
+    frequency = np.bincount(ids, minlength=int(ids.max(initial=-1)) + 2)
+    return np.log((1 + len(documents)) / (1 + frequency))
+
+
+def rarity_scores(input_ids: NDArray, present: NDArray, rarity: NDArray) -> NDArray:
+    """Rare tokens matter more: float64 ``[n, length]``.
 
     Args:
         input_ids: ``[n, length]``.
         present: bool ``[n, length]``, False at padding, which scores ``-inf``.
-        corpus: Token ids of each document.
+        rarity: As ``inverse_document_frequency`` gives it.
 
     Example:
-        >>> corpus = [np.array([7, 8]), np.array([7]), np.array([7, 9])]
-        >>> inverse_document_frequency(np.array([[7, 8, 0]]), np.array([[True, True, False]]), corpus).round(2)
+        >>> rarity_scores(np.array([[0, 1, 9]]), np.array([[True, True, False]]), np.array([0.0, 0.69, 1.39]))
         array([[0.  , 0.69, -inf]])
     """
-    documents, frequency = 0, np.zeros(int(input_ids.max()) + 1)
-    for document in corpus:
-        unique = np.unique(document)
-        if len(unique) and unique[-1] >= len(frequency):
-            frequency = np.pad(frequency, (0, int(unique[-1]) + 1 - len(frequency)))
-        frequency[unique] += 1
-        documents += 1
-    return np.where(present, np.log((1 + documents) / (1 + frequency[input_ids])), -np.inf)
+    return np.where(present, rarity[np.minimum(input_ids, len(rarity) - 1)], -np.inf)
 
 
 class DroppedTokens:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -82,6 +82,11 @@ class Encoded:
             labels = labels[:, : int(self.target_length[indices].max())].contiguous()
         inputs["labels"] = labels
         return {key: value.to(device) for key, value in inputs.items()}
+
+    def part(self, indices: NDArray) -> Encoded:
+        """Some instances alone, ``[m]``."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Encoded(**{name: None if value is None else value[indices] for name, value in values.items()})
 
     def span_texts(self, indices: NDArray, spans: NDArray, contexts: Sequence[str]) -> list[str]:
         """The original text of each span ``[n, 2]`` of tokens; empty where it is the first token, no answer.

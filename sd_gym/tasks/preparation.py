@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.data import DataError, Source
 from sd_gym.tasks.encoding import droppable_tokens
 from sd_gym.tasks.instance import Instance
-from sd_gym.tasks.ranking import Ranking, token_scores
+from sd_gym.tasks.ranking import Ranking, token_scores, training_rarity
 from sd_gym.tasks.splits import Splits, check_unchanged
 from sd_gym.tasks.validation import Part, Score
 from sd_gym.version import __version__
@@ -155,11 +156,13 @@ def prepare_backbone(
             "unanswerable": source.unanswerable,
         }
 
+        rarity = cache(lambda: training_rarity(tokenizer, instances["train"]))
+
         def part(name: str) -> Part:
             split, scores, droppable = instances[name], None, None
             encoded = encode_cached(split, tokenizer, **encoding)
             if len(token_shares) > 1:
-                scores = token_scores(token_ranking, encoded, board, tokenizer, lambda: instances["train"])
+                scores = token_scores(token_ranking, encoded, board, rarity)
                 droppable = droppable_tokens(split, tokenizer, max_source_length, encoding["prompt"])
             odds = None if skip_logits is None else skip_logits[name]
             return Part(split, encoded, "left" if causal else "right", np.array(token_shares), scores, droppable, odds)

@@ -19,6 +19,7 @@ from sd_gym.switch import (
     keep_tokens,
     position_scores,
     random_scores,
+    rarity_scores,
 )
 from sd_gym.tasks.encoding import Encoded, left_padded
 from sd_gym.tasks.instance import Instance
@@ -32,8 +33,7 @@ def token_scores(
     ranking: Ranking,
     encoded: Encoded,
     board: Switchboard,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Callable[[], Sequence[Instance]],
+    rarity: Callable[[], NDArray],
 ) -> NDArray:
     """How much each token matters, float ``[n, longest]``.
 
@@ -42,8 +42,7 @@ def token_scores(
             ``position`` or ``random``.
         encoded: The inputs.
         board: The backbone's switchboard.
-        tokenizer: The backbone's tokenizer.
-        train: Gives the training instances, whose words ``idf`` counts.
+        rarity: Gives ``training_rarity``, which ``idf`` ranks by.
     """
     ids = encoded.input_ids.numpy()
     if ranking == "position":
@@ -54,8 +53,13 @@ def token_scores(
         parts = in_batches(attention_received, encoded, board)
         return np.concatenate([np.pad(part, ((0, 0), (0, ids.shape[1] - part.shape[1]))) for part in parts])
     present = np.arange(ids.shape[1]) < encoded.source_length[:, None]
-    texts = [f"{one.source} {one.source_pair or ''}" for one in train()[:STATISTICS_SIZE]]
-    return inverse_document_frequency(ids, present, map(np.array, tokenizer(texts).input_ids))
+    return rarity_scores(ids, present, rarity())
+
+
+def training_rarity(tokenizer: PreTrainedTokenizerBase, train: Sequence[Instance]) -> NDArray:
+    """How rare each token is in the first training instances, as ``inverse_document_frequency`` says it."""
+    texts = [f"{one.source} {one.source_pair or ''}" for one in train[:STATISTICS_SIZE]]
+    return inverse_document_frequency(map(np.array, tokenizer(texts).input_ids))
 
 
 def kept_tokens(scores: NDArray, droppable: NDArray, length: NDArray, share: NDArray, padding_side: str) -> NDArray:
