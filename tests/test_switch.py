@@ -273,6 +273,30 @@ def _source(switch):
 
 
 @torch.inference_mode()
+def test_a_layer_that_no_row_runs_is_passed_by(name):
+    """Where no norm stands behind its residual sums; what it shows is what it showed when it was called."""
+    model, inputs = make_model(name), make_inputs(name)
+    board = Switchboard(model)
+    skip = random_decisions(board, 5, 7, 0)[0]
+    places = [(switch.stack, switch.index) for switch in board.switches]
+    skip[:, [place == places[0] for place in places]] = 1
+    layer, called = board.switches[0].layer, []
+    layer.forward = lambda *args, **kwargs: (called.append(1), type(layer).forward(layer, *args, **kwargs))[1]
+    passed_by = name not in ("bart", "marian", "t5", "distilbert")
+
+    def run():
+        called.clear()
+        with board.decide(skip):
+            outputs = model(**inputs, output_hidden_states=True)
+        assert len(called) == 1 - passed_by
+        return outputs.logits, *(outputs.get("encoder_hidden_states") or outputs.hidden_states)
+
+    outputs = run()
+    board._idle, board._plans, passed_by = lambda skipped: frozenset(), {}, False
+    assert all(torch.equal(one, other) for one, other in zip(outputs, run(), strict=True))
+
+
+@torch.inference_mode()
 def test_everything_skipped_still_gives_an_output(name):
     model, inputs = make_model(name), make_inputs(name)
     board = Switchboard(model)

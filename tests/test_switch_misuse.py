@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BloomConfig, BloomForCausalLM, DynamicCache, EncoderDecoderCache
 
 from sd_gym.switch import StaleBoardError, Switchboard, UnsupportedArchitectureError
@@ -146,7 +147,7 @@ def test_a_cache_that_was_filled_otherwise_is_refused():
             with pytest.raises(ValueError, match="outside the decision"):
                 model(input_ids=ids[:, :1], cache=copy.deepcopy(dense))
             decided = model(input_ids=ids, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match=r"2 of 3 rows.*go on under the decision"):
+        with pytest.raises(ValueError, match=r"for 3 rows.*go on under the decision"):
             model(input_ids=ids[:, :1], cache=decided)
         with board.decide(skip), pytest.raises(NotImplementedError, match=r"dynamic caches.*StaticLayer"):
             model.generate(ids, max_new_tokens=3, cache_implementation="static")
@@ -191,6 +192,72 @@ def test_a_cache_of_other_rows_or_tokens_is_refused(name):
                     continue
                 with pytest.raises(ValueError, match=r"filled (under a decision|outside)"):
                     model(**{**step, "cache": copy.deepcopy(cache)})
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "mbart", "t5"])
+@torch.inference_mode()
+def test_a_cache_goes_on_under_the_very_decision_that_filled_it(name):
+    """Also where another one differs in feed-forwards alone, which store nothing in a cache."""
+    model, inputs = make_model(name), make_inputs(name, batch=4)
+    board = Switchboard(model)
+    kinds = [switch.sublayer.kind for switch in board.switches]
+    feed_forwards = [number for number, kind in enumerate(kinds) if kind == "feed_forward"]
+    decisions = [np.zeros((4, len(board)), int) for _ in range(4)]
+    decisions[0][:2, feed_forwards[-1]] = 1
+    decisions[1][2:, feed_forwards[-1]] = 1
+    decisions[2][:, feed_forwards[0]] = 1
+    first, ids = dict(inputs, use_cache=True), "input_ids"
+    if name in ENCODER_DECODER:
+        encoded = model.get_encoder()(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        first, ids = {"encoder_outputs": encoded, **first}, "decoder_input_ids"
+        del first["input_ids"]
+    for number, skip in enumerate(decisions):
+        cache = fresh_cache(name)
+        with board.decide(skip):
+            model(**first, cache=cache)
+        step = {**first, ids: first[ids][:, :1]}
+        if name in DECODER:
+            step["attention_mask"] = torch.ones(4, 8, dtype=torch.long)
+        for other, others in enumerate(decisions):
+            with board.decide(others):
+                if other == number:
+                    model(**step, cache=copy.deepcopy(cache))
+                    continue
+                with pytest.raises(ValueError, match=r"filled (under a decision|outside)"):
+                    model(**step, cache=copy.deepcopy(cache))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("name", ENCODER_DECODER)
+@torch.inference_mode()
+def test_tokens_to_keep_stay_the_same_in_a_loop_of_decoding(name, cached):
+    """Equally many are kept, or fewer; the encoder has run once, and the decoder reads what it gave."""
+    model, inputs = make_model(name), make_inputs(name, batch=4)
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    board = Switchboard(model)
+    skip = np.zeros((4, len(board)), int)
+    keep = np.ones((4, 7), int)
+    keep[:, 2] = 0
+    others = [keep[:, [0, 2, 1, *range(3, 7)]], keep.copy()]
+    others[1][:, 4] = 0
+    decoder = inputs["decoder_input_ids"]
+    step = {"attention_mask": inputs["attention_mask"], "use_cache": cached}
+    cache = fresh_cache(name) if cached else None
+    with board.decide(skip, keep):
+        encoded = model.get_encoder()(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        whole = model(decoder_input_ids=decoder, encoder_outputs=encoded, **{**step, "use_cache": False}).logits
+        model(decoder_input_ids=decoder[:, :2], encoder_outputs=encoded, cache=cache, **step)
+    begin = 2 if cached else 0
+    step |= {"decoder_input_ids": decoder[:, begin:3], "encoder_outputs": encoded}
+    for other in others:
+        with board.decide(skip, other), pytest.raises(ValueError, match=r"under (a decision|another decision)"):
+            model(**step, cache=copy.deepcopy(cache))
+    with board.decide(skip, keep):
+        logits = model(**step, cache=copy.deepcopy(cache)).logits
+    torch.testing.assert_close(logits[:, -1], whole[:, 2], rtol=1e-4, atol=1e-4)
+    dense = model.get_encoder()(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    with board.decide(skip, keep), pytest.raises(ValueError, match="run the encoder under the same keep"):
+        model(**{**step, "encoder_outputs": dense, "cache": None})
 
 
 # --- stale boards -----------------------------------------------------------------------------------------------------
@@ -442,3 +509,40 @@ def test_gradient_checkpointing_is_refused_while_it_is_on(name, reentrant):
     model.gradient_checkpointing_disable()
     with board.decide(mixed(board, 5)):
         model(**inputs).logits.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("drop", [True, False])
+def test_checkpointing_by_hand_around_a_model_under_a_decision_is_refused(kind, reentrant, drop):
+    """In the backward pass it would run densely, or under what is decided there."""
+    model, inputs = make_model(kind), make_inputs(kind)
+    board = Switchboard(model)
+    embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+    skip, keep = mixed(board, 5), np.ones((5, 7), int)
+    keep[:, 2] = 0
+    decision = (0 * skip, keep) if drop else (skip,)
+
+    def run(embedded):
+        return model(inputs_embeds=embedded, **inputs).logits
+
+    def gradient(output):
+        return torch.autograd.grad(output.pow(2).sum(), embedded)[0]
+
+    def replayed(function):
+        return checkpoint(function, embedded, use_reentrant=reentrant)
+
+    with board.decide(*decision):
+        expected = gradient(run(embedded))
+        with pytest.raises(NotImplementedError, match=r"runs layers again in the backward pass.*decide inside"):
+            replayed(run)
+    dense = replayed(run)
+    with board.decide(*decision), pytest.raises(NotImplementedError, match="runs layers again"):
+        dense.pow(2).sum().backward()
+
+    def inside(embedded):
+        with board.decide(*decision):
+            return run(embedded)
+
+    output = replayed(inside)
+    output.pow(2).sum().backward()
+    torch.testing.assert_close(embedded.grad, expected)

@@ -53,11 +53,14 @@ class Stack:
             runs on the input.
         layers: Path of the layer list inside ``model.base_model``.
         sublayers: Residual branches of each layer, in execution order.
+        whole: Whether a layer takes and returns the hidden states alone, and returns them as they are where no
+            sublayer runs (no norm stands behind a residual sum); then such a layer is passed by as a whole.
     """
 
     name: str
     layers: str
     sublayers: tuple[Sublayer, ...]
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,21 +155,21 @@ def _bart_like(norm: bool) -> tuple[Stack, ...]:
     )
     feed_forward = Sublayer("feed_forward", chain("final_layer_norm", "fc1", "fc2"))
     return (
-        Stack("encoder", "encoder.layers", (attention, feed_forward)),
-        Stack("decoder", "decoder.layers", (attention, cross_attention, feed_forward)),
+        Stack("encoder", "encoder.layers", (attention, feed_forward), whole=norm),
+        Stack("decoder", "decoder.layers", (attention, cross_attention, feed_forward), whole=norm),
     )
 
 
 def _bert_like() -> tuple[Stack, ...]:
     attention = Sublayer("attention", ("attention",), adds_residual=True, output="attention.output.dense")
     feed_forward = Sublayer("feed_forward", ("intermediate", "output"), adds_residual=True)
-    return (Stack("encoder", "encoder.layer", (attention, feed_forward)),)
+    return (Stack("encoder", "encoder.layer", (attention, feed_forward), whole=True),)
 
 
 def _llama_like() -> tuple[Stack, ...]:
     attention = Sublayer("attention", ("input_layernorm", "self_attn"), output="self_attn.o_proj")
     feed_forward = Sublayer("feed_forward", ("post_attention_layernorm", "mlp"))
-    return (Stack("decoder", "layers", (attention, feed_forward)),)
+    return (Stack("decoder", "layers", (attention, feed_forward), whole=True),)
 
 
 _SEQUENCE_TO_SEQUENCE_HEADS = {
@@ -219,6 +222,7 @@ register_architecture(
                     Sublayer("attention", ("ln_1", "attn"), output="attn.c_proj"),
                     Sublayer("feed_forward", ("ln_2", "mlp")),
                 ),
+                whole=True,
             ),
         ),
         causal=True,
@@ -243,6 +247,7 @@ register_architecture(
                     ),
                     Sublayer("feed_forward", ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm")),
                 ),
+                whole=True,
             ),
         ),
         causal=True,

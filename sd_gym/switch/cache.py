@@ -114,10 +114,9 @@ class KeptRows(CacheLayerMixin):
 
     def refuse(self) -> None:
         """Raise ValueError: another decision is in force."""
-        runs = self.batch if self.rows is None else len(self.rows)
         raise ValueError(
-            f"this cache was filled under a decision by which {runs} of {self.batch} rows run the layer, and another "
-            "one is in force, or none; go on under the decision that it was filled under, or start with an empty cache"
+            f"this cache was filled under a decision for {self.batch} rows, and another one is in force, or none; go "
+            "on under the decision that it was filled under, or start with an empty cache"
         )
 
     def _check_open(self) -> None:

@@ -12,8 +12,6 @@ import asyncio
 import copy
 import inspect
 import sys
-from collections import defaultdict
-from collections.abc import Iterable
 from contextvars import ContextVar
 from threading import RLock, get_ident, local
 from types import FrameType, TracebackType
@@ -22,7 +20,7 @@ from weakref import WeakSet
 
 import torch
 
-from sd_gym.switch.decision import Decision, Look
+from sd_gym.switch.decision import Decision, Look, replays
 
 if TYPE_CHECKING:
     from sd_gym.switch.shadow import Shadow
@@ -46,12 +44,12 @@ class _Family:
 
     def __init__(self) -> None:
         self.scopes: WeakSet[Scope] = WeakSet()
-        self._entries: defaultdict[int, set[int]] = defaultdict(set)  # that need a shadow, by its number
+        self._needs: dict[int, tuple[int, ...]] = {}  # numbers of the shadows that an entry needs, by its id
 
     @property
     def is_open(self) -> bool:
         """Whether any decision is in force anywhere."""
-        return any(self._entries.values())
+        return bool(self._needs)
 
     def join(self, scope: Scope) -> None:
         """Have the shadows of a board follow the decisions of the family."""
@@ -63,21 +61,22 @@ class _Family:
         with _LOCK:
             self.scopes.discard(scope)
 
-    def begin(self, entry: _Entry, needs: Iterable[int]) -> None:
+    def begin(self, entry: _Entry, needs: tuple[int, ...]) -> None:
         """A decision is in force that needs these shadows."""
         with _LOCK:
-            for number in needs:
-                self._entries[number].add(id(entry))
-                for scope in self.scopes:
+            self._needs[id(entry)] = needs  # first, so that an entry that ends meanwhile takes none of them away
+            for scope in list(self.scopes):
+                for number in needs:
                     scope.shadows[number].put()
 
-    def end(self, entry: _Entry, needs: Iterable[int]) -> None:
+    def end(self, entry: _Entry) -> None:
         """It is in force no more."""
         with _LOCK:
-            for number in needs:
-                self._entries[number].discard(id(entry))
-                if not self._entries[number]:
-                    for scope in self.scopes:
+            needs = self._needs.pop(id(entry))
+            others = set().union(*list(self._needs.values()))
+            for scope in list(self.scopes):
+                for number in needs:
+                    if number not in others:
                         scope.shadows[number].take_away()
 
 
@@ -109,7 +108,7 @@ class _Entry:
 
     def __del__(self) -> None:
         if self.decision is not None:
-            self.scope.family.end(self, self.decision.needs)
+            self.scope.family.end(self)
 
     def is_within(self, other: _Entry) -> bool:
         """Whether it was put in force while ``other`` was."""
@@ -202,6 +201,8 @@ class Scope:
 
     def enter(self, decision: Decision | Look | None, frame: FrameType) -> _Entry:
         """Put a decision in force, for the code that runs in ``frame``."""
+        if isinstance(decision, Decision) and not torch.is_inference_mode_enabled():
+            decision.replays = replays(frame)
         entry = _Entry(self, decision, _generator(frame), self._entry())
         if entry.generator is not None:
             self._in_generators.append(entry)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from threading import local
+from types import FrameType
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sd_gym.switch.tokens import DroppedTokens, TokenPass
+
+_CHECKPOINT = torch.utils.checkpoint.__file__
 
 
 @dataclass(frozen=True)
@@ -54,39 +60,77 @@ class Pass(local):
         self.tokens: TokenPass | None = None
 
 
-@dataclass(eq=False)
-class Decision:
-    """The decisions of a batch.
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which rows of a batch run which sublayer. It may be used again: nothing in it is of one pass.
 
     Attributes:
         batch: Rows that are decided on; 1 stands for all rows of any batch.
-        columns: Which rows run, by switch, on the host.
+        mark: What tells its decisions from others.
         rows: Rows that run, int64 ``[kept]`` on the model's device, by switch; ``None``: all. By how often
             ``generate()`` repeats each row.
-        tokens: The tokens that are dropped; ``None``: none.
+        idle: Stack and index of each layer that no row needs, and that can be passed by as a whole.
         needs: Numbers of the shadows that it needs.
-        generating: Whether this is for one call of ``generate()``.
-        repeats: How often that repeats each row, for its beams or samples; 1 before and anywhere else.
-        state: What a pass remembers.
     """
 
     batch: int
-    columns: list[bytes]
+    mark: bytes
     rows: dict[int, list[Tensor | None]]
-    tokens: DroppedTokens | None
-    needs: list[int]
-    generating: bool = False
-    repeats: int = 1
-    state: Pass = field(default_factory=Pass)
+    idle: frozenset[tuple[str, int]]
+    needs: tuple[int, ...]
 
     @classmethod
-    def of(cls, skip: NDArray, tokens: DroppedTokens | None, needs: list[int], device: torch.device) -> Decision:
-        """The decisions ``skip``, bool ``[batch, switches]``: one transfer to the device for all rows."""
+    def of(cls, skip: NDArray, idle: frozenset[tuple[str, int]], needs: Sequence[int], device: torch.device) -> Plan:
+        """The plan of ``skip``, bool ``[batch, switches]``: one transfer to the device for all rows."""
         runs = np.ascontiguousarray(~skip.T)
         counts = runs.sum(axis=1)
-        rows = torch.from_numpy(np.nonzero(runs)[1]).to(device).split(counts.tolist())
+        with torch.inference_mode(False):  # gradients may be asked for when it is used again
+            rows = torch.from_numpy(np.nonzero(runs)[1]).to(device).split(counts.tolist())
         rows = [None if count == len(skip) else kept for count, kept in zip(counts, rows, strict=True)]
-        return cls(len(skip), [column.tobytes() for column in runs], {1: rows}, tokens, needs)
+        return cls(len(skip), skip.tobytes(), {1: rows}, idle, tuple(needs))
+
+    def repeated(self, repeats: int) -> list[Tensor | None]:
+        """``rows`` where each row of the batch stands so many times."""
+        if repeats not in self.rows:
+            with torch.inference_mode(False):
+                self.rows[repeats] = [_repeated(rows, repeats) for rows in self.rows[1]]
+        return self.rows[repeats]
+
+
+@dataclass(eq=False)
+class Decision:
+    """The decisions of a batch, in force.
+
+    Attributes:
+        plan: Which rows run which sublayer.
+        tokens: The tokens that are dropped; ``None``: none.
+        generating: Whether this is for one call of ``generate()``.
+        repeats: How often that repeats each row, for its beams or samples; 1 before and anywhere else.
+        replays: Calls of ``torch.utils.checkpoint`` that it was put in force inside of.
+        state: What a pass remembers.
+    """
+
+    plan: Plan
+    tokens: DroppedTokens | None
+    generating: bool = False
+    repeats: int = 1
+    replays: int = 0
+    state: Pass = field(default_factory=Pass)
+
+    @property
+    def batch(self) -> int:
+        """Rows that are decided on; 1 stands for all rows of any batch."""
+        return self.plan.batch
+
+    @property
+    def needs(self) -> tuple[int, ...]:
+        """Numbers of the shadows that it needs."""
+        return self.plan.needs
+
+    @property
+    def mark(self) -> tuple[bytes, int, bytes]:
+        """What tells a cache that is filled under this decision from others."""
+        return self.plan.mark, self.repeats, self.tokens.mark if self.tokens is not None else b""
 
     @property
     def is_uniform(self) -> bool:
@@ -99,6 +143,17 @@ class Decision:
             raise NotImplementedError(
                 f"a traced or exported model would keep the decisions of these {self.batch} rows for any batch; trace "
                 "it under a single row of decisions without dropped tokens, which stands for all, or densely"
+            )
+
+    def refuse_replays(self) -> None:
+        """Raise NotImplementedError where what runs now runs again in the backward pass, without the decision."""
+        if torch.compiler.is_dynamo_compiling() or self.generating or torch.is_inference_mode_enabled():
+            return
+        if replays(sys._getframe(1)) > self.replays:
+            raise NotImplementedError(
+                "gradient checkpointing (torch.utils.checkpoint) runs layers again in the backward pass, where no "
+                "decision is in force, or another one; call model.gradient_checkpointing_disable(), decide inside of "
+                "the function that is checkpointed, or decide nothing"
             )
 
     def for_generating(self) -> Decision:
@@ -125,19 +180,16 @@ class Decision:
         Raises:
             ValueError: As ``repeats_in``.
         """
-        repeats = self.repeats_in(total)
-        if repeats not in self.rows:
-            self.rows[repeats] = [_repeated(rows, repeats) for rows in self.rows[1]]
-        return self.rows[repeats][number]
+        return self.plan.repeated(self.repeats_in(total))[number]
 
-    def mark(self, number: int, tokens: bool) -> tuple[bytes, int, bytes]:
-        """What tells a cache that is filled under this decision from others.
 
-        Args:
-            number: The switch.
-            tokens: Whether dropped tokens are missing from what it stores.
-        """
-        return self.columns[number], self.repeats, self.tokens.mark if tokens else b""
+def replays(frame: FrameType | None) -> int:
+    """Calls of ``torch.utils.checkpoint`` that the code in a frame runs inside of."""
+    found = 0
+    while frame is not None:
+        found += frame.f_code.co_filename == _CHECKPOINT
+        frame = frame.f_back
+    return found
 
 
 def _repeated(rows: Tensor | None, repeats: int) -> Tensor | None:

@@ -37,19 +37,20 @@ class Rowwise:
         self.switch = switch
         self.model = model
         self._attends_input = switch.reads_input and switch.sublayer.output is not None
+        self._signs = switch.signs_cache
 
     def run(self, place: Place, decision: Decision | Look | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         """One module of the sublayer: the first selects the rows, the last scatters them back."""
         if not isinstance(decision, Decision):
             return inner(*args, **kwargs)
         drops = self._attends_input and decision.tokens is not None
-        if decision.rows[1][self.number] is None and not drops:
+        if decision.plan.rows[1][self.number] is None and not drops:
             # This decision needs no shadow here; those of another thread's may come and go in the middle of a sublayer.
             decision.refuse_tracing()
-            return inner(*args, **kwargs)
+            return self._run_signed(decision, inner, args, kwargs) if place.attention else inner(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         if place.first:
-            self._refuse_replays()
+            decision.refuse_replays()
             decision.refuse_tracing()
             decision.state.calls[self.number] = Call(hidden, decision.rows_of(self.number, hidden.shape[0]))
         call = decision.state.calls[self.number]
@@ -64,13 +65,35 @@ class Rowwise:
         output = inner(*self._selected(decision, args, call), **self._selected(decision, kwargs, call))
         return self._scattered(call, output) if place.last else output
 
-    def _refuse_replays(self) -> None:
-        """Raise where what is run now would be run again without the decision."""
-        if getattr(self.switch.layer, "gradient_checkpointing", False) and self.switch.layer.training:
-            raise NotImplementedError(
-                "gradient checkpointing runs layers again in the backward pass, where no decision is in force; call "
-                "model.gradient_checkpointing_disable(), or decide nothing"
-            )
+    def pass_by(self, decision: Decision, hidden: Tensor, values: tuple) -> None:
+        """What is left to do of a sublayer in a layer that no row runs: its cache counts positions.
+
+        Args:
+            decision: The decision in force.
+            hidden: What enters the layer, ``[batch, length, width]``.
+            values: All arguments of the layer.
+        """
+        if self.switch.sublayer.attention is None:
+            return
+        call = Call(hidden, decision.rows_of(self.number, hidden.shape[0]))
+        self._refuse_attention(call, _shown_weights(self.switch.sublayer.kind))
+        drops = self._attends_input and decision.tokens is not None
+        self._count(decision, drops, self._cache_layer(decision, drops, call, values), hidden)
+
+    def _run_signed(self, decision: Decision, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """An attention that all rows run: the first one of a cache still tells under which decision it is filled."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        layer = None
+        if self._signs:
+            layer = self._cache_layer(decision, False, Call(hidden, None), (*args, *kwargs.values()))
+        output = _with_cache(layer, inner, args, kwargs)
+        self._count(decision, False, layer, hidden)
+        return output
+
+    def _count(self, decision: Decision, drops: bool, layer: KeptRows | None, hidden: Tensor) -> None:
+        """Have a layer of the cache count the positions of this pass."""
+        if layer is not None and self.switch.sublayer.kind == "attention":
+            layer.advance(decision.state.tokens.query_length if drops else hidden.shape[1])
 
     def _run_attention(
         self,
@@ -109,8 +132,7 @@ class Rowwise:
             if shared == (None,):  # the next layers take it instead of making it again
                 shared = output[1:2]
             output = (self._scattered(call, output[0]) if place.last else output[0], *shared, *weights)
-        if layer is not None and self.switch.sublayer.kind == "attention":
-            layer.advance(query_length)
+        self._count(decision, drops, layer, call.hidden)
         return output
 
     def _refuse_attention(self, call: Call, shown: list[Tensor] | None) -> None:
@@ -131,9 +153,9 @@ class Rowwise:
         cache = next((value for value in values if isinstance(value, Cache)), None)
         if cache is None:
             return None
-        across, mark = self.switch.sublayer.kind == "cross_attention", decision.mark(self.number, tokens=drops)
+        across, batch = self.switch.sublayer.kind == "cross_attention", len(call.hidden)
         return kept_rows(
-            cache, self.switch.index, across=across, rows=call.rows, batch=len(call.hidden), whole=drops, mark=mark
+            cache, self.switch.index, across=across, rows=call.rows, batch=batch, whole=drops, mark=decision.mark
         )
 
     def _position_bias(self, query_length: int, past: int) -> Tensor | None:

@@ -31,5 +31,10 @@ class Switch:
     reads_input: bool
     modules: list[nn.Module] = field(init=False, repr=False)
 
+    @property
+    def signs_cache(self) -> bool:
+        """Whether a cache can tell here under which decision it is filled: the first self-attention of a decoder."""
+        return self.stack == "decoder" and self.index == 0 and self.sublayer.kind == "attention"
+
     def __post_init__(self) -> None:
         self.modules = [self.layer.get_submodule(path) for path in self.sublayer.modules]

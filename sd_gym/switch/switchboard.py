@@ -13,17 +13,20 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sd_gym.switch.architectures import architecture_of
 from sd_gym.switch.context import Block, Scope, StaleBoardError
-from sd_gym.switch.decision import Decision, Look
+from sd_gym.switch.decision import Decision, Look, Plan
 from sd_gym.switch.rowwise import Place, Rowwise
 from sd_gym.switch.shadow import Shadow
 from sd_gym.switch.switch import Switch
 from sd_gym.switch.tokens import DroppedTokens
-from sd_gym.switch.whole import Generate, InputLayer, run_decoder
+from sd_gym.switch.whole import Generate, Layer, run_decoder, run_encoder
+
+PLANS = 64  # that are kept, of decisions that are made again and again
 
 
 class Switchboard:
@@ -87,6 +90,7 @@ class Switchboard:
         self._links = self._linked()
         self._scope.fill([Shadow(target, name, self._scope, run) for target, name, run in self._methods()])
         self._of_layers = sum(len(switch.modules) for switch in self.switches)  # the first layer's shadow
+        self._plans: dict[tuple[bytes, int, bool, torch.device], Plan] = {}
         model._switchboard = self
 
     def __len__(self) -> int:
@@ -130,8 +134,7 @@ class Switchboard:
                 tokens = DroppedTokens(keep, self.architecture.causal, self.model.device)
         if tokens is None and not skip.any():
             return self._scope.put(None)
-        needs = self._needs(skip.any(axis=0), tokens is not None)
-        return self._scope.put(Decision.of(skip, tokens, needs, self.model.device))
+        return self._scope.put(Decision(self._plan(skip, tokens is not None), tokens))
 
     def path_of(self, switch: Switch) -> str:
         """Where in the model the layer of a switch is."""
@@ -158,28 +161,71 @@ class Switchboard:
 
     def _methods(self) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
         """What can be shadowed: the object, the name of its method, and what runs in its place."""
-        for number, switch in enumerate(self.switches):
-            rowwise, last = Rowwise(number, switch, self.model), len(switch.modules) - 1
+        of_switches = [Rowwise(number, switch, self.model) for number, switch in enumerate(self.switches)]
+        for rowwise in of_switches:
+            switch, last = rowwise.switch, len(rowwise.switch.modules) - 1
             for position, (path, module) in enumerate(zip(switch.sublayer.modules, switch.modules, strict=True)):
                 place = Place(position == 0, position == last, path == switch.sublayer.attention)
                 yield module, "forward", partial(rowwise.run, place)
         stacks = self.architecture.stacks
-        layers = self.model.base_model.get_submodule(stacks[0].layers)
-        for index, layer in enumerate(layers):
-            restores = len(stacks) == 1 and index == len(layers) - 1
-            yield layer, "forward", InputLayer(self.model, layer, first=index == 0, restores=restores).run
+        for stack in stacks:
+            layers = self.model.base_model.get_submodule(stack.layers)
+            for index, layer in enumerate(layers):
+                yield (
+                    layer,
+                    "forward",
+                    Layer(
+                        self.model,
+                        layer,
+                        stack.name,
+                        index,
+                        [rowwise for rowwise in of_switches if rowwise.switch.layer is layer],
+                        reads_input=stack is stacks[0],
+                        restores=len(stacks) == 1 and index == len(layers) - 1,
+                    ).run,
+                )
         if len(stacks) > 1:
+            yield self.model.base_model.get_submodule("encoder"), "forward", run_encoder
             yield self.model.base_model.get_submodule("decoder"), "forward", run_decoder
         if hasattr(self.model, "generate"):
             generate = Generate(self._scope)
             yield self.model, "generate", generate.run
             yield self.model, "_expand_inputs_for_generation", generate.expand
 
-    def _needs(self, skipped: np.ndarray, drops: bool) -> list[int]:
+    def _plan(self, skip: np.ndarray, drops: bool) -> Plan:
+        """The plan of decisions, made once for those that were decided on lately.
+
+        Args:
+            skip: Decisions, bool ``[batch, switches]``.
+            drops: Whether tokens are dropped.
+        """
+        key = skip.tobytes(), len(skip), drops, self.model.device
+        plan = self._plans.get(key)
+        if plan is None:
+            idle = self._idle(skip.all(axis=0))
+            plan = Plan.of(skip, idle, self._needs(skip.any(axis=0), idle, drops), self.model.device)
+            if len(self._plans) >= PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
+    def _idle(self, skipped: np.ndarray) -> frozenset[tuple[str, int]]:
+        """Stack and index of the layers that can be passed by, as no row runs any of their sublayers.
+
+        Args:
+            skipped: Whether all rows skip a switch, bool ``[switches]``.
+        """
+        whole = {stack.name for stack in self.architecture.stacks if stack.whole}
+        switches = list(zip(self.switches, skipped.tolist(), strict=True))
+        runs = {(switch.stack, switch.index) for switch, skips in switches if not skips}
+        return frozenset((one.stack, one.index) for one in self.switches if one.stack in whole) - runs
+
+    def _needs(self, skipped: np.ndarray, idle: frozenset[tuple[str, int]], drops: bool) -> list[int]:
         """Numbers of the shadows that decisions need.
 
         Args:
             skipped: Whether any row skips a switch, bool ``[switches]``.
+            idle: The layers that are passed by.
             drops: Whether tokens are dropped.
         """
         needs, begin = [], 0
@@ -187,10 +233,17 @@ class Switchboard:
             end = begin + len(switch.modules)
             if skips or (drops and switch.reads_input and switch.sublayer.output is not None):
                 needs += range(begin, end)
+            elif switch.signs_cache:
+                needs.append(begin + switch.sublayer.modules.index(switch.sublayer.attention))
             begin = end
-        end = len(self._scope.shadows)
-        of_model = 2 if hasattr(self.model, "generate") else 0
-        return [*needs, *range(self._of_layers if drops else end - of_model, end)]
+        for number, shadow in enumerate(self._scope.shadows[begin:], start=begin):
+            layer = getattr(shadow.run, "__self__", None)
+            if isinstance(layer, Layer):
+                needed = (drops and layer.reads_input) or layer.place in idle
+            else:
+                needed = drops or shadow.name != "forward"  # generate() needs its own in any case
+            needs += [number] * needed
+        return needs
 
     def _linked(self) -> list[tuple[str, nn.Module, str, nn.Module]]:
         """Path, parent, name and child on the ways from the model to its switched modules."""

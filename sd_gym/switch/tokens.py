@@ -150,11 +150,25 @@ class DroppedTokens:
             self._views[repeats] = pair
         return self._views[repeats]
 
+    def sign(self, encoded: Tensor) -> None:
+        """Note on an encoder's output that it lost these tokens."""
+        encoded._lost_tokens = self.mark
+
     def before_decoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of a decoder: the cross-attention's padding follows the encoder's shorter output."""
+        """Arguments of a decoder: the cross-attention's padding follows the encoder's shorter output.
+
+        Raises:
+            ValueError: If the encoder's output lost other tokens, or none.
+        """
         encoded = kwargs.get("encoder_hidden_states")
-        if encoded is None or encoded.shape[1] != self.kept:
+        if encoded is None:
             return kwargs
+        signed = getattr(encoded, "_lost_tokens", self.mark)  # an expanded or copied output is not signed
+        if encoded.shape[1] != self.kept or signed != self.mark:
+            raise ValueError(
+                f"the encoder's output has {encoded.shape[1]} tokens and was made under another decision: the one in "
+                f"force keeps {self.kept} at most; run the encoder under the same keep as the decoder"
+            )
         index, valid = self.view(len(encoded))
         mask = kwargs.get("encoder_attention_mask")
         if mask is not None:

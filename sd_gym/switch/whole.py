@@ -7,47 +7,93 @@ from collections.abc import Callable
 from threading import current_thread, main_thread
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sd_gym.switch.context import Scope
 from sd_gym.switch.decision import Decision, Look, Reached
+from sd_gym.switch.rowwise import Rowwise
 from sd_gym.switch.tokens import TokenPass
 
 
-class InputLayer:
-    """A layer of the stack that reads the input: its tokens are dropped here, and here a look at it ends.
+class Layer:
+    """A layer: it loses the tokens that are dropped, and is passed by where no row runs any of it.
+
+    Where the input's first layer begins, a look at it ends.
 
     Args:
         model: The model.
         layer: The layer.
-        first: Whether it is the stack's first.
+        stack: Name of the stack that it is in.
+        index: Its index there.
+        sublayers: What runs in the place of its sublayers.
+        reads_input: Whether its stack is the one that reads the input.
         restores: Whether it is the last of a lone stack, behind which all positions exist again.
     """
 
-    def __init__(self, model: PreTrainedModel, layer: nn.Module, *, first: bool, restores: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layer: nn.Module,
+        stack: str,
+        index: int,
+        sublayers: list[Rowwise],
+        *,
+        reads_input: bool,
+        restores: bool,
+    ) -> None:
         self.model = model
         self.layer = layer
-        self.first = first
+        self.place = (stack, index)
+        self.sublayers = sublayers
+        self.reads_input = reads_input
+        self.first = reads_input and index == 0
         self.restores = restores
 
     def run(self, decision: Decision | Look | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         """The layer."""
         if self.first and isinstance(decision, Look):
             raise Reached(args[0] if args else kwargs["hidden_states"])
-        if not isinstance(decision, Decision) or decision.tokens is None:
+        if not isinstance(decision, Decision):
             return inner(*args, **kwargs)
-        if self.first:
-            decision.refuse_tracing()
-            decision.repeats_in(len(args[0] if args else kwargs["hidden_states"]))
-            additive = self.model.config._attn_implementation == "eager"  # it adds its mask to the scores
-            decision.state.tokens = TokenPass(
-                decision.tokens, args, kwargs, additive=additive, generating=decision.generating
-            )
-        tokens = decision.state.tokens
-        args, kwargs = tokens.before_layer(self.layer, self.first, args, kwargs)
-        output = inner(*args, **kwargs)
-        return tokens.after_last_layer(output) if self.restores else output
+        tokens = None
+        if self.reads_input and decision.tokens is not None:
+            if self.first:
+                self._begin(decision, args, kwargs)
+            tokens = decision.state.tokens
+            args, kwargs = tokens.before_layer(self.layer, self.first, args, kwargs)
+        if self.place in decision.plan.idle and not self.layer.training:  # in training, dropout draws as ever
+            output = self._passed_by(decision, args, kwargs)
+        else:
+            output = inner(*args, **kwargs)
+        return tokens.after_last_layer(output) if tokens is not None and self.restores else output
+
+    def _begin(self, decision: Decision, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Read the shapes of a pass that drops tokens."""
+        decision.refuse_tracing()
+        decision.repeats_in(len(args[0] if args else kwargs["hidden_states"]))
+        additive = self.model.config._attn_implementation == "eager"  # it adds its mask to the scores
+        decision.state.tokens = TokenPass(
+            decision.tokens, args, kwargs, additive=additive, generating=decision.generating
+        )
+
+    def _passed_by(self, decision: Decision, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The hidden states as they are, where no row runs any sublayer; a cache is told of what it has passed."""
+        decision.refuse_replays()
+        decision.refuse_tracing()
+        hidden = args[0] if args else kwargs["hidden_states"]
+        decision.repeats_in(hidden.shape[0])  # not len(), which an export would take for a constant
+        for sublayer in self.sublayers:
+            sublayer.pass_by(decision, hidden, (*args, *kwargs.values()))
+        return hidden
+
+
+def run_encoder(decision: Decision | Look | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+    """The encoder in front of a decoder: its output tells which tokens it lost."""
+    output = inner(*args, **kwargs)
+    if isinstance(decision, Decision) and decision.tokens is not None:
+        decision.tokens.sign(output[0])
+    return output
 
 
 def run_decoder(decision: Decision | Look | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
