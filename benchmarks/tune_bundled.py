@@ -22,7 +22,7 @@ from transformers import MBartForConditionalGeneration
 
 from sd_gym.backbones.load import BUNDLED, save_backbone
 from sd_gym.backbones.prepare import freeze_observation, prepare
-from sd_gym.envs.split import raw_observation
+from sd_gym.policy.observation import observed
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.procedural.generate import TASKS, generate_split, stream
 from sd_gym.tasks.procedural.train import encode, exact_match, make_tokenizer
@@ -52,7 +52,12 @@ def batches(
         chosen.shuffle(chunks)
         for chunk in chunks:
             batch = encode(tokenizer, [instance for instance, _ in chunk])
-            seen = raw_observation(board, {name: value for name, value in batch.items() if name != "labels"})
+            seen = (
+                observed(board, {name: value for name, value in batch.items() if name != "labels"})
+                .float()
+                .cpu()
+                .numpy()
+            )
             logits = torch.empty(len(chunk), len(board))
             for task, (core, policy) in policies.items():
                 rows = [row for row, (_, own) in enumerate(chunk) if own == task]

@@ -106,6 +106,23 @@ def test_an_answer_ends_at_the_stop(data, backbone):
         make(data, backbone, stop=stop, max_target_length=1)
 
 
+def test_a_prompt_is_decided_on_in_its_pass_as_before_it(data, backbone):
+    core = make(data, backbone, token_shares=[0.0, 0.5]).unwrapped.core
+    split, seen = core.split("train"), []
+
+    def decide(observations):
+        seen.append(observations)
+        return decisions_for(core, 1)
+
+    with torch.inference_mode():
+        for row in range(6):
+            rows = np.array([row])
+            ((_, logits, _),) = core.decided_logits(split, rows, decide)
+            ((_, expected, _),) = split.logits(rows, decide(core.observe(split, rows)))
+            assert torch.equal(logits, expected)
+            np.testing.assert_allclose(seen[-2], seen[-1], rtol=1e-4, atol=1e-4)
+
+
 def test_analytic_flops_are_counted_flops(data, backbone):
     core = make(data, backbone, token_shares=[0.0, 0.5]).unwrapped.core
     core.backbone.model.set_attn_implementation("eager")  # the only one whose products the counter sees on a CPU

@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import TextIteratorStreamer
 
-from sd_gym.switch import Switchboard, attention_received, first_layer_input
-from tests.conftest import DECODER, make_inputs, make_model
+from sd_gym.switch import StaleBoardError, Switchboard, attention_received, first_layer_input
+from tests.conftest import DECODER, TINY, make_inputs, make_model
 
 NAMES = ["bert", "mbart", "llama"]
 
@@ -416,6 +417,79 @@ def test_only_what_some_row_skips_is_shadowed_and_only_while_it_does(name):
         assert shadowed() == both
     assert not shadowed()
     assert "generate" not in vars(model)
+
+
+# --- decisions that are made in the pass ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("name", list(TINY))
+@torch.inference_mode()
+def test_deciding_in_the_pass_is_deciding_before_it(name, drop):
+    board = Switchboard(make_model(name))
+    job, seen = Job(name, board, seed=3, drop=drop), []
+
+    def choose(hidden):
+        seen.append(hidden)
+        return job.skip, job.keep
+
+    with board.decide_in_pass(choose):
+        assert torch.equal(job.model(), job.expected)
+        with board.decide(0 * job.skip):
+            dense = job.model()
+        assert torch.equal(job.model(), job.expected)  # holds to the end of the block
+    assert len(seen) == 1
+    given = ("input_ids", "attention_mask", "decoder_input_ids")
+    inputs = {key: value for key, value in job.inputs.items() if key in given}
+    assert torch.equal(seen[0], first_layer_input(board, inputs))
+    assert torch.equal(job.model(), dense)
+    with board.decide_in_pass(lambda hidden: (0 * job.skip, None)):
+        assert torch.equal(job.model(), dense)
+    with board.decide_in_pass(choose):
+        pass  # no pass, no decision
+    assert not board._scope.family.is_open
+    assert not any("forward" in vars(module) for module in board.model.modules())
+
+
+def test_threads_decide_each_in_their_own_pass(name, switching_often):
+    board = Switchboard(make_model(name))
+    jobs = [Job(name, board, seed) for seed in range(4)]
+
+    def run(job):
+        right = 0
+        for _ in range(15):
+            with board.decide_in_pass(lambda hidden: (job.skip, job.keep)):
+                right += job.model_is_right()
+        return right
+
+    assert in_threads(*(functools.partial(run, job) for job in jobs)) == [15] * 4
+    assert not board._scope.family.is_open
+
+
+def test_what_cannot_decide_in_the_pass_is_refused():
+    board = Switchboard(make_model("mbart"))
+    job = Job("mbart", board, seed=0)
+    encoded = board.model.get_encoder()(job.inputs["input_ids"])
+
+    def block():
+        return board.decide_in_pass(lambda hidden: (job.skip, None))
+
+    with block(), pytest.raises(NotImplementedError, match=r"generate\(\) cannot decide in the pass"):
+        board.model.generate(job.inputs["input_ids"])
+    with block(), pytest.raises(ValueError, match="this pass has no encoder"):
+        board.model(encoder_outputs=encoded, decoder_input_ids=job.inputs["decoder_input_ids"])
+    compiled = torch.compile(board.model, backend="eager", fullgraph=True)
+    with block(), pytest.raises(Exception, match="cannot decide in the pass"):
+        compiled(**job.inputs)
+    ids = job.inputs.pop("input_ids")
+    embedded = board.model.get_input_embeddings()(ids).detach().requires_grad_()
+    with block(), pytest.raises(NotImplementedError, match="runs layers again in the backward pass"):
+        checkpoint(lambda x: board.model(inputs_embeds=x, **job.inputs).logits, embedded, use_reentrant=False)
+    with pytest.raises(ValueError, match="skip must hold only 0"), board.decide_in_pass(lambda _: (2 + job.skip, None)):
+        board.model(input_ids=ids, **job.inputs)
+    board.remove()
+    with pytest.raises(StaleBoardError, match="removed"):
+        block()
 
 
 # --- generate() in a thread, read by a streamer -----------------------------------------------------------------------

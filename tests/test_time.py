@@ -8,6 +8,7 @@ from sd_gym.agents.common.evaluation import time_ratio
 from torch.utils.flop_counter import FlopCounterMode
 
 import sd_gym.envs.split
+import sd_gym.policy.observation
 from sd_gym.tasks import ranking
 
 SMALL = {"train_size": 40, "validation_size": 20, "test_size": 40, "token_shares": [0.0, 0.3, 0.6]}
@@ -79,7 +80,9 @@ def test_deciding_is_timed_from_the_tokenised_inputs_on(settings, monkeypatch):
     split = core.split("test")
     split.features, split.token_scores  # noqa: B018  (known)
     decided = []
-    looked = [noting(module, "first_layer_input", monkeypatch) for module in (sd_gym.envs.split, sd_gym.envs.spaces)]
+    looked = [
+        noting(module, "first_layer_input", monkeypatch) for module in (sd_gym.policy.observation, sd_gym.envs.spaces)
+    ]
     ranked = noting(ranking, "attention_received", monkeypatch)
 
     class Policy(Drawn):
@@ -126,3 +129,26 @@ def test_controls_stand_beside_each_time():
     assert set(timed) == {"time_ratio", "dense_by_length", "dense_shortened", "flops_ratio", "executed_ratio"}
     core = gym.make("SD/Summarization-Mini-v0", **{**SMALL, "token_shares": [0.0]}).unwrapped.core
     assert time_ratio(core, Drawn(core), "test", 1, batches=3)["dense_shortened"] is None
+
+
+@pytest.mark.parametrize("ranking", ["idf", "attention"])
+@torch.inference_mode()
+def test_a_row_that_is_decided_on_in_its_pass_is_embedded_once(ranking):
+    core = gym.make("SD/QuestionAnswering-Mini-v0", **SMALL, token_ranking=ranking).unwrapped.core
+    split, policy, embedded = core.split("test"), Drawn(core), []
+    model = core.backbone.model
+    hooks = [model.get_encoder().embed_tokens.register_forward_hook(lambda *_: embedded.append(1))]
+    try:
+        for row in range(10):
+            rows = np.array([row])
+            embedded.clear()
+            ((picked, logits, labels),) = core.decided_logits(split.unseen(rows), np.array([0]), policy.decide)
+            times = len(embedded)
+            ((_, expected, same),) = split.logits(rows, policy.decide(core.observe(split, rows)))
+            assert times == (1 if ranking == "idf" else 3)  # to rank by attention takes another look
+            np.testing.assert_allclose(policy.seen[-2], policy.seen[-1], rtol=1e-4, atol=1e-4)
+            assert torch.equal(logits, expected)
+            assert torch.equal(labels, same)
+            assert picked.tolist() == [0]
+    finally:
+        hooks[0].remove()

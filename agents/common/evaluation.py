@@ -251,7 +251,7 @@ def _contestants(
 
     return [
         lambda: backbone.logits(split.inputs(rows)),
-        lambda: list(unseen.logits(everything, policy.decide(core.observe(unseen, everything)))),
+        lambda: list(core.decided_logits(unseen, everything, policy.decide)),
         lambda: list(again.logits(everything, np.zeros((len(rows), len(core.nvec)), dtype=np.int64))),
         *([shortened] if len(core.config.token_shares) > 1 else []),
     ]

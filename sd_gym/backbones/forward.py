@@ -50,7 +50,9 @@ def forward(board: Switchboard, batch: dict[str, Tensor], call: Callable[..., An
     if board.model.can_generate():
         if board.architecture.causal:
             return _continuation(model, **batch)
-        return model(**batch, use_cache=False).logits
+        # Given labels, the model would make a loss as well.
+        decoder_input_ids = board.model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        return model(**model_inputs(batch), decoder_input_ids=decoder_input_ids, use_cache=False).logits
     output = model(**model_inputs(batch))
     if "context_mask" in batch:
         return span_logits(output.start_logits, output.end_logits, batch["context_mask"])

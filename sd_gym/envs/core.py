@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sd_gym.backbones import load_backbone
 from sd_gym.envs.config import EnvConfig
-from sd_gym.envs.spaces import ACTIONS, Actions, MultiDiscreteActions, Observation, Observations
+from sd_gym.envs.spaces import ACTIONS, Actions, MultiDiscreteActions, Observation, Observations, Pooled
 from sd_gym.envs.split import Split
 from sd_gym.objectives import quality_cost
 from sd_gym.registration import OBSERVATIONS
@@ -102,6 +104,29 @@ class Core:
     def observe(self, split: Split, rows: Array) -> Observations:
         """What the configured observation shows of rows ``[n]`` of a split: new arrays, a row an instance."""
         return self.observation.observe(split, rows)
+
+    def decided_logits(
+        self, split: Split, rows: Array, decide: Callable[[Observations], Array]
+    ) -> Iterator[tuple[Array, Tensor, Tensor]]:
+        """Observe rows, decide on them and run them: positions in ``rows``, logits and labels of each forward pass.
+
+        A single row is decided on in its pass, where the observation is pooled from the first layer's input and no
+        other look at the input is needed to rank tokens.
+
+        Args:
+            split: Where the instances are.
+            rows: Their rows, int64 ``[n]``.
+            decide: From observations to decisions ``[n, switches + 1]``.
+        """
+        looks = self.config.token_ranking == "attention" and len(self.config.token_shares) > 1
+        if len(rows) == 1 and type(self.observation) is Pooled and not looks:
+            observation = self.observation
+            yield (
+                np.zeros(1, dtype=np.int64),
+                *split.logits_of_one(rows[0], lambda hidden, mask: decide(observation.of_hidden(hidden, mask))),
+            )
+        else:
+            yield from split.logits(rows, decide(self.observe(split, rows)))
 
     def score(self, split: Split, rows: Array, decisions: Array) -> Outcome:
         """What comes of one decision an instance; one batched run of the backbone.

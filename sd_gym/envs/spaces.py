@@ -13,11 +13,13 @@ import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sd_gym.backbones.forward import model_inputs
 from sd_gym.envs.config import ConfigError, EnvConfig
 from sd_gym.envs.split import PASS_TOKENS, Split
 from sd_gym.errors import short
+from sd_gym.policy.observation import features_of
 from sd_gym.registration import CONFIG_FOLDER
 from sd_gym.switch import first_layer_input
 from sd_gym.tasks.ranking import STATISTICS_SIZE
@@ -248,6 +250,10 @@ class Pooled(Standardised):
     def features(self, split: Split, rows: Array) -> Array:
         """As ``Split.features``."""
         return split.features[rows]
+
+    def of_hidden(self, hidden: Tensor, mask: Tensor) -> Array:
+        """What is observed of the first layer's input ``[n, length, width]`` and the mask of its tokens."""
+        return self.standardised(features_of(hidden, mask).float().cpu().numpy())
 
 
 class Tokens(Observation):

@@ -19,7 +19,8 @@ from sd_gym.backbones.forward import kept_of_pass
 from sd_gym.backbones.load import Output
 from sd_gym.backbones.spans import best_spans
 from sd_gym.envs.config import ConfigError, EnvConfig
-from sd_gym.switch import Switchboard, dropped_tokens, first_layer_input, passes, pooled
+from sd_gym.policy.observation import observed
+from sd_gym.switch import dropped_tokens, passes
 from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.data import Instances
 from sd_gym.tasks.difficulty import quartiles
@@ -452,15 +453,41 @@ class Split:
 
     def logits(self, rows: Array, decisions: Array) -> Iterator[tuple[Array, torch.Tensor, torch.Tensor]]:
         """Positions in ``rows``, logits and labels of each forward pass under decisions ``[n, switches + 1]``."""
-        backbone = self.backbone
         for picked, inputs in self.passes(rows, decisions):
-            keep = self._keep(rows[picked], decisions[picked, -1])
-            if keep is not None and "context_mask" in inputs:  # what is dropped neither begins nor ends an answer
-                inputs["context_mask"] = inputs["context_mask"] & torch.from_numpy(keep).to(backbone.model.device)
-            keep = kept_of_pass(backbone.board, keep, inputs["labels"])
-            with backbone.board.decide(decisions[picked, :-1], keep):
-                logits = backbone.logits(inputs)
-            yield picked, logits, inputs["labels"]
+            yield picked, self._pass(rows[picked], decisions[picked], inputs), inputs["labels"]
+
+    def _pass(self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The logits of one pass; no generator, since a block that is open in one is slower."""
+        with self.backbone.board.decide(decisions[:, :-1], self._keep_of(rows, decisions, inputs)):
+            return self.backbone.logits(inputs)
+
+    def _keep_of(self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor]) -> Array | torch.Tensor | None:
+        """The tokens that a pass of ``Backbone.logits`` keeps; dropped ones neither begin nor end an answer."""
+        keep = self._keep(rows, decisions[:, -1])
+        if keep is not None and "context_mask" in inputs:
+            inputs["context_mask"] = inputs["context_mask"] & torch.from_numpy(keep).to(self.backbone.model.device)
+        return kept_of_pass(self.backbone.board, keep, inputs["labels"])
+
+    def logits_of_one(
+        self, row: int, decide: Callable[[torch.Tensor, torch.Tensor], Array]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and labels of one instance, decided on in its pass: the input is embedded once.
+
+        Args:
+            row: The instance.
+            decide: Takes the first layer's input ``[1, length, width]`` and the mask of its tokens ``[1, length]`` to a
+                decision ``[1, switches + 1]``.
+        """
+        board, rows = self.backbone.board, np.array([row])
+        inputs = self.inputs(rows)
+        mask = inputs["attention_mask"]
+
+        def choose(hidden: torch.Tensor) -> tuple[Array, Array | None]:
+            decisions = decide(hidden[:, : mask.shape[1]], mask)  # behind a prompt the answer follows
+            return decisions[:, :-1], self._keep_of(rows, decisions, inputs)
+
+        with board.decide_in_pass(choose):
+            return self.backbone.logits(inputs), inputs["labels"]
 
     def passes(self, rows: Array, decisions: Array, steps: int = 0) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
         """Positions in ``rows`` and inputs of each forward pass, or of each ``generate()`` of so many steps."""
@@ -536,29 +563,11 @@ class Split:
 
     @cached_property
     def features(self) -> Array:
-        """What ``raw_observation`` says of each instance, float32 ``[n, features]``: one look at the whole split."""
-        return np.concatenate(list(in_batches(_observed, self.encoded, self.backbone.board)))
+        """What ``observed`` says of each instance, float32 ``[n, features]``: one look at the whole split."""
+        return np.concatenate(list(in_batches(observed, self.encoded, self.backbone.board)))
 
 
 @lru_cache(maxsize=8)
 def _rarity(data: Splits, tokenizer: PreTrainedTokenizerBase) -> Array:
     """How rare each token is in the training split, which is counted once."""
     return training_rarity(tokenizer, data["train"])
-
-
-def raw_observation(board: Switchboard, inputs: dict[str, torch.Tensor]) -> Array:
-    """What a policy sees of a batch, not yet standardised, float32 ``[batch, 2 * width + 2]``.
-
-    Mean and maximum of the first layer's input over the tokens, the length and its logarithm.
-
-    Args:
-        board: The backbone's switchboard.
-        inputs: The model's inputs, ``attention_mask`` among them.
-    """
-    return _observed(board, inputs).float().cpu().numpy()
-
-
-def _observed(board: Switchboard, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    mask = inputs["attention_mask"]
-    length = mask.sum(dim=1, keepdim=True).float()
-    return torch.cat([pooled(first_layer_input(board, inputs), mask), length, length.log()], dim=1)

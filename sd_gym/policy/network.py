@@ -98,6 +98,11 @@ class DecisionPolicy(nn.Module):
             self.head = nn.Linear(hidden, sum(self.nvec))
         else:
             self.body, self.head = own_network(network, observation_size, sum(self.nvec))
+        ends = np.cumsum(self.nvec)[:, None]
+        places = ends - np.array(self.nvec)[:, None] + np.arange(max(self.nvec))
+        # Of each component's choices in the logits; behind its last one, the place behind them all.
+        places = torch.from_numpy(np.where(places < ends, places, ends[-1]))
+        self.register_buffer("_places", places, persistent=False)
         if autoregressive:
             self.coupling = nn.Parameter(torch.zeros(sum(self.nvec), len(self.nvec)))
             component = torch.repeat_interleave(torch.arange(len(self.nvec)), torch.tensor(self.nvec))
@@ -134,6 +139,8 @@ class DecisionPolicy(nn.Module):
             logits: Of ``forward``.
             pick: Takes the logits ``[n, size]`` of one component, given the choices before it, to choices ``[n]``.
         """
+        if pick is _most_probable and not self.autoregressive:
+            return self._side_by_side(logits).argmax(dim=2)
         decisions = torch.zeros(len(logits), len(self.nvec), dtype=torch.int64, device=logits.device)
         ends = np.cumsum(self.nvec)
         for number, (size, end) in enumerate(zip(self.nvec, ends, strict=True)):
@@ -142,6 +149,13 @@ class DecisionPolicy(nn.Module):
                 choice = choice + decisions[:, :number].to(logits.dtype) @ self.coupling[end - size : end, :number].T
             decisions[:, number] = pick(choice)
         return decisions
+
+    def _side_by_side(self, logits: Tensor) -> Tensor:
+        """Logits ``[n, components, longest]`` of all components; minus infinity where one has fewer choices."""
+        longest = max(self.nvec)
+        if longest * len(self.nvec) == logits.shape[1]:
+            return logits.unflatten(1, (-1, longest))
+        return torch.cat([logits, logits.new_full((len(logits), 1), -torch.inf)], dim=1)[:, self._places]
 
     @torch.inference_mode()
     def decide(self, observations: NDArray) -> NDArray:

@@ -22,9 +22,13 @@ def observed(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
     Returns:
         ``[batch, 2 * width + 2]``, on the model's device.
     """
-    mask = inputs["attention_mask"]
+    return features_of(first_layer_input(board, inputs), inputs["attention_mask"])
+
+
+def features_of(hidden: Tensor, mask: Tensor) -> Tensor:
+    """As ``observed``, of the first layer's input ``[batch, length, width]`` and the mask of its tokens."""
     length = mask.sum(dim=1, keepdim=True).float()
-    return torch.cat([pooled(first_layer_input(board, inputs), mask), length, length.log()], dim=1)
+    return torch.cat([pooled(hidden, mask), length, length.log()], dim=1)
 
 
 def standardised(features: NDArray, mean: NDArray, deviation: NDArray) -> NDArray:

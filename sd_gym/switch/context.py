@@ -20,7 +20,7 @@ from weakref import WeakSet
 
 import torch
 
-from sd_gym.switch.decision import Decision, Look, replays
+from sd_gym.switch.decision import Choice, Decision, InForce, replays
 
 if TYPE_CHECKING:
     from sd_gym.switch.shadow import Shadow
@@ -70,9 +70,9 @@ class _Family:
                     scope.shadows[number].put()
 
     def end(self, entry: _Entry) -> None:
-        """It is in force no more."""
+        """It is in force no more, if ever it was."""
         with _LOCK:
-            needs = self._needs.pop(id(entry))
+            needs = self._needs.pop(id(entry), ())
             others = set().union(*list(self._needs.values()))
             for scope in list(self.scopes):
                 for number in needs:
@@ -94,7 +94,11 @@ class _Entry:
     """
 
     def __init__(
-        self, scope: Scope, decision: Decision | Look | None, generator: FrameType | None, inside: _Entry | None
+        self,
+        scope: Scope,
+        decision: InForce,
+        generator: FrameType | None,
+        inside: _Entry | None,
     ) -> None:
         self.scope = scope
         self.decision = decision
@@ -107,8 +111,7 @@ class _Entry:
             scope.family.begin(self, decision.needs)
 
     def __del__(self) -> None:
-        if self.decision is not None:
-            self.scope.family.end(self)
+        self.scope.family.end(self)
 
     def is_within(self, other: _Entry) -> bool:
         """Whether it was put in force while ``other`` was."""
@@ -127,7 +130,7 @@ class _Known(local):
     """
 
     sure: bool = False
-    decision: Decision | Look | None = None
+    decision: InForce = None
 
 
 _ENTRIES: ContextVar[tuple[_Entry, ...]] = ContextVar(
@@ -168,18 +171,26 @@ class Scope:
         self.__init__()
         self.fill(shadows)
 
-    def current(self) -> Decision | Look | None:
+    def current(self) -> InForce:
         """The decision in force here; ``None``: everything runs.
 
         Raises:
             StaleBoardError: If a decision on the model that this one was copied from is.
         """
-        if torch.compiler.is_dynamo_compiling() and self._known.sure:
-            return self._known.decision
+        if torch.compiler.is_dynamo_compiling():
+            return self._known.decision if self._known.sure else self._ask_uncompiled()
         return self._ask()
 
     @torch.compiler.disable
-    def _ask(self) -> Decision | Look | None:
+    def _ask_uncompiled(self) -> InForce:
+        return self._ask()
+
+    def _ask(self) -> InForce:
+        entries = _ENTRIES.get()
+        if entries and not self._in_generators:  # nearly always: the last block is this board's, and no generator's
+            entry = entries[-1]
+            if entry.scope is self and not entry.ended and not entry.streams:
+                return entry.decision
         entry = self._entry()
         if entry is not None:
             return entry.decision
@@ -195,13 +206,13 @@ class Scope:
         """Whether a block is open here, be it one in which everything runs."""
         return self._entry() is not None
 
-    def put(self, decision: Decision | Look | None) -> Block:
+    def put(self, decision: InForce) -> Block:
         """A block in which a decision is in force."""
         return Block(self, decision)
 
-    def enter(self, decision: Decision | Look | None, frame: FrameType) -> _Entry:
+    def enter(self, decision: InForce, frame: FrameType) -> _Entry:
         """Put a decision in force, for the code that runs in ``frame``."""
-        if isinstance(decision, Decision) and not torch.is_inference_mode_enabled():
+        if isinstance(decision, Decision | Choice) and not torch.is_inference_mode_enabled():
             decision.replays = replays(frame)
         entry = _Entry(self, decision, _generator(frame), self._entry())
         if entry.generator is not None:
@@ -209,6 +220,15 @@ class Scope:
         _ENTRIES.set((*_ENTRIES.get(), entry))
         self._note(entry)
         return entry
+
+    def settle(self, decision: Decision | None) -> None:
+        """Put a decision in the place of the choice in force."""
+        entry = self._entry()
+        choice, entry.decision = entry.decision, decision
+        if decision is not None:
+            decision.replays = choice.replays
+            self.family.begin(entry, (*choice.needs, *decision.needs))
+        self._note(entry)
 
     def leave(self, entry: _Entry) -> None:
         """End what ``enter`` began, in whatever order and context; copies of the context keep it."""
@@ -266,7 +286,7 @@ class Scope:
 class Block:
     """A ``with`` block in which a decision is in force."""
 
-    def __init__(self, scope: Scope, decision: Decision | Look | None) -> None:
+    def __init__(self, scope: Scope, decision: InForce) -> None:
         self._scope = scope
         self._decision = decision
         self._entry: _Entry | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from threading import local
 from types import FrameType
@@ -31,6 +31,21 @@ class Look:
     needs: tuple[int, ...]
 
 
+@dataclass(eq=False)
+class Choice:
+    """In the place of a decision: it is made where the first layer begins.
+
+    Attributes:
+        needs: Numbers of the shadows that it needs.
+        settle: Takes what enters the first layer to the decision, and puts that in force.
+        replays: As of a decision.
+    """
+
+    needs: tuple[int, ...]
+    settle: Callable[[Tensor], Decision | None]
+    replays: int = 0
+
+
 class Reached(Exception):  # noqa: N818  (no error: it ends the pass on purpose)
     """What a pass is looked at for was reached; carries it."""
 
@@ -43,6 +58,7 @@ class Call(NamedTuple):
 
     hidden: Tensor  # the branch's input, all rows
     rows: Tensor | None  # that run; None: all
+    empty: bool  # whether no row runs
 
 
 class Pass(local):
@@ -69,6 +85,7 @@ class Plan:
         mark: What tells its decisions from others.
         rows: Rows that run, int64 ``[kept]`` on the model's device, by switch; ``None``: all. By how often
             ``generate()`` repeats each row.
+        empty: Numbers of the switches that no row runs.
         idle: Stack and index of each layer that no row needs, and that can be passed by as a whole.
         needs: Numbers of the shadows that it needs.
     """
@@ -76,18 +93,24 @@ class Plan:
     batch: int
     mark: bytes
     rows: dict[int, list[Tensor | None]]
+    empty: frozenset[int]
     idle: frozenset[tuple[str, int]]
     needs: tuple[int, ...]
 
     @classmethod
-    def of(cls, skip: NDArray, idle: frozenset[tuple[str, int]], needs: Sequence[int], device: torch.device) -> Plan:
+    def of(cls, skip: NDArray, idle: frozenset[tuple[str, int]], needs: tuple[int, ...], device: torch.device) -> Plan:
         """The plan of ``skip``, bool ``[batch, switches]``: one transfer to the device for all rows."""
         runs = np.ascontiguousarray(~skip.T)
         counts = runs.sum(axis=1)
+        mixed = np.flatnonzero((counts > 0) & (counts < len(skip)))
         with torch.inference_mode(False):  # gradients may be asked for when it is used again
-            rows = torch.from_numpy(np.nonzero(runs)[1]).to(device).split(counts.tolist())
-        rows = [None if count == len(skip) else kept for count, kept in zip(counts, rows, strict=True)]
-        return cls(len(skip), skip.tobytes(), {1: rows}, idle, tuple(needs))
+            taken = torch.from_numpy(np.nonzero(runs[mixed])[1]).to(device)
+            parts = taken.split([*counts[mixed].tolist(), 0])  # the last one for those that no row runs
+        rows: list[Tensor | None] = [None if count else parts[-1] for count in counts.tolist()]
+        for number, kept in zip(mixed.tolist(), parts, strict=False):
+            rows[number] = kept
+        empty = frozenset(np.flatnonzero(counts == 0).tolist())
+        return cls(len(skip), skip.tobytes(), {1: rows}, empty, idle, needs)
 
     def repeated(self, repeats: int) -> list[Tensor | None]:
         """``rows`` where each row of the batch stands so many times."""
@@ -139,7 +162,7 @@ class Decision:
 
     def refuse_tracing(self) -> None:
         """Raise NotImplementedError where the model is traced or exported under what holds for these rows alone."""
-        if (torch.jit.is_tracing() or torch.compiler.is_exporting()) and not self.is_uniform:
+        if not self.is_uniform and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
             raise NotImplementedError(
                 f"a traced or exported model would keep the decisions of these {self.batch} rows for any batch; trace "
                 "it under a single row of decisions without dropped tokens, which stands for all, or densely"
@@ -181,6 +204,9 @@ class Decision:
             ValueError: As ``repeats_in``.
         """
         return self.plan.repeated(self.repeats_in(total))[number]
+
+
+InForce = Decision | Choice | Look | None  # what a block puts in force; None: everything runs
 
 
 def replays(frame: FrameType | None) -> int:

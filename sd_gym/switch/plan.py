@@ -53,6 +53,8 @@ def passes(skip: NDArray, lengths: NDArray, width: int, steps: int = 0) -> list[
             "skip must be [n, switches] and lengths [n] or [n, switches]; "
             f"got {list(runs.shape)} and {list(lengths.shape)}"
         )
+    if len(runs) == 1:
+        return [np.zeros(1, dtype=np.int64)]
     lengths = np.broadcast_to(lengths if lengths.ndim == 2 else lengths[:, None], runs.shape)
 
     def cost(count: NDArray, size: NDArray, longest: NDArray) -> NDArray:

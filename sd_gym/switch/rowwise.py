@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import output_capturing
 
 from sd_gym.switch.cache import KeptRows, kept_rows
-from sd_gym.switch.decision import Call, Decision, Look
+from sd_gym.switch.decision import Call, Decision, InForce
 from sd_gym.switch.switch import Switch
 
 
@@ -39,12 +39,13 @@ class Rowwise:
         self._attends_input = switch.reads_input and switch.sublayer.output is not None
         self._signs = switch.signs_cache
 
-    def run(self, place: Place, decision: Decision | Look | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+    def run(self, place: Place, decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         """One module of the sublayer: the first selects the rows, the last scatters them back."""
         if not isinstance(decision, Decision):
             return inner(*args, **kwargs)
         drops = self._attends_input and decision.tokens is not None
-        if decision.plan.rows[1][self.number] is None and not drops:
+        plan = decision.plan
+        if plan.rows[1][self.number] is None and not drops:
             # This decision needs no shadow here; those of another thread's may come and go in the middle of a sublayer.
             decision.refuse_tracing()
             return self._run_signed(decision, inner, args, kwargs) if place.attention else inner(*args, **kwargs)
@@ -52,7 +53,8 @@ class Rowwise:
         if place.first:
             decision.refuse_replays()
             decision.refuse_tracing()
-            decision.state.calls[self.number] = Call(hidden, decision.rows_of(self.number, hidden.shape[0]))
+            rows = decision.rows_of(self.number, hidden.shape[0])
+            decision.state.calls[self.number] = Call(hidden, rows, self.number in plan.empty)
         call = decision.state.calls[self.number]
         if place.last:
             del decision.state.calls[self.number]  # holds no memory between passes
@@ -60,32 +62,33 @@ class Rowwise:
             return inner(*args, **kwargs)
         if place.attention:
             return self._run_attention(decision, drops, place, call, inner, args, kwargs)
-        if call.rows is not None and len(call.rows) == 0:
+        if call.empty:
             return self._skipped(call) if place.last else hidden[:0]
         output = inner(*self._selected(decision, args, call), **self._selected(decision, kwargs, call))
         return self._scattered(call, output) if place.last else output
 
-    def pass_by(self, decision: Decision, hidden: Tensor, values: tuple) -> None:
-        """What is left to do of a sublayer in a layer that no row runs: its cache counts positions.
+    def pass_by(self, decision: Decision, hidden: Tensor, cache: Cache | None) -> None:
+        """What is left to do of an attention in a layer that no row runs: its cache counts positions.
 
         Args:
             decision: The decision in force.
             hidden: What enters the layer, ``[batch, length, width]``.
-            values: All arguments of the layer.
+            cache: The model's cache, if it has one.
         """
-        if self.switch.sublayer.attention is None:
+        shown = _shown_weights(self.switch.sublayer.kind)
+        if shown is None and cache is None:
             return
-        call = Call(hidden, decision.rows_of(self.number, hidden.shape[0]))
-        self._refuse_attention(call, _shown_weights(self.switch.sublayer.kind))
+        call = Call(hidden, decision.rows_of(self.number, hidden.shape[0]), empty=True)
+        self._refuse_attention(call, shown)
         drops = self._attends_input and decision.tokens is not None
-        self._count(decision, drops, self._cache_layer(decision, drops, call, values), hidden)
+        self._count(decision, drops, self._cache_layer(decision, drops, call, (cache,)), hidden)
 
     def _run_signed(self, decision: Decision, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """An attention that all rows run: the first one of a cache still tells under which decision it is filled."""
         hidden = args[0] if args else kwargs["hidden_states"]
         layer = None
         if self._signs:
-            layer = self._cache_layer(decision, False, Call(hidden, None), (*args, *kwargs.values()))
+            layer = self._cache_layer(decision, False, Call(hidden, None, empty=False), (*args, *kwargs.values()))
         output = _with_cache(layer, inner, args, kwargs)
         self._count(decision, False, layer, hidden)
         return output
@@ -120,7 +123,7 @@ class Rowwise:
                     bias = decision.state.tokens.gather_square(bias, len(call.hidden))
                 kwargs["position_bias"] = bias
             shared = (kwargs["position_bias"],)
-        if call.rows is not None and len(call.rows) == 0:
+        if call.empty:
             output = (self._skipped(call) if place.last else hidden[:0], *shared, None)
         else:
             selected = self._selected(decision, args, call), self._selected(decision, kwargs, call)
@@ -137,13 +140,15 @@ class Rowwise:
 
     def _refuse_attention(self, call: Call, shown: list[Tensor] | None) -> None:
         """Raise where the rows that run cannot be told from the others, or no weights of the attention be shown."""
+        if call.empty and shown is None:
+            return
         implementation = self.model.config._attn_implementation
-        if implementation == "flex_attention" and (call.rows is None or len(call.rows) > 0):
+        if implementation == "flex_attention" and not call.empty:
             raise NotImplementedError(
                 "flex_attention's masks cannot follow rows and tokens that are skipped; call "
                 "model.set_attn_implementation('sdpa')"
             )
-        if call.rows is not None and len(call.rows) == 0 and shown is not None and implementation == "eager":
+        if call.empty and implementation == "eager":
             raise NotImplementedError(
                 f"no row runs {self.switch.name}, so it has no attention weights, and those of the next layer would "
                 "take their place; leave output_attentions out, or have a row run it"

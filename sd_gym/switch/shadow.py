@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from sd_gym.switch.context import Scope
@@ -38,10 +37,11 @@ class Shadow:
         """What runs in the method's place."""
         return self.run(self.scope.current(), self.method, *args, **kwargs)
 
-    @property
-    def method(self) -> Callable[..., Any]:
+    def method(self, *args: Any, **kwargs: Any) -> Any:
         """What it stands in the place of; looked up anew, so that copies of the object have their own."""
-        return self.replaced or partial(getattr(type(self.target), self.name), self.target)
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return getattr(type(self.target), self.name)(self.target, *args, **kwargs)
 
     def put(self) -> None:
         """Stand in the method's place, if it does not yet."""

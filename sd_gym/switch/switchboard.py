@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +19,22 @@ from transformers import PreTrainedModel
 
 from sd_gym.switch.architectures import architecture_of
 from sd_gym.switch.context import Block, Scope, StaleBoardError
-from sd_gym.switch.decision import Decision, Look, Plan
+from sd_gym.switch.decision import Choice, Decision, Look, Plan
 from sd_gym.switch.rowwise import Place, Rowwise
 from sd_gym.switch.shadow import Shadow
 from sd_gym.switch.switch import Switch
 from sd_gym.switch.tokens import DroppedTokens
 from sd_gym.switch.whole import Generate, Layer, run_decoder, run_encoder
+
+
+class _Numbers(NamedTuple):
+    """Numbers of the shadows that a switch needs."""
+
+    modules: list[int]  # where some row skips it
+    layer: list[int]  # where its layer is passed by
+    signing: list[int]  # where all rows run it
+    attends_input: bool  # then its modules are needed where tokens are dropped, too
+
 
 PLANS = 64  # that are kept, of decisions that are made again and again
 
@@ -89,7 +99,7 @@ class Switchboard:
         self._scope = Scope()
         self._links = self._linked()
         self._scope.fill([Shadow(target, name, self._scope, run) for target, name, run in self._methods()])
-        self._of_layers = sum(len(switch.modules) for switch in self.switches)  # the first layer's shadow
+        self._number_shadows()
         self._plans: dict[tuple[bytes, int, bool, torch.device], Plan] = {}
         model._switchboard = self
 
@@ -122,6 +132,32 @@ class Switchboard:
             StaleBoardError: If the model's modules were replaced since the board was made, or it was removed.
         """
         self._check_fresh()
+        return self._scope.put(self._decision(skip, keep))
+
+    def decide_in_pass(self, choose: Callable[[Tensor], tuple[np.ndarray, np.ndarray | None]]) -> Block:
+        """Decide in the first forward pass inside the ``with`` block, on what enters the first layer.
+
+        So an input is embedded once, to be looked at and to run. What is decided holds to the end of the block, as of
+        ``decide``. For forward passes, not for ``generate()`` and compiled models.
+
+        Args:
+            choose: Takes the hidden states that enter the first layer, ``[batch, length, width]``, to ``skip`` and
+                ``keep`` as ``decide`` takes them (``keep`` may be ``None``).
+
+        Raises:
+            StaleBoardError: If the model's modules were replaced since the board was made, or it was removed.
+        """
+        self._check_fresh()
+
+        def settle(hidden: Tensor) -> Decision | None:
+            decision = self._decision(*choose(hidden))
+            self._scope.settle(decision)
+            return decision
+
+        return self._scope.put(Choice(self._for_choosing, settle))
+
+    def _decision(self, skip: Tensor | np.ndarray, keep: Tensor | np.ndarray | None) -> Decision | None:
+        """What ``decide`` takes as a decision; ``None`` where nothing is skipped."""
         skip = self._checked(skip, len(self), "switch")
         tokens = None
         if keep is not None:
@@ -133,8 +169,8 @@ class Switchboard:
             if not keep.all():
                 tokens = DroppedTokens(keep, self.architecture.causal, self.model.device)
         if tokens is None and not skip.any():
-            return self._scope.put(None)
-        return self._scope.put(Decision(self._plan(skip, tokens is not None), tokens))
+            return None
+        return Decision(self._plan(skip, tokens is not None), tokens)
 
     def path_of(self, switch: Switch) -> str:
         """Where in the model the layer of a switch is."""
@@ -149,7 +185,7 @@ class Switchboard:
 
     def look(self) -> Block:
         """A block in which nothing is skipped and a pass ends at the first layer, for ``first_layer_input``."""
-        return self._scope.put(Look((self._of_layers,)))
+        return self._scope.put(Look(self._for_looking))
 
     def remove(self) -> None:
         """Take all switches out; the model is then exactly what it was, and the board decides no more."""
@@ -179,7 +215,7 @@ class Switchboard:
                         layer,
                         stack.name,
                         index,
-                        [rowwise for rowwise in of_switches if rowwise.switch.layer is layer],
+                        [one for one in of_switches if one.switch.layer is layer and one.switch.sublayer.attention],
                         reads_input=stack is stacks[0],
                         restores=len(stacks) == 1 and index == len(layers) - 1,
                     ).run,
@@ -191,6 +227,40 @@ class Switchboard:
             generate = Generate(self._scope)
             yield self.model, "generate", generate.run
             yield self.model, "_expand_inputs_for_generation", generate.expand
+
+    def _number_shadows(self) -> None:
+        """Note which shadows are for what."""
+        self._places = [(switch.stack, switch.index) for switch in self.switches]
+        whole = {stack.name for stack in self.architecture.stacks if stack.whole}
+        self._whole = frozenset(place for place in self._places if place[0] in whole)
+        of_layer: dict[tuple[str, int], int] = {}
+        self._for_looking: tuple[int, ...] = ()
+        self._for_tokens: list[int] = []
+        self._for_generating: list[int] = []
+        begin = sum(len(switch.modules) for switch in self.switches)
+        for number, shadow in enumerate(self._scope.shadows[begin:], start=begin):
+            layer = getattr(shadow.run, "__self__", None)
+            if isinstance(layer, Layer):
+                of_layer[layer.place] = number
+                self._for_looking += (number,) * layer.first
+                self._for_tokens += [number] * layer.reads_input
+            else:
+                (self._for_tokens if shadow.name == "forward" else self._for_generating).append(number)
+        # What runs no first layer, or cannot choose in a pass, says so.
+        others = [number for number in self._for_tokens if number not in of_layer.values()]
+        self._for_choosing = (*self._for_looking, *others, *self._for_generating)
+        self._numbers, begin = [], 0
+        for switch in self.switches:
+            modules = list(range(begin, begin := begin + len(switch.modules)))
+            attention = switch.sublayer.attention
+            self._numbers.append(
+                _Numbers(
+                    modules,
+                    [of_layer[switch.stack, switch.index]],
+                    [modules[switch.sublayer.modules.index(attention)]] if switch.signs_cache else [],
+                    switch.reads_input and attention is not None,
+                )
+            )
 
     def _plan(self, skip: np.ndarray, drops: bool) -> Plan:
         """The plan of decisions, made once for those that were decided on lately.
@@ -215,12 +285,10 @@ class Switchboard:
         Args:
             skipped: Whether all rows skip a switch, bool ``[switches]``.
         """
-        whole = {stack.name for stack in self.architecture.stacks if stack.whole}
-        switches = list(zip(self.switches, skipped.tolist(), strict=True))
-        runs = {(switch.stack, switch.index) for switch, skips in switches if not skips}
-        return frozenset((one.stack, one.index) for one in self.switches if one.stack in whole) - runs
+        runs = {place for place, skips in zip(self._places, skipped.tolist(), strict=True) if not skips}
+        return self._whole - runs
 
-    def _needs(self, skipped: np.ndarray, idle: frozenset[tuple[str, int]], drops: bool) -> list[int]:
+    def _needs(self, skipped: np.ndarray, idle: frozenset[tuple[str, int]], drops: bool) -> tuple[int, ...]:
         """Numbers of the shadows that decisions need.
 
         Args:
@@ -228,22 +296,18 @@ class Switchboard:
             idle: The layers that are passed by.
             drops: Whether tokens are dropped.
         """
-        needs, begin = [], 0
-        for switch, skips in zip(self.switches, skipped.tolist(), strict=True):
-            end = begin + len(switch.modules)
-            if skips or (drops and switch.reads_input and switch.sublayer.output is not None):
-                needs += range(begin, end)
-            elif switch.signs_cache:
-                needs.append(begin + switch.sublayer.modules.index(switch.sublayer.attention))
-            begin = end
-        for number, shadow in enumerate(self._scope.shadows[begin:], start=begin):
-            layer = getattr(shadow.run, "__self__", None)
-            if isinstance(layer, Layer):
-                needed = (drops and layer.reads_input) or layer.place in idle
+        needs: list[int] = []
+        skips = skipped.tolist()
+        for number, (place, own) in enumerate(zip(self._places, self._numbers, strict=True)):
+            if place in idle:
+                needs += own.layer
+            elif skips[number] or (drops and own.attends_input):
+                needs += own.modules
             else:
-                needed = drops or shadow.name != "forward"  # generate() needs its own in any case
-            needs += [number] * needed
-        return needs
+                needs += own.signing
+        if drops:
+            needs += self._for_tokens
+        return tuple(dict.fromkeys((*needs, *self._for_generating)))
 
     def _linked(self) -> list[tuple[str, nn.Module, str, nn.Module]]:
         """Path, parent, name and child on the ways from the model to its switched modules."""

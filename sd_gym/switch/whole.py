@@ -7,11 +7,12 @@ from collections.abc import Callable
 from threading import current_thread, main_thread
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from sd_gym.switch.context import Scope
-from sd_gym.switch.decision import Decision, Look, Reached
+from sd_gym.switch.decision import Choice, Decision, InForce, Look, Reached
 from sd_gym.switch.rowwise import Rowwise
 from sd_gym.switch.tokens import TokenPass
 
@@ -26,7 +27,7 @@ class Layer:
         layer: The layer.
         stack: Name of the stack that it is in.
         index: Its index there.
-        sublayers: What runs in the place of its sublayers.
+        attentions: What runs in the place of its attentions.
         reads_input: Whether its stack is the one that reads the input.
         restores: Whether it is the last of a lone stack, behind which all positions exist again.
     """
@@ -37,7 +38,7 @@ class Layer:
         layer: nn.Module,
         stack: str,
         index: int,
-        sublayers: list[Rowwise],
+        attentions: list[Rowwise],
         *,
         reads_input: bool,
         restores: bool,
@@ -45,15 +46,21 @@ class Layer:
         self.model = model
         self.layer = layer
         self.place = (stack, index)
-        self.sublayers = sublayers
+        self.attentions = attentions
         self.reads_input = reads_input
         self.first = reads_input and index == 0
         self.restores = restores
 
-    def run(self, decision: Decision | Look | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+    def run(self, decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         """The layer."""
         if self.first and isinstance(decision, Look):
             raise Reached(args[0] if args else kwargs["hidden_states"])
+        if self.first and isinstance(decision, Choice):
+            if torch.compiler.is_compiling() or torch.jit.is_tracing():
+                raise NotImplementedError(
+                    "a compiled, traced or exported model cannot decide in the pass; use decide()"
+                )
+            decision = decision.settle(args[0] if args else kwargs["hidden_states"])
         if not isinstance(decision, Decision):
             return inner(*args, **kwargs)
         tokens = None
@@ -62,10 +69,8 @@ class Layer:
                 self._begin(decision, args, kwargs)
             tokens = decision.state.tokens
             args, kwargs = tokens.before_layer(self.layer, self.first, args, kwargs)
-        if self.place in decision.plan.idle and not self.layer.training:  # in training, dropout draws as ever
-            output = self._passed_by(decision, args, kwargs)
-        else:
-            output = inner(*args, **kwargs)
+        idle = self.place in decision.plan.idle
+        output = self._passed_by(decision, args, kwargs) if idle else inner(*args, **kwargs)
         return tokens.after_last_layer(output) if tokens is not None and self.restores else output
 
     def _begin(self, decision: Decision, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -83,12 +88,13 @@ class Layer:
         decision.refuse_tracing()
         hidden = args[0] if args else kwargs["hidden_states"]
         decision.repeats_in(hidden.shape[0])  # not len(), which an export would take for a constant
-        for sublayer in self.sublayers:
-            sublayer.pass_by(decision, hidden, (*args, *kwargs.values()))
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        for attention in self.attentions:
+            attention.pass_by(decision, hidden, cache)
         return hidden
 
 
-def run_encoder(decision: Decision | Look | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+def run_encoder(decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
     """The encoder in front of a decoder: its output tells which tokens it lost."""
     output = inner(*args, **kwargs)
     if isinstance(decision, Decision) and decision.tokens is not None:
@@ -96,8 +102,12 @@ def run_encoder(decision: Decision | Look | None, inner: Callable, *args: Any, *
     return output
 
 
-def run_decoder(decision: Decision | Look | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+def run_decoder(decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
     """The decoder behind an encoder whose output lost tokens."""
+    if isinstance(decision, Choice):
+        raise ValueError(
+            "the decision was to be made where the encoder begins, but this pass has no encoder; use decide()"
+        )
     if isinstance(decision, Decision) and decision.tokens is not None:
         kwargs = decision.tokens.before_decoder(kwargs)
     return inner(*args, **kwargs)
@@ -113,8 +123,10 @@ class Generate:
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
 
-    def run(self, decision: Decision | Look | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+    def run(self, decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         """``model.generate``."""
+        if isinstance(decision, Choice):
+            raise NotImplementedError("generate() cannot decide in the pass; decide() before it")
         streamer = kwargs.get("streamer")
         if not isinstance(decision, Decision):
             if streamer is not None and current_thread() is not main_thread():
@@ -133,7 +145,7 @@ class Generate:
                 raise
 
     @staticmethod
-    def expand(decision: Decision | Look | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+    def expand(decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         """``model._expand_inputs_for_generation``, which says how often each row is repeated."""
         if isinstance(decision, Decision) and decision.generating:
             decision.repeats = args[0] if args else kwargs.get("expand_size", 1)
