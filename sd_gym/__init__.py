@@ -21,13 +21,20 @@ if TYPE_CHECKING:
     from sd_gym.agents.common.compare import compare
     from sd_gym.agents.registry import register_agent
     from sd_gym.envs.listing import instances
+    from sd_gym.inference.attach import attach, detach
+    from sd_gym.inference.texts import load
     from sd_gym.objectives import register_objective
     from sd_gym.policy import register_network
+    from sd_gym.policy.artefact import SkipPolicy
 
 _WHERE = {
+    "SkipPolicy": "sd_gym.policy.artefact",
+    "attach": "sd_gym.inference.attach",
     "compare": "sd_gym.agents.common.compare",
+    "detach": "sd_gym.inference.attach",
     "evaluate": "sd_gym.agents.api",
     "instances": "sd_gym.envs.listing",
+    "load": "sd_gym.inference.texts",
     "register_agent": "sd_gym.agents.registry",
     "register_network": "sd_gym.policy",
     "register_objective": "sd_gym.objectives",
@@ -35,10 +42,14 @@ _WHERE = {
 }
 
 __all__ = [
+    "SkipPolicy",
     "__version__",
+    "attach",
     "compare",
+    "detach",
     "evaluate",
     "instances",
+    "load",
     "register_agent",
     "register_env",
     "register_network",

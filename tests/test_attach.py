@@ -35,7 +35,7 @@ def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0
         if dense:
             network.head.weight.zero_()
             network.head.bias.copy_(torch.tensor([1.0, 0.0] * len(board.names) + [0.0] * len(shares)))
-    scores = np.linspace(0, 1, 40) if ranking == "idf" else None
+    rarity = np.linspace(0, 1, 41) if ranking == "idf" else None
     card = {
         "env": {"token_shares": shares, "token_ranking": ranking},
         "backbone": {
@@ -46,7 +46,7 @@ def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0
         },
     }
     protection = Protection((1, 2, 3), 1, 0, None) if len(shares) > 1 else None
-    return SkipPolicy(network, seen.mean(axis=0), seen.std(axis=0), scores, protection, (), card)
+    return SkipPolicy(network, seen.mean(axis=0), seen.std(axis=0), rarity, protection, (), card)
 
 
 def logits(model, inputs):

@@ -15,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 from sd_gym.agents.common.agent import INFO_TAGS, Agent, Rollout
 from sd_gym.agents.common.evaluation import Decided, Decides, evaluate, fitting, summary, time_ratio
+from sd_gym.agents.common.export import export
 from sd_gym.agents.common.logs import log_result, log_validation, open_logger
 from sd_gym.agents.common.plots import plot_run
 from sd_gym.agents.common.selection import Selection
@@ -74,6 +75,7 @@ def train(
         env_id: A registered id.
         algo: An agent's name.
         folder: The run folder: ``config.json``, TensorBoard events, ``policy.safetensors``, ``policy.json``,
+            ``skip_policy.json`` and ``skip_policy.safetensors`` (the policy as an artefact, with ``README.md``),
             ``result.json``, ``instances.csv``, ``result.png`` (and ``sb3.safetensors``) are written to it;
             ``checkpoint.pt`` while it learns.
         steps: Decisions to learn from.
@@ -185,6 +187,8 @@ def _train(
     result["last_policy"] = last  # what learning ended with, where another one may have been selected
     result["history"] = selection.history
     result["data"] = {name: env.core.split(name).provenance for name in SPLITS}
+    if policy is not None and (artefact := export(env.core, policy, selection.stops, result, description)) is not None:
+        artefact.save_pretrained(folder)
     write_result(result, env.core, folder)
     log_result(logger, reached, result)
     logger.close()

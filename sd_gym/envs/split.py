@@ -535,13 +535,18 @@ class Split:
         return droppable_tokens(self.instances, self.backbone.tokenizer, self.config.max_source_length, self.prompt)
 
     @cached_property
+    def rarity(self) -> Array:
+        """How rare each token is in the training split, as ``training_rarity`` says it."""
+        return _rarity(self._data, self.backbone.tokenizer)
+
+    @cached_property
     def token_scores(self) -> Array:
         """How much each token matters, by the configured ranking, float ``[n, longest]``."""
         return token_scores(
             self.config.token_ranking,
             self.encoded,
             self.backbone.board,
-            lambda: _rarity(self._data, self.backbone.tokenizer),
+            lambda: self.rarity,
         )
 
     def _keep(self, rows: Array, level: Array) -> Array | None:

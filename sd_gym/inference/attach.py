@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from functools import wraps
 from threading import local
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.policy.artefact import SkipPolicy
+from sd_gym.policy.observation import features_of
 from sd_gym.switch import FlopsModel, Switchboard
 
 CACHES = ("past_key_values", "cache")  # what transformers calls them, by version
@@ -192,15 +193,27 @@ class Attached:
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         if cache is not None and cache.get_seq_length() > 0:
             return self._continued(cache, *args, **kwargs)
-        decisions, keep = self._decide(given, given.get("input_ids"))
+        looked = self._looked_at(given, given.get("input_ids"))
+        decided: list[tuple[NDArray, Tensor | None]] = []
+
+        def choose(hidden: Tensor) -> tuple[NDArray, Tensor | None]:
+            features = features_of(hidden.detach(), looked.inputs["attention_mask"]).float().cpu().numpy()
+            decided.append(self._decided_by(looked, self.policy.decide_on(features)))
+            return decided[0][0][:, :-1], decided[0][1]
+
+        if looked.is_as_given:  # the pass itself embeds what is looked at
+            block = self.board.decide_in_pass(choose)
+        else:
+            decided.append(self._decided_by(looked, self.policy.decide(self.board, looked.inputs)))
+            block = self.board.decide(decided[0][0][:, :-1], decided[0][1])
+        with block:
+            output = self._inner["forward"](*args, **kwargs)
         target = given.get("decoder_input_ids") if given.get("decoder_input_ids") is not None else given.get("labels")
         if len(self.board.architecture.stacks) > 1 and target is not None and target.ndim > 1:
             self.model.decisions.note_target(target.shape[1])
-        with self.board.decide(decisions[:, :-1], keep):
-            output = self._inner["forward"](*args, **kwargs)
         for name in CACHES:
             if isinstance(filled := getattr(output, name, None), Cache):
-                self._decided[filled] = decisions, keep
+                self._decided[filled] = decided[0]
         return output
 
     def _continued(self, cache: Cache, *args: Any, **kwargs: Any) -> Any:
@@ -219,7 +232,8 @@ class Attached:
         ids = given.get("inputs") if given.get("inputs") is not None else given.get("input_ids")
         if given.get("attention_mask") is None and ids is not None:
             given["attention_mask"] = self._inferred_mask(ids, given)
-        decisions, keep = self._decide(given, ids)
+        looked = self._looked_at(given, ids)
+        decisions, keep = self._decided_by(looked, self.policy.decide(self.board, looked.inputs))
         with self.board.decide(decisions[:, :-1], keep):
             output = self.model.generate(*args, **kwargs)  # the switchboard's own stands in front of it now
         tokens = output if isinstance(output, Tensor) else output.sequences
@@ -234,8 +248,8 @@ class Attached:
         ends = end if isinstance(end, list) else [end]
         return torch.ones_like(ids) if pad is None or pad in ends else (ids != pad).long()
 
-    def _decide(self, given: dict[str, Any], ids: Tensor | None) -> tuple[NDArray, Tensor | None]:
-        """Decisions ``[n, switches + 1]`` and the tokens that stay ``[n, length]``, if any go."""
+    def _looked_at(self, given: dict[str, Any], ids: Tensor | None) -> _Looked:
+        """What of the given inputs is decided on, padded at the right as in the env."""
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             raise ValueError(
                 "an attached model decides by its input_ids, a tensor [n, length], and got none; where a part of the "
@@ -246,18 +260,35 @@ class Attached:
         mask = torch.ones_like(ids) if mask is None else mask
         if mask.shape != ids.shape:
             raise ValueError(f"expected an attention_mask of shape {list(ids.shape)}, got {list(mask.shape)}")
-        # As the env's inputs are: padding at the right.
-        order = (mask == 0).int().argsort(dim=1, stable=True)
-        seen = {"input_ids": ids.gather(1, order), "attention_mask": mask.gather(1, order)}
-        types = given.get("token_type_ids")
+        inputs, types = {"input_ids": ids, "attention_mask": mask}, given.get("token_type_ids")
         if types is not None and self.policy.reads_types:
-            seen["token_type_ids"] = types.gather(1, order)
-        decisions = self.policy.decide(self.board, seen)
-        keep = self.policy.kept(self.board, seen, decisions[:, -1])
+            inputs["token_type_ids"] = types
+        places = given.get("position_ids") is None and (types is None or self.policy.reads_types)
+        if bool((mask[:, 1:] <= mask[:, :-1]).all()):
+            return _Looked(inputs, None, is_as_given=places)
+        order = (mask == 0).int().argsort(dim=1, stable=True)
+        return _Looked({name: value.gather(1, order) for name, value in inputs.items()}, order, is_as_given=False)
+
+    def _decided_by(self, looked: _Looked, decisions: NDArray) -> tuple[NDArray, Tensor | None]:
+        """Decisions ``[n, switches + 1]``, noted, and the tokens that stay ``[n, length]``, if any go."""
+        keep, present = self.policy.kept(self.board, looked.inputs, decisions[:, -1]), looked.inputs["attention_mask"]
         ranked = keep is not None and self.policy.ranks_by_attention
-        length = seen["attention_mask"].sum(dim=1)
-        if keep is None:
-            self.model.decisions.note(decisions, mask, length, ranked)
-            return decisions, None
-        self.model.decisions.note(decisions, mask, (keep & seen["attention_mask"].bool()).sum(dim=1), ranked)
-        return decisions, torch.empty_like(keep).scatter_(1, order, keep)
+        kept = present if keep is None else keep & present.bool()
+        self.model.decisions.note(decisions, present, kept.sum(dim=1), ranked)
+        if keep is None or looked.order is None:
+            return decisions, keep
+        return decisions, torch.empty_like(keep).scatter_(1, looked.order, keep)
+
+
+class _Looked(NamedTuple):
+    """What a decision is made on.
+
+    Attributes:
+        inputs: The model's inputs, padded at the right.
+        order: Where each of their tokens stands in what was given, ``[n, length]``; ``None``: in the same place.
+        is_as_given: Whether the model's own pass embeds them just so.
+    """
+
+    inputs: dict[str, Tensor]
+    order: Tensor | None
+    is_as_given: bool

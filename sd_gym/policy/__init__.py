@@ -1,23 +1,5 @@
-"""The decision network, and what it observes."""
+"""The decision network, what it observes, and both as one artefact (``sd_gym.policy.artefact``)."""
 
-from sd_gym.policy.network import (
-    HIDDEN,
-    NETWORKS,
-    DecisionPolicy,
-    as_json,
-    bounded,
-    own_network,
-    register_network,
-    write_json,
-)
+from sd_gym.policy.network import HIDDEN, NETWORKS, DecisionPolicy, bounded, own_network, register_network
 
-__all__ = [
-    "HIDDEN",
-    "NETWORKS",
-    "DecisionPolicy",
-    "as_json",
-    "bounded",
-    "own_network",
-    "register_network",
-    "write_json",
-]
+__all__ = ["HIDDEN", "NETWORKS", "DecisionPolicy", "bounded", "own_network", "register_network"]

@@ -6,21 +6,22 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_gym.files import write_json, write_tensors, write_text
+from sd_gym.errors import one_line
+from sd_gym.files import read_json, read_tensors, write_json, write_tensors, write_text
 from sd_gym.policy.network import DecisionPolicy
 from sd_gym.policy.observation import observed, standardised
 from sd_gym.policy.protection import Protection
-from sd_gym.switch import Switchboard, attention_received, keep_tokens, position_scores
+from sd_gym.switch import Switchboard, attention_received, keep_tokens, position_scores, rarity_scores
 
 FORMAT = 1
 FILE, TENSORS = "skip_policy.json", "skip_policy.safetensors"
@@ -51,8 +52,8 @@ class SkipPolicy:
         network: From observations to decisions.
         mean: Of what it observes, on the training split, float32 ``[features]``.
         deviation: Likewise.
-        scores: How much each token matters by its id, float64 ``[vocabulary]`` (``token_ranking`` ``idf``); else
-            ``None``.
+        rarity: How rare each token is by its id, float64, as ``inverse_document_frequency`` gives it, where tokens are
+            ranked by it (``token_ranking`` ``idf``); else ``None``.
         protection: Which tokens are never dropped; ``None``: no rule says so (or none is dropped).
         stops: Versions of it that were validated, the boldest first.
         card: What it was trained on, and how well: ``env`` (its config), ``backbone``, ``result``, ``run``.
@@ -61,7 +62,7 @@ class SkipPolicy:
     network: DecisionPolicy
     mean: NDArray
     deviation: NDArray
-    scores: NDArray | None
+    rarity: NDArray | None
     protection: Protection | None
     stops: tuple[Stop, ...]
     card: dict[str, Any]
@@ -89,8 +90,11 @@ class SkipPolicy:
             inputs: ``input_ids`` and ``attention_mask``, each ``[n, length]``, and ``token_type_ids`` where pairs are
                 read.
         """
-        seen = observed(board, inputs).float().cpu().numpy()
-        return self.network.decide(standardised(seen, self.mean, self.deviation))
+        return self.decide_on(observed(board, inputs).float().cpu().numpy())
+
+    def decide_on(self, features: NDArray) -> NDArray:
+        """Decisions, int64 ``[n, switches + 1]``, on what ``observed`` gives, float32 ``[n, features]``."""
+        return self.network.decide(standardised(features, self.mean, self.deviation))
 
     def kept(self, board: Switchboard, inputs: dict[str, Tensor], level: NDArray) -> Tensor | None:
         """Which tokens stay at the token levels ``[n]``, bool ``[n, length]``; ``None``: all.
@@ -114,9 +118,9 @@ class SkipPolicy:
         ids = inputs["input_ids"]
         if self.ranks_by_attention:
             return attention_received(board, inputs).float().cpu().numpy()
-        if self.scores is None:
+        if self.rarity is None:
             return position_scores(tuple(ids.shape))
-        return np.where(inputs["attention_mask"].cpu().numpy(), self.scores[ids.cpu().numpy()], -np.inf)
+        return rarity_scores(ids.cpu().numpy(), inputs["attention_mask"].cpu().numpy().astype(bool), self.rarity)
 
     def at(self, *, max_loss: float | None = None, max_flops: float | None = None) -> SkipPolicy:
         """A bolder or more cautious version, of those that were validated; itself where neither is asked for.
@@ -194,8 +198,8 @@ class SkipPolicy:
         folder = Path(folder)
         self.network.save(folder)
         tensors = {"mean": torch.from_numpy(self.mean), "deviation": torch.from_numpy(self.deviation)}
-        if self.scores is not None:
-            tensors["scores"] = torch.from_numpy(self.scores)
+        if self.rarity is not None:
+            tensors["rarity"] = torch.from_numpy(self.rarity)
         write_tensors(folder / TENSORS, tensors)
         write_json(
             folder / FILE,
@@ -227,26 +231,29 @@ class SkipPolicy:
             raise FileNotFoundError(
                 f"no {FILE} in {name}; expected the folder of a training run, or one that save_pretrained wrote"
             )
-        card = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        network, card, tensors = DecisionPolicy.load(folder), read_json(folder / FILE), read_tensors(folder / TENSORS)
         if card.pop("format", None) != FORMAT:
             raise ValueError(f"{folder / FILE}: expected a policy of format {FORMAT}")
-        network, tensors = DecisionPolicy.load(folder), load_file(folder / TENSORS)
-        mean, deviation = tensors["mean"].numpy(), tensors["deviation"].numpy()
-        if mean.shape != (network.observation_size,) or deviation.shape != mean.shape:
-            raise ValueError(
-                f"{folder / TENSORS}: expected mean and deviation of {network.observation_size} features, got "
-                f"{list(mean.shape)} and {list(deviation.shape)}"
+        try:
+            protection, stops = card.pop("protection"), tuple(Stop(**stop) for stop in card.pop("stops"))
+            policy = cls(
+                network,
+                *(_finite(tensors.pop(name), (network.observation_size,)) for name in ("mean", "deviation")),
+                _finite(tensors.pop("rarity"), None) if "rarity" in tensors else None,
+                protection and Protection(**{**protection, "special": tuple(protection["special"])}),
+                stops,
+                card,
             )
-        protection = card.pop("protection")
-        return cls(
-            network,
-            mean,
-            deviation,
-            tensors["scores"].numpy() if "scores" in tensors else None,
-            protection and Protection(**{**protection, "special": tuple(protection["special"])}),
-            tuple(Stop(**stop) for stop in card.pop("stops")),
-            card,
-        )
+            missing = {"env", "backbone", "result", "run"} - card.keys()
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{folder}: {FILE} and {TENSORS} are none that save_pretrained writes ({one_line(error)})"
+            ) from error
+        if missing or tensors:
+            raise ValueError(f"{folder}: {FILE} lacks {sorted(missing)}, or {TENSORS} has too many: {sorted(tensors)}")
+        if len(policy.token_shares) != network.nvec[-1]:
+            raise ValueError(f"{folder}: the policy has {network.nvec[-1]} token levels, and {FILE} says otherwise")
+        return policy
 
     def push_to_hub(self, repository: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the policy to a model repository of the Hugging Face hub, made if it is not there.
@@ -254,8 +261,6 @@ class SkipPolicy:
         Returns:
             The address of the commit.
         """
-        from tempfile import TemporaryDirectory
-
         api = HfApi(token=token)
         api.create_repo(repository, private=private, exist_ok=True)
         with TemporaryDirectory() as folder:
@@ -270,10 +275,10 @@ class SkipPolicy:
             f"| {stop.margin:+.2f} | {stop.flops_ratio:.1%} | {100 * stop.loss:.2f} | {100 * stop.highest_loss:.2f} |"
             for stop in self.stops
         )
+        base = "" if backbone["is_local"] else f"base_model: {backbone['name']}\n"
         return f"""---
 library_name: sd_gym
-base_model: {backbone["name"]}
-tags: [sd_gym, skipping, {env["task"]}]
+{base}tags: [sd_gym, skipping, {env["task"]}]
 ---
 
 # A skipping policy for {backbone["name"]}
@@ -289,7 +294,7 @@ On the {result["split"]} split, {result["instances"]:,} instances:
 | FLOPs | 100% | {result["flops_ratio_with_policy"]:.1%} |
 
 Difference in quality: {100 * result["quality_difference"]:+.2f} points (95% interval {low:+.2f} to {high:+.2f}).
-Verdict at {100 * env["epsilon"]:.2g} points: {result["verdict"]}.
+Verdict at {100 * env["epsilon"]:g} points: {result["verdict"]}.
 
 ```python
 import sd_gym
@@ -321,6 +326,13 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of a tokenizer's vocabulary and special tokens."""
     told = [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _finite(tensor: Tensor, shape: tuple[int, ...] | None) -> NDArray:
+    """The numbers of a tensor of this shape, or of any number of them."""
+    if tensor.ndim != 1 or (shape is not None and tensor.shape != shape) or not tensor.isfinite().all():
+        raise ValueError(f"expected {shape[0] if shape else 'a row of'} finite numbers, got {list(tensor.shape)}")
+    return tensor.numpy()
 
 
 def _downloaded(name: str, revision: str | None) -> Path:

@@ -1,0 +1,90 @@
+"""A run's policy as an artefact that decides without the env."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sd_gym.backbones.load import BUNDLED
+from sd_gym.envs.core import Core
+from sd_gym.envs.spaces import Pooled
+from sd_gym.envs.split import Split
+from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.artefact import SkipPolicy, Stop, tokenizer_hash, weights_hash
+from sd_gym.policy.protection import Protection
+
+OF_A_RESULT = (
+    "split",
+    "instances",
+    "quality",
+    "quality_ref",
+    "flops_ratio",
+    "flops_ratio_with_policy",
+    "quality_difference",
+    "quality_difference_interval",
+    "verdict",
+)
+
+
+def export(
+    core: Core, policy: DecisionPolicy, stops: Sequence[Stop], result: dict[str, Any], description: dict[str, Any]
+) -> SkipPolicy | None:
+    """The artefact of a run.
+
+    Args:
+        core: The env's core.
+        policy: What was selected.
+        stops: Its validated versions.
+        result: As in ``result.json``.
+        description: As in ``config.json``.
+
+    Returns:
+        ``None`` where a policy cannot leave its env: its observation is one of the user's own, or its tokens are ranked
+        at random, which is a control.
+    """
+    config, backbone, train = core.config, core.backbone, core.split("train")
+    drops = len(config.token_shares) > 1
+    if not isinstance(core.observation, Pooled) or (drops and config.token_ranking == "random"):
+        return None
+    env = {key: value for key, value in description["env_config"].items() if key != "objective"}
+    card = {
+        "env": env,
+        "backbone": {
+            "name": config.backbone,
+            "is_local": Path(config.backbone).exists() or config.backbone in BUNDLED,
+            "model_type": backbone.model.config.model_type,
+            "auto_class": _auto_class(backbone.output, causal=backbone.causal),
+            "weights": weights_hash(backbone.model),
+            "tokenizer": tokenizer_hash(backbone.tokenizer),
+            "token_types": train.encoded.token_type_ids is not None,
+        },
+        "result": {key: result[key] for key in OF_A_RESULT},
+        "run": {key: description[key] for key in ("env", "algo", "steps", "seed", "versions", "data")},
+    }
+    return SkipPolicy(
+        policy,
+        core.observation.mean,
+        core.observation.deviation,
+        train.rarity if drops and config.token_ranking == "idf" else None,
+        _protection(train) if drops else None,
+        tuple(stops),
+        card,
+    )
+
+
+def _auto_class(output: str, *, causal: bool) -> str:
+    """The class of ``transformers`` that loads such a backbone."""
+    if output == "text":
+        return "AutoModelForCausalLM" if causal else "AutoModelForSeq2SeqLM"
+    return "AutoModelForQuestionAnswering" if output == "span" else "AutoModelForSequenceClassification"
+
+
+def _protection(train: Split) -> Protection | None:
+    tokenizer = train.backbone.tokenizer
+    added = tokenizer("", "").input_ids  # what is put around texts and between them
+    separator = added[-1] if added else None
+    length, ids = train.encoded.source_length, train.encoded.input_ids
+    return Protection.of(
+        ids, np.asarray(length), train.droppable, sorted({*tokenizer.all_special_ids, *added}), separator
+    )

@@ -1,0 +1,169 @@
+"""A backbone with its policy, called on texts: tokenised, decided on, grouped and answered as in the env."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sd_gym.backbones import load_backbone
+from sd_gym.envs.config import make_config
+from sd_gym.envs.split import Split
+from sd_gym.errors import short
+from sd_gym.inference.attach import attach
+from sd_gym.policy.artefact import SkipPolicy
+from sd_gym.tasks.data import Instances
+from sd_gym.tasks.instance import Instance
+
+FIELDS = {
+    "classification": ("text", "text_pair"),
+    "question_answering": ("question", "context"),
+    "summarization": ("document",),
+}
+NOT_NEEDED = ("dataset", "subset", "revision", "columns", "splits", "overlap", "objective", "codebook", "action")
+
+
+Input = str | Sequence[str] | Mapping[str, Any]
+
+
+class Answer(NamedTuple):
+    """What came of one input.
+
+    Attributes:
+        answer: The text that was generated or extracted, the name of the class, or the score.
+        skip: Which switches it skipped, bool ``[switches]``.
+        token_level: The level at which it dropped tokens.
+        flops_ratio: FLOPs over those of the dense backbone, the policy's own included.
+    """
+
+    answer: str
+    skip: NDArray
+    token_level: int
+    flops_ratio: float
+
+
+class SkippingModel:
+    """A backbone and its policy, as ``load`` gives them.
+
+    Args:
+        policy: What decides.
+        backbone: As of ``sd_gym.load``.
+        device: Likewise.
+        check_weights: Likewise.
+
+    Attributes:
+        policy: What decides.
+        model: The Hugging Face model, with the policy attached.
+        tokenizer: Its tokenizer.
+        fields: What an input is made of.
+    """
+
+    def __init__(
+        self, policy: SkipPolicy, backbone: str | None = None, device: str = "cpu", *, check_weights: bool = True
+    ) -> None:
+        values = {key: value for key, value in policy.card["env"].items() if key not in NOT_NEEDED}
+        values |= {"dataset": "none", "device": device} | ({"backbone": backbone} if backbone else {})
+        self.policy = policy
+        self._config = make_config(values, "the policy")
+        loaded = load_backbone(self._config.backbone, device)
+        self.model = attach(loaded.model, policy, loaded.tokenizer, check_weights=check_weights)
+        self.tokenizer = loaded.tokenizer
+        self.fields = FIELDS[self._config.task]
+
+    def __call__(self, inputs: Sequence[Input], *, dense: bool = False) -> list[Answer]:
+        """Answer inputs, in their order; they run in passes of about the same length, or of the same decision.
+
+        Args:
+            inputs: Texts; where an input has two (``fields``), pairs of texts; or mappings with these names.
+            dense: Whether everything runs, to compare.
+
+        Raises:
+            ValueError: If an input is none; the message has its number.
+        """
+        if isinstance(inputs, str | Mapping):
+            raise ValueError(f"expected a list of inputs, got one {type(inputs).__name__}; put it in a list")
+        instances = [self._instance(number, one) for number, one in enumerate(inputs)]
+        if not instances:
+            return []
+        split = self._split(instances)
+        rows = np.arange(len(split))
+        decisions = self.policy.decide_on(split.features)
+        if dense:
+            decisions = np.zeros_like(decisions)
+        answers = split.answers(rows, decisions)
+        if split.backbone.generates:  # only now is it known how long the answers are
+            split = self._split([replace(one, target=said) for one, said in zip(instances, answers, strict=True)])
+        ratio = split.flops_ratio(rows, decisions)
+        if not dense:
+            ratio = ratio + self.policy.network.flops / split.dense_flops(rows)
+        return [
+            Answer(answer, row[:-1].astype(bool), int(row[-1]), float(share))
+            for answer, row, share in zip(answers, decisions, ratio, strict=True)
+        ]
+
+    def _split(self, instances: list[Instance]) -> Split:
+        split = Split(self._config, "inputs", {"inputs": Instances(instances)})
+        if self.policy.rarity is not None:
+            split.rarity = self.policy.rarity
+        return split
+
+    def _instance(self, number: int, given: Input) -> Instance:
+        texts = self._texts(number, given)
+        nothing = 0 if self._config.task == "classification" else ""  # a right answer is not known
+        if self._config.task == "question_answering":
+            return Instance(str(number), texts[0], nothing, 0, texts[1], ((0, len(texts[0])),))
+        return Instance(str(number), texts[0], nothing, 0, *texts[1:])
+
+    def _texts(self, number: int, given: Input) -> list[str]:
+        names = self.fields
+        texts = [given.get(name) for name in names] if isinstance(given, Mapping) else given
+        texts = list(texts) if isinstance(texts, list | tuple) else [texts]
+        optional = names[-1:] == ("text_pair",)
+        if optional and len(texts) > 1 and texts[1] is None:
+            texts = texts[:1]
+        if not (len(names) - optional <= len(texts) <= len(names)) or not all(
+            isinstance(text, str) and text for text in texts
+        ):
+            raise ValueError(
+                f"input {number}: expected {' and '.join(names)}{' (which may be missing)' if optional else ''}, each "
+                f"a text that is not empty; got {short(given)}"
+            )
+        return texts
+
+
+def load(
+    policy: SkipPolicy | str | Path,
+    backbone: str | None = None,
+    *,
+    device: str = "cpu",
+    max_loss: float | None = None,
+    max_flops: float | None = None,
+    check_weights: bool = True,
+) -> SkippingModel:
+    """A trained policy and its backbone, ready to be called on texts; neither a data set nor an env is needed.
+
+    Args:
+        policy: A policy, the folder of a training run or of ``save_pretrained``, or an id of the Hugging Face hub.
+        backbone: Where the backbone is, if not where it was in training.
+        device: Where it runs.
+        max_loss: As of ``attach``.
+        max_flops: Likewise.
+        check_weights: Likewise.
+
+    Raises:
+        FileNotFoundError, ValueError: As of ``SkipPolicy.from_pretrained`` and ``attach``, and if the backbone cannot
+            be loaded.
+
+    Example:
+        >>> model = sd_gym.load("runs/reviews")  # doctest: +SKIP
+        >>> [answer.answer for answer in model(["a lovely film", "a waste of time"])]  # doctest: +SKIP
+        ['positive', 'negative']
+    """
+    if not isinstance(policy, SkipPolicy):
+        policy = SkipPolicy.from_pretrained(policy)
+    chosen = policy.at(max_loss=max_loss, max_flops=max_flops)
+    return SkippingModel(chosen, backbone, device, check_weights=check_weights)
