@@ -84,7 +84,5 @@ def _protection(train: Split) -> Protection | None:
     tokenizer = train.backbone.tokenizer
     added = tokenizer("", "").input_ids  # what is put around texts and between them
     separator = added[-1] if added else None
-    length, ids = train.encoded.source_length, train.encoded.input_ids
-    return Protection.of(
-        ids, np.asarray(length), train.droppable, sorted({*tokenizer.all_special_ids, *added}), separator
-    )
+    special, encoded = sorted({*tokenizer.all_special_ids, *added}), train.encoded
+    return Protection.of(encoded.input_ids, encoded.source_length, train.droppable, special, separator)
