@@ -327,7 +327,7 @@ def compare(
             if picture is not None:
                 plots.plot_fronts(found, picture)
         else:
-            title, columns, by = "Runs on the test split", results.COLUMNS, ["env", "dense quality"]
+            title, columns, by = "Runs on the test split", results.COLUMNS, ["env", "dense quality", "test rows"]
             rows = [results.cells(row) for row in results.compare(runs)]
     if markdown:
         print(results.markdown(columns, rows))

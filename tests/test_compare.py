@@ -35,6 +35,9 @@ def test_what_differs_is_a_row_of_its_own_and_its_name_says_what(run, reviews, t
     other_data.write_text("\n".join(lines[:30]))
     first = [run("first", 0), run("second", 1)]
     assert agents(first) == {"random": 2}
+    (row,) = sd_gym.compare(first)
+    told = json.loads((first[0] / "result.json").read_text())["data"]["test"]
+    assert row["test_rows"] == f"4, hash {told['hash']}"
     changed = {
         "epsilon": run("strict", epsilon=0.5),
         "rate": run("bold", rate=0.6),

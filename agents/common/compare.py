@@ -16,6 +16,7 @@ COLUMNS = [
     "env",
     "agent",
     "seeds",
+    "test rows",
     "dense quality",
     "against dense, points (worst, its 95% interval)",
     "FLOPs (worst)",
@@ -62,13 +63,14 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
         folders: Of runs, and of what ``sd_gym.evaluate`` wrote.
 
     Returns:
-        A dictionary for each env and agent (and what the agent started from), over its runs: ``env``, ``agent``,
-        ``seeds`` (how many). Only runs that differ in nothing but their seed are seeds of one agent: same config, data,
-        backbone, epsilon, settings and steps; others have a dictionary of their own, and ``agent`` says in brackets
-        what differs. Then ``quality_ref``; means ``quality_difference``, ``flops_ratio`` (the policy's own
-        included), ``flops_easy``, ``flops_hard`` (of the easiest and the hardest level), ``time_ratio`` (at batch 32;
-        ``None`` where nothing was timed); the worst run's ``worst_difference``, its 95% ``worst_interval`` and
-        ``worst_flops``; ``decisions_used`` (fewest, most), and ``quality_kept`` (how many runs keep the quality).
+        A dictionary for each env and agent (and what the agent started from), over its runs. Only runs that differ in
+        nothing but their seed are seeds of one agent: same config, data, backbone, epsilon, settings and steps; others
+        have a dictionary of their own, and ``agent`` says in brackets what differs. It has ``env``, ``agent``,
+        ``seeds`` (how many), ``test_rows`` (how many, and their hash), ``quality_ref``; means ``quality_difference``,
+        ``flops_ratio`` (the policy's own included), ``flops_easy``, ``flops_hard`` (of the easiest and the hardest
+        level), ``time_ratio`` (at batch 32; ``None`` where nothing was timed); the worst run's ``worst_difference``,
+        its 95% ``worst_interval`` and ``worst_flops``; ``decisions_used`` (fewest, most), and ``quality_kept`` (how
+        many runs keep the quality).
 
     Raises:
         FileNotFoundError: If no folder holds a finished run.
@@ -161,6 +163,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["env"],
         row["agent"],
         str(row["seeds"]),
+        row["test_rows"],
         f"{row['quality_ref']:.1%}",
         f"{100 * row['quality_difference']:+.2f} ({100 * row['worst_difference']:+.2f}, {low:+.2f} to {high:+.2f})",
         f"{row['flops_ratio']:.1%} ({row['worst_flops']:.1%})",
@@ -169,6 +172,11 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{fewest} to {most}" if fewest != most else str(fewest),
         f"{row['quality_kept']} of {row['seeds']}",
     ]
+
+
+def _test_hash(result: dict[str, Any]) -> str | None:
+    """Of the test split; ``None``: a former version kept none."""
+    return result.get("data", {}).get("test", {}).get("hash")
 
 
 def _row(env: str, agent: str, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -181,6 +189,7 @@ def _row(env: str, agent: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         "env": env,
         "agent": agent if counted else f"{agent} (its own FLOPs not counted)",
         "seeds": len(results),
+        "test_rows": f"{worst['instances']}{f', hash {data}' if (data := _test_hash(worst)) else ''}",
         "quality_ref": fmean(result["quality_ref"] for result in results),
         "quality_difference": fmean(result["quality_difference"] for result in results),
         "worst_difference": worst["quality_difference"],
