@@ -10,6 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 from sd_gym.agents.common import run
 from sd_gym.agents.common.evaluation import Decides, fitting
+from sd_gym.agents.common.folder import read_description
 from sd_gym.agents.common.verdict import ONE_SIDED_95
 
 from sd_gym.envs.config import EnvConfig, load_config
@@ -149,7 +150,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     """As ``evaluate``, into a folder that is empty."""
     core = shared_core(_config(env_id, policy, settings))
-    origin = run.read_description(Path(policy)) if isinstance(policy, str | Path) else None
+    origin = read_description(Path(policy)) if isinstance(policy, str | Path) else None
     same_data = origin is not None and origin["env"] == env_id and not DATA_KEYS & settings.keys()
     if same_data:
         check_unchanged(Path(policy), origin.get("data", {}), core.data)
@@ -205,7 +206,7 @@ def _decides(policy: Policy, flops: int | None, core: Core) -> Decides:
 def _config(env_id: str, policy: Policy, settings: dict[str, Any]) -> EnvConfig:
     """The env's config; of a run on this env, the run's own one."""
     if isinstance(policy, str | Path):
-        description = run.read_description(Path(policy))
+        description = read_description(Path(policy))
         if description["env"] == env_id:
             return run.run_config(description, settings)
     return load_config(config_of(env_id), settings)
@@ -213,5 +214,5 @@ def _config(env_id: str, policy: Policy, settings: dict[str, Any]) -> EnvConfig:
 
 def _name_of(policy: Policy) -> str:
     if isinstance(policy, str | Path):
-        return run.read_description(Path(policy))["algo"]
+        return read_description(Path(policy))["algo"]
     return getattr(policy, "__name__", type(policy).__name__)

@@ -272,7 +272,7 @@ def evaluate(
         raise typer.BadParameter(f"expected train, validation or test, got {split!r}", param_hint="--split")
     _import(imports)
     from sd_gym.agents.api import evaluate as run_evaluation
-    from sd_gym.agents.common.run import read_description
+    from sd_gym.agents.common.folder import read_description
 
     with _errors_as_lines(), _status("evaluating"):
         description = read_description(run)

@@ -55,7 +55,11 @@ def write_rows(file, rows):
     return file
 
 
-ROWS = [{"text": "the food was good", "label": 1}, {"text": "the room was bad", "label": 0}] * 8
+COUNT = 16
+
+
+def rows_of(split):
+    return [{"text": f"the food was {split} {number}", "label": number % 2} for number in range(COUNT)]
 
 
 @pytest.mark.parametrize(
@@ -70,18 +74,18 @@ ROWS = [{"text": "the food was good", "label": 1}, {"text": "the room was bad", 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_wrong_rows_of_any_split_are_found_before_training(split, row, message, tmp_path, tiny_backbone, monkeypatch):
     for name in ("train", "validation", "test"):
-        write_rows(tmp_path / "data" / f"{name}.jsonl", [*ROWS, row] if name == split else ROWS)
+        write_rows(tmp_path / "data" / f"{name}.jsonl", rows_of(name) + [row] * (name == split))
     monkeypatch.setattr("sd_gym.agents.ppo.agent.PPOAgent.learn", lambda *_: pytest.fail("it learned"))
     said = call(*train_call(tmp_path / "data", tiny_backbone))
-    assert f"{split}.jsonl, line {len(ROWS) + 1}" in said
+    assert f"{split}.jsonl, line {COUNT + 1}" in said
     assert message in said
     assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_preparing_finds_a_label_only_in_test_before_it_begins(tmp_path, tiny_backbone):
     for name in ("train", "validation"):
-        write_rows(tmp_path / "data" / f"{name}.jsonl", ROWS)
-    write_rows(tmp_path / "data" / "test.jsonl", [*ROWS, {"text": "fine", "label": 2}])
+        write_rows(tmp_path / "data" / f"{name}.jsonl", rows_of(name))
+    write_rows(tmp_path / "data" / "test.jsonl", [*rows_of("test"), {"text": "fine", "label": 2}])
     steps = []
     with pytest.raises(DataError, match=r"test\.jsonl, line 17 .* label 2 is none of the backbone's 2 classes"):
         prepare_backbone(
@@ -146,7 +150,7 @@ def test_a_row_of_fifty_megabytes_is_refused(tmp_path):
 
 
 def test_highest_class_index_beyond_the_rows_is_refused(tmp_path, tiny_backbone):
-    write_rows(tmp_path / "data.jsonl", [{"text": "a", "label": label} for label in (0, 1_000_000_000)] * 10)
+    write_rows(tmp_path / "data.jsonl", [{"text": f"a {n}", "label": n % 2 * 1_000_000_000} for n in range(20)])
     prepare = ["prepare", "--backbone", tiny_backbone, "--dataset", tmp_path / "data.jsonl", "--output", "out"]
     assert "the highest class index is 1000000000, but the training split has only" in call(*prepare)
 
@@ -227,7 +231,8 @@ def test_every_load_forbids_code():
         text = file.read_text()
         for node in ast.walk(ast.parse(text)):
             name = getattr(node.func, "attr", getattr(node.func, "id", None)) if isinstance(node, ast.Call) else None
-            if name in loads:
+            of = getattr(node.func, "value", None) if isinstance(node, ast.Call) else None
+            if name in loads and getattr(of, "id", None) != "SkipPolicy":  # which is our own, and loads tensors only
                 found += 1
                 given = {keyword.arg: keyword.value for keyword in node.keywords}
                 forbidden = getattr(given.get("trust_remote_code"), "value", None) is False
@@ -394,9 +399,18 @@ def test_damaged_checkpoints(damage, cut_off, tmp_path):
 
 
 def test_damaged_checkpoints_of_a_preparation(tmp_path, reviews, tiny_backbone):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "checkpoint.pt").write_bytes(b"garbage")
     prepare = ["prepare", "--backbone", tiny_backbone, "--dataset", reviews, "--output", "out", "--steps", 2]
+    checkpoint = tmp_path / "out" / "checkpoint.pt"
+
+    def cut_off(_):
+        if checkpoint.exists():
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sd_gym.tasks.preparation.Score.by_share", cut_off)
+        runner.invoke(app, [str(part) for part in prepare])
+    checkpoint.write_bytes(b"garbage")
     assert "checkpoint.pt is damaged" in call(*prepare, "--resume")
 
 

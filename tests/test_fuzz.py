@@ -86,7 +86,7 @@ def ours(error):
 def place(tmp_path_factory, tiny_backbone):
     """Nothing is asked of the hub."""
     folder = tmp_path_factory.mktemp("fuzz")
-    rows = [{"text": f"the food was {WORDS[n % 4]}", "label": n % 2, "difficulty": n % 3} for n in range(30)]
+    rows = [{"text": " ".join([*WORDS[n % 9 :], str(n)]), "label": n % 2, "difficulty": n % 3} for n in range(30)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = {"dataset": str(folder / "data.jsonl"), "backbone": str(tiny_backbone)}
     with pytest.MonkeyPatch.context() as patch:
@@ -124,6 +124,7 @@ def mostly(sensible, other=VALUES):
 SENSIBLE = {
     "task": st.sampled_from(["classification", "question_answering", "summarization"]),
     "splits": st.sampled_from([{"validation": "train[-5:]"}, {"test": "train[5:2]"}, {"train": "train[:1]"}]),
+    "overlap": st.sampled_from(["error", "drop", "allow"]),
     "columns": st.sampled_from([{"text": "label"}, {"label": "text"}, {"text": "no"}, {"difficulty": "text"}]),
     "train_size": st.integers(1, 4),
     "test_size": st.integers(1, 4),
@@ -212,7 +213,8 @@ def data_files(data, place):
                 assert [one.source for one in instances] == [
                     str(row["text"]) for row in rows if str(row["text"]).strip()
                 ]
-            env = gym.make(CUSTOM, dataset=folder, backbone=str(place.backbone), splits={"test": "train"})
+            whole = {"splits": {"validation": "train", "test": "train"}, "overlap": "allow"}
+            env = gym.make(CUSTOM, dataset=folder, backbone=str(place.backbone), **whole)
             env.reset(seed=0)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from sd_gym.agents.common.folder import read_description, read_result
+
 from sd_gym.envs.config import EnvConfig
 
 INCIDENTAL = ("device", "start", "path")  # settings that may differ from seed to seed, and in no result
@@ -74,6 +76,7 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: If no folder holds a finished run.
+        ValueError: If what one holds is damaged.
 
     Warns:
         UserWarning: If folders hold none; they are passed over. If a run is given twice, by whatever path; it counts
@@ -139,10 +142,8 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def read_run(folder: Path) -> Run:
-    """A finished run."""
-    return Run(
-        folder, *(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "result"))
-    )
+    """A finished run; raises as ``read_description``."""
+    return Run(folder, read_description(folder), read_result(folder))
 
 
 def agent_of(config: dict[str, Any]) -> str:
@@ -151,7 +152,7 @@ def agent_of(config: dict[str, Any]) -> str:
     if start is None:
         return config["algo"]
     file = Path(start) / "config.json"
-    name = json.loads(file.read_text(encoding="utf-8"))["algo"] if file.exists() else Path(start).name
+    name = read_description(file.parent)["algo"] if file.exists() else Path(start).name
     return f"{config['algo']} from {name}"
 
 

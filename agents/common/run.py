@@ -16,6 +16,7 @@ import numpy as np
 from sd_gym.agents.common.agent import INFO_TAGS, Agent, Rollout
 from sd_gym.agents.common.evaluation import Decided, Decides, evaluate, fitting, summary, time_ratio
 from sd_gym.agents.common.export import export
+from sd_gym.agents.common.folder import read_description
 from sd_gym.agents.common.logs import log_result, log_validation, open_logger
 from sd_gym.agents.common.plots import plot_run
 from sd_gym.agents.common.selection import Selection
@@ -24,8 +25,7 @@ from sd_gym.agents.registry import agent_class, make_agent
 
 from sd_gym.envs.config import EnvConfig, make_config
 from sd_gym.envs.core import Core, shared_core
-from sd_gym.errors import short
-from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, read_json, write_checkpoint, write_json
+from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_checkpoint, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
 from sd_gym.registration import registered_ids
@@ -254,28 +254,6 @@ def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:
     core = shared_core(run_config(description))
     check_unchanged(folder, description.get("data", {}), core.data)
     return description, core, fitting(DecisionPolicy.load(folder), core)
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """A run's ``config.json``.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is damaged, or another program's.
-    """
-    file = folder / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"no config.json in {folder}; expected a folder that 'sd-gym train' wrote")
-    description = read_json(file)
-    # Runs of before there was a marker are known by what they say.
-    kinds = {"env": str, "algo": str, "env_config": dict, "agent_settings": dict}
-    for key, kind in kinds.items():
-        if not isinstance(description.get(key), kind):
-            raise ValueError(
-                f"{file} is not of a run: its {key!r} is {short(description.get(key))}; expected the folder of one "
-                "(sd-gym train)"
-            )
-    return description
 
 
 def run_config(description: dict[str, Any], settings: dict[str, Any] | None = None) -> EnvConfig:

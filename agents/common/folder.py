@@ -1,0 +1,89 @@
+"""What a run folder says of its run, checked when it is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from sd_gym.errors import short
+from sd_gym.files import read_json
+
+
+class _Data(BaseModel):
+    hash: str
+
+
+class _Description(BaseModel):
+    """What is read of ``config.json``; runs of former versions and what ``sd_gym.evaluate`` writes have less."""
+
+    env: str
+    algo: str
+    env_config: dict[str, Any]
+    agent_settings: dict[str, Any]
+    seed: int | None = None
+    steps: int | None = None
+    data: dict[str, _Data] = {}
+
+
+class _Level(BaseModel):
+    flops_ratio: float = Field(allow_inf_nan=False)
+
+
+class _Timed(BaseModel):
+    time_ratio: float
+
+
+class _Result(BaseModel):
+    """What is compared of ``result.json``."""
+
+    split: str
+    instances: int
+    quality_ref: float = Field(allow_inf_nan=False)
+    quality_difference: float = Field(allow_inf_nan=False)
+    quality_difference_interval: tuple[float, float]
+    flops_ratio_with_policy: float = Field(allow_inf_nan=False)
+    by_difficulty: list[_Level] = Field(min_length=1)
+    time: dict[str, _Timed]
+    decisions_used: int
+    quality_kept: bool
+    policy_flops_counted: bool = True
+    data: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _compared_at_one_size(self) -> _Result:
+        if self.time and "32" not in self.time:
+            raise ValueError(f"expected a time at batch size 32, got {', '.join(self.time)}")
+        return self
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """A run's ``config.json``.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged, or another program's.
+    """
+    return _read(folder, "config.json", _Description)
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """A run's ``result.json``; raises as ``read_description``."""
+    return _read(folder, "result.json", _Result)
+
+
+def _read(folder: Path, name: str, kind: type[BaseModel]) -> dict[str, Any]:
+    file = folder / name
+    if not file.exists():
+        raise FileNotFoundError(f"no {name} in {folder}; expected a folder that 'sd-gym train' wrote")
+    values = read_json(file)
+    try:
+        kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(
+            f"{file} is not of a run; expected the folder of one (sd-gym train): {'.'.join(map(str, first['loc']))}: "
+            f"{first['msg']}, got {short(first['input'])}"
+        ) from error
+    return values
