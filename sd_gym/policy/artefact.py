@@ -16,15 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-<<<<<<< HEAD:sd_gym/policy/artefact.py
 from sd_gym.errors import one_line
 from sd_gym.files import read_json, read_tensors, write_json, write_tensors, write_text
 from sd_gym.policy.network import DecisionPolicy
-=======
-from sd_gym.files import read_json, read_tensors, write_json, write_tensors, write_text
-from sd_gym.inference.protection import Protection
-from sd_gym.policy import DecisionPolicy
->>>>>>> e688b5f (What config.json and result.json say of a run is checked when it is read, once for all who read it):sd_gym/inference/artefact.py
 from sd_gym.policy.observation import observed, standardised
 from sd_gym.policy.protection import Protection
 from sd_gym.switch import Switchboard, attention_received, keep_tokens, position_scores, rarity_scores
@@ -237,7 +231,6 @@ class SkipPolicy:
             raise FileNotFoundError(
                 f"no {FILE} in {name}; expected the folder of a training run, or one that save_pretrained wrote"
             )
-<<<<<<< HEAD:sd_gym/policy/artefact.py
         network, card, tensors = DecisionPolicy.load(folder), read_json(folder / FILE), read_tensors(folder / TENSORS)
         if card.pop("format", None) != FORMAT:
             raise ValueError(f"{folder / FILE}: expected a policy of format {FORMAT}")
@@ -250,17 +243,6 @@ class SkipPolicy:
                 protection and Protection(**{**protection, "special": tuple(protection["special"])}),
                 stops,
                 card,
-=======
-        card = read_json(folder / FILE)
-        if card.pop("format", None) != FORMAT:
-            raise ValueError(f"{folder / FILE}: expected a policy of format {FORMAT}")
-        network, tensors = DecisionPolicy.load(folder), read_tensors(folder / TENSORS)
-        mean, deviation = tensors["mean"].numpy(), tensors["deviation"].numpy()
-        if mean.shape != (network.observation_size,) or deviation.shape != mean.shape:
-            raise ValueError(
-                f"{folder / TENSORS}: expected mean and deviation of {network.observation_size} features, got "
-                f"{list(mean.shape)} and {list(deviation.shape)}"
->>>>>>> e688b5f (What config.json and result.json say of a run is checked when it is read, once for all who read it):sd_gym/inference/artefact.py
             )
             missing = {"env", "backbone", "result", "run"} - card.keys()
         except (KeyError, TypeError, ValueError) as error:
