@@ -282,6 +282,72 @@ def evaluate(
 
 
 @app.command()
+def run(
+    policy: Annotated[str, typer.Argument(help="Run folder, saved policy, or id of one on the Hugging Face hub.")],
+    source: Annotated[
+        str, typer.Option("--input", help=".jsonl, .csv or .parquet file with the task's columns; -: JSON lines.")
+    ],
+    output: Annotated[Path, typer.Option(help="JSON lines to write, one a row, in the same order.")],
+    backbone: Annotated[str | None, typer.Option(help="Where the backbone is [default: where it was].")] = None,
+    max_loss: Annotated[
+        float | None, typer.Option(help="Take the cheapest validated version that loses at most so much quality.")
+    ] = None,
+    max_flops: Annotated[
+        float | None, typer.Option(help="Take the most cautious one that runs at most this share of the FLOPs.")
+    ] = None,
+    comparing: Annotated[
+        bool, typer.Option("--compare", help="Run everything densely as well: time, agreement, and quality.")
+    ] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with a run that was cut off.")] = False,
+    device: Annotated[str, typer.Option()] = "cpu",
+    columns: Annotated[
+        list[str], typer.Option("--column", metavar="FIELD=COLUMN", help="The column of a field: text=sentence.")
+    ] = [],  # noqa: B006  (typer wants a list)
+    imports: Imports = [],  # noqa: B006
+) -> None:
+    """Answer many inputs with a trained policy; rows of the same decision or length run together.
+
+    A malformed line gets an "error" in its place and stops no other; the exit code is then 1.
+
+    Examples:
+    `sd-gym run runs/Summarization-Mini-ppo-0 --input documents.jsonl --output summaries.jsonl`
+
+    `cat reviews.jsonl | sd-gym run runs/reviews --input - --output labels.jsonl --compare --column text=review`
+    """
+    _import(imports)
+    with _errors_as_lines(), _progress() as progress:
+        bar = progress.add_task("loading", total=None, figures="")
+        from sd_gym.inference.bulk import run_file
+        from sd_gym.inference.texts import load
+
+        model = load(policy, backbone, device=device, max_loss=max_loss, max_flops=max_flops)
+
+        def on_chunk(rows: int, bulk: Any) -> None:
+            figures = "  ".join(f"{name} {value}" for name, value in bulk.figures().items())
+            progress.update(bar, completed=rows, description="answering", figures=figures)
+
+        done = run_file(
+            model,
+            None if source == "-" else Path(source),
+            output,
+            resume=resume,
+            compare=comparing,
+            columns={str(field): str(column) for field, column in _settings(columns).items()},
+            on_chunk=on_chunk,
+        )
+    table = Table(box=SIMPLE_HEAD, show_header=False)
+    for name, value in done.figures().items():
+        table.add_row(name, value)
+    console.print(table)
+    console.print(f"Answers: {output}", highlight=False, soft_wrap=True)
+    for line in done.malformed[:3]:
+        errors.print(f"line {line.number}: {line.error}", style="yellow", highlight=False, soft_wrap=True)
+    if done.malformed:
+        errors.print(f"{len(done.malformed)} malformed lines; each has its error in the output", style="yellow")
+        raise typer.Exit(1)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; what is none is passed over.")],
     fronts: Annotated[

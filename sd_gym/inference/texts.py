@@ -105,6 +105,38 @@ class SkippingModel:
             for answer, row, share in zip(answers, decisions, ratio, strict=True)
         ]
 
+    @property
+    def metric(self) -> str:
+        """What an answer is compared with its references by."""
+        generated = self._config.metric in ("rouge", "squad")
+        return self._config.metric if generated else "exact_match"
+
+    def references(self, row: Mapping[str, Any]) -> list[str] | None:
+        """The right answers of a row, as ``answer`` has them; ``None`` where it has none."""
+        name = {"classification": "label", "question_answering": "answers", "summarization": "summary"}
+        right = row.get(name[self._config.task])
+        if right is None:
+            return None
+        if self._config.task != "classification":
+            right = right.get("text", []) if isinstance(right, Mapping) else right  # SQuAD's own form
+            return [right] if isinstance(right, str) else [str(one) for one in right]
+        names = self.model.config.id2label
+        return [names[right] if isinstance(right, int) and right in names else str(right)]
+
+    def checked(self, given: Input) -> list[str]:
+        """The texts of an input, if it is one.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        texts = self._texts(given)
+        if texts is None:
+            optional = " (which may be missing)" if self.fields[-1] == "text_pair" else ""
+            raise ValueError(
+                f"expected {' and '.join(self.fields)}{optional}, each a text that is not empty; got {short(given)}"
+            )
+        return texts
+
     def _split(self, instances: list[Instance]) -> Split:
         split = Split(self._config, "inputs", {"inputs": Instances(instances)})
         if self.policy.rarity is not None:
@@ -112,27 +144,24 @@ class SkippingModel:
         return split
 
     def _instance(self, number: int, given: Input) -> Instance:
-        texts = self._texts(number, given)
+        try:
+            texts = self.checked(given)
+        except ValueError as error:
+            raise ValueError(f"input {number}: {error}") from None
         nothing = 0 if self._config.task == "classification" else ""  # a right answer is not known
         if self._config.task == "question_answering":
             return Instance(str(number), texts[0], nothing, 0, texts[1], ((0, len(texts[0])),))
         return Instance(str(number), texts[0], nothing, 0, *texts[1:])
 
-    def _texts(self, number: int, given: Input) -> list[str]:
+    def _texts(self, given: Input) -> list[str] | None:
         names = self.fields
         texts = [given.get(name) for name in names] if isinstance(given, Mapping) else given
         texts = list(texts) if isinstance(texts, list | tuple) else [texts]
-        optional = names[-1:] == ("text_pair",)
-        if optional and len(texts) > 1 and texts[1] is None:
+        optional = names[-1] == "text_pair"
+        if optional and len(texts) == 2 and texts[1] is None:
             texts = texts[:1]
-        if not (len(names) - optional <= len(texts) <= len(names)) or not all(
-            isinstance(text, str) and text for text in texts
-        ):
-            raise ValueError(
-                f"input {number}: expected {' and '.join(names)}{' (which may be missing)' if optional else ''}, each "
-                f"a text that is not empty; got {short(given)}"
-            )
-        return texts
+        fits = len(names) - optional <= len(texts) <= len(names)
+        return texts if fits and all(isinstance(text, str) and text for text in texts) else None
 
 
 def load(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -238,10 +238,26 @@ def _hub_name(source: Source) -> str:
 
 
 def _read_file(file: Path, source: Source) -> Rows:
+    return read_rows(file, {source.columns.get(name, name) for name in ("label", "difficulty")})
+
+
+def read_rows(file: Path, numeric: Collection[str] = ("label",)) -> Rows:
+    """The rows of a JSONL, CSV or Parquet file.
+
+    Args:
+        file: The file.
+        numeric: As of ``read_csv``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        DataError: If it is malformed.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}; expected one of the formats {', '.join(FORMATS)}")
     if file.suffix == ".jsonl":
         return read_jsonl(file)
     if file.suffix == ".csv":
-        return read_csv(file, {source.columns.get(name, name) for name in ("label", "difficulty")})
+        return read_csv(file, numeric)
     if file.suffix not in FORMATS:
         raise DataError(f"{file}: expected one of the formats {', '.join(FORMATS)}")
     from datasets import load_dataset  # heavy, and only needed here
