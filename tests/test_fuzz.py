@@ -33,6 +33,7 @@ from sd_gym.switch import Switchboard
 from sd_gym.tasks.data import load_split
 from tests.conftest import WORDS
 
+pytestmark = pytest.mark.filterwarnings("ignore:splits of .* overlap")
 ROOT = Path(sd_gym.__file__).parent.parent
 CUSTOM = "SD/Classification-Custom-v0"
 TRIES = {"config keys": 70, "data files": 150, "backbone folders": 50, "run folders": 50, "actions": 150}
@@ -151,7 +152,7 @@ def config_keys(data, place):
     }
     arguments = {"dataset": str(place.data), "backbone": str(place.backbone), **changed}
     with place.attempt(changed):
-        env = gym.make(CUSTOM, **arguments)
+        env = gym.make(CUSTOM, disable_env_checker=True, **arguments)  # which warns of rewards that are vectors
         observation, _ = env.reset(seed=0)
         if arguments.get("action", "multi_discrete") == "multi_discrete":
             dense = np.zeros(env.action_space.shape, dtype=np.int64)
