@@ -168,7 +168,8 @@ def prepare_backbone(
             return Part(split, encoded, "left" if causal else "right", np.array(token_shares), scores, droppable, odds)
 
         train, validation = part("train"), part("validation")
-        encode_cached(splits["test"], tokenizer, **encoding)
+        if "test" in splits:  # what is wrong with it shall be known now
+            encode_cached(splits["test"], tokenizer, **encoding)
         settings = {
             MARKER: __version__,
             "backbone": backbone,

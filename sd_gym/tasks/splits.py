@@ -53,6 +53,13 @@ class Splits:
             raise found
         return found
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the data set has a split; raises as asking for it does, but where there is none."""
+        try:
+            return len(self[name]) > 0
+        except FileNotFoundError:
+            return False
+
     def identity(self) -> dict[str, dict[str, Any]]:
         """``Instances.identity`` of each split; raises as asking for each does."""
         return {name: self[name].identity for name in SPLITS}
