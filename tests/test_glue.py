@@ -166,7 +166,7 @@ def test_other_formats(tmp_path, suffix):
         f"the food {n}" for n in range(17, 20)
     ]
     (tmp_path / "broken.parquet").write_text("no such thing")
-    with pytest.raises(DataError, match=r"broken.parquet: cannot be read as .parquet"):
+    with pytest.raises(DataError, match=r"broken.parquet: cannot be read as Parquet"):
         load_split(str(tmp_path / "broken.parquet"), "classification", "train", None)
 
 
