@@ -323,7 +323,7 @@ def run(
         model = load(policy, backbone, device=device, max_loss=max_loss, max_flops=max_flops)
 
         def on_chunk(rows: int, bulk: Any) -> None:
-            figures = "  ".join(f"{name} {value}" for name, value in bulk.figures().items())
+            figures = f"{bulk.figures()['rows a second']} a second"
             progress.update(bar, completed=rows, description="answering", figures=figures)
 
         done = run_file(

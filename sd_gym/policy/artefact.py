@@ -275,6 +275,20 @@ class SkipPolicy:
             f"| {stop.margin:+.2f} | {stop.flops_ratio:.1%} | {100 * stop.loss:.2f} | {100 * stop.highest_loss:.2f} |"
             for stop in self.stops
         )
+        name, auto = backbone["name"], backbone["auto_class"]
+        usage = f"""import sd_gym
+from transformers import {auto}
+
+model = {auto}.from_pretrained({name!r})
+sd_gym.attach(model, "PATH OR ID OF THIS POLICY")  # then use the model as ever
+"""
+        if backbone["is_local"]:  # which is known here, and nowhere else
+            usage = """import sd_gym
+
+model = sd_gym.load("PATH OR ID OF THIS POLICY", backbone="WHERE THE BACKBONE IS")
+model(["a text", "another one"])
+sd_gym.attach(my_model, "PATH OR ID OF THIS POLICY")  # or inside the backbone itself, if you have it as my_model
+"""
         base = "" if backbone["is_local"] else f"base_model: {backbone['name']}\n"
         return f"""---
 library_name: sd_gym
@@ -294,15 +308,10 @@ On the {result["split"]} split, {result["instances"]:,} instances:
 | FLOPs | 100% | {result["flops_ratio_with_policy"]:.1%} |
 
 Difference in quality: {100 * result["quality_difference"]:+.2f} points (95% interval {low:+.2f} to {high:+.2f}).
-Verdict at {100 * env["epsilon"]:g} points: {result["verdict"]}.
+Verdict, where {100 * env["epsilon"]:g} points may be lost: {result["verdict"]}.
 
 ```python
-import sd_gym
-from transformers import {backbone["auto_class"]}
-
-model = {backbone["auto_class"]}.from_pretrained({backbone["name"]!r})
-sd_gym.attach(model, "PATH OR ID OF THIS POLICY")  # then use the model as ever
-```
+{usage}```
 
 Bolder and more cautious versions, as the validation split has seen them (`attach(..., max_loss=0.005)` or
 `max_flops=0.4` chooses one):
