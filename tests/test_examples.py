@@ -70,6 +70,16 @@ def test_own_ppo(env_id, monkeypatch, capsys):
     assert min(choice.probs[0, -1] for choice in policy.choices(nothing)) > 0.6
 
 
+def test_attached(env_id, capsys):
+    example = imported("attached")
+    sd_gym.train(env_id, "ppo", "run", steps=300, epsilon=1.0, strictness=0)
+    example.main("run", ["the food was good", "the room was bad"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert "% of the FLOPs" in lines[0]
+    assert lines[2].startswith("inside the model: ['")
+
+
 def test_own_env(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     example = imported("own_env")
