@@ -1,7 +1,7 @@
 """A trained policy in a program of your own: first on texts, then inside the Hugging Face model.
 
 sd-gym train SD/Classification-Mini-v0 --output runs/reviews
-python examples/attached.py runs/reviews "sentiment : the food was good , but the room was not" "..."
+python examples/attached.py runs/reviews "classify : the window seemed boring ." "classify : the tour was hardly good ."
 """
 
 import sys
