@@ -224,11 +224,12 @@ def scripted_scores(env, monkeypatch):
     """Scripted policies are scored as they say, on halves of 2,000 instances."""
 
     def score(core, policy, split, rows):
-        half = int(rows[0] > 0)
-        lost = 0 if policy.margin == MARGINS[-1] else policy.losses(policy.margin)[half]
-        quality = np.r_[np.zeros(lost), np.ones(2000 - lost)]
-        ratio = 1.0 if policy.margin == MARGINS[-1] else policy.flops(policy.margin)
-        return {"quality": quality, "quality_ref": np.ones(2000), "flops_ratio": np.full(2000, ratio)}
+        dense = policy.margin == MARGINS[-1]
+        halves = (0, 1) if len(rows) == len(split) else (int(rows[0] > 0),)
+        losses = [0 if dense else policy.losses(policy.margin)[half] for half in halves]
+        quality = np.concatenate([np.r_[np.zeros(lost), np.ones(2000 - lost)] for lost in losses])
+        ratio = 1.0 if dense else policy.flops(policy.margin)
+        return {"quality": quality, "quality_ref": 0 * quality + 1, "flops_ratio": 0 * quality + ratio}
 
     monkeypatch.setattr("sd_gym.agents.common.selection.decide_and_score", score)
     monkeypatch.setattr(env.core, "config", env.core.config.model_copy(update={"epsilon": 0.01}))
@@ -249,10 +250,17 @@ def test_selection_prefers_kept_quality_then_fewer_flops(scripted_scores):
 def test_a_candidate_that_was_only_lucky_on_the_screening_half_is_not_confirmed(scripted_scores):
     lucky = Scripted(lambda margin: (0, 30), lambda margin: 0.2)
     honest = Scripted(lambda margin: (1, 1), lambda margin: 0.5)
-    selection = Selection(scripted_scores)
+    selection = Selection(scripted_scores, searched=True)
     assert selection.select([lucky, honest]).flops is honest.flops
     only = selection.select([lucky])
     assert only.margin == MARGINS[-1]  # nothing keeps the quality, so everything runs
+
+
+def test_without_a_search_both_halves_are_one_sample(scripted_scores):
+    """What is lost on one half by luck is not held against a policy twice."""
+    uneven = Scripted(lambda margin: (12, 2) if margin < 1 else (0, 0), lambda margin: 0.3 + margin / 10)
+    assert Selection(scripted_scores).select([uneven]).margin == MARGINS[0]
+    assert Selection(scripted_scores, searched=True).select([uneven]).margin == 1.0
 
 
 def test_a_policy_that_loses_too_much_is_made_more_cautious(scripted_scores):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.common.agent import Agent, OnRollout
 from sd_gym.agents.common.evaluation import Decided, score_decisions
-from sd_gym.agents.common.selection import halves, keeps
+from sd_gym.agents.common.selection import keeps
 from sd_gym.agents.common.verdict import ONE_SIDED_95
 from stable_baselines3.common.logger import Logger
 
@@ -38,12 +38,11 @@ class EarlyExitAgent(Agent):
         """Choose the threshold on the validation split."""
         core = self.env.core
         split = core.split("validation")
-        confidence = self._confidence(split)
+        confidence, rows = self._confidence(split), np.arange(len(split))
         for threshold in THRESHOLDS:
             self.threshold = float(threshold)
             exits = self._exits(confidence)
-            scores = [score_decisions(core, split, rows, self._decisions(exits[rows])) for rows in halves(split)]
-            if all(keeps(core, scored, ONE_SIDED_95) for scored in scores):
+            if keeps(core, score_decisions(core, split, rows, self._decisions(exits)), ONE_SIDED_95):
                 return
 
     def policy(self) -> DecisionPolicy:

@@ -100,6 +100,7 @@ class Agent(ABC):
 
     Settings: ClassVar[type[AgentSettings]] = AgentSettings
     selects: ClassVar[bool] = True  # whether the policy to keep is chosen on the validation split
+    searches: ClassVar[bool] = False  # whether it searches policies on the first half of the validation split
     validates: ClassVar[bool] = True  # whether the policy grows with every rollout, so that it is validated on the way
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:

@@ -140,7 +140,7 @@ def _train(
     description = {MARKER: __version__, **names, **circumstances(env.config)}
     description["agent_settings"] = agent.settings.model_dump()
     description["data"] = env.core.data.identity()  # all splits, so that what is wrong with one is told at once
-    selection = Selection(env.core, names["strictness"])
+    selection = Selection(env.core, names["strictness"], agent.searches)
     reached, scores = None, {}
     if there is not None:
         _check_same(folder, there, description, env.core.data)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.common.evaluation import decide_and_score
-from sd_gym.agents.common.verdict import ONE_SIDED_95, Verdict, assured
+from sd_gym.agents.common.verdict import ONE_SIDED_95, Verdict, assured, fewest_instances
 
 from sd_gym.envs.core import Core
 from sd_gym.envs.split import Split
@@ -23,37 +23,48 @@ OFFERED = 2  # of the policies that were validated on the way, the last ones are
 
 
 def halves(split: Split) -> tuple[NDArray, NDArray]:
-    """The rows that policies are screened (and searched) on, and those on which the choice is confirmed."""
+    """The rows that curves are of, and that searches may use; and those that no search has seen."""
     rows = np.arange(len(split))
     return rows[: (len(split) + 1) // 2], rows[(len(split) + 1) // 2 :]
 
 
 def keeps(core: Core, scored: dict[str, NDArray], strictness: float) -> bool:
-    """Whether a policy that was scored on one half will keep the quality on a test split as large as both halves."""
+    """Whether a policy that was scored on rows of the validation split will be seen to keep the quality in the test.
+
+    Of the test split only the size is known here; where it is too small to tell anything, another sample like this one
+    stands for it.
+    """
     quality, quality_ref, epsilon = scored["quality"], scored["quality_ref"], core.config.epsilon
-    return assured(quality, quality_ref, epsilon, 2 * len(quality), strictness) == Verdict.KEPT
+    size = len(core.split("test"))
+    fresh = size if size >= fewest_instances(epsilon, errors=strictness) else len(quality)
+    return assured(quality, quality_ref, epsilon, fresh, strictness) == Verdict.KEPT
 
 
 @dataclass
 class Selection:
     """Gathers the policies of a run and selects one in the end.
 
-    The best of many candidates on one sample is a lucky one. So the candidates, versions of each policy from bold to
-    cautious, are screened on one half of the validation split; then, from the cheapest on, the first whose quality is
-    confirmed on the other half is kept. Either half has to leave room for the luck of a test split.
+    Of each policy there are versions from bold to cautious; the boldest that is assured to keep the quality is looked
+    for, and the cheapest of these is kept. The validation split has to leave room for the luck of both samples, its own
+    and that of the test split.
+
+    The best of many candidates that were searched on a sample is a lucky one there. So where a search has used one half
+    of the validation split, policies are screened on that half, and then, from the cheapest on, the first whose quality
+    is confirmed on the other half is kept.
 
     Attributes:
         core: Scores the policies.
-        strictness: Standard errors of luck that either half has to leave room for (``assured``).
+        strictness: Standard errors of luck that validation has to leave room for (``assured``).
+        searched: Whether the policies come from a search on the first half.
         policies: The last policies that were validated.
-        history: One entry a validation: step, quality, quality_ref, flops_ratio, quality_kept and reward, on the
-            screening half.
-        stops: Of the policy that was selected, the versions that selection has looked at on the screening half, the
-            boldest first.
+        history: One entry a validation: step, quality, quality_ref, flops_ratio, quality_kept and reward, on the first
+            half.
+        stops: Of the policy that was selected, the versions that selection has looked at, the boldest first.
     """
 
     core: Core
     strictness: float = ONE_SIDED_95
+    searched: bool = False
     policies: list[DecisionPolicy] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     stops: list[Stop] = field(default_factory=list)
@@ -68,7 +79,7 @@ class Selection:
 
     def validate(self, step: int, policy: DecisionPolicy, objective: Objective) -> dict[str, Any]:
         """The entry of a policy; a multiplier in the objective is in force as it is, and does not move."""
-        scored = self._score(policy, 0)
+        scored = self._score(policy, halves(self.core.split("validation"))[0])
         entry = {"step": step} | {
             name: float(scored[name].mean()) for name in ("quality", "quality_ref", "flops_ratio")
         }
@@ -88,7 +99,7 @@ class Selection:
             candidates.sort(key=lambda candidate: candidate[0])
             _, policy, step = candidates.pop(0)
             chosen = policy.with_margin(MARGINS[step])
-            if step == len(MARGINS) - 1 or self._kept(self._score(chosen, 1)):
+            if step == len(MARGINS) - 1 or self._confirmed(chosen):
                 self.stops = self._stops(policy, step)
                 return chosen
             candidates.append((self._flops(policy, step + 1), policy, step + 1))
@@ -108,7 +119,7 @@ class Selection:
         return [stop._replace(margin=stop.margin - MARGINS[selected]) for _, stop in seen]
 
     def _boldest(self, policy: DecisionPolicy) -> int:
-        """The first of ``MARGINS`` at which a policy keeps the quality on the screening half.
+        """The first of ``MARGINS`` at which a policy keeps the quality where it is screened.
 
         More caution means fewer skips and a higher quality, so it is found by bisection.
         """
@@ -125,10 +136,11 @@ class Selection:
         return self._screen(policy, step)[1].flops_ratio
 
     def _screen(self, policy: DecisionPolicy, step: int) -> tuple[bool, Stop]:
-        """Whether a version of a policy keeps the quality on the screening half, and what it does there."""
-        key = id(policy), step
+        """Whether a version of a policy keeps the quality where it is screened, and what it does there."""
+        key, split = (id(policy), step), self.core.split("validation")
         if key not in self._screened:
-            scored = self._score(policy.with_margin(MARGINS[step]), 0)
+            rows = halves(split)[0] if self.searched else np.arange(len(split))
+            scored = self._score(policy.with_margin(MARGINS[step]), rows)
             loss = scored["quality_ref"] - scored["quality"]
             # With one more instance that loses all, as ``assured`` has it: no sample is too good to vary.
             deviation = float((np.sum(loss**2) + 1) / (len(loss) + 1)) ** 0.5
@@ -137,9 +149,13 @@ class Selection:
             self._screened[key] = self._kept(scored), stop
         return self._screened[key]
 
-    def _score(self, policy: DecisionPolicy, half: int) -> dict[str, NDArray]:
-        split = self.core.split("validation")
-        return decide_and_score(self.core, policy, split, halves(split)[half])
+    def _confirmed(self, chosen: DecisionPolicy) -> bool:
+        """Whether rows that no search has seen say so too; without a search, screening has seen them all."""
+        rows = halves(self.core.split("validation"))[1]
+        return not self.searched or self._kept(self._score(chosen, rows))
+
+    def _score(self, policy: DecisionPolicy, rows: NDArray) -> dict[str, NDArray]:
+        return decide_and_score(self.core, policy, self.core.split("validation"), rows)
 
     def _kept(self, scored: dict[str, NDArray]) -> bool:
         return keeps(self.core, scored, self.strictness)
