@@ -29,7 +29,7 @@ def bare(core, rows: np.ndarray, skip: np.ndarray) -> float:
     split, backbone = core.split("train"), core.backbone
     seconds = 0.0
     for picked in passes(skip, split.encoded.source_length[rows], backbone.model.config.hidden_size):
-        inputs = split.encoded.batch(rows[picked], backbone.model.device)
+        inputs = split.passes.inputs(rows[picked])
         with torch.inference_mode(), backbone.board.decide(skip[picked]):
             started = time.perf_counter()
             backbone.logits(inputs)

@@ -109,7 +109,7 @@ def _drawn(core: Core, split: Split, rows: NDArray, flops: float, random: np.ran
     """A decision ``[switches + 1]`` that keeps about so much of these rows' FLOPs."""
     drawn = np.zeros((50, len(core.nvec)), dtype=np.int64)
     drawn[:, :-1] = random.random((50, core.n_switches)) < 1 - flops
-    ratios = [split.flops_ratio(rows, np.repeat(one[None], len(rows), axis=0)).mean() for one in drawn]
+    ratios = [split.costs.flops_ratio(rows, np.repeat(one[None], len(rows), axis=0)).mean() for one in drawn]
     return drawn[np.abs(np.array(ratios) - flops).argmin()]
 
 
@@ -117,7 +117,7 @@ def _round(core: Core, split: Split, rows: NDArray, policy: DecisionPolicy) -> d
     board, everything = core.backbone.board, np.arange(len(rows))
     observations = core.observe(split, rows)
     chosen = policy.decide(observations)
-    inputs, observed, unseen = split.inputs(rows), split.unseen(rows), split.unseen(rows)
+    inputs, observed, unseen = split.passes.inputs(rows), split.unseen(rows), split.unseen(rows)
     skipped = np.ones_like(chosen[:, :-1])
 
     def enter() -> None:
@@ -129,7 +129,7 @@ def _round(core: Core, split: Split, rows: NDArray, policy: DecisionPolicy) -> d
             core.backbone.logits(inputs)
 
     parts: dict[str, Callable[[], object]] = {
-        "dense": lambda: core.backbone.logits(split.inputs(rows)),
+        "dense": lambda: core.backbone.logits(split.passes.inputs(rows)),
         "observing": lambda: core.observe(observed, everything),
         "deciding": lambda: policy.decide(observations),
         "entering and leaving": enter,
@@ -143,7 +143,7 @@ def _round(core: Core, split: Split, rows: NDArray, policy: DecisionPolicy) -> d
         part()
         seconds[name] = time.perf_counter() - started
     ratios = {name: value / seconds["dense"] for name, value in seconds.items()}
-    return {**ratios, "FLOPs": split.flops(rows, chosen).sum() / split.dense_flops(rows).sum()}
+    return {**ratios, "FLOPs": split.costs.flops(rows, chosen).sum() / split.costs.dense_flops(rows).sum()}
 
 
 def print_steps(arguments: argparse.Namespace) -> None:

@@ -74,7 +74,7 @@ def measure_backbone(core, keep_rate: float | str, batch_size: int, pairs: int) 
     ratios, used, dense_flops = [], 0.0, 0.0
     for _ in range(pairs + WARM_UP):
         rows = random.integers(len(split), size=batch_size)
-        inputs = split.encoded.batch(rows, backbone.model.device)
+        inputs = split.passes.inputs(rows)
         skip = decisions(random, batch_size, core.n_switches, keep_rate)
 
         def switched(inputs: dict = inputs, skip: NDArray = skip) -> None:
@@ -83,10 +83,8 @@ def measure_backbone(core, keep_rate: float | str, batch_size: int, pairs: int) 
 
         ratios.append(compare(lambda inputs=inputs: backbone.logits(inputs), switched))
         # Every row is computed at the batch's padded length, dense and switched alike.
-        lengths = [np.full(batch_size, inputs["input_ids"].shape[1])]
-        if backbone.generates:
-            lengths.append(np.full(batch_size, inputs["labels"].shape[1]))
-        always, costs = backbone.flops.costs(*lengths)
+        source, target = (np.full(batch_size, inputs[name].shape[-1]) for name in ("input_ids", "labels"))
+        always, costs = backbone.head.answer_costs(backbone.flops, source, target, source)
         used += float((always + (costs * (1 - skip)).sum(axis=1)).sum())
         dense_flops += float((always + costs.sum(axis=1)).sum())
     return used / dense_flops, statistics.median(ratios[WARM_UP:])

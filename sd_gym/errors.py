@@ -8,6 +8,10 @@ LONGEST_VALUE = 80
 LONGEST_MESSAGE = 300
 
 
+class DataError(ValueError):
+    """A data set that cannot be used; the message names the file and line."""
+
+
 def short(value: Any) -> str:
     """A value as a message shows it."""
     return _cut(repr(value), LONGEST_VALUE)

@@ -369,7 +369,7 @@ def test_a_front_is_what_each_policy_reaches_alone(env):
     front = front_of(env.core, split, policies)
     for policy, quality, flops in zip(policies, front.quality, front.flops_ratio, strict=False):
         alone = decide_and_score(env.core, policy, split)
-        own = policy.flops / split.dense_flops(np.arange(len(split))) if policy.head.weight.any() else 0
+        own = policy.flops / split.costs.dense_flops(np.arange(len(split))) if policy.head.weight.any() else 0
         np.testing.assert_array_equal(quality, alone["quality"])
         np.testing.assert_allclose(flops, alone["flops_ratio"] + own)
     np.testing.assert_array_equal(front.flops_ratio[-1], 1.0)

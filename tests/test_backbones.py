@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import sd_gym  # noqa: F401  (registers the ids)
 from sd_gym.backbones.checks import BackboneError, positions_of, usable_device
+from sd_gym.backbones.heads import LabelHead, SpanHead
 from sd_gym.backbones.load import load_backbone, load_model
 from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, TINY, make_extractor, make_model
 
@@ -50,12 +51,12 @@ def test_only_a_head_that_is_asked_for_may_be_new_and_it_is_seeded(folder):
     heads = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        heads.append(load_model(str(folder), num_labels=4)[0].classifier.weight)
+        heads.append(load_model(str(folder), head=LabelHead, num_labels=4)[0].classifier.weight)
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
     change_weights(folder, lambda weights: weights.pop("bert.encoder.layer.1.output.dense.weight"))
     with pytest.raises(BackboneError, match=r"such as 'bert\.encoder\.layer\.1"):
-        load_model(str(folder), num_labels=4)
+        load_model(str(folder), head=LabelHead, num_labels=4)
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODER + DECODER + ENCODER)
@@ -66,18 +67,18 @@ def test_every_architecture_loads_as_saved_and_with_new_heads(tmp_path, name, ti
     loaded, _ = load_model(str(tmp_path))
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
     if name not in ("pegasus", "marian"):  # which have no head that classifies
-        assert load_model(str(tmp_path), num_labels=3)[0].config.num_labels == 3
+        assert load_model(str(tmp_path), head=LabelHead, num_labels=3)[0].config.num_labels == 3
     if name in ENCODER:
-        load_model(str(tmp_path), extracts=True)
+        load_model(str(tmp_path), head=SpanHead)
         make_extractor(name).save_pretrained(tmp_path)
         load_model(str(tmp_path))
-        assert load_model(str(tmp_path), num_labels=3)[0].config.num_labels == 3
+        assert load_model(str(tmp_path), head=LabelHead, num_labels=3)[0].config.num_labels == 3
 
 
 def test_a_body_of_another_size_is_refused_even_where_the_head_is_new(folder):
     change_config(folder, vocab_size=50)
     with pytest.raises(BackboneError, match=r"another size, such as 'bert\.embeddings\.word_embeddings"):
-        load_model(str(folder), num_labels=3)
+        load_model(str(folder), head=LabelHead, num_labels=3)
 
 
 def test_layers_that_config_json_does_not_describe_are_refused(folder):

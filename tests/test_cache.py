@@ -8,12 +8,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sd_gym.backbones.heads import LabelHead, Seq2SeqHead, SpanHead
 from sd_gym.tasks import cache
 from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.encoding import encode
 from sd_gym.tasks.instance import Instance
 
-SETTINGS = {"output": "span", "max_source_length": 9, "max_target_length": 4}
+SETTINGS = {"head": SpanHead(), "max_source_length": 9, "max_target_length": 4}
+HEADS = [SpanHead(), Seq2SeqHead(), LabelHead({"0": 0, "1": 1, "good": 0, "": 1})]
 INSTANCES = [
     Instance("a", "the food", "good", 0, "the food was good", ((0, 8),), ("food was good",), ((13, 17),)),
     Instance("b", "the room", "", 0, "not awful", ((0, 8),)),
@@ -36,11 +38,11 @@ def same(one, other):
             assert np.array_equal(np.asarray(first), np.asarray(second)), field.name
 
 
-@pytest.mark.parametrize("output", ["span", "text", "label"])
-def test_what_is_read_is_what_was_encoded(output, tiny_tokenizer, monkeypatch):
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.name)
+def test_what_is_read_is_what_was_encoded(head, tiny_tokenizer, monkeypatch):
     instances = [dataclasses.replace(one, target=n) for n, one in enumerate(INSTANCES)]
-    instances = instances if output == "label" else INSTANCES
-    settings = {**SETTINGS, "output": output, "label2id": {"0": 0, "1": 1}}
+    instances = instances if head.name == "label" else INSTANCES
+    settings = {**SETTINGS, "head": head}
     fresh = encode(instances, tiny_tokenizer, **settings)
     same(fresh, encode_cached(instances, tiny_tokenizer, **settings))
     monkeypatch.setattr(cache, "encode", None)  # it is not called again
@@ -71,12 +73,12 @@ def test_everything_that_matters_makes_another_file(small, tiny_tokenizer):
             setattr(tiny_tokenizer, attribute, before[0])
 
 
-@pytest.mark.parametrize("output", ["span", "text", "label"])
-def test_the_side_of_truncation_counts(output, tiny_tokenizer):
-    settings = {"output": output, "max_source_length": 4, "max_target_length": 3, "label2id": {"good": 0, "": 1}}
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.name)
+def test_the_side_of_truncation_counts(head, tiny_tokenizer):
+    settings = {"head": head, "max_source_length": 4, "max_target_length": 3}
     instances = [dataclasses.replace(one, source_pair=None, protected=()) for one in INSTANCES]
-    instances = INSTANCES if output == "span" else instances
-    settings["max_source_length"] = 7 if output == "span" else 3
+    instances = INSTANCES if head.name == "span" else instances
+    settings["max_source_length"] = 7 if head.name == "span" else 3
     right = encode_cached(instances, tiny_tokenizer, **settings)
     tiny_tokenizer.truncation_side = "left"
     try:

@@ -57,18 +57,18 @@ def test_exhaustive_search_finds_the_cheapest_good_decision_of_each_instance(env
     found = exhaustive_each(core, split, rows, good_in(core, split), nobody)
     _, quality, ratio = everything(core, split)
     cheapest = np.where(quality >= quality[0], ratio, np.inf).min(axis=0)
-    np.testing.assert_allclose(split.flops_ratio(rows, found), cheapest)
+    np.testing.assert_allclose(split.costs.flops_ratio(rows, found), cheapest)
 
 
 def test_a_wider_beam_is_never_worse_and_always_good(env):
     core, split = env.core, env.core.split("train")
     rows, good = np.arange(len(split)), good_in(env.core, env.core.split("train"))
-    best = split.flops_ratio(rows, exhaustive_each(core, split, rows, good, nobody))
+    best = split.costs.flops_ratio(rows, exhaustive_each(core, split, rows, good, nobody))
     last = np.ones(len(rows))
     for width in (1, 4, 64):
         found = search_each(core, split, rows, list(range(core.n_switches)), good, nobody, width=width)
         assert good(rows, found).all()
-        ratio = split.flops_ratio(rows, found)
+        ratio = split.costs.flops_ratio(rows, found)
         assert ratio.mean() <= last.mean() + 1e-12
         last = ratio
     np.testing.assert_allclose(last, best)  # wide enough to hold all 64 decisions
@@ -80,9 +80,9 @@ def test_a_greedy_path_changes_one_component_at_a_time(env, forward):
     rows = np.arange(len(split))
     path = greedy_path(core, split, rows, nobody, forward=forward)
     np.testing.assert_array_equal(path[0 if forward else -1][:-1], 1)
-    kept = [(split.run(rows, np.tile(mask, (len(rows), 1)))).mean() for mask in path]
+    kept = [(split.scoring.run(rows, np.tile(mask, (len(rows), 1)))).mean() for mask in path]
     if forward:
-        dense = split.run(rows, np.zeros((len(rows), len(core.nvec)), dtype=int)).mean()
+        dense = split.scoring.run(rows, np.zeros((len(rows), len(core.nvec)), dtype=int)).mean()
         assert max(kept[:-1], default=0.0) < dense <= kept[-1]
     else:
         assert not path[0].any()
@@ -97,6 +97,9 @@ class Known:
 
     nvec = np.array([2, 2, 2, 3])
     shares = np.array([0.2, 0.2, 0.3, 0.1])
+
+    def __init__(self):
+        self.costs = self.scoring = self
 
     def quality_and_likelihood(self, rows, decisions):
         first, second, third, level = decisions.T
@@ -145,7 +148,7 @@ def test_the_static_agent_finds_the_best_of_all_masks(settings, tmp_path):
     best = ratio[kept].mean(axis=1).min()
     assert best < 1
     mask = np.array([[*result["skip_rate"].values(), 0]]).astype(int)
-    assert split.flops_ratio(np.arange(len(split)), np.tile(mask, (len(split), 1))).mean() == pytest.approx(best)
+    assert split.costs.flops_ratio(np.arange(len(split)), np.tile(mask, (len(split), 1))).mean() == pytest.approx(best)
 
 
 def test_no_policy_saves_more_than_the_oracle(settings, tmp_path):
@@ -163,7 +166,7 @@ def test_early_exit_leaves_at_the_first_sure_layer(env):
     rows = np.arange(len(split))
     confidence = agent._confidence(split)
     assert confidence.shape == (len(split), 3)
-    dense = split.confidence(rows, np.zeros((len(split), len(env.core.nvec)), dtype=int))
+    dense = split.passes.confidence(rows, np.zeros((len(split), len(env.core.nvec)), dtype=int))
     np.testing.assert_allclose(confidence[:, -1], dense)
     agent.threshold = float(np.median(confidence[:, 0]))
     decided = agent.decided(split)

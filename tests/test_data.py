@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from sd_gym.backbones.heads.label import class_index
 from sd_gym.tasks.data import DataError, load_split
-from sd_gym.tasks.encoding import class_index
 from sd_gym.tasks.instance import Instance
 
 

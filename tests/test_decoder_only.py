@@ -64,16 +64,16 @@ def test_the_env_passes_the_checks_and_scores_each_row_as_alone(data, backbone, 
     core = env.unwrapped.core
     split, rows = core.split("test"), np.arange(12)
     decisions = decisions_for(core, 12)
-    together = split.run(rows, decisions)
-    alone = [split.run(rows[i : i + 1], decisions[i : i + 1])[0] for i in rows]
+    together = split.scoring.run(rows, decisions)
+    alone = [split.scoring.run(rows[i : i + 1], decisions[i : i + 1])[0] for i in rows]
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)
-    assert (split.flops_ratio(rows, 0 * decisions) == 1).all()
+    assert (split.costs.flops_ratio(rows, 0 * decisions) == 1).all()
 
 
 def test_likelihood_is_that_of_the_model_relative_to_the_untouched_one(data, backbone):
     core = make(data, backbone, quality="likelihood").unwrapped.core
     split, decisions = core.split("test"), decisions_for(core, 12)
-    quality, reference = split.quality(np.arange(12), decisions)
+    quality, reference = split.scoring.quality(np.arange(12), decisions)
     np.testing.assert_array_equal(reference, 1.0)
     assert (quality != 1.0).any()
     for row in (0, 5):
@@ -94,10 +94,10 @@ def test_an_answer_ends_at_the_stop(data, backbone):
     settings = {"quality": "metric", "metric": "squad", "max_target_length": 8}
     whole, rows = make(data, backbone, **settings).unwrapped.core, np.arange(12)
     dense = np.zeros((12, len(whole.nvec)), dtype=np.int64)
-    texts = whole.split("test").texts(rows, dense)
+    texts = whole.split("test").passes.answers(rows, dense)
     stop = max(texts, key=lambda text: len(set(text.split()))).split()[-1]
     core = make(data, backbone, stop=stop, **settings).unwrapped.core
-    ended = core.split("test").texts(rows, dense)
+    ended = core.split("test").passes.answers(rows, dense)
     assert ended != texts
     assert ended == [text.partition(stop)[0].strip() for text in texts]
     for labels, instance in zip(core.split("test").encoded.labels, core.split("test").instances, strict=True):
@@ -118,7 +118,7 @@ def test_a_prompt_is_decided_on_in_its_pass_as_before_it(data, backbone):
         for row in range(6):
             rows = np.array([row])
             ((_, logits, _),) = core.decided_logits(split, rows, decide)
-            ((_, expected, _),) = split.logits(rows, decide(core.observe(split, rows)))
+            ((_, expected, _),) = split.passes.logits(rows, decide(core.observe(split, rows)))
             assert torch.equal(logits, expected)
             np.testing.assert_allclose(seen[-2], seen[-1], rtol=1e-4, atol=1e-4)
 
@@ -131,8 +131,8 @@ def test_analytic_flops_are_counted_flops(data, backbone):
     decisions[:, -1] = [0, 1]
     for row in range(2):
         with FlopCounterMode(display=False) as counter:
-            split.run(np.array([row]), decisions[row : row + 1])
-        assert counter.get_total_flops() == split.flops(np.array([row]), decisions[row : row + 1])[0]
+            split.scoring.run(np.array([row]), decisions[row : row + 1])
+        assert counter.get_total_flops() == split.costs.flops(np.array([row]), decisions[row : row + 1])[0]
 
 
 def test_only_the_context_loses_tokens_and_only_the_context_is_cut(data, backbone):
@@ -144,13 +144,13 @@ def test_only_the_context_loses_tokens_and_only_the_context_is_cut(data, backbon
         assert len(ids) <= 13
         question = f"Question : {split.instances[row].source} Answer :"
         assert tokenizer.decode(ids).endswith(question)
-        kept = ids[torch.from_numpy(~split.droppable[row, : len(ids)])]
+        kept = ids[torch.from_numpy(~split.tokens.droppable[row, : len(ids)])]
         assert tokenizer.decode(kept) == question
     with pytest.raises(DataError, match="the prompt alone has 7 of max_source_length 7 tokens"):
         make(data, backbone, max_source_length=7)
     with pytest.raises(DataError, match="the prompt must name"):
         make(data, backbone, prompt="Say it:")
-    with pytest.raises(ConfigError, match="decoder-only; say with the config key 'prompt'"):
+    with pytest.raises(ConfigError, match="decoder-only; say with 'prompt'"):
         make(data, backbone, prompt=None)
 
 
@@ -179,18 +179,16 @@ def test_preparing_teaches_the_answer_behind_the_prompt(backbone, tmp_path):
     )
     core = env.unwrapped.core
     split = core.split("test")
-    assert split.run(np.arange(4), np.zeros((4, len(core.nvec)), dtype=np.int64)).mean() > 0.9
+    assert split.scoring.run(np.arange(4), np.zeros((4, len(core.nvec)), dtype=np.int64)).mean() > 0.9
 
 
 def test_the_loss_is_on_the_answer_alone(data, backbone):
-    from sd_gym.backbones.forward import forward
-    from sd_gym.backbones.prepare import task_loss
 
     core = make(data, backbone).unwrapped.core
     split = core.split("train")
-    inputs = split.inputs(np.arange(5))
+    inputs = split.passes.inputs(np.arange(5))
     with torch.inference_mode():
-        loss = task_loss(forward(core.backbone.board, inputs), inputs["labels"])
+        loss = core.backbone.head.loss(core.backbone.logits(inputs), inputs["labels"])
         # Hugging Face's loss: labels of the whole sequence, -100 at the prompt and at the padding.
         ids = torch.cat([inputs["input_ids"], inputs["labels"].clamp(min=0)], dim=1)
         mask = torch.cat([inputs["attention_mask"], (inputs["labels"] >= 0).long()], dim=1)

@@ -119,7 +119,7 @@ def test_all_zeros_is_the_untouched_model_bit_for_bit(env_id):
     assert (outcome.flops_ratio == 1).all()
     np.testing.assert_array_equal(outcome.quality, outcome.quality_ref)
     untouched = AutoModelForSeq2SeqLM.from_pretrained(BUNDLED["mini"]).eval()
-    inputs = split.encoded.batch(rows, torch.device("cpu"))
+    inputs = split.passes.inputs(rows)
     with torch.inference_mode(), core.backbone.board.decide(np.zeros((20, core.n_switches))):
         assert torch.equal(core.backbone.logits(inputs), untouched(**inputs, use_cache=False).logits)
 
@@ -137,8 +137,8 @@ def test_a_batch_of_mixed_decisions_scores_as_each_row_alone(env_id, shares):
     core = gym.make(env_id, **SMALL, token_shares=shares).unwrapped.core
     split, rows = core.split("train"), np.arange(60)
     decisions = random_decisions(core, 60, 0.5)
-    together = split.run(rows, decisions)
-    alone = np.array([split.run(rows[i : i + 1], decisions[i : i + 1])[0] for i in range(60)])
+    together = split.scoring.run(rows, decisions)
+    alone = np.array([split.scoring.run(rows[i : i + 1], decisions[i : i + 1])[0] for i in range(60)])
     np.testing.assert_array_equal(together, alone)
     assert 0 < together.mean() < 1
 
@@ -148,20 +148,20 @@ def test_exact_match_of_one_forward_pass_is_exact_match_of_generating(env_id):
     core = gym.make(env_id, **SMALL, token_shares=[0.0, 0.1]).unwrapped.core
     backbone, split, rows = core.backbone, core.split("test"), np.arange(20)
     decisions = random_decisions(core, 20, 0.2, seed=1)
-    inputs = split.encoded.batch(rows, torch.device("cpu"))
+    inputs = split.passes.inputs(rows)
     inputs.pop("labels")
-    with torch.inference_mode(), split.decide(rows, decisions):
+    with torch.inference_mode(), split.passes.decide(rows, decisions):
         tokens = backbone.model.generate(**inputs, max_new_tokens=32, do_sample=False)
     texts = backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     generated = [float(text == split.instances[row].target) for row, text in zip(rows, texts, strict=True)]
-    np.testing.assert_array_equal(split.run(rows, decisions), generated)
+    np.testing.assert_array_equal(split.scoring.run(rows, decisions), generated)
 
 
 @pytest.mark.parametrize("env_id", MINI)
 def test_the_bundled_backbone_is_right_on_at_least_95_percent(env_id):
     core = gym.make(env_id, train_size=60, validation_size=20, test_size=500).unwrapped.core
     split = core.split("test")
-    assert split.run(np.arange(500), np.zeros((500, len(core.nvec)), dtype=np.int64)).mean() >= 0.95
+    assert split.scoring.run(np.arange(500), np.zeros((500, len(core.nvec)), dtype=np.int64)).mean() >= 0.95
 
 
 @pytest.mark.parametrize("ranking", ["attention", "idf", "position", "random"])
@@ -176,10 +176,10 @@ def test_token_levels_drop_tokens_but_never_the_question(ranking):
     for level in range(3):
         decisions = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
         decisions[:, -1] = level
-        kept = split._keep(rows, decisions[:, -1]) if level else None
-        ratios.append(split.flops_ratio(rows, decisions))
+        kept = split.tokens.kept(rows, decisions[:, -1]) if level else None
+        ratios.append(split.costs.flops_ratio(rows, decisions))
         if level:
-            np.testing.assert_array_equal(kept.sum(axis=1), split.kept_length(rows, decisions[:, -1]))
+            np.testing.assert_array_equal(kept.sum(axis=1), split.tokens.kept_length(rows, decisions[:, -1]))
             for row in rows:
                 tokens = split.encoded.input_ids[row, : kept.shape[1]][torch.from_numpy(kept[row])]
                 text = core.backbone.tokenizer.decode(tokens)
@@ -197,14 +197,14 @@ def test_ranking_by_attention_costs_nothing_where_nothing_is_dropped():
     split, rows = core.split("test"), np.arange(SMALL["test_size"])
     decisions = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
     decisions[:, -1] = 1  # a thousandth of the tokens is none
-    assert (split.kept_length(rows, decisions[:, -1]) == split.encoded.source_length).all()
-    assert (split.flops_ratio(rows, decisions) == 1).all()
-    quality, quality_ref = split.quality(rows, decisions)
+    assert (split.tokens.kept_length(rows, decisions[:, -1]) == split.encoded.source_length).all()
+    assert (split.costs.flops_ratio(rows, decisions) == 1).all()
+    quality, quality_ref = split.scoring.quality(rows, decisions)
     np.testing.assert_array_equal(quality, quality_ref)
     # Where tokens are dropped, ranking them is counted: the same lengths cost more than by position.
     decisions[:, -1] = 2
     by_position = gym.make("SD/Summarization-Mini-v0", **settings | {"token_ranking": "position"}).unwrapped.core
-    assert (split.flops(rows, decisions) > by_position.split("test").flops(rows, decisions)).all()
+    assert (split.costs.flops(rows, decisions) > by_position.split("test").flops(rows, decisions)).all()
 
 
 def test_more_than_255_token_levels_are_told_apart():
@@ -214,8 +214,8 @@ def test_more_than_255_token_levels_are_told_apart():
     for level in (0, 256, 299, 43):  # 256 and 299 are 0 and 43 in eight bits
         decisions = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
         decisions[:, -1] = level
-        np.testing.assert_array_equal(split.quality(rows, decisions)[0], split.run(rows, decisions))
-    assert split.quality(rows, decisions)[0].mean() < split.quality(rows, decisions)[1].mean()
+        np.testing.assert_array_equal(split.scoring.quality(rows, decisions)[0], split.scoring.run(rows, decisions))
+    assert split.scoring.quality(rows, decisions)[0].mean() < split.scoring.quality(rows, decisions)[1].mean()
 
 
 def test_all_shells_agree_on_the_same_instances_and_decisions():
@@ -267,8 +267,10 @@ def test_scores_are_computed_once(monkeypatch):
     env = gym.make_vec(MINI[0], num_envs=4, **SMALL, penalty=9.0).unwrapped
     split = env.core.split("train")
     runs = []
-    original = split.run
-    monkeypatch.setattr(split, "run", lambda rows, decisions: (runs.append(len(rows)), original(rows, decisions))[1])
+    original = split.scoring.run
+    monkeypatch.setattr(
+        split.scoring, "run", lambda rows, decisions: (runs.append(len(rows)), original(rows, decisions))[1]
+    )
     rows, decision = np.array([0, 1, 2, 2]), np.zeros((4, len(env.core.nvec)), dtype=int)
     decision[:, 0] = 1
     first = env.core.score(split, rows, decision)

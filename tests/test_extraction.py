@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from sd_gym.backbones.prepare import distillation_loss, task_loss
-from sd_gym.backbones.spans import NOWHERE, best_spans, span_log_likelihood
+from sd_gym.backbones.heads import SpanHead
+from sd_gym.backbones.heads.span import NOWHERE, best_spans, span_log_likelihood, span_texts
 from sd_gym.envs import ConfigError
 from sd_gym.tasks.data import DataError, Source, load_split
 from sd_gym.tasks.encoding import encode
 from sd_gym.tasks.instance import Instance
-from sd_gym.tasks.metrics import likelihood
 from sd_gym.tasks.preparation import prepare_backbone
 from sd_gym.tasks.text import normalised
 from tests.conftest import WORDS, make_extractor, make_model, varied
@@ -51,21 +50,23 @@ def test_likelihood_adds_the_probabilities_of_the_right_spans():
     start, end = [0.1, 0.6, 0.3], [0.2, 0.3, 0.5]
     logits = torch.tensor([[start, end]] * 3).log() + 7  # a constant changes nothing
     spans = torch.tensor([[[1, 2], [0, 0]], [[1, 1], [-100, -100]], [[-100, -100], [-100, -100]]])
-    assert likelihood(logits, spans).tolist() == pytest.approx([0.6 * 0.5 + 0.1 * 0.2, 0.6 * 0.3, 0.0])
-    assert task_loss(logits, spans).item() == pytest.approx(-(np.log(0.32) + np.log(0.18)) / 2, rel=1e-5)
-    assert task_loss(logits, spans[2:].expand(3, -1, -1)).item() == 0.0  # nothing to learn from: no loss, and no NaN
+    assert SpanHead().likelihood(logits, spans).tolist() == pytest.approx([0.6 * 0.5 + 0.1 * 0.2, 0.6 * 0.3, 0.0])
+    assert SpanHead().loss(logits, spans).item() == pytest.approx(-(np.log(0.32) + np.log(0.18)) / 2, rel=1e-5)
+    assert (
+        SpanHead().loss(logits, spans[2:].expand(3, -1, -1)).item() == 0.0
+    )  # nothing to learn from: no loss, and no NaN
     assert span_log_likelihood(logits, spans)[2] == -torch.inf
 
 
 def test_distillation_of_spans_compares_what_both_may_choose():
     dense = torch.tensor([[[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]]]).log()
     labels = torch.tensor([[[1, 1]]])
-    assert distillation_loss(dense, dense, labels).item() == pytest.approx(0, abs=1e-6)
+    assert SpanHead().distillation(dense, dense, labels).item() == pytest.approx(0, abs=1e-6)
     switched = torch.tensor([[[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]]).log().clamp(min=NOWHERE)
     # Without the third token the dense output is (2/3, 1/3) and (1/3, 2/3).
     expected = 2 * (2 / 3 * np.log(2 / 3 / 0.5) + 1 / 3 * np.log(1 / 3 / 0.5))
     switched.requires_grad_()
-    loss = distillation_loss(switched, dense, labels)
+    loss = SpanHead().distillation(switched, dense, labels)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
     assert torch.isfinite(switched.grad).all()
@@ -81,7 +82,7 @@ def question(context, answers, starts=None, number=0):
 
 
 def encoded(instances, tokenizer, limit=32, unanswerable=True):
-    options = {"output": "span", "max_source_length": limit, "max_target_length": 8, "unanswerable": unanswerable}
+    options = {"head": SpanHead(), "max_source_length": limit, "max_target_length": 8, "unanswerable": unanswerable}
     return encode(instances, tokenizer, **options)
 
 
@@ -98,7 +99,7 @@ def test_the_label_is_the_answer_and_the_span_is_its_original_text(data, tiny_to
     split = encoded([question(context, [answer], [start])], tiny_tokenizer)
     before = 1 + 3 + 1  # [CLS], the question, [SEP]
     assert split.labels.tolist() == [[[before + first, before + last]]]
-    assert split.span_texts(np.array([0]), split.labels[:, 0].numpy(), [context]) == [answer]
+    assert span_texts(split, np.array([0]), split.labels[:, 0].numpy(), [context]) == [answer]
     assert split.context_mask[0].tolist() == [True] + [False] * 4 + [True] * len(words) + [False]
 
 
@@ -197,7 +198,7 @@ def test_the_env_passes_the_checks_and_each_row_answers_as_alone(data, extractor
     run = probable.unwrapped.core.split("test").run
     alone = [run(rows[i : i + 1], decisions[i : i + 1])[0] for i in rows]
     np.testing.assert_allclose(run(rows, decisions), alone, rtol=1e-4, atol=1e-6)
-    together = split.texts(rows, decisions)
+    together = split.passes.answers(rows, decisions)
     assert len(set(together)) > 3
     kept_end = np.where(decisions[:, -1] > 0, 0.5, 1.0)
     for text, instance, share in zip(together, split.instances, kept_end, strict=True):
@@ -205,15 +206,15 @@ def test_the_env_passes_the_checks_and_each_row_answers_as_alone(data, extractor
         # The context's last tokens were dropped, so no answer ends there.
         words = instance.source_pair.split()
         assert text in " ".join(words[: int(np.ceil(share * len(words)))])
-    assert set(split.metrics(rows, decisions)) == {"exact_match", "f1"}
+    assert set(split.scoring.metrics(rows, decisions)) == {"exact_match", "f1"}
     exact = make(data, extractor, quality="exact_match", metric="exact_match").unwrapped.core.split("test")
     nothing = np.zeros((24, len(core.nvec)), dtype=np.int64)
-    texts = exact.texts(rows, nothing)
+    texts = exact.passes.answers(rows, nothing)
     matches = [
         normalised(text) in map(normalised, one.references or ("",))
         for text, one in zip(texts, exact.instances, strict=True)
     ]
-    assert exact.run(rows, nothing).tolist() == [float(match) for match in matches]
+    assert exact.scoring.run(rows, nothing).tolist() == [float(match) for match in matches]
 
 
 @pytest.mark.parametrize("quality", ["metric", "exact_match", "likelihood"])
@@ -225,13 +226,13 @@ def test_quality_comes_with_the_likelihood_from_the_same_passes(quality, data, t
     split, rows, decisions = core.split("test"), np.arange(24), decisions_for(core, 24)
     passes = []
     core.backbone.model.register_forward_hook(lambda *_: passes.append(1))
-    expected = split.run(rows, decisions)
+    expected = split.scoring.run(rows, decisions)
     alone = len(passes)
-    found, probability = split.quality_and_likelihood(rows, decisions)
+    found, probability = split.scoring.quality_and_likelihood(rows, decisions)
     assert len(passes) - alone <= alone
     np.testing.assert_array_equal(found, expected)
     likely = make(data, str(tmp_path), quality="likelihood").unwrapped.core.split("test")
-    np.testing.assert_array_equal(probability, likely.quality_and_likelihood(rows, decisions)[1])
+    np.testing.assert_array_equal(probability, likely.scoring.quality_and_likelihood(rows, decisions)[1])
 
 
 def test_likelihood_is_that_of_the_untouched_model(data, tmp_path, tiny_tokenizer):
@@ -239,7 +240,7 @@ def test_likelihood_is_that_of_the_untouched_model(data, tmp_path, tiny_tokenize
     model.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     split = make(data, str(tmp_path), quality="likelihood").unwrapped.core.split("test")
-    _, probability = split.quality_and_likelihood(np.arange(24), np.zeros((24, 7), dtype=np.int64))
+    _, probability = split.scoring.quality_and_likelihood(np.arange(24), np.zeros((24, 7), dtype=np.int64))
     for row, instance in enumerate(split.instances[:6]):
         inputs = tiny_tokenizer(instance.source, instance.source_pair, return_tensors="pt")
         with torch.inference_mode():
@@ -257,10 +258,10 @@ def test_analytic_flops_are_counted_flops(data, extractor):
     split, decisions = core.split("train"), decisions_for(core, 2)
     decisions[:, -1] = [0, 1]
     for row in range(2):
-        split.token_scores, split.droppable  # noqa: B018  (ranking is not part of the pass)
+        split.tokens.scores, split.tokens.droppable  # noqa: B018  (ranking is not part of the pass)
         with FlopCounterMode(display=False) as counter:
-            split.run(np.array([row]), decisions[row : row + 1])
-        assert counter.get_total_flops() == split.flops(np.array([row]), decisions[row : row + 1])[0]
+            split.scoring.run(np.array([row]), decisions[row : row + 1])
+        assert counter.get_total_flops() == split.costs.flops(np.array([row]), decisions[row : row + 1])[0]
 
 
 def test_a_backbone_of_the_wrong_kind_is_refused(data, tmp_path, tiny_tokenizer, tiny_backbone):
@@ -300,7 +301,7 @@ def test_a_bare_encoder_learns_to_extract_and_to_bear_skipping_and_dropping(data
     assert set(report["quality_by_token_share"]["after"]) == {"0.3"}
     core = make(data, str(tmp_path / "out")).unwrapped.core
     split = core.split("test")
-    quality = split.run(np.arange(24), np.zeros((24, len(core.nvec)), dtype=np.int64))
+    quality = split.scoring.run(np.arange(24), np.zeros((24, len(core.nvec)), dtype=np.int64))
     assert quality.mean() == pytest.approx(after["0.0"])
 
 

@@ -99,7 +99,7 @@ def test_balanced_quality_is_balanced_accuracy_and_tells_matthews(tmp_path, tiny
     split = core.split("train")
     rows = np.arange(len(split))
     decisions = np.random.default_rng(0).integers(core.nvec, size=(len(rows), len(core.nvec)))
-    quality = split.run(rows, decisions)
+    quality = split.scoring.run(rows, decisions)
     labels = split.encoded.labels.numpy()
     predicted = np.where(quality > 0, labels, 1 - labels)
     assert labels.mean() == 5 / 12
@@ -107,8 +107,8 @@ def test_balanced_quality_is_balanced_accuracy_and_tells_matthews(tmp_path, tiny
     balanced = quality.mean()
     assert balanced == pytest.approx(balanced_accuracy_score(labels, predicted))
     matthews = (2 * balanced - 1) * labels.std() / predicted.std()
-    assert split.metrics(rows, decisions) == {"matthews": pytest.approx(matthews)}
-    np.testing.assert_array_equal(split.quality_and_likelihood(rows, decisions)[0], quality)
+    assert split.scoring.metrics(rows, decisions) == {"matthews": pytest.approx(matthews)}
+    np.testing.assert_array_equal(split.scoring.quality_and_likelihood(rows, decisions)[0], quality)
 
 
 def test_scores_and_texts_have_no_classes_to_balance(tmp_path, tiny_tokenizer):
@@ -132,8 +132,8 @@ def test_the_flops_of_a_bart_classifier_are_counted(tmp_path, tiny_tokenizer):
     decision[0, ::3] = 1
     decision[0, -1] = 0
     with FlopCounterMode(display=False) as counter:
-        split.run(np.array([3]), decision)
-    assert counter.get_total_flops() == split.flops(np.array([3]), decision)[0]
+        split.scoring.run(np.array([3]), decision)
+    assert counter.get_total_flops() == split.costs.flops(np.array([3]), decision)[0]
 
 
 def test_all_glue_ids_are_registered():

@@ -87,7 +87,7 @@ def test_what_is_learned_is_worth_more_than_any_mask_of_the_path(env, tmp_path):
     assert not path[0].any()
     assert all(np.abs(after - before).sum() == 1 for before, after in pairwise(path))
 
-    flops = np.stack([split.flops_ratio(rows, np.tile(mask, (len(rows), 1))) for mask in path], axis=1)
+    flops = np.stack([split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))) for mask in path], axis=1)
     decided = agent.policy().decide(env.core.observe(split, rows))
     outcome = env.core.score(split, rows, decided)
     price = outcome.flops_ratio + 2.0 * (outcome.quality_ref - outcome.quality)
@@ -113,7 +113,7 @@ def test_a_blind_imitation_finds_the_best_mask_of_the_path(env, tmp_path):
     split = env.core.split("train")
     rows, path, lost = agent.searched
     learned = rows[len(rows) // 10 :], lost[len(rows) // 10 :]  # the first tenth is held out
-    flops = np.array([split.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in path])
+    flops = np.array([split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in path])
     decided = np.unique(agent.policy().decide(env.core.observe(split, rows)), axis=0)
     assert len(decided) == 1
     price = flops + 2.0 * learned[1].mean(axis=0)

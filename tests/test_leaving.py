@@ -118,25 +118,25 @@ def test_on_raw_texts_it_decides_and_answers_as_in_the_env(task, ranking, tmp_pa
     split, every = core.split("test"), np.arange(24)
     decisions = policy.decide(core.observe(split, every))
     assert len(np.unique(decisions, axis=0)) > 1
-    answers = split.answers(every, decisions)
+    answers = split.passes.answers(every, decisions)
     model = sd_gym.load(tmp_path / "artefact")
     try:
         came = model(texts)
         np.testing.assert_array_equal([one.skip for one in came], decisions[:, :-1])
         np.testing.assert_array_equal([one.token_level for one in came], decisions[:, -1])
         assert [one.answer for one in came] == answers
-        assert [one.answer for one in model(texts, dense=True)] == split.answers(every, 0 * decisions)
-        if not split.backbone.generates:  # there the env counts the right answer's length
-            ratio = split.flops_ratio(every, decisions) + policy.flops / split.dense_flops(every)
+        assert [one.answer for one in model(texts, dense=True)] == split.passes.answers(every, 0 * decisions)
+        if split.head.gives != "text":  # there the env counts the right answer's length
+            ratio = split.costs.flops_ratio(every, decisions) + policy.flops / split.costs.dense_flops(every)
             np.testing.assert_allclose([one.flops_ratio for one in came], ratio)
         # Inside the model itself, on the env's own inputs.
-        inputs = split.inputs(every)
+        inputs = split.passes.inputs(every)
         wanted = {"input_ids", "attention_mask", "token_type_ids"} & inputs.keys()
         inputs = {name: inputs[name] for name in wanted}
         tells = ranking is None or artefact.protection is not None
         if tells:
-            call = model.model.generate if split.backbone.generates else model.model
-            call(**inputs, **({"max_new_tokens": 2} if split.backbone.generates else {}))
+            call = model.model.generate if split.head.gives == "text" else model.model
+            call(**inputs, **({"max_new_tokens": 2} if split.head.gives == "text" else {}))
             np.testing.assert_array_equal(model.model.decisions.skip, decisions[:, :-1])
         assert tells or task in ("answered", "prompted")
     finally:

@@ -13,7 +13,8 @@ from sd_gym.agents.common.run import load_run, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from sd_gym.backbones.prepare import decisions_around, distillation_loss, prepare, sandwich_loss, task_loss
+from sd_gym.backbones.heads import head_of
+from sd_gym.backbones.prepare import decisions_around, prepare, sandwich_loss
 from sd_gym.cli import app
 from sd_gym.envs.core import shared_core
 from sd_gym.switch import Switchboard
@@ -116,7 +117,7 @@ def test_a_decoder_without_padding_token_learns_to_classify(reviews, tmp_path, t
     env = gym.make("SD/Classification-Custom-v0", dataset=str(reviews), backbone=str(tmp_path / "out"))
     split = env.unwrapped.core.split("train")
     dense = np.zeros((32, len(split.backbone.board) + 1), dtype=np.int64)
-    assert split.run(np.arange(32), dense).mean() == 1.0
+    assert split.scoring.run(np.arange(32), dense).mean() == 1.0
 
 
 def count_steps(board, qualities, **settings):
@@ -179,12 +180,13 @@ def test_a_dropped_token_is_not_seen_by_the_switched_half_only():
     batch["keep"][0, 3] = False
     skip = torch.zeros(5, len(board), dtype=torch.int64)
     with torch.inference_mode():
+        head = head_of(board.model)
         loss, distillation = sandwich_loss(board, batch, skip)
         dense = board.model(**inputs).logits
         with board.decide(skip, batch["keep"]):
             dropped = board.model(**inputs).logits
-    assert loss.item() == pytest.approx(task_loss(dense, batch["labels"]).item(), rel=1e-5)
-    assert distillation.item() == pytest.approx(distillation_loss(dropped, dense, batch["labels"]).item(), rel=1e-4)
+    assert loss.item() == pytest.approx(head.loss(dense, batch["labels"]).item(), rel=1e-5)
+    assert distillation.item() == pytest.approx(head.distillation(dropped, dense, batch["labels"]).item(), rel=1e-4)
     assert distillation.item() > 0
 
 

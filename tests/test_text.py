@@ -130,7 +130,7 @@ def test_every_env_with_texts_runs(name, backbone, quality, tmp_path, request):
     assert ((outcome.quality >= 0) & (outcome.quality <= 1)).all()
     decisions[::2, :-1:2] = 1
     together = core.score(split, rows, decisions).quality
-    alone = [core.split("test").run(rows[i : i + 1], decisions[i : i + 1])[0] for i in range(8)]
+    alone = [core.split("test").scoring.run(rows[i : i + 1], decisions[i : i + 1])[0] for i in range(8)]
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)
     if name.endswith("v2"):
         assert split.instances[1].references == ()
@@ -147,10 +147,10 @@ def test_likelihood_is_the_mean_probability_of_the_reference(tmp_path, generator
     settings = {"dataset": data, "backbone": str(generator), "max_target_length": 32}
     core = gym.make("SD/Summarization-XSum-v0", **settings).unwrapped.core
     split = core.split("test")
-    inputs = split.encoded.batch(np.array([2]), torch.device("cpu"))
+    inputs = split.passes.inputs(np.array([2]))
     with torch.inference_mode():
         loss = core.backbone.model(**inputs).loss  # Hugging Face's mean over the reference's tokens
-    _, probability = split.quality_and_likelihood(np.array([2]), np.zeros((1, len(core.nvec)), dtype=np.int64))
+    _, probability = split.scoring.quality_and_likelihood(np.array([2]), np.zeros((1, len(core.nvec)), dtype=np.int64))
     assert probability[0] == pytest.approx(float(torch.exp(-loss)), rel=1e-5)
 
 
@@ -159,10 +159,10 @@ def test_passes_are_bounded(tmp_path, generator, monkeypatch):
     settings = {"dataset": data, "backbone": str(generator), "max_target_length": 32}
     split = gym.make("SD/Summarization-XSum-v0", **settings).unwrapped.core.split("train")
     rows, decisions = np.arange(30), np.zeros((30, len(split.backbone.board) + 1), dtype=np.int64)
-    whole = split.run(rows, decisions)
-    monkeypatch.setattr("sd_gym.envs.split.PASS_TOKENS", 50)  # three rows of 8 + 8 tokens
-    assert [len(picked) for picked, _ in split.passes(rows, decisions)] == [3] * 10
-    np.testing.assert_allclose(split.run(rows, decisions), whole, rtol=1e-5)
+    whole = split.scoring.run(rows, decisions)
+    monkeypatch.setattr("sd_gym.envs.passes.PASS_TOKENS", 50)  # three rows of 8 + 8 tokens
+    assert [len(picked) for picked, _ in split.passes.planned(rows, decisions)] == [3] * 10
+    np.testing.assert_allclose(split.scoring.run(rows, decisions), whole, rtol=1e-5)
 
 
 def test_questions_without_answer_are_refused_where_there_are_none(tmp_path):

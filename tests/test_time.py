@@ -34,20 +34,20 @@ class Drawn:
 def test_executed_flops_are_counted_flops_padding_included(task, width, monkeypatch):
     core = gym.make(f"SD/{task}-Mini-v0", **SMALL).unwrapped.core
     split, rows = core.split("test"), np.arange(12)
-    split.token_scores  # noqa: B018  (ranking by idf multiplies nothing)
+    split.tokens.scores  # noqa: B018  (ranking by idf multiplies nothing)
     decisions = Drawn(core).decide(rows)
     monkeypatch.setattr(core.backbone.model.config, "d_model", width)
     core.backbone.model.set_attn_implementation("eager")  # the only one whose products the counter sees on a CPU
     try:
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            parts = [picked for picked, _, _ in split.logits(rows, decisions)]
+            parts = [picked for picked, _, _ in split.passes.logits(rows, decisions)]
     finally:
         core.backbone.model.set_attn_implementation("sdpa")
     assert (len(parts) == 1) == (width == 1)
-    assert counter.get_total_flops() == split.executed_flops(rows, decisions, parts)
-    alone = split.executed_flops(rows, decisions, [np.array([row]) for row in range(12)])
-    assert alone == split.flops(rows, decisions).sum()
-    assert split.executed_flops(rows, decisions, parts) >= alone
+    assert counter.get_total_flops() == split.costs.executed_flops(rows, decisions, parts)
+    alone = split.costs.executed_flops(rows, decisions, [np.array([row]) for row in range(12)])
+    assert alone == split.costs.flops(rows, decisions).sum()
+    assert split.costs.executed_flops(rows, decisions, parts) >= alone
 
 
 def test_ranking_by_attention_is_executed_on_the_whole_batch():
@@ -56,7 +56,7 @@ def test_ranking_by_attention_is_executed_on_the_whole_batch():
     decisions = Drawn(core).decide(rows)
     parts = [np.array([row]) for row in range(12)]
     idf = gym.make("SD/Summarization-Mini-v0", **SMALL).unwrapped.core.split("test")
-    more = split.executed_flops(rows, decisions, parts) - idf.executed_flops(rows, decisions, parts)
+    more = split.costs.executed_flops(rows, decisions, parts) - idf.costs.executed_flops(rows, decisions, parts)
     longest = np.array([split.encoded.source_length[rows].max()])
     assert more == 12 * core.backbone.flops.costs(longest, longest)[1][0, 0]
 
@@ -78,7 +78,7 @@ def test_deciding_is_timed_from_the_tokenised_inputs_on(settings, monkeypatch):
     """What the split knows already is not used: each batch is observed and ranked anew."""
     core = gym.make("SD/Summarization-Mini-v0", **SMALL, **settings, token_ranking="attention").unwrapped.core
     split = core.split("test")
-    split.features, split.token_scores  # noqa: B018  (known)
+    split.features, split.tokens.scores  # noqa: B018  (known)
     decided = []
     looked = [
         noting(module, "first_layer_input", monkeypatch) for module in (sd_gym.policy.observation, sd_gym.envs.spaces)
@@ -107,9 +107,9 @@ def test_an_unseen_part_of_a_split_is_what_the_split_is():
     part, decisions = split.unseen(rows), Drawn(core).decide(rows)
     everything = np.arange(4)
     np.testing.assert_allclose(core.observe(part, everything), core.observe(split, rows), rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(part.flops(everything, decisions), split.flops(rows, decisions))
-    np.testing.assert_array_equal(part.token_scores, split.token_scores[rows])
-    np.testing.assert_array_equal(part.run(everything, decisions), split.run(rows, decisions))
+    np.testing.assert_array_equal(part.costs.flops(everything, decisions), split.costs.flops(rows, decisions))
+    np.testing.assert_array_equal(part.tokens.scores, split.tokens.scores[rows])
+    np.testing.assert_array_equal(part.scoring.run(everything, decisions), split.scoring.run(rows, decisions))
 
 
 def test_rarity_is_counted_once(monkeypatch):
@@ -144,7 +144,7 @@ def test_a_row_that_is_decided_on_in_its_pass_is_embedded_once(ranking):
             embedded.clear()
             ((picked, logits, labels),) = core.decided_logits(split.unseen(rows), np.array([0]), policy.decide)
             times = len(embedded)
-            ((_, expected, same),) = split.logits(rows, policy.decide(core.observe(split, rows)))
+            ((_, expected, same),) = split.passes.logits(rows, policy.decide(core.observe(split, rows)))
             assert times == (1 if ranking == "idf" else 3)  # to rank by attention takes another look
             np.testing.assert_allclose(policy.seen[-2], policy.seen[-1], rtol=1e-4, atol=1e-4)
             assert torch.equal(logits, expected)

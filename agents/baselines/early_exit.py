@@ -30,7 +30,7 @@ class EarlyExitAgent(Agent):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         backbone = self.env.core.backbone
-        if backbone.generates or backbone.model.config.num_labels < 2 or len(backbone.board.architecture.stacks) > 1:
+        if not backbone.head.sees_confidence or len(backbone.board.architecture.stacks) > 1:
             raise ValueError("early exit needs an encoder that classifies; this env's backbone is none")
         self.threshold = THRESHOLDS[-1]
 
@@ -66,9 +66,9 @@ class EarlyExitAgent(Agent):
 
     def _confidence(self, split: Split) -> NDArray:
         """Highest class probability after each layer, ``[n, layers]``."""
-        rows = np.arange(len(split))
+        rows, layers = np.arange(len(split)), np.unique(self._layers)
         return np.stack(
-            [split.confidence(rows, self._decisions(np.full(len(split), layer))) for layer in np.unique(self._layers)],
+            [split.passes.confidence(rows, self._decisions(np.full(len(split), layer))) for layer in layers],
             axis=1,
         )
 

@@ -55,9 +55,9 @@ def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, for
         if key not in known:
             scored += len(on)
             decisions = np.tile(decision, (len(on), 1))
-            quality, likelihood = split.quality_and_likelihood(on, decisions)
+            quality, likelihood = split.scoring.quality_and_likelihood(on, decisions)
             value = float(np.mean(quality + LIKELIHOOD_WEIGHT * likelihood))
-            known[key] = value, float(split.flops_ratio(on, decisions).mean())
+            known[key] = value, float(split.costs.flops_ratio(on, decisions).mean())
         return known[key]
 
     def best_first(candidates: list[Array], on: Array) -> list[Array]:
@@ -70,9 +70,9 @@ def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, for
 
         return sorted(candidates, key=price)
 
-    reference = split.run(rows, np.tile(np.zeros_like(core.nvec), (len(rows), 1))).mean() if forward else np.inf
+    reference = split.scoring.run(rows, np.tile(np.zeros_like(core.nvec), (len(rows), 1))).mean() if forward else np.inf
     while candidates := _moves(core.nvec, path[-1], -1 if forward else 1):
-        if forward and split.run(rows, np.tile(path[-1], (len(rows), 1))).mean() >= reference:
+        if forward and split.scoring.run(rows, np.tile(path[-1], (len(rows), 1))).mean() >= reference:
             break
         finalists = best_first(candidates, rows[:SCREENED])[:FINALISTS]
         path.append(best_first(finalists, rows)[0] if len(rows) > SCREENED else finalists[0])
@@ -113,9 +113,9 @@ def learned_path(core: Core, split: Split, rows: Array, on_round: OnRound, seed:
         logits = (threshold - torch.from_numpy(price)[:, None]) / softness
         skipped = torch.bernoulli(logits.detach().sigmoid(), generator=generator)
         decisions = skipped.numpy().astype(np.int64) @ belongs
-        quality, likelihood = split.quality_and_likelihood(drawn, decisions)
+        quality, likelihood = split.scoring.quality_and_likelihood(drawn, decisions)
         penalty = np.exp(price)
-        value = penalty * (quality + LIKELIHOOD_WEIGHT * likelihood) - split.flops_ratio(drawn, decisions)
+        value = penalty * (quality + LIKELIHOOD_WEIGHT * likelihood) - split.costs.flops_ratio(drawn, decisions)
         # At a high penalty the same loss weighs more; without a scale, it would be all that the thresholds learn from.
         value = (value / penalty**0.75).reshape(instances, TRIES)
         advantage = torch.from_numpy(value - value.mean(axis=1, keepdims=True)).reshape(-1, 1)
@@ -159,7 +159,7 @@ def losses_along(split: Split, rows: Array, path: list[Array], on_round: OnRound
     """
     quality = []
     for mask in path:
-        quality.append(split.run(rows, np.tile(mask, (len(rows), 1))))
+        quality.append(split.scoring.run(rows, np.tile(mask, (len(rows), 1))))
         on_round(len(rows) * len(quality))
     return quality[0][:, None] - np.stack(quality, axis=1)
 
@@ -194,7 +194,7 @@ def search_each(
         flat, of_row = raised.reshape(-1, components), np.repeat(rows, raised.shape[1])
         parts = [slice(start, start + BATCH) for start in range(0, len(flat), BATCH)]
         alive = np.concatenate([good(of_row[part], flat[part]) for part in parts]).reshape(n, -1)
-        flops = split.flops_ratio(np.repeat(rows, both.shape[1]), both.reshape(-1, components)).reshape(n, -1)
+        flops = split.costs.flops_ratio(np.repeat(rows, both.shape[1]), both.reshape(-1, components)).reshape(n, -1)
         flops[:, beam.shape[1] :][~alive] = np.inf
         kept = np.argsort(flops, axis=1, kind="stable")[:, :width]
         # Where fewer are good than are kept, the best one stands in for the others.
@@ -216,7 +216,7 @@ def exhaustive_each(core: Core, split: Split, rows: Array, good: Good, on_round:
     lowest = np.ones(len(rows))
     for number, choice in enumerate(product(*map(range, core.nvec)), start=1):
         decisions = np.tile(np.array(choice), (len(rows), 1))
-        flops = split.flops_ratio(rows, decisions)
+        flops = split.costs.flops_ratio(rows, decisions)
         better = good(rows, decisions) & (flops < lowest)
         best[better], lowest[better] = decisions[better], flops[better]
         on_round(number * len(rows))

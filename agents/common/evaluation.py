@@ -137,12 +137,15 @@ def evaluate(
     difference = scored["quality"] - scored["quality_ref"]
     decisions = scored["decision"]
     skip = decisions[:, :-1]
-    metrics = {"policy": split.metrics(rows, decisions), "dense": split.metrics(rows, np.zeros_like(decisions))}
+    metrics = {
+        "policy": split.scoring.metrics(rows, decisions),
+        "dense": split.scoring.metrics(rows, np.zeros_like(decisions)),
+    }
     return {
         "metrics": metrics,
         "split": split_name,
         "instances": len(split),
-        **_means(scored, decided.flops / split.dense_flops(rows), core.config.epsilon),
+        **_means(scored, decided.flops / split.costs.dense_flops(rows), core.config.epsilon),
         "quality_difference_interval": bootstrap_interval(difference),
         "fewest_instances": fewest_instances(core.config.epsilon),
         "epsilon": core.config.epsilon,
@@ -157,7 +160,7 @@ def evaluate(
 def summary(core: Core, policy: Decides, split_name: str) -> dict[str, Any]:
     """What ``evaluate`` says first: means of quality and FLOPs, and the verdict."""
     split = core.split(split_name)
-    own = (policy.flops or 0) / split.dense_flops(np.arange(len(split)))
+    own = (policy.flops or 0) / split.costs.dense_flops(np.arange(len(split)))
     return _means(decide_and_score(core, policy, split), own, core.config.epsilon)
 
 
@@ -217,12 +220,12 @@ def time_ratio(
             continue
         times.append([one / seconds[0] for one in seconds[1:]])
         nothing, everything = np.zeros_like(decisions), [np.arange(len(rows))]
-        parts = [picked for picked, _ in split.passes(rows, decisions)]
+        parts = [picked for picked, _ in split.passes.planned(rows, decisions)]
         flops += (
-            split.flops(rows, decisions).sum(),
-            split.dense_flops(rows).sum(),
-            split.executed_flops(rows, decisions, parts),
-            split.executed_flops(rows, nothing, everything),
+            split.costs.flops(rows, decisions).sum(),
+            split.costs.dense_flops(rows).sum(),
+            split.costs.executed_flops(rows, decisions, parts),
+            split.costs.executed_flops(rows, nothing, everything),
         )
     switched, by_length, *shortened = (statistics.median(ratios) for ratios in zip(*times, strict=True))
     return {
@@ -242,17 +245,16 @@ def _contestants(
     unseen, again = split.unseen(rows), split.unseen(rows)
 
     def shortened() -> None:
-        inputs = split.inputs(rows)
+        inputs = split.passes.inputs(rows)
         longest = inputs["input_ids"].shape[1]
-        share = split.kept_length(rows, level).sum() / split.encoded.source_length[rows].sum()
+        share = split.tokens.kept_length(rows, level).sum() / split.encoded.source_length[rows].sum()
         rest = max(1, round(share * longest))
-        columns = slice(longest - rest, None) if backbone.causal else slice(rest)
-        backbone.logits({name: value if name == "labels" else value[:, columns] for name, value in inputs.items()})
+        backbone.logits(backbone.head.shortened(inputs, rest))
 
     return [
-        lambda: backbone.logits(split.inputs(rows)),
+        lambda: backbone.logits(split.passes.inputs(rows)),
         lambda: list(core.decided_logits(unseen, everything, policy.decide)),
-        lambda: list(again.logits(everything, np.zeros((len(rows), len(core.nvec)), dtype=np.int64))),
+        lambda: list(again.passes.logits(everything, np.zeros((len(rows), len(core.nvec)), dtype=np.int64))),
         *([shortened] if len(core.config.token_shares) > 1 else []),
     ]
 

@@ -54,7 +54,7 @@ def export(
             "name": config.backbone,
             "is_local": Path(config.backbone).exists() or config.backbone in BUNDLED,
             "model_type": backbone.model.config.model_type,
-            "auto_class": _auto_class(backbone.output, causal=backbone.causal),
+            "auto_class": backbone.head.auto_class,
             "weights": weights_hash(backbone.model),
             "tokenizer": tokenizer_hash(backbone.tokenizer),
             "token_types": train.encoded.token_type_ids is not None,
@@ -73,16 +73,9 @@ def export(
     )
 
 
-def _auto_class(output: str, *, causal: bool) -> str:
-    """The class of ``transformers`` that loads such a backbone."""
-    if output == "text":
-        return "AutoModelForCausalLM" if causal else "AutoModelForSeq2SeqLM"
-    return "AutoModelForQuestionAnswering" if output == "span" else "AutoModelForSequenceClassification"
-
-
 def _protection(train: Split) -> Protection | None:
     tokenizer = train.backbone.tokenizer
     added = tokenizer("", "").input_ids  # what is put around texts and between them
     separator = added[-1] if added else None
     special, encoded = sorted({*tokenizer.all_special_ids, *added}), train.encoded
-    return Protection.of(encoded.input_ids, encoded.source_length, train.droppable, special, separator)
+    return Protection.of(encoded.input_ids, encoded.source_length, train.tokens.droppable, special, separator)

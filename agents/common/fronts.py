@@ -38,7 +38,7 @@ def front_of(core: Core, split: Split, policies: Sequence[DecisionPolicy]) -> Fr
     quality, flops = (scored[name][back].reshape(decided.shape[:2]) for name in ("quality", "flops_ratio"))
     # A policy that does not look at its input need not run at all.
     own = [policy.flops if policy.head.weight.any() and not policy.blind else 0 for policy in policies]
-    return Front(quality, flops + np.array([*own, 0])[:, None] / split.dense_flops(rows))
+    return Front(quality, flops + np.array([*own, 0])[:, None] / split.costs.dense_flops(rows))
 
 
 def flops_at(quality: float, front_quality: NDArray, front_flops: NDArray) -> float:

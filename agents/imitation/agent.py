@@ -104,7 +104,7 @@ class ImitationAgent(Agent):
         else:
             self.searched = self._search(split, on_rollout)
         rows, path, lost = self.searched
-        flops = np.array([split.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in path])
+        flops = np.array([split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in path])
         observations = torch.from_numpy(core.observe(split, rows))
         risk = self._foresee(torch.zeros_like(observations) if self.blind else observations, lost[:, 1:], logger)
         multiplier = core.config.penalty / core.config.cost_scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,6 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.errors import one_line, short
 from sd_gym.switch.architectures import Architecture
+
+if TYPE_CHECKING:
+    from sd_gym.backbones.heads import Head
 
 INVENTED = {"▁"}  # a word that tokenizers without files have, beside special tokens
 
@@ -110,6 +113,7 @@ def check_positions(
     name: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    head: Head,
     max_source_length: int,
     max_target_length: int,
 ) -> None:
@@ -122,12 +126,7 @@ def check_positions(
     if positions is None:
         return
     source = min(max_source_length, tokenizer.model_max_length)
-    needed = {"max_source_length": source}
-    if model.can_generate() and model.config.is_encoder_decoder:
-        needed["max_target_length"] = max_target_length
-    elif model.can_generate():  # the last token of the answer is not read
-        needed = {"max_source_length + max_target_length - 1": source + max_target_length - 1}
-    for what, tokens in needed.items():
+    for what, tokens in head.positions(source, max_target_length).items():
         if tokens > positions:
             raise BackboneError(
                 f"the backbone {name!r} has {positions} positions, but {what} is {tokens}; set it to {positions} or "

@@ -7,16 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import transformers
 from torch import Tensor
 from transformers import (
-    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,13 +20,12 @@ from transformers import (
 )
 
 from sd_gym.backbones.checks import BackboneError, check_tokenizer, check_weights, usable_device
-from sd_gym.backbones.forward import forward
+from sd_gym.backbones.heads import Head, head_of, stored_head
 from sd_gym.errors import one_line
 from sd_gym.switch import FlopsModel, Switchboard
 from sd_gym.switch.architectures import architecture_of
 
 BUNDLED = {"mini": Path(__file__).parent / "mini"}
-Output = Literal["text", "span", "label"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +38,7 @@ class Backbone:
         tokenizer: Its tokenizer.
         board: Its switchboard.
         flops: Its FLOPs as a function of lengths and decisions.
+        head: What kind of answers it gives, and all that depends on that.
     """
 
     name: str
@@ -50,32 +46,11 @@ class Backbone:
     tokenizer: PreTrainedTokenizerBase
     board: Switchboard
     flops: FlopsModel
-
-    @property
-    def generates(self) -> bool:
-        """Whether it generates its answers rather than classifying."""
-        return self.model.can_generate()
-
-    @property
-    def causal(self) -> bool:
-        """Whether it is a decoder only, which reads a prompt and goes on with it."""
-        return self.generates and self.board.architecture.causal
-
-    @property
-    def output(self) -> Output:
-        """What it gives: a ``text`` that it generates, a ``span`` of the context, or a ``label`` (or score)."""
-        return output_of(self.model)
+    head: Head
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
-        """As ``sd_gym.backbones.forward.forward``."""
-        return forward(self.board, inputs)
-
-
-def output_of(model: PreTrainedModel) -> Output:
-    """What a model's head gives."""
-    if model.can_generate():
-        return "text"
-    return "span" if "ForQuestionAnswering" in type(model).__name__ else "label"
+        """As ``Head.forward``."""
+        return self.head.forward(self.board, inputs)
 
 
 def resolve(name: str) -> str:
@@ -97,7 +72,7 @@ def resolve(name: str) -> str:
 
 
 def load_model(
-    name: str, *, num_labels: int | None = None, extracts: bool = False
+    name: str, *, head: type[Head] | None = None, num_labels: int | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model of a supported architecture and its tokenizer; weights only as safetensors, no remote code.
 
@@ -106,9 +81,8 @@ def load_model(
 
     Args:
         name: Bundled name, local folder, ``.gguf`` file, or hub id.
-        num_labels: Put a classification head of that size on the model, new where the stored model has none of
-            that size; ``None``: load the head that was stored.
-        extracts: Put a head on the model that marks a span of the input, new where the stored model has none.
+        head: Put such a head on the model, new where the stored model has none; ``None``: load what was stored.
+        num_labels: Of a ``head`` that classifies, its classes; it is new where the stored one has others.
 
     Raises:
         FileNotFoundError: If there is no such folder, or the hub does not have it or cannot be reached.
@@ -118,25 +92,18 @@ def load_model(
             architecture has none of that kind.
     """
     config, path, file = _stored(name)
-    stored = _stored_output(config, file)
-    options: dict[str, Any] = {**(file or {"use_safetensors": True})}
-    if num_labels is not None:
-        auto, options["num_labels"] = AutoModelForSequenceClassification, num_labels
-    elif extracts or stored == "span":
-        if type(config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING:
-            raise BackboneError(f"the architecture {config.model_type!r} has no head that extracts answers")
-        # One output for starts and one for ends, whatever a former head had.
-        auto, options["num_labels"] = AutoModelForQuestionAnswering, 2
-    elif stored == "text":
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    elif stored == "label":
-        auto = AutoModelForSequenceClassification
-    else:
+    stored = _stored_head(config, file)
+    chosen = head or stored
+    if chosen is None:
         raise BackboneError(
             f"the backbone {name!r} ({config.model_type}) has no task head; fine-tune one with "
             f"'sd-gym prepare --backbone {name} --dataset DATA --output FOLDER' and use that folder"
         )
-    new_head = num_labels is not None or (extracts and stored != "span")
+    options: dict[str, Any] = {**(file or {"use_safetensors": True}), **chosen.load_options(config)}
+    if num_labels is not None:
+        options["num_labels"] = num_labels
+    new_head = num_labels is not None or chosen is not stored
+    auto = getattr(transformers, chosen.auto_class)
     model = _load_weights(name, auto, path, new_head, options)
     tokenizer = _load_tokenizer(name, path, file, model)
     if file:  # its weights are ordinary numbers now, so it can be saved as any other
@@ -181,14 +148,14 @@ def _explained(name: str, what: str) -> Iterator[None]:
         raise BackboneError(f"the backbone {name!r}: {what} ({one_line(error)})") from error
 
 
-def stored_output(name: str) -> Output | None:
-    """What the head that is stored with a backbone gives; ``None`` where there is none.
+def head_stored_with(name: str) -> type[Head] | None:
+    """The head that is stored with a backbone; ``None`` where there is none.
 
     Raises:
         FileNotFoundError, UnsupportedArchitectureError: As ``load_model``.
     """
     config, _, file = _stored(name)
-    return _stored_output(config, file)
+    return _stored_head(config, file)
 
 
 def _stored(name: str) -> tuple[PretrainedConfig, str, dict[str, str]]:
@@ -214,17 +181,9 @@ def _stored(name: str) -> tuple[PretrainedConfig, str, dict[str, str]]:
     return config, path, file
 
 
-def _stored_output(config: PretrainedConfig, file: dict[str, str]) -> Output | None:
-    heads = {
-        "ForConditionalGeneration": "text",
-        "ForCausalLM": "text",
-        "LMHeadModel": "text",
-        "MTModel": "text",  # Marian
-        "ForQuestionAnswering": "span",
-        "ForSequenceClassification": "label",
-    }
-    found = [output for head, output in heads.items() if head in " ".join(map(str, config.architectures or []))]
-    return found[0] if found else "text" if file else None
+def _stored_head(config: PretrainedConfig, file: dict[str, str]) -> type[Head] | None:
+    named = [str(name) for name in config.architectures or []]
+    return stored_head(config, named, generates=bool(file))
 
 
 def save_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -248,4 +207,4 @@ def load_backbone(name: str, device: str = "cpu") -> Backbone:
     model, tokenizer = load_model(name)
     model = model.to(usable_device(device)).eval().requires_grad_(False)
     board = Switchboard(model)
-    return Backbone(name, model, tokenizer, board, FlopsModel(board))
+    return Backbone(name, model, tokenizer, board, FlopsModel(board), head_of(model))

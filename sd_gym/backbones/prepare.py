@@ -17,10 +17,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn import functional as F
 
-from sd_gym.backbones.forward import forward, kept_of_pass
-from sd_gym.backbones.spans import NOWHERE, span_log_likelihood
+from sd_gym.backbones.heads import head_of
 from sd_gym.files import damaged_checkpoint, read_checkpoint, write_checkpoint
 from sd_gym.switch import Switchboard
 
@@ -79,41 +77,6 @@ def freeze_observation(board: Switchboard) -> None:
         parameter.requires_grad_(id(parameter) in free - shared)
 
 
-def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of class labels ``[batch]`` or token labels ``[batch, length]`` (-100 counts not).
-
-    Squared error where the labels are scores (floats); where they are spans ``[batch, spans, 2]``, the mean negative
-    log-probability of the right ones, over the rows that have any.
-    """
-    if labels.is_floating_point():
-        return F.mse_loss(logits[:, 0].float(), labels)
-    if labels.ndim == 3:
-        known = labels[:, 0, 0] >= 0
-        return -span_log_likelihood(logits[known], labels[known]).sum() / known.sum().clamp(min=1)
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100)
-
-
-def distillation_loss(logits: Tensor, dense_logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean KL divergence from the dense output, over the same positions as ``task_loss``; no gradient to the dense.
-
-    Squared distance where the labels are scores. Of spans, the sum of the divergences of starts and ends, the dense
-    output renormalised over the tokens that the switched half keeps.
-    """
-    dense_logits = dense_logits.detach()
-    if labels.is_floating_point():
-        return F.mse_loss(logits.float(), dense_logits.float())
-    if labels.ndim == 3:
-        dense_logits = dense_logits.masked_fill(logits <= NOWHERE, NOWHERE)
-        return 2 * _divergence(logits.flatten(0, 1), dense_logits.flatten(0, 1))
-    counted = labels != -100
-    return _divergence(logits[counted], dense_logits[counted])
-
-
-def _divergence(logits: Tensor, target: Tensor) -> Tensor:
-    log_prob, target = F.log_softmax(logits, dim=-1), F.log_softmax(target, dim=-1)
-    return F.kl_div(log_prob, target, reduction="batchmean", log_target=True)
-
-
 def sandwich_loss(
     board: Switchboard, batch: dict[str, Tensor], skip: Tensor, call: Callable[..., Any] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -124,18 +87,16 @@ def sandwich_loss(
         batch: The model's inputs with ``labels``, each ``[batch, ...]``; ``keep``, if it is there, bool
             ``[batch, length]``, are the tokens that the switched half keeps.
         skip: Decisions of the switched half, ``[batch, switches]``.
-        call: As for ``forward``.
+        call: As for ``Head.forward``.
     """
     inputs = {name: value for name, value in batch.items() if name != "keep"}
     doubled = {name: torch.cat([value, value]) for name, value in inputs.items()}
-    keep = batch.get("keep")
+    head, keep = head_of(board.model), batch.get("keep")
     if keep is not None:
-        if "context_mask" in doubled:  # an answer can neither begin nor end where a token is dropped
-            doubled["context_mask"] = torch.cat([inputs["context_mask"], inputs["context_mask"] & keep])
-        keep = kept_of_pass(board, torch.cat([torch.ones_like(keep), keep]), batch["labels"])
+        keep = head.kept(doubled, torch.cat([torch.ones_like(keep), keep]))
     with board.decide(torch.cat([torch.zeros_like(skip), skip]), keep):
-        dense, switched = forward(board, doubled, call).chunk(2)
-    return task_loss(dense, batch["labels"]), distillation_loss(switched, dense, batch["labels"])
+        dense, switched = head.forward(board, doubled, call).chunk(2)
+    return head.loss(dense, batch["labels"]), head.distillation(switched, dense, batch["labels"])
 
 
 @dataclass
@@ -217,7 +178,7 @@ def prepare(
         ValueError: If the batches end early, or the checkpoint is damaged.
         FloatingPointError: If the loss is not finite.
     """
-    model = board.model
+    model, head = board.model, head_of(board.model)
     accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu", device_placement=False)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
@@ -248,7 +209,7 @@ def prepare(
         torch.manual_seed(random[0])  # dropout
         if step <= dense_steps:
             batch.pop("keep", None)
-            loss = task_loss(forward(board, batch, call), batch["labels"])
+            loss = head.loss(head.forward(board, batch, call), batch["labels"])
             distillation = torch.zeros((), device=model.device)
         else:
             rows = len(batch["labels"])

@@ -88,8 +88,8 @@ class Core:
         return self._splits[name]
 
     def scores(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What is known of each split (``Split.scores``), by its name."""
-        return {name: split.scores() for name, split in self._splits.items()}
+        """What is known of each split (``Scoring.scores``), by its name."""
+        return {name: split.scoring.scores() for name, split in self._splits.items()}
 
     def load_scores(self, scores: dict[str, dict[str, torch.Tensor]]) -> None:
         """Know these scores and no others.
@@ -99,7 +99,7 @@ class Core:
         had before it was cut off.
         """
         for name in {*self._splits, *scores}:
-            self.split(name).load_scores(scores.get(name))
+            self.split(name).scoring.load_scores(scores.get(name))
 
     def observe(self, split: Split, rows: Array) -> Observations:
         """What the configured observation shows of rows ``[n]`` of a split: new arrays, a row an instance."""
@@ -123,10 +123,10 @@ class Core:
             observation = self.observation
             yield (
                 np.zeros(1, dtype=np.int64),
-                *split.logits_of_one(rows[0], lambda hidden, mask: decide(observation.of_hidden(hidden, mask))),
+                *split.passes.logits_of_one(rows[0], lambda hidden, mask: decide(observation.of_hidden(hidden, mask))),
             )
         else:
-            yield from split.logits(rows, decide(self.observe(split, rows)))
+            yield from split.passes.logits(rows, decide(self.observe(split, rows)))
 
     def score(self, split: Split, rows: Array, decisions: Array) -> Outcome:
         """What comes of one decision an instance; one batched run of the backbone.
@@ -140,8 +140,8 @@ class Core:
             ValueError: If the decisions are malformed.
         """
         decisions = self._decided.decisions(decisions, len(rows))
-        quality, quality_ref = split.quality(rows, decisions)
-        flops_ratio = split.flops_ratio(rows, decisions)
+        quality, quality_ref = split.scoring.quality(rows, decisions)
+        flops_ratio = split.costs.flops_ratio(rows, decisions)
         cost = quality_cost(quality, quality_ref, self.config.epsilon)
         return Outcome(quality, quality_ref, cost, flops_ratio)
 

@@ -118,7 +118,7 @@ def _scene(core: Core, split: Split, row: int, result: Result | None) -> Scene:
 def _results(shown: Shown) -> dict[int, Result]:
     """What came of the decisions, by env."""
     envs, infos = np.flatnonzero(shown.decided), shown.infos
-    answers = shown.split.answers(shown.rows[envs], infos["decision"][envs])
+    answers = shown.split.passes.answers(shown.rows[envs], infos["decision"][envs])
     return {
         env: Result(
             decision=infos["decision"][env],

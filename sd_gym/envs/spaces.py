@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sd_gym.backbones.forward import model_inputs
 from sd_gym.envs.config import ConfigError, EnvConfig
-from sd_gym.envs.split import PASS_TOKENS, Split
+from sd_gym.envs.passes import PASS_TOKENS
+from sd_gym.envs.split import Split
 from sd_gym.errors import short
 from sd_gym.policy.observation import features_of
 from sd_gym.registration import CONFIG_FOLDER
@@ -292,7 +292,7 @@ class Tokens(Observation):
         board = split.backbone.board
         size = max(1, PASS_TOKENS // self.length)
         for part in np.split(np.arange(len(rows)), range(size, len(rows), size)):
-            inputs = model_inputs(split.encoded.batch(rows[part], board.model.device))
+            inputs = split.encoded.inputs(rows[part], board.model.device)
             hidden = first_layer_input(board, inputs).float().cpu().numpy()
             # A prompt may be a little longer than the limit.
             yield part, hidden[:, : self.length], inputs["attention_mask"].bool().cpu().numpy()[:, : self.length]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from sd_gym.backbones.heads import Head, head_of
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.observation import features_of
 from sd_gym.switch import FlopsModel, Switchboard
@@ -95,7 +96,8 @@ class Decisions(local):
         token_level: The level of each row, int64 ``[n]``: an index of the policy's token shares.
     """
 
-    def __init__(self, flops: FlopsModel) -> None:
+    def __init__(self, head: Head, flops: FlopsModel) -> None:
+        self._head = head
         self._flops = flops
         self.skip: NDArray | None = None
         self.token_level: NDArray | None = None
@@ -122,8 +124,8 @@ class Decisions(local):
         if self.skip is None:
             raise ValueError("this thread has not called the model yet")
         source, kept, target = (value.cpu().numpy() for value in self._lengths)
-        always, switched = self._flops.answer_costs(source, target, kept)
-        dense_always, dense = self._flops.answer_costs(source, target, source)
+        always, switched = self._head.answer_costs(self._flops, source, target, kept)
+        dense_always, dense = self._head.answer_costs(self._flops, source, target, source)
         ran = always + (switched * ~self.skip).sum(axis=1)
         if self._ranked:  # the first attention ran on all tokens to rank them
             ran = ran + np.where(self.token_level > 0, self._flops.costs(source, source)[1][:, 0], 0)
@@ -144,6 +146,7 @@ class Attached:
     def __init__(self, model: PreTrainedModel, policy: SkipPolicy) -> None:
         self.model = model
         self.policy = policy
+        self._head = head_of(model)
         self._own_board = vars(model).get("_switchboard") is None
         self.board = Switchboard(model) if self._own_board else model._switchboard
         self._replaced = {name: vars(model).get(name) for name in ("forward", "generate") if hasattr(model, name)}
@@ -153,7 +156,7 @@ class Attached:
             for name, inner in self._inner.items()
         }
         self._decided: WeakKeyDictionary[Cache, tuple[NDArray, Tensor]] = WeakKeyDictionary()
-        vars(model).update(self._put, _attached=self, decisions=Decisions(FlopsModel(self.board)))
+        vars(model).update(self._put, _attached=self, decisions=Decisions(self._head, FlopsModel(self.board)))
 
     def leave(self) -> None:
         """Give the places back."""
@@ -237,8 +240,7 @@ class Attached:
         with self.board.decide(decisions[:, :-1], keep):
             output = self.model.generate(*args, **kwargs)  # the switchboard's own stands in front of it now
         tokens = output if isinstance(output, Tensor) else output.sequences
-        prompt = ids.shape[1] if self.board.architecture.causal else 1
-        self.model.decisions.note_target(max(1, tokens.shape[1] - prompt))
+        self.model.decisions.note_target(max(1, tokens.shape[1] - self._head.prompt_length(ids)))
         return output
 
     def _inferred_mask(self, ids: Tensor, given: dict[str, Any]) -> Tensor:

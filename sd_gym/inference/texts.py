@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,12 +93,13 @@ class SkippingModel:
         decisions = self.policy.decide_on(split.features)
         if dense:
             decisions = np.zeros_like(decisions)
-        answers = split.answers(rows, decisions)
-        if split.backbone.generates:  # only now is it known how long the answers are
-            split = self._split([replace(one, target=said) for one, said in zip(instances, answers, strict=True)])
-        ratio = split.flops_ratio(rows, decisions)
+        answers = split.passes.answers(rows, decisions)
+        answered = split.head.answered(instances, answers)
+        if answered is not instances:  # only now is it known how long the answers are
+            split = self._split(answered)
+        ratio = split.costs.flops_ratio(rows, decisions)
         if not dense:
-            ratio = ratio + self.policy.network.flops / split.dense_flops(rows)
+            ratio = ratio + self.policy.network.flops / split.costs.dense_flops(rows)
         return [
             Answer(answer, row[:-1].astype(bool), int(row[-1]), float(share))
             for answer, row, share in zip(answers, decisions, ratio, strict=True)

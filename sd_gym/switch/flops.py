@@ -45,8 +45,7 @@ class FlopsModel:
     def __init__(self, board: Switchboard) -> None:
         stacks = board.architecture.stacks
         self._encoder_decoder = len(stacks) > 1
-        self._generates = self._encoder_decoder or board.architecture.causal
-        self._answers = board.model.can_generate()
+        self._decodes = self._encoder_decoder or board.architecture.causal
         self._token_head = _head(board.model, board.architecture.token_heads)
         self._sequence_head = _head(board.model, board.architecture.sequence_heads)
         costs = np.array([_coefficients(switch) for switch in board.switches], dtype=np.int64)
@@ -73,25 +72,8 @@ class FlopsModel:
         query = np.where(self._on_target, target, kept)
         pairs = query * np.where(self._across, kept, query)
         # Hidden states of dropped positions come back as zeros, so an encoder's or a lone decoder's head runs on all.
-        always = self._token_head * (target if self._generates else source)[:, 0] + self._sequence_head
+        always = self._token_head * (target if self._decodes else source)[:, 0] + self._sequence_head
         return always, self._switched(query, kept, pairs)
-
-    def answer_costs(
-        self, source_length: NDArray, target_length: NDArray, kept_length: NDArray
-    ) -> tuple[NDArray, NDArray]:
-        """What an input and its answer cost: one pass over both, teacher-forced where the backbone generates.
-
-        Args:
-            source_length: Tokens of the input, or of the prompt, int ``[n]``.
-            target_length: Tokens of the answer, int ``[n]``; plays no part where none is generated.
-            kept_length: Tokens of the input that are not dropped, int ``[n]``.
-        """
-        if not self._answers:  # a decoder that classifies behind an encoder reads the input again
-            return self.costs(source_length, source_length, kept_length)
-        if self._encoder_decoder:
-            return self.costs(source_length, target_length, kept_length)
-        # Prompt and answer in one pass, but for the answer's last token.
-        return self.costs(source_length + target_length - 1, target_length, kept_length + target_length - 1)
 
     def generation_costs(
         self, source_length: NDArray, generated: NDArray, kept_length: NDArray | None = None
@@ -106,7 +88,7 @@ class FlopsModel:
         Raises:
             ValueError: If the backbone does not generate.
         """
-        if not self._generates:
+        if not self._decodes:
             raise ValueError("this backbone does not generate")
         source, kept, steps = self._lengths(source_length, kept_length, generated)
         if self._encoder_decoder:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
+from sd_gym.backbones.heads import Head
 from sd_gym.tasks.encoding import Encoded, encode
 from sd_gym.tasks.instance import Instance
 from sd_gym.version import __version__
@@ -31,14 +32,16 @@ from sd_gym.version import __version__
 SMALLEST = 2000  # instances; fewer are encoded as fast as they are read
 
 
-def encode_cached(instances: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Encoded:
+def encode_cached(
+    instances: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, *, head: Head, **settings: Any
+) -> Encoded:
     """As ``sd_gym.tasks.encoding.encode``, from the cache if it is there."""
     if len(instances) < SMALLEST or not tokenizer.is_fast:
-        return encode(instances, tokenizer, **settings)
-    file = _folder() / f"{_key(instances, tokenizer, settings)}.safetensors"
+        return encode(instances, tokenizer, head=head, **settings)
+    file = _folder() / f"{_key(instances, tokenizer, {**settings, **head.settings})}.safetensors"
     if (tensors := _read(file)) is not None:
         return _from_tensors(tensors)
-    encoded = encode(instances, tokenizer, **settings)
+    encoded = encode(instances, tokenizer, head=head, **settings)
     with contextlib.suppress(OSError, SafetensorError):  # where none can be written, there is no cache
         _write(_to_tensors(encoded), file)
     return encoded

@@ -9,14 +9,12 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sd_gym.errors import DataError
+
 Rows = Iterable[tuple[str, dict[str, Any]]]  # (where it stands, row)
 
 WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-
-
-class DataError(ValueError):
-    """A data set that cannot be used; the message names the file and line."""
 
 
 def read_jsonl(file: Path) -> Rows:

@@ -13,58 +13,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
-
-from sd_gym.backbones.spans import span_log_likelihood
-
-IGNORED = -100
-
-
-def prediction(logits: Tensor) -> Tensor:
-    """What a classifier says: class indices ``[batch]``, or scores where it has a single output."""
-    return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(dim=1)
-
-
-def quality(logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
-    """Quality of each row in [0, 1], float32 ``[batch]``: 1.0 where the output is exactly the reference, else 0.0.
-
-    A score (regression) has ``1 - |score - label| / label_range``, at least 0.
-
-    For generated text the logits are teacher-forced: greedy decoding gives the reference if and only if, at every
-    position, the most probable token after the reference's prefix is the reference's next token. So one forward pass
-    tells what generating would, ``</s>`` included.
-
-    Args:
-        logits: ``[batch, target length, vocabulary]``, ``[batch, classes]``, or ``[batch, 1]`` (a score).
-        labels: ``[batch, target length]``, -100 where padded, or ``[batch]``.
-        label_range: Difference of the highest and the lowest score that there is.
-    """
-    if labels.is_floating_point():
-        return (1 - (prediction(logits).float() - labels).abs() / label_range).clamp(min=0)
-    if labels.ndim == 1:
-        return (prediction(logits) == labels).float()
-    return ((logits.argmax(dim=-1) == labels) | (labels == IGNORED)).all(dim=1).float()
-
-
-def likelihood(logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
-    """Probability of the reference, float32 ``[batch]``.
-
-    Of a class; of a text, the geometric mean over its tokens; of the right spans of the context, where answers are
-    extracted (labels ``[batch, spans, 2]``, logits ``[batch, 2, length]``), their sum.
-
-    A graded quality where exact match is too coarse, from one teacher-forced pass; what an env makes of it is relative
-    to the dense backbone's on the same instance (see ``Split.run``). Arguments as of ``quality``; a score has its
-    quality there.
-    """
-    if labels.is_floating_point():
-        return quality(logits, labels, label_range)
-    if labels.ndim == 3:
-        return span_log_likelihood(logits, labels).exp()
-    if labels.ndim == 1:
-        logits, labels = logits[:, None], labels[:, None]
-    counted = labels != IGNORED
-    log_prob = logits.float().log_softmax(dim=-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    return ((log_prob * counted).sum(dim=1) / counted.sum(dim=1)).exp()
 
 
 def corpus_metric(name: str, predictions: NDArray, labels: NDArray) -> float:

@@ -24,7 +24,8 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.backbones.checks import check_positions, usable_device
-from sd_gym.backbones.load import load_model, output_of, save_backbone, stored_output
+from sd_gym.backbones.heads import LabelHead, SpanHead, head_of
+from sd_gym.backbones.load import head_stored_with, load_model, save_backbone
 from sd_gym.backbones.prepare import freeze_observation, prepare
 from sd_gym.errors import short
 from sd_gym.files import as_json, read_json, write_json
@@ -32,9 +33,9 @@ from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.data import DataError, Source
-from sd_gym.tasks.encoding import droppable_tokens
+from sd_gym.tasks.dropping import TokenDropping
 from sd_gym.tasks.instance import Instance
-from sd_gym.tasks.ranking import Ranking, token_scores, training_rarity
+from sd_gym.tasks.ranking import Ranking, training_rarity
 from sd_gym.tasks.splits import Splits, check_unchanged
 from sd_gym.tasks.validation import Part, Score
 from sd_gym.version import __version__
@@ -138,34 +139,42 @@ def prepare_backbone(
             model, tokenizer = _load(backbone, task, answers, instances["train"])
         else:
             model, tokenizer = load_model(backbone)  # as the policy knows it
-        check_positions(backbone, model, tokenizer, max_source_length, max_target_length)
+        head = head_of(model)
+        check_positions(backbone, model, tokenizer, head, max_source_length, max_target_length)
         model.to(accelerator.device if accelerator.num_processes > 1 else usable_device(device))
         board = Switchboard(model.eval())
         if skip_logits is not None:
             freeze_observation(board)
-        causal = model.can_generate() and board.architecture.causal
-        if causal and prompt is None:
-            raise ValueError(f"the backbone {backbone!r} is decoder-only; say with 'prompt' what it shall read")
+        prompt, stop = head.prompting(prompt, stop)
         encoding = {
-            "output": output_of(model),
+            "head": head,
             "max_source_length": max_source_length,
             "max_target_length": max_target_length,
-            "label2id": model.config.label2id,
-            "prompt": prompt if causal else None,
-            "stop": stop if causal else None,
+            "prompt": prompt,
+            "stop": stop,
             "unanswerable": source.unanswerable,
         }
 
         rarity = cache(lambda: training_rarity(tokenizer, instances["train"]))
 
         def part(name: str) -> Part:
-            split, scores, droppable = instances[name], None, None
+            split = instances[name]
             encoded = encode_cached(split, tokenizer, **encoding)
-            if len(token_shares) > 1:
-                scores = token_scores(token_ranking, encoded, board, rarity)
-                droppable = droppable_tokens(split, tokenizer, max_source_length, encoding["prompt"])
-            odds = None if skip_logits is None else skip_logits[name]
-            return Part(split, encoded, "left" if causal else "right", np.array(token_shares), scores, droppable, odds)
+            tokens = TokenDropping(
+                split,
+                encoded,
+                board,
+                tokenizer,
+                head,
+                shares=token_shares,
+                ranking=token_ranking,
+                rarity=rarity,
+                max_source_length=max_source_length,
+                prompt=prompt,
+            )
+            if len(token_shares) > 1:  # as the backbone ranks them before it is prepared
+                tokens.scores, tokens.droppable  # noqa: B018
+            return Part(split, encoded, head, tokens, None if skip_logits is None else skip_logits[name])
 
         train, validation = part("train"), part("validation")
         if "test" in splits:  # what is wrong with it shall be known now
@@ -182,8 +191,8 @@ def prepare_backbone(
             "learning_rate": learning_rate,
             "max_rate": max_rate,
             "patience": patience,
-            "prompt": encoding["prompt"],
-            "stop": encoding["stop"],
+            "prompt": prompt,
+            "stop": stop,
             "max_source_length": max_source_length,
             "max_target_length": max_target_length,
             "token_shares": list(token_shares),
@@ -292,13 +301,14 @@ def _load(
     """The model with the head that the task needs."""
     if task == "classification":
         label2id = classes(train)
-        model, tokenizer = load_model(backbone, num_labels=len(label2id))
+        model, tokenizer = load_model(backbone, head=LabelHead, num_labels=len(label2id))
         model.config.label2id = label2id
         model.config.id2label = {index: word for word, index in label2id.items()}
         return model, tokenizer
-    generates = stored_output(backbone) == "text"
+    stored = head_stored_with(backbone)
+    generates = stored is not None and stored.gives == "text"
     if task == "question_answering" and (answers == "extracted" or (answers is None and not generates)):
-        return load_model(backbone, extracts=True)
+        return load_model(backbone, head=SpanHead)
     if not generates:
         raise ValueError(f"the backbone {backbone!r} does not generate text, which {task} needs")
     return load_model(backbone)
@@ -330,7 +340,7 @@ def classes(instances: list[Instance]) -> dict[str, int]:
 def _batches(part: Part, batch_size: int, seed: int, accelerator: Accelerator) -> Iterator[dict[str, Tensor]]:
     """This process's share of endless shuffled batches, each row at a random token level."""
     random = np.random.default_rng(seed)
-    drawn = _draws(part.encoded.source_length, batch_size, len(part.shares), random)
+    drawn = _draws(part.encoded.source_length, batch_size, len(part.tokens.shares), random)
     for rows, level in itertools.islice(drawn, accelerator.process_index, None, accelerator.num_processes):
         yield part.batch(rows, level)
 

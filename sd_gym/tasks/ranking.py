@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sd_gym.backbones.forward import model_inputs
 from sd_gym.switch import (
     Switchboard,
     attention_received,
@@ -85,5 +84,4 @@ def in_batches(
     """What a function of the model's inputs gives, batch by batch, in order."""
     for start in range(0, len(encoded), BATCH):
         rows = np.arange(start, min(start + BATCH, len(encoded)))
-        inputs = model_inputs(encoded.batch(rows, board.model.device))
-        yield function(board, inputs).float().cpu().numpy()
+        yield function(board, encoded.inputs(rows, board.model.device)).float().cpu().numpy()

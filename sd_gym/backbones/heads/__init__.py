@@ -1,0 +1,47 @@
+"""One head per kind of output, each in a file of its own; nothing else asks what kind a model's answers are of."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from sd_gym.backbones.heads.base import Head, model_inputs
+from sd_gym.backbones.heads.label import LabelHead
+from sd_gym.backbones.heads.prompted import PromptedHead
+from sd_gym.backbones.heads.score import ScoreHead
+from sd_gym.backbones.heads.seq2seq import Seq2SeqHead
+from sd_gym.backbones.heads.span import SpanHead
+
+# The first one that fits is a model's.
+HEADS: tuple[type[Head], ...] = (PromptedHead, Seq2SeqHead, SpanHead, ScoreHead, LabelHead)
+
+__all__ = [
+    "HEADS",
+    "Head",
+    "LabelHead",
+    "PromptedHead",
+    "ScoreHead",
+    "Seq2SeqHead",
+    "SpanHead",
+    "head_of",
+    "model_inputs",
+    "stored_head",
+]
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The head of a model that was loaded."""
+    return next(head for head in HEADS if head.fits(model)).of(model)
+
+
+def stored_head(config: PretrainedConfig, architectures: list[str], *, generates: bool = False) -> type[Head] | None:
+    """The head that is stored with a model; ``None``: it has none.
+
+    Args:
+        config: The model's configuration.
+        architectures: The names of the classes that it was saved from.
+        generates: Whether it generates if they do not tell, as what GGUF files hold does.
+    """
+    for names in (architectures, ["ForCausalLM"] if generates else []):
+        if found := next((head for head in HEADS if head.is_stored(config, names)), None):
+            return found
+    return None

@@ -1,0 +1,122 @@
+"""A class of the whole input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from sd_gym.backbones.heads.base import Given, Head, Targets, log_likelihoods, nothing_generated
+from sd_gym.errors import DataError, short
+
+if TYPE_CHECKING:
+    from sd_gym.tasks.instance import Instance
+
+
+class LabelHead(Head):
+    """Logits ``[batch, classes]``; labels are class indices, int64 ``[batch]``.
+
+    Args:
+        label2id: Class index of each class's name.
+    """
+
+    name = "label"
+    gives = "label"
+    auto_class = "AutoModelForSequenceClassification"
+    stored_as = ("ForSequenceClassification",)
+    learned_by = "accuracy"
+    sees_confidence = True
+
+    def __init__(self, label2id: Mapping[str, int]) -> None:
+        self.label2id = dict(label2id)
+        self._names = {index: name for name, index in self.label2id.items()}
+
+    @classmethod
+    def fits(cls, model: PreTrainedModel) -> bool:
+        """Any model that neither generates nor extracts."""
+        return True
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Self:
+        """With the names of the model's classes."""
+        head = cls(model.config.label2id)
+        head._names = model.config.id2label
+        return head
+
+    @classmethod
+    def is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
+        """Told by the class, and by how many outputs it has."""
+        return super().is_stored(config, architectures) and cls._has_outputs(len(config.label2id))
+
+    @classmethod
+    def _has_outputs(cls, count: int) -> bool:
+        return count != 1
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """With the names of the classes."""
+        return {**super().settings, "label2id": self.label2id}
+
+    def targets(
+        self,
+        instances: Sequence[Instance],
+        source: BatchEncoding,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_target_length: int,
+        stop: str | None,
+        unanswerable: bool,
+    ) -> Targets:
+        """The classes' indices; ``DataError`` if a label is none of the backbone's classes."""
+        return Targets(self._labels(instances), **nothing_generated(len(instances)))
+
+    def _labels(self, instances: Sequence[Instance]) -> Tensor:
+        return torch.tensor([class_index(instance, self.label2id) for instance in instances])
+
+    def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
+        """1.0 where the most probable class is the right one."""
+        return (self.prediction(logits) == labels).float()
+
+    def likelihood(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
+        """The probability of the right class."""
+        return log_likelihoods(logits[:, None], labels[:, None])[:, 0].exp()
+
+    def prediction(self, logits: Tensor) -> Tensor:
+        """The most probable class, int64 ``[batch]``."""
+        return logits.argmax(dim=1)
+
+    def confidence(self, logits: Tensor) -> Tensor:
+        """The highest class probability."""
+        return logits.softmax(dim=-1).amax(dim=-1)
+
+    def said(self, given: Given, rows: NDArray, values: NDArray) -> list[str]:
+        """The classes' names."""
+        return [self._said(value) for value in values]
+
+    def reference(self, instance: Instance, labels: Tensor) -> str:
+        """The right class's name."""
+        return self._said(labels.item())
+
+    def _said(self, value: float) -> str:
+        return self._names[int(value)]
+
+
+def class_index(instance: Instance, label2id: Mapping[str, int]) -> int:
+    """The class index of an instance's label.
+
+    Raises:
+        DataError: If the label is none of the classes.
+    """
+    target = instance.target
+    if str(target) in label2id:  # a number that is a class's name is that class
+        return label2id[str(target)]
+    if isinstance(target, int) and target < len(label2id):
+        return target
+    raise DataError(
+        f"{instance.place}: label {short(target)} is none of the backbone's {len(label2id)} classes: "
+        f"{', '.join([*label2id][:20])}{' ...' if len(label2id) > 20 else ''}"
+    )

@@ -1,0 +1,107 @@
+"""A text, from a lone decoder that goes on with a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from sd_gym.backbones.heads.base import IGNORED, Head, Targets
+from sd_gym.backbones.heads.seq2seq import Seq2SeqHead
+from sd_gym.errors import DataError
+from sd_gym.switch import Switchboard
+from sd_gym.switch.architectures import architecture_of
+
+if TYPE_CHECKING:
+    from sd_gym.tasks.instance import Instance
+
+
+class PromptedHead(Seq2SeqHead):
+    """As ``Seq2SeqHead``, but the answer follows the prompt in one pass.
+
+    Prompts are padded at the left, so that all answers begin at the same place.
+    """
+
+    name = "prompted"
+    auto_class = "AutoModelForCausalLM"
+    padding_side = "left"
+
+    @classmethod
+    def fits(cls, model: PreTrainedModel) -> bool:
+        """A model that generates, without an encoder."""
+        return model.can_generate() and architecture_of(model.config.model_type).causal
+
+    @classmethod
+    def is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
+        """Told by the class, and by whether there is an encoder."""
+        return Head.is_stored.__func__(cls, config, architectures) and not config.is_encoder_decoder
+
+    def prompting(self, prompt: str | None, stop: str | None) -> tuple[str | None, str | None]:
+        """Both, of which the prompt is needed."""
+        if prompt is None:
+            raise ValueError(
+                "the backbone is decoder-only; say with 'prompt' what it shall read, such as '{source}\\nLabel:'"
+            )
+        return prompt, stop
+
+    def targets(
+        self,
+        instances: Sequence[Instance],
+        source: BatchEncoding,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_target_length: int,
+        stop: str | None,
+        unanswerable: bool,
+    ) -> Targets:
+        """What it shall say behind the prompt: a space, the target, and what ends it."""
+        end = [tokenizer.eos_token_id] if stop is None else tokenizer(stop, add_special_tokens=False).input_ids
+        room = max_target_length - len(end)
+        if room < 1:
+            raise DataError(
+                f"expected max_target_length above {len(end)}, the tokens of the stop, got {max_target_length}"
+            )
+        tokens = tokenizer([f" {instance.target}" for instance in instances], add_special_tokens=False).input_ids
+        answers = [torch.tensor([*ids[:room], *end]) for ids in tokens]
+        labels = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED)
+        length = np.array([len(answer) for answer in answers])
+        return Targets(labels, length, np.array([len(ids) > room for ids in tokens]))
+
+    def forward(self, board: Switchboard, batch: dict[str, Tensor], call: Callable[..., Any] | None = None) -> Tensor:
+        """As ``Head.forward``: the logits of the labels behind the prompts."""
+        given = batch["labels"][:, :-1]  # nothing follows the last one
+        input_ids = torch.cat([batch["input_ids"], given.clamp(min=0)], dim=1)
+        mask = torch.cat([batch["attention_mask"], (given >= 0).long()], dim=1)
+        return (call or board.model)(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+            logits_to_keep=batch["labels"].shape[1],
+            use_cache=False,
+        ).logits
+
+    def kept(self, batch: dict[str, Tensor], keep: NDArray | Tensor) -> NDArray | Tensor:
+        """Of the answer, all."""
+        return F.pad(torch.as_tensor(keep), (0, batch["labels"].shape[1] - 1), value=1)
+
+    def lengths(self, source: NDArray, target: NDArray, kept: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+        """Prompt and answer in one pass, but for the answer's last token."""
+        return source + target - 1, target, kept + target - 1
+
+    def positions(self, source: int, target: int) -> dict[str, int]:
+        """Those of both together; the last token of the answer is not read."""
+        return {"max_source_length + max_target_length - 1": source + target - 1}
+
+    def prompt_length(self, inputs: Tensor) -> int:
+        """The prompt's."""
+        return inputs.shape[1]
+
+    def new_tokens(self, tokens: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """What stands behind the prompt."""
+        return tokens[:, inputs["input_ids"].shape[1] :]

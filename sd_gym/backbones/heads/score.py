@@ -1,0 +1,82 @@
+"""A score of the whole input (regression)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from sd_gym.backbones.heads.base import Measure
+from sd_gym.backbones.heads.label import LabelHead
+from sd_gym.errors import DataError, short
+
+if TYPE_CHECKING:
+    from sd_gym.tasks.instance import Instance
+
+
+class ScoreHead(LabelHead):
+    """A single output, ``[batch, 1]``; labels are scores, float32 ``[batch]``."""
+
+    name = "score"
+    learned_by = "score"
+    sees_confidence = False
+
+    @classmethod
+    def fits(cls, model: PreTrainedModel) -> bool:
+        """A model with a single output."""
+        return cls._has_outputs(len(model.config.label2id))
+
+    @classmethod
+    def _has_outputs(cls, count: int) -> bool:
+        return count == 1
+
+    def _labels(self, instances: Sequence[Instance]) -> Tensor:
+        for instance in instances:
+            if isinstance(instance.target, str):
+                raise DataError(
+                    f"{instance.place}: the backbone gives a score, but the label is {short(instance.target)}"
+                )
+        return torch.tensor([float(instance.target) for instance in instances])
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean squared error."""
+        return F.mse_loss(logits[:, 0].float(), labels)
+
+    def distillation(self, logits: Tensor, dense_logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean squared distance from the dense score."""
+        return F.mse_loss(logits.float(), dense_logits.detach().float())
+
+    def measured_by(self, quality: str) -> Measure:
+        """A score has its own graded quality under the name of a likelihood too."""
+        if quality == "balanced":
+            raise ValueError("'balanced' weighs classes, not scores")
+        return super().measured_by("exact_match" if quality == "likelihood" else quality)
+
+    def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
+        """``1 - |score - label| / label_range``, at least 0; the range is that of the scores that there are."""
+        return (1 - (self.prediction(logits).float() - labels).abs() / label_range).clamp(min=0)
+
+    def likelihood(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
+        """As ``exact``."""
+        return self.exact(logits, labels, label_range)
+
+    def dense_loss(self, likelihood: NDArray, label_range: float) -> NDArray:
+        """How far the score is off."""
+        return label_range * (1 - likelihood)
+
+    def prediction(self, logits: Tensor) -> Tensor:
+        """The score, ``[batch]``."""
+        return logits[:, 0]
+
+    def classes(self, instances: Sequence[Instance]) -> NDArray:
+        """The scores."""
+        return np.array([one.target for one in instances], dtype=float)
+
+    def _said(self, value: float) -> str:
+        return f"{value:.2f}"

@@ -1,0 +1,141 @@
+"""A text, from a decoder behind an encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from sd_gym.backbones.heads.base import IGNORED, Given, Head, Measure, Runs, Targets, log_likelihoods, model_inputs
+from sd_gym.switch import Switchboard
+
+if TYPE_CHECKING:
+    from sd_gym.tasks.encoding import Encoded
+    from sd_gym.tasks.instance import Instance
+
+
+class Seq2SeqHead(Head):
+    """Logits ``[batch, target length, vocabulary]`` of passes that are teacher-forced.
+
+    Labels are tokens, int64 ``[batch, target length]``, -100 where padded.
+    """
+
+    name = "seq2seq"
+    gives = "text"
+    auto_class = "AutoModelForSeq2SeqLM"
+    stored_as = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel", "MTModel")  # the last one is Marian's
+    learned_by = "likelihood"
+
+    @classmethod
+    def fits(cls, model: PreTrainedModel) -> bool:
+        """A model that generates."""
+        return model.can_generate()
+
+    @classmethod
+    def is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
+        """Told by the class, and by whether there is an encoder."""
+        return super().is_stored(config, architectures) and config.is_encoder_decoder
+
+    def targets(
+        self,
+        instances: Sequence[Instance],
+        source: BatchEncoding,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_target_length: int,
+        stop: str | None,
+        unanswerable: bool,
+    ) -> Targets:
+        """The texts' tokens, cut to ``max_target_length``."""
+        targets = tokenizer(
+            text_target=[str(instance.target) for instance in instances],
+            truncation=True,
+            max_length=max_target_length,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        labels = targets.input_ids.masked_fill(targets.attention_mask == 0, IGNORED)
+        length = targets.attention_mask.sum(dim=1).numpy()
+        return Targets(labels, length, was_cut(targets, max_target_length))
+
+    def _beside(self, encoded: Encoded, indices: NDArray) -> dict[str, Tensor]:
+        labels = encoded.labels[torch.from_numpy(np.asarray(indices))]
+        return {"labels": labels[:, : int(encoded.target_length[indices].max())].contiguous()}
+
+    def forward(self, board: Switchboard, batch: dict[str, Tensor], call: Callable[..., Any] | None = None) -> Tensor:
+        """As ``Head.forward``; the decoder is given the labels' tokens."""
+        # Given labels, the model would make a loss as well.
+        decoder_input_ids = board.model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        model = call or board.model
+        return model(**model_inputs(batch), decoder_input_ids=decoder_input_ids, use_cache=False).logits
+
+    def lengths(self, source: NDArray, target: NDArray, kept: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+        """The decoder runs on the answer."""
+        return source, target, kept
+
+    def decoded(self, target: NDArray, kept: NDArray) -> NDArray:
+        """The answer."""
+        return target
+
+    def positions(self, source: int, target: int) -> dict[str, int]:
+        """Those of the encoder and of the decoder."""
+        return {"max_source_length": source, "max_target_length": target}
+
+    @property
+    def learned_as(self) -> tuple[Measure, str]:
+        """By the likelihood: a text is rarely right to the letter."""
+        return "likelihood", ""
+
+    def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
+        """1.0 where greedy decoding gives the reference, its end included.
+
+        It does if and only if, at every position, the most probable token after the reference's prefix is the
+        reference's next token. So one forward pass tells what generating would.
+        """
+        return ((logits.argmax(dim=-1) == labels) | (labels == IGNORED)).all(dim=1).float()
+
+    def likelihood(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
+        """The geometric mean of the probabilities of the reference's tokens."""
+        counted = labels != IGNORED
+        return ((log_likelihoods(logits, labels) * counted).sum(dim=1) / counted.sum(dim=1)).exp()
+
+    def said(self, given: Given, rows: NDArray, values: NDArray) -> list[str]:
+        """Nothing: one pass does not tell what would be generated.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("a text is generated, not read from one pass")
+
+    def answers(self, runs: Runs, rows: NDArray, decisions: NDArray) -> list[str]:
+        """The generated texts."""
+        return runs.generated(rows, decisions)
+
+    def answers_and_likelihood(
+        self, runs: Runs, rows: NDArray, decisions: NDArray, label_range: float
+    ) -> tuple[list[str], NDArray]:
+        """The generated texts, and the likelihood from passes of their own."""
+        texts = self.answers(runs, rows, decisions)
+        return texts, runs.in_passes(rows, decisions, lambda logits, labels: self.likelihood(logits, labels))
+
+    def answered(self, instances: Sequence[Instance], answers: Sequence[str]) -> Sequence[Instance]:
+        """With the answers as targets: only now it is known how long they are."""
+        return [replace(one, target=said) for one, said in zip(instances, answers, strict=True)]
+
+    def facts(self, encoded: Encoded) -> dict[str, NDArray]:
+        """The targets' tokens."""
+        return {"target_length": encoded.target_length}
+
+
+def was_cut(tokens: BatchEncoding, limit: int) -> NDArray:
+    """Which texts were longer than the limit, bool ``[n]``; slow tokenizers only tell which ones reach it."""
+    if tokens.encodings is None:
+        return (tokens.attention_mask.sum(dim=1) >= limit).numpy()
+    return np.array([bool(one.overflowing) for one in tokens.encodings])

@@ -1,0 +1,244 @@
+"""A span of the context: first and last token of the answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    BatchEncoding,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sd_gym.backbones.checks import BackboneError
+from sd_gym.backbones.heads.base import (
+    IGNORED,
+    Given,
+    Head,
+    Measure,
+    Targets,
+    divergence,
+    model_inputs,
+    nothing_generated,
+)
+from sd_gym.errors import DataError, short
+from sd_gym.switch import Switchboard
+
+if TYPE_CHECKING:
+    from sd_gym.tasks.encoding import Encoded
+    from sd_gym.tasks.instance import Instance
+
+NOWHERE = -1e9  # logit of a position where no answer may begin or end; finite, so that differences stay numbers
+
+
+class SpanHead(Head):
+    """Logits of starts and ends, float32 ``[batch, 2, length]``, ``NOWHERE`` outside the context.
+
+    Labels are the first and last tokens of the right answers, int64 ``[batch, most answers, 2]``, -100 where padded.
+    Beside its inputs a batch has ``context_mask``, bool ``[batch, length]``: where an answer may begin and end.
+    """
+
+    name = "span"
+    gives = "span"
+    auto_class = "AutoModelForQuestionAnswering"
+    stored_as = ("ForQuestionAnswering",)
+    learned_by = "f1"
+
+    @classmethod
+    def fits(cls, model: PreTrainedModel) -> bool:
+        """Told by the model's class."""
+        return cls.is_stored(model.config, [type(model).__name__])
+
+    @classmethod
+    def load_options(cls, config: PretrainedConfig) -> dict[str, Any]:
+        """One output for starts and one for ends, whatever a former head had."""
+        if type(config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING:
+            raise BackboneError(f"the architecture {config.model_type!r} has no head that extracts answers")
+        return {"num_labels": 2}
+
+    def source_options(self) -> dict[str, bool]:
+        """Where the tokens stand."""
+        return {"return_offsets_mapping": True}
+
+    def targets(
+        self,
+        instances: Sequence[Instance],
+        source: BatchEncoding,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_target_length: int,
+        stop: str | None,
+        unanswerable: bool,
+    ) -> Targets:
+        """The right spans; the first token stands for "no answer", which may be one if questions are ``unanswerable``.
+
+        Raises:
+            DataError: If a right answer does not stand in its context.
+        """
+        offsets, context_mask = source.offset_mapping.int(), _context_mask(source, len(instances))
+        labels, cut = _spans(instances, context_mask.numpy(), offsets.numpy())
+        context_mask[:, 0] = unanswerable
+        lengths = nothing_generated(len(instances)) | {"target_cut": cut}
+        return Targets(labels, **lengths, context_mask=context_mask, offsets=offsets)
+
+    def _beside(self, encoded: Encoded, indices: NDArray) -> dict[str, Tensor]:
+        rows, longest = torch.from_numpy(np.asarray(indices)), int(encoded.source_length[indices].max())
+        return {"context_mask": encoded.context_mask[rows, :longest], **super()._beside(encoded, indices)}
+
+    def forward(self, board: Switchboard, batch: dict[str, Tensor], call: Callable[..., Any] | None = None) -> Tensor:
+        """As ``Head.forward``."""
+        output = (call or board.model)(**model_inputs(batch))
+        return span_logits(output.start_logits, output.end_logits, batch["context_mask"])
+
+    def kept(self, batch: dict[str, Tensor], keep: NDArray | Tensor) -> NDArray | Tensor:
+        """As they are; an answer can neither begin nor end where a token is dropped."""
+        batch["context_mask"] = batch["context_mask"] & torch.as_tensor(keep).to(batch["context_mask"].device)
+        return keep
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean negative log-probability of the right spans, over the rows that have any."""
+        known = labels[:, 0, 0] >= 0
+        return -span_log_likelihood(logits[known], labels[known]).sum() / known.sum().clamp(min=1)
+
+    def distillation(self, logits: Tensor, dense_logits: Tensor, labels: Tensor) -> Tensor:
+        """The sum of the divergences of starts and ends, the dense output renormalised over the tokens that are left.
+
+        No gradient goes to the dense.
+        """
+        dense_logits = dense_logits.detach().masked_fill(logits <= NOWHERE, NOWHERE)
+        return 2 * divergence(logits.flatten(0, 1), dense_logits.flatten(0, 1))
+
+    def measured_by(self, quality: str) -> Measure:
+        """Exact match is that of the texts: a right answer may stand in several places."""
+        return "of_text" if quality == "exact_match" else super().measured_by(quality)
+
+    @property
+    def learned_as(self) -> tuple[Measure, str]:
+        """By SQuAD's F1."""
+        return "of_text", "squad"
+
+    def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
+        """1.0 where the most probable span is a right one."""
+        return (best_spans(logits, logits.shape[-1])[:, None] == labels).all(dim=-1).any(dim=-1).float()
+
+    def likelihood(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
+        """The sum of the probabilities of the right spans; 0 where there is none."""
+        return span_log_likelihood(logits, labels).exp()
+
+    def read(self, logits: Tensor, longest: int) -> Tensor:
+        """The most probable spans, int64 ``[batch, 2]``."""
+        return best_spans(logits, longest)
+
+    def said(self, given: Given, rows: NDArray, values: NDArray) -> list[str]:
+        """The original texts of spans."""
+        contexts = [given.instances[row].source_pair for row in rows]
+        return span_texts(given.encoded, rows, values.astype(np.int64), contexts)
+
+
+def span_texts(encoded: Encoded, indices: NDArray, spans: NDArray, contexts: Sequence[str]) -> list[str]:
+    """The original text of each span ``[n, 2]`` of tokens; empty where it is the first token, no answer.
+
+    Args:
+        encoded: The instances' tensors.
+        indices: Of the instances, ``[n]``.
+        spans: First and last token of each.
+        contexts: Their contexts.
+    """
+    offsets = encoded.offsets.numpy()
+    begin, end = offsets[indices, spans[:, 0], 0], offsets[indices, spans[:, 1], 1]
+    places = zip(contexts, begin.tolist(), end.tolist(), (spans[:, 0] > 0).tolist(), strict=True)
+    return [context[first:last].strip() if answered else "" for context, first, last, answered in places]
+
+
+def span_logits(start: Tensor, end: Tensor, context_mask: Tensor) -> Tensor:
+    """Start and end logits ``[batch, length]`` as one float32 ``[batch, 2, length]``, ``NOWHERE`` outside the mask."""
+    return torch.stack([start, end], dim=1).float().masked_fill(~context_mask[:, None], NOWHERE)
+
+
+def span_log_likelihood(logits: Tensor, spans: Tensor) -> Tensor:
+    """Log-probability that the answer is one of the right spans, float32 ``[batch]``; ``-inf`` where there is none.
+
+    Start and end are independent, and the probabilities of different spans add up (Clark and Gardner 2018).
+
+    Args:
+        logits: ``[batch, 2, length]``.
+        spans: First and last token of each right span, int64 ``[batch, spans, 2]``, -100 where padded.
+    """
+    log_prob = logits.log_softmax(dim=-1)
+    joint = log_prob.gather(-1, spans.clamp(min=0).transpose(1, 2)).sum(dim=1)
+    return joint.masked_fill(spans[..., 0] < 0, -torch.inf).logsumexp(dim=1)
+
+
+def best_spans(logits: Tensor, max_length: int) -> Tensor:
+    """First and last token of the most probable span of each row, int64 ``[batch, 2]``.
+
+    The span has at most ``max_length`` tokens. The first token of the input stands for "no answer" (Devlin et al. 2019,
+    section 4.3) and is a span of its own only.
+
+    Args:
+        logits: ``[batch, 2, length]``, ``NOWHERE`` where no answer may begin or end.
+        max_length: Longest answer, in tokens.
+    """
+    start, end = logits.unbind(dim=1)
+    longest = min(max_length, end.shape[1])
+    ends = torch.nn.functional.pad(end, (0, longest - 1), value=NOWHERE).unfold(1, longest, 1)
+    scores = start[:, :, None] + ends  # [batch, first token, further tokens]
+    scores[:, 0, 1:] = 2 * NOWHERE
+    best = scores.flatten(1).argmax(dim=1)
+    first = best // longest
+    return torch.stack([first, first + best % longest], dim=1)
+
+
+def _context_mask(source: BatchEncoding, n: int) -> Tensor:
+    """The context's tokens, bool ``[n, longest]``."""
+    # None (of special tokens and padding) becomes NaN.
+    parts = np.stack([np.array(source.sequence_ids(row), dtype=np.float32) for row in range(n)])
+    return torch.from_numpy(parts == 1)
+
+
+def _spans(instances: Sequence[Instance], context_mask: NDArray, offsets: NDArray) -> tuple[Tensor, NDArray]:
+    """First and last tokens of the right answers, and whether none of them is left: see ``Encoded``."""
+    spans, cut = [], np.zeros(len(instances), dtype=bool)
+    for row, instance in enumerate(instances):
+        if not instance.references:
+            spans.append([[0, 0]])
+            continue
+        tokens = np.nonzero(context_mask[row])[0]
+        begin, end = offsets[row, tokens, 0], offsets[row, tokens, 1]
+        found = []
+        for first, last in _places(instance):
+            # Ends and beginnings ascend: the first token that ends behind the answer's beginning, and so on.
+            span = [np.searchsorted(end, first, side="right"), np.searchsorted(begin, last) - 1]
+            if span[0] <= span[1] < len(tokens) and end[span[1]] >= last:
+                found.append([int(tokens[place]) for place in span])
+        cut[row] = not found
+        spans.append(found or [[IGNORED, IGNORED]])
+    most = max(map(len, spans))
+    padded = [one + [[IGNORED, IGNORED]] * (most - len(one)) for one in spans]
+    return torch.tensor(padded), cut
+
+
+def _places(instance: Instance) -> list[tuple[int, int]]:
+    """Where the right answers stand: where the data say so, else wherever their texts occur.
+
+    Raises:
+        DataError: If they occur nowhere.
+    """
+    context, references = instance.source_pair, instance.references
+    places = [(start, end) for start, end in instance.answer_spans if context[start:end] in references]
+    if not places:
+        places = [match.span() for text in references for match in re.finditer(re.escape(text), context)]
+    if not places:
+        raise DataError(
+            f"{instance.place}: the answer {short(references[0])} does not stand in its context, so it cannot be "
+            "extracted; a backbone that generates could answer"
+        )
+    return places

@@ -1,0 +1,78 @@
+"""What decisions on the instances of a split cost."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sd_gym.backbones import Backbone
+from sd_gym.tasks.dropping import TokenDropping
+from sd_gym.tasks.encoding import Encoded
+
+Array = NDArray
+
+
+class Costs:
+    """FLOPs of a split's rows under decisions ``[n, switches + 1]``.
+
+    Args:
+        backbone: The backbone.
+        encoded: The split's tensors.
+        tokens: Which of its tokens go.
+    """
+
+    def __init__(self, backbone: Backbone, encoded: Encoded, tokens: TokenDropping) -> None:
+        self._backbone, self._encoded, self._tokens = backbone, encoded, tokens
+        everything = np.arange(len(encoded))
+        self._always, self._switched = self._costs(everything, np.zeros(len(encoded), dtype=np.int64))
+
+    def flops_ratio(self, rows: Array, decisions: Array) -> Array:
+        """FLOPs under ``decisions [n, switches + 1]`` over dense FLOPs, float64 ``[n]``."""
+        return self.flops(rows, decisions) / self.dense_flops(rows)
+
+    def dense_flops(self, rows: Array) -> Array:
+        """FLOPs of the dense backbone, int64 ``[n]``."""
+        return self._always[rows] + self._switched[rows].sum(axis=1)
+
+    def flops(self, rows: Array, decisions: Array) -> Array:
+        """FLOPs under ``decisions [n, switches + 1]``, int64 ``[n]``.
+
+        To rank tokens by attention is part of them where any is dropped; if few are, it can cost more than it saves.
+        """
+        level = decisions[:, -1]
+        always, switched = self._costs(rows, level) if level.any() else (self._always[rows], self._switched[rows])
+        ranking = 0
+        if self._tokens.ranking == "attention" and level.any():  # the first attention ran densely to rank
+            length = self._encoded.source_length[rows]
+            dropped = self._tokens.kept_length(rows, level) < length
+            ranking = np.where(dropped, self._backbone.flops.costs(length, length)[1][:, 0], 0)
+        return always + (switched * (1 - decisions[:, :-1])).sum(axis=1) + ranking
+
+    def executed_flops(self, rows: Array, decisions: Array, parts: list[Array]) -> int:
+        """FLOPs that forward passes on rows really take: each row is padded to the longest that is left in its pass.
+
+        As torch's counter counts them; ``flops`` are those of each row alone.
+
+        Args:
+            rows: The rows, ``[n]``.
+            decisions: Their decisions, ``[n, switches + 1]``.
+            parts: Positions in ``rows`` of each pass.
+        """
+        length, level = self._encoded.source_length[rows], decisions[:, -1]
+        kept = self._tokens.kept_length(rows, level)
+        total = 0
+        if self._tokens.ranking == "attention" and (kept < length).any():
+            longest = np.full(len(rows), length.max())
+            total = self._backbone.flops.costs(longest, longest)[1][:, 0].sum()  # all are ranked in one pass
+        for part in parts:
+            lengths = (length[part], self._encoded.target_length[rows[part]], kept[part])
+            always, switched = self._costs_of(*(np.full(len(part), values.max()) for values in lengths))
+            total += always.sum() + (switched * (1 - decisions[part, :-1])).sum()
+        return int(total)
+
+    def _costs(self, rows: Array, level: Array) -> tuple[Array, Array]:
+        length, target = self._encoded.source_length[rows], self._encoded.target_length[rows]
+        return self._costs_of(length, target, self._tokens.kept_length(rows, level))
+
+    def _costs_of(self, source: Array, target: Array, kept: Array) -> tuple[Array, Array]:
+        return self._backbone.head.answer_costs(self._backbone.flops, source, target, kept)

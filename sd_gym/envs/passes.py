@@ -1,0 +1,155 @@
+"""Running a backbone on the instances of a split, in as few and as short passes as that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sd_gym.backbones import Backbone
+from sd_gym.switch import passes
+from sd_gym.tasks.dropping import TokenDropping
+from sd_gym.tasks.encoding import Encoded
+from sd_gym.tasks.instance import Instance
+
+Array = NDArray
+PASS_TOKENS = 2**15  # padded tokens of a forward pass at most, which bounds its memory
+
+
+class Passes:
+    """Forward passes and ``generate()`` of a backbone on rows of a split, under decisions ``[n, switches + 1]``.
+
+    Args:
+        backbone: The backbone.
+        instances: The split's instances.
+        encoded: Their tensors.
+        tokens: Which of their tokens go.
+        longest: Longest answer, in tokens.
+        num_beams: Of ``generate()``; 1: greedy.
+        stop: What ends an answer to a prompt; ``None``: the tokenizer's end of text.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        instances: Sequence[Instance],
+        encoded: Encoded,
+        tokens: TokenDropping,
+        *,
+        longest: int,
+        num_beams: int,
+        stop: str | None,
+    ) -> None:
+        self.backbone, self.head, self.instances, self.encoded = backbone, backbone.head, instances, encoded
+        self.longest = longest
+        self._tokens, self._num_beams, self._stop = tokens, num_beams, stop
+
+    def answers(self, rows: Array, decisions: Array) -> list[str]:
+        """What the backbone says to rows under decisions, to be read: a text, a class's name, or a score."""
+        return self.head.answers(self, rows, decisions)
+
+    @torch.inference_mode()
+    def confidence(self, rows: Array, decisions: Array) -> Array:
+        """Highest class probability of each row under decisions, float64 ``[n]``, of a backbone that classifies."""
+        return self.in_passes(rows, decisions, lambda logits, labels: self.head.confidence(logits))
+
+    @torch.inference_mode()
+    def generated(self, rows: Array, decisions: Array) -> list[str]:
+        """What ``generate()`` gives for rows under decisions, by greedy or beam search."""
+        backbone = self.backbone
+        texts = [""] * len(rows)
+        for picked, inputs in self.planned(rows, decisions, self.longest):
+            inputs.pop("labels")
+            with self.decide(rows[picked], decisions[picked]):
+                tokens = backbone.model.generate(
+                    **inputs,
+                    max_new_tokens=self.longest,
+                    num_beams=self._num_beams,
+                    do_sample=False,
+                    **self._end,
+                    pad_token_id=backbone.tokenizer.pad_token_id,
+                )
+            said = backbone.tokenizer.batch_decode(self.head.new_tokens(tokens, inputs), skip_special_tokens=True)
+            for position, text in zip(picked, said, strict=True):
+                texts[position] = (text if self._stop is None else text.partition(self._stop)[0]).strip()
+        return texts
+
+    @property
+    def _end(self) -> dict[str, list[int]]:
+        """Where ``generate()`` ends early: at a stop of one token; a longer one is cut off its text."""
+        if self._stop is None:
+            return {}
+        tokens = self.backbone.tokenizer(self._stop, add_special_tokens=False).input_ids
+        return {"eos_token_id": [self.backbone.tokenizer.eos_token_id, *tokens]} if len(tokens) == 1 else {}
+
+    @torch.inference_mode()
+    def in_passes(
+        self,
+        rows: Array,
+        decisions: Array,
+        value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> Array:
+        """A value, or several, of each row's logits and labels, float64 ``[n]`` or ``[n, values]``."""
+        order, values = [], []
+        for picked, logits, labels in self.logits(rows, decisions):
+            order.append(picked)
+            values.append(value(logits, labels).double().cpu().numpy())
+        return np.concatenate(values)[np.argsort(np.concatenate(order))]
+
+    def logits(self, rows: Array, decisions: Array) -> Iterator[tuple[Array, torch.Tensor, torch.Tensor]]:
+        """Positions in ``rows``, logits and labels of each forward pass under decisions ``[n, switches + 1]``."""
+        for picked, inputs in self.planned(rows, decisions):
+            yield picked, self._pass(rows[picked], decisions[picked], inputs), inputs["labels"]
+
+    def _pass(self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The logits of one pass; no generator, since a block that is open in one is slower."""
+        with self.backbone.board.decide(decisions[:, :-1], self._keep_of(rows, decisions, inputs)):
+            return self.backbone.logits(inputs)
+
+    def _keep_of(self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor]) -> Array | torch.Tensor | None:
+        """The tokens that a pass of ``Backbone.logits`` keeps."""
+        keep = self._tokens.kept(rows, decisions[:, -1])
+        return None if keep is None else self.head.kept(inputs, keep)
+
+    def logits_of_one(
+        self, row: int, decide: Callable[[torch.Tensor, torch.Tensor], Array]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and labels of one instance, decided on in its pass: the input is embedded once.
+
+        Args:
+            row: The instance.
+            decide: Takes the first layer's input ``[1, length, width]`` and the mask of its tokens ``[1, length]`` to a
+                decision ``[1, switches + 1]``.
+        """
+        board, rows = self.backbone.board, np.array([row])
+        inputs = self.inputs(rows)
+        mask = inputs["attention_mask"]
+
+        def choose(hidden: torch.Tensor) -> tuple[Array, Array | None]:
+            decisions = decide(hidden[:, : mask.shape[1]], mask)  # behind a prompt the answer follows
+            return decisions[:, :-1], self._keep_of(rows, decisions, inputs)
+
+        with board.decide_in_pass(choose):
+            return self.backbone.logits(inputs), inputs["labels"]
+
+    def planned(self, rows: Array, decisions: Array, steps: int = 0) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
+        """Positions in ``rows`` and inputs of each forward pass, or of each ``generate()`` of so many steps."""
+        kept = self._tokens.kept_length(rows, decisions[:, -1])[:, None]
+        reads_input = np.array([switch.reads_input for switch in self.backbone.board.switches])
+        length = np.where(reads_input, kept, self.head.decoded(self.encoded.target_length[rows][:, None], kept))
+        for picked in passes(decisions[:, :-1], length, self.backbone.model.config.hidden_size, steps):
+            tokens = int(kept[picked].max() + self.encoded.target_length[rows[picked]].max())
+            most = max(1, PASS_TOKENS // tokens)
+            for part in np.split(picked, range(most, len(picked), most)):
+                yield part, self.inputs(rows[part])
+
+    def inputs(self, rows: Array) -> dict[str, torch.Tensor]:
+        """The backbone's inputs, with ``labels``, of a batch of these rows."""
+        return self.head.batch(self.encoded, rows, self.backbone.model.device)
+
+    def decide(self, rows: Array, decisions: Array) -> AbstractContextManager[None]:
+        """The switchboard's ``decide`` for ``generate()`` on a batch of these rows, padded to the longest of them."""
+        return self.backbone.board.decide(decisions[:, :-1], self._tokens.kept(rows, decisions[:, -1]))

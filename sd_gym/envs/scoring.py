@@ -1,0 +1,174 @@
+"""What the backbone's answers are worth under decisions, computed once for each."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sd_gym.backbones.heads.base import LEAST_LIKELIHOOD
+from sd_gym.envs.config import EnvConfig
+from sd_gym.envs.passes import Passes
+from sd_gym.tasks.encoding import Encoded
+from sd_gym.tasks.instance import Instance
+from sd_gym.tasks.metrics import corpus_metric
+from sd_gym.tasks.text import text_metrics, text_quality
+
+Array = NDArray
+KNOWN = 2**18  # qualities that are remembered at most, about 60 MB; those that were not asked for longest go first
+Key = tuple[int, bytes]  # a row, and its decision
+
+
+class Scoring:
+    """Qualities of a split's rows under decisions ``[n, switches + 1]``.
+
+    Args:
+        config: The env's configuration.
+        passes: What runs the backbone on them.
+        instances: The split's instances.
+        encoded: Their tensors.
+
+    Raises:
+        ValueError: If the backbone's answers have no such quality.
+    """
+
+    def __init__(self, config: EnvConfig, passes: Passes, instances: Sequence[Instance], encoded: Encoded) -> None:
+        self._config, self._passes, self._head = config, passes, passes.head
+        self._instances, self._encoded = instances, encoded
+        self._measure = self._head.measured_by(config.quality)
+        self.load_scores(None)
+
+    # --- what is known ------------------------------------------------------------------------------------------------
+
+    def quality(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
+        """Quality under the decisions ``[n, switches + 1]`` and dense quality, each float64 ``[n]``.
+
+        The backbone is frozen, so an (instance, decision) is computed once while it is among the last ``KNOWN`` that
+        were asked for; the dense decisions that are not known yet run in the same forward pass as the others.
+        """
+        both = np.concatenate([decisions, np.zeros_like(decisions)])
+        level = both[:, -1:].astype(np.uint32).view(np.uint8)
+        packed = np.concatenate([np.packbits(both[:, :-1].astype(bool), axis=1), level], axis=1)
+        keys = [(row, bits.tobytes()) for row, bits in zip([*rows.tolist()] * 2, packed, strict=True)]
+        found = {key: self._scores[key] for key in keys if key in self._scores}
+        missing: dict[Key, int] = {}
+        for position, key in enumerate(keys):
+            if key not in found:
+                missing.setdefault(key, position)
+        if missing:
+            wanted = np.fromiter(missing.values(), dtype=np.int64)
+            qualities = self.run(np.concatenate([rows, rows])[wanted], both[wanted])
+            found.update(zip(missing, qualities.tolist(), strict=True))
+        self._remember(found)
+        values = np.array([found[key] for key in keys])
+        return values[: len(rows)], values[len(rows) :]
+
+    def _remember(self, found: dict[Key, float]) -> None:
+        for key, value in found.items():
+            self._scores[key] = value
+            self._scores.move_to_end(key)
+        while len(self._scores) > KNOWN:
+            self._scores.popitem(last=False)
+
+    def scores(self) -> dict[str, torch.Tensor]:
+        """The qualities that are known, as tensors: the rows, their packed decisions, the values."""
+        packed = np.frombuffer(b"".join(decision for _, decision in self._scores), np.uint8)
+        width = len(packed) // max(1, len(self._scores))
+        return {
+            "rows": torch.tensor([row for row, _ in self._scores], dtype=torch.int64),
+            "decisions": torch.from_numpy(packed.reshape(len(self._scores), width).copy()),
+            "values": torch.tensor(list(self._scores.values()), dtype=torch.float64),
+            "dense_log": torch.from_numpy(self._dense_log.copy()),
+        }
+
+    def load_scores(self, scores: dict[str, torch.Tensor] | None) -> None:
+        """Know what ``scores`` gave and nothing else; ``None``: nothing."""
+        self._scores: OrderedDict[Key, float] = OrderedDict()
+        self._dense_log = np.full(len(self._encoded), np.nan)  # of the likelihood, where it is known
+        if scores is not None:
+            keys = zip(scores["rows"].tolist(), map(bytes, scores["decisions"].numpy()), strict=True)
+            self._remember(dict(zip(keys, scores["values"].tolist(), strict=True)))
+            self._dense_log = scores["dense_log"].numpy()
+
+    # --- what is computed ---------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def run(self, rows: Array, decisions: Array) -> Array:
+        """Run the backbone on rows under decisions and score it: float64 ``[n]``. Nothing is cached.
+
+        Of a likelihood: one plus the logarithm of its ratio to the dense backbone's, between 0 and 2, so that dense has
+        1, a loss of 0.01 is one percent of perplexity, and no instance weighs more than any other's loss of all.
+
+        The rows run in the passes that are the cheapest: of about the same length that is left, or the same decision.
+        """
+        if self._measure == "of_text":
+            return self._text_quality(rows, self._passes.answers(rows, decisions))
+        return self._of_score(rows, decisions, self._passes.in_passes(rows, decisions, self._score))
+
+    @torch.inference_mode()
+    def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
+        """Quality as ``run`` gives it, and the likelihood of the reference; each float64 ``[n]``. Nothing is cached."""
+        if self._measure == "of_text":
+            texts, likely = self._head.answers_and_likelihood(self._passes, rows, decisions, self._config.label_range)
+            return self._text_quality(rows, texts), likely
+
+        def both(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return torch.stack([self._score(logits, labels), self._likelihood(logits, labels)], dim=1)
+
+        values = self._passes.in_passes(rows, decisions, both)
+        return self._of_score(rows, decisions, values[:, 0]), values[:, 1]
+
+    def _text_quality(self, rows: Array, texts: list[str]) -> Array:
+        metric = self._config.metric if self._config.quality == "metric" else "exact_match"
+        pairs = zip(rows, texts, strict=True)
+        return np.array([text_quality(metric, text, self._instances[row].references) for row, text in pairs])
+
+    def _likelihood(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self._head.likelihood(logits, labels, self._config.label_range)
+
+    def _score(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        score = self._head.likelihood if self._measure == "likelihood" else self._head.exact
+        return score(logits, labels, self._config.label_range)
+
+    def _of_score(self, rows: Array, decisions: Array, values: Array) -> Array:
+        """The quality that a score gives: a likelihood relative to dense, a balanced one weighted by class."""
+        if self._measure == "balanced":
+            return values * self._class_weight[rows]
+        return self._relative(rows, decisions, values) if self._measure == "likelihood" else values
+
+    @cached_property
+    def _class_weight(self) -> Array:
+        """What a right answer is worth, by instance, float64 ``[n]``: the same in all for each class."""
+        classes, of_class, count = np.unique(
+            self._head.classes(self._instances), return_inverse=True, return_counts=True
+        )
+        return len(self._encoded) / (len(classes) * count[of_class])
+
+    def _relative(self, rows: Array, decisions: Array, probability: Array) -> Array:
+        """One plus the logarithm of the likelihood over the dense one, between 0 and 2."""
+        log = np.log(np.maximum(probability, LEAST_LIKELIHOOD))
+        dense = ~decisions.any(axis=1)
+        self._dense_log[rows[dense]] = log[dense]
+        unknown = np.unique(rows[np.isnan(self._dense_log[rows])])
+        if len(unknown):
+            nothing = np.zeros((len(unknown), decisions.shape[1]), dtype=np.int64)
+            reference = self._passes.in_passes(unknown, nothing, self._likelihood)
+            self._dense_log[unknown] = np.log(np.maximum(reference, LEAST_LIKELIHOOD))
+        return np.clip(1 + log - self._dense_log[rows], 0, 2)
+
+    @torch.inference_mode()
+    def metrics(self, rows: Array, decisions: Array) -> dict[str, float]:
+        """The metric of the rows under the decisions, by name; empty where it is the mean quality."""
+        name = self._config.metric
+        if name in ("rouge", "squad"):
+            return text_metrics(
+                name, self._passes.answers(rows, decisions), [self._instances[row].references for row in rows]
+            )
+        if name == "exact_match" or (name == "accuracy" and self._config.quality == "exact_match"):
+            return {}
+        predicted = self._passes.in_passes(rows, decisions, lambda logits, labels: self._head.prediction(logits))
+        return {name: corpus_metric(name, predicted, self._encoded.labels[torch.from_numpy(rows)].numpy())}

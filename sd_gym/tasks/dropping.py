@@ -1,0 +1,75 @@
+"""Which tokens of a split's inputs go at a token level; what prepares a backbone and what scores it drop the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from sd_gym.backbones.heads import Head
+from sd_gym.switch import Switchboard, dropped_tokens
+from sd_gym.tasks.encoding import Encoded, droppable_tokens
+from sd_gym.tasks.instance import Instance
+from sd_gym.tasks.ranking import kept_tokens, token_scores
+
+
+class TokenDropping:
+    """The tokens of a split that may be dropped, how much they matter, and those that are left.
+
+    Args:
+        instances: The instances.
+        encoded: Their tensors.
+        board: The backbone's switchboard.
+        tokenizer: Its tokenizer.
+        head: Its head.
+        shares: The share of its tokens that an input drops at each level.
+        ranking: Which tokens go first.
+        rarity: Gives ``training_rarity``, if the ranking asks for it.
+        max_source_length: As for ``encode``.
+        prompt: Likewise.
+    """
+
+    def __init__(
+        self,
+        instances: Sequence[Instance],
+        encoded: Encoded,
+        board: Switchboard,
+        tokenizer: PreTrainedTokenizerBase,
+        head: Head,
+        *,
+        shares: Sequence[float],
+        ranking: str,
+        rarity: Callable[[], NDArray],
+        max_source_length: int,
+        prompt: str | None,
+    ) -> None:
+        self.shares = np.array(shares)
+        self.ranking = ranking
+        self._instances, self._encoded = instances, encoded
+        self._board, self._tokenizer, self._head = board, tokenizer, head
+        self._rarity, self._max_source_length, self._prompt = rarity, max_source_length, prompt
+
+    @cached_property
+    def droppable(self) -> NDArray:
+        """Which tokens may be dropped, bool ``[n, longest]``."""
+        return droppable_tokens(self._instances, self._tokenizer, self._max_source_length, self._prompt)
+
+    @cached_property
+    def scores(self) -> NDArray:
+        """How much each token matters, by the ranking, float ``[n, longest]``."""
+        return token_scores(self.ranking, self._encoded, self._board, self._rarity)
+
+    def kept_length(self, rows: NDArray, level: NDArray) -> NDArray:
+        """Tokens of the inputs that are left at the token levels, int64 ``[n]``."""
+        length = self._encoded.source_length[rows]
+        return length - dropped_tokens(self.droppable[rows], self.shares[level]) if level.any() else length
+
+    def kept(self, rows: NDArray, level: NDArray) -> NDArray | None:
+        """The tokens that a batch of rows keeps, bool ``[n, longest of them]``; ``None``: all."""
+        if not level.any():
+            return None
+        length, share = self._encoded.source_length[rows], self.shares[level]
+        return kept_tokens(self.scores[rows], self.droppable[rows], length, share, self._head.padding_side)
