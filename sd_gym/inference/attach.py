@@ -20,7 +20,7 @@ from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.observation import features_of
 from sd_gym.switch import FlopsModel, Switchboard
 
-CACHES = ("past_key_values", "cache")  # what transformers calls them, by version
+CACHES = ("cache", "past_key_values")  # what transformers calls them, now and formerly
 
 
 def attach(
@@ -214,9 +214,8 @@ class Attached:
         target = given.get("decoder_input_ids") if given.get("decoder_input_ids") is not None else given.get("labels")
         if len(self.board.architecture.stacks) > 1 and target is not None and target.ndim > 1:
             self.model.decisions.note_target(target.shape[1])
-        for name in CACHES:
-            if isinstance(filled := getattr(output, name, None), Cache):
-                self._decided[filled] = decided[0]
+        if isinstance(filled := getattr(output, "cache", None), Cache):
+            self._decided[filled] = decided[0]
         return output
 
     def _continued(self, cache: Cache, *args: Any, **kwargs: Any) -> Any:
