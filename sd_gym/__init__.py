@@ -5,9 +5,9 @@ Importing it registers all envs with Gymnasium; torch and transformers are impor
     >>> import gymnasium as gym, sd_gym
     >>> env = gym.make("SD/Classification-Mini-v0")
 
-What the command line does, ``sd_gym.train``, ``evaluate``, ``compare`` and ``instances`` do from Python; things of your
-own are made known with ``register_agent``, ``register_objective``, ``register_network``, ``register_observation`` and
-``register_env``.
+What the command line does, ``sd_gym.train``, ``evaluate``, ``reduce``, ``compare`` and ``instances`` do from Python;
+things of your own are made known with ``register_agent``, ``register_objective``, ``register_network``,
+``register_observation`` and ``register_env``.
 """
 
 from importlib import import_module
@@ -19,6 +19,7 @@ from sd_gym.version import __version__
 if TYPE_CHECKING:
     from sd_gym.agents.api import evaluate, train
     from sd_gym.agents.common.compare import compare
+    from sd_gym.agents.common.run import reduce
     from sd_gym.agents.registry import register_agent
     from sd_gym.envs.listing import instances
     from sd_gym.inference.attach import attach, detach
@@ -35,6 +36,7 @@ _WHERE = {
     "evaluate": "sd_gym.agents.api",
     "instances": "sd_gym.envs.listing",
     "load": "sd_gym.inference.texts",
+    "reduce": "sd_gym.agents.common.run",
     "register_agent": "sd_gym.agents.registry",
     "register_network": "sd_gym.policy",
     "register_objective": "sd_gym.objectives",
@@ -50,6 +52,7 @@ __all__ = [
     "evaluate",
     "instances",
     "load",
+    "reduce",
     "register_agent",
     "register_env",
     "register_network",

@@ -348,6 +348,29 @@ def run(
 
 
 @app.command()
+def reduce(
+    run: Annotated[Path, typer.Argument(help="Run folder that sd-gym train wrote.")],
+    output: Annotated[Path, typer.Option(help="Run folder to write.")],
+    codebook: Annotated[int, typer.Option(min=1, help="Different decisions at most.")] = 8,
+    imports: Imports = [],  # noqa: B006  (typer wants a list)
+) -> None:
+    """Have a run's policy decide among a few masks, so that inputs agree and run together.
+
+    The masks are those of its decisions that serve the training inputs best; how boldly it decides among them is
+    selected on the validation split anew. It becomes a run of its own, evaluated on the test split.
+
+    Example: `sd-gym reduce runs/Summarization-Mini-ppo-0 --codebook 8 --output runs/reduced`
+    """
+    _import(imports)
+    with _errors_as_lines(), _status("reducing"):
+        from sd_gym.agents.common.run import reduce as reduce_run
+
+        result = reduce_run(run, codebook, output)
+    _print_result(f"{run}, a codebook of {codebook}", result)
+    console.print(f"Run folder: {output}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; what is none is passed over.")],
     fronts: Annotated[

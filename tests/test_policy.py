@@ -1,5 +1,7 @@
 """The decision network: what it chooses."""
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,3 +29,63 @@ def test_all_components_are_chosen_at_once_as_one_by_one(nvec, seed):
         chosen = policy.choose(logits)
     assert torch.equal(chosen, one_by_one)
     assert calls.count("argmax") == 1
+
+
+def policy_of(seed, *, nvec=(2, 2, 2, 2, 3), **kwargs):
+    """A policy that decides on many inputs differently, and inputs."""
+    torch.manual_seed(seed)
+    policy = DecisionPolicy(4, list(nvec), [f"switch {number}" for number in range(len(nvec) - 1)], **kwargs).eval()
+    with torch.no_grad():
+        policy.head.weight.mul_(20)
+        if policy.autoregressive:
+            policy.coupling.normal_()
+    return policy, np.random.default_rng(seed).normal(size=(60, 4)).astype(np.float32)
+
+
+def log_prob(policy, observations, decisions):
+    """By the definition: the sum over components of the choice's log-probability."""
+    with torch.no_grad():
+        each = policy.log_probs(policy(torch.as_tensor(observations)), torch.as_tensor(decisions))
+    return sum(part.numpy()[np.arange(len(part)), choice] for part, choice in zip(each, decisions.T, strict=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), size=st.integers(1, 12), autoregressive=st.booleans())
+def test_a_reduced_policy_makes_the_most_probable_of_few_decisions(seed, size, autoregressive):
+    policy, seen = policy_of(seed, autoregressive=autoregressive)
+    small = policy.reduced(size, seen)
+    masks, decisions = small.codebook.numpy(), small.decide(seen)
+    assert len(np.unique(masks, axis=0)) == len(masks) <= size
+    assert not masks[0].any()  # the dense one is always among them
+    own = {tuple(decision) for decision in policy.decide(seen)}
+    assert all(tuple(mask) in own for mask in masks[1:])
+    of_masks = np.stack([log_prob(policy, seen, np.tile(mask, (60, 1))) for mask in masks])
+    np.testing.assert_allclose(log_prob(policy, seen, decisions), of_masks.max(axis=0), atol=1e-4)
+    assert policy.codebook is None
+
+
+def test_with_room_for_all_its_decisions_a_policy_decides_as_before():
+    policy, seen = policy_of(0)
+    small = policy.reduced(100, seen)
+    np.testing.assert_array_equal(small.decide(seen), policy.decide(seen))
+    assert not small.with_margin(1000.0).decide(seen).any()
+    np.testing.assert_array_equal(small.with_decision(np.array([1, 0, 1, 1, 2])).decide(seen)[7], [1, 0, 1, 1, 2])
+
+
+def test_a_codebook_is_saved_and_checked(tmp_path):
+    policy, seen = policy_of(0)
+    small = policy.reduced(4, seen)
+    small.save(tmp_path)
+    loaded = DecisionPolicy.load(tmp_path)
+    np.testing.assert_array_equal(loaded.decide(seen), small.decide(seen))
+    assert loaded.flops == small.flops == policy.flops + 2 * 11 * len(small.codebook)
+    description = (tmp_path / "policy.json").read_text()
+    for wrong in ("[[0, 0, 0, 0, 3]]", "[[0, 0]]", "[]"):
+        start = description.index('"codebook": ') + len('"codebook": ')
+        (tmp_path / "policy.json").write_text(description[:start] + wrong + "}")
+        with pytest.raises(ValueError, match="codebook"):
+            DecisionPolicy.load(tmp_path)
+    with pytest.raises(ValueError, match="a policy with a codebook has no odds"):
+        small.skip_logits(seen)
+    with pytest.raises(ValueError, match="at least one decision"):
+        policy.reduced(0, seen)

@@ -31,6 +31,7 @@ from sd_gym.policy import DecisionPolicy
 from sd_gym.registration import registered_ids
 from sd_gym.registry import UnknownNameError, naming_imports, unknown
 from sd_gym.tasks.data import SPLITS
+from sd_gym.tasks.ranking import STATISTICS_SIZE
 from sd_gym.tasks.splits import Splits, check_unchanged
 from sd_gym.version import __version__
 
@@ -183,16 +184,66 @@ def _train(
             log_validation(logger, selection.validate(reached, policy, env.objective))
         policy.save(folder)
     agent.save_extra(folder)
-    result = measured(env.core, policy, "test", folder, decided)
-    result["last_policy"] = last  # what learning ended with, where another one may have been selected
-    result["history"] = selection.history
-    result["data"] = {name: env.core.split(name).provenance for name in SPLITS}
-    if policy is not None and (artefact := export(env.core, policy, selection.stops, result, description)) is not None:
-        artefact.save_pretrained(folder)
-    write_result(result, env.core, folder)
+    result = _finished(folder, description, selection, policy, decided, last)
     log_result(logger, reached, result)
     logger.close()
     checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]:
+    """Have a run's policy decide among few masks, select how boldly, and evaluate that on the test split.
+
+    Inputs then agree more often, and those that agree run faster together: ``sd-gym reduce``.
+
+    Args:
+        run: The run.
+        codebook: Different decisions at most; see ``DecisionPolicy.reduced``.
+        output: A run folder, written as by ``train``; ``agent_settings`` in its ``config.json`` have ``codebook``.
+
+    Returns:
+        The result, as in ``result.json``.
+
+    Raises:
+        FileNotFoundError: If there is no such run.
+        FileExistsError: If the output holds anything.
+        ValueError: If the codebook is empty, the run's policy decides at random, or its data have changed.
+    """
+    folder = Path(output)
+    with locked(folder):
+        if contents(folder):
+            raise FileExistsError(f"{folder} is not empty; choose another --output")
+        description, core, policy = load_run(Path(run))
+        if policy.noise != "none":
+            raise ValueError(f"{run}: its policy decides at random; expected one that has learned")
+        train = core.split("train")
+        seen = core.observe(train, np.arange(min(len(train), STATISTICS_SIZE)))
+        selection = Selection(core, description.get("strictness", ONE_SIDED_95))
+        selected = selection.select([policy.reduced(codebook, seen)])
+        description["command"] = shlex.join(sys.argv)
+        description["agent_settings"] = {**description["agent_settings"], "codebook": codebook}
+        write_json(folder / "config.json", description)
+        selected.save(folder)
+        return _finished(folder, description, selection, selected)
+
+
+def _finished(
+    folder: Path,
+    description: dict[str, Any],
+    selection: Selection,
+    policy: DecisionPolicy | None,
+    decided: Decided | None = None,
+    last: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the result and the artefact of a run, and return the result."""
+    core = selection.core
+    result = measured(core, policy, "test", folder, decided)
+    result["last_policy"] = last  # what learning ended with, where another one may have been selected
+    result["history"] = selection.history
+    result["data"] = {name: core.split(name).provenance for name in SPLITS}
+    if policy is not None and (artefact := export(core, policy, selection.stops, result, description)) is not None:
+        artefact.save_pretrained(folder)
+    write_result(result, core, folder)
     return result
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sd_gym.errors import short
 from sd_gym.files import read_tensors, write_json, write_tensors
 from sd_gym.registry import Registry, naming_imports
 
@@ -61,6 +62,7 @@ class DecisionPolicy(nn.Module):
         autoregressive: Whether a choice depends on earlier ones.
         network: Name of a registered network that gives the logits instead of two hidden layers.
         hidden: Width of the hidden layers.
+        codebook: Decisions, each with all components: then no others are made (``reduced``); ``None``: any.
 
     Attributes:
         body: The hidden layers ``[n, hidden]``, or the registered network.
@@ -81,6 +83,7 @@ class DecisionPolicy(nn.Module):
         autoregressive: bool = False,
         network: str | None = None,
         hidden: int = HIDDEN,
+        codebook: list[list[int]] | None = None,
     ) -> None:
         super().__init__()
         self.observation_size = observation_size
@@ -103,6 +106,7 @@ class DecisionPolicy(nn.Module):
         # Of each component's choices in the logits; behind its last one, the place behind them all.
         places = torch.from_numpy(np.where(places < ends, places, ends[-1]))
         self.register_buffer("_places", places, persistent=False)
+        self.register_buffer("codebook", None if codebook is None else torch.tensor(codebook), persistent=False)
         if autoregressive:
             self.coupling = nn.Parameter(torch.zeros(sum(self.nvec), len(self.nvec)))
             component = torch.repeat_interleave(torch.arange(len(self.nvec)), torch.tensor(self.nvec))
@@ -139,6 +143,8 @@ class DecisionPolicy(nn.Module):
             logits: Of ``forward``.
             pick: Takes the logits ``[n, size]`` of one component, given the choices before it, to choices ``[n]``.
         """
+        if pick is _most_probable and self.codebook is not None:
+            return self.codebook[self._likely(logits, self.codebook).argmax(dim=1)]
         if pick is _most_probable and not self.autoregressive:
             return self._side_by_side(logits).argmax(dim=2)
         decisions = torch.zeros(len(logits), len(self.nvec), dtype=torch.int64, device=logits.device)
@@ -157,6 +163,18 @@ class DecisionPolicy(nn.Module):
             return logits.unflatten(1, (-1, longest))
         return torch.cat([logits, logits.new_full((len(logits), 1), -torch.inf)], dim=1)[:, self._places]
 
+    def _likely(self, logits: Tensor, masks: Tensor) -> Tensor:
+        """How probable decisions ``[masks, components]`` are, ``[n, masks]``: logarithms, but for what they share."""
+        places = self._places.gather(1, masks.T).T
+        if not self.autoregressive:
+            chosen = torch.zeros(logits.shape[1], len(masks), device=logits.device)
+            return logits @ chosen.scatter_(0, places.T, 1.0)
+        of_each = []
+        for mask, place in zip(masks, places, strict=True):
+            given = self.log_probs(logits, mask.expand(len(logits), -1))
+            of_each.append(torch.cat(given, dim=1)[:, place].sum(dim=1))
+        return torch.stack(of_each, dim=1)
+
     @torch.inference_mode()
     def decide(self, observations: NDArray) -> NDArray:
         """Decisions, int64 ``[n, components]``, for observations ``[n, features]``."""
@@ -174,10 +192,11 @@ class DecisionPolicy(nn.Module):
         """Log-odds of skipping each switch, float32 ``[n, switches]``, for observations ``[n, features]``.
 
         Raises:
-            ValueError: If the policy is autoregressive: its odds depend on earlier choices.
+            ValueError: If the policy is autoregressive, its odds depend on earlier choices; or if it has a codebook.
         """
-        if self.autoregressive:
-            raise ValueError("an autoregressive policy has no odds of a switch by itself")
+        if self.autoregressive or self.codebook is not None:
+            kind = "an autoregressive policy" if self.autoregressive else "a policy with a codebook"
+            raise ValueError(f"{kind} has no odds of a switch by itself")
         seen = torch.as_tensor(observations, dtype=torch.float32, device=self.head.weight.device)
         choices = self(seen)[:, : 2 * len(self.switches)].unflatten(1, (-1, 2))
         return (choices[..., 1] - choices[..., 0]).cpu().numpy()
@@ -200,11 +219,44 @@ class DecisionPolicy(nn.Module):
     def with_decision(self, decision: NDArray) -> DecisionPolicy:
         """A copy that makes one decision ``[components]`` for every input."""
         copy = deepcopy(self)
+        copy.codebook = None
         chosen = torch.from_numpy(np.cumsum([0, *self.nvec[:-1]]) + np.asarray(decision))
         with torch.no_grad():
             copy.head.weight.zero_()
             copy.head.bias.zero_()
             copy.head.bias[chosen] = 1.0
+        return copy
+
+    @torch.inference_mode()
+    def reduced(self, size: int, observations: NDArray) -> DecisionPolicy:
+        """A copy that makes at most ``size`` different decisions, so that inputs agree and run together more often.
+
+        They are decisions that it makes itself, and the dense one; each input gets the one that is the most probable
+        for it. Added one by one, each is the one by which the inputs' decisions become more probable than by any other:
+        so in all they are at least 63% as good as the best ones (Nemhauser, Wolsey and Fisher 1978).
+
+        Args:
+            size: At least 1, the dense one.
+            observations: Of inputs that it shall do well on, ``[n, features]``; a thousand are enough.
+
+        Raises:
+            ValueError: If there is no size or no observation.
+        """
+        if size < 1 or not len(observations):
+            raise ValueError(f"expected at least one decision and one observation, got {size} and {len(observations)}")
+        masks = torch.from_numpy(np.unique(self.decide(observations), axis=0))
+        masks = torch.cat([torch.zeros_like(masks[:1]), masks])
+        likely = self._likely(self(torch.as_tensor(observations, dtype=torch.float32)), masks)
+        chosen, best = [0], likely[:, 0]
+        while len(chosen) < size:
+            added = torch.maximum(likely, best[:, None])
+            gain = added.sum(dim=0, dtype=torch.float64) - best.sum(dtype=torch.float64)
+            if gain.max() <= 0:
+                break
+            chosen.append(int(gain.argmax()))
+            best = added[:, chosen[-1]]
+        copy = deepcopy(self)
+        copy.codebook = masks[chosen].clone()
         return copy
 
     def with_weights(self, weights: dict[str, Tensor]) -> DecisionPolicy:
@@ -217,7 +269,10 @@ class DecisionPolicy(nn.Module):
     def flops(self) -> int:
         """FLOPs of one decision, 2 per multiply-add, as torch's ``FlopCounterMode`` counts them."""
         counted, _ = _on_meta(nn.Sequential(self.body, self.head), 1, self.observation_size)
-        return counted + (2 * int(self._earlier.sum()) if self.autoregressive else 0)
+        coupling = 2 * int(self._earlier.sum()) if self.autoregressive else 0
+        if self.codebook is None:
+            return counted + coupling
+        return counted + len(self.codebook) * (coupling or 2 * sum(self.nvec))
 
     def save(self, folder: Path) -> None:
         """Write ``policy.safetensors`` and ``policy.json``; each file appears complete or not at all."""
@@ -234,6 +289,8 @@ class DecisionPolicy(nn.Module):
         }
         if self.network is not None:
             description["network"] = self.network
+        if self.codebook is not None:
+            description["codebook"] = self.codebook.tolist()
         write_tensors(folder / "policy.safetensors", self.state_dict())
         write_json(folder / "policy.json", description)
 
@@ -271,6 +328,7 @@ class _Description(BaseModel):
     autoregressive: bool
     hidden: int = Field(ge=1)
     network: str | None = None
+    codebook: Annotated[list[list[int]], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _one_choice_a_switch(self) -> _Description:
@@ -281,6 +339,10 @@ class _Description(BaseModel):
                 f"expected nvec with a 2 for each of the {len(self.switches)} switches and then the number of token "
                 f"levels, got {self.nvec}"
             )
+        for mask in self.codebook or []:
+            fits = len(mask) == len(self.nvec)
+            if not fits or not all(0 <= one < size for one, size in zip(mask, self.nvec, strict=True)):
+                raise ValueError(f"expected a codebook of decisions, each below {self.nvec}, got {short(mask)}")
         return self
 
 
