@@ -89,3 +89,9 @@ def test_a_codebook_is_saved_and_checked(tmp_path):
         small.skip_logits(seen)
     with pytest.raises(ValueError, match="at least one decision"):
         policy.reduced(0, seen)
+
+
+def test_flops_are_counted_in_inference_mode_too():
+    policy, _ = policy_of(0)
+    with torch.inference_mode():
+        assert policy.flops == 2 * (4 * 64 + 64 * 64 + 64 * 11)

@@ -422,8 +422,8 @@ def _on_meta(module: nn.Module, rows: int, features: int) -> tuple[int, Any]:
 
     On torch's device ``meta`` there are no fused kernels, which its counter overlooks (LSTMs and attention on a CPU).
     """
-    copy = deepcopy(module).to("meta").eval()
     with torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        copy = deepcopy(module).to("meta").eval()  # made here, as the caller may be in inference mode
         output = copy(torch.zeros(rows, features, device="meta"))
     return counter.get_total_flops(), output
 
