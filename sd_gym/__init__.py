@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sd_gym.agents.registry import register_agent
     from sd_gym.envs.listing import instances
     from sd_gym.inference.attach import attach, detach
+    from sd_gym.inference.bake import bake
     from sd_gym.inference.texts import load
     from sd_gym.objectives import register_objective
     from sd_gym.policy import register_network
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "SkipPolicy": "sd_gym.policy.artefact",
     "attach": "sd_gym.inference.attach",
+    "bake": "sd_gym.inference.bake",
     "compare": "sd_gym.agents.common.compare",
     "detach": "sd_gym.inference.attach",
     "evaluate": "sd_gym.agents.api",
@@ -47,6 +49,7 @@ __all__ = [
     "SkipPolicy",
     "__version__",
     "attach",
+    "bake",
     "compare",
     "detach",
     "evaluate",

@@ -1,0 +1,167 @@
+"""A static mask made part of a model: a plain, smaller model without the layers that it skips."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sd_gym.switch import Stack, Switch, Switchboard
+
+# What configs of transformers call the number of layers: of a stack by itself, and of one beside another.
+COUNTS = {
+    "lone": ("num_hidden_layers",),
+    "encoder": ("encoder_layers", "num_layers"),
+    "decoder": ("decoder_layers", "num_decoder_layers"),
+}
+OF_EACH_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists in a config, one value a layer
+
+
+def bake(model: PreTrainedModel, mask: ArrayLike) -> PreTrainedModel:
+    """A model of its own without the layers that a mask skips: nothing of ``sd_gym`` is left in it.
+
+    It gives what the switched model gives under the mask, bit for bit, is saved and loaded by transformers alone, and
+    goes wherever a model of its class goes: ONNX, CTranslate2, vLLM.
+
+    Args:
+        model: A model of a supported architecture, attached or not; it stays as it is.
+        mask: A decision, 1 = skip, ``[switches]`` or, with token level 0 behind it, ``[switches + 1]``.
+
+    Returns:
+        The model, on the same device, with weights of its own.
+
+    Raises:
+        ValueError: If the mask has another shape, drops tokens, or skips a part of a layer or all of a stack; or if
+            layers of this model cannot be taken out: something always runs in them, or they depend on their number.
+
+    Example:
+        >>> import sd_gym
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(
+        ...     vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32
+        ... )
+        >>> smaller = sd_gym.bake(BertForSequenceClassification(config), [0, 0, 1, 1, 0, 0])
+        >>> smaller.config.num_hidden_layers
+        2
+    """
+    carried = vars(model).get("_switchboard")
+    board = carried or Switchboard(model)
+    try:
+        kept = _kept(board, _checked(mask, board))
+        config, paths = _config(board, kept), _paths(board)
+    finally:
+        if carried is None:
+            board.remove()
+    smaller = type(model)._from_config(config, attn_implementation=model.config._attn_implementation, dtype=model.dtype)
+    weights = _weights(model, kept, paths)
+    expected = smaller.state_dict()
+    if weights.keys() != expected.keys() or any(weights[name].shape != expected[name].shape for name in expected):
+        raise ValueError(
+            f"the weights of this {type(model).__name__} are not those of a plain one of fewer layers (adapters, "
+            "quantisation, or a config that calls its layers otherwise); merge adapters, and bake before quantising"
+        )
+    smaller.load_state_dict(weights)
+    if model.can_generate():
+        smaller.generation_config = deepcopy(model.generation_config)
+    return smaller.to(model.device).train(model.training)
+
+
+def _checked(mask: ArrayLike, board: Switchboard) -> np.ndarray:
+    """The mask, bool ``[switches]``."""
+    array = np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask)
+    if array.shape == (len(board) + 1,):
+        if array[-1] != 0:
+            raise ValueError(
+                f"a mask that drops tokens (level {array[-1]}) cannot be baked; set its last component to 0"
+            )
+        array = array[:-1]
+    if array.shape != (len(board),) or not ((array == 0) | (array == 1)).all():
+        raise ValueError(
+            f"expected a mask of {len(board)} switches, each 0 or 1, and perhaps token level 0; got {list(array.shape)}"
+        )
+    return array.astype(bool)
+
+
+def _kept(board: Switchboard, mask: np.ndarray) -> dict[str, list[int]]:
+    """The layers of each stack that stay, by its name."""
+    kept = {}
+    for stack in board.architecture.stacks:
+        layers: dict[int, list[bool]] = {}
+        for switch, skips in zip(board.switches, mask, strict=True):
+            if switch.stack == stack.name:
+                layers.setdefault(switch.index, []).append(bool(skips))
+        halves = [index for index, skips in layers.items() if any(skips) and not all(skips)]
+        if halves:
+            raise ValueError(
+                f"the mask skips a part of {stack.name} layers {halves} only; whole layers can be baked, so skip all "
+                "of their switches, or none"
+            )
+        kept[stack.name] = [index for index, skips in layers.items() if not any(skips)]
+        if len(kept[stack.name]) == len(layers):
+            continue
+        if not (stack.whole or all(sublayer.adds_residual for sublayer in stack.sublayers)):
+            raise ValueError(
+                f"layers of a {board.model.config.model_type} cannot be taken out: a norm behind each residual sum "
+                "runs even where all is skipped"
+            )
+        if getattr(board.model.config, "scale_attn_by_inverse_layer_idx", False):
+            raise ValueError("layers of this model cannot be taken out: its attentions are scaled by their number")
+        if not kept[stack.name]:
+            raise ValueError(f"the mask skips all layers of the {stack.name}; leave at least one")
+    return kept
+
+
+def _config(board: Switchboard, kept: dict[str, list[int]]) -> Any:
+    """The config of a model with these layers."""
+    config, lone = deepcopy(board.model.config), len(kept) == 1
+    for stack, layers in kept.items():
+        counts = COUNTS["lone" if lone else stack]
+        count = next((name for name in counts if hasattr(config, name)), None)
+        if count is None:
+            raise ValueError(
+                f"the config of a {config.model_type} says by none of the names {', '.join(counts)} how many layers "
+                f"its {stack} has"
+            )
+        for name in OF_EACH_LAYER if lone else ():
+            of_each = getattr(config, name, None)
+            if isinstance(of_each, list) and len(of_each) == getattr(config, count):
+                setattr(config, name, [of_each[index] for index in layers])
+        setattr(config, count, len(layers))
+    if config.get_text_config(decoder=True).num_hidden_layers < len(layers):
+        raise ValueError(
+            f"transformers gives the cache of a {config.model_type} as many layers as its encoder has, so its decoder "
+            f"({len(layers)} layers) needs at least as many there; skip layers of the decoder, too"
+        )
+    return config
+
+
+def _paths(board: Switchboard) -> dict[str, tuple[Stack, str]]:
+    """Where in the model the layers of each stack are, by its name."""
+    first: dict[str, Switch] = {}
+    for switch in board.switches:
+        first.setdefault(switch.stack, switch)
+    return {
+        stack.name: (stack, board.path_of(first[stack.name]).rpartition(".")[0]) for stack in board.architecture.stacks
+    }
+
+
+def _weights(
+    model: PreTrainedModel, kept: dict[str, list[int]], paths: dict[str, tuple[Stack, str]]
+) -> dict[str, Tensor]:
+    """The weights that stay, under their new names; what the first layer has for all others goes to the new first."""
+    weights = model.state_dict()
+    for stack, path in paths.values():
+        of_layers = {name: weights.pop(name) for name in list(weights) if name.startswith(f"{path}.")}
+        for new, old in enumerate(kept[stack.name]):
+            begin = f"{path}.{old}."
+            for name, weight in of_layers.items():
+                if name.startswith(begin):
+                    weights[f"{path}.{new}.{name.removeprefix(begin)}"] = weight
+        for sublayer in stack.sublayers:
+            shared = f"{path}.0.{sublayer.position_bias}.relative_attention_bias."
+            weights |= {name: weight for name, weight in of_layers.items() if name.startswith(shared)}
+    return weights
