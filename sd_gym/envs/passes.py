@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from sd_gym.backbones import Backbone
-from sd_gym.switch import passes
+from sd_gym.switch import Seen, passes
 from sd_gym.tasks.dropping import TokenDropping
 from sd_gym.tasks.encoding import Encoded
 from sd_gym.tasks.instance import Instance
@@ -128,8 +128,8 @@ class Passes:
         inputs = self.inputs(rows)
         mask = inputs["attention_mask"]
 
-        def choose(hidden: torch.Tensor) -> tuple[Array, Array | None]:
-            decisions = decide(hidden[:, : mask.shape[1]], mask)  # behind a prompt the answer follows
+        def choose(seen: Seen) -> tuple[Array, Array | None]:
+            decisions = decide(seen.hidden[:, : mask.shape[1]], mask)  # behind a prompt the answer follows
             return decisions[:, :-1], self._keep_of(rows, decisions, inputs)
 
         with board.decide_in_pass(choose):

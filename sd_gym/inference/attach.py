@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from sd_gym.backbones.heads import Head, head_of
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.observation import features_of
-from sd_gym.switch import FlopsModel, Switchboard
+from sd_gym.switch import FlopsModel, Seen, Switchboard
 
 CACHES = ("cache", "past_key_values")  # what transformers calls them, now and formerly
 
@@ -199,8 +199,8 @@ class Attached:
         looked = self._looked_at(given, given.get("input_ids"))
         decided: list[tuple[NDArray, Tensor | None]] = []
 
-        def choose(hidden: Tensor) -> tuple[NDArray, Tensor | None]:
-            features = features_of(hidden.detach(), looked.inputs["attention_mask"]).float().cpu().numpy()
+        def choose(seen: Seen) -> tuple[NDArray, Tensor | None]:
+            features = features_of(seen.hidden.detach(), looked.inputs["attention_mask"]).float().cpu().numpy()
             decided.append(self._decided_by(looked, self.policy.decide_on(features)))
             return decided[0][0][:, :-1], decided[0][1]
 

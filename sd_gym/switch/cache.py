@@ -167,3 +167,10 @@ def kept_rows(
         inner = DynamicLayer()
     cache.layers[layer] = KeptRows(inner, rows, batch, mark)
     return cache.layers[layer]
+
+
+def unsigned(cache: Cache) -> None:
+    """Give a cache its own layers back, whose rows all ran, where nothing turned out to be skipped."""
+    double = isinstance(cache, EncoderDecoderCache)
+    for part in (cache.self_attention_cache, cache.cross_attention_cache) if double else (cache,):
+        part.layers[:] = [layer.inner if isinstance(layer, KeptRows) else layer for layer in part.layers]

@@ -20,7 +20,7 @@ from weakref import WeakSet
 
 import torch
 
-from sd_gym.switch.decision import Choice, Decision, InForce, replays
+from sd_gym.switch.decision import Decision, InForce, replays
 
 if TYPE_CHECKING:
     from sd_gym.switch.shadow import Shadow
@@ -62,8 +62,9 @@ class _Family:
             self.scopes.discard(scope)
 
     def begin(self, entry: _Entry, needs: tuple[int, ...]) -> None:
-        """A decision is in force that needs these shadows."""
+        """A decision is in force that needs these shadows, beside those that it needed before it grew."""
         with _LOCK:
+            needs = tuple(dict.fromkeys((*self._needs.get(id(entry), ()), *needs)))
             self._needs[id(entry)] = needs  # first, so that an entry that ends meanwhile takes none of them away
             for scope in list(self.scopes):
                 for number in needs:
@@ -212,7 +213,7 @@ class Scope:
 
     def enter(self, decision: InForce, frame: FrameType) -> _Entry:
         """Put a decision in force, for the code that runs in ``frame``."""
-        if isinstance(decision, Decision | Choice) and not torch.is_inference_mode_enabled():
+        if isinstance(decision, Decision) and not torch.is_inference_mode_enabled():
             decision.replays = replays(frame)
         entry = _Entry(self, decision, _generator(frame), self._entry())
         if entry.generator is not None:
@@ -222,12 +223,11 @@ class Scope:
         return entry
 
     def settle(self, decision: Decision | None) -> None:
-        """Put a decision in the place of the choice in force."""
+        """Put what was decided at a stage in the place of the decision in force, which it has grown from."""
         entry = self._entry()
-        choice, entry.decision = entry.decision, decision
+        entry.decision = decision
         if decision is not None:
-            decision.replays = choice.replays
-            self.family.begin(entry, (*choice.needs, *decision.needs))
+            self.family.begin(entry, decision.needs)
         self._note(entry)
 
     def leave(self, entry: _Entry) -> None:

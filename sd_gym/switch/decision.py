@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from threading import local
 from types import FrameType
@@ -14,43 +13,12 @@ import torch
 import torch.utils.checkpoint
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import Cache
 
+from sd_gym.switch.stages import Choice, Seen
 from sd_gym.switch.tokens import DroppedTokens, TokenPass
 
 _CHECKPOINT = torch.utils.checkpoint.__file__
-
-
-@dataclass(frozen=True)
-class Look:
-    """In the place of a decision: nothing is skipped, and the pass ends where the first layer begins.
-
-    Attributes:
-        needs: Numbers of the shadows that it needs.
-    """
-
-    needs: tuple[int, ...]
-
-
-@dataclass(eq=False)
-class Choice:
-    """In the place of a decision: it is made where the first layer begins.
-
-    Attributes:
-        needs: Numbers of the shadows that it needs.
-        settle: Takes what enters the first layer to the decision, and puts that in force.
-        replays: As of a decision.
-    """
-
-    needs: tuple[int, ...]
-    settle: Callable[[Tensor], Decision | None]
-    replays: int = 0
-
-
-class Reached(Exception):  # noqa: N818  (no error: it ends the pass on purpose)
-    """What a pass is looked at for was reached; carries it."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
 
 
 class Call(NamedTuple):
@@ -68,12 +36,14 @@ class Pass(local):
         calls: By number of the switch, while its sublayer runs.
         sources: Rows of the encoder's output ``(output, rows, taken)``, by number of the switch.
         tokens: What is left of the input where tokens are dropped.
+        encoded: The encoder's output, in a decoder that has a stage.
     """
 
     def __init__(self) -> None:
         self.calls: dict[int, Call] = {}
         self.sources: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.tokens: TokenPass | None = None
+        self.encoded: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,18 +97,29 @@ class Decision:
     Attributes:
         plan: Which rows run which sublayer.
         tokens: The tokens that are dropped; ``None``: none.
+        choice: What is still to be decided in the pass; until then it runs.
+        behind: What the pass is resumed from; ``None``: nothing, it runs as a whole.
+        resumes: Stack and index of the layer that takes the hidden states of ``behind`` in the place of its own.
         generating: Whether this is for one call of ``generate()``.
         repeats: How often that repeats each row, for its beams or samples; 1 before and anywhere else.
         replays: Calls of ``torch.utils.checkpoint`` that it was put in force inside of.
         state: What a pass remembers.
+        signature: One element, ``plan.mark``; of a decision that grows, the same list from stage to stage.
     """
 
     plan: Plan
     tokens: DroppedTokens | None
+    choice: Choice | None = None
+    behind: Seen | None = None
+    resumes: tuple[str, int] | None = None
     generating: bool = False
     repeats: int = 1
     replays: int = 0
     state: Pass = field(default_factory=Pass)
+    signature: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.signature[:] = [self.plan.mark]
 
     @property
     def batch(self) -> int:
@@ -148,12 +129,12 @@ class Decision:
     @property
     def needs(self) -> tuple[int, ...]:
         """Numbers of the shadows that it needs."""
-        return self.plan.needs
+        return self.plan.needs if self.choice is None else (*self.plan.needs, *self.choice.needs)
 
     @property
-    def mark(self) -> tuple[bytes, int, bytes]:
-        """What tells a cache that is filled under this decision from others."""
-        return self.plan.mark, self.repeats, self.tokens.mark if self.tokens is not None else b""
+    def mark(self) -> tuple[list[bytes], int, bytes]:
+        """What tells a cache that is filled under this decision from others; it grows with the decision."""
+        return self.signature, self.repeats, self.tokens.mark if self.tokens is not None else b""
 
     @property
     def is_uniform(self) -> bool:
@@ -181,7 +162,46 @@ class Decision:
 
     def for_generating(self) -> Decision:
         """The same decisions for one call of ``generate()``."""
-        return replace(self, generating=True, repeats=1, state=Pass())
+        return replace(self, generating=True, repeats=1, state=Pass(), signature=[])
+
+    def grown(self, plan: Plan, tokens: DroppedTokens | None, choice: Choice | None) -> Decision:
+        """What is decided behind a stage, for the rest of the same pass."""
+        return replace(self, plan=plan, tokens=tokens, choice=choice)
+
+    def is_at(self, place: tuple[str, int], *, between: bool = False) -> bool:
+        """Whether the next stage stands in front of this layer, or between the encoder and this layer."""
+        if self.choice is None:
+            return False
+        stage = self.choice.stages[0]
+        return stage.place == place and stage.is_between == between
+
+    def resumed(self, hidden: Tensor) -> Tensor:
+        """The hidden states that a layer takes where the pass is resumed.
+
+        Args:
+            hidden: What takes their place up to there.
+
+        Raises:
+            ValueError: If the pass is of another batch.
+        """
+        if self.behind.hidden.shape != hidden.shape:
+            raise ValueError(
+                f"the pass that is resumed at {self.behind.stage!r} was stopped with hidden states "
+                f"{list(self.behind.hidden.shape)}, but this one has {list(hidden.shape)}; give the model the inputs, "
+                "and the board the tokens, that it was stopped with"
+            )
+        return self.behind.hidden
+
+    def settled(self, hidden: Tensor, cache: Cache | None) -> Decision | None:
+        """The decision that the pass goes on under, behind a stage that it has reached.
+
+        Args:
+            hidden: What enters the layer, or the encoder's output.
+            cache: The model's cache, if it has one.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            raise NotImplementedError("a compiled, traced or exported model cannot decide in the pass; use decide()")
+        return self.choice.settle(self, hidden, cache)
 
     def repeats_in(self, total: int) -> int:
         """How often each row stands in a batch of ``total``.
@@ -206,7 +226,7 @@ class Decision:
         return self.plan.repeated(self.repeats_in(total))[number]
 
 
-InForce = Decision | Choice | Look | None  # what a block puts in force; None: everything runs
+InForce = Decision | None  # what a block puts in force; None: everything runs
 
 
 def replays(frame: FrameType | None) -> int:

@@ -6,12 +6,13 @@ import copy
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from sd_gym.switch.decision import Reached
 from sd_gym.switch.shadow import Shadow
+from sd_gym.switch.stages import Reached
 from sd_gym.switch.switchboard import Switchboard
 
 
@@ -36,8 +37,7 @@ def first_layer_input(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
         >>> pooled(hidden, mask).shape
         torch.Size([2, 32])
     """
-    with board.look():
-        return _reached(board.model, inputs)
+    return board.run_to("first", lambda: board.model(**inputs)).hidden
 
 
 @torch.inference_mode()
@@ -63,8 +63,8 @@ def attention_received(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
         >>> received.sum(dim=1).round().tolist()  # each token that attends shares out 1
         [1.0, 1.0]
     """
-    with board.look():
-        weights = _reached(_eager_twin(board), inputs)
+    with board.decide(np.zeros((1, len(board)), dtype=bool)):  # whatever else is decided here
+        weights = _first_attention(board, inputs)
     present = inputs["attention_mask"].to(weights.dtype)
     return (weights.mean(dim=1) * present[:, :, None]).sum(dim=1) / present.sum(dim=1, keepdim=True)
 
@@ -81,9 +81,10 @@ def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([mean, hidden.masked_fill(~kept, -torch.inf).amax(dim=1)], dim=1)
 
 
-def _reached(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def _first_attention(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
+    """Weights of the first attention, ``[batch, heads, length, length]``, which ends the pass."""
     try:
-        model(**inputs)
+        _eager_twin(board)(**inputs)
     except Reached as reached:
         return reached.value
     raise RuntimeError("the forward pass ended without reaching the first layer")

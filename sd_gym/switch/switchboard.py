@@ -8,20 +8,23 @@ decision is in force anywhere by which some row skips them. A shadow asks for th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from sd_gym.switch.architectures import architecture_of
+from sd_gym.switch.cache import unsigned
 from sd_gym.switch.context import Block, Scope, StaleBoardError
-from sd_gym.switch.decision import Choice, Decision, Look, Plan
+from sd_gym.switch.decision import Decision, Plan
 from sd_gym.switch.rowwise import Place, Rowwise
 from sd_gym.switch.shadow import Shadow
+from sd_gym.switch.stages import Choice, Reached, Seen, Stage, course, stages_of
 from sd_gym.switch.switch import Switch
 from sd_gym.switch.tokens import DroppedTokens
 from sd_gym.switch.whole import Generate, Layer, run_decoder, run_encoder
@@ -96,11 +99,13 @@ class Switchboard:
             for index, layer in enumerate(model.base_model.get_submodule(stack.layers))
             for sublayer in stack.sublayers
         ]
+        self._stages = stages_of(self.switches)
         self._scope = Scope()
         self._links = self._linked()
         self._scope.fill([Shadow(target, name, self._scope, run) for target, name, run in self._methods()])
         self._number_shadows()
-        self._plans: dict[tuple[bytes, int, bool, torch.device], Plan] = {}
+        self._undecided = Plan.of(np.zeros((1, len(self)), dtype=bool), frozenset(), (), torch.device("cpu"))
+        self._plans: dict[tuple[bytes, int, bool, int | None, torch.device], Plan] = {}
         model._switchboard = self
 
     def __len__(self) -> int:
@@ -111,7 +116,33 @@ class Switchboard:
         """The switches' names, in the order of the skip vector."""
         return [switch.name for switch in self.switches]
 
-    def decide(self, skip: Tensor | np.ndarray, keep: Tensor | np.ndarray | None = None) -> Block:
+    @property
+    def stages(self) -> list[str]:
+        """Names of all stages, in execution order.
+
+        ``first`` stands before the first layer, ``encoder.3`` (or ``decoder.3``) before a layer, and ``decoder``
+        between encoder and decoder.
+        """
+        return [stage.name for stage in self._stages]
+
+    def decided_at(self, stages: Sequence[str]) -> dict[str, slice]:
+        """Which switches are decided at each of some stages: those from there to the next one, in execution order.
+
+        Args:
+            stages: Names of stages; ``every_layer`` stands for all.
+
+        Raises:
+            ValueError: If there is no stage of such a name, or none at all.
+        """
+        return {stage.name: stage.switches for stage in course(self._stages, stages)}
+
+    def decide(
+        self,
+        skip: Tensor | np.ndarray,
+        keep: Tensor | np.ndarray | None = None,
+        *,
+        behind: Seen | None = None,
+    ) -> Block:
         """Put decisions in force for the forward passes and ``generate()`` calls inside the ``with`` block.
 
         They count in the calling thread, task or generator alone. A call of ``generate()`` goes on under the decision
@@ -125,6 +156,10 @@ class Switchboard:
                 the first layer (``sd_gym.switch.keep_tokens`` ranks). Padding may be kept or not. The model returns
                 zeros as the hidden states of dropped positions; encoder-decoder models return the encoder's output
                 without them. ``None``: all tokens stay.
+            behind: Where a pass was stopped (``run_to``): forward passes, of the same inputs and ``keep``, go on from
+                there, and nothing before it runs again but the look-up of embeddings. So what ``skip`` says of the
+                switches before it does not count. Hidden states of the layers before it cannot be shown, and no cache
+                be gone on with.
 
         Raises:
             ValueError: If a shape or a value is wrong, or a row keeps no token. Inside the block the model raises it
@@ -132,45 +167,143 @@ class Switchboard:
             StaleBoardError: If the model's modules were replaced since the board was made, or it was removed.
         """
         self._check_fresh()
-        return self._scope.put(self._decision(skip, keep))
+        return self._scope.put(self._decision(skip, keep, behind=behind))
 
-    def decide_in_pass(self, choose: Callable[[Tensor], tuple[np.ndarray, np.ndarray | None]]) -> Block:
-        """Decide in the first forward pass inside the ``with`` block, on what enters the first layer.
+    def decide_in_pass(
+        self,
+        choose: Callable[[Seen], tuple[Tensor | np.ndarray, Tensor | np.ndarray | None]],
+        stages: Sequence[str] = ("first",),
+        mask: Tensor | None = None,
+    ) -> Block:
+        """Decide in the first forward pass inside the ``with`` block, from stage to stage, on what it has computed.
 
-        So an input is embedded once, to be looked at and to run. What is decided holds to the end of the block, as of
-        ``decide``. For forward passes, not for ``generate()`` and compiled models.
+        So an input is embedded once, to be looked at and to run, and later switches are decided on what earlier layers
+        made of it. What is decided holds to the end of the block, as of ``decide``. A call of ``generate()`` decides
+        while it reads the prompt (or in the encoder and behind it), and holds that to its own end. Not for compiled
+        models. Nothing waits for the device but what ``choose`` does.
 
         Args:
-            choose: Takes the hidden states that enter the first layer, ``[batch, length, width]``, to ``skip`` and
-                ``keep`` as ``decide`` takes them (``keep`` may be ``None``).
+            choose: Called once a stage. Takes what is seen there to ``skip`` and ``keep`` as ``decide`` takes them: of
+                ``skip`` the columns ``decided_at(stages)[seen.stage]``; ``keep`` is ``None`` at any stage but
+                ``first``. In ``generate()`` it sees and decides one row an input, whatever its beams and samples.
+            stages: Names of stages. The switches before the first of them all run.
+            mask: Of the input's tokens, ``[batch, length]``, at padding 0, to go with what is seen; ``None``: ones.
+                It may be narrower than what a decoder reads where an answer follows its prompt.
 
         Raises:
+            ValueError: If there is no stage of such a name. Inside the block, as of ``decide``.
+            StaleBoardError: If the model's modules were replaced since the board was made, or it was removed.
+        """
+        self._check_fresh()
+        decision = self._awaiting(choose, course(self._stages, stages), mask)
+        choice = decision.choice
+        return self._scope.put(replace(decision, choice=replace(choice, needs=(*choice.needs, *self._for_generating))))
+
+    def run_to(
+        self,
+        stage: str,
+        run: Callable[[], Any],
+        skip: Tensor | np.ndarray | None = None,
+        keep: Tensor | np.ndarray | None = None,
+        *,
+        mask: Tensor | None = None,
+        behind: Seen | None = None,
+    ) -> Seen:
+        """Run a forward pass up to a stage and no further; ``decide(..., behind=seen)`` goes on from there.
+
+        Args:
+            stage: Name of the stage.
+            run: Runs the pass, as ``lambda: model(**inputs)``. What it returns is never reached.
+            skip: As of ``decide``; what it says of switches from the stage on does not count. ``None``: all run.
+            keep: As of ``decide``.
+            mask: As of ``decide_in_pass``.
+            behind: As of ``decide``: an earlier stage, where the pass was stopped before.
+
+        Raises:
+            ValueError: If there is no such stage, or as ``decide``.
+            RuntimeError: If the pass ends without reaching it.
             StaleBoardError: If the model's modules were replaced since the board was made, or it was removed.
         """
         self._check_fresh()
 
-        def settle(hidden: Tensor) -> Decision | None:
-            decision = self._decision(*choose(hidden))
-            self._scope.settle(decision)
-            return decision
+        def stop(seen: Seen) -> None:
+            raise Reached(seen)
 
-        return self._scope.put(Choice(self._for_choosing, settle))
+        at = course(self._stages, [stage])
+        with self._scope.put(self._awaiting(stop, at, mask, skip, keep, behind)):
+            try:
+                run()
+            except Reached as reached:
+                return reached.value
+        raise RuntimeError(f"the forward pass ended without reaching the stage {stage!r}")
 
-    def _decision(self, skip: Tensor | np.ndarray, keep: Tensor | np.ndarray | None) -> Decision | None:
-        """What ``decide`` takes as a decision; ``None`` where nothing is skipped."""
+    def _awaiting(
+        self,
+        choose: Callable,
+        stages: tuple[Stage, ...],
+        mask: Tensor | None,
+        skip: Tensor | np.ndarray | None = None,
+        keep: Tensor | np.ndarray | None = None,
+        behind: Seen | None = None,
+    ) -> Decision:
+        """A decision on the switches before some stages, that is to grow there; ``None``: they run."""
+        skip = np.zeros((1, len(self)), dtype=bool) if skip is None else self._checked(skip, len(self), "switch").copy()
+        skip[:, stages[0].switches.start :] = False
+        layers = [self._of_layer[stage.place] for stage in stages if not stage.is_between]
+        choice = Choice(stages, choose, mask, skip, self._settle, (*layers, *self._for_stacks))
+        if stages[0].switches.start == 0 and behind is None:
+            return Decision(self._undecided, None, choice)
+        return self._decision(skip, keep, choice, behind)
+
+    def _settle(self, decision: Decision, hidden: Tensor, cache: Cache | None) -> Decision | None:
+        """Have the next stage of a pass decided, and put that in force."""
+        choice, stage = decision.choice, decision.choice.stages[0]
+        seen = choice.seen(hidden, decision.state.encoded, decision.tokens, decision.repeats)
+        skip, keep = choice.choose(seen)
+        if keep is not None and stage.name != "first":
+            raise ValueError(f"tokens are dropped before the first layer only; at {stage.name!r} keep must be None")
+        skip = choice.grown(self._checked(skip, stage.switches.stop - stage.switches.start, "switch"))
+        tokens = decision.tokens if keep is None else self._tokens(keep, len(skip))
+        if len(choice.stages) > 1:
+            choice = replace(choice, stages=choice.stages[1:], skip=skip)
+        else:
+            choice = decision.state.encoded = None
+        grown = None
+        if choice is not None or tokens is not None or skip.any():
+            grown = decision.grown(self._plan(skip, tokens is not None), tokens, choice)
+        elif cache is not None:
+            unsigned(cache)
+        self._scope.settle(grown)
+        return grown
+
+    def _decision(
+        self,
+        skip: Tensor | np.ndarray,
+        keep: Tensor | np.ndarray | None,
+        choice: Choice | None = None,
+        behind: Seen | None = None,
+    ) -> Decision | None:
+        """What ``decide`` takes as a decision; ``None`` where nothing is skipped, to be decided or resumed."""
         skip = self._checked(skip, len(self), "switch")
-        tokens = None
-        if keep is not None:
-            keep = self._checked(keep, None, "token")
-            if len(keep) != len(skip):
-                raise ValueError(f"keep is for {len(keep)} rows and skip for {len(skip)}; they must agree")
-            if not keep.any(axis=1).all():
-                raise ValueError("keep leaves a row without any token; protect at least one")
-            if not keep.all():
-                tokens = DroppedTokens(keep, self.architecture.causal, self.model.device)
-        if tokens is None and not skip.any():
+        tokens = None if keep is None else self._tokens(keep, len(skip))
+        if behind is not None:
+            stage = course(self._stages, [behind.stage])[0]
+            skip = skip.copy()
+            skip[:, : stage.switches.start] = True
+            plan = self._plan(skip, tokens is not None, stage.switches.start)
+            return Decision(plan, tokens, choice, behind, None if stage.is_between else stage.place)
+        if tokens is None and choice is None and not skip.any():
             return None
-        return Decision(self._plan(skip, tokens is not None), tokens)
+        return Decision(self._plan(skip, tokens is not None), tokens, choice)
+
+    def _tokens(self, keep: Tensor | np.ndarray, rows: int) -> DroppedTokens | None:
+        """The tokens that so many rows keep; ``None`` where all stay."""
+        keep = self._checked(keep, None, "token")
+        if len(keep) != rows:
+            raise ValueError(f"keep is for {len(keep)} rows and skip for {rows}; they must agree")
+        if not keep.any(axis=1).all():
+            raise ValueError("keep leaves a row without any token; protect at least one")
+        return None if keep.all() else DroppedTokens(keep, self.architecture.causal, self.model.device)
 
     def path_of(self, switch: Switch) -> str:
         """Where in the model the layer of a switch is."""
@@ -182,10 +315,6 @@ class Switchboard:
     def is_deciding(self) -> bool:
         """Whether decisions are in force here, be it that everything runs."""
         return self._scope.is_decided
-
-    def look(self) -> Block:
-        """A block in which nothing is skipped and a pass ends at the first layer, for ``first_layer_input``."""
-        return self._scope.put(Look(self._for_looking))
 
     def remove(self) -> None:
         """Take all switches out; the model is then exactly what it was, and the board decides no more."""
@@ -233,22 +362,21 @@ class Switchboard:
         self._places = [(switch.stack, switch.index) for switch in self.switches]
         whole = {stack.name for stack in self.architecture.stacks if stack.whole}
         self._whole = frozenset(place for place in self._places if place[0] in whole)
-        of_layer: dict[tuple[str, int], int] = {}
-        self._for_looking: tuple[int, ...] = ()
+        biased = {(switch.stack, switch.index) for switch in self.switches if switch.sublayer.position_bias is not None}
+        self._lean = frozenset(self._places) - biased  # layers that return hidden states alone
+        self._of_layer: dict[tuple[str, int], int] = {}
+        self._for_stacks: list[int] = []
         self._for_tokens: list[int] = []
         self._for_generating: list[int] = []
         begin = sum(len(switch.modules) for switch in self.switches)
         for number, shadow in enumerate(self._scope.shadows[begin:], start=begin):
             layer = getattr(shadow.run, "__self__", None)
             if isinstance(layer, Layer):
-                of_layer[layer.place] = number
-                self._for_looking += (number,) * layer.first
+                self._of_layer[layer.place] = number
                 self._for_tokens += [number] * layer.reads_input
             else:
-                (self._for_tokens if shadow.name == "forward" else self._for_generating).append(number)
-        # What runs no first layer, or cannot choose in a pass, says so.
-        others = [number for number in self._for_tokens if number not in of_layer.values()]
-        self._for_choosing = (*self._for_looking, *others, *self._for_generating)
+                (self._for_stacks if shadow.name == "forward" else self._for_generating).append(number)
+        self._for_tokens += self._for_stacks
         self._numbers, begin = [], 0
         for switch in self.switches:
             modules = list(range(begin, begin := begin + len(switch.modules)))
@@ -256,24 +384,25 @@ class Switchboard:
             self._numbers.append(
                 _Numbers(
                     modules,
-                    [of_layer[switch.stack, switch.index]],
+                    [self._of_layer[switch.stack, switch.index]],
                     [modules[switch.sublayer.modules.index(attention)]] if switch.signs_cache else [],
                     switch.reads_input and attention is not None,
                 )
             )
 
-    def _plan(self, skip: np.ndarray, drops: bool) -> Plan:
+    def _plan(self, skip: np.ndarray, drops: bool, resumes: int | None = None) -> Plan:
         """The plan of decisions, made once for those that were decided on lately.
 
         Args:
             skip: Decisions, bool ``[batch, switches]``.
             drops: Whether tokens are dropped.
+            resumes: Number of the first switch that may run, where a pass is resumed; ``None``: it is not.
         """
-        key = skip.tobytes(), len(skip), drops, self.model.device
+        key = skip.tobytes(), len(skip), drops, resumes, self.model.device
         plan = self._plans.get(key)
         if plan is None:
-            idle = self._idle(skip.all(axis=0))
-            plan = Plan.of(skip, idle, self._needs(skip.any(axis=0), idle, drops), self.model.device)
+            idle = self._idle(skip.all(axis=0)) | self._lean.intersection(self._places[: resumes or 0])
+            plan = Plan.of(skip, idle, self._needs(skip.any(axis=0), idle, drops, resumes), self.model.device)
             if len(self._plans) >= PLANS:
                 self._plans.clear()
             self._plans[key] = plan
@@ -288,13 +417,16 @@ class Switchboard:
         runs = {place for place, skips in zip(self._places, skipped.tolist(), strict=True) if not skips}
         return self._whole - runs
 
-    def _needs(self, skipped: np.ndarray, idle: frozenset[tuple[str, int]], drops: bool) -> tuple[int, ...]:
+    def _needs(
+        self, skipped: np.ndarray, idle: frozenset[tuple[str, int]], drops: bool, resumes: int | None
+    ) -> tuple[int, ...]:
         """Numbers of the shadows that decisions need.
 
         Args:
             skipped: Whether any row skips a switch, bool ``[switches]``.
             idle: The layers that are passed by.
             drops: Whether tokens are dropped.
+            resumes: As of ``_plan``.
         """
         needs: list[int] = []
         skips = skipped.tolist()
@@ -307,6 +439,8 @@ class Switchboard:
                 needs += own.signing
         if drops:
             needs += self._for_tokens
+        if resumes is not None:
+            needs += [self._of_layer[self._places[resumes]], *self._for_stacks]
         return tuple(dict.fromkeys((*needs, *self._for_generating)))
 
     def _linked(self) -> list[tuple[str, nn.Module, str, nn.Module]]:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from threading import current_thread, main_thread
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from sd_gym.switch.context import Scope
-from sd_gym.switch.decision import Choice, Decision, InForce, Look, Reached
+from sd_gym.switch.decision import Decision, InForce
 from sd_gym.switch.rowwise import Rowwise
 from sd_gym.switch.tokens import TokenPass
 
@@ -20,7 +20,7 @@ from sd_gym.switch.tokens import TokenPass
 class Layer:
     """A layer: it loses the tokens that are dropped, and is passed by where no row runs any of it.
 
-    Where the input's first layer begins, a look at it ends.
+    A stage in front of it is decided here, and a pass that is resumed here takes up its hidden states.
 
     Args:
         model: The model.
@@ -53,16 +53,14 @@ class Layer:
 
     def run(self, decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         """The layer."""
-        if self.first and isinstance(decision, Look):
-            raise Reached(args[0] if args else kwargs["hidden_states"])
-        if self.first and isinstance(decision, Choice):
-            if torch.compiler.is_compiling() or torch.jit.is_tracing():
-                raise NotImplementedError(
-                    "a compiled, traced or exported model cannot decide in the pass; use decide()"
-                )
-            decision = decision.settle(args[0] if args else kwargs["hidden_states"])
         if not isinstance(decision, Decision):
             return inner(*args, **kwargs)
+        if decision.resumes == self.place:
+            args, kwargs = _with_hidden(decision.resumed(_hidden(args, kwargs)), args, kwargs)
+        if decision.is_at(self.place):
+            decision = decision.settled(_hidden(args, kwargs), _cache(args, kwargs))
+            if decision is None:
+                return inner(*args, **kwargs)
         tokens = None
         if self.reads_input and decision.tokens is not None:
             if self.first:
@@ -76,7 +74,7 @@ class Layer:
     def _begin(self, decision: Decision, args: tuple, kwargs: dict[str, Any]) -> None:
         """Read the shapes of a pass that drops tokens."""
         decision.refuse_tracing()
-        decision.repeats_in(len(args[0] if args else kwargs["hidden_states"]))
+        decision.repeats_in(len(_hidden(args, kwargs)))
         additive = self.model.config._attn_implementation == "eager"  # it adds its mask to the scores
         decision.state.tokens = TokenPass(
             decision.tokens, args, kwargs, additive=additive, generating=decision.generating
@@ -86,28 +84,53 @@ class Layer:
         """The hidden states as they are, where no row runs any sublayer; a cache is told of what it has passed."""
         decision.refuse_replays()
         decision.refuse_tracing()
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = _hidden(args, kwargs)
         decision.repeats_in(hidden.shape[0])  # not len(), which an export would take for a constant
-        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        cache = _cache(args, kwargs)
         for attention in self.attentions:
             attention.pass_by(decision, hidden, cache)
         return hidden
 
 
+def _hidden(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among a layer's arguments."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _with_hidden(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A layer's arguments with other hidden states."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def _cache(args: tuple, kwargs: dict[str, Any]) -> Cache | None:
+    """The cache among a module's arguments."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+
+
 def run_encoder(decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-    """The encoder in front of a decoder: its output tells which tokens it lost."""
-    output = inner(*args, **kwargs)
-    if isinstance(decision, Decision) and decision.tokens is not None:
+    """The encoder in front of a decoder: its output tells which tokens it lost; resumed behind it, it does not run."""
+    if not isinstance(decision, Decision):
+        return inner(*args, **kwargs)
+    if decision.behind is not None and decision.behind.encoded is not None:
+        output = BaseModelOutput(last_hidden_state=decision.behind.encoded)
+    else:
+        output = inner(*args, **kwargs)
+    if decision.tokens is not None:
         decision.tokens.sign(output[0])
     return output
 
 
 def run_decoder(decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-    """The decoder behind an encoder whose output lost tokens."""
-    if isinstance(decision, Choice):
-        raise ValueError(
-            "the decision was to be made where the encoder begins, but this pass has no encoder; use decide()"
-        )
+    """The decoder behind an encoder, whose output may have lost tokens, and where a stage may stand."""
+    if isinstance(decision, Decision) and decision.choice is not None:
+        if not decision.choice.stages[0].follows_encoder:
+            raise ValueError(
+                f"the stage {decision.choice.stages[0].name!r} was to be decided in the encoder, but this pass has no "
+                "encoder; use decide(), or stages from 'decoder' on"
+            )
+        decision.state.encoded = kwargs["encoder_hidden_states"]
+        if decision.is_at(("decoder", 0), between=True):
+            decision = decision.settled(decision.state.encoded, _cache(args, kwargs))
     if isinstance(decision, Decision) and decision.tokens is not None:
         kwargs = decision.tokens.before_decoder(kwargs)
     return inner(*args, **kwargs)
@@ -125,8 +148,6 @@ class Generate:
 
     def run(self, decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         """``model.generate``."""
-        if isinstance(decision, Choice):
-            raise NotImplementedError("generate() cannot decide in the pass; decide() before it")
         streamer = kwargs.get("streamer")
         if not isinstance(decision, Decision):
             if streamer is not None and current_thread() is not main_thread():
