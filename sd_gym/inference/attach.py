@@ -200,12 +200,12 @@ class Attached:
         decided: list[tuple[NDArray, Tensor | None]] = []
 
         def choose(seen: Seen) -> tuple[NDArray, Tensor | None]:
-            features = features_of(seen.hidden.detach(), looked.inputs["attention_mask"]).float().cpu().numpy()
+            features = features_of(seen.hidden.detach(), seen.mask).float().cpu().numpy()
             decided.append(self._decided_by(looked, self.policy.decide_on(features)))
             return decided[0][0][:, :-1], decided[0][1]
 
         if looked.is_as_given:  # the pass itself embeds what is looked at
-            block = self.board.decide_in_pass(choose)
+            block = self.board.decide_in_pass(choose, mask=looked.inputs["attention_mask"])
         else:
             decided.append(self._decided_by(looked, self.policy.decide(self.board, looked.inputs)))
             block = self.board.decide(decided[0][0][:, :-1], decided[0][1])

@@ -166,7 +166,8 @@ class Decision:
 
     def grown(self, plan: Plan, tokens: DroppedTokens | None, choice: Choice | None) -> Decision:
         """What is decided behind a stage, for the rest of the same pass."""
-        return replace(self, plan=plan, tokens=tokens, choice=choice)
+        held = self.behind, self.resumes, self.generating, self.repeats, self.replays, self.state, self.signature
+        return Decision(plan, tokens, choice, *held)  # dataclasses.replace would be seen in a small model's time
 
     def is_at(self, place: tuple[str, int], *, between: bool = False) -> bool:
         """Whether the next stage stands in front of this layer, or between the encoder and this layer."""

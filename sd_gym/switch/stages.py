@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -97,7 +96,7 @@ def stages_of(switches: Sequence[Switch]) -> list[Stage]:
     return stages
 
 
-def course(known: Sequence[Stage], names: Sequence[str]) -> tuple[Stage, ...]:
+def stages_named(known: Sequence[Stage], names: Sequence[str]) -> tuple[Stage, ...]:
     """The named stages in execution order, each with the switches up to the next one.
 
     Args:
@@ -170,7 +169,7 @@ class Choice:
                 f"stage {self.stages[0].name!r} decides on {len(skip)} rows, and the stages before it on "
                 f"{len(self.skip)}; give a row for each row of the batch, or a single one for all"
             )
-        grown = np.repeat(self.skip, len(skip), axis=0) if len(self.skip) == 1 else self.skip.copy()
+        grown = self.skip.repeat(len(skip), axis=0) if len(self.skip) == 1 else self.skip.copy()
         grown[:, self.stages[0].switches] = skip
         return grown
 

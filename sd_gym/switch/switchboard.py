@@ -24,7 +24,7 @@ from sd_gym.switch.context import Block, Scope, StaleBoardError
 from sd_gym.switch.decision import Decision, Plan
 from sd_gym.switch.rowwise import Place, Rowwise
 from sd_gym.switch.shadow import Shadow
-from sd_gym.switch.stages import Choice, Reached, Seen, Stage, course, stages_of
+from sd_gym.switch.stages import Choice, Reached, Seen, Stage, stages_named, stages_of
 from sd_gym.switch.switch import Switch
 from sd_gym.switch.tokens import DroppedTokens
 from sd_gym.switch.whole import Generate, Layer, run_decoder, run_encoder
@@ -37,6 +37,18 @@ class _Numbers(NamedTuple):
     layer: list[int]  # where its layer is passed by
     signing: list[int]  # where all rows run it
     attends_input: bool  # then its modules are needed where tokens are dropped, too
+
+
+class _Course(NamedTuple):
+    """Stages of a pass.
+
+    Attributes:
+        stages: The stages.
+        needs: Numbers of the shadows that they need.
+    """
+
+    stages: tuple[Stage, ...]
+    needs: tuple[int, ...]
 
 
 PLANS = 64  # that are kept, of decisions that are made again and again
@@ -104,7 +116,9 @@ class Switchboard:
         self._links = self._linked()
         self._scope.fill([Shadow(target, name, self._scope, run) for target, name, run in self._methods()])
         self._number_shadows()
-        self._undecided = Plan.of(np.zeros((1, len(self)), dtype=bool), frozenset(), (), torch.device("cpu"))
+        self._courses: dict[str | tuple[str, ...], _Course] = {}
+        self._none = np.zeros((1, len(self)), dtype=bool)
+        self._undecided = Plan.of(self._none, frozenset(), (), torch.device("cpu"))
         self._plans: dict[tuple[bytes, int, bool, int | None, torch.device], Plan] = {}
         model._switchboard = self
 
@@ -134,7 +148,7 @@ class Switchboard:
         Raises:
             ValueError: If there is no stage of such a name, or none at all.
         """
-        return {stage.name: stage.switches for stage in course(self._stages, stages)}
+        return {stage.name: stage.switches for stage in self._course(stages).stages}
 
     def decide(
         self,
@@ -195,9 +209,9 @@ class Switchboard:
             StaleBoardError: If the model's modules were replaced since the board was made, or it was removed.
         """
         self._check_fresh()
-        decision = self._awaiting(choose, course(self._stages, stages), mask)
-        choice = decision.choice
-        return self._scope.put(replace(decision, choice=replace(choice, needs=(*choice.needs, *self._for_generating))))
+        course = self._course(stages)
+        needs = (*course.needs, *self._for_generating)
+        return self._scope.put(self._awaiting(Choice(course.stages, choose, mask, self._none, self._settle, needs)))
 
     def run_to(
         self,
@@ -229,31 +243,34 @@ class Switchboard:
         def stop(seen: Seen) -> None:
             raise Reached(seen)
 
-        at = course(self._stages, [stage])
-        with self._scope.put(self._awaiting(stop, at, mask, skip, keep, behind)):
+        course = self._course([stage])
+        skip = self._none if skip is None else self._checked(skip, len(self), "switch").copy()
+        skip[:, course.stages[0].switches.start :] = False
+        choice = Choice(course.stages, stop, mask, skip, self._settle, course.needs)
+        with self._scope.put(self._awaiting(choice, keep, behind)):
             try:
                 run()
             except Reached as reached:
                 return reached.value
         raise RuntimeError(f"the forward pass ended without reaching the stage {stage!r}")
 
+    def _course(self, names: Sequence[str]) -> _Course:
+        """Stages by their names, looked up once."""
+        key = tuple(names) if not isinstance(names, str) else names
+        known = self._courses.get(key)
+        if known is None:
+            stages = stages_named(self._stages, names)
+            layers = [self._of_layer[stage.place] for stage in stages if not stage.is_between]
+            known = self._courses[key] = _Course(stages, (*layers, *self._for_stacks))
+        return known
+
     def _awaiting(
-        self,
-        choose: Callable,
-        stages: tuple[Stage, ...],
-        mask: Tensor | None,
-        skip: Tensor | np.ndarray | None = None,
-        keep: Tensor | np.ndarray | None = None,
-        behind: Seen | None = None,
+        self, choice: Choice, keep: Tensor | np.ndarray | None = None, behind: Seen | None = None
     ) -> Decision:
-        """A decision on the switches before some stages, that is to grow there; ``None``: they run."""
-        skip = np.zeros((1, len(self)), dtype=bool) if skip is None else self._checked(skip, len(self), "switch").copy()
-        skip[:, stages[0].switches.start :] = False
-        layers = [self._of_layer[stage.place] for stage in stages if not stage.is_between]
-        choice = Choice(stages, choose, mask, skip, self._settle, (*layers, *self._for_stacks))
-        if stages[0].switches.start == 0 and behind is None:
+        """A decision that is to grow at its stages."""
+        if choice.stages[0].switches.start == 0 and behind is None:
             return Decision(self._undecided, None, choice)
-        return self._decision(skip, keep, choice, behind)
+        return self._decision(choice.skip, keep, choice, behind)
 
     def _settle(self, decision: Decision, hidden: Tensor, cache: Cache | None) -> Decision | None:
         """Have the next stage of a pass decided, and put that in force."""
@@ -287,7 +304,7 @@ class Switchboard:
         skip = self._checked(skip, len(self), "switch")
         tokens = None if keep is None else self._tokens(keep, len(skip))
         if behind is not None:
-            stage = course(self._stages, [behind.stage])[0]
+            stage = self._course([behind.stage]).stages[0]
             skip = skip.copy()
             skip[:, : stage.switches.start] = True
             plan = self._plan(skip, tokens is not None, stage.switches.start)
