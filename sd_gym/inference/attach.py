@@ -101,18 +101,18 @@ class Decisions(local):
         self._flops = flops
         self.skip: NDArray | None = None
         self.token_level: NDArray | None = None
-        self._lengths: tuple[Tensor, Tensor, Tensor] | None = None
+        self._lengths: tuple[Tensor, Tensor] | None = None
+        self._target: int | None = None
         self._ranked = False
 
     def note(self, decisions: NDArray, mask: Tensor, kept: Tensor, ranked: bool) -> None:
         """Remember decisions ``[n, switches + 1]`` on inputs with this mask, of which so many tokens are kept."""
         self.skip, self.token_level = decisions[:, :-1].astype(bool), decisions[:, -1]
-        self._lengths, self._ranked = (mask.sum(dim=1), kept, torch.ones_like(kept)), ranked
+        self._lengths, self._target, self._ranked = (mask.sum(dim=1), kept), None, ranked
 
     def note_target(self, length: int) -> None:
-        """Remember on how many tokens the call went on."""
-        source, kept, target = self._lengths
-        self._lengths = source, kept, torch.full_like(target, length)
+        """Remember how many tokens the call generated, or read as a target."""
+        self._target = length
 
     @property
     def flops_ratio(self) -> NDArray:
@@ -123,13 +123,18 @@ class Decisions(local):
         """
         if self.skip is None:
             raise ValueError("this thread has not called the model yet")
-        source, kept, target = (value.cpu().numpy() for value in self._lengths)
-        always, switched = self._head.answer_costs(self._flops, source, target, kept)
-        dense_always, dense = self._head.answer_costs(self._flops, source, target, source)
+        source, kept = (value.cpu().numpy() for value in self._lengths)
+        always, switched = self._costs(source, kept)
+        dense_always, dense = self._costs(source, source)
         ran = always + (switched * ~self.skip).sum(axis=1)
         if self._ranked:  # the first attention ran on all tokens to rank them
             ran = ran + np.where(self.token_level > 0, self._flops.costs(source, source)[1][:, 0], 0)
         return ran / (dense_always + dense.sum(axis=1))
+
+    def _costs(self, source: NDArray, kept: NDArray) -> tuple[NDArray, NDArray]:
+        if self._target is None:  # one pass over the input
+            return self._flops.costs(source, source, kept)
+        return self._head.answer_costs(self._flops, source, np.full_like(source, self._target), kept)
 
 
 class Attached:
