@@ -7,7 +7,7 @@ Importing it registers all envs with Gymnasium; torch and transformers are impor
 
 What the command line does, ``sd_gym.train``, ``evaluate``, ``reduce``, ``compare`` and ``instances`` do from Python;
 things of your own are made known with ``register_agent``, ``register_objective``, ``register_network``,
-``register_observation`` and ``register_env``.
+``register_observation``, ``register_metric``, ``register_ranking``, ``register_task`` and ``register_env``.
 """
 
 from importlib import import_module
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from sd_gym.objectives import register_objective
     from sd_gym.policy import register_network
     from sd_gym.policy.artefact import SkipPolicy
+    from sd_gym.tasks.family import register_task
+    from sd_gym.tasks.metrics import register_metric
+    from sd_gym.tasks.ranking import register_ranking
 
 _WHERE = {
     "SkipPolicy": "sd_gym.policy.artefact",
@@ -40,8 +43,11 @@ _WHERE = {
     "load": "sd_gym.inference.texts",
     "reduce": "sd_gym.agents.common.run",
     "register_agent": "sd_gym.agents.registry",
+    "register_metric": "sd_gym.tasks.metrics",
     "register_network": "sd_gym.policy",
     "register_objective": "sd_gym.objectives",
+    "register_ranking": "sd_gym.tasks.ranking",
+    "register_task": "sd_gym.tasks.family",
     "train": "sd_gym.agents.api",
 }
 
@@ -58,9 +64,12 @@ __all__ = [
     "reduce",
     "register_agent",
     "register_env",
+    "register_metric",
     "register_network",
     "register_objective",
     "register_observation",
+    "register_ranking",
+    "register_task",
     "registered_ids",
     "train",
 ]

@@ -204,7 +204,7 @@ def test_ranking_by_attention_costs_nothing_where_nothing_is_dropped():
     # Where tokens are dropped, ranking them is counted: the same lengths cost more than by position.
     decisions[:, -1] = 2
     by_position = gym.make("SD/Summarization-Mini-v0", **settings | {"token_ranking": "position"}).unwrapped.core
-    assert (split.costs.flops(rows, decisions) > by_position.split("test").flops(rows, decisions)).all()
+    assert (split.costs.flops(rows, decisions) > by_position.split("test").costs.flops(rows, decisions)).all()
 
 
 def test_more_than_255_token_levels_are_told_apart():

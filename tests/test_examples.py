@@ -1,5 +1,6 @@
 """The examples and the Python page, run as they are, on an env that takes no time."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,10 +11,10 @@ import torch
 
 import sd_gym
 from sd_gym.registry import import_own
-from tests.conftest import write_env
+from tests.conftest import WORDS, make_model, write_env
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = [ROOT / "examples" / f"own_{name}.py" for name in ("agent", "objective", "network", "env")]
+EXAMPLES = [ROOT / "examples" / f"own_{name}.py" for name in ("agent", "objective", "network", "env", "task")]
 pytestmark = pytest.mark.usefixtures("own_names")
 TINY = {"train_size": 60, "validation_size": 20, "test_size": 20}
 
@@ -86,6 +87,24 @@ def test_own_env(monkeypatch, tmp_path):
     result = example.main(steps=64, output="run", **TINY)
     assert result["epsilon"] == 0.005
     assert result["instances"] == 20
+
+
+def test_own_task(monkeypatch, tmp_path, tiny_tokenizer):
+    monkeypatch.chdir(tmp_path)
+    make_model("t5").save_pretrained("model")
+    tiny_tokenizer.save_pretrained("model")
+    pairs = [f"the {one} was {other}" for one in WORDS for other in WORDS]
+    rows = [json.dumps({"german": text, "english": text.split()[-1]}) for text in pairs]
+    Path("pairs.jsonl").write_text("\n".join(rows) + "\n")
+    example = imported("own_task")
+    assert example.chrf("good day", ["good day", "bad"]) == 1.0
+    # "goo", "ood" of "good" and "goo" of "goo": 2 * 1 / (2 + 1).
+    assert example.chrf("good", ["goo"]) == pytest.approx(2 / 3)
+    limits = {"max_source_length": 12, "max_target_length": 3}
+    result = example.main("pairs.jsonl", "model", steps=64, output="run", **limits)
+    assert set(result["metrics"]["policy"]) == {"chrf"}
+    assert result["metrics"]["dense"]["chrf"] == pytest.approx(result["quality_ref"])
+    assert not Path("run/artefact").exists() or "frequent-first" not in Path("run/policy.json").read_text()
 
 
 def test_the_python_page_runs_as_it_stands(env_id):

@@ -195,7 +195,7 @@ def test_the_env_passes_the_checks_and_each_row_answers_as_alone(data, extractor
     split, rows = core.split("test"), np.arange(24)
     decisions = decisions_for(core, 24)
     probable = make(data, extractor, token_shares=[0.0, 0.5], token_ranking="position", quality="likelihood")
-    run = probable.unwrapped.core.split("test").run
+    run = probable.unwrapped.core.split("test").scoring.run
     alone = [run(rows[i : i + 1], decisions[i : i + 1])[0] for i in rows]
     np.testing.assert_allclose(run(rows, decisions), alone, rtol=1e-4, atol=1e-6)
     together = split.passes.answers(rows, decisions)

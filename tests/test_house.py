@@ -9,7 +9,7 @@ KIND = re.compile(
     r"""\boutput(_of\(\w+\))?\ ?(==|!=|in\ OUTPUTS|not\ in)|stored_output|(==|!=)\ "(text|span|label|score)"
     |_?labels\.(is_floating_point|ndim|dim\(|dtype)|logits\.(ndim|dim\()|tokens\.ndim
     |\.generates\b|can_generate\(|(backbone|architecture)\.causal|\bif\ (\w+\.)?causal|self\._generates|self\._answers
-    |is_encoder_decoder|num_labels\ ?[<>=]|"For(QuestionAnswering|CausalLM|SequenceClassification)
+    |is_encoder_decoder|num_labels\ ?(<|>|==)|"For(QuestionAnswering|CausalLM|SequenceClassification)
     |"context_mask"\ (not\ )?in|isinstance\((self\.)?(backbone\.)?head,""",
     re.VERBOSE,
 )

@@ -255,7 +255,7 @@ def test_a_backbone_is_tuned_under_a_policy(tmp_path, reviews, tiny_backbone):
     np.testing.assert_array_equal(after.observe(after.split("train"), rows), observations)
     skip = np.pad(policy.skip_logits(observations) > 0, ((0, 0), (0, 1))).astype(int)
     skip[:, 1] = skip[:, 4] = 1  # around the policy, not only its very decisions
-    assert after.split("train").run(rows, skip).mean() >= before.split("train").run(rows, skip).mean()
+    assert after.split("train").scoring.run(rows, skip).mean() >= before.split("train").scoring.run(rows, skip).mean()
     assert after.split("train").dense_loss.mean() < 0.3
     weights = [load_file(folder / "model.safetensors") for folder in (prepared, tuned)]
     assert not torch.equal(*(part["bert.encoder.layer.0.output.dense.weight"] for part in weights))

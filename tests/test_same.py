@@ -102,6 +102,19 @@ def test_scores_are_kept_whole(settings):
     assert all((one == other).all() for one, other in zip(before, after, strict=True))
 
 
+def test_the_qualities_that_were_not_asked_for_longest_are_forgotten(settings, monkeypatch):
+    monkeypatch.setattr("sd_gym.envs.scoring.KNOWN", 4)
+    scoring = gym.make(CUSTOM, quality="likelihood", **settings).unwrapped.core.split("train").scoring
+    scoring.load_scores(None)
+    dense = torch.zeros(1, 7, dtype=torch.int64).numpy()
+    for row in (0, 1, 2, 3, 0, 4):
+        scoring.quality(torch.tensor([row]).numpy(), dense)
+    assert [row for row, _ in scoring._scores] == [2, 3, 0, 4]
+    saved = scoring.scores()
+    scoring.load_scores(saved)
+    assert [row for row, _ in scoring._scores] == [2, 3, 0, 4]  # in the order of a run that was not cut off
+
+
 def change(file, row):
     lines = file.read_text().splitlines()
     lines[row] = json.dumps({**json.loads(lines[row]), "text": "the room was not awful"})

@@ -13,7 +13,8 @@ from torchmetrics.functional.text import squad
 
 from sd_gym.envs import ConfigError
 from sd_gym.tasks.data import DataError, Source, load_split
-from sd_gym.tasks.text import answer_scores, normalised, summary_scores, text_metrics, text_quality
+from sd_gym.tasks.metrics import text_metrics, text_quality
+from sd_gym.tasks.text import answer_scores, normalised, summary_scores
 from tests.conftest import WORDS, dense_policy, make_extractor, make_model, write_mirror
 
 

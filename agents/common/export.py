@@ -41,11 +41,12 @@ def export(
 
     Returns:
         ``None`` where a policy cannot leave its env: its observation is one of the user's own, or its tokens are ranked
-        at random, which is a control.
+        at random, which is a control, or in a way of the user's own.
     """
     config, backbone, train = core.config, core.backbone, core.split("train")
     drops = len(config.token_shares) > 1
-    if not isinstance(core.observation, Pooled) or (drops and config.token_ranking == "random"):
+    known = not drops or config.token_ranking in ("attention", "idf", "position")
+    if not (isinstance(core.observation, Pooled) and known):
         return None
     env = {key: value for key, value in description["env_config"].items() if key != "objective"}
     card = {

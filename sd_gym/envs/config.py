@@ -13,6 +13,9 @@ from sd_gym.errors import one_line, short
 from sd_gym.objectives import Objective, ObjectiveFunction, objective_function, objective_name
 from sd_gym.registration import CONFIG_FOLDER, OBSERVATIONS
 from sd_gym.tasks.data import SPLITS, DataError, Source
+from sd_gym.tasks.family import TASKS
+from sd_gym.tasks.metrics import METRICS
+from sd_gym.tasks.ranking import RANKINGS
 from sd_gym.tasks.splits import Splits
 
 SplitName = Literal["train", "validation", "test"]
@@ -27,11 +30,6 @@ Pairs = Annotated[
 ObjectiveKey = Annotated[str | ObjectiveFunction, PlainSerializer(objective_name)]
 
 LONGEST = 2**20  # tokens
-METRICS = {
-    "classification": ("accuracy", "f1", "matthews", "correlation", "exact_match"),
-    "question_answering": ("squad", "exact_match"),
-    "summarization": ("rouge", "exact_match"),
-}
 
 
 class ConfigError(ValueError):
@@ -51,7 +49,7 @@ class EnvConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str
-    task: Literal["classification", "question_answering", "summarization"]
+    task: str
     dataset: str
     subset: str | None = None
     revision: str | None = None
@@ -70,8 +68,8 @@ class EnvConfig(BaseModel):
     max_source_length: int = Field(default=128, ge=1, le=LONGEST)
     max_target_length: int = Field(default=32, ge=1, le=LONGEST)
     token_shares: tuple[float, ...] = (0.0,)
-    token_ranking: Literal["attention", "idf", "position", "random"] = "idf"
-    metric: Literal["exact_match", "accuracy", "f1", "matthews", "correlation", "rouge", "squad"] = "exact_match"
+    token_ranking: str = "idf"
+    metric: str = "exact_match"
     quality: Literal["exact_match", "balanced", "likelihood", "metric"] = "exact_match"
     num_beams: int = Field(default=1, ge=1)
     label_range: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -150,26 +148,19 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
         config.source  # noqa: B018  (says what is wrong with the splits)
     except DataError as error:
         raise ConfigError(f"{origin}: config key {error}") from error
-    try:
-        objective_function(config.objective)
-    except ValueError as error:
-        raise ConfigError(f"{origin}: config key 'objective': {error}") from error
-    try:
-        OBSERVATIONS.find(config.observation)
-    except ValueError as error:
-        raise ConfigError(f"{origin}: config key 'observation': {error}") from error
-    if config.metric not in METRICS[config.task]:
-        raise ConfigError(
-            f"{origin}: config key 'metric': {config.task} is measured by {', '.join(METRICS[config.task])}; got "
-            f"{config.metric!r}"
-        )
-    if config.quality == "metric" and config.metric not in ("rouge", "squad"):
-        raise ConfigError(
-            f"{origin}: config key 'quality': 'metric' scores texts, by rouge or squad; the metric "
-            f"is {config.metric!r}, for which exact_match, likelihood and, of classes, balanced are there"
-        )
-    if config.quality == "balanced" and config.task != "classification":
-        raise ConfigError(f"{origin}: config key 'quality': 'balanced' weighs classes; {config.task} has none")
+    named = {
+        "objective": objective_function,
+        "observation": OBSERVATIONS.find,
+        "task": TASKS.find,
+        "metric": METRICS.find,
+        "token_ranking": RANKINGS.find,
+    }
+    for key, find in named.items():
+        try:
+            find(getattr(config, key))
+        except ValueError as error:
+            raise ConfigError(f"{origin}: config key {key!r}: {error}") from error
+    _check_measured(config, origin)
     shares = config.token_shares
     if shares[:1] != (0.0,) or list(shares) != sorted(set(shares)) or shares[-1] >= 1:
         raise ConfigError(
@@ -182,6 +173,23 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
             f"there are {len(shares)} token_shares; use multi_discrete, or discrete with a codebook"
         )
     return config
+
+
+def _check_measured(config: EnvConfig, origin: str) -> None:
+    """Raise ``ConfigError`` if the task has no such metric or quality."""
+    task, metric = TASKS.find(config.task), METRICS.find(config.metric)
+    if config.metric not in task.metrics and not metric.own:
+        raise ConfigError(
+            f"{origin}: config key 'metric': {config.task} is measured by {', '.join(task.metrics)}; got "
+            f"{config.metric!r}"
+        )
+    if config.quality == "metric" and (config.metric == "exact_match" or not metric.of_texts):
+        raise ConfigError(
+            f"{origin}: config key 'quality': 'metric' scores texts, by rouge or squad; the metric "
+            f"is {config.metric!r}, for which exact_match, likelihood and, of classes, balanced are there"
+        )
+    if config.quality == "balanced" and not task.weighs_classes:
+        raise ConfigError(f"{origin}: config key 'quality': 'balanced' weighs classes; {config.task} has none")
 
 
 def load_config(file: str | Path, overrides: dict[str, Any]) -> EnvConfig:

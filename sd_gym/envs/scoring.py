@@ -15,8 +15,7 @@ from sd_gym.envs.config import EnvConfig
 from sd_gym.envs.passes import Passes
 from sd_gym.tasks.encoding import Encoded
 from sd_gym.tasks.instance import Instance
-from sd_gym.tasks.metrics import corpus_metric
-from sd_gym.tasks.text import text_metrics, text_quality
+from sd_gym.tasks.metrics import METRICS, corpus_metric, text_metrics, text_quality
 
 Array = NDArray
 KNOWN = 2**18  # qualities that are remembered at most, about 60 MB; those that were not asked for longest go first
@@ -164,7 +163,7 @@ class Scoring:
     def metrics(self, rows: Array, decisions: Array) -> dict[str, float]:
         """The metric of the rows under the decisions, by name; empty where it is the mean quality."""
         name = self._config.metric
-        if name in ("rouge", "squad"):
+        if name != "exact_match" and METRICS.find(name).of_texts:
             return text_metrics(
                 name, self._passes.answers(rows, decisions), [self._instances[row].references for row in rows]
             )

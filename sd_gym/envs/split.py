@@ -22,12 +22,12 @@ from sd_gym.tasks.data import Instances
 from sd_gym.tasks.difficulty import quartiles
 from sd_gym.tasks.dropping import TokenDropping
 from sd_gym.tasks.encoding import Encoded
+from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.marks import MarkedText, marked_texts
 from sd_gym.tasks.ranking import in_batches, training_rarity
 from sd_gym.tasks.splits import Splits
 
 Array = NDArray
-GIVES = {"classification": ("label", "text"), "question_answering": ("text", "span"), "summarization": ("text",)}
 
 
 class Split:
@@ -42,6 +42,7 @@ class Split:
         name: ``train``, ``validation`` or ``test``.
         backbone: The backbone.
         head: Its head.
+        task: The family of its task.
         instances: The instances, in order.
         encoded: Their tensors.
         tokens: Which of their tokens a decision drops.
@@ -53,7 +54,7 @@ class Split:
     def __init__(self, config: EnvConfig, name: str, data: Splits) -> None:
         self.backbone = load_backbone(config.backbone, config.device)
         self.config, self.name, self._data = config, name, data
-        self.head = self.backbone.head
+        self.head, self.task = self.backbone.head, TASKS.find(config.task)
         try:
             self.prompt, self.stop = self.head.prompting(config.prompt, config.stop)
             self._check_output()
@@ -100,10 +101,10 @@ class Split:
     def _check_output(self) -> None:
         """Raise ValueError if the backbone's head cannot do the task, or not in the way that is asked for."""
         config, gives = self.config, self.head.gives
-        if gives not in GIVES[config.task]:
+        if gives not in self.task.gives:
             raise ValueError(
                 f"the backbone {config.backbone!r} gives a {gives}, but {config.task} needs a "
-                f"{' or a '.join(GIVES[config.task])}; 'sd-gym prepare --env {config.id}' makes one that does"
+                f"{' or a '.join(self.task.gives)}; 'sd-gym prepare --env {config.id}' makes one that does"
             )
         wanted = {"generated": "text", "extracted": "span"}.get(config.answers or "", gives)
         if gives != wanted:
@@ -122,8 +123,9 @@ class Split:
         measure what that takes.
         """
         part = Split.__new__(Split)
-        part.backbone, part.head, part.config, part.name = self.backbone, self.head, self.config, self.name
-        part.prompt, part.stop, part._data = self.prompt, self.stop, self._data
+        part.config, part.name, part._data = self.config, self.name, self._data
+        part.task, part.backbone, part.head = self.task, self.backbone, self.head
+        part.prompt, part.stop = self.prompt, self.stop
         part._consist_of(Instances(self.instances[row] for row in rows), self.encoded.part(rows))
         if len(self.config.token_shares) > 1:
             part.tokens.droppable = self.tokens.droppable[rows]  # comes with tokenising
@@ -170,10 +172,7 @@ class Split:
         """
         facts = {"source_length": self.encoded.source_length, "dense_loss": self.dense_loss}
         facts |= self.head.facts(self.encoded)
-        if self.config.task == "classification":
-            facts["label"] = self.head.classes(self.instances)
-        if self.config.task == "question_answering":
-            facts["answerable"] = np.array([bool(instance.references) for instance in self.instances])
+        facts |= self.task.facts(self.instances, self.head)
         return facts
 
     @property

@@ -16,7 +16,7 @@ import numpy as np
 
 from sd_gym.inference.texts import Answer, SkippingModel
 from sd_gym.tasks.data import DataError, read_rows
-from sd_gym.tasks.text import text_quality
+from sd_gym.tasks.metrics import text_quality
 
 CHUNK = 1024  # inputs that are grouped into passes together
 

@@ -16,13 +16,10 @@ from sd_gym.errors import short
 from sd_gym.inference.attach import attach
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.tasks.data import Instances
+from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.instance import Instance
+from sd_gym.tasks.metrics import METRICS
 
-FIELDS = {
-    "classification": ("text", "text_pair"),
-    "question_answering": ("question", "context"),
-    "summarization": ("document",),
-}
 NOT_NEEDED = ("dataset", "subset", "revision", "columns", "splits", "overlap", "objective", "codebook", "action")
 
 
@@ -71,7 +68,8 @@ class SkippingModel:
         loaded = load_backbone(self._config.backbone, device)
         self.model = attach(loaded.model, policy, loaded.tokenizer, check_weights=check_weights)
         self.tokenizer = loaded.tokenizer
-        self.fields = FIELDS[self._config.task]
+        self._task = TASKS.find(self._config.task)
+        self.fields = self._task.inputs
 
     def __call__(self, inputs: Sequence[Input], *, dense: bool = False) -> list[Answer]:
         """Answer inputs, in their order; they run in passes of about the same length, or of the same decision.
@@ -108,20 +106,12 @@ class SkippingModel:
     @property
     def metric(self) -> str:
         """What an answer is compared with its references by."""
-        generated = self._config.metric in ("rouge", "squad")
-        return self._config.metric if generated else "exact_match"
+        return self._config.metric if METRICS.find(self._config.metric).of_texts else "exact_match"
 
     def references(self, row: Mapping[str, Any]) -> list[str] | None:
         """The right answers of a row, as ``answer`` has them; ``None`` where it has none."""
-        name = {"classification": "label", "question_answering": "answers", "summarization": "summary"}
-        right = row.get(name[self._config.task])
-        if right is None:
-            return None
-        if self._config.task != "classification":
-            right = right.get("text", []) if isinstance(right, Mapping) else right  # SQuAD's own form
-            return [right] if isinstance(right, str) else [str(one) for one in right]
-        names = self.model.config.id2label
-        return [names[right] if isinstance(right, int) and right in names else str(right)]
+        right = row.get(self._task.reference)
+        return None if right is None else self._task.right(right, self.model.config.id2label)
 
     def checked(self, given: Input) -> list[str]:
         """The texts of an input, if it is one.
@@ -131,7 +121,7 @@ class SkippingModel:
         """
         texts = self._texts(given)
         if texts is None:
-            optional = " (which may be missing)" if self.fields[-1] == "text_pair" else ""
+            optional = " (which may be missing)" if self._task.optional is not None else ""
             raise ValueError(
                 f"expected {' and '.join(self.fields)}{optional}, each a text that is not empty; got {short(given)}"
             )
@@ -148,16 +138,14 @@ class SkippingModel:
             texts = self.checked(given)
         except ValueError as error:
             raise ValueError(f"input {number}: {error}") from None
-        nothing = 0 if self._config.task == "classification" else ""  # a right answer is not known
-        if self._config.task == "question_answering":
-            return Instance(str(number), texts[0], nothing, 0, texts[1], ((0, len(texts[0])),))
-        return Instance(str(number), texts[0], nothing, 0, *texts[1:])
+        row = dict(zip(self.fields, texts, strict=False)) | {self._task.reference: self._task.unknown}
+        return self._task.instance(row, str(number), f"input {number}")
 
     def _texts(self, given: Input) -> list[str] | None:
         names = self.fields
         texts = [given.get(name) for name in names] if isinstance(given, Mapping) else given
         texts = list(texts) if isinstance(texts, list | tuple) else [texts]
-        optional = names[-1] == "text_pair"
+        optional = self._task.optional is not None
         if optional and len(texts) == 2 and texts[1] is None:
             texts = texts[:1]
         fits = len(names) - optional <= len(texts) <= len(names)

@@ -14,20 +14,14 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from sd_gym.errors import one_line, short
+from sd_gym.tasks.family import LARGEST, TASKS, check_text
 from sd_gym.tasks.files import DataError, Rows, read_csv, read_jsonl
 from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.procedural import generate_split
 
 SPLITS = ("train", "validation", "test")
-FIELDS = {
-    "classification": ("text", "label"),
-    "question_answering": ("question", "context", "answers"),
-    "summarization": ("document", "summary"),
-}
 DIVISION = {8: "validation", 9: "test"}  # of a single file, by the last digit of the row
 FORMATS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-LONGEST_TEXT = 2_000_000  # characters: a longer one is a file whose lines are not rows
-LARGEST = 2**31 - 1  # of labels, scores and levels of difficulty
 
 
 class Instances(list[Instance]):
@@ -311,7 +305,7 @@ def _renamed(row: dict[str, Any], source: Source, task: str, origin: str) -> dic
     for name, column in source.columns.items():
         if column in row:
             renamed[name] = row[column]
-        elif name in FIELDS[task] and name not in row:
+        elif name in TASKS.find(task).fields and name not in row:
             raise DataError(f"{origin}: no column {column!r} (for {name}); the columns are {', '.join(row)}")
     return renamed
 
@@ -322,48 +316,19 @@ def _is_empty(row: dict[str, Any], task: str, origin: str) -> bool:
     Raises:
         DataError: If there is no such field, or it is no text.
     """
-    missing = [name for name in FIELDS[task] if name not in row]
+    family = TASKS.find(task)
+    missing = [name for name in family.fields if name not in row]
     if missing:
-        raise DataError(f"{origin}: no field {missing[0]!r}; {task} needs {', '.join(FIELDS[task])}")
-    texts = [name for name in FIELDS[task] if name not in ("label", "answers")]
-    for name in [*texts, "text_pair"]:
+        raise DataError(f"{origin}: no field {missing[0]!r}; {task} needs {', '.join(family.fields)}")
+    for name in dict.fromkeys((*family.needed, *family.inputs)):
         if row.get(name) is not None:
-            _check_text(row[name], name, origin)
-    return not all((row[name] or "").strip() for name in texts)
-
-
-def _check_text(value: Any, name: str, origin: str) -> None:
-    """Raise DataError if a value is no text that a tokenizer can read."""
-    if not isinstance(value, str):
-        raise DataError(f"{origin}: {name} must be a text, got {short(value)}")
-    if len(value) > LONGEST_TEXT:
-        raise DataError(
-            f"{origin}: {name} has {len(value):,} characters, expected at most {LONGEST_TEXT:,}; shorten it, or look "
-            "whether the file has each row on a line of its own"
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{origin}: {name} has half a character at place {error.start + 1} (a lone surrogate such as '\\ud83d'), "
-            "which no tokenizer can read; remove it"
-        ) from error
+            check_text(row[name], name, origin)
+    return not all((row[name] or "").strip() for name in family.needed)
 
 
 def _instance(row: dict[str, Any], task: str, identity: str, origin: str, unanswerable: bool) -> Instance:
     difficulty = _difficulty(row.get("difficulty"), origin)
-    if task == "classification":
-        text, label = row["text"], _label(row["label"], origin)
-        return Instance(identity, text, label, difficulty, row.get("text_pair"), origin=origin)
-    if task == "question_answering":
-        answers, spans = _answers(row["answers"], origin)
-        if not answers and not unanswerable:
-            raise DataError(f"{origin}: the question has no answer; where that may be, set unanswerable to true")
-        target, *others = dict.fromkeys(answers) or [""]
-        question = row["question"]
-        protected = ((0, len(question)),)
-        return Instance(identity, question, target, difficulty, row["context"], protected, tuple(others), spans, origin)
-    return Instance(identity, row["document"], row["summary"], difficulty, origin=origin)
+    return TASKS.find(task).instance(row, identity, origin, difficulty=difficulty, unanswerable=unanswerable)
 
 
 def _difficulty(value: Any, origin: str) -> int:
@@ -376,39 +341,3 @@ def _difficulty(value: Any, origin: str) -> int:
             f"{short(value)}; a column of another meaning needs another name"
         )
     return int(value)
-
-
-def _label(value: Any, origin: str) -> str | int | float:
-    if isinstance(value, str) and value.strip():
-        _check_text(value, "label", origin)
-        return value
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value <= LARGEST:
-        raise DataError(
-            f"{origin}: label must be a class index from 0, a label word or a score (at most {LARGEST}), got "
-            f"{short(value)}; data sets that hide the labels of their test split give -1 there: test on another split"
-        )
-    return value
-
-
-def _answers(value: Any, origin: str) -> tuple[list[str], tuple[tuple[int, int], ...]]:
-    """The texts of answers, and where they stand if the form is SQuAD's: ``{"text": [...], "answer_start": [...]}``."""
-    answers = value.get("text") if isinstance(value, dict) else value
-    if not isinstance(answers, list) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
-        raise DataError(
-            f"{origin}: answers must be a list of texts, or SQuAD's form of it, got {short(value)}; a "
-            "question without answer has an empty list"
-        )
-    for answer in answers:
-        _check_text(answer, "an answer", origin)
-    starts = value.get("answer_start") if isinstance(value, dict) else None
-    if starts is None:
-        return answers, ()
-    if (
-        not isinstance(starts, list)
-        or len(starts) != len(answers)
-        or not all(isinstance(start, int) and start >= 0 for start in starts)
-    ):
-        raise DataError(f"{origin}: answer_start must be one character index an answer, got {short(value)}")
-    spans = ((start, start + len(answer)) for start, answer in zip(starts, answers, strict=True))
-    return answers, tuple(dict.fromkeys(spans))

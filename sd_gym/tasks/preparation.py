@@ -24,18 +24,18 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.backbones.checks import check_positions, usable_device
-from sd_gym.backbones.heads import LabelHead, SpanHead, head_of
+from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import head_stored_with, load_model, save_backbone
 from sd_gym.backbones.prepare import freeze_observation, prepare
-from sd_gym.errors import short
 from sd_gym.files import as_json, read_json, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.cache import encode_cached
-from sd_gym.tasks.data import DataError, Source
+from sd_gym.tasks.data import Source
 from sd_gym.tasks.dropping import TokenDropping
+from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.instance import Instance
-from sd_gym.tasks.ranking import Ranking, training_rarity
+from sd_gym.tasks.ranking import training_rarity
 from sd_gym.tasks.splits import Splits, check_unchanged
 from sd_gym.tasks.validation import Part, Score
 from sd_gym.version import __version__
@@ -60,7 +60,7 @@ def prepare_backbone(
     max_source_length: int = 128,
     max_target_length: int = 32,
     token_shares: tuple[float, ...] = (0.0,),
-    token_ranking: Ranking = "idf",
+    token_ranking: str = "idf",
     label_range: float = 1.0,
     train_size: int | None = None,
     validation_size: int | None = None,
@@ -299,42 +299,16 @@ def _load(
     backbone: str, task: str, answers: str | None, train: list[Instance]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model with the head that the task needs."""
-    if task == "classification":
-        label2id = classes(train)
-        model, tokenizer = load_model(backbone, head=LabelHead, num_labels=len(label2id))
-        model.config.label2id = label2id
-        model.config.id2label = {index: word for word, index in label2id.items()}
-        return model, tokenizer
-    stored = head_stored_with(backbone)
-    generates = stored is not None and stored.gives == "text"
-    if task == "question_answering" and (answers == "extracted" or (answers is None and not generates)):
-        return load_model(backbone, head=SpanHead)
-    if not generates:
+    family, stored = TASKS.find(task), head_stored_with(backbone)
+    head, label2id = family.head_to_prepare(stored, answers, train)
+    if head is None and (stored is None or stored.gives not in family.gives):
         raise ValueError(f"the backbone {backbone!r} does not generate text, which {task} needs")
-    return load_model(backbone)
-
-
-def classes(instances: list[Instance]) -> dict[str, int]:
-    """Class index of each label word, in the order of the words or indices; a single "score" for a regression.
-
-    Raises:
-        DataError: If there are fewer than two classes, or words and indices are mixed.
-    """
-    labels = {instance.target for instance in instances}
-    if any(isinstance(label, float) and not label.is_integer() for label in labels):
-        return {"score": 0}
-    if len({type(label) for label in labels}) > 1:
-        raise DataError("labels must be all class indices or all words, got both")
-    if all(isinstance(label, int) for label in labels):
-        if max(labels) >= len(instances):
-            raise DataError(
-                f"the highest class index is {max(labels)}, but the training split has only {len(instances)} rows; "
-                "number the classes from 0, or give them words"
-            )
-        labels = set(range(max(labels) + 1))
-    if len(labels) < 2:
-        raise DataError(f"expected at least two classes, got only {short(labels)}")
-    return {str(label): index for index, label in enumerate(sorted(labels))}
+    if label2id is None:
+        return load_model(backbone, head=head)
+    model, tokenizer = load_model(backbone, head=head, num_labels=len(label2id))
+    model.config.label2id = label2id
+    model.config.id2label = {index: word for word, index in label2id.items()}
+    return model, tokenizer
 
 
 def _batches(part: Part, batch_size: int, seed: int, accelerator: Accelerator) -> Iterator[dict[str, Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sd_gym.registry import Registry
 from sd_gym.switch import (
     Switchboard,
     attention_received,
@@ -23,36 +23,68 @@ from sd_gym.switch import (
 from sd_gym.tasks.encoding import Encoded, left_padded
 from sd_gym.tasks.instance import Instance
 
-Ranking = Literal["attention", "idf", "position", "random"]
+RankingFunction = Callable[[Encoded, Switchboard, Callable[[], NDArray]], NDArray]
 STATISTICS_SIZE = 2000  # training instances that statistics are taken from
 BATCH = 512
 
 
-def token_scores(
-    ranking: Ranking,
-    encoded: Encoded,
-    board: Switchboard,
-    rarity: Callable[[], NDArray],
-) -> NDArray:
+def token_scores(ranking: str, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
     """How much each token matters, float ``[n, longest]``.
 
     Args:
         ranking: ``attention`` (received in the backbone's first layer), ``idf`` (inverse document frequency),
-            ``position`` or ``random``.
+            ``position``, ``random``, or one of the user's.
         encoded: The inputs.
         board: The backbone's switchboard.
         rarity: Gives ``training_rarity``, which ``idf`` ranks by.
+
+    Raises:
+        ValueError: If a ranking of one's own gives something else.
     """
+    scores = np.asarray(RANKINGS.find(ranking)(encoded, board, rarity))
+    if scores.shape != tuple(encoded.input_ids.shape) or not np.isfinite(scores).all():
+        raise ValueError(
+            f"the ranking {ranking!r} has to give a finite number for each token, {list(encoded.input_ids.shape)}, got "
+            f"{list(scores.shape)}"
+        )
+    return scores
+
+
+def _by_attention(encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
+    parts, longest = in_batches(attention_received, encoded, board), encoded.input_ids.shape[1]
+    return np.concatenate([np.pad(part, ((0, 0), (0, longest - part.shape[1]))) for part in parts])
+
+
+def _by_rarity(encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
     ids = encoded.input_ids.numpy()
-    if ranking == "position":
-        return position_scores(ids.shape)
-    if ranking == "random":
-        return random_scores(ids.shape)
-    if ranking == "attention":
-        parts = in_batches(attention_received, encoded, board)
-        return np.concatenate([np.pad(part, ((0, 0), (0, ids.shape[1] - part.shape[1]))) for part in parts])
-    present = np.arange(ids.shape[1]) < encoded.source_length[:, None]
-    return rarity_scores(ids, present, rarity())
+    return rarity_scores(ids, np.arange(ids.shape[1]) < encoded.source_length[:, None], rarity())
+
+
+RANKINGS: Registry[RankingFunction] = Registry(
+    "token ranking",
+    {
+        "attention": _by_attention,
+        "idf": _by_rarity,
+        "position": lambda encoded, board, rarity: position_scores(tuple(encoded.input_ids.shape)),
+        "random": lambda encoded, board, rarity: random_scores(tuple(encoded.input_ids.shape)),
+    },
+)
+
+
+def register_ranking(name: str, function: RankingFunction) -> None:
+    """Make a token ranking of your own known: then ``token_ranking=name`` works in ``gym.make``, YAML and ``--set``.
+
+    A policy that drops tokens by it decides in the env alone: an artefact knows the project's rankings only.
+
+    Args:
+        name: What it is called; a later one of the same name replaces it.
+        function: Takes ``(encoded, board, rarity)``, as of ``token_scores``, to a number for each token, float
+            ``[n, longest]``; the lowest go first.
+
+    Raises:
+        ValueError: If the name is one of the project's.
+    """
+    RANKINGS.register(name, function)
 
 
 def training_rarity(tokenizer: PreTrainedTokenizerBase, train: Sequence[Instance]) -> NDArray:

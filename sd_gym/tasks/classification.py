@@ -1,0 +1,89 @@
+"""A class of a text, or of two; or a score (regression)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from sd_gym.errors import DataError, short
+from sd_gym.tasks.family import LARGEST, Task, check_text
+from sd_gym.tasks.instance import Instance
+
+if TYPE_CHECKING:
+    from sd_gym.backbones.heads import Head
+
+
+class Classification(Task):
+    """Labels are class indices, words, or scores."""
+
+    texts = ("text",)
+    optional = "text_pair"
+    reference = "label"
+    gives = ("label", "text")
+    metrics = ("accuracy", "f1", "matthews", "correlation", "exact_match")
+    weighs_classes = True
+    unknown = 0
+
+    def instance(
+        self, row: Mapping[str, Any], identity: str, origin: str, *, difficulty: int = 0, unanswerable: bool = True
+    ) -> Instance:
+        """With the label as its target."""
+        label = _label(row["label"], origin)
+        return Instance(identity, row["text"], label, difficulty, row.get("text_pair"), origin=origin)
+
+    def facts(self, instances: Sequence[Instance], head: Head) -> dict[str, NDArray]:
+        """The label."""
+        return {"label": head.classes(instances)}
+
+    def right(self, value: Any, names: Mapping[int, str]) -> list[str]:
+        """The class's name, or the score."""
+        return [names[value] if isinstance(value, int) and value in names else str(value)]
+
+    def head_to_prepare(
+        self, stored: type[Head] | None, answers: str | None, train: Sequence[Instance]
+    ) -> tuple[type[Head] | None, dict[str, int] | None]:
+        """One with as many classes as the data have."""
+        from sd_gym.backbones.heads import LabelHead
+
+        return LabelHead, classes(train)
+
+
+def classes(instances: Sequence[Instance]) -> dict[str, int]:
+    """Class index of each label word, in the order of the words or indices; a single "score" for a regression.
+
+    Raises:
+        DataError: If there are fewer than two classes, or words and indices are mixed.
+    """
+    labels = {instance.target for instance in instances}
+    if any(isinstance(label, float) and not label.is_integer() for label in labels):
+        return {"score": 0}
+    if len({type(label) for label in labels}) > 1:
+        raise DataError("labels must be all class indices or all words, got both")
+    if all(isinstance(label, int) for label in labels):
+        if max(labels) >= len(instances):
+            raise DataError(
+                f"the highest class index is {max(labels)}, but the training split has only {len(instances)} rows; "
+                "number the classes from 0, or give them words"
+            )
+        labels = set(range(max(labels) + 1))
+    if len(labels) < 2:
+        raise DataError(f"expected at least two classes, got only {short(labels)}")
+    return {str(label): index for index, label in enumerate(sorted(labels))}
+
+
+def _label(value: Any, origin: str) -> str | int | float:
+    if isinstance(value, str) and value.strip():
+        check_text(value, "label", origin)
+        return value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= LARGEST:
+        raise DataError(
+            f"{origin}: label must be a class index from 0, a label word or a score (at most {LARGEST}), got "
+            f"{short(value)}; data sets that hide the labels of their test split give -1 there: test on another split"
+        )
+    return value
+
+
+CLASSIFICATION = Classification()

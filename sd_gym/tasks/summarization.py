@@ -1,0 +1,40 @@
+"""A text for a text: summarization, and whatever else is told by two fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sd_gym.tasks.family import Task
+from sd_gym.tasks.instance import Instance
+
+
+class TextToText(Task):
+    """A backbone reads one text and generates another.
+
+    Args:
+        source: The field that is read.
+        target: The field of what shall be generated.
+        metrics: What it is measured by, the usual one first.
+    """
+
+    gives = ("text",)
+
+    def __init__(self, source: str, target: str, metrics: tuple[str, ...]) -> None:
+        self.texts = (source,)
+        self.reference = target
+        self.metrics = metrics
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Both texts."""
+        return self.fields
+
+    def instance(
+        self, row: Mapping[str, Any], identity: str, origin: str, *, difficulty: int = 0, unanswerable: bool = True
+    ) -> Instance:
+        """With the two texts as source and target."""
+        return Instance(identity, row[self.texts[0]], row[self.reference], difficulty, origin=origin)
+
+
+SUMMARIZATION = TextToText("document", "summary", ("rouge", "exact_match"))
