@@ -46,12 +46,12 @@ def seconds(run: Callable[[], object]) -> float:
 @torch.inference_mode()
 def batches(model: SkippingModel, dense: torch.nn.Module, core, size: int, pairs: int) -> list[str]:
     """FLOPs, time, promise kept and agreement at a batch size."""
-    split, random, generates = core.split("test"), np.random.default_rng(0), core.backbone.generates
+    split, random, generates = core.split("test"), np.random.default_rng(0), core.backbone.model.can_generate()
     settings = {"max_new_tokens": core.config.max_target_length, "do_sample": False} if generates else {}
     flops, times, agree = [], [], []
     for number in range(pairs + WARM_UP):
         rows = random.integers(len(split), size=size)
-        given = split.inputs(rows)
+        given = split.passes.inputs(rows)
         given = {key: given[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in given}
 
         def call(one: torch.nn.Module, given: dict = given) -> object:
@@ -61,7 +61,7 @@ def batches(model: SkippingModel, dense: torch.nn.Module, core, size: int, pairs
         if number < WARM_UP:
             continue
         times.append(ratio)
-        own = model.policy.network.flops / split.dense_flops(rows)
+        own = model.policy.network.flops / split.costs.dense_flops(rows)
         flops.append(float((model.model.decisions.flops_ratio + own).mean()))
         _, same = np.unique(model.model.decisions.skip, axis=0, return_counts=True)
         agree.append(same.max() / size)
