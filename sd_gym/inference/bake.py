@@ -65,7 +65,7 @@ def bake(model: PreTrainedModel, mask: ArrayLike) -> PreTrainedModel:
             "quantisation, or a config that calls its layers otherwise); merge adapters, and bake before quantising"
         )
     smaller.load_state_dict(weights)
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         smaller.generation_config = deepcopy(model.generation_config)
     return smaller.to(model.device).train(model.training)
 

@@ -42,9 +42,9 @@ def token_scores(ranking: str, encoded: Encoded, board: Switchboard, rarity: Cal
         ValueError: If a ranking of one's own gives something else.
     """
     scores = np.asarray(RANKINGS.find(ranking)(encoded, board, rarity))
-    if scores.shape != tuple(encoded.input_ids.shape) or not np.isfinite(scores).all():
+    if scores.shape != tuple(encoded.input_ids.shape) or np.isnan(scores).any():
         raise ValueError(
-            f"the ranking {ranking!r} has to give a finite number for each token, {list(encoded.input_ids.shape)}, got "
+            f"the ranking {ranking!r} has to give a number for each token, {list(encoded.input_ids.shape)}, got "
             f"{list(scores.shape)}"
         )
     return scores
