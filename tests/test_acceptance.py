@@ -11,7 +11,7 @@ import sd_gym
 from sd_gym.tasks.data import Source
 from sd_gym.tasks.preparation import prepare_backbone
 
-MINI = [identity for identity in sd_gym.registered_ids() if "Mini" in identity]
+MINI = [identity for identity in sd_gym.registered_ids() if identity.endswith("Mini-v0")]
 DATA = Path(os.environ.get("SD_GYM_DATA", "not-given"))  # a folder with sst2/train.jsonl and sst2/validation.jsonl
 
 REFINE = {  # what keeps an agent from giving away what a warm start has found

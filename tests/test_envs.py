@@ -19,7 +19,7 @@ from sd_gym.tasks.data import DataError
 from tests.conftest import make_model, varied
 
 SMALL = {"train_size": 60, "validation_size": 20, "test_size": 20}
-MINI = [id for id in sd_gym.registered_ids() if "Mini" in id]
+MINI = [id for id in sd_gym.registered_ids() if id.endswith("Mini-v0")]
 STEP_INFO = {
     "quality",
     "quality_ref",
@@ -45,7 +45,7 @@ def tiny_generator(tmp_path_factory, tiny_tokenizer):
 @pytest.fixture(params=sd_gym.registered_ids())
 def env_arguments(request, reviews, tiny_backbone, tiny_generator, tmp_path):
     """(id, keyword arguments that make it small or give a Custom env its data and backbone)."""
-    if request.param in MINI:
+    if "Mini" in request.param:
         return request.param, SMALL
     if "Classification" in request.param:
         return request.param, {"dataset": str(reviews), "backbone": str(tiny_backbone), "splits": {}}
@@ -85,8 +85,9 @@ def test_a_twin_rollout_is_equal(env_arguments):
 
 
 def test_an_episode_is_one_decision_with_the_documented_info(env_arguments):
+    """Of one stage; see test_staged_envs.py for several."""
     env_id, arguments = env_arguments
-    env = gym.make(env_id, **arguments)
+    env = gym.make(env_id, **{**arguments, "stages": ["first"]})
     _, info = env.reset(seed=0)
     assert set(info) == STEP_INFO  # what is not known yet is zero, see test_conventions.py
     action = env.action_space.sample()

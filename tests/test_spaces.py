@@ -35,7 +35,7 @@ from sd_gym.registration import CONFIG_FOLDER, config_files
 from sd_gym.switch import first_layer_input
 
 SMALL = {"train_size": 60, "validation_size": 20, "test_size": 20}
-MINI = [id for id in sd_gym.registered_ids() if "Mini" in id]
+MINI = [id for id in sd_gym.registered_ids() if id.endswith("Mini-v0")]
 MASKS = [[0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0]]
 
 

@@ -197,6 +197,11 @@ def check_learnable(env: SwitchableVectorEnv) -> None:
             f"the agents of sd_gym decide by action=multi_discrete, got action={env.config.action}; leave it out (an "
             "agent of another library can have it: docs/envs.md)"
         )
+    if env.core.is_staged:
+        raise ValueError(
+            "the agents of sd_gym decide once, before the first layer, but the stages of this env are "
+            f"{env.core.stages}; leave stages out"
+        )
     if env.config.vector_reward:
         raise ValueError("the agents of sd_gym learn from one number, got vector_reward=True; leave it out")
     space = env.single_observation_space

@@ -82,6 +82,8 @@ class EnvConfig(BaseModel):
     codebook: str | None = None
     observation: str = "pooled"
     vector_reward: bool = False
+    stages: tuple[str, ...] = ("first",)
+    dense_reward: bool = False
     device: str = "cpu"
 
     @property
@@ -171,6 +173,15 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
         raise ConfigError(
             f"{origin}: config key 'action': 'multi_binary' has a bit for each switch and none for the tokens, but "
             f"there are {len(shares)} token_shares; use multi_discrete, or discrete with a codebook"
+        )
+    if config.stages != ("first",) and (config.action == "discrete" or config.observation != "pooled"):
+        raise ConfigError(
+            f"{origin}: config key 'stages': several stages are decided with action multi_discrete or multi_binary, on "
+            f"observation pooled; got {config.action} on {config.observation}"
+        )
+    if config.dense_reward and config.vector_reward:
+        raise ConfigError(
+            f"{origin}: config key 'dense_reward': a vector_reward comes at the end; leave one of the two out"
         )
     return config
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sd_gym.backbones import load_backbone
-from sd_gym.envs.config import EnvConfig
+from sd_gym.envs.config import ConfigError, EnvConfig
 from sd_gym.envs.spaces import ACTIONS, Actions, MultiDiscreteActions, Observation, Observations, Pooled
 from sd_gym.envs.split import Split
+from sd_gym.envs.staged import StageObservation
 from sd_gym.objectives import quality_cost
 from sd_gym.registration import OBSERVATIONS
 
@@ -49,11 +51,14 @@ class Core:
     Attributes:
         data: The splits of the data set.
         actions: How an agent says its decisions.
-        observation: What it sees.
+        observation: What it sees before the first layer.
+        stages: Names of the stages of an episode, in execution order.
+        columns: Which switches each stage decides.
+        widest: Switches of the stage that has the most.
 
     Raises:
         FileNotFoundError: If the data set, the backbone or the codebook does not exist.
-        ConfigError: If the codebook is none of this backbone.
+        ConfigError: If the codebook or a stage is none of this backbone.
         sd_gym.tasks.data.DataError: If the data set is malformed.
         sd_gym.switch.UnsupportedArchitectureError: If the backbone cannot be switched.
     """
@@ -63,13 +68,36 @@ class Core:
         self.backbone = load_backbone(config.backbone, config.device)
         self.data = config.data()
         self._splits: dict[str, Split] = {}
-        self.actions: Actions = ACTIONS[config.action](config, self.nvec)
+        board = self.backbone.board
+        try:
+            self.columns = list(board.decided_at(config.stages).values())
+        except ValueError as error:
+            raise ConfigError(f"{config.id}: config key 'stages': {error}") from error
+        self.stages = list(board.decided_at(config.stages))
+        self.widest = max(columns.stop - columns.start for columns in self.columns)
+        choices = np.append(np.full(self.widest, 2), self.nvec[-1]) if self.is_staged else self.nvec
+        self.actions: Actions = ACTIONS[config.action](config, choices)
         self._decided = MultiDiscreteActions(config, self.nvec)
         self.observation: Observation = OBSERVATIONS.find(config.observation)(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of an env, in this process or another, shares the core of its configuration."""
         return shared_core, (self.config,)
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether anything is decided elsewhere than before the first layer."""
+        return self.stages != ["first"]
+
+    @cached_property
+    def stage_observation(self) -> StageObservation:
+        """What is seen at the stages, where there are several."""
+        return StageObservation(self)
+
+    @property
+    def observation_space(self) -> gym.Space:
+        """Of one observation."""
+        return self.stage_observation.space if self.is_staged else self.observation.space
 
     @property
     def n_switches(self) -> int:

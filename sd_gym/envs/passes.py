@@ -135,6 +135,21 @@ class Passes:
         with board.decide_in_pass(choose):
             return self.backbone.logits(inputs), inputs["labels"]
 
+    @torch.inference_mode()
+    def seen_at(self, stage: str, rows: Array, decisions: Array, behind: Seen | None = None) -> Seen:
+        """What one pass of rows shows at a stage; it is run no further.
+
+        Args:
+            stage: Name of the stage.
+            rows: The rows.
+            decisions: What they say of switches from the stage on does not count.
+            behind: What the same rows have shown at an earlier stage; then the pass goes on from there.
+        """
+        board, inputs = self.backbone.board, self.inputs(rows)
+        keep, mask = self._keep_of(rows, decisions, inputs), inputs["attention_mask"]
+        skip = decisions[:, :-1]
+        return board.run_to(stage, lambda: self.backbone.logits(inputs), skip, keep, mask=mask, behind=behind)
+
     def planned(self, rows: Array, decisions: Array, steps: int = 0) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
         """Positions in ``rows`` and inputs of each forward pass, or of each ``generate()`` of so many steps."""
         kept = self._tokens.kept_length(rows, decisions[:, -1])[:, None]

@@ -57,15 +57,18 @@ class SwitchableVecEnv(VecEnv):
         observations, rewards, terminated, truncated, infos = self.env.step(self._actions)
         dones = terminated | truncated
         if self.env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP:
-            finals, reset = infos.pop("final_obs"), self._listed(infos)
+            finals, reset = infos.pop("final_obs", [None] * self.num_envs), self._listed(infos)
             listed = [_step_info(info) for info in reset]
         else:
             finals, listed = each(observations), self._listed(infos)
-            observations, infos = self._reset_ended(dones)
-            reset = self._listed(infos)
-        for info, final, cut in zip(listed, finals, truncated & ~terminated, strict=True):
+            reset = listed
+            if dones.any():
+                observations, infos = self._reset_ended(dones)
+                reset = self._listed(infos)
+        for info, final, done, cut in zip(listed, finals, dones, truncated & ~terminated, strict=True):
             info["TimeLimit.truncated"] = bool(cut)
-            info["terminal_observation"] = copy.deepcopy(final)
+            if done:
+                info["terminal_observation"] = copy.deepcopy(final)
         self.reset_infos = reset
         return observations, rewards.astype(np.float32), dones, listed
 
@@ -154,6 +157,8 @@ class SwitchableVecEnv(VecEnv):
 
 def _step_info(info: dict[str, Any]) -> dict[str, Any]:
     """The step's info out of what ``SAME_STEP`` gives an env, which keeps its reset's: with what wrappers added."""
-    final = info.pop("final_info")
+    final = info.pop("final_info", None)
+    if final is None:
+        return dict(info)
     added = [key for key in info if key not in final]
     return final | {key: info.pop(key) for key in added}

@@ -18,6 +18,7 @@ from sd_gym.envs.core import Core, Outcome, shared_core
 from sd_gym.envs.render import Shown, pictures
 from sd_gym.envs.spaces import Observations, as_array, each, reward_space, spaces
 from sd_gym.envs.split import Split
+from sd_gym.envs.staged import Episodes
 from sd_gym.envs.window import HAS_PYGAME, Window
 from sd_gym.objectives import Objective
 from sd_gym.registration import CONFIG_FOLDER
@@ -87,6 +88,17 @@ def reset_infos(core: Core, split: Split, rows: NDArray) -> dict[str, NDArray]:
     return {key: values if key in KNOWN_AT_RESET else np.zeros_like(values) for key, values in infos.items()}
 
 
+def episode_infos(core: Core, split: Split, rows: NDArray, episodes: Episodes, envs: NDArray) -> dict[str, NDArray]:
+    """The info of some envs that are not yet over: that of a reset, and what is decided so far."""
+    infos = reset_infos(core, split, rows[envs]) | {"decision": episodes.decisions[envs]}
+    return infos | mask_infos(core, episodes, envs)
+
+
+def mask_infos(core: Core, episodes: Episodes, envs: NDArray) -> dict[str, NDArray]:
+    """Which choices some envs may make, int8 ``[n, choices]``, where an episode has several stages."""
+    return {"action_mask": episodes.masks()[envs].astype(np.int8)} if core.is_staged else {}
+
+
 def text_infos(split: Split, rows: NDArray, wanted: bool) -> dict[str, NDArray]:
     """The texts of instances, one array of ``n`` values a key, if they are ``wanted``: see ``SwitchableEnv``."""
     if not wanted:
@@ -103,11 +115,6 @@ def info_of_one(infos: dict[str, NDArray]) -> dict[str, Any]:
     return {key: values[0].item() if values[0].__class__ in _SCALARS else values[0] for key, values in infos.items()}
 
 
-def allowed(core: Core) -> NDArray:
-    """The action mask of sb3-contrib's convention: every choice of every component is allowed."""
-    return np.ones(core.actions.nvec.sum(), dtype=np.bool_)
-
-
 def no_rewards(config: EnvConfig, n: int) -> NDArray:
     """Zeros in the shape of ``n`` rewards."""
     return np.zeros((n, 2), dtype=np.float32) if config.vector_reward else np.zeros(n)
@@ -120,6 +127,29 @@ def rewards_of(config: EnvConfig, objective: Objective, outcome: Outcome) -> NDA
     return objective.rewards(outcome.quality, outcome.quality_ref, outcome.flops_ratio)
 
 
+def decided(
+    config: EnvConfig,
+    core: Core,
+    objective: Objective,
+    split: Split,
+    rows: NDArray,
+    episodes: Episodes,
+    envs: NDArray,
+) -> tuple[dict[str, NDArray], NDArray]:
+    """The step infos and the rewards of some envs that have just decided: all of them are over, or none is."""
+    if not len(envs):
+        return {}, no_rewards(config, 0)
+    if not episodes.over[envs].all():
+        infos = episode_infos(core, split, rows, episodes, envs)
+        return infos, episodes.savings(split, rows, envs) if config.dense_reward else no_rewards(config, len(envs))
+    outcome = core.score(split, rows[envs], episodes.decisions[envs])
+    rewards = rewards_of(config, objective, outcome)
+    if config.dense_reward:
+        rewards = rewards - episodes.paid[envs]
+    infos = step_infos(split, rows[envs], episodes.decisions[envs], outcome)
+    return infos | mask_infos(core, episodes, envs), rewards
+
+
 class SwitchableEnv(gym.Env):
     """Decide, for one input, which parts of a transformer to skip.
 
@@ -127,6 +157,9 @@ class SwitchableEnv(gym.Env):
         Each episode is one instance of an NLP task and one decision (a contextual bandit): the backbone runs the
         instance under the decision, what is skipped is not executed, and the episode terminates. ``copy.deepcopy`` and
         ``pickle`` keep the running episode and the random state; the backbone is shared, not copied.
+
+        With several ``stages`` an episode is one instance and as many steps: each looks at what the pass has computed
+        so far and decides the switches up to the next stage.
 
     Action Space:
         ``action="multi_discrete"`` (default): ``MultiDiscrete([2] * switches + [token levels])``: 1 = skip the
@@ -138,6 +171,9 @@ class SwitchableEnv(gym.Env):
         ``"discrete"``: ``Discrete(K)``, one of the K masks of the config's ``codebook``; in the codebooks of the Mini
         envs the masks are nested, and the first one is dense.
 
+        With several stages, ``MultiDiscrete`` (or ``MultiBinary``) of the stage that has the most switches; what a
+        stage has fewer is passed over, and so is the token level at any stage but ``first``.
+
     Observation Space:
         ``observation="pooled"`` (default): ``Box(-10, 10, (2 * width + 2,), float32)``: mean and maximum over tokens of
         the first layer's input, the length and its logarithm, standardised on the training split.
@@ -146,6 +182,9 @@ class SwitchableEnv(gym.Env):
         mask=MultiBinary(max_source_length))``, the first layer's input itself, standardised too and padded with zeros.
 
         Any name that ``sd_gym.register_observation`` was given: the space of that class.
+
+        With several stages, ``Box(-10, 10, (stages + 2 * width + 2,), float32)``: the stage, one-hot, then mean and
+        maximum of the hidden states there, their number and its logarithm, standardised for each stage.
 
     Reward:
         The config's ``objective`` with its ``epsilon``, ``penalty`` and ``cost_scale`` (``sd_gym.objectives``). The
@@ -156,8 +195,11 @@ class SwitchableEnv(gym.Env):
         ``vector_reward=True``: ``[quality, -flops_ratio]``, float32, within ``reward_space``, as MO-Gymnasium has it;
         the objective plays no part. ``sd_gym.envs.wrappers.SafetyWrapper`` steps with a cost beside the reward.
 
+        With several stages it comes at the end, and is that of the same decision in one step. ``dense_reward=True``:
+        each step pays for what it has saved, the last one the rest.
+
     Episode End:
-        Terminates after one step; never truncates.
+        Terminates after the last stage (of one: after one step); never truncates.
 
     Info:
         step: ``quality``, ``quality_ref``, ``cost``, ``flops_ratio``, ``vector_reward`` = [quality, -flops_ratio],
@@ -165,7 +207,8 @@ class SwitchableEnv(gym.Env):
         recorders can stack infos), of which only ``instance`` and ``difficulty`` are known; the others are zeros (and
         ``is_success`` is ``False``), since nothing was decided yet. With ``info_text`` both also have ``source``,
         ``reference`` (the right answer, the first of several, empty if there is none) and, where inputs are pairs of
-        texts, ``source_pair``.
+        texts, ``source_pair``. With several stages both also have ``action_mask``, int8 ``[choices]``: which choices
+        the next step has; a step that is not the last one has the info of a reset, and the ``decision`` so far.
 
     Arguments:
         config_file: Name of a file in ``envs_configs/``, or the path of any such file.
@@ -204,7 +247,7 @@ class SwitchableEnv(gym.Env):
         self.info_text = info_text
         self._split: Split | None = None
         self._row: NDArray | None = None
-        self._decision: NDArray | None = None
+        self._episode = Episodes(self.core, 1)
         self._shown: Shown | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -212,9 +255,9 @@ class SwitchableEnv(gym.Env):
         super().reset(seed=seed)
         self._split, row = chosen(self.core, 1, options)
         self._row = self.np_random.integers(len(self._split), size=1) if row is None else row
-        self._decision = None
+        self._episode.begin(_ONE)
         self._show(Shown(self._split, self._row, np.array([False]), {}))
-        infos = reset_infos(self.core, self._split, self._row)
+        infos = episode_infos(self.core, self._split, self._row, self._episode, _ONE)
         return self._observation(), info_of_one(infos | text_infos(self._split, self._row, self.info_text))
 
     def step(self, action: Any) -> tuple[Any, float | NDArray, bool, bool, dict[str, Any]]:
@@ -224,23 +267,21 @@ class SwitchableEnv(gym.Env):
             ValueError: If the action is malformed.
             gymnasium.error.ResetNeeded: If the episode is over.
         """
-        if self._split is None or self._decision is not None:
-            raise gym.error.ResetNeeded("an episode is one decision: call reset() before the next step()")
+        if self._split is None or self._episode.over.all():
+            raise gym.error.ResetNeeded("the episode is over: call reset() before the next step()")
         action = as_array(action)
         if action.shape != self.action_space.shape:
             raise ValueError(f"expected an action of shape {self.action_space.shape}, got {action.shape}")
-        decisions = self.core.actions.decisions(action[None], 1)
-        outcome = self.core.score(self._split, self._row, decisions)
-        self._decision = decisions[0]
-        infos = step_infos(self._split, self._row, decisions, outcome)
-        rewards = rewards_of(self.config, self.objective, outcome)
-        self._show(Shown(self._split, self._row, np.array([True]), infos, rewards))
+        self._episode.decide(_ONE, self.core.actions.decisions(action[None], 1))
+        over = bool(self._episode.over[0])
+        infos, rewards = decided(self.config, self.core, self.objective, self._split, self._row, self._episode, _ONE)
+        self._show(Shown(self._split, self._row, np.array([over]), infos if over else {}, rewards if over else None))
         info, reward = info_of_one(infos | text_infos(self._split, self._row, self.info_text)), rewards[0]
-        return self._observation(), reward if self.config.vector_reward else float(reward), True, False, info
+        return self._observation(), reward if self.config.vector_reward else float(reward), over, False, info
 
     def action_masks(self) -> NDArray:
         """Which choices are allowed, bool ``[choices]``: all (what sb3-contrib's maskable algorithms ask for)."""
-        return allowed(self.core)
+        return self._episode.masks()[0]
 
     def render(self) -> str | NDArray | None:
         """What came of the last step, or after a reset what there is to decide on, as the render mode says."""
@@ -263,17 +304,18 @@ class SwitchableEnv(gym.Env):
             self.render()
 
     def _observation(self) -> Any:
-        return each(self.core.observe(self._split, self._row))[0]
+        return each(self._episode.observe(self._split, self._row))[0]
 
 
+_ONE = np.zeros(1, dtype=np.int64)  # the only env of a batch of one
 _SCALARS = (np.float64, np.int64, np.bool_)
 
 
 class SwitchableVectorEnv(VectorEnv):
     """``SwitchableEnv`` for a batch: one forward pass of the backbone a step serves all ``num_envs`` instances.
 
-    Every episode is one step, so every step ends all episodes. What comes then is Gymnasium's ``AutoresetMode``, as
-    ``SyncVectorEnv`` has it:
+    Every episode has as many steps as stages, so that all end with the same step, but behind a masked reset. What comes
+    then is Gymnasium's ``AutoresetMode``, as ``SyncVectorEnv`` has it:
 
     * ``SAME_STEP`` (default): the step resets too. Its observations are those of the next instances and its infos
       those of their reset; ``infos["final_info"]`` holds the step's info and ``infos["final_obs"]`` the observations
@@ -325,7 +367,7 @@ class SwitchableVectorEnv(VectorEnv):
             self.reward_space = reward_space(self.config)  # of one env, as MO-Gymnasium's vector envs have it
         self._split: Split | None = None
         self._rows: NDArray = np.zeros(num_envs, dtype=np.int64)
-        self._ended: NDArray = np.zeros(num_envs, dtype=np.bool_)  # decided, and not yet reset
+        self._episodes = Episodes(self.core, num_envs)
         self._shown: Shown | None = None
 
     def reset(
@@ -351,8 +393,8 @@ class SwitchableVectorEnv(VectorEnv):
         self._seed(seed, envs)
         self._split, rows = chosen(self.core, self.num_envs, options)
         self._rows[envs] = self._random_rows(envs) if rows is None else rows[envs]
-        self._ended[envs] = False
-        self._show(self._ended)
+        self._episodes.begin(envs)
+        self._show(self._episodes.over)
         return self._observations(), self._infos((envs, self._reset_infos(envs)))
 
     def step(self, actions: Any) -> tuple[Observations, NDArray, NDArray, NDArray, dict[str, Any]]:
@@ -364,32 +406,39 @@ class SwitchableVectorEnv(VectorEnv):
         """
         if self._split is None:
             raise gym.error.ResetNeeded("call reset() before the first step()")
-        if self.autoreset_mode == AutoresetMode.DISABLED and self._ended.any():
+        over = self._episodes.over
+        if self.autoreset_mode == AutoresetMode.DISABLED and over.any():
             raise gym.error.ResetNeeded(
-                f"the episodes of envs {np.flatnonzero(self._ended).tolist()} are over and autoreset is disabled: call "
+                f"the episodes of envs {np.flatnonzero(over).tolist()} are over and autoreset is disabled: call "
                 'reset(options={"reset_mask": terminated}) before the next step()'
             )
-        decisions = self.core.actions.decisions(actions, self.num_envs)
-        decided, reset = np.flatnonzero(~self._ended), np.flatnonzero(self._ended)
-        decisions[reset] = 0
-        rewards, terminated = no_rewards(self.config, self.num_envs), ~self._ended
-        outcome, rewards[decided] = self._decide(decided, decisions[decided])
+        choices = self.core.actions.decisions(actions, self.num_envs)
+        deciding, reset = np.flatnonzero(~over), np.flatnonzero(over)
+        self._episodes.decide(deciding, choices)
+        ended, rewards = self._episodes.over, no_rewards(self.config, self.num_envs)
+        ended[reset] = False
+        done, going = np.flatnonzero(ended), deciding[~ended[deciding]]
+        outcome, rewards[done] = self._decide(done)
+        under_way, rewards[going] = self._decide(going)
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
-            self._show(terminated, (decided, outcome), rewards)
-            final = {"final_obs": _objects(each(self._observations())), "_final_obs": terminated.copy()}
-            final |= {"final_info": self._infos((decided, outcome)), "_final_info": terminated.copy()}
-            self._rows = self._random_rows(decided)
-            infos = self._infos((decided, self._reset_infos(decided))) | final
+            self._show(ended, (done, outcome), rewards)
+            final: dict[str, Any] = {}
+            if len(done):
+                final = {"final_obs": _objects(each(self._observations())), "_final_obs": ended.copy()}
+                final |= {"final_info": self._infos((done, outcome)), "_final_info": ended.copy()}
+                self._rows[done] = self._random_rows(done)
+                self._episodes.begin(done)
+            infos = self._infos((done, self._reset_infos(done)), (going, under_way)) | final
         else:
             self._rows[reset] = self._random_rows(reset)
-            self._ended = terminated.copy()
-            self._show(terminated, (decided, outcome), rewards)
-            infos = self._infos((decided, outcome), (reset, self._reset_infos(reset)))
-        return self._observations(), rewards, terminated, np.zeros(self.num_envs, dtype=np.bool_), infos
+            self._episodes.begin(reset)
+            self._show(ended, (done, outcome), rewards)
+            infos = self._infos((done, outcome), (going, under_way), (reset, self._reset_infos(reset)))
+        return self._observations(), rewards, ended, np.zeros(self.num_envs, dtype=np.bool_), infos
 
     def action_masks(self) -> NDArray:
         """Which choices are allowed, bool ``[num_envs, choices]``: all, as of ``SwitchableEnv``."""
-        return np.stack([allowed(self.core)] * self.num_envs)
+        return self._episodes.masks()
 
     def render(self) -> tuple[str | NDArray, ...] | None:
         """One picture an env, as ``SwitchableEnv.render``: after a step, of the instances that were decided on."""
@@ -405,7 +454,7 @@ class SwitchableVectorEnv(VectorEnv):
             "random": [one.bit_generator.state for one in random] if own else random.bit_generator.state,
             "split": self._split.name,
             "rows": self._rows.tolist(),
-            "ended": self._ended.tolist(),
+            "episodes": self._episodes.state(),
             "multiplier": self.objective.multiplier,
         }
 
@@ -414,20 +463,15 @@ class SwitchableVectorEnv(VectorEnv):
         random = state["random"]
         self.np_random = _generator(random) if isinstance(random, dict) else tuple(_generator(own) for own in random)
         self._split, self._rows = self.core.split(state["split"]), np.array(state["rows"])
-        self._ended = np.array(state["ended"])
-        self._show(np.zeros_like(self._ended))
+        self._episodes.load_state(state["episodes"])
+        self._show(np.zeros(self.num_envs, dtype=np.bool_))
         self.objective.multiplier = state["multiplier"]
         return self._observations()
 
-    def _decide(self, envs: NDArray, decisions: NDArray) -> tuple[dict[str, NDArray], NDArray]:
-        """The step infos and the rewards of some envs, a row each."""
-        if not len(envs):
-            return {}, no_rewards(self.config, 0)
-        rows = self._rows[envs]
-        outcome = self.core.score(self._split, rows, decisions)
-        rewards = rewards_of(self.config, self.objective, outcome)
-        infos = step_infos(self._split, rows, decisions, outcome)
-        return infos | text_infos(self._split, rows, self.info_text), rewards
+    def _decide(self, envs: NDArray) -> tuple[dict[str, NDArray], NDArray]:
+        """The step infos and the rewards of some envs, a row each: all of them are over, or none is."""
+        infos, rewards = decided(self.config, self.core, self.objective, self._split, self._rows, self._episodes, envs)
+        return infos | text_infos(self._split, self._rows[envs], self.info_text), rewards
 
     def _show(
         self,
@@ -489,10 +533,10 @@ class SwitchableVectorEnv(VectorEnv):
         return np.concatenate([np.zeros(0, dtype=np.int64), *drawn])
 
     def _observations(self) -> Observations:
-        return self.core.observe(self._split, self._rows)
+        return self._episodes.observe(self._split, self._rows)
 
     def _reset_infos(self, envs: NDArray) -> dict[str, NDArray]:
-        infos = reset_infos(self.core, self._split, self._rows[envs])
+        infos = episode_infos(self.core, self._split, self._rows, self._episodes, envs)
         return infos | text_infos(self._split, self._rows[envs], self.info_text)
 
     def _infos(self, *parts: tuple[NDArray, dict[str, NDArray]]) -> dict[str, NDArray]:

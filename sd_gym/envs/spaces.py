@@ -225,7 +225,7 @@ class Standardised(Observation):
         split = core.split("train")
         features = self._features(split, np.arange(min(len(split), STATISTICS_SIZE)))
         self.mean = features.mean(axis=0)
-        self.deviation = _deviation(features.std(axis=0))
+        self.deviation = deviation_of(features.std(axis=0))
         self.space = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, self.mean.shape, np.float32)
 
     @abstractmethod
@@ -273,7 +273,7 @@ class Tokens(Observation):
             count, total, squares = count + len(kept), total + kept.sum(axis=0), squares + (kept**2).sum(axis=0)
         mean = total / count
         self.mean = mean.astype(np.float32)
-        self.deviation = _deviation(np.sqrt(np.maximum(squares / count - mean**2, 0)))
+        self.deviation = deviation_of(np.sqrt(np.maximum(squares / count - mean**2, 0)))
         limits = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (self.length, len(mean)), np.float32)
         self.space = gym.spaces.Dict({"tokens": limits, "mask": gym.spaces.MultiBinary(self.length)})
 
@@ -300,7 +300,7 @@ class Tokens(Observation):
 
 def spaces(core: Core) -> tuple[gym.Space, gym.Space]:
     """Observation and action space of one env, its own: it may be seeded."""
-    return copy.deepcopy(core.observation.space), copy.deepcopy(core.actions.space)
+    return copy.deepcopy(core.observation_space), copy.deepcopy(core.actions.space)
 
 
 def each(observations: Observations) -> list[Any]:
@@ -319,7 +319,7 @@ def reward_space(config: EnvConfig) -> gym.spaces.Box:
     return gym.spaces.Box(low, high, dtype=np.float32)
 
 
-def _deviation(deviation: Array) -> Array:
+def deviation_of(deviation: Array) -> Array:
     """Where a feature never changes in training it says nothing: dividing by 1 leaves it at 0."""
     return np.where(deviation > LEAST_DEVIATION, deviation, 1.0).astype(np.float32)
 

@@ -1,0 +1,194 @@
+"""Envs of several stages: an episode is one instance, a step decides the switches up to the next stage."""
+
+import copy
+import pickle
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode
+from sd_gym.agents.registry import make_agent
+
+from sd_gym.envs import ConfigError
+from sd_gym.envs.sb3 import SwitchableVecEnv
+
+ID = "SD/Classification-Mini-Staged-v0"
+SMALL = {"train_size": 40, "validation_size": 20, "test_size": 20}
+TASKS = ["Classification", "Summarization", "QuestionAnswering"]
+STAGES = [["first", "encoder.3", "decoder"], ["every_layer"], ["encoder.2"]]
+
+
+def mini(task, **settings):
+    return gym.make(f"SD/{task}-Mini-v0", **SMALL, **settings).unwrapped
+
+
+def actions_of(env, seed, n=None):
+    """An action a stage, of choices that there are."""
+    env.action_space.seed(seed)
+    return [env.action_space.sample() for _ in env.core.stages]
+
+
+def played(env, actions, seed=3):
+    """Reward, observation and info of each step of one episode."""
+    env.reset(seed=seed)
+    steps = [env.step(action) for action in actions]
+    assert [terminated for _, _, terminated, _, _ in steps] == [False] * (len(steps) - 1) + [True]
+    return [(reward, observation, info) for observation, reward, _, _, info in steps]
+
+
+@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize("task", TASKS)
+def test_the_return_is_the_reward_of_the_same_decision_in_one_step(task, stages):
+    env, dense = (mini(task, stages=stages, dense_reward=pays, token_shares=[0, 0.5]) for pays in (False, True))
+    one = mini(task, token_shares=[0, 0.5])
+    for seed in range(3):
+        actions = actions_of(env, seed)
+        steps = played(env, actions)
+        one.reset(seed=3)
+        _, reward, _, _, info = one.step(steps[-1][2]["decision"])
+        assert [step[0] for step in steps] == [0.0] * (len(steps) - 1) + [reward]
+        np.testing.assert_equal({key: steps[-1][2][key] for key in info}, info)
+        paid = [step[0] for step in played(dense, actions)]
+        assert sum(paid) == pytest.approx(reward, abs=1e-9)
+        assert len(paid) == 1 or any(paid[:-1])
+
+
+def test_each_stage_decides_its_own_switches():
+    env = gym.make(ID, **SMALL, token_shares=[0, 0.5]).unwrapped
+    core = env.core
+    assert core.stages == ["first", "encoder.3", "decoder"]
+    assert env.action_space.nvec.tolist() == [2] * core.widest + [2]
+    _, info = env.reset(seed=0)
+    masks, ones = [info["action_mask"]], np.ones(core.widest + 1, dtype=np.int64)
+    for number in range(3):
+        *_, info = env.step(ones)
+        decided = np.zeros(len(core.nvec), dtype=np.int64)
+        decided[: core.columns[number].stop], decided[-1] = 1, 1
+        assert info["decision"].tolist() == decided.tolist()
+        masks.append(info["action_mask"])
+    widths = [columns.stop - columns.start for columns in core.columns]
+    for number, width in enumerate(widths):
+        allowed = masks[number].reshape(-1, 2)
+        assert allowed[:, 0].all()
+        assert allowed[:-1, 1].tolist() == [1] * width + [0] * (core.widest - width)
+        assert allowed[-1, 1] == (number == 0)  # tokens are dropped before the first layer
+
+
+def test_what_is_seen_depends_on_what_was_decided():
+    env = mini("Classification", stages=["first", "encoder.3"])
+    (_, first, _), _ = played(env, [np.zeros(env.action_space.shape, int)] * 2)
+    (_, other, _), _ = played(env, [np.ones(env.action_space.shape, int) * (env.action_space.nvec > 1)] * 2)
+    assert first[:2].tolist() == other[:2].tolist() == [0, 1]  # the second stage
+    assert not np.allclose(first, other)
+    start, _ = env.reset(seed=3)
+    np.testing.assert_array_equal(start[2:], mini("Classification").reset(seed=3)[0])
+
+
+@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_a_vector_env_is_its_single_envs(mode, stages):
+    vector = gym.make_vec(
+        "SD/Classification-Mini-v0", num_envs=3, stages=stages, autoreset_mode=mode, **SMALL
+    ).unwrapped
+    single = gym.vector.SyncVectorEnv(
+        [lambda: gym.make("SD/Classification-Mini-v0", stages=stages, **SMALL)] * 3, autoreset_mode=mode
+    )
+    results = [env.reset(seed=[1, 2, 3]) for env in (vector, single)]
+    vector.action_space.seed(0)
+    for _ in range(2 * len(vector.core.stages) + 3):
+        for (observation, infos), (other, others) in [results]:
+            np.testing.assert_allclose(observation, other, rtol=1e-4, atol=1e-4)
+            assert infos.keys() == others.keys()
+            np.testing.assert_array_equal(infos["action_mask"], others["action_mask"])
+            np.testing.assert_array_equal(infos["decision"], others["decision"])
+        action, results = vector.action_space.sample(), []
+        steps = [env.step(action) for env in (vector, single)]
+        for one, other in zip(steps[0][1:4], steps[1][1:4], strict=True):
+            np.testing.assert_array_equal(one, other)
+        results = [(observation, infos) for observation, *_, infos in steps]
+        if mode == AutoresetMode.DISABLED and steps[0][2].any():
+            results = [env.reset(options={"reset_mask": steps[0][2]}) for env in (vector, single)]
+
+
+def test_envs_may_be_out_of_step():
+    """As after a masked reset in the middle of their episodes."""
+    env = gym.make_vec(ID, num_envs=2, autoreset_mode="Disabled", **SMALL).unwrapped
+    env.action_space.seed(0)
+    env.reset(seed=[1, 2])
+    env.step(env.action_space.sample())
+    env.reset(options={"reset_mask": np.array([True, False])})
+    ended = [env.step(env.action_space.sample())[2].tolist() for _ in range(2)]
+    assert ended == [[False, False], [False, True]]
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_a_copied_env_goes_on_in_the_middle_of_an_episode(twin_of):
+    env = gym.make(ID, **SMALL).unwrapped
+    actions = actions_of(env, 0)
+    env.reset(seed=3)
+    env.step(actions[0])
+    twin = twin_of(env)
+    for action in actions[1:]:
+        np.testing.assert_equal(twin.step(action), env.step(action))
+
+
+def test_a_saved_state_goes_on_in_the_middle_of_an_episode():
+    envs = [gym.make_vec(ID, num_envs=3, **SMALL).unwrapped for _ in range(2)]
+    envs[0].reset(seed=1)
+    envs[0].action_space.seed(0)
+    observation, *_ = envs[0].step(envs[0].action_space.sample())
+    np.testing.assert_array_equal(envs[1].load_state(envs[0].state()), observation)
+    for _ in range(5):
+        action = envs[0].action_space.sample()
+        results = [env.step(action) for env in envs]
+        for _, *_, infos in results:
+            infos["final_obs"] = list(infos.get("final_obs", []))
+        np.testing.assert_equal(results[1], results[0])
+
+
+@pytest.mark.parametrize("mode", ["SameStep", "NextStep", "Disabled"])
+def test_sb3_sees_episodes_of_several_steps(mode):
+    env = SwitchableVecEnv(gym.make_vec(ID, num_envs=2, autoreset_mode=mode, **SMALL))
+    env.seed(0)
+    env.reset()
+    for number in range(7):
+        observation, _, dones, infos = env.step(np.zeros((2, *env.action_space.shape), int))
+        assert dones.tolist() == [number % 3 == 2] * 2
+        assert all(("terminal_observation" in info) == done for info, done in zip(infos, dones, strict=True))
+        assert (observation[:, (number + 1) % 3] == 1).all()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_layer_runs_twice_to_look(task, monkeypatch):
+    """Each look goes on from the one before; what the last step runs to score is the whole pass."""
+    env = mini(task, stages=["every_layer"])
+    env.reset(seed=3)
+    called = []
+    for switch in env.core.backbone.board.switches:
+        switch.modules[0].register_forward_hook(lambda *_, name=switch.name: called.append(name))
+    nothing = np.zeros(env.action_space.shape, int)
+    for _ in env.core.stages[:-1]:
+        env.step(nothing)
+    for switch in env.core.backbone.board.switches:
+        switch.modules[0]._forward_hooks.clear()
+    assert len(called) == len(set(called)) > 0
+
+
+def test_wrong_stages_are_named():
+    with pytest.raises(ConfigError, match=r"'stages': there is no stage 'encoder.9'.*choose from"):
+        mini("Classification", stages=["encoder.9"])
+    with pytest.raises(ConfigError, match="'stages': several stages are decided with action multi_discrete"):
+        mini("Classification", stages=["first", "decoder"], observation="tokens")
+    with pytest.raises(ConfigError, match="'dense_reward': a vector_reward comes at the end"):
+        mini("Classification", dense_reward=True, vector_reward=True)
+    with pytest.raises(ValueError, match="the agents of sd_gym decide once"):
+        make_agent("ppo", gym.make_vec(ID, num_envs=2, **SMALL).unwrapped)
+
+
+def test_an_episode_that_is_over_has_to_be_reset():
+    env = gym.make(ID, **SMALL).unwrapped
+    played(env, actions_of(env, 0))
+    with pytest.raises(gym.error.ResetNeeded, match="the episode is over"):
+        env.step(env.action_space.sample())
+    assert not torch.is_inference_mode_enabled()
