@@ -24,7 +24,7 @@ from sd_gym.agents.registry import LEARNING
 
 import sd_gym
 
-MINI = [identity for identity in sd_gym.registered_ids() if "Mini" in identity]
+MINI = [identity for identity in sd_gym.registered_ids() if identity.endswith("-Mini-v0")]
 REFINE = {  # settings of the learning agents, which start from what imitation has learned
     "ppo": {"objective": "lagrangian", "learning_rate": 2e-4, "entropy": 0.0},
     "ppo_lex": {"learning_rate": 2e-4, "entropy": 0.0},
