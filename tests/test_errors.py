@@ -19,7 +19,8 @@ import sd_gym
 from sd_gym.backbones.load import load_model, save_backbone
 from sd_gym.cli import app
 from sd_gym.files import read_checkpoint, read_json, read_tensors, write_checkpoint, write_json, write_tensors
-from sd_gym.tasks.data import LONGEST_TEXT, DataError, Source, load_split
+from sd_gym.tasks.data import DataError, Source, load_split
+from sd_gym.tasks.family import LONGEST_TEXT
 from sd_gym.tasks.preparation import prepare_backbone
 from tests.conftest import write_mirror
 
