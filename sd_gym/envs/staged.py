@@ -135,7 +135,7 @@ class Episodes:
 
     def savings(self, split: Split, rows: Array, envs: Array) -> Array:
         """Pay some for what they have saved since they were paid last: float64, a number for each."""
-        saved = 1 - split.flops_ratio(rows[envs], self.decisions[envs])
+        saved = 1 - split.costs.flops_ratio(rows[envs], self.decisions[envs])
         reward = saved - self.paid[envs]
         self.paid[envs] = saved
         return reward
