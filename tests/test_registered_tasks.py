@@ -8,7 +8,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 import sd_gym
 from sd_gym.envs import ConfigError
 from sd_gym.tasks.classification import CLASSIFICATION
-from sd_gym.tasks.data import DataError
+from sd_gym.tasks.data import DataError, load_split
 from sd_gym.tasks.summarization import TextToText
 
 CUSTOM = "SD/Classification-Custom-v0"
@@ -71,6 +71,8 @@ def test_a_ranking_says_which_tokens_go_first(settings):
 def test_a_task_has_fields_of_its_own(reviews, settings):
     sd_gym.register_task("copying", TextToText("text", "label_text", ("exact_match",)))
     with pytest.raises(DataError, match="no field 'label_text'; copying needs text, label_text"):
+        load_split(str(reviews), "copying", "train", None)
+    with pytest.raises(ConfigError, match="gives a label, but copying needs a text"):
         gym.make(CUSTOM, **settings, task="copying", metric="exact_match").reset()
 
     class Stars(type(CLASSIFICATION)):
