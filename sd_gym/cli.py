@@ -607,7 +607,7 @@ def _print_result(title: str, result: dict[str, Any]) -> None:
     table.add_row("dense", f"{result['quality_ref']:.1%}", "100.0%", *["100%"] * len(result["time"]))
     times = [f"{timed['time_ratio']:.0%}" for timed in result["time"].values()]
     table.add_row("policy", f"{result['quality']:.1%}", f"{result['flops_ratio_with_policy']:.1%}", *times)
-    for name, shown in (("dense_by_length", "dense, in passes by length"), ("dense_shortened", "dense, inputs cut")):
+    for name, shown in (("dense_by_length", "dense by length"), ("dense_shortened", "dense, cut")):
         controls = [timed.get(name) for timed in result["time"].values()]
         if any(controls):
             table.add_row(f"  {shown}", "", "", *(f"{time:.0%}" for time in controls), style="dim")
@@ -621,8 +621,11 @@ def _print_result(title: str, result: dict[str, Any]) -> None:
     _print_data(result["data"])
     if last:
         console.print(f"as learned: what learning ended with, before selection ({last['verdict']}).", style="dim")
+    cut = any(timed.get("dense_shortened") for timed in result["time"].values())
     console.print(
-        "time at B: of observing, deciding and the switched backbone at batch size B, over the dense backbone's.",
+        "time at B: of observing, deciding and the switched backbone at batch size B, over the dense backbone's; "
+        "by length: everything runs, in passes of about the same length"
+        + (", cut: on inputs cut to what the policy keeps." if cut else "."),
         style="dim",
     )
     low, high = result["quality_difference_interval"]
