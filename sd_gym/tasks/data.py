@@ -155,8 +155,9 @@ def load_split(
     if not instances:
         why = f": all {len(chosen)} rows have empty texts" if chosen else ""
         if rows and not chosen:
-            taken = source.splits.get(split) or f"what {dict(source.splits)} leaves of {base}"
-            why = f": {taken} has none of the {len(rows)} rows"
+            rest = f"what {dict(source.splits)} leaves of {base}" if source.splits else "every tenth row of the file"
+            taken = source.splits.get(split) or rest
+            why = f": {taken} is none of the {len(rows)} rows"
         raise DataError(f"the split {split!r} of {source.dataset!r} is empty{why}")
     return instances
 
