@@ -23,7 +23,7 @@ COLUMNS = [
     "against dense, points (worst, its 95% interval)",
     "FLOPs (worst)",
     "FLOPs easy / hard",
-    "time, batch 32",
+    "time, batch 32 (dense by length)",
     "decisions",
     "quality kept",
 ]
@@ -70,9 +70,9 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
         have a dictionary of their own, and ``agent`` says in brackets what differs. It has ``env``, ``agent``,
         ``seeds`` (how many), ``test_rows`` (how many, and their hash), ``quality_ref``; means ``quality_difference``,
         ``flops_ratio`` (the policy's own included), ``flops_easy``, ``flops_hard`` (of the easiest and the hardest
-        level), ``time_ratio`` (at batch 32; ``None`` where nothing was timed); the worst run's ``worst_difference``,
-        its 95% ``worst_interval`` and ``worst_flops``; ``decisions_used`` (fewest, most), and ``quality_kept`` (how
-        many runs keep the quality).
+        level), ``time_ratio`` and the control ``dense_by_length`` (at batch 32; ``None`` where nothing was timed); the
+        worst run's ``worst_difference``, its 95% ``worst_interval`` and ``worst_flops``; ``decisions_used`` (fewest,
+        most), and ``quality_kept`` (how many runs keep the quality).
 
     Raises:
         FileNotFoundError: If no folder holds a finished run.
@@ -169,10 +169,15 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{100 * row['quality_difference']:+.2f} ({100 * row['worst_difference']:+.2f}, {low:+.2f} to {high:+.2f})",
         f"{row['flops_ratio']:.1%} ({row['worst_flops']:.1%})",
         f"{row['flops_easy']:.0%} / {row['flops_hard']:.0%}",
-        "-" if row["time_ratio"] is None else f"{row['time_ratio']:.0%}",
+        _time(row["time_ratio"], row["dense_by_length"]),
         f"{fewest} to {most}" if fewest != most else str(fewest),
         f"{row['quality_kept']} of {row['seeds']}",
     ]
+
+
+def _time(ratio: float | None, control: float | None) -> str:
+    """Times over dense: the policy's and, as a control, that of dense passes cut by length (older runs have none)."""
+    return "-" if ratio is None else f"{ratio:.0%}" + (f" ({control:.0%})" if control is not None else "")
 
 
 def _test_hash(result: dict[str, Any]) -> str | None:
@@ -183,7 +188,8 @@ def _test_hash(result: dict[str, Any]) -> str | None:
 def _row(env: str, agent: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     worst = min(results, key=lambda result: result["quality_difference"])
     flops = [result["flops_ratio_with_policy"] for result in results]
-    times = [result["time"]["32"]["time_ratio"] for result in results if result["time"]]
+    timed = [result["time"]["32"] for result in results if result["time"]]
+    controls = [one["dense_by_length"] for one in timed if "dense_by_length" in one]
     decisions = [result["decisions_used"] for result in results]
     counted = all(result.get("policy_flops_counted", True) for result in results)
     return {
@@ -199,7 +205,8 @@ def _row(env: str, agent: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         "worst_flops": max(flops),
         "flops_easy": fmean(result["by_difficulty"][0]["flops_ratio"] for result in results),
         "flops_hard": fmean(result["by_difficulty"][-1]["flops_ratio"] for result in results),
-        "time_ratio": fmean(times) if times else None,
+        "time_ratio": fmean(one["time_ratio"] for one in timed) if timed else None,
+        "dense_by_length": fmean(controls) if controls else None,
         "decisions_used": (min(decisions), max(decisions)),
         "quality_kept": sum(result["quality_kept"] for result in results),
     }

@@ -222,22 +222,26 @@ def prepare_backbone(
             if on_step is not None:
                 on_step(step, figures)
 
-        course = prepare(
-            board,
-            _batches(train, batch_size, seed, accelerator),
-            steps=steps,
-            dense_steps=steps if max_rate == 0 and len(token_shares) == 1 else 0,
-            learning_rate=learning_rate,
-            warmup_steps=max(1, steps // 10),
-            max_rate=max_rate,
-            seed=seed,
-            validate=lambda: score.under_decisions(max_rate),
-            patience=patience,
-            checkpoint=output / "checkpoint.pt",
-            resume=resume,
-            on_step=log,
-            accelerator=accelerator,
-        )
+        try:
+            course = prepare(
+                board,
+                _batches(train, batch_size, seed, accelerator),
+                steps=steps,
+                dense_steps=steps if max_rate == 0 and len(token_shares) == 1 else 0,
+                learning_rate=learning_rate,
+                warmup_steps=max(1, steps // 10),
+                max_rate=max_rate,
+                seed=seed,
+                validate=lambda: score.under_decisions(max_rate),
+                patience=patience,
+                checkpoint=output / "checkpoint.pt",
+                resume=resume,
+                on_step=log,
+                accelerator=accelerator,
+            )
+        finally:  # what was logged is in the folder when an error leaves it, and no thread writes there any more
+            if writer is not None:
+                writer.close()
         after = score.by_rate(), score.by_share()
         report = {
             **settings,
@@ -248,8 +252,6 @@ def prepare_backbone(
             "quality_by_token_share": {"before": before[1], "after": after[1]},
         }
         board.remove()
-        if writer is not None:
-            writer.close()
         if accelerator.is_main_process:
             plot_preparation(report, output / "preparation.png")
             save_backbone(model, tokenizer, output)
