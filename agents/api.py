@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 from sd_gym.agents.common import run
 from sd_gym.agents.common.evaluation import Decides, fitting
-from sd_gym.agents.common.folder import read_description
+from sd_gym.agents.common.folder import check_backbone, read_description
 from sd_gym.agents.common.verdict import ONE_SIDED_95
 
 from sd_gym.envs.config import EnvConfig, load_config
@@ -154,11 +154,14 @@ def _evaluate(
     same_data = origin is not None and origin["env"] == env_id and not DATA_KEYS & settings.keys()
     if same_data:
         check_unchanged(Path(policy), origin.get("data", {}), core.data)
+        if "backbone" not in settings:
+            check_backbone(Path(policy), origin.get("weights"), core.backbone)
     decides = _decides(policy, policy_flops, core)
     used = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
     if folder is not None:
         description = {MARKER: __version__, "env": env_id, "algo": name or _name_of(policy), "agent_settings": {}}
         description |= run.circumstances(core.config)
+        description["weights"] = core.backbone.weights
         description["data"] = {name: core.data[name].identity for name in used}
         if same_data:  # beside the run, this is no other seed
             description |= {

@@ -1,6 +1,7 @@
 """The same seed and the same data give the same run, byte for byte; other data are noticed."""
 
 import json
+import shutil
 
 import gymnasium as gym
 import pytest
@@ -8,9 +9,11 @@ import torch
 from sd_gym.agents.common.run import load_run, train
 from sd_gym.agents.common.savings import env_fronts
 from sd_gym.agents.registry import make_agent
+from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 import sd_gym
+from sd_gym.backbones import load_backbone
 from sd_gym.cli import app
 from sd_gym.envs.core import _shared_core
 
@@ -172,3 +175,32 @@ def test_a_run_of_before_hashes_were_kept_is_still_read(settings, tmp_path):
     file.write_text(json.dumps(config))
     assert load_run(tmp_path / "run")[1].split("test").instances
     assert sd_gym.evaluate(CUSTOM, tmp_path / "run")["instances"] == 4
+
+
+def tune(backbone, folder):
+    """Other weights in the place of the former ones, as a preparation into the same folder would leave them."""
+    model = AutoModelForSequenceClassification.from_pretrained(backbone)
+    with torch.no_grad():
+        model.classifier.bias += 1
+    model.save_pretrained(folder)
+    forget()
+    load_backbone.cache_clear()
+
+
+def test_a_backbone_that_was_overwritten_is_noticed(settings, tiny_backbone, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(tiny_backbone, own)
+    settings = {**settings, "backbone": str(own), "num_envs": 16}
+    for algo, seed in (("a2c", 0), ("static", 0), ("a2c", 1)):
+        if seed:
+            tune(tiny_backbone, own)
+        train(CUSTOM, algo, tmp_path / f"{algo}-{seed}", steps=64, seed=seed, settings=settings)
+    first, other, static = (tmp_path / name for name in ("a2c-0", "a2c-1", "static-0"))
+    with pytest.raises(ValueError, match=f"the backbone '{own}' has other weights than in training"):
+        load_run(first)
+    with pytest.raises(ValueError, match="other weights"):
+        sd_gym.evaluate(CUSTOM, first)
+    sd_gym.evaluate(CUSTOM, first, backbone=str(own))  # who names a backbone means this one
+    with pytest.raises(ValueError, match="other weights"):
+        env_fronts([static, first])
+    assert [row["seeds"] for row in sd_gym.compare([first, other])] == [1, 1]  # no seeds of one agent

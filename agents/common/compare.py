@@ -53,7 +53,7 @@ class Run(NamedTuple):
         defaults = {name: field.default for name, field in EnvConfig.model_fields.items() if not field.is_required()}
         known = {**defaults, **self.config["env_config"]}
         data = {f"{split} data": one["hash"] for split, one in self.config.get("data", {}).items()}
-        how = {key: self.config.get(key) for key in ("steps", "strictness")}
+        how = {key: self.config.get(key) for key in ("steps", "strictness", "weights")}
         named = {**how, **known, **self.config["agent_settings"], **data}
         return {key: value for key, value in named.items() if key not in INCIDENTAL}
 

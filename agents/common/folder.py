@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from sd_gym.backbones.load import Backbone
 from sd_gym.errors import short
 from sd_gym.files import read_json
 
@@ -25,6 +26,7 @@ class _Description(BaseModel):
     seed: int | None = None
     steps: int | None = None
     data: dict[str, _Data] = {}
+    weights: str | None = None
 
 
 class _Level(BaseModel):
@@ -87,3 +89,18 @@ def _read(folder: Path, name: str, kind: type[BaseModel]) -> dict[str, Any]:
             f"{first['msg']}, got {short(first['input'])}"
         ) from error
     return values
+
+
+def check_backbone(run: Path, before: str | None, backbone: Backbone) -> None:
+    """Raise ``ValueError`` if a backbone is no longer the one of a run.
+
+    Args:
+        run: The run's folder.
+        before: ``weights`` of its ``config.json``; ``None``: a former version, of which nobody knows.
+        backbone: The backbone now.
+    """
+    if before not in (None, backbone.weights):
+        raise ValueError(
+            f"{run}: the backbone {backbone.name!r} has other weights than in training (hash {before[:12]}, now "
+            f"{backbone.weights[:12]}); bring the former ones back, or train again"
+        )

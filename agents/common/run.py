@@ -16,7 +16,7 @@ import numpy as np
 from sd_gym.agents.common.agent import INFO_TAGS, Agent, Rollout
 from sd_gym.agents.common.evaluation import Decided, Decides, evaluate, fitting, summary, time_ratio
 from sd_gym.agents.common.export import export
-from sd_gym.agents.common.folder import read_description
+from sd_gym.agents.common.folder import check_backbone, read_description
 from sd_gym.agents.common.logs import log_result, log_validation, open_logger
 from sd_gym.agents.common.plots import plot_run
 from sd_gym.agents.common.selection import Selection
@@ -140,6 +140,7 @@ def _train(
     env.reset(seed=seed)
     description = {MARKER: __version__, **names, **circumstances(env.config)}
     description["agent_settings"] = agent.settings.model_dump()
+    description["weights"] = env.core.backbone.weights
     description["data"] = env.core.data.identity()  # all splits, so that what is wrong with one is told at once
     selection = Selection(env.core, names["strictness"], agent.searches)
     reached, scores = None, {}
@@ -290,7 +291,8 @@ def _check_same(folder: Path, there: dict[str, Any], description: dict[str, Any]
 
 def _settings(description: dict[str, Any]) -> dict[str, Any]:
     """All that says which run it is, by key: env, agent, seed, steps, the env's config and the agent's settings."""
-    named = {key: description[key] for key in ("env", "algo", "steps", "seed", "strictness") if key in description}
+    keys = ("env", "algo", "steps", "seed", "strictness", "weights")
+    named = {key: description[key] for key in keys if key in description}
     return {**named, **description["env_config"], **description["agent_settings"]}
 
 
@@ -304,6 +306,7 @@ def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:
     description = read_description(folder)
     core = shared_core(run_config(description))
     check_unchanged(folder, description.get("data", {}), core.data)
+    check_backbone(folder, description.get("weights"), core.backbone)
     return description, core, fitting(DecisionPolicy.load(folder), core)
 
 

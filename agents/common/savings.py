@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from sd_gym.agents.baselines.static import searched_masks
 from sd_gym.agents.common.compare import Run, agent_of, alike, finished_runs, read_run
 from sd_gym.agents.common.evaluation import decide_and_score, fitting
+from sd_gym.agents.common.folder import check_backbone
 from sd_gym.agents.common.fronts import Front, flops_samples, front_of
 from sd_gym.agents.registry import LEARNING, agent_names
 
+from sd_gym.backbones import load_backbone
 from sd_gym.envs.config import EnvConfig
 from sd_gym.envs.core import Core, shared_core
 from sd_gym.policy import DecisionPolicy
@@ -93,9 +95,11 @@ def env_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFro
     for env, agents in sorted(envs.items()):
         runs = [run for of_agent in agents.values() for run in of_agent]
         if 0 < sum(name in CONTROLS for name in agents) < len(agents):
-            data = EnvConfig(**json.loads(env)).data()
+            config = EnvConfig(**json.loads(env))
+            data, backbone = config.data(), load_backbone(config.backbone, config.device)
             for run in runs:
                 check_unchanged(run.folder, run.config.get("data", {}), data)
+                check_backbone(run.folder, run.config.get("weights"), backbone)
             found.append(_fronts_of(EnvConfig(**{**json.loads(env), **resized}), agents))
         else:
             alone += [str(run.folder) for run in runs]

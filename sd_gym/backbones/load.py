@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
 from transformers import (
@@ -47,6 +49,11 @@ class Backbone:
     board: Switchboard
     flops: FlopsModel
     head: Head
+
+    @cached_property
+    def weights(self) -> str:
+        """Hash of its weights (``weights_hash``)."""
+        return weights_hash(self.model)
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """As ``Head.forward``."""
@@ -208,3 +215,12 @@ def load_backbone(name: str, device: str = "cpu") -> Backbone:
     model = model.to(usable_device(device)).eval().requires_grad_(False)
     board = Switchboard(model)
     return Backbone(name, model, tokenizer, board, FlopsModel(board), head_of(model))
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """SHA-256 of a model's weights: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

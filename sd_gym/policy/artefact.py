@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sd_gym.backbones.load import weights_hash
 from sd_gym.errors import one_line
 from sd_gym.files import read_json, read_tensors, write_json, write_tensors, write_text
 from sd_gym.policy.network import DecisionPolicy
@@ -320,15 +321,6 @@ Bolder and more cautious versions, as the validation split has seen them (`attac
 | --- | --- | --- | --- |
 {stops}
 """
-
-
-def weights_hash(model: PreTrainedModel) -> str:
-    """SHA-256 of a model's weights: names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
