@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
-from sd_gym.agents.common import run
-from sd_gym.agents.common.evaluation import Decides, fitting
-from sd_gym.agents.common.folder import check_backbone, read_description
-from sd_gym.agents.common.verdict import ONE_SIDED_95
+from sd_gym.agents.experiment import run
+from sd_gym.agents.experiment.evaluation import Decides, fitting
+from sd_gym.agents.experiment.folder import check_backbone, read_description
+from sd_gym.agents.experiment.verdict import ONE_SIDED_95
 
 from sd_gym.envs.config import EnvConfig, load_config
 from sd_gym.envs.core import Core, shared_core

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sd_gym.agents.common.agent import Agent
+from sd_gym.agents.learning.agent import Agent
 
 from sd_gym.envs.shells import SwitchableVectorEnv
 from sd_gym.registry import Registry, UnknownNameError, unknown

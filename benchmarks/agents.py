@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from sd_gym.agents.common import compare, plots, savings
-from sd_gym.agents.common.compare import markdown
-from sd_gym.agents.common.run import train
+from sd_gym.agents.experiment.run import train
 from sd_gym.agents.registry import LEARNING
+from sd_gym.agents.report import compare, plots, savings
+from sd_gym.agents.report.compare import markdown
 
 import sd_gym
 

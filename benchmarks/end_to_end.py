@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from sd_gym.agents.common.run import load_run
+from sd_gym.agents.experiment.run import load_run
 
 import sd_gym
 from sd_gym.backbones import load_backbone

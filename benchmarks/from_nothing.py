@@ -22,10 +22,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
-from sd_gym.agents.common.agent import INFO_KEYS, Agent, AgentSettings, OnRollout, Rollout
-from sd_gym.agents.common.compare import markdown
-from sd_gym.agents.common.run import train
+from sd_gym.agents.experiment.run import train
+from sd_gym.agents.learning.agent import INFO_KEYS, Agent, AgentSettings, OnRollout, Rollout
 from sd_gym.agents.registry import register_agent
+from sd_gym.agents.report.compare import markdown
 from stable_baselines3.common.logger import Logger
 
 import sd_gym

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from sd_gym.agents.common.run import load_run
+from sd_gym.agents.experiment.run import load_run
 from torch import Tensor
 from transformers import MBartForConditionalGeneration
 

@@ -18,9 +18,9 @@ from sd_gym.version import __version__
 
 if TYPE_CHECKING:
     from sd_gym.agents.api import evaluate, train
-    from sd_gym.agents.common.compare import compare
-    from sd_gym.agents.common.run import reduce
+    from sd_gym.agents.experiment.run import reduce
     from sd_gym.agents.registry import register_agent
+    from sd_gym.agents.report.compare import compare
     from sd_gym.envs.listing import instances
     from sd_gym.inference.attach import attach, detach
     from sd_gym.inference.bake import bake
@@ -36,12 +36,12 @@ _WHERE = {
     "SkipPolicy": "sd_gym.policy.artefact",
     "attach": "sd_gym.inference.attach",
     "bake": "sd_gym.inference.bake",
-    "compare": "sd_gym.agents.common.compare",
+    "compare": "sd_gym.agents.report.compare",
     "detach": "sd_gym.inference.attach",
     "evaluate": "sd_gym.agents.api",
     "instances": "sd_gym.envs.listing",
     "load": "sd_gym.inference.texts",
-    "reduce": "sd_gym.agents.common.run",
+    "reduce": "sd_gym.agents.experiment.run",
     "register_agent": "sd_gym.agents.registry",
     "register_metric": "sd_gym.tasks.metrics",
     "register_network": "sd_gym.policy",

@@ -236,7 +236,7 @@ def train(
 
             import sd_gym  # noqa: F401  (registers the ids)
             from sd_gym.agents.api import default_folder
-            from sd_gym.agents.common.run import train as run_training
+            from sd_gym.agents.experiment.run import train as run_training
 
             folder = output or default_folder(env, algo, seed)
             result = run_training(
@@ -272,7 +272,7 @@ def evaluate(
         raise typer.BadParameter(f"expected train, validation or test, got {split!r}", param_hint="--split")
     _import(imports)
     from sd_gym.agents.api import evaluate as run_evaluation
-    from sd_gym.agents.common.folder import read_description
+    from sd_gym.agents.experiment.folder import read_description
 
     with _errors_as_lines(), _status("evaluating"):
         description = read_description(run)
@@ -363,7 +363,7 @@ def reduce(
     """
     _import(imports)
     with _errors_as_lines(), _status("reducing"):
-        from sd_gym.agents.common.run import reduce as reduce_run
+        from sd_gym.agents.experiment.run import reduce as reduce_run
 
         result = reduce_run(run, codebook, output)
     _print_result(f"{run}, a codebook of {codebook}", result)
@@ -402,11 +402,11 @@ def compare(
     `sd-gym compare --fronts --picture fronts.png runs/static runs/blind runs/ppo-*`
     """
     _import(imports)
-    from sd_gym.agents.common import compare as results
+    from sd_gym.agents.report import compare as results
 
     with _errors_as_lines(), _warnings_as_lines():
         if fronts:
-            from sd_gym.agents.common import plots, savings
+            from sd_gym.agents.report import plots, savings
 
             title, columns = "At the same quality, test split", savings.COLUMNS
             by = ["env", "points lost", "FLOPs of static / blind"]
@@ -502,7 +502,7 @@ def prepare(
         overrides = {key: value for key, value in given.items() if value is not None} | _settings(set_)
         skip_logits = None
         if policy is not None:
-            from sd_gym.agents.common.run import load_run
+            from sd_gym.agents.experiment.run import load_run
             from sd_gym.envs.core import shared_core
 
             if "backbone" in overrides:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from sd_gym.agents.common.run import train
+from sd_gym.agents.experiment.run import train
 
 import sd_gym
 from sd_gym.tasks.data import Source

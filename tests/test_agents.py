@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sd_gym.agents import agent_names, make_agent
-from sd_gym.agents.common.agent import initial_bias
-from sd_gym.agents.common.evaluation import decide_and_score, evaluate
-from sd_gym.agents.common.fronts import front_of
-from sd_gym.agents.common.run import load_run, split_settings, train
-from sd_gym.agents.common.selection import MARGINS, Selection
+from sd_gym.agents.experiment.evaluation import decide_and_score, evaluate
+from sd_gym.agents.experiment.run import load_run, split_settings, train
+from sd_gym.agents.experiment.selection import MARGINS, Selection
+from sd_gym.agents.learning.agent import initial_bias
+from sd_gym.agents.report.fronts import front_of
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.logger import configure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -231,7 +231,7 @@ def scripted_scores(env, monkeypatch):
         ratio = 1.0 if dense else policy.flops(policy.margin)
         return {"quality": quality, "quality_ref": 0 * quality + 1, "flops_ratio": 0 * quality + ratio}
 
-    monkeypatch.setattr("sd_gym.agents.common.selection.decide_and_score", score)
+    monkeypatch.setattr("sd_gym.agents.experiment.selection.decide_and_score", score)
     monkeypatch.setattr(env.core, "config", env.core.config.model_copy(update={"epsilon": 0.01}))
     return env.core
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sd_gym.agents import make_agent
-from sd_gym.agents.common import compare as comparing
+from sd_gym.agents.report import compare as comparing
 from stable_baselines3 import PPO
 
 import sd_gym

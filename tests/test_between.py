@@ -10,7 +10,7 @@ import json
 import random
 
 import pytest
-from sd_gym.agents.common.run import train
+from sd_gym.agents.experiment.run import train
 
 from sd_gym.tasks.data import Source
 from sd_gym.tasks.preparation import prepare_backbone

@@ -14,9 +14,9 @@ from sd_gym.agents.baselines.search import (
     order_of,
     search_each,
 )
-from sd_gym.agents.common.run import train
-from sd_gym.agents.common.selection import halves
-from sd_gym.agents.common.verdict import Verdict, verdict
+from sd_gym.agents.experiment.run import train
+from sd_gym.agents.experiment.selection import halves
+from sd_gym.agents.experiment.verdict import Verdict, verdict
 
 
 @pytest.fixture

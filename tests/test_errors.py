@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from sd_gym.agents.common.run import train
+from sd_gym.agents.experiment.run import train
 from typer.testing import CliRunner
 
 import sd_gym

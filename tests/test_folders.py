@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from sd_gym.agents.common.run import load_run, train
+from sd_gym.agents.experiment.run import load_run, train
 from typer.testing import CliRunner
 
 import sd_gym

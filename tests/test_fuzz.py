@@ -24,7 +24,7 @@ from datasets import Dataset
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from sd_gym.agents.common.run import train
+from sd_gym.agents.experiment.run import train
 
 import sd_gym
 from sd_gym.backbones.load import load_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from gymnasium.utils.env_checker import check_env
-from sd_gym.agents.common.evaluation import evaluate
+from sd_gym.agents.experiment.evaluation import evaluate
 from sklearn.metrics import balanced_accuracy_score
 from transformers import AutoConfig, AutoModelForSequenceClassification
 

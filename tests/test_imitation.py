@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sd_gym.agents import make_agent
 from sd_gym.agents.baselines.search import losses_along
-from sd_gym.agents.common.run import train
+from sd_gym.agents.experiment.run import train
 from sd_gym.agents.imitation.agent import SEARCHED, component_logits, read_searched, step_logits
 from stable_baselines3.common.logger import configure
 

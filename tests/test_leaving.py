@@ -9,8 +9,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from sd_gym.agents.common.export import export
-from sd_gym.agents.common.run import circumstances
+from sd_gym.agents.experiment.export import export
+from sd_gym.agents.experiment.run import circumstances
 from transformers import AutoModelForSequenceClassification
 
 import sd_gym

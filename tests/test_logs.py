@@ -5,8 +5,8 @@ import json
 import gymnasium as gym
 import pytest
 from sd_gym.agents import make_agent
-from sd_gym.agents.common.run import train
-from sd_gym.agents.common.selection import Selection
+from sd_gym.agents.experiment.run import train
+from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.imitation.agent import ImitationAgent
 from stable_baselines3.common.logger import KVWriter, Logger
 from tensorboard.backend.event_processing import plugin_event_accumulator

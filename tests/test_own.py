@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from sd_gym.agents import agent_names, make_agent, register_agent
-from sd_gym.agents.common.run import load_run, train
+from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.ppo.agent import PPOAgent
 from stable_baselines3.common.logger import configure
 from torch import nn

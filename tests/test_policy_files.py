@@ -6,7 +6,7 @@ import gymnasium as gym
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sd_gym.agents.common.run import load_run, train
+from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.registry import make_agent
 from typer.testing import CliRunner
 

@@ -6,9 +6,9 @@ import shutil
 import gymnasium as gym
 import pytest
 import torch
-from sd_gym.agents.common.run import load_run, train
-from sd_gym.agents.common.savings import env_fronts
+from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.registry import make_agent
+from sd_gym.agents.report.savings import env_fronts
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 

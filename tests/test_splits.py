@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from sd_gym.agents.common.run import train
+from sd_gym.agents.experiment.run import train
 from typer.testing import CliRunner
 
 import sd_gym

@@ -8,7 +8,7 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
-from sd_gym.agents.common.evaluation import evaluate
+from sd_gym.agents.experiment.evaluation import evaluate
 from torchmetrics.functional.text import squad
 
 from sd_gym.envs import ConfigError

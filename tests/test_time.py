@@ -4,7 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from sd_gym.agents.common.evaluation import time_ratio
+from sd_gym.agents.experiment.evaluation import time_ratio
 from torch.utils.flop_counter import FlopCounterMode
 
 import sd_gym.envs.split

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
-from sd_gym.agents.common.agent import Agent, AgentSettings, OnRollout, decision_logits, initial_bias
+from sd_gym.agents.learning.agent import Agent, AgentSettings, OnRollout, decision_logits, initial_bias
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.policy import DecisionPolicy

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.common.agent import Agent, OnRollout
-from sd_gym.agents.common.evaluation import Decided, score_decisions
-from sd_gym.agents.common.selection import keeps
-from sd_gym.agents.common.verdict import ONE_SIDED_95
+from sd_gym.agents.experiment.evaluation import Decided, score_decisions
+from sd_gym.agents.experiment.selection import keeps
+from sd_gym.agents.experiment.verdict import ONE_SIDED_95
+from sd_gym.agents.learning.agent import Agent, OnRollout
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.split import Split

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.baselines.search import greedy_path, losses_along, order_of
 from sd_gym.agents.baselines.static import backward_path, report
-from sd_gym.agents.common.agent import Agent, LearnerSettings, OnRollout, initial_bias
+from sd_gym.agents.learning.agent import Agent, LearnerSettings, OnRollout, initial_bias
 from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from pydantic import Field
-from sd_gym.agents.common.agent import LearnerSettings
-from sd_gym.agents.common.crpo import Rectified, RectifiedAgent
-from sd_gym.agents.common.sb3 import SB3Agent
+from sd_gym.agents.learning.agent import LearnerSettings
+from sd_gym.agents.learning.crpo import Rectified, RectifiedAgent
+from sd_gym.agents.learning.sb3 import SB3Agent
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
 

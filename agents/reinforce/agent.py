@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from sd_gym.agents.common.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, initial_bias
+from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, initial_bias
 from sd_gym.agents.reinforce.barrier import DynamicBarrier
 from stable_baselines3.common.logger import Logger
 from torch import Tensor

@@ -13,15 +13,15 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from sd_gym.agents.common.agent import INFO_TAGS, Agent, Rollout
-from sd_gym.agents.common.evaluation import Decided, Decides, evaluate, fitting, summary, time_ratio
-from sd_gym.agents.common.export import export
-from sd_gym.agents.common.folder import check_backbone, read_description
-from sd_gym.agents.common.logs import log_result, log_validation, open_logger
-from sd_gym.agents.common.plots import plot_run
-from sd_gym.agents.common.selection import Selection
-from sd_gym.agents.common.verdict import ONE_SIDED_95
+from sd_gym.agents.experiment.evaluation import Decided, Decides, evaluate, fitting, summary, time_ratio
+from sd_gym.agents.experiment.export import export
+from sd_gym.agents.experiment.folder import check_backbone, read_description
+from sd_gym.agents.experiment.logs import log_result, log_validation, open_logger
+from sd_gym.agents.experiment.selection import Selection
+from sd_gym.agents.experiment.verdict import ONE_SIDED_95
+from sd_gym.agents.learning.agent import INFO_TAGS, Agent, Rollout
 from sd_gym.agents.registry import agent_class, make_agent
+from sd_gym.agents.report.plots import plot_run
 
 from sd_gym.envs.config import EnvConfig, make_config
 from sd_gym.envs.core import Core, shared_core

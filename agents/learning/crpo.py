@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.common.sb3 import SB3Agent
+from sd_gym.agents.learning.sb3 import SB3Agent
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import nn
 

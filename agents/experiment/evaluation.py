@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.common.verdict import Verdict, fewest_instances, verdict
+from sd_gym.agents.experiment.verdict import Verdict, fewest_instances, verdict
 
 from sd_gym.envs.core import Core
 from sd_gym.envs.report import by_facts, write_instances

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from sd_gym.agents.common.fronts import flops_at_loss
-from sd_gym.agents.common.savings import LEAST, EnvFronts
+from sd_gym.agents.report.fronts import flops_at_loss
+from sd_gym.agents.report.savings import LEAST, EnvFronts
 
 
 def plot_run(result: dict[str, Any], switches: list[str], file: Path) -> None:

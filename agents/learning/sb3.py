@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.common.agent import INFO_KEYS, Agent, OnRollout, Rollout, initial_bias
+from sd_gym.agents.learning.agent import INFO_KEYS, Agent, OnRollout, Rollout, initial_bias
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm

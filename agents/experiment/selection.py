@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.common.evaluation import decide_and_score
-from sd_gym.agents.common.verdict import ONE_SIDED_95, Verdict, assured, fewest_instances
+from sd_gym.agents.experiment.evaluation import decide_and_score
+from sd_gym.agents.experiment.verdict import ONE_SIDED_95, Verdict, assured, fewest_instances
 
 from sd_gym.envs.core import Core
 from sd_gym.envs.split import Split

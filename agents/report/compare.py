@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from sd_gym.agents.common.folder import read_description, read_result
+from sd_gym.agents.experiment.folder import read_description, read_result
 
 from sd_gym.envs.config import EnvConfig
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.static import searched_masks
-from sd_gym.agents.common.compare import Run, agent_of, alike, finished_runs, read_run
-from sd_gym.agents.common.evaluation import decide_and_score, fitting
-from sd_gym.agents.common.folder import check_backbone
-from sd_gym.agents.common.fronts import Front, flops_samples, front_of
+from sd_gym.agents.experiment.evaluation import decide_and_score, fitting
+from sd_gym.agents.experiment.folder import check_backbone
 from sd_gym.agents.registry import LEARNING, agent_names
+from sd_gym.agents.report.compare import Run, agent_of, alike, finished_runs, read_run
+from sd_gym.agents.report.fronts import Front, flops_samples, front_of
 
 from sd_gym.backbones import load_backbone
 from sd_gym.envs.config import EnvConfig

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from sd_gym.agents.common.evaluation import Decided
+from sd_gym.agents.experiment.evaluation import Decided
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.shells import SwitchableVectorEnv

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.common.evaluation import BOOTSTRAP_SAMPLES, score_decisions
+from sd_gym.agents.experiment.evaluation import BOOTSTRAP_SAMPLES, score_decisions
 
 from sd_gym.envs.core import Core
 from sd_gym.envs.split import Split

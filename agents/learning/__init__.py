@@ -1,0 +1,1 @@
+"""The agents' interface, and what those of Stable-Baselines3 share."""

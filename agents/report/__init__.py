@@ -1,0 +1,1 @@
+"""Runs beside each other: comparison, fronts, savings, pictures."""
