@@ -1,39 +1,51 @@
 """REINFORCE (Williams 1992) under the dynamic barrier; reads from top to bottom.
 
-For each drawn instance several decisions are sampled and scored, in one batched run of the backbone. Two gradients come
-of them: that of the FLOPs, ``E[grad log pi(a|x) * A_flops]``, and that of the quality loss, both advantages as losses
-minus a baseline. The barrier says how much the second weighs (Zhang et al. 2024, section 3.3): while the quality is
-kept the FLOPs fall as they like, and the nearer the limit the less of it.
+For each drawn instance several decisions are sampled. Two gradients come of them: that of the FLOPs,
+``E[grad log pi(a|x) * A_flops]``, and that of the quality loss, both advantages as losses minus a baseline, the mean of
+the other samples for the same instance (Kool et al. 2019). The barrier says how much the second weighs (Zhang et al.
+2024, section 3.3): while the quality is kept the FLOPs fall as they like, and the nearer the limit the less of it.
+
+A lost instance is rare and blames all that its decision skipped, so the gradient of the quality loss is nearly all
+noise. The FLOPs of a decision are known without running it. So a network learns to foresee the quality loss as well,
+from all that was scored so far, and the gradients are taken over many decisions that nobody runs; what the backbone
+runs is what the policy would do, a few decisions at a time, from which the foresight goes on learning and by which the
+barrier judges. (A critic of actions, as in the model-based methods of contextual bandits; with ``foresight=False`` the
+gradients come of the few decisions themselves.)
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, initial_bias
 from sd_gym.agents.reinforce.barrier import DynamicBarrier
+from sd_gym.agents.reinforce.foresight import Foresight
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
+from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy, bounded
 
 
 class ReinforceSettings(LearnerSettings):
-    """Settings of REINFORCE; a rollout scores ``num_envs * samples`` decisions, and as many greedy ones as instances.
-
-    Rollouts are small, as each is used once.
+    """Settings of REINFORCE; a rollout scores ``num_envs * samples`` decisions.
 
     Attributes:
-        samples: Decisions sampled for each instance.
-        baseline: What a sample's value is compared with: that of the greedy decision for the same input
-            (``self_critical``, Rennie et al. 2017) or the mean of the other samples (``leave_one_out``, Kool et al.
-            2019).
-        control: The barrier's control function: the quality loss stays within the env's epsilon (``constrained``) or is
-            as low as can be (``lexicographic``).
+        samples: Decisions scored for each instance of a rollout.
+        foresight: Whether the quality loss is foreseen (``Foresight``).
+        imagined: Instances of an update whose losses are foreseen.
+        tries: Decisions for each of them.
+        updates: Of the policy after each rollout, where losses are foreseen, and steps of the foresight.
+        fit_batch: Remembered decisions that the foresight learns from in one step.
+        control: The barrier's control function: the quality loss stays within a limit (``constrained``) or is as low
+            as can be (``lexicographic``).
+        limit: Share of the env's epsilon that may be lost: a policy that loses all of it will not be shown to keep the
+            quality.
         alpha: The barrier's: how fast a violated quality is restored.
         beta: The barrier's: how fast at most; at 1 the quality would fall for as long as the FLOPs do.
         highest_multiplier: The barrier's cap.
@@ -42,17 +54,38 @@ class ReinforceSettings(LearnerSettings):
         autoregressive: Whether a choice may depend on those before it.
     """
 
-    num_envs: int = Field(16, ge=2)
+    num_envs: int = Field(32, ge=2)
     learning_rate: float = Field(2e-3, gt=0)
     samples: int = Field(2, ge=2)
-    baseline: Literal["self_critical", "leave_one_out"] = "leave_one_out"
+    foresight: bool = True
+    imagined: int = Field(256, ge=2)
+    tries: int = Field(8, ge=2)
+    updates: int = Field(4, ge=1)
+    fit_batch: int = Field(256, ge=1)
     control: Literal["constrained", "lexicographic"] = "constrained"
+    limit: float = Field(0.3, gt=0, le=1)
     alpha: float = Field(30.0, gt=0)
     beta: float = Field(30.0, gt=0)
     highest_multiplier: float = Field(100.0, gt=0)
     memory: float = Field(0.95, ge=0, lt=1)
     exploration: float = Field(0.001, ge=0, lt=0.25)
     autoregressive: bool = False
+
+
+class Sampled(NamedTuple):
+    """Decisions on some instances, several for each: row ``k * instances + i`` is the ``k``-th on instance ``i``.
+
+    Attributes:
+        logits: Of the policy, ``[n, sum(nvec)]``, with their gradient.
+        decisions: int64 ``[n, components]``.
+        flops: FLOPs ratios, float32 ``[tries, instances]``.
+        loss: Quality lost, or foreseen to be, float32 ``[tries, instances]``.
+    """
+
+    logits: Tensor
+    decisions: Tensor
+    flops: Tensor
+    loss: Tensor
 
 
 class ReinforceAgent(Agent):
@@ -71,6 +104,8 @@ class ReinforceAgent(Agent):
                 if isinstance(layer, torch.nn.Linear):  # as Stable-Baselines3 does: the features start at full size
                     torch.nn.init.orthogonal_(layer.weight, gain=2**0.5)
                     torch.nn.init.zeros_(layer.bias)
+            size = self.network.observation_size
+            self.foresight = Foresight(size, self.env.core.nvec) if settings.foresight else None
         with torch.no_grad():
             if settings.start is not None:
                 self.network.load_state_dict(self._load_start(settings.start).state_dict(), strict=False)
@@ -80,7 +115,7 @@ class ReinforceAgent(Agent):
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings.learning_rate)
         self.barrier = DynamicBarrier(
             settings.control,
-            limit=self.env.config.epsilon,
+            limit=settings.limit * self.env.config.epsilon,
             alpha=settings.alpha,
             beta=settings.beta,
             highest=settings.highest_multiplier,
@@ -91,46 +126,23 @@ class ReinforceAgent(Agent):
         self.steps = 0
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
-        """Learn until ``total_steps`` decisions were scored, the greedy ones included."""
-        core, settings, batch = self.env.core, self.settings, self.env.num_envs
-        split = core.split(core.config.split)
+        """Learn until ``total_steps`` decisions were scored."""
         started, before = time.monotonic(), self.steps
         while self.steps < total_steps:
-            rows = self.random.integers(len(split), size=batch)
-            logits = self.network(torch.from_numpy(core.observe(split, rows)))
-            # Row k * batch + i is sample k of instance i.
-            repeated = logits.repeat(settings.samples, 1)
-            decisions = self.network.choose(repeated, self._draw)
-            drawn = len(decisions)
-            if settings.baseline == "self_critical":
-                decisions = torch.cat([decisions, self.network.choose(logits)])
-            outcome = core.score(split, np.resize(rows, len(decisions)), decisions.numpy())
-            flops = torch.from_numpy(outcome.flops_ratio).float().view(-1, batch)
-            loss = torch.from_numpy(outcome.quality_ref - outcome.quality).float().view(-1, batch)
+            rate = self.settings.learning_rate * (1 - self.steps / total_steps)
+            sampled, infos = self._explore()
+            violated = float(sampled.loss.mean())
+            if self.foresight is None:
+                self._update(sampled, violated, rate, logger)
+            for _ in range(self.settings.updates if self.foresight else 0):
+                logger.record_mean("train/foresight_loss", self._fit())
+                self._update(self._imagine(), violated, rate, logger)
 
-            log_probs = self.network.log_probs(repeated, decisions[:drawn], settings.exploration)
-            entropy = -sum((log_prob.exp() * log_prob).sum(dim=1) for log_prob in log_probs).mean()
-            taken = [log_prob.gather(1, decisions[:drawn, [i]]) for i, log_prob in enumerate(log_probs)]
-            log_prob = torch.cat(taken, dim=1).sum(dim=1).view(settings.samples, batch)
-            f_halves = self._halves(log_prob * self._advantage(flops))
-            q_halves = self._halves(log_prob * self._advantage(loss))
-            weight = self.barrier.weigh(float(loss[: settings.samples].mean()), f_halves, q_halves)
-            gradient = (f_halves[0] + f_halves[1]) / 2 + weight.multiplier * (q_halves[0] + q_halves[1]) / 2
-            if settings.entropy:
-                gradient = gradient - settings.entropy * self._flat_gradient(entropy)
-            rate = settings.learning_rate * (1 - self.steps / total_steps)
-            self._step(gradient, rate)
-
-            self.steps += len(decisions)
-            infos = {key: getattr(outcome, key)[:drawn] for key in INFO_KEYS if key != "is_success"}
-            infos["is_success"] = outcome.cost[:drawn] == 0
+            self.steps += len(sampled.decisions)
             rewards = self.env.objective.rewards(*(infos[key] for key in ("quality", "quality_ref", "flops_ratio")))
-            rollout = Rollout(self.steps, rewards, infos)  # of what was explored, as for the other agents
+            rollout = Rollout(self.steps, rewards, infos)
             rollout.record(logger)
-            logger.record("train/entropy_loss", -entropy.item())
             logger.record("train/learning_rate", rate)
-            for name, value in weight._asdict().items():
-                logger.record(f"train/{name}", value)
             logger.record("time/fps", int((self.steps - before) / (time.monotonic() - started)))
             logger.dump(self.steps)
             on_rollout(rollout)
@@ -142,10 +154,11 @@ class ReinforceAgent(Agent):
         return copy.eval()
 
     def state(self) -> dict[str, Any]:
-        """Weights, optimizer, the barrier's averages, the random states and the env's."""
+        """Weights, optimizer, the foresight, the barrier's averages, the random states and the env's."""
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "foresight": self.foresight.state() if self.foresight else None,
             "barrier": self.barrier.state(),
             "random": self.random.bit_generator.state,
             "generator": self.generator.get_state(),
@@ -157,26 +170,83 @@ class ReinforceAgent(Agent):
         """Go on from what ``state`` gave."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.foresight:
+            self.foresight.load_state(state["foresight"])
         self.barrier.load_state(state["barrier"])
         self.random.bit_generator.state = state["random"]
         self.generator.set_state(state["generator"])
         self.steps = state["steps"]
         self.env.objective.multiplier = state["multiplier"]
 
+    def _explore(self) -> tuple[Sampled, dict[str, NDArray]]:
+        """Score a few decisions of the policy, and remember what came of them; with the infos of a rollout."""
+        settings, core = self.settings, self.env.core
+        rows = self.random.integers(len(self._split), size=self.env.num_envs)
+        logits, decisions = self._sample(self._observe(rows), settings.samples)
+        rows = np.tile(rows, settings.samples)
+        outcome = core.score(self._split, rows, decisions.numpy())
+        lost = torch.from_numpy(outcome.quality_ref - outcome.quality).float()
+        if self.foresight:
+            self.foresight.remember(rows, decisions, lost)
+        infos = {key: getattr(outcome, key) for key in INFO_KEYS if key != "is_success"}
+        infos["is_success"] = outcome.cost == 0
+        flops = torch.from_numpy(outcome.flops_ratio).float()
+        shape = settings.samples, -1
+        return Sampled(logits, decisions, flops.view(shape), lost.view(shape)), infos
+
+    def _fit(self) -> float:
+        """A step of the foresight on remembered decisions; returns its error."""
+        drawn = torch.from_numpy(self.random.integers(len(self.foresight.rows), size=self.settings.fit_batch))
+        return self.foresight.fit(self._observe(self.foresight.rows[drawn].numpy()), drawn)
+
+    def _imagine(self) -> Sampled:
+        """Decisions of the policy that nobody runs: their FLOPs are known, their loss is foreseen."""
+        rows = self.random.integers(len(self._split), size=self.settings.imagined)
+        observations, shape = self._observe(rows), (self.settings.tries, -1)
+        logits, decisions = self._sample(observations, self.settings.tries)
+        tiled = np.tile(rows, self.settings.tries)
+        flops = torch.from_numpy(self._split.costs.flops_ratio(tiled, decisions.numpy())).float()
+        loss = self.foresight.loss(observations.repeat(self.settings.tries, 1), decisions)
+        return Sampled(logits, decisions, flops.view(shape), loss.view(shape))
+
+    def _update(self, sampled: Sampled, violated: float, rate: float, logger: Logger) -> None:
+        """One step down both gradients; ``violated`` is the quality that is lost now."""
+        log_probs = self.network.log_probs(sampled.logits, sampled.decisions, self.settings.exploration)
+        entropy = -sum((log_prob.exp() * log_prob).sum(dim=1) for log_prob in log_probs).mean()
+        taken = [log_prob.gather(1, sampled.decisions[:, [i]]) for i, log_prob in enumerate(log_probs)]
+        log_prob = torch.cat(taken, dim=1).sum(dim=1).view_as(sampled.loss)
+        f_halves = self._halves(log_prob * leave_one_out(sampled.flops))
+        q_halves = self._halves(log_prob * leave_one_out(sampled.loss))
+        weight = self.barrier.weigh(violated, f_halves, q_halves)
+        gradient = (f_halves[0] + f_halves[1]) / 2 + weight.multiplier * (q_halves[0] + q_halves[1]) / 2
+        if self.settings.entropy:
+            gradient = gradient - self.settings.entropy * self._flat_gradient(entropy)
+        self._step(gradient, rate)
+        logger.record("train/entropy_loss", -entropy.item())
+        for name, value in weight._asdict().items():
+            logger.record(f"train/{name}", value)
+
+    @property
+    def _split(self) -> Split:
+        return self.env.core.split(self.env.config.split)
+
+    def _observe(self, rows: NDArray) -> Tensor:
+        """Observations ``[n, features]`` of instances of the split; zeros for an agent that sees nothing."""
+        observations = torch.from_numpy(self.env.core.observe(self._split, rows))
+        return torch.zeros_like(observations) if self.blind else observations
+
+    def _sample(self, observations: Tensor, tries: int) -> tuple[Tensor, Tensor]:
+        """Logits and decisions of the policy: so many tries on each observation, as ``Sampled`` has them."""
+        logits = self.network(observations).repeat(tries, 1)
+        return logits, self.network.choose(logits, self._draw)
+
     def _draw(self, logits: Tensor) -> Tensor:
         """Draws ``[n]`` from the logits ``[n, size]`` of one component, by this agent's own generator."""
         probabilities = bounded(logits, self.settings.exploration).exp()
         return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
 
-    def _advantage(self, values: Tensor) -> Tensor:
-        """Values of the samples ``[samples, batch]`` minus their baseline; behind them stand the greedy ones'."""
-        samples = self.settings.samples
-        if self.settings.baseline == "self_critical":
-            return values[:samples] - values[samples:]
-        return (values - values.mean(dim=0)) * samples / (samples - 1)
-
     def _halves(self, terms: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients ``[parameters]`` of the mean of ``terms [samples, batch]``, one from each half of the instances."""
+        """Gradients ``[parameters]`` of the mean of ``terms [tries, instances]``, one from each half of the columns."""
         half = terms.shape[1] // 2
         return self._flat_gradient(terms[:, :half].mean()), self._flat_gradient(terms[:, half:].mean())
 
@@ -191,3 +261,9 @@ class ReinforceAgent(Agent):
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
+
+
+def leave_one_out(values: Tensor) -> Tensor:
+    """Values ``[tries, instances]`` less the mean of the other tries on the same instance (Kool et al. 2019)."""
+    tries = len(values)
+    return (values - values.mean(dim=0)) * tries / (tries - 1)

@@ -1,0 +1,90 @@
+"""What a decision costs an input in quality, foreseen from all that was scored so far."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+HIDDEN = 128
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-2
+SELDOM = -3.0  # log-odds of a loss before anything was learned
+
+
+class Foresight(nn.Module):
+    """A network from an observation and a decision to the quality that is lost, and what it has learned from.
+
+    Losses and gains are foreseen each by itself, as probabilities: where the backbone is often wrong, both may be
+    likely at once.
+
+    Args:
+        observation_size: Features of an observation.
+        nvec: Sizes of a decision's components.
+
+    Attributes:
+        rows: Of the instances that were scored, int64 ``[n]``.
+        decisions: Taken on them, int8 ``[n, components]``.
+        lost: Quality that they lost, float32 ``[n]``; negative where they gained.
+    """
+
+    def __init__(self, observation_size: int, nvec: NDArray) -> None:
+        super().__init__()
+        self._first = torch.from_numpy(np.cumsum([0, *nvec[:-1]]))  # column of each component's first choice
+        self._columns = int(nvec.sum())
+        self.network = nn.Sequential(
+            nn.Linear(observation_size + self._columns, HIDDEN),
+            nn.Tanh(),
+            nn.Linear(HIDDEN, HIDDEN),
+            nn.Tanh(),
+            nn.Linear(HIDDEN, 2),
+        )
+        nn.init.constant_(self.network[-1].bias, SELDOM)
+        self.optimizer = torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        self.rows = torch.zeros(0, dtype=torch.int64)
+        self.decisions = torch.zeros(0, len(nvec), dtype=torch.int8)
+        self.lost = torch.zeros(0)
+
+    def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor) -> None:
+        """Add what was scored: rows ``[n]``, decisions ``[n, components]``, the quality lost ``[n]``."""
+        self.rows = torch.cat([self.rows, torch.from_numpy(rows)])
+        self.decisions = torch.cat([self.decisions, decisions.to(torch.int8)])
+        self.lost = torch.cat([self.lost, lost])
+
+    def fit(self, observations: Tensor, drawn: Tensor) -> float:
+        """One step of AdamW on the cross-entropy of what was remembered at ``drawn [n]``; returns that."""
+        lost = self.lost[drawn]
+        targets = torch.stack([lost, -lost], dim=1).clamp(0, 1)
+        error = F.binary_cross_entropy_with_logits(self(observations, self.decisions[drawn]), targets)
+        self.optimizer.zero_grad()
+        error.backward()
+        self.optimizer.step()
+        return error.item()
+
+    def forward(self, observations: Tensor, decisions: Tensor) -> Tensor:
+        """Log-odds ``[n, 2]`` that quality is lost, and that it is gained."""
+        chosen = torch.zeros(len(decisions), self._columns).scatter_(1, decisions.long() + self._first, 1.0)
+        return self.network(torch.cat([observations, chosen], dim=1))
+
+    @torch.no_grad()
+    def loss(self, observations: Tensor, decisions: Tensor) -> Tensor:
+        """The quality ``[n]`` that is expected to be lost."""
+        losing, gaining = self(observations, decisions).sigmoid().unbind(dim=1)
+        return losing - gaining
+
+    def state(self) -> dict[str, Any]:
+        """Weights, optimizer and memory."""
+        return {
+            "weights": self.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "memory": [self.rows, self.decisions, self.lost],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state`` gave."""
+        self.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rows, self.decisions, self.lost = state["memory"]
