@@ -15,14 +15,14 @@ from stable_baselines3.common.vec_env import VecEnv
 class PPOSettings(LearnerSettings):
     """Settings of PPO; a rollout is ``num_envs * n_steps`` decisions: small ones, for many updates.
 
-    The entropy bonus keeps the odds of what is not settled yet near even, so that a margin on them tells it apart.
+    A rollout is one minibatch. Advantages are normalised by the minibatch, and in a small one a lost instance, which is
+    rare, weighs less than its reward says.
     """
 
     num_envs: int = Field(64, ge=1)
     learning_rate: float = Field(2e-3, gt=0)
-    entropy: float = Field(0.01, ge=0)
     n_steps: int = Field(4, ge=1)
-    batch_size: int = Field(64, ge=2)
+    batch_size: int = Field(256, ge=2)
     n_epochs: int = Field(4, ge=1)
     clip_range: float = Field(0.2, gt=0)
 
