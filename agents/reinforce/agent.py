@@ -67,7 +67,7 @@ class ReinforceSettings(LearnerSettings):
     alpha: float = Field(30.0, gt=0)
     beta: float = Field(30.0, gt=0)
     highest_multiplier: float = Field(100.0, gt=0)
-    memory: float = Field(0.95, ge=0, lt=1)
+    memory: float = Field(0.99, ge=0, lt=1)
     exploration: float = Field(0.001, ge=0, lt=0.25)
     autoregressive: bool = False
 
