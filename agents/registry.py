@@ -14,8 +14,10 @@ AGENTS: Registry[type[Agent]] = Registry(
     "agent",
     {
         "ppo": "sd_gym.agents.ppo.agent:PPOAgent",
+        "ppo_lagrangian": "sd_gym.agents.ppo.agent:PPOLagrangianAgent",
         "ppo_lex": "sd_gym.agents.ppo.agent:PPOLexAgent",
         "a2c": "sd_gym.agents.a2c.agent:A2CAgent",
+        "a2c_lagrangian": "sd_gym.agents.a2c.agent:A2CLagrangianAgent",
         "a2c_lex": "sd_gym.agents.a2c.agent:A2CLexAgent",
         "reinforce": "sd_gym.agents.reinforce.agent:ReinforceAgent",
         "imitation": "sd_gym.agents.imitation.agent:ImitationAgent",
@@ -28,7 +30,8 @@ AGENTS: Registry[type[Agent]] = Registry(
         "hash": "sd_gym.agents.baselines.constant:HashAgent",
     },
 )
-LEARNING = ["ppo", "ppo_lex", "a2c", "a2c_lex", "reinforce", "imitation"]  # and a user's own that learn
+# And a user's own that learn.
+LEARNING = ["ppo", "ppo_lagrangian", "ppo_lex", "a2c", "a2c_lagrangian", "a2c_lex", "reinforce", "imitation"]
 
 
 def register_agent(name: str, cls: type[Agent], *, learns: bool = True) -> None:

@@ -26,13 +26,14 @@ import sd_gym
 
 MINI = [identity for identity in sd_gym.registered_ids() if identity.endswith("-Mini-v0")]
 REFINE = {  # settings of the learning agents, which start from what imitation has learned
-    "ppo": {"objective": "lagrangian", "learning_rate": 2e-4, "entropy": 0.0},
+    "ppo_lagrangian": {"learning_rate": 2e-4, "entropy": 0.0},
     "ppo_lex": {"learning_rate": 2e-4, "entropy": 0.0},
-    "a2c": {"objective": "lagrangian", "learning_rate": 5e-5, "entropy": 0.0},
+    "a2c_lagrangian": {"learning_rate": 5e-5, "entropy": 0.0},
     "a2c_lex": {"learning_rate": 5e-5, "entropy": 0.0},
     "reinforce": {"learning_rate": 5e-5},
 }
 BLIND_RATE = 1e-3  # of learning: a blind agent has no more than its biases to learn
+AGENTS = ["ppo_lagrangian", "a2c_lagrangian", "reinforce", "imitation", "blind-ppo_lagrangian", "static"]
 console = Console(stderr=True)
 
 
@@ -85,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/agents"))
     parser.add_argument("--envs", nargs="+", default=MINI)
-    parser.add_argument("--algos", nargs="+", default=["ppo", "a2c", "reinforce", "imitation", "blind-ppo", "static"])
+    parser.add_argument("--algos", nargs="+", default=AGENTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--test-size", type=int, help="instances that fronts are read on; otherwise those of the runs")
@@ -106,7 +107,7 @@ def main() -> None:
     ]
     print(markdown(compare.COLUMNS, [compare.cells(row) for row in compare.compare(there)]), end="\n\n")
     algos = {algo.partition("-from-")[0] for algo in arguments.algos}
-    if algos & {"static", "blind-ppo"} and algos & set(LEARNING):
+    if algos & {"static", "blind-ppo_lagrangian"} and algos & set(LEARNING):
         print("At the same quality, read off fronts:", end="\n\n")
         fronts = savings.env_fronts(there, arguments.test_size)
         print(markdown(savings.COLUMNS, [row for one in fronts for row in savings.savings(one)]))

@@ -48,7 +48,7 @@ def main() -> None:
     """Print the table; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="SD/Classification-Mini-v0")
-    parser.add_argument("--algo", default="ppo", help="ppo, ppo_lex, a2c or a2c_lex")
+    parser.add_argument("--algo", default="ppo", help="ppo, a2c, or either with _lex or _lagrangian")
     parser.add_argument("--steps", type=int, default=200_000)
     arguments = parser.parse_args()
     env = gym.make_vec(arguments.env, num_envs=agent_class(arguments.algo).Settings().num_envs).unwrapped

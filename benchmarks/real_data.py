@@ -48,13 +48,13 @@ COLUMNS = [
 ]
 SHOWN = {"rouge": ["rouge1", "rouge2", "rougeL"], "squad": ["exact_match", "f1"]}  # what there is of a metric
 REFINE = {  # settings of the learning agents
-    "ppo": ["objective=lagrangian", "learning_rate=2e-4"],
-    "a2c": ["objective=lagrangian", "learning_rate=2e-4", "entropy=0.0"],
+    "ppo_lagrangian": ["learning_rate=2e-4"],
+    "a2c_lagrangian": ["learning_rate=2e-4", "entropy=0.0"],
     "reinforce": ["learning_rate=2e-4"],
 }
-BLIND = [*REFINE["ppo"], "learning_rate=1e-3"]  # it has no more than its biases to learn
+BLIND = [*REFINE["ppo_lagrangian"], "learning_rate=1e-3"]  # it has no more than its biases to learn
 CONTROLS = ["every-other", "early-exit"]  # of classification: they learn nothing, and exit needs an encoder
-AGENTS = ["static", "imitation", *REFINE, "blind-ppo", *CONTROLS]
+AGENTS = ["static", "imitation", *REFINE, "blind-ppo_lagrangian", *CONTROLS]
 BOLD = 0.03  # epsilon of the policy that a backbone is tuned under: it will bear more then
 VOCABULARY = 8000  # of the small BART
 
@@ -323,7 +323,7 @@ class Runs:
         if not learning:
             static = self.train("static", "static", backbone, more=more)
             imitation = self.train("imitation", "imitation", backbone, f"path={static}", more=more)
-            self.train("blind-ppo", "blind-ppo", backbone, *BLIND, f"start={static}", more=more)
+            self.train("blind-ppo_lagrangian", "blind-ppo_lagrangian", backbone, *BLIND, f"start={static}", more=more)
             learning = (f"start={imitation if more else static}",)
         for algo, settings in REFINE.items():
             self.train(algo, algo, backbone, *settings, *learning, more=more)

@@ -8,10 +8,15 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.registry import Registry
+from sd_gym.registry import Registry, UnknownNameError
 
 Floats = NDArray[np.float64]
 ObjectiveFunction = Callable[..., Floats]
+NO_LAGRANGIAN = (
+    "an env's reward does not move, so its multiplier is no longer the env's: train the agent ppo_lagrangian or "
+    "a2c_lagrangian (with its setting multiplier_rate), or put sd_gym.envs.wrappers.LagrangianWrapper "
+    "(LagrangianVectorWrapper) around the env for an algorithm of your own, and leave objective and multiplier_rate out"
+)
 
 
 def quality_cost(quality: Floats, quality_ref: Floats, epsilon: float) -> Floats:
@@ -45,19 +50,8 @@ def scalarized(
     return 1.0 - flops_ratio - penalty * quality_cost(quality, quality_ref, epsilon) / cost_scale
 
 
-def lagrangian(
-    quality: Floats, quality_ref: Floats, flops_ratio: Floats, *, epsilon: float, penalty: float, cost_scale: float
-) -> Floats:
-    """Savings minus ``penalty`` times the quality that is missing (negative where there is more than enough), ``[n]``.
-
-    The Lagrangian of ``max E[savings]`` under ``E[quality] >= E[quality_ref] - epsilon``; ``Objective`` moves the
-    penalty.
-    """
-    return 1.0 - flops_ratio - penalty * ((quality_ref - epsilon - quality) / cost_scale)
-
-
 OBJECTIVES: Registry[ObjectiveFunction] = Registry(
-    "objective", {"lexicographic": lexicographic, "lagrangian": lagrangian, "scalarized": scalarized}
+    "objective", {"lexicographic": lexicographic, "scalarized": scalarized}
 )
 
 
@@ -89,6 +83,8 @@ def objective_function(objective: str | ObjectiveFunction) -> ObjectiveFunction:
         ValueError: If the name is unknown, or the function does not take what an objective is given.
     """
     if isinstance(objective, str):
+        if objective == "lagrangian" and objective not in OBJECTIVES.names():
+            raise UnknownNameError(NO_LAGRANGIAN)
         return OBJECTIVES.find(objective)
     _check_arguments(objective_name(objective), objective)
     return objective
@@ -113,64 +109,72 @@ def _check_arguments(name: str, function: ObjectiveFunction) -> None:
 
 
 class Objective:
-    """Turns what came of decisions into rewards; each env has its own.
-
-    Under ``lagrangian`` the penalty is a multiplier that starts at ``penalty`` and follows the constraint: every
-    decision raises it by ``multiplier_rate`` times the quality that it lacks, never below 0. So it is the mean quality
-    that is kept, not that of each instance, and nobody has to know the right penalty. Other objectives have no state.
+    """Turns what came of decisions into rewards, always alike: it has no state.
 
     Args:
         objective: A name, or a function as ``register_objective`` takes it.
         epsilon: How much quality may be lost, in its own unit.
-        penalty: Reward lost at full cost; the multiplier's start.
+        penalty: Reward lost at full cost.
         cost_scale: The cost that counts as full, in units of quality.
-        multiplier_rate: How fast the multiplier moves, a decision.
 
     Attributes:
         name: Of the objective.
-        multiplier: The penalty in force; it belongs to the state of a run.
 
     Raises:
         ValueError: If the name is unknown, or the function takes something else.
     """
 
     def __init__(
-        self,
-        objective: str | ObjectiveFunction,
-        *,
-        epsilon: float,
-        penalty: float,
-        cost_scale: float,
-        multiplier_rate: float,
+        self, objective: str | ObjectiveFunction, *, epsilon: float, penalty: float, cost_scale: float
     ) -> None:
         self.name = objective_name(objective)
         self.function = objective_function(objective)
-        self.epsilon = epsilon
-        self.cost_scale = cost_scale
-        self.multiplier_rate = multiplier_rate
-        self.multiplier = penalty
+        self.constants = {"epsilon": epsilon, "penalty": penalty, "cost_scale": cost_scale}
 
     def rewards(self, quality: Floats, quality_ref: Floats, flops_ratio: Floats) -> Floats:
-        """Rewards ``[n]`` of ``n`` decisions made together; the multiplier moves after they are given.
+        """Rewards ``[n]`` of ``n`` decisions made together.
 
         Raises:
             ValueError: If an objective of one's own gives something else than ``n`` finite numbers.
         """
-        given = self.function(
-            quality,
-            quality_ref,
-            flops_ratio,
-            epsilon=self.epsilon,
-            penalty=self.multiplier,
-            cost_scale=self.cost_scale,
-        )
+        given = self.function(quality, quality_ref, flops_ratio, **self.constants)
         rewards = np.asarray(given, dtype=np.float64)
         if rewards.shape != quality.shape or not np.isfinite(rewards).all():
             raise ValueError(
                 f"the objective {self.name!r} has to give a finite reward for each of {len(quality)} decisions, got "
                 f"{given!r}"
             )
-        if self.name == "lagrangian":
-            missing = (quality_ref - self.epsilon - quality) / self.cost_scale
-            self.multiplier = max(0.0, self.multiplier + self.multiplier_rate * float(missing.sum()))
+        return rewards
+
+
+class Lagrangian:
+    """Rewards whose penalty, a multiplier, learns to keep the mean quality; it belongs to the agent, not to the env.
+
+    The Lagrangian of ``max E[savings]`` under ``E[quality] >= E[quality_ref] - epsilon``: savings minus the multiplier
+    times the quality that is missing (negative where there is more than enough). Every decision raises the multiplier
+    by ``rate`` times the quality that it lacks, never below 0: dual ascent (Tessler, Mankowitz and Mannor 2019,
+    equation 10). So it is the mean quality that is kept, not that of each instance, and nobody has to know the right
+    penalty.
+
+    Args:
+        multiplier: Where it starts.
+        rate: How fast it moves, a decision.
+        epsilon: How much quality may be lost, in its own unit.
+        cost_scale: The missing quality that costs a whole multiplier.
+
+    Attributes:
+        multiplier: The one in force.
+    """
+
+    def __init__(self, *, multiplier: float, rate: float, epsilon: float, cost_scale: float) -> None:
+        self.multiplier = multiplier
+        self.rate = rate
+        self.epsilon = epsilon
+        self.cost_scale = cost_scale
+
+    def rewards(self, quality: Floats, quality_ref: Floats, flops_ratio: Floats) -> Floats:
+        """Rewards ``[n]`` of ``n`` decisions made together; the multiplier moves after they are given."""
+        missing = (quality_ref - self.epsilon - quality) / self.cost_scale
+        rewards = 1.0 - flops_ratio - self.multiplier * missing
+        self.multiplier = max(0.0, self.multiplier + self.rate * float(missing.sum()))
         return rewards

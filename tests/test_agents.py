@@ -23,8 +23,8 @@ from sd_gym.envs.core import Outcome
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.policy import DecisionPolicy
 
-LEARNING = ["ppo", "ppo_lex", "a2c", "a2c_lex", "reinforce"]
-SB3 = ["ppo", "ppo_lex", "a2c", "a2c_lex"]
+LEARNING = ["ppo", "ppo_lagrangian", "ppo_lex", "a2c", "a2c_lagrangian", "a2c_lex", "reinforce"]
+SB3 = ["ppo", "ppo_lagrangian", "ppo_lex", "a2c", "a2c_lagrangian", "a2c_lex"]
 TAGS = {
     "rollout/ep_rew_mean",
     "rollout/ep_len_mean",
@@ -319,7 +319,7 @@ def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(name, custom, tmp_p
         if step > 1300:
             raise KilledError
 
-    settings = {**custom, "objective": "lagrangian", "penalty": 3.0, "num_envs": 16}
+    settings = {**custom, "penalty": 3.0, "num_envs": 16}
     arguments = {"steps": 2_000, "seed": 3, "settings": settings}
     whole = train("SD/Classification-Custom-v0", name, tmp_path / "whole", **arguments)
     with pytest.raises(KilledError):

@@ -22,8 +22,8 @@ from sd_gym.objectives import quality_cost
 LOST = np.array([[0.0, 0.05], [0.004, 0.2]])
 FLOPS = np.array([[1.0, 0.3], [0.6, 0.1]])
 CONSTRAINED = {
-    "ppo": {"objective": "lagrangian", "multiplier_rate": 1.0},
-    "a2c": {"objective": "lagrangian", "multiplier_rate": 1.0},
+    "ppo_lagrangian": {"multiplier_rate": 1.0},
+    "a2c_lagrangian": {"multiplier_rate": 1.0},
     "ppo_lex": {"entropy": 0.0},  # what the bonus has it draw at random counts as quality lost
     "a2c_lex": {"entropy": 0.2},  # or it is certain of dense before it has seen the right arm
     "reinforce": {},
@@ -39,7 +39,7 @@ def score(split, rows, decisions):
 
 def end(name, seed, folder, reviews, backbone, monkeypatch, **settings):
     """The arm that an agent has learned, after a short budget."""
-    env_keys = {key: settings.pop(key) for key in ("objective", "multiplier_rate", "penalty") if key in settings}
+    env_keys = {key: settings.pop(key) for key in ("objective", "penalty") if key in settings}
     files = {"dataset": str(reviews), "backbone": str(backbone)}
     env = gym.make_vec("SD/Classification-Custom-v0", num_envs=32, **files, **env_keys).unwrapped
     monkeypatch.setattr(env.core, "score", score)

@@ -164,7 +164,7 @@ def test_a_masked_reset_stays_on_the_split_and_leaves_its_options_alone():
 @pytest.mark.parametrize("seed", [4, [4, 5, 6]])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_loaded_state_goes_on_exactly(mode, seed):
-    env, other = make_vec(mode, objective="lagrangian"), make_vec(mode, objective="lagrangian")
+    env, other = make_vec(mode), make_vec(mode)
     env.reset(seed=seed)
     for step in range(4):
         if step:
@@ -189,7 +189,7 @@ COPIES = [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))]
 
 @pytest.mark.parametrize("twin_of", COPIES)
 def test_a_copied_env_goes_on_with_the_running_episode(twin_of):
-    env = gym.make(ID, objective="lagrangian", **SMALL)
+    env = gym.make(ID, **SMALL)
     env.action_space.seed(0)
     env.reset(seed=11)
     env.step(env.action_space.sample())
@@ -206,7 +206,7 @@ def test_a_copied_env_goes_on_with_the_running_episode(twin_of):
 @pytest.mark.parametrize("seed", [11, [11, 12, 13]])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_copied_vector_env_goes_on_with_the_running_episodes(mode, seed, twin_of):
-    env = make_vec(mode, objective="lagrangian")
+    env = make_vec(mode)
     env.reset(seed=seed)
     continued(env, seed=0, steps=1)
     twin = twin_of(env)

@@ -106,12 +106,12 @@ def test_objectives_are_checked_when_an_env_is_made(custom):
     with pytest.raises(ValueError, match="has to take"):
         sd_gym.register_objective("narrow", lambda quality, quality_ref, flops_ratio: flops_ratio)
     with pytest.raises(ValueError, match="needs a name of its own"):
-        sd_gym.register_objective("lagrangian", stingy)
+        sd_gym.register_objective("scalarized", stingy)
 
 
 @pytest.mark.parametrize("wrong", [lambda *args, **constants: 1.0, lambda quality, *args, **constants: quality / 0])
 def test_an_objective_has_to_give_a_finite_reward_for_each_decision(wrong):
-    objective = Objective(wrong, epsilon=0, penalty=1, cost_scale=1, multiplier_rate=0)
+    objective = Objective(wrong, epsilon=0, penalty=1, cost_scale=1)
     one = np.ones(3)
     with np.errstate(divide="ignore"), pytest.raises(ValueError, match="a finite reward for each of 3 decisions"):
         objective.rewards(one, one, one)

@@ -1,4 +1,4 @@
-"""A2C, by Stable-Baselines3, on the env's reward (``a2c``) or with quality first (``a2c_lex``)."""
+"""A2C, by Stable-Baselines3: on the env's reward, under a multiplier, or with two value heads and quality first."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 from sd_gym.agents.learning.agent import LearnerSettings
 from sd_gym.agents.learning.crpo import Rectified, RectifiedAgent
+from sd_gym.agents.learning.lagrangian import LagrangianAgent, LagrangianSettings
 from sd_gym.agents.learning.sb3 import SB3Agent
 from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import VecEnv
@@ -33,6 +34,17 @@ class A2CAgent(SB3Agent):
 
     def _make_algorithm(self, vec_env: VecEnv) -> A2C:
         return self.Algorithm(**self._common(vec_env), use_rms_prop=False, normalize_advantage=True)
+
+
+class A2CLagrangianSettings(A2CSettings, LagrangianSettings):
+    """Settings of A2C and of its multiplier."""
+
+
+class A2CLagrangianAgent(LagrangianAgent, A2CAgent):
+    """A2C whose penalty learns to keep the mean quality."""
+
+    Settings = A2CLagrangianSettings
+    settings: A2CLagrangianSettings
 
 
 class RectifiedA2C(Rectified, A2C):

@@ -67,7 +67,18 @@ def read_description(folder: Path) -> dict[str, Any]:
         FileNotFoundError: If there is none.
         ValueError: If it is damaged, or another program's.
     """
-    return _read(folder, "config.json", _Description)
+    return _as_now(_read(folder, "config.json", _Description))
+
+
+def _as_now(description: dict[str, Any]) -> dict[str, Any]:
+    """What a former version wrote, as this one would: there, a Lagrangian was an objective of the env."""
+    env = dict(description["env_config"])
+    algo, settings, rate = description["algo"], description["agent_settings"], env.pop("multiplier_rate", None)
+    if rate is not None and env.get("objective") == "lagrangian":
+        env["objective"] = "lexicographic"
+        if algo.removeprefix("blind-") in ("ppo", "a2c"):
+            algo, settings = f"{algo}_lagrangian", {**settings, "multiplier_rate": rate}
+    return {**description, "algo": algo, "env_config": env, "agent_settings": settings}
 
 
 def read_result(folder: Path) -> dict[str, Any]:

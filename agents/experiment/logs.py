@@ -12,7 +12,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from sd_gym.files import as_json
 
-REWARD_KEYS = ("objective", "epsilon", "penalty", "cost_scale", "multiplier_rate", "quality", "token_shares")
+REWARD_KEYS = ("objective", "epsilon", "penalty", "cost_scale", "quality", "token_shares")
 RESULTS = ("quality_difference", "flops_ratio_with_policy", "quality_kept")  # that hyperparameters are compared by
 VALIDATED = ("reward", "quality", "flops_ratio")
 

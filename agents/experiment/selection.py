@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,12 +77,12 @@ class Selection:
         return entry
 
     def validate(self, step: int, policy: DecisionPolicy, objective: Objective) -> dict[str, Any]:
-        """The entry of a policy; a multiplier in the objective is in force as it is, and does not move."""
+        """The entry of a policy."""
         scored = self._score(policy, halves(self.core.split("validation"))[0])
         entry = {"step": step} | {
             name: float(scored[name].mean()) for name in ("quality", "quality_ref", "flops_ratio")
         }
-        rewards = copy(objective).rewards(*(scored[name] for name in ("quality", "quality_ref", "flops_ratio")))
+        rewards = objective.rewards(*(scored[name] for name in ("quality", "quality_ref", "flops_ratio")))
         return entry | {"quality_kept": self._kept(scored), "reward": float(rewards.mean())}
 
     def select(self, offers: list[DecisionPolicy]) -> DecisionPolicy:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, OnRollout, Rollout, initial_bias
 from stable_baselines3.common.callbacks import BaseCallback
@@ -107,7 +108,7 @@ class SB3Agent(Agent):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        vec_env: VecEnv = VecMonitor(SwitchableVecEnv(self.env))
+        vec_env: VecEnv = VecMonitor(SwitchableVecEnv(self._rewarding()))
         if self.blind:
             vec_env = Blindfold(vec_env)
         self.algorithm = self._make_algorithm(vec_env)
@@ -119,6 +120,10 @@ class SB3Agent(Agent):
             else:
                 bias = initial_bias(self.env.core.nvec, self.settings.initial_skip_rate)
                 self.algorithm.policy.action_net.bias.copy_(bias)
+
+    def _rewarding(self) -> VectorEnv:
+        """The env whose rewards are learned from: the agent's own, or a wrapper around it."""
+        return self.env
 
     @abstractmethod
     def _make_algorithm(self, vec_env: VecEnv) -> OnPolicyAlgorithm:
@@ -150,8 +155,6 @@ class SB3Agent(Agent):
 
     def before_update(self, infos: dict[str, NDArray]) -> None:
         """Called with a rollout's infos, each ``[steps, envs]``, before the algorithm learns from it."""
-        if self.env.objective.name == "lagrangian":
-            self.algorithm.logger.record("train/multiplier", self.env.objective.multiplier)
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Learn until ``total_steps`` decisions were made."""

@@ -1,4 +1,4 @@
-"""PPO, by Stable-Baselines3, on the env's reward (``ppo``) or with quality first (``ppo_lex``)."""
+"""PPO, by Stable-Baselines3: on the env's reward, under a multiplier, or with two value heads and quality first."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 from sd_gym.agents.learning.agent import LearnerSettings
 from sd_gym.agents.learning.crpo import Rectified, RectifiedAgent
+from sd_gym.agents.learning.lagrangian import LagrangianAgent, LagrangianSettings
 from sd_gym.agents.learning.sb3 import SB3Agent
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
@@ -41,6 +42,17 @@ class PPOAgent(SB3Agent):
             n_epochs=self.settings.n_epochs,
             clip_range=self.settings.clip_range,
         )
+
+
+class PPOLagrangianSettings(PPOSettings, LagrangianSettings):
+    """Settings of PPO and of its multiplier."""
+
+
+class PPOLagrangianAgent(LagrangianAgent, PPOAgent):
+    """PPO whose penalty learns to keep the mean quality (Ray, Achiam and Amodei 2019, section 5)."""
+
+    Settings = PPOLagrangianSettings
+    settings: PPOLagrangianSettings
 
 
 class RectifiedPPO(Rectified, PPO):

@@ -163,7 +163,6 @@ class ReinforceAgent(Agent):
             "random": self.random.bit_generator.state,
             "generator": self.generator.get_state(),
             "steps": self.steps,
-            "multiplier": self.env.objective.multiplier,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -176,7 +175,6 @@ class ReinforceAgent(Agent):
         self.random.bit_generator.state = state["random"]
         self.generator.set_state(state["generator"])
         self.steps = state["steps"]
-        self.env.objective.multiplier = state["multiplier"]
 
     def _explore(self) -> tuple[Sampled, dict[str, NDArray]]:
         """Score a few decisions of the policy, and remember what came of them; with the infos of a rollout."""

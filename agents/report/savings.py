@@ -36,7 +36,7 @@ COLUMNS = [
     "above zero",
 ]
 CONTROLS = ("static", "blind")
-REWARD = {"objective", "penalty", "cost_scale", "multiplier_rate"}  # config keys that change no instance and no quality
+REWARD = {"objective", "penalty", "cost_scale"}  # config keys that change no instance and no quality
 STEP, FURTHEST = 0.5, 3.0  # margins of bolder and more cautious versions of a policy
 READ = (0.25, 0.5)  # losses that fronts are read at, as shares of epsilon: about what selected policies lose
 LEAST = 0.1  # loss that is looked at, as a share of epsilon

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from sd_gym.errors import one_line, short
-from sd_gym.objectives import Objective, ObjectiveFunction, objective_function, objective_name
+from sd_gym.objectives import NO_LAGRANGIAN, Objective, ObjectiveFunction, objective_function, objective_name
 from sd_gym.registration import CONFIG_FOLDER, OBSERVATIONS
 from sd_gym.tasks.data import SPLITS, DataError, Source
 from sd_gym.tasks.family import TASKS
@@ -77,7 +77,6 @@ class EnvConfig(BaseModel):
     epsilon: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     penalty: float = Field(default=20.0, gt=0, allow_inf_nan=False)
     cost_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    multiplier_rate: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     action: Literal["multi_discrete", "multi_binary", "discrete"] = "multi_discrete"
     codebook: str | None = None
     observation: str = "pooled"
@@ -104,14 +103,8 @@ class EnvConfig(BaseModel):
         return Splits(self.source, self.task, {name: self.size_of(name) for name in SPLITS})
 
     def make_objective(self) -> Objective:
-        """The objective, at its start."""
-        return Objective(
-            self.objective,
-            epsilon=self.epsilon,
-            penalty=self.penalty,
-            cost_scale=self.cost_scale,
-            multiplier_rate=self.multiplier_rate,
-        )
+        """The objective."""
+        return Objective(self.objective, epsilon=self.epsilon, penalty=self.penalty, cost_scale=self.cost_scale)
 
     def size_of(self, split: str) -> int | None:
         """How many instances of a split are used; ``None``: all."""
@@ -126,6 +119,8 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
         ConfigError: Naming the key, what was expected and what came.
     """
     for key in values:
+        if key == "multiplier_rate":
+            raise UnknownKeyError(f"{origin}: config key 'multiplier_rate': {NO_LAGRANGIAN}")
         if key not in EnvConfig.model_fields:
             near = difflib.get_close_matches(str(key), EnvConfig.model_fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

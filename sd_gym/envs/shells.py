@@ -189,8 +189,8 @@ class SwitchableEnv(gym.Env):
     Reward:
         The config's ``objective`` with its ``epsilon``, ``penalty`` and ``cost_scale`` (``sd_gym.objectives``). The
         default is lexicographic: savings (1 - flops_ratio) if the quality is kept, -penalty * min(1, cost /
-        cost_scale) if not. ``lagrangian`` moves its penalty with the mean quality, so its rewards depend on the
-        decisions before.
+        cost_scale) if not. The same outcome always earns the same. A penalty that learns belongs to the agent
+        (``ppo_lagrangian``, ``a2c_lagrangian``), or to ``sd_gym.envs.wrappers.LagrangianWrapper``.
 
         ``vector_reward=True``: ``[quality, -flops_ratio]``, float32, within ``reward_space``, as MO-Gymnasium has it;
         the objective plays no part. ``sd_gym.envs.wrappers.SafetyWrapper`` steps with a cost beside the reward.
@@ -455,7 +455,6 @@ class SwitchableVectorEnv(VectorEnv):
             "split": self._split.name,
             "rows": self._rows.tolist(),
             "episodes": self._episodes.state(),
-            "multiplier": self.objective.multiplier,
         }
 
     def load_state(self, state: dict[str, Any]) -> Observations:
@@ -465,7 +464,6 @@ class SwitchableVectorEnv(VectorEnv):
         self._split, self._rows = self.core.split(state["split"]), np.array(state["rows"])
         self._episodes.load_state(state["episodes"])
         self._show(np.zeros(self.num_envs, dtype=np.bool_))
-        self.objective.multiplier = state["multiplier"]
         return self._observations()
 
     def _decide(self, envs: NDArray) -> tuple[dict[str, NDArray], NDArray]:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium.utils import RecordConstructorArgs
+from gymnasium.vector import VectorEnv, VectorWrapper
+from numpy.typing import NDArray
+
+from sd_gym.objectives import Lagrangian
+
+OUTCOME = ("quality", "quality_ref", "flops_ratio")
 
 
 class SafetyWrapper(gym.Wrapper, RecordConstructorArgs):
@@ -35,3 +42,77 @@ class SafetyWrapper(gym.Wrapper, RecordConstructorArgs):
         """(observation, reward, cost, terminated, truncated, info) of the step; raises as the env's."""
         observation, _, terminated, truncated, info = self.env.step(action)
         return observation, 1 - info["flops_ratio"], info["cost"], terminated, truncated, info
+
+
+class LagrangianWrapper(gym.Wrapper, RecordConstructorArgs):
+    """Rewards whose penalty learns to keep the mean quality (``sd_gym.objectives.Lagrangian``), for any algorithm.
+
+    Where an episode has several stages the reward comes with the last one.
+
+    Args:
+        env: An env of this package.
+        multiplier: Where the penalty starts; ``None``: at the ``penalty`` of the env's config.
+        rate: How fast it moves, a decision.
+
+    Attributes:
+        lagrangian: Holds the ``multiplier`` in force, which a checkpoint has to keep.
+
+    Raises:
+        ValueError: If the env has a ``dense_reward`` or a ``vector_reward``.
+
+    Example:
+        >>> import gymnasium as gym, sd_gym
+        >>> from sd_gym.envs.wrappers import LagrangianWrapper
+        >>> env = LagrangianWrapper(gym.make("SD/Classification-Mini-v0", train_size=20, epsilon=0.5), rate=2)
+        >>> observation, info = env.reset(seed=0)
+        >>> dense = env.action_space.sample() * 0
+        >>> observation, reward, terminated, truncated, info = env.step(dense)
+        >>> reward, env.lagrangian.multiplier  # more than enough quality: the penalty of 20 falls by 2 * 0.5
+        (10.0, 19.0)
+    """
+
+    def __init__(self, env: gym.Env, multiplier: float | None = None, rate: float = 0.1) -> None:
+        RecordConstructorArgs.__init__(self, multiplier=multiplier, rate=rate)
+        gym.Wrapper.__init__(self, env)
+        self.lagrangian = _lagrangian(env, multiplier, rate)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """The env's step with this reward; raises as the env's."""
+        observation, _, terminated, truncated, info = self.env.step(action)
+        reward = float(self.lagrangian.rewards(*np.array([[info[key]] for key in OUTCOME]))[0]) if terminated else 0.0
+        return observation, reward, terminated, truncated, info
+
+
+class LagrangianVectorWrapper(VectorWrapper):
+    """``LagrangianWrapper`` for a vector env: all its envs share one multiplier, which moves once a step.
+
+    Args:
+        env: A vector env of this package, in any autoreset mode.
+        multiplier: As for ``LagrangianWrapper``.
+        rate: As for ``LagrangianWrapper``.
+
+    Raises:
+        ValueError: If the env has a ``dense_reward`` or a ``vector_reward``.
+    """
+
+    def __init__(self, env: VectorEnv, multiplier: float | None = None, rate: float = 0.1) -> None:
+        super().__init__(env)
+        self.lagrangian = _lagrangian(env, multiplier, rate)
+
+    def step(self, actions: Any) -> tuple[Any, NDArray, NDArray, NDArray, dict[str, Any]]:
+        """The env's step with these rewards, float64 ``[num_envs]``; raises as the env's."""
+        observations, _, terminated, truncated, infos = self.env.step(actions)
+        rewards, outcome = np.zeros(self.num_envs), infos.get("final_info", infos)
+        if terminated.any():
+            rewards[terminated] = self.lagrangian.rewards(*(outcome[key][terminated] for key in OUTCOME))
+        return observations, rewards, terminated, truncated, infos
+
+
+def _lagrangian(env: gym.Env | VectorEnv, multiplier: float | None, rate: float) -> Lagrangian:
+    """The Lagrangian of an env's constraint."""
+    config = env.unwrapped.config
+    for key in ("dense_reward", "vector_reward"):
+        if getattr(config, key):
+            raise ValueError(f"a Lagrangian gives one reward an episode, but the env has {key}=True; leave it out")
+    start = config.penalty if multiplier is None else multiplier
+    return Lagrangian(multiplier=start, rate=rate, epsilon=config.epsilon, cost_scale=config.cost_scale)

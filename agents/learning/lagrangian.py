@@ -1,0 +1,51 @@
+"""A penalty that learns to keep the mean quality, for the algorithms of Stable-Baselines3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gymnasium.vector import VectorEnv
+from numpy.typing import NDArray
+from pydantic import Field
+from sd_gym.agents.learning.agent import LearnerSettings
+from sd_gym.agents.learning.sb3 import SB3Agent
+
+from sd_gym.envs.wrappers import LagrangianVectorWrapper
+
+
+class LagrangianSettings(LearnerSettings):
+    """What agents with a multiplier have beside their algorithm's settings.
+
+    Attributes:
+        multiplier_rate: How fast the multiplier, which starts at the env's ``penalty``, moves a decision.
+    """
+
+    multiplier_rate: float = Field(0.1, ge=0, allow_inf_nan=False)
+
+
+class LagrangianAgent(SB3Agent):
+    """Learns from a Lagrangian (``sd_gym.objectives.Lagrangian``), as a mixin; the env's own reward plays no part."""
+
+    settings: LagrangianSettings
+
+    def _rewarding(self) -> VectorEnv:
+        self._wrapper = LagrangianVectorWrapper(self.env, rate=self.settings.multiplier_rate)
+        return self._wrapper
+
+    @property
+    def multiplier(self) -> float:
+        """The one in force."""
+        return self._wrapper.lagrangian.multiplier
+
+    def before_update(self, infos: dict[str, NDArray]) -> None:
+        """Log the multiplier."""
+        self.algorithm.logger.record("train/multiplier", self.multiplier)
+
+    def state(self) -> dict[str, Any]:
+        """Also the multiplier."""
+        return {**super().state(), "multiplier": self.multiplier}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state`` gave."""
+        super().load_state(state)
+        self._wrapper.lagrangian.multiplier = state["multiplier"]
