@@ -117,13 +117,14 @@ def test_an_agent_logs_its_multiplier_and_keeps_it_in_its_state(name, custom, tm
 
 
 def test_runs_of_a_former_version_are_read_as_those_of_the_agent(custom, tmp_path):
+    run = tmp_path / "run"
     settings = {**custom, "penalty": 3.0, "num_envs": 8, "epsilon": 1.0}
-    train(CUSTOM, "ppo_lagrangian", tmp_path, steps=64, settings={**settings, "multiplier_rate": 0.5}, strictness=0)
-    now, file = read_description(tmp_path), tmp_path / "config.json"
+    train(CUSTOM, "ppo_lagrangian", run, steps=64, settings={**settings, "multiplier_rate": 0.5}, strictness=0)
+    now, file = read_description(run), run / "config.json"
     old = json.loads(file.read_text())
     old["algo"] = "ppo"
     old["env_config"] |= {"objective": "lagrangian", "multiplier_rate": old["agent_settings"].pop("multiplier_rate")}
     file.write_text(json.dumps(old))
-    assert read_description(tmp_path) == now
-    assert run_config(read_description(tmp_path)).penalty == 3.0
-    load_run(tmp_path)
+    assert read_description(run) == now
+    assert run_config(read_description(run)).penalty == 3.0
+    load_run(run)
