@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from sd_gym.agents.learning.agent import Agent
+from sd_gym.agents.learning.agent import Agent, BaseAgent
 
 from sd_gym.envs.shells import SwitchableVectorEnv
 from sd_gym.registry import Registry, UnknownNameError, unknown
 
 BLIND = "blind-"
-AGENTS: Registry[type[Agent]] = Registry(
+AGENTS: Registry[type[BaseAgent]] = Registry(
     "agent",
     {
         "ppo": "sd_gym.agents.ppo.agent:PPOAgent",
@@ -24,8 +24,8 @@ AGENTS: Registry[type[Agent]] = Registry(
         "static": "sd_gym.agents.baselines.static:StaticAgent",
         "dense": "sd_gym.agents.baselines.constant:DenseAgent",
         "every-other": "sd_gym.agents.baselines.constant:EveryOtherAgent",
-        "early-exit": "sd_gym.agents.baselines.early_exit:EarlyExitAgent",
-        "oracle": "sd_gym.agents.baselines.oracle:OracleAgent",
+        "early-exit": "sd_gym.agents.baselines.early_exit:EarlyExit",
+        "oracle": "sd_gym.agents.baselines.oracle:Oracle",
         "random": "sd_gym.agents.baselines.constant:RandomAgent",
         "hash": "sd_gym.agents.baselines.constant:HashAgent",
     },
@@ -34,27 +34,27 @@ AGENTS: Registry[type[Agent]] = Registry(
 LEARNING = ["ppo", "ppo_lagrangian", "ppo_lex", "a2c", "a2c_lagrangian", "a2c_lex", "reinforce", "imitation"]
 
 
-def register_agent(name: str, cls: type[Agent], *, learns: bool = True) -> None:
+def register_agent(name: str, cls: type[BaseAgent], *, learns: bool = True) -> None:
     """Make an agent of your own known: then ``sd_gym.train(env, name)`` and, with ``--import``, ``--algo NAME`` work.
 
     Args:
         name: What it is called.
-        cls: A subclass of ``sd_gym.agents.Agent``.
+        cls: A subclass of ``sd_gym.agents.Agent``, which comes to a policy, or of ``sd_gym.agents.Decider``.
         learns: Whether it learns from what it observes: then there is a ``blind-NAME`` as well, and
-            ``compare --fronts`` sets it against the controls.
+            ``compare --fronts`` sets it against the controls. A ``Decider`` never does.
 
     Raises:
         TypeError: If ``cls`` is no such class.
         ValueError: If the name is one of the project's, or begins with ``blind-``.
     """
-    if not (isinstance(cls, type) and issubclass(cls, Agent)):
-        raise TypeError(f"the agent {name!r} has to be a subclass of sd_gym.agents.Agent, got {cls!r}")
+    if not (isinstance(cls, type) and issubclass(cls, BaseAgent)):
+        raise TypeError(f"the agent {name!r} has to be a subclass of sd_gym.agents.Agent or Decider, got {cls!r}")
     if name.startswith(BLIND):
         raise ValueError(f"the agent {name!r} needs another name: {BLIND}NAME is the agent NAME that sees nothing")
     AGENTS.register(name, cls)
     if name in LEARNING:
         LEARNING.remove(name)
-    if learns:
+    if learns and issubclass(cls, Agent):
         LEARNING.append(name)
 
 
@@ -63,7 +63,7 @@ def agent_names() -> list[str]:
     return [*AGENTS.names(), *(BLIND + name for name in LEARNING)]
 
 
-def agent_class(name: str) -> type[Agent]:
+def agent_class(name: str) -> type[BaseAgent]:
     """The class behind a name, imported now.
 
     Raises:
@@ -74,7 +74,7 @@ def agent_class(name: str) -> type[Agent]:
     return AGENTS.find(name.removeprefix(BLIND))
 
 
-def make_agent(name: str, env: SwitchableVectorEnv, *, seed: int = 0, **settings: Any) -> Agent:
+def make_agent(name: str, env: SwitchableVectorEnv, *, seed: int = 0, **settings: Any) -> BaseAgent:
     """An agent by name.
 
     Args:
@@ -86,4 +86,5 @@ def make_agent(name: str, env: SwitchableVectorEnv, *, seed: int = 0, **settings
     Raises:
         ValueError: If the name or a setting is unknown.
     """
-    return agent_class(name)(env, seed=seed, blind=name.startswith(BLIND), **settings)
+    blind = {"blind": True} if name.startswith(BLIND) else {}
+    return agent_class(name)(env, seed=seed, **blind, **settings)

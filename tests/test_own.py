@@ -12,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from sd_gym.agents import agent_names, make_agent, register_agent
+from sd_gym.agents import Decider, Rollout, agent_names, make_agent, register_agent
+from sd_gym.agents.experiment.evaluation import Decided
 from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.ppo.agent import PPOAgent
+from sd_gym.agents.report.compare import read_run
 from stable_baselines3.common.logger import configure
 from torch import nn
 from typer.testing import CliRunner
@@ -335,6 +337,36 @@ def test_an_own_agent_is_one_by_name(gradient, env):
             register_agent(name, gradient)
     with pytest.raises(TypeError, match="has to be a subclass of"):
         register_agent("network", Convolution)
+
+
+class Halves(Decider):
+    """Half of the instances, as they come, skip the first switch; to know so costs a FLOP."""
+
+    def learn(self, total_steps, logger, on_rollout):
+        on_rollout(Rollout(total_steps, np.zeros(0), {}))
+
+    def decided(self, split):
+        decisions = np.zeros((len(split), len(self.env.core.nvec)), dtype=int)
+        decisions[::2, 0] = 1
+        return Decided(decisions, np.ones(len(split)))
+
+
+def test_what_decides_by_more_than_the_observation_is_evaluated_beside_agents(custom, env, tmp_path):
+    register_agent("halves", Halves)
+    assert "halves" in agent_names()
+    assert "blind-halves" not in agent_names()  # it does not look
+    with pytest.raises(TypeError, match="abstract method 'decided'"):
+        type("Nothing", (Decider,), {"learn": Halves.learn})(env)
+    told = []
+    result = train(CUSTOM, "halves", tmp_path, steps=64, settings=custom, on_progress=lambda *args: told.append(args))
+    assert told == [(64, {})]
+    assert result["decisions_used"] == 2
+    assert next(iter(result["skip_rate"].values())) == pytest.approx(0.5, abs=0.1)
+    assert result["flops_ratio"] < result["flops_ratio_with_policy"] < result["flops_ratio"] + 1e-3
+    assert (result["time"], result["history"], result["last_policy"]) == ({}, [], None)
+    assert (tmp_path / "instances.csv").exists()
+    assert not {"policy.json", "skip_policy.json", "checkpoint.pt"} & {file.name for file in tmp_path.iterdir()}
+    assert read_run(tmp_path).result["quality"] == result["quality"]
 
 
 @pytest.mark.parametrize("name", ["gradient", "a2c", "reinforce"])

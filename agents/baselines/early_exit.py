@@ -9,23 +9,20 @@ from numpy.typing import NDArray
 from sd_gym.agents.experiment.evaluation import Decided, score_decisions
 from sd_gym.agents.experiment.selection import keeps
 from sd_gym.agents.experiment.verdict import ONE_SIDED_95
-from sd_gym.agents.learning.agent import Agent, OnRollout
+from sd_gym.agents.learning.agent import Decider, OnRollout
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.split import Split
-from sd_gym.policy import DecisionPolicy
 
 THRESHOLDS = np.r_[np.linspace(0.5, 0.95, 10), 0.97, 0.98, 0.99, 0.995, 0.999, 1.01]  # above 1: never
 
 
-class EarlyExitAgent(Agent):
+class EarlyExit(Decider):
     """The layers behind an exit are skipped; the threshold of confidence is the lowest that keeps the quality.
 
     The backbone's own head judges at every exit, and its FLOPs count each time. For backbones that classify: where a
     text is generated there is no confidence in the whole before it stands.
     """
-
-    selects = validates = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,14 +41,6 @@ class EarlyExitAgent(Agent):
             exits = self._exits(confidence)
             if keeps(core, score_decisions(core, split, rows, self._decisions(exits)), ONE_SIDED_95):
                 return
-
-    def policy(self) -> DecisionPolicy:
-        """There is none.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError("early exit looks at what the layers say; no policy of the observation can")
 
     def decided(self, split: Split) -> Decided:
         """Exits at the first sure layer; each one before costs the head once more."""

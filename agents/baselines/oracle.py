@@ -7,11 +7,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.baselines.search import can_try_all, exhaustive_each, greedy_path, order_of, search_each
 from sd_gym.agents.experiment.evaluation import Decided
-from sd_gym.agents.learning.agent import Agent, AgentSettings, OnRollout
+from sd_gym.agents.learning.agent import AgentSettings, Decider, OnRollout
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.split import Split
-from sd_gym.policy import DecisionPolicy
 
 ORDER_INSTANCES = 200  # of the validation split, that the order of a beam search is found on
 
@@ -26,7 +25,7 @@ class OracleSettings(AgentSettings):
     width: int = Field(4, ge=1)
 
 
-class OracleAgent(Agent):
+class Oracle(Decider):
     """All decisions are tried where they are few enough, else a beam of them.
 
     A lucky wrong way counts as right, such as guessing one of two classes: a bound, and no target.
@@ -34,18 +33,9 @@ class OracleAgent(Agent):
 
     Settings = OracleSettings
     settings: OracleSettings
-    selects = validates = False
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """There is nothing to learn."""
-
-    def policy(self) -> DecisionPolicy:
-        """There is none.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError("the oracle looks at the answers; no policy can")
 
     def decided(self, split: Split) -> Decided:
         """The cheapest decision of each instance whose quality is at least the dense one's; deciding costs nothing."""

@@ -114,13 +114,12 @@ def score_decisions(core: Core, split: Split, rows: NDArray, decisions: NDArray)
 
 def evaluate(
     core: Core,
-    policy: Decides | None,
+    policy: Decides | Decided,
     split_name: str,
     *,
-    decided: Decided | None = None,
     table: Path | None = None,
 ) -> dict[str, Any]:
-    """The result on a split, of a policy or of decisions that no policy made: in all and by difficulty.
+    """The result on a split, of a policy or of decisions that a ``Decider`` made: in all and by difficulty.
 
     ``flops_ratio`` is the mean over instances of the backbone's ratio; ``flops_ratio_with_policy`` adds what it costs
     to decide, if ``policy_flops_counted``. ``metrics`` holds the data set's own metric where it is not the mean
@@ -129,13 +128,13 @@ def evaluate(
     """
     split = core.split(split_name)
     rows = np.arange(len(split))
-    if decided is None:
-        decided = Decided(decide_rows(core, policy, split, rows), np.full(len(split), policy.flops or 0))
-    scored = score_decisions(core, split, rows, decided.decisions)
+    by_policy = not isinstance(policy, Decided)
+    decisions = decide_rows(core, policy, split, rows) if by_policy else policy.decisions
+    own = np.full(len(split), policy.flops or 0) if by_policy else policy.flops
+    scored = score_decisions(core, split, rows, decisions)
     if table is not None:
         write_instances(split, scored, table)
     difference = scored["quality"] - scored["quality_ref"]
-    decisions = scored["decision"]
     skip = decisions[:, :-1]
     metrics = {
         "policy": split.scoring.metrics(rows, decisions),
@@ -145,12 +144,12 @@ def evaluate(
         "metrics": metrics,
         "split": split_name,
         "instances": len(split),
-        **_means(scored, decided.flops / split.costs.dense_flops(rows), core.config.epsilon),
+        **_means(scored, own / split.costs.dense_flops(rows), core.config.epsilon),
         "quality_difference_interval": bootstrap_interval(difference),
         "fewest_instances": fewest_instances(core.config.epsilon),
         "epsilon": core.config.epsilon,
-        "policy_flops_counted": policy is None or policy.flops is not None,
-        "decisions_used": len(np.unique(scored["decision"], axis=0)),
+        "policy_flops_counted": not by_policy or policy.flops is not None,
+        "decisions_used": len(np.unique(decisions, axis=0)),
         "by_difficulty": [_level(scored, split.levels, level) for level in np.unique(split.levels)],
         "by_fact": by_facts(split, scored),
         "skip_rate": dict(zip(core.backbone.board.names, skip.mean(axis=0).tolist(), strict=True)),

@@ -7,6 +7,8 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from sd_gym.agents.experiment.folder import check_backbone, read_description
 from sd_gym.agents.experiment.logs import log_result, log_validation, open_logger
 from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.experiment.verdict import ONE_SIDED_95
-from sd_gym.agents.learning.agent import INFO_TAGS, Agent, Rollout
+from sd_gym.agents.learning.agent import INFO_TAGS, Agent, BaseAgent, Decider, Rollout
 from sd_gym.agents.registry import agent_class, make_agent
 from sd_gym.agents.report.plots import plot_run
+from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.config import EnvConfig, make_config
 from sd_gym.envs.core import Core, shared_core
@@ -37,6 +40,7 @@ from sd_gym.version import __version__
 
 VALIDATIONS = 8  # times that the policy is validated during training
 TIMED_BATCH_SIZES = (1, 8, 32)
+OnProgress = Callable[[int, dict[str, float]], None]  # called with (steps so far, figures to show)
 LIBRARIES = ("gymnasium", "numpy", "sd-gym", "stable-baselines3", "torch", "transformers")
 
 
@@ -68,7 +72,7 @@ def train(
     strictness: float = ONE_SIDED_95,
     resume: bool = False,
     imports: Sequence[str] = (),
-    on_progress: Callable[[int, dict[str, float]], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Train an agent on an env, select its best policy on validation, and evaluate that on the test split.
 
@@ -125,27 +129,104 @@ def _there(folder: Path, resume: bool) -> dict[str, Any] | None:
 
 
 def _train(
-    agent: Agent,
-    folder: Path,
-    names: dict[str, Any],
-    there: dict[str, Any] | None,
-    on_progress: Callable[[int, dict[str, float]], None] | None,
+    agent: BaseAgent, folder: Path, names: dict[str, Any], there: dict[str, Any] | None, on_progress: OnProgress | None
 ) -> dict[str, Any]:
     """As ``train``, in a folder that is ours, after what is ``there`` of it."""
-    steps, seed = names["steps"], names["seed"]
-    checkpoint = folder / "checkpoint.pt"
-    env = agent.env
+    core = agent.env.core
     for split in SPLITS:  # what is wrong with any of them is told before anything is learned
-        env.core.split(split)
-    env.reset(seed=seed)
-    description = {MARKER: __version__, **names, **circumstances(env.config)}
+        core.split(split)
+    agent.env.reset(seed=names["seed"])
+    description = {MARKER: __version__, **names, **circumstances(core.config)}
     description["agent_settings"] = agent.settings.model_dump()
-    description["weights"] = env.core.backbone.weights
-    description["data"] = env.core.data.identity()  # all splits, so that what is wrong with one is told at once
-    selection = Selection(env.core, names["strictness"], agent.searches)
-    reached, scores = None, {}
+    description["weights"] = core.backbone.weights
+    description["data"] = core.data.identity()  # all splits, so that what is wrong with one is told at once
     if there is not None:
-        _check_same(folder, there, description, env.core.data)
+        _check_same(folder, there, description, core.data)
+    if isinstance(agent, Decider):
+        return _train_decider(agent, folder, description, on_progress)
+    return _train_agent(agent, folder, description, on_progress)
+
+
+def _train_decider(
+    agent: Decider, folder: Path, description: dict[str, Any], on_progress: OnProgress | None
+) -> dict[str, Any]:
+    """Have it learn, and evaluate its decisions."""
+    write_json(folder / "config.json", description)
+    logger = open_logger(folder, description)
+    agent.learn(description["steps"], logger, partial(_tell, on_progress))
+    decided = agent.decided(agent.env.core.split("test"))
+    agent.save_extra(folder)
+    result = _finished(folder, description, agent.env.core, decided)
+    log_result(logger, description["steps"], result)
+    logger.close()
+    return result
+
+
+def _train_agent(
+    agent: Agent, folder: Path, description: dict[str, Any], on_progress: OnProgress | None
+) -> dict[str, Any]:
+    """Have it learn, from its checkpoint on if there is one; select its policy, and evaluate that."""
+    core, steps, checkpoint = agent.env.core, description["steps"], folder / "checkpoint.pt"
+    selection = Selection(core, description["strictness"], agent.searches)
+    reached = _load_checkpoint(checkpoint, agent, selection)
+    write_json(folder / "config.json", description)
+    logger = open_logger(folder, description, reached)
+    following = _Following(agent, selection, logger, checkpoint, steps, on_progress, reached)
+    agent.learn(steps, logger, following)
+    reached = following.reached or steps  # where nothing is learned there are no rollouts
+    policy, last = agent.policy(), None
+    if agent.selects:
+        last = summary(core, policy, "test")
+        policy = selection.select(agent.offers())
+    if not selection.history:
+        log_validation(logger, selection.validate(reached, policy, agent.env.objective))
+    policy.save(folder)
+    agent.save_extra(folder)
+    result = _finished(folder, description, core, policy, selection, last)
+    log_result(logger, reached, result)
+    logger.close()
+    checkpoint.unlink(missing_ok=True)
+    return result
+
+
+@dataclass
+class _Following:
+    """What happens after each rollout: where they are due a validation and a checkpoint, and word of the progress.
+
+    Attributes:
+        reached: Decisions made so far; ``None``: none.
+    """
+
+    agent: Agent
+    selection: Selection
+    logger: Logger
+    checkpoint: Path
+    steps: int
+    on_progress: OnProgress | None
+    reached: int | None
+
+    def __call__(self, rollout: Rollout) -> None:
+        self.reached = rollout.steps
+        next_due = (len(self.selection.history) + 1) * max(1, self.steps // VALIDATIONS)
+        if self.agent.validates and rollout.steps >= min(next_due, self.steps):
+            entry = self.selection.consider(rollout.steps, self.agent.policy(), self.agent.env.objective)
+            log_validation(self.logger, entry)
+            self._save_checkpoint()
+        _tell(self.on_progress, rollout)
+
+    def _save_checkpoint(self) -> None:
+        if state := self.agent.state():
+            scores = self.agent.env.core.scores()
+            write_checkpoint(self.checkpoint, {"agent": state, "selection": self.selection.state(), "scores": scores})
+
+
+def _load_checkpoint(checkpoint: Path, agent: Agent, selection: Selection) -> int | None:
+    """Go on from a checkpoint; returns the decisions made before it, ``None`` where there is none.
+
+    Raises:
+        ValueError: If it does not fit.
+    """
+    reached, scores = None, {}
     if checkpoint.exists():
         saved = read_checkpoint(checkpoint)
         try:
@@ -154,42 +235,14 @@ def _train(
             reached, scores = selection.history[-1]["step"], saved.get("scores", {})
         except Exception as error:  # whatever does not fit
             raise ValueError(damaged_checkpoint(checkpoint, error)) from error
-    env.core.load_scores(scores)
-    write_json(folder / "config.json", description)
-    logger = open_logger(folder, description, reached)
-    interval = max(1, steps // VALIDATIONS)
+    agent.env.core.load_scores(scores)
+    return reached
 
-    def on_rollout(rollout: Rollout) -> None:
-        nonlocal reached
-        reached = rollout.steps
-        due = len(selection.history) + 1
-        if agent.validates and (rollout.steps >= due * interval or rollout.steps >= steps):
-            log_validation(logger, selection.consider(rollout.steps, agent.policy(), env.objective))
-            if state := agent.state():
-                state = {"agent": state, "selection": selection.state(), "scores": env.core.scores()}
-                write_checkpoint(checkpoint, state)
-        if on_progress is not None:
-            figures = {key: float(np.mean(values)) for key, values in rollout.infos.items() if key in INFO_TAGS}
-            on_progress(rollout.steps, figures)
 
-    agent.learn(steps, logger, on_rollout)
-    reached = reached or steps  # where nothing is learned there are no rollouts
-    decided = agent.decided(env.core.split("test"))
-    policy = last = None
-    if decided is None:
-        policy = agent.policy()
-        if agent.selects:
-            last = summary(env.core, policy, "test")
-            policy = selection.select(agent.offers())
-        if not selection.history:
-            log_validation(logger, selection.validate(reached, policy, env.objective))
-        policy.save(folder)
-    agent.save_extra(folder)
-    result = _finished(folder, description, selection, policy, decided, last)
-    log_result(logger, reached, result)
-    logger.close()
-    checkpoint.unlink(missing_ok=True)
-    return result
+def _tell(on_progress: OnProgress | None, rollout: Rollout) -> None:
+    if on_progress is not None:
+        figures = {key: float(np.mean(values)) for key, values in rollout.infos.items() if key in INFO_TAGS}
+        on_progress(rollout.steps, figures)
 
 
 def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]:
@@ -225,30 +278,29 @@ def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]
         description["agent_settings"] = {**description["agent_settings"], "codebook": codebook}
         write_json(folder / "config.json", description)
         selected.save(folder)
-        return _finished(folder, description, selection, selected)
+        return _finished(folder, description, core, selected, selection)
 
 
 def _finished(
     folder: Path,
     description: dict[str, Any],
-    selection: Selection,
-    policy: DecisionPolicy | None,
-    decided: Decided | None = None,
+    core: Core,
+    policy: DecisionPolicy | Decided,
+    selection: Selection | None = None,
     last: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write the result and the artefact of a run, and return the result."""
-    core = selection.core
-    result = measured(core, policy, "test", folder, decided)
+    """Write the result of a run and, of a policy that was selected, the artefact; return the result."""
+    result = measured(core, policy, "test", folder)
     result["last_policy"] = last  # what learning ended with, where another one may have been selected
-    result["history"] = selection.history
+    result["history"] = selection.history if selection else []
     result["data"] = {name: core.split(name).provenance for name in SPLITS}
-    if policy is not None and (artefact := export(core, policy, selection.stops, result, description)) is not None:
+    if selection and (artefact := export(core, policy, selection.stops, result, description)) is not None:
         artefact.save_pretrained(folder)
     write_result(result, core, folder)
     return result
 
 
-def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> Agent:
+def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAgent:
     """The agent, untrained, on a vector env of its own."""
     env_settings, agent_settings = split_settings(algo, settings)
     num_envs = agent_class(algo).Settings(**agent_settings).num_envs
@@ -261,12 +313,10 @@ def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> Agent:
     return make_agent(algo, env, seed=seed, **agent_settings)
 
 
-def measured(
-    core: Core, policy: Decides | None, split: str, folder: Path | None, decided: Decided | None = None
-) -> dict[str, Any]:
+def measured(core: Core, policy: Decides | Decided, split: str, folder: Path | None) -> dict[str, Any]:
     """The result on a split, timed if a policy decides; ``instances.csv`` is written to the folder, if there is one."""
-    result = evaluate(core, policy, split, decided=decided, table=folder / "instances.csv" if folder else None)
-    sizes = TIMED_BATCH_SIZES if policy is not None else ()
+    result = evaluate(core, policy, split, table=folder / "instances.csv" if folder else None)
+    sizes = () if isinstance(policy, Decided) else TIMED_BATCH_SIZES
     result["time"] = {str(size): time_ratio(core, policy, split, size) for size in sizes}
     return result
 

@@ -85,8 +85,57 @@ class Rollout:
 OnRollout = Callable[[Rollout], None]
 
 
-class Agent(ABC):
-    """Learns a policy on a vector env.
+class BaseAgent(ABC):
+    """What the two kinds share: ``Agent``, which comes to a policy, and ``Decider``, whose decisions need more.
+
+    Args:
+        env: What it learns on.
+        seed: Of all that it draws.
+        settings: Fields of ``Settings``.
+
+    Raises:
+        ValueError: If a setting is unknown or out of range.
+    """
+
+    Settings: ClassVar[type[AgentSettings]] = AgentSettings
+
+    def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, **settings: Any) -> None:
+        for key in settings:
+            if key not in self.Settings.model_fields:
+                known = list(self.Settings.model_fields)
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"unknown setting {key!r} of {type(self).__name__}{hint} Known: {', '.join(known)}.")
+        check_learnable(env)
+        self.env = env
+        self.seed = seed
+        self.settings = self.Settings(**settings)
+
+    @abstractmethod
+    def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
+        """Learn until ``total_steps`` decisions were made, those before a ``load_state`` included.
+
+        ``on_rollout`` is called after each rollout and the update that it leads to; ``logger.dump(steps)`` makes a
+        point of what was recorded.
+        """
+
+    def save_extra(self, folder: Path) -> None:  # noqa: B027  (most keep nothing)
+        """Write what is kept beside the policy, such as the critic."""
+
+
+class Decider(BaseAgent):
+    """Decides on a whole split by more than the observation, as no policy can: by the answers, or by what layers say.
+
+    So it is evaluated beside the policies, but cannot be timed, taken along or learned from.
+    """
+
+    @abstractmethod
+    def decided(self, split: Split) -> Decided:
+        """Its decisions on all instances of a split, and what it costs to make them."""
+
+
+class Agent(BaseAgent):
+    """Learns, searches or has a policy: decisions by the observation alone.
 
     Args:
         env: What it learns on.
@@ -98,32 +147,14 @@ class Agent(ABC):
         ValueError: If a setting is unknown or out of range.
     """
 
-    Settings: ClassVar[type[AgentSettings]] = AgentSettings
     selects: ClassVar[bool] = True  # whether the policy to keep is chosen on the validation split
     searches: ClassVar[bool] = False  # whether it searches policies on the first half of the validation split
     validates: ClassVar[bool] = True  # whether the policy grows with every rollout, so that it is validated on the way
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
-        for key in settings:
-            if key not in self.Settings.model_fields:
-                known = list(self.Settings.model_fields)
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"unknown setting {key!r} of {type(self).__name__}{hint} Known: {', '.join(known)}.")
-        check_learnable(env)
-        self.env = env
-        self.seed = seed
+        super().__init__(env, seed=seed, **settings)
         self.blind = blind
-        self.settings = self.Settings(**settings)
         self.start: DecisionPolicy | None = None  # kept, as its folder may be gone when learning has ended
-
-    @abstractmethod
-    def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
-        """Learn until ``total_steps`` decisions were made, those before a ``load_state`` included.
-
-        ``on_rollout`` is called after each rollout and the update that it leads to; ``logger.dump(steps)`` makes a
-        point of what was recorded.
-        """
 
     @abstractmethod
     def policy(self) -> DecisionPolicy:
@@ -136,10 +167,6 @@ class Agent(ABC):
         """
         return [] if self.start is None else [self.start]
 
-    def decided(self, split: Split) -> Decided | None:
-        """Decisions on a split that no policy could make, as they look at more than the observation; most have none."""
-        return None
-
     def state(self) -> dict[str, Any]:
         """Everything that learning depends on, as tensors and plain values; called from within ``on_rollout``.
 
@@ -147,11 +174,8 @@ class Agent(ABC):
         """
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027  (most agents have none)
+    def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what ``state`` gave."""
-
-    def save_extra(self, folder: Path) -> None:  # noqa: B027  (most agents keep nothing)
-        """Write what the agent keeps beside the policy, such as Stable-Baselines3's zip."""
 
     def new_policy(self, **kwargs: Any) -> DecisionPolicy:
         """A policy for this env, untrained; ``kwargs`` as of ``DecisionPolicy``."""
