@@ -404,6 +404,7 @@ def compare(
     """
     _import(imports)
     from sd_gym.agents.report import compare as results
+    from sd_gym.agents.report.tables import of_comparison
 
     with _errors_as_lines(), _warnings_as_lines():
         if fronts:
@@ -422,7 +423,7 @@ def compare(
     if markdown:
         print(results.markdown(columns, rows))
         return
-    _print_comparison(title, columns, rows, by)
+    console.print(*of_comparison(title, columns, rows, by), sep="\n")
 
 
 @app.command()
@@ -545,97 +546,18 @@ def prepare(
         )
     if not first:
         return
-    _print_data(report["data"])
-    table = Table(title=f"{output}: mean quality ({report['measure']}) on the validation split")
-    for column in ("skipped at random", "before", "after"):
-        table.add_column(column, justify="right")
-    for what, key in (("sublayers", "quality"), ("tokens", "quality_by_token_share")):
-        for rate, after in report[key]["after"].items():
-            table.add_row(f"{float(rate):.0%} of {what}", f"{report[key]['before'][rate]:.1%}", f"{after:.1%}")
-    console.print(table)
+    from sd_gym.agents.report.tables import of_preparation
+
+    console.print(*of_preparation(str(output), report), sep="\n")
     if report["steps_done"] < steps:
         console.print(f"Ended early, after {report['steps_done']} steps.")
     console.print(f"Prepared backbone: {output}", highlight=False, soft_wrap=True)
 
 
-def _print_comparison(title: str, columns: list[str], rows: list[list[str]], by: list[str]) -> None:
-    """Print a table for each value of the columns ``by``, which stands in its title: 80 characters are wide enough."""
-    keys = [columns.index(name) for name in by]
-    shown = [number for number in range(len(columns)) if number not in keys]
-    groups: dict[tuple[str, ...], list[list[str]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    for (env, *values), group in groups.items():
-        named = [f"{name} {value}" for name, value in zip(by[1:], values, strict=True)]
-        table = Table(title=f"{title}: {', '.join([env, *named])}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for number in shown:
-            words = " ".join([columns[number], *(row[number] for row in group)]).split()
-            table.add_column(_broken(columns[number]), min_width=max(map(len, words)))
-        for row in group:
-            table.add_row(*(_broken(row[number]) for number in shown))
-        console.print(table)
-
-
-def _broken(cell: str) -> str:
-    """What is in brackets on a line of its own."""
-    return cell.replace(" (", "\n(")
-
-
-def _print_data(data: dict[str, dict[str, Any]]) -> None:
-    """Which rows each split is, what was left out and cut, and what stands in another split too."""
-    words = {
-        "left_out": "rows left out (an empty text)",
-        "dropped": "rows left out (they stand in a later split too)",
-        "cut_inputs": "inputs cut",
-        "cut_targets": "targets cut, or answers cut off",
-    }
-    for split, counts in data.items():
-        shown = [f"{counts[key]} {what}" for key, what in words.items() if counts.get(key)]
-        rows = f"{counts['instances']} instances, {counts['part']} of {counts['file']}, hash {counts['hash']}"
-        console.print(f"{split}: {', '.join([rows, *shown])}", style="dim", highlight=False, markup=False)
-        for other, count in counts["also_in"].items():
-            line = f"{split} overlaps {other}: {count} of its {counts['instances']} instances stand there too."
-            console.print(line, style="bold yellow", highlight=False)
-
-
 def _print_result(title: str, result: dict[str, Any]) -> None:
-    split = result["split"]
-    seen = ", ".join(f"{count} of them also in {name}" for name, count in result["data"][split]["also_in"].items())
-    rows = f"{result['instances']} instances{seen and f', {seen}'}"
-    table = Table(title=f"{title} ({split} split, {rows})")
-    for column in ("", "quality", "FLOPs", *(f"time at {size}" for size in result["time"])):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    table.add_row("dense", f"{result['quality_ref']:.1%}", "100.0%", *["100%"] * len(result["time"]))
-    times = [f"{timed['time_ratio']:.0%}" for timed in result["time"].values()]
-    table.add_row("policy", f"{result['quality']:.1%}", f"{result['flops_ratio_with_policy']:.1%}", *times)
-    for name, shown in (("dense_by_length", "dense by length"), ("dense_shortened", "dense, cut")):
-        controls = [timed.get(name) for timed in result["time"].values()]
-        if any(controls):
-            table.add_row(f"  {shown}", "", "", *(f"{time:.0%}" for time in controls), style="dim")
-    for level in result["by_difficulty"] if len(result["by_difficulty"]) > 1 else []:
-        row = (f"  level {level['difficulty']}", f"{level['quality']:.1%}", f"{level['flops_ratio']:.1%}")
-        table.add_row(*row, *[""] * len(times), style="dim")
-    if last := result.get("last_policy"):
-        row = ("as learned", f"{last['quality']:.1%}", f"{last['flops_ratio_with_policy']:.1%}")
-        table.add_row(*row, *[""] * len(times), style="dim")
-    console.print(table)
-    _print_data(result["data"])
-    if last:
-        console.print(f"as learned: what learning ended with, before selection ({last['verdict']}).", style="dim")
-    cut = any(timed.get("dense_shortened") for timed in result["time"].values())
-    console.print(
-        "time at B: of observing, deciding and the switched backbone at batch size B, over the dense backbone's; "
-        "by length: everything runs, in passes of about the same length"
-        + (", cut: on inputs cut to what the policy keeps." if cut else "."),
-        style="dim",
-    )
-    low, high = result["quality_difference_interval"]
-    console.print(
-        f"{result['verdict']}: difference {result['quality_difference'] * 100:+.2f} points "
-        f"[{low * 100:+.2f}, {high * 100:+.2f}] at epsilon {result['epsilon'] * 100:g} points; "
-        f"{result['decisions_used']} different decisions used.",
-        highlight=False,
-    )
+    from sd_gym.agents.report.tables import of_result
+
+    console.print(*of_result(title, result), sep="\n")
 
 
 if __name__ == "__main__":

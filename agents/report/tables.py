@@ -1,0 +1,113 @@
+"""Results as the terminal shows them: tables and lines for rich to print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+COUNTED = {  # rows of a split that are not as they were in the data, by what happened to them
+    "left_out": "rows left out (an empty text)",
+    "dropped": "rows left out (they stand in a later split too)",
+    "cut_inputs": "inputs cut",
+    "cut_targets": "targets cut, or answers cut off",
+}
+CONTROLS = {"dense_by_length": "dense by length", "dense_shortened": "dense, cut"}  # of the time
+
+
+def of_result(title: str, result: dict[str, Any]) -> Iterator[RenderableType]:
+    """A result, as ``sd_gym.train`` and ``evaluate`` give it: quality, FLOPs and time, the data, and the verdict."""
+    yield _quality_and_cost(title, result)
+    yield from _data(result["data"])
+    if last := result.get("last_policy"):
+        yield _dim(f"as learned: what learning ended with, before selection ({last['verdict']}).")
+    cut = any(timed.get("dense_shortened") for timed in result["time"].values())
+    yield _dim(
+        "time at B: of observing, deciding and the switched backbone at batch size B, over the dense backbone's; "
+        "by length: everything runs, in passes of about the same length"
+        + (", cut: on inputs cut to what the policy keeps." if cut else ".")
+    )
+    low, high = result["quality_difference_interval"]
+    yield Text(
+        f"{result['verdict']}: difference {result['quality_difference'] * 100:+.2f} points "
+        f"[{low * 100:+.2f}, {high * 100:+.2f}] at epsilon {result['epsilon'] * 100:g} points; "
+        f"{result['decisions_used']} different decisions used."
+    )
+
+
+def of_comparison(title: str, columns: list[str], rows: list[list[str]], by: list[str]) -> Iterator[Table]:
+    """A table for each value of the columns ``by``, which stands in its title: 80 characters are wide enough."""
+    keys = [columns.index(name) for name in by]
+    shown = [number for number in range(len(columns)) if number not in keys]
+    groups: dict[tuple[str, ...], list[list[str]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    for (env, *values), group in groups.items():
+        named = [f"{name} {value}" for name, value in zip(by[1:], values, strict=True)]
+        table = Table(title=f"{title}: {', '.join([env, *named])}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for number in shown:
+            words = " ".join([columns[number], *(row[number] for row in group)]).split()
+            table.add_column(_broken(columns[number]), min_width=max(map(len, words)))
+        for row in group:
+            table.add_row(*(_broken(row[number]) for number in shown))
+        yield table
+
+
+def of_preparation(output: str, report: dict[str, Any]) -> Iterator[RenderableType]:
+    """What preparing a backbone gave: the data, and the quality under random decisions before and after."""
+    yield from _data(report["data"])
+    table = Table(title=f"{output}: mean quality ({report['measure']}) on the validation split")
+    for column in ("skipped at random", "before", "after"):
+        table.add_column(column, justify="right")
+    for what, key in (("sublayers", "quality"), ("tokens", "quality_by_token_share")):
+        for rate, after in report[key]["after"].items():
+            table.add_row(f"{float(rate):.0%} of {what}", f"{report[key]['before'][rate]:.1%}", f"{after:.1%}")
+    yield table
+
+
+def _quality_and_cost(title: str, result: dict[str, Any]) -> Table:
+    """Dense, the policy with its controls and levels of difficulty, and what learning ended with."""
+    split, times = result["split"], result["time"]
+    seen = ", ".join(f"{count} of them also in {name}" for name, count in result["data"][split]["also_in"].items())
+    rows = f"{result['instances']} instances{seen and f', {seen}'}"
+    table = Table(title=f"{title} ({split} split, {rows})")
+    for column in ("", "quality", "FLOPs", *(f"time at {size}" for size in times)):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    table.add_row("dense", f"{result['quality_ref']:.1%}", "100.0%", *["100%"] * len(times))
+    own = [f"{timed['time_ratio']:.0%}" for timed in times.values()]
+    table.add_row("policy", f"{result['quality']:.1%}", f"{result['flops_ratio_with_policy']:.1%}", *own)
+    for name, shown in CONTROLS.items():
+        controls = [timed.get(name) for timed in times.values()]
+        if any(controls):
+            table.add_row(f"  {shown}", "", "", *(f"{time:.0%}" for time in controls), style="dim")
+    for level in result["by_difficulty"] if len(result["by_difficulty"]) > 1 else []:
+        row = (f"  level {level['difficulty']}", f"{level['quality']:.1%}", f"{level['flops_ratio']:.1%}")
+        table.add_row(*row, *[""] * len(times), style="dim")
+    if last := result.get("last_policy"):
+        row = ("as learned", f"{last['quality']:.1%}", f"{last['flops_ratio_with_policy']:.1%}")
+        table.add_row(*row, *[""] * len(times), style="dim")
+    return table
+
+
+def _data(data: dict[str, dict[str, Any]]) -> Iterator[Text]:
+    """Which rows each split is, what was left out and cut, and what stands in another split too."""
+    for split, counts in data.items():
+        shown = [f"{counts[key]} {what}" for key, what in COUNTED.items() if counts.get(key)]
+        rows = f"{counts['instances']} instances, {counts['part']} of {counts['file']}, hash {counts['hash']}"
+        yield _dim(f"{split}: {', '.join([rows, *shown])}")
+        for other, count in counts["also_in"].items():
+            line = f"{split} overlaps {other}: {count} of its {counts['instances']} instances stand there too."
+            yield Text(line, style="bold yellow")
+
+
+def _broken(cell: str) -> str:
+    """What is in brackets on a line of its own."""
+    return cell.replace(" (", "\n(")
+
+
+def _dim(line: str) -> Text:
+    return Text(line, style="dim")
