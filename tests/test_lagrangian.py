@@ -12,7 +12,7 @@ from sd_gym.agents.experiment.folder import read_description
 from sd_gym.agents.experiment.run import load_run, run_config, train
 from stable_baselines3.common.logger import configure
 
-import sd_gym  # noqa: F401  (registers the ids)
+import sd_gym
 from sd_gym.envs import ConfigError
 from sd_gym.envs.wrappers import LagrangianVectorWrapper, LagrangianWrapper
 
@@ -128,3 +128,7 @@ def test_runs_of_a_former_version_are_read_as_those_of_the_agent(custom, tmp_pat
     assert read_description(run) == now
     assert run_config(read_description(run)).penalty == 3.0
     load_run(run)
+    card = json.loads((run / "skip_policy.json").read_text())
+    card["env"]["multiplier_rate"] = 0.5
+    (run / "skip_policy.json").write_text(json.dumps(card))
+    assert 0 < sd_gym.load(run)(["good room"])[0].flops_ratio <= 1.1

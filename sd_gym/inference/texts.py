@@ -21,6 +21,7 @@ from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.metrics import METRICS
 
 NOT_NEEDED = ("dataset", "subset", "revision", "columns", "splits", "overlap", "objective", "codebook", "action")
+FORMER = ("multiplier_rate",)  # keys that policies of a former version hold
 
 
 Input = str | Sequence[str] | Mapping[str, Any]
@@ -61,7 +62,7 @@ class SkippingModel:
     def __init__(
         self, policy: SkipPolicy, backbone: str | None = None, device: str = "cpu", *, check_weights: bool = True
     ) -> None:
-        values = {key: value for key, value in policy.card["env"].items() if key not in NOT_NEEDED}
+        values = {key: value for key, value in policy.card["env"].items() if key not in (*NOT_NEEDED, *FORMER)}
         values |= {"dataset": "none", "device": device} | ({"backbone": backbone} if backbone else {})
         self.policy = policy
         self._config = make_config(values, "the policy")
