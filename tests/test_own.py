@@ -357,16 +357,16 @@ def test_what_decides_by_more_than_the_observation_is_evaluated_beside_agents(cu
     assert "blind-halves" not in agent_names()  # it does not look
     with pytest.raises(TypeError, match=r"abstract method '?decided"):
         type("Nothing", (Decider,), {"learn": Halves.learn})(env)
-    told = []
-    result = train(CUSTOM, "halves", tmp_path, steps=64, settings=custom, on_progress=lambda *args: told.append(args))
+    told, run = [], tmp_path / "run"
+    result = train(CUSTOM, "halves", run, steps=64, settings=custom, on_progress=lambda *args: told.append(args))
     assert told == [(64, {})]
     assert result["decisions_used"] == 2
     assert next(iter(result["skip_rate"].values())) == pytest.approx(0.5, abs=0.1)
     assert result["flops_ratio"] < result["flops_ratio_with_policy"] < result["flops_ratio"] + 1e-3
     assert (result["time"], result["history"], result["last_policy"]) == ({}, [], None)
-    assert (tmp_path / "instances.csv").exists()
-    assert not {"policy.json", "skip_policy.json", "checkpoint.pt"} & {file.name for file in tmp_path.iterdir()}
-    assert read_run(tmp_path).result["quality"] == result["quality"]
+    assert (run / "instances.csv").exists()
+    assert not {"policy.json", "skip_policy.json", "checkpoint.pt"} & {file.name for file in run.iterdir()}
+    assert read_run(run).result["quality"] == result["quality"]
 
 
 @pytest.mark.parametrize("name", ["gradient", "a2c", "reinforce"])
