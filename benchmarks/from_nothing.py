@@ -40,17 +40,17 @@ ABLATION: dict[str, tuple[str, dict[str, Any]]] = {  # one default changed, by n
     "ppo": ("ppo", {}),
     "start near dense (0.1)": ("ppo", {"initial_skip_rate": 0.1}),
     "rollouts of 1,024 (16 steps)": ("ppo", {"n_steps": 16}),
-    "the same, minibatches of 256": ("ppo", {"n_steps": 16, "batch_size": 256}),
-    "learning rate 2e-4": ("ppo", {"learning_rate": 2e-4}),
+    "minibatches of 64": ("ppo", {"batch_size": 64}),
     "learning rate 5e-4": ("ppo", {"learning_rate": 5e-4}),
-    "entropy bonus 0.05": ("ppo", {"entropy": 0.05}),
+    "entropy bonus 0.01": ("ppo", {"entropy": 0.01}),
     "8 epochs": ("ppo", {"n_epochs": 8}),
     "a2c": ("a2c", {}),
     "a2c without entropy bonus": ("a2c", {"entropy": 0.0}),
     "a2c, 64 envs": ("a2c", {"num_envs": 64}),
     "reinforce": ("reinforce", {}),
-    "reinforce, 32 envs": ("reinforce", {"num_envs": 32}),
-    "reinforce, greedy decision as baseline": ("reinforce", {"baseline": "self_critical"}),
+    "reinforce without foresight": ("reinforce", {"foresight": False}),
+    "reinforce, one update a rollout": ("reinforce", {"updates": 1}),
+    "reinforce, limit at epsilon": ("reinforce", {"limit": 1.0}),
 }
 COLUMNS = ["env", "decisions", "agent", "seeds", "FLOPs as learned (points)", "FLOPs as selected (points)", "kept"]
 console = Console(stderr=True)
