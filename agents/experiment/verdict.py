@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections.abc import Callable
 from enum import StrEnum
 
 import numpy as np
@@ -39,6 +41,37 @@ def fewest_instances(epsilon: float, worst: float = 1.0, errors: float = ONE_SID
     by_chance = norm.logsf(errors) / math.log1p(-epsilon / worst)
     by_score = errors**2 * (worst - epsilon) / epsilon  # what decides where more than 95% is asked for
     return math.ceil(max(by_chance, by_score))
+
+
+def losses_allowed(n: int, epsilon: float, errors: float = ONE_SIDED_95) -> int | None:
+    """How many of ``n`` answers may be lost, none being gained, for the verdict to be "quality kept".
+
+    Args:
+        n: Instances; each can lose 1.
+        epsilon: How much mean quality may be lost.
+        errors: Strictness, in standard errors of a normal distribution.
+
+    Returns:
+        ``None`` if there are too few instances to tell.
+    """
+    return _most(n, epsilon, errors, lambda lost: (-lost / n, lost / n))
+
+
+def changes_allowed(n: int, epsilon: float, errors: float = ONE_SIDED_95) -> int | None:
+    """How many of ``n`` answers may change, half of them gained and half lost, for the verdict to be "quality kept".
+
+    Two answers change together, so it is an even number; arguments and result are those of ``losses_allowed``.
+    """
+    most = _most(n, epsilon, errors, lambda pairs: (0.0, min(1.0, 2 * pairs / n)))
+    return None if most is None else min(2 * most, n - n % 2)
+
+
+def _most(n: int, epsilon: float, errors: float, outcome: Callable[[int], tuple[float, float]]) -> int | None:
+    """The largest count, at most ``n``, whose mean and mean square still show that the quality is kept."""
+    if n < max(1, fewest_instances(epsilon, errors=errors)):
+        return None
+    counts = range(n + 1)
+    return bisect_left(counts, True, key=lambda count: not _shown(*outcome(count), n, epsilon, 1.0, errors)) - 1
 
 
 def verdict(quality: NDArray, quality_ref: NDArray, epsilon: float, errors: float = ONE_SIDED_95) -> Verdict:

@@ -1,0 +1,149 @@
+"""What a few runs say of an algorithm: robust means with intervals, profiles, and areas under fronts.
+
+Aggregates are those of Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical Precipice":
+runs are drawn anew for each env on its own (a stratified bootstrap), so that no env counts more by luck. ``scores`` are
+always a list with an array ``[runs]`` for each env; envs may have different numbers of runs. The paper's own library,
+rliable, comes with arch, statsmodels and seaborn and needs an old pandas; ``tests/test_statistics.py`` asks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scores = Sequence[NDArray]
+SAMPLES = 2000  # of a bootstrap
+LEVEL = 0.95
+
+
+def interquartile_mean(scores: NDArray) -> NDArray:
+    """Mean of the middle half, over the last axis: a quarter is cut off at each end, rounded down to whole runs.
+
+    Args:
+        scores: ``[..., runs]``, of all envs.
+    """
+    cut = scores.shape[-1] // 4
+    return np.sort(scores, axis=-1)[..., cut : scores.shape[-1] - cut].mean(axis=-1)
+
+
+def aggregate(scores: Scores, *, samples: int = SAMPLES, seed: int = 0) -> tuple[float, float, float]:
+    """Interquartile mean over the runs of all envs, and its 95% interval: mean, low, high.
+
+    Args:
+        scores: Of each env, ``[runs]``.
+        samples: Of the bootstrap.
+        seed: Of the bootstrap.
+    """
+    drawn = np.concatenate(_drawn(scores, samples, seed), axis=1)
+    return float(interquartile_mean(np.concatenate(list(scores)))), *interval(interquartile_mean(drawn))
+
+
+def performance_profile(
+    scores: Scores, thresholds: NDArray, *, samples: int = SAMPLES, seed: int = 0
+) -> tuple[NDArray, NDArray, NDArray]:
+    """Share of all runs whose score is above each threshold, and its 95% interval, each ``[thresholds]``.
+
+    Where one algorithm's profile lies above another's, it is better by every quantile.
+
+    Args:
+        scores: Of each env, ``[runs]``.
+        thresholds: ``[thresholds]``.
+        samples: Of the bootstrap.
+        seed: Of the bootstrap.
+    """
+    drawn = np.concatenate(_drawn(scores, samples, seed), axis=1)
+    share = [float((np.concatenate(list(scores)) > threshold).mean()) for threshold in thresholds]
+    intervals = [interval((drawn > threshold).mean(axis=1)) for threshold in thresholds]
+    low, high = np.array(intervals).T
+    return np.array(share), low, high
+
+
+def probability_of_improvement(
+    scores: Scores, others: Scores, *, samples: int = SAMPLES, seed: int = 0
+) -> tuple[float, float, float]:
+    """How probably a run of one algorithm is better than one of another on the same env, and its 95% interval.
+
+    The mean over envs of the Mann-Whitney statistic; equal scores count half.
+
+    Args:
+        scores: Of each env, ``[runs]``.
+        others: Of the other algorithm on the same envs.
+        samples: Of the bootstrap.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: If there are not the same envs.
+    """
+    if len(scores) != len(others):
+        raise ValueError(f"expected scores of the same envs, got {len(scores)} and {len(others)} of them")
+    pairs = list(zip(_drawn(scores, samples, seed), _drawn(others, samples, seed + 1), strict=True))
+    drawn = np.mean([_better(one, other) for one, other in pairs], axis=0)
+    as_it_is = np.mean([_better(one[None], other[None])[0] for one, other in zip(scores, others, strict=True)])
+    return float(as_it_is), *interval(drawn)
+
+
+def curve_interval(curves: NDArray, *, samples: int = SAMPLES, seed: int = 0) -> tuple[NDArray, NDArray, NDArray]:
+    """Interquartile mean over runs at each point of their curves, and its 95% interval, each ``[points]``.
+
+    Args:
+        curves: ``[runs, points]``; whole runs are drawn.
+        samples: Of the bootstrap.
+        seed: Of the bootstrap.
+    """
+    chosen = np.random.default_rng(seed).integers(len(curves), size=(samples, len(curves)))
+    low, high = np.percentile(interquartile_mean(curves.T[:, chosen]), _bounds(), axis=1)
+    return interquartile_mean(curves.T), low, high
+
+
+def interval(values: NDArray) -> tuple[float, float]:
+    """The middle 95% of what a bootstrap gave, ``[samples]``."""
+    low, high = np.percentile(values, _bounds())
+    return float(low), float(high)
+
+
+def pareto_front(quality: NDArray, flops_ratio: NDArray) -> NDArray:
+    """Which points no other one beats in quality and in FLOPs, int64 ``[front]``, from the cheapest on.
+
+    Of equal points one is there.
+
+    Args:
+        quality: ``[n]``, more is better.
+        flops_ratio: ``[n]``, less is better.
+    """
+    order = np.lexsort((-quality, flops_ratio))
+    best = np.maximum.accumulate(np.concatenate([[-np.inf], quality[order][:-1]])) if len(order) else quality
+    return order[quality[order] > best]
+
+
+def hypervolume(quality: NDArray, flops_ratio: NDArray, reference: tuple[float, float]) -> float:
+    """The area that points dominate (exact; two objectives), up to a reference that is worse in both.
+
+    Args:
+        quality: ``[n]``, more is better.
+        flops_ratio: ``[n]``, less is better.
+        reference: A quality and a FLOPs ratio; points that are worse in either add nothing.
+    """
+    worst, dearest = reference
+    inside = (quality > worst) & (flops_ratio < dearest)
+    quality, flops_ratio = quality[inside], flops_ratio[inside]
+    front = pareto_front(quality, flops_ratio)
+    width = np.diff(np.append(flops_ratio[front], dearest))
+    return float((width * (quality[front] - worst)).sum())
+
+
+def _drawn(scores: Scores, samples: int, seed: int) -> list[NDArray]:
+    """Runs drawn with replacement, for each env on its own: ``[samples, runs]`` an env."""
+    random = np.random.default_rng(seed)
+    return [np.asarray(one)[random.integers(len(one), size=(samples, len(one)))] for one in scores]
+
+
+def _better(one: NDArray, other: NDArray) -> NDArray:
+    """Share of the pairs of runs in which one is better, ``[samples]``; of ``[samples, runs]`` each."""
+    above = (one[:, :, None] > other[:, None, :]).mean(axis=(1, 2))
+    return above + 0.5 * (one[:, :, None] == other[:, None, :]).mean(axis=(1, 2))
+
+
+def _bounds() -> tuple[float, float]:
+    return 50 * (1 - LEVEL), 50 * (1 + LEVEL)
