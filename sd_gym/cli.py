@@ -427,6 +427,60 @@ def compare(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; what is none is passed over.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+    also: Annotated[
+        bool, typer.Option(help="Write the same beside it: Markdown, a CSV file of all runs, and the pictures as PNG.")
+    ] = False,
+) -> None:
+    """Write one page about runs: the verdict in words, fronts, curves, what is skipped, tables, how to reproduce it.
+
+    It needs no network, and neither backbone nor data; agents of your own need not be imported.
+
+    Example: `sd-gym report runs/* -o report.html`
+    """
+    with _errors_as_lines(), _warnings_as_lines(), _status("reading"):
+        from sd_gym.agents.report.page import write_report
+
+        written = write_report(runs, output, also=also)
+    for file in written:
+        console.print(str(file), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def validate(
+    what: Annotated[str, typer.Argument(metavar="RUN_OR_ENV", help="Folder of a finished run, or the id of an env.")],
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Of an env: override a key of its config.")
+    ] = [],  # noqa: B006  (typer wants a list)
+    imports: Imports = [],  # noqa: B006
+) -> None:
+    """Play a run's recorded decisions again and fail on any difference; or check an env before learning on it.
+
+    Examples:
+    `sd-gym validate runs/Classification-Mini-ppo-0`
+
+    `sd-gym validate SD/Classification-Mini-v0`
+    """
+    _import(imports)
+    with _errors_as_lines(), _status("playing again"):
+        if Path(what).is_dir():
+            from sd_gym.agents.experiment.replay import replay
+
+            lines, failed = replay(Path(what)).words(), False
+        else:
+            from sd_gym.agents.experiment.env_check import check_env
+
+            checks = check_env(what, _settings(set_))
+            lines, failed = [check.words() for check in checks], not all(check.passed for check in checks)
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def prepare(
     output: Annotated[Path, typer.Option(help="Folder to write the prepared model to.")],
     backbone: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.verdict import Verdict, fewest_instances, verdict
+from sd_gym.agents.experiment.verdict import Verdict, fewest_instances, losses_allowed, verdict
 
 from sd_gym.envs.core import Core
 from sd_gym.envs.report import by_facts, write_instances
@@ -130,10 +131,11 @@ def evaluate(
     rows = np.arange(len(split))
     by_policy = not isinstance(policy, Decided)
     decisions = decide_rows(core, policy, split, rows) if by_policy else policy.decisions
-    own = np.full(len(split), policy.flops or 0) if by_policy else policy.flops
+    flops = np.full(len(split), policy.flops or 0) if by_policy else policy.flops
+    own = flops / split.costs.dense_flops(rows)
     scored = score_decisions(core, split, rows, decisions)
     if table is not None:
-        write_instances(split, scored, table)
+        write_instances(split, scored | {"flops_ratio_with_policy": scored["flops_ratio"] + own}, table)
     difference = scored["quality"] - scored["quality_ref"]
     skip = decisions[:, :-1]
     metrics = {
@@ -144,9 +146,11 @@ def evaluate(
         "metrics": metrics,
         "split": split_name,
         "instances": len(split),
-        **_means(scored, own / split.costs.dense_flops(rows), core.config.epsilon),
+        **_means(scored, own, core.config.epsilon),
         "quality_difference_interval": bootstrap_interval(difference),
         "fewest_instances": fewest_instances(core.config.epsilon),
+        "losses_allowed": losses_allowed(len(split), core.config.epsilon),
+        "decisions_hash": decisions_hash(decisions),
         "epsilon": core.config.epsilon,
         "policy_flops_counted": not by_policy or policy.flops is not None,
         "decisions_used": len(np.unique(decisions, axis=0)),
@@ -175,6 +179,11 @@ def _means(scored: dict[str, NDArray], own: NDArray, epsilon: float) -> dict[str
         "flops_ratio": float(scored["flops_ratio"].mean()),
         "flops_ratio_with_policy": float((scored["flops_ratio"] + own).mean()),
     }
+
+
+def decisions_hash(decisions: NDArray) -> str:
+    """A hash of decisions ``[n, switches + 1]``, by which one that was changed later is known."""
+    return hashlib.sha256(np.ascontiguousarray(decisions, dtype="<i8").tobytes()).hexdigest()[:16]
 
 
 def _level(scored: dict[str, NDArray], difficulty: NDArray, level: int) -> dict[str, Any]:

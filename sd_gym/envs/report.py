@@ -32,7 +32,14 @@ def by_facts(split: Split, scored: dict[str, NDArray]) -> dict[str, list[dict[st
 
 
 def write_instances(split: Split, scored: dict[str, NDArray], file: Path) -> None:
-    """One line an instance, as CSV: its facts, the decision (as digits, the token level last) and what came of it."""
+    """One line an instance, as CSV: its facts, the decision (as digits, the token level last) and what came of it.
+
+    Args:
+        split: The split.
+        scored: ``decision`` ``[n, switches + 1]``, and ``[n]`` each: ``quality``, ``quality_ref``, ``flops_ratio`` and,
+            what it costs to decide included, ``flops_ratio_with_policy``.
+        file: To write.
+    """
     decisions = ["".join(map(str, decision)) for decision in scored["decision"].tolist()]
     columns = {
         "id": [instance.id for instance in split.instances],
@@ -41,7 +48,7 @@ def write_instances(split: Split, scored: dict[str, NDArray], file: Path) -> Non
         "source_cut": split.encoded.source_cut.tolist(),
         "target_cut": split.encoded.target_cut.tolist(),
         "decision": decisions,
-        **{name: scored[name].tolist() for name in SCORES},
+        **{name: scored[name].tolist() for name in (*SCORES, "flops_ratio_with_policy")},
     }
     temporary = file.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8", newline="") as lines:

@@ -1,0 +1,224 @@
+"""``sd-gym validate``: a run is played again, and whatever was changed is caught; envs are checked."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sd_gym.agents.experiment.env_check import check_env
+from sd_gym.agents.experiment.replay import ReplayError, replay
+from typer.testing import CliRunner
+
+import sd_gym
+from sd_gym.cli import app
+from sd_gym.envs.core import _shared_core
+
+CUSTOM = "SD/Classification-Custom-v0"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_backbone):
+    """A run whose policy decides differently on different inputs, and where its data are."""
+    folder = tmp_path_factory.mktemp("finished")
+    backbone = folder / "backbone"
+    shutil.copytree(tiny_backbone, backbone)
+    words = ["good", "bad", "fine", "awful", "the", "food", "was", "not", "room"]
+    random = np.random.default_rng(0)
+    rows = [{"text": " ".join(random.choice(words, 6)) + f" {'fine ' * (n % 4)}", "label": n % 2} for n in range(120)]
+    rows = list({row["text"]: row for row in rows}.values())
+    (folder / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"dataset": str(folder / "reviews.jsonl"), "backbone": str(backbone), "epsilon": 0.3}
+    sd_gym.train(CUSTOM, "hash", folder / "run", steps=1, **settings)
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    yield tmp_path / "run"
+    _shared_core.cache_clear()
+
+
+def rows_of(run):
+    with (run / "instances.csv").open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def write_rows(run, rows):
+    with (run / "instances.csv").open("w", encoding="utf-8", newline="") as lines:
+        writer = csv.DictWriter(lines, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def change_result(run, **values):
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(result | values))
+    return result
+
+
+def test_a_run_that_is_as_it_was_passes(run):
+    replayed = replay(run)
+    assert (replayed.split, replayed.instances, replayed.decided) == ("test", len(rows_of(run)), True)
+    shown = CliRunner().invoke(app, ["validate", str(run)])
+    assert shown.exit_code == 0, shown.output
+    assert "decides the same again" in shown.output
+
+
+def test_a_run_without_a_policy_is_replayed_from_its_decisions(finished, tmp_path):
+    def cheap(observations):
+        return np.tile([1, 0, 0, 0, 0, 1, 0], (len(observations), 1))
+
+    config = json.loads((finished / "run" / "config.json").read_text())["env_config"]
+    settings = {key: config[key] for key in ("dataset", "backbone", "epsilon")}
+    sd_gym.evaluate(CUSTOM, cheap, output=tmp_path / "other", policy_flops=1000, **settings)
+    assert not replay(tmp_path / "other").decided
+    rows = rows_of(tmp_path / "other")
+    rows[0]["flops_ratio_with_policy"] = float(rows[0]["flops_ratio_with_policy"]) + 0.1
+    write_rows(tmp_path / "other", rows)
+    with pytest.raises(ReplayError, match=r"result\.json: flops_ratio_with_policy is .* there"):
+        replay(tmp_path / "other")
+
+
+def test_a_changed_decision_is_caught(run):
+    rows = rows_of(run)
+    number = next(n for n, row in enumerate(rows) if row["decision"][0] != row["decision"][2])
+    first, second = rows[number]["decision"][0], rows[number]["decision"][2]  # two attentions that cost the same
+    rows[number]["decision"] = second + rows[number]["decision"][1] + first + rows[number]["decision"][3:]
+    write_rows(run, rows)
+    with pytest.raises(ReplayError, match="decisions were changed: their hash is"):
+        replay(run)
+    result = change_result(run)
+    del result["decisions_hash"]  # as a former version, or somebody who knows it
+    (run / "result.json").write_text(json.dumps(result))
+    with pytest.raises(
+        ReplayError, match=f"quality of|decisions are not the saved policy's, that of '{rows[number]['id']}'"
+    ):
+        replay(run)
+
+
+@pytest.mark.parametrize("name", ["quality", "quality_ref", "flops_ratio"])
+def test_a_changed_score_of_an_instance_is_caught(run, name):
+    rows = rows_of(run)
+    rows[3][name] = 1 - float(rows[3][name]) or 0.5
+    write_rows(run, rows)
+    with pytest.raises(ReplayError, match=f"{name} of 1 of .* of '{rows[3]['id']}' it is .* there, and"):
+        replay(run)
+
+
+@pytest.mark.parametrize("name", ["quality", "flops_ratio_with_policy", "quality_kept", "instances", "skip_rate"])
+def test_a_changed_result_is_caught(run, name):
+    value = json.loads((run / "result.json").read_text())[name]
+    if isinstance(value, dict):
+        value["encoder.0.attention"] += 0.1
+    else:
+        value = not value if isinstance(value, bool) else value * 0.9 if isinstance(value, float) else value + 1
+    change_result(run, **{name: value})
+    with pytest.raises(ReplayError, match=rf"result\.json: {name}\b.* is .* there, and .* played again"):
+        replay(run)
+
+
+def test_a_line_that_is_missing_is_caught(run):
+    rows = rows_of(run)
+    write_rows(run, rows[1:])
+    with pytest.raises(ReplayError, match=f"'{rows[1]['id']}' where '{rows[0]['id']}' is expected"):
+        replay(run)
+    write_rows(run, rows[:-1])
+    with pytest.raises(ReplayError, match="the rest is missing"):
+        replay(run)
+
+
+@pytest.mark.parametrize("decision", ["", "x000000", "0000002", "2000000"])
+def test_what_is_no_decision_is_caught(run, decision):
+    rows = rows_of(run)
+    rows[0]["decision"] = decision
+    write_rows(run, rows)
+    with pytest.raises(ReplayError, match="expected a line an instance"):
+        replay(run)
+
+
+def test_another_policy_is_caught(run):
+    weights = load_file(run / "policy.safetensors")
+    weights["head.bias"] = weights["head.bias"] - torch.linspace(-20, 20, len(weights["head.bias"]))
+    save_file(weights, run / "policy.safetensors")
+    with pytest.raises(ReplayError, match="decisions are not the saved policy's"):
+        replay(run)
+
+
+def changed_backbone(finished, tmp_path, run):
+    """The run, with its backbone at another place and other weights there."""
+    backbone = tmp_path / "backbone"
+    shutil.copytree(finished / "backbone", backbone)
+    weights = load_file(backbone / "model.safetensors")
+    save_file(
+        {name: one + 0.5 * torch.randn_like(one) for name, one in weights.items()},
+        backbone / "model.safetensors",
+        {"format": "pt"},
+    )
+    description = json.loads((run / "config.json").read_text())
+    description["env_config"]["backbone"] = str(backbone)
+    return description
+
+
+def test_another_backbone_is_caught(finished, tmp_path, run):
+    description = changed_backbone(finished, tmp_path, run)
+    (run / "config.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="has other weights than in training"):
+        replay(run)
+    del description["weights"]  # as a former version
+    (run / "config.json").write_text(json.dumps(description))
+    with pytest.raises(ReplayError, match="is not what their decisions give"):
+        replay(run)
+
+
+def test_other_data_are_caught(tmp_path, run):
+    description = json.loads((run / "config.json").read_text())
+    lines = Path(description["env_config"]["dataset"]).read_text().splitlines()
+    (tmp_path / "other.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    description["env_config"]["dataset"] = str(tmp_path / "other.jsonl")
+    (run / "config.json").write_text(json.dumps(description))
+    shown = CliRunner().invoke(app, ["validate", str(run)])
+    assert shown.exit_code == 2
+    assert "the data have changed" in shown.stderr
+
+
+def test_what_is_no_run_is_said_to_be_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        replay(tmp_path)
+
+
+def test_an_env_is_checked(finished):
+    settings = {"dataset": str(finished / "reviews.jsonl"), "backbone": str(finished / "backbone")}
+    checks = {check.name: check for check in check_env(CUSTOM, settings)}
+    assert all(check.passed for check in checks.values()), checks
+    assert "64 tried" in checks["best of all decisions"].found
+    assert "FLOPs 100.0%" in checks["nothing skipped"].found
+    with pytest.raises(ValueError, match="vector_reward"):
+        check_env(CUSTOM, {**settings, "vector_reward": True})
+
+
+def test_an_env_whose_rewards_or_seeds_are_wrong_fails(finished, monkeypatch):
+    from sd_gym.envs.shells import SwitchableEnv
+
+    settings = [f"dataset={finished / 'reviews.jsonl'}", f"backbone={finished / 'backbone'}"]
+    step, reset = SwitchableEnv.step, SwitchableEnv.reset
+
+    def too_much(self, action):
+        observation, reward, *rest = step(self, action)
+        return observation, reward + 2.0, *rest
+
+    def always_the_same(self, *, seed=None, options=None):
+        return reset(self, seed=1 if seed is not None else None, options=options)
+
+    monkeypatch.setattr(SwitchableEnv, "step", too_much)
+    monkeypatch.setattr(SwitchableEnv, "reset", always_the_same)
+    options = [option for setting in settings for option in ("--set", setting)]
+    shown = CliRunner().invoke(app, ["validate", CUSTOM, *options])
+    assert shown.exit_code == 1
+    failed = [line for line in shown.output.splitlines() if line.startswith("FAILED")]
+    assert any("rewards" in line for line in failed)
+    assert any("other seed, other episode: 1 different" in line for line in failed)
