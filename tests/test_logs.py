@@ -13,6 +13,7 @@ from sd_gym.agents.imitation.agent import ImitationAgent
 from stable_baselines3.common.logger import KVWriter, Logger
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 CUSTOM = "SD/Classification-Custom-v0"
@@ -71,6 +72,21 @@ def test_settings_result_and_validation_are_there_for_every_agent(name, custom, 
             logged = points(events, f"validation/{key}")
             expected = [(entry["step"], pytest.approx(entry[key], abs=1e-5)) for entry in result["history"]]
             assert logged == expected or (not expected and len(logged) == 1)
+
+
+def test_skip_rates_are_a_picture_at_each_validation_and_charts_lay_agents_over_each_other(custom, tmp_path):
+    result = train(CUSTOM, "ppo", tmp_path / "run", steps=600, settings=custom)
+    events = events_of(tmp_path / "run")
+    pictures = events.Images("validation/skip_rates")
+    assert [picture.step for picture in pictures] == [entry["step"] for entry in result["history"]]
+    assert all(picture.width > 200 < picture.height for picture in pictures)
+    (level,) = result["history"][-1]["by_difficulty"]  # the data have no levels
+    assert level["flops_ratio"] == pytest.approx(result["history"][-1]["flops_ratio"])
+    assert 0 <= min(level["skip_rate"]) <= max(level["skip_rate"]) <= 1
+    found = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    charts = Layout.FromString(found).category[0].chart
+    tags = {tag for chart in charts for tag in chart.multiline.tag}
+    assert {"validation/quality", "validation/flops_ratio"} <= tags <= set(events.Tags()["scalars"])
 
 
 def test_the_validation_reward_is_the_objectives(custom):

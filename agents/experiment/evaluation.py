@@ -154,7 +154,7 @@ def evaluate(
         "epsilon": core.config.epsilon,
         "policy_flops_counted": not by_policy or policy.flops is not None,
         "decisions_used": len(np.unique(decisions, axis=0)),
-        "by_difficulty": [_level(scored, split.levels, level) for level in np.unique(split.levels)],
+        "by_difficulty": by_difficulty(scored, split.levels),
         "by_fact": by_facts(split, scored),
         "skip_rate": dict(zip(core.backbone.board.names, skip.mean(axis=0).tolist(), strict=True)),
     }
@@ -186,11 +186,20 @@ def decisions_hash(decisions: NDArray) -> str:
     return hashlib.sha256(np.ascontiguousarray(decisions, dtype="<i8").tobytes()).hexdigest()[:16]
 
 
-def _level(scored: dict[str, NDArray], difficulty: NDArray, level: int) -> dict[str, Any]:
-    chosen = difficulty == level
-    means = {name: float(scored[name][chosen].mean()) for name in ("quality", "quality_ref", "flops_ratio")}
-    skip_rate = scored["decision"][chosen, :-1].mean(axis=0).tolist()
-    return {"difficulty": int(level), "instances": int(chosen.sum()), **means, "skip_rate": skip_rate}
+def by_difficulty(scored: dict[str, NDArray], levels: NDArray) -> list[dict[str, Any]]:
+    """Means over the instances of each difficulty.
+
+    Args:
+        scored: As ``decide_and_score`` returns it.
+        levels: Of each instance, ``[n]``.
+    """
+    found = []
+    for level in np.unique(levels):
+        chosen = levels == level
+        means = {name: float(scored[name][chosen].mean()) for name in ("quality", "quality_ref", "flops_ratio")}
+        skip_rate = scored["decision"][chosen, :-1].mean(axis=0).tolist()
+        found.append({"difficulty": int(level), "instances": int(chosen.sum()), **means, "skip_rate": skip_rate})
+    return found
 
 
 @torch.inference_mode()

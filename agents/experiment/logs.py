@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from stable_baselines3.common.logger import HParam, Logger, configure
+from sd_gym.agents.report.plots import plot_skip_rates
+from stable_baselines3.common.logger import Figure, HParam, Logger, configure
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from sd_gym.files import as_json
@@ -15,6 +16,17 @@ from sd_gym.files import as_json
 REWARD_KEYS = ("objective", "epsilon", "penalty", "cost_scale", "quality", "token_shares")
 RESULTS = ("quality_difference", "flops_ratio_with_policy", "quality_kept")  # that hyperparameters are compared by
 VALIDATED = ("reward", "quality", "flops_ratio")
+
+# Charts that lay runs of all agents over each other, in the tab CUSTOM SCALARS.
+LAYOUT = {
+    "all agents": {
+        "quality, validation": ["Multiline", ["validation/quality"]],
+        "FLOPs, validation": ["Multiline", ["validation/flops_ratio"]],
+        "reward, validation": ["Multiline", ["validation/reward"]],
+        "quality and dense quality, rollout": ["Multiline", ["rollout/quality", "rollout/quality_ref"]],
+        "FLOPs, rollout": ["Multiline", ["rollout/flops_ratio"]],
+    }
+}
 
 
 def open_logger(folder: Path, description: dict[str, Any], done: int | None = None) -> Logger:
@@ -35,6 +47,7 @@ def open_logger(folder: Path, description: dict[str, Any], done: int | None = No
         text = f"```yaml\n{yaml.safe_dump(plain, sort_keys=False)}```"
         metrics = {f"test/{name}": 0.0 for name in RESULTS}  # TensorBoard takes their values from the scalars
         write(logger, 0, {"config": text, "hparams": HParam(hyperparameters(plain), metrics)})
+        output.writer.add_custom_scalars(LAYOUT)
     return logger
 
 
@@ -52,9 +65,11 @@ def write(logger: Logger, step: int, values: dict[str, Any]) -> None:
         output.write(values, dict.fromkeys(values, ()), step)
 
 
-def log_validation(logger: Logger, entry: dict[str, Any]) -> None:
-    """Write an entry of ``Selection``'s history."""
-    write(logger, entry["step"], {f"validation/{name}": entry[name] for name in VALIDATED})
+def log_validation(logger: Logger, entry: dict[str, Any], switches: list[str]) -> None:
+    """Write an entry of ``Selection``'s history: its means, and the skip rates of the switches as a picture."""
+    picture = Figure(plot_skip_rates(entry["by_difficulty"], switches), close=False)
+    values = {f"validation/{name}": entry[name] for name in VALIDATED}
+    write(logger, entry["step"], values | {"validation/skip_rates": picture})
 
 
 def log_result(logger: Logger, step: int, result: dict[str, Any]) -> None:

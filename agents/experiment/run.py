@@ -179,7 +179,8 @@ def _train_agent(
         last = summary(core, policy, "test")
         policy = selection.select(agent.offers())
     if not selection.history:
-        log_validation(logger, selection.validate(reached, policy, agent.env.objective))
+        entry = selection.validate(reached, policy, agent.env.objective)
+        log_validation(logger, entry, selection.core.backbone.board.names)
     policy.save(folder)
     agent.save_extra(folder)
     result = _finished(folder, description, core, policy, selection, last)
@@ -210,7 +211,7 @@ class _Following:
         next_due = (len(self.selection.history) + 1) * max(1, self.steps // VALIDATIONS)
         if self.agent.validates and rollout.steps >= min(next_due, self.steps):
             entry = self.selection.consider(rollout.steps, self.agent.policy(), self.agent.env.objective)
-            log_validation(self.logger, entry)
+            log_validation(self.logger, entry, self.selection.core.backbone.board.names)
             self._save_checkpoint()
         _tell(self.on_progress, rollout)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.evaluation import decide_and_score
+from sd_gym.agents.experiment.evaluation import by_difficulty, decide_and_score
 from sd_gym.agents.experiment.verdict import ONE_SIDED_95, Verdict, assured, fewest_instances
 
 from sd_gym.envs.core import Core
@@ -56,8 +56,8 @@ class Selection:
         strictness: Standard errors of luck that validation has to leave room for (``assured``).
         searched: Whether the policies come from a search on the first half.
         policies: The last policies that were validated.
-        history: One entry a validation: step, quality, quality_ref, flops_ratio, quality_kept and reward, on the first
-            half.
+        history: One entry a validation: step, quality, quality_ref, flops_ratio, quality_kept, reward and
+            by_difficulty (one level, 0, where the data have none), on the first half.
         stops: Of the policy that was selected, the versions that selection has looked at, the boldest first.
     """
 
@@ -78,12 +78,15 @@ class Selection:
 
     def validate(self, step: int, policy: DecisionPolicy, objective: Objective) -> dict[str, Any]:
         """The entry of a policy."""
-        scored = self._score(policy, halves(self.core.split("validation"))[0])
+        split = self.core.split("validation")
+        rows = halves(split)[0]
+        scored = self._score(policy, rows)
         entry = {"step": step} | {
             name: float(scored[name].mean()) for name in ("quality", "quality_ref", "flops_ratio")
         }
         rewards = objective.rewards(*(scored[name] for name in ("quality", "quality_ref", "flops_ratio")))
-        return entry | {"quality_kept": self._kept(scored), "reward": float(rewards.mean())}
+        known = {"quality_kept": self._kept(scored), "reward": float(rewards.mean())}
+        return entry | known | {"by_difficulty": by_difficulty(scored, split.difficulty[rows])}
 
     def select(self, offers: list[DecisionPolicy]) -> DecisionPolicy:
         """The policy to keep, of those that were validated and ``offers``; dense if no other keeps the quality.

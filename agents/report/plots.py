@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from sd_gym.agents.report.fronts import flops_at_loss
 from sd_gym.agents.report.panels import skip_rates
 from sd_gym.agents.report.savings import LEAST, EnvFronts
@@ -24,6 +25,14 @@ def plot_run(result: dict[str, Any], switches: list[str], file: Path) -> None:
         skip_rates(rates, result["by_difficulty"], switches)
         rates.set_title("Skip rate of each switch, test split")
         write_png(made, file)
+
+
+def plot_skip_rates(levels: list[dict[str, Any]], switches: list[str]) -> Figure:
+    """The skip rate of each switch against difficulty."""
+    with style():
+        made = figure(1.4 + 0.16 * len(switches))
+        skip_rates(made.subplots(), levels, switches)
+        return made
 
 
 def plot_fronts(fronts: list[EnvFronts], file: Path) -> None:
