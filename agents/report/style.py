@@ -113,7 +113,8 @@ def as_svg(made: Figure, name: str, words: str) -> str:
     )
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.DOTALL)
-    # Ids of groups ("axes_1") are those of every figure of a page, and nothing refers to them.
+    # Ids of groups ("axes_1") are those of every figure of a page, and nothing refers to them; the others get a name.
     text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     label = words.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
