@@ -68,9 +68,10 @@ def looks(agents: Iterable[str], controls: Iterable[str] = ()) -> dict[str, Look
         name: Look(COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)], LINES[n % len(LINES)])
         for n, name in enumerate(dict.fromkeys(agents))
     }
-    marks = ("1", "2", "3", "4", "+", "x", "|", "_")
+    marks = ("x", "+", "1", "2", "3", "4", "|", "_")
     for n, name in enumerate(dict.fromkeys(controls)):
-        found[name] = Look(INK, "*" if name.startswith("oracle") else marks[n % len(marks)], ":")
+        mark = "*" if name.startswith("oracle") else marks[n % len(marks)]
+        found[name] = Look(INK, mark, LINES[-1 - n % len(LINES)])
     return found
 
 

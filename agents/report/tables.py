@@ -37,6 +37,14 @@ def of_result(title: str, result: dict[str, Any]) -> Iterator[RenderableType]:
         f"[{low * 100:+.2f}, {high * 100:+.2f}] at epsilon {result['epsilon'] * 100:g} points; "
         f"{result['decisions_used']} different decisions used."
     )
+    yield _dim(_power(result))
+
+
+def _power(result: dict[str, Any]) -> str:
+    """What a verdict on so many instances could show at all."""
+    if (allowed := result["losses_allowed"]) is None:
+        return f"Power: a verdict takes {result['fewest_instances']:,} instances."
+    return f"Power: {allowed:,} answers may be lost, with none gained, for the quality to be shown to be kept."
 
 
 def of_comparison(title: str, columns: list[str], rows: list[list[str]], by: list[str]) -> Iterator[Table]:

@@ -50,7 +50,7 @@ def verdict_words(task: Task) -> list[str]:
         f"{mean:.1f}% of the FLOPs ({low:.1f} to {high:.1f})" if len(best.runs) > 1 else f"{mean:.1f}% of the FLOPs"
     )
     if keeps:
-        words.append(f"{best.name} keeps the quality in {_all_of(best)} and runs {figures}, the fewest.")
+        words.append(f"{best.name} keeps the quality in {_all_of(best)} and runs {figures}: by its mean it saves most.")
     else:
         words.append(
             f"No agent keeps the quality in all its runs; {best.name}, which saves most where it does, keeps it in "
