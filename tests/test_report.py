@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from sd_gym.agents.report.collect import collect
+from sd_gym.agents.report.collect import collect, strips
+from sd_gym.agents.report.compare import read_run
 from sd_gym.agents.report.page import write_report
 from sd_gym.agents.report.words import overall_words, results_table, verdict_words
 from typer.testing import CliRunner
@@ -223,6 +224,19 @@ def test_areas_are_between_dense_and_nothing(run):
     assert areas["bad"] == [0]
     np.testing.assert_allclose(areas["ppo"], [0.6 * 0.8])
     assert results_table(task).rows[0][0] == "ppo"
+
+
+def test_single_instances_are_of_each_level_and_of_what_was_lost(run):
+    first, second = strips(read_run(run("ppo")))
+    assert (first.label, first.skip.tolist(), first.flops) == ("test-0, level 1", [True, True, False, True], 0.4)
+    assert (first.lost, second.lost) == (False, True)
+    other = run("a2c")
+    config = json.loads((other / "config.json").read_text())
+    config["env_config"]["token_shares"] = [0.0, 0.25]
+    (other / "config.json").write_text(json.dumps(config))
+    text = (other / "instances.csv").read_text()
+    (other / "instances.csv").write_text(text.replace("11010", "11011"))
+    assert [one.dropped for one in strips(read_run(other))] == [0.25, 0.0]
 
 
 def test_folders_that_hold_no_run_are_said(tmp_path):

@@ -107,6 +107,7 @@ def curves(
     quality.set(ylabel="quality against\ndense, points")
     quality.tick_params(labelbottom=False)
     flops.set(xlabel="decisions learned from", ylabel="FLOPs, % of dense", ylim=(0, 104))
+    flops.locator_params(axis="x", nbins=5)
     handles, labels = flops.get_legend_handles_labels()
     flops.figure.legend(handles, labels, loc="outside lower center", ncols=3)
 
