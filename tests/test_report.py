@@ -157,9 +157,13 @@ def test_the_same_is_there_as_markdown_csv_and_png(run, tmp_path):
 
 
 def test_on_too_few_instances_no_quality_is_said_to_be_kept(run):
-    said = words(seeds(run, "ppo", [0.3, 0.3], instances=298))
+    folders = seeds(run, "ppo", [0.3, 0.3], instances=298)  # as a former version had said
+    (row,) = results_table(*collect(folders)).rows
+    assert row[4:6] == ["0 of 2", "too few instances to tell"]
+    said = words(folders)
     assert "too few instances to tell: a verdict takes at least 299" in said
     assert "keeps the quality in" not in said
+    assert "a verdict takes that some quality may be lost" in words([run("ppo", 8, epsilon=0.0)])
     assert "12 answers may be lost" in words([run("ppo", 9)])
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.verdict import changes_allowed, fewest_instances, losses_allowed
+from sd_gym.agents.experiment.verdict import Verdict, changes_allowed, fewest_instances, losses_allowed
 from sd_gym.agents.registry import BLIND
 from sd_gym.agents.report.compare import Run, agent_of, alike, finished_runs, read_run
 from sd_gym.agents.report.panels import Points, Strip
@@ -55,12 +56,17 @@ class AgentRuns:
         """FLOPs, the policy's own included, % of dense, ``[runs]``."""
         return 100 * self.values("flops_ratio_with_policy")
 
-    @property
+    @cached_property
     def kept(self) -> NDArray:
-        """Which runs keep the quality, bool ``[runs]``."""
-        return self.values("quality_kept") > 0
+        """Which runs keep the quality, bool ``[runs]``; none where there are too few instances, whatever they say."""
+        return np.array([run.result["quality_kept"] and can_tell(run) for run in self.runs])
 
     @property
+    def verdicts(self) -> list[str]:
+        """What each run says."""
+        return [run.result.get("verdict", "-") if can_tell(run) else str(Verdict.TOO_FEW) for run in self.runs]
+
+    @cached_property
     def score(self) -> NDArray:
         """Quality first: the share of FLOPs that a run saves, and 0 where its quality is not shown to be kept."""
         return np.where(self.kept, 1 - self.values("flops_ratio_with_policy"), 0.0)
@@ -78,12 +84,14 @@ class AgentRuns:
     def areas(self) -> NDArray:
         """The area that what a run selected and what it had learned dominate, from 0 (dense) to 1, ``[runs]``.
 
-        1 is to lose nothing and run nothing; ``WORST`` times epsilon is as good as losing all.
+        1 is to lose nothing and run nothing; ``WORST`` times epsilon (of 0: of the default) is as good as losing all.
         """
         found = []
         for run in self.runs:
             ends = [run.result, *filter(None, [run.result.get("last_policy")])]
-            loss = np.array([one["quality_difference"] for one in ends]) / (WORST * epsilon_of(run))
+            loss = np.array([one["quality_difference"] for one in ends]) / (
+                WORST * (epsilon_of(run) or DEFAULT_EPSILON)
+            )
             found.append(hypervolume(1 + loss, np.array([one["flops_ratio_with_policy"] for one in ends]), (0.0, 1.0)))
         return np.array(found)
 
@@ -95,6 +103,7 @@ class AgentRuns:
             {
                 key: np.mean([run.result["by_difficulty"][number][key] for run in self.runs], axis=0)
                 for key in ("flops_ratio", "skip_rate")
+                if key in first[number]
             }
             for number in range(len(first))
         ]
@@ -178,7 +187,12 @@ def collect(folders: Iterable[str | Path]) -> list[Task]:
 
 def epsilon_of(run: Run) -> float:
     """How much mean quality a run may lose."""
-    return run.result.get("epsilon", run.config["env_config"].get("epsilon", DEFAULT_EPSILON)) or DEFAULT_EPSILON
+    return run.result.get("epsilon", run.config["env_config"].get("epsilon", DEFAULT_EPSILON))
+
+
+def can_tell(run: Run) -> bool:
+    """Whether a run has so many test instances that any result could show that the quality is kept."""
+    return losses_allowed(run.result["instances"], epsilon_of(run)) is not None
 
 
 def strips(run: Run) -> list[Strip]:

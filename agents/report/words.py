@@ -32,9 +32,10 @@ def verdict_words(task: Task) -> list[str]:
     points = f"{100 * task.epsilon:g} point{'s' if 100 * task.epsilon != 1 else ''}"
     words = [f"The dense backbone's quality is {dense:.1%} on {task.instances:,} test instances; {points} may be lost."]
     if losses is None:
+        needed = f"at least {fewest:,}" if task.epsilon else "that some quality may be lost"
         return [
             *words,
-            f"These are too few instances to tell: a verdict takes at least {fewest:,}. So of no agent is it said that "
+            f"These are too few instances to tell: a verdict takes {needed}. So of no agent is it said that "
             "it keeps the quality, whatever its figures are.",
         ]
     words.append(
@@ -82,9 +83,8 @@ def _against(best: AgentRuns, other: AgentRuns) -> str:
 
 
 def _controls(task: Task, best: AgentRuns) -> list[str]:
-    there = {one.algo: one for one in task.agents if one.is_control and one.algo != "oracle"}
     words = []
-    if static := there.get("static"):
+    if static := next((one for one in task.agents if one.algo == "static"), None):
         ahead = best.score.min() > static.score.max()
         told = _against(best, static)
         words.append(told if len(best.runs) > 1 < len(static.runs) else _one_static(best, static, ahead))
@@ -124,7 +124,7 @@ def results_table(task: Task) -> Table:
 
 def _row(agent: AgentRuns) -> list[str]:
     times = [run.result["time"]["32"]["time_ratio"] for run in agent.runs if run.result["time"]]
-    verdicts = [run.result.get("verdict", "-") for run in agent.runs]
+    verdicts = agent.verdicts
     shown = [f"{word} ({verdicts.count(word)})" if len(set(verdicts)) > 1 else word for word in dict.fromkeys(verdicts)]
     counted = all(run.result.get("policy_flops_counted", True) for run in agent.runs)
     return [
