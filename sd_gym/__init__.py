@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sd_gym.agents.experiment.run import reduce
     from sd_gym.agents.registry import register_agent
     from sd_gym.agents.report.compare import compare
+    from sd_gym.agents.tabulation import tabulate
     from sd_gym.envs.listing import instances
     from sd_gym.inference.attach import attach, detach
     from sd_gym.inference.bake import bake
@@ -48,6 +49,7 @@ _WHERE = {
     "register_objective": "sd_gym.objectives",
     "register_ranking": "sd_gym.tasks.ranking",
     "register_task": "sd_gym.tasks.family",
+    "tabulate": "sd_gym.agents.tabulation",
     "train": "sd_gym.agents.api",
 }
 
@@ -71,6 +73,7 @@ __all__ = [
     "register_ranking",
     "register_task",
     "registered_ids",
+    "tabulate",
     "train",
 ]
 

@@ -283,6 +283,55 @@ def evaluate(
 
 
 @app.command()
+def tabulate(
+    env: Annotated[str, typer.Argument(metavar="ENV_OR_RUN", help="Env id, or the folder of a run.")],
+    output: Annotated[Path, typer.Option(help="Folder to write the table to.")],
+    decisions: Annotated[
+        list[str],
+        typer.Option(
+            help="all; or, several times, random:N, path (searched greedily), codebook (the env's) and codebook:FILE "
+            "[default: all where they are at most 4,096, else random:64]."
+        ),
+    ] = [],  # noqa: B006  (typer wants a list)
+    instances: Annotated[int | None, typer.Option(min=1, help="So many of each split at most.")] = None,
+    seed: Annotated[int, typer.Option(help="Of random:N.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on with a table that was cut off.")] = False,
+    set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config key.")] = [],  # noqa: B006
+    imports: Imports = [],  # noqa: B006
+) -> None:
+    """Compute once what decisions do to every instance of an env; SD/Table-v0 then looks it up in microseconds.
+
+    Examples:
+    `sd-gym tabulate SD/Classification-Mini-v0 --output table --decisions path --decisions random:64 --instances 2000`
+
+    `sd-gym train SD/Table-v0 --set table=table --algo ppo --steps 200000`
+    """
+    _import(imports)
+    with _errors_as_lines(), _progress() as progress:
+        bar = progress.add_task("loading", total=None, figures="")
+        from sd_gym.agents.tabulation import tabulate as write_table
+
+        def on_progress(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total, description="scoring", figures="decisions")
+
+        said = write_table(
+            env,
+            output,
+            decisions=decisions or None,
+            instances=instances,
+            seed=seed,
+            resume=resume,
+            on_progress=on_progress,
+            **_settings(set_),
+        )
+    counts = ", ".join(f"{split['instances']} of {name}" for name, split in said["splits"].items())
+    kind = f"{said['masks']} decisions ({said['chosen']})" if said["masks"] else "all decisions"
+    size = sum(file.stat().st_size for file in output.iterdir())
+    console.print(f"{kind} on instances: {counts}; {size / 2**20:.1f} MB", highlight=False)
+    console.print(f"Table: {output}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def run(
     policy: Annotated[str, typer.Argument(help="Run folder, saved policy, or id of one on the Hugging Face hub.")],
     source: Annotated[

@@ -15,6 +15,8 @@ from sd_gym.errors import one_line, short
 if TYPE_CHECKING:
     from torch import Tensor
 
+_DTYPES = {"BOOL": "?", "U8": "u1", "U16": "<u2", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
+
 
 def write_text(file: Path, text: str) -> None:
     """Write a text.
@@ -72,6 +74,40 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged: expected safetensors ({one_line(error)}); copy it again") from error
+
+
+def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write NumPy arrays as safetensors."""
+    from safetensors.numpy import save_file
+
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    _write(file, lambda temporary: save_file(whole, temporary))
+
+
+def map_arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays that ``write_arrays`` wrote, mapped into memory: read where they are looked at, and not to be changed.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise FileNotFoundError(f"no {file.name} in {file.parent}")
+    try:
+        with safe_open(file, "numpy"):  # compares what it says with its size
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: expected safetensors ({one_line(error)}); copy it again") from error
+    memory = np.memmap(file, np.uint8, "r")
+    start = 8 + int(memory[:8].view("<u8")[0])
+    header = json.loads(memory[8:start].tobytes())
+    header.pop("__metadata__", None)
+    return {
+        name: np.ndarray(tuple(said["shape"]), _DTYPES[said["dtype"]], memory, start + said["data_offsets"][0])
+        for name, said in header.items()
+    }
 
 
 def write_checkpoint(file: Path, value: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from gymnasium.envs.registration import parse_env_id
 from sd_gym.registry import Registry
 
 CONFIG_FOLDER = Path(str(files("sd_gym.envs_configs")))
+TABLE = "SD/Table-v0"  # whose envs look up what decisions do
 OBSERVATIONS: Registry[type] = Registry(
     "observation", {"pooled": "sd_gym.envs.spaces:Pooled", "tokens": "sd_gym.envs.spaces:Tokens"}
 )
@@ -108,10 +109,10 @@ def register_envs() -> None:
 
 
 def _register(identity: str) -> None:
-    file = ENVS.find(identity)
+    file, of = ENVS.find(identity), "Table" if identity == TABLE else "Switchable"
     gym.register(
         identity,
-        entry_point="sd_gym.envs:SwitchableEnv",
-        vector_entry_point="sd_gym.envs:SwitchableVectorEnv",
+        entry_point=f"sd_gym.envs:{of}Env",
+        vector_entry_point=f"sd_gym.envs:{of}VectorEnv",
         kwargs={"config_file": file.name if file.parent == CONFIG_FOLDER else str(file)},
     )

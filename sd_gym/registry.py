@@ -44,6 +44,10 @@ class Registry(Generic[Thing]):
             raise ValueError(f"the {self.kind} needs a name of its own; {name!r} is {'taken' if name else 'none'}")
         self._own[name] = thing
 
+    def built_in(self) -> list[str]:
+        """The names of the project's own."""
+        return list(self._built_in)
+
     def names(self) -> list[str]:
         """All names, the project's first."""
         return [*self._built_in, *self._own]

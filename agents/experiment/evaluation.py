@@ -60,7 +60,7 @@ def fitting(policy: DecisionPolicy, core: Core) -> DecisionPolicy:
     """
     for what, has, needs in (
         ("decides on components", policy.nvec, core.nvec.tolist()),
-        ("decides on the switches", policy.switches, core.backbone.board.names),
+        ("decides on the switches", policy.switches, core.switch_names),
         ("reads observations of shape", (policy.observation_size,), core.observation.space.shape),
     ):
         if has != needs:
@@ -110,7 +110,7 @@ def score_decisions(core: Core, split: Split, rows: NDArray, decisions: NDArray)
         name: np.concatenate([getattr(outcome, name) for outcome in outcomes])[back]
         for name in ("quality", "quality_ref", "flops_ratio")
     }
-    return {"decision": decisions, **result}
+    return {"decision": core.spelled(decisions), **result}
 
 
 def evaluate(

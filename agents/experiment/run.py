@@ -317,7 +317,8 @@ def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAg
 def measured(core: Core, policy: Decides | Decided, split: str, folder: Path | None) -> dict[str, Any]:
     """The result on a split, timed if a policy decides; ``instances.csv`` is written to the folder, if there is one."""
     result = evaluate(core, policy, split, table=folder / "instances.csv" if folder else None)
-    sizes = () if isinstance(policy, Decided) else TIMED_BATCH_SIZES
+    untimed = isinstance(policy, Decided) or core.config.table is not None  # a table runs nothing
+    sizes = () if untimed else TIMED_BATCH_SIZES
     result["time"] = {str(size): time_ratio(core, policy, split, size) for size in sizes}
     return result
 

@@ -184,7 +184,7 @@ class Agent(BaseAgent):
         kwargs["network"] = getattr(self.settings, "network", None)
         with torch.random.fork_rng(devices=[]):  # to export a policy draws nothing from the agent's randomness
             torch.manual_seed(self.seed)
-            return DecisionPolicy(size, core.nvec.tolist(), core.backbone.board.names, blind=self.blind, **kwargs)
+            return DecisionPolicy(size, core.nvec.tolist(), core.switch_names, blind=self.blind, **kwargs)
 
     def _constant_policy(self, logits: torch.Tensor, **kwargs: Any) -> DecisionPolicy:
         """The same logits ``[sum(nvec)]`` for every input."""
@@ -216,7 +216,7 @@ class Agent(BaseAgent):
 
 def check_learnable(env: SwitchableVectorEnv) -> None:
     """Raise ``ValueError`` if an env's actions, observations or rewards are none that the agents here take."""
-    if env.config.action != "multi_discrete":
+    if env.config.action != "multi_discrete" and env.config.table is None:  # a table's masks have numbers
         raise ValueError(
             f"the agents of sd_gym decide by action=multi_discrete, got action={env.config.action}; leave it out (an "
             "agent of another library can have it: docs/envs.md)"

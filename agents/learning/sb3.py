@@ -57,7 +57,7 @@ class OwnNetworkPolicy(ActorCriticPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
-        n_logits = int(self.action_space.nvec.sum())
+        n_logits = self.action_net.out_features
         self.mlp_extractor.policy_net, self.action_net = own_network(self.network, self.features_dim, n_logits)
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 

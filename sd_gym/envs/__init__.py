@@ -1,9 +1,32 @@
-"""One batched core and its shells: ``gymnasium.Env``, ``gymnasium.vector.VectorEnv``, Stable-Baselines3 ``VecEnv``."""
+"""One batched core and its shells: ``gymnasium.Env``, ``gymnasium.vector.VectorEnv``, Stable-Baselines3 ``VecEnv``.
 
-from sd_gym.envs.config import ConfigError, EnvConfig
-from sd_gym.envs.core import Core, Outcome, shared_core
-from sd_gym.envs.shells import SwitchableEnv, SwitchableVectorEnv
-from sd_gym.envs.split import Split
+What needs torch is imported when it is asked for: an env of a table does not.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sd_gym.envs.config import ConfigError, EnvConfig
+    from sd_gym.envs.core import Core
+    from sd_gym.envs.outcome import Outcome
+    from sd_gym.envs.shared import shared_core
+    from sd_gym.envs.shells import SwitchableEnv, SwitchableVectorEnv
+    from sd_gym.envs.split import Split
+    from sd_gym.envs.table_shells import TableEnv, TableVectorEnv
+
+_WHERE = {
+    "ConfigError": "config",
+    "Core": "core",
+    "EnvConfig": "config",
+    "Outcome": "outcome",
+    "Split": "split",
+    "SwitchableEnv": "shells",
+    "SwitchableVectorEnv": "shells",
+    "TableEnv": "table_shells",
+    "TableVectorEnv": "table_shells",
+    "shared_core": "shared",
+}
 
 __all__ = [
     "ConfigError",
@@ -13,5 +36,13 @@ __all__ = [
     "Split",
     "SwitchableEnv",
     "SwitchableVectorEnv",
+    "TableEnv",
+    "TableVectorEnv",
     "shared_core",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'sd_gym.envs' has no attribute {name!r}")
+    return getattr(import_module(f"sd_gym.envs.{_WHERE[name]}"), name)

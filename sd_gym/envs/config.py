@@ -15,7 +15,6 @@ from sd_gym.registration import CONFIG_FOLDER, OBSERVATIONS
 from sd_gym.tasks.data import SPLITS, DataError, Source
 from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.metrics import METRICS
-from sd_gym.tasks.ranking import RANKINGS
 from sd_gym.tasks.splits import Splits
 
 SplitName = Literal["train", "validation", "test"]
@@ -30,6 +29,16 @@ Pairs = Annotated[
 ObjectiveKey = Annotated[str | ObjectiveFunction, PlainSerializer(objective_name)]
 
 LONGEST = 2**20  # tokens
+# What can be chosen of an env that takes its outcomes from a table; all else is as it was when the table was made.
+TABLE_KEYS = (
+    "split",
+    "objective",
+    "epsilon",
+    "penalty",
+    "cost_scale",
+    "multiplier_rate",
+    "vector_reward",
+)
 
 
 class ConfigError(ValueError):
@@ -84,6 +93,7 @@ class EnvConfig(BaseModel):
     stages: tuple[str, ...] = ("first",)
     dense_reward: bool = False
     device: str = "cpu"
+    table: str | None = None
 
     @property
     def source(self) -> Source:
@@ -129,22 +139,21 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
                 f"{origin}: unknown config key {key!r}{hint} Known keys: {', '.join(EnvConfig.model_fields)} "
                 f"(unexpected keyword argument {key!r})."
             )
+    if ("table" in values and "task" not in values) or values.get("table") is not None:
+        return _table_config(values, origin)
     for key in ("dataset", "backbone"):
         if values.get(key, "") is None:
             raise ConfigError(
                 f"{origin}: {key!r} has no value; pass it, as in "
                 f"gym.make({values.get('id', 'ID')!r}, dataset='reviews.jsonl', backbone='my-model')"
             )
-    try:
-        config = EnvConfig(**{key: str(value) if isinstance(value, Path) else value for key, value in values.items()})
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{origin}: config key {key!r}: {first['msg']}, got {short(first['input'])}") from error
+    config = _validated(values, origin)
     try:
         config.source  # noqa: B018  (says what is wrong with the splits)
     except DataError as error:
         raise ConfigError(f"{origin}: config key {error}") from error
+    from sd_gym.tasks.ranking import RANKINGS  # for which torch is imported; an env of a table needs none
+
     named = {
         "objective": objective_function,
         "observation": OBSERVATIONS.find,
@@ -178,6 +187,42 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
         raise ConfigError(
             f"{origin}: config key 'dense_reward': a vector_reward comes at the end; leave one of the two out"
         )
+    return config
+
+
+def _validated(values: dict[str, Any], origin: str) -> EnvConfig:
+    try:
+        return EnvConfig(**{key: str(value) if isinstance(value, Path) else value for key, value in values.items()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{origin}: config key {key!r}: {first['msg']}, got {short(first['input'])}") from error
+
+
+def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
+    """The configuration of the env that a table is of, but for ``TABLE_KEYS``; ``None`` is as the table has it."""
+    from sd_gym.envs.table import read_description
+
+    if values.get("table") is None:
+        raise ConfigError(
+            f"{origin}: 'table' has no value; pass the folder of one, as in gym.make({values.get('id', 'ID')!r}, "
+            "table='my-table'); sd-gym tabulate ENV --output my-table makes one"
+        )
+    was = read_description(Path(values["table"]))["env_config"]
+    given = {key: value for key, value in values.items() if value is not None}
+    config = _validated({**was, **given}, origin)
+    before = _validated({**was, "id": config.id, "table": config.table}, origin)
+    for key in EnvConfig.model_fields:
+        if key not in TABLE_KEYS and getattr(config, key) != getattr(before, key):
+            raise ConfigError(
+                f"{origin}: config key {key!r}: the table {config.table} is of {getattr(before, key)!r}, got "
+                f"{getattr(config, key)!r}; of a table only {', '.join(TABLE_KEYS)} can be chosen, for anything else "
+                "make another one (sd-gym tabulate)"
+            )
+    try:
+        objective_function(config.objective)
+    except ValueError as error:
+        raise ConfigError(f"{origin}: config key 'objective': {error}") from error
     return config
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -16,30 +15,15 @@ from torch import Tensor
 
 from sd_gym.backbones import load_backbone
 from sd_gym.envs.config import ConfigError, EnvConfig
+from sd_gym.envs.outcome import Outcome
+from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import ACTIONS, Actions, MultiDiscreteActions, Observation, Observations, Pooled
 from sd_gym.envs.split import Split
-from sd_gym.envs.staged import StageObservation
+from sd_gym.envs.staged import Episodes, StageObservation
 from sd_gym.objectives import quality_cost
 from sd_gym.registration import OBSERVATIONS
 
 Array = NDArray
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of some decisions; every field has one row an instance.
-
-    Attributes:
-        quality: Task quality under the decision, float64 ``[n]``.
-        quality_ref: Task quality of the dense backbone, float64 ``[n]``.
-        cost: ``max(0, quality_ref - epsilon - quality)``, float64 ``[n]``.
-        flops_ratio: FLOPs under the decision over dense FLOPs, float64 ``[n]``.
-    """
-
-    quality: Array
-    quality_ref: Array
-    cost: Array
-    flops_ratio: Array
 
 
 class Core:
@@ -109,6 +93,19 @@ class Core:
         """Sizes of the action's components: 2 a switch, then the number of token levels; int64 ``[switches + 1]``."""
         return np.array([2] * self.n_switches + [len(self.config.token_shares)], dtype=np.int64)
 
+    @property
+    def switch_names(self) -> list[str]:
+        """What each component of a decision but the last one skips."""
+        return self.backbone.board.names
+
+    def episodes(self, n: int) -> Episodes:
+        """A batch of ``n`` episodes."""
+        return Episodes(self, n)
+
+    def spelled(self, decisions: Array) -> Array:
+        """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``: here they are."""
+        return np.array(decisions, dtype=np.int64)
+
     def split(self, name: str) -> Split:
         """A split by name, loaded when first asked for."""
         if name not in self._splits:
@@ -174,14 +171,9 @@ class Core:
         return Outcome(quality, quality_ref, cost, flops_ratio)
 
 
-def shared_core(config: EnvConfig) -> Core:
-    """The core of a configuration: made once a process, since nothing in it but its caches ever changes."""
-    return _shared_core(config, OBSERVATIONS.find(config.observation))
-
-
 @lru_cache(maxsize=8)
-def _shared_core(config: EnvConfig, observation: type) -> Core:
-    """As ``shared_core``; a name may come to stand for another class."""
+def core_of(config: EnvConfig, observation: type) -> Core:
+    """As ``shared_core``, which passes the observation's class: a name may come to stand for another one."""
     return Core(config)
 
 

@@ -48,6 +48,21 @@ class Costs:
             ranking = np.where(dropped, self._backbone.flops.costs(length, length)[1][:, 0], 0)
         return always + (switched * (1 - decisions[:, :-1])).sum(axis=1) + ranking
 
+    def by_level(self) -> tuple[Array, Array]:
+        """What ``flops`` adds up, of all rows at each token level.
+
+        Returns:
+            What no switch saves, int64 ``[n, levels]``, and what each switch does, int64 ``[n, levels, switches]``.
+        """
+        rows = np.arange(len(self._encoded))
+        always, switched = [], []
+        for level in range(len(self._tokens.shares)):
+            nothing = np.zeros((len(rows), self._switched.shape[1] + 1), dtype=np.int64)
+            nothing[:, -1] = level
+            switched.append(self._costs(rows, nothing[:, -1])[1])
+            always.append(self.flops(rows, nothing) - switched[-1].sum(axis=1))
+        return np.stack(always, axis=1), np.stack(switched, axis=1)
+
     def executed_flops(self, rows: Array, decisions: Array, parts: list[Array]) -> int:
         """FLOPs that forward passes on rows really take: each row is padded to the longest that is left in its pass.
 

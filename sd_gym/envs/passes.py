@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from sd_gym.backbones import Backbone
-from sd_gym.switch import Seen, passes
+from sd_gym.switch import EVERY_LAYER, Seen, passes
 from sd_gym.tasks.dropping import TokenDropping
 from sd_gym.tasks.encoding import Encoded
 from sd_gym.tasks.instance import Instance
@@ -98,6 +98,55 @@ class Passes:
             order.append(picked)
             values.append(value(logits, labels).double().cpu().numpy())
         return np.concatenate(values)[np.argsort(np.concatenate(order))]
+
+    @torch.inference_mode()
+    def under_all(
+        self,
+        rows: Array,
+        masks: Array,
+        value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> Array:
+        """Values of each row's logits and labels under every mask, float64 ``[n, masks, values]``.
+
+        Masks that agree up to a layer share the pass up to there: it is run once and resumed for each way to go on.
+
+        Args:
+            rows: The rows.
+            masks: Decisions for all of them, all different, ``[masks, switches + 1]``.
+            value: Of logits and labels, ``[n, values]``.
+        """
+        longest = int(self.encoded.source_length[rows].max() + self.encoded.target_length[rows].max())
+        size = max(1, PASS_TOKENS // longest)
+        parts = np.split(rows, range(size, len(rows), size))
+        return np.concatenate([self._under_all(part, masks, value) for part in parts])
+
+    def _under_all(
+        self, rows: Array, masks: Array, value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> Array:
+        """As ``under_all``, the rows in one batch: depth first through the tree of masks, a stage a layer."""
+        board, inputs = self.backbone.board, self.inputs(rows)
+        stages = list(board.decided_at([EVERY_LAYER]).items())
+        found: list[Array | None] = [None] * len(masks)
+
+        def go_on(picked: Array, number: int, keep: Array | torch.Tensor | None, seen: Seen | None) -> None:
+            """Run the masks ``picked``, which agree up to the stage of that number."""
+            choices, group = np.unique(masks[picked][:, stages[number][1]], axis=0, return_inverse=True)
+            for choice in range(len(choices)):
+                agreed = picked[group.ravel() == choice]
+                skip = masks[agreed[:1], :-1]
+                if len(agreed) == 1:
+                    with board.decide(skip, keep, behind=seen):
+                        found[agreed[0]] = value(self.backbone.logits(inputs), inputs["labels"]).double().cpu().numpy()
+                else:
+                    stage, mask = stages[number + 1][0], inputs["attention_mask"]
+                    run = lambda: self.backbone.logits(inputs)  # noqa: E731
+                    reached = board.run_to(stage, run, skip, keep, mask=mask, behind=seen)
+                    go_on(agreed, number + 1, keep, reached)
+
+        for level in np.unique(masks[:, -1]):
+            picked = np.flatnonzero(masks[:, -1] == level)
+            go_on(picked, 0, self._keep_of(rows, np.tile(masks[picked[0]], (len(rows), 1)), inputs), None)
+        return np.stack(found, axis=1)
 
     def logits(self, rows: Array, decisions: Array) -> Iterator[tuple[Array, torch.Tensor, torch.Tensor]]:
         """Positions in ``rows``, logits and labels of each forward pass under decisions ``[n, switches + 1]``."""

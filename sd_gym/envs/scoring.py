@@ -121,6 +121,31 @@ class Scoring:
         values = self._passes.in_passes(rows, decisions, both)
         return self._of_score(rows, decisions, values[:, 0]), values[:, 1]
 
+    @torch.inference_mode()
+    def under_all(self, rows: Array, masks: Array) -> tuple[Array, Array]:
+        """``quality_and_likelihood`` of rows ``[n]`` under every mask: each float64 ``[n, masks]``.
+
+        Where an answer is generated, masks run one after the other; else they share what they agree on.
+
+        Args:
+            rows: The rows.
+            masks: Decisions for all of them, all different, the first one dense, ``[masks, switches + 1]``.
+        """
+        if self._measure == "of_text":
+            pairs = [self.quality_and_likelihood(rows, np.tile(mask, (len(rows), 1))) for mask in masks]
+            quality, likely = (np.stack(values, axis=1) for values in zip(*pairs, strict=True))
+            return quality, likely
+
+        def both(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return torch.stack([self._score(logits, labels), self._likelihood(logits, labels)], dim=1)
+
+        values = self._passes.under_all(rows, masks, both)
+        scores = [
+            self._of_score(rows, np.tile(mask, (len(rows), 1)), column)
+            for mask, column in zip(masks, values[..., 0].T, strict=True)
+        ]
+        return np.stack(scores, axis=1), values[..., 1]
+
     def _text_quality(self, rows: Array, texts: list[str]) -> Array:
         metric = self._config.metric if self._config.quality == "metric" else "exact_match"
         pairs = zip(rows, texts, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -14,14 +14,18 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from sd_gym.envs.config import EnvConfig, load_config
-from sd_gym.envs.core import Core, Outcome, shared_core
+from sd_gym.envs.outcome import Outcome
 from sd_gym.envs.render import Shown, pictures
+from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import Observations, as_array, each, reward_space, spaces
-from sd_gym.envs.split import Split
-from sd_gym.envs.staged import Episodes
 from sd_gym.envs.window import HAS_PYGAME, Window
 from sd_gym.objectives import Objective
 from sd_gym.registration import CONFIG_FOLDER
+
+if TYPE_CHECKING:  # an env of a table needs no torch
+    from sd_gym.envs.core import Core
+    from sd_gym.envs.split import Split
+    from sd_gym.envs.staged import Episodes
 
 RENDER_MODES = ("ansi", "rgb_array")
 # Gymnasium's checker tries every mode that an env declares, so a window is declared only where one can be opened.
@@ -29,7 +33,7 @@ SINGLE_RENDER_MODES = (*RENDER_MODES, "human") if HAS_PYGAME else RENDER_MODES
 KNOWN_AT_RESET = ("instance", "difficulty")
 
 
-def check_render_mode(render_mode: str | None, modes: tuple[str, ...]) -> None:
+def check_render_mode(render_mode: str | None, modes: Sequence[str]) -> None:
     """Raise ``ValueError`` for a mode that there is not."""
     if render_mode is not None and render_mode not in modes:
         raise ValueError(f"render_mode must be one of {', '.join(modes)} or None, got {render_mode!r}")
@@ -66,7 +70,7 @@ def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, N
     return split, np.array([split.number_of[identity] for identity in ids])
 
 
-def step_infos(split: Split, rows: NDArray, decisions: NDArray, outcome: Outcome) -> dict[str, NDArray]:
+def step_infos(core: Core, split: Split, rows: NDArray, decisions: NDArray, outcome: Outcome) -> dict[str, NDArray]:
     """The documented info of a step, one array of ``n`` values a key."""
     return {
         "quality": outcome.quality,
@@ -75,22 +79,22 @@ def step_infos(split: Split, rows: NDArray, decisions: NDArray, outcome: Outcome
         "flops_ratio": outcome.flops_ratio,
         "vector_reward": np.stack([outcome.quality, -outcome.flops_ratio], axis=1),
         "is_success": outcome.cost == 0,
-        "instance": np.array([split.instances[row].id for row in rows], dtype=object),
+        "instance": split.ids[rows],
         "difficulty": split.difficulty[rows],
-        "decision": np.array(decisions, dtype=np.int64),
+        "decision": core.spelled(decisions),
     }
 
 
 def reset_infos(core: Core, split: Split, rows: NDArray) -> dict[str, NDArray]:
     """The documented info of a reset: that of a step, with zeros for all that no decision has decided yet."""
     nothing = Outcome(*np.zeros((4, len(rows))))
-    infos = step_infos(split, rows, np.zeros((len(rows), len(core.nvec)), dtype=np.int64), nothing)
+    infos = step_infos(core, split, rows, np.zeros((len(rows), len(core.nvec)), dtype=np.int64), nothing)
     return {key: values if key in KNOWN_AT_RESET else np.zeros_like(values) for key, values in infos.items()}
 
 
 def episode_infos(core: Core, split: Split, rows: NDArray, episodes: Episodes, envs: NDArray) -> dict[str, NDArray]:
     """The info of some envs that are not yet over: that of a reset, and what is decided so far."""
-    infos = reset_infos(core, split, rows[envs]) | {"decision": episodes.decisions[envs]}
+    infos = reset_infos(core, split, rows[envs]) | {"decision": core.spelled(episodes.decisions[envs])}
     return infos | mask_infos(core, episodes, envs)
 
 
@@ -146,7 +150,7 @@ def decided(
     rewards = rewards_of(config, objective, outcome)
     if config.dense_reward:
         rewards = rewards - episodes.paid[envs]
-    infos = step_infos(split, rows[envs], episodes.decisions[envs], outcome)
+    infos = step_infos(core, split, rows[envs], episodes.decisions[envs], outcome)
     return infos | mask_infos(core, episodes, envs), rewards
 
 
@@ -236,7 +240,7 @@ class SwitchableEnv(gym.Env):
         self, config_file: str, render_mode: str | None = None, info_text: bool = False, **overrides: Any
     ) -> None:
         self._window = Window() if render_mode == "human" else None
-        check_render_mode(render_mode, SINGLE_RENDER_MODES)
+        check_render_mode(render_mode, type(self).metadata["render_modes"])
         self.config = read_config(config_file, overrides)
         self.core = shared_core(self.config)
         self.objective = self.config.make_objective()
@@ -247,7 +251,7 @@ class SwitchableEnv(gym.Env):
         self.info_text = info_text
         self._split: Split | None = None
         self._row: NDArray | None = None
-        self._episode = Episodes(self.core, 1)
+        self._episode = self.core.episodes(1)
         self._shown: Shown | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -351,7 +355,7 @@ class SwitchableVectorEnv(VectorEnv):
         autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
         **overrides: Any,
     ) -> None:
-        check_render_mode(render_mode, RENDER_MODES)
+        check_render_mode(render_mode, type(self).metadata["render_modes"])
         self.autoreset_mode = read_autoreset_mode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
         self.config = read_config(config_file, overrides)
@@ -367,7 +371,7 @@ class SwitchableVectorEnv(VectorEnv):
             self.reward_space = reward_space(self.config)  # of one env, as MO-Gymnasium's vector envs have it
         self._split: Split | None = None
         self._rows: NDArray = np.zeros(num_envs, dtype=np.int64)
-        self._episodes = Episodes(self.core, num_envs)
+        self._episodes = self.core.episodes(num_envs)
         self._shown: Shown | None = None
 
     def reset(

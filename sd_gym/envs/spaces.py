@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,21 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from sd_gym.envs.config import ConfigError, EnvConfig
-from sd_gym.envs.passes import PASS_TOKENS
-from sd_gym.envs.split import Split
 from sd_gym.errors import short
-from sd_gym.policy.observation import features_of
 from sd_gym.registration import CONFIG_FOLDER
-from sd_gym.switch import first_layer_input
-from sd_gym.tasks.ranking import STATISTICS_SIZE
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # an env of a table needs no torch
+    from torch import Tensor
+
     from sd_gym.envs.core import Core
+    from sd_gym.envs.split import Split
 
 Array = NDArray
 Observations = Array | dict[str, Array]  # of a batch: one row an instance
@@ -133,7 +130,8 @@ def as_array(actions: Any) -> Array:
     Raises:
         ValueError: If they are no array.
     """
-    if isinstance(actions, torch.Tensor):
+    torch = sys.modules.get("torch")  # who has a tensor has imported it
+    if torch is not None and isinstance(actions, torch.Tensor):
         actions = actions.detach().cpu()
         return (actions.float() if actions.is_floating_point() else actions).numpy()
     try:
@@ -222,6 +220,8 @@ class Standardised(Observation):
     """
 
     def __init__(self, core: Core) -> None:
+        from sd_gym.tasks.ranking import STATISTICS_SIZE
+
         split = core.split("train")
         features = self._features(split, np.arange(min(len(split), STATISTICS_SIZE)))
         self.mean = features.mean(axis=0)
@@ -253,6 +253,8 @@ class Pooled(Standardised):
 
     def of_hidden(self, hidden: Tensor, mask: Tensor) -> Array:
         """What is observed of the first layer's input ``[n, length, width]`` and the mask of its tokens."""
+        from sd_gym.policy.observation import features_of
+
         return self.standardised(features_of(hidden, mask).float().cpu().numpy())
 
 
@@ -265,6 +267,8 @@ class Tokens(Observation):
     """
 
     def __init__(self, core: Core) -> None:
+        from sd_gym.tasks.ranking import STATISTICS_SIZE
+
         self.length = core.config.max_source_length
         split = core.split("train")
         count, total, squares = 0, 0.0, 0.0
@@ -289,6 +293,9 @@ class Tokens(Observation):
 
     def _embedded(self, split: Split, rows: Array) -> Iterator[tuple[Array, Array, Array]]:
         """By parts: positions in ``rows``, first layer's input ``[part, longest, width]``, which tokens are there."""
+        from sd_gym.envs.passes import PASS_TOKENS
+        from sd_gym.switch import first_layer_input
+
         board = split.backbone.board
         size = max(1, PASS_TOKENS // self.length)
         for part in np.split(np.arange(len(rows)), range(size, len(rows), size)):

@@ -137,6 +137,11 @@ class Split:
         return {instance.id: row for row, instance in enumerate(self.instances)}
 
     @cached_property
+    def ids(self) -> Array:
+        """The id of each instance, strings ``[n]`` of dtype object."""
+        return np.array([instance.id for instance in self.instances], dtype=object)
+
+    @cached_property
     def paired(self) -> bool:
         """Whether inputs are pairs of texts."""
         return any(instance.source_pair is not None for instance in self.instances)

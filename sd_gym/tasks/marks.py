@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
-from sd_gym.tasks.encoding import texts_and_tokens
 from sd_gym.tasks.instance import Instance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 READ, DROPPED, CUT = 0, 1, 2
 
@@ -48,6 +49,8 @@ def marked_texts(
         prompt: As for ``encode``.
         keep: Which tokens stay, bool ``[length]``; ``None``: all.
     """
+    from sd_gym.tasks.encoding import texts_and_tokens  # for which torch is imported
+
     texts, places = texts_and_tokens(instance, tokenizer, max_source_length, prompt)
     if places is None:
         return [MarkedText(text, np.full(len(text), READ, dtype=np.int8)) for text in texts]

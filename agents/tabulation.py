@@ -1,0 +1,150 @@
+"""Tables from Python, as ``sd_gym.tabulate``: which env, and which decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sd_gym.agents.baselines.search import greedy_path
+from sd_gym.agents.experiment.folder import read_description
+from sd_gym.agents.experiment.run import run_config
+from sd_gym.agents.experiment.selection import halves
+
+from sd_gym.envs.config import ConfigError, EnvConfig, load_config
+from sd_gym.envs.core import Core
+from sd_gym.envs.shared import shared_core
+from sd_gym.envs.spaces import codebook_file, read_masks
+from sd_gym.envs.table import MOST, number_of_decisions
+from sd_gym.envs.table import read_description as read_table
+from sd_gym.envs.tabulate import write_table
+from sd_gym.registration import config_of
+from sd_gym.tasks.data import SPLITS
+
+PATH_INSTANCES = 400  # of the validation split, that a path is searched on
+ORDERED = 256  # instances of the training split whose FLOPs put masks in order
+CHOICES = "all, random:N, path, codebook or codebook:FILE"
+
+
+def tabulate(
+    env_or_run: str | Path,
+    output: str | Path,
+    *,
+    decisions: str | Sequence[str] | None = None,
+    instances: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Compute what decisions do to all instances of an env, for ``SD/Table-v0``: ``sd-gym tabulate``.
+
+    Args:
+        env_or_run: A registered id; or the folder of a run, whose env it is then.
+        output: Folder to write the table to (``sd_gym.envs.table`` says what is in it).
+        decisions: ``all``; or one or several of ``random:N`` (N masks, each of a skip rate of its own), ``path``
+            (greedily searched on the validation split, from dense to nothing), ``codebook`` (the env's) and
+            ``codebook:FILE`` (a list of masks, or the folder of a run of ``static`` or of a table). The dense mask is
+            always among them. ``None``: all where there are at most 4,096, else ``random:64``.
+        instances: So many of each split at most; ``None``: all.
+        seed: Of ``random:N``.
+        resume: Whether to go on with a table that was cut off.
+        on_progress: Called with the decisions that are done, and all there are.
+        settings: Overrides of the env's config.
+
+    Returns:
+        What ``table.json`` says of it.
+
+    Raises:
+        FileExistsError: If the folder holds a table, or anything else.
+        ValueError: If a name or setting is unknown, a choice is none, or what was cut off is another table.
+        ConfigError: If the env decides at several stages, is a table itself, or sees more than one array.
+
+    Example:
+        >>> import sd_gym
+        >>> said = sd_gym.tabulate("SD/Classification-Mini-v0", "table", decisions="random:64")  # doctest: +SKIP
+    """
+    core = shared_core(_config(str(env_or_run), settings, instances))
+    asked = [decisions] if isinstance(decisions, str) else list(decisions or ())
+    few = number_of_decisions(core.nvec) <= MOST
+    if not asked:
+        asked = ["all"] if few else ["random:64"]
+    masks = None if asked == ["all"] and few else _chosen(core, asked, seed)
+    words = "" if masks is None else " and ".join(asked) + (f", seed {seed}" if "random:" in str(asked) else "")
+    folder = Path(output)
+    write_table(core, masks, folder, chosen=words, resume=resume, on_chunk=on_progress or (lambda done, total: None))
+    return read_table(folder)
+
+
+def _config(env_or_run: str, settings: dict[str, Any], instances: int | None) -> EnvConfig:
+    """The config of an env or of a run, with so many instances of each split."""
+    if (Path(env_or_run) / "config.json").is_file():
+        config = run_config(read_description(Path(env_or_run)), settings)
+    else:
+        config = load_config(config_of(env_or_run), settings)
+    if config.table is not None:
+        raise ConfigError(f"{env_or_run} is a table itself; tabulate the env that it is of")
+    if instances is not None:
+        if instances < 1:
+            raise ValueError(f"expected at least one instance of each split, got {instances}")
+        sizes = {f"{split}_size": min(instances, config.size_of(split) or instances) for split in SPLITS}
+        config = config.model_copy(update=sizes)
+    # Of a codebook the masks are taken, and not the numbers.
+    return config.model_copy(update={"action": "multi_discrete"})
+
+
+def _chosen(core: Core, asked: Sequence[str], seed: int) -> NDArray:
+    """Different masks, ``[masks, switches + 1]``, from dense down in FLOPs.
+
+    Raises:
+        ValueError: If a choice is none.
+    """
+    dense = np.zeros((1, len(core.nvec)), dtype=np.int64)
+    masks = np.unique(np.concatenate([dense, *(_choice(core, one, seed) for one in asked)]), axis=0)
+    split = core.split("train")
+    rows = np.arange(min(len(split), ORDERED))
+    flops = [split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in masks]
+    order = np.argsort(-np.array(flops), kind="stable")
+    is_dense = ~masks[order].any(axis=1)  # to rank tokens can cost more than dropping them saves
+    return masks[np.concatenate([order[is_dense], order[~is_dense]])]
+
+
+def _choice(core: Core, asked: str, seed: int) -> NDArray:
+    """The masks that a word stands for."""
+    kind, _, value = asked.partition(":")
+    if kind == "random" and value.isdecimal() and int(value) > 0:
+        return random_masks(core.nvec, int(value), seed)
+    if asked == "path":
+        split = core.split("validation")
+        rows = halves(split)[0][:PATH_INSTANCES]
+        return np.stack(greedy_path(core, split, rows, lambda scored: None))
+    if kind == "codebook":
+        name = value or core.config.codebook
+        if name is None:
+            raise ValueError(f"{core.config.id} has no codebook; name one: codebook:FILE")
+        return read_masks(codebook_file(name), core.nvec)
+    if asked == "all":
+        raise ValueError(
+            f"{core.config.id} has {number_of_decisions(core.nvec):,} decisions; a table has all of them where there "
+            f"are at most {MOST:,}, and 'all' stands alone: choose some with random:N, path or codebook"
+        )
+    raise ValueError(f"--decisions: expected {CHOICES}, got {asked!r}")
+
+
+def random_masks(nvec: NDArray, count: int, seed: int) -> NDArray:
+    """Masks of a skip rate each, uniform from 0 to 1, so that some are near dense and some near nothing.
+
+    Args:
+        nvec: Sizes of the components.
+        count: How many, the dense one included; fewer where some come out alike.
+        seed: Of what is drawn.
+
+    Returns:
+        int64 ``[count, components]``, the dense one first.
+    """
+    random = np.random.default_rng(seed)
+    rate = random.random((count - 1, 1))
+    drawn = random.binomial(np.broadcast_to(nvec - 1, (count - 1, len(nvec))), rate)
+    return np.concatenate([np.zeros((1, len(nvec)), dtype=np.int64), drawn.astype(np.int64)])

@@ -1,0 +1,22 @@
+"""The core of a configuration, one a process; of a table, torch is not imported."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sd_gym.envs.config import EnvConfig
+from sd_gym.registration import OBSERVATIONS
+
+if TYPE_CHECKING:
+    from sd_gym.envs.core import Core
+
+
+def shared_core(config: EnvConfig) -> Core:
+    """The core of a configuration: made once a process, since nothing in it but its caches ever changes."""
+    if config.table is not None:
+        from sd_gym.envs.table import table_core
+
+        return table_core(config)
+    from sd_gym.envs.core import core_of
+
+    return core_of(config, OBSERVATIONS.find(config.observation))

@@ -1,0 +1,67 @@
+"""Envs that take the outcomes of decisions from a table: no backbone, no data set, no torch."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from gymnasium.vector import AutoresetMode
+
+from sd_gym.envs.shells import SwitchableEnv, SwitchableVectorEnv
+
+
+class TableEnv(SwitchableEnv):
+    """The env that a table is of, with outcomes looked up: a step takes microseconds.
+
+    Everything is as ``SwitchableEnv`` has it, but for:
+
+    Action Space:
+        As of the env that the table is of (``MultiDiscrete``), where the table has all decisions; else ``Discrete(K)``,
+        the number of one of its K masks, the first of which is dense. ``info["decision"]`` is the mask.
+
+    Observation Space:
+        As of the env that the table is of, a ``Box``.
+
+    Arguments:
+        table: Folder of the table, as ``sd-gym tabulate`` writes it.
+        overrides: ``split``, ``objective``, ``epsilon``, ``penalty``, ``cost_scale``, ``multiplier_rate`` and
+            ``vector_reward``; what is left out is as in the env that the table is of.
+
+    Raises:
+        ConfigError: If there is no ``table``, or a key or value is wrong.
+        FileNotFoundError: If the folder holds no table.
+        ValueError: If the table is damaged, not complete, or of another version; or for a ``render_mode`` or
+            ``info_text``: a table has no texts.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "render_fps": 1}
+
+    def __init__(
+        self, config_file: str, render_mode: str | None = None, info_text: bool = False, **overrides: Any
+    ) -> None:
+        _check_shows(render_mode, info_text)
+        super().__init__(config_file, **overrides)
+
+
+class TableVectorEnv(SwitchableVectorEnv):
+    """``TableEnv`` for a batch, as ``SwitchableVectorEnv`` is ``SwitchableEnv``; arguments as of both."""
+
+    metadata: ClassVar[dict[str, Any]] = {**TableEnv.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(
+        self,
+        config_file: str,
+        num_envs: int = 1,
+        render_mode: str | None = None,
+        info_text: bool = False,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
+        **overrides: Any,
+    ) -> None:
+        _check_shows(render_mode, info_text)
+        super().__init__(config_file, num_envs, autoreset_mode=autoreset_mode, **overrides)
+
+
+def _check_shows(render_mode: str | None, info_text: bool) -> None:
+    """Raise ``ValueError`` if a text is to be shown."""
+    if render_mode is not None or info_text:
+        asked = f"render_mode={render_mode!r}" if render_mode is not None else "info_text"
+        raise ValueError(f"a table has outcomes and no texts, so there is nothing to show; leave out {asked}")
