@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import sd_gym
+
 WORDS = ["good", "bad", "fine", "awful", "the", "food", "was", "not", "room"]
 
 _BART = {
@@ -218,7 +220,11 @@ def varied(row, field, count=20):
 @pytest.fixture
 def reviews(tmp_path) -> Path:
     """Forty labelled reviews in one JSONL file, all of them different."""
-    file = tmp_path / "reviews.jsonl"
+    return write_reviews(tmp_path / "reviews.jsonl")
+
+
+def write_reviews(file):
+    """As ``reviews``."""
     rows = []
     for number in range(40):
         label = number % 2
@@ -229,3 +235,27 @@ def reviews(tmp_path) -> Path:
         rows.append({"text": text, "label": label})
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+@pytest.fixture(scope="session")
+def table_source(tmp_path_factory, tiny_backbone):
+    """An env of six switches and two token levels, 128 decisions: its id and settings."""
+    file = write_reviews(tmp_path_factory.mktemp("data") / "reviews.jsonl")
+    settings = {"dataset": str(file), "backbone": str(tiny_backbone), "splits": {}, "token_shares": [0.0, 0.5]}
+    return "SD/Classification-Custom-v0", settings
+
+
+@pytest.fixture(scope="session")
+def full_table(tmp_path_factory, table_source) -> str:
+    """A table of all decisions."""
+    folder = tmp_path_factory.mktemp("tables") / "full"
+    sd_gym.tabulate(table_source[0], folder, **table_source[1])
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def small_table(tmp_path_factory, table_source) -> str:
+    """A table of some decisions."""
+    folder = tmp_path_factory.mktemp("tables") / "some"
+    sd_gym.tabulate(table_source[0], folder, decisions=["random:12", "path"], **table_source[1])
+    return str(folder)

@@ -43,8 +43,10 @@ def tiny_generator(tmp_path_factory, tiny_tokenizer):
 
 
 @pytest.fixture(params=sd_gym.registered_ids())
-def env_arguments(request, reviews, tiny_backbone, tiny_generator, tmp_path):
+def env_arguments(request, reviews, tiny_backbone, tiny_generator, full_table, tmp_path):
     """(id, keyword arguments that make it small or give a Custom env its data and backbone)."""
+    if "Table" in request.param:
+        return request.param, {"table": full_table}
     if "Mini" in request.param:
         return request.param, SMALL
     if "Classification" in request.param:

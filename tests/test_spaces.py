@@ -509,6 +509,8 @@ def test_the_safety_wrapper_has_a_cost_beside_the_reward(tiny):
 
 def test_every_configuration_explains_the_keys():
     for file in config_files():
+        if file.stem == "table":  # its spaces are those of the env that the table is of
+            continue
         lines = file.read_text().splitlines()
         book = () if file.stem.endswith("staged") else ("codebook",)  # which holds whole decisions
         for key in ("action", *book, "observation", "vector_reward"):

@@ -133,7 +133,7 @@ class Passes:
             choices, group = np.unique(masks[picked][:, stages[number][1]], axis=0, return_inverse=True)
             for choice in range(len(choices)):
                 agreed = picked[group.ravel() == choice]
-                skip = masks[agreed[:1], :-1]
+                skip = np.tile(masks[agreed[0], :-1], (1 if keep is None else len(rows), 1))
                 if len(agreed) == 1:
                     with board.decide(skip, keep, behind=seen):
                         found[agreed[0]] = value(self.backbone.logits(inputs), inputs["labels"]).double().cpu().numpy()

@@ -150,7 +150,7 @@ class TableObservation:
 
     def observe(self, split: TableSplit, rows: Array) -> Array:
         """New arrays, float32 ``[n, ...]``."""
-        return split.tensors["observations"][rows]
+        return np.take(split.tensors["observations"], rows, axis=0)
 
 
 class TableScoring:
@@ -165,9 +165,10 @@ class TableScoring:
         found = self._codes[rows, masks]
         return found.astype(np.float64) if self._values is None else self._values[found]
 
-    def of_masks(self) -> Array:
-        """Quality of all rows under all masks, float64 ``[n, masks]``."""
-        return self._codes.astype(np.float64) if self._values is None else self._values[self._codes]
+    def of_masks(self, rows: Array) -> Array:
+        """Quality of rows ``[n]`` under all masks, float64 ``[n, masks]``."""
+        found = self._codes[rows]
+        return found.astype(np.float64) if self._values is None else self._values[found]
 
     def quality(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
         """Quality under the decisions and dense quality, each float64 ``[n]``."""
@@ -215,15 +216,15 @@ class TableCosts:
         """FLOPs of the dense backbone, int64 ``[n]``."""
         return self._dense[rows]
 
-    def of_masks(self) -> Array:
-        """FLOPs ratio of all rows under all masks, float64 ``[n, masks]``."""
-        found = np.empty((len(self._dense), len(self._runs)))
+    def of_masks(self, rows: Array) -> Array:
+        """FLOPs ratio of rows ``[n]`` under all masks, float64 ``[n, masks]``."""
+        found = np.empty((len(rows), len(self._runs)))
         for level in np.unique(self._level):
             at = self._level == level
             # Products of whole numbers below 2^53 are exact in float64 too, which is multiplied much faster.
-            switched = self._switched[:, level].astype(np.float64) @ self._runs[at].T.astype(np.float64)
-            found[:, at] = self._always[:, level, None] + switched
-        return found / self._dense[:, None]
+            switched = self._switched[rows, level].astype(np.float64) @ self._runs[at].T.astype(np.float64)
+            found[:, at] = self._always[rows, level, None] + switched
+        return found / self._dense[rows, None]
 
 
 class TableSplit:
@@ -413,6 +414,7 @@ class TableCore:
         self.actions: Actions = (
             MultiDiscreteActions(config, self.nvec) if self.exhaustive else MaskActions(len(self.masks))
         )
+        self._decided = MultiDiscreteActions(config, self.nvec)
         self.observation = TableObservation(said["observation"])
         self._splits: dict[str, TableSplit] = {}
 
@@ -475,15 +477,14 @@ class TableCore:
         Raises:
             ValueError: If the decisions are malformed.
         """
-        decisions = np.asarray(decisions)
-        if decisions.shape != (len(rows), len(self.nvec)) or (decisions < 0).any() or (decisions >= self.nvec).any():
-            raise ValueError(
-                f"expected decisions of shape {(len(rows), len(self.nvec))}, each below {self.nvec.tolist()}, got "
-                f"{short(decisions)}"
-            )
+        decisions = self.checked(decisions, len(rows))
         quality, quality_ref = split.scoring.quality(rows, decisions)
         cost = quality_cost(quality, quality_ref, self.config.epsilon)
         return Outcome(quality, quality_ref, cost, split.costs.flops_ratio(rows, decisions))
+
+    def checked(self, decisions: Any, n: int) -> Array:
+        """Decisions, int64 ``[n, components]``; raises ``ValueError`` if they are none of this table."""
+        return self._decided.decisions(decisions, n)
 
     def decided_logits(self, *_: Any) -> None:
         """There are none.

@@ -1,0 +1,157 @@
+"""What is exactly known of a table: the best static mask, the oracle, the best of few masks, and a policy's regret."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sd_gym.envs.table import TableSplit
+
+Array = NDArray
+ROWS = 256  # that are looked at together under all masks
+SLACK = 1e-9  # of a mean quality: sums of many numbers differ in their last bits
+
+
+class Exact(NamedTuple):
+    """Decisions on a split, and what comes of them.
+
+    Attributes:
+        masks: Number of the mask of each instance, int64 ``[n]``.
+        quality: Mean.
+        quality_ref: Mean of the dense backbone.
+        flops_ratio: Mean.
+    """
+
+    masks: Array
+    quality: float
+    quality_ref: float
+    flops_ratio: float
+
+
+def best_static(split: TableSplit, loss: float = 0.0) -> Exact:
+    """The one mask for all instances with the fewest FLOPs, of those that lose at most ``loss`` of the mean quality.
+
+    Args:
+        split: A split of a table.
+        loss: In the task's unit.
+    """
+    quality, flops = np.zeros(len(split.core.masks)), np.zeros(len(split.core.masks))
+    for _, under, cost in _parts(split):
+        quality += under.sum(axis=0)
+        flops += cost.sum(axis=0)
+    kept = quality / len(split) >= quality[0] / len(split) - loss - SLACK
+    best = int(np.where(kept, flops, np.inf).argmin())
+    return _exact(split, np.full(len(split), best))
+
+
+def oracle(split: TableSplit, loss: float = 0.0) -> Exact:
+    """The mask with the fewest FLOPs of each instance, of those that lose it at most ``loss`` of its quality.
+
+    It looks at the answers, and a lucky wrong way counts as right: a bound, and no target.
+
+    Args:
+        split: A split of a table.
+        loss: In the task's unit, of each instance.
+    """
+    return _cheapest(split, np.arange(len(split.core.masks)), loss)
+
+
+def best_of_few(split: TableSplit, size: int, loss: float = 0.0) -> tuple[Array, Exact]:
+    """The oracle on few masks, which are chosen one by one, each the one by which it saves most.
+
+    The savings are at least 63% of those of the best choice (Nemhauser, Wolsey and Fisher 1978), which cannot be found
+    in reasonable time.
+
+    Args:
+        split: A split of a table.
+        size: How many masks, the dense one included.
+        loss: As of ``oracle``.
+
+    Returns:
+        Their numbers, the dense one first, and what the oracle does on them.
+
+    Raises:
+        ValueError: If there is no size.
+    """
+    if size < 1:
+        raise ValueError(f"expected at least one mask, the dense one, got {size}")
+    chosen, best = [0], np.zeros(len(split))
+    while len(chosen) < size:
+        gain = np.zeros(len(split.core.masks))
+        for rows, quality, flops in _parts(split):
+            gain += np.maximum(_savings(quality, flops, loss) - best[rows, None], 0).sum(axis=0)
+        if gain.max() <= 0:
+            break
+        chosen.append(int(gain.argmax()))
+        for rows, quality, flops in _parts(split):
+            best[rows] = np.maximum(best[rows], _savings(quality, flops, loss)[:, chosen[-1]])
+    return np.array(chosen), _cheapest(split, np.array(chosen), loss)
+
+
+def outcome(split: TableSplit, policy: Callable[[Array], Array]) -> Exact:
+    """What a policy does on a split.
+
+    Args:
+        split: A split of a table.
+        policy: From observations ``[n, ...]`` to decisions ``[n, components]``, such as ``DecisionPolicy.decide``.
+    """
+    return _exact(split, _decided(split, policy))
+
+
+def regret(split: TableSplit, policy: Callable[[Array], Array]) -> Array:
+    """How much less reward each instance gets from a policy than from the best of all masks, float64 ``[n]``.
+
+    The reward is that of the table's config; of a ``lagrangian`` at the penalty that it starts with.
+
+    Args:
+        split: A split of a table.
+        policy: As of ``outcome``.
+    """
+    masks, lost, config = _decided(split, policy), np.empty(len(split)), split.config
+    objective = config.make_objective()
+    constants = {"epsilon": config.epsilon, "penalty": config.penalty, "cost_scale": config.cost_scale}
+    for rows, quality, flops in _parts(split):
+        reference = np.repeat(quality[:, 0], quality.shape[1])
+        given = objective.function(quality.ravel(), reference, flops.ravel(), **constants)
+        rewards = np.asarray(given).reshape(quality.shape)
+        lost[rows] = rewards.max(axis=1) - rewards[np.arange(len(rows)), masks[rows]]
+    return lost
+
+
+def _parts(split: TableSplit) -> Iterator[tuple[Array, Array, Array]]:
+    """Rows, and their quality and FLOPs ratio under all masks, ``[rows, masks]`` each; some rows after the other."""
+    for start in range(0, len(split), ROWS):
+        rows = np.arange(start, min(start + ROWS, len(split)))
+        yield rows, split.scoring.of_masks(rows), split.costs.of_masks(rows)
+
+
+def _savings(quality: Array, flops: Array, loss: float) -> Array:
+    """What each mask saves of the FLOPs where it keeps the quality, ``[rows, masks]``; elsewhere nothing."""
+    return np.where(quality >= quality[:, :1] - loss, 1 - flops, 0.0)
+
+
+def _cheapest(split: TableSplit, chosen: Array, loss: float) -> Exact:
+    """Of each instance, the cheapest of the chosen masks that keeps its quality; the dense one does."""
+    masks = np.zeros(len(split), dtype=np.int64)
+    for rows, quality, flops in _parts(split):
+        kept = quality[:, chosen] >= quality[:, :1] - loss
+        masks[rows] = chosen[np.where(kept, flops[:, chosen], np.inf).argmin(axis=1)]
+    return _exact(split, masks)
+
+
+def _decided(split: TableSplit, policy: Callable[[Array], Array]) -> Array:
+    """Numbers of the masks that a policy decides, int64 ``[n]``."""
+    core, rows = split.core, np.arange(len(split))
+    return core.masks_of(core.checked(policy(core.observe(split, rows)), len(rows)))
+
+
+def _exact(split: TableSplit, masks: Array) -> Exact:
+    rows, quality, flops = np.arange(len(split)), np.empty(len(split)), np.empty(len(split))
+    reference = np.empty(len(split))
+    for some, under, cost in _parts(split):
+        at = rows[: len(some)], masks[some]
+        quality[some], flops[some], reference[some] = under[at], cost[at], under[:, 0]
+    return Exact(masks, float(quality.mean()), float(reference.mean()), float(flops.mean()))

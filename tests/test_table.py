@@ -1,0 +1,437 @@
+"""Tables: the env that looks up is the env that computes; what is exactly known of one; what is damaged is told."""
+
+import copy
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from itertools import combinations, product
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stable_baselines3.common.env_checker import check_env as check_sb3_env
+from typer.testing import CliRunner
+
+import sd_gym
+from sd_gym.cli import app
+from sd_gym.envs import ConfigError, Outcome, shared_core
+from sd_gym.envs.config import load_config
+from sd_gym.envs.exact import best_of_few, best_static, oracle, outcome, regret
+from sd_gym.envs.sb3 import SwitchableVecEnv
+from sd_gym.envs.scoring import Scoring
+from sd_gym.policy import DecisionPolicy
+from sd_gym.registration import config_of
+from sd_gym.registry import UnknownNameError
+from tests.test_conventions import assert_same
+from tests.test_envs import SMALL, STEP_INFO
+
+ID = "SD/Table-v0"
+SPLITS = ("train", "validation", "test")
+
+
+def core_of(env_id, **keys):
+    return shared_core(load_config(config_of(env_id), keys))
+
+
+@pytest.fixture(params=["full", "some"])
+def table(request, full_table, small_table):
+    return full_table if request.param == "full" else small_table
+
+
+def same_outcomes(looked_up, computed):
+    """Every split, mask and instance: quality, FLOPs and what is known of the instance, exactly."""
+    for name in SPLITS:
+        ours, theirs = looked_up.split(name), computed.split(name)
+        rows = np.arange(len(theirs))
+        np.testing.assert_array_equal(looked_up.observe(ours, rows), computed.observe(theirs, rows))
+        np.testing.assert_array_equal(ours.ids, theirs.ids)
+        np.testing.assert_array_equal(ours.difficulty, theirs.difficulty)
+        np.testing.assert_array_equal(ours.levels, theirs.levels)
+        assert_same(ours.facts(), {key: np.asarray(values) for key, values in theirs.facts().items()})
+        assert ours.provenance == json.loads(json.dumps(theirs.provenance))
+        for number, mask in enumerate(looked_up.masks):
+            decision = mask if looked_up.exhaustive else [number]
+            came = looked_up.score(ours, rows, np.tile(decision, (len(rows), 1)))
+            expected = computed.score(theirs, rows, np.tile(mask, (len(rows), 1)))
+            for key in Outcome.__dataclass_fields__:
+                np.testing.assert_array_equal(
+                    getattr(came, key), getattr(expected, key), err_msg=f"{name} {key} {mask}"
+                )
+
+
+def test_a_table_is_the_env_that_it_is_of(table, table_source):
+    looked_up, computed = core_of(ID, table=table), core_of(table_source[0], **table_source[1])
+    assert looked_up.backbone.board.names == computed.backbone.board.names
+    assert looked_up.backbone.weights == computed.backbone.weights
+    assert looked_up.data.identity() == computed.data.identity()
+    same_outcomes(looked_up, computed)
+    if looked_up.exhaustive:
+        np.testing.assert_array_equal(looked_up.masks, list(product(*map(range, computed.nvec))))
+
+
+@pytest.mark.parametrize("env_id", ["SD/Classification-Mini-v0", "SD/QuestionAnswering-Mini-v0"])
+def test_a_table_of_an_encoder_and_a_decoder(env_id, tmp_path):
+    """Quality of logits, through the tree of passes; difficulties, and facts in words."""
+    sizes = dict.fromkeys(SMALL, 6)
+    sd_gym.tabulate(env_id, tmp_path, decisions=["random:6", "codebook"], instances=6, token_shares=[0.0, 0.3])
+    same_outcomes(core_of(ID, table=str(tmp_path)), core_of(env_id, token_shares=[0.0, 0.3], **sizes))
+
+
+def test_a_table_of_generated_texts(tmp_path):
+    """Whose quality is graded: as it is, not rounded."""
+    keys = {"quality": "metric", "metric": "rouge", **dict.fromkeys(SMALL, 4)}
+    sd_gym.tabulate("SD/Summarization-Mini-v0", tmp_path, decisions="random:4", **keys)
+    same_outcomes(core_of(ID, table=str(tmp_path)), core_of("SD/Summarization-Mini-v0", **keys))
+
+
+def test_steps_are_those_of_the_env(full_table, table_source):
+    """The same seeds and actions: the same observations, rewards and infos."""
+    ours = gym.make_vec(ID, num_envs=5, table=full_table, objective="scalarized", epsilon=0.0)
+    theirs = gym.make_vec(table_source[0], num_envs=5, objective="scalarized", epsilon=0.0, **table_source[1])
+    assert ours.single_action_space == theirs.single_action_space
+    assert ours.single_observation_space == theirs.single_observation_space
+    assert_same(ours.reset(seed=3), theirs.reset(seed=3))
+    random = np.random.default_rng(0)
+    for _ in range(4):
+        actions = random.integers(2, size=ours.action_space.shape)
+        assert_same(ours.step(actions), theirs.step(actions))
+
+
+def test_the_number_of_a_mask_stands_for_it(small_table, table_source):
+    masks = np.array(json.loads((Path(small_table) / "codebook.json").read_text()))
+    assert not masks[0].any()
+    ours = gym.make(ID, table=small_table)
+    theirs = gym.make(table_source[0], action="discrete", codebook=small_table, **table_source[1])
+    assert ours.action_space == theirs.action_space == gym.spaces.Discrete(len(masks))
+    for number, mask in enumerate(masks):
+        assert_same(ours.reset(seed=number), theirs.reset(seed=number))
+        came = ours.step(number)
+        assert_same(came, theirs.step(number))
+        np.testing.assert_array_equal(came[4]["decision"], mask)
+
+
+def test_both_checkers_pass(table):
+    env = gym.make(ID, table=table)
+    check_env(env.unwrapped)
+    check_sb3_env(env.unwrapped)
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_vector_envs_are_as_gymnasium_has_them(mode, table):
+    """As ``SyncVectorEnv`` of single envs in all modes, seeds a list; a twin does the same."""
+    ours, twin = (gym.make_vec(ID, num_envs=3, autoreset_mode=mode, table=table) for _ in range(2))
+    made = [lambda: gym.make(ID, table=table) for _ in range(3)]
+    theirs = SyncVectorEnv(made, autoreset_mode=mode)
+    seeds = [4, 5, 6]
+    observations, infos = ours.reset(seed=seeds)
+    assert_same((observations, infos), twin.reset(seed=seeds))
+    np.testing.assert_array_equal(observations, theirs.reset(seed=seeds)[0])
+    ours.action_space.seed(0)
+    for _ in range(4):
+        actions = ours.action_space.sample()
+        came = ours.step(actions)
+        assert_same(came, twin.step(actions))
+        for mine, yours in zip(came[:4], theirs.step(actions)[:4], strict=True):
+            np.testing.assert_array_equal(mine, yours)
+        if mode == AutoresetMode.DISABLED:
+            options = {"reset_mask": np.ones(3, dtype=bool)}
+            assert_same(ours.reset(options=options), twin.reset(options=options))
+            theirs.reset(options=options)
+    assert set(came[4].get("final_info", came[4])) >= STEP_INFO
+
+
+def test_copies_go_on_alike(table):
+    env = gym.make_vec(ID, num_envs=3, table=table).unwrapped
+    env.reset(seed=1)
+    twins = [copy.deepcopy(env), pickle.loads(pickle.dumps(env))]
+    assert all(twin.core is env.core for twin in twins)
+    again = gym.make_vec(ID, num_envs=3, table=table).unwrapped
+    again.reset(seed=9)
+    again.load_state(json.loads(json.dumps(env.state())))
+    actions = env.action_space.sample()
+    came = env.step(actions)
+    for twin in (*twins, again):
+        assert_same(came, twin.step(actions))
+
+
+def test_stable_baselines3_takes_it(table):
+    env = SwitchableVecEnv(gym.make_vec(ID, num_envs=3, table=table).unwrapped)
+    env.reset()
+    actions = np.array([env.action_space.sample() for _ in range(3)])
+    _, rewards, dones, infos = env.step(actions)
+    assert rewards.shape == (3,)
+    assert dones.all()
+    assert set(infos[0]) >= STEP_INFO | {"terminal_observation"}
+
+
+def test_neither_torch_nor_a_data_set_is_needed(table):
+    program = (
+        "import sys\n"
+        "blocked = ('torch', 'transformers', 'datasets', 'tokenizers', 'stable_baselines3', 'scipy', 'sklearn',\n"
+        "           'matplotlib', 'accelerate', 'tensorboard')\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in blocked:\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "import gymnasium as gym, sd_gym\n"
+        f"for env in (gym.make('SD/Table-v0', table={table!r}),\n"
+        f"            gym.make_vec('SD/Table-v0', num_envs=4, table={table!r})):\n"
+        "    env.reset(seed=0)\n"
+        "    env.step(env.action_space.sample())\n"
+        "from sd_gym.envs.exact import best_static, oracle\n"
+        "print(best_static(env.unwrapped.core.split('test'), 0.1).flops_ratio)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+# --- making one -----------------------------------------------------------------------------------------------------
+
+
+def contents_of(folder):
+    return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.name != ".lock"}
+
+
+def test_a_table_that_was_cut_off_goes_on_and_becomes_the_same(tmp_path, monkeypatch, table_source, small_table):
+    env_id, keys = table_source
+    asked = {"decisions": ["random:12", "path"], **keys}
+    monkeypatch.setattr("sd_gym.envs.tabulate.CHUNK", 7)
+    whole = tmp_path / "whole"
+    sd_gym.tabulate(env_id, whole, **asked)
+    under_all, calls = Scoring.under_all, []
+
+    def killed(self, rows, masks):
+        calls.append(len(rows))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return under_all(self, rows, masks)
+
+    monkeypatch.setattr(Scoring, "under_all", killed)
+    cut = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        sd_gym.tabulate(env_id, cut, **asked)
+    with pytest.raises(ValueError, match="not complete; go on with sd-gym tabulate --resume"):
+        gym.make(ID, table=str(cut))
+    with pytest.raises(FileExistsError, match="cut off; go on with --resume"):
+        sd_gym.tabulate(env_id, cut, **asked)
+    with pytest.raises(ValueError, match="another chosen"):
+        sd_gym.tabulate(env_id, cut, resume=True, decisions="random:3", **keys)
+    done = []
+    sd_gym.tabulate(env_id, cut, resume=True, on_progress=lambda *counts: done.append(counts), **asked)
+    assert contents_of(cut) == contents_of(whole)
+    assert done[-1][0] == done[-1][1]
+    assert len(calls) == len(done) + 1  # the chunk that was cut off is the only one that ran twice
+    with pytest.raises(FileExistsError, match="holds a table"):
+        sd_gym.tabulate(env_id, cut, resume=True, **asked)
+
+
+def test_another_folder_is_left_alone(tmp_path, table_source):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"it holds mine\.txt"):
+        sd_gym.tabulate(table_source[0], tmp_path, **table_source[1])
+    assert contents_of(tmp_path) == {"mine.txt": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "words"),
+    [
+        ({"decisions": "most"}, ValueError, "expected all, random:N, path, codebook or codebook:FILE, got 'most'"),
+        ({"decisions": "random:0"}, ValueError, "got 'random:0'"),
+        ({"decisions": ["all", "path"]}, ValueError, "'all' stands alone"),
+        ({"decisions": "codebook:none.json"}, FileNotFoundError, r"no codebook at none\.json"),
+        ({"instances": 0}, ValueError, "at least one instance"),
+        ({"observation": "tokens"}, ConfigError, "observations that are one array"),
+        ({"stages": ["first", "encoder.1"]}, ConfigError, "decisions of one stage"),
+        ({"epsilom": 1}, ConfigError, "did you mean 'epsilon'"),
+    ],
+)
+def test_what_cannot_be_tabulated_is_told(keys, error, words, tmp_path, table_source):
+    with pytest.raises(error, match=words):
+        sd_gym.tabulate(table_source[0], tmp_path / "table", **{**table_source[1], **keys})
+    assert not (tmp_path / "table").exists()
+
+
+def test_a_table_is_not_tabulated(full_table, tmp_path):
+    with pytest.raises(ConfigError, match="is a table itself"):
+        sd_gym.tabulate(ID, tmp_path / "again", table=full_table)
+    with pytest.raises(UnknownNameError):
+        sd_gym.tabulate("SD/Nothing-v0", tmp_path / "again")
+
+
+def test_the_command(tmp_path, table_source):
+    sets = [f"--set={key}={json.dumps(value)}" for key, value in table_source[1].items()]
+    asked = ["tabulate", table_source[0], "--output", str(tmp_path / "table"), "--decisions", "random:3", *sets]
+    done = CliRunner().invoke(app, [*asked, "--instances", "5", "--seed", "2"])
+    assert done.exit_code == 0, done.output
+    assert "3 decisions (random:3, seed 2) on instances: 5 of train, 4 of validation, 4 of test" in done.output
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 2
+
+
+# --- what is wrong with one -----------------------------------------------------------------------------------------
+
+
+def edited(folder, **values):
+    said = json.loads((folder / "table.json").read_text())
+    (folder / "table.json").write_text(json.dumps({**said, **values}))
+
+
+def shortened(folder):
+    file = folder / "test.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def swapped(folder):
+    shutil.copy(folder / "train.safetensors", folder / "test.safetensors")
+
+
+DAMAGES = {
+    "another version": (lambda folder: edited(folder, format=2), "expected a table of format 1, got 2"),
+    "not complete": (lambda folder: edited(folder, complete=False), "not complete"),
+    "no switches": (lambda folder: edited(folder, backbone=None), "'backbone' is None"),
+    "no JSON": (lambda folder: (folder / "table.json").write_text("{"), "damaged: expected JSON"),
+    "no table": (lambda folder: (folder / "table.json").unlink(), r"no table\.json in .*; expected a table"),
+    "no split": (lambda folder: (folder / "test.safetensors").unlink(), r"no test\.safetensors"),
+    "cut": (shortened, "damaged: expected safetensors"),
+    "swapped": (swapped, "damaged: expected quality of shape"),
+    "no ids": (lambda folder: (folder / "test.json").write_text("{}"), "expected the ids of"),
+    "no codebook": (lambda folder: (folder / "codebook.json").unlink(), r"codebook\.json"),
+    "other masks": (lambda folder: (folder / "codebook.json").write_text("[[0, 0]]"), "expected 7: one for each of"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_damaged_table_is_told(what, small_table, tmp_path):
+    folder = tmp_path / "table"
+    shutil.copytree(small_table, folder)
+    damage, words = DAMAGES[what]
+    damage(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        gym.make(ID, table=str(folder)).reset(options={"split": "test"})
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({}, "'table' has no value; pass the folder of one"),
+        ({"backbone": "mini"}, "the table .* is of .*, got 'mini'; of a table only split, objective"),
+        ({"epsilom": 1}, "did you mean 'epsilon'"),
+        ({"epsilon": -1}, "config key 'epsilon'"),
+        ({"objective": "riskily"}, "unknown objective 'riskily'"),
+        ({"render_mode": "ansi"}, "nothing to show"),
+        ({"info_text": True}, "nothing to show"),
+    ],
+)
+def test_what_a_table_cannot_be_asked_for(keys, words, full_table):
+    table = {"table": full_table} if keys else {}
+    with pytest.raises(ValueError, match=words):
+        gym.make(ID, disable_env_checker=True, **table, **keys)
+
+
+# --- what is exactly known ------------------------------------------------------------------------------------------
+
+
+def matrices(split):
+    """Quality and FLOPs ratio of all rows under all masks, one decision after the other."""
+    core, rows = split.core, np.arange(len(split))
+    decisions = core.masks if core.exhaustive else np.arange(len(core.masks))[:, None]
+    came = [core.score(split, rows, np.tile(decision, (len(rows), 1))) for decision in decisions]
+    return np.stack([one.quality for one in came], axis=1), np.stack([one.flops_ratio for one in came], axis=1)
+
+
+@given(loss=st.sampled_from([0.0, 0.05, 0.2, 1.0]), name=st.sampled_from(SPLITS), full=st.booleans())
+@settings(max_examples=12, deadline=None)
+def test_the_figures_are_those_of_brute_force(full_table, small_table, loss, name, full):
+    split = core_of(ID, table=full_table if full else small_table).split(name)
+    quality, flops = matrices(split)
+    best = best_static(split, loss)
+    allowed = quality[:, 0].mean() - loss
+    assert best.quality >= allowed - 1e-9
+    np.testing.assert_allclose(
+        best.flops_ratio,
+        min(flops[:, k].mean() for k in range(flops.shape[1]) if quality[:, k].mean() >= allowed - 1e-9),
+    )
+    found = oracle(split, loss)
+    cheapest = [min(f[q >= q[0] - loss]) for q, f in zip(quality, flops, strict=True)]
+    np.testing.assert_allclose(found.flops_ratio, np.mean(cheapest))
+    rows = np.arange(len(split))
+    np.testing.assert_array_equal(quality[rows, found.masks] >= quality[:, 0] - loss, True)
+    assert found.quality == pytest.approx(quality[rows, found.masks].mean())
+
+
+def test_few_masks_save_nearly_what_the_best_few_do(small_table):
+    split = core_of(ID, table=small_table).split("validation")
+    quality, flops = matrices(split)
+    savings = np.where(quality >= quality[:, :1], 1 - flops, 0.0)
+    everything = 1 - oracle(split).flops_ratio
+    for size in (1, 2, 3):
+        masks, found = best_of_few(split, size)
+        best = max(savings[:, [0, *few]].max(axis=1).mean() for few in combinations(range(1, len(flops[0])), size - 1))
+        assert masks[0] == 0
+        assert len(masks) <= size
+        assert 0.63 * best - 1e-9 <= 1 - found.flops_ratio <= best + 1e-9
+    assert 1 - best_of_few(split, len(flops[0]))[1].flops_ratio == pytest.approx(everything)
+
+
+def test_regret_is_what_the_best_reward_of_each_instance_is_more(full_table):
+    split = core_of(ID, table=full_table).split("test")
+    quality, flops = matrices(split)
+    kept = quality >= quality[:, :1] - split.config.epsilon
+    rewards = np.where(kept, 1 - flops, -split.config.penalty * (quality[:, :1] - split.config.epsilon - quality))
+    decision = np.array([1, 0, 1, 0, 0, 0, 1])
+
+    def policy(observations):
+        return np.tile(decision, (len(observations), 1))
+
+    number = int(np.flatnonzero((split.core.masks == decision).all(axis=1))[0])
+    lost = regret(split, policy)
+    np.testing.assert_allclose(lost, rewards.max(axis=1) - rewards[:, number], atol=1e-12)
+    came = outcome(split, policy)
+    assert (came.quality, came.flops_ratio) == pytest.approx((quality[:, number].mean(), flops[:, number].mean()))
+    with pytest.raises(ValueError, match="expected actions of shape"):
+        regret(split, lambda observations: np.zeros((len(observations), 2), dtype=int))
+
+
+# --- agents ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algo", ["ppo", "a2c_lex", "reinforce", "imitation", "static", "oracle", "dense", "random"])
+def test_agents_learn_on_a_table(algo, table, tmp_path):
+    """Selection and evaluation included; the run can be evaluated again."""
+    result = sd_gym.train(ID, algo, tmp_path, steps=256, table=table)
+    assert 0 <= result["flops_ratio"] <= 1.5
+    assert result["time"] == {}
+    if algo != "oracle":
+        again = sd_gym.evaluate(ID, tmp_path)
+        assert again["quality"] == result["quality"]
+        assert again["flops_ratio"] == result["flops_ratio"]
+        came = outcome(core_of(ID, table=table).split("test"), DecisionPolicy.load(tmp_path).decide)
+        assert came.flops_ratio == pytest.approx(result["flops_ratio"])
+
+
+@pytest.mark.parametrize("algo", ["early-exit"])
+def test_agents_that_look_at_the_backbone_say_so(algo, table, tmp_path):
+    with pytest.raises(ValueError, match="a table has no backbone"):
+        sd_gym.train(ID, algo, tmp_path / "run", table=table)
+
+
+def test_a_policy_of_a_full_table_decides_on_the_env(full_table, table_source, tmp_path):
+    sd_gym.train(ID, "ppo", tmp_path, steps=256, table=full_table)
+    looked_up = sd_gym.evaluate(ID, tmp_path)
+    env_id, keys = table_source
+    computed = sd_gym.evaluate(env_id, tmp_path, **keys)
+    for key in ("quality", "quality_ref", "flops_ratio", "skip_rate", "by_difficulty"):
+        assert computed[key] == looked_up[key]
+
+
+def test_a_run_on_another_table_is_refused(full_table, small_table, tmp_path):
+    sd_gym.train(ID, "dense", tmp_path / "run", table=full_table)
+    with pytest.raises(ValueError, match="decides on components"):
+        sd_gym.evaluate(ID, tmp_path / "run", table=small_table)
