@@ -24,7 +24,7 @@ from sd_gym.tasks.data import SPLITS
 from sd_gym.tasks.splits import check_unchanged
 from sd_gym.version import __version__
 
-DATA_KEYS = {"dataset", "subset", "revision", "columns", "splits", "unanswerable", "overlap"}
+DATA_KEYS = {"table", "dataset", "subset", "revision", "columns", "splits", "unanswerable", "overlap"}
 DATA_KEYS |= {f"{split}_size" for split in SPLITS}
 Policy = DecisionPolicy | str | Path | Callable[[Observations], Any]
 

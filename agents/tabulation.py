@@ -138,13 +138,13 @@ def random_masks(nvec: NDArray, count: int, seed: int) -> NDArray:
 
     Args:
         nvec: Sizes of the components.
-        count: How many, the dense one included; fewer where some come out alike.
+        count: How many, the dense one included; no two are alike, so never more than there are.
         seed: Of what is drawn.
 
     Returns:
         int64 ``[count, components]``, the dense one first.
     """
-    random = np.random.default_rng(seed)
-    rate = random.random((count - 1, 1))
-    drawn = random.binomial(np.broadcast_to(nvec - 1, (count - 1, len(nvec))), rate)
-    return np.concatenate([np.zeros((1, len(nvec)), dtype=np.int64), drawn.astype(np.int64)])
+    random, found = np.random.default_rng(seed), {(0,) * len(nvec): None}
+    while len(found) < min(count, number_of_decisions(nvec)):
+        found[tuple(random.binomial(nvec - 1, random.random()).tolist())] = None
+    return np.array(list(found), dtype=np.int64)

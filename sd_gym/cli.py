@@ -327,7 +327,7 @@ def tabulate(
     counts = ", ".join(f"{split['instances']} of {name}" for name, split in said["splits"].items())
     kind = f"{said['masks']} decisions ({said['chosen']})" if said["masks"] else "all decisions"
     size = sum(file.stat().st_size for file in output.iterdir())
-    console.print(f"{kind} on instances: {counts}; {size / 2**20:.1f} MB", highlight=False)
+    console.print(f"{kind} on instances: {counts}; {size / 2**20:.1f} MB", highlight=False, soft_wrap=True)
     console.print(f"Table: {output}", highlight=False, soft_wrap=True)
 
 

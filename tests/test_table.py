@@ -21,11 +21,12 @@ from typer.testing import CliRunner
 
 import sd_gym
 from sd_gym.cli import app
-from sd_gym.envs import ConfigError, Outcome, shared_core
+from sd_gym.envs import ConfigError, Outcome, TableEnv, TableVectorEnv, shared_core
 from sd_gym.envs.config import load_config
 from sd_gym.envs.exact import best_of_few, best_static, oracle, outcome, regret
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.scoring import Scoring
+from sd_gym.envs.table import table_core
 from sd_gym.policy import DecisionPolicy
 from sd_gym.registration import config_of
 from sd_gym.registry import UnknownNameError
@@ -270,7 +271,10 @@ def test_the_command(tmp_path, table_source):
     asked = ["tabulate", table_source[0], "--output", str(tmp_path / "table"), "--decisions", "random:3", *sets]
     done = CliRunner().invoke(app, [*asked, "--instances", "5", "--seed", "2"])
     assert done.exit_code == 0, done.output
-    assert "3 decisions (random:3, seed 2) on instances: 5 of train, 4 of validation, 4 of test" in done.output
+    said = json.loads((tmp_path / "table" / "table.json").read_text())
+    counts = ", ".join(f"{one['instances']} of {name}" for name, one in said["splits"].items())
+    assert f"3 decisions (random:3, seed 2) on instances: {counts}" in done.output
+    assert said["splits"]["train"]["instances"] == 5
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 2
 
@@ -325,14 +329,19 @@ def test_a_damaged_table_is_told(what, small_table, tmp_path):
         ({"epsilom": 1}, "did you mean 'epsilon'"),
         ({"epsilon": -1}, "config key 'epsilon'"),
         ({"objective": "riskily"}, "unknown objective 'riskily'"),
-        ({"render_mode": "ansi"}, "nothing to show"),
-        ({"info_text": True}, "nothing to show"),
     ],
 )
 def test_what_a_table_cannot_be_asked_for(keys, words, full_table):
     table = {"table": full_table} if keys else {}
     with pytest.raises(ValueError, match=words):
         gym.make(ID, disable_env_checker=True, **table, **keys)
+
+
+@pytest.mark.parametrize("shell", [TableEnv, TableVectorEnv])
+@pytest.mark.parametrize("asked", [{"render_mode": "ansi"}, {"info_text": True}])
+def test_a_table_has_nothing_to_show(shell, asked, full_table):
+    with pytest.raises(ValueError, match="no texts, so there is nothing to show"):
+        shell("table.yaml", table=full_table, **asked)
 
 
 # --- what is exactly known ------------------------------------------------------------------------------------------
@@ -416,10 +425,13 @@ def test_agents_learn_on_a_table(algo, table, tmp_path):
         assert came.flops_ratio == pytest.approx(result["flops_ratio"])
 
 
-@pytest.mark.parametrize("algo", ["early-exit"])
-def test_agents_that_look_at_the_backbone_say_so(algo, table, tmp_path):
-    with pytest.raises(ValueError, match="a table has no backbone"):
-        sd_gym.train(ID, algo, tmp_path / "run", table=table)
+def test_agents_that_look_at_the_backbone_say_so(full_table, small_table, tmp_path):
+    for algo, table, words in (
+        ("early-exit", full_table, "a table has no backbone"),
+        ("every-other", small_table, "this table has some masks only"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sd_gym.train(ID, algo, tmp_path / algo, table=table)
 
 
 def test_a_policy_of_a_full_table_decides_on_the_env(full_table, table_source, tmp_path):
@@ -431,7 +443,16 @@ def test_a_policy_of_a_full_table_decides_on_the_env(full_table, table_source, t
         assert computed[key] == looked_up[key]
 
 
-def test_a_run_on_another_table_is_refused(full_table, small_table, tmp_path):
+def test_a_run_is_evaluated_on_another_table(full_table, small_table, table_source, tmp_path):
+    """If it decides on the same, and sees as much."""
     sd_gym.train(ID, "dense", tmp_path / "run", table=full_table)
     with pytest.raises(ValueError, match="decides on components"):
         sd_gym.evaluate(ID, tmp_path / "run", table=small_table)
+    sd_gym.tabulate(table_source[0], tmp_path / "few", instances=3, **table_source[1])
+    assert sd_gym.evaluate(ID, tmp_path / "run", "train", table=str(tmp_path / "few"))["instances"] == 3
+    full = Path(shutil.copytree(full_table, tmp_path / "copy"))
+    sd_gym.train(ID, "dense", tmp_path / "other", table=str(full))
+    edited(full, backbone={**json.loads((full / "table.json").read_text())["backbone"], "weights": "0" * 64})
+    table_core.cache_clear()
+    with pytest.raises(ValueError, match="has other weights than in training"):
+        sd_gym.evaluate(ID, tmp_path / "other")

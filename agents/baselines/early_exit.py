@@ -26,6 +26,8 @@ class EarlyExit(Decider):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.env.config.table is not None:
+            raise ValueError("early exit looks at what the layers say, and a table has no backbone; train on its env")
         backbone = self.env.core.backbone
         if not backbone.head.sees_confidence or len(backbone.board.architecture.stacks) > 1:
             raise ValueError("early exit needs an encoder that classifies; this env's backbone is none")

@@ -26,7 +26,7 @@ from sd_gym.agents.registry import agent_class, make_agent
 from sd_gym.agents.report.plots import plot_run
 from stable_baselines3.common.logger import Logger
 
-from sd_gym.envs.config import EnvConfig, make_config
+from sd_gym.envs.config import TABLE_KEYS, EnvConfig, make_config
 from sd_gym.envs.core import Core, shared_core
 from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_checkpoint, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
@@ -368,6 +368,8 @@ def run_config(description: dict[str, Any], settings: dict[str, Any] | None = No
     The run's objective is left out: no reward is given, and a user's own may not be registered here.
     """
     values = {key: value for key, value in description["env_config"].items() if key != "objective"}
+    if values.get("table") is not None:  # which says the rest
+        values = {key: value for key, value in values.items() if key in ("id", "table", *TABLE_KEYS)}
     return make_config({**values, **(settings or {})}, description["env"])
 
 

@@ -128,24 +128,27 @@ class Passes:
         stages = list(board.decided_at([EVERY_LAYER]).items())
         found: list[Array | None] = [None] * len(masks)
 
-        def go_on(picked: Array, number: int, keep: Array | torch.Tensor | None, seen: Seen | None) -> None:
-            """Run the masks ``picked``, which agree up to the stage of that number."""
-            choices, group = np.unique(masks[picked][:, stages[number][1]], axis=0, return_inverse=True)
-            for choice in range(len(choices)):
-                agreed = picked[group.ravel() == choice]
-                skip = np.tile(masks[agreed[0], :-1], (1 if keep is None else len(rows), 1))
-                if len(agreed) == 1:
-                    with board.decide(skip, keep, behind=seen):
-                        found[agreed[0]] = value(self.backbone.logits(inputs), inputs["labels"]).double().cpu().numpy()
-                else:
-                    stage, mask = stages[number + 1][0], inputs["attention_mask"]
-                    run = lambda: self.backbone.logits(inputs)  # noqa: E731
-                    reached = board.run_to(stage, run, skip, keep, mask=mask, behind=seen)
-                    go_on(agreed, number + 1, keep, reached)
+        def go_on(picked: Array, keep: Array | torch.Tensor | None, stage: int, seen: Seen | None) -> None:
+            """Run the masks ``picked``, which agree up to the stage of that number, from what is seen there."""
+            skip = np.tile(masks[picked[0], :-1], (1 if keep is None else len(rows), 1))
+            if len(picked) == 1:
+                with board.decide(skip, keep, behind=seen):
+                    found[picked[0]] = value(self.backbone.logits(inputs), inputs["labels"]).double().cpu().numpy()
+                return
+            differ = (masks[picked] != masks[picked[0]]).any(axis=0)
+            number = next(number for number, (_, columns) in enumerate(stages) if differ[columns].any())
+            if number > stage:
+                mask = inputs["attention_mask"]
+                seen = board.run_to(
+                    stages[number][0], lambda: self.backbone.logits(inputs), skip, keep, mask=mask, behind=seen
+                )
+            _, group = np.unique(masks[picked][:, stages[number][1]], axis=0, return_inverse=True)
+            for choice in range(group.max() + 1):
+                go_on(picked[group.ravel() == choice], keep, number, seen)
 
         for level in np.unique(masks[:, -1]):
             picked = np.flatnonzero(masks[:, -1] == level)
-            go_on(picked, 0, self._keep_of(rows, np.tile(masks[picked[0]], (len(rows), 1)), inputs), None)
+            go_on(picked, self._keep_of(rows, np.tile(masks[picked[0]], (len(rows), 1)), inputs), 0, None)
         return np.stack(found, axis=1)
 
     def logits(self, rows: Array, decisions: Array) -> Iterator[tuple[Array, torch.Tensor, torch.Tensor]]:
