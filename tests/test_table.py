@@ -327,6 +327,7 @@ def test_a_damaged_table_is_told(what, small_table, tmp_path):
         ({}, "'table' has no value; pass the folder of one"),
         ({"backbone": "mini"}, "the table .* is of .*, got 'mini'; of a table only split, objective"),
         ({"epsilom": 1}, "did you mean 'epsilon'"),
+        ({"table": 5}, "expected the folder of a table"),
         ({"epsilon": -1}, "config key 'epsilon'"),
         ({"objective": "riskily"}, "unknown objective 'riskily'"),
     ],
@@ -334,7 +335,9 @@ def test_a_damaged_table_is_told(what, small_table, tmp_path):
 def test_what_a_table_cannot_be_asked_for(keys, words, full_table):
     table = {"table": full_table} if keys else {}
     with pytest.raises(ValueError, match=words):
-        gym.make(ID, disable_env_checker=True, **table, **keys)
+        gym.make(ID, disable_env_checker=True, **{**table, **keys})
+    with pytest.raises(ValueError, match=f"of the env {ID} alone"):
+        gym.make("SD/Classification-Mini-v0", disable_env_checker=True, table=full_table)
 
 
 @pytest.mark.parametrize("shell", [TableEnv, TableVectorEnv])
@@ -342,6 +345,11 @@ def test_what_a_table_cannot_be_asked_for(keys, words, full_table):
 def test_a_table_has_nothing_to_show(shell, asked, full_table):
     with pytest.raises(ValueError, match="no texts, so there is nothing to show"):
         shell("table.yaml", table=full_table, **asked)
+
+
+def test_a_table_lists_no_texts(full_table):
+    with pytest.raises(ValueError, match="a table has none of the texts"):
+        sd_gym.instances(ID, table=full_table)
 
 
 # --- what is exactly known ------------------------------------------------------------------------------------------

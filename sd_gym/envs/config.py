@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from sd_gym.errors import one_line, short
 from sd_gym.objectives import NO_LAGRANGIAN, Objective, ObjectiveFunction, objective_function, objective_name
-from sd_gym.registration import CONFIG_FOLDER, OBSERVATIONS
+from sd_gym.registration import CONFIG_FOLDER, OBSERVATIONS, TABLE
 from sd_gym.tasks.data import SPLITS, DataError, Source
 from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.metrics import METRICS
@@ -207,6 +207,11 @@ def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
         raise ConfigError(
             f"{origin}: 'table' has no value; pass the folder of one, as in gym.make({values.get('id', 'ID')!r}, "
             "table='my-table'); sd-gym tabulate ENV --output my-table makes one"
+        )
+    if values.get("id") != TABLE or not isinstance(values["table"], str | Path):
+        raise ConfigError(
+            f"{origin}: config key 'table': expected the folder of a table, of the env {TABLE} alone; got "
+            f"{short(values['table'])}"
         )
     was = read_description(Path(values["table"]))["env_config"]
     given = {key: value for key, value in values.items() if value is not None}

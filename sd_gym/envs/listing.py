@@ -34,6 +34,8 @@ def instances(env_id: str, split: str = "test", **settings: Any) -> list[dict[st
     if split not in ("train", "validation", "test"):
         raise ValueError(f"unknown split {split!r}; expected train, validation or test")
     config = load_config(config_of(env_id), settings)
+    if config.table is not None:
+        raise ValueError(f"{config.table}: a table has none of the texts; list the instances of the env that it is of")
     found = config.data()[split]
     return [
         {
