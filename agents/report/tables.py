@@ -26,11 +26,12 @@ def of_result(title: str, result: dict[str, Any]) -> Iterator[RenderableType]:
     if last := result.get("last_policy"):
         yield _dim(f"as learned: what learning ended with, before selection ({last['verdict']}).")
     cut = any(timed.get("dense_shortened") for timed in result["time"].values())
-    yield _dim(
-        "time at B: of observing, deciding and the switched backbone at batch size B, over the dense backbone's; "
-        "by length: everything runs, in passes of about the same length"
-        + (", cut: on inputs cut to what the policy keeps." if cut else ".")
-    )
+    if result["time"]:
+        yield _dim(
+            "time at B: of observing, deciding and the switched backbone at batch size B, over the dense backbone's; "
+            "by length: everything runs, in passes of about the same length"
+            + (", cut: on inputs cut to what the policy keeps." if cut else ".")
+        )
     low, high = result["quality_difference_interval"]
     yield Text(
         f"{result['verdict']}: difference {result['quality_difference'] * 100:+.2f} points "

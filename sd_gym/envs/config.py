@@ -36,7 +36,6 @@ TABLE_KEYS = (
     "epsilon",
     "penalty",
     "cost_scale",
-    "multiplier_rate",
     "vector_reward",
 )
 

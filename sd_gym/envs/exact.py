@@ -104,19 +104,17 @@ def outcome(split: TableSplit, policy: Callable[[Array], Array]) -> Exact:
 def regret(split: TableSplit, policy: Callable[[Array], Array]) -> Array:
     """How much less reward each instance gets from a policy than from the best of all masks, float64 ``[n]``.
 
-    The reward is that of the table's config; of a ``lagrangian`` at the penalty that it starts with.
+    The reward is that of the table's config.
 
     Args:
         split: A split of a table.
         policy: As of ``outcome``.
     """
-    masks, lost, config = _decided(split, policy), np.empty(len(split)), split.config
-    objective = config.make_objective()
-    constants = {"epsilon": config.epsilon, "penalty": config.penalty, "cost_scale": config.cost_scale}
+    masks, lost = _decided(split, policy), np.empty(len(split))
+    objective = split.config.make_objective()
     for rows, quality, flops in _parts(split):
         reference = np.repeat(quality[:, 0], quality.shape[1])
-        given = objective.function(quality.ravel(), reference, flops.ravel(), **constants)
-        rewards = np.asarray(given).reshape(quality.shape)
+        rewards = objective.rewards(quality.ravel(), reference, flops.ravel()).reshape(quality.shape)
         lost[rows] = rewards.max(axis=1) - rewards[np.arange(len(rows)), masks[rows]]
     return lost
 

@@ -23,8 +23,8 @@ class TableEnv(SwitchableEnv):
 
     Arguments:
         table: Folder of the table, as ``sd-gym tabulate`` writes it.
-        overrides: ``split``, ``objective``, ``epsilon``, ``penalty``, ``cost_scale``, ``multiplier_rate`` and
-            ``vector_reward``; what is left out is as in the env that the table is of.
+        overrides: ``split``, ``objective``, ``epsilon``, ``penalty``, ``cost_scale`` and ``vector_reward``; what is
+            left out is as in the env that the table is of.
 
     Raises:
         ConfigError: If there is no ``table``, or a key or value is wrong.
