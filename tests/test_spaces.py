@@ -26,9 +26,10 @@ from stable_baselines3.common.vec_env import VecMonitor
 from typer.testing import CliRunner
 
 import sd_gym
+from sd_gym import switch
 from sd_gym.backbones.heads import model_inputs
 from sd_gym.cli import app
-from sd_gym.envs import ConfigError, spaces
+from sd_gym.envs import ConfigError, passes, spaces
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.wrappers import SafetyWrapper
 from sd_gym.registration import CONFIG_FOLDER, config_files
@@ -378,14 +379,14 @@ def test_a_batch_of_tokens_is_each_row_alone(token_core, rows):
 def test_tokens_are_embedded_a_bounded_number_at_a_time(tiny, monkeypatch):
     core = gym.make(**tiny, observation="tokens").unwrapped.core
     split, rows = core.split("train"), np.arange(20)
-    expected, passes = core.observe(split, rows), []
-    original = spaces.first_layer_input
-    monkeypatch.setattr(spaces, "PASS_TOKENS", 100)
+    expected, embedded = core.observe(split, rows), []
+    original = switch.first_layer_input
+    monkeypatch.setattr(passes, "PASS_TOKENS", 100)
     monkeypatch.setattr(
-        spaces, "first_layer_input", lambda board, inputs: (passes.append(inputs), original(board, inputs))[1]
+        switch, "first_layer_input", lambda board, inputs: (embedded.append(inputs), original(board, inputs))[1]
     )
     np.testing.assert_equal(core.observe(split, rows), expected)
-    assert [len(inputs["input_ids"]) for inputs in passes] == [8, 8, 4]
+    assert [len(inputs["input_ids"]) for inputs in embedded] == [8, 8, 4]
     assert "features" not in split.__dict__  # what is pooled is not computed where nobody looks at it
 
 

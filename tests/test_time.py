@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sd_gym.envs.split
 import sd_gym.policy.observation
+import sd_gym.switch
 from sd_gym.tasks import ranking
 
 SMALL = {"train_size": 40, "validation_size": 20, "test_size": 40, "token_shares": [0.0, 0.3, 0.6]}
@@ -80,9 +81,7 @@ def test_deciding_is_timed_from_the_tokenised_inputs_on(settings, monkeypatch):
     split = core.split("test")
     split.features, split.tokens.scores  # noqa: B018  (known)
     decided = []
-    looked = [
-        noting(module, "first_layer_input", monkeypatch) for module in (sd_gym.policy.observation, sd_gym.envs.spaces)
-    ]
+    looked = [noting(module, "first_layer_input", monkeypatch) for module in (sd_gym.policy.observation, sd_gym.switch)]
     ranked = noting(ranking, "attention_received", monkeypatch)
 
     class Policy(Drawn):

@@ -137,7 +137,7 @@ def evaluate(
     if table is not None:
         write_instances(split, scored | {"flops_ratio_with_policy": scored["flops_ratio"] + own}, table)
     difference = scored["quality"] - scored["quality_ref"]
-    skip = decisions[:, :-1]
+    skip = scored["decision"][:, :-1]
     metrics = {
         "policy": split.scoring.metrics(rows, decisions),
         "dense": split.scoring.metrics(rows, np.zeros_like(decisions)),
