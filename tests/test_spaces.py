@@ -510,8 +510,10 @@ def test_the_safety_wrapper_has_a_cost_beside_the_reward(tiny):
 def test_every_configuration_explains_the_keys():
     for file in config_files():
         lines = file.read_text().splitlines()
-        book = () if file.stem.endswith("staged") else ("codebook",)  # which holds whole decisions
-        for key in ("action", *book, "observation", "vector_reward"):
+        extends = any(line.startswith("extends:") for line in lines)
+        for key in (
+            ("extends", "stages") if extends else ("action", "codebook", "observation", "vector_reward", "stages")
+        ):
             number = next(n for n, line in enumerate(lines) if line.startswith(f"{key}:"))
             assert lines[number - 1].startswith("# ")
     assert {file.stem for file in (CONFIG_FOLDER / "codebooks").glob("*.json")} == {
