@@ -253,6 +253,12 @@ def train(
                 on_progress=on_progress,
             )
     _print_result(f"{env}, {algo}, seed {seed}", result)
+    if result["artefact"] is None:
+        console.print(
+            "No artefact (skip_policy.json) was written: what decides here (at several stages, or by more than the "
+            "pooled observation) cannot leave its env yet; sd-gym evaluate and compare take the run.",
+            style="dim",
+        )
     console.print(f"Run folder: {folder}", highlight=False, soft_wrap=True)
 
 

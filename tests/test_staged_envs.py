@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
-from sd_gym.agents.registry import make_agent
 
 from sd_gym.envs import ConfigError
 from sd_gym.envs.sb3 import SwitchableVecEnv
@@ -226,8 +225,6 @@ def test_wrong_stages_are_named():
         mini("Classification", stages=["first", "decoder"], observation="tokens")
     with pytest.raises(ConfigError, match="'dense_reward': a vector_reward comes at the end"):
         mini("Classification", dense_reward=True, vector_reward=True)
-    with pytest.raises(ValueError, match="the agents of sd_gym decide once"):
-        make_agent("ppo", gym.make_vec(ID, num_envs=2, **SMALL).unwrapped)
 
 
 def test_an_episode_that_is_over_has_to_be_reset():
