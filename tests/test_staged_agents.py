@@ -8,7 +8,7 @@ from sd_gym.agents.experiment.evaluation import decide_and_score, deciding_flops
 from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.learning.sb3 import places_of
 from sd_gym.agents.registry import make_agent
-from stable_baselines3.common.logger import configure
+from stable_baselines3.common.logger import KVWriter, Logger, configure
 
 import sd_gym
 from sd_gym.policy import DecisionPolicy
@@ -30,6 +30,17 @@ def env(keys):
     return vector
 
 
+class Points(KVWriter):
+    """Keeps where a logger makes points, and what the last one says."""
+
+    def __init__(self):
+        self.steps = []
+
+    def write(self, key_values, key_excluded, step=0):
+        self.steps.append(step)
+        self.values = dict(key_values)
+
+
 def learned(env, algo, steps, folder, **settings):
     agent, rollouts = make_agent(algo, env, seed=0, **settings), []
     agent.learn(steps, configure(str(folder), []), rollouts.append)
@@ -38,8 +49,11 @@ def learned(env, algo, steps, folder, **settings):
 
 @pytest.mark.parametrize("algo", LEARNING)
 def test_an_agent_learns_to_skip_at_all_stages(env, algo, tmp_path):
-    """Quality is free (epsilon 1). A rollout counts whole decisions."""
-    agent, rollouts = learned(env, algo, 3000, tmp_path, learning_rate=1e-2, entropy=0.0)
+    """Quality is free (epsilon 1). Rollouts and points of curves count whole decisions."""
+    agent, rollouts, points = make_agent(algo, env, seed=0, learning_rate=1e-2, entropy=0.0), [], Points()
+    agent.learn(3000, Logger(None, [points]), rollouts.append)
+    assert points.steps[-1] == rollouts[-1].steps
+    assert points.values["rollout/ep_len_mean"] == 3
     assert rollouts[-1].steps >= 3000 > rollouts[-2].steps
     assert all(len(rollout.rewards) == len(rollout.infos["quality"]) for rollout in rollouts)
     np.testing.assert_allclose(rollouts[0].rewards, 1 - rollouts[0].infos["flops_ratio"], rtol=1e-5)  # epsilon is 1
