@@ -43,11 +43,10 @@ def score(split, rows, decisions, seen=None):
     return Outcome(1 - lost, reference, cost, 1 - SAVED[early, late])
 
 
-def end(name, stages, seed, folder, reviews, backbone, monkeypatch, **settings):
+def end(name, stages, seed, folder, reviews, backbone, monkeypatch):
     """Mean savings and mean quality lost of what an agent has learned, each instance counting the same."""
     files = {"dataset": str(reviews), "backbone": str(backbone)}
-    env_keys = {key: settings.pop(key) for key in ("objective", "multiplier_rate") if key in settings}
-    env = gym.make_vec("SD/Classification-Custom-Staged-v0", num_envs=32, stages=stages, **files, **env_keys).unwrapped
+    env = gym.make_vec("SD/Classification-Custom-Staged-v0", num_envs=32, stages=stages, **files).unwrapped
     core = env.core
 
     def observe(split, rows, stage, decisions, behind):
@@ -64,7 +63,7 @@ def end(name, stages, seed, folder, reviews, backbone, monkeypatch, **settings):
         shape = core.observation_space.shape
         monkeypatch.setattr(core, "observe", lambda split, rows: np.zeros((len(rows), *shape), dtype=np.float32))
     env.reset(seed=seed)
-    agent = make_agent(name, env, seed=seed, **settings)
+    agent = make_agent(name, env, seed=seed)
     agent.learn(12_000, configure(str(folder), []), lambda rollout: None)
     rows = np.arange(32)
     outcome = score(None, rows, core.walk(core.split("train"), rows, agent.policy().decide)[0])
