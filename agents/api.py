@@ -15,7 +15,7 @@ from sd_gym.agents.experiment.verdict import ONE_SIDED_95
 
 from sd_gym.envs.config import EnvConfig, load_config
 from sd_gym.envs.core import Core, shared_core
-from sd_gym.envs.spaces import Actions, MultiDiscreteActions, Observations, each
+from sd_gym.envs.spaces import Observations, each
 from sd_gym.files import write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
@@ -101,7 +101,8 @@ def evaluate(
     Args:
         env_id: A registered id.
         policy: A callable from observations, float32 ``[n, features]``, to decisions, integers ``[n, switches + 1]``
-            (where ``settings`` have another ``observation`` or ``action``: to those actions); a model of
+            (where ``settings`` have another ``observation`` or ``action``, or the env has several stages: to those
+            actions, of the stage that the observations begin with); a model of
             Stable-Baselines3 (or anything with its ``predict``); a ``DecisionPolicy``; or the folder of a run, whose
             settings of the env then hold where ``settings`` say nothing else.
         split: ``train``, ``validation`` or ``test``.
@@ -183,10 +184,22 @@ class _Decides:
 
     function: Callable[[Observations], Any]
     flops: int | None
-    actions: Actions
+    core: Core
 
     def decide(self, observations: Observations) -> NDArray:
-        return self.actions.decisions(self.function(observations), len(each(observations)))
+        core, n = self.core, len(each(observations))
+        choices = core.actions.decisions(self.function(observations), n)
+        if not core.is_staged:
+            return choices
+        return core.spread(observations[:, : len(core.stages)].argmax(axis=1), choices)
+
+
+@dataclass
+class _Counted:
+    """A policy whose FLOPs are given."""
+
+    decide: Callable[[Observations], NDArray]
+    flops: int
 
 
 def _decides(policy: Policy, flops: int | None, core: Core) -> Decides:
@@ -194,16 +207,16 @@ def _decides(policy: Policy, flops: int | None, core: Core) -> Decides:
         policy = DecisionPolicy.load(Path(policy))
     if isinstance(policy, DecisionPolicy):
         fitting(policy, core)
-        return policy if flops is None else _Decides(policy.decide, flops, MultiDiscreteActions(core.config, core.nvec))
+        return policy if flops is None else _Counted(policy.decide, flops)
     counted = getattr(policy, "flops", None) if flops is None else flops
     if callable(getattr(policy, "predict", None)):
-        return _Decides(lambda observations: policy.predict(observations, deterministic=True)[0], counted, core.actions)
+        return _Decides(lambda observations: policy.predict(observations, deterministic=True)[0], counted, core)
     if not callable(policy):
         raise ValueError(
             "expected a policy: a callable from observations to decisions, a model with predict(), a DecisionPolicy or "
             f"the folder of a run; got {policy!r}"
         )
-    return _Decides(policy, counted, core.actions)
+    return _Decides(policy, counted, core)
 
 
 def _config(env_id: str, policy: Policy, settings: dict[str, Any]) -> EnvConfig:

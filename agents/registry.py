@@ -25,6 +25,8 @@ AGENTS: Registry[type[BaseAgent]] = Registry(
         "dense": "sd_gym.agents.baselines.constant:DenseAgent",
         "every-other": "sd_gym.agents.baselines.constant:EveryOtherAgent",
         "early-exit": "sd_gym.agents.baselines.early_exit:EarlyExit",
+        "confidence": "sd_gym.agents.baselines.early_exit:Confidence",
+        "cascade": "sd_gym.agents.baselines.cascade:Cascade",
         "oracle": "sd_gym.agents.baselines.oracle:Oracle",
         "random": "sd_gym.agents.baselines.constant:RandomAgent",
         "hash": "sd_gym.agents.baselines.constant:HashAgent",

@@ -179,8 +179,8 @@ def train(
         typer.Option(
             help="ppo, a2c (the env's reward); ppo_lagrangian, a2c_lagrangian (a penalty that learns); ppo_lex, "
             "a2c_lex, reinforce (quality first); imitation (of a search); "
-            "controls: static, every-other, early-exit, oracle, dense, random, hash; or, as blind-NAME, an agent that "
-            "sees nothing; or your own, registered by what --import imports."
+            "controls: static, every-other, early-exit, confidence, cascade, oracle, dense, random, hash; or, as "
+            "blind-NAME, an agent that sees nothing; or your own, registered by what --import imports."
         ),
     ] = "ppo",
     steps: Annotated[int, typer.Option(min=1, help="Decisions to learn from.")] = 50_000,
@@ -253,6 +253,12 @@ def train(
                 on_progress=on_progress,
             )
     _print_result(f"{env}, {algo}, seed {seed}", result)
+    if result["artefact"] is None:
+        console.print(
+            "No artefact (skip_policy.json) was written: what decides here (at several stages, or by more than the "
+            "pooled observation) cannot leave its env yet; sd-gym evaluate and compare take the run.",
+            style="dim",
+        )
     console.print(f"Run folder: {folder}", highlight=False, soft_wrap=True)
 
 

@@ -414,6 +414,24 @@ def test_an_env_from_a_yaml_file(reviews, tiny_backbone, tmp_path, monkeypatch):
     assert gym.make(env_id).unwrapped.config.penalty == 8.0
 
 
+def test_an_env_that_extends_another_one(reviews, tiny_backbone, tmp_path):
+    """One of its own beside it, or one of the package's."""
+    base = write_env(tmp_path, reviews, tiny_backbone, penalty=7.0, epsilon=0.5)
+    (tmp_path / "more.yaml").write_text(f"id: Own/More-v0\nextends: {base.name}\nepsilon: 0.25\n")
+    config = gym.make(sd_gym.register_env(tmp_path / "more.yaml")).unwrapped.config
+    assert (config.id, config.penalty, config.epsilon) == ("Own/More-v0", 7.0, 0.25)
+    (tmp_path / "mini.yaml").write_text("id: Own/Mini-v0\nextends: summarization_mini.yaml\ntrain_size: 20\n")
+    config = gym.make(sd_gym.register_env(tmp_path / "mini.yaml")).unwrapped.config
+    assert (config.task, config.train_size, config.test_size) == ("summarization", 20, 2000)
+    for name, message in (
+        ("more.yaml", "more.yaml, which extends another file"),
+        ("../own.yaml", "takes the name of a YAML file.*'../own.yaml'"),
+    ):
+        (tmp_path / "bad.yaml").write_text(f"id: Own/Bad-v0\nextends: {name}\n")
+        with pytest.raises(ConfigError, match=message):
+            gym.make(sd_gym.register_env(tmp_path / "bad.yaml"))
+
+
 def test_yaml_files_that_are_no_envs(reviews, tiny_backbone, tmp_path):
     with pytest.raises(FileNotFoundError, match="no configuration file"):
         sd_gym.register_env(tmp_path / "none.yaml")

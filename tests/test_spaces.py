@@ -513,8 +513,10 @@ def test_every_configuration_explains_the_keys():
         if file.stem == "table":  # its spaces are those of the env that the table is of
             continue
         lines = file.read_text().splitlines()
-        book = () if file.stem.endswith("staged") else ("codebook",)  # which holds whole decisions
-        for key in ("action", *book, "observation", "vector_reward"):
+        extends = any(line.startswith("extends:") for line in lines)
+        for key in (
+            ("extends", "stages") if extends else ("action", "codebook", "observation", "vector_reward", "stages")
+        ):
             number = next(n for n, line in enumerate(lines) if line.startswith(f"{key}:"))
             assert lines[number - 1].startswith("# ")
     assert {file.stem for file in (CONFIG_FOLDER / "codebooks").glob("*.json")} == {

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
-from sd_gym.agents.registry import make_agent
 
 from sd_gym.envs import ConfigError
 from sd_gym.envs.sb3 import SwitchableVecEnv
+from sd_gym.policy.observation import standardised
 
 ID = "SD/Classification-Mini-Staged-v0"
 SMALL = {"train_size": 40, "validation_size": 20, "test_size": 20}
@@ -82,7 +82,7 @@ def test_what_is_seen_depends_on_what_was_decided():
     assert first[:2].tolist() == other[:2].tolist() == [0, 1]  # the second stage
     assert not np.allclose(first, other)
     start, _ = env.reset(seed=3)
-    np.testing.assert_array_equal(start[2:], mini("Classification").reset(seed=3)[0])
+    np.testing.assert_array_equal(start[3:], mini("Classification").reset(seed=3)[0])
 
 
 @pytest.mark.parametrize("stages", STAGES)
@@ -161,18 +161,61 @@ def test_sb3_sees_episodes_of_several_steps(mode):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_no_layer_runs_twice_to_look(task, monkeypatch):
-    """Each look goes on from the one before; what the last step runs to score is the whole pass."""
+    """Each look goes on from the one before, and the last step from the last look."""
     env = mini(task, stages=["every_layer"])
     env.reset(seed=3)
-    called = []
+    split, called = env.core.split("train"), []
+    dense = np.zeros((len(split), len(env.core.nvec)), dtype=int)
+    env.core.score(split, np.arange(len(split)), dense)  # so that quality_ref is known
     for switch in env.core.backbone.board.switches:
         switch.modules[0].register_forward_hook(lambda *_, name=switch.name: called.append(name))
-    nothing = np.zeros(env.action_space.shape, int)
-    for _ in env.core.stages[:-1]:
-        env.step(nothing)
+    action = np.zeros(env.action_space.shape, int)
+    for last in [False] * (len(env.core.stages) - 1) + [True]:
+        action[0] = last  # one attention is skipped at the very end, or the score would be known
+        env.step(action)
     for switch in env.core.backbone.board.switches:
         switch.modules[0]._forward_hooks.clear()
-    assert len(called) == len(set(called)) > 0
+    assert sorted(called) == sorted(env.core.backbone.board.names)
+
+
+def test_flops_and_the_heads_own_judgement_are_seen(reviews, tiny_backbone):
+    """Where an encoder classifies: at each stage the log-odds of what the head says of the layers so far."""
+    files = {"dataset": str(reviews), "backbone": str(tiny_backbone)}
+    env = gym.make("SD/Classification-Custom-Staged-v0", stages=["every_layer"], **files).unwrapped
+    core, split = env.core, env.core.split("train")
+    rows, looked = np.arange(len(split)), core.stage_observation
+    choices = np.random.default_rng(0).integers(2, size=(len(rows), len(core.nvec))) * (core.nvec > 1)
+    seen = []
+
+    def decide(observations):
+        seen.append(observations)
+        return choices
+
+    decisions, _ = core.walk(split, rows, decide)
+    np.testing.assert_array_equal(decisions, choices)
+    for stage, observations in enumerate(seen):
+        exits = choices.copy()
+        exits[:, core.columns[stage].start : -1] = 1
+        np.testing.assert_allclose(observations[:, len(seen)], split.costs.flops_ratio(rows, exits), rtol=1e-6)
+        sure = split.passes.confidence(rows, exits)
+        odds = np.log(sure / (1 - sure)) if stage else np.zeros(len(rows))
+        expected = standardised(odds, looked.mean[stage][-1], looked.deviation[stage][-1])
+        np.testing.assert_allclose(observations[:, -1], expected, rtol=1e-3, atol=1e-3)
+    assert (looked.judging_flops(split, rows) == 2 * split.backbone.flops.costs(split.encoded.source_length)[0]).all()
+    assert not mini("Classification", stages=["decoder"]).core.stage_observation.judges  # it generates
+
+
+@pytest.mark.parametrize("quality", ["exact_match", "likelihood", "balanced"])
+def test_a_score_that_goes_on_from_the_last_look_is_that_of_a_whole_pass(quality):
+    core = mini("Classification", stages=["first", "encoder.3", "decoder"], token_shares=[0, 0.5], quality=quality).core
+    split, random = core.split("train"), np.random.default_rng(0)
+    rows, choices = np.arange(40), random.integers(2, size=(40, len(core.nvec)))
+    decisions, seen = core.walk(split, rows, lambda observations: choices)
+    assert seen.stage == "decoder"
+    resumed = core.score(split, rows, decisions, seen)
+    split.scoring.load_scores(None)
+    for name, whole in vars(core.score(split, rows, decisions)).items():
+        np.testing.assert_allclose(getattr(resumed, name), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_stages_are_named():
@@ -182,8 +225,6 @@ def test_wrong_stages_are_named():
         mini("Classification", stages=["first", "decoder"], observation="tokens")
     with pytest.raises(ConfigError, match="'dense_reward': a vector_reward comes at the end"):
         mini("Classification", dense_reward=True, vector_reward=True)
-    with pytest.raises(ValueError, match="the agents of sd_gym decide once"):
-        make_agent("ppo", gym.make_vec(ID, num_envs=2, **SMALL).unwrapped)
 
 
 def test_an_episode_that_is_over_has_to_be_reset():

@@ -65,6 +65,7 @@ def test_stages_are_named_by_stack_and_layer():
     assert board.stages == ["first", "encoder.1", "decoder", "decoder.1"]
     assert board.decided_at(["decoder", "first"]) == {"first": slice(0, 4), "decoder": slice(4, 10)}
     assert list(board.decided_at(["every_layer"])) == board.stages
+    assert list(board.decided_at(["first", "middle"])) == ["first", "encoder.1"]
 
 
 def test_unknown_stages_are_named():

@@ -24,6 +24,7 @@ class _Given(Agent):
     """An agent whose policy is given from the start."""
 
     selects = validates = False
+    staged = True
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """There is nothing to learn."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment.evaluation import Decided, score_decisions
-from sd_gym.agents.experiment.selection import keeps
+from sd_gym.agents.experiment.selection import halves, keeps
 from sd_gym.agents.experiment.verdict import ONE_SIDED_95
 from sd_gym.agents.learning.agent import Decider, OnRollout
 from stable_baselines3.common.logger import Logger
@@ -15,6 +15,7 @@ from stable_baselines3.common.logger import Logger
 from sd_gym.envs.split import Split
 
 THRESHOLDS = np.r_[np.linspace(0.5, 0.95, 10), 0.97, 0.98, 0.99, 0.995, 0.999, 1.01]  # above 1: never
+SWEEPS = 2  # over all stages, to lower their thresholds
 
 
 class EarlyExit(Decider):
@@ -29,9 +30,9 @@ class EarlyExit(Decider):
         if self.env.config.table is not None:
             raise ValueError("early exit looks at what the layers say, and a table has no backbone; train on its env")
         backbone = self.env.core.backbone
-        if not backbone.head.sees_confidence or len(backbone.board.architecture.stacks) > 1:
+        if not backbone.can_exit:
             raise ValueError("early exit needs an encoder that classifies; this env's backbone is none")
-        self.threshold = THRESHOLDS[-1]
+        self.threshold: float | NDArray = THRESHOLDS[-1]  # one of all looks, or of each, ``[looks]``
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Choose the threshold on the validation split."""
@@ -51,24 +52,76 @@ class EarlyExit(Decider):
         return Decided(self._decisions(exits), exits * always)
 
     @property
-    def _layers(self) -> NDArray:
-        """The layer of each switch, ``[switches]``."""
-        return np.array([switch.index for switch in self.env.core.backbone.board.switches])
+    def _ends(self) -> NDArray:
+        """How many switches have run at each look, the last one behind them all, int64 ``[looks]``: at every layer."""
+        board = self.env.core.backbone.board
+        return np.array([columns.stop for columns in board.decided_at(board.stages).values()])
 
     def _confidence(self, split: Split) -> NDArray:
-        """Highest class probability after each layer, ``[n, layers]``."""
-        rows, layers = np.arange(len(split)), np.unique(self._layers)
+        """Highest class probability at each look, ``[n, looks]``."""
+        rows, looks = np.arange(len(split)), range(len(self._ends))
         return np.stack(
-            [split.passes.confidence(rows, self._decisions(np.full(len(split), layer))) for layer in layers],
-            axis=1,
+            [split.passes.confidence(rows, self._decisions(np.full(len(split), look))) for look in looks], axis=1
         )
 
     def _exits(self, confidence: NDArray) -> NDArray:
-        """The last layer that each instance runs, int64 ``[n]``."""
+        """The look that each instance leaves at, int64 ``[n]``."""
         sure = confidence >= self.threshold
         sure[:, -1] = True
         return sure.argmax(axis=1)
 
     def _decisions(self, exits: NDArray) -> NDArray:
-        skip = self._layers[None] > exits[:, None]
+        skip = np.arange(self.env.core.n_switches) >= self._ends[exits][:, None]
         return np.pad(skip, ((0, 0), (0, 1))).astype(np.int64)
+
+
+class Confidence(EarlyExit):
+    """Early exit at the stages of an env, with a threshold for each.
+
+    From the best single threshold, that of one stage after the other is lowered as far as the quality allows on the
+    first half of the validation split. What comes of it has to be confirmed on the other half, or the single one stays.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.env.core.is_staged:
+            raise ValueError("confidence looks at the stages of an env, and this one has none in the pass; pass stages")
+
+    def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
+        """Choose the thresholds on the validation split."""
+        super().learn(total_steps, logger, on_rollout)
+        core, split = self.env.core, self.env.core.split("validation")
+        rows, looks, single = np.arange(len(split)), len(self._ends), self.threshold
+        confidence = self._confidence(split)
+        at_look = [
+            score_decisions(core, split, rows, self._decisions(np.full(len(rows), look))) for look in range(looks)
+        ]
+        quality, flops = (np.stack([one[name] for one in at_look]) for name in ("quality", "flops_ratio"))
+        judged = split.costs.head_flops(rows) / split.costs.dense_flops(rows)
+        searched, unseen = halves(split)
+
+        def price(part: NDArray) -> float:
+            """Mean FLOPs on some rows; infinite if the quality is not kept there."""
+            exits = self._exits(confidence[part])
+            scored = {"quality": quality[exits, part], "quality_ref": at_look[0]["quality_ref"][part]}
+            kept = keeps(core, scored, ONE_SIDED_95)
+            return float((flops[exits, part] + exits * judged[part]).mean()) if kept else np.inf
+
+        before = price(unseen)
+        best = np.full(looks, float(single))
+        for look in [*range(looks - 1)] * SWEEPS:
+            tried = []
+            for threshold in THRESHOLDS:
+                self.threshold = np.where(np.arange(looks) == look, threshold, best)
+                tried.append(price(searched))
+            if np.isfinite(min(tried)):
+                best[look] = THRESHOLDS[int(np.argmin(tried))]
+        self.threshold = best
+        if not price(unseen) < before:
+            self.threshold = single
+
+    @property
+    def _ends(self) -> NDArray:
+        """At the stages of the env."""
+        starts = [columns.start for columns in self.env.core.columns if columns.start]
+        return np.array([*starts, self.env.core.n_switches])

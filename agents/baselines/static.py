@@ -41,7 +41,7 @@ class StaticAgent(Agent):
 
     Settings = StaticSettings
     settings: StaticSettings
-    searches = True
+    searches = staged = True
     validates = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from sd_gym.agents.experiment.verdict import Verdict, fewest_instances, losses_allowed, verdict
 
 from sd_gym.envs.core import Core
+from sd_gym.envs.passes import PASS_TOKENS
 from sd_gym.envs.report import by_facts, write_instances
 from sd_gym.envs.spaces import Observations
 from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy
+from sd_gym.switch import Seen
 
 BATCH = 256
 BOOTSTRAP_SAMPLES = 2000
@@ -61,7 +63,8 @@ def fitting(policy: DecisionPolicy, core: Core) -> DecisionPolicy:
     for what, has, needs in (
         ("decides on components", policy.nvec, core.nvec.tolist()),
         ("decides on the switches", policy.switches, core.switch_names),
-        ("reads observations of shape", (policy.observation_size,), core.observation.space.shape),
+        ("decides at the stages", policy.stages, core.stages),
+        ("reads observations of shape", (policy.observation_size,), core.observation_space.shape),
     ):
         if has != needs:
             raise ValueError(f"the policy {what} {has}, but {core.config.id} has {needs}")
@@ -89,28 +92,50 @@ def decide_and_score(core: Core, policy: Decides, split: Split, rows: NDArray | 
         ``decision`` ``[n, switches + 1]``, ``quality``, ``quality_ref`` and ``flops_ratio`` ``[n]``.
     """
     rows = np.arange(len(split)) if rows is None else rows
+    if core.is_staged:  # what was run to look is not run again to score
+        return _score(core, split, rows, lambda part: core.walk(split, rows[part], policy.decide))
     return score_decisions(core, split, rows, decide_rows(core, policy, split, rows))
 
 
 def decide_rows(core: Core, policy: Decides, split: Split, rows: NDArray) -> NDArray:
     """A policy's decisions ``[n, switches + 1]`` on ``rows [n]``; what is no flat observation is seen in batches."""
-    size = len(rows) if isinstance(core.observation.space, gym.spaces.Box) else BATCH
+    size = _batch(core) if core.is_staged or not isinstance(core.observation.space, gym.spaces.Box) else len(rows)
     parts = np.split(rows, range(size, len(rows), size))
-    return np.concatenate([policy.decide(core.observe(split, part)) for part in parts])
+    return np.concatenate([core.walk(split, part, policy.decide)[0] for part in parts])
+
+
+def _batch(core: Core) -> int:
+    """Rows that are decided on together; of several stages they go through one pass, whose memory is bounded."""
+    return max(1, min(BATCH, PASS_TOKENS // core.config.max_source_length)) if core.is_staged else BATCH
+
+
+def deciding_flops(core: Core, policy: Decides, split: Split, rows: NDArray) -> NDArray:
+    """FLOPs of deciding on rows, ``[n]``: the policy's, as far as they are known, and those of all that it looks at."""
+    judging = core.stage_observation.judging_flops(split, rows) if core.is_staged else 0
+    return np.full(len(rows), policy.flops or 0) + judging
 
 
 def score_decisions(core: Core, split: Split, rows: NDArray, decisions: NDArray) -> dict[str, NDArray]:
     """What comes of given decisions ``[n, switches + 1]`` on ``rows [n]``; as ``decide_and_score`` returns it."""
+    return _score(core, split, rows, lambda part: (decisions[part], None))
+
+
+def _score(
+    core: Core, split: Split, rows: NDArray, decided: Callable[[NDArray], tuple[NDArray, Seen | None]]
+) -> dict[str, NDArray]:
+    """As ``decide_and_score``; ``decided`` gives the decisions at some positions in ``rows``, and what was seen."""
     # Batches of similar length waste little on padding; results are put back in order.
     order = np.argsort(split.encoded.source_length[rows], kind="stable")
-    parts = np.split(order, range(BATCH, len(order), BATCH))
-    outcomes = [core.score(split, rows[part], decisions[part]) for part in parts]
+    results = []
+    for part in np.split(order, range(_batch(core), len(order), _batch(core))):
+        decisions, seen = decided(part)
+        outcome = core.score(split, rows[part], decisions, seen)
+        results.append((core.spelled(decisions), outcome.quality, outcome.quality_ref, outcome.flops_ratio))
     back = np.argsort(order)
-    result = {
-        name: np.concatenate([getattr(outcome, name) for outcome in outcomes])[back]
-        for name in ("quality", "quality_ref", "flops_ratio")
+    names = ("decision", "quality", "quality_ref", "flops_ratio")
+    return {
+        name: np.concatenate(of_each)[back] for name, of_each in zip(names, zip(*results, strict=True), strict=True)
     }
-    return {"decision": core.spelled(decisions), **result}
 
 
 def evaluate(
@@ -129,11 +154,11 @@ def evaluate(
     """
     split = core.split(split_name)
     rows = np.arange(len(split))
-    by_policy = not isinstance(policy, Decided)
-    decisions = decide_rows(core, policy, split, rows) if by_policy else policy.decisions
-    flops = np.full(len(split), policy.flops or 0) if by_policy else policy.flops
-    own = flops / split.costs.dense_flops(rows)
-    scored = score_decisions(core, split, rows, decisions)
+    if isinstance(policy, Decided):
+        scored, flops = score_decisions(core, split, rows, policy.decisions), policy.flops
+    else:
+        scored, flops = decide_and_score(core, policy, split), deciding_flops(core, policy, split, rows)
+    own, decisions = flops / split.costs.dense_flops(rows), scored["decision"]
     if table is not None:
         write_instances(split, scored | {"flops_ratio_with_policy": scored["flops_ratio"] + own}, table)
     difference = scored["quality"] - scored["quality_ref"]
@@ -152,7 +177,7 @@ def evaluate(
         "losses_allowed": losses_allowed(len(split), core.config.epsilon),
         "decisions_hash": decisions_hash(decisions),
         "epsilon": core.config.epsilon,
-        "policy_flops_counted": not by_policy or policy.flops is not None,
+        "policy_flops_counted": isinstance(policy, Decided) or policy.flops is not None,
         "decisions_used": len(np.unique(decisions, axis=0)),
         "by_difficulty": by_difficulty(scored, split.levels),
         "by_fact": by_facts(split, scored),
@@ -163,7 +188,8 @@ def evaluate(
 def summary(core: Core, policy: Decides, split_name: str) -> dict[str, Any]:
     """What ``evaluate`` says first: means of quality and FLOPs, and the verdict."""
     split = core.split(split_name)
-    own = (policy.flops or 0) / split.costs.dense_flops(np.arange(len(split)))
+    rows = np.arange(len(split))
+    own = deciding_flops(core, policy, split, rows) / split.costs.dense_flops(rows)
     return _means(decide_and_score(core, policy, split), own, core.config.epsilon)
 
 
@@ -231,13 +257,13 @@ def time_ratio(
         if len(times) >= LEAST_TIMED and time.perf_counter() - started > TIMED_SECONDS:
             break
         rows = random.integers(len(split), size=min(batch_size, len(split)))
-        decisions = policy.decide(core.observe(split, rows))
+        decisions, _ = core.walk(split, rows, policy.decide)
         seconds = [_seconds(run, device) for run in _contestants(core, policy, split, rows, decisions[:, -1])]
         if number < WARM_UP:
             continue
         times.append([one / seconds[0] for one in seconds[1:]])
         nothing, everything = np.zeros_like(decisions), [np.arange(len(rows))]
-        parts = [picked for picked, _ in split.passes.planned(rows, decisions)]
+        parts = everything if core.is_staged else [picked for picked, _ in split.passes.planned(rows, decisions)]
         flops += (
             split.costs.flops(rows, decisions).sum(),
             split.costs.dense_flops(rows).sum(),

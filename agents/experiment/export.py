@@ -40,13 +40,13 @@ def export(
         description: As in ``config.json``.
 
     Returns:
-        ``None`` where a policy cannot leave its env: its observation is one of the user's own, or its tokens are ranked
-        at random, which is a control, or in a way of the user's own.
+        ``None`` where a policy cannot leave its env: it decides at several stages, its observation is one of the user's
+        own, or its tokens are ranked at random, which is a control, or in a way of the user's own.
     """
     config, backbone, train = core.config, core.backbone, core.split("train")
     drops = len(config.token_shares) > 1
     known = not drops or config.token_ranking in ("attention", "idf", "position")
-    if not (isinstance(core.observation, Pooled) and known):
+    if core.is_staged or not (isinstance(core.observation, Pooled) and known):
         return None
     env = {key: value for key, value in description["env_config"].items() if key != "objective"}
     card = {

@@ -31,6 +31,7 @@ from sd_gym.envs.core import Core, shared_core
 from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_checkpoint, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.artefact import FILE
 from sd_gym.registration import registered_ids
 from sd_gym.registry import UnknownNameError, naming_imports, unknown
 from sd_gym.tasks.data import SPLITS
@@ -295,7 +296,9 @@ def _finished(
     result["last_policy"] = last  # what learning ended with, where another one may have been selected
     result["history"] = selection.history if selection else []
     result["data"] = {name: core.split(name).provenance for name in SPLITS}
-    if selection and (artefact := export(core, policy, selection.stops, result, description)) is not None:
+    artefact = export(core, policy, selection.stops, result, description) if selection else None
+    result["artefact"] = None if artefact is None else FILE  # None: what decides does so in its env alone
+    if artefact is not None:
         artefact.save_pretrained(folder)
     write_result(result, core, folder)
     return result

@@ -61,22 +61,24 @@ class LearnerSettings(AgentSettings):
 
 @dataclass
 class Rollout:
-    """What came of the decisions of one rollout, one value a decision.
+    """What came of the decisions of one rollout, one value a decision, which is an episode.
 
     Attributes:
         steps: Decisions made so far, this rollout included.
         rewards: ``[n]``.
         infos: ``quality``, ``quality_ref``, ``flops_ratio`` and ``is_success``, each ``[n]``.
+        stages: Steps of an episode.
     """
 
     steps: int
     rewards: NDArray
     infos: dict[str, NDArray]
+    stages: int = 1
 
     def record(self, logger: Logger) -> None:
-        """Record the tags that all agents have: means over this rollout (an episode is one decision)."""
+        """Record the tags that all agents have: means over this rollout."""
         logger.record("rollout/ep_rew_mean", float(np.mean(self.rewards)))
-        logger.record("rollout/ep_len_mean", 1.0)
+        logger.record("rollout/ep_len_mean", float(self.stages))
         logger.record("rollout/success_rate", float(np.mean(self.infos["is_success"])))
         for tag in INFO_TAGS:
             logger.record(f"rollout/{tag}", float(np.mean(self.infos[tag])))
@@ -98,6 +100,7 @@ class BaseAgent(ABC):
     """
 
     Settings: ClassVar[type[AgentSettings]] = AgentSettings
+    staged: ClassVar[bool] = False  # whether it takes envs of several stages, else of one before the first layer
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, **settings: Any) -> None:
         for key in settings:
@@ -106,7 +109,7 @@ class BaseAgent(ABC):
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"unknown setting {key!r} of {type(self).__name__}{hint} Known: {', '.join(known)}.")
-        check_learnable(env)
+        check_learnable(env, type(self).staged)
         self.env = env
         self.seed = seed
         self.settings = self.Settings(**settings)
@@ -128,6 +131,8 @@ class Decider(BaseAgent):
 
     So it is evaluated beside the policies, but cannot be timed, taken along or learned from.
     """
+
+    staged = True
 
     @abstractmethod
     def decided(self, split: Split) -> Decided:
@@ -184,7 +189,8 @@ class Agent(BaseAgent):
         kwargs["network"] = getattr(self.settings, "network", None)
         with torch.random.fork_rng(devices=[]):  # to export a policy draws nothing from the agent's randomness
             torch.manual_seed(self.seed)
-            return DecisionPolicy(size, core.nvec.tolist(), core.switch_names, blind=self.blind, **kwargs)
+            known = core.nvec.tolist(), core.switch_names
+            return DecisionPolicy(size, *known, blind=self.blind, stages=core.stages, **kwargs)
 
     def _constant_policy(self, logits: torch.Tensor, **kwargs: Any) -> DecisionPolicy:
         """The same logits ``[sum(nvec)]`` for every input."""
@@ -203,7 +209,7 @@ class Agent(BaseAgent):
         """
         start = DecisionPolicy.load(folder)
         expected = self.new_policy()
-        for name in ("observation_size", "nvec", "switches", "network", "hidden"):
+        for name in ("stages", "observation_size", "nvec", "switches", "network", "hidden"):
             if getattr(start, name) != getattr(expected, name):
                 raise ValueError(
                     f"the policy in {folder} cannot be a start here: its {name} is {getattr(start, name)}, expected "
@@ -214,17 +220,22 @@ class Agent(BaseAgent):
         return start
 
 
-def check_learnable(env: SwitchableVectorEnv) -> None:
-    """Raise ``ValueError`` if an env's actions, observations or rewards are none that the agents here take."""
+def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
+    """Raise ``ValueError`` if an env's actions, observations or rewards are none that the agents here take.
+
+    Args:
+        env: The env.
+        staged: Whether the agent takes several stages.
+    """
     if env.config.action != "multi_discrete" and env.config.table is None:  # a table's masks have numbers
         raise ValueError(
             f"the agents of sd_gym decide by action=multi_discrete, got action={env.config.action}; leave it out (an "
             "agent of another library can have it: docs/envs.md)"
         )
-    if env.core.is_staged:
+    if env.core.is_staged and not staged:
         raise ValueError(
-            "the agents of sd_gym decide once, before the first layer, but the stages of this env are "
-            f"{env.core.stages}; leave stages out"
+            f"this agent decides once, before the first layer, but the stages of this env are {env.core.stages}; leave "
+            "stages out, or take an agent that decides in stages (ppo, a2c, reinforce)"
         )
     if env.config.vector_reward:
         raise ValueError("the agents of sd_gym learn from one number, got vector_reward=True; leave it out")

@@ -27,12 +27,14 @@ class Rectified(OnPolicyAlgorithm):
 
     Attributes:
         limit: Mean quality that may be lost.
+        memory: Steps over which the quality loss is averaged.
         savings: ``1 - flops_ratio`` of the rollout, ``[steps, envs]``; set before each update.
         losses: ``quality_ref - quality`` of the rollout, ``[steps, envs]``; likewise.
         mean_loss: Running mean of the quality loss; NaN before the first update.
     """
 
     limit: float = 0.0
+    memory: int = MEMORY
     savings: NDArray
     losses: NDArray
 
@@ -47,7 +49,7 @@ class Rectified(OnPolicyAlgorithm):
 
     def train(self) -> None:
         """One update, in the direction that the quality allows."""
-        share = 1.0 if np.isnan(self.mean_loss) else min(1.0, self.losses.size / MEMORY)
+        share = 1.0 if np.isnan(self.mean_loss) else min(1.0, self.losses.size / self.memory)
         before = 0.0 if np.isnan(self.mean_loss) else self.mean_loss
         self.mean_loss = before + share * (float(self.losses.mean()) - before)
         violated = self.mean_loss > self.limit
@@ -85,8 +87,10 @@ class RectifiedAgent(SB3Agent):
     def before_update(self, infos: dict[str, NDArray]) -> None:
         """Hand the two streams over."""
         self.algorithm.limit = self.env.config.epsilon
-        self.algorithm.savings = 1 - infos["flops_ratio"]
-        self.algorithm.losses = infos["quality_ref"] - infos["quality"]
+        self.algorithm.memory = MEMORY * self.stages
+        # What comes of a decision is the return of each of its steps.
+        self.algorithm.savings = np.repeat(1 - infos["flops_ratio"], self.stages, axis=0)
+        self.algorithm.losses = np.repeat(infos["quality_ref"] - infos["quality"], self.stages, axis=0)
 
     def state(self) -> dict[str, Any]:
         """Also the running mean of the loss."""

@@ -18,51 +18,138 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
+from torch import nn
 
+from sd_gym.envs.core import Core
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.files import write_tensors
-from sd_gym.policy import HIDDEN, DecisionPolicy, own_network
+from sd_gym.policy import HIDDEN, DecisionPolicy, blinded, own_network
 
 # Of the critic's loss. Actor and critic share no layer, but the library clips their gradients together: at its own 0.5,
 # a lost instance (a reward of -20) is an error that leaves the actor hardly a step, just where it has most to learn.
 VALUE_WEIGHT = 0.02
+NEVER = -1e9  # logit of a choice that a stage has not
 LOGGED_DECISIONS = 1024  # about so many between two points of a curve, whatever the size of a rollout
 
 
 class Blindfold(VecEnvWrapper):
-    """A ``VecEnv`` whose observations are zeros."""
-
-    def reset(self) -> NDArray:
-        """Zeros."""
-        return np.zeros_like(self.venv.reset())
-
-    def step_wait(self) -> tuple[NDArray, NDArray, NDArray, list[dict[str, Any]]]:
-        """The step with zeros for observations."""
-        observations, rewards, dones, infos = self.venv.step_wait()
-        return np.zeros_like(observations), rewards, dones, infos
-
-
-class OwnNetworkPolicy(ActorCriticPolicy):
-    """The library's policy with a registered network as its actor; the critic is the usual one.
+    """A ``VecEnv`` whose observations say nothing of the input.
 
     Args:
-        network: The network's name.
+        env: The env.
+        stages: Names of its stages.
+    """
+
+    def __init__(self, env: VecEnv, stages: list[str]) -> None:
+        super().__init__(env)
+        self.stages = stages
+
+    def reset(self) -> NDArray:
+        """The first observations, blinded."""
+        return blinded(self.venv.reset(), self.stages)
+
+    def step_wait(self) -> tuple[NDArray, NDArray, NDArray, list[dict[str, Any]]]:
+        """The step with blinded observations."""
+        observations, rewards, dones, infos = self.venv.step_wait()
+        return blinded(observations, self.stages), rewards, dones, infos
+
+
+class Telling(nn.Module):
+    """A body whose output tells the stage as well, which its input begins with.
+
+    Args:
+        body: From observations ``[n, features]``.
+        stages: How many there are.
+    """
+
+    def __init__(self, body: nn.Module, stages: int) -> None:
+        super().__init__()
+        self.body, self.stages = body, stages
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        """``[n, stages + width]``."""
+        return torch.cat([observations[:, : self.stages], self.body(observations)], dim=1)
+
+
+class AtStage(nn.Module):
+    """Logits of an action at each row's stage, out of those of all switches.
+
+    What a stage has not can only be left alone: it is drawn with certainty, and adds nothing to log-probabilities and
+    entropy.
+
+    Args:
+        head: To the logits of all components of a decision.
+        places: For each stage, where in them an action's choices are; behind them stand a choice that is certain, and
+            one that is never made, int64 ``[stages, choices]``.
+    """
+
+    def __init__(self, head: nn.Module, places: NDArray) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("places", torch.from_numpy(places), persistent=False)
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """``[n, stages + width]`` as of ``Telling`` to ``[n, choices]``."""
+        stages = len(self.places)
+        logits = self.head(latent[:, stages:])
+        certain = logits.new_tensor([0.0, NEVER]).expand(len(logits), 2)
+        return torch.cat([logits, certain], dim=1).gather(1, self.places[latent[:, :stages].argmax(dim=1)])
+
+
+def places_of(core: Core) -> NDArray:
+    """``places`` of ``AtStage`` for an env of several stages."""
+    ends = np.cumsum(core.nvec)
+    certain, never = ends[-1], ends[-1] + 1
+    choices = np.split(np.arange(ends[-1]), ends[:-1])
+    places = []
+    for name, columns in zip(core.stages, core.columns, strict=True):
+        missing = core.widest - (columns.stop - columns.start)
+        level = choices[-1] if name == "first" else [certain] + [never] * (len(choices[-1]) - 1)
+        places.append(np.concatenate([*choices[columns], *[[certain, never]] * missing, level]))
+    return np.array(places, dtype=np.int64)
+
+
+class DecisionActorCritic(ActorCriticPolicy):
+    """The library's policy with an actor that has the logits of a whole decision; the critic is the usual one.
+
+    Args:
+        network: Name of a registered network, as the actor; ``None``: the library's hidden layers.
+        places: As ``AtStage`` takes them, where an env has several stages; else ``None``.
+        n_logits: Of a whole decision.
         args: As of the library's policy.
         kwargs: As of the library's policy.
     """
 
-    def __init__(self, *args: Any, network: str, **kwargs: Any) -> None:
-        self.network = network
+    def __init__(self, *args: Any, network: str | None, places: NDArray | None, n_logits: int, **kwargs: Any) -> None:
+        self.own = {"network": network, "places": places, "n_logits": n_logits}
         super().__init__(*args, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
-        n_logits = self.action_net.out_features
-        self.mlp_extractor.policy_net, self.action_net = own_network(self.network, self.features_dim, n_logits)
+        network, places, n_logits = self.own.values()
+        if network is not None:
+            body, head = own_network(network, self.features_dim, n_logits)
+        else:
+            body, head = self.mlp_extractor.policy_net, nn.Linear(self.mlp_extractor.latent_dim_pi, n_logits)
+            self.init_weights(head, gain=0.01)  # as the library does
+        if places is not None:
+            body, head = Telling(body, len(places)), AtStage(head, places)
+        self.mlp_extractor.policy_net, self.action_net = body, head
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), "network": self.network}
+        return {**super()._get_constructor_parameters(), **self.own}
+
+
+class _Decisions(Logger):
+    """A logger whose points stand at the decisions that were made, where each takes several of the library's steps."""
+
+    def __init__(self, logger: Logger, stages: int) -> None:
+        vars(self).update(vars(logger))
+        self._stages = stages
+
+    def dump(self, step: int = 0) -> None:
+        super().dump(step // self._stages)
 
 
 class _RolloutCallback(BaseCallback):
@@ -86,10 +173,13 @@ class _RolloutCallback(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        infos = {key: np.array([[info[key] for info in step] for step in self._infos]) for key in INFO_KEYS}
+        stages = self._agent.stages
+        ended = self._infos[stages - 1 :: stages]
+        infos = {key: np.array([[info[key] for info in step] for step in ended]) for key in INFO_KEYS}
         self._agent.before_update(infos)
         flat = {key: values.ravel() for key, values in infos.items()}
-        self._finished = Rollout(self.num_timesteps, np.concatenate(self._rewards), flat)
+        rewards = np.array(self._rewards).reshape(len(ended), stages, -1).sum(axis=1).ravel()
+        self._finished = Rollout(self.num_timesteps // stages, rewards, flat, stages)
         self._finished.record(self.logger)
         self._infos, self._rewards = [], []
         self.rollouts += 1
@@ -104,13 +194,22 @@ class _RolloutCallback(BaseCallback):
 
 
 class SB3Agent(Agent):
-    """An on-policy algorithm of Stable-Baselines3; subclasses choose which."""
+    """An on-policy algorithm of Stable-Baselines3; subclasses choose which.
+
+    Where an env has several stages each is a step of the library, and a rollout has all steps of its decisions.
+
+    Attributes:
+        stages: Steps of a decision.
+    """
+
+    staged = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.stages = len(self.env.core.stages)
         vec_env: VecEnv = VecMonitor(SwitchableVecEnv(self._rewarding()))
         if self.blind:
-            vec_env = Blindfold(vec_env)
+            vec_env = Blindfold(vec_env, self.env.core.stages)
         self.algorithm = self._make_algorithm(vec_env)
         with torch.no_grad():
             if self.settings.start is not None:
@@ -119,7 +218,7 @@ class SB3Agent(Agent):
                     theirs.load_state_dict(ours.state_dict())
             else:
                 bias = initial_bias(self.env.core.nvec, self.settings.initial_skip_rate)
-                self.algorithm.policy.action_net.bias.copy_(bias)
+                self._actor()[1].bias.copy_(bias)
 
     def _rewarding(self) -> VectorEnv:
         """The env whose rewards are learned from: the agent's own, or a wrapper around it."""
@@ -130,14 +229,17 @@ class SB3Agent(Agent):
         """The algorithm, untrained, on ``vec_env``."""
 
     def _common(self, vec_env: VecEnv) -> dict[str, Any]:
-        """Arguments that the algorithms share. An episode is one decision, so discounting plays no part."""
-        network = self.settings.network
-        own = {} if network is None else {"network": network}
+        """Arguments that the algorithms share. An episode is one decision, so nothing is discounted."""
+        network, core = self.settings.network, self.env.core
+        own: dict[str, Any] = {}
+        if network is not None or core.is_staged:
+            places = places_of(core) if core.is_staged else None
+            own = {"network": network, "places": places, "n_logits": int(core.nvec.sum())}
         return {
-            "policy": OwnNetworkPolicy if own else "MlpPolicy",
+            "policy": DecisionActorCritic if own else "MlpPolicy",
             "env": vec_env,
             "learning_rate": LinearSchedule(self.settings.learning_rate, 0.0, 1.0),
-            "n_steps": self.settings.n_steps,
+            "n_steps": self.settings.n_steps * self.stages,
             # The library averages over its last episodes: as many as a rollout has, as in all agents.
             "stats_window_size": vec_env.num_envs * self.settings.n_steps,
             "gamma": 1.0,
@@ -151,7 +253,8 @@ class SB3Agent(Agent):
 
     def _actor(self) -> tuple[torch.nn.Module, torch.nn.Module]:
         """What corresponds to ``DecisionPolicy``'s body and head."""
-        return self.algorithm.policy.mlp_extractor.policy_net, self.algorithm.policy.action_net
+        body, action_net = self.algorithm.policy.mlp_extractor.policy_net, self.algorithm.policy.action_net
+        return (body.body, action_net.head) if self.env.core.is_staged else (body, action_net)
 
     def before_update(self, infos: dict[str, NDArray]) -> None:
         """Called with a rollout's infos, each ``[steps, envs]``, before the algorithm learns from it."""
@@ -159,11 +262,11 @@ class SB3Agent(Agent):
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Learn until ``total_steps`` decisions were made."""
         algorithm = self.algorithm
-        algorithm.set_logger(logger)
-        interval = max(1, LOGGED_DECISIONS // (algorithm.n_envs * algorithm.n_steps))
+        algorithm.set_logger(logger if self.stages == 1 else _Decisions(logger, self.stages))
+        interval = max(1, LOGGED_DECISIONS // (algorithm.n_envs * self.settings.n_steps))
         callback = _RolloutCallback(self, on_rollout)
         algorithm.learn(
-            total_steps - algorithm.num_timesteps,
+            total_steps * self.stages - algorithm.num_timesteps,
             callback=callback,
             log_interval=interval,
             reset_num_timesteps=algorithm.num_timesteps == 0,
@@ -199,7 +302,7 @@ class SB3Agent(Agent):
         # Making the env ready draws instances and random numbers, which the loaded states then take back.
         algorithm._last_obs = algorithm.env.reset()
         observations = self.env.load_state(state["env"])
-        algorithm._last_obs = np.zeros_like(observations) if self.blind else observations
+        algorithm._last_obs = blinded(observations, self.env.core.stages) if self.blind else observations
         algorithm._last_episode_starts = np.ones(algorithm.n_envs, dtype=bool)
         keys, *rest = state["numpy"]
         np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002

@@ -17,7 +17,8 @@ class PPOSettings(LearnerSettings):
     """Settings of PPO; a rollout is ``num_envs * n_steps`` decisions: small ones, for many updates.
 
     A rollout is one minibatch. Advantages are normalised by the minibatch, and in a small one a lost instance, which is
-    rare, weighs less than its reward says.
+    rare, weighs less than its reward says. ``n_steps`` and ``batch_size`` count decisions, whatever number of stages
+    each is made at.
     """
 
     num_envs: int = Field(64, ge=1)
@@ -38,7 +39,7 @@ class PPOAgent(SB3Agent):
     def _make_algorithm(self, vec_env: VecEnv) -> PPO:
         return self.Algorithm(
             **self._common(vec_env),
-            batch_size=self.settings.batch_size,
+            batch_size=self.settings.batch_size * self.stages,
             n_epochs=self.settings.n_epochs,
             clip_range=self.settings.clip_range,
         )

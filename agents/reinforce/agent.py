@@ -30,6 +30,7 @@ from torch import Tensor
 
 from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy, bounded
+from sd_gym.switch import Seen
 
 
 class ReinforceSettings(LearnerSettings):
@@ -37,7 +38,8 @@ class ReinforceSettings(LearnerSettings):
 
     Attributes:
         samples: Decisions scored for each instance of a rollout.
-        foresight: Whether the quality loss is foreseen (``Foresight``).
+        foresight: Whether the quality loss is foreseen (``Foresight``); of several stages it never is, as what is seen
+            later depends on what was decided, and nobody has run that.
         imagined: Instances of an update whose losses are foreseen.
         tries: Decisions for each of them.
         updates: Of the policy after each rollout, where losses are foreseen, and steps of the foresight.
@@ -91,6 +93,7 @@ class Sampled(NamedTuple):
 class ReinforceAgent(Agent):
     """REINFORCE: descends ``E[(flops + lambda * quality loss - baseline) * grad log pi(a|x)]``."""
 
+    staged = True
     Settings = ReinforceSettings
     settings: ReinforceSettings
 
@@ -105,7 +108,8 @@ class ReinforceAgent(Agent):
                     torch.nn.init.orthogonal_(layer.weight, gain=2**0.5)
                     torch.nn.init.zeros_(layer.bias)
             size = self.network.observation_size
-            self.foresight = Foresight(size, self.env.core.nvec) if settings.foresight else None
+            foresees = settings.foresight and not self.env.core.is_staged  # later looks depend on what is decided
+            self.foresight = Foresight(size, self.env.core.nvec) if foresees else None
         with torch.no_grad():
             if settings.start is not None:
                 self.network.load_state_dict(self._load_start(settings.start).state_dict(), strict=False)
@@ -140,7 +144,7 @@ class ReinforceAgent(Agent):
 
             self.steps += len(sampled.decisions)
             rewards = self.env.objective.rewards(*(infos[key] for key in ("quality", "quality_ref", "flops_ratio")))
-            rollout = Rollout(self.steps, rewards, infos)
+            rollout = Rollout(self.steps, rewards, infos, len(self.env.core.stages))
             rollout.record(logger)
             logger.record("train/learning_rate", rate)
             logger.record("time/fps", int((self.steps - before) / (time.monotonic() - started)))
@@ -180,9 +184,13 @@ class ReinforceAgent(Agent):
         """Score a few decisions of the policy, and remember what came of them; with the infos of a rollout."""
         settings, core = self.settings, self.env.core
         rows = self.random.integers(len(self._split), size=self.env.num_envs)
-        logits, decisions = self._sample(self._observe(rows), settings.samples)
+        seen = None
+        if core.is_staged:
+            logits, decisions, seen = self._walk(np.tile(rows, settings.samples))
+        else:
+            logits, decisions = self._sample(self._observe(rows), settings.samples)
         rows = np.tile(rows, settings.samples)
-        outcome = core.score(self._split, rows, decisions.numpy())
+        outcome = core.score(self._split, rows, decisions.numpy(), seen)
         lost = torch.from_numpy(outcome.quality_ref - outcome.quality).float()
         if self.foresight:
             self.foresight.remember(rows, decisions, lost)
@@ -237,6 +245,27 @@ class ReinforceAgent(Agent):
         """Logits and decisions of the policy: so many tries on each observation, as ``Sampled`` has them."""
         logits = self.network(observations).repeat(tries, 1)
         return logits, self.network.choose(logits, self._draw)
+
+    def _walk(self, rows: NDArray) -> tuple[Tensor, Tensor, Seen | None]:
+        """Logits and decisions of the policy on rows, from stage to stage, and what the pass has shown of them.
+
+        The logits of each component are those of the stage that it was decided at.
+        """
+        core, of_stages = self.env.core, []
+
+        def decide(observations: NDArray) -> NDArray:
+            of_stages.append(self.network(torch.from_numpy(observations)))
+            return self.network.choose(of_stages[-1], self._draw).numpy()
+
+        decisions, seen = core.walk(self._split, rows, decide)
+        parts = [logits.split(core.nvec.tolist(), dim=1) for logits in of_stages]
+        # What no stage decides, the switches before the first one, is certain.
+        chosen = [torch.eye(int(size))[0].log().clamp(min=-1e9).expand(len(decisions), -1) for size in core.nvec]
+        for columns, part in zip(core.columns, parts, strict=True):
+            chosen[columns] = part[columns]
+        if core.stages[0] == "first":
+            chosen[-1] = parts[0][-1]
+        return torch.cat(chosen, dim=1), torch.from_numpy(decisions), seen
 
     def _draw(self, logits: Tensor) -> Tensor:
         """Draws ``[n]`` from the logits ``[n, size]`` of one component, by this agent's own generator."""

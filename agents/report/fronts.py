@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.evaluation import BOOTSTRAP_SAMPLES, score_decisions
+from sd_gym.agents.experiment.evaluation import BOOTSTRAP_SAMPLES, decide_rows, deciding_flops, score_decisions
 
 from sd_gym.envs.core import Core
 from sd_gym.envs.split import Split
@@ -29,16 +29,19 @@ class Front(NamedTuple):
 def front_of(core: Core, split: Split, policies: Sequence[DecisionPolicy]) -> Front:
     """Score policies on a whole split; the dense decision, at its full FLOPs, always belongs to a front."""
     rows, policies = np.arange(len(split)), list(policies)
-    observation = core.observe(split, rows)
-    decided = np.stack([*(policy.decide(observation) for policy in policies), np.zeros((len(rows), len(core.nvec)))])
+    every = [decide_rows(core, policy, split, rows) for policy in policies]
+    decided = np.stack([*every, np.zeros((len(rows), len(core.nvec)))])
     # Versions of a policy agree on most instances: each decision on an instance is scored once.
     pairs = np.column_stack([np.tile(rows, len(decided)), decided.reshape(-1, len(core.nvec)).astype(np.int64)])
     different, back = np.unique(pairs, axis=0, return_inverse=True)
     scored = score_decisions(core, split, different[:, 0], different[:, 1:])
     quality, flops = (scored[name][back].reshape(decided.shape[:2]) for name in ("quality", "flops_ratio"))
     # A policy that does not look at its input need not run at all.
-    own = [policy.flops if policy.head.weight.any() and not policy.blind else 0 for policy in policies]
-    return Front(quality, flops + np.array([*own, 0])[:, None] / split.costs.dense_flops(rows))
+    own = [
+        deciding_flops(core, policy, split, rows) if policy.head.weight.any() and not policy.blind else 0 * rows
+        for policy in policies
+    ]
+    return Front(quality, flops + np.array([*own, 0 * rows]) / split.costs.dense_flops(rows))
 
 
 def flops_at(quality: float, front_quality: NDArray, front_flops: NDArray) -> float:

@@ -55,6 +55,11 @@ class Backbone:
         """Hash of its weights (``weights_hash``)."""
         return weights_hash(self.model)
 
+    @property
+    def can_exit(self) -> bool:
+        """Whether its head can judge what any of its layers gives: an encoder or a decoder alone, that classifies."""
+        return self.head.sees_confidence and len(self.board.architecture.stacks) == 1
+
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """As ``Head.forward``."""
         return self.head.forward(self.board, inputs)

@@ -38,6 +38,7 @@ TABLE_KEYS = (
     "cost_scale",
     "vector_reward",
 )
+EXTENDS = "extends"  # the key of a YAML file that names another one, whose keys hold where it says nothing
 
 
 class ConfigError(ValueError):
@@ -266,12 +267,31 @@ def load_config(file: str | Path, overrides: dict[str, Any]) -> EnvConfig:
 
 
 def read_values(file: Path) -> dict[str, Any]:
-    """The keys of a YAML file, not yet checked.
+    """The keys of a YAML file, not yet checked, and those of the file that it ``extends``.
+
+    That one is called by its name alone: it lies beside the file, or is the package's.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ConfigError: If it is not UTF-8, no YAML, or something else than keys and values.
+        ConfigError: If one is not UTF-8, no YAML, or something else than keys and values, or extends wrongly.
     """
+    values = _read_keys(file)
+    if EXTENDS not in values:
+        return values
+    name = values.pop(EXTENDS)
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ConfigError(
+            f"{file}: {EXTENDS!r} takes the name of a YAML file, as classification_mini.yaml; got {name!r}"
+        )
+    beside = file.parent / name
+    base = _read_keys(beside if beside.is_file() else CONFIG_FOLDER / name)
+    if EXTENDS in base:
+        raise ConfigError(f"{file} extends {name}, which extends another file; name that one")
+    return {**base, **values}
+
+
+def _read_keys(file: Path) -> dict[str, Any]:
+    """As ``read_values``, of one file."""
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -22,6 +22,7 @@ from sd_gym.envs.split import Split
 from sd_gym.envs.staged import Episodes, StageObservation
 from sd_gym.objectives import quality_cost
 from sd_gym.registration import OBSERVATIONS
+from sd_gym.switch import Seen
 
 Array = NDArray
 
@@ -136,13 +137,21 @@ class Core:
         """Observe rows, decide on them and run them: positions in ``rows``, logits and labels of each forward pass.
 
         A single row is decided on in its pass, where the observation is pooled from the first layer's input and no
-        other look at the input is needed to rank tokens.
+        other look at the input is needed to rank tokens. Of several stages all rows are, in one pass that is stopped at
+        each.
 
         Args:
             split: Where the instances are.
             rows: Their rows, int64 ``[n]``.
             decide: From observations to decisions ``[n, switches + 1]``.
         """
+        if self.is_staged:
+            decisions, seen = self.walk(split, rows, decide)
+            if seen is None:
+                yield from split.passes.logits(rows, decisions)
+            else:
+                yield np.arange(len(rows)), *split.passes.resumed(seen, rows, decisions)
+            return
         looks = self.config.token_ranking == "attention" and len(self.config.token_shares) > 1
         if len(rows) == 1 and type(self.observation) is Pooled and not looks:
             observation = self.observation
@@ -153,19 +162,67 @@ class Core:
         else:
             yield from split.passes.logits(rows, decide(self.observe(split, rows)))
 
-    def score(self, split: Split, rows: Array, decisions: Array) -> Outcome:
+    def take(self, stage: int, decisions: Array, choices: Array) -> None:
+        """Write what is decided at a stage, of ``choices``, into ``decisions``; both ``[n, switches + 1]``."""
+        columns = self.columns[stage]
+        decisions[:, columns] = choices[:, columns]
+        if self.stages[stage] == "first":
+            decisions[:, -1] = choices[:, -1]
+
+    def spread(self, stage: Array, choices: Array) -> Array:
+        """The components of an action at the places that its stage decides.
+
+        Args:
+            stage: Number of the stage of each row, int64 ``[n]``.
+            choices: As ``actions.decisions`` gives them, ``[n, components]``.
+
+        Returns:
+            int64 ``[n, switches + 1]``, zeros elsewhere.
+        """
+        if not self.is_staged:
+            return choices
+        spread = np.zeros((len(choices), len(self.nvec)), dtype=np.int64)
+        for number in np.unique(stage):
+            at, columns = stage == number, self.columns[number]
+            spread[at, columns] = choices[at, : columns.stop - columns.start]
+        spread[:, -1] = choices[:, -1]
+        return spread
+
+    def walk(self, split: Split, rows: Array, decide: Callable[[Observations], Array]) -> tuple[Array, Seen | None]:
+        """Decide on rows, from stage to stage, each on what the decisions before it have led to.
+
+        Args:
+            split: Where the instances are.
+            rows: Their rows, int64 ``[n]``.
+            decide: Called once a stage. From observations to decisions ``[n, switches + 1]``, of which those of the
+                stage's switches count (and of the tokens, at ``first``).
+
+        Returns:
+            The decisions, int64 ``[n, switches + 1]``, and what the pass has shown at the last stage, for ``score``
+            to go on from; ``None`` where that is before the first layer.
+        """
+        if not self.is_staged:
+            return decide(self.observe(split, rows)), None
+        decisions, seen = np.zeros((len(rows), len(self.nvec)), dtype=np.int64), None
+        for stage in range(len(self.stages)):
+            observations, seen = self.stage_observation.observe(split, rows, stage, decisions, seen)
+            self.take(stage, decisions, decide(observations))
+        return decisions, seen
+
+    def score(self, split: Split, rows: Array, decisions: Array, seen: Seen | None = None) -> Outcome:
         """What comes of one decision an instance; one batched run of the backbone.
 
         Args:
             split: Where the instances are.
             rows: Their rows, int64 ``[n]``.
             decisions: ``[n, switches + 1]``.
+            seen: What a pass of these rows under these decisions has shown at a stage: then it goes on from there.
 
         Raises:
             ValueError: If the decisions are malformed.
         """
         decisions = self._decided.decisions(decisions, len(rows))
-        quality, quality_ref = split.scoring.quality(rows, decisions)
+        quality, quality_ref = split.scoring.quality(rows, decisions, seen)
         flops_ratio = split.costs.flops_ratio(rows, decisions)
         cost = quality_cost(quality, quality_ref, self.config.epsilon)
         return Outcome(quality, quality_ref, cost, flops_ratio)

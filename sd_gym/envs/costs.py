@@ -34,6 +34,10 @@ class Costs:
         """FLOPs of the dense backbone, int64 ``[n]``."""
         return self._always[rows] + self._switched[rows].sum(axis=1)
 
+    def head_flops(self, rows: Array) -> Array:
+        """FLOPs of the head, which no decision saves, int64 ``[n]``."""
+        return self._always[rows]
+
     def flops(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under ``decisions [n, switches + 1]``, int64 ``[n]``.
 

@@ -202,6 +202,28 @@ class Passes:
         skip = decisions[:, :-1]
         return board.run_to(stage, lambda: self.backbone.logits(inputs), skip, keep, mask=mask, behind=behind)
 
+    @torch.inference_mode()
+    def resumed(self, seen: Seen, rows: Array, decisions: Array) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and labels of a pass that goes on from what it has shown at a stage.
+
+        Args:
+            seen: As ``seen_at`` gave it of the same rows.
+            rows: The rows.
+            decisions: What they say of switches before the stage does not count.
+        """
+        inputs = self.inputs(rows)
+        with self.backbone.board.decide(decisions[:, :-1], self._keep_of(rows, decisions, inputs), behind=seen):
+            return self.backbone.logits(inputs), inputs["labels"]
+
+    def confidence_at(self, seen: Seen, rows: Array, decisions: Array) -> Array:
+        """Highest class probability of each row if all is skipped from a stage on, float64 ``[n]``.
+
+        For a backbone that ``can_exit``; arguments as of ``resumed``.
+        """
+        exits = decisions.copy()
+        exits[:, self.backbone.board.decided_at([seen.stage])[seen.stage].start : -1] = 1
+        return self.head.confidence(self.resumed(seen, rows, exits)[0]).double().cpu().numpy()
+
     def planned(self, rows: Array, decisions: Array, steps: int = 0) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
         """Positions in ``rows`` and inputs of each forward pass, or of each ``generate()`` of so many steps."""
         kept = self._tokens.kept_length(rows, decisions[:, -1])[:, None]

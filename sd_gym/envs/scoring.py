@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sd_gym.backbones.heads.base import LEAST_LIKELIHOOD
 from sd_gym.envs.config import EnvConfig
 from sd_gym.envs.passes import Passes
+from sd_gym.switch import Seen
 from sd_gym.tasks.encoding import Encoded
 from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.metrics import METRICS, corpus_metric, text_metrics, text_quality
@@ -43,11 +44,17 @@ class Scoring:
 
     # --- what is known ------------------------------------------------------------------------------------------------
 
-    def quality(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
+    def quality(self, rows: Array, decisions: Array, seen: Seen | None = None) -> tuple[Array, Array]:
         """Quality under the decisions ``[n, switches + 1]`` and dense quality, each float64 ``[n]``.
 
         The backbone is frozen, so an (instance, decision) is computed once while it is among the last ``KNOWN`` that
         were asked for; the dense decisions that are not known yet run in the same forward pass as the others.
+
+        Args:
+            rows: The rows.
+            decisions: The decisions.
+            seen: What a pass of the rows under the decisions has shown at a stage: then they go on from there, where
+                their quality is one of logits.
         """
         both = np.concatenate([decisions, np.zeros_like(decisions)])
         level = both[:, -1:].astype(np.uint32).view(np.uint8)
@@ -59,9 +66,13 @@ class Scoring:
             if key not in found:
                 missing.setdefault(key, position)
         if missing:
+            if seen is not None and self._measure != "of_text" and min(missing.values()) < len(rows):
+                found.update(zip(keys[: len(rows)], self._resumed(seen, rows, decisions).tolist(), strict=True))
+                missing = {key: position for key, position in missing.items() if key not in found}
             wanted = np.fromiter(missing.values(), dtype=np.int64)
-            qualities = self.run(np.concatenate([rows, rows])[wanted], both[wanted])
-            found.update(zip(missing, qualities.tolist(), strict=True))
+            if len(wanted):
+                qualities = self.run(np.concatenate([rows, rows])[wanted], both[wanted])
+                found.update(zip(missing, qualities.tolist(), strict=True))
         self._remember(found)
         values = np.array([found[key] for key in keys])
         return values[: len(rows)], values[len(rows) :]
@@ -107,6 +118,12 @@ class Scoring:
         if self._measure == "of_text":
             return self._text_quality(rows, self._passes.answers(rows, decisions))
         return self._of_score(rows, decisions, self._passes.in_passes(rows, decisions, self._score))
+
+    @torch.inference_mode()
+    def _resumed(self, seen: Seen, rows: Array, decisions: Array) -> Array:
+        """As ``run``, of a pass that goes on from what it has shown at a stage."""
+        values = self._score(*self._passes.resumed(seen, rows, decisions)).double().cpu().numpy()
+        return self._of_score(rows, decisions, values)
 
     @torch.inference_mode()
     def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]:

@@ -146,7 +146,7 @@ def decided(
     if not episodes.over[envs].all():
         infos = episode_infos(core, split, rows, episodes, envs)
         return infos, episodes.savings(split, rows, envs) if config.dense_reward else no_rewards(config, len(envs))
-    outcome = core.score(split, rows[envs], episodes.decisions[envs])
+    outcome = episodes.outcome(split, rows, envs)
     rewards = rewards_of(config, objective, outcome)
     if config.dense_reward:
         rewards = rewards - episodes.paid[envs]
@@ -187,8 +187,9 @@ class SwitchableEnv(gym.Env):
 
         Any name that ``sd_gym.register_observation`` was given: the space of that class.
 
-        With several stages, ``Box(-10, 10, (stages + 2 * width + 2,), float32)``: the stage, one-hot, then mean and
-        maximum of the hidden states there, their number and its logarithm, standardised for each stage.
+        With several stages, ``Box(-10, 10, (stages + 1 + 2 * width + 2,), float32)``: the stage, one-hot, the share of
+        the FLOPs spent, then mean and maximum of the hidden states there, their number and its logarithm, standardised
+        for each stage, and where the head can judge a layer, the log-odds of its answer (``StageObservation``).
 
     Reward:
         The config's ``objective`` with its ``epsilon``, ``penalty`` and ``cost_scale`` (``sd_gym.objectives``). The

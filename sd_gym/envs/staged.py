@@ -16,33 +16,37 @@ from sd_gym.switch import Seen
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
 if TYPE_CHECKING:
-    from sd_gym.envs.core import Core
+    from sd_gym.envs.core import Core, Outcome
     from sd_gym.envs.split import Split
 
 Array = NDArray
 PASS_ROWS = 64  # of a pass that statistics are taken from
+MOST_SURE = 1 - 1e-6
 
 
 class StageObservation:
     """What is seen at the stages of an episode: which stage it is, and what the pass has computed so far.
 
-    ``Box(-10, 10, (stages + 2 * width + 2,), float32)``: the stage, one-hot; mean and maximum over positions of the
-    hidden states there, the number of positions and its logarithm, standardised for each stage by a dense pass over the
-    first 2,000 instances of the training split.
+    ``Box(-10, 10, (stages + 1 + 2 * width + 2,), float32)``: the stage, one-hot; the share of the dense FLOPs that the
+    pass will have taken if all that is left is skipped; mean and maximum over positions of the hidden states there, the
+    number of positions and its logarithm. Where the head can judge what a layer gives (``Backbone.can_exit``) there is
+    one number more: the log-odds of its answer there, 0 before the first layer. All but the stage and the FLOPs is
+    standardised for each stage by a dense pass over the first 2,000 instances of the training split.
 
     Args:
         core: The core.
     """
 
     def __init__(self, core: Core) -> None:
-        self.names = core.stages
+        self.names, self.columns = core.stages, core.columns
+        self.judges = core.backbone.can_exit
         split = core.split("train")
         rows = np.arange(min(len(split), STATISTICS_SIZE))
         features = np.concatenate(
             [np.stack(list(self._dense(split, part))) for part in np.split(rows, rows[PASS_ROWS::PASS_ROWS])], axis=1
         )
         self.mean, self.deviation = features.mean(axis=1), deviation_of(features.std(axis=1))
-        size = len(self.names) + features.shape[2]
+        size = len(self.names) + 1 + features.shape[2]
         self.space = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (size,), np.float32)
 
     def observe(
@@ -61,9 +65,17 @@ class StageObservation:
             Observations, float32 ``[n, size]``, and what to go on from; ``None`` before the first layer.
         """
         features, seen = self._features(split, rows, stage, decisions, behind)
-        which = np.zeros((len(rows), len(self.names)), dtype=np.float32)
-        which[:, stage] = 1
-        return np.concatenate([which, standardised(features, self.mean[stage], self.deviation[stage])], axis=1), seen
+        known = np.zeros((len(rows), len(self.names) + 1), dtype=np.float32)
+        known[:, stage] = 1
+        exits = decisions.copy()
+        exits[:, self.columns[stage].start : -1] = 1
+        known[:, -1] = split.costs.flops_ratio(rows, exits)
+        return np.concatenate([known, standardised(features, self.mean[stage], self.deviation[stage])], axis=1), seen
+
+    def judging_flops(self, split: Split, rows: Array) -> Array:
+        """FLOPs of the head's judgements in one episode of each row, int64 ``[n]``."""
+        times = sum(name != "first" for name in self.names) if self.judges else 0
+        return times * split.costs.head_flops(rows)
 
     def _dense(self, split: Split, rows: Array) -> Iterator[Array]:
         """Features of each stage of a dense pass, ``[n, features]``."""
@@ -75,10 +87,19 @@ class StageObservation:
     def _features(
         self, split: Split, rows: Array, stage: int, decisions: Array, behind: Seen | None
     ) -> tuple[Array, Seen | None]:
+        judged = np.zeros((len(rows), int(self.judges)), dtype=np.float32)
         if self.names[stage] == "first":
-            return split.features[rows], None
+            return np.concatenate([split.features[rows], judged], axis=1), None
         seen = split.passes.seen_at(self.names[stage], rows, decisions, behind)
-        return features_of(seen.hidden, seen.mask).float().cpu().numpy(), seen
+        if self.judges:
+            judged[:, 0] = log_odds(split.passes.confidence_at(seen, rows, decisions))
+        return np.concatenate([features_of(seen.hidden, seen.mask).float().cpu().numpy(), judged], axis=1), seen
+
+
+def log_odds(probability: Array) -> Array:
+    """Of probabilities ``[n]``, which are taken to be at most 1 - 1e-6: float64 ``[n]``."""
+    probability = np.minimum(probability, MOST_SURE)
+    return np.log(probability / (1 - probability))
 
 
 class Episodes:
@@ -126,12 +147,16 @@ class Episodes:
         """
         for number in np.unique(self.stage[envs]):
             at = envs[self.stage[envs] == number]
-            columns = self.core.columns[number]
-            self.decisions[at, columns] = choices[at, : columns.stop - columns.start]
-            if self.core.stages[number] == "first":
-                self.decisions[at, -1] = choices[at, -1]
+            decided = self.decisions[at]
+            self.core.take(int(number), decided, self.core.spread(self.stage[at], choices[at]))
+            self.decisions[at] = decided
         self.stage[envs] += 1
         self._known[envs] = self.over[envs]  # what was decided on last is still to be seen
+
+    def outcome(self, split: Split, rows: Array, envs: Array) -> Outcome:
+        """What came of some, which are over; the pass goes on from the last look, if all have ended together."""
+        together = len(envs) == len(self.stage)
+        return self.core.score(split, rows[envs], self.decisions[envs], self._seen if together else None)
 
     def savings(self, split: Split, rows: Array, envs: Array) -> Array:
         """Pay some for what they have saved since they were paid last: float64, a number for each."""

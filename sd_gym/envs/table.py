@@ -15,11 +15,12 @@ Nothing here needs torch, a backbone or a data set. A table is a folder:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -343,6 +344,10 @@ class TableEpisodes:
         """Decide in some; ``choices [n, components]`` have a row for each of all episodes."""
         self.decisions[envs], self._over[envs] = choices[envs], True
 
+    def outcome(self, split: TableSplit, rows: Array, envs: Array) -> Outcome:
+        """What came of some, which are over."""
+        return self.core.score(split, rows[envs], self.decisions[envs])
+
     def observe(self, split: TableSplit, rows: Array) -> Array:
         """What is seen of each, in new arrays."""
         return self.core.observe(split, rows)
@@ -387,7 +392,7 @@ class TableCore:
         ValueError: If it is damaged.
     """
 
-    stages = ("first",)
+    stages: ClassVar[list[str]] = ["first"]
     is_staged = False
 
     def __init__(self, config: EnvConfig) -> None:
@@ -466,13 +471,18 @@ class TableCore:
         """What is seen of rows ``[n]`` of a split: new arrays, a row an instance."""
         return self.observation.observe(split, rows)
 
-    def score(self, split: TableSplit, rows: Array, decisions: Array) -> Outcome:
+    def walk(self, split: TableSplit, rows: Array, decide: Callable[[Array], Array]) -> tuple[Array, None]:
+        """Decide on rows; there is no pass for ``score`` to go on from."""
+        return decide(self.observe(split, rows)), None
+
+    def score(self, split: TableSplit, rows: Array, decisions: Array, seen: None = None) -> Outcome:
         """What comes of one decision an instance.
 
         Args:
             split: Where the instances are.
             rows: Their rows, int64 ``[n]``.
             decisions: ``[n, components]``.
+            seen: As of ``Core.score``; of a table there is nothing.
 
         Raises:
             ValueError: If the decisions are malformed.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from sd_gym.registry import Registry, naming_imports
 HIDDEN = 64
 FORMAT = 1
 NetworkFactory = Callable[[int, int], nn.Module]
+Seen = TypeVar("Seen", Tensor, NDArray)
 NETWORKS: Registry[NetworkFactory] = Registry("network", {})
 
 
@@ -63,13 +64,16 @@ class DecisionPolicy(nn.Module):
         network: Name of a registered network that gives the logits instead of two hidden layers.
         hidden: Width of the hidden layers.
         codebook: Decisions, each with all components: then no others are made (``reduced``); ``None``: any.
+        stages: Names of the stages that it decides at. Of several, an observation begins with the stage, one-hot, and
+            of what is decided there only the stage's own components count; all stages share the hidden layers.
 
     Attributes:
         body: The hidden layers ``[n, hidden]``, or the registered network.
         head: What makes logits of its output: linear, or, of a registered network, a bias for each.
 
     Raises:
-        ValueError: If the network is unknown, or is none from observations to logits.
+        ValueError: If the network is unknown, or is none from observations to logits; or if a policy of several stages
+            is autoregressive or has a codebook, which are about whole decisions.
     """
 
     def __init__(
@@ -84,8 +88,13 @@ class DecisionPolicy(nn.Module):
         network: str | None = None,
         hidden: int = HIDDEN,
         codebook: list[list[int]] | None = None,
+        stages: Sequence[str] = ("first",),
     ) -> None:
         super().__init__()
+        if len(stages) > 1 and (autoregressive or codebook is not None):
+            kind = "autoregressive" if autoregressive else "chosen from a codebook"
+            raise ValueError(f"at several stages, {', '.join(stages)}, decisions cannot be {kind}; decide at one")
+        self.stages = list(stages)
         self.observation_size = observation_size
         self.nvec = [int(size) for size in nvec]
         self.switches = list(switches)
@@ -120,7 +129,7 @@ class DecisionPolicy(nn.Module):
             observations: ``[n, features]``.
         """
         if self.blind:
-            observations = torch.zeros_like(observations)
+            observations = blinded(observations, self.stages)
         return self.head(self.body(observations))
 
     def log_probs(self, logits: Tensor, decisions: Tensor, exploration: float = 0.0) -> list[Tensor]:
@@ -192,10 +201,12 @@ class DecisionPolicy(nn.Module):
         """Log-odds of skipping each switch, float32 ``[n, switches]``, for observations ``[n, features]``.
 
         Raises:
-            ValueError: If the policy is autoregressive, its odds depend on earlier choices; or if it has a codebook.
+            ValueError: If the policy is autoregressive, its odds depend on earlier choices; if it has a codebook; or if
+                it decides at several stages.
         """
-        if self.autoregressive or self.codebook is not None:
+        if self.autoregressive or self.codebook is not None or len(self.stages) > 1:
             kind = "an autoregressive policy" if self.autoregressive else "a policy with a codebook"
+            kind = "a policy of several stages" if len(self.stages) > 1 else kind
             raise ValueError(f"{kind} has no odds of a switch by itself")
         seen = torch.as_tensor(observations, dtype=torch.float32, device=self.head.weight.device)
         choices = self(seen)[:, : 2 * len(self.switches)].unflatten(1, (-1, 2))
@@ -240,8 +251,10 @@ class DecisionPolicy(nn.Module):
             observations: Of inputs that it shall do well on, ``[n, features]``; a thousand are enough.
 
         Raises:
-            ValueError: If there is no size or no observation.
+            ValueError: If there is no size or no observation, or the policy decides at several stages.
         """
+        if len(self.stages) > 1:
+            raise ValueError(f"a policy that decides at several stages, {', '.join(self.stages)}, has no codebook")
         if size < 1 or not len(observations):
             raise ValueError(f"expected at least one decision and one observation, got {size} and {len(observations)}")
         masks = torch.from_numpy(np.unique(self.decide(observations), axis=0))
@@ -267,8 +280,8 @@ class DecisionPolicy(nn.Module):
 
     @property
     def flops(self) -> int:
-        """FLOPs of one decision, 2 per multiply-add, as torch's ``FlopCounterMode`` counts them."""
-        counted, _ = _on_meta(nn.Sequential(self.body, self.head), 1, self.observation_size)
+        """FLOPs of one decision, at all its stages, 2 per multiply-add, as torch's ``FlopCounterMode`` counts them."""
+        counted, _ = _on_meta(nn.Sequential(self.body, self.head), len(self.stages), self.observation_size)
         coupling = 2 * int(self._earlier.sum()) if self.autoregressive else 0
         if self.codebook is None:
             return counted + coupling
@@ -291,6 +304,8 @@ class DecisionPolicy(nn.Module):
             description["network"] = self.network
         if self.codebook is not None:
             description["codebook"] = self.codebook.tolist()
+        if self.stages != ["first"]:
+            description["stages"] = self.stages
         write_tensors(folder / "policy.safetensors", self.state_dict())
         write_json(folder / "policy.json", description)
 
@@ -329,6 +344,7 @@ class _Description(BaseModel):
     hidden: int = Field(ge=1)
     network: str | None = None
     codebook: Annotated[list[list[int]], Field(min_length=1)] | None = None
+    stages: Annotated[list[str], Field(min_length=1)] = ["first"]
 
     @model_validator(mode="after")
     def _one_choice_a_switch(self) -> _Description:
@@ -426,6 +442,14 @@ def _on_meta(module: nn.Module, rows: int, features: int) -> tuple[int, Any]:
         copy = deepcopy(module).to("meta").eval()  # made here, as the caller may be in inference mode
         output = copy(torch.zeros(rows, features, device="meta"))
     return counter.get_total_flops(), output
+
+
+def blinded(observations: Seen, stages: Sequence[str]) -> Seen:
+    """Observations ``[n, features]`` with nothing of the input; of several stages, with the stage alone."""
+    zeros = observations * 0
+    if len(stages) > 1:
+        zeros[:, : len(stages)] = observations[:, : len(stages)]
+    return zeros
 
 
 def bounded(logits: Tensor, lowest: float) -> Tensor:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sd_gym.switch.tokens import DroppedTokens
 
 EVERY_LAYER = "every_layer"  # stands for all stages of a backbone
+MIDDLE = "middle"  # stands for the layer in the middle of the first stack
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ def stages_named(known: Sequence[Stage], names: Sequence[str]) -> tuple[Stage, .
 
     Args:
         known: All stages of the backbone.
-        names: The names; ``every_layer`` stands for all.
+        names: The names; ``every_layer`` stands for all, ``middle`` for the layer in the middle of the first stack.
 
     Raises:
         ValueError: If there is no name, or one that the backbone does not have.
@@ -109,10 +110,14 @@ def stages_named(known: Sequence[Stage], names: Sequence[str]) -> tuple[Stage, .
     if isinstance(names, str) or not names:
         raise ValueError(f"stages must be a list of one or more names, such as ['first']; got {names!r}")
     every = [stage.name for stage in known]
-    unknown = [name for name in names if name not in (*every, EVERY_LAYER)]
+    unknown = [name for name in names if name not in (*every, EVERY_LAYER, MIDDLE)]
     if unknown:
-        raise ValueError(f"there is no stage {unknown[0]!r} in this backbone; choose from {every} or '{EVERY_LAYER}'")
-    chosen = [stage for stage in known if stage.name in names or EVERY_LAYER in names]
+        raise ValueError(
+            f"there is no stage {unknown[0]!r} in this backbone; choose from {every}, '{MIDDLE}' or '{EVERY_LAYER}'"
+        )
+    first_stack = [stage.name for stage in known if stage.place[0] == known[0].place[0]]
+    wanted = {first_stack[len(first_stack) // 2] if name == MIDDLE else name for name in names}
+    chosen = [stage for stage in known if stage.name in wanted or EVERY_LAYER in wanted]
     ends = [*(stage.switches.start for stage in chosen[1:]), known[-1].switches.stop]
     return tuple(
         stage._replace(switches=slice(stage.switches.start, end)) for stage, end in zip(chosen, ends, strict=True)

@@ -143,7 +143,8 @@ class Switchboard:
         """Which switches are decided at each of some stages: those from there to the next one, in execution order.
 
         Args:
-            stages: Names of stages; ``every_layer`` stands for all.
+            stages: Names of stages; ``every_layer`` stands for all, ``middle`` for the layer in the middle of the first
+                stack.
 
         Raises:
             ValueError: If there is no stage of such a name, or none at all.

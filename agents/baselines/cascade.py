@@ -1,0 +1,73 @@
+"""A cascade: a cheap pass for all, and a dense one for those that it is not sure of (Viola and Jones 2001)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sd_gym.agents.baselines.codebook import nested_codebook
+from sd_gym.agents.baselines.early_exit import THRESHOLDS
+from sd_gym.agents.baselines.search import greedy_path
+from sd_gym.agents.baselines.static import StaticSettings, report, searched_masks
+from sd_gym.agents.experiment.evaluation import Decided, score_decisions
+from sd_gym.agents.experiment.selection import halves, keeps
+from sd_gym.agents.experiment.verdict import ONE_SIDED_95
+from sd_gym.agents.learning.agent import Decider, OnRollout
+from stable_baselines3.common.logger import Logger
+
+from sd_gym.envs.split import Split
+
+
+class Cascade(Decider):
+    """One mask for all inputs; where the head is less sure than a threshold, the input runs again, densely.
+
+    Both runs count. The masks are those of a greedy path (or of a run of ``static``: ``path``), searched on the first
+    half of the validation split; of all masks and thresholds, the cheapest is kept that keeps the quality on either
+    half. For backbones that classify.
+    """
+
+    Settings = StaticSettings
+    settings: StaticSettings
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.env.core.backbone.head.sees_confidence:
+            raise ValueError("a cascade needs a backbone that classifies; this env's backbone does not")
+        self.mask = np.zeros_like(self.env.core.nvec)  # dense, and never again
+        self.threshold = 0.0
+
+    def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
+        """Choose the mask and the threshold on the validation split."""
+        core, split = self.env.core, self.env.core.split("validation")
+        rows, parts = np.arange(len(split)), halves(split)
+        if self.settings.path is not None:
+            masks = np.unique(searched_masks(self.settings.path, core.nvec), axis=0)
+        else:
+            masks = np.stack(greedy_path(core, split, parts[0], lambda scored: report(on_rollout, scored)))
+        tiled = [np.tile(mask, (len(rows), 1)) for mask in masks]
+        scored = [score_decisions(core, split, rows, decisions) for decisions in tiled]
+        means = [np.array([one[name][parts[0]].mean() for one in scored]) for name in ("quality", "flops_ratio")]
+        candidates = []
+        for number in nested_codebook(masks, *means):
+            confidence = split.passes.confidence(rows, tiled[number])
+            for threshold in (0.0, *THRESHOLDS):
+                unsure = confidence < threshold
+                flops = scored[number]["flops_ratio"] + unsure
+                candidates.append((float(flops[parts[0]].mean()), number, float(threshold), unsure))
+        for _, number, threshold, unsure in sorted(candidates, key=lambda candidate: candidate[0]):
+            reference = scored[number]["quality_ref"]
+            quality = np.where(unsure, reference, scored[number]["quality"])
+            if all(
+                keeps(core, {"quality": quality[part], "quality_ref": reference[part]}, ONE_SIDED_95) for part in parts
+            ):
+                self.mask, self.threshold = masks[number], threshold
+                return
+
+    def decided(self, split: Split) -> Decided:
+        """The mask, or nothing skipped; the first run of those that run twice is the cost of deciding."""
+        rows = np.arange(len(split))
+        decisions = np.tile(self.mask, (len(rows), 1))
+        unsure = split.passes.confidence(rows, decisions) < self.threshold
+        spent: NDArray = np.where(unsure, split.costs.flops(rows, decisions), 0)
+        return Decided(np.where(unsure[:, None], 0, decisions), spent)

@@ -1,0 +1,198 @@
+"""Agents on envs of several stages: what they learn from, what they keep, and what it costs."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from sd_gym.agents.experiment.evaluation import decide_and_score, deciding_flops, score_decisions
+from sd_gym.agents.experiment.run import load_run, train
+from sd_gym.agents.learning.sb3 import places_of
+from sd_gym.agents.registry import make_agent
+from stable_baselines3.common.logger import KVWriter, Logger, configure
+
+import sd_gym
+from sd_gym.policy import DecisionPolicy
+
+CUSTOM = "SD/Classification-Custom-Staged-v0"
+STAGES = ["first", "encoder.1", "encoder.2"]
+LEARNING = ["ppo", "a2c", "ppo_lagrangian", "ppo_lex", "a2c_lex", "reinforce", "blind-ppo"]
+
+
+@pytest.fixture
+def keys(reviews, tiny_backbone):
+    return {"dataset": str(reviews), "backbone": str(tiny_backbone), "stages": STAGES, "epsilon": 1.0}
+
+
+@pytest.fixture
+def env(keys):
+    vector = gym.make_vec(CUSTOM, num_envs=16, **keys).unwrapped
+    vector.reset(seed=0)
+    return vector
+
+
+class Points(KVWriter):
+    """Keeps where a logger makes points, and what the last one says."""
+
+    def __init__(self):
+        self.steps = []
+
+    def write(self, key_values, key_excluded, step=0):
+        self.steps.append(step)
+        self.values = dict(key_values)
+
+
+def learned(env, algo, steps, folder, **settings):
+    agent, rollouts = make_agent(algo, env, seed=0, **settings), []
+    agent.learn(steps, configure(str(folder), []), rollouts.append)
+    return agent, rollouts
+
+
+@pytest.mark.parametrize("algo", LEARNING)
+def test_an_agent_learns_to_skip_at_all_stages(env, algo, tmp_path):
+    """Quality is free (epsilon 1). Rollouts and points of curves count whole decisions."""
+    agent, rollouts, points = make_agent(algo, env, seed=0, learning_rate=1e-2, entropy=0.0), [], Points()
+    agent.learn(3000, Logger(None, [points]), rollouts.append)
+    assert points.steps[-1] == rollouts[-1].steps
+    assert points.values["rollout/ep_len_mean"] == 3
+    assert rollouts[-1].steps >= 3000 > rollouts[-2].steps
+    assert all(len(rollout.rewards) == len(rollout.infos["quality"]) for rollout in rollouts)
+    if algo != "ppo_lagrangian":  # whose reward is not the env's
+        np.testing.assert_allclose(rollouts[0].rewards, 1 - rollouts[0].infos["flops_ratio"], rtol=1e-5)
+    core, split = env.core, env.core.split("test")
+    policy = agent.policy()
+    assert policy.stages == STAGES
+    assert decide_and_score(core, policy, split)["decision"][:, :-1].mean() > 0.8
+
+
+def test_only_what_a_stage_decides_is_drawn_and_counts(env):
+    core, policy = env.core, make_agent("ppo", env, seed=0).algorithm.policy
+    width = env.single_observation_space.shape[0]
+    for stage, columns in enumerate(core.columns):
+        observations = torch.zeros(64, width)
+        observations[:, stage] = 1
+        actions, _, log_prob = policy(observations)
+        own = columns.stop - columns.start
+        assert (actions[:, own:] == 0).all()
+        assert actions[:, :own].float().mean() == pytest.approx(0.5, abs=0.1)
+        _, again, entropy = policy.evaluate_actions(observations, actions)
+        np.testing.assert_allclose(again.detach(), np.log(0.5) * own, rtol=0.05)
+        np.testing.assert_allclose(entropy.detach(), -np.log(0.5) * own, rtol=0.05)
+        assert torch.equal(again, log_prob)
+
+
+def test_the_places_of_a_stage_are_those_of_its_switches(reviews, tiny_backbone):
+    files = {"dataset": str(reviews), "backbone": str(tiny_backbone)}
+    keys = {"stages": ["first", "encoder.1"], "token_shares": [0, 0.5]}
+    core = gym.make(CUSTOM, **files, **keys).unwrapped.core
+    certain, never = 14, 15  # behind the logits of six switches and two token levels
+    assert places_of(core).tolist() == [
+        [0, 1, 2, 3, *[certain, never] * 2, 12, 13],
+        [4, 5, 6, 7, 8, 9, 10, 11, certain, never],
+    ]
+
+
+@pytest.mark.parametrize("algo", ["ppo", "reinforce"])
+def test_the_policy_decides_as_the_actor(env, algo, tmp_path):
+    agent, _ = learned(env, algo, 64, tmp_path)
+    policy, core, split = agent.policy(), env.core, env.core.split("test")
+    if algo == "ppo":
+        result, own = (
+            sd_gym.evaluate(CUSTOM, agent.algorithm, **_keys(env)),
+            sd_gym.evaluate(CUSTOM, policy, **_keys(env)),
+        )
+        assert {name: result[name] for name in ("quality", "flops_ratio", "skip_rate")} == {
+            name: own[name] for name in ("quality", "flops_ratio", "skip_rate")
+        }
+        assert (result["policy_flops_counted"], own["policy_flops_counted"]) == (False, True)
+    env.reset(seed=1, options={"split": "test"})
+    rows = env._rows.copy()
+    expected = decide_and_score(core, policy, split, rows)
+    for columns in core.columns:
+        chosen = policy.decide(env._observations())
+        action = np.zeros(env.action_space.shape, int)
+        action[:, : columns.stop - columns.start] = chosen[:, columns]
+        *_, infos = env.step(action)
+    final = infos["final_info"]
+    np.testing.assert_array_equal(final["decision"], expected["decision"])
+    np.testing.assert_array_equal(final["flops_ratio"], expected["flops_ratio"])
+
+
+def _keys(env):
+    return {key: getattr(env.config, key) for key in ("dataset", "backbone", "stages", "epsilon")}
+
+
+def test_looking_counts_at_every_stage(env):
+    core, split = env.core, env.core.split("test")
+    policy, rows = make_agent("dense", env).policy(), np.arange(len(split))
+    size, logits = policy.observation_size, int(core.nvec.sum())
+    one = 2 * (size * 64 + 64 * 64 + 64 * logits)
+    assert policy.flops == 3 * one
+    head = split.backbone.flops.costs(split.encoded.source_length)[0]
+    np.testing.assert_array_equal(deciding_flops(core, policy, split, rows), 3 * one + 2 * head)
+
+
+def test_a_walk_is_scored_as_its_decisions_are(env):
+    core, split = env.core, env.core.split("validation")
+    policy = make_agent("ppo", env, seed=3).policy()
+    with torch.no_grad():
+        policy.head.weight.mul_(100)
+    walked = decide_and_score(core, policy, split)
+    assert len(np.unique(walked["decision"], axis=0)) > 1
+    split.scoring.load_scores(None)
+    scored = score_decisions(core, split, np.arange(len(split)), walked["decision"])
+    for name, values in walked.items():
+        np.testing.assert_allclose(scored[name], values)
+
+
+@pytest.mark.parametrize("algo", ["ppo", "reinforce"])
+def test_a_run_is_kept_evaluated_and_resumed(keys, algo, tmp_path, monkeypatch):
+    settings = {**keys, "epsilon": 0.5}
+    result = train(CUSTOM, algo, tmp_path / "run", steps=200, settings=settings)
+    assert result["artefact"] is None
+    assert not (tmp_path / "run" / "skip_policy.json").exists()
+    _, core, policy = load_run(tmp_path / "run")
+    assert policy.stages == core.stages == STAGES
+    assert {**sd_gym.evaluate(CUSTOM, tmp_path / "run"), "time": None}.items() >= {
+        name: result[name] for name in ("quality", "flops_ratio_with_policy", "skip_rate", "verdict")
+    }.items()
+
+    def cut(done, figures):
+        if done > 100:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(CUSTOM, algo, tmp_path / "cut", steps=200, settings=settings, on_progress=cut)
+    assert (tmp_path / "cut" / "checkpoint.pt").exists()
+    resumed = train(CUSTOM, algo, tmp_path / "cut", steps=200, settings=settings, resume=True)
+    assert {**resumed, "time": None} == {**result, "time": None}
+    weights = [(tmp_path / run / "policy.safetensors").read_bytes() for run in ("run", "cut")]
+    assert weights[0] == weights[1]
+
+
+def test_what_decides_once_says_so(env, tmp_path):
+    with pytest.raises(ValueError, match=r"this agent decides once.*'encoder.1'"):
+        make_agent("imitation", env)
+    with pytest.raises(ValueError, match="cannot be autoregressive; decide at one"):
+        make_agent("reinforce", env, autoregressive=True)
+    policy = make_agent("ppo", env).policy()
+    with pytest.raises(ValueError, match="several stages has no odds"):
+        policy.skip_logits(np.zeros((1, policy.observation_size), np.float32))
+    with pytest.raises(ValueError, match=r"at several stages, .* has no codebook"):
+        policy.reduced(2, np.zeros((1, policy.observation_size), np.float32))
+    once = gym.make_vec(CUSTOM, num_envs=2, **{**_keys(env), "stages": ["first"]}).unwrapped
+    make_agent("ppo", once).policy().save(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot be a start here: its stages is \['first'\]"):
+        make_agent("ppo", env, start=tmp_path)
+    assert DecisionPolicy.load(tmp_path).stages == ["first"]
+
+
+@pytest.mark.parametrize("algo", ["dense", "every-other", "random", "hash", "static", "oracle", "early-exit"])
+def test_controls_run_as_on_one_stage(keys, algo, tmp_path):
+    """They look at nothing that a stage shows; hash does, and so decides otherwise."""
+    results = [
+        train(CUSTOM, algo, tmp_path / str(len(stages)), steps=1, settings={**keys, "stages": stages})
+        for stages in (STAGES, ["first"])
+    ]
+    if algo != "hash":
+        assert results[0]["skip_rate"] == results[1]["skip_rate"]
+        assert results[0]["quality"] == results[1]["quality"]
