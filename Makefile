@@ -12,10 +12,10 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --editable ".[test]"
 	touch $@
 
-# The main job: PPO learns what to skip for each input, and is evaluated on the test split.
+# The main job: REINFORCE learns what to skip for each input, and is evaluated on the test split.
 demo: install
 	rm -rf runs/demo
-	$(BIN)/sd-gym train SD/Classification-Mini-v0 --algo ppo --output runs/demo
+	$(BIN)/sd-gym train SD/Classification-Mini-v0 --algo reinforce --output runs/demo
 
 test: install
 	$(BIN)/python -m pytest

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import sd_gym
 from sd_gym.cli import app
-from sd_gym.envs.core import _shared_core
+from sd_gym.envs.core import core_of
 
 CUSTOM = "SD/Classification-Custom-v0"
 
@@ -40,7 +40,7 @@ def finished(tmp_path_factory, tiny_backbone):
 def run(finished, tmp_path):
     shutil.copytree(finished / "run", tmp_path / "run")
     yield tmp_path / "run"
-    _shared_core.cache_clear()
+    core_of.cache_clear()
 
 
 def rows_of(run):

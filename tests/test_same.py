@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import sd_gym
 from sd_gym.backbones import load_backbone
 from sd_gym.cli import app
-from sd_gym.envs.core import _shared_core
+from sd_gym.envs.core import core_of
 
 CUSTOM = "SD/Classification-Custom-v0"
 
@@ -27,7 +27,7 @@ def settings(reviews, tiny_backbone):
 
 def forget():
     """What a new process does not know."""
-    _shared_core.cache_clear()
+    core_of.cache_clear()
     torch.seed()
 
 
