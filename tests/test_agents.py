@@ -87,7 +87,7 @@ def test_learns_to_look_at_its_input(name, make_env, tmp_path, monkeypatch):
     core = env.core
     positive = core.split("train").encoded.labels.numpy().astype(bool)
 
-    def score(split, rows, decisions):
+    def score(split, rows, decisions, seen=None):
         right = (decisions[:, 0] == positive[rows]).astype(float)
         half = np.full(len(rows), 0.5)
         return Outcome(right, np.ones(len(rows)), 1 - right, half)
@@ -232,6 +232,7 @@ def scripted_scores(env, monkeypatch):
         return {"quality": quality, "quality_ref": 0 * quality + 1, "flops_ratio": 0 * quality + ratio}
 
     monkeypatch.setattr("sd_gym.agents.experiment.selection.decide_and_score", score)
+    monkeypatch.setattr("sd_gym.agents.experiment.selection.by_difficulty", lambda scored, levels: [])
     monkeypatch.setattr(env.core, "config", env.core.config.model_copy(update={"epsilon": 0.01}))
     return env.core
 

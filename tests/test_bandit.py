@@ -31,7 +31,7 @@ CONSTRAINED = {
 SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))]
 
 
-def score(split, rows, decisions):
+def score(split, rows, decisions, seen=None):
     lost, ratio = LOST[decisions[:, 0], decisions[:, 1]], FLOPS[decisions[:, 0], decisions[:, 1]]
     reference = np.ones(len(rows))
     return Outcome(1 - lost, reference, quality_cost(1 - lost, reference, 0.01), ratio)
