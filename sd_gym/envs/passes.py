@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from sd_gym.backbones import Backbone
-from sd_gym.switch import EVERY_LAYER, Seen, passes
+from sd_gym.switch import Seen, passes
+from sd_gym.switch.stages import EVERY_LAYER
 from sd_gym.tasks.dropping import TokenDropping
 from sd_gym.tasks.encoding import Encoded
 from sd_gym.tasks.instance import Instance
