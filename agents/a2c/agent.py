@@ -14,15 +14,14 @@ from stable_baselines3.common.vec_env import VecEnv
 
 
 class A2CSettings(LearnerSettings):
-    """Settings of A2C; a rollout is ``num_envs * n_steps`` decisions: small ones, since each is used once.
+    """Settings of A2C; a rollout is ``num_envs * n_steps`` decisions, each of which is used once.
 
-    The entropy bonus serves the same end as in PPO.
+    As in PPO, a rollout has to be large enough for a lost instance to weigh in it what its reward says.
     """
 
-    num_envs: int = Field(16, ge=1)
-    learning_rate: float = Field(2e-3, gt=0)
+    num_envs: int = Field(64, ge=1)
+    learning_rate: float = Field(4e-3, gt=0)
     n_steps: int = Field(1, ge=1)
-    entropy: float = Field(0.05, ge=0)
 
 
 class A2CAgent(SB3Agent):
