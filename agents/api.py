@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 from sd_gym.agents.experiment import run
 from sd_gym.agents.experiment.evaluation import Decides, fitting
 from sd_gym.agents.experiment.folder import check_backbone, read_description
+from sd_gym.agents.experiment.many import OnWord, Word, train_many
+from sd_gym.agents.experiment.plan import plan
 from sd_gym.agents.experiment.verdict import ONE_SIDED_95
+from sd_gym.agents.presets import OF_ENV
 
 from sd_gym.envs.config import EnvConfig, load_config
 from sd_gym.envs.core import Core, shared_core
@@ -36,6 +39,7 @@ def train(
     *,
     steps: int = 50_000,
     seed: int = 0,
+    preset: str = OF_ENV,
     strictness: float = ONE_SIDED_95,
     resume: bool = False,
     imports: Sequence[str] = (),
@@ -50,6 +54,8 @@ def train(
         output: Run folder; ``None``: ``default_folder``.
         steps: Decisions to learn from.
         seed: Of the agent and of the instances drawn.
+        preset: Settings under ``settings``: those that the env has by itself (``env``), ``none``, the name of others in
+            ``agents/presets.yaml``, or the path of a YAML file like it.
         strictness: Standard errors of luck that validation has to leave room for, for a policy to be selected.
         resume: Whether to go on with a run that was cut off.
         imports: Modules and files that register what the run needs, to be named by errors where they are missing.
@@ -73,11 +79,59 @@ def train(
         steps=steps,
         seed=seed,
         settings=settings,
+        preset=preset,
         strictness=strictness,
         resume=resume,
         imports=imports,
         on_progress=on_progress,
     )
+
+
+def train_all(
+    env_ids: Sequence[str],
+    algos: Sequence[str] = ("ppo", "a2c", "reinforce"),
+    output: str | Path = "runs/compare",
+    *,
+    controls: bool = True,
+    seeds: int = 10,
+    steps: int = 50_000,
+    preset: str = OF_ENV,
+    strictness: float = ONE_SIDED_95,
+    jobs: int = 1,
+    imports: Sequence[str] = (),
+    on_word: OnWord = lambda word: None,
+    **settings: Any,
+) -> list[Word]:
+    """Train every agent and control on every env with the same seeds: what ``sd-gym compare ENV...`` does first.
+
+    What is finished is kept, what was cut off goes on, and what fails stops nothing else.
+
+    Args:
+        env_ids: Registered ids.
+        algos: Agents' names; ``NAME-from-OTHER`` begins with the run of OTHER with the same seed.
+        output: The runs are ``OUTPUT/ENV/ALGO-SEED``.
+        controls: Whether controls are trained as well: ``static``, ``early-exit`` where it applies, ``random``,
+            ``hash``, ``dense``, and the first agent that learns, blind.
+        seeds: How many.
+        steps: Decisions to learn from.
+        preset: As of ``train``.
+        strictness: As of ``train``.
+        jobs: Processes, which share the threads of this one; 1: this process. With more, guard your script by
+            ``if __name__ == "__main__":``.
+        imports: Modules and files that register what is needed; import them first.
+        on_word: Called whenever something happens to a run.
+        settings: Keys of the env's config, and settings of those agents that have them.
+
+    Returns:
+        What became of each run: ``word.run.folder`` (for ``sd_gym.compare``), ``word.state``, and ``word.message`` if
+        it is ``failed``.
+
+    Raises:
+        ValueError: If a name or setting is unknown.
+    """
+    how = {"seeds": seeds, "steps": steps, "preset": preset, "strictness": strictness}
+    runs = plan(env_ids, algos, output=Path(output), controls=controls, settings=settings, **how)
+    return train_many(runs, jobs=jobs, imports=imports, on_word=on_word)
 
 
 def default_folder(env_id: str, algo: str, seed: int) -> Path:

@@ -5,8 +5,8 @@ Importing it registers all envs with Gymnasium; torch and transformers are impor
     >>> import gymnasium as gym, sd_gym
     >>> env = gym.make("SD/Classification-Mini-v0")
 
-What the command line does, ``sd_gym.train``, ``evaluate``, ``reduce``, ``compare`` and ``instances`` do from Python;
-things of your own are made known with ``register_agent``, ``register_objective``, ``register_network``,
+What the command line does, ``sd_gym.train``, ``train_all``, ``evaluate``, ``reduce``, ``compare`` and ``instances`` do
+from Python; things of your own are made known with ``register_agent``, ``register_objective``, ``register_network``,
 ``register_observation``, ``register_metric``, ``register_ranking``, ``register_task`` and ``register_env``.
 """
 
@@ -17,7 +17,7 @@ from sd_gym.registration import register_env, register_envs, register_observatio
 from sd_gym.version import __version__
 
 if TYPE_CHECKING:
-    from sd_gym.agents.api import evaluate, train
+    from sd_gym.agents.api import evaluate, train, train_all
     from sd_gym.agents.experiment.run import reduce
     from sd_gym.agents.registry import register_agent
     from sd_gym.agents.report.compare import compare
@@ -51,6 +51,7 @@ _WHERE = {
     "register_task": "sd_gym.tasks.family",
     "tabulate": "sd_gym.agents.tabulation",
     "train": "sd_gym.agents.api",
+    "train_all": "sd_gym.agents.api",
 }
 
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "registered_ids",
     "tabulate",
     "train",
+    "train_all",
 ]
 
 register_envs()

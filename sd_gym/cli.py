@@ -19,7 +19,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from sd_gym.errors import short
+from sd_gym.errors import quiet, short
 
 app = typer.Typer(
     help="Learn what a transformer need not compute. Start with: sd-gym envs",
@@ -43,6 +43,14 @@ ADVICE = {
 }
 
 
+PresetName = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|FILE|none",
+        help="Settings of agents that were measured to be better than their defaults; --set wins. env: those that the "
+        "env has by itself, if any; refine: to go on from a run (start=RUN); a YAML file such as sd-gym tune writes.",
+    ),
+]
 Imports = Annotated[
     list[str],
     typer.Option(
@@ -123,21 +131,13 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _alone() -> None:
-    """One bar at a time, and one line an error: transformers has bars and tables of its own for loading weights."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
 def _status(what: str) -> Status:
-    _alone()
+    quiet()
     return errors.status(what)
 
 
 def _progress(visible: bool = True) -> Progress:
-    _alone()
+    quiet()
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -186,6 +186,7 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Decisions to learn from.")] = 50_000,
     seed: Annotated[int, typer.Option(help="Of the agent and of the instances drawn.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Run folder [default: runs/TASK-ALGO-SEED].")] = None,
+    preset: PresetName = "env",
     strictness: Annotated[
         float,
         typer.Option(
@@ -211,7 +212,7 @@ def train(
 
     A warm start, from what a search found:
     `sd-gym train SD/Classification-Mini-v0 --algo imitation --output runs/searched`, then
-    `sd-gym train SD/Classification-Mini-v0 --algo ppo_lex --set start=runs/searched`
+    `sd-gym train SD/Classification-Mini-v0 --algo ppo_lex --set start=runs/searched --preset refine`
 
     An agent of your own: `sd-gym train SD/Classification-Mini-v0 --import examples/own_agent.py --algo gradient`
 
@@ -238,8 +239,11 @@ def train(
             import sd_gym  # noqa: F401  (registers the ids)
             from sd_gym.agents.api import default_folder
             from sd_gym.agents.experiment.run import train as run_training
+            from sd_gym.agents.presets import find_preset
 
             folder = output or default_folder(env, algo, seed)
+            if chosen := find_preset(preset, env, algo):
+                _say(f"Preset {chosen}")
             result = run_training(
                 env,
                 algo,
@@ -247,6 +251,7 @@ def train(
                 steps=steps,
                 seed=seed,
                 settings=settings,
+                preset=preset,
                 strictness=strictness,
                 resume=resume,
                 imports=imported,
@@ -428,7 +433,38 @@ def reduce(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; what is none is passed over.")],
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ENV...|RUN...",
+            help="Env ids, to train what is missing first; or run folders (what is none is passed over).",
+        ),
+    ],
+    algos: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="With envs: agents; NAME-from-OTHER goes on from the run of OTHER with the same seed, with the preset "
+            "refine.",
+        ),
+    ] = "ppo,a2c,reinforce",
+    controls: Annotated[
+        bool,
+        typer.Option(help="With envs: static, early-exit, random, hash, dense and the first agent that learns, blind."),
+    ] = True,
+    seeds: Annotated[int, typer.Option(min=1, help="With envs: seeds of each agent.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="With envs: decisions to learn from.")] = 50_000,
+    jobs: Annotated[int, typer.Option(min=1, help="With envs: processes, which share the cores.")] = 1,
+    output: Annotated[Path, typer.Option(help="With envs: the runs are OUTPUT/ENV/ALGO-SEED.")] = Path("runs/compare"),
+    preset: PresetName = "env",
+    strictness: Annotated[float, typer.Option(min=0, help="With envs: of selection, as of sd-gym train.")] = 1.645,
+    set_: Annotated[
+        list[str],
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="With envs: override a config key, or a setting of agents that have it."
+        ),
+    ] = [],  # noqa: B006  (typer wants a list)
+    report: Annotated[Path | None, typer.Option(help="Page to write about the runs, as sd-gym report does.")] = None,
     fronts: Annotated[
         bool,
         typer.Option(
@@ -448,37 +484,110 @@ def compare(
         Path | None, typer.Option(help="With --fronts: PNG to write the fronts to, FLOPs against quality lost.")
     ] = None,
     markdown: Annotated[bool, typer.Option(help="Print a Markdown table.")] = False,
-    imports: Imports = [],  # noqa: B006  (typer wants a list)
+    imports: Imports = [],  # noqa: B006
 ) -> None:
-    """Put runs side by side, one row an env and agent, means over seeds with the worst seed in brackets.
+    """Put agents side by side, one row an env and agent, means over seeds with the worst seed in brackets.
+
+    Given envs, every agent and control is trained on them with the same seeds. The command can be given again: finished
+    runs are kept, those that were cut off go on, those that failed are tried again. Exit code 1 if one failed.
 
     Examples:
     `sd-gym compare runs/*`
 
+    `sd-gym compare SD/Classification-Mini-v0 --algos ppo,a2c --seeds 5 --steps 20000 --jobs 2 --report report.html`
+
     `sd-gym compare --fronts --picture fronts.png runs/static runs/blind runs/ppo-*`
     """
-    _import(imports)
+    imported = _import(imports)
+    from sd_gym.registration import registered_ids
+
+    folders, failed = [Path(name) for name in what], []
+    if any(name in registered_ids() for name in what):
+        with _errors_as_lines():
+            from sd_gym.agents.experiment.plan import plan
+
+            runs = plan(
+                what,
+                algos.split(","),
+                controls=controls,
+                seeds=seeds,
+                steps=steps,
+                output=output,
+                settings=_settings(set_),
+                preset=preset,
+                strictness=strictness,
+            )
+            folders, failed = _trained(runs, jobs, imported)
+    if folders:
+        with _errors_as_lines(), _warnings_as_lines():
+            _print_comparison(folders, fronts=fronts, test_size=test_size, picture=picture, as_markdown=markdown)
+            if report is not None:
+                _write_report(folders, report)
+    for word in failed:
+        _say(f"failed: {word.run.folder}: {word.message}", "red")
+        _say(f"  again: this command; or alone: {word.run.command(imported)}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _trained(runs: list[Any], jobs: int, imports: list[str]) -> tuple[list[Path], list[Any]]:
+    """Train planned runs, and show how far they are; returns the folders of those that are there, and what failed."""
+    from sd_gym.agents.experiment.many import GOING, Word, train_many
+
+    presets = {f"{run.preset} for {run.algo}" for run in runs if run.preset not in ("env", "none")}
+    for line in sorted(presets):
+        _say(f"Preset {line}")
+    with _progress() as progress:
+        everything, bars = progress.add_task("runs", total=len(runs), figures=""), {}
+
+        def on_word(word: Word) -> None:
+            folder = word.run.folder
+            name = f"{folder.parent.name}/{folder.name}"
+            if word.state == "begun":
+                bars[folder] = progress.add_task(name, total=None, figures="")
+            elif word.state in GOING:
+                total = word.run.steps if word.state == "learning" else None
+                progress.update(bars[folder], completed=word.steps, total=total, figures=word.state)
+            else:
+                progress.advance(everything)
+                if folder in bars:
+                    progress.remove_task(bars.pop(folder))
+                if word.state != "kept":
+                    _say(f"{name}: {word.state}{f' ({word.message})' if word.message else ''}")
+
+        words = train_many(runs, jobs=jobs, imports=imports, on_word=on_word)
+    there = [word.run.folder for word in words if word.state in ("kept", "finished")]
+    return there, [word for word in words if word.state == "failed"]
+
+
+def _say(line: str, style: str | None = None) -> None:
+    errors.print(line, style=style, highlight=False, soft_wrap=True)
+
+
+def _print_comparison(
+    folders: list[Path], *, fronts: bool, test_size: int | None, picture: Path | None, as_markdown: bool
+) -> None:
+    """Print the table of runs, or what they save at the same quality."""
     from sd_gym.agents.report import compare as results
     from sd_gym.agents.report.tables import of_comparison
 
-    with _errors_as_lines(), _warnings_as_lines():
-        if fronts:
-            from sd_gym.agents.report import plots, savings
+    if fronts:
+        from sd_gym.agents.report import plots, savings
 
-            title, columns = "At the same quality, test split", savings.COLUMNS
-            by = ["env", "points lost", "FLOPs of static / blind"]
-            with _status("scoring"):
-                found = savings.env_fronts(runs, test_size)
-            rows = [row for one in found for row in savings.savings(one)]
-            if picture is not None:
-                plots.plot_fronts(found, picture)
-        else:
-            title, columns, by = "Runs on the test split", results.COLUMNS, ["env", "dense quality", "test rows"]
-            rows = [results.cells(row) for row in results.compare(runs)]
-    if markdown:
+        title, columns = "At the same quality, test split", savings.COLUMNS
+        by = ["env", "points lost", "FLOPs of static / blind"]
+        with _status("scoring"):
+            found = savings.env_fronts(folders, test_size)
+        rows = [row for one in found for row in savings.savings(one)]
+        if picture is not None:
+            plots.plot_fronts(found, picture)
+    else:
+        title, columns, by = "Runs on the test split", results.COLUMNS, ["env", "dense quality", "test rows"]
+        rows = [results.cells(row) for row in results.compare(folders)]
+    if as_markdown:
         print(results.markdown(columns, rows))
-        return
-    console.print(*of_comparison(title, columns, rows, by), sep="\n")
+    else:
+        console.print(*of_comparison(title, columns, rows, by), sep="\n")
 
 
 @app.command()
@@ -495,7 +604,12 @@ def report(
 
     Example: `sd-gym report runs/* -o report.html`
     """
-    with _errors_as_lines(), _warnings_as_lines(), _status("reading"):
+    with _errors_as_lines(), _warnings_as_lines():
+        _write_report(runs, output, also)
+
+
+def _write_report(runs: list[Path], output: Path, also: bool = False) -> None:
+    with _status("reading"):
         from sd_gym.agents.report.page import write_report
 
         written = write_report(runs, output, also=also)

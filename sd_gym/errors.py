@@ -24,3 +24,11 @@ def one_line(error: BaseException) -> str:
 
 def _cut(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[:longest]} ..."
+
+
+def quiet() -> None:
+    """One bar at a time, and one line an error: transformers has bars and tables of its own for loading weights."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

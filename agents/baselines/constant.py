@@ -6,7 +6,14 @@ from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
-from sd_gym.agents.learning.agent import Agent, AgentSettings, OnRollout, decision_logits, initial_bias
+from sd_gym.agents.learning.agent import (
+    Agent,
+    AgentSettings,
+    NotApplicableError,
+    OnRollout,
+    decision_logits,
+    initial_bias,
+)
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.policy import DecisionPolicy
@@ -33,6 +40,8 @@ class _Given(Agent):
 class DenseAgent(_Given):
     """Nothing is skipped."""
 
+    draws = False
+
     def policy(self) -> DecisionPolicy:
         """Everything runs."""
         nvec = self.env.core.nvec
@@ -42,12 +51,14 @@ class DenseAgent(_Given):
 class EveryOtherAgent(_Given):
     """Every other layer is skipped whole, the first one of each stack runs (LayerDrop, Fan et al. 2020, section 4)."""
 
+    draws = False
+
     def policy(self) -> DecisionPolicy:
         """The same layers for every input."""
         core = self.env.core
         odd = [switch.index % 2 for switch in core.backbone.board.switches]
         if len(core.switch_names) < len(odd):
-            raise ValueError("every-other decides on each switch, but this table has some masks only")
+            raise NotApplicableError("every-other decides on each switch, but this table has some masks only")
         return self._constant_policy(decision_logits(core.nvec, np.array([*odd, 0]), CERTAIN))
 
 

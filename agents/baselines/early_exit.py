@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from sd_gym.agents.experiment.evaluation import Decided, score_decisions
 from sd_gym.agents.experiment.selection import halves, keeps
 from sd_gym.agents.experiment.verdict import ONE_SIDED_95
-from sd_gym.agents.learning.agent import Decider, OnRollout
+from sd_gym.agents.learning.agent import Decider, NotApplicableError, OnRollout
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.split import Split
@@ -25,13 +25,17 @@ class EarlyExit(Decider):
     text is generated there is no confidence in the whole before it stands.
     """
 
+    draws = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.env.config.table is not None:
-            raise ValueError("early exit looks at what the layers say, and a table has no backbone; train on its env")
+            raise NotApplicableError(
+                "early exit looks at what the layers say, and a table has no backbone; train on its env"
+            )
         backbone = self.env.core.backbone
         if not backbone.can_exit:
-            raise ValueError("early exit needs an encoder that classifies; this env's backbone is none")
+            raise NotApplicableError("early exit needs an encoder that classifies; this env's backbone is none")
         self.threshold: float | NDArray = THRESHOLDS[-1]  # one of all looks, or of each, ``[looks]``
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:

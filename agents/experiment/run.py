@@ -22,6 +22,7 @@ from sd_gym.agents.experiment.logs import log_result, log_validation, open_logge
 from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.experiment.verdict import ONE_SIDED_95
 from sd_gym.agents.learning.agent import INFO_TAGS, Agent, BaseAgent, Decider, Rollout
+from sd_gym.agents.presets import OF_ENV, with_preset
 from sd_gym.agents.registry import agent_class, make_agent
 from sd_gym.agents.report.plots import plot_run
 from stable_baselines3.common.logger import Logger
@@ -70,6 +71,7 @@ def train(
     steps: int,
     seed: int = 0,
     settings: dict[str, Any] | None = None,
+    preset: str = OF_ENV,
     strictness: float = ONE_SIDED_95,
     resume: bool = False,
     imports: Sequence[str] = (),
@@ -87,6 +89,8 @@ def train(
         steps: Decisions to learn from.
         seed: Of the agent and of the env's draws.
         settings: Overrides of the env's config and of the agent's settings, by key.
+        preset: Settings under these (``find_preset``): those of the env by itself, ``none``, a name, or a YAML file;
+            which they were is in ``config.json``.
         strictness: Standard errors of luck that validation has to leave room for, for a policy to be selected.
         resume: Whether to go on from the folder's checkpoint, if there is one, as if nothing had happened.
         imports: Modules and files that register what the run needs, as ``--import`` takes them; kept in
@@ -105,9 +109,10 @@ def train(
     with locked(folder):
         there = _there(folder, resume)
         with naming_imports(folder):
-            agent = _make(env_id, algo, seed, settings or {})
+            chosen, settings = with_preset(preset, env_id, algo, settings or {})
+            agent = _make(env_id, algo, seed, settings)
         names = {"env": env_id, "algo": algo, "steps": steps, "seed": seed, "strictness": strictness}
-        return _train(agent, folder, {**names, "imports": list(imports)}, there, on_progress)
+        return _train(agent, folder, {**names, "preset": chosen, "imports": list(imports)}, there, on_progress)
 
 
 def _there(folder: Path, resume: bool) -> dict[str, Any] | None:

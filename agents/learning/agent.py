@@ -25,6 +25,10 @@ INFO_TAGS = ("quality", "quality_ref", "flops_ratio")
 INFO_KEYS = (*INFO_TAGS, "is_success")
 
 
+class NotApplicableError(ValueError):
+    """An agent that cannot be had on an env, such as early exit where a text is generated; nothing is wrong with it."""
+
+
 class AgentSettings(BaseModel):
     """Settings of an agent; each agent has its own subclass, every field of it can be set by name.
 
@@ -101,6 +105,7 @@ class BaseAgent(ABC):
 
     Settings: ClassVar[type[AgentSettings]] = AgentSettings
     staged: ClassVar[bool] = False  # whether it takes envs of several stages, else of one before the first layer
+    draws: ClassVar[bool] = True  # whether another seed makes another run
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, **settings: Any) -> None:
         for key in settings:

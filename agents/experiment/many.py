@@ -1,0 +1,206 @@
+"""Many runs trained in one process or several: each is kept, gone on with, or reported."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from sd_gym.agents.experiment.plan import Planned
+from sd_gym.agents.learning.agent import NotApplicableError
+
+from sd_gym.errors import one_line, quiet
+from sd_gym.registry import import_own
+
+
+class Word(NamedTuple):
+    """What is told of a run.
+
+    Attributes:
+        run: The run.
+        state: ``begun``, ``learning`` or ``searching`` while it goes on; ``kept`` (it was finished before),
+            ``finished``, ``not applicable`` or ``failed`` in the end.
+        steps: Decisions so far.
+        message: Why it failed, or does not apply.
+    """
+
+    run: Planned
+    state: str
+    steps: int = 0
+    message: str = ""
+
+
+OnWord = Callable[[Word], None]
+GOING = ("begun", "learning", "searching")
+
+
+def train_many(
+    runs: Sequence[Planned], *, jobs: int = 1, imports: Sequence[str] = (), on_word: OnWord = lambda word: None
+) -> list[Word]:
+    """Train those of the runs that are not finished; what was cut off goes on.
+
+    Nothing that happens to one run stops the others. A run depends on its seed alone, not on ``jobs`` nor on what was
+    trained before it.
+
+    Args:
+        runs: Each after those that it begins with.
+        jobs: Processes, which share the threads of this one; 1: all are trained in this one. A script that asks for
+            more has to be guarded by ``if __name__ == "__main__":``, and what it registers be in ``imports``.
+        imports: Modules and files that register what the runs need; import them first.
+        on_word: Called whenever something happens to a run.
+
+    Returns:
+        The last word of each run, in their order: ``kept``, ``finished``, ``not applicable`` or ``failed``.
+    """
+    schedule = _Schedule(runs, on_word)
+    if jobs == 1:
+        for run in iter(schedule.next, None):
+            schedule.tell(_attempt(run, imports, schedule.tell))
+    else:
+        _share(schedule, jobs, imports)
+    return [schedule.last[run.folder] for run in runs]
+
+
+class _Schedule:
+    """Which run is next, and what became of each."""
+
+    def __init__(self, runs: Sequence[Planned], on_word: OnWord) -> None:
+        self._on_word = on_word
+        self.last: dict[Path, Word] = {}
+        self.waiting: list[Planned] = []
+        for run in runs:
+            try:
+                finished = run.is_finished()
+            except (ValueError, OSError) as error:
+                self.tell(Word(run, "failed", message=_said(error)))
+                continue
+            if finished:
+                self.tell(Word(run, "kept"))
+            else:
+                self.waiting.append(run)
+
+    def tell(self, word: Word) -> None:
+        self.last[word.run.folder] = word
+        self._on_word(word)
+
+    def next(self) -> Planned | None:
+        """The first run that can begin now; ``None``: none can."""
+        open_ = {run.folder for run in self.waiting}
+        open_ |= {folder for folder, word in self.last.items() if word.state in GOING}
+        for run in list(self.waiting):
+            lost = [need for need in run.needs if need in self.last and self.last[need].state == "failed"]
+            if not lost and any(need in open_ for need in run.needs):
+                continue
+            self.waiting.remove(run)
+            if not lost:
+                self.tell(Word(run, "begun"))
+                return run
+            self.tell(Word(run, "failed", message=f"{lost[0]}, which it begins with, failed"))
+        return None
+
+
+def _attempt(run: Planned, imports: Sequence[str], on_word: OnWord) -> Word:
+    """Train a run; returns what became of it."""
+
+    def on_progress(steps: int, figures: dict[str, float]) -> None:
+        on_word(Word(run, "learning" if figures else "searching", steps))
+
+    try:
+        run.train(imports, on_progress)
+    except NotApplicableError as error:
+        return Word(run, "not applicable", message=one_line(error))
+    except Exception as error:  # whatever it is, the other runs go on
+        return Word(run, "failed", message=_said(error))
+    return Word(run, "finished")
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _share(schedule: _Schedule, jobs: int, imports: Sequence[str]) -> None:
+    """Have processes train what waits."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    workers = [_Worker(threads, imports) for _ in range(min(jobs, len(schedule.waiting)))]
+    try:
+        while True:
+            for worker in workers:
+                if worker.run is None and (run := schedule.next()) is not None:
+                    worker.begin(run)
+            busy = {worker.connection: worker for worker in workers if worker.run is not None}
+            if not busy:
+                return
+            for connection in wait(list(busy)):
+                worker = busy[connection]
+                word = worker.hear()
+                schedule.tell(word)
+                if not worker.alive:
+                    workers[workers.index(worker)] = _Worker(threads, imports)
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+class _Worker:
+    """A process that trains one run after another."""
+
+    def __init__(self, threads: int, imports: Sequence[str]) -> None:
+        context = get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, threads, list(imports)), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.run: Planned | None = None
+        self.alive = True
+
+    def begin(self, run: Planned) -> None:
+        self.run = run
+        with suppress(OSError):  # it has ended; to hear of it says so
+            self.connection.send(run)
+
+    def hear(self) -> Word:
+        """What it says of its run; if it has ended instead, that it failed."""
+        try:
+            word = self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            self.alive = False
+            code = self.process.exitcode
+            word = Word(self.run, "failed", message=f"its process ended with exit code {code}; is there enough memory?")
+        if word.state not in GOING:
+            self.run = None
+        return word
+
+    def end(self) -> None:
+        self.connection.close()
+        self.process.terminate()
+        self.process.join()
+
+
+def _work(connection: Connection, threads: int, imports: list[str]) -> None:
+    """What a process does: train the runs that come, until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a whole group of processes: the first one ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    quiet()
+    torch.set_num_threads(threads)
+    for name in imports:
+        import_own(name)
+    while True:
+        try:
+            run = connection.recv()
+            connection.send(_attempt(run, imports, connection.send))
+        except (EOFError, OSError):
+            return
+
+
+def _end_with_parent() -> None:
+    """Where the first process was killed, nobody else ends this one, and it would hold the folder of its run."""
+    wait([parent_process().sentinel])
+    os._exit(1)

@@ -1,0 +1,206 @@
+"""The runs of a comparison: which there are, where they go, and whether one is there already."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sd_gym.agents.experiment.folder import read_description
+from sd_gym.agents.experiment.run import split_settings, train
+from sd_gym.agents.experiment.verdict import ONE_SIDED_95
+from sd_gym.agents.presets import NONE, OF_ENV, find_preset, with_preset
+from sd_gym.agents.registry import BLIND, LEARNING, agent_class, agent_names
+
+from sd_gym.envs.config import EnvConfig, load_config
+from sd_gym.files import as_json
+from sd_gym.registration import config_of
+
+CONTROLS = ("static", "early-exit", "random", "hash", "dense")  # and a blind agent
+FROM = "-from-"
+REFINE = "refine"
+STARTS = ("start", "path")  # settings that name the run that another one begins with
+INCIDENTAL = ("device", *STARTS)  # what may differ in a run that is kept
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run to be trained.
+
+    Attributes:
+        env: Id of the env.
+        algo: The agent.
+        folder: The run folder.
+        steps: Decisions to learn from.
+        seed: Of the run.
+        settings: Of the env and of the agent, by key; where ``start`` or ``path`` is the folder of a run that
+            is planned before, that one is trained first.
+        preset: As ``train`` takes it.
+        strictness: Of selection.
+    """
+
+    env: str
+    algo: str
+    folder: Path
+    steps: int
+    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    preset: str = OF_ENV
+    strictness: float = ONE_SIDED_95
+
+    @property
+    def needs(self) -> list[Path]:
+        """Folders of the runs that it begins with."""
+        return [Path(self.settings[key]) for key in STARTS if self.settings.get(key) is not None]
+
+    def command(self, imports: Sequence[str] = ()) -> str:
+        """The command that trains it alone."""
+        words = ["sd-gym", "train", self.env, "--algo", self.algo, "--output", str(self.folder), "--resume"]
+        words += ["--steps", str(self.steps), "--seed", str(self.seed)]
+        words += [word for key, value in self.settings.items() for word in ("--set", f"{key}={_as_yaml(value)}")]
+        words += [] if self.preset == OF_ENV else ["--preset", self.preset]
+        words += [] if self.strictness == ONE_SIDED_95 else ["--strictness", str(self.strictness)]
+        return shlex.join([*words, *(word for name in imports for word in ("--import", name))])
+
+    def train(self, imports: Sequence[str], on_progress: Callable[[int, dict[str, float]], None]) -> None:
+        """Train it, or go on with it; raises as ``train`` of a run."""
+        how = {"steps": self.steps, "seed": self.seed, "preset": self.preset, "strictness": self.strictness}
+        more = {"settings": self.settings, "imports": imports, "on_progress": on_progress}
+        train(self.env, self.algo, self.folder, **how, **more, resume=True)
+
+    def is_finished(self) -> bool:
+        """Whether the folder holds this very run, finished.
+
+        Raises:
+            ValueError: If it holds another one.
+        """
+        if not (self.folder / "result.json").exists():
+            return False
+        _, settings = with_preset(self.preset, self.env, self.algo, self.settings)
+        of_env, of_agent = split_settings(self.algo, settings)
+        now = {key: getattr(self, key) for key in ("env", "algo", "steps", "seed", "strictness")}
+        now |= load_config(config_of(self.env), of_env).model_dump()
+        now |= agent_class(self.algo).Settings(**of_agent).model_dump()
+        there = read_description(self.folder)
+        was = {**there, **there["env_config"], **there["agent_settings"]}
+        now = json.loads(as_json({key: value for key, value in now.items() if key not in INCIDENTAL}))
+        differ = [
+            f"its {key} is {was[key]}, now it is {now[key]}" for key in now if key in was and was[key] != now[key]
+        ]
+        if differ:
+            raise ValueError(f"{self.folder} holds another run: {', '.join(differ)}; choose another --output")
+        return True
+
+
+def plan(
+    envs: Sequence[str],
+    algos: Sequence[str],
+    *,
+    controls: bool = True,
+    seeds: int = 10,
+    steps: int = 50_000,
+    output: Path = Path("runs/compare"),
+    settings: dict[str, Any] | None = None,
+    preset: str = OF_ENV,
+    strictness: float = ONE_SIDED_95,
+) -> list[Planned]:
+    """The runs of a comparison: each agent and control on each env, on the same data, with the same seeds.
+
+    Args:
+        envs: Ids.
+        algos: Agents; ``NAME-from-OTHER`` begins with what the run of OTHER with the same seed has found, with the
+            preset ``refine`` where there is one for it and ``preset`` says nothing else.
+        controls: Whether ``CONTROLS`` are trained as well, and the first agent that learns with its observation zeroed.
+        seeds: How many, from 0 on. What draws nothing (``Agent.draws``) is trained once.
+        steps: Decisions to learn from.
+        output: Folder of the runs, which are ``OUTPUT/ENV/ALGO-SEED``.
+        settings: Of the env, or of those agents that have them.
+        preset: As ``train`` takes it; agents that have none of that name learn without.
+        strictness: Of selection.
+
+    Returns:
+        In the order in which to train them.
+
+    Raises:
+        ValueError: If a name or a setting is unknown, or an agent cannot begin with another.
+    """
+    names = [*algos, *((*CONTROLS, *_blind(algos)) if controls else ())]
+    names = list(dict.fromkeys(name for one in names for name in (*_before(one), one)))
+    _check_settings(settings or {}, [_parts(name)[0] for name in names])
+    found = []
+    for env in envs:
+        config_of(env)  # says what is wrong with its name
+        folder = output / env.removeprefix("SD/").removesuffix("-v0")
+        for seed in range(seeds):
+            for name in names:
+                algo, start = _parts(name)
+                if seed and not agent_class(algo).draws:
+                    continue
+                known = {*EnvConfig.model_fields, *agent_class(algo).Settings.model_fields}
+                own = {key: value for key, value in (settings or {}).items() if key in known}
+                if start:
+                    own[_start_key(algo)] = folder / f"{start}-{seed if agent_class(start).draws else 0}"
+                chosen = _preset(preset, env, algo, bool(start))
+                found.append(Planned(env, algo, folder / f"{name}-{seed}", steps, seed, own, chosen, strictness))
+    return found
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """The agent, and the one whose run it begins with, if any."""
+    if name in agent_names():
+        return name, ""
+    algo, _, start = name.partition(FROM)
+    return algo, start
+
+
+def _before(name: str) -> Iterator[str]:
+    """The agents whose runs one begins with."""
+    algo, start = _parts(name)
+    for one in filter(None, (algo, start)):
+        agent_class(one)  # says what is wrong with its name
+    if start:
+        _start_key(algo)
+        yield start
+
+
+def _start_key(algo: str) -> str:
+    """The setting that names what an agent begins with.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    for key in reversed(STARTS):
+        if key in agent_class(algo).Settings.model_fields:
+            return key
+    raise ValueError(f"{algo} begins with no other run")
+
+
+def _blind(algos: Sequence[str]) -> list[str]:
+    """The first agent that learns, blind; what it begins with sees nothing either."""
+    for name in algos:
+        algo, start = _parts(name)
+        if algo in LEARNING:
+            return [f"{BLIND}{algo}{FROM}static" if start else f"{BLIND}{algo}"]
+    return []
+
+
+def _check_settings(settings: dict[str, Any], algos: list[str]) -> None:
+    """Raise ``ValueError`` if a key is neither of the env nor of any of the agents."""
+    learned = {key for algo in algos for key in agent_class(algo).Settings.model_fields}
+    for key in settings:
+        if key not in learned:
+            split_settings("dense", {key: settings[key]})
+
+
+def _preset(preset: str, env: str, algo: str, refines: bool) -> str:
+    """The preset of an agent: what is asked for, or ``none`` where there is none of that name for it."""
+    if refines and preset == OF_ENV and find_preset(REFINE, env, algo):
+        return REFINE
+    return preset if preset == OF_ENV or find_preset(preset, env, algo) else NONE
+
+
+def _as_yaml(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, list | dict | bool | None) else str(value)
