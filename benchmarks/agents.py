@@ -13,11 +13,15 @@ only prints what is there.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 from rich.console import Console
-from sd_gym.agents.experiment.run import train
+from sd_gym.agents.experiment.folder import read_result
+from sd_gym.agents.experiment.many import Word, train_many
+from sd_gym.agents.experiment.plan import Planned
+from sd_gym.agents.presets import OF_ENV
 from sd_gym.agents.registry import LEARNING
 from sd_gym.agents.report import compare, plots, savings
 from sd_gym.agents.report.compare import markdown
@@ -25,41 +29,27 @@ from sd_gym.agents.report.compare import markdown
 import sd_gym
 
 MINI = [identity for identity in sd_gym.registered_ids() if identity.endswith("-Mini-v0")]
-REFINE = {  # settings of the learning agents, which start from what imitation has learned
-    "ppo_lagrangian": {"learning_rate": 2e-4, "entropy": 0.0},
-    "ppo_lex": {"learning_rate": 2e-4, "entropy": 0.0},
-    "a2c_lagrangian": {"learning_rate": 5e-5, "entropy": 0.0},
-    "a2c_lex": {"learning_rate": 5e-5, "entropy": 0.0},
-    "reinforce": {"learning_rate": 5e-5},
-}
-BLIND_RATE = 1e-3  # of learning: a blind agent has no more than its biases to learn
 AGENTS = ["ppo_lagrangian", "a2c_lagrangian", "reinforce", "imitation", "blind-ppo_lagrangian", "static"]
 console = Console(stderr=True)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
-    """Where the runs of one env are, and how long they learn."""
+    """The runs of one env, how long they learn, and where they are."""
 
     env: str
     output: Path
     steps: int
+    runs: dict[Path, Planned] = field(default_factory=dict)
 
     def folder(self, algo: str, seed: int = 0) -> Path:
         """Of one run."""
         return self.output / f"{self.env.removeprefix('SD/').removesuffix('-v0')}-{algo}-{seed}"
 
-    def run(self, algo: str, seed: int = 0, name: str | None = None, **settings: object) -> Path:
-        """Train, unless it was done."""
+    def run(self, algo: str, seed: int = 0, name: str | None = None, preset: str = OF_ENV, **settings: object) -> Path:
+        """Plan one."""
         folder = self.folder(name or algo, seed)
-        if not (folder / "result.json").exists():
-            how = {"steps": self.steps, "seed": seed}
-            result = train(self.env, algo, folder, **how, settings=settings, resume=True)
-            console.print(
-                f"{folder.name}: quality {result['quality_difference'] * 100:+.2f} points, "
-                f"FLOPs {result['flops_ratio_with_policy']:.1%}, {result['decisions_used']} decisions",
-                highlight=False,
-            )
+        self.runs[folder] = Planned(self.env, algo, folder, self.steps, seed, settings, preset)
         return folder
 
     def imitate(self, seed: int) -> Path:
@@ -70,15 +60,27 @@ class Plan:
         """One agent with what it starts from."""
         algo, _, origin = name.partition("-from-")
         if algo.startswith("blind-"):
-            settings = {**REFINE[algo.removeprefix("blind-")], "learning_rate": BLIND_RATE}
-            self.run(algo, seed, **settings, start=self.run("static"))
-        elif algo in REFINE:
-            start = {"": self.imitate, "static": lambda _: self.run("static"), "nothing": lambda _: None}[origin](seed)
-            self.run(algo, seed, name, **REFINE[algo], start=start)
+            self.run(algo, seed, preset="refine", start=self.run("static"))
         elif algo == "imitation":
             self.imitate(seed)
+        elif algo in LEARNING:
+            start = {"": self.imitate, "static": lambda _: self.run("static"), "nothing": lambda _: None}[origin](seed)
+            self.run(algo, seed, name, "refine", start=start)
         else:
             self.run(algo, 0 if algo == "static" else seed)
+
+
+def show(word: Word) -> None:
+    """A line for each run that is done."""
+    if word.state == "failed":
+        console.print(f"{word.run.folder.name}: {word.message}", style="red", highlight=False)
+    elif word.state == "finished":
+        result = read_result(word.run.folder)
+        console.print(
+            f"{word.run.folder.name}: quality {result['quality_difference'] * 100:+.2f} points, "
+            f"FLOPs {result['flops_ratio_with_policy']:.1%}, {result['decisions_used']} decisions",
+            highlight=False,
+        )
 
 
 def main() -> None:
@@ -89,15 +91,16 @@ def main() -> None:
     parser.add_argument("--algos", nargs="+", default=AGENTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--jobs", type=int, default=1, help="processes, which share the cores")
     parser.add_argument("--test-size", type=int, help="instances that fronts are read on; otherwise those of the runs")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
     arguments = parser.parse_args()
     plans = [Plan(env, arguments.output, arguments.steps) for env in arguments.envs]
     if not arguments.table:
-        for seed in arguments.seeds:
-            for plan in plans:
-                for algo in arguments.algos:
-                    plan.learn(algo, seed)
+        for seed, plan, algo in product(arguments.seeds, plans, arguments.algos):
+            plan.learn(algo, seed)
+        runs = sorted((run for plan in plans for run in plan.runs.values()), key=lambda run: run.seed)
+        train_many(runs, jobs=arguments.jobs, on_word=show)
     there = [
         folder
         for plan in plans

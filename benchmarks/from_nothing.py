@@ -22,7 +22,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
-from sd_gym.agents.experiment.run import train
+from sd_gym.agents.experiment.folder import read_result
+from sd_gym.agents.experiment.many import Word, train_many
+from sd_gym.agents.experiment.plan import Planned
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, AgentSettings, OnRollout, Rollout
 from sd_gym.agents.registry import register_agent
 from sd_gym.agents.report.compare import markdown
@@ -82,26 +84,29 @@ class Script(Agent):
         return exported.eval()
 
 
+register_agent("script", Script)
+
+
 def folder_of(output: Path, env: str, name: str, steps: int, seed: int) -> Path:
     """Of one run."""
     short = env.removeprefix("SD/").removesuffix("-v0")
     return output / f"{short}-{steps}" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
 
 
-def run(output: Path, env: str, name: str, steps: int, seed: int, variants: dict[str, tuple[str, dict]]) -> None:
-    """Train, unless it was done."""
-    folder = folder_of(output, env, name, steps, seed)
-    if (folder / "result.json").exists():
-        return
-    algo, settings = variants[name]
-    result = train(env, algo, folder, steps=steps, seed=seed, settings=settings, resume=True)
-    last = result["last_policy"]
-    console.print(
-        f"{folder}: as learned {last['flops_ratio_with_policy']:.1%} ({100 * last['quality_difference']:+.2f}), "
-        f"selected {result['flops_ratio_with_policy']:.1%} ({100 * result['quality_difference']:+.2f})",
-        highlight=False,
-        soft_wrap=True,
-    )
+def show(word: Word) -> None:
+    """A line for each run that is done."""
+    if word.state == "failed":
+        console.print(f"{word.run.folder}: {word.message}", style="red", highlight=False, soft_wrap=True)
+    elif word.state == "finished":
+        result = read_result(word.run.folder)
+        last = result["last_policy"]
+        console.print(
+            f"{word.run.folder}: as learned {last['flops_ratio_with_policy']:.1%} "
+            f"({100 * last['quality_difference']:+.2f}), selected {result['flops_ratio_with_policy']:.1%} "
+            f"({100 * result['quality_difference']:+.2f})",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def interval(values: np.ndarray) -> float:
@@ -148,17 +153,20 @@ def main() -> None:
     parser.add_argument("--algos", nargs="+", default=AGENTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", nargs="+", type=int, default=[20_000])
+    parser.add_argument("--jobs", type=int, default=1, help="processes, which share the cores")
     parser.add_argument("--ablation", action="store_true", help="PPO with one default changed")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
     arguments = parser.parse_args()
-    register_agent("script", Script)
     variants = ABLATION if arguments.ablation else {name: (name, {}) for name in arguments.algos}
     cases = [(env, steps) for env in arguments.envs for steps in arguments.steps]
     if not arguments.table:
-        for seed in arguments.seeds:
-            for env, steps in cases:
-                for name in variants:
-                    run(arguments.output, env, name, steps, seed, variants)
+        runs = [
+            Planned(env, algo, folder_of(arguments.output, env, name, steps, seed), steps, seed, settings)
+            for seed in arguments.seeds
+            for env, steps in cases
+            for name, (algo, settings) in variants.items()
+        ]
+        train_many(runs, jobs=arguments.jobs, imports=[str(Path(__file__).resolve())], on_word=show)
     rows, curves = [], {}
     for env, steps in cases:
         for name in variants:

@@ -14,12 +14,6 @@ from sd_gym.tasks.preparation import prepare_backbone
 MINI = [identity for identity in sd_gym.registered_ids() if identity.endswith("Mini-v0")]
 DATA = Path(os.environ.get("SD_GYM_DATA", "not-given"))  # a folder with sst2/train.jsonl and sst2/validation.jsonl
 
-REFINE = {  # what keeps an agent from giving away what a warm start has found
-    "ppo": {"learning_rate": 2e-4},
-    "a2c": {"learning_rate": 5e-5, "entropy": 0.0},
-    "reinforce": {"learning_rate": 5e-5, "alpha": 30.0, "beta": 30.0},
-}
-
 pytestmark = pytest.mark.slow
 
 
@@ -31,11 +25,10 @@ def warm_start(request, tmp_path_factory):
     return request.param, folder
 
 
-@pytest.mark.parametrize("algo", REFINE)
+@pytest.mark.parametrize("algo", ["ppo", "a2c", "reinforce"])
 def test_saves_half_at_most_one_point_under_dense(warm_start, algo, tmp_path):
     env, start = warm_start
-    settings = {"start": start, **REFINE[algo]}
-    result = train(env, algo, tmp_path / "run", steps=20_000, settings=settings)
+    result = train(env, algo, tmp_path / "run", steps=20_000, settings={"start": start}, preset="refine")
     assert result["instances"] == 2000
     assert result["flops_ratio_with_policy"] <= 0.5
     assert result["quality_difference"] >= -0.01

@@ -1,0 +1,215 @@
+"""``compare ENV...``: every agent and control on every env, each run kept, gone on with, or reported."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sd_gym.agents import register_agent
+from sd_gym.agents.baselines.constant import HashAgent
+from sd_gym.agents.experiment.many import train_many
+from sd_gym.agents.experiment.plan import plan
+from sd_gym.agents.learning.agent import NotApplicableError
+from typer.testing import CliRunner
+
+import sd_gym
+from sd_gym.cli import app
+from sd_gym.registry import import_own
+
+CUSTOM = "SD/Classification-Custom-v0"
+FLAKY = """
+import os
+import signal
+from pathlib import Path
+
+from sd_gym.agents import register_agent
+from sd_gym.agents.baselines.constant import HashAgent
+
+
+def first_time(name):
+    mark = Path(__file__).with_name(name)
+    there = mark.exists()
+    mark.touch()
+    return not there
+
+
+class Fails(HashAgent):
+    def learn(self, *arguments):
+        if first_time("failed"):
+            raise RuntimeError("the cat sat on it")
+
+
+class Dies(HashAgent):
+    def learn(self, *arguments):
+        if first_time("died"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+register_agent("fails", Fails)
+register_agent("dies", Dies)
+"""
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+class Elsewhere(HashAgent):
+    def __init__(self, *args, **kwargs):
+        raise NotApplicableError("it needs an env with a view")
+
+
+@pytest.fixture
+def settings(reviews, tiny_backbone):
+    return {"dataset": str(reviews), "backbone": str(tiny_backbone)}
+
+
+@pytest.fixture
+def flaky(tmp_path, own_names):
+    """A file that registers ``fails`` and ``dies``, each of which does so the first time."""
+    file = tmp_path / f"flaky_{abs(hash(tmp_path))}.py"
+    file.write_text(FLAKY)
+    return import_own(str(file))
+
+
+@pytest.fixture
+def one_thread():
+    """Here as in each of two processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def states(words):
+    return {word.run.folder.name: word.state for word in words}
+
+
+def written(folder):
+    """What a run left but for its times."""
+    result = json.loads((folder / "result.json").read_text())
+    del result["time"]
+    files = [(folder / name).read_bytes() for name in ("policy.safetensors", "instances.csv")]
+    return result, files
+
+
+def test_the_plan_has_every_agent_and_control_with_the_same_seeds():
+    runs = plan([CUSTOM], ["a2c", "ppo-from-imitation"], seeds=2, steps=9, output=Path("out"))
+    first = [run.folder.name for run in runs if run.seed == 0]
+    assert first == [
+        *["a2c-0", "imitation-0", "ppo-from-imitation-0", "static-0", "early-exit-0", "random-0", "hash-0", "dense-0"],
+        "blind-a2c-0",
+    ]
+    second = [run.folder.name for run in runs if run.seed == 1]
+    assert second == [name[:-1] + "1" for name in first if name not in ("dense-0", "early-exit-0")]  # they draw nothing
+    assert {run.folder.parent for run in runs} == {Path("out/Classification-Custom")}
+    assert {run.steps for run in runs} == {9}
+    (warm,) = [run for run in runs if run.folder.name == "ppo-from-imitation-1"]
+    assert warm.settings == {"start": Path("out/Classification-Custom/imitation-1")}
+    assert [run.algo for run in runs if run.preset == "refine"] == ["ppo", "ppo"]
+
+
+def test_a_blind_agent_begins_with_what_sees_nothing_and_settings_go_to_who_has_them():
+    runs = plan([CUSTOM], ["ppo-from-imitation"], seeds=1, settings={"n_steps": 8, "penalty": 3})
+    by_name = {run.folder.name: run.settings for run in runs}
+    assert by_name["blind-ppo-from-static-0"]["start"] == Path("runs/compare/Classification-Custom/static-0")
+    assert by_name["blind-ppo-from-static-0"]["n_steps"] == 8
+    assert by_name["static-0"] == {"penalty": 3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"algos": ["pp0"]}, "did you mean 'ppo'"),
+        ({"algos": ["ppo-from-statc"]}, "did you mean 'static'"),
+        ({"algos": ["dense-from-static"]}, "dense begins with no other run"),
+        ({"envs": [CUSTOM, "SD/Clasification-Mini-v0"]}, "did you mean 'SD/Classification-Mini-v0'"),
+        ({"settings": {"n_stepz": 3}}, "unknown setting 'n_stepz'"),
+        ({"preset": "refined"}, "no preset 'refined'; presets by name are refine"),
+    ],
+)
+def test_what_is_wrong_with_a_name_is_told_before_anything_is_trained(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**{"envs": [CUSTOM], "algos": ["ppo"], **arguments})
+
+
+def test_what_fails_or_dies_stops_nothing_and_is_done_again_alone(settings, flaky, one_thread, tmp_path):
+    shared = {"seeds": 1, "steps": 200, "controls": False, "settings": settings}
+    runs = plan([CUSTOM], ["fails", "dies", "a2c-from-fails", "a2c", "hash"], output=tmp_path / "two", **shared)
+    words = train_many(runs, jobs=2, imports=[flaky])
+    expected = {"fails-0": "failed", "dies-0": "failed", "a2c-from-fails-0": "failed"}
+    assert states(words) == expected | {"a2c-0": "finished", "hash-0": "finished"}
+    messages = {word.run.folder.name: word.message for word in words}
+    assert messages["fails-0"] == "RuntimeError: the cat sat on it"
+    assert "exit code -9" in messages["dies-0"]
+    assert messages["a2c-from-fails-0"].endswith("fails-0, which it begins with, failed")
+
+    before = written(tmp_path / "two/Classification-Custom/a2c-0")
+    states_now = states(train_many(runs, imports=[flaky]))
+    assert states_now == dict.fromkeys(expected, "finished") | {"a2c-0": "kept", "hash-0": "kept"}
+    assert written(tmp_path / "two/Classification-Custom/a2c-0") == before
+
+    one = plan([CUSTOM], ["hash", "a2c"], output=tmp_path / "one", **shared)
+    train_many(one)
+    for name in ("a2c-0", "hash-0"):
+        assert written(tmp_path / "one/Classification-Custom" / name) == written(
+            tmp_path / "two/Classification-Custom" / name
+        )
+
+
+def test_a_comparison_that_was_killed_goes_on_and_ends_as_the_uninterrupted_one(settings, tmp_path):
+    arguments = {"controls": False, "seeds": 2, "steps": 400, **settings}
+    whole = sd_gym.train_all([CUSTOM], ["a2c"], tmp_path / "whole", **arguments)
+
+    def kill(word):
+        if word.run.seed == 1 and word.steps >= 200:
+            raise Killed
+
+    with pytest.raises(Killed):
+        sd_gym.train_all([CUSTOM], ["a2c"], tmp_path / "cut", on_word=kill, **arguments)
+    assert (tmp_path / "cut/Classification-Custom/a2c-1/checkpoint.pt").exists()
+    begun = []
+    words = sd_gym.train_all([CUSTOM], ["a2c"], tmp_path / "cut", on_word=begun.append, **arguments)
+    assert states(words) == {"a2c-0": "kept", "a2c-1": "finished"}
+    assert min(word.steps for word in begun if word.state == "learning") > 150  # it went on
+    for cut, one in zip(words, whole, strict=True):
+        assert written(cut.run.folder) == written(one.run.folder)
+    alone = sd_gym.train(CUSTOM, "a2c", tmp_path / "alone", steps=400, seed=1, **settings)
+    assert alone["flops_ratio"] == written(whole[1].run.folder)[0]["flops_ratio"]
+    (row,) = sd_gym.compare([word.run.folder for word in words])
+    assert row["seeds"] == 2
+
+
+def test_another_run_is_not_taken_for_the_one_that_is_asked_for(settings, tmp_path):
+    arguments = {"controls": False, "seeds": 1, **settings}
+    sd_gym.train_all([CUSTOM], ["hash"], tmp_path, steps=1, **arguments)
+    for changed, message in [({"steps": 2}, "its steps is 1, now it is 2"), ({"rate": 0.5}, "its rate is 0.2, now")]:
+        (word,) = sd_gym.train_all([CUSTOM], ["hash"], tmp_path, **{"steps": 1, **arguments, **changed})
+        assert word.state == "failed"
+        assert message in word.message
+    (word,) = sd_gym.train_all([CUSTOM], ["hash"], tmp_path, steps=1, **arguments)
+    assert word.state == "kept"
+
+
+def test_on_the_command_line(settings, own_names, tmp_path):
+    register_agent("elsewhere", Elsewhere)
+    pairs = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    options = ["--seeds", "2", "--steps", "100", "--output", str(tmp_path), *pairs]
+    page = tmp_path / "report.html"
+    arguments = ["compare", CUSTOM, "--algos", "hash,elsewhere", "--no-controls", *options]
+    result = CliRunner().invoke(app, [*arguments, "--markdown", "--report", str(page)])
+    assert result.exit_code == 0, result.output
+    assert f"| {CUSTOM} | hash | 2 |" in result.output
+    assert "Classification-Custom/elsewhere-0: not applicable (it needs an env with a view)" in result.stderr
+    assert "hash" in page.read_text()
+
+    (tmp_path / "Classification-Custom/hash-1/result.json").unlink()
+    (tmp_path / "Classification-Custom/hash-1/config.json").write_text("{")
+    result = CliRunner().invoke(app, [*arguments, "--markdown"])
+    assert result.exit_code == 1
+    assert f"| {CUSTOM} | hash | 1 |" in result.output
+    assert f"failed: {tmp_path}/Classification-Custom/hash-1: FileExistsError" in result.stderr
+    assert "--algo hash --output" in result.stderr
+    result = CliRunner().invoke(app, ["compare", CUSTOM, "nowhere"])
+    assert result.exit_code == 2
+    assert "unknown env 'nowhere'" in " ".join(result.stderr.split())
