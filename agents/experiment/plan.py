@@ -23,7 +23,6 @@ CONTROLS = ("static", "early-exit", "random", "hash", "dense")  # and a blind ag
 FROM = "-from-"
 REFINE = "refine"
 STARTS = ("start", "path")  # settings that name the run that another one begins with
-INCIDENTAL = ("device", *STARTS)  # what may differ in a run that is kept
 
 
 @dataclass(frozen=True)
@@ -84,14 +83,14 @@ class Planned:
         now = {key: getattr(self, key) for key in ("env", "algo", "steps", "seed", "strictness")}
         now |= load_config(config_of(self.env), of_env).model_dump()
         now |= agent_class(self.algo).Settings(**of_agent).model_dump()
+        now = json.loads(as_json({key: value for key, value in now.items() if key != "device"}))
         there = read_description(self.folder)
         was = {**there, **there["env_config"], **there["agent_settings"]}
-        now = json.loads(as_json({key: value for key, value in now.items() if key not in INCIDENTAL}))
-        differ = [
-            f"its {key} is {was[key]}, now it is {now[key]}" for key in now if key in was and was[key] != now[key]
-        ]
-        if differ:
-            raise ValueError(f"{self.folder} holds another run: {', '.join(differ)}; choose another --output")
+        for values in (was, now):  # the same folder may be given by another path
+            values |= {key: Path(values[key]).name for key in STARTS if values.get(key) is not None}
+        if differ := [key for key in now if key in was and was[key] != now[key]]:
+            shown = ", ".join(f"its {key} is {was[key]}, now it is {now[key]}" for key in differ)
+            raise ValueError(f"{self.folder} holds another run: {shown}; choose another --output")
         return True
 
 
