@@ -591,6 +591,60 @@ def _print_comparison(
 
 
 @app.command()
+def tune(
+    env: Annotated[str, typer.Argument(help="Env id.")],
+    algo: Annotated[str, typer.Option(help="An agent that learns.")] = "ppo",
+    trials: Annotated[int, typer.Option(min=1, help="In all, with those that the folder holds.")] = 20,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each trial.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Decisions that each run learns from.")] = 20_000,
+    output: Annotated[Path | None, typer.Option(help="Folder of the study [default: runs/tune/TASK-ALGO].")] = None,
+    strictness: Annotated[float, typer.Option(min=0, help="Of selection, as of sd-gym train.")] = 1.645,
+    set_: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; or set what is not to be searched."),
+    ] = [],  # noqa: B006  (typer wants a list)
+    imports: Imports = [],  # noqa: B006
+) -> None:
+    """Search an agent's settings with Optuna: quality kept on validation first, then fewer FLOPs.
+
+    The best are written as a preset. The command can be given again, also with more trials: it goes on.
+
+    Examples:
+    `sd-gym tune SD/Classification-Mini-v0 --algo a2c --trials 30 --seeds 2`, then
+
+    `sd-gym train SD/Classification-Mini-v0 --algo a2c --preset runs/tune/Classification-Mini-a2c/preset.yaml`
+    """
+    imported = _import(imports)
+    with _errors_as_lines(), _progress() as progress:
+        bar = progress.add_task("trials", total=trials, figures="")
+        from sd_gym.agents.api import default_folder
+        from sd_gym.agents.experiment.tune import Tried
+        from sd_gym.agents.experiment.tune import tune as search
+
+        def on_trial(tried: Tried) -> None:
+            progress.update(bar, completed=min(tried.number + 1, trials))
+            reached = tried.message if tried.score is None else f"{tried.score:.4f}"
+            shown = ", ".join(f"{key} {value}" for key, value in tried.settings.items())
+            _say(f"trial {tried.number}: {shown}: {reached}")
+
+        folder = output or Path("runs/tune") / default_folder(env, algo, 0).name.removesuffix("-0")
+        file = search(
+            env,
+            algo,
+            folder,
+            trials=trials,
+            seeds=seeds,
+            steps=steps,
+            strictness=strictness,
+            imports=imported,
+            on_trial=on_trial,
+            **_settings(set_),
+        )
+    console.print(file.read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
+    console.print(f"Preset: {file}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; what is none is passed over.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),

@@ -19,6 +19,12 @@ class A2CSettings(LearnerSettings):
     As in PPO, a rollout has to be large enough for a lost instance to weigh in it what its reward says.
     """
 
+    space: ClassVar = LearnerSettings.space | {
+        "entropy": [0.0, 0.02, 0.05, 0.1],
+        "num_envs": [16, 32, 64, 128],
+        "n_steps": [1, 2, 4],
+    }
+
     num_envs: int = Field(64, ge=1)
     learning_rate: float = Field(4e-3, gt=0)
     n_steps: int = Field(1, ge=1)

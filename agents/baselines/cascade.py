@@ -13,7 +13,7 @@ from sd_gym.agents.baselines.static import StaticSettings, report, searched_mask
 from sd_gym.agents.experiment.evaluation import Decided, score_decisions
 from sd_gym.agents.experiment.selection import halves, keeps
 from sd_gym.agents.experiment.verdict import ONE_SIDED_95
-from sd_gym.agents.learning.agent import Decider, OnRollout
+from sd_gym.agents.learning.agent import Decider, NotApplicableError, OnRollout
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.split import Split
@@ -29,11 +29,12 @@ class Cascade(Decider):
 
     Settings = StaticSettings
     settings: StaticSettings
+    draws = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not self.env.core.backbone.head.sees_confidence:
-            raise ValueError("a cascade needs a backbone that classifies; this env's backbone does not")
+            raise NotApplicableError("a cascade needs a backbone that classifies; this env's backbone does not")
         self.mask = np.zeros_like(self.env.core.nvec)  # dense, and never again
         self.threshold = 0.0
 

@@ -89,7 +89,9 @@ class Confidence(EarlyExit):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not self.env.core.is_staged:
-            raise ValueError("confidence looks at the stages of an env, and this one has none in the pass; pass stages")
+            raise NotApplicableError(
+                "confidence looks at the stages of an env, and this one has none in the pass; pass stages"
+            )
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Choose the thresholds on the validation split."""

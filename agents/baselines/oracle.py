@@ -33,6 +33,7 @@ class Oracle(Decider):
 
     Settings = OracleSettings
     settings: OracleSettings
+    draws = False
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """There is nothing to learn."""

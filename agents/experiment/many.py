@@ -141,7 +141,7 @@ def _share(schedule: _Schedule, jobs: int, imports: Sequence[str]) -> None:
                 worker = busy[connection]
                 word = worker.hear()
                 schedule.tell(word)
-                if not worker.alive:
+                if not worker.alive and schedule.waiting:
                     workers[workers.index(worker)] = _Worker(threads, imports)
     finally:
         for worker in workers:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -65,6 +65,13 @@ class ImitationSettings(LearnerSettings):
         batch_size: Of the supervised learning.
         weight_decay: Of AdamW.
     """
+
+    space: ClassVar = {
+        "learning_rate": (2e-4, 1e-2),
+        "epochs": [10, 20, 40, 80],
+        "batch_size": [64, 128, 256],
+        "weight_decay": (1e-4, 1e-1),
+    }
 
     path: Path | None = None
     instances: int = Field(10_000, ge=20)

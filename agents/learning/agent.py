@@ -35,9 +35,12 @@ class AgentSettings(BaseModel):
     Attributes:
         num_envs: Of the vector env that ``train`` makes for the agent: instances decided on in one step, scored by one
             batched run of the backbone.
+        space: What ``sd-gym tune`` searches, by setting: a list of choices, or the bounds of a positive number whose
+            logarithm is drawn evenly. Defaults lie within.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    space: ClassVar[dict[str, list[Any] | tuple[float, float]]] = {}
 
     num_envs: int = Field(256, ge=1)
 
@@ -55,6 +58,8 @@ class LearnerSettings(AgentSettings):
             ``imitation``; then ``initial_skip_rate`` plays no part.
         network: Name of a policy network of your own (``sd_gym.register_network``); ``None``: two hidden layers.
     """
+
+    space: ClassVar = {"learning_rate": (2e-4, 1e-2), "initial_skip_rate": [0.1, 0.3, 0.5]}
 
     learning_rate: float = Field(1e-3, gt=0)
     entropy: float = Field(0.0, ge=0)
@@ -228,6 +233,8 @@ class Agent(BaseAgent):
 def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
     """Raise ``ValueError`` if an env's actions, observations or rewards are none that the agents here take.
 
+    Where only this agent does not take them, it is a ``NotApplicableError``.
+
     Args:
         env: The env.
         staged: Whether the agent takes several stages.
@@ -238,7 +245,7 @@ def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
             "agent of another library can have it: docs/envs.md)"
         )
     if env.core.is_staged and not staged:
-        raise ValueError(
+        raise NotApplicableError(
             f"this agent decides once, before the first layer, but the stages of this env are {env.core.stages}; leave "
             "stages out, or take an agent that decides in stages (ppo, a2c, reinforce)"
         )

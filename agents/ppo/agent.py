@@ -21,6 +21,13 @@ class PPOSettings(LearnerSettings):
     each is made at.
     """
 
+    space: ClassVar = LearnerSettings.space | {
+        "entropy": [0.0, 0.003, 0.01, 0.03],
+        "n_steps": [2, 4, 8, 16],
+        "batch_size": [64, 128, 256],
+        "n_epochs": [2, 4, 8],
+    }
+
     num_envs: int = Field(64, ge=1)
     learning_rate: float = Field(2e-3, gt=0)
     n_steps: int = Field(4, ge=1)

@@ -16,7 +16,7 @@ gradients come of the few decisions themselves.)
 from __future__ import annotations
 
 import time
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -55,6 +55,14 @@ class ReinforceSettings(LearnerSettings):
         exploration: No choice of a component is less probable than this while learning.
         autoregressive: Whether a choice may depend on those before it.
     """
+
+    space: ClassVar = LearnerSettings.space | {
+        "samples": [2, 4],
+        "updates": [1, 2, 4, 8],
+        "limit": (0.1, 1.0),
+        "alpha": (1.0, 100.0),
+        "beta": (1.0, 100.0),
+    }
 
     num_envs: int = Field(32, ge=2)
     learning_rate: float = Field(2e-3, gt=0)

@@ -1,0 +1,91 @@
+"""Tuning: settings are searched quality first, and the best are a preset."""
+
+import pytest
+import yaml
+from sd_gym.agents.a2c.agent import A2CSettings
+from sd_gym.agents.experiment.tune import PRESET, score, tune
+from sd_gym.agents.registry import AGENTS
+from typer.testing import CliRunner
+
+import sd_gym
+from sd_gym.cli import app
+
+CUSTOM = "SD/Classification-Custom-v0"
+DEFAULT = A2CSettings().learning_rate
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+def test_quality_comes_before_flops_and_fewer_flops_are_better():
+    outcomes = [(True, 0.0, 0.2), (True, -0.004, 0.9), (True, 0.0, 1.01), (False, -0.001, 0.1), (False, -0.1, 0.05)]
+    keys = ("quality_kept", "quality_difference", "flops_ratio_with_policy")
+    scores = [score(dict(zip(keys, outcome, strict=True))) for outcome in outcomes]
+    assert scores == sorted(scores)
+    assert len(set(scores)) == len(scores)
+
+
+@pytest.mark.parametrize("algo", AGENTS.built_in())
+def test_defaults_lie_within_what_is_searched(algo):
+    settings = AGENTS.find(algo).Settings
+    for key, values in settings.space.items():
+        default = getattr(settings(), key)
+        assert values[0] <= default <= values[1] if isinstance(values, tuple) else default in values
+        ends = values if isinstance(values, tuple) else values[:: len(values) - 1]
+        assert all(settings(**{key: value}) for value in ends)
+
+
+def test_a_search_that_was_killed_goes_on_and_its_best_settings_are_a_preset(reviews, tiny_backbone, tmp_path):
+    pytest.importorskip("optuna")
+    settings = {"dataset": str(reviews), "backbone": str(tiny_backbone), "epsilon": 1.0, "num_envs": 16}
+    arguments = {"steps": 64, "trials": 2, "strictness": 0.0, **settings}
+    tried = []
+
+    def kill(one):
+        tried.append(one)
+        raise Killed
+
+    with pytest.raises(Killed):
+        tune(CUSTOM, "a2c", tmp_path / "study", on_trial=kill, **arguments)
+    assert "num_envs" not in tried[0].settings  # it is set
+    assert tried[0].settings["learning_rate"] == DEFAULT  # the default comes first
+    file = tune(CUSTOM, "a2c", tmp_path / "study", on_trial=tried.append, **arguments)
+    assert [one.number for one in tried] == [0, 1]
+    best = min(tried, key=lambda one: one.score)
+    found = yaml.safe_load(file.read_text())["a2c"][CUSTOM]
+    assert found.items() <= best.settings.items()
+    result = sd_gym.train(CUSTOM, "a2c", tmp_path / "run", preset=str(file), **{**settings, "steps": 64})
+    assert result["flops_ratio"] > 0
+    assert tune(CUSTOM, "a2c", tmp_path / "study", **arguments) == tmp_path / "study" / PRESET  # all is done
+    with pytest.raises(ValueError, match="holds another study"):
+        tune(CUSTOM, "a2c", tmp_path / "study", **{**arguments, "steps": 65})
+    with pytest.raises(FileExistsError, match="no folder of a study"):
+        tune(CUSTOM, "a2c", reviews.parent, **arguments)
+
+
+def test_a_trial_that_was_cut_off_goes_on_in_its_folder(reviews, tiny_backbone, tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    settings = {"dataset": str(reviews), "backbone": str(tiny_backbone)}
+    from sd_gym.agents.experiment import tune as tuning
+
+    def killed(runs, **more):
+        raise Killed
+
+    monkeypatch.setattr(tuning, "train_many", killed)
+    with pytest.raises(Killed):
+        tune(CUSTOM, "a2c", tmp_path / "study", steps=32, trials=1, **settings)
+    monkeypatch.undo()
+    tried = []
+    tune(CUSTOM, "a2c", tmp_path / "study", steps=32, trials=1, on_trial=tried.append, **settings)
+    assert [one.settings["learning_rate"] for one in tried] == [DEFAULT]
+    assert sorted(file.name for file in (tmp_path / "study").glob("trial-*")) == ["trial-0"]
+
+
+def test_what_has_nothing_to_search_says_so(tmp_path):
+    pytest.importorskip("optuna")
+    result = CliRunner().invoke(
+        app, ["tune", "SD/Classification-Mini-v0", "--algo", "dense", "--output", str(tmp_path)]
+    )
+    assert result.exit_code == 2
+    assert "dense has nothing to search" in result.stderr
