@@ -191,6 +191,17 @@ def test_another_run_is_not_taken_for_the_one_that_is_asked_for(settings, tmp_pa
     assert word.state == "kept"
 
 
+def test_on_a_table_early_exit_is_passed_over_and_all_else_compared(full_table, tmp_path):
+    arguments = {"seeds": 1, "steps": 64, "table": full_table}
+    words = sd_gym.train_all(["SD/Table-v0"], ["ppo"], tmp_path, **arguments)
+    expected = dict.fromkeys(["ppo-0", "static-0", "random-0", "hash-0", "dense-0", "blind-ppo-0"], "finished")
+    assert states(words) == expected | {"early-exit-0": "not applicable"}
+    again = sd_gym.train_all(["SD/Table-v0"], ["ppo"], tmp_path, **arguments)
+    assert states(again) == dict.fromkeys(expected, "kept") | {"early-exit-0": "not applicable"}
+    there = [word.run.folder for word in again if word.state == "kept"]
+    assert {row["agent"] for row in sd_gym.compare(there)} == {name[:-2] for name in expected}
+
+
 def test_on_the_command_line(settings, own_names, tmp_path):
     register_agent("elsewhere", Elsewhere)
     pairs = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
