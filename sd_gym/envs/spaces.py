@@ -305,6 +305,14 @@ class Tokens(Observation):
             yield part, hidden[:, : self.length], inputs["attention_mask"].bool().cpu().numpy()[:, : self.length]
 
 
+def token_width(space: gym.Space) -> int | None:
+    """Numbers that each token has, where observations are such as of ``Tokens``; else ``None``."""
+    if not isinstance(space, gym.spaces.Dict) or set(space) != {"tokens", "mask"}:
+        return None
+    tokens, mask = space["tokens"].shape, space["mask"].shape
+    return tokens[1] if len(tokens) == 2 and mask == tokens[:1] else None
+
+
 def spaces(core: Core) -> tuple[gym.Space, gym.Space]:
     """Observation and action space of one env, its own: it may be seeded."""
     return copy.deepcopy(core.observation_space), copy.deepcopy(core.actions.space)
