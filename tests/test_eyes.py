@@ -38,6 +38,7 @@ def orders(tmp_path_factory, tiny_tokenizer):
     model = make_model("bert")
     with torch.no_grad():
         model.bert.embeddings.position_embeddings.weight.zero_()
+        model.bert.embeddings.LayerNorm.weight.mul_(0.1)  # or sums of floats tell their order, in their last bits
     model.save_pretrained(folder / "backbone")
     tiny_tokenizer.save_pretrained(folder / "backbone")
     texts = [" ".join(words) for words in itertools.permutations(["food", "not", "good", "was", "fine"])]
@@ -55,16 +56,16 @@ def is_negated(split, rows):
 
 
 def learned(agent, orders, folder, steps, monkeypatch, observation="tokens", **settings):
-    """A policy for an env where whatever is skipped loses the texts that have "not good" in them, and no others.
+    """A policy for an env where who skips the first switch loses the texts that have "not good" in them, and no others.
 
     Returns:
-        How much it skips of each text of the training split, and which of them have it.
+        Which texts of the training split it skips that switch for, and which of them have it.
     """
     env = gym.make_vec(ENV, observation=observation, num_envs=32, penalty=3.0, **orders).unwrapped
     split = env.core.split("train")
 
     def quality(rows, decisions, seen=None):
-        lost = is_negated(split, rows) & (decisions[:, :-1] == 1).any(axis=1)
+        lost = is_negated(split, rows) & (decisions[:, 0] == 1)
         return 1.0 - lost, np.ones(len(rows))
 
     monkeypatch.setattr(split.scoring, "quality", quality)
@@ -73,20 +74,19 @@ def learned(agent, orders, folder, steps, monkeypatch, observation="tokens", **s
     agent = make_agent(agent, env, seed=0, **settings)
     agent.learn(steps, configure(str(folder), []), lambda rollout: None)
     rows = np.arange(len(split))
-    return agent.policy().decide(env.core.observe(split, rows))[:, :-1].mean(axis=1), is_negated(split, rows)
+    return agent.policy().decide(env.core.observe(split, rows))[:, 0], is_negated(split, rows)
 
 
 LEARNERS = {
-    "ppo": (4000, {"learning_rate": 5e-3, "channels": 16}),
-    "reinforce": (3000, {"learning_rate": 5e-3, "channels": 16}),
-    "imitation": (0, {"learning_rate": 5e-3, "channels": 16}),
+    "ppo": (5000, {"learning_rate": 1e-2, "n_steps": 2, "batch_size": 64}),
+    "imitation": (0, {"learning_rate": 1e-2, "batch_size": 16}),
 }
 
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_who_sees_tokens_learns_what_a_bag_of_words_cannot_tell(name, orders, tmp_path, monkeypatch):
     steps, settings = LEARNERS[name]
-    skipped, negated = learned(name, orders, tmp_path, steps, monkeypatch, **settings)
+    skipped, negated = learned(name, orders, tmp_path, steps, monkeypatch, channels=16, **settings)
     assert skipped[negated].mean() < 0.1
     assert skipped[~negated].mean() > 0.9
 
