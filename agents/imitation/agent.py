@@ -95,6 +95,7 @@ class ImitationAgent(Agent):
             self.foresight = nn.Sequential(
                 *eyes, nn.Linear(size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh()
             )
+        self._begin(self.network, self.foresight)
         with torch.no_grad():
             if self.settings.start is not None:
                 self.network.load_state_dict(self._load_start(self.settings.start).state_dict())

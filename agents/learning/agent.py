@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from sd_gym.agents.experiment.evaluation import Decided
 from stable_baselines3.common.logger import Logger
+from torch import nn
 
 from sd_gym.envs.shells import SwitchableVectorEnv
 from sd_gym.envs.spaces import token_width
 from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.eyes import affordable
+from sd_gym.policy.eyes import Eyes, affordable, tensors
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
+FIRST_LOOK = 256  # texts that untrained eyes are standardised by
 INFO_TAGS = ("quality", "quality_ref", "flops_ratio")
 INFO_KEYS = (*INFO_TAGS, "is_success")
 
@@ -198,6 +200,16 @@ class Agent(BaseAgent):
             torch.manual_seed(self.seed)
             known = core.nvec.tolist(), core.switch_names
             return DecisionPolicy(size, *known, stages=core.stages, channels=channels, **{"blind": self.blind} | kwargs)
+
+    def _begin(self, *networks: nn.Module) -> None:
+        """Standardise what untrained eyes in networks make of the first texts of the training split."""
+        eyes = [module for network in networks for module in network.modules() if isinstance(module, Eyes)]
+        if eyes:
+            core = self.env.core
+            split = core.split("train")
+            seen = tensors(core.observe(split, np.arange(min(len(split), FIRST_LOOK))))
+            for one in eyes:
+                one.begin_with(seen)
 
     @cached_property
     def channels(self) -> int | None:

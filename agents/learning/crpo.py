@@ -90,6 +90,9 @@ class RectifiedAgent(SB3Agent):
 
     algorithm: Rectified
 
+    def _networks(self) -> list[nn.Module]:
+        return [*super()._networks(), self.algorithm.loss_critic]
+
     def before_update(self, infos: dict[str, NDArray]) -> None:
         """Hand the two streams over."""
         self.algorithm.limit = self.env.config.epsilon

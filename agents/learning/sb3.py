@@ -233,6 +233,7 @@ class SB3Agent(Agent):
         if self.blind:
             vec_env = Blindfold(vec_env, self.env.core.stages)
         self.algorithm = self._make_algorithm(vec_env)
+        self._begin(*self._networks())
         with torch.no_grad():
             if self.settings.start is not None:
                 start = self._load_start(self.settings.start)
@@ -277,6 +278,10 @@ class SB3Agent(Agent):
             "seed": self.seed,
             "device": "cpu",
         }
+
+    def _networks(self) -> list[nn.Module]:
+        """All that learn."""
+        return [self.algorithm.policy]
 
     def _actor(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         """What corresponds to ``DecisionPolicy``'s eyes, body and head."""

@@ -111,6 +111,7 @@ class ReinforceAgent(Agent):
             size = self.network.observation_size
             foresees = settings.foresight and not self.env.core.is_staged  # later looks depend on what is decided
             self.foresight = Foresight(size, self.env.core.nvec, self.channels is not None) if foresees else None
+        self._begin(self.network, *filter(None, [self.foresight]))
         with torch.no_grad():
             if settings.start is not None:
                 self.network.load_state_dict(self._load_start(settings.start).state_dict(), strict=False)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 CHANNELS = 48
 REACH = 3  # tokens side by side that the convolution sees at once
+LEAST_DEVIATION = 1e-3  # of a feature; less says nothing
 SHARE = 0.01  # of the dense FLOPs: what the convolution of a policy costs at most
 
 
@@ -16,7 +17,8 @@ class Eyes(nn.Module):
     """Features of a text: one convolution over its tokens, the mean and maximum of that, and the text's length.
 
     Mean and maximum of the tokens themselves are the same for any order of them; those of what a convolution says of
-    neighbours are not (Kim 2014, section 2).
+    neighbours are not (Kim 2014, section 2). Before anything is learned they hardly differ between texts, so they are
+    standardised as the convolution is then (Salimans and Kingma 2016, section 3): ``begin_with``.
 
     Args:
         width: Numbers that a token has.
@@ -30,9 +32,11 @@ class Eyes(nn.Module):
         super().__init__()
         self.convolution = nn.Conv1d(width, channels, REACH, padding=REACH // 2)
         self.size = 2 * channels + 1
+        self.register_buffer("mean", torch.zeros(self.size))
+        self.register_buffer("deviation", torch.ones(self.size))
 
     def forward(self, observations: dict[str, Tensor]) -> Tensor:
-        """Features ``[n, size]``, each row's own; zeros where there is no token.
+        """Standardised features ``[n, size]``, each row's own; zeros where there is no token.
 
         Args:
             observations: ``tokens [n, length, width]``, zeros behind the text, and ``mask [n, length]``.
@@ -43,7 +47,16 @@ class Eyes(nn.Module):
         present = mask[:, None, :longest].float()
         seen = self.convolution(tokens[:, :longest].transpose(1, 2)).relu() * present
         mean = seen.sum(dim=2) / count.clamp(min=1)
-        return torch.cat([mean, seen.amax(dim=2), count.float().log1p()], dim=1) * (count > 0)
+        features = torch.cat([mean, seen.amax(dim=2), count.float().log1p()], dim=1)
+        return (features - self.mean) / self.deviation * (count > 0)
+
+    @torch.no_grad()
+    def begin_with(self, observations: dict[str, Tensor]) -> None:
+        """Standardise features from now on by what they are of these texts (arguments as of ``forward``)."""
+        features = self(observations) * self.deviation + self.mean
+        deviation = features.std(dim=0, correction=0)
+        self.mean.copy_(features.mean(dim=0))
+        self.deviation.copy_(torch.where(deviation > LEAST_DEVIATION, deviation, 1.0))
 
 
 def flops_a_token(width: int, channels: int) -> int:
