@@ -781,6 +781,7 @@ def prepare(
         overrides = {key: value for key, value in given.items() if value is not None} | _settings(set_)
         skip_logits = None
         if policy is not None:
+            from sd_gym.agents.experiment.evaluation import seen_together
             from sd_gym.agents.experiment.run import load_run
             from sd_gym.envs.core import shared_core
 
@@ -790,7 +791,13 @@ def prepare(
             config = make_config(core.config.model_dump() | overrides, core.config.id)
             splits = {name: shared_core(config).split(name) for name in ("train", "validation")}
             skip_logits = {
-                name: network.skip_logits(core.observe(split, np.arange(len(split)))) for name, split in splits.items()
+                name: np.concatenate(
+                    [
+                        network.skip_logits(core.observe(split, rows))
+                        for rows in seen_together(core, np.arange(len(split)))
+                    ]
+                )
+                for name, split in splits.items()
             }
         else:
             config = load_config(config_of(env), {**overrides, "backbone": backbone})

@@ -18,7 +18,7 @@ from sd_gym.agents.experiment.verdict import Verdict, fewest_instances, losses_a
 from sd_gym.envs.core import Core
 from sd_gym.envs.passes import PASS_TOKENS
 from sd_gym.envs.report import by_facts, write_instances
-from sd_gym.envs.spaces import Observations
+from sd_gym.envs.spaces import Observations, token_width
 from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy
 from sd_gym.switch import Seen
@@ -60,11 +60,15 @@ def fitting(policy: DecisionPolicy, core: Core) -> DecisionPolicy:
     Raises:
         ValueError: If it does not; the message says what was expected.
     """
+    width, shape = token_width(core.observation_space), core.observation_space.shape
+    shown = f"observations of shape {shape}" if width is None else f"tokens of {width} numbers"
+    size = policy.observation_size
+    reads = f"observations of shape {(size,)}" if policy.channels is None else f"tokens of {size} numbers"
     for what, has, needs in (
         ("decides on components", policy.nvec, core.nvec.tolist()),
         ("decides on the switches", policy.switches, core.switch_names),
         ("decides at the stages", policy.stages, core.stages),
-        ("reads observations of shape", (policy.observation_size,), core.observation_space.shape),
+        ("reads", reads, shown),
     ):
         if has != needs:
             raise ValueError(f"the policy {what} {has}, but {core.config.id} has {needs}")
@@ -98,10 +102,15 @@ def decide_and_score(core: Core, policy: Decides, split: Split, rows: NDArray | 
 
 
 def decide_rows(core: Core, policy: Decides, split: Split, rows: NDArray) -> NDArray:
-    """A policy's decisions ``[n, switches + 1]`` on ``rows [n]``; what is no flat observation is seen in batches."""
-    size = _batch(core) if core.is_staged or not isinstance(core.observation.space, gym.spaces.Box) else len(rows)
-    parts = np.split(rows, range(size, len(rows), size))
-    return np.concatenate([core.walk(split, part, policy.decide)[0] for part in parts])
+    """A policy's decisions ``[n, switches + 1]`` on ``rows [n]``."""
+    return np.concatenate([core.walk(split, part, policy.decide)[0] for part in seen_together(core, rows)])
+
+
+def seen_together(core: Core, rows: NDArray) -> list[NDArray]:
+    """Rows ``[n]`` in parts that are observed at once: all, where observations are flat, else batches."""
+    flat = isinstance(core.observation_space, gym.spaces.Box) and not core.is_staged
+    size = max(1, len(rows)) if flat else _batch(core)
+    return np.split(rows, range(size, len(rows), size))
 
 
 def _batch(core: Core) -> int:
@@ -111,8 +120,11 @@ def _batch(core: Core) -> int:
 
 def deciding_flops(core: Core, policy: Decides, split: Split, rows: NDArray) -> NDArray:
     """FLOPs of deciding on rows, ``[n]``: the policy's, as far as they are known, and those of all that it looks at."""
-    judging = core.stage_observation.judging_flops(split, rows) if core.is_staged else 0
-    return np.full(len(rows), policy.flops or 0) + judging
+    looking = core.stage_observation.judging_flops(split, rows) if core.is_staged else 0
+    if isinstance(policy, DecisionPolicy):
+        tokens = np.minimum(split.encoded.source_length[rows], core.config.max_source_length)
+        looking = looking + policy.flops_a_token * tokens
+    return np.full(len(rows), policy.flops or 0) + looking
 
 
 def score_decisions(core: Core, split: Split, rows: NDArray, decisions: NDArray) -> dict[str, NDArray]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sd_gym.backbones.load import BUNDLED
 from sd_gym.envs.core import Core
-from sd_gym.envs.spaces import Pooled
+from sd_gym.envs.spaces import Pooled, Tokens
 from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy, Stop, tokenizer_hash, weights_hash
@@ -46,7 +46,7 @@ def export(
     config, backbone, train = core.config, core.backbone, core.split("train")
     drops = len(config.token_shares) > 1
     known = not drops or config.token_ranking in ("attention", "idf", "position")
-    if core.is_staged or not (isinstance(core.observation, Pooled) and known):
+    if core.is_staged or not (isinstance(core.observation, Pooled | Tokens) and known):
         return None
     env = {key: value for key, value in description["env_config"].items() if key != "objective"}
     card = {

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.evaluation import Decided, decide_rows, decisions_hash, evaluate, fitting, score_decisions
+from sd_gym.agents.experiment.evaluation import (
+    Decided,
+    decide_rows,
+    deciding_flops,
+    decisions_hash,
+    evaluate,
+    fitting,
+    score_decisions,
+)
 from sd_gym.agents.experiment.folder import check_backbone, read_description, read_result
 from sd_gym.agents.experiment.run import run_config
 
@@ -180,7 +188,7 @@ def _check_result(
     with_policy = recorded.scores.get("flops_ratio_with_policy")
     known = policy is not None or with_policy is not None
     if policy is not None:
-        own = np.full(len(split), policy.flops or 0.0)
+        own = deciding_flops(core, policy, split, np.arange(len(split)))
     else:
         own = dense * (with_policy - recorded.scores["flops_ratio"]) if known else np.zeros(len(split))
     if with_policy is not None:

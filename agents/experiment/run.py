@@ -15,7 +15,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from sd_gym.agents.experiment.evaluation import Decided, Decides, evaluate, fitting, summary, time_ratio
+from sd_gym.agents.experiment.evaluation import Decided, Decides, evaluate, fitting, seen_together, summary, time_ratio
 from sd_gym.agents.experiment.export import export
 from sd_gym.agents.experiment.folder import check_backbone, read_description
 from sd_gym.agents.experiment.logs import log_result, log_validation, open_logger
@@ -278,9 +278,9 @@ def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]
         if policy.noise != "none":
             raise ValueError(f"{run}: its policy decides at random; expected one that has learned")
         train = core.split("train")
-        seen = core.observe(train, np.arange(min(len(train), STATISTICS_SIZE)))
+        first = seen_together(core, np.arange(min(len(train), STATISTICS_SIZE)))[0]
         selection = Selection(core, description.get("strictness", ONE_SIDED_95))
-        selected = selection.select([policy.reduced(codebook, seen)])
+        selected = selection.select([policy.reduced(codebook, core.observe(train, first))])
         description["command"] = shlex.join(sys.argv)
         description["agent_settings"] = {**description["agent_settings"], "codebook": codebook}
         write_json(folder / "config.json", description)

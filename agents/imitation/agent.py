@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.baselines.search import greedy_path, losses_along, order_of
 from sd_gym.agents.baselines.static import backward_path, report
+from sd_gym.agents.experiment.evaluation import seen_together
 from sd_gym.agents.learning.agent import Agent, LearnerSettings, OnRollout, initial_bias
 from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ from torch.nn import functional as F
 
 from sd_gym.envs.split import Split
 from sd_gym.files import read_tensors, write_tensors
-from sd_gym.policy import HIDDEN, DecisionPolicy
+from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
+from sd_gym.policy.eyes import Eyes, tensors
 
 ORDER_INSTANCES = 1000  # that the path of static masks is searched on
 SEARCHED = "searched.safetensors"
@@ -93,9 +95,14 @@ class ImitationAgent(Agent):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.network = self.new_policy().eval()
+            size, eyes = self.network.observation_size, []
+            if self.channels is not None:  # nobody pays for these later, so they are wide
+                eyes = [Eyes(size)]
+                size = eyes[0].size
             self.foresight = nn.Sequential(
-                nn.Linear(self.network.observation_size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh()
+                *eyes, nn.Linear(size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh()
             )
+        self._begin(self.network, self.foresight)
         with torch.no_grad():
             if self.settings.start is not None:
                 self.network.load_state_dict(self._load_start(self.settings.start).state_dict())
@@ -112,12 +119,11 @@ class ImitationAgent(Agent):
             self.searched = self._search(split, on_rollout)
         rows, path, lost = self.searched
         flops = np.array([split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in path])
-        observations = torch.from_numpy(core.observe(split, rows))
-        risk = self._foresee(torch.zeros_like(observations) if self.blind else observations, lost[:, 1:], logger)
+        risk = self._foresee(rows, lost[:, 1:], logger)
         multiplier = core.config.penalty / core.config.cost_scale
         worth = step_logits(F.pad(risk, (1, 0)), torch.from_numpy(flops)) - math.log(multiplier)
         logger.record("search/flops_ratio", float(flops[(worth > 0).sum(dim=1)].mean()))
-        self._imitate(observations, component_logits(worth.clamp(-SURE, SURE), path, core.nvec), logger)
+        self._imitate(rows, component_logits(worth.clamp(-SURE, SURE), path, core.nvec), logger)
 
     def _search(self, split: Split, on_rollout: OnRollout) -> Searched:
         core = self.env.core
@@ -144,8 +150,19 @@ class ImitationAgent(Agent):
         """The policy."""
         return [self.policy()]
 
-    def _foresee(self, observations: Tensor, lost: NDArray, logger: Logger) -> Tensor:
-        """Learn what instances lose under masks ``[n, masks]``, and return what is expected of each.
+    def _of(self, network: nn.Module, rows: NDArray) -> Tensor:
+        """What a network makes of ``rows [n]`` of the training split, ``[n, outputs]``; a row an instance.
+
+        They are observed anew each time: embedding tokens again is cheap, and keeping them all is not.
+        """
+        core, made = self.env.core, []
+        for part in seen_together(core, rows):
+            observations = tensors(core.observe(core.split("train"), part))
+            made.append(network(blinded(observations, ["first"]) if self.blind else observations))
+        return torch.cat(made)
+
+    def _foresee(self, rows: NDArray, lost: NDArray, logger: Logger) -> Tensor:
+        """Learn what ``rows [n]`` lose under masks, ``lost [n, masks]``, and return what is expected of each.
 
         Losses and gains are foreseen each by itself, since both may be likely at once where the backbone is often
         wrong.
@@ -157,21 +174,21 @@ class ImitationAgent(Agent):
             head.bias.copy_(targets.mean(dim=0).clamp(1e-4, 1 - 1e-4).logit())
         network = nn.Sequential(self.foresight, head)
 
-        def loss(rows: Tensor | slice) -> Tensor:
-            return F.binary_cross_entropy_with_logits(network(observations[rows]), targets[rows])
+        def loss(chosen: Tensor | slice) -> Tensor:
+            return F.binary_cross_entropy_with_logits(self._of(network, rows[chosen]), targets[chosen])
 
-        self._fit(network, loss, len(observations), "imitation/risk_loss", logger)
+        self._fit(network, loss, len(rows), "imitation/risk_loss", logger)
         with torch.no_grad():
-            losing, gaining = network(observations).sigmoid().chunk(2, dim=1)
+            losing, gaining = self._of(network, rows).sigmoid().chunk(2, dim=1)
         return losing - gaining
 
-    def _imitate(self, observations: Tensor, logits: Tensor, logger: Logger) -> None:
-        """Teach the policy these logits ``[n, sum(nvec)]``."""
+    def _imitate(self, rows: NDArray, logits: Tensor, logger: Logger) -> None:
+        """Teach the policy these logits ``[n, sum(nvec)]`` on ``rows [n]``."""
 
-        def loss(rows: Tensor | slice) -> Tensor:
-            return F.mse_loss(self.network(observations[rows]), logits[rows])
+        def loss(chosen: Tensor | slice) -> Tensor:
+            return F.mse_loss(self._of(self.network, rows[chosen]), logits[chosen])
 
-        self._fit(self.network, loss, len(observations), "imitation/held_out_loss", logger)
+        self._fit(self.network, loss, len(rows), "imitation/held_out_loss", logger)
 
     def _fit(
         self,

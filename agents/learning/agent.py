@@ -6,6 +6,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,11 +17,16 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from sd_gym.agents.experiment.evaluation import Decided
 from stable_baselines3.common.logger import Logger
+from torch import nn
 
 from sd_gym.envs.shells import SwitchableVectorEnv
+from sd_gym.envs.spaces import token_width
 from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.eyes import Eyes, affordable, tensors
+from sd_gym.tasks.ranking import STATISTICS_SIZE
 
+FIRST_LOOK = 256  # texts that untrained eyes are standardised by
 INFO_TAGS = ("quality", "quality_ref", "flops_ratio")
 INFO_KEYS = (*INFO_TAGS, "is_success")
 
@@ -57,6 +63,8 @@ class LearnerSettings(AgentSettings):
         start: Folder of a run whose policy learning goes on from (a warm start), such as one of ``static`` or
             ``imitation``; then ``initial_skip_rate`` plays no part.
         network: Name of a policy network of your own (``sd_gym.register_network``); ``None``: two hidden layers.
+        channels: Of the eyes that read tokens where they are observed (``sd_gym.policy.eyes``); ``None``: 48, or as
+            many as cost 1% of the dense FLOPs.
     """
 
     space: ClassVar = {"learning_rate": (2e-4, 1e-2), "initial_skip_rate": [0.1, 0.3, 0.5]}
@@ -66,6 +74,7 @@ class LearnerSettings(AgentSettings):
     initial_skip_rate: float = Field(0.5, gt=0, lt=1)
     start: Path | None = None
     network: str | None = None
+    channels: int | None = Field(None, ge=1)
 
 
 @dataclass
@@ -194,17 +203,39 @@ class Agent(BaseAgent):
 
     def new_policy(self, **kwargs: Any) -> DecisionPolicy:
         """A policy for this env, untrained; ``kwargs`` as of ``DecisionPolicy``."""
-        core = self.env.core
-        size = self.env.single_observation_space.shape[0]
+        core, channels = self.env.core, self.channels
+        size = core.observation_space.shape[0] if channels is None else token_width(core.observation_space)
         kwargs["network"] = getattr(self.settings, "network", None)
         with torch.random.fork_rng(devices=[]):  # to export a policy draws nothing from the agent's randomness
             torch.manual_seed(self.seed)
             known = core.nvec.tolist(), core.switch_names
-            return DecisionPolicy(size, *known, blind=self.blind, stages=core.stages, **kwargs)
+            return DecisionPolicy(size, *known, stages=core.stages, channels=channels, **{"blind": self.blind} | kwargs)
+
+    def _begin(self, *networks: nn.Module) -> None:
+        """Standardise what untrained eyes in networks make of the first texts of the training split."""
+        eyes = [module for network in networks for module in network.modules() if isinstance(module, Eyes)]
+        if eyes:
+            core = self.env.core
+            split = core.split("train")
+            seen = tensors(core.observe(split, np.arange(min(len(split), FIRST_LOOK))))
+            for one in eyes:
+                one.begin_with(seen)
+
+    @cached_property
+    def channels(self) -> int | None:
+        """Of a policy's eyes, where tokens are observed; else ``None``."""
+        core = self.env.core
+        width = token_width(core.observation_space)
+        if width is None:
+            return None
+        split = core.split("train")
+        rows = np.arange(min(len(split), STATISTICS_SIZE))
+        dense = split.costs.dense_flops(rows).sum() / split.encoded.source_length[rows].sum()
+        return getattr(self.settings, "channels", None) or affordable(width, dense)
 
     def _constant_policy(self, logits: torch.Tensor, **kwargs: Any) -> DecisionPolicy:
-        """The same logits ``[sum(nvec)]`` for every input."""
-        policy = self.new_policy(**kwargs)
+        """The same logits ``[sum(nvec)]`` for every input, which it does not look at."""
+        policy = self.new_policy(blind=True, **kwargs)
         with torch.no_grad():
             policy.head.weight.zero_()
             policy.head.bias.copy_(logits)
@@ -219,7 +250,7 @@ class Agent(BaseAgent):
         """
         start = DecisionPolicy.load(folder)
         expected = self.new_policy()
-        for name in ("stages", "observation_size", "nvec", "switches", "network", "hidden"):
+        for name in ("stages", "observation_size", "channels", "nvec", "switches", "network", "hidden"):
             if getattr(start, name) != getattr(expected, name):
                 raise ValueError(
                     f"the policy in {folder} cannot be a start here: its {name} is {getattr(start, name)}, expected "
@@ -252,10 +283,11 @@ def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
     if env.config.vector_reward:
         raise ValueError("the agents of sd_gym learn from one number, got vector_reward=True; leave it out")
     space = env.single_observation_space
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+    if token_width(space) is None and (not isinstance(space, gym.spaces.Box) or len(space.shape) != 1):
         raise ValueError(
-            "the agents of sd_gym see flat observations: observation=pooled, or a registered one whose space is a Box "
-            f"of one dimension; got observation={env.config.observation} with the space {space}"
+            "the agents of sd_gym see flat observations or tokens: observation=pooled, observation=tokens, or a "
+            "registered one whose space is a Box of one dimension or such as that of tokens; got "
+            f"observation={env.config.observation} with the space {space}"
         )
 
 

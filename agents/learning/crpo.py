@@ -11,7 +11,9 @@ from sd_gym.agents.learning.sb3 import SB3Agent
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import nn
 
+from sd_gym.envs.spaces import token_width
 from sd_gym.policy import HIDDEN
+from sd_gym.policy.eyes import Eyes, tensors
 
 MEMORY = 2048  # decisions over which the quality loss is averaged
 CRITIC_EPOCHS = 4
@@ -40,10 +42,12 @@ class Rectified(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        size = int(np.prod(self.observation_space.shape))
         self.mean_loss = float("nan")
+        width = token_width(self.observation_space)
+        eyes = [] if width is None else [Eyes(width)]
+        size = int(np.prod(self.observation_space.shape)) if width is None else eyes[0].size
         self.loss_critic = nn.Sequential(
-            nn.Linear(size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1)
+            *eyes, nn.Linear(size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1)
         ).to(self.device)
         self.loss_optimizer = torch.optim.Adam(self.loss_critic.parameters(), lr=self.lr_schedule(1))
 
@@ -54,15 +58,17 @@ class Rectified(OnPolicyAlgorithm):
         self.mean_loss = before + share * (float(self.losses.mean()) - before)
         violated = self.mean_loss > self.limit
         buffer = self.rollout_buffer
-        observations = torch.as_tensor(buffer.observations, device=self.device)
+        seen = buffer.observations
+        seen = {name: one.reshape(-1, *one.shape[2:]) for name, one in seen.items()} if isinstance(seen, dict) else seen
+        observations = tensors(seen, self.device)
         losses = torch.as_tensor(self.losses, dtype=torch.float32, device=self.device)
         with torch.no_grad():
-            expected = self.loss_critic(observations)[..., 0].cpu().numpy()
+            expected = self.loss_critic(observations)[..., 0].view_as(losses).cpu().numpy()
         buffer.returns = self.savings.astype(np.float32)
         less_loss, more_savings = expected - self.losses, self.savings - buffer.values
         buffer.advantages = (less_loss if violated else more_savings).astype(np.float32)
         for _ in range(CRITIC_EPOCHS):
-            error = nn.functional.mse_loss(self.loss_critic(observations)[..., 0], losses)
+            error = nn.functional.mse_loss(self.loss_critic(observations)[..., 0].view_as(losses), losses)
             self.loss_optimizer.zero_grad()
             error.backward()
             self.loss_optimizer.step()
@@ -83,6 +89,9 @@ class RectifiedAgent(SB3Agent):
     """An SB3 agent whose algorithm is ``Rectified``; the limit is the env's epsilon."""
 
     algorithm: Rectified
+
+    def _networks(self) -> list[nn.Module]:
+        return [*super()._networks(), self.algorithm.loss_critic]
 
     def before_update(self, infos: dict[str, NDArray]) -> None:
         """Hand the two streams over."""

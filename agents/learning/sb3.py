@@ -6,6 +6,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
@@ -15,6 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
@@ -22,8 +24,10 @@ from torch import nn
 
 from sd_gym.envs.core import Core
 from sd_gym.envs.sb3 import SwitchableVecEnv
+from sd_gym.envs.spaces import Observations, token_width
 from sd_gym.files import write_tensors
 from sd_gym.policy import HIDDEN, DecisionPolicy, blinded, own_network
+from sd_gym.policy.eyes import Eyes
 
 # Of the critic's loss. Actor and critic share no layer, but the library clips their gradients together: at its own 0.5,
 # a lost instance (a reward of -20) is an error that leaves the actor hardly a step, just where it has most to learn.
@@ -44,11 +48,11 @@ class Blindfold(VecEnvWrapper):
         super().__init__(env)
         self.stages = stages
 
-    def reset(self) -> NDArray:
+    def reset(self) -> Observations:
         """The first observations, blinded."""
         return blinded(self.venv.reset(), self.stages)
 
-    def step_wait(self) -> tuple[NDArray, NDArray, NDArray, list[dict[str, Any]]]:
+    def step_wait(self) -> tuple[Observations, NDArray, NDArray, list[dict[str, Any]]]:
         """The step with blinded observations."""
         observations, rewards, dones, infos = self.venv.step_wait()
         return blinded(observations, self.stages), rewards, dones, infos
@@ -107,6 +111,24 @@ def places_of(core: Core) -> NDArray:
         level = choices[-1] if name == "first" else [certain] + [never] * (len(choices[-1]) - 1)
         places.append(np.concatenate([*choices[columns], *[[certain, never]] * missing, level]))
     return np.array(places, dtype=np.int64)
+
+
+class Looking(BaseFeaturesExtractor):
+    """The library's place for eyes; actor and critic each have their own.
+
+    Args:
+        observation_space: That of tokens.
+        channels: Of the eyes.
+    """
+
+    def __init__(self, observation_space: gym.spaces.Dict, channels: int) -> None:
+        eyes = Eyes(token_width(observation_space), channels)
+        super().__init__(observation_space, features_dim=eyes.size)
+        self.eyes = eyes
+
+    def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
+        """As of ``Eyes``."""
+        return self.eyes(observations)
 
 
 class DecisionActorCritic(ActorCriticPolicy):
@@ -211,14 +233,15 @@ class SB3Agent(Agent):
         if self.blind:
             vec_env = Blindfold(vec_env, self.env.core.stages)
         self.algorithm = self._make_algorithm(vec_env)
+        self._begin(*self._networks())
         with torch.no_grad():
             if self.settings.start is not None:
                 start = self._load_start(self.settings.start)
-                for theirs, ours in zip(self._actor(), (start.body, start.head), strict=True):
+                for theirs, ours in zip(self._actor(), (start.eyes, start.body, start.head), strict=True):
                     theirs.load_state_dict(ours.state_dict())
             else:
                 bias = initial_bias(self.env.core.nvec, self.settings.initial_skip_rate)
-                self._actor()[1].bias.copy_(bias)
+                self._actor()[-1].bias.copy_(bias)
 
     def _rewarding(self) -> VectorEnv:
         """The env whose rewards are learned from: the agent's own, or a wrapper around it."""
@@ -232,11 +255,16 @@ class SB3Agent(Agent):
         """Arguments that the algorithms share. An episode is one decision, so nothing is discounted."""
         network, core = self.settings.network, self.env.core
         own: dict[str, Any] = {}
+        policy = "MlpPolicy" if self.channels is None else "MultiInputPolicy"
         if network is not None or core.is_staged:
             places = places_of(core) if core.is_staged else None
             own = {"network": network, "places": places, "n_logits": int(core.nvec.sum())}
+        eyes: dict[str, Any] = {}
+        if self.channels is not None:
+            eyes = {"features_extractor_class": Looking, "features_extractor_kwargs": {"channels": self.channels}}
+            eyes["share_features_extractor"] = False
         return {
-            "policy": DecisionActorCritic if own else "MlpPolicy",
+            "policy": DecisionActorCritic if own else policy,
             "env": vec_env,
             "learning_rate": LinearSchedule(self.settings.learning_rate, 0.0, 1.0),
             "n_steps": self.settings.n_steps * self.stages,
@@ -246,15 +274,21 @@ class SB3Agent(Agent):
             "gae_lambda": 1.0,
             "ent_coef": self.settings.entropy,
             "vf_coef": VALUE_WEIGHT,
-            "policy_kwargs": {"net_arch": {"pi": [HIDDEN, HIDDEN], "vf": [HIDDEN, HIDDEN]}, **own},
+            "policy_kwargs": {"net_arch": {"pi": [HIDDEN, HIDDEN], "vf": [HIDDEN, HIDDEN]}, **own, **eyes},
             "seed": self.seed,
             "device": "cpu",
         }
 
-    def _actor(self) -> tuple[torch.nn.Module, torch.nn.Module]:
-        """What corresponds to ``DecisionPolicy``'s body and head."""
-        body, action_net = self.algorithm.policy.mlp_extractor.policy_net, self.algorithm.policy.action_net
-        return (body.body, action_net.head) if self.env.core.is_staged else (body, action_net)
+    def _networks(self) -> list[nn.Module]:
+        """All that learn."""
+        return [self.algorithm.policy]
+
+    def _actor(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """What corresponds to ``DecisionPolicy``'s eyes, body and head."""
+        policy = self.algorithm.policy
+        body, head = policy.mlp_extractor.policy_net, policy.action_net
+        body, head = (body.body, head.head) if self.env.core.is_staged else (body, head)
+        return getattr(policy.pi_features_extractor, "eyes", nn.Identity()), body, head
 
     def before_update(self, infos: dict[str, NDArray]) -> None:
         """Called with a rollout's infos, each ``[steps, envs]``, before the algorithm learns from it."""
@@ -277,7 +311,7 @@ class SB3Agent(Agent):
     def policy(self) -> DecisionPolicy:
         """The actor's weights in the project's own network, which decides the same."""
         exported = self.new_policy()
-        for ours, theirs in zip((exported.body, exported.head), self._actor(), strict=True):
+        for ours, theirs in zip((exported.eyes, exported.body, exported.head), self._actor(), strict=True):
             ours.load_state_dict(theirs.state_dict())
         return exported.eval()
 

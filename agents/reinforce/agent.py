@@ -29,7 +29,8 @@ from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
 from sd_gym.envs.split import Split
-from sd_gym.policy import DecisionPolicy, bounded
+from sd_gym.policy import DecisionPolicy, blinded, bounded
+from sd_gym.policy.eyes import tensors
 from sd_gym.switch import Seen
 
 
@@ -117,7 +118,8 @@ class ReinforceAgent(Agent):
                     torch.nn.init.zeros_(layer.bias)
             size = self.network.observation_size
             foresees = settings.foresight and not self.env.core.is_staged  # later looks depend on what is decided
-            self.foresight = Foresight(size, self.env.core.nvec) if foresees else None
+            self.foresight = Foresight(size, self.env.core.nvec, self.channels is not None) if foresees else None
+        self._begin(self.network, *filter(None, [self.foresight]))
         with torch.no_grad():
             if settings.start is not None:
                 self.network.load_state_dict(self._load_start(settings.start).state_dict(), strict=False)
@@ -220,7 +222,7 @@ class ReinforceAgent(Agent):
         logits, decisions = self._sample(observations, self.settings.tries)
         tiled = np.tile(rows, self.settings.tries)
         flops = torch.from_numpy(self._split.costs.flops_ratio(tiled, decisions.numpy())).float()
-        loss = self.foresight.loss(observations.repeat(self.settings.tries, 1), decisions)
+        loss = self.foresight.loss(observations, decisions)
         return Sampled(logits, decisions, flops.view(shape), loss.view(shape))
 
     def _update(self, sampled: Sampled, violated: float, rate: float, logger: Logger) -> None:
@@ -244,12 +246,12 @@ class ReinforceAgent(Agent):
     def _split(self) -> Split:
         return self.env.core.split(self.env.config.split)
 
-    def _observe(self, rows: NDArray) -> Tensor:
-        """Observations ``[n, features]`` of instances of the split; zeros for an agent that sees nothing."""
-        observations = torch.from_numpy(self.env.core.observe(self._split, rows))
-        return torch.zeros_like(observations) if self.blind else observations
+    def _observe(self, rows: NDArray) -> Tensor | dict[str, Tensor]:
+        """Observations of instances ``rows [n]`` of the split; zeros for an agent that sees nothing."""
+        observations = tensors(self.env.core.observe(self._split, rows))
+        return blinded(observations, ["first"]) if self.blind else observations
 
-    def _sample(self, observations: Tensor, tries: int) -> tuple[Tensor, Tensor]:
+    def _sample(self, observations: Tensor | dict[str, Tensor], tries: int) -> tuple[Tensor, Tensor]:
         """Logits and decisions of the policy: so many tries on each observation, as ``Sampled`` has them."""
         logits = self.network(observations).repeat(tries, 1)
         return logits, self.network.choose(logits, self._draw)

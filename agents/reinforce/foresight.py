@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sd_gym.policy.eyes import Eyes
+
 HIDDEN = 128
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-2
 SELDOM = -3.0  # log-odds of a loss before anything was learned
@@ -22,8 +24,9 @@ class Foresight(nn.Module):
     likely at once.
 
     Args:
-        observation_size: Features of an observation.
+        observation_size: Features of an observation; of tokens, numbers that one has.
         nvec: Sizes of a decision's components.
+        sees_tokens: Whether it sees tokens, by eyes of its own: nobody pays for them later, so they are wide.
 
     Attributes:
         rows: Of the instances that were scored, int64 ``[n]``.
@@ -31,12 +34,14 @@ class Foresight(nn.Module):
         lost: Quality that they lost, float32 ``[n]``; negative where they gained.
     """
 
-    def __init__(self, observation_size: int, nvec: NDArray) -> None:
+    def __init__(self, observation_size: int, nvec: NDArray, sees_tokens: bool = False) -> None:
         super().__init__()
+        self.eyes = Eyes(observation_size) if sees_tokens else nn.Identity()
+        size = self.eyes.size if sees_tokens else observation_size
         self._first = torch.from_numpy(np.cumsum([0, *nvec[:-1]]))  # column of each component's first choice
         self._columns = int(nvec.sum())
         self.network = nn.Sequential(
-            nn.Linear(observation_size + self._columns, HIDDEN),
+            nn.Linear(size + self._columns, HIDDEN),
             nn.Tanh(),
             nn.Linear(HIDDEN, HIDDEN),
             nn.Tanh(),
@@ -54,7 +59,7 @@ class Foresight(nn.Module):
         self.decisions = torch.cat([self.decisions, decisions.to(torch.int8)])
         self.lost = torch.cat([self.lost, lost])
 
-    def fit(self, observations: Tensor, drawn: Tensor) -> float:
+    def fit(self, observations: Tensor | dict[str, Tensor], drawn: Tensor) -> float:
         """One step of AdamW on the cross-entropy of what was remembered at ``drawn [n]``; returns that."""
         lost = self.lost[drawn]
         targets = torch.stack([lost, -lost], dim=1).clamp(0, 1)
@@ -64,14 +69,21 @@ class Foresight(nn.Module):
         self.optimizer.step()
         return error.item()
 
-    def forward(self, observations: Tensor, decisions: Tensor) -> Tensor:
-        """Log-odds ``[n, 2]`` that quality is lost, and that it is gained."""
+    def forward(self, observations: Tensor | dict[str, Tensor], decisions: Tensor) -> Tensor:
+        """Log-odds ``[tries * n, 2]`` that quality is lost, and that it is gained.
+
+        Args:
+            observations: Of ``n`` instances.
+            decisions: ``[tries * n, components]``: row ``k * n + i`` is the ``k``-th on instance ``i``.
+        """
+        seen = self.eyes(observations)
+        seen = seen.repeat(len(decisions) // len(seen), 1)
         chosen = torch.zeros(len(decisions), self._columns).scatter_(1, decisions.long() + self._first, 1.0)
-        return self.network(torch.cat([observations, chosen], dim=1))
+        return self.network(torch.cat([seen, chosen], dim=1))
 
     @torch.no_grad()
-    def loss(self, observations: Tensor, decisions: Tensor) -> Tensor:
-        """The quality ``[n]`` that is expected to be lost."""
+    def loss(self, observations: Tensor | dict[str, Tensor], decisions: Tensor) -> Tensor:
+        """The quality ``[tries * n]`` that is expected to be lost; arguments as of ``forward``."""
         losing, gaining = self(observations, decisions).sigmoid().unbind(dim=1)
         return losing - gaining
 

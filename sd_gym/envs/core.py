@@ -17,7 +17,7 @@ from sd_gym.backbones import load_backbone
 from sd_gym.envs.config import ConfigError, EnvConfig
 from sd_gym.envs.outcome import Outcome
 from sd_gym.envs.shared import shared_core
-from sd_gym.envs.spaces import ACTIONS, Actions, MultiDiscreteActions, Observation, Observations, Pooled
+from sd_gym.envs.spaces import ACTIONS, Actions, MultiDiscreteActions, Observation, Observations, Pooled, Tokens
 from sd_gym.envs.split import Split
 from sd_gym.envs.staged import Episodes, StageObservation
 from sd_gym.objectives import quality_cost
@@ -136,8 +136,8 @@ class Core:
     ) -> Iterator[tuple[Array, Tensor, Tensor]]:
         """Observe rows, decide on them and run them: positions in ``rows``, logits and labels of each forward pass.
 
-        A single row is decided on in its pass, where the observation is pooled from the first layer's input and no
-        other look at the input is needed to rank tokens. Of several stages all rows are, in one pass that is stopped at
+        A single row is decided on in its pass, where the observation is made of the first layer's input and no other
+        look at the input is needed to rank tokens. Of several stages all rows are, in one pass that is stopped at
         each.
 
         Args:
@@ -153,7 +153,7 @@ class Core:
                 yield np.arange(len(rows)), *split.passes.resumed(seen, rows, decisions)
             return
         looks = self.config.token_ranking == "attention" and len(self.config.token_shares) > 1
-        if len(rows) == 1 and type(self.observation) is Pooled and not looks:
+        if len(rows) == 1 and type(self.observation) in (Pooled, Tokens) and not looks:
             observation = self.observation
             yield (
                 np.zeros(1, dtype=np.int64),

@@ -238,7 +238,7 @@ class Standardised(Observation):
 
     def standardised(self, features: Array) -> Array:
         """Features ``[n, features]`` by the training split's mean and deviation."""
-        return _standardised(features, self.mean, self.deviation)
+        return np.clip((features - self.mean) / self.deviation, -OBSERVATION_LIMIT, OBSERVATION_LIMIT)
 
     def _features(self, split: Split, rows: Array) -> Array:
         return np.asarray(self.features(split, rows), dtype=np.float32)
@@ -272,8 +272,8 @@ class Tokens(Observation):
         self.length = core.config.max_source_length
         split = core.split("train")
         count, total, squares = 0, 0.0, 0.0
-        for _, hidden, present in self._embedded(split, np.arange(min(len(split), STATISTICS_SIZE))):
-            kept = hidden[present].astype(np.float64)
+        for _, hidden, mask in self._embedded(split, np.arange(min(len(split), STATISTICS_SIZE))):
+            kept = hidden[mask.bool()].cpu().numpy().astype(np.float64)
             count, total, squares = count + len(kept), total + kept.sum(axis=0), squares + (kept**2).sum(axis=0)
         mean = total / count
         self.mean = mean.astype(np.float32)
@@ -285,14 +285,19 @@ class Tokens(Observation):
         """``tokens``, float32 ``[n, max_source_length, width]``, and ``mask``, int8 ``[n, max_source_length]``."""
         tokens = np.zeros((len(rows), self.length, len(self.mean)), dtype=np.float32)
         mask = np.zeros((len(rows), self.length), dtype=np.int8)
-        for part, hidden, present in self._embedded(split, rows):
-            standard = _standardised(hidden, self.mean, self.deviation)
-            tokens[part, : hidden.shape[1]] = np.where(present[:, :, None], standard, 0)
-            mask[part, : hidden.shape[1]] = present
+        for part, *embedded in self._embedded(split, rows):
+            seen = self.of_hidden(*embedded)
+            tokens[part], mask[part] = seen["tokens"], seen["mask"]
         return {"mask": mask, "tokens": tokens}
 
-    def _embedded(self, split: Split, rows: Array) -> Iterator[tuple[Array, Array, Array]]:
-        """By parts: positions in ``rows``, first layer's input ``[part, longest, width]``, which tokens are there."""
+    def of_hidden(self, hidden: Tensor, mask: Tensor) -> dict[str, Array]:
+        """What is observed of the first layer's input ``[n, longest, width]`` and the mask of its tokens."""
+        from sd_gym.policy.observation import tokens_of
+
+        return tokens_of(hidden, mask, self.mean, self.deviation, self.length)
+
+    def _embedded(self, split: Split, rows: Array) -> Iterator[tuple[Array, Tensor, Tensor]]:
+        """By parts: positions in ``rows``, first layer's input ``[part, longest, width]``, the mask of its tokens."""
         from sd_gym.envs.passes import PASS_TOKENS
         from sd_gym.switch import first_layer_input
 
@@ -300,9 +305,17 @@ class Tokens(Observation):
         size = max(1, PASS_TOKENS // self.length)
         for part in np.split(np.arange(len(rows)), range(size, len(rows), size)):
             inputs = split.encoded.inputs(rows[part], board.model.device)
-            hidden = first_layer_input(board, inputs).float().cpu().numpy()
             # A prompt may be a little longer than the limit.
-            yield part, hidden[:, : self.length], inputs["attention_mask"].bool().cpu().numpy()[:, : self.length]
+            hidden = first_layer_input(board, inputs)[:, : self.length].float()
+            yield part, hidden, inputs["attention_mask"][:, : self.length]
+
+
+def token_width(space: gym.Space) -> int | None:
+    """Numbers that each token has, where observations are such as of ``Tokens``; else ``None``."""
+    if not isinstance(space, gym.spaces.Dict) or set(space) != {"tokens", "mask"}:
+        return None
+    tokens, mask = space["tokens"].shape, space["mask"].shape
+    return tokens[1] if len(tokens) == 2 and mask == tokens[:1] else None
 
 
 def spaces(core: Core) -> tuple[gym.Space, gym.Space]:
@@ -329,7 +342,3 @@ def reward_space(config: EnvConfig) -> gym.spaces.Box:
 def deviation_of(deviation: Array) -> Array:
     """Where a feature never changes in training it says nothing: dividing by 1 leaves it at 0."""
     return np.where(deviation > LEAST_DEVIATION, deviation, 1.0).astype(np.float32)
-
-
-def _standardised(features: Array, mean: Array, deviation: Array) -> Array:
-    return np.clip((features - mean) / deviation, -OBSERVATION_LIMIT, OBSERVATION_LIMIT)

@@ -17,7 +17,6 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.backbones.heads import Head, head_of
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.policy.observation import features_of
 from sd_gym.switch import FlopsModel, Seen, Switchboard
 
 CACHES = ("cache", "past_key_values")  # what transformers calls them, now and formerly
@@ -205,8 +204,7 @@ class Attached:
         decided: list[tuple[NDArray, Tensor | None]] = []
 
         def choose(seen: Seen) -> tuple[NDArray, Tensor | None]:
-            features = features_of(seen.hidden.detach(), seen.mask).float().cpu().numpy()
-            decided.append(self._decided_by(looked, self.policy.decide_on(features)))
+            decided.append(self._decided_by(looked, self.policy.decide_on(seen.hidden.detach(), seen.mask)))
             return decided[0][0][:, :-1], decided[0][1]
 
         if looked.is_as_given:  # the pass itself embeds what is looked at

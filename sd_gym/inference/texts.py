@@ -20,6 +20,7 @@ from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.metrics import METRICS
 
+BATCH = 256  # inputs that are decided on at once
 NOT_NEEDED = ("dataset", "subset", "revision", "columns", "splits", "overlap", "objective", "codebook", "action")
 FORMER = ("multiplier_rate",)  # keys that policies of a former version hold
 
@@ -89,7 +90,7 @@ class SkippingModel:
             return []
         split = self._split(instances)
         rows = np.arange(len(split))
-        decisions = self.policy.decide_on(split.features)
+        decisions = np.concatenate([self._decided(split, part) for part in np.split(rows, rows[BATCH::BATCH])])
         if dense:
             decisions = np.zeros_like(decisions)
         answers = split.passes.answers(rows, decisions)
@@ -98,11 +99,21 @@ class SkippingModel:
             split = self._split(answered)
         ratio = split.costs.flops_ratio(rows, decisions)
         if not dense:
-            ratio = ratio + self.policy.network.flops / split.costs.dense_flops(rows)
+            ratio = ratio + self._own_flops(split) / split.costs.dense_flops(rows)
         return [
             Answer(answer, row[:-1].astype(bool), int(row[-1]), float(share))
             for answer, row, share in zip(answers, decisions, ratio, strict=True)
         ]
+
+    def _decided(self, split: Split, rows: NDArray) -> NDArray:
+        """Decisions ``[n, switches + 1]`` on rows ``[n]``."""
+        board = split.backbone.board
+        return self.policy.decide(board, split.encoded.inputs(rows, board.model.device))
+
+    def _own_flops(self, split: Split) -> NDArray:
+        """FLOPs of the policy itself on each input, ``[n]``."""
+        network, seen = self.policy.network, np.minimum(split.encoded.source_length, self.policy.longest)
+        return network.flops + network.flops_a_token * seen
 
     @property
     def metric(self) -> str:

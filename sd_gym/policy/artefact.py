@@ -20,9 +20,16 @@ from sd_gym.backbones.load import weights_hash
 from sd_gym.errors import one_line
 from sd_gym.files import read_json, read_tensors, write_json, write_tensors, write_text
 from sd_gym.policy.network import DecisionPolicy
-from sd_gym.policy.observation import observed, standardised
+from sd_gym.policy.observation import features_of, standardised, tokens_of
 from sd_gym.policy.protection import Protection
-from sd_gym.switch import Switchboard, attention_received, keep_tokens, position_scores, rarity_scores
+from sd_gym.switch import (
+    Switchboard,
+    attention_received,
+    first_layer_input,
+    keep_tokens,
+    position_scores,
+    rarity_scores,
+)
 
 FORMAT = 1
 FILE, TENSORS = "skip_policy.json", "skip_policy.safetensors"
@@ -51,7 +58,7 @@ class SkipPolicy:
 
     Attributes:
         network: From observations to decisions.
-        mean: Of what it observes, on the training split, float32 ``[features]``.
+        mean: Of what it observes, on the training split, float32 ``[features]``; of tokens, ``[width]``.
         deviation: Likewise.
         rarity: How rare each token is by its id, float64, as ``inverse_document_frequency`` gives it, where tokens are
             ranked by it (``token_ranking`` ``idf``); else ``None``.
@@ -74,6 +81,11 @@ class SkipPolicy:
         return tuple(self.card["env"]["token_shares"])
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest text in its env; what sees tokens sees no more of them."""
+        return self.card["env"]["max_source_length"]
+
+    @property
     def ranks_by_attention(self) -> bool:
         """Whether the first attention runs to rank the tokens."""
         return self.card["env"]["token_ranking"] == "attention"
@@ -91,10 +103,18 @@ class SkipPolicy:
             inputs: ``input_ids`` and ``attention_mask``, each ``[n, length]``, and ``token_type_ids`` where pairs are
                 read.
         """
-        return self.decide_on(observed(board, inputs).float().cpu().numpy())
+        return self.decide_on(first_layer_input(board, inputs), inputs["attention_mask"])
 
-    def decide_on(self, features: NDArray) -> NDArray:
-        """Decisions, int64 ``[n, switches + 1]``, on what ``observed`` gives, float32 ``[n, features]``."""
+    def decide_on(self, hidden: Tensor, mask: Tensor) -> NDArray:
+        """Decisions, int64 ``[n, switches + 1]``.
+
+        Args:
+            hidden: The first layer's input, ``[n, length, width]``, padded at the right.
+            mask: Of its tokens, ``[n, length]``.
+        """
+        if self.network.channels is not None:
+            return self.network.decide(tokens_of(hidden, mask, self.mean, self.deviation, self.longest))
+        features = features_of(hidden, mask).float().cpu().numpy()
         return self.network.decide(standardised(features, self.mean, self.deviation))
 
     def kept(self, board: Switchboard, inputs: dict[str, Tensor], level: NDArray) -> Tensor | None:
@@ -170,7 +190,8 @@ class SkipPolicy:
         carried = vars(model).get("_switchboard")
         board = carried or Switchboard(model)
         try:
-            names, width = board.names, 2 * model.config.hidden_size + 2
+            width = model.config.hidden_size
+            names, width = board.names, width if self.network.channels is not None else 2 * width + 2
         finally:
             if carried is None:
                 board.remove()

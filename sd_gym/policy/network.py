@@ -16,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sd_gym.errors import short
 from sd_gym.files import read_tensors, write_json, write_tensors
+from sd_gym.policy.eyes import Eyes, flops_a_token, tensors
 from sd_gym.registry import Registry, naming_imports
 
 HIDDEN = 64
 FORMAT = 1
 NetworkFactory = Callable[[int, int], nn.Module]
-Seen = TypeVar("Seen", Tensor, NDArray)
+Seen = TypeVar("Seen", Tensor, NDArray, dict[str, Tensor], dict[str, NDArray])
 NETWORKS: Registry[NetworkFactory] = Registry("network", {})
 
 
@@ -54,7 +55,7 @@ class DecisionPolicy(nn.Module):
     that one of two sublayers can be skipped, but not both.
 
     Args:
-        observation_size: Features of an observation.
+        observation_size: Features of an observation; where it sees the tokens of a text, numbers that a token has.
         nvec: Sizes of the action's components.
         switches: Names of the switches, in the action's order; only stored, so that a policy tells what it decides on.
         blind: Whether the observation is zeroed: the control that sees nothing of its input.
@@ -66,8 +67,11 @@ class DecisionPolicy(nn.Module):
         codebook: Decisions, each with all components: then no others are made (``reduced``); ``None``: any.
         stages: Names of the stages that it decides at. Of several, an observation begins with the stage, one-hot, and
             of what is decided there only the stage's own components count; all stages share the hidden layers.
+        channels: Of the ``Eyes`` that it sees the tokens of a text with; ``None``: its observations are flat.
 
     Attributes:
+        eyes: What makes features of tokens; a flat observation has them already.
+        features: How many of them the hidden layers see.
         body: The hidden layers ``[n, hidden]``, or the registered network.
         head: What makes logits of its output: linear, or, of a registered network, a bias for each.
 
@@ -89,6 +93,7 @@ class DecisionPolicy(nn.Module):
         hidden: int = HIDDEN,
         codebook: list[list[int]] | None = None,
         stages: Sequence[str] = ("first",),
+        channels: int | None = None,
     ) -> None:
         super().__init__()
         if len(stages) > 1 and (autoregressive or codebook is not None):
@@ -103,13 +108,14 @@ class DecisionPolicy(nn.Module):
         self.autoregressive = autoregressive
         self.network = network
         self.hidden = hidden
+        self.channels = channels
+        self.eyes = nn.Identity() if channels is None else Eyes(observation_size, channels)
+        self.features = observation_size if channels is None else self.eyes.size
         if network is None:
-            self.body = nn.Sequential(
-                nn.Linear(observation_size, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh()
-            )
+            self.body = nn.Sequential(nn.Linear(self.features, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
             self.head = nn.Linear(hidden, sum(self.nvec))
         else:
-            self.body, self.head = own_network(network, observation_size, sum(self.nvec))
+            self.body, self.head = own_network(network, self.features, sum(self.nvec))
         ends = np.cumsum(self.nvec)[:, None]
         places = ends - np.array(self.nvec)[:, None] + np.arange(max(self.nvec))
         # Of each component's choices in the logits; behind its last one, the place behind them all.
@@ -122,15 +128,15 @@ class DecisionPolicy(nn.Module):
             earlier = component[:, None] > torch.arange(len(self.nvec))
             self.register_buffer("_earlier", earlier.float(), persistent=False)
 
-    def forward(self, observations: Tensor) -> Tensor:
+    def forward(self, observations: Tensor | dict[str, Tensor]) -> Tensor:
         """Logits of all components, side by side, ``[n, sum(nvec)]``; autoregressive: if nothing was skipped before.
 
         Args:
-            observations: ``[n, features]``.
+            observations: ``[n, features]``, or what ``Eyes`` see.
         """
         if self.blind:
             observations = blinded(observations, self.stages)
-        return self.head(self.body(observations))
+        return self.head(self.body(self.eyes(observations)))
 
     def log_probs(self, logits: Tensor, decisions: Tensor, exploration: float = 0.0) -> list[Tensor]:
         """Log-probabilities of every choice of each component, each ``[n, size]``, given the choices before it.
@@ -185,20 +191,20 @@ class DecisionPolicy(nn.Module):
         return torch.stack(of_each, dim=1)
 
     @torch.inference_mode()
-    def decide(self, observations: NDArray) -> NDArray:
-        """Decisions, int64 ``[n, components]``, for observations ``[n, features]``."""
-        seen = torch.as_tensor(observations, dtype=torch.float32, device=self.head.weight.device)
+    def decide(self, observations: NDArray | dict[str, NDArray]) -> NDArray:
+        """Decisions, int64 ``[n, components]``, for observations ``[n, features]``, or for what ``Eyes`` see."""
+        seen = tensors(observations, self.head.weight.device)
         logits = self(seen)
         if self.noise != "none":
-            uniform = _seeded(logits) if self.noise == "random" else _hashed(seen, logits.shape[1])
+            uniform = _seeded(logits) if self.noise == "random" else _hashed(_flat(seen), logits.shape[1])
             logits = logits - torch.log(
                 -torch.log(uniform.clamp(1e-6, 1 - 1e-6))
             )  # their argmax draws from the softmax
         return self.choose(logits).cpu().numpy()
 
     @torch.inference_mode()
-    def skip_logits(self, observations: NDArray) -> NDArray:
-        """Log-odds of skipping each switch, float32 ``[n, switches]``, for observations ``[n, features]``.
+    def skip_logits(self, observations: NDArray | dict[str, NDArray]) -> NDArray:
+        """Log-odds of skipping each switch, float32 ``[n, switches]``, for observations as ``decide`` takes them.
 
         Raises:
             ValueError: If the policy is autoregressive, its odds depend on earlier choices; if it has a codebook; or if
@@ -208,8 +214,9 @@ class DecisionPolicy(nn.Module):
             kind = "an autoregressive policy" if self.autoregressive else "a policy with a codebook"
             kind = "a policy of several stages" if len(self.stages) > 1 else kind
             raise ValueError(f"{kind} has no odds of a switch by itself")
-        seen = torch.as_tensor(observations, dtype=torch.float32, device=self.head.weight.device)
-        choices = self(seen)[:, : 2 * len(self.switches)].unflatten(1, (-1, 2))
+        choices = self(tensors(observations, self.head.weight.device))[:, : 2 * len(self.switches)].unflatten(
+            1, (-1, 2)
+        )
         return (choices[..., 1] - choices[..., 0]).cpu().numpy()
 
     @torch.no_grad()
@@ -239,7 +246,7 @@ class DecisionPolicy(nn.Module):
         return copy
 
     @torch.inference_mode()
-    def reduced(self, size: int, observations: NDArray) -> DecisionPolicy:
+    def reduced(self, size: int, observations: NDArray | dict[str, NDArray]) -> DecisionPolicy:
         """A copy that makes at most ``size`` different decisions, so that inputs agree and run together more often.
 
         They are decisions that it makes itself, and the dense one; each input gets the one that is the most probable
@@ -248,18 +255,19 @@ class DecisionPolicy(nn.Module):
 
         Args:
             size: At least 1, the dense one.
-            observations: Of inputs that it shall do well on, ``[n, features]``; a thousand are enough.
+            observations: Of inputs that it shall do well on, as ``decide`` takes them; a thousand are enough.
 
         Raises:
             ValueError: If there is no size or no observation, or the policy decides at several stages.
         """
         if len(self.stages) > 1:
             raise ValueError(f"a policy that decides at several stages, {', '.join(self.stages)}, has no codebook")
-        if size < 1 or not len(observations):
-            raise ValueError(f"expected at least one decision and one observation, got {size} and {len(observations)}")
-        masks = torch.from_numpy(np.unique(self.decide(observations), axis=0))
+        decisions = self.decide(observations)
+        if size < 1 or not len(decisions):
+            raise ValueError(f"expected at least one decision and one observation, got {size} and {len(decisions)}")
+        masks = torch.from_numpy(np.unique(decisions, axis=0))
         masks = torch.cat([torch.zeros_like(masks[:1]), masks])
-        likely = self._likely(self(torch.as_tensor(observations, dtype=torch.float32)), masks)
+        likely = self._likely(self(tensors(observations)), masks)
         chosen, best = [0], likely[:, 0]
         while len(chosen) < size:
             added = torch.maximum(likely, best[:, None])
@@ -280,12 +288,20 @@ class DecisionPolicy(nn.Module):
 
     @property
     def flops(self) -> int:
-        """FLOPs of one decision, at all its stages, 2 per multiply-add, as torch's ``FlopCounterMode`` counts them."""
-        counted, _ = _on_meta(nn.Sequential(self.body, self.head), len(self.stages), self.observation_size)
+        """FLOPs of one decision, at all its stages, 2 per multiply-add, as torch's ``FlopCounterMode`` counts them.
+
+        Those of ``eyes``, which grow with the text, come on top: ``flops_a_token``.
+        """
+        counted, _ = _on_meta(nn.Sequential(self.body, self.head), len(self.stages), self.features)
         coupling = 2 * int(self._earlier.sum()) if self.autoregressive else 0
         if self.codebook is None:
             return counted + coupling
         return counted + len(self.codebook) * (coupling or 2 * sum(self.nvec))
+
+    @property
+    def flops_a_token(self) -> int:
+        """FLOPs for each token that ``eyes`` see, counted likewise; 0 of a policy without them, or a blind one."""
+        return 0 if self.channels is None or self.blind else flops_a_token(self.observation_size, self.channels)
 
     def save(self, folder: Path) -> None:
         """Write ``policy.safetensors`` and ``policy.json``; each file appears complete or not at all."""
@@ -306,6 +322,8 @@ class DecisionPolicy(nn.Module):
             description["codebook"] = self.codebook.tolist()
         if self.stages != ["first"]:
             description["stages"] = self.stages
+        if self.channels is not None:
+            description["channels"] = self.channels
         write_tensors(folder / "policy.safetensors", self.state_dict())
         write_json(folder / "policy.json", description)
 
@@ -345,6 +363,7 @@ class _Description(BaseModel):
     network: str | None = None
     codebook: Annotated[list[list[int]], Field(min_length=1)] | None = None
     stages: Annotated[list[str], Field(min_length=1)] = ["first"]
+    channels: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _one_choice_a_switch(self) -> _Description:
@@ -445,7 +464,9 @@ def _on_meta(module: nn.Module, rows: int, features: int) -> tuple[int, Any]:
 
 
 def blinded(observations: Seen, stages: Sequence[str]) -> Seen:
-    """Observations ``[n, features]`` with nothing of the input; of several stages, with the stage alone."""
+    """Observations of a batch with nothing of the input; of several stages, with the stage alone."""
+    if isinstance(observations, dict):
+        return {name: blinded(values, ["first"]) for name, values in observations.items()}
     zeros = observations * 0
     if len(stages) > 1:
         zeros[:, : len(stages)] = observations[:, : len(stages)]
@@ -464,6 +485,10 @@ def _seeded(logits: Tensor) -> Tensor:
     """Uniform noise from a fixed seed, of the logits' shape."""
     generator = torch.Generator(logits.device).manual_seed(0)
     return torch.rand(logits.shape, generator=generator, device=logits.device)
+
+
+def _flat(observations: Tensor | dict[str, Tensor]) -> Tensor:
+    return observations["tokens"].flatten(1) if isinstance(observations, dict) else observations
 
 
 def _hashed(observations: Tensor, columns: int) -> Tensor:

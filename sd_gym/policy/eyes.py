@@ -1,0 +1,78 @@
+"""Eyes: a small network that reads the tokens of a text in their order, where a policy sees them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+CHANNELS = 48
+REACH = 3  # tokens side by side that the convolution sees at once
+LEAST_DEVIATION = 1e-3  # of a feature; less says nothing
+SHARE = 0.01  # of the dense FLOPs: what the convolution of a policy costs at most
+
+
+class Eyes(nn.Module):
+    """Features of a text: one convolution over its tokens, the mean and maximum of that, and the text's length.
+
+    Mean and maximum of the tokens themselves are the same for any order of them; those of what a convolution says of
+    neighbours are not (Kim 2014, section 2). Before anything is learned they hardly differ between texts, so they are
+    standardised as the convolution is then (Salimans and Kingma 2016, section 3): ``begin_with``.
+
+    Args:
+        width: Numbers that a token has.
+        channels: Of the convolution.
+
+    Attributes:
+        size: Features.
+    """
+
+    def __init__(self, width: int, channels: int = CHANNELS) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(width, channels, REACH, padding=REACH // 2)
+        self.size = 2 * channels + 1
+        self.register_buffer("mean", torch.zeros(self.size))
+        self.register_buffer("deviation", torch.ones(self.size))
+
+    def forward(self, observations: dict[str, Tensor]) -> Tensor:
+        """Standardised features ``[n, size]``, each row's own; zeros where there is no token.
+
+        Args:
+            observations: ``tokens [n, length, width]``, zeros behind the text, and ``mask [n, length]``.
+        """
+        tokens, mask = observations["tokens"], observations["mask"]
+        count = mask.sum(dim=1, keepdim=True)
+        longest = max(1, int(mask.any(dim=0).sum()))  # padding that all rows share is not looked at
+        present = mask[:, None, :longest].float()
+        seen = self.convolution(tokens[:, :longest].transpose(1, 2)).relu() * present
+        mean = seen.sum(dim=2) / count.clamp(min=1)
+        features = torch.cat([mean, seen.amax(dim=2), count.float().log1p()], dim=1)
+        return (features - self.mean) / self.deviation * (count > 0)
+
+    @torch.no_grad()
+    def begin_with(self, observations: dict[str, Tensor]) -> None:
+        """Standardise features from now on by what they are of these texts (arguments as of ``forward``)."""
+        features = self(observations) * self.deviation + self.mean
+        deviation = features.std(dim=0, correction=0)
+        self.mean.copy_(features.mean(dim=0))
+        self.deviation.copy_(torch.where(deviation > LEAST_DEVIATION, deviation, 1.0))
+
+
+def flops_a_token(width: int, channels: int) -> int:
+    """FLOPs of ``Eyes`` for each token of a text, 2 a multiply-add."""
+    return 2 * REACH * width * channels
+
+
+def affordable(width: int, dense_flops: float) -> int:
+    """Channels of ``Eyes`` that cost at most ``SHARE`` of a backbone's dense FLOPs a token; ``CHANNELS`` at most."""
+    return int(np.clip(SHARE * dense_flops / flops_a_token(width, 1), 1, CHANNELS))
+
+
+def tensors(
+    observations: NDArray | dict[str, NDArray], device: torch.device | str = "cpu"
+) -> Tensor | dict[str, Tensor]:
+    """Observations of a batch for a policy: float32, on its device."""
+    if isinstance(observations, dict):
+        return {name: tensors(values, device) for name, values in observations.items()}
+    return torch.as_tensor(observations, dtype=torch.float32, device=device)

@@ -1,0 +1,232 @@
+"""Policies that read the tokens in their order, where order decides and a bag of words cannot tell."""
+
+import itertools
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from sd_gym.agents import make_agent
+from sd_gym.agents.experiment.evaluation import deciding_flops, evaluate, fitting
+from sd_gym.agents.experiment.run import load_run
+from stable_baselines3.common.logger import configure
+from torch.utils.flop_counter import FlopCounterMode
+
+import sd_gym
+from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.eyes import Eyes, affordable, tensors
+from tests.conftest import make_model
+from tests.test_envs import SMALL
+
+ENV = "SD/Classification-Custom-v0"
+QUICK = {
+    "ppo": {"num_envs": 32},
+    "a2c": {"num_envs": 32},
+    "ppo_lex": {"num_envs": 32},
+    "a2c_lex": {"num_envs": 32},
+    "ppo_lagrangian": {"num_envs": 32},
+    "reinforce": {"num_envs": 8, "imagined": 16, "tries": 4, "updates": 1, "fit_batch": 16},
+    "imitation": {"instances": 40, "epochs": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def orders(tmp_path_factory, tiny_tokenizer):
+    """Texts of the same five words in all orders, and a backbone whose first layer's input has no positions."""
+    folder = tmp_path_factory.mktemp("orders")
+    model = make_model("bert")
+    with torch.no_grad():
+        model.bert.embeddings.position_embeddings.weight.zero_()
+        model.bert.embeddings.LayerNorm.weight.mul_(0.1)  # or sums of floats tell their order, in their last bits
+    model.save_pretrained(folder / "backbone")
+    tiny_tokenizer.save_pretrained(folder / "backbone")
+    texts = [" ".join(words) for words in itertools.permutations(["food", "not", "good", "was", "fine"])]
+    rows = "".join(json.dumps({"text": text, "label": number % 2}) + "\n" for number, text in enumerate(texts))
+    (folder / "data.jsonl").write_text(rows)
+    return {
+        "dataset": str(folder / "data.jsonl"),
+        "backbone": str(folder / "backbone"),
+        "max_source_length": 9,
+    }
+
+
+def is_negated(split, rows):
+    return np.array(["not good" in split.instances[row].source for row in rows])
+
+
+def learned(agent, orders, folder, steps, monkeypatch, observation="tokens", **settings):
+    """A policy for an env where who skips the first switch loses the texts that have "not good" in them, and no others.
+
+    Returns:
+        Which texts of the training split it skips that switch for, and which of them have it.
+    """
+    env = gym.make_vec(ENV, observation=observation, num_envs=32, penalty=3.0, **orders).unwrapped
+    split = env.core.split("train")
+
+    def quality(rows, decisions, seen=None):
+        lost = is_negated(split, rows) & (decisions[:, 0] == 1)
+        return 1.0 - lost, np.ones(len(rows))
+
+    monkeypatch.setattr(split.scoring, "quality", quality)
+    monkeypatch.setattr(split.scoring, "run", lambda rows, decisions: quality(rows, decisions)[0])
+    env.reset(seed=0)
+    agent = make_agent(agent, env, seed=0, **settings)
+    agent.learn(steps, configure(str(folder), []), lambda rollout: None)
+    rows = np.arange(len(split))
+    return agent.policy().decide(env.core.observe(split, rows))[:, 0], is_negated(split, rows)
+
+
+LEARNERS = {
+    "ppo": (5000, {"learning_rate": 1e-2, "n_steps": 2, "batch_size": 64}),
+    "imitation": (0, {"learning_rate": 1e-2, "batch_size": 16}),
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_who_sees_tokens_learns_what_a_bag_of_words_cannot_tell(name, orders, tmp_path, monkeypatch):
+    steps, settings = LEARNERS[name]
+    skipped, negated = learned(name, orders, tmp_path, steps, monkeypatch, channels=16, **settings)
+    assert skipped[negated].mean() < 0.1
+    assert skipped[~negated].mean() > 0.9
+
+
+def test_who_sees_a_bag_of_words_decides_alike_on_all_its_orders(orders, tmp_path, monkeypatch):
+    core = gym.make(ENV, **orders).unwrapped.core
+    seen = core.observe(core.split("train"), np.arange(len(core.split("train"))))
+    np.testing.assert_allclose(seen, np.tile(seen[0], (len(seen), 1)), atol=1e-4)
+    skipped, _ = learned("imitation", orders, tmp_path, 0, monkeypatch, observation="pooled")
+    assert len(np.unique(skipped)) == 1
+
+
+@pytest.mark.parametrize("name", [*QUICK, "blind-ppo", "static"])
+def test_a_run_on_tokens_is_saved_and_decides_the_same_again(name, orders, tmp_path):
+    settings = {"observation": "tokens", **QUICK.get(name, {})}
+    result = sd_gym.train(ENV, name, tmp_path / "run", steps=64, **orders, **settings)
+    _, core, policy = load_run(tmp_path / "run")
+    again = evaluate(core, policy, "test")
+    for key in ("quality", "flops_ratio_with_policy", "decisions_hash"):
+        assert again[key] == result[key]
+    assert result["artefact"] is not None or name == "static"
+    assert policy.blind == (name in ("blind-ppo", "static"))
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo_lex", "reinforce"])
+def test_what_an_agent_exports_decides_as_it_does(name, orders):
+    env = gym.make_vec(ENV, observation="tokens", **orders, num_envs=4).unwrapped
+    env.reset(seed=0)
+    agent = make_agent(name, env, seed=0)
+    seen = env.core.observe(env.core.split("train"), np.arange(40))
+    with torch.no_grad():
+        if name == "reinforce":
+            logits = agent.network(tensors(seen))
+        else:
+            logits = agent.algorithm.policy.get_distribution(tensors(seen)).distribution
+            logits = torch.cat([one.logits for one in logits], dim=1)
+        exported = agent.policy()(tensors(seen))
+    parts = [one.log_softmax(dim=1) for one in exported.split(env.core.nvec.tolist(), dim=1)]
+    expected = [one.log_softmax(dim=1) for one in logits.split(env.core.nvec.tolist(), dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), torch.cat(expected, dim=1))
+
+
+@pytest.mark.parametrize("name", ["ppo_lex", "reinforce"])
+def test_a_run_on_tokens_that_was_killed_ends_as_the_uninterrupted_one(name, orders, tmp_path):
+    class KilledError(Exception):
+        pass
+
+    def kill(step, figures):
+        if step > 1100:
+            raise KilledError
+
+    arguments = {"steps": 1300, **orders, "observation": "tokens", **QUICK[name]}
+    sd_gym.train(ENV, name, tmp_path / "whole", **arguments)
+    with pytest.raises(KilledError):
+        sd_gym.train(ENV, name, tmp_path / "cut", **arguments, on_progress=kill)
+    sd_gym.train(ENV, name, tmp_path / "cut", **arguments, resume=True)
+    whole, cut = ((tmp_path / run / "policy.safetensors").read_bytes() for run in ("whole", "cut"))
+    assert whole == cut
+
+
+def policy_of(core, channels=5, **kwargs):
+    torch.manual_seed(0)
+    policy = DecisionPolicy(16, core.nvec.tolist(), core.backbone.board.names, channels=channels, **kwargs).eval()
+    with torch.no_grad():
+        policy.head.weight.mul_(20)
+    return policy
+
+
+@pytest.fixture
+def tiny(reviews, tiny_backbone):
+    files = {"dataset": str(reviews), "backbone": str(tiny_backbone), "max_source_length": 12}
+    return gym.make(ENV, observation="tokens", **files).unwrapped.core
+
+
+def test_the_flops_of_a_policy_grow_with_its_text_and_are_the_counted_ones(tiny):
+    policy, split = policy_of(tiny), tiny.split("train")
+    rows = np.arange(len(split))
+    counted = []
+    for row in rows:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            policy(tensors(tiny.observe(split, rows[[row]])))
+        counted.append(counter.get_total_flops())
+    np.testing.assert_array_equal(deciding_flops(tiny, policy, split, rows), counted)
+    assert len(set(counted)) > 1
+    blind = policy_of(tiny, blind=True)
+    np.testing.assert_array_equal(deciding_flops(tiny, blind, split, rows), blind.flops)
+
+
+@pytest.mark.parametrize("env_id", ["SD/Classification-Mini-v0", "SD/Summarization-Mini-v0"])
+def test_eyes_cost_at_most_one_percent_of_the_dense_flops(env_id):
+    env = gym.make_vec(env_id, num_envs=1, observation="tokens", **SMALL).unwrapped
+    policy, split = make_agent("ppo", env).policy(), env.core.split("train")
+    rows = np.arange(len(split))
+    eyes = policy.flops_a_token * split.encoded.source_length / split.costs.dense_flops(rows)
+    assert 0.005 < eyes.mean() < 0.0101
+
+
+def test_channels_are_as_many_as_can_be_paid():
+    assert affordable(384, 1e9) == 48
+    assert affordable(8, 1.0) == 1
+    assert affordable(128, 2 * 3 * 128 * 20 * 100) == 20
+
+
+def test_a_batch_of_texts_is_each_alone_and_padding_is_not_seen(tiny):
+    policy, split = policy_of(tiny), tiny.split("train")
+    seen = tensors(tiny.observe(split, np.arange(len(split))))
+    with torch.no_grad():
+        together = policy(seen)
+        alone = [policy({name: values[[row]] for name, values in seen.items()}) for row in range(len(split))]
+    torch.testing.assert_close(together, torch.cat(alone))
+    longer = {name: torch.cat([values, torch.zeros_like(values)], dim=1) for name, values in seen.items()}
+    with torch.no_grad():
+        torch.testing.assert_close(policy(longer), together)
+
+
+def test_eyes_see_the_order_and_nothing_where_there_is_nothing():
+    torch.manual_seed(0)
+    eyes, tokens = Eyes(4, 8), torch.randn(1, 5, 4)
+    mask = torch.ones(1, 5, dtype=torch.int8)
+    forward, backward = (eyes({"tokens": one, "mask": mask}) for one in (tokens, tokens.flip(1)))
+    assert (forward - backward).abs().max() > 0.01
+    assert not eyes({"tokens": tokens * 0, "mask": mask * 0}).any()
+
+
+def test_versions_of_a_policy_keep_its_eyes(tiny, tmp_path):
+    policy, split = policy_of(tiny), tiny.split("train")
+    seen = tiny.observe(split, np.arange(len(split)))
+    policy.save(tmp_path)
+    np.testing.assert_array_equal(DecisionPolicy.load(tmp_path).decide(seen), policy.decide(seen))
+    assert policy.with_margin(1000.0).decide(seen).sum() == 0
+    assert len(np.unique(policy.reduced(2, seen).decide(seen), axis=0)) <= 2
+    assert policy.skip_logits(seen).shape == (len(split), tiny.n_switches)
+    hashed = policy_of(tiny, noise="hash")
+    first = {name: values[:1] for name, values in seen.items()}
+    np.testing.assert_array_equal(hashed.decide(first), hashed.decide(seen)[:1])
+
+
+def test_a_policy_of_another_observation_is_refused(tiny, reviews, tiny_backbone):
+    pooled = gym.make(ENV, dataset=str(reviews), backbone=str(tiny_backbone)).unwrapped.core
+    with pytest.raises(ValueError, match=r"reads tokens of 16 numbers, but .* has observations of shape \(34,\)"):
+        fitting(policy_of(tiny), pooled)
+    with pytest.raises(ValueError, match=r"reads observations of shape \(16,\), but .* has tokens of 16 numbers"):
+        fitting(policy_of(tiny, channels=None), tiny)
