@@ -1,6 +1,7 @@
 """A policy that leaves its env: on raw texts, without the data, it decides and answers just as it did there."""
 
 import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def ranking(request):
     return request.param
 
 
-def trained(task, ranking, folder, tokenizer):
+def trained(task, ranking, folder, tokenizer, observation="pooled"):
     """An env, a policy of it that decides differently on every input, and the artefact's folder."""
     random = np.random.default_rng(0)
     rows = {split: [row(random, task) for _ in range(24)] for split in ("train", "validation", "test")}
@@ -99,12 +100,13 @@ def trained(task, ranking, folder, tokenizer):
     tokenizer.eos_token = "[SEP]"
     tokenizer.save_pretrained(folder / "backbone")
     settings = {"dataset": str(data), "backbone": str(folder / "backbone"), "max_target_length": 4, "splits": {}}
-    settings |= {"max_source_length": 26, "overlap": "allow"}
+    settings |= {"max_source_length": 26, "overlap": "allow", "observation": observation}
     settings |= {"prompt": PROMPT} if task == "prompted" else {}
     settings |= {"token_shares": [0.0, 0.4], "token_ranking": ranking} if ranking else {}
     core = gym.make_vec(env_id, num_envs=1, **settings).unwrapped.core
     torch.manual_seed(1)
-    policy = DecisionPolicy(core.observation.space.shape[0], core.nvec.tolist(), core.backbone.board.names).eval()
+    size, channels = (core.observation.space.shape[0], None) if observation == "pooled" else (16, 5)
+    policy = DecisionPolicy(size, core.nvec.tolist(), core.backbone.board.names, channels=channels).eval()
     with torch.no_grad():
         policy.head.weight.mul_(20)
     description = {**circumstances(core.config), "env": env_id, "algo": "ppo", "steps": 1, "seed": 0, "data": {}}
@@ -114,12 +116,21 @@ def trained(task, ranking, folder, tokenizer):
 
 
 def test_on_raw_texts_it_decides_and_answers_as_in_the_env(task, ranking, tmp_path, tiny_tokenizer):
-    core, policy, artefact, texts = trained(task, ranking, tmp_path, tiny_tokenizer)
+    decides_and_answers_the_same(task, ranking, tmp_path, tiny_tokenizer, "pooled")
+
+
+@pytest.mark.parametrize("kind", [*itertools.product(MODELS, (None, "idf")), ("classification", "attention")], ids=str)
+def test_so_does_a_policy_that_sees_tokens(kind, tmp_path, tiny_tokenizer):
+    decides_and_answers_the_same(*kind, tmp_path, tiny_tokenizer, "tokens")
+
+
+def decides_and_answers_the_same(task, ranking, folder, tokenizer, observation):
+    core, policy, artefact, texts = trained(task, ranking, folder, tokenizer, observation)
     split, every = core.split("test"), np.arange(24)
     decisions = policy.decide(core.observe(split, every))
     assert len(np.unique(decisions, axis=0)) > 1
     answers = split.passes.answers(every, decisions)
-    model = sd_gym.load(tmp_path / "artefact")
+    model = sd_gym.load(folder / "artefact")
     try:
         came = model(texts)
         np.testing.assert_array_equal([one.skip for one in came], decisions[:, :-1])
@@ -127,7 +138,8 @@ def test_on_raw_texts_it_decides_and_answers_as_in_the_env(task, ranking, tmp_pa
         assert [one.answer for one in came] == answers
         assert [one.answer for one in model(texts, dense=True)] == split.passes.answers(every, 0 * decisions)
         if split.head.gives != "text":  # there the env counts the right answer's length
-            ratio = split.costs.flops_ratio(every, decisions) + policy.flops / split.costs.dense_flops(every)
+            own = policy.flops + policy.flops_a_token * split.encoded.source_length
+            ratio = split.costs.flops_ratio(every, decisions) + own / split.costs.dense_flops(every)
             np.testing.assert_allclose([one.flops_ratio for one in came], ratio)
         # Inside the model itself, on the env's own inputs.
         inputs = split.passes.inputs(every)

@@ -48,10 +48,22 @@ class Lengths(spaces.Standardised):
         return np.column_stack([split.encoded.source_length[rows], characters])
 
 
+class Apart(spaces.Observation):
+    """Lengths with a name."""
+
+    def __init__(self, core):
+        self.lengths = Lengths(core)
+        self.space = gym.spaces.Dict({"lengths": self.lengths.space})
+
+    def observe(self, split, rows):
+        return {"lengths": self.lengths.observe(split, rows)}
+
+
 @pytest.fixture(autouse=True)
 def lengths():
-    """An observation that an extension has registered."""
+    """Observations that an extension has registered."""
     sd_gym.register_observation("lengths", Lengths)
+    sd_gym.register_observation("apart", Apart)
 
 
 @pytest.fixture
