@@ -54,6 +54,14 @@ def test_before_it_has_learned_it_expects_to_lose_next_to_nothing():
     assert Foresight(4, NVEC).loss(observations, decisions).abs().max() < 0.1
 
 
+def test_numbers_of_many_masks_are_remembered_as_they_are():
+    foresight = Foresight(4, np.array([300]))
+    decisions = torch.tensor([[0], [127], [128], [299]])
+    foresight.remember(np.arange(4), decisions, torch.zeros(4))
+    assert torch.equal(foresight.decisions.long(), decisions)
+    foresight.fit(torch.zeros(4, 4), torch.arange(4))
+
+
 def test_its_state_goes_on_as_if_nothing_had_happened():
     one, other = fitted(50), Foresight(4, NVEC)
     other.load_state(deepcopy(one.state()))  # a checkpoint is a copy

@@ -46,8 +46,8 @@ def train_many(
 ) -> list[Word]:
     """Train those of the runs that are not finished; what was cut off goes on.
 
-    Nothing that happens to one run stops the others. A run depends on its seed alone, not on ``jobs`` nor on what was
-    trained before it.
+    Nothing that happens to one run stops the others. A run does not depend on what was trained before it; with ``jobs``
+    the number of threads changes, and the last bits of sums with it.
 
     Args:
         runs: Each after those that it begins with.

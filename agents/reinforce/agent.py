@@ -168,7 +168,7 @@ class ReinforceAgent(Agent):
         return copy.eval()
 
     def state(self) -> dict[str, Any]:
-        """Weights, optimizer, the foresight, the barrier's averages, the random states and the env's."""
+        """Weights, optimizer, the foresight, the barrier's averages and the random states."""
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),

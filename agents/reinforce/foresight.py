@@ -30,7 +30,7 @@ class Foresight(nn.Module):
 
     Attributes:
         rows: Of the instances that were scored, int64 ``[n]``.
-        decisions: Taken on them, int8 ``[n, components]``.
+        decisions: Taken on them, int32 ``[n, components]``; on a table they are numbers of masks.
         lost: Quality that they lost, float32 ``[n]``; negative where they gained.
     """
 
@@ -50,13 +50,13 @@ class Foresight(nn.Module):
         nn.init.constant_(self.network[-1].bias, SELDOM)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         self.rows = torch.zeros(0, dtype=torch.int64)
-        self.decisions = torch.zeros(0, len(nvec), dtype=torch.int8)
+        self.decisions = torch.zeros(0, len(nvec), dtype=torch.int32)
         self.lost = torch.zeros(0)
 
     def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor) -> None:
         """Add what was scored: rows ``[n]``, decisions ``[n, components]``, the quality lost ``[n]``."""
         self.rows = torch.cat([self.rows, torch.from_numpy(rows)])
-        self.decisions = torch.cat([self.decisions, decisions.to(torch.int8)])
+        self.decisions = torch.cat([self.decisions, decisions.to(torch.int32)])
         self.lost = torch.cat([self.lost, lost])
 
     def fit(self, observations: Tensor | dict[str, Tensor], drawn: Tensor) -> float:
