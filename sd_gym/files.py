@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,15 +66,10 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not file.is_file():
-        raise FileNotFoundError(f"no {file.name} in {file.parent}")
-    try:
+    with _sound(file):
         return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: expected safetensors ({one_line(error)}); copy it again") from error
 
 
 def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -91,15 +87,10 @@ def map_arrays(file: Path) -> dict[str, np.ndarray]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    if not file.is_file():
-        raise FileNotFoundError(f"no {file.name} in {file.parent}")
-    try:
-        with safe_open(file, "numpy"):  # compares what it says with its size
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: expected safetensors ({one_line(error)}); copy it again") from error
+    with _sound(file), safe_open(file, "numpy"):  # compares what it says with its size
+        pass
     memory = np.memmap(file, np.uint8, "r")
     start = 8 + int(memory[:8].view("<u8")[0])
     header = json.loads(memory[8:start].tobytes())
@@ -108,6 +99,19 @@ def map_arrays(file: Path) -> dict[str, np.ndarray]:
         name: np.ndarray(tuple(said["shape"]), _DTYPES[said["dtype"]], memory, start + said["data_offsets"][0])
         for name, said in header.items()
     }
+
+
+@contextmanager
+def _sound(file: Path) -> Iterator[None]:
+    """Reading safetensors says what is wrong with the file."""
+    from safetensors import SafetensorError
+
+    if not file.is_file():
+        raise FileNotFoundError(f"no {file.name} in {file.parent}")
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: expected safetensors ({one_line(error)}); copy it again") from error
 
 
 def write_checkpoint(file: Path, value: dict[str, Any]) -> None:

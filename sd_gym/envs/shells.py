@@ -33,8 +33,11 @@ SINGLE_RENDER_MODES = (*RENDER_MODES, "human") if HAS_PYGAME else RENDER_MODES
 KNOWN_AT_RESET = ("instance", "difficulty")
 
 
-def check_render_mode(render_mode: str | None, modes: Sequence[str]) -> None:
-    """Raise ``ValueError`` for a mode that there is not."""
+def check_shown(render_mode: str | None, info_text: bool, modes: Sequence[str]) -> None:
+    """Raise ``ValueError`` for a mode that there is not; without any mode there are no texts either."""
+    if not modes and (render_mode is not None or info_text):
+        asked = "info_text" if render_mode is None else f"render_mode={render_mode!r}"
+        raise ValueError(f"a table has outcomes and no texts, so there is nothing to show; leave out {asked}")
     if render_mode is not None and render_mode not in modes:
         raise ValueError(f"render_mode must be one of {', '.join(modes)} or None, got {render_mode!r}")
 
@@ -241,7 +244,7 @@ class SwitchableEnv(gym.Env):
         self, config_file: str, render_mode: str | None = None, info_text: bool = False, **overrides: Any
     ) -> None:
         self._window = Window() if render_mode == "human" else None
-        check_render_mode(render_mode, type(self).metadata["render_modes"])
+        check_shown(render_mode, info_text, type(self).metadata["render_modes"])
         self.config = read_config(config_file, overrides)
         self.core = shared_core(self.config)
         self.objective = self.config.make_objective()
@@ -356,7 +359,7 @@ class SwitchableVectorEnv(VectorEnv):
         autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
         **overrides: Any,
     ) -> None:
-        check_render_mode(render_mode, type(self).metadata["render_modes"])
+        check_shown(render_mode, info_text, type(self).metadata["render_modes"])
         self.autoreset_mode = read_autoreset_mode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
         self.config = read_config(config_file, overrides)

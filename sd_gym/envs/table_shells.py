@@ -35,33 +35,8 @@ class TableEnv(SwitchableEnv):
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "render_fps": 1}
 
-    def __init__(
-        self, config_file: str, render_mode: str | None = None, info_text: bool = False, **overrides: Any
-    ) -> None:
-        _check_shows(render_mode, info_text)
-        super().__init__(config_file, **overrides)
-
 
 class TableVectorEnv(SwitchableVectorEnv):
     """``TableEnv`` for a batch, as ``SwitchableVectorEnv`` is ``SwitchableEnv``; arguments as of both."""
 
     metadata: ClassVar[dict[str, Any]] = {**TableEnv.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
-
-    def __init__(
-        self,
-        config_file: str,
-        num_envs: int = 1,
-        render_mode: str | None = None,
-        info_text: bool = False,
-        autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
-        **overrides: Any,
-    ) -> None:
-        _check_shows(render_mode, info_text)
-        super().__init__(config_file, num_envs, autoreset_mode=autoreset_mode, **overrides)
-
-
-def _check_shows(render_mode: str | None, info_text: bool) -> None:
-    """Raise ``ValueError`` if a text is to be shown."""
-    if render_mode is not None or info_text:
-        asked = f"render_mode={render_mode!r}" if render_mode is not None else "info_text"
-        raise ValueError(f"a table has outcomes and no texts, so there is nothing to show; leave out {asked}")
