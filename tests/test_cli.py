@@ -29,7 +29,7 @@ def test_envs_lists_the_ids():
 
 
 def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkeypatch):
-    monkeypatch.setattr("sd_gym.cli.console.width", 80)
+    monkeypatch.setattr("sd_gym.cli.terminal.console.width", 80)
     prepared = tmp_path / "prepared"
     arguments = ["--dataset", reviews, "--output", prepared, "--steps", 120, "--learning-rate", 0.003]
     result = run("prepare", "--backbone", tiny_backbone, *arguments)

@@ -1,0 +1,19 @@
+"""The command ``sd-gym``: the only room that knows every other one."""
+
+from __future__ import annotations
+
+import typer
+
+from sd_gym.cli.comparison import compare, report, tune
+from sd_gym.cli.envs import envs, tabulate
+from sd_gym.cli.models import prepare, run
+from sd_gym.cli.runs import evaluate, reduce, train, validate
+
+app = typer.Typer(
+    help="Learn what a transformer need not compute. Start with: sd-gym envs",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+for command in (envs, train, evaluate, compare, report, run, reduce, validate, tune, tabulate, prepare):
+    app.command()(command)

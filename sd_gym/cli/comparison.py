@@ -1,0 +1,254 @@
+"""Commands about many runs: they are trained and compared, reported, searched for settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sd_gym.cli.terminal import (
+    Imports,
+    PresetName,
+    console,
+    errors_as_lines,
+    import_all,
+    progress_bar,
+    say,
+    settings_of,
+    status,
+    warnings_as_lines,
+)
+
+
+def compare(
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ENV...|RUN...",
+            help="Env ids, to train what is missing first; or run folders (what is none is passed over).",
+        ),
+    ],
+    algos: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="With envs: agents; NAME-from-OTHER goes on from the run of OTHER with the same seed, with the preset "
+            "refine.",
+        ),
+    ] = "ppo,a2c,reinforce",
+    controls: Annotated[
+        bool,
+        typer.Option(help="With envs: static, early-exit, random, hash, dense and the first agent that learns, blind."),
+    ] = True,
+    seeds: Annotated[int, typer.Option(min=1, help="With envs: seeds of each agent.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="With envs: decisions to learn from.")] = 50_000,
+    jobs: Annotated[int, typer.Option(min=1, help="With envs: processes, which share the cores.")] = 1,
+    output: Annotated[Path, typer.Option(help="With envs: the runs are OUTPUT/ENV/ALGO-SEED.")] = Path("runs/compare"),
+    preset: PresetName = "env",
+    strictness: Annotated[float, typer.Option(min=0, help="With envs: of selection, as of sd-gym train.")] = 1.645,
+    set_: Annotated[
+        list[str],
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="With envs: override a config key, or a setting of agents that have it."
+        ),
+    ] = [],  # noqa: B006  (typer wants a list)
+    report: Annotated[Path | None, typer.Option(help="Page to write about the runs, as sd-gym report does.")] = None,
+    fronts: Annotated[
+        bool,
+        typer.Option(
+            help="How much more of the FLOPs each learned agent saves than static masks and blind agents at the same "
+            "quality; policies are scored again, which takes minutes."
+        ),
+    ] = False,
+    test_size: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="With --fronts: instances of the test split, for narrower intervals; generated data have as many as "
+            "you like. Otherwise as in the runs.",
+        ),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="With --fronts: PNG to write the fronts to, FLOPs against quality lost.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option(help="Print a Markdown table.")] = False,
+    imports: Imports = [],  # noqa: B006
+) -> None:
+    """Put agents side by side, one row an env and agent, means over seeds with the worst seed in brackets.
+
+    Given envs, every agent and control is trained on them with the same seeds. The command can be given again: finished
+    runs are kept, those that were cut off go on, those that failed are tried again. Exit code 1 if one failed.
+
+    Examples:
+    `sd-gym compare runs/*`
+
+    `sd-gym compare SD/Classification-Mini-v0 --algos ppo,a2c --seeds 5 --steps 20000 --jobs 2 --report report.html`
+
+    `sd-gym compare --fronts --picture fronts.png runs/static runs/blind runs/ppo-*`
+    """
+    imported = import_all(imports)
+    from sd_gym.registration import registered_ids
+
+    folders, failed = [Path(name) for name in what], []
+    if any(name in registered_ids() for name in what):
+        with errors_as_lines():
+            from sd_gym.agents.experiment.plan import plan
+
+            runs = plan(
+                what,
+                algos.split(","),
+                controls=controls,
+                seeds=seeds,
+                steps=steps,
+                output=output,
+                settings=settings_of(set_),
+                preset=preset,
+                strictness=strictness,
+            )
+            folders, failed = _trained(runs, jobs, imported)
+    if folders:
+        with errors_as_lines(), warnings_as_lines():
+            _print_comparison(folders, fronts=fronts, test_size=test_size, picture=picture, as_markdown=markdown)
+            if report is not None:
+                _write_report(folders, report)
+    for word in failed:
+        say(f"failed: {word.run.folder}: {word.message}", "red")
+        say(f"  again: this command; or alone: {word.run.command(imported)}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _trained(runs: list[Any], jobs: int, imports: list[str]) -> tuple[list[Path], list[Any]]:
+    """Train planned runs, and show how far they are; returns the folders of those that are there, and what failed."""
+    from sd_gym.agents.experiment.many import GOING, Word, train_many
+
+    presets = {f"{run.preset} for {run.algo}" for run in runs if run.preset not in ("env", "none")}
+    for line in sorted(presets):
+        say(f"Preset {line}")
+    with progress_bar() as progress:
+        everything, bars = progress.add_task("runs", total=len(runs), figures=""), {}
+
+        def on_word(word: Word) -> None:
+            folder = word.run.folder
+            name = f"{folder.parent.name}/{folder.name}"
+            if word.state == "begun":
+                bars[folder] = progress.add_task(name, total=None, figures="")
+            elif word.state in GOING:
+                total = word.run.steps if word.state == "learning" else None
+                progress.update(bars[folder], completed=word.steps, total=total, figures=word.state)
+            else:
+                progress.advance(everything)
+                if folder in bars:
+                    progress.remove_task(bars.pop(folder))
+                if word.state != "kept":
+                    say(f"{name}: {word.state}{f' ({word.message})' if word.message else ''}")
+
+        words = train_many(runs, jobs=jobs, imports=imports, on_word=on_word)
+    there = [word.run.folder for word in words if word.state in ("kept", "finished")]
+    return there, [word for word in words if word.state == "failed"]
+
+
+def _print_comparison(
+    folders: list[Path], *, fronts: bool, test_size: int | None, picture: Path | None, as_markdown: bool
+) -> None:
+    """Print the table of runs, or what they save at the same quality."""
+    from sd_gym.agents.report import compare as results
+    from sd_gym.agents.report.tables import of_comparison
+
+    if fronts:
+        from sd_gym.agents.report import plots, savings
+
+        title, columns = "At the same quality, test split", savings.COLUMNS
+        by = ["env", "points lost", "FLOPs of static / blind"]
+        with status("scoring"):
+            found = savings.env_fronts(folders, test_size)
+        rows = [row for one in found for row in savings.savings(one)]
+        if picture is not None:
+            plots.plot_fronts(found, picture)
+    else:
+        title, columns, by = "Runs on the test split", results.COLUMNS, ["env", "dense quality", "test rows"]
+        rows = [results.cells(row) for row in results.compare(folders)]
+    if as_markdown:
+        print(results.markdown(columns, rows))
+    else:
+        console.print(*of_comparison(title, columns, rows, by), sep="\n")
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; what is none is passed over.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+    also: Annotated[
+        bool, typer.Option(help="Write the same beside it: Markdown, a CSV file of all runs, and the pictures as PNG.")
+    ] = False,
+) -> None:
+    """Write one page about runs: the verdict in words, fronts, curves, what is skipped, tables, how to reproduce it.
+
+    It needs no network, and neither backbone nor data; agents of your own need not be imported.
+
+    Example: `sd-gym report runs/* -o report.html`
+    """
+    with errors_as_lines(), warnings_as_lines():
+        _write_report(runs, output, also)
+
+
+def _write_report(runs: list[Path], output: Path, also: bool = False) -> None:
+    with status("reading"):
+        from sd_gym.agents.report.page import write_report
+
+        written = write_report(runs, output, also=also)
+    for file in written:
+        console.print(str(file), highlight=False, soft_wrap=True)
+
+
+def tune(
+    env: Annotated[str, typer.Argument(help="Env id.")],
+    algo: Annotated[str, typer.Option(help="An agent that learns.")] = "ppo",
+    trials: Annotated[int, typer.Option(min=1, help="In all, with those that the folder holds.")] = 20,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each trial.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Decisions that each run learns from.")] = 20_000,
+    output: Annotated[Path | None, typer.Option(help="Folder of the study [default: runs/tune/TASK-ALGO].")] = None,
+    strictness: Annotated[float, typer.Option(min=0, help="Of selection, as of sd-gym train.")] = 1.645,
+    set_: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; or set what is not to be searched."),
+    ] = [],  # noqa: B006  (typer wants a list)
+    imports: Imports = [],  # noqa: B006
+) -> None:
+    """Search an agent's settings with Optuna: quality kept on validation first, then fewer FLOPs.
+
+    The best are written as a preset. The command can be given again, also with more trials: it goes on.
+
+    Examples:
+    `sd-gym tune SD/Classification-Mini-v0 --algo a2c --trials 30 --seeds 2`, then
+
+    `sd-gym train SD/Classification-Mini-v0 --algo a2c --preset runs/tune/Classification-Mini-a2c/preset.yaml`
+    """
+    imported = import_all(imports)
+    with errors_as_lines(), progress_bar() as progress:
+        bar = progress.add_task("trials", total=trials, figures="")
+        from sd_gym.agents.api import default_folder
+        from sd_gym.agents.experiment.tune import Tried
+        from sd_gym.agents.experiment.tune import tune as search
+
+        def on_trial(tried: Tried) -> None:
+            progress.update(bar, completed=min(tried.number + 1, trials))
+            reached = tried.message if tried.score is None else f"{tried.score:.4f}"
+            shown = ", ".join(f"{key} {value}" for key, value in tried.settings.items())
+            say(f"trial {tried.number}: {shown}: {reached}")
+
+        folder = output or Path("runs/tune") / default_folder(env, algo, 0).name.removesuffix("-0")
+        file = search(
+            env,
+            algo,
+            folder,
+            trials=trials,
+            seeds=seeds,
+            steps=steps,
+            strictness=strictness,
+            imports=imported,
+            on_trial=on_trial,
+            **settings_of(set_),
+        )
+    console.print(file.read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
+    console.print(f"Preset: {file}", highlight=False, soft_wrap=True)

@@ -1,0 +1,81 @@
+"""Commands about envs: what there is, and what becomes a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from sd_gym.cli.terminal import Imports, console, errors_as_lines, import_all, progress_bar, settings_of
+
+
+def envs(imports: Imports = []) -> None:  # noqa: B006  (typer wants a list)
+    """List the envs.
+
+    Example: `sd-gym envs`
+    """
+    import_all(imports)
+    from sd_gym.envs.config import read_values
+    from sd_gym.registration import config_files
+
+    table = Table(title="sd_gym envs", box=SIMPLE_HEAD, padding=0)
+    for column in ("id", "data set", "backbone"):
+        table.add_column(column, overflow="fold")
+    with errors_as_lines():
+        for file in config_files():
+            values = read_values(file)
+            tested = (values.get("splits") or {}).get("test", "test")
+            data = f"{values.get('dataset') or 'yours'}{'' if tested == 'test' else f', tested on its {tested}'}"
+            table.add_row(str(values.get("id")), data, str(values.get("backbone") or "yours"))
+    console.print(table)
+
+
+def tabulate(
+    env: Annotated[str, typer.Argument(metavar="ENV_OR_RUN", help="Env id, or the folder of a run.")],
+    output: Annotated[Path, typer.Option(help="Folder to write the table to.")],
+    decisions: Annotated[
+        list[str],
+        typer.Option(
+            help="all; or, several times, random:N, path (searched greedily), codebook (the env's) and codebook:FILE "
+            "[default: all where they are at most 4,096, else random:64]."
+        ),
+    ] = [],  # noqa: B006  (typer wants a list)
+    instances: Annotated[int | None, typer.Option(min=1, help="So many of each split at most.")] = None,
+    seed: Annotated[int, typer.Option(help="Of random:N.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on with a table that was cut off.")] = False,
+    set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config key.")] = [],  # noqa: B006
+    imports: Imports = [],  # noqa: B006
+) -> None:
+    """Compute once what decisions do to every instance of an env; SD/Table-v0 then looks it up in microseconds.
+
+    Examples:
+    `sd-gym tabulate SD/Classification-Mini-v0 --output table --decisions path --decisions random:64 --instances 2000`
+
+    `sd-gym train SD/Table-v0 --set table=table --algo ppo --steps 200000`
+    """
+    import_all(imports)
+    with errors_as_lines(), progress_bar() as progress:
+        bar = progress.add_task("loading", total=None, figures="")
+        from sd_gym.agents.tabulation import tabulate as write_table
+
+        def on_progress(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total, description="scoring", figures="decisions")
+
+        said = write_table(
+            env,
+            output,
+            decisions=decisions or None,
+            instances=instances,
+            seed=seed,
+            resume=resume,
+            on_progress=on_progress,
+            **settings_of(set_),
+        )
+    counts = ", ".join(f"{split['instances']} of {name}" for name, split in said["splits"].items())
+    kind = f"{said['masks']} decisions ({said['chosen']})" if said["masks"] else "all decisions"
+    size = sum(file.stat().st_size for file in output.iterdir())
+    console.print(f"{kind} on instances: {counts}; {size / 2**20:.1f} MB", highlight=False, soft_wrap=True)
+    console.print(f"Table: {output}", highlight=False, soft_wrap=True)

@@ -1,0 +1,212 @@
+"""Commands about models: they are prepared, and run on files under a policy."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from sd_gym.cli.terminal import Imports, console, errors, errors_as_lines, import_all, progress_bar, settings_of
+
+
+def prepare(
+    output: Annotated[Path, typer.Option(help="Folder to write the prepared model to.")],
+    backbone: Annotated[
+        str | None, typer.Option(help="Local folder or hub id of a supported model, such as a BERT.")
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run folder: tune the run's backbone further, on the run's data, under the policy it learned."
+        ),
+    ] = None,
+    env: Annotated[
+        str, typer.Option(help="Env whose task and data it is prepared for.")
+    ] = "SD/Classification-Custom-v0",
+    dataset: Annotated[str | None, typer.Option(help="The env's data set: a file, a folder, or a hub id.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1500,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    learning_rate: Annotated[float, typer.Option()] = 5e-5,
+    max_rate: Annotated[
+        float, typer.Option(min=0, max=1, help="Highest skip rate during preparation; 0: fine-tune densely, as usual.")
+    ] = 0.6,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="End after so many validations (of ten) without a better quality [default: never]."),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Longest input, in tokens [default: the env's].")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint of a preparation that was cut off.")] = False,
+    seed: Annotated[int, typer.Option()] = 0,
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the env's config.")
+    ] = [],  # noqa: B006  (typer wants a list)
+    imports: Imports = [],  # noqa: B006
+) -> None:
+    """Fine-tune a backbone so that it bears skipping.
+
+    Half of each pass runs densely under the task's loss, half under random decisions with the dense output as target.
+    The weights with the best validation quality under random decisions are kept. Curves are in the output folder, for
+    `tensorboard --logdir`, and a picture of quality against skip rate.
+
+    Examples:
+    `sd-gym prepare --backbone ./minilm --dataset ./sst2 --output ./minilm-sst2 --steps 2000`
+
+    `sd-gym prepare --backbone ./bart --env SD/Summarization-Custom-v0 --dataset ./mails --output ./bart-mails`
+
+    `sd-gym prepare --backbone ./minilm --env SD/QuestionAnswering-SQuAD-v0 --output ./minilm-squad`
+
+    Backbone and policy tuned to each other, alternating (--set takes other data than the run's own):
+    `sd-gym prepare --policy runs/first --output tuned`, then
+    `sd-gym train SD/Classification-Mini-v0 --set backbone=tuned --set start=runs/first --output runs/second`
+
+    `accelerate launch --multi_gpu -m sd_gym.cli prepare --set device=cuda ...` shares the work between GPUs.
+    """
+    import_all(imports)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher has started
+    with errors_as_lines(), progress_bar(visible=first) as progress:
+        bar = progress.add_task("loading", total=steps, figures="")
+        latest: dict[str, float] = {}
+
+        def on_step(step: int, figures: dict[str, float]) -> None:
+            latest.update(figures)
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in latest.items() if name != "learning_rate")
+            progress.update(bar, completed=step, description="preparing", figures=shown)
+
+        import numpy as np
+
+        from sd_gym.envs.config import load_config, make_config
+        from sd_gym.registration import config_of
+        from sd_gym.tasks.preparation import prepare_backbone
+
+        if (backbone is None) == (policy is None):
+            raise ValueError("pass either --backbone, or --policy for the backbone of a run")
+        given = {"dataset": dataset, "max_source_length": max_length}
+        overrides = {key: value for key, value in given.items() if value is not None} | settings_of(set_)
+        skip_logits = None
+        if policy is not None:
+            from sd_gym.agents.experiment.evaluation import seen_together
+            from sd_gym.agents.experiment.run import load_run
+            from sd_gym.envs.core import shared_core
+
+            if "backbone" in overrides:
+                raise ValueError("--policy tunes the run's own backbone; leave out backbone=")
+            _, core, network = load_run(policy)
+            config = make_config(core.config.model_dump() | overrides, core.config.id)
+            splits = {name: shared_core(config).split(name) for name in ("train", "validation")}
+            skip_logits = {
+                name: np.concatenate(
+                    [
+                        network.skip_logits(core.observe(split, rows))
+                        for rows in seen_together(core, np.arange(len(split)))
+                    ]
+                )
+                for name, split in splits.items()
+            }
+        else:
+            config = load_config(config_of(env), {**overrides, "backbone": backbone})
+        report = prepare_backbone(
+            config.backbone,
+            config.source,
+            config.task,
+            output,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            max_rate=max_rate,
+            patience=patience,
+            answers=config.answers,
+            prompt=config.prompt,
+            stop=config.stop,
+            token_shares=config.token_shares,
+            token_ranking=config.token_ranking,
+            max_source_length=config.max_source_length,
+            max_target_length=config.max_target_length,
+            label_range=config.label_range,
+            train_size=config.train_size,
+            validation_size=config.validation_size,
+            test_size=config.test_size,
+            skip_logits=skip_logits,
+            resume=resume,
+            seed=seed,
+            device=config.device,
+            on_step=on_step,
+        )
+    if not first:
+        return
+    from sd_gym.agents.report.tables import of_preparation
+
+    console.print(*of_preparation(str(output), report), sep="\n")
+    if report["steps_done"] < steps:
+        console.print(f"Ended early, after {report['steps_done']} steps.")
+    console.print(f"Prepared backbone: {output}", highlight=False, soft_wrap=True)
+
+
+def run(
+    policy: Annotated[str, typer.Argument(help="Run folder, saved policy, or id of one on the Hugging Face hub.")],
+    source: Annotated[
+        str, typer.Option("--input", help=".jsonl, .csv or .parquet file with the task's columns; -: JSON lines.")
+    ],
+    output: Annotated[Path, typer.Option(help="JSON lines to write, one a row, in the same order.")],
+    backbone: Annotated[str | None, typer.Option(help="Where the backbone is [default: where it was].")] = None,
+    max_loss: Annotated[
+        float | None, typer.Option(help="Take the cheapest validated version that loses at most so much quality.")
+    ] = None,
+    max_flops: Annotated[
+        float | None, typer.Option(help="Take the most cautious one that runs at most this share of the FLOPs.")
+    ] = None,
+    comparing: Annotated[
+        bool, typer.Option("--compare", help="Run everything densely as well: time, agreement, and quality.")
+    ] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with a run that was cut off.")] = False,
+    device: Annotated[str, typer.Option()] = "cpu",
+    columns: Annotated[
+        list[str], typer.Option("--column", metavar="FIELD=COLUMN", help="The column of a field: text=sentence.")
+    ] = [],  # noqa: B006  (typer wants a list)
+    imports: Imports = [],  # noqa: B006
+) -> None:
+    """Answer many inputs with a trained policy; rows of the same decision or length run together.
+
+    A malformed line gets an "error" in its place and stops no other; the exit code is then 1.
+
+    Examples:
+    `sd-gym run runs/Summarization-Mini-ppo-0 --input documents.jsonl --output summaries.jsonl`
+
+    `cat reviews.jsonl | sd-gym run runs/reviews --input - --output labels.jsonl --compare --column text=review`
+    """
+    import_all(imports)
+    with errors_as_lines(), progress_bar() as progress:
+        bar = progress.add_task("loading", total=None, figures="")
+        from sd_gym.inference.bulk import run_file
+        from sd_gym.inference.texts import load
+
+        model = load(policy, backbone, device=device, max_loss=max_loss, max_flops=max_flops)
+
+        def on_chunk(rows: int, bulk: Any) -> None:
+            figures = f"{bulk.figures()['rows a second']} a second"
+            progress.update(bar, completed=rows, description="answering", figures=figures)
+
+        done = run_file(
+            model,
+            None if source == "-" else Path(source),
+            output,
+            resume=resume,
+            compare=comparing,
+            columns={str(field): str(column) for field, column in settings_of(columns).items()},
+            on_chunk=on_chunk,
+        )
+    table = Table(box=SIMPLE_HEAD, show_header=False)
+    for name, value in done.figures().items():
+        table.add_row(name, value)
+    console.print(table)
+    console.print(f"Answers: {output}", highlight=False, soft_wrap=True)
+    for line in done.malformed[:3]:
+        errors.print(f"line {line.number}: {line.error}", style="yellow", highlight=False, soft_wrap=True)
+    if done.malformed:
+        errors.print(f"{len(done.malformed)} malformed lines; each has its error in the output", style="yellow")
+        raise typer.Exit(1)
