@@ -59,7 +59,8 @@ class EveryOtherAgent(_Given):
         odd = [switch.index % 2 for switch in core.backbone.board.switches]
         if len(core.switch_names) < len(odd):
             raise NotApplicableError("every-other decides on each switch, but this table has some masks only")
-        return self._constant_policy(decision_logits(core.nvec, np.array([*odd, 0]), CERTAIN))
+        mask = np.minimum([*odd, 0], core.nvec - 1)  # what is no candidate always runs
+        return self._constant_policy(decision_logits(core.nvec, mask, CERTAIN))
 
 
 class RandomAgent(_Given):

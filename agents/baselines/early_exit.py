@@ -34,6 +34,8 @@ class EarlyExit(Decider):
                 "early exit looks at what the layers say, and a table has no backbone; train on its env"
             )
         backbone = self.env.core.backbone
+        if (self.env.core.nvec[:-1] < 2).any():
+            raise NotApplicableError("early exit skips whole layers, and the env's candidates are not all sublayers")
         if not backbone.can_exit:
             raise NotApplicableError("early exit needs an encoder that classifies; this env's backbone is none")
         self.threshold: float | NDArray = THRESHOLDS[-1]  # one of all looks, or of each, ``[looks]``

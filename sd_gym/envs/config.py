@@ -18,6 +18,8 @@ from sd_gym.tasks.metrics import METRICS
 from sd_gym.tasks.splits import Splits
 
 SplitName = Literal["train", "validation", "test"]
+Kind = Literal["attention", "cross_attention", "feed_forward"]
+KINDS: tuple[Kind, ...] = ("attention", "cross_attention", "feed_forward")  # of sublayers
 # A mapping as sorted pairs, since a configuration is hashed: envs of the same one share their core.
 Pairs = Annotated[
     tuple[tuple[str, str], ...],
@@ -76,6 +78,7 @@ class EnvConfig(BaseModel):
     test_size: int | None = Field(default=None, ge=1)
     max_source_length: int = Field(default=128, ge=1, le=LONGEST)
     max_target_length: int = Field(default=32, ge=1, le=LONGEST)
+    candidates: tuple[Kind, ...] = KINDS
     token_shares: tuple[float, ...] = (0.0,)
     token_ranking: str = "idf"
     metric: str = "exact_match"
@@ -172,6 +175,16 @@ def make_config(values: dict[str, Any], origin: str) -> EnvConfig:
         raise ConfigError(
             f"{origin}: config key 'token_shares': expected ascending shares below 1, the first one 0.0 (no token is "
             f"dropped), as in [0.0, 0.25, 0.5]; got {list(shares)}"
+        )
+    if not config.candidates and len(shares) == 1:
+        raise ConfigError(
+            f"{origin}: config key 'candidates': with no kind of sublayer there are only tokens to drop, and "
+            f"token_shares has one level, {list(shares)}; name a kind, or pass token_shares=[0.0, 0.25, 0.5]"
+        )
+    if set(config.candidates) != set(KINDS) and (config.action == "multi_binary" or config.stages != ("first",)):
+        raise ConfigError(
+            f"{origin}: config key 'candidates': some kinds of sublayers alone are decided on with action "
+            f"multi_discrete or discrete, before the first layer; got action {config.action} at {list(config.stages)}"
         )
     if config.action == "multi_binary" and len(shares) > 1:
         raise ConfigError(

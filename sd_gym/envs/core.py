@@ -89,10 +89,14 @@ class Core:
         """Number of switches of the backbone."""
         return len(self.backbone.board)
 
-    @property
+    @cached_property
     def nvec(self) -> Array:
-        """Sizes of the action's components: 2 a switch, then the number of token levels; int64 ``[switches + 1]``."""
-        return np.array([2] * self.n_switches + [len(self.config.token_shares)], dtype=np.int64)
+        """Sizes of the action's components, int64 ``[switches + 1]``: of each switch, then the number of token levels.
+
+        A switch has 2 choices; 1, to run, where its kind is not among the config's ``candidates``.
+        """
+        sizes = [1 + (switch.sublayer.kind in self.config.candidates) for switch in self.backbone.board.switches]
+        return np.array([*sizes, len(self.config.token_shares)], dtype=np.int64)
 
     @property
     def switch_names(self) -> list[str]:

@@ -171,7 +171,7 @@ class SwitchableEnv(gym.Env):
     Action Space:
         ``action="multi_discrete"`` (default): ``MultiDiscrete([2] * switches + [token levels])``: 1 = skip the
         sublayer; the last component chooses the share of tokens to drop, one of the config's ``token_shares``. All
-        zeros = dense.
+        zeros = dense. With ``candidates``, switches of other kinds have one choice: they run.
 
         ``"multi_binary"``: ``MultiBinary(switches)``, the same where there is one token level only.
 

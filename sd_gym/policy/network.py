@@ -214,9 +214,7 @@ class DecisionPolicy(nn.Module):
             kind = "an autoregressive policy" if self.autoregressive else "a policy with a codebook"
             kind = "a policy of several stages" if len(self.stages) > 1 else kind
             raise ValueError(f"{kind} has no odds of a switch by itself")
-        choices = self(tensors(observations, self.head.weight.device))[:, : 2 * len(self.switches)].unflatten(
-            1, (-1, 2)
-        )
+        choices = self._side_by_side(self(tensors(observations, self.head.weight.device)))[:, :-1]
         return (choices[..., 1] - choices[..., 0]).cpu().numpy()
 
     @torch.no_grad()
@@ -369,10 +367,10 @@ class _Description(BaseModel):
     def _one_choice_a_switch(self) -> _Description:
         if len(set(self.switches)) < len(self.switches):
             raise ValueError("expected switches that are all different")
-        if self.nvec[:-1] != [2] * len(self.switches):
+        if len(self.nvec) != len(self.switches) + 1 or not set(self.nvec[:-1]) <= {1, 2}:
             raise ValueError(
-                f"expected nvec with a 2 for each of the {len(self.switches)} switches and then the number of token "
-                f"levels, got {self.nvec}"
+                f"expected nvec with a 2 for each of the {len(self.switches)} switches (a 1 where it always runs) and "
+                f"then the number of token levels, got {self.nvec}"
             )
         for mask in self.codebook or []:
             fits = len(mask) == len(self.nvec)
