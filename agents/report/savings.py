@@ -145,18 +145,18 @@ def _fronts_of(config: EnvConfig, agents: dict[str, list[Run]]) -> EnvFronts:
     def front(policies: list[DecisionPolicy]) -> Front:
         return front_of(core, core.split("test"), policies)
 
-    def versions(run: Run) -> list[DecisionPolicy]:
-        return _versions(core, fitting(DecisionPolicy.load(run.folder), core), config.epsilon)
+    def versions_of(run: Run) -> list[DecisionPolicy]:
+        return versions(core, fitting(DecisionPolicy.load(run.folder), core), config.epsilon)
 
     masks = [
         fitting(DecisionPolicy.load(run.folder), core).with_decision(mask)
         for run in agents.get("static", [])
         for mask in searched_masks(run.folder, core.nvec)
     ]
-    blind = [version for run in agents.get("blind", []) for version in versions(run)]
+    blind = [version for run in agents.get("blind", []) for version in versions_of(run)]
     controls = {name: front(policies) for name, policies in zip(CONTROLS, (masks, blind), strict=True) if policies}
     learned = {
-        name: [front(versions(run)) for run in runs]
+        name: [front(versions_of(run)) for run in runs]
         for agent, of_agent in agents.items()
         if agent not in CONTROLS
         for name, runs in alike(agent, of_agent)
@@ -164,8 +164,8 @@ def _fronts_of(config: EnvConfig, agents: dict[str, list[Run]]) -> EnvFronts:
     return EnvFronts(config.id, config.epsilon, controls, learned)
 
 
-def _versions(core: Core, policy: DecisionPolicy, epsilon: float) -> list[DecisionPolicy]:
-    """A policy from bolder to more cautious, from a loss of epsilon to a tenth of it."""
+def versions(core: Core, policy: DecisionPolicy, epsilon: float) -> list[DecisionPolicy]:
+    """Versions of a policy, from bolder to more cautious: from a loss of epsilon on the test split to a tenth of it."""
 
     def lost(margin: float) -> float:
         scored = decide_and_score(core, policy.with_margin(margin), core.split("test"))

@@ -1,0 +1,114 @@
+"""The paper's ablations, one command each: what a choice is worth, as a table.
+
+    python benchmarks/ablations.py candidates
+    python benchmarks/ablations.py objective --seeds 0 1 2 --steps 20000 --jobs 2
+
+Every row is trained alike, but for what it is about; each figure is that of ``from_nothing.py``: FLOPs with the
+policy's own, points of quality lost, as learned and as selected. Rows that several ablations share are trained once.
+What is finished is kept and what was cut off goes on; ``--table`` only prints what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from from_nothing import COLUMNS, cell, show
+from sd_gym.agents.experiment.folder import read_result
+from sd_gym.agents.experiment.many import train_many
+from sd_gym.agents.experiment.plan import Planned
+from sd_gym.agents.report.compare import markdown
+
+MINI, SUMMARIES = "SD/Classification-Mini-v0", "SD/Summarization-Mini-v0"
+Row = tuple[str, str, dict[str, Any]]  # env, agent, settings
+KINDS = ("attention", "cross_attention", "feed_forward")
+SHARES = [0.0, 0.25, 0.5]
+
+
+def scalarized(weight: float) -> Row:
+    """The weighted sum that the paper compares with."""
+    return MINI, "ppo", {"objective": "scalarized", "penalty": weight}
+
+
+ABLATIONS: dict[str, dict[str, Row]] = {
+    "candidates": {
+        "attention and cross-attention": (SUMMARIES, "reinforce", {"candidates": KINDS[:2]}),
+        "feed-forward": (SUMMARIES, "reinforce", {"candidates": KINDS[2:]}),
+        "tokens": (SUMMARIES, "reinforce", {"candidates": (), "token_shares": SHARES}),
+        "all sublayers": (SUMMARIES, "reinforce", {}),
+        "all sublayers and tokens": (SUMMARIES, "reinforce", {"token_shares": SHARES}),
+    },
+    "objective": {
+        "lexicographic": (MINI, "ppo", {}),
+        "scalarized, weight 1": scalarized(1),
+        "scalarized, weight 5": scalarized(5),
+        "scalarized, weight 20": scalarized(20),
+        "Lagrangian": (MINI, "ppo_lagrangian", {}),
+        "two value heads": (MINI, "ppo_lex", {}),
+        "dynamic barrier (REINFORCE)": (MINI, "reinforce", {}),
+    },
+    "observation": {
+        "pooled embeddings": (MINI, "ppo", {}),
+        "tokens, as many channels as 1% of the FLOPs": (MINI, "ppo", {"observation": "tokens"}),
+        "tokens, 8 channels": (MINI, "ppo", {"observation": "tokens", "channels": 8}),
+        "nothing: one decision for all inputs": (MINI, "blind-ppo", {}),
+    },
+    "stages": {
+        "one": (MINI, "ppo", {}),
+        "three": ("SD/Classification-Mini-Staged-v0", "ppo", {}),
+        "every layer": ("SD/Classification-Mini-Layerwise-v0", "ppo", {}),
+    },
+    "start": {
+        "even odds": (MINI, "ppo", {}),
+        "near dense (0.1)": (MINI, "ppo", {"initial_skip_rate": 0.1}),
+    },
+    "tokens": {
+        "none dropped": (SUMMARIES, "reinforce", {}),
+        "two levels (0, 50%)": (SUMMARIES, "reinforce", {"token_shares": [0.0, 0.5]}),
+        "three levels (0, 25, 50%)": (SUMMARIES, "reinforce", {"token_shares": SHARES}),
+        "five levels (0 to 60%)": (SUMMARIES, "reinforce", {"token_shares": [0.0, 0.15, 0.3, 0.45, 0.6]}),
+    },
+}
+
+
+def folder_of(output: Path, row: Row, steps: int, seed: int) -> Path:
+    """Of one run; rows that are the same share it."""
+    env, algo, settings = row
+    known = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return output / f"{env.removeprefix('SD/').removesuffix('-v0')}-{algo}-{known}-{steps}-{seed}"
+
+
+def main() -> None:
+    """Train what is not trained yet, then print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ablation", choices=list(ABLATIONS))
+    parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--jobs", type=int, default=1, help="processes, which share the cores")
+    parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
+    arguments = parser.parse_args()
+    rows, steps = ABLATIONS[arguments.ablation], arguments.steps
+    if not arguments.table:
+        runs = [
+            Planned(env, algo, folder_of(arguments.output, (env, algo, settings), steps, seed), steps, seed, settings)
+            for seed in arguments.seeds
+            for env, algo, settings in rows.values()
+        ]
+        train_many(runs, jobs=arguments.jobs, on_word=show)
+    shown = []
+    for name, row in rows.items():
+        folders = [folder_of(arguments.output, row, steps, seed) for seed in arguments.seeds]
+        results = [read_result(folder) for folder in folders if (folder / "result.json").exists()]
+        if results:
+            kept = f"{sum(result['quality_kept'] for result in results)} of {len(results)}"
+            learned = cell([result["last_policy"] for result in results])
+            shown.append([row[0], f"{steps:,}", name, str(len(results)), learned, cell(results), kept])
+    print(markdown(["env", "decisions", arguments.ablation, *COLUMNS[3:]], shown))
+
+
+if __name__ == "__main__":
+    main()

