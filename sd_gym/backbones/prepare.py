@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from sd_gym.backbones.draws import DRAWS, layers_of
 from sd_gym.backbones.heads import head_of
 from sd_gym.files import damaged_checkpoint, read_checkpoint, write_checkpoint
 from sd_gym.switch import Switchboard
@@ -26,16 +27,6 @@ CHECKPOINTS = 10  # on the way
 BOLDNESS = (-1.0, 2.0)  # between what a policy's log-odds of skipping are shifted
 RARE = 0.02  # the least probability of skipping, and of not skipping, a switch
 RANDOM_SHARE = 0.3  # of the rows, beside those that a policy decides on
-
-
-def random_decisions(rows: int, switches: int, max_rate: float, generator: torch.Generator) -> Tensor:
-    """Random skip vectors: each row draws its own rate from ``[0, max_rate]``, then each switch by that rate.
-
-    Returns:
-        int64 ``[rows, switches]`` on the CPU.
-    """
-    rates = torch.rand(rows, 1, generator=generator) * max_rate
-    return (torch.rand(rows, switches, generator=generator) < rates).long()
 
 
 def decisions_around(
@@ -135,6 +126,7 @@ def prepare(
     dense_steps: int = 0,
     warmup_steps: int = 100,
     max_rate: float = 0.8,
+    draw: str = "even",
     random_share: float = RANDOM_SHARE,
     weight_decay: float = 0.01,
     seed: int = 0,
@@ -161,6 +153,7 @@ def prepare(
             them: the backbone is fine-tuned as usual.
         warmup_steps: Steps of the linear warm-up.
         max_rate: Highest skip rate that a row may draw.
+        draw: How decisions are drawn, one of ``DRAWS``.
         random_share: Of the rows, beside those that a policy decides on.
         weight_decay: Of AdamW.
         seed: Of the random decisions and dropout.
@@ -178,7 +171,7 @@ def prepare(
         ValueError: If the batches end early, or the checkpoint is damaged.
         FloatingPointError: If the loss is not finite.
     """
-    model, head = board.model, head_of(board.model)
+    model, head, layers = board.model, head_of(board.model), layers_of(board)
     accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu", device_placement=False)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
@@ -213,7 +206,7 @@ def prepare(
             distillation = torch.zeros((), device=model.device)
         else:
             rows = len(batch["labels"])
-            skip = random_decisions(rows, len(board), max_rate, generator.manual_seed(random[1]))
+            skip = DRAWS[draw](rows, layers, max_rate, generator.manual_seed(random[1]))
             if skip_logits is not None:
                 skip = decisions_around(skip_logits.cpu(), skip, generator, random_share)
             loss, distillation = sandwich_loss(board, batch, skip, call)

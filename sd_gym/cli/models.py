@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from sd_gym.cli.terminal import Imports, console, errors, errors_as_lines, import_all, progress_bar, settings_of
+
+Draw = Literal["even", "deeper", "staged"]
 
 
 def prepare(
@@ -34,6 +36,13 @@ def prepare(
     max_rate: Annotated[
         float, typer.Option(min=0, max=1, help="Highest skip rate during preparation; 0: fine-tune densely, as usual.")
     ] = 0.6,
+    draw: Annotated[
+        Draw,
+        typer.Option(
+            help="How decisions are drawn: each row by a rate of its own (even), by one that grows with depth (deeper) "
+            "or as in stages (staged: layers run up to a random one, behind it half of the rows skip all)."
+        ),
+    ] = "even",
     patience: Annotated[
         int | None,
         typer.Option(min=1, help="End after so many validations (of ten) without a better quality [default: never]."),
@@ -119,6 +128,7 @@ def prepare(
             batch_size=batch_size,
             learning_rate=learning_rate,
             max_rate=max_rate,
+            draw=draw,
             patience=patience,
             answers=config.answers,
             prompt=config.prompt,

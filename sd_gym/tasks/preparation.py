@@ -53,6 +53,7 @@ def prepare_backbone(
     batch_size: int = 32,
     learning_rate: float = 5e-5,
     max_rate: float = 0.6,
+    draw: str = "even",
     patience: int | None = None,
     answers: Literal["generated", "extracted"] | None = None,
     prompt: str | None = None,
@@ -89,6 +90,8 @@ def prepare_backbone(
         learning_rate: Peak learning rate.
         max_rate: Highest skip rate that a row may draw; 0 (and no tokens to drop): the backbone is fine-tuned densely,
             as usual.
+        draw: How decisions are drawn: each row by a rate of its own (``even``), by one that grows with depth
+            (``deeper``), or as policies of several stages decide (``staged``), as ``sd_gym.backbones.draws`` says.
         patience: Validations (there are ten) without a better quality after which the preparation ends; ``None``: it
             never ends early. The weights with the best quality under random decisions are kept in any case.
         answers: For question answering, whether the backbone generates its answers or extracts them from the context;
@@ -190,6 +193,7 @@ def prepare_backbone(
             "mixed_precision": accelerator.mixed_precision,
             "learning_rate": learning_rate,
             "max_rate": max_rate,
+            "draw": draw,
             "patience": patience,
             "prompt": prompt,
             "stop": stop,
@@ -231,8 +235,9 @@ def prepare_backbone(
                 learning_rate=learning_rate,
                 warmup_steps=max(1, steps // 10),
                 max_rate=max_rate,
+                draw=draw,
                 seed=seed,
-                validate=lambda: score.under_decisions(max_rate),
+                validate=lambda: score.under_decisions(max_rate, draw),
                 patience=patience,
                 checkpoint=output / "checkpoint.pt",
                 resume=resume,

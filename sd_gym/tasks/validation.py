@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sd_gym.backbones.draws import DRAWS, layers_of
 from sd_gym.backbones.heads import Head
-from sd_gym.backbones.prepare import decisions_around, random_decisions
+from sd_gym.backbones.prepare import decisions_around
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.data import Instances
 from sd_gym.tasks.dropping import TokenDropping
@@ -85,11 +86,11 @@ class Score:
         nothing = torch.zeros(n, len(self.board), dtype=torch.int64)
         return {str(share): self.mean(nothing, np.full(n, level)) for level, share in enumerate(shares, start=1)}
 
-    def under_decisions(self, max_rate: float) -> float:
+    def under_decisions(self, max_rate: float, draw: str) -> float:
         """Quality with every row drawing its decision as in training, the same ones at each call."""
         n, levels = len(self.part.encoded), len(self.part.tokens.shares)
         generator = torch.Generator().manual_seed(0)
-        skip = random_decisions(n, len(self.board), max_rate, generator)
+        skip = DRAWS[draw](n, layers_of(self.board), max_rate, generator)
         if self.part.skip_logits is not None:
             skip = decisions_around(torch.from_numpy(self.part.skip_logits), skip, generator)
         return self.mean(skip, np.random.default_rng(0).integers(levels, size=n))

@@ -21,8 +21,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import MBartConfig, MBartForConditionalGeneration, PreTrainedTokenizerFast
 
+from sd_gym.backbones.draws import even, layers_of
 from sd_gym.backbones.load import save_backbone
-from sd_gym.backbones.prepare import prepare, random_decisions
+from sd_gym.backbones.prepare import prepare
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.procedural.generate import TASKS, generate_split, stream, vocabulary
@@ -148,7 +149,7 @@ def exact_match(
         chunk = ordered[start : start + 100]
         batch = encode(tokenizer, chunk)
         labels = batch["labels"]
-        with board.decide(random_decisions(len(chunk), len(board), max_rate, generator)):
+        with board.decide(even(len(chunk), layers_of(board), max_rate, generator)):
             predicted = board.model(**batch).logits.argmax(-1)
         right = ((predicted == labels) | (labels == -100)).all(dim=1)
         for instance, hit in zip(chunk, right.tolist(), strict=True):
