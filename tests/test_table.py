@@ -202,7 +202,7 @@ def contents_of(folder):
 
 def test_a_table_that_was_cut_off_goes_on_and_becomes_the_same(tmp_path, monkeypatch, table_source, small_table):
     env_id, keys = table_source
-    asked = {"decisions": ["random:12", "path"], **keys}
+    asked = {"decisions": ["random:16"], **keys}
     monkeypatch.setattr("sd_gym.envs.tabulate.CHUNK", 7)
     whole = tmp_path / "whole"
     sd_gym.tabulate(env_id, whole, **asked)

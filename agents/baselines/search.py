@@ -24,6 +24,7 @@ LEARNING_RATE = 0.1  # of the thresholds, falling to a tenth; they are logarithm
 SOFTNESS = (1.5, 0.4)  # of the thresholds, from the first update to the last
 EXHAUSTIVE = 500_000  # scores; up to so many, all decisions are tried on all instances
 BATCH = 4096  # decisions scored in one call
+ALONG = 1024  # instances that are run along a path in one call
 
 Array = NDArray
 OnRound = Callable[[int], None]  # called with the decisions scored so far
@@ -49,22 +50,28 @@ def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, for
     path = [core.nvec - 1 if forward else np.zeros_like(core.nvec)]
     scored, known = 0, {}
 
-    def worth(decision: Array, on: Array) -> tuple[float, float]:
+    def key(decision: Array, on: Array) -> tuple[int, bytes]:
+        return len(on), decision.tobytes()
+
+    def look(decisions: list[Array], on: Array) -> None:
+        """Score what is not known yet: a round starts where the one before has ended."""
         nonlocal scored
-        key = (len(on), decision.tobytes())  # a round starts where the one before has ended
-        if key not in known:
-            scored += len(on)
-            decisions = np.tile(decision, (len(on), 1))
-            quality, likelihood = split.scoring.quality_and_likelihood(on, decisions)
-            value = float(np.mean(quality + LIKELIHOOD_WEIGHT * likelihood))
-            known[key] = value, float(split.costs.flops_ratio(on, decisions).mean())
-        return known[key]
+        new = [decision for decision in decisions if key(decision, on) not in known]
+        if not new:
+            return
+        scored += len(on) * len(new)
+        quality, likelihood = split.scoring.under_all(on, np.stack(new))
+        values = (quality + LIKELIHOOD_WEIGHT * likelihood).mean(axis=0)
+        for decision, value in zip(new, values, strict=True):
+            flops = split.costs.flops_ratio(on, np.tile(decision, (len(on), 1))).mean()
+            known[key(decision, on)] = float(value), float(flops)
 
     def best_first(candidates: list[Array], on: Array) -> list[Array]:
-        start, start_flops = worth(path[-1], on)
+        look([path[-1], *candidates], on)
+        start, start_flops = known[key(path[-1], on)]
 
         def price(decision: Array) -> float:
-            value, flops = worth(decision, on)
+            value, flops = known[key(decision, on)]
             changed = abs(flops - start_flops) + 1e-9
             return -(value - start) / changed if forward else (start - value + SMALL_LOSS) / changed
 
@@ -152,16 +159,17 @@ def losses_along(split: Split, rows: Array, path: list[Array], on_round: OnRound
         split: Where the instances are.
         rows: The instances, ``[n]``.
         path: Decisions ``[components]``, the first of them dense.
-        on_round: Called after each mask.
+        on_round: Called now and then.
 
     Returns:
         float64 ``[n, masks]``.
     """
-    quality = []
-    for mask in path:
-        quality.append(split.scoring.run(rows, np.tile(mask, (len(rows), 1))))
-        on_round(len(rows) * len(quality))
-    return quality[0][:, None] - np.stack(quality, axis=1)
+    masks, quality = np.stack(path), []
+    for start in range(0, len(rows), ALONG):
+        quality.append(split.scoring.under_all(rows[start : start + ALONG], masks)[0])
+        on_round((start + len(quality[-1])) * len(masks))
+    found = np.concatenate(quality)
+    return found[:, :1] - found
 
 
 def search_each(

@@ -18,6 +18,7 @@ from sd_gym.tasks.instance import Instance
 
 Array = NDArray
 PASS_TOKENS = 2**15  # padded tokens of a forward pass at most, which bounds its memory
+SHARED_ROWS = 128  # of passes that many masks share
 
 
 class Passes:
@@ -116,10 +117,11 @@ class Passes:
             masks: Decisions for all of them, all different, ``[masks, switches + 1]``.
             value: Of logits and labels, ``[n, values]``.
         """
-        longest = int(self.encoded.source_length[rows].max() + self.encoded.target_length[rows].max())
-        size = max(1, PASS_TOKENS // longest)
-        parts = np.split(rows, range(size, len(rows), size))
-        return np.concatenate([self._under_all(part, masks, value) for part in parts])
+        length = self.encoded.source_length[rows] + self.encoded.target_length[rows]
+        order = np.argsort(length, kind="stable")  # rows of similar length waste little on padding
+        size = max(1, min(SHARED_ROWS, PASS_TOKENS // int(length.max())))
+        parts = np.split(rows[order], range(size, len(rows), size))
+        return np.concatenate([self._under_all(part, masks, value) for part in parts])[np.argsort(order)]
 
     def _under_all(
         self, rows: Array, masks: Array, value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

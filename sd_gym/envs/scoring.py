@@ -146,7 +146,7 @@ class Scoring:
 
         Args:
             rows: The rows.
-            masks: Decisions for all of them, all different, the first one dense, ``[masks, switches + 1]``.
+            masks: Decisions for all of them, all different, ``[masks, switches + 1]``.
         """
         if self._measure == "of_text":
             pairs = [self.quality_and_likelihood(rows, np.tile(mask, (len(rows), 1))) for mask in masks]

@@ -184,6 +184,12 @@ class TableScoring:
         masks = self._core.masks_of(decisions)
         return self._of(rows, masks), self._tensors["likelihood"][rows, masks].astype(np.float64)
 
+    def under_all(self, rows: Array, masks: Array) -> tuple[Array, Array]:
+        """``quality_and_likelihood`` of rows ``[n]`` under each of some decisions, each float64 ``[n, masks]``."""
+        every = np.repeat(rows, len(masks)), np.tile(masks, (len(rows), 1))
+        quality, likelihood = self.quality_and_likelihood(*every)
+        return quality.reshape(len(rows), -1), likelihood.reshape(len(rows), -1)
+
     def metrics(self, rows: Array, decisions: Array) -> dict[str, float]:
         """None: a data set's own metric is not the mean of anything that is in a table."""
         return {}
