@@ -148,14 +148,17 @@ class Runs:
         )
 
     def planned(self) -> list[Planned]:
-        """Controls first: agents take their masks from the search of ``static``."""
-        static = self.folder("static")
-        runs = [self._run(name, name, 0, {"path": static} if name == "cascade" else {}, staged)
-                for name, staged in CONTROLS.items()]  # fmt: skip
+        """The first run searches a path of masks, which all others take over that have any."""
+        searched = self.folder("imitation")
+        runs = []
         for seed in range(self.seeds):
             for name, (algo, settings, staged) in LEARNED.items():
-                path = {"path": self.folder(name) if seed else static} if algo == "imitation" else {}
+                first = seed == 0 and name == "imitation"
+                path = {"path": searched} if algo == "imitation" and not first else {}
                 runs.append(self._run(name, algo, seed, {**settings, **path}, staged))
+        for name, staged in CONTROLS.items():
+            path = {"path": searched} if name in ("static", "cascade") else {}
+            runs.append(self._run(name, name, 0, path, staged))
         return runs
 
     def _run(self, name: str, algo: str, seed: int, more: dict[str, Any], staged: bool) -> Planned:
@@ -194,9 +197,9 @@ class Runs:
         if name in ("early-exit", "confidence"):
             return _exit_front(core, None if name == "early-exit" else core.columns)
         if name == "cascade":
-            return _cascade_front(core, searched_masks(self.folder("static"), core.nvec))
+            return _cascade_front(core, searched_masks(self.folder("imitation"), core.nvec))
         if name == "static":
-            masks = searched_masks(folder, core.nvec)
+            masks = searched_masks(self.folder("imitation"), core.nvec)
             policy = fitting(DecisionPolicy.load(folder), core)
             return front_of(core, core.split("test"), [policy.with_decision(mask) for mask in masks])
         policy = fitting(DecisionPolicy.load(folder), core)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sd_gym.agents import make_agent
 from sd_gym.agents.baselines.search import losses_along
+from sd_gym.agents.baselines.static import SEARCHED
 from sd_gym.agents.experiment.run import train
-from sd_gym.agents.imitation.agent import SEARCHED, component_logits, read_searched, step_logits
+from sd_gym.agents.imitation.agent import component_logits, read_searched, step_logits
 from stable_baselines3.common.logger import configure
 
 from sd_gym.policy import DecisionPolicy
@@ -93,6 +94,18 @@ def test_what_is_learned_is_worth_more_than_any_mask_of_the_path(env, tmp_path):
     price = outcome.flops_ratio + 2.0 * (outcome.quality_ref - outcome.quality)
     assert price.mean() < (flops + 2.0 * lost).mean(axis=0).min()
     assert len(np.unique(decided, axis=0)) > 1
+
+
+def test_static_takes_over_the_path_that_imitation_has_searched(env, tmp_path):
+    agent = make_agent("imitation", env, epochs=1)
+    agent.learn(1, configure(str(tmp_path), []), lambda rollout: None)
+    agent.save_extra(tmp_path)
+    static = make_agent("static", env, path=tmp_path)
+    static.learn(1, configure(str(tmp_path), []), lambda rollout: None)
+    np.testing.assert_array_equal(static.masks, agent.searched.path)
+    (tmp_path / SEARCHED).unlink()
+    with pytest.raises(FileNotFoundError, match="static or imitation"):
+        make_agent("static", env, path=tmp_path).learn(1, configure(str(tmp_path), []), lambda rollout: None)
 
 
 def test_where_nothing_is_foreseen_the_mean_risk_stays(env, tmp_path):

@@ -17,8 +17,10 @@ from sd_gym.agents.learning.agent import Agent, AgentSettings, OnRollout, Rollou
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.spaces import read_masks, write_masks
+from sd_gym.files import read_tensors
 from sd_gym.policy import DecisionPolicy
 
+SEARCHED = "searched.safetensors"  # what a run of imitation has found
 CONFIDENCE = 0.9  # in the mask; less than certain, so that learning that starts from it can leave it
 
 
@@ -26,7 +28,8 @@ class StaticSettings(AgentSettings):
     """Settings of the search.
 
     Attributes:
-        path: Folder of a run of ``static`` whose masks are taken instead of searching again; ``None``: search.
+        path: Folder of a run of ``static``, or of ``imitation``, whose masks are taken instead of searching again;
+            ``None``: search.
     """
 
     path: Path | None = None
@@ -90,16 +93,21 @@ class StaticAgent(Agent):
 
 
 def searched_masks(folder: Path, nvec: NDArray) -> list[NDArray]:
-    """The masks that a run of ``static`` has found.
+    """The masks that a run of ``static`` has found, or the path that one of ``imitation`` has.
 
     Raises:
         FileNotFoundError: If the folder holds none.
         ValueError: If they are masks of something else.
     """
-    file = folder / "masks.json"
-    if not file.exists():
-        raise FileNotFoundError(f"no masks.json in {folder}; expected a run of the agent static")
-    return list(read_masks(file, nvec))
+    file, path = folder / "masks.json", folder / SEARCHED
+    if file.exists():
+        return list(read_masks(file, nvec))
+    if not path.exists():
+        raise FileNotFoundError(f"no masks.json in {folder}; expected a run of the agent static or imitation")
+    masks = read_tensors(path)["path"].numpy()
+    if masks.shape[1:] != nvec.shape:
+        raise ValueError(f"the masks in {path} have {masks.shape[1]} components, expected {len(nvec)}")
+    return list(masks)
 
 
 def backward_path(folder: Path, nvec: NDArray) -> list[NDArray]:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.baselines.search import greedy_path, losses_along, order_of
-from sd_gym.agents.baselines.static import backward_path, report
+from sd_gym.agents.baselines.static import SEARCHED, backward_path, report
 from sd_gym.agents.experiment.evaluation import seen_together
 from sd_gym.agents.learning.agent import Agent, LearnerSettings, OnRollout, initial_bias
 from stable_baselines3.common.logger import Logger
@@ -34,7 +34,6 @@ from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
 from sd_gym.policy.eyes import Eyes, tensors
 
 ORDER_INSTANCES = 1000  # that the path of static masks is searched on
-SEARCHED = "searched.safetensors"
 SURE = 6.0  # log-odds of skipping at most: learning that goes on from the policy can still leave a decision
 LEAST_SAVED = 1e-4  # of the dense FLOPs: what a step saves at least, where it costs as much as it saves
 LEAST_RISK = 1e-6  # a saved FLOPs ratio of 1, so that the exchange rate is finite
