@@ -35,6 +35,8 @@ def tabulate(
     decisions: str | Sequence[str] | None = None,
     instances: int | None = None,
     seed: int = 0,
+    pca: int | None = None,
+    share: bool = False,
     resume: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     **settings: Any,
@@ -50,6 +52,10 @@ def tabulate(
             always among them. ``None``: all where there are at most 4,096, else ``random:64``.
         instances: So many of each split at most; ``None``: all.
         seed: Of ``random:N``.
+        pca: Principal components of the training split that the observations are reduced to (float16), which makes a
+            table small; ``None``: they are kept as they are.
+        share: Whether what is not to be passed on is left out: the data's own ids (instances are numbered), facts in
+            words, and paths. Texts are in no table.
         resume: Whether to go on with a table that was cut off.
         on_progress: Called with the decisions that are done, and all there are.
         settings: Overrides of the env's config.
@@ -59,7 +65,8 @@ def tabulate(
 
     Raises:
         FileExistsError: If the folder holds a table, or anything else.
-        ValueError: If a name or setting is unknown, a choice is none, or what was cut off is another table.
+        ValueError: If a name or setting is unknown, a choice is none, there are not so many components, or what was
+            cut off is another table.
         ConfigError: If the env decides at several stages, is a table itself, or sees more than one array.
 
     Example:
@@ -72,10 +79,16 @@ def tabulate(
     if not asked:
         asked = ["all"] if few else ["random:64"]
     masks = None if asked == ["all"] and few else _chosen(core, asked, seed)
-    words = "" if masks is None else " and ".join(asked) + (f", seed {seed}" if "random:" in str(asked) else "")
-    folder = Path(output)
-    write_table(core, masks, folder, chosen=words, resume=resume, on_chunk=on_progress or (lambda done, total: None))
+    folder, on_chunk = Path(output), on_progress or (lambda done, total: None)
+    chosen = "" if masks is None else _in_words(asked, seed, share)
+    write_table(core, masks, folder, chosen=chosen, pca=pca, share=share, resume=resume, on_chunk=on_chunk)
     return read_table(folder)
+
+
+def _in_words(asked: Sequence[str], seed: int, share: bool) -> str:
+    """How masks were chosen; of files only the names, if it is shared."""
+    names = [f"codebook:{Path(one).name}" if share and one.startswith("codebook:") else one for one in asked]
+    return " and ".join(names) + (f", seed {seed}" if any(one.startswith("random:") for one in asked) else "")
 
 
 def _config(env_or_run: str, settings: dict[str, Any], instances: int | None) -> EnvConfig:

@@ -20,7 +20,7 @@ from sd_gym.envs.table import FORMAT
 from sd_gym.files import write_arrays, write_json
 
 SECONDS = 2.0
-SWITCHES, INSTANCES, FEATURES = 12, 2000, 258
+SWITCHES, INSTANCES, FEATURES, LENGTHS = 12, 2000, 258, 128
 
 
 def made_up(folder: Path) -> Path:
@@ -32,8 +32,9 @@ def made_up(folder: Path) -> Path:
         "quality": random.integers(2, size=(INSTANCES, masks)).astype(np.uint8),
         "quality_values": np.array([0.0, 1.0]),
         "likelihood": random.random((INSTANCES, masks)).astype(np.float16),
-        "always": np.ones((INSTANCES, 1), dtype=np.int64),
-        "switched": random.integers(10**6, size=(INSTANCES, 1, SWITCHES)),
+        "costs": random.integers(LENGTHS, size=INSTANCES).astype(np.uint8),
+        "always": np.ones((LENGTHS, 1), dtype=np.int64),
+        "switched": random.integers(10**6, size=(LENGTHS, 1, SWITCHES)),
         "observations": random.normal(size=(INSTANCES, FEATURES)).astype(np.float32),
         **dict.fromkeys(("difficulty", "levels", "source_length"), nothing),
         **dict.fromkeys(("source_cut", "target_cut"), nothing.astype(bool)),

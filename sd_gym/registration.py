@@ -11,7 +11,6 @@ from gymnasium.envs.registration import parse_env_id
 from sd_gym.registry import Registry
 
 CONFIG_FOLDER = Path(str(files("sd_gym.envs_configs")))
-TABLE = "SD/Table-v0"  # whose envs look up what decisions do
 OBSERVATIONS: Registry[type] = Registry(
     "observation", {"pooled": "sd_gym.envs.spaces:Pooled", "tokens": "sd_gym.envs.spaces:Tokens"}
 )
@@ -37,18 +36,29 @@ def register_observation(name: str, observation: type) -> None:
 def env_id(file: Path) -> str:
     """The Gymnasium id in a configuration file, read from its line ``id: ...``.
 
-    Parsing only that line keeps ``import sd_gym`` fast.
-
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it has no such line.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no configuration file {str(file)!r}")
+    identity = _line(file, "id")
+    if identity is None:
+        raise ValueError(f"{file}: no line 'id: ...', such as 'id: My/Reviews-v0'")
+    return identity
+
+
+def is_of_table(file: Path) -> bool:
+    """Whether the env of a configuration file looks up what decisions do: it has a line ``table: ...``."""
+    return _line(file, "table") is not None
+
+
+def _line(file: Path, key: str) -> str | None:
+    """The value in the line of a key; reading lines, and no YAML, keeps ``import sd_gym`` fast."""
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():  # the rest is checked later
-        if line.startswith("id:"):
-            return line.removeprefix("id:").partition(" #")[0].strip(" \"'")
-    raise ValueError(f"{file}: no line 'id: ...', such as 'id: My/Reviews-v0'")
+        if line.startswith(f"{key}:"):
+            return line.removeprefix(f"{key}:").partition(" #")[0].strip(" \"'")
+    return None
 
 
 ENVS = Registry("env", {env_id(file): file for file in sorted(CONFIG_FOLDER.glob("*.yaml"))})
@@ -73,11 +83,17 @@ def registered_ids() -> list[str]:
     return ENVS.names()
 
 
+def shipped_tables() -> dict[str, str]:
+    """The envs whose tables are in the package: the folder of each by its id, as their YAML files name it."""
+    folders = {env_id(file): _line(file, "table") for file in sorted(CONFIG_FOLDER.glob("*.yaml"))}
+    return {identity: folder for identity, folder in folders.items() if folder not in (None, "null")}
+
+
 def register_env(file: str | Path) -> str:
     """Make an env of your own, described in a YAML file as those of ``envs_configs/`` are, known to Gymnasium.
 
-    Its ``dataset`` and ``backbone`` may be paths from where the file lies; those that are passed to ``gym.make`` or
-    ``--set`` are paths from the working directory, as always. The keys are checked when an env is made.
+    Its ``dataset``, ``backbone`` and ``table`` may be paths from where the file lies; those that are passed to
+    ``gym.make`` or ``--set`` are paths from the working directory, as always. The keys are checked when an env is made.
 
     Args:
         file: The YAML file.
@@ -109,7 +125,8 @@ def register_envs() -> None:
 
 
 def _register(identity: str) -> None:
-    file, of = ENVS.find(identity), "Table" if identity == TABLE else "Switchable"
+    file = ENVS.find(identity)
+    of = "Table" if is_of_table(file) else "Switchable"
     gym.register(
         identity,
         entry_point=f"sd_gym.envs:{of}Env",

@@ -16,6 +16,8 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sd_gym.agents.experiment.replay import ReplayError, replay
+from sklearn.decomposition import PCA
 from stable_baselines3.common.env_checker import check_env as check_sb3_env
 from typer.testing import CliRunner
 
@@ -23,10 +25,12 @@ import sd_gym
 from sd_gym.cli import app
 from sd_gym.envs import ConfigError, Outcome, TableEnv, TableVectorEnv, shared_core
 from sd_gym.envs.config import load_config
-from sd_gym.envs.exact import best_of_few, best_static, oracle, outcome, regret
+from sd_gym.envs.exact import best_of_few, best_static, oracle, outcome, regret, static_regret
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.scoring import Scoring
 from sd_gym.envs.table import table_core
+from sd_gym.envs.tabulate import _smallest
+from sd_gym.files import map_arrays, write_arrays
 from sd_gym.policy import DecisionPolicy
 from sd_gym.registration import config_of
 from sd_gym.registry import UnknownNameError
@@ -193,6 +197,108 @@ def test_neither_torch_nor_a_data_set_is_needed(table):
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+# --- small enough to be passed on -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared_table(tmp_path_factory, table_source):
+    """A table of some decisions, with reduced observations and nothing that is not to be passed on."""
+    folder = tmp_path_factory.mktemp("tables") / "shared"
+    codebook = folder.parent / "masks.json"
+    codebook.write_text(json.dumps([[0] * 7, [1] * 7, [0, 1, 0, 1, 0, 1, 0]]))
+    chosen = ["random:6", f"codebook:{codebook}"]
+    sd_gym.tabulate(table_source[0], folder, decisions=chosen, pca=3, share=True, **table_source[1])
+    return str(folder)
+
+
+def test_reduced_observations_are_principal_components_of_the_training_split(shared_table, table_source):
+    """Of unit variance there, without correlation, and of the whole variance as much as scikit-learn says."""
+    core = core_of(ID, table=shared_table)
+    assert core.observation_space == gym.spaces.Box(-10, 10, (3,), np.float32)
+    split = core.split("train")
+    reduced = core.observe(split, np.arange(len(split))).astype(np.float64)
+    assert (np.abs(reduced) < 10).all()  # none was clipped
+    np.testing.assert_allclose(np.cov(reduced.T), np.eye(3), atol=2e-3)
+    np.testing.assert_allclose(reduced.mean(axis=0), 0, atol=1e-3)
+    source = core_of(table_source[0], **table_source[1])
+    whole = source.observe(source.split("train"), np.arange(len(split)))
+    expected = PCA(3, svd_solver="full").fit(whole.astype(np.float64)).explained_variance_ratio_
+    np.testing.assert_allclose(core.observation.projection.explained, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_what_the_env_observes_is_reduced_to_what_the_table_has(name, shared_table, table_source):
+    """Exactly, one by one or together; so a policy of the table decides on inputs of the env."""
+    ours, theirs = core_of(ID, table=shared_table), core_of(table_source[0], **table_source[1])
+    reduce, split = ours.observation.projection, ours.split(name)
+    rows = np.arange(len(split))
+    seen = theirs.observe(theirs.split(name), rows)
+    np.testing.assert_array_equal(reduce(seen), ours.observe(split, rows))
+    np.testing.assert_array_equal(np.concatenate([reduce(one[None]) for one in seen]), ours.observe(split, rows))
+
+
+def test_reducing_is_part_of_what_a_policy_costs(shared_table, small_table, tmp_path):
+    """Not of one that does not look."""
+    split = core_of(ID, table=shared_table).split("test")
+    rows, projection = np.arange(len(split)), core_of(ID, table=shared_table).observation.projection
+    assert projection.flops == 2 * 3 * len(projection.mean)
+    for algo, looks in (("ppo", True), ("blind-ppo", False)):
+        result = sd_gym.train(ID, algo, tmp_path / algo, steps=128, table=shared_table)
+        own = DecisionPolicy.load(tmp_path / algo).flops + looks * projection.flops
+        added = result["flops_ratio_with_policy"] - result["flops_ratio"]
+        assert added == pytest.approx((own / split.costs.dense_flops(rows)).mean())
+
+
+def test_nothing_else_is_passed_on(shared_table, table_source):
+    """Outcomes are those of the env; ids are numbers, and no file holds a text, a path, or an id of the data."""
+    ours, theirs = core_of(ID, table=shared_table), core_of(table_source[0], **table_source[1])
+    for name in SPLITS:
+        split, source = ours.split(name), theirs.split(name)
+        rows = np.arange(len(split))
+        assert list(split.ids) == [f"{name}-{row}" for row in rows]
+        for number, mask in enumerate(ours.masks):
+            came = ours.score(split, rows, np.full((len(rows), 1), number))
+            expected = theirs.score(source, rows, np.tile(mask, (len(rows), 1)))
+            np.testing.assert_array_equal(came.quality, expected.quality)
+            np.testing.assert_array_equal(came.flops_ratio, expected.flops_ratio)
+        facts = {key: values for key, values in source.facts().items() if values.dtype.kind in "biuf"}
+        assert_same(split.facts(), {key: np.asarray(values) for key, values in facts.items()})
+    assert ours.data.identity()["test"]["hash"] == theirs.data.identity()["test"]["hash"]
+    assert ours.description["chosen"] == "random:6 and codebook:masks.json, seed 0"
+    assert ours.config.dataset == "reviews.jsonl"
+    written = b"".join(contents_of(shared_table).values())
+    secret = [table_source[1]["dataset"], table_source[1]["backbone"], *(one.source for one in source.instances)]
+    assert not [one for one in secret if one.encode() in written]
+
+
+def test_numbers_are_kept_in_the_smallest_type_that_holds_them(shared_table):
+    """A table of 64 masks and 6,000 instances, by what each array takes an instance."""
+    kinds = {name: values.dtype for name, values in map_arrays(Path(shared_table) / "train.safetensors").items()}
+    expected = {"quality": np.uint8, "likelihood": np.float16, "observations": np.float16, "costs": np.uint8}
+    expected |= dict.fromkeys(("difficulty", "levels", "source_length", "fact.label"), np.uint8)
+    assert {name: kinds[name] for name in expected} == {name: np.dtype(kind) for name, kind in expected.items()}
+    assert _smallest([0.5, 2.0**-24]).dtype == np.float16
+    assert _smallest([0.1]).dtype == np.float64
+    assert _smallest(np.array([0.1], np.float32)).dtype == np.float32
+    assert _smallest([1e300]).dtype == np.float64
+    assert _smallest([70_000]).dtype == np.int64
+    assert _smallest([-1]).dtype == np.int64
+    assert _smallest([True]).dtype == np.bool_
+
+
+def test_a_run_on_a_table_is_played_again(table, tmp_path):
+    """Its decisions are recorded as masks, also where an action is the number of one."""
+    sd_gym.train(ID, "hash", tmp_path / "run", steps=1, table=table)
+    assert replay(tmp_path / "run").decided
+    file = tmp_path / "run" / "instances.csv"
+    lines = file.read_text().splitlines()
+    other = next(one for one in ("1" * 7, "0" * 7) if f",{one}," not in lines[1])
+    was = next(cell for cell in lines[1].split(",") if len(cell) == 7 and set(cell) <= {"0", "1"})
+    file.write_text("\n".join([lines[0], lines[1].replace(was, other), *lines[2:]]) + "\n")
+    with pytest.raises(ReplayError, match="decisions were changed"):
+        replay(tmp_path / "run")
+
+
 # --- making one -----------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +308,7 @@ def contents_of(folder):
 
 def test_a_table_that_was_cut_off_goes_on_and_becomes_the_same(tmp_path, monkeypatch, table_source, small_table):
     env_id, keys = table_source
-    asked = {"decisions": ["random:16"], **keys}
+    asked = {"decisions": ["random:16"], "pca": 4, **keys}
     monkeypatch.setattr("sd_gym.envs.tabulate.CHUNK", 7)
     whole = tmp_path / "whole"
     sd_gym.tabulate(env_id, whole, **asked)
@@ -223,7 +329,7 @@ def test_a_table_that_was_cut_off_goes_on_and_becomes_the_same(tmp_path, monkeyp
     with pytest.raises(FileExistsError, match="cut off; go on with --resume"):
         sd_gym.tabulate(env_id, cut, **asked)
     with pytest.raises(ValueError, match="another chosen"):
-        sd_gym.tabulate(env_id, cut, resume=True, decisions="random:3", **keys)
+        sd_gym.tabulate(env_id, cut, resume=True, decisions="random:3", pca=4, **keys)
     done = []
     sd_gym.tabulate(env_id, cut, resume=True, on_progress=lambda *counts: done.append(counts), **asked)
     assert contents_of(cut) == contents_of(whole)
@@ -248,6 +354,8 @@ def test_another_folder_is_left_alone(tmp_path, table_source):
         ({"decisions": ["all", "path"]}, ValueError, "'all' stands alone"),
         ({"decisions": "codebook:none.json"}, FileNotFoundError, r"no codebook at none\.json"),
         ({"instances": 0}, ValueError, "at least one instance"),
+        ({"pca": 0}, ValueError, "--pca: expected at least 1 component"),
+        ({"pca": 1000}, ValueError, "no more than there are training instances"),
         ({"observation": "tokens"}, ConfigError, "observations that are one array"),
         ({"stages": ["first", "encoder.1"]}, ConfigError, "decisions of one stage"),
         ({"epsilom": 1}, ConfigError, "did you mean 'epsilon'"),
@@ -296,8 +404,14 @@ def swapped(folder):
     shutil.copy(folder / "train.safetensors", folder / "test.safetensors")
 
 
+def recosted(folder):
+    arrays = {name: np.array(values) for name, values in map_arrays(folder / "test.safetensors").items()}
+    arrays["costs"][0] = len(arrays["switched"])
+    write_arrays(folder / "test.safetensors", arrays)
+
+
 DAMAGES = {
-    "another version": (lambda folder: edited(folder, format=2), "expected a table of format 1, got 2"),
+    "another version": (lambda folder: edited(folder, format=1), "expected a table of format 2, got 1"),
     "not complete": (lambda folder: edited(folder, complete=False), "not complete"),
     "no switches": (lambda folder: edited(folder, backbone=None), "'backbone' is None"),
     "no JSON": (lambda folder: (folder / "table.json").write_text("{"), "damaged: expected JSON"),
@@ -307,6 +421,8 @@ DAMAGES = {
     "swapped": (swapped, "damaged: expected quality of shape"),
     "no ids": (lambda folder: (folder / "test.json").write_text("{}"), "expected the ids of"),
     "no codebook": (lambda folder: (folder / "codebook.json").unlink(), r"codebook\.json"),
+    "other costs": (recosted, "instances have costs that it lacks"),
+    "no projection": (lambda folder: edited(folder, pca=3), r"no projection\.safetensors"),
     "other masks": (lambda folder: (folder / "codebook.json").write_text("[[0, 0]]"), "expected 7: one for each of"),
 }
 
@@ -336,7 +452,7 @@ def test_what_a_table_cannot_be_asked_for(keys, words, full_table):
     table = {"table": full_table} if keys else {}
     with pytest.raises(ValueError, match=words):
         gym.make(ID, disable_env_checker=True, **{**table, **keys})
-    with pytest.raises(ValueError, match=f"of the env {ID} alone"):
+    with pytest.raises(ValueError, match=f"it is the env {ID} that takes the folder of a table"):
         gym.make("SD/Classification-Mini-v0", disable_env_checker=True, table=full_table)
 
 
@@ -410,6 +526,9 @@ def test_regret_is_what_the_best_reward_of_each_instance_is_more(full_table):
     number = int(np.flatnonzero((split.core.masks == decision).all(axis=1))[0])
     lost = regret(split, policy)
     np.testing.assert_allclose(lost, rewards.max(axis=1) - rewards[:, number], atol=1e-12)
+    best = rewards.max(axis=1).mean()
+    assert static_regret(split) == pytest.approx(best - max(rewards.mean(axis=0)))
+    assert 0 < static_regret(split) <= lost.mean()
     came = outcome(split, policy)
     assert (came.quality, came.flops_ratio) == pytest.approx((quality[:, number].mean(), flops[:, number].mean()))
     with pytest.raises(ValueError, match="expected actions of shape"):

@@ -66,7 +66,7 @@ class Recorded(NamedTuple):
 
     Attributes:
         ids: Of the instances.
-        decisions: int64 ``[n, switches + 1]``.
+        decisions: As masks, int64 ``[n, switches + 1]``.
         scores: ``quality``, ``quality_ref``, ``flops_ratio`` and, but in runs of former versions,
             ``flops_ratio_with_policy``; float64 ``[n]`` each.
     """
@@ -94,16 +94,17 @@ def replay(folder: Path) -> Replay:
     check_backbone(folder, description.get("weights"), core.backbone)
     split = core.split(result["split"])
     file = folder / "instances.csv"
-    recorded = read_instances(file, core.nvec)
+    recorded = read_instances(file, core.decision_nvec)
     _check_instances(file, recorded, split)
     _check_decisions(file, recorded, result)
-    scored = score_decisions(core, split, np.arange(len(split)), recorded.decisions)
+    decisions = _numbered(file, core, recorded)
+    scored = score_decisions(core, split, np.arange(len(split)), decisions)
     for name, tolerance in SCORES.items():
         _check_scores(file, recorded, name, scored[name], tolerance)
     policy = DecisionPolicy.load(folder) if (folder / "policy.safetensors").exists() else None
     if policy is not None:
         _check_policy(file, recorded, core, split, fitting(policy, core))
-    _check_result(folder, result, core, split, recorded, policy)
+    _check_result(folder, result, core, split, recorded, decisions, policy)
     return Replay(result["split"], len(split), policy is not None)
 
 
@@ -112,7 +113,7 @@ def read_instances(file: Path, nvec: NDArray) -> Recorded:
 
     Args:
         file: Its ``instances.csv``.
-        nvec: Sizes of a decision's components.
+        nvec: Sizes of a mask's components: the core's ``decision_nvec``.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -154,6 +155,14 @@ def _check_decisions(file: Path, recorded: Recorded, result: dict[str, Any]) -> 
         raise ReplayError(f"{file}: decisions were changed: their hash is {now}, and {was} in result.json")
 
 
+def _numbered(file: Path, core: Core, recorded: Recorded) -> NDArray:
+    """The recorded masks as the env's decisions."""
+    try:
+        return core.numbered(recorded.decisions)
+    except ValueError as error:
+        raise ReplayError(f"{file}: {error}") from error
+
+
 def _check_scores(file: Path, recorded: Recorded, name: str, scored: NDArray, tolerance: float) -> None:
     was = recorded.scores[name]
     differ = np.flatnonzero(~(np.abs(was - scored) <= tolerance))
@@ -166,7 +175,7 @@ def _check_scores(file: Path, recorded: Recorded, name: str, scored: NDArray, to
 
 
 def _check_policy(file: Path, recorded: Recorded, core: Core, split: Split, policy: DecisionPolicy) -> None:
-    decided = decide_rows(core, policy, split, np.arange(len(split)))
+    decided = core.spelled(decide_rows(core, policy, split, np.arange(len(split))))
     differ = np.flatnonzero((decided != recorded.decisions).any(axis=1))
     if len(differ):
         raise ReplayError(
@@ -181,6 +190,7 @@ def _check_result(
     core: Core,
     split: Split,
     recorded: Recorded,
+    decisions: NDArray,
     policy: DecisionPolicy | None,
 ) -> None:
     """Whether ``result.json`` is what ``evaluate`` makes of the decisions."""
@@ -194,7 +204,7 @@ def _check_result(
     if with_policy is not None:
         total = recorded.scores["flops_ratio"] + own / dense
         _check_scores(folder / "instances.csv", recorded, "flops_ratio_with_policy", total, FLOPS_TOLERANCE)
-    again = evaluate(core, Decided(recorded.decisions, own), split.name)
+    again = evaluate(core, Decided(decisions, own), split.name)
     left = NOT_REPLAYED if known else (*NOT_REPLAYED, "flops_ratio_with_policy")
     for key, value in again.items():
         if key in result and key not in left:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -26,11 +26,23 @@ def envs(imports: Imports = []) -> None:  # noqa: B006  (typer wants a list)
         table.add_column(column, overflow="fold")
     with errors_as_lines():
         for file in config_files():
-            values = read_values(file)
-            tested = (values.get("splits") or {}).get("test", "test")
-            data = f"{values.get('dataset') or 'yours'}{'' if tested == 'test' else f', tested on its {tested}'}"
-            table.add_row(str(values.get("id")), data, str(values.get("backbone") or "yours"))
+            table.add_row(*_row(read_values(file)))
     console.print(table)
+
+
+def _row(values: dict[str, Any]) -> tuple[str, str, str]:
+    """The id, data set and backbone of a configuration."""
+    if values.get("table") is not None:
+        from sd_gym.envs.table import read_description, table_folder
+
+        folder = table_folder(values["table"])
+        if not folder.is_dir():
+            return str(values["id"]), f"no table at {folder}", "-"
+        was = read_description(folder)["env_config"]
+        return str(values["id"]), f"{was['dataset']}, tabulated", str(was["backbone"])
+    tested = (values.get("splits") or {}).get("test", "test")
+    data = f"{values.get('dataset') or 'yours'}{'' if tested == 'test' else f', tested on its {tested}'}"
+    return str(values.get("id")), data, str(values.get("backbone") or "yours")
 
 
 def tabulate(
@@ -45,6 +57,13 @@ def tabulate(
     ] = [],  # noqa: B006  (typer wants a list)
     instances: Annotated[int | None, typer.Option(min=1, help="So many of each split at most.")] = None,
     seed: Annotated[int, typer.Option(help="Of random:N.")] = 0,
+    pca: Annotated[
+        int | None,
+        typer.Option(min=1, help="Reduce observations to so many principal components of the training split."),
+    ] = None,
+    share: Annotated[
+        bool, typer.Option(help="Leave out what is not to be passed on: the data's own ids, words and paths.")
+    ] = False,
     resume: Annotated[bool, typer.Option(help="Go on with a table that was cut off.")] = False,
     set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config key.")] = [],  # noqa: B006
     imports: Imports = [],  # noqa: B006
@@ -55,6 +74,8 @@ def tabulate(
     `sd-gym tabulate SD/Classification-Mini-v0 --output table --decisions path --decisions random:64 --instances 2000`
 
     `sd-gym train SD/Table-v0 --set table=table --algo ppo --steps 200000`
+
+    A small one, to be passed on: `sd-gym tabulate RUN --output table --decisions random:64 --pca 32 --share`
     """
     import_all(imports)
     with errors_as_lines(), progress_bar() as progress:
@@ -70,6 +91,8 @@ def tabulate(
             decisions=decisions or None,
             instances=instances,
             seed=seed,
+            pca=pca,
+            share=share,
             resume=resume,
             on_progress=on_progress,
             **settings_of(set_),
@@ -78,4 +101,10 @@ def tabulate(
     kind = f"{said['masks']} decisions ({said['chosen']})" if said["masks"] else "all decisions"
     size = sum(file.stat().st_size for file in output.iterdir())
     console.print(f"{kind} on instances: {counts}; {size / 2**20:.1f} MB", highlight=False, soft_wrap=True)
+    if pca is not None:
+        from sd_gym.envs.projection import read_projection
+        from sd_gym.envs.table import PROJECTION
+
+        kept = read_projection(output / PROJECTION).explained.sum()
+        console.print(f"Observations: {pca} components, {kept:.0%} of the variance", highlight=False)
     console.print(f"Table: {output}", highlight=False, soft_wrap=True)

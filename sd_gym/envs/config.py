@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from sd_gym.errors import one_line, short
 from sd_gym.objectives import NO_LAGRANGIAN, Objective, ObjectiveFunction, objective_function, objective_name
-from sd_gym.registration import CONFIG_FOLDER, OBSERVATIONS, TABLE
+from sd_gym.registration import CONFIG_FOLDER, OBSERVATIONS
 from sd_gym.tasks.data import SPLITS, DataError, Source
 from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.metrics import METRICS
@@ -214,19 +214,16 @@ def _validated(values: dict[str, Any], origin: str) -> EnvConfig:
 
 def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
     """The configuration of the env that a table is of, but for ``TABLE_KEYS``; ``None`` is as the table has it."""
-    from sd_gym.envs.table import read_description
+    from sd_gym.envs.table import read_description, table_folder
 
     if values.get("table") is None:
         raise ConfigError(
             f"{origin}: 'table' has no value; pass the folder of one, as in gym.make({values.get('id', 'ID')!r}, "
             "table='my-table'); sd-gym tabulate ENV --output my-table makes one"
         )
-    if values.get("id") != TABLE or not isinstance(values["table"], str | Path):
-        raise ConfigError(
-            f"{origin}: config key 'table': expected the folder of a table, of the env {TABLE} alone; got "
-            f"{short(values['table'])}"
-        )
-    was = read_description(Path(values["table"]))["env_config"]
+    if not isinstance(values["table"], str | Path):
+        raise ConfigError(f"{origin}: config key 'table': expected the folder of a table; got {short(values['table'])}")
+    was = read_description(table_folder(values["table"]))["env_config"]
     given = {key: value for key, value in values.items() if value is not None}
     config = _validated({**was, **given}, origin)
     before = _validated({**was, "id": config.id, "table": config.table}, origin)
@@ -264,8 +261,8 @@ def _check_measured(config: EnvConfig, origin: str) -> None:
 def load_config(file: str | Path, overrides: dict[str, Any]) -> EnvConfig:
     """The configuration of a YAML file with some keys overridden.
 
-    The file's own ``dataset``, ``backbone`` and ``codebook`` may be paths from where it lies: what begins with a dot,
-    or is there.
+    The file's own ``dataset``, ``backbone``, ``codebook`` and ``table`` may be paths from where it lies: what begins
+    with a dot, or is there.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -273,7 +270,12 @@ def load_config(file: str | Path, overrides: dict[str, Any]) -> EnvConfig:
     """
     file = Path(file)
     values = read_values(file)
-    for key in ("dataset", "backbone", "codebook") if file.parent != CONFIG_FOLDER else ():
+    if overrides.get("table") is not None and "table" not in values:
+        raise ConfigError(
+            f"{values.get('id', file)}: config key 'table': this env computes what decisions do; it is the env "
+            "SD/Table-v0 that takes the folder of a table"
+        )
+    for key in ("dataset", "backbone", "codebook", "table") if file.parent != CONFIG_FOLDER else ():
         if isinstance(value := values.get(key), str) and (value.startswith(".") or (file.parent / value).exists()):
             values[key] = str((file.parent / value).resolve())
     return make_config({**values, **overrides}, str(values.get("id", file)))

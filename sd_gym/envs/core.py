@@ -99,6 +99,11 @@ class Core:
         return np.array([*sizes, len(self.config.token_shares)], dtype=np.int64)
 
     @property
+    def decision_nvec(self) -> Array:
+        """Sizes of a mask's components; here a decision is a mask, but not so of every table."""
+        return self.nvec
+
+    @property
     def switch_names(self) -> list[str]:
         """What each component of a decision but the last one skips."""
         return self.backbone.board.names
@@ -110,6 +115,10 @@ class Core:
     def spelled(self, decisions: Array) -> Array:
         """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``: here they are."""
         return np.array(decisions, dtype=np.int64)
+
+    def numbered(self, masks: Array) -> Array:
+        """Masks ``[n, switches + 1]`` as decisions, int64 ``[n, components]``: here they are, too."""
+        return np.array(masks, dtype=np.int64)
 
     def split(self, name: str) -> Split:
         """A split by name, loaded when first asked for."""

@@ -111,12 +111,31 @@ def regret(split: TableSplit, policy: Callable[[Array], Array]) -> Array:
         policy: As of ``outcome``.
     """
     masks, lost = _decided(split, policy), np.empty(len(split))
+    for rows, rewards in _rewards(split):
+        lost[rows] = rewards.max(axis=1) - rewards[np.arange(len(rows)), masks[rows]]
+    return lost
+
+
+def static_regret(split: TableSplit) -> float:
+    """Mean ``regret`` of the one mask for all instances that has least of it, which is known only in hindsight.
+
+    A policy with less has learned something about its inputs.
+
+    Args:
+        split: A split of a table.
+    """
+    lost = np.zeros(len(split.core.masks))
+    for _, rewards in _rewards(split):
+        lost += (rewards.max(axis=1, keepdims=True) - rewards).sum(axis=0)
+    return float(lost.min() / len(split))
+
+
+def _rewards(split: TableSplit) -> Iterator[tuple[Array, Array]]:
+    """Rows, and their rewards under all masks, ``[rows, masks]``; some rows after the other."""
     objective = split.config.make_objective()
     for rows, quality, flops in _parts(split):
         reference = np.repeat(quality[:, 0], quality.shape[1])
-        rewards = objective.rewards(quality.ravel(), reference, flops.ravel()).reshape(quality.shape)
-        lost[rows] = rewards.max(axis=1) - rewards[np.arange(len(rows)), masks[rows]]
-    return lost
+        yield rows, objective.rewards(quality.ravel(), reference, flops.ravel()).reshape(quality.shape)
 
 
 def _parts(split: TableSplit) -> Iterator[tuple[Array, Array, Array]]:

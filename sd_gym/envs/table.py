@@ -6,10 +6,12 @@ Nothing here needs torch, a backbone or a data set. A table is a folder:
 * ``codebook.json``, where only some decisions are in it: which, a mask a line, the dense one first. An env with
   ``action="discrete"`` takes the folder as its ``codebook``.
 * ``SPLIT.safetensors`` of each split, mapped into memory: ``quality [n, masks]``, as numbers of ``quality_values``
-  where there are few different ones; ``likelihood [n, masks]``, float16; ``always [n, levels]`` and
-  ``switched [n, levels, switches]``, int64, of which FLOPs are the sum; ``observations``, float32; the difficulty and
-  the facts of each instance.
+  where there are few different ones; ``likelihood [n, masks]``, float16; ``always [lengths, levels]`` and
+  ``switched [lengths, levels, switches]``, int64, of which FLOPs are the sum, and ``costs [n]``, which of them an
+  instance has; ``observations``, float32, or float16 where they are reduced; the difficulty and the facts of each
+  instance, in the smallest type that holds them exactly.
 * ``SPLIT.json``: the ids of the instances, and those of their facts that are words.
+* ``projection.safetensors``, where observations are reduced: how (``sd_gym.envs.projection``).
 """
 
 from __future__ import annotations
@@ -28,16 +30,25 @@ from numpy.typing import NDArray
 
 from sd_gym.envs.config import EnvConfig
 from sd_gym.envs.outcome import Outcome
+from sd_gym.envs.projection import Projection, read_projection
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import Actions, MultiDiscreteActions, read_masks
 from sd_gym.errors import short
 from sd_gym.files import map_arrays, read_json
 from sd_gym.objectives import quality_cost
+from sd_gym.registration import CONFIG_FOLDER
 
 Array = NDArray
-FORMAT = 1
+FORMAT = 2
+CODEBOOK, PROJECTION = "codebook.json", "projection.safetensors"
 MOST = 4096  # decisions; where there are no more, a table has all of them
 FACT = "fact."  # before the name of a fact, in the file of a split
+
+
+def table_folder(name: str | Path) -> Path:
+    """The folder of a table: of the package, such as ``tables/summarization-mini``, or a path."""
+    bundled = CONFIG_FOLDER / name
+    return bundled if bundled.is_dir() else Path(name)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -140,18 +151,29 @@ class TableData:
 class TableObservation:
     """What was observed of each instance when the table was made.
 
+    Args:
+        said: What ``table.json`` says of it.
+        projection: How it was reduced, if it was.
+
     Attributes:
         space: Of one observation.
+        projection: From what the env observes to what the table has; ``None``: that is the same.
     """
 
-    def __init__(self, said: dict[str, Any]) -> None:
+    def __init__(self, said: dict[str, Any], projection: Projection | None) -> None:
+        self.projection = projection
         low, high = (np.array(said[key], dtype=np.float32) for key in ("low", "high"))
         shape = tuple(said["shape"])
         self.space = gym.spaces.Box(np.broadcast_to(low, shape), np.broadcast_to(high, shape), dtype=np.float32)
 
+    @property
+    def flops(self) -> int:
+        """FLOPs of reducing one observation; 0 where it is not reduced."""
+        return 0 if self.projection is None else self.projection.flops
+
     def observe(self, split: TableSplit, rows: Array) -> Array:
         """New arrays, float32 ``[n, ...]``."""
-        return np.take(split.tensors["observations"], rows, axis=0)
+        return np.take(split.tensors["observations"], rows, axis=0).astype(np.float32, copy=False)
 
 
 class TableScoring:
@@ -204,6 +226,7 @@ class TableCosts:
 
     def __init__(self, split: TableSplit) -> None:
         self._core = split.core
+        self._of = split.tensors["costs"]  # which of the costs an instance has
         self._always, self._switched = split.tensors["always"], split.tensors["switched"]
         self._runs = 1 - self._core.masks[:, :-1]
         self._level = self._core.masks[:, -1]
@@ -211,9 +234,9 @@ class TableCosts:
 
     def flops(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under the decisions, int64 ``[n]``."""
-        masks = self._core.masks_of(decisions)
+        masks, of = self._core.masks_of(decisions), self._of[rows]
         level = self._level[masks]
-        return self._always[rows, level] + np.einsum("ns,ns->n", self._switched[rows, level], self._runs[masks])
+        return self._always[of, level] + np.einsum("ns,ns->n", self._switched[of, level], self._runs[masks])
 
     def flops_ratio(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under the decisions over dense FLOPs, float64 ``[n]``."""
@@ -221,17 +244,18 @@ class TableCosts:
 
     def dense_flops(self, rows: Array) -> Array:
         """FLOPs of the dense backbone, int64 ``[n]``."""
-        return self._dense[rows]
+        return self._dense[self._of[rows]]
 
     def of_masks(self, rows: Array) -> Array:
         """FLOPs ratio of rows ``[n]`` under all masks, float64 ``[n, masks]``."""
-        found = np.empty((len(rows), len(self._runs)))
+        of = self._of[rows]
+        found = np.empty((len(of), len(self._runs)))
         for level in np.unique(self._level):
             at = self._level == level
             # Products of whole numbers below 2^53 are exact in float64 too, which is multiplied much faster.
-            switched = self._switched[rows, level].astype(np.float64) @ self._runs[at].T.astype(np.float64)
-            found[:, at] = self._always[rows, level, None] + switched
-        return found / self._dense[rows, None]
+            switched = self._switched[of, level].astype(np.float64) @ self._runs[at].T.astype(np.float64)
+            found[:, at] = self._always[of, level, None] + switched
+        return found / self._dense[of, None]
 
 
 class TableSplit:
@@ -265,9 +289,9 @@ class TableSplit:
         self._check(words)
         self.ids = np.array(words["ids"], dtype=object)
         self._words = {fact: np.array(values) for fact, values in words["facts"].items()}
-        self.difficulty, self.levels = self.tensors["difficulty"], self.tensors["levels"]
-        keys = ("source_length", "source_cut", "target_cut")
-        self.encoded = SimpleNamespace(**{key: self.tensors[key] for key in keys})
+        self.difficulty, self.levels = self._whole("difficulty"), self._whole("levels")
+        cut = {key: self.tensors[key] for key in ("source_cut", "target_cut")}
+        self.encoded = SimpleNamespace(source_length=self._whole("source_length"), **cut)
         self.scoring, self.costs = TableScoring(self), TableCosts(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -283,11 +307,12 @@ class TableSplit:
         expected = {
             "quality": (n, len(core.masks)),
             "likelihood": (n, len(core.masks)),
-            "always": (n, levels),
-            "switched": (n, levels, switches),
+            "always": (self._different, levels),
+            "switched": (self._different, levels, switches),
             "observations": (n, *core.observation.space.shape),
         }
-        expected |= dict.fromkeys(("difficulty", "levels", "source_length", "source_cut", "target_cut"), (n,))
+        keys = ("difficulty", "levels", "source_length", "source_cut", "target_cut", "costs")
+        expected |= dict.fromkeys(keys, (n,))
         file = core.folder / f"{self.name}.safetensors"
         for key, shape in expected.items():
             came = self.tensors[key].shape if key in self.tensors else None
@@ -296,8 +321,20 @@ class TableSplit:
         values = self.tensors.get("quality_values")
         if values is not None and n and self.tensors["quality"].max() >= len(values):
             raise ValueError(f"{file} is damaged: its qualities are none of its {len(values)} values; copy it again")
+        if n and self.tensors["costs"].max() >= self._different:
+            raise ValueError(f"{file} is damaged: instances have costs that it lacks; copy it again")
         if not isinstance(words.get("facts"), dict) or len(words.get("ids", ())) != n:
             raise ValueError(f"{file.with_suffix('.json')} is damaged: expected the ids of {n} instances")
+
+    @property
+    def _different(self) -> int:
+        """How many different costs instances have."""
+        return len(self.tensors.get("switched", ()))
+
+    def _whole(self, name: str) -> Array:
+        """Numbers that are kept in the smallest type, as the env has them: int64, float64 or bool."""
+        known = self.tensors[name]
+        return known if known.dtype == np.bool_ else known.astype(np.float64 if known.dtype.kind == "f" else np.int64)
 
     @cached_property
     def instances(self) -> list[TableInstance]:
@@ -312,7 +349,7 @@ class TableSplit:
     def facts(self) -> dict[str, Array]:
         """What is known of each instance before any decision, by name, each ``[n]``."""
         names = self._said["facts"]
-        return {name: self._words[name] if name in self._words else self.tensors[FACT + name] for name in names}
+        return {name: self._words[name] if name in self._words else self._whole(FACT + name) for name in names}
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -402,14 +439,14 @@ class TableCore:
     is_staged = False
 
     def __init__(self, config: EnvConfig) -> None:
-        self.config, self.folder = config, Path(config.table)
+        self.config, self.folder = config, table_folder(config.table)
         self.description = said = read_description(self.folder)
         self.decision_nvec = np.array(said["nvec"], dtype=np.int64)
         self.exhaustive = not said.get("chosen")
         self.masks = (
             all_decisions(self.decision_nvec)
             if self.exhaustive
-            else read_masks(self.folder / "codebook.json", self.decision_nvec)
+            else read_masks(self.folder / CODEBOOK, self.decision_nvec)
         )
         if self.masks[0].any():
             raise ValueError(
@@ -426,7 +463,9 @@ class TableCore:
             MultiDiscreteActions(config, self.nvec) if self.exhaustive else MaskActions(len(self.masks))
         )
         self._decided = MultiDiscreteActions(config, self.nvec)
-        self.observation = TableObservation(said["observation"])
+        reduced = said.get("pca") is not None
+        projection = read_projection(self.folder / PROJECTION) if reduced else None
+        self.observation = TableObservation(said["observation"], projection)
         self._splits: dict[str, TableSplit] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -472,6 +511,20 @@ class TableCore:
     def spelled(self, decisions: Array) -> Array:
         """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``."""
         return np.array(decisions, dtype=np.int64) if self.exhaustive else self.masks[decisions[:, 0]]
+
+    def numbered(self, masks: Array) -> Array:
+        """Masks ``[n, switches + 1]`` as decisions, int64 ``[n, components]``: the other way round.
+
+        Raises:
+            ValueError: If one is none of this table.
+        """
+        if self.exhaustive:
+            return np.array(masks, dtype=np.int64)
+        numbers = {tuple(mask): number for number, mask in enumerate(self.masks.tolist())}
+        try:
+            return np.array([numbers[tuple(mask)] for mask in np.asarray(masks).tolist()], dtype=np.int64)[:, None]
+        except KeyError as error:
+            raise ValueError(f"{self.folder} has no mask {list(error.args[0])}") from error
 
     def observe(self, split: TableSplit, rows: Array) -> Array:
         """What is seen of rows ``[n]`` of a split: new arrays, a row an instance."""

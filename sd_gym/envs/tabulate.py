@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,10 @@ from numpy.typing import NDArray
 
 from sd_gym.envs.config import ConfigError
 from sd_gym.envs.core import Core
-from sd_gym.envs.spaces import write_masks
+from sd_gym.envs.projection import Projection, fit_projection, read_projection
+from sd_gym.envs.spaces import OBSERVATION_LIMIT, write_masks
 from sd_gym.envs.split import Split
-from sd_gym.envs.table import FACT, FORMAT, all_decisions
+from sd_gym.envs.table import CODEBOOK, FACT, FORMAT, PROJECTION, all_decisions
 from sd_gym.files import as_json, map_arrays, read_json, write_arrays, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.objectives import OBJECTIVES
@@ -30,7 +32,15 @@ OnChunk = Callable[[int, int], None]  # called with the decisions that are done,
 
 
 def write_table(
-    core: Core, masks: Array | None, folder: Path, *, chosen: str = "", resume: bool = False, on_chunk: OnChunk
+    core: Core,
+    masks: Array | None,
+    folder: Path,
+    *,
+    chosen: str = "",
+    pca: int | None = None,
+    share: bool = False,
+    resume: bool = False,
+    on_chunk: OnChunk,
 ) -> None:
     """Run all instances of an env under decisions and write what comes of it.
 
@@ -42,18 +52,21 @@ def write_table(
         masks: The decisions, ``[masks, switches + 1]``, the dense one first and no two alike; ``None``: all.
         folder: Where to write it; see ``sd_gym.envs.table``.
         chosen: How the masks were chosen, in words.
+        pca: Principal components to reduce the observations to; ``None``: they are kept as they are.
+        share: Whether ids, facts in words and paths are left out.
         resume: Whether to go on with the folder's table, if one is begun there.
         on_chunk: Called after each chunk.
 
     Raises:
         FileExistsError: If the folder holds a table, one that was cut off and shall not be resumed, or anything else.
-        ValueError: If what was cut off is another table.
+        ValueError: If what was cut off is another table, or there are not so many components.
         ConfigError: If the env decides at several stages, or its observation is no ``Box``.
     """
-    _check(core)
+    _check(core, pca)
     with locked(folder):
-        description = _description(core, masks, chosen)
+        description = _description(core, masks, chosen, pca, share)
         _begin(folder, description, masks, resume)
+        reduce = None if pca is None else _projection(core, pca, folder)
         numbers = all_decisions(core.nvec) if masks is None else masks
         done, total = 0, sum(len(core.split(name)) for name in SPLITS) * len(numbers)
         for name in SPLITS:
@@ -67,12 +80,12 @@ def write_table(
                     write_arrays(files[-1], part)
                 done += len(rows) * len(numbers)
                 on_chunk(done, total)
-            _write_split(core, split, files, len(numbers), folder)
+            _write_split(core, split, files, len(numbers), folder, reduce, share)
         write_json(folder / "table.json", {**description, "complete": True})
         shutil.rmtree(folder / PARTS)
 
 
-def _check(core: Core) -> None:
+def _check(core: Core, pca: int | None) -> None:
     if core.is_staged:
         raise ConfigError(
             f"{core.config.id}: a table has decisions of one stage, but the stages are {core.stages}; leave them out"
@@ -82,6 +95,22 @@ def _check(core: Core) -> None:
             f"{core.config.id}: a table has observations that are one array, such as observation=pooled; got "
             f"{core.config.observation} with the space {core.observation_space}"
         )
+    if pca is None:
+        return
+    shape, instances = core.observation_space.shape, len(core.split("train"))
+    if len(shape) != 1 or not 1 <= pca <= min(instances, *shape):
+        raise ValueError(
+            f"--pca: expected at least 1 component, and no more than there are training instances ({instances}) or "
+            f"numbers in an observation (its shape is {shape}); got {pca}"
+        )
+
+
+def _projection(core: Core, pca: int, folder: Path) -> Projection:
+    """How observations are reduced, written to the folder, or found in it where a table goes on."""
+    if not (folder / PROJECTION).exists():
+        train = core.split("train")
+        fit_projection(core.observe(train, np.arange(len(train))), pca).save(folder / PROJECTION)
+    return read_projection(folder / PROJECTION)
 
 
 def _chunks(split: Split) -> list[Array]:
@@ -90,7 +119,7 @@ def _chunks(split: Split) -> list[Array]:
     return np.split(order, range(CHUNK, len(order), CHUNK))
 
 
-def _description(core: Core, masks: Array | None, chosen: str) -> dict[str, Any]:
+def _description(core: Core, masks: Array | None, chosen: str, pca: int | None, share: bool) -> dict[str, Any]:
     config = core.config.model_dump()
     config["action"], config["codebook"], config["device"] = (
         "multi_discrete" if masks is None else "discrete",
@@ -100,16 +129,19 @@ def _description(core: Core, masks: Array | None, chosen: str) -> dict[str, Any]
     if config["objective"] not in OBJECTIVES.built_in():  # one of the user's own may not be registered elsewhere
         config["objective"] = "lexicographic"
     space = core.observation_space
+    if pca is not None:
+        space = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (pca,), np.float32)
     splits = {}
     for name in SPLITS:
         split = core.split(name)
+        facts = split.facts()
         splits[name] = {
             "instances": len(split),
             "identity": split.instances.identity,
             "provenance": split.provenance,
-            "facts": list(split.facts()),
+            "facts": [fact for fact in facts if not share or _is_number(facts[fact])],
         }
-    return {
+    described = {
         MARKER: __version__,
         "format": FORMAT,
         "complete": False,
@@ -123,9 +155,24 @@ def _description(core: Core, masks: Array | None, chosen: str) -> dict[str, Any]
             "switches": core.backbone.board.names,
         },
         "observation": {"shape": list(space.shape), "low": _bound(space.low), "high": _bound(space.high)},
+        "pca": pca,
         "env_config": config,
         "splits": splits,
     }
+    return _without_paths(described) if share else described
+
+
+def _without_paths(said: Any) -> Any:
+    """The same with the name of each file or folder of this machine in place of its path."""
+    if isinstance(said, dict):
+        return {key: _without_paths(value) for key, value in said.items()}
+    if isinstance(said, list | tuple):
+        return [_without_paths(value) for value in said]
+    return Path(said).name if isinstance(said, str) and os.sep in said and Path(said).exists() else said
+
+
+def _is_number(values: Array) -> bool:
+    return values.dtype.kind in "biuf"
 
 
 def _bound(values: Array) -> Any:
@@ -135,7 +182,7 @@ def _bound(values: Array) -> Any:
 
 def _begin(folder: Path, description: dict[str, Any], masks: Array | None, resume: bool) -> None:
     """Make the folder ready, or find in it the table that is to go on."""
-    file, codebook = folder / "table.json", folder / "codebook.json"
+    file, codebook = folder / "table.json", folder / CODEBOOK
     if not contents(folder):
         if masks is not None:
             write_masks(masks, codebook)
@@ -158,7 +205,9 @@ def _begin(folder: Path, description: dict[str, Any], masks: Array | None, resum
         )
 
 
-def _write_split(core: Core, split: Split, files: list[Path], masks: int, folder: Path) -> None:
+def _write_split(
+    core: Core, split: Split, files: list[Path], masks: int, folder: Path, reduce: Projection | None, share: bool
+) -> None:
     """Put the chunks of a split together, with all that is known of its instances."""
     if (folder / f"{split.name}.json").exists():
         return
@@ -166,29 +215,46 @@ def _write_split(core: Core, split: Split, files: list[Path], masks: int, folder
     likelihood = np.empty((len(split), masks), dtype=np.float16)
     for part in map(map_arrays, files):
         likelihood[part["rows"]] = part["likelihood"]
-    always, switched = split.costs.by_level()
+    seen = core.observe(split, np.arange(len(split)))
     facts = split.facts()
-    numbers = {name: values for name, values in facts.items() if values.dtype.kind in "biuf"}
+    numbers = {name: values for name, values in facts.items() if _is_number(values)}
     arrays = {
         "quality": codes,
         "likelihood": likelihood,
-        "always": always,
-        "switched": switched,
-        "observations": np.asarray(core.observe(split, np.arange(len(split))), dtype=np.float32),
-        "difficulty": np.asarray(split.difficulty, dtype=np.int64),
-        "levels": np.asarray(split.levels, dtype=np.int64),
-        "source_length": np.asarray(split.encoded.source_length, dtype=np.int64),
-        "source_cut": np.asarray(split.encoded.source_cut, dtype=np.bool_),
-        "target_cut": np.asarray(split.encoded.target_cut, dtype=np.bool_),
+        "observations": np.asarray(seen, np.float32) if reduce is None else reduce(seen).astype(np.float16),
+        "difficulty": _smallest(split.difficulty),
+        "levels": _smallest(split.levels),
+        "source_length": _smallest(split.encoded.source_length),
+        "source_cut": _smallest(split.encoded.source_cut),
+        "target_cut": _smallest(split.encoded.target_cut),
+        **_costs(*split.costs.by_level()),
     }
     if values is not None:
         arrays["quality_values"] = values
-    for name, known in numbers.items():
-        kind = {"b": np.bool_, "f": np.float64}.get(known.dtype.kind, np.int64)
-        arrays[FACT + name] = known.astype(kind)
+    arrays |= {FACT + name: _smallest(known) for name, known in numbers.items()}
     write_arrays(folder / f"{split.name}.safetensors", arrays)
-    words = {name: known.tolist() for name, known in facts.items() if name not in numbers}
-    write_json(folder / f"{split.name}.json", {"ids": split.ids.tolist(), "facts": words})
+    ids = [f"{split.name}-{row}" for row in range(len(split))] if share else split.ids.tolist()
+    words = {} if share else {name: known.tolist() for name, known in facts.items() if name not in numbers}
+    write_json(folder / f"{split.name}.json", {"ids": ids, "facts": words})
+
+
+def _costs(always: Array, switched: Array) -> dict[str, Array]:
+    """FLOPs ``[n, levels]`` and ``[n, levels, switches]``: those of each length once, and which one an instance has."""
+    n, levels, switches = switched.shape
+    both = np.concatenate([always[:, :, None], switched], axis=2).reshape(n, -1)
+    different, number = np.unique(both, axis=0, return_inverse=True)
+    different = different.reshape(len(different), levels, 1 + switches)
+    return {"costs": _smallest(number.ravel()), "always": different[:, :, 0], "switched": different[:, :, 1:]}
+
+
+def _smallest(values: Any) -> Array:
+    """Numbers ``[n]`` in the smallest type that holds them exactly."""
+    values = np.asarray(values)
+    kinds = {"b": (np.bool_,), "f": (np.float16, np.float32)}.get(values.dtype.kind, (np.uint8, np.uint16))
+    with np.errstate(over="ignore"):
+        small = (values.astype(kind) for kind in kinds)
+        fitting = (one for one in small if np.array_equal(one, values, equal_nan=values.dtype.kind == "f"))
+        return next(fitting, values.astype(np.float64 if values.dtype.kind == "f" else np.int64))
 
 
 def _codes(parts: list[dict[str, Array]], n: int, masks: int) -> tuple[Array, Array | None]:

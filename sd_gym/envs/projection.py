@@ -1,0 +1,73 @@
+"""Observations reduced to their principal components, so that a table of many instances stays small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sd_gym.envs.spaces import OBSERVATION_LIMIT, deviation_of
+from sd_gym.files import map_arrays, write_arrays
+
+Array = NDArray
+
+
+class Projection(NamedTuple):
+    """Principal components of standardised observations, each divided by its deviation on the training split.
+
+    Attributes:
+        mean: Of the observations, float32 ``[features]``.
+        components: float32 ``[size, features]``.
+        explained: The share of the variance that each component has, float32 ``[size]``.
+    """
+
+    mean: Array
+    components: Array
+    explained: Array
+
+    def __call__(self, observations: Array) -> Array:
+        """Observations ``[n, features]`` reduced, float32 ``[n, size]``, each number within ``OBSERVATION_LIMIT``.
+
+        They are rounded to float16, which a table keeps; since all before is float64, it does not matter how many are
+        reduced together.
+        """
+        reduced = (np.asarray(observations, dtype=np.float64) - self.mean) @ self.components.T.astype(np.float64)
+        return np.clip(reduced, -OBSERVATION_LIMIT, OBSERVATION_LIMIT).astype(np.float16).astype(np.float32)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of reducing one observation, 2 per multiply-add."""
+        return 2 * self.components.size
+
+    def save(self, file: Path) -> None:
+        """Write it as safetensors."""
+        write_arrays(file, self._asdict())
+
+
+def fit_projection(observations: Array, size: int) -> Projection:
+    """Scikit-learn's PCA, fitted on the observations ``[n, features]`` of a training split.
+
+    A component that does not vary there says nothing, and stays as small as it is.
+    """
+    from sklearn.decomposition import PCA
+
+    found = PCA(size, svd_solver="full").fit(observations.astype(np.float64))
+    scale = deviation_of(np.sqrt(found.explained_variance_))[:, None]
+    exact = (found.mean_, found.components_ / scale, found.explained_variance_ratio_)
+    return Projection(*(values.astype(np.float32) for values in exact))
+
+
+def read_projection(file: Path) -> Projection:
+    """What ``Projection.save`` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged.
+    """
+    arrays = map_arrays(file)
+    try:
+        return Projection(**arrays)
+    except TypeError as error:
+        raise ValueError(f"{file} is damaged: expected {', '.join(Projection._fields)}; copy it again") from error

@@ -1,0 +1,155 @@
+"""The tables in the package: envs like any other, which need no model, no data set and no path."""
+
+import csv
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from sd_gym.agents.experiment.replay import replay
+from stable_baselines3 import PPO
+from typer.testing import CliRunner
+
+import sd_gym
+from sd_gym.cli import app
+from sd_gym.envs.config import load_config
+from sd_gym.envs.exact import best_static, oracle
+from sd_gym.envs.sb3 import SwitchableVecEnv
+from sd_gym.envs.shared import shared_core
+from sd_gym.envs.table import read_description, table_folder
+from sd_gym.registration import CONFIG_FOLDER, config_of, shipped_tables
+
+SPLITS = ("train", "validation", "test")
+AT_MOST = 20 * 2**20  # bytes of all tables together
+
+
+@pytest.fixture(params=sorted(shipped_tables()))
+def env_id(request):
+    folder = table_folder(shipped_tables()[request.param])
+    if not folder.is_dir():
+        pytest.skip(f"the table of {request.param} is not in the package yet")
+    return request.param
+
+
+def test_there_are_these():
+    assert set(shipped_tables()) == {
+        "SD/QuestionAnswering-QAMR-Table-v0",
+        "SD/Classification-Subj-Table-v0",
+        "SD/Classification-TREC-Table-v0",
+        "SD/Summarization-Mini-Table-v0",
+    }
+
+
+def test_folder_and_id_belong_together(env_id):
+    """And every folder has an env."""
+    folder = shipped_tables()[env_id]
+    assert folder == f"tables/{config_of(env_id).stem.removesuffix('_table').replace('_', '-')}"
+    there = {f"tables/{one.name}" for one in (CONFIG_FOLDER / "tables").iterdir()}
+    assert there <= set(shipped_tables().values())
+
+
+def test_it_is_small_complete_and_says_nothing_of_where_it_was_made(env_id):
+    folder = table_folder(shipped_tables()[env_id])
+    said = read_description(folder)
+    assert said["pca"] is not None
+    names = {"table.json", "projection.safetensors", "codebook.json"} if said["chosen"] else set()
+    names |= {f"{split}.{kind}" for split in SPLITS for kind in ("json", "safetensors")}
+    assert {one.name for one in folder.iterdir()} - {".lock"} >= names
+    for split in SPLITS:
+        assert said["splits"][split]["instances"] > 0
+        assert set(said["splits"][split]["identity"]) == {"file", "part", "instances", "hash"}
+        assert "/" not in said["splits"][split]["identity"]["file"]
+    assert "/" not in said["env_config"]["backbone"]
+    assert "/" not in said["env_config"]["dataset"]
+    core = shared_core(load_config(config_of(env_id), {}))
+    assert all(core.split(split).ids[0] == f"{split}-0" for split in SPLITS)
+
+
+def test_together_they_are_small():
+    files = [one for one in (CONFIG_FOLDER / "tables").rglob("*") if one.is_file()]
+    assert 0 < sum(one.stat().st_size for one in files) <= AT_MOST
+
+
+def test_a_wheel_holds_them():
+    """Every file of the folder that is no code matches a pattern of the package's data."""
+    setup = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]
+    root, covered = CONFIG_FOLDER, set()
+    for package, patterns in setup["package-data"].items():
+        if package.startswith("sd_gym.envs_configs"):
+            assert package in setup["packages"]
+            below = root.joinpath(*package.split(".")[2:])
+            covered |= {file for pattern in patterns for file in below.glob(pattern)}
+    files = {one for one in root.rglob("*") if one.is_file() and one.suffix not in (".py", ".pyc")}
+    left = {one.relative_to(root).as_posix() for one in files - covered if one.name != ".lock"}
+    assert not left
+
+
+def test_it_works_from_anywhere_without_torch(env_id, tmp_path):
+    program = (
+        "import sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('torch', 'transformers', 'datasets', 'sklearn', 'scipy'):\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "import gymnasium as gym, sd_gym\n"
+        f"env = gym.make({env_id!r})\n"
+        "env.reset(seed=0)\n"
+        "print(env.step(env.action_space.sample())[1])\n"
+        f"envs = gym.make_vec({env_id!r}, num_envs=3, split='test')\n"
+        "envs.reset(seed=0)\n"
+        "envs.step(envs.action_space.sample())\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+
+
+def test_there_is_something_to_learn(env_id):
+    """A mask that costs less and is as good, and more than that to be had by looking."""
+    split = shared_core(load_config(config_of(env_id), {})).split("test")
+    static, best = best_static(split, loss=0.01), oracle(split)
+    assert best.flops_ratio < static.flops_ratio < 1
+    assert best.quality >= best.quality_ref
+
+
+def test_stable_baselines3_learns_on_it(env_id):
+    env = SwitchableVecEnv(gym.make_vec(env_id, num_envs=8).unwrapped)
+    model = PPO("MlpPolicy", env, n_steps=8, batch_size=32, device="cpu").learn(128)
+    result = sd_gym.evaluate(env_id, model, "validation")
+    assert 0 < result["flops_ratio"] <= 1
+
+
+def test_commands_take_it(env_id, tmp_path, monkeypatch):
+    """Listed, trained on, evaluated, played again, compared; and a run does not say where the package is."""
+    monkeypatch.chdir(tmp_path)
+
+    def called(*words):
+        done = CliRunner().invoke(app, list(words))
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    monkeypatch.setenv("COLUMNS", "200")
+    assert f"{env_id} " in called("envs")
+    called("train", env_id, "--algo", "ppo", "--steps", "256", "--output", "run")
+    assert "decides the same again" in called("validate", "run")
+    assert str(CONFIG_FOLDER) not in (tmp_path / "run" / "config.json").read_text()
+    called("compare", env_id, "--algos", "ppo", "--no-controls", "--seeds", "1", "--steps", "256", "--output", "many")
+    with (tmp_path / "run" / "instances.csv").open(newline="") as lines:
+        assert len(list(csv.DictReader(lines))) == len(shared_core(load_config(config_of(env_id), {})).split("test"))
+    assert replay(tmp_path / "run").split == "test"
+
+
+def test_an_own_table_is_an_env_too(full_table, tmp_path):
+    """Named in a YAML file, by a path from where that lies."""
+    file = tmp_path / "mine.yaml"
+    (tmp_path / "mine").symlink_to(full_table, target_is_directory=True)
+    file.write_text("extends: table.yaml\nid: My/Reviews-Table-v0\ntable: mine\nepsilon: 0.25\n")
+    assert sd_gym.register_env(file) == "My/Reviews-Table-v0"
+    env = gym.make("My/Reviews-Table-v0")
+    assert env.unwrapped.config.epsilon == 0.25
+    theirs = gym.make("SD/Table-v0", table=full_table, epsilon=0.25)
+    np.testing.assert_array_equal(env.reset(seed=1)[0], theirs.reset(seed=1)[0])
+    result = sd_gym.train("My/Reviews-Table-v0", "dense", tmp_path / "run")
+    assert sd_gym.evaluate("My/Reviews-Table-v0", tmp_path / "run")["quality"] == result["quality"]
