@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sd_gym.agents.experiment.replay import read_instances, replay
 from sd_gym.agents.experiment.verdict import Verdict
+from sd_gym.agents.registry import BLIND, LEARNING
 from sd_gym.agents.report.compare import Run, agent_of, alike, finished_runs, read_run
 
 from sd_gym.envs.config import load_config
@@ -31,7 +32,7 @@ class Entry(BaseModel):
     Attributes:
         env: An id whose table is in the package.
         algorithm: The agent, and what sets these runs apart from others of it.
-        decisions: That each run learned on.
+        decisions: That each run learned on; 0 of a control, which does not learn.
         seeds: How many runs.
         flops_ratio: On the test split, the policy's own FLOPs included; mean over seeds.
         worst_flops_ratio: The highest of a seed.
@@ -192,7 +193,7 @@ def _entry(name: str, runs: list[Run], who: str, code: str) -> Entry:
     return Entry(
         env=runs[0].config["env"],
         algorithm=name,
-        decisions=runs[0].config.get("steps") or 0,
+        decisions=_learned_on(runs[0].config),
         seeds=len(runs),
         verdict=_verdict([result["verdict"] for result in results]),
         table=table_hash(table_folder(core.config.table)),
@@ -206,6 +207,11 @@ def _entry(name: str, runs: list[Run], who: str, code: str) -> Entry:
 def _regret(core: TableCore, run: Run) -> float:
     recorded = read_instances(run.folder / "instances.csv", core.decision_nvec)
     return float(regret(core.split("test"), lambda seen: core.numbered(recorded.decisions)).mean())
+
+
+def _learned_on(config: dict[str, Any]) -> int:
+    """Decisions that a run learned on."""
+    return (config.get("steps") or 0) if config["algo"].removeprefix(BLIND) in LEARNING else 0
 
 
 def _verdict(verdicts: list[str]) -> str:
