@@ -272,10 +272,10 @@ def test_nothing_else_is_passed_on(shared_table, table_source):
 
 
 def test_numbers_are_kept_in_the_smallest_type_that_holds_them(shared_table):
-    """A table of 64 masks and 6,000 instances, by what each array takes an instance."""
+    """And never in one that does not."""
     kinds = {name: values.dtype for name, values in map_arrays(Path(shared_table) / "train.safetensors").items()}
     expected = {"quality": np.uint8, "likelihood": np.float16, "observations": np.float16, "costs": np.uint8}
-    expected |= dict.fromkeys(("difficulty", "levels", "source_length", "fact.label"), np.uint8)
+    expected |= dict.fromkeys(("difficulty", "levels", "source_length", "fact.source_length"), np.uint8)
     assert {name: kinds[name] for name in expected} == {name: np.dtype(kind) for name, kind in expected.items()}
     assert _smallest([0.5, 2.0**-24]).dtype == np.float16
     assert _smallest([0.1]).dtype == np.float64
