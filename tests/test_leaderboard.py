@@ -38,7 +38,7 @@ def test_the_committed_entries_are_of_the_tables_in_the_package():
     """Whoever changes a table has to make its entries again."""
     found = read_leaderboard(COMMITTED)
     assert found
-    assert COMMITTED.read_text() == as_csv(sorted(found, key=lambda one: one._rank))
+    assert COMMITTED.read_text() == as_csv(sorted(found, key=lambda one: one.rank))
     for entry in found:
         assert entry.env in shipped_tables()
         assert entry.table == table_hash(table_folder(shipped_tables()[entry.env])), entry

@@ -70,14 +70,14 @@ class Entry(BaseModel):
     who: str = Field(min_length=1)
 
     @property
-    def _same(self) -> tuple[Any, ...]:
+    def same(self) -> tuple[Any, ...]:
         """What a later entry replaces."""
         return self.env, self.algorithm, self.decisions, self.code, self.who
 
     @property
-    def _rank(self) -> tuple[Any, ...]:
+    def rank(self) -> tuple[Any, ...]:
         """Quality first, then FLOPs."""
-        return self.env, self.verdict != Verdict.KEPT, self.flops_ratio, self._same
+        return self.env, self.verdict != Verdict.KEPT, self.flops_ratio, self.same
 
 
 def entries(folders: Iterable[str | Path], who: str, code: str = "") -> list[Entry]:
@@ -144,8 +144,8 @@ def add(file: Path, new: Sequence[Entry]) -> None:
         ValueError: If the file is there, and damaged.
     """
     there = read_leaderboard(file) if file.exists() else []
-    merged = {one._same: one for one in [*there, *new]}
-    write_text(file, as_csv(sorted(merged.values(), key=lambda one: one._rank)))
+    merged = {one.same: one for one in [*there, *new]}
+    write_text(file, as_csv(sorted(merged.values(), key=lambda one: one.rank)))
 
 
 def as_csv(rows: Iterable[Entry]) -> str:
