@@ -12,7 +12,8 @@ from sd_gym.agents import make_agent
 from sd_gym.agents.baselines.search import losses_along
 from sd_gym.agents.baselines.static import SEARCHED
 from sd_gym.agents.experiment.run import train
-from sd_gym.agents.imitation.agent import component_logits, read_searched, step_logits
+from sd_gym.agents.imitation.agent import read_searched
+from sd_gym.agents.imitation.rates import component_logits, step_logits
 from stable_baselines3.common.logger import configure
 
 from sd_gym.policy import DecisionPolicy
