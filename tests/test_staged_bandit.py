@@ -57,12 +57,9 @@ def end(name, stages, seed, folder, reviews, backbone, monkeypatch):
         return observations, None
 
     monkeypatch.setattr(core, "score", score)
-    for known in (core.split("train"), core.split("validation")):  # what a search asks
-        monkeypatch.setattr(known.costs, "flops_ratio", lambda rows, decisions: score(None, rows, decisions).flops_ratio)
-        monkeypatch.setattr(known.scoring, "run", lambda rows, decisions: score(None, rows, decisions).quality)
-        monkeypatch.setattr(
-            known.scoring, "quality_and_likelihood", lambda rows, decisions: (score(None, rows, decisions).quality, 0)
-        )
+    searched = core.split("train")
+    monkeypatch.setattr(searched.costs, "flops_ratio", lambda *of: score(None, *of).flops_ratio)
+    monkeypatch.setattr(searched.scoring, "quality_and_likelihood", lambda *of: (score(None, *of).quality, 0.0))
     if core.is_staged:
         monkeypatch.setattr(core.stage_observation, "observe", observe)
     else:
