@@ -8,6 +8,7 @@ from sd_gym.agents.experiment.evaluation import decide_and_score, deciding_flops
 from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.learning.sb3 import places_of
 from sd_gym.agents.registry import make_agent
+from sd_gym.agents.reinforce.agent import ReinforceAgent
 from stable_baselines3.common.logger import KVWriter, Logger, configure
 
 import sd_gym
@@ -16,6 +17,7 @@ from sd_gym.policy import DecisionPolicy
 CUSTOM = "SD/Classification-Custom-Staged-v0"
 STAGES = ["first", "encoder.1", "encoder.2"]
 LEARNING = ["ppo", "a2c", "ppo_lagrangian", "ppo_lex", "a2c_lex", "reinforce", "blind-ppo"]
+OVER = {"epochs": 100, "batch_size": 8}  # of few instances, imitation needs many passes
 
 
 @pytest.fixture
@@ -148,10 +150,9 @@ def test_a_walk_is_scored_as_its_decisions_are(env):
 def test_a_run_is_kept_evaluated_and_resumed(keys, algo, tmp_path, monkeypatch):
     settings = {**keys, "epsilon": 0.5}
     result = train(CUSTOM, algo, tmp_path / "run", steps=200, settings=settings)
-    assert result["artefact"] is None
-    assert not (tmp_path / "run" / "skip_policy.json").exists()
     _, core, policy = load_run(tmp_path / "run")
     assert policy.stages == core.stages == STAGES
+    leaves(core, tmp_path / "run", result)
     assert {**sd_gym.evaluate(CUSTOM, tmp_path / "run"), "time": None}.items() >= {
         name: result[name] for name in ("quality", "flops_ratio_with_policy", "skip_rate", "verdict")
     }.items()
@@ -169,9 +170,43 @@ def test_a_run_is_kept_evaluated_and_resumed(keys, algo, tmp_path, monkeypatch):
     assert weights[0] == weights[1]
 
 
+def leaves(core, run, result):
+    """On raw texts, the run's artefact decides as its policy in the env."""
+    assert result["artefact"] == "skip_policy.json"
+    split = core.split("test")
+    decisions = core.walk(split, np.arange(len(split)), DecisionPolicy.load(run).decide)[0]
+    model = sd_gym.load(run)
+    came = model([one.source for one in split.instances])
+    sd_gym.detach(model.model)
+    np.testing.assert_array_equal([[*one.skip, one.token_level] for one in came], decisions)
+
+
+@pytest.mark.parametrize("algo", ["imitation", "blind-imitation"])
+def test_imitation_learns_what_is_to_come_at_each_stage(keys, algo, tmp_path):
+    """Quality is free, so everything may be skipped; another run takes its path over, in stages or at once."""
+    settings = {**keys, **OVER}
+    result = train(CUSTOM, algo, tmp_path / "run", steps=1, settings=settings)
+    assert np.mean(result["skip_rate"]) > 0.8
+    _, core, policy = load_run(tmp_path / "run")
+    assert policy.stages == STAGES
+    leaves(core, tmp_path / "run", result)
+    again = train(CUSTOM, algo, tmp_path / "again", steps=1, settings={**settings, "path": tmp_path / "run"})
+    assert again["flops_ratio"] == result["flops_ratio"]
+    masks = [(tmp_path / run / "masks.json").read_text() for run in ("run", "again")]
+    assert masks[0] == masks[1]
+    once = {**settings, "path": tmp_path / "run", "stages": ["first"]}
+    assert train(CUSTOM, algo, tmp_path / "once", steps=1, settings=once)["artefact"]
+
+
+class Once(ReinforceAgent):
+    """An agent that decides before the first layer alone."""
+
+    staged = False
+
+
 def test_what_decides_once_says_so(env, tmp_path):
     with pytest.raises(ValueError, match=r"this agent decides once.*'encoder.1'"):
-        make_agent("imitation", env)
+        Once(env)
     with pytest.raises(ValueError, match="cannot be autoregressive; decide at one"):
         make_agent("reinforce", env, autoregressive=True)
     policy = make_agent("ppo", env).policy()

@@ -278,7 +278,7 @@ def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
     if env.core.is_staged and not staged:
         raise NotApplicableError(
             f"this agent decides once, before the first layer, but the stages of this env are {env.core.stages}; leave "
-            "stages out, or take an agent that decides in stages (ppo, a2c, reinforce)"
+            "stages out, or take an agent that decides in stages (ppo, a2c, reinforce, imitation)"
         )
     if env.config.vector_reward:
         raise ValueError("the agents of sd_gym learn from one number, got vector_reward=True; leave it out")
