@@ -51,7 +51,7 @@ def test_steps_that_only_pay_together_have_one_rate():
 
 def test_many_instances_have_the_rates_of_each_alone(monkeypatch):
     risk, flops = torch.rand(7, 5).cumsum(dim=1), torch.linspace(1, 0, 5)
-    monkeypatch.setattr("sd_gym.agents.imitation.agent.PART", 3)
+    monkeypatch.setattr("sd_gym.agents.imitation.rates.PART", 3)
     alone = torch.cat([step_logits(row[None], flops) for row in risk])
     torch.testing.assert_close(step_logits(risk, flops), alone, rtol=0, atol=0)
 

@@ -93,7 +93,7 @@ class ImitationAgent(Agent):
     Settings = ImitationSettings
     settings: ImitationSettings
     searched: Searched  # once it has learned, of several stages its path alone
-    staged = True
+    staged = apart = True
     validates = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -105,8 +105,8 @@ class ImitationAgent(Agent):
             self.foresight = nn.ModuleList([self._new_foresight() for _ in self.env.core.stages])
         self._begin(self.network, self.foresight)
         with torch.no_grad():
-            if self.settings.start is not None:
-                self.network.load_state_dict(self._load_start(self.settings.start).state_dict())
+            if self.start is not None:
+                self.network.load_state_dict(self.start.state_dict())
             else:
                 self.network.begin_at(initial_bias(self.env.core.nvec, self.settings.initial_skip_rate))
 
