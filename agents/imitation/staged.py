@@ -163,7 +163,7 @@ class Induction:
         self._fit, self._sees, self._on_scored, self._scored = fit, sees, on_scored, 0
         self._log_multiplier = math.log(core.config.penalty / core.config.cost_scale)
         self.log_prices = LOG_PRICES + self._log_multiplier
-        self._ahead: nn.Module | None = None  # from observations of the stage behind, what is to come of its ways
+        self._networks: dict[int, nn.Module] = {}  # of each stage, what is to come of its ways
 
     def learn(self) -> list[Taught]:
         """What the policy shall say at each stage."""
@@ -173,69 +173,91 @@ class Induction:
         under = prefixes(self._drawn, self.stretches[:stage])
         looks = under.shape[1]
         rows, decided = np.repeat(self.rows, looks), under.reshape(-1, under.shape[2])
-        observations, come = self._looked(stage, rows, decided)
-        ways, is_last = come.shape[1], stage == len(self.stretches) - 1
-        targets = come[..., 1:] if is_last else come  # at last the FLOPs are known
-        outputs = targets[0].numel()
-        head = nn.Linear(HIDDEN, outputs)
+        observations, spent, come = self._looked(stage, rows, decided)
+        # The FLOPs up to the next stage are known, so that those behind it are learned; at last there are none.
+        rest = come[..., 0] - spent[..., None]
+        targets = come[..., 1:] if self._is_last(stage) else torch.cat([rest[..., None], come[..., 1:]], dim=-1)
+        targets = targets.flatten(1).clamp(0, 1)
+        head = nn.Linear(HIDDEN, targets.shape[1])
         with torch.no_grad():
             head.weight.zero_()
-            head.bias.copy_(targets.flatten(1).mean(dim=0).clamp(1e-4, 1 - 1e-4).logit())
+            head.bias.copy_(targets.mean(dim=0).clamp(1e-4, 1 - 1e-4).logit())
         network = nn.Sequential(self.bodies[stage], head)
-        by_instance, wanted = observations.unflatten(0, (-1, looks)), targets.reshape(-1, looks, outputs)
+        by_instance, wanted = observations.unflatten(0, (-1, looks)), targets.unflatten(0, (-1, looks))
 
         def loss(chosen: Tensor | slice) -> Tensor:
             said = network(by_instance[chosen].flatten(0, 1))
             return F.binary_cross_entropy_with_logits(said, wanted[chosen].flatten(0, 1))
 
         self._fit(network, loss, f"imitation/risk_loss_{self.core.stages[stage]}")
-        self._ahead = network
-        with torch.no_grad():
-            foreseen = network(observations).sigmoid().unflatten(1, (ways, -1, targets.shape[-1]))
-        if is_last:
-            flops, risk = come[:, :, 0, 0].mean(dim=0), foreseen[:, :, 0, 0] - foreseen[:, :, 0, 1]
-            steps = step_logits(risk - risk[:, :1], flops.double())
+        self._networks[stage] = network
+        foreseen = self._foreseen(stage, observations, spent)
+        if self._is_last(stage):
+            risk = foreseen[:, :, 0, 1] - foreseen[:, :, 0, 2]
+            steps = step_logits(risk - risk[:, :1], spent.mean(dim=0).double())
         else:
             steps = price_logits(costs(foreseen, self.log_prices.exp()), self.log_prices)
         return Taught(by_instance, (steps - self._log_multiplier).unflatten(0, (-1, looks)))
 
-    @torch.no_grad()
-    def _looked(self, stage: int, rows: NDArray, decided: NDArray) -> tuple[Tensor, Tensor]:
-        """What rows show at a stage, ``[n, features]``, and what comes of its ways, ``[n, ways, prices, 3]``.
+    def _is_last(self, stage: int) -> bool:
+        return stage == len(self.stretches) - 1
 
-        At the last stage there is one price: it makes no difference.
+    @torch.no_grad()
+    def _looked(self, stage: int, rows: NDArray, decided: NDArray) -> tuple[Tensor, Tensor, Tensor]:
+        """What rows show at a stage, and what its ways lead to.
+
+        Returns:
+            Observations ``[n, features]``; FLOPs ratios up to the next stage, ``[n, ways]``; and FLOPs ratio, quality
+            lost and gained in the end, ``[n, ways, prices, 3]``, of the last stage for one price: it makes no
+            difference.
         """
-        core, found = self.core, []
+        core, found, order = self.core, [], []
         size = max(1, PASS_TOKENS // core.config.max_source_length)
-        parts = batches(self.split.encoded.source_length[rows], size)
-        order = []
-        for part in parts:
-            seen_there, seen = core.stage_observation.observe(self.split, rows[part], stage, decided[part], None)
+        for part in batches(self.split.encoded.source_length[rows], size):
+            observed, seen = core.stage_observation.observe(self.split, rows[part], stage, decided[part], None)
             come = [self._to_come(stage, rows[part], decided[part] + way, seen) for way in self.stretches[stage].ways]
-            found.append((self._sees(torch.from_numpy(seen_there)), torch.stack(come, dim=1)))
+            spent = self._spent(stage, rows[part], decided[part])
+            found.append((self._sees(torch.from_numpy(observed)), spent, torch.stack(come, dim=1)))
             order.append(part)
             self._scored += len(part) * len(come)
             self._on_scored(self._scored)
         back = torch.from_numpy(np.argsort(np.concatenate(order)))
-        observations, come = (torch.cat(of_each)[back] for of_each in zip(*found, strict=True))
-        return observations, come
+        observations, spent, come = (torch.cat(of_each)[back] for of_each in zip(*found, strict=True))
+        return observations, spent, come
 
     def _to_come(self, stage: int, rows: NDArray, decisions: NDArray, seen: Seen | None) -> Tensor:
         """FLOPs ratio, quality lost and gained, ``[n, prices, 3]``, behind decisions ``[n, components]`` of a stage."""
         core, behind = self.core, stage + 1
-        if behind == len(self.stretches):
+        if self._is_last(stage):
             outcome = core.score(self.split, rows, decisions, seen)
             lost = outcome.quality_ref - outcome.quality
             told = np.stack([outcome.flops_ratio, lost.clip(0, 1), (-lost).clip(0, 1)], axis=1)
             return torch.from_numpy(told.astype(np.float32))[:, None]
         observed, _ = core.stage_observation.observe(self.split, rows, behind, decisions, seen)
-        ways = self.stretches[behind].ways
-        foreseen = self._ahead(self._sees(torch.from_numpy(observed))).sigmoid()
-        if behind == len(self.stretches) - 1:
-            foreseen = foreseen.unflatten(1, (len(ways), 1, 2))
-            flops = [self.split.costs.flops_ratio(rows, decisions + way) for way in ways]
-            known = torch.from_numpy(np.stack(flops, axis=1).astype(np.float32))[:, :, None, None]
-            foreseen = torch.cat([known, foreseen], dim=-1).expand(-1, -1, len(self.log_prices), -1)
-        else:
-            foreseen = foreseen.unflatten(1, (len(ways), len(self.log_prices), 3))
-        return best(foreseen, self.log_prices.exp())
+        spent = self._spent(behind, rows, decisions)
+        foreseen = self._foreseen(behind, self._sees(torch.from_numpy(observed)), spent)
+        return best(foreseen.expand(-1, -1, len(self.log_prices), -1), self.log_prices.exp())
+
+    def _spent(self, stage: int, rows: NDArray, decided: NDArray) -> Tensor:
+        """FLOPs ratio of each of a stage's ways if all behind the stage is skipped, ``[n, ways]``."""
+        ratios = []
+        for way in self.stretches[stage].ways:
+            decisions = decided + way
+            decisions[:, self.core.columns[stage].stop : -1] = 1
+            ratios.append(self.split.costs.flops_ratio(rows, decisions))
+        return torch.from_numpy(np.stack(ratios, axis=1).astype(np.float32))
+
+    @torch.no_grad()
+    def _foreseen(self, stage: int, observations: Tensor, spent: Tensor) -> Tensor:
+        """FLOPs ratio, quality lost and gained that a stage's ways end with, ``[n, ways, prices, 3]``; at last a price.
+
+        Args:
+            stage: Number of the stage.
+            observations: ``[n, features]``.
+            spent: FLOPs ratios up to the next stage, ``[n, ways]``.
+        """
+        last, spent = self._is_last(stage), spent[:, :, None, None]
+        said = self._networks[stage](observations).sigmoid().unflatten(1, (spent.shape[1], -1, 2 if last else 3))
+        if last:
+            return torch.cat([spent, said], dim=-1)
+        return torch.cat([spent + said[..., :1], said[..., 1:]], dim=-1)
