@@ -254,7 +254,7 @@ def test_hidden_layers_of_a_stage_see_its_rows_alone(env, tmp_path):
         rows = seen[stage::3]
         assert torch.allclose(loaded(seen)[stage::3], policy.head(policy.body.of_stage[stage](rows)), atol=1e-6)
     assert policy.flops == make_agent("ppo", env).policy().flops
-    with pytest.raises(ValueError, match="of its own has each of several stages"):
+    with pytest.raises(ValueError, match="apart=True gives each of several stages hidden layers"):
         DecisionPolicy(size, env.core.nvec.tolist(), env.core.switch_names, apart=True)
 
 

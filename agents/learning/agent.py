@@ -257,7 +257,7 @@ class Agent(BaseAgent):
         if core.stages[0] == "first" and len(core.stages) > 1 and start.stages == ["first"]:
             self.apart = True
             return self._in_stages(start, folder)
-        self.apart = start.apart
+        self.apart = start.apart and len(core.stages) > 1
         check_same(start, self.new_policy(), folder)
         start.blind = self.blind
         return start

@@ -100,7 +100,7 @@ class DecisionPolicy(nn.Module):
     ) -> None:
         super().__init__()
         if apart and (len(stages) == 1 or network is not None):
-            raise ValueError("hidden layers of its own has each of several stages; a network of your own has none")
+            raise ValueError("apart=True gives each of several stages hidden layers; expected stages, and no network")
         if len(stages) > 1 and (autoregressive or codebook is not None):
             kind = "autoregressive" if autoregressive else "chosen from a codebook"
             raise ValueError(f"at several stages, {', '.join(stages)}, decisions cannot be {kind}; decide at one")
