@@ -43,6 +43,12 @@ def score(split, rows, decisions, seen=None):
     return Outcome(1 - lost, reference, cost, 1 - SAVED[early, late])
 
 
+def under_all(rows, masks):
+    """Quality of each row under each mask, and no likelihood, ``[n, masks]``."""
+    quality = np.stack([score(None, rows, np.tile(mask, (len(rows), 1))).quality for mask in masks], axis=1)
+    return quality, 0 * quality
+
+
 def end(name, stages, seed, folder, reviews, backbone, monkeypatch):
     """Mean savings and mean quality lost of what an agent has learned, each instance counting the same."""
     files = {"dataset": str(reviews), "backbone": str(backbone)}
@@ -59,7 +65,7 @@ def end(name, stages, seed, folder, reviews, backbone, monkeypatch):
     monkeypatch.setattr(core, "score", score)
     searched = core.split("train")
     monkeypatch.setattr(searched.costs, "flops_ratio", lambda *of: score(None, *of).flops_ratio)
-    monkeypatch.setattr(searched.scoring, "quality_and_likelihood", lambda *of: (score(None, *of).quality, 0.0))
+    monkeypatch.setattr(searched.scoring, "under_all", under_all)
     if core.is_staged:
         monkeypatch.setattr(core.stage_observation, "observe", observe)
     else:

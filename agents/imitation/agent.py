@@ -172,8 +172,6 @@ class ImitationAgent(Agent):
         core, taken = self.env.core, self.settings.path
         if taken is None:
             return greedy_path(core, split, self._rows_of(split)[:ORDER_INSTANCES], on_round)
-        if (taken / SEARCHED).exists():
-            return list(read_searched(taken, len(split), core.nvec).path)
         return backward_path(taken, core.nvec)
 
     def _search(self, split: Split, on_rollout: OnRollout) -> Searched:
