@@ -9,26 +9,33 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, TextIteratorStreamer
 
+from sd_gym.backbones.heads import head_of
+from sd_gym.backbones.load import can_exit
 from sd_gym.inference.attach import attach, detach
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy, Stop, weights_hash
 from sd_gym.policy.observation import observed
 from sd_gym.policy.protection import Protection
-from sd_gym.switch import Switchboard
+from sd_gym.switch import FlopsModel, Switchboard
 from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, make_inputs, make_model, row_of
 
 ALL = [*ENCODER, *DECODER, *ENCODER_DECODER]
 GENERATING = [*DECODER, *ENCODER_DECODER]
 
 
-def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0):
+def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0, stages=("first",)):
     """A random policy that decides differently on each input of ``make_inputs``, or one that skips nothing."""
     board = vars(model).get("_switchboard") or Switchboard(model)
-    width = 2 * model.config.hidden_size + 2
-    torch.manual_seed(seed)
-    network = DecisionPolicy(width, [2] * len(board) + [len(shares)], board.names).eval()
+    stages = list(board.decided_at(stages))
     inputs = make_inputs("bert", batch=64)
     seen = observed(board, {key: inputs[key] for key in ("input_ids", "attention_mask")}).numpy()
+    width = 2 * model.config.hidden_size + 2
+    if stages != ["first"]:  # at all of them it is standardised as at the first one
+        seen = np.pad(seen, ((0, 0), (0, int(can_exit(head_of(model), board)))), constant_values=0.1)
+        seen = np.stack([seen] * len(stages), axis=1) + np.random.default_rng(0).normal(size=(64, len(stages), 1))
+        width = len(stages) + 1 + seen.shape[2]
+    torch.manual_seed(seed)
+    network = DecisionPolicy(width, [2] * len(board) + [len(shares)], board.names, stages=stages).eval()
     if "_attached" not in vars(model):
         board.remove()
     with torch.no_grad():
@@ -48,6 +55,16 @@ def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0
     }
     protection = Protection((1, 2, 3), 1, 0, None) if len(shares) > 1 else None
     return SkipPolicy(network, seen.mean(axis=0), seen.std(axis=0), rarity, protection, (), card)
+
+
+def judging(model, policy, inputs):
+    """FLOPs of the head's own judgements, of each input."""
+    board = Switchboard(model)
+    times = sum(stage != "first" for stage in policy.network.stages) if can_exit(head_of(model), board) else 0
+    length = inputs["attention_mask"].sum(dim=1).numpy()
+    always = FlopsModel(board).costs(length, length)[0]
+    board.remove()
+    return times * always
 
 
 def logits(model, inputs):
@@ -82,6 +99,29 @@ def test_a_call_decides_for_each_row_as_the_policy_does(name):
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("ranking", [None, "position", "attention"])
+def test_a_call_decides_at_the_stages_of_its_pass(name, ranking):
+    model, inputs = make_model(name), make_inputs(name)
+    shares = {"shares": (0.0, 0.5), "ranking": ranking} if ranking else {}
+    policy = make_policy(model, stages=["every_layer"], seed=3, **shares)
+    attach(model, policy)
+    came = logits(model, inputs)
+    decided = model.decisions.skip.copy(), model.decisions.token_level.copy()
+    assert len(np.unique(decided[0], axis=0)) > 1
+    for row in range(5):  # a batch is each row alone
+        np.testing.assert_allclose(logits(model, row_of(inputs, row))[0], came[row], atol=1e-5)
+        np.testing.assert_array_equal(model.decisions.skip, decided[0][row : row + 1])
+        np.testing.assert_array_equal(model.decisions.token_level, decided[1][row : row + 1])
+    detach(model)
+    board = Switchboard(model)
+    seen = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    with board.decide(decided[0], policy.kept(board, seen, decided[1])):
+        torch.testing.assert_close(logits(model, inputs), came, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="decides in the pass, at first"):
+        policy.decide(board, seen)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_with_the_dense_policy_and_after_detaching_the_model_is_untouched(name):
     model, inputs = make_model(name), make_inputs(name)
     before, attributes = logits(model, inputs), set(vars(model))
@@ -100,11 +140,12 @@ def test_with_the_dense_policy_and_after_detaching_the_model_is_untouched(name):
 
 @pytest.mark.parametrize("name", GENERATING)
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}])
-def test_generation_decides_on_the_prompt(name, how):
+@pytest.mark.parametrize("stages", [["first"], ["every_layer"]], ids=["once", "staged"])
+def test_generation_decides_on_the_prompt(name, how, stages):
     side = "left" if name in DECODER else "right"
     model, inputs = make_model(name), make_inputs(name, side=side)
     prompts = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-    policy, settings = make_policy(model), {"max_new_tokens": 4, "do_sample": False, **how}
+    policy, settings = make_policy(model, stages=stages), {"max_new_tokens": 4, "do_sample": False, **how}
     rows = how.get("num_return_sequences", 1)
     attach(model, policy)
     texts = model.generate(**prompts, **settings)
@@ -168,9 +209,10 @@ def test_padding_at_the_left_is_decided_on_like_padding_at_the_right(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_decoding_loop_of_ones_own_goes_on_under_what_was_decided_on_the_prompt(name):
+@pytest.mark.parametrize("stages", [["first"], ["every_layer"]], ids=["once", "staged"])
+def test_a_decoding_loop_of_ones_own_goes_on_under_what_was_decided_on_the_prompt(name, stages):
     model, inputs = make_model(name), make_inputs(name, batch=1)
-    attach(model, make_policy(model))
+    attach(model, make_policy(model, stages=stages))
     ids = inputs["input_ids"]
     wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3)[0, 7:]
     skip, cache, tokens = model.decisions.skip, DynamicCache(config=model.config), []
@@ -281,9 +323,12 @@ def test_the_dial_takes_a_version_that_was_validated():
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert", "llama", "gpt2", "bart", "t5"])
-def test_flops_are_those_that_a_counter_counts(name):
+@pytest.mark.parametrize("stages", [["first"], ["every_layer"]], ids=["once", "staged"])
+def test_flops_are_those_that_a_counter_counts(name, stages):
+    """Of several stages nothing runs twice, but for the head."""
     model, inputs = make_model(name, "eager"), make_inputs(name, batch=4)
-    policy, counted = make_policy(model), {}
+    policy, counted = make_policy(model, stages=stages), {}
+    own = policy.network.flops + judging(model, policy, inputs)
     for dense in (True, False):
         counted[dense] = []
         if not dense:
@@ -294,7 +339,7 @@ def test_flops_are_those_that_a_counter_counts(name):
             alone |= {key: alone[key][:, :length] for key in ("input_ids", "attention_mask")}
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 model(**alone)
-            counted[dense].append(counter.get_total_flops() - (0 if dense else policy.network.flops))
+            counted[dense].append(counter.get_total_flops() - (0 if dense else own[row]))
     logits(model, inputs)
     wanted = np.array(counted[False]) / np.array(counted[True])
     np.testing.assert_allclose(model.decisions.flops_ratio, wanted)

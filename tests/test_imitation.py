@@ -12,7 +12,8 @@ from sd_gym.agents import make_agent
 from sd_gym.agents.baselines.search import losses_along
 from sd_gym.agents.baselines.static import SEARCHED
 from sd_gym.agents.experiment.run import train
-from sd_gym.agents.imitation.agent import component_logits, read_searched, step_logits
+from sd_gym.agents.imitation.agent import read_searched
+from sd_gym.agents.imitation.rates import component_logits, step_logits
 from stable_baselines3.common.logger import configure
 
 from sd_gym.policy import DecisionPolicy
@@ -50,7 +51,7 @@ def test_steps_that_only_pay_together_have_one_rate():
 
 def test_many_instances_have_the_rates_of_each_alone(monkeypatch):
     risk, flops = torch.rand(7, 5).cumsum(dim=1), torch.linspace(1, 0, 5)
-    monkeypatch.setattr("sd_gym.agents.imitation.agent.PART", 3)
+    monkeypatch.setattr("sd_gym.agents.imitation.rates.PART", 3)
     alone = torch.cat([step_logits(row[None], flops) for row in risk])
     torch.testing.assert_close(step_logits(risk, flops), alone, rtol=0, atol=0)
 

@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from sd_gym.agents.experiment.evaluation import deciding_flops
 from sd_gym.agents.experiment.export import export
 from sd_gym.agents.experiment.run import circumstances
 from transformers import AutoModelForSequenceClassification
@@ -86,7 +87,7 @@ def ranking(request):
     return request.param
 
 
-def trained(task, ranking, folder, tokenizer, observation="pooled"):
+def trained(task, ranking, folder, tokenizer, observation="pooled", stages=("first",)):
     """An env, a policy of it that decides differently on every input, and the artefact's folder."""
     random = np.random.default_rng(0)
     rows = {split: [row(random, task) for _ in range(24)] for split in ("train", "validation", "test")}
@@ -100,13 +101,14 @@ def trained(task, ranking, folder, tokenizer, observation="pooled"):
     tokenizer.eos_token = "[SEP]"
     tokenizer.save_pretrained(folder / "backbone")
     settings = {"dataset": str(data), "backbone": str(folder / "backbone"), "max_target_length": 4, "splits": {}}
-    settings |= {"max_source_length": 26, "overlap": "allow", "observation": observation}
+    settings |= {"max_source_length": 26, "overlap": "allow", "observation": observation, "stages": list(stages)}
     settings |= {"prompt": PROMPT} if task == "prompted" else {}
     settings |= {"token_shares": [0.0, 0.4], "token_ranking": ranking} if ranking else {}
     core = gym.make_vec(env_id, num_envs=1, **settings).unwrapped.core
     torch.manual_seed(1)
-    size, channels = (core.observation.space.shape[0], None) if observation == "pooled" else (16, 5)
-    policy = DecisionPolicy(size, core.nvec.tolist(), core.backbone.board.names, channels=channels).eval()
+    size, channels = (core.observation_space.shape[0], None) if observation == "pooled" else (16, 5)
+    known = core.nvec.tolist(), core.backbone.board.names
+    policy = DecisionPolicy(size, *known, channels=channels, stages=core.stages).eval()
     with torch.no_grad():
         policy.head.weight.mul_(20)
     description = {**circumstances(core.config), "env": env_id, "algo": "ppo", "steps": 1, "seed": 0, "data": {}}
@@ -124,10 +126,30 @@ def test_so_does_a_policy_that_sees_tokens(kind, tmp_path, tiny_tokenizer):
     decides_and_answers_the_same(*kind, tmp_path, tiny_tokenizer, "tokens")
 
 
-def decides_and_answers_the_same(task, ranking, folder, tokenizer, observation):
-    core, policy, artefact, texts = trained(task, ranking, folder, tokenizer, observation)
+STAGED = [
+    ("classification", None, ["first", "encoder.1"]),
+    ("classification", "attention", ["every_layer"]),
+    ("classification", "idf", ["encoder.1"]),
+    ("pairs", "position", ["first", "encoder.1"]),
+    ("scores", None, ["first", "encoder.1"]),
+    ("extracted", None, ["every_layer"]),
+    ("summarization", None, ["first", "decoder"]),
+    ("summarization", "idf", ["first", "encoder.1", "decoder", "decoder.1"]),
+    ("answered", "attention", ["first", "decoder"]),
+    ("prompted", "idf", ["every_layer"]),
+]
+
+
+@pytest.mark.parametrize("kind", STAGED, ids=str)
+def test_so_does_a_policy_that_decides_in_stages(kind, tmp_path, tiny_tokenizer):
+    task, ranking, stages = kind
+    decides_and_answers_the_same(task, ranking, tmp_path, tiny_tokenizer, "pooled", stages)
+
+
+def decides_and_answers_the_same(task, ranking, folder, tokenizer, observation, stages=("first",)):
+    core, policy, artefact, texts = trained(task, ranking, folder, tokenizer, observation, stages)
     split, every = core.split("test"), np.arange(24)
-    decisions = policy.decide(core.observe(split, every))
+    decisions = core.walk(split, every, policy.decide)[0]
     assert len(np.unique(decisions, axis=0)) > 1
     answers = split.passes.answers(every, decisions)
     model = sd_gym.load(folder / "artefact")
@@ -138,7 +160,7 @@ def decides_and_answers_the_same(task, ranking, folder, tokenizer, observation):
         assert [one.answer for one in came] == answers
         assert [one.answer for one in model(texts, dense=True)] == split.passes.answers(every, 0 * decisions)
         if split.head.gives != "text":  # there the env counts the right answer's length
-            own = policy.flops + policy.flops_a_token * split.encoded.source_length
+            own = deciding_flops(core, policy, split, every)
             ratio = split.costs.flops_ratio(every, decisions) + own / split.costs.dense_flops(every)
             np.testing.assert_allclose([one.flops_ratio for one in came], ratio)
         # Inside the model itself, on the env's own inputs.

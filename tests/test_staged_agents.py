@@ -1,5 +1,7 @@
 """Agents on envs of several stages: what they learn from, what they keep, and what it costs."""
 
+import json
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from sd_gym.agents.experiment.evaluation import decide_and_score, deciding_flops
 from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.learning.sb3 import places_of
 from sd_gym.agents.registry import make_agent
+from sd_gym.agents.reinforce.agent import ReinforceAgent
 from stable_baselines3.common.logger import KVWriter, Logger, configure
 
 import sd_gym
@@ -16,6 +19,7 @@ from sd_gym.policy import DecisionPolicy
 CUSTOM = "SD/Classification-Custom-Staged-v0"
 STAGES = ["first", "encoder.1", "encoder.2"]
 LEARNING = ["ppo", "a2c", "ppo_lagrangian", "ppo_lex", "a2c_lex", "reinforce", "blind-ppo"]
+OVER = {"epochs": 100, "batch_size": 8}  # of few instances, imitation needs many passes
 
 
 @pytest.fixture
@@ -148,10 +152,9 @@ def test_a_walk_is_scored_as_its_decisions_are(env):
 def test_a_run_is_kept_evaluated_and_resumed(keys, algo, tmp_path, monkeypatch):
     settings = {**keys, "epsilon": 0.5}
     result = train(CUSTOM, algo, tmp_path / "run", steps=200, settings=settings)
-    assert result["artefact"] is None
-    assert not (tmp_path / "run" / "skip_policy.json").exists()
     _, core, policy = load_run(tmp_path / "run")
     assert policy.stages == core.stages == STAGES
+    leaves(core, tmp_path / "run", result)
     assert {**sd_gym.evaluate(CUSTOM, tmp_path / "run"), "time": None}.items() >= {
         name: result[name] for name in ("quality", "flops_ratio_with_policy", "skip_rate", "verdict")
     }.items()
@@ -169,9 +172,42 @@ def test_a_run_is_kept_evaluated_and_resumed(keys, algo, tmp_path, monkeypatch):
     assert weights[0] == weights[1]
 
 
+def leaves(core, run, result):
+    """On raw texts, the run's artefact decides as its policy in the env."""
+    assert result["artefact"] == "skip_policy.json"
+    split = core.split("test")
+    decisions = core.walk(split, np.arange(len(split)), DecisionPolicy.load(run).decide)[0]
+    model = sd_gym.load(run)
+    came = model([one.source for one in split.instances])
+    sd_gym.detach(model.model)
+    np.testing.assert_array_equal([[*one.skip, one.token_level] for one in came], decisions)
+
+
+@pytest.mark.parametrize("algo", ["imitation", "blind-imitation"])
+def test_imitation_learns_what_is_to_come_at_each_stage(keys, algo, tmp_path):
+    """A loss costs little, so nearly all is skipped; another run takes its path over, in stages or at once."""
+    settings = {**keys, **OVER, "penalty": 1e-3}
+    result = train(CUSTOM, algo, tmp_path / "run", steps=1, settings=settings)
+    assert result["last_policy"]["flops_ratio"] < 0.2
+    _, core, policy = load_run(tmp_path / "run")
+    assert policy.stages == STAGES
+    leaves(core, tmp_path / "run", result)
+    path = np.array(json.loads((tmp_path / "run" / "masks.json").read_text()))
+    for stages in (STAGES, ["first"]):
+        other = gym.make_vec(CUSTOM, num_envs=2, **{**keys, "stages": stages}).unwrapped
+        agent, _ = learned(other, algo, 1, tmp_path / "log", path=tmp_path / "run", epochs=1)
+        np.testing.assert_array_equal(agent.searched.path, path)
+
+
+class Once(ReinforceAgent):
+    """An agent that decides before the first layer alone."""
+
+    staged = False
+
+
 def test_what_decides_once_says_so(env, tmp_path):
     with pytest.raises(ValueError, match=r"this agent decides once.*'encoder.1'"):
-        make_agent("imitation", env)
+        Once(env)
     with pytest.raises(ValueError, match="cannot be autoregressive; decide at one"):
         make_agent("reinforce", env, autoregressive=True)
     policy = make_agent("ppo", env).policy()
@@ -179,11 +215,47 @@ def test_what_decides_once_says_so(env, tmp_path):
         policy.skip_logits(np.zeros((1, policy.observation_size), np.float32))
     with pytest.raises(ValueError, match=r"at several stages, .* has no codebook"):
         policy.reduced(2, np.zeros((1, policy.observation_size), np.float32))
+
+
+@pytest.mark.parametrize("algo", ["ppo", "reinforce"])
+def test_a_start_of_one_stage_decides_nearly_as_it_did(env, algo, tmp_path):
+    """At the first stage exactly; what it said of later switches is learned from what those stages see."""
     once = gym.make_vec(CUSTOM, num_envs=2, **{**_keys(env), "stages": ["first"]}).unwrapped
-    make_agent("ppo", once).policy().save(tmp_path)
+    start = make_agent("ppo", once, seed=1).policy()
+    with torch.no_grad():
+        start.head.weight.mul_(100)
+    start.save(tmp_path)
+    agent = make_agent(algo, env, start=tmp_path)
+    policy, core = agent.policy(), env.core
+    split = core.split("train")
+    rows = np.arange(len(split))
+    wanted, came = start.decide(once.core.observe(split, rows)), core.walk(split, rows, policy.decide)[0]
+    assert 0.1 < wanted[:, :-1].mean() < 0.9
+    assert (wanted != wanted[0]).any(axis=0)[:-1].sum() >= 4
+    np.testing.assert_array_equal(came[:, core.columns[0]], wanted[:, core.columns[0]])
+    assert (came == wanted)[:, :-1].mean() > 0.95
+    assert policy.apart
+    assert agent.offers()[0].stages == STAGES
+    policy.save(tmp_path / "staged")
+    assert make_agent("ppo", env, start=tmp_path / "staged").policy().apart
+    two = gym.make_vec(CUSTOM, num_envs=2, **{**_keys(env), "stages": ["encoder.1"]}).unwrapped
     with pytest.raises(ValueError, match=r"cannot be a start here: its stages is \['first'\]"):
-        make_agent("ppo", env, start=tmp_path)
-    assert DecisionPolicy.load(tmp_path).stages == ["first"]
+        make_agent("ppo", two, start=tmp_path)
+
+
+def test_hidden_layers_of_a_stage_see_its_rows_alone(env, tmp_path):
+    size = env.single_observation_space.shape[0]
+    policy = DecisionPolicy(size, env.core.nvec.tolist(), env.core.switch_names, stages=STAGES, apart=True)
+    policy.save(tmp_path)
+    loaded = DecisionPolicy.load(tmp_path)
+    seen = torch.randn(12, size)
+    seen[:, :3] = torch.eye(3).repeat(4, 1)
+    for stage in range(3):
+        rows = seen[stage::3]
+        assert torch.allclose(loaded(seen)[stage::3], policy.head(policy.body.of_stage[stage](rows)), atol=1e-6)
+    assert policy.flops == make_agent("ppo", env).policy().flops
+    with pytest.raises(ValueError, match="apart=True gives each of several stages hidden layers"):
+        DecisionPolicy(size, env.core.nvec.tolist(), env.core.switch_names, apart=True)
 
 
 @pytest.mark.parametrize("algo", ["dense", "every-other", "random", "hash", "static", "oracle", "early-exit"])

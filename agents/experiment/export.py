@@ -40,13 +40,13 @@ def export(
         description: As in ``config.json``.
 
     Returns:
-        ``None`` where a policy cannot leave its env: it decides at several stages, its observation is one of the user's
-        own, or its tokens are ranked at random, which is a control, or in a way of the user's own.
+        ``None`` where a policy cannot leave its env: its observation is one of the user's own, or its tokens are ranked
+        at random, which is a control, or in a way of the user's own.
     """
     config, backbone, train = core.config, core.backbone, core.split("train")
     drops = len(config.token_shares) > 1
     known = not drops or config.token_ranking in ("attention", "idf", "position")
-    if core.is_staged or not (isinstance(core.observation, Pooled | Tokens) and known):
+    if not (isinstance(core.observation, Pooled | Tokens) and known):
         return None
     env = {key: value for key, value in description["env_config"].items() if key != "objective"}
     card = {
@@ -63,10 +63,11 @@ def export(
         "result": {key: result[key] for key in OF_A_RESULT},
         "run": {key: description[key] for key in ("env", "algo", "steps", "seed", "versions", "data")},
     }
+    seen = core.stage_observation if core.is_staged else core.observation
     return SkipPolicy(
         policy,
-        core.observation.mean,
-        core.observation.deviation,
+        seen.mean,
+        seen.deviation,
         train.rarity if drops and config.token_ranking == "idf" else None,
         _protection(train) if drops else None,
         tuple(stops),

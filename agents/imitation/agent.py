@@ -6,6 +6,8 @@ and from that follows how far it should go: each step down the path saves FLOPs 
 as the savings outweigh the risk times a multiplier. The policy learns these exchange rates, so that a margin on its
 logits is the logarithm of another multiplier: a bolder or more cautious policy. (TR-BERT, Ye et al. 2021, and Dr.LLM
 also warm up on searched decisions; there each instance's own luck under a decision is the target, here its risk.)
+
+At several stages each looks again, and decides on what is left of the path: ``sd_gym.agents.imitation.staged``.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,24 +23,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from sd_gym.agents.baselines.search import greedy_path, losses_along, order_of
+from sd_gym.agents.baselines.search import greedy_path, losses_along
 from sd_gym.agents.baselines.static import SEARCHED, backward_path, report
 from sd_gym.agents.experiment.evaluation import seen_together
+from sd_gym.agents.imitation.rates import component_logits, step_logits
+from sd_gym.agents.imitation.staged import Induction, Stretch, Taught
 from sd_gym.agents.learning.agent import Agent, LearnerSettings, OnRollout, initial_bias
 from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sd_gym.envs.spaces import write_masks
 from sd_gym.envs.split import Split
 from sd_gym.files import read_tensors, write_tensors
 from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
 from sd_gym.policy.eyes import Eyes, tensors
 
 ORDER_INSTANCES = 1000  # that the path of static masks is searched on
+MASKS = "masks.json"
+CAUTION = (1.0, 1000.0)  # log-odds by which stages before a later one are more cautious; the last one runs all there
+STARTS = 3  # stages at most that are offered as the first one that skips
 SURE = 6.0  # log-odds of skipping at most: learning that goes on from the policy can still leave a decision
-LEAST_SAVED = 1e-4  # of the dense FLOPs: what a step saves at least, where it costs as much as it saves
-LEAST_RISK = 1e-6  # a saved FLOPs ratio of 1, so that the exchange rate is finite
-PART = 1024  # instances whose exchange rates are computed at once: each has one for any two masks
 
 
 class Searched(NamedTuple):
@@ -59,7 +65,7 @@ class ImitationSettings(LearnerSettings):
 
     Attributes:
         path: Folder of a run of ``static`` whose masks are the path, or of one of ``imitation`` whose whole search is
-            taken over; ``None``: the path is searched on the training split.
+            taken over (between one stage and several, its path); ``None``: the path is searched on the training split.
         instances: Training instances that run under the masks of the path, at most.
         epochs: Passes over them, for the risk and for the policy; a tenth of them is held out, and the best epoch on it
             is kept.
@@ -86,7 +92,8 @@ class ImitationAgent(Agent):
 
     Settings = ImitationSettings
     settings: ImitationSettings
-    searched: Searched  # once it has learned
+    searched: Searched  # once it has learned, of several stages its path alone
+    staged = apart = True
     validates = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -94,17 +101,12 @@ class ImitationAgent(Agent):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.network = self.new_policy().eval()
-            size, eyes = self.network.observation_size, []
-            if self.channels is not None:  # nobody pays for these later, so they are wide
-                eyes = [Eyes(size)]
-                size = eyes[0].size
-            self.foresight = nn.Sequential(
-                *eyes, nn.Linear(size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh()
-            )
+            # Nobody pays for what foresees, so its eyes are wide.
+            self.foresight = nn.ModuleList([self._new_foresight() for _ in self.env.core.stages])
         self._begin(self.network, self.foresight)
         with torch.no_grad():
-            if self.settings.start is not None:
-                self.network.load_state_dict(self._load_start(self.settings.start).state_dict())
+            if self.start is not None:
+                self.network.load_state_dict(self.start.state_dict())
             else:
                 self.network.begin_at(initial_bias(self.env.core.nvec, self.settings.initial_skip_rate))
 
@@ -112,6 +114,9 @@ class ImitationAgent(Agent):
         """Search and learn; it takes as many decisions as it takes."""
         core = self.env.core
         split, taken = core.split("train"), self.settings.path
+        if core.is_staged:
+            self._learn_stages(split, logger, on_rollout)
+            return
         if taken is not None and (taken / SEARCHED).exists():
             self.searched = read_searched(taken, len(split), core.nvec)
         else:
@@ -124,18 +129,61 @@ class ImitationAgent(Agent):
         logger.record("search/flops_ratio", float(flops[(worth > 0).sum(dim=1)].mean()))
         self._imitate(rows, component_logits(worth.clamp(-SURE, SURE), path, core.nvec), logger)
 
+    def _learn_stages(self, split: Split, logger: Logger, on_rollout: OnRollout) -> None:
+        """Learn what is to come from the last stage back, and the policy from that."""
+        rows, path = self._rows_of(split), np.stack(self._path(split, partial(report, on_rollout)))
+        self.searched = Searched(rows, path, np.zeros((len(rows), 0), dtype=np.float32))
+
+        def fit(network: nn.Module, loss: Callable[[Tensor | slice], Tensor], tag: str) -> None:
+            self._fit(network, loss, len(rows), tag, logger)
+
+        induction = Induction(
+            self.env.core, rows, path, self.foresight, fit, self._sees, partial(report, on_rollout), self.seed
+        )
+        self._imitate_stages(induction.learn(), induction.stretches, logger)
+
+    def _imitate_stages(self, taught: list[Taught], stretches: list[Stretch], logger: Logger) -> None:
+        """Teach the policy what each stage shall say, of the stage's own components."""
+        nvec = self.env.core.nvec
+        choices = np.repeat(np.arange(len(nvec)), nvec)  # the component of each logit
+        wanted = [
+            component_logits(one.steps.flatten(0, 1).clamp(-SURE, SURE), stretch.ways, nvec).unflatten(
+                0, one.steps.shape[:2]
+            )
+            for one, stretch in zip(taught, stretches, strict=True)
+        ]
+        counts = [torch.from_numpy(np.isin(choices, stretch.components)).float() for stretch in stretches]
+
+        def loss(chosen: Tensor | slice) -> Tensor:
+            errors, counted = 0.0, 0.0
+            for one, logits, count in zip(taught, wanted, counts, strict=True):
+                said = self.network(one.observations[chosen].flatten(0, 1))
+                errors = errors + (((said - logits[chosen].flatten(0, 1)) ** 2) * count).sum()
+                counted = counted + len(said) * count.sum()
+            return errors / counted
+
+        self._fit(self.network, loss, len(taught[0].steps), "imitation/held_out_loss", logger)
+
+    def _rows_of(self, split: Split) -> NDArray:
+        return np.random.default_rng(self.seed).permutation(len(split))[: self.settings.instances]
+
+    def _path(self, split: Split, on_round: Callable[[int], None]) -> list[NDArray]:
+        """The masks of the path: those of a run, or searched."""
+        core, taken = self.env.core, self.settings.path
+        if taken is None:
+            return greedy_path(core, split, self._rows_of(split)[:ORDER_INSTANCES], on_round)
+        return backward_path(taken, core.nvec)
+
     def _search(self, split: Split, on_rollout: OnRollout) -> Searched:
-        core = self.env.core
-        rows = np.random.default_rng(self.seed).permutation(len(split))[: self.settings.instances]
-        on_round = partial(report, on_rollout)
-        if self.settings.path is None:
-            path = greedy_path(core, split, rows[:ORDER_INSTANCES], on_round)
-        else:
-            path = backward_path(self.settings.path, core.nvec)
+        rows, on_round = self._rows_of(split), partial(report, on_rollout)
+        path = self._path(split, on_round)
         return Searched(rows, np.stack(path), losses_along(split, rows, path, on_round).astype(np.float32))
 
     def save_extra(self, folder: Path) -> None:
-        """Write ``searched.safetensors``: the fields of ``Searched``."""
+        """Write ``searched.safetensors``, the fields of ``Searched``; of several stages ``masks.json``, the path."""
+        if self.env.core.is_staged:
+            write_masks(self.searched.path, folder / MASKS)
+            return
         searched = self.searched._asdict().items()
         write_tensors(
             folder / SEARCHED, {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in searched}
@@ -146,8 +194,32 @@ class ImitationAgent(Agent):
         return self.network.with_weights(self.network.state_dict())
 
     def offers(self) -> list[DecisionPolicy]:
-        """The policy."""
-        return [self.policy()]
+        """The policy; of several stages also such whose first ones are more cautious, or run all.
+
+        Selection finds the margin of each, so that the thresholds of all stages are chosen together.
+        """
+        core, policy = self.env.core, self.policy()
+        later = np.unique(np.linspace(1, len(core.stages) - 1, STARTS).round().astype(int)) if core.is_staged else []
+        ends = [core.columns[stage].start for stage in later if len(core.stages) > 1]
+        first = np.cumsum([0, *core.nvec[:-1]])
+        offered = [policy]
+        for end, caution in product(ends, CAUTION):
+            more = self.policy()
+            with torch.no_grad():
+                more.head.bias[torch.from_numpy(first[:end])] += caution
+            offered.append(more)
+        return offered
+
+    def _new_foresight(self) -> nn.Sequential:
+        """From observations to ``HIDDEN`` features of what they foretell."""
+        size, eyes = self.network.observation_size, []
+        if self.channels is not None:
+            eyes = [Eyes(size)]
+            size = eyes[0].size
+        return nn.Sequential(*eyes, nn.Linear(size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh())
+
+    def _sees(self, observations: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+        return blinded(observations, self.env.core.stages) if self.blind else observations
 
     def _of(self, network: nn.Module, rows: NDArray) -> Tensor:
         """What a network makes of ``rows [n]`` of the training split, ``[n, outputs]``; a row an instance.
@@ -156,8 +228,7 @@ class ImitationAgent(Agent):
         """
         core, made = self.env.core, []
         for part in seen_together(core, rows):
-            observations = tensors(core.observe(core.split("train"), part))
-            made.append(network(blinded(observations, ["first"]) if self.blind else observations))
+            made.append(network(self._sees(tensors(core.observe(core.split("train"), part)))))
         return torch.cat(made)
 
     def _foresee(self, rows: NDArray, lost: NDArray, logger: Logger) -> Tensor:
@@ -171,7 +242,7 @@ class ImitationAgent(Agent):
         with torch.no_grad():
             head.weight.zero_()
             head.bias.copy_(targets.mean(dim=0).clamp(1e-4, 1 - 1e-4).logit())
-        network = nn.Sequential(self.foresight, head)
+        network = nn.Sequential(self.foresight[0], head)
 
         def loss(chosen: Tensor | slice) -> Tensor:
             return F.binary_cross_entropy_with_logits(self._of(network, rows[chosen]), targets[chosen])
@@ -221,52 +292,6 @@ class ImitationAgent(Agent):
             if error < lowest:
                 lowest, best = error, {name: value.clone() for name, value in network.state_dict().items()}
         network.load_state_dict(best)
-
-
-def step_logits(risk: Tensor, flops: Tensor) -> Tensor:
-    """Logarithm of the FLOPs that each step of a path saves over the risk that it adds.
-
-    Steps that only pay together (the next one saves more for less risk) have one exchange rate: that of the lower
-    convex hull of risk over savings, so that the rates fall along the path and a bound on them ends it at the mask that
-    is the best at this rate.
-
-    Args:
-        risk: Quality that is expected to be lost under each mask of the path, float32 ``[n, masks]``; the first, of
-            dense, is 0.
-        flops: FLOPs ratio of each mask, ``[masks]``.
-
-    Returns:
-        float32 ``[n, masks - 1]``, not rising along the path.
-    """
-    saved = (flops[:, None] - flops[None, :]).clamp(min=LEAST_SAVED).float()  # from one mask to a later one
-    masks = torch.arange(len(flops))
-    later = masks[:, None] < masks[None, :]
-    slopes = []
-    for part in risk.split(PART):
-        rate = torch.where(later, (part[:, None, :] - part[:, :, None]) / saved, torch.inf)
-        # The slope of a hull, by the minimax formula of isotonic regression: the highest, over where a stretch may
-        # begin, of the lowest over where it may end.
-        lowest = rate.flip(2).cummin(dim=2).values.flip(2)
-        slopes.append(lowest.cummax(dim=1).values.diagonal(offset=1, dim1=1, dim2=2))
-    return -torch.cat(slopes).clamp(min=LEAST_RISK).log()
-
-
-def component_logits(steps: Tensor, path: NDArray, nvec: NDArray) -> Tensor:
-    """Logits ``[n, sum(nvec)]`` under which a policy takes the steps of a path whose own logits are positive.
-
-    A choice of a component has the sum of the steps that lead to it, the first choice (everything runs) has 0.
-
-    Args:
-        steps: Logits of the path's steps, ``[n, masks - 1]``.
-        path: Its masks, ``[masks, components]``.
-        nvec: Sizes of the components.
-    """
-    first = np.cumsum([0, *nvec[:-1]])
-    leads = torch.zeros(steps.shape[1], int(nvec.sum()))
-    for step, component in enumerate(order_of(list(path))):
-        choice, start = path[step + 1, component], first[component]
-        leads[step, start + choice : start + nvec[component]] = 1
-    return steps @ leads
 
 
 def read_searched(folder: Path, instances: int, nvec: NDArray) -> Searched:

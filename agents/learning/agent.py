@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from sd_gym.agents.experiment.evaluation import Decided
+from sd_gym.agents.learning.warm import in_stages
 from stable_baselines3.common.logger import Logger
 from torch import nn
 
@@ -173,12 +174,16 @@ class Agent(BaseAgent):
 
     selects: ClassVar[bool] = True  # whether the policy to keep is chosen on the validation split
     searches: ClassVar[bool] = False  # whether it searches policies on the first half of the validation split
+    apart: bool = False  # whether each of several stages has hidden layers of its own
     validates: ClassVar[bool] = True  # whether the policy grows with every rollout, so that it is validated on the way
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
         super().__init__(env, seed=seed, **settings)
         self.blind = blind
         self.start: DecisionPolicy | None = None  # kept, as its folder may be gone when learning has ended
+        self.apart = type(self).apart and len(env.core.stages) > 1 and getattr(self.settings, "network", None) is None
+        if (folder := getattr(self.settings, "start", None)) is not None:
+            self.start = self._load_start(folder)
 
     @abstractmethod
     def policy(self) -> DecisionPolicy:
@@ -205,11 +210,11 @@ class Agent(BaseAgent):
         """A policy for this env, untrained; ``kwargs`` as of ``DecisionPolicy``."""
         core, channels = self.env.core, self.channels
         size = core.observation_space.shape[0] if channels is None else token_width(core.observation_space)
-        kwargs["network"] = getattr(self.settings, "network", None)
+        kwargs = {"blind": self.blind, "apart": self.apart, "network": getattr(self.settings, "network", None)} | kwargs
         with torch.random.fork_rng(devices=[]):  # to export a policy draws nothing from the agent's randomness
             torch.manual_seed(self.seed)
             known = core.nvec.tolist(), core.switch_names
-            return DecisionPolicy(size, *known, stages=core.stages, channels=channels, **{"blind": self.blind} | kwargs)
+            return DecisionPolicy(size, *known, stages=core.stages, channels=channels, **kwargs)
 
     def _begin(self, *networks: nn.Module) -> None:
         """Standardise what untrained eyes in networks make of the first texts of the training split."""
@@ -242,23 +247,52 @@ class Agent(BaseAgent):
         return policy.eval()
 
     def _load_start(self, folder: Path) -> DecisionPolicy:
-        """Load the policy of the run that a warm start begins with, and keep it.
+        """Load the policy of the run that a warm start begins with; that of one stage is made one of several.
 
         Raises:
             FileNotFoundError: If the folder holds none.
             ValueError: If it decides on something else.
         """
-        start = DecisionPolicy.load(folder)
-        expected = self.new_policy()
-        for name in ("stages", "observation_size", "channels", "nvec", "switches", "network", "hidden"):
-            if getattr(start, name) != getattr(expected, name):
-                raise ValueError(
-                    f"the policy in {folder} cannot be a start here: its {name} is {getattr(start, name)}, expected "
-                    f"{getattr(expected, name)}"
-                )
+        start, core = DecisionPolicy.load(folder), self.env.core
+        if core.stages[0] == "first" and len(core.stages) > 1 and start.stages == ["first"]:
+            self.apart = True
+            return self._in_stages(start, folder)
+        self.apart = start.apart and len(core.stages) > 1
+        check_same(start, self.new_policy(), folder)
         start.blind = self.blind
-        self.start = start
         return start
+
+    def _in_stages(self, start: DecisionPolicy, folder: Path) -> DecisionPolicy:
+        """A policy for all stages of the env that decides as nearly as it can as one that decides at the first one."""
+        staged = self.new_policy()
+        check_same(start, staged, folder, ("nvec", "switches", "network", "hidden", "autoregressive"))
+        taken = len(staged.stages) + 1  # in front of what the first stage shows
+        judged = self.env.core.stage_observation.judges
+        if start.channels is not None or start.observation_size != staged.observation_size - taken - judged:
+            raise ValueError(
+                f"the policy in {folder} cannot be a start here: it sees {start.observation_size} features, expected "
+                f"the {staged.observation_size - taken - judged} of pooled states"
+            )
+        core, split = self.env.core, self.env.core.split("train")
+        rows = np.arange(min(len(split), STATISTICS_SIZE))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return in_stages(start, staged, core, split, rows)
+
+
+def check_same(
+    start: DecisionPolicy,
+    expected: DecisionPolicy,
+    folder: Path,
+    names: tuple[str, ...] = ("stages", "observation_size", "channels", "nvec", "switches", "network", "hidden"),
+) -> None:
+    """Raise ``ValueError`` if a start, of the run in a folder, is in one of these ways not as it is expected to be."""
+    for name in names:
+        if getattr(start, name) != getattr(expected, name):
+            raise ValueError(
+                f"the policy in {folder} cannot be a start here: its {name} is {getattr(start, name)}, expected "
+                f"{getattr(expected, name)}"
+            )
 
 
 def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
@@ -278,7 +312,7 @@ def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
     if env.core.is_staged and not staged:
         raise NotApplicableError(
             f"this agent decides once, before the first layer, but the stages of this env are {env.core.stages}; leave "
-            "stages out, or take an agent that decides in stages (ppo, a2c, reinforce)"
+            "stages out, or take an agent that decides in stages (ppo, a2c, reinforce, imitation)"
         )
     if env.config.vector_reward:
         raise ValueError("the agents of sd_gym learn from one number, got vector_reward=True; leave it out")

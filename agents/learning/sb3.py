@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from sd_gym.envs.core import Core
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.spaces import Observations, token_width
 from sd_gym.files import write_tensors
-from sd_gym.policy import HIDDEN, DecisionPolicy, blinded, own_network
+from sd_gym.policy import HIDDEN, Apart, DecisionPolicy, blinded, own_network
 from sd_gym.policy.eyes import Eyes
 
 # Of the critic's loss. Actor and critic share no layer, but the library clips their gradients together: at its own 0.5,
@@ -138,21 +139,28 @@ class DecisionActorCritic(ActorCriticPolicy):
         network: Name of a registered network, as the actor; ``None``: the library's hidden layers.
         places: As ``AtStage`` takes them, where an env has several stages; else ``None``.
         n_logits: Of a whole decision.
+        apart: Whether each stage has hidden layers of its own.
         args: As of the library's policy.
         kwargs: As of the library's policy.
     """
 
-    def __init__(self, *args: Any, network: str | None, places: NDArray | None, n_logits: int, **kwargs: Any) -> None:
-        self.own = {"network": network, "places": places, "n_logits": n_logits}
+    def __init__(
+        self, *args: Any, network: str | None, places: NDArray | None, n_logits: int, apart: bool, **kwargs: Any
+    ) -> None:
+        self.own = {"network": network, "places": places, "n_logits": n_logits, "apart": apart}
         super().__init__(*args, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
-        network, places, n_logits = self.own.values()
+        network, places, n_logits, apart = self.own.values()
         if network is not None:
             body, head = own_network(network, self.features_dim, n_logits)
         else:
-            body, head = self.mlp_extractor.policy_net, nn.Linear(self.mlp_extractor.latent_dim_pi, n_logits)
+            body = self.mlp_extractor.policy_net
+            if apart:
+                body = Apart(self.features_dim, self.mlp_extractor.latent_dim_pi, len(places))
+                body.apply(partial(self.init_weights, gain=2**0.5))  # as the library does
+            head = nn.Linear(self.mlp_extractor.latent_dim_pi, n_logits)
             self.init_weights(head, gain=0.01)  # as the library does
         if places is not None:
             body, head = Telling(body, len(places)), AtStage(head, places)
@@ -235,9 +243,9 @@ class SB3Agent(Agent):
         self.algorithm = self._make_algorithm(vec_env)
         self._begin(*self._networks())
         with torch.no_grad():
-            if self.settings.start is not None:
-                start = self._load_start(self.settings.start)
-                for theirs, ours in zip(self._actor(), (start.eyes, start.body, start.head), strict=True):
+            if self.start is not None:
+                start = self.start.eyes, self.start.body, self.start.head
+                for theirs, ours in zip(self._actor(), start, strict=True):
                     theirs.load_state_dict(ours.state_dict())
             else:
                 bias = initial_bias(self.env.core.nvec, self.settings.initial_skip_rate)
@@ -258,7 +266,7 @@ class SB3Agent(Agent):
         policy = "MlpPolicy" if self.channels is None else "MultiInputPolicy"
         if network is not None or core.is_staged:
             places = places_of(core) if core.is_staged else None
-            own = {"network": network, "places": places, "n_logits": int(core.nvec.sum())}
+            own = {"network": network, "places": places, "n_logits": int(core.nvec.sum()), "apart": self.apart}
         eyes: dict[str, Any] = {}
         if self.channels is not None:
             eyes = {"features_extractor_class": Looking, "features_extractor_kwargs": {"channels": self.channels}}

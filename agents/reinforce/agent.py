@@ -112,7 +112,7 @@ class ReinforceAgent(Agent):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.network = self.new_policy(autoregressive=settings.autoregressive).eval()
-            for layer in self.network.body if settings.network is None else ():
+            for layer in self.network.body.modules() if settings.network is None else ():
                 if isinstance(layer, torch.nn.Linear):  # as Stable-Baselines3 does: the features start at full size
                     torch.nn.init.orthogonal_(layer.weight, gain=2**0.5)
                     torch.nn.init.zeros_(layer.bias)
@@ -121,8 +121,8 @@ class ReinforceAgent(Agent):
             self.foresight = Foresight(size, self.env.core.nvec, self.channels is not None) if foresees else None
         self._begin(self.network, *filter(None, [self.foresight]))
         with torch.no_grad():
-            if settings.start is not None:
-                self.network.load_state_dict(self._load_start(settings.start).state_dict(), strict=False)
+            if self.start is not None:
+                self.network.load_state_dict(self.start.state_dict(), strict=False)
             else:
                 self.network.begin_at(initial_bias(self.env.core.nvec, settings.initial_skip_rate))
         self.parameters = list(self.network.parameters())

@@ -57,12 +57,17 @@ class Backbone:
 
     @property
     def can_exit(self) -> bool:
-        """Whether its head can judge what any of its layers gives: an encoder or a decoder alone, that classifies."""
-        return self.head.sees_confidence and len(self.board.architecture.stacks) == 1
+        """As the function ``can_exit`` says."""
+        return can_exit(self.head, self.board)
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """As ``Head.forward``."""
         return self.head.forward(self.board, inputs)
+
+
+def can_exit(head: Head, board: Switchboard) -> bool:
+    """Whether a head can judge what any layer gives: of an encoder or a decoder alone, that classifies."""
+    return head.sees_confidence and len(board.architecture.stacks) == 1
 
 
 def resolve(name: str) -> str:

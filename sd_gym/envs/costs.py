@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd_gym.backbones import Backbone
+from sd_gym.backbones.heads import reading_ratio
 from sd_gym.tasks.dropping import TokenDropping
 from sd_gym.tasks.encoding import Encoded
 
@@ -29,6 +30,13 @@ class Costs:
     def flops_ratio(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under ``decisions [n, switches + 1]`` over dense FLOPs, float64 ``[n]``."""
         return self.flops(rows, decisions) / self.dense_flops(rows)
+
+    def reading_ratio(self, rows: Array, decisions: Array) -> Array:
+        """As ``flops_ratio`` if an answer had one token: what is known before it stands, as in a policy's artefact."""
+        level, length = decisions[:, -1], self._encoded.source_length[rows]
+        kept = self._tokens.kept_length(rows, level)
+        ranked = (kept < length) & (self._tokens.ranking == "attention")
+        return reading_ratio(self._backbone.head, self._backbone.flops, length, kept, decisions[:, :-1], ranked)
 
     def dense_flops(self, rows: Array) -> Array:
         """FLOPs of the dense backbone, int64 ``[n]``."""

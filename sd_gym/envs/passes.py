@@ -65,7 +65,7 @@ class Passes:
         texts = [""] * len(rows)
         for picked, inputs in self.planned(rows, decisions, self.longest):
             inputs.pop("labels")
-            with self.decide(rows[picked], decisions[picked]):
+            with self.decide(rows[picked], decisions[picked], inputs):
                 tokens = backbone.model.generate(
                     **inputs,
                     max_new_tokens=self.longest,
@@ -242,6 +242,8 @@ class Passes:
         """The backbone's inputs, with ``labels``, of a batch of these rows."""
         return self.head.batch(self.encoded, rows, self.backbone.model.device)
 
-    def decide(self, rows: Array, decisions: Array) -> AbstractContextManager[None]:
+    def decide(
+        self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor] | None = None
+    ) -> AbstractContextManager[None]:
         """The switchboard's ``decide`` for ``generate()`` on a batch of these rows, padded to the longest of them."""
         return self.backbone.board.decide(decisions[:, :-1], self._tokens.kept(rows, decisions[:, -1]))

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from sd_gym.envs.spaces import OBSERVATION_LIMIT, Observations, deviation_of
-from sd_gym.policy.observation import features_of, standardised
+from sd_gym.policy.observation import at_stage, features_of, log_odds
 from sd_gym.switch import Seen
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 Array = NDArray
 PASS_ROWS = 64  # of a pass that statistics are taken from
-MOST_SURE = 1 - 1e-6
 
 
 class StageObservation:
     """What is seen at the stages of an episode: which stage it is, and what the pass has computed so far.
 
     ``Box(-10, 10, (stages + 1 + 2 * width + 2,), float32)``: the stage, one-hot; the share of the dense FLOPs that the
-    pass will have taken if all that is left is skipped; mean and maximum over positions of the hidden states there, the
-    number of positions and its logarithm. Where the head can judge what a layer gives (``Backbone.can_exit``) there is
-    one number more: the log-odds of its answer there, 0 before the first layer. All but the stage and the FLOPs is
-    standardised for each stage by a dense pass over the first 2,000 instances of the training split.
+    pass will have taken if all that is left is skipped and an answer has one token; mean and maximum over positions of
+    the hidden states there, the number of positions and its logarithm. Where the head can judge what a layer gives
+    (``Backbone.can_exit``) there is one number more: the log-odds of its answer there, 0 before the first layer. All
+    but the stage and the FLOPs is standardised for each stage by a dense pass over the first 2,000 instances of the
+    training split.
 
     Args:
         core: The core.
@@ -65,12 +65,10 @@ class StageObservation:
             Observations, float32 ``[n, size]``, and what to go on from; ``None`` before the first layer.
         """
         features, seen = self._features(split, rows, stage, decisions, behind)
-        known = np.zeros((len(rows), len(self.names) + 1), dtype=np.float32)
-        known[:, stage] = 1
         exits = decisions.copy()
         exits[:, self.columns[stage].start : -1] = 1
-        known[:, -1] = split.costs.flops_ratio(rows, exits)
-        return np.concatenate([known, standardised(features, self.mean[stage], self.deviation[stage])], axis=1), seen
+        share = split.costs.reading_ratio(rows, exits)
+        return at_stage(stage, share, features, self.mean, self.deviation), seen
 
     def judging_flops(self, split: Split, rows: Array) -> Array:
         """FLOPs of the head's judgements in one episode of each row, int64 ``[n]``."""
@@ -94,12 +92,6 @@ class StageObservation:
         if self.judges:
             judged[:, 0] = log_odds(split.passes.confidence_at(seen, rows, decisions))
         return np.concatenate([features_of(seen.hidden, seen.mask).float().cpu().numpy(), judged], axis=1), seen
-
-
-def log_odds(probability: Array) -> Array:
-    """Of probabilities ``[n]``, which are taken to be at most 1 - 1e-6: float64 ``[n]``."""
-    probability = np.minimum(probability, MOST_SURE)
-    return np.log(probability / (1 - probability))
 
 
 class Episodes:

@@ -17,8 +17,11 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.backbones.heads import Head, head_of
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.switch import FlopsModel, Seen, Switchboard
+from sd_gym.policy.walk import Walk
+from sd_gym.switch import FlopsModel, Seen, Switchboard, first_layer_input
+from sd_gym.switch.context import Block
 
+READ = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # by a pass that a head judges
 CACHES = ("cache", "past_key_values")  # what transformers calls them, now and formerly
 
 
@@ -34,8 +37,8 @@ def attach(
     """Have a model decide by a policy, inside ``model(...)`` and ``model.generate(...)``, what each input skips.
 
     Everything else about the model stays as it is, so that pipelines, streamers and beams go on working. In
-    ``generate()`` it decides once, on the prompt. Decisions count in the calling thread or task alone. Inside a ``with
-    board.decide(...)`` block of one's own, that one counts.
+    ``generate()`` it decides once, on the prompt (of several stages, while that is read). Decisions count in the
+    calling thread or task alone. Inside a ``with board.decide(...)`` block of one's own, that one counts.
 
     Args:
         model: The model that the policy was trained on; it is changed in place, until ``detach``. Attached already, it
@@ -160,7 +163,8 @@ class Attached:
             for name, inner in self._inner.items()
         }
         self._decided: WeakKeyDictionary[Cache, tuple[NDArray, Tensor]] = WeakKeyDictionary()
-        vars(model).update(self._put, _attached=self, decisions=Decisions(self._head, FlopsModel(self.board)))
+        self._flops = FlopsModel(self.board)
+        vars(model).update(self._put, _attached=self, decisions=Decisions(self._head, self._flops))
 
     def leave(self) -> None:
         """Give the places back."""
@@ -201,6 +205,25 @@ class Attached:
         if cache is not None and cache.get_seq_length() > 0:
             return self._continued(cache, *args, **kwargs)
         looked = self._looked_at(given, given.get("input_ids"))
+        if self.policy.is_staged:
+            walk = self._walk(looked, given)
+            with self.board.decide_in_pass(walk.choose, self.policy.network.stages, looked.as_given):
+                output = self._inner["forward"](*args, **kwargs)
+            self._note(walk, looked)
+            decided = [(walk.decisions, walk.keep)]
+        else:
+            block, decided = self._at_once(looked)
+            with block:
+                output = self._inner["forward"](*args, **kwargs)
+        target = given.get("decoder_input_ids") if given.get("decoder_input_ids") is not None else given.get("labels")
+        if len(self.board.architecture.stacks) > 1 and target is not None and target.ndim > 1:
+            self.model.decisions.note_target(target.shape[1])
+        if isinstance(filled := getattr(output, "cache", None), Cache):
+            self._decided[filled] = decided[0]
+        return output
+
+    def _at_once(self, looked: _Looked) -> tuple[Block, list[tuple[NDArray, Tensor | None]]]:
+        """What decides before the first layer, and where it will have put the decisions and the tokens that stay."""
         decided: list[tuple[NDArray, Tensor | None]] = []
 
         def choose(seen: Seen) -> tuple[NDArray, Tensor | None]:
@@ -208,18 +231,33 @@ class Attached:
             return decided[0][0][:, :-1], decided[0][1]
 
         if looked.is_as_given:  # the pass itself embeds what is looked at
-            block = self.board.decide_in_pass(choose, mask=looked.inputs["attention_mask"])
-        else:
-            decided.append(self._decided_by(looked, self.policy.decide(self.board, looked.inputs)))
-            block = self.board.decide(decided[0][0][:, :-1], decided[0][1])
-        with block:
-            output = self._inner["forward"](*args, **kwargs)
-        target = given.get("decoder_input_ids") if given.get("decoder_input_ids") is not None else given.get("labels")
-        if len(self.board.architecture.stacks) > 1 and target is not None and target.ndim > 1:
-            self.model.decisions.note_target(target.shape[1])
-        if isinstance(filled := getattr(output, "cache", None), Cache):
-            self._decided[filled] = decided[0]
-        return output
+            return self.board.decide_in_pass(choose, mask=looked.inputs["attention_mask"]), decided
+        decided.append(self._decided_by(looked, self.policy.decide(self.board, looked.inputs)))
+        return self.board.decide(decided[0][0][:, :-1], decided[0][1]), decided
+
+    def _walk(self, looked: _Looked, given: dict[str, Any]) -> Walk:
+        """What decides at the stages of a pass."""
+        read, present = {name: given[name] for name in READ if given.get(name) is not None}, looked.inputs
+        first = None
+        if not looked.is_as_given and "first" in self.policy.network.stages:
+            first = first_layer_input(self.board, present).detach(), present["attention_mask"]
+
+        def keeps(level: NDArray) -> tuple[Tensor | None, NDArray]:
+            keep, kept = self._kept(looked, level)
+            return keep, kept.cpu().numpy()
+
+        def judge() -> Tensor:
+            return self._inner["forward"](**read).logits
+
+        length = present["attention_mask"].sum(dim=1).cpu().numpy()
+        return Walk(self.policy, self.board, self._head, self._flops, length, keeps, judge, first)
+
+    def _note(self, walk: Walk, looked: _Looked) -> None:
+        """Note what a walk has decided."""
+        present = looked.inputs["attention_mask"]
+        kept = present.sum(dim=1) if walk.keep is None else (walk.keep & looked.as_given.bool()).sum(dim=1)
+        ranked = walk.keep is not None and self.policy.ranks_by_attention
+        self.model.decisions.note(walk.decisions, present, kept, ranked)
 
     def _continued(self, cache: Cache, *args: Any, **kwargs: Any) -> Any:
         """A step of a decoding loop of one's own: it goes on under what was decided on the prompt."""
@@ -238,9 +276,16 @@ class Attached:
         if given.get("attention_mask") is None and ids is not None:
             given["attention_mask"] = self._inferred_mask(ids, given)
         looked = self._looked_at(given, ids)
-        decisions, keep = self._decided_by(looked, self.policy.decide(self.board, looked.inputs))
-        with self.board.decide(decisions[:, :-1], keep):
-            output = self.model.generate(*args, **kwargs)  # the switchboard's own stands in front of it now
+        # ``generate`` is asked for inside a block: the switchboard's own stands in front of it there.
+        if self.policy.is_staged:
+            walk = self._walk(looked, given)
+            with self.board.decide_in_pass(walk.choose, self.policy.network.stages, looked.as_given):
+                output = self.model.generate(*args, **kwargs)
+            self._note(walk, looked)
+        else:
+            decisions, keep = self._decided_by(looked, self.policy.decide(self.board, looked.inputs))
+            with self.board.decide(decisions[:, :-1], keep):
+                output = self.model.generate(*args, **kwargs)
         tokens = output if isinstance(output, Tensor) else output.sequences
         self.model.decisions.note_target(max(1, tokens.shape[1] - self._head.prompt_length(ids)))
         return output
@@ -269,19 +314,24 @@ class Attached:
             inputs["token_type_ids"] = types
         places = given.get("position_ids") is None and (types is None or self.policy.reads_types)
         if bool((mask[:, 1:] <= mask[:, :-1]).all()):
-            return _Looked(inputs, None, is_as_given=places)
+            return _Looked(inputs, None, places, mask)
         order = (mask == 0).int().argsort(dim=1, stable=True)
-        return _Looked({name: value.gather(1, order) for name, value in inputs.items()}, order, is_as_given=False)
+        return _Looked({name: value.gather(1, order) for name, value in inputs.items()}, order, False, mask)
 
     def _decided_by(self, looked: _Looked, decisions: NDArray) -> tuple[NDArray, Tensor | None]:
         """Decisions ``[n, switches + 1]``, noted, and the tokens that stay ``[n, length]``, if any go."""
-        keep, present = self.policy.kept(self.board, looked.inputs, decisions[:, -1]), looked.inputs["attention_mask"]
+        keep, kept = self._kept(looked, decisions[:, -1])
         ranked = keep is not None and self.policy.ranks_by_attention
-        kept = present if keep is None else keep & present.bool()
-        self.model.decisions.note(decisions, present, kept.sum(dim=1), ranked)
-        if keep is None or looked.order is None:
-            return decisions, keep
-        return decisions, torch.empty_like(keep).scatter_(1, looked.order, keep)
+        self.model.decisions.note(decisions, looked.inputs["attention_mask"], kept, ranked)
+        return decisions, keep
+
+    def _kept(self, looked: _Looked, level: NDArray) -> tuple[Tensor | None, Tensor]:
+        """The tokens that stay at the token levels ``[n]``, where they were given, and how many, ``[n]``."""
+        keep, present = self.policy.kept(self.board, looked.inputs, level), looked.inputs["attention_mask"]
+        if keep is None:
+            return None, present.sum(dim=1)
+        kept = (keep & present.bool()).sum(dim=1)
+        return (keep if looked.order is None else torch.empty_like(keep).scatter_(1, looked.order, keep)), kept
 
 
 class _Looked(NamedTuple):
@@ -291,8 +341,10 @@ class _Looked(NamedTuple):
         inputs: The model's inputs, padded at the right.
         order: Where each of their tokens stands in what was given, ``[n, length]``; ``None``: in the same place.
         is_as_given: Whether the model's own pass embeds them just so.
+        as_given: The attention mask as it was given.
     """
 
     inputs: dict[str, Tensor]
     order: Tensor | None
     is_as_given: bool
+    as_given: Tensor

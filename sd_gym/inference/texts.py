@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sd_gym.backbones import load_backbone
 from sd_gym.envs.config import make_config
+from sd_gym.envs.passes import Passes
 from sd_gym.envs.split import Split
 from sd_gym.errors import short
 from sd_gym.inference.attach import attach
 from sd_gym.policy.artefact import SkipPolicy
+from sd_gym.policy.walk import Keep, Walk
 from sd_gym.tasks.data import Instances
 from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.instance import Instance
@@ -42,6 +46,39 @@ class Answer(NamedTuple):
     skip: NDArray
     token_level: int
     flops_ratio: float
+
+
+class WalkedPasses(Passes):
+    """Passes that decide as they go, from stage to stage, so that nothing runs twice; they are cut by length alone.
+
+    Args:
+        split: What they are of.
+        policy: What decides, at several stages.
+        decisions: Zeros ``[n, switches + 1]``, where what is decided is written.
+    """
+
+    def __init__(self, split: Split, policy: SkipPolicy, decisions: NDArray) -> None:
+        vars(self).update(vars(split.passes))
+        self._policy, self._decisions = policy, decisions
+
+    def _pass(self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor]) -> Tensor:
+        with self.decide(rows, decisions, inputs):
+            return self.backbone.logits(inputs)
+
+    @contextmanager
+    def decide(self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor]) -> Iterator[None]:
+        """Decides in the pass on a batch of these inputs."""
+        board, length = self.backbone.board, self.encoded.source_length[rows]
+
+        def keeps(level: NDArray) -> tuple[Keep, NDArray]:
+            return self._tokens.kept(rows, level), self._tokens.kept_length(rows, level)
+
+        walk = Walk(
+            self._policy, board, self.head, self.backbone.flops, length, keeps, lambda: self.backbone.logits(inputs)
+        )
+        with board.decide_in_pass(walk.choose, self._policy.network.stages, inputs["attention_mask"]):
+            yield
+        self._decisions[rows] = walk.decisions
 
 
 class SkippingModel:
@@ -90,10 +127,14 @@ class SkippingModel:
             return []
         split = self._split(instances)
         rows = np.arange(len(split))
-        decisions = np.concatenate([self._decided(split, part) for part in np.split(rows, rows[BATCH::BATCH])])
-        if dense:
-            decisions = np.zeros_like(decisions)
-        answers = split.passes.answers(rows, decisions)
+        if dense or self.policy.is_staged:
+            decisions = np.zeros((len(split), len(split.backbone.board) + 1), dtype=np.int64)
+        else:
+            decisions = np.concatenate([self._decided(split, part) for part in np.split(rows, rows[BATCH::BATCH])])
+        if self.policy.is_staged and not dense:
+            answers = split.head.answers(WalkedPasses(split, self.policy, decisions), rows, decisions)
+        else:
+            answers = split.passes.answers(rows, decisions)
         answered = split.head.answered(instances, answers)
         if answered is not instances:  # only now is it known how long the answers are
             split = self._split(answered)
@@ -113,7 +154,8 @@ class SkippingModel:
     def _own_flops(self, split: Split) -> NDArray:
         """FLOPs of the policy itself on each input, ``[n]``."""
         network, seen = self.policy.network, np.minimum(split.encoded.source_length, self.policy.longest)
-        return network.flops + network.flops_a_token * seen
+        judged = sum(name != "first" for name in network.stages) if split.backbone.can_exit else 0
+        return network.flops + network.flops_a_token * seen + judged * split.costs.head_flops(np.arange(len(split)))
 
     @property
     def metric(self) -> str:

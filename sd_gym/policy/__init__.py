@@ -1,5 +1,14 @@
 """The decision network, what it observes, and both as one artefact (``sd_gym.policy.artefact``)."""
 
-from sd_gym.policy.network import HIDDEN, NETWORKS, DecisionPolicy, blinded, bounded, own_network, register_network
+from sd_gym.policy.network import (
+    HIDDEN,
+    NETWORKS,
+    Apart,
+    DecisionPolicy,
+    blinded,
+    bounded,
+    own_network,
+    register_network,
+)
 
-__all__ = ["HIDDEN", "NETWORKS", "DecisionPolicy", "blinded", "bounded", "own_network", "register_network"]
+__all__ = ["HIDDEN", "NETWORKS", "Apart", "DecisionPolicy", "blinded", "bounded", "own_network", "register_network"]

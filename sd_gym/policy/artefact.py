@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_gym.backbones.load import weights_hash
+from sd_gym.backbones.heads import head_of
+from sd_gym.backbones.load import can_exit, weights_hash
 from sd_gym.errors import one_line
 from sd_gym.files import read_json, read_tensors, write_json, write_tensors, write_text
 from sd_gym.policy.network import DecisionPolicy
@@ -58,7 +59,8 @@ class SkipPolicy:
 
     Attributes:
         network: From observations to decisions.
-        mean: Of what it observes, on the training split, float32 ``[features]``; of tokens, ``[width]``.
+        mean: Of what it observes, on the training split, float32 ``[features]``; of tokens, ``[width]``; at stages,
+            ``[stages, features]``.
         deviation: Likewise.
         rarity: How rare each token is by its id, float64, as ``inverse_document_frequency`` gives it, where tokens are
             ranked by it (``token_ranking`` ``idf``); else ``None``.
@@ -91,6 +93,11 @@ class SkipPolicy:
         return self.card["env"]["token_ranking"] == "attention"
 
     @property
+    def is_staged(self) -> bool:
+        """Whether it decides elsewhere than before the first layer: in the pass, by ``Walk``."""
+        return self.network.stages != ["first"]
+
+    @property
     def reads_types(self) -> bool:
         """Whether the backbone's inputs have token types in the env: it has pairs of texts."""
         return self.card["backbone"]["token_types"]
@@ -111,7 +118,15 @@ class SkipPolicy:
         Args:
             hidden: The first layer's input, ``[n, length, width]``, padded at the right.
             mask: Of its tokens, ``[n, length]``.
+
+        Raises:
+            ValueError: If it decides at stages of the pass.
         """
+        if self.is_staged:
+            raise ValueError(
+                f"this policy decides in the pass, at {', '.join(self.network.stages)}, so not before it; attach it to "
+                "its model, or call sd_gym.load(policy)(texts)"
+            )
         if self.network.channels is not None:
             return self.network.decide(tokens_of(hidden, mask, self.mean, self.deviation, self.longest))
         features = features_of(hidden, mask).float().cpu().numpy()
@@ -192,6 +207,12 @@ class SkipPolicy:
         try:
             width = model.config.hidden_size
             names, width = board.names, width if self.network.channels is not None else 2 * width + 2
+            if self.is_staged:
+                try:
+                    board.decided_at(self.network.stages)
+                except ValueError as error:
+                    raise ValueError(f"this policy decides at stages of {backbone['name']}: {error}") from error
+                width += len(self.network.stages) + 1 + can_exit(head_of(model), board)
         finally:
             if carried is None:
                 board.remove()
@@ -254,13 +275,16 @@ class SkipPolicy:
                 f"no {FILE} in {name}; expected the folder of a training run, or one that save_pretrained wrote"
             )
         network, card, tensors = DecisionPolicy.load(folder), read_json(folder / FILE), read_tensors(folder / TENSORS)
+        shape: tuple[int, ...] = (network.observation_size,)
+        if network.stages != ["first"]:
+            shape = len(network.stages), network.observation_size - len(network.stages) - 1
         if card.pop("format", None) != FORMAT:
             raise ValueError(f"{folder / FILE}: expected a policy of format {FORMAT}")
         try:
             protection, stops = card.pop("protection"), tuple(Stop(**stop) for stop in card.pop("stops"))
             policy = cls(
                 network,
-                *(_finite(tensors.pop(name), (network.observation_size,)) for name in ("mean", "deviation")),
+                *(_finite(tensors.pop(name), shape) for name in ("mean", "deviation")),
                 _finite(tensors.pop("rarity"), None) if "rarity" in tensors else None,
                 protection and Protection(**{**protection, "special": tuple(protection["special"])}),
                 stops,
@@ -351,9 +375,10 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _finite(tensor: Tensor, shape: tuple[int, ...] | None) -> NDArray:
-    """The numbers of a tensor of this shape, or of any number of them."""
-    if tensor.ndim != 1 or (shape is not None and tensor.shape != shape) or not tensor.isfinite().all():
-        raise ValueError(f"expected {shape[0] if shape else 'a row of'} finite numbers, got {list(tensor.shape)}")
+    """The numbers of a tensor of this shape, or of any number of them in a row."""
+    fits = tensor.ndim == 1 if shape is None else tensor.shape == shape
+    if not fits or not tensor.isfinite().all():
+        raise ValueError(f"expected {list(shape) if shape else 'a row of'} finite numbers, got {list(tensor.shape)}")
     return tensor.numpy()
 
 

@@ -66,18 +66,20 @@ class DecisionPolicy(nn.Module):
         hidden: Width of the hidden layers.
         codebook: Decisions, each with all components: then no others are made (``reduced``); ``None``: any.
         stages: Names of the stages that it decides at. Of several, an observation begins with the stage, one-hot, and
-            of what is decided there only the stage's own components count; all stages share the hidden layers.
+            of what is decided there only the stage's own components count.
+        apart: Whether each of several stages has hidden layers of its own, else all share them.
         channels: Of the ``Eyes`` that it sees the tokens of a text with; ``None``: its observations are flat.
 
     Attributes:
         eyes: What makes features of tokens; a flat observation has them already.
         features: How many of them the hidden layers see.
-        body: The hidden layers ``[n, hidden]``, or the registered network.
+        body: The hidden layers ``[n, hidden]``, those of each stage (``Apart``), or the registered network.
         head: What makes logits of its output: linear, or, of a registered network, a bias for each.
 
     Raises:
         ValueError: If the network is unknown, or is none from observations to logits; or if a policy of several stages
-            is autoregressive or has a codebook, which are about whole decisions.
+            is autoregressive or has a codebook, which are about whole decisions; or if one that is ``apart`` has one
+            stage or a registered network.
     """
 
     def __init__(
@@ -93,9 +95,12 @@ class DecisionPolicy(nn.Module):
         hidden: int = HIDDEN,
         codebook: list[list[int]] | None = None,
         stages: Sequence[str] = ("first",),
+        apart: bool = False,
         channels: int | None = None,
     ) -> None:
         super().__init__()
+        if apart and (len(stages) == 1 or network is not None):
+            raise ValueError("apart=True gives each of several stages hidden layers; expected stages, and no network")
         if len(stages) > 1 and (autoregressive or codebook is not None):
             kind = "autoregressive" if autoregressive else "chosen from a codebook"
             raise ValueError(f"at several stages, {', '.join(stages)}, decisions cannot be {kind}; decide at one")
@@ -108,11 +113,13 @@ class DecisionPolicy(nn.Module):
         self.autoregressive = autoregressive
         self.network = network
         self.hidden = hidden
+        self.apart = apart
         self.channels = channels
         self.eyes = nn.Identity() if channels is None else Eyes(observation_size, channels)
         self.features = observation_size if channels is None else self.eyes.size
         if network is None:
-            self.body = nn.Sequential(nn.Linear(self.features, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
+            size = self.features, hidden
+            self.body = Apart(*size, len(stages)) if apart else hidden_layers(*size)
             self.head = nn.Linear(hidden, sum(self.nvec))
         else:
             self.body, self.head = own_network(network, self.features, sum(self.nvec))
@@ -290,7 +297,8 @@ class DecisionPolicy(nn.Module):
 
         Those of ``eyes``, which grow with the text, come on top: ``flops_a_token``.
         """
-        counted, _ = _on_meta(nn.Sequential(self.body, self.head), len(self.stages), self.features)
+        body = self.body.of_stage[0] if self.apart else self.body  # those of all stages are alike
+        counted, _ = _on_meta(nn.Sequential(body, self.head), len(self.stages), self.features)
         coupling = 2 * int(self._earlier.sum()) if self.autoregressive else 0
         if self.codebook is None:
             return counted + coupling
@@ -320,6 +328,8 @@ class DecisionPolicy(nn.Module):
             description["codebook"] = self.codebook.tolist()
         if self.stages != ["first"]:
             description["stages"] = self.stages
+        if self.apart:
+            description["apart"] = True
         if self.channels is not None:
             description["channels"] = self.channels
         write_tensors(folder / "policy.safetensors", self.state_dict())
@@ -361,6 +371,7 @@ class _Description(BaseModel):
     network: str | None = None
     codebook: Annotated[list[list[int]], Field(min_length=1)] | None = None
     stages: Annotated[list[str], Field(min_length=1)] = ["first"]
+    apart: bool = False
     channels: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
@@ -409,6 +420,36 @@ def _read_weights(file: Path, policy: DecisionPolicy) -> dict[str, Tensor]:
         if not finite.all():
             raise ValueError(f"{file}: expected finite numbers, but {(~finite).sum().item()} in {name} are none")
     return weights
+
+
+def hidden_layers(features: int, hidden: int) -> nn.Sequential:
+    """Two hidden layers, from ``[n, features]`` to ``[n, hidden]``."""
+    return nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
+
+
+class Apart(nn.Module):
+    """Hidden layers for each stage, which observations ``[n, features]`` begin with, one-hot.
+
+    Args:
+        features: Of an observation.
+        hidden: Width of the layers.
+        stages: How many there are.
+    """
+
+    def __init__(self, features: int, hidden: int, stages: int) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.of_stage = nn.ModuleList([hidden_layers(features, hidden) for _ in range(stages)])
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """``[n, hidden]``, of each row what its stage's layers make of it."""
+        stage = observations[:, : len(self.of_stage)].argmax(dim=1)
+        made = observations.new_zeros(len(observations), self.hidden)
+        for number, layers in enumerate(self.of_stage):
+            at = torch.nonzero(stage == number)[:, 0]
+            if len(at):
+                made = made.index_copy(0, at, layers(observations[at]))
+        return made
 
 
 class Bias(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor
 from sd_gym.switch import Switchboard, first_layer_input, pooled
 
 LIMIT = 10.0  # of a standardised feature
+MOST_SURE = 1 - 1e-6
 
 
 def observed(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
@@ -53,3 +54,24 @@ def tokens_of(hidden: Tensor, mask: Tensor, mean: NDArray, deviation: NDArray, l
 def standardised(features: NDArray, mean: NDArray, deviation: NDArray) -> NDArray:
     """Features ``[n, ...]`` by their mean and deviation on the training split, each within ``LIMIT``."""
     return np.clip((features - mean) / deviation, -LIMIT, LIMIT)
+
+
+def at_stage(number: int, share: NDArray, features: NDArray, mean: NDArray, deviation: NDArray) -> NDArray:
+    """What is seen of a pass at a stage, float32 ``[n, stages + 1 + features]``.
+
+    Args:
+        number: Of the stage, from 0.
+        share: Of the dense FLOPs, what the pass will have taken if all that is left is skipped, ``[n]``.
+        features: What the pass shows there, not standardised, ``[n, features]``.
+        mean: Of the features of each stage on the training split, ``[stages, features]``.
+        deviation: Likewise.
+    """
+    known = np.zeros((len(features), len(mean) + 1), dtype=np.float32)
+    known[:, number], known[:, -1] = 1, share
+    return np.concatenate([known, standardised(features, mean[number], deviation[number])], axis=1)
+
+
+def log_odds(probability: NDArray) -> NDArray:
+    """Of probabilities ``[n]``, which are taken to be at most 1 - 1e-6: float64 ``[n]``."""
+    probability = np.minimum(probability, MOST_SURE)
+    return np.log(probability / (1 - probability))

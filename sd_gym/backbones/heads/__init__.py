@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sd_gym.backbones.heads.base import Head, model_inputs
+from sd_gym.backbones.heads.base import Head, model_inputs, reading_ratio
 from sd_gym.backbones.heads.label import LabelHead
 from sd_gym.backbones.heads.prompted import PromptedHead
 from sd_gym.backbones.heads.score import ScoreHead
@@ -24,6 +24,7 @@ __all__ = [
     "SpanHead",
     "head_of",
     "model_inputs",
+    "reading_ratio",
     "stored_head",
 ]
 

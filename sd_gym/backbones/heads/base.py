@@ -321,6 +321,28 @@ def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name not in NO_MODEL_INPUTS}
 
 
+def reading_ratio(
+    head: Head, flops: FlopsModel, source: NDArray, kept: NDArray, skip: NDArray, ranked: NDArray
+) -> NDArray:
+    """FLOPs to read inputs, and to answer one token where texts are generated, over those of dense: float64 ``[n]``.
+
+    Args:
+        head: The backbone's.
+        flops: Likewise.
+        source: Tokens of each input, int ``[n]``.
+        kept: Those that are not dropped, int ``[n]``.
+        skip: Integers or booleans ``[n, switches]``, 1 = skipped.
+        ranked: Whether the first attention runs beforehand, to rank the tokens, ``[n]``.
+    """
+    one = np.ones_like(source)
+    always, switched = head.answer_costs(flops, source, one, kept)
+    dense_always, dense = head.answer_costs(flops, source, one, source)
+    ran = always + (switched * (1 - np.asarray(skip, dtype=np.int64))).sum(axis=1)
+    if ranked.any():
+        ran = ran + np.where(ranked, flops.costs(source, source)[1][:, 0], 0)
+    return ran / (dense_always + dense.sum(axis=1))
+
+
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
     """Mean KL divergence over rows of logits ``[rows, classes]``."""
     log_prob, target = F.log_softmax(logits, dim=-1), F.log_softmax(target, dim=-1)

@@ -1,0 +1,59 @@
+"""What the steps of a path are worth: FLOPs saved a unit of risk, and the logits that say so."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sd_gym.agents.baselines.search import order_of
+from torch import Tensor
+
+LEAST_SAVED = 1e-4  # of the dense FLOPs: what a step saves at least, where it costs as much as it saves
+LEAST_RISK = 1e-6  # a saved FLOPs ratio of 1, so that the exchange rate is finite
+PART = 1024  # instances whose exchange rates are computed at once: each has one for any two masks
+
+
+def step_logits(risk: Tensor, flops: Tensor) -> Tensor:
+    """Logarithm of the FLOPs that each step of a path saves over the risk that it adds.
+
+    Steps that only pay together (the next one saves more for less risk) have one exchange rate: that of the lower
+    convex hull of risk over savings, so that the rates fall along the path and a bound on them ends it at the mask that
+    is the best at this rate.
+
+    Args:
+        risk: Quality that is expected to be lost under each mask of the path, float32 ``[n, masks]``; the first, of
+            dense, is 0.
+        flops: FLOPs ratio of each mask, ``[masks]``.
+
+    Returns:
+        float32 ``[n, masks - 1]``, not rising along the path.
+    """
+    saved = (flops[:, None] - flops[None, :]).clamp(min=LEAST_SAVED).float()  # from one mask to a later one
+    masks = torch.arange(len(flops))
+    later = masks[:, None] < masks[None, :]
+    slopes = []
+    for part in risk.split(PART):
+        rate = torch.where(later, (part[:, None, :] - part[:, :, None]) / saved, torch.inf)
+        # The slope of a hull, by the minimax formula of isotonic regression: the highest, over where a stretch may
+        # begin, of the lowest over where it may end.
+        lowest = rate.flip(2).cummin(dim=2).values.flip(2)
+        slopes.append(lowest.cummax(dim=1).values.diagonal(offset=1, dim1=1, dim2=2))
+    return -torch.cat(slopes).clamp(min=LEAST_RISK).log()
+
+
+def component_logits(steps: Tensor, path: NDArray, nvec: NDArray) -> Tensor:
+    """Logits ``[n, sum(nvec)]`` under which a policy takes the steps of a path whose own logits are positive.
+
+    A choice of a component has the sum of the steps that lead to it, the first choice (everything runs) has 0.
+
+    Args:
+        steps: Logits of the path's steps, ``[n, masks - 1]``.
+        path: Its masks, ``[masks, components]``.
+        nvec: Sizes of the components.
+    """
+    first = np.cumsum([0, *nvec[:-1]])
+    leads = torch.zeros(steps.shape[1], int(nvec.sum()))
+    for step, component in enumerate(order_of(list(path))):
+        choice, start = path[step + 1, component], first[component]
+        leads[step, start + choice : start + nvec[component]] = 1
+    return steps @ leads
