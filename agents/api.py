@@ -16,19 +16,16 @@ from sd_gym.agents.experiment.plan import plan
 from sd_gym.agents.experiment.verdict import ONE_SIDED_95
 from sd_gym.agents.presets import OF_ENV
 
-from sd_gym.envs.config import EnvConfig, load_config
+from sd_gym.envs.config import EnvConfig, load_config, stored_config
 from sd_gym.envs.core import Core, shared_core
 from sd_gym.envs.spaces import Observations, each
 from sd_gym.files import write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
 from sd_gym.registration import config_of
-from sd_gym.tasks.data import SPLITS
 from sd_gym.tasks.splits import check_unchanged
 from sd_gym.version import __version__
 
-DATA_KEYS = {"table", "dataset", "subset", "revision", "columns", "splits", "unanswerable", "overlap"}
-DATA_KEYS |= {f"{split}_size" for split in SPLITS}
 Policy = DecisionPolicy | str | Path | Callable[[Observations], Any]
 
 
@@ -206,10 +203,11 @@ def _evaluate(
     """As ``evaluate``, into a folder that is empty."""
     core = shared_core(_config(env_id, policy, settings))
     origin = read_description(Path(policy)) if isinstance(policy, str | Path) else None
-    same_data = origin is not None and origin["env"] == env_id and not DATA_KEYS & settings.keys()
+    was = None if origin is None else stored_config(origin["env_config"], str(policy))
+    same_data = origin is not None and origin["env"] == env_id and _same_data(core.config, was)
     if same_data:
         check_unchanged(Path(policy), origin.get("data", {}), core.data)
-        if "backbone" not in settings:
+        if core.config.backbone.name == was.backbone.name:
             check_backbone(Path(policy), origin.get("weights"), core.backbone)
     decides = _decides(policy, policy_flops, core)
     used = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
@@ -222,7 +220,7 @@ def _evaluate(
             description |= {
                 key: origin[key] for key in ("steps", "seed", "strictness", "agent_settings", "data") if key in origin
             }
-            description["env_config"]["objective"] = origin["env_config"]["objective"]
+            description["env_config"]["reward"]["objective"] = was.reward.objective
         write_json(folder / "config.json", description)
     result = run.measured(core, decides, split, folder)
     result["history"] = []
@@ -230,6 +228,10 @@ def _evaluate(
     if folder is not None:
         run.write_result(result, core, folder)
     return result
+
+
+def _same_data(one: EnvConfig, other: EnvConfig) -> bool:
+    return (one.data, one.table) == (other.data, other.table)
 
 
 @dataclass

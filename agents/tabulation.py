@@ -102,8 +102,8 @@ def _config(env_or_run: str, settings: dict[str, Any], instances: int | None) ->
     if instances is not None:
         if instances < 1:
             raise ValueError(f"expected at least one instance of each split, got {instances}")
-        sizes = {f"{split}_size": min(instances, config.size_of(split) or instances) for split in SPLITS}
-        config = config.model_copy(update=sizes)
+        sizes = {f"{split}_size": min(instances, config.data.size(split) or instances) for split in SPLITS}
+        config = config.model_copy(update={"data": config.data.model_copy(update=sizes)})
     # Of a codebook the masks are taken, and not the numbers.
     return config.model_copy(update={"action": "multi_discrete"})
 

@@ -47,7 +47,7 @@ def seconds(run: Callable[[], object]) -> float:
 def batches(model: SkippingModel, dense: torch.nn.Module, core, size: int, pairs: int) -> list[str]:
     """FLOPs, time, promise kept and agreement at a batch size."""
     split, random, generates = core.split("test"), np.random.default_rng(0), core.backbone.model.can_generate()
-    settings = {"max_new_tokens": core.config.max_target_length, "do_sample": False} if generates else {}
+    settings = {"max_new_tokens": core.config.backbone.max_target_length, "do_sample": False} if generates else {}
     flops, times, agree = [], [], []
     for number in range(pairs + WARM_UP):
         rows = random.integers(len(split), size=size)
@@ -99,7 +99,7 @@ def main() -> None:
         for column in ("batch", "FLOPs", "time", "promise kept", "agree"):
             table.add_column(column, justify="right")
         _, core, _ = load_run(run)
-        dense = copy.deepcopy(load_backbone(core.config.backbone, core.config.device).model)
+        dense = copy.deepcopy(load_backbone(core.config.backbone.name, core.config.backbone.device).model)
         dense._switchboard.remove()
         model = sd_gym.load(run)
         for size in arguments.batch_sizes:

@@ -134,16 +134,15 @@ class Runs:
         config = load_config(config_of(env), {**self.settings(self.task.rows[0]), "backbone": self.minilm})
         prepare_backbone(
             config.backbone,
-            config.source,
+            config.data,
             config.task,
             self.backbone,
             steps=self.task.steps,
             batch_size=32,
             learning_rate=self.task.learning_rate,
             max_rate=0.7,
-            answers=config.answers,
-            token_shares=config.token_shares,
-            max_source_length=config.max_source_length,
+            tokens=config.tokens,
+            quality=config.quality,
             resume=True,
         )
 
@@ -203,7 +202,7 @@ class Runs:
             policy = fitting(DecisionPolicy.load(folder), core)
             return front_of(core, core.split("test"), [policy.with_decision(mask) for mask in masks])
         policy = fitting(DecisionPolicy.load(folder), core)
-        return front_of(core, core.split("test"), versions(core, policy, core.config.epsilon))
+        return front_of(core, core.split("test"), versions(core, policy, core.config.reward.epsilon))
 
     def _env_settings(self, folder: Path) -> dict[str, Any]:
         return read_description(folder)["env_config"]

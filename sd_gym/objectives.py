@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sd_gym.registry import Registry, UnknownNameError
+
+if TYPE_CHECKING:
+    from sd_gym.config import RewardConfig
 
 Floats = NDArray[np.float64]
 ObjectiveFunction = Callable[..., Floats]
@@ -112,24 +116,19 @@ class Objective:
     """Turns what came of decisions into rewards, always alike: it has no state.
 
     Args:
-        objective: A name, or a function as ``register_objective`` takes it.
-        epsilon: How much quality may be lost, in its own unit.
-        penalty: Reward lost at full cost.
-        cost_scale: The cost that counts as full, in units of quality.
+        reward: What a decision earns.
 
     Attributes:
         name: Of the objective.
 
     Raises:
-        ValueError: If the name is unknown, or the function takes something else.
+        ValueError: If the objective's name is unknown, or the function takes something else.
     """
 
-    def __init__(
-        self, objective: str | ObjectiveFunction, *, epsilon: float, penalty: float, cost_scale: float
-    ) -> None:
-        self.name = objective_name(objective)
-        self.function = objective_function(objective)
-        self.constants = {"epsilon": epsilon, "penalty": penalty, "cost_scale": cost_scale}
+    def __init__(self, reward: RewardConfig) -> None:
+        self.name = objective_name(reward.objective)
+        self.function = objective_function(reward.objective)
+        self.constants = {"epsilon": reward.epsilon, "penalty": reward.penalty, "cost_scale": reward.cost_scale}
 
     def rewards(self, quality: Floats, quality_ref: Floats, flops_ratio: Floats) -> Floats:
         """Rewards ``[n]`` of ``n`` decisions made together.

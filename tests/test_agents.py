@@ -18,9 +18,10 @@ from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.logger import configure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sd_gym.envs.config import ConfigError
+from sd_gym.config import ConfigError, RewardConfig
 from sd_gym.envs.core import Outcome
 from sd_gym.envs.sb3 import SwitchableVecEnv
+from sd_gym.objectives import Objective
 from sd_gym.policy import DecisionPolicy
 
 LEARNING = ["ppo", "ppo_lagrangian", "ppo_lex", "a2c", "a2c_lagrangian", "a2c_lex", "reinforce"]
@@ -180,7 +181,7 @@ def test_a_run_folder_is_complete(name, custom, tmp_path):
     assert not any(file.endswith((".tmp", ".pt")) for file in files)
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
     config = json.loads((folder / "config.json").read_text())
-    assert config["env_config"]["penalty"] == 3.0
+    assert config["env_config"]["reward"]["penalty"] == 3.0
     assert config["algo"] == name
     assert "torch" in config["versions"]
     if name != "random":
@@ -233,7 +234,7 @@ def scripted_scores(env, monkeypatch):
 
     monkeypatch.setattr("sd_gym.agents.experiment.selection.decide_and_score", score)
     monkeypatch.setattr("sd_gym.agents.experiment.selection.by_difficulty", lambda scored, levels: [])
-    monkeypatch.setattr(env.core, "config", env.core.config.model_copy(update={"epsilon": 0.01}))
+    monkeypatch.setattr(env.core, "config", env.core.config.model_copy(update={"reward": RewardConfig(epsilon=0.01)}))
     return env.core
 
 
@@ -242,7 +243,7 @@ def test_selection_prefers_kept_quality_then_fewer_flops(scripted_scores):
     broken = Scripted(lambda margin: (100, 100), lambda margin: 0.2)
     worse = Scripted(lambda margin: (0, 0), lambda margin: 0.6)
     selection = Selection(scripted_scores)
-    objective = scripted_scores.config.make_objective()
+    objective = Objective(scripted_scores.config.reward)
     entries = [selection.consider(step, policy, objective) for step, policy in enumerate((broken, good, worse))]
     assert [entry["quality_kept"] for entry in entries] == [False, True, True]
     assert selection.select([]).flops is good.flops

@@ -45,7 +45,7 @@ def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0
             network.head.bias.copy_(torch.tensor([1.0, 0.0] * len(board.names) + [0.0] * len(shares)))
     rarity = np.linspace(0, 1, 41) if ranking == "idf" else None
     card = {
-        "env": {"token_shares": shares, "token_ranking": ranking},
+        "env": {"tokens": {"shares": shares, "ranking": ranking}},
         "backbone": {
             "name": "tiny",
             "model_type": model.config.model_type,

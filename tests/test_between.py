@@ -12,7 +12,7 @@ import random
 import pytest
 from sd_gym.agents.experiment.run import train
 
-from sd_gym.tasks.data import Source
+from sd_gym.config import BackboneConfig, DataConfig
 from sd_gym.tasks.preparation import prepare_backbone
 
 GOOD, BAD = ("good", "fine"), ("bad", "awful")
@@ -35,8 +35,8 @@ def settings(tmp_path_factory, tiny_backbone):
         rows = [review(drawn) for _ in range(size)]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare_backbone(
-        str(tiny_backbone),
-        Source(str(folder), overlap="allow"),  # there are few different reviews
+        BackboneConfig(name=str(tiny_backbone)),
+        DataConfig(dataset=str(folder), overlap="allow"),  # there are few different reviews
         "classification",
         folder / "model",
         steps=600,

@@ -9,12 +9,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sd_gym.backbones.heads import LabelHead, Seq2SeqHead, SpanHead
+from sd_gym.config import BackboneConfig
 from sd_gym.tasks import cache
 from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.encoding import encode
 from sd_gym.tasks.instance import Instance
 
-SETTINGS = {"head": SpanHead(), "max_source_length": 9, "max_target_length": 4}
+SETTINGS = (SpanHead(), BackboneConfig(name="tiny", max_source_length=9, max_target_length=4))
 HEADS = [SpanHead(), Seq2SeqHead(), LabelHead({"0": 0, "1": 1, "good": 0, "": 1})]
 INSTANCES = [
     Instance("a", "the food", "good", 0, "the food was good", ((0, 8),), ("food was good",), ((13, 17),)),
@@ -42,21 +43,21 @@ def same(one, other):
 def test_what_is_read_is_what_was_encoded(head, tiny_tokenizer, monkeypatch):
     instances = [dataclasses.replace(one, target=n) for n, one in enumerate(INSTANCES)]
     instances = instances if head.name == "label" else INSTANCES
-    settings = {**SETTINGS, "head": head}
-    fresh = encode(instances, tiny_tokenizer, **settings)
-    same(fresh, encode_cached(instances, tiny_tokenizer, **settings))
+    settings = (head, SETTINGS[1])
+    fresh = encode(instances, tiny_tokenizer, *settings)
+    same(fresh, encode_cached(instances, tiny_tokenizer, *settings))
     monkeypatch.setattr(cache, "encode", None)  # it is not called again
-    same(fresh, encode_cached(instances, tiny_tokenizer, **settings))
+    same(fresh, encode_cached(instances, tiny_tokenizer, *settings))
 
 
 def test_everything_that_matters_makes_another_file(small, tiny_tokenizer):
     def files():
-        encode_cached(instances, tiny_tokenizer, **settings)
+        encode_cached(instances, tiny_tokenizer, *settings)
         return len(list(small.iterdir()))
 
-    instances, settings = list(INSTANCES), dict(SETTINGS)
+    instances, settings = list(INSTANCES), SETTINGS
     assert [files(), files()] == [1, 1]
-    settings["max_source_length"] = 8
+    settings = (settings[0], settings[1].model_copy(update={"max_source_length": 8}))
     assert files() == 2
     instances[1] = dataclasses.replace(INSTANCES[1], source_pair="not bad")
     assert files() == 3
@@ -75,15 +76,15 @@ def test_everything_that_matters_makes_another_file(small, tiny_tokenizer):
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: head.name)
 def test_the_side_of_truncation_counts(head, tiny_tokenizer):
-    settings = {"head": head, "max_source_length": 4, "max_target_length": 3}
     instances = [dataclasses.replace(one, source_pair=None, protected=()) for one in INSTANCES]
     instances = INSTANCES if head.name == "span" else instances
-    settings["max_source_length"] = 7 if head.name == "span" else 3
-    right = encode_cached(instances, tiny_tokenizer, **settings)
+    limit = 7 if head.name == "span" else 3
+    settings = (head, BackboneConfig(name="tiny", max_source_length=limit, max_target_length=3))
+    right = encode_cached(instances, tiny_tokenizer, *settings)
     tiny_tokenizer.truncation_side = "left"
     try:
-        left = encode_cached(instances, tiny_tokenizer, **settings)
-        same(left, encode(instances, tiny_tokenizer, **settings))
+        left = encode_cached(instances, tiny_tokenizer, *settings)
+        same(left, encode(instances, tiny_tokenizer, *settings))
     finally:
         tiny_tokenizer.truncation_side = "right"
     assert not torch.equal(left.input_ids, right.input_ids)
@@ -91,7 +92,7 @@ def test_the_side_of_truncation_counts(head, tiny_tokenizer):
 
 @pytest.mark.parametrize("change", ["lengths", "labels", "rows", "foreign", "renamed"])
 def test_a_file_of_other_lengths_or_labels_is_not_used(change, small, tiny_tokenizer):
-    fresh = encode_cached(INSTANCES, tiny_tokenizer, **SETTINGS)
+    fresh = encode_cached(INSTANCES, tiny_tokenizer, *SETTINGS)
     (file,) = small.iterdir()
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
@@ -106,20 +107,20 @@ def test_a_file_of_other_lengths_or_labels_is_not_used(change, small, tiny_token
         tensors = {"x": torch.zeros(1)}
     if change == "renamed":  # whole, but of other texts
         other = [dataclasses.replace(one, source="was good") for one in INSTANCES]
-        encode_cached(other, tiny_tokenizer, **SETTINGS)
+        encode_cached(other, tiny_tokenizer, *SETTINGS)
         (another,) = set(small.iterdir()) - {file}
         another.replace(file)
     else:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata=metadata)
-    same(fresh, encode_cached(INSTANCES, tiny_tokenizer, **SETTINGS))
+    same(fresh, encode_cached(INSTANCES, tiny_tokenizer, *SETTINGS))
 
 
 def test_a_broken_or_unwritable_cache_does_no_harm(small, tiny_tokenizer, tmp_path, monkeypatch):
-    fresh = encode_cached(INSTANCES, tiny_tokenizer, **SETTINGS)
+    fresh = encode_cached(INSTANCES, tiny_tokenizer, *SETTINGS)
     (file,) = small.iterdir()
     file.write_bytes(file.read_bytes()[:50])
-    same(fresh, encode_cached(INSTANCES, tiny_tokenizer, **SETTINGS))
+    same(fresh, encode_cached(INSTANCES, tiny_tokenizer, *SETTINGS))
     assert torch.equal(load_file(file)["labels"].long(), fresh.labels)
     (tmp_path / "no-folder").write_text("a file is in the way")
     monkeypatch.setenv("SD_GYM_CACHE", str(tmp_path / "no-folder"))
-    same(fresh, encode_cached(INSTANCES, tiny_tokenizer, **SETTINGS))
+    same(fresh, encode_cached(INSTANCES, tiny_tokenizer, *SETTINGS))

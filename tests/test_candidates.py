@@ -10,7 +10,7 @@ import pytest
 from sd_gym.agents.learning.agent import NotApplicableError
 
 import sd_gym
-from sd_gym.envs.config import KINDS, ConfigError
+from sd_gym.config import KINDS, ConfigError
 from sd_gym.policy import DecisionPolicy
 from sd_gym.switch.architectures import Kind
 

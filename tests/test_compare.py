@@ -39,11 +39,11 @@ def test_what_differs_is_a_row_of_its_own_and_its_name_says_what(run, reviews, t
     told = json.loads((first[0] / "result.json").read_text())["data"]["test"]
     assert row["test_rows"] == f"4, hash {told['hash']}"
     changed = {
-        "epsilon": run("strict", epsilon=0.5),
+        "reward.epsilon": run("strict", epsilon=0.5),
         "rate": run("bold", rate=0.6),
         "steps": run("long", steps=5),
-        "dataset": run("elsewhere", dataset=str(other_data)),
-        "backbone": run("tuned", backbone=str(other_backbone)),
+        "data.dataset": run("elsewhere", dataset=str(other_data)),
+        "backbone.name": run("tuned", backbone=str(other_backbone)),
     }
     for key, folder in changed.items():
         found = agents([*first, folder])

@@ -10,7 +10,7 @@ from sd_gym.tasks.instance import Instance
 
 
 def test_a_single_file_is_divided_by_row(reviews):
-    parts = {name: load_split(str(reviews), "classification", name, None) for name in ("train", "validation", "test")}
+    parts = {name: load_split(str(reviews), "classification", name) for name in ("train", "validation", "test")}
     assert {name: len(part) for name, part in parts.items()} == {"train": 32, "validation": 4, "test": 4}
     assert parts["validation"][0].source == json.loads(reviews.read_text().splitlines()[8])["text"]
 
@@ -18,17 +18,17 @@ def test_a_single_file_is_divided_by_row(reviews):
 def test_a_folder_is_read_by_split(tmp_path):
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": split, "label": 1}) + "\n\n")
-        assert load_split(str(tmp_path), "classification", split, None)[0].source == split
+        assert load_split(str(tmp_path), "classification", split)[0].source == split
 
 
 def test_question_answering_and_summarization_fields(tmp_path):
     file = tmp_path / "qa.jsonl"
     row = {"question": "who?", "context": "ben did", "answers": {"text": ["ben", "b"], "answer_start": [0, 0]}}
     file.write_text(json.dumps(row) + "\n")
-    (instance,) = load_split(str(file), "question_answering", "train", None)
+    (instance,) = load_split(str(file), "question_answering", "train")
     assert (instance.source, instance.source_pair, instance.target) == ("who?", "ben did", "ben")
     file.write_text(json.dumps({"document": "long", "summary": "short"}) + "\n")
-    (instance,) = load_split(str(file), "summarization", "train", None)
+    (instance,) = load_split(str(file), "summarization", "train")
     assert (instance.source, instance.target) == ("long", "short")
 
 
@@ -51,7 +51,7 @@ def test_malformed_files(tmp_path, content, message):
     file = tmp_path / "data.jsonl"
     file.write_text(content)
     with pytest.raises(DataError, match=message):
-        load_split(str(file), "classification", "train", None)
+        load_split(str(file), "classification", "train")
 
 
 @pytest.mark.parametrize(
@@ -66,16 +66,16 @@ def test_malformed_files(tmp_path, content, message):
 def test_empty_texts_are_left_out_and_counted(tmp_path, task, full, empty):
     rows = [full, {**full, **empty}, full, {**full, **empty}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    instances = load_split(str(tmp_path), task, "train", None)
+    instances = load_split(str(tmp_path), task, "train")
     assert [instance.id for instance in instances] == ["train-0", "train-2"]
     assert instances.left_out == 2
 
 
 def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing.jsonl.*expected a JSONL, CSV or Parquet file"):
-        load_split(str(tmp_path / "missing.jsonl"), "classification", "train", None)
+        load_split(str(tmp_path / "missing.jsonl"), "classification", "train")
     with pytest.raises(FileNotFoundError, match=r"no train.jsonl"):
-        load_split(str(tmp_path), "classification", "train", None)
+        load_split(str(tmp_path), "classification", "train")
 
 
 def test_a_hub_id_without_network_says_what_to_do(monkeypatch):
@@ -84,7 +84,7 @@ def test_a_hub_id_without_network_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="pass the path of a local copy as dataset="):
-        load_split("nobody/nothing", "classification", "train", None)
+        load_split("nobody/nothing", "classification", "train")
 
 
 def test_labels_outside_the_classes():

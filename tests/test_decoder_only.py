@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
+from sd_gym.config import BackboneConfig, DataConfig, TokensConfig
 from sd_gym.envs import ConfigError
-from sd_gym.tasks.data import DataError, Source
+from sd_gym.tasks.data import DataError
 from sd_gym.tasks.preparation import prepare_backbone
 from tests.conftest import WORDS, make_model
 
@@ -157,13 +158,13 @@ def test_only_the_context_loses_tokens_and_only_the_context_is_cut(data, backbon
 def test_preparing_teaches_the_answer_behind_the_prompt(backbone, tmp_path):
     rows = [{"document": f"the {w} was {x}", "summary": f"{x} {w}"} for w in ("food", "room") for x in ("good", "bad")]
     (tmp_path / "reports.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 10))
-    source = Source(str(tmp_path / "reports.jsonl"), overlap="allow")
-    settings = {"steps": 120, "learning_rate": 0.01, "max_target_length": 4, "token_shares": (0.0, 0.3)}
+    source = DataConfig(dataset=str(tmp_path / "reports.jsonl"), overlap="allow")
+    decoder = BackboneConfig(name=backbone, max_target_length=4)
+    settings = {"steps": 120, "learning_rate": 0.01, "tokens": TokensConfig(shares=(0.0, 0.3))}
     with pytest.raises(ValueError, match="decoder-only; say with 'prompt' what it shall read"):
-        prepare_backbone(backbone, source, "summarization", tmp_path / "out", **settings)
-    report = prepare_backbone(
-        backbone, source, "summarization", tmp_path / "out", prompt="Question: {source} Answer:", **settings
-    )
+        prepare_backbone(decoder, source, "summarization", tmp_path / "out", **settings)
+    prompted = decoder.model_copy(update={"prompt": "Question: {source} Answer:"})
+    report = prepare_backbone(prompted, source, "summarization", tmp_path / "out", **settings)
     before, after = (report["quality"][when] for when in ("before", "after"))
     assert after["0.0"] > 0.9 > before["0.0"]
     assert after["0.2"] > before["0.2"]

@@ -311,18 +311,18 @@ def test_the_custom_env_trains_on_a_file(reviews, tiny_backbone):
 def test_unknown_ids_and_keys():
     with pytest.raises(gym.error.NameNotFound, match="Did you mean"):
         gym.make("SD/Clasification-Mini-v0")
-    with pytest.raises(ConfigError, match="unknown config key 'epsilom'; did you mean 'epsilon'"):
+    with pytest.raises(ConfigError, match=r"unknown config key 'epsilom'; did you mean 'reward.epsilon'"):
         gym.make(MINI[0], epsilom=0.1)
-    with pytest.raises(ConfigError, match=r"config key 'penalty'.*greater than 0, got -1"):
+    with pytest.raises(ConfigError, match=r"config key 'reward.penalty'.*greater than 0, got -1"):
         gym.make(MINI[0], penalty=-1)
-    with pytest.raises(ConfigError, match=r"config key 'epsilon'.*finite"):
+    with pytest.raises(ConfigError, match=r"config key 'reward.epsilon'.*finite"):
         gym.make(MINI[0], epsilon=float("nan"))
     with pytest.raises(ConfigError, match="'dataset' has no value"):
         gym.make("SD/Classification-Custom-v0")
     for shares in ([0.3], [0.0, 0.5, 0.3], [0.0, 1.0], []):
-        with pytest.raises(ConfigError, match="'token_shares': expected ascending shares below 1"):
+        with pytest.raises(ConfigError, match=r"'tokens.shares': expected ascending shares below 1"):
             gym.make(MINI[0], token_shares=shares)
-    with pytest.raises(ConfigError, match=r"config key 'token_ranking'.*'tfidf'"):
+    with pytest.raises(ConfigError, match=r"config key 'tokens.ranking'.*'tfidf'"):
         gym.make(MINI[0], token_ranking="tfidf")
     with pytest.raises(ValueError, match="render_mode must be one of ansi, rgb_array"):
         SwitchableEnv("classification_mini.yaml", render_mode="html", **SMALL)

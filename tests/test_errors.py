@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 import sd_gym
 from sd_gym.backbones.load import load_model, save_backbone
 from sd_gym.cli import app
+from sd_gym.config import BackboneConfig, DataConfig
 from sd_gym.files import read_checkpoint, read_json, read_tensors, write_checkpoint, write_json, write_tensors
-from sd_gym.tasks.data import DataError, Source, load_split
+from sd_gym.tasks.data import DataError, load_split
 from sd_gym.tasks.family import LONGEST_TEXT
 from sd_gym.tasks.preparation import prepare_backbone
 from tests.conftest import write_mirror
@@ -90,8 +91,8 @@ def test_preparing_finds_a_label_only_in_test_before_it_begins(tmp_path, tiny_ba
     steps = []
     with pytest.raises(DataError, match=r"test\.jsonl, line 17 .* label 2 is none of the backbone's 2 classes"):
         prepare_backbone(
-            str(tiny_backbone),
-            Source(str(tmp_path / "data")),
+            BackboneConfig(name=str(tiny_backbone)),
+            DataConfig(dataset=str(tmp_path / "data")),
             "classification",
             tmp_path / "out",
             steps=2,
@@ -120,7 +121,7 @@ def test_preparing_finds_a_label_only_in_test_before_it_begins(tmp_path, tiny_ba
 def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
     (tmp_path / "train.jsonl").write_text(row + "\n")
     with pytest.raises(DataError, match=message) as caught:
-        load_split(str(tmp_path), "classification", "train", None)
+        load_split(str(tmp_path), "classification", "train")
     assert f"{tmp_path / 'train.jsonl'}, line 1" in str(caught.value)
     assert len(str(caught.value)) < 600
 
@@ -128,7 +129,7 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
 def test_levels_of_difficulty_may_be_whole_floats_or_missing(tmp_path):
     rows = [{"text": "a", "label": 0, "difficulty": value} for value in (2, 3.0, None)]
     write_rows(tmp_path / "train.jsonl", rows)
-    instances = load_split(str(tmp_path), "classification", "train", None)
+    instances = load_split(str(tmp_path), "classification", "train")
     assert [instance.difficulty for instance in instances] == [2, 3, 0]
 
 
@@ -137,17 +138,17 @@ def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path):
         file = tmp_path / f"data{suffix}"
         file.write_bytes(head + b"\n" + b'{"text": "caf\xe9", "label": 0}\n')
         with pytest.raises(DataError, match=rf"data{suffix}, line 3: not UTF-8 .*save the file as UTF-8"):
-            load_split(str(file), "classification", "train", None)
+            load_split(str(file), "classification", "train")
 
 
 def test_a_row_of_fifty_megabytes_is_refused(tmp_path):
     write_rows(tmp_path / "train.jsonl", [{"text": "a" * 50_000_000, "label": 0}])
     with pytest.raises(DataError, match=r"line 1: text has 50,000,000 characters, expected at most 2,000,000"):
-        load_split(str(tmp_path), "classification", "train", None)
+        load_split(str(tmp_path), "classification", "train")
     (tmp_path / "train.jsonl").unlink()
     (tmp_path / "train.csv").write_text("text,label\n" + "a" * (LONGEST_TEXT + 1) + ",0\n")
     with pytest.raises(DataError, match=r"line 2: text has 2,000,001 characters"):
-        load_split(str(tmp_path), "classification", "train", None)
+        load_split(str(tmp_path), "classification", "train")
 
 
 def test_highest_class_index_beyond_the_rows_is_refused(tmp_path, tiny_backbone):
@@ -168,7 +169,7 @@ def test_cells_of_a_csv_are_texts_whatever_they_look_like(tmp_path, hub):
         (folder / "data" / "train-00000-of-00001.csv").write_text(lines)
     else:
         (folder / "train.csv").write_text(lines)
-    instances = load_split(str(folder), "classification", "train", None)
+    instances = load_split(str(folder), "classification", "train")
     assert [instance.source for instance in instances] == NOT_MISSING[:-1]
     assert [instance.target for instance in instances] == [0, 1] * 4
     assert instances.left_out == 1
@@ -182,7 +183,7 @@ def test_labels_of_a_csv_are_numbers_only_where_all_are(tmp_path):
         ("1e5x 2", ["1e5x", "2"]),
     ):
         (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"a,{label}\n" for label in labels.split()))
-        assert [one.target for one in load_split(str(tmp_path), "classification", "train", None)] == expected
+        assert [one.target for one in load_split(str(tmp_path), "classification", "train")] == expected
 
 
 @pytest.mark.parametrize(
@@ -199,20 +200,20 @@ def test_labels_of_a_csv_are_numbers_only_where_all_are(tmp_path):
 def test_a_csv_that_is_none_is_refused(tmp_path, content, message):
     (tmp_path / "train.csv").write_text(content)
     with pytest.raises(DataError, match=message):
-        load_split(str(tmp_path), "classification", "train", None)
+        load_split(str(tmp_path), "classification", "train")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\na,0\n", encoding="utf-8-sig")
     (tmp_path / "validation.jsonl").write_text('{"text": "a", "label": 0}\n', encoding="utf-8-sig")
     for split in ("train", "validation"):
-        assert load_split(str(tmp_path), "classification", split, None)[0].source == "a"
+        assert load_split(str(tmp_path), "classification", split)[0].source == "a"
 
 
 def test_garbage_parquet_is_refused(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"PAR1garbage")
     with pytest.raises(DataError, match=r"train\.parquet: cannot be read as Parquet"):
-        load_split(str(tmp_path), "classification", "train", None)
+        load_split(str(tmp_path), "classification", "train")
 
 
 def test_a_number_that_names_a_class_is_that_class():
@@ -249,7 +250,7 @@ def test_a_data_set_with_a_script_runs_nothing_and_asks_nobody(tmp_path, monkeyp
     (folder / "data.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
     with suppress(DataError, FileNotFoundError):
-        load_split(Source(str(folder)), "classification", "train", None)
+        load_split(DataConfig(dataset=str(folder)), "classification", "train")
     assert not (tmp_path / "ran").exists()
 
 
@@ -274,9 +275,9 @@ def test_results_are_printed_as_text(tmp_path, reviews, tiny_backbone):
     [
         (["penalty=[1"], "--set 'penalty=[1': not YAML"),
         (["penalty=2020-99-99"], "not YAML"),
-        (["penalty={a: 1}"], "config key 'penalty'"),
-        (["columns={1: a, b: c}"], "config key 'columns"),
-        (["max_source_length=99999999999999999999999"], "config key 'max_source_length'"),
+        (["penalty={a: 1}"], "config key 'reward.penalty'"),
+        (["columns={1: a, b: c}"], "config key 'data.columns"),
+        (["max_source_length=99999999999999999999999"], "config key 'backbone.max_source_length'"),
         (["device=gpu"], "cannot use the device 'gpu': expected 'cpu'"),
         (["device=meta"], "cannot use the device 'meta'"),
         (["penalty"], "expected key=value, got 'penalty'"),

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sd_gym.backbones.heads import SpanHead
 from sd_gym.backbones.heads.span import NOWHERE, best_spans, span_log_likelihood, span_texts
+from sd_gym.config import BackboneConfig, DataConfig, TokensConfig
 from sd_gym.envs import ConfigError
-from sd_gym.tasks.data import DataError, Source, load_split
+from sd_gym.tasks.data import DataError, load_split
 from sd_gym.tasks.encoding import encode
 from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.preparation import prepare_backbone
@@ -82,8 +83,8 @@ def question(context, answers, starts=None, number=0):
 
 
 def encoded(instances, tokenizer, limit=32, unanswerable=True):
-    options = {"head": SpanHead(), "max_source_length": limit, "max_target_length": 8, "unanswerable": unanswerable}
-    return encode(instances, tokenizer, **options)
+    backbone = BackboneConfig(name="tiny", max_source_length=limit, max_target_length=8)
+    return encode(instances, tokenizer, SpanHead(), backbone, unanswerable=unanswerable)
 
 
 @settings(deadline=None)
@@ -143,7 +144,7 @@ def test_an_answer_cut_in_two_is_cut_off(tiny_tokenizer):
 def test_malformed_places_are_refused(tmp_path, answers):
     (tmp_path / "qa.jsonl").write_text(json.dumps({"question": "q", "context": "good", "answers": answers}))
     with pytest.raises(DataError, match="line 1: answer_start must be one character index an answer"):
-        load_split(str(tmp_path / "qa.jsonl"), "question_answering", "train", None)
+        load_split(str(tmp_path / "qa.jsonl"), "question_answering", "train")
 
 
 # --- envs -------------------------------------------------------------------------------------------------------------
@@ -270,9 +271,9 @@ def test_a_backbone_of_the_wrong_kind_is_refused(data, tmp_path, tiny_tokenizer,
         tiny_tokenizer.save_pretrained(tmp_path / name)
     with pytest.raises(ConfigError, match="gives a label, but question_answering needs a text or a span"):
         make(data, str(tiny_backbone))
-    with pytest.raises(ConfigError, match="'answers': 'extracted' needs a backbone that gives a span"):
+    with pytest.raises(ConfigError, match=r"'backbone.answers': 'extracted' needs a backbone that gives a span"):
         make(data, str(tmp_path / "generator"), answers="extracted")
-    with pytest.raises(ConfigError, match="'answers': 'generated' needs a backbone that gives a text"):
+    with pytest.raises(ConfigError, match=r"'backbone.answers': 'generated' needs a backbone that gives a text"):
         make(data, str(tmp_path / "extractor"), answers="generated")
     (tmp_path / "x.jsonl").write_text(varied({"document": "the food", "summary": "food"}, "document"))
     with pytest.raises(ConfigError, match="gives a span, but summarization needs a text"):
@@ -285,14 +286,14 @@ def test_a_backbone_of_the_wrong_kind_is_refused(data, tmp_path, tiny_tokenizer,
 def test_a_bare_encoder_learns_to_extract_and_to_bear_skipping_and_dropping(data, tmp_path, tiny_tokenizer):
     make_model("bert").bert.save_pretrained(tmp_path / "bare")
     tiny_tokenizer.save_pretrained(tmp_path / "bare")
-    settings = {"steps": 250, "learning_rate": 0.01, "max_source_length": 20, "max_target_length": 3}
     report = prepare_backbone(
-        str(tmp_path / "bare"),
-        Source(data),
+        BackboneConfig(name=str(tmp_path / "bare"), max_source_length=20, max_target_length=3),
+        DataConfig(dataset=data),
         "question_answering",
         tmp_path / "out",
-        token_shares=(0.0, 0.3),
-        **settings,
+        tokens=TokensConfig(shares=(0.0, 0.3)),
+        steps=250,
+        learning_rate=0.01,
     )
     after, before = report["quality"]["after"], report["quality"]["before"]
     assert report["measure"] == "f1"
@@ -310,11 +311,14 @@ def test_a_generator_can_be_made_to_extract(data, tmp_path, tiny_tokenizer):
     make_model("pegasus").save_pretrained(tmp_path / "pegasus")
     for name in ("generator", "pegasus"):
         tiny_tokenizer.save_pretrained(tmp_path / name)
-    settings = {"steps": 1, "max_source_length": 20}
-    arguments = Source(data), "question_answering"
-    report = prepare_backbone(str(tmp_path / "generator"), *arguments, tmp_path / "a", **settings)
+    source = DataConfig(dataset=data), "question_answering"
+    generator, pegasus = (
+        BackboneConfig(name=str(tmp_path / name), max_source_length=20) for name in ("generator", "pegasus")
+    )
+    report = prepare_backbone(generator, *source, tmp_path / "a", steps=1)
     assert report["measure"] == "likelihood"
-    report = prepare_backbone(str(tmp_path / "generator"), *arguments, tmp_path / "b", answers="extracted", **settings)
+    extracting = {"answers": "extracted"}
+    report = prepare_backbone(generator.model_copy(update=extracting), *source, tmp_path / "b", steps=1)
     assert report["measure"] == "f1"
     with pytest.raises(ValueError, match="'pegasus' has no head that extracts answers"):
-        prepare_backbone(str(tmp_path / "pegasus"), *arguments, tmp_path / "c", answers="extracted", **settings)
+        prepare_backbone(pegasus.model_copy(update=extracting), *source, tmp_path / "c", steps=1)

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import sd_gym
 from sd_gym.cli import app
+from sd_gym.config import BackboneConfig, DataConfig
 from sd_gym.folders import FolderInUseError, contents, locked
-from sd_gym.tasks.data import Source
 from sd_gym.tasks.preparation import prepare_backbone
 from sd_gym.version import __version__
 
@@ -54,7 +54,8 @@ def dense(observations):
 
 def prepared(backbone, dataset, folder, **settings):
     settings = {"steps": 20, "learning_rate": 0.003, **settings}
-    return prepare_backbone(str(backbone), Source(str(dataset)), "classification", folder, **settings)
+    parts = BackboneConfig(name=str(backbone)), DataConfig(dataset=str(dataset))
+    return prepare_backbone(*parts, "classification", folder, **settings)
 
 
 def files_of(folder):
@@ -142,7 +143,7 @@ def test_resume_names_what_differs(settings, tmp_path):
     arguments = cut_run(settings, tmp_path / "run")
     changed = {**arguments["settings"], "penalty": 3.0, "n_steps": 8}
     with pytest.raises(
-        ValueError, match=r"another run: its penalty is 20\.0, now it is 3\.0, its n_steps is 4, now it is 8$"
+        ValueError, match=r"another run: its reward\.penalty is 20\.0, now it is 3\.0, its n_steps is 4, now it is 8$"
     ):
         train(CUSTOM, "ppo", tmp_path / "run", **{**arguments, "settings": changed}, resume=True)
     with pytest.raises(ValueError, match=r"another run: its strictness is 1\.6\d*, now it is 0\.5$"):

@@ -28,7 +28,7 @@ from sd_gym.agents.experiment.run import train
 
 import sd_gym
 from sd_gym.backbones.load import load_model
-from sd_gym.envs.config import EnvConfig
+from sd_gym.config import KEYS, PARTS
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.data import load_split
 from tests.conftest import WORDS
@@ -146,7 +146,7 @@ SENSIBLE = {
 
 
 def config_keys(data, place):
-    keys = st.sampled_from([*SENSIBLE, *sorted(EnvConfig.model_fields.keys() - {"id"}), "", "epsilom"])
+    keys = st.sampled_from([*SENSIBLE, *sorted({*PARTS, *KEYS} - {"id"}), "", "epsilom"])
     changed = {
         key: data.draw(mostly(SENSIBLE.get(key, VALUES))) for key in data.draw(st.sets(keys, min_size=1, max_size=3))
     }
@@ -204,7 +204,7 @@ def data_files(data, place):
         written = damaged(data, content)
         file.write_bytes(written)
         with place.attempt((suffix, written)):
-            instances = load_split(folder, "classification", "train", None)
+            instances = load_split(folder, "classification", "train")
             if suffix == "jsonl" and written == content:  # what was written is what is read
                 kept = [row for row in rows if (row["text"] or "").strip()]
                 assert [one.source for one in instances] == [row["text"] for row in kept]

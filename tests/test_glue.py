@@ -11,8 +11,9 @@ from sklearn.metrics import balanced_accuracy_score
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import sd_gym
+from sd_gym.config import DataConfig
 from sd_gym.envs.config import ConfigError
-from sd_gym.tasks.data import DataError, Source, load_split
+from sd_gym.tasks.data import DataError, load_split
 from tests.conftest import TINY, WORDS, dense_policy, make_model, varied, write_mirror
 
 # Column names as on the hub, and the number of classes; 1 = a score.
@@ -142,15 +143,15 @@ def test_all_glue_ids_are_registered():
 
 def test_hidden_labels_and_missing_columns_are_refused(tmp_path):
     data = mirror(tmp_path / "glue", "sst2", ("sentence",), 2)
-    source = Source(data, "sst2", columns={"text": "sentence"})
+    source = DataConfig(dataset=data, subset="sst2", columns={"text": "sentence"})
     with pytest.raises(DataError, match="hide the labels of their test split"):
-        load_split(source, "classification", "test", None)
+        load_split(source, "classification", "test")
     with pytest.raises(DataError, match=r"no column 'review' \(for text\); the columns are sentence, label, idx"):
-        load_split(Source(data, "sst2", columns={"text": "review"}), "classification", "train", None)
+        load_split(DataConfig(dataset=data, subset="sst2", columns={"text": "review"}), "classification", "train")
     with pytest.raises(FileNotFoundError, match="does not give the split 'train'"):
-        load_split(Source(data, "no-such-subset"), "classification", "train", None)
+        load_split(DataConfig(dataset=data, subset="no-such-subset"), "classification", "train")
     with pytest.raises(DataError, match="expected a split such as"):
-        load_split(Source(data, "sst2", splits={"train": "train[::2]"}), "classification", "train", None)
+        load_split(DataConfig(dataset=data, subset="sst2", splits={"train": "train[::2]"}), "classification", "train")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
@@ -159,15 +160,19 @@ def test_other_formats(tmp_path, suffix):
     for split in ("train", "validation"):
         file = tmp_path / f"{split}.{suffix}"
         rows.to_csv(file) if suffix == "csv" else rows.to_parquet(file)
-    instances = load_split(Source(str(tmp_path), columns={"text": "body"}), "classification", "train", 7)
+    instances = load_split(
+        DataConfig(dataset=str(tmp_path), columns={"text": "body"}, train_size=7), "classification", "train"
+    )
     assert [one.source for one in instances] == [f"the food {n}" for n in range(7)]
-    single = Source(str(tmp_path / f"train.{suffix}"), columns={"text": "body"}, splits={"train": "train[-3:]"})
-    assert [one.source for one in load_split(single, "classification", "train", None)] == [
+    single = DataConfig(
+        dataset=str(tmp_path / f"train.{suffix}"), columns={"text": "body"}, splits={"train": "train[-3:]"}
+    )
+    assert [one.source for one in load_split(single, "classification", "train")] == [
         f"the food {n}" for n in range(17, 20)
     ]
     (tmp_path / "broken.parquet").write_text("no such thing")
     with pytest.raises(DataError, match=r"broken.parquet: cannot be read as Parquet"):
-        load_split(str(tmp_path / "broken.parquet"), "classification", "train", None)
+        load_split(str(tmp_path / "broken.parquet"), "classification", "train")
 
 
 def test_a_score_needs_numbers(tmp_path, tiny_tokenizer):

@@ -15,6 +15,7 @@ from stable_baselines3.common.logger import configure
 import sd_gym
 from sd_gym.envs import ConfigError
 from sd_gym.envs.wrappers import LagrangianVectorWrapper, LagrangianWrapper
+from tests.conftest import flat
 
 ID, STAGED, CUSTOM = "SD/Classification-Mini-v0", "SD/Classification-Mini-Staged-v0", "SD/Classification-Custom-v0"
 SMALL = {"train_size": 60, "validation_size": 20, "test_size": 20}
@@ -123,12 +124,15 @@ def test_runs_of_a_former_version_are_read_as_those_of_the_agent(custom, tmp_pat
     now, file = read_description(run), run / "config.json"
     old = json.loads(file.read_text())
     old["algo"] = "ppo"
-    old["env_config"] |= {"objective": "lagrangian", "multiplier_rate": old["agent_settings"].pop("multiplier_rate")}
+    old["env_config"] = flat(old["env_config"]) | {
+        "objective": "lagrangian",
+        "multiplier_rate": old["agent_settings"].pop("multiplier_rate"),
+    }
     file.write_text(json.dumps(old))
     assert read_description(run) == now
-    assert run_config(read_description(run)).penalty == 3.0
+    assert run_config(read_description(run)).reward.penalty == 3.0
     load_run(run)
     card = json.loads((run / "skip_policy.json").read_text())
-    card["env"]["multiplier_rate"] = 0.5
+    card["env"] = flat(card["env"]) | {"multiplier_rate": 0.5}
     (run / "skip_policy.json").write_text(json.dumps(card))
     assert 0 < sd_gym.load(run)(["good room"])[0].flops_ratio <= 1.1

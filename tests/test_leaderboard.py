@@ -95,7 +95,7 @@ def test_what_is_no_entry_is_refused(runs, full_table, tmp_path):
     sd_gym.train("SD/Table-v0", "dense", tmp_path / "other", table=full_table)
     refused(tmp_path / "other", ValueError, "has no table in the package; the leaderboard is of SD/")
     sd_gym.train(ENV, "dense", tmp_path / "lax", epsilon=0.5)
-    refused(tmp_path / "lax", ValueError, r"the leaderboard has epsilon 0\.01 of SD/.*, got 0\.5")
+    refused(tmp_path / "lax", ValueError, r"the leaderboard has reward\.epsilon 0\.01 of SD/.*, got 0\.5")
     sd_gym.train(ENV, "dense", tmp_path / "own", table=full_table)
     refused(tmp_path / "own", ValueError, "the leaderboard has table 'tables/summarization-mini'")
     better = shutil.copytree(runs / "hash-0", tmp_path / "better")

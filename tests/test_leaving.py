@@ -217,7 +217,7 @@ def test_what_is_no_artefact_is_refused(tmp_path, tiny_tokenizer):
         ({"format": 9}, "format 1"),
         ({"stops": [{"margin": 0}]}, "none that save_pretrained writes"),
         ({"protection": {"special": [1]}}, "none that save_pretrained writes"),
-        ({"env": {**card["env"], "token_shares": [0.0]}}, "2 token levels"),
+        ({"env": {**card["env"], "tokens": {"shares": [0.0], "ranking": "idf"}}}, "2 token levels"),
     ):
         (folder / "skip_policy.json").write_text(json.dumps({**card, **change}))
         with pytest.raises(ValueError, match=message):

@@ -57,7 +57,7 @@ def test_settings_result_and_validation_are_there_for_every_agent(name, custom, 
     values, metrics = hyperparameters_of(events)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (values["env"], values["algo"], values["seed"], values["steps"]) == (CUSTOM, name, 5, 600)
-    assert (values["penalty"], values["objective"]) == (3.0, "lexicographic")
+    assert (values["reward.penalty"], values["reward.objective"]) == (3.0, "lexicographic")
     for key, value in config["agent_settings"].items():
         assert values[key] == (value if isinstance(value, int | float) else str(value))
     assert metrics == {"test/quality_difference", "test/flops_ratio_with_policy", "test/quality_kept"}

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sd_gym.config import RewardConfig
 from sd_gym.objectives import Lagrangian, Objective, lexicographic, quality_cost, scalarized
 
 unit = st.floats(0, 1)
@@ -29,7 +30,7 @@ def test_values_by_hand():
     for function in (lexicographic, scalarized):
         expected = by_hand[function.__name__]
         np.testing.assert_allclose(function(quality, reference, ratio, **constants), expected)
-        objective = Objective(function.__name__, **constants)
+        objective = Objective(RewardConfig(objective=function.__name__, **constants))
         for _ in range(2):  # always alike
             np.testing.assert_allclose(objective.rewards(quality, reference, ratio), expected)
     assert pytest.approx(0.0) == quality_cost(np.array([1.0]), np.array([0.5]), 0.0)[0]

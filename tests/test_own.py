@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import sd_gym
 from sd_gym.cli import app
+from sd_gym.config import RewardConfig
 from sd_gym.envs import ConfigError, SwitchableEnv
 from sd_gym.objectives import Objective
 from sd_gym.policy import DecisionPolicy
@@ -93,14 +94,14 @@ def test_an_own_objective_gives_the_rewards(objective, custom):
     expected = info["quality"] - info["quality_ref"] - 3.0 * info["flops_ratio"]
     assert reward == pytest.approx(expected)
     np.testing.assert_array_equal(rewards, [reward, reward])
-    written = single.unwrapped.config.model_dump()["objective"]
+    written = single.unwrapped.config.model_dump()["reward"]["objective"]
     assert written == ("stingy" if objective == "stingy" else f"{__name__}:stingy")
     hash(single.unwrapped.config)
 
 
 def test_objectives_are_checked_when_an_env_is_made(custom):
     with pytest.raises(
-        ConfigError, match=r"config key 'objective': unknown objective 'scalar'; did you mean 'scalarized'"
+        ConfigError, match=r"config key 'reward.objective': unknown objective 'scalar'; did you mean 'scalarized'"
     ):
         gym.make(CUSTOM, **custom, objective="scalar")
     with pytest.raises(ConfigError, match=r"'.*<lambda>' has to take \(quality, .*, those that it does not need as"):
@@ -113,7 +114,7 @@ def test_objectives_are_checked_when_an_env_is_made(custom):
 
 @pytest.mark.parametrize("wrong", [lambda *args, **constants: 1.0, lambda quality, *args, **constants: quality / 0])
 def test_an_objective_has_to_give_a_finite_reward_for_each_decision(wrong):
-    objective = Objective(wrong, epsilon=0, penalty=1, cost_scale=1)
+    objective = Objective(RewardConfig(objective=wrong, epsilon=0, penalty=1, cost_scale=1))
     one = np.ones(3)
     with np.errstate(divide="ignore"), pytest.raises(ValueError, match="a finite reward for each of 3 decisions"):
         objective.rewards(one, one, one)
@@ -402,16 +403,16 @@ def test_an_env_from_a_yaml_file(reviews, tiny_backbone, tmp_path, monkeypatch):
     assert env_id == "Own/Reviews-v0"
     assert env_id in sd_gym.registered_ids()
     env = gym.make(env_id, epsilon=0.5)
-    assert (env.unwrapped.config.penalty, env.unwrapped.config.epsilon) == (7.0, 0.5)
-    assert env.unwrapped.config.dataset == str(reviews.resolve())
+    assert (env.unwrapped.config.reward.penalty, env.unwrapped.config.reward.epsilon) == (7.0, 0.5)
+    assert env.unwrapped.config.data.dataset == str(reviews.resolve())
     vector = gym.make_vec(env_id, num_envs=3)
     vector.reset(seed=0)
     vector.step(vector.action_space.sample())
     assert SwitchableEnv(str(file)).config == gym.make(env_id).unwrapped.config
     (elsewhere / "other.jsonl").write_text(reviews.read_text())  # those that are passed: from the working directory
-    assert gym.make(env_id, dataset="other.jsonl").unwrapped.config.dataset == "other.jsonl"
+    assert gym.make(env_id, dataset="other.jsonl").unwrapped.config.data.dataset == "other.jsonl"
     assert sd_gym.register_env(write_env(tmp_path, reviews.name, "./model", penalty=8.0)) == env_id
-    assert gym.make(env_id).unwrapped.config.penalty == 8.0
+    assert gym.make(env_id).unwrapped.config.reward.penalty == 8.0
 
 
 def test_an_env_that_extends_another_one(reviews, tiny_backbone, tmp_path):
@@ -419,10 +420,10 @@ def test_an_env_that_extends_another_one(reviews, tiny_backbone, tmp_path):
     base = write_env(tmp_path, reviews, tiny_backbone, penalty=7.0, epsilon=0.5)
     (tmp_path / "more.yaml").write_text(f"id: Own/More-v0\nextends: {base.name}\nepsilon: 0.25\n")
     config = gym.make(sd_gym.register_env(tmp_path / "more.yaml")).unwrapped.config
-    assert (config.id, config.penalty, config.epsilon) == ("Own/More-v0", 7.0, 0.25)
+    assert (config.id, config.reward.penalty, config.reward.epsilon) == ("Own/More-v0", 7.0, 0.25)
     (tmp_path / "mini.yaml").write_text("id: Own/Mini-v0\nextends: summarization_mini.yaml\ntrain_size: 20\n")
     config = gym.make(sd_gym.register_env(tmp_path / "mini.yaml")).unwrapped.config
-    assert (config.task, config.train_size, config.test_size) == ("summarization", 20, 2000)
+    assert (config.task, config.data.train_size, config.data.test_size) == ("summarization", 20, 2000)
     for name, message in (
         ("more.yaml", "more.yaml, which extends another file"),
         ("../own.yaml", "takes the name of a YAML file.*'../own.yaml'"),
@@ -448,7 +449,9 @@ def test_yaml_files_that_are_no_envs(reviews, tiny_backbone, tmp_path):
     assert set(gym.registry) >= {"SD/Classification-Mini-v0", "CartPole-v1"}
     assert "my own" not in sd_gym.registered_ids()
     env_id = sd_gym.register_env(write_env(tmp_path, reviews, tiny_backbone, epsilom=1))
-    with pytest.raises(ConfigError, match="Own/Reviews-v0: unknown config key 'epsilom'; did you mean 'epsilon'"):
+    with pytest.raises(
+        ConfigError, match=r"Own/Reviews-v0: unknown config key 'epsilom'; did you mean 'reward.epsilon'"
+    ):
         gym.make(env_id)
 
 
@@ -523,7 +526,7 @@ def test_the_command_line_imports_what_is_ones_own(things, tmp_path):
     assert result.exit_code == 0, output
     description = json.loads((folder / "config.json").read_text())
     assert description["imports"] == [str(things)]
-    assert description["env_config"]["objective"] == "stingy"
+    assert description["env_config"]["reward"]["objective"] == "stingy"
     assert "Own/Reviews-v0" in run("envs", "--import", things)[1]
 
     environment = {**os.environ, "COLUMNS": "400"}
@@ -543,8 +546,10 @@ def test_the_command_line_imports_what_is_ones_own(things, tmp_path):
     assert "counted once" in output
     assert f"passed over, as they hold no result.json of a test split: {tmp_path}, {things}" in output
     options = ["--env", "Own/Reviews-v0", "--steps", 2, "--output", tmp_path / "prepared", "--import", things]
-    backbone = description["env_config"]["backbone"]
-    result, output = run("prepare", "--backbone", backbone, "--dataset", description["env_config"]["dataset"], *options)
+    backbone = description["env_config"]["backbone"]["name"]
+    result, output = run(
+        "prepare", "--backbone", backbone, "--dataset", description["env_config"]["data"]["dataset"], *options
+    )
     assert result.exit_code == 0, output
 
 

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.prepare import decisions_around, prepare, sandwich_loss
 from sd_gym.cli import app
+from sd_gym.config import BackboneConfig, DataConfig, QualityConfig
 from sd_gym.envs.core import shared_core
 from sd_gym.switch import Switchboard
-from sd_gym.tasks.data import Source
 from sd_gym.tasks.preparation import prepare_backbone
 from tests.conftest import make_inputs, make_model
 
@@ -74,9 +74,10 @@ def test_a_generator_learns_to_bear_skipping(reports, tiny_generator, tmp_path):
 def test_a_regression_has_one_output(tmp_path, tiny_backbone):
     rows = [{"text": ["bad", "fine", "good"][n % 3], "label": [0.5, 2.5, 4.5][n % 3]} for n in range(40)]
     (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = Source(str(tmp_path / "scores.jsonl"), overlap="allow")
-    settings = {"steps": 120, "learning_rate": 0.01, "label_range": 5.0}
-    report = prepare_backbone(str(tiny_backbone), source, "classification", tmp_path / "prepared", **settings)
+    source = DataConfig(dataset=str(tmp_path / "scores.jsonl"), overlap="allow")
+    settings = {"steps": 120, "learning_rate": 0.01, "quality": QualityConfig(label_range=5.0)}
+    backbone = BackboneConfig(name=str(tiny_backbone))
+    report = prepare_backbone(backbone, source, "classification", tmp_path / "prepared", **settings)
     assert report["quality"]["after"]["0.0"] > 0.8  # always the middle, 2.5, would have 0.73
     config = json.loads((tmp_path / "prepared" / "config.json").read_text())
     assert list(config["label2id"]) == ["score"]
@@ -91,7 +92,7 @@ def test_a_preparation_that_was_cut_off_goes_on_as_if_nothing_had_happened(tmp_p
             raise CutError
 
     settings = {"steps": 40, "learning_rate": 0.003}
-    arguments = (str(tiny_backbone), Source(str(reviews)), "classification")
+    arguments = (BackboneConfig(name=str(tiny_backbone)), DataConfig(dataset=str(reviews)), "classification")
     prepare_backbone(*arguments, tmp_path / "whole", **settings)
     with pytest.raises(CutError):
         prepare_backbone(*arguments, tmp_path / "cut", **settings, on_step=cut)
@@ -111,7 +112,7 @@ def test_a_decoder_without_padding_token_learns_to_classify(reviews, tmp_path, t
     model.save_pretrained(tmp_path / "decoder")
     tiny_tokenizer.save_pretrained(tmp_path / "decoder")
     settings = {"steps": 80, "learning_rate": 0.003}
-    arguments = str(tmp_path / "decoder"), Source(str(reviews)), "classification"
+    arguments = BackboneConfig(name=str(tmp_path / "decoder")), DataConfig(dataset=str(reviews)), "classification"
     report = prepare_backbone(*arguments, tmp_path / "out", **settings)
     assert report["quality"]["after"]["0.0"] == 1.0
     env = gym.make("SD/Classification-Custom-v0", dataset=str(reviews), backbone=str(tmp_path / "out"))
@@ -168,7 +169,7 @@ def test_patience_and_the_best_weights_survive_an_interruption(tmp_path):
 def test_no_skipping_is_dense_fine_tuning(tmp_path, reviews, tiny_backbone):
     figures = []
     settings = {"steps": 60, "learning_rate": 0.003, "on_step": lambda step, shown: figures.append(shown)}
-    arguments = str(tiny_backbone), Source(str(reviews)), "classification"
+    arguments = BackboneConfig(name=str(tiny_backbone)), DataConfig(dataset=str(reviews)), "classification"
     report = prepare_backbone(*arguments, tmp_path / "dense", max_rate=0.0, **settings)
     assert report["quality"]["after"]["0.0"] == 1.0
     assert all(one["distillation"] == 0 for one in figures)
@@ -226,7 +227,11 @@ def test_two_processes_share_the_work(tmp_path, reviews, tiny_backbone):
 def test_the_wrong_kind_of_backbone_is_refused(tmp_path, reports, tiny_backbone):
     with pytest.raises(ValueError, match="does not generate text, which summarization needs"):
         prepare_backbone(
-            str(tiny_backbone), Source(reports, overlap="allow"), "summarization", tmp_path / "out", steps=1
+            BackboneConfig(name=str(tiny_backbone)),
+            DataConfig(dataset=reports, overlap="allow"),
+            "summarization",
+            tmp_path / "out",
+            steps=1,
         )
 
 
@@ -241,7 +246,8 @@ def test_a_backbone_is_tuned_under_a_policy(tmp_path, reviews, tiny_backbone):
     """The policy sees what it saw before, and its decisions lose less."""
     prepared, run, tuned = (tmp_path / name for name in ("prepared", "run", "tuned"))
     settings = {"steps": 120, "learning_rate": 0.003}
-    prepare_backbone(str(tiny_backbone), Source(str(reviews)), "classification", prepared, **settings)
+    backbone = BackboneConfig(name=str(tiny_backbone))
+    prepare_backbone(backbone, DataConfig(dataset=str(reviews)), "classification", prepared, **settings)
     overrides = {"dataset": str(reviews), "backbone": str(prepared), "rate": 0.7}
     train("SD/Classification-Custom-v0", "hash", run, steps=1, settings=overrides)
     options = ["--policy", run, "--output", tuned, "--steps", 150, "--learning-rate", 0.003]
@@ -249,7 +255,8 @@ def test_a_backbone_is_tuned_under_a_policy(tmp_path, reviews, tiny_backbone):
     assert result.exit_code == 0, result.output
     assert json.loads((tuned / "preparation.json").read_text())["data"]["train"]["instances"] == 24  # not the run's 32
     _, before, policy = load_run(run)
-    after = shared_core(before.config.model_copy(update={"backbone": str(tuned)}))
+    backbone = before.config.backbone.model_copy(update={"name": str(tuned)})
+    after = shared_core(before.config.model_copy(update={"backbone": backbone}))
     rows = np.arange(len(before.split("train")))
     observations = before.observe(before.split("train"), rows)
     np.testing.assert_array_equal(after.observe(after.split("train"), rows), observations)

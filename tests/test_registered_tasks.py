@@ -71,7 +71,7 @@ def test_a_ranking_says_which_tokens_go_first(settings):
 def test_a_task_has_fields_of_its_own(reviews, settings):
     sd_gym.register_task("copying", TextToText("text", "label_text", ("exact_match",)))
     with pytest.raises(DataError, match="no field 'label_text'; copying needs text, label_text"):
-        load_split(str(reviews), "copying", "train", None)
+        load_split(str(reviews), "copying", "train")
     with pytest.raises(ConfigError, match="gives a label, but copying needs a text"):
         gym.make(CUSTOM, **settings, task="copying", metric="exact_match").reset()
 
@@ -88,7 +88,7 @@ def test_a_task_has_fields_of_its_own(reviews, settings):
     assert len(split) == 32
 
 
-@pytest.mark.parametrize("key", ["task", "metric", "token_ranking"])
+@pytest.mark.parametrize("key", ["task", "quality.metric", "tokens.ranking"])
 def test_names_that_nobody_registered(key, settings):
     with pytest.raises(ConfigError, match=f"config key '{key}': unknown .*'nothing'.*Known"):
         gym.make(CUSTOM, **settings, **{key: "nothing"})

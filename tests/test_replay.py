@@ -74,7 +74,7 @@ def test_a_run_without_a_policy_is_replayed_from_its_decisions(finished, tmp_pat
         return np.tile([1, 0, 0, 0, 0, 1, 0], (len(observations), 1))
 
     config = json.loads((finished / "run" / "config.json").read_text())["env_config"]
-    settings = {key: config[key] for key in ("dataset", "backbone", "epsilon")}
+    settings = {part: config[part] for part in ("data", "backbone", "reward")}
     sd_gym.evaluate(CUSTOM, cheap, output=tmp_path / "other", policy_flops=1000, **settings)
     assert not replay(tmp_path / "other").decided
     rows = rows_of(tmp_path / "other")
@@ -160,7 +160,7 @@ def changed_backbone(finished, tmp_path, run):
         {"format": "pt"},
     )
     description = json.loads((run / "config.json").read_text())
-    description["env_config"]["backbone"] = str(backbone)
+    description["env_config"]["backbone"]["name"] = str(backbone)
     return description
 
 
@@ -177,9 +177,9 @@ def test_another_backbone_is_caught(finished, tmp_path, run):
 
 def test_other_data_are_caught(tmp_path, run):
     description = json.loads((run / "config.json").read_text())
-    lines = Path(description["env_config"]["dataset"]).read_text().splitlines()
+    lines = Path(description["env_config"]["data"]["dataset"]).read_text().splitlines()
     (tmp_path / "other.jsonl").write_text("\n".join(lines[:-1]) + "\n")
-    description["env_config"]["dataset"] = str(tmp_path / "other.jsonl")
+    description["env_config"]["data"]["dataset"] = str(tmp_path / "other.jsonl")
     (run / "config.json").write_text(json.dumps(description))
     shown = CliRunner().invoke(app, ["validate", str(run)])
     assert shown.exit_code == 2
@@ -197,7 +197,7 @@ def test_an_env_is_checked(finished):
     assert all(check.passed for check in checks.values()), checks
     assert "64 tried" in checks["best of all decisions"].found
     assert "FLOPs 100.0%" in checks["nothing skipped"].found
-    with pytest.raises(ValueError, match="vector_reward"):
+    with pytest.raises(ValueError, match=r"reward.vector"):
         check_env(CUSTOM, {**settings, "vector_reward": True})
 
 

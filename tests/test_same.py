@@ -171,7 +171,7 @@ def test_a_run_of_before_hashes_were_kept_is_still_read(settings, tmp_path):
     train(CUSTOM, "hash", tmp_path / "run", steps=1, settings=settings)
     file = tmp_path / "run" / "config.json"
     config = json.loads(file.read_text())
-    del config["data"], config["env_config"]["overlap"]
+    del config["data"], config["env_config"]["data"]["overlap"]
     file.write_text(json.dumps(config))
     assert load_run(tmp_path / "run")[1].split("test").instances
     assert sd_gym.evaluate(CUSTOM, tmp_path / "run")["instances"] == 4

@@ -148,7 +148,7 @@ def test_an_own_table_is_an_env_too(full_table, tmp_path):
     file.write_text("extends: table.yaml\nid: My/Reviews-Table-v0\ntable: mine\nepsilon: 0.25\n")
     assert sd_gym.register_env(file) == "My/Reviews-Table-v0"
     env = gym.make("My/Reviews-Table-v0")
-    assert env.unwrapped.config.epsilon == 0.25
+    assert env.unwrapped.config.reward.epsilon == 0.25
     theirs = gym.make("SD/Table-v0", table=full_table, epsilon=0.25)
     np.testing.assert_array_equal(env.reset(seed=1)[0], theirs.reset(seed=1)[0])
     result = sd_gym.train("My/Reviews-Table-v0", "dense", tmp_path / "run")

@@ -439,7 +439,7 @@ def test_agents_learn_on_a_registered_observation(tiny, tmp_path):
         ({"action": "discrete"}, "decide by action=multi_discrete, got action=discrete"),
         ({"action": "multi_binary"}, "decide by action=multi_discrete, got action=multi_binary"),
         ({"observation": "apart"}, r"see flat observations or tokens: .*got observation=apart with the space Dict"),
-        ({"vector_reward": True}, "learn from one number, got vector_reward=True"),
+        ({"vector_reward": True}, "learn from one number, got reward.vector=True"),
     ],
 )
 @pytest.mark.parametrize("agent", ["ppo", "reinforce", "static", "dense"])
@@ -484,7 +484,7 @@ def test_a_vector_reward(tiny):
     assert (rewards.shape, rewards.dtype) == ((3, 2), np.float32)
     assert all(reward in vector.reward_space for reward in rewards)
     assert not hasattr(gym.make(**tiny).unwrapped, "reward_space")
-    with pytest.raises(ValueError, match="learns from one number, but the env has vector_reward=True"):
+    with pytest.raises(ValueError, match=r"learns from one number, but the env has reward.vector=True"):
         SwitchableVecEnv(vector)
 
 

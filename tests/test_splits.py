@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 import sd_gym
 from sd_gym.cli import app
+from sd_gym.config import DataConfig
 from sd_gym.envs.config import ConfigError
-from sd_gym.tasks.data import SPLITS, DataError, Source, load_split
+from sd_gym.tasks.data import SPLITS, DataError, load_split
 from sd_gym.tasks.splits import Splits
 from tests.conftest import write_mirror
 
@@ -27,7 +28,7 @@ def write(file, texts, label=0):
 
 
 def splits_of(dataset, **values):
-    return Splits(Source(str(dataset), **values), "classification", dict.fromkeys(SPLITS))
+    return Splits(DataConfig(dataset=str(dataset), **values), "classification")
 
 
 def texts_of(splits, *names):
@@ -46,16 +47,16 @@ def test_no_row_is_lost_and_none_is_in_two_splits(ends, tmp_path_factory):
     file = tmp_path_factory.mktemp("data") / "rows.jsonl"
     write(file, [f"text {number}" for number in range(10)])
     named = ["train[{}:{}]".format(*("" if end is None else end for end in pair)) for pair in ends]
-    source = Source(str(file), splits=dict(zip(("validation", "test"), named, strict=True)))
+    source = DataConfig(dataset=str(file), splits=dict(zip(("validation", "test"), named, strict=True)))
     sliced = [range(10)[slice(*pair)] for pair in ends]
     whole = [pair == (None, None) for pair in ends]
     cut = {row for rows, all_of_it in zip(sliced, whole, strict=True) if not all_of_it for row in rows}
     for name, rows in zip(SPLITS, (sorted({*range(10)} - cut), *map(list, sliced)), strict=True):
         if rows:
-            assert load_split(source, "classification", name, None).rows == rows
+            assert load_split(source, "classification", name).rows == rows
         else:
             with pytest.raises(DataError, match=f"the split '{name}' .* is empty: .* none of the 10 rows"):
-                load_split(source, "classification", name, None)
+                load_split(source, "classification", name)
 
 
 def test_the_form_of_a_hub_data_set_is_cut_likewise(tmp_path):
@@ -173,7 +174,7 @@ def test_each_split_is_made_once(reviews, monkeypatch):
     assert read == [reviews]
     load = splits.load_split
     monkeypatch.setattr(splits, "load_split", lambda *given: made.append(given[2]) or load(*given))
-    generated = Splits(Source("procedural"), "classification", dict.fromkeys(SPLITS, 20))
+    generated = Splits(DataConfig(dataset="procedural", test_size=20), "classification")
     assert generated["test"] is generated["test"]
     assert made == ["test"]
 

@@ -223,7 +223,7 @@ def test_wrong_stages_are_named():
         mini("Classification", stages=["encoder.9"])
     with pytest.raises(ConfigError, match="'stages': several stages are decided with action multi_discrete"):
         mini("Classification", stages=["first", "decoder"], observation="tokens")
-    with pytest.raises(ConfigError, match="'dense_reward': a vector_reward comes at the end"):
+    with pytest.raises(ConfigError, match=r"'reward.dense': a reward.vector comes at the end"):
         mini("Classification", dense_reward=True, vector_reward=True)
 
 

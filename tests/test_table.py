@@ -265,7 +265,7 @@ def test_nothing_else_is_passed_on(shared_table, table_source):
         assert_same(split.facts(), {key: np.asarray(values) for key, values in facts.items()})
     assert ours.data.identity()["test"]["hash"] == theirs.data.identity()["test"]["hash"]
     assert ours.description["chosen"] == "random:6 and codebook:masks.json, seed 0"
-    assert ours.config.dataset == "reviews.jsonl"
+    assert ours.config.data.dataset == "reviews.jsonl"
     written = b"".join(contents_of(shared_table).values())
     secret = [table_source[1]["dataset"], table_source[1]["backbone"], *(one.source for one in source.instances)]
     assert not [one for one in secret if one.encode() in written]
@@ -358,7 +358,7 @@ def test_another_folder_is_left_alone(tmp_path, table_source):
         ({"pca": 1000}, ValueError, "no more than there are training instances"),
         ({"observation": "tokens"}, ConfigError, "observations that are one array"),
         ({"stages": ["first", "encoder.1"]}, ConfigError, "decisions of one stage"),
-        ({"epsilom": 1}, ConfigError, "did you mean 'epsilon'"),
+        ({"epsilom": 1}, ConfigError, "did you mean 'reward.epsilon'"),
     ],
 )
 def test_what_cannot_be_tabulated_is_told(keys, error, words, tmp_path, table_source):
@@ -441,10 +441,10 @@ def test_a_damaged_table_is_told(what, small_table, tmp_path):
     ("keys", "words"),
     [
         ({}, "'table' has no value; pass the folder of one"),
-        ({"backbone": "mini"}, "the table .* is of .*, got 'mini'; of a table only split, objective"),
-        ({"epsilom": 1}, "did you mean 'epsilon'"),
+        ({"backbone": "mini"}, "the table .* is of .*, got 'mini'; of a table only split, reward.objective"),
+        ({"epsilom": 1}, "did you mean 'reward.epsilon'"),
         ({"table": 5}, "expected the folder of a table"),
-        ({"epsilon": -1}, "config key 'epsilon'"),
+        ({"epsilon": -1}, "config key 'reward.epsilon'"),
         ({"objective": "riskily"}, "unknown objective 'riskily'"),
     ],
 )
@@ -516,8 +516,10 @@ def test_few_masks_save_nearly_what_the_best_few_do(small_table):
 def test_regret_is_what_the_best_reward_of_each_instance_is_more(full_table):
     split = core_of(ID, table=full_table).split("test")
     quality, flops = matrices(split)
-    kept = quality >= quality[:, :1] - split.config.epsilon
-    rewards = np.where(kept, 1 - flops, -split.config.penalty * (quality[:, :1] - split.config.epsilon - quality))
+    kept = quality >= quality[:, :1] - split.config.reward.epsilon
+    rewards = np.where(
+        kept, 1 - flops, -split.config.reward.penalty * (quality[:, :1] - split.config.reward.epsilon - quality)
+    )
     decision = np.array([1, 0, 1, 0, 0, 0, 1])
 
     def policy(observations):

@@ -11,8 +11,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from sd_gym.agents.experiment.evaluation import evaluate
 from torchmetrics.functional.text import squad
 
+from sd_gym.config import DataConfig
 from sd_gym.envs import ConfigError
-from sd_gym.tasks.data import DataError, Source, load_split
+from sd_gym.tasks.data import DataError, load_split
 from sd_gym.tasks.metrics import text_metrics, text_quality
 from sd_gym.tasks.text import answer_scores, normalised, summary_scores
 from tests.conftest import WORDS, dense_policy, make_extractor, make_model, write_mirror
@@ -169,14 +170,14 @@ def test_passes_are_bounded(tmp_path, generator, monkeypatch):
 def test_questions_without_answer_are_refused_where_there_are_none(tmp_path):
     data = mirror(tmp_path / "data", ENVS["QuestionAnswering-SQuAD"], empty=True)
     with pytest.raises(DataError, match="row 2: the question has no answer"):
-        load_split(Source(data, unanswerable=False), "question_answering", "train", None)
+        load_split(DataConfig(dataset=data, unanswerable=False), "question_answering", "train")
     (tmp_path / "qa.jsonl").write_text('{"question": "q", "context": "c", "answers": 3}\n')
     with pytest.raises(DataError, match="line 1: answers must be a list of texts"):
-        load_split(str(tmp_path / "qa.jsonl"), "question_answering", "train", None)
+        load_split(str(tmp_path / "qa.jsonl"), "question_answering", "train")
 
 
 def test_quality_by_metric_needs_a_metric_of_texts(generator, tmp_path):
-    with pytest.raises(ConfigError, match="config key 'quality': 'metric' scores texts"):
+    with pytest.raises(ConfigError, match=r"config key 'quality.kind': 'metric' scores texts"):
         gym.make("SD/Summarization-Custom-v0", dataset="x.jsonl", backbone=str(generator), quality="metric")
 
 

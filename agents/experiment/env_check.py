@@ -57,12 +57,12 @@ def check_env(env_id: str, settings: dict[str, Any] | None = None) -> list[Check
         range, and the best of all decisions where they are few enough to be tried.
 
     Raises:
-        ValueError: If a setting is unknown, or the env gives a ``vector_reward``: the objective's is checked.
+        ValueError: If a setting is unknown, or the env gives a ``reward.vector``: the objective's is checked.
         gymnasium.error.UnregisteredEnv: If there is no such env.
     """
     env = gym.make(env_id, disable_env_checker=True, **(settings or {}))
-    if env.unwrapped.config.vector_reward:
-        raise ValueError("expected rewards of the objective, got vector_reward=True; leave it out")
+    if env.unwrapped.config.reward.vector:
+        raise ValueError("expected rewards of the objective, got reward.vector=True; leave it out")
     panel = _panel(env)
     checks = [_gymnasium(env), *_seeds(env), *_panel_checks(env, panel), _rewards(env, panel), _optimum(env, panel)]
     env.close()
@@ -138,11 +138,13 @@ def _rewards(env: gym.Env, panel: dict[str, list[Episode]]) -> Check:
     totals = np.array([episode.total for episode in episodes])
     kept = np.array([episode.info["is_success"] for episode in episodes])
     found = f"{totals.min():+.3f} to {totals.max():+.3f}"
-    if config.objective != "lexicographic":
-        return Check("rewards", bool(np.isfinite(totals).all()), f"{found}; {config.objective} declares no range")
-    inside = (totals >= -config.penalty - SLACK) & (totals <= 1 + SLACK)
+    if config.reward.objective != "lexicographic":
+        return Check(
+            "rewards", bool(np.isfinite(totals).all()), f"{found}; {config.reward.objective} declares no range"
+        )
+    inside = (totals >= -config.reward.penalty - SLACK) & (totals <= 1 + SLACK)
     sides = (totals[kept] >= -SLACK).all() and (totals[~kept] < 0).all()
-    declared = f"declared {-config.penalty:+g} to +1, below 0 only where quality is lost"
+    declared = f"declared {-config.reward.penalty:+g} to +1, below 0 only where quality is lost"
     return Check("rewards", bool(inside.all() and sides), f"{found}; {declared}")
 
 

@@ -115,7 +115,7 @@ def seen_together(core: Core, rows: NDArray) -> list[NDArray]:
 
 def _batch(core: Core) -> int:
     """Rows that are decided on together; of several stages they go through one pass, whose memory is bounded."""
-    return max(1, min(BATCH, PASS_TOKENS // core.config.max_source_length)) if core.is_staged else BATCH
+    return max(1, min(BATCH, PASS_TOKENS // core.config.backbone.max_source_length)) if core.is_staged else BATCH
 
 
 def deciding_flops(core: Core, policy: Decides, split: Split, rows: NDArray) -> NDArray:
@@ -124,7 +124,7 @@ def deciding_flops(core: Core, policy: Decides, split: Split, rows: NDArray) -> 
     if core.config.table is not None and not getattr(policy, "blind", False):
         looking = core.observation.flops
     if isinstance(policy, DecisionPolicy):
-        tokens = np.minimum(split.encoded.source_length[rows], core.config.max_source_length)
+        tokens = np.minimum(split.encoded.source_length[rows], core.config.backbone.max_source_length)
         looking = looking + policy.flops_a_token * tokens
     return np.full(len(rows), policy.flops or 0) + looking
 
@@ -185,12 +185,12 @@ def evaluate(
         "metrics": metrics,
         "split": split_name,
         "instances": len(split),
-        **_means(scored, own, core.config.epsilon),
+        **_means(scored, own, core.config.reward.epsilon),
         "quality_difference_interval": bootstrap_interval(difference),
-        "fewest_instances": fewest_instances(core.config.epsilon),
-        "losses_allowed": losses_allowed(len(split), core.config.epsilon),
+        "fewest_instances": fewest_instances(core.config.reward.epsilon),
+        "losses_allowed": losses_allowed(len(split), core.config.reward.epsilon),
         "decisions_hash": decisions_hash(decisions),
-        "epsilon": core.config.epsilon,
+        "epsilon": core.config.reward.epsilon,
         "policy_flops_counted": isinstance(policy, Decided) or policy.flops is not None,
         "decisions_used": len(np.unique(decisions, axis=0)),
         "by_difficulty": by_difficulty(scored, split.levels),
@@ -204,7 +204,7 @@ def summary(core: Core, policy: Decides, split_name: str) -> dict[str, Any]:
     split = core.split(split_name)
     rows = np.arange(len(split))
     own = deciding_flops(core, policy, split, rows) / split.costs.dense_flops(rows)
-    return _means(decide_and_score(core, policy, split), own, core.config.epsilon)
+    return _means(decide_and_score(core, policy, split), own, core.config.reward.epsilon)
 
 
 def _means(scored: dict[str, NDArray], own: NDArray, epsilon: float) -> dict[str, Any]:
@@ -312,7 +312,7 @@ def _contestants(
         lambda: backbone.logits(split.passes.inputs(rows)),
         lambda: list(core.decided_logits(unseen, everything, policy.decide)),
         lambda: list(again.passes.logits(everything, np.zeros((len(rows), len(core.nvec)), dtype=np.int64))),
-        *([shortened] if len(core.config.token_shares) > 1 else []),
+        *([shortened] if len(core.config.tokens.shares) > 1 else []),
     ]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_gym.backbones.load import BUNDLED
+from sd_gym.config import nested, spelled
 from sd_gym.envs.core import Core
 from sd_gym.envs.spaces import Pooled, Tokens
 from sd_gym.envs.split import Split
@@ -44,16 +45,16 @@ def export(
         at random, which is a control, or in a way of the user's own.
     """
     config, backbone, train = core.config, core.backbone, core.split("train")
-    drops = len(config.token_shares) > 1
-    known = not drops or config.token_ranking in ("attention", "idf", "position")
+    drops = len(config.tokens.shares) > 1
+    known = not drops or config.tokens.ranking in ("attention", "idf", "position")
     if not (isinstance(core.observation, Pooled | Tokens) and known):
         return None
-    env = {key: value for key, value in description["env_config"].items() if key != "objective"}
+    env = spelled(description["env_config"])
     card = {
-        "env": env,
+        "env": nested({key: value for key, value in env.items() if key != "reward.objective"}),
         "backbone": {
-            "name": config.backbone,
-            "is_local": Path(config.backbone).exists() or config.backbone in BUNDLED,
+            "name": config.backbone.name,
+            "is_local": Path(config.backbone.name).exists() or config.backbone.name in BUNDLED,
             "model_type": backbone.model.config.model_type,
             "auto_class": backbone.head.auto_class,
             "weights": weights_hash(backbone.model),
@@ -68,7 +69,7 @@ def export(
         policy,
         seen.mean,
         seen.deviation,
-        train.rarity if drops and config.token_ranking == "idf" else None,
+        train.rarity if drops and config.tokens.ranking == "idf" else None,
         _protection(train) if drops else None,
         tuple(stops),
         card,

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from sd_gym.backbones.load import Backbone
+from sd_gym.config import nested, stored
 from sd_gym.errors import short
 from sd_gym.files import read_json
 
@@ -67,18 +68,16 @@ def read_description(folder: Path) -> dict[str, Any]:
         FileNotFoundError: If there is none.
         ValueError: If it is damaged, or another program's.
     """
-    return _as_now(_read(folder, "config.json", _Description))
+    return _as_now(_read(folder, "config.json", _Description), str(folder / "config.json"))
 
 
-def _as_now(description: dict[str, Any]) -> dict[str, Any]:
-    """What a former version wrote, as this one would: there, a Lagrangian was an objective of the env."""
-    env = dict(description["env_config"])
-    algo, settings, rate = description["algo"], description["agent_settings"], env.pop("multiplier_rate", None)
-    if rate is not None and env.get("objective") == "lagrangian":
-        env["objective"] = "lexicographic"
-        if algo.removeprefix("blind-") in ("ppo", "a2c"):
-            algo, settings = f"{algo}_lagrangian", {**settings, "multiplier_rate": rate}
-    return {**description, "algo": algo, "env_config": env, "agent_settings": settings}
+def _as_now(description: dict[str, Any], origin: str) -> dict[str, Any]:
+    """What a former version wrote, as this one would: a config was flat there, and a Lagrangian an objective of it."""
+    env, algo, settings = description["env_config"], description["algo"], description["agent_settings"]
+    rate = env.get("multiplier_rate")
+    if rate is not None and env.get("objective") == "lagrangian" and algo.removeprefix("blind-") in ("ppo", "a2c"):
+        algo, settings = f"{algo}_lagrangian", {**settings, "multiplier_rate": rate}
+    return {**description, "algo": algo, "env_config": nested(stored(env, origin)), "agent_settings": settings}
 
 
 def read_result(folder: Path) -> dict[str, Any]:

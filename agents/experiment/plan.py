@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from sd_gym.agents.experiment.folder import read_description
-from sd_gym.agents.experiment.run import split_settings, train
+from sd_gym.agents.experiment.run import is_setting, split_settings, train
 from sd_gym.agents.experiment.verdict import ONE_SIDED_95
 from sd_gym.agents.presets import NONE, OF_ENV, find_preset, with_preset
 from sd_gym.agents.registry import BLIND, LEARNING, agent_class, agent_names
 
-from sd_gym.envs.config import EnvConfig, load_config
+from sd_gym.config import spelled
+from sd_gym.envs.config import load_config
 from sd_gym.files import as_json
 from sd_gym.registration import config_of
 
@@ -81,11 +82,11 @@ class Planned:
         _, settings = with_preset(self.preset, self.env, self.algo, self.settings)
         of_env, of_agent = split_settings(self.algo, settings)
         now = {key: getattr(self, key) for key in ("env", "algo", "steps", "seed", "strictness")}
-        now |= load_config(config_of(self.env), of_env).model_dump()
+        now |= spelled(load_config(config_of(self.env), of_env).model_dump())
         now |= agent_class(self.algo).Settings(**of_agent).model_dump()
-        now = json.loads(as_json({key: value for key, value in now.items() if key != "device"}))
+        now = json.loads(as_json({key: value for key, value in now.items() if key != "backbone.device"}))
         there = read_description(self.folder)
-        was = {**there, **there["env_config"], **there["agent_settings"]}
+        was = {**there, **spelled(there["env_config"]), **there["agent_settings"]}
         for values in (was, now):  # the same folder may be given by another path
             values |= {key: Path(values[key]).name for key in STARTS if values.get(key) is not None}
         if differ := [key for key in now if key in was and was[key] != now[key]]:
@@ -138,8 +139,8 @@ def plan(
                 algo, start = _parts(name)
                 if seed and not agent_class(algo).draws:
                     continue
-                known = {*EnvConfig.model_fields, *agent_class(algo).Settings.model_fields}
-                own = {key: value for key, value in (settings or {}).items() if key in known}
+                known = agent_class(algo).Settings.model_fields
+                own = {key: value for key, value in (settings or {}).items() if is_setting(key) or key in known}
                 if start:
                     own[_start_key(algo)] = folder / f"{start}-{seed if agent_class(start).draws else 0}"
                 chosen = _preset(preset, env, algo, bool(start))

@@ -27,6 +27,7 @@ from sd_gym.agents.registry import agent_class, make_agent
 from sd_gym.agents.report.plots import plot_run
 from stable_baselines3.common.logger import Logger
 
+from sd_gym.config import KEYS, is_key, spelled
 from sd_gym.envs.config import TABLE_KEYS, EnvConfig, make_config
 from sd_gym.envs.core import Core, shared_core
 from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_checkpoint, write_json
@@ -52,15 +53,20 @@ def split_settings(algo: str, settings: dict[str, Any]) -> tuple[dict[str, Any],
     Raises:
         ValueError: If a key is neither.
     """
-    env_keys = [key for key in EnvConfig.model_fields if key != "id"]  # which is what the env is asked for by
     agent_keys = agent_class(algo).Settings.model_fields
     for key in settings:
-        if key not in env_keys and key not in agent_keys:
+        if not is_setting(key) and key not in agent_keys:
+            known = [key for key in KEYS if is_setting(key)]
             raise ValueError(
-                f"unknown setting {key!r}. Of the env: {', '.join(env_keys)}. Of {algo}: {', '.join(agent_keys)}."
+                f"unknown setting {key!r}. Of the env: {', '.join(known)}. Of {algo}: {', '.join(agent_keys)}."
             )
-    env = {key: value for key, value in settings.items() if key in env_keys}
-    return env, {key: value for key, value in settings.items() if key not in env_keys}
+    env = {key: value for key, value in settings.items() if is_setting(key)}
+    return env, {key: value for key, value in settings.items() if key not in env}
+
+
+def is_setting(key: str) -> bool:
+    """Whether a key is one of the env's config that can be set, in any spelling: its id is what it is asked for by."""
+    return is_key(key) and key != "id"
 
 
 def train(
@@ -353,7 +359,7 @@ def _settings(description: dict[str, Any]) -> dict[str, Any]:
     """All that says which run it is, by key: env, agent, seed, steps, the env's config and the agent's settings."""
     keys = ("env", "algo", "steps", "seed", "strictness", "weights")
     named = {key: description[key] for key in keys if key in description}
-    return {**named, **description["env_config"], **description["agent_settings"]}
+    return {**named, **spelled(description["env_config"]), **description["agent_settings"]}
 
 
 def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:
@@ -375,10 +381,10 @@ def run_config(description: dict[str, Any], settings: dict[str, Any] | None = No
 
     The run's objective is left out: no reward is given, and a user's own may not be registered here.
     """
-    values = {key: value for key, value in description["env_config"].items() if key != "objective"}
+    values = {key: value for key, value in spelled(description["env_config"]).items() if key != "reward.objective"}
     if values.get("table") is not None:  # which says the rest
         values = {key: value for key, value in values.items() if key in ("id", "table", *TABLE_KEYS)}
-    return make_config({**values, **(settings or {})}, description["env"])
+    return make_config({**values, **spelled(settings or {}, description["env"])}, description["env"])
 
 
 def circumstances(config: EnvConfig) -> dict[str, Any]:

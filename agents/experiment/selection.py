@@ -33,7 +33,7 @@ def keeps(core: Core, scored: dict[str, NDArray], strictness: float) -> bool:
     Of the test split only the size is known here; where it is too small to tell anything, another sample like this one
     stands for it.
     """
-    quality, quality_ref, epsilon = scored["quality"], scored["quality_ref"], core.config.epsilon
+    quality, quality_ref, epsilon = scored["quality"], scored["quality_ref"], core.config.reward.epsilon
     size = len(core.split("test"))
     fresh = size if size >= fewest_instances(epsilon, errors=strictness) else len(quality)
     return assured(quality, quality_ref, epsilon, fresh, strictness) == Verdict.KEPT

@@ -124,7 +124,7 @@ class ImitationAgent(Agent):
         rows, path, lost = self.searched
         flops = np.array([split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in path])
         risk = self._foresee(rows, lost[:, 1:], logger)
-        multiplier = core.config.penalty / core.config.cost_scale
+        multiplier = core.config.reward.penalty / core.config.reward.cost_scale
         worth = step_logits(F.pad(risk, (1, 0)), torch.from_numpy(flops)) - math.log(multiplier)
         logger.record("search/flops_ratio", float(flops[(worth > 0).sum(dim=1)].mean()))
         self._imitate(rows, component_logits(worth.clamp(-SURE, SURE), path, core.nvec), logger)

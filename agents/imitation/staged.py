@@ -161,7 +161,7 @@ class Induction:
         self.stretches = stretches(core, path)
         self._drawn = path[np.random.default_rng(seed).integers(len(path), size=len(rows))]
         self._fit, self._sees, self._on_scored, self._scored = fit, sees, on_scored, 0
-        self._log_multiplier = math.log(core.config.penalty / core.config.cost_scale)
+        self._log_multiplier = math.log(core.config.reward.penalty / core.config.reward.cost_scale)
         self.log_prices = LOG_PRICES + self._log_multiplier
         self._networks: dict[int, nn.Module] = {}  # of each stage, what is to come of its ways
 
@@ -212,7 +212,7 @@ class Induction:
             difference.
         """
         core, found, order = self.core, [], []
-        size = max(1, PASS_TOKENS // core.config.max_source_length)
+        size = max(1, PASS_TOKENS // core.config.backbone.max_source_length)
         for part in batches(self.split.encoded.source_length[rows], size):
             observed, seen = core.stage_observation.observe(self.split, rows[part], stage, decided[part], None)
             come = [self._to_come(stage, rows[part], decided[part] + way, seen) for way in self.stretches[stage].ways]

@@ -314,8 +314,8 @@ def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
             f"this agent decides once, before the first layer, but the stages of this env are {env.core.stages}; leave "
             "stages out, or take an agent that decides in stages (ppo, a2c, reinforce, imitation)"
         )
-    if env.config.vector_reward:
-        raise ValueError("the agents of sd_gym learn from one number, got vector_reward=True; leave it out")
+    if env.config.reward.vector:
+        raise ValueError("the agents of sd_gym learn from one number, got reward.vector=True; leave it out")
     space = env.single_observation_space
     if token_width(space) is None and (not isinstance(space, gym.spaces.Box) or len(space.shape) != 1):
         raise ValueError(

@@ -95,7 +95,7 @@ class RectifiedAgent(SB3Agent):
 
     def before_update(self, infos: dict[str, NDArray]) -> None:
         """Hand the two streams over."""
-        self.algorithm.limit = self.env.config.epsilon
+        self.algorithm.limit = self.env.config.reward.epsilon
         self.algorithm.memory = MEMORY * self.stages
         # What comes of a decision is the return of each of its steps.
         self.algorithm.savings = np.repeat(1 - infos["flops_ratio"], self.stages, axis=0)

@@ -129,7 +129,7 @@ class ReinforceAgent(Agent):
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings.learning_rate)
         self.barrier = DynamicBarrier(
             settings.control,
-            limit=settings.limit * self.env.config.epsilon,
+            limit=settings.limit * self.env.config.reward.epsilon,
             alpha=settings.alpha,
             beta=settings.beta,
             highest=settings.highest_multiplier,

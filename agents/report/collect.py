@@ -187,7 +187,7 @@ def collect(folders: Iterable[str | Path]) -> list[Task]:
 
 def epsilon_of(run: Run) -> float:
     """How much mean quality a run may lose."""
-    return run.result.get("epsilon", run.config["env_config"].get("epsilon", DEFAULT_EPSILON))
+    return run.result.get("epsilon", run.env.reward.epsilon)
 
 
 def can_tell(run: Run) -> bool:
@@ -205,7 +205,7 @@ def strips(run: Run) -> list[Strip]:
         return []
     with file.open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
-    allowed, shares = epsilon_of(run), run.config["env_config"].get("token_shares", [0.0])
+    allowed, shares = epsilon_of(run), run.env.tokens.shares
 
     def lost(row: dict[str, str]) -> bool:
         return float(row["quality_ref"]) - float(row["quality"]) > allowed
@@ -227,7 +227,7 @@ def strips(run: Run) -> list[Strip]:
 
 def _key(run: Run) -> tuple[str, ...]:
     config, test = run.config, run.result.get("data", {}).get("test", {})
-    backbone = config.get("weights") or config["env_config"].get("backbone")
+    backbone = config.get("weights") or run.env.backbone.name
     return config["env"], str(test.get("hash", run.result["instances"])), f"{epsilon_of(run):g}", str(backbone)
 
 

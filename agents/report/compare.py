@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from sd_gym.agents.experiment.folder import read_description, read_result
 
-from sd_gym.envs.config import EnvConfig
+from sd_gym.config import spelled
+from sd_gym.envs.config import EnvConfig, stored_config
 
-INCIDENTAL = ("device", "start", "path")  # settings that may differ from seed to seed, and in no result
+INCIDENTAL = ("backbone.device", "start", "path")  # settings that may differ from seed to seed, and in no result
 COLUMNS = [
     "env",
     "agent",
@@ -48,10 +49,14 @@ class Run(NamedTuple):
         return self.config.get("seed")
 
     @property
+    def env(self) -> EnvConfig:
+        """The env's config; what a former version did not have, is the default."""
+        return stored_config(self.config["env_config"], str(self.folder / "config.json"))
+
+    @property
     def identity(self) -> dict[str, Any]:
-        """What it has to share with others of its agent, by key; where a former version has none, the default."""
-        defaults = {name: field.default for name, field in EnvConfig.model_fields.items() if not field.is_required()}
-        known = {**defaults, **self.config["env_config"]}
+        """What it has to share with others of its agent, by key."""
+        known = spelled(self.env.model_dump())
         data = {f"{split} data": one["hash"] for split, one in self.config.get("data", {}).items()}
         how = {key: self.config.get(key) for key in ("steps", "strictness", "weights")}
         named = {**how, **known, **self.config["agent_settings"], **data}

@@ -16,6 +16,7 @@ from sd_gym.agents.experiment.verdict import Verdict
 from sd_gym.agents.registry import BLIND, LEARNING
 from sd_gym.agents.report.compare import Run, agent_of, alike, finished_runs, read_run
 
+from sd_gym.config import spelled
 from sd_gym.envs.config import load_config
 from sd_gym.envs.core import shared_core
 from sd_gym.envs.exact import regret, static_regret
@@ -23,7 +24,7 @@ from sd_gym.envs.table import CODEBOOK, TableCore, table_folder
 from sd_gym.files import write_text
 from sd_gym.registration import config_of, shipped_tables
 
-SETTLED = ("table", "epsilon")  # keys of the env that rows of one leaderboard share
+SETTLED = ("table", "reward.epsilon")  # keys of the env that rows of one leaderboard share
 
 
 class Entry(BaseModel):
@@ -165,9 +166,9 @@ def _check_settled(run: Run) -> None:
             f"{run.folder} is of {env}, which has no table in the package; the leaderboard is of "
             f"{', '.join(shipped_tables())}"
         )
-    ours = load_config(config_of(env), {}).model_dump()
+    ours, theirs = spelled(load_config(config_of(env), {}).model_dump()), spelled(run.env.model_dump())
     for key in SETTLED:
-        if (came := run.config["env_config"].get(key)) != ours[key]:
+        if (came := theirs[key]) != ours[key]:
             raise ValueError(f"{run.folder}: the leaderboard has {key} {ours[key]!r} of {env}, got {came!r}")
 
 

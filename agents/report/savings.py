@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +16,11 @@ from sd_gym.agents.report.compare import Run, agent_of, alike, finished_runs, re
 from sd_gym.agents.report.fronts import Front, flops_samples, front_of
 
 from sd_gym.backbones import load_backbone
+from sd_gym.config import RewardConfig
 from sd_gym.envs.config import EnvConfig
 from sd_gym.envs.core import Core, shared_core
 from sd_gym.policy import DecisionPolicy
-from sd_gym.tasks.splits import check_unchanged
+from sd_gym.tasks.splits import Splits, check_unchanged
 
 COLUMNS = [
     "env",
@@ -36,7 +35,6 @@ COLUMNS = [
     "above zero",
 ]
 CONTROLS = ("static", "blind")
-REWARD = {"objective", "penalty", "cost_scale"}  # config keys that change no instance and no quality
 STEP, FURTHEST = 0.5, 3.0  # margins of bolder and more cautious versions of a policy
 READ = (0.25, 0.5)  # losses that fronts are read at, as shares of epsilon: about what selected policies lose
 LEAST = 0.1  # loss that is looked at, as a share of epsilon
@@ -74,14 +72,14 @@ def env_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFro
         UserWarning: If folders hold no finished run, or runs are left out, since there is nothing to compare them with
             on the same env or their agent is not known.
     """
-    envs: dict[str, dict[str, list[Run]]] = {}
+    envs: dict[EnvConfig, dict[str, list[Run]]] = {}
     strange = []
     for folder in finished_runs(folders):
         run = read_run(folder)
         config, algo = run.config, run.config["algo"]
         name = "blind" if algo.startswith("blind-") else algo if algo == "static" else agent_of(config)
         if name in CONTROLS or algo in LEARNING:
-            envs.setdefault(_env_of(config), {}).setdefault(name, []).append(run)
+            envs.setdefault(_env_of(run), {}).setdefault(name, []).append(run)
         elif algo not in agent_names():
             strange.append(str(folder))
     if strange:
@@ -90,17 +88,15 @@ def env_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFro
             f"{', '.join(strange)}",
             stacklevel=2,
         )
-    resized = {} if test_size is None else {"test_size": test_size}
     found, alone = [], []
-    for env, agents in sorted(envs.items()):
+    for env, agents in sorted(envs.items(), key=lambda pair: pair[0].model_dump_json()):
         runs = [run for of_agent in agents.values() for run in of_agent]
         if 0 < sum(name in CONTROLS for name in agents) < len(agents):
-            config = EnvConfig(**json.loads(env))
-            data, backbone = config.data(), load_backbone(config.backbone, config.device)
+            data, backbone = Splits(env.data, env.task), load_backbone(env.backbone.name, env.backbone.device)
             for run in runs:
                 check_unchanged(run.folder, run.config.get("data", {}), data)
                 check_backbone(run.folder, run.config.get("weights"), backbone)
-            found.append(_fronts_of(EnvConfig(**{**json.loads(env), **resized}), agents))
+            found.append(_fronts_of(_resized(env, test_size), agents))
         else:
             alone += [str(run.folder) for run in runs]
     if not found:
@@ -135,8 +131,16 @@ def savings(fronts: EnvFronts) -> list[list[str]]:
     return rows
 
 
-def _env_of(config: dict[str, Any]) -> str:
-    return json.dumps({key: value for key, value in config["env_config"].items() if key not in REWARD}, sort_keys=True)
+def _env_of(run: Run) -> EnvConfig:
+    """Its env's config but for what changes no instance and no quality: of the reward, all but epsilon."""
+    return run.env.model_copy(update={"reward": RewardConfig(epsilon=run.env.reward.epsilon)})
+
+
+def _resized(env: EnvConfig, test_size: int | None) -> EnvConfig:
+    """With so many instances of the test split; ``None``: as it is."""
+    if test_size is None:
+        return env
+    return env.model_copy(update={"data": env.data.model_copy(update={"test_size": test_size})})
 
 
 def _fronts_of(config: EnvConfig, agents: dict[str, list[Run]]) -> EnvFronts:
@@ -146,7 +150,7 @@ def _fronts_of(config: EnvConfig, agents: dict[str, list[Run]]) -> EnvFronts:
         return front_of(core, core.split("test"), policies)
 
     def versions_of(run: Run) -> list[DecisionPolicy]:
-        return versions(core, fitting(DecisionPolicy.load(run.folder), core), config.epsilon)
+        return versions(core, fitting(DecisionPolicy.load(run.folder), core), config.reward.epsilon)
 
     masks = [
         fitting(DecisionPolicy.load(run.folder), core).with_decision(mask)
@@ -161,7 +165,7 @@ def _fronts_of(config: EnvConfig, agents: dict[str, list[Run]]) -> EnvFronts:
         if agent not in CONTROLS
         for name, runs in alike(agent, of_agent)
     }
-    return EnvFronts(config.id, config.epsilon, controls, learned)
+    return EnvFronts(config.id, config.reward.epsilon, controls, learned)
 
 
 def versions(core: Core, policy: DecisionPolicy, epsilon: float) -> list[DecisionPolicy]:

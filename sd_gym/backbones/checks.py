@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sd_gym.config import BackboneConfig
 from sd_gym.errors import one_line, short
 from sd_gym.switch.architectures import Architecture
 
@@ -110,12 +111,7 @@ def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedToke
 
 
 def check_positions(
-    name: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    head: Head,
-    max_source_length: int,
-    max_target_length: int,
+    backbone: BackboneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head: Head
 ) -> None:
     """Check that a model can read the longest inputs and targets.
 
@@ -125,12 +121,12 @@ def check_positions(
     positions = positions_of(model)
     if positions is None:
         return
-    source = min(max_source_length, tokenizer.model_max_length)
-    for what, tokens in head.positions(source, max_target_length).items():
+    source = min(backbone.max_source_length, tokenizer.model_max_length)
+    for what, tokens in head.positions(source, backbone.max_target_length).items():
         if tokens > positions:
             raise BackboneError(
-                f"the backbone {name!r} has {positions} positions, but {what} is {tokens}; set it to {positions} or "
-                "less, or take a backbone with more positions"
+                f"the backbone {backbone.name!r} has {positions} positions, but {what} is {tokens}; set it to "
+                f"{positions} or less, or take a backbone with more positions"
             )
 
 

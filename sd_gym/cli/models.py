@@ -89,24 +89,26 @@ def prepare(
 
         import numpy as np
 
+        from sd_gym.config import spelled
         from sd_gym.envs.config import load_config, make_config
         from sd_gym.registration import config_of
         from sd_gym.tasks.preparation import prepare_backbone
 
         if (backbone is None) == (policy is None):
             raise ValueError("pass either --backbone, or --policy for the backbone of a run")
-        given = {"dataset": dataset, "max_source_length": max_length}
-        overrides = {key: value for key, value in given.items() if value is not None} | settings_of(set_)
+        given = {"data.dataset": dataset, "backbone.max_source_length": max_length}
+        overrides = {key: value for key, value in given.items() if value is not None}
+        overrides |= spelled(settings_of(set_), "--set")
         skip_logits = None
         if policy is not None:
             from sd_gym.agents.experiment.evaluation import seen_together
             from sd_gym.agents.experiment.run import load_run
             from sd_gym.envs.core import shared_core
 
-            if "backbone" in overrides:
+            if "backbone.name" in overrides:
                 raise ValueError("--policy tunes the run's own backbone; leave out backbone=")
             _, core, network = load_run(policy)
-            config = make_config(core.config.model_dump() | overrides, core.config.id)
+            config = make_config(spelled(core.config.model_dump()) | overrides, core.config.id)
             splits = {name: shared_core(config).split(name) for name in ("train", "validation")}
             skip_logits = {
                 name: np.concatenate(
@@ -118,10 +120,10 @@ def prepare(
                 for name, split in splits.items()
             }
         else:
-            config = load_config(config_of(env), {**overrides, "backbone": backbone})
+            config = load_config(config_of(env), {**overrides, "backbone.name": backbone})
         report = prepare_backbone(
             config.backbone,
-            config.source,
+            config.data,
             config.task,
             output,
             steps=steps,
@@ -130,21 +132,11 @@ def prepare(
             max_rate=max_rate,
             draw=draw,
             patience=patience,
-            answers=config.answers,
-            prompt=config.prompt,
-            stop=config.stop,
-            token_shares=config.token_shares,
-            token_ranking=config.token_ranking,
-            max_source_length=config.max_source_length,
-            max_target_length=config.max_target_length,
-            label_range=config.label_range,
-            train_size=config.train_size,
-            validation_size=config.validation_size,
-            test_size=config.test_size,
+            tokens=config.tokens,
+            quality=config.quality,
             skip_logits=skip_logits,
             resume=resume,
             seed=seed,
-            device=config.device,
             on_step=on_step,
         )
     if not first:

@@ -23,6 +23,7 @@ from sd_gym.envs.staged import Episodes, StageObservation
 from sd_gym.objectives import quality_cost
 from sd_gym.registration import OBSERVATIONS
 from sd_gym.switch import Seen
+from sd_gym.tasks.splits import Splits
 
 Array = NDArray
 
@@ -50,8 +51,8 @@ class Core:
 
     def __init__(self, config: EnvConfig) -> None:
         self.config = config
-        self.backbone = load_backbone(config.backbone, config.device)
-        self.data = config.data()
+        self.backbone = load_backbone(config.backbone.name, config.backbone.device)
+        self.data = Splits(config.data, config.task)
         self._splits: dict[str, Split] = {}
         board = self.backbone.board
         try:
@@ -96,7 +97,7 @@ class Core:
         A switch has 2 choices; 1, to run, where its kind is not among the config's ``candidates``.
         """
         sizes = [1 + (switch.sublayer.kind in self.config.candidates) for switch in self.backbone.board.switches]
-        return np.array([*sizes, len(self.config.token_shares)], dtype=np.int64)
+        return np.array([*sizes, len(self.config.tokens.shares)], dtype=np.int64)
 
     @property
     def decision_nvec(self) -> Array:
@@ -165,7 +166,7 @@ class Core:
             else:
                 yield np.arange(len(rows)), *split.passes.resumed(seen, rows, decisions)
             return
-        looks = self.config.token_ranking == "attention" and len(self.config.token_shares) > 1
+        looks = self.config.tokens.ranking == "attention" and len(self.config.tokens.shares) > 1
         if len(rows) == 1 and type(self.observation) in (Pooled, Tokens) and not looks:
             observation = self.observation
             yield (
@@ -237,7 +238,7 @@ class Core:
         decisions = self._decided.decisions(decisions, len(rows))
         quality, quality_ref = split.scoring.quality(rows, decisions, seen)
         flops_ratio = split.costs.flops_ratio(rows, decisions)
-        cost = quality_cost(quality, quality_ref, self.config.epsilon)
+        cost = quality_cost(quality, quality_ref, self.config.reward.epsilon)
         return Outcome(quality, quality_ref, cost, flops_ratio)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd_gym.envs.table import TableSplit
+from sd_gym.objectives import Objective
 
 Array = NDArray
 ROWS = 256  # that are looked at together under all masks
@@ -132,7 +133,7 @@ def static_regret(split: TableSplit) -> float:
 
 def _rewards(split: TableSplit) -> Iterator[tuple[Array, Array]]:
     """Rows, and their rewards under all masks, ``[rows, masks]``; some rows after the other."""
-    objective = split.config.make_objective()
+    objective = Objective(split.config.reward)
     for rows, quality, flops in _parts(split):
         reference = np.repeat(quality[:, 0], quality.shape[1])
         yield rows, objective.rewards(quality.ravel(), reference, flops.ravel()).reshape(quality.shape)

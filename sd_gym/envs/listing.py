@@ -6,6 +6,7 @@ from typing import Any
 
 from sd_gym.envs.config import load_config
 from sd_gym.registration import config_of
+from sd_gym.tasks.splits import Splits
 
 
 def instances(env_id: str, split: str = "test", **settings: Any) -> list[dict[str, Any]]:
@@ -36,7 +37,7 @@ def instances(env_id: str, split: str = "test", **settings: Any) -> list[dict[st
     config = load_config(config_of(env_id), settings)
     if config.table is not None:
         raise ValueError(f"{config.table}: a table has none of the texts; list the instances of the env that it is of")
-    found = config.data()[split]
+    found = Splits(config.data, config.task)[split]
     return [
         {
             "id": instance.id,

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from sd_gym.backbones import Backbone
+from sd_gym.config import BackboneConfig
 from sd_gym.switch import Seen, passes
 from sd_gym.switch.stages import EVERY_LAYER
 from sd_gym.tasks.dropping import TokenDropping
@@ -29,9 +30,7 @@ class Passes:
         instances: The split's instances.
         encoded: Their tensors.
         tokens: Which of their tokens go.
-        longest: Longest answer, in tokens.
-        num_beams: Of ``generate()``; 1: greedy.
-        stop: What ends an answer to a prompt; ``None``: the tokenizer's end of text.
+        settings: How it answers, of the config: lengths, beams and stop count.
     """
 
     def __init__(
@@ -40,14 +39,11 @@ class Passes:
         instances: Sequence[Instance],
         encoded: Encoded,
         tokens: TokenDropping,
-        *,
-        longest: int,
-        num_beams: int,
-        stop: str | None,
+        settings: BackboneConfig,
     ) -> None:
         self.backbone, self.head, self.instances, self.encoded = backbone, backbone.head, instances, encoded
-        self.longest = longest
-        self._tokens, self._num_beams, self._stop = tokens, num_beams, stop
+        self.longest = settings.max_target_length
+        self._tokens, self._num_beams, self._stop = tokens, settings.num_beams, settings.stop
 
     def answers(self, rows: Array, decisions: Array) -> list[str]:
         """What the backbone says to rows under decisions, to be read: a text, a class's name, or a score."""

@@ -112,7 +112,7 @@ def _scene(core: Core, split: Split, row: int, result: Result | None) -> Scene:
         texts=split.marked_texts(row, level),
         reference=split.reference(row),
         switches=core.backbone.board.names,
-        token_shares=core.config.token_shares,
+        token_shares=core.config.tokens.shares,
         result=result,
     )
 

@@ -33,7 +33,7 @@ class SwitchableVecEnv(VecEnv):
 
     def __init__(self, env: VectorEnv) -> None:
         if hasattr(env.unwrapped, "reward_space"):
-            raise ValueError("Stable-Baselines3 learns from one number, but the env has vector_reward=True")
+            raise ValueError("Stable-Baselines3 learns from one number, but the env has reward.vector=True")
         self.env = env
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self._actions: NDArray | None = None

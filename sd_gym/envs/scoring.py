@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from sd_gym.backbones.heads.base import LEAST_LIKELIHOOD
-from sd_gym.envs.config import EnvConfig
+from sd_gym.config import QualityConfig
 from sd_gym.envs.passes import Passes
 from sd_gym.switch import Seen
 from sd_gym.tasks.encoding import Encoded
@@ -27,7 +27,7 @@ class Scoring:
     """Qualities of a split's rows under decisions ``[n, switches + 1]``.
 
     Args:
-        config: The env's configuration.
+        settings: Of the config: what an answer is worth.
         passes: What runs the backbone on them.
         instances: The split's instances.
         encoded: Their tensors.
@@ -36,10 +36,12 @@ class Scoring:
         ValueError: If the backbone's answers have no such quality.
     """
 
-    def __init__(self, config: EnvConfig, passes: Passes, instances: Sequence[Instance], encoded: Encoded) -> None:
-        self._config, self._passes, self._head = config, passes, passes.head
+    def __init__(
+        self, settings: QualityConfig, passes: Passes, instances: Sequence[Instance], encoded: Encoded
+    ) -> None:
+        self._settings, self._passes, self._head = settings, passes, passes.head
         self._instances, self._encoded = instances, encoded
-        self._measure = self._head.measured_by(config.quality)
+        self._measure = self._head.measured_by(settings.kind)
         self.load_scores(None)
 
     # --- what is known ------------------------------------------------------------------------------------------------
@@ -129,7 +131,7 @@ class Scoring:
     def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
         """Quality as ``run`` gives it, and the likelihood of the reference; each float64 ``[n]``. Nothing is cached."""
         if self._measure == "of_text":
-            texts, likely = self._head.answers_and_likelihood(self._passes, rows, decisions, self._config.label_range)
+            texts, likely = self._head.answers_and_likelihood(self._passes, rows, decisions, self._settings.label_range)
             return self._text_quality(rows, texts), likely
 
         def both(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -164,16 +166,16 @@ class Scoring:
         return np.stack(scores, axis=1), values[..., 1]
 
     def _text_quality(self, rows: Array, texts: list[str]) -> Array:
-        metric = self._config.metric if self._config.quality == "metric" else "exact_match"
+        metric = self._settings.metric if self._settings.kind == "metric" else "exact_match"
         pairs = zip(rows, texts, strict=True)
         return np.array([text_quality(metric, text, self._instances[row].references) for row, text in pairs])
 
     def _likelihood(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self._head.likelihood(logits, labels, self._config.label_range)
+        return self._head.likelihood(logits, labels, self._settings.label_range)
 
     def _score(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         score = self._head.likelihood if self._measure == "likelihood" else self._head.exact
-        return score(logits, labels, self._config.label_range)
+        return score(logits, labels, self._settings.label_range)
 
     def _of_score(self, rows: Array, decisions: Array, values: Array) -> Array:
         """The quality that a score gives: a likelihood relative to dense, a balanced one weighted by class."""
@@ -204,12 +206,12 @@ class Scoring:
     @torch.inference_mode()
     def metrics(self, rows: Array, decisions: Array) -> dict[str, float]:
         """The metric of the rows under the decisions, by name; empty where it is the mean quality."""
-        name = self._config.metric
+        name = self._settings.metric
         if name != "exact_match" and METRICS.find(name).of_texts:
             return text_metrics(
                 name, self._passes.answers(rows, decisions), [self._instances[row].references for row in rows]
             )
-        if name == "exact_match" or (name == "accuracy" and self._config.quality == "exact_match"):
+        if name == "exact_match" or (name == "accuracy" and self._settings.kind == "exact_match"):
             return {}
         predicted = self._passes.in_passes(rows, decisions, lambda logits, labels: self._head.prediction(logits))
         return {name: corpus_metric(name, predicted, self._encoded.labels[torch.from_numpy(rows)].numpy())}

@@ -124,12 +124,12 @@ def info_of_one(infos: dict[str, NDArray]) -> dict[str, Any]:
 
 def no_rewards(config: EnvConfig, n: int) -> NDArray:
     """Zeros in the shape of ``n`` rewards."""
-    return np.zeros((n, 2), dtype=np.float32) if config.vector_reward else np.zeros(n)
+    return np.zeros((n, 2), dtype=np.float32) if config.reward.vector else np.zeros(n)
 
 
 def rewards_of(config: EnvConfig, objective: Objective, outcome: Outcome) -> NDArray:
     """Rewards, float64 ``[n]``, by the objective; or float32 ``[n, 2]``: quality and minus the FLOPs ratio."""
-    if config.vector_reward:
+    if config.reward.vector:
         return np.stack([outcome.quality, -outcome.flops_ratio], axis=1).astype(np.float32)
     return objective.rewards(outcome.quality, outcome.quality_ref, outcome.flops_ratio)
 
@@ -148,10 +148,10 @@ def decided(
         return {}, no_rewards(config, 0)
     if not episodes.over[envs].all():
         infos = episode_infos(core, split, rows, episodes, envs)
-        return infos, episodes.savings(split, rows, envs) if config.dense_reward else no_rewards(config, len(envs))
+        return infos, episodes.savings(split, rows, envs) if config.reward.dense else no_rewards(config, len(envs))
     outcome = episodes.outcome(split, rows, envs)
     rewards = rewards_of(config, objective, outcome)
-    if config.dense_reward:
+    if config.reward.dense:
         rewards = rewards - episodes.paid[envs]
     infos = step_infos(core, split, rows[envs], episodes.decisions[envs], outcome)
     return infos | mask_infos(core, episodes, envs), rewards
@@ -247,9 +247,9 @@ class SwitchableEnv(gym.Env):
         check_shown(render_mode, info_text, type(self).metadata["render_modes"])
         self.config = read_config(config_file, overrides)
         self.core = shared_core(self.config)
-        self.objective = self.config.make_objective()
+        self.objective = Objective(self.config.reward)
         self.observation_space, self.action_space = spaces(self.core)
-        if self.config.vector_reward:
+        if self.config.reward.vector:
             self.reward_space = reward_space(self.config)
         self.render_mode = render_mode
         self.info_text = info_text
@@ -285,7 +285,7 @@ class SwitchableEnv(gym.Env):
         infos, rewards = decided(self.config, self.core, self.objective, self._split, self._row, self._episode, _ONE)
         self._show(Shown(self._split, self._row, np.array([over]), infos if over else {}, rewards if over else None))
         info, reward = info_of_one(infos | text_infos(self._split, self._row, self.info_text)), rewards[0]
-        return self._observation(), reward if self.config.vector_reward else float(reward), over, False, info
+        return self._observation(), reward if self.config.reward.vector else float(reward), over, False, info
 
     def action_masks(self) -> NDArray:
         """Which choices are allowed, bool ``[choices]``: all (what sb3-contrib's maskable algorithms ask for)."""
@@ -364,14 +364,14 @@ class SwitchableVectorEnv(VectorEnv):
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
         self.config = read_config(config_file, overrides)
         self.core = shared_core(self.config)
-        self.objective = self.config.make_objective()
+        self.objective = Objective(self.config.reward)
         self.num_envs = num_envs
         self.render_mode = render_mode
         self.info_text = info_text
         self.single_observation_space, self.single_action_space = spaces(self.core)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        if self.config.vector_reward:
+        if self.config.reward.vector:
             self.reward_space = reward_space(self.config)  # of one env, as MO-Gymnasium's vector envs have it
         self._split: Split | None = None
         self._rows: NDArray = np.zeros(num_envs, dtype=np.int64)

@@ -269,7 +269,7 @@ class Tokens(Observation):
     def __init__(self, core: Core) -> None:
         from sd_gym.tasks.ranking import STATISTICS_SIZE
 
-        self.length = core.config.max_source_length
+        self.length = core.config.backbone.max_source_length
         split = core.split("train")
         count, total, squares = 0, 0.0, 0.0
         for _, hidden, mask in self._embedded(split, np.arange(min(len(split), STATISTICS_SIZE))):
@@ -332,9 +332,9 @@ def each(observations: Observations) -> list[Any]:
 
 def reward_space(config: EnvConfig) -> gym.spaces.Box:
     """Bounds of the vector reward ``[quality, -flops_ratio]``."""
-    highest = {"likelihood": 2.0, "balanced": np.inf}.get(config.quality, 1.0)
+    highest = {"likelihood": 2.0, "balanced": np.inf}.get(config.quality.kind, 1.0)
     # To rank tokens by attention, one attention runs before what is left of the backbone.
-    ranked = config.token_ranking == "attention" and len(config.token_shares) > 1
+    ranked = config.tokens.ranking == "attention" and len(config.tokens.shares) > 1
     low, high = np.array([[0.0, -2.0 if ranked else -1.0], [highest, 0.0]], dtype=np.float32)
     return gym.spaces.Box(low, high, dtype=np.float32)
 

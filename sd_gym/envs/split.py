@@ -42,6 +42,7 @@ class Split:
         name: ``train``, ``validation`` or ``test``.
         backbone: The backbone.
         head: Its head.
+        reading: The backbone's part of the config, with the prompt and stop that the head takes.
         task: The family of its task.
         instances: The instances, in order.
         encoded: Their tensors.
@@ -52,28 +53,19 @@ class Split:
     """
 
     def __init__(self, config: EnvConfig, name: str, data: Splits) -> None:
-        self.backbone = load_backbone(config.backbone, config.device)
+        self.backbone = load_backbone(config.backbone.name, config.backbone.device)
         self.config, self.name, self._data = config, name, data
         self.head, self.task = self.backbone.head, TASKS.find(config.task)
         try:
-            self.prompt, self.stop = self.head.prompting(config.prompt, config.stop)
+            self.reading = self.head.prompting(config.backbone)
             self._check_output()
-            self.head.measured_by(config.quality)
+            self.head.measured_by(config.quality.kind)
         except ValueError as error:
             raise ConfigError(f"{config.id}: {error}") from error
-        limits = config.max_source_length, config.max_target_length
-        check_positions(config.backbone, self.backbone.model, self.backbone.tokenizer, self.head, *limits)
+        tokenizer = self.backbone.tokenizer
+        check_positions(self.reading, self.backbone.model, tokenizer, self.head)
         instances = data[name]
-        encoded = encode_cached(
-            instances,
-            self.backbone.tokenizer,
-            head=self.head,
-            max_source_length=config.max_source_length,
-            max_target_length=config.max_target_length,
-            prompt=self.prompt,
-            stop=self.stop,
-            unanswerable=config.unanswerable,
-        )
+        encoded = encode_cached(instances, tokenizer, self.head, self.reading, unanswerable=config.data.unanswerable)
         self._consist_of(instances, encoded)
 
     def _consist_of(self, instances: Instances, encoded: Encoded) -> None:
@@ -85,32 +77,27 @@ class Split:
             backbone.board,
             backbone.tokenizer,
             self.head,
-            shares=config.token_shares,
-            ranking=config.token_ranking,
+            self.reading,
+            config.tokens,
             rarity=lambda: self.rarity,
-            max_source_length=config.max_source_length,
-            prompt=self.prompt,
         )
         self.costs = Costs(backbone, encoded, self.tokens)
-        longest, beams = config.max_target_length, config.num_beams
-        self.passes = Passes(
-            backbone, instances, encoded, self.tokens, longest=longest, num_beams=beams, stop=self.stop
-        )
-        self.scoring = Scoring(config, self.passes, instances, encoded)
+        self.passes = Passes(backbone, instances, encoded, self.tokens, self.reading)
+        self.scoring = Scoring(config.quality, self.passes, instances, encoded)
 
     def _check_output(self) -> None:
         """Raise ValueError if the backbone's head cannot do the task, or not in the way that is asked for."""
-        config, gives = self.config, self.head.gives
+        config, name, answers, gives = self.config, self.reading.name, self.reading.answers, self.head.gives
         if gives not in self.task.gives:
             raise ValueError(
-                f"the backbone {config.backbone!r} gives a {gives}, but {config.task} needs a "
+                f"the backbone {name!r} gives a {gives}, but {config.task} needs a "
                 f"{' or a '.join(self.task.gives)}; 'sd-gym prepare --env {config.id}' makes one that does"
             )
-        wanted = {"generated": "text", "extracted": "span"}.get(config.answers or "", gives)
+        wanted = {"generated": "text", "extracted": "span"}.get(answers or "", gives)
         if gives != wanted:
             raise ValueError(
-                f"config key 'answers': {config.answers!r} needs a backbone that gives a {wanted}, but "
-                f"{config.backbone!r} gives a {gives}"
+                f"config key 'backbone.answers': {answers!r} needs a backbone that gives a {wanted}, but {name!r} "
+                f"gives a {gives}"
             )
 
     def __len__(self) -> int:
@@ -125,9 +112,9 @@ class Split:
         part = Split.__new__(Split)
         part.config, part.name, part._data = self.config, self.name, self._data
         part.task, part.backbone, part.head = self.task, self.backbone, self.head
-        part.prompt, part.stop = self.prompt, self.stop
+        part.reading = self.reading
         part._consist_of(Instances(self.instances[row] for row in rows), self.encoded.part(rows))
-        if len(self.config.token_shares) > 1:
+        if len(self.config.tokens.shares) > 1:
             part.tokens.droppable = self.tokens.droppable[rows]  # comes with tokenising
         return part
 
@@ -158,7 +145,8 @@ class Split:
         The negative logarithm of the reference's likelihood (see ``Head.likelihood``), at most 30; of
         scores, how far the backbone is off.
         """
-        dense, scale = np.zeros((len(self), len(self.backbone.board) + 1), dtype=np.int64), self.config.label_range
+        dense = np.zeros((len(self), len(self.backbone.board) + 1), dtype=np.int64)
+        scale = self.config.quality.label_range
         likely = self.passes.in_passes(
             np.arange(len(self)), dense, lambda logits, labels: self.head.likelihood(logits, labels, scale)
         )
@@ -192,13 +180,12 @@ class Split:
     def marked_texts(self, row: int, level: int) -> list[MarkedText]:
         """The texts of an instance, and what of them is read at a token level."""
         keep, instance = self.tokens.kept(np.array([row]), np.array([level])), self.instances[row]
-        if self.prompt is None and self.paired and instance.source_pair is None:  # tokenised as the others are
+        if self.reading.prompt is None and self.paired and instance.source_pair is None:  # tokenised as the others are
             instance = replace(instance, source_pair="")
         return marked_texts(
             instance,
             self.backbone.tokenizer,
-            self.config.max_source_length,
-            self.prompt,
+            self.reading,
             None if keep is None else keep[0],
         )
 

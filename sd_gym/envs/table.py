@@ -548,7 +548,7 @@ class TableCore:
         """
         decisions = self.checked(decisions, len(rows))
         quality, quality_ref = split.scoring.quality(rows, decisions)
-        cost = quality_cost(quality, quality_ref, self.config.epsilon)
+        cost = quality_cost(quality, quality_ref, self.config.reward.epsilon)
         return Outcome(quality, quality_ref, cost, split.costs.flops_ratio(rows, decisions))
 
     def checked(self, decisions: Any, n: int) -> Array:

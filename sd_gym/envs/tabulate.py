@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.envs.config import ConfigError
+from sd_gym.config import ConfigError, nested, stored
 from sd_gym.envs.core import Core
 from sd_gym.envs.projection import Projection, fit_projection, read_projection
 from sd_gym.envs.spaces import OBSERVATION_LIMIT, write_masks
@@ -121,13 +121,10 @@ def _chunks(split: Split) -> list[Array]:
 
 def _description(core: Core, masks: Array | None, chosen: str, pca: int | None, share: bool) -> dict[str, Any]:
     config = core.config.model_dump()
-    config["action"], config["codebook"], config["device"] = (
-        "multi_discrete" if masks is None else "discrete",
-        None,
-        "cpu",
-    )
-    if config["objective"] not in OBJECTIVES.built_in():  # one of the user's own may not be registered elsewhere
-        config["objective"] = "lexicographic"
+    config["action"], config["codebook"] = "multi_discrete" if masks is None else "discrete", None
+    config["backbone"]["device"] = "cpu"
+    if config["reward"]["objective"] not in OBJECTIVES.built_in():  # one of the user's own may be known here alone
+        config["reward"]["objective"] = "lexicographic"
     space = core.observation_space
     if pca is not None:
         space = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (pca,), np.float32)
@@ -150,7 +147,7 @@ def _description(core: Core, masks: Array | None, chosen: str, pca: int | None, 
         "masks": None if masks is None else len(masks),
         "nvec": core.nvec.tolist(),
         "backbone": {
-            "name": core.config.backbone,
+            "name": core.config.backbone.name,
             "weights": core.backbone.weights,
             "switches": core.backbone.board.names,
         },
@@ -196,6 +193,8 @@ def _begin(folder: Path, description: dict[str, Any], masks: Array | None, resum
     if not resume:
         raise FileExistsError(f"{folder} holds a table that was cut off; go on with --resume, or take another --output")
     here = json.loads(as_json(description))
+    if isinstance(there.get("env_config"), dict):  # of a former version: flat
+        there["env_config"] = nested(stored(there["env_config"], str(file)))
     differ = [key for key in here if here[key] != there.get(key)]
     if masks is not None and not differ and json.loads(codebook.read_text(encoding="utf-8")) != masks.tolist():
         differ = ["masks"]

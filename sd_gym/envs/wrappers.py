@@ -58,7 +58,7 @@ class LagrangianWrapper(gym.Wrapper, RecordConstructorArgs):
         lagrangian: Holds the ``multiplier`` in force, which a checkpoint has to keep.
 
     Raises:
-        ValueError: If the env has a ``dense_reward`` or a ``vector_reward``.
+        ValueError: If the env has a ``reward.dense`` or a ``reward.vector``.
 
     Example:
         >>> import gymnasium as gym, sd_gym
@@ -92,7 +92,7 @@ class LagrangianVectorWrapper(VectorWrapper):
         rate: As for ``LagrangianWrapper``.
 
     Raises:
-        ValueError: If the env has a ``dense_reward`` or a ``vector_reward``.
+        ValueError: If the env has a ``reward.dense`` or a ``reward.vector``.
     """
 
     def __init__(self, env: VectorEnv, multiplier: float | None = None, rate: float = 0.1) -> None:
@@ -110,9 +110,11 @@ class LagrangianVectorWrapper(VectorWrapper):
 
 def _lagrangian(env: gym.Env | VectorEnv, multiplier: float | None, rate: float) -> Lagrangian:
     """The Lagrangian of an env's constraint."""
-    config = env.unwrapped.config
-    for key in ("dense_reward", "vector_reward"):
-        if getattr(config, key):
-            raise ValueError(f"a Lagrangian gives one reward an episode, but the env has {key}=True; leave it out")
-    start = config.penalty if multiplier is None else multiplier
-    return Lagrangian(multiplier=start, rate=rate, epsilon=config.epsilon, cost_scale=config.cost_scale)
+    reward = env.unwrapped.config.reward
+    for key in ("dense", "vector"):
+        if getattr(reward, key):
+            raise ValueError(
+                f"a Lagrangian gives one reward an episode, but the env has reward.{key}=True; leave it out"
+            )
+    start = reward.penalty if multiplier is None else multiplier
+    return Lagrangian(multiplier=start, rate=rate, epsilon=reward.epsilon, cost_scale=reward.cost_scale)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sd_gym.backbones import load_backbone
+from sd_gym.config import spelled
 from sd_gym.envs.config import make_config
 from sd_gym.envs.passes import Passes
 from sd_gym.envs.split import Split
@@ -25,9 +26,7 @@ from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.metrics import METRICS
 
 BATCH = 256  # inputs that are decided on at once
-NOT_NEEDED = ("dataset", "subset", "revision", "columns", "splits", "overlap", "objective", "codebook", "action")
-FORMER = ("multiplier_rate",)  # keys that policies of a former version hold
-
+NOT_NEEDED = ("data", "reward", "action", "codebook")  # of the config, to answer inputs
 
 Input = str | Sequence[str] | Mapping[str, Any]
 
@@ -100,11 +99,14 @@ class SkippingModel:
     def __init__(
         self, policy: SkipPolicy, backbone: str | None = None, device: str = "cpu", *, check_weights: bool = True
     ) -> None:
-        values = {key: value for key, value in policy.card["env"].items() if key not in (*NOT_NEEDED, *FORMER)}
-        values |= {"dataset": "none", "device": device} | ({"backbone": backbone} if backbone else {})
+        of_env = policy.card["env"]
+        values = spelled({key: value for key, value in of_env.items() if key not in NOT_NEEDED}, "the policy")
+        values |= {"data.dataset": "none", "backbone.device": device}
+        values |= {"data.unanswerable": of_env["data"].get("unanswerable", True)}
+        values |= {"backbone.name": backbone} if backbone else {}
         self.policy = policy
         self._config = make_config(values, "the policy")
-        loaded = load_backbone(self._config.backbone, device)
+        loaded = load_backbone(self._config.backbone.name, device)
         self.model = attach(loaded.model, policy, loaded.tokenizer, check_weights=check_weights)
         self.tokenizer = loaded.tokenizer
         self._task = TASKS.find(self._config.task)
@@ -160,7 +162,7 @@ class SkippingModel:
     @property
     def metric(self) -> str:
         """What an answer is compared with its references by."""
-        return self._config.metric if METRICS.find(self._config.metric).of_texts else "exact_match"
+        return self._config.quality.metric if METRICS.find(self._config.quality.metric).of_texts else "exact_match"
 
     def references(self, row: Mapping[str, Any]) -> list[str] | None:
         """The right answers of a row, as ``answer`` has them; ``None`` where it has none."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import can_exit, weights_hash
+from sd_gym.config import nested, stored
 from sd_gym.errors import one_line
 from sd_gym.files import read_json, read_tensors, write_json, write_tensors, write_text
 from sd_gym.policy.network import DecisionPolicy
@@ -80,17 +81,17 @@ class SkipPolicy:
     @property
     def token_shares(self) -> tuple[float, ...]:
         """The share of the tokens that each token level drops."""
-        return tuple(self.card["env"]["token_shares"])
+        return tuple(self.card["env"]["tokens"]["shares"])
 
     @property
     def longest(self) -> int:
         """Tokens of the longest text in its env; what sees tokens sees no more of them."""
-        return self.card["env"]["max_source_length"]
+        return self.card["env"]["backbone"]["max_source_length"]
 
     @property
     def ranks_by_attention(self) -> bool:
         """Whether the first attention runs to rank the tokens."""
-        return self.card["env"]["token_ranking"] == "attention"
+        return self.card["env"]["tokens"]["ranking"] == "attention"
 
     @property
     def is_staged(self) -> bool:
@@ -281,6 +282,7 @@ class SkipPolicy:
         if card.pop("format", None) != FORMAT:
             raise ValueError(f"{folder / FILE}: expected a policy of format {FORMAT}")
         try:
+            card["env"] = nested(stored(card["env"]))  # flat in a former version
             protection, stops = card.pop("protection"), tuple(Stop(**stop) for stop in card.pop("stops"))
             policy = cls(
                 network,
@@ -291,7 +293,7 @@ class SkipPolicy:
                 card,
             )
             missing = {"env", "backbone", "result", "run"} - card.keys()
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder}: {FILE} and {TENSORS} are none that save_pretrained writes ({one_line(error)})"
             ) from error
@@ -354,7 +356,7 @@ On the {result["split"]} split, {result["instances"]:,} instances:
 | FLOPs | 100% | {result["flops_ratio_with_policy"]:.1%} |
 
 Difference in quality: {100 * result["quality_difference"]:+.2f} points (95% interval {low:+.2f} to {high:+.2f}).
-Verdict, where {100 * env["epsilon"]:g} points may be lost: {result["verdict"]}.
+Verdict, where {100 * env["reward"]["epsilon"]:g} points may be lost: {result["verdict"]}.
 
 ```python
 {usage}```

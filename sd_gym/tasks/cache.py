@@ -25,23 +25,31 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from sd_gym.backbones.heads import Head
+from sd_gym.config import BackboneConfig
 from sd_gym.tasks.encoding import Encoded, encode
 from sd_gym.tasks.instance import Instance
 from sd_gym.version import __version__
 
+OF_BACKBONE = ("max_source_length", "max_target_length", "prompt", "stop")  # what encoding depends on
 SMALLEST = 2000  # instances; fewer are encoded as fast as they are read
 
 
 def encode_cached(
-    instances: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, *, head: Head, **settings: Any
+    instances: Sequence[Instance],
+    tokenizer: PreTrainedTokenizerBase,
+    head: Head,
+    backbone: BackboneConfig,
+    *,
+    unanswerable: bool = True,
 ) -> Encoded:
     """As ``sd_gym.tasks.encoding.encode``, from the cache if it is there."""
     if len(instances) < SMALLEST or not tokenizer.is_fast:
-        return encode(instances, tokenizer, head=head, **settings)
-    file = _folder() / f"{_key(instances, tokenizer, {**settings, **head.settings})}.safetensors"
+        return encode(instances, tokenizer, head, backbone, unanswerable=unanswerable)
+    settings = {key: getattr(backbone, key) for key in OF_BACKBONE} | {"unanswerable": unanswerable, **head.settings}
+    file = _folder() / f"{_key(instances, tokenizer, settings)}.safetensors"
     if (tensors := _read(file)) is not None:
         return _from_tensors(tensors)
-    encoded = encode(instances, tokenizer, head=head, **settings)
+    encoded = encode(instances, tokenizer, head, backbone, unanswerable=unanswerable)
     with contextlib.suppress(OSError, SafetensorError):  # where none can be written, there is no cache
         _write(_to_tensors(encoded), file)
     return encoded

@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
+from sd_gym.config import DataConfig
 from sd_gym.errors import one_line, short
 from sd_gym.tasks.family import LARGEST, TASKS, check_text
 from sd_gym.tasks.files import DataError, Rows, read_csv, read_jsonl
@@ -64,48 +64,21 @@ class Instances(list[Instance]):
         return {**self.identity, "left_out": self.left_out, "dropped": self.dropped, "also_in": self.also_in}
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a data set is and how its columns and splits are called there.
-
-    Attributes:
-        dataset: ``procedural``; a file (``.jsonl``, ``.csv``, ``.parquet``); a folder of ``train``, ``validation`` and
-            ``test`` files of these formats; a folder in the hub's own form; or the id of a data set on the hub.
-        subset: Of a data set on the hub that has several (GLUE's ``sst2``).
-        revision: Commit of the data set on the hub.
-        columns: The column of each field that is called differently, ``{"text": "sentence"}``.
-        splits: What each split is, ``{"validation": "train[-2000:]"}``: a split of the data set, sliced or not. A split
-            that is not named is the data set's own, less what the named ones cut off it.
-        unanswerable: Whether questions may be without an answer.
-        overlap: What is done about rows whose texts stand in two splits: ``error``; ``drop`` (they stay in test, or
-            else in validation); ``allow``.
-
-    Raises:
-        DataError: If ``splits`` names no split, or something is no slice.
-    """
-
-    dataset: str
-    subset: str | None = None
-    revision: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    splits: Mapping[str, str] = field(default_factory=dict)
-    unanswerable: bool = True
-    overlap: Literal["error", "drop", "allow"] = "error"
-
-    def __post_init__(self) -> None:
-        for name, expression in self.splits.items():
-            if name not in SPLITS:
-                raise DataError(f"'splits': unknown split {name!r}{_near(name, SPLITS)} There are {', '.join(SPLITS)}.")
-            try:
-                _slice(expression)
-            except DataError as error:
-                raise DataError(f"'splits': {error}") from None
-        if self.splits and self.dataset == "procedural":
-            raise DataError("'splits': generated data are not cut; leave it out")
+def check_splits(data: DataConfig) -> None:
+    """Raise ``DataError`` if what is said of the splits of a data set cannot be."""
+    for name, expression in data.splits:
+        if name not in SPLITS:
+            raise DataError(f"'splits': unknown split {name!r}{_near(name, SPLITS)} There are {', '.join(SPLITS)}.")
+        try:
+            _slice(expression)
+        except DataError as error:
+            raise DataError(f"'splits': {error}") from None
+    if data.splits and data.dataset == "procedural":
+        raise DataError("'splits': generated data are not cut; leave it out")
 
 
 def load_split(
-    source: Source | str, task: str, split: str, size: int | None, known: dict[str, tuple[str, list]] | None = None
+    data: DataConfig | str, task: str, split: str, known: dict[str, tuple[str, list]] | None = None
 ) -> Instances:
     """The instances of one split, in the data set's order; ``Splits`` has all of them, and compares them.
 
@@ -113,31 +86,32 @@ def load_split(
     a few of these.
 
     Args:
-        source: The data set; a text is its ``Source.dataset``.
+        data: The data set; a text is its ``DataConfig.dataset``.
         task: ``classification`` (fields ``text``, ``text_pair``?, ``label``), ``question_answering`` (``question``,
             ``context``, ``answers``) or ``summarization`` (``document``, ``summary``).
         split: ``train``, ``validation`` or ``test``. A single file is divided by row: every tenth row is validation,
             every tenth test, the rest train; where ``splits`` says what they are, the whole file is ``train``.
-        size: So many rows at most; ``None``: all.
         known: The data set's own splits that were read before, to which what is read is added; ``None``: none is kept.
 
     Raises:
         FileNotFoundError: If the file, folder, split or hub id does not exist.
         DataError: If the data set is empty or a row is malformed.
     """
-    source = Source(source) if isinstance(source, str) else source
-    if source.dataset == "procedural":
+    data = DataConfig(dataset=data) if isinstance(data, str) else data
+    check_splits(data)
+    size = data.size(split)
+    if data.dataset == "procedural":
         if size is None:
             raise DataError(f"the procedural data set is endless; set {split}_size")
         return Instances(generate_split(task, split, size), file="procedural", part=f"{split}[0:{size}]")
-    divided = Path(source.dataset).is_file() and not source.splits
-    base, start, end = _slice(source.splits.get(split, "train" if divided else split))
+    divided = Path(data.dataset).is_file() and not data.splits
+    base, start, end = _slice(dict(data.splits).get(split, "train" if divided else split))
     known = {} if known is None else known
     if base not in known:
-        where, lines = _read(source, base, split)
+        where, lines = _read(data, base, split)
         known[base] = where, list(lines)
     file, rows = known[base]
-    cut = set() if split in source.splits else _cut_off(source, base, len(rows))
+    cut = set() if split in dict(data.splits) else _cut_off(data, base, len(rows))
     chosen = [row for row in range(len(rows))[start:end] if row not in cut]
     if divided:
         chosen = [row for row in chosen if DIVISION.get(row % 10, "train") == split]
@@ -146,25 +120,25 @@ def load_split(
     instances.rows.clear()
     for number, position in enumerate(chosen):
         origin, row = rows[position]
-        row = _renamed(row, source, task, origin)
+        row = _renamed(row, data, task, origin)
         if _is_empty(row, task, origin):
             instances.left_out += 1
         else:
-            instances.append(_instance(row, task, f"{split}-{number}", origin, source.unanswerable))
+            instances.append(_instance(row, task, f"{split}-{number}", origin, data.unanswerable))
             instances.rows.append(position)
     if not instances:
         why = f": all {len(chosen)} rows have empty texts" if chosen else ""
         if rows and not chosen:
-            rest = f"what {dict(source.splits)} leaves of {base}" if source.splits else "every tenth row of the file"
-            taken = source.splits.get(split) or rest
+            rest = f"what {dict(data.splits)} leaves of {base}" if data.splits else "every tenth row of the file"
+            taken = dict(data.splits).get(split) or rest
             why = f": {taken} is none of the {len(rows)} rows"
-        raise DataError(f"the split {split!r} of {source.dataset!r} is empty{why}")
+        raise DataError(f"the split {split!r} of {data.dataset!r} is empty{why}")
     return instances
 
 
-def _cut_off(source: Source, base: str, count: int) -> set[int]:
+def _cut_off(data: DataConfig, base: str, count: int) -> set[int]:
     """The rows of a data set's own split that the named splits are slices of."""
-    slices = [_slice(expression) for expression in source.splits.values()]
+    slices = [_slice(expression) for _, expression in data.splits]
     return {
         row
         for name, start, end in slices
@@ -196,44 +170,45 @@ def _slice(expression: str) -> tuple[str, int | None, int | None]:
     return name, int(start) if start else None, int(end) if end else None
 
 
-def _read(source: Source, base: str, split: str) -> tuple[str, Rows]:
+def _read(data: DataConfig, base: str, split: str) -> tuple[str, Rows]:
     """Where the data set's own split ``base`` is, and its rows; ``split`` is what it is needed for."""
-    path = Path(source.dataset)
+    path = Path(data.dataset)
     if path.is_file():
         if base != "train":
-            raise _no_split(source, base, split, ["train"])
-        return str(path), _read_file(path, source)
+            raise _no_split(data, base, split, ["train"])
+        return str(path), _read_file(path, data)
     if path.is_dir() and any((path / f"{name}{suffix}").exists() for name in SPLITS for suffix in FORMATS):
         files = {file.stem: file for suffix in reversed(FORMATS) for file in sorted(path.glob(f"*{suffix}"))}
         if base not in files:
-            raise _no_split(source, base, split, sorted(files))
-        return str(files[base]), _read_file(files[base], source)
+            raise _no_split(data, base, split, sorted(files))
+        return str(files[base]), _read_file(files[base], data)
     if not path.is_dir() and (
-        path.suffix in FORMATS or source.dataset.startswith((".", "/", "~")) or source.dataset.count("/") > 1
+        path.suffix in FORMATS or data.dataset.startswith((".", "/", "~")) or data.dataset.count("/") > 1
     ):
         raise FileNotFoundError(
-            f"no data at {source.dataset!r}; expected a JSONL, CSV or Parquet file, a folder with "
+            f"no data at {data.dataset!r}; expected a JSONL, CSV or Parquet file, a folder with "
             f"{', '.join(f'{s}.jsonl' for s in SPLITS)}, 'procedural', or the id of a data set on the Hugging Face hub"
         )
-    return _hub_name(source), _read_hub(source, base, split)
+    return _hub_name(data), _read_hub(data, base, split)
 
 
-def _no_split(source: Source, base: str, split: str, known: list[str]) -> FileNotFoundError:
+def _no_split(data: DataConfig, base: str, split: str, known: list[str]) -> FileNotFoundError:
     """The error where a data set has no split ``base``, which ``split`` is to be."""
-    there = "A single file is all 'train'." if Path(source.dataset).is_file() else f"It has {', '.join(known)}."
+    there = "A single file is all 'train'." if Path(data.dataset).is_file() else f"It has {', '.join(known)}."
     return FileNotFoundError(
-        f"{source.dataset} has no split {base!r}{_near(base, known)} {there} Say which rows {split!r} is, such as "
+        f"{data.dataset} has no split {base!r}{_near(base, known)} {there} Say which rows {split!r} is, such as "
         f'splits={{{split}: "{"train" if "train" in known else known[0]}[-1000:]"}}'
     )
 
 
-def _hub_name(source: Source) -> str:
-    parts = [source.dataset, source.subset, source.revision and f"at {source.revision}"]
+def _hub_name(data: DataConfig) -> str:
+    parts = [data.dataset, data.subset, data.revision and f"at {data.revision}"]
     return ", ".join(part for part in parts if part)
 
 
-def _read_file(file: Path, source: Source) -> Rows:
-    return read_rows(file, {source.columns.get(name, name) for name in ("label", "difficulty")})
+def _read_file(file: Path, data: DataConfig) -> Rows:
+    columns = dict(data.columns)
+    return read_rows(file, {columns.get(name, name) for name in ("label", "difficulty")})
 
 
 def read_rows(file: Path, numeric: Collection[str] = ("label",)) -> Rows:
@@ -264,46 +239,46 @@ def read_rows(file: Path, numeric: Collection[str] = ("label",)) -> Rows:
     return ((f"{file}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _read_hub(source: Source, base: str, split: str) -> Rows:
+def _read_hub(data: DataConfig, base: str, split: str) -> Rows:
     """From the hub, or from a folder in its form."""
     from datasets import get_dataset_split_names, load_dataset, load_dataset_builder
 
-    folder = Path(source.dataset).is_dir()
-    revision = None if folder else source.revision
+    folder = Path(data.dataset).is_dir()
+    revision = None if folder else data.revision
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         with TemporaryDirectory() as cache:
-            builder = load_dataset_builder(source.dataset, source.subset, revision=revision, cache_dir=cache)
+            builder = load_dataset_builder(data.dataset, data.subset, revision=revision, cache_dir=cache)
         if hasattr(builder.config, "keep_default_na"):  # CSV: "NA" and "null" are texts
             options["keep_default_na"] = False
         if folder:
             # Streamed, with a cache of its own: the library's cache does not tell apart two folders of the same name.
             with TemporaryDirectory() as cache:
-                parts = load_dataset(source.dataset, source.subset, streaming=True, cache_dir=cache, **options)
+                parts = load_dataset(data.dataset, data.subset, streaming=True, cache_dir=cache, **options)
                 known = sorted(parts)
                 rows = list(parts[base]) if base in parts else []
         else:
-            known = get_dataset_split_names(source.dataset, source.subset, revision=revision)
-            rows = load_dataset(source.dataset, source.subset, split=base, **options) if base in known else []
+            known = get_dataset_split_names(data.dataset, data.subset, revision=revision)
+            rows = load_dataset(data.dataset, data.subset, split=base, **options) if base in known else []
     except Exception as error:  # the library raises errors of many kinds, above all when the hub cannot be reached
         if folder:
             raise FileNotFoundError(
-                f"no {base}.jsonl in {source.dataset}, and as a copy of a hub data set the folder does not give "
-                f"the split {base!r} (subset {source.subset}): {one_line(error)}"
+                f"no {base}.jsonl in {data.dataset}, and as a copy of a hub data set the folder does not give "
+                f"the split {base!r} (subset {data.subset}): {one_line(error)}"
             ) from error
         raise FileNotFoundError(
-            f"cannot load the split {base!r} of {source.dataset!r}: it is no local file or folder, and the Hugging "
+            f"cannot load the split {base!r} of {data.dataset!r}: it is no local file or folder, and the Hugging "
             "Face hub did not give it. Without network, pass the path of a local copy as dataset=..."
         ) from error
     if base not in known:
-        raise _no_split(source, base, split, known)
-    return ((f"{source.dataset}, row {number}", row) for number, row in enumerate(rows, start=1))
+        raise _no_split(data, base, split, known)
+    return ((f"{data.dataset}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _renamed(row: dict[str, Any], source: Source, task: str, origin: str) -> dict[str, Any]:
+def _renamed(row: dict[str, Any], data: DataConfig, task: str, origin: str) -> dict[str, Any]:
     """A row with the task's own names for its fields; a local copy may have these already."""
     renamed = dict(row)
-    for name, column in source.columns.items():
+    for name, column in data.columns:
         if column in row:
             renamed[name] = row[column]
         elif name in TASKS.find(task).fields and name not in row:

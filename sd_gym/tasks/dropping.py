@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from sd_gym.backbones.heads import Head
+from sd_gym.config import BackboneConfig, TokensConfig
 from sd_gym.switch import Switchboard, dropped_tokens
 from sd_gym.tasks.encoding import Encoded, droppable_tokens
 from sd_gym.tasks.instance import Instance
@@ -25,11 +26,9 @@ class TokenDropping:
         board: The backbone's switchboard.
         tokenizer: Its tokenizer.
         head: Its head.
-        shares: The share of its tokens that an input drops at each level.
-        ranking: Which tokens go first.
+        backbone: As for ``encode``.
+        tokens: Of the config: which ones go.
         rarity: Gives ``training_rarity``, if the ranking asks for it.
-        max_source_length: As for ``encode``.
-        prompt: Likewise.
     """
 
     def __init__(
@@ -39,23 +38,20 @@ class TokenDropping:
         board: Switchboard,
         tokenizer: PreTrainedTokenizerBase,
         head: Head,
-        *,
-        shares: Sequence[float],
-        ranking: str,
+        backbone: BackboneConfig,
+        tokens: TokensConfig,
         rarity: Callable[[], NDArray],
-        max_source_length: int,
-        prompt: str | None,
     ) -> None:
-        self.shares = np.array(shares)
-        self.ranking = ranking
+        self.shares = np.array(tokens.shares)
+        self.ranking = tokens.ranking
         self._instances, self._encoded = instances, encoded
         self._board, self._tokenizer, self._head = board, tokenizer, head
-        self._rarity, self._max_source_length, self._prompt = rarity, max_source_length, prompt
+        self._backbone, self._rarity = backbone, rarity
 
     @cached_property
     def droppable(self) -> NDArray:
         """Which tokens may be dropped, bool ``[n, longest]``."""
-        return droppable_tokens(self._instances, self._tokenizer, self._max_source_length, self._prompt)
+        return droppable_tokens(self._instances, self._tokenizer, self._backbone)
 
     @cached_property
     def scores(self) -> NDArray:

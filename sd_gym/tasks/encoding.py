@@ -13,6 +13,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from sd_gym.backbones.heads import Head
 from sd_gym.backbones.heads.seq2seq import was_cut
+from sd_gym.config import BackboneConfig
 from sd_gym.errors import DataError
 from sd_gym.tasks.instance import Instance
 
@@ -85,12 +86,9 @@ def left_padded(values: Tensor, length: Tensor) -> Tensor:
 def encode(
     instances: Sequence[Instance],
     tokenizer: PreTrainedTokenizerBase,
-    *,
     head: Head,
-    max_source_length: int,
-    max_target_length: int,
-    prompt: str | None = None,
-    stop: str | None = None,
+    backbone: BackboneConfig,
+    *,
     unanswerable: bool = True,
 ) -> Encoded:
     """Tokenise instances; what is longer than the limits is cut: of a question and its context only the context.
@@ -99,21 +97,15 @@ def encode(
         instances: What to encode.
         tokenizer: The backbone's tokenizer.
         head: The backbone's head, which encodes the targets.
-        max_source_length: Longest input, in tokens.
-        max_target_length: Longest target, in tokens.
-        prompt: For decoder-only backbones, what the input is put into: ``{source}`` and, for question answering,
-            ``{source_pair}`` (the context) are filled in; it is never cut.
-        stop: What ends an answer to a prompt; ``None``: the tokenizer's end of text.
+        backbone: Of the config, with what ``Head.prompting`` leaves of the prompt: lengths, prompt and stop count.
         unanswerable: Whether questions may be without answer, for backbones that extract.
 
     Raises:
         DataError: If a label is none of the backbone's classes, a question leaves no room for its context, or an answer
             that shall be extracted does not stand in its context.
     """
-    source, source_cut = _tokenize_sources(instances, tokenizer, max_source_length, prompt, **head.source_options())
-    targets = head.targets(
-        instances, source, tokenizer, max_target_length=max_target_length, stop=stop, unanswerable=unanswerable
-    )
+    source, source_cut = _tokenize_sources(instances, tokenizer, backbone, **head.source_options())
+    targets = head.targets(instances, source, tokenizer, backbone, unanswerable=unanswerable)
     return Encoded(
         input_ids=source.input_ids,
         source_length=source.attention_mask.sum(dim=1).numpy(),
@@ -124,7 +116,7 @@ def encode(
 
 
 def droppable_tokens(
-    instances: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, max_source_length: int, prompt: str | None = None
+    instances: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, backbone: BackboneConfig
 ) -> NDArray:
     """Which tokens of the encoded inputs may be dropped: bool ``[n, longest source]``.
 
@@ -137,15 +129,15 @@ def droppable_tokens(
     if not tokenizer.is_fast:
         raise ValueError(f"dropping tokens needs a fast tokenizer, got {type(tokenizer).__name__}")
     wanted = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
-    tokens, _ = _tokenize_sources(instances, tokenizer, max_source_length, prompt, **wanted)
+    tokens, _ = _tokenize_sources(instances, tokenizer, backbone, **wanted)
     droppable = (tokens.special_tokens_mask == 0).numpy()
     start, end = tokens.offset_mapping.numpy()[..., 0], tokens.offset_mapping.numpy()[..., 1]
     for row, instance in enumerate(instances):
         first = np.array([number == 0 for number in tokens.sequence_ids(row)])
         protected, shift = instance.protected, 0
-        if prompt is not None:
+        if backbone.prompt is not None:
             field = _document(instance)
-            before, _, after = prompt.partition(f"{{{field}}}")
+            before, _, after = backbone.prompt.partition(f"{{{field}}}")
             shift = len(before.format(source=instance.source))
             last = end[row].max() - len(after.format(source=instance.source))
             droppable[row] &= (start[row] >= shift) & (end[row] <= last)
@@ -156,7 +148,7 @@ def droppable_tokens(
 
 
 def texts_and_tokens(
-    instance: Instance, tokenizer: PreTrainedTokenizerBase, max_source_length: int, prompt: str | None = None
+    instance: Instance, tokenizer: PreTrainedTokenizerBase, backbone: BackboneConfig
 ) -> tuple[list[str], NDArray | None]:
     """The texts that an instance's input is made of, and where its tokens stand in them; tokenised as ``encode`` does.
 
@@ -165,13 +157,14 @@ def texts_and_tokens(
         last character + 1), int64 ``[length, 3]``, the first -1 for special tokens; ``None`` of slow tokenizers, which
         cannot tell.
     """
-    if prompt is not None:
-        texts, _ = _prompts([instance], tokenizer, min(max_source_length, tokenizer.model_max_length), prompt)
+    if backbone.prompt is not None:
+        limit = min(backbone.max_source_length, tokenizer.model_max_length)
+        texts, _ = _prompts([instance], tokenizer, limit, backbone.prompt)
     else:
         texts = [instance.source] + ([] if instance.source_pair is None else [instance.source_pair])
     if not tokenizer.is_fast:
         return texts, None
-    tokens, _ = _tokenize_sources([instance], tokenizer, max_source_length, prompt, return_offsets_mapping=True)
+    tokens, _ = _tokenize_sources([instance], tokenizer, backbone, return_offsets_mapping=True)
     number = [-1 if sequence is None else sequence for sequence in tokens.sequence_ids(0)]
     return texts, np.column_stack([number, tokens.offset_mapping[0].numpy()])
 
@@ -179,15 +172,14 @@ def texts_and_tokens(
 def _tokenize_sources(
     instances: Sequence[Instance],
     tokenizer: PreTrainedTokenizerBase,
-    max_source_length: int,
-    prompt: str | None,
+    backbone: BackboneConfig,
     **wanted: bool,
 ) -> tuple[BatchEncoding, NDArray]:
     """The inputs' tokens, and which inputs were cut, bool ``[n]``."""
-    limit = min(max_source_length, tokenizer.model_max_length)
+    limit = min(backbone.max_source_length, tokenizer.model_max_length)
     padding = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
-    if prompt is not None:
-        prompts, cut = _prompts(instances, tokenizer, limit, prompt)
+    if backbone.prompt is not None:
+        prompts, cut = _prompts(instances, tokenizer, limit, backbone.prompt)
         return tokenizer(prompts, **padding, **wanted), cut
     sources, pairs = [one.source for one in instances], [one.source_pair for one in instances]
     paired = any(pair is not None for pair in pairs)

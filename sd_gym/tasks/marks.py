@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sd_gym.config import BackboneConfig
 from sd_gym.tasks.instance import Instance
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ class MarkedText(NamedTuple):
 def marked_texts(
     instance: Instance,
     tokenizer: PreTrainedTokenizerBase,
-    max_source_length: int,
-    prompt: str | None = None,
+    backbone: BackboneConfig,
     keep: NDArray | None = None,
 ) -> list[MarkedText]:
     """The texts that a backbone is given (source and pair, or the filled prompt), and what becomes of them.
@@ -45,13 +45,12 @@ def marked_texts(
     Args:
         instance: Whose texts.
         tokenizer: The backbone's; of a slow one all is said to be read, as it cannot tell where its tokens stand.
-        max_source_length: As for ``encode``.
-        prompt: As for ``encode``.
+        backbone: As for ``encode``.
         keep: Which tokens stay, bool ``[length]``; ``None``: all.
     """
     from sd_gym.tasks.encoding import texts_and_tokens  # for which torch is imported
 
-    texts, places = texts_and_tokens(instance, tokenizer, max_source_length, prompt)
+    texts, places = texts_and_tokens(instance, tokenizer, backbone)
     if places is None:
         return [MarkedText(text, np.full(len(text), READ, dtype=np.int8)) for text in texts]
     keep = np.ones(len(places), dtype=bool) if keep is None else keep

@@ -8,10 +8,9 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +26,11 @@ from sd_gym.backbones.checks import check_positions, usable_device
 from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import head_stored_with, load_model, save_backbone
 from sd_gym.backbones.prepare import freeze_observation, prepare
+from sd_gym.config import BackboneConfig, DataConfig, QualityConfig, TokensConfig
 from sd_gym.files import as_json, read_json, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.cache import encode_cached
-from sd_gym.tasks.data import Source
 from sd_gym.tasks.dropping import TokenDropping
 from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.instance import Instance
@@ -44,8 +43,8 @@ CUT_OFF = "preparing.json"  # the settings, while a preparation runs
 
 
 def prepare_backbone(
-    backbone: str,
-    source: Source,
+    backbone: BackboneConfig,
+    data: DataConfig,
     task: str,
     output: Path,
     *,
@@ -55,21 +54,11 @@ def prepare_backbone(
     max_rate: float = 0.6,
     draw: str = "even",
     patience: int | None = None,
-    answers: Literal["generated", "extracted"] | None = None,
-    prompt: str | None = None,
-    stop: str | None = None,
-    max_source_length: int = 128,
-    max_target_length: int = 32,
-    token_shares: tuple[float, ...] = (0.0,),
-    token_ranking: str = "idf",
-    label_range: float = 1.0,
-    train_size: int | None = None,
-    validation_size: int | None = None,
-    test_size: int | None = None,
+    tokens: TokensConfig = TokensConfig(),  # noqa: B008  (frozen)
+    quality: QualityConfig = QualityConfig(),  # noqa: B008
     skip_logits: Mapping[str, NDArray] | None = None,
     resume: bool = False,
     seed: int = 0,
-    device: str = "cpu",
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
     """Fine-tune a backbone on a task so that it bears skipping, and save it with its tokenizer and a report.
@@ -78,9 +67,11 @@ def prepare_backbone(
     is that of one process); the first one writes.
 
     Args:
-        backbone: Local folder or hub id of a supported model. For classification a head of the right size is put on it
-            if it has none, for extracted answers one that marks spans; for anything else it must generate.
-        source: The data set.
+        backbone: A supported model, as an env's configuration has it: lengths, and of decoder-only ones the prompt,
+            behind which the loss is. For classification a head of the right size is put on it if it has none, for
+            extracted answers one that marks spans; for anything else it must generate.
+        data: The data set. Nothing is learned or measured on its test split, but errors in it are told early, and it is
+            compared with what is learned from.
         task: ``classification`` (or regression, where the labels are scores), ``question_answering`` or
             ``summarization``.
         output: Folder to write to: the model, ``preparation.json``, ``preparation.png`` (quality against skip rate) and
@@ -94,25 +85,14 @@ def prepare_backbone(
             (``deeper``), or as policies of several stages decide (``staged``), as ``sd_gym.backbones.draws`` says.
         patience: Validations (there are ten) without a better quality after which the preparation ends; ``None``: it
             never ends early. The weights with the best quality under random decisions are kept in any case.
-        answers: For question answering, whether the backbone generates its answers or extracts them from the context;
-            ``None``: it generates if its stored head does.
-        prompt: What decoder-only backbones read, as for ``encode``; the loss is on the answer behind it.
-        stop: What ends their answers, as for ``encode``.
-        max_source_length: Longest input, in tokens.
-        max_target_length: Longest target, in tokens.
-        token_shares: Shares of the tokens to drop that a row draws from, as in an env's configuration.
-        token_ranking: Which tokens go first; by ``attention``, that of the backbone before it is prepared.
-        label_range: Difference of the highest and the lowest score.
-        train_size: At most so many training instances; ``None``: all.
-        validation_size: Likewise.
-        test_size: Likewise, of the instances that are compared with those that it learns from; nothing is learned or
-            measured on them, but errors in them are told early.
+        tokens: Shares of the tokens to drop that a row draws from, and which go first; by ``attention``, that of the
+            backbone before it is prepared.
+        quality: Its ``label_range`` counts.
         skip_logits: To tune it under a policy: of ``train`` and ``validation``, the log-odds by which the policy skips
             each switch for each instance, float32 ``[n, switches]``. Then decisions are drawn around the policy's
             (``decisions_around``), and what the policy observes is frozen (``freeze_observation``).
         resume: Whether to go on from the checkpoint in ``output``, if there is one.
         seed: Of a new head, the batches and the decisions.
-        device: Where to run, in a single process.
         on_step: As for ``sd_gym.backbones.prepare``; called in the first process.
 
     Returns:
@@ -129,63 +109,44 @@ def prepare_backbone(
         FloatingPointError: If the loss is not finite.
     """
     accelerator = Accelerator(
-        cpu=device == "cpu",
+        cpu=backbone.device == "cpu",
         device_placement=False,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     with locked(output) if accelerator.is_main_process else nullcontext():
         there = _there(output, resume) if accelerator.is_main_process else None
-        splits = Splits(source, task, {"train": train_size, "validation": validation_size, "test": test_size})
+        splits = Splits(data, task)
         instances = {name: splits[name] for name in ("train", "validation")}
         torch.manual_seed(seed)
         if skip_logits is None:
-            model, tokenizer = _load(backbone, task, answers, instances["train"])
+            model, tokenizer = _load(backbone, task, instances["train"])
         else:
-            model, tokenizer = load_model(backbone)  # as the policy knows it
+            model, tokenizer = load_model(backbone.name)  # as the policy knows it
         head = head_of(model)
-        check_positions(backbone, model, tokenizer, head, max_source_length, max_target_length)
-        model.to(accelerator.device if accelerator.num_processes > 1 else usable_device(device))
+        check_positions(backbone, model, tokenizer, head)
+        model.to(accelerator.device if accelerator.num_processes > 1 else usable_device(backbone.device))
         board = Switchboard(model.eval())
         if skip_logits is not None:
             freeze_observation(board)
-        prompt, stop = head.prompting(prompt, stop)
-        encoding = {
-            "head": head,
-            "max_source_length": max_source_length,
-            "max_target_length": max_target_length,
-            "prompt": prompt,
-            "stop": stop,
-            "unanswerable": source.unanswerable,
-        }
+        reading = head.prompting(backbone)
 
         rarity = cache(lambda: training_rarity(tokenizer, instances["train"]))
 
         def part(name: str) -> Part:
             split = instances[name]
-            encoded = encode_cached(split, tokenizer, **encoding)
-            tokens = TokenDropping(
-                split,
-                encoded,
-                board,
-                tokenizer,
-                head,
-                shares=token_shares,
-                ranking=token_ranking,
-                rarity=rarity,
-                max_source_length=max_source_length,
-                prompt=prompt,
-            )
-            if len(token_shares) > 1:  # as the backbone ranks them before it is prepared
-                tokens.scores, tokens.droppable  # noqa: B018
-            return Part(split, encoded, head, tokens, None if skip_logits is None else skip_logits[name])
+            encoded = encode_cached(split, tokenizer, head, reading, unanswerable=data.unanswerable)
+            dropping = TokenDropping(split, encoded, board, tokenizer, head, reading, tokens, rarity)
+            if len(tokens.shares) > 1:  # as the backbone ranks them before it is prepared
+                dropping.scores, dropping.droppable  # noqa: B018
+            return Part(split, encoded, head, dropping, None if skip_logits is None else skip_logits[name])
 
         train, validation = part("train"), part("validation")
         if "test" in splits:  # what is wrong with it shall be known now
-            encode_cached(splits["test"], tokenizer, **encoding)
+            encode_cached(splits["test"], tokenizer, head, reading, unanswerable=data.unanswerable)
         settings = {
             MARKER: __version__,
-            "backbone": backbone,
-            "source": asdict(source),
+            "backbone": backbone.name,
+            "source": data.model_dump(),
             "task": task,
             "steps": steps,
             "batch_size": batch_size,
@@ -195,13 +156,13 @@ def prepare_backbone(
             "max_rate": max_rate,
             "draw": draw,
             "patience": patience,
-            "prompt": prompt,
-            "stop": stop,
-            "max_source_length": max_source_length,
-            "max_target_length": max_target_length,
-            "token_shares": list(token_shares),
-            "token_ranking": token_ranking,
-            "label_range": label_range,
+            "prompt": reading.prompt,
+            "stop": reading.stop,
+            "max_source_length": reading.max_source_length,
+            "max_target_length": reading.max_target_length,
+            "token_shares": list(tokens.shares),
+            "token_ranking": tokens.ranking,
+            "label_range": quality.label_range,
             "seed": seed,
             "data": {name: part.provenance for name, part in (("train", train), ("validation", validation))},
             "policy": None if skip_logits is None else _hash(skip_logits),
@@ -211,7 +172,7 @@ def prepare_backbone(
                 check_unchanged(output, there["data"], splits)
                 _check_same(output, there, settings)
             write_json(output / CUT_OFF, settings)
-        score = Score(board, validation, label_range, max_target_length, accelerator)
+        score = Score(board, validation, quality, reading, accelerator)
         before = score.by_rate(), score.by_share()
         writer: SummaryWriter | None = None
 
@@ -231,7 +192,7 @@ def prepare_backbone(
                 board,
                 _batches(train, batch_size, seed, accelerator),
                 steps=steps,
-                dense_steps=steps if max_rate == 0 and len(token_shares) == 1 else 0,
+                dense_steps=steps if max_rate == 0 and len(tokens.shares) == 1 else 0,
                 learning_rate=learning_rate,
                 warmup_steps=max(1, steps // 10),
                 max_rate=max_rate,
@@ -303,16 +264,16 @@ def _hash(arrays: Mapping[str, NDArray]) -> str:
 
 
 def _load(
-    backbone: str, task: str, answers: str | None, train: list[Instance]
+    backbone: BackboneConfig, task: str, train: list[Instance]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model with the head that the task needs."""
-    family, stored = TASKS.find(task), head_stored_with(backbone)
-    head, label2id = family.head_to_prepare(stored, answers, train)
+    family, stored = TASKS.find(task), head_stored_with(backbone.name)
+    head, label2id = family.head_to_prepare(stored, backbone.answers, train)
     if head is None and (stored is None or stored.gives not in family.gives):
-        raise ValueError(f"the backbone {backbone!r} does not generate text, which {task} needs")
+        raise ValueError(f"the backbone {backbone.name!r} does not generate text, which {task} needs")
     if label2id is None:
-        return load_model(backbone, head=head)
-    model, tokenizer = load_model(backbone, head=head, num_labels=len(label2id))
+        return load_model(backbone.name, head=head)
+    model, tokenizer = load_model(backbone.name, head=head, num_labels=len(label2id))
     model.config.label2id = label2id
     model.config.id2label = {index: word for word, index in label2id.items()}
     return model, tokenizer

@@ -8,7 +8,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from sd_gym.tasks.data import SPLITS, DataError, Instances, Source, load_split
+from sd_gym.config import DataConfig
+from sd_gym.tasks.data import SPLITS, DataError, Instances, check_splits, load_split
 from sd_gym.tasks.instance import Instance
 
 
@@ -19,34 +20,36 @@ class Splits:
     splits are disjoint as they are made, and each is generated when it is asked for.
 
     Args:
-        source: The data set.
+        data: The data set.
         task: As for ``load_split``.
-        sizes: So many rows of each split at most; ``None``: all.
+
+    Raises:
+        DataError: If what ``data`` says of its splits cannot be.
     """
 
-    def __init__(self, source: Source, task: str, sizes: Mapping[str, int | None]) -> None:
-        self._source = source
+    def __init__(self, data: DataConfig, task: str) -> None:
+        check_splits(data)
+        self._data = data
         self._task = task
-        self._sizes = sizes
         self._read: dict[str, Instances | Exception] = {}
 
     def __getitem__(self, name: str) -> Instances:
         """The instances of a split, by its name.
 
         Raises:
-            FileNotFoundError, DataError: As ``load_split`` raises; and if rows stand in two splits whose ``Source``
+            FileNotFoundError, DataError: As ``load_split`` raises; and if rows stand in two splits whose ``DataConfig``
                 does not say what is done about that.
 
         Warns:
             UserWarning: If they do and are allowed to.
         """
-        if self._source.dataset == "procedural":
+        if self._data.dataset == "procedural":
             if name not in self._read:
                 self._read[name] = self._try(name, {})
         elif not self._read:
             known: dict[str, tuple[str, list]] = {}
             read = {split: self._try(split, known) for split in SPLITS}
-            _compare({split: one for split, one in read.items() if isinstance(one, Instances)}, self._source)
+            _compare({split: one for split, one in read.items() if isinstance(one, Instances)}, self._data)
             self._read = read
         found = self._read[name]
         if isinstance(found, Exception):
@@ -66,7 +69,7 @@ class Splits:
 
     def _try(self, name: str, known: dict[str, tuple[str, list]]) -> Instances | Exception:
         try:
-            return load_split(self._source, self._task, name, self._sizes[name], known)
+            return load_split(self._data, self._task, name, known)
         except (FileNotFoundError, DataError) as error:
             return error
 
@@ -94,8 +97,8 @@ def _key(instance: Instance) -> tuple[str, str | None]:
     return instance.source.strip(), instance.source_pair and instance.source_pair.strip()
 
 
-def _compare(splits: dict[str, Instances], source: Source) -> None:
-    """Do what ``source.overlap`` says about the texts that stand in two splits."""
+def _compare(splits: dict[str, Instances], data: DataConfig) -> None:
+    """Do what ``data.overlap`` says about the texts that stand in two splits."""
     texts = {name: {_key(one) for one in instances} for name, instances in splits.items()}
     shared = {
         (one, other): sum(_key(instance) in texts[other] for instance in splits[one])
@@ -104,26 +107,26 @@ def _compare(splits: dict[str, Instances], source: Source) -> None:
     }
     if not shared:
         return
-    if source.overlap == "drop":
+    if data.overlap == "drop":
         for name in splits:
             later = [texts[other] for other in splits if SPLITS.index(other) > SPLITS.index(name)]
-            _drop(splits[name], set().union(*later), f"the split {name!r} of {source.dataset!r}")
+            _drop(splits[name], set().union(*later), f"the split {name!r} of {data.dataset!r}")
         return
     words = "; ".join(
         f"{count} of the {len(splits[one])} rows of {one} ({splits[one].part}) also stand in {other} "
         f"({splits[other].part})"
         for (one, other), count in shared.items()
     )
-    if source.overlap == "error":
+    if data.overlap == "error":
         raise DataError(
-            f"splits of {source.dataset!r} overlap: {words} (the same texts, whatever their labels). A result would be "
+            f"splits of {data.dataset!r} overlap: {words} (the same texts, whatever their labels). A result would be "
             "of rows that were learned from. Cut them apart with splits=..., or set overlap=drop to leave such rows "
             "out of the first one, or overlap=allow to go on all the same"
         )
     for one, other in shared:
         for name, against in ((one, other), (other, one)):
             splits[name].also_in[against] = sum(_key(instance) in texts[against] for instance in splits[name])
-    warnings.warn(f"splits of {source.dataset!r} overlap, as overlap=allow says: {words}", stacklevel=4)
+    warnings.warn(f"splits of {data.dataset!r} overlap, as overlap=allow says: {words}", stacklevel=4)
 
 
 def _drop(instances: Instances, texts: set[tuple[str, str | None]], what: str) -> None:

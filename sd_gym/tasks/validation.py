@@ -14,6 +14,7 @@ from torch import Tensor
 from sd_gym.backbones.draws import DRAWS, layers_of
 from sd_gym.backbones.heads import Head
 from sd_gym.backbones.prepare import decisions_around
+from sd_gym.config import BackboneConfig, QualityConfig
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.data import Instances
 from sd_gym.tasks.dropping import TokenDropping
@@ -65,8 +66,8 @@ class Score:
 
     board: Switchboard
     part: Part
-    label_range: float
-    max_target_length: int
+    quality: QualityConfig
+    reading: BackboneConfig
     accelerator: Accelerator
 
     @property
@@ -114,8 +115,8 @@ class Score:
     def _sum(self, logits: Tensor, labels: Tensor, rows: NDArray) -> float:
         head, (measure, metric) = self.part.head, self.part.head.learned_as
         if measure == "of_text":
-            said = head.said(self.part, rows, head.read(logits, self.max_target_length).cpu().numpy())
+            said = head.said(self.part, rows, head.read(logits, self.reading.max_target_length).cpu().numpy())
             references = [self.part.instances[row].references for row in rows]
             return sum(text_quality(metric, text, right) for text, right in zip(said, references, strict=True))
         score = head.likelihood if measure == "likelihood" else head.exact
-        return float(score(logits, labels, self.label_range).sum())
+        return float(score(logits, labels, self.quality.label_range).sum())

@@ -17,6 +17,7 @@ from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTr
 from sd_gym.switch import FlopsModel, Switchboard
 
 if TYPE_CHECKING:
+    from sd_gym.config import BackboneConfig
     from sd_gym.tasks.encoding import Encoded
     from sd_gym.tasks.instance import Instance
 
@@ -118,13 +119,13 @@ class Head(ABC):
 
     # --- inputs and targets -------------------------------------------------------------------------------------------
 
-    def prompting(self, prompt: str | None, stop: str | None) -> tuple[str | None, str | None]:
-        """The prompt and stop that it takes, of those that are there.
+    def prompting(self, backbone: BackboneConfig) -> BackboneConfig:
+        """The backbone's part of the config with the prompt and stop that it takes, of those that are there.
 
         Raises:
             ValueError: If it needs a prompt and there is none.
         """
-        return None, None
+        return backbone.model_copy(update={"prompt": None, "stop": None})
 
     def source_options(self) -> dict[str, bool]:
         """What tokenizing its inputs has to tell."""
@@ -136,9 +137,8 @@ class Head(ABC):
         instances: Sequence[Instance],
         source: BatchEncoding,
         tokenizer: PreTrainedTokenizerBase,
+        backbone: BackboneConfig,
         *,
-        max_target_length: int,
-        stop: str | None,
         unanswerable: bool,
     ) -> Targets:
         """The targets of instances whose tokenised inputs are ``source``; arguments as of ``encode``."""

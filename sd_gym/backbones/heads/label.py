@@ -14,6 +14,7 @@ from sd_gym.backbones.heads.base import Given, Head, Targets, log_likelihoods, n
 from sd_gym.errors import DataError, short
 
 if TYPE_CHECKING:
+    from sd_gym.config import BackboneConfig
     from sd_gym.tasks.instance import Instance
 
 
@@ -66,9 +67,8 @@ class LabelHead(Head):
         instances: Sequence[Instance],
         source: BatchEncoding,
         tokenizer: PreTrainedTokenizerBase,
+        backbone: BackboneConfig,
         *,
-        max_target_length: int,
-        stop: str | None,
         unanswerable: bool,
     ) -> Targets:
         """The classes' indices; ``DataError`` if a label is none of the backbone's classes."""

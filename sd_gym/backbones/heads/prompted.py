@@ -19,6 +19,7 @@ from sd_gym.switch import Switchboard
 from sd_gym.switch.architectures import architecture_of
 
 if TYPE_CHECKING:
+    from sd_gym.config import BackboneConfig
     from sd_gym.tasks.instance import Instance
 
 
@@ -42,30 +43,33 @@ class PromptedHead(Seq2SeqHead):
         """Told by the class, and by whether there is an encoder."""
         return Head.is_stored.__func__(cls, config, architectures) and not config.is_encoder_decoder
 
-    def prompting(self, prompt: str | None, stop: str | None) -> tuple[str | None, str | None]:
+    def prompting(self, backbone: BackboneConfig) -> BackboneConfig:
         """Both, of which the prompt is needed."""
-        if prompt is None:
+        if backbone.prompt is None:
             raise ValueError(
                 "the backbone is decoder-only; say with 'prompt' what it shall read, such as '{source}\\nLabel:'"
             )
-        return prompt, stop
+        return backbone
 
     def targets(
         self,
         instances: Sequence[Instance],
         source: BatchEncoding,
         tokenizer: PreTrainedTokenizerBase,
+        backbone: BackboneConfig,
         *,
-        max_target_length: int,
-        stop: str | None,
         unanswerable: bool,
     ) -> Targets:
         """What it shall say behind the prompt: a space, the target, and what ends it."""
-        end = [tokenizer.eos_token_id] if stop is None else tokenizer(stop, add_special_tokens=False).input_ids
-        room = max_target_length - len(end)
+        end = (
+            [tokenizer.eos_token_id]
+            if backbone.stop is None
+            else tokenizer(backbone.stop, add_special_tokens=False).input_ids
+        )
+        room = backbone.max_target_length - len(end)
         if room < 1:
             raise DataError(
-                f"expected max_target_length above {len(end)}, the tokens of the stop, got {max_target_length}"
+                f"expected max_target_length above {len(end)}, the tokens of the stop, got {backbone.max_target_length}"
             )
         tokens = tokenizer([f" {instance.target}" for instance in instances], add_special_tokens=False).input_ids
         answers = [torch.tensor([*ids[:room], *end]) for ids in tokens]

@@ -16,6 +16,7 @@ from sd_gym.backbones.heads.base import IGNORED, Given, Head, Measure, Runs, Tar
 from sd_gym.switch import Switchboard
 
 if TYPE_CHECKING:
+    from sd_gym.config import BackboneConfig
     from sd_gym.tasks.encoding import Encoded
     from sd_gym.tasks.instance import Instance
 
@@ -47,23 +48,22 @@ class Seq2SeqHead(Head):
         instances: Sequence[Instance],
         source: BatchEncoding,
         tokenizer: PreTrainedTokenizerBase,
+        backbone: BackboneConfig,
         *,
-        max_target_length: int,
-        stop: str | None,
         unanswerable: bool,
     ) -> Targets:
         """The texts' tokens, cut to ``max_target_length``."""
         targets = tokenizer(
             text_target=[str(instance.target) for instance in instances],
             truncation=True,
-            max_length=max_target_length,
+            max_length=backbone.max_target_length,
             padding=True,
             padding_side="right",
             return_tensors="pt",
         )
         labels = targets.input_ids.masked_fill(targets.attention_mask == 0, IGNORED)
         length = targets.attention_mask.sum(dim=1).numpy()
-        return Targets(labels, length, was_cut(targets, max_target_length))
+        return Targets(labels, length, was_cut(targets, backbone.max_target_length))
 
     def _beside(self, encoded: Encoded, indices: NDArray) -> dict[str, Tensor]:
         labels = encoded.labels[torch.from_numpy(np.asarray(indices))]

@@ -33,6 +33,7 @@ from sd_gym.errors import DataError, short
 from sd_gym.switch import Switchboard
 
 if TYPE_CHECKING:
+    from sd_gym.config import BackboneConfig
     from sd_gym.tasks.encoding import Encoded
     from sd_gym.tasks.instance import Instance
 
@@ -73,9 +74,8 @@ class SpanHead(Head):
         instances: Sequence[Instance],
         source: BatchEncoding,
         tokenizer: PreTrainedTokenizerBase,
+        backbone: BackboneConfig,
         *,
-        max_target_length: int,
-        stop: str | None,
         unanswerable: bool,
     ) -> Targets:
         """The right spans; the first token stands for "no answer", which may be one if questions are ``unanswerable``.

@@ -1,0 +1,283 @@
+"""What an env is made of, in parts that are passed whole, and how their keys are spelled.
+
+A key's name is dotted, ``reward.epsilon``. It may be given so, in a mapping of its part, ``reward={"epsilon": 0.02}``,
+or by its short name, ``epsilon``, which no other key has: the names of former, flat configurations. What is written
+down is nested.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+from sd_gym.errors import short
+from sd_gym.objectives import NO_LAGRANGIAN, ObjectiveFunction, objective_name
+
+SplitName = Literal["train", "validation", "test"]
+Kind = Literal["attention", "cross_attention", "feed_forward"]
+KINDS: tuple[Kind, ...] = ("attention", "cross_attention", "feed_forward")  # of sublayers
+# A mapping as sorted pairs, since a configuration is hashed: envs of the same one share their core.
+Pairs = Annotated[
+    tuple[tuple[str, str], ...],
+    BeforeValidator(
+        lambda value: tuple(sorted(value.items(), key=lambda pair: str(pair[0]))) if isinstance(value, dict) else value
+    ),
+]
+# A name, or a function as ``register_objective`` takes it, which is written by its name.
+ObjectiveKey = Annotated[str | ObjectiveFunction, PlainSerializer(objective_name)]
+LONGEST = 2**20  # tokens
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and what was expected."""
+
+
+class UnknownKeyError(ConfigError, TypeError):
+    """A key that no configuration has.
+
+    Also a ``TypeError``, as any unknown keyword in Python: libraries try a keyword of theirs and catch that.
+    """
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Part):
+    """Where the instances come from.
+
+    Attributes:
+        dataset: ``procedural``, a JSONL, CSV or Parquet file, a folder of them, or a hub id.
+        subset: Of a data set on the hub, its part (its "configuration").
+        revision: Of a data set on the hub, its commit.
+        columns: The data set's name of a field, by field, where it has another one: ``{"text": "sentence"}``.
+        splits: What a split is, by split, in the data set's own splits: ``{"validation": "train[-2000:]"}``. A split
+            that is not named is the data set's own one, less the rows that the named ones have cut off it.
+        unanswerable: Whether questions may be without answer; if not, none of them is.
+        overlap: What is done about rows that stand in two splits, with the same texts: ``error``, ``drop`` (they stay
+            in the later split and are left out of the earlier one; of train, validation, test) or ``allow``.
+        train_size: So many instances at most; ``None``: all.
+        validation_size: Likewise.
+        test_size: Likewise.
+    """
+
+    dataset: str
+    subset: str | None = None
+    revision: str | None = None
+    columns: Pairs = ()
+    splits: Pairs = ()
+    unanswerable: bool = True
+    overlap: Literal["error", "drop", "allow"] = "error"
+    train_size: int | None = Field(default=None, ge=1)
+    validation_size: int | None = Field(default=None, ge=1)
+    test_size: int | None = Field(default=None, ge=1)
+
+    def size(self, split: str) -> int | None:
+        """How many instances of a split are used; ``None``: all."""
+        return getattr(self, f"{split}_size")
+
+
+class BackboneConfig(_Part):
+    """The transformer whose computation is decided on, what it reads, and how it answers.
+
+    Attributes:
+        name: ``mini``, a local folder, a GGUF file, or a hub id.
+        device: Where it runs, in a single process.
+        answers: For question answering, whether it generates its answers or extracts them from the context; ``None``:
+            as its head does.
+        prompt: For decoder-only backbones, what the input is put into: ``{source}`` and, for question answering,
+            ``{source_pair}`` (the context) are filled in; it is never cut.
+        stop: What ends an answer to a prompt; ``None``: the tokenizer's end of text.
+        max_source_length: Longest input, in tokens.
+        max_target_length: Longest answer, in tokens.
+        num_beams: Of ``generate()``; 1: greedy.
+    """
+
+    name: str
+    device: str = "cpu"
+    answers: Literal["generated", "extracted"] | None = None
+    prompt: str | None = None
+    stop: str | None = Field(default=None, min_length=1)
+    max_source_length: int = Field(default=128, ge=1, le=LONGEST)
+    max_target_length: int = Field(default=32, ge=1, le=LONGEST)
+    num_beams: int = Field(default=1, ge=1)
+
+
+class TokensConfig(_Part):
+    """Which tokens of an input a decision may drop.
+
+    Attributes:
+        shares: The share of them that each token level drops, ascending from 0.0.
+        ranking: Which ones go first.
+    """
+
+    shares: tuple[float, ...] = (0.0,)
+    ranking: str = "idf"
+
+
+class QualityConfig(_Part):
+    """What an answer is worth.
+
+    Attributes:
+        kind: What rewards are made of.
+        metric: What reports are made of.
+        label_range: Difference of the highest and the lowest score.
+    """
+
+    kind: Literal["exact_match", "balanced", "likelihood", "metric"] = "exact_match"
+    metric: str = "exact_match"
+    label_range: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+
+class RewardConfig(_Part):
+    """What a decision earns.
+
+    Attributes:
+        objective: A name, or a function as ``register_objective`` takes it.
+        epsilon: How much quality may be lost, in its own unit.
+        penalty: Reward lost at full cost.
+        cost_scale: The cost that counts as full, in units of quality.
+        vector: Whether it is ``[quality, -flops_ratio]`` instead of the objective's.
+        dense: Whether each of several stages pays for what it has saved.
+    """
+
+    objective: ObjectiveKey = "lexicographic"
+    epsilon: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    penalty: float = Field(default=20.0, gt=0, allow_inf_nan=False)
+    cost_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    vector: bool = False
+    dense: bool = False
+
+
+class EnvConfig(_Part):
+    """All keys of an env's configuration. The YAML files in ``envs_configs/`` explain each one."""
+
+    id: str
+    task: str
+    data: DataConfig
+    backbone: BackboneConfig
+    split: SplitName = "train"
+    candidates: tuple[Kind, ...] = KINDS
+    tokens: TokensConfig = TokensConfig()
+    quality: QualityConfig = QualityConfig()
+    reward: RewardConfig = RewardConfig()
+    action: Literal["multi_discrete", "multi_binary", "discrete"] = "multi_discrete"
+    codebook: str | None = None
+    observation: str = "pooled"
+    stages: tuple[str, ...] = ("first",)
+    table: str | None = None
+
+
+PARTS: dict[str, type[BaseModel]] = {
+    "data": DataConfig,
+    "backbone": BackboneConfig,
+    "tokens": TokensConfig,
+    "quality": QualityConfig,
+    "reward": RewardConfig,
+}
+# Short names that are not the last word of the key's own. Two of them are names of parts as well: a mapping is the
+# part, anything else the key.
+_SHORT = {
+    "backbone.name": "backbone",
+    "tokens.shares": "token_shares",
+    "tokens.ranking": "token_ranking",
+    "quality.kind": "quality",
+    "reward.vector": "vector_reward",
+    "reward.dense": "dense_reward",
+}
+KEYS = tuple(  # all of them, dotted
+    key
+    for name in EnvConfig.model_fields
+    for key in ([f"{name}.{inner}" for inner in PARTS[name].model_fields] if name in PARTS else [name])
+)
+_DOTTED = {_SHORT.get(key, key.rpartition(".")[2]): key for key in KEYS}  # by short name
+
+
+def is_key(name: str) -> bool:
+    """Whether a name is that of a key, in any spelling, or of a part."""
+    return name in KEYS or name in _DOTTED or name in PARTS
+
+
+def spelled(values: Mapping[str, Any], origin: str = "the config") -> dict[str, Any]:
+    """Values by dotted key, however their keys are spelled; the values are not checked.
+
+    Args:
+        values: By dotted key, short name, or name of a part.
+        origin: Where they come from, for messages.
+
+    Raises:
+        UnknownKeyError: Naming the key and the nearest known one.
+        ConfigError: If a key has two values, or a part is no mapping.
+    """
+    found: dict[str, Any] = {}
+    spelling: dict[str, str] = {}
+    for key, name, value in _each(values, origin):
+        if key in found and not _same(found[key], value):
+            raise ConfigError(
+                f"{origin}: config key {key!r} has two values: {spelling[key]!r} is {short(found[key])}, and {name!r} "
+                f"is {short(value)}; leave one of them out"
+            )
+        found[key], spelling[key] = value, name
+    return found
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted key, in mappings of their parts, as they are written down."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        part, _, inner = key.rpartition(".")
+        (found.setdefault(part, {}) if part else found)[inner] = value
+    return found
+
+
+def stored(values: Mapping[str, Any], origin: str = "the config") -> dict[str, Any]:
+    """By dotted key what was written down, nested, or flat by a former version; raises as ``spelled``.
+
+    There, a Lagrangian was an objective of the env, with a ``multiplier_rate``.
+    """
+    found = spelled({key: value for key, value in values.items() if key != "multiplier_rate"}, origin)
+    if "multiplier_rate" in values and found.get("reward.objective") == "lagrangian":
+        found["reward.objective"] = "lexicographic"
+    return found
+
+
+def _each(values: Mapping[str, Any], origin: str) -> Iterator[tuple[str, str, Any]]:
+    """Dotted key, spelling and value of each."""
+    for name, value in values.items():
+        if name in PARTS and isinstance(value, Mapping):
+            for inner, of_part in value.items():
+                key = f"{name}.{inner}"
+                if key not in KEYS:
+                    raise _unknown(key, name, origin)
+                yield key, key, of_part
+        elif name in KEYS or name in _DOTTED:
+            yield _DOTTED.get(name, name), name, value
+        elif name in PARTS:
+            raise ConfigError(
+                f"{origin}: config key {name!r}: expected a mapping with keys of "
+                f"{', '.join(PARTS[name].model_fields)}; got {short(value)}"
+            )
+        else:
+            raise _unknown(name, name, origin)
+
+
+def _unknown(key: Any, keyword: Any, origin: str) -> UnknownKeyError:
+    if key == "multiplier_rate":
+        return UnknownKeyError(f"{origin}: config key 'multiplier_rate': {NO_LAGRANGIAN}")
+    near = difflib.get_close_matches(str(key), [*KEYS, *_DOTTED], n=1)
+    hint = f"; did you mean {_DOTTED.get(near[0], near[0])!r}?" if near else "."
+    # TorchRL tells an unknown keyword from other errors by Python's own words, which are therefore in it.
+    return UnknownKeyError(
+        f"{origin}: unknown config key {key!r}{hint} Known keys: {', '.join(KEYS)} (unexpected keyword argument "
+        f"{keyword!r})."
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except ValueError:  # arrays do not tell
+        return False
