@@ -88,7 +88,7 @@ def test_the_wrapped_env_is_as_it_was():
     assert pickle.loads(pickle.dumps(wrapped)).lagrangian.multiplier == 3.0
 
 
-@pytest.mark.parametrize("key", ["vector_reward", "dense_reward"])
+@pytest.mark.parametrize("key", ["reward.vector", "reward.dense"])
 def test_other_rewards_are_refused(key):
     env = gym.make_vec(STAGED, num_envs=2, **{key: True}, **SMALL)
     with pytest.raises(ValueError, match=f"one reward an episode, but the env has {key}=True; leave it out"):
