@@ -1,10 +1,11 @@
 """The paper's ablations, one command each: what a choice is worth, as a table.
 
     python benchmarks/ablations.py candidates
-    python benchmarks/ablations.py objective --seeds 0 1 2 --steps 20000 --jobs 2
+    python benchmarks/ablations.py objective --env SD/Classification-TREC-Table-v0 --seeds 0 1 2 3 4
 
 Every row is trained alike, but for what it is about; each figure is that of ``from_nothing.py``: FLOPs with the
 policy's own, points of quality lost, as learned and as selected. Rows that several ablations share are trained once.
+``--env`` takes another env than the Mini classifier, such as a table, where all rows of the ablation can be on it.
 What is finished is kept and what was cut off goes on; ``--table`` only prints what is there.
 """
 
@@ -54,12 +55,15 @@ ABLATIONS: dict[str, dict[str, Row]] = {
         "pooled embeddings": (MINI, "ppo", {}),
         "tokens, as many channels as 1% of the FLOPs": (MINI, "ppo", {"observation": "tokens"}),
         "tokens, 8 channels": (MINI, "ppo", {"observation": "tokens", "channels": 8}),
-        "nothing: one decision for all inputs": (MINI, "blind-ppo", {}),
     },
     "stages": {
         "one": (MINI, "ppo", {}),
         "three": ("SD/Classification-Mini-Staged-v0", "ppo", {}),
         "every layer": ("SD/Classification-Mini-Layerwise-v0", "ppo", {}),
+    },
+    "input": {
+        "one decision for all inputs": (MINI, "blind-ppo", {}),
+        "a decision for each input": (MINI, "ppo", {}),
     },
     "start": {
         "even odds": (MINI, "ppo", {}),
@@ -90,8 +94,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--jobs", type=int, default=1, help="processes, which share the cores")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
+    parser.add_argument("--env", default=MINI, help="instead of the Mini classifier, for objective and start")
     arguments = parser.parse_args()
     rows, steps = ABLATIONS[arguments.ablation], arguments.steps
+    if arguments.env != MINI:
+        if any(env != MINI for env, _, _ in rows.values()):
+            parser.error(f"{arguments.ablation} has rows on other envs than {MINI}; leave --env out")
+        rows = {name: (arguments.env, algo, settings) for name, (_, algo, settings) in rows.items()}
     if not arguments.table:
         runs = [
             Planned(env, algo, folder_of(arguments.output, (env, algo, settings), steps, seed), steps, seed, settings)
