@@ -16,7 +16,8 @@ from sd_gym.agents.experiment.plan import plan
 from sd_gym.agents.experiment.verdict import ONE_SIDED_95
 from sd_gym.agents.presets import OF_ENV
 
-from sd_gym.envs.config import EnvConfig, load_config, stored_config
+from sd_gym.config import EnvConfig, spelled
+from sd_gym.envs.config import load_config, stored_config
 from sd_gym.envs.core import Core, shared_core
 from sd_gym.envs.spaces import Observations, each
 from sd_gym.files import write_json
@@ -203,11 +204,12 @@ def _evaluate(
     """As ``evaluate``, into a folder that is empty."""
     core = shared_core(_config(env_id, policy, settings))
     origin = read_description(Path(policy)) if isinstance(policy, str | Path) else None
-    was = None if origin is None else stored_config(origin["env_config"], str(policy))
-    same_data = origin is not None and origin["env"] == env_id and _same_data(core.config, was)
+    given = spelled(settings)  # who names data, or a backbone, means what is there now
+    names_data = any(key == "table" or key.startswith("data.") for key in given)
+    same_data = origin is not None and origin["env"] == env_id and not names_data
     if same_data:
         check_unchanged(Path(policy), origin.get("data", {}), core.data)
-        if core.config.backbone.name == was.backbone.name:
+        if "backbone.name" not in given:
             check_backbone(Path(policy), origin.get("weights"), core.backbone)
     decides = _decides(policy, policy_flops, core)
     used = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
@@ -220,6 +222,7 @@ def _evaluate(
             description |= {
                 key: origin[key] for key in ("steps", "seed", "strictness", "agent_settings", "data") if key in origin
             }
+            was = stored_config(origin["env_config"], str(policy))
             description["env_config"]["reward"]["objective"] = was.reward.objective
         write_json(folder / "config.json", description)
     result = run.measured(core, decides, split, folder)
@@ -228,10 +231,6 @@ def _evaluate(
     if folder is not None:
         run.write_result(result, core, folder)
     return result
-
-
-def _same_data(one: EnvConfig, other: EnvConfig) -> bool:
-    return (one.data, one.table) == (other.data, other.table)
 
 
 @dataclass

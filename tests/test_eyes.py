@@ -70,6 +70,11 @@ def learned(agent, orders, folder, steps, monkeypatch, observation="tokens", **s
 
     monkeypatch.setattr(split.scoring, "quality", quality)
     monkeypatch.setattr(split.scoring, "run", lambda rows, decisions: quality(rows, decisions)[0])
+
+    def losses_along(split, rows, path, on_round):
+        return 1 - np.stack([quality(rows, np.tile(mask, (len(rows), 1)))[0] for mask in path], axis=1)
+
+    monkeypatch.setattr("sd_gym.agents.imitation.agent.losses_along", losses_along)
     env.reset(seed=0)
     agent = make_agent(agent, env, seed=0, **settings)
     agent.learn(steps, configure(str(folder), []), lambda rollout: None)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sd_gym.agents import make_agent
 from sd_gym.agents.baselines.search import losses_along
-from sd_gym.agents.baselines.static import SEARCHED
+from sd_gym.agents.baselines.static import MASKS
 from sd_gym.agents.experiment.run import train
-from sd_gym.agents.imitation.agent import read_searched
+from sd_gym.agents.imitation.agent import SEARCHED, read_searched
 from sd_gym.agents.imitation.rates import component_logits, step_logits
 from stable_baselines3.common.logger import configure
 
@@ -104,7 +104,7 @@ def test_static_takes_over_the_path_that_imitation_has_searched(env, tmp_path):
     static = make_agent("static", env, path=tmp_path)
     static.learn(1, configure(str(tmp_path), []), lambda rollout: None)
     np.testing.assert_array_equal(static.masks, agent.searched.path)
-    (tmp_path / SEARCHED).unlink()
+    (tmp_path / MASKS).unlink()
     with pytest.raises(FileNotFoundError, match="static or imitation"):
         make_agent("static", env, path=tmp_path).learn(1, configure(str(tmp_path), []), lambda rollout: None)
 

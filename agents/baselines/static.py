@@ -17,10 +17,9 @@ from sd_gym.agents.learning.agent import Agent, AgentSettings, OnRollout, Rollou
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.spaces import read_masks, write_masks
-from sd_gym.files import read_tensors
 from sd_gym.policy import DecisionPolicy
 
-SEARCHED = "searched.safetensors"  # what a run of imitation has found
+MASKS = "masks.json"
 CONFIDENCE = 0.9  # in the mask; less than certain, so that learning that starts from it can leave it
 
 
@@ -81,7 +80,7 @@ class StaticAgent(Agent):
 
         An env with ``action="discrete"`` takes the folder as its ``codebook``.
         """
-        write_masks(np.stack(self.masks), folder / "masks.json")
+        write_masks(np.stack(self.masks), folder / MASKS)
         core, split = self.env.core, self.env.core.split("validation")
         rows, masks = halves(split)[0], np.unique(self.masks, axis=0)
         scored = [score_decisions(core, split, rows, np.tile(mask, (len(rows), 1))) for mask in masks]
@@ -99,15 +98,10 @@ def searched_masks(folder: Path, nvec: NDArray) -> list[NDArray]:
         FileNotFoundError: If the folder holds none.
         ValueError: If they are masks of something else.
     """
-    file, path = folder / "masks.json", folder / SEARCHED
-    if file.exists():
-        return list(read_masks(file, nvec))
-    if not path.exists():
-        raise FileNotFoundError(f"no masks.json in {folder}; expected a run of the agent static or imitation")
-    masks = read_tensors(path)["path"].numpy()
-    if masks.shape[1:] != nvec.shape:
-        raise ValueError(f"the masks in {path} have {masks.shape[1]} components, expected {len(nvec)}")
-    return list(masks)
+    file = folder / MASKS
+    if not file.exists():
+        raise FileNotFoundError(f"no {MASKS} in {folder}; expected a run of the agent static or imitation")
+    return list(read_masks(file, nvec))
 
 
 def backward_path(folder: Path, nvec: NDArray) -> list[NDArray]:

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.baselines.search import greedy_path, losses_along
-from sd_gym.agents.baselines.static import SEARCHED, backward_path, report
+from sd_gym.agents.baselines.static import MASKS, backward_path, report
 from sd_gym.agents.experiment.evaluation import seen_together
 from sd_gym.agents.imitation.rates import component_logits, step_logits
 from sd_gym.agents.imitation.staged import Induction, Stretch, Taught
@@ -40,7 +40,7 @@ from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
 from sd_gym.policy.eyes import Eyes, tensors
 
 ORDER_INSTANCES = 1000  # that the path of static masks is searched on
-MASKS = "masks.json"
+SEARCHED = "searched.safetensors"
 CAUTION = (1.0, 1000.0)  # log-odds by which stages before a later one are more cautious; the last one runs all there
 STARTS = 3  # stages at most that are offered as the first one that skips
 SURE = 6.0  # log-odds of skipping at most: learning that goes on from the policy can still leave a decision
@@ -180,9 +180,9 @@ class ImitationAgent(Agent):
         return Searched(rows, np.stack(path), losses_along(split, rows, path, on_round).astype(np.float32))
 
     def save_extra(self, folder: Path) -> None:
-        """Write ``searched.safetensors``, the fields of ``Searched``; of several stages ``masks.json``, the path."""
+        """Write ``masks.json``, the path, and, where it was decided once, ``searched.safetensors``, of ``Searched``."""
+        write_masks(self.searched.path, folder / MASKS)
         if self.env.core.is_staged:
-            write_masks(self.searched.path, folder / MASKS)
             return
         searched = self.searched._asdict().items()
         write_tensors(
