@@ -526,11 +526,9 @@ def test_every_configuration_explains_the_keys():
             continue
         lines = file.read_text().splitlines()
         extends = any(line.startswith("extends:") for line in lines)
-        for key in (
-            ("extends", "stages") if extends else ("action", "codebook", "observation", "vector_reward", "stages")
-        ):
+        for key in ("extends", "stages") if extends else ("action", "codebook", "observation", "  vector", "stages"):
             number = next(n for n, line in enumerate(lines) if line.startswith(f"{key}:"))
-            assert lines[number - 1].startswith("# ")
+            assert lines[number - 1].strip().startswith("# ")
     assert {file.stem for file in (CONFIG_FOLDER / "codebooks").glob("*.json")} == {
         file.stem for file in config_files() if file.stem.endswith("mini")
     }

@@ -122,7 +122,9 @@ def test_the_policy_decides_as_the_actor(env, algo, tmp_path):
 
 
 def _keys(env):
-    return {key: getattr(env.config, key) for key in ("dataset", "backbone", "stages", "epsilon")}
+    config = env.config
+    parts = {"data.dataset": config.data.dataset, "backbone.name": config.backbone.name}
+    return {**parts, "stages": config.stages, "epsilon": config.reward.epsilon}
 
 
 def test_looking_counts_at_every_stage(env):
