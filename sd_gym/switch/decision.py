@@ -26,7 +26,6 @@ class Call(NamedTuple):
 
     hidden: Tensor  # the branch's input, all rows
     rows: Tensor | None  # that run; None: all
-    empty: bool  # whether no row runs
 
 
 class Pass(local):
