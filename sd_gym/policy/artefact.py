@@ -147,7 +147,7 @@ class SkipPolicy:
         Raises:
             ValueError: If tokens alone do not tell which of them are protected.
         """
-        if not level.any():
+        if self.network.nvec[-1] == 1 or not level.any():
             return None
         if self.protection is None:
             raise ValueError(

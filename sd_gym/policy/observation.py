@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -35,10 +36,17 @@ def features_of(hidden: Tensor, mask: Tensor | None) -> Tensor:
     Without a mask all of them are there.
     """
     if mask is None:
-        length = torch.full((len(hidden), 1), float(hidden.shape[1]), device=hidden.device)
-    else:
-        length = mask.sum(dim=1, keepdim=True).float()
+        return torch.cat([pooled(hidden, None), _all_of_length(hidden.shape[1], len(hidden), hidden.device)], dim=1)
+    length = mask.sum(dim=1, keepdim=True).float()
     return torch.cat([pooled(hidden, mask), length, length.log()], dim=1)
+
+
+@lru_cache(maxsize=1024)
+def _all_of_length(length: int, rows: int, device: torch.device) -> Tensor:
+    """A length and its logarithm, ``[rows, 2]``; made once, since a small backbone waits for each call."""
+    with torch.inference_mode(False):
+        lengths = torch.full((rows, 1), float(length), device=device)
+        return torch.cat([lengths, lengths.log()], dim=1)
 
 
 def tokens_of(hidden: Tensor, mask: Tensor, mean: NDArray, deviation: NDArray, length: int) -> dict[str, NDArray]:

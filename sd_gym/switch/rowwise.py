@@ -92,8 +92,6 @@ class Rowwise:
             hidden: What enters the layer, ``[batch, length, width]``.
             cache: The model's cache, if it has one.
         """
-        if cache is None and not output_capturing._active_collector.get():
-            return
         call = Call(hidden, decision.rows_of(self.number, hidden.shape[0]))
         drops = self._drops(decision)
         self._count(decision, drops, self._passed_layer(decision, drops, call, cache), hidden)
@@ -230,6 +228,11 @@ class Rowwise:
         if call.rows is None or output is None:
             return output
         return output.new_zeros(len(call.hidden), *output.shape[1:]).index_copy_(0, call.rows, output)
+
+
+def is_showing() -> bool:
+    """Whether Hugging Face gathers anything of the modules that run, such as their attention weights."""
+    return bool(output_capturing._active_collector.get())
 
 
 def _shown_weights(kind: str) -> list[Tensor] | None:

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from sd_gym.switch.cache import cache_among
 from sd_gym.switch.context import Scope
 from sd_gym.switch.decision import Decision, InForce
-from sd_gym.switch.rowwise import Rowwise
+from sd_gym.switch.rowwise import Rowwise, is_showing
 from sd_gym.switch.tokens import TokenPass
 
 
@@ -56,9 +56,9 @@ class Layer:
         """The layer."""
         if not isinstance(decision, Decision):
             return inner(*args, **kwargs)
-        if decision.resumes == self.place:
+        if decision.behind is not None and decision.resumes == self.place:
             args, kwargs = _with_hidden(decision.resumed(_hidden(args, kwargs)), args, kwargs)
-        if decision.is_at(self.place):
+        if decision.choice is not None and decision.is_at(self.place):
             decision = decision.settled(_hidden(args, kwargs), cache_among(args, kwargs))
             if decision is None:
                 return inner(*args, **kwargs)
@@ -88,8 +88,9 @@ class Layer:
         hidden = _hidden(args, kwargs)
         decision.repeats_in(hidden.shape[0])  # not len(), which an export would take for a constant
         cache = cache_among(args, kwargs)
-        for attention in self.attentions:
-            attention.pass_by(decision, hidden, cache)
+        if cache is not None or is_showing():
+            for attention in self.attentions:
+                attention.pass_by(decision, hidden, cache)
         return hidden
 
 
