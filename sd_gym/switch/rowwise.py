@@ -51,9 +51,11 @@ class Rowwise:
             decision.refuse_tracing()
             return self._run_signed(decision, inner, args, kwargs) if place.attention else inner(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
-        call = self._begun(decision, hidden) if place.first else decision.state.calls[self.number]
-        if place.last:
-            del decision.state.calls[self.number]  # holds no memory between passes
+        calls = decision.state.calls
+        if place.first:
+            decision.check(hidden.shape[0])
+            calls[self.number] = Call(hidden, decision.rows_of(self.number, hidden.shape[0]))
+        call = calls.pop(self.number) if place.last else calls[self.number]  # holds no memory between passes
         if call.rows is None and not (place.attention and drops):
             return inner(*args, **kwargs)
         if place.attention:
@@ -61,20 +63,13 @@ class Rowwise:
         output = inner(*self._selected(decision, args, call), **self._selected(decision, kwargs, call))
         return self._scattered(call, output) if place.last else output
 
-    def _begun(self, decision: Decision, hidden: Tensor) -> Call:
-        """What the first module of the sublayer leaves to the others."""
-        decision.refuse_replays()
-        decision.refuse_tracing()
-        call = Call(hidden, decision.rows_of(self.number, hidden.shape[0]))
-        decision.state.calls[self.number] = call
-        return call
-
     def _run_by_none(self, place: Place, decision: Decision, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One module of a sublayer that no row runs, the quickest way to its end."""
         calls, hidden = decision.state.calls, args[0] if args else kwargs["hidden_states"]
-        call = self._begun(decision, hidden) if place.first else calls[self.number]
-        if place.last:
-            del calls[self.number]
+        if place.first:
+            decision.check(hidden.shape[0])
+            calls[self.number] = Call(hidden, decision.plan.rows[1][self.number])
+        call = calls.pop(self.number) if place.last else calls[self.number]
         output = self._skipped(call) if place.last else hidden[:0]
         if not place.attention:
             return output

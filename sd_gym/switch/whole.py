@@ -83,10 +83,8 @@ class Layer:
 
     def _passed_by(self, decision: Decision, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The hidden states as they are, where no row runs any sublayer; a cache is told of what it has passed."""
-        decision.refuse_replays()
-        decision.refuse_tracing()
         hidden = _hidden(args, kwargs)
-        decision.repeats_in(hidden.shape[0])  # not len(), which an export would take for a constant
+        decision.check(hidden.shape[0])  # not len(), which an export would take for a constant
         cache = cache_among(args, kwargs)
         if cache is not None or is_showing():
             for attention in self.attentions:
