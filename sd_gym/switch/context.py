@@ -163,7 +163,7 @@ class Scope:
 
     def fill(self, shadows: list[Shadow]) -> None:
         """Have these shadows put in place where a decision needs them."""
-        self.shadows = shadows
+        self.shadows, self.lost = shadows, [shadow for shadow in shadows if shadow.is_lost]
         self.family.join(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
