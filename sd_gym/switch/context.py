@@ -163,19 +163,21 @@ class Scope:
 
     def fill(self, shadows: list[Shadow]) -> None:
         """Have these shadows put in place where a decision needs them."""
-        self.shadows, self.lost = shadows, [shadow for shadow in shadows if shadow.is_lost]
+        self.shadows = shadows
         self.family.join(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
         memo[id(self)] = scope = Scope(original=self)
-        scope.fill(copy.deepcopy(self.shadows, memo))
+        shadows, scope.lost = copy.deepcopy((self.shadows, self.lost), memo)
+        scope.fill(shadows)
         return scope
 
-    def __getstate__(self) -> list[Shadow]:
-        return self.shadows  # decisions stay in their process
+    def __getstate__(self) -> tuple[list[Shadow], list[Shadow]]:
+        return self.shadows, self.lost  # decisions stay in their process
 
-    def __setstate__(self, shadows: list[Shadow]) -> None:
+    def __setstate__(self, state: tuple[list[Shadow], list[Shadow]]) -> None:
         self.__init__()
+        shadows, self.lost = state
         self.fill(shadows)
 
     def current(self) -> InForce:
