@@ -233,7 +233,7 @@ def is_showing() -> bool:
 def _shown_weights(kind: str) -> list[Tensor] | None:
     """Where Hugging Face gathers what ``output_attentions`` shows of a stack; ``None``: it was not asked for."""
     gathered = output_capturing._active_collector.get()
-    return gathered and gathered.get("cross_attentions" if kind == "cross_attention" else "attentions")
+    return gathered.get("cross_attentions" if kind == "cross_attention" else "attentions") if gathered else None
 
 
 def _with_cache(layer: KeptRows | None, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
