@@ -1,14 +1,16 @@
 """What the clock shows of a trained policy, from tokenised inputs to outputs, deciding included; dense in the same run.
 
     sd-gym train SD/Summarization-Mini-v0 --output runs/mini
-    sd-gym reduce runs/mini --codebook 8 --output runs/mini-8
-    python benchmarks/end_to_end.py runs/mini runs/mini-8
+    python benchmarks/end_to_end.py runs/mini runs/reviews --codebook 8
 
-For each run: the attached model on batches of the env's test split (``generate()`` where it generates) at the batch
-sizes, and its texts in bulk, as ``sd-gym run`` answers a file. Dense, the untouched model, takes turns with it
-on the same inputs; in bulk its rows are grouped by length, as well. "time" is over dense: the median over batches, at
-batch 1 the mean, since decisions differ from input to input. Promise kept = FLOPs / time; 1 = all of it. "agree" is how
-many rows of a batch share the commonest decision.
+For each run, and with ``--codebook`` for what ``sd-gym reduce`` makes of it (kept beside it): the attached model on
+batches of the env's test split, one pass (teacher-forced where it generates) and ``generate()``, and its texts in bulk,
+as ``sd-gym run`` answers a file. Dense, the untouched model, takes turns with it on the same inputs; in bulk its rows
+are grouped by length, as well, and tokenising and writing count for both.
+
+Times are over dense, by the wall clock and by the time of the processor, which other work on the machine disturbs less:
+the median over batches; at batch 1 the mean, since decisions differ from input to input. Promise kept = FLOPs / time; 1
+= all of it. "agree" is how many rows of a batch share the commonest decision.
 """
 
 from __future__ import annotations
@@ -18,46 +20,86 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from sd_gym.agents.experiment.run import load_run
+from sd_gym.agents.experiment.run import load_run, reduce
 
 import sd_gym
 from sd_gym.backbones import load_backbone
+from sd_gym.envs.core import Core
 from sd_gym.inference.bulk import run_file
-from sd_gym.inference.texts import SkippingModel
+from sd_gym.inference.texts import Answer, SkippingModel
 
 WARM_UP = 2
+BULK_ROUNDS = 3
 
 
-def seconds(run: Callable[[], object]) -> float:
+class Times(NamedTuple):
+    """Seconds, or ratios of them."""
+
+    wall: float
+    processor: float
+
+    def over(self, dense: Times) -> Times:
+        """Ratios."""
+        return Times(self.wall / dense.wall, self.processor / dense.processor)
+
+
+def timed(run: Callable[[], object]) -> Times:
     """How long it takes."""
-    started = time.perf_counter()
+    wall, processor = time.perf_counter(), time.process_time()
     run()
-    return time.perf_counter() - started
+    return Times(time.perf_counter() - wall, time.process_time() - processor)
+
+
+def middle(ratios: Sequence[Times], average: Callable[[Sequence[float]], float]) -> Times:
+    """The average ratio by each clock."""
+    return Times(*(average(clock) for clock in zip(*ratios, strict=True)))
+
+
+def shown(flops: float, clock: Times, agree: float) -> list[str]:
+    """The cells of a row."""
+    kept = [cell for time in clock for cell in (f"{time:.1%}", f"{flops / time:.2f}")]
+    return [f"{flops:.1%}", *kept, f"{agree:.0%}"]
+
+
+class Dense:
+    """A model on which everything runs, for ``run_file``."""
+
+    def __init__(self, model: SkippingModel) -> None:
+        self.checked, self._model = model.checked, model
+
+    def __call__(self, inputs: list[list[str]]) -> list[Answer]:
+        """Answers."""
+        return self._model(inputs, dense=True)
 
 
 @torch.inference_mode()
-def batches(model: SkippingModel, dense: torch.nn.Module, core, size: int, pairs: int) -> list[str]:
-    """FLOPs, time, promise kept and agreement at a batch size."""
-    split, random, generates = core.split("test"), np.random.default_rng(0), core.backbone.model.can_generate()
-    settings = {"max_new_tokens": core.config.backbone.max_target_length, "do_sample": False} if generates else {}
+def batches(
+    model: SkippingModel, dense: torch.nn.Module, core: Core, size: int, pairs: int, *, generates: bool
+) -> list[str]:
+    """The row of a batch size, of one pass or of ``generate()``."""
+    split, random, head = core.split("test"), np.random.default_rng(0), core.backbone.head
     flops, times, agree = [], [], []
     for number in range(pairs + WARM_UP):
         rows = random.integers(len(split), size=size)
-        given = split.passes.inputs(rows)
-        given = {key: given[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in given}
+        batch = split.passes.inputs(rows)
+        given = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
 
-        def call(one: torch.nn.Module, given: dict = given) -> object:
-            return one.generate(**given, **settings) if generates else one(**given)
+        def call(one: torch.nn.Module, batch: dict = batch, given: dict = given) -> object:
+            if generates:
+                return one.generate(**given, max_new_tokens=core.config.backbone.max_target_length, do_sample=False)
+            return head.forward(Switched(one), batch)
 
-        ratio = 1 / seconds(lambda call=call: call(dense)) * seconds(lambda call=call: call(model.model))
+        of_dense = timed(lambda call=call: call(dense))
+        ratio = timed(lambda call=call: call(model.model)).over(of_dense)
         if number < WARM_UP:
             continue
         times.append(ratio)
@@ -65,25 +107,63 @@ def batches(model: SkippingModel, dense: torch.nn.Module, core, size: int, pairs
         flops.append(float((model.model.decisions.flops_ratio + own).mean()))
         _, same = np.unique(model.model.decisions.skip, axis=0, return_counts=True)
         agree.append(same.max() / size)
-    clock = statistics.fmean(times) if size == 1 else statistics.median(times)
-    shown = statistics.fmean(flops)
-    return [f"{shown:.1%}", f"{clock:.1%}", f"{shown / clock:.2f}", f"{statistics.fmean(agree):.0%}"]
+    clock = middle(times, statistics.fmean if size == 1 else statistics.median)
+    return shown(statistics.fmean(flops), clock, statistics.fmean(agree))
 
 
-def in_bulk(model: SkippingModel, core, count: int) -> list[str]:
-    """FLOPs, time, promise kept and agreement of a file with the test split's first texts."""
-    with TemporaryDirectory() as folder:
-        source = Path(folder) / "texts.jsonl"
+class Switched(NamedTuple):
+    """What ``Head.forward`` asks a switchboard for."""
+
+    model: torch.nn.Module
+
+
+def in_bulk(model: SkippingModel, core: Core, count: int) -> list[str]:
+    """The row of a file with the test split's first texts."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        source, answers = folder / "texts.jsonl", folder / "answers.jsonl"
         texts = [(one.source, one.source_pair) for one in core.split("test").instances[:count]]
         rows = [dict(zip(model.fields, (text for text in pair if text is not None), strict=False)) for pair in texts]
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
         model([list(row.values()) for row in rows[:64]])
-        bulk = run_file(model, source, Path(folder) / "answers.jsonl", compare=True)
-        lines = (Path(folder) / "answers.jsonl").read_text().splitlines()
-        decided = [json.dumps([json.loads(line)[key] for key in ("skip", "token_level")]) for line in lines]
-    flops, clock = float(np.mean(bulk.flops_ratio)), bulk.seconds / bulk.dense_seconds
+
+        def answer(one: SkippingModel | Dense) -> None:
+            answers.unlink(missing_ok=True)
+            run_file(one, source, answers)
+
+        times = []
+        for _ in range(BULK_ROUNDS):
+            of_dense = timed(lambda: answer(Dense(model)))
+            times.append(timed(lambda: answer(model)).over(of_dense))
+        lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    decided = [json.dumps([line[key] for key in ("skip", "token_level")]) for line in lines]
     commonest = max(decided.count(one) for one in set(decided)) / len(decided)
-    return [f"{flops:.1%}", f"{clock:.1%}", f"{flops / clock:.2f}", f"{commonest:.0%}"]
+    flops = statistics.fmean(line["flops_ratio"] for line in lines)
+    return shown(flops, middle(times, statistics.median), commonest)
+
+
+def reduced(run: Path, codebook: int) -> Path:
+    """What ``sd-gym reduce`` makes of a run, made once."""
+    folder = run.with_name(f"{run.name}-codebook-{codebook}")
+    if not folder.exists():
+        reduce(run, codebook, folder)
+    return folder
+
+
+def add_rows(table: Table, run: Path, arguments: argparse.Namespace) -> None:
+    """Measure a run."""
+    _, core, _ = load_run(run)
+    dense = copy.deepcopy(load_backbone(core.config.backbone.name, core.config.backbone.device).model)
+    dense._switchboard.remove()
+    model = sd_gym.load(run)
+    for generates in (False, True) if core.backbone.model.can_generate() else (False,):
+        for size in arguments.batch_sizes:
+            cells = batches(model, dense, core, size, arguments.pairs, generates=generates)
+            table.add_row(run.name, "generate()" if generates else "one pass", str(size), *cells)
+    count = min(arguments.texts, len(core.split("test")))
+    if count:
+        table.add_row(run.name, "sd-gym run", f"{count:,}", *in_bulk(model, core, count), end_section=True)
+    sd_gym.detach(model.model)
 
 
 def main() -> None:
@@ -91,23 +171,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders that sd-gym train or reduce wrote")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--pairs", type=int, default=20, help="timed pairs of a dense and a decided batch")
-    parser.add_argument("--texts", type=int, default=2000, help="texts of the file, at most")
+    parser.add_argument("--pairs", type=int, default=40, help="timed pairs of a dense and a decided batch")
+    parser.add_argument("--texts", type=int, default=2000, help="texts of the file, at most; 0: none")
+    parser.add_argument("--codebook", type=int, help="of each run also what this many decisions make of it")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    table = Table(title=f"End to end, over dense, {arguments.threads} thread(s)")
+    for column in ("run", "what", "rows", "FLOPs", "time", "kept", "processor time", "kept", "agree"):
+        table.add_column(column, justify="left" if column in ("run", "what") else "right")
     for run in arguments.runs:
-        table = Table(title=f"{run.name}: end to end, over dense")
-        for column in ("batch", "FLOPs", "time", "promise kept", "agree"):
-            table.add_column(column, justify="right")
-        _, core, _ = load_run(run)
-        dense = copy.deepcopy(load_backbone(core.config.backbone.name, core.config.backbone.device).model)
-        dense._switchboard.remove()
-        model = sd_gym.load(run)
-        for size in arguments.batch_sizes:
-            table.add_row(str(size), *batches(model, dense, core, size, arguments.pairs))
-        count = min(arguments.texts, len(core.split("test")))
-        table.add_row(f"{count:,} in bulk", *in_bulk(model, core, count))
-        sd_gym.detach(model.model)
-        Console().print(table)
+        add_rows(table, run, arguments)
+        if arguments.codebook:
+            add_rows(table, reduced(run, arguments.codebook), arguments)
+    Console().print(table)
 
 
 if __name__ == "__main__":

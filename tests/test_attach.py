@@ -190,6 +190,28 @@ def test_tokens_are_dropped_as_the_policy_says(name, ranking):
     assert (model.decisions.flops_ratio[decisions[:, -1] > 0] < 1).all()
 
 
+@pytest.mark.parametrize("name", ENCODER_DECODER)
+@pytest.mark.parametrize("ranking", ["position", "attention"])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_generation_behind_an_encoder_looks_and_decides_in_its_pass(name, ranking, how):
+    model, inputs = make_model(name), make_inputs(name)
+    prompts = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    settings, encoded = {"max_new_tokens": 4, "do_sample": False, **how}, []
+    policy = make_policy(model, shares=(0.0, 0.5), ranking=ranking, seed=3)
+    board = Switchboard(model)
+    decisions = policy.decide(board, prompts)
+    with board.decide(decisions[:, :-1], policy.kept(board, prompts, decisions[:, -1])):
+        wanted = model.generate(**prompts, **settings)
+    board.remove()
+    assert decisions[:, -1].any()
+    attach(model, policy)
+    model.get_encoder().register_forward_pre_hook(lambda *_: encoded.append(1))
+    assert torch.equal(model.generate(**prompts, **settings), wanted)
+    assert len(encoded) == (1 if ranking == "position" else 2)  # to rank by attention takes another look
+    np.testing.assert_array_equal(model.decisions.skip, decisions[:, :-1])
+    np.testing.assert_array_equal(model.decisions.token_level, decisions[:, -1])
+
+
 @pytest.mark.parametrize("name", DECODER)
 def test_padding_at_the_left_is_decided_on_like_padding_at_the_right(name):
     model = make_model(name)
@@ -218,10 +240,12 @@ def test_a_decoding_loop_of_ones_own_goes_on_under_what_was_decided_on_the_promp
     skip, cache, tokens = model.decisions.skip, DynamicCache(config=model.config), []
     with torch.inference_mode():
         for _ in range(3):
-            ids = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(dim=-1)
+            last = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:]
+            last[:, :, model.config.eos_token_id] = -torch.inf  # as min_new_tokens does
+            ids = last.argmax(dim=-1)
             tokens.append(int(ids))
     np.testing.assert_array_equal(model.decisions.skip, skip)
-    assert tokens[:2] == wanted[:2].tolist()  # min_new_tokens forbids the end
+    assert tokens == wanted.tolist()
     foreign = DynamicCache(config=model.config)
     detach(model)
     model(input_ids=inputs["input_ids"], past_key_values=foreign, use_cache=True)

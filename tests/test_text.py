@@ -183,6 +183,6 @@ def test_quality_by_metric_needs_a_metric_of_texts(generator, tmp_path):
 
 def test_a_metric_of_another_task_is_refused(generator):
     with pytest.raises(
-        ConfigError, match="'quality.metric': summarization is measured by rouge, exact_match; got 'squad'"
+        ConfigError, match=r"'quality\.metric': summarization is measured by rouge, exact_match; got 'squad'"
     ):
         gym.make("SD/Summarization-Custom-v0", dataset="x.jsonl", backbone=str(generator), metric="squad")

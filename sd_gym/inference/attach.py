@@ -23,6 +23,7 @@ from sd_gym.switch.context import Block
 
 READ = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # by a pass that a head judges
 CACHES = ("cache", "past_key_values")  # what transformers calls them, now and formerly
+Decided = tuple[NDArray, Tensor | None]  # what is skipped, bool [n, switches], and the tokens that stay, if any go
 
 
 def attach(
@@ -107,10 +108,10 @@ class Decisions(local):
         self._target: int | None = None
         self._ranked = False
 
-    def note(self, decisions: NDArray, mask: Tensor, kept: Tensor, ranked: bool) -> None:
-        """Remember decisions ``[n, switches + 1]`` on inputs with this mask, of which so many tokens are kept."""
-        self.skip, self.token_level = decisions[:, :-1].astype(bool), decisions[:, -1]
-        self._lengths, self._target, self._ranked = (mask.sum(dim=1), kept), None, ranked
+    def note(self, skip: NDArray, token_level: NDArray, lengths: tuple[Tensor, Tensor], ranked: bool) -> None:
+        """Remember what was decided on inputs of so many tokens, of which so many stay, each ``[n]``."""
+        self.skip, self.token_level = skip, token_level
+        self._lengths, self._target, self._ranked = lengths, None, ranked
 
     def note_target(self, length: int) -> None:
         """Remember how many tokens the call generated, or read as a target."""
@@ -162,7 +163,7 @@ class Attached:
             name: wraps(inner)(self._standing_in(name, getattr(self, f"_{name}")))
             for name, inner in self._inner.items()
         }
-        self._decided: WeakKeyDictionary[Cache, tuple[NDArray, Tensor]] = WeakKeyDictionary()
+        self._decided: WeakKeyDictionary[Cache, Decided] = WeakKeyDictionary()
         self._flops = FlopsModel(self.board)
         vars(model).update(self._put, _attached=self, decisions=Decisions(self._head, self._flops))
 
@@ -189,75 +190,102 @@ class Attached:
     __reduce__ = __deepcopy__
 
     def _standing_in(self, name: str, decided: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(self._inner[name])
+        inner, signature = self._inner[name], inspect.signature(self._inner[name])
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.board.is_deciding:
-                return self._inner[name](*args, **kwargs)
-            return decided(signature.bind_partial(*args, **kwargs), *args, **kwargs)
+                return inner(*args, **kwargs)
+            given = kwargs
+            if args:
+                bound = signature.bind_partial(*args, **kwargs).arguments
+                given = {**bound, **bound.get("kwargs", {})}
+            return decided(given, *args, **kwargs)
 
         call.is_attached = True  # it passes on what is asked while decisions are in force
         return call
 
-    def _forward(self, bound: inspect.BoundArguments, *args: Any, **kwargs: Any) -> Any:
-        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+    def _forward(self, given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         if cache is not None and cache.get_seq_length() > 0:
             return self._continued(cache, *args, **kwargs)
         looked = self._looked_at(given, given.get("input_ids"))
-        if self.policy.is_staged:
-            walk = self._walk(looked, given)
-            with self.board.decide_in_pass(walk.choose, self.policy.network.stages, looked.as_given):
-                output = self._inner["forward"](*args, **kwargs)
-            self._note(walk, looked)
-            decided = [(walk.decisions, walk.keep)]
-        else:
-            block, decided = self._at_once(looked)
-            with block:
-                output = self._inner["forward"](*args, **kwargs)
+
+        def run() -> Any:
+            return self._inner["forward"](*args, **kwargs)
+
+        output, decided = self._under_decisions(run, looked, given, in_pass=looked.is_as_given)
         target = given.get("decoder_input_ids") if given.get("decoder_input_ids") is not None else given.get("labels")
         if len(self.board.architecture.stacks) > 1 and target is not None and target.ndim > 1:
             self.model.decisions.note_target(target.shape[1])
         if isinstance(filled := getattr(output, "cache", None), Cache):
-            self._decided[filled] = decided[0]
+            self._decided[filled] = decided
         return output
 
-    def _at_once(self, looked: _Looked) -> tuple[Block, list[tuple[NDArray, Tensor | None]]]:
-        """What decides before the first layer, and where it will have put the decisions and the tokens that stay."""
-        decided: list[tuple[NDArray, Tensor | None]] = []
+    def _under_decisions(
+        self, run: Callable[[], Any], looked: _Looked, given: dict[str, Any], *, in_pass: bool
+    ) -> tuple[Any, Decided]:
+        """What a call gives under what is decided for it, and that.
 
-        def choose(seen: Seen) -> tuple[NDArray, Tensor | None]:
-            decided.append(self._decided_by(looked, self.policy.decide_on(seen.hidden.detach(), seen.mask)))
-            return decided[0][0][:, :-1], decided[0][1]
+        Args:
+            run: The call.
+            looked: What is decided on.
+            given: The call's arguments.
+            in_pass: Whether the pass itself embeds what a policy of one stage looks at.
+        """
+        if self.policy.is_staged:
+            walk = self._walk(looked, given)
+            with self.board.decide_in_pass(walk.choose, self.policy.network.stages, looked.as_given):
+                output = run()
+            return output, self._noted(looked, walk.decisions, walk.keep)
+        block, decided = self._deciding(looked, in_pass=in_pass)
+        with block:
+            output = run()
+        return output, decided[0]
 
-        if looked.is_as_given:  # the pass itself embeds what is looked at
-            return self.board.decide_in_pass(choose, mask=looked.inputs["attention_mask"]), decided
-        decided.append(self._decided_by(looked, self.policy.decide(self.board, looked.inputs)))
-        return self.board.decide(decided[0][0][:, :-1], decided[0][1]), decided
+    def _deciding(self, looked: _Looked, *, in_pass: bool) -> tuple[Block, list[Decided]]:
+        """What decides before the first layer, and where it will have put what it decides."""
+        decided: list[Decided] = []
+
+        def choose(seen: Seen) -> Decided:
+            decisions = self.policy.decide_on(seen.hidden.detach(), seen.mask, whole=looked.is_whole)
+            decided.append(self._noted(looked, decisions, self._kept(looked, decisions[:, -1])))
+            return decided[0]
+
+        if in_pass:
+            return self.board.decide_in_pass(choose, mask=looked.as_given), decided
+        decisions = self.policy.decide(self.board, looked.inputs)
+        decided.append(self._noted(looked, decisions, self._kept(looked, decisions[:, -1])))
+        return self.board.decide(*decided[0]), decided
 
     def _walk(self, looked: _Looked, given: dict[str, Any]) -> Walk:
         """What decides at the stages of a pass."""
-        read, present = {name: given[name] for name in READ if given.get(name) is not None}, looked.inputs
-        first = None
+        read = {name: given[name] for name in READ if given.get(name) is not None}
+        first, length = None, looked.as_given.sum(dim=1)
         if not looked.is_as_given and "first" in self.policy.network.stages:
-            first = first_layer_input(self.board, present).detach(), present["attention_mask"]
+            first = first_layer_input(self.board, looked.inputs).detach(), looked.inputs["attention_mask"]
 
         def keeps(level: NDArray) -> tuple[Tensor | None, NDArray]:
-            keep, kept = self._kept(looked, level)
-            return keep, kept.cpu().numpy()
+            keep = self._kept(looked, level)
+            return keep, looked.staying(keep, length).cpu().numpy()
 
         def judge() -> Tensor:
             return self._inner["forward"](**read).logits
 
-        length = present["attention_mask"].sum(dim=1).cpu().numpy()
-        return Walk(self.policy, self.board, self._head, self._flops, length, keeps, judge, first)
+        return Walk(self.policy, self.board, self._head, self._flops, length.cpu().numpy(), keeps, judge, first)
 
-    def _note(self, walk: Walk, looked: _Looked) -> None:
-        """Note what a walk has decided."""
-        present = looked.inputs["attention_mask"]
-        kept = present.sum(dim=1) if walk.keep is None else (walk.keep & looked.as_given.bool()).sum(dim=1)
-        ranked = walk.keep is not None and self.policy.ranks_by_attention
-        self.model.decisions.note(walk.decisions, present, kept, ranked)
+    def _kept(self, looked: _Looked, level: NDArray) -> Tensor | None:
+        """The tokens that stay at the token levels ``[n]``, where they were given; ``None``: all."""
+        keep = self.policy.kept(self.board, looked.inputs, level)
+        if keep is None or looked.order is None:
+            return keep
+        return torch.empty_like(keep).scatter_(1, looked.order, keep)
+
+    def _noted(self, looked: _Looked, decisions: NDArray, keep: Tensor | None) -> Decided:
+        """Decisions ``[n, switches + 1]`` and the tokens that stay, as ``model.decisions`` will tell them."""
+        skip, ranked = decisions[:, :-1].astype(bool), keep is not None and self.policy.ranks_by_attention
+        length = looked.as_given.sum(dim=1)
+        self.model.decisions.note(skip, decisions[:, -1], (length, looked.staying(keep, length)), ranked)
+        return skip, keep
 
     def _continued(self, cache: Cache, *args: Any, **kwargs: Any) -> Any:
         """A step of a decoding loop of one's own: it goes on under what was decided on the prompt."""
@@ -266,26 +294,20 @@ class Attached:
                 "this cache was not filled by the attached model, so nothing was decided for it; begin with an empty "
                 "one, or call model.generate()"
             )
-        decisions, keep = self._decided[cache]
-        with self.board.decide(decisions[:, :-1], keep):
+        with self.board.decide(*self._decided[cache]):
             return self._inner["forward"](*args, **kwargs)
 
-    def _generate(self, bound: inspect.BoundArguments, *args: Any, **kwargs: Any) -> Any:
-        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+    def _generate(self, given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         ids = given.get("inputs") if given.get("inputs") is not None else given.get("input_ids")
         if given.get("attention_mask") is None and ids is not None:
-            given["attention_mask"] = self._inferred_mask(ids, given)
+            given = {**given, "attention_mask": self._inferred_mask(ids, given)}
         looked = self._looked_at(given, ids)
-        # ``generate`` is asked for inside a block: the switchboard's own stands in front of it there.
-        if self.policy.is_staged:
-            walk = self._walk(looked, given)
-            with self.board.decide_in_pass(walk.choose, self.policy.network.stages, looked.as_given):
-                output = self.model.generate(*args, **kwargs)
-            self._note(walk, looked)
-        else:
-            decisions, keep = self._decided_by(looked, self.policy.decide(self.board, looked.inputs))
-            with self.board.decide(decisions[:, :-1], keep):
-                output = self.model.generate(*args, **kwargs)
+        encodes = len(self.board.architecture.stacks) > 1 and given.get("encoder_outputs") is None
+
+        def run() -> Any:
+            return self.model.generate(*args, **kwargs)  # the switchboard's own stands in front of it now
+
+        output, _ = self._under_decisions(run, looked, given, in_pass=looked.is_as_given and encodes)
         tokens = output if isinstance(output, Tensor) else output.sequences
         self.model.decisions.note_target(max(1, tokens.shape[1] - self._head.prompt_length(ids)))
         return output
@@ -313,25 +335,11 @@ class Attached:
         if types is not None and self.policy.reads_types:
             inputs["token_type_ids"] = types
         places = given.get("position_ids") is None and (types is None or self.policy.reads_types)
-        if bool((mask[:, 1:] <= mask[:, :-1]).all()):
-            return _Looked(inputs, None, places, mask)
+        whole = bool(mask.all())
+        if whole or bool((mask[:, 1:] <= mask[:, :-1]).all()):
+            return _Looked(inputs, None, places, mask, is_whole=whole)
         order = (mask == 0).int().argsort(dim=1, stable=True)
         return _Looked({name: value.gather(1, order) for name, value in inputs.items()}, order, False, mask)
-
-    def _decided_by(self, looked: _Looked, decisions: NDArray) -> tuple[NDArray, Tensor | None]:
-        """Decisions ``[n, switches + 1]``, noted, and the tokens that stay ``[n, length]``, if any go."""
-        keep, kept = self._kept(looked, decisions[:, -1])
-        ranked = keep is not None and self.policy.ranks_by_attention
-        self.model.decisions.note(decisions, looked.inputs["attention_mask"], kept, ranked)
-        return decisions, keep
-
-    def _kept(self, looked: _Looked, level: NDArray) -> tuple[Tensor | None, Tensor]:
-        """The tokens that stay at the token levels ``[n]``, where they were given, and how many, ``[n]``."""
-        keep, present = self.policy.kept(self.board, looked.inputs, level), looked.inputs["attention_mask"]
-        if keep is None:
-            return None, present.sum(dim=1)
-        kept = (keep & present.bool()).sum(dim=1)
-        return (keep if looked.order is None else torch.empty_like(keep).scatter_(1, looked.order, keep)), kept
 
 
 class _Looked(NamedTuple):
@@ -342,9 +350,15 @@ class _Looked(NamedTuple):
         order: Where each of their tokens stands in what was given, ``[n, length]``; ``None``: in the same place.
         is_as_given: Whether the model's own pass embeds them just so.
         as_given: The attention mask as it was given.
+        is_whole: Whether none of them is padding.
     """
 
     inputs: dict[str, Tensor]
     order: Tensor | None
     is_as_given: bool
     as_given: Tensor
+    is_whole: bool = False
+
+    def staying(self, keep: Tensor | None, length: Tensor) -> Tensor:
+        """How many tokens stay, of so many, ``[n]``."""
+        return length if keep is None else (keep & self.as_given.bool()).sum(dim=1)

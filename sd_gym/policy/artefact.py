@@ -113,12 +113,13 @@ class SkipPolicy:
         """
         return self.decide_on(first_layer_input(board, inputs), inputs["attention_mask"])
 
-    def decide_on(self, hidden: Tensor, mask: Tensor) -> NDArray:
+    def decide_on(self, hidden: Tensor, mask: Tensor, *, whole: bool = False) -> NDArray:
         """Decisions, int64 ``[n, switches + 1]``.
 
         Args:
             hidden: The first layer's input, ``[n, length, width]``, padded at the right.
             mask: Of its tokens, ``[n, length]``.
+            whole: Whether none of them is padding, which is quicker to observe.
 
         Raises:
             ValueError: If it decides at stages of the pass.
@@ -130,8 +131,16 @@ class SkipPolicy:
             )
         if self.network.channels is not None:
             return self.network.decide(tokens_of(hidden, mask, self.mean, self.deviation, self.longest))
-        features = features_of(hidden, mask).float().cpu().numpy()
-        return self.network.decide(standardised(features, self.mean, self.deviation))
+        features = features_of(hidden, None if whole else mask).float()
+        return self.network.decide(standardised(features, *self._standards(features.device)))
+
+    def _standards(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and deviation where the features are."""
+        known = vars(self).get("_known_standards")
+        if known is None or known[0].device != device:
+            known = tuple(torch.from_numpy(one).to(device) for one in (self.mean, self.deviation))
+            vars(self)["_known_standards"] = known
+        return known
 
     def kept(self, board: Switchboard, inputs: dict[str, Tensor], level: NDArray) -> Tensor | None:
         """Which tokens stay at the token levels ``[n]``, bool ``[n, length]``; ``None``: all.
@@ -139,7 +148,7 @@ class SkipPolicy:
         Raises:
             ValueError: If tokens alone do not tell which of them are protected.
         """
-        if not level.any():
+        if self.network.nvec[-1] == 1 or not level.any():
             return None
         if self.protection is None:
             raise ValueError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import TypeVar
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from sd_gym.switch import Switchboard, first_layer_input, pooled
 
+Values = TypeVar("Values", NDArray, Tensor)
 LIMIT = 10.0  # of a standardised feature
 MOST_SURE = 1 - 1e-6
 
@@ -26,10 +30,23 @@ def observed(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
     return features_of(first_layer_input(board, inputs), inputs["attention_mask"])
 
 
-def features_of(hidden: Tensor, mask: Tensor) -> Tensor:
-    """As ``observed``, of the first layer's input ``[batch, length, width]`` and the mask of its tokens."""
+def features_of(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """As ``observed``, of the first layer's input ``[batch, length, width]`` and the mask of its tokens.
+
+    Without a mask all of them are there.
+    """
+    if mask is None:
+        return torch.cat([pooled(hidden, None), _all_of_length(hidden.shape[1], len(hidden), hidden.device)], dim=1)
     length = mask.sum(dim=1, keepdim=True).float()
     return torch.cat([pooled(hidden, mask), length, length.log()], dim=1)
+
+
+@lru_cache(maxsize=1024)
+def _all_of_length(length: int, rows: int, device: torch.device) -> Tensor:
+    """A length and its logarithm, ``[rows, 2]``; made once, since a small backbone waits for each call."""
+    with torch.inference_mode(False):
+        lengths = torch.full((rows, 1), float(length), device=device)
+        return torch.cat([lengths, lengths.log()], dim=1)
 
 
 def tokens_of(hidden: Tensor, mask: Tensor, mean: NDArray, deviation: NDArray, length: int) -> dict[str, NDArray]:
@@ -51,9 +68,9 @@ def tokens_of(hidden: Tensor, mask: Tensor, mean: NDArray, deviation: NDArray, l
     return {"mask": np.pad(present, ((0, 0), (0, length - present.shape[1]))).astype(np.int8), "tokens": tokens}
 
 
-def standardised(features: NDArray, mean: NDArray, deviation: NDArray) -> NDArray:
+def standardised(features: Values, mean: Values, deviation: Values) -> Values:
     """Features ``[n, ...]`` by their mean and deviation on the training split, each within ``LIMIT``."""
-    return np.clip((features - mean) / deviation, -LIMIT, LIMIT)
+    return ((features - mean) / deviation).clip(-LIMIT, LIMIT)
 
 
 def at_stage(number: int, share: NDArray, features: NDArray, mean: NDArray, deviation: NDArray) -> NDArray:

@@ -169,6 +169,14 @@ def kept_rows(
     return cache.layers[layer]
 
 
+def cache_among(args: tuple, kwargs: dict[str, Any]) -> Cache | None:
+    """The cache among a module's arguments."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Cache):
+            return value
+    return None
+
+
 def unsigned(cache: Cache) -> None:
     """Give a cache its own layers back, whose rows all ran, where nothing turned out to be skipped."""
     double = isinstance(cache, EncoderDecoderCache)

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from threading import RLock, get_ident, local
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import ref
 
 import torch
 
@@ -39,11 +39,11 @@ class _Family:
     """A board's decisions and those of its copies: puts the shadows in place that any decision in force needs.
 
     Attributes:
-        scopes: Of the board and its copies.
+        scopes: Of the board and its copies, as long as they live.
     """
 
     def __init__(self) -> None:
-        self.scopes: WeakSet[Scope] = WeakSet()
+        self.scopes: list[ref[Scope]] = []  # a WeakSet takes longer to go through than the shadows to put
         self._needs: dict[int, tuple[int, ...]] = {}  # numbers of the shadows that an entry needs, by its id
 
     @property
@@ -54,31 +54,35 @@ class _Family:
     def join(self, scope: Scope) -> None:
         """Have the shadows of a board follow the decisions of the family."""
         with _LOCK:
-            self.scopes.add(scope)
+            self.scopes = [one for one in self.scopes if one() is not None] + [ref(scope)]
 
     def leave(self, scope: Scope) -> None:
         """Have them follow no more."""
         with _LOCK:
-            self.scopes.discard(scope)
+            self.scopes = [one for one in self.scopes if one() is not scope]
 
     def begin(self, entry: _Entry, needs: tuple[int, ...]) -> None:
         """A decision is in force that needs these shadows, beside those that it needed before it grew."""
         with _LOCK:
-            needs = tuple(dict.fromkeys((*self._needs.get(id(entry), ()), *needs)))
-            self._needs[id(entry)] = needs  # first, so that an entry that ends meanwhile takes none of them away
-            for scope in list(self.scopes):
+            before = self._needs.get(id(entry), ())
+            # First, so that an entry that ends meanwhile takes none of them away.
+            self._needs[id(entry)] = tuple({*before, *needs}) if before else needs
+            for shadows in self._shadows():
                 for number in needs:
-                    scope.shadows[number].put()
+                    shadows[number].put()
 
     def end(self, entry: _Entry) -> None:
         """It is in force no more, if ever it was."""
         with _LOCK:
             needs = self._needs.pop(id(entry), ())
-            others = set().union(*list(self._needs.values()))
-            for scope in list(self.scopes):
+            others = set().union(*list(self._needs.values())) if self._needs else ()
+            for shadows in self._shadows():
                 for number in needs:
                     if number not in others:
-                        scope.shadows[number].take_away()
+                        shadows[number].take_away()
+
+    def _shadows(self) -> list[list[Shadow]]:
+        return [scope.shadows for one in self.scopes if (scope := one()) is not None]
 
 
 class _Entry:
@@ -144,12 +148,14 @@ class Scope:
 
     Attributes:
         shadows: What asks for the decision in force, in the place of the model's methods while any is.
+        lost: Those of them whose place another tool has taken.
         original: Of a copy (``copy.deepcopy``), the scope that it was made of.
         family: What is in force anywhere, here or in a copy.
     """
 
     def __init__(self, original: Scope | None = None) -> None:
         self.shadows: list[Shadow] = []
+        self.lost: list[Shadow] = []
         self.original = original
         self.family = _Family() if original is None else original.family
         self._in_generators: list[_Entry] = []
@@ -162,14 +168,16 @@ class Scope:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
         memo[id(self)] = scope = Scope(original=self)
-        scope.fill(copy.deepcopy(self.shadows, memo))
+        shadows, scope.lost = copy.deepcopy((self.shadows, self.lost), memo)
+        scope.fill(shadows)
         return scope
 
-    def __getstate__(self) -> list[Shadow]:
-        return self.shadows  # decisions stay in their process
+    def __getstate__(self) -> tuple[list[Shadow], list[Shadow]]:
+        return self.shadows, self.lost  # decisions stay in their process
 
-    def __setstate__(self, shadows: list[Shadow]) -> None:
+    def __setstate__(self, state: tuple[list[Shadow], list[Shadow]]) -> None:
         self.__init__()
+        shadows, self.lost = state
         self.fill(shadows)
 
     def current(self) -> InForce:
@@ -180,6 +188,11 @@ class Scope:
         """
         if torch.compiler.is_dynamo_compiling():
             return self._known.decision if self._known.sure else self._ask_uncompiled()
+        entries = _ENTRIES.get()
+        if entries and not self._in_generators:  # nearly always: the last block is this board's, and no generator's
+            entry = entries[-1]
+            if entry.scope is self and not entry.ended and not entry.streams:
+                return entry.decision
         return self._ask()
 
     @torch.compiler.disable
@@ -187,11 +200,6 @@ class Scope:
         return self._ask()
 
     def _ask(self) -> InForce:
-        entries = _ENTRIES.get()
-        if entries and not self._in_generators:  # nearly always: the last block is this board's, and no generator's
-            entry = entries[-1]
-            if entry.scope is self and not entry.ended and not entry.streams:
-                return entry.decision
         entry = self._entry()
         if entry is not None:
             return entry.decision
@@ -305,10 +313,8 @@ class Block:
 
 def _here() -> tuple[int, int | None]:
     """The running thread and task."""
-    try:
-        return get_ident(), id(asyncio.current_task())
-    except RuntimeError:  # no event loop runs here
-        return get_ident(), None
+    runs = asyncio._get_running_loop() is not None  # current_task() would raise, which is slow
+    return get_ident(), id(asyncio.current_task()) if runs else None
 
 
 def _generator(frame: FrameType) -> FrameType | None:

@@ -26,7 +26,6 @@ class Call(NamedTuple):
 
     hidden: Tensor  # the branch's input, all rows
     rows: Tensor | None  # that run; None: all
-    empty: bool  # whether no row runs
 
 
 class Pass(local):
@@ -140,6 +139,18 @@ class Decision:
     def is_uniform(self) -> bool:
         """Whether it says the same of all rows of any batch."""
         return self.batch == 1 and self.tokens is None
+
+    def check(self, total: int) -> None:
+        """Raise what there is to raise where a sublayer begins that some row of a batch of ``total`` skips.
+
+        Raises:
+            ValueError: As ``repeats_in``.
+            NotImplementedError: As ``refuse_replays`` and ``refuse_tracing``.
+        """
+        self.refuse_replays()
+        if not self.is_uniform:
+            self.refuse_tracing()
+            self.repeats_in(total)
 
     def refuse_tracing(self) -> None:
         """Raise NotImplementedError where the model is traced or exported under what holds for these rows alone."""

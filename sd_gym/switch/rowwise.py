@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils import output_capturing
 
-from sd_gym.switch.cache import KeptRows, kept_rows
+from sd_gym.switch.cache import KeptRows, cache_among, kept_rows
 from sd_gym.switch.decision import Call, Decision, InForce
 from sd_gym.switch.switch import Switch
 
@@ -41,31 +41,43 @@ class Rowwise:
 
     def run(self, place: Place, decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         """One module of the sublayer: the first selects the rows, the last scatters them back."""
-        if not isinstance(decision, Decision):
+        if decision is None:
             return inner(*args, **kwargs)
-        drops = self._attends_input and decision.tokens is not None
-        plan = decision.plan
-        if plan.rows[1][self.number] is None and not drops:
+        if self.number in decision.plan.empty:
+            return self._run_by_none(place, decision, args, kwargs)
+        drops = self._drops(decision)
+        if decision.plan.rows[1][self.number] is None and not drops:
             # This decision needs no shadow here; those of another thread's may come and go in the middle of a sublayer.
             decision.refuse_tracing()
             return self._run_signed(decision, inner, args, kwargs) if place.attention else inner(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
+        calls = decision.state.calls
         if place.first:
-            decision.refuse_replays()
-            decision.refuse_tracing()
-            rows = decision.rows_of(self.number, hidden.shape[0])
-            decision.state.calls[self.number] = Call(hidden, rows, self.number in plan.empty)
-        call = decision.state.calls[self.number]
-        if place.last:
-            del decision.state.calls[self.number]  # holds no memory between passes
+            decision.check(hidden.shape[0])
+            calls[self.number] = Call(hidden, decision.rows_of(self.number, hidden.shape[0]))
+        call = calls.pop(self.number) if place.last else calls[self.number]  # holds no memory between passes
         if call.rows is None and not (place.attention and drops):
             return inner(*args, **kwargs)
         if place.attention:
             return self._run_attention(decision, drops, place, call, inner, args, kwargs)
-        if call.empty:
-            return self._skipped(call) if place.last else hidden[:0]
         output = inner(*self._selected(decision, args, call), **self._selected(decision, kwargs, call))
         return self._scattered(call, output) if place.last else output
+
+    def _run_by_none(self, place: Place, decision: Decision, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """One module of a sublayer that no row runs, the quickest way to its end."""
+        calls, hidden = decision.state.calls, args[0] if args else kwargs["hidden_states"]
+        if place.first:
+            decision.check(hidden.shape[0])
+            calls[self.number] = Call(hidden, decision.plan.rows[1][self.number])
+        call = calls.pop(self.number) if place.last else calls[self.number]
+        output = self._skipped(call) if place.last else hidden[:0]
+        if not place.attention:
+            return output
+        cache, drops = cache_among(args, kwargs), self._drops(decision)
+        layer = self._passed_layer(decision, drops, call, cache)
+        shared = self._shared_bias(decision, drops, call, layer, kwargs)
+        self._count(decision, drops, layer, call.hidden)
+        return (output, *shared, None)
 
     def pass_by(self, decision: Decision, hidden: Tensor, cache: Cache | None) -> None:
         """What is left to do of an attention in a layer that no row runs: its cache counts positions.
@@ -75,20 +87,30 @@ class Rowwise:
             hidden: What enters the layer, ``[batch, length, width]``.
             cache: The model's cache, if it has one.
         """
-        shown = _shown_weights(self.switch.sublayer.kind)
-        if shown is None and cache is None:
-            return
-        call = Call(hidden, decision.rows_of(self.number, hidden.shape[0]), empty=True)
-        self._refuse_attention(call, shown)
-        drops = self._attends_input and decision.tokens is not None
-        self._count(decision, drops, self._cache_layer(decision, drops, call, (cache,)), hidden)
+        call = Call(hidden, decision.rows_of(self.number, hidden.shape[0]))
+        drops = self._drops(decision)
+        self._count(decision, drops, self._passed_layer(decision, drops, call, cache), hidden)
+
+    def _passed_layer(self, decision: Decision, drops: bool, call: Call, cache: Cache | None) -> KeptRows | None:
+        """The layer of the cache of an attention that no row runs."""
+        if _shown_weights(self.switch.sublayer.kind) is not None and self.model.config._attn_implementation == "eager":
+            raise NotImplementedError(
+                f"no row runs {self.switch.name}, so it has no attention weights, and those of the next layer would "
+                "take their place; leave output_attentions out, or have a row run it"
+            )
+        return None if cache is None else self._cache_layer(decision, drops, call, cache)
+
+    def _drops(self, decision: Decision) -> bool:
+        """Whether it attends to an input that has lost tokens."""
+        return self._attends_input and decision.tokens is not None
 
     def _run_signed(self, decision: Decision, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """An attention that all rows run: the first one of a cache still tells under which decision it is filled."""
         hidden = args[0] if args else kwargs["hidden_states"]
         layer = None
         if self._signs:
-            layer = self._cache_layer(decision, False, Call(hidden, None, empty=False), (*args, *kwargs.values()))
+            call = Call(hidden, None)
+            layer = self._cache_layer(decision, False, call, cache_among(args, kwargs))
         output = _with_cache(layer, inner, args, kwargs)
         self._count(decision, False, layer, hidden)
         return output
@@ -109,59 +131,46 @@ class Rowwise:
         kwargs: dict[str, Any],
     ) -> tuple:
         """The attention proper of a sublayer: its other arguments, its cache and its position bias follow the rows."""
-        hidden = args[0] if args else kwargs["hidden_states"]
-        shown = _shown_weights(self.switch.sublayer.kind)
-        self._refuse_attention(call, shown)
-        query_length = decision.state.tokens.query_length if drops else hidden.shape[1]
-        layer = self._cache_layer(decision, drops, call, (*args, *kwargs.values()))
-        shared = ()
-        if self.switch.sublayer.position_bias is not None:
-            if kwargs.get("position_bias") is None:
-                past = layer.length if layer is not None else 0
-                bias = self._position_bias(query_length, past)
-                if bias is not None and drops:
-                    bias = decision.state.tokens.gather_square(bias, len(call.hidden))
-                kwargs["position_bias"] = bias
-            shared = (kwargs["position_bias"],)
-        if call.empty:
-            output = (self._skipped(call) if place.last else hidden[:0], *shared, None)
-        else:
-            selected = self._selected(decision, args, call), self._selected(decision, kwargs, call)
-            before = len(shown or ())
-            output = _with_cache(layer, inner, *selected)
-            if shown is not None and len(shown) > before:  # a part of the attention showed those of its rows
-                shown[-1] = self._padded(shown[-1], call)
-            weights = [self._padded(value, call) for value in output[1 + len(shared) :]]
-            if shared == (None,):  # the next layers take it instead of making it again
-                shared = output[1:2]
-            output = (self._scattered(call, output[0]) if place.last else output[0], *shared, *weights)
-        self._count(decision, drops, layer, call.hidden)
-        return output
-
-    def _refuse_attention(self, call: Call, shown: list[Tensor] | None) -> None:
-        """Raise where the rows that run cannot be told from the others, or no weights of the attention be shown."""
-        if call.empty and shown is None:
-            return
-        implementation = self.model.config._attn_implementation
-        if implementation == "flex_attention" and not call.empty:
+        if self.model.config._attn_implementation == "flex_attention":
             raise NotImplementedError(
                 "flex_attention's masks cannot follow rows and tokens that are skipped; call "
                 "model.set_attn_implementation('sdpa')"
             )
-        if call.empty and implementation == "eager":
-            raise NotImplementedError(
-                f"no row runs {self.switch.name}, so it has no attention weights, and those of the next layer would "
-                "take their place; leave output_attentions out, or have a row run it"
-            )
+        layer = self._cache_layer(decision, drops, call, cache_among(args, kwargs))
+        shared = self._shared_bias(decision, drops, call, layer, kwargs)
+        selected = self._selected(decision, args, call), self._selected(decision, kwargs, call)
+        shown = _shown_weights(self.switch.sublayer.kind)
+        before = len(shown or ())
+        output = _with_cache(layer, inner, *selected)
+        if shown is not None and len(shown) > before:  # a part of the attention showed those of its rows
+            shown[-1] = self._padded(shown[-1], call)
+        weights = [self._padded(value, call) for value in output[1 + len(shared) :]]
+        if shared == (None,):  # the next layers take it instead of making it again
+            shared = output[1:2]
+        self._count(decision, drops, layer, call.hidden)
+        return (self._scattered(call, output[0]) if place.last else output[0], *shared, *weights)
 
-    def _cache_layer(self, decision: Decision, drops: bool, call: Call, values: tuple) -> KeptRows | None:
-        cache = next((value for value in values if isinstance(value, Cache)), None)
+    def _cache_layer(self, decision: Decision, drops: bool, call: Call, cache: Cache | None) -> KeptRows | None:
         if cache is None:
             return None
         across, batch = self.switch.sublayer.kind == "cross_attention", len(call.hidden)
         return kept_rows(
             cache, self.switch.index, across=across, rows=call.rows, batch=batch, whole=drops, mark=decision.mark
         )
+
+    def _shared_bias(
+        self, decision: Decision, drops: bool, call: Call, layer: KeptRows | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor | None, ...]:
+        """The position bias that this attention has to take and to give on, put into its arguments; ``()``: none."""
+        if self.switch.sublayer.position_bias is None:
+            return ()
+        if kwargs.get("position_bias") is None:
+            query_length = decision.state.tokens.query_length if drops else call.hidden.shape[1]
+            bias = self._position_bias(query_length, layer.length if layer is not None else 0)
+            if bias is not None and drops:
+                bias = decision.state.tokens.gather_square(bias, len(call.hidden))
+            kwargs["position_bias"] = bias
+        return (kwargs["position_bias"],)
 
     def _position_bias(self, query_length: int, past: int) -> Tensor | None:
         """What the first layer shares with all others, whether or not any row runs it."""
@@ -216,10 +225,15 @@ class Rowwise:
         return output.new_zeros(len(call.hidden), *output.shape[1:]).index_copy_(0, call.rows, output)
 
 
+def is_showing() -> bool:
+    """Whether Hugging Face gathers anything of the modules that run, such as their attention weights."""
+    return bool(output_capturing._active_collector.get())
+
+
 def _shown_weights(kind: str) -> list[Tensor] | None:
     """Where Hugging Face gathers what ``output_attentions`` shows of a stack; ``None``: it was not asked for."""
-    gathered = output_capturing._active_collector.get() or {}
-    return gathered.get("cross_attentions" if kind == "cross_attention" else "attentions")
+    gathered = output_capturing._active_collector.get()
+    return gathered.get("cross_attentions" if kind == "cross_attention" else "attentions") if gathered else None
 
 
 def _with_cache(layer: KeptRows | None, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -21,7 +21,8 @@ class Shadow:
     Attributes:
         replaced: What another tool had put in the method's place before.
         is_put: Whether it stands in the method's place.
-        is_lost: Whether another tool put itself in front meanwhile, so that the place could not be given back.
+        is_lost: Whether another tool put itself in front meanwhile, so that the place could not be given back; the
+            scope's ``lost`` has it then.
     """
 
     def __init__(self, target: Any, name: str, scope: Scope, run: Callable[..., Any]) -> None:
@@ -46,8 +47,9 @@ class Shadow:
     def put(self) -> None:
         """Stand in the method's place, if it does not yet."""
         if not self.is_put and not self.is_lost:
-            self.replaced = vars(self.target).get(self.name)
-            vars(self.target)[self.name] = self
+            place = vars(self.target)
+            self.replaced = place.get(self.name)
+            place[self.name] = self
             self.is_put = True
 
     def take_away(self) -> None:
@@ -57,6 +59,7 @@ class Shadow:
         self.is_put = False
         if vars(self.target).get(self.name) is not self:
             self.is_lost = True
+            self.scope.lost.append(self)
         elif self.replaced is None:
             del vars(self.target)[self.name]
         else:

@@ -174,6 +174,8 @@ class Choice:
                 f"stage {self.stages[0].name!r} decides on {len(skip)} rows, and the stages before it on "
                 f"{len(self.skip)}; give a row for each row of the batch, or a single one for all"
             )
+        if skip.shape[1] == self.skip.shape[1]:  # of all switches at once
+            return skip
         grown = self.skip.repeat(len(skip), axis=0) if len(self.skip) == 1 else self.skip.copy()
         grown[:, self.stages[0].switches] = skip
         return grown

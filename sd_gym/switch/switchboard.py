@@ -39,6 +39,28 @@ class _Numbers(NamedTuple):
     attends_input: bool  # then its modules are needed where tokens are dropped, too
 
 
+class _Links(NamedTuple):
+    """Which module is a part of which, on the ways from the model to its switched modules, side by side."""
+
+    paths: tuple[str, ...]
+    holders: tuple[dict[str, nn.Module], ...]  # the parts of each parent, by name
+    names: tuple[str, ...]
+    children: list[nn.Module]
+
+    @classmethod
+    def of(cls, links: list[tuple[str, dict[str, nn.Module], str, nn.Module]]) -> _Links:
+        """Links one by one."""
+        paths, holders, names, children = zip(*links, strict=True)
+        return cls(paths, holders, names, list(children))
+
+    def replaced(self) -> list[str]:
+        """Paths at which another module is now; asked for every decision, so it has to be quick where there is none."""
+        found = list(map(dict.get, self.holders, self.names))
+        if found == self.children:
+            return []
+        return [path for path, now, child in zip(self.paths, found, self.children, strict=True) if now is not child]
+
+
 class _Course(NamedTuple):
     """Stages of a pass.
 
@@ -113,7 +135,7 @@ class Switchboard:
         ]
         self._stages = stages_of(self.switches)
         self._scope = Scope()
-        self._links = self._linked()
+        self._links = _Links.of(self._linked())
         self._scope.fill([Shadow(target, name, self._scope, run) for target, name, run in self._methods()])
         self._number_shadows()
         self._courses: dict[str | tuple[str, ...], _Course] = {}
@@ -461,15 +483,15 @@ class Switchboard:
             needs += [self._of_layer[self._places[resumes]], *self._for_stacks]
         return tuple(dict.fromkeys((*needs, *self._for_generating)))
 
-    def _linked(self) -> list[tuple[str, nn.Module, str, nn.Module]]:
-        """Path, parent, name and child on the ways from the model to its switched modules."""
+    def _linked(self) -> list[tuple[str, dict[str, nn.Module], str, nn.Module]]:
+        """Path, parts of the parent, name and child on the ways from the model to its switched modules."""
         ways = {f"{self.path_of(switch)}.{path}" for switch in self.switches for path in switch.sublayer.modules}
         links = {}
         for way in sorted(ways):
             parent, steps = self.model, way.split(".")
             for depth, name in enumerate(steps):
                 child = parent.get_submodule(name)
-                links[".".join(steps[: depth + 1])] = (parent, name, child)
+                links[".".join(steps[: depth + 1])] = (parent._modules, name, child)
                 parent = child
         return [(path, *link) for path, link in links.items()]
 
@@ -477,10 +499,8 @@ class Switchboard:
         """Raise StaleBoardError unless the model's modules are those that the board was made for."""
         if vars(self.model).get("_switchboard") is not self:
             raise StaleBoardError("this switchboard was removed from its model; make a new Switchboard(model)")
-        replaced = [path for path, parent, name, child in self._links if parent._modules.get(name) is not child]
-        replaced += [
-            f"{shadow.name}() of a {type(shadow.target).__name__}" for shadow in self._scope.shadows if shadow.is_lost
-        ]
+        replaced = self._links.replaced()
+        replaced += [f"{shadow.name}() of a {type(shadow.target).__name__}" for shadow in self._scope.lost]
         if replaced:
             raise StaleBoardError(
                 f"{replaced[0]} was replaced since the switchboard was made (by an adapter, quantisation or another "
@@ -494,6 +514,8 @@ class Switchboard:
             raise ValueError(
                 f"{name} must have shape [batch, {columns or 'length'}], one column a {column}; got {list(array.shape)}"
             )
+        if array.dtype == bool:
+            return array
         if not ((array == 0) | (array == 1)).all():
             raise ValueError(f"{name} must hold only 0 and 1")
         return array.astype(bool)

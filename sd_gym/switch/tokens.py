@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import Cache
+
+from sd_gym.switch.cache import cache_among
 
 
 def keep_tokens(scores: NDArray, droppable: NDArray, share: NDArray | float) -> NDArray:
@@ -203,8 +204,8 @@ class TokenPass:
         self._tokens = tokens
         self._additive = additive
         self._whole = self.query_length >= tokens.length  # else a step of decoding over a cache that holds the prompt
-        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
-        past = caches[0].get_seq_length() if caches else 0
+        cache = cache_among(args, kwargs)
+        past = cache.get_seq_length() if cache is not None else 0
         fits = past >= tokens.length if past else self.query_length == tokens.length or (generating and self._whole)
         if not fits:
             raise ValueError(

@@ -8,12 +8,13 @@ from threading import current_thread, main_thread
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from sd_gym.switch.cache import cache_among
 from sd_gym.switch.context import Scope
 from sd_gym.switch.decision import Decision, InForce
-from sd_gym.switch.rowwise import Rowwise
+from sd_gym.switch.rowwise import Rowwise, is_showing
 from sd_gym.switch.tokens import TokenPass
 
 
@@ -55,10 +56,10 @@ class Layer:
         """The layer."""
         if not isinstance(decision, Decision):
             return inner(*args, **kwargs)
-        if decision.resumes == self.place:
+        if decision.behind is not None and decision.resumes == self.place:
             args, kwargs = _with_hidden(decision.resumed(_hidden(args, kwargs)), args, kwargs)
-        if decision.is_at(self.place):
-            decision = decision.settled(_hidden(args, kwargs), _cache(args, kwargs))
+        if decision.choice is not None and decision.is_at(self.place):
+            decision = decision.settled(_hidden(args, kwargs), cache_among(args, kwargs))
             if decision is None:
                 return inner(*args, **kwargs)
         tokens = None
@@ -82,13 +83,12 @@ class Layer:
 
     def _passed_by(self, decision: Decision, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The hidden states as they are, where no row runs any sublayer; a cache is told of what it has passed."""
-        decision.refuse_replays()
-        decision.refuse_tracing()
         hidden = _hidden(args, kwargs)
-        decision.repeats_in(hidden.shape[0])  # not len(), which an export would take for a constant
-        cache = _cache(args, kwargs)
-        for attention in self.attentions:
-            attention.pass_by(decision, hidden, cache)
+        decision.check(hidden.shape[0])  # not len(), which an export would take for a constant
+        cache = cache_among(args, kwargs)
+        if cache is not None or is_showing():
+            for attention in self.attentions:
+                attention.pass_by(decision, hidden, cache)
         return hidden
 
 
@@ -100,11 +100,6 @@ def _hidden(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 def _with_hidden(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """A layer's arguments with other hidden states."""
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-
-def _cache(args: tuple, kwargs: dict[str, Any]) -> Cache | None:
-    """The cache among a module's arguments."""
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
 def run_encoder(decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -130,7 +125,7 @@ def run_decoder(decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -
             )
         decision.state.encoded = kwargs["encoder_hidden_states"]
         if decision.is_at(("decoder", 0), between=True):
-            decision = decision.settled(decision.state.encoded, _cache(args, kwargs))
+            decision = decision.settled(decision.state.encoded, cache_among(args, kwargs))
     if isinstance(decision, Decision) and decision.tokens is not None:
         kwargs = decision.tokens.before_decoder(kwargs)
     return inner(*args, **kwargs)
