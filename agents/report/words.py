@@ -158,7 +158,7 @@ def overall_tables(tasks: Sequence[Task]) -> list[Table]:
     for name, agents in found.items():
         mean, low, high = aggregate([one.score for one in agents])
         runs, kept = sum(len(one.runs) for one in agents), sum(int(one.kept.sum()) for one in agents)
-        rows.append((mean, [name, str(runs), f"{mean:.1%} ({low:.1%} to {high:.1%})", f"{kept} of {runs}"]))
+        rows.append((mean, [name, str(runs), f"{mean:z.1%} ({low:z.1%} to {high:z.1%})", f"{kept} of {runs}"]))
     ranked = [cells for _, cells in sorted(rows, key=lambda row: -row[0])]
     tables = [Table("FLOPs saved with the quality kept, over all envs", ["agent", "runs", "saved", "kept"], ranked)]
     pairs = []
