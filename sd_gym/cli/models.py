@@ -87,10 +87,8 @@ def prepare(
             shown = "  ".join(f"{name} {value:.3f}" for name, value in latest.items() if name != "learning_rate")
             progress.update(bar, completed=step, description="preparing", figures=shown)
 
-        import numpy as np
-
         from sd_gym.config import spelled
-        from sd_gym.envs.config import load_config, make_config
+        from sd_gym.envs.config import load_config
         from sd_gym.registration import config_of
         from sd_gym.tasks.preparation import prepare_backbone
 
@@ -101,24 +99,11 @@ def prepare(
         overrides |= spelled(settings_of(set_), "--set")
         skip_logits = None
         if policy is not None:
-            from sd_gym.agents.experiment.evaluation import seen_together
-            from sd_gym.agents.experiment.run import load_run
-            from sd_gym.envs.core import shared_core
+            from sd_gym.agents.experiment.tuning import decided_by_run
 
             if "backbone.name" in overrides:
                 raise ValueError("--policy tunes the run's own backbone; leave out backbone=")
-            _, core, network = load_run(policy)
-            config = make_config(spelled(core.config.model_dump()) | overrides, core.config.id)
-            splits = {name: shared_core(config).split(name) for name in ("train", "validation")}
-            skip_logits = {
-                name: np.concatenate(
-                    [
-                        network.skip_logits(core.observe(split, rows))
-                        for rows in seen_together(core, np.arange(len(split)))
-                    ]
-                )
-                for name, split in splits.items()
-            }
+            config, skip_logits = decided_by_run(policy, overrides)
         else:
             config = load_config(config_of(env), {**overrides, "backbone.name": backbone})
         report = prepare_backbone(

@@ -1,0 +1,39 @@
+"""What a backbone is tuned under: the decisions of a run's policy on the data of the preparation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sd_gym.agents.experiment.evaluation import seen_together
+from sd_gym.agents.experiment.run import load_run
+
+from sd_gym.config import EnvConfig, spelled
+from sd_gym.envs.config import make_config
+from sd_gym.envs.core import shared_core
+
+
+def decided_by_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConfig, dict[str, NDArray]]:
+    """The env's config of a run, some keys overridden, and the log-odds of skipping that its policy has there.
+
+    Args:
+        folder: Of the run.
+        overrides: Values by dotted key, such as another ``data.dataset``; not the backbone, which the policy observes.
+
+    Returns:
+        The config, and of ``train`` and ``validation`` float32 ``[n, switches]``, as ``prepare_backbone`` takes them.
+
+    Raises:
+        FileNotFoundError, ValueError: As ``load_run`` raises; or if the policy has no odds of a switch by itself.
+    """
+    _, core, policy = load_run(folder)
+    config = make_config(spelled(core.config.model_dump()) | overrides, core.config.id)
+    splits = {name: shared_core(config).split(name) for name in ("train", "validation")}
+    return config, {
+        name: np.concatenate(
+            [policy.skip_logits(core.observe(split, rows)) for rows in seen_together(core, np.arange(len(split)))]
+        )
+        for name, split in splits.items()
+    }
