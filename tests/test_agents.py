@@ -24,6 +24,7 @@ from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.objectives import Objective
 from sd_gym.policy import DecisionPolicy
 
+STEPS = {"reinforce": 5_000}  # it learns from each many times
 LEARNING = ["ppo", "ppo_lagrangian", "ppo_lex", "a2c", "a2c_lagrangian", "a2c_lex", "reinforce"]
 SB3 = ["ppo", "ppo_lagrangian", "ppo_lex", "a2c", "a2c_lagrangian", "a2c_lex"]
 TAGS = {
@@ -75,7 +76,7 @@ def learn(agent, steps, folder):
 @pytest.mark.parametrize("name", LEARNING)
 def test_learns_to_skip_everything_where_quality_is_free(name, env, tmp_path):
     agent = make_agent(name, env, seed=0, initial_skip_rate=0.3)
-    rollouts = learn(agent, 20_000, tmp_path)
+    rollouts = learn(agent, STEPS.get(name, 20_000), tmp_path)
     assert rollouts[0].infos["flops_ratio"].mean() > 0.6
     decisions = agent.policy().decide(env.core.observe(env.core.split("train"), np.arange(32)))
     assert decisions[:, :-1].mean() > 0.8  # a few inputs may be left behind
@@ -97,7 +98,7 @@ def test_learns_to_look_at_its_input(name, make_env, tmp_path, monkeypatch):
     accuracy = {}
     for variant in (name, f"blind-{name}"):
         agent = make_agent(variant, env, seed=0, learning_rate=0.005)
-        learn(agent, 12_000, tmp_path)
+        learn(agent, STEPS.get(name, 12_000), tmp_path)
         decisions = agent.policy().decide(core.observe(core.split("train"), np.arange(32)))
         accuracy[variant] = (decisions[:, 0] == positive).mean()
     assert accuracy[name] > 0.9
