@@ -14,7 +14,6 @@ import sd_gym
 from sd_gym.backbones.load import BUNDLED
 from sd_gym.envs import ConfigError, SwitchableEnv
 from sd_gym.envs.sb3 import SwitchableVecEnv
-from sd_gym.envs.table import table_folder
 from sd_gym.registration import shipped_tables
 from sd_gym.switch import UnsupportedArchitectureError
 from sd_gym.tasks.data import DataError
@@ -48,8 +47,6 @@ def tiny_generator(tmp_path_factory, tiny_tokenizer):
 def env_arguments(request, reviews, tiny_backbone, tiny_generator, full_table, tmp_path):
     """(id, keyword arguments that make it small or give a Custom env its data and backbone)."""
     if request.param in shipped_tables():
-        if not table_folder(shipped_tables()[request.param]).is_dir():
-            pytest.skip(f"the table of {request.param} is not in the package yet")
         return request.param, {}
     if "Table" in request.param:
         return request.param, {"table": full_table}
