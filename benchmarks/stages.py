@@ -104,6 +104,7 @@ class Runs:
     output: Path
     steps: int
     seeds: int
+    agents: list[str]
 
     @property
     def task(self) -> Task:
@@ -150,7 +151,8 @@ class Runs:
         searched = self.folder("imitation")
         runs = []
         for seed in range(self.seeds):
-            for name, (algo, settings, staged) in LEARNED.items():
+            for name in self.agents:
+                algo, settings, staged = LEARNED[name]
                 first = seed == 0 and name == "imitation"
                 path = {"path": searched} if algo == "imitation" and not first else {}
                 runs.append(self._run(name, algo, seed, {**settings, **path}, staged))
@@ -272,10 +274,11 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--steps", type=int, default=10_000, help="decisions that ppo and reinforce learn from")
     parser.add_argument("--seeds", type=int, default=3, help="of what draws")
+    parser.add_argument("--agents", nargs="+", choices=list(LEARNED), default=list(LEARNED), help="rows to train")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     arguments = parser.parse_args()
     every = [
-        Runs(name, arguments.data, arguments.minilm, arguments.output, arguments.steps, arguments.seeds)
+        Runs(name, arguments.data, arguments.minilm, arguments.output, arguments.steps, arguments.seeds, arguments.agents)
         for name in arguments.tasks
     ]
     if not arguments.table:
