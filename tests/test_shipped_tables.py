@@ -126,7 +126,6 @@ def test_commands_take_it(env_id, tmp_path, monkeypatch):
         assert done.exit_code == 0, done.output
         return done.output
 
-    monkeypatch.setenv("COLUMNS", "200")
     assert f"{env_id} " in called("envs")
     called("train", env_id, "--algo", "ppo", "--steps", "256", "--output", "run")
     assert "decides the same again" in called("validate", "run")

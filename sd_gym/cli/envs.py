@@ -22,7 +22,8 @@ def envs(imports: Imports = []) -> None:  # noqa: B006  (typer wants a list)
     from sd_gym.registration import config_files
 
     table = Table(title="sd_gym envs", box=SIMPLE_HEAD, padding=0)
-    for column in ("id", "data set", "backbone"):
+    table.add_column("id", no_wrap=True)  # to be copied in one piece
+    for column in ("data set", "backbone"):
         table.add_column(column, overflow="fold")
     with errors_as_lines():
         for file in config_files():
