@@ -246,7 +246,7 @@ class _Decides:
         choices = core.actions.decisions(self.function(observations), n)
         if not core.is_staged:
             return choices
-        return core.spread(observations[:, : len(core.stages)].argmax(axis=1), choices)
+        return core.steps.spread(observations[:, : len(core.stages)].argmax(axis=1), choices)
 
 
 @dataclass

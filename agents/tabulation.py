@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def tabulate(
         decisions: ``all``; or one or several of ``random:N`` (N masks, each of a skip rate of its own), ``path``
             (greedily searched on the validation split, from dense to nothing), ``codebook`` (the env's) and
             ``codebook:FILE`` (a list of masks, or the folder of a run of ``static`` or of a table). The dense mask is
-            always among them. ``None``: all where there are at most 4,096, else ``random:64``.
+            always among them. ``None``: all where there are at most 4,096, else ``random:64``. Of an env that decides
+            at several stages, what these masks say at each stage is combined with all that they say at the others
+            (``None``: ``path``).
         instances: So many of each split at most; ``None``: all.
         seed: Of ``random:N``.
         pca: Principal components of the training split that the observations are reduced to (float16), which makes a
@@ -67,7 +70,7 @@ def tabulate(
         FileExistsError: If the folder holds a table, or anything else.
         ValueError: If a name or setting is unknown, a choice is none, there are not so many components, or what was
             cut off is another table.
-        ConfigError: If the env decides at several stages, is a table itself, or sees more than one array.
+        ConfigError: If the env is a table itself, or sees more than one array.
 
     Example:
         >>> import sd_gym
@@ -77,11 +80,14 @@ def tabulate(
     asked = [decisions] if isinstance(decisions, str) else list(decisions or ())
     few = number_of_decisions(core.nvec) <= MOST
     if not asked:
-        asked = ["all"] if few else ["random:64"]
-    masks = None if asked == ["all"] and few else _chosen(core, asked, seed)
+        asked = ["path"] if core.is_staged else ["all"] if few else ["random:64"]
+    masks = None if asked == ["all"] and few and not core.is_staged else _chosen(core, asked, seed)
+    ways = None
+    if core.is_staged:
+        masks, ways = in_stages(core, masks)
     folder, on_chunk = Path(output), on_progress or (lambda done, total: None)
     chosen = "" if masks is None else _in_words(asked, seed, share)
-    write_table(core, masks, folder, chosen=chosen, pca=pca, share=share, resume=resume, on_chunk=on_chunk)
+    write_table(core, masks, folder, ways=ways, chosen=chosen, pca=pca, share=share, resume=resume, on_chunk=on_chunk)
     return read_table(folder)
 
 
@@ -109,19 +115,51 @@ def _config(env_or_run: str, settings: dict[str, Any], instances: int | None) ->
 
 
 def _chosen(core: Core, asked: Sequence[str], seed: int) -> NDArray:
-    """Different masks, ``[masks, switches + 1]``, from dense down in FLOPs.
+    """Different masks, ``[masks, switches + 1]``, the dense one first, then down in FLOPs.
 
     Raises:
         ValueError: If a choice is none.
     """
     dense = np.zeros((1, len(core.nvec)), dtype=np.int64)
     masks = np.unique(np.concatenate([dense, *(_choice(core, one, seed) for one in asked)]), axis=0)
+    return _down_in_flops(core, masks)
+
+
+def _down_in_flops(core: Core, masks: NDArray) -> NDArray:
+    """Masks ``[masks, switches + 1]`` by their mean FLOPs, the dense one first."""
     split = core.split("train")
     rows = np.arange(min(len(split), ORDERED))
     flops = [split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in masks]
     order = np.argsort(-np.array(flops), kind="stable")
     is_dense = ~masks[order].any(axis=1)  # to rank tokens can cost more than dropping them saves
     return masks[np.concatenate([order[is_dense], order[~is_dense]])]
+
+
+def in_stages(core: Core, masks: NDArray) -> tuple[NDArray, list[int]]:
+    """All combinations of what masks ``[masks, switches + 1]`` say at each stage of an env, its ways.
+
+    Returns:
+        The combinations, int64 ``[combinations, switches + 1]``, the last stage's ways changing first; and how many
+        ways each stage has, the first of them nothing skipped, the others down in FLOPs.
+
+    Raises:
+        ValueError: If there are more than 4,096.
+    """
+    of_stages = []
+    for components in core.steps.components:
+        ways = np.zeros_like(masks)
+        ways[:, components] = masks[:, components]
+        of_stages.append(_down_in_flops(core, np.unique(ways, axis=0)))
+    counts = [len(ways) for ways in of_stages]
+    if math.prod(counts) > MOST:
+        raise ValueError(
+            f"{len(masks)} masks make {' x '.join(map(str, counts))} combinations at the stages {core.stages}; a table "
+            f"has at most {MOST:,}: choose fewer decisions, or fewer stages"
+        )
+    combined = np.zeros((1, masks.shape[1]), dtype=np.int64)
+    for ways in of_stages:
+        combined = (combined[:, None] + ways).reshape(-1, masks.shape[1])
+    return combined, counts
 
 
 def _choice(core: Core, asked: str, seed: int) -> NDArray:

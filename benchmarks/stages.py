@@ -276,12 +276,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of what draws")
     parser.add_argument("--agents", nargs="+", choices=list(LEARNED), default=list(LEARNED), help="rows to train")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     every = [
-        Runs(name, arguments.data, arguments.minilm, arguments.output, arguments.steps, arguments.seeds, arguments.agents)
-        for name in arguments.tasks
+        Runs(name, given.data, given.minilm, given.output, given.steps, given.seeds, given.agents)
+        for name in given.tasks
     ]
-    if not arguments.table:
+    if not given.table:
         for one in every:
             one.prepare()
             train_many(one.planned(), on_word=show)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from sd_gym.agents.experiment.evaluation import decide_and_score, deciding_flops, score_decisions
 from sd_gym.agents.experiment.run import load_run, train
-from sd_gym.agents.learning.sb3 import places_of
 from sd_gym.agents.registry import make_agent
 from sd_gym.agents.reinforce.agent import ReinforceAgent
 from stable_baselines3.common.logger import KVWriter, Logger, configure
@@ -89,7 +88,9 @@ def test_the_places_of_a_stage_are_those_of_its_switches(reviews, tiny_backbone)
     keys = {"stages": ["first", "encoder.1"], "token_shares": [0, 0.5]}
     core = gym.make(CUSTOM, **files, **keys).unwrapped.core
     certain, never = 14, 15  # behind the logits of six switches and two token levels
-    assert places_of(core).tolist() == [
+    places, logits = core.steps.of_logits()
+    assert logits == certain
+    assert places.tolist() == [
         [0, 1, 2, 3, *[certain, never] * 2, 12, 13],
         [4, 5, 6, 7, 8, 9, 10, 11, certain, never],
     ]

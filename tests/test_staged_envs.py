@@ -58,20 +58,21 @@ def test_each_stage_decides_its_own_switches():
     env = gym.make(ID, **SMALL, token_shares=[0, 0.5]).unwrapped
     core = env.core
     assert core.stages == ["first", "encoder.3", "decoder"]
-    assert env.action_space.nvec.tolist() == [2] * core.widest + [2]
+    widths = [columns.stop - columns.start for columns in core.columns]
+    widest = max(widths)
+    assert env.action_space.nvec.tolist() == [2] * widest + [2]
     _, info = env.reset(seed=0)
-    masks, ones = [info["action_mask"]], np.ones(core.widest + 1, dtype=np.int64)
+    masks, ones = [info["action_mask"]], np.ones(widest + 1, dtype=np.int64)
     for number in range(3):
         *_, info = env.step(ones)
         decided = np.zeros(len(core.nvec), dtype=np.int64)
         decided[: core.columns[number].stop], decided[-1] = 1, 1
         assert info["decision"].tolist() == decided.tolist()
         masks.append(info["action_mask"])
-    widths = [columns.stop - columns.start for columns in core.columns]
     for number, width in enumerate(widths):
         allowed = masks[number].reshape(-1, 2)
         assert allowed[:, 0].all()
-        assert allowed[:-1, 1].tolist() == [1] * width + [0] * (core.widest - width)
+        assert allowed[:-1, 1].tolist() == [1] * width + [0] * (widest - width)
         assert allowed[-1, 1] == (number == 0)  # tokens are dropped before the first layer
 
 

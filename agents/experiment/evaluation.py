@@ -122,7 +122,7 @@ def deciding_flops(core: Core, policy: Decides, split: Split, rows: NDArray) -> 
     """FLOPs of deciding on rows, ``[n]``: the policy's, as far as they are known, and those of all that it looks at."""
     looking = core.stage_observation.judging_flops(split, rows) if core.is_staged else 0
     if core.config.table is not None and not getattr(policy, "blind", False):
-        looking = core.observation.flops
+        looking = looking + core.observation.flops
     if isinstance(policy, DecisionPolicy):
         tokens = np.minimum(split.encoded.source_length[rows], core.config.backbone.max_source_length)
         looking = looking + policy.flops_a_token * tokens

@@ -200,13 +200,13 @@ class ImitationAgent(Agent):
         """
         core, policy = self.env.core, self.policy()
         later = np.unique(np.linspace(1, len(core.stages) - 1, STARTS).round().astype(int)) if core.is_staged else []
-        ends = [core.columns[stage].start for stage in later if len(core.stages) > 1]
-        first = np.cumsum([0, *core.nvec[:-1]])
+        first = np.cumsum([0, *core.nvec[:-1]])  # the choice of each component that runs all
         offered = [policy]
-        for end, caution in product(ends, CAUTION):
+        for stage, caution in product(later if len(core.stages) > 1 else [], CAUTION):
+            before = np.concatenate(core.steps.components[:stage])
             more = self.policy()
             with torch.no_grad():
-                more.head.bias[torch.from_numpy(first[:end])] += caution
+                more.head.bias[torch.from_numpy(first[before])] += caution
             offered.append(more)
         return offered
 

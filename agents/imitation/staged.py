@@ -57,10 +57,7 @@ class Taught(NamedTuple):
 def stretches(core: Core, path: NDArray) -> list[Stretch]:
     """What of a path of masks, ``[masks, components]``, each stage of a core decides."""
     found = []
-    for name, columns in zip(core.stages, core.columns, strict=True):
-        components = np.arange(columns.start, columns.stop)
-        if name == "first":  # where tokens are dropped
-            components = np.append(components, len(core.nvec) - 1)
+    for components in core.steps.components:
         ways = np.zeros_like(path)
         ways[:, components] = path[:, components]
         changes = np.append(True, (ways[1:] != ways[:-1]).any(axis=1))
@@ -240,11 +237,9 @@ class Induction:
 
     def _spent(self, stage: int, rows: NDArray, decided: NDArray) -> Tensor:
         """FLOPs ratio of each of a stage's ways if all behind the stage is skipped, ``[n, ways]``."""
-        ratios = []
+        ratios, ends = [], self.core.steps.ends(stage)
         for way in self.stretches[stage].ways:
-            decisions = decided + way
-            decisions[:, self.core.columns[stage].stop : -1] = 1
-            ratios.append(self.split.costs.flops_ratio(rows, decisions))
+            ratios.append(self.split.costs.flops_ratio(rows, np.maximum(decided + way, ends)))
         return torch.from_numpy(np.stack(ratios, axis=1).astype(np.float32))
 
     @torch.no_grad()

@@ -23,7 +23,6 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
 from torch import nn
 
-from sd_gym.envs.core import Core
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.spaces import Observations, token_width
 from sd_gym.files import write_tensors
@@ -99,19 +98,6 @@ class AtStage(nn.Module):
         logits = self.head(latent[:, stages:])
         certain = logits.new_tensor([0.0, NEVER]).expand(len(logits), 2)
         return torch.cat([logits, certain], dim=1).gather(1, self.places[latent[:, :stages].argmax(dim=1)])
-
-
-def places_of(core: Core) -> NDArray:
-    """``places`` of ``AtStage`` for an env of several stages."""
-    ends = np.cumsum(core.nvec)
-    certain, never = ends[-1], ends[-1] + 1
-    choices = np.split(np.arange(ends[-1]), ends[:-1])
-    places = []
-    for name, columns in zip(core.stages, core.columns, strict=True):
-        missing = core.widest - (columns.stop - columns.start)
-        level = choices[-1] if name == "first" else [certain] + [never] * (len(choices[-1]) - 1)
-        places.append(np.concatenate([*choices[columns], *[[certain, never]] * missing, level]))
-    return np.array(places, dtype=np.int64)
 
 
 class Looking(BaseFeaturesExtractor):
@@ -265,8 +251,9 @@ class SB3Agent(Agent):
         own: dict[str, Any] = {}
         policy = "MlpPolicy" if self.channels is None else "MultiInputPolicy"
         if network is not None or core.is_staged:
-            places = places_of(core) if core.is_staged else None
-            own = {"network": network, "places": places, "n_logits": int(core.nvec.sum()), "apart": self.apart}
+            places, n_logits = core.steps.of_logits()
+            places = places if core.is_staged else None
+            own = {"network": network, "places": places, "n_logits": n_logits, "apart": self.apart}
         eyes: dict[str, Any] = {}
         if self.channels is not None:
             eyes = {"features_extractor_class": Looking, "features_extractor_kwargs": {"channels": self.channels}}

@@ -40,8 +40,9 @@ def in_stages(start: DecisionPolicy, staged: DecisionPolicy, core: Core, split: 
     for part in seen_together(core, rows):
         said.append(_walked(start, core, split, part, seen, observations))
     wanted = torch.cat(said)
-    for layers, looked, columns in zip(staged.body.of_stage[1:], observations[1:], core.columns[1:], strict=True):
-        own = np.isin(np.repeat(np.arange(len(core.nvec)), core.nvec), np.arange(columns.start, columns.stop))
+    later = zip(staged.body.of_stage[1:], observations[1:], core.steps.components[1:], strict=True)
+    for layers, looked, components in later:
+        own = np.isin(np.repeat(np.arange(len(core.nvec)), core.nvec), components)
         inputs, chosen = torch.cat(looked), torch.from_numpy(own)
         optimizer = torch.optim.AdamW(layers.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         for _ in range(STEPS):

@@ -271,10 +271,9 @@ class ReinforceAgent(Agent):
         parts = [logits.split(core.nvec.tolist(), dim=1) for logits in of_stages]
         # What no stage decides, the switches before the first one, is certain.
         chosen = [torch.eye(int(size))[0].log().clamp(min=-1e9).expand(len(decisions), -1) for size in core.nvec]
-        for columns, part in zip(core.columns, parts, strict=True):
-            chosen[columns] = part[columns]
-        if core.stages[0] == "first":
-            chosen[-1] = parts[0][-1]
+        for components, part in zip(core.steps.components, parts, strict=True):
+            for component in components:
+                chosen[component] = part[component]
         return torch.cat(chosen, dim=1), torch.from_numpy(decisions), seen
 
     def _draw(self, logits: Tensor) -> Tensor:

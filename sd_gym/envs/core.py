@@ -15,11 +15,12 @@ from torch import Tensor
 
 from sd_gym.backbones import load_backbone
 from sd_gym.envs.config import ConfigError, EnvConfig
+from sd_gym.envs.episodes import EpisodicCore, Steps
 from sd_gym.envs.outcome import Outcome
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import ACTIONS, Actions, MultiDiscreteActions, Observation, Observations, Pooled, Tokens
 from sd_gym.envs.split import Split
-from sd_gym.envs.staged import Episodes, StageObservation
+from sd_gym.envs.staged import StageObservation
 from sd_gym.objectives import quality_cost
 from sd_gym.registration import OBSERVATIONS
 from sd_gym.switch import Seen
@@ -28,7 +29,7 @@ from sd_gym.tasks.splits import Splits
 Array = NDArray
 
 
-class Core:
+class Core(EpisodicCore):
     """Draws instances, observes them, and scores decisions on them; shared by all envs of the same configuration.
 
     Args:
@@ -40,7 +41,7 @@ class Core:
         observation: What it sees before the first layer.
         stages: Names of the stages of an episode, in execution order.
         columns: Which switches each stage decides.
-        widest: Switches of the stage that has the most.
+        steps: Which components of a decision each stage makes.
 
     Raises:
         FileNotFoundError: If the data set, the backbone or the codebook does not exist.
@@ -60,9 +61,8 @@ class Core:
         except ValueError as error:
             raise ConfigError(f"{config.id}: config key 'stages': {error}") from error
         self.stages = list(board.decided_at(config.stages))
-        self.widest = max(columns.stop - columns.start for columns in self.columns)
-        choices = np.append(np.full(self.widest, 2), self.nvec[-1]) if self.is_staged else self.nvec
-        self.actions: Actions = ACTIONS[config.action](config, choices)
+        self.steps = self._steps()
+        self.actions: Actions = ACTIONS[config.action](config, self.steps.choices)
         self._decided = MultiDiscreteActions(config, self.nvec)
         self.observation: Observation = OBSERVATIONS.find(config.observation)(self)
 
@@ -70,10 +70,16 @@ class Core:
         """A copy of an env, in this process or another, shares the core of its configuration."""
         return shared_core, (self.config,)
 
-    @property
-    def is_staged(self) -> bool:
-        """Whether anything is decided elsewhere than before the first layer."""
-        return self.stages != ["first"]
+    def _steps(self) -> Steps:
+        """Each stage decides its switches, the first of an action; at ``first`` the tokens too, which come last."""
+        widest = max(columns.stop - columns.start for columns in self.columns)
+        components, places = [], []
+        for name, columns in zip(self.stages, self.columns, strict=True):
+            own, at = np.arange(columns.start, columns.stop), np.arange(columns.stop - columns.start)
+            tokens = name == "first"
+            components.append(np.append(own, len(self.nvec) - 1) if tokens else own)
+            places.append(np.append(at, widest) if tokens else at)
+        return Steps(components, places, self.nvec)
 
     @cached_property
     def stage_observation(self) -> StageObservation:
@@ -108,10 +114,6 @@ class Core:
     def switch_names(self) -> list[str]:
         """What each component of a decision but the last one skips."""
         return self.backbone.board.names
-
-    def episodes(self, n: int) -> Episodes:
-        """A batch of ``n`` episodes."""
-        return Episodes(self, n)
 
     def spelled(self, decisions: Array) -> Array:
         """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``: here they are."""
@@ -175,53 +177,6 @@ class Core:
             )
         else:
             yield from split.passes.logits(rows, decide(self.observe(split, rows)))
-
-    def take(self, stage: int, decisions: Array, choices: Array) -> None:
-        """Write what is decided at a stage, of ``choices``, into ``decisions``; both ``[n, switches + 1]``."""
-        columns = self.columns[stage]
-        decisions[:, columns] = choices[:, columns]
-        if self.stages[stage] == "first":
-            decisions[:, -1] = choices[:, -1]
-
-    def spread(self, stage: Array, choices: Array) -> Array:
-        """The components of an action at the places that its stage decides.
-
-        Args:
-            stage: Number of the stage of each row, int64 ``[n]``.
-            choices: As ``actions.decisions`` gives them, ``[n, components]``.
-
-        Returns:
-            int64 ``[n, switches + 1]``, zeros elsewhere.
-        """
-        if not self.is_staged:
-            return choices
-        spread = np.zeros((len(choices), len(self.nvec)), dtype=np.int64)
-        for number in np.unique(stage):
-            at, columns = stage == number, self.columns[number]
-            spread[at, columns] = choices[at, : columns.stop - columns.start]
-        spread[:, -1] = choices[:, -1]
-        return spread
-
-    def walk(self, split: Split, rows: Array, decide: Callable[[Observations], Array]) -> tuple[Array, Seen | None]:
-        """Decide on rows, from stage to stage, each on what the decisions before it have led to.
-
-        Args:
-            split: Where the instances are.
-            rows: Their rows, int64 ``[n]``.
-            decide: Called once a stage. From observations to decisions ``[n, switches + 1]``, of which those of the
-                stage's switches count (and of the tokens, at ``first``).
-
-        Returns:
-            The decisions, int64 ``[n, switches + 1]``, and what the pass has shown at the last stage, for ``score``
-            to go on from; ``None`` where that is before the first layer.
-        """
-        if not self.is_staged:
-            return decide(self.observe(split, rows)), None
-        decisions, seen = np.zeros((len(rows), len(self.nvec)), dtype=np.int64), None
-        for stage in range(len(self.stages)):
-            observations, seen = self.stage_observation.observe(split, rows, stage, decisions, seen)
-            self.take(stage, decisions, decide(observations))
-        return decisions, seen
 
     def score(self, split: Split, rows: Array, decisions: Array, seen: Seen | None = None) -> Outcome:
         """What comes of one decision an instance; one batched run of the backbone.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.envs.table import TableSplit
+from sd_gym.envs.table_split import TableSplit
 from sd_gym.objectives import Objective
 
 Array = NDArray

@@ -24,8 +24,8 @@ from sd_gym.registration import CONFIG_FOLDER
 
 if TYPE_CHECKING:  # an env of a table needs no torch
     from sd_gym.envs.core import Core
+    from sd_gym.envs.episodes import Episodes
     from sd_gym.envs.split import Split
-    from sd_gym.envs.staged import Episodes
 
 RENDER_MODES = ("ansi", "rgb_array")
 # Gymnasium's checker tries every mode that an env declares, so a window is declared only where one can be opened.

@@ -4,11 +4,13 @@ Nothing here needs torch, a backbone or a data set. A table is a folder:
 
 * ``table.json``: of which env it is (its config), the hashes of its data and backbone, the switches, the observation.
 * ``codebook.json``, where only some decisions are in it: which, a mask a line, the dense one first. An env with
-  ``action="discrete"`` takes the folder as its ``codebook``.
+  ``action="discrete"`` takes the folder as its ``codebook``. Of several stages they are all ways to decide the first
+  one with all ways to decide the second one, and so on, in this order.
 * ``SPLIT.safetensors`` of each split, mapped into memory: ``quality [n, masks]``, as numbers of ``quality_values``
   where there are few different ones; ``likelihood [n, masks]``, float16; ``always [lengths, levels]`` and
   ``switched [lengths, levels, switches]``, int64, of which FLOPs are the sum, and ``costs [n]``, which of them an
-  instance has; ``observations``, float32, or float16 where they are reduced; the difficulty and the facts of each
+  instance has; ``observations``, float32, or float16 where they are reduced, and of a later stage K, under all ways
+  to come to it, ``observations.K [n, ways before it, size]``; the difficulty and the facts of each
   instance, in the smallest type that holds them exactly.
 * ``SPLIT.json``: the ids of the instances, and those of their facts that are words.
 * ``projection.safetensors``, where observations are reduced: how (``sd_gym.envs.projection``).
@@ -17,24 +19,25 @@ Nothing here needs torch, a backbone or a data set. A table is a folder:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
 from sd_gym.envs.config import EnvConfig
+from sd_gym.envs.episodes import EpisodicCore, Steps
 from sd_gym.envs.outcome import Outcome
 from sd_gym.envs.projection import Projection, read_projection
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import Actions, MultiDiscreteActions, read_masks
+from sd_gym.envs.table_split import TableSplit, at_stage
 from sd_gym.errors import short
-from sd_gym.files import map_arrays, read_json
+from sd_gym.files import read_json
 from sd_gym.objectives import quality_cost
 from sd_gym.registration import CONFIG_FOLDER
 
@@ -42,7 +45,6 @@ Array = NDArray
 FORMAT = 2
 CODEBOOK, PROJECTION = "codebook.json", "projection.safetensors"
 MOST = 4096  # decisions; where there are no more, a table has all of them
-FACT = "fact."  # before the name of a fact, in the file of a split
 
 
 def table_folder(name: str | Path) -> Path:
@@ -127,12 +129,6 @@ class TableBackbone(NamedTuple):
     board: TableBoard
 
 
-class TableInstance(NamedTuple):
-    """An instance of a table, which has none of its texts."""
-
-    id: str
-
-
 class TableData:
     """Which rows of which data set a table is of."""
 
@@ -176,243 +172,37 @@ class TableObservation:
         return np.take(split.tensors["observations"], rows, axis=0).astype(np.float32, copy=False)
 
 
-class TableScoring:
-    """Qualities of a split's rows under decisions ``[n, components]``, as ``Scoring`` gives them."""
-
-    def __init__(self, split: TableSplit) -> None:
-        self._core, self._tensors = split.core, split.tensors
-        self._codes, self._values = split.tensors["quality"], split.tensors.get("quality_values")
-        self._dense = self._of(np.arange(len(split)), np.zeros(len(split), dtype=np.int64))
-
-    def _of(self, rows: Array, masks: Array) -> Array:
-        found = self._codes[rows, masks]
-        return found.astype(np.float64) if self._values is None else self._values[found]
-
-    def of_masks(self, rows: Array) -> Array:
-        """Quality of rows ``[n]`` under all masks, float64 ``[n, masks]``."""
-        found = self._codes[rows]
-        return found.astype(np.float64) if self._values is None else self._values[found]
-
-    def quality(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
-        """Quality under the decisions and dense quality, each float64 ``[n]``."""
-        return self.run(rows, decisions), self._dense[rows]
-
-    def run(self, rows: Array, decisions: Array) -> Array:
-        """Quality under the decisions, float64 ``[n]``."""
-        return self._of(rows, self._core.masks_of(decisions))
-
-    def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
-        """Quality, and the likelihood of the reference, which is rounded to float16; each float64 ``[n]``."""
-        masks = self._core.masks_of(decisions)
-        return self._of(rows, masks), self._tensors["likelihood"][rows, masks].astype(np.float64)
-
-    def under_all(self, rows: Array, masks: Array) -> tuple[Array, Array]:
-        """``quality_and_likelihood`` of rows ``[n]`` under each of some decisions, each float64 ``[n, masks]``."""
-        every = np.repeat(rows, len(masks)), np.tile(masks, (len(rows), 1))
-        quality, likelihood = self.quality_and_likelihood(*every)
-        return quality.reshape(len(rows), -1), likelihood.reshape(len(rows), -1)
-
-    def metrics(self, rows: Array, decisions: Array) -> dict[str, float]:
-        """None: a data set's own metric is not the mean of anything that is in a table."""
-        return {}
-
-    def scores(self) -> dict[str, Any]:
-        """Nothing that would have to be known again."""
-        return {}
-
-
-class TableCosts:
-    """FLOPs of a split's rows under decisions ``[n, components]``, as ``Costs`` gives them."""
-
-    def __init__(self, split: TableSplit) -> None:
-        self._core = split.core
-        self._of = split.tensors["costs"]  # which of the costs an instance has
-        self._always, self._switched = split.tensors["always"], split.tensors["switched"]
-        self._runs = 1 - self._core.masks[:, :-1]
-        self._level = self._core.masks[:, -1]
-        self._dense = self._always[:, 0] + self._switched[:, 0].sum(axis=1)
-
-    def flops(self, rows: Array, decisions: Array) -> Array:
-        """FLOPs under the decisions, int64 ``[n]``."""
-        masks, of = self._core.masks_of(decisions), self._of[rows]
-        level = self._level[masks]
-        return self._always[of, level] + np.einsum("ns,ns->n", self._switched[of, level], self._runs[masks])
-
-    def flops_ratio(self, rows: Array, decisions: Array) -> Array:
-        """FLOPs under the decisions over dense FLOPs, float64 ``[n]``."""
-        return self.flops(rows, decisions) / self.dense_flops(rows)
-
-    def dense_flops(self, rows: Array) -> Array:
-        """FLOPs of the dense backbone, int64 ``[n]``."""
-        return self._dense[self._of[rows]]
-
-    def of_masks(self, rows: Array) -> Array:
-        """FLOPs ratio of rows ``[n]`` under all masks, float64 ``[n, masks]``."""
-        of = self._of[rows]
-        found = np.empty((len(of), len(self._runs)))
-        for level in np.unique(self._level):
-            at = self._level == level
-            # Products of whole numbers below 2^53 are exact in float64 too, which is multiplied much faster.
-            switched = self._switched[of, level].astype(np.float64) @ self._runs[at].T.astype(np.float64)
-            found[:, at] = self._always[of, level, None] + switched
-        return found / self._dense[of, None]
-
-
-class TableSplit:
-    """One split of a table, as ``Split`` is one of a data set; it has no texts, and no passes.
+class TableStages:
+    """What was observed at the stages when the table was made: a part of a ``TableCore`` that decides at several.
 
     Args:
-        core: The table's core.
-        name: The split.
-
-    Attributes:
-        name: ``train``, ``validation`` or ``test``.
-        core: The core.
-        ids: Of the instances, strings ``[n]`` of dtype object.
-        instances: The instances, in order.
-        tensors: What the table has of them, by name.
-        difficulty: Of each, int64 ``[n]``; 0 where it is not known.
-        levels: Difficulty for reports, int64 ``[n]``.
-        encoded: Their lengths, and which were cut.
-        scoring: What their answers are worth.
-        costs: The FLOPs of decisions on them.
-
-    Raises:
-        ValueError: If the split's files are damaged, or are none of this table.
+        space: Of one observation.
+        ways: How many ways to decide each stage has.
+        judges: How many judgements of the head an episode has.
     """
 
-    def __init__(self, core: TableCore, name: str) -> None:
-        self.core, self.name, self.config = core, name, core.config
-        self._said = core.description["splits"][name]
-        self.tensors = map_arrays(core.folder / f"{name}.safetensors")
-        words = read_json(core.folder / f"{name}.json")
-        self._check(words)
-        self.ids = np.array(words["ids"], dtype=object)
-        self._words = {fact: np.array(values) for fact, values in words["facts"].items()}
-        self.difficulty, self.levels = self._whole("difficulty"), self._whole("levels")
-        cut = {key: self.tensors[key] for key in ("source_cut", "target_cut")}
-        self.encoded = SimpleNamespace(source_length=self._whole("source_length"), **cut)
-        self.scoring, self.costs = TableScoring(self), TableCosts(self)
+    def __init__(self, space: gym.Space, ways: list[int], judges: int) -> None:
+        self.space, self._judges = space, judges
+        self._place = [np.cumprod([1, *ways[:stage][:0:-1]], dtype=np.int64)[::-1] for stage in range(len(ways))]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _shared_split, (self.config, self.name)
+    def observe(self, split: TableSplit, rows: Array, stage: int, decisions: Array, behind: None) -> tuple[Array, None]:
+        """What is seen of rows ``[n]`` at a stage under decisions ``[n, stages]``, float32 ``[n, size]``; no pass."""
+        seen = split.tensors[at_stage(stage)]
+        if stage == 0:
+            return np.take(seen, rows, axis=0), None
+        return seen[rows, decisions[:, :stage] @ self._place[stage]], None
 
-    def __len__(self) -> int:
-        return int(self._said["instances"])
-
-    def _check(self, words: dict[str, Any]) -> None:
-        """Raise ``ValueError`` if the shapes are not those that ``table.json`` speaks of."""
-        core, n = self.core, len(self)
-        levels, switches = int(core.decision_nvec[-1]), len(core.decision_nvec) - 1
-        expected = {
-            "quality": (n, len(core.masks)),
-            "likelihood": (n, len(core.masks)),
-            "always": (self._different, levels),
-            "switched": (self._different, levels, switches),
-            "observations": (n, *core.observation.space.shape),
-        }
-        keys = ("difficulty", "levels", "source_length", "source_cut", "target_cut", "costs")
-        expected |= dict.fromkeys(keys, (n,))
-        file = core.folder / f"{self.name}.safetensors"
-        for key, shape in expected.items():
-            came = self.tensors[key].shape if key in self.tensors else None
-            if came != shape:
-                raise ValueError(f"{file} is damaged: expected {key} of shape {shape}, got {came}; copy it again")
-        values = self.tensors.get("quality_values")
-        if values is not None and n and self.tensors["quality"].max() >= len(values):
-            raise ValueError(f"{file} is damaged: its qualities are none of its {len(values)} values; copy it again")
-        if n and self.tensors["costs"].max() >= self._different:
-            raise ValueError(f"{file} is damaged: instances have costs that it lacks; copy it again")
-        if not isinstance(words.get("facts"), dict) or len(words.get("ids", ())) != n:
-            raise ValueError(f"{file.with_suffix('.json')} is damaged: expected the ids of {n} instances")
-
-    @property
-    def _different(self) -> int:
-        """How many different costs instances have."""
-        return len(self.tensors.get("switched", ()))
-
-    def _whole(self, name: str) -> Array:
-        """Numbers that are kept in the smallest type, as the env has them: int64, float64 or bool."""
-        known = self.tensors[name]
-        return known if known.dtype == np.bool_ else known.astype(np.float64 if known.dtype.kind == "f" else np.int64)
-
-    @cached_property
-    def instances(self) -> list[TableInstance]:
-        """The instances, in order."""
-        return [TableInstance(one) for one in self.ids]
-
-    @cached_property
-    def number_of(self) -> dict[str, int]:
-        """Row of each instance, by its id."""
-        return {one: row for row, one in enumerate(self.ids)}
-
-    def facts(self) -> dict[str, Array]:
-        """What is known of each instance before any decision, by name, each ``[n]``."""
-        names = self._said["facts"]
-        return {name: self._words[name] if name in self._words else self._whole(FACT + name) for name in names}
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """Which rows these are."""
-        return self._said["provenance"]
+    def judging_flops(self, split: TableSplit, rows: Array) -> Array:
+        """FLOPs of the head's judgements in one episode of each row, int64 ``[n]``."""
+        return self._judges * split.costs.head_flops(rows)
 
 
-class TableEpisodes:
-    """A batch of episodes, each of one instance and one decision, as ``Episodes`` has them.
-
-    Args:
-        core: The table's core.
-        n: How many there are.
-
-    Attributes:
-        over: Which are over, bool ``[n]``.
-        decisions: What is decided, int64 ``[n, components]``.
-    """
-
-    def __init__(self, core: TableCore, n: int) -> None:
-        self.core = core
-        self._over = np.zeros(n, dtype=np.bool_)
-        self.decisions = np.zeros((n, len(core.nvec)), dtype=np.int64)
-
-    @property
-    def over(self) -> Array:
-        """Which are over, bool ``[n]``."""
-        return self._over.copy()
-
-    def begin(self, envs: Array) -> None:
-        """Begin some anew."""
-        self._over[envs], self.decisions[envs] = False, 0
-
-    def decide(self, envs: Array, choices: Array) -> None:
-        """Decide in some; ``choices [n, components]`` have a row for each of all episodes."""
-        self.decisions[envs], self._over[envs] = choices[envs], True
-
-    def outcome(self, split: TableSplit, rows: Array, envs: Array) -> Outcome:
-        """What came of some, which are over."""
-        return self.core.score(split, rows[envs], self.decisions[envs])
-
-    def observe(self, split: TableSplit, rows: Array) -> Array:
-        """What is seen of each, in new arrays."""
-        return self.core.observe(split, rows)
-
-    def masks(self) -> Array:
-        """Which choices each may make, bool ``[n, choices]``: all."""
-        return np.ones((len(self._over), int(self.core.actions.nvec.sum())), dtype=np.bool_)
-
-    def state(self) -> dict[str, Any]:
-        """All of it, as plain values."""
-        return {"over": self._over.tolist(), "decisions": self.decisions.tolist()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state`` gave."""
-        self._over, self.decisions = np.array(state["over"]), np.array(state["decisions"])
-
-
-class TableCore:
+class TableCore(EpisodicCore):
     """What a table knows, as ``Core`` computes it; shared by all envs of the same configuration.
 
     Where the table has all decisions, they are those of the env that it is of. Where it has some, a decision has one
-    component: the number of its mask, of which 0 is the dense one.
+    component: the number of its mask, of which 0 is the dense one. Of several stages it has one for each: the number of
+    the way in which the stage decides, of which 0 runs all.
 
     Args:
         config: The env's configuration, whose ``table`` is the folder.
@@ -424,19 +214,19 @@ class TableCore:
         decision_nvec: Sizes of a decision's components, int64 ``[switches + 1]``.
         exhaustive: Whether it has all.
         nvec: Sizes of the components of what is decided.
+        stages: Names of the stages of an episode.
+        steps: Which of the components each stage decides.
         switch_names: What each of these components, but for the last one, skips.
         backbone: That it is of.
         data: That it is of.
         actions: How an agent says its decisions.
-        observation: What it sees.
+        observation: What it sees before the first layer.
+        looks: Shape of all that is observed of an instance, for each stage.
 
     Raises:
         FileNotFoundError: If there is no table.
         ValueError: If it is damaged.
     """
-
-    stages: ClassVar[list[str]] = ["first"]
-    is_staged = False
 
     def __init__(self, config: EnvConfig) -> None:
         self.config, self.folder = config, table_folder(config.table)
@@ -452,20 +242,27 @@ class TableCore:
             raise ValueError(
                 f"{self.folder / 'codebook.json'} is damaged: expected the dense mask first; copy it again"
             )
-        self.nvec = self.decision_nvec if self.exhaustive else np.array([len(self.masks)])
+        self.stages, ways = list(said.get("stages", ["first"])), said.get("ways")
+        self.nvec = self.decision_nvec if self.exhaustive else np.array(ways or [len(self.masks)])
         self._place = np.cumprod([1, *self.nvec[:0:-1]], dtype=np.int64)[::-1].copy()
+        own = [np.array([stage]) for stage in range(len(ways))] if ways else [np.arange(len(self.nvec))]
+        self.steps = Steps(own, [np.zeros(1, dtype=np.int64)] * len(ways) if ways else own, self.nvec)
         backbone = said["backbone"]
         board = TableBoard([TableSwitch(name) for name in backbone["switches"]])
         self.backbone = TableBackbone(backbone["name"], backbone["weights"], board)
         self.switch_names = board.names if self.exhaustive else []
         self.data = TableData(said["splits"])
         self.actions: Actions = (
-            MultiDiscreteActions(config, self.nvec) if self.exhaustive else MaskActions(len(self.masks))
+            MultiDiscreteActions(config, self.nvec) if self.exhaustive else MaskActions(int(self.steps.choices[0]))
         )
         self._decided = MultiDiscreteActions(config, self.nvec)
         reduced = said.get("pca") is not None
         projection = read_projection(self.folder / PROJECTION) if reduced else None
         self.observation = TableObservation(said["observation"], projection)
+        shape, before = self.observation.space.shape, np.cumprod([1, *(ways or [])]).tolist()
+        self.looks = [(count, *shape) if stage else shape for stage, count in enumerate(before[: len(self.stages)])]
+        if ways:
+            self.stage_observation = TableStages(self.observation.space, ways, said["judges"])
         self._splits: dict[str, TableSplit] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -500,17 +297,13 @@ class TableCore:
     def load_scores(self, scores: dict[str, dict[str, Any]]) -> None:
         """Nothing is remembered."""
 
-    def episodes(self, n: int) -> TableEpisodes:
-        """A batch of ``n`` episodes."""
-        return TableEpisodes(self, n)
-
     def masks_of(self, decisions: Array) -> Array:
         """The numbers, int64 ``[n]``, of the masks that decisions ``[n, components]`` are."""
-        return decisions @ self._place if self.exhaustive else decisions[:, 0]
+        return decisions @ self._place
 
     def spelled(self, decisions: Array) -> Array:
         """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``."""
-        return np.array(decisions, dtype=np.int64) if self.exhaustive else self.masks[decisions[:, 0]]
+        return np.array(decisions, dtype=np.int64) if self.exhaustive else self.masks[self.masks_of(decisions)]
 
     def numbered(self, masks: Array) -> Array:
         """Masks ``[n, switches + 1]`` as decisions, int64 ``[n, components]``: the other way round.
@@ -522,17 +315,14 @@ class TableCore:
             return np.array(masks, dtype=np.int64)
         numbers = {tuple(mask): number for number, mask in enumerate(self.masks.tolist())}
         try:
-            return np.array([numbers[tuple(mask)] for mask in np.asarray(masks).tolist()], dtype=np.int64)[:, None]
+            found = [numbers[tuple(mask)] for mask in np.asarray(masks).tolist()]
         except KeyError as error:
             raise ValueError(f"{self.folder} has no mask {list(error.args[0])}") from error
+        return np.stack(np.unravel_index(np.array(found, dtype=np.int64), self.nvec), axis=1)
 
     def observe(self, split: TableSplit, rows: Array) -> Array:
         """What is seen of rows ``[n]`` of a split: new arrays, a row an instance."""
         return self.observation.observe(split, rows)
-
-    def walk(self, split: TableSplit, rows: Array, decide: Callable[[Array], Array]) -> tuple[Array, None]:
-        """Decide on rows; there is no pass for ``score`` to go on from."""
-        return decide(self.observe(split, rows)), None
 
     def score(self, split: TableSplit, rows: Array, decisions: Array, seen: None = None) -> Outcome:
         """What comes of one decision an instance.
@@ -568,10 +358,6 @@ class TableCore:
 def table_core(config: EnvConfig) -> TableCore:
     """The core of a configuration that has a ``table``."""
     return TableCore(config)
-
-
-def _shared_split(config: EnvConfig, name: str) -> TableSplit:
-    return table_core(config).split(name)
 
 
 def number_of_decisions(nvec: Array) -> int:

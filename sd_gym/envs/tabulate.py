@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from sd_gym.envs.core import Core
 from sd_gym.envs.projection import Projection, fit_projection, read_projection
 from sd_gym.envs.spaces import OBSERVATION_LIMIT, write_masks
 from sd_gym.envs.split import Split
-from sd_gym.envs.table import CODEBOOK, FACT, FORMAT, PROJECTION, all_decisions
+from sd_gym.envs.table import CODEBOOK, FORMAT, PROJECTION, all_decisions
+from sd_gym.envs.table_split import FACT, at_stage
 from sd_gym.files import as_json, map_arrays, read_json, write_arrays, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.objectives import OBJECTIVES
@@ -36,6 +38,7 @@ def write_table(
     masks: Array | None,
     folder: Path,
     *,
+    ways: list[int] | None = None,
     chosen: str = "",
     pca: int | None = None,
     share: bool = False,
@@ -51,6 +54,8 @@ def write_table(
         core: The env's core.
         masks: The decisions, ``[masks, switches + 1]``, the dense one first and no two alike; ``None``: all.
         folder: Where to write it; see ``sd_gym.envs.table``.
+        ways: Where the env decides at several stages: how many ways of each are in the masks, which are all
+            combinations of them, the last stage's changing first.
         chosen: How the masks were chosen, in words.
         pca: Principal components to reduce the observations to; ``None``: they are kept as they are.
         share: Whether ids, facts in words and paths are left out.
@@ -60,11 +65,11 @@ def write_table(
     Raises:
         FileExistsError: If the folder holds a table, one that was cut off and shall not be resumed, or anything else.
         ValueError: If what was cut off is another table, or there are not so many components.
-        ConfigError: If the env decides at several stages, or its observation is no ``Box``.
+        ConfigError: If the env's observation is no ``Box``, or shall be reduced at several stages.
     """
     _check(core, pca)
     with locked(folder):
-        description = _description(core, masks, chosen, pca, share)
+        description = _description(core, masks, ways, chosen, pca, share)
         _begin(folder, description, masks, resume)
         reduce = None if pca is None else _projection(core, pca, folder)
         numbers = all_decisions(core.nvec) if masks is None else masks
@@ -77,7 +82,7 @@ def write_table(
                 if not files[-1].exists():
                     quality, likelihood = split.scoring.under_all(rows, numbers)
                     part = {"rows": rows, "quality": quality, "likelihood": likelihood.astype(np.float16)}
-                    write_arrays(files[-1], part)
+                    write_arrays(files[-1], part | _looks(core, split, rows, numbers, ways))
                 done += len(rows) * len(numbers)
                 on_chunk(done, total)
             _write_split(core, split, files, len(numbers), folder, reduce, share)
@@ -86,10 +91,8 @@ def write_table(
 
 
 def _check(core: Core, pca: int | None) -> None:
-    if core.is_staged:
-        raise ConfigError(
-            f"{core.config.id}: a table has decisions of one stage, but the stages are {core.stages}; leave them out"
-        )
+    if core.is_staged and pca is not None:
+        raise ConfigError(f"{core.config.id}: --pca reduces what one stage shows, but the stages are {core.stages}")
     if not isinstance(core.observation_space, gym.spaces.Box):
         raise ConfigError(
             f"{core.config.id}: a table has observations that are one array, such as observation=pooled; got "
@@ -103,6 +106,19 @@ def _check(core: Core, pca: int | None) -> None:
             f"--pca: expected at least 1 component, and no more than there are training instances ({instances}) or "
             f"numbers in an observation (its shape is {shape}); got {pca}"
         )
+
+
+def _looks(core: Core, split: Split, rows: Array, masks: Array, ways: list[int] | None) -> dict[str, Array]:
+    """What rows ``[n]`` show at each stage but the first, ``[n, ways before it, size]``, by its name in the table."""
+    found = {}
+    for stage in range(1, len(ways or ())):
+        before = masks[:: math.prod(ways[stage:])]  # a mask of each combination: behind it all runs
+        seen = [
+            core.stage_observation.observe(split, rows, stage, np.tile(mask, (len(rows), 1)), None)[0]
+            for mask in before
+        ]
+        found[at_stage(stage)] = np.stack(seen, axis=1)
+    return found
 
 
 def _projection(core: Core, pca: int, folder: Path) -> Projection:
@@ -119,9 +135,12 @@ def _chunks(split: Split) -> list[Array]:
     return np.split(order, range(CHUNK, len(order), CHUNK))
 
 
-def _description(core: Core, masks: Array | None, chosen: str, pca: int | None, share: bool) -> dict[str, Any]:
+def _description(
+    core: Core, masks: Array | None, ways: list[int] | None, chosen: str, pca: int | None, share: bool
+) -> dict[str, Any]:
     config = core.config.model_dump()
-    config["action"], config["codebook"] = "multi_discrete" if masks is None else "discrete", None
+    numbered = masks is not None and ways is None
+    config["action"], config["codebook"] = "discrete" if numbered else "multi_discrete", None
     config["backbone"]["device"] = "cpu"
     if config["reward"]["objective"] not in OBJECTIVES.built_in():  # one of the user's own may be known here alone
         config["reward"]["objective"] = "lexicographic"
@@ -156,6 +175,9 @@ def _description(core: Core, masks: Array | None, chosen: str, pca: int | None, 
         "env_config": config,
         "splits": splits,
     }
+    if ways is not None:
+        judges = core.stage_observation.judgements
+        described |= {"stages": core.stages, "ways": ways, "judges": judges}
     return _without_paths(described) if share else described
 
 
@@ -211,10 +233,13 @@ def _write_split(
     if (folder / f"{split.name}.json").exists():
         return
     codes, values = _codes([map_arrays(file) for file in files], len(split), masks)
-    likelihood = np.empty((len(split), masks), dtype=np.float16)
-    for part in map(map_arrays, files):
-        likelihood[part["rows"]] = part["likelihood"]
-    seen = core.observe(split, np.arange(len(split)))
+    likelihood = _together(files, "likelihood", len(split))
+    rows = np.arange(len(split))
+    seen = (
+        core.stage_observation.observe(split, rows, 0, np.zeros((len(rows), len(core.nvec)), dtype=np.int64), None)[0]
+        if core.is_staged
+        else core.observe(split, rows)
+    )
     facts = split.facts()
     numbers = {name: values for name, values in facts.items() if _is_number(values)}
     arrays = {
@@ -230,11 +255,21 @@ def _write_split(
     }
     if values is not None:
         arrays["quality_values"] = values
+    arrays |= {at_stage(stage): _together(files, at_stage(stage), len(split)) for stage in range(1, len(core.stages))}
     arrays |= {FACT + name: _smallest(known) for name, known in numbers.items()}
     write_arrays(folder / f"{split.name}.safetensors", arrays)
     ids = [f"{split.name}-{row}" for row in range(len(split))] if share else split.ids.tolist()
     words = {} if share else {name: known.tolist() for name, known in facts.items() if name not in numbers}
     write_json(folder / f"{split.name}.json", {"ids": ids, "facts": words})
+
+
+def _together(files: list[Path], name: str, n: int) -> Array:
+    """An array of the chunks, ``[n, ...]``, in the order of the rows."""
+    whole = None
+    for part in map(map_arrays, files):
+        whole = np.empty((n, *part[name].shape[1:]), part[name].dtype) if whole is None else whole
+        whole[part["rows"]] = part[name]
+    return whole
 
 
 def _costs(always: Array, switched: Array) -> dict[str, Array]:

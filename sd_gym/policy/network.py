@@ -389,7 +389,8 @@ class _Description(BaseModel):
     def _one_choice_a_switch(self) -> _Description:
         if len(set(self.switches)) < len(self.switches):
             raise ValueError("expected switches that are all different")
-        if len(self.nvec) != len(self.switches) + 1 or not set(self.nvec[:-1]) <= {1, 2}:
+        of_table = not self.switches and len(self.nvec) == len(self.stages)  # from how many each stage chooses
+        if not of_table and (len(self.nvec) != len(self.switches) + 1 or not set(self.nvec[:-1]) <= {1, 2}):
             raise ValueError(
                 f"expected nvec with a 2 for each of the {len(self.switches)} switches (a 1 where it always runs) and "
                 f"then the number of token levels, got {self.nvec}"

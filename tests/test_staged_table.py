@@ -1,0 +1,153 @@
+"""Tables of envs that decide at several stages: what is looked up is what the env would have shown and scored."""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from sd_gym.agents.tabulation import in_stages, random_masks
+from stable_baselines3.common.env_checker import check_env as check_sb3_env
+from typer.testing import CliRunner
+
+import sd_gym
+from sd_gym.cli import app
+from sd_gym.envs import ConfigError
+from sd_gym.files import map_arrays
+from tests.test_conventions import assert_same
+from tests.test_envs import SMALL
+from tests.test_table import ID, SPLITS, contents_of, core_of
+
+STAGES = {"stages": ["first", "encoder.1", "encoder.2"]}
+
+
+@pytest.fixture(scope="module")
+def source(table_source):
+    return table_source[0], {**table_source[1], **STAGES}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory, source):
+    folder = tmp_path_factory.mktemp("staged") / "table"
+    sd_gym.tabulate(source[0], folder, decisions="random:4", seed=1, **source[1])
+    return str(folder)
+
+
+def test_its_masks_are_all_combinations_of_what_stages_say(table, source):
+    core, computed = core_of(ID, table=table), core_of(source[0], **source[1])
+    assert core.stages == computed.stages == STAGES["stages"]
+    assert len(core.masks) == np.prod(core.nvec)
+    for number, ways in enumerate(product(*map(range, core.nvec))):
+        assert core.masks_of(np.array([ways])).tolist() == [number]
+        (mask,) = core.spelled(np.array([ways]))
+        assert core.numbered([mask]).tolist() == [list(ways)]
+        for way, components in zip(ways, computed.steps.components, strict=True):
+            assert way or not mask[components].any()  # the first way of each stage runs all
+
+
+def test_outcomes_and_looks_are_those_of_the_env(table, source):
+    core, computed = core_of(ID, table=table), core_of(source[0], **source[1])
+    for name in SPLITS:
+        ours, theirs = core.split(name), computed.split(name)
+        rows = np.arange(len(theirs))
+        np.testing.assert_array_equal(
+            core.stage_observation.judging_flops(ours, rows), computed.stage_observation.judging_flops(theirs, rows)
+        )
+        for ways in product(*map(range, core.nvec)):
+            decided = np.tile(ways, (len(rows), 1))
+            masks = core.spelled(decided)
+            came, expected = core.score(ours, rows, decided), computed.score(theirs, rows, masks)
+            np.testing.assert_array_equal(came.quality, expected.quality)
+            np.testing.assert_array_equal(came.flops_ratio, expected.flops_ratio)
+            for stage in range(len(core.stages)):
+                seen, _ = core.stage_observation.observe(ours, rows, stage, decided, None)
+                shown, _ = computed.stage_observation.observe(theirs, rows, stage, masks, None)
+                np.testing.assert_allclose(seen, shown, atol=1e-4)  # a pass rounds by what else is in it
+
+
+def test_episodes_are_those_of_the_env(table, source):
+    """The same instances, the same ways: the same looks, rewards and infos."""
+    ours, theirs = gym.make_vec(ID, num_envs=5, table=table), gym.make_vec(source[0], num_envs=5, **source[1])
+    core, computed = ours.unwrapped.core, theirs.unwrapped.core
+    random = np.random.default_rng(0)
+    (seen, _), (shown, _) = ours.reset(seed=3), theirs.reset(seed=3)
+    for step in range(2 * len(core.stages)):
+        np.testing.assert_allclose(seen, shown, atol=1e-4)
+        stage = step % len(core.stages)
+        ways = random.integers(core.nvec[stage], size=5)
+        decided = np.zeros((5, len(core.nvec)), dtype=np.int64)
+        decided[:, stage] = ways
+        components = computed.steps.components[stage]
+        actions = np.zeros((5, len(computed.steps.choices)), dtype=np.int64)
+        places = [*range(len(components) - 1), -1] if stage == 0 else np.arange(len(components))  # tokens come last
+        actions[:, places] = core.spelled(decided)[:, components]
+        seen, *came, infos = ours.step(ways)
+        shown, *expected, computed_infos = theirs.step(actions)
+        assert_same(came, expected)
+        assert_same(infos["decision"], computed_infos["decision"])
+        assert_same(infos["quality"], computed_infos["quality"])
+
+
+def test_ways_that_a_stage_has_not_are_masked_and_stand_for_its_last(table):
+    env = gym.make(ID, table=table).unwrapped
+    core = env.core
+    widest = max(core.nvec)
+    assert env.action_space == gym.spaces.Discrete(widest)
+    _, info = env.reset(seed=0)
+    for stage, ways in enumerate(core.nvec):
+        assert info["action_mask"].tolist() == [1] * ways + [0] * (widest - ways)
+        *_, over, _, info = env.step(widest - 1)
+        assert over == (stage == len(core.nvec) - 1)
+    assert info["decision"].tolist() == core.masks[-1].tolist()
+
+
+def test_both_checkers_pass(table):
+    env = gym.make(ID, table=table)
+    check_env(env.unwrapped)
+    check_sb3_env(env.unwrapped)
+
+
+def test_a_table_that_was_cut_off_goes_on(table, source, tmp_path, monkeypatch):
+    calls = []
+
+    def cut(done, total):
+        calls.append(done)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    asked = {"decisions": "random:4", "seed": 1, **source[1]}
+    with pytest.raises(KeyboardInterrupt):
+        sd_gym.tabulate(source[0], tmp_path / "cut", on_progress=cut, **asked)
+    sd_gym.tabulate(source[0], tmp_path / "cut", resume=True, **asked)
+    assert contents_of(tmp_path / "cut") == contents_of(table)
+
+
+@pytest.mark.parametrize("algo", ["ppo", "a2c", "reinforce", "imitation"])
+def test_agents_learn_on_it_and_are_played_again(table, algo, tmp_path):
+    def called(*words):
+        done = CliRunner().invoke(app, list(words))
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    keys = ["--algo", algo, "--set", f"table={table}", "--steps", "128", "--output", str(tmp_path / "run")]
+    called("train", ID, *keys)
+    assert "decides the same again" in called("validate", str(tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "policy.json").read_text())["stages"] == STAGES["stages"]
+
+
+def test_more_combinations_than_a_table_has_are_told():
+    core = core_of("SD/Classification-Mini-Layerwise-v0", **SMALL)
+    with pytest.raises(ValueError, match=r"16 masks make .* combinations at the stages .* has at most 4,096"):
+        in_stages(core, random_masks(core.nvec, 16, 0))
+
+
+def test_what_stages_show_is_kept_in_full(table, source, tmp_path):
+    arrays, core = map_arrays(Path(table) / "train.safetensors"), core_of(ID, table=table)
+    n, size = len(core.split("train")), core.observation_space.shape[0]
+    first, second, _ = core.nvec
+    assert arrays["observations.1"].shape == (n, first, size)
+    assert arrays["observations.2"].shape == (n, first * second, size)
+    with pytest.raises(ConfigError, match="reduces what one stage shows"):
+        sd_gym.tabulate(source[0], tmp_path / "reduced", decisions="random:4", pca=4, **source[1])
