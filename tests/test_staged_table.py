@@ -90,6 +90,32 @@ def test_episodes_are_those_of_the_env(table, source):
         assert_same(infos["quality"], computed_infos["quality"])
 
 
+def test_it_is_a_table_of_masks_too(table):
+    """All decided at the first look: the same outcomes, by the number of a mask, the dense one first."""
+    core, staged = core_of(ID, table=table, stages=["first"]), core_of(ID, table=table)
+    assert (core.stages, core.nvec.tolist()) == (["first"], [len(staged.masks)])
+    ours, theirs = core.split("test"), staged.split("test")
+    rows = np.arange(len(ours))
+    np.testing.assert_array_equal(
+        core.observe(ours, rows),
+        staged.stage_observation.observe(theirs, rows, 0, np.zeros((len(rows), 3), int), None)[0],
+    )
+    mean = []
+    for number in range(len(core.masks)):
+        decided = np.full((len(rows), 1), number)
+        (mask,) = core.spelled(decided[:1])
+        assert core.numbered([mask]).tolist() == [[number]]
+        came = core.score(ours, rows, decided)
+        expected = staged.score(theirs, rows, np.tile(staged.numbered([mask]), (len(rows), 1)))
+        np.testing.assert_array_equal(came.quality, expected.quality)
+        np.testing.assert_array_equal(came.flops_ratio, expected.flops_ratio)
+        mean.append(core.split("train").costs.flops_ratio(rows, np.full((len(rows), 1), number)).mean())
+    assert not core.spelled(np.array([[0]])).any()
+    assert np.diff(mean).max() < 0.01  # they get cheaper, but for what a sample rounds
+    with pytest.raises(ConfigError, match="can be chosen"):
+        core_of(ID, table=table, stages=["first", "encoder.2"])
+
+
 def test_ways_that_a_stage_has_not_are_masked_and_stand_for_its_last(table):
     env = gym.make(ID, table=table).unwrapped
     core = env.core

@@ -29,9 +29,9 @@ __all__ = [
     "stored_config",
 ]
 
-# What can be chosen of an env that takes its outcomes from a table; all else is as it was when the table was made. It
-# has one stage, so that nothing is paid on the way.
-TABLE_KEYS = ("split", *(key for key in KEYS if key.startswith("reward.") and key != "reward.dense"))
+# What can be chosen of an env that takes its outcomes from a table; all else is as it was when the table was made. Of
+# several stages the first one alone may be left.
+TABLE_KEYS = ("split", "stages", *(key for key in KEYS if key.startswith("reward.") and key != "reward.dense"))
 EXTENDS = "extends"  # the key of a YAML file that names another one, whose keys hold where it says nothing
 
 
@@ -143,7 +143,8 @@ def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
     config = _validated({**was, **given}, origin)
     before = spelled(_validated({**was, "id": config.id, "table": config.table}, origin).model_dump())
     for key, value in spelled(config.model_dump()).items():
-        if key not in TABLE_KEYS and value != before[key]:
+        at_once = key == "stages" and list(value) == ["first"]
+        if value != before[key] and not at_once and (key == "stages" or key not in TABLE_KEYS):
             raise ConfigError(
                 f"{origin}: config key {key!r}: the table {config.table} is of {before[key]!r}, got {value!r}; of a "
                 f"table only {', '.join(TABLE_KEYS)} can be chosen, for anything else make another one (sd-gym "

@@ -97,7 +97,8 @@ def outcome(split: TableSplit, policy: Callable[[Array], Array]) -> Exact:
 
     Args:
         split: A split of a table.
-        policy: From observations ``[n, ...]`` to decisions ``[n, components]``, such as ``DecisionPolicy.decide``.
+        policy: From observations ``[n, ...]`` to decisions ``[n, components]``, such as ``DecisionPolicy.decide``;
+            called once a stage.
     """
     return _exact(split, _decided(split, policy))
 
@@ -163,7 +164,7 @@ def _cheapest(split: TableSplit, chosen: Array, loss: float) -> Exact:
 def _decided(split: TableSplit, policy: Callable[[Array], Array]) -> Array:
     """Numbers of the masks that a policy decides, int64 ``[n]``."""
     core, rows = split.core, np.arange(len(split))
-    return core.masks_of(core.checked(policy(core.observe(split, rows)), len(rows)))
+    return core.masks_of(core.checked(core.walk(split, rows, policy)[0], len(rows)))
 
 
 def _exact(split: TableSplit, masks: Array) -> Exact:

@@ -201,8 +201,9 @@ class TableCore(EpisodicCore):
     """What a table knows, as ``Core`` computes it; shared by all envs of the same configuration.
 
     Where the table has all decisions, they are those of the env that it is of. Where it has some, a decision has one
-    component: the number of its mask, of which 0 is the dense one. Of several stages it has one for each: the number of
-    the way in which the stage decides, of which 0 runs all.
+    component: the number of its mask, of which 0 is the dense one, from there down in FLOPs. Of several stages it has
+    one for each: the number of the way in which the stage decides, of which 0 runs all. With ``stages=["first"]`` a
+    table of several stages is one of some masks.
 
     Args:
         config: The env's configuration, whose ``table`` is the folder.
@@ -242,9 +243,12 @@ class TableCore(EpisodicCore):
             raise ValueError(
                 f"{self.folder / 'codebook.json'} is damaged: expected the dense mask first; copy it again"
             )
-        self.stages, ways = list(said.get("stages", ["first"])), said.get("ways")
+        ways = said.get("ways") if list(config.stages) != ["first"] else None
+        self.stages = list(said["stages"]) if ways else ["first"]
         self.nvec = self.decision_nvec if self.exhaustive else np.array(ways or [len(self.masks)])
         self._place = np.cumprod([1, *self.nvec[:0:-1]], dtype=np.int64)[::-1].copy()
+        # Of combinations of ways, the masks are not in the order of their FLOPs.
+        self._order = None if ways or "order" not in said else np.array(said["order"], dtype=np.int64)
         own = [np.array([stage]) for stage in range(len(ways))] if ways else [np.arange(len(self.nvec))]
         self.steps = Steps(own, [np.zeros(1, dtype=np.int64)] * len(ways) if ways else own, self.nvec)
         backbone = said["backbone"]
@@ -299,7 +303,8 @@ class TableCore(EpisodicCore):
 
     def masks_of(self, decisions: Array) -> Array:
         """The numbers, int64 ``[n]``, of the masks that decisions ``[n, components]`` are."""
-        return decisions @ self._place
+        numbers = decisions @ self._place
+        return numbers if self._order is None else self._order[numbers]
 
     def spelled(self, decisions: Array) -> Array:
         """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``."""
@@ -318,7 +323,9 @@ class TableCore(EpisodicCore):
             found = [numbers[tuple(mask)] for mask in np.asarray(masks).tolist()]
         except KeyError as error:
             raise ValueError(f"{self.folder} has no mask {list(error.args[0])}") from error
-        return np.stack(np.unravel_index(np.array(found, dtype=np.int64), self.nvec), axis=1)
+        numbers = np.array(found, dtype=np.int64)
+        numbers = numbers if self._order is None else np.argsort(self._order)[numbers]
+        return np.stack(np.unravel_index(numbers, self.nvec), axis=1)
 
     def observe(self, split: TableSplit, rows: Array) -> Array:
         """What is seen of rows ``[n]`` of a split: new arrays, a row an instance."""

@@ -176,8 +176,12 @@ def _description(
         "splits": splits,
     }
     if ways is not None:
+        train = core.split("train")
+        rows = np.arange(min(len(train), CHUNK))
+        flops = [train.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in masks]
+        order = [0, *(1 + np.argsort(-np.array(flops[1:]), kind="stable")).tolist()]  # dense first
         judges = core.stage_observation.judgements
-        described |= {"stages": core.stages, "ways": ways, "judges": judges}
+        described |= {"stages": core.stages, "ways": ways, "order": order, "judges": judges}
     return _without_paths(described) if share else described
 
 
