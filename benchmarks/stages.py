@@ -8,6 +8,10 @@ backbone is prepared on its beginning, policies learn on that and more (to fores
 are selected on the last ones, which are new to both; the validation file is the test split, which nothing else
 touches. What is finished is kept and what was cut off goes on; ``--table`` only prints what is there.
 
+A greedy path of masks is searched, and what all combinations of its two halves do to every instance is tabulated
+(``sd-gym tabulate``). On that table agents learn in seconds, with several seeds: once before the first layer, choosing
+from all combinations, and in two stages. Controls look into the backbone, and so does one agent that sees tokens.
+
 The table has two figures of FLOPs. "As selected" is what one gets: the policy, mask or threshold that the validation
 split allowed. "At 0.5" is read off the front of bolder and more cautious versions on the test split (masks, thresholds:
 all of them, chosen in hindsight, which favours what does not learn) where half a point is lost.
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from sd_gym.agents.baselines.early_exit import THRESHOLDS
@@ -30,12 +35,18 @@ from sd_gym.agents.experiment.evaluation import fitting, score_decisions
 from sd_gym.agents.experiment.folder import read_description, read_result
 from sd_gym.agents.experiment.many import Word, train_many
 from sd_gym.agents.experiment.plan import Planned
+from sd_gym.agents.experiment.run import run_config
+from sd_gym.agents.imitation.agent import ImitationAgent
+from sd_gym.agents.ppo.agent import PPOAgent
+from sd_gym.agents.registry import register_agent
 from sd_gym.agents.report.compare import markdown
 from sd_gym.agents.report.fronts import Front, flops_samples, front_of
 from sd_gym.agents.report.savings import versions
 
+import sd_gym
 from sd_gym.envs.config import load_config
 from sd_gym.envs.core import Core, shared_core
+from sd_gym.files import read_json
 from sd_gym.policy import DecisionPolicy
 from sd_gym.registration import config_of
 from sd_gym.tasks.preparation import prepare_backbone
@@ -43,16 +54,36 @@ from sd_gym.tasks.preparation import prepare_backbone
 COLUMNS = ["data", "test rows", "dense", "who decides", "seeds", "FLOPs as selected (points)", "kept", "FLOPs at 0.5"]
 LOSS = 0.005
 STAGES = ["first", "encoder.3"]
-LEARNED = {  # name of the row: agent, settings, whether it decides in stages
+LEARNED = {  # on the table; name of the row: agent, settings, whether it decides in stages
     "imitation": ("imitation", {}, False),
-    "imitation, tokens": ("imitation", {"observation": "tokens"}, False),
     "imitation, staged": ("imitation", {}, True),
+    "imitation, staged, one network": ("imitation-one-network", {}, True),
     "ppo": ("ppo", {}, False),
     "ppo, staged": ("ppo", {}, True),
+    "ppo, staged, a network each": ("ppo-a-network-each", {}, True),
     "reinforce": ("reinforce", {}, False),
+    "reinforce, staged": ("reinforce", {}, True),
 }
+EYES = "imitation, tokens"
 CONTROLS = {"static": False, "early-exit": False, "cascade": False, "confidence": True}
+CAUTION = (0.0, 2.0, 4.0, 50.0)  # of the first stage more than of the later one: at last it runs all
 console = Console(stderr=True)
+
+
+class OneNetwork(ImitationAgent):
+    """Whose stages share their hidden layers."""
+
+    apart = False
+
+
+class NetworkEach(PPOAgent):
+    """Whose stages have hidden layers of their own."""
+
+    apart = True
+
+
+register_agent("imitation-one-network", OneNetwork)
+register_agent("ppo-a-network-each", NetworkEach)
 
 
 @dataclass(frozen=True)
@@ -146,31 +177,57 @@ class Runs:
             resume=True,
         )
 
-    def planned(self) -> list[Planned]:
-        """The first run searches a path of masks, which all others take over that have any."""
-        searched = self.folder("imitation")
-        runs = []
-        for seed in range(self.seeds):
-            for name in self.agents:
-                algo, settings, staged = LEARNED[name]
-                first = seed == 0 and name == "imitation"
-                path = {"path": searched} if algo == "imitation" and not first else {}
-                runs.append(self._run(name, algo, seed, {**settings, **path}, staged))
-        for name, staged in CONTROLS.items():
-            path = {"path": searched} if name in ("static", "cascade") else {}
-            runs.append(self._run(name, name, 0, path, staged))
-        return runs
+    @property
+    def table(self) -> Path:
+        """Folder of the outcomes."""
+        return self.output / self.name / "table"
 
-    def _run(self, name: str, algo: str, seed: int, more: dict[str, Any], staged: bool) -> Planned:
+    def tabulate(self) -> None:
+        """The outcomes of all combinations of what the searched path says at the two stages."""
+        if (self.table / "table.json").exists() and read_json(self.table / "table.json")["complete"]:
+            return
+        sd_gym.tabulate(
+            f"SD/{self.task.family}-Custom-Staged-v0",
+            self.table,
+            decisions=f"codebook:{self.folder(EYES) / 'masks.json'}",
+            resume=True,
+            **self.settings(self.task.rows[1]),
+            backbone=str(self.backbone),
+            stages=STAGES,
+        )
+
+    def searching(self) -> list[Planned]:
+        """The run that searches the path."""
+        return [self._run(EYES, "imitation", {"observation": "tokens"}, False)]
+
+    def planned(self) -> list[Planned]:
+        """All others."""
+        learned = [self._on_table(name, seed) for seed in range(self.seeds) for name in self.agents]
+        path = {"path": self.folder(EYES)}
+        looking = [
+            self._run(name, name, path if name == "cascade" else {}, staged)
+            for name, staged in CONTROLS.items()
+            if name != "static"
+        ]
+        at_once = {"table": str(self.table), "stages": ["first"]}
+        return [Planned("SD/Table-v0", "static", self.folder("static"), 0, 0, at_once), *looking, *learned]
+
+    def _on_table(self, name: str, seed: int) -> Planned:
+        algo, settings, staged = LEARNED[name]
+        stages = {} if staged else {"stages": ["first"]}
+        settings = {"table": str(self.table), **stages, **settings}
+        return Planned("SD/Table-v0", algo, self.folder(name, seed), self.steps, seed, settings)
+
+    def _run(self, name: str, algo: str, more: dict[str, Any], staged: bool) -> Planned:
         env = f"SD/{self.task.family}-Custom{'-Staged' if staged else ''}-v0"
         settings = {**self.settings(self.task.rows[1]), "backbone": str(self.backbone), **more}
         if staged:
             settings["stages"] = STAGES
-        return Planned(env, algo, self.folder(name, seed), self.steps, seed, settings)
+        return Planned(env, algo, self.folder(name), self.steps, 0, settings)
 
     def rows(self) -> Iterator[list[str]]:
         """Of the table, as far as there are results."""
-        for name in (*CONTROLS, *LEARNED):
+        for name in (*CONTROLS, EYES, *LEARNED):
             folders = [self.folder(name, seed) for seed in range(self.seeds)]
             folders = [folder for folder in folders if (folder / "result.json").exists()]
             if not folders:
@@ -193,20 +250,27 @@ class Runs:
 
     def _front(self, name: str, folder: Path) -> Front:
         """On the test split."""
-        core = shared_core(load_config(config_of(read_description(folder)["env"]), self._env_settings(folder)))
+        core = shared_core(run_config(read_description(folder)))
         if name in ("early-exit", "confidence"):
             return _exit_front(core, None if name == "early-exit" else core.columns)
         if name == "cascade":
-            return _cascade_front(core, searched_masks(self.folder("imitation"), core.nvec))
+            return _cascade_front(core, searched_masks(self.folder(EYES), core.nvec))
+        policy, split = fitting(DecisionPolicy.load(folder), core), core.split("test")
         if name == "static":
-            masks = searched_masks(self.folder("imitation"), core.nvec)
-            policy = fitting(DecisionPolicy.load(folder), core)
-            return front_of(core, core.split("test"), [policy.with_decision(mask) for mask in masks])
-        policy = fitting(DecisionPolicy.load(folder), core)
-        return front_of(core, core.split("test"), versions(core, policy, core.config.reward.epsilon))
+            masks = np.arange(len(core.masks))[:, None]
+            return front_of(core, split, [policy.with_decision(mask) for mask in masks])
+        first = core.steps.components[0]
+        cautions = CAUTION if core.is_staged else CAUTION[:1]
+        offered = [_more_cautious(policy, first, caution) for caution in cautions]
+        return front_of(core, split, [one for o in offered for one in versions(core, o, core.config.reward.epsilon)])
 
-    def _env_settings(self, folder: Path) -> dict[str, Any]:
-        return read_description(folder)["env_config"]
+
+def _more_cautious(policy: DecisionPolicy, components: NDArray, caution: float) -> DecisionPolicy:
+    """The policy with more weight on running what some components stand for."""
+    runs_all = np.cumsum([0, *policy.nvec[:-1]])[components]
+    weights = {name: value.clone() for name, value in policy.state_dict().items()}
+    weights["head.bias"][torch.from_numpy(runs_all)] += caution
+    return policy.with_weights(weights)
 
 
 def _scored(core: Core, decisions: NDArray) -> tuple[NDArray, NDArray, NDArray]:
@@ -272,7 +336,7 @@ def main() -> None:
     parser.add_argument("--minilm", required=True, help="folder or hub id of MiniLM")
     parser.add_argument("--output", type=Path, default=Path("runs/stages"))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--steps", type=int, default=10_000, help="decisions that ppo and reinforce learn from")
+    parser.add_argument("--steps", type=int, default=50_000, help="decisions that ppo and reinforce learn from")
     parser.add_argument("--seeds", type=int, default=3, help="of what draws")
     parser.add_argument("--agents", nargs="+", choices=list(LEARNED), default=list(LEARNED), help="rows to train")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
@@ -284,6 +348,8 @@ def main() -> None:
     if not given.table:
         for one in every:
             one.prepare()
+            train_many(one.searching(), on_word=show)
+            one.tabulate()
             train_many(one.planned(), on_word=show)
     print(markdown(COLUMNS, [row for one in every for row in one.rows()]))
 
