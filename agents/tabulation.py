@@ -39,6 +39,8 @@ def tabulate(
     pca: int | None = None,
     share: bool = False,
     resume: bool = False,
+    jobs: int = 1,
+    imports: Sequence[str] = (),
     on_progress: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -60,6 +62,9 @@ def tabulate(
         share: Whether what is not to be passed on is left out: the data's own ids (instances are numbered), facts in
             words, and paths. Texts are in no table.
         resume: Whether to go on with a table that was cut off.
+        jobs: Processes, which share the threads of this one; 1: this process. With more, guard your script by
+            ``if __name__ == "__main__":``.
+        imports: Modules and files that register what the env needs; the other processes import them first.
         on_progress: Called with the decisions that are done, and all there are.
         settings: Overrides of the env's config.
 
@@ -87,7 +92,8 @@ def tabulate(
         masks, ways = in_stages(core, masks)
     folder, on_chunk = Path(output), on_progress or (lambda done, total: None)
     chosen = "" if masks is None else _in_words(asked, seed, share)
-    write_table(core, masks, folder, ways=ways, chosen=chosen, pca=pca, share=share, resume=resume, on_chunk=on_chunk)
+    how = {"pca": pca, "share": share, "resume": resume, "jobs": jobs, "imports": imports}
+    write_table(core, masks, folder, ways=ways, chosen=chosen, **how, on_chunk=on_chunk)
     return read_table(folder)
 
 

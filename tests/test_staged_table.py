@@ -177,3 +177,17 @@ def test_what_stages_show_is_kept_in_full(table, source, tmp_path):
     assert arrays["observations.2"].shape == (n, first * second, size)
     with pytest.raises(ConfigError, match="reduces what one stage shows"):
         sd_gym.tabulate(source[0], tmp_path / "reduced", decisions="random:4", pca=4, **source[1])
+
+
+def test_processes_share_the_work(table, source, tmp_path):
+    """They write what one writes, but for what rounding makes of another number of threads."""
+    told = []
+    asked = {"decisions": "random:4", "seed": 1, "jobs": 2, "on_progress": lambda *done: told.append(done)}
+    sd_gym.tabulate(source[0], tmp_path / "shared", **asked, **source[1])
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert told[-1][0] == told[-1][1]
+    for name in SPLITS:
+        ours, theirs = (map_arrays(Path(one) / f"{name}.safetensors") for one in (tmp_path / "shared", table))
+        assert ours.keys() == theirs.keys()
+        for key, values in theirs.items():
+            np.testing.assert_allclose(ours[key], values, atol=1e-3)

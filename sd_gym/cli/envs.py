@@ -67,6 +67,7 @@ def tabulate(
         bool, typer.Option(help="Leave out what is not to be passed on: the data's own ids, words and paths.")
     ] = False,
     resume: Annotated[bool, typer.Option(help="Go on with a table that was cut off.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, which share the cores.")] = 1,
     set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config key.")] = [],  # noqa: B006
     imports: Imports = [],  # noqa: B006
 ) -> None:
@@ -79,7 +80,7 @@ def tabulate(
 
     A small one, to be passed on: `sd-gym tabulate RUN --output table --decisions random:64 --pca 32 --share`
     """
-    import_all(imports)
+    imported = import_all(imports)
     with errors_as_lines(), progress_bar() as progress:
         bar = progress.add_task("loading", total=None, figures="")
         from sd_gym.agents.tabulation import tabulate as write_table
@@ -96,6 +97,8 @@ def tabulate(
             pca=pca,
             share=share,
             resume=resume,
+            jobs=jobs,
+            imports=imported,
             on_progress=on_progress,
             **settings_of(set_),
         )

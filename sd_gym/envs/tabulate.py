@@ -6,17 +6,23 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sd_gym.config import ConfigError, nested, stored
+from sd_gym.envs.config import EnvConfig
 from sd_gym.envs.core import Core
 from sd_gym.envs.projection import Projection, fit_projection, read_projection
+from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import OBSERVATION_LIMIT, write_masks
 from sd_gym.envs.split import Split
 from sd_gym.envs.table import CODEBOOK, FORMAT, PROJECTION, all_decisions
@@ -24,6 +30,7 @@ from sd_gym.envs.table_split import FACT, at_stage
 from sd_gym.files import as_json, map_arrays, read_json, write_arrays, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.objectives import OBJECTIVES
+from sd_gym.registry import import_own
 from sd_gym.tasks.data import SPLITS
 from sd_gym.version import __version__
 
@@ -43,12 +50,14 @@ def write_table(
     pca: int | None = None,
     share: bool = False,
     resume: bool = False,
+    jobs: int = 1,
+    imports: Sequence[str] = (),
     on_chunk: OnChunk,
 ) -> None:
     """Run all instances of an env under decisions and write what comes of it.
 
     Each chunk of instances is written when it is done, so that a table which was cut off goes on with the next one; it
-    becomes the same, bit for bit.
+    becomes the same, bit for bit. (With another number of threads the last bits of sums are others.)
 
     Args:
         core: The env's core.
@@ -60,6 +69,8 @@ def write_table(
         pca: Principal components to reduce the observations to; ``None``: they are kept as they are.
         share: Whether ids, facts in words and paths are left out.
         resume: Whether to go on with the folder's table, if one is begun there.
+        jobs: Processes, which share the threads of this one; 1: this one.
+        imports: Modules and files that register what the env needs; other processes import them first.
         on_chunk: Called after each chunk.
 
     Raises:
@@ -73,21 +84,87 @@ def write_table(
         _begin(folder, description, masks, resume)
         reduce = None if pca is None else _projection(core, pca, folder)
         numbers = all_decisions(core.nvec) if masks is None else masks
-        done, total = 0, sum(len(core.split(name)) for name in SPLITS) * len(numbers)
+        chunks = [chunk for name in SPLITS for chunk in _chunks(core.split(name), folder)]
+        _write_chunks(core, chunks, numbers, ways, jobs, imports, on_chunk)
         for name in SPLITS:
-            split = core.split(name)
-            files = []
-            for number, rows in enumerate(_chunks(split)):
-                files.append(folder / PARTS / f"{name}-{number:05}.safetensors")
-                if not files[-1].exists():
-                    quality, likelihood = split.scoring.under_all(rows, numbers)
-                    part = {"rows": rows, "quality": quality, "likelihood": likelihood.astype(np.float16)}
-                    write_arrays(files[-1], part | _looks(core, split, rows, numbers, ways))
-                done += len(rows) * len(numbers)
-                on_chunk(done, total)
-            _write_split(core, split, files, len(numbers), folder, reduce, share)
+            files = [chunk.file for chunk in chunks if chunk.split == name]
+            _write_split(core, core.split(name), files, len(numbers), folder, reduce, share)
         write_json(folder / "table.json", {**description, "complete": True})
         shutil.rmtree(folder / PARTS)
+
+
+class _Chunk(NamedTuple):
+    """Instances that are run under all masks before anything is written."""
+
+    split: str
+    rows: Array
+    file: Path
+
+
+def _chunks(split: Split, folder: Path) -> list[_Chunk]:
+    """Rows of about the same length, which waste little on padding."""
+    order = np.argsort(split.encoded.source_length, kind="stable")
+    parts = enumerate(np.split(order, range(CHUNK, len(order), CHUNK)))
+    return [
+        _Chunk(split.name, rows, folder / PARTS / f"{split.name}-{number:05}.safetensors") for number, rows in parts
+    ]
+
+
+def _write_chunks(
+    core: Core,
+    chunks: list[_Chunk],
+    masks: Array,
+    ways: list[int] | None,
+    jobs: int,
+    imports: Sequence[str],
+    on_chunk: OnChunk,
+) -> None:
+    """Write those that are not there, in this process or in several."""
+    missing = [chunk for chunk in chunks if not chunk.file.exists()]
+    total = len(masks) * sum(len(chunk.rows) for chunk in chunks)
+    done = total - len(masks) * sum(len(chunk.rows) for chunk in missing)
+    on_chunk(done, total)
+    for chunk in _written(core, missing, masks, ways, jobs, imports):
+        done += len(masks) * len(chunk.rows)
+        on_chunk(done, total)
+
+
+def _written(
+    core: Core, chunks: list[_Chunk], masks: Array, ways: list[int] | None, jobs: int, imports: Sequence[str]
+) -> Iterator[_Chunk]:
+    """Chunks, each as soon as it is written."""
+    if min(jobs, len(chunks)) <= 1:
+        for chunk in chunks:
+            yield _write_chunk(core, chunk, masks, ways)
+        return
+    share = max(1, torch.get_num_threads() // jobs), list(imports)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _make_ready, share) as pool:
+        try:
+            running = [pool.submit(_write_chunk_of, core.config, chunk, masks, ways) for chunk in chunks]
+            for future in as_completed(running):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _make_ready(threads: int, imports: list[str]) -> None:
+    """What a process does first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a whole group of processes: the first one ends the others
+    torch.set_num_threads(threads)
+    for name in imports:
+        import_own(name)
+
+
+def _write_chunk_of(config: EnvConfig, chunk: _Chunk, masks: Array, ways: list[int] | None) -> _Chunk:
+    return _write_chunk(shared_core(config), chunk, masks, ways)
+
+
+def _write_chunk(core: Core, chunk: _Chunk, masks: Array, ways: list[int] | None) -> _Chunk:
+    split = core.split(chunk.split)
+    quality, likelihood = split.scoring.under_all(chunk.rows, masks)
+    part = {"rows": chunk.rows, "quality": quality, "likelihood": likelihood.astype(np.float16)}
+    write_arrays(chunk.file, part | _looks(core, split, chunk.rows, masks, ways))
+    return chunk
 
 
 def _check(core: Core, pca: int | None) -> None:
@@ -127,12 +204,6 @@ def _projection(core: Core, pca: int, folder: Path) -> Projection:
         train = core.split("train")
         fit_projection(core.observe(train, np.arange(len(train))), pca).save(folder / PROJECTION)
     return read_projection(folder / PROJECTION)
-
-
-def _chunks(split: Split) -> list[Array]:
-    """Rows of about the same length, which waste little on padding."""
-    order = np.argsort(split.encoded.source_length, kind="stable")
-    return np.split(order, range(CHUNK, len(order), CHUNK))
 
 
 def _description(
