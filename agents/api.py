@@ -96,6 +96,7 @@ def train_all(
     preset: str = OF_ENV,
     strictness: float = ONE_SIDED_95,
     jobs: int = 1,
+    ray: str | None = None,
     imports: Sequence[str] = (),
     on_word: OnWord = lambda word: None,
     **settings: Any,
@@ -116,6 +117,8 @@ def train_all(
         strictness: As of ``train``.
         jobs: Processes, which share the threads of this one; 1: this process. With more, guard your script by
             ``if __name__ == "__main__":``.
+        ray: Address of a Ray cluster that trains them instead: ``auto``, ``local``, or as ``ray.init`` takes it. It has
+            sd_gym installed, and sees ``output`` under the same path.
         imports: Modules and files that register what is needed; import them first.
         on_word: Called whenever something happens to a run.
         settings: Keys of the env's config, and settings of those agents that have them.
@@ -125,11 +128,12 @@ def train_all(
         it is ``failed``.
 
     Raises:
-        ValueError: If a name or setting is unknown.
+        ValueError: If a name or setting is unknown, or both ``jobs`` and ``ray`` are asked for.
+        ImportError: If Ray is asked for and not installed.
     """
     how = {"seeds": seeds, "steps": steps, "preset": preset, "strictness": strictness}
     runs = plan(env_ids, algos, output=Path(output), controls=controls, settings=settings, **how)
-    return train_many(runs, jobs=jobs, imports=imports, on_word=on_word)
+    return train_many(runs, jobs=jobs, ray=ray, imports=imports, on_word=on_word)
 
 
 def default_folder(env_id: str, algo: str, seed: int) -> Path:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from sd_gym.agents.experiment.plan import Planned
@@ -42,7 +42,12 @@ GOING = ("begun", "learning", "searching")
 
 
 def train_many(
-    runs: Sequence[Planned], *, jobs: int = 1, imports: Sequence[str] = (), on_word: OnWord = lambda word: None
+    runs: Sequence[Planned],
+    *,
+    jobs: int = 1,
+    ray: str | None = None,
+    imports: Sequence[str] = (),
+    on_word: OnWord = lambda word: None,
 ) -> list[Word]:
     """Train those of the runs that are not finished; what was cut off goes on.
 
@@ -53,14 +58,24 @@ def train_many(
         runs: Each after those that it begins with.
         jobs: Processes, which share the threads of this one; 1: all are trained in this one. A script that asks for
             more has to be guarded by ``if __name__ == "__main__":``, and what it registers be in ``imports``.
+        ray: Address of a Ray cluster that trains them, one thread a run: ``auto``, ``local`` (one is started here), or
+            as ``ray.init`` takes it. It has sd_gym installed, and sees the runs' folders under the same paths.
         imports: Modules and files that register what the runs need; import them first.
         on_word: Called whenever something happens to a run.
 
     Returns:
         The last word of each run, in their order: ``kept``, ``finished``, ``not applicable`` or ``failed``.
+
+    Raises:
+        ImportError: If Ray is asked for and not installed.
+        ValueError: If both Ray and jobs are asked for.
     """
+    if ray is not None and jobs > 1:
+        raise ValueError(f"a Ray cluster has processes of its own; leave out jobs (got {jobs}) or ray (got {ray!r})")
     schedule = _Schedule(runs, on_word)
-    if jobs == 1:
+    if ray is not None:
+        _share_on_ray(schedule, ray, imports)
+    elif jobs == 1:
         for run in iter(schedule.next, None):
             schedule.tell(_attempt(run, imports, schedule.tell))
     else:
@@ -146,6 +161,40 @@ def _share(schedule: _Schedule, jobs: int, imports: Sequence[str]) -> None:
     finally:
         for worker in workers:
             worker.end()
+
+
+def _share_on_ray(schedule: _Schedule, address: str, imports: Sequence[str]) -> None:
+    """Have a cluster train what waits, one run a core; what it says on the way is not heard."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("a Ray cluster needs Ray, which is not installed: pip install 'sd-gym[ray]'") from error
+    ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
+    attempt = ray.remote(num_cpus=1, max_retries=0)(_attempt_there)
+    cores = int(ray.cluster_resources().get("CPU", 1))
+    running: dict[Any, Planned] = {}
+    while True:
+        while len(running) < cores and (run := schedule.next()) is not None:
+            running[attempt.remote(run, list(imports), os.getcwd())] = run
+        if not running:
+            return
+        (ended,), _ = ray.wait(list(running), num_returns=1)
+        run = running.pop(ended)
+        try:
+            word = ray.get(ended)
+        except ray.exceptions.RayError as error:  # its process or its machine has ended
+            word = Word(run, "failed", message=_said(error))
+        schedule.tell(word)
+
+
+def _attempt_there(run: Planned, imports: list[str], folder: str) -> Word:
+    """Train a run on another machine, in the folder that its relative paths start from."""
+    os.chdir(folder)
+    quiet()
+    torch.set_num_threads(1)
+    for name in imports:
+        import_own(name)
+    return _attempt(run, imports, lambda word: None)
 
 
 class _Worker:

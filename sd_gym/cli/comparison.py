@@ -44,6 +44,14 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="With envs: seeds of each agent.")] = 10,
     steps: Annotated[int, typer.Option(min=1, help="With envs: decisions to learn from.")] = 50_000,
     jobs: Annotated[int, typer.Option(min=1, help="With envs: processes, which share the cores.")] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="With envs: a Ray cluster that trains instead, which sees OUTPUT under the same path; auto, local, or "
+            "HOST:PORT.",
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option(help="With envs: the runs are OUTPUT/ENV/ALGO-SEED.")] = Path("runs/compare"),
     preset: PresetName = "env",
     strictness: Annotated[float, typer.Option(min=0, help="With envs: of selection, as of sd-gym train.")] = 1.645,
@@ -106,7 +114,7 @@ def compare(
                 preset=preset,
                 strictness=strictness,
             )
-            folders, failed = _trained(runs, jobs, imported)
+            folders, failed = _trained(runs, jobs, ray, imported)
     if folders:
         with errors_as_lines(), warnings_as_lines():
             _print_comparison(folders, fronts=fronts, test_size=test_size, picture=picture, as_markdown=markdown)
@@ -119,7 +127,7 @@ def compare(
         raise typer.Exit(1)
 
 
-def _trained(runs: list[Any], jobs: int, imports: list[str]) -> tuple[list[Path], list[Any]]:
+def _trained(runs: list[Any], jobs: int, ray: str | None, imports: list[str]) -> tuple[list[Path], list[Any]]:
     """Train planned runs, and show how far they are; returns the folders of those that are there, and what failed."""
     from sd_gym.agents.experiment.many import GOING, Word, train_many
 
@@ -144,7 +152,7 @@ def _trained(runs: list[Any], jobs: int, imports: list[str]) -> tuple[list[Path]
                 if word.state != "kept":
                     say(f"{name}: {word.state}{f' ({word.message})' if word.message else ''}")
 
-        words = train_many(runs, jobs=jobs, imports=imports, on_word=on_word)
+        words = train_many(runs, jobs=jobs, ray=ray, imports=imports, on_word=on_word)
     there = [word.run.folder for word in words if word.state in ("kept", "finished")]
     return there, [word for word in words if word.state == "failed"]
 
