@@ -1,15 +1,18 @@
 """The report: one page that needs nothing else, which never says more than the runs show."""
 
 import csv
+import io
 import json
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from sd_gym.agents.report.collect import collect, strips
 from sd_gym.agents.report.compare import read_run
 from sd_gym.agents.report.page import write_report
+from sd_gym.agents.report.style import as_svg, figure, style
 from sd_gym.agents.report.words import overall_words, results_table, verdict_words
 from typer.testing import CliRunner
 
@@ -133,6 +136,33 @@ def test_ids_in_a_page_are_unique(run, tmp_path):
     assert len(ids) == len(set(ids))
     used = {*re.findall(r'xlink:href="#([^"]*)"', text), *re.findall(r"url\(#([^)]*)\)", text)}
     assert used <= set(ids)
+    assert text.count("<style") == 1  # one within a picture would count for all of the page
+
+
+def test_a_picture_of_a_page_shows_all_that_the_figure_does():
+    with style():
+        made = figure(2)
+        axes = made.subplots()
+        axes.plot([0, 1 / 3, 1], [0.1234567, 1 / 3, 1], "o-", label="0.1234567 & <b>")
+        axes.legend()
+        plain = io.StringIO()
+        made.savefig(plain, format="svg", transparent=True)
+        light = as_svg(made, "some", 'said "so"')
+    pictures = [ElementTree.fromstring(one) for one in (plain.getvalue(), light)]
+    name = "{http://www.w3.org/2000/svg}"
+    for kind in ("path", "use", "text", "clipPath"):
+        counts = [len(list(one.iter(name + kind))) for one in pictures]
+        assert counts[0] == counts[1] > 0
+    shown = [[one.text for one in picture.iter(name + "text")] for picture in pictures]
+    assert shown[0] == shown[1]
+    assert "0.1234567 & <b>" in shown[1]
+    first, second = ([one.attrib["d"].split() for one in picture.iter(name + "path")] for picture in pictures)
+    for full, short in zip(first, second, strict=True):
+        assert [word for word in full if word.isalpha()] == [word for word in short if word.isalpha()]
+        numbers = [[float(word) for word in words if not word.isalpha()] for words in (full, short)]
+        np.testing.assert_allclose(*numbers, atol=0.006)
+    assert pictures[1].attrib["aria-label"] == 'said "so"'
+    assert not re.search(r"<g>|font-family|<style", light)  # what the page says once, or nobody sees
 
 
 def test_names_are_text(run, tmp_path):

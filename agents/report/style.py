@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 
@@ -97,14 +98,21 @@ def write_png(made: Figure, file: Path) -> None:
 def as_svg(made: Figure, name: str, words: str) -> str:
     """A figure as an SVG element for a page: its ink is the page's, its paper ``--paper``, and its blue ``--blue``.
 
+    The style sheet of the page has the fonts and how lines end, once for all pictures: one within a picture counts for
+    all of the page, and a browser goes through the page again for each.
+
     Args:
         made: The figure.
         name: A name that no other figure of the page has, for its ids.
         words: What is seen, for who does not see it; plain text.
     """
     buffer = io.StringIO()
+    paper = made.get_facecolor()
+    made.set_facecolor("none")
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        made.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        # Not savefig, which draws twice.
+        FigureCanvasSVG(made).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    made.set_facecolor(paper)
     text = buffer.getvalue()
     text = (
         text[text.index("<svg") :]
@@ -112,10 +120,31 @@ def as_svg(made: Figure, name: str, words: str) -> str:
         .replace(PAPER, "var(--paper)")
         .replace(RAN, "var(--blue)")
     )
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.DOTALL)
-    # Ids of groups ("axes_1") are those of every figure of a page, and nothing refers to them; the others get a name.
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = _light(text)
+    # Ids get a name, or one picture is drawn with parts of another.
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     label = words.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def _light(svg: str) -> str:
+    """An SVG of Matplotlib's without what is not seen of it: most of its elements, and most of its characters."""
+    svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
+    svg = re.sub(r'transform="rotate\(-?0 [^)]*\)"', "", svg)
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]*)', svg))
+    parts, groups = [], []
+    for part in re.split(r"(<[^>]*>)", svg):
+        if not part.startswith("<"):
+            parts.append(part if part.strip() else "")
+            continue
+        tag = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", part)
+        tag = re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), tag)
+        tag = re.sub(r"\s+", " ", tag)
+        if tag == "</g>":
+            tag = groups.pop()
+        elif tag.startswith("<g ") or tag == "<g>":
+            groups.append("" if tag == "<g>" else "</g>")
+            tag = "" if tag == "<g>" else tag
+        parts.append("" if tag == "<g/>" else tag)
+    return "".join(parts)
