@@ -1,6 +1,7 @@
 """Agents: they learn what is easy to learn, are deterministic, and their artefacts decide as they do."""
 
 import json
+from functools import cache
 from itertools import pairwise
 
 import gymnasium as gym
@@ -23,8 +24,9 @@ from sd_gym.envs.core import Outcome
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.objectives import Objective
 from sd_gym.policy import DecisionPolicy
+from tests.conftest import write_reviews
 
-STEPS = {"reinforce": 5_000}  # it learns from each many times
+CUSTOM = "SD/Classification-Custom-v0"
 LEARNING = ["ppo", "ppo_lagrangian", "ppo_lex", "a2c", "a2c_lagrangian", "a2c_lex", "reinforce"]
 SB3 = ["ppo", "ppo_lagrangian", "ppo_lex", "a2c", "a2c_lagrangian", "a2c_lex"]
 TAGS = {
@@ -41,10 +43,32 @@ TAGS = {
 }
 
 
-@pytest.fixture
-def custom(reviews, tiny_backbone):
+@pytest.fixture(scope="module")
+def custom(tmp_path_factory, tiny_backbone):
     """Settings of a tiny env whose random backbone cannot be broken much: skipping nearly always pays."""
+    reviews = write_reviews(tmp_path_factory.mktemp("data") / "reviews.jsonl")
     return {"dataset": str(reviews), "backbone": str(tiny_backbone)}
+
+
+@pytest.fixture(scope="module")
+def finished(custom, tmp_path_factory):
+    """The folder of a finished run of an agent, its result, and what was told of its progress: one for all tests.
+
+    A rollout is 64 decisions or fewer, so that there are several validations.
+    """
+
+    @cache
+    def run(name):
+        folder, told = tmp_path_factory.mktemp("runs") / name, []
+        result = train(CUSTOM, name, folder, **asked(custom), on_progress=lambda *of_rollout: told.append(of_rollout))
+        return folder, result, told
+
+    return run
+
+
+def asked(custom):
+    """What the finished runs were asked for."""
+    return {"steps": 640, "seed": 3, "settings": {**custom, "penalty": 3.0, "num_envs": 16}}
 
 
 @pytest.fixture
@@ -54,7 +78,7 @@ def make_env(custom, request):
     def make(**settings):
         name = request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else None
         size = 16 if name == "reinforce" else 64
-        vector = gym.make_vec("SD/Classification-Custom-v0", num_envs=size, **custom, **settings).unwrapped
+        vector = gym.make_vec(CUSTOM, num_envs=size, **custom, **settings).unwrapped
         vector.reset(seed=0)
         return vector
 
@@ -76,7 +100,7 @@ def learn(agent, steps, folder):
 @pytest.mark.parametrize("name", LEARNING)
 def test_learns_to_skip_everything_where_quality_is_free(name, env, tmp_path):
     agent = make_agent(name, env, seed=0, initial_skip_rate=0.3)
-    rollouts = learn(agent, STEPS.get(name, 20_000), tmp_path)
+    rollouts = learn(agent, {"reinforce": 1_000}.get(name, 12_000), tmp_path)
     assert rollouts[0].infos["flops_ratio"].mean() > 0.6
     decisions = agent.policy().decide(env.core.observe(env.core.split("train"), np.arange(32)))
     assert decisions[:, :-1].mean() > 0.8  # a few inputs may be left behind
@@ -96,9 +120,12 @@ def test_learns_to_look_at_its_input(name, make_env, tmp_path, monkeypatch):
 
     monkeypatch.setattr(core, "score", score)
     accuracy = {}
+    settings, steps = {"learning_rate": 0.01}, 4_000
+    if name == "reinforce":  # of 32 instances no more need be imagined
+        settings, steps = {"learning_rate": 0.005, "imagined": 32, "fit_batch": 64}, 5_000
     for variant in (name, f"blind-{name}"):
-        agent = make_agent(variant, env, seed=0, learning_rate=0.005)
-        learn(agent, STEPS.get(name, 12_000), tmp_path)
+        agent = make_agent(variant, env, seed=0, **settings)
+        learn(agent, steps, tmp_path)
         decisions = agent.policy().decide(core.observe(core.split("train"), np.arange(32)))
         accuracy[variant] = (decisions[:, 0] == positive).mean()
     assert accuracy[name] > 0.9
@@ -111,7 +138,7 @@ def test_same_seed_same_policy(name, env, tmp_path):
     for seed in (0, 0, 1):
         env.reset(seed=seed)
         agent = make_agent(name, env, seed=seed)
-        learn(agent, 2_000, tmp_path)
+        learn(agent, 500, tmp_path)
         weights.append(agent.policy().head.weight.detach().clone())
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -164,17 +191,8 @@ def test_initial_bias_gives_the_skip_rate():
 
 
 @pytest.mark.parametrize("name", [*LEARNING, "random", "blind-reinforce"])
-def test_a_run_folder_is_complete(name, custom, tmp_path):
-    folder = tmp_path / "run"
-    seen = []
-    result = train(
-        "SD/Classification-Custom-v0",
-        name,
-        folder,
-        steps=2_000,
-        settings={**custom, "penalty": 3.0},
-        on_progress=lambda step, figures: seen.append((step, figures)),
-    )
+def test_a_run_folder_is_complete(name, finished, custom):
+    folder, result, told = finished(name)
     files = {file.name for file in folder.iterdir()}
     wanted = {"config.json", "policy.json", "policy.safetensors", "result.json", "result.png"}
     assert wanted <= files
@@ -186,23 +204,23 @@ def test_a_run_folder_is_complete(name, custom, tmp_path):
     assert config["algo"] == name
     assert "torch" in config["versions"]
     if name != "random":
-        assert seen[-1][0] >= 2_000
+        assert told[-1][0] >= 640
         events = EventAccumulator(str(folder)).Reload()
         assert set(events.Tags()["scalars"]) >= TAGS
     _, core, policy = load_run(folder)
     again = evaluate(core, policy, "test")
     assert again == {key: result[key] for key in again}
     with pytest.raises(FileExistsError, match="finished run"):
-        train("SD/Classification-Custom-v0", name, folder, steps=10, settings=custom)
+        train(CUSTOM, name, folder, steps=10, settings=custom)
 
 
 @pytest.mark.parametrize(("name", "library"), [("ppo", PPO), ("a2c", A2C)])
-def test_the_librarys_own_model_takes_the_parameters(name, library, custom, tmp_path):
+def test_the_librarys_own_model_takes_the_parameters(name, library, finished, custom):
     """As docs/agents.md says; the critic's are among them, and no code is run to read them."""
-    train("SD/Classification-Custom-v0", name, tmp_path / "run", steps=500, settings=custom)
-    env = SwitchableVecEnv(gym.make_vec("SD/Classification-Custom-v0", num_envs=4, **custom).unwrapped)
+    folder, _, _ = finished(name)
+    env = SwitchableVecEnv(gym.make_vec(CUSTOM, num_envs=4, **custom).unwrapped)
     model = library("MlpPolicy", env, n_steps=4)
-    parameters = load_file(tmp_path / "run" / "sb3.safetensors")
+    parameters = load_file(folder / "sb3.safetensors")
     model.policy.load_state_dict(parameters)
     assert torch.equal(model.policy.value_net.weight, parameters["value_net.weight"])
     observations = env.reset()
@@ -310,38 +328,30 @@ def test_a_policy_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config.json"):
         load_run(tmp_path)
     with pytest.raises(ConfigError):
-        train("SD/Classification-Custom-v0", "ppo", tmp_path / "run", steps=10)
+        train(CUSTOM, "ppo", tmp_path / "run", steps=10)
 
 
 @pytest.mark.parametrize("name", [*LEARNING, "blind-ppo"])
-def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(name, custom, tmp_path):
+def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(name, finished, custom, tmp_path):
     class KilledError(Exception):
         pass
 
     def kill(step, figures):
-        if step > 1300:
+        if step > 420:
             raise KilledError
 
-    settings = {**custom, "penalty": 3.0, "num_envs": 16}
-    arguments = {"steps": 2_000, "seed": 3, "settings": settings}
-    whole = train("SD/Classification-Custom-v0", name, tmp_path / "whole", **arguments)
+    whole_folder, whole, _ = finished(name)
+    arguments, cut = asked(custom), tmp_path / "cut"
     with pytest.raises(KilledError):
-        train("SD/Classification-Custom-v0", name, tmp_path / "cut", **arguments, on_progress=kill)
+        train(CUSTOM, name, cut, **arguments, on_progress=kill)
     with pytest.raises(FileExistsError, match="go on with --resume"):
-        train("SD/Classification-Custom-v0", name, tmp_path / "cut", **arguments)
+        train(CUSTOM, name, cut, **arguments)
     with pytest.raises(ValueError, match="its seed is 3, now it is 4"):
-        train("SD/Classification-Custom-v0", name, tmp_path / "cut", **{**arguments, "seed": 4}, resume=True)
+        train(CUSTOM, name, cut, **{**arguments, "seed": 4}, resume=True)
     steps = []
-    resumed = train(
-        "SD/Classification-Custom-v0",
-        name,
-        tmp_path / "cut",
-        **arguments,
-        resume=True,
-        on_progress=lambda step, figures: steps.append(step),
-    )
-    assert steps[0] > 1000  # the decisions before the checkpoint were not made again
-    weights = [(tmp_path / run / "policy.safetensors").read_bytes() for run in ("whole", "cut")]
+    resumed = train(CUSTOM, name, cut, **arguments, resume=True, on_progress=lambda step, figures: steps.append(step))
+    assert steps[0] > 320  # the decisions before the checkpoint were not made again
+    weights = [(folder / "policy.safetensors").read_bytes() for folder in (whole_folder, cut)]
     assert weights[0] == weights[1]
     assert {**whole, "time": None} == {**resumed, "time": None}
 
