@@ -57,6 +57,6 @@ def test_a_learned_policy_is_between_static_and_oracle(settings, tmp_path):
     assert found == pytest.approx(GOLDEN, abs=0.05)
     # From the mask, as docs/agents.md says: from dense it ends above the mask on some backbones.
     start = tmp_path / "static"
-    learned = result_of("reinforce", tmp_path, settings, steps=20_000, start=start)
+    learned = result_of("reinforce", tmp_path, settings, steps=8_000, start=start)
     assert learned["quality_kept"]
     assert oracle["flops_ratio"] < learned["flops_ratio"] < static["flops_ratio"]
