@@ -28,7 +28,7 @@ CONSTRAINED = {
     "a2c_lex": {"entropy": 0.2},  # or it is certain of dense before it has seen the right arm
     "reinforce": {},
 }
-SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))]
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))]
 
 
 def score(split, rows, decisions, seen=None):
@@ -45,7 +45,7 @@ def end(name, seed, folder, reviews, backbone, monkeypatch, **settings):
     monkeypatch.setattr(env.core, "score", score)
     env.reset(seed=seed)
     agent = make_agent(name, env, seed=seed, learning_rate=3e-3, initial_skip_rate=0.3, **settings)
-    agent.learn(16_000, configure(str(folder), []), lambda rollout: None)
+    agent.learn(6_000 if name == "reinforce" else 12_000, configure(str(folder), []), lambda rollout: None)
     decisions = agent.policy().decide(env.core.observe(env.core.split("train"), np.arange(32)))[:, :2]
     arms, counts = np.unique(decisions, axis=0, return_counts=True)
     return tuple(arms[counts.argmax()].tolist())
