@@ -29,7 +29,7 @@ EARLY, LATE = 0, 2  # the switches that count
 SAVED = np.array([[0.0, 0.8], [0.1, 0.9]])  # by whether early and late are skipped
 LOST = np.array([[[0.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])  # and whether the instance is hard
 EPSILON, OPTIMUM = 0.01, 0.4
-SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))]
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))]
 
 
 def hard(rows):
