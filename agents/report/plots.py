@@ -54,7 +54,10 @@ def plot_fronts(fronts: list[EnvFronts], file: Path) -> None:
                 axes.plot(100 * shares, flops.mean(axis=0), **look._asdict(), markevery=3, label=label)
                 axes.fill_between(100 * shares, flops.min(axis=0), flops.max(axis=0), color=look.color, alpha=0.15)
             axes.set(title=one.env, xlabel=f"quality lost, % of the {100 * one.epsilon:g} points that may be lost")
-            axes.legend(loc="upper right")
+        known = {
+            label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        made.legend(known.values(), known.keys(), loc="outside lower center", ncols=3)
         panels[0].set(ylabel="FLOPs, % of dense", ylim=(0, None))
         write_png(made, file)
 
