@@ -1,12 +1,13 @@
 """What the clock shows of a trained policy, from tokenised inputs to outputs, deciding included; dense in the same run.
 
     sd-gym train SD/Summarization-Mini-v0 --output runs/mini
-    python benchmarks/end_to_end.py runs/mini runs/reviews --codebook 8
+    python benchmarks/end_to_end.py runs/mini runs/reviews --codebook 8 4
 
 For each run, and with ``--codebook`` for what ``sd-gym reduce`` makes of it (kept beside it): the attached model on
-batches of the env's test split, one pass (teacher-forced where it generates) and ``generate()``, and its texts in bulk,
-as ``sd-gym run`` answers a file. Dense, the untouched model, takes turns with it on the same inputs; in bulk its rows
-are grouped by length, as well, and tokenising and writing count for both.
+batches of the env's test split, one pass (teacher-forced where it generates) and ``generate()`` (both make as many
+tokens as the longest reference has), and its texts in bulk, as ``sd-gym run`` answers a file: as many rows at a time as
+it likes, and eight. Dense, the untouched model, takes turns with it on the same inputs; in bulk its rows are grouped by
+length, as well, and tokenising and writing count for both.
 
 Times are over dense, by the wall clock and by the time of the processor, which other work on the machine disturbs less:
 the median over batches; at batch 1 the mean, since decisions differ from input to input. Promise kept = FLOPs / time; 1
@@ -76,9 +77,9 @@ class Dense:
     def __init__(self, model: SkippingModel) -> None:
         self.checked, self._model = model.checked, model
 
-    def __call__(self, inputs: list[list[str]]) -> list[Answer]:
+    def __call__(self, inputs: list[list[str]], batch_size: int | None) -> list[Answer]:
         """Answers."""
-        return self._model(inputs, dense=True)
+        return self._model(inputs, dense=True, batch_size=batch_size)
 
 
 @torch.inference_mode()
@@ -95,7 +96,8 @@ def batches(
 
         def call(one: torch.nn.Module, batch: dict = batch, given: dict = given) -> object:
             if generates:
-                return one.generate(**given, max_new_tokens=core.config.backbone.max_target_length, do_sample=False)
+                tokens = batch["labels"].shape[1]
+                return one.generate(**given, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
             return head.forward(Switched(one), batch)
 
         of_dense = timed(lambda call=call: call(dense))
@@ -117,8 +119,8 @@ class Switched(NamedTuple):
     model: torch.nn.Module
 
 
-def in_bulk(model: SkippingModel, core: Core, count: int) -> list[str]:
-    """The row of a file with the test split's first texts."""
+def in_bulk(model: SkippingModel, core: Core, count: int, size: int | None) -> list[str]:
+    """The row of a file with the test split's first texts, so many at a time."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         source, answers = folder / "texts.jsonl", folder / "answers.jsonl"
@@ -129,7 +131,7 @@ def in_bulk(model: SkippingModel, core: Core, count: int) -> list[str]:
 
         def answer(one: SkippingModel | Dense) -> None:
             answers.unlink(missing_ok=True)
-            run_file(one, source, answers)
+            run_file(one, source, answers, batch_size=size)
 
         times = []
         for _ in range(BULK_ROUNDS):
@@ -162,7 +164,9 @@ def add_rows(table: Table, run: Path, arguments: argparse.Namespace) -> None:
             table.add_row(run.name, "generate()" if generates else "one pass", str(size), *cells)
     count = min(arguments.texts, len(core.split("test")))
     if count:
-        table.add_row(run.name, "sd-gym run", f"{count:,}", *in_bulk(model, core, count), end_section=True)
+        table.add_row(run.name, "sd-gym run", f"{count:,}", *in_bulk(model, core, count, None))
+        eight = in_bulk(model, core, count, 8)
+        table.add_row(run.name, "... --batch-size 8", f"{count:,}", *eight, end_section=True)
     sd_gym.detach(model.model)
 
 
@@ -173,7 +177,9 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--pairs", type=int, default=40, help="timed pairs of a dense and a decided batch")
     parser.add_argument("--texts", type=int, default=2000, help="texts of the file, at most; 0: none")
-    parser.add_argument("--codebook", type=int, help="of each run also what this many decisions make of it")
+    parser.add_argument(
+        "--codebook", type=int, nargs="+", default=[], help="of each run also what so many decisions make of it"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -182,8 +188,8 @@ def main() -> None:
         table.add_column(column, justify="left" if column in ("run", "what") else "right")
     for run in arguments.runs:
         add_rows(table, run, arguments)
-        if arguments.codebook:
-            add_rows(table, reduced(run, arguments.codebook), arguments)
+        for codebook in arguments.codebook:
+            add_rows(table, reduced(run, codebook), arguments)
     Console().print(table)
 
 

@@ -52,6 +52,22 @@ def test_each_row_is_answered_in_order_as_in_one_call(model, tmp_path):
     assert bulk.figures()["FLOPs"] == f"{np.mean([one.flops_ratio for one in wanted]):.1%} of dense"
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_no_more_rows_run_together_than_asked_for(model, dense):
+    model, texts = model
+    sizes = []
+    layer = model.model.base_model.encoder.layer[0].attention.self  # deciding, which embeds all of them, ends before it
+    handle = layer.register_forward_hook(lambda _, args, output: sizes.append(len(output[0])))
+    wanted = model(texts, dense=dense)
+    together, sizes[:] = max(sizes), []
+    came = model(texts, dense=dense, batch_size=5)
+    handle.remove()
+    assert together > 5
+    assert 1 <= max(sizes) <= 5
+    assert [one.answer for one in came] == [one.answer for one in wanted]
+    np.testing.assert_array_equal([one.skip for one in came], [one.skip for one in wanted])
+
+
 def test_a_malformed_line_stops_no_other(model, tmp_path):
     model, texts = model
     rows = [{"text": texts[0]}, "{broken\n", {"text": 3}, "[1]\n", {"text": texts[1]}]
@@ -100,7 +116,9 @@ def test_the_command_compares_with_dense(model, tmp_path, suffix):
         source = write(tmp_path / "in.csv", ["text,label\n", *(f"{row['text']},{row['label']}\n" for row in rows)])
     given = source.read_text() if suffix == "-" else None
     arguments = ["run", str(tmp_path / "artefact"), "--input", "-" if suffix == "-" else str(source), "--compare"]
-    done = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "o.jsonl")], input=given)
+    done = CliRunner().invoke(
+        app, [*arguments, "--batch-size", "5", "--output", str(tmp_path / "o.jsonl")], input=given
+    )
     assert done.exit_code == 0, done.output
     assert "same answer as dense" in done.stdout
     assert "quality  1.0000, dense" in " ".join(done.stdout.split()).replace("quality ", "quality  ")

@@ -81,6 +81,24 @@ def test_attached(env_id, capsys):
     assert lines[2].startswith("inside the model: ['")
 
 
+def test_minilm(env_id, reviews, capsys):
+    """The pipeline answers as the policy called on texts does, one by one; the training data are not needed."""
+    example = imported("minilm")
+    sd_gym.train(env_id, "ppo", "run", steps=300, epsilon=1.0, strictness=0)
+    reviews.unlink()
+    texts = ["the food was good", "the room was bad"]
+    loaded = sd_gym.load("run")
+    wanted = []
+    for text in texts:
+        answer = loaded([text])[0].answer
+        loaded.model(**loaded.tokenizer([text], return_tensors="pt"))
+        wanted.append(f"{answer}, {loaded.model.decisions.flops_ratio[0]:.0%} of the FLOPs: {text}")
+    capsys.readouterr()
+    example.main("run", texts)
+    assert capsys.readouterr().out.splitlines() == wanted
+    assert not all("100%" in line for line in wanted)
+
+
 def test_own_env(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     example = imported("own_env")

@@ -21,11 +21,16 @@ def batches(draw):
     return patterns[random.integers(different, size=n)], lengths
 
 
-@given(batch=batches(), width=st.sampled_from([1, 64, 1024, 10**6]), steps=st.sampled_from([0, 30]))
-def test_every_row_is_in_exactly_one_pass(batch, width, steps):
-    parts = passes(*batch, width, steps)
+@given(
+    batch=batches(),
+    width=st.sampled_from([1, 64, 1024, 10**6]),
+    steps=st.sampled_from([0, 30]),
+    most=st.sampled_from([None, 1, 3, 8, 40]),
+)
+def test_every_row_is_in_exactly_one_pass(batch, width, steps, most):
+    parts = passes(*batch, width, steps, most)
     assert sorted(np.concatenate(parts)) == list(range(len(batch[1])))
-    assert all(len(rows) for rows in parts)
+    assert all(1 <= len(rows) <= (most or 40) for rows in parts)
 
 
 @given(batch=batches(), width=st.sampled_from([64, 1024, 10**6]), steps=st.sampled_from([0, 30]))
@@ -63,6 +68,24 @@ def test_generating_is_cut_less_than_one_pass():
     skip, lengths = patterns[np.arange(8) % 2], np.full(8, 900)
     assert len(passes(skip, lengths, 512)) == 2
     assert len(passes(skip, lengths, 512, steps=100)) == 1
+
+
+def test_where_passes_are_small_rows_that_agree_share_them():
+    """Then each pass of a decision's rows calls what they run, and no more; of equal decisions the lengths are near."""
+    random = np.random.default_rng(0)
+    patterns = random.random((4, 12)) < 0.5
+    group, lengths = random.permutation(np.arange(64) % 4), random.integers(5, 20, size=64)
+    parts = passes(patterns[group], lengths, 512, steps=30, most=8)
+    assert [len(rows) for rows in parts] == [8] * 8
+    assert all(len(set(group[rows])) == 1 for rows in parts)
+    for number in range(4):
+        own = sorted(sorted(lengths[rows]) for rows in parts if group[rows[0]] == number)
+        assert own[0][-1] <= own[1][0]
+
+
+def test_a_pass_without_room_is_refused():
+    with pytest.raises(ValueError, match="needs room for a row, got most=0"):
+        passes(np.zeros((4, 3)), np.ones(4, dtype=int), 512, most=0)
 
 
 def test_no_rows_need_no_pass():

@@ -152,6 +152,10 @@ def run(
     ] = False,
     resume: Annotated[bool, typer.Option(help="Go on with a run that was cut off.")] = False,
     device: Annotated[str, typer.Option()] = "cpu",
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows that run together at most, those that agree [default: as many as is quickest]."),
+    ] = None,
     columns: Annotated[
         list[str], typer.Option("--column", metavar="FIELD=COLUMN", help="The column of a field: text=sentence.")
     ] = [],  # noqa: B006  (typer wants a list)
@@ -185,6 +189,7 @@ def run(
             resume=resume,
             compare=comparing,
             columns={str(field): str(column) for field, column in settings_of(columns).items()},
+            batch_size=batch_size,
             on_chunk=on_chunk,
         )
     table = Table(box=SIMPLE_HEAD, show_header=False)

@@ -31,7 +31,12 @@ class Passes:
         encoded: Their tensors.
         tokens: Which of their tokens go.
         settings: How it answers, of the config: lengths, beams and stop count.
+
+    Attributes:
+        most: Rows of a pass at most; ``None``: as many as its memory has room for.
     """
+
+    most: int | None = None
 
     def __init__(
         self,
@@ -228,7 +233,7 @@ class Passes:
         kept = self._tokens.kept_length(rows, decisions[:, -1])[:, None]
         reads_input = np.array([switch.reads_input for switch in self.backbone.board.switches])
         length = np.where(reads_input, kept, self.head.decoded(self.encoded.target_length[rows][:, None], kept))
-        for picked in passes(decisions[:, :-1], length, self.backbone.model.config.hidden_size, steps):
+        for picked in passes(decisions[:, :-1], length, self.backbone.model.config.hidden_size, steps, self.most):
             tokens = int(kept[picked].max() + self.encoded.target_length[rows[picked]].max())
             most = max(1, PASS_TOKENS // tokens)
             for part in np.split(picked, range(most, len(picked), most)):

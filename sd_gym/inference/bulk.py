@@ -79,6 +79,7 @@ def run_file(
     resume: bool = False,
     compare: bool = False,
     columns: dict[str, str] | None = None,
+    batch_size: int | None = None,
     chunk: int = CHUNK,
     on_chunk: Callable[[int, Bulk], None] | None = None,
 ) -> Bulk:
@@ -95,6 +96,7 @@ def run_file(
         resume: Whether to go on with what a run that was cut off has left.
         compare: Whether everything runs densely as well.
         columns: The column of each field that is called differently.
+        batch_size: As of ``SkippingModel``.
         chunk: Rows that are grouped into passes together.
         on_chunk: Called after each chunk with the rows done so far and what came of them.
 
@@ -112,7 +114,7 @@ def run_file(
     with part.open("ab") as written:
         rows = (line for line in _read(source, columns or {}) if line.number > done)
         while lines := list(islice(rows, chunk)):
-            written.write("".join(_answered(model, lines, bulk, compare)).encode())
+            written.write("".join(_answered(model, lines, bulk, compare, batch_size)).encode())
             written.flush()
             os.fsync(written.fileno())
             if on_chunk is not None:
@@ -121,7 +123,9 @@ def run_file(
     return bulk
 
 
-def _answered(model: SkippingModel, lines: list[Line], bulk: Bulk, compare: bool) -> Iterator[str]:
+def _answered(
+    model: SkippingModel, lines: list[Line], bulk: Bulk, compare: bool, batch_size: int | None
+) -> Iterator[str]:
     """The output's lines for some of the input's."""
     good, inputs = [], []
     for line in lines:
@@ -133,13 +137,13 @@ def _answered(model: SkippingModel, lines: list[Line], bulk: Bulk, compare: bool
         except ValueError as error:
             bulk.malformed.append(line._replace(error=str(error)))
     started = time.perf_counter()
-    answers = dict(zip([line.number for line in good], model(inputs), strict=True))
+    answers = dict(zip([line.number for line in good], model(inputs, batch_size=batch_size), strict=True))
     bulk.seconds += time.perf_counter() - started
     bulk.rows += len(good)
     bulk.flops_ratio += [answer.flops_ratio for answer in answers.values()]
     if compare:
         started = time.perf_counter()
-        dense = model(inputs, dense=True)
+        dense = model(inputs, dense=True, batch_size=batch_size)
         bulk.dense_seconds += time.perf_counter() - started
         bulk.agree += [own.answer == other.answer for own, other in zip(answers.values(), dense, strict=True)]
         for line, own, other in zip(good, answers.values(), dense, strict=True):

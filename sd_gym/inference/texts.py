@@ -112,15 +112,17 @@ class SkippingModel:
         self._task = TASKS.find(self._config.task)
         self.fields = self._task.inputs
 
-    def __call__(self, inputs: Sequence[Input], *, dense: bool = False) -> list[Answer]:
+    def __call__(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
         """Answer inputs, in their order; they run in passes of about the same length, or of the same decision.
 
         Args:
             inputs: Texts; where an input has two (``fields``), pairs of texts; or mappings with these names.
             dense: Whether everything runs, to compare.
+            batch_size: Inputs that run together at most, where memory is short; those that agree do. ``None``: as many
+                as is quickest, of at most 32,768 tokens.
 
         Raises:
-            ValueError: If an input is none; the message has its number.
+            ValueError: If an input is none; the message has its number. If the batch size is below 1.
         """
         if isinstance(inputs, str | Mapping):
             raise ValueError(f"expected a list of inputs, got one {type(inputs).__name__}; put it in a list")
@@ -128,6 +130,7 @@ class SkippingModel:
         if not instances:
             return []
         split = self._split(instances)
+        split.passes.most = batch_size
         rows = np.arange(len(split))
         if dense or self.policy.is_staged:
             decisions = np.zeros((len(split), len(split.backbone.board) + 1), dtype=np.int64)

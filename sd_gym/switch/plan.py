@@ -17,12 +17,16 @@ CALL = 16_000  # what one more call of the sublayer costs
 MIXING = 13  # what gathering and scattering costs a token
 
 
-def passes(skip: NDArray, lengths: NDArray, width: int, steps: int = 0) -> list[NDArray]:
+def passes(skip: NDArray, lengths: NDArray, width: int, steps: int = 0, most: int | None = None) -> list[NDArray]:
     """Cut a batch into the forward passes that a cost model finds the cheapest.
 
     The commonest decisions get passes of their own as long as that pays, all other rows share one; then each is sorted
     by length and cut in two as long as that pays. Every row is in exactly one pass, and gets from it what it gets
     alone; ``results[rows] = ...`` brings the results back into order.
+
+    Where a pass may have few rows only, those go together that have the same decision or, of the rare ones, one that
+    is like it: then fewer sublayers have a row that runs them, and in ``generate()``, where reading the weights takes
+    the time, that counts more than how many rows run them.
 
     Args:
         skip: Decisions, integers or booleans ``[n, switches]``; 1 = the row skips the sublayer.
@@ -31,12 +35,13 @@ def passes(skip: NDArray, lengths: NDArray, width: int, steps: int = 0) -> list[
         width: The model's hidden size. In a wide model a call weighs little beside what it computes.
         steps: Tokens that ``generate()`` makes behind the input; 0: a single pass. Each step calls every sublayer
             again, so that the batch is cut less.
+        most: Rows of a pass at most; ``None``: any number.
 
     Returns:
         Indices of each pass's rows, int64.
 
     Raises:
-        ValueError: If the shapes disagree.
+        ValueError: If the shapes disagree, or a pass may have no row.
 
     Example:
         >>> skip = np.array([[0, 1], [0, 1], [1, 0], [0, 1]])
@@ -46,6 +51,8 @@ def passes(skip: NDArray, lengths: NDArray, width: int, steps: int = 0) -> list[
         [array([0, 1, 3]), array([2])]
         >>> passes(np.zeros((3, 2)), np.array([900, 9, 9]), width=512)  # the others are not padded to the long row
         [array([1, 2]), array([0])]
+        >>> passes(skip, np.array([9, 9, 9, 9]), width=512, most=3)  # those that agree
+        [array([0, 1, 3]), array([2])]
     """
     runs, lengths = ~np.asarray(skip).astype(bool), np.asarray(lengths)
     if runs.ndim != 2 or lengths.shape not in (runs.shape[:1], runs.shape):
@@ -53,9 +60,15 @@ def passes(skip: NDArray, lengths: NDArray, width: int, steps: int = 0) -> list[
             "skip must be [n, switches] and lengths [n] or [n, switches]; "
             f"got {list(runs.shape)} and {list(lengths.shape)}"
         )
+    if most is not None and most < 1:
+        raise ValueError(f"a pass needs room for a row, got most={most}")
     if len(runs) == 1:
         return [np.zeros(1, dtype=np.int64)]
     lengths = np.broadcast_to(lengths if lengths.ndim == 2 else lengths[:, None], runs.shape)
+    if most is not None and len(runs) > most:
+        order = np.lexsort((lengths.sum(axis=1), *runs.T))
+        parts = np.split(order, range(most, len(order), most))
+        return [part[rows] for part in parts for rows in passes(skip[part], lengths[part], width, steps)]
 
     def cost(count: NDArray, size: NDArray, longest: NDArray) -> NDArray:
         """Costs of passes: rows that run each sublayer, ``[..., switches]``, rows in all, and the longest of them."""

@@ -14,6 +14,8 @@ from sd_gym.switch.cache import KeptRows, cache_among, kept_rows
 from sd_gym.switch.decision import Call, Decision, InForce
 from sd_gym.switch.switch import Switch
 
+_HOLDING = Tensor, tuple, dict  # what may hold rows of the batch, among the arguments of a module
+
 
 class Place(NamedTuple):
     """Where a module stands in its sublayer's chain."""
@@ -153,7 +155,7 @@ class Rowwise:
     def _cache_layer(self, decision: Decision, drops: bool, call: Call, cache: Cache | None) -> KeptRows | None:
         if cache is None:
             return None
-        across, batch = self.switch.sublayer.kind == "cross_attention", len(call.hidden)
+        across, batch = self.switch.sublayer.kind == "cross_attention", call.hidden.shape[0]
         return kept_rows(
             cache, self.switch.index, across=across, rows=call.rows, batch=batch, whole=drops, mark=decision.mark
         )
@@ -188,12 +190,15 @@ class Rowwise:
         if call.rows is None:
             return values
         if isinstance(values, Tensor):
-            whole = values.ndim >= 2 and len(values) == len(call.hidden)
+            whole = values.ndim >= 2 and values.shape[0] == call.hidden.shape[0]  # len() takes longer
             return self._taken(decision, values, call) if whole else values
         if isinstance(values, tuple):
-            return tuple(self._selected(decision, value, call) for value in values)
+            return tuple([self._selected(decision, value, call) for value in values]) if values else values
         if type(values) is dict:
-            return {name: self._selected(decision, value, call) for name, value in values.items()}
+            return {
+                name: self._selected(decision, value, call) if isinstance(value, _HOLDING) else value
+                for name, value in values.items()
+            }
         return values
 
     def _taken(self, decision: Decision, values: Tensor, call: Call) -> Tensor:
@@ -222,7 +227,7 @@ class Rowwise:
         """Zeros for the rows that did not run."""
         if call.rows is None or output is None:
             return output
-        return output.new_zeros(len(call.hidden), *output.shape[1:]).index_copy_(0, call.rows, output)
+        return output.new_zeros(call.hidden.shape[0], *output.shape[1:]).index_copy_(0, call.rows, output)
 
 
 def is_showing() -> bool:
