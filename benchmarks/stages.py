@@ -262,7 +262,8 @@ class Runs:
         first = core.steps.components[0]
         cautions = CAUTION if core.is_staged else CAUTION[:1]
         offered = [_more_cautious(policy, first, caution) for caution in cautions]
-        return front_of(core, split, [one for o in offered for one in versions(core, o, core.config.reward.epsilon)])
+        how = core.config.reward.epsilon, read_result(folder).get("margin", 0.0)
+        return front_of(core, split, [one for policy in offered for one in versions(core, policy, *how)])
 
 
 def _more_cautious(policy: DecisionPolicy, components: NDArray, caution: float) -> DecisionPolicy:

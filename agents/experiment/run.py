@@ -305,6 +305,7 @@ def _finished(
     """Write the result of a run and, of a policy that was selected, the artefact; return the result."""
     result = measured(core, policy, "test", folder)
     result["last_policy"] = last  # what learning ended with, where another one may have been selected
+    result["margin"] = selection.margin if selection else 0.0  # in log-odds, which selection put on what was learned
     result["history"] = selection.history if selection else []
     result["data"] = {name: core.split(name).provenance for name in SPLITS}
     artefact = export(core, policy, selection.stops, result, description) if selection else None

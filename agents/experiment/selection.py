@@ -59,6 +59,7 @@ class Selection:
         history: One entry a validation: step, quality, quality_ref, flops_ratio, quality_kept, reward and
             by_difficulty (one level, 0, where the data have none), on the first half.
         stops: Of the policy that was selected, the versions that selection has looked at, the boldest first.
+        margin: In log-odds, which was put on the policy that was selected; 1,000 makes it dense.
     """
 
     core: Core
@@ -67,6 +68,7 @@ class Selection:
     policies: list[DecisionPolicy] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     stops: list[Stop] = field(default_factory=list)
+    margin: float = 0.0
     _screened: dict[tuple[int, int], tuple[bool, Stop]] = field(default_factory=dict)
 
     def consider(self, step: int, policy: DecisionPolicy, objective: Objective) -> dict[str, Any]:
@@ -93,7 +95,7 @@ class Selection:
 
         A version that is not confirmed is replaced by the next more cautious one of the same policy.
         """
-        policies = [*self.policies, *offers]
+        policies = [*offers, *reversed(self.policies)]  # of equals, such as all dense, what learning ended with
         self._screened.clear()
         boldest = [self._boldest(policy) for policy in policies]
         candidates = [(self._flops(*pair), *pair) for pair in zip(policies, boldest, strict=True)]
@@ -102,7 +104,7 @@ class Selection:
             _, policy, step = candidates.pop(0)
             chosen = policy.with_margin(MARGINS[step])
             if step == len(MARGINS) - 1 or self._confirmed(chosen):
-                self.stops = self._stops(policy, step)
+                self.stops, self.margin = self._stops(policy, step), float(MARGINS[step])
                 return chosen
             candidates.append((self._flops(policy, step + 1), policy, step + 1))
 

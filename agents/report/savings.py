@@ -35,7 +35,7 @@ COLUMNS = [
     "above zero",
 ]
 CONTROLS = ("static", "blind")
-STEP, FURTHEST = 0.5, 3.0  # margins of bolder and more cautious versions of a policy
+STEP, FURTHEST = 0.5, 15.0  # margins of bolder and more cautious versions of a policy
 READ = (0.25, 0.5)  # losses that fronts are read at, as shares of epsilon: about what selected policies lose
 LEAST = 0.1  # loss that is looked at, as a share of epsilon
 
@@ -150,7 +150,8 @@ def _fronts_of(config: EnvConfig, agents: dict[str, list[Run]]) -> EnvFronts:
         return front_of(core, core.split("test"), policies)
 
     def versions_of(run: Run) -> list[DecisionPolicy]:
-        return versions(core, fitting(DecisionPolicy.load(run.folder), core), config.reward.epsilon)
+        policy = fitting(DecisionPolicy.load(run.folder), core)
+        return versions(core, policy, config.reward.epsilon, run.result.get("margin", 0.0))
 
     masks = [
         fitting(DecisionPolicy.load(run.folder), core).with_decision(mask)
@@ -168,8 +169,16 @@ def _fronts_of(config: EnvConfig, agents: dict[str, list[Run]]) -> EnvFronts:
     return EnvFronts(config.id, config.reward.epsilon, controls, learned)
 
 
-def versions(core: Core, policy: DecisionPolicy, epsilon: float) -> list[DecisionPolicy]:
-    """Versions of a policy, from bolder to more cautious: from a loss of epsilon on the test split to a tenth of it."""
+def versions(core: Core, policy: DecisionPolicy, epsilon: float, margin: float = 0.0) -> list[DecisionPolicy]:
+    """Versions of a policy, from bolder to more cautious: from a loss of epsilon on the test split to a tenth of it.
+
+    Args:
+        core: The env's core.
+        policy: A selected one.
+        epsilon: Quality that may be lost.
+        margin: With which it was selected (``result.json``), so that one that was made dense has bolder versions too.
+    """
+    policy = policy.with_margin(-margin)
 
     def lost(margin: float) -> float:
         scored = decide_and_score(core, policy.with_margin(margin), core.split("test"))
