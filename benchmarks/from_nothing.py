@@ -118,7 +118,8 @@ def cell(results: list[dict[str, Any]]) -> str:
     """Mean FLOPs with its interval, and the points lost."""
     flops = 100 * np.array([result["flops_ratio_with_policy"] for result in results])
     points = 100 * np.mean([result["quality_difference"] for result in results])
-    return f"{flops.mean():.1f}% ± {interval(flops):.1f} ({points:+.2f})"
+    spread = f" ± {interval(flops):.1f}" if len(flops) > 1 else ""
+    return f"{flops.mean():.1f}%{spread} ({points:+.2f})"
 
 
 def plot(curves: dict[str, dict[str, list[list[dict]]]], file: Path) -> None:
