@@ -15,7 +15,10 @@ from sd_gym.envs.spaces import token_width
 from sd_gym.policy import HIDDEN
 from sd_gym.policy.eyes import Eyes, tensors
 
-MEMORY = 2048  # decisions over which the quality loss is averaged
+MEMORY = 512  # decisions over which the quality loss is averaged; over more, it hears too late of what it has done
+# What drawn decisions may lose, of epsilon, falls from this to nothing. They lose more than the most probable ones,
+# which are what counts in the end; kept to epsilon from the beginning, hardly anything is ever saved.
+LIMIT = 3.0
 CRITIC_EPOCHS = 4
 
 
@@ -86,7 +89,7 @@ class Rectified(OnPolicyAlgorithm):
 
 
 class RectifiedAgent(SB3Agent):
-    """An SB3 agent whose algorithm is ``Rectified``; the limit is the env's epsilon."""
+    """An SB3 agent whose algorithm is ``Rectified``; the limit falls in a straight line, as ``LIMIT`` says."""
 
     algorithm: Rectified
 
@@ -95,7 +98,8 @@ class RectifiedAgent(SB3Agent):
 
     def before_update(self, infos: dict[str, NDArray]) -> None:
         """Hand the two streams over."""
-        self.algorithm.limit = self.env.config.reward.epsilon
+        left = self.algorithm._current_progress_remaining  # from 1 to 0, as of the learning rate
+        self.algorithm.limit = LIMIT * left * self.env.config.reward.epsilon
         self.algorithm.memory = MEMORY * self.stages
         # What comes of a decision is the return of each of its steps.
         self.algorithm.savings = np.repeat(1 - infos["flops_ratio"], self.stages, axis=0)
