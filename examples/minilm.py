@@ -15,8 +15,8 @@ import sd_gym
 def main(folder: str, texts: list[str]) -> None:
     policy = sd_gym.SkipPolicy.from_pretrained(folder)  # a few files: no data set, no env
     backbone = policy.card["backbone"]["name"]
-    model = AutoModelForSequenceClassification.from_pretrained(backbone)
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    model = AutoModelForSequenceClassification.from_pretrained(backbone, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(backbone, trust_remote_code=False)
     classify = pipeline("text-classification", model=sd_gym.attach(model, policy, tokenizer), tokenizer=tokenizer)
     for text in texts:
         [answer] = classify([text])  # the model has decided what this text needs, and ran nothing else

@@ -24,7 +24,7 @@ def custom(reviews, tiny_backbone):
 
 
 def without_time(result):
-    of_a_run = ("time", "history", "data", "last_policy", "artefact")
+    of_a_run = ("time", "history", "data", "margin", "last_policy", "artefact")
     return {key: value for key, value in result.items() if key not in of_a_run}
 
 

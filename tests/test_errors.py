@@ -234,7 +234,9 @@ def test_every_load_forbids_code():
         for node in ast.walk(ast.parse(text)):
             name = getattr(node.func, "attr", getattr(node.func, "id", None)) if isinstance(node, ast.Call) else None
             of = getattr(node.func, "value", None) if isinstance(node, ast.Call) else None
-            if name in loads and getattr(of, "id", None) != "SkipPolicy":  # which is our own, and loads tensors only
+            if (
+                name in loads and getattr(of, "id", getattr(of, "attr", None)) != "SkipPolicy"
+            ):  # which is our own, and loads tensors only
                 found += 1
                 given = {keyword.arg: keyword.value for keyword in node.keywords}
                 forbidden = getattr(given.get("trust_remote_code"), "value", None) is False
