@@ -20,12 +20,11 @@ from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import codebook_file, read_masks
 from sd_gym.envs.table import MOST, number_of_decisions
 from sd_gym.envs.table import read_description as read_table
-from sd_gym.envs.tabulate import write_table
+from sd_gym.envs.tabulate import down_in_flops, write_table
 from sd_gym.registration import config_of
 from sd_gym.tasks.data import SPLITS
 
 PATH_INSTANCES = 400  # of the validation split, that a path is searched on
-ORDERED = 256  # instances of the training split whose FLOPs put masks in order
 CHOICES = "all, random:N, path, codebook or codebook:FILE"
 
 
@@ -128,17 +127,7 @@ def _chosen(core: Core, asked: Sequence[str], seed: int) -> NDArray:
     """
     dense = np.zeros((1, len(core.nvec)), dtype=np.int64)
     masks = np.unique(np.concatenate([dense, *(_choice(core, one, seed) for one in asked)]), axis=0)
-    return _down_in_flops(core, masks)
-
-
-def _down_in_flops(core: Core, masks: NDArray) -> NDArray:
-    """Masks ``[masks, switches + 1]`` by their mean FLOPs, the dense one first."""
-    split = core.split("train")
-    rows = np.arange(min(len(split), ORDERED))
-    flops = [split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in masks]
-    order = np.argsort(-np.array(flops), kind="stable")
-    is_dense = ~masks[order].any(axis=1)  # to rank tokens can cost more than dropping them saves
-    return masks[np.concatenate([order[is_dense], order[~is_dense]])]
+    return masks[down_in_flops(core, masks)]
 
 
 def in_stages(core: Core, masks: NDArray) -> tuple[NDArray, list[int]]:
@@ -155,7 +144,8 @@ def in_stages(core: Core, masks: NDArray) -> tuple[NDArray, list[int]]:
     for components in core.steps.components:
         ways = np.zeros_like(masks)
         ways[:, components] = masks[:, components]
-        of_stages.append(_down_in_flops(core, np.unique(ways, axis=0)))
+        ways = np.unique(ways, axis=0)
+        of_stages.append(ways[down_in_flops(core, ways)])
     counts = [len(ways) for ways in of_stages]
     if math.prod(counts) > MOST:
         raise ValueError(

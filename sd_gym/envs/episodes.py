@@ -42,10 +42,8 @@ class Steps:
         for size, component, place in zip(sizes, components, places, strict=True):
             size[place] = nvec[component]
         self.choices = sizes.max(axis=0)
-        self.masks = np.stack([np.concatenate([np.arange(n) < has for n, has in self._rows(size)]) for size in sizes])
-
-    def _rows(self, size: Array) -> list[tuple[int, int]]:
-        return list(zip(self.choices.tolist(), size.tolist(), strict=True))
+        has = [[np.arange(most) < own for most, own in zip(self.choices, size, strict=True)] for size in sizes]
+        self.masks = np.stack([np.concatenate(one) for one in has])
 
     def take(self, stage: int, decisions: Array, choices: Array) -> None:
         """Write what a stage decides, of ``choices``, into ``decisions``; both ``[n, components of a decision]``."""

@@ -19,6 +19,7 @@ Nothing here needs torch, a backbone or a data set. A table is a folder:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -81,6 +82,11 @@ def read_description(folder: Path) -> dict[str, Any]:
 def all_decisions(nvec: Array) -> Array:
     """All there are, in the order of their numbers, the dense one first: int64 ``[prod(nvec), components]``."""
     return np.array(list(product(*map(range, nvec))), dtype=np.int64)
+
+
+def _place_values(sizes: Sequence[int] | Array) -> Array:
+    """What each component counts in the number of a decision: the last one changes first."""
+    return np.cumprod([1, *sizes[:0:-1]], dtype=np.int64)[::-1].copy()
 
 
 class MaskActions(Actions):
@@ -183,7 +189,7 @@ class TableStages:
 
     def __init__(self, space: gym.Space, ways: list[int], judges: int) -> None:
         self.space, self._judges = space, judges
-        self._place = [np.cumprod([1, *ways[:stage][:0:-1]], dtype=np.int64)[::-1] for stage in range(len(ways))]
+        self._place = [_place_values(ways[:stage]) for stage in range(len(ways))]
 
     def observe(self, split: TableSplit, rows: Array, stage: int, decisions: Array, behind: None) -> tuple[Array, None]:
         """What is seen of rows ``[n]`` at a stage under decisions ``[n, stages]``, float32 ``[n, size]``; no pass."""
@@ -246,7 +252,7 @@ class TableCore(EpisodicCore):
         ways = said.get("ways") if list(config.stages) != ["first"] else None
         self.stages = list(said["stages"]) if ways else ["first"]
         self.nvec = self.decision_nvec if self.exhaustive else np.array(ways or [len(self.masks)])
-        self._place = np.cumprod([1, *self.nvec[:0:-1]], dtype=np.int64)[::-1].copy()
+        self._place = _place_values(self.nvec)
         # Of combinations of ways, the masks are not in the order of their FLOPs.
         self._order = None if ways or "order" not in said else np.array(said["order"], dtype=np.int64)
         own = [np.array([stage]) for stage in range(len(ways))] if ways else [np.arange(len(self.nvec))]

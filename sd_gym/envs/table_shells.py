@@ -16,15 +16,18 @@ class TableEnv(SwitchableEnv):
 
     Action Space:
         As of the env that the table is of (``MultiDiscrete``), where the table has all decisions; else ``Discrete(K)``,
-        the number of one of its K masks, the first of which is dense. ``info["decision"]`` is the mask.
+        the number of one of its K masks, the first of which is dense. ``info["decision"]`` is the mask. Of several
+        stages it is the number of one of the ways to decide a stage, the first of which runs all;
+        ``info["action_mask"]`` says how many the stage has.
 
     Observation Space:
         As of the env that the table is of, a ``Box``.
 
     Arguments:
         table: Folder of the table, as ``sd-gym tabulate`` writes it.
-        overrides: ``split``, ``objective``, ``epsilon``, ``penalty``, ``cost_scale`` and ``vector_reward``; what is
-            left out is as in the env that the table is of.
+        overrides: ``split``, ``objective``, ``epsilon``, ``penalty``, ``cost_scale`` and ``vector_reward``, and
+            ``stages=["first"]`` to decide all that several stages decide at the first look; what is left out is as in
+            the env that the table is of.
 
     Raises:
         ConfigError: If there is no ``table``, or a key or value is wrong.

@@ -36,6 +36,7 @@ from sd_gym.version import __version__
 
 Array = NDArray
 CHUNK = 256  # instances that are run under all masks before anything is written
+ORDERED = 256  # instances of the training split whose FLOPs put masks in order
 PARTS = "parts"
 OnChunk = Callable[[int, int], None]  # called with the decisions that are done, and all there are
 
@@ -91,6 +92,16 @@ def write_table(
             _write_split(core, core.split(name), files, len(numbers), folder, reduce, share)
         write_json(folder / "table.json", {**description, "complete": True})
         shutil.rmtree(folder / PARTS)
+
+
+def down_in_flops(core: Core, masks: Array) -> Array:
+    """Numbers of masks ``[masks, switches + 1]``, the dense one first, the others down in FLOPs."""
+    split = core.split("train")
+    rows = np.arange(min(len(split), ORDERED))
+    flops = [split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in masks]
+    order = np.argsort(-np.array(flops), kind="stable")
+    is_dense = ~masks[order].any(axis=1)  # to rank tokens can cost more than dropping them saves
+    return np.concatenate([order[is_dense], order[~is_dense]])
 
 
 class _Chunk(NamedTuple):
@@ -247,12 +258,8 @@ def _description(
         "splits": splits,
     }
     if ways is not None:
-        train = core.split("train")
-        rows = np.arange(min(len(train), CHUNK))
-        flops = [train.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in masks]
-        order = [0, *(1 + np.argsort(-np.array(flops[1:]), kind="stable")).tolist()]  # dense first
-        judges = core.stage_observation.judgements
-        described |= {"stages": core.stages, "ways": ways, "order": order, "judges": judges}
+        described |= {"stages": core.stages, "ways": ways, "judges": core.stage_observation.judgements}
+        described["order"] = down_in_flops(core, masks).tolist()
     return _without_paths(described) if share else described
 
 
