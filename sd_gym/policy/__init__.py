@@ -1,14 +1,6 @@
 """The decision network, what it observes, and both as one artefact (``sd_gym.policy.artefact``)."""
 
-from sd_gym.policy.network import (
-    HIDDEN,
-    NETWORKS,
-    Apart,
-    DecisionPolicy,
-    blinded,
-    bounded,
-    own_network,
-    register_network,
-)
+from sd_gym.policy.layers import NETWORKS, Apart, own_network, register_network
+from sd_gym.policy.network import HIDDEN, DecisionPolicy, blinded, bounded
 
 __all__ = ["HIDDEN", "NETWORKS", "Apart", "DecisionPolicy", "blinded", "bounded", "own_network", "register_network"]

@@ -5,42 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-from sd_gym.errors import short
-from sd_gym.files import read_tensors, write_json, write_tensors
+from sd_gym.files import write_json, write_tensors
+from sd_gym.policy.description import FORMAT, read_description, read_weights
 from sd_gym.policy.eyes import Eyes, flops_a_token, tensors
-from sd_gym.registry import Registry, naming_imports
+from sd_gym.policy.layers import Apart, hidden_layers, on_meta, own_network
+from sd_gym.registry import naming_imports
 
 HIDDEN = 64
-FORMAT = 1
-NetworkFactory = Callable[[int, int], nn.Module]
 Seen = TypeVar("Seen", Tensor, NDArray, dict[str, Tensor], dict[str, NDArray])
-NETWORKS: Registry[NetworkFactory] = Registry("network", {})
-
-
-def register_network(name: str, factory: NetworkFactory) -> None:
-    """Make a policy network of your own known: then all agents that learn take the setting ``network=name``.
-
-    Args:
-        name: What it is called.
-        factory: Takes (features of an observation, logits) to a module from observations float32 ``[n, features]`` to
-            logits ``[n, logits]``, row by row; a module's class, for one. A bias is added to its logits, so that
-            learning begins at ``initial_skip_rate``. Its weights are saved with the run, and its FLOPs count. It is in
-            training mode (dropout) only where Stable-Baselines3 learns.
-
-    Raises:
-        ValueError: If there is no name.
-    """
-    NETWORKS.register(name, factory)
 
 
 def _most_probable(logits: Tensor) -> Tensor:
@@ -51,9 +31,8 @@ class DecisionPolicy(nn.Module):
     """From observations to decisions: two hidden layers, then one categorical choice an action component.
 
     The choices are independent given the observation: ``pi(a|x) = prod_i pi_i(a_i|x)`` (Zhang et al. 2024, section 3);
-    or
-    autoregressive: ``prod_i pi_i(a_i|x, a_1 .. a_(i-1))``, where what was skipped before shifts the logits linearly, so
-    that one of two sublayers can be skipped, but not both.
+    or autoregressive: ``prod_i pi_i(a_i|x, a_1 .. a_(i-1))``, where what was skipped before shifts the logits linearly,
+    so that one of two sublayers can be skipped, but not both.
 
     Args:
         observation_size: Features of an observation; where it sees the tokens of a text, numbers that a token has.
@@ -309,7 +288,7 @@ class DecisionPolicy(nn.Module):
         Those of ``eyes``, which grow with the text, come on top: ``flops_a_token``.
         """
         body = self.body.of_stage[0] if self.apart else self.body  # those of all stages are alike
-        counted, _ = _on_meta(nn.Sequential(body, self.head), len(self.stages), self.features)
+        counted, _ = on_meta(nn.Sequential(body, self.head), len(self.stages), self.features)
         coupling = 2 * int(self._earlier.sum()) if self.autoregressive else 0
         if self.codebook is None:
             return counted + coupling
@@ -359,159 +338,11 @@ class DecisionPolicy(nn.Module):
         file = folder / "policy.json"
         if not file.exists():
             raise FileNotFoundError(f"no policy.json in {folder}; expected the folder of a run (sd-gym train)")
-        description = _read_description(file)
+        description = read_description(file)
         with naming_imports(folder):
             policy = cls(**description.model_dump(exclude={"format"}))
-        policy.load_state_dict(_read_weights(folder / "policy.safetensors", policy))
+        policy.load_state_dict(read_weights(folder / "policy.safetensors", policy))
         return policy.eval()
-
-
-class _Description(BaseModel):
-    """What ``policy.json`` says; see ``DecisionPolicy``."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    format: Literal[1]
-    observation_size: int = Field(ge=1)
-    nvec: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
-    switches: list[str]
-    blind: bool
-    noise: Literal["none", "random", "hash"]
-    autoregressive: bool
-    hidden: int = Field(ge=1)
-    network: str | None = None
-    codebook: Annotated[list[list[int]], Field(min_length=1)] | None = None
-    stages: Annotated[list[str], Field(min_length=1)] = ["first"]
-    apart: bool = False
-    channels: Annotated[int, Field(ge=1)] | None = None
-
-    @model_validator(mode="after")
-    def _one_choice_a_switch(self) -> _Description:
-        if len(set(self.switches)) < len(self.switches):
-            raise ValueError("expected switches that are all different")
-        of_table = not self.switches and len(self.nvec) == len(self.stages)  # from how many each stage chooses
-        if not of_table and (len(self.nvec) != len(self.switches) + 1 or not set(self.nvec[:-1]) <= {1, 2}):
-            raise ValueError(
-                f"expected nvec with a 2 for each of the {len(self.switches)} switches (a 1 where it always runs) and "
-                f"then the number of token levels, got {self.nvec}"
-            )
-        for mask in self.codebook or []:
-            fits = len(mask) == len(self.nvec)
-            if not fits or not all(0 <= one < size for one, size in zip(mask, self.nvec, strict=True)):
-                raise ValueError(f"expected a codebook of decisions, each below {self.nvec}, got {short(mask)}")
-        return self
-
-
-def _read_description(file: Path) -> _Description:
-    try:
-        return _Description.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        got = f", got {first['input']!r}" if key else ""
-        raise ValueError(
-            f"{file}: no policy that was saved here: {key + ': ' if key else ''}{first['msg']}{got}"
-        ) from error
-
-
-def _read_weights(file: Path, policy: DecisionPolicy) -> dict[str, Tensor]:
-    """The weights in a file, if they are such as the policy has."""
-    weights = read_tensors(file)
-    expected, parameters = policy.state_dict(), dict(policy.named_parameters())
-    if names := sorted(expected.keys() ^ weights.keys()):
-        raise ValueError(
-            f"{file}: expected the weights {', '.join(sorted(expected))}; missing or too many: {', '.join(names)}"
-        )
-    for name, weight in weights.items():
-        if (weight.shape, weight.dtype) != (expected[name].shape, expected[name].dtype):
-            raise ValueError(
-                f"{file}: expected {name} of shape {list(expected[name].shape)} and {expected[name].dtype}, as "
-                f"policy.json says; got {list(weight.shape)} and {weight.dtype}"
-            )
-        finite = weight.isfinite() if name in parameters else ~weight.isnan()
-        if not finite.all():
-            raise ValueError(f"{file}: expected finite numbers, but {(~finite).sum().item()} in {name} are none")
-    return weights
-
-
-def hidden_layers(features: int, hidden: int) -> nn.Sequential:
-    """Two hidden layers, from ``[n, features]`` to ``[n, hidden]``."""
-    return nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
-
-
-class Apart(nn.Module):
-    """Hidden layers for each stage, which observations ``[n, features]`` begin with, one-hot.
-
-    Args:
-        features: Of an observation.
-        hidden: Width of the layers.
-        stages: How many there are.
-    """
-
-    def __init__(self, features: int, hidden: int, stages: int) -> None:
-        super().__init__()
-        self.hidden = hidden
-        self.of_stage = nn.ModuleList([hidden_layers(features, hidden) for _ in range(stages)])
-
-    def forward(self, observations: Tensor) -> Tensor:
-        """``[n, hidden]``, of each row what its stage's layers make of it."""
-        stage = observations[:, : len(self.of_stage)].argmax(dim=1)
-        made = observations.new_zeros(len(observations), self.hidden)
-        for number, layers in enumerate(self.of_stage):
-            at = torch.nonzero(stage == number)[:, 0]
-            if len(at):
-                made = made.index_copy(0, at, layers(observations[at]))
-        return made
-
-
-class Bias(nn.Module):
-    """Adds a bias to the logits of a network that makes them itself; ``weight`` is 1, or 0 to leave the bias alone.
-
-    Args:
-        size: Number of logits.
-    """
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(size))
-        self.register_buffer("weight", torch.ones(size))
-
-    def forward(self, logits: Tensor) -> Tensor:
-        """``[n, size]`` to ``[n, size]``."""
-        return logits * self.weight + self.bias
-
-
-def own_network(name: str, observation_size: int, n_logits: int) -> tuple[nn.Module, Bias]:
-    """A registered network, made now, and the bias behind it.
-
-    Raises:
-        ValueError: If there is none of that name, or it is none from observations to logits.
-    """
-    network = NETWORKS.find(name)(observation_size, n_logits)
-    expected = f"a module from observations [n, {observation_size}] to logits [n, {n_logits}]"
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"the network {name!r} has to be {expected}, got {type(network).__name__}")
-    try:
-        _, logits = _on_meta(network, 2, observation_size)
-    except Exception as error:  # whatever a user's module raises
-        raise ValueError(
-            f"the network {name!r} has to be {expected}, on any device (its FLOPs are counted on 'meta'): {error}"
-        ) from error
-    if not isinstance(logits, Tensor) or logits.shape != (2, n_logits):
-        came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the network {name!r} has to be {expected}; of 2 observations it made {came}")
-    return network, Bias(n_logits)
-
-
-def _on_meta(module: nn.Module, rows: int, features: int) -> tuple[int, Any]:
-    """FLOPs and output of a module for so many observations, without running it.
-
-    On torch's device ``meta`` there are no fused kernels, which its counter overlooks (LSTMs and attention on a CPU).
-    """
-    with torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        copy = deepcopy(module).to("meta").eval()  # made here, as the caller may be in inference mode
-        output = copy(torch.zeros(rows, features, device="meta"))
-    return counter.get_total_flops(), output
 
 
 def blinded(observations: Seen, stages: Sequence[str]) -> Seen:

@@ -1,0 +1,91 @@
+"""The files of a decision network, ``policy.json`` and ``policy.safetensors``: read, and refused if they are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor, nn
+
+from sd_gym.errors import short
+from sd_gym.files import read_tensors
+
+FORMAT = 1
+
+
+class Description(BaseModel):
+    """What ``policy.json`` says; see ``DecisionPolicy``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal[1]
+    observation_size: int = Field(ge=1)
+    nvec: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
+    switches: list[str]
+    blind: bool
+    noise: Literal["none", "random", "hash"]
+    autoregressive: bool
+    hidden: int = Field(ge=1)
+    network: str | None = None
+    codebook: Annotated[list[list[int]], Field(min_length=1)] | None = None
+    stages: Annotated[list[str], Field(min_length=1)] = ["first"]
+    apart: bool = False
+    channels: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_choice_a_switch(self) -> Description:
+        if len(set(self.switches)) < len(self.switches):
+            raise ValueError("expected switches that are all different")
+        of_table = not self.switches and len(self.nvec) == len(self.stages)  # from how many each stage chooses
+        if not of_table and (len(self.nvec) != len(self.switches) + 1 or not set(self.nvec[:-1]) <= {1, 2}):
+            raise ValueError(
+                f"expected nvec with a 2 for each of the {len(self.switches)} switches (a 1 where it always runs) and "
+                f"then the number of token levels, got {self.nvec}"
+            )
+        for mask in self.codebook or []:
+            fits = len(mask) == len(self.nvec)
+            if not fits or not all(0 <= one < size for one, size in zip(mask, self.nvec, strict=True)):
+                raise ValueError(f"expected a codebook of decisions, each below {self.nvec}, got {short(mask)}")
+        return self
+
+
+def read_description(file: Path) -> Description:
+    """What a file says.
+
+    Raises:
+        ValueError: If it is none that was saved by a network; the message names the key.
+    """
+    try:
+        return Description.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        got = f", got {first['input']!r}" if key else ""
+        raise ValueError(
+            f"{file}: no policy that was saved here: {key + ': ' if key else ''}{first['msg']}{got}"
+        ) from error
+
+
+def read_weights(file: Path, policy: nn.Module) -> dict[str, Tensor]:
+    """The weights in a file.
+
+    Raises:
+        ValueError: If they are not such as the policy has: by name, shape, type, or not finite.
+    """
+    weights = read_tensors(file)
+    expected, parameters = policy.state_dict(), dict(policy.named_parameters())
+    if names := sorted(expected.keys() ^ weights.keys()):
+        raise ValueError(
+            f"{file}: expected the weights {', '.join(sorted(expected))}; missing or too many: {', '.join(names)}"
+        )
+    for name, weight in weights.items():
+        if (weight.shape, weight.dtype) != (expected[name].shape, expected[name].dtype):
+            raise ValueError(
+                f"{file}: expected {name} of shape {list(expected[name].shape)} and {expected[name].dtype}, as "
+                f"policy.json says; got {list(weight.shape)} and {weight.dtype}"
+            )
+        finite = weight.isfinite() if name in parameters else ~weight.isnan()
+        if not finite.all():
+            raise ValueError(f"{file}: expected finite numbers, but {(~finite).sum().item()} in {name} are none")
+    return weights

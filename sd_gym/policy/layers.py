@@ -1,0 +1,112 @@
+"""Layers that a decision network is made of, its own or a user's, and their FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sd_gym.registry import Registry
+
+NetworkFactory = Callable[[int, int], nn.Module]
+NETWORKS: Registry[NetworkFactory] = Registry("network", {})
+
+
+def register_network(name: str, factory: NetworkFactory) -> None:
+    """Make a policy network of your own known: then all agents that learn take the setting ``network=name``.
+
+    Args:
+        name: What it is called.
+        factory: Takes (features of an observation, logits) to a module from observations float32 ``[n, features]`` to
+            logits ``[n, logits]``, row by row; a module's class, for one. A bias is added to its logits, so that
+            learning begins at ``initial_skip_rate``. Its weights are saved with the run, and its FLOPs count. It is in
+            training mode (dropout) only where Stable-Baselines3 learns.
+
+    Raises:
+        ValueError: If there is no name.
+    """
+    NETWORKS.register(name, factory)
+
+
+def hidden_layers(features: int, hidden: int) -> nn.Sequential:
+    """Two hidden layers, from ``[n, features]`` to ``[n, hidden]``."""
+    return nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
+
+
+class Apart(nn.Module):
+    """Hidden layers for each stage, which observations ``[n, features]`` begin with, one-hot.
+
+    Args:
+        features: Of an observation.
+        hidden: Width of the layers.
+        stages: How many there are.
+    """
+
+    def __init__(self, features: int, hidden: int, stages: int) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.of_stage = nn.ModuleList([hidden_layers(features, hidden) for _ in range(stages)])
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """``[n, hidden]``, of each row what its stage's layers make of it."""
+        stage = observations[:, : len(self.of_stage)].argmax(dim=1)
+        made = observations.new_zeros(len(observations), self.hidden)
+        for number, layers in enumerate(self.of_stage):
+            at = torch.nonzero(stage == number)[:, 0]
+            if len(at):
+                made = made.index_copy(0, at, layers(observations[at]))
+        return made
+
+
+class Bias(nn.Module):
+    """Adds a bias to the logits of a network that makes them itself; ``weight`` is 1, or 0 to leave the bias alone.
+
+    Args:
+        size: Number of logits.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.register_buffer("weight", torch.ones(size))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """``[n, size]`` to ``[n, size]``."""
+        return logits * self.weight + self.bias
+
+
+def own_network(name: str, observation_size: int, n_logits: int) -> tuple[nn.Module, Bias]:
+    """A registered network, made now, and the bias behind it.
+
+    Raises:
+        ValueError: If there is none of that name, or it is none from observations to logits.
+    """
+    network = NETWORKS.find(name)(observation_size, n_logits)
+    expected = f"a module from observations [n, {observation_size}] to logits [n, {n_logits}]"
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"the network {name!r} has to be {expected}, got {type(network).__name__}")
+    try:
+        _, logits = on_meta(network, 2, observation_size)
+    except Exception as error:  # whatever a user's module raises
+        raise ValueError(
+            f"the network {name!r} has to be {expected}, on any device (its FLOPs are counted on 'meta'): {error}"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.shape != (2, n_logits):
+        came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the network {name!r} has to be {expected}; of 2 observations it made {came}")
+    return network, Bias(n_logits)
+
+
+def on_meta(module: nn.Module, rows: int, features: int) -> tuple[int, Any]:
+    """FLOPs and output of a module for so many observations, without running it.
+
+    On torch's device ``meta`` there are no fused kernels, which its counter overlooks (LSTMs and attention on a CPU).
+    """
+    with torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        copy = deepcopy(module).to("meta").eval()  # made here, as the caller may be in inference mode
+        output = copy(torch.zeros(rows, features, device="meta"))
+    return counter.get_total_flops(), output
