@@ -6,7 +6,7 @@ from typing import Any
 
 from sd_gym.agents.learning.agent import Agent, BaseAgent
 
-from sd_gym.envs.shells import SwitchableVectorEnv
+from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.registry import Registry, UnknownNameError, unknown
 
 BLIND = "blind-"

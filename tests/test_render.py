@@ -12,11 +12,13 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd_gym.envs import shells, window
+from sd_gym.envs import window
 from sd_gym.envs.passes import Passes
 from sd_gym.envs.picture import CELL, HEIGHT, LARGEST_CELL, LOST, RAN, WIDTH, as_image
 from sd_gym.envs.render import Result, Scene, as_lines
+from sd_gym.envs.single import SwitchableEnv
 from sd_gym.envs.split import Split
+from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.tasks.marks import CUT, DROPPED, READ, MarkedText
 from tests.conftest import make_extractor, make_model, varied
 
@@ -280,7 +282,7 @@ def test_a_video_can_be_recorded(tmp_path):
 
 def test_a_window_opens_and_closes(monkeypatch):
     pygame = pytest.importorskip("pygame")
-    monkeypatch.setitem(shells.SwitchableEnv.metadata, "render_fps", 1000)
+    monkeypatch.setitem(SwitchableEnv.metadata, "render_fps", 1000)
     env = gym.make(SUMMARIZATION, render_mode="human", **SMALL)
     picture = gym.make(SUMMARIZATION, render_mode="rgb_array", **SMALL)
     for one in (env, picture):
@@ -303,9 +305,9 @@ def test_a_window_opens_and_closes(monkeypatch):
 def test_without_pygame_there_is_no_window_and_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(window, "HAS_PYGAME", False)
     with pytest.raises(DependencyNotInstalled, match="run `pip install pygame`"):
-        shells.SwitchableEnv("summarization_mini.yaml", render_mode="human", **SMALL)
+        SwitchableEnv("summarization_mini.yaml", render_mode="human", **SMALL)
     with pytest.raises(ValueError, match="render_mode must be one of ansi, rgb_array or None, got 'human'"):
-        shells.SwitchableVectorEnv("summarization_mini.yaml", render_mode="human", **SMALL)
+        SwitchableVectorEnv("summarization_mini.yaml", render_mode="human", **SMALL)
 
 
 # --- texts in the infos -----------------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ def test_an_env_is_checked(finished):
 
 
 def test_an_env_whose_rewards_or_seeds_are_wrong_fails(finished, monkeypatch):
-    from sd_gym.envs.shells import SwitchableEnv
+    from sd_gym.envs.single import SwitchableEnv
 
     settings = [f"dataset={finished / 'reviews.jsonl'}", f"backbone={finished / 'backbone'}"]
     step, reset = SwitchableEnv.step, SwitchableEnv.reset

@@ -20,9 +20,9 @@ from sd_gym.agents.learning.warm import in_stages
 from stable_baselines3.common.logger import Logger
 from torch import nn
 
-from sd_gym.envs.shells import SwitchableVectorEnv
 from sd_gym.envs.spaces import token_width
 from sd_gym.envs.split import Split
+from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.eyes import Eyes, affordable, tensors
 from sd_gym.tasks.ranking import STATISTICS_SIZE

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from sd_gym.envs.core import Core
     from sd_gym.envs.outcome import Outcome
     from sd_gym.envs.shared import shared_core
-    from sd_gym.envs.shells import SwitchableEnv, SwitchableVectorEnv
+    from sd_gym.envs.single import SwitchableEnv
     from sd_gym.envs.split import Split
     from sd_gym.envs.table_shells import TableEnv, TableVectorEnv
+    from sd_gym.envs.vector import SwitchableVectorEnv
 
 _WHERE = {
     "ConfigError": "config",
@@ -21,8 +22,8 @@ _WHERE = {
     "EnvConfig": "config",
     "Outcome": "outcome",
     "Split": "split",
-    "SwitchableEnv": "shells",
-    "SwitchableVectorEnv": "shells",
+    "SwitchableEnv": "single",
+    "SwitchableVectorEnv": "vector",
     "TableEnv": "table_shells",
     "TableVectorEnv": "table_shells",
     "shared_core": "shared",

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from gymnasium.vector import AutoresetMode
 
-from sd_gym.envs.shells import SwitchableEnv, SwitchableVectorEnv
+from sd_gym.envs.single import SwitchableEnv
+from sd_gym.envs.vector import SwitchableVectorEnv
 
 
 class TableEnv(SwitchableEnv):

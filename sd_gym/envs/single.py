@@ -1,0 +1,183 @@
+"""The core as a ``gymnasium.Env``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from sd_gym.envs.render import Shown, pictures
+from sd_gym.envs.shared import shared_core
+from sd_gym.envs.spaces import as_array, each, reward_space, spaces
+from sd_gym.envs.told import check_shown, chosen, decided, episode_infos, info_of_one, read_config, text_infos
+from sd_gym.envs.window import HAS_PYGAME, Window
+from sd_gym.objectives import Objective
+
+if TYPE_CHECKING:  # an env of a table needs no torch
+    from sd_gym.envs.split import Split
+
+# Gymnasium's checker tries every mode that an env declares, so a window is declared only where one can be opened.
+RENDER_MODES = ("ansi", "rgb_array", "human") if HAS_PYGAME else ("ansi", "rgb_array")
+
+
+class SwitchableEnv(gym.Env):
+    """Decide, for one input, which parts of a transformer to skip.
+
+    Description:
+        Each episode is one instance of an NLP task and one decision (a contextual bandit): the backbone runs the
+        instance under the decision, what is skipped is not executed, and the episode terminates. ``copy.deepcopy`` and
+        ``pickle`` keep the running episode and the random state; the backbone is shared, not copied.
+
+        With several ``stages`` an episode is one instance and as many steps: each looks at what the pass has computed
+        so far and decides the switches up to the next stage.
+
+    Action Space:
+        ``action="multi_discrete"`` (default): ``MultiDiscrete([2] * switches + [token levels])``: 1 = skip the
+        sublayer; the last component chooses the share of tokens to drop, one of the config's ``token_shares``. All
+        zeros = dense. With ``candidates``, switches of other kinds have one choice: they run.
+
+        ``"multi_binary"``: ``MultiBinary(switches)``, the same where there is one token level only.
+
+        ``"discrete"``: ``Discrete(K)``, one of the K masks of the config's ``codebook``; in the codebooks of the Mini
+        envs the masks are nested, and the first one is dense.
+
+        With several stages, ``MultiDiscrete`` (or ``MultiBinary``) of the stage that has the most switches; what a
+        stage has fewer is passed over, and so is the token level at any stage but ``first``.
+
+    Observation Space:
+        ``observation="pooled"`` (default): ``Box(-10, 10, (2 * width + 2,), float32)``: mean and maximum over tokens of
+        the first layer's input, the length and its logarithm, standardised on the training split.
+
+        ``"tokens"``: ``Dict(tokens=Box(-10, 10, (max_source_length, width), float32),
+        mask=MultiBinary(max_source_length))``, the first layer's input itself, standardised too and padded with zeros.
+
+        Any name that ``sd_gym.register_observation`` was given: the space of that class.
+
+        With several stages, ``Box(-10, 10, (stages + 1 + 2 * width + 2,), float32)``: the stage, one-hot, the share of
+        the FLOPs spent, then mean and maximum of the hidden states there, their number and its logarithm, standardised
+        for each stage, and where the head can judge a layer, the log-odds of its answer (``StageObservation``).
+
+    Reward:
+        The config's ``objective`` with its ``epsilon``, ``penalty`` and ``cost_scale`` (``sd_gym.objectives``). The
+        default is lexicographic: savings (1 - flops_ratio) if the quality is kept, -penalty * min(1, cost /
+        cost_scale) if not. The same outcome always earns the same. A penalty that learns belongs to the agent
+        (``ppo_lagrangian``, ``a2c_lagrangian``), or to ``sd_gym.envs.wrappers.LagrangianWrapper``.
+
+        ``vector_reward=True``: ``[quality, -flops_ratio]``, float32, within ``reward_space``, as MO-Gymnasium has it;
+        the objective plays no part. ``sd_gym.envs.wrappers.SafetyWrapper`` steps with a cost beside the reward.
+
+        With several stages it comes at the end, and is that of the same decision in one step. ``dense_reward=True``:
+        each step pays for what it has saved, the last one the rest.
+
+    Episode End:
+        Terminates after the last stage (of one: after one step); never truncates.
+
+    Info:
+        step: ``quality``, ``quality_ref``, ``cost``, ``flops_ratio``, ``vector_reward`` = [quality, -flops_ratio],
+        ``is_success`` (cost == 0), ``instance`` (id), ``difficulty``, ``decision``. reset: the same keys (so that
+        recorders can stack infos), of which only ``instance`` and ``difficulty`` are known; the others are zeros (and
+        ``is_success`` is ``False``), since nothing was decided yet. With ``info_text`` both also have ``source``,
+        ``reference`` (the right answer, the first of several, empty if there is none) and, where inputs are pairs of
+        texts, ``source_pair``. With several stages both also have ``action_mask``, int8 ``[choices]``: which choices
+        the next step has; a step that is not the last one has the info of a reset, and the ``decision`` so far.
+
+    Arguments:
+        config_file: Name of a file in ``envs_configs/``, or the path of any such file.
+        render_mode: ``ansi`` (lines of text), ``rgb_array`` (a picture, 960 by 720), ``human`` (the picture in a
+            window, which pygame opens), or ``None``. Each shows the text and what of it was dropped, which sublayers
+            ran, the answer beside the right one, FLOPs, quality and reward of the last step; after a reset the text
+            alone. Nothing is generated or drawn until it is asked for.
+        info_text: Whether infos hold the texts of the instance; off, since copying them costs.
+        overrides: Any key of the config, ``action``, ``codebook``, ``observation`` and ``vector_reward`` among them.
+            ``reset(options={"split": ..., "instance": id})`` picks what to decide on.
+
+    Version History:
+        * v0: first version.
+
+    Raises:
+        ConfigError: If a config key or value is wrong; an unknown key's is a ``TypeError`` too.
+        FileNotFoundError: If the data set, the backbone or the codebook does not exist.
+        DataError: If the data set is malformed.
+        UnsupportedArchitectureError: If the backbone cannot be switched.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": list(RENDER_MODES), "render_fps": 1}
+
+    def __init__(
+        self, config_file: str, render_mode: str | None = None, info_text: bool = False, **overrides: Any
+    ) -> None:
+        self._window = Window() if render_mode == "human" else None
+        check_shown(render_mode, info_text, type(self).metadata["render_modes"])
+        self.config = read_config(config_file, overrides)
+        self.core = shared_core(self.config)
+        self.objective = Objective(self.config.reward)
+        self.observation_space, self.action_space = spaces(self.core)
+        if self.config.reward.vector:
+            self.reward_space = reward_space(self.config)
+        self.render_mode = render_mode
+        self.info_text = info_text
+        self._split: Split | None = None
+        self._row: NDArray | None = None
+        self._episode = self.core.episodes(1)
+        self._shown: Shown | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Draw an instance; see the class for ``options``. Raises ``ValueError`` for an unknown one."""
+        super().reset(seed=seed)
+        self._split, row = chosen(self.core, 1, options)
+        self._row = self.np_random.integers(len(self._split), size=1) if row is None else row
+        self._episode.begin(_ONE)
+        self._show(Shown(self._split, self._row, np.array([False]), {}))
+        infos = episode_infos(self.core, self._split, self._row, self._episode, _ONE)
+        return self._observation(), info_of_one(infos | text_infos(self._split, self._row, self.info_text))
+
+    def step(self, action: Any) -> tuple[Any, float | NDArray, bool, bool, dict[str, Any]]:
+        """Run the backbone under the decision that an action of the action space stands for.
+
+        Raises:
+            ValueError: If the action is malformed.
+            gymnasium.error.ResetNeeded: If the episode is over.
+        """
+        if self._split is None or self._episode.over.all():
+            raise gym.error.ResetNeeded("the episode is over: call reset() before the next step()")
+        action = as_array(action)
+        if action.shape != self.action_space.shape:
+            raise ValueError(f"expected an action of shape {self.action_space.shape}, got {action.shape}")
+        self._episode.decide(_ONE, self.core.actions.decisions(action[None], 1))
+        over = bool(self._episode.over[0])
+        infos, rewards = decided(self.config, self.core, self.objective, self._split, self._row, self._episode, _ONE)
+        self._show(Shown(self._split, self._row, np.array([over]), infos if over else {}, rewards if over else None))
+        info, reward = info_of_one(infos | text_infos(self._split, self._row, self.info_text)), rewards[0]
+        return self._observation(), reward if self.config.reward.vector else float(reward), over, False, info
+
+    def action_masks(self) -> NDArray:
+        """Which choices are allowed, bool ``[choices]``: all (what sb3-contrib's maskable algorithms ask for)."""
+        return self._episode.masks()[0]
+
+    def render(self) -> str | NDArray | None:
+        """What came of the last step, or after a reset what there is to decide on, as the render mode says."""
+        if self.render_mode is None or self._shown is None:
+            return None
+        (picture,) = pictures(self.core, self._shown, self.render_mode)
+        if self._window is None:
+            return picture
+        self._window.show(picture, self.metadata["render_fps"])
+        return None
+
+    def close(self) -> None:
+        """Close the window, if there is one."""
+        if self._window is not None:
+            self._window.close()
+
+    def _show(self, shown: Shown) -> None:
+        self._shown = shown
+        if self._window is not None:
+            self.render()
+
+    def _observation(self) -> Any:
+        return each(self._episode.observe(self._split, self._row))[0]
+
+
+_ONE = np.zeros(1, dtype=np.int64)  # the only env of a batch of one

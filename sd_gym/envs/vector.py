@@ -1,0 +1,289 @@
+"""The core as a ``gymnasium.vector.VectorEnv``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from sd_gym.envs.render import Shown, pictures
+from sd_gym.envs.shared import shared_core
+from sd_gym.envs.spaces import Observations, each, reward_space, spaces
+from sd_gym.envs.told import (
+    check_shown,
+    chosen,
+    decided,
+    episode_infos,
+    no_rewards,
+    objects,
+    read_config,
+    text_infos,
+)
+from sd_gym.objectives import Objective
+
+if TYPE_CHECKING:  # an env of a table needs no torch
+    from sd_gym.envs.split import Split
+
+RENDER_MODES = ("ansi", "rgb_array")
+
+
+class SwitchableVectorEnv(VectorEnv):
+    """``SwitchableEnv`` for a batch: one forward pass of the backbone a step serves all ``num_envs`` instances.
+
+    Every episode has as many steps as stages, so that all end with the same step, but behind a masked reset. What comes
+    then is Gymnasium's ``AutoresetMode``, as ``SyncVectorEnv`` has it:
+
+    * ``SAME_STEP`` (default): the step resets too. Its observations are those of the next instances and its infos
+      those of their reset; ``infos["final_info"]`` holds the step's info and ``infos["final_obs"]`` the observations
+      that were decided on.
+    * ``NEXT_STEP``: infos and observations are the step's; the next step ignores its actions, resets, and gives no
+      reward, so every other step decides nothing.
+    * ``DISABLED``: ``reset(options={"reset_mask": mask})`` resets the masked envs; before, no step is possible.
+
+    Args:
+        config_file: As for ``SwitchableEnv``.
+        num_envs: Batch size.
+        render_mode: As for ``SwitchableEnv``, one picture an env; there are no windows.
+        info_text: As for ``SwitchableEnv``.
+        autoreset_mode: An ``AutoresetMode`` or its value, as in ``gym.make_vec(id, autoreset_mode="NextStep")``.
+        overrides: Any key of the config.
+
+    Raises:
+        ValueError: If there is no such autoreset mode; else as ``SwitchableEnv``.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {
+        "render_modes": list(RENDER_MODES),
+        "render_fps": 1,
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
+
+    def __init__(
+        self,
+        config_file: str,
+        num_envs: int = 1,
+        render_mode: str | None = None,
+        info_text: bool = False,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
+        **overrides: Any,
+    ) -> None:
+        check_shown(render_mode, info_text, type(self).metadata["render_modes"])
+        self.autoreset_mode = read_autoreset_mode(autoreset_mode)
+        self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
+        self.config = read_config(config_file, overrides)
+        self.core = shared_core(self.config)
+        self.objective = Objective(self.config.reward)
+        self.num_envs = num_envs
+        self.render_mode = render_mode
+        self.info_text = info_text
+        self.single_observation_space, self.single_action_space = spaces(self.core)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        if self.config.reward.vector:
+            self.reward_space = reward_space(self.config)  # of one env, as MO-Gymnasium's vector envs have it
+        self._split: Split | None = None
+        self._rows: NDArray = np.zeros(num_envs, dtype=np.int64)
+        self._episodes = self.core.episodes(num_envs)
+        self._shown: Shown | None = None
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observations, dict[str, Any]]:
+        """Draw an instance for each env.
+
+        Args:
+            seed: A number seeds one generator, from which the instances of all envs are drawn. A list, a seed an env,
+                gives each env a generator of its own, which draws as that of a single env with this seed; ``None`` in
+                it leaves an env's generator as it is.
+            options: As for ``SwitchableEnv``; ``instance`` may be a list of ids, one an env. ``reset_mask``, bool
+                ``[num_envs]``, says which envs are reset; the others keep their instances, and the infos hold nothing
+                of them. All envs are on one split, which only a reset of all of them changes.
+
+        Raises:
+            ValueError: If a seed or an option is wrong.
+            TypeError: If ``reset_mask`` is no array of booleans.
+            gymnasium.error.ResetNeeded: If the first reset is not one of all envs.
+        """
+        options = dict(options or {})
+        envs = self._envs_to_reset(options)
+        self._seed(seed, envs)
+        self._split, rows = chosen(self.core, self.num_envs, options)
+        self._rows[envs] = self._random_rows(envs) if rows is None else rows[envs]
+        self._episodes.begin(envs)
+        self._show(self._episodes.over)
+        return self._observations(), self._infos((envs, self._reset_infos(envs)))
+
+    def step(self, actions: Any) -> tuple[Observations, NDArray, NDArray, NDArray, dict[str, Any]]:
+        """Run the backbone under the decisions that a batch of actions stands for; the class says what follows.
+
+        Raises:
+            ValueError: If the actions are malformed.
+            gymnasium.error.ResetNeeded: If an env has to be reset first.
+        """
+        if self._split is None:
+            raise gym.error.ResetNeeded("call reset() before the first step()")
+        over = self._episodes.over
+        if self.autoreset_mode == AutoresetMode.DISABLED and over.any():
+            raise gym.error.ResetNeeded(
+                f"the episodes of envs {np.flatnonzero(over).tolist()} are over and autoreset is disabled: call "
+                'reset(options={"reset_mask": terminated}) before the next step()'
+            )
+        choices = self.core.actions.decisions(actions, self.num_envs)
+        deciding, reset = np.flatnonzero(~over), np.flatnonzero(over)
+        self._episodes.decide(deciding, choices)
+        ended, rewards = self._episodes.over, no_rewards(self.config, self.num_envs)
+        ended[reset] = False
+        done, going = np.flatnonzero(ended), deciding[~ended[deciding]]
+        outcome, rewards[done] = self._decide(done)
+        under_way, rewards[going] = self._decide(going)
+        if self.autoreset_mode == AutoresetMode.SAME_STEP:
+            self._show(ended, (done, outcome), rewards)
+            final: dict[str, Any] = {}
+            if len(done):
+                final = {"final_obs": objects(each(self._observations())), "_final_obs": ended.copy()}
+                final |= {"final_info": self._infos((done, outcome)), "_final_info": ended.copy()}
+                self._rows[done] = self._random_rows(done)
+                self._episodes.begin(done)
+            infos = self._infos((done, self._reset_infos(done)), (going, under_way)) | final
+        else:
+            self._rows[reset] = self._random_rows(reset)
+            self._episodes.begin(reset)
+            self._show(ended, (done, outcome), rewards)
+            infos = self._infos((done, outcome), (going, under_way), (reset, self._reset_infos(reset)))
+        return self._observations(), rewards, ended, np.zeros(self.num_envs, dtype=np.bool_), infos
+
+    def action_masks(self) -> NDArray:
+        """Which choices are allowed, bool ``[num_envs, choices]``: all, as of ``SwitchableEnv``."""
+        return self._episodes.masks()
+
+    def render(self) -> tuple[str | NDArray, ...] | None:
+        """One picture an env, as ``SwitchableEnv.render``: after a step, of the instances that were decided on."""
+        if self.render_mode is None or self._shown is None:
+            return None
+        return tuple(pictures(self.core, self._shown, self.render_mode))
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on, as plain values; after ``reset``."""
+        random = self.np_random
+        own = isinstance(random, tuple)
+        return {
+            "random": [one.bit_generator.state for one in random] if own else random.bit_generator.state,
+            "split": self._split.name,
+            "rows": self._rows.tolist(),
+            "episodes": self._episodes.state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> Observations:
+        """Go on from what ``state`` gave; returns the observations to decide on next."""
+        random = state["random"]
+        self.np_random = _generator(random) if isinstance(random, dict) else tuple(_generator(own) for own in random)
+        self._split, self._rows = self.core.split(state["split"]), np.array(state["rows"])
+        self._episodes.load_state(state["episodes"])
+        self._show(np.zeros(self.num_envs, dtype=np.bool_))
+        return self._observations()
+
+    def _decide(self, envs: NDArray) -> tuple[dict[str, NDArray], NDArray]:
+        """The step infos and the rewards of some envs, a row each: all of them are over, or none is."""
+        infos, rewards = decided(self.config, self.core, self.objective, self._split, self._rows, self._episodes, envs)
+        return infos | text_infos(self._split, self._rows[envs], self.info_text), rewards
+
+    def _show(
+        self,
+        decided: NDArray,
+        outcome: tuple[NDArray, dict[str, NDArray]] | None = None,
+        rewards: NDArray | None = None,
+    ) -> None:
+        """Keep what there is to show, if anybody may ask; without an outcome, that which there was."""
+        if self.render_mode is None:
+            return
+        if outcome is not None:
+            infos, rewards = self._infos(outcome), rewards.copy()
+        else:
+            infos, rewards = ({}, None) if self._shown is None else (self._shown.infos, self._shown.rewards)
+        self._shown = Shown(self._split, self._rows.copy(), decided.copy(), infos, rewards)
+
+    def _envs_to_reset(self, options: dict[str, Any]) -> NDArray:
+        """Takes ``reset_mask`` out of the options; a reset that has one stays on the split unless it names another."""
+        if "reset_mask" not in options:
+            return np.arange(self.num_envs)
+        mask = options.pop("reset_mask")
+        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
+            raise TypeError(f"expected an array of booleans for reset_mask, got {getattr(mask, 'dtype', type(mask))}")
+        if mask.shape != (self.num_envs,) or not mask.any():
+            raise ValueError(f"expected a reset_mask of shape {(self.num_envs,)} that is true somewhere, got {mask}")
+        if self._split is not None:
+            options.setdefault("split", self._split.name)
+        if not mask.all():
+            if self._split is None:
+                raise gym.error.ResetNeeded("the first reset has to be one of all envs")
+            if options["split"] != self._split.name:
+                raise ValueError(
+                    f"some envs cannot be reset to the split {options['split']!r} while the others are on "
+                    f"{self._split.name!r}; reset all of them"
+                )
+        return np.flatnonzero(mask)
+
+    def _seed(self, seed: int | Sequence[int | None] | None, envs: NDArray) -> None:
+        """Seed the one generator, or those of some envs."""
+        if seed is None or np.ndim(seed) == 0:
+            super().reset(seed=seed)
+            return
+        if len(seed) != self.num_envs:
+            raise ValueError(f"expected {self.num_envs} seeds, one an env, got {len(seed)}")
+        own = isinstance(self._np_random, tuple)
+        generators = list(self._np_random) if own else [None] * self.num_envs
+        seeds = list(self._np_random_seed) if own else [None] * self.num_envs
+        for env in range(self.num_envs):
+            new = seed[env] if env in envs else None
+            if new is not None or generators[env] is None:
+                generators[env], seeds[env] = seeding.np_random(new)
+        self._np_random, self._np_random_seed = tuple(generators), tuple(seeds)
+
+    def _random_rows(self, envs: NDArray) -> NDArray:
+        """New rows for some envs: from the one generator, or each by the env's own."""
+        if isinstance(self.np_random, np.random.Generator):
+            return self.np_random.integers(len(self._split), size=len(envs))
+        drawn = [self.np_random[env].integers(len(self._split), size=1) for env in envs]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *drawn])
+
+    def _observations(self) -> Observations:
+        return self._episodes.observe(self._split, self._rows)
+
+    def _reset_infos(self, envs: NDArray) -> dict[str, NDArray]:
+        infos = episode_infos(self.core, self._split, self._rows, self._episodes, envs)
+        return infos | text_infos(self._split, self._rows[envs], self.info_text)
+
+    def _infos(self, *parts: tuple[NDArray, dict[str, NDArray]]) -> dict[str, NDArray]:
+        """Infos as ``VectorEnv`` has them, a row an env and a mask ``_key`` for each key, of (envs, their infos)."""
+        merged: dict[str, NDArray] = {}
+        for envs, infos in parts:
+            for key, values in infos.items() if len(envs) else ():
+                if key not in merged:
+                    nothing = None if values.dtype == object else 0
+                    merged[key] = np.full((self.num_envs, *values.shape[1:]), nothing, dtype=values.dtype)
+                    merged[f"_{key}"] = np.zeros(self.num_envs, dtype=np.bool_)
+                merged[key][envs] = values
+                merged[f"_{key}"][envs] = True
+        return merged
+
+
+def read_autoreset_mode(value: str | AutoresetMode) -> AutoresetMode:
+    """An autoreset mode, or that of its value; raises ``ValueError`` for any other."""
+    try:
+        return AutoresetMode(value)
+    except ValueError:
+        known = ", ".join(mode.value for mode in AutoresetMode)
+        raise ValueError(f"autoreset_mode must be one of {known}, got {value!r}") from None
+
+
+def _generator(state: dict[str, Any]) -> np.random.Generator:
+    """A generator that goes on from the state of another."""
+    generator, _ = seeding.np_random(0)
+    generator.bit_generator.state = state
+    return generator
