@@ -44,6 +44,7 @@ class StaticAgent(Agent):
     Settings = StaticSettings
     settings: StaticSettings
     searches = staged = True
+    draws = False  # a little of the search does, but minutes of searching again find no other masks to compare with
     validates = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
