@@ -5,9 +5,9 @@
 
 For each run, and with ``--codebook`` for what ``sd-gym reduce`` makes of it (kept beside it): the attached model on
 batches of the env's test split, one pass (teacher-forced where it generates) and ``generate()`` (both make as many
-tokens as the longest reference has), and its texts in bulk, as ``sd-gym run`` answers a file: as many rows at a time as
-it likes, and eight. Dense, the untouched model, takes turns with it on the same inputs; in bulk its rows are grouped by
-length, as well, and tokenising and writing count for both.
+tokens as the longest reference has), and its texts (and then the training split's, where it has too few) in bulk, as
+``sd-gym run`` answers a file: as many rows at a time as it likes, and eight. Dense, the untouched model, takes turns
+with it on the same inputs; in bulk its rows are grouped by length, as well, and tokenising and writing count for both.
 
 Times are over dense, by the wall clock and by the time of the processor, which other work on the machine disturbs less:
 the median over batches; at batch 1 the mean, since decisions differ from input to input. Promise kept = FLOPs / time; 1
@@ -22,6 +22,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -120,11 +121,12 @@ class Switched(NamedTuple):
 
 
 def in_bulk(model: SkippingModel, core: Core, count: int, size: int | None) -> list[str]:
-    """The row of a file with the test split's first texts, so many at a time."""
+    """The row of a file with so many texts, the test split's first, ``size`` at a time."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         source, answers = folder / "texts.jsonl", folder / "answers.jsonl"
-        texts = [(one.source, one.source_pair) for one in core.split("test").instances[:count]]
+        instances = chain(core.split("test").instances, core.split("train").instances)
+        texts = [(one.source, one.source_pair) for one in islice(instances, count)]
         rows = [dict(zip(model.fields, (text for text in pair if text is not None), strict=False)) for pair in texts]
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
         model([list(row.values()) for row in rows[:64]])
@@ -162,7 +164,7 @@ def add_rows(table: Table, run: Path, arguments: argparse.Namespace) -> None:
         for size in arguments.batch_sizes:
             cells = batches(model, dense, core, size, arguments.pairs, generates=generates)
             table.add_row(run.name, "generate()" if generates else "one pass", str(size), *cells)
-    count = min(arguments.texts, len(core.split("test")))
+    count = min(arguments.texts, len(core.split("test")) + len(core.split("train")))
     if count:
         table.add_row(run.name, "sd-gym run", f"{count:,}", *in_bulk(model, core, count, None))
         eight = in_bulk(model, core, count, 8)

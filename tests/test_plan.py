@@ -63,6 +63,16 @@ def test_short_rows_run_together_and_long_rows_with_their_like():
     assert [rows.tolist() for rows in by_length] == [[1, 3], [0, 2]]
 
 
+def test_rows_are_cut_first_by_what_saves_most():
+    """Of many lengths a pass for each, of both decisions; of one length, one for each decision."""
+    lengths, skip = np.repeat([10, 20, 40, 80], 32), np.eye(2, 12, dtype=int)[np.arange(128) % 2]
+    assert [sorted(set(lengths[rows])) for rows in passes(skip, lengths, 384)] == [[10], [20], [40], [80]]
+    assert all(len(set(skip[rows, 0])) == 2 for rows in passes(skip, lengths, 384))
+    long = passes(skip, np.full(128, 2000), 384)
+    assert sorted(map(len, long)) == [64, 64]
+    assert all(len(set(skip[rows, 0])) == 1 for rows in long)
+
+
 def test_generating_is_cut_less_than_one_pass():
     patterns = np.random.default_rng(0).random((2, 30)) < 0.5
     skip, lengths = patterns[np.arange(8) % 2], np.full(8, 900)

@@ -132,10 +132,11 @@ class SkippingModel:
         split = self._split(instances)
         split.passes.most = batch_size
         rows = np.arange(len(split))
-        if dense or self.policy.is_staged:
-            decisions = np.zeros((len(split), len(split.backbone.board) + 1), dtype=np.int64)
-        else:
-            decisions = np.concatenate([self._decided(split, part) for part in np.split(rows, rows[BATCH::BATCH])])
+        decisions = np.zeros((len(split), len(split.backbone.board) + 1), dtype=np.int64)
+        if not dense and not self.policy.is_staged:
+            by_length = np.argsort(split.encoded.source_length, kind="stable")  # little padding is looked at
+            for part in np.split(by_length, rows[BATCH::BATCH]):
+                decisions[part] = self._decided(split, part)
         if self.policy.is_staged and not dense:
             answers = split.head.answers(WalkedPasses(split, self.policy, decisions), rows, decisions)
         else:

@@ -6,7 +6,7 @@ the longest. Passes of their own for equal decisions or lengths save that, but e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,9 @@ MIXING = 13  # what gathering and scattering costs a token
 def passes(skip: NDArray, lengths: NDArray, width: int, steps: int = 0, most: int | None = None) -> list[NDArray]:
     """Cut a batch into the forward passes that a cost model finds the cheapest.
 
-    The commonest decisions get passes of their own as long as that pays, all other rows share one; then each is sorted
-    by length and cut in two as long as that pays. Every row is in exactly one pass, and gets from it what it gets
-    alone; ``results[rows] = ...`` brings the results back into order.
+    A pass is cut by length, or the commonest decisions get passes of their own and all other rows share one, whichever
+    saves more; so on with the parts, as long as that pays. Every row is in exactly one pass, and gets from it what it
+    gets alone; ``results[rows] = ...`` brings the results back into order.
 
     Where a pass may have few rows only, those go together that have the same decision or, of the rare ones, one that
     is like it: then fewer sublayers have a row that runs them, and in ``generate()``, where reading the weights takes
@@ -69,50 +69,90 @@ def passes(skip: NDArray, lengths: NDArray, width: int, steps: int = 0, most: in
         order = np.lexsort((lengths.sum(axis=1), *runs.T))
         parts = np.split(order, range(most, len(order), most))
         return [part[rows] for part in parts for rows in passes(skip[part], lengths[part], width, steps)]
-
-    def cost(count: NDArray, size: NDArray, longest: NDArray) -> NDArray:
-        """Costs of passes: rows that run each sublayer, ``[..., switches]``, rows in all, and the longest of them."""
-        called = np.count_nonzero(count, axis=-1)
-        calls = CALL / width * (called + 1) * (1 + steps)  # one more for what always runs: embeddings and heads
-        size = np.expand_dims(size, -1)
-        return calls + ((longest + steps) * (count + MIXING / width * size * (count % size > 0))).sum(axis=-1)
-
-    def cut(rows: NDArray) -> list[NDArray]:
-        """Rows in ascending order of length, cut where that saves most."""
-        if len(rows) < 2:
-            return [rows]
-        size, own = np.arange(1, len(rows) + 1), lengths[rows]
-        first = cost(runs[rows].cumsum(axis=0), size, np.maximum.accumulate(own))
-        second = cost(_left(runs[rows]), size[::-1], _left(own, np.maximum))
-        both = first[:-1] + second[1:]
-        best = int(both.argmin())
-        if both[best] >= first[-1]:
-            return [rows]
-        return cut(rows[: best + 1]) + cut(rows[best + 1 :])
-
-    order = np.argsort(lengths.sum(axis=1), kind="stable")
-    return [part for rows in _by_decision(runs, lengths, cost) for part in cut(order[rows[order]])]
-
-
-def _by_decision(runs: NDArray, lengths: NDArray, cost: Callable[..., NDArray]) -> list[NDArray]:
-    """Masks of rows, bool ``[n]``: the commonest decisions one by one, then all others together."""
     if not len(runs):
         return []
-    decisions, group = np.unique(runs, axis=0, return_inverse=True)
-    group = group.reshape(-1)
-    tokens = np.bincount(group, weights=lengths.sum(axis=1))
-    common = np.argsort(-tokens, kind="stable")  # those with the most tokens first
-    group, decisions = np.argsort(common)[group], decisions[common]
-    size = np.bincount(group)
-    longest = np.zeros(decisions.shape, dtype=np.int64)
-    np.maximum.at(longest, group, lengths)
-    count = size[:, None] * decisions
-    own = cost(count, size, longest)
-    # What is left when the first 0, 1, ... decisions have passes of their own; where nothing is, it costs nothing.
-    left = cost(_left(count), _left(size), _left(longest, np.maximum))
-    separate = int(np.argmin(np.append(left, 0) + np.append(0, own.cumsum())))
-    masks = [group == number for number in range(separate)]
-    return masks + [group >= separate] * (separate < len(size))
+    return _Batch(runs, lengths, width, steps).planned()
+
+
+class _Plan(NamedTuple):
+    """Passes, and what they cost."""
+
+    cost: float
+    parts: list[NDArray]
+
+
+class _Batch:
+    """A batch, and what the cost model says of cutting it. Rows are numbers, in ascending order of length.
+
+    Args:
+        runs: Which row runs which sublayer, bool ``[n, switches]``.
+        lengths: Tokens of each row, int ``[n, switches]``.
+        width: As of ``passes``.
+        steps: Likewise.
+    """
+
+    def __init__(self, runs: NDArray, lengths: NDArray, width: int, steps: int) -> None:
+        self._runs, self._lengths, self._width, self._steps = runs, lengths, width, steps
+        self._decisions, group = np.unique(runs, axis=0, return_inverse=True)
+        self._group = group.reshape(-1)
+
+    def planned(self) -> list[NDArray]:
+        """The rows of each pass."""
+        rows = np.argsort(self._lengths.sum(axis=1), kind="stable")
+        plan, by_decision = self._cut(rows), self._by_decision(rows)
+        if by_decision.cost < plan.cost:  # cut after cut, the best one each time, may end beside the best plan
+            plan = self._each_cut(by_decision.parts)
+        return plan.parts
+
+    def _cut(self, rows: NDArray) -> _Plan:
+        """Rows cut in the way that saves most, and its parts again; one pass where none saves anything."""
+        runs, lengths = self._runs[rows], self._lengths[rows]
+        whole = float(self._cost(runs.sum(axis=0), np.array(len(rows)), lengths.max(axis=0)))
+        best = min(self._by_length(rows), self._by_decision(rows), key=lambda plan: plan.cost)
+        return _Plan(whole, [rows]) if best.cost >= whole else self._each_cut(best.parts)
+
+    def _each_cut(self, parts: list[NDArray]) -> _Plan:
+        plans = [self._cut(rows) for rows in parts]
+        return _Plan(sum(plan.cost for plan in plans), [part for plan in plans for part in plan.parts])
+
+    def _by_length(self, rows: NDArray) -> _Plan:
+        """Two passes, of the shorter and of the longer rows."""
+        if len(rows) < 2:
+            return _Plan(np.inf, [rows])
+        runs, lengths, size = self._runs[rows], self._lengths[rows], np.arange(1, len(rows) + 1)
+        shorter = self._cost(runs.cumsum(axis=0), size, np.maximum.accumulate(lengths))
+        longer = self._cost(_left(runs), size[::-1], _left(lengths, np.maximum))
+        both = shorter[:-1] + longer[1:]
+        end = int(both.argmin())
+        return _Plan(both[end], [rows[: end + 1], rows[end + 1 :]])
+
+    def _by_decision(self, rows: NDArray) -> _Plan:
+        """Passes of the commonest decisions one by one, as many as pay, and one of all other rows."""
+        here, group = np.unique(self._group[rows], return_inverse=True)
+        if len(here) < 2:
+            return _Plan(np.inf, [rows])
+        decisions, lengths = self._decisions[here], self._lengths[rows]
+        common = np.argsort(-np.bincount(group, weights=lengths.sum(axis=1)), kind="stable")  # most tokens first
+        group, decisions = np.argsort(common)[group], decisions[common]
+        size = np.bincount(group)
+        longest = np.zeros(decisions.shape, dtype=np.int64)
+        np.maximum.at(longest, group, lengths)
+        count = size[:, None] * decisions
+        own = self._cost(count, size, longest)
+        # What is left when the first 0, 1, ... decisions have passes of their own; where nothing is, it costs nothing.
+        left = self._cost(_left(count), _left(size), _left(longest, np.maximum))
+        costs = np.append(left, 0) + np.append(0, own.cumsum())
+        separate = int(costs.argmin())
+        parts = [rows[group == number] for number in range(separate)]
+        return _Plan(costs[separate], parts + [rows[group >= separate]] * (separate < len(size)))
+
+    def _cost(self, count: NDArray, size: NDArray, longest: NDArray) -> NDArray:
+        """Costs of passes: rows that run each sublayer, ``[..., switches]``, rows in all, and the longest of them."""
+        called = (count > 0).sum(axis=-1) + 1  # and what always runs: embeddings and heads
+        calls = CALL / self._width * called * (1 + self._steps)
+        size = size[..., None]
+        moved = MIXING / self._width * size * (count % size > 0)
+        return calls + ((longest + self._steps) * (count + moved)).sum(axis=-1)
 
 
 def _left(values: NDArray, combine: np.ufunc = np.add) -> NDArray:
