@@ -8,11 +8,15 @@ import pytest
 import torch
 from sd_gym.agents.experiment.evaluation import decide_and_score, deciding_flops, score_decisions
 from sd_gym.agents.experiment.run import load_run, train
+from sd_gym.agents.experiment.tuning import decided_by_run
 from sd_gym.agents.registry import make_agent
 from sd_gym.agents.reinforce.agent import ReinforceAgent
 from stable_baselines3.common.logger import KVWriter, Logger, configure
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
 import sd_gym
+from sd_gym.cli import app
 from sd_gym.policy import DecisionPolicy
 
 CUSTOM = "SD/Classification-Custom-Staged-v0"
@@ -214,10 +218,107 @@ def test_what_decides_once_says_so(env, tmp_path):
     with pytest.raises(ValueError, match="cannot be autoregressive; decide at one"):
         make_agent("reinforce", env, autoregressive=True)
     policy = make_agent("ppo", env).policy()
-    with pytest.raises(ValueError, match="several stages has no odds"):
-        policy.skip_logits(np.zeros((1, policy.observation_size), np.float32))
-    with pytest.raises(ValueError, match=r"at several stages, .* has no codebook"):
+    with pytest.raises(ValueError, match=r"decides at first, encoder.1, encoder.2 needs the components of each stage"):
         policy.reduced(2, np.zeros((1, policy.observation_size), np.float32))
+
+
+def bold(env, folder):
+    """A policy that decides on each input differently, at all its stages."""
+    policy = make_agent("ppo", env, seed=1).policy()
+    with torch.no_grad():
+        policy.head.weight.normal_(std=8, generator=torch.Generator().manual_seed(0))
+        policy.head.bias.zero_()
+    policy.save(folder)
+    return policy
+
+
+def walked(core, policy):
+    """What a policy sees at each stage of the training split, what it says there, and what it decides in all."""
+    split, seen, said = core.split("train"), [], []
+
+    def decide(observations):
+        seen.append(observations)
+        said.append(policy.decide(observations))
+        return said[-1]
+
+    decisions, _ = core.walk(split, np.arange(len(split)), decide)
+    return seen, said, decisions
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 50])
+def test_a_codebook_of_stages_has_masks_of_each_and_the_most_probable_is_taken(env, size, tmp_path):
+    core, policy = env.core, bold(env, tmp_path)
+    seen, said, _ = walked(core, policy)
+    policy.reduced(size, np.concatenate(seen), core.steps.components).save(tmp_path)
+    small = DecisionPolicy.load(tmp_path)
+    for stage, own in enumerate(core.steps.components):
+        masks = [mask[own] for mask in small.codebook.numpy() if (mask[own] >= 0).all()]
+        made = {tuple(one) for one in said[stage][:, own]} | {(0,) * len(own)}
+        assert len(made) > 4
+        assert len({tuple(mask) for mask in masks} & made) == len(masks) == min(size, len(made))
+        logits = policy(torch.from_numpy(seen[stage]))
+        each = policy.log_probs(logits, torch.zeros(len(logits), len(policy.nvec)))
+        likely = torch.stack([sum(each[at][:, choice] for at, choice in zip(own, mask, strict=True)) for mask in masks])
+        expected = np.array(masks)[likely.argmax(dim=0).numpy()]
+        np.testing.assert_array_equal(small.decide(seen[stage])[:, own], expected)
+        if size == 50:  # all that it says: nothing is lost
+            np.testing.assert_array_equal(expected, said[stage][:, own])
+
+
+def test_the_flops_of_a_codebook_of_stages_are_counted(env, tmp_path):
+    policy = bold(env, tmp_path)
+    seen, _, _ = walked(env.core, policy)
+    small = policy.reduced(3, np.concatenate(seen), env.core.steps.components)
+    with FlopCounterMode(display=False) as counter:
+        for observations in seen:
+            small.decide(observations[:1])
+    assert counter.get_total_flops() == small.flops
+
+
+def test_a_codebook_whose_stages_overlap_is_refused(env, tmp_path):
+    policy = bold(env, tmp_path)
+    policy.reduced(3, np.concatenate(walked(env.core, policy)[0]), env.core.steps.components).save(tmp_path)
+    description = json.loads((tmp_path / "policy.json").read_text())
+    assert description["codebook"][0][-2] == -1  # the last stage's
+    description["codebook"][0][-2] = 0
+    (tmp_path / "policy.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="of the same components, or of different stages"):
+        DecisionPolicy.load(tmp_path)
+
+
+@pytest.mark.parametrize("stages", [STAGES, ["encoder.1"]])
+def test_a_run_of_stages_is_reduced_and_its_artefact_decides_so(env, stages, tmp_path):
+    keys = {**_keys(env), "stages": stages}
+    train(CUSTOM, "ppo", tmp_path / "run", steps=32, settings=keys, strictness=0)
+    bold(gym.make_vec(CUSTOM, num_envs=2, **keys).unwrapped, tmp_path / "run")
+    sd_gym.reduce(tmp_path / "run", 2, tmp_path / "few")
+    _, core, policy = load_run(tmp_path / "few")
+    _, said, decisions = walked(core, policy)
+    for stage, own in enumerate(core.steps.components):
+        assert len(np.unique(said[stage][:, own], axis=0)) <= 2
+    assert len(np.unique(decisions, axis=0)) > 1
+    model = sd_gym.load(tmp_path / "few")
+    answers = model([one.source for one in core.split("train").instances])
+    np.testing.assert_array_equal([one.skip for one in answers], decisions[:, :-1])
+    sd_gym.detach(model.model)
+
+
+@pytest.mark.parametrize("stages", [STAGES, ["encoder.1"]])
+def test_a_backbone_is_tuned_under_what_each_stage_decides(env, stages, tmp_path):
+    """The odds have the sign of the decisions; of what no stage decides, they say that it runs."""
+    keys = {**_keys(env), "stages": stages}
+    train(CUSTOM, "ppo", tmp_path / "run", steps=32, settings=keys, strictness=0)
+    policy = bold(gym.make_vec(CUSTOM, num_envs=2, **keys).unwrapped, tmp_path / "run")
+    _, odds = decided_by_run(tmp_path / "run", {})
+    core = load_run(tmp_path / "run")[1]
+    seen, _, decisions = walked(core, policy)
+    np.testing.assert_array_equal(odds["train"] > 0, decisions[:, :-1].astype(bool))
+    for columns, observations in zip(core.columns, seen, strict=True):
+        np.testing.assert_array_equal(odds["train"][:, columns], policy.skip_logits(observations)[:, columns])
+    assert (odds["train"][:, : core.columns[0].start] == -np.inf).all()
+    options = ["--policy", tmp_path / "run", "--output", tmp_path / "tuned", "--steps", 3]
+    result = CliRunner().invoke(app, ["prepare", *map(str, options)])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("algo", ["ppo", "reinforce"])

@@ -15,6 +15,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from numpy.typing import NDArray
 from sd_gym.agents.experiment.evaluation import Decided, Decides, evaluate, fitting, seen_together, summary, time_ratio
 from sd_gym.agents.experiment.export import export
 from sd_gym.agents.experiment.folder import check_backbone, read_description
@@ -265,7 +266,7 @@ def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]
 
     Args:
         run: The run.
-        codebook: Different decisions at most; see ``DecisionPolicy.reduced``.
+        codebook: Different decisions at most, of several stages at each; see ``DecisionPolicy.reduced``.
         output: A run folder, written as by ``train``; ``agent_settings`` in its ``config.json`` have ``codebook``.
 
     Returns:
@@ -283,15 +284,30 @@ def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]
         description, core, policy = load_run(Path(run))
         if policy.noise != "none":
             raise ValueError(f"{run}: its policy decides at random; expected one that has learned")
-        train = core.split("train")
-        first = seen_together(core, np.arange(min(len(train), STATISTICS_SIZE)))[0]
         selection = Selection(core, description.get("strictness", ONE_SIDED_95))
-        selected = selection.select([policy.reduced(codebook, core.observe(train, first))])
+        selected = selection.select([_reduced(policy, codebook, core)])
         description["command"] = shlex.join(sys.argv)
         description["agent_settings"] = {**description["agent_settings"], "codebook": codebook}
         write_json(folder / "config.json", description)
         selected.save(folder)
         return _finished(folder, description, core, selected, selection)
+
+
+def _reduced(policy: DecisionPolicy, codebook: int, core: Core) -> DecisionPolicy:
+    """The policy with a codebook for the first training inputs: for what each stage sees behind its own decisions."""
+    train = core.split("train")
+    parts = seen_together(core, np.arange(min(len(train), STATISTICS_SIZE)))
+    if not core.is_staged:
+        return policy.reduced(codebook, core.observe(train, parts[0]))
+    seen: list[NDArray] = []
+
+    def decide(observations: NDArray) -> NDArray:
+        seen.append(observations)
+        return policy.decide(observations)
+
+    for rows in parts:
+        core.walk(train, rows, decide)
+    return policy.reduced(codebook, np.concatenate(seen), core.steps.components)
 
 
 def _finished(

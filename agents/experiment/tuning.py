@@ -12,11 +12,16 @@ from sd_gym.agents.experiment.run import load_run
 
 from sd_gym.config import EnvConfig, spelled
 from sd_gym.envs.config import make_config
-from sd_gym.envs.core import shared_core
+from sd_gym.envs.core import Core, shared_core
+from sd_gym.envs.spaces import Observations
+from sd_gym.envs.split import Split
+from sd_gym.policy import DecisionPolicy
 
 
 def decided_by_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConfig, dict[str, NDArray]]:
     """The env's config of a run, some keys overridden, and the log-odds of skipping that its policy has there.
+
+    Of a policy of several stages, those that each stage has of its switches, behind what the policy decides before it.
 
     Args:
         folder: Of the run.
@@ -32,8 +37,20 @@ def decided_by_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConfig, 
     config = make_config(spelled(core.config.model_dump()) | overrides, core.config.id)
     splits = {name: shared_core(config).split(name) for name in ("train", "validation")}
     return config, {
-        name: np.concatenate(
-            [policy.skip_logits(core.observe(split, rows)) for rows in seen_together(core, np.arange(len(split)))]
-        )
+        name: np.concatenate([_odds(core, policy, split, rows) for rows in seen_together(core, np.arange(len(split)))])
         for name, split in splits.items()
     }
+
+
+def _odds(core: Core, policy: DecisionPolicy, split: Split, rows: NDArray) -> NDArray:
+    """Log-odds of skipping on rows ``[n]``, float32 ``[n, switches]``; minus infinity where no stage decides."""
+    odds = np.full((len(rows), core.n_switches), -np.inf, dtype=np.float32)
+    stages = iter(core.columns)
+
+    def decide(observations: Observations) -> NDArray:
+        columns = next(stages)
+        odds[:, columns] = policy.skip_logits(observations)[:, columns]
+        return policy.decide(observations)
+
+    core.walk(split, rows, decide)
+    return odds

@@ -144,7 +144,7 @@ def evaluate(
 def reduce(
     run: Annotated[Path, typer.Argument(help="Run folder that sd-gym train wrote.")],
     output: Annotated[Path, typer.Option(help="Run folder to write.")],
-    codebook: Annotated[int, typer.Option(min=1, help="Different decisions at most.")] = 8,
+    codebook: Annotated[int, typer.Option(min=1, help="Different decisions at most, of several stages at each.")] = 8,
     imports: Imports = [],  # noqa: B006  (typer wants a list)
 ) -> None:
     """Have a run's policy decide among a few masks, so that inputs agree and run together.

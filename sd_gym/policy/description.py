@@ -43,10 +43,15 @@ class Description(BaseModel):
                 f"expected nvec with a 2 for each of the {len(self.switches)} switches (a 1 where it always runs) and "
                 f"then the number of token levels, got {self.nvec}"
             )
+        lowest = 0 if self.stages == ["first"] else -1  # which stands in the place of what other stages decide
         for mask in self.codebook or []:
             fits = len(mask) == len(self.nvec)
-            if not fits or not all(0 <= one < size for one, size in zip(mask, self.nvec, strict=True)):
+            if not fits or not all(lowest <= one < size for one, size in zip(mask, self.nvec, strict=True)):
                 raise ValueError(f"expected a codebook of decisions, each below {self.nvec}, got {short(mask)}")
+        of_stages = {tuple(number for number, one in enumerate(mask) if one >= 0) for mask in self.codebook or []}
+        decided = [component for stage in of_stages for component in stage]
+        if len(decided) > len(set(decided)):
+            raise ValueError("expected a codebook whose decisions are of the same components, or of different stages")
         return self
 
 

@@ -44,7 +44,8 @@ class DecisionPolicy(nn.Module):
         autoregressive: Whether a choice depends on earlier ones.
         network: Name of a registered network that gives the logits instead of two hidden layers.
         hidden: Width of the hidden layers.
-        codebook: Decisions, each with all components: then no others are made (``reduced``); ``None``: any.
+        codebook: Decisions: then no others are made (``reduced``); ``None``: any. Each has all components, or of
+            several stages those of one, and -1 in the place of the others.
         stages: Names of the stages that it decides at. Of several, an observation begins with the stage, one-hot, and
             of what is decided there only the stage's own components count.
         apart: Whether each of several stages has hidden layers of its own, else all share them.
@@ -58,8 +59,8 @@ class DecisionPolicy(nn.Module):
 
     Raises:
         ValueError: If the network is unknown, or is none from observations to logits; or if a policy of several stages
-            is autoregressive or has a codebook, which are about whole decisions; or if one that is ``apart`` has one
-            stage or a registered network.
+            is autoregressive, which is about whole decisions; or if one that is ``apart`` has one stage or a registered
+            network.
     """
 
     def __init__(
@@ -81,9 +82,9 @@ class DecisionPolicy(nn.Module):
         super().__init__()
         if apart and (len(stages) == 1 or network is not None):
             raise ValueError("apart=True gives each of several stages hidden layers; expected stages, and no network")
-        if len(stages) > 1 and (autoregressive or codebook is not None):
-            kind = "autoregressive" if autoregressive else "chosen from a codebook"
-            raise ValueError(f"at several stages, {', '.join(stages)}, decisions cannot be {kind}; decide at one")
+        if len(stages) > 1 and autoregressive:
+            named = ", ".join(stages)
+            raise ValueError(f"at several stages, {named}, decisions cannot be autoregressive; decide at one")
         self.stages = list(stages)
         self.observation_size = observation_size
         self.nvec = [int(size) for size in nvec]
@@ -150,10 +151,18 @@ class DecisionPolicy(nn.Module):
             pick: Takes the logits ``[n, size]`` of one component, given the choices before it, to choices ``[n]``.
         """
         if pick is _most_probable and self.codebook is not None:
-            return self.codebook[self._likely(logits, self.codebook).argmax(dim=1)]
+            return self._from_codebook(logits)
         if pick is _most_probable and not self.autoregressive:
             return self._side_by_side(logits).argmax(dim=2)
         return self._picked(logits, pick)
+
+    def _from_codebook(self, logits: Tensor) -> Tensor:
+        """The most probable masks of the codebook: of each stage's one, of which those of another do not count."""
+        decisions = torch.zeros(len(logits), len(self.nvec), dtype=torch.int64, device=logits.device)
+        for masks in [self.codebook] if self.stages == ["first"] else _of_each_stage(self.codebook):
+            best = masks[self._likely(logits, masks).argmax(dim=1)]
+            decisions = torch.where(masks[0] >= 0, best, decisions)
+        return decisions
 
     @torch.no_grad()
     def _picked(self, logits: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
@@ -176,11 +185,14 @@ class DecisionPolicy(nn.Module):
         return torch.cat([logits, logits.new_full((len(logits), 1), -torch.inf)], dim=1)[:, self._places]
 
     def _likely(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """How probable decisions ``[masks, components]`` are, ``[n, masks]``: logarithms, but for what they share."""
-        places = self._places.gather(1, masks.T).T
+        """How probable decisions ``[masks, components]`` are, ``[n, masks]``: logarithms, but for what they share.
+
+        A component that is -1 does not count.
+        """
+        places = self._places.gather(1, masks.T.clamp(min=0)).T
         if not self.autoregressive:
             chosen = torch.zeros(logits.shape[1], len(masks), device=logits.device)
-            return logits @ chosen.scatter_(0, places.T, 1.0)
+            return logits @ chosen.scatter_(0, places.T, (masks.T >= 0).to(chosen.dtype))
         of_each = []
         for mask, place in zip(masks, places, strict=True):
             given = self.log_probs(logits, mask.expand(len(logits), -1))
@@ -203,13 +215,13 @@ class DecisionPolicy(nn.Module):
     def skip_logits(self, observations: NDArray | dict[str, NDArray]) -> NDArray:
         """Log-odds of skipping each switch, float32 ``[n, switches]``, for observations as ``decide`` takes them.
 
+        Of those at a stage only the stage's own switches count.
+
         Raises:
-            ValueError: If the policy is autoregressive, its odds depend on earlier choices; if it has a codebook; or if
-                it decides at several stages.
+            ValueError: If the policy is autoregressive, its odds depend on earlier choices; or if it has a codebook.
         """
-        if self.autoregressive or self.codebook is not None or len(self.stages) > 1:
+        if self.autoregressive or self.codebook is not None:
             kind = "an autoregressive policy" if self.autoregressive else "a policy with a codebook"
-            kind = "a policy of several stages" if len(self.stages) > 1 else kind
             raise ValueError(f"{kind} has no odds of a switch by itself")
         choices = self._side_by_side(self(tensors(observations, self.head.weight.device)))[:, :-1]
         return (choices[..., 1] - choices[..., 0]).cpu().numpy()
@@ -241,27 +253,43 @@ class DecisionPolicy(nn.Module):
         return copy
 
     @torch.inference_mode()
-    def reduced(self, size: int, observations: NDArray | dict[str, NDArray]) -> DecisionPolicy:
+    def reduced(
+        self, size: int, observations: NDArray | dict[str, NDArray], components: Sequence[NDArray] | None = None
+    ) -> DecisionPolicy:
         """A copy that makes at most ``size`` different decisions, so that inputs agree and run together more often.
 
         They are decisions that it makes itself, and the dense one; each input gets the one that is the most probable
         for it. Added one by one, each is the one by which the inputs' decisions become more probable than by any other:
-        so in all they are at least 63% as good as the best ones (Nemhauser, Wolsey and Fisher 1978).
+        so in all they are at least 63% as good as the best ones (Nemhauser, Wolsey and Fisher 1978). A policy that
+        decides in the pass makes at most ``size`` at each of its stages.
 
         Args:
             size: At least 1, the dense one.
-            observations: Of inputs that it shall do well on, as ``decide`` takes them; a thousand are enough.
+            observations: Of inputs that it shall do well on, as ``decide`` takes them; a thousand are enough. Where it
+                decides in the pass, at all its stages.
+            components: Where it decides in the pass, the components that each stage decides, int64.
 
         Raises:
-            ValueError: If there is no size or no observation, or the policy decides at several stages.
+            ValueError: If there is no size or no observation, or the components of stages are not given.
         """
-        if len(self.stages) > 1:
-            raise ValueError(f"a policy that decides at several stages, {', '.join(self.stages)}, has no codebook")
+        if self.stages != ["first"] and components is None:
+            raise ValueError(f"a policy that decides at {', '.join(self.stages)} needs the components of each stage")
+        if components is None:
+            parts = [(observations, np.arange(len(self.nvec)))]
+        else:
+            parts = [(observations[observations[:, number] == 1], own) for number, own in enumerate(components)]
+        copy = deepcopy(self)
+        copy.codebook = torch.cat([self._masks_for(size, seen, own) for seen, own in parts])
+        return copy
+
+    def _masks_for(self, size: int, observations: NDArray | dict[str, NDArray], components: NDArray) -> Tensor:
+        """The codebook ``[masks, components]`` of one stage, which decides these components; -1 in the others."""
         decisions = self.decide(observations)
         if size < 1 or not len(decisions):
             raise ValueError(f"expected at least one decision and one observation, got {size} and {len(decisions)}")
+        decisions[:, np.setdiff1d(np.arange(len(self.nvec)), components)] = -1
         masks = torch.from_numpy(np.unique(decisions, axis=0))
-        masks = torch.cat([torch.zeros_like(masks[:1]), masks])
+        masks = torch.cat([masks[:1].clamp(max=0), masks])
         likely = self._likely(self(tensors(observations)), masks)
         chosen, best = [0], likely[:, 0]
         while len(chosen) < size:
@@ -271,9 +299,7 @@ class DecisionPolicy(nn.Module):
                 break
             chosen.append(int(gain.argmax()))
             best = added[:, chosen[-1]]
-        copy = deepcopy(self)
-        copy.codebook = masks[chosen].clone()
-        return copy
+        return masks[chosen].clone()
 
     def with_weights(self, weights: dict[str, Tensor]) -> DecisionPolicy:
         """A copy with other weights (a ``state_dict``)."""
@@ -292,7 +318,7 @@ class DecisionPolicy(nn.Module):
         coupling = 2 * int(self._earlier.sum()) if self.autoregressive else 0
         if self.codebook is None:
             return counted + coupling
-        return counted + len(self.codebook) * (coupling or 2 * sum(self.nvec))
+        return counted + len(self.stages) * len(self.codebook) * (coupling or 2 * sum(self.nvec))
 
     @property
     def flops_a_token(self) -> int:
@@ -343,6 +369,12 @@ class DecisionPolicy(nn.Module):
             policy = cls(**description.model_dump(exclude={"format"}))
         policy.load_state_dict(read_weights(folder / "policy.safetensors", policy))
         return policy.eval()
+
+
+def _of_each_stage(codebook: Tensor) -> list[Tensor]:
+    """The masks ``[masks, components]`` of each stage: those that have the same components."""
+    _, group = (codebook >= 0).unique(dim=0, return_inverse=True)
+    return [codebook[group == number] for number in range(int(group.max()) + 1)]
 
 
 def blinded(observations: Seen, stages: Sequence[str]) -> Seen:
