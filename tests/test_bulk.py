@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 import sd_gym
 from sd_gym.cli import app
-from sd_gym.inference.bulk import run_file
+from sd_gym.inference.bulk import rows_of, run_file
+from sd_gym.tasks import cache
 from tests.test_leaving import trained
 
 ROWS = 24
@@ -68,6 +69,14 @@ def test_no_more_rows_run_together_than_asked_for(model, dense):
     np.testing.assert_array_equal([one.skip for one in came], [one.skip for one in wanted])
 
 
+def test_what_is_answered_is_kept_in_no_cache(model, tmp_path, monkeypatch):
+    model, texts = model
+    monkeypatch.setattr(cache, "SMALLEST", 1)
+    monkeypatch.setenv("SD_GYM_CACHE", str(tmp_path / "cache"))
+    model(texts)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_malformed_line_stops_no_other(model, tmp_path):
     model, texts = model
     rows = [{"text": texts[0]}, "{broken\n", {"text": 3}, "[1]\n", {"text": texts[1]}]
@@ -104,6 +113,47 @@ def test_a_run_that_was_cut_off_goes_on_behind_the_last_whole_line(model, tmp_pa
     assert not part.exists()
     with pytest.raises(FileExistsError, match="there already"):
         run_file(model, source, output)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error"),
+    [
+        ("no.jsonl", None, "no file"),
+        ("in.txt", "good food", "expected one of the formats .jsonl, .csv, .parquet"),
+    ],
+)
+def test_an_input_that_cannot_be_read_leaves_nothing_behind(model, tmp_path, name, text, error):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises((FileNotFoundError, ValueError), match=error):
+        run_file(model[0], tmp_path / name, tmp_path / "out" / "o.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_column_of_a_field_that_is_none_is_refused(model, tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"review": "good food"}])
+    with pytest.raises(ValueError, match="no field 'txt'; the task's are text, text_pair, label"):
+        run_file(model[0], source, tmp_path / "o.jsonl", columns={"txt": "review"})
+    run_file(model[0], source, tmp_path / "o.jsonl", columns={"text": "review", "label": "stars"})
+    assert "answer" in lines_of(tmp_path / "o.jsonl")[0]
+
+
+def test_rows_are_counted_where_lines_tell_them(tmp_path):
+    assert rows_of(write(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "b"}, '{"text": "c"}'])) == 3
+    assert rows_of(write(tmp_path / "in.csv", ["text\n", "a\n"])) is None
+    assert rows_of(tmp_path / "no.jsonl") is None
+    assert rows_of(None) is None
+
+
+def test_the_command_says_what_to_do(model, tmp_path):
+    source, artefact = write(tmp_path / "in.jsonl", [{"review": "good food"}]), str(tmp_path / "artefact")
+    arguments = ["run", artefact, "--input", str(source), "--output"]
+    done = CliRunner().invoke(app, [*arguments, str(tmp_path / "o.jsonl")])
+    assert done.exit_code == 1
+    assert "--column FIELD=COLUMN" in done.output
+    done = CliRunner().invoke(app, [*arguments, "-"])
+    assert done.exit_code == 2
+    assert "expected a file" in done.output
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "-"])

@@ -137,33 +137,45 @@ def prepare(
 def run(
     policy: Annotated[str, typer.Argument(help="Run folder, saved policy, or id of one on the Hugging Face hub.")],
     source: Annotated[
-        str, typer.Option("--input", help=".jsonl, .csv or .parquet file with the task's columns; -: JSON lines.")
+        str,
+        typer.Option(
+            "--input", help=".jsonl, .csv or .parquet file with the task's columns; -: JSON lines from standard input."
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="JSON lines to write, one a row, in the same order.")],
+    output: Annotated[Path, typer.Option(help="File of JSON lines to write, one a row, in the same order.")],
     backbone: Annotated[str | None, typer.Option(help="Where the backbone is [default: where it was].")] = None,
     max_loss: Annotated[
-        float | None, typer.Option(help="Take the cheapest validated version that loses at most so much quality.")
+        float | None,
+        typer.Option(
+            help="Take the cheapest validated version of the policy that loses at most so much quality (0.005: half a "
+            "point)."
+        ),
     ] = None,
     max_flops: Annotated[
-        float | None, typer.Option(help="Take the most cautious one that runs at most this share of the FLOPs.")
+        float | None,
+        typer.Option(help="Take the most cautious version that runs at most this share of the FLOPs (0.4: 40%)."),
     ] = None,
     comparing: Annotated[
         bool, typer.Option("--compare", help="Run everything densely as well: time, agreement, and quality.")
     ] = False,
-    resume: Annotated[bool, typer.Option(help="Go on with a run that was cut off.")] = False,
-    device: Annotated[str, typer.Option()] = "cpu",
+    resume: Annotated[
+        bool, typer.Option(help="Go on with a run that was cut off, from what stands in OUTPUT.part.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Where the backbone runs: cpu, cuda, cuda:1.")] = "cpu",
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, help="Rows that run together at most, those that agree [default: as many as is quickest]."),
     ] = None,
     columns: Annotated[
-        list[str], typer.Option("--column", metavar="FIELD=COLUMN", help="The column of a field: text=sentence.")
+        list[str],
+        typer.Option("--column", metavar="FIELD=COLUMN", help="The input's column of a field: text=sentence."),
     ] = [],  # noqa: B006  (typer wants a list)
     imports: Imports = [],  # noqa: B006
 ) -> None:
-    """Answer many inputs with a trained policy; rows of the same decision or length run together.
+    """Answer many inputs with a trained policy; rows of about the same length, or of the same decision, run together.
 
-    A malformed line gets an "error" in its place and stops no other; the exit code is then 1.
+    Written are, of each row, its line, answer, skip (0 or 1 for each switch), token_level and flops_ratio. A malformed
+    line gets an "error" in its place and stops no other; the exit code is then 1.
 
     Examples:
     `sd-gym run runs/Summarization-Mini-ppo-0 --input documents.jsonl --output summaries.jsonl`
@@ -173,18 +185,22 @@ def run(
     import_all(imports)
     with errors_as_lines(), progress_bar() as progress:
         bar = progress.add_task("loading", total=None, figures="")
-        from sd_gym.inference.bulk import run_file
+        from sd_gym.inference.bulk import rows_of, run_file
         from sd_gym.inference.texts import load
 
+        if str(output) == "-":
+            raise ValueError("--output: expected a file, which a run that was cut off goes on with; got -")
+        file = None if source == "-" else Path(source)
+        total = rows_of(file)
         model = load(policy, backbone, device=device, max_loss=max_loss, max_flops=max_flops)
 
         def on_chunk(rows: int, bulk: Any) -> None:
             figures = f"{bulk.figures()['rows a second']} a second"
-            progress.update(bar, completed=rows, description="answering", figures=figures)
+            progress.update(bar, completed=rows, total=total, description="answering", figures=figures)
 
         done = run_file(
             model,
-            None if source == "-" else Path(source),
+            file,
             output,
             resume=resume,
             compare=comparing,
@@ -201,4 +217,8 @@ def run(
         errors.print(f"line {line.number}: {line.error}", style="yellow", highlight=False, soft_wrap=True)
     if done.malformed:
         errors.print(f"{len(done.malformed)} malformed lines; each has its error in the output", style="yellow")
+        if not done.rows:
+            errors.print(
+                "No line was answered; --column FIELD=COLUMN takes a field from another column", style="yellow"
+            )
         raise typer.Exit(1)

@@ -21,7 +21,7 @@ from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.data import Instances
 from sd_gym.tasks.difficulty import quartiles
 from sd_gym.tasks.dropping import TokenDropping
-from sd_gym.tasks.encoding import Encoded
+from sd_gym.tasks.encoding import Encoded, encode
 from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.marks import MarkedText, marked_texts
 from sd_gym.tasks.ranking import in_batches, training_rarity
@@ -65,7 +65,8 @@ class Split:
         tokenizer = self.backbone.tokenizer
         check_positions(self.reading, self.backbone.model, tokenizer, self.head)
         instances = data[name]
-        encoded = encode_cached(instances, tokenizer, self.head, self.reading, unanswerable=config.data.unanswerable)
+        encoding = encode_cached if instances.file else encode  # texts that come from no file are kept in none
+        encoded = encoding(instances, tokenizer, self.head, self.reading, unanswerable=config.data.unanswerable)
         self._consist_of(instances, encoded)
 
     def _consist_of(self, instances: Instances, encoded: Encoded) -> None:

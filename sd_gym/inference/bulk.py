@@ -103,24 +103,38 @@ def run_file(
     Raises:
         FileNotFoundError: If there is no such file.
         FileExistsError: If the output is there, or a part of it and it shall not be resumed.
+        ValueError: If a column is given for a field that the task does not have.
     """
+    if unknown := sorted((columns or {}).keys() - {*model.fields, model.reference}):
+        known = ", ".join([*model.fields, model.reference])
+        raise ValueError(f"--column: there is no field {unknown[0]!r}; the task's are {known}, as FIELD=COLUMN")
     part, bulk = output.with_name(output.name + ".part"), Bulk()
     if output.exists():
         raise FileExistsError(f"{output} is there already; choose another --output")
     if part.exists() and not resume:
         raise FileExistsError(f"{part} was left by a run that was cut off; go on with --resume, or delete it")
     done = _whole_lines(part) if part.exists() else 0
+    rows = (line for line in _read(source, columns or {}) if line.number > done)
+    lines = list(islice(rows, chunk))  # an input that cannot be read leaves no part behind
     output.parent.mkdir(parents=True, exist_ok=True)
     with part.open("ab") as written:
-        rows = (line for line in _read(source, columns or {}) if line.number > done)
-        while lines := list(islice(rows, chunk)):
+        while lines:
             written.write("".join(_answered(model, lines, bulk, compare, batch_size)).encode())
             written.flush()
             os.fsync(written.fileno())
             if on_chunk is not None:
                 on_chunk(lines[-1].number, bulk)
+            lines = list(islice(rows, chunk))
     os.replace(part, output)
     return bulk
+
+
+def rows_of(source: Path | None) -> int | None:
+    """How many rows a file of JSON lines has; ``None`` of any other, whose rows cannot be told from its lines."""
+    if source is None or source.suffix != ".jsonl" or not source.is_file():
+        return None
+    with source.open("rb") as lines:
+        return sum(1 for _ in lines)
 
 
 def _answered(

@@ -94,6 +94,7 @@ class SkippingModel:
         model: The Hugging Face model, with the policy attached.
         tokenizer: Its tokenizer.
         fields: What an input is made of.
+        reference: Where a row has its right answer, if it has one.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class SkippingModel:
         self.model = attach(loaded.model, policy, loaded.tokenizer, check_weights=check_weights)
         self.tokenizer = loaded.tokenizer
         self._task = TASKS.find(self._config.task)
-        self.fields = self._task.inputs
+        self.fields, self.reference = self._task.inputs, self._task.reference
 
     def __call__(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
         """Answer inputs, in their order; they run in passes of about the same length, or of the same decision.
@@ -170,7 +171,7 @@ class SkippingModel:
 
     def references(self, row: Mapping[str, Any]) -> list[str] | None:
         """The right answers of a row, as ``answer`` has them; ``None`` where it has none."""
-        right = row.get(self._task.reference)
+        right = row.get(self.reference)
         return None if right is None else self._task.right(right, self.model.config.id2label)
 
     def checked(self, given: Input) -> list[str]:
