@@ -105,9 +105,9 @@ def run_file(
         FileExistsError: If the output is there, or a part of it and it shall not be resumed.
         ValueError: If a column is given for a field that the task does not have.
     """
-    if unknown := sorted((columns or {}).keys() - {*model.fields, model.reference}):
-        known = ", ".join([*model.fields, model.reference])
-        raise ValueError(f"--column: there is no field {unknown[0]!r}; the task's are {known}, as FIELD=COLUMN")
+    for name in columns or ():
+        if name not in (known := [*model.fields, model.reference]):
+            raise ValueError(f"--column: there is no field {name!r}; the task's are {', '.join(known)} (FIELD=COLUMN)")
     part, bulk = output.with_name(output.name + ".part"), Bulk()
     if output.exists():
         raise FileExistsError(f"{output} is there already; choose another --output")
