@@ -139,12 +139,12 @@ class _Batch:
         np.maximum.at(longest, group, lengths)
         count = size[:, None] * decisions
         own = self._cost(count, size, longest)
-        # What is left when the first 0, 1, ... decisions have passes of their own; where nothing is, it costs nothing.
+        # What is left when the first 1, 2, ... decisions have passes of their own; where nothing is, it costs nothing.
         left = self._cost(_left(count), _left(size), _left(longest, np.maximum))
-        costs = np.append(left, 0) + np.append(0, own.cumsum())
-        separate = int(costs.argmin())
+        costs = np.append(left[1:], 0) + own.cumsum()
+        separate = int(costs.argmin()) + 1
         parts = [rows[group == number] for number in range(separate)]
-        return _Plan(costs[separate], parts + [rows[group >= separate]] * (separate < len(size)))
+        return _Plan(costs[separate - 1], parts + [rows[group >= separate]] * (separate < len(size)))
 
     def _cost(self, count: NDArray, size: NDArray, longest: NDArray) -> NDArray:
         """Costs of passes: rows that run each sublayer, ``[..., switches]``, rows in all, and the longest of them."""
