@@ -107,8 +107,8 @@ def tabulate(
     size = sum(file.stat().st_size for file in output.iterdir())
     console.print(f"{kind} on instances: {counts}; {size / 2**20:.1f} MB", highlight=False, soft_wrap=True)
     if pca is not None:
-        from sd_gym.envs.projection import read_projection
         from sd_gym.envs.table import PROJECTION
+        from sd_gym.projection import read_projection
 
         kept = read_projection(output / PROJECTION).explained.sum()
         console.print(f"Observations: {pca} components, {kept:.0%} of the variance", highlight=False)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sd_gym.envs.config import ConfigError, EnvConfig
 from sd_gym.errors import short
+from sd_gym.projection import OBSERVATION_LIMIT, deviation_of
 from sd_gym.registration import CONFIG_FOLDER
 
 if TYPE_CHECKING:  # an env of a table needs no torch
@@ -26,8 +27,6 @@ if TYPE_CHECKING:  # an env of a table needs no torch
 
 Array = NDArray
 Observations = Array | dict[str, Array]  # of a batch: one row an instance
-OBSERVATION_LIMIT = 10.0
-LEAST_DEVIATION = 1e-6
 
 
 class Actions(ABC):
@@ -337,8 +336,3 @@ def reward_space(config: EnvConfig) -> gym.spaces.Box:
     ranked = config.tokens.ranking == "attention" and len(config.tokens.shares) > 1
     low, high = np.array([[0.0, -2.0 if ranked else -1.0], [highest, 0.0]], dtype=np.float32)
     return gym.spaces.Box(low, high, dtype=np.float32)
-
-
-def deviation_of(deviation: Array) -> Array:
-    """Where a feature never changes in training it says nothing: dividing by 1 leaves it at 0."""
-    return np.where(deviation > LEAST_DEVIATION, deviation, 1.0).astype(np.float32)

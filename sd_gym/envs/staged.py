@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sd_gym.envs.spaces import OBSERVATION_LIMIT, deviation_of
 from sd_gym.policy.observation import at_stage, features_of, log_odds
+from sd_gym.projection import OBSERVATION_LIMIT, deviation_of
 from sd_gym.switch import Seen
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 

@@ -13,7 +13,7 @@ Nothing here needs torch, a backbone or a data set. A table is a folder:
   to come to it, ``observations.K [n, ways before it, size]``; the difficulty and the facts of each
   instance, in the smallest type that holds them exactly.
 * ``SPLIT.json``: the ids of the instances, and those of their facts that are words.
-* ``projection.safetensors``, where observations are reduced: how (``sd_gym.envs.projection``).
+* ``projection.safetensors``, where observations are reduced: how (``sd_gym.projection``).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from numpy.typing import NDArray
 from sd_gym.envs.config import EnvConfig
 from sd_gym.envs.episodes import EpisodicCore, Steps
 from sd_gym.envs.outcome import Outcome
-from sd_gym.envs.projection import Projection, read_projection
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import Actions, MultiDiscreteActions, read_masks
 from sd_gym.envs.table_split import TableSplit, at_stage
 from sd_gym.errors import short
 from sd_gym.files import read_json
 from sd_gym.objectives import quality_cost
+from sd_gym.projection import Projection, read_projection
 from sd_gym.registration import CONFIG_FOLDER
 
 Array = NDArray

@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from sd_gym.config import ConfigError, nested, stored
 from sd_gym.envs.config import EnvConfig
 from sd_gym.envs.core import Core
-from sd_gym.envs.projection import Projection, fit_projection, read_projection
 from sd_gym.envs.shared import shared_core
-from sd_gym.envs.spaces import OBSERVATION_LIMIT, write_masks
+from sd_gym.envs.spaces import write_masks
 from sd_gym.envs.split import Split
 from sd_gym.envs.table import CODEBOOK, FORMAT, PROJECTION, all_decisions
 from sd_gym.envs.table_split import FACT, at_stage
 from sd_gym.files import as_json, map_arrays, read_json, write_arrays, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.objectives import OBJECTIVES
+from sd_gym.projection import OBSERVATION_LIMIT, Projection, fit_projection, read_projection
 from sd_gym.registry import import_own
 from sd_gym.tasks.data import SPLITS
 from sd_gym.version import __version__

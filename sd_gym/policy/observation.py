@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sd_gym.projection import OBSERVATION_LIMIT
 from sd_gym.switch import Switchboard, first_layer_input, pooled
 
 Values = TypeVar("Values", NDArray, Tensor)
-LIMIT = 10.0  # of a standardised feature
 MOST_SURE = 1 - 1e-6
 
 
@@ -69,8 +69,8 @@ def tokens_of(hidden: Tensor, mask: Tensor, mean: NDArray, deviation: NDArray, l
 
 
 def standardised(features: Values, mean: Values, deviation: Values) -> Values:
-    """Features ``[n, ...]`` by their mean and deviation on the training split, each within ``LIMIT``."""
-    return ((features - mean) / deviation).clip(-LIMIT, LIMIT)
+    """Features ``[n, ...]`` by their mean and deviation on the training split, each within ``OBSERVATION_LIMIT``."""
+    return ((features - mean) / deviation).clip(-OBSERVATION_LIMIT, OBSERVATION_LIMIT)
 
 
 def at_stage(number: int, share: NDArray, features: NDArray, mean: NDArray, deviation: NDArray) -> NDArray:

@@ -1,4 +1,4 @@
-"""Observations reduced to their principal components, so that a table of many instances stays small."""
+"""Standardised observations, and those reduced to their principal components, as a table of many instances has them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.envs.spaces import OBSERVATION_LIMIT, deviation_of
 from sd_gym.files import map_arrays, write_arrays
 
 Array = NDArray
+OBSERVATION_LIMIT = 10.0  # of each number of an observation
+LEAST_DEVIATION = 1e-6
+
+
+def deviation_of(deviation: Array) -> Array:
+    """Where a feature never changes in training it says nothing: dividing by 1 leaves it at 0."""
+    return np.where(deviation > LEAST_DEVIATION, deviation, 1.0).astype(np.float32)
 
 
 class Projection(NamedTuple):
