@@ -17,13 +17,15 @@ from sd_gym.agents.experiment.verdict import ONE_SIDED_95
 from sd_gym.agents.presets import OF_ENV
 
 from sd_gym.config import EnvConfig, spelled
-from sd_gym.envs.config import load_config, stored_config
+from sd_gym.envs.config import load_config, make_config, stored_config
 from sd_gym.envs.core import Core, shared_core
 from sd_gym.envs.spaces import Observations, each
 from sd_gym.files import write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
-from sd_gym.registration import config_of
+from sd_gym.policy.artefact import FILE, SkipPolicy
+from sd_gym.policy.off_table import OffTable
+from sd_gym.registration import config_of, is_of_table
 from sd_gym.tasks.splits import check_unchanged
 from sd_gym.version import __version__
 
@@ -206,16 +208,18 @@ def _evaluate(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """As ``evaluate``, into a folder that is empty."""
-    core = shared_core(_config(env_id, policy, settings))
     origin = read_description(Path(policy)) if isinstance(policy, str | Path) else None
+    off_table = None if origin is None else _off_table(env_id, Path(policy), origin)
+    core = shared_core(_config(env_id, origin, off_table, settings))
     given = spelled(settings)  # who names data, or a backbone, means what is there now
     names_data = any(key == "table" or key.startswith("data.") for key in given)
-    same_data = origin is not None and origin["env"] == env_id and not names_data
+    same_env = origin is not None and env_id in (origin["env"], off_table and off_table.card["env"]["id"])
+    same_data = same_env and not names_data
     if same_data:
         check_unchanged(Path(policy), origin.get("data", {}), core.data)
-        if "backbone.name" not in given:
-            check_backbone(Path(policy), origin.get("weights"), core.backbone)
-    decides = _decides(policy, policy_flops, core)
+    if off_table or (same_data and "backbone.name" not in given):
+        check_backbone(Path(policy), origin.get("weights"), core.backbone)
+    decides = _decides(policy if off_table is None else off_table.network, policy_flops, core)
     used = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
     if folder is not None:
         description = {MARKER: __version__, "env": env_id, "algo": name or _name_of(policy), "agent_settings": {}}
@@ -264,7 +268,7 @@ class _Counted:
 def _decides(policy: Policy, flops: int | None, core: Core) -> Decides:
     if isinstance(policy, str | Path):
         policy = DecisionPolicy.load(Path(policy))
-    if isinstance(policy, DecisionPolicy):
+    if isinstance(policy, DecisionPolicy | OffTable):
         fitting(policy, core)
         return policy if flops is None else _Counted(policy.decide, flops)
     counted = getattr(policy, "flops", None) if flops is None else flops
@@ -278,12 +282,33 @@ def _decides(policy: Policy, flops: int | None, core: Core) -> Decides:
     return _Decides(policy, counted, core)
 
 
-def _config(env_id: str, policy: Policy, settings: dict[str, Any]) -> EnvConfig:
-    """The env's config; of a run on this env, the run's own one."""
-    if isinstance(policy, str | Path):
-        description = read_description(Path(policy))
-        if description["env"] == env_id:
-            return run.run_config(description, settings)
+def _off_table(env_id: str, folder: Path, origin: dict[str, Any]) -> SkipPolicy | None:
+    """The artefact of a run on a table, where an env is asked for that computes; ``None`` of anything else.
+
+    Raises:
+        ValueError: If the run has none, and decides by numbers.
+    """
+    if origin["env_config"].get("table") is None or is_of_table(config_of(env_id)):
+        return None
+    if (folder / FILE).is_file():
+        return SkipPolicy.from_pretrained(folder)
+    if not DecisionPolicy.load(folder).switches:
+        raise ValueError(
+            f"{folder}: its policy decides by numbers of masks, and no {FILE} beside it says which these are. The table "
+            "that it learned on is of a former version (make it and the run again), or no policy can leave it "
+            "(docs/tables.md)"
+        )
+    return None  # of all decisions, and not reduced: it is one for the env itself
+
+
+def _config(
+    env_id: str, origin: dict[str, Any] | None, off_table: SkipPolicy | None, settings: dict[str, Any]
+) -> EnvConfig:
+    """The env's config; of a run on this env, or on a table of it, that which it had there."""
+    if origin is not None and origin["env"] == env_id:
+        return run.run_config(origin, settings)
+    if off_table is not None and off_table.card["env"]["id"] == env_id:
+        return make_config({**spelled(off_table.card["env"]), **spelled(settings, env_id)}, env_id)
     return load_config(config_of(env_id), settings)
 
 

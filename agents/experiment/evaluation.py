@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -21,8 +21,10 @@ from sd_gym.envs.report import by_facts, write_instances
 from sd_gym.envs.spaces import Observations, token_width
 from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.off_table import OffTable
 from sd_gym.switch import Seen
 
+OfEnv = TypeVar("OfEnv", DecisionPolicy, OffTable)
 BATCH = 256
 BOOTSTRAP_SAMPLES = 2000
 WARM_UP, LEAST_TIMED = 2, 3  # batches
@@ -54,7 +56,7 @@ class Decided(NamedTuple):
     flops: NDArray
 
 
-def fitting(policy: DecisionPolicy, core: Core) -> DecisionPolicy:
+def fitting(policy: OfEnv, core: Core) -> OfEnv:
     """The policy, if it observes and decides on what a core has.
 
     Raises:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from sd_gym.backbones.load import BUNDLED
 from sd_gym.config import nested, spelled
 from sd_gym.envs.core import Core
-from sd_gym.envs.spaces import Pooled, Tokens
-from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.artefact import SkipPolicy, Stop, tokenizer_hash, weights_hash
-from sd_gym.policy.protection import Protection
+from sd_gym.policy.artefact import SkipPolicy, Stop
+from sd_gym.policy.off_table import OffTable
 
 OF_A_RESULT = (
     "split",
@@ -31,7 +27,7 @@ OF_A_RESULT = (
 def export(
     core: Core, policy: DecisionPolicy, stops: Sequence[Stop], result: dict[str, Any], description: dict[str, Any]
 ) -> SkipPolicy | None:
-    """The artefact of a run.
+    """The artefact of a run; of one on a table, for the backbone that the table is of.
 
     Args:
         core: The env's core.
@@ -41,44 +37,21 @@ def export(
         description: As in ``config.json``.
 
     Returns:
-        ``None`` where a policy cannot leave its env: its observation is one of the user's own, or its tokens are ranked
-        at random, which is a control, or in a way of the user's own.
+        ``None`` where a policy cannot leave its env: see ``sd_gym.envs.leaving``.
     """
-    config, backbone, train = core.config, core.backbone, core.split("train")
-    drops = len(config.tokens.shares) > 1
-    known = not drops or config.tokens.ranking in ("attention", "idf", "position")
-    if not (isinstance(core.observation, Pooled | Tokens) and known):
+    leaving = core.leaving()
+    if leaving is None:
         return None
-    env = spelled(description["env_config"])
+    network: DecisionPolicy | OffTable = policy
+    if leaving.masks is not None or leaving.projection is not None:
+        known = core.decision_nvec.tolist(), core.backbone.board.names
+        network = OffTable(policy, *known, leaving.masks, leaving.projection)
+    env = spelled(leaving.env.model_dump())
     card = {
         "env": nested({key: value for key, value in env.items() if key != "reward.objective"}),
-        "backbone": {
-            "name": config.backbone.name,
-            "is_local": Path(config.backbone.name).exists() or config.backbone.name in BUNDLED,
-            "model_type": backbone.model.config.model_type,
-            "auto_class": backbone.head.auto_class,
-            "weights": weights_hash(backbone.model),
-            "tokenizer": tokenizer_hash(backbone.tokenizer),
-            "token_types": train.encoded.token_type_ids is not None,
-        },
+        "backbone": leaving.backbone,
         "result": {key: result[key] for key in OF_A_RESULT},
         "run": {key: description[key] for key in ("env", "algo", "steps", "seed", "versions", "data")},
     }
-    seen = core.stage_observation if core.is_staged else core.observation
-    return SkipPolicy(
-        policy,
-        seen.mean,
-        seen.deviation,
-        train.rarity if drops and config.tokens.ranking == "idf" else None,
-        _protection(train) if drops else None,
-        tuple(stops),
-        card,
-    )
-
-
-def _protection(train: Split) -> Protection | None:
-    tokenizer = train.backbone.tokenizer
-    added = tokenizer("", "").input_ids  # what is put around texts and between them
-    separator = added[-1] if added else None
-    special, encoded = sorted({*tokenizer.all_special_ids, *added}), train.encoded
-    return Protection.of(encoded.input_ids, encoded.source_length, train.tokens.droppable, special, separator)
+    of_input = leaving.mean, leaving.deviation, leaving.rarity, leaving.protection
+    return SkipPolicy(network, *of_input, tuple(stops), card)

@@ -20,7 +20,7 @@ from sd_gym.config import spelled
 from sd_gym.envs.config import load_config
 from sd_gym.envs.core import shared_core
 from sd_gym.envs.exact import regret, static_regret
-from sd_gym.envs.table import CODEBOOK, TableCore, table_folder
+from sd_gym.envs.table import CODEBOOK, LEAVING, TableCore, table_folder
 from sd_gym.files import write_text
 from sd_gym.registration import config_of, shipped_tables
 
@@ -113,7 +113,8 @@ def entries(folders: Iterable[str | Path], who: str, code: str = "") -> list[Ent
 def table_hash(folder: Path) -> str:
     """A hash of what is in a table: its masks, outcomes and observations."""
     digest = hashlib.blake2b(digest_size=8)
-    for file in sorted([*folder.glob(CODEBOOK), *folder.glob("*.safetensors")]):
+    files = {*folder.glob(CODEBOOK), *folder.glob("*.safetensors")} - {folder / LEAVING}
+    for file in sorted(files):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 

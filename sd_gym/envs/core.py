@@ -16,6 +16,7 @@ from torch import Tensor
 from sd_gym.backbones import load_backbone
 from sd_gym.envs.config import ConfigError, EnvConfig
 from sd_gym.envs.episodes import EpisodicCore, Steps
+from sd_gym.envs.leaving import Leaving, of_core
 from sd_gym.envs.outcome import Outcome
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import ACTIONS, Actions, MultiDiscreteActions, Observation, Observations, Pooled, Tokens
@@ -142,6 +143,10 @@ class Core(EpisodicCore):
         """
         for name in {*self._splits, *scores}:
             self.split(name).scoring.load_scores(scores.get(name))
+
+    def leaving(self) -> Leaving | None:
+        """What a policy takes along when it leaves this env; ``None``: it cannot."""
+        return of_core(self)
 
     def observe(self, split: Split, rows: Array) -> Observations:
         """What the configured observation shows of rows ``[n]`` of a split: new arrays, a row an instance."""

@@ -14,6 +14,8 @@ Nothing here needs torch, a backbone or a data set. A table is a folder:
   instance, in the smallest type that holds them exactly.
 * ``SPLIT.json``: the ids of the instances, and those of their facts that are words.
 * ``projection.safetensors``, where observations are reduced: how (``sd_gym.projection``).
+* ``leaving.safetensors``: what standardises observations and ranks tokens, so that a policy that learned here decides
+  on the env itself, or on texts. A table of a former version has none, nor has one of an env that no policy can leave.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -42,9 +44,12 @@ from sd_gym.objectives import quality_cost
 from sd_gym.projection import Projection, read_projection
 from sd_gym.registration import CONFIG_FOLDER
 
+if TYPE_CHECKING:  # it needs torch
+    from sd_gym.envs.leaving import Leaving
+
 Array = NDArray
 FORMAT = 2
-CODEBOOK, PROJECTION = "codebook.json", "projection.safetensors"
+CODEBOOK, PROJECTION, LEAVING = "codebook.json", "projection.safetensors", "leaving.safetensors"
 MOST = 4096  # decisions; where there are no more, a table has all of them
 
 
@@ -332,6 +337,12 @@ class TableCore(EpisodicCore):
         numbers = np.array(found, dtype=np.int64)
         numbers = numbers if self._order is None else np.argsort(self._order)[numbers]
         return np.stack(np.unravel_index(numbers, self.nvec), axis=1)
+
+    def leaving(self) -> Leaving | None:
+        """As of the core of the env that the table is of."""
+        from sd_gym.envs.leaving import of_table
+
+        return of_table(self)
 
     def observe(self, split: TableSplit, rows: Array) -> Array:
         """What is seen of rows ``[n]`` of a split: new arrays, a row an instance."""

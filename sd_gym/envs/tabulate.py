@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from sd_gym.config import ConfigError, nested, stored
 from sd_gym.envs.config import EnvConfig
 from sd_gym.envs.core import Core
+from sd_gym.envs.leaving import Leaving
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import write_masks
 from sd_gym.envs.split import Split
@@ -81,7 +82,8 @@ def write_table(
     """
     _check(core, pca)
     with locked(folder):
-        description = _description(core, masks, ways, chosen, pca, share)
+        leaving = core.leaving()
+        description = _description(core, leaving, masks, ways, chosen, pca, share)
         _begin(folder, description, masks, resume)
         reduce = None if pca is None else _projection(core, pca, folder)
         numbers = all_decisions(core.nvec) if masks is None else masks
@@ -90,6 +92,8 @@ def write_table(
         for name in SPLITS:
             files = [chunk.file for chunk in chunks if chunk.split == name]
             _write_split(core, core.split(name), files, len(numbers), folder, reduce, share)
+        if leaving is not None:
+            leaving.write(folder)
         write_json(folder / "table.json", {**description, "complete": True})
         shutil.rmtree(folder / PARTS)
 
@@ -218,7 +222,13 @@ def _projection(core: Core, pca: int, folder: Path) -> Projection:
 
 
 def _description(
-    core: Core, masks: Array | None, ways: list[int] | None, chosen: str, pca: int | None, share: bool
+    core: Core,
+    leaving: Leaving | None,
+    masks: Array | None,
+    ways: list[int] | None,
+    chosen: str,
+    pca: int | None,
+    share: bool,
 ) -> dict[str, Any]:
     config = core.config.model_dump()
     numbered = masks is not None and ways is None
@@ -250,8 +260,10 @@ def _description(
         "backbone": {
             "name": core.config.backbone.name,
             "weights": core.backbone.weights,
+            **(leaving.backbone if leaving else {}),
             "switches": core.backbone.board.names,
         },
+        "protection": leaving.protection.described() if leaving and leaving.protection else None,
         "observation": {"shape": list(space.shape), "low": _bound(space.low), "high": _bound(space.high)},
         "pca": pca,
         "env_config": config,

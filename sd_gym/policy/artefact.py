@@ -23,6 +23,7 @@ from sd_gym.errors import one_line
 from sd_gym.files import read_json, read_tensors, write_json, write_tensors, write_text
 from sd_gym.policy.network import DecisionPolicy
 from sd_gym.policy.observation import features_of, standardised, tokens_of
+from sd_gym.policy.off_table import OffTable
 from sd_gym.policy.protection import Protection
 from sd_gym.switch import (
     Switchboard,
@@ -59,7 +60,7 @@ class SkipPolicy:
     """A policy that decides on raw inputs just as it did in its env.
 
     Attributes:
-        network: From observations to decisions.
+        network: From observations to decisions; of a run on a table, as one of the env that the table is of.
         mean: Of what it observes, on the training split, float32 ``[features]``; of tokens, ``[width]``; at stages,
             ``[stages, features]``.
         deviation: Likewise.
@@ -70,7 +71,7 @@ class SkipPolicy:
         card: What it was trained on, and how well: ``env`` (its config), ``backbone``, ``result``, ``run``.
     """
 
-    network: DecisionPolicy
+    network: DecisionPolicy | OffTable
     mean: NDArray
     deviation: NDArray
     rarity: NDArray | None
@@ -253,6 +254,10 @@ class SkipPolicy:
         tensors = {"mean": torch.from_numpy(self.mean), "deviation": torch.from_numpy(self.deviation)}
         if self.rarity is not None:
             tensors["rarity"] = torch.from_numpy(self.rarity)
+        of_table = {}
+        if isinstance(self.network, OffTable):
+            of_table["table"] = self.network.described()
+            tensors |= self.network.tensors()
         write_tensors(folder / TENSORS, tensors)
         write_json(
             folder / FILE,
@@ -260,6 +265,7 @@ class SkipPolicy:
                 "format": FORMAT,
                 "protection": self.protection and self.protection.described(),
                 "stops": [stop._asdict() for stop in self.stops],
+                **of_table,
                 **self.card,
             },
         )
@@ -285,19 +291,21 @@ class SkipPolicy:
                 f"no {FILE} in {name}; expected the folder of a training run, or one that save_pretrained wrote"
             )
         network, card, tensors = DecisionPolicy.load(folder), read_json(folder / FILE), read_tensors(folder / TENSORS)
-        shape: tuple[int, ...] = (network.observation_size,)
-        if network.stages != ["first"]:
-            shape = len(network.stages), network.observation_size - len(network.stages) - 1
         if card.pop("format", None) != FORMAT:
             raise ValueError(f"{folder / FILE}: expected a policy of format {FORMAT}")
         try:
+            if "table" in card:
+                network = OffTable.of_files(network, card.pop("table"), tensors)
+            shape: tuple[int, ...] = (network.observation_size,)
+            if network.stages != ["first"]:
+                shape = len(network.stages), network.observation_size - len(network.stages) - 1
             card["env"] = nested(stored(card["env"]))  # flat in a former version
             protection, stops = card.pop("protection"), tuple(Stop(**stop) for stop in card.pop("stops"))
             policy = cls(
                 network,
                 *(_finite(tensors.pop(name), shape) for name in ("mean", "deviation")),
                 _finite(tensors.pop("rarity"), None) if "rarity" in tensors else None,
-                protection and Protection(**{**protection, "special": tuple(protection["special"])}),
+                protection and Protection.of_described(protection),
                 stops,
                 card,
             )

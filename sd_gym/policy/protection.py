@@ -75,3 +75,8 @@ class Protection(NamedTuple):
     def described(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return self._asdict()
+
+    @classmethod
+    def of_described(cls, said: dict[str, Any]) -> Protection:
+        """What ``described`` gave; raises ``KeyError`` or ``TypeError`` if it is none."""
+        return cls(**{**said, "special": tuple(said["special"])})

@@ -1,0 +1,116 @@
+"""A policy that learned on a table, as one of the env that the table is of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sd_gym.policy.network import DecisionPolicy
+from sd_gym.projection import Projection
+
+MASKS, PROJECTION = "masks", "projection."  # names of tensors
+
+
+@dataclass(frozen=True, eq=False)
+class OffTable:
+    """A policy that learned on a table, and decides on the env itself, by what that observes, just as it did there.
+
+    Attributes:
+        network: What has learned, from what the table shows to the table's decisions.
+        nvec: Sizes of a mask's components.
+        switches: Names of the switches.
+        masks: What the table's decisions stand for, int64 ``[decisions, switches + 1]``, in the order of their numbers;
+            ``None``: they are masks.
+        projection: How the table has reduced what the env observes; ``None``: not at all.
+
+    Raises:
+        ValueError: If masks or projection are none for this network.
+    """
+
+    network: DecisionPolicy
+    nvec: list[int]
+    switches: list[str]
+    masks: NDArray | None
+    projection: Projection | None
+    channels: ClassVar[None] = None  # a table shows no tokens
+    flops_a_token: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        masks, projection, size = self.masks, self.projection, self.network.observation_size
+        if masks is None and (self.nvec, self.switches) != (self.network.nvec, self.network.switches):
+            raise ValueError("expected masks, as the network decides on something else than the switches")
+        if masks is not None:
+            expected = math.prod(self.network.nvec), len(self.switches) + 1
+            if masks.shape != expected or masks.dtype != np.int64 or len(self.nvec) != expected[1]:
+                raise ValueError(f"expected masks of shape {expected}, got {masks.dtype} of shape {masks.shape}")
+            if (masks < 0).any() or (masks >= self.nvec).any():
+                raise ValueError(f"expected masks with components below {self.nvec}")
+        if projection is not None and (
+            projection.components.shape != (size, *projection.mean.shape)
+            or not all(np.isfinite(values).all() for values in projection)
+        ):
+            raise ValueError(
+                f"expected a projection to {size} numbers, got components of shape {projection.components.shape}"
+            )
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the stages that it decides at."""
+        return self.network.stages
+
+    @property
+    def observation_size(self) -> int:
+        """Features of what the env observes."""
+        return self.network.observation_size if self.projection is None else len(self.projection.mean)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of one decision, those of reducing the observation included, unless it is blind."""
+        reducing = 0 if self.projection is None or self.network.blind else self.projection.flops
+        return self.network.flops + reducing
+
+    def decide(self, observations: NDArray | Tensor) -> NDArray:
+        """Masks, int64 ``[n, switches + 1]``, for what the env observes, ``[n, features]``."""
+        seen = observations.cpu().numpy() if isinstance(observations, Tensor) else observations
+        decisions = self.network.decide(seen if self.projection is None else self.projection(seen))
+        if self.masks is None:
+            return decisions
+        return self.masks[np.ravel_multi_index(tuple(decisions.T), self.network.nvec)]
+
+    def with_margin(self, margin: float) -> OffTable:
+        """As of the network."""
+        return replace(self, network=self.network.with_margin(margin))
+
+    def save(self, folder: Path) -> None:
+        """Write the files of the network; ``described`` and ``tensors`` are for the artefact to write."""
+        self.network.save(folder)
+
+    def described(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"nvec": self.nvec, "switches": self.switches}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Masks and projection, by name."""
+        arrays = {} if self.masks is None else {MASKS: self.masks}
+        if self.projection is not None:
+            arrays |= {PROJECTION + name: values for name, values in self.projection._asdict().items()}
+        return {name: torch.from_numpy(np.array(values)) for name, values in arrays.items()}
+
+    @classmethod
+    def of_files(cls, network: DecisionPolicy, described: dict[str, Any], tensors: dict[str, Tensor]) -> OffTable:
+        """What ``described`` and ``tensors`` gave; its tensors are taken out of those given.
+
+        Raises:
+            KeyError, TypeError, ValueError: If it is none.
+        """
+        masks = tensors.pop(MASKS).numpy() if MASKS in tensors else None
+        reduced = any(name.startswith(PROJECTION) for name in tensors)
+        arrays = (tensors.pop(PROJECTION + name).numpy() for name in Projection._fields)
+        return cls(network, **described, masks=masks, projection=Projection(*arrays) if reduced else None)
