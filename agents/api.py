@@ -294,9 +294,8 @@ def _off_table(env_id: str, folder: Path, origin: dict[str, Any]) -> SkipPolicy 
         return SkipPolicy.from_pretrained(folder)
     if not DecisionPolicy.load(folder).switches:
         raise ValueError(
-            f"{folder}: its policy decides by numbers of masks, and no {FILE} beside it says which these are. The table "
-            "that it learned on is of a former version (make it and the run again), or no policy can leave it "
-            "(docs/tables.md)"
+            f"{folder}: its policy decides by numbers of masks, and no {FILE} beside it says which these are. Its table "
+            "is of a former version (make both again), or one that no policy can leave (docs/tables.md)"
         )
     return None  # of all decisions, and not reduced: it is one for the env itself
 
@@ -308,6 +307,8 @@ def _config(
     if origin is not None and origin["env"] == env_id:
         return run.run_config(origin, settings)
     if off_table is not None and off_table.card["env"]["id"] == env_id:
+        if "backbone.name" not in spelled(settings, env_id):
+            off_table.check_reachable()
         return make_config({**spelled(off_table.card["env"]), **spelled(settings, env_id)}, env_id)
     return load_config(config_of(env_id), settings)
 

@@ -1,5 +1,6 @@
 """A policy that learned on a table leaves it: it decides the same on the env that the table is of, and on raw texts."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -8,15 +9,20 @@ import numpy as np
 import pytest
 import torch
 from sd_gym.agents.experiment.evaluation import deciding_flops, fitting
+from sd_gym.agents.experiment.replay import replay
+from sd_gym.agents.experiment.run import reduce
+from sd_gym.agents.report.leaderboard import table_hash
 
 import sd_gym
 from sd_gym.envs import shared_core
 from sd_gym.envs.config import load_config
-from sd_gym.envs.table import LEAVING, read_description, table_folder
+from sd_gym.envs.core import core_of
+from sd_gym.envs.spaces import Standardised
+from sd_gym.envs.table import LEAVING
+from sd_gym.files import read_json, read_tensors, write_arrays, write_json, write_tensors
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.off_table import OffTable
 from sd_gym.registration import config_of, shipped_tables
-from tests.conftest import write_reviews
+from tests.conftest import make_model
 
 ID, CLASSES = "SD/Table-v0", "SD/Classification-Custom-v0"
 TOLD = ("quality", "quality_ref", "flops_ratio", "flops_ratio_with_policy", "skip_rate", "decisions_hash", "verdict")
@@ -81,3 +87,233 @@ def test_as_an_artefact_it_decides_the_same_on_texts_and_in_the_model(learned):
         np.testing.assert_array_equal(model.model.decisions.skip, decisions[:, :-1])
     finally:
         sd_gym.detach(model.model)
+
+
+def test_it_needs_neither_the_table_nor_the_data(learned, tmp_path):
+    """Saved elsewhere and read there, its bolder and more cautious versions are the same."""
+    run, *_ = learned
+    artefact = sd_gym.SkipPolicy.from_pretrained(run)
+    artefact.save_pretrained(tmp_path)
+    again = sd_gym.SkipPolicy.from_pretrained(tmp_path)
+    assert again.stops == artefact.stops
+    assert again.card == artefact.card
+    size = artefact.network.observation_size
+    seen = np.random.default_rng(0).normal(size=(20, size)).astype(np.float32)
+    if again.is_staged:
+        seen[:, :2] = [1, 0]
+    for margin in (-1.0, 0.0, 1000.0):
+        ours, theirs = (one.with_margin(margin).network.decide(seen) for one in (again, artefact))
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.shape == (20, 7)
+        assert margin < 1000 or not ours.any()  # the last stop is dense, whatever the table's numbers stand for
+
+
+# --- the tables in the package --------------------------------------------------------------------------------------
+
+
+def test_one_learns_on_the_table_of_the_mini_summarizer_and_attaches_the_result(tmp_path):
+    """Instance by instance, the same decisions, qualities and FLOPs, on the env and on its texts."""
+    run, few = tmp_path / "run", 24
+    sd_gym.train("SD/Summarization-Mini-Table-v0", "ppo", run, steps=256)
+    varied(run)
+    sd_gym.evaluate("SD/Summarization-Mini-Table-v0", run, output=tmp_path / "table")
+    result = sd_gym.evaluate("SD/Summarization-Mini-v0", run, output=tmp_path / "env", test_size=few)
+    assert result["instances"] == few
+    looked_up, computed = (columns(tmp_path / name / "instances.csv") for name in ("table", "env"))
+    for name in ("decision", "quality", "quality_ref", "flops_ratio", "flops_ratio_with_policy"):
+        assert computed[name] == looked_up[name][:few], name
+    assert len({*computed["decision"]}) > 1
+    assert replay(tmp_path / "env").instances == few
+    split = shared_core(load_config(config_of("SD/Summarization-Mini-v0"), {"test_size": few})).split("test")
+    model = sd_gym.load(run)
+    try:
+        came = model([one.source for one in split.instances])
+        skipped = ["".join(str(int(bit)) for bit in one.skip) + str(one.token_level) for one in came]
+        assert skipped == computed["decision"]
+        right = [str(float(one.answer == known.target)) for one, known in zip(came, split.instances, strict=True)]
+        assert right == [str(float(one)) for one in computed["quality"]]
+    finally:
+        sd_gym.detach(model.model)
+
+
+def columns(file):
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+@pytest.mark.parametrize("env_id", sorted(shipped_tables()))
+def test_policies_can_leave_every_table_in_the_package(env_id):
+    """What they take along is that of the backbone and the observations of the table."""
+    core = shared_core(load_config(config_of(env_id), {}))
+    leaving = core.leaving()
+    assert leaving.env.id == core.description["env"]
+    assert leaving.env.table is None
+    assert leaving.backbone["weights"] == core.backbone.weights
+    assert leaving.mean.shape == leaving.deviation.shape == core.observation.projection.mean.shape
+    assert (leaving.deviation > 0).all()
+    np.testing.assert_array_equal(leaving.masks, core.masks)
+
+
+def test_a_backbone_that_the_project_does_not_have_is_asked_for(tmp_path):
+    run = tmp_path / "run"
+    sd_gym.train("SD/Classification-TREC-Table-v0", "dense", run)
+    for call in (lambda: sd_gym.load(run), lambda: sd_gym.evaluate(CLASSES, run)):
+        with pytest.raises(FileNotFoundError, match=r"'trec', was a local folder .* the same bert as backbone="):
+            call()
+    assert "backbone=" in (run / "README.md").read_text()
+
+
+# --- what does not fit ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reduced(tmp_path_factory, table_source):
+    """A table of some masks with reduced observations, and a run on it."""
+    folder, (env_id, settings) = tmp_path_factory.mktemp("reduced"), table_source
+    sd_gym.tabulate(env_id, folder / "table", decisions="random:12", pca=3, **settings)
+    sd_gym.train(ID, "ppo", folder / "run", steps=256, strictness=0, table=str(folder / "table"), epsilon=1.0)
+    varied(folder / "run")
+    return folder
+
+
+def test_another_backbone_is_told(reduced, table_source, tmp_path):
+    """Also where it is asked for by name."""
+    env_id, settings = table_source
+    other = make_model("bert")
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(1.5)
+    shutil.copytree(settings["backbone"], tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    keys = {"dataset": settings["dataset"], "backbone": str(tmp_path / "other")}
+    with pytest.raises(ValueError, match="has other weights than in training"):
+        sd_gym.evaluate(env_id, reduced / "run", **keys)
+    with pytest.raises(ValueError, match="the weights are not those of"):
+        sd_gym.load(reduced / "run", keys["backbone"])
+    with pytest.raises(ValueError, match="has other weights than in training"):
+        sd_gym.evaluate("SD/Classification-Mini-v0", reduced / "run")
+
+
+def test_other_data_than_the_tables_are_told(reduced, table_source):
+    """Unless they are asked for by name."""
+    env_id, settings = table_source
+    file = Path(settings["dataset"])
+    was = file.read_text()
+    try:
+        file.write_text(was.replace("the ", "not "))
+        core_of.cache_clear()
+        with pytest.raises(ValueError, match="the data have changed"):
+            sd_gym.evaluate(env_id, reduced / "run")
+        assert sd_gym.evaluate(env_id, reduced / "run", dataset=str(file))["instances"] > 0
+    finally:
+        file.write_text(was)
+        core_of.cache_clear()
+
+
+def test_reduced_to_few_masks_it_leaves_too(reduced, table_source, tmp_path):
+    result = reduce(reduced / "run", 2, tmp_path / "few")
+    computed = sd_gym.evaluate(table_source[0], tmp_path / "few")
+    for key in TOLD:
+        assert computed[key] == result[key], key
+    assert computed["decisions_used"] <= 2
+
+
+@pytest.mark.parametrize("algo", ["blind-ppo", "hash", "static"])
+def test_so_do_policies_that_see_nothing(algo, reduced, table_source, tmp_path):
+    """One that is blind pays for no reduction."""
+    looked_up = sd_gym.train(ID, algo, tmp_path, steps=128, table=str(reduced / "table"))
+    computed = sd_gym.evaluate(table_source[0], tmp_path)
+    for key in TOLD:
+        assert computed[key] == looked_up[key], key
+
+
+def test_the_result_on_the_env_stands_beside_the_run(reduced, table_source, tmp_path):
+    sd_gym.evaluate(table_source[0], reduced / "run", output=tmp_path / "env")
+    said = json.loads((tmp_path / "env" / "config.json").read_text())
+    of_run = json.loads((reduced / "run" / "config.json").read_text())
+    assert said["env"] == table_source[0]
+    assert {key: said[key] for key in ("algo", "seed", "steps")} == {
+        key: of_run[key] for key in ("algo", "seed", "steps")
+    }
+    replay(tmp_path / "env")
+
+
+def test_a_run_on_a_table_without_what_deciding_takes_has_no_artefact(reduced, table_source, tmp_path):
+    """A former version made the table, say; the run stands, on the table."""
+    table = Path(shutil.copytree(reduced / "table", tmp_path / "table"))
+    (table / LEAVING).unlink()
+    result = sd_gym.train(ID, "ppo", tmp_path / "run", steps=128, table=str(table))
+    assert result["artefact"] is None
+    with pytest.raises(ValueError, match=r"decides by numbers of masks, and no skip_policy\.json"):
+        sd_gym.evaluate(table_source[0], tmp_path / "run")
+    assert sd_gym.evaluate(ID, tmp_path / "run")["quality"] == result["quality"]
+
+
+def test_what_is_at_one_stage_of_several_stays(table_source, tmp_path):
+    """It sees the first of several looks, which an env of one look does not show."""
+    env_id, settings = table_source
+    table = str(tmp_path / "table")
+    sd_gym.tabulate(env_id, table, decisions="random:4", stages=["first", "encoder.1"], **settings)
+    result = sd_gym.train(ID, "dense", tmp_path / "run", table=table, stages=["first"])
+    assert result["artefact"] is None
+
+
+def test_an_observation_of_ones_own_stays(table_source, tmp_path):
+    class Length(Standardised):
+        def features(self, split, rows):
+            return split.encoded.source_length[rows, None]
+
+    sd_gym.register_observation("off_table_length", Length)
+    env_id, settings = table_source
+    keys = {"observation": "off_table_length", **settings}
+    sd_gym.tabulate(env_id, tmp_path / "table", decisions="random:4", **keys)
+    assert not (tmp_path / "table" / LEAVING).exists()
+    result = sd_gym.train(ID, "dense", tmp_path / "run", table=str(tmp_path / "table"))
+    assert result["artefact"] is None
+
+
+def test_files_that_do_not_belong_together_are_refused(reduced, tmp_path):
+    for number, change in enumerate(
+        (
+            lambda said, tensors: tensors["masks"].add_(2),
+            lambda said, tensors: tensors.update(masks=tensors["masks"][:-1]),
+            lambda said, tensors: tensors.update(masks=tensors["masks"].float()),
+            lambda said, tensors: tensors.pop("masks"),
+            lambda said, tensors: tensors.pop("projection.mean"),
+            lambda said, tensors: tensors["projection.components"].mul_(torch.nan),
+            lambda said, tensors: tensors.update({"projection.components": torch.zeros(2, 34)}),
+            lambda said, tensors: said["table"].pop("nvec"),
+            lambda said, tensors: said.update(table=[]),
+            lambda said, tensors: said.pop("table"),
+        )
+    ):
+        folder = Path(shutil.copytree(reduced / "run", tmp_path / str(number)))
+        said, tensors = read_json(folder / "skip_policy.json"), read_tensors(folder / "skip_policy.safetensors")
+        change(said, tensors)
+        write_json(folder / "skip_policy.json", said)
+        write_tensors(folder / "skip_policy.safetensors", tensors)
+        with pytest.raises(ValueError, match=r"skip_policy\.json"):
+            sd_gym.SkipPolicy.from_pretrained(folder)
+
+
+def test_a_damaged_table_is_told(reduced, tmp_path):
+    for number, change in enumerate(
+        (
+            lambda file, said: write_arrays(file, {"mean": np.zeros(3)}),
+            lambda file, said: said.update(protection={"special": [1]}),
+            lambda file, said: said.pop("protection"),
+        )
+    ):
+        folder = Path(shutil.copytree(reduced / "table", tmp_path / str(number)))
+        said = read_json(folder / "table.json")
+        change(folder / LEAVING, said)
+        write_json(folder / "table.json", said)
+        with pytest.raises(ValueError, match="is damaged"):
+            shared_core(load_config(config_of(ID), {"table": str(folder)})).leaving()
+
+
+def test_what_is_taken_along_does_not_change_what_a_table_is(reduced, tmp_path):
+    """Entries of a leaderboard name its outcomes."""
+    table = Path(shutil.copytree(reduced / "table", tmp_path / "table"))
+    (table / LEAVING).unlink()
+    assert table_hash(table) == table_hash(reduced / "table")

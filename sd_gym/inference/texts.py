@@ -100,6 +100,8 @@ class SkippingModel:
     def __init__(
         self, policy: SkipPolicy, backbone: str | None = None, device: str = "cpu", *, check_weights: bool = True
     ) -> None:
+        if backbone is None:
+            policy.check_reachable()
         of_env = policy.card["env"]
         values = spelled({key: value for key, value in of_env.items() if key not in NOT_NEEDED}, "the policy")
         values |= {"data.dataset": "none", "backbone.device": device}

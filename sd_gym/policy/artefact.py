@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.backbones.heads import head_of
-from sd_gym.backbones.load import can_exit, weights_hash
+from sd_gym.backbones.load import BUNDLED, can_exit, weights_hash
 from sd_gym.config import nested, stored
 from sd_gym.errors import one_line
 from sd_gym.files import read_json, read_tensors, write_json, write_tensors, write_text
@@ -237,6 +237,16 @@ class SkipPolicy:
                 f"the weights are not those of {backbone['name']} that this policy was trained on, so its quality is "
                 "not known; load that backbone, or pass check_weights=False if they are meant to differ (half "
                 "precision, quantised)"
+            )
+
+    def check_reachable(self) -> None:
+        """Raise ``FileNotFoundError`` if the backbone was a folder where the policy was made, and is none here."""
+        backbone = self.card["backbone"]
+        name = backbone["name"]
+        if backbone["is_local"] and name not in BUNDLED and not Path(name).exists():
+            raise FileNotFoundError(
+                f"the backbone of this policy, {name!r}, was a local folder where it was made, and there is none here: "
+                f"pass the path of the same {backbone['model_type']} as backbone=..."
             )
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
