@@ -162,7 +162,8 @@ def evaluate(
             (where ``settings`` have another ``observation`` or ``action``, or the env has several stages: to those
             actions, of the stage that the observations begin with); a model of
             Stable-Baselines3 (or anything with its ``predict``); a ``DecisionPolicy``; or the folder of a run, whose
-            settings of the env then hold where ``settings`` say nothing else.
+            settings of the env then hold where ``settings`` say nothing else (of a run on a table: also on the env
+            that the table is of, where it decides as it did there).
         split: ``train``, ``validation`` or ``test``.
         output: Folder to write ``result.json``, ``instances.csv``, ``result.png`` and ``config.json`` to, so that
             ``compare`` can set it beside runs; ``None``: nothing is written.
@@ -294,8 +295,8 @@ def _off_table(env_id: str, folder: Path, origin: dict[str, Any]) -> SkipPolicy 
         return SkipPolicy.from_pretrained(folder)
     if not DecisionPolicy.load(folder).switches:
         raise ValueError(
-            f"{folder}: its policy decides by numbers of masks, and no {FILE} beside it says which these are. Its table "
-            "is of a former version (make both again), or one that no policy can leave (docs/tables.md)"
+            f"{folder}: its policy decides by numbers of masks, and no {FILE} beside it says which these are. "
+            "Its table is of a former version (make both again), or one that no policy can leave (docs/tables.md)"
         )
     return None  # of all decisions, and not reduced: it is one for the env itself
 

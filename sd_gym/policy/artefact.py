@@ -373,7 +373,7 @@ library_name: sd_gym
 # A skipping policy for {backbone["name"]}
 
 It decides for each input which attention and feed-forward blocks of the model (and which tokens) are not needed, and
-they are not executed. Trained by {self.card["run"]["algo"]} on {env["id"]}.
+they are not executed. Trained by {self.card["run"]["algo"]} on {self._trained_on()}.
 
 On the {result["split"]} split, {result["instances"]:,} instances:
 
@@ -395,6 +395,11 @@ Bolder and more cautious versions, as the validation split has seen them (`attac
 | --- | --- | --- | --- |
 {stops}
 """
+
+    def _trained_on(self) -> str:
+        """The env; of a run on a table, also that."""
+        env, on = self.card["env"]["id"], self.card["run"]["env"]
+        return env if on == env else f"{env}, its outcomes in a table ({on})"
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
