@@ -25,15 +25,15 @@ Array = NDArray
 
 
 class Leaving(NamedTuple):
-    """What a policy takes along; the attributes without a comment are as of ``SkipPolicy``.
+    """What a policy takes along.
 
     Attributes:
         env: The config of the env; of a table, of the env that the table is of.
         backbone: What is known of the backbone, as the artefact's card has it.
-        mean:
-        deviation:
-        rarity:
-        protection:
+        mean: As of ``SkipPolicy``; likewise the next three.
+        deviation: Of what is observed.
+        rarity: Of tokens.
+        protection: Of tokens.
         masks: Of a table, as of ``OffTable``; of an env that computes ``None``.
         projection: Likewise.
     """
