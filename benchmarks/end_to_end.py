@@ -192,7 +192,7 @@ def main() -> None:
         add_rows(table, run, arguments)
         for codebook in arguments.codebook:
             add_rows(table, reduced(run, codebook), arguments)
-    Console().print(table)
+    Console(width=max(100, Console().width)).print(table)
 
 
 if __name__ == "__main__":
