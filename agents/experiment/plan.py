@@ -114,7 +114,7 @@ def plan(
         algos: Agents; ``NAME-from-OTHER`` begins with what the run of OTHER with the same seed has found, with the
             preset ``refine`` where there is one for it and ``preset`` says nothing else.
         controls: Whether ``CONTROLS`` are trained as well, and the first agent that learns with its observation zeroed.
-        seeds: How many, from 0 on. What draws nothing (``Agent.draws``) is trained once.
+        seeds: How many, from 0 on. What learns nothing by chance (``Agent.draws``) is trained once.
         steps: Decisions to learn from.
         output: Folder of the runs, which are ``OUTPUT/ENV/ALGO-SEED``.
         settings: Of the env, or of those agents that have them.

@@ -120,7 +120,7 @@ class BaseAgent(ABC):
 
     Settings: ClassVar[type[AgentSettings]] = AgentSettings
     staged: ClassVar[bool] = False  # whether it takes envs of several stages, else of one before the first layer
-    draws: ClassVar[bool] = True  # whether another seed makes another run
+    draws: ClassVar[bool] = True  # whether it is compared with several seeds
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, **settings: Any) -> None:
         for key in settings:
