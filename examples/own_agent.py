@@ -30,10 +30,9 @@ class Gradient(Agent):
             decisions = self.network.choose(logits, lambda choice: torch.multinomial(choice.softmax(dim=1), 1)[:, 0])
             self.observations, rewards, _, _, infos = self.env.step(decisions.numpy())
             advantage = torch.from_numpy((rewards - rewards.mean()) / (rewards.std() + 1e-8))
-            log_probs = self.network.log_probs(logits, decisions)  # of each component, [n, choices]
-            taken = sum(choice.gather(1, decisions[:, [i]])[:, 0] for i, choice in enumerate(log_probs))
+            log_prob, _ = self.network.evaluate(logits, decisions)  # of each component, [n, components]
             self.optimizer.zero_grad()
-            (-advantage * taken).mean().backward()
+            (-advantage * log_prob.sum(dim=1)).mean().backward()
             self.optimizer.step()
             self.steps += len(decisions)
             rollout = Rollout(self.steps, rewards, infos["final_info"])

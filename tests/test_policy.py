@@ -43,10 +43,46 @@ def policy_of(seed, *, nvec=(2, 2, 2, 2, 3), **kwargs):
 
 
 def log_prob(policy, observations, decisions):
-    """By the definition: the sum over components of the choice's log-probability."""
+    """Of whole decisions."""
     with torch.no_grad():
-        each = policy.log_probs(policy(torch.as_tensor(observations)), torch.as_tensor(decisions))
-    return sum(part.numpy()[np.arange(len(part)), choice] for part, choice in zip(each, decisions.T, strict=True))
+        each, _ = policy.evaluate(policy(torch.as_tensor(observations)), torch.as_tensor(decisions))
+    return each.sum(dim=1).numpy()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    nvec=st.lists(st.integers(1, 4), min_size=1, max_size=7),
+    seed=st.integers(0, 1000),
+    autoregressive=st.booleans(),
+    exploration=st.sampled_from([0.0, 0.01]),
+)
+def test_log_probabilities_and_entropy_are_those_of_each_component(nvec, seed, autoregressive, exploration):
+    policy, seen = policy_of(seed, nvec=nvec, autoregressive=autoregressive)
+    decisions = torch.from_numpy(np.random.default_rng(seed).integers(nvec, size=(len(seen), len(nvec))))
+    with torch.no_grad():
+        logits = policy(torch.as_tensor(seen))
+        taken, entropy = policy.evaluate(logits, decisions, exploration)
+    expected, ends = torch.zeros(len(seen)), np.cumsum(nvec)
+    for number, (size, end) in enumerate(zip(nvec, ends, strict=True)):
+        of_one = logits[:, end - size : end]
+        if autoregressive:
+            of_one = of_one + decisions[:, :number].float() @ policy.coupling[end - size : end, :number].detach().T
+        probability = (1 - size * exploration) * of_one.softmax(dim=1) + exploration
+        torch.testing.assert_close(
+            taken[:, number].exp(), probability.gather(1, decisions[:, [number]])[:, 0], atol=1e-6, rtol=1e-4
+        )
+        expected += torch.special.entr(probability).sum(dim=1)
+    torch.testing.assert_close(entropy, expected, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(nvec=st.lists(st.integers(1, 4), min_size=1, max_size=7), seed=st.integers(0, 1000))
+def test_a_pick_of_ones_own_gets_each_component(nvec, seed):
+    policy, seen = policy_of(seed, nvec=nvec)
+    logits = policy(torch.as_tensor(seen)).detach()
+    chosen = policy.choose(logits, lambda choices: choices.argmin(dim=1))
+    one_by_one = torch.stack([part.argmin(dim=1) for part in logits.split(nvec, dim=1)], dim=1)
+    assert torch.equal(chosen, one_by_one)
 
 
 @settings(max_examples=25, deadline=None)

@@ -257,7 +257,7 @@ def test_a_codebook_of_stages_has_masks_of_each_and_the_most_probable_is_taken(e
         assert len(made) >= 4
         assert len({tuple(mask) for mask in masks} & made) == len(masks) == min(size, len(made))
         logits = policy(torch.from_numpy(seen[stage]))
-        each = policy.log_probs(logits, torch.zeros(len(logits), len(policy.nvec)))
+        each = [part.log_softmax(dim=1) for part in logits.split(policy.nvec, dim=1)]
         likely = torch.stack([sum(each[at][:, choice] for at, choice in zip(own, mask, strict=True)) for mask in masks])
         expected = np.array(masks)[likely.argmax(dim=0).numpy()]
         np.testing.assert_array_equal(small.decide(seen[stage])[:, own], expected)

@@ -227,10 +227,8 @@ class ReinforceAgent(Agent):
 
     def _update(self, sampled: Sampled, violated: float, rate: float, logger: Logger) -> None:
         """One step down both gradients; ``violated`` is the quality that is lost now."""
-        log_probs = self.network.log_probs(sampled.logits, sampled.decisions, self.settings.exploration)
-        entropy = -sum((log_prob.exp() * log_prob).sum(dim=1) for log_prob in log_probs).mean()
-        taken = [log_prob.gather(1, sampled.decisions[:, [i]]) for i, log_prob in enumerate(log_probs)]
-        log_prob = torch.cat(taken, dim=1).sum(dim=1).view_as(sampled.loss)
+        log_prob, entropy = self.network.evaluate(sampled.logits, sampled.decisions, self.settings.exploration)
+        log_prob, entropy = log_prob.sum(dim=1).view_as(sampled.loss), entropy.mean()
         f_halves = self._halves(log_prob * leave_one_out(sampled.flops))
         q_halves = self._halves(log_prob * leave_one_out(sampled.loss))
         weight = self.barrier.weigh(violated, f_halves, q_halves)
@@ -277,7 +275,7 @@ class ReinforceAgent(Agent):
         return torch.cat(chosen, dim=1), torch.from_numpy(decisions), seen
 
     def _draw(self, logits: Tensor) -> Tensor:
-        """Draws ``[n]`` from the logits ``[n, size]`` of one component, by this agent's own generator."""
+        """Draws ``[rows]`` from logits ``[rows, size]``, by this agent's own generator."""
         probabilities = bounded(logits, self.settings.exploration).exp()
         return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from itertools import groupby
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,24 @@ Seen = TypeVar("Seen", Tensor, NDArray, dict[str, Tensor], dict[str, NDArray])
 
 def _most_probable(logits: Tensor) -> Tensor:
     return logits.argmax(dim=1)
+
+
+class Group(NamedTuple):
+    """Components side by side that have the same number of choices: one tensor operation serves them all.
+
+    Attributes:
+        components: Which.
+        columns: Where their logits are.
+        size: Choices of each.
+    """
+
+    components: slice
+    columns: slice
+    size: int
+
+    def of(self, logits: Tensor) -> Tensor:
+        """Their logits ``[n, components, size]``, of those of all components, ``[n, sum(nvec)]``."""
+        return logits[:, self.columns].unflatten(1, (-1, self.size))
 
 
 class DecisionPolicy(nn.Module):
@@ -104,6 +123,7 @@ class DecisionPolicy(nn.Module):
             self.head = nn.Linear(hidden, sum(self.nvec))
         else:
             self.body, self.head = own_network(network, self.features, sum(self.nvec))
+        self._groups = _groups_of(self.nvec)
         ends = np.cumsum(self.nvec)[:, None]
         places = ends - np.array(self.nvec)[:, None] + np.arange(max(self.nvec))
         # Of each component's choices in the logits; behind its last one, the place behind them all.
@@ -131,24 +151,34 @@ class DecisionPolicy(nn.Module):
         hidden = F.linear(features, first.weight, first.bias).tanh()
         return F.linear(F.linear(hidden, second.weight, second.bias).tanh(), self.head.weight, self.head.bias)
 
-    def log_probs(self, logits: Tensor, decisions: Tensor, exploration: float = 0.0) -> list[Tensor]:
-        """Log-probabilities of every choice of each component, each ``[n, size]``, given the choices before it.
+    def evaluate(self, logits: Tensor, decisions: Tensor, exploration: float = 0.0) -> tuple[Tensor, Tensor]:
+        """How probable decisions are, and how open each is: what policy gradients are taken of.
 
         Args:
             logits: Of ``forward``.
-            decisions: ``[n, components]``.
+            decisions: int64 ``[n, components]``.
             exploration: No choice is less probable than this (Wu et al. 2018, BlockDrop, equation 5).
+
+        Returns:
+            The logarithm of each component's probability, given those before it, ``[n, components]``; and the entropy
+            of the choices, summed over components, ``[n]``.
         """
         if self.autoregressive:
             logits = logits + decisions.to(logits.dtype) @ (self.coupling * self._earlier).T
-        return [bounded(choice, exploration) for choice in logits.split(self.nvec, dim=1)]
+        log_probs, entropy = [], torch.zeros(len(logits), device=logits.device)
+        for group in self._groups:
+            of_all = bounded(group.of(logits), exploration)
+            log_probs.append(of_all.gather(2, decisions[:, group.components, None])[..., 0])
+            entropy = entropy - (of_all.exp() * of_all).sum(dim=(1, 2))
+        return torch.cat(log_probs, dim=1), entropy
 
     def choose(self, logits: Tensor, pick: Callable[[Tensor], Tensor] = _most_probable) -> Tensor:
         """Decisions, int64 ``[n, components]``, component by component.
 
         Args:
             logits: Of ``forward``.
-            pick: Takes the logits ``[n, size]`` of one component, given the choices before it, to choices ``[n]``.
+            pick: Takes logits ``[rows, size]``, each row those of one component (given the choices before it), to
+                choices ``[rows]``.
         """
         if pick is _most_probable and self.codebook is not None:
             return self._from_codebook(logits)
@@ -166,13 +196,17 @@ class DecisionPolicy(nn.Module):
 
     @torch.no_grad()
     def _picked(self, logits: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
-        """Component by component."""
+        """Group by group, or component by component where a choice depends on earlier ones."""
         decisions = torch.zeros(len(logits), len(self.nvec), dtype=torch.int64, device=logits.device)
+        if not self.autoregressive:
+            for group in self._groups:
+                choices = group.of(logits).transpose(0, 1).reshape(-1, group.size)
+                decisions[:, group.components] = pick(choices).view(-1, len(logits)).T
+            return decisions
         ends = np.cumsum(self.nvec)
         for number, (size, end) in enumerate(zip(self.nvec, ends, strict=True)):
-            choice = logits[:, end - size : end]
-            if self.autoregressive and number:
-                choice = choice + decisions[:, :number].to(logits.dtype) @ self.coupling[end - size : end, :number].T
+            earlier = self.coupling[end - size : end, :number]
+            choice = logits[:, end - size : end] + decisions[:, :number].to(logits.dtype) @ earlier.T
             decisions[:, number] = pick(choice)
         return decisions
 
@@ -189,15 +223,11 @@ class DecisionPolicy(nn.Module):
 
         A component that is -1 does not count.
         """
-        places = self._places.gather(1, masks.T.clamp(min=0)).T
         if not self.autoregressive:
+            places = self._places.gather(1, masks.T.clamp(min=0)).T
             chosen = torch.zeros(logits.shape[1], len(masks), device=logits.device)
             return logits @ chosen.scatter_(0, places.T, (masks.T >= 0).to(chosen.dtype))
-        of_each = []
-        for mask, place in zip(masks, places, strict=True):
-            given = self.log_probs(logits, mask.expand(len(logits), -1))
-            of_each.append(torch.cat(given, dim=1)[:, place].sum(dim=1))
-        return torch.stack(of_each, dim=1)
+        return torch.stack([self.evaluate(logits, mask.expand(len(logits), -1))[0].sum(dim=1) for mask in masks], dim=1)
 
     @torch.inference_mode()
     def decide(self, observations: NDArray | dict[str, NDArray]) -> NDArray:
@@ -377,6 +407,16 @@ def _of_each_stage(codebook: Tensor) -> list[Tensor]:
     return [codebook[group == number] for number in range(int(group.max()) + 1)]
 
 
+def _groups_of(nvec: list[int]) -> list[Group]:
+    """The components in as few groups as there are."""
+    groups, component, column = [], 0, 0
+    for size, alike in groupby(nvec):
+        count = len(list(alike))
+        groups.append(Group(slice(component, component + count), slice(column, column + count * size), size))
+        component, column = component + count, column + count * size
+    return groups
+
+
 def blinded(observations: Seen, stages: Sequence[str]) -> Seen:
     """Observations of a batch with nothing of the input; of several stages, with the stage alone."""
     if isinstance(observations, dict):
@@ -388,11 +428,11 @@ def blinded(observations: Seen, stages: Sequence[str]) -> Seen:
 
 
 def bounded(logits: Tensor, lowest: float) -> Tensor:
-    """Log-probabilities ``[n, size]`` of the choices with these logits, none less probable than ``lowest``."""
-    log_prob = logits.log_softmax(dim=1)
+    """Log-probabilities ``[..., size]`` of the choices with these logits, none less probable than ``lowest``."""
+    log_prob = logits.log_softmax(dim=-1)
     if lowest == 0:
         return log_prob
-    return torch.log((1 - logits.shape[1] * lowest) * log_prob.exp() + lowest)
+    return torch.log((1 - logits.shape[-1] * lowest) * log_prob.exp() + lowest)
 
 
 def _seeded(logits: Tensor) -> Tensor:
