@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,26 @@ from sd_gym.agents.experiment.folder import read_result
 from sd_gym.agents.experiment.many import train_many
 from sd_gym.agents.experiment.plan import Planned
 from sd_gym.agents.report.compare import markdown
+from torch import nn
+
+from sd_gym import register_network
 
 MINI, SUMMARIES = "SD/Classification-Mini-v0", "SD/Summarization-Mini-v0"
 Row = tuple[str, str, dict[str, Any]]  # env, agent, settings
 KINDS = ("attention", "cross_attention", "feed_forward")
 SHARES = [0.0, 0.25, 0.5]
+
+
+def hidden_layers(widths: tuple[int, ...], features: int, logits: int) -> nn.Sequential:
+    """A policy network with hidden layers of these widths."""
+    sizes = (features, *widths)
+    hidden = [(nn.Linear(size, width), nn.Tanh()) for size, width in zip(sizes, widths, strict=False)]
+    return nn.Sequential(*(layer for pair in hidden for layer in pair), nn.Linear(sizes[-1], logits))
+
+
+NETWORKS = {"linear": (), **{f"two hidden layers of {width}": (width, width) for width in (8, 64, 256)}}
+for name, widths in NETWORKS.items():
+    register_network(name, partial(hidden_layers, widths))
 
 
 def scalarized(weight: float) -> Row:
@@ -56,6 +72,7 @@ ABLATIONS: dict[str, dict[str, Row]] = {
         "tokens, as many channels as 1% of the FLOPs": (MINI, "ppo", {"observation": "tokens"}),
         "tokens, 8 channels": (MINI, "ppo", {"observation": "tokens", "channels": 8}),
     },
+    "size": {name: (MINI, "ppo", {"network": name}) for name in NETWORKS},
     "stages": {
         "one": (MINI, "ppo", {}),
         "three": ("SD/Classification-Mini-Staged-v0", "ppo", {}),
@@ -107,7 +124,7 @@ def main() -> None:
             for seed in arguments.seeds
             for env, algo, settings in rows.values()
         ]
-        train_many(runs, jobs=arguments.jobs, on_word=show)
+        train_many(runs, jobs=arguments.jobs, imports=[__file__], on_word=show)
     shown = []
     for name, row in rows.items():
         folders = [folder_of(arguments.output, row, steps, seed) for seed in arguments.seeds]

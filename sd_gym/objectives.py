@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 ObjectiveFunction = Callable[..., Floats]
+# Of a multiplier, a decision. At 0.1 it rises to several times its start while the policy is still poor, and is still
+# falling when 20,000 decisions end (docs/results.md).
+MULTIPLIER_RATE = 0.02
 NO_LAGRANGIAN = (
     "an env's reward does not move, so its multiplier is no longer the env's: train the agent ppo_lagrangian or "
     "a2c_lagrangian (with its setting multiplier_rate), or put sd_gym.envs.wrappers.LagrangianWrapper "

@@ -11,6 +11,7 @@ from sd_gym.agents.learning.agent import LearnerSettings
 from sd_gym.agents.learning.sb3 import SB3Agent
 
 from sd_gym.envs.wrappers import LagrangianVectorWrapper
+from sd_gym.objectives import MULTIPLIER_RATE
 
 
 class LagrangianSettings(LearnerSettings):
@@ -20,7 +21,7 @@ class LagrangianSettings(LearnerSettings):
         multiplier_rate: How fast the multiplier, which starts at the env's ``penalty``, moves a decision.
     """
 
-    multiplier_rate: float = Field(0.1, ge=0, allow_inf_nan=False)
+    multiplier_rate: float = Field(MULTIPLIER_RATE, ge=0, allow_inf_nan=False)
 
 
 class LagrangianAgent(SB3Agent):

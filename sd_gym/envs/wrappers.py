@@ -10,7 +10,7 @@ from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import VectorEnv, VectorWrapper
 from numpy.typing import NDArray
 
-from sd_gym.objectives import Lagrangian
+from sd_gym.objectives import MULTIPLIER_RATE, Lagrangian
 
 OUTCOME = ("quality", "quality_ref", "flops_ratio")
 
@@ -71,7 +71,7 @@ class LagrangianWrapper(gym.Wrapper, RecordConstructorArgs):
         (10.0, 19.0)
     """
 
-    def __init__(self, env: gym.Env, multiplier: float | None = None, rate: float = 0.1) -> None:
+    def __init__(self, env: gym.Env, multiplier: float | None = None, rate: float = MULTIPLIER_RATE) -> None:
         RecordConstructorArgs.__init__(self, multiplier=multiplier, rate=rate)
         gym.Wrapper.__init__(self, env)
         self.lagrangian = _lagrangian(env, multiplier, rate)
@@ -95,7 +95,7 @@ class LagrangianVectorWrapper(VectorWrapper):
         ValueError: If the env has a ``reward.dense`` or a ``reward.vector``.
     """
 
-    def __init__(self, env: VectorEnv, multiplier: float | None = None, rate: float = 0.1) -> None:
+    def __init__(self, env: VectorEnv, multiplier: float | None = None, rate: float = MULTIPLIER_RATE) -> None:
         super().__init__(env)
         self.lagrangian = _lagrangian(env, multiplier, rate)
 
