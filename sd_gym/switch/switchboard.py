@@ -310,7 +310,7 @@ class Switchboard:
             choice = decision.state.encoded = None
         grown = None
         if choice is not None or tokens is not None or skip.any():
-            grown = decision.grown(self._plan(skip, tokens is not None), tokens, choice)
+            grown = decision.grown(self._plan(skip, tokens is not None, device=hidden.device), tokens, choice)
         elif cache is not None:
             unsigned(cache)
         self._scope.settle(grown)
@@ -430,19 +430,23 @@ class Switchboard:
                 )
             )
 
-    def _plan(self, skip: np.ndarray, drops: bool, resumes: int | None = None) -> Plan:
+    def _plan(
+        self, skip: np.ndarray, drops: bool, resumes: int | None = None, device: torch.device | None = None
+    ) -> Plan:
         """The plan of decisions, made once for those that were decided on lately.
 
         Args:
             skip: Decisions, bool ``[batch, switches]``.
             drops: Whether tokens are dropped.
             resumes: Number of the first switch that may run, where a pass is resumed; ``None``: it is not.
+            device: The model's, where it is known, since a model looks for it among its parameters.
         """
-        key = skip.tobytes(), len(skip), drops, resumes, self.model.device
+        device = self.model.device if device is None else device
+        key = skip.tobytes(), len(skip), drops, resumes, device
         plan = self._plans.get(key)
         if plan is None:
             idle = self._idle(skip.all(axis=0)) | self._lean.intersection(self._places[: resumes or 0])
-            plan = Plan.of(skip, idle, self._needs(skip.any(axis=0), idle, drops, resumes), self.model.device)
+            plan = Plan.of(skip, idle, self._needs(skip.any(axis=0), idle, drops, resumes), device)
             if len(self._plans) >= PLANS:
                 self._plans.clear()
             self._plans[key] = plan
