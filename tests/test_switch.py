@@ -292,7 +292,7 @@ def test_a_layer_that_no_row_runs_is_passed_by(name):
         return outputs.logits, *(outputs.get("encoder_hidden_states") or outputs.hidden_states)
 
     outputs = run()
-    board._idle, board._plans, passed_by = lambda skipped: frozenset(), {}, False
+    board._shadows.idle, board._plans, passed_by = lambda skipped, resumes: frozenset(), {}, False
     assert all(torch.equal(one, other) for one, other in zip(outputs, run(), strict=True))
 
 

@@ -8,9 +8,8 @@ decision is in force anywhere by which some row skips them. A shadow asks for th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,43 +21,11 @@ from sd_gym.switch.architectures import architecture_of
 from sd_gym.switch.cache import unsigned
 from sd_gym.switch.context import Block, Scope, StaleBoardError
 from sd_gym.switch.decision import Decision, Plan
-from sd_gym.switch.rowwise import Place, Rowwise
-from sd_gym.switch.shadow import Shadow
+from sd_gym.switch.links import Links
+from sd_gym.switch.shadows import Shadows
 from sd_gym.switch.stages import Choice, Reached, Seen, Stage, stages_named, stages_of
 from sd_gym.switch.switch import Switch
 from sd_gym.switch.tokens import DroppedTokens
-from sd_gym.switch.whole import Generate, Layer, run_decoder, run_encoder
-
-
-class _Numbers(NamedTuple):
-    """Numbers of the shadows that a switch needs."""
-
-    modules: list[int]  # where some row skips it
-    layer: list[int]  # where its layer is passed by
-    signing: list[int]  # where all rows run it
-    attends_input: bool  # then its modules are needed where tokens are dropped, too
-
-
-class _Links(NamedTuple):
-    """Which module is a part of which, on the ways from the model to its switched modules, side by side."""
-
-    paths: tuple[str, ...]
-    holders: tuple[dict[str, nn.Module], ...]  # the parts of each parent, by name
-    names: tuple[str, ...]
-    children: list[nn.Module]
-
-    @classmethod
-    def of(cls, links: list[tuple[str, dict[str, nn.Module], str, nn.Module]]) -> _Links:
-        """Links one by one."""
-        paths, holders, names, children = zip(*links, strict=True)
-        return cls(paths, holders, names, list(children))
-
-    def replaced(self) -> list[str]:
-        """Paths at which another module is now; asked for every decision, so it has to be quick where there is none."""
-        found = list(map(dict.get, self.holders, self.names))
-        if found == self.children:
-            return []
-        return [path for path, now, child in zip(self.paths, found, self.children, strict=True) if now is not child]
 
 
 class _Course(NamedTuple):
@@ -135,9 +102,9 @@ class Switchboard:
         ]
         self._stages = stages_of(self.switches)
         self._scope = Scope()
-        self._links = _Links.of(self._linked())
-        self._scope.fill([Shadow(target, name, self._scope, run) for target, name, run in self._methods()])
-        self._number_shadows()
+        ways = {f"{self.path_of(switch)}.{path}" for switch in self.switches for path in switch.sublayer.modules}
+        self._links = Links.of(model, ways)
+        self._shadows = Shadows(model, self.architecture, self.switches, self._scope)
         self._courses: dict[str | tuple[str, ...], _Course] = {}
         self._none = np.zeros((1, len(self)), dtype=bool)
         self._undecided = Plan.of(self._none, frozenset(), (), torch.device("cpu"))
@@ -233,7 +200,7 @@ class Switchboard:
         """
         self._check_fresh()
         course = self._course(stages)
-        needs = (*course.needs, *self._for_generating)
+        needs = (*course.needs, *self._shadows.for_generating)
         return self._scope.put(self._awaiting(Choice(course.stages, choose, mask, self._none, self._settle, needs)))
 
     def run_to(
@@ -283,8 +250,8 @@ class Switchboard:
         known = self._courses.get(key)
         if known is None:
             stages = stages_named(self._stages, names)
-            layers = [self._of_layer[stage.place] for stage in stages if not stage.is_between]
-            known = self._courses[key] = _Course(stages, (*layers, *self._for_stacks))
+            layers = [self._shadows.of_layer[stage.place] for stage in stages if not stage.is_between]
+            known = self._courses[key] = _Course(stages, (*layers, *self._shadows.for_stacks))
         return known
 
     def _awaiting(
@@ -364,72 +331,6 @@ class Switchboard:
         if vars(self.model).get("_switchboard") is self:
             del self.model._switchboard
 
-    def _methods(self) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
-        """What can be shadowed: the object, the name of its method, and what runs in its place."""
-        of_switches = [Rowwise(number, switch, self.model) for number, switch in enumerate(self.switches)]
-        for rowwise in of_switches:
-            switch, last = rowwise.switch, len(rowwise.switch.modules) - 1
-            for position, (path, module) in enumerate(zip(switch.sublayer.modules, switch.modules, strict=True)):
-                place = Place(position == 0, position == last, path == switch.sublayer.attention)
-                yield module, "forward", partial(rowwise.run, place)
-        stacks = self.architecture.stacks
-        for stack in stacks:
-            layers = self.model.base_model.get_submodule(stack.layers)
-            for index, layer in enumerate(layers):
-                yield (
-                    layer,
-                    "forward",
-                    Layer(
-                        self.model,
-                        layer,
-                        stack.name,
-                        index,
-                        [one for one in of_switches if one.switch.layer is layer and one.switch.sublayer.attention],
-                        reads_input=stack is stacks[0],
-                        restores=len(stacks) == 1 and index == len(layers) - 1,
-                    ).run,
-                )
-        if len(stacks) > 1:
-            yield self.model.base_model.get_submodule("encoder"), "forward", run_encoder
-            yield self.model.base_model.get_submodule("decoder"), "forward", run_decoder
-        if hasattr(self.model, "generate"):
-            generate = Generate(self._scope)
-            yield self.model, "generate", generate.run
-            yield self.model, "_expand_inputs_for_generation", generate.expand
-
-    def _number_shadows(self) -> None:
-        """Note which shadows are for what."""
-        self._places = [(switch.stack, switch.index) for switch in self.switches]
-        whole = {stack.name for stack in self.architecture.stacks if stack.whole}
-        self._whole = frozenset(place for place in self._places if place[0] in whole)
-        biased = {(switch.stack, switch.index) for switch in self.switches if switch.sublayer.position_bias is not None}
-        self._lean = frozenset(self._places) - biased  # layers that return hidden states alone
-        self._of_layer: dict[tuple[str, int], int] = {}
-        self._for_stacks: list[int] = []
-        self._for_tokens: list[int] = []
-        self._for_generating: list[int] = []
-        begin = sum(len(switch.modules) for switch in self.switches)
-        for number, shadow in enumerate(self._scope.shadows[begin:], start=begin):
-            layer = getattr(shadow.run, "__self__", None)
-            if isinstance(layer, Layer):
-                self._of_layer[layer.place] = number
-                self._for_tokens += [number] * layer.reads_input
-            else:
-                (self._for_stacks if shadow.name == "forward" else self._for_generating).append(number)
-        self._for_tokens += self._for_stacks
-        self._numbers, begin = [], 0
-        for switch in self.switches:
-            modules = list(range(begin, begin := begin + len(switch.modules)))
-            attention = switch.sublayer.attention
-            self._numbers.append(
-                _Numbers(
-                    modules,
-                    [self._of_layer[switch.stack, switch.index]],
-                    [modules[switch.sublayer.modules.index(attention)]] if switch.signs_cache else [],
-                    switch.reads_input and attention is not None,
-                )
-            )
-
     def _plan(
         self, skip: np.ndarray, drops: bool, resumes: int | None = None, device: torch.device | None = None
     ) -> Plan:
@@ -445,59 +346,12 @@ class Switchboard:
         key = skip.tobytes(), len(skip), drops, resumes, device
         plan = self._plans.get(key)
         if plan is None:
-            idle = self._idle(skip.all(axis=0)) | self._lean.intersection(self._places[: resumes or 0])
-            plan = Plan.of(skip, idle, self._needs(skip.any(axis=0), idle, drops, resumes), device)
+            idle = self._shadows.idle(skip.all(axis=0), resumes)
+            plan = Plan.of(skip, idle, self._shadows.needs(skip.any(axis=0), idle, drops, resumes), device)
             if len(self._plans) >= PLANS:
                 self._plans.clear()
             self._plans[key] = plan
         return plan
-
-    def _idle(self, skipped: np.ndarray) -> frozenset[tuple[str, int]]:
-        """Stack and index of the layers that can be passed by, as no row runs any of their sublayers.
-
-        Args:
-            skipped: Whether all rows skip a switch, bool ``[switches]``.
-        """
-        runs = {place for place, skips in zip(self._places, skipped.tolist(), strict=True) if not skips}
-        return self._whole - runs
-
-    def _needs(
-        self, skipped: np.ndarray, idle: frozenset[tuple[str, int]], drops: bool, resumes: int | None
-    ) -> tuple[int, ...]:
-        """Numbers of the shadows that decisions need.
-
-        Args:
-            skipped: Whether any row skips a switch, bool ``[switches]``.
-            idle: The layers that are passed by.
-            drops: Whether tokens are dropped.
-            resumes: As of ``_plan``.
-        """
-        needs: list[int] = []
-        skips = skipped.tolist()
-        for number, (place, own) in enumerate(zip(self._places, self._numbers, strict=True)):
-            if place in idle:
-                needs += own.layer
-            elif skips[number] or (drops and own.attends_input):
-                needs += own.modules
-            else:
-                needs += own.signing
-        if drops:
-            needs += self._for_tokens
-        if resumes is not None:
-            needs += [self._of_layer[self._places[resumes]], *self._for_stacks]
-        return tuple(dict.fromkeys((*needs, *self._for_generating)))
-
-    def _linked(self) -> list[tuple[str, dict[str, nn.Module], str, nn.Module]]:
-        """Path, parts of the parent, name and child on the ways from the model to its switched modules."""
-        ways = {f"{self.path_of(switch)}.{path}" for switch in self.switches for path in switch.sublayer.modules}
-        links = {}
-        for way in sorted(ways):
-            parent, steps = self.model, way.split(".")
-            for depth, name in enumerate(steps):
-                child = parent.get_submodule(name)
-                links[".".join(steps[: depth + 1])] = (parent._modules, name, child)
-                parent = child
-        return [(path, *link) for path, link in links.items()]
 
     def _check_fresh(self) -> None:
         """Raise StaleBoardError unless the model's modules are those that the board was made for."""

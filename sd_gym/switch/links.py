@@ -1,0 +1,44 @@
+"""Which module is a part of which in a model, noted so that it shows where another one is in its place now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Links(NamedTuple):
+    """The links on the ways from a model to some of its modules, side by side.
+
+    Attributes:
+        paths: Where each module is in the model.
+        holders: Of each, the parts of its parent, by name.
+        names: What it is called there.
+        children: The modules.
+    """
+
+    paths: tuple[str, ...]
+    holders: tuple[dict[str, nn.Module], ...]
+    names: tuple[str, ...]
+    children: list[nn.Module]
+
+    @classmethod
+    def of(cls, model: nn.Module, ways: Iterable[str]) -> Links:
+        """The links on the ways to modules, which are told by their paths in the model."""
+        links: dict[str, tuple[dict[str, nn.Module], str, nn.Module]] = {}
+        for way in sorted(ways):
+            parent, steps = model, way.split(".")
+            for depth, name in enumerate(steps):
+                child = parent.get_submodule(name)
+                links[".".join(steps[: depth + 1])] = (parent._modules, name, child)
+                parent = child
+        holders, names, children = zip(*links.values(), strict=True)
+        return cls(tuple(links), holders, names, list(children))
+
+    def replaced(self) -> list[str]:
+        """Paths at which another module is now; asked for every decision, so it has to be quick where there is none."""
+        found = list(map(dict.get, self.holders, self.names))
+        if found == self.children:
+            return []
+        return [path for path, now, child in zip(self.paths, found, self.children, strict=True) if now is not child]

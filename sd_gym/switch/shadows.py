@@ -1,0 +1,144 @@
+"""All that may stand in the place of a model's methods, and which of it a decision needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from sd_gym.switch.architectures import Architecture
+from sd_gym.switch.context import Scope
+from sd_gym.switch.rowwise import Place, Rowwise
+from sd_gym.switch.shadow import Shadow
+from sd_gym.switch.switch import Switch
+from sd_gym.switch.whole import Generate, Layer, run_decoder, run_encoder
+
+At = tuple[str, int]  # stack and index of a layer
+
+
+class _Numbers(NamedTuple):
+    """Numbers of the shadows that a switch needs."""
+
+    modules: list[int]  # where some row skips it
+    layer: list[int]  # where its layer is passed by
+    signing: list[int]  # where all rows run it
+    attends_input: bool  # then its modules are needed where tokens are dropped, too
+
+
+class Shadows:
+    """A board's shadows; they are told by their numbers in its scope, which is filled with them.
+
+    Args:
+        model: The model.
+        architecture: Where its switches are.
+        switches: The switches.
+        scope: The board's decisions.
+
+    Attributes:
+        of_layer: Number of each layer's.
+        for_stacks: Numbers of those of the encoder and the decoder, where there are both.
+        for_generating: Of those of ``generate()``.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, architecture: Architecture, switches: list[Switch], scope: Scope
+    ) -> None:
+        self._model, self._architecture, self._switches = model, architecture, switches
+        scope.fill([Shadow(target, name, scope, run) for target, name, run in self._methods(scope)])
+        self._places: list[At] = [(switch.stack, switch.index) for switch in switches]
+        whole = {stack.name for stack in architecture.stacks if stack.whole}
+        self._whole = frozenset(place for place in self._places if place[0] in whole)
+        biased = {(switch.stack, switch.index) for switch in switches if switch.sublayer.position_bias is not None}
+        self._lean = frozenset(self._places) - biased  # layers that return hidden states alone
+        self.of_layer: dict[At, int] = {}
+        self.for_stacks: list[int] = []
+        self.for_generating: list[int] = []
+        self._for_tokens: list[int] = []
+        self._number(scope.shadows)
+
+    def idle(self, skipped: np.ndarray, resumes: int | None) -> frozenset[At]:
+        """The layers that can be passed by, as no row runs any of their sublayers.
+
+        Args:
+            skipped: Whether all rows skip a switch, bool ``[switches]``.
+            resumes: Number of the first switch that may run, where a pass is resumed; ``None``: it is not.
+        """
+        runs = {place for place, skips in zip(self._places, skipped.tolist(), strict=True) if not skips}
+        return (self._whole - runs) | self._lean.intersection(self._places[: resumes or 0])
+
+    def needs(self, skipped: np.ndarray, idle: frozenset[At], drops: bool, resumes: int | None) -> tuple[int, ...]:
+        """Numbers of the shadows that decisions need.
+
+        Args:
+            skipped: Whether any row skips a switch, bool ``[switches]``.
+            idle: The layers that are passed by.
+            drops: Whether tokens are dropped.
+            resumes: As of ``idle``.
+        """
+        needs: list[int] = []
+        skips = skipped.tolist()
+        for number, (place, own) in enumerate(zip(self._places, self._numbers, strict=True)):
+            if place in idle:
+                needs += own.layer
+            elif skips[number] or (drops and own.attends_input):
+                needs += own.modules
+            else:
+                needs += own.signing
+        if drops:
+            needs += self._for_tokens
+        if resumes is not None:
+            needs += [self.of_layer[self._places[resumes]], *self.for_stacks]
+        return tuple(dict.fromkeys((*needs, *self.for_generating)))
+
+    def _methods(self, scope: Scope) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+        """What can be shadowed: the object, the name of its method, and what runs in its place."""
+        model, stacks = self._model, self._architecture.stacks
+        of_switches = [Rowwise(number, switch, model) for number, switch in enumerate(self._switches)]
+        for rowwise in of_switches:
+            switch, last = rowwise.switch, len(rowwise.switch.modules) - 1
+            for position, (path, module) in enumerate(zip(switch.sublayer.modules, switch.modules, strict=True)):
+                place = Place(position == 0, position == last, path == switch.sublayer.attention)
+                yield module, "forward", partial(rowwise.run, place)
+        for stack in stacks:
+            layers = model.base_model.get_submodule(stack.layers)
+            for index, layer in enumerate(layers):
+                attentions = [one for one in of_switches if one.switch.layer is layer and one.switch.sublayer.attention]
+                restores = len(stacks) == 1 and index == len(layers) - 1
+                whole = Layer(
+                    model, layer, stack.name, index, attentions, reads_input=stack is stacks[0], restores=restores
+                )
+                yield layer, "forward", whole.run
+        if len(stacks) > 1:
+            yield model.base_model.get_submodule("encoder"), "forward", run_encoder
+            yield model.base_model.get_submodule("decoder"), "forward", run_decoder
+        if hasattr(model, "generate"):
+            generate = Generate(scope)
+            yield model, "generate", generate.run
+            yield model, "_expand_inputs_for_generation", generate.expand
+
+    def _number(self, shadows: list[Shadow]) -> None:
+        """Note which shadows are for what."""
+        begin = sum(len(switch.modules) for switch in self._switches)
+        for number, shadow in enumerate(shadows[begin:], start=begin):
+            layer = getattr(shadow.run, "__self__", None)
+            if isinstance(layer, Layer):
+                self.of_layer[layer.place] = number
+                self._for_tokens += [number] * layer.reads_input
+            else:
+                (self.for_stacks if shadow.name == "forward" else self.for_generating).append(number)
+        self._for_tokens += self.for_stacks
+        self._numbers, begin = [], 0
+        for switch in self._switches:
+            modules = list(range(begin, begin := begin + len(switch.modules)))
+            attention = switch.sublayer.attention
+            self._numbers.append(
+                _Numbers(
+                    modules,
+                    [self.of_layer[switch.stack, switch.index]],
+                    [modules[switch.sublayer.modules.index(attention)]] if switch.signs_cache else [],
+                    switch.reads_input and attention is not None,
+                )
+            )
