@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd_gym.files import write_json, write_tensors
+from sd_gym.policy.choices import bounded, groups_of
 from sd_gym.policy.description import FORMAT, read_description, read_weights
 from sd_gym.policy.eyes import Eyes, flops_a_token, tensors
 from sd_gym.policy.layers import Apart, hidden_layers, on_meta, own_network
@@ -26,24 +26,6 @@ Seen = TypeVar("Seen", Tensor, NDArray, dict[str, Tensor], dict[str, NDArray])
 
 def _most_probable(logits: Tensor) -> Tensor:
     return logits.argmax(dim=1)
-
-
-class Group(NamedTuple):
-    """Components side by side that have the same number of choices: one tensor operation serves them all.
-
-    Attributes:
-        components: Which.
-        columns: Where their logits are.
-        size: Choices of each.
-    """
-
-    components: slice
-    columns: slice
-    size: int
-
-    def of(self, logits: Tensor) -> Tensor:
-        """Their logits ``[n, components, size]``, of those of all components, ``[n, sum(nvec)]``."""
-        return logits[:, self.columns].unflatten(1, (-1, self.size))
 
 
 class DecisionPolicy(nn.Module):
@@ -123,7 +105,7 @@ class DecisionPolicy(nn.Module):
             self.head = nn.Linear(hidden, sum(self.nvec))
         else:
             self.body, self.head = own_network(network, self.features, sum(self.nvec))
-        self._groups = _groups_of(self.nvec)
+        self._groups = groups_of(self.nvec)
         ends = np.cumsum(self.nvec)[:, None]
         places = ends - np.array(self.nvec)[:, None] + np.arange(max(self.nvec))
         # Of each component's choices in the logits; behind its last one, the place behind them all.
@@ -407,16 +389,6 @@ def _of_each_stage(codebook: Tensor) -> list[Tensor]:
     return [codebook[group == number] for number in range(int(group.max()) + 1)]
 
 
-def _groups_of(nvec: list[int]) -> list[Group]:
-    """The components in as few groups as there are."""
-    groups, component, column = [], 0, 0
-    for size, alike in groupby(nvec):
-        count = len(list(alike))
-        groups.append(Group(slice(component, component + count), slice(column, column + count * size), size))
-        component, column = component + count, column + count * size
-    return groups
-
-
 def blinded(observations: Seen, stages: Sequence[str]) -> Seen:
     """Observations of a batch with nothing of the input; of several stages, with the stage alone."""
     if isinstance(observations, dict):
@@ -425,14 +397,6 @@ def blinded(observations: Seen, stages: Sequence[str]) -> Seen:
     if len(stages) > 1:
         zeros[:, : len(stages)] = observations[:, : len(stages)]
     return zeros
-
-
-def bounded(logits: Tensor, lowest: float) -> Tensor:
-    """Log-probabilities ``[..., size]`` of the choices with these logits, none less probable than ``lowest``."""
-    log_prob = logits.log_softmax(dim=-1)
-    if lowest == 0:
-        return log_prob
-    return torch.log((1 - logits.shape[-1] * lowest) * log_prob.exp() + lowest)
 
 
 def _seeded(logits: Tensor) -> Tensor:
