@@ -8,16 +8,23 @@ import pytest
 from sd_gym.agents import make_agent
 from sd_gym.agents.baselines import early_exit
 from sd_gym.agents.baselines.search import (
+    all_of,
     exhaustive_each,
     greedy_path,
     learned_path,
     losses_along,
     order_of,
     search_each,
+    units_of,
 )
+from sd_gym.agents.baselines.static import MASKS
 from sd_gym.agents.experiment.run import train
 from sd_gym.agents.experiment.selection import halves
 from sd_gym.agents.experiment.verdict import Verdict, verdict
+from stable_baselines3.common.logger import configure
+
+import sd_gym
+from sd_gym.envs.spaces import read_masks
 
 
 @pytest.fixture
@@ -67,7 +74,7 @@ def test_a_wider_beam_is_never_worse_and_always_good(env):
     best = split.costs.flops_ratio(rows, exhaustive_each(core, split, rows, good, nobody))
     last = np.ones(len(rows))
     for width in (1, 4, 64):
-        found = search_each(core, split, rows, list(range(core.n_switches)), good, nobody, width=width)
+        found = search_each(core, split, rows, list(np.arange(core.n_switches)), good, nobody, width=width)
         assert good(rows, found).all()
         ratio = split.costs.flops_ratio(rows, found)
         assert ratio.mean() <= last.mean() + 1e-12
@@ -90,7 +97,21 @@ def test_a_greedy_path_changes_one_component_at_a_time(env, forward):
         assert len(path) == core.n_switches + 1
     assert all(np.abs(after - before).sum() == 1 for before, after in pairwise(path))
     if not forward:
-        assert sorted(order_of(path)) == list(range(core.n_switches))
+        assert sorted(np.concatenate(order_of(path))) == list(range(core.n_switches))
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_a_greedy_path_of_layers_changes_all_sublayers_of_a_layer(env, forward):
+    core, split = env.core, env.core.split("train")
+    path = greedy_path(core, split, np.arange(len(split)), nobody, forward=forward, per="layer")
+    layers = {name.rpartition(".")[0] for name in core.switch_names}
+    for raised in order_of(path):
+        (layer,) = {core.switch_names[component].rpartition(".")[0] for component in raised}
+        layers.remove(layer)
+        assert [core.switch_names[component] for component in raised] == [
+            name for name in core.switch_names if name.startswith(f"{layer}.")
+        ]
+    assert forward or not layers
 
 
 class Known:
@@ -98,6 +119,7 @@ class Known:
 
     nvec = np.array([2, 2, 2, 3])
     shares = np.array([0.2, 0.2, 0.3, 0.1])
+    switch_names = ("encoder.0.attention", "encoder.1.attention", "encoder.1.feed_forward")
 
     def __init__(self):
         self.costs = self.scoring = self
@@ -130,6 +152,23 @@ def test_a_learned_path_finds_the_mask_that_a_greedy_one_misses():
     np.testing.assert_array_equal(learned_path(known, known, rows, nobody, 0), path)
 
 
+def test_a_learned_path_of_layers_raises_a_layer_or_a_token_level():
+    known, rows = Known(), np.arange(40)
+    path = learned_path(known, known, rows, nobody, 0, per="layer")
+    steps = [tuple(raised) for raised in order_of(path)]
+    assert sorted(steps) == [(0,), (1, 2), (3,), (3,)]
+    assert steps[-1] != (0,)  # which loses nothing
+
+
+def test_all_decisions_of_layers():
+    units = units_of(Known(), "layer")
+    assert [unit.tolist() for unit in units] == [[0], [1, 2], [3]]
+    found = np.stack(all_of(Known.nvec, units))
+    assert len(np.unique(found, axis=0)) == len(found) == 2 * 2 * 3
+    assert not found[0].any()
+    assert (found[:, 1] == found[:, 2]).all()
+
+
 def test_what_instances_lose_along_a_path(env):
     core, split = env.core, env.core.split("train")
     rows, seen = np.array([5, 0, 9]), []
@@ -156,6 +195,21 @@ def test_the_static_agent_finds_the_best_of_all_masks(settings, tmp_path):
     assert best < 1
     mask = np.array([[*result["skip_rate"].values(), 0]]).astype(int)
     assert split.costs.flops_ratio(np.arange(len(split)), np.tile(mask, (len(split), 1))).mean() == pytest.approx(best)
+
+
+def test_the_static_agent_skips_whole_layers(settings, tmp_path):
+    settings |= {"epsilon": 1.0, "per": "layer"}
+    train("SD/Classification-Custom-v0", "static", tmp_path / "run", steps=1, settings=settings, strictness=0)
+    masks = read_masks(tmp_path / "run" / MASKS, np.full(7, 2))
+    assert len(masks) == 2**3  # all there are
+    np.testing.assert_array_equal(masks[:, 0:6:2], masks[:, 1:6:2])
+
+
+def test_a_table_of_some_masks_knows_no_layers(settings, tmp_path):
+    sd_gym.tabulate("SD/Classification-Custom-v0", tmp_path / "table", decisions="random:8", **settings)
+    env = gym.make_vec("SD/Table-v0", num_envs=1, table=str(tmp_path / "table")).unwrapped
+    with pytest.raises(ValueError, match="per=layer"):
+        make_agent("static", env, per="layer").learn(1, configure(str(tmp_path), []), nobody)
 
 
 def test_no_policy_saves_more_than_the_oracle(settings, tmp_path):

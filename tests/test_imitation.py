@@ -67,6 +67,12 @@ def test_a_policy_takes_the_steps_with_positive_logits(taken):
     np.testing.assert_array_equal(policy.choose(logits)[0], path[taken])
 
 
+def test_a_step_of_several_components_raises_all_of_them():
+    nvec, path = np.array([2, 2, 2, 2]), np.array([[0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
+    logits = component_logits(torch.tensor([[2.0, -1.0, -3.0]]), path, nvec)
+    assert logits.tolist() == [[0, -1, 0, 2, 0, 2, 0, -3]]
+
+
 @pytest.fixture
 def custom(reviews, tiny_backbone):
     return {"dataset": str(reviews), "backbone": str(tiny_backbone), "penalty": 2.0}
@@ -107,6 +113,24 @@ def test_static_takes_over_the_path_that_imitation_has_searched(env, tmp_path):
     (tmp_path / MASKS).unlink()
     with pytest.raises(FileNotFoundError, match="static or imitation"):
         make_agent("static", env, path=tmp_path).learn(1, configure(str(tmp_path), []), lambda rollout: None)
+
+
+def test_a_path_of_layers_is_learned_from_searched_here_or_by_static(env, custom, tmp_path):
+    names = env.core.switch_names
+    train(CUSTOM, "static", tmp_path / "tried", steps=1, settings={**custom, "per": "layer"}, strictness=0)
+    with pytest.raises(ValueError, match="no path from dense to nothing"):  # all masks, for they are few
+        make_agent("imitation", env, path=tmp_path / "tried").learn(1, configure(None, []), lambda rollout: None)
+    agent = make_agent("imitation", env, epochs=1, per="layer")
+    agent.learn(1, configure(None, []), lambda rollout: None)
+    path = agent.searched.path
+    assert len(path) == len(names) // 2 + 1
+    np.testing.assert_array_equal(path[:, :-1:2], path[:, 1:-1:2])
+    agent.save_extra(tmp_path)
+    (tmp_path / SEARCHED).unlink()
+    again = make_agent("imitation", env, epochs=1, path=tmp_path)
+    again.learn(1, configure(None, []), lambda rollout: None)
+    np.testing.assert_array_equal(again.searched.path, path)
+    np.testing.assert_array_equal(again.searched.lost, agent.searched.lost)
 
 
 def test_where_nothing_is_foreseen_the_mean_risk_stays(env, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise, product
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,11 +28,50 @@ BATCH = 4096  # decisions scored in one call
 ALONG = 1024  # instances that are run along a path in one call
 
 Array = NDArray
+Per = Literal["sublayer", "layer"]  # what a search decides on as one
 OnRound = Callable[[int], None]  # called with the decisions scored so far
 Good = Callable[[Array, Array], Array]  # takes rows [n] and decisions [n, components] to bool [n]
 
 
-def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, forward: bool = False) -> list[Array]:
+def units_of(core: Core, per: Per = "sublayer") -> list[Array]:
+    """The components of a decision, in parts that are raised together: each alone, or those of a layer.
+
+    Args:
+        core: An env's core.
+        per: Of what. The last component, of the tokens, is always alone.
+
+    Returns:
+        Numbers of components, int64, a part each. Those of a layer that have no choice are left out.
+
+    Raises:
+        ValueError: If layers are asked for, and decisions are numbers of masks.
+    """
+    alone = [np.array([component]) for component in range(len(core.nvec))]
+    if per == "sublayer":
+        return alone
+    names = core.switch_names
+    if not names:
+        raise ValueError(f"per=layer: {core.config.id} is a table of some masks, which have numbers; leave it out")
+    layers: dict[str, list[int]] = {}
+    for component, name in enumerate(names):
+        if core.nvec[component] > 1:
+            layers.setdefault(name.rpartition(".")[0], []).append(component)
+    return [*map(np.array, layers.values()), alone[-1]]
+
+
+def all_of(nvec: Array, units: list[Array]) -> list[Array]:
+    """All decisions ``[components]`` whose units each have one choice, the first of them dense."""
+    found = []
+    for choices in product(*(range(nvec[unit[0]]) for unit in units)):
+        found.append(np.zeros_like(nvec))
+        for unit, choice in zip(units, choices, strict=True):
+            found[-1][unit] = choice
+    return found
+
+
+def greedy_path(
+    core: Core, split: Split, rows: Array, on_round: OnRound, *, forward: bool = False, per: Per = "sublayer"
+) -> list[Array]:
     """Greedy search of static masks: one more candidate is skipped each round, the one least missed for what it saves.
 
     All moves of a round are screened on a few instances, the best of them are tried on all.
@@ -43,11 +83,12 @@ def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, for
         on_round: Called after each round.
         forward: From everything skipped, one candidate more runs each round, until the dense quality is reached; else
             from dense, one more is skipped each round, until nothing runs.
+        per: What a candidate is: a sublayer, or a whole layer.
 
     Returns:
         Decisions ``[components]`` from the start of the search to its end.
     """
-    path = [core.nvec - 1 if forward else np.zeros_like(core.nvec)]
+    path, units = [core.nvec - 1 if forward else np.zeros_like(core.nvec)], units_of(core, per)
     scored, known = 0, {}
 
     def key(decision: Array, on: Array) -> tuple[int, bytes]:
@@ -78,7 +119,7 @@ def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, for
         return sorted(candidates, key=price)
 
     reference = split.scoring.run(rows, np.tile(np.zeros_like(core.nvec), (len(rows), 1))).mean() if forward else np.inf
-    while candidates := _moves(core.nvec, path[-1], -1 if forward else 1):
+    while candidates := _moves(core.nvec, path[-1], -1 if forward else 1, units):
         if forward and split.scoring.run(rows, np.tile(path[-1], (len(rows), 1))).mean() >= reference:
             break
         finalists = best_first(candidates, rows[:SCREENED])[:FINALISTS]
@@ -87,14 +128,16 @@ def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, for
     return path
 
 
-def learned_path(core: Core, split: Split, rows: Array, on_round: OnRound, seed: int) -> list[Array]:
+def learned_path(
+    core: Core, split: Split, rows: Array, on_round: OnRound, seed: int, *, per: Per = "sublayer"
+) -> list[Array]:
     """Learn a path of static masks for all penalties at once, by REINFORCE with the mean of a few tries as baseline.
 
-    Every candidate (a switch, or a step of the token level) has a threshold: it is skipped where a lost instance costs
-    less than that. Each drawn instance draws a penalty as well and tries some decisions around the thresholds; they are
-    worth the FLOPs that they save less the penalty times the quality that they lose. Sorted by threshold, the
-    candidates are a path. Unlike in a greedy search no choice is final: the thresholds begin alike and soft, so that a
-    candidate is first tried beside many others, and harden.
+    Every candidate (a switch, all those of a layer, or a step of the token level) has a threshold: it is skipped where
+    a lost instance costs less than that. Each drawn instance draws a penalty as well and tries some decisions around
+    the thresholds; they are worth the FLOPs that they save less the penalty times the quality that they lose. Sorted by
+    threshold, the candidates are a path. Unlike in a greedy search no choice is final: the thresholds begin alike and
+    soft, so that a candidate is first tried beside many others, and harden.
 
     Args:
         core: The env's core.
@@ -102,15 +145,16 @@ def learned_path(core: Core, split: Split, rows: Array, on_round: OnRound, seed:
         rows: The instances to learn on, ``[n]``.
         on_round: Called after each update.
         seed: Of all that is drawn.
+        per: What a candidate is: a sublayer, or a whole layer.
 
     Returns:
-        Decisions ``[components]`` from dense to nothing, each raising one component by one.
+        Decisions ``[components]`` from dense to nothing, each raising one candidate by one.
     """
-    component = np.repeat(np.arange(len(core.nvec)), core.nvec - 1)  # of each candidate
-    belongs = (component[:, None] == np.arange(len(core.nvec))).astype(np.int64)
+    candidates = [unit for unit in units_of(core, per) for _ in range(core.nvec[unit[0]] - 1)]
+    belongs = np.stack([np.isin(np.arange(len(core.nvec)), unit) for unit in candidates]).astype(np.int64)
     random, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    threshold = torch.full((len(component),), float(np.mean(PRICES)), requires_grad=True)
-    updates, instances = UPDATES * len(component), min(INSTANCES, len(rows))
+    threshold = torch.full((len(candidates),), float(np.mean(PRICES)), requires_grad=True)
+    updates, instances = UPDATES * len(candidates), min(INSTANCES, len(rows))
     optimizer = torch.optim.Adam([threshold], lr=LEARNING_RATE, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, updates)
     for update in range(1, updates + 1):
@@ -137,19 +181,20 @@ def learned_path(core: Core, split: Split, rows: Array, on_round: OnRound, seed:
     return path
 
 
-def _moves(nvec: Array, decision: Array, step: int) -> list[Array]:
-    """The decisions that differ from ``decision`` by ``step`` in one component."""
+def _moves(nvec: Array, decision: Array, step: int, units: list[Array]) -> list[Array]:
+    """The decisions that differ from ``decision`` by ``step`` in one unit."""
     found = []
-    for component, size in enumerate(nvec):
-        if 0 <= decision[component] + step < size:
-            found.append(decision.copy())
-            found[-1][component] += step
+    for unit in units:
+        moved = decision.copy()
+        moved[unit] += step
+        if ((moved >= 0) & (moved < nvec)).all():
+            found.append(moved)
     return found
 
 
-def order_of(path: list[Array]) -> list[int]:
-    """The components in the order in which a path raises them."""
-    return [int(np.nonzero(after != before)[0][0]) for before, after in pairwise(path)]
+def order_of(path: list[Array]) -> list[Array]:
+    """The components that each step of a path raises, int64."""
+    return [np.flatnonzero(after != before) for before, after in pairwise(path)]
 
 
 def losses_along(split: Split, rows: Array, path: list[Array], on_round: OnRound) -> Array:
@@ -173,18 +218,18 @@ def losses_along(split: Split, rows: Array, path: list[Array], on_round: OnRound
 
 
 def search_each(
-    core: Core, split: Split, rows: Array, order: list[int], good: Good, on_round: OnRound, *, width: int = 1
+    core: Core, split: Split, rows: Array, order: list[Array], good: Good, on_round: OnRound, *, width: int = 1
 ) -> Array:
-    """A cheap good decision for each instance, by beam search: one component after the other is raised where it may be.
+    """A cheap good decision for each instance, by beam search: one candidate after another is skipped where it may be.
 
-    All instances try the same component at the same time, so that similar instances get similar decisions, which a
+    All instances try the same candidate at the same time, so that similar instances get similar decisions, which a
     policy can learn.
 
     Args:
         core: The env's core.
         split: Where the instances are.
         rows: The instances, ``[n]``.
-        order: Components in the order in which they are tried (``order_of``).
+        order: Components, in the order in which they are tried (``order_of``).
         good: Whether decisions are good enough.
         on_round: Called after each component.
         width: Decisions kept for each instance.
@@ -195,9 +240,9 @@ def search_each(
     n, components = len(rows), len(core.nvec)
     beam = np.zeros((n, 1, components), dtype=np.int64)
     scored = 0
-    for component in order:
+    for raises in order:
         raised = beam.copy()
-        raised[:, :, component] += 1
+        raised[:, :, raises] += 1
         both = np.concatenate([beam, raised], axis=1)
         flat, of_row = raised.reshape(-1, components), np.repeat(rows, raised.shape[1])
         parts = [slice(start, start + BATCH) for start in range(0, len(flat), BATCH)]

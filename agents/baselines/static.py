@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.codebook import nested_codebook
-from sd_gym.agents.baselines.search import can_try_all, greedy_path, learned_path
+from sd_gym.agents.baselines.search import Per, all_of, can_try_all, greedy_path, learned_path, units_of
 from sd_gym.agents.experiment.evaluation import score_decisions
 from sd_gym.agents.experiment.selection import halves
 from sd_gym.agents.learning.agent import Agent, AgentSettings, OnRollout, Rollout, decision_logits
@@ -29,9 +28,12 @@ class StaticSettings(AgentSettings):
     Attributes:
         path: Folder of a run of ``static``, or of ``imitation``, whose masks are taken instead of searching again;
             ``None``: search.
+        per: What a mask skips as one: a ``sublayer``, or a whole ``layer``: a coarser search, faster by about as many
+            sublayers as a layer has, whose masks ``sd_gym.bake`` makes smaller models of.
     """
 
     path: Path | None = None
+    per: Per = "sublayer"
 
 
 class StaticAgent(Agent):
@@ -59,13 +61,14 @@ class StaticAgent(Agent):
         if self.settings.path is not None:
             self.masks = searched_masks(self.settings.path, core.nvec)
             return
-        if can_try_all(core.nvec, len(rows)):
-            self.masks = [np.array(choice) for choice in product(*map(range, core.nvec))]
+        per, units = self.settings.per, units_of(core, self.settings.per)
+        if can_try_all(core.nvec[[unit[0] for unit in units]], len(rows)):
+            self.masks = all_of(core.nvec, units)
             return
         on_round = partial(report, on_rollout)
-        backward = greedy_path(core, split, rows, on_round)
-        forward = greedy_path(core, split, rows, on_round, forward=True)
-        learned = learned_path(core, split, rows, on_round, self.seed)
+        backward = greedy_path(core, split, rows, on_round, per=per)
+        forward = greedy_path(core, split, rows, on_round, forward=True, per=per)
+        learned = learned_path(core, split, rows, on_round, self.seed, per=per)
         self.masks = [*backward, *forward, *learned]
 
     def policy(self) -> DecisionPolicy:
@@ -112,11 +115,13 @@ def backward_path(folder: Path, nvec: NDArray) -> list[NDArray]:
         FileNotFoundError: If the folder holds no masks.
         ValueError: If they are no such path.
     """
-    length = int((nvec - 1).sum()) + 1
-    path = searched_masks(folder, nvec)[:length]
-    if len(path) < length or (np.diff(path, axis=0).sum(axis=1) != 1).any():
+    masks = np.stack(searched_masks(folder, nvec))
+    nothing = np.flatnonzero((masks == nvec - 1).all(axis=1))
+    path = masks[: nothing[0] + 1] if len(nothing) else masks[:0]
+    steps = np.diff(path, axis=0)
+    if len(path) < 2 or path[0].any() or (steps < 0).any() or (steps > 1).any() or not steps.any(axis=1).all():
         raise ValueError(f"the masks in {folder} are no path from dense to nothing")
-    return path
+    return list(path)
 
 
 def report(on_rollout: OnRollout, scored: int) -> None:

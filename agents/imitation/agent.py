@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from sd_gym.agents.baselines.search import greedy_path, losses_along
+from sd_gym.agents.baselines.search import Per, greedy_path, losses_along
 from sd_gym.agents.baselines.static import MASKS, backward_path, report
 from sd_gym.agents.experiment.evaluation import seen_together
 from sd_gym.agents.imitation.rates import component_logits, step_logits
@@ -66,6 +66,7 @@ class ImitationSettings(LearnerSettings):
     Attributes:
         path: Folder of a run of ``static`` whose masks are the path, or of one of ``imitation`` whose whole search is
             taken over (between one stage and several, its path); ``None``: the path is searched on the training split.
+        per: What a step of a searched path skips: a ``sublayer``, or a whole ``layer``.
         instances: Training instances that run under the masks of the path, at most.
         epochs: Passes over them, for the risk and for the policy; a tenth of them is held out, and the best epoch on it
             is kept.
@@ -81,6 +82,7 @@ class ImitationSettings(LearnerSettings):
     }
 
     path: Path | None = None
+    per: Per = "sublayer"
     instances: int = Field(10_000, ge=20)
     epochs: int = Field(40, ge=1)
     batch_size: int = Field(128, ge=1)
@@ -171,7 +173,7 @@ class ImitationAgent(Agent):
         """The masks of the path: those of a run, or searched."""
         core, taken = self.env.core, self.settings.path
         if taken is None:
-            return greedy_path(core, split, self._rows_of(split)[:ORDER_INSTANCES], on_round)
+            return greedy_path(core, split, self._rows_of(split)[:ORDER_INSTANCES], on_round, per=self.settings.per)
         return backward_path(taken, core.nvec)
 
     def _search(self, split: Split, on_rollout: OnRollout) -> Searched:

@@ -53,7 +53,8 @@ def component_logits(steps: Tensor, path: NDArray, nvec: NDArray) -> Tensor:
     """
     first = np.cumsum([0, *nvec[:-1]])
     leads = torch.zeros(steps.shape[1], int(nvec.sum()))
-    for step, component in enumerate(order_of(list(path))):
-        choice, start = path[step + 1, component], first[component]
-        leads[step, start + choice : start + nvec[component]] = 1
+    for step, raised in enumerate(order_of(list(path))):
+        for component in raised:
+            choice, start = path[step + 1, component], first[component]
+            leads[step, start + choice : start + nvec[component]] = 1
     return steps @ leads

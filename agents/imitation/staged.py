@@ -34,7 +34,7 @@ class Stretch(NamedTuple):
 
     Attributes:
         components: Of a decision, those that are its own, int64.
-        ways: Decisions, zeros but for these components, each raising one of them by one: from all that runs on, int64
+        ways: Decisions, zeros but for these components, each skipping one candidate more: from all that runs on, int64
             ``[ways, components of a decision]``.
     """
 
