@@ -82,6 +82,12 @@ ABLATIONS: dict[str, dict[str, Row]] = {
         "one decision for all inputs": (MINI, "blind-ppo", {}),
         "a decision for each input": (MINI, "ppo", {}),
     },
+    "granularity": {
+        "one mask, sublayers": (MINI, "static", {}),
+        "one mask, whole layers": (MINI, "static", {"per": "layer"}),
+        "a decision for each input, sublayers": (MINI, "imitation", {}),
+        "a decision for each input, whole layers": (MINI, "imitation", {"per": "layer"}),
+    },
     "start": {
         "even odds": (MINI, "ppo", {}),
         "near dense (0.1)": (MINI, "ppo", {"initial_skip_rate": 0.1}),
