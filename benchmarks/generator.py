@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from nltk.tokenize import wordpunct_tokenize
 from nltk.translate.bleu_score import corpus_bleu
+from sd_gym.agents.baselines.search import greedy_path, order_of
 from sd_gym.agents.experiment.run import load_run
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -49,7 +50,6 @@ from sd_gym.envs.spaces import write_masks
 from sd_gym.tasks.metrics import text_scores
 
 SPECIAL = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-NOISE = 0.002  # smaller losses tell no layers apart
 SURE = 6.0  # log-odds of skipping the layer that is least missed, and of running those that are not skipped
 
 
@@ -157,28 +157,21 @@ def layers(arguments: argparse.Namespace) -> None:
     _, core, policy = load_run(arguments.run)
     split = core.split("validation")
     rows = np.arange(min(arguments.rows, len(split)))
-    left: dict[str, list[int]] = {}
-    for number, switch in enumerate(core.backbone.board.switches):
-        left.setdefault(f"{switch.stack}.{switch.index}", []).append(number)
-    masks, odds = [np.zeros_like(core.nvec)], np.full(len(policy.switches), -SURE)
-    for number in range(arguments.count):
-        tried = np.stack([masks[-1]] * (1 + len(left)))
-        for mask, switches in zip(tried[1:], left.values(), strict=True):
-            mask[switches] = 1
-        quality = split.scoring.under_all(rows, tried)[0].mean(axis=0)
-        flops = np.array([split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in tried])
-        best = 1 + int(np.argmin((quality[0] - quality[1:] + NOISE) / (flops[0] - flops[1:])))
-        name = list(left)[best - 1]
-        odds[left.pop(name)] = SURE - number / 2
-        masks.append(tried[best])
-        print(f"{name}: {flops[best]:.1%} of the FLOPs, quality {quality[best]:.4f}", flush=True)
+    masks = np.stack(greedy_path(core, split, rows, lambda scored: None, per="layer"))[: arguments.count + 1]
+    quality = split.scoring.under_all(rows, masks)[0].mean(axis=0)
+    odds = np.full(core.n_switches, -SURE)
+    for number, (raised, mask) in enumerate(zip(order_of(list(masks)), masks[1:], strict=True)):
+        odds[raised] = SURE - number / 2
+        flops = split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean()
+        layer = core.switch_names[raised[0]].rpartition(".")[0]
+        print(f"{layer}: {flops:.1%} of the FLOPs, quality {quality[number + 1]:.4f}")
     logits = np.zeros(sum(policy.nvec), dtype=np.float32)
     logits[1 : 2 * len(odds) : 2] = odds
     with torch.no_grad():
         policy.head.weight.zero_()
         policy.head.bias.copy_(torch.from_numpy(logits))
     policy.save(arguments.output)
-    write_masks(np.stack(masks), arguments.output / "masks.json")
+    write_masks(masks, arguments.output / "masks.json")
     shutil.copy(arguments.run / "config.json", arguments.output)
 
 

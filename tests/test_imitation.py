@@ -125,6 +125,10 @@ def test_a_path_of_layers_is_learned_from_searched_here_or_by_static(env, custom
     path = agent.searched.path
     assert len(path) == len(names) // 2 + 1
     np.testing.assert_array_equal(path[:, :-1:2], path[:, 1:-1:2])
+    seen = np.random.default_rng(0).normal(size=(200, *env.single_observation_space.shape))
+    decided = np.concatenate([agent.policy().with_margin(margin).decide(seen) for margin in np.linspace(-8, 8, 33)])
+    assert len(np.unique(decided, axis=0)) > 1
+    np.testing.assert_array_equal(decided[:, :-1:2], decided[:, 1:-1:2])  # layers are skipped whole
     agent.save_extra(tmp_path)
     (tmp_path / SEARCHED).unlink()
     again = make_agent("imitation", env, epochs=1, path=tmp_path)

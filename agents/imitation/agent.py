@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from sd_gym.agents.baselines.search import Per, greedy_path, losses_along
+from sd_gym.agents.baselines.search import Per, greedy_path, losses_along, order_of
 from sd_gym.agents.baselines.static import MASKS, backward_path, report
 from sd_gym.agents.experiment.evaluation import seen_together
 from sd_gym.agents.imitation.rates import component_logits, step_logits
@@ -130,6 +130,7 @@ class ImitationAgent(Agent):
         worth = step_logits(F.pad(risk, (1, 0)), torch.from_numpy(flops)) - math.log(multiplier)
         logger.record("search/flops_ratio", float(flops[(worth > 0).sum(dim=1)].mean()))
         self._imitate(rows, component_logits(worth.clamp(-SURE, SURE), path, core.nvec), logger)
+        self._tie(path)
 
     def _learn_stages(self, split: Split, logger: Logger, on_rollout: OnRollout) -> None:
         """Learn what is to come from the last stage back, and the policy from that."""
@@ -165,6 +166,8 @@ class ImitationAgent(Agent):
             return errors / counted
 
         self._fit(self.network, loss, len(taught[0].steps), "imitation/held_out_loss", logger)
+        for stretch in stretches:
+            self._tie(stretch.ways)
 
     def _rows_of(self, split: Split) -> NDArray:
         return np.random.default_rng(self.seed).permutation(len(split))[: self.settings.instances]
@@ -261,6 +264,20 @@ class ImitationAgent(Agent):
             return F.mse_loss(self._of(self.network, rows[chosen]), logits[chosen])
 
         self._fit(self.network, loss, len(rows), "imitation/held_out_loss", logger)
+
+    @torch.no_grad()
+    def _tie(self, path: NDArray) -> None:
+        """Components that one step raises, those of a layer, have learned the same logits: they say their mean.
+
+        Else some of them would be skipped without the others, which nothing was searched for.
+        """
+        nvec, head = self.env.core.nvec, self.network.head  # of a network of one's own, a bias alone
+        first = np.cumsum([0, *nvec[:-1]])
+        for raised in order_of(list(path)):
+            for choice in range(int(nvec[raised].max()) if len(raised) > 1 else 0):
+                outputs = torch.from_numpy(first[raised] + choice)
+                for values in head.parameters():
+                    values[outputs] = values[outputs].mean(dim=0)
 
     def _fit(
         self,
