@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 from sd_gym.agents.learning.agent import LearnerSettings
-from sd_gym.agents.learning.crpo import Rectified, RectifiedAgent
+from sd_gym.agents.learning.crpo import Rectified, RectifiedAgent, RectifiedSettings
 from sd_gym.agents.learning.lagrangian import LagrangianAgent, LagrangianSettings
 from sd_gym.agents.learning.sb3 import SB3Agent
 from stable_baselines3 import A2C
@@ -56,7 +56,15 @@ class RectifiedA2C(Rectified, A2C):
     """A2C with two value heads and quality first."""
 
 
+class A2CLexSettings(A2CSettings, RectifiedSettings):
+    """Settings of A2C and of its constraint."""
+
+    space: ClassVar = A2CSettings.space | {"limit": (0.5, 4.0)}
+
+
 class A2CLexAgent(RectifiedAgent, A2CAgent):
     """A2C that restores the quality while it is violated and saves while it is not (``Rectified``)."""
 
+    Settings = A2CLexSettings
+    settings: A2CLexSettings
     Algorithm = RectifiedA2C

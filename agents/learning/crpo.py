@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
+from sd_gym.agents.learning.agent import LearnerSettings
 from sd_gym.agents.learning.sb3 import SB3Agent
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import nn
@@ -16,9 +18,6 @@ from sd_gym.policy import HIDDEN
 from sd_gym.policy.eyes import Eyes, tensors
 
 MEMORY = 512  # decisions over which the quality loss is averaged; over more, it hears too late of what it has done
-# What drawn decisions may lose, of epsilon, falls from this to nothing. They lose more than the most probable ones,
-# which are what counts in the end; kept to epsilon from the beginning, hardly anything is ever saved.
-LIMIT = 3.0
 CRITIC_EPOCHS = 4
 
 
@@ -88,9 +87,21 @@ class Rectified(OnPolicyAlgorithm):
         return [*super()._excluded_save_params(), "loss_critic", "loss_optimizer", "savings", "losses"]
 
 
-class RectifiedAgent(SB3Agent):
-    """An SB3 agent whose algorithm is ``Rectified``; the limit falls in a straight line, as ``LIMIT`` says."""
+class RectifiedSettings(LearnerSettings):
+    """Settings of the constraint.
 
+    Attributes:
+        limit: What drawn decisions may lose at first, of the env's epsilon; it falls to nothing in a straight line.
+            Drawn decisions lose more than the most probable ones, which are what counts in the end.
+    """
+
+    limit: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+
+class RectifiedAgent(SB3Agent):
+    """An SB3 agent whose algorithm is ``Rectified``."""
+
+    settings: RectifiedSettings
     algorithm: Rectified
 
     def _networks(self) -> list[nn.Module]:
@@ -99,7 +110,7 @@ class RectifiedAgent(SB3Agent):
     def before_update(self, infos: dict[str, NDArray]) -> None:
         """Hand the two streams over."""
         left = self.algorithm._current_progress_remaining  # from 1 to 0, as of the learning rate
-        self.algorithm.limit = LIMIT * left * self.env.config.reward.epsilon
+        self.algorithm.limit = self.settings.limit * left * self.env.config.reward.epsilon
         self.algorithm.memory = MEMORY * self.stages
         # What comes of a decision is the return of each of its steps.
         self.algorithm.savings = np.repeat(1 - infos["flops_ratio"], self.stages, axis=0)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 from sd_gym.agents.learning.agent import LearnerSettings
-from sd_gym.agents.learning.crpo import Rectified, RectifiedAgent
+from sd_gym.agents.learning.crpo import Rectified, RectifiedAgent, RectifiedSettings
 from sd_gym.agents.learning.lagrangian import LagrangianAgent, LagrangianSettings
 from sd_gym.agents.learning.sb3 import SB3Agent
 from stable_baselines3 import PPO
@@ -67,7 +67,17 @@ class RectifiedPPO(Rectified, PPO):
     """PPO with two value heads and quality first."""
 
 
+class PPOLexSettings(PPOSettings, RectifiedSettings):
+    """Settings of PPO and of its constraint."""
+
+    space: ClassVar = PPOSettings.space | {"limit": (0.5, 4.0)}
+
+    limit: float = Field(1.5, gt=0, allow_inf_nan=False)
+
+
 class PPOLexAgent(RectifiedAgent, PPOAgent):
     """PPO that restores the quality while it is violated and saves while it is not (``Rectified``)."""
 
+    Settings = PPOLexSettings
+    settings: PPOLexSettings
     Algorithm = RectifiedPPO
