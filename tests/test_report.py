@@ -245,6 +245,19 @@ def test_over_all_envs_agents_are_compared_that_ran_on_all(run):
     assert overall_words(tasks[:1]) == []
 
 
+def test_who_saves_most_may_be_behind_in_most_envs(run):
+    of_envs = {ENV: (0.1, 0.9), OTHER: (0.7, 0.65), "SD/Third-v0": (0.7, 0.65)}
+    folders = [
+        run(algo, seed, env=env, flops=ratio + 0.001 * seed)
+        for env, ratios in of_envs.items()
+        for seed in (0, 1, 2)
+        for algo, ratio in zip(("bold", "steady"), ratios, strict=True)
+    ]
+    said = overall_words(collect(folders))
+    assert said[0].startswith("bold saves most")
+    assert said[1] == "It is behind steady: a run of bold is better with a probability of 33% (33% to 33%)."
+
+
 def test_areas_are_between_dense_and_nothing(run):
     (task,) = collect(
         [

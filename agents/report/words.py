@@ -73,13 +73,14 @@ def _against(best: AgentRuns, other: AgentRuns) -> str:
     """How one stands against another, as far as their runs tell."""
     if min(len(best.runs), len(other.runs)) < 2:
         return f"Against {other.name} nothing can be told: it takes two runs each at least."
-    better, low, high = probability_of_improvement([best.score], [other.score])
-    figures = f"a run of {best.name} is better with a probability of {better:.0%} ({low:.0%} to {high:.0%})"
-    if low > 0.5:
-        return f"It is ahead of {other.name}: {figures}."
-    if high < 0.5:
-        return f"It is behind {other.name}: {figures}."
-    return f"It cannot be told apart from {other.name}: {figures}."
+    return _told(best.name, other.name, probability_of_improvement([best.score], [other.score]))
+
+
+def _told(one: str, other: str, improvement: tuple[float, float, float]) -> str:
+    """Whether one is ahead of another, by the probability that a run of it is better, and its interval."""
+    better, low, high = improvement
+    told = "is ahead of" if low > 0.5 else "is behind" if high < 0.5 else "cannot be told apart from"
+    return f"It {told} {other}: a run of {one} is better with a probability of {better:.0%} ({low:.0%} to {high:.0%})."
 
 
 def _controls(task: Task, best: AgentRuns) -> list[str]:
@@ -182,11 +183,8 @@ def overall_words(tasks: Sequence[Task]) -> list[str]:
     mean, low, high = means[first]
     words = [f"{first} saves most with the quality kept: {mean:.1%} of the FLOPs ({low:.1%} to {high:.1%})."]
     for other in others:
-        better, low, high = probability_of_improvement(*([a.score for a in found[name]] for name in (first, other)))
-        told = "It is ahead of" if low > 0.5 else "It cannot be told apart from"
-        words.append(
-            f"{told} {other}: a run of it is better with a probability of {better:.0%} ({low:.0%} to {high:.0%})."
-        )
+        scores = ([a.score for a in found[name]] for name in (first, other))
+        words.append(_told(first, other, probability_of_improvement(*scores)))
     return words
 
 
