@@ -13,12 +13,13 @@ from sd_gym.agents import agent_names, make_agent
 from sd_gym.agents.experiment.evaluation import decide_and_score, evaluate
 from sd_gym.agents.experiment.run import load_run, split_settings, train
 from sd_gym.agents.experiment.selection import MARGINS, Selection
-from sd_gym.agents.learning.agent import initial_bias
+from sd_gym.agents.learning.agent import initial_bias, learning_bias
 from sd_gym.agents.report.fronts import front_of
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.logger import configure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import sd_gym
 from sd_gym.config import ConfigError, RewardConfig
 from sd_gym.envs.core import Outcome
 from sd_gym.envs.sb3 import SwitchableVecEnv
@@ -190,6 +191,17 @@ def test_initial_bias_gives_the_skip_rate():
     bias = initial_bias(np.array([2, 2, 1]), 0.1)
     assert bias.shape == (5,)
     assert bias[:2].softmax(0)[1].item() == pytest.approx(0.1)
+
+
+def test_learning_begins_at_even_odds_of_switches_and_keeps_most_tokens(custom, tmp_path):
+    core = gym.make_vec(CUSTOM, num_envs=1, **custom, token_shares=[0.0, 0.5]).unwrapped.core
+    bias = learning_bias(core, 0.5).view(-1, 2).softmax(1)[:, 1]
+    assert bias[:-1].tolist() == [0.5] * core.n_switches
+    assert bias[-1].item() == pytest.approx(0.1)
+    assert learning_bias(core, 0.05).view(-1, 2).softmax(1)[-1, 1].item() == pytest.approx(0.05)
+    sd_gym.tabulate(CUSTOM, tmp_path / "table", decisions="random:4", **custom)
+    table = gym.make_vec("SD/Table-v0", num_envs=1, table=str(tmp_path / "table")).unwrapped.core
+    assert learning_bias(table, 0.5).tolist() == [0.0] * 4  # numbers of masks, none of them a token level
 
 
 @pytest.mark.parametrize("name", [*LEARNING, "random", "blind-reinforce"])

@@ -28,7 +28,7 @@ from sd_gym.agents.baselines.static import MASKS, backward_path, report
 from sd_gym.agents.experiment.evaluation import seen_together
 from sd_gym.agents.imitation.rates import component_logits, step_logits
 from sd_gym.agents.imitation.staged import Induction, Stretch, Taught
-from sd_gym.agents.learning.agent import Agent, LearnerSettings, OnRollout, initial_bias
+from sd_gym.agents.learning.agent import Agent, LearnerSettings, OnRollout, learning_bias
 from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -110,7 +110,7 @@ class ImitationAgent(Agent):
             if self.start is not None:
                 self.network.load_state_dict(self.start.state_dict())
             else:
-                self.network.begin_at(initial_bias(self.env.core.nvec, self.settings.initial_skip_rate))
+                self.network.begin_at(learning_bias(self.env.core, self.settings.initial_skip_rate))
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Search and learn; it takes as many decisions as it takes."""

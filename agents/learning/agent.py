@@ -20,6 +20,7 @@ from sd_gym.agents.learning.warm import in_stages
 from stable_baselines3.common.logger import Logger
 from torch import nn
 
+from sd_gym.envs.core import Core
 from sd_gym.envs.spaces import token_width
 from sd_gym.envs.split import Split
 from sd_gym.envs.vector import SwitchableVectorEnv
@@ -28,6 +29,7 @@ from sd_gym.policy.eyes import Eyes, affordable, tensors
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
 FIRST_LOOK = 256  # texts that untrained eyes are standardised by
+TOKENS_DROPPED = 0.1  # how often, before anything is learned, of two token levels the one that drops some is chosen
 INFO_TAGS = ("quality", "quality_ref", "flops_ratio")
 INFO_KEYS = (*INFO_TAGS, "is_success")
 
@@ -60,7 +62,8 @@ class LearnerSettings(AgentSettings):
             ends with has to be calm, or selection makes it over-cautious.
         entropy: Weight of the entropy bonus.
         initial_skip_rate: How often each switch is skipped before anything is learned. At even odds every decision
-            tells most about all switches; near the dense backbone learning takes several times as long.
+            tells most about all switches; near the dense backbone learning takes several times as long. Tokens are
+            mostly kept at first (``learning_bias``).
         start: Folder of a run whose policy learning goes on from (a warm start), such as one of ``static`` or
             ``imitation``; then ``initial_skip_rate`` plays no part.
         network: Name of a policy network of your own (``sd_gym.register_network``); ``None``: two hidden layers.
@@ -326,12 +329,27 @@ def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
 
 
 def initial_bias(nvec: NDArray, skip_rate: float) -> torch.Tensor:
-    """Logits of all components such that each switch is skipped with ``skip_rate`` and no token is dropped.
+    """Logits of all components such that each is other than 0 with ``skip_rate`` where it has two choices.
 
     Returns:
         float32 ``[sum(nvec)]``.
     """
     return decision_logits(nvec, np.zeros(len(nvec), dtype=np.int64), 1 - skip_rate)
+
+
+def learning_bias(core: Core, skip_rate: float) -> torch.Tensor:
+    """Logits that learning begins with: each switch is skipped with ``skip_rate``, and tokens are mostly kept.
+
+    At even odds, an input that has lost its tokens has mostly lost its answer too, whatever its switches do: an agent
+    is certain of them before it has seen what they do where the tokens are kept.
+
+    Returns:
+        float32 ``[sum(nvec)]``.
+    """
+    bias, levels = initial_bias(core.nvec, skip_rate), int(core.nvec[-1])
+    if levels > 1 and core.switch_names:  # else the last component is no token level, but the number of a mask
+        bias[-levels:] = initial_bias(core.nvec[-1:], min(skip_rate, TOKENS_DROPPED))
+    return bias
 
 
 def decision_logits(nvec: NDArray, decision: NDArray, confidence: float) -> torch.Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
-from sd_gym.agents.learning.agent import INFO_KEYS, Agent, OnRollout, Rollout, initial_bias
+from sd_gym.agents.learning.agent import INFO_KEYS, Agent, OnRollout, Rollout, learning_bias
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -234,7 +234,7 @@ class SB3Agent(Agent):
                 for theirs, ours in zip(self._actor(), start, strict=True):
                     theirs.load_state_dict(ours.state_dict())
             else:
-                bias = initial_bias(self.env.core.nvec, self.settings.initial_skip_rate)
+                bias = learning_bias(self.env.core, self.settings.initial_skip_rate)
                 self._actor()[-1].bias.copy_(bias)
 
     def _rewarding(self) -> VectorEnv:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, initial_bias
+from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, learning_bias
 from sd_gym.agents.reinforce.barrier import DynamicBarrier
 from sd_gym.agents.reinforce.foresight import Foresight
 from stable_baselines3.common.logger import Logger
@@ -124,7 +124,7 @@ class ReinforceAgent(Agent):
             if self.start is not None:
                 self.network.load_state_dict(self.start.state_dict(), strict=False)
             else:
-                self.network.begin_at(initial_bias(self.env.core.nvec, settings.initial_skip_rate))
+                self.network.begin_at(learning_bias(self.env.core, settings.initial_skip_rate))
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings.learning_rate)
         self.barrier = DynamicBarrier(
