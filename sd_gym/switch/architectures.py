@@ -55,12 +55,15 @@ class Stack:
         sublayers: Residual branches of each layer, in execution order.
         whole: Whether a layer takes and returns the hidden states alone, and returns them as they are where no
             sublayer runs (no norm stands behind a residual sum); then such a layer is passed by as a whole.
+        norms: Of a layer that takes and returns the hidden states alone, the paths of all norms that stand behind its
+            residual sums, in execution order: where no sublayer runs, they are what is left of it.
     """
 
     name: str
     layers: str
     sublayers: tuple[Sublayer, ...]
     whole: bool = False
+    norms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,9 +157,10 @@ def _bart_like(norm: bool) -> tuple[Stack, ...]:
         source=("encoder_attn.k_proj", "encoder_attn.v_proj"),
     )
     feed_forward = Sublayer("feed_forward", chain("final_layer_norm", "fc1", "fc2"))
+    behind = () if norm else ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm")
     return (
-        Stack("encoder", "encoder.layers", (attention, feed_forward), whole=norm),
-        Stack("decoder", "decoder.layers", (attention, cross_attention, feed_forward), whole=norm),
+        Stack("encoder", "encoder.layers", (attention, feed_forward), whole=norm, norms=behind[::2]),
+        Stack("decoder", "decoder.layers", (attention, cross_attention, feed_forward), whole=norm, norms=behind),
     )
 
 
@@ -290,6 +294,7 @@ register_architecture(
                     Sublayer("attention", ("attention",), output="attention.out_lin"),
                     Sublayer("feed_forward", ("ffn",)),
                 ),
+                norms=("sa_layer_norm", "output_layer_norm"),
             ),
         ),
         token_heads=("qa_outputs", "vocab_transform", "vocab_projector"),

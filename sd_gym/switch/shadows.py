@@ -49,7 +49,7 @@ class Shadows:
         self._model, self._architecture, self._switches = model, architecture, switches
         scope.fill([Shadow(target, name, scope, run) for target, name, run in self._methods(scope)])
         self._places: list[At] = [(switch.stack, switch.index) for switch in switches]
-        whole = {stack.name for stack in architecture.stacks if stack.whole}
+        whole = {stack.name for stack in architecture.stacks if stack.whole or stack.norms}
         self._whole = frozenset(place for place in self._places if place[0] in whole)
         biased = {(switch.stack, switch.index) for switch in switches if switch.sublayer.position_bias is not None}
         self._lean = frozenset(self._places) - biased  # layers that return hidden states alone
@@ -107,8 +107,16 @@ class Shadows:
             for index, layer in enumerate(layers):
                 attentions = [one for one in of_switches if one.switch.layer is layer and one.switch.sublayer.attention]
                 restores = len(stacks) == 1 and index == len(layers) - 1
+                norms = [layer.get_submodule(path) for path in stack.norms]
                 whole = Layer(
-                    model, layer, stack.name, index, attentions, reads_input=stack is stacks[0], restores=restores
+                    model,
+                    layer,
+                    stack.name,
+                    index,
+                    attentions,
+                    norms,
+                    reads_input=stack is stacks[0],
+                    restores=restores,
                 )
                 yield layer, "forward", whole.run
         if len(stacks) > 1:

@@ -29,6 +29,7 @@ class Layer:
         stack: Name of the stack that it is in.
         index: Its index there.
         attentions: What runs in the place of its attentions.
+        norms: What is left of it where no row runs any of it.
         reads_input: Whether its stack is the one that reads the input.
         restores: Whether it is the last of a lone stack, behind which all positions exist again.
     """
@@ -40,6 +41,7 @@ class Layer:
         stack: str,
         index: int,
         attentions: list[Rowwise],
+        norms: list[nn.Module],
         *,
         reads_input: bool,
         restores: bool,
@@ -48,6 +50,7 @@ class Layer:
         self.layer = layer
         self.place = (stack, index)
         self.attentions = attentions
+        self.norms = norms
         self.reads_input = reads_input
         self.first = reads_input and index == 0
         self.restores = restores
@@ -82,13 +85,15 @@ class Layer:
         )
 
     def _passed_by(self, decision: Decision, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """The hidden states as they are, where no row runs any sublayer; a cache is told of what it has passed."""
+        """The hidden states, at most normed, where no row runs any sublayer; a cache is told of what it has passed."""
         hidden = _hidden(args, kwargs)
         decision.check(hidden.shape[0])  # not len(), which an export would take for a constant
         cache = cache_among(args, kwargs)
         if cache is not None or is_showing():
             for attention in self.attentions:
                 attention.pass_by(decision, hidden, cache)
+        for norm in self.norms:
+            hidden = norm(hidden)
         return hidden
 
 
