@@ -14,7 +14,9 @@ from stable_baselines3.common.logger import configure
 
 import sd_gym
 from sd_gym.envs import ConfigError
+from sd_gym.envs.core import Outcome
 from sd_gym.envs.wrappers import LagrangianVectorWrapper, LagrangianWrapper
+from sd_gym.objectives import quality_cost
 from tests.conftest import flat
 
 ID, STAGED, CUSTOM = "SD/Classification-Mini-v0", "SD/Classification-Mini-Staged-v0", "SD/Classification-Custom-v0"
@@ -115,6 +117,22 @@ def test_an_agent_logs_its_multiplier_and_keeps_it_in_its_state(name, custom, tm
     other = make_agent(name, gym.make_vec(CUSTOM, num_envs=16, **custom).unwrapped, seed=1)
     other.load_state(agent.state())
     assert other.multiplier == agent.multiplier
+
+
+@pytest.mark.parametrize(("limit", "rises"), [(1.0, False), (0.5, True)])
+def test_the_multiplier_rises_where_more_than_the_limit_is_lost(limit, rises, custom, tmp_path, monkeypatch):
+    env = gym.make_vec(CUSTOM, num_envs=16, penalty=3.0, epsilon=0.1, **custom).unwrapped
+    env.reset(seed=0)
+    lost = 0.07  # of every instance, whatever is skipped
+
+    def score(split, rows, decisions, seen=None):
+        reference, ratio = np.ones(len(rows)), np.full(len(rows), 0.5)
+        return Outcome(reference - lost, reference, quality_cost(reference - lost, reference, 0.1), ratio)
+
+    monkeypatch.setattr(env.core, "score", score)
+    agent = make_agent("a2c_lagrangian", env, seed=0, limit=limit)
+    agent.learn(256, configure(str(tmp_path), []), lambda rollout: None)
+    assert (agent.multiplier > 3.0) == rises
 
 
 def test_runs_of_a_former_version_are_read_as_those_of_the_agent(custom, tmp_path):

@@ -19,9 +19,11 @@ class LagrangianSettings(LearnerSettings):
 
     Attributes:
         multiplier_rate: How fast the multiplier, which starts at the env's ``penalty``, moves a decision.
+        limit: Share of the env's epsilon that may be lost: who loses all of it will not be shown to keep the quality.
     """
 
     multiplier_rate: float = Field(MULTIPLIER_RATE, ge=0, allow_inf_nan=False)
+    limit: float = Field(1.0, gt=0, le=1)
 
 
 class LagrangianAgent(SB3Agent):
@@ -31,6 +33,7 @@ class LagrangianAgent(SB3Agent):
 
     def _rewarding(self) -> VectorEnv:
         self._wrapper = LagrangianVectorWrapper(self.env, rate=self.settings.multiplier_rate)
+        self._wrapper.lagrangian.epsilon *= self.settings.limit
         return self._wrapper
 
     @property
