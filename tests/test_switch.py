@@ -272,15 +272,18 @@ def _source(switch):
     return [switch.layer.get_submodule(path) for path in switch.sublayer.source]
 
 
+@pytest.mark.parametrize("end", [0, -1])  # of an encoder-decoder, a layer of each
 @torch.inference_mode()
-def test_a_layer_that_no_row_runs_is_passed_by(name):
+def test_a_layer_that_no_row_runs_is_passed_by(name, end):
     """But for norms behind its residual sums; what it shows is what it showed when it was called."""
     model, inputs = make_model(name), make_inputs(name)
     board = Switchboard(model)
     skip = random_decisions(board, 5, 7, 0)[0]
     places = [(switch.stack, switch.index) for switch in board.switches]
-    skip[:, [place == places[0] for place in places]] = 1
-    layer, called = board.switches[0].layer, []
+    skip[:, [place == places[end] for place in places]] = 1
+    layer, called = board.switches[end].layer, []
+    for norm in (module for module in layer.modules() if isinstance(module, nn.LayerNorm)):
+        norm.weight.uniform_(0.5, 2.0)  # untrained ones are all alike, in whatever order they run
     layer.forward = lambda *args, **kwargs: (called.append(1), type(layer).forward(layer, *args, **kwargs))[1]
     passed_by = name != "t5"
 
@@ -289,7 +292,8 @@ def test_a_layer_that_no_row_runs_is_passed_by(name):
         with board.decide(skip):
             outputs = model(**inputs, output_hidden_states=True)
         assert len(called) == 1 - passed_by
-        return outputs.logits, *(outputs.get("encoder_hidden_states") or outputs.hidden_states)
+        shown = ("encoder_hidden_states", "decoder_hidden_states", "hidden_states")
+        return outputs.logits, *(states for name in shown for states in outputs.get(name) or ())
 
     outputs = run()
     board._shadows.idle, board._plans, passed_by = lambda skipped, resumes: frozenset(), {}, False

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sd_gym.envs.core import Core
 from sd_gym.envs.split import Split
+from sd_gym.envs.table import all_decisions
 
 SCREENED = 200  # instances that every move of a greedy search is tried on
 FINALISTS = 3  # moves of a round that are tried on all instances
@@ -61,12 +62,11 @@ def units_of(core: Core, per: Per = "sublayer") -> list[Array]:
 
 def all_of(nvec: Array, units: list[Array]) -> list[Array]:
     """All decisions ``[components]`` whose units each have one choice, the first of them dense."""
-    found = []
-    for choices in product(*(range(nvec[unit[0]]) for unit in units)):
-        found.append(np.zeros_like(nvec))
-        for unit, choice in zip(units, choices, strict=True):
-            found[-1][unit] = choice
-    return found
+    choices = all_decisions(nvec[[unit[0] for unit in units]])
+    found = np.zeros((len(choices), len(nvec)), dtype=np.int64)
+    for column, unit in enumerate(units):
+        found[:, unit] = choices[:, [column]]
+    return list(found)
 
 
 def greedy_path(

@@ -28,8 +28,8 @@ class StaticSettings(AgentSettings):
     Attributes:
         path: Folder of a run of ``static``, or of ``imitation``, whose masks are taken instead of searching again;
             ``None``: search.
-        per: What a mask skips as one: a ``sublayer``, or a whole ``layer``: a coarser search, faster by about as many
-            sublayers as a layer has, whose masks ``sd_gym.bake`` makes smaller models of.
+        per: What a searched mask skips as one: a ``sublayer``, or a whole ``layer``: a coarser search, and a faster one
+            by about as many sublayers as a layer has.
     """
 
     path: Path | None = None
