@@ -23,7 +23,7 @@ class LagrangianSettings(LearnerSettings):
     """
 
     multiplier_rate: float = Field(MULTIPLIER_RATE, ge=0, allow_inf_nan=False)
-    limit: float = Field(1.0, gt=0, le=1)
+    limit: float = Field(0.5, gt=0, le=1)
 
 
 class LagrangianAgent(SB3Agent):
