@@ -13,8 +13,9 @@ that the training file needs remain, and the characters of ASCII, from which any
 a decoder runs a token were the scores of 30,000 pieces, which nothing can skip.
 
 ``layers`` is the plainest thing to try: one mask for all inputs, of whole layers. It searches greedily which of them
-are least missed for what they save, and writes ``masks.json``, for ``sd-gym train --algo static --set path=...``, and a
-policy that is the surer of skipping a layer the less that is missed, for ``sd-gym prepare --policy``.
+are least missed for what they save, or takes those of ``--skip``. It writes ``masks.json``, for ``sd-gym train --algo
+static --set path=...``, and a policy that is the surer of skipping a layer the earlier it comes, for ``sd-gym prepare
+--policy``.
 
 ``score`` has the model answer ``validation.jsonl``, with the policy of a run and densely: ROUGE-L and BLEU-4 (words and
 marks as tokens, one reference a document), and the FLOPs.
@@ -32,7 +33,8 @@ import numpy as np
 import torch
 from nltk.tokenize import wordpunct_tokenize
 from nltk.translate.bleu_score import corpus_bleu
-from sd_gym.agents.baselines.search import greedy_path, order_of
+from numpy.typing import NDArray
+from sd_gym.agents.baselines.search import greedy_path, order_of, units_of
 from sd_gym.agents.experiment.run import load_run
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -46,6 +48,7 @@ from transformers import (
 )
 
 import sd_gym
+from sd_gym.envs.core import Core
 from sd_gym.envs.spaces import write_masks
 from sd_gym.tasks.metrics import text_scores
 
@@ -152,12 +155,28 @@ def score(arguments: argparse.Namespace) -> None:
         print(f"{name}: ROUGE-L {rouge:.4f}, BLEU-4 {bleu:.4f}, {flops:.1%} of the FLOPs, {len(rows):,} documents")
 
 
+def searched(core: Core, rows: NDArray) -> NDArray:
+    """Masks from dense to nothing, each with the whole layer more that is least missed for what it saves."""
+    return np.stack(greedy_path(core, core.split("validation"), rows, lambda scored: None, per="layer"))
+
+
+def given(core: Core, names: list[str]) -> NDArray:
+    """Masks from dense on, each with the next of the layers more."""
+    units = {core.switch_names[unit[0]].rpartition(".")[0]: unit for unit in units_of(core, "layer")[:-1]}
+    if unknown := set(names) - set(units):
+        raise SystemExit(f"no layer {', '.join(sorted(unknown))}; expected of {', '.join(units)}")
+    masks = np.zeros((len(names) + 1, len(core.nvec)), dtype=np.int64)
+    for number, name in enumerate(names, start=1):
+        masks[number:, units[name]] = 1
+    return masks
+
+
 def layers(arguments: argparse.Namespace) -> None:
-    """Search which whole layers are least missed, on the backbone and data of a run of any agent."""
+    """Search which whole layers are least missed, on the backbone and data of a run of any agent; or take them."""
     _, core, policy = load_run(arguments.run)
     split = core.split("validation")
     rows = np.arange(min(arguments.rows, len(split)))
-    masks = np.stack(greedy_path(core, split, rows, lambda scored: None, per="layer"))[: arguments.count + 1]
+    masks = given(core, arguments.skip) if arguments.skip else searched(core, rows)[: arguments.count + 1]
     quality = split.scoring.under_all(rows, masks)[0].mean(axis=0)
     odds = np.full(core.n_switches, -SURE)
     for number, (raised, mask) in enumerate(zip(order_of(list(masks)), masks[1:], strict=True)):
@@ -203,12 +222,13 @@ def main() -> None:
     made.add_argument("--data", type=Path, required=True, help="folder with train.jsonl: document and summary")
     made.add_argument("--output", type=Path, required=True)
     made.set_defaults(run_command=start)
-    searched = commands.add_parser("layers", help=layers.__doc__)
-    searched.add_argument("run", type=Path, help="of sd-gym train")
-    searched.add_argument("--output", type=Path, required=True)
-    searched.add_argument("--rows", type=int, default=100, help="of the validation split")
-    searched.add_argument("--count", type=int, default=6, help="layers to skip at most")
-    searched.set_defaults(run_command=layers)
+    searching = commands.add_parser("layers", help=layers.__doc__)
+    searching.add_argument("run", type=Path, help="of sd-gym train")
+    searching.add_argument("--output", type=Path, required=True)
+    searching.add_argument("--rows", type=int, default=100, help="of the validation split")
+    searching.add_argument("--count", type=int, default=6, help="layers to skip at most")
+    searching.add_argument("--skip", nargs="+", help="these layers instead, in this order, such as decoder.1")
+    searching.set_defaults(run_command=layers)
     scored = commands.add_parser("score", help=score.__doc__)
     scored.add_argument("run", help="of sd-gym train")
     scored.add_argument("--data", type=Path, required=True, help="folder with validation.jsonl")
