@@ -160,9 +160,14 @@ def searched(core: Core, rows: NDArray) -> NDArray:
     return np.stack(greedy_path(core, core.split("validation"), rows, lambda scored: None, per="layer"))
 
 
+def layer_of(core: Core, unit: NDArray) -> str:
+    """Its name, such as ``decoder.1``."""
+    return core.switch_names[unit[0]].rpartition(".")[0]
+
+
 def given(core: Core, names: list[str]) -> NDArray:
     """Masks from dense on, each with the next of the layers more."""
-    units = {core.switch_names[unit[0]].rpartition(".")[0]: unit for unit in units_of(core, "layer")[:-1]}
+    units = {layer_of(core, unit): unit for unit in units_of(core, "layer")[:-1]}
     if unknown := set(names) - set(units):
         raise SystemExit(f"no layer {', '.join(sorted(unknown))}; expected of {', '.join(units)}")
     masks = np.zeros((len(names) + 1, len(core.nvec)), dtype=np.int64)
@@ -182,8 +187,7 @@ def layers(arguments: argparse.Namespace) -> None:
     for number, (raised, mask) in enumerate(zip(order_of(list(masks)), masks[1:], strict=True)):
         odds[raised] = SURE - number / 2
         flops = split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean()
-        layer = core.switch_names[raised[0]].rpartition(".")[0]
-        print(f"{layer}: {flops:.1%} of the FLOPs, quality {quality[number + 1]:.4f}")
+        print(f"{layer_of(core, raised)}: {flops:.1%} of the FLOPs, quality {quality[number + 1]:.4f}")
     logits = np.zeros(sum(policy.nvec), dtype=np.float32)
     logits[1 : 2 * len(odds) : 2] = odds
     with torch.no_grad():
