@@ -137,20 +137,22 @@ class DecisionPolicy(nn.Module):
         """How probable decisions are, and how open each is: what policy gradients are taken of.
 
         Args:
-            logits: Of ``forward``.
-            decisions: int64 ``[n, components]``.
+            logits: Of ``forward``, ``[n, sum(nvec)]``.
+            decisions: int64 ``[tries * n, components]``: row ``k * n + i`` is the ``k``-th on observation ``i``.
             exploration: No choice is less probable than this (Wu et al. 2018, BlockDrop, equation 5).
 
         Returns:
-            The logarithm of each component's probability, given those before it, ``[n, components]``; and the entropy
-            of the choices, summed over components, ``[n]``.
+            The logarithm of each component's probability, given those before it, ``[tries * n, components]``; and the
+            entropy of the choices, summed over components, ``[n]`` (autoregressive: ``[tries * n]``).
         """
-        if self.autoregressive:
+        if self.autoregressive:  # what each decision says of a component shifts the logits of later ones
+            logits = logits.repeat(len(decisions) // len(logits), 1)
             logits = logits + decisions.to(logits.dtype) @ (self.coupling * self._earlier).T
         log_probs, entropy = [], torch.zeros(len(logits), device=logits.device)
         for group in self._groups:
             of_all = bounded(group.of(logits), exploration)
-            log_probs.append(of_all.gather(2, decisions[:, group.components, None])[..., 0])
+            chosen = decisions[:, group.components].unflatten(0, (-1, len(logits)))[..., None]
+            log_probs.append(of_all.expand(len(chosen), -1, -1, -1).gather(3, chosen)[..., 0].flatten(0, 1))
             entropy = entropy - (of_all.exp() * of_all).sum(dim=(1, 2))
         return torch.cat(log_probs, dim=1), entropy
 
@@ -160,7 +162,8 @@ class DecisionPolicy(nn.Module):
         Args:
             logits: Of ``forward``.
             pick: Takes logits ``[rows, size]``, each row those of one component (given the choices before it), to
-                choices ``[rows]``.
+                choices ``[rows]``; or, unless the policy is autoregressive, to several of each, ``[rows, tries]``. Then
+                decisions are ``[tries * n, components]``: row ``k * n + i`` is the ``k``-th on observation ``i``.
         """
         if pick is _most_probable and self.codebook is not None:
             return self._from_codebook(logits)
@@ -179,17 +182,15 @@ class DecisionPolicy(nn.Module):
     @torch.no_grad()
     def _picked(self, logits: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
         """Group by group, or component by component where a choice depends on earlier ones."""
-        decisions = torch.zeros(len(logits), len(self.nvec), dtype=torch.int64, device=logits.device)
         if not self.autoregressive:
-            for group in self._groups:
-                choices = group.of(logits).transpose(0, 1).reshape(-1, group.size)
-                decisions[:, group.components] = pick(choices).view(-1, len(logits)).T
-            return decisions
+            picked = [pick(group.of(logits).flatten(0, 1)).view(len(logits), group.count, -1) for group in self._groups]
+            return torch.cat(picked, dim=1).movedim(2, 0).flatten(0, 1)
+        decisions = torch.zeros(len(logits), len(self.nvec), dtype=torch.int64, device=logits.device)
         ends = np.cumsum(self.nvec)
         for number, (size, end) in enumerate(zip(self.nvec, ends, strict=True)):
             earlier = self.coupling[end - size : end, :number]
             choice = logits[:, end - size : end] + decisions[:, :number].to(logits.dtype) @ earlier.T
-            decisions[:, number] = pick(choice)
+            decisions[:, number] = pick(choice).view(-1)
         return decisions
 
     def _side_by_side(self, logits: Tensor) -> Tensor:
