@@ -18,6 +18,7 @@ from sd_gym.agents.experiment.verdict import Verdict, fewest_instances, losses_a
 from sd_gym.envs.core import Core
 from sd_gym.envs.passes import PASS_TOKENS
 from sd_gym.envs.report import by_facts, write_instances
+from sd_gym.envs.scoring import AT_ONCE
 from sd_gym.envs.spaces import Observations, token_width
 from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy
@@ -143,7 +144,8 @@ def _score(
     # Batches of similar length waste little on padding; results are put back in order.
     order = np.argsort(split.encoded.source_length[rows], kind="stable")
     results = []
-    for part in np.split(order, range(_batch(core), len(order), _batch(core))):
+    size = _batch(core) if core.is_staged else AT_ONCE
+    for part in np.split(order, range(size, len(order), size)):
         decisions, seen = decided(part)
         outcome = core.score(split, rows[part], decisions, seen)
         results.append((core.spelled(decisions), outcome.quality, outcome.quality_ref, outcome.flops_ratio))
@@ -169,6 +171,7 @@ def evaluate(
     ``by_fact`` the quartiles of all that is known of an instance, and ``table`` (a CSV file to write) each instance.
     """
     split = core.split(split_name)
+    split.scoring.score_dense()
     rows = np.arange(len(split))
     if isinstance(policy, Decided):
         scored, flops = score_decisions(core, split, rows, policy.decisions), policy.flops
@@ -204,6 +207,7 @@ def evaluate(
 def summary(core: Core, policy: Decides, split_name: str) -> dict[str, Any]:
     """What ``evaluate`` says first: means of quality and FLOPs, and the verdict."""
     split = core.split(split_name)
+    split.scoring.score_dense()
     rows = np.arange(len(split))
     own = deciding_flops(core, policy, split, rows) / split.costs.dense_flops(rows)
     return _means(decide_and_score(core, policy, split), own, core.config.reward.epsilon)

@@ -182,6 +182,7 @@ def _train_agent(
     core, steps, checkpoint = agent.env.core, description["steps"], folder / "checkpoint.pt"
     selection = Selection(core, description["strictness"], agent.searches)
     reached = _load_checkpoint(checkpoint, agent, selection)
+    _score_dense(agent, steps, checkpoint, on_progress)
     write_json(folder / "config.json", description)
     logger = open_logger(folder, description, reached)
     following = _Following(agent, selection, logger, checkpoint, steps, on_progress, reached)
@@ -234,6 +235,17 @@ class _Following:
             write_checkpoint(self.checkpoint, {"agent": state, "selection": self.selection.state(), "scores": scores})
 
 
+def _score_dense(agent: Agent, steps: int, checkpoint: Path, on_progress: OnProgress | None) -> None:
+    """Score the dense backbone on all that the run will need of it, if it was not; and do not lose that."""
+    core = agent.env.core
+    core.split("validation").scoring.score_dense()
+    train = core.split(agent.env.config.split)
+    if agent.validates and steps >= len(train):
+        train.scoring.score_dense(lambda: on_progress and on_progress(0, {}))
+        if not checkpoint.exists():
+            write_checkpoint(checkpoint, {"scores": core.scores()})
+
+
 def _load_checkpoint(checkpoint: Path, agent: Agent, selection: Selection) -> int | None:
     """Go on from a checkpoint; returns the decisions made before it, ``None`` where there is none.
 
@@ -244,9 +256,11 @@ def _load_checkpoint(checkpoint: Path, agent: Agent, selection: Selection) -> in
     if checkpoint.exists():
         saved = read_checkpoint(checkpoint)
         try:
-            agent.load_state(saved["agent"])
-            selection.load_state(saved["selection"], agent.policy())
-            reached, scores = selection.history[-1]["step"], saved.get("scores", {})
+            scores = saved.get("scores", {})
+            if "agent" in saved:
+                agent.load_state(saved["agent"])
+                selection.load_state(saved["selection"], agent.policy())
+                reached = selection.history[-1]["step"]
         except Exception as error:  # whatever does not fit
             raise ValueError(damaged_checkpoint(checkpoint, error)) from error
     agent.env.core.load_scores(scores)

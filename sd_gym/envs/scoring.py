@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -19,6 +19,7 @@ from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.metrics import METRICS, corpus_metric, text_metrics, text_quality
 
 Array = NDArray
+AT_ONCE = 1024  # rows that the dense backbone is scored on together
 KNOWN = 2**18  # qualities that are remembered at most, about 60 MB; those that were not asked for longest go first
 Key = tuple[int, bytes]  # a row, and its decision
 
@@ -42,6 +43,7 @@ class Scoring:
         self._settings, self._passes, self._head = settings, passes, passes.head
         self._instances, self._encoded = instances, encoded
         self._measure = self._head.measured_by(settings.kind)
+        self._dense: dict[str, torch.Tensor] | None = None  # the dense qualities, once they were all scored
         self.load_scores(None)
 
     # --- what is known ------------------------------------------------------------------------------------------------
@@ -59,9 +61,7 @@ class Scoring:
                 their quality is one of logits.
         """
         both = np.concatenate([decisions, np.zeros_like(decisions)])
-        level = both[:, -1:].astype(np.uint32).view(np.uint8)
-        packed = np.concatenate([np.packbits(both[:, :-1].astype(bool), axis=1), level], axis=1)
-        keys = [(row, bits.tobytes()) for row, bits in zip([*rows.tolist()] * 2, packed, strict=True)]
+        keys = list(zip([*rows.tolist()] * 2, map(bytes, _packed(both)), strict=True))
         found = {key: self._scores[key] for key in keys if key in self._scores}
         missing: dict[Key, int] = {}
         for position, key in enumerate(keys):
@@ -78,6 +78,30 @@ class Scoring:
         self._remember(found)
         values = np.array([found[key] for key in keys])
         return values[: len(rows)], values[len(rows) :]
+
+    def score_dense(self, on_batch: Callable[[], None] = lambda: None) -> None:
+        """Know the dense quality of every row, unless these would be more than half of all that is remembered.
+
+        Batches of similar length are the fastest way to it. They are the same whoever asks, so to the last bit all runs
+        of a process have the same scores, which are computed once.
+
+        Args:
+            on_batch: Called after each batch.
+        """
+        if len(self._encoded) > KNOWN // 2:
+            return
+        if self._dense is None:
+            order = np.argsort(self._encoded.source_length, kind="stable")
+            nothing = np.zeros((len(order), len(self._passes.backbone.board) + 1), dtype=np.int64)
+            values = np.empty(len(order))
+            for rows in np.split(order, range(AT_ONCE, len(order), AT_ONCE)):
+                values[rows] = self.run(rows, nothing[rows])
+                on_batch()
+            known = {"rows": np.arange(len(order)), "decisions": _packed(nothing), "values": values}
+            self._dense = {name: torch.from_numpy(array) for name, array in known.items()}
+            self._dense["dense_log"] = torch.from_numpy(self._dense_log.copy())
+        self._scores = OrderedDict(_qualities(self._dense)) | self._scores
+        self._dense_log = np.where(np.isnan(self._dense_log), self._dense["dense_log"].numpy(), self._dense_log)
 
     def _remember(self, found: dict[Key, float]) -> None:
         for key, value in found.items():
@@ -102,8 +126,7 @@ class Scoring:
         self._scores: OrderedDict[Key, float] = OrderedDict()
         self._dense_log = np.full(len(self._encoded), np.nan)  # of the likelihood, where it is known
         if scores is not None:
-            keys = zip(scores["rows"].tolist(), map(bytes, scores["decisions"].numpy()), strict=True)
-            self._remember(dict(zip(keys, scores["values"].tolist(), strict=True)))
+            self._remember(_qualities(scores))
             self._dense_log = scores["dense_log"].numpy()
 
     # --- what is computed ---------------------------------------------------------------------------------------------
@@ -215,3 +238,15 @@ class Scoring:
             return {}
         predicted = self._passes.in_passes(rows, decisions, lambda logits, labels: self._head.prediction(logits))
         return {name: corpus_metric(name, predicted, self._encoded.labels[torch.from_numpy(rows)].numpy())}
+
+
+def _packed(decisions: Array) -> Array:
+    """Decisions ``[n, switches + 1]`` in as few bytes as hold them, uint8 ``[n, bytes]``."""
+    level = decisions[:, -1:].astype(np.uint32).view(np.uint8)
+    return np.concatenate([np.packbits(decisions[:, :-1].astype(bool), axis=1), level], axis=1)
+
+
+def _qualities(scores: dict[str, torch.Tensor]) -> dict[Key, float]:
+    """What ``scores`` says of each row and decision."""
+    keys = zip(scores["rows"].tolist(), map(bytes, scores["decisions"].numpy()), strict=True)
+    return dict(zip(keys, scores["values"].tolist(), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -70,6 +71,9 @@ class TableScoring:
     def metrics(self, rows: Array, decisions: Array) -> dict[str, float]:
         """None: a data set's own metric is not the mean of anything that is in a table."""
         return {}
+
+    def score_dense(self, on_batch: Callable[[], None] = lambda: None) -> None:
+        """All is known."""
 
     def scores(self) -> dict[str, Any]:
         """Nothing that would have to be known again."""
