@@ -16,6 +16,7 @@ import sd_gym
 from sd_gym.backbones import load_backbone
 from sd_gym.cli import app
 from sd_gym.envs.core import core_of
+from sd_gym.envs.scoring import Scoring
 
 CUSTOM = "SD/Classification-Custom-v0"
 
@@ -29,6 +30,11 @@ def forget():
     """What a new process does not know."""
     core_of.cache_clear()
     torch.seed()
+
+
+def splits_of(settings):
+    core = gym.make(CUSTOM, **settings).unwrapped.core
+    return [core.split(name) for name in ("train", "validation", "test")]
 
 
 def weights(folder):
@@ -52,15 +58,16 @@ def test_another_seed_has_other_weights(settings):
     assert not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("after", [0, 700])  # at first the dense backbone alone was scored
 @pytest.mark.parametrize("algo", ["ppo", "reinforce"])
-def test_a_killed_run_on_likelihoods_ends_as_the_uninterrupted_one(algo, settings, tmp_path):
+def test_a_killed_run_on_likelihoods_ends_as_the_uninterrupted_one(algo, after, settings, tmp_path):
     """A likelihood depends in its last bits on the rows that it is computed beside, and so on what is known before."""
 
     class KilledError(Exception):
         pass
 
     def kill(step, figures):
-        if step > 700:
+        if step > after:
             raise KilledError
 
     settings = {**settings, "quality": "likelihood", "num_envs": 16}
@@ -85,6 +92,30 @@ def test_a_run_does_not_depend_on_what_ran_before_in_the_process(settings, tmp_p
     after = train(CUSTOM, "ppo", tmp_path / "after", steps=1_000, settings=settings)
     assert weights(tmp_path / "alone") == weights(tmp_path / "after")
     assert {**alone, "time": None} == {**after, "time": None}
+
+
+def test_all_runs_of_a_process_share_the_dense_scores(settings, tmp_path, monkeypatch):
+    dense, run = [], Scoring.run
+
+    def counted(self, rows, decisions):
+        dense.extend((id(self), row) for row in rows[~decisions.any(axis=1)].tolist())
+        return run(self, rows, decisions)
+
+    monkeypatch.setattr(Scoring, "run", counted)
+    forget()
+    for seed in (0, 1):
+        train(CUSTOM, "ppo", tmp_path / str(seed), steps=100, seed=seed, settings={**settings, "num_envs": 16})
+        splits = splits_of(settings)
+        assert len(dense) == len(set(dense)) == sum(len(split) for split in splits)
+
+
+def test_a_run_that_needs_few_training_instances_does_not_score_all(settings, tmp_path, monkeypatch):
+    scored = []
+    monkeypatch.setattr(Scoring, "score_dense", lambda self, *of: scored.append(len(self._encoded)))
+    forget()
+    train(CUSTOM, "ppo", tmp_path / "run", steps=2, settings={**settings, "num_envs": 2})
+    assert len(splits_of(settings)[0]) > 2
+    assert len(splits_of(settings)[0]) not in scored
 
 
 def test_scores_are_kept_whole(settings):

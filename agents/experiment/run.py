@@ -182,8 +182,8 @@ def _train_agent(
     core, steps, checkpoint = agent.env.core, description["steps"], folder / "checkpoint.pt"
     selection = Selection(core, description["strictness"], agent.searches)
     reached = _load_checkpoint(checkpoint, agent, selection)
-    _score_dense(agent, steps, checkpoint, on_progress)
     write_json(folder / "config.json", description)
+    _score_dense(agent, steps, checkpoint, on_progress)
     logger = open_logger(folder, description, reached)
     following = _Following(agent, selection, logger, checkpoint, steps, on_progress, reached)
     agent.learn(steps, logger, following)
