@@ -30,7 +30,7 @@ class RateSettings(AgentSettings):
 class _Given(Agent):
     """An agent whose policy is given from the start."""
 
-    selects = validates = False
+    selects = validates = draws = False
     staged = True
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
@@ -40,8 +40,6 @@ class _Given(Agent):
 class DenseAgent(_Given):
     """Nothing is skipped."""
 
-    draws = False
-
     def policy(self) -> DecisionPolicy:
         """Everything runs."""
         nvec = self.env.core.nvec
@@ -50,8 +48,6 @@ class DenseAgent(_Given):
 
 class EveryOtherAgent(_Given):
     """Every other layer is skipped whole, the first one of each stack runs (LayerDrop, Fan et al. 2020, section 4)."""
-
-    draws = False
 
     def policy(self) -> DecisionPolicy:
         """The same layers for every input."""
@@ -64,7 +60,7 @@ class EveryOtherAgent(_Given):
 
 
 class RandomAgent(_Given):
-    """Each switch is skipped with probability ``rate``, whatever the input."""
+    """Each switch is skipped with probability ``rate``, whatever the input; the same draws whatever the seed."""
 
     Settings = RateSettings
     settings: RateSettings
