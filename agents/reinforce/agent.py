@@ -16,7 +16,6 @@ gradients come of the few decisions themselves.)
 from __future__ import annotations
 
 import time
-from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -254,9 +253,7 @@ class ReinforceAgent(Agent):
     def _sample(self, observations: Tensor | dict[str, Tensor], tries: int) -> tuple[Tensor, Tensor]:
         """Logits and decisions of the policy: so many tries on each observation, as ``Sampled`` has them."""
         logits = self.network(observations)
-        if self.network.autoregressive:
-            return logits, self.network.choose(logits.repeat(tries, 1), self._draw)
-        return logits, self.network.choose(logits, partial(self._draw, tries=tries))
+        return logits, self.network.choose(logits.repeat(tries, 1), self._draw)
 
     def _walk(self, rows: NDArray) -> tuple[Tensor, Tensor, Seen | None]:
         """Logits and decisions of the policy on rows, from stage to stage, and what the pass has shown of them.
@@ -278,10 +275,10 @@ class ReinforceAgent(Agent):
                 chosen[component] = part[component]
         return torch.cat(chosen, dim=1), torch.from_numpy(decisions), seen
 
-    def _draw(self, logits: Tensor, tries: int = 1) -> Tensor:
-        """Draws ``[rows, tries]`` from logits ``[rows, size]``, by this agent's own generator."""
+    def _draw(self, logits: Tensor) -> Tensor:
+        """Draws ``[rows]`` from logits ``[rows, size]``, by this agent's own generator."""
         probabilities = bounded(logits, self.settings.exploration).exp()
-        return torch.multinomial(probabilities, tries, replacement=True, generator=self.generator)
+        return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
 
     def _halves(self, terms: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients ``[parameters]`` of the mean of ``terms [tries, instances]``, one from each half of the columns."""

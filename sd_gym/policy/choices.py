@@ -22,11 +22,6 @@ class Group(NamedTuple):
     columns: slice
     size: int
 
-    @property
-    def count(self) -> int:
-        """How many components."""
-        return self.components.stop - self.components.start
-
     def of(self, logits: Tensor) -> Tensor:
         """Their logits ``[n, components, size]``, of those of all components, ``[n, sum(nvec)]``."""
         return logits[:, self.columns].unflatten(1, (-1, self.size))

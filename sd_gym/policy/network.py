@@ -162,8 +162,7 @@ class DecisionPolicy(nn.Module):
         Args:
             logits: Of ``forward``.
             pick: Takes logits ``[rows, size]``, each row those of one component (given the choices before it), to
-                choices ``[rows]``; or, unless the policy is autoregressive, to several of each, ``[rows, tries]``. Then
-                decisions are ``[tries * n, components]``: row ``k * n + i`` is the ``k``-th on observation ``i``.
+                choices ``[rows]``.
         """
         if pick is _most_probable and self.codebook is not None:
             return self._from_codebook(logits)
@@ -182,15 +181,17 @@ class DecisionPolicy(nn.Module):
     @torch.no_grad()
     def _picked(self, logits: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
         """Group by group, or component by component where a choice depends on earlier ones."""
-        if not self.autoregressive:
-            picked = [pick(group.of(logits).flatten(0, 1)).view(len(logits), group.count, -1) for group in self._groups]
-            return torch.cat(picked, dim=1).movedim(2, 0).flatten(0, 1)
         decisions = torch.zeros(len(logits), len(self.nvec), dtype=torch.int64, device=logits.device)
+        if not self.autoregressive:
+            for group in self._groups:
+                choices = group.of(logits).transpose(0, 1).reshape(-1, group.size)
+                decisions[:, group.components] = pick(choices).view(-1, len(logits)).T
+            return decisions
         ends = np.cumsum(self.nvec)
         for number, (size, end) in enumerate(zip(self.nvec, ends, strict=True)):
             earlier = self.coupling[end - size : end, :number]
             choice = logits[:, end - size : end] + decisions[:, :number].to(logits.dtype) @ earlier.T
-            decisions[:, number] = pick(choice).view(-1)
+            decisions[:, number] = pick(choice)
         return decisions
 
     def _side_by_side(self, logits: Tensor) -> Tensor:
