@@ -41,7 +41,7 @@ AGENTS = ["script", "ppo", "a2c", "reinforce", "ppo_lex", "a2c_lex"]
 ABLATION: dict[str, tuple[str, dict[str, Any]]] = {  # one default changed, by name of the row
     "ppo": ("ppo", {}),
     "start near dense (0.1)": ("ppo", {"initial_skip_rate": 0.1}),
-    "rollouts of 1,024 (16 steps)": ("ppo", {"n_steps": 16}),
+    "rollouts of 1,024": ("ppo", {"num_envs": 1024}),
     "minibatches of 64": ("ppo", {"batch_size": 64}),
     "learning rate 5e-4": ("ppo", {"learning_rate": 5e-4}),
     "entropy bonus 0.01": ("ppo", {"entropy": 0.01}),

@@ -148,7 +148,7 @@ TASKS = {
         (40, 0),
         ("max_source_length=192", "max_target_length=12", *SQUAD, *ONE_SHOT, "quality=likelihood", "test_size=64"),
         data="squad_answerable",
-        learning=("num_envs=16", "initial_skip_rate=0.03"),  # a search over 60 switches takes hours
+        learning=("num_envs=64", "initial_skip_rate=0.03"),  # a search over 60 switches takes hours
         max_rate=0.3,
         learning_rate=5e-5,
         batch_size=8,

@@ -22,9 +22,9 @@ from sd_gym.objectives import quality_cost
 LOST = np.array([[0.0, 0.05], [0.004, 0.2]])
 FLOPS = np.array([[1.0, 0.3], [0.6, 0.1]])
 CONSTRAINED = {
-    "ppo_lagrangian": {"multiplier_rate": 1.0},
+    "ppo_lagrangian": {"multiplier_rate": 1.0, "n_steps": 4},
     "a2c_lagrangian": {"multiplier_rate": 1.0},
-    "ppo_lex": {"entropy": 0.0},  # what the bonus has it draw at random counts as quality lost
+    "ppo_lex": {"entropy": 0.0, "n_steps": 4},  # what the bonus has it draw at random counts as quality lost
     "a2c_lex": {"entropy": 0.2, "limit": 3.0},  # or it is certain of dense before it has seen the right arm
     "reinforce": {},
 }
@@ -62,5 +62,5 @@ def test_constrained_agents_end_at_the_cheapest_arm_that_keeps_the_quality(
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_fixed_penalty_that_is_too_low_does_not(seed, tmp_path, reviews, tiny_backbone, monkeypatch):
     """By hand: skipping the second switch is worth 0.7 - 3 * 0.04 = 0.58, the right arm only 0.4."""
-    settings = {"objective": "scalarized", "penalty": 3.0}
+    settings = {"objective": "scalarized", "penalty": 3.0, "n_steps": 4}
     assert end("ppo", seed, tmp_path, reviews, tiny_backbone, monkeypatch, **settings) == (0, 1)

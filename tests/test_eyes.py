@@ -182,7 +182,7 @@ def test_the_flops_of_a_policy_grow_with_its_text_and_are_the_counted_ones(tiny)
 
 @pytest.mark.parametrize("env_id", ["SD/Classification-Mini-v0", "SD/Summarization-Mini-v0"])
 def test_eyes_cost_at_most_one_percent_of_the_dense_flops(env_id):
-    env = gym.make_vec(env_id, num_envs=1, observation="tokens", **SMALL).unwrapped
+    env = gym.make_vec(env_id, num_envs=2, observation="tokens", **SMALL).unwrapped
     policy, split = make_agent("ppo", env).policy(), env.core.split("train")
     rows = np.arange(len(split))
     eyes = policy.flops_a_token * split.encoded.source_length / split.costs.dense_flops(rows)

@@ -18,6 +18,8 @@ from sd_gym.policy.artefact import Stop
 
 # Of versions of a policy, from bolder to more cautious, in log-odds; the last one leaves everything running.
 MARGINS = (*np.arange(-1.5, 6, 0.25).tolist(), *np.arange(6, 14.01, 0.5).tolist(), 1000.0)
+AS_LEARNED = MARGINS.index(0.0)
+FURTHER = 8  # steps behind the selected version, 2 in log-odds: who wants more caution finds one that is known, too
 CURVE_INSTANCES = 1000  # of the first half, that each point of a curve is of
 OFFERED = 2  # of the policies that were validated on the way, the last ones are selected from; they are alike
 
@@ -98,7 +100,9 @@ class Selection:
         """
         policies = [*offers, *reversed(self.policies)]  # of equals, such as all dense, what learning ended with
         self._screened.clear()
-        boldest = [self._boldest(policy) for policy in policies]
+        boldest, guess = [], AS_LEARNED
+        for policy in policies:  # they are much alike
+            boldest.append(guess := self._boldest(policy, guess))
         candidates = [(self._flops(*pair), *pair) for pair in zip(policies, boldest, strict=True)]
         while True:
             candidates.sort(key=lambda candidate: candidate[0])
@@ -119,22 +123,24 @@ class Selection:
         self.policies = [like.with_weights(weights) for weights in state["policies"]]
 
     def _stops(self, policy: DecisionPolicy, selected: int) -> list[Stop]:
-        """The versions of a policy that were screened; margins count from the selected one on."""
+        """The versions of a policy that were screened, and a cautious one; margins count from the selected one on."""
+        self._screen(policy, min(selected + FURTHER, len(MARGINS) - 1))
         seen = sorted((step, stop) for (number, step), (_, stop) in self._screened.items() if number == id(policy))
         return [stop._replace(margin=stop.margin - MARGINS[selected]) for _, stop in seen]
 
-    def _boldest(self, policy: DecisionPolicy) -> int:
+    def _boldest(self, policy: DecisionPolicy, guess: int) -> int:
         """The first of ``MARGINS`` at which a policy keeps the quality where it is screened.
 
-        More caution means fewer skips and a higher quality, so it is found by bisection.
+        More caution means fewer skips and a higher quality, so it is looked for from a guess on in steps that double,
+        and between the last two by bisection (Bentley and Yao 1976).
         """
-        low, high = 0, len(MARGINS) - 1
+        low, high, width, answers = 0, len(MARGINS) - 1, 1, set()
         while low < high:
-            middle = (low + high) // 2
-            if self._screen(policy, middle)[0]:
-                high = middle
-            else:
-                low = middle + 1
+            step = min(max(low, guess), high - 1)
+            answers.add(kept := self._screen(policy, step)[0])
+            low, high = (low, step) if kept else (step + 1, high)
+            guess = (low + high) // 2 if len(answers) > 1 else step + (-width if kept else width)
+            width *= 2
         return low
 
     def _flops(self, policy: DecisionPolicy, step: int) -> float:

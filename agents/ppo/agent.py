@@ -23,14 +23,14 @@ class PPOSettings(LearnerSettings):
 
     space: ClassVar = LearnerSettings.space | {
         "entropy": [0.0, 0.003, 0.01, 0.03],
-        "n_steps": [2, 4, 8, 16],
+        "num_envs": [128, 256, 512, 1024],
         "batch_size": [64, 128, 256],
         "n_epochs": [2, 4, 8],
     }
 
-    num_envs: int = Field(64, ge=1)
+    num_envs: int = Field(256, ge=1)
     learning_rate: float = Field(2e-3, gt=0)
-    n_steps: int = Field(4, ge=1)
+    n_steps: int = Field(1, ge=1)
     batch_size: int = Field(256, ge=2)
     n_epochs: int = Field(4, ge=1)
     clip_range: float = Field(0.2, gt=0)

@@ -87,7 +87,8 @@ class Sampled(NamedTuple):
     """Decisions on some instances, several for each: row ``k * instances + i`` is the ``k``-th on instance ``i``.
 
     Attributes:
-        logits: Of the policy, ``[n, sum(nvec)]``, with their gradient.
+        logits: Of the policy, with their gradient: ``[instances, sum(nvec)]``, or of several stages, where they depend
+            on what was decided before, ``[n, sum(nvec)]``.
         decisions: int64 ``[n, components]``.
         flops: FLOPs ratios, float32 ``[tries, instances]``.
         loss: Quality lost, or foreseen to be, float32 ``[tries, instances]``.
@@ -251,8 +252,8 @@ class ReinforceAgent(Agent):
 
     def _sample(self, observations: Tensor | dict[str, Tensor], tries: int) -> tuple[Tensor, Tensor]:
         """Logits and decisions of the policy: so many tries on each observation, as ``Sampled`` has them."""
-        logits = self.network(observations).repeat(tries, 1)
-        return logits, self.network.choose(logits, self._draw)
+        logits = self.network(observations)
+        return logits, self.network.choose(logits.repeat(tries, 1), self._draw)
 
     def _walk(self, rows: NDArray) -> tuple[Tensor, Tensor, Seen | None]:
         """Logits and decisions of the policy on rows, from stage to stage, and what the pass has shown of them.

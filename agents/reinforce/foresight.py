@@ -76,10 +76,12 @@ class Foresight(nn.Module):
             observations: Of ``n`` instances.
             decisions: ``[tries * n, components]``: row ``k * n + i`` is the ``k``-th on instance ``i``.
         """
-        seen = self.eyes(observations)
-        seen = seen.repeat(len(decisions) // len(seen), 1)
+        seen, first = self.eyes(observations), self.network[0]
         chosen = torch.zeros(len(decisions), self._columns).scatter_(1, decisions.long() + self._first, 1.0)
-        return self.network(torch.cat([seen, chosen], dim=1))
+        of_seen, of_chosen = first.weight.split([seen.shape[1], self._columns], dim=1)
+        seen = F.linear(seen, of_seen, first.bias)  # once for all tries on an instance
+        hidden = F.linear(chosen, of_chosen).unflatten(0, (-1, len(seen))) + seen
+        return self.network[1:](hidden.flatten(0, 1))
 
     @torch.no_grad()
     def loss(self, observations: Tensor | dict[str, Tensor], decisions: Tensor) -> Tensor:

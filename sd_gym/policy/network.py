@@ -137,20 +137,22 @@ class DecisionPolicy(nn.Module):
         """How probable decisions are, and how open each is: what policy gradients are taken of.
 
         Args:
-            logits: Of ``forward``.
-            decisions: int64 ``[n, components]``.
+            logits: Of ``forward``, ``[n, sum(nvec)]``.
+            decisions: int64 ``[tries * n, components]``: row ``k * n + i`` is the ``k``-th on observation ``i``.
             exploration: No choice is less probable than this (Wu et al. 2018, BlockDrop, equation 5).
 
         Returns:
-            The logarithm of each component's probability, given those before it, ``[n, components]``; and the entropy
-            of the choices, summed over components, ``[n]``.
+            The logarithm of each component's probability, given those before it, ``[tries * n, components]``; and the
+            entropy of the choices, summed over components, ``[n]`` (autoregressive: ``[tries * n]``).
         """
-        if self.autoregressive:
+        if self.autoregressive:  # what each decision says of a component shifts the logits of later ones
+            logits = logits.repeat(len(decisions) // len(logits), 1)
             logits = logits + decisions.to(logits.dtype) @ (self.coupling * self._earlier).T
         log_probs, entropy = [], torch.zeros(len(logits), device=logits.device)
         for group in self._groups:
             of_all = bounded(group.of(logits), exploration)
-            log_probs.append(of_all.gather(2, decisions[:, group.components, None])[..., 0])
+            chosen = decisions[:, group.components].unflatten(0, (-1, len(logits)))[..., None]
+            log_probs.append(of_all.expand(len(chosen), -1, -1, -1).gather(3, chosen)[..., 0].flatten(0, 1))
             entropy = entropy - (of_all.exp() * of_all).sum(dim=(1, 2))
         return torch.cat(log_probs, dim=1), entropy
 
