@@ -267,6 +267,7 @@ def scripted_scores(env, monkeypatch):
 
     monkeypatch.setattr("sd_gym.agents.experiment.selection.decide_and_score", score)
     monkeypatch.setattr("sd_gym.agents.experiment.selection.by_difficulty", lambda scored, levels: [])
+    monkeypatch.setattr(Selection, "_least", lambda self, policy: policy.flops(MARGINS[0]))
     monkeypatch.setattr(env.core, "config", env.core.config.model_copy(update={"reward": RewardConfig(epsilon=0.01)}))
     return env.core
 
@@ -275,11 +276,21 @@ def test_selection_prefers_kept_quality_then_fewer_flops(scripted_scores):
     good = Scripted(lambda margin: (1, 1), lambda margin: 0.5)
     broken = Scripted(lambda margin: (100, 100), lambda margin: 0.2)
     worse = Scripted(lambda margin: (0, 0), lambda margin: 0.6)
-    selection = Selection(scripted_scores)
+    selection, policies = Selection(scripted_scores), (broken, good, worse)
     objective = Objective(scripted_scores.config.reward)
-    entries = [selection.consider(step, policy, objective) for step, policy in enumerate((broken, good, worse))]
+    entries = [selection.consider(step, policy, objective) for step, policy in enumerate(policies)]
     assert [entry["quality_kept"] for entry in entries] == [False, True, True]
-    assert selection.select([]).flops is good.flops
+    assert selection.select(policies).flops is good.flops
+
+
+def test_what_cannot_be_the_cheapest_is_not_screened(scripted_scores):
+    """Another one is cheaper than it at its boldest."""
+
+    def fail(margin):
+        raise AssertionError
+
+    good, dear = Scripted(lambda margin: (1, 1), lambda margin: 0.5), Scripted(fail, lambda margin: 0.6)
+    assert Selection(scripted_scores).select([dear, good]).flops is good.flops
 
 
 def test_a_candidate_that_was_only_lucky_on_the_screening_half_is_not_confirmed(scripted_scores):

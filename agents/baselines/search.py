@@ -69,9 +69,7 @@ def all_of(nvec: Array, units: list[Array]) -> list[Array]:
     return list(found)
 
 
-def greedy_path(
-    core: Core, split: Split, rows: Array, on_round: OnRound, *, forward: bool = False, per: Per = "sublayer"
-) -> list[Array]:
+def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, per: Per = "sublayer") -> list[Array]:
     """Greedy search of static masks: one more candidate is skipped each round, the one least missed for what it saves.
 
     All moves of a round are screened on a few instances, the best of them are tried on all.
@@ -81,14 +79,12 @@ def greedy_path(
         split: Where the instances are.
         rows: The instances to search on, ``[n]``.
         on_round: Called after each round.
-        forward: From everything skipped, one candidate more runs each round, until the dense quality is reached; else
-            from dense, one more is skipped each round, until nothing runs.
         per: What a candidate is: a sublayer, or a whole layer.
 
     Returns:
-        Decisions ``[components]`` from the start of the search to its end.
+        Decisions ``[components]`` from dense to nothing.
     """
-    path, units = [core.nvec - 1 if forward else np.zeros_like(core.nvec)], units_of(core, per)
+    path, units = [np.zeros_like(core.nvec)], units_of(core, per)
     scored, known = 0, {}
 
     def key(decision: Array, on: Array) -> tuple[int, bytes]:
@@ -113,15 +109,11 @@ def greedy_path(
 
         def price(decision: Array) -> float:
             value, flops = known[key(decision, on)]
-            changed = abs(flops - start_flops) + 1e-9
-            return -(value - start) / changed if forward else (start - value + SMALL_LOSS) / changed
+            return (start - value + SMALL_LOSS) / (abs(flops - start_flops) + 1e-9)
 
         return sorted(candidates, key=price)
 
-    reference = split.scoring.run(rows, np.tile(np.zeros_like(core.nvec), (len(rows), 1))).mean() if forward else np.inf
-    while candidates := _moves(core.nvec, path[-1], -1 if forward else 1, units):
-        if forward and split.scoring.run(rows, np.tile(path[-1], (len(rows), 1))).mean() >= reference:
-            break
+    while candidates := _moves(core.nvec, path[-1], units):
         finalists = best_first(candidates, rows[:SCREENED])[:FINALISTS]
         path.append(best_first(finalists, rows)[0] if len(rows) > SCREENED else finalists[0])
         on_round(scored)
@@ -181,13 +173,13 @@ def learned_path(
     return path
 
 
-def _moves(nvec: Array, decision: Array, step: int, units: list[Array]) -> list[Array]:
-    """The decisions that differ from ``decision`` by ``step`` in one unit."""
+def _moves(nvec: Array, decision: Array, units: list[Array]) -> list[Array]:
+    """The decisions that skip a step more than ``decision`` in one unit."""
     found = []
     for unit in units:
         moved = decision.copy()
-        moved[unit] += step
-        if ((moved >= 0) & (moved < nvec)).all():
+        moved[unit] += 1
+        if (moved < nvec).all():
             found.append(moved)
     return found
 

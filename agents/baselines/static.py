@@ -39,8 +39,8 @@ class StaticSettings(AgentSettings):
 class StaticAgent(Agent):
     """One mask for all inputs, searched on the screening half of the validation split.
 
-    All masks where they are few enough; else greedily, backward from dense and forward from nothing, and those of a
-    learned path. The usual selection then takes the cheapest mask that keeps the quality on the other half.
+    All masks where they are few enough; else those of a greedy path and of a learned one. The usual selection then
+    takes the cheapest mask that keeps the quality on the other half.
     """
 
     Settings = StaticSettings
@@ -66,10 +66,8 @@ class StaticAgent(Agent):
             self.masks = all_of(core.nvec, units)
             return
         on_round = partial(report, on_rollout)
-        backward = greedy_path(core, split, rows, on_round, per=per)
-        forward = greedy_path(core, split, rows, on_round, forward=True, per=per)
-        learned = learned_path(core, split, rows, on_round, self.seed, per=per)
-        self.masks = [*backward, *forward, *learned]
+        greedy = greedy_path(core, split, rows, on_round, per=per)
+        self.masks = [*greedy, *learned_path(core, split, rows, on_round, self.seed, per=per)]
 
     def policy(self) -> DecisionPolicy:
         """The first mask: dense."""

@@ -232,7 +232,7 @@ class _Following:
     def _save_checkpoint(self) -> None:
         if state := self.agent.state():
             scores = self.agent.env.core.scores()
-            write_checkpoint(self.checkpoint, {"agent": state, "selection": self.selection.state(), "scores": scores})
+            write_checkpoint(self.checkpoint, {"agent": state, "history": self.selection.history, "scores": scores})
 
 
 def _score_dense(agent: Agent, steps: int, checkpoint: Path, on_progress: OnProgress | None) -> None:
@@ -259,7 +259,7 @@ def _load_checkpoint(checkpoint: Path, agent: Agent, selection: Selection) -> in
             scores = saved.get("scores", {})
             if "agent" in saved:
                 agent.load_state(saved["agent"])
-                selection.load_state(saved["selection"], agent.policy())
+                selection.history = saved["history"]
                 reached = selection.history[-1]["step"]
         except Exception as error:  # whatever does not fit
             raise ValueError(damaged_checkpoint(checkpoint, error)) from error

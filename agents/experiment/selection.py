@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.evaluation import by_difficulty, decide_and_score
+from sd_gym.agents.experiment.evaluation import by_difficulty, decide_and_score, decide_rows
 from sd_gym.agents.experiment.verdict import ONE_SIDED_95, Verdict, assured, fewest_instances
 
 from sd_gym.envs.core import Core
@@ -21,7 +22,6 @@ MARGINS = (*np.arange(-1.5, 6, 0.25).tolist(), *np.arange(6, 14.01, 0.5).tolist(
 AS_LEARNED = MARGINS.index(0.0)
 FURTHER = 8  # steps behind the selected version, 2 in log-odds: who wants more caution finds one that is known, too
 CURVE_INSTANCES = 1000  # of the first half, that each point of a curve is of
-OFFERED = 2  # of the policies that were validated on the way, the last ones are selected from; they are alike
 
 
 def halves(split: Split) -> tuple[NDArray, NDArray]:
@@ -44,7 +44,7 @@ def keeps(core: Core, scored: dict[str, NDArray], strictness: float) -> bool:
 
 @dataclass
 class Selection:
-    """Gathers the policies of a run and selects one in the end.
+    """Validates the policies of a run on the way, and selects one in the end.
 
     Of each policy there are versions from bold to cautious; the boldest that is assured to keep the quality is looked
     for, and the cheapest of these is kept. The validation split has to leave room for the luck of both samples, its own
@@ -58,7 +58,6 @@ class Selection:
         core: Scores the policies.
         strictness: Standard errors of luck that validation has to leave room for (``assured``).
         searched: Whether the policies come from a search on the first half.
-        policies: The last policies that were validated.
         history: One entry a validation: step, quality, quality_ref, flops_ratio, quality_kept, reward and
             by_difficulty (one level, 0, where the data have none), on instances of the first half.
         stops: Of the policy that was selected, the versions that selection has looked at, the boldest first.
@@ -68,18 +67,15 @@ class Selection:
     core: Core
     strictness: float = ONE_SIDED_95
     searched: bool = False
-    policies: list[DecisionPolicy] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     stops: list[Stop] = field(default_factory=list)
     margin: float = 0.0
     _screened: dict[tuple[int, int], tuple[bool, Stop]] = field(default_factory=dict)
 
     def consider(self, step: int, policy: DecisionPolicy, objective: Objective) -> dict[str, Any]:
-        """Validate a policy, remember it, and return its entry of the history."""
-        entry = self.validate(step, policy, objective)
-        self.history.append(entry)
-        self.policies = [*self.policies, policy][-OFFERED:]
-        return entry
+        """Validate a policy, and return its entry, which the history now has."""
+        self.history.append(self.validate(step, policy, objective))
+        return self.history[-1]
 
     def validate(self, step: int, policy: DecisionPolicy, objective: Objective) -> dict[str, Any]:
         """The entry of a policy."""
@@ -94,33 +90,39 @@ class Selection:
         return entry | known | {"by_difficulty": by_difficulty(scored, split.difficulty[rows])}
 
     def select(self, offers: list[DecisionPolicy]) -> DecisionPolicy:
-        """The policy to keep, of those that were validated and ``offers``; dense if no other keeps the quality.
+        """The policy to keep, of these; of equals, such as all dense, the first. Dense if no other keeps the quality.
 
         A version that is not confirmed is replaced by the next more cautious one of the same policy.
         """
-        policies = [*offers, *reversed(self.policies)]  # of equals, such as all dense, what learning ended with
         self._screened.clear()
-        boldest, guess = [], AS_LEARNED
-        for policy in policies:  # they are much alike
-            boldest.append(guess := self._boldest(policy, guess))
-        candidates = [(self._flops(*pair), *pair) for pair in zip(policies, boldest, strict=True)]
+        # The cheapest first: what runs more at its boldest than another that is confirmed is never screened.
+        waiting, guess = [(self._least(policy), number, None) for number, policy in enumerate(offers)], AS_LEARNED
+        heapify(waiting)
         while True:
-            candidates.sort(key=lambda candidate: candidate[0])
-            _, policy, step = candidates.pop(0)
-            chosen = policy.with_margin(MARGINS[step])
-            if step == len(MARGINS) - 1 or self._confirmed(chosen):
+            _, number, step = heappop(waiting)
+            policy = offers[number]
+            if step is None:
+                step = guess = self._boldest(policy, guess)  # policies are much alike
+            elif step == len(MARGINS) - 1 or self._confirmed(policy.with_margin(MARGINS[step])):
                 self.stops, self.margin = self._stops(policy, step), float(MARGINS[step])
-                return chosen
-            candidates.append((self._flops(policy, step + 1), policy, step + 1))
+                return policy.with_margin(MARGINS[step])
+            else:
+                step += 1
+            heappush(waiting, (self._flops(policy, step), number, step))
 
-    def state(self) -> dict[str, Any]:
-        """What was gathered, as tensors and plain values."""
-        return {"history": self.history, "policies": [policy.state_dict() for policy in self.policies]}
+    def _least(self, policy: DecisionPolicy) -> float:
+        """FLOPs of its boldest version; of several stages they are not known without running anything: 0."""
+        split = self.core.split("validation")
+        if self.core.is_staged:
+            return 0.0
+        decisions = decide_rows(self.core, policy.with_margin(MARGINS[0]), split, self._rows)
+        return float(split.costs.flops_ratio(self._rows, decisions).mean())
 
-    def load_state(self, state: dict[str, Any], like: DecisionPolicy) -> None:
-        """Go on from what ``state`` gave; the policies are built ``like`` the agent's."""
-        self.history = state["history"]
-        self.policies = [like.with_weights(weights) for weights in state["policies"]]
+    @property
+    def _rows(self) -> NDArray:
+        """Of the validation split, those that policies are screened on."""
+        split = self.core.split("validation")
+        return halves(split)[0] if self.searched else np.arange(len(split))
 
     def _stops(self, policy: DecisionPolicy, selected: int) -> list[Stop]:
         """The versions of a policy that were screened, and a cautious one; margins count from the selected one on."""
@@ -148,10 +150,9 @@ class Selection:
 
     def _screen(self, policy: DecisionPolicy, step: int) -> tuple[bool, Stop]:
         """Whether a version of a policy keeps the quality where it is screened, and what it does there."""
-        key, split = (id(policy), step), self.core.split("validation")
+        key = id(policy), step
         if key not in self._screened:
-            rows = halves(split)[0] if self.searched else np.arange(len(split))
-            scored = self._score(policy.with_margin(MARGINS[step]), rows)
+            scored = self._score(policy.with_margin(MARGINS[step]), self._rows)
             loss = scored["quality_ref"] - scored["quality"]
             # With one more instance that loses all, as ``assured`` has it: no sample is too good to vary.
             deviation = float((np.sum(loss**2) + 1) / (len(loss) + 1)) ** 0.5

@@ -193,11 +193,11 @@ class Agent(BaseAgent):
         """The current policy as an artefact of its own, independent of the agent."""
 
     def offers(self) -> list[DecisionPolicy]:
-        """Policies to select from when learning has ended, besides those that were validated on the way.
+        """Policies to select from when learning has ended: what it ended with, and what it went on from, if anything.
 
-        Where learning went on from a start, that is the start: refining shall not end behind it.
+        So refining cannot end behind its start.
         """
-        return [] if self.start is None else [self.start]
+        return [self.policy(), *([] if self.start is None else [self.start])]
 
     def state(self) -> dict[str, Any]:
         """Everything that learning depends on, as tensors and plain values; called from within ``on_rollout``.
