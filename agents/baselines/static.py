@@ -106,7 +106,7 @@ def searched_masks(folder: Path, nvec: NDArray) -> list[NDArray]:
     return list(read_masks(file, nvec))
 
 
-def backward_path(folder: Path, nvec: NDArray) -> list[NDArray]:
+def nested_path(folder: Path, nvec: NDArray) -> list[NDArray]:
     """The masks of a run of ``static`` from dense to nothing, each skipping one candidate more.
 
     Raises:

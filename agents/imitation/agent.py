@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.baselines.search import Per, greedy_path, losses_along, order_of
-from sd_gym.agents.baselines.static import MASKS, backward_path, report
+from sd_gym.agents.baselines.static import MASKS, nested_path, report
 from sd_gym.agents.experiment.evaluation import seen_together
 from sd_gym.agents.imitation.rates import component_logits, step_logits
 from sd_gym.agents.imitation.staged import Induction, Stretch, Taught
@@ -177,7 +177,7 @@ class ImitationAgent(Agent):
         core, taken = self.env.core, self.settings.path
         if taken is None:
             return greedy_path(core, split, self._rows_of(split)[:ORDER_INSTANCES], on_round, per=self.settings.per)
-        return backward_path(taken, core.nvec)
+        return nested_path(taken, core.nvec)
 
     def _search(self, split: Split, on_rollout: OnRollout) -> Searched:
         rows, on_round = self._rows_of(split), partial(report, on_rollout)
