@@ -341,7 +341,7 @@ def test_a_start_of_one_stage_decides_nearly_as_it_did(env, algo, tmp_path):
     np.testing.assert_array_equal(came[:, core.columns[0]], wanted[:, core.columns[0]])
     assert (came == wanted)[:, :-1].mean() > 0.95
     assert policy.apart
-    assert agent.offers()[0].stages == STAGES
+    assert agent.offers()[-1].stages == STAGES
     policy.save(tmp_path / "staged")
     assert make_agent("ppo", env, start=tmp_path / "staged").policy().apart
     two = gym.make_vec(CUSTOM, num_envs=2, **{**_keys(env), "stages": ["encoder.1"]}).unwrapped
