@@ -15,7 +15,7 @@ install: .venv/installed
 # The main job: REINFORCE learns what to skip for each input, and is evaluated on the test split.
 demo: install
 	rm -rf runs/demo
-	$(BIN)/sd-gym train SD/Classification-Mini-v0 --algo reinforce --output runs/demo
+	$(BIN)/sd-gym train SD/Classification-Mini-v0 --algo reinforce --steps 20000 --output runs/demo
 
 test: install
 	$(BIN)/python -m pytest
