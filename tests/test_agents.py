@@ -390,6 +390,7 @@ def test_a_warm_start_begins_where_the_other_run_ended(name, env, tmp_path):
     agent = make_agent(name, env, start=tmp_path)
     np.testing.assert_array_equal(agent.policy().decide(observations), start.decide(observations))
     offered = agent.offers()[-1]  # and, as one of those to select from, cannot end behind it
+    assert len(agent.offers()) == (1 if name == "imitation" else 2)  # which learns anew
     np.testing.assert_array_equal(offered.decide(observations), start.decide(observations))
     assert make_agent(f"blind-{name}", env, start=tmp_path).offers()[-1].blind
     policy = DecisionPolicy(3, [2, 2], ["a"])
