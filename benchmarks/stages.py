@@ -112,9 +112,10 @@ TASKS = {
     "agnews": Task("Classification", (":8500", ":8500", "8500:"), 600, {"max_source_length": 64}),
     "qamr": Task(
         "QuestionAnswering",
-        (":16500", ":16500", "16500:"),
+        (":12000", "8000:16500", "16500:"),
         1000,
         {
+            "test_size": 4000,
             "max_source_length": 96,
             "metric": "squad",
             "quality": "metric",

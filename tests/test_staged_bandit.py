@@ -83,6 +83,7 @@ def end(name, stages, seed, folder, reviews, backbone, monkeypatch):
 # Of few instances, imitation needs many passes.
 SETTINGS = {
     "a2c": {"entropy": 0.05, "learning_rate": 2e-3},
+    "reinforce": {"beta": 10},
     "imitation": {"batch_size": 4, "epochs": 100, "learning_rate": 3e-3},
 }
 

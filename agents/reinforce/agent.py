@@ -25,6 +25,7 @@ from pydantic import Field
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, learning_bias
 from sd_gym.agents.reinforce.barrier import DynamicBarrier
 from sd_gym.agents.reinforce.foresight import Foresight
+from sd_gym.agents.reinforce.staged import LEARNING_STARTS, StagedForesight
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
@@ -39,8 +40,8 @@ class ReinforceSettings(LearnerSettings):
 
     Attributes:
         samples: Decisions scored for each instance of a rollout.
-        foresight: Whether the quality loss is foreseen (``Foresight``); of several stages it never is, as what is seen
-            later depends on what was decided, and nobody has run that.
+        foresight: Whether the quality loss is foreseen (``Foresight``), and of several stages what all that is decided
+            later leads to (``StagedForesight``).
         imagined: Instances of an update whose losses are foreseen.
         tries: Decisions for each of them.
         updates: Of the policy after each rollout, where losses are foreseen, and steps of the foresight.
@@ -87,9 +88,9 @@ class Sampled(NamedTuple):
     """Decisions on some instances, several for each: row ``k * instances + i`` is the ``k``-th on instance ``i``.
 
     Attributes:
-        logits: Of the policy, with their gradient: ``[instances, sum(nvec)]``, or of several stages, where they depend
-            on what was decided before, ``[n, sum(nvec)]``.
-        decisions: int64 ``[n, components]``.
+        logits: Of the policy, with their gradient: ``[instances, sum(nvec)]``, or of walks through several stages,
+            where they depend on what was decided before, ``[n, sum(nvec)]``.
+        decisions: int64 ``[n, components]``; of one stage alone, 0 at what others decide, which the logits are sure of.
         flops: FLOPs ratios, float32 ``[tries, instances]``.
         loss: Quality lost, or foreseen to be, float32 ``[tries, instances]``.
     """
@@ -118,8 +119,7 @@ class ReinforceAgent(Agent):
                     torch.nn.init.orthogonal_(layer.weight, gain=2**0.5)
                     torch.nn.init.zeros_(layer.bias)
             size = self.network.observation_size
-            foresees = settings.foresight and not self.env.core.is_staged  # later looks depend on what is decided
-            self.foresight = Foresight(size, self.env.core.nvec, self.channels is not None) if foresees else None
+            self.foresight = self._new_foresight(size) if settings.foresight else None
         self._begin(self.network, *filter(None, [self.foresight]))
         with torch.no_grad():
             if self.start is not None:
@@ -151,7 +151,8 @@ class ReinforceAgent(Agent):
                 self._update(sampled, violated, rate, logger)
             for _ in range(self.settings.updates if self.foresight else 0):
                 logger.record_mean("train/foresight_loss", self._fit())
-                self._update(self._imagine(), violated, rate, logger)
+                if not self.env.core.is_staged or self.steps >= LEARNING_STARTS:
+                    self._update(self._imagine(), violated, rate, logger)
 
             self.steps += len(sampled.decisions)
             rewards = self.env.objective.rewards(*(infos[key] for key in ("quality", "quality_ref", "flops_ratio")))
@@ -191,20 +192,25 @@ class ReinforceAgent(Agent):
         self.generator.set_state(state["generator"])
         self.steps = state["steps"]
 
+    def _new_foresight(self, observation_size: int) -> Foresight:
+        core = self.env.core
+        if core.is_staged:
+            return StagedForesight(core, self._split)
+        return Foresight(observation_size, core.nvec, self.channels is not None)
+
     def _explore(self) -> tuple[Sampled, dict[str, NDArray]]:
         """Score a few decisions of the policy, and remember what came of them; with the infos of a rollout."""
         settings, core = self.settings, self.env.core
         rows = self.random.integers(len(self._split), size=self.env.num_envs)
-        seen = None
+        seen, tiled = None, np.tile(rows, settings.samples)
         if core.is_staged:
-            logits, decisions, seen = self._walk(np.tile(rows, settings.samples))
+            logits, decisions, seen, looks = self._walk(tiled)
         else:
             logits, decisions = self._sample(self._observe(rows), settings.samples)
-        rows = np.tile(rows, settings.samples)
-        outcome = core.score(self._split, rows, decisions.numpy(), seen)
+        outcome = core.score(self._split, tiled, decisions.numpy(), seen)
         lost = torch.from_numpy(outcome.quality_ref - outcome.quality).float()
         if self.foresight:
-            self.foresight.remember(rows, decisions, lost)
+            self.foresight.remember(tiled, decisions, lost, *([looks] if core.is_staged else []))
         infos = {key: getattr(outcome, key) for key in INFO_KEYS if key != "is_success"}
         infos["is_success"] = outcome.cost == 0
         flops = torch.from_numpy(outcome.flops_ratio).float()
@@ -212,12 +218,17 @@ class ReinforceAgent(Agent):
         return Sampled(logits, decisions, flops.view(shape), lost.view(shape)), infos
 
     def _fit(self) -> float:
-        """A step of the foresight on remembered decisions; returns its error."""
+        """A step of the foresight on remembered decisions, or some in stages; returns its error."""
+        if isinstance(self.foresight, StagedForesight):
+            size = self.settings.fit_batch
+            return self.foresight.fit_stages(size, self.random, lambda seen: self._sample(seen, 1)[1])
         drawn = torch.from_numpy(self.random.integers(len(self.foresight.rows), size=self.settings.fit_batch))
         return self.foresight.fit(self._observe(self.foresight.rows[drawn].numpy()), drawn)
 
     def _imagine(self) -> Sampled:
         """Decisions of the policy that nobody runs: their FLOPs are known, their loss is foreseen."""
+        if isinstance(self.foresight, StagedForesight):
+            return self._imagine_stages(self.foresight)
         rows = self.random.integers(len(self._split), size=self.settings.imagined)
         observations, shape = self._observe(rows), (self.settings.tries, -1)
         logits, decisions = self._sample(observations, self.settings.tries)
@@ -225,6 +236,16 @@ class ReinforceAgent(Agent):
         flops = torch.from_numpy(self._split.costs.flops_ratio(tiled, decisions.numpy())).float()
         loss = self.foresight.loss(observations, decisions)
         return Sampled(logits, decisions, flops.view(shape), loss.view(shape))
+
+    def _imagine_stages(self, foresight: StagedForesight) -> Sampled:
+        """What the policy may decide at single stages: of each remembered decision one stage stands for all."""
+        settings, stages = self.settings, len(self.env.core.stages)
+        situations = foresight.recent(settings.imagined, self.random)
+        logits, choices = self._sample(situations.seen, settings.tries)
+        odds, flops = foresight.outlook(situations, foresight.decided(situations, choices))
+        loss, shape = odds[:, 0] - odds[:, 1], (settings.tries, -1)
+        own = foresight.own_alone(situations, logits, choices)
+        return Sampled(*own, stages * flops.view(shape), stages * loss.view(shape))
 
     def _update(self, sampled: Sampled, violated: float, rate: float, logger: Logger) -> None:
         """One step down both gradients; ``violated`` is the quality that is lost now."""
@@ -255,15 +276,18 @@ class ReinforceAgent(Agent):
         logits = self.network(observations)
         return logits, self.network.choose(logits.repeat(tries, 1), self._draw)
 
-    def _walk(self, rows: NDArray) -> tuple[Tensor, Tensor, Seen | None]:
-        """Logits and decisions of the policy on rows, from stage to stage, and what the pass has shown of them.
+    def _walk(self, rows: NDArray) -> tuple[Tensor, Tensor, Seen | None, Tensor]:
+        """Logits and decisions of the policy on rows, from stage to stage; and what the pass has shown of them.
 
-        The logits of each component are those of the stage that it was decided at.
+        The logits of each component are those of the stage that it was decided at. The last of what is returned is what
+        was observed at each stage, ``[n, stages, size]``.
         """
-        core, of_stages = self.env.core, []
+        core, of_stages, looks = self.env.core, [], []
 
         def decide(observations: NDArray) -> NDArray:
-            of_stages.append(self.network(torch.from_numpy(observations)))
+            seen = torch.from_numpy(observations)
+            looks.append(blinded(seen, core.stages) if self.blind else seen)
+            of_stages.append(self.network(seen))
             return self.network.choose(of_stages[-1], self._draw).numpy()
 
         decisions, seen = core.walk(self._split, rows, decide)
@@ -273,7 +297,7 @@ class ReinforceAgent(Agent):
         for components, part in zip(core.steps.components, parts, strict=True):
             for component in components:
                 chosen[component] = part[component]
-        return torch.cat(chosen, dim=1), torch.from_numpy(decisions), seen
+        return torch.cat(chosen, dim=1), torch.from_numpy(decisions), seen, torch.stack(looks, dim=1)
 
     def _draw(self, logits: Tensor) -> Tensor:
         """Draws ``[rows]`` from logits ``[rows, size]``, by this agent's own generator."""

@@ -27,6 +27,7 @@ class Foresight(nn.Module):
         observation_size: Features of an observation; of tokens, numbers that one has.
         nvec: Sizes of a decision's components.
         sees_tokens: Whether it sees tokens, by eyes of its own: nobody pays for them later, so they are wide.
+        outputs: How many numbers it foresees: that quality is lost, that it is gained, and more.
 
     Attributes:
         rows: Of the instances that were scored, int64 ``[n]``.
@@ -34,7 +35,7 @@ class Foresight(nn.Module):
         lost: Quality that they lost, float32 ``[n]``; negative where they gained.
     """
 
-    def __init__(self, observation_size: int, nvec: NDArray, sees_tokens: bool = False) -> None:
+    def __init__(self, observation_size: int, nvec: NDArray, sees_tokens: bool = False, outputs: int = 2) -> None:
         super().__init__()
         self.eyes = Eyes(observation_size) if sees_tokens else nn.Identity()
         size = self.eyes.size if sees_tokens else observation_size
@@ -45,7 +46,7 @@ class Foresight(nn.Module):
             nn.Tanh(),
             nn.Linear(HIDDEN, HIDDEN),
             nn.Tanh(),
-            nn.Linear(HIDDEN, 2),
+            nn.Linear(HIDDEN, outputs),
         )
         nn.init.constant_(self.network[-1].bias, SELDOM)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -63,7 +64,10 @@ class Foresight(nn.Module):
         """One step of AdamW on the cross-entropy of what was remembered at ``drawn [n]``; returns that."""
         lost = self.lost[drawn]
         targets = torch.stack([lost, -lost], dim=1).clamp(0, 1)
-        error = F.binary_cross_entropy_with_logits(self(observations, self.decisions[drawn]), targets)
+        return self.step(F.binary_cross_entropy_with_logits(self(observations, self.decisions[drawn]), targets))
+
+    def step(self, error: Tensor) -> float:
+        """One step down an error; returns it."""
         self.optimizer.zero_grad()
         error.backward()
         self.optimizer.step()

@@ -1,0 +1,147 @@
+"""What a decision of several stages leads to, foreseen at each stage from what was seen there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sd_gym.agents.reinforce.foresight import Foresight
+from torch import Tensor
+from torch.nn import functional as F
+
+from sd_gym.envs.core import Core
+from sd_gym.envs.split import Split
+
+MEMORY = 2**25  # numbers that were seen, at two bytes: 64 MiB
+RECENT = 4096  # decisions whose situations the policy learns in: it meets others by and by
+LEARNING_STARTS = 2048  # decisions: a policy that listens sooner flees from losses that it cannot tell apart
+FITS = 2  # steps between two updates of the policy, which each stage has to share
+
+
+class Situations(NamedTuple):
+    """Stages that remembered decisions have come to.
+
+    Attributes:
+        rows: Of their instances, int64 ``[n]``.
+        stage: Number of the stage, int64 ``[n]``.
+        seen: What was seen there, float32 ``[n, size]``.
+        decisions: As they were made before the stage, int64 ``[n, components]``; 0 from there on.
+    """
+
+    rows: Tensor
+    stage: Tensor
+    seen: Tensor
+    decisions: Tensor
+
+
+class StagedForesight(Foresight):
+    """A network from what a stage shows, and what is decided up to it, to the quality lost and FLOPs saved in the end.
+
+    What the last stage decides leads to what was scored. What an earlier one decides leads to what is foreseen at the
+    next stage, when the policy decides there as it does now (expected SARSA, van Seijen et al. 2009, of one draw). So
+    what older policies have come to stays worth learning from, and a look that pays later is worth its price now.
+
+    Args:
+        core: The env's core.
+        split: Where the instances are.
+
+    Attributes:
+        rows, decisions, lost: As of ``Foresight``, of the latest decisions.
+        seen: What they have seen at each stage, float16 ``[n, stages, size]``.
+    """
+
+    def __init__(self, core: Core, split: Split) -> None:
+        super().__init__(core.observation_space.shape[0], core.nvec, outputs=3)
+        torch.nn.init.zeros_(self.network[-1].bias[2:])
+        self._costs = split.costs
+        self._last = len(core.stages) - 1
+        self._memory = MEMORY // (len(core.stages) * core.observation_space.shape[0])
+        self._own = torch.zeros(len(core.stages), len(core.nvec), dtype=torch.bool)  # what each stage decides
+        for own, components in zip(self._own, core.steps.components, strict=True):
+            own[torch.from_numpy(components)] = True
+        self._before = self._own.cumsum(dim=0) - self._own.long()  # and what is decided by then
+        self._component = torch.from_numpy(np.repeat(np.arange(len(core.nvec)), core.nvec))  # of each logit
+        self._certain = torch.full((int(core.nvec.sum()),), -1e9)  # logits that choose 0 everywhere
+        self._certain[torch.from_numpy(np.cumsum([0, *core.nvec[:-1]]))] = 0.0
+        self.seen = torch.zeros(0, len(core.stages), core.observation_space.shape[0], dtype=torch.float16)
+
+    def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor, seen: Tensor) -> None:
+        """As of ``Foresight``, with what was seen at each stage, ``[n, stages, size]``; the oldest is forgotten."""
+        super().remember(rows, decisions, lost)
+        self.seen = torch.cat([self.seen, seen.half()])
+        kept = slice(max(0, len(self.rows) - self._memory), None)
+        self.rows, self.decisions, self.lost = self.rows[kept], self.decisions[kept], self.lost[kept]
+        self.seen = self.seen[kept]
+
+    def situations(self, drawn: Tensor, stage: Tensor) -> Situations:
+        """Of the remembered decisions ``drawn [n]``, each at the stage ``[n]``."""
+        decisions = self.decisions[drawn].long() * self._before[stage]
+        return Situations(self.rows[drawn], stage, self.seen[drawn, stage].float(), decisions)
+
+    def recent(self, n: int, random: np.random.Generator) -> Situations:
+        """So many that decisions of late have come to, each stage as often."""
+        newest = len(self.rows)
+        drawn = random.integers(max(0, newest - RECENT), newest, size=n)
+        return self.situations(torch.from_numpy(drawn), self._stages(n, random))
+
+    def decided(self, situations: Situations, choices: Tensor) -> Tensor:
+        """Decisions up to the stages, int64 ``[tries * n, components]``, where ``choices`` of that size are made."""
+        tries = len(choices) // len(situations.rows)
+        return torch.where(self._own[situations.stage].repeat(tries, 1), choices, situations.decisions.repeat(tries, 1))
+
+    def own_alone(self, situations: Situations, logits: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``[n, sum(nvec)]`` and choices, but what is not of the stage is 0 for certain."""
+        own = self._own[situations.stage]
+        alone = torch.where(own[:, self._component], logits, self._certain)
+        return alone, choices * own.repeat(len(choices) // len(own), 1)
+
+    @torch.no_grad()
+    def outlook(self, situations: Situations, decisions: Tensor) -> tuple[Tensor, Tensor]:
+        """How probable it is that quality is lost and gained, ``[tries * n, 2]``; and FLOPs ratios ``[tries * n]``."""
+        tries = len(decisions) // len(situations.rows)
+        said = self(situations.seen, decisions)
+        saved = torch.where(situations.stage == self._last, 0.0, said[:, 2].view(tries, -1)).flatten()
+        return said[:, :2].sigmoid(), self._flops(situations.rows.repeat(tries), decisions) - saved
+
+    def fit_stages(self, size: int, random: np.random.Generator, choose: Callable[[Tensor], Tensor]) -> float:
+        """``FITS`` steps on so many remembered situations each; returns the last error.
+
+        ``choose`` is the policy: from what is seen ``[n, size]`` to choices ``[n, components]``.
+        """
+        for _ in range(FITS):
+            drawn = torch.from_numpy(random.integers(len(self.rows), size=size))
+            error = self._fit_stages(drawn, self._stages(size, random), choose)
+        return error
+
+    def _fit_stages(self, drawn: Tensor, stage: Tensor, choose: Callable[[Tensor], Tensor]) -> float:
+        """One step of AdamW: the cross-entropy of losses and gains, and the squared error of what is saved later."""
+        here, lost = self.situations(drawn, stage), self.lost[drawn]
+        decisions = self.decided(here, self.decisions[drawn].long())
+        targets, saved = torch.stack([lost, -lost], dim=1).clamp(0, 1), torch.zeros(len(drawn))
+        early = torch.nonzero(stage < self._last)[:, 0]
+        if len(early):
+            then = self.situations(drawn[early], stage[early] + 1)
+            targets[early], flops = self.outlook(then, self.decided(then, choose(then.seen)))
+            saved[early] = self._flops(here.rows[early], decisions[early]) - flops
+        said = self(here.seen, decisions)
+        error = F.binary_cross_entropy_with_logits(said[:, :2], targets)
+        return self.step(error + F.mse_loss(torch.where(stage < self._last, said[:, 2], 0.0), saved))
+
+    def _flops(self, rows: Tensor, decisions: Tensor) -> Tensor:
+        """FLOPs ratios, float32 ``[n]``, when all that is not decided runs."""
+        return torch.from_numpy(self._costs.flops_ratio(rows.numpy(), decisions.numpy())).float()
+
+    def _stages(self, n: int, random: np.random.Generator) -> Tensor:
+        return torch.from_numpy(random.integers(self._last + 1, size=n))
+
+    def state(self) -> dict[str, Any]:
+        """As of ``Foresight``, and what was seen."""
+        return {**super().state(), "seen": self.seen}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state`` gave."""
+        super().load_state(state)
+        self.seen = state["seen"]
