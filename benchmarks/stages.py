@@ -137,6 +137,7 @@ class Runs:
     steps: int
     seeds: int
     agents: list[str]
+    draw: str = "even"
 
     @property
     def task(self) -> Task:
@@ -173,6 +174,7 @@ class Runs:
             batch_size=32,
             learning_rate=self.task.learning_rate,
             max_rate=0.7,
+            draw=self.draw,
             tokens=config.tokens,
             quality=config.quality,
             resume=True,
@@ -341,10 +343,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50_000, help="decisions that ppo and reinforce learn from")
     parser.add_argument("--seeds", type=int, default=3, help="of what draws")
     parser.add_argument("--agents", nargs="+", choices=list(LEARNED), default=list(LEARNED), help="rows to train")
+    parser.add_argument("--draw", default="even", help="decisions that backbones are prepared under, as sd-gym prepare")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     given = parser.parse_args()
     every = [
-        Runs(name, given.data, given.minilm, given.output, given.steps, given.seeds, given.agents)
+        Runs(name, given.data, given.minilm, given.output, given.steps, given.seeds, given.agents, given.draw)
         for name in given.tasks
     ]
     if not given.table:
