@@ -143,6 +143,7 @@ class ReinforceAgent(Agent):
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Learn until ``total_steps`` decisions were scored."""
         started, before = time.monotonic(), self.steps
+        starts = min(LEARNING_STARTS, total_steps // 4) if self.env.core.is_staged else 0
         while self.steps < total_steps:
             rate = self.settings.learning_rate * (1 - self.steps / total_steps)
             sampled, infos = self._explore()
@@ -151,7 +152,7 @@ class ReinforceAgent(Agent):
                 self._update(sampled, violated, rate, logger)
             for _ in range(self.settings.updates if self.foresight else 0):
                 logger.record_mean("train/foresight_loss", self._fit())
-                if not self.env.core.is_staged or self.steps >= LEARNING_STARTS:
+                if self.steps >= starts:
                     self._update(self._imagine(), violated, rate, logger)
 
             self.steps += len(sampled.decisions)

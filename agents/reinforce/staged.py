@@ -17,7 +17,7 @@ from sd_gym.envs.split import Split
 
 MEMORY = 2**25  # numbers that were seen, at two bytes: 64 MiB
 RECENT = 4096  # decisions whose situations the policy learns in: it meets others by and by
-LEARNING_STARTS = 2048  # decisions: a policy that listens sooner flees from losses that it cannot tell apart
+LEARNING_STARTS = 2048  # decisions: a policy that listens sooner flees from losses that nothing tells apart yet
 FITS = 2  # steps between two updates of the policy, which each stage has to share
 
 
