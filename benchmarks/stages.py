@@ -96,6 +96,7 @@ class Task:
         steps: Of preparing.
         settings: More keys of the env.
         learning_rate: Of preparing.
+        tabulated: Instances of each split in the table; ``None``: all.
     """
 
     family: str
@@ -103,6 +104,7 @@ class Task:
     steps: int
     settings: dict[str, Any]
     learning_rate: float = 2e-4
+    tabulated: int | None = None
 
 
 TASKS = {
@@ -122,6 +124,7 @@ TASKS = {
             "answers": "extracted",
             "unanswerable": False,
         },
+        tabulated=2500,
     ),
 }
 
@@ -193,6 +196,7 @@ class Runs:
             f"SD/{self.task.family}-Custom-Staged-v0",
             self.table,
             decisions=f"codebook:{self.folder(EYES) / 'masks.json'}",
+            instances=self.task.tabulated,
             resume=True,
             **self.settings(self.task.rows[1]),
             backbone=str(self.backbone),
