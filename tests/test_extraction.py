@@ -236,6 +236,23 @@ def test_quality_comes_with_the_likelihood_from_the_same_passes(quality, data, t
     np.testing.assert_array_equal(probability, likely.scoring.quality_and_likelihood(rows, decisions)[1])
 
 
+@pytest.mark.parametrize("quality", ["metric", "exact_match"])
+def test_masks_that_agree_up_to_a_layer_share_the_pass_up_to_there(quality, data, tmp_path, tiny_tokenizer):
+    make_extractor("bert").save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    core = make(data, str(tmp_path), quality=quality).unwrapped.core
+    split, rows = core.split("test"), np.arange(24)
+    masks = np.zeros((3, len(core.nvec)), dtype=np.int64)
+    masks[1, -2] = masks[2, -3] = 1  # in the last layer alone
+    first = []
+    core.backbone.model.base_model.encoder.layer[0].register_forward_hook(lambda *_: first.append(1))
+    found = split.scoring.under_all(rows, masks)
+    assert len(first) == 1
+    alone = [split.scoring.quality_and_likelihood(rows, np.tile(mask, (24, 1))) for mask in masks]
+    for values, expected in zip(found, zip(*alone, strict=True), strict=True):
+        np.testing.assert_allclose(values, np.stack(expected, axis=1), rtol=1e-5)
+
+
 def test_likelihood_is_that_of_the_untouched_model(data, tmp_path, tiny_tokenizer):
     model = make_extractor("bert")
     model.save_pretrained(tmp_path)

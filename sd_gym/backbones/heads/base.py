@@ -284,12 +284,17 @@ class Head(ABC):
     ) -> tuple[list[str], NDArray]:
         """``answers`` and the likelihood of the references, float64 ``[n]``, from as few passes as that takes."""
 
+        values = runs.in_passes(rows, decisions, self.reads_and_rates(runs.longest, label_range))
+        return self.said(runs, rows, values[:, :-1]), values[:, -1]
+
+    def reads_and_rates(self, longest: int, label_range: float) -> Callable[[Tensor, Tensor], Tensor]:
+        """Takes logits and labels to what ``read`` gives and, in a last column, the likelihood: ``[batch, values]``."""
+
         def both(logits: Tensor, labels: Tensor) -> Tensor:
-            read = self.read(logits, runs.longest).reshape(len(logits), -1)
+            read = self.read(logits, longest).reshape(len(logits), -1)
             return torch.cat([read, self.likelihood(logits, labels, label_range)[:, None]], dim=1)
 
-        values = runs.in_passes(rows, decisions, both)
-        return self.said(runs, rows, values[:, :-1]), values[:, -1]
+        return both
 
     def reference(self, instance: Instance, labels: Tensor) -> str:
         """What is right, to be read like an answer; of several right texts the first, empty if there is none."""
