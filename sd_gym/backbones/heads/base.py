@@ -283,7 +283,6 @@ class Head(ABC):
         self, runs: Runs, rows: NDArray, decisions: NDArray, label_range: float
     ) -> tuple[list[str], NDArray]:
         """``answers`` and the likelihood of the references, float64 ``[n]``, from as few passes as that takes."""
-
         values = runs.in_passes(rows, decisions, self.reads_and_rates(runs.longest, label_range))
         return self.said(runs, rows, values[:, :-1]), values[:, -1]
 
