@@ -245,9 +245,8 @@ def test_masks_that_agree_up_to_a_layer_share_the_pass_up_to_there(quality, data
     masks = np.zeros((3, len(core.nvec)), dtype=np.int64)
     masks[1, -2] = masks[2, -3] = 1  # in the last layer alone
     first = []
-    core.backbone.model.base_model.encoder.layer[0].attention.self.query.register_forward_hook(
-        lambda *_: first.append(1)
-    )
+    early = core.backbone.model.base_model.encoder.layer[0].attention.self.query
+    early.register_forward_hook(lambda *_: first.append(1))
     found = split.scoring.under_all(rows, masks)
     assert len(first) == 1
     alone = [split.scoring.quality_and_likelihood(rows, np.tile(mask, (24, 1))) for mask in masks]
