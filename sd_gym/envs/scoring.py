@@ -173,15 +173,9 @@ class Scoring:
             rows: The rows.
             masks: Decisions for all of them, all different, ``[masks, switches + 1]``.
         """
-        if self._measure == "of_text" and self._head.gives == "text":
-            pairs = [self.quality_and_likelihood(rows, np.tile(mask, (len(rows), 1))) for mask in masks]
-            quality, likely = (np.stack(values, axis=1) for values in zip(*pairs, strict=True))
-            return quality, likely
         if self._measure == "of_text":
-            read = self._head.reads_and_rates(self._passes.longest, self._settings.label_range)
-            values = self._passes.under_all(rows, masks, read)
-            said = [self._head.said(self._passes, rows, values[:, number, :-1]) for number in range(len(masks))]
-            return np.stack([self._text_quality(rows, texts) for texts in said], axis=1), values[..., -1]
+            texts, likely = self._head.answers_under_all(self._passes, rows, masks, self._settings.label_range)
+            return np.stack([self._text_quality(rows, said) for said in texts], axis=1), likely
 
         def both(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             return torch.stack([self._score(logits, labels), self._likelihood(logits, labels)], dim=1)

@@ -58,6 +58,9 @@ class Runs(Given, Protocol):
     def in_passes(self, rows: NDArray, decisions: NDArray, value: Callable[[Tensor, Tensor], Tensor]) -> NDArray:
         """A value, or several, of each row's logits and labels, float64 ``[n]`` or ``[n, values]``."""
 
+    def under_all(self, rows: NDArray, masks: NDArray, value: Callable[[Tensor, Tensor], Tensor]) -> NDArray:
+        """Values under each of ``masks [masks, switches + 1]``, float64 ``[n, masks, values]``."""
+
     def generated(self, rows: NDArray, decisions: NDArray) -> list[str]:
         """What ``generate()`` gives for each row."""
 
@@ -283,10 +286,21 @@ class Head(ABC):
         self, runs: Runs, rows: NDArray, decisions: NDArray, label_range: float
     ) -> tuple[list[str], NDArray]:
         """``answers`` and the likelihood of the references, float64 ``[n]``, from as few passes as that takes."""
-        values = runs.in_passes(rows, decisions, self.reads_and_rates(runs.longest, label_range))
+        values = runs.in_passes(rows, decisions, self._reads_and_rates(runs.longest, label_range))
         return self.said(runs, rows, values[:, :-1]), values[:, -1]
 
-    def reads_and_rates(self, longest: int, label_range: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def answers_under_all(
+        self, runs: Runs, rows: NDArray, masks: NDArray, label_range: float
+    ) -> tuple[list[list[str]], NDArray]:
+        """``answers_and_likelihood`` under each of ``masks [masks, switches + 1]``, which share what they agree on.
+
+        Returns:
+            The texts, a list for each mask, and the likelihoods, float64 ``[n, masks]``.
+        """
+        values = runs.under_all(rows, masks, self._reads_and_rates(runs.longest, label_range))
+        return [self.said(runs, rows, of_mask[:, :-1]) for of_mask in values.swapaxes(0, 1)], values[..., -1]
+
+    def _reads_and_rates(self, longest: int, label_range: float) -> Callable[[Tensor, Tensor], Tensor]:
         """Takes logits and labels to what ``read`` gives and, in a last column, the likelihood: ``[batch, values]``."""
 
         def both(logits: Tensor, labels: Tensor) -> Tensor:

@@ -125,6 +125,15 @@ class Seq2SeqHead(Head):
         texts = self.answers(runs, rows, decisions)
         return texts, runs.in_passes(rows, decisions, lambda logits, labels: self.likelihood(logits, labels))
 
+    def answers_under_all(
+        self, runs: Runs, rows: NDArray, masks: NDArray, label_range: float
+    ) -> tuple[list[list[str]], NDArray]:
+        """One mask after the other: what is generated differs from the first word on."""
+        tiled = [np.tile(mask, (len(rows), 1)) for mask in masks]
+        pairs = [self.answers_and_likelihood(runs, rows, decisions, label_range) for decisions in tiled]
+        texts, likely = zip(*pairs, strict=True)
+        return list(texts), np.stack(likely, axis=1)
+
     def answered(self, instances: Sequence[Instance], answers: Sequence[str]) -> Sequence[Instance]:
         """With the answers as targets: only now it is known how long they are."""
         return [replace(one, target=said) for one, said in zip(instances, answers, strict=True)]
