@@ -374,3 +374,14 @@ def test_controls_run_as_on_one_stage(keys, algo, tmp_path):
     if algo != "hash":
         assert results[0]["skip_rate"] == results[1]["skip_rate"]
         assert results[0]["quality"] == results[1]["quality"]
+
+
+def test_reinforce_waits_for_its_foresight_but_learns_in_short_runs_too(env, tmp_path):
+    agent = make_agent("reinforce", env, seed=0)
+    first, moved = agent.policy().head.bias, []
+
+    def on_rollout(rollout):
+        moved.append(not torch.equal(agent.policy().head.bias, first))
+
+    agent.learn(256, configure(str(tmp_path), []), on_rollout)  # rollouts of 32 decisions; it waits for a quarter
+    assert moved == [False] * 2 + [True] * 6
