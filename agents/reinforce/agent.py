@@ -25,7 +25,7 @@ from pydantic import Field
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, learning_bias
 from sd_gym.agents.reinforce.barrier import DynamicBarrier
 from sd_gym.agents.reinforce.foresight import Foresight
-from sd_gym.agents.reinforce.staged import LEARNING_STARTS, StagedForesight
+from sd_gym.agents.reinforce.staged import LEARNING_STARTS, StagedForesight, certain
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
@@ -294,7 +294,7 @@ class ReinforceAgent(Agent):
         decisions, seen = core.walk(self._split, rows, decide)
         parts = [logits.split(core.nvec.tolist(), dim=1) for logits in of_stages]
         # What no stage decides, the switches before the first one, is certain.
-        chosen = [torch.eye(int(size))[0].log().clamp(min=-1e9).expand(len(decisions), -1) for size in core.nvec]
+        chosen = [part.expand(len(decisions), -1) for part in certain(core.nvec).split(core.nvec.tolist())]
         for components, part in zip(core.steps.components, parts, strict=True):
             for component in components:
                 chosen[component] = part[component]

@@ -21,6 +21,13 @@ LEARNING_STARTS = 2048  # decisions: a policy that listens sooner flees from los
 FITS = 2  # steps between two updates of the policy, which each stage has to share
 
 
+def certain(nvec: NDArray) -> Tensor:
+    """Logits ``[sum(nvec)]`` that choose 0 of each component for certain: of what is not decided, and runs."""
+    logits = torch.full((int(nvec.sum()),), -1e9)
+    logits[torch.from_numpy(np.cumsum([0, *nvec[:-1]]))] = 0.0
+    return logits
+
+
 class Situations(NamedTuple):
     """Stages that remembered decisions have come to.
 
@@ -64,8 +71,7 @@ class StagedForesight(Foresight):
             own[torch.from_numpy(components)] = True
         self._before = self._own.cumsum(dim=0) - self._own.long()  # and what is decided by then
         self._component = torch.from_numpy(np.repeat(np.arange(len(core.nvec)), core.nvec))  # of each logit
-        self._certain = torch.full((int(core.nvec.sum()),), -1e9)  # logits that choose 0 everywhere
-        self._certain[torch.from_numpy(np.cumsum([0, *core.nvec[:-1]]))] = 0.0
+        self._certain = certain(core.nvec)
         self.seen = torch.zeros(0, len(core.stages), core.observation_space.shape[0], dtype=torch.float16)
 
     def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor, seen: Tensor) -> None:
