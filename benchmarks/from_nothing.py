@@ -6,13 +6,13 @@
 others are. For each run two policies are shown: the one that learning ended with, and the one that was selected on the
 validation split. Means over seeds with 95% intervals (Student's t). What is finished is kept and what was cut off goes
 on, so the command can be started again, and twice at the same time with other ``--envs``. ``--table`` only prints what
-is there. ``--ablation`` changes one default of PPO at a time instead.
+is there. ``--ablation`` changes one default of PPO at a time instead. ``--at 0.25 0.5 1`` has more columns: the FLOPs
+where so many points are lost, read off the front of bolder and more cautious versions of each policy on the test split.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
-from sd_gym.agents.experiment.folder import read_result
+from sd_gym.agents.experiment.evaluation import fitting
+from sd_gym.agents.experiment.folder import read_description, read_result
 from sd_gym.agents.experiment.many import Word, train_many
 from sd_gym.agents.experiment.plan import Planned
+from sd_gym.agents.experiment.run import run_config
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, AgentSettings, OnRollout, Rollout
 from sd_gym.agents.registry import register_agent
 from sd_gym.agents.report.compare import markdown
+from sd_gym.agents.report.fronts import flops_at_loss, front_of
+from sd_gym.agents.report.savings import versions
 from stable_baselines3.common.logger import Logger
 
 import sd_gym
+from sd_gym.envs.core import shared_core
 from sd_gym.policy import DecisionPolicy
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
@@ -114,12 +119,26 @@ def interval(values: np.ndarray) -> float:
     return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else float("nan")
 
 
+def mean_flops(ratios: list[float]) -> str:
+    """Their mean with its interval."""
+    flops = 100 * np.array(ratios)
+    spread = f" ± {interval(flops):.1f}" if len(flops) > 1 else ""
+    return f"{flops.mean():.1f}%{spread}"
+
+
 def cell(results: list[dict[str, Any]]) -> str:
     """Mean FLOPs with its interval, and the points lost."""
-    flops = 100 * np.array([result["flops_ratio_with_policy"] for result in results])
     points = 100 * np.mean([result["quality_difference"] for result in results])
-    spread = f" ± {interval(flops):.1f}" if len(flops) > 1 else ""
-    return f"{flops.mean():.1f}%{spread} ({points:+.2f})"
+    return f"{mean_flops([result['flops_ratio_with_policy'] for result in results])} ({points:+.2f})"
+
+
+def flops_where_lost(folder: Path, points: list[float]) -> list[float]:
+    """FLOPs ratio of a run's policy where so many points are lost, on the front of its versions."""
+    core = shared_core(run_config(read_description(folder)))
+    policy = fitting(DecisionPolicy.load(folder), core)
+    margin = read_result(folder).get("margin", 0.0)
+    front = front_of(core, core.split("test"), versions(core, policy, core.config.reward.epsilon, margin))
+    return [flops_at_loss(front, point / 100) for point in points]
 
 
 def plot(curves: dict[str, dict[str, list[list[dict]]]], file: Path) -> None:
@@ -156,6 +175,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[20_000])
     parser.add_argument("--jobs", type=int, default=1, help="processes, which share the cores")
     parser.add_argument("--ablation", action="store_true", help="PPO with one default changed")
+    parser.add_argument("--at", nargs="+", type=float, default=[], metavar="POINTS", help="losses to read fronts at")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
     arguments = parser.parse_args()
     variants = ABLATION if arguments.ablation else {name: (name, {}) for name in arguments.algos}
@@ -172,15 +192,17 @@ def main() -> None:
     for env, steps in cases:
         for name in variants:
             folders = [folder_of(arguments.output, env, name, steps, seed) for seed in arguments.seeds]
-            files = [folder / "result.json" for folder in folders]
-            results = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+            folders = [folder for folder in folders if (folder / "result.json").exists()]
+            results = [read_result(folder) for folder in folders]
             if results:
                 kept = f"{sum(result['quality_kept'] for result in results)} of {len(results)}"
                 learned = cell([result["last_policy"] for result in results])
-                rows.append([env, f"{steps:,}", name, str(len(results)), learned, cell(results), kept])
+                read = [flops_where_lost(folder, arguments.at) for folder in folders] if arguments.at else []
+                fronts = [mean_flops(list(ratios)) for ratios in zip(*read, strict=True)]
+                rows.append([env, f"{steps:,}", name, str(len(results)), learned, cell(results), kept, *fronts])
                 runs = curves.setdefault(f"{env}, {steps:,} decisions", {})
                 runs[name] = [result["history"] for result in results]
-    print(markdown(COLUMNS, rows))
+    print(markdown([*COLUMNS, *(f"FLOPs at {points:g}" for points in arguments.at)], rows))
     if rows:
         plot(curves, arguments.output / "curves.png")
 

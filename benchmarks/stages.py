@@ -12,6 +12,9 @@ A greedy path of masks is searched, and what all combinations of its two halves 
 (``sd-gym tabulate``). On that table agents learn in seconds, with several seeds: once before the first layer, choosing
 from all combinations, and in two stages. Controls look into the backbone, and so does one agent that sees tokens.
 
+A generator (``--tasks rnnlg``) is made by a recipe of several steps (docs/results.md): ``--backbone`` takes it, and
+``--path`` a run or policy whose masks are taken instead of a search. It looks before the encoder and behind it.
+
 The table has two figures of FLOPs. "As selected" is what one gets: the policy, mask or threshold that the validation
 split allowed. "At 0.5" is read off the front of bolder and more cautious versions on the test split (masks, thresholds:
 all of them, chosen in hindsight, which favours what does not learn) where half a point is lost.
@@ -53,7 +56,6 @@ from sd_gym.tasks.preparation import prepare_backbone
 
 COLUMNS = ["data", "test rows", "dense", "who decides", "seeds", "FLOPs as selected (points)", "kept", "FLOPs at 0.5"]
 LOSS = 0.005
-STAGES = ["first", "encoder.3"]
 LEARNED = {  # on the table; name of the row: agent, settings, whether it decides in stages
     "imitation": ("imitation", {}, False),
     "imitation, staged": ("imitation", {}, True),
@@ -93,18 +95,20 @@ class Task:
     Attributes:
         family: Of tasks.
         rows: Of the training file: for preparing, for policies, for their selection; as slices.
-        steps: Of preparing.
+        steps: Of preparing; ``None``: its backbone cannot be prepared here.
         settings: More keys of the env.
         learning_rate: Of preparing.
         tabulated: Instances of each split in the table; ``None``: all.
+        stages: Where policies of several stages decide.
     """
 
     family: str
     rows: tuple[str, str, str]
-    steps: int
+    steps: int | None
     settings: dict[str, Any]
     learning_rate: float = 2e-4
     tabulated: int | None = None
+    stages: tuple[str, ...] = ("first", "encoder.3")
 
 
 TASKS = {
@@ -126,6 +130,19 @@ TASKS = {
         },
         tabulated=2500,
     ),
+    "rnnlg": Task(
+        "Summarization",
+        (":13500", "13500:17000", "17000:"),
+        None,
+        {
+            "test_size": 2000,
+            "max_source_length": 96,
+            "max_target_length": 64,
+            "metric": "rouge",
+            "quality": "metric",
+        },
+        stages=("first", "decoder"),
+    ),
 }
 
 
@@ -141,6 +158,8 @@ class Runs:
     seeds: int
     agents: list[str]
     draw: str = "even"
+    taken: str | None = None
+    path: Path | None = None
 
     @property
     def task(self) -> Task:
@@ -148,9 +167,14 @@ class Runs:
         return TASKS[self.name]
 
     @property
-    def backbone(self) -> Path:
-        """Folder of the prepared one."""
+    def prepared(self) -> Path:
+        """Folder of the backbone that is prepared here."""
         return self.output / self.name / "prepared"
+
+    @property
+    def backbone(self) -> str:
+        """Folder of the one that all runs are of."""
+        return self.taken or str(self.prepared)
 
     def settings(self, rows: str) -> dict[str, Any]:
         """Of the env, with the rows of the training file that are trained on."""
@@ -164,15 +188,17 @@ class Runs:
 
     def prepare(self) -> None:
         """The backbone, unless it was done."""
-        if (self.backbone / "preparation.json").exists():
+        if self.taken or (self.prepared / "preparation.json").exists():
             return
+        if self.task.steps is None:
+            raise SystemExit(f"{self.name}: expected --backbone, a generator made as docs/results.md says")
         env = f"SD/{self.task.family}-Custom-v0"
         config = load_config(config_of(env), {**self.settings(self.task.rows[0]), "backbone": self.minilm})
         prepare_backbone(
             config.backbone,
             config.data,
             config.task,
-            self.backbone,
+            self.prepared,
             steps=self.task.steps,
             batch_size=32,
             learning_rate=self.task.learning_rate,
@@ -199,13 +225,14 @@ class Runs:
             instances=self.task.tabulated,
             resume=True,
             **self.settings(self.task.rows[1]),
-            backbone=str(self.backbone),
-            stages=STAGES,
+            backbone=self.backbone,
+            stages=list(self.task.stages),
         )
 
     def searching(self) -> list[Planned]:
-        """The run that searches the path."""
-        return [self._run(EYES, "imitation", {"observation": "tokens"}, False)]
+        """The run that searches the path, or takes it."""
+        path = {} if self.path is None else {"path": self.path}
+        return [self._run(EYES, "imitation", {"observation": "tokens", **path}, False)]
 
     def planned(self) -> list[Planned]:
         """All others."""
@@ -227,9 +254,9 @@ class Runs:
 
     def _run(self, name: str, algo: str, more: dict[str, Any], staged: bool) -> Planned:
         env = f"SD/{self.task.family}-Custom{'-Staged' if staged else ''}-v0"
-        settings = {**self.settings(self.task.rows[1]), "backbone": str(self.backbone), **more}
+        settings = {**self.settings(self.task.rows[1]), "backbone": self.backbone, **more}
         if staged:
-            settings["stages"] = STAGES
+            settings["stages"] = list(self.task.stages)
         return Planned(env, algo, self.folder(name), self.steps, 0, settings)
 
     def rows(self) -> Iterator[list[str]]:
@@ -348,12 +375,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of what draws")
     parser.add_argument("--agents", nargs="+", choices=list(LEARNED), default=list(LEARNED), help="rows to train")
     parser.add_argument("--draw", default="even", help="decisions that backbones are prepared under, as sd-gym prepare")
+    parser.add_argument("--backbone", dest="taken", help="folder of a backbone that is prepared already")
+    parser.add_argument("--path", type=Path, help="folder whose masks.json is taken instead of a search")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     given = parser.parse_args()
-    every = [
-        Runs(name, given.data, given.minilm, given.output, given.steps, given.seeds, given.agents, given.draw)
-        for name in given.tasks
-    ]
+    shared = {key: value for key, value in vars(given).items() if key not in ("tasks", "table")}
+    every = [Runs(name, **shared) for name in given.tasks]
     if not given.table:
         for one in every:
             one.prepare()
