@@ -13,7 +13,8 @@ A greedy path of masks is searched, and what all combinations of its two halves 
 from all combinations, and in two stages. Controls look into the backbone, and so does one agent that sees tokens.
 
 A generator (``--tasks rnnlg``) is made by a recipe of several steps (docs/results.md): ``--backbone`` takes it, and
-``--path`` a run or policy whose masks are taken instead of a search. It looks before the encoder and behind it.
+``--path`` the masks to combine, of whole layers; nothing is searched then, and nobody sees tokens. It looks before the
+encoder and behind it.
 
 The table has two figures of FLOPs. "As selected" is what one gets: the policy, mask or threshold that the validation
 split allowed. "At 0.5" is read off the front of bolder and more cautious versions on the test split (masks, thresholds:
@@ -135,7 +136,7 @@ TASKS = {
         (":13500", "13500:17000", "17000:"),
         None,
         {
-            "test_size": 2000,
+            "test_size": 1500,
             "max_source_length": 96,
             "max_target_length": 64,
             "metric": "rouge",
@@ -210,6 +211,11 @@ class Runs:
         )
 
     @property
+    def masks(self) -> Path:
+        """Folder of those of the path."""
+        return self.path or self.folder(EYES)
+
+    @property
     def table(self) -> Path:
         """Folder of the outcomes."""
         return self.output / self.name / "table"
@@ -221,7 +227,7 @@ class Runs:
         sd_gym.tabulate(
             f"SD/{self.task.family}-Custom-Staged-v0",
             self.table,
-            decisions=f"codebook:{self.folder(EYES) / 'masks.json'}",
+            decisions=f"codebook:{self.masks / 'masks.json'}",
             instances=self.task.tabulated,
             resume=True,
             **self.settings(self.task.rows[1]),
@@ -230,14 +236,13 @@ class Runs:
         )
 
     def searching(self) -> list[Planned]:
-        """The run that searches the path, or takes it."""
-        path = {} if self.path is None else {"path": self.path}
-        return [self._run(EYES, "imitation", {"observation": "tokens", **path}, False)]
+        """The run that searches the path, unless it is given."""
+        return [] if self.path else [self._run(EYES, "imitation", {"observation": "tokens"}, False)]
 
     def planned(self) -> list[Planned]:
         """All others."""
         learned = [self._on_table(name, seed) for seed in range(self.seeds) for name in self.agents]
-        path = {"path": self.folder(EYES)}
+        path = {"path": self.masks}
         looking = [
             self._run(name, name, path if name == "cascade" else {}, staged)
             for name, staged in CONTROLS.items()
@@ -288,7 +293,7 @@ class Runs:
         if name in ("early-exit", "confidence"):
             return _exit_front(core, None if name == "early-exit" else core.columns)
         if name == "cascade":
-            return _cascade_front(core, searched_masks(self.folder(EYES), core.nvec))
+            return _cascade_front(core, searched_masks(self.masks, core.nvec))
         policy, split = fitting(DecisionPolicy.load(folder), core), core.split("test")
         if name == "static":
             masks = np.arange(len(core.masks))[:, None]
@@ -376,7 +381,7 @@ def main() -> None:
     parser.add_argument("--agents", nargs="+", choices=list(LEARNED), default=list(LEARNED), help="rows to train")
     parser.add_argument("--draw", default="even", help="decisions that backbones are prepared under, as sd-gym prepare")
     parser.add_argument("--backbone", dest="taken", help="folder of a backbone that is prepared already")
-    parser.add_argument("--path", type=Path, help="folder whose masks.json is taken instead of a search")
+    parser.add_argument("--path", type=Path, help="folder whose masks.json is combined; nothing is searched")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     given = parser.parse_args()
     shared = {key: value for key, value in vars(given).items() if key not in ("tasks", "table")}
