@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sd_gym.backbones import Backbone
 from sd_gym.config import BackboneConfig
 from sd_gym.switch import Seen, passes
-from sd_gym.switch.stages import EVERY_LAYER
+from sd_gym.switch.stages import BETWEEN, EVERY_LAYER
 from sd_gym.tasks.dropping import TokenDropping
 from sd_gym.tasks.encoding import Encoded
 from sd_gym.tasks.instance import Instance
@@ -62,23 +62,54 @@ class Passes:
     @torch.inference_mode()
     def generated(self, rows: Array, decisions: Array) -> list[str]:
         """What ``generate()`` gives for rows under decisions, by greedy or beam search."""
-        backbone = self.backbone
         texts = [""] * len(rows)
         for picked, inputs in self.planned(rows, decisions, self.longest):
-            inputs.pop("labels")
-            with self.decide(rows[picked], decisions[picked], inputs):
-                tokens = backbone.model.generate(
-                    **inputs,
-                    max_new_tokens=self.longest,
-                    num_beams=self._num_beams,
-                    do_sample=False,
-                    **self._end,
-                    pad_token_id=backbone.tokenizer.pad_token_id,
-                )
-            said = backbone.tokenizer.batch_decode(self.head.new_tokens(tokens, inputs), skip_special_tokens=True)
+            said = self._generated(inputs, self.decide(rows[picked], decisions[picked], inputs))
             for position, text in zip(picked, said, strict=True):
-                texts[position] = (text if self._stop is None else text.partition(self._stop)[0]).strip()
+                texts[position] = text
         return texts
+
+    @torch.inference_mode()
+    def generated_under_all(self, rows: Array, masks: Array) -> list[list[str]]:
+        """As ``generated``, under every mask: a list of texts for each.
+
+        Masks that agree on the encoder share its pass.
+
+        Args:
+            rows: The rows.
+            masks: Decisions for all of them, ``[masks, switches + 1]``.
+        """
+        board = self.backbone.board
+        start = board.decided_at([BETWEEN])[BETWEEN].start if BETWEEN in board.stages else 0
+        groups = np.unique(masks[:, [*range(start), -1]], axis=0, return_inverse=True)[1].ravel()
+        texts = [[""] * len(rows) for _ in masks]
+        for picked, inputs in self.planned(rows, np.tile(masks[0], (len(rows), 1)), self.longest):
+            for group in range(groups.max() + 1):
+                numbers = np.flatnonzero(groups == group)
+                tiled = np.tile(masks[numbers], (len(picked), 1, 1)).swapaxes(0, 1)  # [masks, rows, switches + 1]
+                kept = self._tokens.kept(rows[picked], tiled[0, :, -1])
+                seen = self.seen_at(BETWEEN, rows[picked], tiled[0]) if start else None
+                for number, decisions in zip(numbers, tiled, strict=True):
+                    said = self._generated(inputs, board.decide(decisions[:, :-1], kept, behind=seen))
+                    for position, text in zip(picked, said, strict=True):
+                        texts[number][position] = text
+        return texts
+
+    def _generated(self, inputs: dict[str, torch.Tensor], deciding: AbstractContextManager[None]) -> list[str]:
+        """What one ``generate()`` says under a decision."""
+        backbone = self.backbone
+        inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        with deciding:
+            tokens = backbone.model.generate(
+                **inputs,
+                max_new_tokens=self.longest,
+                num_beams=self._num_beams,
+                do_sample=False,
+                **self._end,
+                pad_token_id=backbone.tokenizer.pad_token_id,
+            )
+        said = backbone.tokenizer.batch_decode(self.head.new_tokens(tokens, inputs), skip_special_tokens=True)
+        return [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in said]
 
     @property
     def _end(self) -> dict[str, list[int]]:

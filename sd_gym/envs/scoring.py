@@ -167,7 +167,7 @@ class Scoring:
     def under_all(self, rows: Array, masks: Array) -> tuple[Array, Array]:
         """``quality_and_likelihood`` of rows ``[n]`` under every mask: each float64 ``[n, masks]``.
 
-        Where an answer is generated, masks run one after the other; else they share what they agree on.
+        Masks share what they agree on: where an answer is generated, the encoder's pass.
 
         Args:
             rows: The rows.

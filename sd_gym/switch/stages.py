@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sd_gym.switch.tokens import DroppedTokens
 
 EVERY_LAYER = "every_layer"  # stands for all stages of a backbone
+BETWEEN = "decoder"  # the stage between encoder and decoder
 MIDDLE = "middle"  # stands for the layer in the middle of the first stack
 
 

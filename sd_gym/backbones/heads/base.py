@@ -64,6 +64,9 @@ class Runs(Given, Protocol):
     def generated(self, rows: NDArray, decisions: NDArray) -> list[str]:
         """What ``generate()`` gives for each row."""
 
+    def generated_under_all(self, rows: NDArray, masks: NDArray) -> list[list[str]]:
+        """What ``generate()`` gives for each row under each of ``masks [masks, switches + 1]``."""
+
 
 class Head(ABC):
     """One kind of output: how it is loaded, what it is taught, what it says, and what that is worth.

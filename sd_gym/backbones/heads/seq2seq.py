@@ -128,11 +128,9 @@ class Seq2SeqHead(Head):
     def answers_under_all(
         self, runs: Runs, rows: NDArray, masks: NDArray, label_range: float
     ) -> tuple[list[list[str]], NDArray]:
-        """One mask after the other: what is generated differs from the first word on."""
-        tiled = [np.tile(mask, (len(rows), 1)) for mask in masks]
-        pairs = [self.answers_and_likelihood(runs, rows, decisions, label_range) for decisions in tiled]
-        texts, likely = zip(*pairs, strict=True)
-        return list(texts), np.stack(likely, axis=1)
+        """The generated texts, and the likelihood from passes of their own; both share what masks agree on."""
+        likely = runs.under_all(rows, masks, lambda logits, labels: self.likelihood(logits, labels)[:, None])
+        return runs.generated_under_all(rows, masks), likely[..., 0]
 
     def answered(self, instances: Sequence[Instance], answers: Sequence[str]) -> Sequence[Instance]:
         """With the answers as targets: only now it is known how long they are."""
