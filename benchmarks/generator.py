@@ -13,9 +13,9 @@ that the training file needs remain, and the characters of ASCII, from which any
 a decoder runs a token were the scores of 30,000 pieces, which nothing can skip.
 
 ``layers`` is the plainest thing to try: one mask for all inputs, of whole layers. It searches greedily which of them
-are least missed for what they save, or takes those of ``--skip``. It writes ``masks.json``, for ``sd-gym train --algo
-static --set path=...``, and a policy that is the surer of skipping a layer the earlier it comes, for ``sd-gym prepare
---policy``.
+are least missed for what they save, or takes those of ``--skip`` (``+`` joins those that go together). It writes
+``masks.json``, for ``sd-gym train --algo static --set path=...``, and a policy that is the surer of skipping a layer
+the earlier it comes, for ``sd-gym prepare --policy``.
 
 ``score`` has the model answer ``validation.jsonl``, with the policy of a run and densely: ROUGE-L and BLEU-4 (words and
 marks as tokens, one reference a document), and the FLOPs.
@@ -161,18 +161,19 @@ def searched(core: Core, rows: NDArray) -> NDArray:
 
 
 def layer_of(core: Core, unit: NDArray) -> str:
-    """Its name, such as ``decoder.1``."""
-    return core.switch_names[unit[0]].rpartition(".")[0]
+    """Its name, such as ``decoder.1``; of several layers their names, ``decoder.1+decoder.2``."""
+    return "+".join(dict.fromkeys(core.switch_names[switch].rpartition(".")[0] for switch in unit))
 
 
 def given(core: Core, names: list[str]) -> NDArray:
-    """Masks from dense on, each with the next of the layers more."""
+    """Masks from dense on, each with the next of the layers more, or the next few: ``encoder.1+encoder.2``."""
     units = {layer_of(core, unit): unit for unit in units_of(core, "layer")[:-1]}
-    if unknown := set(names) - set(units):
+    steps = [name.split("+") for name in names]
+    if unknown := {name for step in steps for name in step} - set(units):
         raise SystemExit(f"no layer {', '.join(sorted(unknown))}; expected of {', '.join(units)}")
     masks = np.zeros((len(names) + 1, len(core.nvec)), dtype=np.int64)
-    for number, name in enumerate(names, start=1):
-        masks[number:, units[name]] = 1
+    for number, step in enumerate(steps, start=1):
+        masks[number:, np.concatenate([units[name] for name in step])] = 1
     return masks
 
 
@@ -231,7 +232,7 @@ def main() -> None:
     searching.add_argument("--output", type=Path, required=True)
     searching.add_argument("--rows", type=int, default=100, help="of the validation split")
     searching.add_argument("--count", type=int, default=6, help="layers to skip at most")
-    searching.add_argument("--skip", nargs="+", help="these layers instead, in this order, such as decoder.1")
+    searching.add_argument("--skip", nargs="+", help="these instead, in this order: encoder.1+encoder.2 decoder.1")
     searching.set_defaults(run_command=layers)
     scored = commands.add_parser("score", help=score.__doc__)
     scored.add_argument("run", help="of sd-gym train")
