@@ -70,6 +70,7 @@ LEARNED = {  # on the table; name of the row: agent, settings, whether it decide
 EYES = "imitation, tokens"
 CONTROLS = {"static": False, "early-exit": False, "cascade": False, "confidence": True}
 CAUTION = (0.0, 2.0, 4.0, 50.0)  # of the first stage more than of the later one: at last it runs all
+OWN = [str(Path(__file__).resolve())]
 console = Console(stderr=True)
 
 
@@ -161,6 +162,7 @@ class Runs:
     draw: str = "even"
     taken: str | None = None
     path: Path | None = None
+    jobs: int = 1
 
     @property
     def task(self) -> Task:
@@ -230,6 +232,7 @@ class Runs:
             decisions=f"codebook:{self.masks / 'masks.json'}",
             instances=self.task.tabulated,
             resume=True,
+            jobs=self.jobs,
             **self.settings(self.task.rows[1]),
             backbone=self.backbone,
             stages=list(self.task.stages),
@@ -382,6 +385,7 @@ def main() -> None:
     parser.add_argument("--draw", default="even", help="decisions that backbones are prepared under, as sd-gym prepare")
     parser.add_argument("--backbone", dest="taken", help="folder of a backbone that is prepared already")
     parser.add_argument("--path", type=Path, help="folder whose masks.json is combined; nothing is searched")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, which share the cores")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     given = parser.parse_args()
     shared = {key: value for key, value in vars(given).items() if key not in ("tasks", "table")}
@@ -389,9 +393,9 @@ def main() -> None:
     if not given.table:
         for one in every:
             one.prepare()
-            train_many(one.searching(), on_word=show)
+            train_many(one.searching(), jobs=one.jobs, imports=OWN, on_word=show)
             one.tabulate()
-            train_many(one.planned(), on_word=show)
+            train_many(one.planned(), jobs=one.jobs, imports=OWN, on_word=show)
     print(markdown(COLUMNS, [row for one in every for row in one.rows()]))
 
 
