@@ -31,13 +31,15 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from sd_gym.agents.experiment.run import load_run, reduce
+from sd_gym.agents.experiment.run import reduce
 
 import sd_gym
 from sd_gym.backbones import load_backbone
-from sd_gym.envs.core import Core
+from sd_gym.envs.config import make_config
+from sd_gym.envs.core import Core, shared_core
 from sd_gym.inference.bulk import run_file
 from sd_gym.inference.texts import Answer, SkippingModel
+from sd_gym.policy.artefact import SkipPolicy
 
 WARM_UP = 2
 BULK_ROUNDS = 3
@@ -154,9 +156,15 @@ def reduced(run: Path, codebook: int) -> Path:
     return folder
 
 
+def core_of(run: Path) -> Core:
+    """Of the env that a run's policy is for; of a run on a table, that which the table is of."""
+    env = SkipPolicy.from_pretrained(run).card["env"]
+    return shared_core(make_config(env, env["id"]))
+
+
 def add_rows(table: Table, run: Path, arguments: argparse.Namespace) -> None:
     """Measure a run."""
-    _, core, _ = load_run(run)
+    core = core_of(run)
     dense = copy.deepcopy(load_backbone(core.config.backbone.name, core.config.backbone.device).model)
     dense._switchboard.remove()
     model = sd_gym.load(run)
