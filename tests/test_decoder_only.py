@@ -91,6 +91,14 @@ def test_likelihood_is_that_of_the_model_relative_to_the_untouched_one(data, bac
         assert quality[row] == pytest.approx(np.clip(1 + losses[1] - losses[0], 0, 2), abs=1e-4)
 
 
+def test_each_mask_of_many_says_what_it_says_alone(data, backbone):
+    core = make(data, backbone, quality="metric", metric="squad", token_shares=[0.0, 0.5]).unwrapped.core
+    passes, rows, masks = core.split("test").passes, np.arange(12), decisions_for(core, 5)
+    texts = passes.generated_under_all(rows, masks)
+    assert texts == [passes.generated(rows, np.tile(mask, (12, 1))) for mask in masks]
+    assert len({tuple(said) for said in texts}) > 1
+
+
 def test_an_answer_ends_at_the_stop(data, backbone):
     settings = {"quality": "metric", "metric": "squad", "max_target_length": 8}
     whole, rows = make(data, backbone, **settings).unwrapped.core, np.arange(12)

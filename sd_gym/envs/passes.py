@@ -62,12 +62,10 @@ class Passes:
     @torch.inference_mode()
     def generated(self, rows: Array, decisions: Array) -> list[str]:
         """What ``generate()`` gives for rows under decisions, by greedy or beam search."""
-        texts = [""] * len(rows)
+        texts = np.empty(len(rows), dtype=object)
         for picked, inputs in self.planned(rows, decisions, self.longest):
-            said = self._generated(inputs, self.decide(rows[picked], decisions[picked], inputs))
-            for position, text in zip(picked, said, strict=True):
-                texts[position] = text
-        return texts
+            texts[picked] = self._generated(inputs, self.decide(rows[picked], decisions[picked], inputs))
+        return texts.tolist()
 
     @torch.inference_mode()
     def generated_under_all(self, rows: Array, masks: Array) -> list[list[str]]:
@@ -82,7 +80,7 @@ class Passes:
         board = self.backbone.board
         start = board.decided_at([BETWEEN])[BETWEEN].start if BETWEEN in board.stages else 0
         groups = np.unique(masks[:, [*range(start), -1]], axis=0, return_inverse=True)[1].ravel()
-        texts = [[""] * len(rows) for _ in masks]
+        texts = np.empty((len(masks), len(rows)), dtype=object)
         for picked, inputs in self.planned(rows, np.tile(masks[0], (len(rows), 1)), self.longest):
             for group in range(groups.max() + 1):
                 numbers = np.flatnonzero(groups == group)
@@ -90,10 +88,9 @@ class Passes:
                 kept = self._tokens.kept(rows[picked], tiled[0, :, -1])
                 seen = self.seen_at(BETWEEN, rows[picked], tiled[0]) if start else None
                 for number, decisions in zip(numbers, tiled, strict=True):
-                    said = self._generated(inputs, board.decide(decisions[:, :-1], kept, behind=seen))
-                    for position, text in zip(picked, said, strict=True):
-                        texts[number][position] = text
-        return texts
+                    deciding = board.decide(decisions[:, :-1], kept, behind=seen)
+                    texts[number, picked] = self._generated(inputs, deciding)
+        return texts.tolist()
 
     def _generated(self, inputs: dict[str, torch.Tensor], deciding: AbstractContextManager[None]) -> list[str]:
         """What one ``generate()`` says under a decision."""
