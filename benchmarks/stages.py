@@ -10,7 +10,8 @@ touches. What is finished is kept and what was cut off goes on; ``--table`` only
 
 A greedy path of masks is searched, and what all combinations of its two halves do to every instance is tabulated
 (``sd-gym tabulate``). On that table agents learn in seconds, with several seeds: once before the first layer, choosing
-from all combinations, and in two stages. Controls look into the backbone, and so does one agent that sees tokens.
+from all combinations, and in two stages; blind agents learn there, too. Controls look into the backbone, and so does
+one agent that sees tokens.
 
 A generator (``--tasks rnnlg``) is made by a recipe of several steps (docs/results.md): ``--backbone`` takes it, and
 ``--path`` the masks to combine, of whole layers; nothing is searched then, and nobody sees tokens. It looks before the
@@ -66,6 +67,8 @@ LEARNED = {  # on the table; name of the row: agent, settings, whether it decide
     "ppo, staged, a network each": ("ppo-a-network-each", {}, True),
     "reinforce": ("reinforce", {}, False),
     "reinforce, staged": ("reinforce", {}, True),
+    "blind-ppo": ("blind-ppo", {}, False),
+    "blind-reinforce": ("blind-reinforce", {}, False),
 }
 EYES = "imitation, tokens"
 CONTROLS = {"static": False, "early-exit": False, "cascade": False, "confidence": True}
