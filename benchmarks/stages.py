@@ -11,7 +11,7 @@ touches. What is finished is kept and what was cut off goes on; ``--table`` only
 A greedy path of masks is searched, and what all combinations of its two halves do to every instance is tabulated
 (``sd-gym tabulate``). On that table agents learn in seconds, with several seeds: once before the first layer, choosing
 from all combinations, and in two stages; blind agents learn there, too. Controls look into the backbone, and so does
-one agent that sees tokens.
+one agent that sees tokens, once and in stages.
 
 A generator (``--tasks rnnlg``) is made by a recipe of several steps (docs/results.md): ``--backbone`` takes it, and
 ``--path`` the masks to combine, of whole layers; nothing is searched then, and nobody sees tokens. It looks before the
@@ -70,7 +70,7 @@ LEARNED = {  # on the table; name of the row: agent, settings, whether it decide
     "blind-ppo": ("blind-ppo", {}, False),
     "blind-reinforce": ("blind-reinforce", {}, False),
 }
-EYES = "imitation, tokens"
+EYES, AGAIN = "imitation, tokens", "imitation, tokens, staged"
 CONTROLS = {"static": False, "early-exit": False, "cascade": False, "confidence": True}
 CAUTION = (0.0, 2.0, 4.0, 50.0)  # of the first stage more than of the later one: at last it runs all
 OWN = [str(Path(__file__).resolve())]
@@ -254,6 +254,8 @@ class Runs:
             for name, staged in CONTROLS.items()
             if name != "static"
         ]
+        if not self.path:
+            looking.append(self._run(AGAIN, "imitation", {"observation": "tokens", **path}, True))
         at_once = {"table": str(self.table), "stages": ["first"]}
         return [Planned("SD/Table-v0", "static", self.folder("static"), 0, 0, at_once), *looking, *learned]
 
@@ -272,7 +274,7 @@ class Runs:
 
     def rows(self) -> Iterator[list[str]]:
         """Of the table, as far as there are results."""
-        for name in (*CONTROLS, EYES, *LEARNED):
+        for name in (*CONTROLS, EYES, AGAIN, *LEARNED):
             folders = [self.folder(name, seed) for seed in range(self.seeds)]
             folders = [folder for folder in folders if (folder / "result.json").exists()]
             if not folders:

@@ -2,10 +2,12 @@
 
 from copy import deepcopy
 
+import gymnasium as gym
 import numpy as np
 import torch
 from sd_gym.agents.reinforce.foresight import Foresight
 
+SPACE = gym.spaces.Box(-10, 10, (4,))
 NVEC = np.array([2, 2, 2, 3])
 
 
@@ -19,7 +21,7 @@ def scored(n, seed):
 
 def fitted(steps=400):
     torch.manual_seed(0)
-    foresight = Foresight(4, NVEC)
+    foresight = Foresight(SPACE, NVEC)
     observations, decisions, lost = scored(2000, seed=1)
     foresight.remember(np.arange(1000), decisions[:1000], lost[:1000])
     foresight.remember(np.arange(1000, 2000), decisions[1000:], lost[1000:])
@@ -41,7 +43,7 @@ def test_it_finds_which_skip_is_to_blame_and_for_which_inputs():
 
 def test_gains_are_foreseen_as_negative_losses():
     torch.manual_seed(0)
-    foresight = Foresight(4, NVEC)
+    foresight = Foresight(SPACE, NVEC)
     observations, decisions, lost = scored(500, seed=3)
     foresight.remember(np.arange(500), decisions, -lost)
     for _ in range(300):
@@ -51,11 +53,11 @@ def test_gains_are_foreseen_as_negative_losses():
 
 def test_before_it_has_learned_it_expects_to_lose_next_to_nothing():
     observations, decisions, _ = scored(100, seed=4)
-    assert Foresight(4, NVEC).loss(observations, decisions).abs().max() < 0.1
+    assert Foresight(SPACE, NVEC).loss(observations, decisions).abs().max() < 0.1
 
 
 def test_numbers_of_many_masks_are_remembered_as_they_are():
-    foresight = Foresight(4, np.array([300]))
+    foresight = Foresight(SPACE, np.array([300]))
     decisions = torch.tensor([[0], [127], [128], [299]])
     foresight.remember(np.arange(4), decisions, torch.zeros(4))
     assert torch.equal(foresight.decisions.long(), decisions)
@@ -63,7 +65,7 @@ def test_numbers_of_many_masks_are_remembered_as_they_are():
 
 
 def test_its_state_goes_on_as_if_nothing_had_happened():
-    one, other = fitted(50), Foresight(4, NVEC)
+    one, other = fitted(50), Foresight(SPACE, NVEC)
     other.load_state(deepcopy(one.state()))  # a checkpoint is a copy
     observations, decisions, _ = scored(100, seed=5)
     drawn = torch.arange(100)

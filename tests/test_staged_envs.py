@@ -223,7 +223,7 @@ def test_wrong_stages_are_named():
     with pytest.raises(ConfigError, match=r"'stages': there is no stage 'encoder.9'.*choose from"):
         mini("Classification", stages=["encoder.9"])
     with pytest.raises(ConfigError, match="'stages': several stages are decided with action multi_discrete"):
-        mini("Classification", stages=["first", "decoder"], observation="tokens")
+        mini("Classification", stages=["first", "decoder"], action="discrete", codebook="mini_classification.json")
     with pytest.raises(ConfigError, match=r"'reward.dense': a reward.vector comes at the end"):
         mini("Classification", dense_reward=True, vector_reward=True)
 

@@ -19,7 +19,7 @@ from sd_gym.envs.core import Core
 from sd_gym.envs.passes import PASS_TOKENS
 from sd_gym.envs.report import by_facts, write_instances
 from sd_gym.envs.scoring import AT_ONCE
-from sd_gym.envs.spaces import Observations, token_width
+from sd_gym.envs.spaces import Observations, flat_size, token_width
 from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.off_table import OffTable
@@ -63,10 +63,10 @@ def fitting(policy: OfEnv, core: Core) -> OfEnv:
     Raises:
         ValueError: If it does not; the message says what was expected.
     """
-    width, shape = token_width(core.observation_space), core.observation_space.shape
-    shown = f"observations of shape {shape}" if width is None else f"tokens of {width} numbers"
-    size = policy.observation_size
-    reads = f"observations of shape {(size,)}" if policy.channels is None else f"tokens of {size} numbers"
+    space = core.observation_space
+    shown = _spelled(flat_size(space), token_width(space))
+    size, width = policy.observation_size, policy.token_width
+    reads = _spelled(*((size, width) if policy.channels is None or width else (0, size)))
     for what, has, needs in (
         ("decides on components", policy.nvec, core.nvec.tolist()),
         ("decides on the switches", policy.switches, core.switch_names),
@@ -76,6 +76,12 @@ def fitting(policy: OfEnv, core: Core) -> OfEnv:
         if has != needs:
             raise ValueError(f"the policy {what} {has}, but {core.config.id} has {needs}")
     return policy
+
+
+def _spelled(flat: int, width: int | None) -> str:
+    """What is observed, for messages: so many numbers, and tokens of so many."""
+    observations, tokens = f"observations of shape {(flat,)}", f"tokens of {width} numbers"
+    return observations if width is None else f"{observations} and {tokens}" if flat else tokens
 
 
 def bootstrap_interval(values: NDArray, seed: int = 0) -> tuple[float, float]:

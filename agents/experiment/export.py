@@ -54,4 +54,4 @@ def export(
         "run": {key: description[key] for key in ("env", "algo", "steps", "seed", "versions", "data")},
     }
     of_input = leaving.mean, leaving.deviation, leaving.rarity, leaving.protection
-    return SkipPolicy(network, *of_input, tuple(stops), card)
+    return SkipPolicy(network, *of_input, tuple(stops), card, leaving.of_tokens)

@@ -31,6 +31,7 @@ from stable_baselines3.common.logger import Logger
 from sd_gym.config import KEYS, is_key, spelled
 from sd_gym.envs.config import TABLE_KEYS, EnvConfig, make_config
 from sd_gym.envs.core import Core, shared_core
+from sd_gym.envs.spaces import Observations, joined
 from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_checkpoint, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
@@ -313,15 +314,15 @@ def _reduced(policy: DecisionPolicy, codebook: int, core: Core) -> DecisionPolic
     parts = seen_together(core, np.arange(min(len(train), STATISTICS_SIZE)))
     if not core.is_staged:
         return policy.reduced(codebook, core.observe(train, parts[0]))
-    seen: list[NDArray] = []
+    seen: list[Observations] = []
 
-    def decide(observations: NDArray) -> NDArray:
+    def decide(observations: Observations) -> NDArray:
         seen.append(observations)
         return policy.decide(observations)
 
-    for rows in parts:
+    for rows in parts if policy.channels is None else parts[:1]:  # tokens take memory
         core.walk(train, rows, decide)
-    return policy.reduced(codebook, np.concatenate(seen), core.steps.components)
+    return policy.reduced(codebook, joined(seen), core.steps.components)
 
 
 def _finished(

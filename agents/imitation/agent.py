@@ -33,7 +33,7 @@ from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sd_gym.envs.spaces import write_masks
+from sd_gym.envs.spaces import flat_size, token_width, write_masks
 from sd_gym.envs.split import Split
 from sd_gym.files import read_tensors, write_tensors
 from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
@@ -141,7 +141,15 @@ class ImitationAgent(Agent):
             self._fit(network, loss, len(rows), tag, logger)
 
         induction = Induction(
-            self.env.core, rows, path, self.foresight, fit, self._sees, partial(report, on_rollout), self.seed
+            self.env.core,
+            rows,
+            path,
+            self.foresight,
+            fit,
+            self._sees,
+            self.channels is not None,
+            partial(report, on_rollout),
+            self.seed,
         )
         self._imitate_stages(induction.learn(), induction.stretches, logger)
 
@@ -160,7 +168,7 @@ class ImitationAgent(Agent):
         def loss(chosen: Tensor | slice) -> Tensor:
             errors, counted = 0.0, 0.0
             for one, logits, count in zip(taught, wanted, counts, strict=True):
-                said = self.network(one.observations[chosen].flatten(0, 1))
+                said = self.network(one.looks.of(chosen))
                 errors = errors + (((said - logits[chosen].flatten(0, 1)) ** 2) * count).sum()
                 counted = counted + len(said) * count.sum()
             return errors / counted
@@ -217,9 +225,10 @@ class ImitationAgent(Agent):
 
     def _new_foresight(self) -> nn.Sequential:
         """From observations to ``HIDDEN`` features of what they foretell."""
-        size, eyes = self.network.observation_size, []
+        space = self.env.core.observation_space
+        size, eyes = flat_size(space), []
         if self.channels is not None:
-            eyes = [Eyes(size)]
+            eyes = [Eyes(token_width(space), beside=size)]
             size = eyes[0].size
         return nn.Sequential(*eyes, nn.Linear(size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh())
 

@@ -24,8 +24,10 @@ from torch.nn import functional as F
 from sd_gym.envs.core import Core
 from sd_gym.envs.passes import PASS_TOKENS
 from sd_gym.policy import HIDDEN
+from sd_gym.policy.eyes import tensors
 from sd_gym.switch import Seen
 
+AT_ONCE = 256  # instances whose tokens are embedded at once
 LOG_PRICES = torch.linspace(-3, 6, 13)  # of a lost instance over the env's own, what earlier stages foresee
 
 
@@ -42,15 +44,46 @@ class Stretch(NamedTuple):
     ways: NDArray
 
 
+class Looks(NamedTuple):
+    """What instances have shown at a stage, each in as many looks.
+
+    Attributes:
+        shown: All but tokens, float32 ``[n, looks, features]``.
+        rows: Of the instances, int64 ``[n]``.
+        tokens: From rows ``[n]`` to their tokens, which are embedded anew each time: keeping them all is not cheap.
+            ``None``: none are seen.
+    """
+
+    shown: Tensor
+    rows: NDArray
+    tokens: Callable[[NDArray], dict[str, Tensor]] | None
+
+    def of(self, chosen: Tensor | slice) -> Tensor | dict[str, Tensor]:
+        """Observations of some instances, their looks one after the other."""
+        shown = self.shown[chosen]
+        if self.tokens is None:
+            return shown.flatten(0, 1)
+        tokens = {
+            name: one.repeat_interleave(shown.shape[1], 0) for name, one in self.tokens(self.rows[chosen]).items()
+        }
+        return {"stage": shown.flatten(0, 1), **tokens}
+
+    @torch.no_grad()
+    def through(self, network: nn.Module) -> Tensor:
+        """What a network makes of all of them, ``[n * looks, outputs]``."""
+        size = len(self.shown) if self.tokens is None else AT_ONCE
+        return torch.cat([network(self.of(part)) for part in torch.arange(len(self.shown)).split(size)])
+
+
 class Taught(NamedTuple):
     """What the policy shall say at a stage.
 
     Attributes:
-        observations: What was seen there, float32 ``[n, looks, features]``; a row an instance.
+        looks: What was seen there.
         steps: Logits of its steps, float32 ``[n, looks, ways - 1]``.
     """
 
-    observations: Tensor
+    looks: Looks
     steps: Tensor
 
 
@@ -139,6 +172,7 @@ class Induction:
         bodies: For each stage, a module from observations to ``HIDDEN`` features.
         fit: Minimises a loss of some instances: takes a module, the loss and a tag.
         sees: What of observations is seen: all, or nothing but the stage.
+        tokens: Whether tokens are among them.
         on_scored: Called with the decisions scored so far.
         seed: Of the masks that are drawn to look under.
     """
@@ -150,7 +184,8 @@ class Induction:
         path: NDArray,
         bodies: Sequence[nn.Module],
         fit: Callable[[nn.Module, Callable[[Tensor | slice], Tensor], str], None],
-        sees: Callable[[Tensor], Tensor],
+        sees: Callable[[Tensor | dict[str, Tensor]], Tensor | dict[str, Tensor]],
+        tokens: bool,
         on_scored: Callable[[int], None],
         seed: int,
     ) -> None:
@@ -158,6 +193,7 @@ class Induction:
         self.stretches = stretches(core, path)
         self._drawn = path[np.random.default_rng(seed).integers(len(path), size=len(rows))]
         self._fit, self._sees, self._on_scored, self._scored = fit, sees, on_scored, 0
+        self._tokens = tokens
         self._log_multiplier = math.log(core.config.reward.penalty / core.config.reward.cost_scale)
         self.log_prices = LOG_PRICES + self._log_multiplier
         self._networks: dict[int, nn.Module] = {}  # of each stage, what is to come of its ways
@@ -170,7 +206,7 @@ class Induction:
         under = prefixes(self._drawn, self.stretches[:stage])
         looks = under.shape[1]
         rows, decided = np.repeat(self.rows, looks), under.reshape(-1, under.shape[2])
-        observations, spent, come = self._looked(stage, rows, decided)
+        shown, spent, come = self._looked(stage, rows, decided)
         # The FLOPs up to the next stage are known, so that those behind it are learned; at last there are none.
         rest = come[..., 0] - spent[..., None]
         targets = come[..., 1:] if self._is_last(stage) else torch.cat([rest[..., None], come[..., 1:]], dim=-1)
@@ -180,21 +216,22 @@ class Induction:
             head.weight.zero_()
             head.bias.copy_(targets.mean(dim=0).clamp(1e-4, 1 - 1e-4).logit())
         network = nn.Sequential(self.bodies[stage], head)
-        by_instance, wanted = observations.unflatten(0, (-1, looks)), targets.unflatten(0, (-1, looks))
+        looked = Looks(shown.unflatten(0, (-1, looks)), self.rows, self._read if self._tokens else None)
+        wanted = targets.unflatten(0, (-1, looks))
 
         def loss(chosen: Tensor | slice) -> Tensor:
-            said = network(by_instance[chosen].flatten(0, 1))
+            said = network(looked.of(chosen))
             return F.binary_cross_entropy_with_logits(said, wanted[chosen].flatten(0, 1))
 
         self._fit(network, loss, f"imitation/risk_loss_{self.core.stages[stage]}")
         self._networks[stage] = network
-        foreseen = self._foreseen(stage, observations, spent)
+        foreseen = self._foreseen(stage, looked.through(network), spent)
         if self._is_last(stage):
             risk = foreseen[:, :, 0, 1] - foreseen[:, :, 0, 2]
             steps = step_logits(risk - risk[:, :1], spent.mean(dim=0).double())
         else:
             steps = price_logits(costs(foreseen, self.log_prices.exp()), self.log_prices)
-        return Taught(by_instance, (steps - self._log_multiplier).unflatten(0, (-1, looks)))
+        return Taught(looked, (steps - self._log_multiplier).unflatten(0, (-1, looks)))
 
     def _is_last(self, stage: int) -> bool:
         return stage == len(self.stretches) - 1
@@ -204,9 +241,9 @@ class Induction:
         """What rows show at a stage, and what its ways lead to.
 
         Returns:
-            Observations ``[n, features]``; FLOPs ratios up to the next stage, ``[n, ways]``; and FLOPs ratio, quality
-            lost and gained in the end, ``[n, ways, prices, 3]``, of the last stage for one price: it makes no
-            difference.
+            What is seen but tokens, ``[n, features]``; FLOPs ratios up to the next stage, ``[n, ways]``; and FLOPs
+            ratio, quality lost and gained in the end, ``[n, ways, prices, 3]``, of the last stage for one price: it
+            makes no difference.
         """
         core, found, order = self.core, [], []
         size = max(1, PASS_TOKENS // core.config.backbone.max_source_length)
@@ -214,13 +251,18 @@ class Induction:
             observed, seen = core.stage_observation.observe(self.split, rows[part], stage, decided[part], None)
             come = [self._to_come(stage, rows[part], decided[part] + way, seen) for way in self.stretches[stage].ways]
             spent = self._spent(stage, rows[part], decided[part])
-            found.append((self._sees(torch.from_numpy(observed)), spent, torch.stack(come, dim=1)))
+            shown = tensors(observed["stage"] if self._tokens else observed)
+            found.append((self._sees(shown), spent, torch.stack(come, dim=1)))
             order.append(part)
             self._scored += len(part) * len(come)
             self._on_scored(self._scored)
         back = torch.from_numpy(np.argsort(np.concatenate(order)))
-        observations, spent, come = (torch.cat(of_each)[back] for of_each in zip(*found, strict=True))
-        return observations, spent, come
+        shown, spent, come = (torch.cat(of_each)[back] for of_each in zip(*found, strict=True))
+        return shown, spent, come
+
+    def _read(self, rows: NDArray) -> dict[str, Tensor]:
+        """The tokens of rows ``[n]``."""
+        return self._sees(tensors(self.core.observe(self.split, rows)))
 
     def _to_come(self, stage: int, rows: NDArray, decisions: NDArray, seen: Seen | None) -> Tensor:
         """FLOPs ratio, quality lost and gained, ``[n, prices, 3]``, behind decisions ``[n, components]`` of a stage."""
@@ -232,7 +274,9 @@ class Induction:
             return torch.from_numpy(told.astype(np.float32))[:, None]
         observed, _ = core.stage_observation.observe(self.split, rows, behind, decisions, seen)
         spent = self._spent(behind, rows, decisions)
-        foreseen = self._foreseen(behind, self._sees(torch.from_numpy(observed)), spent)
+        with torch.no_grad():
+            said = self._networks[behind](self._sees(tensors(observed)))
+        foreseen = self._foreseen(behind, said, spent)
         return best(foreseen.expand(-1, -1, len(self.log_prices), -1), self.log_prices.exp())
 
     def _spent(self, stage: int, rows: NDArray, decided: NDArray) -> Tensor:
@@ -242,17 +286,16 @@ class Induction:
             ratios.append(self.split.costs.flops_ratio(rows, np.maximum(decided + way, ends)))
         return torch.from_numpy(np.stack(ratios, axis=1).astype(np.float32))
 
-    @torch.no_grad()
-    def _foreseen(self, stage: int, observations: Tensor, spent: Tensor) -> Tensor:
+    def _foreseen(self, stage: int, said: Tensor, spent: Tensor) -> Tensor:
         """FLOPs ratio, quality lost and gained that a stage's ways end with, ``[n, ways, prices, 3]``; at last a price.
 
         Args:
             stage: Number of the stage.
-            observations: ``[n, features]``.
+            said: By the stage's network, ``[n, outputs]``.
             spent: FLOPs ratios up to the next stage, ``[n, ways]``.
         """
         last, spent = self._is_last(stage), spent[:, :, None, None]
-        said = self._networks[stage](observations).sigmoid().unflatten(1, (spent.shape[1], -1, 2 if last else 3))
+        said = said.sigmoid().unflatten(1, (spent.shape[1], -1, 2 if last else 3))
         if last:
             return torch.cat([spent, said], dim=-1)
         return torch.cat([spent + said[..., :1], said[..., 1:]], dim=-1)

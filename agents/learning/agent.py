@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from sd_gym.agents.experiment.evaluation import Decided
-from sd_gym.agents.learning.warm import in_stages
+from sd_gym.agents.learning.warm import in_stages, with_eyes
 from stable_baselines3.common.logger import Logger
 from torch import nn
 
 from sd_gym.envs.core import Core
-from sd_gym.envs.spaces import token_width
+from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.envs.split import Split
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy
@@ -68,7 +68,7 @@ class LearnerSettings(AgentSettings):
             ``imitation``; then ``initial_skip_rate`` plays no part.
         network: Name of a policy network of your own (``sd_gym.register_network``); ``None``: two hidden layers.
         channels: Of the eyes that read tokens where they are observed (``sd_gym.policy.eyes``); ``None``: 48, or as
-            many as cost 1% of the dense FLOPs.
+            many as cost 1% of the dense FLOPs, or those of the ``start``.
     """
 
     space: ClassVar = {"learning_rate": (2e-4, 1e-2), "initial_skip_rate": [0.1, 0.3, 0.5]}
@@ -212,12 +212,13 @@ class Agent(BaseAgent):
     def new_policy(self, **kwargs: Any) -> DecisionPolicy:
         """A policy for this env, untrained; ``kwargs`` as of ``DecisionPolicy``."""
         core, channels = self.env.core, self.channels
-        size = core.observation_space.shape[0] if channels is None else token_width(core.observation_space)
+        width, flat = token_width(core.observation_space), flat_size(core.observation_space)
         kwargs = {"blind": self.blind, "apart": self.apart, "network": getattr(self.settings, "network", None)} | kwargs
         with torch.random.fork_rng(devices=[]):  # to export a policy draws nothing from the agent's randomness
             torch.manual_seed(self.seed)
             known = core.nvec.tolist(), core.switch_names
-            return DecisionPolicy(size, *known, stages=core.stages, channels=channels, **kwargs)
+            eyes = {"channels": channels, "token_width": width if flat else None}
+            return DecisionPolicy(flat or width, *known, stages=core.stages, **eyes, **kwargs)
 
     def _begin(self, *networks: nn.Module) -> None:
         """Standardise what untrained eyes in networks make of the first texts of the training split."""
@@ -239,7 +240,7 @@ class Agent(BaseAgent):
         split = core.split("train")
         rows = np.arange(min(len(split), STATISTICS_SIZE))
         dense = split.costs.dense_flops(rows).sum() / split.encoded.source_length[rows].sum()
-        return getattr(self.settings, "channels", None) or affordable(width, dense)
+        return getattr(self.settings, "channels", None) or affordable(width, dense, len(core.stages))
 
     def _constant_policy(self, logits: torch.Tensor, **kwargs: Any) -> DecisionPolicy:
         """The same logits ``[sum(nvec)]`` for every input, which it does not look at."""
@@ -257,6 +258,8 @@ class Agent(BaseAgent):
             ValueError: If it decides on something else.
         """
         start, core = DecisionPolicy.load(folder), self.env.core
+        if self.channels is not None and start.channels is not None and self.settings.channels is None:
+            self.channels = start.channels
         if core.stages[0] == "first" and len(core.stages) > 1 and start.stages == ["first"]:
             self.apart = True
             return self._in_stages(start, folder)
@@ -269,13 +272,20 @@ class Agent(BaseAgent):
         """A policy for all stages of the env that decides as nearly as it can as one that decides at the first one."""
         staged = self.new_policy()
         check_same(start, staged, folder, ("nvec", "switches", "network", "hidden", "autoregressive"))
+        if start.channels != staged.channels:
+            raise ValueError(
+                f"the policy in {folder} cannot be a start here: its channels are {start.channels}, expected "
+                f"{staged.channels}; both see tokens (observation=tokens), or neither"
+            )
         taken = len(staged.stages) + 1  # in front of what the first stage shows
-        judged = self.env.core.stage_observation.judges
-        if start.channels is not None or start.observation_size != staged.observation_size - taken - judged:
+        expected = staged.token_width or staged.observation_size - taken - self.env.core.stage_observation.judges
+        if start.observation_size != expected:
             raise ValueError(
                 f"the policy in {folder} cannot be a start here: it sees {start.observation_size} features, expected "
-                f"the {staged.observation_size - taken - judged} of pooled states"
+                f"{expected}, of pooled states or of a token"
             )
+        if start.channels is not None:
+            return with_eyes(start, staged)
         core, split = self.env.core, self.env.core.split("train")
         rows = np.arange(min(len(split), STATISTICS_SIZE))
         with torch.random.fork_rng(devices=[]):
@@ -287,7 +297,9 @@ def check_same(
     start: DecisionPolicy,
     expected: DecisionPolicy,
     folder: Path,
-    names: tuple[str, ...] = ("stages", "observation_size", "channels", "nvec", "switches", "network", "hidden"),
+    names: tuple[str, ...] = (
+        *("stages", "observation_size", "channels", "token_width", "nvec", "switches", "network", "hidden"),
+    ),
 ) -> None:
     """Raise ``ValueError`` if a start, of the run in a folder, is in one of these ways not as it is expected to be."""
     for name in names:

@@ -13,7 +13,7 @@ from sd_gym.agents.learning.sb3 import SB3Agent
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import nn
 
-from sd_gym.envs.spaces import token_width
+from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.policy import HIDDEN
 from sd_gym.policy.eyes import Eyes, tensors
 
@@ -45,9 +45,9 @@ class Rectified(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         super()._setup_model()
         self.mean_loss = float("nan")
-        width = token_width(self.observation_space)
-        eyes = [] if width is None else [Eyes(width)]
-        size = int(np.prod(self.observation_space.shape)) if width is None else eyes[0].size
+        width, flat = token_width(self.observation_space), flat_size(self.observation_space)
+        eyes = [] if width is None else [Eyes(width, beside=flat)]
+        size = flat if width is None else eyes[0].size
         self.loss_critic = nn.Sequential(
             *eyes, nn.Linear(size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1)
         ).to(self.device)

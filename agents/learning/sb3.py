@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
 from torch import nn
 
 from sd_gym.envs.sb3 import SwitchableVecEnv
-from sd_gym.envs.spaces import Observations, token_width
+from sd_gym.envs.spaces import Observations, flat_size, token_width
 from sd_gym.files import write_tensors
 from sd_gym.policy import HIDDEN, Apart, DecisionPolicy, blinded, own_network
 from sd_gym.policy.eyes import Eyes
@@ -109,7 +109,7 @@ class Looking(BaseFeaturesExtractor):
     """
 
     def __init__(self, observation_space: gym.spaces.Dict, channels: int) -> None:
-        eyes = Eyes(token_width(observation_space), channels)
+        eyes = Eyes(token_width(observation_space), channels, beside=flat_size(observation_space))
         super().__init__(observation_space, features_dim=eyes.size)
         self.eyes = eyes
 

@@ -1,4 +1,4 @@
-"""A warm start of several stages from a policy of one: the first stage as it was, the others taught what it said."""
+"""A warm start of several stages from a policy of one: what later stages see less is taught what it said."""
 
 from __future__ import annotations
 
@@ -51,6 +51,23 @@ def in_stages(start: DecisionPolicy, staged: DecisionPolicy, core: Core, split: 
             optimizer.zero_grad()
             F.mse_loss(logits, wanted[picked][:, chosen]).backward()
             optimizer.step()
+    return staged.eval()
+
+
+@torch.no_grad()
+def with_eyes(start: DecisionPolicy, staged: DecisionPolicy) -> DecisionPolicy:
+    """Have a policy of several stages decide just as one that decides at once on tokens, which all stages show.
+
+    Args:
+        start: Decides before the first layer, on tokens.
+        staged: Untrained, ``apart``, with as many channels; it is changed.
+    """
+    staged.eyes.load_state_dict(start.eyes.state_dict())
+    staged.head.load_state_dict(start.head.state_dict())
+    for layers in staged.body.of_stage:
+        layers.load_state_dict({**start.body.state_dict(), "0.weight": layers[0].weight})
+        layers[0].weight.zero_()
+        layers[0].weight[:, staged.observation_size :] = start.body[0].weight  # what it makes of tokens comes last
     return staged.eval()
 
 

@@ -29,6 +29,7 @@ from sd_gym.agents.reinforce.staged import LEARNING_STARTS, StagedForesight, cer
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
+from sd_gym.envs.spaces import Observations
 from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy, blinded, bounded
 from sd_gym.policy.eyes import tensors
@@ -118,8 +119,7 @@ class ReinforceAgent(Agent):
                 if isinstance(layer, torch.nn.Linear):  # as Stable-Baselines3 does: the features start at full size
                     torch.nn.init.orthogonal_(layer.weight, gain=2**0.5)
                     torch.nn.init.zeros_(layer.bias)
-            size = self.network.observation_size
-            self.foresight = self._new_foresight(size) if settings.foresight else None
+            self.foresight = self._new_foresight() if settings.foresight else None
         self._begin(self.network, *filter(None, [self.foresight]))
         with torch.no_grad():
             if self.start is not None:
@@ -193,11 +193,11 @@ class ReinforceAgent(Agent):
         self.generator.set_state(state["generator"])
         self.steps = state["steps"]
 
-    def _new_foresight(self, observation_size: int) -> Foresight:
+    def _new_foresight(self) -> Foresight:
         core = self.env.core
         if core.is_staged:
-            return StagedForesight(core, self._split)
-        return Foresight(observation_size, core.nvec, self.channels is not None)
+            return StagedForesight(core, self._split, None if self.channels is None else self._observe)
+        return Foresight(core.observation_space, core.nvec)
 
     def _explore(self) -> tuple[Sampled, dict[str, NDArray]]:
         """Score a few decisions of the policy, and remember what came of them; with the infos of a rollout."""
@@ -268,7 +268,7 @@ class ReinforceAgent(Agent):
         return self.env.core.split(self.env.config.split)
 
     def _observe(self, rows: NDArray) -> Tensor | dict[str, Tensor]:
-        """Observations of instances ``rows [n]`` of the split; zeros for an agent that sees nothing."""
+        """What is seen of ``rows [n]`` of the split before the first layer; zeros for an agent that sees nothing."""
         observations = tensors(self.env.core.observe(self._split, rows))
         return blinded(observations, ["first"]) if self.blind else observations
 
@@ -281,14 +281,15 @@ class ReinforceAgent(Agent):
         """Logits and decisions of the policy on rows, from stage to stage; and what the pass has shown of them.
 
         The logits of each component are those of the stage that it was decided at. The last of what is returned is what
-        was observed at each stage, ``[n, stages, size]``.
+        was observed at each stage but tokens, ``[n, stages, size]``.
         """
         core, of_stages, looks = self.env.core, [], []
 
-        def decide(observations: NDArray) -> NDArray:
-            seen = torch.from_numpy(observations)
-            looks.append(blinded(seen, core.stages) if self.blind else seen)
+        def decide(observations: Observations) -> NDArray:
+            seen = tensors(observations)
             of_stages.append(self.network(seen))
+            shown = seen if self.channels is None else seen["stage"]
+            looks.append(blinded(shown, core.stages) if self.blind else shown)
             return self.network.choose(of_stages[-1], self._draw).numpy()
 
         decisions, seen = core.walk(self._split, rows, decide)

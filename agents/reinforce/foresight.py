@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.policy.eyes import Eyes
 
 HIDDEN = 128
@@ -24,9 +26,8 @@ class Foresight(nn.Module):
     likely at once.
 
     Args:
-        observation_size: Features of an observation; of tokens, numbers that one has.
+        space: Of an observation. Tokens are seen by eyes of its own: nobody pays for them later, so they are wide.
         nvec: Sizes of a decision's components.
-        sees_tokens: Whether it sees tokens, by eyes of its own: nobody pays for them later, so they are wide.
         outputs: How many numbers it foresees: that quality is lost, that it is gained, and more.
 
     Attributes:
@@ -35,10 +36,13 @@ class Foresight(nn.Module):
         lost: Quality that they lost, float32 ``[n]``; negative where they gained.
     """
 
-    def __init__(self, observation_size: int, nvec: NDArray, sees_tokens: bool = False, outputs: int = 2) -> None:
+    def __init__(self, space: gym.Space, nvec: NDArray, outputs: int = 2) -> None:
         super().__init__()
-        self.eyes = Eyes(observation_size) if sees_tokens else nn.Identity()
-        size = self.eyes.size if sees_tokens else observation_size
+        width, size = token_width(space), flat_size(space)
+        self.eyes: nn.Module = nn.Identity()
+        if width is not None:
+            self.eyes = Eyes(width, beside=size)
+            size = self.eyes.size
         self._first = torch.from_numpy(np.cumsum([0, *nvec[:-1]]))  # column of each component's first choice
         self._columns = int(nvec.sum())
         self.network = nn.Sequential(

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sd_gym.envs.core import Core
+from sd_gym.envs.spaces import flat_size
 from sd_gym.envs.split import Split
 
 MEMORY = 2**25  # numbers that were seen, at two bytes: 64 MiB
 RECENT = 4096  # decisions whose situations the policy learns in: it meets others by and by
 LEARNING_STARTS = 2048  # decisions: a policy that listens sooner flees from losses that nothing tells apart yet
+Choose = Callable[[Tensor | dict[str, Tensor]], Tensor]
 FITS = 2  # steps between two updates of the policy, which each stage has to share
 
 
@@ -34,13 +36,13 @@ class Situations(NamedTuple):
     Attributes:
         rows: Of their instances, int64 ``[n]``.
         stage: Number of the stage, int64 ``[n]``.
-        seen: What was seen there, float32 ``[n, size]``.
+        seen: What was seen there, float32 ``[n, size]``, or with tokens beside it.
         decisions: As they were made before the stage, int64 ``[n, components]``; 0 from there on.
     """
 
     rows: Tensor
     stage: Tensor
-    seen: Tensor
+    seen: Tensor | dict[str, Tensor]
     decisions: Tensor
 
 
@@ -54,25 +56,28 @@ class StagedForesight(Foresight):
     Args:
         core: The env's core.
         split: Where the instances are.
+        tokens: From rows ``[n]`` to their tokens, which are not remembered; ``None``: none are seen.
 
     Attributes:
         rows, decisions, lost: As of ``Foresight``, of the latest decisions.
-        seen: What they have seen at each stage, float16 ``[n, stages, size]``.
+        seen: What they have seen at each stage but tokens, float16 ``[n, stages, size]``.
     """
 
-    def __init__(self, core: Core, split: Split) -> None:
-        super().__init__(core.observation_space.shape[0], core.nvec, outputs=3)
+    def __init__(self, core: Core, split: Split, tokens: Callable[[NDArray], dict[str, Tensor]] | None = None) -> None:
+        super().__init__(core.observation_space, core.nvec, outputs=3)
+        size = flat_size(core.observation_space)
         torch.nn.init.zeros_(self.network[-1].bias[2:])
         self._costs = split.costs
         self._last = len(core.stages) - 1
-        self._memory = MEMORY // (len(core.stages) * core.observation_space.shape[0])
+        self._memory = MEMORY // (len(core.stages) * size)
+        self._tokens = tokens
         self._own = torch.zeros(len(core.stages), len(core.nvec), dtype=torch.bool)  # what each stage decides
         for own, components in zip(self._own, core.steps.components, strict=True):
             own[torch.from_numpy(components)] = True
         self._before = self._own.cumsum(dim=0) - self._own.long()  # and what is decided by then
         self._component = torch.from_numpy(np.repeat(np.arange(len(core.nvec)), core.nvec))  # of each logit
         self._certain = certain(core.nvec)
-        self.seen = torch.zeros(0, len(core.stages), core.observation_space.shape[0], dtype=torch.float16)
+        self.seen = torch.zeros(0, len(core.stages), size, dtype=torch.float16)
 
     def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor, seen: Tensor) -> None:
         """As of ``Foresight``, with what was seen at each stage, ``[n, stages, size]``; the oldest is forgotten."""
@@ -84,8 +89,10 @@ class StagedForesight(Foresight):
 
     def situations(self, drawn: Tensor, stage: Tensor) -> Situations:
         """Of the remembered decisions ``drawn [n]``, each at the stage ``[n]``."""
-        decisions = self.decisions[drawn].long() * self._before[stage]
-        return Situations(self.rows[drawn], stage, self.seen[drawn, stage].float(), decisions)
+        rows, decisions = self.rows[drawn], self.decisions[drawn].long() * self._before[stage]
+        shown = self.seen[drawn, stage].float()
+        seen = shown if self._tokens is None else {"stage": shown, **self._tokens(rows.numpy())}
+        return Situations(rows, stage, seen, decisions)
 
     def recent(self, n: int, random: np.random.Generator) -> Situations:
         """So many that decisions of late have come to, each stage as often."""
@@ -112,17 +119,17 @@ class StagedForesight(Foresight):
         saved = torch.where(situations.stage == self._last, 0.0, said[:, 2].view(tries, -1)).flatten()
         return said[:, :2].sigmoid(), self._flops(situations.rows.repeat(tries), decisions) - saved
 
-    def fit_stages(self, size: int, random: np.random.Generator, choose: Callable[[Tensor], Tensor]) -> float:
+    def fit_stages(self, size: int, random: np.random.Generator, choose: Choose) -> float:
         """``FITS`` steps on so many remembered situations each; returns the last error.
 
-        ``choose`` is the policy: from what is seen ``[n, size]`` to choices ``[n, components]``.
+        ``choose`` is the policy: from what is seen of ``n`` to choices ``[n, components]``.
         """
         for _ in range(FITS):
             drawn = torch.from_numpy(random.integers(len(self.rows), size=size))
             error = self._fit_stages(drawn, self._stages(size, random), choose)
         return error
 
-    def _fit_stages(self, drawn: Tensor, stage: Tensor, choose: Callable[[Tensor], Tensor]) -> float:
+    def _fit_stages(self, drawn: Tensor, stage: Tensor, choose: Choose) -> float:
         """One step of AdamW: the cross-entropy of losses and gains, and the squared error of what is saved later."""
         here, lost = self.situations(drawn, stage), self.lost[drawn]
         decisions = self.decided(here, self.decisions[drawn].long())

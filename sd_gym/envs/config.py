@@ -92,10 +92,10 @@ def make_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
             f"{origin}: config key 'action': 'multi_binary' has a bit for each switch and none for the tokens, but "
             f"there are {len(shares)} tokens.shares; use multi_discrete, or discrete with a codebook"
         )
-    if config.stages != ("first",) and (config.action == "discrete" or config.observation != "pooled"):
+    if config.stages != ("first",) and (config.action == "discrete" or config.observation not in ("pooled", "tokens")):
         raise ConfigError(
             f"{origin}: config key 'stages': several stages are decided with action multi_discrete or multi_binary, on "
-            f"observation pooled; got {config.action} on {config.observation}"
+            f"observation pooled or tokens; got {config.action} on {config.observation}"
         )
     if config.reward.dense and config.reward.vector:
         raise ConfigError(

@@ -62,6 +62,10 @@ class Core(EpisodicCore):
         except ValueError as error:
             raise ConfigError(f"{config.id}: config key 'stages': {error}") from error
         self.stages = list(board.decided_at(config.stages))
+        if config.observation == "tokens" and "first" not in self.stages:
+            raise ConfigError(
+                f"{config.id}: config key 'stages': observation tokens is seen at the stage first; got {self.stages}"
+            )
         self.steps = self._steps()
         self.actions: Actions = ACTIONS[config.action](config, self.steps.choices)
         self._decided = MultiDiscreteActions(config, self.nvec)

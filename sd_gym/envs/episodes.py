@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.vector.utils import create_empty_array
 from numpy.typing import NDArray
 
 from sd_gym.envs.outcome import Outcome
-from sd_gym.envs.spaces import Observations
+from sd_gym.envs.spaces import Observations, put
 
 if TYPE_CHECKING:  # an env of a table needs no torch
     from sd_gym.envs.split import Split
@@ -100,7 +102,7 @@ class StageLooks(Protocol):
 
     def observe(
         self, split: Split, rows: Array, stage: int, decisions: Array, behind: Seen | None
-    ) -> tuple[Array, Seen | None]:
+    ) -> tuple[Observations, Seen | None]:
         """As ``StageObservation.observe``."""
 
     def judging_flops(self, split: Split, rows: Array) -> Array:
@@ -173,7 +175,7 @@ class Episodes:
         self.paid = np.zeros(n)
         self._seen: Seen | None = None  # of all, where all are at the same stage
         self._known = np.zeros(n, dtype=np.bool_)
-        self._observed = np.zeros((n, *core.observation_space.shape), np.float32) if core.is_staged else None
+        self._observed = create_empty_array(core.observation_space, n) if core.is_staged else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_seen": None}  # it is computed again
@@ -221,12 +223,13 @@ class Episodes:
         for number in np.unique(stage[~self._known]):
             at = np.flatnonzero(~self._known & (stage == number))
             together = len(at) == len(rows)
-            self._observed[at], seen = self.core.stage_observation.observe(
+            observed, seen = self.core.stage_observation.observe(
                 split, rows[at], int(number), self.decisions[at], self._seen_before(number) if together else None
             )
+            put(self._observed, at, observed)
             self._seen = seen if together else None
         self._known[:] = True
-        return self._observed.copy()
+        return copy.deepcopy(self._observed)
 
     def masks(self) -> Array:
         """Which choices of each component each may make, bool ``[n, choices]``, as sb3-contrib has them."""

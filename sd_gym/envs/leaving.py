@@ -36,6 +36,7 @@ class Leaving(NamedTuple):
         protection: Of tokens.
         masks: Of a table, as of ``OffTable``; of an env that computes ``None``.
         projection: Likewise.
+        of_tokens: As of ``SkipPolicy``.
     """
 
     env: EnvConfig
@@ -46,6 +47,7 @@ class Leaving(NamedTuple):
     protection: Protection | None
     masks: Array | None = None
     projection: Projection | None = None
+    of_tokens: tuple[Array, Array] | None = None
 
     def write(self, folder: Path) -> None:
         """Write to a table what its description has no place for."""
@@ -76,7 +78,10 @@ def of_core(core: Core) -> Leaving | None:
     }
     seen = core.stage_observation if core.is_staged else core.observation
     rarity = train.rarity if drops and config.tokens.ranking == "idf" else None
-    return Leaving(config, said, seen.mean, seen.deviation, rarity, _protection(train) if drops else None)
+    protection = _protection(train) if drops else None
+    looks = core.observation
+    of_tokens = (looks.mean, looks.deviation) if core.is_staged and isinstance(looks, Tokens) else None
+    return Leaving(config, said, seen.mean, seen.deviation, rarity, protection, of_tokens=of_tokens)
 
 
 def of_table(core: TableCore) -> Leaving | None:

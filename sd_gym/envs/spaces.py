@@ -6,7 +6,7 @@ import copy
 import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -283,11 +283,10 @@ class Tokens(Observation):
     def observe(self, split: Split, rows: Array) -> dict[str, Array]:
         """``tokens``, float32 ``[n, max_source_length, width]``, and ``mask``, int8 ``[n, max_source_length]``."""
         tokens = np.zeros((len(rows), self.length, len(self.mean)), dtype=np.float32)
-        mask = np.zeros((len(rows), self.length), dtype=np.int8)
+        seen = {"mask": np.zeros((len(rows), self.length), dtype=np.int8), "tokens": tokens}
         for part, *embedded in self._embedded(split, rows):
-            seen = self.of_hidden(*embedded)
-            tokens[part], mask[part] = seen["tokens"], seen["mask"]
-        return {"mask": mask, "tokens": tokens}
+            put(seen, part, self.of_hidden(*embedded))
+        return seen
 
     def of_hidden(self, hidden: Tensor, mask: Tensor) -> dict[str, Array]:
         """What is observed of the first layer's input ``[n, longest, width]`` and the mask of its tokens."""
@@ -310,11 +309,34 @@ class Tokens(Observation):
 
 
 def token_width(space: gym.Space) -> int | None:
-    """Numbers that each token has, where observations are such as of ``Tokens``; else ``None``."""
-    if not isinstance(space, gym.spaces.Dict) or set(space) != {"tokens", "mask"}:
+    """Numbers that each token has, where observations are such as of ``Tokens``, alone or beside a stage's."""
+    if not isinstance(space, gym.spaces.Dict) or set(space) - {"stage"} != {"tokens", "mask"}:
         return None
     tokens, mask = space["tokens"].shape, space["mask"].shape
     return tokens[1] if len(tokens) == 2 and mask == tokens[:1] else None
+
+
+def flat_size(space: gym.Space) -> int:
+    """Numbers of an observation that are no tokens': all, where it is flat; of tokens, those of a stage beside them."""
+    if isinstance(space, gym.spaces.Dict):
+        return flat_size(space["stage"]) if "stage" in space.spaces else 0
+    return int(np.prod(space.shape))
+
+
+def put(held: Observations, at: Array, seen: Observations) -> None:
+    """Write what is ``seen`` of some rows where that of all is ``held``."""
+    if isinstance(held, dict):
+        for name, values in seen.items():
+            held[name][at] = values
+    else:
+        held[at] = seen
+
+
+def joined(parts: Sequence[Observations]) -> Observations:
+    """Observations of several batches as one."""
+    if isinstance(parts[0], dict):
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return np.concatenate(parts)
 
 
 def spaces(core: Core) -> tuple[gym.Space, gym.Space]:

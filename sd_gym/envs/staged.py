@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sd_gym.envs.spaces import Observations, Tokens
 from sd_gym.policy.observation import at_stage, features_of, log_odds
 from sd_gym.projection import OBSERVATION_LIMIT, deviation_of
 from sd_gym.switch import Seen
@@ -33,6 +34,9 @@ class StageObservation:
     but the stage and the FLOPs is standardised for each stage by a dense pass over the first 2,000 instances of the
     training split.
 
+    Where the env's observation is ``tokens`` that is the ``stage`` of a ``Dict``, beside ``tokens`` and ``mask`` as of
+    ``Tokens``: those of the text, at every stage, so that a later one knows all that an earlier one did.
+
     Args:
         core: The core.
     """
@@ -47,12 +51,15 @@ class StageObservation:
         )
         self.mean, self.deviation = features.mean(axis=1), deviation_of(features.std(axis=1))
         size = len(self.names) + 1 + features.shape[2]
-        self.space = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (size,), np.float32)
+        self.space: gym.Space = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (size,), np.float32)
+        self._tokens = core.observation if isinstance(core.observation, Tokens) else None
+        if self._tokens is not None:
+            self.space = gym.spaces.Dict({"stage": self.space, **self._tokens.space.spaces})
 
     @torch.inference_mode()
     def observe(
         self, split: Split, rows: Array, stage: int, decisions: Array, behind: Seen | None
-    ) -> tuple[Array, Seen | None]:
+    ) -> tuple[Observations, Seen | None]:
         """What is seen of rows ``[n]`` that have come to a stage under decisions ``[n, switches + 1]``.
 
         Args:
@@ -63,13 +70,18 @@ class StageObservation:
             behind: What the same rows have shown at the stage before, if it is known.
 
         Returns:
-            Observations, float32 ``[n, size]``, and what to go on from; ``None`` before the first layer.
+            Observations, float32 ``[n, size]``, or with tokens beside them, and what to go on from; ``None`` before the
+            first layer.
         """
         features, seen = self._features(split, rows, stage, decisions, behind)
         exits = decisions.copy()
         exits[:, self.columns[stage].start : -1] = 1
         share = split.costs.reading_ratio(rows, exits)
-        return at_stage(stage, share, features, self.mean, self.deviation), seen
+        shown = at_stage(stage, share, features, self.mean, self.deviation)
+        if self._tokens is None:
+            return shown, seen
+        tokens = self._tokens.observe(split, rows)
+        return {"mask": tokens["mask"], "stage": shown, "tokens": tokens["tokens"]}, seen
 
     @property
     def judgements(self) -> int:

@@ -36,6 +36,7 @@ from sd_gym.switch import (
 
 FORMAT = 1
 FILE, TENSORS = "skip_policy.json", "skip_policy.safetensors"
+OF_TOKENS = ("token_mean", "token_deviation")  # names of tensors
 FILES = (FILE, TENSORS, "policy.json", "policy.safetensors", "README.md")
 
 
@@ -69,6 +70,8 @@ class SkipPolicy:
         protection: Which tokens are never dropped; ``None``: no rule says so (or none is dropped).
         stops: Versions of it that were validated, the boldest first.
         card: What it was trained on, and how well: ``env`` (its config), ``backbone``, ``result``, ``run``.
+        of_tokens: Mean and deviation ``[width]`` of tokens that several stages show; ``None``: they are those above, or
+            none are seen.
     """
 
     network: DecisionPolicy | OffTable
@@ -78,6 +81,7 @@ class SkipPolicy:
     protection: Protection | None
     stops: tuple[Stop, ...]
     card: dict[str, Any]
+    of_tokens: tuple[NDArray, NDArray] | None = None
 
     @property
     def token_shares(self) -> tuple[float, ...]:
@@ -217,7 +221,8 @@ class SkipPolicy:
         board = carried or Switchboard(model)
         try:
             width = model.config.hidden_size
-            names, width = board.names, width if self.network.channels is not None else 2 * width + 2
+            names = board.names
+            width = width if self.network.channels is not None and not self.is_staged else 2 * width + 2
             if self.is_staged:
                 try:
                     board.decided_at(self.network.stages)
@@ -227,7 +232,8 @@ class SkipPolicy:
         finally:
             if carried is None:
                 board.remove()
-        if names != self.network.switches or width != self.network.observation_size:
+        tokens = self.network.token_width in (None, model.config.hidden_size)
+        if names != self.network.switches or width != self.network.observation_size or not tokens:
             raise ValueError(
                 f"this policy decides on {len(self.network.switches)} switches by {self.network.observation_size} "
                 f"features of {backbone['name']}; the model has {len(names)} switches and {width} features"
@@ -262,6 +268,8 @@ class SkipPolicy:
         folder = Path(folder)
         self.network.save(folder)
         tensors = {"mean": torch.from_numpy(self.mean), "deviation": torch.from_numpy(self.deviation)}
+        if self.of_tokens is not None:
+            tensors |= {name: torch.from_numpy(one) for name, one in zip(OF_TOKENS, self.of_tokens, strict=True)}
         if self.rarity is not None:
             tensors["rarity"] = torch.from_numpy(self.rarity)
         of_table = {}
@@ -318,6 +326,9 @@ class SkipPolicy:
                 protection and Protection.of_described(protection),
                 stops,
                 card,
+                None
+                if network.token_width is None
+                else tuple(_finite(tensors.pop(name), (network.token_width,)) for name in OF_TOKENS),
             )
             missing = {"env", "backbone", "result", "run"} - card.keys()
         except (AttributeError, KeyError, TypeError, ValueError) as error:

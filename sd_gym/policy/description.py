@@ -32,6 +32,7 @@ class Description(BaseModel):
     stages: Annotated[list[str], Field(min_length=1)] = ["first"]
     apart: bool = False
     channels: Annotated[int, Field(ge=1)] | None = None
+    token_width: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _one_choice_a_switch(self) -> Description:

@@ -20,40 +20,49 @@ class Eyes(nn.Module):
     neighbours are not (Kim 2014, section 2). Before anything is learned they hardly differ between texts, so they are
     standardised as the convolution is then (Salimans and Kingma 2016, section 3): ``begin_with``.
 
+    Of several stages each shows more beside the tokens, which the features begin with.
+
     Args:
         width: Numbers that a token has.
         channels: Of the convolution.
+        beside: Numbers that a stage shows beside the tokens; 0: there are none.
 
     Attributes:
         size: Features.
     """
 
-    def __init__(self, width: int, channels: int = CHANNELS) -> None:
+    def __init__(self, width: int, channels: int = CHANNELS, beside: int = 0) -> None:
         super().__init__()
         self.convolution = nn.Conv1d(width, channels, REACH, padding=REACH // 2)
-        self.size = 2 * channels + 1
-        self.register_buffer("mean", torch.zeros(self.size))
-        self.register_buffer("deviation", torch.ones(self.size))
+        own = 2 * channels + 1
+        self.beside, self.size = beside, beside + own
+        self.register_buffer("mean", torch.zeros(own))
+        self.register_buffer("deviation", torch.ones(own))
 
     def forward(self, observations: dict[str, Tensor]) -> Tensor:
-        """Standardised features ``[n, size]``, each row's own; zeros where there is no token.
+        """Features ``[n, size]``, each row's own: standardised, and zeros where there is no token.
 
         Args:
-            observations: ``tokens [n, length, width]``, zeros behind the text, and ``mask [n, length]``.
+            observations: ``tokens [n, length, width]``, zeros behind the text, ``mask [n, length]``, and at stages
+                ``stage [n, beside]``.
         """
+        count = observations["mask"].sum(dim=1, keepdim=True)
+        seen = (self._read(observations) - self.mean) / self.deviation * (count > 0)
+        return torch.cat([observations["stage"], seen], dim=1) if self.beside else seen
+
+    def _read(self, observations: dict[str, Tensor]) -> Tensor:
         tokens, mask = observations["tokens"], observations["mask"]
         count = mask.sum(dim=1, keepdim=True)
         longest = max(1, int(mask.any(dim=0).sum()))  # padding that all rows share is not looked at
         present = mask[:, None, :longest].float()
         seen = self.convolution(tokens[:, :longest].transpose(1, 2)).relu() * present
         mean = seen.sum(dim=2) / count.clamp(min=1)
-        features = torch.cat([mean, seen.amax(dim=2), count.float().log1p()], dim=1)
-        return (features - self.mean) / self.deviation * (count > 0)
+        return torch.cat([mean, seen.amax(dim=2), count.float().log1p()], dim=1)
 
     @torch.no_grad()
     def begin_with(self, observations: dict[str, Tensor]) -> None:
         """Standardise features from now on by what they are of these texts (arguments as of ``forward``)."""
-        features = self(observations) * self.deviation + self.mean
+        features = self._read(observations)
         deviation = features.std(dim=0, correction=0)
         self.mean.copy_(features.mean(dim=0))
         self.deviation.copy_(torch.where(deviation > LEAST_DEVIATION, deviation, 1.0))
@@ -64,9 +73,15 @@ def flops_a_token(width: int, channels: int) -> int:
     return 2 * REACH * width * channels
 
 
-def affordable(width: int, dense_flops: float) -> int:
-    """Channels of ``Eyes`` that cost at most ``SHARE`` of a backbone's dense FLOPs a token; ``CHANNELS`` at most."""
-    return int(np.clip(SHARE * dense_flops / flops_a_token(width, 1), 1, CHANNELS))
+def affordable(width: int, dense_flops: float, looks: int = 1) -> int:
+    """Channels of ``Eyes`` that cost at most ``SHARE`` of a backbone's dense FLOPs a token; ``CHANNELS`` at most.
+
+    Args:
+        width: Numbers that a token has.
+        dense_flops: A token.
+        looks: How often they are read: once a stage.
+    """
+    return int(np.clip(SHARE * dense_flops / (looks * flops_a_token(width, 1)), 1, CHANNELS))
 
 
 def tensors(

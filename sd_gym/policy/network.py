@@ -36,7 +36,8 @@ class DecisionPolicy(nn.Module):
     so that one of two sublayers can be skipped, but not both.
 
     Args:
-        observation_size: Features of an observation; where it sees the tokens of a text, numbers that a token has.
+        observation_size: Features of an observation; where it sees the tokens of a text, numbers that a token has; of
+            several stages, what each shows beside the tokens.
         nvec: Sizes of the action's components.
         switches: Names of the switches, in the action's order; only stored, so that a policy tells what it decides on.
         blind: Whether the observation is zeroed: the control that sees nothing of its input.
@@ -51,6 +52,7 @@ class DecisionPolicy(nn.Module):
             of what is decided there only the stage's own components count.
         apart: Whether each of several stages has hidden layers of its own, else all share them.
         channels: Of the ``Eyes`` that it sees the tokens of a text with; ``None``: its observations are flat.
+        token_width: Numbers that a token has, where several stages show tokens; else ``None``.
 
     Attributes:
         eyes: What makes features of tokens; a flat observation has them already.
@@ -61,7 +63,7 @@ class DecisionPolicy(nn.Module):
     Raises:
         ValueError: If the network is unknown, or is none from observations to logits; or if a policy of several stages
             is autoregressive, which is about whole decisions; or if one that is ``apart`` has one stage or a registered
-            network.
+            network; or if it has eyes at several stages and no ``token_width``, or that without these.
     """
 
     def __init__(
@@ -79,8 +81,14 @@ class DecisionPolicy(nn.Module):
         stages: Sequence[str] = ("first",),
         apart: bool = False,
         channels: int | None = None,
+        token_width: int | None = None,
     ) -> None:
         super().__init__()
+        if (token_width is not None) != (channels is not None and len(stages) > 1):
+            raise ValueError(
+                "expected token_width where several stages show tokens, and there only; got "
+                f"token_width={token_width}, channels={channels}, stages={list(stages)}"
+            )
         if apart and (len(stages) == 1 or network is not None):
             raise ValueError("apart=True gives each of several stages hidden layers; expected stages, and no network")
         if len(stages) > 1 and autoregressive:
@@ -97,7 +105,13 @@ class DecisionPolicy(nn.Module):
         self.hidden = hidden
         self.apart = apart
         self.channels = channels
-        self.eyes = nn.Identity() if channels is None else Eyes(observation_size, channels)
+        self.token_width = token_width
+        if channels is None:
+            self.eyes: nn.Module = nn.Identity()
+        elif token_width is None:
+            self.eyes = Eyes(observation_size, channels)
+        else:
+            self.eyes = Eyes(token_width, channels, beside=observation_size)
         self.features = observation_size if channels is None else self.eyes.size
         if network is None:
             size = self.features, hidden
@@ -291,7 +305,8 @@ class DecisionPolicy(nn.Module):
         if components is None:
             parts = [(observations, np.arange(len(self.nvec)))]
         else:
-            parts = [(observations[observations[:, number] == 1], own) for number, own in enumerate(components)]
+            shown = observations["stage"] if isinstance(observations, dict) else observations
+            parts = [(rows_of(observations, shown[:, number] == 1), own) for number, own in enumerate(components)]
         copy = deepcopy(self)
         copy.codebook = torch.cat([self._masks_for(size, seen, own) for seen, own in parts])
         return copy
@@ -336,8 +351,10 @@ class DecisionPolicy(nn.Module):
 
     @property
     def flops_a_token(self) -> int:
-        """FLOPs for each token that ``eyes`` see, counted likewise; 0 of a policy without them, or a blind one."""
-        return 0 if self.channels is None or self.blind else flops_a_token(self.observation_size, self.channels)
+        """FLOPs for each token that ``eyes`` see, at all stages, counted likewise; 0 without eyes, or if blind."""
+        if self.channels is None or self.blind:
+            return 0
+        return len(self.stages) * flops_a_token(self.token_width or self.observation_size, self.channels)
 
     def save(self, folder: Path) -> None:
         """Write ``policy.safetensors`` and ``policy.json``; each file appears complete or not at all."""
@@ -362,6 +379,8 @@ class DecisionPolicy(nn.Module):
             description["apart"] = True
         if self.channels is not None:
             description["channels"] = self.channels
+        if self.token_width is not None:
+            description["token_width"] = self.token_width
         write_tensors(folder / "policy.safetensors", self.state_dict())
         write_json(folder / "policy.json", description)
 
@@ -394,7 +413,8 @@ def _of_each_stage(codebook: Tensor) -> list[Tensor]:
 def blinded(observations: Seen, stages: Sequence[str]) -> Seen:
     """Observations of a batch with nothing of the input; of several stages, with the stage alone."""
     if isinstance(observations, dict):
-        return {name: blinded(values, ["first"]) for name, values in observations.items()}
+        told = {"stage": stages}  # the tokens tell nothing but the text
+        return {name: blinded(values, told.get(name, ["first"])) for name, values in observations.items()}
     zeros = observations * 0
     if len(stages) > 1:
         zeros[:, : len(stages)] = observations[:, : len(stages)]
@@ -407,8 +427,19 @@ def _seeded(logits: Tensor) -> Tensor:
     return torch.rand(logits.shape, generator=generator, device=logits.device)
 
 
+def rows_of(observations: Seen, rows: NDArray | Tensor) -> Seen:
+    """Observations of some rows of a batch."""
+    if isinstance(observations, dict):
+        return {name: values[rows] for name, values in observations.items()}
+    return observations[rows]
+
+
 def _flat(observations: Tensor | dict[str, Tensor]) -> Tensor:
-    return observations["tokens"].flatten(1) if isinstance(observations, dict) else observations
+    """All numbers of observations in a row, ``[n, numbers]``; the stage's come first."""
+    if not isinstance(observations, dict):
+        return observations
+    tokens = observations["tokens"].flatten(1)
+    return torch.cat([observations["stage"], tokens], dim=1) if "stage" in observations else tokens
 
 
 def _hashed(observations: Tensor, columns: int) -> Tensor:

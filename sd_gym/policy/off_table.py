@@ -40,6 +40,7 @@ class OffTable:
     masks: NDArray | None
     projection: Projection | None
     channels: ClassVar[None] = None  # a table shows no tokens
+    token_width: ClassVar[None] = None
     flops_a_token: ClassVar[int] = 0
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sd_gym.backbones.heads import Head, reading_ratio
 from sd_gym.backbones.load import can_exit
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.policy.observation import at_stage, features_of, log_odds
+from sd_gym.policy.observation import at_stage, features_of, log_odds, tokens_of
 from sd_gym.switch import FlopsModel, Seen, Switchboard
 
 Keep = NDArray | Tensor | None  # tokens that stay, [n, length]; None: all
@@ -53,6 +53,7 @@ class Walk:
         self.decisions = np.zeros((len(length), len(board) + 1), dtype=np.int64)
         self.keep: Keep = None
         self._kept = length
+        self._tokens: dict[str, NDArray] = {}  # where the policy sees them, at all stages
 
     def choose(self, seen: Seen) -> tuple[NDArray, Keep]:
         """Decide a stage."""
@@ -67,9 +68,10 @@ class Walk:
         ranked = (self._kept < self._length) & self._policy.ranks_by_attention
         share = reading_ratio(self._head, self._flops, self._length, self._kept, exits[:, :-1], ranked)
         number = self._policy.network.stages.index(seen.stage)
-        decided = self._policy.network.decide(
-            at_stage(number, share, features, self._policy.mean, self._policy.deviation)
-        )
+        shown = at_stage(number, share, features, self._policy.mean, self._policy.deviation)
+        if is_first and (of_tokens := self._policy.of_tokens) is not None:
+            self._tokens = tokens_of(hidden, mask, *of_tokens, self._policy.longest)
+        decided = self._policy.network.decide({"stage": shown, **self._tokens} if self._tokens else shown)
         self.decisions[:, columns] = decided[:, columns]
         if is_first:
             self.decisions[:, -1] = decided[:, -1]
