@@ -16,28 +16,37 @@ from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy, Stop, weights_hash
 from sd_gym.policy.observation import observed
 from sd_gym.policy.protection import Protection
-from sd_gym.switch import FlopsModel, Switchboard
+from sd_gym.switch import FlopsModel, Switchboard, first_layer_input
 from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, make_inputs, make_model, row_of
 
 ALL = [*ENCODER, *DECODER, *ENCODER_DECODER]
 GENERATING = [*DECODER, *ENCODER_DECODER]
 
 
-def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0, stages=("first",)):
-    """A random policy that decides differently on each input of ``make_inputs``, or one that skips nothing."""
+def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0, stages=("first",), tokens=False):
+    """A random policy that decides differently on each input of ``make_inputs``, or one that skips nothing.
+
+    At stages it sees ``tokens``, too, or no tokens.
+    """
     board = vars(model).get("_switchboard") or Switchboard(model)
     stages = list(board.decided_at(stages))
     inputs = make_inputs("bert", batch=64)
-    seen = observed(board, {key: inputs[key] for key in ("input_ids", "attention_mask")}).numpy()
+    looked = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    seen, embedded = observed(board, looked).numpy(), first_layer_input(board, looked).detach().numpy()
+    of_tokens = (embedded.mean(axis=(0, 1)), embedded.std(axis=(0, 1))) if tokens else None
     width = 2 * model.config.hidden_size + 2
     if stages != ["first"]:  # at all of them it is standardised as at the first one
         seen = np.pad(seen, ((0, 0), (0, int(can_exit(head_of(model), board)))), constant_values=0.1)
         seen = np.stack([seen] * len(stages), axis=1) + np.random.default_rng(0).normal(size=(64, len(stages), 1))
         width = len(stages) + 1 + seen.shape[2]
     torch.manual_seed(seed)
-    network = DecisionPolicy(width, [2] * len(board) + [len(shares)], board.names, stages=stages).eval()
+    eyes = {"channels": 5, "token_width": embedded.shape[2]} if tokens else {}
+    network = DecisionPolicy(width, [2] * len(board) + [len(shares)], board.names, stages=stages, **eyes).eval()
     if "_attached" not in vars(model):
         board.remove()
+    if tokens:
+        begins = (embedded - of_tokens[0]) / of_tokens[1]
+        network.eyes.begin_with({"tokens": torch.from_numpy(begins), "mask": looked["attention_mask"]})
     with torch.no_grad():
         network.head.weight.mul_(20)
         if dense:
@@ -45,7 +54,7 @@ def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0
             network.head.bias.copy_(torch.tensor([1.0, 0.0] * len(board.names) + [0.0] * len(shares)))
     rarity = np.linspace(0, 1, 41) if ranking == "idf" else None
     card = {
-        "env": {"tokens": {"shares": shares, "ranking": ranking}},
+        "env": {"tokens": {"shares": shares, "ranking": ranking}, "backbone": {"max_source_length": 12}},
         "backbone": {
             "name": "tiny",
             "model_type": model.config.model_type,
@@ -54,7 +63,7 @@ def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0
         },
     }
     protection = Protection((1, 2, 3), 1, 0, None) if len(shares) > 1 else None
-    return SkipPolicy(network, seen.mean(axis=0), seen.std(axis=0), rarity, protection, (), card)
+    return SkipPolicy(network, seen.mean(axis=0), seen.std(axis=0), rarity, protection, (), card, of_tokens)
 
 
 def judging(model, policy, inputs):
@@ -100,10 +109,11 @@ def test_a_call_decides_for_each_row_as_the_policy_does(name):
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("ranking", [None, "position", "attention"])
-def test_a_call_decides_at_the_stages_of_its_pass(name, ranking):
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_call_decides_at_the_stages_of_its_pass(name, ranking, tokens):
     model, inputs = make_model(name), make_inputs(name)
     shares = {"shares": (0.0, 0.5), "ranking": ranking} if ranking else {}
-    policy = make_policy(model, stages=["every_layer"], seed=3, **shares)
+    policy = make_policy(model, stages=["every_layer"], seed=3, tokens=tokens, **shares)
     attach(model, policy)
     came = logits(model, inputs)
     decided = model.decisions.skip.copy(), model.decisions.token_level.copy()
@@ -140,12 +150,19 @@ def test_with_the_dense_policy_and_after_detaching_the_model_is_untouched(name):
 
 @pytest.mark.parametrize("name", GENERATING)
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}])
-@pytest.mark.parametrize("stages", [["first"], ["every_layer"]], ids=["once", "staged"])
-def test_generation_decides_on_the_prompt(name, how, stages):
+@pytest.mark.parametrize(
+    ("stages", "tokens"),
+    [(["first"], False), (["every_layer"], False), (["every_layer"], True)],
+    ids=["once", "staged", "staged-on-tokens"],
+)
+def test_generation_decides_on_the_prompt(name, how, stages, tokens):
     side = "left" if name in DECODER else "right"
     model, inputs = make_model(name), make_inputs(name, side=side)
     prompts = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-    policy, settings = make_policy(model, stages=stages), {"max_new_tokens": 4, "do_sample": False, **how}
+    policy, settings = (
+        make_policy(model, stages=stages, tokens=tokens),
+        {"max_new_tokens": 4, "do_sample": False, **how},
+    )
     rows = how.get("num_return_sequences", 1)
     attach(model, policy)
     texts = model.generate(**prompts, **settings)

@@ -57,7 +57,8 @@ class SwitchableEnv(gym.Env):
 
         With several stages, ``Box(-10, 10, (stages + 1 + 2 * width + 2,), float32)``: the stage, one-hot, the share of
         the FLOPs spent, then mean and maximum of the hidden states there, their number and its logarithm, standardised
-        for each stage, and where the head can judge a layer, the log-odds of its answer (``StageObservation``).
+        for each stage, and where the head can judge a layer, the log-odds of its answer (``StageObservation``). With
+        ``observation="tokens"`` that is the ``stage`` of a ``Dict``, beside the ``tokens`` and ``mask`` of the text.
 
     Reward:
         The config's ``objective`` with its ``epsilon``, ``penalty`` and ``cost_scale`` (``sd_gym.objectives``). The
