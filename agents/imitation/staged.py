@@ -59,14 +59,11 @@ class Looks(NamedTuple):
     tokens: Callable[[NDArray], dict[str, Tensor]] | None
 
     def of(self, chosen: Tensor | slice) -> Tensor | dict[str, Tensor]:
-        """Observations of some instances, their looks one after the other."""
+        """Observations of some instances, their looks one after the other; all of one are of the same tokens."""
         shown = self.shown[chosen]
         if self.tokens is None:
             return shown.flatten(0, 1)
-        tokens = {
-            name: one.repeat_interleave(shown.shape[1], 0) for name, one in self.tokens(self.rows[chosen]).items()
-        }
-        return {"stage": shown.flatten(0, 1), **tokens}
+        return {"stage": shown.flatten(0, 1), **self.tokens(self.rows[chosen])}
 
     @torch.no_grad()
     def through(self, network: nn.Module) -> Tensor:

@@ -44,11 +44,14 @@ class Eyes(nn.Module):
 
         Args:
             observations: ``tokens [n, length, width]``, zeros behind the text, ``mask [n, length]``, and at stages
-                ``stage [n, beside]``.
+                ``stage [n * looks, beside]``, what was shown at so many looks at each text, one after the other.
         """
         count = observations["mask"].sum(dim=1, keepdim=True)
         seen = (self._read(observations) - self.mean) / self.deviation * (count > 0)
-        return torch.cat([observations["stage"], seen], dim=1) if self.beside else seen
+        if not self.beside:
+            return seen
+        shown = observations["stage"]
+        return torch.cat([shown, seen.repeat_interleave(len(shown) // len(seen), dim=0)], dim=1)
 
     def _read(self, observations: dict[str, Tensor]) -> Tensor:
         tokens, mask = observations["tokens"], observations["mask"]
