@@ -254,6 +254,21 @@ def test_masks_that_agree_up_to_a_layer_share_the_pass_up_to_there(quality, data
         np.testing.assert_allclose(values, np.stack(expected, axis=1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("quality", ["metric", "exact_match", "likelihood"])
+def test_what_is_extracted_goes_on_from_the_last_look(quality, data, extractor):
+    settings = {"quality": quality, "stages": ["first", "middle"], "token_shares": [0.0, 0.5]}
+    core = make(data, extractor, **settings, token_ranking="position").unwrapped.core
+    split, rows, decisions = core.split("test"), np.arange(24), decisions_for(core, 24)
+    _, seen = core.walk(split, rows, lambda observations: decisions)
+    split.scoring.run(rows, 0 * decisions)  # so that a dense likelihood is known
+    with FlopCounterMode(display=False) as whole:
+        expected = split.scoring.run(rows, decisions)
+    with FlopCounterMode(display=False) as rest:
+        found = split.scoring.run(rows, decisions, seen)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert rest.get_total_flops() < 0.9 * whole.get_total_flops()
+
+
 def test_likelihood_is_that_of_the_untouched_model(data, tmp_path, tiny_tokenizer):
     model = make_extractor("bert")
     model.save_pretrained(tmp_path)

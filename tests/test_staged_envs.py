@@ -219,6 +219,27 @@ def test_a_score_that_goes_on_from_the_last_look_is_that_of_a_whole_pass(quality
         np.testing.assert_allclose(getattr(resumed, name), whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("last", ["encoder.3", "decoder", "decoder.1"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_texts_that_go_on_from_the_last_look_are_those_of_a_whole_generate(last, beams):
+    """Behind the encoder that was looked at no layer of it runs again; elsewhere the text is generated anew."""
+    settings = {"quality": "metric", "metric": "rouge", "token_shares": [0, 0.5], "num_beams": beams}
+    core = mini("Summarization", stages=["first", last], **settings).core
+    split, rows = core.split("train"), np.arange(12)
+    choices = np.random.default_rng(0).integers(2, size=(12, len(core.nvec))) * (core.nvec > 1)
+    choices[6:] = choices[0]  # some agree, and are generated together
+    decisions, seen = core.walk(split, rows, lambda observations: choices)
+    expected = split.passes.answers(rows, decisions)
+    called, encoder = [], core.backbone.model.get_encoder().layers
+    hooks = [layer.register_forward_hook(lambda *_: called.append(1)) for layer in encoder]
+    assert split.passes.answers(rows, decisions, seen) == expected
+    assert bool(called) == (last != "decoder")
+    for hook in hooks:
+        hook.remove()
+    quality, _ = split.scoring.quality(rows, decisions, seen)
+    np.testing.assert_array_equal(quality, split.scoring.run(rows, decisions))
+
+
 def test_wrong_stages_are_named():
     with pytest.raises(ConfigError, match=r"'stages': there is no stage 'encoder.9'.*choose from"):
         mini("Classification", stages=["encoder.9"])

@@ -50,9 +50,16 @@ class Passes:
         self.longest = settings.max_target_length
         self._tokens, self._num_beams, self._stop = tokens, settings.num_beams, settings.stop
 
-    def answers(self, rows: Array, decisions: Array) -> list[str]:
-        """What the backbone says to rows under decisions, to be read: a text, a class's name, or a score."""
-        return self.head.answers(self, rows, decisions)
+    def answers(self, rows: Array, decisions: Array, seen: Seen | None = None) -> list[str]:
+        """What the backbone says to rows under decisions, to be read: a text, a class's name, or a score.
+
+        Args:
+            rows: The rows.
+            decisions: ``[n, switches + 1]``.
+            seen: What a pass of the rows under the decisions has shown at a stage: then they go on from there, but for
+                texts in the middle of a stack, which are generated anew.
+        """
+        return self.head.answers(self, rows, decisions, seen)
 
     @torch.inference_mode()
     def confidence(self, rows: Array, decisions: Array) -> Array:
@@ -60,12 +67,25 @@ class Passes:
         return self.in_passes(rows, decisions, lambda logits, labels: self.head.confidence(logits))
 
     @torch.inference_mode()
-    def generated(self, rows: Array, decisions: Array) -> list[str]:
-        """What ``generate()`` gives for rows under decisions, by greedy or beam search."""
+    def generated(self, rows: Array, decisions: Array, seen: Seen | None = None) -> list[str]:
+        """What ``generate()`` gives for rows under decisions, by greedy or beam search; arguments as of ``answers``."""
         texts = np.empty(len(rows), dtype=object)
+        behind = seen if seen is not None and seen.stage == BETWEEN else None
         for picked, inputs in self.planned(rows, decisions, self.longest):
-            texts[picked] = self._generated(inputs, self.decide(rows[picked], decisions[picked], inputs))
+            if behind is None:
+                texts[picked] = self._generated(inputs, self.decide(rows[picked], decisions[picked], inputs))
+            else:
+                texts[picked] = self._generated_behind(behind, rows, decisions, picked)
         return texts.tolist()
+
+    def _generated_behind(self, seen: Seen, rows: Array, decisions: Array, picked: Array) -> list[str]:
+        """What some of the rows say when the encoder has read all of them: they keep the padding of all."""
+        some, keep = torch.from_numpy(picked), self._tokens.kept(rows, decisions[:, -1])
+        inputs = {name: tensor[some] for name, tensor in self.inputs(rows).items()}
+        kept = None if keep is None else keep[picked]
+        skip = decisions[picked, :-1]
+        deciding = self.backbone.board.decide(skip, kept, behind=seen.rows(some.to(seen.hidden.device)))
+        return self._generated(inputs, deciding)
 
     @torch.inference_mode()
     def generated_under_all(self, rows: Array, masks: Array) -> list[list[str]]:
@@ -122,8 +142,14 @@ class Passes:
         rows: Array,
         decisions: Array,
         value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        seen: Seen | None = None,
     ) -> Array:
-        """A value, or several, of each row's logits and labels, float64 ``[n]`` or ``[n, values]``."""
+        """A value, or several, of each row's logits and labels, float64 ``[n]`` or ``[n, values]``.
+
+        With what they have ``seen`` at a stage it is one pass, which goes on from there.
+        """
+        if seen is not None:
+            return value(*self.resumed(seen, rows, decisions)).double().cpu().numpy()
         order, values = [], []
         for picked, logits, labels in self.logits(rows, decisions):
             order.append(picked)

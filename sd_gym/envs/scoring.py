@@ -57,8 +57,7 @@ class Scoring:
         Args:
             rows: The rows.
             decisions: The decisions.
-            seen: What a pass of the rows under the decisions has shown at a stage: then they go on from there, where
-                their quality is one of logits.
+            seen: What a pass of the rows under the decisions has shown at a stage: then they go on from there.
         """
         both = np.concatenate([decisions, np.zeros_like(decisions)])
         keys = list(zip([*rows.tolist()] * 2, map(bytes, _packed(both)), strict=True))
@@ -68,8 +67,8 @@ class Scoring:
             if key not in found:
                 missing.setdefault(key, position)
         if missing:
-            if seen is not None and self._measure != "of_text" and min(missing.values()) < len(rows):
-                found.update(zip(keys[: len(rows)], self._resumed(seen, rows, decisions).tolist(), strict=True))
+            if seen is not None and min(missing.values()) < len(rows):
+                found.update(zip(keys[: len(rows)], self.run(rows, decisions, seen).tolist(), strict=True))
                 missing = {key: position for key, position in missing.items() if key not in found}
             wanted = np.fromiter(missing.values(), dtype=np.int64)
             if len(wanted):
@@ -132,23 +131,18 @@ class Scoring:
     # --- what is computed ---------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def run(self, rows: Array, decisions: Array) -> Array:
+    def run(self, rows: Array, decisions: Array, seen: Seen | None = None) -> Array:
         """Run the backbone on rows under decisions and score it: float64 ``[n]``. Nothing is cached.
 
         Of a likelihood: one plus the logarithm of its ratio to the dense backbone's, between 0 and 2, so that dense has
         1, a loss of 0.01 is one percent of perplexity, and no instance weighs more than any other's loss of all.
 
-        The rows run in the passes that are the cheapest: of about the same length that is left, or the same decision.
+        The rows run in the passes that are the cheapest: of about the same length that is left, or the same decision;
+        or they go on from what they have ``seen``.
         """
         if self._measure == "of_text":
-            return self._text_quality(rows, self._passes.answers(rows, decisions))
-        return self._of_score(rows, decisions, self._passes.in_passes(rows, decisions, self._score))
-
-    @torch.inference_mode()
-    def _resumed(self, seen: Seen, rows: Array, decisions: Array) -> Array:
-        """As ``run``, of a pass that goes on from what it has shown at a stage."""
-        values = self._score(*self._passes.resumed(seen, rows, decisions)).double().cpu().numpy()
-        return self._of_score(rows, decisions, values)
+            return self._text_quality(rows, self._passes.answers(rows, decisions, seen))
+        return self._of_score(rows, decisions, self._passes.in_passes(rows, decisions, self._score, seen))
 
     @torch.inference_mode()
     def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_gym.switch import FlopsModel, Switchboard
+from sd_gym.switch import FlopsModel, Seen, Switchboard
 
 if TYPE_CHECKING:
     from sd_gym.config import BackboneConfig
@@ -55,13 +55,15 @@ class Runs(Given, Protocol):
 
     longest: int
 
-    def in_passes(self, rows: NDArray, decisions: NDArray, value: Callable[[Tensor, Tensor], Tensor]) -> NDArray:
+    def in_passes(
+        self, rows: NDArray, decisions: NDArray, value: Callable[[Tensor, Tensor], Tensor], seen: Seen | None = None
+    ) -> NDArray:
         """A value, or several, of each row's logits and labels, float64 ``[n]`` or ``[n, values]``."""
 
     def under_all(self, rows: NDArray, masks: NDArray, value: Callable[[Tensor, Tensor], Tensor]) -> NDArray:
         """Values under each of ``masks [masks, switches + 1]``, float64 ``[n, masks, values]``."""
 
-    def generated(self, rows: NDArray, decisions: NDArray) -> list[str]:
+    def generated(self, rows: NDArray, decisions: NDArray, seen: Seen | None = None) -> list[str]:
         """What ``generate()`` gives for each row."""
 
     def generated_under_all(self, rows: NDArray, masks: NDArray) -> list[list[str]]:
@@ -281,9 +283,10 @@ class Head(ABC):
     def said(self, given: Given, rows: NDArray, values: NDArray) -> list[str]:
         """What ``read`` gave for rows of a split, in words."""
 
-    def answers(self, runs: Runs, rows: NDArray, decisions: NDArray) -> list[str]:
-        """What the backbone says to rows under decisions, to be read."""
-        return self.said(runs, rows, runs.in_passes(rows, decisions, lambda logits, _: self.read(logits, runs.longest)))
+    def answers(self, runs: Runs, rows: NDArray, decisions: NDArray, seen: Seen | None = None) -> list[str]:
+        """What the backbone says to rows under decisions, to be read; it goes on from what they have ``seen``."""
+        values = runs.in_passes(rows, decisions, lambda logits, _: self.read(logits, runs.longest), seen)
+        return self.said(runs, rows, values)
 
     def answers_and_likelihood(
         self, runs: Runs, rows: NDArray, decisions: NDArray, label_range: float

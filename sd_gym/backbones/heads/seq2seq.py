@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.backbones.heads.base import IGNORED, Given, Head, Measure, Runs, Targets, log_likelihoods, model_inputs
-from sd_gym.switch import Switchboard
+from sd_gym.switch import Seen, Switchboard
 
 if TYPE_CHECKING:
     from sd_gym.config import BackboneConfig
@@ -114,9 +114,9 @@ class Seq2SeqHead(Head):
         """
         raise ValueError("a text is generated, not read from one pass")
 
-    def answers(self, runs: Runs, rows: NDArray, decisions: NDArray) -> list[str]:
+    def answers(self, runs: Runs, rows: NDArray, decisions: NDArray, seen: Seen | None = None) -> list[str]:
         """The generated texts."""
-        return runs.generated(rows, decisions)
+        return runs.generated(rows, decisions, seen)
 
     def answers_and_likelihood(
         self, runs: Runs, rows: NDArray, decisions: NDArray, label_range: float
