@@ -76,6 +76,7 @@ ABLATIONS: dict[str, dict[str, Row]] = {
     "stages": {
         "one": (MINI, "ppo", {}),
         "three": ("SD/Classification-Mini-Staged-v0", "ppo", {}),
+        "three, each with the tokens": ("SD/Classification-Mini-Staged-v0", "ppo", {"observation": "tokens"}),
         "every layer": ("SD/Classification-Mini-Layerwise-v0", "ppo", {}),
     },
     "input": {
