@@ -25,7 +25,7 @@ all of them, chosen in hindsight, which favours what does not learn) where half 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from sd_gym.agents.baselines.early_exit import THRESHOLDS
 from sd_gym.agents.baselines.static import searched_masks
-from sd_gym.agents.experiment.evaluation import fitting, score_decisions
+from sd_gym.agents.experiment.evaluation import deciding_flops, fitting, score_decisions, seen_together
 from sd_gym.agents.experiment.folder import read_description, read_result
 from sd_gym.agents.experiment.many import Word, train_many
 from sd_gym.agents.experiment.plan import Planned
@@ -45,14 +45,15 @@ from sd_gym.agents.imitation.agent import ImitationAgent
 from sd_gym.agents.ppo.agent import PPOAgent
 from sd_gym.agents.registry import register_agent
 from sd_gym.agents.report.compare import markdown
-from sd_gym.agents.report.fronts import Front, flops_samples, front_of
-from sd_gym.agents.report.savings import versions
+from sd_gym.agents.report.fronts import Front, flops_samples, front_of, front_of_decisions
+from sd_gym.agents.report.savings import margins, versions
 
 import sd_gym
 from sd_gym.envs.config import load_config
 from sd_gym.envs.core import Core, shared_core
 from sd_gym.files import read_json
 from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.eyes import tensors
 from sd_gym.registration import config_of
 from sd_gym.tasks.preparation import prepare_backbone
 
@@ -308,9 +309,62 @@ class Runs:
             return front_of(core, split, [policy.with_decision(mask) for mask in masks])
         first = core.steps.components[0]
         cautions = CAUTION if core.is_staged else CAUTION[:1]
+        margin = read_result(folder).get("margin", 0.0)
+        if core.is_staged and core.config.table is None:
+            return Remembered(core, policy.with_margin(-margin)).front(cautions)
         offered = [_more_cautious(policy, first, caution) for caution in cautions]
-        how = core.config.reward.epsilon, read_result(folder).get("margin", 0.0)
+        how = core.config.reward.epsilon, margin
         return front_of(core, split, [one for policy in offered for one in versions(core, policy, *how)])
+
+
+class Remembered:
+    """A policy's logits at all that instances have shown, so that more cautious versions of it look at nothing twice.
+
+    Args:
+        core: The env's core.
+        policy: As it was learned.
+    """
+
+    def __init__(self, core: Core, policy: DecisionPolicy) -> None:
+        self.core, self.policy, self.split = core, policy, core.split("test")
+        self.rows = np.arange(len(self.split))
+        self._known: list[dict[tuple[int, bytes], torch.Tensor]] = [{} for _ in core.stages]
+
+    def front(self, cautions: Sequence[float]) -> Front:
+        """Of versions whose first stage, and whose every stage, is more cautious."""
+        every = []
+        for caution in cautions:
+
+            def lost(margin: float, caution: float = caution) -> float:
+                scored = score_decisions(self.core, self.split, self.rows, self.decisions(caution, margin))
+                return float((scored["quality_ref"] - scored["quality"]).mean())
+
+            every += [self.decisions(caution, one) for one in margins(lost, self.core.config.reward.epsilon)]
+        own = deciding_flops(self.core, self.policy, self.split, self.rows)
+        return front_of_decisions(self.core, self.split, every, [own] * len(every))
+
+    @torch.inference_mode()
+    def decisions(self, caution: float, margin: float) -> NDArray:
+        """On all instances, ``[n, components]``."""
+        core = self.core
+        shift = _more_cautious(self.policy, core.steps.components[0], caution).with_margin(margin).head.bias
+        decided = np.zeros((len(self.rows), len(core.nvec)), dtype=np.int64)
+        for stage in range(len(core.stages)):
+            logits = self._logits(stage, decided) + (shift - self.policy.head.bias)
+            core.steps.take(stage, decided, self.policy.choose(logits).numpy())
+        return decided
+
+    def _logits(self, stage: int, decided: NDArray) -> torch.Tensor:
+        """At a stage, behind what is decided before it."""
+        known, keys = (
+            self._known[stage],
+            list(zip(self.rows.tolist(), map(bytes, decided.astype(np.uint8)), strict=True)),
+        )
+        new = np.array([row for row, key in enumerate(keys) if key not in known], dtype=np.int64)
+        for part in seen_together(self.core, new) if len(new) else []:
+            seen, _ = self.core.stage_observation.observe(self.split, part, stage, decided[part], None)
+            known.update(zip([keys[row] for row in part], self.policy(tensors(seen)), strict=True))
+        return torch.stack([known[key] for key in keys])
 
 
 def _more_cautious(policy: DecisionPolicy, components: NDArray, caution: float) -> DecisionPolicy:

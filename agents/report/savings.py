@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,12 +185,17 @@ def versions(core: Core, policy: DecisionPolicy, epsilon: float, margin: float =
         scored = decide_and_score(core, policy.with_margin(margin), core.split("test"))
         return float((scored["quality_ref"] - scored["quality"]).mean())
 
+    return [policy.with_margin(margin) for margin in margins(lost, epsilon)]
+
+
+def margins(lost: Callable[[float], float], epsilon: float) -> NDArray:
+    """Margins from a loss of epsilon to a tenth of it, where ``lost`` says how much quality is lost at one."""
     boldest = cautious = 0.0
     while boldest > -FURTHEST and lost(boldest) < epsilon:
         boldest -= STEP
     while cautious < FURTHEST and lost(cautious) > LEAST * epsilon:
         cautious += STEP
-    return [policy.with_margin(margin) for margin in np.arange(boldest, cautious + STEP / 2, STEP)]
+    return np.arange(boldest, cautious + STEP / 2, STEP)
 
 
 def _compared(own: NDArray, other: NDArray | None) -> tuple[str, str]:
