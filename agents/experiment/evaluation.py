@@ -63,10 +63,10 @@ def fitting(policy: OfEnv, core: Core) -> OfEnv:
     Raises:
         ValueError: If it does not; the message says what was expected.
     """
-    space = core.observation_space
-    shown = _spelled(flat_size(space), token_width(space))
-    size, width = policy.observation_size, policy.token_width
-    reads = _spelled(*((size, width) if policy.channels is None or width else (0, size)))
+    space, size, width = core.observation_space, policy.observation_size, policy.token_width
+    if policy.channels is not None and width is None:  # of tokens alone
+        size, width = 0, size
+    shown, reads = _spelled(flat_size(space), token_width(space)), _spelled(size, width)
     for what, has, needs in (
         ("decides on components", policy.nvec, core.nvec.tolist()),
         ("decides on the switches", policy.switches, core.switch_names),
