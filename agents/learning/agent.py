@@ -30,6 +30,7 @@ from sd_gym.tasks.ranking import STATISTICS_SIZE
 
 FIRST_LOOK = 256  # texts that untrained eyes are standardised by
 TOKENS_DROPPED = 0.1  # how often, before anything is learned, of two token levels the one that drops some is chosen
+SAME = ("stages", "observation_size", "channels", "token_width", "nvec", "switches", "network", "hidden")  # of a start
 INFO_TAGS = ("quality", "quality_ref", "flops_ratio")
 INFO_KEYS = (*INFO_TAGS, "is_success")
 
@@ -297,9 +298,7 @@ def check_same(
     start: DecisionPolicy,
     expected: DecisionPolicy,
     folder: Path,
-    names: tuple[str, ...] = (
-        *("stages", "observation_size", "channels", "token_width", "nvec", "switches", "network", "hidden"),
-    ),
+    names: tuple[str, ...] = SAME,
 ) -> None:
     """Raise ``ValueError`` if a start, of the run in a folder, is in one of these ways not as it is expected to be."""
     for name in names:
