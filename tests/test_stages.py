@@ -331,13 +331,13 @@ def test_a_pass_that_is_stopped_and_resumed_is_the_whole_pass(name, seed, drop, 
     for stage, columns in case.board.decided_at(some_stages(case.board, seed)).items():
         guess[:, columns.start :] = np.random.default_rng(seed).random(guess[:, columns.start :].shape) < 0.5
         keep = case.keep if stage != "first" else None  # what is not decided yet does not count
-        seen = case.board.run_to(stage, case.model, guess, keep, mask=case.inputs["attention_mask"], behind=seen)
+        seen = case.board.run_to(stage, case.model, guess, keep, mask=case.inputs["attention_mask"], resume_from=seen)
         assert seen.stage == stage
         guess[:, columns] = case.skip[:, columns]
     for _ in range(2):  # it may be resumed again, and elsewhere be decided otherwise meanwhile
-        with case.board.decide(case.skip, case.keep, behind=seen):
+        with case.board.decide(case.skip, case.keep, resume_from=seen):
             assert torch.equal(case.model(), expected)
-        with case.board.decide(~case.skip, case.keep, behind=seen):
+        with case.board.decide(~case.skip, case.keep, resume_from=seen):
             case.model()
     assert not case.board._scope.family.is_open
 
@@ -351,8 +351,8 @@ def test_nothing_runs_twice_in_a_pass_that_is_stopped(name):
     seen = None
     with FlopCounterMode(display=False) as parts:
         for stage in case.board.stages:
-            seen = case.board.run_to(stage, case.model, case.skip, behind=seen)
-        with case.board.decide(case.skip, behind=seen):
+            seen = case.board.run_to(stage, case.model, case.skip, resume_from=seen)
+        with case.board.decide(case.skip, resume_from=seen):
             case.model()
     projected = 2 * 4 * 7 * 12 * 16 * len(case.board.stages) if name == "electra" else 0  # of its embeddings
     assert parts.get_total_flops() == whole.get_total_flops() + projected
@@ -368,11 +368,14 @@ def test_rows_of_a_stopped_pass_are_resumed_alone(name):
     seen = case.board.run_to(late, case.model, case.skip, case.keep)
     picked = torch.tensor([3, 0])
     inputs = {key: value[picked] if isinstance(value, torch.Tensor) else value for key, value in case.inputs.items()}
-    with case.board.decide(case.skip[picked], case.keep[picked], behind=seen.rows(picked)):
+    with case.board.decide(case.skip[picked], case.keep[picked], resume_from=seen.rows(picked)):
         logits = case.board.model(**inputs).logits
     counted = torch.from_numpy(case.keep[picked]) & inputs["attention_mask"].bool() if name in DECODER else slice(None)
     torch.testing.assert_close(logits[counted], expected[picked][counted], rtol=1e-4, atol=1e-5)
-    with case.board.decide(case.skip, case.keep, behind=seen.rows(picked)), pytest.raises(ValueError, match="stopped"):
+    with (
+        case.board.decide(case.skip, case.keep, resume_from=seen.rows(picked)),
+        pytest.raises(ValueError, match="stopped"),
+    ):
         case.model()
 
 
@@ -386,7 +389,7 @@ def test_generating_goes_on_behind_an_encoder_that_has_run(name):
     for switch in case.board.switches:
         if switch.reads_input:
             switch.layer.register_forward_hook(lambda *_: pytest.fail("the encoder runs again"))
-    with case.board.decide(case.skip, case.keep, behind=seen):
+    with case.board.decide(case.skip, case.keep, resume_from=seen):
         tokens = case.board.model.generate(**case.prompt, max_new_tokens=6, num_beams=2, do_sample=False)
     assert torch.equal(tokens, expected)
 

@@ -241,7 +241,7 @@ def test_a_skipped_sublayer_is_never_called_and_sees_only_the_rows_that_run_it(n
     for switch in board.switches:
         for module in switch.modules:
             for part in module.modules():
-                # Not the module whose ``forward`` is shadowed: it is called, and calls nothing inside.
+                # Not the module whose ``forward`` is patched: it is called, and calls nothing inside.
                 if part is not module and isinstance(part, nn.Linear | Conv1D):
                     hooked.add(switch.name)
                     if module.get_submodule(_path(module, part)) not in _source(switch):
@@ -296,7 +296,7 @@ def test_a_layer_that_no_row_runs_is_passed_by(name, end):
         return outputs.logits, *(states for name in shown for states in outputs.get(name) or ())
 
     outputs = run()
-    board._shadows.idle, board._plans, passed_by = lambda skipped, resumes: frozenset(), {}, False
+    board._patches.idle, board._plans, passed_by = lambda skipped, resumes: frozenset(), {}, False
     assert all(torch.equal(one, other) for one, other in zip(outputs, run(), strict=True))
 
 
@@ -476,7 +476,7 @@ def test_gradients_reach_the_encoder_after_a_pass_without_them(name):
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("module", ["architectures", "first_layer", "flops", "plan", "switchboard", "tokens"])
+@pytest.mark.parametrize("module", ["architectures", "first_layer", "flops", "batching", "switchboard", "tokens"])
 def test_docstring_examples_run(module, monkeypatch):
     monkeypatch.setattr(architectures, "_REGISTRY", dict(architectures._REGISTRY))  # one example adds to it
     result = doctest.testmod(importlib.import_module(f"sd_gym.switch.{module}"))

@@ -392,30 +392,30 @@ def test_only_what_some_row_skips_is_shadowed_and_only_while_it_does(name):
     skip = np.zeros((5, len(board)), int)
     skip[2, 1] = 1
 
-    def shadowed():
+    def patched():
         return {id(module) for module in model.modules() if "forward" in vars(module)}
 
     # Where a decoder's cache begins, it is noted under which decision it is filled.
     signed = {
-        id(switch.layer.get_submodule(switch.sublayer.attention)) for switch in board.switches if switch.signs_cache
+        id(switch.layer.get_submodule(switch.sublayer.attention)) for switch in board.switches if switch.tags_cache
     }
     assert len(signed) == (name != "bert")
     first, both = (
         {id(module) for switch in switches for module in switch.modules} | signed
         for switches in (board.switches[1:2], board.switches[1:3])
     )
-    assert not shadowed()
+    assert not patched()
     with board.decide(0 * skip):
-        assert not shadowed()
+        assert not patched()
     outer, inner = board.decide(skip), board.decide(np.roll(skip, 1, axis=1) | skip)
     with contextlib.ExitStack() as stack:
         stack.enter_context(outer)
-        assert shadowed() == first
+        assert patched() == first
         stack.enter_context(inner)
-        assert shadowed() == both
+        assert patched() == both
         stack.enter_context(board.decide(0 * skip))
-        assert shadowed() == both
-    assert not shadowed()
+        assert patched() == both
+    assert not patched()
     assert "generate" not in vars(model)
 
 

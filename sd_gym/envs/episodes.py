@@ -101,7 +101,7 @@ class StageLooks(Protocol):
     space: gym.Space
 
     def observe(
-        self, split: Split, rows: Array, stage: int, decisions: Array, behind: Seen | None
+        self, split: Split, rows: Array, stage: int, decisions: Array, resume_from: Seen | None
     ) -> tuple[Observations, Seen | None]:
         """As ``StageObservation.observe``."""
 

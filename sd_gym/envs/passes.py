@@ -70,12 +70,12 @@ class Passes:
     def generated(self, rows: Array, decisions: Array, seen: Seen | None = None) -> list[str]:
         """What ``generate()`` gives for rows under decisions, by greedy or beam search; arguments as of ``answers``."""
         texts = np.empty(len(rows), dtype=object)
-        behind = seen if seen is not None and seen.stage == BETWEEN else None
+        resume_from = seen if seen is not None and seen.stage == BETWEEN else None
         for picked, inputs in self.planned(rows, decisions, self.longest):
-            if behind is None:
+            if resume_from is None:
                 texts[picked] = self._generated(inputs, self.decide(rows[picked], decisions[picked], inputs))
             else:
-                texts[picked] = self._generated_behind(behind, rows, decisions, picked)
+                texts[picked] = self._generated_behind(resume_from, rows, decisions, picked)
         return texts.tolist()
 
     def _generated_behind(self, seen: Seen, rows: Array, decisions: Array, picked: Array) -> list[str]:
@@ -84,7 +84,7 @@ class Passes:
         inputs = {name: tensor[some] for name, tensor in self.inputs(rows).items()}
         kept = None if keep is None else keep[picked]
         skip = decisions[picked, :-1]
-        deciding = self.backbone.board.decide(skip, kept, behind=seen.rows(some.to(seen.hidden.device)))
+        deciding = self.backbone.board.decide(skip, kept, resume_from=seen.rows(some.to(seen.hidden.device)))
         return self._generated(inputs, deciding)
 
     @torch.inference_mode()
@@ -108,7 +108,7 @@ class Passes:
                 kept = self._tokens.kept(rows[picked], tiled[0, :, -1])
                 seen = self.seen_at(BETWEEN, rows[picked], tiled[0]) if start else None
                 for number, decisions in zip(numbers, tiled, strict=True):
-                    deciding = board.decide(decisions[:, :-1], kept, behind=seen)
+                    deciding = board.decide(decisions[:, :-1], kept, resume_from=seen)
                     texts[number, picked] = self._generated(inputs, deciding)
         return texts.tolist()
 
@@ -190,7 +190,7 @@ class Passes:
             """Run the masks ``picked``, which agree up to the stage of that number, from what is seen there."""
             skip = np.tile(masks[picked[0], :-1], (1 if keep is None else len(rows), 1))
             if len(picked) == 1:
-                with board.decide(skip, keep, behind=seen):
+                with board.decide(skip, keep, resume_from=seen):
                     found[picked[0]] = value(self.backbone.logits(inputs), inputs["labels"]).double().cpu().numpy()
                 return
             differ = (masks[picked] != masks[picked[0]]).any(axis=0)
@@ -198,7 +198,7 @@ class Passes:
             if number > stage:
                 mask = inputs["attention_mask"]
                 seen = board.run_to(
-                    stages[number][0], lambda: self.backbone.logits(inputs), skip, keep, mask=mask, behind=seen
+                    stages[number][0], lambda: self.backbone.logits(inputs), skip, keep, mask=mask, resume_from=seen
                 )
             _, group = np.unique(masks[picked][:, stages[number][1]], axis=0, return_inverse=True)
             for choice in range(group.max() + 1):
@@ -246,19 +246,19 @@ class Passes:
             return self.backbone.logits(inputs), inputs["labels"]
 
     @torch.inference_mode()
-    def seen_at(self, stage: str, rows: Array, decisions: Array, behind: Seen | None = None) -> Seen:
+    def seen_at(self, stage: str, rows: Array, decisions: Array, resume_from: Seen | None = None) -> Seen:
         """What one pass of rows shows at a stage; it is run no further.
 
         Args:
             stage: Name of the stage.
             rows: The rows.
             decisions: What they say of switches from the stage on does not count.
-            behind: What the same rows have shown at an earlier stage; then the pass goes on from there.
+            resume_from: What the same rows have shown at an earlier stage; then the pass goes on from there.
         """
         board, inputs = self.backbone.board, self.inputs(rows)
         keep, mask = self._keep_of(rows, decisions, inputs), inputs["attention_mask"]
         skip = decisions[:, :-1]
-        return board.run_to(stage, lambda: self.backbone.logits(inputs), skip, keep, mask=mask, behind=behind)
+        return board.run_to(stage, lambda: self.backbone.logits(inputs), skip, keep, mask=mask, resume_from=resume_from)
 
     @torch.inference_mode()
     def resumed(self, seen: Seen, rows: Array, decisions: Array) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,7 +270,7 @@ class Passes:
             decisions: What they say of switches before the stage does not count.
         """
         inputs = self.inputs(rows)
-        with self.backbone.board.decide(decisions[:, :-1], self._keep_of(rows, decisions, inputs), behind=seen):
+        with self.backbone.board.decide(decisions[:, :-1], self._keep_of(rows, decisions, inputs), resume_from=seen):
             return self.backbone.logits(inputs), inputs["labels"]
 
     def confidence_at(self, seen: Seen, rows: Array, decisions: Array) -> Array:

@@ -58,7 +58,7 @@ class StageObservation:
 
     @torch.inference_mode()
     def observe(
-        self, split: Split, rows: Array, stage: int, decisions: Array, behind: Seen | None
+        self, split: Split, rows: Array, stage: int, decisions: Array, resume_from: Seen | None
     ) -> tuple[Observations, Seen | None]:
         """What is seen of rows ``[n]`` that have come to a stage under decisions ``[n, switches + 1]``.
 
@@ -67,13 +67,13 @@ class StageObservation:
             rows: Their rows.
             stage: Number of the stage.
             decisions: As far as they are made; the switches from the stage on do not count.
-            behind: What the same rows have shown at the stage before, if it is known.
+            resume_from: What the same rows have shown at the stage before, if it is known.
 
         Returns:
             Observations, float32 ``[n, size]``, or with tokens beside them, and what to go on from; ``None`` before the
             first layer.
         """
-        features, seen = self._features(split, rows, stage, decisions, behind)
+        features, seen = self._features(split, rows, stage, decisions, resume_from)
         exits = decisions.copy()
         exits[:, self.columns[stage].start : -1] = 1
         share = split.costs.reading_ratio(rows, exits)
@@ -100,12 +100,12 @@ class StageObservation:
             yield features
 
     def _features(
-        self, split: Split, rows: Array, stage: int, decisions: Array, behind: Seen | None
+        self, split: Split, rows: Array, stage: int, decisions: Array, resume_from: Seen | None
     ) -> tuple[Array, Seen | None]:
         judged = np.zeros((len(rows), int(self.judges)), dtype=np.float32)
         if self.names[stage] == "first":
             return np.concatenate([split.features[rows], judged], axis=1), None
-        seen = split.passes.seen_at(self.names[stage], rows, decisions, behind)
+        seen = split.passes.seen_at(self.names[stage], rows, decisions, resume_from)
         if self.judges:
             judged[:, 0] = log_odds(split.passes.confidence_at(seen, rows, decisions))
         return np.concatenate([features_of(seen.hidden, seen.mask).float().cpu().numpy(), judged], axis=1), seen

@@ -196,7 +196,9 @@ class TableStages:
         self.space, self._judges = space, judges
         self._place = [_place_values(ways[:stage]) for stage in range(len(ways))]
 
-    def observe(self, split: TableSplit, rows: Array, stage: int, decisions: Array, behind: None) -> tuple[Array, None]:
+    def observe(
+        self, split: TableSplit, rows: Array, stage: int, decisions: Array, resume_from: None
+    ) -> tuple[Array, None]:
         """What is seen of rows ``[n]`` at a stage under decisions ``[n, stages]``, float32 ``[n, size]``; no pass."""
         seen = split.tensors[at_stage(stage)]
         if stage == 0:

@@ -80,5 +80,5 @@ class Walk:
 
     def _judged(self, seen: Seen, exits: NDArray) -> NDArray:
         """Log-odds of the head's answer if all is skipped from here on, ``[n]``."""
-        with self._board.decide(exits[:, :-1], self.keep, behind=seen):
+        with self._board.decide(exits[:, :-1], self.keep, resume_from=seen):
             return log_odds(self._head.confidence(self._judge()).double().cpu().numpy())

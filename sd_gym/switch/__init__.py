@@ -8,10 +8,10 @@ from sd_gym.switch.architectures import (
     register_architecture,
     supported_architectures,
 )
+from sd_gym.switch.batching import passes
 from sd_gym.switch.context import StaleBoardError
 from sd_gym.switch.first_layer import attention_received, first_layer_input, pooled
 from sd_gym.switch.flops import FlopsModel
-from sd_gym.switch.plan import passes
 from sd_gym.switch.stages import Seen
 from sd_gym.switch.switch import Switch
 from sd_gym.switch.switchboard import Switchboard

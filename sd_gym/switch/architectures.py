@@ -6,9 +6,13 @@ An entry names attributes and nothing else: no model code is copied or patched. 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
-Kind = Literal["attention", "cross_attention", "feed_forward"]
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+SublayerKind = Literal["attention", "cross_attention", "feed_forward"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Sublayer:
             relative positions), so that it exists where the first layer is skipped.
     """
 
-    kind: Kind
+    kind: SublayerKind
     modules: tuple[str, ...]
     adds_residual: bool = False
     output: str | None = None
@@ -64,6 +68,10 @@ class Stack:
     sublayers: tuple[Sublayer, ...]
     whole: bool = False
     norms: tuple[str, ...] = ()
+
+    def layers_in(self, model: PreTrainedModel) -> nn.ModuleList:
+        """The layers of a model."""
+        return cast("nn.ModuleList", model.base_model.get_submodule(self.layers))
 
 
 @dataclass(frozen=True)
@@ -176,14 +184,17 @@ def _llama_like() -> tuple[Stack, ...]:
     return (Stack("decoder", "layers", (attention, feed_forward), whole=True),)
 
 
-_SEQUENCE_TO_SEQUENCE_HEADS = {
-    "token_heads": ("lm_head", "qa_outputs"),
-    "sequence_heads": ("classification_head.dense", "classification_head.out_proj"),
-}
-_CAUSAL_HEADS = {"token_heads": ("lm_head", "score", "qa_outputs")}
+def _encoder_decoder(model_types: tuple[str, ...], stacks: tuple[Stack, ...]) -> Architecture:
+    heads = ("classification_head.dense", "classification_head.out_proj")
+    return Architecture(model_types, stacks, token_heads=("lm_head", "qa_outputs"), sequence_heads=heads)
 
-register_architecture(Architecture(("bart", "marian"), _bart_like(norm=False), **_SEQUENCE_TO_SEQUENCE_HEADS))
-register_architecture(Architecture(("mbart", "pegasus"), _bart_like(norm=True), **_SEQUENCE_TO_SEQUENCE_HEADS))
+
+def _decoder_only(model_types: tuple[str, ...], stacks: tuple[Stack, ...]) -> Architecture:
+    return Architecture(model_types, stacks, causal=True, token_heads=("lm_head", "score", "qa_outputs"))
+
+
+register_architecture(_encoder_decoder(("bart", "marian"), _bart_like(norm=False)))
+register_architecture(_encoder_decoder(("mbart", "pegasus"), _bart_like(norm=True)))
 
 _T5_SELF = Sublayer(
     "attention",
@@ -201,7 +212,7 @@ _T5_CROSS = Sublayer(
     position_bias="layer.1.EncDecAttention",
 )
 register_architecture(
-    Architecture(
+    _encoder_decoder(
         model_types=("t5",),
         stacks=(
             Stack("encoder", "encoder.block", (_T5_SELF, Sublayer("feed_forward", ("layer.1",), adds_residual=True))),
@@ -211,12 +222,11 @@ register_architecture(
                 (_T5_SELF, _T5_CROSS, Sublayer("feed_forward", ("layer.2",), adds_residual=True)),
             ),
         ),
-        **_SEQUENCE_TO_SEQUENCE_HEADS,
     )
 )
 
 register_architecture(
-    Architecture(
+    _decoder_only(
         model_types=("gpt2",),
         stacks=(
             Stack(
@@ -229,15 +239,11 @@ register_architecture(
                 whole=True,
             ),
         ),
-        causal=True,
-        **_CAUSAL_HEADS,
     )
 )
+register_architecture(_decoder_only(("llama", "mistral", "qwen2", "qwen3", "phi3"), _llama_like()))
 register_architecture(
-    Architecture(("llama", "mistral", "qwen2", "qwen3", "phi3"), _llama_like(), causal=True, **_CAUSAL_HEADS)
-)
-register_architecture(
-    Architecture(
+    _decoder_only(
         model_types=("gemma3_text",),
         stacks=(
             Stack(
@@ -254,8 +260,6 @@ register_architecture(
                 whole=True,
             ),
         ),
-        causal=True,
-        **_CAUSAL_HEADS,
     )
 )
 

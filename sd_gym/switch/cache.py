@@ -15,7 +15,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 
-class KeptRows(CacheLayerMixin):
+class RowSubsetLayer(CacheLayerMixin):
     """One layer of a cache, holding the keys and values of some rows of the batch.
 
     Stands in the place of the Hugging Face layer and answers for it.
@@ -24,27 +24,28 @@ class KeptRows(CacheLayerMixin):
         inner: The Hugging Face layer that stores ``[kept, heads, stored length, head size]``.
         rows: The rows that it stores, int64 ``[kept]``; ``None``: all.
         batch: Rows of the batch, beams included.
-        mark: What tells the decision that it is filled under from others.
+        tag: What tells the decision that it is filled under from others.
         is_open: Whether that decision is in force; else nothing is stored and nothing given.
         length: Positions seen so far, dropped tokens included.
     """
 
-    def __init__(self, inner: DynamicLayer, rows: Tensor | None, batch: int, mark: Any) -> None:
+    def __init__(self, inner: DynamicLayer, rows: Tensor | None, batch: int, tag: Any) -> None:
         self.inner = inner
         self.rows = rows
         self.batch = batch
-        self.mark = mark
+        self.tag = tag
         self.is_open = False
         self.length = 0
 
+    # Hugging Face reads keys and values, and only the layer's own ``update`` writes them.
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Keys of the kept rows."""
         self._check_open()
         return self.inner.keys
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Values of the kept rows."""
         self._check_open()
         return self.inner.values
@@ -124,14 +125,14 @@ class KeptRows(CacheLayerMixin):
             self.refuse()
 
     def _take(self, rows: Tensor) -> None:
-        if self.inner.is_initialized:
+        if self.inner.keys is not None and self.inner.values is not None:
             self.inner.keys = self.inner.keys.index_select(0, rows)
             self.inner.values = self.inner.values.index_select(0, rows)
 
 
-def kept_rows(
-    cache: Cache, layer: int, *, across: bool, rows: Tensor | None, batch: int, whole: bool, mark: Any
-) -> KeptRows:
+def row_subset_layer(
+    cache: Cache, layer: int, *, across: bool, rows: Tensor | None, batch: int, whole: bool, tag: Any
+) -> RowSubsetLayer:
     """The layer of a cache that holds only ``rows``, put in place at its first use.
 
     Args:
@@ -142,7 +143,7 @@ def kept_rows(
         batch: Rows of the batch, beams included.
         whole: Whether a sliding window must keep everything (stored positions have gaps where tokens were dropped,
             so that the window is left to the mask).
-        mark: What tells the decision in force from others.
+        tag: What tells the decision in force from others.
 
     Raises:
         ValueError: If the layer was filled before, outside the decision or under another one.
@@ -151,13 +152,14 @@ def kept_rows(
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.cross_attention_cache if across else cache.self_attention_cache
     while len(cache.layers) <= layer:  # as Cache.update does
+        assert cache.layer_class_to_replicate is not None  # else all layers are there from the start
         cache.layers.append(cache.layer_class_to_replicate())
     inner = cache.layers[layer]
-    if isinstance(inner, KeptRows):
-        if inner.mark != mark:
+    if isinstance(inner, RowSubsetLayer):
+        if inner.tag != tag:
             inner.refuse()
         return inner
-    if type(inner) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    if not isinstance(inner, DynamicLayer) or type(inner) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise NotImplementedError(
             f"decisions work with dynamic caches, not with {type(inner).__name__}; leave cache_implementation as it is"
         )
@@ -165,8 +167,8 @@ def kept_rows(
         raise ValueError("this cache was filled outside the decision in force; start with an empty one")
     if whole:
         inner = DynamicLayer()
-    cache.layers[layer] = KeptRows(inner, rows, batch, mark)
-    return cache.layers[layer]
+    cache.layers[layer] = subset = RowSubsetLayer(inner, rows, batch, tag)
+    return subset
 
 
 def cache_among(args: tuple, kwargs: dict[str, Any]) -> Cache | None:
@@ -177,8 +179,8 @@ def cache_among(args: tuple, kwargs: dict[str, Any]) -> Cache | None:
     return None
 
 
-def unsigned(cache: Cache) -> None:
+def untagged(cache: Cache) -> None:
     """Give a cache its own layers back, whose rows all ran, where nothing turned out to be skipped."""
     double = isinstance(cache, EncoderDecoderCache)
     for part in (cache.self_attention_cache, cache.cross_attention_cache) if double else (cache,):
-        part.layers[:] = [layer.inner if isinstance(layer, KeptRows) else layer for layer in part.layers]
+        part.layers[:] = [layer.inner if isinstance(layer, RowSubsetLayer) else layer for layer in part.layers]

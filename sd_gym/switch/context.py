@@ -12,18 +12,16 @@ import asyncio
 import copy
 import inspect
 import sys
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from threading import RLock, get_ident, local
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, cast
 from weakref import ref
 
 import torch
 
 from sd_gym.switch.decision import Decision, InForce, replays
-
-if TYPE_CHECKING:
-    from sd_gym.switch.shadow import Shadow
 
 # What stands between a ``with`` statement and the block that it enters.
 _ENTERING = {"__enter__", "__aenter__", "enter_context", "enter_async_context"}
@@ -35,16 +33,29 @@ class StaleBoardError(RuntimeError):
     """The switchboard does not belong to the model as it is now; the message says what to do."""
 
 
+class Patch(Protocol):
+    """What stands in the place of a method of one object while a decision needs it; see ``MethodPatch``."""
+
+    target: Any
+    name: str
+
+    def put(self) -> None:
+        """Stand in the method's place, if it does not yet."""
+
+    def take_away(self) -> None:
+        """Give the place back, if it was taken."""
+
+
 class _Family:
-    """A board's decisions and those of its copies: puts the shadows in place that any decision in force needs.
+    """A board's decisions and those of its copies: puts the patches in place that any decision in force needs.
 
     Attributes:
         scopes: Of the board and its copies, as long as they live.
     """
 
     def __init__(self) -> None:
-        self.scopes: list[ref[Scope]] = []  # a WeakSet takes longer to go through than the shadows to put
-        self._needs: dict[int, tuple[int, ...]] = {}  # numbers of the shadows that an entry needs, by its id
+        self.scopes: list[ref[Scope]] = []  # a WeakSet takes longer to go through than the patches to put
+        self._needs: dict[int, tuple[int, ...]] = {}  # numbers of the patches that an entry needs, by its id
 
     @property
     def is_open(self) -> bool:
@@ -52,7 +63,7 @@ class _Family:
         return bool(self._needs)
 
     def join(self, scope: Scope) -> None:
-        """Have the shadows of a board follow the decisions of the family."""
+        """Have the patches of a board follow the decisions of the family."""
         with _LOCK:
             self.scopes = [one for one in self.scopes if one() is not None] + [ref(scope)]
 
@@ -62,27 +73,27 @@ class _Family:
             self.scopes = [one for one in self.scopes if one() is not scope]
 
     def begin(self, entry: _Entry, needs: tuple[int, ...]) -> None:
-        """A decision is in force that needs these shadows, beside those that it needed before it grew."""
+        """A decision is in force that needs these patches, beside those that it needed before it grew."""
         with _LOCK:
             before = self._needs.get(id(entry), ())
             # First, so that an entry that ends meanwhile takes none of them away.
             self._needs[id(entry)] = tuple({*before, *needs}) if before else needs
-            for shadows in self._shadows():
+            for patches in self._patches():
                 for number in needs:
-                    shadows[number].put()
+                    patches[number].put()
 
     def end(self, entry: _Entry) -> None:
         """It is in force no more, if ever it was."""
         with _LOCK:
             needs = self._needs.pop(id(entry), ())
             others = set().union(*list(self._needs.values())) if self._needs else ()
-            for shadows in self._shadows():
+            for patches in self._patches():
                 for number in needs:
                     if number not in others:
-                        shadows[number].take_away()
+                        patches[number].take_away()
 
-    def _shadows(self) -> list[list[Shadow]]:
-        return [scope.shadows for one in self.scopes if (scope := one()) is not None]
+    def _patches(self) -> list[Sequence[Patch]]:
+        return [scope.patches for one in self.scopes if (scope := one()) is not None]
 
 
 class _Entry:
@@ -147,38 +158,38 @@ class Scope:
     """The decisions of one board, by context.
 
     Attributes:
-        shadows: What asks for the decision in force, in the place of the model's methods while any is.
+        patches: What asks for the decision in force, in the place of the model's methods while any is.
         lost: Those of them whose place another tool has taken.
         original: Of a copy (``copy.deepcopy``), the scope that it was made of.
         family: What is in force anywhere, here or in a copy.
     """
 
     def __init__(self, original: Scope | None = None) -> None:
-        self.shadows: list[Shadow] = []
-        self.lost: list[Shadow] = []
+        self.patches: Sequence[Patch] = []
+        self.lost: list[Patch] = []
         self.original = original
         self.family = _Family() if original is None else original.family
         self._in_generators: list[_Entry] = []
         self._known = _Known()
 
-    def fill(self, shadows: list[Shadow]) -> None:
-        """Have these shadows put in place where a decision needs them."""
-        self.shadows = shadows
+    def fill(self, patches: Sequence[Patch]) -> None:
+        """Have these patches put in place where a decision needs them."""
+        self.patches = patches
         self.family.join(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
         memo[id(self)] = scope = Scope(original=self)
-        shadows, scope.lost = copy.deepcopy((self.shadows, self.lost), memo)
-        scope.fill(shadows)
+        patches, scope.lost = copy.deepcopy((self.patches, self.lost), memo)
+        scope.fill(patches)
         return scope
 
-    def __getstate__(self) -> tuple[list[Shadow], list[Shadow]]:
-        return self.shadows, self.lost  # decisions stay in their process
+    def __getstate__(self) -> tuple[Sequence[Patch], list[Patch]]:
+        return self.patches, self.lost  # decisions stay in their process
 
-    def __setstate__(self, state: tuple[list[Shadow], list[Shadow]]) -> None:
+    def __setstate__(self, state: tuple[Sequence[Patch], list[Patch]]) -> None:
         self.__init__()
-        shadows, self.lost = state
-        self.fill(shadows)
+        patches, self.lost = state
+        self.fill(patches)
 
     def current(self) -> InForce:
         """The decision in force here; ``None``: everything runs.
@@ -187,16 +198,12 @@ class Scope:
             StaleBoardError: If a decision on the model that this one was copied from is.
         """
         if torch.compiler.is_dynamo_compiling():
-            return self._known.decision if self._known.sure else self._ask_uncompiled()
+            return self._known.decision if self._known.sure else _ask_uncompiled(self)
         entries = _ENTRIES.get()
         if entries and not self._in_generators:  # nearly always: the last block is this board's, and no generator's
             entry = entries[-1]
             if entry.scope is self and not entry.ended and not entry.streams:
                 return entry.decision
-        return self._ask()
-
-    @torch.compiler.disable
-    def _ask_uncompiled(self) -> InForce:
         return self._ask()
 
     def _ask(self) -> InForce:
@@ -233,6 +240,7 @@ class Scope:
     def settle(self, decision: Decision | None) -> None:
         """Put what was decided at a stage in the place of the decision in force, which it has grown from."""
         entry = self._entry()
+        assert entry is not None  # a stage is reached only inside of the block that decides
         entry.decision = decision
         if decision is not None:
             self.family.begin(entry, decision.needs)
@@ -251,8 +259,10 @@ class Scope:
     def _note(self, entry: _Entry | None) -> None:
         """Note for compiled code what is in force in this thread."""
         known = self._known
-        known.sure = entry is not None and entry.generator is None and _here() == (get_ident(), None)
-        known.decision = entry.decision if known.sure else None
+        if entry is not None and entry.generator is None and _here() == (get_ident(), None):
+            known.sure, known.decision = True, entry.decision
+        else:
+            known.sure, known.decision = False, None
 
     def _entry(self) -> _Entry | None:
         found = self._of_context()
@@ -291,6 +301,9 @@ class Scope:
         return None
 
 
+_ask_uncompiled = cast("Callable[[Scope], InForce]", torch.compiler.disable(Scope._ask))
+
+
 class Block:
     """A ``with`` block in which a decision is in force."""
 
@@ -308,7 +321,8 @@ class Block:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         entry, self._entry = self._entry, None
-        self._scope.leave(entry)
+        if entry is not None:
+            self._scope.leave(entry)
 
 
 def _here() -> tuple[int, int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from threading import local
 from types import FrameType
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache
 
-from sd_gym.switch.stages import Choice, Seen
+from sd_gym.switch.stages import Seen, Stage
 from sd_gym.switch.tokens import DroppedTokens, TokenPass
 
 _CHECKPOINT = torch.utils.checkpoint.__file__
@@ -51,16 +52,16 @@ class Plan:
 
     Attributes:
         batch: Rows that are decided on; 1 stands for all rows of any batch.
-        mark: What tells its decisions from others.
+        tag: What tells its decisions from others.
         rows: Rows that run, int64 ``[kept]`` on the model's device, by switch; ``None``: all. By how often
             ``generate()`` repeats each row.
         empty: Numbers of the switches that no row runs.
         idle: Stack and index of each layer that no row needs, and that can be passed by as a whole.
-        needs: Numbers of the shadows that it needs.
+        needs: Numbers of the patches that it needs.
     """
 
     batch: int
-    mark: bytes
+    tag: bytes
     rows: dict[int, list[Tensor | None]]
     empty: frozenset[int]
     idle: frozenset[tuple[str, int]]
@@ -89,6 +90,81 @@ class Plan:
         return self.rows[repeats]
 
 
+@dataclass(frozen=True, eq=False)
+class PendingDecision:
+    """What of a decision is still to be made in the pass.
+
+    Attributes:
+        stages: Where; the next one first.
+        choose: Takes what is seen there to the decisions of the stage's switches and to the tokens that are kept.
+        mask: Of the input's tokens, ``[batch, length]``; ``None``: all are looked at.
+        skip: What is decided so far, bool ``[batch, switches]``; what is not yet decided runs.
+        settle: ``settle(decision, hidden, cache)`` makes the next stage's decision, puts it in force and returns it.
+        needs: Numbers of the patches that it needs.
+    """
+
+    stages: tuple[Stage, ...]
+    choose: Callable[[Seen], tuple[Tensor | NDArray, Tensor | NDArray | None]]
+    mask: Tensor | None
+    skip: NDArray
+    settle: Callable[[Decision, Tensor, Cache | None], Decision | None]
+    needs: tuple[int, ...]
+
+    def seen(self, hidden: Tensor, encoded: Tensor | None, tokens: DroppedTokens | None, repeats: int) -> Seen:
+        """What the pass shows at the next stage.
+
+        Args:
+            hidden: What enters the layer, or the encoder's output.
+            encoded: The encoder's output, in the decoder.
+            tokens: The tokens that are dropped, if any are.
+            repeats: How often each row stands there, for its beams or samples, which are still the same.
+        """
+        stage = self.stages[0]
+        if repeats > 1:
+            hidden, encoded = hidden[::repeats], None if encoded is None else encoded[::repeats]
+        if stage.follows_encoder and not stage.is_between:
+            mask = hidden.new_zeros(hidden.shape[:2], dtype=torch.long)
+            mask[:, :1] = 1
+        else:
+            mask = self._mask(hidden, tokens)
+        return Seen(stage.name, hidden, mask, encoded)
+
+    def grown(self, skip: NDArray) -> NDArray:
+        """What is decided so far, and at the next stage, bool ``[batch, switches]``.
+
+        Raises:
+            ValueError: If the stages decide on different numbers of rows.
+        """
+        if 1 not in (len(skip), len(self.skip)) and len(skip) != len(self.skip):
+            raise ValueError(
+                f"stage {self.stages[0].name!r} decides on {len(skip)} rows, and the stages before it on "
+                f"{len(self.skip)}; give a row for each row of the batch, or a single one for all"
+            )
+        if skip.shape[1] == self.skip.shape[1]:  # of all switches at once
+            return skip
+        grown = self.skip.repeat(len(skip), axis=0) if len(self.skip) == 1 else self.skip.copy()
+        grown[:, self.stages[0].switches] = skip
+        return grown
+
+    def _mask(self, hidden: Tensor, tokens: DroppedTokens | None) -> Tensor:
+        """The mask of the input's tokens as far as they are there; what stands behind them is not looked at."""
+        batch, length = len(hidden), hidden.shape[1] if tokens is None else tokens.length
+        mask = self.mask
+        if mask is None:
+            mask = hidden.new_ones((batch, length), dtype=torch.long)
+        elif mask.ndim != 2 or len(mask) != batch or mask.shape[1] > length:
+            raise ValueError(
+                f"the mask must have a column for each of the input's tokens, [{batch}, {length}] or narrower where an "
+                f"answer follows; got {list(mask.shape)}"
+            )
+        elif mask.shape[1] < length:
+            mask = torch.cat([mask, mask.new_zeros(batch, length - mask.shape[1])], dim=1)
+        if tokens is None:
+            return mask
+        index, valid = tokens.view(batch)
+        return mask.gather(1, index) * valid
+
+
 @dataclass(eq=False)
 class Decision:
     """The decisions of a batch, in force.
@@ -96,29 +172,29 @@ class Decision:
     Attributes:
         plan: Which rows run which sublayer.
         tokens: The tokens that are dropped; ``None``: none.
-        choice: What is still to be decided in the pass; until then it runs.
-        behind: What the pass is resumed from; ``None``: nothing, it runs as a whole.
+        pending: What is still to be decided in the pass; until then it runs.
+        resume_from: What the pass is resumed from; ``None``: nothing, it runs as a whole.
         resumes: Stack and index of the layer that takes the hidden states of ``behind`` in the place of its own.
         generating: Whether this is for one call of ``generate()``.
         repeats: How often that repeats each row, for its beams or samples; 1 before and anywhere else.
         replays: Calls of ``torch.utils.checkpoint`` that it was put in force inside of.
         state: What a pass remembers.
-        signature: One element, ``plan.mark``; of a decision that grows, the same list from stage to stage.
+        tag_cell: One element, ``plan.tag``; of a decision that grows, the same list from stage to stage.
     """
 
     plan: Plan
     tokens: DroppedTokens | None
-    choice: Choice | None = None
-    behind: Seen | None = None
+    pending: PendingDecision | None = None
+    resume_from: Seen | None = None
     resumes: tuple[str, int] | None = None
     generating: bool = False
     repeats: int = 1
     replays: int = 0
     state: Pass = field(default_factory=Pass)
-    signature: list[bytes] = field(default_factory=list)
+    tag_cell: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.signature[:] = [self.plan.mark]
+        self.tag_cell[:] = [self.plan.tag]
 
     @property
     def batch(self) -> int:
@@ -127,13 +203,13 @@ class Decision:
 
     @property
     def needs(self) -> tuple[int, ...]:
-        """Numbers of the shadows that it needs."""
-        return self.plan.needs if self.choice is None else (*self.plan.needs, *self.choice.needs)
+        """Numbers of the patches that it needs."""
+        return self.plan.needs if self.pending is None else (*self.plan.needs, *self.pending.needs)
 
     @property
-    def mark(self) -> tuple[list[bytes], int, bytes]:
+    def tag(self) -> tuple[list[bytes], int, bytes]:
         """What tells a cache that is filled under this decision from others; it grows with the decision."""
-        return self.signature, self.repeats, self.tokens.mark if self.tokens is not None else b""
+        return self.tag_cell, self.repeats, self.tokens.tag if self.tokens is not None else b""
 
     @property
     def is_uniform(self) -> bool:
@@ -152,9 +228,15 @@ class Decision:
             self.refuse_tracing()
             self.repeats_in(total)
 
+    @property
+    def token_pass(self) -> TokenPass:
+        """What is left of the input, in a pass that drops tokens."""
+        assert self.state.tokens is not None
+        return self.state.tokens
+
     def refuse_tracing(self) -> None:
         """Raise NotImplementedError where the model is traced or exported under what holds for these rows alone."""
-        if not self.is_uniform and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+        if not self.is_uniform and (_is_tracing() or torch.compiler.is_exporting()):
             raise NotImplementedError(
                 f"a traced or exported model would keep the decisions of these {self.batch} rows for any batch; trace "
                 "it under a single row of decisions without dropped tokens, which stands for all, or densely"
@@ -173,18 +255,18 @@ class Decision:
 
     def for_generating(self) -> Decision:
         """The same decisions for one call of ``generate()``."""
-        return replace(self, generating=True, repeats=1, state=Pass(), signature=[])
+        return replace(self, generating=True, repeats=1, state=Pass(), tag_cell=[])
 
-    def grown(self, plan: Plan, tokens: DroppedTokens | None, choice: Choice | None) -> Decision:
+    def grown(self, plan: Plan, tokens: DroppedTokens | None, pending: PendingDecision | None) -> Decision:
         """What is decided behind a stage, for the rest of the same pass."""
-        held = self.behind, self.resumes, self.generating, self.repeats, self.replays, self.state, self.signature
-        return Decision(plan, tokens, choice, *held)  # dataclasses.replace would be seen in a small model's time
+        held = self.resume_from, self.resumes, self.generating, self.repeats, self.replays, self.state, self.tag_cell
+        return Decision(plan, tokens, pending, *held)  # dataclasses.replace would be seen in a small model's time
 
     def is_at(self, place: tuple[str, int], *, between: bool = False) -> bool:
         """Whether the next stage stands in front of this layer, or between the encoder and this layer."""
-        if self.choice is None:
+        if self.pending is None:
             return False
-        stage = self.choice.stages[0]
+        stage = self.pending.stages[0]
         return stage.place == place and stage.is_between == between
 
     def resumed(self, hidden: Tensor) -> Tensor:
@@ -196,13 +278,15 @@ class Decision:
         Raises:
             ValueError: If the pass is of another batch.
         """
-        if self.behind.hidden.shape != hidden.shape:
+        stopped = self.resume_from
+        assert stopped is not None  # asked of a pass that is resumed
+        if stopped.hidden.shape != hidden.shape:
             raise ValueError(
-                f"the pass that is resumed at {self.behind.stage!r} was stopped with hidden states "
-                f"{list(self.behind.hidden.shape)}, but this one has {list(hidden.shape)}; give the model the inputs, "
-                "and the board the tokens, that it was stopped with"
+                f"the pass that is resumed at {stopped.stage!r} was stopped with hidden states "
+                f"{list(stopped.hidden.shape)}, but this one has {list(hidden.shape)}; give the model the inputs, and "
+                "the board the tokens, that it was stopped with"
             )
-        return self.behind.hidden
+        return stopped.hidden
 
     def settled(self, hidden: Tensor, cache: Cache | None) -> Decision | None:
         """The decision that the pass goes on under, behind a stage that it has reached.
@@ -211,9 +295,10 @@ class Decision:
             hidden: What enters the layer, or the encoder's output.
             cache: The model's cache, if it has one.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or _is_tracing():
             raise NotImplementedError("a compiled, traced or exported model cannot decide in the pass; use decide()")
-        return self.choice.settle(self, hidden, cache)
+        assert self.pending is not None  # asked at a stage alone
+        return self.pending.settle(self, hidden, cache)
 
     def repeats_in(self, total: int) -> int:
         """How often each row stands in a batch of ``total``.
@@ -248,6 +333,10 @@ def replays(frame: FrameType | None) -> int:
         found += frame.f_code.co_filename == _CHECKPOINT
         frame = frame.f_back
     return found
+
+
+def _is_tracing() -> bool:
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  (documented, but not in __all__)
 
 
 def _repeated(rows: Tensor | None, repeats: int) -> Tensor | None:

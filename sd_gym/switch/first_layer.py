@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from sd_gym.switch.shadow import Shadow
-from sd_gym.switch.stages import Reached
+from sd_gym.switch.method_patch import MethodPatch
 from sd_gym.switch.switchboard import Switchboard
 
 
@@ -85,12 +84,19 @@ def pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
     return torch.cat([mean, hidden.masked_fill(~kept, -torch.inf).amax(dim=1)], dim=1)
 
 
+class _WeightsReached(Exception):  # noqa: N818  (no error: it ends the pass on purpose)
+    """The first attention has computed its weights; carries them."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+
+
 def _first_attention(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
     """Weights of the first attention, ``[batch, heads, length, length]``, which ends the pass."""
     try:
         _eager_twin(board)(**inputs)
-    except Reached as reached:
-        return reached.value
+    except _WeightsReached as reached:
+        return reached.weights
     raise RuntimeError("the forward pass ended without reaching the first layer")
 
 
@@ -103,8 +109,8 @@ def _eager_twin(board: Switchboard) -> nn.Module:
     configs: dict[int, PretrainedConfig] = {}
     twin = attention = _twin(board.model, configs)
     for name in f"{board.path_of(switch)}.{switch.sublayer.attention}".split("."):
-        attention._modules[name] = _twin(attention._modules[name], configs)
-        attention = attention._modules[name]
+        attention._modules[name] = part = _twin(getattr(attention, name), configs)
+        attention = part
     _twin_parts(attention, configs)
     vars(attention)["forward"] = partial(_end_with_weights, attention)
     return twin
@@ -115,7 +121,9 @@ def _twin(module: nn.Module, configs: dict[int, PretrainedConfig]) -> nn.Module:
     twin = copy.copy(module)
     vars(twin)["_modules"] = dict(module._modules)
     forward = vars(twin).pop("forward", None)
-    passes_on = getattr(forward, "is_attached", False) or (isinstance(forward, Shadow) and forward.replaced is None)
+    passes_on = getattr(forward, "is_attached", False) or (
+        isinstance(forward, MethodPatch) and forward.replaced is None
+    )
     if forward is not None and not passes_on:
         raise NotImplementedError(
             f"another tool has replaced forward() of a {type(module).__name__}, so the first attention cannot be "
@@ -126,15 +134,16 @@ def _twin(module: nn.Module, configs: dict[int, PretrainedConfig]) -> nn.Module:
         if id(config) not in configs:
             configs[id(config)] = copy.copy(config)
             configs[id(config)]._attn_implementation = "eager"
-        twin.config = configs[id(config)]
+        vars(twin)["config"] = configs[id(config)]
     return twin
 
 
 def _twin_parts(module: nn.Module, configs: dict[int, PretrainedConfig]) -> None:
     for name, part in module._modules.items():
-        module._modules[name] = _twin(part, configs)
-        _twin_parts(module._modules[name], configs)
+        if part is not None:
+            module._modules[name] = twin = _twin(part, configs)
+            _twin_parts(twin, configs)
 
 
 def _end_with_weights(attention: nn.Module, *args: Any, **kwargs: Any) -> None:
-    raise Reached(type(attention).forward(attention, *args, **kwargs)[-1])
+    raise _WeightsReached(type(attention).forward(attention, *args, **kwargs)[-1])

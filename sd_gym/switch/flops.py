@@ -145,7 +145,7 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     """Input and output width of a linear; (0, 0) for any other module, whose linears are counted one by one."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    return tuple(module.weight.shape) if isinstance(module, Conv1D) else (0, 0)
+    return (module.weight.shape[0], module.weight.shape[1]) if isinstance(module, Conv1D) else (0, 0)
 
 
 def _multiply_adds(module: nn.Module) -> int:

@@ -1,25 +1,17 @@
 """Stages: the points of a forward pass where it can be looked at, and the switches from there on be decided.
 
-A decision that is made in the pass grows from stage to stage. What a pass has computed up to a stage is kept as
-``Seen``, from which it can be resumed under other decisions.
+What a pass has computed up to a stage is kept as ``Seen``, from which it can be resumed under other decisions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from transformers import Cache
 
 from sd_gym.switch.switch import Switch
-
-if TYPE_CHECKING:
-    from sd_gym.switch.decision import Decision
-    from sd_gym.switch.tokens import DroppedTokens
 
 EVERY_LAYER = "every_layer"  # stands for all stages of a backbone
 BETWEEN = "decoder"  # the stage between encoder and decoder
@@ -56,11 +48,11 @@ class Seen:
         )
 
 
-class Reached(Exception):  # noqa: N818  (no error: it ends the pass on purpose)
-    """What a pass is run for was reached; carries it."""
+class StageReached(Exception):  # noqa: N818  (no error: it ends the pass on purpose)
+    """A pass has reached the stage that it was run to; carries its state there."""
 
-    def __init__(self, value: Seen | Tensor) -> None:
-        self.value = value
+    def __init__(self, state: Seen) -> None:
+        self.state = state
 
 
 class Stage(NamedTuple):
@@ -123,78 +115,3 @@ def stages_named(known: Sequence[Stage], names: Sequence[str]) -> tuple[Stage, .
     return tuple(
         stage._replace(switches=slice(stage.switches.start, end)) for stage, end in zip(chosen, ends, strict=True)
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """What of a decision is still to be made in the pass.
-
-    Attributes:
-        stages: Where; the next one first.
-        choose: Takes what is seen there to the decisions of the stage's switches and to the tokens that are kept.
-        mask: Of the input's tokens, ``[batch, length]``; ``None``: all are looked at.
-        skip: What is decided so far, bool ``[batch, switches]``; what is not yet decided runs.
-        settle: ``settle(decision, hidden, cache)`` makes the next stage's decision, puts it in force and returns it.
-        needs: Numbers of the shadows that it needs.
-    """
-
-    stages: tuple[Stage, ...]
-    choose: Callable[[Seen], tuple[Tensor | NDArray, Tensor | NDArray | None]]
-    mask: Tensor | None
-    skip: NDArray
-    settle: Callable[[Decision, Tensor, Cache | None], Decision | None]
-    needs: tuple[int, ...]
-
-    def seen(self, hidden: Tensor, encoded: Tensor | None, tokens: DroppedTokens | None, repeats: int) -> Seen:
-        """What the pass shows at the next stage.
-
-        Args:
-            hidden: What enters the layer, or the encoder's output.
-            encoded: The encoder's output, in the decoder.
-            tokens: The tokens that are dropped, if any are.
-            repeats: How often each row stands there, for its beams or samples, which are still the same.
-        """
-        stage = self.stages[0]
-        if repeats > 1:
-            hidden, encoded = hidden[::repeats], None if encoded is None else encoded[::repeats]
-        if stage.follows_encoder and not stage.is_between:
-            mask = hidden.new_zeros(hidden.shape[:2], dtype=torch.long)
-            mask[:, :1] = 1
-        else:
-            mask = self._mask(hidden, tokens)
-        return Seen(stage.name, hidden, mask, encoded)
-
-    def grown(self, skip: NDArray) -> NDArray:
-        """What is decided so far, and at the next stage, bool ``[batch, switches]``.
-
-        Raises:
-            ValueError: If the stages decide on different numbers of rows.
-        """
-        if 1 not in (len(skip), len(self.skip)) and len(skip) != len(self.skip):
-            raise ValueError(
-                f"stage {self.stages[0].name!r} decides on {len(skip)} rows, and the stages before it on "
-                f"{len(self.skip)}; give a row for each row of the batch, or a single one for all"
-            )
-        if skip.shape[1] == self.skip.shape[1]:  # of all switches at once
-            return skip
-        grown = self.skip.repeat(len(skip), axis=0) if len(self.skip) == 1 else self.skip.copy()
-        grown[:, self.stages[0].switches] = skip
-        return grown
-
-    def _mask(self, hidden: Tensor, tokens: DroppedTokens | None) -> Tensor:
-        """The mask of the input's tokens as far as they are there; what stands behind them is not looked at."""
-        batch, length = len(hidden), hidden.shape[1] if tokens is None else tokens.length
-        mask = self.mask
-        if mask is None:
-            mask = hidden.new_ones((batch, length), dtype=torch.long)
-        elif mask.ndim != 2 or len(mask) != batch or mask.shape[1] > length:
-            raise ValueError(
-                f"the mask must have a column for each of the input's tokens, [{batch}, {length}] or narrower where an "
-                f"answer follows; got {list(mask.shape)}"
-            )
-        elif mask.shape[1] < length:
-            mask = torch.cat([mask, mask.new_zeros(batch, length - mask.shape[1])], dim=1)
-        if tokens is None:
-            return mask
-        index, valid = tokens.view(batch)
-        return mask.gather(1, index) * valid

@@ -32,7 +32,7 @@ class Switch:
     modules: list[nn.Module] = field(init=False, repr=False)
 
     @property
-    def signs_cache(self) -> bool:
+    def tags_cache(self) -> bool:
         """Whether a cache can tell here under which decision it is filled: the first self-attention of a decoder."""
         return self.stack == "decoder" and self.index == 0 and self.sublayer.kind == "attention"
 

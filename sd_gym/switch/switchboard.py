@@ -2,15 +2,15 @@
 
 A switch stands in front of one sublayer. For each batch it selects the rows that run the sublayer, calls it on those
 rows alone, and scatters the result back; with no row left the sublayer is never called. The model's modules, parameter
-names and outputs stay as they are: only ``forward`` of the switched modules is shadowed, on the instance, while a
-decision is in force anywhere by which some row skips them. A shadow asks for the decision in force where it is called.
+names and outputs stay as they are: only ``forward`` of the switched modules is patched, on the instance, while a
+decision is in force anywhere by which some row skips them. A patch asks for the decision in force where it is called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from sd_gym.switch.architectures import architecture_of
-from sd_gym.switch.cache import unsigned
+from sd_gym.switch.cache import untagged
 from sd_gym.switch.context import Block, Scope, StaleBoardError
-from sd_gym.switch.decision import Decision, Plan
-from sd_gym.switch.links import Links
-from sd_gym.switch.shadows import Shadows
-from sd_gym.switch.stages import Choice, Reached, Seen, Stage, stages_named, stages_of
+from sd_gym.switch.decision import Decision, PendingDecision, Plan
+from sd_gym.switch.module_snapshot import ModuleSnapshot
+from sd_gym.switch.patches import Patches
+from sd_gym.switch.stages import Seen, Stage, StageReached, stages_named, stages_of
 from sd_gym.switch.switch import Switch
 from sd_gym.switch.tokens import DroppedTokens
 
@@ -33,7 +33,7 @@ class _Course(NamedTuple):
 
     Attributes:
         stages: The stages.
-        needs: Numbers of the shadows that they need.
+        needs: Numbers of the patches that they need.
     """
 
     stages: tuple[Stage, ...]
@@ -97,19 +97,19 @@ class Switchboard:
                 stack is self.architecture.stacks[0],
             )
             for stack in self.architecture.stacks
-            for index, layer in enumerate(model.base_model.get_submodule(stack.layers))
+            for index, layer in enumerate(stack.layers_in(model))
             for sublayer in stack.sublayers
         ]
         self._stages = stages_of(self.switches)
         self._scope = Scope()
         ways = {f"{self.path_of(switch)}.{path}" for switch in self.switches for path in switch.sublayer.modules}
-        self._links = Links.of(model, ways)
-        self._shadows = Shadows(model, self.architecture, self.switches, self._scope)
+        self._snapshot = ModuleSnapshot.of(model, ways)
+        self._patches = Patches(model, self.architecture, self.switches, self._scope)
         self._courses: dict[str | tuple[str, ...], _Course] = {}
         self._none = np.zeros((1, len(self)), dtype=bool)
         self._undecided = Plan.of(self._none, frozenset(), (), torch.device("cpu"))
         self._plans: dict[tuple[bytes, int, bool, int | None, torch.device], Plan] = {}
-        model._switchboard = self
+        vars(model)["_switchboard"] = self
 
     def __len__(self) -> int:
         return len(self.switches)
@@ -145,7 +145,7 @@ class Switchboard:
         skip: Tensor | np.ndarray,
         keep: Tensor | np.ndarray | None = None,
         *,
-        behind: Seen | None = None,
+        resume_from: Seen | None = None,
     ) -> Block:
         """Put decisions in force for the forward passes and ``generate()`` calls inside the ``with`` block.
 
@@ -160,8 +160,8 @@ class Switchboard:
                 the first layer (``sd_gym.switch.keep_tokens`` ranks). Padding may be kept or not. The model returns
                 zeros as the hidden states of dropped positions; encoder-decoder models return the encoder's output
                 without them. ``None``: all tokens stay.
-            behind: Where a pass was stopped (``run_to``): forward passes, of the same inputs and ``keep``, go on from
-                there, and nothing before it runs again but the look-up of embeddings. So what ``skip`` says of the
+            resume_from: Where a pass was stopped (``run_to``): forward passes, of the same inputs and ``keep``, go on
+                from there, and nothing before it runs again but the look-up of embeddings. So what ``skip`` says of the
                 switches before it does not count. Hidden states of the layers before it cannot be shown, and no cache
                 be gone on with.
 
@@ -171,7 +171,7 @@ class Switchboard:
             StaleBoardError: If the model's modules were replaced since the board was made, or it was removed.
         """
         self._check_fresh()
-        return self._scope.put(self._decision(skip, keep, behind=behind))
+        return self._scope.put(self._decision(skip, keep, resume_from=resume_from))
 
     def decide_in_pass(
         self,
@@ -200,8 +200,10 @@ class Switchboard:
         """
         self._check_fresh()
         course = self._course(stages)
-        needs = (*course.needs, *self._shadows.for_generating)
-        return self._scope.put(self._awaiting(Choice(course.stages, choose, mask, self._none, self._settle, needs)))
+        needs = (*course.needs, *self._patches.for_generating)
+        return self._scope.put(
+            self._awaiting(PendingDecision(course.stages, choose, mask, self._none, self._settle, needs))
+        )
 
     def run_to(
         self,
@@ -211,9 +213,9 @@ class Switchboard:
         keep: Tensor | np.ndarray | None = None,
         *,
         mask: Tensor | None = None,
-        behind: Seen | None = None,
+        resume_from: Seen | None = None,
     ) -> Seen:
-        """Run a forward pass up to a stage and no further; ``decide(..., behind=seen)`` goes on from there.
+        """Run a forward pass up to a stage and no further; ``decide(..., resume_from=seen)`` goes on from there.
 
         Args:
             stage: Name of the stage.
@@ -221,7 +223,7 @@ class Switchboard:
             skip: As of ``decide``; what it says of switches from the stage on does not count. ``None``: all run.
             keep: As of ``decide``.
             mask: As of ``decide_in_pass``.
-            behind: As of ``decide``: an earlier stage, where the pass was stopped before.
+            resume_from: As of ``decide``: an earlier stage, where the pass was stopped before.
 
         Raises:
             ValueError: If there is no such stage, or as ``decide``.
@@ -230,18 +232,18 @@ class Switchboard:
         """
         self._check_fresh()
 
-        def stop(seen: Seen) -> None:
-            raise Reached(seen)
+        def stop(seen: Seen) -> NoReturn:
+            raise StageReached(seen)
 
         course = self._course([stage])
         skip = self._none if skip is None else self._checked(skip, len(self), "switch").copy()
         skip[:, course.stages[0].switches.start :] = False
-        choice = Choice(course.stages, stop, mask, skip, self._settle, course.needs)
-        with self._scope.put(self._awaiting(choice, keep, behind)):
+        pending = PendingDecision(course.stages, stop, mask, skip, self._settle, course.needs)
+        with self._scope.put(self._awaiting(pending, keep, resume_from)):
             try:
                 run()
-            except Reached as reached:
-                return reached.value
+            except StageReached as reached:
+                return reached.state
         raise RuntimeError(f"the forward pass ended without reaching the stage {stage!r}")
 
     def _course(self, names: Sequence[str]) -> _Course:
@@ -250,36 +252,39 @@ class Switchboard:
         known = self._courses.get(key)
         if known is None:
             stages = stages_named(self._stages, names)
-            layers = [self._shadows.of_layer[stage.place] for stage in stages if not stage.is_between]
-            known = self._courses[key] = _Course(stages, (*layers, *self._shadows.for_stacks))
+            layers = [self._patches.of_layer[stage.place] for stage in stages if not stage.is_between]
+            known = self._courses[key] = _Course(stages, (*layers, *self._patches.for_stacks))
         return known
 
     def _awaiting(
-        self, choice: Choice, keep: Tensor | np.ndarray | None = None, behind: Seen | None = None
+        self, pending: PendingDecision, keep: Tensor | np.ndarray | None = None, resume_from: Seen | None = None
     ) -> Decision:
         """A decision that is to grow at its stages."""
-        if choice.stages[0].switches.start == 0 and behind is None:
-            return Decision(self._undecided, None, choice)
-        return self._decision(choice.skip, keep, choice, behind)
+        if pending.stages[0].switches.start == 0 and resume_from is None:
+            return Decision(self._undecided, None, pending)
+        decision = self._decision(pending.skip, keep, pending, resume_from)
+        assert decision is not None  # something is still to be decided
+        return decision
 
     def _settle(self, decision: Decision, hidden: Tensor, cache: Cache | None) -> Decision | None:
         """Have the next stage of a pass decided, and put that in force."""
-        choice, stage = decision.choice, decision.choice.stages[0]
-        seen = choice.seen(hidden, decision.state.encoded, decision.tokens, decision.repeats)
-        skip, keep = choice.choose(seen)
+        pending = decision.pending
+        assert pending is not None
+        stage = pending.stages[0]
+        seen = pending.seen(hidden, decision.state.encoded, decision.tokens, decision.repeats)
+        skip, keep = pending.choose(seen)
         if keep is not None and stage.name != "first":
             raise ValueError(f"tokens are dropped before the first layer only; at {stage.name!r} keep must be None")
-        skip = choice.grown(self._checked(skip, stage.switches.stop - stage.switches.start, "switch"))
+        skip = pending.grown(self._checked(skip, stage.switches.stop - stage.switches.start, "switch"))
         tokens = decision.tokens if keep is None else self._tokens(keep, len(skip))
-        if len(choice.stages) > 1:
-            choice = replace(choice, stages=choice.stages[1:], skip=skip)
-        else:
-            choice = decision.state.encoded = None
+        pending = replace(pending, stages=pending.stages[1:], skip=skip) if len(pending.stages) > 1 else None
+        if pending is None:
+            decision.state.encoded = None
         grown = None
-        if choice is not None or tokens is not None or skip.any():
-            grown = decision.grown(self._plan(skip, tokens is not None, device=hidden.device), tokens, choice)
+        if pending is not None or tokens is not None or skip.any():
+            grown = decision.grown(self._plan(skip, tokens is not None, device=hidden.device), tokens, pending)
         elif cache is not None:
-            unsigned(cache)
+            untagged(cache)
         self._scope.settle(grown)
         return grown
 
@@ -287,21 +292,21 @@ class Switchboard:
         self,
         skip: Tensor | np.ndarray,
         keep: Tensor | np.ndarray | None,
-        choice: Choice | None = None,
-        behind: Seen | None = None,
+        pending: PendingDecision | None = None,
+        resume_from: Seen | None = None,
     ) -> Decision | None:
         """What ``decide`` takes as a decision; ``None`` where nothing is skipped, to be decided or resumed."""
         skip = self._checked(skip, len(self), "switch")
         tokens = None if keep is None else self._tokens(keep, len(skip))
-        if behind is not None:
-            stage = self._course([behind.stage]).stages[0]
+        if resume_from is not None:
+            stage = self._course([resume_from.stage]).stages[0]
             skip = skip.copy()
             skip[:, : stage.switches.start] = True
             plan = self._plan(skip, tokens is not None, stage.switches.start)
-            return Decision(plan, tokens, choice, behind, None if stage.is_between else stage.place)
-        if tokens is None and choice is None and not skip.any():
+            return Decision(plan, tokens, pending, resume_from, None if stage.is_between else stage.place)
+        if tokens is None and pending is None and not skip.any():
             return None
-        return Decision(self._plan(skip, tokens is not None), tokens, choice)
+        return Decision(self._plan(skip, tokens is not None), tokens, pending)
 
     def _tokens(self, keep: Tensor | np.ndarray, rows: int) -> DroppedTokens | None:
         """The tokens that so many rows keep; ``None`` where all stay."""
@@ -326,10 +331,10 @@ class Switchboard:
     def remove(self) -> None:
         """Take all switches out; the model is then exactly what it was, and the board decides no more."""
         self._scope.family.leave(self._scope)
-        for shadow in self._scope.shadows:
-            shadow.take_away()
+        for patch in self._scope.patches:
+            patch.take_away()
         if vars(self.model).get("_switchboard") is self:
-            del self.model._switchboard
+            del vars(self.model)["_switchboard"]
 
     def _plan(
         self, skip: np.ndarray, drops: bool, resumes: int | None = None, device: torch.device | None = None
@@ -346,8 +351,8 @@ class Switchboard:
         key = skip.tobytes(), len(skip), drops, resumes, device
         plan = self._plans.get(key)
         if plan is None:
-            idle = self._shadows.idle(skip.all(axis=0), resumes)
-            plan = Plan.of(skip, idle, self._shadows.needs(skip.any(axis=0), idle, drops, resumes), device)
+            idle = self._patches.idle(np.asarray(skip.all(axis=0)), resumes)
+            plan = Plan.of(skip, idle, self._patches.needs(np.asarray(skip.any(axis=0)), idle, drops, resumes), device)
             if len(self._plans) >= PLANS:
                 self._plans.clear()
             self._plans[key] = plan
@@ -357,8 +362,8 @@ class Switchboard:
         """Raise StaleBoardError unless the model's modules are those that the board was made for."""
         if vars(self.model).get("_switchboard") is not self:
             raise StaleBoardError("this switchboard was removed from its model; make a new Switchboard(model)")
-        replaced = self._links.replaced()
-        replaced += [f"{shadow.name}() of a {type(shadow.target).__name__}" for shadow in self._scope.lost]
+        replaced = self._snapshot.replaced()
+        replaced += [f"{patch.name}() of a {type(patch.target).__name__}" for patch in self._scope.lost]
         if replaced:
             raise StaleBoardError(
                 f"{replaced[0]} was replaced since the switchboard was made (by an adapter, quantisation or another "

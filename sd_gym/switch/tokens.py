@@ -127,7 +127,7 @@ class DroppedTokens:
         length: Tokens of the input before dropping.
         kept: Tokens of the row that keeps the most.
         ragged: Whether the rows keep different numbers of tokens.
-        mark: What tells them from others.
+        tag: What tells them from others.
     """
 
     def __init__(self, keep: NDArray, causal: bool, device: torch.device) -> None:
@@ -135,7 +135,7 @@ class DroppedTokens:
         self.batch, self.length = keep.shape
         self.kept = int(counts.max())
         self.causal = causal
-        self.mark = keep.tobytes()
+        self.tag = keep.tobytes()
         # Behind its kept tokens, each row has some of its dropped ones as padding: valid indices, never attended to.
         order = np.argsort(~keep, axis=1, kind="stable")[:, : self.kept]
         self._index = torch.from_numpy(order).to(device)
@@ -153,7 +153,7 @@ class DroppedTokens:
 
     def sign(self, encoded: Tensor) -> None:
         """Note on an encoder's output that it lost these tokens."""
-        encoded._lost_tokens = self.mark
+        vars(encoded)["_lost_tokens"] = self.tag
 
     def before_decoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a decoder: the cross-attention's padding follows the encoder's shorter output.
@@ -164,8 +164,8 @@ class DroppedTokens:
         encoded = kwargs.get("encoder_hidden_states")
         if encoded is None:
             return kwargs
-        signed = getattr(encoded, "_lost_tokens", self.mark)  # an expanded or copied output is not signed
-        if encoded.shape[1] != self.kept or signed != self.mark:
+        signed = getattr(encoded, "_lost_tokens", self.tag)  # an expanded or copied output is not signed
+        if encoded.shape[1] != self.kept or signed != self.tag:
             raise ValueError(
                 f"the encoder's output has {encoded.shape[1]} tokens and was made under another decision: the one in "
                 f"force keeps {self.kept} at most; run the encoder under the same keep as the decoder"

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils import output_capturing
 
-from sd_gym.switch.cache import KeptRows, cache_among, kept_rows
+from sd_gym.switch.cache import RowSubsetLayer, cache_among, row_subset_layer
 from sd_gym.switch.decision import Call, Decision, InForce
 from sd_gym.switch.switch import Switch
 
@@ -25,7 +25,7 @@ class Place(NamedTuple):
     attention: bool
 
 
-class Rowwise:
+class SublayerPatch:
     """What runs in the place of a sublayer's modules while a decision is in force.
 
     Args:
@@ -39,7 +39,7 @@ class Rowwise:
         self.switch = switch
         self.model = model
         self._attends_input = switch.reads_input and switch.sublayer.output is not None
-        self._signs = switch.signs_cache
+        self._tags_cache = switch.tags_cache
 
     def run(self, place: Place, decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         """One module of the sublayer: the first selects the rows, the last scatters them back."""
@@ -49,9 +49,9 @@ class Rowwise:
             return self._run_by_none(place, decision, args, kwargs)
         drops = self._drops(decision)
         if decision.plan.rows[1][self.number] is None and not drops:
-            # This decision needs no shadow here; those of another thread's may come and go in the middle of a sublayer.
+            # This decision needs no patch here; those of another thread's may come and go in the middle of a sublayer.
             decision.refuse_tracing()
-            return self._run_signed(decision, inner, args, kwargs) if place.attention else inner(*args, **kwargs)
+            return self._run_tagged(decision, inner, args, kwargs) if place.attention else inner(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         calls = decision.state.calls
         if place.first:
@@ -93,7 +93,7 @@ class Rowwise:
         drops = self._drops(decision)
         self._count(decision, drops, self._passed_layer(decision, drops, call, cache), hidden)
 
-    def _passed_layer(self, decision: Decision, drops: bool, call: Call, cache: Cache | None) -> KeptRows | None:
+    def _passed_layer(self, decision: Decision, drops: bool, call: Call, cache: Cache | None) -> RowSubsetLayer | None:
         """The layer of the cache of an attention that no row runs."""
         if _shown_weights(self.switch.sublayer.kind) is not None and self.model.config._attn_implementation == "eager":
             raise NotImplementedError(
@@ -106,21 +106,21 @@ class Rowwise:
         """Whether it attends to an input that has lost tokens."""
         return self._attends_input and decision.tokens is not None
 
-    def _run_signed(self, decision: Decision, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _run_tagged(self, decision: Decision, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """An attention that all rows run: the first one of a cache still tells under which decision it is filled."""
         hidden = args[0] if args else kwargs["hidden_states"]
         layer = None
-        if self._signs:
+        if self._tags_cache:
             call = Call(hidden, None)
             layer = self._cache_layer(decision, False, call, cache_among(args, kwargs))
         output = _with_cache(layer, inner, args, kwargs)
         self._count(decision, False, layer, hidden)
         return output
 
-    def _count(self, decision: Decision, drops: bool, layer: KeptRows | None, hidden: Tensor) -> None:
+    def _count(self, decision: Decision, drops: bool, layer: RowSubsetLayer | None, hidden: Tensor) -> None:
         """Have a layer of the cache count the positions of this pass."""
         if layer is not None and self.switch.sublayer.kind == "attention":
-            layer.advance(decision.state.tokens.query_length if drops else hidden.shape[1])
+            layer.advance(decision.token_pass.query_length if drops else hidden.shape[1])
 
     def _run_attention(
         self,
@@ -146,37 +146,39 @@ class Rowwise:
         output = _with_cache(layer, inner, *selected)
         if shown is not None and len(shown) > before:  # a part of the attention showed those of its rows
             shown[-1] = self._padded(shown[-1], call)
-        weights = [self._padded(value, call) for value in output[1 + len(shared) :]]
+        weights = [None if value is None else self._padded(value, call) for value in output[1 + len(shared) :]]
         if shared == (None,):  # the next layers take it instead of making it again
             shared = output[1:2]
         self._count(decision, drops, layer, call.hidden)
         return (self._scattered(call, output[0]) if place.last else output[0], *shared, *weights)
 
-    def _cache_layer(self, decision: Decision, drops: bool, call: Call, cache: Cache | None) -> KeptRows | None:
+    def _cache_layer(self, decision: Decision, drops: bool, call: Call, cache: Cache | None) -> RowSubsetLayer | None:
         if cache is None:
             return None
         across, batch = self.switch.sublayer.kind == "cross_attention", call.hidden.shape[0]
-        return kept_rows(
-            cache, self.switch.index, across=across, rows=call.rows, batch=batch, whole=drops, mark=decision.mark
+        return row_subset_layer(
+            cache, self.switch.index, across=across, rows=call.rows, batch=batch, whole=drops, tag=decision.tag
         )
 
     def _shared_bias(
-        self, decision: Decision, drops: bool, call: Call, layer: KeptRows | None, kwargs: dict[str, Any]
+        self, decision: Decision, drops: bool, call: Call, layer: RowSubsetLayer | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor | None, ...]:
         """The position bias that this attention has to take and to give on, put into its arguments; ``()``: none."""
         if self.switch.sublayer.position_bias is None:
             return ()
         if kwargs.get("position_bias") is None:
-            query_length = decision.state.tokens.query_length if drops else call.hidden.shape[1]
+            query_length = decision.token_pass.query_length if drops else call.hidden.shape[1]
             bias = self._position_bias(query_length, layer.length if layer is not None else 0)
             if bias is not None and drops:
-                bias = decision.state.tokens.gather_square(bias, len(call.hidden))
+                bias = decision.token_pass.gather_square(bias, len(call.hidden))
             kwargs["position_bias"] = bias
         return (kwargs["position_bias"],)
 
     def _position_bias(self, query_length: int, past: int) -> Tensor | None:
         """What the first layer shares with all others, whether or not any row runs it."""
-        module = self.switch.layer.get_submodule(self.switch.sublayer.position_bias)
+        path = self.switch.sublayer.position_bias
+        assert path is not None  # asked where there is one
+        module: Any = self.switch.layer.get_submodule(path)
         if not module.has_relative_attention_bias:
             return None
         return module.compute_bias(query_length, past + query_length, device=self.model.device, past_seen_tokens=past)
@@ -187,11 +189,12 @@ class Rowwise:
         One-dimensional tensors (positions) never count a batch, and what an earlier module of the sublayer has selected
         already is shorter than the batch.
         """
-        if call.rows is None:
+        rows = call.rows
+        if rows is None:
             return values
         if isinstance(values, Tensor):
             whole = values.ndim >= 2 and values.shape[0] == call.hidden.shape[0]  # len() takes longer
-            return self._taken(decision, values, call) if whole else values
+            return self._taken(decision, values, call.hidden, rows) if whole else values
         if isinstance(values, tuple):
             return tuple([self._selected(decision, value, call) for value in values]) if values else values
         if type(values) is dict:
@@ -201,14 +204,14 @@ class Rowwise:
             }
         return values
 
-    def _taken(self, decision: Decision, values: Tensor, call: Call) -> Tensor:
+    def _taken(self, decision: Decision, values: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
         """The rows that run; of the encoder's output, the same at every step of decoding, they are taken once."""
-        source = self.switch.sublayer.kind == "cross_attention" and values.ndim == 3 and values is not call.hidden
+        source = self.switch.sublayer.kind == "cross_attention" and values.ndim == 3 and values is not hidden
         if not source or torch.is_grad_enabled():  # what was taken without gradients must not be used with them
-            return values.index_select(0, call.rows)
+            return values.index_select(0, rows)
         known = decision.state.sources.get(self.number)
-        if known is None or known[0] is not values or known[1] is not call.rows:
-            known = decision.state.sources[self.number] = (values, call.rows, values.index_select(0, call.rows))
+        if known is None or known[0] is not values or known[1] is not rows:
+            known = decision.state.sources[self.number] = (values, rows, values.index_select(0, rows))
         return known[2]
 
     def _skipped(self, call: Call) -> Tensor:
@@ -223,9 +226,9 @@ class Rowwise:
             return call.hidden.to(output.dtype).index_copy(0, call.rows, output)
         return self._padded(output, call)
 
-    def _padded(self, output: Tensor | None, call: Call) -> Tensor | None:
+    def _padded(self, output: Tensor, call: Call) -> Tensor:
         """Zeros for the rows that did not run."""
-        if call.rows is None or output is None:
+        if call.rows is None:
             return output
         return output.new_zeros(call.hidden.shape[0], *output.shape[1:]).index_copy_(0, call.rows, output)
 
@@ -241,7 +244,7 @@ def _shown_weights(kind: str) -> list[Tensor] | None:
     return gathered.get("cross_attentions" if kind == "cross_attention" else "attentions") if gathered else None
 
 
-def _with_cache(layer: KeptRows | None, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _with_cache(layer: RowSubsetLayer | None, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Run with the layer of the cache open, and shut it again."""
     if layer is None:
         return inner(*args, **kwargs)

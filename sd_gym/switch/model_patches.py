@@ -14,11 +14,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from sd_gym.switch.cache import cache_among
 from sd_gym.switch.context import Scope
 from sd_gym.switch.decision import Decision, InForce
-from sd_gym.switch.rowwise import Rowwise, is_showing
-from sd_gym.switch.tokens import TokenPass
+from sd_gym.switch.sublayer_patch import SublayerPatch, is_showing
+from sd_gym.switch.tokens import DroppedTokens, TokenPass
 
 
-class Layer:
+class LayerPatch:
     """A layer: it loses the tokens that are dropped, and is passed by where no row runs any of it.
 
     A stage in front of it is decided here, and a pass that is resumed here takes up its hidden states.
@@ -40,7 +40,7 @@ class Layer:
         layer: nn.Module,
         stack: str,
         index: int,
-        attentions: list[Rowwise],
+        attentions: list[SublayerPatch],
         norms: list[nn.Module],
         *,
         reads_input: bool,
@@ -59,30 +59,28 @@ class Layer:
         """The layer."""
         if not isinstance(decision, Decision):
             return inner(*args, **kwargs)
-        if decision.behind is not None and decision.resumes == self.place:
+        if decision.resume_from is not None and decision.resumes == self.place:
             args, kwargs = _with_hidden(decision.resumed(_hidden(args, kwargs)), args, kwargs)
-        if decision.choice is not None and decision.is_at(self.place):
+        if decision.pending is not None and decision.is_at(self.place):
             decision = decision.settled(_hidden(args, kwargs), cache_among(args, kwargs))
             if decision is None:
                 return inner(*args, **kwargs)
         tokens = None
         if self.reads_input and decision.tokens is not None:
             if self.first:
-                self._begin(decision, args, kwargs)
-            tokens = decision.state.tokens
+                self._begin(decision, decision.tokens, args, kwargs)
+            tokens = decision.token_pass
             args, kwargs = tokens.before_layer(self.layer, self.first, args, kwargs)
         idle = self.place in decision.plan.idle
         output = self._passed_by(decision, args, kwargs) if idle else inner(*args, **kwargs)
         return tokens.after_last_layer(output) if tokens is not None and self.restores else output
 
-    def _begin(self, decision: Decision, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _begin(self, decision: Decision, tokens: DroppedTokens, args: tuple, kwargs: dict[str, Any]) -> None:
         """Read the shapes of a pass that drops tokens."""
         decision.refuse_tracing()
         decision.repeats_in(len(_hidden(args, kwargs)))
         additive = self.model.config._attn_implementation == "eager"  # it adds its mask to the scores
-        decision.state.tokens = TokenPass(
-            decision.tokens, args, kwargs, additive=additive, generating=decision.generating
-        )
+        decision.state.tokens = TokenPass(tokens, args, kwargs, additive=additive, generating=decision.generating)
 
     def _passed_by(self, decision: Decision, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The hidden states, at most normed, where no row runs any sublayer; a cache is told of what it has passed."""
@@ -111,8 +109,8 @@ def run_encoder(decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -
     """The encoder in front of a decoder: its output tells which tokens it lost; resumed behind it, it does not run."""
     if not isinstance(decision, Decision):
         return inner(*args, **kwargs)
-    if decision.behind is not None and decision.behind.encoded is not None:
-        output = BaseModelOutput(last_hidden_state=decision.behind.encoded)
+    if decision.resume_from is not None and decision.resume_from.encoded is not None:
+        output = BaseModelOutput(last_hidden_state=decision.resume_from.encoded)
     else:
         output = inner(*args, **kwargs)
     if decision.tokens is not None:
@@ -122,21 +120,21 @@ def run_encoder(decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -
 
 def run_decoder(decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
     """The decoder behind an encoder, whose output may have lost tokens, and where a stage may stand."""
-    if isinstance(decision, Decision) and decision.choice is not None:
-        if not decision.choice.stages[0].follows_encoder:
+    if isinstance(decision, Decision) and decision.pending is not None:
+        if not decision.pending.stages[0].follows_encoder:
             raise ValueError(
-                f"the stage {decision.choice.stages[0].name!r} was to be decided in the encoder, but this pass has no "
+                f"the stage {decision.pending.stages[0].name!r} was to be decided in the encoder, but this pass has no "
                 "encoder; use decide(), or stages from 'decoder' on"
             )
-        decision.state.encoded = kwargs["encoder_hidden_states"]
+        decision.state.encoded = encoded = kwargs["encoder_hidden_states"]
         if decision.is_at(("decoder", 0), between=True):
-            decision = decision.settled(decision.state.encoded, cache_among(args, kwargs))
+            decision = decision.settled(encoded, cache_among(args, kwargs))
     if isinstance(decision, Decision) and decision.tokens is not None:
         kwargs = decision.tokens.before_decoder(kwargs)
     return inner(*args, **kwargs)
 
 
-class Generate:
+class GeneratePatch:
     """``generate()``: it goes on to its end under the decision that it began under, and repeats rows for beams.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 from sd_gym.switch.context import Scope
 
 
-class Shadow:
+class MethodPatch:
     """Called in the place of a method of one object, while any decision is in force that needs it.
 
     Args:

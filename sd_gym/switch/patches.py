@@ -11,16 +11,16 @@ from transformers import PreTrainedModel
 
 from sd_gym.switch.architectures import Architecture
 from sd_gym.switch.context import Scope
-from sd_gym.switch.rowwise import Place, Rowwise
-from sd_gym.switch.shadow import Shadow
+from sd_gym.switch.method_patch import MethodPatch
+from sd_gym.switch.model_patches import GeneratePatch, LayerPatch, run_decoder, run_encoder
+from sd_gym.switch.sublayer_patch import Place, SublayerPatch
 from sd_gym.switch.switch import Switch
-from sd_gym.switch.whole import Generate, Layer, run_decoder, run_encoder
 
 At = tuple[str, int]  # stack and index of a layer
 
 
 class _Numbers(NamedTuple):
-    """Numbers of the shadows that a switch needs."""
+    """Numbers of the patches that a switch needs."""
 
     modules: list[int]  # where some row skips it
     layer: list[int]  # where its layer is passed by
@@ -28,8 +28,8 @@ class _Numbers(NamedTuple):
     attends_input: bool  # then its modules are needed where tokens are dropped, too
 
 
-class Shadows:
-    """A board's shadows; they are told by their numbers in its scope, which is filled with them.
+class Patches:
+    """A board's patches; they are told by their numbers in its scope, which is filled with them.
 
     Args:
         model: The model.
@@ -47,7 +47,8 @@ class Shadows:
         self, model: PreTrainedModel, architecture: Architecture, switches: list[Switch], scope: Scope
     ) -> None:
         self._model, self._architecture, self._switches = model, architecture, switches
-        scope.fill([Shadow(target, name, scope, run) for target, name, run in self._methods(scope)])
+        patches = [MethodPatch(target, name, scope, run) for target, name, run in self._methods(scope)]
+        scope.fill(patches)
         self._places: list[At] = [(switch.stack, switch.index) for switch in switches]
         whole = {stack.name for stack in architecture.stacks if stack.whole or stack.norms}
         self._whole = frozenset(place for place in self._places if place[0] in whole)
@@ -57,7 +58,7 @@ class Shadows:
         self.for_stacks: list[int] = []
         self.for_generating: list[int] = []
         self._for_tokens: list[int] = []
-        self._number(scope.shadows)
+        self._number(patches)
 
     def idle(self, skipped: np.ndarray, resumes: int | None) -> frozenset[At]:
         """The layers that can be passed by, as no row runs any of their sublayers.
@@ -70,7 +71,7 @@ class Shadows:
         return (self._whole - runs) | self._lean.intersection(self._places[: resumes or 0])
 
     def needs(self, skipped: np.ndarray, idle: frozenset[At], drops: bool, resumes: int | None) -> tuple[int, ...]:
-        """Numbers of the shadows that decisions need.
+        """Numbers of the patches that decisions need.
 
         Args:
             skipped: Whether any row skips a switch, bool ``[switches]``.
@@ -94,21 +95,21 @@ class Shadows:
         return tuple(dict.fromkeys((*needs, *self.for_generating)))
 
     def _methods(self, scope: Scope) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
-        """What can be shadowed: the object, the name of its method, and what runs in its place."""
+        """What can be patched: the object, the name of its method, and what runs in its place."""
         model, stacks = self._model, self._architecture.stacks
-        of_switches = [Rowwise(number, switch, model) for number, switch in enumerate(self._switches)]
-        for rowwise in of_switches:
-            switch, last = rowwise.switch, len(rowwise.switch.modules) - 1
+        of_switches = [SublayerPatch(number, switch, model) for number, switch in enumerate(self._switches)]
+        for sublayer_patch in of_switches:
+            switch, last = sublayer_patch.switch, len(sublayer_patch.switch.modules) - 1
             for position, (path, module) in enumerate(zip(switch.sublayer.modules, switch.modules, strict=True)):
                 place = Place(position == 0, position == last, path == switch.sublayer.attention)
-                yield module, "forward", partial(rowwise.run, place)
+                yield module, "forward", partial(sublayer_patch.run, place)
         for stack in stacks:
-            layers = model.base_model.get_submodule(stack.layers)
+            layers = stack.layers_in(model)
             for index, layer in enumerate(layers):
                 attentions = [one for one in of_switches if one.switch.layer is layer and one.switch.sublayer.attention]
                 restores = len(stacks) == 1 and index == len(layers) - 1
                 norms = [layer.get_submodule(path) for path in stack.norms]
-                whole = Layer(
+                whole = LayerPatch(
                     model,
                     layer,
                     stack.name,
@@ -123,20 +124,20 @@ class Shadows:
             yield model.base_model.get_submodule("encoder"), "forward", run_encoder
             yield model.base_model.get_submodule("decoder"), "forward", run_decoder
         if hasattr(model, "generate"):
-            generate = Generate(scope)
+            generate = GeneratePatch(scope)
             yield model, "generate", generate.run
             yield model, "_expand_inputs_for_generation", generate.expand
 
-    def _number(self, shadows: list[Shadow]) -> None:
-        """Note which shadows are for what."""
+    def _number(self, patches: list[MethodPatch]) -> None:
+        """Note which patches are for what."""
         begin = sum(len(switch.modules) for switch in self._switches)
-        for number, shadow in enumerate(shadows[begin:], start=begin):
-            layer = getattr(shadow.run, "__self__", None)
-            if isinstance(layer, Layer):
+        for number, patch in enumerate(patches[begin:], start=begin):
+            layer = getattr(patch.run, "__self__", None)
+            if isinstance(layer, LayerPatch):
                 self.of_layer[layer.place] = number
                 self._for_tokens += [number] * layer.reads_input
             else:
-                (self.for_stacks if shadow.name == "forward" else self.for_generating).append(number)
+                (self.for_stacks if patch.name == "forward" else self.for_generating).append(number)
         self._for_tokens += self.for_stacks
         self._numbers, begin = [], 0
         for switch in self._switches:
@@ -146,7 +147,7 @@ class Shadows:
                 _Numbers(
                     modules,
                     [self.of_layer[switch.stack, switch.index]],
-                    [modules[switch.sublayer.modules.index(attention)]] if switch.signs_cache else [],
+                    [modules[switch.sublayer.modules.index(attention)]] if switch.tags_cache else [],
                     switch.reads_input and attention is not None,
                 )
             )

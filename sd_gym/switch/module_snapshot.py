@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 
-class Links(NamedTuple):
+class ModuleSnapshot(NamedTuple):
     """The links on the ways from a model to some of its modules, side by side.
 
     Attributes:
@@ -19,14 +19,14 @@ class Links(NamedTuple):
     """
 
     paths: tuple[str, ...]
-    holders: tuple[dict[str, nn.Module], ...]
+    holders: tuple[dict[str, nn.Module | None], ...]
     names: tuple[str, ...]
     children: list[nn.Module]
 
     @classmethod
-    def of(cls, model: nn.Module, ways: Iterable[str]) -> Links:
+    def of(cls, model: nn.Module, ways: Iterable[str]) -> ModuleSnapshot:
         """The links on the ways to modules, which are told by their paths in the model."""
-        links: dict[str, tuple[dict[str, nn.Module], str, nn.Module]] = {}
+        links: dict[str, tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
         for way in sorted(ways):
             parent, steps = model, way.split(".")
             for depth, name in enumerate(steps):

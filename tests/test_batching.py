@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd_gym.switch import Switchboard, passes, plan
+from sd_gym.switch import Switchboard, batching, passes
 from tests.conftest import DECODER, TINY, make_inputs, make_model
 
 
@@ -41,11 +41,11 @@ def test_the_plan_is_never_dearer_than_one_pass_or_one_a_decision(batch, width, 
         """The model again, in plain words: calls, then tokens, then tokens that are moved."""
         runs = ~skip[rows]
         calls = 1 + sum(column.any() for column in runs.T)
-        total = plan.CALL / width * calls * (1 + steps)
+        total = batching.CALL / width * calls * (1 + steps)
         for switch, column in enumerate(runs.T):
             longest = (lengths[rows] if lengths.ndim == 1 else lengths[rows, switch]).max() + steps
             moved = len(rows) if column.any() and not column.all() else 0
-            total += longest * (column.sum() + plan.MIXING / width * moved)
+            total += longest * (column.sum() + batching.MIXING / width * moved)
         return total
 
     group = np.unique(skip, axis=0, return_inverse=True)[1].reshape(-1)
