@@ -183,14 +183,14 @@ def phases(board: Switchboard, batch: int) -> dict[str, tuple[Callable[[], objec
                 lambda: model(input_ids=ids, attention_mask=mask, decoder_input_ids=target, use_cache=False),
                 costs,
             ),
-            "decode": (generate, flops.generation_costs(source, generated)),
+            "decode": (generate, costs),
         }
     if board.architecture.causal:
         both, length = torch.cat([ids, target], dim=1), source + generated
         return {
             "prefill": (lambda: model(input_ids=ids, attention_mask=mask, use_cache=True), flops.costs(source)),
             "teacher-forced": (lambda: model(input_ids=both, use_cache=False), flops.costs(length)),
-            "decode": (generate, flops.generation_costs(source, generated)),
+            "decode": (generate, flops.costs(length)),
         }
     return {"prefill": (lambda: model(input_ids=ids, attention_mask=mask), flops.costs(source))}
 

@@ -14,13 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from sd_gym.switch.switch import Switch
 from sd_gym.switch.switchboard import Switchboard
 
-NO_WINDOW = 2**40  # keys; more than any input has
-
 
 class FlopsModel:
     """FLOPs of one backbone as a function of lengths and decisions.
 
-    Both methods return ``(always, switched)``, int64: the FLOPs of each instance that no decision saves ``[n]``, and
+    ``costs`` returns ``(always, switched)``, int64: the FLOPs of each instance that no decision saves ``[n]``, and
     those of each switch ``[n, switches]``. A decision costs ``always + (switched * (1 - skip)).sum(axis=1)``.
 
     Args:
@@ -52,7 +50,6 @@ class FlopsModel:
         self._per_query, self._per_source, self._per_pair = costs.T
         self._on_target = np.array([not switch.reads_input for switch in board.switches])
         self._across = np.array([switch.sublayer.kind == "cross_attention" for switch in board.switches])
-        self._window = np.array([_window(switch) for switch in board.switches])
 
     def costs(
         self, source_length: NDArray, target_length: NDArray | None = None, kept_length: NDArray | None = None
@@ -75,41 +72,6 @@ class FlopsModel:
         always = self._token_head * (target if self._decodes else source)[:, 0] + self._sequence_head
         return always, self._switched(query, kept, pairs)
 
-    def generation_costs(
-        self, source_length: NDArray, generated: NDArray, kept_length: NDArray | None = None
-    ) -> tuple[NDArray, NDArray]:
-        """``generate()`` with a key-value cache, greedy or sampling: the input once, then a step a token.
-
-        Args:
-            source_length: Tokens of the input or prompt, int ``[n]``.
-            generated: Tokens generated, the end token included, int ``[n]``, at least 1.
-            kept_length: Tokens of the input that are not dropped, int ``[n]``; ``None``: all.
-
-        Raises:
-            ValueError: If the backbone does not generate.
-        """
-        if not self._decodes:
-            raise ValueError("this backbone does not generate")
-        source, kept, steps = self._lengths(source_length, kept_length, generated)
-        if self._encoder_decoder:
-            query = np.where(self._on_target, steps, kept)
-            own = np.where(self._on_target, self._decoding_pairs(0, steps + 1, NO_WINDOW), kept * kept)
-            pairs = np.where(self._across, steps * kept, own)
-        else:
-            # The prompt's pass yields the first token, so one step less; a window bounds the keys of a step, but not
-            # where tokens were dropped: then the cache keeps all, and the mask does the rest.
-            window = np.where(kept < source, NO_WINDOW, self._window)
-            query = kept + steps - 1
-            pairs = kept * kept + self._decoding_pairs(kept, steps, window)
-        always = self._token_head * steps[:, 0] + self._sequence_head
-        return always, self._switched(query, kept, pairs)
-
-    @staticmethod
-    def _decoding_pairs(past: NDArray | int, steps: NDArray, window: NDArray | int) -> NDArray:
-        """Keys that ``steps - 1`` steps see in all: the sum over t = 1 .. steps - 1 of ``min(past + t, window)``."""
-        free = np.clip(window - past, 0, steps - 1)  # steps that see fewer keys than the window has
-        return past * free + free * (free + 1) // 2 + (steps - 1 - free) * window
-
     def _lengths(self, source: NDArray, kept: NDArray | None, target: NDArray | None) -> tuple[NDArray, ...]:
         source = np.asarray(source, dtype=np.int64)[:, None]
         kept = source if kept is None else np.asarray(kept, dtype=np.int64)[:, None]
@@ -130,15 +92,6 @@ def _coefficients(switch: Switch) -> tuple[int, int, int]:
         heads = _shape(switch.layer.get_submodule(switch.sublayer.output))[0]
         pair = 2 * heads  # the scores and the weighted sum
     return 2 * query, 2 * source, 2 * pair
-
-
-def _window(switch: Switch) -> int:
-    """Keys that a decoding step sees at most."""
-    if switch.sublayer.attention is None:
-        return NO_WINDOW
-    attention = switch.layer.get_submodule(switch.sublayer.attention)
-    holder = attention if hasattr(attention, "sliding_window") else getattr(attention, "config", None)
-    return getattr(holder, "sliding_window", None) or NO_WINDOW
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
