@@ -2,14 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow lint
+.PHONY: install demo test test-slow lint types arrows matrix
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable ".[test]"
+	$(BIN)/pip install --quiet --editable ".[test,lint]"
 	touch $@
 
 # The main job: REINFORCE learns what to skip for each input, and is evaluated on the test split.
@@ -18,11 +18,24 @@ demo: install
 	$(BIN)/sd-gym train SD/Classification-Mini-v0 --algo reinforce --steps 20000 --output runs/demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
-lint: install
+lint: install types arrows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/basedpyright
+
+# The contracts in pyproject.toml, over all packages as they are installed.
+arrows: install
+	rm -rf build/arrows && mkdir -p build/arrows/sd_gym
+	ln -s $(CURDIR)/sd_gym/* $(CURDIR)/agents $(CURDIR)/envs_configs build/arrows/sd_gym/
+	PYTHONPATH=build/arrows $(BIN)/lint-imports
+
+# The seams (switch, env shells, agents) under the oldest and newest allowed versions and each Python that is there.
+matrix:
+	.ci/matrix
