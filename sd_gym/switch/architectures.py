@@ -58,8 +58,8 @@ class Stack:
         layers: Path of the layer list inside ``model.base_model``.
         sublayers: Residual branches of each layer, in execution order.
         whole: Whether a layer takes and returns the hidden states alone, and returns them as they are where no
-            sublayer runs (no norm stands behind a residual sum); then such a layer is passed by as a whole.
-        norms: Of a layer that takes and returns the hidden states alone, the paths of all norms that stand behind its
+            sublayer runs (no norm follows a residual sum); then such a layer is passed by as a whole.
+        norms: Of a layer that takes and returns the hidden states alone, the paths of all norms that follow its
             residual sums, in execution order: where no sublayer runs, they are what is left of it.
     """
 
@@ -141,7 +141,7 @@ def architecture_of(model_type: str) -> Architecture:
     """The entry for a model type.
 
     Raises:
-        UnsupportedArchitectureError: If there is none; the message lists the known ones and says how to add one.
+        UnsupportedArchitectureError: If the model type is unknown; the message lists the known ones and says how to add one.
     """
     if model_type not in _REGISTRY:
         raise UnsupportedArchitectureError(
@@ -152,7 +152,7 @@ def architecture_of(model_type: str) -> Architecture:
 
 
 def _bart_like(norm: bool) -> tuple[Stack, ...]:
-    """Encoder and decoder layers as BART names them, with the norms in front (mBART) or behind (BART)."""
+    """Encoder and decoder layers as BART names them, with the norms before (mBART) or after (BART)."""
 
     def chain(norm_name: str, *modules: str) -> tuple[str, ...]:
         return (norm_name, *modules) if norm else modules
@@ -165,10 +165,10 @@ def _bart_like(norm: bool) -> tuple[Stack, ...]:
         source=("encoder_attn.k_proj", "encoder_attn.v_proj"),
     )
     feed_forward = Sublayer("feed_forward", chain("final_layer_norm", "fc1", "fc2"))
-    behind = () if norm else ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm")
+    norms = () if norm else ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm")
     return (
-        Stack("encoder", "encoder.layers", (attention, feed_forward), whole=norm, norms=behind[::2]),
-        Stack("decoder", "decoder.layers", (attention, cross_attention, feed_forward), whole=norm, norms=behind),
+        Stack("encoder", "encoder.layers", (attention, feed_forward), whole=norm, norms=norms[::2]),
+        Stack("decoder", "decoder.layers", (attention, cross_attention, feed_forward), whole=norm, norms=norms),
     )
 
 

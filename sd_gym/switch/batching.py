@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# As measured on a CPU (benchmarks/bucketing.py); on an accelerator a call costs more, so that fewer passes are better.
+# Measured on a CPU; on an accelerator a call costs more, so that fewer passes are better.
 # Both over the width, in what running the sublayer costs a token: that grows faster with the width than they do.
 CALL = 16_000  # what one more call of the sublayer costs
 MIXING = 13  # what gathering and scattering costs a token
@@ -33,7 +33,7 @@ def passes(skip: NDArray, lengths: NDArray, width: int, steps: int = 0, most: in
         lengths: Tokens of each row that run (without padding and dropped ones), int ``[n]``, or ``[n, switches]`` where
             they differ from switch to switch, as between encoder and decoder.
         width: The model's hidden size. In a wide model a call weighs little beside what it computes.
-        steps: Tokens that ``generate()`` makes behind the input; 0: a single pass. Each step calls every sublayer
+        steps: Tokens that ``generate()`` appends to the input; 0: a single pass. Each step calls every sublayer
             again, so that the batch is cut less.
         most: Rows of a pass at most; ``None``: any number.
 
@@ -87,8 +87,8 @@ class _Batch:
     Args:
         runs: Which row runs which sublayer, bool ``[n, switches]``.
         lengths: Tokens of each row, int ``[n, switches]``.
-        width: As of ``passes``.
-        steps: Likewise.
+        width: See ``passes``.
+        steps: See ``passes``.
     """
 
     def __init__(self, runs: NDArray, lengths: NDArray, width: int, steps: int) -> None:

@@ -64,7 +64,7 @@ class RowSubsetLayer(CacheLayerMixin):
         """Nothing: the inner layer begins with its first update."""
 
     def get_max_length(self) -> int:
-        """As the inner layer says."""
+        """The inner layer's maximum."""
         return self.inner.get_max_length()
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -219,7 +219,7 @@ class Scope:
 
     @property
     def is_decided(self) -> bool:
-        """Whether a block is open here, be it one in which everything runs."""
+        """Whether a block is open here, including one in which everything runs."""
         return self._entry() is not None
 
     def put(self, decision: InForce) -> Block:

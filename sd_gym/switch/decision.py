@@ -147,7 +147,7 @@ class PendingDecision:
         return grown
 
     def _mask(self, hidden: Tensor, tokens: DroppedTokens | None) -> Tensor:
-        """The mask of the input's tokens as far as they are there; what stands behind them is not looked at."""
+        """The mask of the input's tokens as far as they are there; later positions are not looked at."""
         batch, length = len(hidden), hidden.shape[1] if tokens is None else tokens.length
         mask = self.mask
         if mask is None:
@@ -174,7 +174,7 @@ class Decision:
         tokens: The tokens that are dropped; ``None``: none.
         pending: What is still to be decided in the pass; until then it runs.
         resume_from: What the pass is resumed from; ``None``: nothing, it runs as a whole.
-        resumes: Stack and index of the layer that takes the hidden states of ``behind`` in the place of its own.
+        resumes: Stack and index of the layer that takes the hidden states of ``resume_from`` in the place of its own.
         generating: Whether this is for one call of ``generate()``.
         repeats: How often that repeats each row, for its beams or samples; 1 before and anywhere else.
         replays: Calls of ``torch.utils.checkpoint`` that it was put in force inside of.
@@ -220,8 +220,8 @@ class Decision:
         """Raise what there is to raise where a sublayer begins that some row of a batch of ``total`` skips.
 
         Raises:
-            ValueError: As ``repeats_in``.
-            NotImplementedError: As ``refuse_replays`` and ``refuse_tracing``.
+            ValueError: See ``repeats_in``.
+            NotImplementedError: See ``refuse_replays`` and ``refuse_tracing``.
         """
         self.refuse_replays()
         if not self.is_uniform:
@@ -258,7 +258,7 @@ class Decision:
         return replace(self, generating=True, repeats=1, state=Pass(), tag_cell=[])
 
     def grown(self, plan: Plan, tokens: DroppedTokens | None, pending: PendingDecision | None) -> Decision:
-        """What is decided behind a stage, for the rest of the same pass."""
+        """The decision after a stage, for the rest of the same pass."""
         held = self.resume_from, self.resumes, self.generating, self.repeats, self.replays, self.state, self.tag_cell
         return Decision(plan, tokens, pending, *held)  # dataclasses.replace would be seen in a small model's time
 
@@ -289,7 +289,7 @@ class Decision:
         return stopped.hidden
 
     def settled(self, hidden: Tensor, cache: Cache | None) -> Decision | None:
-        """The decision that the pass goes on under, behind a stage that it has reached.
+        """The decision that the pass continues under, after a stage that it has reached.
 
         Args:
             hidden: What enters the layer, or the encoder's output.
@@ -318,7 +318,7 @@ class Decision:
         """Rows of a batch of ``total`` that run switch ``number``; ``None``: all.
 
         Raises:
-            ValueError: As ``repeats_in``.
+            ValueError: See ``repeats_in``.
         """
         return self.plan.repeated(self.repeats_in(total))[number]
 

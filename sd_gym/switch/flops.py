@@ -58,12 +58,12 @@ class FlopsModel:
 
         Args:
             source_length: Tokens of the input, int ``[n]``; of a decoder-only model: prompt and answer together.
-            target_length: Tokens that the decoder behind an encoder runs on, int ``[n]``; of decoder-only models the
+            target_length: Tokens that the decoder of an encoder-decoder runs on, int ``[n]``; of decoder-only models the
                 last tokens that the head runs on (``logits_to_keep``), ``None``: all.
             kept_length: Tokens of the input that are not dropped, int ``[n]``; ``None``: all.
 
         Raises:
-            ValueError: If the backbone has a decoder behind an encoder and ``target_length`` is missing.
+            ValueError: If the backbone is an encoder-decoder and ``target_length`` is missing.
         """
         source, kept, target = self._lengths(source_length, kept_length, target_length)
         query = np.where(self._on_target, target, kept)

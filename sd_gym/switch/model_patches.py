@@ -31,7 +31,7 @@ class LayerPatch:
         attentions: What runs in the place of its attentions.
         norms: What is left of it where no row runs any of it.
         reads_input: Whether its stack is the one that reads the input.
-        restores: Whether it is the last of a lone stack, behind which all positions exist again.
+        restores: Whether it is the last layer of a lone stack, after which all positions exist again.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ def _with_hidden(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[t
 
 
 def run_encoder(decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-    """The encoder in front of a decoder: its output tells which tokens it lost; resumed behind it, it does not run."""
+    """The encoder in front of a decoder: its output tells which tokens it lost; a pass that is resumed after it does not run it."""
     if not isinstance(decision, Decision):
         return inner(*args, **kwargs)
     if decision.resume_from is not None and decision.resume_from.encoded is not None:
@@ -119,7 +119,7 @@ def run_encoder(decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -
 
 
 def run_decoder(decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-    """The decoder behind an encoder, whose output may have lost tokens, and where a stage may stand."""
+    """The decoder of an encoder-decoder: the encoder's output may have lost tokens, and a stage may be here."""
     if isinstance(decision, Decision) and decision.pending is not None:
         if not decision.pending.stages[0].follows_encoder:
             raise ValueError(

@@ -77,7 +77,7 @@ class Patches:
             skipped: Whether any row skips a switch, bool ``[switches]``.
             idle: The layers that are passed by.
             drops: Whether tokens are dropped.
-            resumes: As of ``idle``.
+            resumes: See ``idle``.
         """
         needs: list[int] = []
         skips = skipped.tolist()

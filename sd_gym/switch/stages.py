@@ -27,7 +27,7 @@ class Seen:
         hidden: Hidden states that enter the layer, ``[batch, positions, width]``, without dropped tokens; at
             ``decoder`` the encoder's output.
         mask: Which positions are to be looked at, ``[batch, positions]``: the input's tokens, neither padding nor an
-            answer behind a prompt. Of a decoder behind an encoder the first position alone, which is all that
+            answer after a prompt. In the decoder of an encoder-decoder, only the first position, which is all that
             ``generate()`` has when it decides.
         encoded: At the decoder's stages, the encoder's output ``[batch, source, width]``; else ``None``.
     """
@@ -62,7 +62,7 @@ class Stage(NamedTuple):
         name: ``first``, ``decoder``, or stack and index of a layer.
         place: Stack and index of the layer that it stands in front of.
         switches: Those that are decided there: up to the next stage, or, of one by itself, up to the next layer's.
-        follows_encoder: Whether it stands in the decoder behind an encoder, or between the two.
+        follows_encoder: Whether it is in the decoder of an encoder-decoder, or between the two.
     """
 
     name: str

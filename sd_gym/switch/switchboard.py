@@ -182,8 +182,8 @@ class Switchboard:
         """Decide in the first forward pass inside the ``with`` block, from stage to stage, on what it has computed.
 
         So an input is embedded once, to be looked at and to run, and later switches are decided on what earlier layers
-        made of it. What is decided holds to the end of the block, as of ``decide``. A call of ``generate()`` decides
-        while it reads the prompt (or in the encoder and behind it), and holds that to its own end. Not for compiled
+        made of it. A decision holds to the end of the block, as with ``decide``. A call of ``generate()`` decides
+        while it reads the prompt (or in and after the encoder), and holds that to its own end. Not for compiled
         models. Nothing waits for the device but what ``choose`` does.
 
         Args:
@@ -195,7 +195,7 @@ class Switchboard:
                 It may be narrower than what a decoder reads where an answer follows its prompt.
 
         Raises:
-            ValueError: If there is no stage of such a name. Inside the block, as of ``decide``.
+            ValueError: If there is no stage of such a name. Inside the block, see ``decide``.
             StaleBoardError: If the model's modules were replaced since the board was made, or it was removed.
         """
         self._check_fresh()
@@ -220,10 +220,10 @@ class Switchboard:
         Args:
             stage: Name of the stage.
             run: Runs the pass, as ``lambda: model(**inputs)``. What it returns is never reached.
-            skip: As of ``decide``; what it says of switches from the stage on does not count. ``None``: all run.
-            keep: As of ``decide``.
-            mask: As of ``decide_in_pass``.
-            resume_from: As of ``decide``: an earlier stage, where the pass was stopped before.
+            skip: See ``decide``; switches from the stage on do not count. ``None``: all run.
+            keep: See ``decide``.
+            mask: See ``decide_in_pass``.
+            resume_from: See ``decide``: an earlier stage, where the pass was stopped before.
 
         Raises:
             ValueError: If there is no such stage, or as ``decide``.
@@ -325,7 +325,7 @@ class Switchboard:
 
     @property
     def is_deciding(self) -> bool:
-        """Whether decisions are in force here, be it that everything runs."""
+        """Whether a decision is in force here, including one under which everything runs."""
         return self._scope.is_decided
 
     def remove(self) -> None:

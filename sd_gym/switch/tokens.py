@@ -106,7 +106,7 @@ def rarity_scores(input_ids: NDArray, present: NDArray, rarity: NDArray) -> NDAr
     Args:
         input_ids: ``[n, length]``.
         present: bool ``[n, length]``, False at padding, which scores ``-inf``.
-        rarity: As ``inverse_document_frequency`` gives it.
+        rarity: From ``inverse_document_frequency``.
 
     Example:
         >>> rarity_scores(np.array([[0, 1, 9]]), np.array([[True, True, False]]), np.array([0.0, 0.69, 1.39]))
@@ -210,9 +210,9 @@ class TokenPass:
         if not fits:
             raise ValueError(
                 f"tokens are dropped from inputs of {tokens.length} tokens, but the model got {self.query_length}"
-                + (f" behind {past} in its cache" if past else "")
+                + (f" after {past} in its cache" if past else "")
                 + "; give keep a column for each token of the padded input, in its order (1 at padding and at an answer"
-                " behind a prompt)"
+                " after a prompt)"
             )
         self._keys = past + self.query_length
         self._index_of_keys, self._valid_keys = self._extended(total, self._keys)
@@ -240,7 +240,7 @@ class TokenPass:
                     kwargs = {**kwargs, "attention_mask": self._own_mask}
             elif args[slot] is None:
                 args = (*args[:slot], self._own_mask, *args[slot + 1 :])
-        # Hidden states come first, or by name; behind the first layer only kept tokens are left of them.
+        # Hidden states come first, or by name; after the first layer they hold kept tokens only.
         if args:
             hidden, others = args[:1], args[1:]
             args = (*(map(self._compact, hidden) if first else hidden), *map(self._compact, others))
