@@ -141,7 +141,7 @@ def architecture_of(model_type: str) -> Architecture:
     """The entry for a model type.
 
     Raises:
-        UnsupportedArchitectureError: If the model type is unknown; the message lists the known ones and says how to add one.
+        UnsupportedArchitectureError: If the type is unknown; the message lists the known ones and says how to add one.
     """
     if model_type not in _REGISTRY:
         raise UnsupportedArchitectureError(

@@ -58,7 +58,7 @@ class FlopsModel:
 
         Args:
             source_length: Tokens of the input, int ``[n]``; of a decoder-only model: prompt and answer together.
-            target_length: Tokens that the decoder of an encoder-decoder runs on, int ``[n]``; of decoder-only models the
+            target_length: Tokens that an encoder-decoder's decoder runs on, int ``[n]``; of decoder-only models the
                 last tokens that the head runs on (``logits_to_keep``), ``None``: all.
             kept_length: Tokens of the input that are not dropped, int ``[n]``; ``None``: all.
 

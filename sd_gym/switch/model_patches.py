@@ -106,7 +106,10 @@ def _with_hidden(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[t
 
 
 def run_encoder(decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-    """The encoder in front of a decoder: its output tells which tokens it lost; a pass that is resumed after it does not run it."""
+    """The encoder of an encoder-decoder: its output tells which tokens it lost.
+
+    A pass that is resumed after the encoder does not run it.
+    """
     if not isinstance(decision, Decision):
         return inner(*args, **kwargs)
     if decision.resume_from is not None and decision.resume_from.encoded is not None:

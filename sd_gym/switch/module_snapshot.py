@@ -37,7 +37,10 @@ class ModuleSnapshot(NamedTuple):
         return cls(tuple(links), holders, names, list(children))
 
     def replaced(self) -> list[str]:
-        """Paths at which another module is now; asked for every decision, so it has to be quick in the usual case, where nothing was replaced."""
+        """Paths at which another module is now.
+
+        Asked for every decision, so it is quick in the usual case, where nothing was replaced.
+        """
         found = list(map(dict.get, self.holders, self.names))
         if found == self.children:
             return []
