@@ -42,7 +42,7 @@ sys.path.append(str(Path(__file__).parent.parent / "examples"))
 import own_ppo
 
 MINI = [identity for identity in sd_gym.registered_ids() if identity.endswith("-Mini-v0")]
-AGENTS = ["script", "ppo", "a2c", "reinforce"]
+AGENTS = ["script", "ppo", "a2c", "reinforce", "ppo_lex"]
 COLUMNS = ["env", "decisions", "agent", "seeds", "FLOPs as learned (points)", "FLOPs as selected (points)", "kept"]
 console = Console(stderr=True)
 

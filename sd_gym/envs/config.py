@@ -227,7 +227,7 @@ def _base_file(chain: list[Path], name: Any) -> Path:
     file = chain[-1]
     if not isinstance(name, str) or Path(name).name != name:
         raise ConfigError(
-            f"{file}: {EXTENDS!r} takes the name of a YAML file, as classification_mini.yaml; got {name!r}"
+            f"{file}: {EXTENDS!r} takes the name of a YAML file, as classification_mini.yaml; got {short(name)}"
         )
     candidates = [file.parent / name, CONFIG_FOLDER / name]
     base = next((one for one in candidates if one.is_file()), None)
