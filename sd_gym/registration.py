@@ -1,4 +1,7 @@
-"""Every YAML file of ``envs_configs/`` becomes a Gymnasium id, at ``import sd_gym``; nothing heavy is imported here."""
+"""Every YAML file of ``envs_configs/`` with an ``id`` becomes a Gymnasium id, at ``import sd_gym``.
+
+Nothing heavy is imported here.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,10 @@ def _line(file: Path, key: str) -> str | None:
     return None
 
 
-ENVS = Registry("env", {env_id(file): file for file in sorted(CONFIG_FOLDER.glob("*.yaml"))})
+# A file without an id is only a base that others extend.
+ENVS = Registry(
+    "env", {env_id(file): file for file in sorted(CONFIG_FOLDER.glob("*.yaml")) if _line(file, "id") is not None}
+)
 
 
 def config_files() -> list[Path]:
@@ -85,7 +91,8 @@ def registered_ids() -> list[str]:
 
 def shipped_tables() -> dict[str, str]:
     """The envs whose tables are in the package: the folder of each by its id, as their YAML files name it."""
-    folders = {env_id(file): _line(file, "table") for file in sorted(CONFIG_FOLDER.glob("*.yaml"))}
+    bundled = [file for file in config_files() if file.parent == CONFIG_FOLDER]
+    folders = {env_id(file): _line(file, "table") for file in bundled}
     return {identity: folder for identity, folder in folders.items() if folder not in (None, "null")}
 
 

@@ -424,8 +424,16 @@ def test_an_env_that_extends_another_one(reviews, tiny_backbone, tmp_path):
     (tmp_path / "mini.yaml").write_text("id: Own/Mini-v0\nextends: summarization_mini.yaml\ntrain_size: 20\n")
     config = gym.make(sd_gym.register_env(tmp_path / "mini.yaml")).unwrapped.config
     assert (config.task, config.data.train_size, config.data.test_size) == ("summarization", 20, 2000)
+    (tmp_path / "most.yaml").write_text(
+        "id: Own/Most-v0\nextends: more.yaml\npenalty: 3\n"
+    )  # which extends another one
+    config = gym.make(sd_gym.register_env(tmp_path / "most.yaml")).unwrapped.config
+    assert (config.id, config.reward.penalty, config.reward.epsilon) == ("Own/Most-v0", 3.0, 0.25)
+    (tmp_path / "circle.yaml").write_text("extends: bad.yaml\n")
     for name, message in (
-        ("more.yaml", "more.yaml, which extends another file"),
+        ("bad.yaml", r"in a circle \(bad.yaml -> bad.yaml\)"),
+        ("circle.yaml", r"in a circle \(bad.yaml -> circle.yaml -> bad.yaml\)"),
+        ("missing.yaml", "extends 'missing.yaml', which is neither in .* nor in the package"),
         ("../own.yaml", "takes the name of a YAML file.*'../own.yaml'"),
     ):
         (tmp_path / "bad.yaml").write_text(f"id: Own/Bad-v0\nextends: {name}\n")

@@ -29,10 +29,12 @@ import sd_gym
 from sd_gym import switch
 from sd_gym.backbones.heads import model_inputs
 from sd_gym.cli import app
+from sd_gym.config import KEYS, EnvConfig, spelled
 from sd_gym.envs import ConfigError, passes, spaces
+from sd_gym.envs.config import read_values
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.wrappers import SafetyWrapper
-from sd_gym.registration import CONFIG_FOLDER, config_files, is_of_table
+from sd_gym.registration import CONFIG_FOLDER, config_files
 from sd_gym.switch import first_layer_input
 
 SMALL = {"train_size": 60, "validation_size": 20, "test_size": 20}
@@ -520,15 +522,21 @@ def test_the_safety_wrapper_has_a_cost_beside_the_reward(tiny):
     assert min(costs) == 0 < max(costs)
 
 
-def test_every_configuration_explains_the_keys():
-    for file in config_files():
-        if is_of_table(file):  # its spaces are those of the env that the table is of
-            continue
-        lines = file.read_text().splitlines()
-        extends = any(line.startswith("extends:") for line in lines)
-        for key in ("extends", "stages") if extends else ("action", "codebook", "observation", "  vector", "stages"):
-            number = next(n for n, line in enumerate(lines) if line.startswith(f"{key}:"))
-            assert lines[number - 1].strip().startswith("# ")
+def test_the_base_configuration_explains_every_key_and_no_other_file_repeats_it():
+    """Its values are the defaults of ``EnvConfig``; a key with a comment is explained above it, or above its part."""
+    lines = (CONFIG_FOLDER / "base.yaml").read_text().splitlines()
+    values = read_values(CONFIG_FOLDER / "base.yaml")
+    assert set(KEYS) - set(values) == {"id", "table"}  # an env's own; table.yaml explains it
+    defaults = EnvConfig(id="x", task="classification", data={"dataset": "d"}, backbone={"name": "b"}).model_dump()
+    for key, value in spelled(defaults).items():
+        if key not in ("id", "table", "data.dataset", "backbone.name"):
+            assert list(values[key]) == list(value) if isinstance(value, tuple) else values[key] == value, key
+    for part in [line.split(":")[0] for line in lines if line and not line.startswith((" ", "#"))]:
+        assert lines[next(n for n, line in enumerate(lines) if line.startswith(f"{part}:")) - 1].startswith("# ")
+    files = {file.name for file in CONFIG_FOLDER.glob("*.yaml")}
+    bases = files - {file.name for file in config_files()}
+    assert "base.yaml" in bases
+    assert all("extends:" in (CONFIG_FOLDER / name).read_text() for name in files - {"base.yaml", "table.yaml"})
     assert {file.stem for file in (CONFIG_FOLDER / "codebooks").glob("*.json")} == {
         file.stem for file in config_files() if file.stem.endswith("mini")
     }

@@ -199,28 +199,46 @@ def load_config(file: str | Path, overrides: Mapping[str, Any]) -> EnvConfig:
 
 
 def read_values(file: Path) -> dict[str, Any]:
-    """The values of an env's YAML file by dotted key, not yet checked, over those of the file that it ``extends``.
+    """The values of a YAML file by dotted key, not yet checked, on top of those of the file that it ``extends``.
 
-    That one is called by its name alone: it lies beside the file, or is the package's.
+    That file may extend another one. It is named without a folder: it is in the same folder, or in the package.
+
+    Args:
+        file: The YAML file.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ConfigError: If one is not UTF-8, no YAML, or something else than keys and values, or extends wrongly; and as
-            ``sd_gym.config.spelled`` raises.
+        ConfigError: If a file is not UTF-8, is not YAML, holds something else than keys and values, extends a path or
+            a missing file, or if the files extend each other in a circle; and as ``sd_gym.config.spelled`` raises.
     """
-    values = read_yaml(file)
-    if EXTENDS not in values:
-        return spelled(values, str(values.get("id", file)))
-    name = values.pop(EXTENDS)
+    values: dict[str, Any] = {}
+    chain: list[Path] = []
+    next_file: Path | None = file
+    while next_file is not None:
+        chain.append(next_file)
+        said = read_yaml(next_file)
+        next_file = _base_file(chain, said.pop(EXTENDS)) if EXTENDS in said else None
+        values = {**spelled(said, str(said.get("id", chain[-1]))), **values}
+    return values
+
+
+def _base_file(chain: list[Path], name: Any) -> Path:
+    """The file that the last one of a chain extends."""
+    file = chain[-1]
     if not isinstance(name, str) or Path(name).name != name:
         raise ConfigError(
-            f"{file}: {EXTENDS!r} takes the name of a YAML file, as classification_mini.yaml; got {name!r}"
+            f"{file}: {EXTENDS!r} takes the name of a YAML file, as classification_mini.yaml; got {short(name)}"
         )
-    beside = file.parent / name
-    base = read_yaml(beside if beside.is_file() else CONFIG_FOLDER / name)
-    if EXTENDS in base:
-        raise ConfigError(f"{file} extends {name}, which extends another file; name that one")
-    return {**spelled(base, name), **spelled(values, str(values.get("id", file)))}
+    candidates = [file.parent / name, CONFIG_FOLDER / name]
+    base = next((one for one in candidates if one.is_file()), None)
+    if base is None:
+        raise ConfigError(f"{file} extends {name!r}, which is neither in {file.parent} nor in the package")
+    if base in chain:
+        circle = " -> ".join(one.name for one in [*chain, base])
+        raise ConfigError(
+            f"{chain[0]}: the files extend each other in a circle ({circle}); end it with one that does not"
+        )
+    return base
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

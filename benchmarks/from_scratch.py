@@ -1,13 +1,13 @@
-"""Agents that learn from nothing beside a plain PPO script, at equal decisions: a table, and learning curves.
+"""Trains agents from scratch next to a plain PPO script, for the same number of decisions: a table and learning curves.
 
-    python benchmarks/from_nothing.py --output runs/from_nothing
+    python benchmarks/from_scratch.py --algos script ppo a2c reinforce
+    python benchmarks/from_scratch.py --algos ppo reinforce --envs SD/Classification-Mini-Staged-v0 --at 0.25 0.5 1
 
-``script`` is ``examples/own_ppo.py``, run as an agent, so that its policy is validated and selected as those of all
-others are. For each run two policies are shown: the one that learning ended with, and the one that was selected on the
-validation split. Means over seeds with 95% intervals (Student's t). What is finished is kept and what was cut off goes
-on, so the command can be started again, and twice at the same time with other ``--envs``. ``--table`` only prints what
-is there. ``--ablation`` changes one default of PPO at a time instead. ``--at 0.25 0.5 1`` has more columns: the FLOPs
-where so many points are lost, read off the front of bolder and more cautious versions of each policy on the test split.
+``script`` is ``examples/own_ppo.py``, run as an agent, so its policy is validated and selected like all others. The
+table shows two policies of each run: the one at the end of learning, and the one selected on the validation split.
+Means over seeds with 95% intervals (Student's t). Finished runs are kept and interrupted ones resumed, so the command
+can be given again, and twice at once with different ``--envs``. ``--table`` only prints what is there. ``--at 0.25 0.5
+1`` adds columns: the FLOPs where so many points are lost, read off the front of operating points on the test split.
 """
 
 from __future__ import annotations
@@ -42,23 +42,7 @@ sys.path.append(str(Path(__file__).parent.parent / "examples"))
 import own_ppo
 
 MINI = [identity for identity in sd_gym.registered_ids() if identity.endswith("-Mini-v0")]
-AGENTS = ["script", "ppo", "a2c", "reinforce", "ppo_lex", "a2c_lex"]
-ABLATION: dict[str, tuple[str, dict[str, Any]]] = {  # one default changed, by name of the row
-    "ppo": ("ppo", {}),
-    "start near dense (0.1)": ("ppo", {"initial_skip_rate": 0.1}),
-    "rollouts of 1,024": ("ppo", {"num_envs": 1024}),
-    "minibatches of 64": ("ppo", {"batch_size": 64}),
-    "learning rate 5e-4": ("ppo", {"learning_rate": 5e-4}),
-    "entropy bonus 0.01": ("ppo", {"entropy": 0.01}),
-    "8 epochs": ("ppo", {"n_epochs": 8}),
-    "a2c": ("a2c", {}),
-    "a2c, 16 envs, learning rate 2e-3": ("a2c", {"num_envs": 16, "learning_rate": 2e-3}),
-    "a2c, learning rate 2e-3": ("a2c", {"learning_rate": 2e-3}),
-    "reinforce": ("reinforce", {}),
-    "reinforce without foresight": ("reinforce", {"foresight": False}),
-    "reinforce, one update a rollout": ("reinforce", {"updates": 1}),
-    "reinforce, limit at epsilon": ("reinforce", {"limit": 1.0}),
-}
+AGENTS = ["script", "ppo", "a2c", "reinforce", "ppo_lex"]
 COLUMNS = ["env", "decisions", "agent", "seeds", "FLOPs as learned (points)", "FLOPs as selected (points)", "kept"]
 console = Console(stderr=True)
 
@@ -95,7 +79,7 @@ register_agent("script", Script)
 def folder_of(output: Path, env: str, name: str, steps: int, seed: int) -> Path:
     """Of one run."""
     short = env.removeprefix("SD/").removesuffix("-v0")
-    return output / f"{short}-{steps}" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    return output / f"{short}-{steps}" / f"{name}-{seed}"
 
 
 def show(word: Word) -> None:
@@ -168,29 +152,27 @@ def plot(curves: dict[str, dict[str, list[list[dict]]]], file: Path) -> None:
 def main() -> None:
     """Train what is not trained yet, then print a Markdown table and draw the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/from_nothing"))
+    parser.add_argument("--output", type=Path, default=Path("runs/from_scratch"))
     parser.add_argument("--envs", nargs="+", default=MINI)
     parser.add_argument("--algos", nargs="+", default=AGENTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", nargs="+", type=int, default=[20_000])
     parser.add_argument("--jobs", type=int, default=1, help="processes, which share the cores")
-    parser.add_argument("--ablation", action="store_true", help="PPO with one default changed")
     parser.add_argument("--at", nargs="+", type=float, default=[], metavar="POINTS", help="losses to read fronts at")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
     arguments = parser.parse_args()
-    variants = ABLATION if arguments.ablation else {name: (name, {}) for name in arguments.algos}
     cases = [(env, steps) for env in arguments.envs for steps in arguments.steps]
     if not arguments.table:
         runs = [
-            Planned(env, algo, folder_of(arguments.output, env, name, steps, seed), steps, seed, settings)
+            Planned(env, name, folder_of(arguments.output, env, name, steps, seed), steps, seed, {})
             for seed in arguments.seeds
             for env, steps in cases
-            for name, (algo, settings) in variants.items()
+            for name in arguments.algos
         ]
         train_many(runs, jobs=arguments.jobs, imports=[str(Path(__file__).resolve())], on_word=show)
     rows, curves = [], {}
     for env, steps in cases:
-        for name in variants:
+        for name in arguments.algos:
             folders = [folder_of(arguments.output, env, name, steps, seed) for seed in arguments.seeds]
             folders = [folder for folder in folders if (folder / "result.json").exists()]
             results = [read_result(folder) for folder in folders]
