@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sd_gym.backbones import load_own_backbone
+from sd_gym.backbones.load import load_own_backbone
 from sd_gym.config import spelled
 from sd_gym.envs.config import make_config
 from sd_gym.envs.passes import Passes
@@ -186,7 +186,7 @@ class SkippingModel:
         return network.flops + network.flops_a_token * seen + judged * split.costs.head_flops(np.arange(len(split)))
 
     def _unknown_tokens(self, split: Split) -> NDArray:
-        """How many tokens of each input the tokenizer does not know, ``[n]``; one that spells all in bytes knows all."""
+        """How many tokens of each input the tokenizer does not know, ``[n]``: none, where it spells all in bytes."""
         known = self.tokenizer
         others = known.eos_token_id, known.bos_token_id, known.pad_token_id
         if known.unk_token_id is None or known.unk_token_id in others:
