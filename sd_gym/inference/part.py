@@ -45,7 +45,7 @@ class State(BaseModel):
         line: Number of the last line of the input that is answered.
         rows: Hash of the rows up to there.
         size: Bytes of the answers up to there.
-        answers: Hash of them.
+        written: Hash of them.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -57,7 +57,7 @@ class State(BaseModel):
     line: NonNegativeInt = 0
     rows: str = ""
     size: NonNegativeInt = 0
-    answers: str = ""
+    written: str = ""
 
     @property
     def made_by(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Part:
     def __init__(self, output: Path, state: State) -> None:
         self._output, self._folder = output, output.with_name(output.name + ".part")
         self._file, self._state = self._folder / ANSWERS, state
-        self._rows, self._answers = hashlib.sha256(), hashlib.sha256()
+        self._rows, self._written = hashlib.sha256(), hashlib.sha256()
 
     @contextmanager
     def held(self, rows: Iterator[Line], *, resume: bool) -> Iterator[None]:
@@ -125,7 +125,7 @@ class Part:
             file.flush()
             os.fsync(file.fileno())
         self._count(lines)
-        self._answers.update(content)
+        self._written.update(content)
         self._state.line, self._state.size = lines[-1].number, self._state.size + len(content)
         self._write_state()
 
@@ -135,7 +135,7 @@ class Part:
         shutil.rmtree(self._folder)
 
     def _write_state(self) -> None:
-        self._state.rows, self._state.answers = self._rows.hexdigest(), self._answers.hexdigest()
+        self._state.rows, self._state.written = self._rows.hexdigest(), self._written.hexdigest()
         write_text(self._folder / STATE, self._state.model_dump_json())
 
     def _check_own(self) -> None:
@@ -167,7 +167,7 @@ class Part:
                 "delete it"
             )
         self._read_answers(known.size)
-        if self._answers.hexdigest() != known.answers:
+        if self._written.hexdigest() != known.written:
             raise ValueError(f"{self._file} was changed since it was written; delete {self._folder}")
         last = 0
         while last < known.line:
@@ -195,5 +195,5 @@ class Part:
         """Hash the first bytes of the answers."""
         with self._file.open("rb") as file:
             while size > 0 and (block := file.read(min(BLOCK, size))):
-                self._answers.update(block)
+                self._written.update(block)
                 size -= len(block)
