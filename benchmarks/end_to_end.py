@@ -78,9 +78,9 @@ class Dense:
     """A model on which everything runs, for ``run_file``."""
 
     def __init__(self, model: SkippingModel) -> None:
-        self.checked, self._model = model.checked, model
+        self.checked, self.fingerprints, self._model = model.checked, model.fingerprints, model
 
-    def __call__(self, inputs: list[list[str]], batch_size: int | None) -> list[Answer]:
+    def answers(self, inputs: list[list[str]], batch_size: int | None) -> list[Answer]:
         """Answers."""
         return self._model(inputs, dense=True, batch_size=batch_size)
 

@@ -333,12 +333,26 @@ def test_what_cannot_work_is_refused():
     attach(model, policy)
     with pytest.raises(ValueError, match="decides by its input_ids"):
         model(inputs_embeds=torch.zeros(1, 3, 16))
+    with pytest.raises(ValueError, match="got inputs_embeds"):
+        model(**inputs, inputs_embeds=torch.zeros(5, 7, 16))
     with pytest.raises(TypeError, match="detach"):
         copy.deepcopy(model)
     protected = make_policy(model, shares=(0.0, 0.5), seed=3)
     attach(model, SkipPolicy(**{**vars(protected), "protection": None}))
     with pytest.raises(ValueError, match="call it on texts"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODER)
+def test_what_an_encoder_has_run_densely_is_refused(name):
+    model, inputs = make_model(name), make_inputs(name)
+    prompts = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    encoded = model.get_encoder()(**prompts)
+    attach(model, make_policy(model))
+    with pytest.raises(ValueError, match="runs the whole pass; got encoder_outputs"):
+        model.generate(**prompts, encoder_outputs=encoded, max_new_tokens=3)
+    with pytest.raises(ValueError, match="runs the whole pass; got encoder_outputs"):
+        model(**inputs, encoder_outputs=encoded)
 
 
 def test_the_dial_takes_a_version_that_was_validated():

@@ -1,15 +1,24 @@
 """Files of inputs: answered in order, malformed lines passed over, a run that was cut off goes on."""
 
 import json
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import sd_gym
 from sd_gym.cli import app
+from sd_gym.errors import DataError
+from sd_gym.folders import FolderInUseError
 from sd_gym.inference.bulk import rows_of, run_file
 from sd_gym.tasks import cache
+from sd_gym.tasks.files import read_jsonl
+from tests.conftest import WORDS
 from tests.test_leaving import trained
 
 ROWS = 24
@@ -18,9 +27,7 @@ ROWS = 24
 @pytest.fixture
 def model(tmp_path, tiny_tokenizer):
     *_, texts = trained("classification", None, tmp_path, tiny_tokenizer)
-    loaded = sd_gym.load(tmp_path / "artefact")
-    yield loaded, texts
-    sd_gym.detach(loaded.model)
+    return sd_gym.load(tmp_path / "artefact"), texts
 
 
 def lines_of(file):
@@ -92,20 +99,30 @@ def test_a_malformed_line_stops_no_other(model, tmp_path):
     assert [line.number for line in bulk.malformed] == [2, 3, 4]
 
 
-def test_a_run_that_was_cut_off_goes_on_behind_the_last_whole_line(model, tmp_path):
-    model, texts = model
-    source, output = write(tmp_path / "in.jsonl", [{"text": text} for text in texts]), tmp_path / "o.jsonl"
-    run_file(model, source, tmp_path / "whole.jsonl", chunk=5)
+def cut_off(model, source, output, *, behind=10, chunk=5):
+    """A run that ends behind so many rows; its part."""
 
     def cut(rows, bulk):
-        if rows == 10:
+        if rows >= behind:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_file(model, source, output, chunk=5, on_chunk=cut)
+        run_file(model, source, output, chunk=chunk, on_chunk=cut)
     assert not output.exists()
-    part = tmp_path / "o.jsonl.part"
-    part.write_text(part.read_text() + '{"line": 11, "ans')
+    return output.with_name(output.name + ".part")
+
+
+def everything(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_run_that_was_cut_off_goes_on_behind_the_last_whole_chunk(model, tmp_path):
+    model, texts = model
+    source, output = write(tmp_path / "in.jsonl", [{"text": text} for text in texts]), tmp_path / "o.jsonl"
+    run_file(model, source, tmp_path / "whole.jsonl", chunk=5)
+    part = cut_off(model, source, output)
+    with (part / "answers.jsonl").open("a") as file:
+        file.write('{"line": 11, "answer": "x"}\n{"line": 12, "ans')
     with pytest.raises(FileExistsError, match="--resume"):
         run_file(model, source, output)
     assert run_file(model, source, output, chunk=5, resume=True).rows == ROWS - 10
@@ -113,6 +130,169 @@ def test_a_run_that_was_cut_off_goes_on_behind_the_last_whole_line(model, tmp_pa
     assert not part.exists()
     with pytest.raises(FileExistsError, match="there already"):
         run_file(model, source, output)
+
+
+def test_one_run_at_a_time_writes_an_output(model, tmp_path):
+    model, texts = model
+    source, output = write(tmp_path / "in.jsonl", [{"text": text} for text in texts]), tmp_path / "o.jsonl"
+    refused = []
+
+    def beside(rows, bulk):
+        for resume in (True, False):
+            with pytest.raises(FolderInUseError):
+                run_file(model, source, output, resume=resume)
+            refused.append(rows)
+
+    run_file(model, source, output, chunk=10, on_chunk=beside)
+    assert refused == [10, 10, 20, 20, 24, 24]
+    assert [one["line"] for one in lines_of(output)] == list(range(1, ROWS + 1))
+
+
+def test_what_something_else_has_begun_is_not_resumed(model, tmp_path):
+    model, texts = model
+    rows = [{"text": text, "other": text} for text in texts]
+    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "o.jsonl"
+    part = cut_off(model, source, output)
+    before = everything(part)
+    bolder = sd_gym.load(model.policy.with_margin(-1.0))
+    shorter = write(tmp_path / "shorter.jsonl", rows[:7])
+    changed = write(tmp_path / "changed.jsonl", [{"text": "good"}, *rows[1:]])
+    for arguments, options, error in [
+        ((bolder, source), {}, r"another policy \(or operating point\)"),
+        ((model, source), {"columns": {"text": "other"}}, "another --column"),
+        ((model, shorter), {}, "up to line 10"),
+        ((model, changed), {}, "other rows than the first 10 lines"),
+    ]:
+        with pytest.raises(ValueError, match=error):
+            run_file(*arguments, output, resume=True, **options)
+        assert everything(part) == before
+    (part / "answers.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="was changed"):
+        run_file(model, source, output, resume=True)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("kind", ["file", "link", "link to a folder", "folder", "state", "linked answers"])
+def test_what_was_not_written_by_a_run_stays_as_it_is(model, tmp_path, kind, resume):
+    model, texts = model
+    source, output = write(tmp_path / "in.jsonl", [{"text": text} for text in texts]), tmp_path / "o.jsonl"
+    part, mine = tmp_path / "o.jsonl.part", tmp_path / "mine"
+    if kind in ("state", "linked answers"):
+        cut_off(model, source, output)
+    else:
+        mine.mkdir()
+    if kind == "file":
+        part.write_text("mine, and half a line")
+    elif kind == "link":
+        part.symlink_to(write(tmp_path / "notes.txt", ["mine, and half a line"]))
+    elif kind == "link to a folder":
+        part.symlink_to(mine)
+    elif kind == "folder":
+        part.mkdir()
+        (part / "notes.txt").write_text("mine")
+    elif kind == "state":
+        (part / "part.json").write_text('{"line": 3}')
+    else:
+        (part / "answers.jsonl").rename(mine)
+        (part / "answers.jsonl").symlink_to(mine)
+    before = everything(part) if part.is_dir() else part.read_text()
+    error = "--resume" if kind == "state" and not resume else "was not written by sd-gym run"
+    with pytest.raises(FileExistsError, match=error):
+        run_file(model, source, output, resume=resume)
+    assert (everything(part) if part.is_dir() else part.read_text()) == before
+    assert not output.exists()
+
+
+def test_half_a_character_is_an_error_of_its_row(model, tmp_path):
+    model, texts = model
+    source = write(tmp_path / "in.jsonl", [{"text": texts[0]}, {"text": "bad \ud800"}, {"text": texts[1]}])
+    run_file(model, source, tmp_path / "o.jsonl")
+    came = lines_of(tmp_path / "o.jsonl")
+    assert [one.get("answer") for one in came] == [model(texts[:1])[0].answer, None, model(texts[1:2])[0].answer]
+    assert came[1]["error"].startswith("text has half a character at place 5")
+    with pytest.raises(ValueError, match="input 1: text has half a character"):
+        model([texts[0], "bad \ud800"])
+
+
+def test_blank_lines_are_skipped_as_in_training(model, tmp_path):
+    model, texts = model
+    source = write(tmp_path / "in.jsonl", ["\n", {"text": texts[0]}, " \t\n", {"text": texts[1]}, "\n"])
+    assert run_file(model, source, tmp_path / "o.jsonl").malformed == []
+    assert [one["line"] for one in lines_of(tmp_path / "o.jsonl")] == [2, 4]
+    assert [place.rpartition(" ")[2] for place, _ in read_jsonl(source)] == ["2", "4"]
+
+
+def test_a_warning_says_once_how_many_inputs_have_unknown_words(model, tmp_path):
+    model, texts = model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(texts)
+    rows = ["xylophone", texts[0], "good zzz zzz"]
+    source = write(tmp_path / "in.jsonl", [{"text": text} for text in rows])
+    with pytest.warns(UserWarning, match="2 of 3 inputs have words that the backbone's tokenizer does not know"):
+        run_file(model, source, tmp_path / "o.jsonl", chunk=1)
+    assert [one["unknown_tokens"] for one in lines_of(tmp_path / "o.jsonl")] == [1, 0, 2]
+    with pytest.warns(UserWarning, match="2 of 3 inputs"):
+        model(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(rows)
+    done = CliRunner().invoke(
+        app, ["run", str(tmp_path / "artefact"), "--input", str(source), "--output", str(tmp_path / "p.jsonl")]
+    )
+    assert done.exit_code == 0
+    assert done.stderr.count("2 of 3 inputs have words") == 1
+
+
+def test_a_question_that_is_too_long_is_an_error_of_its_row(tmp_path, tiny_tokenizer):
+    *_, texts = trained("extracted", None, tmp_path, tiny_tokenizer)
+    model, rows = sd_gym.load(tmp_path / "artefact"), texts[:3]
+    rows[1] = {**rows[1], "question": "food " * 40}
+    run_file(model, write(tmp_path / "in.jsonl", rows), tmp_path / "o.jsonl", compare=True)
+    came = lines_of(tmp_path / "o.jsonl")
+    assert ["error" in one for one in came] == [False, True, False]
+    assert "the question alone has" in came[1]["error"]
+
+
+CELLS = st.one_of(
+    st.sampled_from(WORDS), st.text(max_size=5), st.none(), st.integers(), st.lists(st.none(), max_size=1)
+)
+ROW = st.dictionaries(st.sampled_from(["text", "text_pair", "label", "x"]), CELLS, max_size=3).map(json.dumps)
+LINES = st.lists(st.one_of(ROW.map(str.encode), st.binary(max_size=8), st.just(b" ")), max_size=8)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(lines=LINES, suffix=st.sampled_from([".jsonl", ".csv"]), cut=st.integers(1, 4), stray=st.binary(max_size=9))
+def test_any_input_gives_its_rows_in_order_or_an_error_and_a_cut_changes_nothing(model, lines, suffix, cut, stray):
+    model, content = model[0], b"\n".join(lines)
+    with TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source, whole, output = (Path(name) / one for one in (f"in{suffix}", "whole", "output"))
+        source.write_bytes(content if suffix == ".jsonl" else b"text,label\n" + content)
+        try:
+            bulk = run_file(model, source, whole, compare=True, chunk=2)
+        except DataError:
+            assert suffix == ".csv"
+            return
+        came = lines_of(whole)
+        if suffix == ".jsonl":
+            told = enumerate(content.split(b"\n"), start=1)
+            assert [one["line"] for one in came] == [number for number, line in told if not blank(line, number)]
+        assert sum("error" in one for one in came) == len(bulk.malformed) == len(came) - bulk.rows
+        if len(came) < 2 * cut:
+            return
+        part = cut_off(model, source, output, behind=came[2 * cut - 1]["line"], chunk=2)
+        with (part / "answers.jsonl").open("ab") as file:
+            file.write(stray)
+        run_file(model, source, output, chunk=3, resume=True)
+        assert output.read_bytes() == whole.read_bytes()
+
+
+def blank(line, number):
+    try:
+        return not line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+    except UnicodeDecodeError:
+        return False
 
 
 @pytest.mark.parametrize(

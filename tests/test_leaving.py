@@ -237,6 +237,23 @@ def test_what_is_no_artefact_is_refused(tmp_path, tiny_tokenizer):
     sd_gym.detach(model.model)
 
 
+def test_who_loads_owns_its_model(tmp_path, tiny_tokenizer):
+    """Neither another load nor an env of the process runs under a policy that was loaded."""
+    core, _, artefact, texts = trained("classification", None, tmp_path, tiny_tokenizer)
+    every, split = np.arange(24), core.split("test")
+    model = core.backbone.model
+    before = model(**split.encoded.inputs(every, model.device)).logits
+    first, second = sd_gym.load(artefact), sd_gym.load(artefact.with_margin(-3.0))
+    alone = [one.skip for one in first(texts)]
+    assert sum(map(sum, alone)) < sum(sum(one.skip) for one in second(texts))
+    inputs = {name: split.passes.inputs(every)[name] for name in ("input_ids", "attention_mask")}
+    first.model(**inputs)
+    np.testing.assert_array_equal(first.model.decisions.skip, alone)
+    assert torch.equal(model(**split.encoded.inputs(every, model.device)).logits, before)
+    sd_gym.detach(first.model)
+    sd_gym.detach(second.model)  # which has a policy of its own
+
+
 def test_a_rule_for_protected_tokens_is_taken_only_if_it_says_just_the_same():
     ids = torch.tensor([[1, 7, 8, 2, 9, 9, 2], [1, 7, 2, 9, 2, 0, 0]])
     length = np.array([7, 5])

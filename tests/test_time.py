@@ -1,16 +1,21 @@
 """What is timed, and what FLOPs are executed: never the clock itself."""
 
+import copy
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from sd_gym.agents.experiment import evaluation
 from sd_gym.agents.experiment.evaluation import time_ratio
 from torch.utils.flop_counter import FlopCounterMode
 
 import sd_gym.envs.split
 import sd_gym.policy.observation
 import sd_gym.switch
+from sd_gym.inference.attach import attach, detach
 from sd_gym.tasks import ranking
+from tests.test_attach import make_policy
 
 SMALL = {"train_size": 40, "validation_size": 20, "test_size": 40, "token_shares": [0.0, 0.3, 0.6]}
 
@@ -128,6 +133,27 @@ def test_controls_stand_beside_each_time():
     assert set(timed) == {"time_ratio", "dense_by_length", "dense_shortened", "flops_ratio", "executed_ratio"}
     core = gym.make("SD/Summarization-Mini-v0", **{**SMALL, "token_shares": [0.0]}).unwrapped.core
     assert time_ratio(core, Drawn(core), "test", 1, batches=3)["dense_shortened"] is None
+
+
+def test_dense_is_timed_densely_whatever_is_attached(monkeypatch):
+    """FLOPs in the place of seconds: they are those of a model to which nothing is attached."""
+
+    def counted(run, backbone, inner=evaluation._seconds):
+        with FlopCounterMode(display=False) as counter:
+            inner(run, backbone)
+        return counter.get_total_flops()
+
+    monkeypatch.setattr(evaluation, "_seconds", counted)
+    core = gym.make("SD/Classification-Mini-v0", **SMALL).unwrapped.core
+    model = core.backbone.model
+    model.set_attn_implementation("eager")
+    wanted = time_ratio(core, Drawn(core), "test", 8, batches=3)
+    attach(model, make_policy(copy.deepcopy(model), seed=3))
+    try:
+        assert time_ratio(core, Drawn(core), "test", 8, batches=3) == wanted
+    finally:
+        detach(model)
+        model.set_attn_implementation("sdpa")
 
 
 @pytest.mark.parametrize("ranking", ["idf", "attention"])

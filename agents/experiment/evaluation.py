@@ -6,6 +6,7 @@ import hashlib
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from sd_gym.agents.experiment.verdict import Verdict, fewest_instances, losses_allowed, verdict
 
+from sd_gym.backbones import Backbone
 from sd_gym.envs.core import Core
 from sd_gym.envs.passes import PASS_TOKENS
 from sd_gym.envs.report import by_facts, write_instances
@@ -274,7 +276,7 @@ def time_ratio(
         ``flops_ratio``, that of the rows alone, and ``executed_ratio``, what was executed, padding included, over what
         the dense pass executed.
     """
-    split, device = core.split(split_name), core.backbone.model.device
+    split = core.split(split_name)
     random = np.random.default_rng(0)
     times: list[list[float]] = []
     flops = np.zeros(4)
@@ -284,7 +286,7 @@ def time_ratio(
             break
         rows = random.integers(len(split), size=min(batch_size, len(split)))
         decisions, _ = core.walk(split, rows, policy.decide)
-        seconds = [_seconds(run, device) for run in _contestants(core, policy, split, rows, decisions[:, -1])]
+        seconds = [_seconds(run, core.backbone) for run in _contestants(core, policy, split, rows, decisions[:, -1])]
         if number < WARM_UP:
             continue
         times.append([one / seconds[0] for one in seconds[1:]])
@@ -328,11 +330,13 @@ def _contestants(
     ]
 
 
-def _seconds(run: Any, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+def _seconds(run: Callable[[], object], backbone: Backbone) -> float:
+    """How long something takes where everything runs unless it decides otherwise itself."""
+    device, board = backbone.model.device, backbone.board
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    with board.decide(np.zeros((1, len(board)), dtype=bool)):  # a policy attached to the model does not count
+        wait()
+        started = time.perf_counter()
+        run()
+        wait()
+        return time.perf_counter() - started

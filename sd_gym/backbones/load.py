@@ -216,10 +216,20 @@ def save_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
 
 @lru_cache(maxsize=4)
 def load_backbone(name: str, device: str = "cpu") -> Backbone:
-    """Load a frozen backbone, ready to be switched; loaded once a process, since it never changes.
+    """Load a frozen backbone, ready to be switched: once a process, as all envs share it, so nobody may change it.
 
     Raises:
-        As ``load_model`` and ``usable_device``.
+        As ``load_own_backbone``.
+    """
+    return load_own_backbone(name, device)
+
+
+def load_own_backbone(name: str, device: str = "cpu") -> Backbone:
+    """Load a frozen backbone, ready to be switched, that nobody else has: for callers that attach a policy to it.
+
+    Raises:
+        FileNotFoundError, UnsupportedArchitectureError, BackboneError, ValueError: As ``load_model`` and
+            ``usable_device``.
     """
     model, tokenizer = load_model(name)
     model = model.to(usable_device(device)).eval().requires_grad_(False)

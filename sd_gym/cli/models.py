@@ -10,7 +10,16 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sd_gym.cli.terminal import Imports, console, errors, errors_as_lines, import_all, progress_bar, settings_of
+from sd_gym.cli.terminal import (
+    Imports,
+    console,
+    errors,
+    errors_as_lines,
+    import_all,
+    progress_bar,
+    settings_of,
+    warnings_as_lines,
+)
 
 Draw = Literal["even", "deeper", "staged"]
 
@@ -174,8 +183,12 @@ def run(
 ) -> None:
     """Answer many inputs with a trained policy; rows of about the same length, or of the same decision, run together.
 
-    Written are, of each row, its line, answer, skip (0 or 1 for each switch), token_level and flops_ratio. A malformed
-    line gets an "error" in its place and stops no other; the exit code is then 1.
+    Written are, of each row, its line, answer, skip (0 or 1 for each switch), token_level, flops_ratio and
+    unknown_tokens (which the tokenizer does not know). A malformed line gets an "error" in its place and stops no
+    other; the exit code is then 1. Blank lines are skipped.
+
+    Until all is done the answers are in the folder OUTPUT.part. --resume goes on from there, with the same policy,
+    operating point, columns and input; any other is refused.
 
     Examples:
     `sd-gym run runs/Summarization-Mini-ppo-0 --input documents.jsonl --output summaries.jsonl`
@@ -183,7 +196,7 @@ def run(
     `cat reviews.jsonl | sd-gym run runs/reviews --input - --output labels.jsonl --compare --column text=review`
     """
     import_all(imports)
-    with errors_as_lines(), progress_bar() as progress:
+    with errors_as_lines(), warnings_as_lines(), progress_bar() as progress:
         bar = progress.add_task("loading", total=None, figures="")
         from sd_gym.inference.bulk import rows_of, run_file
         from sd_gym.inference.texts import load

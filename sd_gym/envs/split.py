@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from sd_gym.backbones import load_backbone
+from sd_gym.backbones import Backbone, load_backbone
 from sd_gym.backbones.checks import check_positions
 from sd_gym.envs.config import ConfigError, EnvConfig
 from sd_gym.envs.costs import Costs
@@ -37,6 +37,7 @@ class Split:
         config: The env's configuration.
         name: The split.
         data: The splits of the data set.
+        backbone: The backbone; ``None``: the one of the config, which all envs of the process share.
 
     Attributes:
         name: ``train``, ``validation`` or ``test``.
@@ -52,8 +53,8 @@ class Split:
         scoring: What its answers are worth.
     """
 
-    def __init__(self, config: EnvConfig, name: str, data: Splits) -> None:
-        self.backbone = load_backbone(config.backbone.name, config.backbone.device)
+    def __init__(self, config: EnvConfig, name: str, data: Splits, backbone: Backbone | None = None) -> None:
+        self.backbone = backbone or load_backbone(config.backbone.name, config.backbone.device)
         self.config, self.name, self._data = config, name, data
         self.head, self.task = self.backbone.head, TASKS.find(config.task)
         try:

@@ -5,24 +5,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from threading import local
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_gym.backbones.heads import Head, head_of
+from sd_gym.backbones.heads import head_of
+from sd_gym.inference.decisions import Decisions
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.walk import Walk
 from sd_gym.switch import FlopsModel, Seen, Switchboard, first_layer_input
 from sd_gym.switch.context import Block
 
 READ = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # by a pass that a head judges
-CACHES = ("cache", "past_key_values")  # what transformers calls them, now and formerly
+CACHES = ("cache", "past_key_values")  # what transformers calls them, by its version
+COMPUTED = ("encoder_outputs", "inputs_embeds")  # parts of the pass that a caller may have run densely
 Decided = tuple[NDArray, Tensor | None]  # what is skipped, bool [n, switches], and the tokens that stay, if any go
 
 
@@ -89,55 +89,6 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError("no policy is attached to this model")
     attached.leave()
     return model
-
-
-class Decisions(local):
-    """What the last call of an attached model in this thread has decided.
-
-    Attributes:
-        skip: Which row skipped which switch, bool ``[n, switches]``; ``None`` before the first call.
-        token_level: The level of each row, int64 ``[n]``: an index of the policy's token shares.
-    """
-
-    def __init__(self, head: Head, flops: FlopsModel) -> None:
-        self._head = head
-        self._flops = flops
-        self.skip: NDArray | None = None
-        self.token_level: NDArray | None = None
-        self._lengths: tuple[Tensor, Tensor] | None = None
-        self._target: int | None = None
-        self._ranked = False
-
-    def note(self, skip: NDArray, token_level: NDArray, lengths: tuple[Tensor, Tensor], ranked: bool) -> None:
-        """Remember what was decided on inputs of so many tokens, of which so many stay, each ``[n]``."""
-        self.skip, self.token_level = skip, token_level
-        self._lengths, self._target, self._ranked = lengths, None, ranked
-
-    def note_target(self, length: int) -> None:
-        """Remember how many tokens the call generated, or read as a target."""
-        self._target = length
-
-    @property
-    def flops_ratio(self) -> NDArray:
-        """FLOPs of the last call over those of a dense one, float64 ``[n]``; the policy's own are not in it.
-
-        Raises:
-            ValueError: If there was no call.
-        """
-        if self.skip is None:
-            raise ValueError("this thread has not called the model yet")
-        source, kept = (value.cpu().numpy() for value in self._lengths)
-        always, switched = self._costs(source, kept)
-        dense_always, dense = self._costs(source, source)
-        ran = always + (switched * ~self.skip).sum(axis=1)
-        if self._ranked:  # the first attention ran on all tokens to rank them
-            ran = ran + np.where(self.token_level > 0, self._flops.costs(source, source)[1][:, 0], 0)
-        return ran / (dense_always + dense.sum(axis=1))
-
-    def _costs(self, source: NDArray, kept: NDArray) -> tuple[NDArray, NDArray]:
-        if self._target is None:  # one pass over the input
-            return self._flops.costs(source, source, kept)
-        return self._head.answer_costs(self._flops, source, np.full_like(source, self._target), kept)
 
 
 class Attached:
@@ -302,7 +253,7 @@ class Attached:
         if given.get("attention_mask") is None and ids is not None:
             given = {**given, "attention_mask": self._inferred_mask(ids, given)}
         looked = self._looked_at(given, ids)
-        encodes = len(self.board.architecture.stacks) > 1 and given.get("encoder_outputs") is None
+        encodes = len(self.board.architecture.stacks) > 1
 
         def run() -> Any:
             return self.model.generate(*args, **kwargs)  # the switchboard's own stands in front of it now
@@ -321,11 +272,12 @@ class Attached:
 
     def _looked_at(self, given: dict[str, Any], ids: Tensor | None) -> _Looked:
         """What of the given inputs is decided on, padded at the right as in the env."""
-        if not isinstance(ids, Tensor) or ids.ndim != 2:
+        computed = [name for name in COMPUTED if given.get(name) is not None]
+        if computed or not isinstance(ids, Tensor) or ids.ndim != 2:
             raise ValueError(
-                "an attached model decides by its input_ids, a tensor [n, length], and got none; where a part of the "
-                "pass was computed elsewhere (inputs_embeds, encoder_outputs), put decisions in force with "
-                "Switchboard.decide"
+                "an attached model decides by its input_ids, a tensor [n, length], and runs the whole pass; got "
+                f"{computed[0] if computed else 'no input_ids'}. Where a part of the pass was computed elsewhere "
+                f"({', '.join(COMPUTED)}), put decisions in force with Switchboard.decide"
             )
         mask = given.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask

@@ -1,38 +1,27 @@
-"""Many inputs from a file, answered into another one: in chunks, in order, resumable."""
+"""Many inputs from a file, answered into another one: in chunks, in order, and resumable."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from sd_gym.inference.texts import Answer, SkippingModel
-from sd_gym.tasks.data import DataError, read_rows
+from sd_gym.errors import DataError
+from sd_gym.inference.part import Line, Part, State
+from sd_gym.inference.texts import Answer, SkippingModel, unknown_words
+from sd_gym.tasks.data import read_rows
+from sd_gym.tasks.files import json_rows
 from sd_gym.tasks.metrics import text_quality
 
 CHUNK = 1024  # inputs that are grouped into passes together
-
-
-class Line(NamedTuple):
-    """One row of the input.
-
-    Attributes:
-        number: From 1.
-        row: Its fields; ``None`` where it is malformed.
-        error: What is wrong with it.
-    """
-
-    number: int
-    row: dict[str, Any] | None
-    error: str = ""
 
 
 @dataclass
@@ -47,6 +36,7 @@ class Bulk:
         dense_seconds: Of answering densely, where that was asked for.
         agree: Whether each row has the dense answer.
         quality: Of each row with a reference: its own and dense.
+        unknown: Inputs with words that the tokenizer does not know.
     """
 
     rows: int = 0
@@ -56,6 +46,7 @@ class Bulk:
     dense_seconds: float = 0.0
     agree: list[bool] = field(default_factory=list)
     quality: list[tuple[float, float]] = field(default_factory=list)
+    unknown: int = 0
 
     def figures(self) -> dict[str, str]:
         """What there is to say, by name."""
@@ -85,9 +76,13 @@ def run_file(
 ) -> Bulk:
     """Answer each row of a file; the output has a JSON object a row, in the same order.
 
-    Each has ``line`` (the row's number), ``answer``, ``skip`` (0 or 1 a switch), ``token_level`` and ``flops_ratio``;
-    or ``error``, where the row is malformed, which does not stop the others. Until all is done the output has the name
-    ``OUTPUT.part``; a run that was cut off goes on behind the last whole chunk.
+    Each has ``line`` (the number of the row's line), ``answer``, ``skip`` (0 or 1 a switch), ``token_level``,
+    ``flops_ratio`` and ``unknown_tokens``; or ``error``, where the row is malformed, which does not stop the others.
+    Blank lines of JSON lines are skipped, but counted. A warning says at the end in how many inputs the tokenizer does
+    not know words.
+
+    Until all is done the answers are in the folder ``OUTPUT.part``, which one process holds at a time; a run that was
+    cut off goes on behind the last whole chunk.
 
     Args:
         model: What answers.
@@ -102,30 +97,26 @@ def run_file(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        FileExistsError: If the output is there, or a part of it and it shall not be resumed.
-        ValueError: If a column is given for a field that the task does not have.
+        FolderInUseError: If another process is writing the same output.
+        FileExistsError: If the output is there, or a part of it and it shall not be resumed or was not written here.
+        ValueError: If a column is given for a field that the task does not have; or if what shall be resumed was made
+            by another policy, operating point or backbone, with other columns, or of another input.
     """
-    for name in columns or ():
+    columns = columns or {}
+    for name in columns:
         if name not in (known := [*model.fields, model.reference]):
             raise ValueError(f"--column: there is no field {name!r}; the task's are {', '.join(known)} (FIELD=COLUMN)")
-    part, bulk = output.with_name(output.name + ".part"), Bulk()
-    if output.exists():
-        raise FileExistsError(f"{output} is there already; choose another --output")
-    if part.exists() and not resume:
-        raise FileExistsError(f"{part} was left by a run that was cut off; go on with --resume, or delete it")
-    done = _whole_lines(part) if part.exists() else 0
-    rows = (line for line in _read(source, columns or {}) if line.number > done)
-    lines = list(islice(rows, chunk))  # an input that cannot be read leaves no part behind
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("ab") as written:
-        while lines:
-            written.write("".join(_answered(model, lines, bulk, compare, batch_size)).encode())
-            written.flush()
-            os.fsync(written.fileno())
+    rows = _read(source, columns)
+    rows = chain(list(islice(rows, 1)), rows)  # an input that cannot be read leaves no part behind
+    bulk, part = Bulk(), Part(output, State(**model.fingerprints, columns=columns))
+    with part.held(rows, resume=resume):
+        while lines := list(islice(rows, chunk)):
+            part.add(lines, "".join(_answered(model, lines, bulk, compare, batch_size)))
             if on_chunk is not None:
                 on_chunk(lines[-1].number, bulk)
-            lines = list(islice(rows, chunk))
-    os.replace(part, output)
+        part.complete()
+    if bulk.unknown:
+        warnings.warn(unknown_words(bulk.unknown, bulk.rows), stacklevel=2)
     return bulk
 
 
@@ -141,32 +132,48 @@ def _answered(
     model: SkippingModel, lines: list[Line], bulk: Bulk, compare: bool, batch_size: int | None
 ) -> Iterator[str]:
     """The output's lines for some of the input's."""
-    good, inputs = [], []
+    good, wrong = [], {}  # of these lines those that are inputs, with their texts; and what is wrong with the others
     for line in lines:
         try:
-            if line.row is None:
-                raise ValueError(line.error)
-            inputs.append(model.checked(line.row))
-            good.append(line)
+            good.append((line, model.checked(line.row)))
         except ValueError as error:
-            bulk.malformed.append(line._replace(error=str(error)))
+            wrong[line.number] = line.error or str(error)
     started = time.perf_counter()
-    answers = dict(zip([line.number for line in good], model(inputs, batch_size=batch_size), strict=True))
+    answers, refused = _answers(model, good, batch_size)
     bulk.seconds += time.perf_counter() - started
+    wrong |= refused
+    good = [(line, texts) for line, texts in good if line.number in answers]
     bulk.rows += len(good)
+    bulk.malformed += [line._replace(error=wrong[line.number]) for line in lines if line.number in wrong]
     bulk.flops_ratio += [answer.flops_ratio for answer in answers.values()]
+    bulk.unknown += sum(answer.unknown_tokens > 0 for answer in answers.values())
     if compare:
         started = time.perf_counter()
-        dense = model(inputs, dense=True, batch_size=batch_size)
+        dense = model.answers([texts for _, texts in good], dense=True, batch_size=batch_size)
         bulk.dense_seconds += time.perf_counter() - started
-        bulk.agree += [own.answer == other.answer for own, other in zip(answers.values(), dense, strict=True)]
-        for line, own, other in zip(good, answers.values(), dense, strict=True):
+        for (line, _), other in zip(good, dense, strict=True):
+            both = answers[line.number].answer, other.answer
+            bulk.agree.append(both[0] == both[1])
             if (references := model.references(line.row)) is not None:
-                bulk.quality.append(tuple(text_quality(model.metric, one.answer, references) for one in (own, other)))
-    wrong = {line.number: line.error for line in bulk.malformed}
+                bulk.quality.append(tuple(text_quality(model.metric, one, references) for one in both))
     for line in lines:
         told = {"error": wrong[line.number]} if line.number in wrong else _described(answers[line.number])
         yield json.dumps({"line": line.number, **told}, ensure_ascii=False) + "\n"
+
+
+def _answers(
+    model: SkippingModel, inputs: list[tuple[Line, list[str]]], batch_size: int | None
+) -> tuple[dict[int, Answer], dict[int, str]]:
+    """Answers by the number of the line; and of inputs that cannot be encoded (a question that is too long), why."""
+    try:
+        answers = model.answers([texts for _, texts in inputs], batch_size=batch_size)
+    except DataError as error:
+        if len(inputs) == 1:
+            return {}, {inputs[0][0].number: str(error)}
+        half = len(inputs) // 2
+        (first, wrong), (second, more) = (_answers(model, part, batch_size) for part in (inputs[:half], inputs[half:]))
+        return first | second, wrong | more
+    return dict(zip([line.number for line, _ in inputs], answers, strict=True)), {}
 
 
 def _described(answer: Answer) -> dict[str, Any]:
@@ -177,38 +184,18 @@ def _described(answer: Answer) -> dict[str, Any]:
 def _read(source: Path | None, columns: dict[str, str]) -> Iterator[Line]:
     """The rows of a file; of JSON lines each is read by itself, so that one that is broken stops no other."""
     if source is not None and source.suffix != ".jsonl":
-        rows = ((number, row) for number, (_, row) in enumerate(read_rows(source), start=1))
-        yield from (Line(number, _renamed(row, columns)) for number, row in rows)
+        for number, (_, row) in enumerate(read_rows(source), start=1):
+            yield Line(number, _renamed(row, columns))
         return
     if source is not None and not source.is_file():
         raise FileNotFoundError(f"no file {source}; expected .jsonl, .csv or .parquet")
     with sys.stdin.buffer if source is None else source.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:
-                yield Line(number, None, f"not JSON ({error})")
-                continue
-            if isinstance(row, dict):
-                yield Line(number, _renamed(row, columns))
+        for number, row in json_rows(lines):
+            if isinstance(row, DataError):
+                yield Line(number, None, str(row))
             else:
-                yield Line(number, None, f"expected a JSON object, got {type(row).__name__}")
+                yield Line(number, _renamed(row, columns))
 
 
 def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     return {**row, **{name: row[column] for name, column in columns.items() if column in row}}
-
-
-def _whole_lines(part: Path) -> int:
-    """How many whole lines there are; half a one at the end is cut off."""
-    content = part.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with part.open("r+b") as file:
-            file.truncate(whole)
-    if not whole:
-        return 0
-    try:
-        return json.loads(content[:whole].splitlines()[-1])["line"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{part} was not written here; delete it, or choose another --output") from error

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sd_gym.backbones import load_backbone
+from sd_gym.backbones.load import load_own_backbone
 from sd_gym.config import spelled
 from sd_gym.envs.config import make_config
 from sd_gym.envs.passes import Passes
@@ -21,7 +25,7 @@ from sd_gym.inference.attach import attach
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.walk import Keep, Walk
 from sd_gym.tasks.data import Instances
-from sd_gym.tasks.family import TASKS
+from sd_gym.tasks.family import TASKS, check_text
 from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.metrics import METRICS
 
@@ -39,12 +43,14 @@ class Answer(NamedTuple):
         skip: Which switches it skipped, bool ``[switches]``.
         token_level: The level at which it dropped tokens.
         flops_ratio: FLOPs over those of the dense backbone, the policy's own included.
+        unknown_tokens: Tokens of the input that stand for something that the tokenizer does not know.
     """
 
     answer: str
     skip: NDArray
     token_level: int
     flops_ratio: float
+    unknown_tokens: int
 
 
 class WalkedPasses(Passes):
@@ -86,8 +92,8 @@ class SkippingModel:
     Args:
         policy: What decides.
         backbone: As of ``sd_gym.load``.
-        device: Likewise.
-        check_weights: Likewise.
+        device: As of ``sd_gym.load``.
+        check_weights: As of ``attach``.
 
     Attributes:
         policy: What decides.
@@ -105,18 +111,20 @@ class SkippingModel:
         of_env = policy.card["env"]
         values = spelled({key: value for key, value in of_env.items() if key not in NOT_NEEDED}, "the policy")
         values |= {"data.dataset": "none", "backbone.device": device}
-        values |= {"data.unanswerable": of_env["data"].get("unanswerable", True)}
+        values |= {"data.unanswerable": of_env["data"]["unanswerable"]}
         values |= {"backbone.name": backbone} if backbone else {}
-        self.policy = policy
+        self.policy, self._warned = policy, False
         self._config = make_config(values, "the policy")
-        loaded = load_backbone(self._config.backbone.name, device)
-        self.model = attach(loaded.model, policy, loaded.tokenizer, check_weights=check_weights)
-        self.tokenizer = loaded.tokenizer
+        self._backbone = load_own_backbone(self._config.backbone.name, device)
+        self.tokenizer = self._backbone.tokenizer
+        self.model = attach(self._backbone.model, policy, self.tokenizer, check_weights=check_weights)
         self._task = TASKS.find(self._config.task)
         self.fields, self.reference = self._task.inputs, self._task.reference
 
     def __call__(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
         """Answer inputs, in their order; they run in passes of about the same length, or of the same decision.
+
+        Where the tokenizer does not know words, a warning says once in how many inputs.
 
         Args:
             inputs: Texts; where an input has two (``fields``), pairs of texts; or mappings with these names.
@@ -125,8 +133,18 @@ class SkippingModel:
                 as is quickest, of at most 32,768 tokens.
 
         Raises:
-            ValueError: If an input is none; the message has its number. If the batch size is below 1.
+            ValueError: If an input is none, or a text has half a character (a lone surrogate); the message has its
+                number. If the batch size is below 1.
         """
+        answers = self.answers(inputs, dense=dense, batch_size=batch_size)
+        unknown = sum(answer.unknown_tokens > 0 for answer in answers)
+        if unknown and not self._warned:
+            self._warned = True
+            warnings.warn(unknown_words(unknown, len(answers)), stacklevel=2)
+        return answers
+
+    def answers(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
+        """As a call, without its warning."""
         if isinstance(inputs, str | Mapping):
             raise ValueError(f"expected a list of inputs, got one {type(inputs).__name__}; put it in a list")
         instances = [self._instance(number, one) for number, one in enumerate(inputs)]
@@ -134,6 +152,7 @@ class SkippingModel:
             return []
         split = self._split(instances)
         split.passes.most = batch_size
+        unknown = self._unknown_tokens(split)
         rows = np.arange(len(split))
         decisions = np.zeros((len(split), len(split.backbone.board) + 1), dtype=np.int64)
         if not dense and not self.policy.is_staged:
@@ -151,8 +170,8 @@ class SkippingModel:
         if not dense:
             ratio = ratio + self._own_flops(split) / split.costs.dense_flops(rows)
         return [
-            Answer(answer, row[:-1].astype(bool), int(row[-1]), float(share))
-            for answer, row, share in zip(answers, decisions, ratio, strict=True)
+            Answer(answer, row[:-1].astype(bool), int(row[-1]), float(share), int(count))
+            for answer, row, share, count in zip(answers, decisions, ratio, unknown, strict=True)
         ]
 
     def _decided(self, split: Split, rows: NDArray) -> NDArray:
@@ -166,21 +185,42 @@ class SkippingModel:
         judged = sum(name != "first" for name in network.stages) if split.backbone.can_exit else 0
         return network.flops + network.flops_a_token * seen + judged * split.costs.head_flops(np.arange(len(split)))
 
+    def _unknown_tokens(self, split: Split) -> NDArray:
+        """How many tokens of each input the tokenizer does not know, ``[n]``: none, where it spells all in bytes."""
+        known = self.tokenizer
+        others = known.eos_token_id, known.bos_token_id, known.pad_token_id
+        if known.unk_token_id is None or known.unk_token_id in others:
+            return np.zeros(len(split), dtype=np.int64)
+        return (split.encoded.input_ids == known.unk_token_id).sum(dim=1).numpy()
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of what answers depend on: the ``policy`` at its operating point, and the ``backbone``'s weights."""
+        digest = hashlib.sha256()
+        with TemporaryDirectory() as name:
+            self.policy.save_pretrained(name)
+            for file in sorted(Path(name).iterdir()):
+                digest.update(file.read_bytes())
+        return {"policy": digest.hexdigest(), "backbone": self._backbone.weights}
+
     @property
     def metric(self) -> str:
         """What an answer is compared with its references by."""
         return self._config.quality.metric if METRICS.find(self._config.quality.metric).of_texts else "exact_match"
 
     def references(self, row: Mapping[str, Any]) -> list[str] | None:
-        """The right answers of a row, as ``answer`` has them; ``None`` where it has none."""
+        """The right answers of a row, as ``answer`` has them; ``None`` where it has none, or something else."""
         right = row.get(self.reference)
-        return None if right is None else self._task.right(right, self.model.config.id2label)
+        try:
+            return None if right is None else self._task.right(right, self.model.config.id2label)
+        except TypeError:
+            return None
 
     def checked(self, given: Input) -> list[str]:
         """The texts of an input, if it is one.
 
         Raises:
-            ValueError: If it is none.
+            ValueError: If it is none, or no tokenizer can read one of its texts.
         """
         texts = self._texts(given)
         if texts is None:
@@ -188,10 +228,12 @@ class SkippingModel:
             raise ValueError(
                 f"expected {' and '.join(self.fields)}{optional}, each a text that is not empty; got {short(given)}"
             )
+        for name, text in zip(self.fields, texts, strict=False):
+            check_text(text, name)
         return texts
 
     def _split(self, instances: list[Instance]) -> Split:
-        split = Split(self._config, "inputs", {"inputs": Instances(instances)})
+        split = Split(self._config, "inputs", {"inputs": Instances(instances)}, self._backbone)
         if self.policy.rarity is not None:
             split.rarity = self.policy.rarity
         return split
@@ -212,7 +254,15 @@ class SkippingModel:
         if optional and len(texts) == 2 and texts[1] is None:
             texts = texts[:1]
         fits = len(names) - optional <= len(texts) <= len(names)
-        return texts if fits and all(isinstance(text, str) and text for text in texts) else None
+        return texts if fits and all(isinstance(text, str) and text.strip() for text in texts) else None
+
+
+def unknown_words(unknown: int, inputs: int) -> str:
+    """The warning that so many of so many inputs have words that the tokenizer does not know."""
+    return (
+        f"{unknown:,} of {inputs:,} inputs have words that the backbone's tokenizer does not know, so the answers to "
+        "them mean little; is it the right backbone for these texts?"
+    )
 
 
 def load(
@@ -226,13 +276,15 @@ def load(
 ) -> SkippingModel:
     """A trained policy and its backbone, ready to be called on texts; neither a data set nor an env is needed.
 
+    The backbone is loaded anew and belongs to what is returned: nothing else in the process runs under the policy.
+
     Args:
         policy: A policy, the folder of a training run or of ``save_pretrained``, or an id of the Hugging Face hub.
         backbone: Where the backbone is, if not where it was in training.
         device: Where it runs.
         max_loss: As of ``attach``.
-        max_flops: Likewise.
-        check_weights: Likewise.
+        max_flops: As of ``attach``.
+        check_weights: As of ``attach``.
 
     Raises:
         FileNotFoundError, ValueError: As of ``SkipPolicy.from_pretrained`` and ``attach``, and if the backbone cannot

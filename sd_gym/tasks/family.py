@@ -125,19 +125,20 @@ def register_task(name: str, task: Task) -> None:
     TASKS.register(name, task)
 
 
-def check_text(value: Any, name: str, origin: str) -> None:
-    """Raise DataError if a value is no text that a tokenizer can read."""
+def check_text(value: Any, name: str, origin: str = "") -> None:
+    """Raise DataError if a value is no text that a tokenizer can read; ``origin``: where it stands, for the message."""
+    name = f"{origin}: {name}" if origin else name
     if not isinstance(value, str):
-        raise DataError(f"{origin}: {name} must be a text, got {short(value)}")
+        raise DataError(f"{name} must be a text, got {short(value)}")
     if len(value) > LONGEST_TEXT:
         raise DataError(
-            f"{origin}: {name} has {len(value):,} characters, expected at most {LONGEST_TEXT:,}; shorten it, or look "
+            f"{name} has {len(value):,} characters, expected at most {LONGEST_TEXT:,}; shorten it, or look "
             "whether the file has each row on a line of its own"
         )
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{origin}: {name} has half a character at place {error.start + 1} (a lone surrogate such as '\\ud83d'), "
+            f"{name} has half a character at place {error.start + 1} (a lone surrogate such as '\\ud83d'), "
             "which no tokenizer can read; remove it"
         ) from error

@@ -18,22 +18,38 @@ DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def read_jsonl(file: Path) -> Rows:
-    """Every line that is not blank.
+    """The rows of a file of JSON lines; blank lines are skipped.
 
     Raises:
         DataError: If a line is no JSON object, or not UTF-8.
     """
-    for number, line in enumerate(_lines(file), start=1):
-        if not line.strip():
-            continue
+    with file.open("rb") as lines:
+        for number, row in json_rows(lines):
+            if isinstance(row, DataError):
+                raise DataError(f"{file}, line {number}: {row}") from row
+            yield f"{file}, line {number}", row
+
+
+def json_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
+    """The rows of JSON lines, each with the number of its line, from 1.
+
+    Blank lines (nothing, or white space alone) are skipped, but counted. A line that is no JSON object, or not UTF-8,
+    gives its error in place of a row, so that it stops no other.
+    """
+    for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            text = _decoded(line, number)
+            if not text.strip():
+                continue
+            row = json.loads(text)
+            if not isinstance(row, dict):
+                row = DataError(f"expected a JSON object, got {type(row).__name__}")
+        except DataError as error:
+            row = error
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise DataError(f"{file}, line {number}: not JSON ({reason})") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{file}, line {number}: expected a JSON object, got {type(row).__name__}")
-        yield f"{file}, line {number}", row
+            row = DataError(f"not JSON ({reason})")
+        yield number, row
 
 
 def read_csv(file: Path, numeric: Collection[str]) -> Rows:
@@ -90,8 +106,19 @@ def _lines(file: Path) -> Iterator[str]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")  # some programs mark the beginning
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{file}, line {number}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
-                ) from error
+                yield _decoded(line, number)
+            except DataError as error:
+                raise DataError(f"{file}, line {number}: {error}") from error
+
+
+def _decoded(line: bytes, number: int) -> str:
+    """The text of a line.
+
+    Raises:
+        DataError: If it is not UTF-8.
+    """
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")  # some programs mark the beginning
+    except UnicodeDecodeError as error:
+        message = f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
+        raise DataError(message) from error
