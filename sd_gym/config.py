@@ -153,7 +153,7 @@ class RewardConfig(_Part):
 
 
 class EnvConfig(_Part):
-    """All keys of an env's configuration. ``envs_configs/base.yaml`` explains each one."""
+    """All keys of an env's configuration. The YAML files in ``envs_configs/`` explain each one."""
 
     id: str
     task: str

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# As measured on a CPU; on an accelerator a call costs more, so that fewer passes are better.
+# As measured on a CPU (benchmarks/bucketing.py); on an accelerator a call costs more, so that fewer passes are better.
 # Both over the width, in what running the sublayer costs a token: that grows faster with the width than they do.
 CALL = 16_000  # what one more call of the sublayer costs
 MIXING = 13  # what gathering and scattering costs a token
