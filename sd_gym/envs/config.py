@@ -1,4 +1,4 @@
-"""Reading and checking what an env is made of; one YAML file of ``envs_configs/`` an env, each key overridable."""
+"""Reading and checking the configuration of an env: one YAML file per env, each key can be overridden."""
 
 from __future__ import annotations
 
