@@ -14,11 +14,9 @@ AGENTS: Registry[type[BaseAgent]] = Registry(
     "agent",
     {
         "ppo": "sd_gym.agents.ppo.agent:PPOAgent",
-        "ppo_lagrangian": "sd_gym.agents.ppo.agent:PPOLagrangianAgent",
-        "ppo_lex": "sd_gym.agents.ppo.agent:PPOLexAgent",
+        "ppo_lagrangian": "sd_gym.agents.ppo.lagrangian:PPOLagrangianAgent",
+        "ppo_lex": "sd_gym.agents.ppo.crpo:PPOLexAgent",
         "a2c": "sd_gym.agents.a2c.agent:A2CAgent",
-        "a2c_lagrangian": "sd_gym.agents.a2c.agent:A2CLagrangianAgent",
-        "a2c_lex": "sd_gym.agents.a2c.agent:A2CLexAgent",
         "reinforce": "sd_gym.agents.reinforce.agent:ReinforceAgent",
         "imitation": "sd_gym.agents.imitation.agent:ImitationAgent",
         "static": "sd_gym.agents.baselines.static:StaticAgent",
@@ -33,7 +31,7 @@ AGENTS: Registry[type[BaseAgent]] = Registry(
     },
 )
 # And a user's own that learn.
-LEARNING = ["ppo", "ppo_lagrangian", "ppo_lex", "a2c", "a2c_lagrangian", "a2c_lex", "reinforce", "imitation"]
+LEARNING = ["ppo", "ppo_lagrangian", "ppo_lex", "a2c", "reinforce", "imitation"]
 
 
 def register_agent(name: str, cls: type[BaseAgent], *, learns: bool = True) -> None:

@@ -29,7 +29,7 @@ from sd_gym.agents.report.compare import markdown
 import sd_gym
 
 MINI = [identity for identity in sd_gym.registered_ids() if identity.endswith("-Mini-v0")]
-AGENTS = ["ppo_lagrangian", "a2c_lagrangian", "reinforce", "imitation", "blind-ppo_lagrangian", "static"]
+AGENTS = ["ppo_lagrangian", "a2c", "reinforce", "imitation", "blind-ppo_lagrangian", "static"]
 console = Console(stderr=True)
 
 

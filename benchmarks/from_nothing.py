@@ -42,7 +42,7 @@ sys.path.append(str(Path(__file__).parent.parent / "examples"))
 import own_ppo
 
 MINI = [identity for identity in sd_gym.registered_ids() if identity.endswith("-Mini-v0")]
-AGENTS = ["script", "ppo", "a2c", "reinforce", "ppo_lex", "a2c_lex"]
+AGENTS = ["script", "ppo", "a2c", "reinforce", "ppo_lex"]
 ABLATION: dict[str, tuple[str, dict[str, Any]]] = {  # one default changed, by name of the row
     "ppo": ("ppo", {}),
     "start near dense (0.1)": ("ppo", {"initial_skip_rate": 0.1}),

@@ -49,7 +49,7 @@ COLUMNS = [
 SHOWN = {"rouge": ["rouge1", "rouge2", "rougeL"], "squad": ["exact_match", "f1"]}  # what there is of a metric
 REFINE = {  # settings of the learning agents
     "ppo_lagrangian": ["learning_rate=2e-4"],
-    "a2c_lagrangian": ["learning_rate=2e-4", "entropy=0.0"],
+    "a2c": ["learning_rate=5e-5", "entropy=0.0"],
     "reinforce": ["learning_rate=2e-4"],
 }
 BLIND = [*REFINE["ppo_lagrangian"], "learning_rate=1e-3"]  # it has no more than its biases to learn

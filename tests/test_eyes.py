@@ -24,7 +24,6 @@ QUICK = {
     "ppo": {"num_envs": 32},
     "a2c": {"num_envs": 32},
     "ppo_lex": {"num_envs": 32},
-    "a2c_lex": {"num_envs": 32},
     "ppo_lagrangian": {"num_envs": 32},
     "reinforce": {"num_envs": 8, "imagined": 16, "tries": 4, "updates": 1, "fit_batch": 16},
     "imitation": {"instances": 40, "epochs": 2},

@@ -1,4 +1,4 @@
-"""The multiplier of a Lagrangian: a wrapper around an env for any algorithm, a part of two agents; never of the env."""
+"""The multiplier of a Lagrangian: a wrapper around an env for any algorithm, a part of an agent; never of the env."""
 
 import json
 import pickle
@@ -104,17 +104,16 @@ def test_the_old_keys_say_what_took_their_place(old):
     assert next(iter(old)) in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["ppo_lagrangian", "a2c_lagrangian"])
-def test_an_agent_logs_its_multiplier_and_keeps_it_in_its_state(name, custom, tmp_path):
+def test_an_agent_logs_its_multiplier_and_keeps_it_in_its_state(custom, tmp_path):
     env = gym.make_vec(CUSTOM, num_envs=16, penalty=3.0, epsilon=0.0, **custom).unwrapped
     env.reset(seed=0)
-    agent, logged = make_agent(name, env, seed=0, multiplier_rate=0.5), []
+    agent, logged = make_agent("ppo_lagrangian", env, seed=0, multiplier_rate=0.5), []
     assert agent.multiplier == 3.0
     logger = configure(str(tmp_path), [])
     logger.record = lambda key, value, *args, **kwargs: logged.append(value) if key == "train/multiplier" else None
     agent.learn(512, logger, lambda rollout: None)
     assert logged[-1] == agent.multiplier != 3.0
-    other = make_agent(name, gym.make_vec(CUSTOM, num_envs=16, **custom).unwrapped, seed=1)
+    other = make_agent("ppo_lagrangian", gym.make_vec(CUSTOM, num_envs=16, **custom).unwrapped, seed=1)
     other.load_state(agent.state())
     assert other.multiplier == agent.multiplier
 
@@ -130,7 +129,7 @@ def test_the_multiplier_rises_where_more_than_the_limit_is_lost(limit, rises, cu
         return Outcome(reference - lost, reference, quality_cost(reference - lost, reference, 0.1), ratio)
 
     monkeypatch.setattr(env.core, "score", score)
-    agent = make_agent("a2c_lagrangian", env, seed=0, limit=limit)
+    agent = make_agent("ppo_lagrangian", env, seed=0, limit=limit)
     agent.learn(256, configure(str(tmp_path), []), lambda rollout: None)
     assert (agent.multiplier > 3.0) == rises
 

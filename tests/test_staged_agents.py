@@ -21,7 +21,7 @@ from sd_gym.policy import DecisionPolicy
 
 CUSTOM = "SD/Classification-Custom-Staged-v0"
 STAGES = ["first", "encoder.1", "encoder.2"]
-LEARNING = ["ppo", "a2c", "ppo_lagrangian", "ppo_lex", "a2c_lex", "reinforce", "blind-ppo"]
+LEARNING = ["ppo", "a2c", "ppo_lagrangian", "ppo_lex", "reinforce", "blind-ppo"]
 OVER = {"epochs": 100, "batch_size": 8}  # of few instances, imitation needs many passes
 
 

@@ -209,31 +209,6 @@ def _write_report(runs: list[Path], output: Path, also: bool = False) -> None:
         console.print(str(file), highlight=False, soft_wrap=True)
 
 
-def leaderboard(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, on envs whose tables are in the package.")],
-    who: Annotated[str, typer.Option(help="Who submits them.")],
-    code: Annotated[
-        str, typer.Option(help="Where an agent of your own is, such as a commit [default: in sd_gym].")
-    ] = "",
-    output: Annotated[
-        Path | None, typer.Option(help="The leaderboard.csv to write the entries to [default: they are printed].")
-    ] = None,
-    imports: Imports = [],  # noqa: B006  (typer wants a list)
-) -> None:
-    """Play runs again (as sd-gym validate does), and make them entries of the leaderboard, one an env and agent.
-
-    Example: `sd-gym leaderboard runs/compare/*/ppo-* --who "A. Name" --output docs/leaderboard.csv`
-    """
-    import_all(imports)
-    with errors_as_lines(), warnings_as_lines(), status("playing again"):
-        from sd_gym.agents.report.leaderboard import add, as_csv, entries
-
-        found = entries(runs, who, code)
-        if output is not None:
-            add(output, found)
-    print(as_csv(found), end="")
-
-
 def tune(
     env: Annotated[str, typer.Argument(help="Env id.")],
     algo: Annotated[str, typer.Option(help="An agent that learns.")] = "ppo",

@@ -26,8 +26,7 @@ def train(
     algo: Annotated[
         str,
         typer.Option(
-            help="ppo, a2c (the env's reward); ppo_lagrangian, a2c_lagrangian (a penalty that learns); ppo_lex, "
-            "a2c_lex, reinforce (quality first); imitation (of a search); "
+            help="ppo, a2c (the env's reward); ppo_lagrangian (a penalty that learns); ppo_lex, reinforce (quality first); imitation (of a search); "
             "controls: static, every-other, early-exit, confidence, cascade, oracle, dense, random, hash; or, as "
             "blind-NAME, an agent that sees nothing; or your own, registered by what --import imports."
         ),
