@@ -21,8 +21,7 @@ from rich.console import Console
 from sd_gym.agents.experiment.folder import read_result
 from sd_gym.agents.experiment.many import Word, train_many
 from sd_gym.agents.experiment.plan import Planned
-from sd_gym.agents.presets import OF_ENV
-from sd_gym.agents.registry import LEARNING
+from sd_gym.agents.registry import learning_agents
 from sd_gym.agents.report import compare, plots, savings
 from sd_gym.agents.report.compare import markdown
 
@@ -46,10 +45,10 @@ class Plan:
         """Of one run."""
         return self.output / f"{self.env.removeprefix('SD/').removesuffix('-v0')}-{algo}-{seed}"
 
-    def run(self, algo: str, seed: int = 0, name: str | None = None, preset: str = OF_ENV, **settings: object) -> Path:
+    def run(self, algo: str, seed: int = 0, name: str | None = None, **settings: object) -> Path:
         """Plan one."""
         folder = self.folder(name or algo, seed)
-        self.runs[folder] = Planned(self.env, algo, folder, self.steps, seed, settings, preset)
+        self.runs[folder] = Planned(self.env, algo, folder, self.steps, seed, settings)
         return folder
 
     def imitate(self, seed: int) -> Path:
@@ -60,12 +59,12 @@ class Plan:
         """One agent with what it starts from."""
         algo, _, origin = name.partition("-from-")
         if algo.startswith("blind-"):
-            self.run(algo, seed, preset="refine", start=self.run("static"))
+            self.run(algo, seed, start=self.run("static"))
         elif algo == "imitation":
             self.imitate(seed)
-        elif algo in LEARNING:
+        elif algo in learning_agents():
             start = {"": self.imitate, "static": lambda _: self.run("static"), "nothing": lambda _: None}[origin](seed)
-            self.run(algo, seed, name, "refine", start=start)
+            self.run(algo, seed, name, start=start)
         else:
             self.run(algo, 0 if algo == "static" else seed)
 
@@ -110,7 +109,7 @@ def main() -> None:
     ]
     print(markdown(compare.COLUMNS, [compare.cells(row) for row in compare.compare(there)]), end="\n\n")
     algos = {algo.partition("-from-")[0] for algo in arguments.algos}
-    if algos & {"static", "blind-ppo_lagrangian"} and algos & set(LEARNING):
+    if algos & {"static", "blind-ppo_lagrangian"} and algos & set(learning_agents()):
         print("At the same quality, read off fronts:", end="\n\n")
         fronts = savings.env_fronts(there, arguments.test_size)
         print(markdown(savings.COLUMNS, [row for one in fronts for row in savings.savings(one)]))

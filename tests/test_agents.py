@@ -381,6 +381,17 @@ def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(name, finished, cus
     assert {**whole, "time": None} == {**resumed, "time": None}
 
 
+def test_a_warm_start_is_refined_slowly(env, tmp_path):
+    start = make_agent("random", env).policy()
+    start.noise = "none"
+    start.save(tmp_path)
+    rates = {"ppo": 2e-4, "ppo_lagrangian": 2e-4, "ppo_lex": 2e-4, "a2c": 5e-5, "reinforce": 5e-5, "blind-a2c": 1e-3}
+    for algo, rate in rates.items():
+        assert make_agent(algo, env, start=tmp_path).settings.learning_rate == rate
+        assert make_agent(algo, env).settings.learning_rate > rate
+        assert make_agent(algo, env, start=tmp_path, learning_rate=0.5).settings.learning_rate == 0.5
+
+
 @pytest.mark.parametrize("name", ["ppo_lex", "a2c", "reinforce", "imitation"])
 def test_a_warm_start_begins_where_the_other_run_ended(name, env, tmp_path):
     start = make_agent("random", env, rate=0.9).policy()

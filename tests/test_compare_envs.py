@@ -106,7 +106,6 @@ def test_the_plan_has_every_agent_and_control_with_the_same_seeds():
     assert {run.steps for run in runs} == {9}
     (warm,) = [run for run in runs if run.folder.name == "ppo-from-imitation-1"]
     assert warm.settings == {"start": Path("out/Classification-Custom/imitation-1")}
-    assert [run.algo for run in runs if run.preset == "refine"] == ["ppo", "ppo"]
 
 
 def test_a_blind_agent_begins_with_what_sees_nothing_and_settings_go_to_who_has_them():
@@ -125,7 +124,6 @@ def test_a_blind_agent_begins_with_what_sees_nothing_and_settings_go_to_who_has_
         ({"algos": ["dense-from-static"]}, "dense begins with no other run"),
         ({"envs": [CUSTOM, "SD/Clasification-Mini-v0"]}, "did you mean 'SD/Classification-Mini-v0'"),
         ({"settings": {"n_stepz": 3}}, "unknown setting 'n_stepz'"),
-        ({"preset": "refined"}, "no preset 'refined'; presets by name are refine"),
     ],
 )
 def test_what_is_wrong_with_a_name_is_told_before_anything_is_trained(arguments, message):

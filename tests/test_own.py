@@ -330,7 +330,7 @@ def test_an_own_agent_is_one_by_name(gradient, env):
     assert make_agent("blind-gradient", env, learning_rate=0.1).policy().blind
     with pytest.raises(ValueError, match=r"unknown setting 'learning_rat' of Gradient; did you mean 'learning_rate'"):
         make_agent("gradient", env, learning_rat=0.1)
-    register_agent("control", gradient, learns=False)
+    register_agent("control", type("Control", (gradient,), {"is_control": True}))
     assert "control" in agent_names()
     assert "blind-control" not in agent_names()
     for name in ("ppo", "blind-mine"):

@@ -6,7 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 
 import gymnasium as gym

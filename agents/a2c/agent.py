@@ -32,6 +32,7 @@ class A2CAgent(SB3Agent):
     """Advantage actor-critic (Mnih et al. 2016), synchronous, with Adam and normalised advantages."""
 
     Settings = A2CSettings
+    refining_rate = 5e-5
     settings: A2CSettings
 
     def _make_algorithm(self, vec_env: VecEnv) -> A2C:

@@ -45,7 +45,7 @@ class StaticAgent(Agent):
 
     Settings = StaticSettings
     settings: StaticSettings
-    searches = staged = True
+    searches = staged = is_control = True
     draws = False  # a little of the search does, but minutes of searching again find no other masks to compare with
     validates = False
 

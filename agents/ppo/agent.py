@@ -38,6 +38,7 @@ class PPOAgent(SB3Agent):
     """Proximal policy optimisation (Schulman et al. 2017, equation 7)."""
 
     Settings = PPOSettings
+    refining_rate = 2e-4
     settings: PPOSettings
     Algorithm: ClassVar[type[PPO]] = PPO
 

@@ -23,7 +23,8 @@ CRITIC_EPOCHS = 4
 class RectifiedPPO(PPO):
     """PPO that learns from the savings while the quality is kept, and from the quality alone while it is not.
 
-    Constraint-rectified policy optimisation (CRPO, Xu, Liang and Lan 2021, algorithm 1). There are two value heads: the library's own learns the savings, ``loss_critic`` the quality
+    Constraint-rectified policy optimisation (CRPO, Xu, Liang and Lan 2021, algorithm 1). There are two value
+    heads: the library's own learns the savings, ``loss_critic`` the quality
     loss; the advantage is that of savings where the mean loss is within the limit, else that of less loss. The env's
     own reward plays no part.
 

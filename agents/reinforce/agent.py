@@ -107,6 +107,7 @@ class ReinforceAgent(Agent):
 
     staged = True
     Settings = ReinforceSettings
+    refining_rate = 5e-5
     settings: ReinforceSettings
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

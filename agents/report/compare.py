@@ -50,7 +50,7 @@ class Run(NamedTuple):
 
     @property
     def env(self) -> EnvConfig:
-        """The env's config; what a former version did not have, is the default."""
+        """The env's config."""
         return stored_config(self.config["env_config"], str(self.folder / "config.json"))
 
     @property
@@ -186,7 +186,7 @@ def _time(ratio: float | None, control: float | None) -> str:
 
 
 def _test_hash(result: dict[str, Any]) -> str | None:
-    """Of the test split; ``None``: a former version kept none."""
+    """Of the test split."""
     return result.get("data", {}).get("test", {}).get("hash")
 
 

@@ -215,7 +215,6 @@ def versions_table(tasks: Sequence[Task]) -> Table:
                 rows.setdefault(("all", name), {})[version] = None
             for split, data in run.config.get("data", {}).items():
                 rows.setdefault((task.name, f"{split} rows, hash"), {})[data["hash"]] = None
-            weights = run.config.get("weights", "unknown (a former version)")
-            rows.setdefault((task.name, "backbone, hash of its weights"), {})[weights] = None
+            rows.setdefault((task.name, "backbone, hash of its weights"), {})[str(run.config["weights"])] = None
     cells = [[where, what, ", ".join(found)] for (where, what), found in rows.items()]
     return Table("Versions, data and backbones", ["env", "what", "value"], cells)

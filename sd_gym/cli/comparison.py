@@ -9,7 +9,6 @@ import typer
 
 from sd_gym.cli.terminal import (
     Imports,
-    PresetName,
     console,
     errors_as_lines,
     import_all,
@@ -33,8 +32,7 @@ def compare(
         str,
         typer.Option(
             metavar="NAME,...",
-            help="With envs: agents; NAME-from-OTHER goes on from the run of OTHER with the same seed, with the preset "
-            "refine.",
+            help="With envs: agents; NAME-from-OTHER goes on from the run of OTHER with the same seed.",
         ),
     ] = "ppo,a2c,reinforce",
     controls: Annotated[
@@ -53,7 +51,6 @@ def compare(
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="With envs: the runs are OUTPUT/ENV/ALGO-SEED.")] = Path("runs/compare"),
-    preset: PresetName = "env",
     strictness: Annotated[float, typer.Option(min=0, help="With envs: of selection, as of sd-gym train.")] = 1.645,
     set_: Annotated[
         list[str],
@@ -111,7 +108,6 @@ def compare(
                 steps=steps,
                 output=output,
                 settings=settings_of(set_),
-                preset=preset,
                 strictness=strictness,
             )
             folders, failed = _trained(runs, jobs, ray, imported)
@@ -131,9 +127,6 @@ def _trained(runs: list[Any], jobs: int, ray: str | None, imports: list[str]) ->
     """Train planned runs, and show how far they are; returns the folders of those that are there, and what failed."""
     from sd_gym.agents.experiment.many import GOING, Word, train_many
 
-    presets = {f"{run.preset} for {run.algo}" for run in runs if run.preset not in ("env", "none")}
-    for line in sorted(presets):
-        say(f"Preset {line}")
     with progress_bar() as progress:
         everything, bars = progress.add_task("runs", total=len(runs), figures=""), {}
 
@@ -225,12 +218,11 @@ def tune(
 ) -> None:
     """Search an agent's settings with Optuna: quality kept on validation first, then fewer FLOPs.
 
-    The best are written as a preset. The command can be given again, also with more trials: it goes on.
+    The best are written to a file, and printed as options of sd-gym train. The command
+    can be given again, also with more trials: it goes on.
 
     Examples:
-    `sd-gym tune SD/Classification-Mini-v0 --algo a2c --trials 30 --seeds 2`, then
-
-    `sd-gym train SD/Classification-Mini-v0 --algo a2c --preset runs/tune/Classification-Mini-a2c/preset.yaml`
+    `sd-gym tune SD/Classification-Mini-v0 --algo a2c --trials 30 --seeds 2`
     """
     imported = import_all(imports)
     with errors_as_lines(), progress_bar() as progress:
@@ -238,6 +230,7 @@ def tune(
         from sd_gym.agents.api import default_folder
         from sd_gym.agents.experiment.tune import Tried
         from sd_gym.agents.experiment.tune import tune as search
+        from sd_gym.envs.config import read_yaml
 
         def on_trial(tried: Tried) -> None:
             progress.update(bar, completed=min(tried.number + 1, trials))
@@ -259,4 +252,5 @@ def tune(
             **settings_of(set_),
         )
     console.print(file.read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
-    console.print(f"Preset: {file}", highlight=False, soft_wrap=True)
+    found = " ".join(f"--set {key}={value}" for key, value in read_yaml(file).items())
+    console.print(f"Settings: {file}; sd-gym train {env} --algo {algo} {found}", highlight=False, soft_wrap=True)

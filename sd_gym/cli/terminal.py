@@ -36,14 +36,6 @@ ADVICE = {
 }
 
 
-PresetName = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME|FILE|none",
-        help="Settings of agents that were measured to be better than their defaults; --set wins. env: those that the "
-        "env has by itself, if any; refine: to go on from a run (start=RUN); a YAML file such as sd-gym tune writes.",
-    ),
-]
 Imports = Annotated[
     list[str],
     typer.Option(
