@@ -110,7 +110,7 @@ def train_all(
         seeds: How many.
         steps: Decisions to learn from.
         strictness: As of ``train``.
-        jobs: Processes, which share the threads of this one; 1: this process. With more, guard your script by
+        jobs: Processes, of one thread each; 1: this process. With more, guard your script by
             ``if __name__ == "__main__":``.
         ray: Address of a Ray cluster that trains them instead: ``auto``, ``local``, or as ``ray.init`` takes it. It has
             sd_gym installed, and sees ``output`` under the same path.

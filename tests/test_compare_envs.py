@@ -50,6 +50,22 @@ register_agent("dies", Dies)
 """
 
 
+COUNTS = """
+import torch
+
+from sd_gym.agents import register_agent
+from sd_gym.agents.baselines.constant import HashAgent
+
+
+class Counts(HashAgent):
+    def learn(self, *arguments):
+        raise RuntimeError(f"threads: {torch.get_num_threads()}")
+
+
+register_agent("counts", Counts)
+"""
+
+
 class Killed(BaseException):
     """Stands for a kill."""
 
@@ -153,6 +169,15 @@ def test_what_fails_or_dies_stops_nothing_and_is_done_again_alone(settings, flak
         assert written(tmp_path / "one/Classification-Custom" / name) == written(
             tmp_path / "two/Classification-Custom" / name
         )
+
+
+def test_each_of_several_processes_has_one_thread(settings, own_names, tmp_path, one_thread):
+    torch.set_num_threads(4)
+    (tmp_path / "counts.py").write_text(COUNTS)
+    own = import_own(str(tmp_path / "counts.py"))
+    runs = plan([CUSTOM], ["counts"], output=tmp_path, seeds=1, controls=False, settings=settings)
+    (word,) = train_many(runs, jobs=2, imports=[own])
+    assert word.message == "RuntimeError: threads: 1"
 
 
 def test_a_comparison_that_was_killed_goes_on_and_ends_as_the_uninterrupted_one(settings, tmp_path):

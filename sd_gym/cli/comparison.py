@@ -41,7 +41,7 @@ def compare(
     ] = True,
     seeds: Annotated[int, typer.Option(min=1, help="With envs: seeds of each agent.")] = 10,
     steps: Annotated[int, typer.Option(min=1, help="With envs: decisions to learn from.")] = 50_000,
-    jobs: Annotated[int, typer.Option(min=1, help="With envs: processes, which share the cores.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="With envs: processes, of one thread each.")] = 1,
     ray: Annotated[
         str | None,
         typer.Option(
