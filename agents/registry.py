@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from sd_gym.agents.learning.agent import AgentSettings, BaseAgent
+from sd_gym.agents.runs.folder import BLIND
 
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.registry import Registry, UnknownNameError, unknown
 
-BLIND = "blind-"
 AGENTS: Registry[type[BaseAgent]] = Registry(
     "agent",
     {

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from from_nothing import COLUMNS, cell, show
-from sd_gym.agents.experiment.folder import read_result
 from sd_gym.agents.experiment.many import train_many
 from sd_gym.agents.experiment.plan import Planned
 from sd_gym.agents.report.compare import markdown
+from sd_gym.agents.runs.folder import read_result
 from torch import nn
 
 from sd_gym import register_network

@@ -18,12 +18,13 @@ from itertools import product
 from pathlib import Path
 
 from rich.console import Console
-from sd_gym.agents.experiment.folder import read_result
+from sd_gym.agents.experiment import savings
 from sd_gym.agents.experiment.many import Word, train_many
 from sd_gym.agents.experiment.plan import Planned
 from sd_gym.agents.registry import learning_agents
-from sd_gym.agents.report import compare, plots, savings
+from sd_gym.agents.report import compare, plots
 from sd_gym.agents.report.compare import markdown
+from sd_gym.agents.runs.folder import read_result
 
 import sd_gym
 

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.early_exit import THRESHOLDS
-from sd_gym.agents.experiment.evaluation import deciding_flops, score_decisions, seen_together
-from sd_gym.agents.report.fronts import Front, front_of_decisions
-from sd_gym.agents.report.savings import margins
+from sd_gym.agents.experiment.fronts import front_of_decisions
+from sd_gym.agents.experiment.savings import margins
+from sd_gym.agents.learning.decisions import deciding_flops, score_decisions, seen_together
+from sd_gym.agents.runs.fronts import Front
 
 from sd_gym.envs.core import Core
 from sd_gym.policy import DecisionPolicy

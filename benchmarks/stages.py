@@ -33,17 +33,18 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from sd_gym.agents.baselines.static import searched_masks
-from sd_gym.agents.experiment.evaluation import fitting
-from sd_gym.agents.experiment.folder import read_description, read_result
+from sd_gym.agents.experiment.fronts import front_of
 from sd_gym.agents.experiment.many import Word, train_many
 from sd_gym.agents.experiment.plan import Planned
 from sd_gym.agents.experiment.run import run_config
+from sd_gym.agents.experiment.savings import versions
 from sd_gym.agents.imitation.agent import ImitationAgent
+from sd_gym.agents.learning.decisions import fitting
 from sd_gym.agents.ppo.agent import PPOAgent
 from sd_gym.agents.registry import register_agent
 from sd_gym.agents.report.compare import markdown
-from sd_gym.agents.report.fronts import Front, flops_samples, front_of
-from sd_gym.agents.report.savings import versions
+from sd_gym.agents.runs.folder import read_description, read_result
+from sd_gym.agents.runs.fronts import Front, flops_samples
 from stage_fronts import Remembered, cascade_front, exit_front, more_cautious
 
 import sd_gym

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sd_gym.agents import agent_names, make_agent
-from sd_gym.agents.experiment.evaluation import decide_and_score, evaluate
+from sd_gym.agents.experiment.evaluation import evaluate
+from sd_gym.agents.experiment.fronts import front_of
 from sd_gym.agents.experiment.run import load_run, split_settings, train
 from sd_gym.agents.experiment.selection import MARGINS, Selection
 from sd_gym.agents.learning.agent import initial_bias, learning_bias
-from sd_gym.agents.report.fronts import front_of
+from sd_gym.agents.learning.decisions import decide_and_score
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.logger import configure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

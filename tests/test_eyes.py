@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from sd_gym.agents import make_agent
-from sd_gym.agents.experiment.evaluation import deciding_flops, evaluate, fitting
+from sd_gym.agents.experiment.evaluation import evaluate
 from sd_gym.agents.experiment.run import load_run
+from sd_gym.agents.learning.decisions import deciding_flops, fitting
 from stable_baselines3.common.logger import configure
 from torch.utils.flop_counter import FlopCounterMode
 

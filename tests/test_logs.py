@@ -6,10 +6,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from sd_gym.agents import make_agent
-from sd_gym.agents.experiment.evaluation import decide_and_score
 from sd_gym.agents.experiment.run import train
-from sd_gym.agents.experiment.selection import Selection, halves
+from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.imitation.agent import ImitationAgent
+from sd_gym.agents.learning.decisions import decide_and_score, halves
 from stable_baselines3.common.logger import KVWriter, Logger
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

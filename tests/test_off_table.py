@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sd_gym.agents.experiment.evaluation import deciding_flops, fitting
 from sd_gym.agents.experiment.replay import replay
 from sd_gym.agents.experiment.run import reduce
+from sd_gym.agents.learning.decisions import deciding_flops, fitting
 
 import sd_gym
 from sd_gym.envs import shared_core

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from sd_gym.agents import Decider, Rollout, agent_names, make_agent, register_agent
-from sd_gym.agents.experiment.evaluation import Decided
 from sd_gym.agents.experiment.run import load_run, train
+from sd_gym.agents.learning.decisions import Decided
 from sd_gym.agents.ppo.agent import PPOAgent
-from sd_gym.agents.report.compare import read_run
+from sd_gym.agents.runs.finished import read_run
 from stable_baselines3.common.logger import configure
 from torch import nn
 from typer.testing import CliRunner

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from sd_gym.agents.experiment.env_check import check_env
 from sd_gym.agents.experiment.evaluation import decisions_hash
-from sd_gym.agents.experiment.folder import read_description
 from sd_gym.agents.experiment.replay import ReplayError, read_instances, replay
 from sd_gym.agents.experiment.run import run_config
+from sd_gym.agents.runs.folder import read_description
 from typer.testing import CliRunner
 
 import sd_gym

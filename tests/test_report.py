@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from sd_gym.agents.registry import agent_names, is_control, learning_agents
 from sd_gym.agents.report.collect import collect, strips
-from sd_gym.agents.report.compare import read_run
 from sd_gym.agents.report.page import write_report
 from sd_gym.agents.report.style import as_svg, figure, style
 from sd_gym.agents.report.words import overall_words, results_table, verdict_words
+from sd_gym.agents.runs.finished import read_run
 from typer.testing import CliRunner
 
 from sd_gym.cli import app

@@ -6,9 +6,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from sd_gym.agents.experiment.evaluation import decide_and_score, deciding_flops, score_decisions
 from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.experiment.tuning import decided_by_run
+from sd_gym.agents.learning.decisions import decide_and_score, deciding_flops, score_decisions
 from sd_gym.agents.registry import make_agent
 from sd_gym.agents.reinforce.agent import ReinforceAgent
 from stable_baselines3.common.logger import KVWriter, Logger, configure

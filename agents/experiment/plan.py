@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd_gym.agents.experiment.folder import read_description
 from sd_gym.agents.experiment.run import is_setting, split_settings, train
-from sd_gym.agents.experiment.verdict import ONE_SIDED_95
 from sd_gym.agents.registry import BLIND, agent_class, agent_names, is_control, make_settings
+from sd_gym.agents.runs.folder import read_description
+from sd_gym.agents.runs.verdict import ONE_SIDED_95
 
 from sd_gym.config import spelled
 from sd_gym.envs.config import load_config

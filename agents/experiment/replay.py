@@ -9,17 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.evaluation import (
-    Decided,
-    decide_rows,
-    deciding_flops,
-    decisions_hash,
-    evaluate,
-    fitting,
-    score_decisions,
-)
-from sd_gym.agents.experiment.folder import check_backbone, read_description, read_result
+from sd_gym.agents.experiment.evaluation import decisions_hash, evaluate
 from sd_gym.agents.experiment.run import run_config
+from sd_gym.agents.learning.decisions import Decided, decide_rows, deciding_flops, fitting, score_decisions
+from sd_gym.agents.runs.folder import check_backbone, read_description, read_result
 
 from sd_gym.envs.core import Core, shared_core
 from sd_gym.envs.split import Split

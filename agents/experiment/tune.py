@@ -15,8 +15,8 @@ from sd_gym.agents.experiment.evaluation import summary
 from sd_gym.agents.experiment.many import Word, train_many
 from sd_gym.agents.experiment.plan import Planned
 from sd_gym.agents.experiment.run import load_run, split_settings
-from sd_gym.agents.experiment.verdict import ONE_SIDED_95
 from sd_gym.agents.registry import agent_class
+from sd_gym.agents.runs.verdict import ONE_SIDED_95
 
 from sd_gym.files import as_json, write_text
 from sd_gym.folders import contents, foreign, locked

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from sd_gym.agents.experiment.evaluation import Decided
+from sd_gym.agents.learning.decisions import Decided
 from sd_gym.agents.learning.warm import in_stages, with_eyes
 from stable_baselines3.common.logger import Logger
 from torch import nn

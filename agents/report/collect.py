@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.verdict import Verdict, changes_allowed, fewest_instances, losses_allowed
-from sd_gym.agents.report.compare import Run, agent_of, alike, finished_runs, read_run
 from sd_gym.agents.report.panels import Points, Strip
-from sd_gym.agents.report.statistics import aggregate, hypervolume
+from sd_gym.agents.runs.finished import Run, agent_of, alike, finished_runs, read_run
+from sd_gym.agents.runs.statistics import aggregate, hypervolume
+from sd_gym.agents.runs.verdict import Verdict, changes_allowed, fewest_instances, losses_allowed
 
 WORST = 5  # epsilons lost: where the area that runs dominate ends
 DEFAULT_EPSILON = 0.01

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from sd_gym.agents.report.collect import WORST, AgentRuns, Task
-from sd_gym.agents.report.statistics import aggregate, probability_of_improvement
+from sd_gym.agents.runs.statistics import aggregate, probability_of_improvement
 
 
 class Table(NamedTuple):

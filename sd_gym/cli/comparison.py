@@ -158,7 +158,8 @@ def _print_comparison(
     from sd_gym.agents.report.tables import of_comparison
 
     if fronts:
-        from sd_gym.agents.report import plots, savings
+        from sd_gym.agents.experiment import savings
+        from sd_gym.agents.report import plots
 
         title, columns = "At the same quality, test split", savings.COLUMNS
         by = ["env", "points lost", "FLOPs of static / blind"]
@@ -227,7 +228,7 @@ def tune(
     imported = import_all(imports)
     with errors_as_lines(), progress_bar() as progress:
         bar = progress.add_task("trials", total=trials, figures="")
-        from sd_gym.agents.api import default_folder
+        from sd_gym.agents.experiment.api import default_folder
         from sd_gym.agents.experiment.tune import Tried
         from sd_gym.agents.experiment.tune import tune as search
         from sd_gym.envs.config import read_yaml

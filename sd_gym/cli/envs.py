@@ -83,7 +83,7 @@ def tabulate(
     imported = import_all(imports)
     with errors_as_lines(), progress_bar() as progress:
         bar = progress.add_task("loading", total=None, figures="")
-        from sd_gym.agents.tabulation import tabulate as write_table
+        from sd_gym.agents.experiment.tabulation import tabulate as write_table
 
         def on_progress(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total, description="scoring", figures="decisions")

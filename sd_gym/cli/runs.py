@@ -83,7 +83,7 @@ def train(
                 progress.update(bar, completed=min(done, steps), description=state, figures=shown)
 
             import sd_gym  # noqa: F401  (registers the ids)
-            from sd_gym.agents.api import default_folder
+            from sd_gym.agents.experiment.api import default_folder
             from sd_gym.agents.experiment.run import train as run_training
 
             folder = output or default_folder(env, algo, seed)
@@ -124,8 +124,8 @@ def evaluate(
     if split not in ("train", "validation", "test"):
         raise typer.BadParameter(f"expected train, validation or test, got {split!r}", param_hint="--split")
     import_all(imports)
-    from sd_gym.agents.api import evaluate as run_evaluation
-    from sd_gym.agents.experiment.folder import read_description
+    from sd_gym.agents.experiment.api import evaluate as run_evaluation
+    from sd_gym.agents.runs.folder import read_description
 
     with errors_as_lines(), status("evaluating"):
         description = read_description(run)

@@ -12,6 +12,9 @@ from sd_gym.errors import short
 from sd_gym.files import read_json
 
 
+BLIND = "blind-"  # in front of the name of an agent that sees zeros instead of the observation
+
+
 class _Data(BaseModel):
     hash: str
 

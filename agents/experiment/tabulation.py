@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.search import greedy_path
-from sd_gym.agents.experiment.folder import read_description
 from sd_gym.agents.experiment.run import run_config
-from sd_gym.agents.experiment.selection import halves
+from sd_gym.agents.learning.decisions import halves
+from sd_gym.agents.runs.folder import read_description
 
 from sd_gym.envs.config import ConfigError, EnvConfig, load_config
 from sd_gym.envs.core import Core

@@ -9,11 +9,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 from sd_gym.agents.experiment import run
-from sd_gym.agents.experiment.evaluation import Decides, fitting
-from sd_gym.agents.experiment.folder import check_backbone, read_description
 from sd_gym.agents.experiment.many import OnWord, Word, train_many
 from sd_gym.agents.experiment.plan import plan
-from sd_gym.agents.experiment.verdict import ONE_SIDED_95
+from sd_gym.agents.learning.decisions import Decides, fitting
+from sd_gym.agents.runs.folder import check_backbone, read_description
+from sd_gym.agents.runs.verdict import ONE_SIDED_95
 
 from sd_gym.config import EnvConfig, spelled
 from sd_gym.envs.config import load_config, make_config, stored_config

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.static import searched_masks
-from sd_gym.agents.experiment.evaluation import decide_and_score, fitting
-from sd_gym.agents.experiment.folder import check_backbone, has_policy
-from sd_gym.agents.registry import BLIND
-from sd_gym.agents.report.compare import Run, agent_of, alike, finished_runs, read_run
-from sd_gym.agents.report.fronts import Front, flops_samples, front_of
+from sd_gym.agents.experiment.fronts import front_of
+from sd_gym.agents.learning.decisions import decide_and_score, fitting
+from sd_gym.agents.runs.finished import Run, agent_of, alike, finished_runs, read_run
+from sd_gym.agents.runs.folder import BLIND, check_backbone, has_policy
+from sd_gym.agents.runs.fronts import LEAST, EnvFronts, Front, flops_samples
 
 from sd_gym.backbones import load_backbone
 from sd_gym.config import RewardConfig
@@ -38,24 +37,6 @@ COLUMNS = [
 BESIDE = ("static", "blind")  # what learned agents are compared with
 STEP, FURTHEST = 0.5, 15.0  # margins of bolder and more cautious versions of a policy
 READ = (0.25, 0.5)  # losses that fronts are read at, as shares of epsilon: about what selected policies lose
-LEAST = 0.1  # loss that is looked at, as a share of epsilon
-
-
-@dataclass(frozen=True)
-class EnvFronts:
-    """Fronts of all agents of one env, on its test split.
-
-    Attributes:
-        env: Its id.
-        epsilon: Of its objective.
-        controls: ``static`` and ``blind``, as far as there are runs of them; all runs of one are one front.
-        learned: The front of each run, by agent.
-    """
-
-    env: str
-    epsilon: float
-    controls: dict[str, Front]
-    learned: dict[str, list[Front]]
 
 
 def env_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFronts]:
