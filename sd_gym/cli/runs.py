@@ -80,7 +80,7 @@ def train(
                     progress.update(bar, completed=done)
                     return
                 state = "learning" if done < steps else "evaluating"
-                progress.update(bar, completed=min(done, steps), description=state, figures=shown)
+                progress.update(bar, completed=min(done, steps), total=steps, description=state, figures=shown)
 
             import sd_gym  # noqa: F401  (registers the ids)
             from sd_gym.agents.experiment.api import default_folder
