@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from sd_gym.agents.learning.agent import Agent, BaseAgent
+from sd_gym.agents.learning.agent import AgentSettings, BaseAgent
+from sd_gym.agents.runs.folder import BLIND
 
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.registry import Registry, UnknownNameError, unknown
 
-BLIND = "blind-"
 AGENTS: Registry[type[BaseAgent]] = Registry(
     "agent",
     {
         "ppo": "sd_gym.agents.ppo.agent:PPOAgent",
-        "ppo_lagrangian": "sd_gym.agents.ppo.agent:PPOLagrangianAgent",
-        "ppo_lex": "sd_gym.agents.ppo.agent:PPOLexAgent",
+        "ppo_lagrangian": "sd_gym.agents.ppo.lagrangian:PPOLagrangianAgent",
+        "ppo_lex": "sd_gym.agents.ppo.crpo:PPOLexAgent",
         "a2c": "sd_gym.agents.a2c.agent:A2CAgent",
-        "a2c_lagrangian": "sd_gym.agents.a2c.agent:A2CLagrangianAgent",
-        "a2c_lex": "sd_gym.agents.a2c.agent:A2CLexAgent",
         "reinforce": "sd_gym.agents.reinforce.agent:ReinforceAgent",
         "imitation": "sd_gym.agents.imitation.agent:ImitationAgent",
         "static": "sd_gym.agents.baselines.static:StaticAgent",
@@ -32,18 +30,17 @@ AGENTS: Registry[type[BaseAgent]] = Registry(
         "hash": "sd_gym.agents.baselines.constant:HashAgent",
     },
 )
-# And a user's own that learn.
-LEARNING = ["ppo", "ppo_lagrangian", "ppo_lex", "a2c", "a2c_lagrangian", "a2c_lex", "reinforce", "imitation"]
 
 
-def register_agent(name: str, cls: type[BaseAgent], *, learns: bool = True) -> None:
+def register_agent(name: str, cls: type[BaseAgent]) -> None:
     """Make an agent of your own known: then ``sd_gym.train(env, name)`` and, with ``--import``, ``--algo NAME`` work.
+
+    Unless the class says ``is_control = True``, as every ``Decider`` does, there is a ``blind-NAME`` as well, and
+    ``compare --fronts`` sets it against the controls.
 
     Args:
         name: What it is called.
         cls: A subclass of ``sd_gym.agents.Agent``, which comes to a policy, or of ``sd_gym.agents.Decider``.
-        learns: Whether it learns from what it observes: then there is a ``blind-NAME`` as well, and
-            ``compare --fronts`` sets it against the controls. A ``Decider`` never does.
 
     Raises:
         TypeError: If ``cls`` is no such class.
@@ -54,15 +51,21 @@ def register_agent(name: str, cls: type[BaseAgent], *, learns: bool = True) -> N
     if name.startswith(BLIND):
         raise ValueError(f"the agent {name!r} needs another name: {BLIND}NAME is the agent NAME that sees nothing")
     AGENTS.register(name, cls)
-    if name in LEARNING:
-        LEARNING.remove(name)
-    if learns and issubclass(cls, Agent):
-        LEARNING.append(name)
+
+
+def learning_agents() -> list[str]:
+    """Names of the agents that learn: all but controls."""
+    return [name for name in AGENTS.names() if not AGENTS.find(name).is_control]
+
+
+def is_control(name: str) -> bool:
+    """Whether an agent is only there to be compared with: its class says so, or it is blind."""
+    return name.startswith(BLIND) or agent_class(name).is_control
 
 
 def agent_names() -> list[str]:
     """All names that ``make_agent`` takes."""
-    return [*AGENTS.names(), *(BLIND + name for name in LEARNING)]
+    return [*AGENTS.names(), *(BLIND + name for name in learning_agents())]
 
 
 def agent_class(name: str) -> type[BaseAgent]:
@@ -74,6 +77,11 @@ def agent_class(name: str) -> type[BaseAgent]:
     if name not in agent_names():
         raise UnknownNameError(unknown("agent", name, agent_names()))
     return AGENTS.find(name.removeprefix(BLIND))
+
+
+def make_settings(name: str, settings: dict[str, Any]) -> AgentSettings:
+    """Checked settings of an agent by name, its defaults included; raises as ``make_agent``."""
+    return agent_class(name).make_settings(settings, name.startswith(BLIND))
 
 
 def make_agent(name: str, env: SwitchableVectorEnv, *, seed: int = 0, **settings: Any) -> BaseAgent:

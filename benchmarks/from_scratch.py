@@ -22,16 +22,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
-from sd_gym.agents.experiment.evaluation import fitting
-from sd_gym.agents.experiment.folder import read_description, read_result
+from sd_gym.agents.experiment.fronts import front_of
 from sd_gym.agents.experiment.many import Word, train_many
 from sd_gym.agents.experiment.plan import Planned
 from sd_gym.agents.experiment.run import run_config
+from sd_gym.agents.experiment.savings import versions
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, AgentSettings, OnRollout, Rollout
+from sd_gym.agents.learning.decisions import fitting
 from sd_gym.agents.registry import register_agent
 from sd_gym.agents.report.compare import markdown
-from sd_gym.agents.report.fronts import flops_at_loss, front_of
-from sd_gym.agents.report.savings import versions
+from sd_gym.agents.runs.folder import read_description, read_result
+from sd_gym.agents.runs.fronts import flops_at_loss
 from stable_baselines3.common.logger import Logger
 
 import sd_gym

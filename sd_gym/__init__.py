@@ -17,11 +17,11 @@ from sd_gym.registration import register_env, register_envs, register_observatio
 from sd_gym.version import __version__
 
 if TYPE_CHECKING:
-    from sd_gym.agents.api import evaluate, train, train_all
+    from sd_gym.agents.experiment.api import evaluate, train, train_all
     from sd_gym.agents.experiment.run import reduce
+    from sd_gym.agents.experiment.tabulation import tabulate
     from sd_gym.agents.registry import register_agent
     from sd_gym.agents.report.compare import compare
-    from sd_gym.agents.tabulation import tabulate
     from sd_gym.envs.listing import instances
     from sd_gym.inference.attach import attach, detach
     from sd_gym.inference.bake import bake
@@ -39,7 +39,7 @@ _WHERE = {
     "bake": "sd_gym.inference.bake",
     "compare": "sd_gym.agents.report.compare",
     "detach": "sd_gym.inference.attach",
-    "evaluate": "sd_gym.agents.api",
+    "evaluate": "sd_gym.agents.experiment.api",
     "instances": "sd_gym.envs.listing",
     "load": "sd_gym.inference.texts",
     "reduce": "sd_gym.agents.experiment.run",
@@ -49,9 +49,9 @@ _WHERE = {
     "register_objective": "sd_gym.objectives",
     "register_ranking": "sd_gym.tasks.ranking",
     "register_task": "sd_gym.tasks.family",
-    "tabulate": "sd_gym.agents.tabulation",
-    "train": "sd_gym.agents.api",
-    "train_all": "sd_gym.agents.api",
+    "tabulate": "sd_gym.agents.experiment.tabulation",
+    "train": "sd_gym.agents.experiment.api",
+    "train_all": "sd_gym.agents.experiment.api",
 }
 
 __all__ = [

@@ -152,7 +152,7 @@ def write_env(folder, dataset, backbone, **values):
 
 def forget_own():
     """What a new process knows: only the project's own names, and none of the given modules."""
-    from sd_gym.agents.registry import AGENTS, LEARNING
+    from sd_gym.agents.registry import AGENTS
 
     from sd_gym.objectives import OBJECTIVES
     from sd_gym.policy import NETWORKS
@@ -165,7 +165,6 @@ def forget_own():
         gym.registry.pop(identity)
     for registry in (AGENTS, NETWORKS, OBJECTIVES, ENVS, TASKS, METRICS, RANKINGS):
         registry._own.clear()
-    LEARNING[:] = [name for name in LEARNING if name in AGENTS.names()]
 
 
 @pytest.fixture

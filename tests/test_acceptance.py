@@ -28,7 +28,7 @@ def warm_start(request, tmp_path_factory):
 @pytest.mark.parametrize("algo", ["ppo", "a2c", "reinforce"])
 def test_saves_half_at_most_one_point_under_dense(warm_start, algo, tmp_path):
     env, start = warm_start
-    result = train(env, algo, tmp_path / "run", steps=20_000, settings={"start": start}, preset="refine")
+    result = train(env, algo, tmp_path / "run", steps=20_000, settings={"start": start})
     assert result["instances"] == 2000
     assert result["flops_ratio_with_policy"] <= 0.5
     assert result["quality_difference"] >= -0.01

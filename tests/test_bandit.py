@@ -23,9 +23,7 @@ LOST = np.array([[0.0, 0.05], [0.004, 0.2]])
 FLOPS = np.array([[1.0, 0.3], [0.6, 0.1]])
 CONSTRAINED = {
     "ppo_lagrangian": {"multiplier_rate": 1.0, "n_steps": 4},
-    "a2c_lagrangian": {"multiplier_rate": 1.0},
     "ppo_lex": {"entropy": 0.0, "n_steps": 4},  # what the bonus has it draw at random counts as quality lost
-    "a2c_lex": {"entropy": 0.2, "limit": 3.0},  # or it is certain of dense before it has seen the right arm
     "reinforce": {},
 }
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))]

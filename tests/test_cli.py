@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from sd_gym.agents.report.savings import env_fronts
+from sd_gym.agents.experiment.savings import env_fronts
 from typer.testing import CliRunner
 
 from sd_gym.cli import app

@@ -50,6 +50,22 @@ register_agent("dies", Dies)
 """
 
 
+COUNTS = """
+import torch
+
+from sd_gym.agents import register_agent
+from sd_gym.agents.baselines.constant import HashAgent
+
+
+class Counts(HashAgent):
+    def learn(self, *arguments):
+        raise RuntimeError(f"threads: {torch.get_num_threads()}")
+
+
+register_agent("counts", Counts)
+"""
+
+
 class Killed(BaseException):
     """Stands for a kill."""
 
@@ -106,7 +122,6 @@ def test_the_plan_has_every_agent_and_control_with_the_same_seeds():
     assert {run.steps for run in runs} == {9}
     (warm,) = [run for run in runs if run.folder.name == "ppo-from-imitation-1"]
     assert warm.settings == {"start": Path("out/Classification-Custom/imitation-1")}
-    assert [run.algo for run in runs if run.preset == "refine"] == ["ppo", "ppo"]
 
 
 def test_a_blind_agent_begins_with_what_sees_nothing_and_settings_go_to_who_has_them():
@@ -125,7 +140,6 @@ def test_a_blind_agent_begins_with_what_sees_nothing_and_settings_go_to_who_has_
         ({"algos": ["dense-from-static"]}, "dense begins with no other run"),
         ({"envs": [CUSTOM, "SD/Clasification-Mini-v0"]}, "did you mean 'SD/Classification-Mini-v0'"),
         ({"settings": {"n_stepz": 3}}, "unknown setting 'n_stepz'"),
-        ({"preset": "refined"}, "no preset 'refined'; presets by name are refine"),
     ],
 )
 def test_what_is_wrong_with_a_name_is_told_before_anything_is_trained(arguments, message):
@@ -155,6 +169,15 @@ def test_what_fails_or_dies_stops_nothing_and_is_done_again_alone(settings, flak
         assert written(tmp_path / "one/Classification-Custom" / name) == written(
             tmp_path / "two/Classification-Custom" / name
         )
+
+
+def test_each_of_several_processes_has_one_thread(settings, own_names, tmp_path, one_thread):
+    torch.set_num_threads(4)
+    (tmp_path / "counts.py").write_text(COUNTS)
+    own = import_own(str(tmp_path / "counts.py"))
+    runs = plan([CUSTOM], ["counts"], output=tmp_path, seeds=1, controls=False, settings=settings)
+    (word,) = train_many(runs, jobs=2, imports=[own])
+    assert word.message == "RuntimeError: threads: 1"
 
 
 def test_a_comparison_that_was_killed_goes_on_and_ends_as_the_uninterrupted_one(settings, tmp_path):

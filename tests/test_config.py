@@ -7,10 +7,10 @@ import gymnasium as gym
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sd_gym.agents.api import evaluate
-from sd_gym.agents.experiment.folder import read_description
+from sd_gym.agents.experiment.api import evaluate
 from sd_gym.agents.experiment.run import load_run, split_settings, train
 from sd_gym.agents.report.compare import compare
+from sd_gym.agents.runs.folder import read_description
 from typer.testing import CliRunner
 
 import sd_gym

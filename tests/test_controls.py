@@ -19,8 +19,8 @@ from sd_gym.agents.baselines.search import (
 )
 from sd_gym.agents.baselines.static import MASKS
 from sd_gym.agents.experiment.run import train
-from sd_gym.agents.experiment.selection import halves
-from sd_gym.agents.experiment.verdict import Verdict, verdict
+from sd_gym.agents.learning.decisions import halves
+from sd_gym.agents.runs.verdict import Verdict, verdict
 from stable_baselines3.common.logger import configure
 
 import sd_gym

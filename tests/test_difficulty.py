@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sd_gym.agents.experiment.evaluation import decide_and_score, evaluate
+from sd_gym.agents.experiment.evaluation import evaluate
 from sd_gym.agents.experiment.run import train
+from sd_gym.agents.learning.decisions import decide_and_score
 from transformers import AutoModelForSequenceClassification
 
 from sd_gym.tasks.difficulty import means_by, quartiles

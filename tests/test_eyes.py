@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from sd_gym.agents import make_agent
-from sd_gym.agents.experiment.evaluation import deciding_flops, evaluate, fitting
+from sd_gym.agents.experiment.evaluation import evaluate
 from sd_gym.agents.experiment.run import load_run
+from sd_gym.agents.learning.decisions import deciding_flops, fitting
 from stable_baselines3.common.logger import configure
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +25,6 @@ QUICK = {
     "ppo": {"num_envs": 32},
     "a2c": {"num_envs": 32},
     "ppo_lex": {"num_envs": 32},
-    "a2c_lex": {"num_envs": 32},
     "ppo_lagrangian": {"num_envs": 32},
     "reinforce": {"num_envs": 8, "imagined": 16, "tries": 4, "updates": 1, "fit_batch": 16},
     "imitation": {"instances": 40, "epochs": 2},

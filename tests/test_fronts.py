@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from sd_gym.agents.report.fronts import Front, flops_at, flops_at_loss, flops_samples
-from sd_gym.agents.report.savings import _compared
+from sd_gym.agents.experiment.savings import _compared
+from sd_gym.agents.runs.fronts import Front, flops_at, flops_at_loss, flops_samples
 
 N = 1000
 LOST = {share: np.r_[np.zeros(int(share * N)), np.ones(N - int(share * N))] for share in (0.0, 0.05, 0.1)}

@@ -1,6 +1,5 @@
-"""The multiplier of a Lagrangian: a wrapper around an env for any algorithm, a part of two agents; never of the env."""
+"""The multiplier of a Lagrangian: a wrapper around an env for any algorithm, a part of an agent; never of the env."""
 
-import json
 import pickle
 
 import gymnasium as gym
@@ -8,16 +7,12 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 from sd_gym.agents import make_agent
-from sd_gym.agents.experiment.folder import read_description
-from sd_gym.agents.experiment.run import load_run, run_config, train
 from stable_baselines3.common.logger import configure
 
-import sd_gym
 from sd_gym.envs import ConfigError
 from sd_gym.envs.core import Outcome
 from sd_gym.envs.wrappers import LagrangianVectorWrapper, LagrangianWrapper
 from sd_gym.objectives import quality_cost
-from tests.conftest import flat
 
 ID, STAGED, CUSTOM = "SD/Classification-Mini-v0", "SD/Classification-Mini-Staged-v0", "SD/Classification-Custom-v0"
 SMALL = {"train_size": 60, "validation_size": 20, "test_size": 20}
@@ -104,17 +99,16 @@ def test_the_old_keys_say_what_took_their_place(old):
     assert next(iter(old)) in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["ppo_lagrangian", "a2c_lagrangian"])
-def test_an_agent_logs_its_multiplier_and_keeps_it_in_its_state(name, custom, tmp_path):
+def test_an_agent_logs_its_multiplier_and_keeps_it_in_its_state(custom, tmp_path):
     env = gym.make_vec(CUSTOM, num_envs=16, penalty=3.0, epsilon=0.0, **custom).unwrapped
     env.reset(seed=0)
-    agent, logged = make_agent(name, env, seed=0, multiplier_rate=0.5), []
+    agent, logged = make_agent("ppo_lagrangian", env, seed=0, multiplier_rate=0.5), []
     assert agent.multiplier == 3.0
     logger = configure(str(tmp_path), [])
     logger.record = lambda key, value, *args, **kwargs: logged.append(value) if key == "train/multiplier" else None
     agent.learn(512, logger, lambda rollout: None)
     assert logged[-1] == agent.multiplier != 3.0
-    other = make_agent(name, gym.make_vec(CUSTOM, num_envs=16, **custom).unwrapped, seed=1)
+    other = make_agent("ppo_lagrangian", gym.make_vec(CUSTOM, num_envs=16, **custom).unwrapped, seed=1)
     other.load_state(agent.state())
     assert other.multiplier == agent.multiplier
 
@@ -130,27 +124,6 @@ def test_the_multiplier_rises_where_more_than_the_limit_is_lost(limit, rises, cu
         return Outcome(reference - lost, reference, quality_cost(reference - lost, reference, 0.1), ratio)
 
     monkeypatch.setattr(env.core, "score", score)
-    agent = make_agent("a2c_lagrangian", env, seed=0, limit=limit)
+    agent = make_agent("ppo_lagrangian", env, seed=0, limit=limit)
     agent.learn(256, configure(str(tmp_path), []), lambda rollout: None)
     assert (agent.multiplier > 3.0) == rises
-
-
-def test_runs_of_a_former_version_are_read_as_those_of_the_agent(custom, tmp_path):
-    run = tmp_path / "run"
-    settings = {**custom, "penalty": 3.0, "num_envs": 8, "epsilon": 1.0}
-    train(CUSTOM, "ppo_lagrangian", run, steps=64, settings={**settings, "multiplier_rate": 0.5}, strictness=0)
-    now, file = read_description(run), run / "config.json"
-    old = json.loads(file.read_text())
-    old["algo"] = "ppo"
-    old["env_config"] = flat(old["env_config"]) | {
-        "objective": "lagrangian",
-        "multiplier_rate": old["agent_settings"].pop("multiplier_rate"),
-    }
-    file.write_text(json.dumps(old))
-    assert read_description(run) == now
-    assert run_config(read_description(run)).reward.penalty == 3.0
-    load_run(run)
-    card = json.loads((run / "skip_policy.json").read_text())
-    card["env"] = flat(card["env"]) | {"multiplier_rate": 0.5}
-    (run / "skip_policy.json").write_text(json.dumps(card))
-    assert 0 < sd_gym.load(run)(["good room"])[0].flops_ratio <= 1.1

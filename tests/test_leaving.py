@@ -10,9 +10,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from sd_gym.agents.experiment.evaluation import deciding_flops
 from sd_gym.agents.experiment.export import export
 from sd_gym.agents.experiment.run import circumstances
+from sd_gym.agents.learning.decisions import deciding_flops
 from transformers import AutoModelForSequenceClassification
 
 import sd_gym

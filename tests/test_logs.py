@@ -6,10 +6,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from sd_gym.agents import make_agent
-from sd_gym.agents.experiment.evaluation import decide_and_score
 from sd_gym.agents.experiment.run import train
-from sd_gym.agents.experiment.selection import Selection, halves
+from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.imitation.agent import ImitationAgent
+from sd_gym.agents.learning.decisions import decide_and_score, halves
 from stable_baselines3.common.logger import KVWriter, Logger
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -47,12 +47,12 @@ def hyperparameters_of(events):
     return values, {metric.name.tag for metric in experiment.metric_infos}
 
 
-@pytest.mark.parametrize("name", ["ppo", "a2c_lex", "reinforce", "imitation", "static", "random", "early-exit"])
+@pytest.mark.parametrize("name", ["ppo", "reinforce", "imitation", "static", "random", "early-exit"])
 def test_settings_result_and_validation_are_there_for_every_agent(name, custom, tmp_path):
     settings = {**custom, "penalty": 3.0}
     result = train(CUSTOM, name, tmp_path / "run", steps=600, seed=5, settings=settings)
     events = events_of(tmp_path / "run")
-    if name in ("ppo", "a2c_lex", "reinforce"):  # a run shorter than what lies between two points has its curves too
+    if name in ("ppo", "reinforce"):  # a run shorter than what lies between two points has its curves too
         assert {"rollout/ep_rew_mean", "rollout/success_rate"} <= set(events.Tags()["scalars"])
     values, metrics = hyperparameters_of(events)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -156,7 +156,7 @@ class Kept(KVWriter):
         pass
 
 
-@pytest.mark.parametrize("name", ["ppo", "ppo_lex", "a2c", "a2c_lex", "reinforce"])
+@pytest.mark.parametrize("name", ["ppo", "ppo_lex", "a2c", "reinforce"])
 def test_tags_of_a_rollout_are_means_over_all_its_decisions(name, custom):
     env = gym.make_vec(CUSTOM, num_envs=32, epsilon=0.0, **custom).unwrapped
     env.reset(seed=0)

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sd_gym.agents.experiment.evaluation import deciding_flops, fitting
 from sd_gym.agents.experiment.replay import replay
 from sd_gym.agents.experiment.run import reduce
-from sd_gym.agents.report.leaderboard import table_hash
+from sd_gym.agents.learning.decisions import deciding_flops, fitting
 
 import sd_gym
 from sd_gym.envs import shared_core
@@ -310,10 +309,3 @@ def test_a_damaged_table_is_told(reduced, tmp_path):
         write_json(folder / "table.json", said)
         with pytest.raises(ValueError, match="is damaged"):
             shared_core(load_config(config_of(ID), {"table": str(folder)})).leaving()
-
-
-def test_what_is_taken_along_does_not_change_what_a_table_is(reduced, tmp_path):
-    """Entries of a leaderboard name its outcomes."""
-    table = Path(shutil.copytree(reduced / "table", tmp_path / "table"))
-    (table / LEAVING).unlink()
-    assert table_hash(table) == table_hash(reduced / "table")

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from sd_gym.agents import Decider, Rollout, agent_names, make_agent, register_agent
-from sd_gym.agents.experiment.evaluation import Decided
 from sd_gym.agents.experiment.run import load_run, train
+from sd_gym.agents.learning.decisions import Decided
 from sd_gym.agents.ppo.agent import PPOAgent
-from sd_gym.agents.report.compare import read_run
+from sd_gym.agents.runs.finished import read_run
 from stable_baselines3.common.logger import configure
 from torch import nn
 from typer.testing import CliRunner
@@ -330,7 +330,7 @@ def test_an_own_agent_is_one_by_name(gradient, env):
     assert make_agent("blind-gradient", env, learning_rate=0.1).policy().blind
     with pytest.raises(ValueError, match=r"unknown setting 'learning_rat' of Gradient; did you mean 'learning_rate'"):
         make_agent("gradient", env, learning_rat=0.1)
-    register_agent("control", gradient, learns=False)
+    register_agent("control", type("Control", (gradient,), {"is_control": True}))
     assert "control" in agent_names()
     assert "blind-control" not in agent_names()
     for name in ("ppo", "blind-mine"):

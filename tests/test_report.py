@@ -9,11 +9,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from sd_gym.agents.registry import agent_names, is_control, learning_agents
 from sd_gym.agents.report.collect import collect, strips
-from sd_gym.agents.report.compare import read_run
 from sd_gym.agents.report.page import write_report
 from sd_gym.agents.report.style import as_svg, figure, style
 from sd_gym.agents.report.words import overall_words, results_table, verdict_words
+from sd_gym.agents.runs.finished import read_run
 from typer.testing import CliRunner
 
 from sd_gym.cli import app
@@ -45,6 +46,7 @@ def run(tmp_path):
             "versions": {"torch": "2.13.0"},
             "data": {"test": {"hash": f"rows{instances}"}},
             "weights": "abc123",
+            "control": algo in agent_names() and is_control(algo),
         }
         result = {
             "split": "test",
@@ -87,6 +89,13 @@ def seeds(run, algo, flops, **values):
 def words(folders):
     (task,) = collect(folders)
     return " ".join(verdict_words(task))
+
+
+@pytest.mark.parametrize("control", [name for name in agent_names() if name not in learning_agents()])
+def test_a_control_is_never_the_best_agent(run, control):
+    (task,) = collect([run(control, flops=0.1), run("ppo", flops=0.4)])
+    assert [one.name for one in task.learned] == ["ppo"]
+    assert f"{control} keeps the quality in" not in " ".join(verdict_words(task))
 
 
 class Page(HTMLParser):

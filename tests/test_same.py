@@ -7,8 +7,8 @@ import gymnasium as gym
 import pytest
 import torch
 from sd_gym.agents.experiment.run import load_run, train
+from sd_gym.agents.experiment.savings import env_fronts
 from sd_gym.agents.registry import make_agent
-from sd_gym.agents.report.savings import env_fronts
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 

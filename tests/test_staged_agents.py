@@ -6,9 +6,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from sd_gym.agents.experiment.evaluation import decide_and_score, deciding_flops, score_decisions
 from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.experiment.tuning import decided_by_run
+from sd_gym.agents.learning.decisions import decide_and_score, deciding_flops, score_decisions
 from sd_gym.agents.registry import make_agent
 from sd_gym.agents.reinforce.agent import ReinforceAgent
 from stable_baselines3.common.logger import KVWriter, Logger, configure
@@ -21,7 +21,7 @@ from sd_gym.policy import DecisionPolicy
 
 CUSTOM = "SD/Classification-Custom-Staged-v0"
 STAGES = ["first", "encoder.1", "encoder.2"]
-LEARNING = ["ppo", "a2c", "ppo_lagrangian", "ppo_lex", "a2c_lex", "reinforce", "blind-ppo"]
+LEARNING = ["ppo", "a2c", "ppo_lagrangian", "ppo_lex", "reinforce", "blind-ppo"]
 OVER = {"epochs": 100, "batch_size": 8}  # of few instances, imitation needs many passes
 
 
@@ -217,8 +217,6 @@ class Once(ReinforceAgent):
 def test_what_decides_once_says_so(env, tmp_path):
     with pytest.raises(ValueError, match=r"this agent decides once.*'encoder.1'"):
         Once(env)
-    with pytest.raises(ValueError, match="cannot be autoregressive; decide at one"):
-        make_agent("reinforce", env, autoregressive=True)
     policy = make_agent("ppo", env).policy()
     with pytest.raises(ValueError, match=r"decides at first, encoder.1, encoder.2 needs the components of each stage"):
         policy.reduced(2, np.zeros((1, policy.observation_size), np.float32))

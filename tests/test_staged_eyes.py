@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
-from sd_gym.agents.experiment.evaluation import deciding_flops, fitting
 from sd_gym.agents.experiment.run import load_run, train
+from sd_gym.agents.learning.decisions import deciding_flops, fitting
 from sd_gym.agents.registry import make_agent
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as check_sb3_env

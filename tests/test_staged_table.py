@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
-from sd_gym.agents.tabulation import in_stages, random_masks
+from sd_gym.agents.experiment.tabulation import in_stages, random_masks
 from stable_baselines3.common.env_checker import check_env as check_sb3_env
 from typer.testing import CliRunner
 

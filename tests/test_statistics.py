@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sd_gym.agents.experiment.verdict import Verdict, changes_allowed, fewest_instances, losses_allowed, verdict
-from sd_gym.agents.report.statistics import (
+from sd_gym.agents.runs.statistics import (
     aggregate,
     curve_interval,
     hypervolume,
@@ -14,6 +13,7 @@ from sd_gym.agents.report.statistics import (
     performance_profile,
     probability_of_improvement,
 )
+from sd_gym.agents.runs.verdict import Verdict, changes_allowed, fewest_instances, losses_allowed, verdict
 
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12)
 

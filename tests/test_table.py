@@ -6,7 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 
 import gymnasium as gym
@@ -25,7 +25,7 @@ import sd_gym
 from sd_gym.cli import app
 from sd_gym.envs import ConfigError, Outcome, TableEnv, TableVectorEnv, shared_core
 from sd_gym.envs.config import load_config
-from sd_gym.envs.exact import best_of_few, best_static, oracle, outcome, regret, static_regret
+from sd_gym.envs.exact import best_static, oracle, regret, static_regret
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.scoring import Scoring
 from sd_gym.envs.table import table_core
@@ -500,20 +500,6 @@ def test_the_figures_are_those_of_brute_force(full_table, small_table, loss, nam
     assert found.quality == pytest.approx(quality[rows, found.masks].mean())
 
 
-def test_few_masks_save_nearly_what_the_best_few_do(small_table):
-    split = core_of(ID, table=small_table).split("validation")
-    quality, flops = matrices(split)
-    savings = np.where(quality >= quality[:, :1], 1 - flops, 0.0)
-    everything = 1 - oracle(split).flops_ratio
-    for size in (1, 2, 3):
-        masks, found = best_of_few(split, size)
-        best = max(savings[:, [0, *few]].max(axis=1).mean() for few in combinations(range(1, len(flops[0])), size - 1))
-        assert masks[0] == 0
-        assert len(masks) <= size
-        assert 0.63 * best - 1e-9 <= 1 - found.flops_ratio <= best + 1e-9
-    assert 1 - best_of_few(split, len(flops[0]))[1].flops_ratio == pytest.approx(everything)
-
-
 def test_regret_is_what_the_best_reward_of_each_instance_is_more(full_table):
     split = core_of(ID, table=full_table).split("test")
     quality, flops = matrices(split)
@@ -532,8 +518,6 @@ def test_regret_is_what_the_best_reward_of_each_instance_is_more(full_table):
     best = rewards.max(axis=1).mean()
     assert static_regret(split) == pytest.approx(best - max(rewards.mean(axis=0)))
     assert 0 <= static_regret(split) <= lost.mean()
-    came = outcome(split, policy)
-    assert (came.quality, came.flops_ratio) == pytest.approx((quality[:, number].mean(), flops[:, number].mean()))
     with pytest.raises(ValueError, match="expected actions of shape"):
         regret(split, lambda observations: np.zeros((len(observations), 2), dtype=int))
 
@@ -541,7 +525,7 @@ def test_regret_is_what_the_best_reward_of_each_instance_is_more(full_table):
 # --- agents ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algo", ["ppo", "a2c_lex", "reinforce", "imitation", "static", "oracle", "dense", "random"])
+@pytest.mark.parametrize("algo", ["ppo", "ppo_lex", "reinforce", "imitation", "static", "oracle", "dense", "random"])
 def test_agents_learn_on_a_table(algo, table, tmp_path):
     """Selection and evaluation included; the run can be evaluated again."""
     result = sd_gym.train(ID, algo, tmp_path, steps=256, table=table)
@@ -551,8 +535,6 @@ def test_agents_learn_on_a_table(algo, table, tmp_path):
         again = sd_gym.evaluate(ID, tmp_path)
         assert again["quality"] == result["quality"]
         assert again["flops_ratio"] == result["flops_ratio"]
-        came = outcome(core_of(ID, table=table).split("test"), DecisionPolicy.load(tmp_path).decide)
-        assert came.flops_ratio == pytest.approx(result["flops_ratio"])
 
 
 def test_agents_that_look_at_the_backbone_say_so(full_table, small_table, tmp_path):

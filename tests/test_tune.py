@@ -1,9 +1,9 @@
-"""Tuning: settings are searched quality first, and the best are a preset."""
+"""Tuning: settings are searched quality first, and the best are written down."""
 
 import pytest
 import yaml
 from sd_gym.agents.a2c.agent import A2CSettings
-from sd_gym.agents.experiment.tune import PRESET, score, tune
+from sd_gym.agents.experiment.tune import BEST, score, tune
 from sd_gym.agents.registry import AGENTS
 from typer.testing import CliRunner
 
@@ -36,7 +36,7 @@ def test_defaults_lie_within_what_is_searched(algo):
         assert all(settings(**{key: value}) for value in ends)
 
 
-def test_a_search_that_was_killed_goes_on_and_its_best_settings_are_a_preset(reviews, tiny_backbone, tmp_path):
+def test_a_search_that_was_killed_goes_on_and_its_best_settings_can_be_set(reviews, tiny_backbone, tmp_path):
     pytest.importorskip("optuna")
     settings = {"dataset": str(reviews), "backbone": str(tiny_backbone), "epsilon": 1.0, "num_envs": 16}
     arguments = {"steps": 64, "trials": 2, "strictness": 0.0, **settings}
@@ -53,11 +53,11 @@ def test_a_search_that_was_killed_goes_on_and_its_best_settings_are_a_preset(rev
     file = tune(CUSTOM, "a2c", tmp_path / "study", on_trial=tried.append, **arguments)
     assert [one.number for one in tried] == [0, 1]
     best = min(tried, key=lambda one: one.score)
-    found = yaml.safe_load(file.read_text())["a2c"][CUSTOM]
+    found = yaml.safe_load(file.read_text())
     assert found.items() <= best.settings.items()
-    result = sd_gym.train(CUSTOM, "a2c", tmp_path / "run", preset=str(file), **{**settings, "steps": 64})
+    result = sd_gym.train(CUSTOM, "a2c", tmp_path / "run", **{**settings, "steps": 64, **found})
     assert result["flops_ratio"] > 0
-    assert tune(CUSTOM, "a2c", tmp_path / "study", **arguments) == tmp_path / "study" / PRESET  # all is done
+    assert tune(CUSTOM, "a2c", tmp_path / "study", **arguments) == tmp_path / "study" / BEST  # all is done
     with pytest.raises(ValueError, match="holds another study"):
         tune(CUSTOM, "a2c", tmp_path / "study", **{**arguments, "steps": 65})
     with pytest.raises(FileExistsError, match="no folder of a study"):

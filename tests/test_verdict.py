@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from sd_gym.agents.experiment.evaluation import bootstrap_interval
-from sd_gym.agents.experiment.verdict import Verdict, assured, fewest_instances, verdict
+from sd_gym.agents.runs.statistics import bootstrap_interval
+from sd_gym.agents.runs.verdict import Verdict, assured, fewest_instances, verdict
 
 SIMULATIONS = 1000
 SLACK = 3 * np.sqrt(0.05 * 0.95 / SIMULATIONS)  # of a simulated rate: three of its standard errors

@@ -1,4 +1,4 @@
-"""A2C, by Stable-Baselines3: on the env's reward, under a multiplier, or with two value heads and quality first."""
+"""A2C, by Stable-Baselines3, on the env's reward."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import ClassVar
 
 from pydantic import Field
 from sd_gym.agents.learning.agent import LearnerSettings
-from sd_gym.agents.learning.crpo import Rectified, RectifiedAgent, RectifiedSettings
-from sd_gym.agents.learning.lagrangian import LagrangianAgent, LagrangianSettings
 from sd_gym.agents.learning.sb3 import SB3Agent
 from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import VecEnv
@@ -34,37 +32,8 @@ class A2CAgent(SB3Agent):
     """Advantage actor-critic (Mnih et al. 2016), synchronous, with Adam and normalised advantages."""
 
     Settings = A2CSettings
+    refining_rate = 5e-5
     settings: A2CSettings
-    Algorithm: ClassVar[type[A2C]] = A2C
 
     def _make_algorithm(self, vec_env: VecEnv) -> A2C:
-        return self.Algorithm(**self._common(vec_env), use_rms_prop=False, normalize_advantage=True)
-
-
-class A2CLagrangianSettings(A2CSettings, LagrangianSettings):
-    """Settings of A2C and of its multiplier."""
-
-
-class A2CLagrangianAgent(LagrangianAgent, A2CAgent):
-    """A2C whose penalty learns to keep the mean quality."""
-
-    Settings = A2CLagrangianSettings
-    settings: A2CLagrangianSettings
-
-
-class RectifiedA2C(Rectified, A2C):
-    """A2C with two value heads and quality first."""
-
-
-class A2CLexSettings(A2CSettings, RectifiedSettings):
-    """Settings of A2C and of its constraint."""
-
-    space: ClassVar = A2CSettings.space | {"limit": (0.5, 4.0)}
-
-
-class A2CLexAgent(RectifiedAgent, A2CAgent):
-    """A2C that restores the quality while it is violated and saves while it is not (``Rectified``)."""
-
-    Settings = A2CLexSettings
-    settings: A2CLexSettings
-    Algorithm = RectifiedA2C
+        return A2C(**self._common(vec_env), use_rms_prop=False, normalize_advantage=True)

@@ -10,10 +10,9 @@ from sd_gym.agents.baselines.codebook import nested_codebook
 from sd_gym.agents.baselines.early_exit import THRESHOLDS
 from sd_gym.agents.baselines.search import greedy_path
 from sd_gym.agents.baselines.static import StaticSettings, report, searched_masks
-from sd_gym.agents.experiment.evaluation import Decided, score_decisions
-from sd_gym.agents.experiment.selection import halves, keeps
-from sd_gym.agents.experiment.verdict import ONE_SIDED_95
-from sd_gym.agents.learning.agent import Decider, NotApplicableError, OnRollout
+from sd_gym.agents.learning.agent import Decided, Decider, NotApplicableError, OnRollout
+from sd_gym.agents.learning.decisions import halves, keeps, score_decisions
+from sd_gym.agents.runs.verdict import ONE_SIDED_95
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.split import Split

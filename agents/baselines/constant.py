@@ -31,7 +31,7 @@ class _Given(Agent):
     """An agent whose policy is given from the start."""
 
     selects = validates = draws = False
-    staged = True
+    staged = is_control = True
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """There is nothing to learn."""

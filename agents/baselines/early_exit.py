@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.evaluation import Decided, score_decisions
-from sd_gym.agents.experiment.selection import halves, keeps
-from sd_gym.agents.experiment.verdict import ONE_SIDED_95
-from sd_gym.agents.learning.agent import Decider, NotApplicableError, OnRollout
+from sd_gym.agents.learning.agent import Decided, Decider, NotApplicableError, OnRollout
+from sd_gym.agents.learning.decisions import halves, keeps, score_decisions
+from sd_gym.agents.runs.verdict import ONE_SIDED_95
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.split import Split

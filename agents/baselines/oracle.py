@@ -6,8 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.baselines.search import can_try_all, exhaustive_each, greedy_path, order_of, search_each
-from sd_gym.agents.experiment.evaluation import Decided
-from sd_gym.agents.learning.agent import AgentSettings, Decider, OnRollout
+from sd_gym.agents.learning.agent import AgentSettings, Decided, Decider, OnRollout
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.split import Split

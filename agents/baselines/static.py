@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.codebook import nested_codebook
 from sd_gym.agents.baselines.search import Per, all_of, can_try_all, greedy_path, learned_path, units_of
-from sd_gym.agents.experiment.evaluation import score_decisions
-from sd_gym.agents.experiment.selection import halves
 from sd_gym.agents.learning.agent import Agent, AgentSettings, OnRollout, Rollout, decision_logits
+from sd_gym.agents.learning.decisions import halves, score_decisions
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.spaces import read_masks, write_masks
@@ -45,7 +44,7 @@ class StaticAgent(Agent):
 
     Settings = StaticSettings
     settings: StaticSettings
-    searches = staged = True
+    searches = staged = is_control = True
     draws = False  # a little of the search does, but minutes of searching again find no other masks to compare with
     validates = False
 

@@ -8,160 +8,22 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.verdict import Verdict, fewest_instances, losses_allowed, verdict
+from sd_gym.agents.learning.decisions import Decided, Decides, decide_and_score, deciding_flops, score_decisions
+from sd_gym.agents.runs.statistics import bootstrap_interval
+from sd_gym.agents.runs.verdict import Verdict, fewest_instances, losses_allowed, verdict
 
 from sd_gym.backbones import Backbone
 from sd_gym.envs.core import Core
-from sd_gym.envs.passes import PASS_TOKENS
 from sd_gym.envs.report import by_facts, write_instances
-from sd_gym.envs.scoring import AT_ONCE
-from sd_gym.envs.spaces import Observations, flat_size, token_width
 from sd_gym.envs.split import Split
-from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.off_table import OffTable
-from sd_gym.switch import Seen
 
-OfEnv = TypeVar("OfEnv", DecisionPolicy, OffTable)
-BATCH = 256
-BOOTSTRAP_SAMPLES = 2000
 WARM_UP, LEAST_TIMED = 2, 3  # batches
 TIMED_SECONDS = 30.0  # behind which no further batch is timed: of a large backbone, three batches take minutes
-
-
-class Decides(Protocol):
-    """What can be evaluated: a ``DecisionPolicy``, or anything else that decides.
-
-    Attributes:
-        flops: FLOPs of one decision; ``None`` where nobody has counted them.
-    """
-
-    flops: int | None
-
-    def decide(self, observations: Observations) -> NDArray:
-        """Decisions, int64 ``[n, switches + 1]``, for ``n`` observations."""
-
-
-class Decided(NamedTuple):
-    """Decisions on a whole split.
-
-    Attributes:
-        decisions: ``[n, switches + 1]``.
-        flops: FLOPs of deciding, ``[n]``.
-    """
-
-    decisions: NDArray
-    flops: NDArray
-
-
-def fitting(policy: OfEnv, core: Core) -> OfEnv:
-    """The policy, if it observes and decides on what a core has.
-
-    Raises:
-        ValueError: If it does not; the message says what was expected.
-    """
-    space, size, width = core.observation_space, policy.observation_size, policy.token_width
-    if policy.channels is not None and width is None:  # of tokens alone
-        size, width = 0, size
-    shown, reads = _spelled(flat_size(space), token_width(space)), _spelled(size, width)
-    for what, has, needs in (
-        ("decides on components", policy.nvec, core.nvec.tolist()),
-        ("decides on the switches", policy.switches, core.switch_names),
-        ("decides at the stages", policy.stages, core.stages),
-        ("reads", reads, shown),
-    ):
-        if has != needs:
-            raise ValueError(f"the policy {what} {has}, but {core.config.id} has {needs}")
-    return policy
-
-
-def _spelled(flat: int, width: int | None) -> str:
-    """What is observed, for messages: so many numbers, and tokens of so many."""
-    observations, tokens = f"observations of shape {(flat,)}", f"tokens of {width} numbers"
-    return observations if width is None else f"{observations} and {tokens}" if flat else tokens
-
-
-def bootstrap_interval(values: NDArray, seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean of paired differences ``[n]``."""
-    random = np.random.default_rng(seed)
-    means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(BOOTSTRAP_SAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def decide_and_score(core: Core, policy: Decides, split: Split, rows: NDArray | None = None) -> dict[str, NDArray]:
-    """Walk a split once, in order, with the policy's decisions.
-
-    Args:
-        core: Scores the decisions.
-        policy: Makes them.
-        split: Where the instances are.
-        rows: Which of them, ``[n]``; ``None``: all.
-
-    Returns:
-        ``decision`` ``[n, switches + 1]``, ``quality``, ``quality_ref`` and ``flops_ratio`` ``[n]``.
-    """
-    rows = np.arange(len(split)) if rows is None else rows
-    if core.is_staged:  # what was run to look is not run again to score
-        return _score(core, split, rows, lambda part: core.walk(split, rows[part], policy.decide))
-    return score_decisions(core, split, rows, decide_rows(core, policy, split, rows))
-
-
-def decide_rows(core: Core, policy: Decides, split: Split, rows: NDArray) -> NDArray:
-    """A policy's decisions ``[n, switches + 1]`` on ``rows [n]``."""
-    return np.concatenate([core.walk(split, part, policy.decide)[0] for part in seen_together(core, rows)])
-
-
-def seen_together(core: Core, rows: NDArray) -> list[NDArray]:
-    """Rows ``[n]`` in parts that are observed at once: all, where observations are flat, else batches."""
-    flat = isinstance(core.observation_space, gym.spaces.Box) and not core.is_staged
-    size = max(1, len(rows)) if flat else _batch(core)
-    return np.split(rows, range(size, len(rows), size))
-
-
-def _batch(core: Core) -> int:
-    """Rows that are decided on together; of several stages they go through one pass, whose memory is bounded."""
-    return max(1, min(BATCH, PASS_TOKENS // core.config.backbone.max_source_length)) if core.is_staged else BATCH
-
-
-def deciding_flops(core: Core, policy: Decides, split: Split, rows: NDArray) -> NDArray:
-    """FLOPs of deciding on rows, ``[n]``: the policy's, as far as they are known, and those of all that it looks at."""
-    looking = core.stage_observation.judging_flops(split, rows) if core.is_staged else 0
-    if core.config.table is not None and not getattr(policy, "blind", False):
-        looking = looking + core.observation.flops
-    if isinstance(policy, DecisionPolicy):
-        tokens = np.minimum(split.encoded.source_length[rows], core.config.backbone.max_source_length)
-        looking = looking + policy.flops_a_token * tokens
-    return np.full(len(rows), policy.flops or 0) + looking
-
-
-def score_decisions(core: Core, split: Split, rows: NDArray, decisions: NDArray) -> dict[str, NDArray]:
-    """What comes of given decisions ``[n, switches + 1]`` on ``rows [n]``; as ``decide_and_score`` returns it."""
-    return _score(core, split, rows, lambda part: (decisions[part], None))
-
-
-def _score(
-    core: Core, split: Split, rows: NDArray, decided: Callable[[NDArray], tuple[NDArray, Seen | None]]
-) -> dict[str, NDArray]:
-    """As ``decide_and_score``; ``decided`` gives the decisions at some positions in ``rows``, and what was seen."""
-    # Batches of similar length waste little on padding; results are put back in order.
-    order = np.argsort(split.encoded.source_length[rows], kind="stable")
-    results = []
-    size = _batch(core) if core.is_staged else AT_ONCE
-    for part in np.split(order, range(size, len(order), size)):
-        decisions, seen = decided(part)
-        outcome = core.score(split, rows[part], decisions, seen)
-        results.append((core.spelled(decisions), outcome.quality, outcome.quality_ref, outcome.flops_ratio))
-    back = np.argsort(order)
-    names = ("decision", "quality", "quality_ref", "flops_ratio")
-    return {
-        name: np.concatenate(of_each)[back] for name, of_each in zip(names, zip(*results, strict=True), strict=True)
-    }
 
 
 def evaluate(

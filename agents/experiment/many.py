@@ -52,11 +52,11 @@ def train_many(
     """Train those of the runs that are not finished; what was cut off goes on.
 
     Nothing that happens to one run stops the others. A run does not depend on what was trained before it; with ``jobs``
-    the number of threads changes, and the last bits of sums with it.
+    each has one thread, which changes the last bits of sums.
 
     Args:
         runs: Each after those that it begins with.
-        jobs: Processes, which share the threads of this one; 1: all are trained in this one. A script that asks for
+        jobs: Processes, of one thread each; 1: all are trained in this one. A script that asks for
             more has to be guarded by ``if __name__ == "__main__":``, and what it registers be in ``imports``.
         ray: Address of a Ray cluster that trains them, one thread a run: ``auto``, ``local`` (one is started here), or
             as ``ray.init`` takes it. It has sd_gym installed, and sees the runs' folders under the same paths.
@@ -142,8 +142,7 @@ def _said(error: BaseException) -> str:
 
 def _share(schedule: _Schedule, jobs: int, imports: Sequence[str]) -> None:
     """Have processes train what waits."""
-    threads = max(1, torch.get_num_threads() // jobs)
-    workers = [_Worker(threads, imports) for _ in range(min(jobs, len(schedule.waiting)))]
+    workers = [_Worker(imports) for _ in range(min(jobs, len(schedule.waiting)))]
     try:
         while True:
             for worker in workers:
@@ -157,7 +156,7 @@ def _share(schedule: _Schedule, jobs: int, imports: Sequence[str]) -> None:
                 word = worker.hear()
                 schedule.tell(word)
                 if not worker.alive and schedule.waiting:
-                    workers[workers.index(worker)] = _Worker(threads, imports)
+                    workers[workers.index(worker)] = _Worker(imports)
     finally:
         for worker in workers:
             worker.end()
@@ -200,10 +199,10 @@ def _attempt_there(run: Planned, imports: list[str], folder: str) -> Word:
 class _Worker:
     """A process that trains one run after another."""
 
-    def __init__(self, threads: int, imports: Sequence[str]) -> None:
+    def __init__(self, imports: Sequence[str]) -> None:
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, threads, list(imports)), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, list(imports)), daemon=True)
         self.process.start()
         theirs.close()
         self.run: Planned | None = None
@@ -233,12 +232,12 @@ class _Worker:
         self.process.join()
 
 
-def _work(connection: Connection, threads: int, imports: list[str]) -> None:
+def _work(connection: Connection, imports: list[str]) -> None:
     """What a process does: train the runs that come, until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a whole group of processes: the first one ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
     quiet()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # threads of several processes that wait for each other are many times slower
     for name in imports:
         import_own(name)
     while True:

@@ -9,20 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd_gym.agents.experiment.folder import read_description
 from sd_gym.agents.experiment.run import is_setting, split_settings, train
-from sd_gym.agents.experiment.verdict import ONE_SIDED_95
-from sd_gym.agents.presets import NONE, OF_ENV, find_preset, with_preset
-from sd_gym.agents.registry import BLIND, LEARNING, agent_class, agent_names
+from sd_gym.agents.registry import BLIND, agent_class, agent_names, is_control, make_settings
+from sd_gym.agents.runs.folder import read_description
+from sd_gym.agents.runs.verdict import ONE_SIDED_95
 
 from sd_gym.config import spelled
 from sd_gym.envs.config import load_config
 from sd_gym.files import as_json
 from sd_gym.registration import config_of
 
-CONTROLS = ("static", "early-exit", "random", "hash", "dense")  # and a blind agent
+BESIDE = ("static", "early-exit", "random", "hash", "dense")  # controls that a comparison has, and a blind agent
 FROM = "-from-"
-REFINE = "refine"
 STARTS = ("start", "path")  # settings that name the run that another one begins with
 
 
@@ -38,7 +36,6 @@ class Planned:
         seed: Of the run.
         settings: Of the env and of the agent, by key; where ``start`` or ``path`` is the folder of a run that
             is planned before, that one is trained first.
-        preset: As ``train`` takes it.
         strictness: Of selection.
     """
 
@@ -48,7 +45,6 @@ class Planned:
     steps: int
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
-    preset: str = OF_ENV
     strictness: float = ONE_SIDED_95
 
     @property
@@ -61,13 +57,12 @@ class Planned:
         words = ["sd-gym", "train", self.env, "--algo", self.algo, "--output", str(self.folder), "--resume"]
         words += ["--steps", str(self.steps), "--seed", str(self.seed)]
         words += [word for key, value in self.settings.items() for word in ("--set", f"{key}={_as_yaml(value)}")]
-        words += [] if self.preset == OF_ENV else ["--preset", self.preset]
         words += [] if self.strictness == ONE_SIDED_95 else ["--strictness", str(self.strictness)]
         return shlex.join([*words, *(word for name in imports for word in ("--import", name))])
 
     def train(self, imports: Sequence[str], on_progress: Callable[[int, dict[str, float]], None]) -> None:
         """Train it, or go on with it; raises as ``train`` of a run."""
-        how = {"steps": self.steps, "seed": self.seed, "preset": self.preset, "strictness": self.strictness}
+        how = {"steps": self.steps, "seed": self.seed, "strictness": self.strictness}
         more = {"settings": self.settings, "imports": imports, "on_progress": on_progress}
         train(self.env, self.algo, self.folder, **how, **more, resume=True)
 
@@ -79,11 +74,10 @@ class Planned:
         """
         if not (self.folder / "result.json").exists():
             return False
-        _, settings = with_preset(self.preset, self.env, self.algo, self.settings)
-        of_env, of_agent = split_settings(self.algo, settings)
+        of_env, of_agent = split_settings(self.algo, self.settings)
         now = {key: getattr(self, key) for key in ("env", "algo", "steps", "seed", "strictness")}
         now |= spelled(load_config(config_of(self.env), of_env).model_dump())
-        now |= agent_class(self.algo).Settings(**of_agent).model_dump()
+        now |= make_settings(self.algo, of_agent).model_dump()
         now = json.loads(as_json({key: value for key, value in now.items() if key != "backbone.device"}))
         there = read_description(self.folder)
         was = {**there, **spelled(there["env_config"]), **there["agent_settings"]}
@@ -104,21 +98,18 @@ def plan(
     steps: int = 50_000,
     output: Path = Path("runs/compare"),
     settings: dict[str, Any] | None = None,
-    preset: str = OF_ENV,
     strictness: float = ONE_SIDED_95,
 ) -> list[Planned]:
     """The runs of a comparison: each agent and control on each env, on the same data, with the same seeds.
 
     Args:
         envs: Ids.
-        algos: Agents; ``NAME-from-OTHER`` begins with what the run of OTHER with the same seed has found, with the
-            preset ``refine`` where there is one for it and ``preset`` says nothing else.
-        controls: Whether ``CONTROLS`` are trained as well, and the first agent that learns with its observation zeroed.
+        algos: Agents; ``NAME-from-OTHER`` begins with what the run of OTHER with the same seed has found.
+        controls: Whether ``BESIDE`` are trained as well, and the first agent that learns with its observation zeroed.
         seeds: How many, from 0 on. What learns nothing by chance (``Agent.draws``) is trained once.
         steps: Decisions to learn from.
         output: Folder of the runs, which are ``OUTPUT/ENV/ALGO-SEED``.
         settings: Of the env, or of those agents that have them.
-        preset: As ``train`` takes it; agents that have none of that name learn without.
         strictness: Of selection.
 
     Returns:
@@ -127,7 +118,7 @@ def plan(
     Raises:
         ValueError: If a name or a setting is unknown, or an agent cannot begin with another.
     """
-    names = [*algos, *((*CONTROLS, *_blind(algos)) if controls else ())]
+    names = [*algos, *((*BESIDE, *_blind(algos)) if controls else ())]
     names = list(dict.fromkeys(name for one in names for name in (*_before(one), one)))
     _check_settings(settings or {}, [_parts(name)[0] for name in names])
     found = []
@@ -143,8 +134,7 @@ def plan(
                 own = {key: value for key, value in (settings or {}).items() if is_setting(key) or key in known}
                 if start:
                     own[_start_key(algo)] = folder / f"{start}-{seed if agent_class(start).draws else 0}"
-                chosen = _preset(preset, env, algo, bool(start))
-                found.append(Planned(env, algo, folder / f"{name}-{seed}", steps, seed, own, chosen, strictness))
+                found.append(Planned(env, algo, folder / f"{name}-{seed}", steps, seed, own, strictness))
     return found
 
 
@@ -182,7 +172,7 @@ def _blind(algos: Sequence[str]) -> list[str]:
     """The first agent that learns, blind; what it begins with sees nothing either."""
     for name in algos:
         algo, start = _parts(name)
-        if algo in LEARNING:
+        if not is_control(algo):
             return [f"{BLIND}{algo}{FROM}static" if start else f"{BLIND}{algo}"]
     return []
 
@@ -193,13 +183,6 @@ def _check_settings(settings: dict[str, Any], algos: list[str]) -> None:
     for key in settings:
         if key not in learned:
             split_settings("dense", {key: settings[key]})
-
-
-def _preset(preset: str, env: str, algo: str, refines: bool) -> str:
-    """The preset of an agent: what is asked for, or ``none`` where there is none of that name for it."""
-    if refines and preset == OF_ENV and find_preset(REFINE, env, algo):
-        return REFINE
-    return preset if preset == OF_ENV or find_preset(preset, env, algo) else NONE
 
 
 def _as_yaml(value: Any) -> str:

@@ -9,17 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.evaluation import (
-    Decided,
-    decide_rows,
-    deciding_flops,
-    decisions_hash,
-    evaluate,
-    fitting,
-    score_decisions,
-)
-from sd_gym.agents.experiment.folder import check_backbone, read_description, read_result
+from sd_gym.agents.experiment.evaluation import decisions_hash, evaluate
 from sd_gym.agents.experiment.run import run_config
+from sd_gym.agents.learning.decisions import Decided, decide_rows, deciding_flops, fitting, score_decisions
+from sd_gym.agents.runs.folder import check_backbone, read_description, read_result
 
 from sd_gym.envs.core import Core, shared_core
 from sd_gym.envs.split import Split
@@ -67,8 +60,7 @@ class Recorded(NamedTuple):
     Attributes:
         ids: Of the instances.
         decisions: As masks, int64 ``[n, switches + 1]``.
-        scores: ``quality``, ``quality_ref``, ``flops_ratio`` and, but in runs of former versions,
-            ``flops_ratio_with_policy``; float64 ``[n]`` each.
+        scores: ``quality``, ``quality_ref``, ``flops_ratio`` and ``flops_ratio_with_policy``; float64 ``[n]`` each.
     """
 
     ids: list[str]
@@ -123,10 +115,9 @@ def read_instances(file: Path, nvec: NDArray) -> Recorded:
         raise FileNotFoundError(f"no {file.name} in {file.parent}; expected a finished run, whose decisions are there")
     with file.open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
-    names = [name for name in (*SCORES, "flops_ratio_with_policy") if rows and name in rows[0]]
     try:
         decisions = [_decision(row["decision"], nvec) for row in rows]
-        scores = {name: np.array([float(row[name]) for row in rows]) for name in {*names, *SCORES}}
+        scores = {name: np.array([float(row[name]) for row in rows]) for name in (*SCORES, "flops_ratio_with_policy")}
         return Recorded([row["id"] for row in rows], np.array(decisions, dtype=np.int64), scores)
     except (KeyError, TypeError, ValueError) as error:
         raise ReplayError(f"{file}: expected a line an instance with its id, decision and scores: {error}") from error
@@ -151,7 +142,7 @@ def _check_instances(file: Path, recorded: Recorded, split: Split) -> None:
 
 def _check_decisions(file: Path, recorded: Recorded, result: dict[str, Any]) -> None:
     now, was = decisions_hash(recorded.decisions), result.get("decisions_hash")
-    if was not in (None, now):
+    if was != now:
         raise ReplayError(f"{file}: decisions were changed: their hash is {now}, and {was} in result.json")
 
 
@@ -195,19 +186,15 @@ def _check_result(
 ) -> None:
     """Whether ``result.json`` is what ``evaluate`` makes of the decisions."""
     dense = split.costs.dense_flops(np.arange(len(split)))
-    with_policy = recorded.scores.get("flops_ratio_with_policy")
-    known = policy is not None or with_policy is not None
-    if policy is not None:
-        own = deciding_flops(core, policy, split, np.arange(len(split)))
+    if policy is None:
+        own = dense * (recorded.scores["flops_ratio_with_policy"] - recorded.scores["flops_ratio"])
     else:
-        own = dense * (with_policy - recorded.scores["flops_ratio"]) if known else np.zeros(len(split))
-    if with_policy is not None:
+        own = deciding_flops(core, policy, split, np.arange(len(split)))
         total = recorded.scores["flops_ratio"] + own / dense
         _check_scores(folder / "instances.csv", recorded, "flops_ratio_with_policy", total, FLOPS_TOLERANCE)
     again = evaluate(core, Decided(decisions, own), split.name)
-    left = NOT_REPLAYED if known else (*NOT_REPLAYED, "flops_ratio_with_policy")
     for key, value in again.items():
-        if key in result and key not in left:
+        if key in result and key not in NOT_REPLAYED:
             _check_same(f"{folder / 'result.json'}: {key}", result[key], value)
 
 

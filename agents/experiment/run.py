@@ -16,16 +16,16 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.evaluation import Decided, Decides, evaluate, fitting, seen_together, summary, time_ratio
+from sd_gym.agents.experiment.evaluation import evaluate, summary, time_ratio
 from sd_gym.agents.experiment.export import export
-from sd_gym.agents.experiment.folder import check_backbone, read_description
 from sd_gym.agents.experiment.logs import log_result, log_validation, open_logger
 from sd_gym.agents.experiment.selection import Selection
-from sd_gym.agents.experiment.verdict import ONE_SIDED_95
-from sd_gym.agents.learning.agent import INFO_TAGS, Agent, BaseAgent, Decider, Rollout
-from sd_gym.agents.presets import OF_ENV, with_preset
-from sd_gym.agents.registry import agent_class, make_agent
+from sd_gym.agents.learning.agent import INFO_TAGS, Agent, BaseAgent, Decided, Decider, Rollout
+from sd_gym.agents.learning.decisions import Decides, fitting, seen_together
+from sd_gym.agents.registry import agent_class, is_control, make_agent, make_settings
 from sd_gym.agents.report.plots import plot_run
+from sd_gym.agents.runs.folder import check_backbone, read_description
+from sd_gym.agents.runs.verdict import ONE_SIDED_95
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.config import KEYS, is_key, spelled
@@ -79,7 +79,6 @@ def train(
     steps: int,
     seed: int = 0,
     settings: dict[str, Any] | None = None,
-    preset: str = OF_ENV,
     strictness: float = ONE_SIDED_95,
     resume: bool = False,
     imports: Sequence[str] = (),
@@ -97,8 +96,6 @@ def train(
         steps: Decisions to learn from.
         seed: Of the agent and of the env's draws.
         settings: Overrides of the env's config and of the agent's settings, by key.
-        preset: Settings under these (``find_preset``): those of the env by itself, ``none``, a name, or a YAML file;
-            which they were is in ``config.json``.
         strictness: Standard errors of luck that validation has to leave room for, for a policy to be selected.
         resume: Whether to go on from the folder's checkpoint, if there is one, as if nothing had happened.
         imports: Modules and files that register what the run needs, as ``--import`` takes them; kept in
@@ -117,10 +114,10 @@ def train(
     with locked(folder):
         there = _there(folder, resume)
         with naming_imports(folder):
-            chosen, settings = with_preset(preset, env_id, algo, settings or {})
-            agent = _make(env_id, algo, seed, settings)
-        names = {"env": env_id, "algo": algo, "steps": steps, "seed": seed, "strictness": strictness}
-        return _train(agent, folder, {**names, "preset": chosen, "imports": list(imports)}, there, on_progress)
+            agent = _make(env_id, algo, seed, settings or {})
+        names = {"env": env_id, "algo": algo, "control": is_control(algo), "steps": steps, "seed": seed}
+        names |= {"strictness": strictness, "imports": list(imports)}
+        return _train(agent, folder, names, there, on_progress)
 
 
 def _there(folder: Path, resume: bool) -> dict[str, Any] | None:
@@ -350,7 +347,7 @@ def _finished(
 def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAgent:
     """The agent, untrained, on a vector env of its own."""
     env_settings, agent_settings = split_settings(algo, settings)
-    num_envs = agent_class(algo).Settings(**agent_settings).num_envs
+    num_envs = make_settings(algo, agent_settings).num_envs
     if ":" in env_id.removeprefix("sd_gym:"):  # Gymnasium would import a module of that name
         raise UnknownNameError(unknown("env", env_id, registered_ids()))
     try:
@@ -379,7 +376,6 @@ def _check_same(folder: Path, there: dict[str, Any], description: dict[str, Any]
     """Raise ``ValueError`` if the run in the folder, of which ``there`` tells, is not the described one."""
     here = json.loads(as_json(description))
     was, now = _settings(there), _settings(here)
-    # What a former version did not write down, nobody knows.
     differ = [key for key in now if key in was and was[key] != now[key]]
     if differ:
         shown = ", ".join(f"its {key} is {was[key]}, now it is {now[key]}" for key in differ)

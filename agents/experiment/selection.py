@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.evaluation import by_difficulty, decide_and_score, decide_rows
-from sd_gym.agents.experiment.verdict import ONE_SIDED_95, Verdict, assured, fewest_instances
+from sd_gym.agents.experiment.evaluation import by_difficulty
+from sd_gym.agents.learning.decisions import decide_and_score, decide_rows, halves, keeps
+from sd_gym.agents.runs.verdict import ONE_SIDED_95
 
 from sd_gym.envs.core import Core
-from sd_gym.envs.split import Split
 from sd_gym.objectives import Objective
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import Stop
@@ -22,24 +22,6 @@ MARGINS = (*np.arange(-1.5, 6, 0.25).tolist(), *np.arange(6, 14.01, 0.5).tolist(
 AS_LEARNED = MARGINS.index(0.0)
 FURTHER = 8  # steps behind the selected version, 2 in log-odds: who wants more caution finds one that is known, too
 CURVE_INSTANCES = 1000  # of the first half, that each point of a curve is of
-
-
-def halves(split: Split) -> tuple[NDArray, NDArray]:
-    """The rows that curves are of, and that searches may use; and those that no search has seen."""
-    rows = np.arange(len(split))
-    return rows[: (len(split) + 1) // 2], rows[(len(split) + 1) // 2 :]
-
-
-def keeps(core: Core, scored: dict[str, NDArray], strictness: float) -> bool:
-    """Whether a policy that was scored on rows of the validation split will be seen to keep the quality in the test.
-
-    Of the test split only the size is known here; where it is too small to tell anything, another sample like this one
-    stands for it.
-    """
-    quality, quality_ref, epsilon = scored["quality"], scored["quality_ref"], core.config.reward.epsilon
-    size = len(core.split("test"))
-    fresh = size if size >= fewest_instances(epsilon, errors=strictness) else len(quality)
-    return assured(quality, quality_ref, epsilon, fresh, strictness) == Verdict.KEPT
 
 
 @dataclass

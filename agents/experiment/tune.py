@@ -15,9 +15,8 @@ from sd_gym.agents.experiment.evaluation import summary
 from sd_gym.agents.experiment.many import Word, train_many
 from sd_gym.agents.experiment.plan import Planned
 from sd_gym.agents.experiment.run import load_run, split_settings
-from sd_gym.agents.experiment.verdict import ONE_SIDED_95
-from sd_gym.agents.presets import NONE
 from sd_gym.agents.registry import agent_class
+from sd_gym.agents.runs.verdict import ONE_SIDED_95
 
 from sd_gym.files import as_json, write_text
 from sd_gym.folders import contents, foreign, locked
@@ -26,7 +25,7 @@ from sd_gym.registration import config_of
 if TYPE_CHECKING:
     from optuna import Study, Trial
 
-STUDY, PRESET = "study.db", "preset.yaml"
+STUDY, BEST = "study.db", "best.yaml"
 FOLDER, CUT_OFF = "folder", "cut off"  # of a trial, in the study
 
 
@@ -68,7 +67,7 @@ def tune(
     Args:
         env_id: A registered id.
         algo: An agent whose ``Settings`` have a ``space``.
-        output: Folder of the study (``study.db``), its runs and the best settings (``preset.yaml``).
+        output: Folder of the study (``study.db``), its runs and the best settings (``best.yaml``).
         trials: How many in all, with those that the folder holds.
         seeds: Runs of each trial; their scores are averaged.
         steps: Decisions that each run learns from.
@@ -78,7 +77,8 @@ def tune(
         settings: Keys of the env's config, and settings of the agent that are not searched then.
 
     Returns:
-        The file with the best settings, which ``preset=`` and ``--preset`` take.
+        The file with the best settings where they differ from the defaults: a YAML mapping, by
+        keyword for ``sd_gym.train``, by ``--set`` for ``sd-gym train``.
 
     Raises:
         ValueError: If Optuna is not installed, a name or setting is unknown, there is nothing to search, no trial came
@@ -95,7 +95,7 @@ def tune(
     folder = Path(output)
 
     def planned(number: int, found: dict[str, Any]) -> list[Planned]:
-        every = {"settings": {**settings, **found}, "preset": NONE, "strictness": strictness}
+        every = {"settings": {**settings, **found}, "strictness": strictness}
         return [Planned(env_id, algo, folder / f"trial-{number}" / str(n), steps, n, **every) for n in range(seeds)]
 
     with locked(folder):
@@ -109,7 +109,7 @@ def tune(
             found = {key: _suggest(trial, key, values) for key, values in space.items()}
             number = trial.user_attrs.get(FOLDER, trial.number)
             on_trial(_tell(study, trial, train_many(planned(number, found), imports=imports), found))
-        return _write_best(study, folder / PRESET, env_id, algo, what)
+        return _write_best(study, folder / BEST, algo, what)
 
 
 def score(validated: dict[str, Any]) -> float:
@@ -186,8 +186,8 @@ def _validated(folder: Path) -> dict[str, Any]:
     return summary(core, policy, "validation")
 
 
-def _write_best(study: Study, file: Path, env_id: str, algo: str, what: dict[str, Any]) -> Path:
-    """Write the best settings where they differ from the defaults, as a preset."""
+def _write_best(study: Study, file: Path, algo: str, what: dict[str, Any]) -> Path:
+    """Write the best settings where they differ from the defaults."""
     from optuna.trial import TrialState
 
     over = study.get_trials(states=[TrialState.COMPLETE])
@@ -201,5 +201,5 @@ def _write_best(study: Study, file: Path, env_id: str, algo: str, what: dict[str
         f"{best.number}) reached {best.value:.4f},",
         f"# trial {over[0].number} {over[0].value:.4f}: share of the FLOPs, 2 and more if the quality is not kept.",
     ]
-    write_text(file, "\n".join([*lines, yaml.safe_dump({algo: {env_id: settings}}, sort_keys=False)]))
+    write_text(file, "\n".join([*lines, yaml.safe_dump(settings, sort_keys=False)]))
     return file

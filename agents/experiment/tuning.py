@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.evaluation import seen_together
 from sd_gym.agents.experiment.run import load_run
+from sd_gym.agents.learning.decisions import seen_together
 
 from sd_gym.config import EnvConfig, spelled
 from sd_gym.envs.config import make_config

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.baselines.search import Per, greedy_path, losses_along, order_of
 from sd_gym.agents.baselines.static import MASKS, nested_path, report
-from sd_gym.agents.experiment.evaluation import seen_together
 from sd_gym.agents.imitation.rates import component_logits, step_logits
 from sd_gym.agents.imitation.staged import Induction, Stretch, Taught
 from sd_gym.agents.learning.agent import Agent, LearnerSettings, OnRollout, learning_bias
+from sd_gym.agents.learning.decisions import seen_together
 from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F

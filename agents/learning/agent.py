@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from sd_gym.agents.experiment.evaluation import Decided
+from sd_gym.agents.learning.decisions import Decided
 from sd_gym.agents.learning.warm import in_stages, with_eyes
 from stable_baselines3.common.logger import Logger
 from torch import nn
@@ -28,6 +28,7 @@ from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.eyes import Eyes, affordable, tensors
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
+BLIND_REFINING_RATE = 1e-3  # learning rate of a blind agent with a start
 FIRST_LOOK = 256  # texts that untrained eyes are standardised by
 TOKENS_DROPPED = 0.1  # how often, before anything is learned, of two token levels the one that drops some is chosen
 SAME = ("stages", "observation_size", "channels", "token_width", "nvec", "switches", "network", "hidden")  # of a start
@@ -60,13 +61,14 @@ class LearnerSettings(AgentSettings):
 
     Attributes:
         learning_rate: Of Adam at the start; it falls to 0 in a straight line until the last decision: what a policy
-            ends with has to be calm, or selection makes it over-cautious.
+            ends with has to be calm, or selection makes it over-cautious. With a ``start`` the default is lower.
         entropy: Weight of the entropy bonus.
         initial_skip_rate: How often each switch is skipped before anything is learned. At even odds every decision
             tells most about all switches; near the dense backbone learning takes several times as long. Tokens are
             mostly kept at first (``learning_bias``).
         start: Folder of a run whose policy learning goes on from (a warm start), such as one of ``static`` or
-            ``imitation``; then ``initial_skip_rate`` plays no part.
+            ``imitation``; then ``initial_skip_rate`` plays no part, and ``learning_rate`` is by default 2e-4 of PPO,
+            5e-5 of A2C and REINFORCE, and 1e-3 of blind agents.
         network: Name of a policy network of your own (``sd_gym.register_network``); ``None``: two hidden layers.
         channels: Of the eyes that read tokens where they are observed (``sd_gym.policy.eyes``); ``None``: 48, or as
             many as cost 1% of the dense FLOPs, or those of the ``start``.
@@ -116,6 +118,7 @@ class BaseAgent(ABC):
     Args:
         env: What it learns on.
         seed: Of all that it draws.
+        blind: Whether it sees zeros instead of the observation.
         settings: Fields of ``Settings``.
 
     Raises:
@@ -123,20 +126,35 @@ class BaseAgent(ABC):
     """
 
     Settings: ClassVar[type[AgentSettings]] = AgentSettings
+    is_control: ClassVar[bool] = False  # whether it is only there to be compared with, and does not learn
     staged: ClassVar[bool] = False  # whether it takes envs of several stages, else of one before the first layer
     draws: ClassVar[bool] = True  # whether it is compared with several seeds
 
-    def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, **settings: Any) -> None:
-        for key in settings:
-            if key not in self.Settings.model_fields:
-                known = list(self.Settings.model_fields)
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"unknown setting {key!r} of {type(self).__name__}{hint} Known: {', '.join(known)}.")
+    def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
+        self.settings = self.make_settings(settings, blind)
         check_learnable(env, type(self).staged)
         self.env = env
         self.seed = seed
-        self.settings = self.Settings(**settings)
+        self.blind = blind
+
+    @classmethod
+    def make_settings(cls, settings: dict[str, Any], blind: bool = False) -> AgentSettings:
+        """Checked settings, those that were not given by their defaults.
+
+        Args:
+            settings: Fields of ``Settings``.
+            blind: Whether the agent sees zeros instead of the observation.
+
+        Raises:
+            ValueError: If a setting is unknown or out of range.
+        """
+        known = list(cls.Settings.model_fields)
+        for key in settings:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"unknown setting {key!r} of {cls.__name__}{hint} Known: {', '.join(known)}.")
+        return cls.Settings(**settings)
 
     @abstractmethod
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
@@ -156,7 +174,7 @@ class Decider(BaseAgent):
     So it is evaluated beside the policies, but cannot be timed, taken along or learned from.
     """
 
-    staged = True
+    staged = is_control = True
 
     @abstractmethod
     def decided(self, split: Split) -> Decided:
@@ -180,14 +198,24 @@ class Agent(BaseAgent):
     searches: ClassVar[bool] = False  # whether it searches policies on the first half of the validation split
     apart: bool = False  # whether each of several stages has hidden layers of its own
     validates: ClassVar[bool] = True  # whether the policy grows with every rollout, so that it is validated on the way
+    refining_rate: ClassVar[float | None] = None  # the default learning rate with a start; None: as without one
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
-        super().__init__(env, seed=seed, **settings)
-        self.blind = blind
+        super().__init__(env, seed=seed, blind=blind, **settings)
         self.start: DecisionPolicy | None = None  # kept, as its folder may be gone when learning has ended
         self.apart = type(self).apart and len(env.core.stages) > 1 and getattr(self.settings, "network", None) is None
         if (folder := getattr(self.settings, "start", None)) is not None:
             self.start = self._load_start(folder)
+
+    @classmethod
+    def make_settings(cls, settings: dict[str, Any], blind: bool = False) -> AgentSettings:
+        """Checked settings; with a ``start``, the default learning rate is low, or what was found there is lost.
+
+        A blind agent has no more than its biases to learn, so it may be faster.
+        """
+        if cls.refining_rate is not None and settings.get("start") is not None:
+            settings = {"learning_rate": BLIND_REFINING_RATE if blind else cls.refining_rate, **settings}
+        return super().make_settings(settings, blind)
 
     @abstractmethod
     def policy(self) -> DecisionPolicy:
@@ -272,7 +300,7 @@ class Agent(BaseAgent):
     def _in_stages(self, start: DecisionPolicy, folder: Path) -> DecisionPolicy:
         """A policy for all stages of the env that decides as nearly as it can as one that decides at the first one."""
         staged = self.new_policy()
-        check_same(start, staged, folder, ("nvec", "switches", "network", "hidden", "autoregressive"))
+        check_same(start, staged, folder, ("nvec", "switches", "network", "hidden"))
         if start.channels != staged.channels:
             raise ValueError(
                 f"the policy in {folder} cannot be a start here: its channels are {start.channels}, expected "

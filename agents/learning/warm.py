@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.evaluation import seen_together
+from sd_gym.agents.learning.decisions import seen_together
 from torch.nn import functional as F
 
 from sd_gym.envs.core import Core

@@ -1,4 +1,4 @@
-"""PPO, by Stable-Baselines3: on the env's reward, under a multiplier, or with two value heads and quality first."""
+"""PPO, by Stable-Baselines3, on the env's reward."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import ClassVar
 
 from pydantic import Field
 from sd_gym.agents.learning.agent import LearnerSettings
-from sd_gym.agents.learning.crpo import Rectified, RectifiedAgent, RectifiedSettings
-from sd_gym.agents.learning.lagrangian import LagrangianAgent, LagrangianSettings
 from sd_gym.agents.learning.sb3 import SB3Agent
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
@@ -40,6 +38,7 @@ class PPOAgent(SB3Agent):
     """Proximal policy optimisation (Schulman et al. 2017, equation 7)."""
 
     Settings = PPOSettings
+    refining_rate = 2e-4
     settings: PPOSettings
     Algorithm: ClassVar[type[PPO]] = PPO
 
@@ -50,34 +49,3 @@ class PPOAgent(SB3Agent):
             n_epochs=self.settings.n_epochs,
             clip_range=self.settings.clip_range,
         )
-
-
-class PPOLagrangianSettings(PPOSettings, LagrangianSettings):
-    """Settings of PPO and of its multiplier."""
-
-
-class PPOLagrangianAgent(LagrangianAgent, PPOAgent):
-    """PPO whose penalty learns to keep the mean quality (Ray, Achiam and Amodei 2019, section 5)."""
-
-    Settings = PPOLagrangianSettings
-    settings: PPOLagrangianSettings
-
-
-class RectifiedPPO(Rectified, PPO):
-    """PPO with two value heads and quality first."""
-
-
-class PPOLexSettings(PPOSettings, RectifiedSettings):
-    """Settings of PPO and of its constraint."""
-
-    space: ClassVar = PPOSettings.space | {"limit": (0.5, 4.0)}
-
-    limit: float = Field(1.5, gt=0, allow_inf_nan=False)
-
-
-class PPOLexAgent(RectifiedAgent, PPOAgent):
-    """PPO that restores the quality while it is violated and saves while it is not (``Rectified``)."""
-
-    Settings = PPOLexSettings
-    settings: PPOLexSettings
-    Algorithm = RectifiedPPO

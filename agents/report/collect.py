@@ -11,13 +11,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.verdict import Verdict, changes_allowed, fewest_instances, losses_allowed
-from sd_gym.agents.registry import BLIND
-from sd_gym.agents.report.compare import Run, agent_of, alike, finished_runs, read_run
 from sd_gym.agents.report.panels import Points, Strip
-from sd_gym.agents.report.statistics import aggregate, hypervolume
+from sd_gym.agents.runs.finished import Run, agent_of, alike, finished_runs, read_run
+from sd_gym.agents.runs.statistics import aggregate, hypervolume
+from sd_gym.agents.runs.verdict import Verdict, changes_allowed, fewest_instances, losses_allowed
 
-CONTROLS = ("static", "every-other", "early-exit", "oracle", "dense", "random", "hash")
 WORST = 5  # epsilons lost: where the area that runs dominate ends
 DEFAULT_EPSILON = 0.01
 EACH_LEVEL, MOST_STRIPS = 3, 14
@@ -40,7 +38,7 @@ class AgentRuns:
     @property
     def is_control(self) -> bool:
         """Whether it is there to be compared with."""
-        return self.algo in CONTROLS or self.algo.startswith(BLIND)
+        return self.runs[0].config["control"]
 
     def values(self, key: str) -> NDArray:
         """A number of each run's result, ``[runs]``."""

@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from sd_gym.agents.report import panels
 from sd_gym.agents.report.collect import Task, collect, strips
 from sd_gym.agents.report.compare import markdown
-from sd_gym.agents.report.statistics import performance_profile
 from sd_gym.agents.report.style import Look, as_svg, figure, looks, style, write_png
 from sd_gym.agents.report.words import (
     Table,
@@ -30,6 +29,7 @@ from sd_gym.agents.report.words import (
     verdict_words,
     versions_table,
 )
+from sd_gym.agents.runs.statistics import performance_profile
 
 from sd_gym.files import write_text
 

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
-from sd_gym.agents.report.statistics import curve_interval, pareto_front
 from sd_gym.agents.report.style import INK, LOST, PAPER, RAN, SKIP_RATE, Look
+from sd_gym.agents.runs.statistics import curve_interval, pareto_front
 
 FEW = 30  # instances of a level, below which a rate is marked as of a small sample
 

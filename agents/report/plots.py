@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sd_gym.agents.report.fronts import flops_at_loss
 from sd_gym.agents.report.panels import skip_rates
-from sd_gym.agents.report.savings import LEAST, EnvFronts
 from sd_gym.agents.report.style import COLOURS, INK, LOST, figure, looks, style, write_png
+from sd_gym.agents.runs.fronts import LEAST, EnvFronts, flops_at_loss
 
 
 def plot_run(result: dict[str, Any], switches: list[str], file: Path) -> None:

@@ -16,7 +16,7 @@ COUNTED = {  # rows of a split that are not as they were in the data, by what ha
     "cut_inputs": "inputs cut",
     "cut_targets": "targets cut, or answers cut off",
 }
-CONTROLS = {"dense_by_length": "dense by length", "dense_shortened": "dense, cut"}  # of the time
+DENSE_TIMES = {"dense_by_length": "dense by length", "dense_shortened": "dense, cut"}  # what times are set beside
 
 
 def of_result(title: str, result: dict[str, Any]) -> Iterator[RenderableType]:
@@ -89,7 +89,7 @@ def _quality_and_cost(title: str, result: dict[str, Any]) -> Table:
     table.add_row("dense", f"{result['quality_ref']:.1%}", "100.0%", *["100%"] * len(times))
     own = [f"{timed['time_ratio']:.0%}" for timed in times.values()]
     table.add_row("policy", f"{result['quality']:.1%}", f"{result['flops_ratio_with_policy']:.1%}", *own)
-    for name, shown in CONTROLS.items():
+    for name, shown in DENSE_TIMES.items():
         controls = [timed.get(name) for timed in times.values()]
         if any(controls):
             table.add_row(f"  {shown}", "", "", *(f"{time:.0%}" for time in controls), style="dim")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from sd_gym.agents.report.collect import WORST, AgentRuns, Task
-from sd_gym.agents.report.statistics import aggregate, probability_of_improvement
+from sd_gym.agents.runs.statistics import aggregate, probability_of_improvement
 
 
 class Table(NamedTuple):
@@ -215,7 +215,6 @@ def versions_table(tasks: Sequence[Task]) -> Table:
                 rows.setdefault(("all", name), {})[version] = None
             for split, data in run.config.get("data", {}).items():
                 rows.setdefault((task.name, f"{split} rows, hash"), {})[data["hash"]] = None
-            weights = run.config.get("weights", "unknown (a former version)")
-            rows.setdefault((task.name, "backbone, hash of its weights"), {})[weights] = None
+            rows.setdefault((task.name, "backbone, hash of its weights"), {})[str(run.config["weights"])] = None
     cells = [[where, what, ", ".join(found)] for (where, what), found in rows.items()]
     return Table("Versions, data and backbones", ["env", "what", "value"], cells)

@@ -9,7 +9,6 @@ import typer
 
 from sd_gym.cli.terminal import (
     Imports,
-    PresetName,
     console,
     errors_as_lines,
     import_all,
@@ -33,8 +32,7 @@ def compare(
         str,
         typer.Option(
             metavar="NAME,...",
-            help="With envs: agents; NAME-from-OTHER goes on from the run of OTHER with the same seed, with the preset "
-            "refine.",
+            help="With envs: agents; NAME-from-OTHER goes on from the run of OTHER with the same seed.",
         ),
     ] = "ppo,a2c,reinforce",
     controls: Annotated[
@@ -43,7 +41,7 @@ def compare(
     ] = True,
     seeds: Annotated[int, typer.Option(min=1, help="With envs: seeds of each agent.")] = 10,
     steps: Annotated[int, typer.Option(min=1, help="With envs: decisions to learn from.")] = 50_000,
-    jobs: Annotated[int, typer.Option(min=1, help="With envs: processes, which share the cores.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="With envs: processes, of one thread each.")] = 1,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -53,7 +51,6 @@ def compare(
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="With envs: the runs are OUTPUT/ENV/ALGO-SEED.")] = Path("runs/compare"),
-    preset: PresetName = "env",
     strictness: Annotated[float, typer.Option(min=0, help="With envs: of selection, as of sd-gym train.")] = 1.645,
     set_: Annotated[
         list[str],
@@ -111,7 +108,6 @@ def compare(
                 steps=steps,
                 output=output,
                 settings=settings_of(set_),
-                preset=preset,
                 strictness=strictness,
             )
             folders, failed = _trained(runs, jobs, ray, imported)
@@ -131,9 +127,6 @@ def _trained(runs: list[Any], jobs: int, ray: str | None, imports: list[str]) ->
     """Train planned runs, and show how far they are; returns the folders of those that are there, and what failed."""
     from sd_gym.agents.experiment.many import GOING, Word, train_many
 
-    presets = {f"{run.preset} for {run.algo}" for run in runs if run.preset not in ("env", "none")}
-    for line in sorted(presets):
-        say(f"Preset {line}")
     with progress_bar() as progress:
         everything, bars = progress.add_task("runs", total=len(runs), figures=""), {}
 
@@ -165,7 +158,8 @@ def _print_comparison(
     from sd_gym.agents.report.tables import of_comparison
 
     if fronts:
-        from sd_gym.agents.report import plots, savings
+        from sd_gym.agents.experiment import savings
+        from sd_gym.agents.report import plots
 
         title, columns = "At the same quality, test split", savings.COLUMNS
         by = ["env", "points lost", "FLOPs of static / blind"]
@@ -209,31 +203,6 @@ def _write_report(runs: list[Path], output: Path, also: bool = False) -> None:
         console.print(str(file), highlight=False, soft_wrap=True)
 
 
-def leaderboard(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, on envs whose tables are in the package.")],
-    who: Annotated[str, typer.Option(help="Who submits them.")],
-    code: Annotated[
-        str, typer.Option(help="Where an agent of your own is, such as a commit [default: in sd_gym].")
-    ] = "",
-    output: Annotated[
-        Path | None, typer.Option(help="The leaderboard.csv to write the entries to [default: they are printed].")
-    ] = None,
-    imports: Imports = [],  # noqa: B006  (typer wants a list)
-) -> None:
-    """Play runs again (as sd-gym validate does), and make them entries of the leaderboard, one an env and agent.
-
-    Example: `sd-gym leaderboard runs/compare/*/ppo-* --who "A. Name" --output docs/leaderboard.csv`
-    """
-    import_all(imports)
-    with errors_as_lines(), warnings_as_lines(), status("playing again"):
-        from sd_gym.agents.report.leaderboard import add, as_csv, entries
-
-        found = entries(runs, who, code)
-        if output is not None:
-            add(output, found)
-    print(as_csv(found), end="")
-
-
 def tune(
     env: Annotated[str, typer.Argument(help="Env id.")],
     algo: Annotated[str, typer.Option(help="An agent that learns.")] = "ppo",
@@ -250,19 +219,19 @@ def tune(
 ) -> None:
     """Search an agent's settings with Optuna: quality kept on validation first, then fewer FLOPs.
 
-    The best are written as a preset. The command can be given again, also with more trials: it goes on.
+    The best are written to a file, and printed as options of sd-gym train. The command
+    can be given again, also with more trials: it goes on.
 
     Examples:
-    `sd-gym tune SD/Classification-Mini-v0 --algo a2c --trials 30 --seeds 2`, then
-
-    `sd-gym train SD/Classification-Mini-v0 --algo a2c --preset runs/tune/Classification-Mini-a2c/preset.yaml`
+    `sd-gym tune SD/Classification-Mini-v0 --algo a2c --trials 30 --seeds 2`
     """
     imported = import_all(imports)
     with errors_as_lines(), progress_bar() as progress:
         bar = progress.add_task("trials", total=trials, figures="")
-        from sd_gym.agents.api import default_folder
+        from sd_gym.agents.experiment.api import default_folder
         from sd_gym.agents.experiment.tune import Tried
         from sd_gym.agents.experiment.tune import tune as search
+        from sd_gym.envs.config import read_yaml
 
         def on_trial(tried: Tried) -> None:
             progress.update(bar, completed=min(tried.number + 1, trials))
@@ -284,4 +253,5 @@ def tune(
             **settings_of(set_),
         )
     console.print(file.read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
-    console.print(f"Preset: {file}", highlight=False, soft_wrap=True)
+    found = " ".join(f"--set {key}={value}" for key, value in read_yaml(file).items())
+    console.print(f"Settings: {file}; sd-gym train {env} --algo {algo} {found}", highlight=False, soft_wrap=True)

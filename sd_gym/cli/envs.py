@@ -67,7 +67,7 @@ def tabulate(
         bool, typer.Option(help="Leave out what is not to be passed on: the data's own ids, words and paths.")
     ] = False,
     resume: Annotated[bool, typer.Option(help="Go on with a table that was cut off.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes, which share the cores.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 1,
     set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config key.")] = [],  # noqa: B006
     imports: Imports = [],  # noqa: B006
 ) -> None:
@@ -83,7 +83,7 @@ def tabulate(
     imported = import_all(imports)
     with errors_as_lines(), progress_bar() as progress:
         bar = progress.add_task("loading", total=None, figures="")
-        from sd_gym.agents.tabulation import tabulate as write_table
+        from sd_gym.agents.experiment.tabulation import tabulate as write_table
 
         def on_progress(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total, description="scoring", figures="decisions")

@@ -9,13 +9,11 @@ import typer
 
 from sd_gym.cli.terminal import (
     Imports,
-    PresetName,
     console,
     errors_as_lines,
     import_all,
     print_result,
     progress_bar,
-    say,
     settings_of,
     status,
 )
@@ -26,8 +24,8 @@ def train(
     algo: Annotated[
         str,
         typer.Option(
-            help="ppo, a2c (the env's reward); ppo_lagrangian, a2c_lagrangian (a penalty that learns); ppo_lex, "
-            "a2c_lex, reinforce (quality first); imitation (of a search); "
+            help="ppo, a2c (the env's reward); ppo_lagrangian (a penalty that learns); ppo_lex, reinforce "
+            "(quality first); imitation (of a search); "
             "controls: static, every-other, early-exit, confidence, cascade, oracle, dense, random, hash; or, as "
             "blind-NAME, an agent that sees nothing; or your own, registered by what --import imports."
         ),
@@ -35,7 +33,6 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Decisions to learn from.")] = 50_000,
     seed: Annotated[int, typer.Option(help="Of the agent and of the instances drawn.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Run folder [default: runs/TASK-ALGO-SEED].")] = None,
-    preset: PresetName = "env",
     strictness: Annotated[
         float,
         typer.Option(
@@ -61,7 +58,7 @@ def train(
 
     A warm start, from what a search found:
     `sd-gym train SD/Classification-Mini-v0 --algo imitation --output runs/searched`, then
-    `sd-gym train SD/Classification-Mini-v0 --algo ppo_lex --set start=runs/searched --preset refine`
+    `sd-gym train SD/Classification-Mini-v0 --algo ppo_lex --set start=runs/searched`
 
     An agent of your own: `sd-gym train SD/Classification-Mini-v0 --import examples/own_agent.py --algo gradient`
 
@@ -83,16 +80,13 @@ def train(
                     progress.update(bar, completed=done)
                     return
                 state = "learning" if done < steps else "evaluating"
-                progress.update(bar, completed=min(done, steps), description=state, figures=shown)
+                progress.update(bar, completed=min(done, steps), total=steps, description=state, figures=shown)
 
             import sd_gym  # noqa: F401  (registers the ids)
-            from sd_gym.agents.api import default_folder
+            from sd_gym.agents.experiment.api import default_folder
             from sd_gym.agents.experiment.run import train as run_training
-            from sd_gym.agents.presets import find_preset
 
             folder = output or default_folder(env, algo, seed)
-            if chosen := find_preset(preset, env, algo):
-                say(f"Preset {chosen}")
             result = run_training(
                 env,
                 algo,
@@ -100,7 +94,6 @@ def train(
                 steps=steps,
                 seed=seed,
                 settings=settings,
-                preset=preset,
                 strictness=strictness,
                 resume=resume,
                 imports=imported,
@@ -110,7 +103,7 @@ def train(
     if result["artefact"] is None:
         console.print(
             "No artefact (skip_policy.json) was written: what decides here (by more than the env's own observations, "
-            "or on a table of a former version) cannot leave its env; sd-gym evaluate and compare take the run.",
+            "or on a table that no policy can leave) cannot leave its env; sd-gym evaluate and compare take the run.",
             style="dim",
         )
     console.print(f"Run folder: {folder}", highlight=False, soft_wrap=True)
@@ -131,8 +124,8 @@ def evaluate(
     if split not in ("train", "validation", "test"):
         raise typer.BadParameter(f"expected train, validation or test, got {split!r}", param_hint="--split")
     import_all(imports)
-    from sd_gym.agents.api import evaluate as run_evaluation
-    from sd_gym.agents.experiment.folder import read_description
+    from sd_gym.agents.experiment.api import evaluate as run_evaluation
+    from sd_gym.agents.runs.folder import read_description
 
     with errors_as_lines(), status("evaluating"):
         description = read_description(run)

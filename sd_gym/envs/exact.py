@@ -1,4 +1,4 @@
-"""What is exactly known of a table: the best static mask, the oracle, the best of few masks, and a policy's regret."""
+"""What is exactly known of a table: the best static mask, the oracle, and a policy's regret."""
 
 from __future__ import annotations
 
@@ -57,50 +57,10 @@ def oracle(split: TableSplit, loss: float = 0.0) -> Exact:
         split: A split of a table.
         loss: In the task's unit, of each instance.
     """
-    return _cheapest(split, np.arange(len(split.core.masks)), loss)
-
-
-def best_of_few(split: TableSplit, size: int, loss: float = 0.0) -> tuple[Array, Exact]:
-    """The oracle on few masks, which are chosen one by one, each the one by which it saves most.
-
-    The savings are at least 63% of those of the best choice (Nemhauser, Wolsey and Fisher 1978), which cannot be found
-    in reasonable time.
-
-    Args:
-        split: A split of a table.
-        size: How many masks, the dense one included.
-        loss: As of ``oracle``.
-
-    Returns:
-        Their numbers, the dense one first, and what the oracle does on them.
-
-    Raises:
-        ValueError: If there is no size.
-    """
-    if size < 1:
-        raise ValueError(f"expected at least one mask, the dense one, got {size}")
-    chosen, best = [0], np.zeros(len(split))
-    while len(chosen) < size:
-        gain = np.zeros(len(split.core.masks))
-        for rows, quality, flops in _parts(split):
-            gain += np.maximum(_savings(quality, flops, loss) - best[rows, None], 0).sum(axis=0)
-        if gain.max() <= 0:
-            break
-        chosen.append(int(gain.argmax()))
-        for rows, quality, flops in _parts(split):
-            best[rows] = np.maximum(best[rows], _savings(quality, flops, loss)[:, chosen[-1]])
-    return np.array(chosen), _cheapest(split, np.array(chosen), loss)
-
-
-def outcome(split: TableSplit, policy: Callable[[Array], Array]) -> Exact:
-    """What a policy does on a split.
-
-    Args:
-        split: A split of a table.
-        policy: From observations ``[n, ...]`` to decisions ``[n, components]``, such as ``DecisionPolicy.decide``;
-            called once a stage.
-    """
-    return _exact(split, _decided(split, policy))
+    masks = np.zeros(len(split), dtype=np.int64)
+    for rows, quality, flops in _parts(split):
+        masks[rows] = np.where(quality >= quality[:, :1] - loss, flops, np.inf).argmin(axis=1)
+    return _exact(split, masks)
 
 
 def regret(split: TableSplit, policy: Callable[[Array], Array]) -> Array:
@@ -110,7 +70,8 @@ def regret(split: TableSplit, policy: Callable[[Array], Array]) -> Array:
 
     Args:
         split: A split of a table.
-        policy: As of ``outcome``.
+        policy: From observations ``[n, ...]`` to decisions ``[n, components]``, such as ``DecisionPolicy.decide``;
+            called once a stage.
     """
     masks, lost = _decided(split, policy), np.empty(len(split))
     for rows, rewards in _rewards(split):
@@ -145,20 +106,6 @@ def _parts(split: TableSplit) -> Iterator[tuple[Array, Array, Array]]:
     for start in range(0, len(split), ROWS):
         rows = np.arange(start, min(start + ROWS, len(split)))
         yield rows, split.scoring.of_masks(rows), split.costs.of_masks(rows)
-
-
-def _savings(quality: Array, flops: Array, loss: float) -> Array:
-    """What each mask saves of the FLOPs where it keeps the quality, ``[rows, masks]``; elsewhere nothing."""
-    return np.where(quality >= quality[:, :1] - loss, 1 - flops, 0.0)
-
-
-def _cheapest(split: TableSplit, chosen: Array, loss: float) -> Exact:
-    """Of each instance, the cheapest of the chosen masks that keeps its quality; the dense one does."""
-    masks = np.zeros(len(split), dtype=np.int64)
-    for rows, quality, flops in _parts(split):
-        kept = quality[:, chosen] >= quality[:, :1] - loss
-        masks[rows] = chosen[np.where(kept, flops[:, chosen], np.inf).argmin(axis=1)]
-    return _exact(split, masks)
 
 
 def _decided(split: TableSplit, policy: Callable[[Array], Array]) -> Array:

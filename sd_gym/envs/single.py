@@ -64,7 +64,7 @@ class SwitchableEnv(gym.Env):
         The config's ``objective`` with its ``epsilon``, ``penalty`` and ``cost_scale`` (``sd_gym.objectives``). The
         default is lexicographic: savings (1 - flops_ratio) if the quality is kept, -penalty * min(1, cost /
         cost_scale) if not. The same outcome always earns the same. A penalty that learns belongs to the agent
-        (``ppo_lagrangian``, ``a2c_lagrangian``), or to ``sd_gym.envs.wrappers.LagrangianWrapper``.
+        (``ppo_lagrangian``), or to ``sd_gym.envs.wrappers.LagrangianWrapper``.
 
         ``vector_reward=True``: ``[quality, -flops_ratio]``, float32, within ``reward_space``, as MO-Gymnasium has it;
         the objective plays no part. ``sd_gym.envs.wrappers.SafetyWrapper`` steps with a cost beside the reward.

@@ -71,7 +71,7 @@ def write_table(
         pca: Principal components to reduce the observations to; ``None``: they are kept as they are.
         share: Whether ids, facts in words and paths are left out.
         resume: Whether to go on with the folder's table, if one is begun there.
-        jobs: Processes, which share the threads of this one; 1: this one.
+        jobs: Processes, of one thread each; 1: this one.
         imports: Modules and files that register what the env needs; other processes import them first.
         on_chunk: Called after each chunk.
 
@@ -152,8 +152,7 @@ def _written(
         for chunk in chunks:
             yield _write_chunk(core, chunk, masks, ways)
         return
-    share = max(1, torch.get_num_threads() // jobs), list(imports)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _make_ready, share) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _make_ready, (list(imports),)) as pool:
         try:
             running = [pool.submit(_write_chunk_of, core.config, chunk, masks, ways) for chunk in chunks]
             for future in as_completed(running):
@@ -162,10 +161,10 @@ def _written(
             pool.shutdown(cancel_futures=True)
 
 
-def _make_ready(threads: int, imports: list[str]) -> None:
+def _make_ready(imports: list[str]) -> None:
     """What a process does first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a whole group of processes: the first one ends the others
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # threads of several processes that wait for each other are many times slower
     for name in imports:
         import_own(name)
 

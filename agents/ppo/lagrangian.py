@@ -1,4 +1,4 @@
-"""A penalty that learns to keep the mean quality, for the algorithms of Stable-Baselines3."""
+"""PPO under a penalty that learns to keep the mean quality."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import Any
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 from pydantic import Field
-from sd_gym.agents.learning.agent import LearnerSettings
-from sd_gym.agents.learning.sb3 import SB3Agent
+from sd_gym.agents.ppo.agent import PPOAgent, PPOSettings
 
 from sd_gym.envs.wrappers import LagrangianVectorWrapper
 from sd_gym.objectives import MULTIPLIER_RATE
 
 
-class LagrangianSettings(LearnerSettings):
-    """What agents with a multiplier have beside their algorithm's settings.
+class PPOLagrangianSettings(PPOSettings):
+    """Settings of PPO and of its multiplier.
 
     Attributes:
         multiplier_rate: How fast the multiplier, which starts at the env's ``penalty``, moves a decision.
@@ -26,10 +25,11 @@ class LagrangianSettings(LearnerSettings):
     limit: float = Field(0.5, gt=0, le=1)
 
 
-class LagrangianAgent(SB3Agent):
-    """Learns from a Lagrangian (``sd_gym.objectives.Lagrangian``), as a mixin; the env's own reward plays no part."""
+class PPOLagrangianAgent(PPOAgent):
+    """PPO on a Lagrangian (Ray, Achiam and Amodei 2019, section 5); the env's own reward plays no part."""
 
-    settings: LagrangianSettings
+    Settings = PPOLagrangianSettings
+    settings: PPOLagrangianSettings
 
     def _rewarding(self) -> VectorEnv:
         self._wrapper = LagrangianVectorWrapper(self.env, rate=self.settings.multiplier_rate)

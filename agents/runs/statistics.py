@@ -18,6 +18,14 @@ SAMPLES = 2000  # of a bootstrap
 LEVEL = 0.95
 
 
+def bootstrap_interval(values: NDArray, seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of the mean of paired differences ``[n]``."""
+    random = np.random.default_rng(seed)
+    means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(SAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def interquartile_mean(scores: NDArray) -> NDArray:
     """Mean of the middle half, over the last axis: a quarter is cut off at each end, rounded down to whole runs.
 

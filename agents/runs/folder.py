@@ -8,9 +8,11 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from sd_gym.backbones.load import Backbone
-from sd_gym.config import nested, stored
 from sd_gym.errors import short
 from sd_gym.files import read_json
+
+
+BLIND = "blind-"  # in front of the name of an agent that sees zeros instead of the observation
 
 
 class _Data(BaseModel):
@@ -18,16 +20,17 @@ class _Data(BaseModel):
 
 
 class _Description(BaseModel):
-    """What is read of ``config.json``; runs of former versions and what ``sd_gym.evaluate`` writes have less."""
+    """What is read of ``config.json``; what ``sd_gym.evaluate`` writes has no seed and no steps."""
 
     env: str
     algo: str
     env_config: dict[str, Any]
     agent_settings: dict[str, Any]
+    control: bool
     seed: int | None = None
     steps: int | None = None
-    data: dict[str, _Data] = {}
-    weights: str | None = None
+    data: dict[str, _Data]
+    weights: str | None
 
 
 class _Level(BaseModel):
@@ -68,16 +71,12 @@ def read_description(folder: Path) -> dict[str, Any]:
         FileNotFoundError: If there is none.
         ValueError: If it is damaged, or another program's.
     """
-    return _as_now(_read(folder, "config.json", _Description), str(folder / "config.json"))
+    return _read(folder, "config.json", _Description)
 
 
-def _as_now(description: dict[str, Any], origin: str) -> dict[str, Any]:
-    """What a former version wrote, as this one would: a config was flat there, and a Lagrangian an objective of it."""
-    env, algo, settings = description["env_config"], description["algo"], description["agent_settings"]
-    rate = env.get("multiplier_rate")
-    if rate is not None and env.get("objective") == "lagrangian" and algo.removeprefix("blind-") in ("ppo", "a2c"):
-        algo, settings = f"{algo}_lagrangian", {**settings, "multiplier_rate": rate}
-    return {**description, "algo": algo, "env_config": nested(stored(env, origin)), "agent_settings": settings}
+def has_policy(folder: Path) -> bool:
+    """Whether a run left a policy; a ``Decider``, and what ``sd_gym.evaluate`` wrote, left none."""
+    return (folder / "policy.safetensors").exists()
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -106,11 +105,11 @@ def check_backbone(run: Path, before: str | None, backbone: Backbone) -> None:
 
     Args:
         run: The run's folder.
-        before: ``weights`` of its ``config.json``; ``None``: a former version, of which nobody knows.
+        before: ``weights`` of its ``config.json``; ``None`` of a table, which has none.
         backbone: The backbone now.
     """
     if before not in (None, backbone.weights):
         raise ValueError(
             f"{run}: the backbone {backbone.name!r} has other weights than in training (hash {before[:12]}, now "
-            f"{backbone.weights[:12]}); bring the former ones back, or train again"
+            f"{backbone.weights[:12]}); bring those back, or train again"
         )

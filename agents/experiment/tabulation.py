@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.search import greedy_path
-from sd_gym.agents.experiment.folder import read_description
 from sd_gym.agents.experiment.run import run_config
-from sd_gym.agents.experiment.selection import halves
+from sd_gym.agents.learning.decisions import halves
+from sd_gym.agents.runs.folder import read_description
 
 from sd_gym.envs.config import ConfigError, EnvConfig, load_config
 from sd_gym.envs.core import Core
@@ -61,7 +61,7 @@ def tabulate(
         share: Whether what is not to be passed on is left out: the data's own ids (instances are numbered), facts in
             words, and paths. Texts are in no table.
         resume: Whether to go on with a table that was cut off.
-        jobs: Processes, which share the threads of this one; 1: this process. With more, guard your script by
+        jobs: Processes, of one thread each; 1: this process. With more, guard your script by
             ``if __name__ == "__main__":``.
         imports: Modules and files that register what the env needs; the other processes import them first.
         on_progress: Called with the decisions that are done, and all there are.

@@ -9,12 +9,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 from sd_gym.agents.experiment import run
-from sd_gym.agents.experiment.evaluation import Decides, fitting
-from sd_gym.agents.experiment.folder import check_backbone, read_description
 from sd_gym.agents.experiment.many import OnWord, Word, train_many
 from sd_gym.agents.experiment.plan import plan
-from sd_gym.agents.experiment.verdict import ONE_SIDED_95
-from sd_gym.agents.presets import OF_ENV
+from sd_gym.agents.learning.decisions import Decides, fitting
+from sd_gym.agents.runs.folder import check_backbone, read_description
+from sd_gym.agents.runs.verdict import ONE_SIDED_95
 
 from sd_gym.config import EnvConfig, spelled
 from sd_gym.envs.config import load_config, make_config, stored_config
@@ -39,7 +38,6 @@ def train(
     *,
     steps: int = 50_000,
     seed: int = 0,
-    preset: str = OF_ENV,
     strictness: float = ONE_SIDED_95,
     resume: bool = False,
     imports: Sequence[str] = (),
@@ -54,8 +52,6 @@ def train(
         output: Run folder; ``None``: ``default_folder``.
         steps: Decisions to learn from.
         seed: Of the agent and of the instances drawn.
-        preset: Settings under ``settings``: those that the env has by itself (``env``), ``none``, the name of others in
-            ``agents/presets.yaml``, or the path of a YAML file like it.
         strictness: Standard errors of luck that validation has to leave room for, for a policy to be selected.
         resume: Whether to go on with a run that was cut off.
         imports: Modules and files that register what the run needs, to be named by errors where they are missing.
@@ -79,7 +75,6 @@ def train(
         steps=steps,
         seed=seed,
         settings=settings,
-        preset=preset,
         strictness=strictness,
         resume=resume,
         imports=imports,
@@ -95,7 +90,6 @@ def train_all(
     controls: bool = True,
     seeds: int = 10,
     steps: int = 50_000,
-    preset: str = OF_ENV,
     strictness: float = ONE_SIDED_95,
     jobs: int = 1,
     ray: str | None = None,
@@ -115,9 +109,8 @@ def train_all(
             ``hash``, ``dense``, and the first agent that learns, blind.
         seeds: How many.
         steps: Decisions to learn from.
-        preset: As of ``train``.
         strictness: As of ``train``.
-        jobs: Processes, which share the threads of this one; 1: this process. With more, guard your script by
+        jobs: Processes, of one thread each; 1: this process. With more, guard your script by
             ``if __name__ == "__main__":``.
         ray: Address of a Ray cluster that trains them instead: ``auto``, ``local``, or as ``ray.init`` takes it. It has
             sd_gym installed, and sees ``output`` under the same path.
@@ -133,7 +126,7 @@ def train_all(
         ValueError: If a name or setting is unknown, or both ``jobs`` and ``ray`` are asked for.
         ImportError: If Ray is asked for and not installed.
     """
-    how = {"seeds": seeds, "steps": steps, "preset": preset, "strictness": strictness}
+    how = {"seeds": seeds, "steps": steps, "strictness": strictness}
     runs = plan(env_ids, algos, output=Path(output), controls=controls, settings=settings, **how)
     return train_many(runs, jobs=jobs, ray=ray, imports=imports, on_word=on_word)
 
@@ -224,6 +217,7 @@ def _evaluate(
     used = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
     if folder is not None:
         description = {MARKER: __version__, "env": env_id, "algo": name or _name_of(policy), "agent_settings": {}}
+        description["control"] = bool(origin and origin["control"])
         description |= run.circumstances(core.config)
         description["weights"] = core.backbone.weights
         description["data"] = {name: core.data[name].identity for name in used}
@@ -296,7 +290,7 @@ def _off_table(env_id: str, folder: Path, origin: dict[str, Any]) -> SkipPolicy 
     if not DecisionPolicy.load(folder).switches:
         raise ValueError(
             f"{folder}: its policy decides by numbers of masks, and no {FILE} beside it says which these are. "
-            "Its table is of a former version (make both again), or one that no policy can leave (docs/tables.md)"
+            "Its table is one that no policy can leave (docs/tables.md)"
         )
     return None  # of all decisions, and not reduced: it is one for the env itself
 

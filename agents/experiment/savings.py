@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.static import searched_masks
-from sd_gym.agents.experiment.evaluation import decide_and_score, fitting
-from sd_gym.agents.experiment.folder import check_backbone
-from sd_gym.agents.registry import LEARNING, agent_names
-from sd_gym.agents.report.compare import Run, agent_of, alike, finished_runs, read_run
-from sd_gym.agents.report.fronts import Front, flops_samples, front_of
+from sd_gym.agents.experiment.fronts import front_of
+from sd_gym.agents.learning.decisions import decide_and_score, fitting
+from sd_gym.agents.runs.finished import Run, agent_of, alike, finished_runs, read_run
+from sd_gym.agents.runs.folder import BLIND, check_backbone, has_policy
+from sd_gym.agents.runs.fronts import LEAST, EnvFronts, Front, flops_samples
 
 from sd_gym.backbones import load_backbone
 from sd_gym.config import RewardConfig
@@ -35,27 +34,9 @@ COLUMNS = [
     "than blind",
     "above zero",
 ]
-CONTROLS = ("static", "blind")
+BESIDE = ("static", "blind")  # what learned agents are compared with
 STEP, FURTHEST = 0.5, 15.0  # margins of bolder and more cautious versions of a policy
 READ = (0.25, 0.5)  # losses that fronts are read at, as shares of epsilon: about what selected policies lose
-LEAST = 0.1  # loss that is looked at, as a share of epsilon
-
-
-@dataclass(frozen=True)
-class EnvFronts:
-    """Fronts of all agents of one env, on its test split.
-
-    Attributes:
-        env: Its id.
-        epsilon: Of its objective.
-        controls: ``static`` and ``blind``, as far as there are runs of them; all runs of one are one front.
-        learned: The front of each run, by agent.
-    """
-
-    env: str
-    epsilon: float
-    controls: dict[str, Front]
-    learned: dict[str, list[Front]]
 
 
 def env_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFronts]:
@@ -71,28 +52,19 @@ def env_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFro
 
     Warns:
         UserWarning: If folders hold no finished run, or runs are left out, since there is nothing to compare them with
-            on the same env or their agent is not known.
+            on the same env.
     """
     envs: dict[EnvConfig, dict[str, list[Run]]] = {}
-    strange = []
     for folder in finished_runs(folders):
         run = read_run(folder)
         config, algo = run.config, run.config["algo"]
-        name = "blind" if algo.startswith("blind-") else algo if algo == "static" else agent_of(config)
-        if name in CONTROLS or algo in LEARNING:
+        name = "blind" if algo.startswith(BLIND) else algo if algo == "static" else agent_of(config)
+        if name in BESIDE or (not config["control"] and has_policy(folder)):
             envs.setdefault(_env_of(run), {}).setdefault(name, []).append(run)
-        elif algo not in agent_names():
-            strange.append(str(folder))
-    if strange:
-        warnings.warn(
-            f"left out, as their agent is not known here (one of your own has to be imported, --import): "
-            f"{', '.join(strange)}",
-            stacklevel=2,
-        )
     found, alone = [], []
     for env, agents in sorted(envs.items(), key=lambda pair: pair[0].model_dump_json()):
         runs = [run for of_agent in agents.values() for run in of_agent]
-        if 0 < sum(name in CONTROLS for name in agents) < len(agents):
+        if 0 < sum(name in BESIDE for name in agents) < len(agents):
             data, backbone = Splits(env.data, env.task), load_backbone(env.backbone.name, env.backbone.device)
             for run in runs:
                 check_unchanged(run.folder, run.config.get("data", {}), data)
@@ -123,7 +95,7 @@ def savings(fronts: EnvFronts) -> list[list[str]]:
     for name, runs in sorted(fronts.learned.items()):
         read = np.stack([flops_samples(front, losses) for front in runs])  # [runs, losses, 1 + samples]
         for number, loss in enumerate(losses):
-            others = [controls[control][number] if control in controls else None for control in CONTROLS]
+            others = [controls[control][number] if control in controls else None for control in BESIDE]
             costs = " / ".join("-" if other is None else f"{other[0]:.1%}" for other in others)
             own = read[:, number]
             cells = [cell for other in others for cell in _compared(own, other)]
@@ -160,11 +132,11 @@ def _fronts_of(config: EnvConfig, agents: dict[str, list[Run]]) -> EnvFronts:
         for mask in searched_masks(run.folder, core.nvec)
     ]
     blind = [version for run in agents.get("blind", []) for version in versions_of(run)]
-    controls = {name: front(policies) for name, policies in zip(CONTROLS, (masks, blind), strict=True) if policies}
+    controls = {name: front(policies) for name, policies in zip(BESIDE, (masks, blind), strict=True) if policies}
     learned = {
         name: [front(versions_of(run)) for run in runs]
         for agent, of_agent in agents.items()
-        if agent not in CONTROLS
+        if agent not in BESIDE
         for name, runs in alike(agent, of_agent)
     }
     return EnvFronts(config.id, config.reward.epsilon, controls, learned)

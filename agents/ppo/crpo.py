@@ -1,16 +1,15 @@
-"""Quality first for the algorithms of Stable-Baselines3: constraint-rectified policy optimisation."""
+"""PPO with quality first: constraint-rectified policy optimisation."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from sd_gym.agents.learning.agent import LearnerSettings
-from sd_gym.agents.learning.sb3 import SB3Agent
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from sd_gym.agents.ppo.agent import PPOAgent, PPOSettings
+from stable_baselines3 import PPO
 from torch import nn
 
 from sd_gym.envs.spaces import flat_size, token_width
@@ -21,11 +20,11 @@ MEMORY = 512  # decisions over which the quality loss is averaged; over more, it
 CRITIC_EPOCHS = 4
 
 
-class Rectified(OnPolicyAlgorithm):
-    """Learns from the savings while the quality is kept, and from the quality alone while it is not.
+class RectifiedPPO(PPO):
+    """PPO that learns from the savings while the quality is kept, and from the quality alone while it is not.
 
-    Constraint-rectified policy optimisation (CRPO, Xu, Liang and Lan 2021, algorithm 1), as a mixin in front of an
-    on-policy algorithm. There are two value heads: the library's own learns the savings, ``loss_critic`` the quality
+    Constraint-rectified policy optimisation (CRPO, Xu, Liang and Lan 2021, algorithm 1). There are two value
+    heads: the library's own learns the savings, ``loss_critic`` the quality
     loss; the advantage is that of savings where the mean loss is within the limit, else that of less loss. The env's
     own reward plays no part.
 
@@ -33,7 +32,7 @@ class Rectified(OnPolicyAlgorithm):
         limit: Mean quality that may be lost.
         memory: Steps over which the quality loss is averaged.
         savings: ``1 - flops_ratio`` of the rollout, ``[steps, envs]``; set before each update.
-        losses: ``quality_ref - quality`` of the rollout, ``[steps, envs]``; likewise.
+        losses: ``quality_ref - quality`` of the rollout, ``[steps, envs]``; set before each update.
         mean_loss: Running mean of the quality loss; NaN before the first update.
     """
 
@@ -87,22 +86,26 @@ class Rectified(OnPolicyAlgorithm):
         return [*super()._excluded_save_params(), "loss_critic", "loss_optimizer", "savings", "losses"]
 
 
-class RectifiedSettings(LearnerSettings):
-    """Settings of the constraint.
+class PPOLexSettings(PPOSettings):
+    """Settings of PPO and of its constraint.
 
     Attributes:
         limit: What drawn decisions may lose at first, of the env's epsilon; it falls to nothing in a straight line.
             Drawn decisions lose more than the most probable ones, which are what counts in the end.
     """
 
-    limit: float = Field(1.0, gt=0, allow_inf_nan=False)
+    space: ClassVar = PPOSettings.space | {"limit": (0.5, 4.0)}
+
+    limit: float = Field(1.5, gt=0, allow_inf_nan=False)
 
 
-class RectifiedAgent(SB3Agent):
-    """An SB3 agent whose algorithm is ``Rectified``."""
+class PPOLexAgent(PPOAgent):
+    """PPO that restores the quality while it is violated and saves while it is not (``RectifiedPPO``)."""
 
-    settings: RectifiedSettings
-    algorithm: Rectified
+    Settings = PPOLexSettings
+    settings: PPOLexSettings
+    Algorithm = RectifiedPPO
+    algorithm: RectifiedPPO
 
     def _networks(self) -> list[nn.Module]:
         return [*super()._networks(), self.algorithm.loss_critic]
