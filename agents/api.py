@@ -217,9 +217,9 @@ def _evaluate(
     same_env = origin is not None and env_id in (origin["env"], off_table and off_table.card["env"]["id"])
     same_data = same_env and not names_data
     if same_data:
-        check_unchanged(Path(policy), origin.get("data", {}), core.data)
+        check_unchanged(Path(policy), origin["data"], core.data)
     if off_table or (same_data and "backbone.name" not in given):
-        check_backbone(Path(policy), origin.get("weights"), core.backbone)
+        check_backbone(Path(policy), origin["weights"], core.backbone)
     decides = _decides(policy if off_table is None else off_table.network, policy_flops, core)
     used = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
     if folder is not None:
@@ -296,7 +296,7 @@ def _off_table(env_id: str, folder: Path, origin: dict[str, Any]) -> SkipPolicy 
     if not DecisionPolicy.load(folder).switches:
         raise ValueError(
             f"{folder}: its policy decides by numbers of masks, and no {FILE} beside it says which these are. "
-            "Its table is of a former version (make both again), or one that no policy can leave (docs/tables.md)"
+            "Its table is one that no policy can leave (docs/tables.md)"
         )
     return None  # of all decisions, and not reduced: it is one for the env itself
 

@@ -7,9 +7,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from sd_gym.agents.registry import BLIND, agent_class
 
-from sd_gym.envs.config import read_yaml
 from sd_gym.registration import registered_ids
 
 BUNDLED = Path(str(files("sd_gym.agents") / "presets.yaml"))
@@ -87,7 +87,7 @@ def read_presets(file: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"no file {str(file)!r} with presets")
-    presets = read_yaml(file)
+    presets = yaml.safe_load(file.read_text(encoding="utf-8"))
     for algo, named in presets.items():
         known = agent_class(str(algo)).Settings.model_fields
         for name, settings in _mapping(file, algo, named).items():

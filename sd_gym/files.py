@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,6 +132,9 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
     try:
         return torch.load(file, weights_only=True)
+    except pickle.UnpicklingError as error:  # whose message tells how to run the code all the same
+        expected = ValueError("expected tensors and plain values; it holds code, which is not run, or is cut off")
+        raise ValueError(damaged_checkpoint(file, expected)) from error
     except Exception as error:  # the library raises errors of many kinds
         raise ValueError(damaged_checkpoint(file, error)) from error
 

@@ -1,6 +1,5 @@
 """The multiplier of a Lagrangian: a wrapper around an env for any algorithm, a part of two agents; never of the env."""
 
-import json
 import pickle
 
 import gymnasium as gym
@@ -8,16 +7,12 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 from sd_gym.agents import make_agent
-from sd_gym.agents.experiment.folder import read_description
-from sd_gym.agents.experiment.run import load_run, run_config, train
 from stable_baselines3.common.logger import configure
 
-import sd_gym
 from sd_gym.envs import ConfigError
 from sd_gym.envs.core import Outcome
 from sd_gym.envs.wrappers import LagrangianVectorWrapper, LagrangianWrapper
 from sd_gym.objectives import quality_cost
-from tests.conftest import flat
 
 ID, STAGED, CUSTOM = "SD/Classification-Mini-v0", "SD/Classification-Mini-Staged-v0", "SD/Classification-Custom-v0"
 SMALL = {"train_size": 60, "validation_size": 20, "test_size": 20}
@@ -97,11 +92,9 @@ def test_other_rewards_are_refused(key):
         LagrangianVectorWrapper(env)
 
 
-@pytest.mark.parametrize("old", [{"objective": "lagrangian"}, {"multiplier_rate": 0.1}])
-def test_the_old_keys_say_what_took_their_place(old):
-    with pytest.raises(ConfigError, match=r"ppo_lagrangian.*LagrangianWrapper") as error:
-        gym.make(ID, **old)
-    assert next(iter(old)) in str(error.value)
+def test_a_multiplier_is_not_the_envs():
+    with pytest.raises(ConfigError, match=r"ppo_lagrangian.*LagrangianWrapper"):
+        gym.make(ID, objective="lagrangian")
 
 
 @pytest.mark.parametrize("name", ["ppo_lagrangian", "a2c_lagrangian"])
@@ -133,24 +126,3 @@ def test_the_multiplier_rises_where_more_than_the_limit_is_lost(limit, rises, cu
     agent = make_agent("a2c_lagrangian", env, seed=0, limit=limit)
     agent.learn(256, configure(str(tmp_path), []), lambda rollout: None)
     assert (agent.multiplier > 3.0) == rises
-
-
-def test_runs_of_a_former_version_are_read_as_those_of_the_agent(custom, tmp_path):
-    run = tmp_path / "run"
-    settings = {**custom, "penalty": 3.0, "num_envs": 8, "epsilon": 1.0}
-    train(CUSTOM, "ppo_lagrangian", run, steps=64, settings={**settings, "multiplier_rate": 0.5}, strictness=0)
-    now, file = read_description(run), run / "config.json"
-    old = json.loads(file.read_text())
-    old["algo"] = "ppo"
-    old["env_config"] = flat(old["env_config"]) | {
-        "objective": "lagrangian",
-        "multiplier_rate": old["agent_settings"].pop("multiplier_rate"),
-    }
-    file.write_text(json.dumps(old))
-    assert read_description(run) == now
-    assert run_config(read_description(run)).reward.penalty == 3.0
-    load_run(run)
-    card = json.loads((run / "skip_policy.json").read_text())
-    card["env"] = flat(card["env"]) | {"multiplier_rate": 0.5}
-    (run / "skip_policy.json").write_text(json.dumps(card))
-    assert 0 < sd_gym.load(run)(["good room"])[0].flops_ratio <= 1.1

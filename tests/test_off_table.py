@@ -239,7 +239,7 @@ def test_the_result_on_the_env_stands_beside_the_run(reduced, table_source, tmp_
 
 
 def test_a_run_on_a_table_without_what_deciding_takes_has_no_artefact(reduced, table_source, tmp_path):
-    """A former version made the table, say; the run stands, on the table."""
+    """The run stands, on the table."""
     table = Path(shutil.copytree(reduced / "table", tmp_path / "table"))
     (table / LEAVING).unlink()
     result = sd_gym.train(ID, "ppo", tmp_path / "run", steps=128, table=str(table))

@@ -8,7 +8,6 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from sd_gym.backbones.load import Backbone
-from sd_gym.config import nested, stored
 from sd_gym.errors import short
 from sd_gym.files import read_json
 
@@ -18,7 +17,7 @@ class _Data(BaseModel):
 
 
 class _Description(BaseModel):
-    """What is read of ``config.json``; runs of former versions and what ``sd_gym.evaluate`` writes have less."""
+    """What is read of ``config.json``; what ``sd_gym.evaluate`` writes has no seed and steps."""
 
     env: str
     algo: str
@@ -26,8 +25,8 @@ class _Description(BaseModel):
     agent_settings: dict[str, Any]
     seed: int | None = None
     steps: int | None = None
-    data: dict[str, _Data] = {}
-    weights: str | None = None
+    data: dict[str, _Data]
+    weights: str
 
 
 class _Level(BaseModel):
@@ -51,7 +50,8 @@ class _Result(BaseModel):
     time: dict[str, _Timed]
     decisions_used: int
     quality_kept: bool
-    policy_flops_counted: bool = True
+    policy_flops_counted: bool
+    decisions_hash: str
     data: dict[str, dict[str, Any]] = {}
 
     @model_validator(mode="after")
@@ -68,16 +68,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         FileNotFoundError: If there is none.
         ValueError: If it is damaged, or another program's.
     """
-    return _as_now(_read(folder, "config.json", _Description), str(folder / "config.json"))
-
-
-def _as_now(description: dict[str, Any], origin: str) -> dict[str, Any]:
-    """What a former version wrote, as this one would: a config was flat there, and a Lagrangian an objective of it."""
-    env, algo, settings = description["env_config"], description["algo"], description["agent_settings"]
-    rate = env.get("multiplier_rate")
-    if rate is not None and env.get("objective") == "lagrangian" and algo.removeprefix("blind-") in ("ppo", "a2c"):
-        algo, settings = f"{algo}_lagrangian", {**settings, "multiplier_rate": rate}
-    return {**description, "algo": algo, "env_config": nested(stored(env, origin)), "agent_settings": settings}
+    return _read(folder, "config.json", _Description)
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -101,16 +92,16 @@ def _read(folder: Path, name: str, kind: type[BaseModel]) -> dict[str, Any]:
     return values
 
 
-def check_backbone(run: Path, before: str | None, backbone: Backbone) -> None:
+def check_backbone(run: Path, before: str, backbone: Backbone) -> None:
     """Raise ``ValueError`` if a backbone is no longer the one of a run.
 
     Args:
         run: The run's folder.
-        before: ``weights`` of its ``config.json``; ``None``: a former version, of which nobody knows.
+        before: ``weights`` of its ``config.json``.
         backbone: The backbone now.
     """
-    if before not in (None, backbone.weights):
+    if before != backbone.weights:
         raise ValueError(
             f"{run}: the backbone {backbone.name!r} has other weights than in training (hash {before[:12]}, now "
-            f"{backbone.weights[:12]}); bring the former ones back, or train again"
+            f"{backbone.weights[:12]}); bring back those of training, or train again"
         )

@@ -32,6 +32,7 @@ QUALITY_TOLERANCE = 1e-4
 FLOPS_TOLERANCE = 1e-9  # counted, not measured
 NOT_REPLAYED = ("policy_flops_counted", "decisions_hash")  # of a result: no outcomes of decisions
 SCORES = {"quality": QUALITY_TOLERANCE, "quality_ref": QUALITY_TOLERANCE, "flops_ratio": FLOPS_TOLERANCE}
+WITH_POLICY = "flops_ratio_with_policy"
 
 
 class ReplayError(ValueError):
@@ -67,8 +68,7 @@ class Recorded(NamedTuple):
     Attributes:
         ids: Of the instances.
         decisions: As masks, int64 ``[n, switches + 1]``.
-        scores: ``quality``, ``quality_ref``, ``flops_ratio`` and, but in runs of former versions,
-            ``flops_ratio_with_policy``; float64 ``[n]`` each.
+        scores: ``quality``, ``quality_ref``, ``flops_ratio`` and ``flops_ratio_with_policy``; float64 ``[n]`` each.
     """
 
     ids: list[str]
@@ -90,8 +90,8 @@ def replay(folder: Path) -> Replay:
     description, result = read_description(folder), read_result(folder)
     with naming_imports(folder):
         core = shared_core(run_config(description))
-    check_unchanged(folder, description.get("data", {}), core.data)
-    check_backbone(folder, description.get("weights"), core.backbone)
+    check_unchanged(folder, description["data"], core.data)
+    check_backbone(folder, description["weights"], core.backbone)
     split = core.split(result["split"])
     file = folder / "instances.csv"
     recorded = read_instances(file, core.decision_nvec)
@@ -123,10 +123,9 @@ def read_instances(file: Path, nvec: NDArray) -> Recorded:
         raise FileNotFoundError(f"no {file.name} in {file.parent}; expected a finished run, whose decisions are there")
     with file.open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
-    names = [name for name in (*SCORES, "flops_ratio_with_policy") if rows and name in rows[0]]
     try:
         decisions = [_decision(row["decision"], nvec) for row in rows]
-        scores = {name: np.array([float(row[name]) for row in rows]) for name in {*names, *SCORES}}
+        scores = {name: np.array([float(row[name]) for row in rows]) for name in (*SCORES, WITH_POLICY)}
         return Recorded([row["id"] for row in rows], np.array(decisions, dtype=np.int64), scores)
     except (KeyError, TypeError, ValueError) as error:
         raise ReplayError(f"{file}: expected a line an instance with its id, decision and scores: {error}") from error
@@ -150,8 +149,8 @@ def _check_instances(file: Path, recorded: Recorded, split: Split) -> None:
 
 
 def _check_decisions(file: Path, recorded: Recorded, result: dict[str, Any]) -> None:
-    now, was = decisions_hash(recorded.decisions), result.get("decisions_hash")
-    if was not in (None, now):
+    now, was = decisions_hash(recorded.decisions), result["decisions_hash"]
+    if was != now:
         raise ReplayError(f"{file}: decisions were changed: their hash is {now}, and {was} in result.json")
 
 
@@ -195,19 +194,15 @@ def _check_result(
 ) -> None:
     """Whether ``result.json`` is what ``evaluate`` makes of the decisions."""
     dense = split.costs.dense_flops(np.arange(len(split)))
-    with_policy = recorded.scores.get("flops_ratio_with_policy")
-    known = policy is not None or with_policy is not None
     if policy is not None:
         own = deciding_flops(core, policy, split, np.arange(len(split)))
     else:
-        own = dense * (with_policy - recorded.scores["flops_ratio"]) if known else np.zeros(len(split))
-    if with_policy is not None:
-        total = recorded.scores["flops_ratio"] + own / dense
-        _check_scores(folder / "instances.csv", recorded, "flops_ratio_with_policy", total, FLOPS_TOLERANCE)
+        own = dense * (recorded.scores[WITH_POLICY] - recorded.scores["flops_ratio"])
+    total = recorded.scores["flops_ratio"] + own / dense
+    _check_scores(folder / "instances.csv", recorded, WITH_POLICY, total, FLOPS_TOLERANCE)
     again = evaluate(core, Decided(decisions, own), split.name)
-    left = NOT_REPLAYED if known else (*NOT_REPLAYED, "flops_ratio_with_policy")
     for key, value in again.items():
-        if key in result and key not in left:
+        if key in result and key not in NOT_REPLAYED:
             _check_same(f"{folder / 'result.json'}: {key}", result[key], value)
 
 

@@ -379,12 +379,11 @@ def _check_same(folder: Path, there: dict[str, Any], description: dict[str, Any]
     """Raise ``ValueError`` if the run in the folder, of which ``there`` tells, is not the described one."""
     here = json.loads(as_json(description))
     was, now = _settings(there), _settings(here)
-    # What a former version did not write down, nobody knows.
     differ = [key for key in now if key in was and was[key] != now[key]]
     if differ:
         shown = ", ".join(f"its {key} is {was[key]}, now it is {now[key]}" for key in differ)
         raise ValueError(f"{folder} holds another run: {shown}")
-    check_unchanged(folder, there.get("data", {}), data)
+    check_unchanged(folder, there["data"], data)
 
 
 def _settings(description: dict[str, Any]) -> dict[str, Any]:
@@ -403,8 +402,8 @@ def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:
     """
     description = read_description(folder)
     core = shared_core(run_config(description))
-    check_unchanged(folder, description.get("data", {}), core.data)
-    check_backbone(folder, description.get("weights"), core.backbone)
+    check_unchanged(folder, description["data"], core.data)
+    check_backbone(folder, description["weights"], core.backbone)
     return description, core, fitting(DecisionPolicy.load(folder), core)
 
 

@@ -95,7 +95,7 @@ class RectifiedSettings(LearnerSettings):
             Drawn decisions lose more than the most probable ones, which are what counts in the end.
     """
 
-    limit: float = Field(1.0, gt=0, allow_inf_nan=False)
+    limit: float = Field(1.0, gt=0)
 
 
 class RectifiedAgent(SB3Agent):

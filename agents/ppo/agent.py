@@ -72,7 +72,7 @@ class PPOLexSettings(PPOSettings, RectifiedSettings):
 
     space: ClassVar = PPOSettings.space | {"limit": (0.5, 4.0)}
 
-    limit: float = Field(1.5, gt=0, allow_inf_nan=False)
+    limit: float = Field(1.5, gt=0)
 
 
 class PPOLexAgent(RectifiedAgent, PPOAgent):

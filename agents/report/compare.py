@@ -50,14 +50,14 @@ class Run(NamedTuple):
 
     @property
     def env(self) -> EnvConfig:
-        """The env's config; what a former version did not have, is the default."""
+        """The env's config."""
         return stored_config(self.config["env_config"], str(self.folder / "config.json"))
 
     @property
     def identity(self) -> dict[str, Any]:
         """What it has to share with others of its agent, by key."""
         known = spelled(self.env.model_dump())
-        data = {f"{split} data": one["hash"] for split, one in self.config.get("data", {}).items()}
+        data = {f"{split} data": one["hash"] for split, one in self.config["data"].items()}
         how = {key: self.config.get(key) for key in ("steps", "strictness", "weights")}
         named = {**how, **known, **self.config["agent_settings"], **data}
         return {key: value for key, value in named.items() if key not in INCIDENTAL}
@@ -186,7 +186,7 @@ def _time(ratio: float | None, control: float | None) -> str:
 
 
 def _test_hash(result: dict[str, Any]) -> str | None:
-    """Of the test split; ``None``: a former version kept none."""
+    """Of the test split; ``None``: the result is of another one."""
     return result.get("data", {}).get("test", {}).get("hash")
 
 
@@ -196,7 +196,7 @@ def _row(env: str, agent: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     timed = [result["time"]["32"] for result in results if result["time"]]
     controls = [one["dense_by_length"] for one in timed if "dense_by_length" in one]
     decisions = [result["decisions_used"] for result in results]
-    counted = all(result.get("policy_flops_counted", True) for result in results)
+    counted = all(result["policy_flops_counted"] for result in results)
     return {
         "env": env,
         "agent": agent if counted else f"{agent} (its own FLOPs not counted)",

@@ -109,8 +109,8 @@ def train(
     print_result(f"{env}, {algo}, seed {seed}", result)
     if result["artefact"] is None:
         console.print(
-            "No artefact (skip_policy.json) was written: what decides here (by more than the env's own observations, "
-            "or on a table of a former version) cannot leave its env; sd-gym evaluate and compare take the run.",
+            "No artefact (skip_policy.json) was written: what decides here (by more than the env's own observations) "
+            "cannot leave its env; sd-gym evaluate and compare take the run.",
             style="dim",
         )
     console.print(f"Run folder: {folder}", highlight=False, soft_wrap=True)

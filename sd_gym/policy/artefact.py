@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import BUNDLED, can_exit, weights_hash
-from sd_gym.config import nested, stored
+from sd_gym.config import nested, spelled
 from sd_gym.errors import one_line
 from sd_gym.files import read_json, read_tensors, write_json, write_tensors, write_text
 from sd_gym.policy.network import DecisionPolicy
@@ -317,7 +317,7 @@ class SkipPolicy:
             shape: tuple[int, ...] = (network.observation_size,)
             if network.stages != ["first"]:
                 shape = len(network.stages), network.observation_size - len(network.stages) - 1
-            card["env"] = nested(stored(card["env"]))  # flat in a former version
+            card["env"] = nested(spelled(card["env"]))
             protection, stops = card.pop("protection"), tuple(Stop(**stop) for stop in card.pop("stops"))
             policy = cls(
                 network,
