@@ -23,7 +23,8 @@ from sd_gym.envs.spaces import Observations, each
 from sd_gym.files import write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.artefact import FILE, SkipPolicy
+from sd_gym.policy.artefact import SkipPolicy
+from sd_gym.policy.card import FILE
 from sd_gym.policy.off_table import OffTable
 from sd_gym.registration import config_of, is_of_table
 from sd_gym.tasks.splits import check_unchanged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -142,6 +143,12 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 def damaged_checkpoint(file: Path, error: Exception) -> str:
     """The message for a checkpoint that nothing can go on from."""
     return f"{file} is damaged, so nothing can go on from it ({one_line(error)}); delete it and begin again"
+
+
+def sha256(file: Path) -> str:
+    """The hash of a file, in hexadecimal digits."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def as_json(value: Any) -> str:

@@ -217,8 +217,6 @@ class Once(ReinforceAgent):
 def test_what_decides_once_says_so(env, tmp_path):
     with pytest.raises(ValueError, match=r"this agent decides once.*'encoder.1'"):
         Once(env)
-    with pytest.raises(ValueError, match="cannot be autoregressive; decide at one"):
-        make_agent("reinforce", env, autoregressive=True)
     policy = make_agent("ppo", env).policy()
     with pytest.raises(ValueError, match=r"decides at first, encoder.1, encoder.2 needs the components of each stage"):
         policy.reduced(2, np.zeros((1, policy.observation_size), np.float32))

@@ -35,7 +35,7 @@ from sd_gym.envs.spaces import Observations, joined
 from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_checkpoint, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.artefact import FILE
+from sd_gym.policy.card import FILE
 from sd_gym.registration import registered_ids
 from sd_gym.registry import UnknownNameError, naming_imports, unknown
 from sd_gym.tasks.data import SPLITS

@@ -272,7 +272,7 @@ class Agent(BaseAgent):
     def _in_stages(self, start: DecisionPolicy, folder: Path) -> DecisionPolicy:
         """A policy for all stages of the env that decides as nearly as it can as one that decides at the first one."""
         staged = self.new_policy()
-        check_same(start, staged, folder, ("nvec", "switches", "network", "hidden", "autoregressive"))
+        check_same(start, staged, folder, ("nvec", "switches", "network", "hidden"))
         if start.channels != staged.channels:
             raise ValueError(
                 f"the policy in {folder} cannot be a start here: its channels are {start.channels}, expected "

@@ -56,7 +56,6 @@ class ReinforceSettings(LearnerSettings):
         highest_multiplier: The barrier's cap.
         memory: The barrier's.
         exploration: No choice of a component is less probable than this while learning.
-        autoregressive: Whether a choice may depend on those before it.
     """
 
     space: ClassVar = LearnerSettings.space | {
@@ -82,7 +81,6 @@ class ReinforceSettings(LearnerSettings):
     highest_multiplier: float = Field(100.0, gt=0)
     memory: float = Field(0.99, ge=0, lt=1)
     exploration: float = Field(0.001, ge=0, lt=0.25)
-    autoregressive: bool = False
 
 
 class Sampled(NamedTuple):
@@ -114,7 +112,7 @@ class ReinforceAgent(Agent):
         settings = self.settings
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            self.network = self.new_policy(autoregressive=settings.autoregressive).eval()
+            self.network = self.new_policy().eval()
             for layer in self.network.body.modules() if settings.network is None else ():
                 if isinstance(layer, torch.nn.Linear):  # as Stable-Baselines3 does: the features start at full size
                     torch.nn.init.orthogonal_(layer.weight, gain=2**0.5)
@@ -166,7 +164,7 @@ class ReinforceAgent(Agent):
 
     def policy(self) -> DecisionPolicy:
         """A copy of the network."""
-        copy = self.new_policy(autoregressive=self.settings.autoregressive)
+        copy = self.new_policy()
         copy.load_state_dict(self.network.state_dict())
         return copy.eval()
 

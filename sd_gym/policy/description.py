@@ -17,7 +17,7 @@ FORMAT = 1
 class Description(BaseModel):
     """What ``policy.json`` says; see ``DecisionPolicy``."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     format: Literal[1]
     observation_size: int = Field(ge=1)
@@ -25,7 +25,6 @@ class Description(BaseModel):
     switches: list[str]
     blind: bool
     noise: Literal["none", "random", "hash"]
-    autoregressive: bool
     hidden: int = Field(ge=1)
     network: str | None = None
     codebook: Annotated[list[list[int]], Field(min_length=1)] | None = None
@@ -67,7 +66,7 @@ def read_description(file: Path) -> Description:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        got = f", got {first['input']!r}" if key else ""
+        got = f", got {short(first['input'])}" if key else ""
         raise ValueError(
             f"{file}: no policy that was saved here: {key + ': ' if key else ''}{first['msg']}{got}"
         ) from error

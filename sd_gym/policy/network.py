@@ -31,9 +31,7 @@ def _most_probable(logits: Tensor) -> Tensor:
 class DecisionPolicy(nn.Module):
     """From observations to decisions: two hidden layers, then one categorical choice an action component.
 
-    The choices are independent given the observation: ``pi(a|x) = prod_i pi_i(a_i|x)`` (Zhang et al. 2024, section 3);
-    or autoregressive: ``prod_i pi_i(a_i|x, a_1 .. a_(i-1))``, where what was skipped before shifts the logits linearly,
-    so that one of two sublayers can be skipped, but not both.
+    The choices are independent given the observation: ``pi(a|x) = prod_i pi_i(a_i|x)`` (Zhang et al. 2024, section 3).
 
     Args:
         observation_size: Features of an observation; where it sees the tokens of a text, numbers that a token has; of
@@ -43,7 +41,6 @@ class DecisionPolicy(nn.Module):
         blind: Whether the observation is zeroed: the control that sees nothing of its input.
         noise: Decisions are the most probable ones (``none``), drawn from a fixed seed (``random``), or drawn from a
             hash of the observation (``hash``): the same input is always decided on alike, for no reason.
-        autoregressive: Whether a choice depends on earlier ones.
         network: Name of a registered network that gives the logits instead of two hidden layers.
         hidden: Width of the hidden layers.
         codebook: Decisions: then no others are made (``reduced``); ``None``: any. Each has all components, or of
@@ -61,9 +58,9 @@ class DecisionPolicy(nn.Module):
         head: What makes logits of its output: linear, or, of a registered network, a bias for each.
 
     Raises:
-        ValueError: If the network is unknown, or is none from observations to logits; or if a policy of several stages
-            is autoregressive, which is about whole decisions; or if one that is ``apart`` has one stage or a registered
-            network; or if it has eyes at several stages and no ``token_width``, or that without these.
+        ValueError: If the network is unknown, or is none from observations to logits; or if one that is ``apart`` has
+            one stage or a registered network; or if it has eyes at several stages and no ``token_width``,
+            or that without these.
     """
 
     def __init__(
@@ -74,7 +71,6 @@ class DecisionPolicy(nn.Module):
         *,
         blind: bool = False,
         noise: Literal["none", "random", "hash"] = "none",
-        autoregressive: bool = False,
         network: str | None = None,
         hidden: int = HIDDEN,
         codebook: list[list[int]] | None = None,
@@ -91,16 +87,12 @@ class DecisionPolicy(nn.Module):
             )
         if apart and (len(stages) == 1 or network is not None):
             raise ValueError("apart=True gives each of several stages hidden layers; expected stages, and no network")
-        if len(stages) > 1 and autoregressive:
-            named = ", ".join(stages)
-            raise ValueError(f"at several stages, {named}, decisions cannot be autoregressive; decide at one")
         self.stages = list(stages)
         self.observation_size = observation_size
         self.nvec = [int(size) for size in nvec]
         self.switches = list(switches)
         self.blind = blind
         self.noise = noise
-        self.autoregressive = autoregressive
         self.network = network
         self.hidden = hidden
         self.apart = apart
@@ -126,14 +118,9 @@ class DecisionPolicy(nn.Module):
         places = torch.from_numpy(np.where(places < ends, places, ends[-1]))
         self.register_buffer("_places", places, persistent=False)
         self.register_buffer("codebook", None if codebook is None else torch.tensor(codebook), persistent=False)
-        if autoregressive:
-            self.coupling = nn.Parameter(torch.zeros(sum(self.nvec), len(self.nvec)))
-            component = torch.repeat_interleave(torch.arange(len(self.nvec)), torch.tensor(self.nvec))
-            earlier = component[:, None] > torch.arange(len(self.nvec))
-            self.register_buffer("_earlier", earlier.float(), persistent=False)
 
     def forward(self, observations: Tensor | dict[str, Tensor]) -> Tensor:
-        """Logits of all components, side by side, ``[n, sum(nvec)]``; autoregressive: if nothing was skipped before.
+        """Logits of all components, side by side, ``[n, sum(nvec)]``.
 
         Args:
             observations: ``[n, features]``, or what ``Eyes`` see.
@@ -156,12 +143,9 @@ class DecisionPolicy(nn.Module):
             exploration: No choice is less probable than this (Wu et al. 2018, BlockDrop, equation 5).
 
         Returns:
-            The logarithm of each component's probability, given those before it, ``[tries * n, components]``; and the
-            entropy of the choices, summed over components, ``[n]`` (autoregressive: ``[tries * n]``).
+            The logarithm of each component's probability, ``[tries * n, components]``; and the entropy of the choices,
+            summed over components, ``[n]``.
         """
-        if self.autoregressive:  # what each decision says of a component shifts the logits of later ones
-            logits = logits.repeat(len(decisions) // len(logits), 1)
-            logits = logits + decisions.to(logits.dtype) @ (self.coupling * self._earlier).T
         log_probs, entropy = [], torch.zeros(len(logits), device=logits.device)
         for group in self._groups:
             of_all = bounded(group.of(logits), exploration)
@@ -171,16 +155,16 @@ class DecisionPolicy(nn.Module):
         return torch.cat(log_probs, dim=1), entropy
 
     def choose(self, logits: Tensor, pick: Callable[[Tensor], Tensor] = _most_probable) -> Tensor:
-        """Decisions, int64 ``[n, components]``, component by component.
+        """Decisions, int64 ``[n, components]``.
 
         Args:
             logits: Of ``forward``.
-            pick: Takes logits ``[rows, size]``, each row those of one component (given the choices before it), to
-                choices ``[rows]``.
+            pick: Takes logits ``[rows, size]``, each row those of one component, to choices
+                ``[rows]``.
         """
         if pick is _most_probable and self.codebook is not None:
             return self._from_codebook(logits)
-        if pick is _most_probable and not self.autoregressive:
+        if pick is _most_probable:
             return self._side_by_side(logits).argmax(dim=2)
         return self._picked(logits, pick)
 
@@ -194,18 +178,11 @@ class DecisionPolicy(nn.Module):
 
     @torch.no_grad()
     def _picked(self, logits: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
-        """Group by group, or component by component where a choice depends on earlier ones."""
+        """Group by group."""
         decisions = torch.zeros(len(logits), len(self.nvec), dtype=torch.int64, device=logits.device)
-        if not self.autoregressive:
-            for group in self._groups:
-                choices = group.of(logits).transpose(0, 1).reshape(-1, group.size)
-                decisions[:, group.components] = pick(choices).view(-1, len(logits)).T
-            return decisions
-        ends = np.cumsum(self.nvec)
-        for number, (size, end) in enumerate(zip(self.nvec, ends, strict=True)):
-            earlier = self.coupling[end - size : end, :number]
-            choice = logits[:, end - size : end] + decisions[:, :number].to(logits.dtype) @ earlier.T
-            decisions[:, number] = pick(choice)
+        for group in self._groups:
+            choices = group.of(logits).transpose(0, 1).reshape(-1, group.size)
+            decisions[:, group.components] = pick(choices).view(-1, len(logits)).T
         return decisions
 
     def _side_by_side(self, logits: Tensor) -> Tensor:
@@ -221,11 +198,9 @@ class DecisionPolicy(nn.Module):
 
         A component that is -1 does not count.
         """
-        if not self.autoregressive:
-            places = self._places.gather(1, masks.T.clamp(min=0)).T
-            chosen = torch.zeros(logits.shape[1], len(masks), device=logits.device)
-            return logits @ chosen.scatter_(0, places.T, (masks.T >= 0).to(chosen.dtype))
-        return torch.stack([self.evaluate(logits, mask.expand(len(logits), -1))[0].sum(dim=1) for mask in masks], dim=1)
+        places = self._places.gather(1, masks.T.clamp(min=0))
+        chosen = torch.zeros(logits.shape[1], len(masks), device=logits.device)
+        return logits @ chosen.scatter_(0, places, (masks.T >= 0).to(chosen.dtype))
 
     @torch.inference_mode()
     def decide(self, observations: NDArray | dict[str, NDArray]) -> NDArray:
@@ -246,11 +221,10 @@ class DecisionPolicy(nn.Module):
         Of those at a stage only the stage's own switches count.
 
         Raises:
-            ValueError: If the policy is autoregressive, its odds depend on earlier choices; or if it has a codebook.
+            ValueError: If the policy has a codebook.
         """
-        if self.autoregressive or self.codebook is not None:
-            kind = "an autoregressive policy" if self.autoregressive else "a policy with a codebook"
-            raise ValueError(f"{kind} has no odds of a switch by itself")
+        if self.codebook is not None:
+            raise ValueError("a policy with a codebook has no odds of a switch by itself")
         choices = self._side_by_side(self(tensors(observations, self.head.weight.device)))[:, :-1]
         return (choices[..., 1] - choices[..., 0]).cpu().numpy()
 
@@ -344,10 +318,9 @@ class DecisionPolicy(nn.Module):
         """
         body = self.body.of_stage[0] if self.apart else self.body  # those of all stages are alike
         counted, _ = on_meta(nn.Sequential(body, self.head), len(self.stages), self.features)
-        coupling = 2 * int(self._earlier.sum()) if self.autoregressive else 0
         if self.codebook is None:
-            return counted + coupling
-        return counted + len(self.stages) * len(self.codebook) * (coupling or 2 * sum(self.nvec))
+            return counted
+        return counted + len(self.stages) * len(self.codebook) * 2 * sum(self.nvec)
 
     @property
     def flops_a_token(self) -> int:
@@ -366,7 +339,6 @@ class DecisionPolicy(nn.Module):
             "switches": self.switches,
             "blind": self.blind,
             "noise": self.noise,
-            "autoregressive": self.autoregressive,
             "hidden": self.hidden,
         }
         if self.network is not None:
