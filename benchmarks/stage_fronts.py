@@ -15,7 +15,7 @@ from sd_gym.agents.report.savings import margins
 
 from sd_gym.envs.core import Core
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.eyes import tensors
+from sd_gym.policy.batches import tensors
 
 
 class Remembered:

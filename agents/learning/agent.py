@@ -26,7 +26,8 @@ from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.envs.split import Split
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.eyes import Eyes, affordable, tensors
+from sd_gym.policy.batches import tensors
+from sd_gym.policy.eyes import Eyes, affordable
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
 FIRST_LOOK = 256  # texts that untrained eyes are standardised by

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sd_gym.errors import short
 from sd_gym.files import read_tensors
+from sd_gym.policy.noise import Noise
 
 FORMAT = 1
 
@@ -24,7 +25,7 @@ class Description(BaseModel):
     nvec: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
     switches: list[str]
     blind: bool
-    noise: Literal["none", "random", "hash"]
+    noise: Noise
     hidden: int = Field(ge=1)
     network: str | None = None
     codebook: Annotated[list[list[int]], Field(min_length=1)] | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -14,14 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd_gym.files import write_json, write_tensors
+from sd_gym.policy.batches import blinded, rows_of, tensors
 from sd_gym.policy.choices import bounded, groups_of
-from sd_gym.policy.description import FORMAT, read_description, read_weights
-from sd_gym.policy.eyes import Eyes, flops_a_token, tensors
+from sd_gym.policy.codebook import greedy_cover, of_each_stage
+from sd_gym.policy.description import FORMAT, Description, read_description, read_weights
+from sd_gym.policy.eyes import Eyes, flops_a_token
 from sd_gym.policy.layers import Apart, hidden_layers, on_meta, own_network
+from sd_gym.policy.noise import Noise, with_noise
 from sd_gym.registry import naming_imports
 
 HIDDEN = 64
-Seen = TypeVar("Seen", Tensor, NDArray, dict[str, Tensor], dict[str, NDArray])
 
 
 def _most_probable(logits: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class DecisionPolicy(nn.Module):
         switches: list[str],
         *,
         blind: bool = False,
-        noise: Literal["none", "random", "hash"] = "none",
+        noise: Noise = "none",
         network: str | None = None,
         hidden: int = HIDDEN,
         codebook: list[list[int]] | None = None,
@@ -171,7 +172,7 @@ class DecisionPolicy(nn.Module):
     def _from_codebook(self, logits: Tensor) -> Tensor:
         """The most probable masks of the codebook: of each stage's one, of which those of another do not count."""
         decisions = torch.zeros(len(logits), len(self.nvec), dtype=torch.int64, device=logits.device)
-        for masks in [self.codebook] if self.stages == ["first"] else _of_each_stage(self.codebook):
+        for masks in [self.codebook] if self.stages == ["first"] else of_each_stage(self.codebook):
             best = masks[self._likely(logits, masks).argmax(dim=1)]
             decisions = torch.where(masks[0] >= 0, best, decisions)
         return decisions
@@ -207,12 +208,7 @@ class DecisionPolicy(nn.Module):
         """Decisions, int64 ``[n, components]``, for observations ``[n, features]``, or for what ``Eyes`` see."""
         seen = tensors(observations, self.head.weight.device)
         logits = self(seen)
-        if self.noise != "none":
-            uniform = _seeded(logits) if self.noise == "random" else _hashed(_flat(seen), logits.shape[1])
-            logits = logits - torch.log(
-                -torch.log(uniform.clamp(1e-6, 1 - 1e-6))
-            )  # their argmax draws from the softmax
-        return self.choose(logits).cpu().numpy()
+        return self.choose(with_noise(logits, seen, self.noise)).cpu().numpy()
 
     @torch.inference_mode()
     def skip_logits(self, observations: NDArray | dict[str, NDArray]) -> NDArray:
@@ -261,9 +257,8 @@ class DecisionPolicy(nn.Module):
         """A copy that makes at most ``size`` different decisions, so that inputs agree and run together more often.
 
         They are decisions that it makes itself, and the dense one; each input gets the one that is the most probable
-        for it. Added one by one, each is the one by which the inputs' decisions become more probable than by any other:
-        so in all they are at least 63% as good as the best ones (Nemhauser, Wolsey and Fisher 1978). A policy that
-        decides in the pass makes at most ``size`` at each of its stages.
+        for it. Which they are, ``greedy_cover`` says. A policy that decides in the pass makes at most ``size`` at each
+        of its stages.
 
         Args:
             size: At least 1, the dense one.
@@ -294,15 +289,7 @@ class DecisionPolicy(nn.Module):
         masks = torch.from_numpy(np.unique(decisions, axis=0))
         masks = torch.cat([masks[:1].clamp(max=0), masks])
         likely = self._likely(self(tensors(observations)), masks)
-        chosen, best = [0], likely[:, 0]
-        while len(chosen) < size:
-            added = torch.maximum(likely, best[:, None])
-            gain = added.sum(dim=0, dtype=torch.float64) - best.sum(dtype=torch.float64)
-            if gain.max() <= 0:
-                break
-            chosen.append(int(gain.argmax()))
-            best = added[:, chosen[-1]]
-        return masks[chosen].clone()
+        return masks[greedy_cover(likely, size)].clone()
 
     def with_weights(self, weights: dict[str, Tensor]) -> DecisionPolicy:
         """A copy with other weights (a ``state_dict``)."""
@@ -332,27 +319,10 @@ class DecisionPolicy(nn.Module):
     def save(self, folder: Path) -> None:
         """Write ``policy.safetensors`` and ``policy.json``; each file appears complete or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        description = {
-            "format": FORMAT,
-            "observation_size": self.observation_size,
-            "nvec": self.nvec,
-            "switches": self.switches,
-            "blind": self.blind,
-            "noise": self.noise,
-            "hidden": self.hidden,
-        }
-        if self.network is not None:
-            description["network"] = self.network
+        keys = Description.model_fields.keys() - {"format", "codebook"}
+        description = {"format": FORMAT, **{key: getattr(self, key) for key in sorted(keys)}}
         if self.codebook is not None:
             description["codebook"] = self.codebook.tolist()
-        if self.stages != ["first"]:
-            description["stages"] = self.stages
-        if self.apart:
-            description["apart"] = True
-        if self.channels is not None:
-            description["channels"] = self.channels
-        if self.token_width is not None:
-            description["token_width"] = self.token_width
         write_tensors(folder / "policy.safetensors", self.state_dict())
         write_json(folder / "policy.json", description)
 
@@ -374,49 +344,3 @@ class DecisionPolicy(nn.Module):
             policy = cls(**description.model_dump(exclude={"format"}))
         policy.load_state_dict(read_weights(folder / "policy.safetensors", policy))
         return policy.eval()
-
-
-def _of_each_stage(codebook: Tensor) -> list[Tensor]:
-    """The masks ``[masks, components]`` of each stage: those that have the same components."""
-    _, group = (codebook >= 0).unique(dim=0, return_inverse=True)
-    return [codebook[group == number] for number in range(int(group.max()) + 1)]
-
-
-def blinded(observations: Seen, stages: Sequence[str]) -> Seen:
-    """Observations of a batch with nothing of the input; of several stages, with the stage alone."""
-    if isinstance(observations, dict):
-        told = {"stage": stages}  # the tokens tell nothing but the text
-        return {name: blinded(values, told.get(name, ["first"])) for name, values in observations.items()}
-    zeros = observations * 0
-    if len(stages) > 1:
-        zeros[:, : len(stages)] = observations[:, : len(stages)]
-    return zeros
-
-
-def _seeded(logits: Tensor) -> Tensor:
-    """Uniform noise from a fixed seed, of the logits' shape."""
-    generator = torch.Generator(logits.device).manual_seed(0)
-    return torch.rand(logits.shape, generator=generator, device=logits.device)
-
-
-def rows_of(observations: Seen, rows: NDArray | Tensor) -> Seen:
-    """Observations of some rows of a batch."""
-    if isinstance(observations, dict):
-        return {name: values[rows] for name, values in observations.items()}
-    return observations[rows]
-
-
-def _flat(observations: Tensor | dict[str, Tensor]) -> Tensor:
-    """All numbers of observations in a row, ``[n, numbers]``; the stage's come first."""
-    if not isinstance(observations, dict):
-        return observations
-    tokens = observations["tokens"].flatten(1)
-    return torch.cat([observations["stage"], tokens], dim=1) if "stage" in observations else tokens
-
-
-def _hashed(observations: Tensor, columns: int) -> Tensor:
-    """Noise in [0, 1), ``[n, columns]``, that looks uniform and depends on the observation only."""
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(observations.shape[1], columns, generator=generator, dtype=torch.float64)
-    mixed = observations.cpu().double() @ directions  # on the host, so that it is the same on every device
-    return torch.frac(torch.sin(mixed) * 43758.5453).abs().to(observations)
