@@ -14,7 +14,8 @@ from sd_gym.agents.experiment.run import circumstances
 from sd_gym import SkipPolicy
 from sd_gym.files import read_tensors, write_tensors
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.card import FILE, HASHED, TENSORS, Stop, write_card
+from sd_gym.policy.card import FILE, HASHED, TENSORS, Stop
+from tests.conftest import sign
 from tests.test_leaving import RESULT
 
 ID = "SD/Classification-Mini-v0"
@@ -67,8 +68,7 @@ def test_a_deviation_that_is_not_above_zero_is_refused(value, folder):
     tensors = read_tensors(folder / TENSORS)
     tensors["deviation"][3] = value
     write_tensors(folder / TENSORS, tensors)
-    card = json.loads((folder / FILE).read_text())
-    write_card(folder, {key: said for key, said in card.items() if key not in ("format", "files")})
+    sign(folder)
     with pytest.raises(ValueError, match="expected deviation above 0, got"):
         SkipPolicy.from_pretrained(folder)
 
