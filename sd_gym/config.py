@@ -1,20 +1,28 @@
 """What an env is made of, in parts that are passed whole, and how their keys are spelled.
 
 A key's name is dotted, ``reward.epsilon``. It may be given so, in a mapping of its part, ``reward={"epsilon": 0.02}``,
-or by its short name, ``epsilon``, which no other key has: the names of former, flat configurations. What is written
-down is nested.
+or by its short name, ``epsilon``, which no other key has. What is written down is nested.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+import numpy as np
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+)
 
 from sd_gym.errors import short
-from sd_gym.objectives import NO_LAGRANGIAN, ObjectiveFunction, objective_name
+from sd_gym.objectives import ObjectiveFunction, objective_name
 
 SplitName = Literal["train", "validation", "test"]
 Kind = Literal["attention", "cross_attention", "feed_forward"]
@@ -42,11 +50,29 @@ class UnknownKeyError(ConfigError, TypeError):
     """
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class StrictModel(BaseModel):
+    """Keys and values that a user writes: unknown keys are refused, and so is true, nan or 1e400 as a number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic takes ``True`` for the number 1, and YAML reads ``on`` and ``yes`` as ``True``."""
+        values = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(one, bool | np.bool_) for one in values):
+            kinds = _kinds_of(cls.model_fields[info.field_name].annotation)
+            if bool not in kinds and kinds & {int, float}:
+                raise ValueError("expected a number, which true and false are not")
+        return value
 
 
-class DataConfig(_Part):
+def _kinds_of(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    return {annotation}.union(*map(_kinds_of, get_args(annotation)))
+
+
+class DataConfig(StrictModel):
     """Where the instances come from.
 
     Attributes:
@@ -80,7 +106,7 @@ class DataConfig(_Part):
         return getattr(self, f"{split}_size")
 
 
-class BackboneConfig(_Part):
+class BackboneConfig(StrictModel):
     """The transformer whose computation is decided on, what it reads, and how it answers.
 
     Attributes:
@@ -106,7 +132,7 @@ class BackboneConfig(_Part):
     num_beams: int = Field(default=1, ge=1)
 
 
-class TokensConfig(_Part):
+class TokensConfig(StrictModel):
     """Which tokens of an input a decision may drop.
 
     Attributes:
@@ -118,7 +144,7 @@ class TokensConfig(_Part):
     ranking: str = "idf"
 
 
-class QualityConfig(_Part):
+class QualityConfig(StrictModel):
     """What an answer is worth.
 
     Attributes:
@@ -129,10 +155,10 @@ class QualityConfig(_Part):
 
     kind: Literal["exact_match", "balanced", "likelihood", "metric"] = "exact_match"
     metric: str = "exact_match"
-    label_range: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    label_range: float = Field(default=1.0, gt=0)
 
 
-class RewardConfig(_Part):
+class RewardConfig(StrictModel):
     """What a decision earns.
 
     Attributes:
@@ -145,14 +171,14 @@ class RewardConfig(_Part):
     """
 
     objective: ObjectiveKey = "lexicographic"
-    epsilon: float = Field(default=0.01, ge=0, allow_inf_nan=False)
-    penalty: float = Field(default=20.0, gt=0, allow_inf_nan=False)
-    cost_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    epsilon: float = Field(default=0.01, ge=0)
+    penalty: float = Field(default=20.0, gt=0)
+    cost_scale: float = Field(default=1.0, gt=0)
     vector: bool = False
     dense: bool = False
 
 
-class EnvConfig(_Part):
+class EnvConfig(StrictModel):
     """All keys of an env's configuration. The YAML files in ``envs_configs/`` explain each one."""
 
     id: str
@@ -233,17 +259,6 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def stored(values: Mapping[str, Any], origin: str = "the config") -> dict[str, Any]:
-    """By dotted key what was written down, nested, or flat by a former version; raises as ``spelled``.
-
-    There, a Lagrangian was an objective of the env, with a ``multiplier_rate``.
-    """
-    found = spelled({key: value for key, value in values.items() if key != "multiplier_rate"}, origin)
-    if "multiplier_rate" in values and found.get("reward.objective") == "lagrangian":
-        found["reward.objective"] = "lexicographic"
-    return found
-
-
 def _each(values: Mapping[str, Any], origin: str) -> Iterator[tuple[str, str, Any]]:
     """Dotted key, spelling and value of each."""
     for name, value in values.items():
@@ -265,8 +280,6 @@ def _each(values: Mapping[str, Any], origin: str) -> Iterator[tuple[str, str, An
 
 
 def _unknown(key: Any, keyword: Any, origin: str) -> UnknownKeyError:
-    if key == "multiplier_rate":
-        return UnknownKeyError(f"{origin}: config key 'multiplier_rate': {NO_LAGRANGIAN}")
     near = difflib.get_close_matches(str(key), [*KEYS, *_DOTTED], n=1)
     hint = f"; did you mean {_DOTTED.get(near[0], near[0])!r}?" if near else "."
     # TorchRL tells an unknown keyword from other errors by Python's own words, which are therefore in it.

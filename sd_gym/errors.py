@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 LONGEST_VALUE = 80
 LONGEST_MESSAGE = 300
+_REPR = reprlib.Repr()  # stops early, so that the message of a huge value takes no time
+_REPR.maxlevel = 3
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 4 * LONGEST_VALUE
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = _REPR.maxfrozenset = LONGEST_VALUE
 
 
 class DataError(ValueError):
@@ -14,7 +19,7 @@ class DataError(ValueError):
 
 def short(value: Any) -> str:
     """A value as a message shows it."""
-    return _cut(repr(value), LONGEST_VALUE)
+    return _cut(_REPR.repr(value), LONGEST_VALUE)
 
 
 def one_line(error: BaseException) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,6 +133,9 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
     try:
         return torch.load(file, weights_only=True)
+    except pickle.UnpicklingError as error:  # whose message tells how to run the code all the same
+        expected = ValueError("expected tensors and plain values; it holds code, which is not run, or is cut off")
+        raise ValueError(damaged_checkpoint(file, expected)) from error
     except Exception as error:  # the library raises errors of many kinds
         raise ValueError(damaged_checkpoint(file, error)) from error
 
@@ -138,6 +143,12 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 def damaged_checkpoint(file: Path, error: Exception) -> str:
     """The message for a checkpoint that nothing can go on from."""
     return f"{file} is damaged, so nothing can go on from it ({one_line(error)}); delete it and begin again"
+
+
+def sha256(file: Path) -> str:
+    """The hash of a file, in hexadecimal digits."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def as_json(value: Any) -> str:

@@ -20,9 +20,9 @@ ObjectiveFunction = Callable[..., Floats]
 # falling when 20,000 decisions end (docs/results.md).
 MULTIPLIER_RATE = 0.02
 NO_LAGRANGIAN = (
-    "an env's reward does not move, so its multiplier is no longer the env's: train the agent ppo_lagrangian "
+    "an env's reward does not move, so a multiplier that learns is not the env's: train the agent ppo_lagrangian "
     "(with its setting multiplier_rate), or put sd_gym.envs.wrappers.LagrangianWrapper "
-    "(LagrangianVectorWrapper) around the env for an algorithm of your own, and leave objective and multiplier_rate out"
+    "(LagrangianVectorWrapper) around the env for an algorithm of your own, and leave objective out"
 )
 
 

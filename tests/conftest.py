@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import sd_gym
+from sd_gym.policy.card import write_card
 
 WORDS = ["good", "bad", "fine", "awful", "the", "food", "was", "not", "room"]
 
@@ -271,22 +272,9 @@ def small_table(tmp_path_factory, table_source) -> str:
 
 
 # How the keys of an env's config were called when it was flat, where that was not the last word.
-FORMER_NAMES = {
-    ("backbone", "name"): "backbone",
-    ("tokens", "shares"): "token_shares",
-    ("tokens", "ranking"): "token_ranking",
-    ("quality", "kind"): "quality",
-    ("reward", "vector"): "vector_reward",
-    ("reward", "dense"): "dense_reward",
-}
 
 
-def flat(config):
-    """A config as it is written down, as former versions wrote it."""
-    found = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found |= {FORMER_NAMES.get((key, inner), inner): one for inner, one in value.items()}
-        else:
-            found[key] = value
-    return found
+def sign(folder):
+    """Have the files of a policy belong together again, after a test has changed them."""
+    card = json.loads((folder / "skip_policy.json").read_text())
+    write_card(folder, {key: value for key, value in card.items() if key not in ("files", "format")})

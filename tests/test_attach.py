@@ -13,7 +13,8 @@ from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import can_exit
 from sd_gym.inference.attach import attach, detach
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.artefact import SkipPolicy, Stop, weights_hash
+from sd_gym.policy.artefact import SkipPolicy, weights_hash
+from sd_gym.policy.card import Stop
 from sd_gym.policy.observation import observed
 from sd_gym.policy.protection import Protection
 from sd_gym.switch import FlopsModel, Switchboard, first_layer_input

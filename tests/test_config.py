@@ -1,16 +1,14 @@
-"""The keys of an env's config: dotted, in mappings of their parts, or short; and what former versions wrote, flat."""
+"""The keys of an env's config: dotted, in mappings of their parts, or short."""
 
 import json
-import shutil
 
 import gymnasium as gym
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sd_gym.agents.experiment.api import evaluate
-from sd_gym.agents.experiment.run import load_run, split_settings, train
+from sd_gym.agents.experiment.run import split_settings
+from sd_gym.agents.registry import agent_class
 from sd_gym.agents.report.compare import compare
-from sd_gym.agents.runs.folder import read_description
 from typer.testing import CliRunner
 
 import sd_gym
@@ -25,15 +23,22 @@ from sd_gym.config import (
     TokensConfig,
     nested,
     spelled,
-    stored,
 )
 from sd_gym.envs import shared_core
-from sd_gym.envs.config import load_config, stored_config
+from sd_gym.envs.config import load_config, parse_yaml, stored_config
+from sd_gym.errors import short as short_of
 from sd_gym.registration import config_files, config_of
-from tests.conftest import FORMER_NAMES, flat
 
 CUSTOM, MINI = "SD/Classification-Custom-v0", "SD/Classification-Mini-v0"
 SMALL = {"train_size": 40, "validation_size": 20, "test_size": 20}
+SHORT = {
+    "backbone.name": "backbone",
+    "tokens.shares": "token_shares",
+    "tokens.ranking": "token_ranking",
+    "quality.kind": "quality",
+    "reward.vector": "vector_reward",
+    "reward.dense": "dense_reward",
+}
 # A value of each key, dotted, that is not its default.
 OTHER = {
     "task": "summarization",
@@ -77,9 +82,8 @@ OTHER = {
 
 
 def short(key):
-    """The name that a key had when configs were flat."""
-    part, _, inner = key.rpartition(".")
-    return FORMER_NAMES.get((part, inner), inner)
+    """A key's short name."""
+    return SHORT.get(key, key.rpartition(".")[2])
 
 
 def test_every_key_has_a_short_name_that_no_other_has():
@@ -166,7 +170,6 @@ def test_a_text_or_list_where_a_part_has_the_name_of_a_key_is_the_key():
             "config key 'reward.epsilon' has two values: 'epsilon' is 0.1, and 'reward.epsilon' is 0.2; leave one",
         ),
         ({"penalty": 1, "reward": {"penalty": 2}}, "config key 'reward.penalty' has two values"),
-        ({"multiplier_rate": 1}, "train the agent ppo_lagrangian"),
     ],
 )
 def test_errors_name_the_key(keys, message):
@@ -239,58 +242,38 @@ def test_what_a_file_lacks_is_the_default():
     assert config.data == DataConfig(dataset="d")
     with pytest.raises(ConfigError, match=r"x: config key 'data.dataset': Field required"):
         stored_config({"id": "My/Env-v0", "task": "classification"}, "x")
-    assert stored({"objective": "lagrangian", "multiplier_rate": 1}, "x") == {"reward.objective": "lexicographic"}
 
 
-@pytest.fixture
-def runs(tmp_path):
-    """A run, and the same one as a former version wrote it."""
-    settings = {**SMALL, "epsilon": 0.3, "num_envs": 8, "token_shares": [0.0, 0.25]}
-    train(MINI, "a2c", tmp_path / "now", steps=64, settings=settings, strictness=0)
-    old = shutil.copytree(tmp_path / "now", tmp_path / "old")
-    for name, key in (("config.json", "env_config"), ("skip_policy.json", "env")):
-        said = json.loads((old / name).read_text())
-        said[key] = flat(said[key])
-        (old / name).write_text(json.dumps(said))
-    return tmp_path / "now", old
+@pytest.mark.parametrize("key", [key for key in OTHER if type(OTHER[key]) in (int, float)])
+def test_what_is_no_number_is_refused_as_one(key):
+    for value, message in ((True, "expected a number, which true and false are not"), ("1e400", ""), ("nan", "")):
+        with pytest.raises(ConfigError, match=f"config key '{key}': .*{message}"):
+            gym.make(MINI, **{**SMALL, short(key): parse_yaml(str(value), "x")})
 
 
-def test_a_run_of_a_former_version_is_read(runs, tmp_path):
-    now, old = runs
-    assert "epsilon" in json.loads((old / "config.json").read_text())["env_config"]
-    assert read_description(old) == read_description(now)
-    assert load_run(old)[1] is load_run(now)[1]  # the same env
-    texts = ["the food was good", "a bad room"]
-    one, other = (sd_gym.load(folder)(texts) for folder in runs)
-    assert [(a.answer, a.flops_ratio, a.skip.tolist()) for a in one] == [
-        (a.answer, a.flops_ratio, a.skip.tolist()) for a in other
-    ]
-    one, other = (evaluate(MINI, folder, "validation") for folder in runs)
-    assert one["quality"] == other["quality"]
-    with pytest.warns(UserWarning, match="counted once"):
-        (row,) = compare(runs)
-    assert (row["agent"], row["seeds"]) == ("a2c", 1)
-    said = json.loads((old / "config.json").read_text())
-    said["env_config"]["epsilon"], said["seed"] = 0.4, 1
-    (old / "config.json").write_text(json.dumps(said))
-    assert {row["agent"] for row in compare(runs)} == {"a2c (reward.epsilon 0.3)", "a2c (reward.epsilon 0.4)"}
-    said["env_config"]["colour"] = "red"
-    (old / "config.json").write_text(json.dumps(said))
-    with pytest.raises(ConfigError, match=r"old/config.json: unknown config key 'colour'"):
-        read_description(old)
+@pytest.mark.parametrize("share", [True, float("nan")])
+def test_shares_are_numbers(share):
+    with pytest.raises(ConfigError, match=r"config key 'tokens\.shares.*number"):
+        gym.make(MINI, **SMALL, token_shares=[0.0, share])
 
 
-def test_a_table_of_a_former_version_is_read(tmp_path):
-    sd_gym.tabulate(MINI, tmp_path / "now", decisions="random:4", instances=6, epsilon=0.3)
-    old = shutil.copytree(tmp_path / "now", tmp_path / "old")
-    said = json.loads((old / "table.json").read_text())
-    assert said["env_config"]["reward"]["epsilon"] == 0.3
-    said["env_config"] = flat(said["env_config"])
-    (old / "table.json").write_text(json.dumps(said))
-    one, other = (gym.make("SD/Table-v0", table=str(tmp_path / name), penalty=3) for name in ("now", "old"))
-    assert one.unwrapped.config.model_copy(update={"table": str(old)}) == other.unwrapped.config
-    assert (other.unwrapped.config.reward.epsilon, other.unwrapped.config.reward.penalty) == (0.3, 3.0)
-    with pytest.raises(ConfigError, match=r"config key 'data.test_size': the table .* is of 6, got 2"):
-        gym.make("SD/Table-v0", table=str(old), test_size=2)
-    with pytest.raises(ConfigError, match=r"config key 'reward.dense': the table .* is of False, got True"):
-        gym.make("SD/Table-v0", table=str(old), dense_reward=True)
+def test_settings_of_agents_are_numbers():
+    for value in (True, float("inf")):
+        with pytest.raises(ValueError, match="learning_rate"):
+            agent_class("ppo").Settings(learning_rate=value)
+    assert agent_class("ppo").Settings(learning_rate=parse_yaml("1e-3", "x")).learning_rate == 1e-3
+
+
+def test_aliases_of_yaml_are_refused_at_once():
+    """Nine lines of them make a list of a billion words."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    with pytest.raises(ConfigError, match=r"--set: not YAML \(the alias \*a0 is not read here; write its value"):
+        parse_yaml("\n".join(lines), "the --set")
+
+
+def test_a_huge_value_is_cut_before_it_is_written_out():
+    value = ["x"] * 10
+    for _ in range(9):
+        value = [value] * 10
+    assert len(short_of(value)) < 100

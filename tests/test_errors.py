@@ -398,6 +398,7 @@ def test_damaged_checkpoints(damage, cut_off, tmp_path):
     else:
         file.write_bytes({"cut": whole[: len(whole) // 2], "garbage": b"garbage" * 99, "empty": b""}[damage])
     said = call(*cut_off)
+    assert "weights_only" not in said
     assert "checkpoint.pt is damaged, so nothing can go on from it" in said
     assert "delete it and begin again" in said
 

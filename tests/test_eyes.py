@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sd_gym
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.eyes import Eyes, affordable, tensors
+from sd_gym.policy.batches import tensors
+from sd_gym.policy.eyes import Eyes, affordable
 from tests.conftest import make_model
 from tests.test_envs import SMALL
 

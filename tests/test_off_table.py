@@ -21,7 +21,7 @@ from sd_gym.envs.table import LEAVING
 from sd_gym.files import read_json, read_tensors, write_arrays, write_json, write_tensors
 from sd_gym.policy import DecisionPolicy
 from sd_gym.registration import config_of, shipped_tables
-from tests.conftest import make_model
+from tests.conftest import make_model, sign
 
 ID, CLASSES = "SD/Table-v0", "SD/Classification-Custom-v0"
 TOLD = ("quality", "quality_ref", "flops_ratio", "flops_ratio_with_policy", "skip_rate", "decisions_hash", "verdict")
@@ -52,6 +52,8 @@ def varied(run):
         network.head.weight.normal_()
         network.head.bias.zero_()
     network.save(run)
+    if (run / "skip_policy.json").is_file():
+        sign(run)
     return network
 
 
@@ -238,7 +240,7 @@ def test_the_result_on_the_env_stands_beside_the_run(reduced, table_source, tmp_
 
 
 def test_a_run_on_a_table_without_what_deciding_takes_has_no_artefact(reduced, table_source, tmp_path):
-    """A former version made the table, say; the run stands, on the table."""
+    """The run stands, on the table."""
     table = Path(shutil.copytree(reduced / "table", tmp_path / "table"))
     (table / LEAVING).unlink()
     result = sd_gym.train(ID, "ppo", tmp_path / "run", steps=128, table=str(table))
@@ -289,8 +291,9 @@ def test_files_that_do_not_belong_together_are_refused(reduced, tmp_path):
         folder = Path(shutil.copytree(reduced / "run", tmp_path / str(number)))
         said, tensors = read_json(folder / "skip_policy.json"), read_tensors(folder / "skip_policy.safetensors")
         change(said, tensors)
-        write_json(folder / "skip_policy.json", said)
         write_tensors(folder / "skip_policy.safetensors", tensors)
+        write_json(folder / "skip_policy.json", said)
+        sign(folder)
         with pytest.raises(ValueError, match=r"skip_policy\.json"):
             sd_gym.SkipPolicy.from_pretrained(folder)
 

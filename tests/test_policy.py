@@ -37,8 +37,6 @@ def policy_of(seed, *, nvec=(2, 2, 2, 2, 3), **kwargs):
     policy = DecisionPolicy(4, list(nvec), [f"switch {number}" for number in range(len(nvec) - 1)], **kwargs).eval()
     with torch.no_grad():
         policy.head.weight.mul_(20)
-        if policy.autoregressive:
-            policy.coupling.normal_()
     return policy, np.random.default_rng(seed).normal(size=(60, 4)).astype(np.float32)
 
 
@@ -53,11 +51,10 @@ def log_prob(policy, observations, decisions):
 @given(
     nvec=st.lists(st.integers(1, 4), min_size=1, max_size=7),
     seed=st.integers(0, 1000),
-    autoregressive=st.booleans(),
     exploration=st.sampled_from([0.0, 0.01]),
 )
-def test_log_probabilities_and_entropy_are_those_of_each_component(nvec, seed, autoregressive, exploration):
-    policy, seen = policy_of(seed, nvec=nvec, autoregressive=autoregressive)
+def test_log_probabilities_and_entropy_are_those_of_each_component(nvec, seed, exploration):
+    policy, seen = policy_of(seed, nvec=nvec)
     decisions = torch.from_numpy(np.random.default_rng(seed).integers(nvec, size=(len(seen), len(nvec))))
     with torch.no_grad():
         logits = policy(torch.as_tensor(seen))
@@ -65,8 +62,6 @@ def test_log_probabilities_and_entropy_are_those_of_each_component(nvec, seed, a
     expected, ends = torch.zeros(len(seen)), np.cumsum(nvec)
     for number, (size, end) in enumerate(zip(nvec, ends, strict=True)):
         of_one = logits[:, end - size : end]
-        if autoregressive:
-            of_one = of_one + decisions[:, :number].float() @ policy.coupling[end - size : end, :number].detach().T
         probability = (1 - size * exploration) * of_one.softmax(dim=1) + exploration
         torch.testing.assert_close(
             taken[:, number].exp(), probability.gather(1, decisions[:, [number]])[:, 0], atol=1e-6, rtol=1e-4
@@ -86,9 +81,9 @@ def test_a_pick_of_ones_own_gets_each_component(nvec, seed):
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 1000), size=st.integers(1, 12), autoregressive=st.booleans())
-def test_a_reduced_policy_makes_the_most_probable_of_few_decisions(seed, size, autoregressive):
-    policy, seen = policy_of(seed, autoregressive=autoregressive)
+@given(seed=st.integers(0, 1000), size=st.integers(1, 12))
+def test_a_reduced_policy_makes_the_most_probable_of_few_decisions(seed, size):
+    policy, seen = policy_of(seed)
     small = policy.reduced(size, seen)
     masks, decisions = small.codebook.numpy(), small.decide(seen)
     assert len(np.unique(masks, axis=0)) == len(masks) <= size

@@ -57,7 +57,6 @@ def edit_weights(folder, change):
         ({"observation_size": 6}, r"expected body.0.weight of shape \[4, 6\] .*; got \[4, 5\]"),
         ({"hidden": 5}, r"expected body.\d.(weight|bias) of shape \[5"),
         ({"nvec": [2, 2, 2, 3]}, r"expected head.(weight|bias) of shape \[9"),
-        ({"autoregressive": True}, r"missing or too many: coupling"),
     ],
 )
 def test_an_edited_description_is_refused_with_what_was_expected(changes, message, folder):

@@ -196,7 +196,7 @@ def test_the_same_is_there_as_markdown_csv_and_png(run, tmp_path):
 
 
 def test_on_too_few_instances_no_quality_is_said_to_be_kept(run):
-    folders = seeds(run, "ppo", [0.3, 0.3], instances=298)  # as a former version had said
+    folders = seeds(run, "ppo", [0.3, 0.3], instances=298)
     (row,) = results_table(*collect(folders)).rows
     assert row[4:6] == ["0 of 2", "too few instances to tell"]
     said = words(folders)

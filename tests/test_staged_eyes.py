@@ -22,6 +22,7 @@ from sd_gym.envs import ConfigError
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.spaces import joined
 from sd_gym.policy import DecisionPolicy
+from tests.conftest import sign
 from tests.test_eyes import QUICK, is_negated, orders  # noqa: F401  (a fixture)
 from tests.test_staged_agents import leaves, walked
 
@@ -129,6 +130,7 @@ def test_a_bold_policy_leaves_and_is_reduced(env, keys, tmp_path):
     """On raw texts, and attached to a model, it decides as in the env."""
     train(CUSTOM, "ppo", tmp_path / "run", steps=32, settings=keys, strictness=0)
     bold(env).save(tmp_path / "run")
+    sign(tmp_path / "run")
     _, core, policy = load_run(tmp_path / "run")
     split = core.split("test")
     decisions, _ = core.walk(split, np.arange(len(split)), policy.decide)

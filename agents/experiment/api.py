@@ -22,7 +22,8 @@ from sd_gym.envs.spaces import Observations, each
 from sd_gym.files import write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.artefact import FILE, SkipPolicy
+from sd_gym.policy.artefact import SkipPolicy
+from sd_gym.policy.card import FILE
 from sd_gym.policy.off_table import OffTable
 from sd_gym.registration import config_of, is_of_table
 from sd_gym.tasks.splits import check_unchanged
@@ -210,9 +211,9 @@ def _evaluate(
     same_env = origin is not None and env_id in (origin["env"], off_table and off_table.card["env"]["id"])
     same_data = same_env and not names_data
     if same_data:
-        check_unchanged(Path(policy), origin.get("data", {}), core.data)
+        check_unchanged(Path(policy), origin["data"], core.data)
     if off_table or (same_data and "backbone.name" not in given):
-        check_backbone(Path(policy), origin.get("weights"), core.backbone)
+        check_backbone(Path(policy), origin["weights"], core.backbone)
     decides = _decides(policy if off_table is None else off_table.network, policy_flops, core)
     used = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
     if folder is not None:

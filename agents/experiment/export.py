@@ -8,7 +8,8 @@ from typing import Any
 from sd_gym.config import nested, spelled
 from sd_gym.envs.core import Core
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.artefact import SkipPolicy, Stop
+from sd_gym.policy.artefact import SkipPolicy
+from sd_gym.policy.card import Stop
 from sd_gym.policy.off_table import OffTable
 
 OF_A_RESULT = (

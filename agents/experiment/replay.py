@@ -25,6 +25,7 @@ QUALITY_TOLERANCE = 1e-4
 FLOPS_TOLERANCE = 1e-9  # counted, not measured
 NOT_REPLAYED = ("policy_flops_counted", "decisions_hash")  # of a result: no outcomes of decisions
 SCORES = {"quality": QUALITY_TOLERANCE, "quality_ref": QUALITY_TOLERANCE, "flops_ratio": FLOPS_TOLERANCE}
+WITH_POLICY = "flops_ratio_with_policy"
 
 
 class ReplayError(ValueError):
@@ -82,8 +83,8 @@ def replay(folder: Path) -> Replay:
     description, result = read_description(folder), read_result(folder)
     with naming_imports(folder):
         core = shared_core(run_config(description))
-    check_unchanged(folder, description.get("data", {}), core.data)
-    check_backbone(folder, description.get("weights"), core.backbone)
+    check_unchanged(folder, description["data"], core.data)
+    check_backbone(folder, description["weights"], core.backbone)
     split = core.split(result["split"])
     file = folder / "instances.csv"
     recorded = read_instances(file, core.decision_nvec)

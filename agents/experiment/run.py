@@ -35,7 +35,7 @@ from sd_gym.envs.spaces import Observations, joined
 from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_checkpoint, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.artefact import FILE
+from sd_gym.policy.card import FILE
 from sd_gym.registration import registered_ids
 from sd_gym.registry import UnknownNameError, naming_imports, unknown
 from sd_gym.tasks.data import SPLITS
@@ -380,7 +380,7 @@ def _check_same(folder: Path, there: dict[str, Any], description: dict[str, Any]
     if differ:
         shown = ", ".join(f"its {key} is {was[key]}, now it is {now[key]}" for key in differ)
         raise ValueError(f"{folder} holds another run: {shown}")
-    check_unchanged(folder, there.get("data", {}), data)
+    check_unchanged(folder, there["data"], data)
 
 
 def _settings(description: dict[str, Any]) -> dict[str, Any]:
@@ -399,8 +399,8 @@ def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:
     """
     description = read_description(folder)
     core = shared_core(run_config(description))
-    check_unchanged(folder, description.get("data", {}), core.data)
-    check_backbone(folder, description.get("weights"), core.backbone)
+    check_unchanged(folder, description["data"], core.data)
+    check_backbone(folder, description["weights"], core.backbone)
     return description, core, fitting(DecisionPolicy.load(folder), core)
 
 

@@ -67,8 +67,8 @@ def env_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFro
         if 0 < sum(name in BESIDE for name in agents) < len(agents):
             data, backbone = Splits(env.data, env.task), load_backbone(env.backbone.name, env.backbone.device)
             for run in runs:
-                check_unchanged(run.folder, run.config.get("data", {}), data)
-                check_backbone(run.folder, run.config.get("weights"), backbone)
+                check_unchanged(run.folder, run.config["data"], data)
+                check_backbone(run.folder, run.config["weights"], backbone)
             found.append(_fronts_of(_resized(env, test_size), agents))
         else:
             alone += [str(run.folder) for run in runs]

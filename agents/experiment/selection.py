@@ -15,7 +15,7 @@ from sd_gym.agents.runs.verdict import ONE_SIDED_95
 from sd_gym.envs.core import Core
 from sd_gym.objectives import Objective
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.artefact import Stop
+from sd_gym.policy.card import Stop
 
 # Of versions of a policy, from bolder to more cautious, in log-odds; the last one leaves everything running.
 MARGINS = (*np.arange(-1.5, 6, 0.25).tolist(), *np.arange(6, 14.01, 0.5).tolist(), 1000.0)

@@ -37,7 +37,8 @@ from sd_gym.envs.spaces import flat_size, token_width, write_masks
 from sd_gym.envs.split import Split
 from sd_gym.files import read_tensors, write_tensors
 from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
-from sd_gym.policy.eyes import Eyes, tensors
+from sd_gym.policy.batches import tensors
+from sd_gym.policy.eyes import Eyes
 
 ORDER_INSTANCES = 1000  # that the path of static masks is searched on
 SEARCHED = "searched.safetensors"

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from sd_gym.envs.core import Core
 from sd_gym.envs.passes import PASS_TOKENS
 from sd_gym.policy import HIDDEN
-from sd_gym.policy.eyes import tensors
+from sd_gym.policy.batches import tensors
 from sd_gym.switch import Seen
 
 AT_ONCE = 256  # instances whose tokens are embedded at once

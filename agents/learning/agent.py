@@ -14,18 +14,20 @@ import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from sd_gym.agents.learning.decisions import Decided
 from sd_gym.agents.learning.warm import in_stages, with_eyes
 from stable_baselines3.common.logger import Logger
 from torch import nn
 
+from sd_gym.config import StrictModel
 from sd_gym.envs.core import Core
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.envs.split import Split
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.eyes import Eyes, affordable, tensors
+from sd_gym.policy.batches import tensors
+from sd_gym.policy.eyes import Eyes, affordable
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
 BLIND_REFINING_RATE = 1e-3  # learning rate of a blind agent with a start
@@ -40,7 +42,7 @@ class NotApplicableError(ValueError):
     """An agent that cannot be had on an env, such as early exit where a text is generated; nothing is wrong with it."""
 
 
-class AgentSettings(BaseModel):
+class AgentSettings(StrictModel):
     """Settings of an agent; each agent has its own subclass, every field of it can be set by name.
 
     Attributes:
@@ -50,7 +52,6 @@ class AgentSettings(BaseModel):
             logarithm is drawn evenly. Defaults lie within.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     space: ClassVar[dict[str, list[Any] | tuple[float, float]]] = {}
 
     num_envs: int = Field(256, ge=1)

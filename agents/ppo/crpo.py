@@ -14,7 +14,8 @@ from torch import nn
 
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.policy import HIDDEN
-from sd_gym.policy.eyes import Eyes, tensors
+from sd_gym.policy.batches import tensors
+from sd_gym.policy.eyes import Eyes
 
 MEMORY = 512  # decisions over which the quality loss is averaged; over more, it hears too late of what it has done
 CRITIC_EPOCHS = 4

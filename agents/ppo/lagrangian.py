@@ -21,7 +21,7 @@ class PPOLagrangianSettings(PPOSettings):
         limit: Share of the env's epsilon that may be lost: who loses all of it will not be shown to keep the quality.
     """
 
-    multiplier_rate: float = Field(MULTIPLIER_RATE, ge=0, allow_inf_nan=False)
+    multiplier_rate: float = Field(MULTIPLIER_RATE, ge=0)
     limit: float = Field(0.5, gt=0, le=1)
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from sd_gym.envs.spaces import Observations
 from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy, blinded, bounded
-from sd_gym.policy.eyes import tensors
+from sd_gym.policy.batches import tensors
 from sd_gym.switch import Seen
 
 

@@ -225,8 +225,8 @@ def strips(run: Run) -> list[Strip]:
 
 def _key(run: Run) -> tuple[str, ...]:
     config, test = run.config, run.result.get("data", {}).get("test", {})
-    backbone = config.get("weights") or run.env.backbone.name
-    return config["env"], str(test.get("hash", run.result["instances"])), f"{epsilon_of(run):g}", str(backbone)
+    backbone = config["weights"]
+    return config["env"], str(test.get("hash", run.result["instances"])), f"{epsilon_of(run):g}", backbone
 
 
 def _told_apart(key: tuple[str, ...]) -> str:

@@ -99,7 +99,7 @@ def _row(env: str, agent: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     timed = [result["time"]["32"] for result in results if result["time"]]
     controls = [one["dense_by_length"] for one in timed if "dense_by_length" in one]
     decisions = [result["decisions_used"] for result in results]
-    counted = all(result.get("policy_flops_counted", True) for result in results)
+    counted = all(result["policy_flops_counted"] for result in results)
     return {
         "env": env,
         "agent": agent if counted else f"{agent} (its own FLOPs not counted)",

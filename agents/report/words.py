@@ -127,7 +127,7 @@ def _row(agent: AgentRuns) -> list[str]:
     times = [run.result["time"]["32"]["time_ratio"] for run in agent.runs if run.result["time"]]
     verdicts = agent.verdicts
     shown = [f"{word} ({verdicts.count(word)})" if len(set(verdicts)) > 1 else word for word in dict.fromkeys(verdicts)]
-    counted = all(run.result.get("policy_flops_counted", True) for run in agent.runs)
+    counted = all(run.result["policy_flops_counted"] for run in agent.runs)
     return [
         agent.name if counted else f"{agent.name} (its own FLOPs not counted)",
         str(len(agent.runs)),
@@ -213,7 +213,7 @@ def versions_table(tasks: Sequence[Task]) -> Table:
         for run in (run for one in task.agents for run in one.runs):
             for name, version in run.config.get("versions", {}).items():
                 rows.setdefault(("all", name), {})[version] = None
-            for split, data in run.config.get("data", {}).items():
+            for split, data in run.config["data"].items():
                 rows.setdefault((task.name, f"{split} rows, hash"), {})[data["hash"]] = None
             rows.setdefault((task.name, "backbone, hash of its weights"), {})[str(run.config["weights"])] = None
     cells = [[where, what, ", ".join(found)] for (where, what), found in rows.items()]

@@ -54,7 +54,8 @@ class _Result(BaseModel):
     time: dict[str, _Timed]
     decisions_used: int
     quality_kept: bool
-    policy_flops_counted: bool = True
+    policy_flops_counted: bool
+    decisions_hash: str
     data: dict[str, dict[str, Any]] = {}
 
     @model_validator(mode="after")
@@ -100,7 +101,7 @@ def _read(folder: Path, name: str, kind: type[BaseModel]) -> dict[str, Any]:
     return values
 
 
-def check_backbone(run: Path, before: str | None, backbone: Backbone) -> None:
+def check_backbone(run: Path, before: str, backbone: Backbone) -> None:
     """Raise ``ValueError`` if a backbone is no longer the one of a run.
 
     Args:
@@ -108,7 +109,7 @@ def check_backbone(run: Path, before: str | None, backbone: Backbone) -> None:
         before: ``weights`` of its ``config.json``; ``None`` of a table, which has none.
         backbone: The backbone now.
     """
-    if before not in (None, backbone.weights):
+    if before != backbone.weights:
         raise ValueError(
             f"{run}: the backbone {backbone.name!r} has other weights than in training (hash {before[:12]}, now "
             f"{backbone.weights[:12]}); bring those back, or train again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from sd_gym.config import KEYS, KINDS, PARTS, ConfigError, EnvConfig, UnknownKeyError, nested, spelled, stored
+from sd_gym.config import KEYS, KINDS, PARTS, ConfigError, EnvConfig, UnknownKeyError, nested, spelled
 from sd_gym.errors import one_line, short
 from sd_gym.objectives import objective_function
 from sd_gym.registration import CONFIG_FOLDER, OBSERVATIONS
@@ -105,14 +106,14 @@ def make_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
 
 
 def stored_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
-    """The configuration that a file holds, nested, or flat as a former version wrote it; what it lacks is the default.
+    """The configuration that a file holds; what it lacks is the default.
 
     It was checked when it was written: what it names need not be registered or be there.
 
     Raises:
         ConfigError: If it is none.
     """
-    return _validated(stored(values, origin), origin)
+    return _validated(spelled(values, origin), origin)
 
 
 def _validated(values: dict[str, Any], origin: str) -> EnvConfig:
@@ -138,7 +139,7 @@ def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
         )
     if not isinstance(values["table"], str | Path):
         raise ConfigError(f"{origin}: config key 'table': expected the folder of a table; got {short(values['table'])}")
-    was = stored(read_description(table_folder(values["table"]))["env_config"], f"the table {values['table']}")
+    was = spelled(read_description(table_folder(values["table"]))["env_config"], f"the table {values['table']}")
     given = {key: value for key, value in values.items() if value is not None}
     config = _validated({**was, **given}, origin)
     before = spelled(_validated({**was, "id": config.id, "table": config.table}, origin).model_dump())
@@ -146,9 +147,9 @@ def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
         at_once = key == "stages" and list(value) == ["first"]
         if value != before[key] and not at_once and (key == "stages" or key not in TABLE_KEYS):
             raise ConfigError(
-                f"{origin}: config key {key!r}: the table {config.table} is of {before[key]!r}, got {value!r}; of a "
-                f"table only {', '.join(TABLE_KEYS)} can be chosen, for anything else make another one (sd-gym "
-                "tabulate)"
+                f"{origin}: config key {key!r}: the table {config.table} is of {short(before[key])}, got "
+                f"{short(value)}; of a table only {', '.join(TABLE_KEYS)} can be chosen, for anything else make "
+                "another one (sd-gym tabulate)"
             )
     try:
         objective_function(config.reward.objective)
@@ -259,13 +260,31 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return values
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads plain values, 1e-3 among them as a number, and no aliases: a few lines of them make a value of any size."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"the alias *{alias.anchor} is not read here; write its value out", alias.start_mark
+            )
+        return super().compose_node(parent, index)
+
+
+# YAML 1.1, as PyYAML reads it, takes 1e-3 for a word: its numbers have a dot.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def parse_yaml(text: str, origin: str) -> Any:
     """What a YAML text says.
 
     Raises:
-        ConfigError: If it is none.
+        ConfigError: If it is no YAML, or has aliases (``*name``).
     """
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # numbers and dates raise the second
         raise ConfigError(f"{origin}: not YAML ({one_line(error)})") from error

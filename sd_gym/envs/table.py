@@ -15,7 +15,7 @@ Nothing here needs torch, a backbone or a data set. A table is a folder:
 * ``SPLIT.json``: the ids of the instances, and those of their facts that are words.
 * ``projection.safetensors``, where observations are reduced: how (``sd_gym.projection``).
 * ``leaving.safetensors``: what standardises observations and ranks tokens, so that a policy that learned here decides
-  on the env itself, or on texts. A table of a former version has none, nor has one of an env that no policy can leave.
+  on the env itself, or on texts. A table of an env that no policy can leave has none.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sd_gym.config import ConfigError, nested, stored
+from sd_gym.config import ConfigError
 from sd_gym.envs.config import EnvConfig
 from sd_gym.envs.core import Core
 from sd_gym.envs.leaving import Leaving
@@ -308,8 +308,6 @@ def _begin(folder: Path, description: dict[str, Any], masks: Array | None, resum
     if not resume:
         raise FileExistsError(f"{folder} holds a table that was cut off; go on with --resume, or take another --output")
     here = json.loads(as_json(description))
-    if isinstance(there.get("env_config"), dict):  # of a former version: flat
-        there["env_config"] = nested(stored(there["env_config"], str(file)))
     differ = [key for key in here if here[key] != there.get(key)]
     if masks is not None and not differ and json.loads(codebook.read_text(encoding="utf-8")) != masks.tolist():
         differ = ["masks"]

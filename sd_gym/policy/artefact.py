@@ -6,21 +6,20 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, snapshot_download
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import BUNDLED, can_exit, weights_hash
-from sd_gym.config import nested, stored
 from sd_gym.errors import one_line
-from sd_gym.files import read_json, read_tensors, write_json, write_tensors, write_text
+from sd_gym.files import read_tensors, write_tensors, write_text
+from sd_gym.policy.card import FILE, TENSORS, Stop, model_card, read_card, write_card
+from sd_gym.policy.hub import download, upload
 from sd_gym.policy.network import DecisionPolicy
 from sd_gym.policy.observation import features_of, standardised, tokens_of
 from sd_gym.policy.off_table import OffTable
@@ -34,26 +33,7 @@ from sd_gym.switch import (
     rarity_scores,
 )
 
-FORMAT = 1
-FILE, TENSORS = "skip_policy.json", "skip_policy.safetensors"
 OF_TOKENS = ("token_mean", "token_deviation")  # names of tensors
-FILES = (FILE, TENSORS, "policy.json", "policy.safetensors", "README.md")
-
-
-class Stop(NamedTuple):
-    """A version of a policy, bolder or more cautious, as the validation split has seen it.
-
-    Attributes:
-        margin: In log-odds, from the policy that was selected (0) on; higher is more cautious.
-        loss: Quality lost, a mean.
-        highest_loss: The upper end of its one-sided 95% interval.
-        flops_ratio: FLOPs over those of the dense backbone, without the policy's own.
-    """
-
-    margin: float
-    loss: float
-    highest_loss: float
-    flops_ratio: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,22 +252,17 @@ class SkipPolicy:
             tensors |= {name: torch.from_numpy(one) for name, one in zip(OF_TOKENS, self.of_tokens, strict=True)}
         if self.rarity is not None:
             tensors["rarity"] = torch.from_numpy(self.rarity)
-        of_table = {}
-        if isinstance(self.network, OffTable):
-            of_table["table"] = self.network.described()
-            tensors |= self.network.tensors()
+        of_table = self.network if isinstance(self.network, OffTable) else None
+        if of_table is not None:
+            tensors |= of_table.tensors()
         write_tensors(folder / TENSORS, tensors)
-        write_json(
-            folder / FILE,
-            {
-                "format": FORMAT,
-                "protection": self.protection and self.protection.described(),
-                "stops": [stop._asdict() for stop in self.stops],
-                **of_table,
-                **self.card,
-            },
-        )
-        write_text(folder / "README.md", self.model_card())
+        said = {
+            "protection": self.protection and self.protection.described(),
+            "stops": [stop._asdict() for stop in self.stops],
+            "table": of_table and of_table.described(),
+        }
+        write_card(folder, {**said, **self.card})
+        write_text(folder / "README.md", model_card(self.card, self.stops))
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> SkipPolicy:
@@ -303,40 +278,35 @@ class SkipPolicy:
         """
         folder = Path(name)
         if not folder.is_dir():
-            folder = _downloaded(str(name), revision)
+            folder = download(str(name), revision)
         if not (folder / FILE).exists():
             raise FileNotFoundError(
                 f"no {FILE} in {name}; expected the folder of a training run, or one that save_pretrained wrote"
             )
-        network, card, tensors = DecisionPolicy.load(folder), read_json(folder / FILE), read_tensors(folder / TENSORS)
-        if card.pop("format", None) != FORMAT:
-            raise ValueError(f"{folder / FILE}: expected a policy of format {FORMAT}")
+        card = {key: value for key, value in read_card(folder).items() if key != "format"}
+        network, tensors = DecisionPolicy.load(folder), read_tensors(folder / TENSORS)
+        table, protection, stops = card.pop("table"), card.pop("protection"), card.pop("stops")
         try:
-            if "table" in card:
-                network = OffTable.of_files(network, card.pop("table"), tensors)
+            if table is not None:
+                network = OffTable.of_files(network, table, tensors)
             shape: tuple[int, ...] = (network.observation_size,)
             if network.stages != ["first"]:
                 shape = len(network.stages), network.observation_size - len(network.stages) - 1
-            card["env"] = nested(stored(card["env"]))  # flat in a former version
-            protection, stops = card.pop("protection"), tuple(Stop(**stop) for stop in card.pop("stops"))
             policy = cls(
                 network,
-                *(_finite(tensors.pop(name), shape) for name in ("mean", "deviation")),
+                *_standards_in(tensors, ("mean", "deviation"), shape),
                 _finite(tensors.pop("rarity"), None) if "rarity" in tensors else None,
                 protection and Protection.of_described(protection),
-                stops,
+                tuple(Stop(**stop) for stop in stops),
                 card,
-                None
-                if network.token_width is None
-                else tuple(_finite(tensors.pop(name), (network.token_width,)) for name in OF_TOKENS),
+                None if network.token_width is None else _standards_in(tensors, OF_TOKENS, (network.token_width,)),
             )
-            missing = {"env", "backbone", "result", "run"} - card.keys()
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise ValueError(
                 f"{folder}: {FILE} and {TENSORS} are none that save_pretrained writes ({one_line(error)})"
             ) from error
-        if missing or tensors:
-            raise ValueError(f"{folder}: {FILE} lacks {sorted(missing)}, or {TENSORS} has too many: {sorted(tensors)}")
+        if tensors:
+            raise ValueError(f"{folder / TENSORS}: expected no tensors {sorted(tensors)}; copy the policy again")
         if len(policy.token_shares) != network.nvec[-1]:
             raise ValueError(f"{folder}: the policy has {network.nvec[-1]} token levels, and {FILE} says otherwise")
         return policy
@@ -347,70 +317,7 @@ class SkipPolicy:
         Returns:
             The address of the commit.
         """
-        api = HfApi(token=token)
-        api.create_repo(repository, private=private, exist_ok=True)
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(FILES)).commit_url
-
-    def model_card(self) -> str:
-        """Markdown: what it saves, on what data, how sure that is, and how it is used."""
-        env, backbone, result = self.card["env"], self.card["backbone"], self.card["result"]
-        low, high = (100 * bound for bound in result["quality_difference_interval"])
-        stops = "\n".join(
-            f"| {stop.margin:+.2f} | {stop.flops_ratio:.1%} | {100 * stop.loss:.2f} | {100 * stop.highest_loss:.2f} |"
-            for stop in self.stops
-        )
-        name, auto = backbone["name"], backbone["auto_class"]
-        usage = f"""import sd_gym
-from transformers import {auto}
-
-model = {auto}.from_pretrained({name!r})
-sd_gym.attach(model, "PATH OR ID OF THIS POLICY")  # then use the model as ever
-"""
-        if backbone["is_local"]:  # which is known here, and nowhere else
-            usage = """import sd_gym
-
-model = sd_gym.load("PATH OR ID OF THIS POLICY", backbone="WHERE THE BACKBONE IS")
-model(["a text", "another one"])
-sd_gym.attach(my_model, "PATH OR ID OF THIS POLICY")  # or inside the backbone itself, if you have it as my_model
-"""
-        base = "" if backbone["is_local"] else f"base_model: {backbone['name']}\n"
-        return f"""---
-library_name: sd_gym
-{base}tags: [sd_gym, skipping, {env["task"]}]
----
-
-# A skipping policy for {backbone["name"]}
-
-It decides for each input which attention and feed-forward blocks of the model (and which tokens) are not needed, and
-they are not executed. Trained by {self.card["run"]["algo"]} on {self._trained_on()}.
-
-On the {result["split"]} split, {result["instances"]:,} instances:
-
-| | dense | with the policy |
-| --- | --- | --- |
-| quality | {result["quality_ref"]:.4f} | {result["quality"]:.4f} |
-| FLOPs | 100% | {result["flops_ratio_with_policy"]:.1%} |
-
-Difference in quality: {100 * result["quality_difference"]:+.2f} points (95% interval {low:+.2f} to {high:+.2f}).
-Verdict, where {100 * env["reward"]["epsilon"]:g} points may be lost: {result["verdict"]}.
-
-```python
-{usage}```
-
-Bolder and more cautious versions, as the validation split has seen them (`attach(..., max_loss=0.005)` or
-`max_flops=0.4` chooses one):
-
-| margin | FLOPs | points lost | at most, 95% |
-| --- | --- | --- | --- |
-{stops}
-"""
-
-    def _trained_on(self) -> str:
-        """The env; of a run on a table, also that."""
-        env, on = self.card["env"]["id"], self.card["run"]["env"]
-        return env if on == env else f"{env}, its outcomes in a table ({on})"
+        return upload(self.save_pretrained, repository, private=private, token=token)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -419,21 +326,19 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
+def _standards_in(
+    tensors: dict[str, Tensor], names: tuple[str, str], shape: tuple[int, ...]
+) -> tuple[NDArray, NDArray]:
+    """The mean and deviation of these names, taken out of the tensors."""
+    mean, deviation = (_finite(tensors.pop(name), shape) for name in names)
+    if not (deviation > 0).all():
+        raise ValueError(f"expected {names[1]} above 0, got {deviation.min()}")
+    return mean, deviation
+
+
 def _finite(tensor: Tensor, shape: tuple[int, ...] | None) -> NDArray:
     """The numbers of a tensor of this shape, or of any number of them in a row."""
     fits = tensor.ndim == 1 if shape is None else tensor.shape == shape
     if not fits or not tensor.isfinite().all():
         raise ValueError(f"expected {list(shape) if shape else 'a row of'} finite numbers, got {list(tensor.shape)}")
     return tensor.numpy()
-
-
-def _downloaded(name: str, revision: str | None) -> Path:
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no folder {name!r}; expected one with {FILE}, or the id of a repository of the hub")
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
-    except Exception as error:  # the hub has a dozen ways to say no
-        raise FileNotFoundError(
-            f"no folder {name!r}, and the Hugging Face hub did not give it ({type(error).__name__}); without network, "
-            "pass the path of a local copy"
-        ) from error

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sd_gym.errors import short
 from sd_gym.files import read_tensors
+from sd_gym.policy.noise import Noise
 
 FORMAT = 1
 
@@ -17,15 +18,14 @@ FORMAT = 1
 class Description(BaseModel):
     """What ``policy.json`` says; see ``DecisionPolicy``."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     format: Literal[1]
     observation_size: int = Field(ge=1)
     nvec: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
     switches: list[str]
     blind: bool
-    noise: Literal["none", "random", "hash"]
-    autoregressive: bool
+    noise: Noise
     hidden: int = Field(ge=1)
     network: str | None = None
     codebook: Annotated[list[list[int]], Field(min_length=1)] | None = None
@@ -67,7 +67,7 @@ def read_description(file: Path) -> Description:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        got = f", got {first['input']!r}" if key else ""
+        got = f", got {short(first['input'])}" if key else ""
         raise ValueError(
             f"{file}: no policy that was saved here: {key + ': ' if key else ''}{first['msg']}{got}"
         ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 CHANNELS = 48
@@ -85,12 +84,3 @@ def affordable(width: int, dense_flops: float, looks: int = 1) -> int:
         looks: How often they are read: once a stage.
     """
     return int(np.clip(SHARE * dense_flops / (looks * flops_a_token(width, 1)), 1, CHANNELS))
-
-
-def tensors(
-    observations: NDArray | dict[str, NDArray], device: torch.device | str = "cpu"
-) -> Tensor | dict[str, Tensor]:
-    """Observations of a batch for a policy: float32, on its device."""
-    if isinstance(observations, dict):
-        return {name: tensors(values, device) for name, values in observations.items()}
-    return torch.as_tensor(observations, dtype=torch.float32, device=device)

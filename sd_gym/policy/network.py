@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -14,14 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd_gym.files import write_json, write_tensors
+from sd_gym.policy.batches import blinded, rows_of, tensors
 from sd_gym.policy.choices import bounded, groups_of
-from sd_gym.policy.description import FORMAT, read_description, read_weights
-from sd_gym.policy.eyes import Eyes, flops_a_token, tensors
+from sd_gym.policy.codebook import greedy_cover, of_each_stage
+from sd_gym.policy.description import FORMAT, Description, read_description, read_weights
+from sd_gym.policy.eyes import Eyes, flops_a_token
 from sd_gym.policy.layers import Apart, hidden_layers, on_meta, own_network
+from sd_gym.policy.noise import Noise, with_noise
 from sd_gym.registry import naming_imports
 
 HIDDEN = 64
-Seen = TypeVar("Seen", Tensor, NDArray, dict[str, Tensor], dict[str, NDArray])
 
 
 def _most_probable(logits: Tensor) -> Tensor:
@@ -31,9 +32,7 @@ def _most_probable(logits: Tensor) -> Tensor:
 class DecisionPolicy(nn.Module):
     """From observations to decisions: two hidden layers, then one categorical choice an action component.
 
-    The choices are independent given the observation: ``pi(a|x) = prod_i pi_i(a_i|x)`` (Zhang et al. 2024, section 3);
-    or autoregressive: ``prod_i pi_i(a_i|x, a_1 .. a_(i-1))``, where what was skipped before shifts the logits linearly,
-    so that one of two sublayers can be skipped, but not both.
+    The choices are independent given the observation: ``pi(a|x) = prod_i pi_i(a_i|x)`` (Zhang et al. 2024, section 3).
 
     Args:
         observation_size: Features of an observation; where it sees the tokens of a text, numbers that a token has; of
@@ -43,7 +42,6 @@ class DecisionPolicy(nn.Module):
         blind: Whether the observation is zeroed: the control that sees nothing of its input.
         noise: Decisions are the most probable ones (``none``), drawn from a fixed seed (``random``), or drawn from a
             hash of the observation (``hash``): the same input is always decided on alike, for no reason.
-        autoregressive: Whether a choice depends on earlier ones.
         network: Name of a registered network that gives the logits instead of two hidden layers.
         hidden: Width of the hidden layers.
         codebook: Decisions: then no others are made (``reduced``); ``None``: any. Each has all components, or of
@@ -61,9 +59,9 @@ class DecisionPolicy(nn.Module):
         head: What makes logits of its output: linear, or, of a registered network, a bias for each.
 
     Raises:
-        ValueError: If the network is unknown, or is none from observations to logits; or if a policy of several stages
-            is autoregressive, which is about whole decisions; or if one that is ``apart`` has one stage or a registered
-            network; or if it has eyes at several stages and no ``token_width``, or that without these.
+        ValueError: If the network is unknown, or is none from observations to logits; or if one that is ``apart`` has
+            one stage or a registered network; or if it has eyes at several stages and no ``token_width``,
+            or that without these.
     """
 
     def __init__(
@@ -73,8 +71,7 @@ class DecisionPolicy(nn.Module):
         switches: list[str],
         *,
         blind: bool = False,
-        noise: Literal["none", "random", "hash"] = "none",
-        autoregressive: bool = False,
+        noise: Noise = "none",
         network: str | None = None,
         hidden: int = HIDDEN,
         codebook: list[list[int]] | None = None,
@@ -91,16 +88,12 @@ class DecisionPolicy(nn.Module):
             )
         if apart and (len(stages) == 1 or network is not None):
             raise ValueError("apart=True gives each of several stages hidden layers; expected stages, and no network")
-        if len(stages) > 1 and autoregressive:
-            named = ", ".join(stages)
-            raise ValueError(f"at several stages, {named}, decisions cannot be autoregressive; decide at one")
         self.stages = list(stages)
         self.observation_size = observation_size
         self.nvec = [int(size) for size in nvec]
         self.switches = list(switches)
         self.blind = blind
         self.noise = noise
-        self.autoregressive = autoregressive
         self.network = network
         self.hidden = hidden
         self.apart = apart
@@ -126,14 +119,9 @@ class DecisionPolicy(nn.Module):
         places = torch.from_numpy(np.where(places < ends, places, ends[-1]))
         self.register_buffer("_places", places, persistent=False)
         self.register_buffer("codebook", None if codebook is None else torch.tensor(codebook), persistent=False)
-        if autoregressive:
-            self.coupling = nn.Parameter(torch.zeros(sum(self.nvec), len(self.nvec)))
-            component = torch.repeat_interleave(torch.arange(len(self.nvec)), torch.tensor(self.nvec))
-            earlier = component[:, None] > torch.arange(len(self.nvec))
-            self.register_buffer("_earlier", earlier.float(), persistent=False)
 
     def forward(self, observations: Tensor | dict[str, Tensor]) -> Tensor:
-        """Logits of all components, side by side, ``[n, sum(nvec)]``; autoregressive: if nothing was skipped before.
+        """Logits of all components, side by side, ``[n, sum(nvec)]``.
 
         Args:
             observations: ``[n, features]``, or what ``Eyes`` see.
@@ -156,12 +144,9 @@ class DecisionPolicy(nn.Module):
             exploration: No choice is less probable than this (Wu et al. 2018, BlockDrop, equation 5).
 
         Returns:
-            The logarithm of each component's probability, given those before it, ``[tries * n, components]``; and the
-            entropy of the choices, summed over components, ``[n]`` (autoregressive: ``[tries * n]``).
+            The logarithm of each component's probability, ``[tries * n, components]``; and the entropy of the choices,
+            summed over components, ``[n]``.
         """
-        if self.autoregressive:  # what each decision says of a component shifts the logits of later ones
-            logits = logits.repeat(len(decisions) // len(logits), 1)
-            logits = logits + decisions.to(logits.dtype) @ (self.coupling * self._earlier).T
         log_probs, entropy = [], torch.zeros(len(logits), device=logits.device)
         for group in self._groups:
             of_all = bounded(group.of(logits), exploration)
@@ -171,41 +156,34 @@ class DecisionPolicy(nn.Module):
         return torch.cat(log_probs, dim=1), entropy
 
     def choose(self, logits: Tensor, pick: Callable[[Tensor], Tensor] = _most_probable) -> Tensor:
-        """Decisions, int64 ``[n, components]``, component by component.
+        """Decisions, int64 ``[n, components]``.
 
         Args:
             logits: Of ``forward``.
-            pick: Takes logits ``[rows, size]``, each row those of one component (given the choices before it), to
-                choices ``[rows]``.
+            pick: Takes logits ``[rows, size]``, each row those of one component, to choices
+                ``[rows]``.
         """
         if pick is _most_probable and self.codebook is not None:
             return self._from_codebook(logits)
-        if pick is _most_probable and not self.autoregressive:
+        if pick is _most_probable:
             return self._side_by_side(logits).argmax(dim=2)
         return self._picked(logits, pick)
 
     def _from_codebook(self, logits: Tensor) -> Tensor:
         """The most probable masks of the codebook: of each stage's one, of which those of another do not count."""
         decisions = torch.zeros(len(logits), len(self.nvec), dtype=torch.int64, device=logits.device)
-        for masks in [self.codebook] if self.stages == ["first"] else _of_each_stage(self.codebook):
+        for masks in [self.codebook] if self.stages == ["first"] else of_each_stage(self.codebook):
             best = masks[self._likely(logits, masks).argmax(dim=1)]
             decisions = torch.where(masks[0] >= 0, best, decisions)
         return decisions
 
     @torch.no_grad()
     def _picked(self, logits: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
-        """Group by group, or component by component where a choice depends on earlier ones."""
+        """Group by group."""
         decisions = torch.zeros(len(logits), len(self.nvec), dtype=torch.int64, device=logits.device)
-        if not self.autoregressive:
-            for group in self._groups:
-                choices = group.of(logits).transpose(0, 1).reshape(-1, group.size)
-                decisions[:, group.components] = pick(choices).view(-1, len(logits)).T
-            return decisions
-        ends = np.cumsum(self.nvec)
-        for number, (size, end) in enumerate(zip(self.nvec, ends, strict=True)):
-            earlier = self.coupling[end - size : end, :number]
-            choice = logits[:, end - size : end] + decisions[:, :number].to(logits.dtype) @ earlier.T
-            decisions[:, number] = pick(choice)
+        for group in self._groups:
+            choices = group.of(logits).transpose(0, 1).reshape(-1, group.size)
+            decisions[:, group.components] = pick(choices).view(-1, len(logits)).T
         return decisions
 
     def _side_by_side(self, logits: Tensor) -> Tensor:
@@ -221,23 +199,16 @@ class DecisionPolicy(nn.Module):
 
         A component that is -1 does not count.
         """
-        if not self.autoregressive:
-            places = self._places.gather(1, masks.T.clamp(min=0)).T
-            chosen = torch.zeros(logits.shape[1], len(masks), device=logits.device)
-            return logits @ chosen.scatter_(0, places.T, (masks.T >= 0).to(chosen.dtype))
-        return torch.stack([self.evaluate(logits, mask.expand(len(logits), -1))[0].sum(dim=1) for mask in masks], dim=1)
+        places = self._places.gather(1, masks.T.clamp(min=0))
+        chosen = torch.zeros(logits.shape[1], len(masks), device=logits.device)
+        return logits @ chosen.scatter_(0, places, (masks.T >= 0).to(chosen.dtype))
 
     @torch.inference_mode()
     def decide(self, observations: NDArray | dict[str, NDArray]) -> NDArray:
         """Decisions, int64 ``[n, components]``, for observations ``[n, features]``, or for what ``Eyes`` see."""
         seen = tensors(observations, self.head.weight.device)
         logits = self(seen)
-        if self.noise != "none":
-            uniform = _seeded(logits) if self.noise == "random" else _hashed(_flat(seen), logits.shape[1])
-            logits = logits - torch.log(
-                -torch.log(uniform.clamp(1e-6, 1 - 1e-6))
-            )  # their argmax draws from the softmax
-        return self.choose(logits).cpu().numpy()
+        return self.choose(with_noise(logits, seen, self.noise)).cpu().numpy()
 
     @torch.inference_mode()
     def skip_logits(self, observations: NDArray | dict[str, NDArray]) -> NDArray:
@@ -246,11 +217,10 @@ class DecisionPolicy(nn.Module):
         Of those at a stage only the stage's own switches count.
 
         Raises:
-            ValueError: If the policy is autoregressive, its odds depend on earlier choices; or if it has a codebook.
+            ValueError: If the policy has a codebook.
         """
-        if self.autoregressive or self.codebook is not None:
-            kind = "an autoregressive policy" if self.autoregressive else "a policy with a codebook"
-            raise ValueError(f"{kind} has no odds of a switch by itself")
+        if self.codebook is not None:
+            raise ValueError("a policy with a codebook has no odds of a switch by itself")
         choices = self._side_by_side(self(tensors(observations, self.head.weight.device)))[:, :-1]
         return (choices[..., 1] - choices[..., 0]).cpu().numpy()
 
@@ -287,9 +257,8 @@ class DecisionPolicy(nn.Module):
         """A copy that makes at most ``size`` different decisions, so that inputs agree and run together more often.
 
         They are decisions that it makes itself, and the dense one; each input gets the one that is the most probable
-        for it. Added one by one, each is the one by which the inputs' decisions become more probable than by any other:
-        so in all they are at least 63% as good as the best ones (Nemhauser, Wolsey and Fisher 1978). A policy that
-        decides in the pass makes at most ``size`` at each of its stages.
+        for it. Which they are, ``greedy_cover`` says. A policy that decides in the pass makes at most ``size`` at each
+        of its stages.
 
         Args:
             size: At least 1, the dense one.
@@ -320,15 +289,7 @@ class DecisionPolicy(nn.Module):
         masks = torch.from_numpy(np.unique(decisions, axis=0))
         masks = torch.cat([masks[:1].clamp(max=0), masks])
         likely = self._likely(self(tensors(observations)), masks)
-        chosen, best = [0], likely[:, 0]
-        while len(chosen) < size:
-            added = torch.maximum(likely, best[:, None])
-            gain = added.sum(dim=0, dtype=torch.float64) - best.sum(dtype=torch.float64)
-            if gain.max() <= 0:
-                break
-            chosen.append(int(gain.argmax()))
-            best = added[:, chosen[-1]]
-        return masks[chosen].clone()
+        return masks[greedy_cover(likely, size)].clone()
 
     def with_weights(self, weights: dict[str, Tensor]) -> DecisionPolicy:
         """A copy with other weights (a ``state_dict``)."""
@@ -344,10 +305,9 @@ class DecisionPolicy(nn.Module):
         """
         body = self.body.of_stage[0] if self.apart else self.body  # those of all stages are alike
         counted, _ = on_meta(nn.Sequential(body, self.head), len(self.stages), self.features)
-        coupling = 2 * int(self._earlier.sum()) if self.autoregressive else 0
         if self.codebook is None:
-            return counted + coupling
-        return counted + len(self.stages) * len(self.codebook) * (coupling or 2 * sum(self.nvec))
+            return counted
+        return counted + len(self.stages) * len(self.codebook) * 2 * sum(self.nvec)
 
     @property
     def flops_a_token(self) -> int:
@@ -359,28 +319,10 @@ class DecisionPolicy(nn.Module):
     def save(self, folder: Path) -> None:
         """Write ``policy.safetensors`` and ``policy.json``; each file appears complete or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        description = {
-            "format": FORMAT,
-            "observation_size": self.observation_size,
-            "nvec": self.nvec,
-            "switches": self.switches,
-            "blind": self.blind,
-            "noise": self.noise,
-            "autoregressive": self.autoregressive,
-            "hidden": self.hidden,
-        }
-        if self.network is not None:
-            description["network"] = self.network
+        keys = Description.model_fields.keys() - {"format", "codebook"}
+        description = {"format": FORMAT, **{key: getattr(self, key) for key in sorted(keys)}}
         if self.codebook is not None:
             description["codebook"] = self.codebook.tolist()
-        if self.stages != ["first"]:
-            description["stages"] = self.stages
-        if self.apart:
-            description["apart"] = True
-        if self.channels is not None:
-            description["channels"] = self.channels
-        if self.token_width is not None:
-            description["token_width"] = self.token_width
         write_tensors(folder / "policy.safetensors", self.state_dict())
         write_json(folder / "policy.json", description)
 
@@ -402,49 +344,3 @@ class DecisionPolicy(nn.Module):
             policy = cls(**description.model_dump(exclude={"format"}))
         policy.load_state_dict(read_weights(folder / "policy.safetensors", policy))
         return policy.eval()
-
-
-def _of_each_stage(codebook: Tensor) -> list[Tensor]:
-    """The masks ``[masks, components]`` of each stage: those that have the same components."""
-    _, group = (codebook >= 0).unique(dim=0, return_inverse=True)
-    return [codebook[group == number] for number in range(int(group.max()) + 1)]
-
-
-def blinded(observations: Seen, stages: Sequence[str]) -> Seen:
-    """Observations of a batch with nothing of the input; of several stages, with the stage alone."""
-    if isinstance(observations, dict):
-        told = {"stage": stages}  # the tokens tell nothing but the text
-        return {name: blinded(values, told.get(name, ["first"])) for name, values in observations.items()}
-    zeros = observations * 0
-    if len(stages) > 1:
-        zeros[:, : len(stages)] = observations[:, : len(stages)]
-    return zeros
-
-
-def _seeded(logits: Tensor) -> Tensor:
-    """Uniform noise from a fixed seed, of the logits' shape."""
-    generator = torch.Generator(logits.device).manual_seed(0)
-    return torch.rand(logits.shape, generator=generator, device=logits.device)
-
-
-def rows_of(observations: Seen, rows: NDArray | Tensor) -> Seen:
-    """Observations of some rows of a batch."""
-    if isinstance(observations, dict):
-        return {name: values[rows] for name, values in observations.items()}
-    return observations[rows]
-
-
-def _flat(observations: Tensor | dict[str, Tensor]) -> Tensor:
-    """All numbers of observations in a row, ``[n, numbers]``; the stage's come first."""
-    if not isinstance(observations, dict):
-        return observations
-    tokens = observations["tokens"].flatten(1)
-    return torch.cat([observations["stage"], tokens], dim=1) if "stage" in observations else tokens
-
-
-def _hashed(observations: Tensor, columns: int) -> Tensor:
-    """Noise in [0, 1), ``[n, columns]``, that looks uniform and depends on the observation only."""
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(observations.shape[1], columns, generator=generator, dtype=torch.float64)
-    mixed = observations.cpu().double() @ directions  # on the host, so that it is the same on every device
-    return torch.frac(torch.sin(mixed) * 43758.5453).abs().to(observations)

@@ -86,7 +86,7 @@ def check_unchanged(run: Path, before: Mapping[str, Mapping[str, Any]], data: Sp
     differ = [name for name, was in before.items() if was["hash"] != now[name]["hash"]]
     if differ:
         shown = "; ".join(f"{name} was {_words(before[name])}, and is {_words(now[name])}" for name in differ)
-        raise DataError(f"{run}: the data have changed: {shown}. Begin again, or bring the former data back")
+        raise DataError(f"{run}: the data have changed: {shown}. Begin again, or bring back those that were there")
 
 
 def _words(identity: Mapping[str, Any]) -> str:

@@ -1,0 +1,218 @@
+"""The card of a policy: what it was trained on, how well, and which files belong to it; as JSON and as Markdown."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sd_gym.config import EnvConfig
+from sd_gym.errors import short
+from sd_gym.files import as_json, sha256, write_json
+
+FORMAT = 1
+FILE, TENSORS = "skip_policy.json", "skip_policy.safetensors"
+HASHED = (TENSORS, "policy.json", "policy.safetensors")
+FILES = (FILE, *HASHED, "README.md")
+
+
+class Stop(NamedTuple):
+    """A version of a policy, bolder or more cautious, as the validation split has seen it.
+
+    Attributes:
+        margin: In log-odds, from the policy that was selected (0) on; higher is more cautious.
+        loss: Quality lost, a mean.
+        highest_loss: The upper end of its one-sided 95% interval.
+        flops_ratio: FLOPs over those of the dense backbone, without the policy's own.
+    """
+
+    margin: float
+    loss: float
+    highest_loss: float
+    flops_ratio: float
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _Protection(_Strict):
+    special: list[int]
+    first: int = Field(ge=0)
+    last: int = Field(ge=0)
+    separator: int | None
+
+
+class _Version(_Strict):
+    margin: float
+    loss: float
+    highest_loss: float
+    flops_ratio: float = Field(ge=0)
+
+
+class _Table(_Strict):
+    nvec: list[Annotated[int, Field(ge=1)]]
+    switches: list[str]
+
+
+class _Backbone(_Strict):
+    name: str
+    is_local: bool
+    model_type: str
+    auto_class: str
+    weights: str
+    tokenizer: str
+    token_types: bool
+
+
+class _Result(_Strict):
+    split: str
+    instances: int = Field(ge=1)
+    quality: float
+    quality_ref: float
+    flops_ratio: float = Field(ge=0)
+    flops_ratio_with_policy: float = Field(ge=0)
+    quality_difference: float
+    quality_difference_interval: tuple[float, float]
+    verdict: str
+
+
+class _Run(_Strict):
+    env: str
+    algo: str
+    steps: Annotated[int, Field(ge=0)] | None
+    seed: int | None
+    versions: dict[str, str]
+    data: dict[str, dict[str, Any]]
+
+
+class _Card(_Strict):
+    """What ``skip_policy.json`` holds."""
+
+    format: Literal[1]
+    files: dict[str, str]
+    protection: _Protection | None
+    stops: list[_Version]
+    table: _Table | None
+    env: EnvConfig
+    backbone: _Backbone
+    result: _Result
+    run: _Run
+
+
+def write_card(folder: Path, values: dict[str, Any]) -> None:
+    """Write ``skip_policy.json`` beside the other files of a policy, with their hashes and its own.
+
+    Args:
+        folder: Where those files are.
+        values: All but the format and the hashes.
+    """
+    values = {"format": FORMAT, **json.loads(as_json(values))}
+    hashes = {name: sha256(folder / name) for name in HASHED} | {FILE: _own_hash(values)}
+    write_json(folder / FILE, {**values, "files": hashes})
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """What ``write_card`` was given, and the format.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a key is missing, unknown or of a wrong type, or a file is not the one that was written with the
+            others.
+    """
+    file = folder / FILE
+    text = file.read_bytes()
+    try:
+        _Card.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the whole"
+        raise ValueError(
+            f"{file} is no card of a policy: {key}: {first['msg']}, got {short(first['input'])}; copy the policy's "
+            "folder again"
+        ) from error
+    values = json.loads(text)
+    hashes = values.pop("files")
+    for name in FILES[:-1]:
+        if name != FILE and not (folder / name).is_file():
+            raise FileNotFoundError(f"no {name} in {folder}; copy the policy's folder again, with all its files")
+        if hashes.get(name) != (_own_hash(values) if name == FILE else sha256(folder / name)):
+            raise ValueError(
+                f"{folder / name} is not the file that was saved with this policy: it was changed, damaged or comes "
+                f"from another one (its SHA-256 is not what {FILE} says); copy the policy's folder again, with all its "
+                "files"
+            )
+    return values
+
+
+def _own_hash(values: dict[str, Any]) -> str:
+    """Of what a card says, its hashes left out."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def model_card(card: dict[str, Any], stops: Sequence[Stop]) -> str:
+    """Markdown: what a policy saves, on what data, how sure that is, and how it is used."""
+    env, backbone, result = card["env"], card["backbone"], card["result"]
+    low, high = (100 * bound for bound in result["quality_difference_interval"])
+    versions = "\n".join(
+        f"| {stop.margin:+.2f} | {stop.flops_ratio:.1%} | {100 * stop.loss:.2f} | {100 * stop.highest_loss:.2f} |"
+        for stop in stops
+    )
+    base = "" if backbone["is_local"] else f"base_model: {backbone['name']}\n"
+    return f"""---
+library_name: sd_gym
+{base}tags: [sd_gym, skipping, {env["task"]}]
+---
+
+# A skipping policy for {backbone["name"]}
+
+It decides for each input which attention and feed-forward blocks of the model (and which tokens) are not needed, and
+they are not executed. Trained by {card["run"]["algo"]} on {_trained_on(card)}.
+
+On the {result["split"]} split, {result["instances"]:,} instances:
+
+| | dense | with the policy |
+| --- | --- | --- |
+| quality | {result["quality_ref"]:.4f} | {result["quality"]:.4f} |
+| FLOPs | 100% | {result["flops_ratio_with_policy"]:.1%} |
+
+Difference in quality: {100 * result["quality_difference"]:+.2f} points (95% interval {low:+.2f} to {high:+.2f}).
+Verdict, where {100 * env["reward"]["epsilon"]:g} points may be lost: {result["verdict"]}.
+
+```python
+{_usage(backbone)}```
+
+Bolder and more cautious versions, as the validation split has seen them (`attach(..., max_loss=0.005)` or
+`max_flops=0.4` chooses one):
+
+| margin | FLOPs | points lost | at most, 95% |
+| --- | --- | --- | --- |
+{versions}
+"""
+
+
+def _usage(backbone: dict[str, Any]) -> str:
+    """Python that uses the policy."""
+    if backbone["is_local"]:  # its path is known here, and nowhere else
+        return """import sd_gym
+
+model = sd_gym.load("PATH OR ID OF THIS POLICY", backbone="WHERE THE BACKBONE IS")
+model(["a text", "another one"])
+sd_gym.attach(my_model, "PATH OR ID OF THIS POLICY")  # or inside the backbone itself, if you have it as my_model
+"""
+    return f"""import sd_gym
+from transformers import {backbone["auto_class"]}
+
+model = {backbone["auto_class"]}.from_pretrained({backbone["name"]!r})
+sd_gym.attach(model, "PATH OR ID OF THIS POLICY")  # then use the model as ever
+"""
+
+
+def _trained_on(card: dict[str, Any]) -> str:
+    """The env; of a run on a table, also that."""
+    env, on = card["env"]["id"], card["run"]["env"]
+    return env if on == env else f"{env}, its outcomes in a table ({on})"

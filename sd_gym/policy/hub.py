@@ -1,0 +1,51 @@
+"""Policies on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import HfApi, snapshot_download
+
+from sd_gym.policy.card import FILE, FILES
+
+
+def download(name: str, revision: str | None) -> Path:
+    """The folder of a local copy of a policy on the hub.
+
+    Args:
+        name: The id of its repository.
+        revision: Of the repository; ``None``: the newest.
+
+    Raises:
+        FileNotFoundError: If ``name`` is no id, or the hub does not give it.
+    """
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no folder {name!r}; expected one with {FILE}, or the id of a repository of the hub")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
+    except Exception as error:  # the hub has a dozen ways to say no
+        raise FileNotFoundError(
+            f"no folder {name!r}, and the Hugging Face hub did not give it ({type(error).__name__}); without network, "
+            "pass the path of a local copy"
+        ) from error
+
+
+def upload(save: Callable[[str], None], repository: str, *, private: bool, token: str | None) -> str:
+    """Put a policy into a model repository, made if it is not there.
+
+    Args:
+        save: Writes the policy into a folder.
+        repository: Its id.
+        private: Whether a repository that is made is private.
+        token: Of the account.
+
+    Returns:
+        The address of the commit.
+    """
+    api = HfApi(token=token)
+    api.create_repo(repository, private=private, exist_ok=True)
+    with TemporaryDirectory() as folder:
+        save(folder)
+        return api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(FILES)).commit_url
