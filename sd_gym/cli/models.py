@@ -204,7 +204,7 @@ def run(
             output,
             resume=resume,
             compare=comparing,
-            columns={str(field): str(column) for field, column in settings_of(columns).items()},
+            columns={str(field): str(column) for field, column in settings_of(columns, "--column").items()},
             batch_size=batch_size,
             on_chunk=on_chunk,
         )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
+import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.status import Status
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from sd_gym.errors import quiet, short
@@ -20,6 +22,7 @@ from sd_gym.errors import quiet, short
 # What is printed is text: brackets and colons in names, paths and messages stand for themselves.
 console = Console(markup=False, emoji=False)
 errors = Console(stderr=True, markup=False, emoji=False)
+FIRST_LINE, EVERY_LINE = 5.0, 60.0  # seconds, of plain lines where there is no terminal
 ADVICE = {
     errno.ENOSPC: "free some space on the disk",
     errno.EDQUOT: "free some space on the disk",
@@ -105,11 +108,15 @@ def warnings_as_lines() -> Iterator[None]:
                 errors.print(str(warning.message), style="yellow", highlight=False, soft_wrap=True)
 
 
-def settings_of(pairs: list[str]) -> dict[str, Any]:
-    """``key=value`` pairs, values read as YAML (numbers, booleans, lists, text).
+def settings_of(pairs: list[str], option: str = "--set") -> dict[str, Any]:
+    """``key=value`` pairs as a dictionary, values read as YAML (numbers, booleans, lists, text).
+
+    Args:
+        pairs: As they were given.
+        option: The option that they were given by, for messages.
 
     Raises:
-        ValueError: If one is none.
+        ValueError: If one has no ``=`` or no key, or its value is not YAML.
     """
     from sd_gym.envs.config import parse_yaml
 
@@ -117,29 +124,92 @@ def settings_of(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key:
-            raise ValueError(f"--set: expected key=value, got {short(pair)}")
-        settings[key] = parse_yaml(value, f"--set {short(pair)}")
+            raise ValueError(f"{option}: expected key=value, got {short(pair)}")
+        settings[key] = parse_yaml(value, f"{option} {short(pair)}")
     return settings
 
 
-def status(what: str) -> Status:
-    """Says what goes on, while it does."""
+@contextmanager
+def status(what: str) -> Iterator[None]:
+    """Show what is being done: a spinner at a terminal, elsewhere a plain line now and then."""
     quiet()
-    return errors.status(what)
+    _say_if_busy()
+    begun = time.monotonic()
+    with errors.status(what), _plain_lines(lambda: f"{what}, {_duration(time.monotonic() - begun)} so far"):
+        yield
 
 
-def progress_bar(visible: bool = True) -> Progress:
-    """Bars with ``figures`` behind them."""
+@contextmanager
+def progress_bar(visible: bool = True) -> Iterator[Progress]:
+    """Bars followed by ``figures``; where there is no terminal, a plain line now and then says the same.
+
+    A line has the description, the step of all steps, the figures and the time left. The first is written after
+    ``FIRST_LINE`` seconds, the others every ``EVERY_LINE`` seconds, whether or not anything has changed.
+
+    Args:
+        visible: Whether anything is shown.
+    """
     quiet()
-    return Progress(
+    if visible:
+        _say_if_busy()
+    progress = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}", markup=False),
         console=errors,
-        disable=not visible,
+        disable=not (visible and errors.is_terminal),
+        speed_estimate_period=600,  # seconds: where each step takes one, fewer would be no estimate
     )
+    lines = _plain_lines(lambda: "; ".join(map(_task_line, progress.tasks))) if visible else nullcontext()
+    with progress, lines:
+        yield progress
+
+
+@contextmanager
+def _plain_lines(line: Callable[[], str]) -> Iterator[None]:
+    """Where there is no terminal, write what ``line`` returns now and then, from a thread of its own."""
+    if errors.is_terminal:
+        yield
+        return
+    over = threading.Event()
+
+    def write() -> None:
+        seconds = FIRST_LINE
+        while not over.wait(seconds):
+            say(line())
+            seconds = EVERY_LINE
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _task_line(task: Task) -> str:
+    """How far a task is, such as ``learning 2048 of 50000, quality 0.981, 0:03:10 left``."""
+    steps = f"{task.completed:.0f}" if task.total is None else f"{task.completed:.0f} of {task.total:.0f}"
+    left = "" if task.finished or task.time_remaining is None else f"{_duration(task.time_remaining)} left"
+    return ", ".join(filter(None, [f"{task.description} {steps}", task.fields["figures"], left]))
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _say_if_busy() -> None:
+    """Say that the machine is busy, which slows a command of several threads down many times over."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if cores > 1 and load > cores / 2 and os.environ.get("OMP_NUM_THREADS") != "1":
+        say(
+            f"This machine is busy (load {load:.1f} on {cores} cores), and threads that wait for each other are many "
+            "times slower there: set OMP_NUM_THREADS=1, or stop what else runs",
+            "yellow",
+        )
 
 
 def say(line: str, style: str | None = None) -> None:

@@ -1,0 +1,65 @@
+"""What long commands say: plain lines where there is no terminal, and that the machine is busy."""
+
+import io
+import os
+import time
+
+import pytest
+from rich.console import Console
+from sd_gym.cli import terminal
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """What is written where there is no terminal, with a line every 20 ms."""
+    monkeypatch.setattr(terminal, "FIRST_LINE", 0.02)
+    monkeypatch.setattr(terminal, "EVERY_LINE", 0.02)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    text = io.StringIO()
+    monkeypatch.setattr(terminal, "errors", Console(file=text, markup=False, emoji=False))
+    return text
+
+
+def test_a_log_has_a_line_now_and_then(log):
+    with terminal.progress_bar() as progress:
+        bar = progress.add_task("learning", total=4000, figures="")
+        for step in range(1, 6):
+            progress.update(bar, completed=step, figures="quality 0.981")
+            time.sleep(0.03)
+    lines = log.getvalue().splitlines()
+    assert 2 <= len(lines) <= 8
+    assert lines[-1].startswith("learning ")
+    assert " of 4000, quality 0.981, " in lines[-1]
+    assert lines[-1].endswith(" left")
+
+
+def test_a_log_says_that_a_command_without_steps_goes_on(log):
+    with terminal.status("reducing"):
+        time.sleep(0.05)
+    assert log.getvalue().splitlines()[0] == "reducing, 0:00:00 so far"
+
+
+def test_a_hidden_bar_writes_nothing(log):
+    with terminal.progress_bar(visible=False) as progress:
+        progress.add_task("learning", total=4, figures="")
+        time.sleep(0.05)
+    assert not log.getvalue()
+
+
+@pytest.mark.parametrize(("load", "threads", "said"), [(1.5, None, True), (1.5, "1", False), (0.5, None, False)])
+def test_a_busy_machine_is_said_to_be_busy_once(log, monkeypatch, load, threads, said):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    with terminal.progress_bar():
+        pass
+    assert log.getvalue().count("OMP_NUM_THREADS=1") == said
+
+
+@pytest.mark.parametrize("option", ["--set", "--column"])
+def test_an_option_of_keys_and_values_names_itself(option):
+    for pairs in (["foo"], ["=1"], ["a=[1"]):
+        with pytest.raises(ValueError, match=option):
+            terminal.settings_of(pairs, option)
