@@ -47,6 +47,7 @@ from sd_gym.agents.report.savings import versions
 from stage_fronts import Remembered, cascade_front, exit_front, more_cautious
 
 import sd_gym
+from sd_gym.backbones.prepare import Recipe
 from sd_gym.envs.config import load_config
 from sd_gym.envs.core import shared_core
 from sd_gym.files import read_json
@@ -203,11 +204,7 @@ class Runs:
             config.data,
             config.task,
             self.prepared,
-            steps=self.task.steps,
-            batch_size=32,
-            learning_rate=self.task.learning_rate,
-            max_rate=0.7,
-            draw=self.draw,
+            Recipe(self.task.steps, self.task.learning_rate, max_rate=0.7, draw=self.draw),
             tokens=config.tokens,
             quality=config.quality,
             resume=True,

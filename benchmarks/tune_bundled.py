@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import MBartForConditionalGeneration
 
 from sd_gym.backbones.load import BUNDLED, save_backbone
-from sd_gym.backbones.prepare import freeze_observation, prepare
+from sd_gym.backbones.prepare import Recipe, freeze_observation, prepare
 from sd_gym.policy.observation import observed
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.procedural.generate import TASKS, generate_split, stream
@@ -97,15 +97,16 @@ def main() -> None:
             print(f"  {task:20} {dense}  under random decisions {skipped}", flush=True)
         save_backbone(model, tokenizer, arguments.output)
 
-    prepare(
-        board,
-        batches(board, arguments.runs, arguments.shares, arguments.batch_size, arguments.seed),
-        steps=arguments.steps,
-        learning_rate=arguments.learning_rate,
+    recipe = Recipe(
+        arguments.steps,
+        arguments.learning_rate,
+        max_rate=0.8,
+        warmup_steps=100,
         random_share=RANDOM_SHARE,
         seed=arguments.seed,
-        on_step=on_step,
     )
+    drawn = batches(board, arguments.runs, arguments.shares, arguments.batch_size, arguments.seed)
+    prepare(board, drawn, recipe, on_step=on_step)
     save_backbone(model, tokenizer, arguments.output)
     test = {task: exact_match(board, tokenizer, generate_split(task, "test", 2000)) for task in TASKS}
     (arguments.output / "quality.json").write_text(json.dumps(test, indent=2) + "\n")

@@ -23,7 +23,7 @@ from transformers import MBartConfig, MBartForConditionalGeneration, PreTrainedT
 
 from sd_gym.backbones.draws import even, layers_of
 from sd_gym.backbones.load import save_backbone
-from sd_gym.backbones.prepare import prepare
+from sd_gym.backbones.prepare import Recipe, prepare
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.procedural.generate import TASKS, generate_split, stream, vocabulary
@@ -201,16 +201,15 @@ def main() -> None:
             batches.raise_level()
         save_backbone(model, tokenizer, arguments.output)
 
-    prepare(
-        board,
-        batches,
-        steps=arguments.steps,
+    recipe = Recipe(
+        arguments.steps,
+        arguments.learning_rate,
+        max_rate=0.8,
         dense_steps=arguments.dense_steps,
-        learning_rate=arguments.learning_rate,
         warmup_steps=200,
         seed=arguments.seed,
-        on_step=on_step,
     )
+    prepare(board, batches, recipe, on_step=on_step)
     save_backbone(model, tokenizer, arguments.output)
     test = {task: exact_match(board, tokenizer, generate_split(task, "test", 2000)) for task in TASKS}
     (arguments.output / "quality.json").write_text(json.dumps(test, indent=2))
