@@ -6,6 +6,7 @@ import time
 
 import pytest
 from rich.console import Console
+
 from sd_gym.cli import terminal
 
 

@@ -25,6 +25,7 @@ from sd_gym.envs.staged import StageObservation
 from sd_gym.objectives import quality_cost
 from sd_gym.registration import OBSERVATIONS
 from sd_gym.switch import Seen
+from sd_gym.tasks.ranking import RANKINGS
 from sd_gym.tasks.splits import Splits
 
 Array = NDArray
@@ -95,6 +96,12 @@ class Core(EpisodicCore):
     def observation_space(self) -> gym.Space:
         """Of one observation."""
         return self.stage_observation.space if self.is_staged else self.observation.space
+
+    @property
+    def highest_flops_ratio(self) -> float:
+        """A bound on the FLOPs ratio of any decision: above 1 where ranking tokens runs a part of the backbone."""
+        drops = len(self.config.tokens.shares) > 1
+        return 2.0 if drops and RANKINGS.find(self.config.tokens.ranking).costs_flops else 1.0
 
     @property
     def n_switches(self) -> int:
@@ -177,7 +184,7 @@ class Core(EpisodicCore):
             else:
                 yield np.arange(len(rows)), *split.passes.resumed(seen, rows, decisions)
             return
-        looks = self.config.tokens.ranking == "attention" and len(self.config.tokens.shares) > 1
+        looks = len(self.config.tokens.shares) > 1 and split.tokens.ranking.costs_flops
         if len(rows) == 1 and type(self.observation) in (Pooled, Tokens) and not looks:
             observation = self.observation
             yield (

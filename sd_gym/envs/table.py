@@ -289,6 +289,11 @@ class TableCore(EpisodicCore):
         return self.observation.space
 
     @property
+    def highest_flops_ratio(self) -> float:
+        """A bound on the FLOPs ratio of any decision: above 1 where ranking tokens may have run a part of it."""
+        return 2.0 if self.decision_nvec[-1] > 1 else 1.0
+
+    @property
     def n_switches(self) -> int:
         """Number of switches of the backbone."""
         return len(self.decision_nvec) - 1

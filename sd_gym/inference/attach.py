@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_gym.backbones.heads import Head, head_of
+from sd_gym.backbones.heads import Head, flops_share, head_of
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.walk import Walk
 from sd_gym.switch import FlopsModel, Seen, Switchboard, first_layer_input
@@ -121,6 +121,8 @@ class Decisions(local):
     def flops_ratio(self) -> NDArray:
         """FLOPs of the last call over those of a dense one, float64 ``[n]``; the policy's own are not in it.
 
+        A row of padding alone has 1.0: there is nothing to save.
+
         Raises:
             ValueError: If there was no call.
         """
@@ -132,7 +134,7 @@ class Decisions(local):
         ran = always + (switched * ~self.skip).sum(axis=1)
         if self._ranked:  # the first attention ran on all tokens to rank them
             ran = ran + np.where(self.token_level > 0, self._flops.costs(source, source)[1][:, 0], 0)
-        return ran / (dense_always + dense.sum(axis=1))
+        return flops_share(ran, dense_always + dense.sum(axis=1))
 
     def _costs(self, source: NDArray, kept: NDArray) -> tuple[NDArray, NDArray]:
         if self._target is None:  # one pass over the input

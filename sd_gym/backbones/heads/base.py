@@ -346,7 +346,7 @@ def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def reading_ratio(
-    head: Head, flops: FlopsModel, source: NDArray, kept: NDArray, skip: NDArray, ranked: NDArray
+    head: Head, flops: FlopsModel, source: NDArray, kept: NDArray, skip: NDArray, ranking: NDArray
 ) -> NDArray:
     """FLOPs to read inputs, and to answer one token where texts are generated, over those of dense: float64 ``[n]``.
 
@@ -356,15 +356,18 @@ def reading_ratio(
         source: Tokens of each input, int ``[n]``.
         kept: Those that are not dropped, int ``[n]``.
         skip: Integers or booleans ``[n, switches]``, 1 = skipped.
-        ranked: Whether the first attention runs beforehand, to rank the tokens, ``[n]``.
+        ranking: FLOPs of ranking the tokens beforehand, int ``[n]``.
     """
     one = np.ones_like(source)
     always, switched = head.answer_costs(flops, source, one, kept)
     dense_always, dense = head.answer_costs(flops, source, one, source)
     ran = always + (switched * (1 - np.asarray(skip, dtype=np.int64))).sum(axis=1)
-    if ranked.any():
-        ran = ran + np.where(ranked, flops.costs(source, source)[1][:, 0], 0)
-    return ran / (dense_always + dense.sum(axis=1))
+    return flops_share(ran + ranking, dense_always + dense.sum(axis=1))
+
+
+def flops_share(ran: NDArray, dense: NDArray) -> NDArray:
+    """FLOPs over dense FLOPs, float64 ``[n]``; 1.0 where the dense model computes nothing, as on padding alone."""
+    return np.divide(ran, dense, out=np.ones(len(ran)), where=dense > 0)
 
 
 def divergence(logits: Tensor, target: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 class LabelHead(Head):
     """Logits ``[batch, classes]``; labels are class indices, int64 ``[batch]``.
 
+    Its batches are padded at the right. A model that pools the first position, as BERT does, pools that position
+    whatever the mask says: given inputs that are padded at the left it pools padding, with a policy as without.
+
     Args:
         label2id: Class index of each class's name.
     """
