@@ -305,9 +305,9 @@ def test_a_backbone_of_the_wrong_kind_is_refused(data, tmp_path, tiny_tokenizer,
         tiny_tokenizer.save_pretrained(tmp_path / name)
     with pytest.raises(ConfigError, match="gives a label, but question_answering needs a text or a span"):
         make(data, str(tiny_backbone))
-    with pytest.raises(ConfigError, match=r"'backbone.answers': 'extracted' needs a backbone that gives a span"):
+    with pytest.raises(ConfigError, match=r"'backbone.answers': 'extracted' needs a backbone whose answers are extracted"):
         make(data, str(tmp_path / "generator"), answers="extracted")
-    with pytest.raises(ConfigError, match=r"'backbone.answers': 'generated' needs a backbone that gives a text"):
+    with pytest.raises(ConfigError, match=r"'backbone.answers': 'generated' needs a backbone whose answers are generated"):
         make(data, str(tmp_path / "extractor"), answers="generated")
     (tmp_path / "x.jsonl").write_text(varied({"document": "the food", "summary": "food"}, "document"))
     with pytest.raises(ConfigError, match="gives a span, but summarization needs a text"):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sd_gym.backbones import load_backbone
 from sd_gym.envs.config import ConfigError, EnvConfig
-from sd_gym.envs.episodes import EpisodicCore, Steps
+from sd_gym.envs.episodes import EpisodicCore, FirstLook, StageLooks, Steps
 from sd_gym.envs.leaving import Leaving, of_core
 from sd_gym.envs.outcome import Outcome
 from sd_gym.envs.shared import shared_core
@@ -88,14 +88,14 @@ class Core(EpisodicCore):
         return Steps(components, places, self.nvec)
 
     @cached_property
-    def stage_observation(self) -> StageObservation:
-        """What is seen at the stages, where there are several."""
-        return StageObservation(self)
+    def stage_observation(self) -> StageLooks:
+        """What is seen at the stages."""
+        return StageObservation(self) if self.is_staged else FirstLook(self)
 
     @property
     def observation_space(self) -> gym.Space:
         """Of one observation."""
-        return self.stage_observation.space if self.is_staged else self.observation.space
+        return self.stage_observation.space
 
     @property
     def highest_flops_ratio(self) -> float:

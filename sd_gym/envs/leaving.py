@@ -89,7 +89,7 @@ def of_table(core: TableCore) -> Leaving | None:
     """Of a table.
 
     Returns:
-        ``None`` where the env that it is of has nothing to take along, or a former version has made it; or where its
+        ``None`` where the env that it is of has nothing to take along, or where its
         stages are one, which sees what no env of one stage shows.
 
     Raises:

@@ -15,7 +15,7 @@ Nothing here needs torch, a backbone or a data set. A table is a folder:
 * ``SPLIT.json``: the ids of the instances, and those of their facts that are words.
 * ``projection.safetensors``, where observations are reduced: how (``sd_gym.projection``).
 * ``leaving.safetensors``: what standardises observations and ranks tokens, so that a policy that learned here decides
-  on the env itself, or on texts. A table of a former version has none, nor has one of an env that no policy can leave.
+  on the env itself, or on texts. A table of an env that no policy can leave has none.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd_gym.envs.config import EnvConfig
-from sd_gym.envs.episodes import EpisodicCore, Steps
+from sd_gym.envs.episodes import EpisodicCore, FirstLook, Steps
 from sd_gym.envs.outcome import Outcome
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import Actions, MultiDiscreteActions, read_masks
@@ -276,8 +276,7 @@ class TableCore(EpisodicCore):
         self.observation = TableObservation(said["observation"], projection)
         shape, before = self.observation.space.shape, np.cumprod([1, *(ways or [])]).tolist()
         self.looks = [(count, *shape) if stage else shape for stage, count in enumerate(before[: len(self.stages)])]
-        if ways:
-            self.stage_observation = TableStages(self.observation.space, ways, said["judges"])
+        self.stage_observation = TableStages(self.observation.space, ways, said["judges"]) if ways else FirstLook(self)
         self._splits: dict[str, TableSplit] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sd_gym.config import ConfigError, nested, stored
+from sd_gym.config import ConfigError
 from sd_gym.envs.config import EnvConfig
 from sd_gym.envs.core import Core
 from sd_gym.envs.leaving import Leaving
@@ -309,8 +309,6 @@ def _begin(folder: Path, description: dict[str, Any], masks: Array | None, resum
     if not resume:
         raise FileExistsError(f"{folder} holds a table that was cut off; go on with --resume, or take another --output")
     here = json.loads(as_json(description))
-    if isinstance(there.get("env_config"), dict):  # of a former version: flat
-        there["env_config"] = nested(stored(there["env_config"], str(file)))
     differ = [key for key in here if here[key] != there.get(key)]
     if masks is not None and not differ and json.loads(codebook.read_text(encoding="utf-8")) != masks.tolist():
         differ = ["masks"]
@@ -329,11 +327,8 @@ def _write_split(
     codes, values = _codes([map_arrays(file) for file in files], len(split), masks)
     likelihood = _together(files, "likelihood", len(split))
     rows = np.arange(len(split))
-    seen = (
-        core.stage_observation.observe(split, rows, 0, np.zeros((len(rows), len(core.nvec)), dtype=np.int64), None)[0]
-        if core.is_staged
-        else core.observe(split, rows)
-    )
+    nothing = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
+    seen = core.stage_observation.observe(split, rows, 0, nothing, None)[0]
     facts = split.facts()
     numbers = {name: values for name, values in facts.items() if _is_number(values)}
     arrays = {

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_gym.backbones.heads.base import Given, Head, Targets, log_likelihoods, nothing_generated
+from sd_gym.backbones.heads.answers import Given, log_likelihoods
+from sd_gym.backbones.heads.base import Head
+from sd_gym.backbones.heads.encoding import Targets, nothing_generated
 from sd_gym.errors import DataError, short
 
 if TYPE_CHECKING:
