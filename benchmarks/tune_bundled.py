@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from sd_gym.agents.experiment.run import load_run
 from torch import Tensor
+from train_mini import encode, exact_match, make_tokenizer
 from transformers import MBartForConditionalGeneration
 
 from sd_gym.backbones.load import BUNDLED, save_backbone
@@ -25,7 +26,6 @@ from sd_gym.backbones.prepare import Recipe, freeze_observation, prepare
 from sd_gym.policy.observation import observed
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.procedural.generate import TASKS, generate_split, stream
-from sd_gym.tasks.procedural.train import encode, exact_match, make_tokenizer
 
 WEIGHTS = (0.2, 0.2, 0.3, 0.3)  # of the levels
 TRACE = 0.15  # share of the questions that ask for everyone on the way
