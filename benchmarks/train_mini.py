@@ -6,9 +6,10 @@ First densely, with a curriculum (question answering starts with one hop; the ne
 learned), then under random decisions so that the backbone is robust to skipping (``sd_gym.backbones.prepare``). Writes
 weights, configuration, tokenizer and the card.
 
-The initial weights are structured, so that it begins with the ability to look facts up. From random weights a model of this size and training time does not find out how to answer ``who pays finn ?``: the
-right subject is the token whose *next two* tokens equal the *last two* tokens of the question, and nothing rewards half
-of that circuit. In the spirit of mimetic initialisation (Trockman and Kolter 2023) it is laid out here:
+The initial weights are structured, so that it begins with the ability to look facts up. From random weights a model
+of this size and training time does not find out how to answer ``who pays finn ?``: the right subject is the token
+whose *next two* tokens equal the *last two* tokens of the question, and nothing rewards half of that circuit. In the
+spirit of mimetic initialisation (Trockman and Kolter 2023) it is laid out here:
 
 * tokens and positions live in different halves of the embedding, and positions are nearly orthogonal sinusoids,
 * the first encoder layer's heads look at the neighbours at -1, -2, +2 and +1 and copy them into four subspaces,

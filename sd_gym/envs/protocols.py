@@ -104,6 +104,8 @@ class Core(Protocol):
         observation: What is seen before the first layer; it has a ``space``.
         stage_observation: What is seen at the stages.
         observation_space: Of one observation.
+        backbone: The backbone, with ``name``, ``weights`` and ``board``; of a table it is not there to run.
+        data: Which rows each split has.
         switch_names: What each component of a decision but the last one skips.
         n_switches: Number of switches of the backbone.
         highest_flops_ratio: A bound on the FLOPs ratio of any decision.
@@ -118,6 +120,8 @@ class Core(Protocol):
     actions: Actions
     observation: Any
     stage_observation: StageLooks
+    backbone: Any
+    data: Any
     switch_names: list[str]
     observation_space: gym.Space
     n_switches: int
