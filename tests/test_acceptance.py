@@ -8,6 +8,7 @@ import pytest
 from sd_gym.agents.experiment.run import train
 
 import sd_gym
+from sd_gym.backbones import Recipe
 from sd_gym.config import BackboneConfig, DataConfig
 from sd_gym.tasks.preparation import prepare_backbone
 
@@ -45,7 +46,11 @@ def test_minilm_on_sst2(tmp_path):
     model = Path(package) / "model"
     source = DataConfig(dataset=str(DATA / "sst2"))
     report = prepare_backbone(
-        BackboneConfig(name=str(model), max_source_length=64), source, "classification", tmp_path / "minilm", steps=300
+        BackboneConfig(name=str(model), max_source_length=64),
+        source,
+        "classification",
+        tmp_path / "minilm",
+        Recipe(300),
     )
     assert report["quality"]["after"]["0.0"] > 0.75
     settings = {"dataset": str(DATA / "sst2"), "backbone": str(tmp_path / "minilm"), "train_size": 4000}

@@ -12,6 +12,7 @@ import random
 import pytest
 from sd_gym.agents.experiment.run import train
 
+from sd_gym.backbones import Recipe
 from sd_gym.config import BackboneConfig, DataConfig
 from sd_gym.tasks.preparation import prepare_backbone
 
@@ -39,9 +40,7 @@ def settings(tmp_path_factory, tiny_backbone):
         DataConfig(dataset=str(folder), overlap="allow"),  # there are few different reviews
         "classification",
         folder / "model",
-        steps=600,
-        learning_rate=3e-3,
-        max_rate=0.5,
+        Recipe(600, 3e-3, max_rate=0.5),
     )
     return {"dataset": str(folder), "backbone": str(folder / "model"), "overlap": "allow"}
 

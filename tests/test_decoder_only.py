@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
+from sd_gym.backbones import Recipe
 from sd_gym.config import BackboneConfig, DataConfig, TokensConfig
 from sd_gym.envs import ConfigError
 from sd_gym.tasks.data import DataError
@@ -168,7 +169,7 @@ def test_preparing_teaches_the_answer_behind_the_prompt(backbone, tmp_path):
     (tmp_path / "reports.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 10))
     source = DataConfig(dataset=str(tmp_path / "reports.jsonl"), overlap="allow")
     decoder = BackboneConfig(name=backbone, max_target_length=4)
-    settings = {"steps": 120, "learning_rate": 0.01, "tokens": TokensConfig(shares=(0.0, 0.3))}
+    settings = {"recipe": Recipe(120, 0.01), "tokens": TokensConfig(shares=(0.0, 0.3))}
     with pytest.raises(ValueError, match="decoder-only; say with 'prompt' what it shall read"):
         prepare_backbone(decoder, source, "summarization", tmp_path / "out", **settings)
     prompted = decoder.model_copy(update={"prompt": "Question: {source} Answer:"})

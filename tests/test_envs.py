@@ -364,6 +364,19 @@ def test_bad_actions(change, message):
         vector.step(np.stack([change(np.zeros(env.action_space.shape, dtype=np.int64))] * 2))
 
 
+@pytest.mark.parametrize("num_envs", [0, -1, 1.5, True])
+def test_a_vector_env_has_at_least_one_env(num_envs):
+    with pytest.raises(ValueError, match="num_envs: expected an integer of at least 1, got "):
+        gym.make_vec(MINI[0], num_envs=num_envs, **SMALL)
+
+
+@pytest.mark.parametrize("options", [5, ["split"], "split"])
+def test_reset_options_are_a_dictionary(options):
+    for env in (gym.make(MINI[0], **SMALL).unwrapped, gym.make_vec(MINI[0], num_envs=2, **SMALL)):
+        with pytest.raises(TypeError, match="reset options: expected a dictionary"):
+            env.reset(options=options)
+
+
 def test_bad_reset_options():
     env = gym.make(MINI[0], **SMALL).unwrapped
     with pytest.raises(ValueError, match="unknown reset option 'spit'"):

@@ -16,6 +16,7 @@ from sd_gym.agents.experiment.run import train
 from typer.testing import CliRunner
 
 import sd_gym
+from sd_gym.backbones import Recipe
 from sd_gym.backbones.load import load_model, save_backbone
 from sd_gym.cli import app
 from sd_gym.config import BackboneConfig, DataConfig
@@ -95,7 +96,7 @@ def test_preparing_finds_a_label_only_in_test_before_it_begins(tmp_path, tiny_ba
             DataConfig(dataset=str(tmp_path / "data")),
             "classification",
             tmp_path / "out",
-            steps=2,
+            Recipe(2),
             on_step=lambda step, *_: steps.append(step),
         )
     assert not steps

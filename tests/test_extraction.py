@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from sd_gym.backbones import Recipe
 from sd_gym.backbones.heads import SpanHead
 from sd_gym.backbones.heads.span import NOWHERE, best_spans, span_log_likelihood, span_texts
 from sd_gym.config import BackboneConfig, DataConfig, TokensConfig
@@ -304,9 +305,13 @@ def test_a_backbone_of_the_wrong_kind_is_refused(data, tmp_path, tiny_tokenizer,
         tiny_tokenizer.save_pretrained(tmp_path / name)
     with pytest.raises(ConfigError, match="gives a label, but question_answering needs a text or a span"):
         make(data, str(tiny_backbone))
-    with pytest.raises(ConfigError, match=r"'backbone.answers': 'extracted' needs a backbone that gives a span"):
+    with pytest.raises(
+        ConfigError, match=r"'backbone.answers': 'extracted' needs a backbone whose answers are extracted"
+    ):
         make(data, str(tmp_path / "generator"), answers="extracted")
-    with pytest.raises(ConfigError, match=r"'backbone.answers': 'generated' needs a backbone that gives a text"):
+    with pytest.raises(
+        ConfigError, match=r"'backbone.answers': 'generated' needs a backbone whose answers are generated"
+    ):
         make(data, str(tmp_path / "extractor"), answers="generated")
     (tmp_path / "x.jsonl").write_text(varied({"document": "the food", "summary": "food"}, "document"))
     with pytest.raises(ConfigError, match="gives a span, but summarization needs a text"):
@@ -324,9 +329,8 @@ def test_a_bare_encoder_learns_to_extract_and_to_bear_skipping_and_dropping(data
         DataConfig(dataset=data),
         "question_answering",
         tmp_path / "out",
+        Recipe(250, 0.01),
         tokens=TokensConfig(shares=(0.0, 0.3)),
-        steps=250,
-        learning_rate=0.01,
     )
     after, before = report["quality"]["after"], report["quality"]["before"]
     assert report["measure"] == "f1"
@@ -348,10 +352,10 @@ def test_a_generator_can_be_made_to_extract(data, tmp_path, tiny_tokenizer):
     generator, pegasus = (
         BackboneConfig(name=str(tmp_path / name), max_source_length=20) for name in ("generator", "pegasus")
     )
-    report = prepare_backbone(generator, *source, tmp_path / "a", steps=1)
+    report = prepare_backbone(generator, *source, tmp_path / "a", Recipe(1))
     assert report["measure"] == "likelihood"
     extracting = {"answers": "extracted"}
-    report = prepare_backbone(generator.model_copy(update=extracting), *source, tmp_path / "b", steps=1)
+    report = prepare_backbone(generator.model_copy(update=extracting), *source, tmp_path / "b", Recipe(1))
     assert report["measure"] == "f1"
     with pytest.raises(ValueError, match="'pegasus' has no head that extracts answers"):
-        prepare_backbone(pegasus.model_copy(update=extracting), *source, tmp_path / "c", steps=1)
+        prepare_backbone(pegasus.model_copy(update=extracting), *source, tmp_path / "c", Recipe(1))

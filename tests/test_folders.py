@@ -11,6 +11,7 @@ from sd_gym.agents.experiment.run import load_run, train
 from typer.testing import CliRunner
 
 import sd_gym
+from sd_gym.backbones import Recipe
 from sd_gym.cli import app
 from sd_gym.config import BackboneConfig, DataConfig
 from sd_gym.folders import FolderInUseError, contents, locked
@@ -53,9 +54,8 @@ def dense(observations):
 
 
 def prepared(backbone, dataset, folder, **settings):
-    settings = {"steps": 20, "learning_rate": 0.003, **settings}
     parts = BackboneConfig(name=str(backbone)), DataConfig(dataset=str(dataset))
-    return prepare_backbone(*parts, "classification", folder, **settings)
+    return prepare_backbone(*parts, "classification", folder, Recipe(20, 0.003), **settings)
 
 
 def files_of(folder):

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 
 from sd_gym.backbones.heads import head_of
-from sd_gym.backbones.prepare import decisions_around, prepare, sandwich_loss
+from sd_gym.backbones.prepare import Recipe, decisions_around, prepare, sandwich_loss
 from sd_gym.cli import app
 from sd_gym.config import BackboneConfig, DataConfig, QualityConfig
 from sd_gym.envs.core import shared_core
@@ -75,7 +75,7 @@ def test_a_regression_has_one_output(tmp_path, tiny_backbone):
     rows = [{"text": ["bad", "fine", "good"][n % 3], "label": [0.5, 2.5, 4.5][n % 3]} for n in range(40)]
     (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = DataConfig(dataset=str(tmp_path / "scores.jsonl"), overlap="allow")
-    settings = {"steps": 120, "learning_rate": 0.01, "quality": QualityConfig(label_range=5.0)}
+    settings = {"recipe": Recipe(120, 0.01), "quality": QualityConfig(label_range=5.0)}
     backbone = BackboneConfig(name=str(tiny_backbone))
     report = prepare_backbone(backbone, source, "classification", tmp_path / "prepared", **settings)
     assert report["quality"]["after"]["0.0"] > 0.8  # always the middle, 2.5, would have 0.73
@@ -91,7 +91,7 @@ def test_a_preparation_that_was_cut_off_goes_on_as_if_nothing_had_happened(tmp_p
         if step == 25:
             raise CutError
 
-    settings = {"steps": 40, "learning_rate": 0.003}
+    settings = {"recipe": Recipe(40, 0.003)}
     arguments = (BackboneConfig(name=str(tiny_backbone)), DataConfig(dataset=str(reviews)), "classification")
     prepare_backbone(*arguments, tmp_path / "whole", **settings)
     with pytest.raises(CutError):
@@ -111,7 +111,7 @@ def test_a_decoder_without_padding_token_learns_to_classify(reviews, tmp_path, t
     model.config.pad_token_id = None
     model.save_pretrained(tmp_path / "decoder")
     tiny_tokenizer.save_pretrained(tmp_path / "decoder")
-    settings = {"steps": 80, "learning_rate": 0.003}
+    settings = {"recipe": Recipe(80, 0.003)}
     arguments = BackboneConfig(name=str(tmp_path / "decoder")), DataConfig(dataset=str(reviews)), "classification"
     report = prepare_backbone(*arguments, tmp_path / "out", **settings)
     assert report["quality"]["after"]["0.0"] == 1.0
@@ -121,7 +121,31 @@ def test_a_decoder_without_padding_token_learns_to_classify(reviews, tmp_path, t
     assert split.scoring.run(np.arange(32), dense).mean() == 1.0
 
 
-def count_steps(board, qualities, **settings):
+def test_weights_are_saved_before_they_are_evaluated(tmp_path, reviews, tiny_backbone):
+    phases, output = [], tmp_path / "out"
+    prepare_backbone(
+        BackboneConfig(name=str(tiny_backbone)),
+        DataConfig(dataset=str(reviews)),
+        "classification",
+        output,
+        Recipe(2),
+        on_phase=lambda phase: phases.append((phase, (output / "model.safetensors").exists())),
+    )
+    assert phases == [("evaluating", False), ("preparing", False), ("evaluating", True)]
+
+
+def test_without_a_terminal_plain_lines_say_what_is_done(tmp_path, reviews, tiny_backbone):
+    options = ["--backbone", tiny_backbone, "--dataset", reviews, "--output", tmp_path / "out", "--steps", 2]
+    result = CliRunner().invoke(app, ["prepare", *map(str, options)])
+    assert result.exit_code == 0, result.output
+    assert [line for line in result.stderr.splitlines() if line.endswith("...")] == [
+        "evaluating ...",
+        "preparing ...",
+        "evaluating ...",
+    ]
+
+
+def count_steps(board, qualities, patience=None, **settings):
     """Steps of a preparation whose validations give these qualities, and the weights that it leaves."""
     batch = {**make_inputs("bert"), "labels": torch.tensor([0, 1, 0, 1, 0])}
     weights, remaining = [], iter(qualities)
@@ -130,7 +154,8 @@ def count_steps(board, qualities, **settings):
         weights.append(board.model.classifier.weight.detach().clone())
         return next(remaining)
 
-    course = prepare(board, iter(lambda: batch, None), steps=100, learning_rate=1e-3, validate=validate, **settings)
+    recipe = Recipe(100, 1e-3, patience=patience)
+    course = prepare(board, iter(lambda: batch, None), recipe, validate=validate, **settings)
     return course, weights
 
 
@@ -168,9 +193,9 @@ def test_patience_and_the_best_weights_survive_an_interruption(tmp_path):
 
 def test_no_skipping_is_dense_fine_tuning(tmp_path, reviews, tiny_backbone):
     figures = []
-    settings = {"steps": 60, "learning_rate": 0.003, "on_step": lambda step, shown: figures.append(shown)}
+    settings = {"on_step": lambda step, shown: figures.append(shown)}
     arguments = BackboneConfig(name=str(tiny_backbone)), DataConfig(dataset=str(reviews)), "classification"
-    report = prepare_backbone(*arguments, tmp_path / "dense", max_rate=0.0, **settings)
+    report = prepare_backbone(*arguments, tmp_path / "dense", Recipe(60, 0.003, max_rate=0.0), **settings)
     assert report["quality"]["after"]["0.0"] == 1.0
     assert all(one["distillation"] == 0 for one in figures)
 
@@ -231,7 +256,7 @@ def test_the_wrong_kind_of_backbone_is_refused(tmp_path, reports, tiny_backbone)
             DataConfig(dataset=reports, overlap="allow"),
             "summarization",
             tmp_path / "out",
-            steps=1,
+            Recipe(1),
         )
 
 
@@ -245,9 +270,8 @@ def test_unknown_env_is_refused(tmp_path):
 def test_a_backbone_is_tuned_under_a_policy(tmp_path, reviews, tiny_backbone):
     """The policy sees what it saw before, and its decisions lose less."""
     prepared, run, tuned = (tmp_path / name for name in ("prepared", "run", "tuned"))
-    settings = {"steps": 120, "learning_rate": 0.003}
     backbone = BackboneConfig(name=str(tiny_backbone))
-    prepare_backbone(backbone, DataConfig(dataset=str(reviews)), "classification", prepared, **settings)
+    prepare_backbone(backbone, DataConfig(dataset=str(reviews)), "classification", prepared, Recipe(120, 0.003))
     overrides = {"dataset": str(reviews), "backbone": str(prepared), "rate": 0.7}
     train("SD/Classification-Custom-v0", "hash", run, steps=1, settings=overrides)
     options = ["--policy", run, "--output", tuned, "--steps", 150, "--learning-rate", 0.003]
@@ -291,8 +315,8 @@ def test_a_policy_decides_on_the_rows_that_are_not_random(share, same):
         def on_step(step, figures):
             seen.append(figures["distillation"])
 
-        settings = {"steps": 3, "learning_rate": 1e-3, "random_share": share, "on_step": on_step}
-        prepare(board, iter(lambda: dict(batch), None), **settings)
+        recipe = Recipe(3, 1e-3, random_share=share, max_rate=0.8)
+        prepare(board, iter(lambda: dict(batch), None), recipe, on_step=on_step)
         return seen
 
     assert (distillations(-9.0) == distillations(9.0)) is same

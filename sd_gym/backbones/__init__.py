@@ -1,6 +1,6 @@
-"""Backbones: loading one, and preparing it to bear skipping."""
+"""Backbones: loading one, and preparing it to be robust to skipping."""
 
 from sd_gym.backbones.load import Backbone, load_backbone, load_model
-from sd_gym.backbones.prepare import prepare
+from sd_gym.backbones.prepare import Recipe, prepare
 
-__all__ = ["Backbone", "load_backbone", "load_model", "prepare"]
+__all__ = ["Backbone", "Recipe", "load_backbone", "load_model", "prepare"]

@@ -117,49 +117,73 @@ class Course:
             self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a backbone is fine-tuned.
+
+    Attributes:
+        steps: Optimiser steps in all.
+        learning_rate: Peak learning rate of AdamW, after a linear warm-up; then a cosine takes it down to zero.
+        batch_size: Instances a step.
+        max_rate: Highest skip rate that a row may draw.
+        draw: How decisions are drawn, one of ``DRAWS``.
+        patience: Validations without a better quality after which it ends; ``None``: it never ends early.
+        seed: Of a new head, the batches, the random decisions and dropout.
+        dense_steps: The first steps run densely only (a backbone that starts from nothing must learn first); all of
+            them: the backbone is fine-tuned as usual.
+        warmup_steps: Steps of the warm-up; ``None``: a tenth of all.
+        random_share: Of the rows, beside those that a policy decides on.
+        weight_decay: Of AdamW.
+    """
+
+    steps: int
+    learning_rate: float = 5e-5
+    batch_size: int = 32
+    max_rate: float = 0.6
+    draw: str = "even"
+    patience: int | None = None
+    seed: int = 0
+    dense_steps: int = 0
+    warmup_steps: int | None = None
+    random_share: float = RANDOM_SHARE
+    weight_decay: float = 0.01
+
+    @property
+    def interval(self) -> int:
+        """Steps between two validations, and between two checkpoints."""
+        return max(1, self.steps // CHECKPOINTS)
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate at a step, counted from 0, as a share of the peak."""
+        warmup = max(1, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
+        progress = max(0, step - warmup) / max(1, self.steps - warmup)
+        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
 def prepare(
     board: Switchboard,
     batches: Iterable[dict[str, Tensor]],
+    recipe: Recipe,
     *,
-    steps: int,
-    learning_rate: float,
-    dense_steps: int = 0,
-    warmup_steps: int = 100,
-    max_rate: float = 0.8,
-    draw: str = "even",
-    random_share: float = RANDOM_SHARE,
-    weight_decay: float = 0.01,
-    seed: int = 0,
     validate: Callable[[], float] | None = None,
-    patience: int | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
     accelerator: Accelerator | None = None,
 ) -> Course:
-    """Fine-tune the backbone of ``board`` in place; learning rate warmed up, then a cosine down to zero.
+    """Fine-tune the backbone of ``board`` in place.
 
     What is random in a step depends on the seed, the process and the step alone, so that a preparation that goes on
     from a checkpoint does what it would have done.
 
     Args:
         board: The backbone's switchboard.
-        batches: Yields at least ``steps`` batches of the model's inputs with ``labels`` (and ``keep``, see
+        batches: Yields at least ``recipe.steps`` batches of the model's inputs with ``labels`` (and ``keep``, see
             ``sandwich_loss``; and ``skip_logits``, of the policy that it is tuned under), for this process alone if
             there are several.
-        steps: Optimiser steps in all.
-        learning_rate: Peak learning rate of AdamW.
-        dense_steps: The first steps run densely only (a backbone that starts from nothing must learn first); all of
-            them: the backbone is fine-tuned as usual.
-        warmup_steps: Steps of the linear warm-up.
-        max_rate: Highest skip rate that a row may draw.
-        draw: How decisions are drawn, one of ``DRAWS``.
-        random_share: Of the rows, beside those that a policy decides on.
-        weight_decay: Of AdamW.
-        seed: Of the random decisions and dropout.
+        recipe: Steps, rates and draws.
         validate: Gives a quality, ten times on the way; the weights of the best one are those that stay. ``None``: the
             last weights stay.
-        patience: Validations without a better quality after which the preparation ends; ``None``: it never ends early.
         checkpoint: File that the state is written to ten times on the way; ``None``: none.
         resume: Whether to go on from it, if it is there, as if nothing had happened: the batches that were used are
             drawn again and passed over.
@@ -171,71 +195,92 @@ def prepare(
         ValueError: If the batches end early, or the checkpoint is damaged.
         FloatingPointError: If the loss is not finite.
     """
-    model, head, layers = board.model, head_of(board.model), layers_of(board)
+    model = board.model
     accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu", device_placement=False)
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
-
-    def scale(step: int) -> float:
-        progress = max(0, step - warmup_steps) / max(1, steps - warmup_steps)
-        return min(1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-    state, course = {"model": model, "optimizer": optimizer, "schedule": schedule}, Course()
+    learner, course = _Learner(board, recipe, accelerator), Course()
+    state = {"model": model, "optimizer": learner.optimizer, "schedule": learner.schedule}
     if resume and checkpoint is not None and checkpoint.exists():
         _restore(checkpoint, state, course)
     done = course.step
     model.train()
-    call, optimizer = accelerator.prepare(model, optimizer)
-    generator, source, interval = torch.Generator(), iter(batches), max(1, steps // CHECKPOINTS)
-    for step in range(1, steps + 1):
+    learner.distribute()
+    source = iter(batches)
+    for step in range(1, recipe.steps + 1):
         batch = next(source, None)
         if batch is None:
-            raise ValueError(f"the batches ended after {step - 1} of {steps} steps")
+            raise ValueError(f"the batches ended after {step - 1} of {recipe.steps} steps")
         if step <= done:
             continue
-        if patience is not None and course.since >= patience:
+        if recipe.patience is not None and course.since >= recipe.patience:
             break
-        batch = {name: value.to(model.device) for name, value in batch.items()}
-        skip_logits = batch.pop("skip_logits", None)
-        random = np.random.SeedSequence([seed, accelerator.process_index, step]).generate_state(2).tolist()
-        torch.manual_seed(random[0])  # dropout
-        if step <= dense_steps:
-            batch.pop("keep", None)
-            loss = head.loss(head.forward(board, batch, call), batch["labels"])
-            distillation = torch.zeros((), device=model.device)
-        else:
-            rows = len(batch["labels"])
-            skip = DRAWS[draw](rows, layers, max_rate, generator.manual_seed(random[1]))
-            if skip_logits is not None:
-                skip = decisions_around(skip_logits.cpu(), skip, generator, random_share)
-            loss, distillation = sandwich_loss(board, batch, skip, call)
-        total = loss + distillation
-        optimizer.zero_grad()
-        accelerator.backward(total)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        figures = {"loss": loss, "distillation": distillation}
-        figures = {name: value.item() for name, value in figures.items()} | {"learning_rate": schedule.get_last_lr()[0]}
-        schedule.step()
-        if not math.isfinite(total.item()):
-            raise FloatingPointError(f"the loss is {total.item()} at step {step}; try a lower learning rate")
+        figures = learner.learn(step, batch)
         course.step = step
-        if validate is not None and (step % interval == 0 or step == steps):
+        if validate is not None and (step % recipe.interval == 0 or step == recipe.steps):
             model.eval()
             figures["quality"] = validate()
             course.add(figures["quality"], model)
             model.train()
         if on_step is not None:
             on_step(step, figures)
-        if checkpoint is not None and step % interval == 0 and accelerator.is_main_process:
+        if checkpoint is not None and step % recipe.interval == 0 and accelerator.is_main_process:
             _save(checkpoint, state, course)
-    accelerator.unwrap_model(call, keep_fp32_wrapper=False)
-    accelerator.free_memory()
+    learner.gather()
     if course.weights:
         model.load_state_dict(course.weights)
     model.eval()
     return course
+
+
+class _Learner:
+    """One optimiser step after another."""
+
+    def __init__(self, board: Switchboard, recipe: Recipe, accelerator: Accelerator) -> None:
+        self._board, self._recipe, self._accelerator = board, recipe, accelerator
+        self._model, self._head, self._layers = board.model, head_of(board.model), layers_of(board)
+        self._generator = torch.Generator()
+        learned = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            learned, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, recipe.rate_at)
+
+    def distribute(self) -> None:
+        """Share the model and the optimiser among the processes."""
+        self._call, self._optimizer = self._accelerator.prepare(self._model, self.optimizer)
+
+    def gather(self) -> None:
+        """Take the model back."""
+        self._accelerator.unwrap_model(self._call, keep_fp32_wrapper=False)
+        self._accelerator.free_memory()
+
+    def learn(self, step: int, batch: dict[str, Tensor]) -> dict[str, float]:
+        """One step, counted from 1, on a batch; returns its figures."""
+        loss, distillation = self._losses(step, {name: value.to(self._model.device) for name, value in batch.items()})
+        total = loss + distillation
+        self._optimizer.zero_grad()
+        self._accelerator.backward(total)
+        self._accelerator.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+        rate = self.schedule.get_last_lr()[0]
+        self.schedule.step()
+        if not math.isfinite(total.item()):
+            raise FloatingPointError(f"the loss is {total.item()} at step {step}; try a lower learning rate")
+        return {"loss": loss.item(), "distillation": distillation.item(), "learning_rate": rate}
+
+    def _losses(self, step: int, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The task loss and the distillation loss of a step."""
+        recipe, skip_logits = self._recipe, batch.pop("skip_logits", None)
+        random = np.random.SeedSequence([recipe.seed, self._accelerator.process_index, step]).generate_state(2).tolist()
+        torch.manual_seed(random[0])  # dropout
+        if step <= recipe.dense_steps:
+            batch.pop("keep", None)
+            loss = self._head.loss(self._head.forward(self._board, batch, self._call), batch["labels"])
+            return loss, torch.zeros((), device=self._model.device)
+        generator = self._generator.manual_seed(random[1])
+        skip = DRAWS[recipe.draw](len(batch["labels"]), self._layers, recipe.max_rate, generator)
+        if skip_logits is not None:
+            skip = decisions_around(skip_logits.cpu(), skip, generator, recipe.random_share)
+        return sandwich_loss(self._board, batch, skip, self._call)
 
 
 def _save(file: Path, state: dict[str, Any], course: Course) -> None:

@@ -17,6 +17,7 @@ from sd_gym.cli.terminal import (
     errors_as_lines,
     import_all,
     progress_bar,
+    say,
     settings_of,
     warnings_as_lines,
 )
@@ -49,7 +50,7 @@ def prepare(
         Draw,
         typer.Option(
             help="How decisions are drawn: each row by a rate of its own (even), by one that grows with depth (deeper) "
-            "or as in stages (staged: layers run up to a random one, behind it half of the rows skip all)."
+            "or as in stages (staged: layers run up to a random one, after it half of the rows skip all)."
         ),
     ] = "even",
     patience: Annotated[
@@ -66,11 +67,12 @@ def prepare(
     ] = [],  # noqa: B006  (typer wants a list)
     imports: Imports = [],  # noqa: B006
 ) -> None:
-    """Fine-tune a backbone so that it bears skipping.
+    """Fine-tune a backbone so that it is robust to skipping.
 
     Half of each pass runs densely under the task's loss, half under random decisions with the dense output as target.
-    The weights with the best validation quality under random decisions are kept. Curves are in the output folder, for
-    `tensorboard --logdir`, and a picture of quality against skip rate.
+    The weights with the best validation quality under random decisions are kept, and saved before they are evaluated.
+    Where there is no terminal, a plain line about once a minute tells the step, the figures and the time left. Curves
+    are in the output folder, for `tensorboard --logdir`, and a picture of quality against skip rate.
 
     Examples:
     `sd-gym prepare --backbone ./minilm --dataset ./sst2 --output ./minilm-sst2 --steps 2000`
@@ -91,11 +93,17 @@ def prepare(
         bar = progress.add_task("loading", total=steps, figures="")
         latest: dict[str, float] = {}
 
+        def on_phase(phase: str) -> None:
+            progress.update(bar, description=phase)
+            if not errors.is_terminal:
+                say(f"{phase} ...")
+
         def on_step(step: int, figures: dict[str, float]) -> None:
             latest.update(figures)
             shown = "  ".join(f"{name} {value:.3f}" for name, value in latest.items() if name != "learning_rate")
-            progress.update(bar, completed=step, description="preparing", figures=shown)
+            progress.update(bar, completed=step, figures=shown)
 
+        from sd_gym.backbones.prepare import Recipe
         from sd_gym.config import spelled
         from sd_gym.envs.config import load_config
         from sd_gym.registration import config_of
@@ -106,6 +114,7 @@ def prepare(
         given = {"data.dataset": dataset, "backbone.max_source_length": max_length}
         overrides = {key: value for key, value in given.items() if value is not None}
         overrides |= spelled(settings_of(set_), "--set")
+        recipe = Recipe(steps, learning_rate, batch_size, max_rate=max_rate, draw=draw, patience=patience, seed=seed)
         skip_logits = None
         if policy is not None:
             from sd_gym.agents.experiment.tuning import decided_by_run
@@ -120,18 +129,13 @@ def prepare(
             config.data,
             config.task,
             output,
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            max_rate=max_rate,
-            draw=draw,
-            patience=patience,
+            recipe,
             tokens=config.tokens,
             quality=config.quality,
             skip_logits=skip_logits,
             resume=resume,
-            seed=seed,
             on_step=on_step,
+            on_phase=on_phase,
         )
     if not first:
         return

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sd_gym.backbones import load_backbone
 from sd_gym.envs.config import ConfigError, EnvConfig
-from sd_gym.envs.episodes import EpisodicCore, Steps
+from sd_gym.envs.episodes import EpisodicCore, FirstLook, StageLooks, Steps
 from sd_gym.envs.leaving import Leaving, of_core
 from sd_gym.envs.outcome import Outcome
 from sd_gym.envs.shared import shared_core
@@ -25,6 +25,7 @@ from sd_gym.envs.staged import StageObservation
 from sd_gym.objectives import quality_cost
 from sd_gym.registration import OBSERVATIONS
 from sd_gym.switch import Seen
+from sd_gym.tasks.ranking import RANKINGS
 from sd_gym.tasks.splits import Splits
 
 Array = NDArray
@@ -87,14 +88,20 @@ class Core(EpisodicCore):
         return Steps(components, places, self.nvec)
 
     @cached_property
-    def stage_observation(self) -> StageObservation:
-        """What is seen at the stages, where there are several."""
-        return StageObservation(self)
+    def stage_observation(self) -> StageLooks:
+        """What is seen at the stages."""
+        return StageObservation(self) if self.is_staged else FirstLook(self)
 
     @property
     def observation_space(self) -> gym.Space:
         """Of one observation."""
-        return self.stage_observation.space if self.is_staged else self.observation.space
+        return self.stage_observation.space
+
+    @property
+    def highest_flops_ratio(self) -> float:
+        """A bound on the FLOPs ratio of any decision: above 1 where ranking tokens runs a part of the backbone."""
+        drops = len(self.config.tokens.shares) > 1
+        return 2.0 if drops and RANKINGS.find(self.config.tokens.ranking).costs_flops else 1.0
 
     @property
     def n_switches(self) -> int:
@@ -177,7 +184,7 @@ class Core(EpisodicCore):
             else:
                 yield np.arange(len(rows)), *split.passes.resumed(seen, rows, decisions)
             return
-        looks = self.config.tokens.ranking == "attention" and len(self.config.tokens.shares) > 1
+        looks = len(self.config.tokens.shares) > 1 and split.tokens.ranking.costs_flops
         if len(rows) == 1 and type(self.observation) in (Pooled, Tokens) and not looks:
             observation = self.observation
             yield (

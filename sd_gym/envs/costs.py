@@ -35,8 +35,8 @@ class Costs:
         """As ``flops_ratio`` if an answer had one token: what is known before it stands, as in a policy's artefact."""
         level, length = decisions[:, -1], self._encoded.source_length[rows]
         kept = self._tokens.kept_length(rows, level)
-        ranked = (kept < length) & (self._tokens.ranking == "attention")
-        return reading_ratio(self._backbone.head, self._backbone.flops, length, kept, decisions[:, :-1], ranked)
+        ranking = self._ranking(length, kept)
+        return reading_ratio(self._backbone.head, self._backbone.flops, length, kept, decisions[:, :-1], ranking)
 
     def dense_flops(self, rows: Array) -> Array:
         """FLOPs of the dense backbone, int64 ``[n]``."""
@@ -49,15 +49,11 @@ class Costs:
     def flops(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under ``decisions [n, switches + 1]``, int64 ``[n]``.
 
-        To rank tokens by attention is part of them where any is dropped; if few are, it can cost more than it saves.
+        To rank tokens is part of them where any is dropped; if few are, it can cost more than it saves.
         """
         level = decisions[:, -1]
         always, switched = self._costs(rows, level) if level.any() else (self._always[rows], self._switched[rows])
-        ranking = 0
-        if self._tokens.ranking == "attention" and level.any():  # the first attention ran densely to rank
-            length = self._encoded.source_length[rows]
-            dropped = self._tokens.kept_length(rows, level) < length
-            ranking = np.where(dropped, self._backbone.flops.costs(length, length)[1][:, 0], 0)
+        ranking = self._ranking(self._encoded.source_length[rows], self._tokens.kept_length(rows, level))
         return always + (switched * (1 - decisions[:, :-1])).sum(axis=1) + ranking
 
     def by_level(self) -> tuple[Array, Array]:
@@ -88,14 +84,19 @@ class Costs:
         length, level = self._encoded.source_length[rows], decisions[:, -1]
         kept = self._tokens.kept_length(rows, level)
         total = 0
-        if self._tokens.ranking == "attention" and (kept < length).any():
-            longest = np.full(len(rows), length.max())
-            total = self._backbone.flops.costs(longest, longest)[1][:, 0].sum()  # all are ranked in one pass
+        if (kept < length).any():  # all are ranked in one pass
+            total = self._tokens.ranking.flops(self._backbone.flops, np.full(len(rows), length.max())).sum()
         for part in parts:
             lengths = (length[part], self._encoded.target_length[rows[part]], kept[part])
             always, switched = self._costs_of(*(np.full(len(part), values.max()) for values in lengths))
             total += always.sum() + (switched * (1 - decisions[part, :-1])).sum()
         return int(total)
+
+    def _ranking(self, length: Array, kept: Array) -> Array:
+        """FLOPs of ranking the tokens of inputs, int64 ``[n]``: 0 where none is dropped."""
+        if not (kept < length).any():
+            return np.zeros_like(length)
+        return np.where(kept < length, self._tokens.ranking.flops(self._backbone.flops, length), 0)
 
     def _costs(self, rows: Array, level: Array) -> tuple[Array, Array]:
         length, target = self._encoded.source_length[rows], self._encoded.target_length[rows]

@@ -109,6 +109,27 @@ class StageLooks(Protocol):
         """As ``StageObservation.judging_flops``."""
 
 
+class FirstLook:
+    """What is seen at the only stage of an episode: the core's observation, before the first layer.
+
+    Args:
+        core: The core.
+    """
+
+    def __init__(self, core: EpisodicCore) -> None:
+        self._core, self.space = core, core.observation.space
+
+    def observe(
+        self, split: Split, rows: Array, stage: int, decisions: Array, behind: Seen | None
+    ) -> tuple[Observations, None]:
+        """As ``StageObservation.observe``: nothing is run."""
+        return self._core.observe(split, rows), None
+
+    def judging_flops(self, split: Split, rows: Array) -> Array:
+        """Zeros, int64 ``[n]``: the head judges nothing."""
+        return np.zeros(len(rows), dtype=np.int64)
+
+
 class EpisodicCore:
     """What a core makes of episodes, be it of a backbone or of a table.
 
@@ -116,12 +137,14 @@ class EpisodicCore:
         stages: Names of the stages of an episode, in execution order.
         steps: Which components of a decision each stage makes.
         nvec: Sizes of these components.
-        stage_observation: What is seen at the stages, where there are several.
+        observation: What is seen before the first layer.
+        stage_observation: What is seen at the stages.
     """
 
     stages: list[str]
     steps: Steps
     nvec: Array
+    observation: Any
     stage_observation: StageLooks
 
     @property
@@ -146,8 +169,6 @@ class EpisodicCore:
             The decisions, int64 ``[n, components]``, and what the pass has shown at the last stage, for ``score`` to
             go on from; ``None`` where that is before the first layer, or nothing runs.
         """
-        if not self.is_staged:
-            return decide(self.observe(split, rows)), None
         decisions, seen = np.zeros((len(rows), len(self.nvec)), dtype=np.int64), None
         for stage in range(len(self.stages)):
             observations, seen = self.stage_observation.observe(split, rows, stage, decisions, seen)

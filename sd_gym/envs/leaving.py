@@ -16,6 +16,7 @@ from sd_gym.files import map_arrays, write_arrays
 from sd_gym.policy.artefact import tokenizer_hash
 from sd_gym.policy.protection import Protection
 from sd_gym.projection import Projection
+from sd_gym.tasks.ranking import RANKINGS
 
 if TYPE_CHECKING:
     from sd_gym.envs.core import Core
@@ -63,8 +64,8 @@ def of_core(core: Core) -> Leaving | None:
         random, which is a control, or in a way of the user's own.
     """
     config, backbone, train = core.config, core.backbone, core.split("train")
-    drops = len(config.tokens.shares) > 1
-    known = not drops or config.tokens.ranking in ("attention", "idf", "position")
+    drops, ranking = len(config.tokens.shares) > 1, RANKINGS.find(config.tokens.ranking)
+    known = not drops or ranking.is_exported
     if not (isinstance(core.observation, Pooled | Tokens) and known):
         return None
     said = {
@@ -77,7 +78,7 @@ def of_core(core: Core) -> Leaving | None:
         "token_types": train.encoded.token_type_ids is not None,
     }
     seen = core.stage_observation if core.is_staged else core.observation
-    rarity = train.rarity if drops and config.tokens.ranking == "idf" else None
+    rarity = train.rarity if drops and ranking.needs_rarity else None
     protection = _protection(train) if drops else None
     looks = core.observation
     of_tokens = (looks.mean, looks.deviation) if core.is_staged and isinstance(looks, Tokens) else None
@@ -88,8 +89,8 @@ def of_table(core: TableCore) -> Leaving | None:
     """Of a table.
 
     Returns:
-        ``None`` where the env that it is of has nothing to take along, or where
-        its stages are one, which sees what no env of one stage shows.
+        ``None`` where the env that it is of has nothing to take along, or where its
+        stages are one, which sees what no env of one stage shows.
 
     Raises:
         ValueError: If the table is damaged.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sd_gym.backbones.heads.base import LEAST_LIKELIHOOD
+from sd_gym.backbones.heads.answers import LEAST_LIKELIHOOD
 from sd_gym.config import QualityConfig
 from sd_gym.envs.passes import Passes
 from sd_gym.switch import Seen
@@ -140,14 +140,14 @@ class Scoring:
         The rows run in the passes that are the cheapest: of about the same length that is left, or the same decision;
         or they go on from what they have ``seen``.
         """
-        if self._measure == "of_text":
+        if self._measure.score is None:
             return self._text_quality(rows, self._passes.answers(rows, decisions, seen))
         return self._of_score(rows, decisions, self._passes.in_passes(rows, decisions, self._score, seen))
 
     @torch.inference_mode()
     def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
         """Quality as ``run`` gives it, and the likelihood of the reference; each float64 ``[n]``. Nothing is cached."""
-        if self._measure == "of_text":
+        if self._measure.score is None:
             texts, likely = self._head.answers_and_likelihood(self._passes, rows, decisions, self._settings.label_range)
             return self._text_quality(rows, texts), likely
 
@@ -167,7 +167,7 @@ class Scoring:
             rows: The rows.
             masks: Decisions for all of them, all different, ``[masks, switches + 1]``.
         """
-        if self._measure == "of_text":
+        if self._measure.score is None:
             texts, likely = self._head.answers_under_all(self._passes, rows, masks, self._settings.label_range)
             return np.stack([self._text_quality(rows, said) for said in texts], axis=1), likely
 
@@ -190,14 +190,13 @@ class Scoring:
         return self._head.likelihood(logits, labels, self._settings.label_range)
 
     def _score(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        score = self._head.likelihood if self._measure == "likelihood" else self._head.exact
-        return score(logits, labels, self._settings.label_range)
+        return self._measure.score(logits, labels, self._settings.label_range)
 
     def _of_score(self, rows: Array, decisions: Array, values: Array) -> Array:
         """The quality that a score gives: a likelihood relative to dense, a balanced one weighted by class."""
-        if self._measure == "balanced":
+        if self._measure.is_balanced:
             return values * self._class_weight[rows]
-        return self._relative(rows, decisions, values) if self._measure == "likelihood" else values
+        return self._relative(rows, decisions, values) if self._measure.is_relative else values
 
     @cached_property
     def _class_weight(self) -> Array:

@@ -116,7 +116,7 @@ class SwitchableEnv(gym.Env):
         self.objective = Objective(self.config.reward)
         self.observation_space, self.action_space = spaces(self.core)
         if self.config.reward.vector:
-            self.reward_space = reward_space(self.config)
+            self.reward_space = reward_space(self.core)
         self.render_mode = render_mode
         self.info_text = info_text
         self._split: Split | None = None
@@ -125,7 +125,12 @@ class SwitchableEnv(gym.Env):
         self._shown: Shown | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Draw an instance; see the class for ``options``. Raises ``ValueError`` for an unknown one."""
+        """Draw an instance; see the class for ``options``.
+
+        Raises:
+            TypeError: If ``options`` is not a dictionary.
+            ValueError: If an option or its value is unknown.
+        """
         super().reset(seed=seed)
         self._split, row = chosen(self.core, 1, options)
         self._row = self.np_random.integers(len(self._split), size=1) if row is None else row

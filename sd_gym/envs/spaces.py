@@ -351,10 +351,8 @@ def each(observations: Observations) -> list[Any]:
     return list(observations)
 
 
-def reward_space(config: EnvConfig) -> gym.spaces.Box:
+def reward_space(core: Core) -> gym.spaces.Box:
     """Bounds of the vector reward ``[quality, -flops_ratio]``."""
-    highest = {"likelihood": 2.0, "balanced": np.inf}.get(config.quality.kind, 1.0)
-    # To rank tokens by attention, one attention runs before what is left of the backbone.
-    ranked = config.tokens.ranking == "attention" and len(config.tokens.shares) > 1
-    low, high = np.array([[0.0, -2.0 if ranked else -1.0], [highest, 0.0]], dtype=np.float32)
+    highest = {"likelihood": 2.0, "balanced": np.inf}.get(core.config.quality.kind, 1.0)
+    low, high = np.array([[0.0, -core.highest_flops_ratio], [highest, 0.0]], dtype=np.float32)
     return gym.spaces.Box(low, high, dtype=np.float32)

@@ -89,18 +89,13 @@ class Split:
 
     def _check_output(self) -> None:
         """Raise ValueError if the backbone's head cannot do the task, or not in the way that is asked for."""
-        config, name, answers, gives = self.config, self.reading.name, self.reading.answers, self.head.gives
+        config, name, gives = self.config, self.reading.name, self.head.gives
         if gives not in self.task.gives:
             raise ValueError(
                 f"the backbone {name!r} gives a {gives}, but {config.task} needs a "
                 f"{' or a '.join(self.task.gives)}; 'sd-gym prepare --env {config.id}' makes one that does"
             )
-        wanted = {"generated": "text", "extracted": "span"}.get(answers or "", gives)
-        if gives != wanted:
-            raise ValueError(
-                f"config key 'backbone.answers': {answers!r} needs a backbone that gives a {wanted}, but {name!r} "
-                f"gives a {gives}"
-            )
+        self.head.check_answering(self.reading.answers, name)
 
     def __len__(self) -> int:
         return len(self.instances)

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd_gym.envs.config import EnvConfig
-from sd_gym.envs.episodes import EpisodicCore, Steps
+from sd_gym.envs.episodes import EpisodicCore, FirstLook, Steps
 from sd_gym.envs.outcome import Outcome
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import Actions, MultiDiscreteActions, read_masks
@@ -278,8 +278,7 @@ class TableCore(EpisodicCore):
         self.observation = TableObservation(said["observation"], projection)
         shape, before = self.observation.space.shape, np.cumprod([1, *(ways or [])]).tolist()
         self.looks = [(count, *shape) if stage else shape for stage, count in enumerate(before[: len(self.stages)])]
-        if ways:
-            self.stage_observation = TableStages(self.observation.space, ways, said["judges"])
+        self.stage_observation = TableStages(self.observation.space, ways, said["judges"]) if ways else FirstLook(self)
         self._splits: dict[str, TableSplit] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -289,6 +288,11 @@ class TableCore(EpisodicCore):
     def observation_space(self) -> gym.Space:
         """Of one observation."""
         return self.observation.space
+
+    @property
+    def highest_flops_ratio(self) -> float:
+        """A bound on the FLOPs ratio of any decision: above 1 where ranking tokens may have run a part of it."""
+        return 2.0 if self.decision_nvec[-1] > 1 else 1.0
 
     @property
     def n_switches(self) -> int:

@@ -326,11 +326,8 @@ def _write_split(
     codes, values = _codes([map_arrays(file) for file in files], len(split), masks)
     likelihood = _together(files, "likelihood", len(split))
     rows = np.arange(len(split))
-    seen = (
-        core.stage_observation.observe(split, rows, 0, np.zeros((len(rows), len(core.nvec)), dtype=np.int64), None)[0]
-        if core.is_staged
-        else core.observe(split, rows)
-    )
+    nothing = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
+    seen = core.stage_observation.observe(split, rows, 0, nothing, None)[0]
     facts = split.facts()
     numbers = {name: values for name, values in facts.items() if _is_number(values)}
     arrays = {

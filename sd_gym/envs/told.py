@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,19 @@ def check_shown(render_mode: str | None, info_text: bool, modes: Sequence[str]) 
         raise ValueError(f"render_mode must be one of {', '.join(modes)} or None, got {render_mode!r}")
 
 
+def checked_options(options: dict[str, Any] | None) -> dict[str, Any]:
+    """The options of a reset; ``None`` stands for none.
+
+    Raises:
+        TypeError: If they are not a dictionary.
+    """
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise TypeError(f"reset options: expected a dictionary such as {{'split': 'validation'}}, got {options!r}")
+    return dict(options)
+
+
 def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, NDArray | None]:
     """The split that a reset with these options starts on, and the rows ``[n]``; ``None``: they are to be drawn.
 
@@ -41,9 +54,10 @@ def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, N
         options: ``{"split": name}`` and ``{"instance": id}`` (a list of ids for a vector env) choose what to decide on.
 
     Raises:
+        TypeError: If the options are not a dictionary.
         ValueError: If an option or its value is unknown.
     """
-    options = options or {}
+    options = checked_options(options)
     unknown = set(options) - {"split", "instance"}
     if unknown:
         raise ValueError(f"unknown reset option {sorted(unknown)[0]!r}; expected 'split' or 'instance'")

@@ -17,6 +17,7 @@ from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import Observations, each, reward_space, spaces
 from sd_gym.envs.told import (
     check_shown,
+    checked_options,
     chosen,
     decided,
     episode_infos,
@@ -48,14 +49,14 @@ class SwitchableVectorEnv(VectorEnv):
 
     Args:
         config_file: As for ``SwitchableEnv``.
-        num_envs: Batch size.
+        num_envs: Batch size, at least 1.
         render_mode: As for ``SwitchableEnv``, one picture an env; there are no windows.
         info_text: As for ``SwitchableEnv``.
         autoreset_mode: An ``AutoresetMode`` or its value, as in ``gym.make_vec(id, autoreset_mode="NextStep")``.
         overrides: Any key of the config.
 
     Raises:
-        ValueError: If there is no such autoreset mode; else as ``SwitchableEnv``.
+        ValueError: If there is no such autoreset mode, or ``num_envs`` is below 1; else as ``SwitchableEnv``.
     """
 
     metadata: ClassVar[dict[str, Any]] = {
@@ -73,6 +74,8 @@ class SwitchableVectorEnv(VectorEnv):
         autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
         **overrides: Any,
     ) -> None:
+        if isinstance(num_envs, bool) or not isinstance(num_envs, int | np.integer) or num_envs < 1:
+            raise ValueError(f"num_envs: expected an integer of at least 1, got {num_envs!r}")
         check_shown(render_mode, info_text, type(self).metadata["render_modes"])
         self.autoreset_mode = read_autoreset_mode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
@@ -86,7 +89,7 @@ class SwitchableVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         if self.config.reward.vector:
-            self.reward_space = reward_space(self.config)  # of one env, as MO-Gymnasium's vector envs have it
+            self.reward_space = reward_space(self.core)  # of one env, as MO-Gymnasium's vector envs have it
         self._split: Split | None = None
         self._rows: NDArray = np.zeros(num_envs, dtype=np.int64)
         self._episodes = self.core.episodes(num_envs)
@@ -107,10 +110,10 @@ class SwitchableVectorEnv(VectorEnv):
 
         Raises:
             ValueError: If a seed or an option is wrong.
-            TypeError: If ``reset_mask`` is no array of booleans.
+            TypeError: If ``options`` is not a dictionary, or ``reset_mask`` not an array of booleans.
             gymnasium.error.ResetNeeded: If the first reset is not one of all envs.
         """
-        options = dict(options or {})
+        options = dict(checked_options(options))
         envs = self._envs_to_reset(options)
         self._seed(seed, envs)
         self._split, rows = chosen(self.core, self.num_envs, options)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sd_gym.backbones.heads import Head
+from sd_gym.backbones.heads import Head, flops_share
 from sd_gym.switch import FlopsModel
 
 
@@ -42,6 +42,8 @@ class Decisions(local):
     def flops_ratio(self) -> NDArray:
         """FLOPs of the last call over those of a dense one, float64 ``[n]``; the policy's own are not in it.
 
+        A row of padding alone has 1.0: there is nothing to save.
+
         Raises:
             ValueError: If there was no call.
         """
@@ -53,7 +55,7 @@ class Decisions(local):
         ran = always + (switched * ~self.skip).sum(axis=1)
         if self._ranked:  # the first attention ran on all tokens to rank them
             ran = ran + np.where(self.token_level > 0, self._flops.costs(source, source)[1][:, 0], 0)
-        return ran / (dense_always + dense.sum(axis=1))
+        return flops_share(ran, dense_always + dense.sum(axis=1))
 
     def _costs(self, source: NDArray, kept: NDArray) -> tuple[NDArray, NDArray]:
         if self._target is None:  # one pass over the input

@@ -66,7 +66,10 @@ class Walk:
             judged = np.zeros(len(features)) if is_first else self._judged(seen, exits)
             features = np.concatenate([features, judged[:, None].astype(np.float32)], axis=1)
         ranked = (self._kept < self._length) & self._policy.ranks_by_attention
-        share = reading_ratio(self._head, self._flops, self._length, self._kept, exits[:, :-1], ranked)
+        ranking = (
+            np.where(ranked, self._flops.costs(self._length, self._length)[1][:, 0], 0) if ranked.any() else ranked
+        )
+        share = reading_ratio(self._head, self._flops, self._length, self._kept, exits[:, :-1], ranking)
         number = self._policy.network.stages.index(seen.stage)
         shown = at_stage(number, share, features, self._policy.mean, self._policy.deviation)
         if is_first and (of_tokens := self._policy.of_tokens) is not None:

@@ -14,7 +14,7 @@ from sd_gym.config import BackboneConfig, TokensConfig
 from sd_gym.switch import Switchboard, dropped_tokens
 from sd_gym.tasks.encoding import Encoded, droppable_tokens
 from sd_gym.tasks.instance import Instance
-from sd_gym.tasks.ranking import kept_tokens, token_scores
+from sd_gym.tasks.ranking import RANKINGS, kept_tokens, token_scores
 
 
 class TokenDropping:
@@ -43,7 +43,8 @@ class TokenDropping:
         rarity: Callable[[], NDArray],
     ) -> None:
         self.shares = np.array(tokens.shares)
-        self.ranking = tokens.ranking
+        self.ranking = RANKINGS.find(tokens.ranking)
+        self._ranked_by = tokens.ranking
         self._instances, self._encoded = instances, encoded
         self._board, self._tokenizer, self._head = board, tokenizer, head
         self._backbone, self._rarity = backbone, rarity
@@ -56,7 +57,7 @@ class TokenDropping:
     @cached_property
     def scores(self) -> NDArray:
         """How much each token matters, by the ranking, float ``[n, longest]``."""
-        return token_scores(self.ranking, self._encoded, self._board, self._rarity)
+        return token_scores(self._ranked_by, self._encoded, self._board, self._rarity)
 
     def kept_length(self, rows: NDArray, level: NDArray) -> NDArray:
         """Tokens of the inputs that are left at the token levels, int64 ``[n]``."""

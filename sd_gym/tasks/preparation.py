@@ -7,8 +7,9 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
-from functools import cache
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sd_gym.backbones.checks import check_positions, usable_device
 from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import head_stored_with, load_model, save_backbone
-from sd_gym.backbones.prepare import freeze_observation, prepare
+from sd_gym.backbones.prepare import Recipe, freeze_observation, prepare
 from sd_gym.config import BackboneConfig, DataConfig, QualityConfig, TokensConfig
 from sd_gym.files import as_json, read_json, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
@@ -47,28 +48,24 @@ def prepare_backbone(
     data: DataConfig,
     task: str,
     output: Path,
+    recipe: Recipe,
     *,
-    steps: int,
-    batch_size: int = 32,
-    learning_rate: float = 5e-5,
-    max_rate: float = 0.6,
-    draw: str = "even",
-    patience: int | None = None,
     tokens: TokensConfig = TokensConfig(),  # noqa: B008  (frozen)
     quality: QualityConfig = QualityConfig(),  # noqa: B008
     skip_logits: Mapping[str, NDArray] | None = None,
     resume: bool = False,
-    seed: int = 0,
-    on_step: Callable[[int, dict[str, float]], None] | None = None,
+    on_step: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
+    on_phase: Callable[[str], None] = lambda phase: None,
 ) -> dict[str, Any]:
-    """Fine-tune a backbone on a task so that it bears skipping, and save it with its tokenizer and a report.
+    """Fine-tune a backbone on a task so that it is robust to skipping, and save it with its tokenizer and a report.
 
-    Started by ``accelerate launch``, several processes share the work, each with batches of its own (so ``batch_size``
-    is that of one process); the first one writes.
+    Started by ``accelerate launch``, several processes share the work, each with batches of its own (so
+    ``recipe.batch_size`` is that of one process); the first one writes. The weights are saved before they are
+    evaluated.
 
     Args:
         backbone: A supported model, as an env's configuration has it: lengths, and of decoder-only ones the prompt,
-            behind which the loss is. For classification a head of the right size is put on it if it has none, for
+            after which the loss is. For classification a head of the right size is put on it if it has none, for
             extracted answers one that marks spans; for anything else it must generate.
         data: The data set. Nothing is learned or measured on its test split, but errors in it are told early, and it is
             compared with what is learned from.
@@ -76,15 +73,8 @@ def prepare_backbone(
             ``summarization``.
         output: Folder to write to: the model, ``preparation.json``, ``preparation.png`` (quality against skip rate) and
             TensorBoard's events; ``checkpoint.pt`` and ``preparing.json`` while the preparation runs.
-        steps: Optimiser steps; each runs the batch densely and under random decisions.
-        batch_size: Instances a step.
-        learning_rate: Peak learning rate.
-        max_rate: Highest skip rate that a row may draw; 0 (and no tokens to drop): the backbone is fine-tuned densely,
-            as usual.
-        draw: How decisions are drawn: each row by a rate of its own (``even``), by one that grows with depth
-            (``deeper``), or as policies of several stages decide (``staged``), as ``sd_gym.backbones.draws`` says.
-        patience: Validations (there are ten) without a better quality after which the preparation ends; ``None``: it
-            never ends early. The weights with the best quality under random decisions are kept in any case.
+        recipe: Steps, rates and draws. With a ``max_rate`` of 0 and no tokens to drop the backbone is fine-tuned
+            densely, as usual.
         tokens: Shares of the tokens to drop that a row draws from, and which go first; by ``attention``, that of the
             backbone before it is prepared.
         quality: Its ``label_range`` counts.
@@ -92,8 +82,8 @@ def prepare_backbone(
             each switch for each instance, float32 ``[n, switches]``. Then decisions are drawn around the policy's
             (``decisions_around``), and what the policy observes is frozen (``freeze_observation``).
         resume: Whether to go on from the checkpoint in ``output``, if there is one.
-        seed: Of a new head, the batches and the decisions.
         on_step: As for ``sd_gym.backbones.prepare``; called in the first process.
+        on_phase: Called in the first process with what begins: ``evaluating`` (before and after), ``preparing``.
 
     Returns:
         The report, also in ``preparation.json``: settings; how many instances there are, were left out (empty) and cut;
@@ -113,102 +103,44 @@ def prepare_backbone(
         device_placement=False,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    with locked(output) if accelerator.is_main_process else nullcontext():
-        there = _there(output, resume) if accelerator.is_main_process else None
+    first = accelerator.is_main_process
+    if recipe.max_rate == 0 and len(tokens.shares) == 1:
+        recipe = replace(recipe, dense_steps=recipe.steps)
+    with locked(output) if first else nullcontext():
+        there = _there(output, resume) if first else None
         splits = Splits(data, task)
-        instances = {name: splits[name] for name in ("train", "validation")}
-        torch.manual_seed(seed)
-        if skip_logits is None:
-            model, tokenizer = _load(backbone, task, instances["train"])
-        else:
-            model, tokenizer = load_model(backbone.name)  # as the policy knows it
-        head = head_of(model)
-        check_positions(backbone, model, tokenizer, head)
-        model.to(accelerator.device if accelerator.num_processes > 1 else usable_device(backbone.device))
-        board = Switchboard(model.eval())
-        if skip_logits is not None:
-            freeze_observation(board)
-        reading = head.prompting(backbone)
-
-        rarity = cache(lambda: training_rarity(tokenizer, instances["train"]))
-
-        def part(name: str) -> Part:
-            split = instances[name]
-            encoded = encode_cached(split, tokenizer, head, reading, unanswerable=data.unanswerable)
-            dropping = TokenDropping(split, encoded, board, tokenizer, head, reading, tokens, rarity)
-            if len(tokens.shares) > 1:  # as the backbone ranks them before it is prepared
-                dropping.scores, dropping.droppable  # noqa: B018
-            return Part(split, encoded, head, dropping, None if skip_logits is None else skip_logits[name])
-
-        train, validation = part("train"), part("validation")
-        if "test" in splits:  # what is wrong with it shall be known now
-            encode_cached(splits["test"], tokenizer, head, reading, unanswerable=data.unanswerable)
-        settings = {
-            MARKER: __version__,
-            "backbone": backbone.name,
-            "source": data.model_dump(),
-            "task": task,
-            "steps": steps,
-            "batch_size": batch_size,
-            "processes": accelerator.num_processes,
-            "mixed_precision": accelerator.mixed_precision,
-            "learning_rate": learning_rate,
-            "max_rate": max_rate,
-            "draw": draw,
-            "patience": patience,
-            "prompt": reading.prompt,
-            "stop": reading.stop,
-            "max_source_length": reading.max_source_length,
-            "max_target_length": reading.max_target_length,
-            "token_shares": list(tokens.shares),
-            "token_ranking": tokens.ranking,
-            "label_range": quality.label_range,
-            "seed": seed,
-            "data": {name: part.provenance for name, part in (("train", train), ("validation", validation))},
-            "policy": None if skip_logits is None else _hash(skip_logits),
-        }
-        if accelerator.is_main_process:
+        model, tokenizer, board = _switchable(backbone, task, splits, recipe.seed, skip_logits is not None, accelerator)
+        reading = head_of(model).prompting(backbone)
+        parts = _parts(splits, data, board, tokenizer, reading, tokens, skip_logits)
+        settings = _settings(reading, data, task, recipe, tokens, quality, accelerator)
+        settings |= {"data": {name: part.provenance for name, part in parts.items()}}
+        settings |= {"policy": None if skip_logits is None else _hash(skip_logits)}
+        if first:
             if there is not None:
                 check_unchanged(output, there["data"], splits)
                 _check_same(output, there, settings)
             write_json(output / CUT_OFF, settings)
-        score = Score(board, validation, quality, reading, accelerator)
+        score = Score(board, parts["validation"], quality, reading, accelerator)
+        say = on_phase if first else lambda phase: None
+        say("evaluating")
         before = score.by_rate(), score.by_share()
-        writer: SummaryWriter | None = None
-
-        def log(step: int, figures: dict[str, float]) -> None:
-            nonlocal writer
-            if not accelerator.is_main_process:
-                return
-            if writer is None:  # what a run that was cut off wrote from here on counts no more
-                writer = SummaryWriter(output, purge_step=step)
-            for name, value in figures.items():
-                writer.add_scalar(f"validation/{name}" if name == "quality" else f"train/{name}", value, step)
-            if on_step is not None:
-                on_step(step, figures)
-
-        try:
+        say("preparing")
+        with _curves(output, on_step, write=first) as log:
             course = prepare(
                 board,
-                _batches(train, batch_size, seed, accelerator),
-                steps=steps,
-                dense_steps=steps if max_rate == 0 and len(tokens.shares) == 1 else 0,
-                learning_rate=learning_rate,
-                warmup_steps=max(1, steps // 10),
-                max_rate=max_rate,
-                draw=draw,
-                seed=seed,
-                validate=lambda: score.under_decisions(max_rate, draw),
-                patience=patience,
+                _batches(parts["train"], recipe.batch_size, recipe.seed, accelerator),
+                recipe,
+                validate=lambda: score.under_decisions(recipe.max_rate, recipe.draw),
                 checkpoint=output / "checkpoint.pt",
                 resume=resume,
                 on_step=log,
                 accelerator=accelerator,
             )
-        finally:  # what was logged is in the folder when an error leaves it, and no thread writes there any more
-            if writer is not None:
-                writer.close()
+        if first:
+            save_backbone(model, tokenizer, output)
+        say("evaluating")
         after = score.by_rate(), score.by_share()
+        board.remove()
         report = {
             **settings,
             "steps_done": course.step,
@@ -217,15 +149,110 @@ def prepare_backbone(
             "quality": {"before": before[0], "after": after[0]},
             "quality_by_token_share": {"before": before[1], "after": after[1]},
         }
-        board.remove()
-        if accelerator.is_main_process:
-            plot_preparation(report, output / "preparation.png")
-            save_backbone(model, tokenizer, output)
-            write_json(output / "preparation.json", report)
-            for name in ("checkpoint.pt", CUT_OFF):
-                (output / name).unlink(missing_ok=True)
+        if first:
+            _report(report, output)
         accelerator.wait_for_everyone()
         return report
+
+
+def _switchable(
+    backbone: BackboneConfig, task: str, splits: Splits, seed: int, as_it_is: bool, accelerator: Accelerator
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Switchboard]:
+    """The model on its device, its tokenizer, and its switchboard; ``as_it_is``: as a policy knows it."""
+    train = splits["train"], splits["validation"]  # errors in the data come first
+    torch.manual_seed(seed)
+    model, tokenizer = load_model(backbone.name) if as_it_is else _load(backbone, task, train[0])
+    check_positions(backbone, model, tokenizer, head_of(model))
+    model.to(accelerator.device if accelerator.num_processes > 1 else usable_device(backbone.device))
+    board = Switchboard(model.eval())
+    if as_it_is:
+        freeze_observation(board)
+    return model, tokenizer, board
+
+
+def _parts(
+    splits: Splits,
+    data: DataConfig,
+    board: Switchboard,
+    tokenizer: PreTrainedTokenizerBase,
+    reading: BackboneConfig,
+    tokens: TokensConfig,
+    skip_logits: Mapping[str, NDArray] | None,
+) -> dict[str, Part]:
+    """``train`` and ``validation`` as the model reads them; what is wrong with ``test`` is told too."""
+    head, parts = head_of(board.model), {}
+    rarity = cache(lambda: training_rarity(tokenizer, splits["train"]))
+    encoded = partial(encode_cached, tokenizer=tokenizer, head=head, backbone=reading, unanswerable=data.unanswerable)
+    for name in ("train", "validation"):
+        split, logits = splits[name], None if skip_logits is None else skip_logits[name]
+        tensors = encoded(split)
+        dropping = TokenDropping(split, tensors, board, tokenizer, head, reading, tokens, rarity)
+        if len(tokens.shares) > 1:  # as the backbone ranks them before it is prepared
+            dropping.scores, dropping.droppable  # noqa: B018
+        parts[name] = Part(split, tensors, head, dropping, logits)
+    if "test" in splits:
+        encoded(splits["test"])
+    return parts
+
+
+def _settings(
+    reading: BackboneConfig,
+    data: DataConfig,
+    task: str,
+    recipe: Recipe,
+    tokens: TokensConfig,
+    quality: QualityConfig,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """What a preparation that goes on must share with the one that was cut off."""
+    return {
+        MARKER: __version__,
+        "backbone": reading.name,
+        "source": data.model_dump(),
+        "task": task,
+        **asdict(recipe),
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "prompt": reading.prompt,
+        "stop": reading.stop,
+        "max_source_length": reading.max_source_length,
+        "max_target_length": reading.max_target_length,
+        "token_shares": list(tokens.shares),
+        "token_ranking": tokens.ranking,
+        "label_range": quality.label_range,
+    }
+
+
+@contextmanager
+def _curves(
+    output: Path, on_step: Callable[[int, dict[str, float]], None], *, write: bool
+) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """What notes each step for TensorBoard, and passes it on; in the process that writes."""
+    writer: SummaryWriter | None = None
+
+    def log(step: int, figures: dict[str, float]) -> None:
+        nonlocal writer
+        if not write:
+            return
+        if writer is None:  # what a run that was cut off wrote from here on counts no more
+            writer = SummaryWriter(output, purge_step=step)
+        for name, value in figures.items():
+            writer.add_scalar(f"validation/{name}" if name == "quality" else f"train/{name}", value, step)
+        on_step(step, figures)
+
+    try:
+        yield log
+    finally:  # what was logged is in the folder when an error leaves it, and no thread writes there any more
+        if writer is not None:
+            writer.close()
+
+
+def _report(report: dict[str, Any], output: Path) -> None:
+    """Write what came of it, and take away what going on needed."""
+    plot_preparation(report, output / "preparation.png")
+    write_json(output / "preparation.json", report)
+    for name in ("checkpoint.pt", CUT_OFF):
+        (output / name).unlink(missing_ok=True)
 
 
 def _there(output: Path, resume: bool) -> dict[str, Any] | None:

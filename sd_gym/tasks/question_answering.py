@@ -55,9 +55,8 @@ class QuestionAnswering(Task):
         """One that extracts, if that is asked for, or nothing else is there."""
         from sd_gym.backbones.heads import Seq2SeqHead, SpanHead
 
-        generates = stored is not None and issubclass(stored, Seq2SeqHead)
-        extracts = answers == "extracted" or (answers is None and not generates)
-        return (SpanHead if extracts else None), None
+        wanted = answers or (stored and stored.answering)
+        return (None if wanted == Seq2SeqHead.answering else SpanHead), None
 
 
 def _answers(value: Any, origin: str) -> tuple[list[str], tuple[tuple[int, int], ...]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sd_gym.registry import Registry
 from sd_gym.switch import (
+    FlopsModel,
     Switchboard,
     attention_received,
     inverse_document_frequency,
@@ -23,9 +26,116 @@ from sd_gym.switch import (
 from sd_gym.tasks.encoding import Encoded, left_padded
 from sd_gym.tasks.instance import Instance
 
-RankingFunction = Callable[[Encoded, Switchboard, Callable[[], NDArray]], NDArray]
 STATISTICS_SIZE = 2000  # training instances that statistics are taken from
 BATCH = 512
+
+
+class TokenRanking(ABC):
+    """One way to say which tokens matter.
+
+    Attributes:
+        is_exported: Whether a saved policy can rank by it, without its env.
+        needs_rarity: Whether a saved policy needs ``training_rarity``.
+        costs_flops: Whether ranking runs a part of the backbone.
+    """
+
+    is_exported: ClassVar[bool] = False
+    needs_rarity: ClassVar[bool] = False
+    costs_flops: ClassVar[bool] = False
+
+    @abstractmethod
+    def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
+        """How much each token matters, float ``[n, longest]``; see ``token_scores``."""
+
+    def flops(self, flops: FlopsModel, length: NDArray) -> NDArray:
+        """FLOPs of ranking the tokens of inputs of ``length [n]`` tokens, int64 ``[n]``."""
+        return np.zeros_like(length)
+
+
+class ByAttention(TokenRanking):
+    """By the attention that each token receives in the first layer, which runs densely beforehand."""
+
+    is_exported = True
+    costs_flops = True
+
+    def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
+        """See ``attention_received``."""
+        parts, longest = in_batches(attention_received, encoded, board), encoded.input_ids.shape[1]
+        return np.concatenate([np.pad(part, ((0, 0), (0, longest - part.shape[1]))) for part in parts])
+
+    def flops(self, flops: FlopsModel, length: NDArray) -> NDArray:
+        """Those of the first attention."""
+        return flops.costs(length, length)[1][:, 0]
+
+
+class ByRarity(TokenRanking):
+    """By inverse document frequency in the training split."""
+
+    is_exported = True
+    needs_rarity = True
+
+    def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
+        """See ``rarity_scores``."""
+        ids = encoded.input_ids.numpy()
+        return rarity_scores(ids, np.arange(ids.shape[1]) < encoded.source_length[:, None], rarity())
+
+
+class ByPosition(TokenRanking):
+    """By position: the last ones go first."""
+
+    is_exported = True
+
+    def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
+        """See ``position_scores``."""
+        return position_scores(tuple(encoded.input_ids.shape))
+
+
+class AtRandom(TokenRanking):
+    """At random: a control."""
+
+    def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
+        """See ``random_scores``."""
+        return random_scores(tuple(encoded.input_ids.shape))
+
+
+class OwnRanking(TokenRanking):
+    """By a function of the user's own.
+
+    Args:
+        function: As for ``register_ranking``.
+    """
+
+    def __init__(self, function: Callable[[Encoded, Switchboard, Callable[[], NDArray]], NDArray]) -> None:
+        self._function = function
+
+    def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
+        """What the function returns."""
+        return self._function(encoded, board, rarity)
+
+
+RANKINGS: Registry[TokenRanking] = Registry(
+    "token ranking",
+    {"attention": ByAttention(), "idf": ByRarity(), "position": ByPosition(), "random": AtRandom()},
+)
+
+
+def register_ranking(
+    name: str, ranking: TokenRanking | Callable[[Encoded, Switchboard, Callable[[], NDArray]], NDArray]
+) -> None:
+    """Make a token ranking of your own known: then ``token_ranking=name`` works in ``gym.make``, YAML and ``--set``.
+
+    A policy that drops tokens by it decides in the env alone: an artefact knows the project's rankings only.
+
+    Args:
+        name: What it is called; a later one of the same name replaces it.
+        ranking: A ``TokenRanking``, which also says what it costs; or a function that costs nothing. It takes
+            ``(encoded, board, rarity)``, as of ``token_scores``, to a number for each token, float ``[n, longest]``;
+            the lowest go first.
+
+    Raises:
+        ValueError: If the name is one of the project's.
+    """
+    RANKINGS.register(name, ranking if isinstance(ranking, TokenRanking) else OwnRanking(ranking))
 
 
 def token_scores(ranking: str, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
@@ -41,50 +151,13 @@ def token_scores(ranking: str, encoded: Encoded, board: Switchboard, rarity: Cal
     Raises:
         ValueError: If a ranking of one's own gives something else.
     """
-    scores = np.asarray(RANKINGS.find(ranking)(encoded, board, rarity))
+    scores = np.asarray(RANKINGS.find(ranking).scores(encoded, board, rarity))
     if scores.shape != tuple(encoded.input_ids.shape) or np.isnan(scores).any():
         raise ValueError(
             f"the ranking {ranking!r} has to give a number for each token, {list(encoded.input_ids.shape)}, got "
             f"{list(scores.shape)}"
         )
     return scores
-
-
-def _by_attention(encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
-    parts, longest = in_batches(attention_received, encoded, board), encoded.input_ids.shape[1]
-    return np.concatenate([np.pad(part, ((0, 0), (0, longest - part.shape[1]))) for part in parts])
-
-
-def _by_rarity(encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
-    ids = encoded.input_ids.numpy()
-    return rarity_scores(ids, np.arange(ids.shape[1]) < encoded.source_length[:, None], rarity())
-
-
-RANKINGS: Registry[RankingFunction] = Registry(
-    "token ranking",
-    {
-        "attention": _by_attention,
-        "idf": _by_rarity,
-        "position": lambda encoded, board, rarity: position_scores(tuple(encoded.input_ids.shape)),
-        "random": lambda encoded, board, rarity: random_scores(tuple(encoded.input_ids.shape)),
-    },
-)
-
-
-def register_ranking(name: str, function: RankingFunction) -> None:
-    """Make a token ranking of your own known: then ``token_ranking=name`` works in ``gym.make``, YAML and ``--set``.
-
-    A policy that drops tokens by it decides in the env alone: an artefact knows the project's rankings only.
-
-    Args:
-        name: What it is called; a later one of the same name replaces it.
-        function: Takes ``(encoded, board, rarity)``, as of ``token_scores``, to a number for each token, float
-            ``[n, longest]``; the lowest go first.
-
-    Raises:
-        ValueError: If the name is one of the project's.
-    """
-    RANKINGS.register(name, function)
 
 
 def training_rarity(tokenizer: PreTrainedTokenizerBase, train: Sequence[Instance]) -> NDArray:

@@ -113,10 +113,9 @@ class Score:
         return float(self.accelerator.reduce(torch.tensor(total, device=device), reduction="sum")) / len(order)
 
     def _sum(self, logits: Tensor, labels: Tensor, rows: NDArray) -> float:
-        head, (measure, metric) = self.part.head, self.part.head.learned_as
-        if measure == "of_text":
+        head, measure = self.part.head, self.part.head.learned_as
+        if measure.score is None:
             said = head.said(self.part, rows, head.read(logits, self.reading.max_target_length).cpu().numpy())
             references = [self.part.instances[row].references for row in rows]
-            return sum(text_quality(metric, text, right) for text, right in zip(said, references, strict=True))
-        score = head.likelihood if measure == "likelihood" else head.exact
-        return float(score(logits, labels, self.quality.label_range).sum())
+            return sum(text_quality(measure.metric, text, right) for text, right in zip(said, references, strict=True))
+        return float(measure.score(logits, labels, self.quality.label_range).sum())

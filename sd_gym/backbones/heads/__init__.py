@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sd_gym.backbones.heads.base import Head, model_inputs, reading_ratio
+from sd_gym.backbones.heads.base import Head, flops_share, reading_ratio
+from sd_gym.backbones.heads.encoding import model_inputs
 from sd_gym.backbones.heads.label import LabelHead
 from sd_gym.backbones.heads.prompted import PromptedHead
 from sd_gym.backbones.heads.score import ScoreHead
@@ -22,6 +23,7 @@ __all__ = [
     "ScoreHead",
     "Seq2SeqHead",
     "SpanHead",
+    "flops_share",
     "head_of",
     "model_inputs",
     "reading_ratio",

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_gym.backbones.heads.base import Given, Head, Targets, log_likelihoods, nothing_generated
+from sd_gym.backbones.heads.answers import Given, log_likelihoods
+from sd_gym.backbones.heads.base import Head
+from sd_gym.backbones.heads.encoding import Targets, nothing_generated
 from sd_gym.errors import DataError, short
 
 if TYPE_CHECKING:
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 class LabelHead(Head):
     """Logits ``[batch, classes]``; labels are class indices, int64 ``[batch]``.
+
+    Its batches are padded at the right. A model that pools the first position, as BERT does, pools that position
+    whatever the mask says: given inputs that are padded at the left it pools padding, with a policy as without.
 
     Args:
         label2id: Class index of each class's name.

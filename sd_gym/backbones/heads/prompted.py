@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_gym.backbones.heads.base import IGNORED, Head, Targets
+from sd_gym.backbones.heads.base import Head
+from sd_gym.backbones.heads.encoding import Targets
+from sd_gym.backbones.heads.losses import IGNORED
 from sd_gym.backbones.heads.seq2seq import Seq2SeqHead
 from sd_gym.errors import DataError
 from sd_gym.switch import Switchboard

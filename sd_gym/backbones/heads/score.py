@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from sd_gym.backbones.heads.base import Measure
+from sd_gym.backbones.heads.answers import Measure
 from sd_gym.backbones.heads.label import LabelHead
 from sd_gym.errors import DataError, short
 

@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_gym.backbones.heads.base import IGNORED, Given, Head, Measure, Runs, Targets, log_likelihoods, model_inputs
+from sd_gym.backbones.heads.answers import Given, Measure, Runs, log_likelihoods
+from sd_gym.backbones.heads.base import Head
+from sd_gym.backbones.heads.encoding import Targets, model_inputs
+from sd_gym.backbones.heads.losses import IGNORED
 from sd_gym.switch import Seen, Switchboard
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ class Seq2SeqHead(Head):
 
     name = "seq2seq"
     gives = "text"
+    answering = "generated"
     auto_class = "AutoModelForSeq2SeqLM"
     stored_as = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel", "MTModel")  # the last one is Marian's
     learned_by = "likelihood"
@@ -89,9 +93,9 @@ class Seq2SeqHead(Head):
         return {"max_source_length": source, "max_target_length": target}
 
     @property
-    def learned_as(self) -> tuple[Measure, str]:
+    def learned_as(self) -> Measure:
         """By the likelihood: a text is rarely right to the letter."""
-        return "likelihood", ""
+        return Measure(self.likelihood)
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """1.0 where greedy decoding gives the reference, its end included.

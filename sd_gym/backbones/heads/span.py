@@ -19,16 +19,10 @@ from transformers import (
 )
 
 from sd_gym.backbones.checks import BackboneError
-from sd_gym.backbones.heads.base import (
-    IGNORED,
-    Given,
-    Head,
-    Measure,
-    Targets,
-    divergence,
-    model_inputs,
-    nothing_generated,
-)
+from sd_gym.backbones.heads.answers import Given, Measure
+from sd_gym.backbones.heads.base import Head
+from sd_gym.backbones.heads.encoding import Targets, model_inputs, nothing_generated
+from sd_gym.backbones.heads.losses import IGNORED, divergence
 from sd_gym.errors import DataError, short
 from sd_gym.switch import Switchboard
 
@@ -49,6 +43,7 @@ class SpanHead(Head):
 
     name = "span"
     gives = "span"
+    answering = "extracted"
     auto_class = "AutoModelForQuestionAnswering"
     stored_as = ("ForQuestionAnswering",)
     learned_by = "f1"
@@ -118,12 +113,12 @@ class SpanHead(Head):
 
     def measured_by(self, quality: str) -> Measure:
         """Exact match is that of the texts: a right answer may stand in several places."""
-        return "of_text" if quality == "exact_match" else super().measured_by(quality)
+        return Measure(None) if quality == "exact_match" else super().measured_by(quality)
 
     @property
-    def learned_as(self) -> tuple[Measure, str]:
+    def learned_as(self) -> Measure:
         """By SQuAD's F1."""
-        return "of_text", "squad"
+        return Measure(None, metric="squad")
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """1.0 where the most probable span is a right one."""

@@ -1,0 +1,105 @@
+"""What a head does before a pass: inputs, targets and batches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from sd_gym.config import BackboneConfig
+    from sd_gym.tasks.encoding import Encoded
+    from sd_gym.tasks.instance import Instance
+
+NO_MODEL_INPUTS = ("labels", "context_mask")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the backbone shall answer; the fields are those of ``sd_gym.tasks.encoding.Encoded``."""
+
+    labels: Tensor
+    target_length: NDArray
+    target_cut: NDArray
+    context_mask: Tensor | None = None
+    offsets: Tensor | None = None
+
+
+class Encoding(ABC):
+    """Inputs and targets of one kind of output.
+
+    Attributes:
+        name: What the head is called.
+        padding_side: Where batches are padded.
+    """
+
+    name: ClassVar[str]
+    padding_side: ClassVar[Literal["left", "right"]] = "right"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What encoding depends on, as JSON takes it."""
+        return {"head": self.name}
+
+    def prompting(self, backbone: BackboneConfig) -> BackboneConfig:
+        """The backbone's part of the config with the prompt and stop that it takes, of those that are there.
+
+        Raises:
+            ValueError: If it needs a prompt and there is none.
+        """
+        return backbone.model_copy(update={"prompt": None, "stop": None})
+
+    def source_options(self) -> dict[str, bool]:
+        """What tokenizing its inputs has to tell."""
+        return {}
+
+    @abstractmethod
+    def targets(
+        self,
+        instances: Sequence[Instance],
+        source: BatchEncoding,
+        tokenizer: PreTrainedTokenizerBase,
+        backbone: BackboneConfig,
+        *,
+        unanswerable: bool,
+    ) -> Targets:
+        """The targets of instances whose tokenised inputs are ``source``; arguments as of ``encode``."""
+
+    def batch(self, encoded: Encoded, indices: NDArray, device: torch.device) -> dict[str, Tensor]:
+        """Everything that a pass needs of some instances, cut to the longest of them, on ``device``."""
+        inputs = encoded.inputs(indices, device, padding_side=self.padding_side)
+        return inputs | {name: value.to(device) for name, value in self._beside(encoded, indices).items()}
+
+    def _beside(self, encoded: Encoded, indices: NDArray) -> dict[str, Tensor]:
+        """What a pass needs beside the model's inputs."""
+        return {"labels": encoded.labels[torch.from_numpy(np.asarray(indices))]}
+
+    def shortened(self, inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+        """A batch whose inputs are cut to so many tokens, where they are longer."""
+        columns = slice(-length, None) if self.padding_side == "left" else slice(length)
+        return {name: value if name == "labels" else value[:, columns] for name, value in inputs.items()}
+
+    def prompt_length(self, inputs: Tensor) -> int:
+        """Tokens of what ``generate()`` gives that stand in front of the answer; inputs are ``[n, length]``."""
+        return 1  # what a decoder starts with
+
+    def new_tokens(self, tokens: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """Of the tokens that ``generate()`` gives, those of the answer."""
+        return tokens
+
+
+def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch the model reads to represent its input."""
+    return {name: value for name, value in batch.items() if name not in NO_MODEL_INPUTS}
+
+
+def nothing_generated(count: int) -> dict[str, NDArray]:
+    """The lengths of targets that are no texts."""
+    return {"target_length": np.ones(count, dtype=np.int64), "target_cut": np.zeros(count, dtype=bool)}

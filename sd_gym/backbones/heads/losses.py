@@ -1,0 +1,27 @@
+"""What a head teaches: the loss of a task, and the distillation of dense outputs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED = -100  # a label that counts not
+
+
+class Losses:
+    """Losses of one kind of output."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of the labels that count."""
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+
+    def distillation(self, logits: Tensor, dense_logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean KL divergence from the dense output over the labels that count; no gradient to the dense."""
+        counted = labels != IGNORED
+        return divergence(logits[counted], dense_logits.detach()[counted])
+
+
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean KL divergence over rows of logits ``[rows, classes]``."""
+    log_prob, target = F.log_softmax(logits, dim=-1), F.log_softmax(target, dim=-1)
+    return F.kl_div(log_prob, target, reduction="batchmean", log_target=True)
