@@ -8,9 +8,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
 
 import sd_gym.switch
 from sd_gym.switch import (
+    FlopsModel,
     Switchboard,
     architectures,
     supported_architectures,
@@ -93,6 +98,235 @@ def test_a_batch_of_mixed_decisions_is_each_row_alone(name, attention, side, rat
             if name in DECODER:  # what stands at padding and at dropped tokens means nothing
                 counted = inputs["attention_mask"][row].bool() & torch.from_numpy(keep[row])
             torch.testing.assert_close(together[row][counted], alone[counted], rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(GENERATING),
+    attention=st.sampled_from(["eager", "sdpa"]),
+    beams=st.sampled_from([1, 3]),
+    drop=st.booleans(),
+    rate=st.sampled_from([0.3, 0.7, 1.0]),
+    batch=st.integers(1, 5),
+    length=st.integers(2, 9),
+    seed=st.integers(0, 10_000),
+)
+def test_generating_over_a_cache_is_generating_without_and_each_row_alone(
+    name, attention, beams, drop, rate, batch, length, seed
+):
+    model = make_model(name, attention)
+    side = "left" if name in DECODER else "right"
+    inputs = make_inputs(name, batch=batch, source=length, seed=seed, side=side)
+    prompt = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    # Longer than the sliding windows of 4; some rows end early.
+    arguments = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "length_penalty": 0.7}
+    board = Switchboard(model)
+    skip, keep = random_decisions(board, batch, length, seed, rate)
+    keep = keep if drop else None
+    with board.decide(skip, keep):
+        cached = model.generate(**prompt, **arguments)
+        again = model.generate(**prompt, **arguments)
+        uncached = model.generate(**prompt, **arguments, use_cache=False)
+    assert torch.equal(cached, again)
+    assert torch.equal(cached, uncached)
+    for row in range(batch):
+        with board.decide(skip[row : row + 1], None if keep is None else keep[row : row + 1]):
+            alone = model.generate(**row_of(prompt, row), **arguments)[0]
+        assert torch.equal(cached[row][: len(alone)], alone)
+        assert (cached[row][len(alone) :] == 1).all()  # padding
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_logits_over_a_cache_are_those_without_within_noise(name):
+    model = make_model(name)
+    inputs = make_inputs(name, side="left" if name in DECODER else "right")
+    prompt = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    board = Switchboard(model)
+    skip, keep = random_decisions(board, 5, 7, 0)
+    arguments = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with board.decide(skip, keep):
+        cached = model.generate(**prompt, **arguments).logits
+        uncached = model.generate(**prompt, **arguments, use_cache=False).logits
+    torch.testing.assert_close(torch.stack(cached), torch.stack(uncached), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mbart", "llama"])
+def test_sampling_with_a_seed_is_the_same_with_and_without_cache(name):
+    model = make_model(name)
+    inputs = make_inputs(name, side="left" if name in DECODER else "right")
+    prompt = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    board = Switchboard(model)
+    arguments = {"max_new_tokens": 6, "do_sample": True, "num_return_sequences": 2}
+    samples = []
+    with board.decide(random_decisions(board, 5, 7, 0)[0]):
+        for use_cache in (True, True, False):
+            torch.manual_seed(3)
+            samples.append(model.generate(**prompt, **arguments, use_cache=use_cache))
+    assert len(samples[0]) == 10
+    assert torch.equal(samples[0], samples[1])
+    assert torch.equal(samples[0], samples[2])
+
+
+@torch.inference_mode()
+def test_half_precision_switches_too(name):
+    model, inputs = make_model(name).to(torch.bfloat16), make_inputs(name)
+    board = Switchboard(model)
+    dense = model(**inputs).logits
+    skip, keep = random_decisions(board, 5, 7, 0)
+    with board.decide(skip * 0):
+        assert torch.equal(model(**inputs).logits, dense)
+    with board.decide(skip, keep):
+        logits = model(**inputs).logits
+    assert logits.dtype == torch.bfloat16
+    for row in range(5):
+        with board.decide(skip[row : row + 1], keep[row : row + 1]):
+            alone = model(**row_of(inputs, row)).logits[0]
+        counted = inputs["attention_mask"][row].bool() & torch.from_numpy(keep[row]) if name in DECODER else slice(None)
+        noise = 0.05 * float(alone.float().abs().max())  # eight bits of mantissa, through a few layers
+        torch.testing.assert_close(logits[row][counted], alone[counted], rtol=0.05, atol=noise)
+
+
+@torch.inference_mode()
+def test_nothing_skipped_has_the_untouched_loss(name):
+    model, inputs = make_model(name), make_inputs(name)
+    labels = labels_of(name, inputs)
+    board = Switchboard(model)
+    untouched = model(**inputs, labels=labels)
+    with board.decide(np.zeros((5, len(board)), int)):
+        decided = model(**inputs, labels=labels)
+    assert torch.equal(decided.loss, untouched.loss)
+    assert decided.keys() == untouched.keys()
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts what waits for the device where it is not the host itself."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.__name__.split(".")[0] in self.WAITING
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device_inside_a_forward_pass(name):
+    model, inputs = make_model(name), make_inputs(name)
+    board = Switchboard(model)
+    runs = [lambda: model(**inputs)]
+    if name in GENERATING:
+        prompt = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        runs.append(lambda: model.generate(**prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=2))
+    skip, keep = random_decisions(board, 5, 7, 0)
+    for run in runs:
+        with torch.no_grad(), Synchronisations() as untouched:
+            run()
+        with torch.no_grad(), board.decide(skip, keep), Synchronisations() as decided:
+            run()
+        assert decided.count <= untouched.count
+
+
+@torch.inference_mode()
+def test_a_skipped_sublayer_is_never_called_and_sees_only_the_rows_that_run_it(name):
+    model, inputs = make_model(name, "eager"), make_inputs(name)
+    seen = {}
+
+    def record(switch_name):
+        return lambda module, args: seen.setdefault(switch_name, set()).add(len(args[0]))
+
+    board = Switchboard(model)
+    hooked = set()
+    for switch in board.switches:
+        for module in switch.modules:
+            for part in module.modules():
+                # Not the module whose ``forward`` is patched: it is called, and calls nothing inside.
+                if part is not module and isinstance(part, nn.Linear | Conv1D):
+                    hooked.add(switch.name)
+                    if module.get_submodule(_path(module, part)) not in _source(switch):
+                        part.register_forward_pre_hook(record(switch.name))
+    skip = torch.zeros(5, len(board), dtype=torch.long)
+    skip[:, 0] = 1
+    skip[[0, 3], 1] = 1
+    skip[1:, 2] = 1
+    skip[:, 3] = 1
+    with board.decide(skip), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    assert not {board.names[0], board.names[3]} & seen.keys()
+    for switch, column in zip(board.switches, skip.T, strict=True):
+        if switch.name in hooked and 0 < int(column.sum()) < 5:
+            assert seen[switch.name] == {5 - int(column.sum())}
+    # Bare linears have nothing inside to hook on, but the counter sees every product that is computed. Padded rows run
+    # at full length.
+    target = np.full(5, 4) if name in ENCODER_DECODER else None
+    always, switched = FlopsModel(board).costs(np.full(5, 7), target)
+    assert counter.get_total_flops() == (always + (switched * (1 - skip.numpy())).sum(axis=1)).sum()
+
+
+def _path(module, part):
+    return next(path for path, candidate in module.named_modules() if candidate is part)
+
+
+def _source(switch):
+    return [switch.layer.get_submodule(path) for path in switch.sublayer.source]
+
+
+@pytest.mark.parametrize("end", [0, -1])  # of an encoder-decoder, a layer of each
+@torch.inference_mode()
+def test_a_layer_that_no_row_runs_is_passed_by(name, end):
+    """But for norms behind its residual sums; what it shows is what it showed when it was called."""
+    model, inputs = make_model(name), make_inputs(name)
+    board = Switchboard(model)
+    skip = random_decisions(board, 5, 7, 0)[0]
+    places = [(switch.stack, switch.index) for switch in board.switches]
+    skip[:, [place == places[end] for place in places]] = 1
+    layer, called = board.switches[end].layer, []
+    for norm in (module for module in layer.modules() if isinstance(module, nn.LayerNorm)):
+        norm.weight.uniform_(0.5, 2.0)  # untrained ones are all alike, in whatever order they run
+    layer.forward = lambda *args, **kwargs: (called.append(1), type(layer).forward(layer, *args, **kwargs))[1]
+    passed_by = name != "t5"
+
+    def run():
+        called.clear()
+        with board.decide(skip):
+            outputs = model(**inputs, output_hidden_states=True)
+        assert len(called) == 1 - passed_by
+        shown = ("encoder_hidden_states", "decoder_hidden_states", "hidden_states")
+        return outputs.logits, *(states for name in shown for states in outputs.get(name) or ())
+
+    outputs = run()
+    board._patches.idle, board._plans, passed_by = lambda skipped, resumes: frozenset(), {}, False
+    assert all(torch.equal(one, other) for one, other in zip(outputs, run(), strict=True))
+
+
+@torch.inference_mode()
+def test_everything_skipped_still_gives_an_output(name):
+    model, inputs = make_model(name), make_inputs(name)
+    board = Switchboard(model)
+    with board.decide(torch.ones(5, len(board), dtype=torch.long)):
+        assert torch.isfinite(model(**inputs).logits).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(list(TINY)),
+    seed=st.integers(0, 10_000),
+    source=st.integers(2, 20),
+    target=st.integers(1, 12),
+    drop=st.booleans(),
+)
+def test_analytic_flops_are_counted_flops(name, seed, source, target, drop):
+    model = make_model(name, "eager")
+    inputs = make_inputs(name, batch=1, source=source, target=target, seed=seed)
+    board = Switchboard(model)
+    skip, keep = random_decisions(board, 1, source, seed)
+    keep = keep if drop else np.ones_like(keep)
+    with torch.inference_mode(), board.decide(skip, keep), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    target_length = np.array([target]) if name in ENCODER_DECODER else None
+    always, switched = FlopsModel(board).costs(np.array([source]), target_length, keep.sum(axis=1))
+    assert counter.get_total_flops() == always[0] + (switched[0] * ~skip[0]).sum()
 
 
 def test_gradients_reach_only_what_ran(name):

@@ -1,0 +1,95 @@
+"""Fronts of quality and FLOPs, and how much one saves more than another at the same quality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from sd_gym.agents.runs.statistics import SAMPLES
+
+
+LEAST = 0.1  # loss that is looked at, as a share of epsilon
+
+
+class Front(NamedTuple):
+    """Results of several policies, or versions of one, on the same instances.
+
+    Attributes:
+        quality: ``[policies, n]``.
+        flops_ratio: ``[policies, n]``, the policies' own FLOPs included.
+    """
+
+    quality: NDArray
+    flops_ratio: NDArray
+
+
+@dataclass(frozen=True)
+class EnvFronts:
+    """Fronts of all agents of one env, on its test split.
+
+    Attributes:
+        env: Its id.
+        epsilon: Of its objective.
+        controls: ``static`` and ``blind``, as far as there are runs of them; all runs of one are one front.
+        learned: The front of each run, by agent.
+    """
+
+    env: str
+    epsilon: float
+    controls: dict[str, Front]
+    learned: dict[str, list[Front]]
+
+
+def flops_at(quality: float, front_quality: NDArray, front_flops: NDArray) -> float:
+    """The fewest FLOPs with which the points of a front have a quality.
+
+    Any two of them can be mixed, one for some inputs and the other for the rest, drawn without a look at the input: the
+    front is convex.
+
+    Args:
+        quality: Mean quality.
+        front_quality: Mean quality of each point, ``[m]``.
+        front_flops: Mean FLOPs ratio of each point, ``[m]``.
+
+    Raises:
+        ValueError: If no point is that good.
+    """
+    good = front_quality >= quality
+    if not good.any():
+        raise ValueError(f"expected a quality of at most {front_quality.max():.4f}, got {quality:.4f}")
+    (better, dear), (worse, cheap) = ((front_quality[on, None], front_flops[on, None]) for on in (good, ~good))
+    share = (quality - worse.T) / (better - worse.T)
+    return float(min(dear.min(), (cheap.T + share * (dear - cheap.T)).min(initial=np.inf)))
+
+
+def flops_at_loss(front: Front, loss: float) -> float:
+    """FLOPs ratio at which a front loses so much of the dense quality."""
+    return _flops_at_loss(front.quality.mean(axis=1), front.flops_ratio.mean(axis=1), loss)
+
+
+def _flops_at_loss(quality: NDArray, flops: NDArray, loss: float) -> float:
+    return flops_at(quality[-1] - loss, quality, flops)
+
+
+def flops_samples(front: Front, losses: Sequence[float], *, samples: int = SAMPLES, seed: int = 0) -> NDArray:
+    """FLOPs ratio at which a front loses so much, and what it would be on other instances: a bootstrap over them.
+
+    The same seed draws the same instances, so that samples of several fronts are paired.
+
+    Args:
+        front: To read.
+        losses: Of mean quality, at which it is read.
+        samples: Of the bootstrap.
+        seed: Of the bootstrap.
+
+    Returns:
+        ``[losses, 1 + samples]``; the first column is of the instances as they are.
+    """
+    n = front.quality.shape[1]
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples) / n
+    weights = np.vstack([np.full(n, 1 / n), drawn]).T
+    means = list(zip((front.quality @ weights).T, (front.flops_ratio @ weights).T, strict=True))
+    return np.array([[_flops_at_loss(quality, flops, loss) for quality, flops in means] for loss in losses])
