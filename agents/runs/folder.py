@@ -11,7 +11,6 @@ from sd_gym.backbones.load import Backbone
 from sd_gym.errors import short
 from sd_gym.files import read_json
 
-
 BLIND = "blind-"  # in front of the name of an agent that sees zeros instead of the observation
 
 

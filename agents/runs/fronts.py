@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.runs.statistics import SAMPLES
 
-
 LEAST = 0.1  # loss that is looked at, as a share of epsilon
 
 
