@@ -14,7 +14,7 @@ from sd_gym.backbones.load import can_exit
 from sd_gym.inference.attach import attach, detach
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy, weights_hash
-from sd_gym.policy.card import Stop
+from sd_gym.policy.card import OperatingPoint
 from sd_gym.policy.observation import observed
 from sd_gym.policy.protection import Protection
 from sd_gym.switch import FlopsModel, Switchboard, first_layer_input
@@ -41,13 +41,13 @@ def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0
         seen = np.stack([seen] * len(stages), axis=1) + np.random.default_rng(0).normal(size=(64, len(stages), 1))
         width = len(stages) + 1 + seen.shape[2]
     torch.manual_seed(seed)
-    eyes = {"channels": 5, "token_width": embedded.shape[2]} if tokens else {}
-    network = DecisionPolicy(width, [2] * len(board) + [len(shares)], board.names, stages=stages, **eyes).eval()
+    encoder = {"channels": 5, "token_width": embedded.shape[2]} if tokens else {}
+    network = DecisionPolicy(width, [2] * len(board) + [len(shares)], board.names, stages=stages, **encoder).eval()
     if "_attached" not in vars(model):
         board.remove()
     if tokens:
         begins = (embedded - of_tokens[0]) / of_tokens[1]
-        network.eyes.begin_with({"tokens": torch.from_numpy(begins), "mask": looked["attention_mask"]})
+        network.token_encoder.standardise_on({"tokens": torch.from_numpy(begins), "mask": looked["attention_mask"]})
     with torch.no_grad():
         network.head.weight.mul_(20)
         if dense:
@@ -381,8 +381,12 @@ def test_what_an_encoder_has_run_densely_is_refused(name):
 
 def test_the_dial_takes_a_version_that_was_validated():
     policy = make_policy(make_model("bert"))
-    stops = (Stop(-1.0, 0.02, 0.03, 0.2), Stop(0.0, 0.002, 0.004, 0.5), Stop(2.0, 0.0, 0.001, 0.9))
-    policy = SkipPolicy(**{**vars(policy), "stops": stops})
+    operating_points = (
+        OperatingPoint(-1.0, 0.02, 0.03, 0.2),
+        OperatingPoint(0.0, 0.002, 0.004, 0.5),
+        OperatingPoint(2.0, 0.0, 0.001, 0.9),
+    )
+    policy = SkipPolicy(**{**vars(policy), "operating_points": operating_points})
     assert policy.at() is policy
     bias = policy.network.head.bias[0].item()
 
@@ -398,7 +402,7 @@ def test_the_dial_takes_a_version_that_was_validated():
     with pytest.raises(ValueError, match="got both"):
         policy.at(max_flops=0.5, max_loss=0.1)
     shyer = policy.at(max_loss=0.001)
-    assert [stop.margin for stop in shyer.stops] == [-3.0, -2.0, 0.0]  # it can be turned back
+    assert [point.margin for point in shyer.operating_points] == [-3.0, -2.0, 0.0]  # it can be turned back
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert", "llama", "gpt2", "bart", "t5"])

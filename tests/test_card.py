@@ -14,7 +14,7 @@ from sd_gym.agents.experiment.run import circumstances
 from sd_gym import SkipPolicy
 from sd_gym.files import read_tensors, write_tensors
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.card import FILE, HASHED, TENSORS, Stop
+from sd_gym.policy.card import FILE, HASHED, TENSORS, OperatingPoint
 from tests.conftest import sign
 from tests.test_leaving import RESULT
 
@@ -32,8 +32,10 @@ def saved(tmp_path_factory):
         size = core.observation_space.shape[-1]
         network = DecisionPolicy(size, core.nvec.tolist(), core.backbone.board.names).eval()
         said = {**circumstances(core.config), "env": ID, "algo": "ppo", "steps": 1, "seed": seed, "data": {}}
-        stops = [Stop(-0.5, 0.02, 0.03, 0.4), Stop(0.0, 0.01, 0.02, 0.5)]
-        export(core, network, stops, RESULT, json.loads(json.dumps(said, default=str))).save_pretrained(folder / name)
+        operating_points = [OperatingPoint(-0.5, 0.02, 0.03, 0.4), OperatingPoint(0.0, 0.01, 0.02, 0.5)]
+        export(core, network, operating_points, RESULT, json.loads(json.dumps(said, default=str))).save_pretrained(
+            folder / name
+        )
     return folder
 
 

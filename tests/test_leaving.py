@@ -109,9 +109,9 @@ def trained(task, ranking, folder, tokenizer, observation="pooled", stages=("fir
     core = gym.make_vec(env_id, num_envs=1, **settings).unwrapped.core
     torch.manual_seed(1)
     flat, tokens = flat_size(core.observation_space), observation == "tokens"
-    eyes = {"channels": 5 if tokens else None, "token_width": 16 if tokens and flat else None}
+    encoder = {"channels": 5 if tokens else None, "token_width": 16 if tokens and flat else None}
     known = core.nvec.tolist(), core.backbone.board.names
-    policy = DecisionPolicy(flat or 16, *known, **eyes, stages=core.stages).eval()
+    policy = DecisionPolicy(flat or 16, *known, **encoder, stages=core.stages).eval()
     with torch.no_grad():
         policy.head.weight.mul_(20)
     description = {**circumstances(core.config), "env": env_id, "algo": "ppo", "steps": 1, "seed": 0, "data": {}}
@@ -209,7 +209,7 @@ def test_in_a_fresh_process_without_the_data_it_decides_the_same(tmp_path, tiny_
     assert "Verdict, where 100 points may be lost" in card
     assert "base_model" not in card  # a folder of this machine means nothing elsewhere
     policy = sd_gym.SkipPolicy.from_pretrained(run)
-    assert policy.stops
+    assert policy.operating_points
     assert policy.at(max_flops=1.0) is not None
 
 
@@ -221,7 +221,7 @@ def test_what_is_no_artefact_is_refused(tmp_path, tiny_tokenizer):
     card = json.loads((folder / "skip_policy.json").read_text())
     del card["files"], card["format"]
     for change, message in (
-        ({"stops": [{"margin": 0}]}, r"skip_policy\.json is no card of a policy: stops.0"),
+        ({"operating_points": [{"margin": 0}]}, r"skip_policy\.json is no card of a policy: operating_points.0"),
         ({"protection": {"special": [1]}}, r"skip_policy\.json is no card of a policy: protection.first"),
         ({"env": {**card["env"], "tokens": {"shares": [0.0], "ranking": "idf"}}}, "2 token levels"),
     ):

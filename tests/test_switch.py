@@ -466,7 +466,7 @@ def test_every_public_function_and_class_has_an_example():
     """What describes an architecture is shown by register_architecture, all others by the switchboard."""
     described = {
         "Architecture",
-        "Seen",
+        "PassState",
         "StaleBoardError",
         "Stack",
         "Sublayer",

@@ -24,7 +24,7 @@ from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.card import FILE
-from sd_gym.policy.off_table import OffTable
+from sd_gym.policy.table_export import TablePolicy
 from sd_gym.registration import config_of, is_of_table
 from sd_gym.tasks.splits import check_unchanged
 from sd_gym.version import __version__
@@ -264,7 +264,7 @@ class _Counted:
 def _decides(policy: Policy, flops: int | None, core: Core) -> Decides:
     if isinstance(policy, str | Path):
         policy = DecisionPolicy.load(Path(policy))
-    if isinstance(policy, DecisionPolicy | OffTable):
+    if isinstance(policy, DecisionPolicy | TablePolicy):
         fitting(policy, core)
         return policy if flops is None else _Counted(policy.decide, flops)
     counted = getattr(policy, "flops", None) if flops is None else flops

@@ -9,8 +9,8 @@ from sd_gym.config import nested, spelled
 from sd_gym.envs.core import Core
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.policy.card import Stop
-from sd_gym.policy.off_table import OffTable
+from sd_gym.policy.card import OperatingPoint
+from sd_gym.policy.table_export import TablePolicy
 
 OF_A_RESULT = (
     "split",
@@ -26,14 +26,18 @@ OF_A_RESULT = (
 
 
 def export(
-    core: Core, policy: DecisionPolicy, stops: Sequence[Stop], result: dict[str, Any], description: dict[str, Any]
+    core: Core,
+    policy: DecisionPolicy,
+    operating_points: Sequence[OperatingPoint],
+    result: dict[str, Any],
+    description: dict[str, Any],
 ) -> SkipPolicy | None:
     """The artefact of a run; of one on a table, for the backbone that the table is of.
 
     Args:
         core: The env's core.
         policy: What was selected.
-        stops: Its validated versions.
+        operating_points: Its validated versions.
         result: As in ``result.json``.
         description: As in ``config.json``.
 
@@ -43,10 +47,10 @@ def export(
     leaving = core.leaving()
     if leaving is None:
         return None
-    network: DecisionPolicy | OffTable = policy
+    network: DecisionPolicy | TablePolicy = policy
     if leaving.masks is not None or leaving.projection is not None:
         known = core.decision_nvec.tolist(), core.backbone.board.names
-        network = OffTable(policy, *known, leaving.masks, leaving.projection)
+        network = TablePolicy(policy, *known, leaving.masks, leaving.projection)
     env = spelled(leaving.env.model_dump())
     card = {
         "env": nested({key: value for key, value in env.items() if key != "reward.objective"}),
@@ -55,4 +59,4 @@ def export(
         "run": {key: description[key] for key in ("env", "algo", "steps", "seed", "versions", "data")},
     }
     of_input = leaving.mean, leaving.deviation, leaving.rarity, leaving.protection
-    return SkipPolicy(network, *of_input, tuple(stops), card, leaving.of_tokens)
+    return SkipPolicy(network, *of_input, tuple(operating_points), card, leaving.of_tokens)

@@ -336,7 +336,7 @@ def _finished(
     result["margin"] = selection.margin if selection else 0.0  # in log-odds, which selection put on what was learned
     result["history"] = selection.history if selection else []
     result["data"] = {name: core.split(name).provenance for name in SPLITS}
-    artefact = export(core, policy, selection.stops, result, description) if selection else None
+    artefact = export(core, policy, selection.operating_points, result, description) if selection else None
     result["artefact"] = None if artefact is None else FILE  # None: what decides does so in its env alone
     if artefact is not None:
         artefact.save_pretrained(folder)

@@ -15,7 +15,7 @@ from sd_gym.agents.runs.verdict import ONE_SIDED_95
 from sd_gym.envs.core import Core
 from sd_gym.objectives import Objective
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.card import Stop
+from sd_gym.policy.card import OperatingPoint
 
 # Of versions of a policy, from bolder to more cautious, in log-odds; the last one leaves everything running.
 MARGINS = (*np.arange(-1.5, 6, 0.25).tolist(), *np.arange(6, 14.01, 0.5).tolist(), 1000.0)
@@ -42,7 +42,7 @@ class Selection:
         searched: Whether the policies come from a search on the first half.
         history: One entry a validation: step, quality, quality_ref, flops_ratio, quality_kept, reward and
             by_difficulty (one level, 0, where the data have none), on instances of the first half.
-        stops: Of the policy that was selected, the versions that selection has looked at, the boldest first.
+        operating_points: Of the policy that was selected, the versions that selection has looked at, the boldest first.
         margin: In log-odds, which was put on the policy that was selected; 1,000 makes it dense.
     """
 
@@ -50,9 +50,9 @@ class Selection:
     strictness: float = ONE_SIDED_95
     searched: bool = False
     history: list[dict[str, Any]] = field(default_factory=list)
-    stops: list[Stop] = field(default_factory=list)
+    operating_points: list[OperatingPoint] = field(default_factory=list)
     margin: float = 0.0
-    _screened: dict[tuple[int, int], tuple[bool, Stop]] = field(default_factory=dict)
+    _screened: dict[tuple[int, int], tuple[bool, OperatingPoint]] = field(default_factory=dict)
 
     def consider(self, step: int, policy: DecisionPolicy, objective: Objective) -> dict[str, Any]:
         """Validate a policy, and return its entry, which the history now has."""
@@ -86,7 +86,7 @@ class Selection:
             if step is None:
                 step = guess = self._boldest(policy, guess)  # policies are much alike
             elif step == len(MARGINS) - 1 or self._confirmed(policy.with_margin(MARGINS[step])):
-                self.stops, self.margin = self._stops(policy, step), float(MARGINS[step])
+                self.operating_points, self.margin = self._operating_points(policy, step), float(MARGINS[step])
                 return policy.with_margin(MARGINS[step])
             else:
                 step += 1
@@ -106,11 +106,11 @@ class Selection:
         split = self.core.split("validation")
         return halves(split)[0] if self.searched else np.arange(len(split))
 
-    def _stops(self, policy: DecisionPolicy, selected: int) -> list[Stop]:
+    def _operating_points(self, policy: DecisionPolicy, selected: int) -> list[OperatingPoint]:
         """The versions of a policy that were screened, and a cautious one; margins count from the selected one on."""
         self._screen(policy, min(selected + FURTHER, len(MARGINS) - 1))
-        seen = sorted((step, stop) for (number, step), (_, stop) in self._screened.items() if number == id(policy))
-        return [stop._replace(margin=stop.margin - MARGINS[selected]) for _, stop in seen]
+        seen = sorted((step, point) for (number, step), (_, point) in self._screened.items() if number == id(policy))
+        return [point._replace(margin=point.margin - MARGINS[selected]) for _, point in seen]
 
     def _boldest(self, policy: DecisionPolicy, guess: int) -> int:
         """The first of ``MARGINS`` at which a policy keeps the quality where it is screened.
@@ -130,7 +130,7 @@ class Selection:
     def _flops(self, policy: DecisionPolicy, step: int) -> float:
         return self._screen(policy, step)[1].flops_ratio
 
-    def _screen(self, policy: DecisionPolicy, step: int) -> tuple[bool, Stop]:
+    def _screen(self, policy: DecisionPolicy, step: int) -> tuple[bool, OperatingPoint]:
         """Whether a version of a policy keeps the quality where it is screened, and what it does there."""
         key = id(policy), step
         if key not in self._screened:
@@ -139,8 +139,10 @@ class Selection:
             # With one more instance that loses all, as ``assured`` has it: no sample is too good to vary.
             deviation = float((np.sum(loss**2) + 1) / (len(loss) + 1)) ** 0.5
             highest = float(loss.mean()) + ONE_SIDED_95 * deviation / len(loss) ** 0.5
-            stop = Stop(float(MARGINS[step]), float(loss.mean()), highest, float(scored["flops_ratio"].mean()))
-            self._screened[key] = self._kept(scored), stop
+            point = OperatingPoint(
+                float(MARGINS[step]), float(loss.mean()), highest, float(scored["flops_ratio"].mean())
+            )
+            self._screened[key] = self._kept(scored), point
         return self._screened[key]
 
     def _confirmed(self, chosen: DecisionPolicy) -> bool:

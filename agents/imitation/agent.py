@@ -38,7 +38,7 @@ from sd_gym.envs.split import Split
 from sd_gym.files import read_tensors, write_tensors
 from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
 from sd_gym.policy.batches import tensors
-from sd_gym.policy.eyes import Eyes
+from sd_gym.policy.token_encoder import TokenEncoder
 
 ORDER_INSTANCES = 1000  # that the path of static masks is searched on
 SEARCHED = "searched.safetensors"
@@ -96,7 +96,7 @@ class ImitationAgent(Agent):
     Settings = ImitationSettings
     settings: ImitationSettings
     searched: Searched  # once it has learned, of several stages its path alone
-    staged = apart = True
+    staged = per_stage = True
     validates = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -104,7 +104,7 @@ class ImitationAgent(Agent):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.network = self.new_policy().eval()
-            # Nobody pays for what foresees, so its eyes are wide.
+            # Nobody pays for what foresees, so its token encoder is wide.
             self.foresight = nn.ModuleList([self._new_foresight() for _ in self.env.core.stages])
         self._begin(self.network, self.foresight)
         with torch.no_grad():
@@ -227,11 +227,11 @@ class ImitationAgent(Agent):
     def _new_foresight(self) -> nn.Sequential:
         """From observations to ``HIDDEN`` features of what they foretell."""
         space = self.env.core.observation_space
-        size, eyes = flat_size(space), []
+        size, encoder = flat_size(space), []
         if self.channels is not None:
-            eyes = [Eyes(token_width(space), beside=size)]
-            size = eyes[0].size
-        return nn.Sequential(*eyes, nn.Linear(size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh())
+            encoder = [TokenEncoder(token_width(space), beside=size)]
+            size = encoder[0].size
+        return nn.Sequential(*encoder, nn.Linear(size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh())
 
     def _sees(self, observations: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         return blinded(observations, self.env.core.stages) if self.blind else observations

@@ -25,7 +25,7 @@ from sd_gym.envs.core import Core
 from sd_gym.envs.passes import PASS_TOKENS
 from sd_gym.policy import HIDDEN
 from sd_gym.policy.batches import tensors
-from sd_gym.switch import Seen
+from sd_gym.switch import PassState
 
 AT_ONCE = 256  # instances whose tokens are embedded at once
 LOG_PRICES = torch.linspace(-3, 6, 13)  # of a lost instance over the env's own, what earlier stages foresee
@@ -261,7 +261,7 @@ class Induction:
         """The tokens of rows ``[n]``."""
         return self._sees(tensors(self.core.observe(self.split, rows)))
 
-    def _to_come(self, stage: int, rows: NDArray, decisions: NDArray, seen: Seen | None) -> Tensor:
+    def _to_come(self, stage: int, rows: NDArray, decisions: NDArray, seen: PassState | None) -> Tensor:
         """FLOPs ratio, quality lost and gained, ``[n, prices, 3]``, behind decisions ``[n, components]`` of a stage."""
         core, behind = self.core, stage + 1
         if self._is_last(stage):

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.learning.decisions import Decided
-from sd_gym.agents.learning.warm import in_stages, with_eyes
+from sd_gym.agents.learning.warm import in_stages, with_token_encoder
 from stable_baselines3.common.logger import Logger
 from torch import nn
 
@@ -27,11 +27,11 @@ from sd_gym.envs.split import Split
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.batches import tensors
-from sd_gym.policy.eyes import Eyes, affordable
+from sd_gym.policy.token_encoder import TokenEncoder, affordable_channels
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
 BLIND_REFINING_RATE = 1e-3  # learning rate of a blind agent with a start
-FIRST_LOOK = 256  # texts that untrained eyes are standardised by
+FIRST_LOOK = 256  # texts that untrained token encoders are standardised by
 TOKENS_DROPPED = 0.1  # how often, before anything is learned, of two token levels the one that drops some is chosen
 SAME = ("stages", "observation_size", "channels", "token_width", "nvec", "switches", "network", "hidden")  # of a start
 INFO_TAGS = ("quality", "quality_ref", "flops_ratio")
@@ -71,8 +71,8 @@ class LearnerSettings(AgentSettings):
             ``imitation``; then ``initial_skip_rate`` plays no part, and ``learning_rate`` is by default 2e-4 of PPO,
             5e-5 of A2C and REINFORCE, and 1e-3 of blind agents.
         network: Name of a policy network of your own (``sd_gym.register_network``); ``None``: two hidden layers.
-        channels: Of the eyes that read tokens where they are observed (``sd_gym.policy.eyes``); ``None``: 48, or as
-            many as cost 1% of the dense FLOPs, or those of the ``start``.
+        channels: Of the token encoder that reads tokens where they are observed (``sd_gym.policy.token_encoder``);
+            ``None``: 48, or as many as cost 1% of the dense FLOPs, or those of the ``start``.
     """
 
     space: ClassVar = {"learning_rate": (2e-4, 1e-2), "initial_skip_rate": [0.1, 0.3, 0.5]}
@@ -197,14 +197,16 @@ class Agent(BaseAgent):
 
     selects: ClassVar[bool] = True  # whether the policy to keep is chosen on the validation split
     searches: ClassVar[bool] = False  # whether it searches policies on the first half of the validation split
-    apart: bool = False  # whether each of several stages has hidden layers of its own
+    per_stage: bool = False  # whether each of several stages has hidden layers of its own
     validates: ClassVar[bool] = True  # whether the policy grows with every rollout, so that it is validated on the way
     refining_rate: ClassVar[float | None] = None  # the default learning rate with a start; None: as without one
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
         super().__init__(env, seed=seed, blind=blind, **settings)
         self.start: DecisionPolicy | None = None  # kept, as its folder may be gone when learning has ended
-        self.apart = type(self).apart and len(env.core.stages) > 1 and getattr(self.settings, "network", None) is None
+        self.per_stage = (
+            type(self).per_stage and len(env.core.stages) > 1 and getattr(self.settings, "network", None) is None
+        )
         if (folder := getattr(self.settings, "start", None)) is not None:
             self.start = self._load_start(folder)
 
@@ -243,26 +245,30 @@ class Agent(BaseAgent):
         """A policy for this env, untrained; ``kwargs`` as of ``DecisionPolicy``."""
         core, channels = self.env.core, self.channels
         width, flat = token_width(core.observation_space), flat_size(core.observation_space)
-        kwargs = {"blind": self.blind, "apart": self.apart, "network": getattr(self.settings, "network", None)} | kwargs
+        kwargs = {
+            "blind": self.blind,
+            "per_stage": self.per_stage,
+            "network": getattr(self.settings, "network", None),
+        } | kwargs
         with torch.random.fork_rng(devices=[]):  # to export a policy draws nothing from the agent's randomness
             torch.manual_seed(self.seed)
             known = core.nvec.tolist(), core.switch_names
-            eyes = {"channels": channels, "token_width": width if flat else None}
-            return DecisionPolicy(flat or width, *known, stages=core.stages, **eyes, **kwargs)
+            encoder = {"channels": channels, "token_width": width if flat else None}
+            return DecisionPolicy(flat or width, *known, stages=core.stages, **encoder, **kwargs)
 
     def _begin(self, *networks: nn.Module) -> None:
-        """Standardise what untrained eyes in networks make of the first texts of the training split."""
-        eyes = [module for network in networks for module in network.modules() if isinstance(module, Eyes)]
-        if eyes:
+        """Standardise what untrained token encoders in networks make of the first texts of the training split."""
+        encoder = [module for network in networks for module in network.modules() if isinstance(module, TokenEncoder)]
+        if encoder:
             core = self.env.core
             split = core.split("train")
             seen = tensors(core.observe(split, np.arange(min(len(split), FIRST_LOOK))))
-            for one in eyes:
-                one.begin_with(seen)
+            for one in encoder:
+                one.standardise_on(seen)
 
     @cached_property
     def channels(self) -> int | None:
-        """Of a policy's eyes, where tokens are observed; else ``None``."""
+        """Of a policy's token encoder, where tokens are observed; else ``None``."""
         core = self.env.core
         width = token_width(core.observation_space)
         if width is None:
@@ -270,7 +276,7 @@ class Agent(BaseAgent):
         split = core.split("train")
         rows = np.arange(min(len(split), STATISTICS_SIZE))
         dense = split.costs.dense_flops(rows).sum() / split.encoded.source_length[rows].sum()
-        return getattr(self.settings, "channels", None) or affordable(width, dense, len(core.stages))
+        return getattr(self.settings, "channels", None) or affordable_channels(width, dense, len(core.stages))
 
     def _constant_policy(self, logits: torch.Tensor, **kwargs: Any) -> DecisionPolicy:
         """The same logits ``[sum(nvec)]`` for every input, which it does not look at."""
@@ -291,9 +297,9 @@ class Agent(BaseAgent):
         if self.channels is not None and start.channels is not None and self.settings.channels is None:
             self.channels = start.channels
         if core.stages[0] == "first" and len(core.stages) > 1 and start.stages == ["first"]:
-            self.apart = True
+            self.per_stage = True
             return self._in_stages(start, folder)
-        self.apart = start.apart and len(core.stages) > 1
+        self.per_stage = start.per_stage and len(core.stages) > 1
         check_same(start, self.new_policy(), folder)
         start.blind = self.blind
         return start
@@ -315,7 +321,7 @@ class Agent(BaseAgent):
                 f"{expected}, of pooled states or of a token"
             )
         if start.channels is not None:
-            return with_eyes(start, staged)
+            return with_token_encoder(start, staged)
         core, split = self.env.core, self.env.core.split("train")
         rows = np.arange(min(len(split), STATISTICS_SIZE))
         with torch.random.fork_rng(devices=[]):

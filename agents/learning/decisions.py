@@ -16,10 +16,10 @@ from sd_gym.envs.scoring import AT_ONCE
 from sd_gym.envs.spaces import Observations, flat_size, token_width
 from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.off_table import OffTable
-from sd_gym.switch import Seen
+from sd_gym.policy.table_export import TablePolicy
+from sd_gym.switch import PassState
 
-OfEnv = TypeVar("OfEnv", DecisionPolicy, OffTable)
+OfEnv = TypeVar("OfEnv", DecisionPolicy, TablePolicy)
 BATCH = 256
 
 
@@ -127,7 +127,7 @@ def score_decisions(core: Core, split: Split, rows: NDArray, decisions: NDArray)
 
 
 def _score(
-    core: Core, split: Split, rows: NDArray, decided: Callable[[NDArray], tuple[NDArray, Seen | None]]
+    core: Core, split: Split, rows: NDArray, decided: Callable[[NDArray], tuple[NDArray, PassState | None]]
 ) -> dict[str, NDArray]:
     """As ``decide_and_score``; ``decided`` gives the decisions at some positions in ``rows``, and what was seen."""
     # Batches of similar length waste little on padding; results are put back in order.

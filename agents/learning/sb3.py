@@ -26,8 +26,8 @@ from torch import nn
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.spaces import Observations, flat_size, token_width
 from sd_gym.files import write_tensors
-from sd_gym.policy import HIDDEN, Apart, DecisionPolicy, blinded, own_network
-from sd_gym.policy.eyes import Eyes
+from sd_gym.policy import HIDDEN, DecisionPolicy, PerStageMLP, blinded, own_network
+from sd_gym.policy.token_encoder import TokenEncoder
 
 # Of the critic's loss. Actor and critic share no layer, but the library clips their gradients together: at its own 0.5,
 # a lost instance (a reward of -20) is an error that leaves the actor hardly a step, just where it has most to learn.
@@ -58,7 +58,7 @@ class Blindfold(VecEnvWrapper):
         return blinded(observations, self.stages), rewards, dones, infos
 
 
-class Telling(nn.Module):
+class StageConditioned(nn.Module):
     """A body whose output tells the stage as well, which its input begins with.
 
     Args:
@@ -93,29 +93,29 @@ class AtStage(nn.Module):
         self.register_buffer("places", torch.from_numpy(places), persistent=False)
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        """``[n, stages + width]`` as of ``Telling`` to ``[n, choices]``."""
+        """``[n, stages + width]`` as of ``StageConditioned`` to ``[n, choices]``."""
         stages = len(self.places)
         logits = self.head(latent[:, stages:])
         certain = logits.new_tensor([0.0, NEVER]).expand(len(logits), 2)
         return torch.cat([logits, certain], dim=1).gather(1, self.places[latent[:, :stages].argmax(dim=1)])
 
 
-class Looking(BaseFeaturesExtractor):
-    """The library's place for eyes; actor and critic each have their own.
+class TokenExtractor(BaseFeaturesExtractor):
+    """The library's place for a token encoder; actor and critic each have their own.
 
     Args:
         observation_space: That of tokens.
-        channels: Of the eyes.
+        channels: Of the token encoder.
     """
 
     def __init__(self, observation_space: gym.spaces.Dict, channels: int) -> None:
-        eyes = Eyes(token_width(observation_space), channels, beside=flat_size(observation_space))
-        super().__init__(observation_space, features_dim=eyes.size)
-        self.eyes = eyes
+        encoder = TokenEncoder(token_width(observation_space), channels, beside=flat_size(observation_space))
+        super().__init__(observation_space, features_dim=encoder.size)
+        self.token_encoder = encoder
 
     def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
-        """As of ``Eyes``."""
-        return self.eyes(observations)
+        """As of ``TokenEncoder``."""
+        return self.token_encoder(observations)
 
 
 class DecisionActorCritic(ActorCriticPolicy):
@@ -125,31 +125,31 @@ class DecisionActorCritic(ActorCriticPolicy):
         network: Name of a registered network, as the actor; ``None``: the library's hidden layers.
         places: As ``AtStage`` takes them, where an env has several stages; else ``None``.
         n_logits: Of a whole decision.
-        apart: Whether each stage has hidden layers of its own.
+        per_stage: Whether each stage has hidden layers of its own.
         args: As of the library's policy.
         kwargs: As of the library's policy.
     """
 
     def __init__(
-        self, *args: Any, network: str | None, places: NDArray | None, n_logits: int, apart: bool, **kwargs: Any
+        self, *args: Any, network: str | None, places: NDArray | None, n_logits: int, per_stage: bool, **kwargs: Any
     ) -> None:
-        self.own = {"network": network, "places": places, "n_logits": n_logits, "apart": apart}
+        self.own = {"network": network, "places": places, "n_logits": n_logits, "per_stage": per_stage}
         super().__init__(*args, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
-        network, places, n_logits, apart = self.own.values()
+        network, places, n_logits, per_stage = self.own.values()
         if network is not None:
             body, head = own_network(network, self.features_dim, n_logits)
         else:
             body = self.mlp_extractor.policy_net
-            if apart:
-                body = Apart(self.features_dim, self.mlp_extractor.latent_dim_pi, len(places))
+            if per_stage:
+                body = PerStageMLP(self.features_dim, self.mlp_extractor.latent_dim_pi, len(places))
                 body.apply(partial(self.init_weights, gain=2**0.5))  # as the library does
             head = nn.Linear(self.mlp_extractor.latent_dim_pi, n_logits)
             self.init_weights(head, gain=0.01)  # as the library does
         if places is not None:
-            body, head = Telling(body, len(places)), AtStage(head, places)
+            body, head = StageConditioned(body, len(places)), AtStage(head, places)
         self.mlp_extractor.policy_net, self.action_net = body, head
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 
@@ -230,7 +230,7 @@ class SB3Agent(Agent):
         self._begin(*self._networks())
         with torch.no_grad():
             if self.start is not None:
-                start = self.start.eyes, self.start.body, self.start.head
+                start = self.start.token_encoder, self.start.body, self.start.head
                 for theirs, ours in zip(self._actor(), start, strict=True):
                     theirs.load_state_dict(ours.state_dict())
             else:
@@ -253,11 +253,14 @@ class SB3Agent(Agent):
         if network is not None or core.is_staged:
             places, n_logits = core.steps.of_logits()
             places = places if core.is_staged else None
-            own = {"network": network, "places": places, "n_logits": n_logits, "apart": self.apart}
-        eyes: dict[str, Any] = {}
+            own = {"network": network, "places": places, "n_logits": n_logits, "per_stage": self.per_stage}
+        encoder: dict[str, Any] = {}
         if self.channels is not None:
-            eyes = {"features_extractor_class": Looking, "features_extractor_kwargs": {"channels": self.channels}}
-            eyes["share_features_extractor"] = False
+            encoder = {
+                "features_extractor_class": TokenExtractor,
+                "features_extractor_kwargs": {"channels": self.channels},
+            }
+            encoder["share_features_extractor"] = False
         return {
             "policy": DecisionActorCritic if own else policy,
             "env": vec_env,
@@ -269,7 +272,7 @@ class SB3Agent(Agent):
             "gae_lambda": 1.0,
             "ent_coef": self.settings.entropy,
             "vf_coef": VALUE_WEIGHT,
-            "policy_kwargs": {"net_arch": {"pi": [HIDDEN, HIDDEN], "vf": [HIDDEN, HIDDEN]}, **own, **eyes},
+            "policy_kwargs": {"net_arch": {"pi": [HIDDEN, HIDDEN], "vf": [HIDDEN, HIDDEN]}, **own, **encoder},
             "seed": self.seed,
             "device": "cpu",
         }
@@ -279,11 +282,11 @@ class SB3Agent(Agent):
         return [self.algorithm.policy]
 
     def _actor(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """What corresponds to ``DecisionPolicy``'s eyes, body and head."""
+        """What corresponds to ``DecisionPolicy``'s token encoder, body and head."""
         policy = self.algorithm.policy
         body, head = policy.mlp_extractor.policy_net, policy.action_net
         body, head = (body.body, head.head) if self.env.core.is_staged else (body, head)
-        return getattr(policy.pi_features_extractor, "eyes", nn.Identity()), body, head
+        return getattr(policy.pi_features_extractor, "token_encoder", nn.Identity()), body, head
 
     def before_update(self, infos: dict[str, NDArray]) -> None:
         """Called with a rollout's infos, each ``[steps, envs]``, before the algorithm learns from it."""
@@ -306,7 +309,7 @@ class SB3Agent(Agent):
     def policy(self) -> DecisionPolicy:
         """The actor's weights in the project's own network, which decides the same."""
         exported = self.new_policy()
-        for ours, theirs in zip((exported.eyes, exported.body, exported.head), self._actor(), strict=True):
+        for ours, theirs in zip((exported.token_encoder, exported.body, exported.head), self._actor(), strict=True):
             ours.load_state_dict(theirs.state_dict())
         return exported.eval()
 

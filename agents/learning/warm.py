@@ -23,7 +23,7 @@ def in_stages(start: DecisionPolicy, staged: DecisionPolicy, core: Core, split: 
 
     Args:
         start: Decides at the first stage, on pooled states.
-        staged: Untrained, ``apart``; it is changed.
+        staged: Untrained, ``per_stage``; it is changed.
         core: The env's core.
         split: Where the instances are that the later stages learn on.
         rows: Their rows, ``[n]``.
@@ -55,14 +55,14 @@ def in_stages(start: DecisionPolicy, staged: DecisionPolicy, core: Core, split: 
 
 
 @torch.no_grad()
-def with_eyes(start: DecisionPolicy, staged: DecisionPolicy) -> DecisionPolicy:
+def with_token_encoder(start: DecisionPolicy, staged: DecisionPolicy) -> DecisionPolicy:
     """Have a policy of several stages decide just as one that decides at once on tokens, which all stages show.
 
     Args:
         start: Decides before the first layer, on tokens.
-        staged: Untrained, ``apart``, with as many channels; it is changed.
+        staged: Untrained, ``per_stage``, with as many channels; it is changed.
     """
-    staged.eyes.load_state_dict(start.eyes.state_dict())
+    staged.token_encoder.load_state_dict(start.token_encoder.state_dict())
     staged.head.load_state_dict(start.head.state_dict())
     for layers in staged.body.of_stage:
         layers.load_state_dict({**start.body.state_dict(), "0.weight": layers[0].weight})

@@ -15,7 +15,7 @@ from torch import nn
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.policy import HIDDEN
 from sd_gym.policy.batches import tensors
-from sd_gym.policy.eyes import Eyes
+from sd_gym.policy.token_encoder import TokenEncoder
 
 MEMORY = 512  # decisions over which the quality loss is averaged; over more, it hears too late of what it has done
 CRITIC_EPOCHS = 4
@@ -46,10 +46,10 @@ class RectifiedPPO(PPO):
         super()._setup_model()
         self.mean_loss = float("nan")
         width, flat = token_width(self.observation_space), flat_size(self.observation_space)
-        eyes = [] if width is None else [Eyes(width, beside=flat)]
-        size = flat if width is None else eyes[0].size
+        encoder = [] if width is None else [TokenEncoder(width, beside=flat)]
+        size = flat if width is None else encoder[0].size
         self.loss_critic = nn.Sequential(
-            *eyes, nn.Linear(size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1)
+            *encoder, nn.Linear(size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1)
         ).to(self.device)
         self.loss_optimizer = torch.optim.Adam(self.loss_critic.parameters(), lr=self.lr_schedule(1))
 

@@ -33,7 +33,7 @@ from sd_gym.envs.spaces import Observations
 from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy, blinded, bounded
 from sd_gym.policy.batches import tensors
-from sd_gym.switch import Seen
+from sd_gym.switch import PassState
 
 
 class ReinforceSettings(LearnerSettings):
@@ -276,7 +276,7 @@ class ReinforceAgent(Agent):
         logits = self.network(observations)
         return logits, self.network.choose(logits.repeat(tries, 1), self._draw)
 
-    def _walk(self, rows: NDArray) -> tuple[Tensor, Tensor, Seen | None, Tensor]:
+    def _walk(self, rows: NDArray) -> tuple[Tensor, Tensor, PassState | None, Tensor]:
         """Logits and decisions of the policy on rows, from stage to stage; and what the pass has shown of them.
 
         The logits of each component are those of the stage that it was decided at. The last of what is returned is what

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd_gym.envs.spaces import flat_size, token_width
-from sd_gym.policy.eyes import Eyes
+from sd_gym.policy.token_encoder import TokenEncoder
 
 HIDDEN = 128
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-2
@@ -26,7 +26,7 @@ class Foresight(nn.Module):
     likely at once.
 
     Args:
-        space: Of an observation. Tokens are seen by eyes of its own: nobody pays for them later, so they are wide.
+        space: Of an observation. Tokens are read by an encoder of its own: nobody pays for it later, so it is wide.
         nvec: Sizes of a decision's components.
         outputs: How many numbers it foresees: that quality is lost, that it is gained, and more.
 
@@ -39,10 +39,10 @@ class Foresight(nn.Module):
     def __init__(self, space: gym.Space, nvec: NDArray, outputs: int = 2) -> None:
         super().__init__()
         width, size = token_width(space), flat_size(space)
-        self.eyes: nn.Module = nn.Identity()
+        self.token_encoder: nn.Module = nn.Identity()
         if width is not None:
-            self.eyes = Eyes(width, beside=size)
-            size = self.eyes.size
+            self.token_encoder = TokenEncoder(width, beside=size)
+            size = self.token_encoder.size
         self._first = torch.from_numpy(np.cumsum([0, *nvec[:-1]]))  # column of each component's first choice
         self._columns = int(nvec.sum())
         self.network = nn.Sequential(
@@ -84,7 +84,7 @@ class Foresight(nn.Module):
             observations: Of ``n`` instances.
             decisions: ``[tries * n, components]``: row ``k * n + i`` is the ``k``-th on instance ``i``.
         """
-        seen, first = self.eyes(observations), self.network[0]
+        seen, first = self.token_encoder(observations), self.network[0]
         chosen = torch.zeros(len(decisions), self._columns).scatter_(1, decisions.long() + self._first, 1.0)
         of_seen, of_chosen = first.weight.split([seen.shape[1], self._columns], dim=1)
         seen = F.linear(seen, of_seen, first.bias)  # once for all tries on an instance

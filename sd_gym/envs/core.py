@@ -24,7 +24,7 @@ from sd_gym.envs.split import Split
 from sd_gym.envs.staged import StageObservation
 from sd_gym.objectives import quality_cost
 from sd_gym.registration import OBSERVATIONS
-from sd_gym.switch import Seen
+from sd_gym.switch import PassState
 from sd_gym.tasks.ranking import RANKINGS
 from sd_gym.tasks.splits import Splits
 
@@ -194,7 +194,7 @@ class Core(EpisodicCore):
         else:
             yield from split.passes.logits(rows, decide(self.observe(split, rows)))
 
-    def score(self, split: Split, rows: Array, decisions: Array, seen: Seen | None = None) -> Outcome:
+    def score(self, split: Split, rows: Array, decisions: Array, seen: PassState | None = None) -> Outcome:
         """What comes of one decision an instance; one batched run of the backbone.
 
         Args:

@@ -16,7 +16,7 @@ from sd_gym.envs.spaces import Observations, put
 
 if TYPE_CHECKING:  # an env of a table needs no torch
     from sd_gym.envs.split import Split
-    from sd_gym.switch import Seen
+    from sd_gym.switch import PassState
 
 Array = NDArray
 
@@ -101,8 +101,8 @@ class StageLooks(Protocol):
     space: gym.Space
 
     def observe(
-        self, split: Split, rows: Array, stage: int, decisions: Array, resume_from: Seen | None
-    ) -> tuple[Observations, Seen | None]:
+        self, split: Split, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
+    ) -> tuple[Observations, PassState | None]:
         """As ``StageObservation.observe``."""
 
     def judging_flops(self, split: Split, rows: Array) -> Array:
@@ -120,7 +120,7 @@ class FirstLook:
         self._core, self.space = core, core.observation.space
 
     def observe(
-        self, split: Split, rows: Array, stage: int, decisions: Array, behind: Seen | None
+        self, split: Split, rows: Array, stage: int, decisions: Array, behind: PassState | None
     ) -> tuple[Observations, None]:
         """As ``StageObservation.observe``: nothing is run."""
         return self._core.observe(split, rows), None
@@ -156,7 +156,9 @@ class EpisodicCore:
         """A batch of ``n`` episodes."""
         return Episodes(self, n)
 
-    def walk(self, split: Split, rows: Array, decide: Callable[[Observations], Array]) -> tuple[Array, Seen | None]:
+    def walk(
+        self, split: Split, rows: Array, decide: Callable[[Observations], Array]
+    ) -> tuple[Array, PassState | None]:
         """Decide on rows, from stage to stage, each on what the decisions before it have led to.
 
         Args:
@@ -194,7 +196,7 @@ class Episodes:
         self.stage = np.zeros(n, dtype=np.int64)
         self.decisions = np.zeros((n, len(core.nvec)), dtype=np.int64)
         self.paid = np.zeros(n)
-        self._seen: Seen | None = None  # of all, where all are at the same stage
+        self._seen: PassState | None = None  # of all, where all are at the same stage
         self._known = np.zeros(n, dtype=np.bool_)
         self._observed = create_empty_array(core.observation_space, n) if core.is_staged else None
 
@@ -268,7 +270,7 @@ class Episodes:
         self.paid, self._seen = np.array(state["paid"]), None
         self._known[:] = False
 
-    def _seen_before(self, number: int) -> Seen | None:
+    def _seen_before(self, number: int) -> PassState | None:
         """What all have shown at the stage before, if that is what is known."""
         before = self.core.stages[number - 1] if number else None
         return self._seen if self._seen is not None and self._seen.stage == before else None

@@ -35,7 +35,7 @@ class Leaving(NamedTuple):
         deviation: Of what is observed.
         rarity: Of tokens.
         protection: Of tokens.
-        masks: Of a table, as of ``OffTable``; of an env that computes ``None``.
+        masks: Of a table, as of ``TablePolicy``; of an env that computes ``None``.
         projection: Likewise.
         of_tokens: As of ``SkipPolicy``.
     """

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sd_gym.backbones import Backbone
 from sd_gym.config import BackboneConfig
-from sd_gym.switch import Seen, passes
+from sd_gym.switch import PassState, passes
 from sd_gym.switch.stages import BETWEEN, EVERY_LAYER
 from sd_gym.tasks.dropping import TokenDropping
 from sd_gym.tasks.encoding import Encoded
@@ -50,7 +50,7 @@ class Passes:
         self.longest = settings.max_target_length
         self._tokens, self._num_beams, self._stop = tokens, settings.num_beams, settings.stop
 
-    def answers(self, rows: Array, decisions: Array, seen: Seen | None = None) -> list[str]:
+    def answers(self, rows: Array, decisions: Array, seen: PassState | None = None) -> list[str]:
         """What the backbone says to rows under decisions, to be read: a text, a class's name, or a score.
 
         Args:
@@ -67,7 +67,7 @@ class Passes:
         return self.in_passes(rows, decisions, lambda logits, labels: self.head.confidence(logits))
 
     @torch.inference_mode()
-    def generated(self, rows: Array, decisions: Array, seen: Seen | None = None) -> list[str]:
+    def generated(self, rows: Array, decisions: Array, seen: PassState | None = None) -> list[str]:
         """What ``generate()`` gives for rows under decisions, by greedy or beam search; arguments as of ``answers``."""
         texts = np.empty(len(rows), dtype=object)
         resume_from = seen if seen is not None and seen.stage == BETWEEN else None
@@ -78,7 +78,7 @@ class Passes:
                 texts[picked] = self._generated_behind(resume_from, rows, decisions, picked)
         return texts.tolist()
 
-    def _generated_behind(self, seen: Seen, rows: Array, decisions: Array, picked: Array) -> list[str]:
+    def _generated_behind(self, seen: PassState, rows: Array, decisions: Array, picked: Array) -> list[str]:
         """What some of the rows say when the encoder has read all of them: they keep the padding of all."""
         some, keep = torch.from_numpy(picked), self._tokens.kept(rows, decisions[:, -1])
         inputs = {name: tensor[some] for name, tensor in self.inputs(rows).items()}
@@ -142,7 +142,7 @@ class Passes:
         rows: Array,
         decisions: Array,
         value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        seen: Seen | None = None,
+        seen: PassState | None = None,
     ) -> Array:
         """A value, or several, of each row's logits and labels, float64 ``[n]`` or ``[n, values]``.
 
@@ -186,7 +186,7 @@ class Passes:
         stages = list(board.decided_at([EVERY_LAYER]).items())
         found: list[Array | None] = [None] * len(masks)
 
-        def go_on(picked: Array, keep: Array | torch.Tensor | None, stage: int, seen: Seen | None) -> None:
+        def go_on(picked: Array, keep: Array | torch.Tensor | None, stage: int, seen: PassState | None) -> None:
             """Run the masks ``picked``, which agree up to the stage of that number, from what is seen there."""
             skip = np.tile(masks[picked[0], :-1], (1 if keep is None else len(rows), 1))
             if len(picked) == 1:
@@ -238,7 +238,7 @@ class Passes:
         inputs = self.inputs(rows)
         mask = inputs["attention_mask"]
 
-        def choose(seen: Seen) -> tuple[Array, Array | None]:
+        def choose(seen: PassState) -> tuple[Array, Array | None]:
             decisions = decide(seen.hidden[:, : mask.shape[1]], mask)  # behind a prompt the answer follows
             return decisions[:, :-1], self._keep_of(rows, decisions, inputs)
 
@@ -246,7 +246,7 @@ class Passes:
             return self.backbone.logits(inputs), inputs["labels"]
 
     @torch.inference_mode()
-    def seen_at(self, stage: str, rows: Array, decisions: Array, resume_from: Seen | None = None) -> Seen:
+    def seen_at(self, stage: str, rows: Array, decisions: Array, resume_from: PassState | None = None) -> PassState:
         """What one pass of rows shows at a stage; it is run no further.
 
         Args:
@@ -261,7 +261,7 @@ class Passes:
         return board.run_to(stage, lambda: self.backbone.logits(inputs), skip, keep, mask=mask, resume_from=resume_from)
 
     @torch.inference_mode()
-    def resumed(self, seen: Seen, rows: Array, decisions: Array) -> tuple[torch.Tensor, torch.Tensor]:
+    def resumed(self, seen: PassState, rows: Array, decisions: Array) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and labels of a pass that goes on from what it has shown at a stage.
 
         Args:
@@ -273,7 +273,7 @@ class Passes:
         with self.backbone.board.decide(decisions[:, :-1], self._keep_of(rows, decisions, inputs), resume_from=seen):
             return self.backbone.logits(inputs), inputs["labels"]
 
-    def confidence_at(self, seen: Seen, rows: Array, decisions: Array) -> Array:
+    def confidence_at(self, seen: PassState, rows: Array, decisions: Array) -> Array:
         """Highest class probability of each row if all is skipped from a stage on, float64 ``[n]``.
 
         For a backbone that ``can_exit``; arguments as of ``resumed``.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sd_gym.envs.leaving import Leaving
     from sd_gym.envs.outcome import Outcome
     from sd_gym.envs.spaces import Actions, Observations
-    from sd_gym.switch import Seen
+    from sd_gym.switch import PassState
 
 Array = NDArray
 
@@ -137,10 +137,12 @@ class Core(Protocol):
     def observe(self, split: Split, rows: Array) -> Observations:
         """What is seen of rows ``[n]`` of a split before the first layer: new arrays."""
 
-    def walk(self, split: Split, rows: Array, decide: Callable[[Observations], Array]) -> tuple[Array, Seen | None]:
+    def walk(
+        self, split: Split, rows: Array, decide: Callable[[Observations], Array]
+    ) -> tuple[Array, PassState | None]:
         """Decide on rows, from stage to stage."""
 
-    def score(self, split: Split, rows: Array, decisions: Array, seen: Seen | None = None) -> Outcome:
+    def score(self, split: Split, rows: Array, decisions: Array, seen: PassState | None = None) -> Outcome:
         """What comes of one decision an instance.
 
         Raises:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sd_gym.backbones.heads.answers import LEAST_LIKELIHOOD
 from sd_gym.config import QualityConfig
 from sd_gym.envs.passes import Passes
-from sd_gym.switch import Seen
+from sd_gym.switch import PassState
 from sd_gym.tasks.encoding import Encoded
 from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.metrics import METRICS, corpus_metric, text_metrics, text_quality
@@ -48,7 +48,7 @@ class Scoring:
 
     # --- what is known ------------------------------------------------------------------------------------------------
 
-    def quality(self, rows: Array, decisions: Array, seen: Seen | None = None) -> tuple[Array, Array]:
+    def quality(self, rows: Array, decisions: Array, seen: PassState | None = None) -> tuple[Array, Array]:
         """Quality under the decisions ``[n, switches + 1]`` and dense quality, each float64 ``[n]``.
 
         The backbone is frozen, so an (instance, decision) is computed once while it is among the last ``KNOWN`` that
@@ -131,7 +131,7 @@ class Scoring:
     # --- what is computed ---------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def run(self, rows: Array, decisions: Array, seen: Seen | None = None) -> Array:
+    def run(self, rows: Array, decisions: Array, seen: PassState | None = None) -> Array:
         """Run the backbone on rows under decisions and score it: float64 ``[n]``. Nothing is cached.
 
         Of a likelihood: one plus the logarithm of its ratio to the dense backbone's, between 0 and 2, so that dense has

@@ -258,7 +258,7 @@ class Pooled(Standardised):
 
 
 class Tokens(Observation):
-    """The embedded tokens, the first layer's input, for a policy with eyes of its own.
+    """The embedded tokens, the first layer's input, for a policy with a token encoder of its own.
 
     ``Dict(tokens=Box(-10, 10, (max_source_length, width), float32), mask=MultiBinary(max_source_length))``: each
     channel is standardised over the tokens of the first 2,000 training instances; padding is 0, at the right, and 0 in

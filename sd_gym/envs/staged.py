@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sd_gym.envs.spaces import Observations, Tokens
 from sd_gym.policy.observation import at_stage, features_of, log_odds
 from sd_gym.projection import OBSERVATION_LIMIT, deviation_of
-from sd_gym.switch import Seen
+from sd_gym.switch import PassState
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class StageObservation:
 
     @torch.inference_mode()
     def observe(
-        self, split: Split, rows: Array, stage: int, decisions: Array, resume_from: Seen | None
-    ) -> tuple[Observations, Seen | None]:
+        self, split: Split, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
+    ) -> tuple[Observations, PassState | None]:
         """What is seen of rows ``[n]`` that have come to a stage under decisions ``[n, switches + 1]``.
 
         Args:
@@ -100,8 +100,8 @@ class StageObservation:
             yield features
 
     def _features(
-        self, split: Split, rows: Array, stage: int, decisions: Array, resume_from: Seen | None
-    ) -> tuple[Array, Seen | None]:
+        self, split: Split, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
+    ) -> tuple[Array, PassState | None]:
         judged = np.zeros((len(rows), int(self.judges)), dtype=np.float32)
         if self.names[stage] == "first":
             return np.concatenate([split.features[rows], judged], axis=1), None

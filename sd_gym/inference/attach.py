@@ -16,8 +16,8 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from sd_gym.backbones.heads import head_of
 from sd_gym.inference.decisions import Decisions
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.policy.walk import Walk
-from sd_gym.switch import FlopsModel, Seen, Switchboard, first_layer_input
+from sd_gym.policy.rollout import StagedRollout
+from sd_gym.switch import FlopsModel, PassState, Switchboard, first_layer_input
 from sd_gym.switch.context import Block
 
 READ = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # by a pass that a head judges
@@ -55,7 +55,8 @@ def attach(
         The model. ``model.decisions`` tells what its last call in this thread decided (``Decisions``).
 
     Raises:
-        ValueError: If the model, its weights or the tokenizer are others than the policy's, or there is no such stop.
+        ValueError: If the model, its weights or the tokenizer are others than the policy's, or there is no such
+            operating point.
 
     Example:
         >>> model = attach(model, "runs/ppo")  # doctest: +SKIP
@@ -184,10 +185,10 @@ class Attached:
             in_pass: Whether the pass itself embeds what a policy of one stage looks at.
         """
         if self.policy.is_staged:
-            walk = self._walk(looked, given)
-            with self.board.decide_in_pass(walk.choose, self.policy.network.stages, looked.as_given):
+            rollout = self._rollout(looked, given)
+            with self.board.decide_in_pass(rollout.choose, self.policy.network.stages, looked.as_given):
                 output = run()
-            return output, self._noted(looked, walk.decisions, walk.keep)
+            return output, self._noted(looked, rollout.decisions, rollout.keep)
         block, decided = self._deciding(looked, in_pass=in_pass)
         with block:
             output = run()
@@ -197,7 +198,7 @@ class Attached:
         """What decides before the first layer, and where it will have put what it decides."""
         decided: list[Decided] = []
 
-        def choose(seen: Seen) -> Decided:
+        def choose(seen: PassState) -> Decided:
             decisions = self.policy.decide_on(seen.hidden.detach(), seen.mask, whole=looked.is_whole)
             decided.append(self._noted(looked, decisions, self._kept(looked, decisions[:, -1])))
             return decided[0]
@@ -208,7 +209,7 @@ class Attached:
         decided.append(self._noted(looked, decisions, self._kept(looked, decisions[:, -1])))
         return self.board.decide(*decided[0]), decided
 
-    def _walk(self, looked: _Looked, given: dict[str, Any]) -> Walk:
+    def _rollout(self, looked: _Looked, given: dict[str, Any]) -> StagedRollout:
         """What decides at the stages of a pass."""
         read = {name: given[name] for name in READ if given.get(name) is not None}
         first, length = None, looked.as_given.sum(dim=1)
@@ -222,7 +223,9 @@ class Attached:
         def judge() -> Tensor:
             return self._inner["forward"](**read).logits
 
-        return Walk(self.policy, self.board, self._head, self._flops, length.cpu().numpy(), keeps, judge, first)
+        return StagedRollout(
+            self.policy, self.board, self._head, self._flops, length.cpu().numpy(), keeps, judge, first
+        )
 
     def _kept(self, looked: _Looked, level: NDArray) -> Tensor | None:
         """The tokens that stay at the token levels ``[n]``, where they were given; ``None``: all."""

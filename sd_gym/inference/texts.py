@@ -23,7 +23,7 @@ from sd_gym.envs.split import Split
 from sd_gym.errors import short
 from sd_gym.inference.attach import attach
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.policy.walk import Keep, Walk
+from sd_gym.policy.rollout import Keep, StagedRollout
 from sd_gym.tasks.data import Instances
 from sd_gym.tasks.family import TASKS, check_text
 from sd_gym.tasks.instance import Instance
@@ -53,7 +53,7 @@ class Answer(NamedTuple):
     unknown_tokens: int
 
 
-class WalkedPasses(Passes):
+class StagedPasses(Passes):
     """Passes that decide as they go, from stage to stage, so that nothing runs twice; they are cut by length alone.
 
     Args:
@@ -78,12 +78,12 @@ class WalkedPasses(Passes):
         def keeps(level: NDArray) -> tuple[Keep, NDArray]:
             return self._tokens.kept(rows, level), self._tokens.kept_length(rows, level)
 
-        walk = Walk(
+        rollout = StagedRollout(
             self._policy, board, self.head, self.backbone.flops, length, keeps, lambda: self.backbone.logits(inputs)
         )
-        with board.decide_in_pass(walk.choose, self._policy.network.stages, inputs["attention_mask"]):
+        with board.decide_in_pass(rollout.choose, self._policy.network.stages, inputs["attention_mask"]):
             yield
-        self._decisions[rows] = walk.decisions
+        self._decisions[rows] = rollout.decisions
 
 
 class SkippingModel:
@@ -160,7 +160,7 @@ class SkippingModel:
             for part in np.split(by_length, rows[BATCH::BATCH]):
                 decisions[part] = self._decided(split, part)
         if self.policy.is_staged and not dense:
-            answers = split.head.answers(WalkedPasses(split, self.policy, decisions), rows, decisions)
+            answers = split.head.answers(StagedPasses(split, self.policy, decisions), rows, decisions)
         else:
             answers = split.passes.answers(rows, decisions)
         answered = split.head.answered(instances, answers)

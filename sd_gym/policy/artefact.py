@@ -18,12 +18,12 @@ from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import BUNDLED, can_exit, weights_hash
 from sd_gym.errors import one_line
 from sd_gym.files import read_tensors, write_tensors, write_text
-from sd_gym.policy.card import FILE, TENSORS, Stop, model_card, read_card, write_card
+from sd_gym.policy.card import FILE, TENSORS, OperatingPoint, model_card, read_card, write_card
 from sd_gym.policy.hub import download, upload
 from sd_gym.policy.network import DecisionPolicy
 from sd_gym.policy.observation import features_of, standardised, tokens_of
-from sd_gym.policy.off_table import OffTable
 from sd_gym.policy.protection import Protection
+from sd_gym.policy.table_export import TablePolicy
 from sd_gym.switch import (
     Switchboard,
     attention_received,
@@ -48,18 +48,18 @@ class SkipPolicy:
         rarity: How rare each token is by its id, float64, as ``inverse_document_frequency`` gives it, where tokens are
             ranked by it (``token_ranking`` ``idf``); else ``None``.
         protection: Which tokens are never dropped; ``None``: no rule says so (or none is dropped).
-        stops: Versions of it that were validated, the boldest first.
+        operating_points: Versions of it that were validated, the boldest first.
         card: What it was trained on, and how well: ``env`` (its config), ``backbone``, ``result``, ``run``.
         of_tokens: Mean and deviation ``[width]`` of tokens that several stages show; ``None``: they are those above, or
             none are seen.
     """
 
-    network: DecisionPolicy | OffTable
+    network: DecisionPolicy | TablePolicy
     mean: NDArray
     deviation: NDArray
     rarity: NDArray | None
     protection: Protection | None
-    stops: tuple[Stop, ...]
+    operating_points: tuple[OperatingPoint, ...]
     card: dict[str, Any]
     of_tokens: tuple[NDArray, NDArray] | None = None
 
@@ -80,7 +80,7 @@ class SkipPolicy:
 
     @property
     def is_staged(self) -> bool:
-        """Whether it decides elsewhere than before the first layer: in the pass, by ``Walk``."""
+        """Whether it decides elsewhere than before the first layer: in the pass, by ``StagedRollout``."""
         return self.network.stages != ["first"]
 
     @property
@@ -169,23 +169,24 @@ class SkipPolicy:
         if max_loss is not None and max_flops is not None:
             raise ValueError("expected max_loss or max_flops, got both; the one follows from the other")
         if max_loss is not None:
-            fitting = [stop for stop in self.stops if stop.highest_loss <= max_loss]
-            chosen = min(fitting, key=lambda stop: stop.flops_ratio, default=None)
+            fitting = [point for point in self.operating_points if point.highest_loss <= max_loss]
+            chosen = min(fitting, key=lambda point: point.flops_ratio, default=None)
         else:
-            fitting = [stop for stop in self.stops if stop.flops_ratio <= max_flops]
-            chosen = max(fitting, key=lambda stop: stop.margin, default=None)
+            fitting = [point for point in self.operating_points if point.flops_ratio <= max_flops]
+            chosen = max(fitting, key=lambda point: point.margin, default=None)
         if chosen is None:
             there = "; ".join(
-                f"{stop.flops_ratio:.0%} of the FLOPs, at most {stop.highest_loss:.4f} lost" for stop in self.stops
+                f"{point.flops_ratio:.0%} of the FLOPs, at most {point.highest_loss:.4f} lost"
+                for point in self.operating_points
             )
             asked = f"max_loss={max_loss}" if max_loss is not None else f"max_flops={max_flops}"
             raise ValueError(f"no version of this policy does {asked}; there are: {there or 'none that was validated'}")
         return self.with_margin(chosen.margin)
 
     def with_margin(self, margin: float) -> SkipPolicy:
-        """A version that skips only what it prefers skipping by ``margin`` more; the stops move along."""
-        stops = tuple(stop._replace(margin=stop.margin - margin) for stop in self.stops)
-        return replace(self, network=self.network.with_margin(margin), stops=stops)
+        """A version that skips only what it prefers skipping by ``margin`` more; the operating points move along."""
+        operating_points = tuple(point._replace(margin=point.margin - margin) for point in self.operating_points)
+        return replace(self, network=self.network.with_margin(margin), operating_points=operating_points)
 
     def check_model(self, model: PreTrainedModel, *, weights: bool = True) -> None:
         """Raise ``ValueError`` if a model is not the one that this policy was trained on.
@@ -252,17 +253,17 @@ class SkipPolicy:
             tensors |= {name: torch.from_numpy(one) for name, one in zip(OF_TOKENS, self.of_tokens, strict=True)}
         if self.rarity is not None:
             tensors["rarity"] = torch.from_numpy(self.rarity)
-        of_table = self.network if isinstance(self.network, OffTable) else None
+        of_table = self.network if isinstance(self.network, TablePolicy) else None
         if of_table is not None:
             tensors |= of_table.tensors()
         write_tensors(folder / TENSORS, tensors)
         said = {
             "protection": self.protection and self.protection.described(),
-            "stops": [stop._asdict() for stop in self.stops],
+            "operating_points": [point._asdict() for point in self.operating_points],
             "table": of_table and of_table.described(),
         }
         write_card(folder, {**said, **self.card})
-        write_text(folder / "README.md", model_card(self.card, self.stops))
+        write_text(folder / "README.md", model_card(self.card, self.operating_points))
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> SkipPolicy:
@@ -285,10 +286,10 @@ class SkipPolicy:
             )
         card = {key: value for key, value in read_card(folder).items() if key != "format"}
         network, tensors = DecisionPolicy.load(folder), read_tensors(folder / TENSORS)
-        table, protection, stops = card.pop("table"), card.pop("protection"), card.pop("stops")
+        table, protection, operating_points = card.pop("table"), card.pop("protection"), card.pop("operating_points")
         try:
             if table is not None:
-                network = OffTable.of_files(network, table, tensors)
+                network = TablePolicy.of_files(network, table, tensors)
             shape: tuple[int, ...] = (network.observation_size,)
             if network.stages != ["first"]:
                 shape = len(network.stages), network.observation_size - len(network.stages) - 1
@@ -297,7 +298,7 @@ class SkipPolicy:
                 *_standards_in(tensors, ("mean", "deviation"), shape),
                 _finite(tensors.pop("rarity"), None) if "rarity" in tensors else None,
                 protection and Protection.of_described(protection),
-                tuple(Stop(**stop) for stop in stops),
+                tuple(OperatingPoint(**point) for point in operating_points),
                 card,
                 None if network.token_width is None else _standards_in(tensors, OF_TOKENS, (network.token_width,)),
             )

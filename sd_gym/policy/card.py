@@ -20,7 +20,7 @@ HASHED = (TENSORS, "policy.json", "policy.safetensors")
 FILES = (FILE, *HASHED, "README.md")
 
 
-class Stop(NamedTuple):
+class OperatingPoint(NamedTuple):
     """A version of a policy, bolder or more cautious, as the validation split has seen it.
 
     Attributes:
@@ -96,7 +96,7 @@ class _Card(_Strict):
     format: Literal[1]
     files: dict[str, str]
     protection: _Protection | None
-    stops: list[_Version]
+    operating_points: list[_Version]
     table: _Table | None
     env: EnvConfig
     backbone: _Backbone
@@ -154,13 +154,13 @@ def _own_hash(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def model_card(card: dict[str, Any], stops: Sequence[Stop]) -> str:
+def model_card(card: dict[str, Any], operating_points: Sequence[OperatingPoint]) -> str:
     """Markdown: what a policy saves, on what data, how sure that is, and how it is used."""
     env, backbone, result = card["env"], card["backbone"], card["result"]
     low, high = (100 * bound for bound in result["quality_difference_interval"])
     versions = "\n".join(
-        f"| {stop.margin:+.2f} | {stop.flops_ratio:.1%} | {100 * stop.loss:.2f} | {100 * stop.highest_loss:.2f} |"
-        for stop in stops
+        f"| {point.margin:+.2f} | {point.flops_ratio:.1%} | {100 * point.loss:.2f} | {100 * point.highest_loss:.2f} |"
+        for point in operating_points
     )
     base = "" if backbone["is_local"] else f"base_model: {backbone['name']}\n"
     return f"""---

@@ -37,7 +37,7 @@ def hidden_layers(features: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
 
 
-class Apart(nn.Module):
+class PerStageMLP(nn.Module):
     """Hidden layers for each stage, which observations ``[n, features]`` begin with, one-hot.
 
     Args:

@@ -16,10 +16,10 @@ from sd_gym.files import write_json, write_tensors
 from sd_gym.policy.batches import blinded, rows_of, tensors
 from sd_gym.policy.choices import bounded, groups_of
 from sd_gym.policy.codebook import greedy_cover, of_each_stage
-from sd_gym.policy.description import FORMAT, Description, read_description, read_weights
-from sd_gym.policy.eyes import Eyes, flops_a_token
-from sd_gym.policy.layers import Apart, hidden_layers, on_meta, own_network
+from sd_gym.policy.layers import PerStageMLP, hidden_layers, on_meta, own_network
+from sd_gym.policy.network_files import FORMAT, NetworkDescription, read_network_description, read_weights
 from sd_gym.policy.noise import Noise, with_noise
+from sd_gym.policy.token_encoder import TokenEncoder, flops_a_token
 from sd_gym.registry import naming_imports
 
 HIDDEN = 64
@@ -48,20 +48,20 @@ class DecisionPolicy(nn.Module):
             several stages those of one, and -1 in the place of the others.
         stages: Names of the stages that it decides at. Of several, an observation begins with the stage, one-hot, and
             of what is decided there only the stage's own components count.
-        apart: Whether each of several stages has hidden layers of its own, else all share them.
-        channels: Of the ``Eyes`` that it sees the tokens of a text with; ``None``: its observations are flat.
+        per_stage: Whether each of several stages has hidden layers of its own, else all share them.
+        channels: Of the ``TokenEncoder`` that reads the tokens of a text; ``None``: its observations are flat.
         token_width: Numbers that a token has, where several stages show tokens; else ``None``.
 
     Attributes:
-        eyes: What makes features of tokens; a flat observation has them already.
+        token_encoder: What makes features of tokens; a flat observation has them already.
         features: How many of them the hidden layers see.
-        body: The hidden layers ``[n, hidden]``, those of each stage (``Apart``), or the registered network.
+        body: The hidden layers ``[n, hidden]``, those of each stage (``PerStageMLP``), or the registered network.
         head: What makes logits of its output: linear, or, of a registered network, a bias for each.
 
     Raises:
-        ValueError: If the network is unknown, or is none from observations to logits; or if one that is ``apart`` has
-            one stage or a registered network; or if it has eyes at several stages and no ``token_width``,
-            or that without these.
+        ValueError: If the network is unknown, or is none from observations to logits; or if one that is ``per_stage``
+            has one stage or a registered network; or if it has a token encoder at several stages and no
+            ``token_width``, or that without it.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class DecisionPolicy(nn.Module):
         hidden: int = HIDDEN,
         codebook: list[list[int]] | None = None,
         stages: Sequence[str] = ("first",),
-        apart: bool = False,
+        per_stage: bool = False,
         channels: int | None = None,
         token_width: int | None = None,
     ) -> None:
@@ -86,8 +86,10 @@ class DecisionPolicy(nn.Module):
                 "expected token_width where several stages show tokens, and there only; got "
                 f"token_width={token_width}, channels={channels}, stages={list(stages)}"
             )
-        if apart and (len(stages) == 1 or network is not None):
-            raise ValueError("apart=True gives each of several stages hidden layers; expected stages, and no network")
+        if per_stage and (len(stages) == 1 or network is not None):
+            raise ValueError(
+                "per_stage=True gives each of several stages hidden layers; expected stages, and no network"
+            )
         self.stages = list(stages)
         self.observation_size = observation_size
         self.nvec = [int(size) for size in nvec]
@@ -96,19 +98,19 @@ class DecisionPolicy(nn.Module):
         self.noise = noise
         self.network = network
         self.hidden = hidden
-        self.apart = apart
+        self.per_stage = per_stage
         self.channels = channels
         self.token_width = token_width
         if channels is None:
-            self.eyes: nn.Module = nn.Identity()
+            self.token_encoder: nn.Module = nn.Identity()
         elif token_width is None:
-            self.eyes = Eyes(observation_size, channels)
+            self.token_encoder = TokenEncoder(observation_size, channels)
         else:
-            self.eyes = Eyes(token_width, channels, beside=observation_size)
-        self.features = observation_size if channels is None else self.eyes.size
+            self.token_encoder = TokenEncoder(token_width, channels, beside=observation_size)
+        self.features = observation_size if channels is None else self.token_encoder.size
         if network is None:
             size = self.features, hidden
-            self.body = Apart(*size, len(stages)) if apart else hidden_layers(*size)
+            self.body = PerStageMLP(*size, len(stages)) if per_stage else hidden_layers(*size)
             self.head = nn.Linear(hidden, sum(self.nvec))
         else:
             self.body, self.head = own_network(network, self.features, sum(self.nvec))
@@ -124,12 +126,12 @@ class DecisionPolicy(nn.Module):
         """Logits of all components, side by side, ``[n, sum(nvec)]``.
 
         Args:
-            observations: ``[n, features]``, or what ``Eyes`` see.
+            observations: ``[n, features]``, or what a ``TokenEncoder`` reads.
         """
         if self.blind:
             observations = blinded(observations, self.stages)
-        features = observations if self.channels is None else self.eyes(observations)
-        if self.apart or self.network is not None:
+        features = observations if self.channels is None else self.token_encoder(observations)
+        if self.per_stage or self.network is not None:
             return self.head(self.body(features))
         first, _, second, _ = self.body  # called without the modules, a fifth of what deciding takes
         hidden = F.linear(features, first.weight, first.bias).tanh()
@@ -205,7 +207,7 @@ class DecisionPolicy(nn.Module):
 
     @torch.inference_mode()
     def decide(self, observations: NDArray | dict[str, NDArray]) -> NDArray:
-        """Decisions, int64 ``[n, components]``, for observations ``[n, features]``, or for what ``Eyes`` see."""
+        """Decisions, int64 ``[n, components]``, for observations ``[n, features]``, or for ``TokenEncoder``."""
         seen = tensors(observations, self.head.weight.device)
         logits = self(seen)
         return self.choose(with_noise(logits, seen, self.noise)).cpu().numpy()
@@ -301,9 +303,9 @@ class DecisionPolicy(nn.Module):
     def flops(self) -> int:
         """FLOPs of one decision, at all its stages, 2 per multiply-add, as torch's ``FlopCounterMode`` counts them.
 
-        Those of ``eyes``, which grow with the text, come on top: ``flops_a_token``.
+        Those of ``token_encoder``, which grow with the text, come on top: ``flops_a_token``.
         """
-        body = self.body.of_stage[0] if self.apart else self.body  # those of all stages are alike
+        body = self.body.of_stage[0] if self.per_stage else self.body  # those of all stages are alike
         counted, _ = on_meta(nn.Sequential(body, self.head), len(self.stages), self.features)
         if self.codebook is None:
             return counted
@@ -311,7 +313,7 @@ class DecisionPolicy(nn.Module):
 
     @property
     def flops_a_token(self) -> int:
-        """FLOPs for each token that ``eyes`` see, at all stages, counted likewise; 0 without eyes, or if blind."""
+        """FLOPs of ``token_encoder`` for each token, at all stages, counted likewise; 0 without it, or if blind."""
         if self.channels is None or self.blind:
             return 0
         return len(self.stages) * flops_a_token(self.token_width or self.observation_size, self.channels)
@@ -319,7 +321,7 @@ class DecisionPolicy(nn.Module):
     def save(self, folder: Path) -> None:
         """Write ``policy.safetensors`` and ``policy.json``; each file appears complete or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        keys = Description.model_fields.keys() - {"format", "codebook"}
+        keys = NetworkDescription.model_fields.keys() - {"format", "codebook"}
         description = {"format": FORMAT, **{key: getattr(self, key) for key in sorted(keys)}}
         if self.codebook is not None:
             description["codebook"] = self.codebook.tolist()
@@ -339,7 +341,7 @@ class DecisionPolicy(nn.Module):
         file = folder / "policy.json"
         if not file.exists():
             raise FileNotFoundError(f"no policy.json in {folder}; expected the folder of a run (sd-gym train)")
-        description = read_description(file)
+        description = read_network_description(file)
         with naming_imports(folder):
             policy = cls(**description.model_dump(exclude={"format"}))
         policy.load_state_dict(read_weights(folder / "policy.safetensors", policy))

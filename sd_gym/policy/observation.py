@@ -50,7 +50,7 @@ def _all_of_length(length: int, rows: int, device: torch.device) -> Tensor:
 
 
 def tokens_of(hidden: Tensor, mask: Tensor, mean: NDArray, deviation: NDArray, length: int) -> dict[str, NDArray]:
-    """What ``Eyes`` see of texts: their tokens in order, standardised, and which of them are there.
+    """What a ``TokenEncoder`` reads of texts: their tokens in order, standardised, and which of them are there.
 
     Args:
         hidden: The first layer's input, ``[n, longest, width]``, padded at the right.

@@ -12,7 +12,7 @@ from sd_gym.switch.batching import passes
 from sd_gym.switch.context import StaleBoardError
 from sd_gym.switch.first_layer import attention_received, first_layer_input, pooled
 from sd_gym.switch.flops import FlopsModel
-from sd_gym.switch.stages import Seen
+from sd_gym.switch.stages import PassState
 from sd_gym.switch.switch import Switch
 from sd_gym.switch.switchboard import Switchboard
 from sd_gym.switch.tokens import (
@@ -27,7 +27,7 @@ from sd_gym.switch.tokens import (
 __all__ = [
     "Architecture",
     "FlopsModel",
-    "Seen",
+    "PassState",
     "Stack",
     "StaleBoardError",
     "Sublayer",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache
 
-from sd_gym.switch.stages import Seen, Stage
+from sd_gym.switch.stages import PassState, Stage
 from sd_gym.switch.tokens import DroppedTokens, TokenPass
 
 _CHECKPOINT = torch.utils.checkpoint.__file__
@@ -104,13 +104,13 @@ class PendingDecision:
     """
 
     stages: tuple[Stage, ...]
-    choose: Callable[[Seen], tuple[Tensor | NDArray, Tensor | NDArray | None]]
+    choose: Callable[[PassState], tuple[Tensor | NDArray, Tensor | NDArray | None]]
     mask: Tensor | None
     skip: NDArray
     settle: Callable[[Decision, Tensor, Cache | None], Decision | None]
     needs: tuple[int, ...]
 
-    def seen(self, hidden: Tensor, encoded: Tensor | None, tokens: DroppedTokens | None, repeats: int) -> Seen:
+    def seen(self, hidden: Tensor, encoded: Tensor | None, tokens: DroppedTokens | None, repeats: int) -> PassState:
         """What the pass shows at the next stage.
 
         Args:
@@ -127,7 +127,7 @@ class PendingDecision:
             mask[:, :1] = 1
         else:
             mask = self._mask(hidden, tokens)
-        return Seen(stage.name, hidden, mask, encoded)
+        return PassState(stage.name, hidden, mask, encoded)
 
     def grown(self, skip: NDArray) -> NDArray:
         """What is decided so far, and at the next stage, bool ``[batch, switches]``.
@@ -185,7 +185,7 @@ class Decision:
     plan: Plan
     tokens: DroppedTokens | None
     pending: PendingDecision | None = None
-    resume_from: Seen | None = None
+    resume_from: PassState | None = None
     resumes: tuple[str, int] | None = None
     generating: bool = False
     repeats: int = 1

@@ -1,6 +1,6 @@
 """Stages: the points of a forward pass where it can be looked at, and the switches from there on be decided.
 
-What a pass has computed up to a stage is kept as ``Seen``, from which it can be resumed under other decisions.
+What a pass has computed up to a stage is kept as ``PassState``, from which it can be resumed under other decisions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MIDDLE = "middle"  # stands for the layer in the middle of the first stack
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class PassState:
     """What a pass shows at a stage, and all that it can be resumed from.
 
     Attributes:
@@ -37,7 +37,7 @@ class Seen:
     mask: Tensor
     encoded: Tensor | None = None
 
-    def rows(self, picked: Tensor) -> Seen:
+    def rows(self, picked: Tensor) -> PassState:
         """Some rows of it, by indices int64 ``[rows]``, to resume those alone.
 
         They keep the padding of the batch that they come from.
@@ -51,7 +51,7 @@ class Seen:
 class StageReached(Exception):  # noqa: N818  (no error: it ends the pass on purpose)
     """A pass has reached the stage that it was run to; carries its state there."""
 
-    def __init__(self, state: Seen) -> None:
+    def __init__(self, state: PassState) -> None:
         self.state = state
 
 

@@ -23,7 +23,7 @@ from sd_gym.switch.context import Block, Scope, StaleBoardError
 from sd_gym.switch.decision import Decision, PendingDecision, Plan
 from sd_gym.switch.module_snapshot import ModuleSnapshot
 from sd_gym.switch.patches import Patches
-from sd_gym.switch.stages import Seen, Stage, StageReached, stages_named, stages_of
+from sd_gym.switch.stages import PassState, Stage, StageReached, stages_named, stages_of
 from sd_gym.switch.switch import Switch
 from sd_gym.switch.tokens import DroppedTokens
 
@@ -145,7 +145,7 @@ class Switchboard:
         skip: Tensor | np.ndarray,
         keep: Tensor | np.ndarray | None = None,
         *,
-        resume_from: Seen | None = None,
+        resume_from: PassState | None = None,
     ) -> Block:
         """Put decisions in force for the forward passes and ``generate()`` calls inside the ``with`` block.
 
@@ -175,7 +175,7 @@ class Switchboard:
 
     def decide_in_pass(
         self,
-        choose: Callable[[Seen], tuple[Tensor | np.ndarray, Tensor | np.ndarray | None]],
+        choose: Callable[[PassState], tuple[Tensor | np.ndarray, Tensor | np.ndarray | None]],
         stages: Sequence[str] = ("first",),
         mask: Tensor | None = None,
     ) -> Block:
@@ -213,8 +213,8 @@ class Switchboard:
         keep: Tensor | np.ndarray | None = None,
         *,
         mask: Tensor | None = None,
-        resume_from: Seen | None = None,
-    ) -> Seen:
+        resume_from: PassState | None = None,
+    ) -> PassState:
         """Run a forward pass up to a stage and no further; ``decide(..., resume_from=seen)`` goes on from there.
 
         Args:
@@ -232,7 +232,7 @@ class Switchboard:
         """
         self._check_fresh()
 
-        def stop(seen: Seen) -> NoReturn:
+        def stop(seen: PassState) -> NoReturn:
             raise StageReached(seen)
 
         course = self._course([stage])
@@ -257,7 +257,7 @@ class Switchboard:
         return known
 
     def _awaiting(
-        self, pending: PendingDecision, keep: Tensor | np.ndarray | None = None, resume_from: Seen | None = None
+        self, pending: PendingDecision, keep: Tensor | np.ndarray | None = None, resume_from: PassState | None = None
     ) -> Decision:
         """A decision that is to grow at its stages."""
         if pending.stages[0].switches.start == 0 and resume_from is None:
@@ -293,7 +293,7 @@ class Switchboard:
         skip: Tensor | np.ndarray,
         keep: Tensor | np.ndarray | None,
         pending: PendingDecision | None = None,
-        resume_from: Seen | None = None,
+        resume_from: PassState | None = None,
     ) -> Decision | None:
         """What ``decide`` takes as a decision; ``None`` where nothing is skipped, to be decided or resumed."""
         skip = self._checked(skip, len(self), "switch")

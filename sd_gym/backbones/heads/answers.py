@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sd_gym.switch import Seen
+from sd_gym.switch import PassState
 
 if TYPE_CHECKING:
     from sd_gym.tasks.encoding import Encoded
@@ -54,14 +54,18 @@ class Runs(Given, Protocol):
     longest: int
 
     def in_passes(
-        self, rows: NDArray, decisions: NDArray, value: Callable[[Tensor, Tensor], Tensor], seen: Seen | None = None
+        self,
+        rows: NDArray,
+        decisions: NDArray,
+        value: Callable[[Tensor, Tensor], Tensor],
+        seen: PassState | None = None,
     ) -> NDArray:
         """A value, or several, of each row's logits and labels, float64 ``[n]`` or ``[n, values]``."""
 
     def under_all(self, rows: NDArray, masks: NDArray, value: Callable[[Tensor, Tensor], Tensor]) -> NDArray:
         """Values under each of ``masks [masks, switches + 1]``, float64 ``[n, masks, values]``."""
 
-    def generated(self, rows: NDArray, decisions: NDArray, seen: Seen | None = None) -> list[str]:
+    def generated(self, rows: NDArray, decisions: NDArray, seen: PassState | None = None) -> list[str]:
         """What ``generate()`` gives for each row."""
 
     def generated_under_all(self, rows: NDArray, masks: NDArray) -> list[list[str]]:
@@ -154,7 +158,7 @@ class Answers(ABC):
     def said(self, given: Given, rows: NDArray, values: NDArray) -> list[str]:
         """What ``read`` gave for rows of a split, in words."""
 
-    def answers(self, runs: Runs, rows: NDArray, decisions: NDArray, seen: Seen | None = None) -> list[str]:
+    def answers(self, runs: Runs, rows: NDArray, decisions: NDArray, seen: PassState | None = None) -> list[str]:
         """What the backbone says to rows under decisions, to be read; it goes on from what they have ``seen``."""
         values = runs.in_passes(rows, decisions, lambda logits, _: self.read(logits, runs.longest), seen)
         return self.said(runs, rows, values)

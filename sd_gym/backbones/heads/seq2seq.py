@@ -16,7 +16,7 @@ from sd_gym.backbones.heads.answers import Given, Measure, Runs, log_likelihoods
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import Targets, model_inputs
 from sd_gym.backbones.heads.losses import IGNORED
-from sd_gym.switch import Seen, Switchboard
+from sd_gym.switch import PassState, Switchboard
 
 if TYPE_CHECKING:
     from sd_gym.config import BackboneConfig
@@ -118,7 +118,7 @@ class Seq2SeqHead(Head):
         """
         raise ValueError("a text is generated, not read from one pass")
 
-    def answers(self, runs: Runs, rows: NDArray, decisions: NDArray, seen: Seen | None = None) -> list[str]:
+    def answers(self, runs: Runs, rows: NDArray, decisions: NDArray, seen: PassState | None = None) -> list[str]:
         """The generated texts."""
         return runs.generated(rows, decisions, seen)
 

@@ -19,7 +19,7 @@ MASKS, PROJECTION = "masks", "projection."  # names of tensors
 
 
 @dataclass(frozen=True, eq=False)
-class OffTable:
+class TablePolicy:
     """A policy that learned on a table, and decides on the env itself, by what that observes, just as it did there.
 
     Attributes:
@@ -85,7 +85,7 @@ class OffTable:
             return decisions
         return self.masks[np.ravel_multi_index(tuple(decisions.T), self.network.nvec)]
 
-    def with_margin(self, margin: float) -> OffTable:
+    def with_margin(self, margin: float) -> TablePolicy:
         """As of the network."""
         return replace(self, network=self.network.with_margin(margin))
 
@@ -105,7 +105,7 @@ class OffTable:
         return {name: torch.from_numpy(np.array(values)) for name, values in arrays.items()}
 
     @classmethod
-    def of_files(cls, network: DecisionPolicy, described: dict[str, Any], tensors: dict[str, Tensor]) -> OffTable:
+    def of_files(cls, network: DecisionPolicy, described: dict[str, Any], tensors: dict[str, Tensor]) -> TablePolicy:
         """What ``described`` and ``tensors`` gave; its tensors are taken out of those given.
 
         Raises:

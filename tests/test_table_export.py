@@ -96,7 +96,7 @@ def test_it_needs_neither_the_table_nor_the_data(learned, tmp_path):
     artefact = sd_gym.SkipPolicy.from_pretrained(run)
     artefact.save_pretrained(tmp_path)
     again = sd_gym.SkipPolicy.from_pretrained(tmp_path)
-    assert again.stops == artefact.stops
+    assert again.operating_points == artefact.operating_points
     assert again.card == artefact.card
     size = artefact.network.observation_size
     seen = np.random.default_rng(0).normal(size=(20, size)).astype(np.float32)
@@ -106,7 +106,7 @@ def test_it_needs_neither_the_table_nor_the_data(learned, tmp_path):
         ours, theirs = (one.with_margin(margin).network.decide(seen) for one in (again, artefact))
         np.testing.assert_array_equal(ours, theirs)
         assert ours.shape == (20, 7)
-        assert margin < 1000 or not ours.any()  # the last stop is dense, whatever the table's numbers stand for
+        assert margin < 1000 or not ours.any()  # the last point is dense, whatever the table's numbers stand for
 
 
 # --- the tables in the package --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Eyes: a small network that reads the tokens of a text in their order, where a policy sees them."""
+"""A small network that reads the tokens of a text in their order, where a policy sees them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import torch
 from torch import Tensor, nn
 
 CHANNELS = 48
-REACH = 3  # tokens side by side that the convolution sees at once
-LEAST_DEVIATION = 1e-3  # of a feature; less says nothing
+KERNEL_SIZE = 3  # tokens side by side that the convolution sees at once
+LEAST_FEATURE_DEVIATION = 1e-3  # of a feature; less says nothing
 SHARE = 0.01  # of the dense FLOPs: what the convolution of a policy costs at most
 
 
-class Eyes(nn.Module):
+class TokenEncoder(nn.Module):
     """Features of a text: one convolution over its tokens, the mean and maximum of that, and the text's length.
 
     Mean and maximum of the tokens themselves are the same for any order of them; those of what a convolution says of
     neighbours are not (Kim 2014, section 2). Before anything is learned they hardly differ between texts, so they are
-    standardised as the convolution is then (Salimans and Kingma 2016, section 3): ``begin_with``.
+    standardised as the convolution is then (Salimans and Kingma 2016, section 3): ``standardise_on``.
 
     Of several stages each shows more beside the tokens, which the features begin with.
 
@@ -32,7 +32,7 @@ class Eyes(nn.Module):
 
     def __init__(self, width: int, channels: int = CHANNELS, beside: int = 0) -> None:
         super().__init__()
-        self.convolution = nn.Conv1d(width, channels, REACH, padding=REACH // 2)
+        self.convolution = nn.Conv1d(width, channels, KERNEL_SIZE, padding=KERNEL_SIZE // 2)
         own = 2 * channels + 1
         self.beside, self.size = beside, beside + own
         self.register_buffer("mean", torch.zeros(own))
@@ -62,21 +62,21 @@ class Eyes(nn.Module):
         return torch.cat([mean, seen.amax(dim=2), count.float().log1p()], dim=1)
 
     @torch.no_grad()
-    def begin_with(self, observations: dict[str, Tensor]) -> None:
+    def standardise_on(self, observations: dict[str, Tensor]) -> None:
         """Standardise features from now on by what they are of these texts (arguments as of ``forward``)."""
         features = self._read(observations)
         deviation = features.std(dim=0, correction=0)
         self.mean.copy_(features.mean(dim=0))
-        self.deviation.copy_(torch.where(deviation > LEAST_DEVIATION, deviation, 1.0))
+        self.deviation.copy_(torch.where(deviation > LEAST_FEATURE_DEVIATION, deviation, 1.0))
 
 
 def flops_a_token(width: int, channels: int) -> int:
-    """FLOPs of ``Eyes`` for each token of a text, 2 a multiply-add."""
-    return 2 * REACH * width * channels
+    """FLOPs of ``TokenEncoder`` for each token of a text, 2 a multiply-add."""
+    return 2 * KERNEL_SIZE * width * channels
 
 
-def affordable(width: int, dense_flops: float, looks: int = 1) -> int:
-    """Channels of ``Eyes`` that cost at most ``SHARE`` of a backbone's dense FLOPs a token; ``CHANNELS`` at most.
+def affordable_channels(width: int, dense_flops: float, looks: int = 1) -> int:
+    """Channels that cost at most ``SHARE`` of a backbone's dense FLOPs for each token; ``CHANNELS`` at most.
 
     Args:
         width: Numbers that a token has.

@@ -12,12 +12,12 @@ from sd_gym.backbones.heads import Head, reading_ratio
 from sd_gym.backbones.load import can_exit
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.observation import at_stage, features_of, log_odds, tokens_of
-from sd_gym.switch import FlopsModel, Seen, Switchboard
+from sd_gym.switch import FlopsModel, PassState, Switchboard
 
 Keep = NDArray | Tensor | None  # tokens that stay, [n, length]; None: all
 
 
-class Walk:
+class StagedRollout:
     """Decides in a pass, from stage to stage: ``choose`` is for ``Switchboard.decide_in_pass``.
 
     Args:
@@ -55,7 +55,7 @@ class Walk:
         self._kept = length
         self._tokens: dict[str, NDArray] = {}  # where the policy sees them, at all stages
 
-    def choose(self, seen: Seen) -> tuple[NDArray, Keep]:
+    def choose(self, seen: PassState) -> tuple[NDArray, Keep]:
         """Decide a stage."""
         columns, is_first = self._columns[seen.stage], seen.stage == "first"
         hidden, mask = self._first if is_first and self._first is not None else (seen.hidden.detach(), seen.mask)
@@ -81,7 +81,7 @@ class Walk:
             self.keep, self._kept = self._keeps(decided[:, -1])
         return decided[:, columns], self.keep if is_first else None
 
-    def _judged(self, seen: Seen, exits: NDArray) -> NDArray:
+    def _judged(self, seen: PassState, exits: NDArray) -> NDArray:
         """Log-odds of the head's answer if all is skipped from here on, ``[n]``."""
         with self._board.decide(exits[:, :-1], self.keep, resume_from=seen):
             return log_odds(self._head.confidence(self._judge()).double().cpu().numpy())

@@ -15,7 +15,7 @@ from sd_gym.policy.noise import Noise
 FORMAT = 1
 
 
-class Description(BaseModel):
+class NetworkDescription(BaseModel):
     """What ``policy.json`` says; see ``DecisionPolicy``."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -30,12 +30,12 @@ class Description(BaseModel):
     network: str | None = None
     codebook: Annotated[list[list[int]], Field(min_length=1)] | None = None
     stages: Annotated[list[str], Field(min_length=1)] = ["first"]
-    apart: bool = False
+    per_stage: bool = False
     channels: Annotated[int, Field(ge=1)] | None = None
     token_width: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
-    def _one_choice_a_switch(self) -> Description:
+    def _one_choice_a_switch(self) -> NetworkDescription:
         if len(set(self.switches)) < len(self.switches):
             raise ValueError("expected switches that are all different")
         of_table = not self.switches and len(self.nvec) == len(self.stages)  # from how many each stage chooses
@@ -56,14 +56,14 @@ class Description(BaseModel):
         return self
 
 
-def read_description(file: Path) -> Description:
+def read_network_description(file: Path) -> NetworkDescription:
     """What a file says.
 
     Raises:
         ValueError: If it is none that was saved by a network; the message names the key.
     """
     try:
-        return Description.model_validate_json(file.read_bytes())
+        return NetworkDescription.model_validate_json(file.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

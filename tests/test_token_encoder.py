@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sd_gym
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.batches import tensors
-from sd_gym.policy.eyes import Eyes, affordable
+from sd_gym.policy.token_encoder import TokenEncoder, affordable_channels
 from tests.conftest import make_model
 from tests.test_envs import SMALL
 
@@ -182,18 +182,18 @@ def test_the_flops_of_a_policy_grow_with_its_text_and_are_the_counted_ones(tiny)
 
 
 @pytest.mark.parametrize("env_id", ["SD/Classification-Mini-v0", "SD/Summarization-Mini-v0"])
-def test_eyes_cost_at_most_one_percent_of_the_dense_flops(env_id):
+def test_token_encoders_cost_at_most_one_percent_of_the_dense_flops(env_id):
     env = gym.make_vec(env_id, num_envs=2, observation="tokens", **SMALL).unwrapped
     policy, split = make_agent("ppo", env).policy(), env.core.split("train")
     rows = np.arange(len(split))
-    eyes = policy.flops_a_token * split.encoded.source_length / split.costs.dense_flops(rows)
-    assert 0.005 < eyes.mean() < 0.0101
+    encoder = policy.flops_a_token * split.encoded.source_length / split.costs.dense_flops(rows)
+    assert 0.005 < encoder.mean() < 0.0101
 
 
 def test_channels_are_as_many_as_can_be_paid():
-    assert affordable(384, 1e9) == 48
-    assert affordable(8, 1.0) == 1
-    assert affordable(128, 2 * 3 * 128 * 20 * 100) == 20
+    assert affordable_channels(384, 1e9) == 48
+    assert affordable_channels(8, 1.0) == 1
+    assert affordable_channels(128, 2 * 3 * 128 * 20 * 100) == 20
 
 
 def test_a_batch_of_texts_is_each_alone_and_padding_is_not_seen(tiny):
@@ -208,16 +208,16 @@ def test_a_batch_of_texts_is_each_alone_and_padding_is_not_seen(tiny):
         torch.testing.assert_close(policy(longer), together)
 
 
-def test_eyes_see_the_order_and_nothing_where_there_is_nothing():
+def test_a_token_encoder_sees_the_order_and_nothing_where_there_is_nothing():
     torch.manual_seed(0)
-    eyes, tokens = Eyes(4, 8), torch.randn(1, 5, 4)
+    encoder, tokens = TokenEncoder(4, 8), torch.randn(1, 5, 4)
     mask = torch.ones(1, 5, dtype=torch.int8)
-    forward, backward = (eyes({"tokens": one, "mask": mask}) for one in (tokens, tokens.flip(1)))
+    forward, backward = (encoder({"tokens": one, "mask": mask}) for one in (tokens, tokens.flip(1)))
     assert (forward - backward).abs().max() > 0.01
-    assert not eyes({"tokens": tokens * 0, "mask": mask * 0}).any()
+    assert not encoder({"tokens": tokens * 0, "mask": mask * 0}).any()
 
 
-def test_versions_of_a_policy_keep_its_eyes(tiny, tmp_path):
+def test_versions_of_a_policy_keep_its_token_encoder(tiny, tmp_path):
     policy, split = policy_of(tiny), tiny.split("train")
     seen = tiny.observe(split, np.arange(len(split)))
     policy.save(tmp_path)
