@@ -58,6 +58,8 @@ def run(tmp_path):
             "quality_difference_interval": [-lost - 0.004, -lost + 0.004],
             "flops_ratio_with_policy": flops,
             "quality_kept": kept,
+            "policy_flops_counted": True,
+            "decisions_hash": "0",
             "verdict": "quality kept" if kept else "quality not shown to be kept",
             "by_difficulty": [level(1, instances - 12, 0.7), level(2, 12, 0.3)],
             "skip_rate": dict.fromkeys(SWITCHES, 0.6),
