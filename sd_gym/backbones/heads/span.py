@@ -55,7 +55,7 @@ class SpanHead(Head):
 
     @classmethod
     def load_options(cls, config: PretrainedConfig) -> dict[str, Any]:
-        """One output for starts and one for ends, whatever a former head had."""
+        """One output for starts and one for ends, however many the stored head has."""
         if type(config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING:
             raise BackboneError(f"the architecture {config.model_type!r} has no head that extracts answers")
         return {"num_labels": 2}
