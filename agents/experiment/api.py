@@ -204,17 +204,17 @@ def _evaluate(
 ) -> dict[str, Any]:
     """As ``evaluate``, into a folder that is empty."""
     origin = read_description(Path(policy)) if isinstance(policy, str | Path) else None
-    off_table = None if origin is None else _off_table(env_id, Path(policy), origin)
-    core = shared_core(_config(env_id, origin, off_table, settings))
+    exported = None if origin is None else _exported_policy(env_id, Path(policy), origin)
+    core = shared_core(_config(env_id, origin, exported, settings))
     given = spelled(settings)  # who names data, or a backbone, means what is there now
     names_data = any(key == "table" or key.startswith("data.") for key in given)
-    same_env = origin is not None and env_id in (origin["env"], off_table and off_table.card["env"]["id"])
+    same_env = origin is not None and env_id in (origin["env"], exported and exported.card["env"]["id"])
     same_data = same_env and not names_data
     if same_data:
         check_unchanged(Path(policy), origin["data"], core.data)
-    if off_table or (same_data and "backbone.name" not in given):
+    if exported or (same_data and "backbone.name" not in given):
         check_backbone(Path(policy), origin["weights"], core.backbone)
-    decides = _decides(policy if off_table is None else off_table.network, policy_flops, core)
+    decides = _decides(policy if exported is None else exported.network, policy_flops, core)
     used = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
     if folder is not None:
         description = {MARKER: __version__, "env": env_id, "algo": name or _name_of(policy), "agent_settings": {}}
@@ -278,7 +278,7 @@ def _decides(policy: Policy, flops: int | None, core: Core) -> Decides:
     return _Decides(policy, counted, core)
 
 
-def _off_table(env_id: str, folder: Path, origin: dict[str, Any]) -> SkipPolicy | None:
+def _exported_policy(env_id: str, folder: Path, origin: dict[str, Any]) -> SkipPolicy | None:
     """The artefact of a run on a table, where an env is asked for that computes; ``None`` of anything else.
 
     Raises:
@@ -297,15 +297,15 @@ def _off_table(env_id: str, folder: Path, origin: dict[str, Any]) -> SkipPolicy 
 
 
 def _config(
-    env_id: str, origin: dict[str, Any] | None, off_table: SkipPolicy | None, settings: dict[str, Any]
+    env_id: str, origin: dict[str, Any] | None, exported: SkipPolicy | None, settings: dict[str, Any]
 ) -> EnvConfig:
     """The env's config; of a run on this env, or on a table of it, that which it had there."""
     if origin is not None and origin["env"] == env_id:
         return run.run_config(origin, settings)
-    if off_table is not None and off_table.card["env"]["id"] == env_id:
+    if exported is not None and exported.card["env"]["id"] == env_id:
         if "backbone.name" not in spelled(settings, env_id):
-            off_table.check_reachable()
-        return make_config({**spelled(off_table.card["env"]), **spelled(settings, env_id)}, env_id)
+            exported.check_reachable()
+        return make_config({**spelled(exported.card["env"]), **spelled(settings, env_id)}, env_id)
     return load_config(config_of(env_id), settings)
 
 
