@@ -9,6 +9,7 @@ import sd_gym
 from sd_gym.envs import ConfigError
 from sd_gym.tasks.classification import CLASSIFICATION
 from sd_gym.tasks.data import DataError, load_split
+from sd_gym.tasks.ranking import ByPosition
 from sd_gym.tasks.summarization import TextToText
 
 CUSTOM = "SD/Classification-Custom-v0"
@@ -66,6 +67,26 @@ def test_a_ranking_says_which_tokens_go_first(settings):
     sd_gym.register_ranking("short", lambda encoded, board, rarity: np.zeros(3))
     with pytest.raises(ValueError, match="'short' has to give a number for each token"):
         _ = split_of(settings, token_ranking="short", token_shares=[0.0, 0.5]).tokens.scores
+
+
+def test_a_ranking_says_what_it_costs(settings):
+    class Costly(ByPosition):
+        costs_flops = True
+
+        def flops(self, flops, length):
+            return 1000 * length
+
+    sd_gym.register_ranking("costly", Costly())
+    settings |= {"token_shares": [0.0, 0.5], "vector_reward": True}
+    free, costly = (gym.make(CUSTOM, **settings, token_ranking=name).unwrapped for name in ("position", "costly"))
+    assert (free.reward_space.low[1], costly.reward_space.low[1]) == (-1, -2)
+    rows, dropping = np.arange(4), np.zeros((4, len(free.core.nvec)), dtype=np.int64)
+    dropping[:, -1] = 1
+    costs = [env.core.split("train").costs for env in (free, costly)]
+    length = free.core.split("train").encoded.source_length[rows]
+    np.testing.assert_array_equal(costs[1].flops(rows, dropping) - costs[0].flops(rows, dropping), 1000 * length)
+    np.testing.assert_array_equal(costs[1].flops(rows, 0 * dropping), costs[0].flops(rows, 0 * dropping))
+    assert (costs[1].reading_ratio(rows, dropping) > costs[0].reading_ratio(rows, dropping)).all()
 
 
 def test_a_task_has_fields_of_its_own(reviews, settings):
