@@ -36,7 +36,8 @@ from sd_gym.agents.experiment.run import reduce
 import sd_gym
 from sd_gym.backbones import load_backbone
 from sd_gym.envs.config import make_config
-from sd_gym.envs.core import Core, shared_core
+from sd_gym.envs.protocols import Core
+from sd_gym.envs.shared import shared_core
 from sd_gym.inference.bulk import run_file
 from sd_gym.inference.texts import Answer, SkippingModel
 from sd_gym.policy.artefact import SkipPolicy

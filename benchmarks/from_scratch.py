@@ -36,7 +36,7 @@ from sd_gym.agents.runs.fronts import flops_at_loss
 from stable_baselines3.common.logger import Logger
 
 import sd_gym
-from sd_gym.envs.core import shared_core
+from sd_gym.envs.shared import shared_core
 from sd_gym.policy import DecisionPolicy
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))

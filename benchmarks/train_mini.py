@@ -37,8 +37,8 @@ from transformers.models.mbart.modeling_mbart import MBartAttention
 from sd_gym.backbones.draws import even, layers_of
 from sd_gym.backbones.load import save_backbone
 from sd_gym.backbones.prepare import Recipe, prepare
+from sd_gym.data.instance import Instance
 from sd_gym.switch import Switchboard
-from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.procedural.generate import TASKS, generate_split, stream, vocabulary
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]

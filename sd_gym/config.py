@@ -227,7 +227,7 @@ def is_key(name: str) -> bool:
     return name in KEYS or name in _DOTTED or name in PARTS
 
 
-def spelled(values: Mapping[str, Any], origin: str = "the config") -> dict[str, Any]:
+def dotted(values: Mapping[str, Any], origin: str = "the config") -> dict[str, Any]:
     """Values by dotted key, however their keys are spelled; the values are not checked.
 
     Args:

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from sd_gym.backbones.heads import LabelHead, Seq2SeqHead, SpanHead
 from sd_gym.config import BackboneConfig
+from sd_gym.data.instance import Instance
 from sd_gym.tasks import cache
 from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.encoding import encode
-from sd_gym.tasks.instance import Instance
 
 SETTINGS = (SpanHead(), BackboneConfig(name="tiny", max_source_length=9, max_target_length=4))
 HEADS = [SpanHead(), Seq2SeqHead(), LabelHead({"0": 0, "1": 1, "good": 0, "": 1})]

@@ -21,8 +21,8 @@ from sd_gym.config import (
     EnvConfig,
     RewardConfig,
     TokensConfig,
+    dotted,
     nested,
-    spelled,
 )
 from sd_gym.envs import shared_core
 from sd_gym.envs.config import load_config, parse_yaml, stored_config
@@ -96,9 +96,9 @@ def test_every_key_has_a_short_name_that_no_other_has():
 def test_all_spellings_mean_the_same(key):
     value = OTHER[key]
     ways = {key: value}, {short(key): value}, nested({key: value})
-    assert [spelled(way) for way in ways] == [{key: value}] * 3
+    assert [dotted(way) for way in ways] == [{key: value}] * 3
     basis = {"id": "My/Env-v0", "task": "classification", "dataset": "none", "backbone": "none"}
-    one, other, third = (stored_config({**spelled(basis), **spelled(way)}, "x") for way in ways)
+    one, other, third = (stored_config({**dotted(basis), **dotted(way)}, "x") for way in ways)
     assert one == other == third
     assert one != stored_config(basis, "x")
     assert hash(one) == hash(other)
@@ -117,8 +117,8 @@ def test_spellings_mix(keys, data):
             mixed[short(key)] = OTHER[key]
         else:
             mixed[key] = OTHER[key]
-    assert spelled(mixed) == {key: OTHER[key] for key in keys}
-    assert spelled(nested(spelled(mixed))) == spelled(mixed)
+    assert dotted(mixed) == {key: OTHER[key] for key in keys}
+    assert dotted(nested(dotted(mixed))) == dotted(mixed)
 
 
 @pytest.mark.parametrize(

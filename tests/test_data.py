@@ -5,8 +5,8 @@ import json
 import pytest
 
 from sd_gym.backbones.heads.label import class_index
+from sd_gym.data.instance import Instance
 from sd_gym.tasks.data import DataError, load_split
-from sd_gym.tasks.instance import Instance
 
 
 def test_a_single_file_is_divided_by_row(reviews):

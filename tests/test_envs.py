@@ -99,7 +99,7 @@ def test_an_episode_is_one_decision_with_the_documented_info(env_arguments):
     observation, reward, terminated, truncated, info = env.step(action)
     assert set(info) == STEP_INFO
     assert (type(reward), terminated, truncated) == (float, True, False)
-    np.testing.assert_array_equal(info["decision"], env.unwrapped.core.spelled(np.atleast_2d(action))[0])
+    np.testing.assert_array_equal(info["decision"], env.unwrapped.core.to_masks(np.atleast_2d(action))[0])
     np.testing.assert_allclose(info["vector_reward"], [info["quality"], -info["flops_ratio"]])
     assert info["is_success"] is (info["cost"] == 0)
     assert reward == (1 - info["flops_ratio"] if info["is_success"] else pytest.approx(-20 * min(1, info["cost"])))

@@ -219,7 +219,7 @@ def test_garbage_parquet_is_refused(tmp_path):
 
 def test_a_number_that_names_a_class_is_that_class():
     from sd_gym.backbones.heads.label import class_index
-    from sd_gym.tasks.instance import Instance
+    from sd_gym.data.instance import Instance
 
     assert class_index(Instance("a", "x", 1), {"1": 0, "2": 1}) == 0
     assert class_index(Instance("a", "x", 1), {"no": 0, "yes": 1}) == 1

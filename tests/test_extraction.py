@@ -15,10 +15,10 @@ from sd_gym.backbones import Recipe
 from sd_gym.backbones.heads import SpanHead
 from sd_gym.backbones.heads.span import NOWHERE, best_spans, span_log_likelihood, span_texts
 from sd_gym.config import BackboneConfig, DataConfig, TokensConfig
+from sd_gym.data.instance import Instance
 from sd_gym.envs import ConfigError
 from sd_gym.tasks.data import DataError, load_split
 from sd_gym.tasks.encoding import encode
-from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.preparation import prepare_backbone
 from sd_gym.tasks.text import normalised
 from tests.conftest import WORDS, make_extractor, make_model, varied

@@ -17,7 +17,7 @@ from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.prepare import Recipe, decisions_around, prepare, sandwich_loss
 from sd_gym.cli import app
 from sd_gym.config import BackboneConfig, DataConfig, QualityConfig
-from sd_gym.envs.core import shared_core
+from sd_gym.envs.shared import shared_core
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.preparation import prepare_backbone
 from tests.conftest import make_inputs, make_model

@@ -12,14 +12,14 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd_gym.envs import window
-from sd_gym.envs.passes import Passes
+from sd_gym.envs import pygame_window
 from sd_gym.envs.picture import CELL, HEIGHT, LARGEST_CELL, LOST, RAN, WIDTH, as_image
 from sd_gym.envs.render import Result, Scene, as_lines
 from sd_gym.envs.single import SwitchableEnv
-from sd_gym.envs.split import Split
 from sd_gym.envs.vector import SwitchableVectorEnv
-from sd_gym.tasks.marks import CUT, DROPPED, READ, MarkedText
+from sd_gym.execution.passes import Passes
+from sd_gym.execution.split import BackboneSplit
+from sd_gym.tasks.marked_text import CUT, DROPPED, READ, MarkedText
 from tests.conftest import make_extractor, make_model, varied
 
 SMALL = {"train_size": 60, "validation_size": 20, "test_size": 20}
@@ -251,7 +251,7 @@ def test_each_env_shows_what_it_last_did_in_every_autoreset_mode():
 def test_nothing_is_answered_or_marked_unless_it_is_shown(monkeypatch):
     envs = [gym.make(SUMMARIZATION, render_mode=mode, **SMALL) for mode in (None, "ansi", "rgb_array")]
     vector = gym.make_vec(SUMMARIZATION, num_envs=2, render_mode="rgb_array", **SMALL)
-    for kind, name in ((Passes, "answers"), (Split, "marked_texts"), (Split, "reference")):
+    for kind, name in ((Passes, "answers"), (BackboneSplit, "marked_texts"), (Split, "reference")):
         monkeypatch.setattr(kind, name, lambda *args: pytest.fail("nobody asked"))
     for env in (*envs, vector):
         env.reset(seed=0)
@@ -303,7 +303,7 @@ def test_a_window_opens_and_closes(monkeypatch):
 
 
 def test_without_pygame_there_is_no_window_and_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(window, "HAS_PYGAME", False)
+    monkeypatch.setattr(pygame_window, "HAS_PYGAME", False)
     with pytest.raises(DependencyNotInstalled, match="run `pip install pygame`"):
         SwitchableEnv("summarization_mini.yaml", render_mode="human", **SMALL)
     with pytest.raises(ValueError, match="render_mode must be one of ansi, rgb_array or None, got 'human'"):

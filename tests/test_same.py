@@ -16,7 +16,7 @@ import sd_gym
 from sd_gym.backbones import load_backbone
 from sd_gym.cli import app
 from sd_gym.envs.core import core_of
-from sd_gym.envs.scoring import Scoring
+from sd_gym.execution.scoring import Scoring
 
 CUSTOM = "SD/Classification-Custom-v0"
 
@@ -137,7 +137,7 @@ def test_scores_are_kept_whole(settings):
 
 
 def test_the_qualities_that_were_not_asked_for_longest_are_forgotten(settings, monkeypatch):
-    monkeypatch.setattr("sd_gym.envs.scoring.KNOWN", 4)
+    monkeypatch.setattr("sd_gym.execution.scoring.KNOWN", 4)
     scoring = gym.make(CUSTOM, quality="likelihood", **settings).unwrapped.core.split("train").scoring
     scoring.load_scores(None)
     dense = torch.zeros(1, 7, dtype=torch.int64).numpy()

@@ -29,7 +29,7 @@ import sd_gym
 from sd_gym import switch
 from sd_gym.backbones.heads import model_inputs
 from sd_gym.cli import app
-from sd_gym.config import KEYS, EnvConfig, spelled
+from sd_gym.config import KEYS, EnvConfig, dotted
 from sd_gym.envs import ConfigError, passes, spaces
 from sd_gym.envs.config import read_values
 from sd_gym.envs.sb3 import SwitchableVecEnv
@@ -528,7 +528,7 @@ def test_the_base_configuration_explains_every_key_and_no_other_file_repeats_it(
     values = read_values(CONFIG_FOLDER / "base.yaml")
     assert set(KEYS) - set(values) == {"id", "table"}  # an env's own; table.yaml explains it
     defaults = EnvConfig(id="x", task="classification", data={"dataset": "d"}, backbone={"name": "b"}).model_dump()
-    for key, value in spelled(defaults).items():
+    for key, value in dotted(defaults).items():
         if key not in ("id", "table", "data.dataset", "backbone.name"):
             assert list(values[key]) == list(value) if isinstance(value, tuple) else values[key] == value, key
     for part in [line.split(":")[0] for line in lines if line and not line.startswith((" ", "#"))]:

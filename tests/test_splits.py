@@ -191,8 +191,8 @@ def test_the_list_of_envs_says_what_is_tested_on():
 def test_a_hash_is_of_all_that_the_data_say(change, tmp_path):
     from dataclasses import replace
 
+    from sd_gym.data.instance import Instance
     from sd_gym.tasks.data import Instances
-    from sd_gym.tasks.instance import Instance
 
     one = Instance("train-0", "text", 0)
     assert Instances([replace(one, **change)]).hash != Instances([one]).hash

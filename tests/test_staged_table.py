@@ -41,8 +41,8 @@ def test_its_masks_are_all_combinations_of_what_stages_say(table, source):
     assert len(core.masks) == np.prod(core.nvec)
     for number, ways in enumerate(product(*map(range, core.nvec))):
         assert core.masks_of(np.array([ways])).tolist() == [number]
-        (mask,) = core.spelled(np.array([ways]))
-        assert core.numbered([mask]).tolist() == [list(ways)]
+        (mask,) = core.to_masks(np.array([ways]))
+        assert core.from_masks([mask]).tolist() == [list(ways)]
         for way, components in zip(ways, computed.steps.components, strict=True):
             assert way or not mask[components].any()  # the first way of each stage runs all
 
@@ -57,7 +57,7 @@ def test_outcomes_and_looks_are_those_of_the_env(table, source):
         )
         for ways in product(*map(range, core.nvec)):
             decided = np.tile(ways, (len(rows), 1))
-            masks = core.spelled(decided)
+            masks = core.to_masks(decided)
             came, expected = core.score(ours, rows, decided), computed.score(theirs, rows, masks)
             np.testing.assert_array_equal(came.quality, expected.quality)
             np.testing.assert_array_equal(came.flops_ratio, expected.flops_ratio)
@@ -82,7 +82,7 @@ def test_episodes_are_those_of_the_env(table, source):
         components = computed.steps.components[stage]
         actions = np.zeros((5, len(computed.steps.choices)), dtype=np.int64)
         places = [*range(len(components) - 1), -1] if stage == 0 else np.arange(len(components))  # tokens come last
-        actions[:, places] = core.spelled(decided)[:, components]
+        actions[:, places] = core.to_masks(decided)[:, components]
         seen, *came, infos = ours.step(ways)
         shown, *expected, computed_infos = theirs.step(actions)
         assert_same(came, expected)
@@ -103,14 +103,14 @@ def test_it_is_a_table_of_masks_too(table):
     mean = []
     for number in range(len(core.masks)):
         decided = np.full((len(rows), 1), number)
-        (mask,) = core.spelled(decided[:1])
-        assert core.numbered([mask]).tolist() == [[number]]
+        (mask,) = core.to_masks(decided[:1])
+        assert core.from_masks([mask]).tolist() == [[number]]
         came = core.score(ours, rows, decided)
-        expected = staged.score(theirs, rows, np.tile(staged.numbered([mask]), (len(rows), 1)))
+        expected = staged.score(theirs, rows, np.tile(staged.from_masks([mask]), (len(rows), 1)))
         np.testing.assert_array_equal(came.quality, expected.quality)
         np.testing.assert_array_equal(came.flops_ratio, expected.flops_ratio)
         mean.append(core.split("train").costs.flops_ratio(rows, np.full((len(rows), 1), number)).mean())
-    assert not core.spelled(np.array([[0]])).any()
+    assert not core.to_masks(np.array([[0]])).any()
     assert np.diff(mean).max() < 0.01  # they get cheaper, but for what a sample rounds
     with pytest.raises(ConfigError, match="can be chosen"):
         core_of(ID, table=table, stages=["first", "encoder.2"])

@@ -27,9 +27,9 @@ from sd_gym.envs import ConfigError, Outcome, TableEnv, TableVectorEnv, shared_c
 from sd_gym.envs.config import load_config
 from sd_gym.envs.exact import best_static, oracle, regret, static_regret
 from sd_gym.envs.sb3 import SwitchableVecEnv
-from sd_gym.envs.scoring import Scoring
 from sd_gym.envs.table import table_core
 from sd_gym.envs.tabulate import _smallest
+from sd_gym.execution.scoring import Scoring
 from sd_gym.files import map_arrays, write_arrays
 from sd_gym.policy import DecisionPolicy
 from sd_gym.registration import config_of

@@ -17,7 +17,7 @@ from sd_gym.envs import shared_core
 from sd_gym.envs.config import load_config
 from sd_gym.envs.core import core_of
 from sd_gym.envs.spaces import Standardised
-from sd_gym.envs.table import LEAVING
+from sd_gym.envs.table import EXPORT
 from sd_gym.files import read_json, read_tensors, write_arrays, write_json, write_tensors
 from sd_gym.policy import DecisionPolicy
 from sd_gym.registration import config_of, shipped_tables
@@ -147,13 +147,13 @@ def columns(file):
 def test_policies_can_leave_every_table_in_the_package(env_id):
     """What they take along is that of the backbone and the observations of the table."""
     core = shared_core(load_config(config_of(env_id), {}))
-    leaving = core.leaving()
-    assert leaving.env.id == core.description["env"]
-    assert leaving.env.table is None
-    assert leaving.backbone["weights"] == core.backbone.weights
-    assert leaving.mean.shape == leaving.deviation.shape == core.observation.projection.mean.shape
-    assert (leaving.deviation > 0).all()
-    np.testing.assert_array_equal(leaving.masks, core.masks)
+    exported = core.export()
+    assert exported.env.id == core.description["env"]
+    assert exported.env.table is None
+    assert exported.backbone["weights"] == core.backbone.weights
+    assert exported.mean.shape == exported.deviation.shape == core.observation.projection.mean.shape
+    assert (exported.deviation > 0).all()
+    np.testing.assert_array_equal(exported.masks, core.masks)
 
 
 def test_a_backbone_that_the_project_does_not_have_is_asked_for(tmp_path):
@@ -242,7 +242,7 @@ def test_the_result_on_the_env_stands_beside_the_run(reduced, table_source, tmp_
 def test_a_run_on_a_table_without_what_deciding_takes_has_no_artefact(reduced, table_source, tmp_path):
     """The run stands, on the table."""
     table = Path(shutil.copytree(reduced / "table", tmp_path / "table"))
-    (table / LEAVING).unlink()
+    (table / EXPORT).unlink()
     result = sd_gym.train(ID, "ppo", tmp_path / "run", steps=128, table=str(table))
     assert result["artefact"] is None
     with pytest.raises(ValueError, match=r"decides by numbers of masks, and no skip_policy\.json"):
@@ -268,7 +268,7 @@ def test_an_observation_of_ones_own_stays(table_source, tmp_path):
     env_id, settings = table_source
     keys = {"observation": "off_table_length", **settings}
     sd_gym.tabulate(env_id, tmp_path / "table", decisions="random:4", **keys)
-    assert not (tmp_path / "table" / LEAVING).exists()
+    assert not (tmp_path / "table" / EXPORT).exists()
     result = sd_gym.train(ID, "dense", tmp_path / "run", table=str(tmp_path / "table"))
     assert result["artefact"] is None
 
@@ -308,7 +308,7 @@ def test_a_damaged_table_is_told(reduced, tmp_path):
     ):
         folder = Path(shutil.copytree(reduced / "table", tmp_path / str(number)))
         said = read_json(folder / "table.json")
-        change(folder / LEAVING, said)
+        change(folder / EXPORT, said)
         write_json(folder / "table.json", said)
         with pytest.raises(ValueError, match="is damaged"):
-            shared_core(load_config(config_of(ID), {"table": str(folder)})).leaving()
+            shared_core(load_config(config_of(ID), {"table": str(folder)})).export()

@@ -162,7 +162,7 @@ def test_passes_are_bounded(tmp_path, generator, monkeypatch):
     split = gym.make("SD/Summarization-XSum-v0", **settings).unwrapped.core.split("train")
     rows, decisions = np.arange(30), np.zeros((30, len(split.backbone.board) + 1), dtype=np.int64)
     whole = split.scoring.run(rows, decisions)
-    monkeypatch.setattr("sd_gym.envs.passes.PASS_TOKENS", 50)  # three rows of 8 + 8 tokens
+    monkeypatch.setattr("sd_gym.execution.passes.PASS_TOKENS", 50)  # three rows of 8 + 8 tokens
     assert [len(picked) for picked, _ in split.passes.planned(rows, decisions)] == [3] * 10
     np.testing.assert_allclose(split.scoring.run(rows, decisions), whole, rtol=1e-5)
 

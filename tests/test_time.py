@@ -10,7 +10,7 @@ from sd_gym.agents.experiment import evaluation
 from sd_gym.agents.experiment.evaluation import time_ratio
 from torch.utils.flop_counter import FlopCounterMode
 
-import sd_gym.envs.split
+import sd_gym.execution.split
 import sd_gym.policy.observation
 import sd_gym.switch
 from sd_gym.inference.attach import attach, detach
@@ -117,7 +117,7 @@ def test_an_unseen_part_of_a_split_is_what_the_split_is():
 
 
 def test_rarity_is_counted_once(monkeypatch):
-    sd_gym.envs.split._rarity.cache_clear()
+    sd_gym.execution.split._rarity.cache_clear()
     counted = []
     inner = ranking.inverse_document_frequency
     monkeypatch.setattr(ranking, "inverse_document_frequency", lambda corpus: (counted.append(1), inner(corpus))[1])

@@ -15,7 +15,7 @@ from sd_gym.agents.learning.decisions import halves, keeps, score_decisions
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
 from stable_baselines3.common.logger import Logger
 
-from sd_gym.envs.split import Split
+from sd_gym.envs.protocols import Split
 
 
 class Cascade(Decider):

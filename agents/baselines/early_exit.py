@@ -11,7 +11,7 @@ from sd_gym.agents.learning.decisions import halves, keeps, score_decisions
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
 from stable_baselines3.common.logger import Logger
 
-from sd_gym.envs.split import Split
+from sd_gym.envs.protocols import Split
 
 THRESHOLDS = np.r_[np.linspace(0.5, 0.95, 10), 0.97, 0.98, 0.99, 0.995, 0.999, 1.01]  # above 1: never
 SWEEPS = 2  # over all stages, to lower their thresholds

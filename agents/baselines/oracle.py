@@ -9,7 +9,7 @@ from sd_gym.agents.baselines.search import can_try_all, exhaustive_each, greedy_
 from sd_gym.agents.learning.agent import AgentSettings, Decided, Decider, OnRollout
 from stable_baselines3.common.logger import Logger
 
-from sd_gym.envs.split import Split
+from sd_gym.envs.protocols import Split
 
 ORDER_INSTANCES = 200  # of the validation split, that the order of a beam search is found on
 

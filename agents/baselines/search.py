@@ -11,8 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from sd_gym.envs.core import Core
-from sd_gym.envs.split import Split
+from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.table import all_decisions
 
 SCREENED = 200  # instances that every move of a greedy search is tried on

@@ -15,9 +15,10 @@ from sd_gym.agents.learning.decisions import Decides, fitting
 from sd_gym.agents.runs.folder import check_backbone, read_description
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
 
-from sd_gym.config import EnvConfig, spelled
+from sd_gym.config import EnvConfig, dotted
 from sd_gym.envs.config import load_config, make_config, stored_config
-from sd_gym.envs.core import Core, shared_core
+from sd_gym.envs.protocols import Core
+from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import Observations, each
 from sd_gym.files import write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
@@ -206,7 +207,7 @@ def _evaluate(
     origin = read_description(Path(policy)) if isinstance(policy, str | Path) else None
     exported = None if origin is None else _exported_policy(env_id, Path(policy), origin)
     core = shared_core(_config(env_id, origin, exported, settings))
-    given = spelled(settings)  # who names data, or a backbone, means what is there now
+    given = dotted(settings)  # who names data, or a backbone, means what is there now
     names_data = any(key == "table" or key.startswith("data.") for key in given)
     same_env = origin is not None and env_id in (origin["env"], exported and exported.card["env"]["id"])
     same_data = same_env and not names_data
@@ -303,9 +304,9 @@ def _config(
     if origin is not None and origin["env"] == env_id:
         return run.run_config(origin, settings)
     if exported is not None and exported.card["env"]["id"] == env_id:
-        if "backbone.name" not in spelled(settings, env_id):
+        if "backbone.name" not in dotted(settings, env_id):
             exported.check_reachable()
-        return make_config({**spelled(exported.card["env"]), **spelled(settings, env_id)}, env_id)
+        return make_config({**dotted(exported.card["env"]), **dotted(settings, env_id)}, env_id)
     return load_config(config_of(env_id), settings)
 
 

@@ -18,9 +18,8 @@ from sd_gym.agents.runs.statistics import bootstrap_interval
 from sd_gym.agents.runs.verdict import Verdict, fewest_instances, losses_allowed, verdict
 
 from sd_gym.backbones import Backbone
-from sd_gym.envs.core import Core
+from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.report import by_facts, write_instances
-from sd_gym.envs.split import Split
 
 WARM_UP, LEAST_TIMED = 2, 3  # batches
 TIMED_SECONDS = 30.0  # behind which no further batch is timed: of a large backbone, three batches take minutes

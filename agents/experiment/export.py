@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sd_gym.config import nested, spelled
-from sd_gym.envs.core import Core
+from sd_gym.config import dotted, nested
+from sd_gym.envs.protocols import Core
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.card import OperatingPoint
@@ -42,21 +42,21 @@ def export(
         description: As in ``config.json``.
 
     Returns:
-        ``None`` where a policy cannot leave its env: see ``sd_gym.envs.leaving``.
+        ``None`` where a policy cannot leave its env: see ``sd_gym.envs.export``.
     """
-    leaving = core.leaving()
-    if leaving is None:
+    exported = core.export()
+    if exported is None:
         return None
     network: DecisionPolicy | TablePolicy = policy
-    if leaving.masks is not None or leaving.projection is not None:
+    if exported.masks is not None or exported.projection is not None:
         known = core.decision_nvec.tolist(), core.backbone.board.names
-        network = TablePolicy(policy, *known, leaving.masks, leaving.projection)
-    env = spelled(leaving.env.model_dump())
+        network = TablePolicy(policy, *known, exported.masks, exported.projection)
+    env = dotted(exported.env.model_dump())
     card = {
         "env": nested({key: value for key, value in env.items() if key != "reward.objective"}),
-        "backbone": leaving.backbone,
+        "backbone": exported.backbone,
         "result": {key: result[key] for key in OF_A_RESULT},
         "run": {key: description[key] for key in ("env", "algo", "steps", "seed", "versions", "data")},
     }
-    of_input = leaving.mean, leaving.deviation, leaving.rarity, leaving.protection
-    return SkipPolicy(network, *of_input, tuple(operating_points), card, leaving.of_tokens)
+    of_input = exported.mean, exported.deviation, exported.rarity, exported.protection
+    return SkipPolicy(network, *of_input, tuple(operating_points), card, exported.of_tokens)

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from sd_gym.agents.learning.decisions import decide_rows, deciding_flops, score_decisions
 from sd_gym.agents.runs.fronts import Front
 
-from sd_gym.envs.core import Core
-from sd_gym.envs.split import Split
+from sd_gym.envs.protocols import Core, Split
 from sd_gym.policy import DecisionPolicy
 
 

@@ -11,7 +11,7 @@ from sd_gym.agents.report.plots import plot_skip_rates
 from stable_baselines3.common.logger import Figure, HParam, Logger, configure
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from sd_gym.config import spelled
+from sd_gym.config import dotted
 from sd_gym.files import as_json
 
 OF_ENV = ("reward", "quality", "tokens")  # the parts of an env's config that runs are compared by
@@ -55,7 +55,7 @@ def open_logger(folder: Path, description: dict[str, Any], done: int | None = No
 def hyperparameters(description: dict[str, Any]) -> dict[str, str | bool | int | float]:
     """What runs are compared by: env, agent, seed and steps, all settings of the agent, some of the env."""
     found = {key: description[key] for key in ("env", "algo", "seed", "steps")}
-    found |= spelled({part: description["env_config"][part] for part in OF_ENV})
+    found |= dotted({part: description["env_config"][part] for part in OF_ENV})
     found |= description["agent_settings"]
     return {key: value if isinstance(value, bool | int | float) else str(value) for key, value in found.items()}
 

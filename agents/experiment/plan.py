@@ -14,7 +14,7 @@ from sd_gym.agents.registry import BLIND, agent_class, agent_names, is_control, 
 from sd_gym.agents.runs.folder import read_description
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
 
-from sd_gym.config import spelled
+from sd_gym.config import dotted
 from sd_gym.envs.config import load_config
 from sd_gym.files import as_json
 from sd_gym.registration import config_of
@@ -76,11 +76,11 @@ class Planned:
             return False
         of_env, of_agent = split_settings(self.algo, self.settings)
         now = {key: getattr(self, key) for key in ("env", "algo", "steps", "seed", "strictness")}
-        now |= spelled(load_config(config_of(self.env), of_env).model_dump())
+        now |= dotted(load_config(config_of(self.env), of_env).model_dump())
         now |= make_settings(self.algo, of_agent).model_dump()
         now = json.loads(as_json({key: value for key, value in now.items() if key != "backbone.device"}))
         there = read_description(self.folder)
-        was = {**there, **spelled(there["env_config"]), **there["agent_settings"]}
+        was = {**there, **dotted(there["env_config"]), **there["agent_settings"]}
         for values in (was, now):  # the same folder may be given by another path
             values |= {key: Path(values[key]).name for key in STARTS if values.get(key) is not None}
         if differ := [key for key in now if key in was and was[key] != now[key]]:

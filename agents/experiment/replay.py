@@ -14,8 +14,8 @@ from sd_gym.agents.experiment.run import run_config
 from sd_gym.agents.learning.decisions import Decided, decide_rows, deciding_flops, fitting, score_decisions
 from sd_gym.agents.runs.folder import check_backbone, read_description, read_result
 
-from sd_gym.envs.core import Core, shared_core
-from sd_gym.envs.split import Split
+from sd_gym.envs.protocols import Core, Split
+from sd_gym.envs.shared import shared_core
 from sd_gym.policy import DecisionPolicy
 from sd_gym.registry import naming_imports
 from sd_gym.tasks.splits import check_unchanged
@@ -150,7 +150,7 @@ def _check_decisions(file: Path, recorded: Recorded, result: dict[str, Any]) -> 
 def _numbered(file: Path, core: Core, recorded: Recorded) -> NDArray:
     """The recorded masks as the env's decisions."""
     try:
-        return core.numbered(recorded.decisions)
+        return core.from_masks(recorded.decisions)
     except ValueError as error:
         raise ReplayError(f"{file}: {error}") from error
 
@@ -167,7 +167,7 @@ def _check_scores(file: Path, recorded: Recorded, name: str, scored: NDArray, to
 
 
 def _check_policy(file: Path, recorded: Recorded, core: Core, split: Split, policy: DecisionPolicy) -> None:
-    decided = core.spelled(decide_rows(core, policy, split, np.arange(len(split))))
+    decided = core.to_masks(decide_rows(core, policy, split, np.arange(len(split))))
     differ = np.flatnonzero((decided != recorded.decisions).any(axis=1))
     if len(differ):
         raise ReplayError(

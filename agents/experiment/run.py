@@ -28,9 +28,10 @@ from sd_gym.agents.runs.folder import check_backbone, read_description
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
 from stable_baselines3.common.logger import Logger
 
-from sd_gym.config import KEYS, is_key, spelled
+from sd_gym.config import KEYS, dotted, is_key
 from sd_gym.envs.config import TABLE_KEYS, EnvConfig, make_config
-from sd_gym.envs.core import Core, shared_core
+from sd_gym.envs.protocols import Core
+from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import Observations, joined
 from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_checkpoint, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
@@ -387,7 +388,7 @@ def _settings(description: dict[str, Any]) -> dict[str, Any]:
     """All that says which run it is, by key: env, agent, seed, steps, the env's config and the agent's settings."""
     keys = ("env", "algo", "steps", "seed", "strictness", "weights")
     named = {key: description[key] for key in keys if key in description}
-    return {**named, **spelled(description["env_config"]), **description["agent_settings"]}
+    return {**named, **dotted(description["env_config"]), **description["agent_settings"]}
 
 
 def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:
@@ -409,10 +410,10 @@ def run_config(description: dict[str, Any], settings: dict[str, Any] | None = No
 
     The run's objective is left out: no reward is given, and a user's own may not be registered here.
     """
-    values = {key: value for key, value in spelled(description["env_config"]).items() if key != "reward.objective"}
+    values = {key: value for key, value in dotted(description["env_config"]).items() if key != "reward.objective"}
     if values.get("table") is not None:  # which says the rest
         values = {key: value for key, value in values.items() if key in ("id", "table", *TABLE_KEYS)}
-    return make_config({**values, **spelled(settings or {}, description["env"])}, description["env"])
+    return make_config({**values, **dotted(settings or {}, description["env"])}, description["env"])
 
 
 def circumstances(config: EnvConfig) -> dict[str, Any]:

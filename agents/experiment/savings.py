@@ -18,7 +18,8 @@ from sd_gym.agents.runs.fronts import LEAST, EnvFronts, Front, flops_samples
 from sd_gym.backbones import load_backbone
 from sd_gym.config import RewardConfig
 from sd_gym.envs.config import EnvConfig
-from sd_gym.envs.core import Core, shared_core
+from sd_gym.envs.protocols import Core
+from sd_gym.envs.shared import shared_core
 from sd_gym.policy import DecisionPolicy
 from sd_gym.tasks.splits import Splits, check_unchanged
 

@@ -12,7 +12,7 @@ from sd_gym.agents.experiment.evaluation import by_difficulty
 from sd_gym.agents.learning.decisions import decide_and_score, decide_rows, halves, keeps
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
 
-from sd_gym.envs.core import Core
+from sd_gym.envs.protocols import Core
 from sd_gym.objectives import Objective
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.card import OperatingPoint

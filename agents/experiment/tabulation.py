@@ -15,7 +15,7 @@ from sd_gym.agents.learning.decisions import halves
 from sd_gym.agents.runs.folder import read_description
 
 from sd_gym.envs.config import ConfigError, EnvConfig, load_config
-from sd_gym.envs.core import Core
+from sd_gym.envs.protocols import Core
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import codebook_file, read_masks
 from sd_gym.envs.table import MOST, number_of_decisions

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from sd_gym.agents.experiment.run import load_run
 from sd_gym.agents.learning.decisions import seen_together
 
-from sd_gym.config import EnvConfig, spelled
+from sd_gym.config import EnvConfig, dotted
 from sd_gym.envs.config import make_config
-from sd_gym.envs.core import Core, shared_core
+from sd_gym.envs.protocols import Core, Split
+from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import Observations
-from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy
 
 
@@ -34,7 +34,7 @@ def decided_by_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConfig, 
         FileNotFoundError, ValueError: As ``load_run`` raises; or if the policy has no odds of a switch by itself.
     """
     _, core, policy = load_run(folder)
-    config = make_config(spelled(core.config.model_dump()) | overrides, core.config.id)
+    config = make_config(dotted(core.config.model_dump()) | overrides, core.config.id)
     splits = {name: shared_core(config).split(name) for name in ("train", "validation")}
     return config, {
         name: np.concatenate([_odds(core, policy, split, rows) for rows in seen_together(core, np.arange(len(split)))])

@@ -21,8 +21,8 @@ from sd_gym.agents.imitation.rates import step_logits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sd_gym.envs.core import Core
-from sd_gym.envs.passes import PASS_TOKENS
+from sd_gym.envs.protocols import Core
+from sd_gym.execution.passes import PASS_TOKENS
 from sd_gym.policy import HIDDEN
 from sd_gym.policy.batches import tensors
 from sd_gym.switch import PassState

@@ -21,9 +21,8 @@ from stable_baselines3.common.logger import Logger
 from torch import nn
 
 from sd_gym.config import StrictModel
-from sd_gym.envs.core import Core
+from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.spaces import flat_size, token_width
-from sd_gym.envs.split import Split
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.batches import tensors

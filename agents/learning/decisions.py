@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.runs.verdict import Verdict, assured, fewest_instances
 
-from sd_gym.envs.core import Core
-from sd_gym.envs.passes import PASS_TOKENS
-from sd_gym.envs.scoring import AT_ONCE
+from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.spaces import Observations, flat_size, token_width
-from sd_gym.envs.split import Split
+from sd_gym.execution.passes import PASS_TOKENS
+from sd_gym.execution.scoring import AT_ONCE
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.table_export import TablePolicy
 from sd_gym.switch import PassState
@@ -137,7 +136,7 @@ def _score(
     for part in np.split(order, range(size, len(order), size)):
         decisions, seen = decided(part)
         outcome = core.score(split, rows[part], decisions, seen)
-        results.append((core.spelled(decisions), outcome.quality, outcome.quality_ref, outcome.flops_ratio))
+        results.append((core.to_masks(decisions), outcome.quality, outcome.quality_ref, outcome.flops_ratio))
     back = np.argsort(order)
     names = ("decision", "quality", "quality_ref", "flops_ratio")
     return {

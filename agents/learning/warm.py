@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from sd_gym.agents.learning.decisions import seen_together
 from torch.nn import functional as F
 
-from sd_gym.envs.core import Core
-from sd_gym.envs.split import Split
+from sd_gym.envs.protocols import Core, Split
 from sd_gym.policy import DecisionPolicy
 
 STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 1000, 128, 1e-3, 1e-2  # of each stage

@@ -29,8 +29,8 @@ from sd_gym.agents.reinforce.staged import LEARNING_STARTS, StagedForesight, cer
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
+from sd_gym.envs.protocols import Split
 from sd_gym.envs.spaces import Observations
-from sd_gym.envs.split import Split
 from sd_gym.policy import DecisionPolicy, blinded, bounded
 from sd_gym.policy.batches import tensors
 from sd_gym.switch import PassState

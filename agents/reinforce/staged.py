@@ -12,9 +12,8 @@ from sd_gym.agents.reinforce.foresight import Foresight
 from torch import Tensor
 from torch.nn import functional as F
 
-from sd_gym.envs.core import Core
+from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.spaces import flat_size
-from sd_gym.envs.split import Split
 
 MEMORY = 2**25  # numbers that were seen, at two bytes: 64 MiB
 RECENT = 4096  # decisions whose situations the policy learns in: it meets others by and by

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from sd_gym.agents.runs.folder import read_description, read_result
 
-from sd_gym.config import spelled
+from sd_gym.config import dotted
 from sd_gym.envs.config import EnvConfig, stored_config
 
 INCIDENTAL = ("backbone.device", "start", "path")  # settings that may differ from seed to seed, and in no result
@@ -42,7 +42,7 @@ class Run(NamedTuple):
     @property
     def identity(self) -> dict[str, Any]:
         """What it has to share with others of its agent, by key."""
-        known = spelled(self.env.model_dump())
+        known = dotted(self.env.model_dump())
         data = {f"{split} data": one["hash"] for split, one in self.config.get("data", {}).items()}
         how = {key: self.config.get(key) for key in ("steps", "strictness", "weights")}
         named = {**how, **known, **self.config["agent_settings"], **data}

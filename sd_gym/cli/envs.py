@@ -34,13 +34,13 @@ def envs(imports: Imports = []) -> None:  # noqa: B006  (typer wants a list)
 def _row(values: dict[str, Any]) -> tuple[str, str, str]:
     """The id, data set and backbone of a configuration."""
     if values.get("table") is not None:
-        from sd_gym.config import spelled
+        from sd_gym.config import dotted
         from sd_gym.envs.table import read_description, table_folder
 
         folder = table_folder(values["table"])
         if not folder.is_dir():
             return str(values["id"]), f"no table at {folder}", "-"
-        was = spelled(read_description(folder)["env_config"], str(folder))
+        was = dotted(read_description(folder)["env_config"], str(folder))
         return str(values["id"]), f"{was['data.dataset']}, tabulated", str(was["backbone.name"])
     tested = (values.get("data.splits") or {}).get("test", "test")
     data = f"{values.get('data.dataset') or 'yours'}{'' if tested == 'test' else f', tested on its {tested}'}"

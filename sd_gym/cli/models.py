@@ -104,7 +104,7 @@ def prepare(
             progress.update(bar, completed=step, figures=shown)
 
         from sd_gym.backbones.prepare import Recipe
-        from sd_gym.config import spelled
+        from sd_gym.config import dotted
         from sd_gym.envs.config import load_config
         from sd_gym.registration import config_of
         from sd_gym.tasks.preparation import prepare_backbone
@@ -113,7 +113,7 @@ def prepare(
             raise ValueError("pass either --backbone, or --policy for the backbone of a run")
         given = {"data.dataset": dataset, "backbone.max_source_length": max_length}
         overrides = {key: value for key, value in given.items() if value is not None}
-        overrides |= spelled(settings_of(set_), "--set")
+        overrides |= dotted(settings_of(set_), "--set")
         recipe = Recipe(steps, learning_rate, batch_size, max_rate=max_rate, draw=draw, patience=patience, seed=seed)
         skip_logits = None
         if policy is not None:

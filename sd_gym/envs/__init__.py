@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sd_gym.envs.config import ConfigError, EnvConfig
-    from sd_gym.envs.core import Core
     from sd_gym.envs.outcome import Outcome
+    from sd_gym.envs.protocols import Core, Split
     from sd_gym.envs.shared import shared_core
     from sd_gym.envs.single import SwitchableEnv
-    from sd_gym.envs.split import Split
     from sd_gym.envs.table_shells import TableEnv, TableVectorEnv
     from sd_gym.envs.vector import SwitchableVectorEnv
 

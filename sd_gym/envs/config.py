@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from sd_gym.config import KEYS, KINDS, PARTS, ConfigError, EnvConfig, UnknownKeyError, nested, spelled
+from sd_gym.config import KEYS, KINDS, PARTS, ConfigError, EnvConfig, UnknownKeyError, dotted, nested
 from sd_gym.errors import one_line, short
 from sd_gym.objectives import objective_function
 from sd_gym.registration import CONFIG_FOLDER, OBSERVATIONS
@@ -43,7 +43,7 @@ def make_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
         UnknownKeyError: Naming the key and the nearest known one.
         ConfigError: Naming the key, what was expected and what came.
     """
-    values = spelled(values, origin)
+    values = dotted(values, origin)
     if ("table" in values and "task" not in values) or values.get("table") is not None:
         return _table_config(values, origin)
     for key, example in (("data.dataset", "dataset"), ("backbone.name", "backbone")):
@@ -113,7 +113,7 @@ def stored_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
     Raises:
         ConfigError: If it is none.
     """
-    return _validated(spelled(values, origin), origin)
+    return _validated(dotted(values, origin), origin)
 
 
 def _validated(values: dict[str, Any], origin: str) -> EnvConfig:
@@ -139,11 +139,11 @@ def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
         )
     if not isinstance(values["table"], str | Path):
         raise ConfigError(f"{origin}: config key 'table': expected the folder of a table; got {short(values['table'])}")
-    was = spelled(read_description(table_folder(values["table"]))["env_config"], f"the table {values['table']}")
+    was = dotted(read_description(table_folder(values["table"]))["env_config"], f"the table {values['table']}")
     given = {key: value for key, value in values.items() if value is not None}
     config = _validated({**was, **given}, origin)
-    before = spelled(_validated({**was, "id": config.id, "table": config.table}, origin).model_dump())
-    for key, value in spelled(config.model_dump()).items():
+    before = dotted(_validated({**was, "id": config.id, "table": config.table}, origin).model_dump())
+    for key, value in dotted(config.model_dump()).items():
         at_once = key == "stages" and list(value) == ["first"]
         if value != before[key] and not at_once and (key == "stages" or key not in TABLE_KEYS):
             raise ConfigError(
@@ -196,7 +196,7 @@ def load_config(file: str | Path, overrides: Mapping[str, Any]) -> EnvConfig:
     for key in ("data.dataset", "backbone.name", "codebook", "table") if file.parent != CONFIG_FOLDER else ():
         if isinstance(value := values.get(key), str) and (value.startswith(".") or (file.parent / value).exists()):
             values[key] = str((file.parent / value).resolve())
-    return make_config({**values, **spelled(overrides, origin)}, origin)
+    return make_config({**values, **dotted(overrides, origin)}, origin)
 
 
 def read_values(file: Path) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def read_values(file: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: If there is no such file.
         ConfigError: If a file is not UTF-8, is not YAML, holds something else than keys and values, extends a path or
-            a missing file, or if the files extend each other in a circle; and as ``sd_gym.config.spelled`` raises.
+            a missing file, or if the files extend each other in a circle; and as ``sd_gym.config.to_masks`` raises.
     """
     values: dict[str, Any] = {}
     chain: list[Path] = []
@@ -219,7 +219,7 @@ def read_values(file: Path) -> dict[str, Any]:
         chain.append(next_file)
         said = read_yaml(next_file)
         next_file = _base_file(chain, said.pop(EXTENDS)) if EXTENDS in said else None
-        values = {**spelled(said, str(said.get("id", chain[-1]))), **values}
+        values = {**dotted(said, str(said.get("id", chain[-1]))), **values}
     return values
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from sd_gym.backbones import load_backbone
 from sd_gym.envs.config import ConfigError, EnvConfig
 from sd_gym.envs.episodes import EpisodicCore, FirstLook, StageLooks, Steps
-from sd_gym.envs.leaving import Leaving, of_core
+from sd_gym.envs.export import Export, of_core
 from sd_gym.envs.outcome import Outcome
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import ACTIONS, Actions, MultiDiscreteActions, Observation, Observations, Pooled, Tokens
-from sd_gym.envs.split import Split
 from sd_gym.envs.staged import StageObservation
+from sd_gym.execution.split import BackboneSplit
 from sd_gym.objectives import quality_cost
 from sd_gym.registration import OBSERVATIONS
 from sd_gym.switch import PassState
@@ -31,7 +31,7 @@ from sd_gym.tasks.splits import Splits
 Array = NDArray
 
 
-class Core(EpisodicCore):
+class BackboneCore(EpisodicCore):
     """Draws instances, observes them, and scores decisions on them; shared by all envs of the same configuration.
 
     Args:
@@ -56,7 +56,7 @@ class Core(EpisodicCore):
         self.config = config
         self.backbone = load_backbone(config.backbone.name, config.backbone.device)
         self.data = Splits(config.data, config.task)
-        self._splits: dict[str, Split] = {}
+        self._splits: dict[str, BackboneSplit] = {}
         board = self.backbone.board
         try:
             self.columns = list(board.decided_at(config.stages).values())
@@ -127,18 +127,18 @@ class Core(EpisodicCore):
         """What each component of a decision but the last one skips."""
         return self.backbone.board.names
 
-    def spelled(self, decisions: Array) -> Array:
+    def to_masks(self, decisions: Array) -> Array:
         """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``: here they are."""
         return np.array(decisions, dtype=np.int64)
 
-    def numbered(self, masks: Array) -> Array:
+    def from_masks(self, masks: Array) -> Array:
         """Masks ``[n, switches + 1]`` as decisions, int64 ``[n, components]``: here they are, too."""
         return np.array(masks, dtype=np.int64)
 
-    def split(self, name: str) -> Split:
+    def split(self, name: str) -> BackboneSplit:
         """A split by name, loaded when first asked for."""
         if name not in self._splits:
-            self._splits[name] = Split(self.config, name, self.data)
+            self._splits[name] = BackboneSplit(self.config, name, self.data)
         return self._splits[name]
 
     def scores(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -155,16 +155,16 @@ class Core(EpisodicCore):
         for name in {*self._splits, *scores}:
             self.split(name).scoring.load_scores(scores.get(name))
 
-    def leaving(self) -> Leaving | None:
+    def export(self) -> Export | None:
         """What a policy takes along when it leaves this env; ``None``: it cannot."""
         return of_core(self)
 
-    def observe(self, split: Split, rows: Array) -> Observations:
+    def observe(self, split: BackboneSplit, rows: Array) -> Observations:
         """What the configured observation shows of rows ``[n]`` of a split: new arrays, a row an instance."""
         return self.observation.observe(split, rows)
 
     def decided_logits(
-        self, split: Split, rows: Array, decide: Callable[[Observations], Array]
+        self, split: BackboneSplit, rows: Array, decide: Callable[[Observations], Array]
     ) -> Iterator[tuple[Array, Tensor, Tensor]]:
         """Observe rows, decide on them and run them: positions in ``rows``, logits and labels of each forward pass.
 
@@ -194,7 +194,7 @@ class Core(EpisodicCore):
         else:
             yield from split.passes.logits(rows, decide(self.observe(split, rows)))
 
-    def score(self, split: Split, rows: Array, decisions: Array, seen: PassState | None = None) -> Outcome:
+    def score(self, split: BackboneSplit, rows: Array, decisions: Array, seen: PassState | None = None) -> Outcome:
         """What comes of one decision an instance; one batched run of the backbone.
 
         Args:
@@ -214,14 +214,14 @@ class Core(EpisodicCore):
 
 
 @lru_cache(maxsize=8)
-def core_of(config: EnvConfig, observation: type) -> Core:
+def core_of(config: EnvConfig, observation: type) -> BackboneCore:
     """As ``shared_core``, which passes the observation's class: a name may come to stand for another one."""
-    return Core(config)
+    return BackboneCore(config)
 
 
-def _shared_split(config: EnvConfig, name: str) -> Split:
+def _shared_split(config: EnvConfig, name: str) -> BackboneSplit:
     return shared_core(config).split(name)
 
 
 # A split is never copied, as its core is not.
-copyreg.pickle(Split, lambda split: (_shared_split, (split.config, split.name)))
+copyreg.pickle(BackboneSplit, lambda split: (_shared_split, (split.config, split.name)))

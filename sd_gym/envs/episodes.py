@@ -15,7 +15,7 @@ from sd_gym.envs.outcome import Outcome
 from sd_gym.envs.spaces import Observations, put
 
 if TYPE_CHECKING:  # an env of a table needs no torch
-    from sd_gym.envs.split import Split
+    from sd_gym.envs.protocols import Split
     from sd_gym.switch import PassState
 
 Array = NDArray

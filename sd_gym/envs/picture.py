@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from sd_gym.envs.render import LETTERS, NOTHING, Result, Scene, level_of, quality_of, reward_of
-from sd_gym.tasks.marks import CUT, DROPPED, READ, MarkedText
+from sd_gym.tasks.marked_text import CUT, DROPPED, READ, MarkedText
 
 WIDTH, HEIGHT = 960, 720  # even, as video codecs want
 MARGIN = 24

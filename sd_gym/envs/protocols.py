@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from sd_gym.envs.config import EnvConfig
     from sd_gym.envs.episodes import Episodes, StageLooks, Steps
-    from sd_gym.envs.leaving import Leaving
+    from sd_gym.envs.export import Export
     from sd_gym.envs.outcome import Outcome
     from sd_gym.envs.spaces import Actions, Observations
     from sd_gym.switch import PassState
@@ -149,13 +149,13 @@ class Core(Protocol):
             ValueError: If the decisions are malformed.
         """
 
-    def spelled(self, decisions: Array) -> Array:
+    def to_masks(self, decisions: Array) -> Array:
         """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``."""
 
-    def numbered(self, masks: Array) -> Array:
+    def from_masks(self, masks: Array) -> Array:
         """Masks ``[n, switches + 1]`` as decisions, int64 ``[n, components]``."""
 
-    def leaving(self) -> Leaving | None:
+    def export(self) -> Export | None:
         """What a policy takes along when it leaves this env; ``None``: it cannot."""
 
     def scores(self) -> dict[str, dict[str, Any]]:

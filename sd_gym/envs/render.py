@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.tasks.marks import CUT, DROPPED, MarkedText
+from sd_gym.tasks.marked_text import CUT, DROPPED, MarkedText
 
 if TYPE_CHECKING:
-    from sd_gym.envs.core import Core
-    from sd_gym.envs.split import Split
+    from sd_gym.envs.protocols import Core, Split
 
 LETTERS = {"attention": "a", "cross_attention": "c", "feed_forward": "f"}
 BAR = 40  # characters

@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from sd_gym.envs.split import Split
+from sd_gym.envs.protocols import Split
 from sd_gym.tasks.difficulty import means_by, quartiles
 
 SCORES = ("quality", "quality_ref", "flops_ratio")

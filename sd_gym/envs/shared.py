@@ -8,7 +8,7 @@ from sd_gym.envs.config import EnvConfig
 from sd_gym.registration import OBSERVATIONS
 
 if TYPE_CHECKING:
-    from sd_gym.envs.core import Core
+    from sd_gym.envs.protocols import Core
 
 
 def shared_core(config: EnvConfig) -> Core:

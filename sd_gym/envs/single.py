@@ -8,15 +8,15 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from sd_gym.envs.infos import check_shown, chosen, decided, episode_infos, info_of_one, read_config, text_infos
+from sd_gym.envs.pygame_window import HAS_PYGAME, Window
 from sd_gym.envs.render import Shown, pictures
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import as_array, each, reward_space, spaces
-from sd_gym.envs.told import check_shown, chosen, decided, episode_infos, info_of_one, read_config, text_infos
-from sd_gym.envs.window import HAS_PYGAME, Window
 from sd_gym.objectives import Objective
 
 if TYPE_CHECKING:  # an env of a table needs no torch
-    from sd_gym.envs.split import Split
+    from sd_gym.envs.protocols import Split
 
 # Gymnasium's checker tries every mode that an env declares, so a window is declared only where one can be opened.
 RENDER_MODES = ("ansi", "rgb_array", "human") if HAS_PYGAME else ("ansi", "rgb_array")

@@ -22,8 +22,7 @@ from sd_gym.registration import CONFIG_FOLDER
 if TYPE_CHECKING:  # an env of a table needs no torch
     from torch import Tensor
 
-    from sd_gym.envs.core import Core
-    from sd_gym.envs.split import Split
+    from sd_gym.envs.protocols import Core, Split
 
 Array = NDArray
 Observations = Array | dict[str, Array]  # of a batch: one row an instance
@@ -296,7 +295,7 @@ class Tokens(Observation):
 
     def _embedded(self, split: Split, rows: Array) -> Iterator[tuple[Array, Tensor, Tensor]]:
         """By parts: positions in ``rows``, first layer's input ``[part, longest, width]``, the mask of its tokens."""
-        from sd_gym.envs.passes import PASS_TOKENS
+        from sd_gym.execution.passes import PASS_TOKENS
         from sd_gym.switch import first_layer_input
 
         board = split.backbone.board

@@ -17,8 +17,7 @@ from sd_gym.switch import PassState
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
 if TYPE_CHECKING:
-    from sd_gym.envs.core import Core
-    from sd_gym.envs.split import Split
+    from sd_gym.envs.protocols import Core, Split
 
 Array = NDArray
 PASS_ROWS = 64  # of a pass that statistics are taken from

@@ -14,7 +14,7 @@ Nothing here needs torch, a backbone or a data set. A table is a folder:
   instance, in the smallest type that holds them exactly.
 * ``SPLIT.json``: the ids of the instances, and those of their facts that are words.
 * ``projection.safetensors``, where observations are reduced: how (``sd_gym.projection``).
-* ``leaving.safetensors``: what standardises observations and ranks tokens, so that a policy that learned here decides
+* ``export.safetensors``: what standardises observations and ranks tokens, so that a policy that learned here decides
   on the env itself, or on texts. A table of an env that no policy can leave has none.
 """
 
@@ -45,11 +45,11 @@ from sd_gym.projection import Projection, read_projection
 from sd_gym.registration import CONFIG_FOLDER
 
 if TYPE_CHECKING:  # it needs torch
-    from sd_gym.envs.leaving import Leaving
+    from sd_gym.envs.export import Export
 
 Array = NDArray
 FORMAT = 2
-CODEBOOK, PROJECTION, LEAVING = "codebook.json", "projection.safetensors", "leaving.safetensors"
+CODEBOOK, PROJECTION, EXPORT = "codebook.json", "projection.safetensors", "export.safetensors"
 MOST = 4096  # decisions; where there are no more, a table has all of them
 
 
@@ -323,11 +323,11 @@ class TableCore(EpisodicCore):
         numbers = decisions @ self._place
         return numbers if self._order is None else self._order[numbers]
 
-    def spelled(self, decisions: Array) -> Array:
+    def to_masks(self, decisions: Array) -> Array:
         """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``."""
         return np.array(decisions, dtype=np.int64) if self.exhaustive else self.masks[self.masks_of(decisions)]
 
-    def numbered(self, masks: Array) -> Array:
+    def from_masks(self, masks: Array) -> Array:
         """Masks ``[n, switches + 1]`` as decisions, int64 ``[n, components]``: the other way round.
 
         Raises:
@@ -344,9 +344,9 @@ class TableCore(EpisodicCore):
         numbers = numbers if self._order is None else np.argsort(self._order)[numbers]
         return np.stack(np.unravel_index(numbers, self.nvec), axis=1)
 
-    def leaving(self) -> Leaving | None:
+    def export(self) -> Export | None:
         """As of the core of the env that the table is of."""
-        from sd_gym.envs.leaving import of_table
+        from sd_gym.envs.export import of_table
 
         return of_table(self)
 

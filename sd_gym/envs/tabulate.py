@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 
 from sd_gym.config import ConfigError
 from sd_gym.envs.config import EnvConfig
-from sd_gym.envs.core import Core
-from sd_gym.envs.leaving import Leaving
+from sd_gym.envs.export import Export
+from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import write_masks
-from sd_gym.envs.split import Split
 from sd_gym.envs.table import CODEBOOK, FORMAT, PROJECTION, all_decisions
 from sd_gym.envs.table_split import FACT, at_stage
 from sd_gym.files import as_json, map_arrays, read_json, write_arrays, write_json
@@ -82,8 +81,8 @@ def write_table(
     """
     _check(core, pca)
     with locked(folder):
-        leaving = core.leaving()
-        description = _description(core, leaving, masks, ways, chosen, pca, share)
+        exported = core.export()
+        description = _description(core, exported, masks, ways, chosen, pca, share)
         _begin(folder, description, masks, resume)
         reduce = None if pca is None else _projection(core, pca, folder)
         numbers = all_decisions(core.nvec) if masks is None else masks
@@ -92,8 +91,8 @@ def write_table(
         for name in SPLITS:
             files = [chunk.file for chunk in chunks if chunk.split == name]
             _write_split(core, core.split(name), files, len(numbers), folder, reduce, share)
-        if leaving is not None:
-            leaving.write(folder)
+        if exported is not None:
+            exported.write(folder)
         write_json(folder / "table.json", {**description, "complete": True})
         shutil.rmtree(folder / PARTS)
 
@@ -222,7 +221,7 @@ def _projection(core: Core, pca: int, folder: Path) -> Projection:
 
 def _description(
     core: Core,
-    leaving: Leaving | None,
+    exported: Export | None,
     masks: Array | None,
     ways: list[int] | None,
     chosen: str,
@@ -259,10 +258,10 @@ def _description(
         "backbone": {
             "name": core.config.backbone.name,
             "weights": core.backbone.weights,
-            **(leaving.backbone if leaving else {}),
+            **(exported.backbone if exported else {}),
             "switches": core.backbone.board.names,
         },
-        "protection": leaving.protection.described() if leaving and leaving.protection else None,
+        "protection": exported.protection.described() if exported and exported.protection else None,
         "observation": {"shape": list(space.shape), "low": _bound(space.low), "high": _bound(space.high)},
         "pca": pca,
         "env_config": config,

@@ -12,10 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from sd_gym.envs.render import Shown, pictures
-from sd_gym.envs.shared import shared_core
-from sd_gym.envs.spaces import Observations, each, reward_space, spaces
-from sd_gym.envs.told import (
+from sd_gym.envs.infos import (
     check_shown,
     checked_options,
     chosen,
@@ -26,10 +23,13 @@ from sd_gym.envs.told import (
     read_config,
     text_infos,
 )
+from sd_gym.envs.render import Shown, pictures
+from sd_gym.envs.shared import shared_core
+from sd_gym.envs.spaces import Observations, each, reward_space, spaces
 from sd_gym.objectives import Objective
 
 if TYPE_CHECKING:  # an env of a table needs no torch
-    from sd_gym.envs.split import Split
+    from sd_gym.envs.protocols import Split
 
 RENDER_MODES = ("ansi", "rgb_array")
 

@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sd_gym.backbones.load import load_own_backbone
-from sd_gym.config import spelled
+from sd_gym.config import dotted
+from sd_gym.data.instance import Instance
 from sd_gym.envs.config import make_config
-from sd_gym.envs.passes import Passes
-from sd_gym.envs.split import Split
 from sd_gym.errors import short
+from sd_gym.execution.passes import Passes
+from sd_gym.execution.split import BackboneSplit
 from sd_gym.inference.attach import attach
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.rollout import Keep, StagedRollout
 from sd_gym.tasks.data import Instances
 from sd_gym.tasks.family import TASKS, check_text
-from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.metrics import METRICS
 
 BATCH = 256  # inputs that are decided on at once
@@ -62,7 +62,7 @@ class StagedPasses(Passes):
         decisions: Zeros ``[n, switches + 1]``, where what is decided is written.
     """
 
-    def __init__(self, split: Split, policy: SkipPolicy, decisions: NDArray) -> None:
+    def __init__(self, split: BackboneSplit, policy: SkipPolicy, decisions: NDArray) -> None:
         vars(self).update(vars(split.passes))
         self._policy, self._decisions = policy, decisions
 
@@ -109,7 +109,7 @@ class SkippingModel:
         if backbone is None:
             policy.check_reachable()
         of_env = policy.card["env"]
-        values = spelled({key: value for key, value in of_env.items() if key not in NOT_NEEDED}, "the policy")
+        values = dotted({key: value for key, value in of_env.items() if key not in NOT_NEEDED}, "the policy")
         values |= {"data.dataset": "none", "backbone.device": device}
         values |= {"data.unanswerable": of_env["data"]["unanswerable"]}
         values |= {"backbone.name": backbone} if backbone else {}
@@ -174,18 +174,18 @@ class SkippingModel:
             for answer, row, share, count in zip(answers, decisions, ratio, unknown, strict=True)
         ]
 
-    def _decided(self, split: Split, rows: NDArray) -> NDArray:
+    def _decided(self, split: BackboneSplit, rows: NDArray) -> NDArray:
         """Decisions ``[n, switches + 1]`` on rows ``[n]``."""
         board = split.backbone.board
         return self.policy.decide(board, split.encoded.inputs(rows, board.model.device))
 
-    def _own_flops(self, split: Split) -> NDArray:
+    def _own_flops(self, split: BackboneSplit) -> NDArray:
         """FLOPs of the policy itself on each input, ``[n]``."""
         network, seen = self.policy.network, np.minimum(split.encoded.source_length, self.policy.longest)
         judged = sum(name != "first" for name in network.stages) if split.backbone.can_exit else 0
         return network.flops + network.flops_a_token * seen + judged * split.costs.head_flops(np.arange(len(split)))
 
-    def _unknown_tokens(self, split: Split) -> NDArray:
+    def _unknown_tokens(self, split: BackboneSplit) -> NDArray:
         """How many tokens of each input the tokenizer does not know, ``[n]``: none, where it spells all in bytes."""
         known = self.tokenizer
         others = known.eos_token_id, known.bos_token_id, known.pad_token_id
@@ -232,8 +232,8 @@ class SkippingModel:
             check_text(text, name)
         return texts
 
-    def _split(self, instances: list[Instance]) -> Split:
-        split = Split(self._config, "inputs", {"inputs": Instances(instances)}, self._backbone)
+    def _split(self, instances: list[Instance]) -> BackboneSplit:
+        split = BackboneSplit(self._config, "inputs", {"inputs": Instances(instances)}, self._backbone)
         if self.policy.rarity is not None:
             split.rarity = self.policy.rarity
         return split

@@ -26,8 +26,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sd_gym.backbones.heads import Head
 from sd_gym.config import BackboneConfig
-from sd_gym.tasks.encoding import Encoded, encode
-from sd_gym.tasks.instance import Instance
+from sd_gym.data.encoded import Encoded
+from sd_gym.data.instance import Instance
+from sd_gym.tasks.encoding import encode
 from sd_gym.version import __version__
 
 OF_BACKBONE = ("max_source_length", "max_target_length", "prompt", "stop")  # what encoding depends on

@@ -13,10 +13,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from sd_gym.config import DataConfig
+from sd_gym.data.instance import Instance
 from sd_gym.errors import one_line, short
 from sd_gym.tasks.family import LARGEST, TASKS, check_text
 from sd_gym.tasks.files import DataError, Rows, read_csv, read_jsonl
-from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.procedural import generate_split
 
 SPLITS = ("train", "validation", "test")

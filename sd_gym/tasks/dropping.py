@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from sd_gym.backbones.heads import Head
 from sd_gym.config import BackboneConfig, TokensConfig
+from sd_gym.data.encoded import Encoded
+from sd_gym.data.instance import Instance
 from sd_gym.switch import Switchboard, dropped_tokens
-from sd_gym.tasks.encoding import Encoded, droppable_tokens
-from sd_gym.tasks.instance import Instance
+from sd_gym.tasks.encoding import droppable_tokens
 from sd_gym.tasks.ranking import RANKINGS, kept_tokens, token_scores
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from sd_gym.data.instance import Instance
 from sd_gym.errors import DataError, short
 from sd_gym.registry import Registry
-from sd_gym.tasks.instance import Instance
 
 if TYPE_CHECKING:
     from sd_gym.backbones.heads import Head

@@ -28,13 +28,13 @@ from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import head_stored_with, load_model, save_backbone
 from sd_gym.backbones.prepare import Recipe, freeze_observation, prepare
 from sd_gym.config import BackboneConfig, DataConfig, QualityConfig, TokensConfig
+from sd_gym.data.instance import Instance
 from sd_gym.files import as_json, read_json, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.dropping import TokenDropping
 from sd_gym.tasks.family import TASKS
-from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.ranking import training_rarity
 from sd_gym.tasks.splits import Splits, check_unchanged
 from sd_gym.tasks.validation import Part, Score

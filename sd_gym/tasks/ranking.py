@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sd_gym.data.encoded import Encoded, left_padded
+from sd_gym.data.instance import Instance
 from sd_gym.registry import Registry
 from sd_gym.switch import (
     FlopsModel,
@@ -23,8 +25,6 @@ from sd_gym.switch import (
     random_scores,
     rarity_scores,
 )
-from sd_gym.tasks.encoding import Encoded, left_padded
-from sd_gym.tasks.instance import Instance
 
 STATISTICS_SIZE = 2000  # training instances that statistics are taken from
 BATCH = 512

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sd_gym.config import DataConfig
+from sd_gym.data.instance import Instance
 from sd_gym.tasks.data import SPLITS, DataError, Instances, check_splits, load_split
-from sd_gym.tasks.instance import Instance
 
 
 class Splits:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sd_gym.data.instance import Instance
 from sd_gym.tasks.family import Task
-from sd_gym.tasks.instance import Instance
 
 
 class TextToText(Task):

@@ -15,10 +15,10 @@ from sd_gym.backbones.draws import DRAWS, layers_of
 from sd_gym.backbones.heads import Head
 from sd_gym.backbones.prepare import decisions_around
 from sd_gym.config import BackboneConfig, QualityConfig
+from sd_gym.data.encoded import Encoded
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.data import Instances
 from sd_gym.tasks.dropping import TokenDropping
-from sd_gym.tasks.encoding import Encoded
 from sd_gym.tasks.metrics import text_quality
 
 REPORTED_RATES = (0.0, 0.2, 0.4, 0.6)

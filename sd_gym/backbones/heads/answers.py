@@ -14,8 +14,8 @@ from torch import Tensor
 from sd_gym.switch import PassState
 
 if TYPE_CHECKING:
-    from sd_gym.tasks.encoding import Encoded
-    from sd_gym.tasks.instance import Instance
+    from sd_gym.data.encoded import Encoded
+    from sd_gym.data.instance import Instance
 
 LEAST_LIKELIHOOD = 1e-13  # whose logarithm is taken: about minus 30
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -13,23 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from sd_gym.data.encoded import Targets
+
 if TYPE_CHECKING:
     from sd_gym.config import BackboneConfig
-    from sd_gym.tasks.encoding import Encoded
-    from sd_gym.tasks.instance import Instance
+    from sd_gym.data.encoded import Encoded
+    from sd_gym.data.instance import Instance
 
 NO_MODEL_INPUTS = ("labels", "context_mask")
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the backbone shall answer; the fields are those of ``sd_gym.tasks.encoding.Encoded``."""
-
-    labels: Tensor
-    target_length: NDArray
-    target_cut: NDArray
-    context_mask: Tensor | None = None
-    offsets: Tensor | None = None
 
 
 class Encoding(ABC):

@@ -12,12 +12,13 @@ from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTr
 
 from sd_gym.backbones.heads.answers import Given, log_likelihoods
 from sd_gym.backbones.heads.base import Head
-from sd_gym.backbones.heads.encoding import Targets, nothing_generated
+from sd_gym.backbones.heads.encoding import nothing_generated
+from sd_gym.data.encoded import Targets
 from sd_gym.errors import DataError, short
 
 if TYPE_CHECKING:
     from sd_gym.config import BackboneConfig
-    from sd_gym.tasks.instance import Instance
+    from sd_gym.data.instance import Instance
 
 
 class LabelHead(Head):

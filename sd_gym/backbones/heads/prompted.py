@@ -13,16 +13,16 @@ from torch import Tensor
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.backbones.heads.base import Head
-from sd_gym.backbones.heads.encoding import Targets
 from sd_gym.backbones.heads.losses import IGNORED
 from sd_gym.backbones.heads.seq2seq import Seq2SeqHead
+from sd_gym.data.encoded import Targets
 from sd_gym.errors import DataError
 from sd_gym.switch import Switchboard
 from sd_gym.switch.architectures import architecture_of
 
 if TYPE_CHECKING:
     from sd_gym.config import BackboneConfig
-    from sd_gym.tasks.instance import Instance
+    from sd_gym.data.instance import Instance
 
 
 class PromptedHead(Seq2SeqHead):

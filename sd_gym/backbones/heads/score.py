@@ -17,7 +17,7 @@ from sd_gym.backbones.heads.label import LabelHead
 from sd_gym.errors import DataError, short
 
 if TYPE_CHECKING:
-    from sd_gym.tasks.instance import Instance
+    from sd_gym.data.instance import Instance
 
 
 class ScoreHead(LabelHead):

@@ -14,14 +14,15 @@ from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTr
 
 from sd_gym.backbones.heads.answers import Given, Measure, Runs, log_likelihoods
 from sd_gym.backbones.heads.base import Head
-from sd_gym.backbones.heads.encoding import Targets, model_inputs
+from sd_gym.backbones.heads.encoding import model_inputs
 from sd_gym.backbones.heads.losses import IGNORED
+from sd_gym.data.encoded import Targets
 from sd_gym.switch import PassState, Switchboard
 
 if TYPE_CHECKING:
     from sd_gym.config import BackboneConfig
-    from sd_gym.tasks.encoding import Encoded
-    from sd_gym.tasks.instance import Instance
+    from sd_gym.data.encoded import Encoded
+    from sd_gym.data.instance import Instance
 
 
 class Seq2SeqHead(Head):

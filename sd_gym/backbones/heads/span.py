@@ -21,15 +21,16 @@ from transformers import (
 from sd_gym.backbones.checks import BackboneError
 from sd_gym.backbones.heads.answers import Given, Measure
 from sd_gym.backbones.heads.base import Head
-from sd_gym.backbones.heads.encoding import Targets, model_inputs, nothing_generated
+from sd_gym.backbones.heads.encoding import model_inputs, nothing_generated
 from sd_gym.backbones.heads.losses import IGNORED, divergence
+from sd_gym.data.encoded import Targets
 from sd_gym.errors import DataError, short
 from sd_gym.switch import Switchboard
 
 if TYPE_CHECKING:
     from sd_gym.config import BackboneConfig
-    from sd_gym.tasks.encoding import Encoded
-    from sd_gym.tasks.instance import Instance
+    from sd_gym.data.encoded import Encoded
+    from sd_gym.data.instance import Instance
 
 NOWHERE = -1e9  # logit of a position where no answer may begin or end; finite, so that differences stay numbers
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from random import Random
 
-from sd_gym.tasks.instance import Instance
+from sd_gym.data.instance import Instance
 from sd_gym.tasks.procedural import classification, question_answering, summarization
 
 TASKS = {

@@ -12,25 +12,26 @@ from transformers import PreTrainedTokenizerBase
 
 from sd_gym.backbones import Backbone, load_backbone
 from sd_gym.backbones.checks import check_positions
-from sd_gym.envs.config import ConfigError, EnvConfig
-from sd_gym.envs.costs import Costs
-from sd_gym.envs.passes import Passes
-from sd_gym.envs.scoring import Scoring
+from sd_gym.config import ConfigError, EnvConfig
+from sd_gym.data.encoded import Encoded
+from sd_gym.execution.costs import Costs
+from sd_gym.execution.passes import Passes
+from sd_gym.execution.scoring import Scoring
 from sd_gym.policy.observation import observed
 from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.data import Instances
 from sd_gym.tasks.difficulty import quartiles
 from sd_gym.tasks.dropping import TokenDropping
-from sd_gym.tasks.encoding import Encoded, encode
+from sd_gym.tasks.encoding import encode
 from sd_gym.tasks.family import TASKS
-from sd_gym.tasks.marks import MarkedText, marked_texts
+from sd_gym.tasks.marked_text import MarkedText, marked_texts
 from sd_gym.tasks.ranking import in_batches, training_rarity
 from sd_gym.tasks.splits import Splits
 
 Array = NDArray
 
 
-class Split:
+class BackboneSplit:
     """One split of a data set, with everything about it that never changes.
 
     Args:
@@ -100,13 +101,13 @@ class Split:
     def __len__(self) -> int:
         return len(self.instances)
 
-    def unseen(self, rows: Array) -> Split:
+    def unseen(self, rows: Array) -> BackboneSplit:
         """These rows as a split of their own: tokenised, but neither observed, nor ranked, nor scored yet.
 
         So everything that comes of the model's inputs is computed anew, as for inputs that nobody has seen before; to
         measure what that takes.
         """
-        part = Split.__new__(Split)
+        part = BackboneSplit.__new__(BackboneSplit)
         part.config, part.name, part._data = self.config, self.name, self._data
         part.task, part.backbone, part.head = self.task, self.backbone, self.head
         part.reading = self.reading

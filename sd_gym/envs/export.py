@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sd_gym.backbones.load import BUNDLED
 from sd_gym.envs.config import EnvConfig
 from sd_gym.envs.spaces import Pooled, Tokens
-from sd_gym.envs.table import LEAVING, TableCore, all_decisions
+from sd_gym.envs.table import EXPORT, TableCore, all_decisions
 from sd_gym.files import map_arrays, write_arrays
 from sd_gym.policy.artefact import tokenizer_hash
 from sd_gym.policy.protection import Protection
@@ -19,13 +19,12 @@ from sd_gym.projection import Projection
 from sd_gym.tasks.ranking import RANKINGS
 
 if TYPE_CHECKING:
-    from sd_gym.envs.core import Core
-    from sd_gym.envs.split import Split
+    from sd_gym.envs.protocols import Core, Split
 
 Array = NDArray
 
 
-class Leaving(NamedTuple):
+class Export(NamedTuple):
     """What a policy takes along.
 
     Attributes:
@@ -53,10 +52,10 @@ class Leaving(NamedTuple):
     def write(self, folder: Path) -> None:
         """Write to a table what its description has no place for."""
         arrays = {"mean": self.mean, "deviation": self.deviation, "rarity": self.rarity}
-        write_arrays(folder / LEAVING, {name: values for name, values in arrays.items() if values is not None})
+        write_arrays(folder / EXPORT, {name: values for name, values in arrays.items() if values is not None})
 
 
-def of_core(core: Core) -> Leaving | None:
+def of_core(core: Core) -> Export | None:
     """Of an env that computes.
 
     Returns:
@@ -82,10 +81,10 @@ def of_core(core: Core) -> Leaving | None:
     protection = _protection(train) if drops else None
     looks = core.observation
     of_tokens = (looks.mean, looks.deviation) if core.is_staged and isinstance(looks, Tokens) else None
-    return Leaving(config, said, seen.mean, seen.deviation, rarity, protection, of_tokens=of_tokens)
+    return Export(config, said, seen.mean, seen.deviation, rarity, protection, of_tokens=of_tokens)
 
 
-def of_table(core: TableCore) -> Leaving | None:
+def of_table(core: TableCore) -> Export | None:
     """Of a table.
 
     Returns:
@@ -95,13 +94,13 @@ def of_table(core: TableCore) -> Leaving | None:
     Raises:
         ValueError: If the table is damaged.
     """
-    said, file = core.description, core.folder / LEAVING
+    said, file = core.description, core.folder / EXPORT
     if not file.is_file() or ("ways" in said and not core.is_staged):
         return None
     arrays = {name: np.array(values) for name, values in map_arrays(file).items()}
     try:
         protection = said["protection"]
-        return Leaving(
+        return Export(
             core.config.model_copy(
                 update={"id": said["env"], "table": None, "action": "multi_discrete", "codebook": None}
             ),
@@ -110,7 +109,7 @@ def of_table(core: TableCore) -> Leaving | None:
             arrays["deviation"],
             arrays.get("rarity"),
             protection and Protection.of_described(protection),
-            None if core.exhaustive else core.spelled(all_decisions(core.nvec)),
+            None if core.exhaustive else core.to_masks(all_decisions(core.nvec)),
             core.observation.projection,
         )
     except (KeyError, TypeError) as error:

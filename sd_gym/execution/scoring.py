@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from sd_gym.backbones.heads.answers import LEAST_LIKELIHOOD
 from sd_gym.config import QualityConfig
-from sd_gym.envs.passes import Passes
+from sd_gym.data.encoded import Encoded
+from sd_gym.data.instance import Instance
+from sd_gym.execution.passes import Passes
 from sd_gym.switch import PassState
-from sd_gym.tasks.encoding import Encoded
-from sd_gym.tasks.instance import Instance
 from sd_gym.tasks.metrics import METRICS, corpus_metric, text_metrics, text_quality
 
 Array = NDArray

@@ -15,9 +15,8 @@ from sd_gym.objectives import Objective
 from sd_gym.registration import CONFIG_FOLDER
 
 if TYPE_CHECKING:  # an env of a table needs no torch
-    from sd_gym.envs.core import Core
     from sd_gym.envs.episodes import Episodes
-    from sd_gym.envs.split import Split
+    from sd_gym.envs.protocols import Core, Split
 
 KNOWN_AT_RESET = ("instance", "difficulty")
 _SCALARS = (np.float64, np.int64, np.bool_)
@@ -88,7 +87,7 @@ def step_infos(core: Core, split: Split, rows: NDArray, decisions: NDArray, outc
         "is_success": outcome.cost == 0,
         "instance": split.ids[rows],
         "difficulty": split.difficulty[rows],
-        "decision": core.spelled(decisions),
+        "decision": core.to_masks(decisions),
     }
 
 
@@ -101,7 +100,7 @@ def reset_infos(core: Core, split: Split, rows: NDArray) -> dict[str, NDArray]:
 
 def episode_infos(core: Core, split: Split, rows: NDArray, episodes: Episodes, envs: NDArray) -> dict[str, NDArray]:
     """The info of some envs that are not yet over: that of a reset, and what is decided so far."""
-    infos = reset_infos(core, split, rows[envs]) | {"decision": core.spelled(episodes.decisions[envs])}
+    infos = reset_infos(core, split, rows[envs]) | {"decision": core.to_masks(episodes.decisions[envs])}
     return infos | mask_infos(core, episodes, envs)
 
 

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from sd_gym.backbones import Backbone
 from sd_gym.backbones.heads import reading_ratio
+from sd_gym.data.encoded import Encoded
 from sd_gym.tasks.dropping import TokenDropping
-from sd_gym.tasks.encoding import Encoded
 
 Array = NDArray
 

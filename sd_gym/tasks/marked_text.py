@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd_gym.config import BackboneConfig
-from sd_gym.tasks.instance import Instance
+from sd_gym.data.instance import Instance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from sd_gym.backbones import Backbone
 from sd_gym.config import BackboneConfig
+from sd_gym.data.encoded import Encoded
+from sd_gym.data.instance import Instance
 from sd_gym.switch import PassState, passes
 from sd_gym.switch.stages import BETWEEN, EVERY_LAYER
 from sd_gym.tasks.dropping import TokenDropping
-from sd_gym.tasks.encoding import Encoded
-from sd_gym.tasks.instance import Instance
 
 Array = NDArray
 PASS_TOKENS = 2**15  # padded tokens of a forward pass at most, which bounds its memory

@@ -1,0 +1,1 @@
+"""What every package passes around: one instance, and a split of them as tensors."""
