@@ -251,7 +251,7 @@ def test_each_env_shows_what_it_last_did_in_every_autoreset_mode():
 def test_nothing_is_answered_or_marked_unless_it_is_shown(monkeypatch):
     envs = [gym.make(SUMMARIZATION, render_mode=mode, **SMALL) for mode in (None, "ansi", "rgb_array")]
     vector = gym.make_vec(SUMMARIZATION, num_envs=2, render_mode="rgb_array", **SMALL)
-    for kind, name in ((Passes, "answers"), (BackboneSplit, "marked_texts"), (Split, "reference")):
+    for kind, name in ((Passes, "answers"), (BackboneSplit, "marked_texts"), (BackboneSplit, "reference")):
         monkeypatch.setattr(kind, name, lambda *args: pytest.fail("nobody asked"))
     for env in (*envs, vector):
         env.reset(seed=0)

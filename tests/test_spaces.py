@@ -30,10 +30,11 @@ from sd_gym import switch
 from sd_gym.backbones.heads import model_inputs
 from sd_gym.cli import app
 from sd_gym.config import KEYS, EnvConfig, dotted
-from sd_gym.envs import ConfigError, passes, spaces
+from sd_gym.envs import ConfigError, spaces
 from sd_gym.envs.config import read_values
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.wrappers import SafetyWrapper
+from sd_gym.execution import passes
 from sd_gym.registration import CONFIG_FOLDER, config_files
 from sd_gym.switch import first_layer_input
 
