@@ -3,7 +3,7 @@
 Aggregates are those of Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical Precipice":
 runs are drawn anew for each env on its own (a stratified bootstrap), so that no env counts more by luck. ``scores`` are
 always a list with an array ``[runs]`` for each env; envs may have different numbers of runs. The paper's own library,
-rliable, comes with arch, statsmodels and seaborn and needs an old pandas; ``tests/test_statistics.py`` asks it.
+rliable, comes with arch, statsmodels and seaborn and needs an old pandas; its tests compare with it.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def verdict(quality: NDArray, quality_ref: NDArray, epsilon: float, errors: floa
     least favourable, in which some instances lose all that they can (``worst``). Of paired binary outcomes it is close
     to Tango's (1998, Statistics in Medicine 17, equation 3), and it has a variance where nothing disagrees; it holds
     for graded outcomes too. Since few instances are no normal distribution, the exact binomial probability of so small
-    a loss is asked as well. ``tests/test_verdict.py`` simulates both.
+    a loss is asked as well. ``tests/agents/runs/test_verdict.py`` simulates both.
 
     Args:
         quality: Under the decisions, ``[n]``, at least 0.

@@ -19,7 +19,7 @@ from sd_gym.inference.bulk import rows_of, run_file
 from sd_gym.tasks import cache
 from sd_gym.tasks.files import read_jsonl
 from tests.conftest import WORDS
-from tests.test_leaving import trained
+from tests.envs.test_export import trained
 
 ROWS = 24
 

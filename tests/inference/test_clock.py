@@ -15,7 +15,7 @@ import sd_gym.policy.observation
 import sd_gym.switch
 from sd_gym.inference.attach import attach, detach
 from sd_gym.tasks import ranking
-from tests.test_attach import make_policy
+from tests.inference.test_attach import make_policy
 
 SMALL = {"train_size": 40, "validation_size": 20, "test_size": 40, "token_shares": [0.0, 0.3, 0.6]}
 

