@@ -22,11 +22,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
-from sd_gym.agents.experiment.fronts import front_of
-from sd_gym.agents.experiment.many import Word, train_many
-from sd_gym.agents.experiment.plan import Planned
+from sd_gym.agents.experiment.parallel import RunStatus, train_many
+from sd_gym.agents.experiment.comparison_plan import PlannedRun
 from sd_gym.agents.experiment.run import run_config
-from sd_gym.agents.experiment.savings import versions
+from sd_gym.agents.experiment.fronts import front_of, policy_versions
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, AgentSettings, OnRollout, Rollout
 from sd_gym.agents.learning.decisions import fitting
 from sd_gym.agents.registry import register_agent
@@ -83,7 +82,7 @@ def folder_of(output: Path, env: str, name: str, steps: int, seed: int) -> Path:
     return output / f"{short}-{steps}" / f"{name}-{seed}"
 
 
-def show(word: Word) -> None:
+def show(word: RunStatus) -> None:
     """A line for each run that is done."""
     if word.state == "failed":
         console.print(f"{word.run.folder}: {word.message}", style="red", highlight=False, soft_wrap=True)
@@ -122,7 +121,7 @@ def flops_where_lost(folder: Path, points: list[float]) -> list[float]:
     core = shared_core(run_config(read_description(folder)))
     policy = fitting(DecisionPolicy.load(folder), core)
     margin = read_result(folder).get("margin", 0.0)
-    front = front_of(core, core.split("test"), versions(core, policy, core.config.reward.epsilon, margin))
+    front = front_of(core, core.split("test"), policy_versions(core, policy, core.config.reward.epsilon, margin))
     return [flops_at_loss(front, point / 100) for point in points]
 
 
@@ -165,12 +164,12 @@ def main() -> None:
     cases = [(env, steps) for env in arguments.envs for steps in arguments.steps]
     if not arguments.table:
         runs = [
-            Planned(env, name, folder_of(arguments.output, env, name, steps, seed), steps, seed, {})
+            PlannedRun(env, name, folder_of(arguments.output, env, name, steps, seed), steps, seed, {})
             for seed in arguments.seeds
             for env, steps in cases
             for name in arguments.algos
         ]
-        train_many(runs, jobs=arguments.jobs, imports=[str(Path(__file__).resolve())], on_word=show)
+        train_many(runs, jobs=arguments.jobs, imports=[str(Path(__file__).resolve())], on_status=show)
     rows, curves = [], {}
     for env, steps in cases:
         for name in arguments.algos:

@@ -9,8 +9,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 from sd_gym.agents.experiment import run
-from sd_gym.agents.experiment.many import OnWord, Word, train_many
-from sd_gym.agents.experiment.plan import plan
+from sd_gym.agents.experiment.parallel import OnStatus, RunStatus, train_many
+from sd_gym.agents.experiment.comparison_plan import plan
 from sd_gym.agents.learning.decisions import Decides, fitting
 from sd_gym.agents.runs.folder import check_backbone, read_description
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
@@ -96,9 +96,9 @@ def train_all(
     jobs: int = 1,
     ray: str | None = None,
     imports: Sequence[str] = (),
-    on_word: OnWord = lambda word: None,
+    on_status: OnStatus = lambda word: None,
     **settings: Any,
-) -> list[Word]:
+) -> list[RunStatus]:
     """Train every agent and control on every env with the same seeds: what ``sd-gym compare ENV...`` does first.
 
     What is finished is kept, what was cut off goes on, and what fails stops nothing else.
@@ -117,7 +117,7 @@ def train_all(
         ray: Address of a Ray cluster that trains them instead: ``auto``, ``local``, or as ``ray.init`` takes it. It has
             sd_gym installed, and sees ``output`` under the same path.
         imports: Modules and files that register what is needed; import them first.
-        on_word: Called whenever something happens to a run.
+        on_status: Called whenever something happens to a run.
         settings: Keys of the env's config, and settings of those agents that have them.
 
     Returns:
@@ -130,7 +130,7 @@ def train_all(
     """
     how = {"seeds": seeds, "steps": steps, "strictness": strictness}
     runs = plan(env_ids, algos, output=Path(output), controls=controls, settings=settings, **how)
-    return train_many(runs, jobs=jobs, ray=ray, imports=imports, on_word=on_word)
+    return train_many(runs, jobs=jobs, ray=ray, imports=imports, on_status=on_status)
 
 
 def default_folder(env_id: str, algo: str, seed: int) -> Path:
@@ -220,7 +220,7 @@ def _evaluate(
     if folder is not None:
         description = {MARKER: __version__, "env": env_id, "algo": name or _name_of(policy), "agent_settings": {}}
         description["control"] = bool(origin and origin["control"])
-        description |= run.circumstances(core.config)
+        description |= run.run_metadata(core.config)
         description["weights"] = core.backbone.weights
         description["data"] = {name: core.data[name].identity for name in used}
         if same_data:  # beside the run, this is no other seed

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment.evaluation import evaluate, summary, time_ratio
 from sd_gym.agents.experiment.export import export
-from sd_gym.agents.experiment.logs import log_result, log_validation, open_logger
+from sd_gym.agents.experiment.tensorboard_logs import log_result, log_validation, open_logger
 from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.learning.agent import INFO_TAGS, Agent, BaseAgent, Decided, Decider, Rollout
 from sd_gym.agents.learning.decisions import Decides, fitting, seen_together
 from sd_gym.agents.registry import agent_class, is_control, make_agent, make_settings
-from sd_gym.agents.report.plots import plot_run
+from sd_gym.agents.drawing.run_picture import plot_run
 from sd_gym.agents.runs.folder import check_backbone, read_description
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
 from stable_baselines3.common.logger import Logger
@@ -148,7 +148,7 @@ def _train(
     for split in SPLITS:  # what is wrong with any of them is told before anything is learned
         core.split(split)
     agent.env.reset(seed=names["seed"])
-    description = {MARKER: __version__, **names, **circumstances(core.config)}
+    description = {MARKER: __version__, **names, **run_metadata(core.config)}
     description["agent_settings"] = agent.settings.model_dump()
     description["weights"] = core.backbone.weights
     description["data"] = core.data.identity()  # all splits, so that what is wrong with one is told at once
@@ -416,7 +416,7 @@ def run_config(description: dict[str, Any], settings: dict[str, Any] | None = No
     return make_config({**values, **dotted(settings or {}, description["env"])}, description["env"])
 
 
-def circumstances(config: EnvConfig) -> dict[str, Any]:
+def run_metadata(config: EnvConfig) -> dict[str, Any]:
     """What ``config.json`` says of the env, and of how the program was called."""
     return {
         "command": shlex.join(sys.argv),

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 from sd_gym.agents.experiment.evaluation import summary
-from sd_gym.agents.experiment.many import Word, train_many
-from sd_gym.agents.experiment.plan import Planned
+from sd_gym.agents.experiment.parallel import RunStatus, train_many
+from sd_gym.agents.experiment.comparison_plan import PlannedRun
 from sd_gym.agents.experiment.run import load_run, split_settings
 from sd_gym.agents.registry import agent_class
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
@@ -29,7 +29,7 @@ STUDY, BEST = "study.db", "best.yaml"
 FOLDER, CUT_OFF = "folder", "cut off"  # of a trial, in the study
 
 
-class Tried(NamedTuple):
+class TrialResult(NamedTuple):
     """A trial that is over.
 
     Attributes:
@@ -55,7 +55,7 @@ def tune(
     steps: int = 20_000,
     strictness: float = ONE_SIDED_95,
     imports: Sequence[str] = (),
-    on_trial: Callable[[Tried], None] = lambda tried: None,
+    on_trial: Callable[[TrialResult], None] = lambda tried: None,
     **settings: Any,
 ) -> Path:
     """Search an agent's settings on an env with Optuna: ``sd-gym tune``.
@@ -94,9 +94,9 @@ def tune(
         raise ValueError(f"{algo} has nothing to search; expected an agent whose Settings have a space")
     folder = Path(output)
 
-    def planned(number: int, found: dict[str, Any]) -> list[Planned]:
+    def planned(number: int, found: dict[str, Any]) -> list[PlannedRun]:
         every = {"settings": {**settings, **found}, "strictness": strictness}
-        return [Planned(env_id, algo, folder / f"trial-{number}" / str(n), steps, n, **every) for n in range(seeds)]
+        return [PlannedRun(env_id, algo, folder / f"trial-{number}" / str(n), steps, n, **every) for n in range(seeds)]
 
     with locked(folder):
         if contents(folder) and not (folder / STUDY).exists():
@@ -168,17 +168,17 @@ def _suggest(trial: Trial, key: str, values: list[Any] | tuple[float, float]) ->
     return trial.suggest_categorical(key, values)
 
 
-def _tell(study: Study, trial: Trial, words: list[Word], found: dict[str, Any]) -> Tried:
+def _tell(study: Study, trial: Trial, words: list[RunStatus], found: dict[str, Any]) -> TrialResult:
     """Tell the study what became of a trial's runs."""
     from optuna.trial import TrialState
 
     for word in words:
         if word.message:
             study.tell(trial, state=TrialState.FAIL)
-            return Tried(trial.number, found, None, word.message)
+            return TrialResult(trial.number, found, None, word.message)
     reached = fmean(score(_validated(word.run.folder)) for word in words)
     study.tell(trial, reached)
-    return Tried(trial.number, found, reached)
+    return TrialResult(trial.number, found, reached)
 
 
 def _validated(folder: Path) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Runs beside each other: comparison, fronts, savings, pictures."""
+"""Reads runs, and compares, draws and describes them; trains nothing."""

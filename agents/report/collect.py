@@ -1,4 +1,4 @@
-"""Runs gathered for a report: by task, then by agent, with what is worth a sentence or a row of a table."""
+"""Runs gathered for a report: by env, then by agent, with the figures that sentences and tables need."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.report.panels import Points, Strip
+from sd_gym.agents.report.charts import ExampleDecision, Points
 from sd_gym.agents.runs.finished import Run, agent_of, alike, finished_runs, read_run
 from sd_gym.agents.runs.statistics import aggregate, hypervolume
 from sd_gym.agents.runs.verdict import Verdict, changes_allowed, fewest_instances, losses_allowed
 
 WORST = 5  # epsilons lost: where the area that runs dominate ends
 DEFAULT_EPSILON = 0.01
-EACH_LEVEL, MOST_STRIPS = 3, 14
+EXAMPLES_PER_LEVEL, MOST_EXAMPLES = 3, 14
 
 
 @dataclass(frozen=True)
 class AgentRuns:
-    """The runs of one agent on one task; they differ in their seed only.
+    """The runs of one agent on one env; they differ in their seed only.
 
     Attributes:
-        name: Of the agent, and what sets these runs apart from others of it.
+        name: Of the agent, and what distinguishes these runs from its others.
         algo: As ``--algo`` takes it.
         runs: The runs.
     """
@@ -37,7 +37,7 @@ class AgentRuns:
 
     @property
     def is_control(self) -> bool:
-        """Whether it is there to be compared with."""
+        """Whether it is a control baseline."""
         return self.runs[0].config["control"]
 
     def values(self, key: str) -> NDArray:
@@ -56,12 +56,12 @@ class AgentRuns:
 
     @cached_property
     def kept(self) -> NDArray:
-        """Which runs keep the quality, bool ``[runs]``; none where there are too few instances, whatever they say."""
+        """Which runs keep the quality, bool ``[runs]``; false where the instances are too few for any verdict."""
         return np.array([run.result["quality_kept"] and can_tell(run) for run in self.runs])
 
     @property
     def verdicts(self) -> list[str]:
-        """What each run says."""
+        """The verdict of each run."""
         return [run.result.get("verdict", "-") if can_tell(run) else str(Verdict.TOO_FEW) for run in self.runs]
 
     @cached_property
@@ -71,64 +71,63 @@ class AgentRuns:
 
     @property
     def points(self) -> Points:
-        """Its results, to be drawn."""
-        last = [one for run in self.runs if (one := run.result.get("last_policy"))]
-        learned = (
-            np.array([100 * one[key] for one in last]) for key in ("quality_difference", "flops_ratio_with_policy")
-        )
+        """The results to draw."""
+        last = [run.result["last_policy"] for run in self.runs if run.result.get("last_policy")]
+        learned = [
+            np.array([100 * end[key] for end in last]) for key in ("quality_difference", "flops_ratio_with_policy")
+        ]
         return Points(self.difference, self.flops, *learned)
 
     @property
     def areas(self) -> NDArray:
-        """The area that what a run selected and what it had learned dominate, from 0 (dense) to 1, ``[runs]``.
+        """The area that a run's selected and last policies dominate, from 0 (dense) to 1, ``[runs]``.
 
         1 is to lose nothing and run nothing; ``WORST`` times epsilon (of 0: of the default) is as good as losing all.
         """
-        found = []
+        areas = []
         for run in self.runs:
             ends = [run.result, *filter(None, [run.result.get("last_policy")])]
-            loss = np.array([one["quality_difference"] for one in ends]) / (
-                WORST * (epsilon_of(run) or DEFAULT_EPSILON)
-            )
-            found.append(hypervolume(1 + loss, np.array([one["flops_ratio_with_policy"] for one in ends]), (0.0, 1.0)))
-        return np.array(found)
+            worst = WORST * (epsilon_of(run) or DEFAULT_EPSILON)
+            loss = np.array([end["quality_difference"] for end in ends]) / worst
+            areas.append(hypervolume(1 + loss, np.array([end["flops_ratio_with_policy"] for end in ends]), (0.0, 1.0)))
+        return np.array(areas)
 
     @property
     def levels(self) -> list[dict[str, Any]]:
         """``by_difficulty``, means over runs."""
-        first = self.runs[0].result["by_difficulty"]
-        means = [
-            {
-                key: np.mean([run.result["by_difficulty"][number][key] for run in self.runs], axis=0)
-                for key in ("flops_ratio", "skip_rate")
-                if key in first[number]
-            }
-            for number in range(len(first))
-        ]
-        return [level | mean for level, mean in zip(first, means, strict=True)]
+        means = []
+        for levels in zip(*(run.result["by_difficulty"] for run in self.runs), strict=True):
+            keys = [key for key in ("flops_ratio", "skip_rate") if key in levels[0]]
+            means.append(levels[0] | {key: np.mean([level[key] for level in levels], axis=0) for key in keys})
+        return means
 
     @property
     def histories(self) -> list[list[dict[str, Any]]]:
-        """What validation has seen of each run that learned step by step."""
+        """The validations of each run that learned step by step."""
         return [history for run in self.runs if len(history := run.result.get("history", [])) > 1]
 
     @property
-    def middle(self) -> Run:
+    def median_run(self) -> Run:
         """The run whose FLOPs are the median."""
         return self.runs[int(np.argsort(self.flops, kind="stable")[(len(self.runs) - 1) // 2])]
 
 
 @dataclass(frozen=True)
-class Task:
+class EnvRuns:
     """All runs on the same test instances with the same backbone and epsilon.
 
     Attributes:
-        name: The env's id, and what sets it apart from others of that id.
+        name: The env's id, and what distinguishes these runs from others of that id.
         agents: Their runs, agents first, the cheapest that keeps the quality at the top, then controls.
     """
 
     name: str
     agents: list[AgentRuns]
+
+    @property
+    def runs(self) -> list[tuple[AgentRuns, Run]]:
+        """All runs, each with its agent."""
+        return [(agent, run) for agent in self.agents for run in agent.runs]
 
     @property
     def first(self) -> Run:
@@ -137,8 +136,8 @@ class Task:
 
     @property
     def learned(self) -> list[AgentRuns]:
-        """What is no control."""
-        return [one for one in self.agents if not one.is_control]
+        """The agents that are not controls."""
+        return [agent for agent in self.agents if not agent.is_control]
 
     @property
     def epsilon(self) -> float:
@@ -147,7 +146,7 @@ class Task:
 
     @property
     def instances(self) -> int:
-        """Of the test split."""
+        """Size of the test split."""
         return self.first.result["instances"]
 
     @property
@@ -162,24 +161,16 @@ class Task:
         return list(self.first.result.get("skip_rate", {}))
 
 
-def collect(folders: Iterable[str | Path]) -> list[Task]:
-    """Read runs and sort them.
-
-    Raises:
-        FileNotFoundError: If no folder holds a finished run.
-        ValueError: If what one holds is damaged.
-
-    Warns:
-        UserWarning: As ``compare``.
-    """
-    tasks: dict[tuple[str, ...], dict[str, list[Run]]] = {}
+def collect(folders: Iterable[str | Path]) -> list[EnvRuns]:
+    """Read runs and sort them; raises and warns as ``sd_gym.compare``."""
+    envs: dict[tuple[str, str, str, str], dict[str, list[Run]]] = {}
     for folder in finished_runs(folders):
         run = read_run(folder)
-        tasks.setdefault(_key(run), {}).setdefault(agent_of(run.config), []).append(run)
-    ids = [key[0] for key in tasks]
+        envs.setdefault(_key(run), {}).setdefault(agent_of(run.config), []).append(run)
+    ids = [key[0] for key in envs]
     return [
-        Task(key[0] if ids.count(key[0]) == 1 else _told_apart(key), _agents(agents))
-        for key, agents in sorted(tasks.items())
+        EnvRuns(key[0] if ids.count(key[0]) == 1 else _long_name(*key), _agents(agents))
+        for key, agents in sorted(envs.items())
     ]
 
 
@@ -193,10 +184,10 @@ def can_tell(run: Run) -> bool:
     return losses_allowed(run.result["instances"], epsilon_of(run)) is not None
 
 
-def strips(run: Run) -> list[Strip]:
-    """Some instances of a run: of each level the first ones, and then those that lost something.
+def example_decisions(run: Run) -> list[ExampleDecision]:
+    """Some decisions of a run: on the first instances of each level, then on instances that lost quality.
 
-    Nothing if the folder has no ``instances.csv``.
+    Empty if the folder has no ``instances.csv``.
     """
     file, switches = run.folder / "instances.csv", len(run.result.get("skip_rate", {}))
     if not file.exists() or not switches:
@@ -208,11 +199,13 @@ def strips(run: Run) -> list[Strip]:
     def lost(row: dict[str, str]) -> bool:
         return float(row["quality_ref"]) - float(row["quality"]) > allowed
 
-    levels = sorted({int(row["level"]) for row in rows})
-    chosen = [row for level in levels for row in [one for one in rows if int(one["level"]) == level][:EACH_LEVEL]]
-    chosen += [row for row in rows if lost(row) and row not in chosen][: max(0, MOST_STRIPS - len(chosen))]
+    by_level: dict[int, list[dict[str, str]]] = {}
+    for row in rows:
+        by_level.setdefault(int(row["level"]), []).append(row)
+    chosen = [row for _, of_level in sorted(by_level.items()) for row in of_level[:EXAMPLES_PER_LEVEL]]
+    chosen += [row for row in rows if lost(row) and row not in chosen][: max(0, MOST_EXAMPLES - len(chosen))]
     return [
-        Strip(
+        ExampleDecision(
             f"{row['id']}, level {row['level']}",
             np.array([digit == "1" for digit in row["decision"][:switches]]),
             float(row["flops_ratio"]),
@@ -223,21 +216,20 @@ def strips(run: Run) -> list[Strip]:
     ]
 
 
-def _key(run: Run) -> tuple[str, ...]:
-    config, test = run.config, run.result.get("data", {}).get("test", {})
-    backbone = config["weights"]
-    return config["env"], str(test.get("hash", run.result["instances"])), f"{epsilon_of(run):g}", backbone
+def _key(run: Run) -> tuple[str, str, str, str]:
+    """Env, test rows, epsilon and backbone."""
+    test = run.result.get("data", {}).get("test", {}).get("hash", run.result["instances"])
+    return run.config["env"], str(test), f"{epsilon_of(run):g}", run.config["weights"]
 
 
-def _told_apart(key: tuple[str, ...]) -> str:
-    env, data, epsilon, backbone = key
+def _long_name(env: str, data: str, epsilon: str, backbone: str) -> str:
     return f"{env} (test rows {data}, epsilon {epsilon}, backbone {backbone[:12]})"
 
 
 def _agents(agents: dict[str, list[Run]]) -> list[AgentRuns]:
-    found = [
+    all_runs = [
         AgentRuns(name, runs[0].config["algo"], runs)
         for agent, of_agent in agents.items()
         for name, runs in alike(agent, of_agent)
     ]
-    return sorted(found, key=lambda one: (one.is_control, -aggregate([one.score], samples=1)[0], one.name))
+    return sorted(all_runs, key=lambda agent: (agent.is_control, -aggregate([agent.score], samples=1)[0], agent.name))

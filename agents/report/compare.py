@@ -1,4 +1,4 @@
-"""Runs side by side: one row an env and agent, over seeds."""
+"""Runs side by side: one row per env and agent, over seeds."""
 
 from __future__ import annotations
 
@@ -9,19 +9,8 @@ from typing import Any
 
 from sd_gym.agents.runs.finished import Run, agent_of, alike, finished_runs, read_run
 
-COLUMNS = [
-    "env",
-    "agent",
-    "seeds",
-    "test rows",
-    "dense quality",
-    "against dense, points (worst, its 95% interval)",
-    "FLOPs (worst)",
-    "FLOPs easy / hard",
-    "time, batch 32 (dense by length)",
-    "decisions",
-    "quality kept",
-]
+COLUMNS = ["env", "agent", "seeds", "test rows", "dense quality", "against dense, points (worst, its 95% interval)"]
+COLUMNS += ["FLOPs (worst)", "FLOPs easy / hard", "time, batch 32 (dense by length)", "decisions", "quality kept"]
 
 
 def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
@@ -31,22 +20,22 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
         folders: Of runs, and of what ``sd_gym.evaluate`` wrote.
 
     Returns:
-        A dictionary for each env and agent (and what the agent started from), over its runs. Only runs that differ in
-        nothing but their seed are seeds of one agent: same config, data, backbone, epsilon, settings and steps; others
-        have a dictionary of their own, and ``agent`` says in brackets what differs. It has ``env``, ``agent``,
-        ``seeds`` (how many), ``test_rows`` (how many, and their hash), ``quality_ref``; means ``quality_difference``,
-        ``flops_ratio`` (the policy's own included), ``flops_easy``, ``flops_hard`` (of the easiest and the hardest
-        level), ``time_ratio`` and the control ``dense_by_length`` (at batch 32; ``None`` where nothing was timed); the
-        worst run's ``worst_difference``, its 95% ``worst_interval`` and ``worst_flops``; ``decisions_used`` (fewest,
-        most), and ``quality_kept`` (how many runs keep the quality).
+        A dictionary per env and agent, over its runs. Runs are seeds of one agent if they differ in nothing but their
+        seed; others have a dictionary of their own, whose ``agent`` says in brackets what differs. Its keys:
+
+        - ``env``, ``agent``, ``seeds`` (how many), ``test_rows`` (how many, and their hash);
+        - means: ``quality_ref``, ``quality_difference``, ``flops_ratio`` (the policy's own included), ``flops_easy``
+          and ``flops_hard`` (of the easiest and the hardest level), ``time_ratio`` and the control
+          ``dense_by_length`` (at batch 32; ``None`` where nothing was timed);
+        - of the worst run: ``worst_difference``, its 95% ``worst_interval``, and ``worst_flops``;
+        - ``decisions_used`` (fewest, most), and ``quality_kept`` (how many runs keep the quality).
 
     Raises:
         FileNotFoundError: If no folder holds a finished run.
-        ValueError: If what one holds is damaged.
+        ValueError: If a file is damaged.
 
     Warns:
-        UserWarning: If folders hold none; they are passed over. If a run is given twice, by whatever path; it counts
-            once, as do runs of one agent with the same seed.
+        UserWarning: If a folder holds no finished run (it is ignored), or a run is given twice (it counts once).
     """
     groups: dict[tuple[str, str], list[Run]] = {}
     for folder in finished_runs(folders):
@@ -84,36 +73,31 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def _time(ratio: float | None, control: float | None) -> str:
-    """Times over dense: the policy's and, as a control, that of dense passes cut by length (older runs have none)."""
+    """Times over dense: the policy's and, as a control, that of dense passes cut by length."""
     return "-" if ratio is None else f"{ratio:.0%}" + (f" ({control:.0%})" if control is not None else "")
-
-
-def _test_hash(result: dict[str, Any]) -> str | None:
-    """Of the test split."""
-    return result.get("data", {}).get("test", {}).get("hash")
 
 
 def _row(env: str, agent: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     worst = min(results, key=lambda result: result["quality_difference"])
     flops = [result["flops_ratio_with_policy"] for result in results]
     timed = [result["time"]["32"] for result in results if result["time"]]
-    controls = [one["dense_by_length"] for one in timed if "dense_by_length" in one]
+    controls = [times["dense_by_length"] for times in timed if "dense_by_length" in times]
     decisions = [result["decisions_used"] for result in results]
     counted = all(result["policy_flops_counted"] for result in results)
+    test_hash = worst.get("data", {}).get("test", {}).get("hash")
     return {
         "env": env,
         "agent": agent if counted else f"{agent} (its own FLOPs not counted)",
         "seeds": len(results),
-        "test_rows": f"{worst['instances']}{f', hash {data}' if (data := _test_hash(worst)) else ''}",
-        "quality_ref": fmean(result["quality_ref"] for result in results),
-        "quality_difference": fmean(result["quality_difference"] for result in results),
+        "test_rows": f"{worst['instances']}{f', hash {test_hash}' if test_hash else ''}",
+        **{key: fmean(result[key] for result in results) for key in ("quality_ref", "quality_difference")},
         "worst_difference": worst["quality_difference"],
         "worst_interval": tuple(worst["quality_difference_interval"]),
         "flops_ratio": fmean(flops),
         "worst_flops": max(flops),
         "flops_easy": fmean(result["by_difficulty"][0]["flops_ratio"] for result in results),
         "flops_hard": fmean(result["by_difficulty"][-1]["flops_ratio"] for result in results),
-        "time_ratio": fmean(one["time_ratio"] for one in timed) if timed else None,
+        "time_ratio": fmean(times["time_ratio"] for times in timed) if timed else None,
         "dense_by_length": fmean(controls) if controls else None,
         "decisions_used": (min(decisions), max(decisions)),
         "quality_kept": sum(result["quality_kept"] for result in results),

@@ -98,9 +98,9 @@ def compare(
     folders, failed = [Path(name) for name in what], []
     if any(name in registered_ids() for name in what):
         with errors_as_lines():
-            from sd_gym.agents.experiment.plan import plan
+            from sd_gym.agents.experiment.comparison_plan import plan_comparison
 
-            runs = plan(
+            runs = plan_comparison(
                 what,
                 algos.split(","),
                 controls=controls,
@@ -125,12 +125,12 @@ def compare(
 
 def _trained(runs: list[Any], jobs: int, ray: str | None, imports: list[str]) -> tuple[list[Path], list[Any]]:
     """Train planned runs, and show how far they are; returns the folders of those that are there, and what failed."""
-    from sd_gym.agents.experiment.many import GOING, Word, train_many
+    from sd_gym.agents.experiment.parallel import GOING, RunStatus, train_many
 
     with progress_bar() as progress:
         everything, bars = progress.add_task("runs", total=len(runs), figures=""), {}
 
-        def on_word(word: Word) -> None:
+        def on_status(word: RunStatus) -> None:
             folder = word.run.folder
             name = f"{folder.parent.name}/{folder.name}"
             if word.state == "begun":
@@ -145,7 +145,7 @@ def _trained(runs: list[Any], jobs: int, ray: str | None, imports: list[str]) ->
                 if word.state != "kept":
                     say(f"{name}: {word.state}{f' ({word.message})' if word.message else ''}")
 
-        words = train_many(runs, jobs=jobs, ray=ray, imports=imports, on_word=on_word)
+        words = train_many(runs, jobs=jobs, ray=ray, imports=imports, on_status=on_status)
     there = [word.run.folder for word in words if word.state in ("kept", "finished")]
     return there, [word for word in words if word.state == "failed"]
 
@@ -155,26 +155,26 @@ def _print_comparison(
 ) -> None:
     """Print the table of runs, or what they save at the same quality."""
     from sd_gym.agents.report import compare as results
-    from sd_gym.agents.report.tables import of_comparison
+    from sd_gym.agents.report.terminal import comparison_tables
 
     if fronts:
-        from sd_gym.agents.experiment import savings
-        from sd_gym.agents.report import plots
+        from sd_gym.agents.experiment import fronts as agent_fronts
+        from sd_gym.agents.report.charts import write_fronts
 
-        title, columns = "At the same quality, test split", savings.COLUMNS
+        title, columns = "At the same quality, test split", agent_fronts.COLUMNS
         by = ["env", "points lost", "FLOPs of static / blind"]
         with status("scoring"):
-            found = savings.env_fronts(folders, test_size)
-        rows = [row for one in found for row in savings.savings(one)]
+            found = agent_fronts.score_fronts(folders, test_size)
+        rows = [row for one in found for row in agent_fronts.savings_rows(one)]
         if picture is not None:
-            plots.plot_fronts(found, picture)
+            write_fronts(found, picture)
     else:
         title, columns, by = "Runs on the test split", results.COLUMNS, ["env", "dense quality", "test rows"]
         rows = [results.cells(row) for row in results.compare(folders)]
     if as_markdown:
         print(results.markdown(columns, rows))
     else:
-        console.print(*of_comparison(title, columns, rows, by), sep="\n")
+        console.print(*comparison_tables(title, columns, rows, by), sep="\n")
 
 
 def report(
@@ -229,11 +229,11 @@ def tune(
     with errors_as_lines(), progress_bar() as progress:
         bar = progress.add_task("trials", total=trials, figures="")
         from sd_gym.agents.experiment.api import default_folder
-        from sd_gym.agents.experiment.tune import Tried
+        from sd_gym.agents.experiment.tune import TrialResult
         from sd_gym.agents.experiment.tune import tune as search
         from sd_gym.envs.config import read_yaml
 
-        def on_trial(tried: Tried) -> None:
+        def on_trial(tried: TrialResult) -> None:
             progress.update(bar, completed=min(tried.number + 1, trials))
             reached = tried.message if tried.score is None else f"{tried.score:.4f}"
             shown = ", ".join(f"{key} {value}" for key, value in tried.settings.items())

@@ -117,11 +117,11 @@ def prepare(
         recipe = Recipe(steps, learning_rate, batch_size, max_rate=max_rate, draw=draw, patience=patience, seed=seed)
         skip_logits = None
         if policy is not None:
-            from sd_gym.agents.experiment.tuning import decided_by_run
+            from sd_gym.agents.experiment.skip_logits import skip_logits_of_run
 
             if "backbone.name" in overrides:
                 raise ValueError("--policy tunes the run's own backbone; leave out backbone=")
-            config, skip_logits = decided_by_run(policy, overrides)
+            config, skip_logits = skip_logits_of_run(policy, overrides)
         else:
             config = load_config(config_of(env), {**overrides, "backbone.name": backbone})
         report = prepare_backbone(
@@ -139,9 +139,9 @@ def prepare(
         )
     if not first:
         return
-    from sd_gym.agents.report.tables import of_preparation
+    from sd_gym.agents.report.terminal import preparation_tables
 
-    console.print(*of_preparation(str(output), report), sep="\n")
+    console.print(*preparation_tables(str(output), report), sep="\n")
     if report["steps_done"] < steps:
         console.print(f"Ended early, after {report['steps_done']} steps.")
     console.print(f"Prepared backbone: {output}", highlight=False, soft_wrap=True)

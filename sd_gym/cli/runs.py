@@ -177,7 +177,7 @@ def validate(
 
             lines, failed = replay(Path(what)).words(), False
         else:
-            from sd_gym.agents.experiment.env_check import check_env
+            from sd_gym.agents.experiment.env_checker import check_env
 
             checks = check_env(what, settings_of(set_))
             lines, failed = [check.words() for check in checks], not all(check.passed for check in checks)

@@ -211,6 +211,6 @@ def say(line: str, style: str | None = None) -> None:
 
 def print_result(title: str, result: dict[str, Any]) -> None:
     """Print the table of a result."""
-    from sd_gym.agents.report.tables import of_result
+    from sd_gym.agents.report.terminal import result_tables
 
-    console.print(*of_result(title, result), sep="\n")
+    console.print(*result_tables(title, result), sep="\n")

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from sd_gym.agents.experiment.savings import env_fronts
+from sd_gym.agents.experiment.fronts import score_fronts
 from typer.testing import CliRunner
 
 from sd_gym.cli import app
@@ -82,14 +82,14 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkey
         result = run("compare", "--fronts", *options, "--markdown", *everything)
         assert "| SD/Classification-Custom-v0 | a2c | 1 |" in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
-    (fronts,) = env_fronts(everything, 3)
+    (fronts,) = score_fronts(everything, 3)
     assert fronts.controls["static"].quality.shape[1] == 3
 
     other = tmp_path / "other"
     options = ["--algo", "static", "--output", other, "--set", "train_size=16"]
     assert run("train", "SD/Classification-Custom-v0", *options, *settings).exit_code == 0
     with pytest.warns(UserWarning, match=f"left out, .* no run to compare them with: {other}"):
-        assert len(env_fronts([*everything, other], 3)) == 1
+        assert len(score_fronts([*everything, other], 3)) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from sd_gym.agents.experiment.export import export
-from sd_gym.agents.experiment.run import circumstances
+from sd_gym.agents.experiment.run import run_metadata
 from sd_gym.agents.learning.decisions import deciding_flops
 from transformers import AutoModelForSequenceClassification
 
@@ -114,7 +114,7 @@ def trained(task, ranking, folder, tokenizer, observation="pooled", stages=("fir
     policy = DecisionPolicy(flat or 16, *known, **encoder, stages=core.stages).eval()
     with torch.no_grad():
         policy.head.weight.mul_(20)
-    description = {**circumstances(core.config), "env": env_id, "algo": "ppo", "steps": 1, "seed": 0, "data": {}}
+    description = {**run_metadata(core.config), "env": env_id, "algo": "ppo", "steps": 1, "seed": 0, "data": {}}
     artefact = export(core, policy, (), RESULT, json.loads(json.dumps(description, default=str)))
     artefact.save_pretrained(folder / "artefact")
     return core, policy, artefact, [texts_of(task, one) for one in rows["test"]]

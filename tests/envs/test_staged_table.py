@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
-from sd_gym.agents.experiment.tabulation import in_stages, random_masks
+from sd_gym.agents.experiment.tabulation import combine_stages, random_masks
 from stable_baselines3.common.env_checker import check_env as check_sb3_env
 from typer.testing import CliRunner
 
@@ -166,7 +166,7 @@ def test_agents_learn_on_it_and_are_played_again(table, algo, tmp_path):
 def test_more_combinations_than_a_table_has_are_told():
     core = core_of("SD/Classification-Mini-Layerwise-v0", **SMALL)
     with pytest.raises(ValueError, match=r"16 masks make .* combinations at the stages .* has at most 4,096"):
-        in_stages(core, random_masks(core.nvec, 16, 0))
+        combine_stages(core, random_masks(core.nvec, 16, 0))
 
 
 def test_what_stages_show_is_kept_in_full(table, source, tmp_path):

@@ -9,7 +9,7 @@ import gymnasium as gym
 import pytest
 import torch
 from sd_gym.agents.experiment.export import export
-from sd_gym.agents.experiment.run import circumstances
+from sd_gym.agents.experiment.run import run_metadata
 
 from sd_gym import SkipPolicy
 from sd_gym.files import read_tensors, write_tensors
@@ -31,7 +31,7 @@ def saved(tmp_path_factory):
         torch.manual_seed(seed)
         size = core.observation_space.shape[-1]
         network = DecisionPolicy(size, core.nvec.tolist(), core.backbone.board.names).eval()
-        said = {**circumstances(core.config), "env": ID, "algo": "ppo", "steps": 1, "seed": seed, "data": {}}
+        said = {**run_metadata(core.config), "env": ID, "algo": "ppo", "steps": 1, "seed": seed, "data": {}}
         operating_points = [OperatingPoint(-0.5, 0.02, 0.03, 0.4), OperatingPoint(0.0, 0.01, 0.02, 0.5)]
         export(core, network, operating_points, RESULT, json.loads(json.dumps(said, default=str))).save_pretrained(
             folder / name

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sd_gym.agents.experiment.env_check import check_env
+from sd_gym.agents.experiment.env_checker import check_env
 from sd_gym.agents.experiment.evaluation import decisions_hash
 from sd_gym.agents.experiment.replay import ReplayError, read_instances, replay
 from sd_gym.agents.experiment.run import run_config

@@ -7,7 +7,7 @@ import gymnasium as gym
 import pytest
 import torch
 from sd_gym.agents.experiment.run import load_run, train
-from sd_gym.agents.experiment.savings import env_fronts
+from sd_gym.agents.experiment.fronts import score_fronts
 from sd_gym.agents.registry import make_agent
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
@@ -192,10 +192,10 @@ def test_changed_data_are_noticed_by_fronts(settings, reviews, tmp_path):
     for algo in ("static", "a2c"):
         train(CUSTOM, algo, tmp_path / algo, steps=64, settings={**settings, "num_envs": 16})
     folders = [tmp_path / "static", tmp_path / "a2c"]
-    assert env_fronts(folders)
+    assert score_fronts(folders)
     change(reviews, 9)
     with pytest.raises(ValueError, match="the data have changed: test was"):
-        env_fronts(folders)
+        score_fronts(folders)
 
 
 def test_a_run_of_before_hashes_were_kept_is_still_read(settings, tmp_path):
@@ -233,5 +233,5 @@ def test_a_backbone_that_was_overwritten_is_noticed(settings, tiny_backbone, tmp
         sd_gym.evaluate(CUSTOM, first)
     sd_gym.evaluate(CUSTOM, first, backbone=str(own))  # who names a backbone means this one
     with pytest.raises(ValueError, match="other weights"):
-        env_fronts([static, first])
+        score_fronts([static, first])
     assert [row["seeds"] for row in sd_gym.compare([first, other])] == [1, 1]  # no seeds of one agent

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sd_gym.agents.experiment.run import load_run, train
-from sd_gym.agents.experiment.tuning import decided_by_run
+from sd_gym.agents.experiment.skip_logits import skip_logits_of_run
 from sd_gym.agents.learning.decisions import decide_and_score, deciding_flops, score_decisions
 from sd_gym.agents.registry import make_agent
 from sd_gym.agents.reinforce.agent import ReinforceAgent
@@ -309,7 +309,7 @@ def test_a_backbone_is_tuned_under_what_each_stage_decides(env, stages, tmp_path
     keys = {**_keys(env), "stages": stages}
     train(CUSTOM, "ppo", tmp_path / "run", steps=32, settings=keys, strictness=0)
     policy = bold(gym.make_vec(CUSTOM, num_envs=2, **keys).unwrapped, tmp_path / "run")
-    _, odds = decided_by_run(tmp_path / "run", {})
+    _, odds = skip_logits_of_run(tmp_path / "run", {})
     core = load_run(tmp_path / "run")[1]
     seen, _, decisions = walked(core, policy)
     np.testing.assert_array_equal(odds["train"] > 0, decisions[:, :-1].astype(bool))

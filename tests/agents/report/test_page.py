@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from sd_gym.agents.registry import agent_names, is_control, learning_agents
-from sd_gym.agents.report.collect import collect, strips
+from sd_gym.agents.report.collect import collect, example_decisions
 from sd_gym.agents.report.page import write_report
-from sd_gym.agents.report.style import as_svg, figure, style
-from sd_gym.agents.report.words import overall_words, results_table, verdict_words
+from sd_gym.agents.drawing.style import as_svg, figure, style
+from sd_gym.agents.report.text import overall_sentences, results_table, verdict_sentences
 from sd_gym.agents.runs.finished import read_run
 from typer.testing import CliRunner
 
@@ -90,14 +90,14 @@ def seeds(run, algo, flops, **values):
 
 def words(folders):
     (task,) = collect(folders)
-    return " ".join(verdict_words(task))
+    return " ".join(verdict_sentences(task))
 
 
 @pytest.mark.parametrize("control", [name for name in agent_names() if name not in learning_agents()])
 def test_a_control_is_never_the_best_agent(run, control):
     (task,) = collect([run(control, flops=0.1), run("ppo", flops=0.4)])
     assert [one.name for one in task.learned] == ["ppo"]
-    assert f"{control} keeps the quality in" not in " ".join(verdict_words(task))
+    assert f"{control} keeps the quality in" not in " ".join(verdict_sentences(task))
 
 
 class Page(HTMLParser):
@@ -249,11 +249,11 @@ def test_over_all_envs_agents_are_compared_that_ran_on_all(run):
         for algo, flops in (("ppo", 0.3 + 0.01 * seed), ("a2c", 0.7))
     ]
     tasks = collect([*folders, run("once", flops=0.1)])
-    said = overall_words(tasks)
+    said = overall_sentences(tasks)
     assert said[0].startswith("ppo saves most with the quality kept: 69.0%")
     assert said[1].startswith("It is ahead of a2c")
     assert len(said) == 2
-    assert overall_words(tasks[:1]) == []
+    assert overall_sentences(tasks[:1]) == []
 
 
 def test_who_saves_most_may_be_behind_in_most_envs(run):
@@ -264,7 +264,7 @@ def test_who_saves_most_may_be_behind_in_most_envs(run):
         for seed in (0, 1, 2)
         for algo, ratio in zip(("bold", "steady"), ratios, strict=True)
     ]
-    said = overall_words(collect(folders))
+    said = overall_sentences(collect(folders))
     assert said[0].startswith("bold saves most")
     assert said[1] == "It is behind steady: a run of bold is better with a probability of 33% (33% to 33%)."
 
@@ -285,7 +285,7 @@ def test_areas_are_between_dense_and_nothing(run):
 
 
 def test_single_instances_are_of_each_level_and_of_what_was_lost(run):
-    first, second = strips(read_run(run("ppo")))
+    first, second = example_decisions(read_run(run("ppo")))
     assert (first.label, first.skip.tolist(), first.flops) == ("test-0, level 1", [True, True, False, True], 0.4)
     assert (first.lost, second.lost) == (False, True)
     other = run("a2c")
@@ -294,7 +294,7 @@ def test_single_instances_are_of_each_level_and_of_what_was_lost(run):
     (other / "config.json").write_text(json.dumps(config))
     text = (other / "instances.csv").read_text()
     (other / "instances.csv").write_text(text.replace("11010", "11011"))
-    assert [one.dropped for one in strips(read_run(other))] == [0.25, 0.0]
+    assert [one.dropped for one in example_decisions(read_run(other))] == [0.25, 0.0]
 
 
 def test_folders_that_hold_no_run_are_said(tmp_path):

@@ -18,7 +18,7 @@ from sd_gym.envs.spaces import Observations
 from sd_gym.policy import DecisionPolicy
 
 
-def decided_by_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConfig, dict[str, NDArray]]:
+def skip_logits_of_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConfig, dict[str, NDArray]]:
     """The env's config of a run, some keys overridden, and the log-odds of skipping that its policy has there.
 
     Of a policy of several stages, those that each stage has of its switches, behind what the policy decides before it.

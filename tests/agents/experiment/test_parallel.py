@@ -7,8 +7,8 @@ import pytest
 import torch
 from sd_gym.agents import register_agent
 from sd_gym.agents.baselines.constant import HashAgent
-from sd_gym.agents.experiment.many import train_many
-from sd_gym.agents.experiment.plan import plan
+from sd_gym.agents.experiment.parallel import train_many
+from sd_gym.agents.experiment.comparison_plan import plan_comparison
 from sd_gym.agents.learning.agent import NotApplicableError
 from typer.testing import CliRunner
 
@@ -110,7 +110,7 @@ def written(folder):
 
 
 def test_the_plan_has_every_agent_and_control_with_the_same_seeds():
-    runs = plan([CUSTOM], ["a2c", "ppo-from-imitation"], seeds=2, steps=9, output=Path("out"))
+    runs = plan_comparison([CUSTOM], ["a2c", "ppo-from-imitation"], seeds=2, steps=9, output=Path("out"))
     first = [run.folder.name for run in runs if run.seed == 0]
     assert first == [
         *["a2c-0", "imitation-0", "ppo-from-imitation-0", "static-0", "early-exit-0", "random-0", "hash-0", "dense-0"],
@@ -125,7 +125,7 @@ def test_the_plan_has_every_agent_and_control_with_the_same_seeds():
 
 
 def test_a_blind_agent_begins_with_what_sees_nothing_and_settings_go_to_who_has_them():
-    runs = plan([CUSTOM], ["ppo-from-imitation"], seeds=1, settings={"n_steps": 8, "penalty": 3})
+    runs = plan_comparison([CUSTOM], ["ppo-from-imitation"], seeds=1, settings={"n_steps": 8, "penalty": 3})
     by_name = {run.folder.name: run.settings for run in runs}
     assert by_name["blind-ppo-from-static-0"]["start"] == Path("runs/compare/Classification-Custom/static-0")
     assert by_name["blind-ppo-from-static-0"]["n_steps"] == 8
@@ -144,12 +144,12 @@ def test_a_blind_agent_begins_with_what_sees_nothing_and_settings_go_to_who_has_
 )
 def test_what_is_wrong_with_a_name_is_told_before_anything_is_trained(arguments, message):
     with pytest.raises(ValueError, match=message):
-        plan(**{"envs": [CUSTOM], "algos": ["ppo"], **arguments})
+        plan_comparison(**{"envs": [CUSTOM], "algos": ["ppo"], **arguments})
 
 
 def test_what_fails_or_dies_stops_nothing_and_is_done_again_alone(settings, flaky, one_thread, tmp_path):
     shared = {"seeds": 1, "steps": 200, "controls": False, "settings": settings}
-    runs = plan([CUSTOM], ["fails", "dies", "a2c-from-fails", "a2c", "hash"], output=tmp_path / "two", **shared)
+    runs = plan_comparison([CUSTOM], ["fails", "dies", "a2c-from-fails", "a2c", "hash"], output=tmp_path / "two", **shared)
     words = train_many(runs, jobs=2, imports=[flaky])
     expected = {"fails-0": "failed", "dies-0": "failed", "a2c-from-fails-0": "failed"}
     assert states(words) == expected | {"a2c-0": "finished", "hash-0": "finished"}
@@ -163,7 +163,7 @@ def test_what_fails_or_dies_stops_nothing_and_is_done_again_alone(settings, flak
     assert states_now == dict.fromkeys(expected, "finished") | {"a2c-0": "kept", "hash-0": "kept"}
     assert written(tmp_path / "two/Classification-Custom/a2c-0") == before
 
-    one = plan([CUSTOM], ["hash", "a2c"], output=tmp_path / "one", **shared)
+    one = plan_comparison([CUSTOM], ["hash", "a2c"], output=tmp_path / "one", **shared)
     train_many(one)
     for name in ("a2c-0", "hash-0"):
         assert written(tmp_path / "one/Classification-Custom" / name) == written(
@@ -175,7 +175,7 @@ def test_each_of_several_processes_has_one_thread(settings, own_names, tmp_path,
     torch.set_num_threads(4)
     (tmp_path / "counts.py").write_text(COUNTS)
     own = import_own(str(tmp_path / "counts.py"))
-    runs = plan([CUSTOM], ["counts"], output=tmp_path, seeds=1, controls=False, settings=settings)
+    runs = plan_comparison([CUSTOM], ["counts"], output=tmp_path, seeds=1, controls=False, settings=settings)
     (word,) = train_many(runs, jobs=2, imports=[own])
     assert word.message == "RuntimeError: threads: 1"
 
@@ -189,10 +189,10 @@ def test_a_comparison_that_was_killed_goes_on_and_ends_as_the_uninterrupted_one(
             raise Killed
 
     with pytest.raises(Killed):
-        sd_gym.train_all([CUSTOM], ["a2c"], tmp_path / "cut", on_word=kill, **arguments)
+        sd_gym.train_all([CUSTOM], ["a2c"], tmp_path / "cut", on_status=kill, **arguments)
     assert (tmp_path / "cut/Classification-Custom/a2c-1/checkpoint.pt").exists()
     begun = []
-    words = sd_gym.train_all([CUSTOM], ["a2c"], tmp_path / "cut", on_word=begun.append, **arguments)
+    words = sd_gym.train_all([CUSTOM], ["a2c"], tmp_path / "cut", on_status=begun.append, **arguments)
     assert states(words) == {"a2c-0": "kept", "a2c-1": "finished"}
     assert min(word.steps for word in begun if word.state == "learning") > 150  # it went on
     for cut, one in zip(words, whole, strict=True):

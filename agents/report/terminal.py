@@ -1,4 +1,4 @@
-"""Results as the terminal shows them: tables and lines for rich to print."""
+"""Results for the terminal: tables and lines for rich to print."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ COUNTED = {  # rows of a split that are not as they were in the data, by what ha
 DENSE_TIMES = {"dense_by_length": "dense by length", "dense_shortened": "dense, cut"}  # what times are set beside
 
 
-def of_result(title: str, result: dict[str, Any]) -> Iterator[RenderableType]:
+def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType]:
     """A result, as ``sd_gym.train`` and ``evaluate`` give it: quality, FLOPs and time, the data, and the verdict."""
     yield _quality_and_cost(title, result)
     yield from _data(result["data"])
     if last := result.get("last_policy"):
-        yield _dim(f"as learned: what learning ended with, before selection ({last['verdict']}).")
+        yield _dim(f"as learned: the policy at the end of learning, before selection ({last['verdict']}).")
     cut = any(timed.get("dense_shortened") for timed in result["time"].values())
     if result["time"]:
         yield _dim(
@@ -48,7 +48,7 @@ def _power(result: dict[str, Any]) -> str:
     return f"Power: {allowed:,} answers may be lost, with none gained, for the quality to be shown to be kept."
 
 
-def of_comparison(title: str, columns: list[str], rows: list[list[str]], by: list[str]) -> Iterator[Table]:
+def comparison_tables(title: str, columns: list[str], rows: list[list[str]], by: list[str]) -> Iterator[Table]:
     """A table for each value of the columns ``by``, which stands in its title: 80 characters are wide enough."""
     keys = [columns.index(name) for name in by]
     shown = [number for number in range(len(columns)) if number not in keys]
@@ -66,8 +66,8 @@ def of_comparison(title: str, columns: list[str], rows: list[list[str]], by: lis
         yield table
 
 
-def of_preparation(output: str, report: dict[str, Any]) -> Iterator[RenderableType]:
-    """What preparing a backbone gave: the data, and the quality under random decisions before and after."""
+def preparation_tables(output: str, report: dict[str, Any]) -> Iterator[RenderableType]:
+    """Results of preparing a backbone: the data, and the quality under random decisions before and after."""
     yield from _data(report["data"])
     table = Table(title=f"{output}: mean quality ({report['measure']}) on the validation split")
     for column in ("skipped at random", "before", "after"):
@@ -79,11 +79,10 @@ def of_preparation(output: str, report: dict[str, Any]) -> Iterator[RenderableTy
 
 
 def _quality_and_cost(title: str, result: dict[str, Any]) -> Table:
-    """Dense, the policy with its controls and levels of difficulty, and what learning ended with."""
+    """Dense, the policy with its controls and levels of difficulty, and the last policy."""
     split, times = result["split"], result["time"]
-    seen = ", ".join(f"{count} of them also in {name}" for name, count in result["data"][split]["also_in"].items())
-    rows = f"{result['instances']} instances{seen and f', {seen}'}"
-    table = Table(title=f"{title} ({split} split, {rows})")
+    shared = (f", {count} of them also in {name}" for name, count in result["data"][split]["also_in"].items())
+    table = Table(title=f"{title} ({split} split, {result['instances']} instances{''.join(shared)})")
     for column in ("", "quality", "FLOPs", *(f"time at {size}" for size in times)):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     table.add_row("dense", f"{result['quality_ref']:.1%}", "100.0%", *["100%"] * len(times))
@@ -93,17 +92,17 @@ def _quality_and_cost(title: str, result: dict[str, Any]) -> Table:
         controls = [timed.get(name) for timed in times.values()]
         if any(controls):
             table.add_row(f"  {shown}", "", "", *(f"{time:.0%}" for time in controls), style="dim")
-    for level in result["by_difficulty"] if len(result["by_difficulty"]) > 1 else []:
-        row = (f"  level {level['difficulty']}", f"{level['quality']:.1%}", f"{level['flops_ratio']:.1%}")
-        table.add_row(*row, *[""] * len(times), style="dim")
+    levels = result["by_difficulty"] if len(result["by_difficulty"]) > 1 else []
+    rows = [(f"  level {level['difficulty']}", level["quality"], level["flops_ratio"]) for level in levels]
     if last := result.get("last_policy"):
-        row = ("as learned", f"{last['quality']:.1%}", f"{last['flops_ratio_with_policy']:.1%}")
-        table.add_row(*row, *[""] * len(times), style="dim")
+        rows.append(("as learned", last["quality"], last["flops_ratio_with_policy"]))
+    for name, quality, flops in rows:
+        table.add_row(name, f"{quality:.1%}", f"{flops:.1%}", *[""] * len(times), style="dim")
     return table
 
 
 def _data(data: dict[str, dict[str, Any]]) -> Iterator[Text]:
-    """Which rows each split is, what was left out and cut, and what stands in another split too."""
+    """Which rows each split has, how many were left out or cut, and how many are in another split too."""
     for split, counts in data.items():
         shown = [f"{counts[key]} {what}" for key, what in COUNTED.items() if counts.get(key)]
         rows = f"{counts['instances']} instances, {counts['part']} of {counts['file']}, hash {counts['hash']}"
@@ -114,7 +113,7 @@ def _data(data: dict[str, dict[str, Any]]) -> Iterator[Text]:
 
 
 def _broken(cell: str) -> str:
-    """What is in brackets on a line of its own."""
+    """Text in brackets goes to a line of its own."""
     return cell.replace(" (", "\n(")
 
 

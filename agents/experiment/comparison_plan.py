@@ -25,7 +25,7 @@ STARTS = ("start", "path")  # settings that name the run that another one begins
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """A run to be trained.
 
     Attributes:
@@ -99,7 +99,7 @@ def plan(
     output: Path = Path("runs/compare"),
     settings: dict[str, Any] | None = None,
     strictness: float = ONE_SIDED_95,
-) -> list[Planned]:
+) -> list[PlannedRun]:
     """The runs of a comparison: each agent and control on each env, on the same data, with the same seeds.
 
     Args:
@@ -134,7 +134,7 @@ def plan(
                 own = {key: value for key, value in (settings or {}).items() if is_setting(key) or key in known}
                 if start:
                     own[_start_key(algo)] = folder / f"{start}-{seed if agent_class(start).draws else 0}"
-                found.append(Planned(env, algo, folder / f"{name}-{seed}", steps, seed, own, strictness))
+                found.append(PlannedRun(env, algo, folder / f"{name}-{seed}", steps, seed, own, strictness))
     return found
 
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sd_gym.agents.experiment.plan import Planned
+from sd_gym.agents.experiment.comparison_plan import PlannedRun
 from sd_gym.agents.learning.agent import NotApplicableError
 
 from sd_gym.errors import one_line, quiet
 from sd_gym.registry import import_own
 
 
-class Word(NamedTuple):
+class RunStatus(NamedTuple):
     """What is told of a run.
 
     Attributes:
@@ -31,24 +31,24 @@ class Word(NamedTuple):
         message: Why it failed, or does not apply.
     """
 
-    run: Planned
+    run: PlannedRun
     state: str
     steps: int = 0
     message: str = ""
 
 
-OnWord = Callable[[Word], None]
+OnStatus = Callable[[RunStatus], None]
 GOING = ("begun", "learning", "searching")
 
 
 def train_many(
-    runs: Sequence[Planned],
+    runs: Sequence[PlannedRun],
     *,
     jobs: int = 1,
     ray: str | None = None,
     imports: Sequence[str] = (),
-    on_word: OnWord = lambda word: None,
-) -> list[Word]:
+    on_status: OnStatus = lambda word: None,
+) -> list[RunStatus]:
     """Train those of the runs that are not finished; what was cut off goes on.
 
     Nothing that happens to one run stops the others. A run does not depend on what was trained before it; with ``jobs``
@@ -61,7 +61,7 @@ def train_many(
         ray: Address of a Ray cluster that trains them, one thread a run: ``auto``, ``local`` (one is started here), or
             as ``ray.init`` takes it. It has sd_gym installed, and sees the runs' folders under the same paths.
         imports: Modules and files that register what the runs need; import them first.
-        on_word: Called whenever something happens to a run.
+        on_status: Called whenever something happens to a run.
 
     Returns:
         The last word of each run, in their order: ``kept``, ``finished``, ``not applicable`` or ``failed``.
@@ -72,7 +72,7 @@ def train_many(
     """
     if ray is not None and jobs > 1:
         raise ValueError(f"a Ray cluster has processes of its own; leave out jobs (got {jobs}) or ray (got {ray!r})")
-    schedule = _Schedule(runs, on_word)
+    schedule = _Schedule(runs, on_status)
     if ray is not None:
         _share_on_ray(schedule, ray, imports)
     elif jobs == 1:
@@ -86,26 +86,26 @@ def train_many(
 class _Schedule:
     """Which run is next, and what became of each."""
 
-    def __init__(self, runs: Sequence[Planned], on_word: OnWord) -> None:
-        self._on_word = on_word
-        self.last: dict[Path, Word] = {}
-        self.waiting: list[Planned] = []
+    def __init__(self, runs: Sequence[PlannedRun], on_status: OnStatus) -> None:
+        self._on_word = on_status
+        self.last: dict[Path, RunStatus] = {}
+        self.waiting: list[PlannedRun] = []
         for run in runs:
             try:
                 finished = run.is_finished()
             except (ValueError, OSError) as error:
-                self.tell(Word(run, "failed", message=_said(error)))
+                self.tell(RunStatus(run, "failed", message=_said(error)))
                 continue
             if finished:
-                self.tell(Word(run, "kept"))
+                self.tell(RunStatus(run, "kept"))
             else:
                 self.waiting.append(run)
 
-    def tell(self, word: Word) -> None:
+    def tell(self, word: RunStatus) -> None:
         self.last[word.run.folder] = word
         self._on_word(word)
 
-    def next(self) -> Planned | None:
+    def next(self) -> PlannedRun | None:
         """The first run that can begin now; ``None``: none can."""
         open_ = {run.folder for run in self.waiting}
         open_ |= {folder for folder, word in self.last.items() if word.state in GOING}
@@ -115,25 +115,25 @@ class _Schedule:
                 continue
             self.waiting.remove(run)
             if not lost:
-                self.tell(Word(run, "begun"))
+                self.tell(RunStatus(run, "begun"))
                 return run
-            self.tell(Word(run, "failed", message=f"{lost[0]}, which it begins with, failed"))
+            self.tell(RunStatus(run, "failed", message=f"{lost[0]}, which it begins with, failed"))
         return None
 
 
-def _attempt(run: Planned, imports: Sequence[str], on_word: OnWord) -> Word:
+def _attempt(run: PlannedRun, imports: Sequence[str], on_status: OnStatus) -> RunStatus:
     """Train a run; returns what became of it."""
 
     def on_progress(steps: int, figures: dict[str, float]) -> None:
-        on_word(Word(run, "learning" if figures else "searching", steps))
+        on_status(RunStatus(run, "learning" if figures else "searching", steps))
 
     try:
         run.train(imports, on_progress)
     except NotApplicableError as error:
-        return Word(run, "not applicable", message=one_line(error))
+        return RunStatus(run, "not applicable", message=one_line(error))
     except Exception as error:  # whatever it is, the other runs go on
-        return Word(run, "failed", message=_said(error))
-    return Word(run, "finished")
+        return RunStatus(run, "failed", message=_said(error))
+    return RunStatus(run, "finished")
 
 
 def _said(error: BaseException) -> str:
@@ -171,7 +171,7 @@ def _share_on_ray(schedule: _Schedule, address: str, imports: Sequence[str]) -> 
     ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
     attempt = ray.remote(num_cpus=1, max_retries=0)(_attempt_there)
     cores = int(ray.cluster_resources().get("CPU", 1))
-    running: dict[Any, Planned] = {}
+    running: dict[Any, PlannedRun] = {}
     while True:
         while len(running) < cores and (run := schedule.next()) is not None:
             running[attempt.remote(run, list(imports), os.getcwd())] = run
@@ -182,11 +182,11 @@ def _share_on_ray(schedule: _Schedule, address: str, imports: Sequence[str]) -> 
         try:
             word = ray.get(ended)
         except ray.exceptions.RayError as error:  # its process or its machine has ended
-            word = Word(run, "failed", message=_said(error))
+            word = RunStatus(run, "failed", message=_said(error))
         schedule.tell(word)
 
 
-def _attempt_there(run: Planned, imports: list[str], folder: str) -> Word:
+def _attempt_there(run: PlannedRun, imports: list[str], folder: str) -> RunStatus:
     """Train a run on another machine, in the folder that its relative paths start from."""
     os.chdir(folder)
     quiet()
@@ -205,15 +205,15 @@ class _Worker:
         self.process = context.Process(target=_work, args=(theirs, list(imports)), daemon=True)
         self.process.start()
         theirs.close()
-        self.run: Planned | None = None
+        self.run: PlannedRun | None = None
         self.alive = True
 
-    def begin(self, run: Planned) -> None:
+    def begin(self, run: PlannedRun) -> None:
         self.run = run
         with suppress(OSError):  # it has ended; to hear of it says so
             self.connection.send(run)
 
-    def hear(self) -> Word:
+    def hear(self) -> RunStatus:
         """What it says of its run; if it has ended instead, that it failed."""
         try:
             word = self.connection.recv()
@@ -221,7 +221,9 @@ class _Worker:
             self.process.join()
             self.alive = False
             code = self.process.exitcode
-            word = Word(self.run, "failed", message=f"its process ended with exit code {code}; is there enough memory?")
+            word = RunStatus(
+                self.run, "failed", message=f"its process ended with exit code {code}; is there enough memory?"
+            )
         if word.state not in GOING:
             self.run = None
         return word

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from sd_gym.agents.report.plots import plot_skip_rates
+from sd_gym.agents.drawing.run_picture import plot_skip_rates
 from stable_baselines3.common.logger import Figure, HParam, Logger, configure
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sd_gym.agents.experiment.savings import _compared
+from sd_gym.agents.experiment.fronts import _compared
 from sd_gym.agents.runs.fronts import Front, flops_at, flops_at_loss, flops_samples
 
 N = 1000

@@ -1,0 +1,1 @@
+"""How runs are drawn: the style of all pictures, and the picture of one run."""

@@ -1,0 +1,129 @@
+"""How pictures look: colours that the colour-blind tell apart, a marker and a line of its own for each agent.
+
+The same figure becomes a PNG on paper, or an SVG inside a page whose ink and paper are the page's own, light or dark.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
+from matplotlib.figure import Figure
+
+INK, PAPER = "#1f2328", "#fdfdfc"
+RAN, LOST = "#0072b2", "#d55e00"
+# Okabe and Ito (2008), but their yellow, which is no line on paper.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+MARKERS, CONTROL_MARKERS = ("o", "s", "^", "D", "v", "P", "X"), ("x", "+", "1", "2", "3", "4", "|", "_")
+LINES = ("-", "--", "-.", ":")
+# What ran is solid, what was skipped is paper: so the bright colour is never what was left out.
+SKIP_RATE = LinearSegmentedColormap.from_list("skip rate", [to_rgba(RAN, alpha) for alpha in (1, 0)])
+WIDTH = 4.3  # inches: as wide as a telephone, so that letters stay readable there
+SETTINGS: dict[Any, Any] = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **{"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8.5, "svg.fonttype": "none"},
+    **{"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.15},
+    **{"axes.facecolor": "none", "figure.facecolor": PAPER},
+}
+
+
+class AgentStyle(NamedTuple):
+    """How an agent is drawn: colour and marker of its points, and the style of its line."""
+
+    color: str
+    marker: str
+    linestyle: str
+
+
+def agent_styles(agents: Iterable[str], controls: Iterable[str] = ()) -> dict[str, AgentStyle]:
+    """A style for each agent; controls are ink, with markers of their own, and the oracle is a star."""
+    styles = {
+        name: AgentStyle(COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)], LINES[n % len(LINES)])
+        for n, name in enumerate(dict.fromkeys(agents))
+    }
+    for n, name in enumerate(dict.fromkeys(controls)):
+        marker = "*" if name.startswith("oracle") else CONTROL_MARKERS[n % len(CONTROL_MARKERS)]
+        styles[name] = AgentStyle(INK, marker, LINES[-1 - n % len(LINES)])
+    return styles
+
+
+def figure(height: float, *, width: float = WIDTH) -> Figure:
+    """An empty figure of a size in inches; made and drawn on within ``style()``."""
+    picture = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(picture)
+    return picture
+
+
+def style() -> AbstractContextManager[None]:
+    """A context in which figures are made and drawn on."""
+    return matplotlib.rc_context(SETTINGS)
+
+
+def write_png(picture: Figure, file: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    temporary = file.with_suffix(".tmp.png")
+    picture.savefig(temporary, dpi=120)
+    os.replace(temporary, file)
+
+
+def as_svg(picture: Figure, name: str, words: str) -> str:
+    """A figure as an SVG element for a page: its ink is the page's, its paper ``--paper``, and its blue ``--blue``.
+
+    The page has one style sheet for the fonts and line ends of all pictures: one within a picture would apply to the
+    whole page.
+
+    Args:
+        picture: The figure.
+        name: A name that no other figure of the page has, for its ids.
+        words: A description for readers who cannot see it; plain text.
+    """
+    buffer = io.StringIO()
+    paper = picture.get_facecolor()
+    picture.set_facecolor("none")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        FigureCanvasSVG(picture).print_svg(buffer, metadata={"Date": None, "Creator": None})  # savefig draws twice
+    picture.set_facecolor(paper)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    for colour, of_page in ((INK, "currentColor"), (PAPER, "var(--paper)"), (RAN, "var(--blue)")):
+        text = text.replace(colour, of_page)
+    text = _light(re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL))
+    # Ids get a name, or one picture is drawn with parts of another.
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    label = words.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def _light(svg: str) -> str:
+    """A Matplotlib SVG without invisible parts, which are most of its elements and characters."""
+    svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
+    svg = re.sub(r'transform="rotate\(-?0 [^)]*\)"', "", svg)
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]*)', svg))
+    parts, groups = [], []
+    for part in re.split(r"(<[^>]*>)", svg):
+        if not part.startswith("<"):
+            parts.append(part if part.strip() else "")
+            continue
+        tag = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", part)
+        tag = re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), tag)
+        tag = re.sub(r"\s+", " ", tag)
+        if tag == "</g>":
+            tag = groups.pop()
+        elif tag == "<g>":
+            groups.append("")
+            tag = ""
+        elif tag.startswith("<g "):
+            groups.append("</g>")
+        parts.append("" if tag == "<g/>" else tag)
+    return "".join(parts)

@@ -1,0 +1,184 @@
+"""The charts of reports: quality and FLOPs, curves, single instances, profiles, and the fronts of several envs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+from sd_gym.agents.drawing.style import (
+    INK,
+    LOST,
+    PAPER,
+    RAN,
+    SKIP_RATE,
+    AgentStyle,
+    agent_styles,
+    figure,
+    style,
+    write_png,
+)
+from sd_gym.agents.runs.fronts import LEAST, EnvFronts, flops_at_loss
+from sd_gym.agents.runs.statistics import curve_interval, pareto_front
+
+
+class Points(NamedTuple):
+    """Results of one agent's runs.
+
+    Attributes:
+        difference: Quality against dense, in points, ``[runs]``.
+        flops: FLOPs, % of dense, ``[runs]``.
+        learned_difference: The same at the end of learning, before selection, of the runs that recorded it.
+        learned_flops: FLOPs at the end of learning.
+    """
+
+    difference: NDArray
+    flops: NDArray
+    learned_difference: NDArray
+    learned_flops: NDArray
+
+
+class ExampleDecision(NamedTuple):
+    """The decision on a single instance.
+
+    Attributes:
+        label: Name of the instance.
+        skip: Which switches were skipped, bool ``[switches]``.
+        flops: FLOPs ratio.
+        lost: Whether it lost more quality than may be lost.
+        dropped: Share of the tokens that was dropped.
+    """
+
+    label: str
+    skip: NDArray
+    flops: float
+    lost: bool
+    dropped: float
+
+
+def draw_results(axes: Axes, points: Mapping[str, Points], styles: Mapping[str, AgentStyle], epsilon: float) -> None:
+    """Quality against FLOPs: filled, each selected policy; hollow, the end of learning; and the front of all runs."""
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.axhline(-100 * epsilon, color=LOST, linewidth=1, linestyle="--")
+    axes.plot(100, 0, marker="h", markersize=8, color=INK, linestyle="none", zorder=3)
+    axes.annotate("dense", (100, 0), (-6, 5), textcoords="offset points", ha="right", fontsize=8.5)
+    handles = []
+    hollow: dict[str, Any] = {"markerfacecolor": "none", "alpha": 0.6, "markersize": 4}
+    for name, agent in points.items():
+        color, marker, _ = styles[name]
+        edge = {"markeredgecolor": INK, "markeredgewidth": 1.4} if color == INK else {"markeredgecolor": PAPER}
+        filled: dict[str, Any] = {"markeredgewidth": 0.6, "markersize": 7, **edge}
+        shared: dict[str, Any] = {"color": color, "marker": marker, "linestyle": "none"}
+        axes.plot(agent.learned_flops, agent.learned_difference, **shared, **hollow)
+        axes.plot(agent.flops, agent.difference, **shared, **filled, zorder=3)
+        handles.append(Line2D([], [], label=name, **shared, **filled))
+    if reachable := [agent for name, agent in points.items() if not name.startswith("oracle")]:
+        of_runs = [pair for agent in reachable for pair in (agent[:2], agent[2:])]  # of selected and of last policies
+        difference, flops = map(np.concatenate, zip(*of_runs, ([0.0], [100.0]), strict=True))
+        front = pareto_front(difference, flops)
+        axes.step(flops[front], difference[front], where="post", color=INK, linewidth=0.8, alpha=0.6)
+        handles.append(Line2D([], [], color=INK, linewidth=0.8, alpha=0.6, label="front of all runs"))
+    handles.append(Line2D([], [], color=LOST, linestyle="--", linewidth=1, label="as much as may be lost"))
+    axes.set(xlabel="FLOPs, % of dense", ylabel="quality against dense, points")
+    axes.set_xlim(left=0, right=104)
+    axes.figure.legend(handles=handles, loc="outside lower center", ncols=2)
+
+
+def draw_curves(
+    quality: Axes,
+    flops: Axes,
+    histories: Mapping[str, Sequence[list[dict[str, Any]]]],
+    styles: Mapping[str, AgentStyle],
+    epsilon: float,
+) -> None:
+    """Validation during learning: interquartile means over runs, with 95% intervals."""
+    quality.axhline(0, color=INK, linewidth=0.8)
+    quality.axhline(-100 * epsilon, color=LOST, linewidth=1, linestyle="--")
+    for name, runs in histories.items():
+        steps = np.unique([entry["step"] for history in runs for entry in history])
+        lost = _at_steps(runs, steps, lambda entry: 100 * (entry["quality"] - entry["quality_ref"]))
+        cost = _at_steps(runs, steps, lambda entry: 100 * entry["flops_ratio"])
+        for axes, values in ((quality, lost), (flops, cost)):
+            mean, low, high = curve_interval(values, samples=500)
+            axes.fill_between(steps, low, high, color=styles[name].color, alpha=0.15, linewidth=0)
+            axes.plot(steps, mean, **styles[name]._asdict(), markersize=4, linewidth=1.4, label=name)
+    quality.set(ylabel="quality against\ndense, points")
+    quality.tick_params(labelbottom=False)
+    flops.set(xlabel="decisions learned from", ylabel="FLOPs, % of dense", ylim=(0, 104))
+    flops.locator_params(axis="x", nbins=5)
+    flops.figure.legend(*flops.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
+def _at_steps(
+    runs: Sequence[list[dict[str, Any]]], steps: NDArray, value: Callable[[dict[str, Any]], float]
+) -> NDArray:
+    """A value of each run at the same steps, ``[runs, steps]``."""
+    return np.array([np.interp(steps, [entry["step"] for entry in run], [*map(value, run)]) for run in runs])
+
+
+def draw_decisions(axes: Axes, decisions: Sequence[ExampleDecision], switches: Sequence[str]) -> None:
+    """A row per instance, a cell per switch: filled where it ran, paper where it was skipped."""
+    skip = np.array([decision.skip for decision in decisions], dtype=float)
+    axes.pcolormesh(skip, cmap=SKIP_RATE, vmin=0, vmax=1, edgecolor=INK, linewidth=0.25)
+    axes.invert_yaxis()
+    axes.set_yticks(np.arange(len(decisions)) + 0.5, [decision.label for decision in decisions], fontsize=7.5)
+    layers = [name.rpartition(".")[0] for name in switches]
+    starts = [number for number, layer in enumerate(layers) if number == 0 or layers[number - 1] != layer]
+    shown = starts[:: 1 + len(starts) // 13]
+    axes.set_xticks(shown, [f"{layers[start][0]}{layers[start].rpartition('.')[2]}" for start in shown], fontsize=7.5)
+    axes.tick_params(length=0)
+    for start in starts[1:]:
+        axes.axvline(start, color=INK, linewidth=0.9)
+    for row, (_, _, flops, lost, dropped) in enumerate(decisions):
+        tokens = f", {dropped:.0%} of tokens dropped" if dropped else ""
+        label, color = (" ✗ lost", LOST) if lost else ("", INK)
+        axes.text(len(switches), row + 0.5, f" {flops:.0%}{tokens}{label}", va="center", fontsize=7.5, color=color)
+    axes.grid(False)
+    stacks = dict.fromkeys(name.partition(".")[0] for name in switches)
+    axes.set_xlabel(f"layer ({', '.join(f'{stack[0]}: {stack}' for stack in stacks)})")
+    faces = {"ran": RAN, "skipped": "none"}
+    handles = [Patch(facecolor=colour, edgecolor=INK, label=label) for label, colour in faces.items()]
+    axes.figure.legend(handles=handles, loc="outside lower center", ncols=2)
+
+
+def draw_profiles(
+    axes: Axes,
+    profiles: Mapping[str, tuple[NDArray, NDArray, NDArray]],
+    styles: Mapping[str, AgentStyle],
+    thresholds: NDArray,
+) -> None:
+    """Performance profiles: the share of runs that save more than each threshold with the quality kept."""
+    for name, (share, low, high) in profiles.items():
+        axes.fill_between(100 * thresholds, 100 * low, 100 * high, color=styles[name].color, alpha=0.15, linewidth=0)
+        axes.plot(100 * thresholds, 100 * share, **styles[name]._asdict(), markersize=4, markevery=10, label=name)
+    axes.set(xlabel="FLOPs saved with the quality kept, at least, %", ylabel="runs, %", ylim=(0, 103), xlim=(0, 100))
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
+def write_fronts(fronts: list[EnvFronts], file: Path) -> None:
+    """FLOPs at each loss from a tenth of epsilon to all of it, a panel per env; bands span the runs of an agent."""
+    learned = sorted({name for env in fronts for name in env.learned})
+    styles = agent_styles(learned, [name for env in fronts for name in env.controls])
+    shares = np.linspace(LEAST, 1, 19)
+    with style():
+        picture = figure(4.5, width=4.3 * len(fronts) + 0.4)
+        panels = picture.subplots(1, len(fronts), squeeze=False, sharex=True, sharey=True)[0]
+        handles = {}
+        for axes, env in zip(panels, fronts, strict=True):
+            controls = {name: [front] for name, front in env.controls.items()}
+            for name, runs in [*controls.items(), *sorted(env.learned.items())]:
+                flops = 100 * np.array([[flops_at_loss(run, share * env.epsilon) for share in shares] for run in runs])
+                label = name if name in controls else f"{name} ({len(runs)})"
+                axes.plot(100 * shares, flops.mean(axis=0), **styles[name]._asdict(), markevery=3, label=label)
+                color = styles[name].color
+                axes.fill_between(100 * shares, flops.min(axis=0), flops.max(axis=0), color=color, alpha=0.15)
+            axes.set(title=env.env, xlabel=f"quality lost, % of the {100 * env.epsilon:g} points that may be lost")
+            handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        picture.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+        panels[0].set(ylabel="FLOPs, % of dense", ylim=(0, None))
+        write_png(picture, file)

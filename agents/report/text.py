@@ -1,0 +1,210 @@
+"""What runs show, in sentences and tables: the verdict first, with its power, and no more than the runs show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+from sd_gym.agents.report.collect import WORST, AgentRuns, EnvRuns
+from sd_gym.agents.runs.statistics import aggregate, probability_of_improvement
+
+
+class Table(NamedTuple):
+    """A table: its title, the names of its columns, and the cells of its rows."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def verdict_sentences(env: EnvRuns) -> list[str]:
+    """Sentences about an env: what can be told at all, who is best, and whether it beats the control baselines."""
+    fewest, losses, changes = env.power
+    dense = env.first.result["quality_ref"]
+    points = f"{100 * env.epsilon:g} point{'s' if 100 * env.epsilon != 1 else ''}"
+    sentences = [
+        f"The dense backbone's quality is {dense:.1%} on {env.instances:,} test instances; {points} may be lost."
+    ]
+    if losses is None:
+        needed = f"at least {fewest:,}" if env.epsilon else "that some quality may be lost"
+        return [
+            *sentences,
+            f"These are too few instances to tell: a verdict takes {needed}. So of no agent is it said that "
+            "it keeps the quality, whatever its figures are.",
+        ]
+    answers = f"{losses:,} answer{'s' if losses != 1 else ''}"
+    sentences.append(
+        f"A verdict takes {fewest:,} instances. Here {answers} may be lost with none gained, or "
+        f"{changes:,} changed with as many gained as lost, for the quality to be shown to be kept."
+    )
+    keeps = [agent for agent in env.learned if agent.kept.all()]
+    best = next(iter(keeps or env.learned), None)
+    if best is None:
+        return [*sentences, "There are controls only; no agent has learned here."]
+    n, (mean, low, high) = len(best.runs), aggregate([best.flops])
+    figures = f"{mean:.1f}% of the FLOPs" + (f" ({low:.1f} to {high:.1f})" if n > 1 else "")
+    if keeps:
+        runs = "its one run" if n == 1 else f"all {n} runs"
+        sentences.append(f"{best.name} keeps the quality in {runs} and runs {figures}: by its mean it saves most.")
+    else:
+        sentences.append(
+            f"No agent keeps the quality in all its runs; {best.name}, which saves most where it does, keeps it in "
+            f"{int(best.kept.sum())} of {n} and runs {figures}."
+        )
+    sentences += [_against(best, other) for other in env.learned if other is not best]
+    return [*sentences, *_against_controls(env, best)]
+
+
+def _against(best: AgentRuns, other: AgentRuns) -> str:
+    """How an agent compares with another, as far as their runs tell."""
+    if min(len(best.runs), len(other.runs)) < 2:
+        return f"Against {other.name} nothing can be told: it takes two runs each at least."
+    return _ranked(best.name, other.name, probability_of_improvement([best.score], [other.score]))
+
+
+def _ranked(first: str, second: str, improvement: tuple[float, float, float]) -> str:
+    """Whether ``first`` is ahead of ``second``, by the probability that a run of it is better, and its interval."""
+    better, low, high = improvement
+    place = "is ahead of" if low > 0.5 else "is behind" if high < 0.5 else "cannot be told apart from"
+    odds = f"{better:.0%} ({low:.0%} to {high:.0%})"
+    return f"It {place} {second}: a run of {first} is better with a probability of {odds}."
+
+
+def _against_controls(env: EnvRuns, best: AgentRuns) -> list[str]:
+    """How the best agent compares with static masks and the oracle."""
+    sentences, by_algo = [], {agent.algo: agent for agent in reversed(env.agents)}
+    if static := by_algo.get("static"):
+        every = best.score.min() > static.score.max()
+        if min(len(best.runs), len(static.runs)) > 1:
+            sentence = _against(best, static)
+            is_ahead = every or "ahead" in sentence
+        else:
+            sentence, is_ahead = (
+                (
+                    f"{'Every' if every else 'Not every'} run of it saves more than the best static mask, "
+                    f"{static.flops.mean():.1f}% of the FLOPs; no interval, as there is one run."
+                ),
+                every,
+            )
+        sentences.append(sentence)
+        if not is_ahead:
+            sentences.append(
+                "So it is not shown to have learned anything about its inputs that one mask for all has not."
+            )
+    else:
+        sentences.append(
+            "There is no run of static masks here, so whether it has learned anything about its inputs is not known: "
+            "sd-gym train ENV --algo static."
+        )
+    if oracle := by_algo.get("oracle"):
+        sentences.append(
+            f"The oracle, which looks at the answers, runs {oracle.flops.mean():.1f}%: a bound, and no target."
+        )
+    return sentences
+
+
+def results_table(env: EnvRuns) -> Table:
+    """A row per agent."""
+    columns = ["agent", "runs", "quality against dense, points", "FLOPs, % of dense", "quality kept", "verdict"]
+    columns += [f"area ({WORST} epsilon = 0)", "time at batch 32"]
+    return Table(f"Results on {env.name}", columns, [_row(agent) for agent in env.agents])
+
+
+def _row(agent: AgentRuns) -> list[str]:
+    times = [run.result["time"]["32"]["time_ratio"] for run in agent.runs if run.result["time"]]
+    verdicts = agent.verdicts
+    differ = len(set(verdicts)) > 1
+    counted = all(run.result["policy_flops_counted"] for run in agent.runs)
+    return [
+        agent.name if counted else f"{agent.name} (its own FLOPs not counted)",
+        str(len(agent.runs)),
+        _figures(agent.difference, "+.2f"),
+        _figures(agent.flops, ".1f"),
+        f"{int(agent.kept.sum())} of {len(agent.runs)}",
+        ", ".join(f"{name} ({verdicts.count(name)})" if differ else name for name in dict.fromkeys(verdicts)),
+        _figures(agent.areas, ".3f"),
+        f"{np.mean(times):.0%}" if times else "-",
+    ]
+
+
+def _figures(values: np.ndarray, form: str) -> str:
+    mean, low, high = aggregate([values])
+    return f"{mean:{form}}" + (f" ({low:{form}} to {high:{form}})" if len(values) > 1 else "")
+
+
+def agents_on_all(envs: Sequence[EnvRuns]) -> dict[str, list[AgentRuns]]:
+    """The agents that have runs on every env, by name."""
+    by_name = [{agent.name: agent for agent in env.agents} for env in envs]
+    shared = sorted(set.intersection(*map(set, by_name))) if by_name else []
+    return {name: [agents[name] for agents in by_name] for name in shared}
+
+
+def overall_tables(envs: Sequence[EnvRuns]) -> list[Table]:
+    """Over all envs: who saves most with the quality kept, and how probably one is better than another."""
+    shared = agents_on_all(envs)
+    rows = []
+    for name, agents in shared.items():
+        mean, low, high = aggregate([agent.score for agent in agents])
+        runs, kept = sum(len(agent.runs) for agent in agents), sum(int(agent.kept.sum()) for agent in agents)
+        rows.append((mean, [name, str(runs), f"{mean:z.1%} ({low:z.1%} to {high:z.1%})", f"{kept} of {runs}"]))
+    ranked = [cells for _, cells in sorted(rows, key=lambda row: -row[0])]
+    tables = [Table("FLOPs saved with the quality kept, over all envs", ["agent", "runs", "saved", "kept"], ranked)]
+    pairs = []
+    for first, second in combinations([cells[0] for cells in ranked], 2):
+        better, low, high = _improvement(shared[first], shared[second])
+        differ = "yes" if low > 0.5 or high < 0.5 else "no"
+        pairs.append([first, second, f"{better:.0%} ({low:.0%} to {high:.0%})", differ])
+    if pairs:
+        columns = ["agent", "better than", "probability", "told apart"]
+        tables.append(Table("Probability of improvement, a run against a run on the same env", columns, pairs))
+    return tables
+
+
+def overall_sentences(envs: Sequence[EnvRuns]) -> list[str]:
+    """Who is ahead over all envs, as far as the runs tell; empty where no learned agent has runs on several envs."""
+    shared = {name: agents for name, agents in agents_on_all(envs).items() if not agents[0].is_control}
+    if len(envs) < 2 or not shared:
+        return []
+    means = {name: aggregate([agent.score for agent in agents]) for name, agents in shared.items()}
+    first, *others = sorted(shared, key=lambda name: -means[name][0])
+    mean, low, high = means[first]
+    return [
+        f"{first} saves most with the quality kept: {mean:.1%} of the FLOPs ({low:.1%} to {high:.1%}).",
+        *(_ranked(first, other, _improvement(shared[first], shared[other])) for other in others),
+    ]
+
+
+def _improvement(agents: list[AgentRuns], others: list[AgentRuns]) -> tuple[float, float, float]:
+    return probability_of_improvement([agent.score for agent in agents], [other.score for other in others])
+
+
+def levels_table(env: EnvRuns) -> Table:
+    """FLOPs of each agent against difficulty."""
+    levels = env.agents[0].levels
+    columns = ["agent", *(f"level {level['difficulty']} (n={level['instances']})" for level in levels)]
+    rows = [[agent.name, *(f"{level['flops_ratio']:.1%}" for level in agent.levels)] for agent in env.agents]
+    return Table("FLOPs against difficulty", columns, rows)
+
+
+def reproduction_table(env: EnvRuns) -> Table:
+    """A row per run: its command, its seed and its folder."""
+    rows = [
+        [agent.name, str(run.seed), str(run.config.get("steps", "-")), run.config.get("command", "-"), run.folder.name]
+        for agent, run in env.runs
+    ]
+    return Table("Runs", ["agent", "seed", "steps", "command", "folder"], rows)
+
+
+def versions_table(envs: Sequence[EnvRuns]) -> Table:
+    """Versions of libraries, and hashes of data and backbones, of all runs."""
+    values: dict[tuple[str, str], dict[str, None]] = {}
+    for env, run in [(of_env, run) for of_env in envs for _, run in of_env.runs]:
+        for name, version in run.config.get("versions", {}).items():
+            values.setdefault(("all", name), {})[version] = None
+        for split, data in run.config["data"].items():
+            values.setdefault((env.name, f"{split} rows, hash"), {})[data["hash"]] = None
+        values.setdefault((env.name, "backbone, hash of its weights"), {})[str(run.config["weights"])] = None
+    cells = [[where, what, ", ".join(different)] for (where, what), different in values.items()]
+    return Table("Versions, data and backbones", ["env", "what", "value"], cells)
