@@ -22,10 +22,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
-from sd_gym.agents.experiment.parallel import RunStatus, train_many
 from sd_gym.agents.experiment.comparison_plan import PlannedRun
-from sd_gym.agents.experiment.run import run_config
 from sd_gym.agents.experiment.fronts import front_of, policy_versions
+from sd_gym.agents.experiment.parallel import RunStatus, train_many
+from sd_gym.agents.experiment.run import run_config
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, AgentSettings, OnRollout, Rollout
 from sd_gym.agents.learning.decisions import fitting
 from sd_gym.agents.registry import register_agent

@@ -9,8 +9,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 from sd_gym.agents.experiment import run
-from sd_gym.agents.experiment.parallel import OnStatus, RunStatus, train_many
 from sd_gym.agents.experiment.comparison_plan import plan
+from sd_gym.agents.experiment.parallel import OnStatus, RunStatus, train_many
 from sd_gym.agents.learning.decisions import Decides, fitting
 from sd_gym.agents.runs.folder import check_backbone, read_description
 from sd_gym.agents.runs.verdict import ONE_SIDED_95

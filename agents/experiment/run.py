@@ -16,14 +16,14 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
+from sd_gym.agents.drawing.run_picture import plot_run
 from sd_gym.agents.experiment.evaluation import evaluate, summary, time_ratio
 from sd_gym.agents.experiment.export import export
-from sd_gym.agents.experiment.tensorboard_logs import log_result, log_validation, open_logger
 from sd_gym.agents.experiment.selection import Selection
+from sd_gym.agents.experiment.tensorboard_logs import log_result, log_validation, open_logger
 from sd_gym.agents.learning.agent import INFO_TAGS, Agent, BaseAgent, Decided, Decider, Rollout
 from sd_gym.agents.learning.decisions import Decides, fitting, seen_together
 from sd_gym.agents.registry import agent_class, is_control, make_agent, make_settings
-from sd_gym.agents.drawing.run_picture import plot_run
 from sd_gym.agents.runs.folder import check_backbone, read_description
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
 from stable_baselines3.common.logger import Logger

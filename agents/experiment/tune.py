@@ -11,9 +11,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
+from sd_gym.agents.experiment.comparison_plan import PlannedRun
 from sd_gym.agents.experiment.evaluation import summary
 from sd_gym.agents.experiment.parallel import RunStatus, train_many
-from sd_gym.agents.experiment.comparison_plan import PlannedRun
 from sd_gym.agents.experiment.run import load_run, split_settings
 from sd_gym.agents.registry import agent_class
 from sd_gym.agents.runs.verdict import ONE_SIDED_95

@@ -7,8 +7,8 @@ import pytest
 import torch
 from sd_gym.agents import register_agent
 from sd_gym.agents.baselines.constant import HashAgent
-from sd_gym.agents.experiment.parallel import train_many
 from sd_gym.agents.experiment.comparison_plan import plan_comparison
+from sd_gym.agents.experiment.parallel import train_many
 from sd_gym.agents.learning.agent import NotApplicableError
 from typer.testing import CliRunner
 
@@ -149,7 +149,9 @@ def test_what_is_wrong_with_a_name_is_told_before_anything_is_trained(arguments,
 
 def test_what_fails_or_dies_stops_nothing_and_is_done_again_alone(settings, flaky, one_thread, tmp_path):
     shared = {"seeds": 1, "steps": 200, "controls": False, "settings": settings}
-    runs = plan_comparison([CUSTOM], ["fails", "dies", "a2c-from-fails", "a2c", "hash"], output=tmp_path / "two", **shared)
+    runs = plan_comparison(
+        [CUSTOM], ["fails", "dies", "a2c-from-fails", "a2c", "hash"], output=tmp_path / "two", **shared
+    )
     words = train_many(runs, jobs=2, imports=[flaky])
     expected = {"fails-0": "failed", "dies-0": "failed", "a2c-from-fails-0": "failed"}
     assert states(words) == expected | {"a2c-0": "finished", "hash-0": "finished"}

@@ -6,8 +6,8 @@ import shutil
 import gymnasium as gym
 import pytest
 import torch
-from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.experiment.fronts import score_fronts
+from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.registry import make_agent
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner

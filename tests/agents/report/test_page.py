@@ -9,10 +9,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from sd_gym.agents.drawing.style import as_svg, figure, style
 from sd_gym.agents.registry import agent_names, is_control, learning_agents
 from sd_gym.agents.report.collect import collect, example_decisions
 from sd_gym.agents.report.page import write_report
-from sd_gym.agents.drawing.style import as_svg, figure, style
 from sd_gym.agents.report.text import overall_sentences, results_table, verdict_sentences
 from sd_gym.agents.runs.finished import read_run
 from typer.testing import CliRunner
