@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.learning.decisions import decide_rows, deciding_flops, score_decisions
+from sd_gym.agents.learning.decisions import decide_rows, decision_flops, score_decisions
 from sd_gym.agents.runs.fronts import Front
 
 from sd_gym.envs.protocols import Core, Split
@@ -19,7 +19,7 @@ def front_of(core: Core, split: Split, policies: Sequence[DecisionPolicy]) -> Fr
     every = [decide_rows(core, policy, split, rows) for policy in policies]
     # A policy that does not look at its input need not run at all.
     own = [
-        deciding_flops(core, policy, split, rows) if policy.head.weight.any() and not policy.blind else 0 * rows
+        decision_flops(core, policy, split, rows) if policy.head.weight.any() and not policy.blind else 0 * rows
         for policy in policies
     ]
     return front_of_decisions(core, split, every, own)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.report.panels import Points, Strip
-from sd_gym.agents.runs.finished import Run, agent_of, alike, finished_runs, read_run
+from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings, read_run
 from sd_gym.agents.runs.statistics import aggregate, hypervolume
 from sd_gym.agents.runs.verdict import Verdict, changes_allowed, fewest_instances, losses_allowed
 
@@ -175,7 +175,7 @@ def collect(folders: Iterable[str | Path]) -> list[Task]:
     tasks: dict[tuple[str, ...], dict[str, list[Run]]] = {}
     for folder in finished_runs(folders):
         run = read_run(folder)
-        tasks.setdefault(_key(run), {}).setdefault(agent_of(run.config), []).append(run)
+        tasks.setdefault(_key(run), {}).setdefault(agent_label(run.config), []).append(run)
     ids = [key[0] for key in tasks]
     return [
         Task(key[0] if ids.count(key[0]) == 1 else _told_apart(key), _agents(agents))
@@ -238,6 +238,6 @@ def _agents(agents: dict[str, list[Run]]) -> list[AgentRuns]:
     found = [
         AgentRuns(name, runs[0].config["algo"], runs)
         for agent, of_agent in agents.items()
-        for name, runs in alike(agent, of_agent)
+        for name, runs in group_by_settings(agent, of_agent)
     ]
     return sorted(found, key=lambda one: (one.is_control, -aggregate([one.score], samples=1)[0], one.name))
