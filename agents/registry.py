@@ -35,19 +35,21 @@ AGENTS: Registry[type[BaseAgent]] = Registry(
 def register_agent(name: str, cls: type[BaseAgent]) -> None:
     """Make an agent of your own known: then ``sd_gym.train(env, name)`` and, with ``--import``, ``--algo NAME`` work.
 
-    Unless the class says ``is_control = True``, as every ``Decider`` does, there is a ``blind-NAME`` as well, and
-    ``compare --fronts`` sets it against the controls.
+    Unless the class says ``is_control = True``, there is a ``blind-NAME`` as well, and ``compare --fronts`` sets it
+    against the controls.
 
     Args:
         name: What it is called.
-        cls: A subclass of ``sd_gym.agents.Agent``, which comes to a policy, or of ``sd_gym.agents.Decider``.
+        cls: A subclass of ``sd_gym.agents.Agent``, which comes to a policy, or of ``sd_gym.agents.PrivilegedAgent``.
 
     Raises:
         TypeError: If ``cls`` is no such class.
         ValueError: If the name is one of the project's, or begins with ``blind-``.
     """
     if not (isinstance(cls, type) and issubclass(cls, BaseAgent)):
-        raise TypeError(f"the agent {name!r} has to be a subclass of sd_gym.agents.Agent or Decider, got {cls!r}")
+        raise TypeError(
+            f"the agent {name!r} has to be a subclass of sd_gym.agents.Agent or PrivilegedAgent, got {cls!r}"
+        )
     if name.startswith(BLIND):
         raise ValueError(f"the agent {name!r} needs another name: {BLIND}NAME is the agent NAME that sees nothing")
     AGENTS.register(name, cls)

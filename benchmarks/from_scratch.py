@@ -27,7 +27,7 @@ from sd_gym.agents.experiment.fronts import front_of, policy_versions
 from sd_gym.agents.experiment.parallel import RunStatus, train_many
 from sd_gym.agents.experiment.run import run_config
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, AgentSettings, OnRollout, Rollout
-from sd_gym.agents.learning.decisions import fitting
+from sd_gym.agents.learning.decisions import check_fits
 from sd_gym.agents.registry import register_agent
 from sd_gym.agents.report.compare import markdown
 from sd_gym.agents.runs.folder import read_description, read_result
@@ -119,7 +119,7 @@ def cell(results: list[dict[str, Any]]) -> str:
 def flops_where_lost(folder: Path, points: list[float]) -> list[float]:
     """FLOPs ratio of a run's policy where so many points are lost, on the front of its versions."""
     core = shared_core(run_config(read_description(folder)))
-    policy = fitting(DecisionPolicy.load(folder), core)
+    policy = check_fits(DecisionPolicy.load(folder), core)
     margin = read_result(folder).get("margin", 0.0)
     front = front_of(core, core.split("test"), policy_versions(core, policy, core.config.reward.epsilon, margin))
     return [flops_at_loss(front, point / 100) for point in points]

@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 from sd_gym.agents.baselines.codebook import nested_codebook
 from sd_gym.agents.baselines.early_exit import THRESHOLDS
 from sd_gym.agents.baselines.search import greedy_path
-from sd_gym.agents.baselines.static import StaticSettings, report, searched_masks
-from sd_gym.agents.learning.agent import Decided, Decider, NotApplicableError, OnRollout
-from sd_gym.agents.learning.decisions import halves, keeps, score_decisions
+from sd_gym.agents.baselines.static import StaticSettings, report_scored, searched_masks
+from sd_gym.agents.learning.agent import NotApplicableError, OnRollout, PrivilegedAgent, SplitDecisions
+from sd_gym.agents.learning.decisions import halves, keeps_quality, score_decisions
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.protocols import Split
 
 
-class Cascade(Decider):
+class Cascade(PrivilegedAgent):
     """One mask for all inputs; where the head is less sure than a threshold, the input runs again, densely.
 
     Both runs count. The masks are those of a greedy path (or of a run of ``static``: ``path``), searched on the first
@@ -44,7 +44,7 @@ class Cascade(Decider):
         if self.settings.path is not None:
             masks = np.unique(searched_masks(self.settings.path, core.nvec), axis=0)
         else:
-            masks = np.stack(greedy_path(core, split, parts[0], lambda scored: report(on_rollout, scored)))
+            masks = np.stack(greedy_path(core, split, parts[0], lambda scored: report_scored(on_rollout, scored)))
         tiled = [np.tile(mask, (len(rows), 1)) for mask in masks]
         scored = [score_decisions(core, split, rows, decisions) for decisions in tiled]
         means = [np.array([one[name][parts[0]].mean() for one in scored]) for name in ("quality", "flops_ratio")]
@@ -59,15 +59,16 @@ class Cascade(Decider):
             reference = scored[number]["quality_ref"]
             quality = np.where(unsure, reference, scored[number]["quality"])
             if all(
-                keeps(core, {"quality": quality[part], "quality_ref": reference[part]}, ONE_SIDED_95) for part in parts
+                keeps_quality(core, {"quality": quality[part], "quality_ref": reference[part]}, ONE_SIDED_95)
+                for part in parts
             ):
                 self.mask, self.threshold = masks[number], threshold
                 return
 
-    def decided(self, split: Split) -> Decided:
+    def decide_split(self, split: Split) -> SplitDecisions:
         """The mask, or nothing skipped; the first run of those that run twice is the cost of deciding."""
         rows = np.arange(len(split))
         decisions = np.tile(self.mask, (len(rows), 1))
         unsure = split.passes.confidence(rows, decisions) < self.threshold
         spent: NDArray = np.where(unsure, split.costs.flops(rows, decisions), 0)
-        return Decided(np.where(unsure[:, None], 0, decisions), spent)
+        return SplitDecisions(np.where(unsure[:, None], 0, decisions), spent)

@@ -27,7 +27,7 @@ class RateSettings(AgentSettings):
     rate: float = Field(0.2, gt=0, lt=1)
 
 
-class _Given(Agent):
+class _FixedPolicyAgent(Agent):
     """An agent whose policy is given from the start."""
 
     selects = validates = draws = False
@@ -37,7 +37,7 @@ class _Given(Agent):
         """There is nothing to learn."""
 
 
-class DenseAgent(_Given):
+class DenseAgent(_FixedPolicyAgent):
     """Nothing is skipped."""
 
     def policy(self) -> DecisionPolicy:
@@ -46,7 +46,7 @@ class DenseAgent(_Given):
         return self._constant_policy(decision_logits(nvec, np.zeros(len(nvec)), CERTAIN))
 
 
-class EveryOtherAgent(_Given):
+class EveryOtherAgent(_FixedPolicyAgent):
     """Every other layer is skipped whole, the first one of each stack runs (LayerDrop, Fan et al. 2020, section 4)."""
 
     def policy(self) -> DecisionPolicy:
@@ -59,7 +59,7 @@ class EveryOtherAgent(_Given):
         return self._constant_policy(decision_logits(core.nvec, mask, CERTAIN))
 
 
-class RandomAgent(_Given):
+class RandomAgent(_FixedPolicyAgent):
     """Each switch is skipped with probability ``rate``, whatever the input; the same draws whatever the seed."""
 
     Settings = RateSettings

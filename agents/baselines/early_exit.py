@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.learning.agent import Decided, Decider, NotApplicableError, OnRollout
-from sd_gym.agents.learning.decisions import halves, keeps, score_decisions
+from sd_gym.agents.learning.agent import NotApplicableError, OnRollout, PrivilegedAgent, SplitDecisions
+from sd_gym.agents.learning.decisions import halves, keeps_quality, score_decisions
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
 from stable_baselines3.common.logger import Logger
 
@@ -17,7 +17,7 @@ THRESHOLDS = np.r_[np.linspace(0.5, 0.95, 10), 0.97, 0.98, 0.99, 0.995, 0.999, 1
 SWEEPS = 2  # over all stages, to lower their thresholds
 
 
-class EarlyExit(Decider):
+class EarlyExit(PrivilegedAgent):
     """The layers behind an exit are skipped; the threshold of confidence is the lowest that keeps the quality.
 
     The backbone's own head judges at every exit, and its FLOPs count each time. For backbones that classify: where a
@@ -47,14 +47,14 @@ class EarlyExit(Decider):
         for threshold in THRESHOLDS:
             self.threshold = float(threshold)
             exits = self._exits(confidence)
-            if keeps(core, score_decisions(core, split, rows, self._decisions(exits)), ONE_SIDED_95):
+            if keeps_quality(core, score_decisions(core, split, rows, self._decisions(exits)), ONE_SIDED_95):
                 return
 
-    def decided(self, split: Split) -> Decided:
+    def decide_split(self, split: Split) -> SplitDecisions:
         """Exits at the first sure layer; each one before costs the head once more."""
         exits = self._exits(self._confidence(split))
         always = split.backbone.flops.costs(split.encoded.source_length)[0]
-        return Decided(self._decisions(exits), exits * always)
+        return SplitDecisions(self._decisions(exits), exits * always)
 
     @property
     def _ends(self) -> NDArray:
@@ -111,7 +111,7 @@ class Confidence(EarlyExit):
             """Mean FLOPs on some rows; infinite if the quality is not kept there."""
             exits = self._exits(confidence[part])
             scored = {"quality": quality[exits, part], "quality_ref": at_look[0]["quality_ref"][part]}
-            kept = keeps(core, scored, ONE_SIDED_95)
+            kept = keeps_quality(core, scored, ONE_SIDED_95)
             return float((flops[exits, part] + exits * judged[part]).mean()) if kept else np.inf
 
         before = price(unseen)

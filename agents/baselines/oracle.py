@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from sd_gym.agents.baselines.search import can_try_all, exhaustive_each, greedy_path, order_of, search_each
-from sd_gym.agents.learning.agent import AgentSettings, Decided, Decider, OnRollout
+from sd_gym.agents.baselines.search import beam_search, can_try_all, exhaustive_search, greedy_path, path_steps
+from sd_gym.agents.learning.agent import AgentSettings, OnRollout, PrivilegedAgent, SplitDecisions
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.protocols import Split
@@ -24,7 +24,7 @@ class OracleSettings(AgentSettings):
     width: int = Field(4, ge=1)
 
 
-class Oracle(Decider):
+class Oracle(PrivilegedAgent):
     """All decisions are tried where they are few enough, else a beam of them.
 
     A lucky wrong way counts as right, such as guessing one of two classes: a bound, and no target.
@@ -37,7 +37,7 @@ class Oracle(Decider):
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """There is nothing to learn."""
 
-    def decided(self, split: Split) -> Decided:
+    def decide_split(self, split: Split) -> SplitDecisions:
         """The cheapest decision of each instance whose quality is at least the dense one's; deciding costs nothing."""
         core, rows = self.env.core, np.arange(len(split))
 
@@ -46,13 +46,13 @@ class Oracle(Decider):
             return outcome.quality >= outcome.quality_ref
 
         if can_try_all(core.nvec, len(split)):
-            decisions = exhaustive_each(core, split, rows, good, _unheard)
+            decisions = exhaustive_search(core, split, rows, good, _unheard)
         else:
             validation = core.split("validation")
             few = np.arange(min(ORDER_INSTANCES, len(validation)))
-            order = order_of(greedy_path(core, validation, few, _unheard))
-            decisions = search_each(core, split, rows, order, good, _unheard, width=self.settings.width)
-        return Decided(decisions, np.zeros(len(split)))
+            order = path_steps(greedy_path(core, validation, few, _unheard))
+            decisions = beam_search(core, split, rows, order, good, _unheard, width=self.settings.width)
+        return SplitDecisions(decisions, np.zeros(len(split)))
 
 
 def _unheard(scored: int) -> None:

@@ -30,10 +30,10 @@ ALONG = 1024  # instances that are run along a path in one call
 Array = NDArray
 Per = Literal["sublayer", "layer"]  # what a search decides on as one
 OnRound = Callable[[int], None]  # called with the decisions scored so far
-Good = Callable[[Array, Array], Array]  # takes rows [n] and decisions [n, components] to bool [n]
+IsGood = Callable[[Array, Array], Array]  # takes rows [n] and decisions [n, components] to bool [n]
 
 
-def units_of(core: Core, per: Per = "sublayer") -> list[Array]:
+def skip_units(core: Core, per: Per = "sublayer") -> list[Array]:
     """The components of a decision, in parts that are raised together: each alone, or those of a layer.
 
     Args:
@@ -59,7 +59,7 @@ def units_of(core: Core, per: Per = "sublayer") -> list[Array]:
     return [*map(np.array, layers.values()), alone[-1]]
 
 
-def all_of(nvec: Array, units: list[Array]) -> list[Array]:
+def all_masks(nvec: Array, units: list[Array]) -> list[Array]:
     """All decisions ``[components]`` whose units each have one choice, the first of them dense."""
     choices = all_decisions(nvec[[unit[0] for unit in units]])
     found = np.zeros((len(choices), len(nvec)), dtype=np.int64)
@@ -83,7 +83,7 @@ def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, per
     Returns:
         Decisions ``[components]`` from dense to nothing.
     """
-    path, units = [np.zeros_like(core.nvec)], units_of(core, per)
+    path, units = [np.zeros_like(core.nvec)], skip_units(core, per)
     scored, known = 0, {}
 
     def key(decision: Array, on: Array) -> tuple[int, bytes]:
@@ -141,7 +141,7 @@ def learned_path(
     Returns:
         Decisions ``[components]`` from dense to nothing, each raising one candidate by one.
     """
-    candidates = [unit for unit in units_of(core, per) for _ in range(core.nvec[unit[0]] - 1)]
+    candidates = [unit for unit in skip_units(core, per) for _ in range(core.nvec[unit[0]] - 1)]
     belongs = np.stack([np.isin(np.arange(len(core.nvec)), unit) for unit in candidates]).astype(np.int64)
     random, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     threshold = torch.full((len(candidates),), float(np.mean(PRICES)), requires_grad=True)
@@ -183,12 +183,12 @@ def _moves(nvec: Array, decision: Array, units: list[Array]) -> list[Array]:
     return found
 
 
-def order_of(path: list[Array]) -> list[Array]:
+def path_steps(path: list[Array]) -> list[Array]:
     """The components that each step of a path raises, int64."""
     return [np.flatnonzero(after != before) for before, after in pairwise(path)]
 
 
-def losses_along(split: Split, rows: Array, path: list[Array], on_round: OnRound) -> Array:
+def path_losses(split: Split, rows: Array, path: list[Array], on_round: OnRound) -> Array:
     """Quality that instances lose under each mask of a path.
 
     Args:
@@ -208,8 +208,8 @@ def losses_along(split: Split, rows: Array, path: list[Array], on_round: OnRound
     return found[:, :1] - found
 
 
-def search_each(
-    core: Core, split: Split, rows: Array, order: list[Array], good: Good, on_round: OnRound, *, width: int = 1
+def beam_search(
+    core: Core, split: Split, rows: Array, order: list[Array], good: IsGood, on_round: OnRound, *, width: int = 1
 ) -> Array:
     """A cheap good decision for each instance, by beam search: one candidate after another is skipped where it may be.
 
@@ -220,7 +220,7 @@ def search_each(
         core: The env's core.
         split: Where the instances are.
         rows: The instances, ``[n]``.
-        order: Components, in the order in which they are tried (``order_of``).
+        order: Components, in the order in which they are tried (``path_steps``).
         good: Whether decisions are good enough.
         on_round: Called after each component.
         width: Decisions kept for each instance.
@@ -254,7 +254,7 @@ def can_try_all(nvec: Array, instances: int) -> bool:
     return int(np.prod(nvec)) * instances <= EXHAUSTIVE
 
 
-def exhaustive_each(core: Core, split: Split, rows: Array, good: Good, on_round: OnRound) -> Array:
+def exhaustive_search(core: Core, split: Split, rows: Array, good: IsGood, on_round: OnRound) -> Array:
     """The cheapest good decision of each instance, of all there are; int64 ``[n, components]``, dense if none is."""
     best = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
     lowest = np.ones(len(rows))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.codebook import nested_codebook
-from sd_gym.agents.baselines.search import Per, all_of, can_try_all, greedy_path, learned_path, units_of
+from sd_gym.agents.baselines.search import Per, all_masks, can_try_all, greedy_path, learned_path, skip_units
 from sd_gym.agents.learning.agent import Agent, AgentSettings, OnRollout, Rollout, decision_logits
 from sd_gym.agents.learning.decisions import halves, score_decisions
 from stable_baselines3.common.logger import Logger
@@ -60,11 +60,11 @@ class StaticAgent(Agent):
         if self.settings.path is not None:
             self.masks = searched_masks(self.settings.path, core.nvec)
             return
-        per, units = self.settings.per, units_of(core, self.settings.per)
+        per, units = self.settings.per, skip_units(core, self.settings.per)
         if can_try_all(core.nvec[[unit[0] for unit in units]], len(rows)):
-            self.masks = all_of(core.nvec, units)
+            self.masks = all_masks(core.nvec, units)
             return
-        on_round = partial(report, on_rollout)
+        on_round = partial(report_scored, on_rollout)
         greedy = greedy_path(core, split, rows, on_round, per=per)
         self.masks = [*greedy, *learned_path(core, split, rows, on_round, self.seed, per=per)]
 
@@ -72,7 +72,7 @@ class StaticAgent(Agent):
         """The first mask: dense."""
         return self._mask_policy(self.masks[0])
 
-    def offers(self) -> list[DecisionPolicy]:
+    def selectable_policies(self) -> list[DecisionPolicy]:
         """All masks that the search found."""
         return [self._mask_policy(mask) for mask in self.masks]
 
@@ -121,6 +121,6 @@ def nested_path(folder: Path, nvec: NDArray) -> list[NDArray]:
     return list(path)
 
 
-def report(on_rollout: OnRollout, scored: int) -> None:
+def report_scored(on_rollout: OnRollout, scored: int) -> None:
     """Tell how many decisions a search has scored; it has no rewards to show."""
     on_rollout(Rollout(scored, np.zeros(0), {}))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sd_gym.agents.experiment import run
 from sd_gym.agents.experiment.comparison_plan import plan
 from sd_gym.agents.experiment.parallel import OnStatus, RunStatus, train_many
-from sd_gym.agents.learning.decisions import Decides, fitting
+from sd_gym.agents.learning.decisions import PolicyLike, check_fits
 from sd_gym.agents.runs.folder import check_backbone, read_description
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
 
@@ -240,7 +240,7 @@ def _evaluate(
 
 @dataclass
 class _Decides:
-    """Anything that decides, as ``Decides``, by the actions of an env."""
+    """Anything that decides, as ``PolicyLike``, by the actions of an env."""
 
     function: Callable[[Observations], Any]
     flops: int | None
@@ -262,11 +262,11 @@ class _Counted:
     flops: int
 
 
-def _decides(policy: Policy, flops: int | None, core: Core) -> Decides:
+def _decides(policy: Policy, flops: int | None, core: Core) -> PolicyLike:
     if isinstance(policy, str | Path):
         policy = DecisionPolicy.load(Path(policy))
     if isinstance(policy, DecisionPolicy | TablePolicy):
-        fitting(policy, core)
+        check_fits(policy, core)
         return policy if flops is None else _Counted(policy.decide, flops)
     counted = getattr(policy, "flops", None) if flops is None else flops
     if callable(getattr(policy, "predict", None)):

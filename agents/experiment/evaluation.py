@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.learning.decisions import Decided, Decides, decide_and_score, deciding_flops, score_decisions
+from sd_gym.agents.learning.decisions import (
+    PolicyLike,
+    SplitDecisions,
+    decide_and_score,
+    decision_flops,
+    score_decisions,
+)
 from sd_gym.agents.runs.statistics import bootstrap_interval
 from sd_gym.agents.runs.verdict import Verdict, fewest_instances, losses_allowed, verdict
 
@@ -27,12 +33,12 @@ TIMED_SECONDS = 30.0  # behind which no further batch is timed: of a large backb
 
 def evaluate(
     core: Core,
-    policy: Decides | Decided,
+    policy: PolicyLike | SplitDecisions,
     split_name: str,
     *,
     table: Path | None = None,
 ) -> dict[str, Any]:
-    """The result on a split, of a policy or of decisions that a ``Decider`` made: in all and by difficulty.
+    """The result on a split, of a policy or of decisions that a ``PrivilegedAgent`` made: in all and by difficulty.
 
     ``flops_ratio`` is the mean over instances of the backbone's ratio; ``flops_ratio_with_policy`` adds what it costs
     to decide, if ``policy_flops_counted``. ``metrics`` holds the data set's own metric where it is not the mean
@@ -42,10 +48,10 @@ def evaluate(
     split = core.split(split_name)
     split.scoring.score_dense()
     rows = np.arange(len(split))
-    if isinstance(policy, Decided):
+    if isinstance(policy, SplitDecisions):
         scored, flops = score_decisions(core, split, rows, policy.decisions), policy.flops
     else:
-        scored, flops = decide_and_score(core, policy, split), deciding_flops(core, policy, split, rows)
+        scored, flops = decide_and_score(core, policy, split), decision_flops(core, policy, split, rows)
     own, decisions = flops / split.costs.dense_flops(rows), scored["decision"]
     if table is not None:
         write_instances(split, scored | {"flops_ratio_with_policy": scored["flops_ratio"] + own}, table)
@@ -65,7 +71,7 @@ def evaluate(
         "losses_allowed": losses_allowed(len(split), core.config.reward.epsilon),
         "decisions_hash": decisions_hash(decisions),
         "epsilon": core.config.reward.epsilon,
-        "policy_flops_counted": isinstance(policy, Decided) or policy.flops is not None,
+        "policy_flops_counted": isinstance(policy, SplitDecisions) or policy.flops is not None,
         "decisions_used": len(np.unique(decisions, axis=0)),
         "by_difficulty": by_difficulty(scored, split.levels),
         "by_fact": by_facts(split, scored),
@@ -73,12 +79,12 @@ def evaluate(
     }
 
 
-def summary(core: Core, policy: Decides, split_name: str) -> dict[str, Any]:
+def summary(core: Core, policy: PolicyLike, split_name: str) -> dict[str, Any]:
     """What ``evaluate`` says first: means of quality and FLOPs, and the verdict."""
     split = core.split(split_name)
     split.scoring.score_dense()
     rows = np.arange(len(split))
-    own = deciding_flops(core, policy, split, rows) / split.costs.dense_flops(rows)
+    own = decision_flops(core, policy, split, rows) / split.costs.dense_flops(rows)
     return _means(decide_and_score(core, policy, split), own, core.config.reward.epsilon)
 
 
@@ -119,7 +125,7 @@ def by_difficulty(scored: dict[str, NDArray], levels: NDArray) -> list[dict[str,
 
 @torch.inference_mode()
 def time_ratio(
-    core: Core, policy: Decides, split_name: str, batch_size: int, batches: int = 12
+    core: Core, policy: PolicyLike, split_name: str, batch_size: int, batches: int = 12
 ) -> dict[str, float | None]:
     """Time of deciding and the switched backbone over that of the dense one, end to end.
 
@@ -170,7 +176,7 @@ def time_ratio(
 
 
 def _contestants(
-    core: Core, policy: Decides, split: Split, rows: NDArray, level: NDArray
+    core: Core, policy: PolicyLike, split: Split, rows: NDArray, level: NDArray
 ) -> list[Callable[[], object]]:
     """What is timed: dense; decided; dense in passes by length; where tokens are dropped, dense on shorter inputs."""
     backbone, everything = core.backbone, np.arange(len(rows))

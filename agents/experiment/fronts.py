@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.static import searched_masks
 from sd_gym.agents.experiment.fronts import front_of
-from sd_gym.agents.learning.decisions import decide_and_score, fitting
-from sd_gym.agents.runs.finished import Run, agent_of, alike, finished_runs, read_run
+from sd_gym.agents.learning.decisions import decide_and_score, check_fits
+from sd_gym.agents.runs.finished import Run, agent_label, group_by_settings, finished_runs, read_run
 from sd_gym.agents.runs.folder import BLIND, check_backbone, has_policy
 from sd_gym.agents.runs.fronts import LEAST, EnvFronts, Front, flops_samples
 
@@ -59,7 +59,7 @@ def score_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvF
     for folder in finished_runs(folders):
         run = read_run(folder)
         config, algo = run.config, run.config["algo"]
-        name = "blind" if algo.startswith(BLIND) else algo if algo == "static" else agent_of(config)
+        name = "blind" if algo.startswith(BLIND) else algo if algo == "static" else agent_label(config)
         if name in BESIDE or (not config["control"] and has_policy(folder)):
             envs.setdefault(_env_of(run), {}).setdefault(name, []).append(run)
     found, alone = [], []
@@ -124,11 +124,11 @@ def _fronts_of(config: EnvConfig, agents: dict[str, list[Run]]) -> EnvFronts:
         return front_of(core, core.split("test"), policies)
 
     def versions_of(run: Run) -> list[DecisionPolicy]:
-        policy = fitting(DecisionPolicy.load(run.folder), core)
+        policy = check_fits(DecisionPolicy.load(run.folder), core)
         return versions(core, policy, config.reward.epsilon, run.result.get("margin", 0.0))
 
     masks = [
-        fitting(DecisionPolicy.load(run.folder), core).with_decision(mask)
+        check_fits(DecisionPolicy.load(run.folder), core).with_decision(mask)
         for run in agents.get("static", [])
         for mask in searched_masks(run.folder, core.nvec)
     ]
@@ -138,7 +138,7 @@ def _fronts_of(config: EnvConfig, agents: dict[str, list[Run]]) -> EnvFronts:
         name: [front(versions_of(run)) for run in runs]
         for agent, of_agent in agents.items()
         if agent not in BESIDE
-        for name, runs in alike(agent, of_agent)
+        for name, runs in group_by_settings(agent, of_agent)
     }
     return EnvFronts(config.id, config.reward.epsilon, controls, learned)
 

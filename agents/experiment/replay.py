@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment.evaluation import decisions_hash, evaluate
 from sd_gym.agents.experiment.run import run_config
-from sd_gym.agents.learning.decisions import Decided, decide_rows, deciding_flops, fitting, score_decisions
+from sd_gym.agents.learning.decisions import SplitDecisions, check_fits, decide_rows, decision_flops, score_decisions
 from sd_gym.agents.runs.folder import check_backbone, read_description, read_result
 
 from sd_gym.envs.protocols import Core, Split
@@ -96,7 +96,7 @@ def replay(folder: Path) -> Replay:
         _check_scores(file, recorded, name, scored[name], tolerance)
     policy = DecisionPolicy.load(folder) if (folder / "policy.safetensors").exists() else None
     if policy is not None:
-        _check_policy(file, recorded, core, split, fitting(policy, core))
+        _check_policy(file, recorded, core, split, check_fits(policy, core))
     _check_result(folder, result, core, split, recorded, decisions, policy)
     return Replay(result["split"], len(split), policy is not None)
 
@@ -190,10 +190,10 @@ def _check_result(
     if policy is None:
         own = dense * (recorded.scores["flops_ratio_with_policy"] - recorded.scores["flops_ratio"])
     else:
-        own = deciding_flops(core, policy, split, np.arange(len(split)))
+        own = decision_flops(core, policy, split, np.arange(len(split)))
         total = recorded.scores["flops_ratio"] + own / dense
         _check_scores(folder / "instances.csv", recorded, "flops_ratio_with_policy", total, FLOPS_TOLERANCE)
-    again = evaluate(core, Decided(decisions, own), split.name)
+    again = evaluate(core, SplitDecisions(decisions, own), split.name)
     for key, value in again.items():
         if key in result and key not in NOT_REPLAYED:
             _check_same(f"{folder / 'result.json'}: {key}", result[key], value)

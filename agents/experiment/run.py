@@ -21,8 +21,8 @@ from sd_gym.agents.experiment.evaluation import evaluate, summary, time_ratio
 from sd_gym.agents.experiment.export import export
 from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.experiment.tensorboard_logs import log_result, log_validation, open_logger
-from sd_gym.agents.learning.agent import INFO_TAGS, Agent, BaseAgent, Decided, Decider, Rollout
-from sd_gym.agents.learning.decisions import Decides, fitting, seen_together
+from sd_gym.agents.learning.agent import INFO_TAGS, Agent, BaseAgent, SplitDecisions, PrivilegedAgent, Rollout
+from sd_gym.agents.learning.decisions import PolicyLike, check_fits, observation_batches
 from sd_gym.agents.registry import agent_class, is_control, make_agent, make_settings
 from sd_gym.agents.runs.folder import check_backbone, read_description
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
@@ -154,19 +154,19 @@ def _train(
     description["data"] = core.data.identity()  # all splits, so that what is wrong with one is told at once
     if there is not None:
         _check_same(folder, there, description, core.data)
-    if isinstance(agent, Decider):
+    if isinstance(agent, PrivilegedAgent):
         return _train_decider(agent, folder, description, on_progress)
     return _train_agent(agent, folder, description, on_progress)
 
 
 def _train_decider(
-    agent: Decider, folder: Path, description: dict[str, Any], on_progress: OnProgress | None
+    agent: PrivilegedAgent, folder: Path, description: dict[str, Any], on_progress: OnProgress | None
 ) -> dict[str, Any]:
     """Have it learn, and evaluate its decisions."""
     write_json(folder / "config.json", description)
     logger = open_logger(folder, description)
     agent.learn(description["steps"], logger, partial(_tell, on_progress))
-    decided = agent.decided(agent.env.core.split("test"))
+    decided = agent.decide_split(agent.env.core.split("test"))
     agent.save_extra(folder)
     result = _finished(folder, description, agent.env.core, decided)
     log_result(logger, description["steps"], result)
@@ -190,7 +190,7 @@ def _train_agent(
     policy, last = agent.policy(), None
     if agent.selects:
         last = summary(core, policy, "test")
-        policy = selection.select(agent.offers())
+        policy = selection.select(agent.selectable_policies())
     if not selection.history:
         entry = selection.validate(reached, policy, agent.env.objective)
         log_validation(logger, entry, selection.core.backbone.board.names)
@@ -309,7 +309,7 @@ def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]
 def _reduced(policy: DecisionPolicy, codebook: int, core: Core) -> DecisionPolicy:
     """The policy with a codebook for the first training inputs: for what each stage sees behind its own decisions."""
     train = core.split("train")
-    parts = seen_together(core, np.arange(min(len(train), STATISTICS_SIZE)))
+    parts = observation_batches(core, np.arange(min(len(train), STATISTICS_SIZE)))
     if not core.is_staged:
         return policy.reduced(codebook, core.observe(train, parts[0]))
     seen: list[Observations] = []
@@ -327,7 +327,7 @@ def _finished(
     folder: Path,
     description: dict[str, Any],
     core: Core,
-    policy: DecisionPolicy | Decided,
+    policy: DecisionPolicy | SplitDecisions,
     selection: Selection | None = None,
     last: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -358,10 +358,10 @@ def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAg
     return make_agent(algo, env, seed=seed, **agent_settings)
 
 
-def measured(core: Core, policy: Decides | Decided, split: str, folder: Path | None) -> dict[str, Any]:
+def measured(core: Core, policy: PolicyLike | SplitDecisions, split: str, folder: Path | None) -> dict[str, Any]:
     """The result on a split, timed if a policy decides; ``instances.csv`` is written to the folder, if there is one."""
     result = evaluate(core, policy, split, table=folder / "instances.csv" if folder else None)
-    untimed = isinstance(policy, Decided) or core.config.table is not None  # a table runs nothing
+    untimed = isinstance(policy, SplitDecisions) or core.config.table is not None  # a table runs nothing
     sizes = () if untimed else TIMED_BATCH_SIZES
     result["time"] = {str(size): time_ratio(core, policy, split, size) for size in sizes}
     return result
@@ -402,7 +402,7 @@ def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:
     core = shared_core(run_config(description))
     check_unchanged(folder, description["data"], core.data)
     check_backbone(folder, description["weights"], core.backbone)
-    return description, core, fitting(DecisionPolicy.load(folder), core)
+    return description, core, check_fits(DecisionPolicy.load(folder), core)
 
 
 def run_config(description: dict[str, Any], settings: dict[str, Any] | None = None) -> EnvConfig:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment.evaluation import by_difficulty
-from sd_gym.agents.learning.decisions import decide_and_score, decide_rows, halves, keeps
+from sd_gym.agents.learning.decisions import decide_and_score, decide_rows, halves, keeps_quality
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
 
 from sd_gym.envs.protocols import Core
@@ -154,4 +154,4 @@ class Selection:
         return decide_and_score(self.core, policy, self.core.split("validation"), rows)
 
     def _kept(self, scored: dict[str, NDArray]) -> bool:
-        return keeps(self.core, scored, self.strictness)
+        return keeps_quality(self.core, scored, self.strictness)

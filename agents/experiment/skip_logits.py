@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment.run import load_run
-from sd_gym.agents.learning.decisions import seen_together
+from sd_gym.agents.learning.decisions import observation_batches
 
 from sd_gym.config import EnvConfig, dotted
 from sd_gym.envs.config import make_config
@@ -37,7 +37,9 @@ def skip_logits_of_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConf
     config = make_config(dotted(core.config.model_dump()) | overrides, core.config.id)
     splits = {name: shared_core(config).split(name) for name in ("train", "validation")}
     return config, {
-        name: np.concatenate([_odds(core, policy, split, rows) for rows in seen_together(core, np.arange(len(split)))])
+        name: np.concatenate(
+            [_odds(core, policy, split, rows) for rows in observation_batches(core, np.arange(len(split)))]
+        )
         for name, split in splits.items()
     }
 

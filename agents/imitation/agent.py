@@ -7,7 +7,7 @@ as the savings outweigh the risk times a multiplier. The policy learns these exc
 logits is the logarithm of another multiplier: a bolder or more cautious policy. (TR-BERT, Ye et al. 2021, and Dr.LLM
 also warm up on searched decisions; there each instance's own luck under a decision is the target, here its risk.)
 
-At several stages each looks again, and decides on what is left of the path: ``sd_gym.agents.imitation.staged``.
+At several stages each looks again, and decides on what is left of the path: ``sd_gym.agents.imitation.backward_induction``.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from sd_gym.agents.baselines.search import Per, greedy_path, losses_along, order_of
-from sd_gym.agents.baselines.static import MASKS, nested_path, report
-from sd_gym.agents.imitation.rates import component_logits, step_logits
-from sd_gym.agents.imitation.staged import Induction, Stretch, Taught
+from sd_gym.agents.baselines.search import Per, greedy_path, path_losses, path_steps
+from sd_gym.agents.baselines.static import MASKS, nested_path, report_scored
+from sd_gym.agents.imitation.backward_induction import BackwardInduction, StageChoices, StageTargets
+from sd_gym.agents.imitation.path_logits import component_logits, step_logits
 from sd_gym.agents.learning.agent import Agent, LearnerSettings, OnRollout, learning_bias
-from sd_gym.agents.learning.decisions import seen_together
+from sd_gym.agents.learning.decisions import observation_batches
 from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,7 +47,7 @@ STARTS = 3  # stages at most that are offered as the first one that skips
 SURE = 6.0  # log-odds of skipping at most: learning that goes on from the policy can still leave a decision
 
 
-class Searched(NamedTuple):
+class SearchResult(NamedTuple):
     """What came of the search.
 
     Attributes:
@@ -95,7 +95,7 @@ class ImitationAgent(Agent):
 
     Settings = ImitationSettings
     settings: ImitationSettings
-    searched: Searched  # once it has learned, of several stages its path alone
+    searched: SearchResult  # once it has learned, of several stages its path alone
     staged = per_stage = True
     validates = False
 
@@ -106,7 +106,7 @@ class ImitationAgent(Agent):
             self.network = self.new_policy().eval()
             # Nobody pays for what foresees, so its token encoder is wide.
             self.foresight = nn.ModuleList([self._new_foresight() for _ in self.env.core.stages])
-        self._begin(self.network, self.foresight)
+        self._standardise_encoders(self.network, self.foresight)
         with torch.no_grad():
             if self.start is not None:
                 self.network.load_state_dict(self.start.state_dict())
@@ -121,7 +121,7 @@ class ImitationAgent(Agent):
             self._learn_stages(split, logger, on_rollout)
             return
         if taken is not None and (taken / SEARCHED).exists():
-            self.searched = read_searched(taken, len(split), core.nvec)
+            self.searched = read_search(taken, len(split), core.nvec)
         else:
             self.searched = self._search(split, on_rollout)
         rows, path, lost = self.searched
@@ -135,13 +135,13 @@ class ImitationAgent(Agent):
 
     def _learn_stages(self, split: Split, logger: Logger, on_rollout: OnRollout) -> None:
         """Learn what is to come from the last stage back, and the policy from that."""
-        rows, path = self._rows_of(split), np.stack(self._path(split, partial(report, on_rollout)))
-        self.searched = Searched(rows, path, np.zeros((len(rows), 0), dtype=np.float32))
+        rows, path = self._rows_of(split), np.stack(self._path(split, partial(report_scored, on_rollout)))
+        self.searched = SearchResult(rows, path, np.zeros((len(rows), 0), dtype=np.float32))
 
         def fit(network: nn.Module, loss: Callable[[Tensor | slice], Tensor], tag: str) -> None:
             self._fit(network, loss, len(rows), tag, logger)
 
-        induction = Induction(
+        induction = BackwardInduction(
             self.env.core,
             rows,
             path,
@@ -149,22 +149,22 @@ class ImitationAgent(Agent):
             fit,
             self._sees,
             self.channels is not None,
-            partial(report, on_rollout),
+            partial(report_scored, on_rollout),
             self.seed,
         )
-        self._imitate_stages(induction.learn(), induction.stretches, logger)
+        self._imitate_stages(induction.learn(), induction.stage_choices, logger)
 
-    def _imitate_stages(self, taught: list[Taught], stretches: list[Stretch], logger: Logger) -> None:
+    def _imitate_stages(self, taught: list[StageTargets], stage_choices: list[StageChoices], logger: Logger) -> None:
         """Teach the policy what each stage shall say, of the stage's own components."""
         nvec = self.env.core.nvec
-        choices = np.repeat(np.arange(len(nvec)), nvec)  # the component of each logit
+        component = np.repeat(np.arange(len(nvec)), nvec)  # the component of each logit
         wanted = [
-            component_logits(one.steps.flatten(0, 1).clamp(-SURE, SURE), stretch.ways, nvec).unflatten(
+            component_logits(one.steps.flatten(0, 1).clamp(-SURE, SURE), choices.ways, nvec).unflatten(
                 0, one.steps.shape[:2]
             )
-            for one, stretch in zip(taught, stretches, strict=True)
+            for one, choices in zip(taught, stage_choices, strict=True)
         ]
-        counts = [torch.from_numpy(np.isin(choices, stretch.components)).float() for stretch in stretches]
+        counts = [torch.from_numpy(np.isin(component, choices.components)).float() for choices in stage_choices]
 
         def loss(chosen: Tensor | slice) -> Tensor:
             errors, counted = 0.0, 0.0
@@ -175,8 +175,8 @@ class ImitationAgent(Agent):
             return errors / counted
 
         self._fit(self.network, loss, len(taught[0].steps), "imitation/held_out_loss", logger)
-        for stretch in stretches:
-            self._tie(stretch.ways)
+        for choices in stage_choices:
+            self._tie(choices.ways)
 
     def _rows_of(self, split: Split) -> NDArray:
         return np.random.default_rng(self.seed).permutation(len(split))[: self.settings.instances]
@@ -188,13 +188,13 @@ class ImitationAgent(Agent):
             return greedy_path(core, split, self._rows_of(split)[:ORDER_INSTANCES], on_round, per=self.settings.per)
         return nested_path(taken, core.nvec)
 
-    def _search(self, split: Split, on_rollout: OnRollout) -> Searched:
-        rows, on_round = self._rows_of(split), partial(report, on_rollout)
+    def _search(self, split: Split, on_rollout: OnRollout) -> SearchResult:
+        rows, on_round = self._rows_of(split), partial(report_scored, on_rollout)
         path = self._path(split, on_round)
-        return Searched(rows, np.stack(path), losses_along(split, rows, path, on_round).astype(np.float32))
+        return SearchResult(rows, np.stack(path), path_losses(split, rows, path, on_round).astype(np.float32))
 
     def save_extra(self, folder: Path) -> None:
-        """Write ``masks.json``, the path, and, where it was decided once, ``searched.safetensors``, of ``Searched``."""
+        """Write ``masks.json``, the path, and, where it was decided once, ``searched.safetensors``, of ``SearchResult``."""
         write_masks(self.searched.path, folder / MASKS)
         if self.env.core.is_staged:
             return
@@ -207,7 +207,7 @@ class ImitationAgent(Agent):
         """A copy of the network."""
         return self.network.with_weights(self.network.state_dict())
 
-    def offers(self) -> list[DecisionPolicy]:
+    def selectable_policies(self) -> list[DecisionPolicy]:
         """The policy; of several stages also such whose first ones are more cautious, or run all.
 
         Selection finds the margin of each, so that the thresholds of all stages are chosen together.
@@ -242,7 +242,7 @@ class ImitationAgent(Agent):
         They are observed anew each time: embedding tokens again is cheap, and keeping them all is not.
         """
         core, made = self.env.core, []
-        for part in seen_together(core, rows):
+        for part in observation_batches(core, rows):
             made.append(network(self._sees(tensors(core.observe(core.split("train"), part)))))
         return torch.cat(made)
 
@@ -283,7 +283,7 @@ class ImitationAgent(Agent):
         """
         nvec, head = self.env.core.nvec, self.network.head  # of a network of one's own, a bias alone
         first = np.cumsum([0, *nvec[:-1]])
-        for raised in order_of(list(path)):
+        for raised in path_steps(list(path)):
             for choice in range(int(nvec[raised].max()) if len(raised) > 1 else 0):
                 outputs = torch.from_numpy(first[raised] + choice)
                 for values in head.parameters():
@@ -323,16 +323,20 @@ class ImitationAgent(Agent):
         network.load_state_dict(best)
 
 
-def read_searched(folder: Path, instances: int, nvec: NDArray) -> Searched:
+def read_search(folder: Path, instances: int, nvec: NDArray) -> SearchResult:
     """What a run of ``imitation`` has searched, for a training split of so many ``instances``.
 
     Raises:
         ValueError: If it is that of another env, or damaged.
     """
     tensors = {name: value.numpy() for name, value in read_tensors(folder / SEARCHED).items()}
-    if tensors.keys() != set(Searched._fields) or [tensors[name].ndim for name in Searched._fields] != [1, 2, 2]:
-        raise ValueError(f"{folder / SEARCHED} holds {', '.join(tensors)}; expected {', '.join(Searched._fields)}")
-    searched = Searched(**tensors)
+    if tensors.keys() != set(SearchResult._fields) or [tensors[name].ndim for name in SearchResult._fields] != [
+        1,
+        2,
+        2,
+    ]:
+        raise ValueError(f"{folder / SEARCHED} holds {', '.join(tensors)}; expected {', '.join(SearchResult._fields)}")
+    searched = SearchResult(**tensors)
     if searched.path.shape[1:] != nvec.shape or searched.rows.max() >= instances:
         raise ValueError(
             f"what was searched in {folder} has {searched.path.shape[1]} components and rows up to "

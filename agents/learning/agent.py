@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from sd_gym.agents.learning.decisions import Decided
-from sd_gym.agents.learning.warm import in_stages, with_token_encoder
+from sd_gym.agents.learning.decisions import SplitDecisions
+from sd_gym.agents.learning.warm_start import staged_from_single, staged_from_tokens
 from stable_baselines3.common.logger import Logger
 from torch import nn
 
@@ -32,7 +32,16 @@ from sd_gym.tasks.ranking import STATISTICS_SIZE
 BLIND_REFINING_RATE = 1e-3  # learning rate of a blind agent with a start
 FIRST_LOOK = 256  # texts that untrained token encoders are standardised by
 TOKENS_DROPPED = 0.1  # how often, before anything is learned, of two token levels the one that drops some is chosen
-SAME = ("stages", "observation_size", "channels", "token_width", "nvec", "switches", "network", "hidden")  # of a start
+START_FIELDS = (
+    "stages",
+    "observation_size",
+    "channels",
+    "token_width",
+    "nvec",
+    "switches",
+    "network",
+    "hidden",
+)  # of a start
 INFO_TAGS = ("quality", "quality_ref", "flops_ratio")
 INFO_KEYS = (*INFO_TAGS, "is_success")
 
@@ -113,7 +122,7 @@ OnRollout = Callable[[Rollout], None]
 
 
 class BaseAgent(ABC):
-    """What the two kinds share: ``Agent``, which comes to a policy, and ``Decider``, whose decisions need more.
+    """What the two kinds share: ``Agent``, which comes to a policy, and ``PrivilegedAgent``, whose decisions need more.
 
     Args:
         env: What it learns on.
@@ -168,7 +177,7 @@ class BaseAgent(ABC):
         """Write what is kept beside the policy, such as the critic."""
 
 
-class Decider(BaseAgent):
+class PrivilegedAgent(BaseAgent):
     """Decides on a whole split by more than the observation, as no policy can: by the answers, or by what layers say.
 
     So it is evaluated beside the policies, but cannot be timed, taken along or learned from.
@@ -177,7 +186,7 @@ class Decider(BaseAgent):
     staged = is_control = True
 
     @abstractmethod
-    def decided(self, split: Split) -> Decided:
+    def decide_split(self, split: Split) -> SplitDecisions:
         """Its decisions on all instances of a split, and what it costs to make them."""
 
 
@@ -223,7 +232,7 @@ class Agent(BaseAgent):
     def policy(self) -> DecisionPolicy:
         """The current policy as an artefact of its own, independent of the agent."""
 
-    def offers(self) -> list[DecisionPolicy]:
+    def selectable_policies(self) -> list[DecisionPolicy]:
         """Policies to select from when learning has ended: what it ended with, and what it went on from, if anything.
 
         So refining cannot end behind its start.
@@ -255,7 +264,7 @@ class Agent(BaseAgent):
             encoder = {"channels": channels, "token_width": width if flat else None}
             return DecisionPolicy(flat or width, *known, stages=core.stages, **encoder, **kwargs)
 
-    def _begin(self, *networks: nn.Module) -> None:
+    def _standardise_encoders(self, *networks: nn.Module) -> None:
         """Standardise what untrained token encoders in networks make of the first texts of the training split."""
         encoder = [module for network in networks for module in network.modules() if isinstance(module, TokenEncoder)]
         if encoder:
@@ -299,14 +308,14 @@ class Agent(BaseAgent):
             self.per_stage = True
             return self._in_stages(start, folder)
         self.per_stage = start.per_stage and len(core.stages) > 1
-        check_same(start, self.new_policy(), folder)
+        _check_start(start, self.new_policy(), folder)
         start.blind = self.blind
         return start
 
     def _in_stages(self, start: DecisionPolicy, folder: Path) -> DecisionPolicy:
         """A policy for all stages of the env that decides as nearly as it can as one that decides at the first one."""
         staged = self.new_policy()
-        check_same(start, staged, folder, ("nvec", "switches", "network", "hidden"))
+        _check_start(start, staged, folder, ("nvec", "switches", "network", "hidden"))
         if start.channels != staged.channels:
             raise ValueError(
                 f"the policy in {folder} cannot be a start here: its channels are {start.channels}, expected "
@@ -320,19 +329,19 @@ class Agent(BaseAgent):
                 f"{expected}, of pooled states or of a token"
             )
         if start.channels is not None:
-            return with_token_encoder(start, staged)
+            return staged_from_tokens(start, staged)
         core, split = self.env.core, self.env.core.split("train")
         rows = np.arange(min(len(split), STATISTICS_SIZE))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return in_stages(start, staged, core, split, rows)
+            return staged_from_single(start, staged, core, split, rows)
 
 
-def check_same(
+def _check_start(
     start: DecisionPolicy,
     expected: DecisionPolicy,
     folder: Path,
-    names: tuple[str, ...] = SAME,
+    names: tuple[str, ...] = START_FIELDS,
 ) -> None:
     """Raise ``ValueError`` if a start, of the run in a folder, is in one of these ways not as it is expected to be."""
     for name in names:

@@ -18,11 +18,11 @@ from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.table_export import TablePolicy
 from sd_gym.switch import PassState
 
-OfEnv = TypeVar("OfEnv", DecisionPolicy, TablePolicy)
+PolicyT = TypeVar("PolicyT", DecisionPolicy, TablePolicy)
 BATCH = 256
 
 
-class Decided(NamedTuple):
+class SplitDecisions(NamedTuple):
     """Decisions on a whole split.
 
     Attributes:
@@ -34,7 +34,7 @@ class Decided(NamedTuple):
     flops: NDArray
 
 
-class Decides(Protocol):
+class PolicyLike(Protocol):
     """What can be evaluated: a ``DecisionPolicy``, or anything else that decides.
 
     Attributes:
@@ -47,7 +47,7 @@ class Decides(Protocol):
         """Decisions, int64 ``[n, switches + 1]``, for ``n`` observations."""
 
 
-def fitting(policy: OfEnv, core: Core) -> OfEnv:
+def check_fits(policy: PolicyT, core: Core) -> PolicyT:
     """The policy, if it observes and decides on what a core has.
 
     Raises:
@@ -56,7 +56,7 @@ def fitting(policy: OfEnv, core: Core) -> OfEnv:
     space, size, width = core.observation_space, policy.observation_size, policy.token_width
     if policy.channels is not None and width is None:  # of tokens alone
         size, width = 0, size
-    shown, reads = _spelled(flat_size(space), token_width(space)), _spelled(size, width)
+    shown, reads = _describe(flat_size(space), token_width(space)), _describe(size, width)
     for what, has, needs in (
         ("decides on components", policy.nvec, core.nvec.tolist()),
         ("decides on the switches", policy.switches, core.switch_names),
@@ -68,13 +68,13 @@ def fitting(policy: OfEnv, core: Core) -> OfEnv:
     return policy
 
 
-def _spelled(flat: int, width: int | None) -> str:
+def _describe(flat: int, width: int | None) -> str:
     """What is observed, for messages: so many numbers, and tokens of so many."""
     observations, tokens = f"observations of shape {(flat,)}", f"tokens of {width} numbers"
     return observations if width is None else f"{observations} and {tokens}" if flat else tokens
 
 
-def decide_and_score(core: Core, policy: Decides, split: Split, rows: NDArray | None = None) -> dict[str, NDArray]:
+def decide_and_score(core: Core, policy: PolicyLike, split: Split, rows: NDArray | None = None) -> dict[str, NDArray]:
     """Walk a split once, in order, with the policy's decisions.
 
     Args:
@@ -92,12 +92,12 @@ def decide_and_score(core: Core, policy: Decides, split: Split, rows: NDArray | 
     return score_decisions(core, split, rows, decide_rows(core, policy, split, rows))
 
 
-def decide_rows(core: Core, policy: Decides, split: Split, rows: NDArray) -> NDArray:
+def decide_rows(core: Core, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray:
     """A policy's decisions ``[n, switches + 1]`` on ``rows [n]``."""
-    return np.concatenate([core.walk(split, part, policy.decide)[0] for part in seen_together(core, rows)])
+    return np.concatenate([core.walk(split, part, policy.decide)[0] for part in observation_batches(core, rows)])
 
 
-def seen_together(core: Core, rows: NDArray) -> list[NDArray]:
+def observation_batches(core: Core, rows: NDArray) -> list[NDArray]:
     """Rows ``[n]`` in parts that are observed at once: all, where observations are flat, else batches."""
     flat = isinstance(core.observation_space, gym.spaces.Box) and not core.is_staged
     size = max(1, len(rows)) if flat else _batch(core)
@@ -109,7 +109,7 @@ def _batch(core: Core) -> int:
     return max(1, min(BATCH, PASS_TOKENS // core.config.backbone.max_source_length)) if core.is_staged else BATCH
 
 
-def deciding_flops(core: Core, policy: Decides, split: Split, rows: NDArray) -> NDArray:
+def decision_flops(core: Core, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray:
     """FLOPs of deciding on rows, ``[n]``: the policy's, as far as they are known, and those of all that it looks at."""
     looking = core.stage_observation.judging_flops(split, rows) if core.is_staged else 0
     if core.config.table is not None and not getattr(policy, "blind", False):
@@ -150,7 +150,7 @@ def halves(split: Split) -> tuple[NDArray, NDArray]:
     return rows[: (len(split) + 1) // 2], rows[(len(split) + 1) // 2 :]
 
 
-def keeps(core: Core, scored: dict[str, NDArray], strictness: float) -> bool:
+def keeps_quality(core: Core, scored: dict[str, NDArray], strictness: float) -> bool:
     """Whether a policy that was scored on rows of the validation split will be seen to keep the quality in the test.
 
     Of the test split only the size is known here; where it is too small to tell anything, another sample like this one

@@ -36,7 +36,7 @@ NEVER = -1e9  # logit of a choice that a stage has not
 LOGGED_DECISIONS = 1024  # about so many between two points of a curve, whatever the size of a rollout
 
 
-class Blindfold(VecEnvWrapper):
+class BlindVecEnv(VecEnvWrapper):
     """A ``VecEnv`` whose observations say nothing of the input.
 
     Args:
@@ -75,7 +75,7 @@ class StageConditioned(nn.Module):
         return torch.cat([observations[:, : self.stages], self.body(observations)], dim=1)
 
 
-class AtStage(nn.Module):
+class StageHead(nn.Module):
     """Logits of an action at each row's stage, out of those of all switches.
 
     What a stage has not can only be left alone: it is drawn with certainty, and adds nothing to log-probabilities and
@@ -123,7 +123,7 @@ class DecisionActorCritic(ActorCriticPolicy):
 
     Args:
         network: Name of a registered network, as the actor; ``None``: the library's hidden layers.
-        places: As ``AtStage`` takes them, where an env has several stages; else ``None``.
+        places: As ``StageHead`` takes them, where an env has several stages; else ``None``.
         n_logits: Of a whole decision.
         per_stage: Whether each stage has hidden layers of its own.
         args: As of the library's policy.
@@ -149,7 +149,7 @@ class DecisionActorCritic(ActorCriticPolicy):
             head = nn.Linear(self.mlp_extractor.latent_dim_pi, n_logits)
             self.init_weights(head, gain=0.01)  # as the library does
         if places is not None:
-            body, head = StageConditioned(body, len(places)), AtStage(head, places)
+            body, head = StageConditioned(body, len(places)), StageHead(head, places)
         self.mlp_extractor.policy_net, self.action_net = body, head
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 
@@ -157,7 +157,7 @@ class DecisionActorCritic(ActorCriticPolicy):
         return {**super()._get_constructor_parameters(), **self.own}
 
 
-class _Decisions(Logger):
+class _DecisionLogger(Logger):
     """A logger whose points stand at the decisions that were made, where each takes several of the library's steps."""
 
     def __init__(self, logger: Logger, stages: int) -> None:
@@ -223,11 +223,11 @@ class SB3Agent(Agent):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stages = len(self.env.core.stages)
-        vec_env: VecEnv = VecMonitor(SwitchableVecEnv(self._rewarding()))
+        vec_env: VecEnv = VecMonitor(SwitchableVecEnv(self._reward_env()))
         if self.blind:
-            vec_env = Blindfold(vec_env, self.env.core.stages)
+            vec_env = BlindVecEnv(vec_env, self.env.core.stages)
         self.algorithm = self._make_algorithm(vec_env)
-        self._begin(*self._networks())
+        self._standardise_encoders(*self._networks())
         with torch.no_grad():
             if self.start is not None:
                 start = self.start.token_encoder, self.start.body, self.start.head
@@ -237,7 +237,7 @@ class SB3Agent(Agent):
                 bias = learning_bias(self.env.core, self.settings.initial_skip_rate)
                 self._actor()[-1].bias.copy_(bias)
 
-    def _rewarding(self) -> VectorEnv:
+    def _reward_env(self) -> VectorEnv:
         """The env whose rewards are learned from: the agent's own, or a wrapper around it."""
         return self.env
 
@@ -294,7 +294,7 @@ class SB3Agent(Agent):
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Learn until ``total_steps`` decisions were made."""
         algorithm = self.algorithm
-        algorithm.set_logger(logger if self.stages == 1 else _Decisions(logger, self.stages))
+        algorithm.set_logger(logger if self.stages == 1 else _DecisionLogger(logger, self.stages))
         interval = max(1, LOGGED_DECISIONS // (algorithm.n_envs * self.settings.n_steps))
         callback = _RolloutCallback(self, on_rollout)
         algorithm.learn(

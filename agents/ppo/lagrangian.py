@@ -31,7 +31,7 @@ class PPOLagrangianAgent(PPOAgent):
     Settings = PPOLagrangianSettings
     settings: PPOLagrangianSettings
 
-    def _rewarding(self) -> VectorEnv:
+    def _reward_env(self) -> VectorEnv:
         self._wrapper = LagrangianVectorWrapper(self.env, rate=self.settings.multiplier_rate)
         self._wrapper.lagrangian.epsilon *= self.settings.limit
         return self._wrapper

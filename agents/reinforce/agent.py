@@ -25,7 +25,7 @@ from pydantic import Field
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, learning_bias
 from sd_gym.agents.reinforce.barrier import DynamicBarrier
 from sd_gym.agents.reinforce.foresight import Foresight
-from sd_gym.agents.reinforce.staged import LEARNING_STARTS, StagedForesight, certain
+from sd_gym.agents.reinforce.staged_foresight import LEARNING_STARTS, StagedForesight, certain
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
@@ -83,7 +83,7 @@ class ReinforceSettings(LearnerSettings):
     exploration: float = Field(0.001, ge=0, lt=0.25)
 
 
-class Sampled(NamedTuple):
+class SampledDecisions(NamedTuple):
     """Decisions on some instances, several for each: row ``k * instances + i`` is the ``k``-th on instance ``i``.
 
     Attributes:
@@ -119,7 +119,7 @@ class ReinforceAgent(Agent):
                     torch.nn.init.orthogonal_(layer.weight, gain=2**0.5)
                     torch.nn.init.zeros_(layer.bias)
             self.foresight = self._new_foresight() if settings.foresight else None
-        self._begin(self.network, *filter(None, [self.foresight]))
+        self._standardise_encoders(self.network, *filter(None, [self.foresight]))
         with torch.no_grad():
             if self.start is not None:
                 self.network.load_state_dict(self.start.state_dict(), strict=False)
@@ -198,7 +198,7 @@ class ReinforceAgent(Agent):
             return StagedForesight(core, self._split, None if self.channels is None else self._observe)
         return Foresight(core.observation_space, core.nvec)
 
-    def _explore(self) -> tuple[Sampled, dict[str, NDArray]]:
+    def _explore(self) -> tuple[SampledDecisions, dict[str, NDArray]]:
         """Score a few decisions of the policy, and remember what came of them; with the infos of a rollout."""
         settings, core = self.settings, self.env.core
         rows = self.random.integers(len(self._split), size=self.env.num_envs)
@@ -215,7 +215,7 @@ class ReinforceAgent(Agent):
         infos["is_success"] = outcome.cost == 0
         flops = torch.from_numpy(outcome.flops_ratio).float()
         shape = settings.samples, -1
-        return Sampled(logits, decisions, flops.view(shape), lost.view(shape)), infos
+        return SampledDecisions(logits, decisions, flops.view(shape), lost.view(shape)), infos
 
     def _fit(self) -> float:
         """A step of the foresight on remembered decisions, or some in stages; returns its error."""
@@ -225,7 +225,7 @@ class ReinforceAgent(Agent):
         drawn = torch.from_numpy(self.random.integers(len(self.foresight.rows), size=self.settings.fit_batch))
         return self.foresight.fit(self._observe(self.foresight.rows[drawn].numpy()), drawn)
 
-    def _imagine(self) -> Sampled:
+    def _imagine(self) -> SampledDecisions:
         """Decisions of the policy that nobody runs: their FLOPs are known, their loss is foreseen."""
         if isinstance(self.foresight, StagedForesight):
             return self._imagine_stages(self.foresight)
@@ -235,19 +235,19 @@ class ReinforceAgent(Agent):
         tiled = np.tile(rows, self.settings.tries)
         flops = torch.from_numpy(self._split.costs.flops_ratio(tiled, decisions.numpy())).float()
         loss = self.foresight.loss(observations, decisions)
-        return Sampled(logits, decisions, flops.view(shape), loss.view(shape))
+        return SampledDecisions(logits, decisions, flops.view(shape), loss.view(shape))
 
-    def _imagine_stages(self, foresight: StagedForesight) -> Sampled:
+    def _imagine_stages(self, foresight: StagedForesight) -> SampledDecisions:
         """What the policy may decide at single stages: of each remembered decision one stage stands for all."""
         settings, stages = self.settings, len(self.env.core.stages)
-        situations = foresight.recent(settings.imagined, self.random)
-        logits, choices = self._sample(situations.seen, settings.tries)
-        odds, flops = foresight.outlook(situations, foresight.decided(situations, choices))
+        states = foresight.recent(settings.imagined, self.random)
+        logits, choices = self._sample(states.seen, settings.tries)
+        odds, flops = foresight.outlook(states, foresight.decided(states, choices))
         loss, shape = odds[:, 0] - odds[:, 1], (settings.tries, -1)
-        own = foresight.own_alone(situations, logits, choices)
-        return Sampled(*own, stages * flops.view(shape), stages * loss.view(shape))
+        own = foresight.own_alone(states, logits, choices)
+        return SampledDecisions(*own, stages * flops.view(shape), stages * loss.view(shape))
 
-    def _update(self, sampled: Sampled, violated: float, rate: float, logger: Logger) -> None:
+    def _update(self, sampled: SampledDecisions, violated: float, rate: float, logger: Logger) -> None:
         """One step down both gradients; ``violated`` is the quality that is lost now."""
         log_prob, entropy = self.network.evaluate(sampled.logits, sampled.decisions, self.settings.exploration)
         log_prob, entropy = log_prob.sum(dim=1).view_as(sampled.loss), entropy.mean()
@@ -272,7 +272,7 @@ class ReinforceAgent(Agent):
         return blinded(observations, ["first"]) if self.blind else observations
 
     def _sample(self, observations: Tensor | dict[str, Tensor], tries: int) -> tuple[Tensor, Tensor]:
-        """Logits and decisions of the policy: so many tries on each observation, as ``Sampled`` has them."""
+        """Logits and decisions of the policy: so many tries on each observation, as ``SampledDecisions`` has them."""
         logits = self.network(observations)
         return logits, self.network.choose(logits.repeat(tries, 1), self._draw)
 

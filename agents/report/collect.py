@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.report.charts import ExampleDecision, Points
-from sd_gym.agents.runs.finished import Run, agent_of, alike, finished_runs, read_run
+from sd_gym.agents.runs.finished import Run, agent_label, group_by_settings, finished_runs, read_run
 from sd_gym.agents.runs.statistics import aggregate, hypervolume
 from sd_gym.agents.runs.verdict import Verdict, changes_allowed, fewest_instances, losses_allowed
 
@@ -166,7 +166,7 @@ def collect(folders: Iterable[str | Path]) -> list[EnvRuns]:
     envs: dict[tuple[str, str, str, str], dict[str, list[Run]]] = {}
     for folder in finished_runs(folders):
         run = read_run(folder)
-        envs.setdefault(_key(run), {}).setdefault(agent_of(run.config), []).append(run)
+        envs.setdefault(_key(run), {}).setdefault(agent_label(run.config), []).append(run)
     ids = [key[0] for key in envs]
     return [
         EnvRuns(key[0] if ids.count(key[0]) == 1 else _long_name(*key), _agents(agents))
@@ -230,6 +230,6 @@ def _agents(agents: dict[str, list[Run]]) -> list[AgentRuns]:
     all_runs = [
         AgentRuns(name, runs[0].config["algo"], runs)
         for agent, of_agent in agents.items()
-        for name, runs in alike(agent, of_agent)
+        for name, runs in group_by_settings(agent, of_agent)
     ]
     return sorted(all_runs, key=lambda agent: (agent.is_control, -aggregate([agent.score], samples=1)[0], agent.name))

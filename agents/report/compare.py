@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sd_gym.agents.runs.finished import Run, agent_of, alike, finished_runs, read_run
+from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings, read_run
 
 COLUMNS = ["env", "agent", "seeds", "test rows", "dense quality", "against dense, points (worst, its 95% interval)"]
 COLUMNS += ["FLOPs (worst)", "FLOPs easy / hard", "time, batch 32 (dense by length)", "decisions", "quality kept"]
@@ -40,11 +40,11 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str], list[Run]] = {}
     for folder in finished_runs(folders):
         run = read_run(folder)
-        groups.setdefault((run.config["env"], agent_of(run.config)), []).append(run)
+        groups.setdefault((run.config["env"], agent_label(run.config)), []).append(run)
     return [
         _row(env, name, [run.result for run in runs])
         for (env, agent), of_agent in sorted(groups.items())
-        for name, runs in alike(agent, of_agent)
+        for name, runs in group_by_settings(agent, of_agent)
     ]
 
 

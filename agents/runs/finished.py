@@ -54,7 +54,7 @@ def read_run(folder: Path) -> Run:
     return Run(folder, read_description(folder), read_result(folder))
 
 
-def agent_of(config: dict[str, Any]) -> str:
+def agent_label(config: dict[str, Any]) -> str:
     """The agent's name, with that of the run it started from."""
     start = config["agent_settings"].get("start")
     if start is None:
@@ -64,7 +64,7 @@ def agent_of(config: dict[str, Any]) -> str:
     return f"{config['algo']} from {name}"
 
 
-def alike(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]]:
+def group_by_settings(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]]:
     """Those runs of an agent that differ in nothing but their seed, each under a name that says what sets it apart."""
     keys = {key for run in runs for key in run.identity}
     differ = sorted(key for key in keys if len({json.dumps(run.identity.get(key)) for run in runs}) > 1)

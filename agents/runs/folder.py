@@ -75,7 +75,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def has_policy(folder: Path) -> bool:
-    """Whether a run left a policy; a ``Decider``, and what ``sd_gym.evaluate`` wrote, left none."""
+    """Whether a run left a policy; a ``PrivilegedAgent``, and what ``sd_gym.evaluate`` wrote, left none."""
     return (folder / "policy.safetensors").exists()
 
 

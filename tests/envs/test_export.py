@@ -12,7 +12,7 @@ import pytest
 import torch
 from sd_gym.agents.experiment.export import export
 from sd_gym.agents.experiment.run import run_metadata
-from sd_gym.agents.learning.decisions import deciding_flops
+from sd_gym.agents.learning.decisions import decision_flops
 from transformers import AutoModelForSequenceClassification
 
 import sd_gym
@@ -166,7 +166,7 @@ def decides_and_answers_the_same(task, ranking, folder, tokenizer, observation, 
         assert [one.answer for one in came] == answers
         assert [one.answer for one in model(texts, dense=True)] == split.passes.answers(every, 0 * decisions)
         if split.head.gives != "text":  # there the env counts the right answer's length
-            own = deciding_flops(core, policy, split, every)
+            own = decision_flops(core, policy, split, every)
             ratio = split.costs.flops_ratio(every, decisions) + own / split.costs.dense_flops(every)
             np.testing.assert_allclose([one.flops_ratio for one in came], ratio)
         # Inside the model itself, on the env's own inputs.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sd_gym.agents.experiment.replay import replay
 from sd_gym.agents.experiment.run import reduce
-from sd_gym.agents.learning.decisions import deciding_flops, fitting
+from sd_gym.agents.learning.decisions import check_fits, decision_flops
 
 import sd_gym
 from sd_gym.envs import shared_core
@@ -74,14 +74,14 @@ def test_as_an_artefact_it_decides_the_same_on_texts_and_in_the_model(learned):
     artefact = sd_gym.SkipPolicy.from_pretrained(run)
     core = shared_core(load_config(config_of(env_id), {**settings, "stages": artefact.network.stages}))
     split, every = core.split("test"), np.arange(len(core.split("test")))
-    decisions = core.walk(split, every, fitting(artefact.network, core).decide)[0]
+    decisions = core.walk(split, every, check_fits(artefact.network, core).decide)[0]
     assert len(np.unique(decisions, axis=0)) > 1
     model = sd_gym.load(run, settings["backbone"])
     try:
         came = model([one.source for one in split.instances])
         np.testing.assert_array_equal([one.skip for one in came], decisions[:, :-1])
         np.testing.assert_array_equal([one.token_level for one in came], decisions[:, -1])
-        own = deciding_flops(core, artefact.network, split, every) / split.costs.dense_flops(every)
+        own = decision_flops(core, artefact.network, split, every) / split.costs.dense_flops(every)
         np.testing.assert_allclose([one.flops_ratio for one in came], split.costs.flops_ratio(every, decisions) + own)
         inputs = split.passes.inputs(every)
         model.model(**{name: inputs[name] for name in ("input_ids", "attention_mask")})

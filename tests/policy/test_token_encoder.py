@@ -10,7 +10,7 @@ import torch
 from sd_gym.agents import make_agent
 from sd_gym.agents.experiment.evaluation import evaluate
 from sd_gym.agents.experiment.run import load_run
-from sd_gym.agents.learning.decisions import deciding_flops, fitting
+from sd_gym.agents.learning.decisions import check_fits, decision_flops
 from stable_baselines3.common.logger import configure
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,10 +72,10 @@ def learned(agent, orders, folder, steps, monkeypatch, observation="tokens", **s
     monkeypatch.setattr(split.scoring, "quality", quality)
     monkeypatch.setattr(split.scoring, "run", lambda rows, decisions: quality(rows, decisions)[0])
 
-    def losses_along(split, rows, path, on_round):
+    def path_losses(split, rows, path, on_round):
         return 1 - np.stack([quality(rows, np.tile(mask, (len(rows), 1)))[0] for mask in path], axis=1)
 
-    monkeypatch.setattr("sd_gym.agents.imitation.agent.losses_along", losses_along)
+    monkeypatch.setattr("sd_gym.agents.imitation.agent.path_losses", path_losses)
     env.reset(seed=0)
     agent = make_agent(agent, env, seed=0, **settings)
     agent.learn(steps, configure(str(folder), []), lambda rollout: None)
@@ -175,10 +175,10 @@ def test_the_flops_of_a_policy_grow_with_its_text_and_are_the_counted_ones(tiny)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             policy(tensors(tiny.observe(split, rows[[row]])))
         counted.append(counter.get_total_flops())
-    np.testing.assert_array_equal(deciding_flops(tiny, policy, split, rows), counted)
+    np.testing.assert_array_equal(decision_flops(tiny, policy, split, rows), counted)
     assert len(set(counted)) > 1
     blind = policy_of(tiny, blind=True)
-    np.testing.assert_array_equal(deciding_flops(tiny, blind, split, rows), blind.flops)
+    np.testing.assert_array_equal(decision_flops(tiny, blind, split, rows), blind.flops)
 
 
 @pytest.mark.parametrize("env_id", ["SD/Classification-Mini-v0", "SD/Summarization-Mini-v0"])
@@ -233,6 +233,6 @@ def test_versions_of_a_policy_keep_its_token_encoder(tiny, tmp_path):
 def test_a_policy_of_another_observation_is_refused(tiny, reviews, tiny_backbone):
     pooled = gym.make(ENV, dataset=str(reviews), backbone=str(tiny_backbone)).unwrapped.core
     with pytest.raises(ValueError, match=r"reads tokens of 16 numbers, but .* has observations of shape \(34,\)"):
-        fitting(policy_of(tiny), pooled)
+        check_fits(policy_of(tiny), pooled)
     with pytest.raises(ValueError, match=r"reads observations of shape \(16,\), but .* has tokens of 16 numbers"):
-        fitting(policy_of(tiny, channels=None), tiny)
+        check_fits(policy_of(tiny, channels=None), tiny)

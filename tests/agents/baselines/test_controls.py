@@ -8,14 +8,14 @@ import pytest
 from sd_gym.agents import make_agent
 from sd_gym.agents.baselines import early_exit
 from sd_gym.agents.baselines.search import (
-    all_of,
-    exhaustive_each,
+    all_masks,
+    beam_search,
+    exhaustive_search,
     greedy_path,
     learned_path,
-    losses_along,
-    order_of,
-    search_each,
-    units_of,
+    path_losses,
+    path_steps,
+    skip_units,
 )
 from sd_gym.agents.baselines.static import MASKS
 from sd_gym.agents.experiment.run import train
@@ -62,7 +62,7 @@ def nobody(scored):
 def test_exhaustive_search_finds_the_cheapest_good_decision_of_each_instance(env):
     core, split = env.core, env.core.split("train")
     rows = np.arange(len(split))
-    found = exhaustive_each(core, split, rows, good_in(core, split), nobody)
+    found = exhaustive_search(core, split, rows, good_in(core, split), nobody)
     _, quality, ratio = everything(core, split)
     cheapest = np.where(quality >= quality[0], ratio, np.inf).min(axis=0)
     np.testing.assert_allclose(split.costs.flops_ratio(rows, found), cheapest)
@@ -71,10 +71,10 @@ def test_exhaustive_search_finds_the_cheapest_good_decision_of_each_instance(env
 def test_a_wider_beam_is_never_worse_and_always_good(env):
     core, split = env.core, env.core.split("train")
     rows, good = np.arange(len(split)), good_in(env.core, env.core.split("train"))
-    best = split.costs.flops_ratio(rows, exhaustive_each(core, split, rows, good, nobody))
+    best = split.costs.flops_ratio(rows, exhaustive_search(core, split, rows, good, nobody))
     last = np.ones(len(rows))
     for width in (1, 4, 64):
-        found = search_each(core, split, rows, list(np.arange(core.n_switches)), good, nobody, width=width)
+        found = beam_search(core, split, rows, list(np.arange(core.n_switches)), good, nobody, width=width)
         assert good(rows, found).all()
         ratio = split.costs.flops_ratio(rows, found)
         assert ratio.mean() <= last.mean() + 1e-12
@@ -89,14 +89,14 @@ def test_a_greedy_path_skips_one_component_more_at_a_time(env):
     np.testing.assert_array_equal(path[-1][:-1], 1)
     assert len(path) == core.n_switches + 1
     assert all((after - before).sum() == 1 for before, after in pairwise(path))
-    assert sorted(np.concatenate(order_of(path))) == list(range(core.n_switches))
+    assert sorted(np.concatenate(path_steps(path))) == list(range(core.n_switches))
 
 
 def test_a_greedy_path_of_layers_skips_all_sublayers_of_a_layer(env):
     core, split = env.core, env.core.split("train")
     path = greedy_path(core, split, np.arange(len(split)), nobody, per="layer")
     layers = {name.rpartition(".")[0] for name in core.switch_names}
-    for raised in order_of(path):
+    for raised in path_steps(path):
         (layer,) = {core.switch_names[component].rpartition(".")[0] for component in raised}
         layers.remove(layer)
         assert [core.switch_names[component] for component in raised] == [
@@ -146,15 +146,15 @@ def test_a_learned_path_finds_the_mask_that_a_greedy_one_misses():
 def test_a_learned_path_of_layers_raises_a_layer_or_a_token_level():
     known, rows = Known(), np.arange(40)
     path = learned_path(known, known, rows, nobody, 0, per="layer")
-    steps = [tuple(raised) for raised in order_of(path)]
+    steps = [tuple(raised) for raised in path_steps(path)]
     assert sorted(steps) == [(0,), (1, 2), (3,), (3,)]
     assert steps[-1] != (0,)  # which loses nothing
 
 
 def test_all_decisions_of_layers():
-    units = units_of(Known(), "layer")
+    units = skip_units(Known(), "layer")
     assert [unit.tolist() for unit in units] == [[0], [1, 2], [3]]
-    found = np.stack(all_of(Known.nvec, units))
+    found = np.stack(all_masks(Known.nvec, units))
     assert len(np.unique(found, axis=0)) == len(found) == 2 * 2 * 3
     assert not found[0].any()
     assert (found[:, 1] == found[:, 2]).all()
@@ -164,7 +164,7 @@ def test_what_instances_lose_along_a_path(env):
     core, split = env.core, env.core.split("train")
     rows, seen = np.array([5, 0, 9]), []
     path = greedy_path(core, split, rows, nobody)
-    lost = losses_along(split, rows, path, seen.append)
+    lost = path_losses(split, rows, path, seen.append)
     for mask, column in zip(path, lost.T, strict=True):
         outcome = core.score(split, rows, np.tile(mask, (3, 1)))
         np.testing.assert_array_equal(column, outcome.quality_ref - outcome.quality)
@@ -221,7 +221,7 @@ def test_early_exit_leaves_at_the_first_sure_layer(env):
     dense = split.passes.confidence(rows, np.zeros((len(split), len(env.core.nvec)), dtype=int))
     np.testing.assert_allclose(confidence[:, -1], dense)
     agent.threshold = float(np.median(confidence[:, 0]))
-    decided = agent.decided(split)
+    decided = agent.decide_split(split)
     sure = confidence[:, 0] >= agent.threshold
     assert 0 < sure.sum() < len(split)
     np.testing.assert_array_equal(decided.decisions[sure], np.tile([0, 0, 1, 1, 1, 1, 0], (sure.sum(), 1)))
@@ -243,7 +243,7 @@ def test_confidence_exits_at_the_stages_by_a_threshold_of_each(settings):
     assert confidence.shape == (len(split), 2)  # before the middle layer, and at the end
     sure = confidence[:, 0] >= (threshold := float(np.median(confidence[:, 0])))
     agent.threshold = np.array([threshold, 1.01])
-    decided = agent.decided(split)
+    decided = agent.decide_split(split)
     expected = np.where(sure[:, None], [0, 0, 1, 1, 1, 1, 0], 0)
     np.testing.assert_array_equal(decided.decisions, expected)
     np.testing.assert_array_equal(decided.flops, np.where(sure, 0, split.costs.head_flops(np.arange(len(split)))))
@@ -282,15 +282,15 @@ def test_a_cascade_runs_again_where_it_is_not_sure(settings, tmp_path):
     env = gym.make_vec("SD/Classification-Custom-v0", num_envs=1, **settings).unwrapped
     agent, split = make_agent("cascade", env), env.core.split("train")
     rows = np.arange(len(split))
-    assert not agent.decided(split).decisions.any()  # before it has searched: dense, once
-    assert not agent.decided(split).flops.any()
+    assert not agent.decide_split(split).decisions.any()  # before it has searched: dense, once
+    assert not agent.decide_split(split).flops.any()
     agent.mask = np.array([0, 0, 1, 1, 1, 1, 0])
     masked = np.tile(agent.mask, (len(rows), 1))
     confidence = split.passes.confidence(rows, masked)
     agent.threshold = float(np.median(confidence))
     unsure = confidence < agent.threshold
     assert 0 < unsure.sum() < len(rows)
-    decided = agent.decided(split)
+    decided = agent.decide_split(split)
     np.testing.assert_array_equal(decided.decisions, np.where(unsure[:, None], 0, masked))
     np.testing.assert_array_equal(decided.flops, np.where(unsure, split.costs.flops(rows, masked), 0))
     result = train("SD/Classification-Custom-v0", "cascade", tmp_path / "run", steps=1, settings=settings)

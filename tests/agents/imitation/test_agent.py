@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sd_gym.agents import make_agent
-from sd_gym.agents.baselines.search import losses_along
+from sd_gym.agents.baselines.search import path_losses
 from sd_gym.agents.baselines.static import MASKS
 from sd_gym.agents.experiment.run import train
-from sd_gym.agents.imitation.agent import SEARCHED, read_searched
-from sd_gym.agents.imitation.rates import component_logits, step_logits
+from sd_gym.agents.imitation.agent import SEARCHED, read_search
+from sd_gym.agents.imitation.path_logits import component_logits, step_logits
 from stable_baselines3.common.logger import configure
 
 from sd_gym.policy import DecisionPolicy
@@ -51,7 +51,7 @@ def test_steps_that_only_pay_together_have_one_rate():
 
 def test_many_instances_have_the_rates_of_each_alone(monkeypatch):
     risk, flops = torch.rand(7, 5).cumsum(dim=1), torch.linspace(1, 0, 5)
-    monkeypatch.setattr("sd_gym.agents.imitation.rates.PART", 3)
+    monkeypatch.setattr("sd_gym.agents.imitation.path_logits.PART", 3)
     alone = torch.cat([step_logits(row[None], flops) for row in risk])
     torch.testing.assert_close(step_logits(risk, flops), alone, rtol=0, atol=0)
 
@@ -91,7 +91,7 @@ def test_what_is_learned_is_worth_more_than_any_mask_of_the_path(env, tmp_path):
     split = env.core.split("train")
     rows, path, lost = agent.searched
     assert sorted(rows) == list(range(len(split)))
-    np.testing.assert_array_equal(lost, losses_along(split, rows, list(path), lambda scored: None))
+    np.testing.assert_array_equal(lost, path_losses(split, rows, list(path), lambda scored: None))
     assert not path[0].any()
     assert all(np.abs(after - before).sum() == 1 for before, after in pairwise(path))
 
@@ -168,6 +168,6 @@ def test_a_search_can_be_taken_over(custom, tmp_path):
         runs[name] = [(tmp_path / name / file).read_bytes() for file in ("policy.safetensors", SEARCHED)]
     assert runs["first"] == runs["again"]
     with pytest.raises(ValueError, match="7 components and rows up to 31; expected 7 components, and rows of a train"):
-        read_searched(tmp_path / "first", 30, np.full(7, 2))
+        read_search(tmp_path / "first", 30, np.full(7, 2))
     with pytest.raises(ValueError, match="expected 6 components"):
-        read_searched(tmp_path / "first", 32, np.full(6, 2))
+        read_search(tmp_path / "first", 32, np.full(6, 2))

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from sd_gym.agents import Decider, Rollout, agent_names, make_agent, register_agent
+from sd_gym.agents import PrivilegedAgent, Rollout, agent_names, make_agent, register_agent
 from sd_gym.agents.experiment.run import load_run, train
-from sd_gym.agents.learning.decisions import Decided
+from sd_gym.agents.learning.decisions import SplitDecisions
 from sd_gym.agents.ppo.agent import PPOAgent
 from sd_gym.agents.runs.finished import read_run
 from stable_baselines3.common.logger import configure
@@ -310,16 +310,16 @@ def test_an_own_agent_is_one_by_name(gradient, env):
         register_agent("network", Convolution)
 
 
-class Halves(Decider):
+class Halves(PrivilegedAgent):
     """Half of the instances, as they come, skip the first switch; to know so costs a FLOP."""
 
     def learn(self, total_steps, logger, on_rollout):
         on_rollout(Rollout(total_steps, np.zeros(0), {}))
 
-    def decided(self, split):
+    def decide_split(self, split):
         decisions = np.zeros((len(split), len(self.env.core.nvec)), dtype=int)
         decisions[::2, 0] = 1
-        return Decided(decisions, np.ones(len(split)))
+        return SplitDecisions(decisions, np.ones(len(split)))
 
 
 def test_what_decides_by_more_than_the_observation_is_evaluated_beside_agents(custom, env, tmp_path):
@@ -327,7 +327,7 @@ def test_what_decides_by_more_than_the_observation_is_evaluated_beside_agents(cu
     assert "halves" in agent_names()
     assert "blind-halves" not in agent_names()  # it does not look
     with pytest.raises(TypeError, match=r"abstract method '?decided"):
-        type("Nothing", (Decider,), {"learn": Halves.learn})(env)
+        type("Nothing", (PrivilegedAgent,), {"learn": Halves.learn})(env)
     told, run = [], tmp_path / "run"
     result = train(CUSTOM, "halves", run, steps=64, settings=custom, on_progress=lambda *args: told.append(args))
     assert told == [(64, {})]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.experiment.skip_logits import skip_logits_of_run
-from sd_gym.agents.learning.decisions import decide_and_score, deciding_flops, score_decisions
+from sd_gym.agents.learning.decisions import decide_and_score, decision_flops, score_decisions
 from sd_gym.agents.registry import make_agent
 from sd_gym.agents.reinforce.agent import ReinforceAgent
 from stable_baselines3.common.logger import KVWriter, Logger, configure
@@ -141,7 +141,7 @@ def test_looking_counts_at_every_stage(env):
     one = 2 * (size * 64 + 64 * 64 + 64 * logits)
     assert policy.flops == 3 * one
     head = split.backbone.flops.costs(split.encoded.source_length)[0]
-    np.testing.assert_array_equal(deciding_flops(core, policy, split, rows), 3 * one + 2 * head)
+    np.testing.assert_array_equal(decision_flops(core, policy, split, rows), 3 * one + 2 * head)
 
 
 def test_a_walk_is_scored_as_its_decisions_are(env):
@@ -339,7 +339,7 @@ def test_a_start_of_one_stage_decides_nearly_as_it_did(env, algo, tmp_path):
     np.testing.assert_array_equal(came[:, core.columns[0]], wanted[:, core.columns[0]])
     assert (came == wanted)[:, :-1].mean() > 0.95
     assert policy.apart
-    assert agent.offers()[-1].stages == STAGES
+    assert agent.selectable_policies()[-1].stages == STAGES
     policy.save(tmp_path / "staged")
     assert make_agent("ppo", env, start=tmp_path / "staged").policy().apart
     two = gym.make_vec(CUSTOM, num_envs=2, **{**_keys(env), "stages": ["encoder.1"]}).unwrapped

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 from sd_gym.agents.experiment.run import load_run, train
-from sd_gym.agents.learning.decisions import deciding_flops, fitting
+from sd_gym.agents.learning.decisions import check_fits, decision_flops
 from sd_gym.agents.registry import make_agent
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as check_sb3_env
@@ -160,7 +160,7 @@ def test_the_tokens_decide_at_all_stages_and_each_row_by_itself(env):
 def test_the_flops_are_the_counted_ones(env):
     core, split, policy = env.core, env.core.split("train"), bold(env)
     rows = np.arange(len(split))
-    own = deciding_flops(core, policy, split, rows) - split.costs.head_flops(rows)
+    own = decision_flops(core, policy, split, rows) - split.costs.head_flops(rows)
     assert len(set(own)) > 1
     np.testing.assert_array_equal(own, [_counted(core, policy, split, row) for row in rows])
 
@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_named(env, keys, tmp_path):
     policy = bold(env)
     pooled = gym.make_vec(CUSTOM, num_envs=2, **{**keys, "observation": "pooled"}).unwrapped
     with pytest.raises(ValueError, match=r"reads .*\(38,\) and tokens of 16 numbers, but .* has .*\(38,\)$"):
-        fitting(policy, pooled.core)
+        check_fits(policy, pooled.core)
     with pytest.raises(ValueError, match=r"expected token_width where several stages show tokens"):
         DecisionPolicy(38, policy.nvec, policy.switches, stages=STAGES, channels=4)
     policy.save(tmp_path)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from sd_gym.agents.reinforce import staged
-from sd_gym.agents.reinforce.staged import StagedForesight
+from sd_gym.agents.reinforce.staged_foresight import StagedForesight
 
 from sd_gym.envs.episodes import Steps
 from sd_gym.policy import DecisionPolicy
@@ -64,8 +64,8 @@ def bold(seen):
 
 def early_outlook(fitted):
     """Of the early choices 0 and 1: quality lost, and FLOPs."""
-    situations = fitted.situations(torch.arange(2), torch.zeros(2, dtype=torch.int64))
-    odds, flops = fitted.outlook(situations, fitted.decided(situations, torch.tensor([[0, 0], [1, 0]])))
+    states = fitted.states(torch.arange(2), torch.zeros(2, dtype=torch.int64))
+    odds, flops = fitted.outlook(states, fitted.decided(states, torch.tensor([[0, 0], [1, 0]])))
     return (odds[:, 0] - odds[:, 1]).tolist(), flops.tolist()
 
 
@@ -86,26 +86,26 @@ def test_the_last_stage_foresees_no_flops_as_they_are_known():
     new = foresight(n=50)
     with torch.no_grad():
         new.network[-1].bias[2] = 7.0
-    situations = new.situations(torch.arange(50), torch.ones(50, dtype=torch.int64))
-    decisions = new.decided(situations, torch.ones(50, 2, dtype=torch.int64))
+    states = new.states(torch.arange(50), torch.ones(50, dtype=torch.int64))
+    decisions = new.decided(states, torch.ones(50, 2, dtype=torch.int64))
     assert torch.equal(decisions[:, 0], new.decisions[:, 0].long())  # the early stage's stay as they were
-    np.testing.assert_allclose(new.outlook(situations, decisions)[1], flops_ratio(None, decisions.numpy()), rtol=1e-6)
+    np.testing.assert_allclose(new.outlook(states, decisions)[1], flops_ratio(None, decisions.numpy()), rtol=1e-6)
 
 
 def test_a_situation_knows_nothing_of_what_is_decided_from_there_on():
     new = foresight(n=200)
     for stage in (0, 1):
-        situations = new.situations(torch.arange(200), torch.full((200,), stage))
-        assert not situations.decisions[:, stage:].any()
-        assert torch.equal(situations.decisions[:, :stage].int(), new.decisions[:, :stage])
-        assert (situations.seen[:, stage] == 1).all()
+        states = new.states(torch.arange(200), torch.full((200,), stage))
+        assert not states.decisions[:, stage:].any()
+        assert torch.equal(states.decisions[:, :stage].int(), new.decisions[:, :stage])
+        assert (states.seen[:, stage] == 1).all()
 
 
 def test_only_the_choices_of_its_stage_count_in_the_policy_gradient():
     new, policy = foresight(n=6), DecisionPolicy(SIZE, NVEC.tolist(), ["early", "late"], stages=STAGES)
-    situations = new.situations(torch.arange(6), torch.tensor([0, 1] * 3))
-    logits, choices = policy(situations.seen), torch.ones(12, 2, dtype=torch.int64)  # two tries on each
-    log_prob, entropy = policy.evaluate(*new.own_alone(situations, logits, choices))
+    states = new.states(torch.arange(6), torch.tensor([0, 1] * 3))
+    logits, choices = policy(states.seen), torch.ones(12, 2, dtype=torch.int64)  # two tries on each
+    log_prob, entropy = policy.evaluate(*new.own_alone(states, logits, choices))
     expected, _ = policy.evaluate(logits, choices)
     own = torch.tensor([[True, False], [False, True]] * 6)
     assert torch.equal(log_prob, torch.where(own, expected, 0.0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.baselines.search import order_of
+from sd_gym.agents.baselines.search import path_steps
 from torch import Tensor
 
 LEAST_SAVED = 1e-4  # of the dense FLOPs: what a step saves at least, where it costs as much as it saves
@@ -53,7 +53,7 @@ def component_logits(steps: Tensor, path: NDArray, nvec: NDArray) -> Tensor:
     """
     first = np.cumsum([0, *nvec[:-1]])
     leads = torch.zeros(steps.shape[1], int(nvec.sum()))
-    for step, raised in enumerate(order_of(list(path))):
+    for step, raised in enumerate(path_steps(list(path))):
         for component in raised:
             choice, start = path[step + 1, component], first[component]
             leads[step, start + choice : start + nvec[component]] = 1

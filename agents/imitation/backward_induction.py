@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.imitation.rates import step_logits
+from sd_gym.agents.imitation.path_logits import step_logits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,7 +31,7 @@ AT_ONCE = 256  # instances whose tokens are embedded at once
 LOG_PRICES = torch.linspace(-3, 6, 13)  # of a lost instance over the env's own, what earlier stages foresee
 
 
-class Stretch(NamedTuple):
+class StageChoices(NamedTuple):
     """What a stage can choose.
 
     Attributes:
@@ -44,7 +44,7 @@ class Stretch(NamedTuple):
     ways: NDArray
 
 
-class Looks(NamedTuple):
+class StageObservations(NamedTuple):
     """What instances have shown at a stage, each in as many looks.
 
     Attributes:
@@ -72,7 +72,7 @@ class Looks(NamedTuple):
         return torch.cat([network(self.of(part)) for part in torch.arange(len(self.shown)).split(size)])
 
 
-class Taught(NamedTuple):
+class StageTargets(NamedTuple):
     """What the policy shall say at a stage.
 
     Attributes:
@@ -80,22 +80,22 @@ class Taught(NamedTuple):
         steps: Logits of its steps, float32 ``[n, looks, ways - 1]``.
     """
 
-    looks: Looks
+    looks: StageObservations
     steps: Tensor
 
 
-def stretches(core: Core, path: NDArray) -> list[Stretch]:
+def stage_choices(core: Core, path: NDArray) -> list[StageChoices]:
     """What of a path of masks, ``[masks, components]``, each stage of a core decides."""
     found = []
     for components in core.steps.components:
         ways = np.zeros_like(path)
         ways[:, components] = path[:, components]
         changes = np.append(True, (ways[1:] != ways[:-1]).any(axis=1))
-        found.append(Stretch(components, ways[changes]))
+        found.append(StageChoices(components, ways[changes]))
     return found
 
 
-def prefixes(drawn: NDArray, before: Sequence[Stretch]) -> NDArray:
+def earlier_decisions(drawn: NDArray, before: Sequence[StageChoices]) -> NDArray:
     """Under what a stage is looked at: nothing skipped, and what masks that were drawn say of the stages before it.
 
     Args:
@@ -106,8 +106,8 @@ def prefixes(drawn: NDArray, before: Sequence[Stretch]) -> NDArray:
         int64 ``[n, looks, components]``: two looks, or of the first stage one.
     """
     said = np.zeros_like(drawn)
-    for stretch in before:
-        said[:, stretch.components] = drawn[:, stretch.components]
+    for choices in before:
+        said[:, choices.components] = drawn[:, choices.components]
     return np.stack([np.zeros_like(drawn), said], axis=1) if before else said[:, None]
 
 
@@ -159,7 +159,7 @@ def price_logits(cost: Tensor, log_prices: Tensor) -> Tensor:
     return log_prices[0] + (log_prices[1] - log_prices[0]) * (pays - 1 + share)
 
 
-class Induction:
+class BackwardInduction:
     """Learns what is to come, stage by stage, from the last one back.
 
     Args:
@@ -187,7 +187,7 @@ class Induction:
         seed: int,
     ) -> None:
         self.core, self.split, self.rows, self.bodies = core, core.split("train"), rows, bodies
-        self.stretches = stretches(core, path)
+        self.stage_choices = stage_choices(core, path)
         self._drawn = path[np.random.default_rng(seed).integers(len(path), size=len(rows))]
         self._fit, self._sees, self._on_scored, self._scored = fit, sees, on_scored, 0
         self._tokens = tokens
@@ -195,12 +195,12 @@ class Induction:
         self.log_prices = LOG_PRICES + self._log_multiplier
         self._networks: dict[int, nn.Module] = {}  # of each stage, what is to come of its ways
 
-    def learn(self) -> list[Taught]:
+    def learn(self) -> list[StageTargets]:
         """What the policy shall say at each stage."""
-        return [self._learn_stage(stage) for stage in reversed(range(len(self.stretches)))][::-1]
+        return [self._learn_stage(stage) for stage in reversed(range(len(self.stage_choices)))][::-1]
 
-    def _learn_stage(self, stage: int) -> Taught:
-        under = prefixes(self._drawn, self.stretches[:stage])
+    def _learn_stage(self, stage: int) -> StageTargets:
+        under = earlier_decisions(self._drawn, self.stage_choices[:stage])
         looks = under.shape[1]
         rows, decided = np.repeat(self.rows, looks), under.reshape(-1, under.shape[2])
         shown, spent, come = self._looked(stage, rows, decided)
@@ -213,7 +213,7 @@ class Induction:
             head.weight.zero_()
             head.bias.copy_(targets.mean(dim=0).clamp(1e-4, 1 - 1e-4).logit())
         network = nn.Sequential(self.bodies[stage], head)
-        looked = Looks(shown.unflatten(0, (-1, looks)), self.rows, self._read if self._tokens else None)
+        looked = StageObservations(shown.unflatten(0, (-1, looks)), self.rows, self._read if self._tokens else None)
         wanted = targets.unflatten(0, (-1, looks))
 
         def loss(chosen: Tensor | slice) -> Tensor:
@@ -228,10 +228,10 @@ class Induction:
             steps = step_logits(risk - risk[:, :1], spent.mean(dim=0).double())
         else:
             steps = price_logits(costs(foreseen, self.log_prices.exp()), self.log_prices)
-        return Taught(looked, (steps - self._log_multiplier).unflatten(0, (-1, looks)))
+        return StageTargets(looked, (steps - self._log_multiplier).unflatten(0, (-1, looks)))
 
     def _is_last(self, stage: int) -> bool:
-        return stage == len(self.stretches) - 1
+        return stage == len(self.stage_choices) - 1
 
     @torch.no_grad()
     def _looked(self, stage: int, rows: NDArray, decided: NDArray) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,7 +246,9 @@ class Induction:
         size = max(1, PASS_TOKENS // core.config.backbone.max_source_length)
         for part in batches(self.split.encoded.source_length[rows], size):
             observed, seen = core.stage_observation.observe(self.split, rows[part], stage, decided[part], None)
-            come = [self._to_come(stage, rows[part], decided[part] + way, seen) for way in self.stretches[stage].ways]
+            come = [
+                self._to_come(stage, rows[part], decided[part] + way, seen) for way in self.stage_choices[stage].ways
+            ]
             spent = self._spent(stage, rows[part], decided[part])
             shown = tensors(observed["stage"] if self._tokens else observed)
             found.append((self._sees(shown), spent, torch.stack(come, dim=1)))
@@ -279,7 +281,7 @@ class Induction:
     def _spent(self, stage: int, rows: NDArray, decided: NDArray) -> Tensor:
         """FLOPs ratio of each of a stage's ways if all behind the stage is skipped, ``[n, ways]``."""
         ratios, ends = [], self.core.steps.ends(stage)
-        for way in self.stretches[stage].ways:
+        for way in self.stage_choices[stage].ways:
             ratios.append(self.split.costs.flops_ratio(rows, np.maximum(decided + way, ends)))
         return torch.from_numpy(np.stack(ratios, axis=1).astype(np.float32))
 

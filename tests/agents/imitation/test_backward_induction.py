@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sd_gym.agents.imitation.staged import best, costs, prefixes, price_logits, stretches
+from sd_gym.agents.imitation.backward_induction import best, costs, earlier_decisions, price_logits, stage_choices
 
 LOG_PRICES = torch.linspace(-2, 4, 25)
 
@@ -29,7 +29,7 @@ def path_of(core, seed=0):
 
 def test_the_ways_of_all_stages_together_are_the_path(core):
     path = path_of(core)
-    parts = stretches(core, path)
+    parts = stage_choices(core, path)
     assert sorted(np.concatenate([part.components for part in parts])) == list(range(len(core.nvec)))
     assert parts[0].components.tolist() == [0, 1, len(core.nvec) - 1]  # tokens are dropped at the first one
     for part in parts:
@@ -41,9 +41,9 @@ def test_the_ways_of_all_stages_together_are_the_path(core):
 
 def test_a_later_stage_is_looked_at_densely_and_under_what_came_before(core):
     path = path_of(core)
-    parts = stretches(core, path)
-    assert (prefixes(path, parts[:0]) == 0).all()
-    dense, drawn = prefixes(path, parts[:1]).transpose(1, 0, 2)
+    parts = stage_choices(core, path)
+    assert (earlier_decisions(path, parts[:0]) == 0).all()
+    dense, drawn = earlier_decisions(path, parts[:1]).transpose(1, 0, 2)
     assert (dense == 0).all()
     np.testing.assert_array_equal(drawn[:, parts[0].components], path[:, parts[0].components])
     assert (drawn[:, parts[1].components] == 0).all()

@@ -16,7 +16,7 @@ from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.spaces import flat_size
 
 MEMORY = 2**25  # numbers that were seen, at two bytes: 64 MiB
-RECENT = 4096  # decisions whose situations the policy learns in: it meets others by and by
+RECENT = 4096  # decisions whose states the policy learns in: it meets others by and by
 LEARNING_STARTS = 2048  # decisions: a policy that listens sooner flees from losses that nothing tells apart yet
 Choose = Callable[[Tensor | dict[str, Tensor]], Tensor]
 FITS = 2  # steps between two updates of the policy, which each stage has to share
@@ -29,7 +29,7 @@ def certain(nvec: NDArray) -> Tensor:
     return logits
 
 
-class Situations(NamedTuple):
+class StageStates(NamedTuple):
     """Stages that remembered decisions have come to.
 
     Attributes:
@@ -86,40 +86,40 @@ class StagedForesight(Foresight):
         self.rows, self.decisions, self.lost = self.rows[kept], self.decisions[kept], self.lost[kept]
         self.seen = self.seen[kept]
 
-    def situations(self, drawn: Tensor, stage: Tensor) -> Situations:
+    def states(self, drawn: Tensor, stage: Tensor) -> StageStates:
         """Of the remembered decisions ``drawn [n]``, each at the stage ``[n]``."""
         rows, decisions = self.rows[drawn], self.decisions[drawn].long() * self._before[stage]
         shown = self.seen[drawn, stage].float()
         seen = shown if self._tokens is None else {"stage": shown, **self._tokens(rows.numpy())}
-        return Situations(rows, stage, seen, decisions)
+        return StageStates(rows, stage, seen, decisions)
 
-    def recent(self, n: int, random: np.random.Generator) -> Situations:
+    def recent(self, n: int, random: np.random.Generator) -> StageStates:
         """So many that decisions of late have come to, each stage as often."""
         newest = len(self.rows)
         drawn = random.integers(max(0, newest - RECENT), newest, size=n)
-        return self.situations(torch.from_numpy(drawn), self._stages(n, random))
+        return self.states(torch.from_numpy(drawn), self._stages(n, random))
 
-    def decided(self, situations: Situations, choices: Tensor) -> Tensor:
+    def decided(self, states: StageStates, choices: Tensor) -> Tensor:
         """Decisions up to the stages, int64 ``[tries * n, components]``, where ``choices`` of that size are made."""
-        tries = len(choices) // len(situations.rows)
-        return torch.where(self._own[situations.stage].repeat(tries, 1), choices, situations.decisions.repeat(tries, 1))
+        tries = len(choices) // len(states.rows)
+        return torch.where(self._own[states.stage].repeat(tries, 1), choices, states.decisions.repeat(tries, 1))
 
-    def own_alone(self, situations: Situations, logits: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
+    def own_alone(self, states: StageStates, logits: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``[n, sum(nvec)]`` and choices, but what is not of the stage is 0 for certain."""
-        own = self._own[situations.stage]
+        own = self._own[states.stage]
         alone = torch.where(own[:, self._component], logits, self._certain)
         return alone, choices * own.repeat(len(choices) // len(own), 1)
 
     @torch.no_grad()
-    def outlook(self, situations: Situations, decisions: Tensor) -> tuple[Tensor, Tensor]:
+    def outlook(self, states: StageStates, decisions: Tensor) -> tuple[Tensor, Tensor]:
         """How probable it is that quality is lost and gained, ``[tries * n, 2]``; and FLOPs ratios ``[tries * n]``."""
-        tries = len(decisions) // len(situations.rows)
-        said = self(situations.seen, decisions)
-        saved = torch.where(situations.stage == self._last, 0.0, said[:, 2].view(tries, -1)).flatten()
-        return said[:, :2].sigmoid(), self._flops(situations.rows.repeat(tries), decisions) - saved
+        tries = len(decisions) // len(states.rows)
+        said = self(states.seen, decisions)
+        saved = torch.where(states.stage == self._last, 0.0, said[:, 2].view(tries, -1)).flatten()
+        return said[:, :2].sigmoid(), self._flops(states.rows.repeat(tries), decisions) - saved
 
     def fit_stages(self, size: int, random: np.random.Generator, choose: Choose) -> float:
-        """``FITS`` steps on so many remembered situations each; returns the last error.
+        """``FITS`` steps on so many remembered states each; returns the last error.
 
         ``choose`` is the policy: from what is seen of ``n`` to choices ``[n, components]``.
         """
@@ -130,12 +130,12 @@ class StagedForesight(Foresight):
 
     def _fit_stages(self, drawn: Tensor, stage: Tensor, choose: Choose) -> float:
         """One step of AdamW: the cross-entropy of losses and gains, and the squared error of what is saved later."""
-        here, lost = self.situations(drawn, stage), self.lost[drawn]
+        here, lost = self.states(drawn, stage), self.lost[drawn]
         decisions = self.decided(here, self.decisions[drawn].long())
         targets, saved = torch.stack([lost, -lost], dim=1).clamp(0, 1), torch.zeros(len(drawn))
         early = torch.nonzero(stage < self._last)[:, 0]
         if len(early):
-            then = self.situations(drawn[early], stage[early] + 1)
+            then = self.states(drawn[early], stage[early] + 1)
             targets[early], flops = self.outlook(then, self.decided(then, choose(then.seen)))
             saved[early] = self._flops(here.rows[early], decisions[early]) - flops
         said = self(here.seen, decisions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.learning.decisions import seen_together
+from sd_gym.agents.learning.decisions import observation_batches
 from torch.nn import functional as F
 
 from sd_gym.envs.protocols import Core, Split
@@ -14,7 +14,9 @@ from sd_gym.policy import DecisionPolicy
 STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 1000, 128, 1e-3, 1e-2  # of each stage
 
 
-def in_stages(start: DecisionPolicy, staged: DecisionPolicy, core: Core, split: Split, rows: NDArray) -> DecisionPolicy:
+def staged_from_single(
+    start: DecisionPolicy, staged: DecisionPolicy, core: Core, split: Split, rows: NDArray
+) -> DecisionPolicy:
     """Have a policy of several stages decide as one that decides before the first layer.
 
     At the first stage it is the same network. A later stage no longer sees what that saw, so its own hidden layers
@@ -36,7 +38,7 @@ def in_stages(start: DecisionPolicy, staged: DecisionPolicy, core: Core, split: 
         staged.head.load_state_dict(start.head.state_dict())
     observations: list[list[torch.Tensor]] = [[] for _ in staged.stages]
     said = []
-    for part in seen_together(core, rows):
+    for part in observation_batches(core, rows):
         said.append(_walked(start, core, split, part, seen, observations))
     wanted = torch.cat(said)
     later = zip(staged.body.of_stage[1:], observations[1:], core.steps.components[1:], strict=True)
@@ -54,7 +56,7 @@ def in_stages(start: DecisionPolicy, staged: DecisionPolicy, core: Core, split: 
 
 
 @torch.no_grad()
-def with_token_encoder(start: DecisionPolicy, staged: DecisionPolicy) -> DecisionPolicy:
+def staged_from_tokens(start: DecisionPolicy, staged: DecisionPolicy) -> DecisionPolicy:
     """Have a policy of several stages decide just as one that decides at once on tokens, which all stages show.
 
     Args:
