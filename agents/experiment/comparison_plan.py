@@ -1,15 +1,15 @@
-"""The runs of a comparison: which there are, where they go, and whether one is there already."""
+"""The runs of a comparison: which there are, where they go, and whether one is finished already."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd_gym.agents.experiment.run import is_setting, split_settings, train
+from sd_gym.agents.experiment.run import check_same_run, is_setting, split_settings, train
 from sd_gym.agents.registry import BLIND, agent_class, agent_names, is_control, make_settings
 from sd_gym.agents.runs.folder import read_description
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
@@ -19,7 +19,7 @@ from sd_gym.envs.config import load_config
 from sd_gym.files import as_json
 from sd_gym.registration import config_of
 
-BESIDE = ("static", "early-exit", "random", "hash", "dense")  # controls that a comparison has, and a blind agent
+CONTROLS = ("static", "early-exit", "random", "hash", "dense")  # of every comparison, and a blind agent
 FROM = "-from-"
 STARTS = ("start", "path")  # settings that name the run that another one begins with
 
@@ -54,17 +54,28 @@ class PlannedRun:
 
     def command(self, imports: Sequence[str] = ()) -> str:
         """The command that trains it alone."""
-        words = ["sd-gym", "train", self.env, "--algo", self.algo, "--output", str(self.folder), "--resume"]
-        words += ["--steps", str(self.steps), "--seed", str(self.seed)]
-        words += [word for key, value in self.settings.items() for word in ("--set", f"{key}={_as_yaml(value)}")]
-        words += [] if self.strictness == ONE_SIDED_95 else ["--strictness", str(self.strictness)]
-        return shlex.join([*words, *(word for name in imports for word in ("--import", name))])
+        parts = ["sd-gym", "train", self.env, "--algo", self.algo, "--output", str(self.folder), "--resume"]
+        parts += ["--steps", str(self.steps), "--seed", str(self.seed)]
+        for key, value in self.settings.items():
+            text = json.dumps(value) if isinstance(value, list | dict | bool | None) else str(value)
+            parts += ["--set", f"{key}={text}"]
+        parts += [] if self.strictness == ONE_SIDED_95 else ["--strictness", str(self.strictness)]
+        return shlex.join([*parts, *(part for name in imports for part in ("--import", name))])
 
     def train(self, imports: Sequence[str], on_progress: Callable[[int, dict[str, float]], None]) -> None:
-        """Train it, or go on with it; raises as ``train`` of a run."""
-        how = {"steps": self.steps, "seed": self.seed, "strictness": self.strictness}
-        more = {"settings": self.settings, "imports": imports, "on_progress": on_progress}
-        train(self.env, self.algo, self.folder, **how, **more, resume=True)
+        """Train it, or go on with it. Raises: see ``run.train``."""
+        train(
+            self.env,
+            self.algo,
+            self.folder,
+            steps=self.steps,
+            seed=self.seed,
+            settings=self.settings,
+            strictness=self.strictness,
+            resume=True,
+            imports=imports,
+            on_progress=on_progress,
+        )
 
     def is_finished(self) -> bool:
         """Whether the folder holds this very run, finished.
@@ -83,13 +94,11 @@ class PlannedRun:
         was = {**there, **dotted(there["env_config"]), **there["agent_settings"]}
         for values in (was, now):  # the same folder may be given by another path
             values |= {key: Path(values[key]).name for key in STARTS if values.get(key) is not None}
-        if differ := [key for key in now if key in was and was[key] != now[key]]:
-            shown = ", ".join(f"its {key} is {was[key]}, now it is {now[key]}" for key in differ)
-            raise ValueError(f"{self.folder} holds another run: {shown}; choose another --output")
+        check_same_run(self.folder, was, now, "; choose another --output")
         return True
 
 
-def plan(
+def plan_comparison(
     envs: Sequence[str],
     algos: Sequence[str],
     *,
@@ -104,9 +113,9 @@ def plan(
 
     Args:
         envs: Ids.
-        algos: Agents; ``NAME-from-OTHER`` begins with what the run of OTHER with the same seed has found.
-        controls: Whether ``BESIDE`` are trained as well, and the first agent that learns with its observation zeroed.
-        seeds: How many, from 0 on. What learns nothing by chance (``Agent.draws``) is trained once.
+        algos: Agents; ``NAME-from-OTHER`` begins with the policy of the run of OTHER with the same seed.
+        controls: Whether ``CONTROLS`` are trained as well, and the first agent that learns with its observation zeroed.
+        seeds: How many, from 0 on. An agent that draws nothing at random (``Agent.draws``) is trained once.
         steps: Decisions to learn from.
         output: Folder of the runs, which are ``OUTPUT/ENV/ALGO-SEED``.
         settings: Of the env, or of those agents that have them.
@@ -118,12 +127,19 @@ def plan(
     Raises:
         ValueError: If a name or a setting is unknown, or an agent cannot begin with another.
     """
-    names = [*algos, *((*BESIDE, *_blind(algos)) if controls else ())]
-    names = list(dict.fromkeys(name for one in names for name in (*_before(one), one)))
-    _check_settings(settings or {}, [_parts(name)[0] for name in names])
-    found = []
+    settings, names = settings or {}, {}
+    for name in [*algos, *((*CONTROLS, *_blind(algos)) if controls else ())]:
+        algo, start = _parts(name)
+        for part in filter(None, (algo, start)):
+            agent_class(part)  # raises if the name is unknown
+        if start:
+            _start_key(algo)
+            names[start] = None
+        names[name] = None
+    _check_settings(settings, [_parts(name)[0] for name in names])
+    runs = []
     for env in envs:
-        config_of(env)  # says what is wrong with its name
+        config_of(env)  # raises if the name is unknown
         folder = output / env.removeprefix("SD/").removesuffix("-v0")
         for seed in range(seeds):
             for name in names:
@@ -131,11 +147,11 @@ def plan(
                 if seed and not agent_class(algo).draws:
                     continue
                 known = agent_class(algo).Settings.model_fields
-                own = {key: value for key, value in (settings or {}).items() if is_setting(key) or key in known}
+                own = {key: value for key, value in settings.items() if is_setting(key) or key in known}
                 if start:
                     own[_start_key(algo)] = folder / f"{start}-{seed if agent_class(start).draws else 0}"
-                found.append(PlannedRun(env, algo, folder / f"{name}-{seed}", steps, seed, own, strictness))
-    return found
+                runs.append(PlannedRun(env, algo, folder / f"{name}-{seed}", steps, seed, own, strictness))
+    return runs
 
 
 def _parts(name: str) -> tuple[str, str]:
@@ -146,22 +162,8 @@ def _parts(name: str) -> tuple[str, str]:
     return algo, start
 
 
-def _before(name: str) -> Iterator[str]:
-    """The agents whose runs one begins with."""
-    algo, start = _parts(name)
-    for one in filter(None, (algo, start)):
-        agent_class(one)  # says what is wrong with its name
-    if start:
-        _start_key(algo)
-        yield start
-
-
 def _start_key(algo: str) -> str:
-    """The setting that names what an agent begins with.
-
-    Raises:
-        ValueError: If it has none.
-    """
+    """The setting that names the run that an agent begins with; raises ``ValueError`` if it has none."""
     for key in reversed(STARTS):
         if key in agent_class(algo).Settings.model_fields:
             return key
@@ -169,9 +171,8 @@ def _start_key(algo: str) -> str:
 
 
 def _blind(algos: Sequence[str]) -> list[str]:
-    """The first agent that learns, blind; what it begins with sees nothing either."""
-    for name in algos:
-        algo, start = _parts(name)
+    """The first agent that learns, blind; if it begins with a run, then with one of static masks."""
+    for algo, start in map(_parts, algos):
         if not is_control(algo):
             return [f"{BLIND}{algo}{FROM}static" if start else f"{BLIND}{algo}"]
     return []
@@ -179,11 +180,7 @@ def _blind(algos: Sequence[str]) -> list[str]:
 
 def _check_settings(settings: dict[str, Any], algos: list[str]) -> None:
     """Raise ``ValueError`` if a key is neither of the env nor of any of the agents."""
-    learned = {key for algo in algos for key in agent_class(algo).Settings.model_fields}
+    of_agents = {key for algo in algos for key in agent_class(algo).Settings.model_fields}
     for key in settings:
-        if key not in learned:
+        if key not in of_agents:
             split_settings("dense", {key: settings[key]})
-
-
-def _as_yaml(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, list | dict | bool | None) else str(value)

@@ -1,4 +1,4 @@
-"""Honest results: a policy on a whole split, beside the dense backbone, with intervals and measured time."""
+"""Results of a policy on a whole split against the dense backbone, with intervals and measured time."""
 
 from __future__ import annotations
 
@@ -24,26 +24,24 @@ from sd_gym.agents.runs.statistics import bootstrap_interval
 from sd_gym.agents.runs.verdict import Verdict, fewest_instances, losses_allowed, verdict
 
 from sd_gym.backbones import Backbone
-from sd_gym.envs.protocols import Core, Split
+from sd_gym.envs.core import BackboneCore
+from sd_gym.envs.protocols import Core
 from sd_gym.envs.report import by_facts, write_instances
+from sd_gym.execution.split import BackboneSplit
 
 WARM_UP, LEAST_TIMED = 2, 3  # batches
-TIMED_SECONDS = 30.0  # behind which no further batch is timed: of a large backbone, three batches take minutes
+TIMED_SECONDS = 30.0  # after which no further batch is timed: of a large backbone, three batches take minutes
 
 
 def evaluate(
-    core: Core,
-    policy: PolicyLike | SplitDecisions,
-    split_name: str,
-    *,
-    table: Path | None = None,
+    core: Core, policy: PolicyLike | SplitDecisions, split_name: str, *, table: Path | None = None
 ) -> dict[str, Any]:
     """The result on a split, of a policy or of decisions that a ``PrivilegedAgent`` made: in all and by difficulty.
 
     ``flops_ratio`` is the mean over instances of the backbone's ratio; ``flops_ratio_with_policy`` adds what it costs
     to decide, if ``policy_flops_counted``. ``metrics`` holds the data set's own metric where it is not the mean
-    quality. ``by_difficulty`` has the data's levels, or where they have none the quartiles of the dense loss;
-    ``by_fact`` the quartiles of all that is known of an instance, and ``table`` (a CSV file to write) each instance.
+    quality. ``by_difficulty`` has the data's levels, or without levels the quartiles of the dense loss; ``by_fact`` the
+    quartiles of all facts of an instance, and ``table`` (a CSV file to write) each instance.
     """
     split = core.split(split_name)
     split.scoring.score_dense()
@@ -55,32 +53,30 @@ def evaluate(
     own, decisions = flops / split.costs.dense_flops(rows), scored["decision"]
     if table is not None:
         write_instances(split, scored | {"flops_ratio_with_policy": scored["flops_ratio"] + own}, table)
-    difference = scored["quality"] - scored["quality_ref"]
-    skip = scored["decision"][:, :-1]
-    metrics = {
-        "policy": split.scoring.metrics(rows, decisions),
-        "dense": split.scoring.metrics(rows, np.zeros_like(decisions)),
-    }
+    epsilon = core.config.reward.epsilon
     return {
-        "metrics": metrics,
+        "metrics": {
+            "policy": split.scoring.metrics(rows, decisions),
+            "dense": split.scoring.metrics(rows, np.zeros_like(decisions)),
+        },
         "split": split_name,
         "instances": len(split),
-        **_means(scored, own, core.config.reward.epsilon),
-        "quality_difference_interval": bootstrap_interval(difference),
-        "fewest_instances": fewest_instances(core.config.reward.epsilon),
-        "losses_allowed": losses_allowed(len(split), core.config.reward.epsilon),
+        **_means(scored, own, epsilon),
+        "quality_difference_interval": bootstrap_interval(scored["quality"] - scored["quality_ref"]),
+        "fewest_instances": fewest_instances(epsilon),
+        "losses_allowed": losses_allowed(len(split), epsilon),
         "decisions_hash": decisions_hash(decisions),
-        "epsilon": core.config.reward.epsilon,
+        "epsilon": epsilon,
         "policy_flops_counted": isinstance(policy, SplitDecisions) or policy.flops is not None,
         "decisions_used": len(np.unique(decisions, axis=0)),
         "by_difficulty": by_difficulty(scored, split.levels),
         "by_fact": by_facts(split, scored),
-        "skip_rate": dict(zip(core.backbone.board.names, skip.mean(axis=0).tolist(), strict=True)),
+        "skip_rate": dict(zip(core.backbone.board.names, decisions[:, :-1].mean(axis=0).tolist(), strict=True)),
     }
 
 
 def summary(core: Core, policy: PolicyLike, split_name: str) -> dict[str, Any]:
-    """What ``evaluate`` says first: means of quality and FLOPs, and the verdict."""
+    """The first part of ``evaluate``: means of quality and FLOPs, and the verdict."""
     split = core.split(split_name)
     split.scoring.score_dense()
     rows = np.arange(len(split))
@@ -103,45 +99,39 @@ def _means(scored: dict[str, NDArray], own: NDArray, epsilon: float) -> dict[str
 
 
 def decisions_hash(decisions: NDArray) -> str:
-    """A hash of decisions ``[n, switches + 1]``, by which one that was changed later is known."""
+    """A hash of decisions ``[n, switches + 1]``, which shows whether one was changed later."""
     return hashlib.sha256(np.ascontiguousarray(decisions, dtype="<i8").tobytes()).hexdigest()[:16]
 
 
 def by_difficulty(scored: dict[str, NDArray], levels: NDArray) -> list[dict[str, Any]]:
-    """Means over the instances of each difficulty.
-
-    Args:
-        scored: As ``decide_and_score`` returns it.
-        levels: Of each instance, ``[n]``.
-    """
-    found = []
+    """Means of scored decisions (see ``decide_and_score``) over the instances of each level, of ``levels [n]``."""
+    entries = []
     for level in np.unique(levels):
         chosen = levels == level
         means = {name: float(scored[name][chosen].mean()) for name in ("quality", "quality_ref", "flops_ratio")}
         skip_rate = scored["decision"][chosen, :-1].mean(axis=0).tolist()
-        found.append({"difficulty": int(level), "instances": int(chosen.sum()), **means, "skip_rate": skip_rate})
-    return found
+        entries.append({"difficulty": int(level), "instances": int(chosen.sum()), **means, "skip_rate": skip_rate})
+    return entries
 
 
 @torch.inference_mode()
 def time_ratio(
-    core: Core, policy: PolicyLike, split_name: str, batch_size: int, batches: int = 12
+    core: BackboneCore, policy: PolicyLike, split_name: str, batch_size: int, batches: int = 12
 ) -> dict[str, float | None]:
     """Time of deciding and the switched backbone over that of the dense one, end to end.
 
-    From tokenised texts to logits: each makes tensors of the same batch (drawn at random); the dense backbone runs it
-    in one pass, padded to its longest row. The policy's side observes the batch, decides, ranks tokens where some are
-    dropped (what is known of the training split, such as how rare a token is, is ready), and runs the passes that the
-    env runs: by decision and by length where that pays. Passes cut by length would save time without any decision, and
-    so would inputs that are simply cut; so these controls stand beside. All take turns, after a warm-up; ``batches`` of
-    them, or fewer where they take long.
+    From tokenised texts to logits, of random batches. The dense backbone runs a batch in one pass, padded to its
+    longest row. The policy's side observes, decides, ranks tokens where some are dropped (with statistics of the
+    training split at hand), and runs the passes that the env runs: by decision, and by length where that pays. Passes
+    by length, and cut inputs, save time without any decision; so they are timed as controls. All take turns, after a
+    warm-up; ``batches`` of them, or fewer where they take long.
 
     Returns:
         Medians over batches of times over the dense one: ``time_ratio``; ``dense_by_length``, the dense backbone in
         passes cut by length alone; ``dense_shortened``, the dense backbone on inputs that are all cut to the share of
         tokens that the policy keeps (``None`` where an env drops none). And of the same batches, summed:
-        ``flops_ratio``, that of the rows alone, and ``executed_ratio``, what was executed, padding included, over what
-        the dense pass executed.
+        ``flops_ratio`` of the rows alone, and ``executed_ratio``, executed FLOPs, padding included, over those of the
+        dense pass.
     """
     split = core.split(split_name)
     random = np.random.default_rng(0)
@@ -153,10 +143,12 @@ def time_ratio(
             break
         rows = random.integers(len(split), size=min(batch_size, len(split)))
         decisions, _ = core.walk(split, rows, policy.decide)
-        seconds = [_seconds(run, core.backbone) for run in _contestants(core, policy, split, rows, decisions[:, -1])]
+        dense, *others = [
+            _seconds(run, core.backbone) for run in _contestants(core, policy, split, rows, decisions[:, -1])
+        ]
         if number < WARM_UP:
             continue
-        times.append([one / seconds[0] for one in seconds[1:]])
+        times.append([seconds / dense for seconds in others])
         nothing, everything = np.zeros_like(decisions), [np.arange(len(rows))]
         parts = everything if core.is_staged else [picked for picked, _ in split.passes.planned(rows, decisions)]
         flops += (
@@ -176,9 +168,9 @@ def time_ratio(
 
 
 def _contestants(
-    core: Core, policy: PolicyLike, split: Split, rows: NDArray, level: NDArray
+    core: BackboneCore, policy: PolicyLike, split: BackboneSplit, rows: NDArray, level: NDArray
 ) -> list[Callable[[], object]]:
-    """What is timed: dense; decided; dense in passes by length; where tokens are dropped, dense on shorter inputs."""
+    """Dense; with the policy; dense in passes by length; where tokens are dropped, dense on shorter inputs."""
     backbone, everything = core.backbone, np.arange(len(rows))
     unseen, again = split.unseen(rows), split.unseen(rows)
 
@@ -186,8 +178,7 @@ def _contestants(
         inputs = split.passes.inputs(rows)
         longest = inputs["input_ids"].shape[1]
         share = split.tokens.kept_length(rows, level).sum() / split.encoded.source_length[rows].sum()
-        rest = max(1, round(share * longest))
-        backbone.logits(backbone.head.shortened(inputs, rest))
+        backbone.logits(backbone.head.shortened(inputs, max(1, round(share * longest))))
 
     return [
         lambda: backbone.logits(split.passes.inputs(rows)),
@@ -198,7 +189,7 @@ def _contestants(
 
 
 def _seconds(run: Callable[[], object], backbone: Backbone) -> float:
-    """How long something takes where everything runs unless it decides otherwise itself."""
+    """How long a run takes, dense unless it decides otherwise itself."""
     device, board = backbone.model.device, backbone.board
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     with board.decide(np.zeros((1, len(board)), dtype=bool)):  # a policy attached to the model does not count

@@ -12,17 +12,8 @@ from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.card import OperatingPoint
 from sd_gym.policy.table_export import TablePolicy
 
-OF_A_RESULT = (
-    "split",
-    "instances",
-    "quality",
-    "quality_ref",
-    "flops_ratio",
-    "flops_ratio_with_policy",
-    "quality_difference",
-    "quality_difference_interval",
-    "verdict",
-)
+RESULT_KEYS = ("split", "instances", "quality", "quality_ref", "flops_ratio", "flops_ratio_with_policy")
+RESULT_KEYS += ("quality_difference", "quality_difference_interval", "verdict")
 
 
 def export(
@@ -36,7 +27,7 @@ def export(
 
     Args:
         core: The env's core.
-        policy: What was selected.
+        policy: The selected one.
         operating_points: Its validated versions.
         result: As in ``result.json``.
         description: As in ``config.json``.
@@ -55,7 +46,7 @@ def export(
     card = {
         "env": nested({key: value for key, value in env.items() if key != "reward.objective"}),
         "backbone": exported.backbone,
-        "result": {key: result[key] for key in OF_A_RESULT},
+        "result": {key: result[key] for key in RESULT_KEYS},
         "run": {key: description[key] for key in ("env", "algo", "steps", "seed", "versions", "data")},
     }
     of_input = exported.mean, exported.deviation, exported.rarity, exported.protection

@@ -1,4 +1,4 @@
-"""Many runs trained in one process or several: each is kept, gone on with, or reported."""
+"""Many runs trained in one process, several, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sd_gym.registry import import_own
 
 
 class RunStatus(NamedTuple):
-    """What is told of a run.
+    """The status of a run.
 
     Attributes:
         run: The run.
@@ -47,28 +47,25 @@ def train_many(
     jobs: int = 1,
     ray: str | None = None,
     imports: Sequence[str] = (),
-    on_status: OnStatus = lambda word: None,
+    on_status: OnStatus = lambda status: None,
 ) -> list[RunStatus]:
-    """Train those of the runs that are not finished; what was cut off goes on.
+    """Train the runs that are not finished; interrupted ones go on.
 
-    Nothing that happens to one run stops the others. A run does not depend on what was trained before it; with ``jobs``
-    each has one thread, which changes the last bits of sums.
+    A run that fails does not stop the others. A run does not depend on what was trained before it; with ``jobs`` each
+    has one thread, which changes the last bits of sums.
 
     Args:
         runs: Each after those that it begins with.
-        jobs: Processes, of one thread each; 1: all are trained in this one. A script that asks for
-            more has to be guarded by ``if __name__ == "__main__":``, and what it registers be in ``imports``.
-        ray: Address of a Ray cluster that trains them, one thread a run: ``auto``, ``local`` (one is started here), or
-            as ``ray.init`` takes it. It has sd_gym installed, and sees the runs' folders under the same paths.
+        jobs: See ``sd_gym.train_all``.
+        ray: See ``sd_gym.train_all``.
         imports: Modules and files that register what the runs need; import them first.
-        on_status: Called whenever something happens to a run.
+        on_status: Called whenever the status of a run changes.
 
     Returns:
-        The last word of each run, in their order: ``kept``, ``finished``, ``not applicable`` or ``failed``.
+        The last status of each run, in their order: ``kept``, ``finished``, ``not applicable`` or ``failed``.
 
     Raises:
-        ImportError: If Ray is asked for and not installed.
-        ValueError: If both Ray and jobs are asked for.
+        ImportError, ValueError: See ``sd_gym.train_all``.
     """
     if ray is not None and jobs > 1:
         raise ValueError(f"a Ray cluster has processes of its own; leave out jobs (got {jobs}) or ray (got {ray!r})")
@@ -77,52 +74,50 @@ def train_many(
         _share_on_ray(schedule, ray, imports)
     elif jobs == 1:
         for run in iter(schedule.next, None):
-            schedule.tell(_attempt(run, imports, schedule.tell))
+            schedule.update(_attempt(run, imports, schedule.update))
     else:
         _share(schedule, jobs, imports)
     return [schedule.last[run.folder] for run in runs]
 
 
 class _Schedule:
-    """Which run is next, and what became of each."""
+    """Which run is next, and the status of each."""
 
     def __init__(self, runs: Sequence[PlannedRun], on_status: OnStatus) -> None:
-        self._on_word = on_status
+        self._on_status = on_status
         self.last: dict[Path, RunStatus] = {}
         self.waiting: list[PlannedRun] = []
         for run in runs:
             try:
-                finished = run.is_finished()
+                if run.is_finished():
+                    self.update(RunStatus(run, "kept"))
+                else:
+                    self.waiting.append(run)
             except (ValueError, OSError) as error:
-                self.tell(RunStatus(run, "failed", message=_said(error)))
-                continue
-            if finished:
-                self.tell(RunStatus(run, "kept"))
-            else:
-                self.waiting.append(run)
+                self.update(RunStatus(run, "failed", message=_message(error)))
 
-    def tell(self, word: RunStatus) -> None:
-        self.last[word.run.folder] = word
-        self._on_word(word)
+    def update(self, status: RunStatus) -> None:
+        self.last[status.run.folder] = status
+        self._on_status(status)
 
     def next(self) -> PlannedRun | None:
         """The first run that can begin now; ``None``: none can."""
-        open_ = {run.folder for run in self.waiting}
-        open_ |= {folder for folder, word in self.last.items() if word.state in GOING}
+        unfinished = {run.folder for run in self.waiting}
+        unfinished |= {folder for folder, status in self.last.items() if status.state in GOING}
         for run in list(self.waiting):
-            lost = [need for need in run.needs if need in self.last and self.last[need].state == "failed"]
-            if not lost and any(need in open_ for need in run.needs):
+            failed = [need for need in run.needs if need in self.last and self.last[need].state == "failed"]
+            if not failed and any(need in unfinished for need in run.needs):
                 continue
             self.waiting.remove(run)
-            if not lost:
-                self.tell(RunStatus(run, "begun"))
+            if not failed:
+                self.update(RunStatus(run, "begun"))
                 return run
-            self.tell(RunStatus(run, "failed", message=f"{lost[0]}, which it begins with, failed"))
+            self.update(RunStatus(run, "failed", message=f"{failed[0]}, which it begins with, failed"))
         return None
 
 
 def _attempt(run: PlannedRun, imports: Sequence[str], on_status: OnStatus) -> RunStatus:
-    """Train a run; returns what became of it."""
+    """Train a run; returns its last status."""
 
     def on_progress(steps: int, figures: dict[str, float]) -> None:
         on_status(RunStatus(run, "learning" if figures else "searching", steps))
@@ -132,29 +127,28 @@ def _attempt(run: PlannedRun, imports: Sequence[str], on_status: OnStatus) -> Ru
     except NotApplicableError as error:
         return RunStatus(run, "not applicable", message=one_line(error))
     except Exception as error:  # whatever it is, the other runs go on
-        return RunStatus(run, "failed", message=_said(error))
+        return RunStatus(run, "failed", message=_message(error))
     return RunStatus(run, "finished")
 
 
-def _said(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _share(schedule: _Schedule, jobs: int, imports: Sequence[str]) -> None:
-    """Have processes train what waits."""
+    """Train the waiting runs in processes."""
     workers = [_Worker(imports) for _ in range(min(jobs, len(schedule.waiting)))]
     try:
         while True:
             for worker in workers:
                 if worker.run is None and (run := schedule.next()) is not None:
                     worker.begin(run)
-            busy = {worker.connection: worker for worker in workers if worker.run is not None}
+            busy: dict[Any, _Worker] = {worker.connection: worker for worker in workers if worker.run is not None}
             if not busy:
                 return
             for connection in wait(list(busy)):
                 worker = busy[connection]
-                word = worker.hear()
-                schedule.tell(word)
+                schedule.update(worker.status())
                 if not worker.alive and schedule.waiting:
                     workers[workers.index(worker)] = _Worker(imports)
     finally:
@@ -163,9 +157,9 @@ def _share(schedule: _Schedule, jobs: int, imports: Sequence[str]) -> None:
 
 
 def _share_on_ray(schedule: _Schedule, address: str, imports: Sequence[str]) -> None:
-    """Have a cluster train what waits, one run a core; what it says on the way is not heard."""
+    """Train the waiting runs on a cluster, one per core; only their last status is known."""
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]  (an extra)
     except ImportError as error:
         raise ImportError("a Ray cluster needs Ray, which is not installed: pip install 'sd-gym[ray]'") from error
     ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
@@ -180,20 +174,23 @@ def _share_on_ray(schedule: _Schedule, address: str, imports: Sequence[str]) -> 
         (ended,), _ = ray.wait(list(running), num_returns=1)
         run = running.pop(ended)
         try:
-            word = ray.get(ended)
+            schedule.update(ray.get(ended))
         except ray.exceptions.RayError as error:  # its process or its machine has ended
-            word = RunStatus(run, "failed", message=_said(error))
-        schedule.tell(word)
+            schedule.update(RunStatus(run, "failed", message=_message(error)))
 
 
 def _attempt_there(run: PlannedRun, imports: list[str], folder: str) -> RunStatus:
     """Train a run on another machine, in the folder that its relative paths start from."""
     os.chdir(folder)
+    _prepare_process(imports)
+    return _attempt(run, imports, lambda status: None)
+
+
+def _prepare_process(imports: list[str]) -> None:
     quiet()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # threads of several processes that wait for each other are many times slower
     for name in imports:
         import_own(name)
-    return _attempt(run, imports, lambda word: None)
 
 
 class _Worker:
@@ -210,23 +207,22 @@ class _Worker:
 
     def begin(self, run: PlannedRun) -> None:
         self.run = run
-        with suppress(OSError):  # it has ended; to hear of it says so
+        with suppress(OSError):  # it has ended; its status says so
             self.connection.send(run)
 
-    def hear(self) -> RunStatus:
-        """What it says of its run; if it has ended instead, that it failed."""
+    def status(self) -> RunStatus:
+        """The next status of its run: failed, if the process has ended."""
+        assert self.run is not None  # asked of workers that have a run
         try:
-            word = self.connection.recv()
+            status = self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
             self.alive = False
-            code = self.process.exitcode
-            word = RunStatus(
-                self.run, "failed", message=f"its process ended with exit code {code}; is there enough memory?"
-            )
-        if word.state not in GOING:
+            message = f"its process ended with exit code {self.process.exitcode}; is there enough memory?"
+            status = RunStatus(self.run, "failed", message=message)
+        if status.state not in GOING:
             self.run = None
-        return word
+        return status
 
     def end(self) -> None:
         self.connection.close()
@@ -235,13 +231,10 @@ class _Worker:
 
 
 def _work(connection: Connection, imports: list[str]) -> None:
-    """What a process does: train the runs that come, until there are no more."""
+    """Train the runs that come over a connection, until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a whole group of processes: the first one ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    quiet()
-    torch.set_num_threads(1)  # threads of several processes that wait for each other are many times slower
-    for name in imports:
-        import_own(name)
+    _prepare_process(imports)
     while True:
         try:
             run = connection.recv()
@@ -251,6 +244,8 @@ def _work(connection: Connection, imports: list[str]) -> None:
 
 
 def _end_with_parent() -> None:
-    """Where the first process was killed, nobody else ends this one, and it would hold the folder of its run."""
-    wait([parent_process().sentinel])
+    """If the parent is killed, nothing else ends this process, and it would hold the lock of its run folder."""
+    parent = parent_process()
+    assert parent is not None  # it was started by another one
+    wait([parent.sentinel])
     os._exit(1)

@@ -1,4 +1,4 @@
-"""A finished run played again: what its decisions give with the real backbone and data is what it says they gave."""
+"""A finished run played again: its recorded decisions are scored with the real backbone and data, and compared."""
 
 from __future__ import annotations
 
@@ -10,30 +10,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment.evaluation import decisions_hash, evaluate
-from sd_gym.agents.experiment.run import run_config
+from sd_gym.agents.experiment.run import core_of_run
 from sd_gym.agents.learning.decisions import SplitDecisions, check_fits, decide_rows, decision_flops, score_decisions
-from sd_gym.agents.runs.folder import check_backbone, read_description, read_result
+from sd_gym.agents.runs.folder import has_policy, read_description, read_result
 
-from sd_gym.envs.protocols import Core, Split
-from sd_gym.envs.shared import shared_core
+from sd_gym.envs.protocols import Split
 from sd_gym.policy import DecisionPolicy
 from sd_gym.registry import naming_imports
-from sd_gym.tasks.splits import check_unchanged
 
 # Likelihoods differ in their last bits with the batch that they are computed in; a right answer is right.
 QUALITY_TOLERANCE = 1e-4
 FLOPS_TOLERANCE = 1e-9  # counted, not measured
 NOT_REPLAYED = ("policy_flops_counted", "decisions_hash")  # of a result: no outcomes of decisions
 SCORES = {"quality": QUALITY_TOLERANCE, "quality_ref": QUALITY_TOLERANCE, "flops_ratio": FLOPS_TOLERANCE}
-WITH_POLICY = "flops_ratio_with_policy"
 
 
 class ReplayError(ValueError):
-    """A run says something else than what its decisions give; the message says what."""
+    """A run records something else than its decisions give; the message says what."""
 
 
 class Replay(NamedTuple):
-    """What was found to be as the run says.
+    """A run that was confirmed.
 
     Attributes:
         split: Which split.
@@ -45,7 +42,7 @@ class Replay(NamedTuple):
     instances: int
     decided: bool
 
-    def words(self) -> list[str]:
+    def lines(self) -> list[str]:
         """For the command line."""
         policy = "decides the same again" if self.decided else "is not in the folder, so nobody decided again"
         return [
@@ -55,8 +52,8 @@ class Replay(NamedTuple):
         ]
 
 
-class Recorded(NamedTuple):
-    """What ``instances.csv`` holds, one value an instance.
+class RecordedInstances(NamedTuple):
+    """The content of ``instances.csv``, one value per instance.
 
     Attributes:
         ids: Of the instances.
@@ -77,32 +74,47 @@ def replay(folder: Path) -> Replay:
 
     Raises:
         FileNotFoundError: If it holds no finished run.
-        ReplayError: If something is not as the run says.
-        ValueError: If what it holds is damaged, or the data or the backbone are others.
+        ReplayError: If something is not as recorded.
+        ValueError: If a file is damaged, or the data or the backbone have changed.
     """
     description, result = read_description(folder), read_result(folder)
     with naming_imports(folder):
-        core = shared_core(run_config(description))
-    check_unchanged(folder, description["data"], core.data)
-    check_backbone(folder, description["weights"], core.backbone)
-    split = core.split(result["split"])
-    file = folder / "instances.csv"
+        core = core_of_run(folder, description)
+    split, file = core.split(result["split"]), folder / "instances.csv"
+    rows = np.arange(len(split))
     recorded = read_instances(file, core.decision_nvec)
     _check_instances(file, recorded, split)
-    _check_decisions(file, recorded, result)
-    decisions = _numbered(file, core, recorded)
-    scored = score_decisions(core, split, np.arange(len(split)), decisions)
+    if (now := decisions_hash(recorded.decisions)) != (was := result.get("decisions_hash")):
+        raise ReplayError(f"{file}: decisions were changed: their hash is {now}, and {was} in result.json")
+    try:
+        decisions = core.from_masks(recorded.decisions)
+    except ValueError as error:
+        raise ReplayError(f"{file}: {error}") from error
+    scored = score_decisions(core, split, rows, decisions)
     for name, tolerance in SCORES.items():
         _check_scores(file, recorded, name, scored[name], tolerance)
-    policy = DecisionPolicy.load(folder) if (folder / "policy.safetensors").exists() else None
-    if policy is not None:
-        _check_policy(file, recorded, core, split, check_fits(policy, core))
-    _check_result(folder, result, core, split, recorded, decisions, policy)
+    policy = check_fits(DecisionPolicy.load(folder), core) if has_policy(folder) else None
+    dense = split.costs.dense_flops(rows)
+    if policy is None:
+        own = dense * (recorded.scores["flops_ratio_with_policy"] - recorded.scores["flops_ratio"])
+    else:
+        decided = core.to_masks(decide_rows(core, policy, split, rows))
+        if len(differ := np.flatnonzero((decided != recorded.decisions).any(axis=1))):
+            raise ReplayError(
+                f"{file}: {len(differ)} of {len(decided)} decisions are not the saved policy's, that of "
+                f"{recorded.ids[differ[0]]!r} the first"
+            )
+        own = decision_flops(core, policy, split, rows)
+        total = recorded.scores["flops_ratio"] + own / dense
+        _check_scores(file, recorded, "flops_ratio_with_policy", total, FLOPS_TOLERANCE)
+    for key, value in evaluate(core, SplitDecisions(decisions, own), split.name).items():
+        if key in result and key not in NOT_REPLAYED:
+            _check_same(f"{folder / 'result.json'}: {key}", result[key], value)
     return Replay(result["split"], len(split), policy is not None)
 
 
-def read_instances(file: Path, nvec: NDArray) -> Recorded:
-    """What a run has recorded of each instance.
+def read_instances(file: Path, nvec: NDArray) -> RecordedInstances:
+    """The recorded instances of a run.
 
     Args:
         file: Its ``instances.csv``.
@@ -119,13 +131,13 @@ def read_instances(file: Path, nvec: NDArray) -> Recorded:
     try:
         decisions = [_decision(row["decision"], nvec) for row in rows]
         scores = {name: np.array([float(row[name]) for row in rows]) for name in (*SCORES, "flops_ratio_with_policy")}
-        return Recorded([row["id"] for row in rows], np.array(decisions, dtype=np.int64), scores)
+        return RecordedInstances([row["id"] for row in rows], np.array(decisions, dtype=np.int64), scores)
     except (KeyError, TypeError, ValueError) as error:
         raise ReplayError(f"{file}: expected a line an instance with its id, decision and scores: {error}") from error
 
 
 def _decision(digits: str, nvec: NDArray) -> list[int]:
-    """A digit a switch, and the token level."""
+    """A digit per switch, and the token level."""
     switches = len(nvec) - 1
     decision = [*map(int, digits[:switches]), int(digits[switches:])]
     if any(choice >= size for choice, size in zip(decision, nvec, strict=True)):
@@ -133,7 +145,7 @@ def _decision(digits: str, nvec: NDArray) -> list[int]:
     return decision
 
 
-def _check_instances(file: Path, recorded: Recorded, split: Split) -> None:
+def _check_instances(file: Path, recorded: RecordedInstances, split: Split) -> None:
     ids = [instance.id for instance in split.instances]
     if recorded.ids != ids:
         pairs = zip(recorded.ids, ids, strict=False)
@@ -141,62 +153,14 @@ def _check_instances(file: Path, recorded: Recorded, split: Split) -> None:
         raise ReplayError(f"{file} has {len(recorded.ids)} instances, the {split.name} split {len(ids)}: {first}")
 
 
-def _check_decisions(file: Path, recorded: Recorded, result: dict[str, Any]) -> None:
-    now, was = decisions_hash(recorded.decisions), result.get("decisions_hash")
-    if was != now:
-        raise ReplayError(f"{file}: decisions were changed: their hash is {now}, and {was} in result.json")
-
-
-def _numbered(file: Path, core: Core, recorded: Recorded) -> NDArray:
-    """The recorded masks as the env's decisions."""
-    try:
-        return core.from_masks(recorded.decisions)
-    except ValueError as error:
-        raise ReplayError(f"{file}: {error}") from error
-
-
-def _check_scores(file: Path, recorded: Recorded, name: str, scored: NDArray, tolerance: float) -> None:
+def _check_scores(file: Path, recorded: RecordedInstances, name: str, scored: NDArray, tolerance: float) -> None:
     was = recorded.scores[name]
-    differ = np.flatnonzero(~(np.abs(was - scored) <= tolerance))
-    if len(differ):
+    if len(differ := np.flatnonzero(~(np.abs(was - scored) <= tolerance))):
         row = differ[0]
         raise ReplayError(
             f"{file}: {name} of {len(differ)} of {len(was)} instances is not what their decisions give; of "
             f"{recorded.ids[row]!r} it is {was[row]:.6g} there, and {scored[row]:.6g} played again"
         )
-
-
-def _check_policy(file: Path, recorded: Recorded, core: Core, split: Split, policy: DecisionPolicy) -> None:
-    decided = core.to_masks(decide_rows(core, policy, split, np.arange(len(split))))
-    differ = np.flatnonzero((decided != recorded.decisions).any(axis=1))
-    if len(differ):
-        raise ReplayError(
-            f"{file}: {len(differ)} of {len(decided)} decisions are not the saved policy's, that of "
-            f"{recorded.ids[differ[0]]!r} the first"
-        )
-
-
-def _check_result(
-    folder: Path,
-    result: dict[str, Any],
-    core: Core,
-    split: Split,
-    recorded: Recorded,
-    decisions: NDArray,
-    policy: DecisionPolicy | None,
-) -> None:
-    """Whether ``result.json`` is what ``evaluate`` makes of the decisions."""
-    dense = split.costs.dense_flops(np.arange(len(split)))
-    if policy is None:
-        own = dense * (recorded.scores["flops_ratio_with_policy"] - recorded.scores["flops_ratio"])
-    else:
-        own = decision_flops(core, policy, split, np.arange(len(split)))
-        total = recorded.scores["flops_ratio"] + own / dense
-        _check_scores(folder / "instances.csv", recorded, "flops_ratio_with_policy", total, FLOPS_TOLERANCE)
-    again = evaluate(core, SplitDecisions(decisions, own), split.name)
-    for key, value in again.items():
-        if key in result and key not in NOT_REPLAYED:
-            _check_same(f"{folder / 'result.json'}: {key}", result[key], value)
 
 
 def _check_same(where: str, was: Any, now: Any) -> None:

@@ -21,7 +21,7 @@ from sd_gym.agents.experiment.evaluation import evaluate, summary, time_ratio
 from sd_gym.agents.experiment.export import export
 from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.experiment.tensorboard_logs import log_result, log_validation, open_logger
-from sd_gym.agents.learning.agent import INFO_TAGS, Agent, BaseAgent, SplitDecisions, PrivilegedAgent, Rollout
+from sd_gym.agents.learning.agent import INFO_TAGS, Agent, BaseAgent, PrivilegedAgent, Rollout, SplitDecisions
 from sd_gym.agents.learning.decisions import PolicyLike, check_fits, observation_batches
 from sd_gym.agents.registry import agent_class, is_control, make_agent, make_settings
 from sd_gym.agents.runs.folder import check_backbone, read_description
@@ -30,9 +30,11 @@ from stable_baselines3.common.logger import Logger
 
 from sd_gym.config import KEYS, dotted, is_key
 from sd_gym.envs.config import TABLE_KEYS, EnvConfig, make_config
+from sd_gym.envs.core import BackboneCore
 from sd_gym.envs.protocols import Core
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import Observations, joined
+from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_checkpoint, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
@@ -41,10 +43,10 @@ from sd_gym.registration import registered_ids
 from sd_gym.registry import UnknownNameError, naming_imports, unknown
 from sd_gym.tasks.data import SPLITS
 from sd_gym.tasks.ranking import STATISTICS_SIZE
-from sd_gym.tasks.splits import Splits, check_unchanged
+from sd_gym.tasks.splits import check_unchanged
 from sd_gym.version import __version__
 
-VALIDATIONS = 8  # times that the policy is validated during training
+VALIDATIONS = 8  # during training
 TIMED_BATCH_SIZES = (1, 8, 32)
 OnProgress = Callable[[int, dict[str, float]], None]  # called with (steps so far, figures to show)
 LIBRARIES = ("gymnasium", "numpy", "sd-gym", "stable-baselines3", "torch", "transformers")
@@ -85,48 +87,29 @@ def train(
     imports: Sequence[str] = (),
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Train an agent on an env, select its best policy on validation, and evaluate that on the test split.
+    """Train an agent as ``sd_gym.train`` does, into a run folder.
 
-    Args:
-        env_id: A registered id.
-        algo: An agent's name.
-        folder: The run folder: ``config.json``, TensorBoard events, ``policy.safetensors``, ``policy.json``,
-            ``skip_policy.json`` and ``skip_policy.safetensors`` (the policy as an artefact, with ``README.md``),
-            ``result.json``, ``instances.csv``, ``result.png`` (and ``sb3.safetensors``) are written to it;
-            ``checkpoint.pt`` while it learns.
-        steps: Decisions to learn from.
-        seed: Of the agent and of the env's draws.
-        settings: Overrides of the env's config and of the agent's settings, by key.
-        strictness: Standard errors of luck that validation has to leave room for, for a policy to be selected.
-        resume: Whether to go on from the folder's checkpoint, if there is one, as if nothing had happened.
-        imports: Modules and files that register what the run needs, as ``--import`` takes them; kept in
-            ``config.json``, so that whoever lacks them is told. Import them first.
-        on_progress: Called after each rollout with (steps so far, figures to show).
+    The folder gets ``config.json``, TensorBoard events, ``policy.safetensors``, ``policy.json``, ``skip_policy.json``
+    and ``skip_policy.safetensors`` (the policy as an artefact, with ``README.md``), ``result.json``,
+    ``instances.csv``, ``result.png`` (and ``sb3.safetensors``); ``checkpoint.pt`` while it learns.
 
     Returns:
         The result, as in ``result.json``.
 
     Raises:
-        FileExistsError: If the folder holds a finished run, one that was cut off and shall not be resumed, or anything
-            else; ``FolderInUseError`` if another process is writing to it.
-        ValueError: If a name or setting is unknown, the data of any split are malformed, or the run to resume is
-            another one, on other data, or damaged.
+        FileExistsError, ValueError: See ``sd_gym.train``; ``FolderInUseError`` if another process writes to the folder.
     """
     with locked(folder):
-        there = _there(folder, resume)
+        unfinished = _unfinished_run(folder, resume)
         with naming_imports(folder):
             agent = _make(env_id, algo, seed, settings or {})
         names = {"env": env_id, "algo": algo, "control": is_control(algo), "steps": steps, "seed": seed}
         names |= {"strictness": strictness, "imports": list(imports)}
-        return _train(agent, folder, names, there, on_progress)
+        return _train(agent, folder, names, unfinished, on_progress)
 
 
-def _there(folder: Path, resume: bool) -> dict[str, Any] | None:
-    """What ``config.json`` says of the run in the folder that is to be resumed; ``None``: the folder is empty.
-
-    Raises:
-        FileExistsError: If the folder holds anything else.
-    """
+def _unfinished_run(folder: Path, resume: bool) -> dict[str, Any] | None:
+    """``config.json`` of the run to resume; ``None``: the folder is empty; raises if it holds anything else."""
     if not contents(folder):
         return None
     try:
@@ -141,34 +124,39 @@ def _there(folder: Path, resume: bool) -> dict[str, Any] | None:
 
 
 def _train(
-    agent: BaseAgent, folder: Path, names: dict[str, Any], there: dict[str, Any] | None, on_progress: OnProgress | None
+    agent: BaseAgent,
+    folder: Path,
+    names: dict[str, Any],
+    unfinished: dict[str, Any] | None,
+    on_progress: OnProgress | None,
 ) -> dict[str, Any]:
-    """As ``train``, in a folder that is ours, after what is ``there`` of it."""
     core = agent.env.core
-    for split in SPLITS:  # what is wrong with any of them is told before anything is learned
+    for split in SPLITS:  # errors in any split are raised before anything is learned
         core.split(split)
     agent.env.reset(seed=names["seed"])
     description = {MARKER: __version__, **names, **run_metadata(core.config)}
     description["agent_settings"] = agent.settings.model_dump()
     description["weights"] = core.backbone.weights
-    description["data"] = core.data.identity()  # all splits, so that what is wrong with one is told at once
-    if there is not None:
-        _check_same(folder, there, description, core.data)
+    description["data"] = core.data.identity()
+    if unfinished is not None:
+        check_same_run(folder, _identity(unfinished), _identity(json.loads(as_json(description))))
+        check_unchanged(folder, unfinished["data"], core.data)
     if isinstance(agent, PrivilegedAgent):
-        return _train_decider(agent, folder, description, on_progress)
+        return _train_privileged(agent, folder, description, on_progress)
+    assert isinstance(agent, Agent)  # the only other kind
     return _train_agent(agent, folder, description, on_progress)
 
 
-def _train_decider(
+def _train_privileged(
     agent: PrivilegedAgent, folder: Path, description: dict[str, Any], on_progress: OnProgress | None
 ) -> dict[str, Any]:
-    """Have it learn, and evaluate its decisions."""
+    """Learn, and evaluate the agent's decisions."""
     write_json(folder / "config.json", description)
     logger = open_logger(folder, description)
-    agent.learn(description["steps"], logger, partial(_tell, on_progress))
+    agent.learn(description["steps"], logger, partial(_show_progress, on_progress))
     decided = agent.decide_split(agent.env.core.split("test"))
     agent.save_extra(folder)
-    result = _finished(folder, description, agent.env.core, decided)
+    result = _finish(folder, description, agent.env.core, decided)
     log_result(logger, description["steps"], result)
     logger.close()
     return result
@@ -177,16 +165,16 @@ def _train_decider(
 def _train_agent(
     agent: Agent, folder: Path, description: dict[str, Any], on_progress: OnProgress | None
 ) -> dict[str, Any]:
-    """Have it learn, from its checkpoint on if there is one; select its policy, and evaluate that."""
+    """Learn, from the checkpoint on if there is one; select the agent's policy, and evaluate that."""
     core, steps, checkpoint = agent.env.core, description["steps"], folder / "checkpoint.pt"
     selection = Selection(core, description["strictness"], agent.searches)
     reached = _load_checkpoint(checkpoint, agent, selection)
     write_json(folder / "config.json", description)
     _score_dense(agent, steps, checkpoint, on_progress)
     logger = open_logger(folder, description, reached)
-    following = _Following(agent, selection, logger, checkpoint, steps, on_progress, reached)
-    agent.learn(steps, logger, following)
-    reached = following.reached or steps  # where nothing is learned there are no rollouts
+    after_rollout = _AfterRollout(agent, selection, logger, checkpoint, steps, on_progress, reached)
+    agent.learn(steps, logger, after_rollout)
+    reached = after_rollout.reached or steps  # where nothing is learned there are no rollouts
     policy, last = agent.policy(), None
     if agent.selects:
         last = summary(core, policy, "test")
@@ -196,7 +184,7 @@ def _train_agent(
         log_validation(logger, entry, selection.core.backbone.board.names)
     policy.save(folder)
     agent.save_extra(folder)
-    result = _finished(folder, description, core, policy, selection, last)
+    result = _finish(folder, description, core, policy, selection, last)
     log_result(logger, reached, result)
     logger.close()
     checkpoint.unlink(missing_ok=True)
@@ -204,12 +192,8 @@ def _train_agent(
 
 
 @dataclass
-class _Following:
-    """What happens after each rollout: where they are due a validation and a checkpoint, and word of the progress.
-
-    Attributes:
-        reached: Decisions made so far; ``None``: none.
-    """
+class _AfterRollout:
+    """After each rollout: a validation and a checkpoint where they are due, and progress."""
 
     agent: Agent
     selection: Selection
@@ -217,7 +201,7 @@ class _Following:
     checkpoint: Path
     steps: int
     on_progress: OnProgress | None
-    reached: int | None
+    reached: int | None  # decisions made so far
 
     def __call__(self, rollout: Rollout) -> None:
         self.reached = rollout.steps
@@ -225,17 +209,14 @@ class _Following:
         if self.agent.validates and rollout.steps >= min(next_due, self.steps):
             entry = self.selection.consider(rollout.steps, self.agent.policy(), self.agent.env.objective)
             log_validation(self.logger, entry, self.selection.core.backbone.board.names)
-            self._save_checkpoint()
-        _tell(self.on_progress, rollout)
-
-    def _save_checkpoint(self) -> None:
-        if state := self.agent.state():
-            scores = self.agent.env.core.scores()
-            write_checkpoint(self.checkpoint, {"agent": state, "history": self.selection.history, "scores": scores})
+            if state := self.agent.state():
+                scores = self.agent.env.core.scores()
+                write_checkpoint(self.checkpoint, {"agent": state, "history": self.selection.history, "scores": scores})
+        _show_progress(self.on_progress, rollout)
 
 
 def _score_dense(agent: Agent, steps: int, checkpoint: Path, on_progress: OnProgress | None) -> None:
-    """Score the dense backbone on all that the run will need of it, if it was not; and do not lose that."""
+    """Score the dense backbone on all rows that the run needs, and keep the scores in the checkpoint."""
     core = agent.env.core
     core.split("validation").scoring.score_dense()
     train = core.split(agent.env.config.split)
@@ -246,11 +227,7 @@ def _score_dense(agent: Agent, steps: int, checkpoint: Path, on_progress: OnProg
 
 
 def _load_checkpoint(checkpoint: Path, agent: Agent, selection: Selection) -> int | None:
-    """Go on from a checkpoint; returns the decisions made before it, ``None`` where there is none.
-
-    Raises:
-        ValueError: If it does not fit.
-    """
+    """Go on from a checkpoint, if there is one; returns the decisions made before it. Raises if it does not fit."""
     reached, scores = None, {}
     if checkpoint.exists():
         saved = read_checkpoint(checkpoint)
@@ -266,20 +243,20 @@ def _load_checkpoint(checkpoint: Path, agent: Agent, selection: Selection) -> in
     return reached
 
 
-def _tell(on_progress: OnProgress | None, rollout: Rollout) -> None:
+def _show_progress(on_progress: OnProgress | None, rollout: Rollout) -> None:
     if on_progress is not None:
         figures = {key: float(np.mean(values)) for key, values in rollout.infos.items() if key in INFO_TAGS}
         on_progress(rollout.steps, figures)
 
 
 def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]:
-    """Have a run's policy decide among few masks, select how boldly, and evaluate that on the test split.
+    """Make a run's policy decide among few masks, select its operating point, and evaluate that: ``sd-gym reduce``.
 
-    Inputs then agree more often, and those that agree run faster together: ``sd-gym reduce``.
+    Inputs then agree more often, and those that agree run faster together.
 
     Args:
         run: The run.
-        codebook: Different decisions at most, of several stages at each; see ``DecisionPolicy.reduced``.
+        codebook: The most different decisions, at each stage; see ``DecisionPolicy.reduced``.
         output: A run folder, written as by ``train``; ``agent_settings`` in its ``config.json`` have ``codebook``.
 
     Returns:
@@ -303,27 +280,27 @@ def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]
         description["agent_settings"] = {**description["agent_settings"], "codebook": codebook}
         write_json(folder / "config.json", description)
         selected.save(folder)
-        return _finished(folder, description, core, selected, selection)
+        return _finish(folder, description, core, selected, selection)
 
 
 def _reduced(policy: DecisionPolicy, codebook: int, core: Core) -> DecisionPolicy:
-    """The policy with a codebook for the first training inputs: for what each stage sees behind its own decisions."""
+    """The policy with a codebook for the first training inputs: at each stage, after its own earlier decisions."""
     train = core.split("train")
-    parts = observation_batches(core, np.arange(min(len(train), STATISTICS_SIZE)))
+    batches = observation_batches(core, np.arange(min(len(train), STATISTICS_SIZE)))
     if not core.is_staged:
-        return policy.reduced(codebook, core.observe(train, parts[0]))
-    seen: list[Observations] = []
+        return policy.reduced(codebook, core.observe(train, batches[0]))
+    observed: list[Observations] = []
 
     def decide(observations: Observations) -> NDArray:
-        seen.append(observations)
+        observed.append(observations)
         return policy.decide(observations)
 
-    for rows in parts if policy.channels is None else parts[:1]:  # tokens take memory
+    for rows in batches if policy.channels is None else batches[:1]:  # tokens take memory
         core.walk(train, rows, decide)
-    return policy.reduced(codebook, joined(seen), core.steps.components)
+    return policy.reduced(codebook, joined(observed), core.steps.components)
 
 
-def _finished(
+def _finish(
     folder: Path,
     description: dict[str, Any],
     core: Core,
@@ -332,15 +309,17 @@ def _finished(
     last: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the result of a run and, of a policy that was selected, the artefact; return the result."""
-    result = measured(core, policy, "test", folder)
-    result["last_policy"] = last  # what learning ended with, where another one may have been selected
-    result["margin"] = selection.margin if selection else 0.0  # in log-odds, which selection put on what was learned
+    result = measure(core, policy, "test", folder)
+    result["last_policy"] = last  # at the end of learning, before selection
+    result["margin"] = selection.margin if selection else 0.0  # in log-odds, added by selection
     result["history"] = selection.history if selection else []
     result["data"] = {name: core.split(name).provenance for name in SPLITS}
-    artefact = export(core, policy, selection.operating_points, result, description) if selection else None
-    result["artefact"] = None if artefact is None else FILE  # None: what decides does so in its env alone
+    artefact = None  # a policy may be unable to leave its env
+    if selection and isinstance(policy, DecisionPolicy):
+        artefact = export(core, policy, selection.operating_points, result, description)
     if artefact is not None:
         artefact.save_pretrained(folder)
+    result["artefact"] = None if artefact is None else FILE
     write_result(result, core, folder)
     return result
 
@@ -349,21 +328,22 @@ def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAg
     """The agent, untrained, on a vector env of its own."""
     env_settings, agent_settings = split_settings(algo, settings)
     num_envs = make_settings(algo, agent_settings).num_envs
-    if ":" in env_id.removeprefix("sd_gym:"):  # Gymnasium would import a module of that name
-        raise UnknownNameError(unknown("env", env_id, registered_ids()))
     try:
+        if ":" in env_id.removeprefix("sd_gym:"):  # Gymnasium would import a module of that name
+            raise gym.error.UnregisteredEnv(env_id)
         env = gym.make_vec(env_id, num_envs=num_envs, **env_settings).unwrapped
     except gym.error.UnregisteredEnv as error:
         raise UnknownNameError(unknown("env", env_id, registered_ids())) from error
+    assert isinstance(env, SwitchableVectorEnv)  # as every registered id has it
     return make_agent(algo, env, seed=seed, **agent_settings)
 
 
-def measured(core: Core, policy: PolicyLike | SplitDecisions, split: str, folder: Path | None) -> dict[str, Any]:
+def measure(core: Core, policy: PolicyLike | SplitDecisions, split: str, folder: Path | None) -> dict[str, Any]:
     """The result on a split, timed if a policy decides; ``instances.csv`` is written to the folder, if there is one."""
     result = evaluate(core, policy, split, table=folder / "instances.csv" if folder else None)
-    untimed = isinstance(policy, SplitDecisions) or core.config.table is not None  # a table runs nothing
-    sizes = () if untimed else TIMED_BATCH_SIZES
-    result["time"] = {str(size): time_ratio(core, policy, split, size) for size in sizes}
+    result["time"] = {}
+    if not isinstance(policy, SplitDecisions) and isinstance(core, BackboneCore):  # a table runs nothing
+        result["time"] = {str(size): time_ratio(core, policy, split, size) for size in TIMED_BATCH_SIZES}
     return result
 
 
@@ -373,19 +353,15 @@ def write_result(result: dict[str, Any], core: Core, folder: Path) -> None:
     write_json(folder / "result.json", result)
 
 
-def _check_same(folder: Path, there: dict[str, Any], description: dict[str, Any], data: Splits) -> None:
-    """Raise ``ValueError`` if the run in the folder, of which ``there`` tells, is not the described one."""
-    here = json.loads(as_json(description))
-    was, now = _settings(there), _settings(here)
-    differ = [key for key in now if key in was and was[key] != now[key]]
-    if differ:
+def check_same_run(folder: Path, was: dict[str, Any], now: dict[str, Any], hint: str = "") -> None:
+    """Raise ``ValueError`` if the run in a folder is another one, by the keys that both descriptions have."""
+    if differ := [key for key in now if key in was and was[key] != now[key]]:
         shown = ", ".join(f"its {key} is {was[key]}, now it is {now[key]}" for key in differ)
-        raise ValueError(f"{folder} holds another run: {shown}")
-    check_unchanged(folder, there["data"], data)
+        raise ValueError(f"{folder} holds another run: {shown}{hint}")
 
 
-def _settings(description: dict[str, Any]) -> dict[str, Any]:
-    """All that says which run it is, by key: env, agent, seed, steps, the env's config and the agent's settings."""
+def _identity(description: dict[str, Any]) -> dict[str, Any]:
+    """Which run it is, by key: env, agent, seed, steps, the env's config and the agent's settings."""
     keys = ("env", "algo", "steps", "seed", "strictness", "weights")
     named = {key: description[key] for key in keys if key in description}
     return {**named, **dotted(description["env_config"]), **description["agent_settings"]}
@@ -396,13 +372,19 @@ def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:
 
     Raises:
         FileNotFoundError: If the folder holds no run.
-        ValueError: If its network is not registered, its policy is none for this env, or its data have changed.
+        ValueError: If its network is not registered, its policy does not fit the env, or its data have changed.
     """
     description = read_description(folder)
+    core = core_of_run(folder, description)
+    return description, core, check_fits(DecisionPolicy.load(folder), core)
+
+
+def core_of_run(folder: Path, description: dict[str, Any]) -> Core:
+    """The core of a run; raises ``ValueError`` if its data or its backbone have changed."""
     core = shared_core(run_config(description))
     check_unchanged(folder, description["data"], core.data)
     check_backbone(folder, description["weights"], core.backbone)
-    return description, core, check_fits(DecisionPolicy.load(folder), core)
+    return core
 
 
 def run_config(description: dict[str, Any], settings: dict[str, Any] | None = None) -> EnvConfig:
@@ -411,13 +393,13 @@ def run_config(description: dict[str, Any], settings: dict[str, Any] | None = No
     The run's objective is left out: no reward is given, and a user's own may not be registered here.
     """
     values = {key: value for key, value in dotted(description["env_config"]).items() if key != "reward.objective"}
-    if values.get("table") is not None:  # which says the rest
+    if values.get("table") is not None:  # the rest is in the table
         values = {key: value for key, value in values.items() if key in ("id", "table", *TABLE_KEYS)}
     return make_config({**values, **dotted(settings or {}, description["env"])}, description["env"])
 
 
 def run_metadata(config: EnvConfig) -> dict[str, Any]:
-    """What ``config.json`` says of the env, and of how the program was called."""
+    """What ``config.json`` records of the env, the command and the libraries."""
     return {
         "command": shlex.join(sys.argv),
         "env_config": config.model_dump(),

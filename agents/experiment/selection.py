@@ -19,18 +19,17 @@ from sd_gym.policy.card import OperatingPoint
 
 # Of versions of a policy, from bolder to more cautious, in log-odds; the last one leaves everything running.
 MARGINS = (*np.arange(-1.5, 6, 0.25).tolist(), *np.arange(6, 14.01, 0.5).tolist(), 1000.0)
-AS_LEARNED = MARGINS.index(0.0)
-FURTHER = 8  # steps behind the selected version, 2 in log-odds: who wants more caution finds one that is known, too
+AS_LEARNED, UNKNOWN = MARGINS.index(0.0), -1
+FURTHER = 8  # steps after the selected version, 2 in log-odds: a more cautious operating point is known, too
 CURVE_INSTANCES = 1000  # of the first half, that each point of a curve is of
 
 
 @dataclass
 class Selection:
-    """Validates the policies of a run on the way, and selects one in the end.
+    """Validates the policies of a run during training, and selects one in the end.
 
-    Of each policy there are versions from bold to cautious; the boldest that is assured to keep the quality is looked
-    for, and the cheapest of these is kept. The validation split has to leave room for the luck of both samples, its own
-    and that of the test split.
+    Each policy has versions from bold to cautious. Selection finds its boldest version that is assured to keep the
+    quality, and keeps the cheapest of these. The safety margin covers both samples, validation and test.
 
     The best of many candidates that were searched on a sample is a lucky one there. So where a search has used one half
     of the validation split, policies are screened on that half, and then, from the cheapest on, the first whose quality
@@ -38,12 +37,12 @@ class Selection:
 
     Attributes:
         core: Scores the policies.
-        strictness: Standard errors of luck that validation has to leave room for (``assured``).
+        strictness: Safety margin, in standard errors (``assured``).
         searched: Whether the policies come from a search on the first half.
-        history: One entry a validation: step, quality, quality_ref, flops_ratio, quality_kept, reward and
+        history: One entry per validation: step, quality, quality_ref, flops_ratio, quality_kept, reward and
             by_difficulty (one level, 0, where the data have none), on instances of the first half.
-        operating_points: Of the policy that was selected, the versions that selection has looked at, the boldest first.
-        margin: In log-odds, which was put on the policy that was selected; 1,000 makes it dense.
+        operating_points: The screened versions of the selected policy, the boldest first.
+        margin: In log-odds, added to the selected policy; 1,000 makes it dense.
     """
 
     core: Core
@@ -64,36 +63,39 @@ class Selection:
         split = self.core.split("validation")
         rows = halves(split)[0][:CURVE_INSTANCES]
         scored = self._score(policy, rows)
-        entry = {"step": step} | {
-            name: float(scored[name].mean()) for name in ("quality", "quality_ref", "flops_ratio")
+        names = ("quality", "quality_ref", "flops_ratio")
+        return {
+            "step": step,
+            **{name: float(scored[name].mean()) for name in names},
+            "quality_kept": self._kept(scored),
+            "reward": float(objective.rewards(*(scored[name] for name in names)).mean()),
+            "by_difficulty": by_difficulty(scored, split.difficulty[rows]),
         }
-        rewards = objective.rewards(*(scored[name] for name in ("quality", "quality_ref", "flops_ratio")))
-        known = {"quality_kept": self._kept(scored), "reward": float(rewards.mean())}
-        return entry | known | {"by_difficulty": by_difficulty(scored, split.difficulty[rows])}
 
-    def select(self, offers: list[DecisionPolicy]) -> DecisionPolicy:
-        """The policy to keep, of these; of equals, such as all dense, the first. Dense if no other keeps the quality.
+    def select(self, policies: list[DecisionPolicy]) -> DecisionPolicy:
+        """The policy to keep; of equals, such as all dense, the first. Dense if no other keeps the quality.
 
         A version that is not confirmed is replaced by the next more cautious one of the same policy.
         """
         self._screened.clear()
         # The cheapest first: what runs more at its boldest than another that is confirmed is never screened.
-        waiting, guess = [(self._least(policy), number, None) for number, policy in enumerate(offers)], AS_LEARNED
+        guess = AS_LEARNED
+        waiting = [(self._least(policy), number, UNKNOWN) for number, policy in enumerate(policies)]
         heapify(waiting)
         while True:
             _, number, step = heappop(waiting)
-            policy = offers[number]
-            if step is None:
+            policy = policies[number]
+            if step == UNKNOWN:
                 step = guess = self._boldest(policy, guess)  # policies are much alike
             elif step == len(MARGINS) - 1 or self._confirmed(policy.with_margin(MARGINS[step])):
                 self.operating_points, self.margin = self._operating_points(policy, step), float(MARGINS[step])
                 return policy.with_margin(MARGINS[step])
             else:
                 step += 1
-            heappush(waiting, (self._flops(policy, step), number, step))
+            heappush(waiting, (self._screen(policy, step)[1].flops_ratio, number, step))
 
     def _least(self, policy: DecisionPolicy) -> float:
-        """FLOPs of its boldest version; of several stages they are not known without running anything: 0."""
+        """FLOPs of its boldest version; 0 of several stages, where they are not known without a pass."""
         split = self.core.split("validation")
         if self.core.is_staged:
             return 0.0
@@ -102,21 +104,21 @@ class Selection:
 
     @property
     def _rows(self) -> NDArray:
-        """Of the validation split, those that policies are screened on."""
+        """The rows of the validation split that policies are screened on."""
         split = self.core.split("validation")
         return halves(split)[0] if self.searched else np.arange(len(split))
 
     def _operating_points(self, policy: DecisionPolicy, selected: int) -> list[OperatingPoint]:
         """The versions of a policy that were screened, and a cautious one; margins count from the selected one on."""
         self._screen(policy, min(selected + FURTHER, len(MARGINS) - 1))
-        seen = sorted((step, point) for (number, step), (_, point) in self._screened.items() if number == id(policy))
-        return [point._replace(margin=point.margin - MARGINS[selected]) for _, point in seen]
+        points = sorted((step, point) for (number, step), (_, point) in self._screened.items() if number == id(policy))
+        return [point._replace(margin=point.margin - MARGINS[selected]) for _, point in points]
 
     def _boldest(self, policy: DecisionPolicy, guess: int) -> int:
         """The first of ``MARGINS`` at which a policy keeps the quality where it is screened.
 
-        More caution means fewer skips and a higher quality, so it is looked for from a guess on in steps that double,
-        and between the last two by bisection (Bentley and Yao 1976).
+        More caution means fewer skips and a higher quality. So the search goes on from a guess in steps that double,
+        and then by bisection (Bentley and Yao 1976).
         """
         low, high, width, answers = 0, len(MARGINS) - 1, 1, set()
         while low < high:
@@ -127,11 +129,8 @@ class Selection:
             width *= 2
         return low
 
-    def _flops(self, policy: DecisionPolicy, step: int) -> float:
-        return self._screen(policy, step)[1].flops_ratio
-
     def _screen(self, policy: DecisionPolicy, step: int) -> tuple[bool, OperatingPoint]:
-        """Whether a version of a policy keeps the quality where it is screened, and what it does there."""
+        """Whether a version of a policy keeps the quality where it is screened, and its results there."""
         key = id(policy), step
         if key not in self._screened:
             scored = self._score(policy.with_margin(MARGINS[step]), self._rows)
@@ -146,7 +145,7 @@ class Selection:
         return self._screened[key]
 
     def _confirmed(self, chosen: DecisionPolicy) -> bool:
-        """Whether rows that no search has seen say so too; without a search, screening has seen them all."""
+        """Whether it keeps the quality on rows that no search has used; without a search, screening used all."""
         rows = halves(self.core.split("validation"))[1]
         return not self.searched or self._kept(self._score(chosen, rows))
 

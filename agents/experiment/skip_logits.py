@@ -1,4 +1,4 @@
-"""What a backbone is tuned under: the decisions of a run's policy on the data of the preparation."""
+"""The log-odds with which a run's policy skips, under which a backbone can be prepared."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from sd_gym.agents.learning.decisions import observation_batches
 
 from sd_gym.config import EnvConfig, dotted
 from sd_gym.envs.config import make_config
-from sd_gym.envs.protocols import Core, Split
+from sd_gym.envs.core import BackboneCore
+from sd_gym.envs.protocols import Split
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import Observations
 from sd_gym.policy import DecisionPolicy
 
 
 def skip_logits_of_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConfig, dict[str, NDArray]]:
-    """The env's config of a run, some keys overridden, and the log-odds of skipping that its policy has there.
+    """The env's config of a run, some keys overridden, and its policy's log-odds of skipping on the data there.
 
-    Of a policy of several stages, those that each stage has of its switches, behind what the policy decides before it.
+    A policy of several stages decides each stage after its own decisions at the earlier ones.
 
     Args:
         folder: Of the run.
@@ -31,28 +32,29 @@ def skip_logits_of_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConf
         The config, and of ``train`` and ``validation`` float32 ``[n, switches]``, as ``prepare_backbone`` takes them.
 
     Raises:
-        FileNotFoundError, ValueError: As ``load_run`` raises; or if the policy has no odds of a switch by itself.
+        FileNotFoundError, ValueError: See ``load_run``; or if the policy does not decide switch by switch.
     """
     _, core, policy = load_run(folder)
+    if not isinstance(core, BackboneCore):
+        raise ValueError(f"{folder} is a run on a table; expected one on an env with a backbone")
     config = make_config(dotted(core.config.model_dump()) | overrides, core.config.id)
-    splits = {name: shared_core(config).split(name) for name in ("train", "validation")}
-    return config, {
-        name: np.concatenate(
-            [_odds(core, policy, split, rows) for rows in observation_batches(core, np.arange(len(split)))]
-        )
-        for name, split in splits.items()
-    }
+    logits = {}
+    for name in ("train", "validation"):
+        split = shared_core(config).split(name)
+        batches = observation_batches(core, np.arange(len(split)))
+        logits[name] = np.concatenate([_skip_logits(core, policy, split, rows) for rows in batches])
+    return config, logits
 
 
-def _odds(core: Core, policy: DecisionPolicy, split: Split, rows: NDArray) -> NDArray:
+def _skip_logits(core: BackboneCore, policy: DecisionPolicy, split: Split, rows: NDArray) -> NDArray:
     """Log-odds of skipping on rows ``[n]``, float32 ``[n, switches]``; minus infinity where no stage decides."""
-    odds = np.full((len(rows), core.n_switches), -np.inf, dtype=np.float32)
+    logits = np.full((len(rows), core.n_switches), -np.inf, dtype=np.float32)
     stages = iter(core.columns)
 
     def decide(observations: Observations) -> NDArray:
         columns = next(stages)
-        odds[:, columns] = policy.skip_logits(observations)[:, columns]
+        logits[:, columns] = policy.skip_logits(observations)[:, columns]
         return policy.decide(observations)
 
     core.walk(split, rows, decide)
-    return odds
+    return logits

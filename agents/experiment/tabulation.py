@@ -54,56 +54,66 @@ def tabulate(
             always among them. ``None``: all where there are at most 4,096, else ``random:64``. Of an env that decides
             at several stages, what these masks say at each stage is combined with all that they say at the others
             (``None``: ``path``).
-        instances: So many of each split at most; ``None``: all.
+        instances: At most so many of each split; ``None``: all.
         seed: Of ``random:N``.
         pca: Principal components of the training split that the observations are reduced to (float16), which makes a
             table small; ``None``: they are kept as they are.
-        share: Whether what is not to be passed on is left out: the data's own ids (instances are numbered), facts in
-            words, and paths. Texts are in no table.
-        resume: Whether to go on with a table that was cut off.
+        share: Whether to leave out what should not be passed on: the data's own ids (instances are numbered), facts in
+            words, and paths. No table has texts.
+        resume: Whether to go on with an interrupted table.
         jobs: Processes, of one thread each; 1: this process. With more, guard your script by
             ``if __name__ == "__main__":``.
         imports: Modules and files that register what the env needs; the other processes import them first.
-        on_progress: Called with the decisions that are done, and all there are.
+        on_progress: Called with the number of decisions that are done, and of all.
         settings: Overrides of the env's config.
 
     Returns:
-        What ``table.json`` says of it.
+        The content of ``table.json``.
 
     Raises:
         FileExistsError: If the folder holds a table, or anything else.
-        ValueError: If a name or setting is unknown, a choice is none, there are not so many components, or what was
-            cut off is another table.
-        ConfigError: If the env is a table itself, or sees more than one array.
+        ValueError: If a name or setting is unknown, a choice is malformed, there are not so many components, or the
+            interrupted table is another one.
+        ConfigError: If the env is a table itself, or observes more than one array.
 
     Example:
         >>> import sd_gym
-        >>> said = sd_gym.tabulate("SD/Classification-Mini-v0", "table", decisions="random:64")  # doctest: +SKIP
+        >>> table = sd_gym.tabulate("SD/Classification-Mini-v0", "table", decisions="random:64")  # doctest: +SKIP
     """
     core = shared_core(_config(str(env_or_run), settings, instances))
     asked = [decisions] if isinstance(decisions, str) else list(decisions or ())
     few = number_of_decisions(core.nvec) <= MOST
     if not asked:
         asked = ["path"] if core.is_staged else ["all"] if few else ["random:64"]
-    masks = None if asked == ["all"] and few and not core.is_staged else _chosen(core, asked, seed)
-    ways = None
+    masks = ways = None
     if core.is_staged:
-        masks, ways = in_stages(core, masks)
-    folder, on_chunk = Path(output), on_progress or (lambda done, total: None)
-    chosen = "" if masks is None else _in_words(asked, seed, share)
-    how = {"pca": pca, "share": share, "resume": resume, "jobs": jobs, "imports": imports}
-    write_table(core, masks, folder, ways=ways, chosen=chosen, **how, on_chunk=on_chunk)
-    return read_table(folder)
+        masks, ways = combine_stages(core, _chosen(core, asked, seed))
+    elif asked != ["all"] or not few:
+        masks = _chosen(core, asked, seed)
+    write_table(
+        core,
+        masks,
+        Path(output),
+        ways=ways,
+        chosen="" if masks is None else _label(asked, seed, share),
+        pca=pca,
+        share=share,
+        resume=resume,
+        jobs=jobs,
+        imports=imports,
+        on_chunk=on_progress or (lambda done, total: None),
+    )
+    return read_table(Path(output))
 
 
-def _in_words(asked: Sequence[str], seed: int, share: bool) -> str:
-    """How masks were chosen; of files only the names, if it is shared."""
-    names = [f"codebook:{Path(one).name}" if share and one.startswith("codebook:") else one for one in asked]
-    return " and ".join(names) + (f", seed {seed}" if any(one.startswith("random:") for one in asked) else "")
+def _label(asked: Sequence[str], seed: int, share: bool) -> str:
+    """How masks were chosen; of files only the names, if the table is shared."""
+    names = [f"codebook:{Path(name).name}" if share and name.startswith("codebook:") else name for name in asked]
+    return " and ".join(names) + (f", seed {seed}" if any(name.startswith("random:") for name in asked) else "")
 
 
 def _config(env_or_run: str, settings: dict[str, Any], instances: int | None) -> EnvConfig:
-    """The config of an env or of a run, with so many instances of each split."""
+    """The config of an env or of a run, with at most so many instances of each split."""
     if (Path(env_or_run) / "config.json").is_file():
         config = run_config(read_description(Path(env_or_run)), settings)
     else:
@@ -115,27 +125,22 @@ def _config(env_or_run: str, settings: dict[str, Any], instances: int | None) ->
             raise ValueError(f"expected at least one instance of each split, got {instances}")
         sizes = {f"{split}_size": min(instances, config.data.size(split) or instances) for split in SPLITS}
         config = config.model_copy(update={"data": config.data.model_copy(update=sizes)})
-    # Of a codebook the masks are taken, and not the numbers.
-    return config.model_copy(update={"action": "multi_discrete"})
+    return config.model_copy(update={"action": "multi_discrete"})  # the masks of a codebook, not their numbers
 
 
 def _chosen(core: Core, asked: Sequence[str], seed: int) -> NDArray:
-    """Different masks, ``[masks, switches + 1]``, the dense one first, then down in FLOPs.
-
-    Raises:
-        ValueError: If a choice is none.
-    """
+    """Different masks, ``[masks, switches + 1]``, the dense one first, then down in FLOPs; raises as ``_choice``."""
     dense = np.zeros((1, len(core.nvec)), dtype=np.int64)
-    masks = np.unique(np.concatenate([dense, *(_choice(core, one, seed) for one in asked)]), axis=0)
+    masks = np.unique(np.concatenate([dense, *(_choice(core, choice, seed) for choice in asked)]), axis=0)
     return masks[down_in_flops(core, masks)]
 
 
-def in_stages(core: Core, masks: NDArray) -> tuple[NDArray, list[int]]:
-    """All combinations of what masks ``[masks, switches + 1]`` say at each stage of an env, its ways.
+def combine_stages(core: Core, masks: NDArray) -> tuple[NDArray, list[int]]:
+    """All combinations of the parts ("ways") that masks ``[masks, switches + 1]`` have at each stage of an env.
 
     Returns:
         The combinations, int64 ``[combinations, switches + 1]``, the last stage's ways changing first; and how many
-        ways each stage has, the first of them nothing skipped, the others down in FLOPs.
+        ways each stage has: first nothing skipped, then down in FLOPs.
 
     Raises:
         ValueError: If there are more than 4,096.
@@ -159,7 +164,7 @@ def in_stages(core: Core, masks: NDArray) -> tuple[NDArray, list[int]]:
 
 
 def _choice(core: Core, asked: str, seed: int) -> NDArray:
-    """The masks that a word stands for."""
+    """The masks that a value of ``decisions`` stands for; raises ``ValueError`` if it is malformed."""
     kind, _, value = asked.partition(":")
     if kind == "random" and value.isdecimal() and int(value) > 0:
         return random_masks(core.nvec, int(value), seed)
@@ -181,17 +186,17 @@ def _choice(core: Core, asked: str, seed: int) -> NDArray:
 
 
 def random_masks(nvec: NDArray, count: int, seed: int) -> NDArray:
-    """Masks of a skip rate each, uniform from 0 to 1, so that some are near dense and some near nothing.
+    """Different masks, each with a skip rate drawn uniformly from 0 to 1, so that some are near dense.
 
     Args:
         nvec: Sizes of the components.
-        count: How many, the dense one included; no two are alike, so never more than there are.
-        seed: Of what is drawn.
+        count: How many, the dense one included, or all there are.
+        seed: Of the draws.
 
     Returns:
         int64 ``[count, components]``, the dense one first.
     """
-    random, found = np.random.default_rng(seed), {(0,) * len(nvec): None}
-    while len(found) < min(count, number_of_decisions(nvec)):
-        found[tuple(random.binomial(nvec - 1, random.random()).tolist())] = None
-    return np.array(list(found), dtype=np.int64)
+    random, masks = np.random.default_rng(seed), {(0,) * len(nvec): None}
+    while len(masks) < min(count, number_of_decisions(nvec)):
+        masks[tuple(random.binomial(nvec - 1, random.random()).tolist())] = None
+    return np.array(list(masks), dtype=np.int64)

@@ -8,8 +8,11 @@ from typing import Any
 
 import yaml
 from sd_gym.agents.drawing.run_picture import plot_skip_rates
-from stable_baselines3.common.logger import Figure, HParam, Logger, configure
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from stable_baselines3.common.logger import Figure, HParam, Logger, TensorBoardOutputFormat, configure
+from tensorboard.compat.proto.event_pb2 import (
+    Event,  # pyright: ignore[reportAttributeAccessIssue]  (made at import)
+    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]  (made at import)
+)
 
 from sd_gym.config import dotted
 from sd_gym.files import as_json
@@ -36,31 +39,32 @@ def open_logger(folder: Path, description: dict[str, Any], done: int | None = No
     Args:
         folder: The run folder.
         description: What ``config.json`` holds.
-        done: Decisions made before, if the run goes on from a checkpoint; ``None``: it begins. What a run that was cut
-            off had written behind that is hidden, since it happens again.
+        done: Decisions made before, if the run goes on from a checkpoint; ``None``: it begins. Later events of the
+            interrupted run are hidden, since they happen again.
     """
     logger = configure(str(folder), ["tensorboard"])
     (output,) = logger.output_formats
+    assert isinstance(output, TensorBoardOutputFormat)  # the one that was asked for
     restart = Event(step=0 if done is None else done + 1, session_log=SessionLog(status=SessionLog.START))
+    assert output.writer.file_writer is not None  # the writer is open
     output.writer.file_writer.add_event(restart)
     if done is None:
         plain = json.loads(as_json(description))
         text = f"```yaml\n{yaml.safe_dump(plain, sort_keys=False)}```"
         metrics = {f"test/{name}": 0.0 for name in RESULTS}  # TensorBoard takes their values from the scalars
-        write(logger, 0, {"config": text, "hparams": HParam(hyperparameters(plain), metrics)})
+        _write(logger, 0, {"config": text, "hparams": HParam(_hyperparameters(plain), metrics)})
         output.writer.add_custom_scalars(LAYOUT)
     return logger
 
 
-def hyperparameters(description: dict[str, Any]) -> dict[str, str | bool | int | float]:
+def _hyperparameters(description: dict[str, Any]) -> dict[str, str | bool | int | float]:
     """What runs are compared by: env, agent, seed and steps, all settings of the agent, some of the env."""
-    found = {key: description[key] for key in ("env", "algo", "seed", "steps")}
-    found |= dotted({part: description["env_config"][part] for part in OF_ENV})
-    found |= description["agent_settings"]
-    return {key: value if isinstance(value, bool | int | float) else str(value) for key, value in found.items()}
+    values = {key: description[key] for key in ("env", "algo", "seed", "steps")}
+    values |= dotted({part: description["env_config"][part] for part in OF_ENV}) | description["agent_settings"]
+    return {key: value if isinstance(value, bool | int | float) else str(value) for key, value in values.items()}
 
 
-def write(logger: Logger, step: int, values: dict[str, Any]) -> None:
+def _write(logger: Logger, step: int, values: dict[str, Any]) -> None:
     """Write values at once, at this very step, and nothing else; ``record`` waits for the agent's next ``dump``."""
     for output in logger.output_formats:
         output.write(values, dict.fromkeys(values, ()), step)
@@ -70,9 +74,9 @@ def log_validation(logger: Logger, entry: dict[str, Any], switches: list[str]) -
     """Write an entry of ``Selection``'s history: its means, and the skip rates of the switches as a picture."""
     picture = Figure(plot_skip_rates(entry["by_difficulty"], switches), close=False)
     values = {f"validation/{name}": entry[name] for name in VALIDATED}
-    write(logger, entry["step"], values | {"validation/skip_rates": picture})
+    _write(logger, entry["step"], values | {"validation/skip_rates": picture})
 
 
 def log_result(logger: Logger, step: int, result: dict[str, Any]) -> None:
     """Write the result on the test split."""
-    write(logger, step, {f"test/{name}": float(result[name]) for name in RESULTS})
+    _write(logger, step, {f"test/{name}": float(result[name]) for name in RESULTS})

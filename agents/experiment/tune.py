@@ -30,14 +30,7 @@ FOLDER, CUT_OFF = "folder", "cut off"  # of a trial, in the study
 
 
 class TrialResult(NamedTuple):
-    """A trial that is over.
-
-    Attributes:
-        number: Of the trial.
-        settings: What was tried.
-        score: The lower the better (``score``); ``None``: it failed.
-        message: Why.
-    """
+    """A trial that is over: its settings, and its score, the lower the better, or ``None`` and why it failed."""
 
     number: int
     settings: dict[str, Any]
@@ -55,20 +48,20 @@ def tune(
     steps: int = 20_000,
     strictness: float = ONE_SIDED_95,
     imports: Sequence[str] = (),
-    on_trial: Callable[[TrialResult], None] = lambda tried: None,
+    on_trial: Callable[[TrialResult], None] = lambda trial: None,
     **settings: Any,
 ) -> Path:
     """Search an agent's settings on an env with Optuna: ``sd-gym tune``.
 
-    The first trial has the defaults. What a trial is worth is read off the validation split (``score``); the test split
-    plays no part. Each trial's runs are in a folder of their own. A search that was cut off goes on, the trial that was
-    cut off too; with more trials it goes on from where it ended.
+    The first trial has the defaults. Trials are scored on the validation split (``score``); the test split plays no
+    part. Each trial's runs are in a folder of their own. An interrupted search goes on, its interrupted trial too;
+    with more trials it goes on from where it ended.
 
     Args:
         env_id: A registered id.
         algo: An agent whose ``Settings`` have a ``space``.
         output: Folder of the study (``study.db``), its runs and the best settings (``best.yaml``).
-        trials: How many in all, with those that the folder holds.
+        trials: How many in all, including those in the folder.
         seeds: Runs of each trial; their scores are averaged.
         steps: Decisions that each run learns from.
         strictness: Of selection.
@@ -77,12 +70,11 @@ def tune(
         settings: Keys of the env's config, and settings of the agent that are not searched then.
 
     Returns:
-        The file with the best settings where they differ from the defaults: a YAML mapping, by
-        keyword for ``sd_gym.train``, by ``--set`` for ``sd-gym train``.
+        The file with the best settings where they differ from the defaults: a YAML mapping for ``sd_gym.train``.
 
     Raises:
-        ValueError: If Optuna is not installed, a name or setting is unknown, there is nothing to search, no trial came
-            to an end, or the folder holds another study.
+        ValueError: If Optuna is not installed, a name or setting is unknown, there is nothing to search, no trial
+            succeeded, or the folder holds another study.
         FileExistsError: If the folder holds anything else.
     """
     if find_spec("optuna") is None:
@@ -94,28 +86,25 @@ def tune(
         raise ValueError(f"{algo} has nothing to search; expected an agent whose Settings have a space")
     folder = Path(output)
 
-    def planned(number: int, found: dict[str, Any]) -> list[PlannedRun]:
-        every = {"settings": {**settings, **found}, "strictness": strictness}
-        return [PlannedRun(env_id, algo, folder / f"trial-{number}" / str(n), steps, n, **every) for n in range(seeds)]
-
     with locked(folder):
         if contents(folder) and not (folder / STUDY).exists():
             raise foreign(folder, "folder of a study")
         what = {"env": env_id, "algo": algo, "seeds": seeds, "steps": steps, "strictness": strictness}
         study = _study(folder, {**what, "settings": settings})
         _begin(study, {key: agent_class(algo).Settings.model_fields[key].default for key in space})
-        while _tried(study) < trials:
+        while _finished_trials(study) < trials:
             trial = study.ask()
-            found = {key: _suggest(trial, key, values) for key, values in space.items()}
-            number = trial.user_attrs.get(FOLDER, trial.number)
-            on_trial(_tell(study, trial, train_many(planned(number, found), imports=imports), found))
+            values = {key: _suggest(trial, key, choices) for key, choices in space.items()}
+            place, every = folder / f"trial-{trial.user_attrs.get(FOLDER, trial.number)}", {**settings, **values}
+            runs = [PlannedRun(env_id, algo, place / str(n), steps, n, every, strictness) for n in range(seeds)]
+            on_trial(_tell(study, trial, train_many(runs, imports=imports), values))
         return _write_best(study, folder / BEST, algo, what)
 
 
 def score(validated: dict[str, Any]) -> float:
-    """What a policy is worth by what it does on the validation split: the lower, the better.
+    """The score of a policy on the validation split, the lower the better.
 
-    Where the quality is kept, its share of the FLOPs; where not, more than any of those, and the more the more is lost.
+    Where the quality is kept, its share of the FLOPs; else more than any share, growing with the loss.
     """
     if validated["quality_kept"]:
         return validated["flops_ratio_with_policy"]
@@ -123,11 +112,7 @@ def score(validated: dict[str, Any]) -> float:
 
 
 def _study(folder: Path, what: dict[str, Any]) -> Study:
-    """The study in a folder, new or to go on with.
-
-    Raises:
-        ValueError: If it is another one.
-    """
+    """The study in a folder, new or to go on with; raises ``ValueError`` if it is another one."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -142,7 +127,7 @@ def _study(folder: Path, what: dict[str, Any]) -> Study:
 
 
 def _begin(study: Study, defaults: dict[str, Any]) -> None:
-    """The defaults come first; a trial that was cut off goes on."""
+    """The defaults come first; an interrupted trial goes on."""
     from optuna.trial import TrialState
 
     if not study.trials:
@@ -155,7 +140,7 @@ def _begin(study: Study, defaults: dict[str, Any]) -> None:
             study.enqueue_trial(trial.params, {FOLDER: trial.user_attrs.get(FOLDER, trial.number)})
 
 
-def _tried(study: Study) -> int:
+def _finished_trials(study: Study) -> int:
     from optuna.trial import TrialState
 
     over = study.get_trials(states=[TrialState.COMPLETE, TrialState.FAIL])
@@ -168,22 +153,20 @@ def _suggest(trial: Trial, key: str, values: list[Any] | tuple[float, float]) ->
     return trial.suggest_categorical(key, values)
 
 
-def _tell(study: Study, trial: Trial, words: list[RunStatus], found: dict[str, Any]) -> TrialResult:
-    """Tell the study what became of a trial's runs."""
+def _tell(study: Study, trial: Trial, statuses: list[RunStatus], values: dict[str, Any]) -> TrialResult:
+    """Tell the study the outcome of a trial's runs."""
     from optuna.trial import TrialState
 
-    for word in words:
-        if word.message:
+    scores = []
+    for status in statuses:
+        if status.message:
             study.tell(trial, state=TrialState.FAIL)
-            return TrialResult(trial.number, found, None, word.message)
-    reached = fmean(score(_validated(word.run.folder)) for word in words)
-    study.tell(trial, reached)
-    return TrialResult(trial.number, found, reached)
-
-
-def _validated(folder: Path) -> dict[str, Any]:
-    _, core, policy = load_run(folder)
-    return summary(core, policy, "validation")
+            return TrialResult(trial.number, values, None, status.message)
+    for status in statuses:
+        _, core, policy = load_run(status.run.folder)
+        scores.append(score(summary(core, policy, "validation")))
+    study.tell(trial, fmean(scores))
+    return TrialResult(trial.number, values, fmean(scores))
 
 
 def _write_best(study: Study, file: Path, algo: str, what: dict[str, Any]) -> Path:

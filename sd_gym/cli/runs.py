@@ -175,12 +175,12 @@ def validate(
         if Path(what).is_dir():
             from sd_gym.agents.experiment.replay import replay
 
-            lines, failed = replay(Path(what)).words(), False
+            lines, failed = replay(Path(what)).lines(), False
         else:
             from sd_gym.agents.experiment.env_checker import check_env
 
             checks = check_env(what, settings_of(set_))
-            lines, failed = [check.words() for check in checks], not all(check.passed for check in checks)
+            lines, failed = [check.line() for check in checks], not all(check.passed for check in checks)
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
     if failed:

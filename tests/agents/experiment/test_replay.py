@@ -206,8 +206,8 @@ def test_an_env_is_checked(finished):
     settings = {"dataset": str(finished / "reviews.jsonl"), "backbone": str(finished / "backbone")}
     checks = {check.name: check for check in check_env(CUSTOM, settings)}
     assert all(check.passed for check in checks.values()), checks
-    assert "64 tried" in checks["best of all decisions"].found
-    assert "FLOPs 100.0%" in checks["nothing skipped"].found
+    assert "64 tried" in checks["best of all decisions"].finding
+    assert "FLOPs 100.0%" in checks["nothing skipped"].finding
     with pytest.raises(ValueError, match=r"reward.vector"):
         check_env(CUSTOM, {**settings, "vector_reward": True})
 
