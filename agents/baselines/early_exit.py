@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.learning.agent import NotApplicableError, OnRollout, PrivilegedAgent, SplitDecisions
+from sd_gym.agents.learning.agent import AgentSettings, NotApplicableError, OnRollout, PrivilegedAgent, SplitDecisions
 from sd_gym.agents.learning.decisions import halves, keeps_quality, score_decisions
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
 from stable_baselines3.common.logger import Logger
@@ -17,11 +17,10 @@ THRESHOLDS = np.r_[np.linspace(0.5, 0.95, 10), 0.97, 0.98, 0.99, 0.995, 0.999, 1
 SWEEPS = 2  # over all stages, to lower their thresholds
 
 
-class EarlyExit(PrivilegedAgent):
-    """The layers behind an exit are skipped; the threshold of confidence is the lowest that keeps the quality.
+class EarlyExit(PrivilegedAgent[AgentSettings]):
+    """The layers after an exit are skipped; the threshold of confidence is the lowest that keeps the quality.
 
-    The backbone's own head judges at every exit, and its FLOPs count each time. For backbones that classify: where a
-    text is generated there is no confidence in the whole before it stands.
+    The backbone's own head judges at every exit, and its FLOPs count each time. For backbones that classify.
     """
 
     draws = False
@@ -64,10 +63,9 @@ class EarlyExit(PrivilegedAgent):
 
     def _confidence(self, split: Split) -> NDArray:
         """Highest class probability at each look, ``[n, looks]``."""
-        rows, looks = np.arange(len(split)), range(len(self._ends))
-        return np.stack(
-            [split.passes.confidence(rows, self._decisions(np.full(len(split), look))) for look in looks], axis=1
-        )
+        rows = np.arange(len(split))
+        exits = [self._decisions(np.full(len(rows), look)) for look in range(len(self._ends))]
+        return np.stack([split.passes.confidence(rows, decisions) for decisions in exits], axis=1)
 
     def _exits(self, confidence: NDArray) -> NDArray:
         """The look that each instance leaves at, int64 ``[n]``."""
@@ -84,7 +82,7 @@ class Confidence(EarlyExit):
     """Early exit at the stages of an env, with a threshold for each.
 
     From the best single threshold, that of one stage after the other is lowered as far as the quality allows on the
-    first half of the validation split. What comes of it has to be confirmed on the other half, or the single one stays.
+    first half of the validation split. The result has to be confirmed on the other half, or the single one stays.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -100,10 +98,9 @@ class Confidence(EarlyExit):
         core, split = self.env.core, self.env.core.split("validation")
         rows, looks, single = np.arange(len(split)), len(self._ends), self.threshold
         confidence = self._confidence(split)
-        at_look = [
-            score_decisions(core, split, rows, self._decisions(np.full(len(rows), look))) for look in range(looks)
-        ]
-        quality, flops = (np.stack([one[name] for one in at_look]) for name in ("quality", "flops_ratio"))
+        exits = [self._decisions(np.full(len(rows), look)) for look in range(looks)]
+        at_look = [score_decisions(core, split, rows, decisions) for decisions in exits]
+        quality, flops = (np.stack([scored[name] for scored in at_look]) for name in ("quality", "flops_ratio"))
         judged = split.costs.head_flops(rows) / split.costs.dense_flops(rows)
         searched, unseen = halves(split)
 

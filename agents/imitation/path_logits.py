@@ -1,4 +1,4 @@
-"""What the steps of a path are worth: FLOPs saved a unit of risk, and the logits that say so."""
+"""Logits of the steps of a path: FLOPs saved per unit of risk."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ def step_logits(risk: Tensor, flops: Tensor) -> Tensor:
     """Logarithm of the FLOPs that each step of a path saves over the risk that it adds.
 
     Steps that only pay together (the next one saves more for less risk) have one exchange rate: that of the lower
-    convex hull of risk over savings, so that the rates fall along the path and a bound on them ends it at the mask that
-    is the best at this rate.
+    convex hull of risk over savings. So the rates fall along the path, and a bound on them ends it at the best mask.
 
     Args:
         risk: Quality that is expected to be lost under each mask of the path, float32 ``[n, masks]``; the first, of

@@ -13,7 +13,7 @@ all under q, step along ``grad f + lambda * grad q`` with the least ``lambda >= 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ FLOOR = 0.1  # |grad q|^2 is taken to be at least this share of what the noisy g
 
 
 class Weight(NamedTuple):
-    """What the barrier says at one step.
+    """The barrier's multiplier at one step, and what it is computed from.
 
     Attributes:
         multiplier: lambda.
@@ -66,13 +66,9 @@ class DynamicBarrier:
         highest: float = 100.0,
         memory: float = 0.0,
     ) -> None:
-        self.control = control
-        self.limit = limit
-        self.alpha = alpha
-        self.beta = beta
-        self.highest = highest
-        self.memory = memory
-        self._seen = 0.0  # total weight of the averages
+        self.control, self.limit, self.alpha, self.beta = control, limit, alpha, beta
+        self.highest, self.memory = highest, memory
+        self._total = 0.0  # total weight of the averages
         # q, |grad f|^2, |grad q|^2 and <grad f, grad q> across halves, and |grad q|^2 as the noisy gradient has it
         self._means = torch.zeros(5, dtype=torch.float64)
 
@@ -82,14 +78,14 @@ class DynamicBarrier:
         Args:
             q: Estimate of q.
             f_halves: Two independent estimates of grad f, each ``[parameters]``.
-            q_halves: Likewise of grad q.
+            q_halves: Two of grad q.
         """
         (f1, f2), (q1, q2) = f_halves, q_halves
         mean = (q1 + q2) / 2
         products = torch.stack([f1 @ f2, q1 @ q2, (f1 @ q2 + f2 @ q1) / 2, mean @ mean]).double().cpu()
         now = torch.cat([torch.tensor([q], dtype=torch.float64), products])
-        self._seen = self.memory * self._seen + 1
-        self._means += (now - self._means) / self._seen
+        self._total = self.memory * self._total + 1
+        self._means += (now - self._means) / self._total
         mean_q, ff, qq, fq, noisy = self._means.tolist()
         ff, qq = max(ff, 0.0), max(qq, FLOOR * noisy)
         phi = self.beta * qq
@@ -98,10 +94,10 @@ class DynamicBarrier:
         multiplier = min(self.highest, max(0.0, (phi - fq) / (qq + TINY)))
         return Weight(multiplier, phi, ff**0.5, qq**0.5, fq / ((ff * qq) ** 0.5 + TINY))
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """The running averages."""
-        return {"seen": self._seen, "means": self._means.clone()}
+        return {"seen": self._total, "means": self._means.clone()}
 
-    def load_state(self, state: dict[str, object]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what ``state`` gave."""
-        self._seen, self._means = state["seen"], state["means"].clone()
+        self._total, self._means = state["seen"], state["means"].clone()
