@@ -28,25 +28,21 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.env.config.table is not None:
-            raise NotApplicableError(
-                "early exit looks at what the layers say, and a table has no backbone; train on its env"
-            )
-        backbone = self.env.core.backbone
+            raise NotApplicableError("early exit needs a backbone, which a table does not have; train on its env")
         if (self.env.core.nvec[:-1] < 2).any():
             raise NotApplicableError("early exit skips whole layers, and the env's candidates are not all sublayers")
-        if not backbone.can_exit:
-            raise NotApplicableError("early exit needs an encoder that classifies; this env's backbone is none")
+        if not self.env.core.backbone.can_exit:
+            raise NotApplicableError("early exit needs an encoder that classifies, which this env's backbone is not")
         self.threshold: float | NDArray = THRESHOLDS[-1]  # one of all looks, or of each, ``[looks]``
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Choose the threshold on the validation split."""
-        core = self.env.core
-        split = core.split("validation")
+        core, split = self.env.core, self.env.core.split("validation")
         confidence, rows = self._confidence(split), np.arange(len(split))
         for threshold in THRESHOLDS:
             self.threshold = float(threshold)
-            exits = self._exits(confidence)
-            if keeps_quality(core, score_decisions(core, split, rows, self._decisions(exits)), ONE_SIDED_95):
+            decisions = self._decisions(self._exits(confidence))
+            if keeps_quality(core, score_decisions(core, split, rows, decisions), ONE_SIDED_95):
                 return
 
     def decide_split(self, split: Split) -> SplitDecisions:
@@ -88,9 +84,7 @@ class Confidence(EarlyExit):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not self.env.core.is_staged:
-            raise NotApplicableError(
-                "confidence looks at the stages of an env, and this one has none in the pass; pass stages"
-            )
+            raise NotApplicableError("confidence looks at the stages of an env, and this one has none; pass stages")
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Choose the thresholds on the validation split."""

@@ -68,17 +68,8 @@ def all_masks(nvec: Array, units: list[Array]) -> list[Array]:
 def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, per: Per = "sublayer") -> list[Array]:
     """Greedy search of static masks: one more candidate is skipped each round, the one least missed for what it saves.
 
-    All moves of a round are screened on a few instances, the best of them are tried on all.
-
-    Args:
-        core: The env's core.
-        split: Where the instances are.
-        rows: The instances to search on, ``[n]``.
-        on_round: Called after each round.
-        per: What a candidate is.
-
-    Returns:
-        Decisions ``[components]`` from dense to nothing.
+    All moves of a round are screened on a few of ``rows [n]``, the best of them are tried on all; then ``on_round`` is
+    called. Returns decisions ``[components]`` from dense to nothing.
     """
     path, units = [np.zeros_like(core.nvec)], skip_units(core, per)
     scored, known = 0, {}
@@ -239,14 +230,10 @@ def nested_codebook(masks: Array, quality: Array, flops: Array, size: int = CODE
     save the difference of their FLOPs on as many inputs as the next one keeps right: its mean quality. The chain with
     the highest sum of these products is found by dynamic programming.
 
-    Args:
-        masks: Decisions ``[masks, components]``; the dense one is among them.
-        quality: Mean quality of each, ``[masks]``.
-        flops: Mean FLOPs ratio of each, ``[masks]``.
-        size: Masks to keep, at most.
+    Of masks ``[masks, components]``, the dense one among them, with their mean quality and FLOPs ratio ``[masks]``.
 
     Returns:
-        Rows of ``masks``, the dense one first.
+        Rows of ``masks``, at most ``size``, the dense one first.
     """
     nested = np.ones((len(masks), len(masks)), dtype=bool)  # whether the second skips all that the first does
     for component in masks.T:

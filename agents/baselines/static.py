@@ -109,9 +109,7 @@ def searched_masks(folder: Path, nvec: NDArray) -> list[NDArray]:
 def nested_path(folder: Path, nvec: NDArray) -> list[NDArray]:
     """The masks of a run from dense to nothing, each skipping one candidate more.
 
-    Raises:
-        FileNotFoundError: See ``searched_masks``.
-        ValueError: If they are no such path.
+    Raises ``ValueError`` if they are no such path; see ``searched_masks``.
     """
     masks = np.stack(searched_masks(folder, nvec))
     nothing = np.flatnonzero((masks == nvec - 1).all(axis=1))

@@ -48,17 +48,11 @@ SURE = 6.0  # log-odds of skipping at most: learning that goes on from the polic
 
 
 class SearchResult(NamedTuple):
-    """Outcomes of training instances under the masks of a path.
+    """Outcomes of training instances under the masks of a path."""
 
-    Attributes:
-        rows: Of the training split, int64 ``[n]``.
-        path: Masks from dense to nothing, int64 ``[masks, components]``.
-        lost: Quality that each instance loses under each mask, float32 ``[n, masks]``; negative where it gains.
-    """
-
-    rows: NDArray
-    path: NDArray
-    lost: NDArray
+    rows: NDArray  # of the training split, int64 [n]
+    path: NDArray  # masks from dense to nothing, int64 [masks, components]
+    lost: NDArray  # quality that each instance loses under each mask, float32 [n, masks]; negative where it gains
 
 
 class ImitationSettings(LearnerSettings):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -35,31 +36,18 @@ Loss = Callable[[Tensor | slice], Tensor]  # of some instances
 
 
 class StageChoices(NamedTuple):
-    """What a stage can choose.
+    """What a stage can choose."""
 
-    Attributes:
-        components: Of a decision, those that are its own, int64.
-        ways: Decisions, zeros but for these components, each skipping one candidate more: from all that runs on, int64
-            ``[ways, components of a decision]``.
-    """
-
-    components: NDArray
-    ways: NDArray
+    components: NDArray  # of a decision, those that are its own, int64
+    ways: NDArray  # decisions, zeros but for these, each skipping one candidate more, dense first: int64 [ways, nvec]
 
 
 class StageObservations(NamedTuple):
-    """Observations of instances at a stage, each under as many earlier decisions (looks).
+    """Observations of instances at a stage, each under as many earlier decisions (looks)."""
 
-    Attributes:
-        shown: All but tokens, float32 ``[n, looks, features]``.
-        rows: Of the instances, int64 ``[n]``.
-        tokens: From rows ``[n]`` to their tokens, which are embedded anew each time: keeping them all is not cheap.
-            ``None``: no tokens are observed.
-    """
-
-    shown: Tensor
-    rows: NDArray
-    tokens: Callable[[NDArray], dict[str, Tensor]] | None
+    shown: Tensor  # all but tokens, float32 [n, looks, features]
+    rows: NDArray  # of the instances, int64 [n]
+    tokens: Callable[[NDArray], dict[str, Tensor]] | None  # of rows, embedded anew each time; None: none are observed
 
     def of(self, chosen: Tensor | slice) -> Tensor | dict[str, Tensor]:
         """Observations of some instances, their looks one after the other; all of one have the same tokens."""
@@ -94,12 +82,8 @@ def stage_choices(core: Core, path: NDArray) -> list[StageChoices]:
 def earlier_decisions(drawn: NDArray, before: Sequence[StageChoices]) -> NDArray:
     """Under what a stage is observed: nothing skipped, and what drawn masks skip at the stages ``before`` it.
 
-    Args:
-        drawn: A mask for each instance, ``[n, components]``.
-        before: Choices of the stages before it.
-
-    Returns:
-        int64 ``[n, looks, components]``: two looks, or of the first stage one.
+    Of a mask for each instance, ``[n, components]``, int64 ``[n, looks, components]``: two looks, or of the first stage
+    one.
     """
     skipped = np.zeros_like(drawn)
     for choices in before:
@@ -123,18 +107,16 @@ def mean_head(targets: Tensor) -> nn.Linear:
 
 
 def best(outcomes: Tensor, prices: Tensor) -> Tensor:
-    """The outcome of the best way at each price, ``[n, prices, 3]``.
+    """The outcome of the best way at each of ``prices``, ``[n, prices, 3]``.
 
-    Args:
-        outcomes: FLOPs ratio, quality lost and quality gained of each way, ``[n, ways, prices, 3]``.
-        prices: ``[prices]``.
+    Outcomes are FLOPs ratio, quality lost and quality gained of each way, ``[n, ways, prices, 3]``.
     """
     chosen = costs(outcomes, prices).argmin(dim=1)
     return outcomes.gather(1, chosen[:, None, :, None].expand(-1, 1, -1, 3))[:, 0]
 
 
 def costs(outcomes: Tensor, prices: Tensor) -> Tensor:
-    """FLOPs ratio plus the price of the quality that is lost, ``[n, ways, prices]``; arguments as in ``best``."""
+    """FLOPs ratio plus the price of the quality that is lost, ``[n, ways, prices]``; see ``best``."""
     flops, losing, gaining = outcomes.unbind(dim=-1)
     return flops + prices * (losing - gaining)
 
@@ -142,9 +124,7 @@ def costs(outcomes: Tensor, prices: Tensor) -> Tensor:
 def price_logits(cost: Tensor, log_prices: Tensor) -> Tensor:
     """Logarithm of the price up to which each step of a stage pays: to go any way after it, not any before it.
 
-    Args:
-        cost: Of each way at each price, ``[n, ways, prices]``.
-        log_prices: Logarithms of the prices, evenly spaced, rising, ``[prices]``.
+    Of the cost of each way at each price, ``[n, ways, prices]``; logarithms of prices are evenly spaced, rising.
 
     Returns:
         float32 ``[n, ways - 1]``, not rising along the ways; half a space beyond the prices where it always pays, or
@@ -161,39 +141,25 @@ def price_logits(cost: Tensor, log_prices: Tensor) -> Tensor:
     return log_prices[0] + (log_prices[1] - log_prices[0]) * (pays - 1 + share)
 
 
+@dataclass(eq=False)
 class BackwardInduction:
-    """Learns the outcomes of each stage's ways, from the last stage back.
+    """Learns the outcomes of each stage's ways, from the last stage back."""
 
-    Args:
-        core: The env's core.
-        rows: Of the training split, int64 ``[n]``.
-        path: Masks from dense to nothing, int64 ``[masks, components]``.
-        bodies: For each stage, a module from observations to ``HIDDEN`` features.
-        fit: Minimises a loss of some instances: takes a module, the loss and a tag.
-        visible: The part of observations that the agent uses: all, or nothing but the stage.
-        tokens: Whether tokens are observed.
-        on_scored: Called with the decisions scored so far.
-        seed: Of the masks that are drawn to observe under.
-    """
+    core: Core
+    rows: NDArray  # of the training split, int64 [n]
+    path: NDArray  # masks from dense to nothing, int64 [masks, components]
+    bodies: Sequence[nn.Module]  # for each stage, from observations to HIDDEN features
+    fit: Callable[[nn.Module, Loss, str], None]  # minimises a loss of a module, under a tag
+    visible: Callable[[Tensor | dict[str, Tensor]], Tensor | dict[str, Tensor]]  # what the agent uses of observations
+    tokens: bool  # whether tokens are observed
+    on_scored: Callable[[int], None]  # called with the decisions scored so far
+    seed: int  # of the masks that are drawn to observe under
 
-    def __init__(
-        self,
-        core: Core,
-        rows: NDArray,
-        path: NDArray,
-        bodies: Sequence[nn.Module],
-        fit: Callable[[nn.Module, Loss, str], None],
-        visible: Callable[[Tensor | dict[str, Tensor]], Tensor | dict[str, Tensor]],
-        tokens: bool,
-        on_scored: Callable[[int], None],
-        seed: int,
-    ) -> None:
-        self.core, self.split, self.rows, self.bodies = core, core.split("train"), rows, bodies
-        self.stage_choices = stage_choices(core, path)
-        self._drawn = path[np.random.default_rng(seed).integers(len(path), size=len(rows))]
-        self._fit, self._visible, self._on_scored, self._scored = fit, visible, on_scored, 0
-        self._tokens = tokens
-        self._log_multiplier = math.log(core.config.reward.penalty / core.config.reward.cost_scale)
+    def __post_init__(self) -> None:
+        self.split, self.stage_choices = self.core.split("train"), stage_choices(self.core, self.path)
+        self._drawn = self.path[np.random.default_rng(self.seed).integers(len(self.path), size=len(self.rows))]
+        self._scored = 0
+        self._log_multiplier = math.log(self.core.config.reward.penalty / self.core.config.reward.cost_scale)
         self.log_prices = LOG_PRICES + self._log_multiplier
         self._networks: dict[int, nn.Module] = {}  # of each stage, the outcomes of its ways
 
@@ -212,7 +178,7 @@ class BackwardInduction:
             targets = torch.cat([(outcomes[..., 0] - spent[..., None])[..., None], targets], dim=-1)
         targets = targets.flatten(1).clamp(0, 1)
         network = nn.Sequential(self.bodies[stage], mean_head(targets))
-        tokens = self._read_tokens if self._tokens else None
+        tokens = self._read_tokens if self.tokens else None
         observations = StageObservations(shown.unflatten(0, (-1, looks)), self.rows, tokens)
         wanted = targets.unflatten(0, (-1, looks))
 
@@ -220,7 +186,7 @@ class BackwardInduction:
             outputs = network(observations.of(chosen))
             return F.binary_cross_entropy_with_logits(outputs, wanted[chosen].flatten(0, 1))
 
-        self._fit(network, loss, f"imitation/risk_loss_{self.core.stages[stage]}")
+        self.fit(network, loss, f"imitation/risk_loss_{self.core.stages[stage]}")
         self._networks[stage] = network
         foreseen = self._foreseen(stage, observations.through(network), spent)
         if self._is_last(stage):
@@ -235,12 +201,10 @@ class BackwardInduction:
 
     @torch.no_grad()
     def _scored_ways(self, stage: int, rows: NDArray, decisions: NDArray) -> tuple[Tensor, Tensor, Tensor]:
-        """Observations of rows at a stage, and the outcomes of its ways.
+        """Observations of rows at a stage but tokens, ``[n, features]``, and the outcomes of its ways.
 
-        Returns:
-            Observations but tokens, ``[n, features]``; FLOPs ratios up to the next stage, ``[n, ways]``; and FLOPs
-            ratio, quality lost and gained in the end, ``[n, ways, prices, 3]``, of the last stage for one price: it
-            makes no difference.
+        These are FLOPs ratios up to the next stage, ``[n, ways]``; and FLOPs ratio, quality lost and gained in the end,
+        ``[n, ways, prices, 3]``, of the last stage for one price: it makes no difference.
         """
         core, results, order = self.core, [], []
         ways = self.stage_choices[stage].ways
@@ -249,16 +213,16 @@ class BackwardInduction:
             observed, state = core.stage_observation.observe(self.split, rows[part], stage, decisions[part], None)
             outcomes = [self._outcomes(stage, rows[part], decisions[part] + way, state) for way in ways]
             spent = self._spent(stage, rows[part], decisions[part])
-            results.append((self._visible(_flat(observed)), spent, torch.stack(outcomes, dim=1)))
+            results.append((self.visible(_flat(observed)), spent, torch.stack(outcomes, dim=1)))
             order.append(part)
             self._scored += len(part) * len(ways)
-            self._on_scored(self._scored)
+            self.on_scored(self._scored)
         back = torch.from_numpy(np.argsort(np.concatenate(order)))
         shown, spent, outcomes = (torch.cat(of_each)[back] for of_each in zip(*results, strict=True))
         return shown, spent, outcomes
 
     def _read_tokens(self, rows: NDArray) -> dict[str, Tensor]:
-        tokens = self._visible(token_tensors(self.core.observe(self.split, rows)))
+        tokens = self.visible(token_tensors(self.core.observe(self.split, rows)))
         assert isinstance(tokens, dict)  # what is visible of them is of the same kind
         return tokens
 
@@ -272,7 +236,7 @@ class BackwardInduction:
             return torch.from_numpy(columns.astype(np.float32))[:, None]
         observed, _ = core.stage_observation.observe(self.split, rows, following, decisions, state)
         with torch.no_grad():
-            outputs = self._networks[following](self._visible(tensors(observed)))
+            outputs = self._networks[following](self.visible(tensors(observed)))
         foreseen = self._foreseen(following, outputs, self._spent(following, rows, decisions))
         return best(foreseen.expand(-1, -1, len(self.log_prices), -1), self.log_prices.exp())
 

@@ -20,8 +20,7 @@ def step_logits(risk: Tensor, flops: Tensor) -> Tensor:
     convex hull of risk over savings. So the rates fall along the path, and a bound on them ends it at the best mask.
 
     Args:
-        risk: Quality that is expected to be lost under each mask of the path, float32 ``[n, masks]``; the first, of
-            dense, is 0.
+        risk: Quality that is expected to be lost under each mask, float32 ``[n, masks]``; the first, of dense, is 0.
         flops: FLOPs ratio of each mask, ``[masks]``.
 
     Returns:
@@ -41,14 +40,9 @@ def step_logits(risk: Tensor, flops: Tensor) -> Tensor:
 
 
 def component_logits(steps: Tensor, path: NDArray, nvec: NDArray) -> Tensor:
-    """Logits ``[n, sum(nvec)]`` under which a policy takes the steps of a path whose own logits are positive.
+    """Logits ``[n, sum(nvec)]`` under which a policy takes the ``steps [n, masks - 1]`` of a path that are positive.
 
     A choice of a component has the sum of the steps that lead to it, the first choice (everything runs) has 0.
-
-    Args:
-        steps: Logits of the path's steps, ``[n, masks - 1]``.
-        path: Its masks, ``[masks, components]``.
-        nvec: Sizes of the components.
     """
     first = np.cumsum([0, *nvec[:-1]])
     leads = torch.zeros(steps.shape[1], int(nvec.sum()))

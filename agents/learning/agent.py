@@ -194,10 +194,7 @@ class Agent(BaseAgent[SettingsT]):
 
     @classmethod
     def make_settings(cls, settings: dict[str, Any], blind: bool = False) -> AgentSettings:
-        """Checked settings; with a ``start``, the default learning rate is low, or what was found there is lost.
-
-        A blind agent has no more than its biases to learn, so it may be faster.
-        """
+        """Checked settings; with a ``start`` the default learning rate is low, to keep what it knows, unless blind."""
         if cls.refining_rate is not None and settings.get("start") is not None:
             settings = {"learning_rate": BLIND_REFINING_RATE if blind else cls.refining_rate, **settings}
         return super().make_settings(settings, blind)
@@ -269,12 +266,7 @@ class Agent(BaseAgent[SettingsT]):
         return policy.eval()
 
     def _load_start(self, folder: Path) -> DecisionPolicy:
-        """The policy of the run that a warm start begins with; one of a single stage is made one of several.
-
-        Raises:
-            FileNotFoundError: If the folder holds none.
-            ValueError: If it decides on something else.
-        """
+        """The policy that a warm start begins with; one of a single stage is made one of several."""
         start, core = DecisionPolicy.load(folder), self.env.core
         if self.channels is not None and start.channels is not None and self._channels is None:
             self.channels = start.channels
@@ -299,10 +291,8 @@ class Agent(BaseAgent[SettingsT]):
         before = len(staged.stages) + 1  # numbers in front of what the first stage shows
         expected = staged.token_width or staged.observation_size - before - core.stage_observation.judges
         if start.observation_size != expected:
-            raise ValueError(
-                f"{refused} it sees {start.observation_size} features, expected {expected}, of pooled states or of a "
-                "token"
-            )
+            kind = f"{start.observation_size} features, expected {expected}, of pooled states or of a token"
+            raise ValueError(f"{refused} it sees {kind}")
         if start.channels is not None:
             return staged_from_tokens(start, staged)
         split = core.split("train")
@@ -324,18 +314,13 @@ def _check_start(
 ) -> None:
     """Raise ``ValueError`` if the start in a folder differs from what is expected in one of these attributes."""
     for name in names:
-        if getattr(start, name) != getattr(expected, name):
-            raise ValueError(
-                f"the policy in {folder} cannot be a start here: its {name} is {getattr(start, name)}, expected "
-                f"{getattr(expected, name)}"
-            )
+        has, needs = getattr(start, name), getattr(expected, name)
+        if has != needs:
+            raise ValueError(f"the policy in {folder} cannot be a start here: its {name} is {has}, expected {needs}")
 
 
 def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
-    """Raise ``ValueError`` if the agents cannot learn on an env.
-
-    It is a ``NotApplicableError`` if only this agent cannot: one that does not take several stages (``staged``).
-    """
+    """Raise ``ValueError`` if agents cannot learn on an env, ``NotApplicableError`` if those cannot but ``staged`` ones."""
     if env.config.action != "multi_discrete" and env.config.table is None:  # a table's masks have numbers
         raise ValueError(
             f"the agents of sd_gym decide by action=multi_discrete, got action={env.config.action}; leave it out (an "
@@ -375,10 +360,7 @@ def learning_bias(core: Core, skip_rate: float) -> torch.Tensor:
 
 
 def decision_logits(nvec: NDArray, decision: NDArray, confidence: float) -> torch.Tensor:
-    """Logits, float32 ``[sum(nvec)]``, that make ``decision [components]``, with ``confidence`` where two choices are.
-
-    A component of ``nvec[i]`` choices has as many logits.
-    """
+    """Logits, float32 ``[sum(nvec)]``, that make a decision ``[components]``, each of two choices with ``confidence``."""
     half = 0.5 * float(np.log(confidence / (1 - confidence)))
     sizes = zip(nvec, decision, strict=True)
     return torch.cat([torch.where(torch.arange(int(size)) == int(choice), half, -half) for size, choice in sizes])

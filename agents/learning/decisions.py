@@ -23,12 +23,7 @@ BATCH = 256
 
 
 class SplitDecisions(NamedTuple):
-    """Decisions on a whole split.
-
-    Attributes:
-        decisions: ``[n, switches + 1]``.
-        flops: FLOPs of deciding, ``[n]``.
-    """
+    """Decisions on a whole split, ``[n, switches + 1]``, and the FLOPs of deciding, ``[n]``."""
 
     decisions: NDArray
     flops: NDArray
@@ -74,13 +69,7 @@ def _describe(flat: int, width: int | None) -> str:
 
 
 def decide_and_score(core: Core, policy: PolicyLike, split: Split, rows: NDArray | None = None) -> dict[str, NDArray]:
-    """Walk rows of a split once, in order, with the policy's decisions.
-
-    Args:
-        core: Scores the decisions.
-        policy: Makes them.
-        split: Where the instances are.
-        rows: Which of them, ``[n]``; ``None``: all.
+    """Decide on rows of a split (``None``: all), once, in order, and score the decisions.
 
     Returns:
         ``decision`` ``[n, switches + 1]``, ``quality``, ``quality_ref`` and ``flops_ratio`` ``[n]``.

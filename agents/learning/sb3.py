@@ -74,11 +74,8 @@ class StageConditioned(nn.Module):
 class StageHead(nn.Module):
     """Logits of an action at each row's stage, out of those of all switches.
 
-    What a stage does not decide is chosen with certainty, and adds nothing to log-probabilities and entropy.
-
-    Args:
-        head: From features to the logits of all components of a decision.
-        places: Where an action's choices stand in these logits, int64 ``[stages, choices]`` (``Steps.of_logits``).
+    What a stage does not decide is chosen with certainty, and adds nothing to log-probabilities and entropy. ``places``
+    is where an action's choices stand in the logits of ``head``, int64 ``[stages, choices]`` (``Steps.of_logits``).
     """
 
     places: torch.Tensor
@@ -114,13 +111,8 @@ class TokenExtractor(BaseFeaturesExtractor):
 class DecisionActorCritic(ActorCriticPolicy):
     """The library's policy with an actor that has the logits of a whole decision; the critic is the usual one.
 
-    Args:
-        network: Name of a registered network, as the actor; ``None``: the library's hidden layers.
-        places: Of ``StageHead``, where an env has several stages; else ``None``.
-        n_logits: Of a whole decision.
-        per_stage: Whether each stage has hidden layers of its own.
-        args: Of the library's policy.
-        kwargs: Of the library's policy.
+    ``network`` is the name of a registered one, as the actor; else it has the library's hidden layers, of each stage if
+    ``per_stage``. ``places`` is that of ``StageHead``, where an env has several stages.
     """
 
     def __init__(
@@ -213,10 +205,7 @@ SB3SettingsT = TypeVar("SB3SettingsT", bound=SB3Settings)
 
 
 class SB3Agent(Agent[SB3SettingsT]):
-    """An on-policy algorithm of Stable-Baselines3; subclasses choose which.
-
-    Where an env has several ``stages`` each is a step of the library, and a rollout has all steps of its decisions.
-    """
+    """An on-policy algorithm of Stable-Baselines3; subclasses choose which. Each of several stages is a step of it."""
 
     staged = True
 
@@ -340,9 +329,8 @@ class SB3Agent(Agent[SB3SettingsT]):
         torch.set_rng_state(state["torch"])
 
     def save_extra(self, folder: Path) -> None:
-        """Write ``sb3.safetensors``: the parameters of the library's own policy, the critic's too.
+        """Write ``sb3.safetensors``, the parameters of the library's own policy, the critic's too; no code is run to read it.
 
-        They are read without running any code, as ``PPO.load`` of a zip would: ``model = PPO("MlpPolicy", vec_env)``,
-        then ``model.policy.load_state_dict(safetensors.torch.load_file(file))``.
+        ``model = PPO("MlpPolicy", vec_env)``; ``model.policy.load_state_dict(safetensors.torch.load_file(file))``.
         """
         write_tensors(folder / "sb3.safetensors", self.algorithm.policy.state_dict())

@@ -22,14 +22,8 @@ def staged_from_single(
     """Have a policy of several stages decide as one that decides before the first layer, on pooled states.
 
     At the first stage it is the same network. A later stage no longer sees what that saw, so its own hidden layers
-    learn the logits of its switches from what the pass shows there, under the decisions before it.
-
-    Args:
-        start: Decides at the first stage.
-        staged: Untrained, ``per_stage``; it is changed.
-        core: The env's core.
-        split: Where the instances are that the later stages learn on.
-        rows: Their rows, ``[n]``.
+    learn the logits of its switches from what the pass shows there, under the decisions before it, on ``rows [n]`` of a
+    split. ``staged``, untrained and ``per_stage``, is changed.
     """
     first, *later = _layers_of_stages(staged)
     before = len(staged.stages) + 1  # numbers in front of what the stage shows
@@ -58,9 +52,7 @@ def staged_from_single(
 def staged_from_tokens(start: DecisionPolicy, staged: DecisionPolicy) -> DecisionPolicy:
     """Have a policy of several stages decide just as one that decides at once on tokens, which all stages show.
 
-    Args:
-        start: Decides before the first layer, on tokens.
-        staged: Untrained, ``per_stage``, with as many channels; it is changed.
+    ``staged``, untrained and ``per_stage``, has as many channels; it is changed.
     """
     staged.token_encoder.load_state_dict(start.token_encoder.state_dict())
     staged.head.load_state_dict(start.head.state_dict())

@@ -29,19 +29,13 @@ class RectifiedPPO(PPO):
     Constraint-rectified policy optimisation (CRPO, Xu, Liang and Lan 2021, algorithm 1). The library's own value head
     learns the savings, ``loss_critic`` the quality loss. The advantage is that of savings where the mean loss is within
     the limit, else that of less loss. The env's own reward plays no part.
-
-    Attributes:
-        limit: Mean quality that may be lost.
-        memory: Steps over which the quality loss is averaged.
-        savings: ``1 - flops_ratio`` of the rollout, ``[steps, envs]``; set before each update.
-        losses: ``quality_ref - quality`` of the rollout, ``[steps, envs]``; set before each update.
-        mean_loss: Running mean of the quality loss; NaN before the first update.
     """
 
-    limit: float = 0.0
-    memory: int = MEMORY
-    savings: NDArray
-    losses: NDArray
+    limit: float = 0.0  # mean quality that may be lost
+    memory: int = MEMORY  # steps over which the quality loss is averaged
+    savings: NDArray  # 1 - flops_ratio of the rollout, [steps, envs]; set before each update
+    losses: NDArray  # quality_ref - quality of the rollout, [steps, envs]; set before each update
+    mean_loss: float  # running mean of the quality loss; NaN before the first update
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -87,9 +81,6 @@ class RectifiedPPO(PPO):
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modules, variables = super()._get_torch_save_params()
         return [*modules, "loss_critic", "loss_optimizer"], variables
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "loss_critic", "loss_optimizer", "savings", "losses"]
 
 
 class PPOLexSettings(PPOSettings):

@@ -81,20 +81,12 @@ class ReinforceSettings(LearnerSettings):
 
 
 class SampledDecisions(NamedTuple):
-    """Decisions on some instances, several for each: row ``k * instances + i`` is the ``k``-th on instance ``i``.
+    """Decisions on some instances, several for each: row ``k * instances + i`` is the ``k``-th on instance ``i``."""
 
-    Attributes:
-        logits: Of the policy, with their gradient: ``[instances, sum(nvec)]``, or of rollouts through several stages,
-            where they depend on earlier decisions, ``[n, sum(nvec)]``.
-        decisions: int64 ``[n, components]``; of one stage alone, 0 at what others decide, which the logits are sure of.
-        flops: FLOPs ratios, float32 ``[tries, instances]``.
-        loss: Quality lost, or foreseen to be, float32 ``[tries, instances]``.
-    """
-
-    logits: Tensor
-    decisions: Tensor
-    flops: Tensor
-    loss: Tensor
+    logits: Tensor  # with their gradient, [instances, sum(nvec)], or [n, sum(nvec)] of rollouts through several stages
+    decisions: Tensor  # int64 [n, components]; of one stage alone, 0 at what others decide
+    flops: Tensor  # FLOPs ratios, float32 [tries, instances]
+    loss: Tensor  # quality lost, or foreseen to be, float32 [tries, instances]
 
 
 class ReinforceAgent(Agent[ReinforceSettings]):
@@ -161,9 +153,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
 
     def policy(self) -> DecisionPolicy:
         """A copy of the network."""
-        copy = self.new_policy()
-        copy.load_state_dict(self.network.state_dict())
-        return copy.eval()
+        return self.network.with_weights(self.network.state_dict())
 
     def state(self) -> dict[str, Any]:
         """Weights, optimizer, the foresight, the barrier's averages and the random states."""
@@ -303,7 +293,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
 
     def _halves(self, terms: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients ``[parameters]`` of the mean of ``terms [tries, instances]``, one from each half of the columns."""
+        """Gradients ``[parameters]`` of the mean of ``terms [tries, instances]``, from each half of the instances."""
         half = terms.shape[1] // 2
         return self._flat_gradient(terms[:, :half].mean()), self._flat_gradient(terms[:, half:].mean())
 

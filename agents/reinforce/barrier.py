@@ -13,6 +13,7 @@ all under q, step along ``grad f + lambda * grad q`` with the least ``lambda >= 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,63 +24,36 @@ FLOOR = 0.1  # |grad q|^2 is taken to be at least this share of what the noisy g
 
 
 class Weight(NamedTuple):
-    """The barrier's multiplier at one step, and what it is computed from.
+    """The barrier's multiplier at one step, and what it is computed from."""
 
-    Attributes:
-        multiplier: lambda.
-        phi: The rate at which q shall fall.
-        norm_f: Estimate of ``|grad f|``.
-        norm_q: Estimate of ``|grad q|``.
-        cosine: Estimate of the cosine of the two gradients.
-    """
-
-    multiplier: float
-    phi: float
-    norm_f: float
-    norm_q: float
-    cosine: float
+    multiplier: float  # lambda
+    phi: float  # the rate at which q shall fall
+    norm_f: float  # estimate of |grad f|
+    norm_q: float  # estimate of |grad q|
+    cosine: float  # estimate of the cosine of the two gradients
 
 
+@dataclass(eq=False)
 class DynamicBarrier:
     """Weighs two gradients that are only known as noisy estimates.
 
     The squared norm of a noisy gradient is too large by the noise's variance, and lambda with it too small. So inner
     products are taken between two independent halves of a batch, where the noise has mean zero, and averaged over
     steps.
-
-    Args:
-        control: ``constrained`` or ``lexicographic``.
-        limit: Of q, where it is constrained.
-        alpha: How fast a violated constraint is restored.
-        beta: How fast q falls at most, in units of its own gradient descent.
-        highest: Cap of lambda.
-        memory: How much of the running averages stays at each step; 0: only this step counts.
     """
 
-    def __init__(
-        self,
-        control: Literal["constrained", "lexicographic"],
-        *,
-        limit: float = 0.0,
-        alpha: float = 1.0,
-        beta: float = 1.0,
-        highest: float = 100.0,
-        memory: float = 0.0,
-    ) -> None:
-        self.control, self.limit, self.alpha, self.beta = control, limit, alpha, beta
-        self.highest, self.memory = highest, memory
-        self._total = 0.0  # total weight of the averages
-        # q, |grad f|^2, |grad q|^2 and <grad f, grad q> across halves, and |grad q|^2 as the noisy gradient has it
-        self._means = torch.zeros(5, dtype=torch.float64)
+    control: Literal["constrained", "lexicographic"]
+    limit: float = 0.0  # of q, where it is constrained
+    alpha: float = 1.0  # how fast a violated constraint is restored
+    beta: float = 1.0  # how fast q falls at most, in units of its own gradient descent
+    highest: float = 100.0  # cap of lambda
+    memory: float = 0.0  # how much of the running averages stays at each step; 0: only this step counts
+    _total: float = field(default=0.0, init=False)  # weight of the averages
+    # Averages of q; of |grad f|^2, |grad q|^2 and <grad f, grad q> across halves; of |mean of both halves of grad q|^2.
+    _means: Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.float64), init=False)
 
     def weigh(self, q: float, f_halves: tuple[Tensor, Tensor], q_halves: tuple[Tensor, Tensor]) -> Weight:
-        """Lambda for this step.
-
-        Args:
-            q: Estimate of q.
-            f_halves: Two independent estimates of grad f, each ``[parameters]``.
-            q_halves: Two of grad q.
-        """
+        """Lambda for this step, from an estimate of q and two independent ones of each gradient, ``[parameters]``."""
         (f1, f2), (q1, q2) = f_halves, q_halves
         mean = (q1 + q2) / 2
         products = torch.stack([f1 @ f2, q1 @ q2, (f1 @ q2 + f2 @ q1) / 2, mean @ mean]).double().cpu()

@@ -30,11 +30,6 @@ class Foresight(nn.Module):
         space: Of an observation. The encoder of tokens is wide, as its FLOPs do not count.
         nvec: Sizes of a decision's components.
         outputs: Numbers that it foresees: that quality is lost, that it is gained, and more.
-
-    Attributes:
-        rows: Of the instances that were scored, int64 ``[n]``.
-        decisions: Taken on them, int32 ``[n, components]``; on a table they are numbers of masks.
-        lost: Quality that they lost, float32 ``[n]``; negative where they gained.
     """
 
     def __init__(self, space: gym.Space, nvec: NDArray, outputs: int = 2) -> None:
@@ -51,9 +46,9 @@ class Foresight(nn.Module):
         self.network = nn.Sequential(*layers, last)
         nn.init.constant_(last.bias, SELDOM)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        self.rows = torch.zeros(0, dtype=torch.int64)
-        self.decisions = torch.zeros(0, len(nvec), dtype=torch.int32)
-        self.lost = torch.zeros(0)
+        self.rows = torch.zeros(0, dtype=torch.int64)  # of the instances that were scored
+        self.decisions = torch.zeros(0, len(nvec), dtype=torch.int32)  # taken on them; of a table, numbers of masks
+        self.lost = torch.zeros(0)  # quality that they lost, negative where they gained
 
     def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor) -> None:
         """Add what was scored: rows ``[n]``, decisions ``[n, components]``, the quality lost ``[n]``."""
@@ -75,11 +70,9 @@ class Foresight(nn.Module):
         return error.item()
 
     def forward(self, observations: Tensor | dict[str, Tensor], decisions: Tensor) -> Tensor:
-        """Log-odds ``[tries * n, 2]`` that quality is lost, and that it is gained.
+        """Log-odds ``[tries * n, 2]`` that quality is lost, and that it is gained, of observations of ``n`` instances.
 
-        Args:
-            observations: Of ``n`` instances.
-            decisions: ``[tries * n, components]``: row ``k * n + i`` is the ``k``-th on instance ``i``.
+        Row ``k * n + i`` of decisions ``[tries * n, components]`` is the ``k``-th on instance ``i``.
         """
         features = self.token_encoder(observations)
         chosen = torch.zeros(len(decisions), self._columns).scatter_(1, decisions.long() + self._first, 1.0)

@@ -30,19 +30,12 @@ def certain(nvec: NDArray) -> Tensor:
 
 
 class StageStates(NamedTuple):
-    """Stages that remembered decisions have come to.
+    """Stages that remembered decisions have come to."""
 
-    Attributes:
-        rows: Of their instances, int64 ``[n]``.
-        stage: Number of the stage, int64 ``[n]``.
-        seen: What was observed there, float32 ``[n, size]``, or with tokens beside it.
-        decisions: As they were made before the stage, int64 ``[n, components]``; 0 from there on.
-    """
-
-    rows: Tensor
-    stage: Tensor
-    seen: Tensor | dict[str, Tensor]
-    decisions: Tensor
+    rows: Tensor  # of their instances, int64 [n]
+    stage: Tensor  # number of the stage, int64 [n]
+    seen: Tensor | dict[str, Tensor]  # what was observed there, float32 [n, size], or with tokens beside it
+    decisions: Tensor  # as they were made before the stage, int64 [n, components]; 0 from there on
 
 
 class StagedForesight(Foresight):
@@ -56,9 +49,6 @@ class StagedForesight(Foresight):
         core: The env's core.
         split: Where the instances are.
         tokens: From rows ``[n]`` to their tokens, which are not remembered; ``None``: no tokens are observed.
-
-    Attributes:
-        seen: What the latest decisions observed at each stage but tokens, float16 ``[n, stages, size]``.
     """
 
     def __init__(self, core: Core, split: Split, tokens: Callable[[NDArray], dict[str, Tensor]] | None = None) -> None:
@@ -75,7 +65,7 @@ class StagedForesight(Foresight):
         self._before = self._own.cumsum(dim=0) - self._own.long()  # and what is decided by then
         self._component = torch.from_numpy(np.repeat(np.arange(len(core.nvec)), core.nvec))  # of each logit
         self._certain = certain(core.nvec)
-        self.seen = torch.zeros(0, len(core.stages), size, dtype=torch.float16)
+        self.seen = torch.zeros(0, len(core.stages), size, dtype=torch.float16)  # all that was observed but tokens
 
     def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor, seen: Tensor | None = None) -> None:
         """Add what was scored and what was ``seen`` at each stage, ``[n, stages, size]``; the oldest is forgotten."""

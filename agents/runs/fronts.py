@@ -14,32 +14,20 @@ LEAST = 0.1  # loss that is looked at, as a share of epsilon
 
 
 class Front(NamedTuple):
-    """Results of several policies, or versions of one, on the same instances.
+    """Results of several policies, or versions of one, on the same instances."""
 
-    Attributes:
-        quality: ``[policies, n]``.
-        flops_ratio: ``[policies, n]``, the policies' own FLOPs included.
-    """
-
-    quality: NDArray
-    flops_ratio: NDArray
+    quality: NDArray  # [policies, n]
+    flops_ratio: NDArray  # [policies, n], the policies' own FLOPs included
 
 
 @dataclass(frozen=True)
 class EnvFronts:
-    """Fronts of all agents of one env, on its test split.
+    """Fronts of all agents of one env, on its test split."""
 
-    Attributes:
-        env: Its id.
-        epsilon: Of its objective.
-        controls: ``static`` and ``blind``, as far as there are runs of them; all runs of one are one front.
-        learned: The front of each run, by agent.
-    """
-
-    env: str
-    epsilon: float
-    controls: dict[str, Front]
-    learned: dict[str, list[Front]]
+    env: str  # its id
+    epsilon: float  # of its objective
+    controls: dict[str, Front]  # "static" and "blind", as far as there are runs; all runs of one are one front
+    learned: dict[str, list[Front]]  # the front of each run, by agent
 
 
 def flops_at(quality: float, front_quality: NDArray, front_flops: NDArray) -> float:
