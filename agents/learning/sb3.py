@@ -23,8 +23,9 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
 from torch import nn
 
+from sd_gym.envs.protocols import Observations
 from sd_gym.envs.sb3 import SwitchableVecEnv
-from sd_gym.envs.spaces import Observations, flat_size, token_width
+from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.files import write_tensors
 from sd_gym.policy import HIDDEN, DecisionPolicy, PerStageMLP, blinded, own_network
 from sd_gym.policy.token_encoder import TokenEncoder

@@ -88,5 +88,5 @@ def _walked(
             said.append(start(torch.from_numpy(observed[:, seen])))
         return start.choose(said[0]).numpy()
 
-    core.walk(split, rows, decide)
+    core.rollout(split, rows, decide)
     return said[0]
