@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from sd_gym.envs.actions import all_decisions
 from sd_gym.envs.protocols import Core, Split
-from sd_gym.envs.table import all_decisions
 
 SCREENED = 200  # instances that every move of a greedy search is tried on
 FINALISTS = 3  # moves of a round that are tried on all instances

@@ -21,7 +21,7 @@ from sd_gym.agents.learning.agent import Agent, AgentSettings, OnRollout, Rollou
 from sd_gym.agents.learning.decisions import halves, score_decisions
 from stable_baselines3.common.logger import Logger
 
-from sd_gym.envs.spaces import read_masks, write_masks
+from sd_gym.envs.actions import read_masks, write_masks
 from sd_gym.policy import DecisionPolicy
 
 MASKS = "masks.json"

@@ -28,11 +28,11 @@ from sd_gym.agents.runs.folder import check_backbone, read_description
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
 from stable_baselines3.common.logger import Logger
 
-from sd_gym.config import KEYS, dotted, is_key
-from sd_gym.envs.config import TABLE_KEYS, EnvConfig, make_config
-from sd_gym.envs.protocols import Core
+from sd_gym.config import KEYS, EnvConfig, dotted, is_key
+from sd_gym.envs.config import TABLE_KEYS, make_config
+from sd_gym.envs.protocols import Core, Observations
 from sd_gym.envs.shared import shared_core
-from sd_gym.envs.spaces import Observations, joined
+from sd_gym.envs.spaces import joined
 from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_checkpoint, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
@@ -319,7 +319,7 @@ def _reduced(policy: DecisionPolicy, codebook: int, core: Core) -> DecisionPolic
         return policy.decide(observations)
 
     for rows in parts if policy.channels is None else parts[:1]:  # tokens take memory
-        core.walk(train, rows, decide)
+        core.rollout(train, rows, decide)
     return policy.reduced(codebook, joined(seen), core.steps.components)
 
 

@@ -12,9 +12,8 @@ from sd_gym.agents.learning.decisions import observation_batches
 
 from sd_gym.config import EnvConfig, dotted
 from sd_gym.envs.config import make_config
-from sd_gym.envs.protocols import Core, Split
+from sd_gym.envs.protocols import Core, Observations, Split
 from sd_gym.envs.shared import shared_core
-from sd_gym.envs.spaces import Observations
 from sd_gym.policy import DecisionPolicy
 
 
@@ -54,5 +53,5 @@ def _odds(core: Core, policy: DecisionPolicy, split: Split, rows: NDArray) -> ND
         odds[:, columns] = policy.skip_logits(observations)[:, columns]
         return policy.decide(observations)
 
-    core.walk(split, rows, decide)
+    core.rollout(split, rows, decide)
     return odds

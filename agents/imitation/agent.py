@@ -32,8 +32,9 @@ from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sd_gym.envs.actions import write_masks
 from sd_gym.envs.protocols import Split
-from sd_gym.envs.spaces import flat_size, token_width, write_masks
+from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.files import read_tensors, write_tensors
 from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
 from sd_gym.policy.batches import tensors

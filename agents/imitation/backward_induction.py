@@ -23,8 +23,7 @@ from sd_gym.agents.learning.agent import token_tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sd_gym.envs.protocols import Core
-from sd_gym.envs.spaces import Observations
+from sd_gym.envs.protocols import Core, Observations
 from sd_gym.execution.passes import PASS_TOKENS
 from sd_gym.policy import HIDDEN
 from sd_gym.policy.batches import tensors

@@ -21,8 +21,8 @@ from stable_baselines3.common.logger import Logger
 from torch import nn
 
 from sd_gym.config import StrictModel
-from sd_gym.envs.protocols import Core, Split
-from sd_gym.envs.spaces import Observations, flat_size, token_width
+from sd_gym.envs.protocols import Core, Observations, Split
+from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.batches import tensors
@@ -320,7 +320,7 @@ def _check_start(
 
 
 def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
-    """Raise ``ValueError`` if agents cannot learn on an env, ``NotApplicableError`` if those cannot but ``staged`` ones."""
+    """Raise ``ValueError`` if agents cannot learn on an env, ``NotApplicableError`` if only ``staged`` ones can."""
     if env.config.action != "multi_discrete" and env.config.table is None:  # a table's masks have numbers
         raise ValueError(
             f"the agents of sd_gym decide by action=multi_discrete, got action={env.config.action}; leave it out (an "
@@ -360,7 +360,7 @@ def learning_bias(core: Core, skip_rate: float) -> torch.Tensor:
 
 
 def decision_logits(nvec: NDArray, decision: NDArray, confidence: float) -> torch.Tensor:
-    """Logits, float32 ``[sum(nvec)]``, that make a decision ``[components]``, each of two choices with ``confidence``."""
+    """Logits, float32 ``[sum(nvec)]``, that make a decision ``[components]``; ``confidence`` is that of two choices."""
     half = 0.5 * float(np.log(confidence / (1 - confidence)))
     sizes = zip(nvec, decision, strict=True)
     return torch.cat([torch.where(torch.arange(int(size)) == int(choice), half, -half) for size, choice in sizes])

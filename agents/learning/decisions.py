@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.runs.verdict import Verdict, assured, fewest_instances
 
-from sd_gym.envs.protocols import Core, Split
-from sd_gym.envs.spaces import Observations, flat_size, token_width
+from sd_gym.envs.protocols import Core, Observations, Split
+from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.execution.passes import PASS_TOKENS
 from sd_gym.execution.scoring import AT_ONCE
 from sd_gym.policy import DecisionPolicy
@@ -76,13 +76,13 @@ def decide_and_score(core: Core, policy: PolicyLike, split: Split, rows: NDArray
     """
     rows = np.arange(len(split)) if rows is None else rows
     if core.is_staged:  # what was run to look is not run again to score
-        return _score(core, split, rows, lambda part: core.walk(split, rows[part], policy.decide))
+        return _score(core, split, rows, lambda part: core.rollout(split, rows[part], policy.decide))
     return score_decisions(core, split, rows, decide_rows(core, policy, split, rows))
 
 
 def decide_rows(core: Core, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray:
     """A policy's decisions ``[n, switches + 1]`` on ``rows [n]``."""
-    return np.concatenate([core.walk(split, part, policy.decide)[0] for part in observation_batches(core, rows)])
+    return np.concatenate([core.rollout(split, part, policy.decide)[0] for part in observation_batches(core, rows)])
 
 
 def observation_batches(core: Core, rows: NDArray) -> list[NDArray]:

@@ -25,8 +25,9 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from torch import nn
 
+from sd_gym.envs.protocols import Observations
 from sd_gym.envs.sb3 import SwitchableVecEnv
-from sd_gym.envs.spaces import Observations, flat_size, token_width
+from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.files import write_tensors
 from sd_gym.policy import HIDDEN, DecisionPolicy, PerStageMLP, blinded, own_network
 from sd_gym.policy.token_encoder import TokenEncoder
@@ -329,7 +330,7 @@ class SB3Agent(Agent[SB3SettingsT]):
         torch.set_rng_state(state["torch"])
 
     def save_extra(self, folder: Path) -> None:
-        """Write ``sb3.safetensors``, the parameters of the library's own policy, the critic's too; no code is run to read it.
+        """Write ``sb3.safetensors``, the parameters of the library's own policy, the critic's too.
 
         ``model = PPO("MlpPolicy", vec_env)``; ``model.policy.load_state_dict(safetensors.torch.load_file(file))``.
         """

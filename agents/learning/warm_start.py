@@ -9,8 +9,7 @@ from sd_gym.agents.learning.decisions import observation_batches
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sd_gym.envs.protocols import Core, Split
-from sd_gym.envs.spaces import Observations
+from sd_gym.envs.protocols import Core, Observations, Split
 from sd_gym.policy import DecisionPolicy
 
 STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 1000, 128, 1e-3, 1e-2  # of each stage
@@ -90,5 +89,5 @@ def _rollout(
             logits = start(of_stage[:, pooled])
         return start.choose(logits).numpy()
 
-    core.walk(split, rows, decide)
+    core.rollout(split, rows, decide)
     return logits

@@ -28,8 +28,7 @@ from sd_gym.agents.reinforce.staged_foresight import LEARNING_STARTS, StagedFore
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
-from sd_gym.envs.protocols import Split
-from sd_gym.envs.spaces import Observations
+from sd_gym.envs.protocols import Observations, Split
 from sd_gym.policy import DecisionPolicy, blinded, bounded
 from sd_gym.policy.batches import tensors
 from sd_gym.switch import PassState
@@ -278,7 +277,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
             observed.append(blinded(flat, core.stages) if self.blind else flat)
             return self.network.choose(of_stages[-1], self._draw).numpy()
 
-        decisions, state = core.walk(self._split, rows, decide)
+        decisions, state = core.rollout(self._split, rows, decide)
         parts = [logits.split(core.nvec.tolist(), dim=1) for logits in of_stages]
         # What no stage decides, the switches before the first one, is certain.
         chosen = [part.expand(len(decisions), -1) for part in certain(core.nvec).split(core.nvec.tolist())]

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from sd_gym.agents.runs.folder import read_description, read_result
 
-from sd_gym.config import dotted
-from sd_gym.envs.config import EnvConfig, stored_config
+from sd_gym.config import EnvConfig, dotted, stored_config
 
 INCIDENTAL = ("backbone.device", "start", "path")  # settings that may differ from seed to seed, and in no result
 

@@ -24,7 +24,7 @@ from sd_gym.agents.runs.verdict import Verdict, verdict
 from stable_baselines3.common.logger import configure
 
 import sd_gym
-from sd_gym.envs.spaces import read_masks
+from sd_gym.envs.actions import read_masks
 
 
 @pytest.fixture
