@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.baselines.early_exit import THRESHOLDS
+from sd_gym.agents.baselines.early_exit import THRESHOLDS, confidence_of
 from sd_gym.agents.baselines.search import greedy_path, nested_codebook
 from sd_gym.agents.baselines.static import StaticSettings, report_scored, searched_masks
 from sd_gym.agents.learning.agent import NotApplicableError, OnRollout, PrivilegedAgent, SplitDecisions
@@ -30,7 +30,7 @@ class Cascade(PrivilegedAgent[StaticSettings]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not self.env.core.backbone.head.sees_confidence:
+        if self.env.config.table is not None or not self.env.core.backbone.head.sees_confidence:
             raise NotApplicableError("a cascade needs a backbone that classifies; this env's backbone does not")
         self.mask = np.zeros_like(self.env.core.nvec)  # dense, and never again
         self.threshold = 0.0
@@ -50,7 +50,7 @@ class Cascade(PrivilegedAgent[StaticSettings]):
         )
         candidates = []
         for number in nested_codebook(masks, quality, flops_ratio):
-            confidence = split.passes.confidence(rows, tiled[number])
+            confidence = confidence_of(split, rows, tiled[number])
             for threshold in (0.0, *THRESHOLDS):
                 unsure = confidence < threshold
                 flops = scored[number]["flops_ratio"] + unsure
@@ -67,6 +67,6 @@ class Cascade(PrivilegedAgent[StaticSettings]):
         """The mask, or nothing skipped; the first run of those that run twice is the cost of deciding."""
         rows = np.arange(len(split))
         decisions = np.tile(self.mask, (len(rows), 1))
-        unsure = split.passes.confidence(rows, decisions) < self.threshold
+        unsure = confidence_of(split, rows, decisions) < self.threshold
         spent: NDArray = np.where(unsure, split.costs.flops(rows, decisions), 0)
         return SplitDecisions(np.where(unsure[:, None], 0, decisions), spent)

@@ -12,6 +12,7 @@ from sd_gym.agents.runs.verdict import ONE_SIDED_95
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.protocols import Split
+from sd_gym.execution.split import BackboneSplit
 
 THRESHOLDS = np.r_[np.linspace(0.5, 0.95, 10), 0.97, 0.98, 0.99, 0.995, 0.999, 1.01]  # above 1: never
 SWEEPS = 2  # over all stages, to lower their thresholds
@@ -48,7 +49,7 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
     def decide_split(self, split: Split) -> SplitDecisions:
         """Exits at the first sure layer; each one before costs the head once more."""
         exits = self._exits(self._confidence(split))
-        always = split.backbone.flops.costs(split.encoded.source_length)[0]
+        always = self.env.core.backbone.flops.costs(split.encoded.source_length)[0]
         return SplitDecisions(self._decisions(exits), exits * always)
 
     @property
@@ -61,7 +62,7 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
         """Highest class probability at each look, ``[n, looks]``."""
         rows = np.arange(len(split))
         exits = [self._decisions(np.full(len(rows), look)) for look in range(len(self._ends))]
-        return np.stack([split.passes.confidence(rows, decisions) for decisions in exits], axis=1)
+        return np.stack([confidence_of(split, rows, decisions) for decisions in exits], axis=1)
 
     def _exits(self, confidence: NDArray) -> NDArray:
         """The look that each instance leaves at, int64 ``[n]``."""
@@ -121,5 +122,12 @@ class Confidence(EarlyExit):
     @property
     def _ends(self) -> NDArray:
         """At the stages of the env."""
-        starts = [columns.start for columns in self.env.core.columns if columns.start]
-        return np.array([*starts, self.env.core.n_switches])
+        core = self.env.core
+        starts = [columns.start for columns in core.backbone.board.decided_at(core.stages).values() if columns.start]
+        return np.array([*starts, core.n_switches])
+
+
+def confidence_of(split: Split, rows: NDArray, decisions: NDArray) -> NDArray:
+    """Highest class probability of rows under decisions, float64 ``[n]``, of a split of a backbone that classifies."""
+    assert isinstance(split, BackboneSplit)  # agents that ask for it refuse tables when they are made
+    return split.passes.confidence(rows, decisions)
