@@ -8,15 +8,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.baselines.search import (
-    Per,
-    all_masks,
-    can_try_all,
-    greedy_path,
-    learned_path,
-    nested_codebook,
-    skip_units,
-)
+from sd_gym.agents.baselines import search
+from sd_gym.agents.baselines.search import Per
 from sd_gym.agents.learning.agent import Agent, AgentSettings, OnRollout, Rollout, decision_logits
 from sd_gym.agents.learning.decisions import halves, score_decisions
 from stable_baselines3.common.logger import Logger
@@ -64,13 +57,13 @@ class StaticAgent(Agent[StaticSettings]):
         if self.settings.path is not None:
             self.masks = searched_masks(self.settings.path, core.nvec)
             return
-        per, units = self.settings.per, skip_units(core, self.settings.per)
-        if can_try_all(core.nvec[[unit[0] for unit in units]], len(rows)):
-            self.masks = all_masks(core.nvec, units)
+        per, units = self.settings.per, search.skip_units(core, self.settings.per)
+        if search.can_try_all(core.nvec[[unit[0] for unit in units]], len(rows)):
+            self.masks = search.all_masks(core.nvec, units)
             return
         on_round = partial(report_scored, on_rollout)
-        greedy = greedy_path(core, split, rows, on_round, per=per)
-        self.masks = [*greedy, *learned_path(core, split, rows, on_round, self.seed, per=per)]
+        greedy = search.greedy_path(core, split, rows, on_round, per=per)
+        self.masks = [*greedy, *search.learned_path(core, split, rows, on_round, self.seed, per=per)]
 
     def policy(self) -> DecisionPolicy:
         """The first mask: dense."""
@@ -87,7 +80,7 @@ class StaticAgent(Agent[StaticSettings]):
         rows, masks = halves(split)[0], np.unique(self.masks, axis=0)
         scored = [score_decisions(core, split, rows, np.tile(mask, (len(rows), 1))) for mask in masks]
         quality, flops = (np.array([of_mask[name].mean() for of_mask in scored]) for name in ("quality", "flops_ratio"))
-        write_masks(masks[nested_codebook(masks, quality, flops)], folder / "codebook.json")
+        write_masks(masks[search.nested_codebook(masks, quality, flops)], folder / "codebook.json")
 
     def _mask_policy(self, mask: NDArray) -> DecisionPolicy:
         return self._constant_policy(decision_logits(self.env.core.nvec, mask, CONFIDENCE))

@@ -60,12 +60,11 @@ class ImitationSettings(LearnerSettings):
     """Settings of imitation.
 
     Attributes:
-        path: Folder of a run of ``static`` whose masks are the path, or of one of ``imitation`` whose whole search is
-            taken over (between one stage and several, its path); ``None``: the path is searched on the training split.
+        path: Folder of a run of ``static`` whose masks are the path, or of ``imitation`` whose search is taken over
+            (between one stage and several, its path); ``None``: the path is searched on the training split.
         per: What a step of a searched path skips: a ``sublayer``, or a whole ``layer``.
         instances: Training instances that run under the masks of the path, at most.
-        epochs: Passes over them, for the risk and for the policy; a tenth of them is held out, and the best epoch on it
-            is kept.
+        epochs: Passes over them, for the risk and for the policy; the best epoch on a held-out tenth is kept.
         batch_size: Of the supervised learning.
         weight_decay: Of AdamW.
     """

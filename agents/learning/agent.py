@@ -115,11 +115,8 @@ SettingsT = TypeVar("SettingsT", bound=AgentSettings)
 class BaseAgent(ABC, Generic[SettingsT]):
     """What ``Agent``, which has a policy, and ``PrivilegedAgent``, whose decisions need more, share.
 
-    Args:
-        env: What it learns on.
-        seed: Of all that it draws.
-        blind: Whether it sees zeros instead of the observation.
-        settings: Fields of ``Settings``.
+    It learns on ``env``, draws from ``seed`` and, if ``blind``, sees zeros instead of the observation; ``settings`` are
+    fields of ``Settings``.
 
     Raises:
         ValueError: If a setting is unknown or out of range.
@@ -152,8 +149,7 @@ class BaseAgent(ABC, Generic[SettingsT]):
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Learn until ``total_steps`` decisions were made, those before a ``load_state`` included.
 
-        ``on_rollout`` is called after each rollout and the update that it leads to; ``logger.dump(steps)`` makes a
-        point of what was recorded.
+        ``on_rollout`` is called after each rollout and its update; ``logger.dump(steps)`` makes a point of a curve.
         """
 
     def save_extra(self, folder: Path) -> None:
@@ -208,10 +204,7 @@ class Agent(BaseAgent[SettingsT]):
         return [self.policy(), *([] if self.start is None else [self.start])]
 
     def state(self) -> dict[str, Any]:
-        """Everything that learning depends on, as tensors and plain values; called from within ``on_rollout``.
-
-        Agents that search have none: they start again and find the same.
-        """
+        """All that learning depends on, as tensors and plain values; agents that search have none, and start again."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -350,8 +343,7 @@ def initial_bias(nvec: NDArray, skip_rate: float) -> torch.Tensor:
 def learning_bias(core: Core, skip_rate: float) -> torch.Tensor:
     """Logits, float32 ``[sum(nvec)]``, that learning begins with: switches are skipped with ``skip_rate``.
 
-    Tokens are mostly kept: an input that lost its tokens mostly lost its answer too, whatever its switches do, and an
-    agent would be certain of them before it has seen what they do where the tokens are kept.
+    Tokens are mostly kept: an input that lost them mostly lost its answer too, which teaches nothing about switches.
     """
     bias, levels = initial_bias(core.nvec, skip_rate), int(core.nvec[-1])
     if levels > 1 and core.switch_names:  # else the last component is no token level, but the number of a mask

@@ -45,10 +45,7 @@ class StagedForesight(Foresight):
     next stage, when the policy decides there as it does now (expected SARSA, van Seijen et al. 2009, of one draw). So
     states that older policies have come to stay worth learning from.
 
-    Args:
-        core: The env's core.
-        split: Where the instances are.
-        tokens: From rows ``[n]`` to their tokens, which are not remembered; ``None``: no tokens are observed.
+    ``tokens`` leads from rows ``[n]`` to their tokens, which are not remembered; ``None``: no tokens are observed.
     """
 
     def __init__(self, core: Core, split: Split, tokens: Callable[[NDArray], dict[str, Tensor]] | None = None) -> None:

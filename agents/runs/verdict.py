@@ -92,10 +92,9 @@ def assured(
 ) -> Verdict:
     """Will ``fresh`` other instances show that the quality is kept?
 
-    A policy is selected by this on one sample and judged by ``verdict`` on another, both of which vary. So the mean on
-    the other one is taken to be lower than here by ``errors`` standard errors of the difference of two means. The
-    variance is that of this sample with one more instance that loses all, so that no sample is too good to vary.
-    Arguments as in ``verdict``; ``errors`` is also that of the verdict to come.
+    A policy is selected by this on one sample and judged by ``verdict`` (same arguments) on another, and both vary. So
+    the mean on the other one is taken to be lower than here by ``errors`` standard errors of the difference of two
+    means. The variance is that of this sample with one more instance that loses all: no sample is too good to vary.
     """
     difference, n = quality - quality_ref, len(quality)
     worst = _worst(quality_ref)
