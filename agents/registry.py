@@ -38,12 +38,8 @@ def register_agent(name: str, cls: type[BaseAgent]) -> None:
     Unless the class says ``is_control = True``, there is a ``blind-NAME`` as well, and ``compare --fronts`` sets it
     against the controls.
 
-    Args:
-        name: What it is called.
-        cls: A subclass of ``sd_gym.agents.Agent``, which comes to a policy, or of ``sd_gym.agents.PrivilegedAgent``.
-
     Raises:
-        TypeError: If ``cls`` is no such class.
+        TypeError: If ``cls`` is no subclass of ``sd_gym.agents.Agent`` or ``sd_gym.agents.PrivilegedAgent``.
         ValueError: If the name is one of the project's, or begins with ``blind-``.
     """
     if not (isinstance(cls, type) and issubclass(cls, BaseAgent)):
@@ -71,7 +67,7 @@ def agent_names() -> list[str]:
 
 
 def agent_class(name: str) -> type[BaseAgent]:
-    """The class behind a name, imported now.
+    """The class of a name, imported now.
 
     Raises:
         ValueError: If there is no agent of that name.
@@ -82,18 +78,12 @@ def agent_class(name: str) -> type[BaseAgent]:
 
 
 def make_settings(name: str, settings: dict[str, Any]) -> AgentSettings:
-    """Checked settings of an agent by name, its defaults included; raises as ``make_agent``."""
+    """Checked settings of an agent by name, defaults included. Raises: see ``make_agent``."""
     return agent_class(name).make_settings(settings, name.startswith(BLIND))
 
 
 def make_agent(name: str, env: SwitchableVectorEnv, *, seed: int = 0, **settings: Any) -> BaseAgent:
-    """An agent by name.
-
-    Args:
-        name: One of ``agent_names()``.
-        env: What it learns on.
-        seed: Of its weights and exploration.
-        settings: Fields of the agent's ``Settings``.
+    """An agent by name (``agent_names``), with ``settings``, that learns on an env; ``seed`` is of all that it draws.
 
     Raises:
         ValueError: If the name or a setting is unknown.

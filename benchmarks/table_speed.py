@@ -16,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 
 import sd_gym  # noqa: F401  (registers the ids)
-from sd_gym.envs.table import FORMAT
+from sd_gym.envs.table_files import FORMAT
 from sd_gym.files import write_arrays, write_json
 
 SECONDS = 2.0

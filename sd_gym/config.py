@@ -7,22 +7,24 @@ or by its short name, ``epsilon``, which no other key has. What is written down 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
+    ValidationError,
     ValidationInfo,
     field_validator,
 )
 
 from sd_gym.errors import short
-from sd_gym.objectives import ObjectiveFunction, objective_name
 
 SplitName = Literal["train", "validation", "test"]
 Kind = Literal["attention", "cross_attention", "feed_forward"]
@@ -34,6 +36,17 @@ Pairs = Annotated[
         lambda value: tuple(sorted(value.items(), key=lambda pair: str(pair[0]))) if isinstance(value, dict) else value
     ),
 ]
+ObjectiveFunction = Callable[..., NDArray[np.float64]]
+
+
+def objective_name(objective: str | ObjectiveFunction) -> str:
+    """The name, or ``module:name`` of a function that was given itself."""
+    if isinstance(objective, str):
+        return objective
+    kind = objective if hasattr(objective, "__qualname__") else type(objective)
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
 # A name, or a function as ``register_objective`` takes it, which is written by its name.
 ObjectiveKey = Annotated[str | ObjectiveFunction, PlainSerializer(objective_name)]
 LONGEST = 2**20  # tokens
@@ -178,7 +191,7 @@ class RewardConfig(StrictModel):
     dense: bool = False
 
 
-class EnvConfig(StrictModel):
+class EnvConfig(StrictModel, frozen=True):
     """All keys of an env's configuration. The YAML files in ``envs_configs/`` explain each one."""
 
     id: str
@@ -248,6 +261,28 @@ def dotted(values: Mapping[str, Any], origin: str = "the config") -> dict[str, A
             )
         found[key], spelling[key] = value, name
     return found
+
+
+def stored_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
+    """The configuration that a file holds; what it lacks is the default.
+
+    It was checked when it was written: what it names need not be registered or be there.
+
+    Args:
+        values: However their keys are spelled.
+        origin: Where they come from, for messages.
+
+    Raises:
+        ConfigError: If a key or value is wrong.
+    """
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in dotted(values, origin).items()}
+    needed = {name: {} for name, part in PARTS.items() if any(key.is_required() for key in part.model_fields.values())}
+    try:
+        return EnvConfig(**{**needed, **nested(plain)})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{origin}: config key {key!r}: {first['msg']}, got {short(first['input'])}") from error
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sd_gym.config import ObjectiveFunction, RewardConfig, objective_name
 from sd_gym.registry import Registry, UnknownNameError
 
-if TYPE_CHECKING:
-    from sd_gym.config import RewardConfig
-
 Floats = NDArray[np.float64]
-ObjectiveFunction = Callable[..., Floats]
 # Of a multiplier, a decision. At 0.1 it rises to several times its start while the policy is still poor, and is still
 # falling when 20,000 decisions end (docs/results.md).
 MULTIPLIER_RATE = 0.02
@@ -95,14 +90,6 @@ def objective_function(objective: str | ObjectiveFunction) -> ObjectiveFunction:
         return OBJECTIVES.find(objective)
     _check_arguments(objective_name(objective), objective)
     return objective
-
-
-def objective_name(objective: str | ObjectiveFunction) -> str:
-    """The name, or ``module:name`` of a function that was given itself."""
-    if isinstance(objective, str):
-        return objective
-    kind = objective if hasattr(objective, "__qualname__") else type(objective)
-    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def _check_arguments(name: str, function: ObjectiveFunction) -> None:

@@ -23,9 +23,10 @@ from sd_gym.config import (
     TokensConfig,
     dotted,
     nested,
+    stored_config,
 )
 from sd_gym.envs import shared_core
-from sd_gym.envs.config import load_config, parse_yaml, stored_config
+from sd_gym.envs.config import load_config, parse_yaml
 from sd_gym.errors import short as short_of
 from sd_gym.registration import config_files, config_of
 

@@ -6,16 +6,13 @@ from typing import ClassVar
 
 from pydantic import Field
 from sd_gym.agents.learning.agent import LearnerSettings
-from sd_gym.agents.learning.sb3 import SB3Agent
+from sd_gym.agents.learning.sb3 import SB3Agent, SB3Settings
 from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import VecEnv
 
 
-class A2CSettings(LearnerSettings):
-    """Settings of A2C; a rollout is ``num_envs * n_steps`` decisions, each of which is used once.
-
-    As in PPO, a rollout has to be large enough for a lost instance to weigh in it what its reward says.
-    """
+class A2CSettings(SB3Settings):
+    """Settings of A2C; a rollout, which is used once, is large enough for a lost instance to weigh what it should."""
 
     space: ClassVar = LearnerSettings.space | {
         "entropy": [0.0, 0.02, 0.05, 0.1],
@@ -25,15 +22,13 @@ class A2CSettings(LearnerSettings):
 
     num_envs: int = Field(64, ge=1)
     learning_rate: float = Field(4e-3, gt=0)
-    n_steps: int = Field(1, ge=1)
 
 
-class A2CAgent(SB3Agent):
+class A2CAgent(SB3Agent[A2CSettings]):
     """Advantage actor-critic (Mnih et al. 2016), synchronous, with Adam and normalised advantages."""
 
     Settings = A2CSettings
     refining_rate = 5e-5
-    settings: A2CSettings
 
     def _make_algorithm(self, vec_env: VecEnv) -> A2C:
         return A2C(**self._common(vec_env), use_rms_prop=False, normalize_advantage=True)

@@ -11,6 +11,7 @@ from sd_gym.agents.learning.agent import (
     AgentSettings,
     NotApplicableError,
     OnRollout,
+    SettingsT,
     decision_logits,
     initial_bias,
 )
@@ -27,8 +28,8 @@ class RateSettings(AgentSettings):
     rate: float = Field(0.2, gt=0, lt=1)
 
 
-class _FixedPolicyAgent(Agent):
-    """An agent whose policy is given from the start."""
+class _FixedPolicyAgent(Agent[SettingsT]):
+    """An agent whose policy is fixed from the start."""
 
     selects = validates = draws = False
     staged = is_control = True
@@ -37,7 +38,7 @@ class _FixedPolicyAgent(Agent):
         """There is nothing to learn."""
 
 
-class DenseAgent(_FixedPolicyAgent):
+class DenseAgent(_FixedPolicyAgent[AgentSettings]):
     """Nothing is skipped."""
 
     def policy(self) -> DecisionPolicy:
@@ -46,7 +47,7 @@ class DenseAgent(_FixedPolicyAgent):
         return self._constant_policy(decision_logits(nvec, np.zeros(len(nvec)), CERTAIN))
 
 
-class EveryOtherAgent(_FixedPolicyAgent):
+class EveryOtherAgent(_FixedPolicyAgent[AgentSettings]):
     """Every other layer is skipped whole, the first one of each stack runs (LayerDrop, Fan et al. 2020, section 4)."""
 
     def policy(self) -> DecisionPolicy:
@@ -59,11 +60,10 @@ class EveryOtherAgent(_FixedPolicyAgent):
         return self._constant_policy(decision_logits(core.nvec, mask, CERTAIN))
 
 
-class RandomAgent(_FixedPolicyAgent):
+class RandomAgent(_FixedPolicyAgent[RateSettings]):
     """Each switch is skipped with probability ``rate``, whatever the input; the same draws whatever the seed."""
 
     Settings = RateSettings
-    settings: RateSettings
     noise: ClassVar[Literal["random", "hash"]] = "random"
 
     def policy(self) -> DecisionPolicy:

@@ -24,14 +24,13 @@ class OracleSettings(AgentSettings):
     width: int = Field(4, ge=1)
 
 
-class Oracle(PrivilegedAgent):
+class Oracle(PrivilegedAgent[OracleSettings]):
     """All decisions are tried where they are few enough, else a beam of them.
 
     A lucky wrong way counts as right, such as guessing one of two classes: a bound, and no target.
     """
 
     Settings = OracleSettings
-    settings: OracleSettings
     draws = False
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
@@ -46,14 +45,14 @@ class Oracle(PrivilegedAgent):
             return outcome.quality >= outcome.quality_ref
 
         if can_try_all(core.nvec, len(split)):
-            decisions = exhaustive_search(core, split, rows, good, _unheard)
+            decisions = exhaustive_search(core, split, rows, good, _ignore)
         else:
             validation = core.split("validation")
             few = np.arange(min(ORDER_INSTANCES, len(validation)))
-            order = path_steps(greedy_path(core, validation, few, _unheard))
-            decisions = beam_search(core, split, rows, order, good, _unheard, width=self.settings.width)
+            order = path_steps(greedy_path(core, validation, few, _ignore))
+            decisions = beam_search(core, split, rows, order, good, _ignore, width=self.settings.width)
         return SplitDecisions(decisions, np.zeros(len(split)))
 
 
-def _unheard(scored: int) -> None:
-    """Nobody follows the search."""
+def _ignore(scored: int) -> None:
+    """The search reports nothing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from sd_gym.envs.actions import all_decisions
 from sd_gym.envs.protocols import Core, Split
-from sd_gym.envs.table import all_decisions
 
 SCREENED = 200  # instances that every move of a greedy search is tried on
 FINALISTS = 3  # moves of a round that are tried on all instances
@@ -27,21 +27,18 @@ EXHAUSTIVE = 500_000  # scores; up to so many, all decisions are tried on all in
 BATCH = 4096  # decisions scored in one call
 ALONG = 1024  # instances that are run along a path in one call
 
+CODEBOOK_SIZE = 16
+
 Array = NDArray
 Per = Literal["sublayer", "layer"]  # what a search decides on as one
 OnRound = Callable[[int], None]  # called with the decisions scored so far
-IsGood = Callable[[Array, Array], Array]  # takes rows [n] and decisions [n, components] to bool [n]
+IsGood = Callable[[Array, Array], Array]  # of rows [n] and decisions [n, components], bool [n]
 
 
 def skip_units(core: Core, per: Per = "sublayer") -> list[Array]:
-    """The components of a decision, in parts that are raised together: each alone, or those of a layer.
+    """The components of a decision, int64, in parts that are raised together: each alone, or those of a layer.
 
-    Args:
-        core: An env's core.
-        per: Of what. The last component, of the tokens, is always alone.
-
-    Returns:
-        Numbers of components, int64, a part each. Those of a layer that have no choice are left out.
+    The last component, of the tokens, is always alone; those of a layer that have no choice are left out.
 
     Raises:
         ValueError: If layers are asked for, and decisions are numbers of masks.
@@ -62,26 +59,17 @@ def skip_units(core: Core, per: Per = "sublayer") -> list[Array]:
 def all_masks(nvec: Array, units: list[Array]) -> list[Array]:
     """All decisions ``[components]`` whose units each have one choice, the first of them dense."""
     choices = all_decisions(nvec[[unit[0] for unit in units]])
-    found = np.zeros((len(choices), len(nvec)), dtype=np.int64)
+    masks = np.zeros((len(choices), len(nvec)), dtype=np.int64)
     for column, unit in enumerate(units):
-        found[:, unit] = choices[:, [column]]
-    return list(found)
+        masks[:, unit] = choices[:, [column]]
+    return list(masks)
 
 
 def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, per: Per = "sublayer") -> list[Array]:
     """Greedy search of static masks: one more candidate is skipped each round, the one least missed for what it saves.
 
-    All moves of a round are screened on a few instances, the best of them are tried on all.
-
-    Args:
-        core: The env's core.
-        split: Where the instances are.
-        rows: The instances to search on, ``[n]``.
-        on_round: Called after each round.
-        per: What a candidate is: a sublayer, or a whole layer.
-
-    Returns:
-        Decisions ``[components]`` from dense to nothing.
+    All moves of a round are screened on a few of ``rows [n]``, the best of them are tried on all; then ``on_round`` is
+    called. Returns decisions ``[components]`` from dense to nothing.
     """
     path, units = [np.zeros_like(core.nvec)], skip_units(core, per)
     scored, known = 0, {}
@@ -89,7 +77,7 @@ def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, per
     def key(decision: Array, on: Array) -> tuple[int, bytes]:
         return len(on), decision.tobytes()
 
-    def look(decisions: list[Array], on: Array) -> None:
+    def score(decisions: list[Array], on: Array) -> None:
         """Score what is not known yet: a round starts where the one before has ended."""
         nonlocal scored
         new = [decision for decision in decisions if key(decision, on) not in known]
@@ -103,7 +91,7 @@ def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, per
             known[key(decision, on)] = float(value), float(flops)
 
     def best_first(candidates: list[Array], on: Array) -> list[Array]:
-        look([path[-1], *candidates], on)
+        score([path[-1], *candidates], on)
         start, start_flops = known[key(path[-1], on)]
 
         def price(decision: Array) -> float:
@@ -130,16 +118,8 @@ def learned_path(
     threshold, the candidates are a path. Unlike in a greedy search no choice is final: the thresholds begin alike and
     soft, so that a candidate is first tried beside many others, and harden.
 
-    Args:
-        core: The env's core.
-        split: Where the instances are.
-        rows: The instances to learn on, ``[n]``.
-        on_round: Called after each update.
-        seed: Of all that is drawn.
-        per: What a candidate is: a sublayer, or a whole layer.
-
-    Returns:
-        Decisions ``[components]`` from dense to nothing, each raising one candidate by one.
+    Arguments as in ``greedy_path``; ``seed`` is of all that is drawn. Returns decisions ``[components]`` from dense to
+    nothing, each raising one candidate by one.
     """
     candidates = [unit for unit in skip_units(core, per) for _ in range(core.nvec[unit[0]] - 1)]
     belongs = np.stack([np.isin(np.arange(len(core.nvec)), unit) for unit in candidates]).astype(np.int64)
@@ -174,13 +154,8 @@ def learned_path(
 
 def _moves(nvec: Array, decision: Array, units: list[Array]) -> list[Array]:
     """The decisions that skip a step more than ``decision`` in one unit."""
-    found = []
-    for unit in units:
-        moved = decision.copy()
-        moved[unit] += 1
-        if (moved < nvec).all():
-            found.append(moved)
-    return found
+    moves = [decision + np.isin(np.arange(len(nvec)), unit) for unit in units]
+    return [moved for moved in moves if (moved < nvec).all()]
 
 
 def path_steps(path: list[Array]) -> list[Array]:
@@ -189,41 +164,22 @@ def path_steps(path: list[Array]) -> list[Array]:
 
 
 def path_losses(split: Split, rows: Array, path: list[Array], on_round: OnRound) -> Array:
-    """Quality that instances lose under each mask of a path.
-
-    Args:
-        split: Where the instances are.
-        rows: The instances, ``[n]``.
-        path: Decisions ``[components]``, the first of them dense.
-        on_round: Called now and then.
-
-    Returns:
-        float64 ``[n, masks]``.
-    """
+    """Quality that ``rows [n]`` lose under each mask of a path, the first of them dense; float64 ``[n, masks]``."""
     masks, quality = np.stack(path), []
     for start in range(0, len(rows), ALONG):
         quality.append(split.scoring.under_all(rows[start : start + ALONG], masks)[0])
         on_round((start + len(quality[-1])) * len(masks))
-    found = np.concatenate(quality)
-    return found[:, :1] - found
+    qualities = np.concatenate(quality)
+    return qualities[:, :1] - qualities
 
 
 def beam_search(
     core: Core, split: Split, rows: Array, order: list[Array], good: IsGood, on_round: OnRound, *, width: int = 1
 ) -> Array:
-    """A cheap good decision for each instance, by beam search: one candidate after another is skipped where it may be.
+    """A cheap good decision for each of ``rows [n]``, by beam search: one candidate after another is skipped.
 
     All instances try the same candidate at the same time, so that similar instances get similar decisions, which a
-    policy can learn.
-
-    Args:
-        core: The env's core.
-        split: Where the instances are.
-        rows: The instances, ``[n]``.
-        order: Components, in the order in which they are tried (``path_steps``).
-        good: Whether decisions are good enough.
-        on_round: Called after each component.
-        width: Decisions kept for each instance.
+    policy can learn. ``order`` has the components of each candidate, ``width`` is how many decisions are kept.
 
     Returns:
         int64 ``[n, components]``: of the kept decisions, the one with the fewest FLOPs; dense where none is good.
@@ -255,13 +211,43 @@ def can_try_all(nvec: Array, instances: int) -> bool:
 
 
 def exhaustive_search(core: Core, split: Split, rows: Array, good: IsGood, on_round: OnRound) -> Array:
-    """The cheapest good decision of each instance, of all there are; int64 ``[n, components]``, dense if none is."""
+    """The cheapest good decision of ``rows [n]``, int64 ``[n, components]``; dense if none is good."""
     best = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
     lowest = np.ones(len(rows))
-    for number, choice in enumerate(product(*map(range, core.nvec)), start=1):
-        decisions = np.tile(np.array(choice), (len(rows), 1))
+    for number, choice in enumerate(all_decisions(core.nvec), start=1):
+        decisions = np.tile(choice, (len(rows), 1))
         flops = split.costs.flops_ratio(rows, decisions)
         better = good(rows, decisions) & (flops < lowest)
         best[better], lowest[better] = decisions[better], flops[better]
         on_round(number * len(rows))
     return best
+
+
+def nested_codebook(masks: Array, quality: Array, flops: Array, size: int = CODEBOOK_SIZE) -> list[int]:
+    """The chain of masks, each skipping all that the one before skips and more, from which most is saved.
+
+    If every input were given the last mask of the chain that keeps its quality, a step from one mask to the next would
+    save the difference of their FLOPs on as many inputs as the next one keeps right: its mean quality. The chain with
+    the highest sum of these products is found by dynamic programming.
+
+    Of masks ``[masks, components]``, the dense one among them, with their mean quality and FLOPs ratio ``[masks]``.
+
+    Returns:
+        Rows of ``masks``, at most ``size``, the dense one first.
+    """
+    nested = np.ones((len(masks), len(masks)), dtype=bool)  # whether the second skips all that the first does
+    for component in masks.T:
+        nested &= component[:, None] <= component[None, :]
+    saved = flops[:, None] - flops[None, :]
+    gain = np.where(nested & (saved > 0), saved * quality, -np.inf)
+    worth = [np.where(masks.any(axis=1), -np.inf, 0.0)]  # of the best chain of so many masks that ends at each
+    before = []
+    for _ in range(size - 1):
+        longer = worth[-1][:, None] + gain
+        before.append(longer.argmax(axis=0))
+        worth.append(longer.max(axis=0))
+    length, last = np.unravel_index(int(np.argmax(worth)), (size, len(masks)))
+    chain = [int(last)]
+    for step in reversed(before[:length]):
+        chain.append(int(step[chain[-1]]))
+    return chain[::-1]

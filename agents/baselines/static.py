@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.baselines.codebook import nested_codebook
-from sd_gym.agents.baselines.search import Per, all_masks, can_try_all, greedy_path, learned_path, skip_units
+from sd_gym.agents.baselines import search
+from sd_gym.agents.baselines.search import Per
 from sd_gym.agents.learning.agent import Agent, AgentSettings, OnRollout, Rollout, decision_logits
 from sd_gym.agents.learning.decisions import halves, score_decisions
 from stable_baselines3.common.logger import Logger
 
-from sd_gym.envs.spaces import read_masks, write_masks
+from sd_gym.envs.actions import read_masks, write_masks
 from sd_gym.policy import DecisionPolicy
 
 MASKS = "masks.json"
@@ -25,17 +25,15 @@ class StaticSettings(AgentSettings):
     """Settings of the search.
 
     Attributes:
-        path: Folder of a run of ``static``, or of ``imitation``, whose masks are taken instead of searching again;
-            ``None``: search.
-        per: What a searched mask skips as one: a ``sublayer``, or a whole ``layer``: a coarser search, and a faster one
-            by about as many sublayers as a layer has.
+        path: Folder of a run of ``static``, or of ``imitation``, whose masks are taken; ``None``: search.
+        per: What a searched mask skips as one: a ``sublayer``, or a whole ``layer``, a coarser and faster search.
     """
 
     path: Path | None = None
     per: Per = "sublayer"
 
 
-class StaticAgent(Agent):
+class StaticAgent(Agent[StaticSettings]):
     """One mask for all inputs, searched on the screening half of the validation split.
 
     All masks where they are few enough; else those of a greedy path and of a learned one. The usual selection then
@@ -43,7 +41,6 @@ class StaticAgent(Agent):
     """
 
     Settings = StaticSettings
-    settings: StaticSettings
     searches = staged = is_control = True
     draws = False  # a little of the search does, but minutes of searching again find no other masks to compare with
     validates = False
@@ -60,13 +57,13 @@ class StaticAgent(Agent):
         if self.settings.path is not None:
             self.masks = searched_masks(self.settings.path, core.nvec)
             return
-        per, units = self.settings.per, skip_units(core, self.settings.per)
-        if can_try_all(core.nvec[[unit[0] for unit in units]], len(rows)):
-            self.masks = all_masks(core.nvec, units)
+        per, units = self.settings.per, search.skip_units(core, self.settings.per)
+        if search.can_try_all(core.nvec[[unit[0] for unit in units]], len(rows)):
+            self.masks = search.all_masks(core.nvec, units)
             return
         on_round = partial(report_scored, on_rollout)
-        greedy = greedy_path(core, split, rows, on_round, per=per)
-        self.masks = [*greedy, *learned_path(core, split, rows, on_round, self.seed, per=per)]
+        greedy = search.greedy_path(core, split, rows, on_round, per=per)
+        self.masks = [*greedy, *search.learned_path(core, split, rows, on_round, self.seed, per=per)]
 
     def policy(self) -> DecisionPolicy:
         """The first mask: dense."""
@@ -77,16 +74,13 @@ class StaticAgent(Agent):
         return [self._mask_policy(mask) for mask in self.masks]
 
     def save_extra(self, folder: Path) -> None:
-        """Write ``masks.json``, from which the front of static masks is read, and ``codebook.json``, a nested few.
-
-        An env with ``action="discrete"`` takes the folder as its ``codebook``.
-        """
+        """Write ``masks.json``, and ``codebook.json``, a nested few for an env with ``action="discrete"``."""
         write_masks(np.stack(self.masks), folder / MASKS)
         core, split = self.env.core, self.env.core.split("validation")
         rows, masks = halves(split)[0], np.unique(self.masks, axis=0)
         scored = [score_decisions(core, split, rows, np.tile(mask, (len(rows), 1))) for mask in masks]
-        quality, flops = (np.array([one[name].mean() for one in scored]) for name in ("quality", "flops_ratio"))
-        write_masks(masks[nested_codebook(masks, quality, flops)], folder / "codebook.json")
+        quality, flops = (np.array([of_mask[name].mean() for of_mask in scored]) for name in ("quality", "flops_ratio"))
+        write_masks(masks[search.nested_codebook(masks, quality, flops)], folder / "codebook.json")
 
     def _mask_policy(self, mask: NDArray) -> DecisionPolicy:
         return self._constant_policy(decision_logits(self.env.core.nvec, mask, CONFIDENCE))
@@ -96,7 +90,7 @@ def searched_masks(folder: Path, nvec: NDArray) -> list[NDArray]:
     """The masks that a run of ``static`` has found, or the path that one of ``imitation`` has.
 
     Raises:
-        FileNotFoundError: If the folder holds none.
+        FileNotFoundError: If the folder holds no masks.
         ValueError: If they are masks of something else.
     """
     file = folder / MASKS
@@ -106,11 +100,9 @@ def searched_masks(folder: Path, nvec: NDArray) -> list[NDArray]:
 
 
 def nested_path(folder: Path, nvec: NDArray) -> list[NDArray]:
-    """The masks of a run of ``static`` from dense to nothing, each skipping one candidate more.
+    """The masks of a run from dense to nothing, each skipping one candidate more.
 
-    Raises:
-        FileNotFoundError: If the folder holds no masks.
-        ValueError: If they are no such path.
+    Raises ``ValueError`` if they are no such path; see ``searched_masks``.
     """
     masks = np.stack(searched_masks(folder, nvec))
     nothing = np.flatnonzero((masks == nvec - 1).all(axis=1))
@@ -122,5 +114,5 @@ def nested_path(folder: Path, nvec: NDArray) -> list[NDArray]:
 
 
 def report_scored(on_rollout: OnRollout, scored: int) -> None:
-    """Tell how many decisions a search has scored; it has no rewards to show."""
+    """Report how many decisions a search has scored; it has no rewards to show."""
     on_rollout(Rollout(scored, np.zeros(0), {}))

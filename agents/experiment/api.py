@@ -16,11 +16,11 @@ from sd_gym.agents.learning.decisions import PolicyLike, check_fits
 from sd_gym.agents.runs.folder import check_backbone, read_description
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
 
-from sd_gym.config import EnvConfig, dotted
-from sd_gym.envs.config import load_config, make_config, stored_config
-from sd_gym.envs.protocols import Core
+from sd_gym.config import EnvConfig, dotted, stored_config
+from sd_gym.envs.config import load_config, make_config
+from sd_gym.envs.protocols import Core, Observations
 from sd_gym.envs.shared import shared_core
-from sd_gym.envs.spaces import Observations, each
+from sd_gym.envs.spaces import each
 from sd_gym.files import write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.policy import DecisionPolicy

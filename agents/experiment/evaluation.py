@@ -142,7 +142,7 @@ def time_ratio(
         if len(times) >= LEAST_TIMED and time.perf_counter() - started > TIMED_SECONDS:
             break
         rows = random.integers(len(split), size=min(batch_size, len(split)))
-        decisions, _ = core.walk(split, rows, policy.decide)
+        decisions, _ = core.rollout(split, rows, policy.decide)
         dense, *others = [
             _seconds(run, core.backbone) for run in _contestants(core, policy, split, rows, decisions[:, -1])
         ]

@@ -15,8 +15,7 @@ from sd_gym.agents.runs.folder import BLIND, check_backbone, has_policy
 from sd_gym.agents.runs.fronts import LEAST, EnvFronts, Front, flops_samples
 
 from sd_gym.backbones import load_backbone
-from sd_gym.config import RewardConfig
-from sd_gym.envs.config import EnvConfig
+from sd_gym.config import EnvConfig, RewardConfig
 from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.shared import shared_core
 from sd_gym.policy import DecisionPolicy

@@ -28,12 +28,12 @@ from sd_gym.agents.runs.folder import check_backbone, read_description
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
 from stable_baselines3.common.logger import Logger
 
-from sd_gym.config import KEYS, dotted, is_key
-from sd_gym.envs.config import TABLE_KEYS, EnvConfig, make_config
+from sd_gym.config import KEYS, EnvConfig, dotted, is_key
+from sd_gym.envs.config import TABLE_KEYS, make_config
 from sd_gym.envs.core import BackboneCore
-from sd_gym.envs.protocols import Core
+from sd_gym.envs.protocols import Core, Observations
 from sd_gym.envs.shared import shared_core
-from sd_gym.envs.spaces import Observations, joined
+from sd_gym.envs.spaces import joined
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_checkpoint, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
@@ -296,7 +296,7 @@ def _reduced(policy: DecisionPolicy, codebook: int, core: Core) -> DecisionPolic
         return policy.decide(observations)
 
     for rows in batches if policy.channels is None else batches[:1]:  # tokens take memory
-        core.walk(train, rows, decide)
+        core.rollout(train, rows, decide)
     return policy.reduced(codebook, joined(observed), core.steps.components)
 
 

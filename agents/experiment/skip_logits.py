@@ -13,9 +13,8 @@ from sd_gym.agents.learning.decisions import observation_batches
 from sd_gym.config import EnvConfig, dotted
 from sd_gym.envs.config import make_config
 from sd_gym.envs.core import BackboneCore
-from sd_gym.envs.protocols import Split
+from sd_gym.envs.protocols import Observations, Split
 from sd_gym.envs.shared import shared_core
-from sd_gym.envs.spaces import Observations
 from sd_gym.policy import DecisionPolicy
 
 
@@ -56,5 +55,5 @@ def _skip_logits(core: BackboneCore, policy: DecisionPolicy, split: Split, rows:
         logits[:, columns] = policy.skip_logits(observations)[:, columns]
         return policy.decide(observations)
 
-    core.walk(split, rows, decide)
+    core.rollout(split, rows, decide)
     return logits

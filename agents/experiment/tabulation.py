@@ -14,12 +14,13 @@ from sd_gym.agents.experiment.run import run_config
 from sd_gym.agents.learning.decisions import halves
 from sd_gym.agents.runs.folder import read_description
 
-from sd_gym.envs.config import ConfigError, EnvConfig, load_config
+from sd_gym.config import ConfigError, EnvConfig
+from sd_gym.envs.actions import codebook_file, number_of_decisions, read_masks
+from sd_gym.envs.config import load_config
 from sd_gym.envs.protocols import Core
 from sd_gym.envs.shared import shared_core
-from sd_gym.envs.spaces import codebook_file, read_masks
-from sd_gym.envs.table import MOST, number_of_decisions
-from sd_gym.envs.table import read_description as read_table
+from sd_gym.envs.table_files import MOST
+from sd_gym.envs.table_files import read_description as read_table
 from sd_gym.envs.tabulate import down_in_flops, write_table
 from sd_gym.registration import config_of
 from sd_gym.tasks.data import SPLITS

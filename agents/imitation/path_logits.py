@@ -1,4 +1,4 @@
-"""What the steps of a path are worth: FLOPs saved a unit of risk, and the logits that say so."""
+"""Logits of the steps of a path: FLOPs saved per unit of risk."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ def step_logits(risk: Tensor, flops: Tensor) -> Tensor:
     """Logarithm of the FLOPs that each step of a path saves over the risk that it adds.
 
     Steps that only pay together (the next one saves more for less risk) have one exchange rate: that of the lower
-    convex hull of risk over savings, so that the rates fall along the path and a bound on them ends it at the mask that
-    is the best at this rate.
+    convex hull of risk over savings. So the rates fall along the path, and a bound on them ends it at the best mask.
 
     Args:
-        risk: Quality that is expected to be lost under each mask of the path, float32 ``[n, masks]``; the first, of
-            dense, is 0.
+        risk: Quality that is expected to be lost under each mask, float32 ``[n, masks]``; the first, of dense, is 0.
         flops: FLOPs ratio of each mask, ``[masks]``.
 
     Returns:
@@ -42,14 +40,9 @@ def step_logits(risk: Tensor, flops: Tensor) -> Tensor:
 
 
 def component_logits(steps: Tensor, path: NDArray, nvec: NDArray) -> Tensor:
-    """Logits ``[n, sum(nvec)]`` under which a policy takes the steps of a path whose own logits are positive.
+    """Logits ``[n, sum(nvec)]`` under which a policy takes the ``steps [n, masks - 1]`` of a path that are positive.
 
     A choice of a component has the sum of the steps that lead to it, the first choice (everything runs) has 0.
-
-    Args:
-        steps: Logits of the path's steps, ``[n, masks - 1]``.
-        path: Its masks, ``[masks, components]``.
-        nvec: Sizes of the components.
     """
     first = np.cumsum([0, *nvec[:-1]])
     leads = torch.zeros(steps.shape[1], int(nvec.sum()))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import gymnasium as gym
 import numpy as np
@@ -21,27 +21,19 @@ from stable_baselines3.common.logger import Logger
 from torch import nn
 
 from sd_gym.config import StrictModel
-from sd_gym.envs.protocols import Core, Split
+from sd_gym.envs.protocols import Core, Observations, Split
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.batches import tensors
+from sd_gym.policy.noise import Noise
 from sd_gym.policy.token_encoder import TokenEncoder, affordable_channels
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
 BLIND_REFINING_RATE = 1e-3  # learning rate of a blind agent with a start
 FIRST_LOOK = 256  # texts that untrained token encoders are standardised by
 TOKENS_DROPPED = 0.1  # how often, before anything is learned, of two token levels the one that drops some is chosen
-START_FIELDS = (
-    "stages",
-    "observation_size",
-    "channels",
-    "token_width",
-    "nvec",
-    "switches",
-    "network",
-    "hidden",
-)  # of a start
+START_FIELDS = ("stages", "observation_size", "channels", "token_width", "nvec", "switches", "network", "hidden")
 INFO_TAGS = ("quality", "quality_ref", "flops_ratio")
 INFO_KEYS = (*INFO_TAGS, "is_success")
 
@@ -54,8 +46,7 @@ class AgentSettings(StrictModel):
     """Settings of an agent; each agent has its own subclass, every field of it can be set by name.
 
     Attributes:
-        num_envs: Of the vector env that ``train`` makes for the agent: instances decided on in one step, scored by one
-            batched run of the backbone.
+        num_envs: Instances decided on in one step, scored by one batched run of the backbone.
         space: What ``sd-gym tune`` searches, by setting: a list of choices, or the bounds of a positive number whose
             logarithm is drawn evenly. Defaults lie within.
     """
@@ -66,21 +57,20 @@ class AgentSettings(StrictModel):
 
 
 class LearnerSettings(AgentSettings):
-    """What all agents that learn share.
+    """Settings of all agents that learn.
 
     Attributes:
-        learning_rate: Of Adam at the start; it falls to 0 in a straight line until the last decision: what a policy
-            ends with has to be calm, or selection makes it over-cautious. With a ``start`` the default is lower.
+        learning_rate: Of Adam at the start; it falls to 0 in a straight line until the last decision: selection makes a
+            policy that still changes over-cautious. With a ``start`` the default is lower.
         entropy: Weight of the entropy bonus.
         initial_skip_rate: How often each switch is skipped before anything is learned. At even odds every decision
-            tells most about all switches; near the dense backbone learning takes several times as long. Tokens are
-            mostly kept at first (``learning_bias``).
+            tells most about all switches; near the dense backbone learning takes several times as long.
         start: Folder of a run whose policy learning goes on from (a warm start), such as one of ``static`` or
-            ``imitation``; then ``initial_skip_rate`` plays no part, and ``learning_rate`` is by default 2e-4 of PPO,
+            ``imitation``. Then ``initial_skip_rate`` plays no part, and ``learning_rate`` is by default 2e-4 of PPO,
             5e-5 of A2C and REINFORCE, and 1e-3 of blind agents.
         network: Name of a policy network of your own (``sd_gym.register_network``); ``None``: two hidden layers.
-        channels: Of the token encoder that reads tokens where they are observed (``sd_gym.policy.token_encoder``);
-            ``None``: 48, or as many as cost 1% of the dense FLOPs, or those of the ``start``.
+        channels: Of the token encoder that reads tokens where they are observed; ``None``: 48, or as many as cost 1% of
+            the dense FLOPs, or those of the ``start``.
     """
 
     space: ClassVar = {"learning_rate": (2e-4, 1e-2), "initial_skip_rate": [0.1, 0.3, 0.5]}
@@ -95,7 +85,7 @@ class LearnerSettings(AgentSettings):
 
 @dataclass
 class Rollout:
-    """What came of the decisions of one rollout, one value a decision, which is an episode.
+    """Outcomes of one rollout, one value per decision, which is an episode.
 
     Attributes:
         steps: Decisions made so far, this rollout included.
@@ -119,16 +109,14 @@ class Rollout:
 
 
 OnRollout = Callable[[Rollout], None]
+SettingsT = TypeVar("SettingsT", bound=AgentSettings)
 
 
-class BaseAgent(ABC):
-    """What the two kinds share: ``Agent``, which comes to a policy, and ``PrivilegedAgent``, whose decisions need more.
+class BaseAgent(ABC, Generic[SettingsT]):
+    """What ``Agent``, which has a policy, and ``PrivilegedAgent``, whose decisions need more, share.
 
-    Args:
-        env: What it learns on.
-        seed: Of all that it draws.
-        blind: Whether it sees zeros instead of the observation.
-        settings: Fields of ``Settings``.
+    It learns on ``env``, draws from ``seed`` and, if ``blind``, sees zeros instead of the observation; ``settings`` are
+    fields of ``Settings``.
 
     Raises:
         ValueError: If a setting is unknown or out of range.
@@ -140,7 +128,7 @@ class BaseAgent(ABC):
     draws: ClassVar[bool] = True  # whether it is compared with several seeds
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
-        self.settings = self.make_settings(settings, blind)
+        self.settings = cast(SettingsT, self.make_settings(settings, blind))  # ``Settings`` is that class
         check_learnable(env, type(self).staged)
         self.env = env
         self.seed = seed
@@ -148,15 +136,7 @@ class BaseAgent(ABC):
 
     @classmethod
     def make_settings(cls, settings: dict[str, Any], blind: bool = False) -> AgentSettings:
-        """Checked settings, those that were not given by their defaults.
-
-        Args:
-            settings: Fields of ``Settings``.
-            blind: Whether the agent sees zeros instead of the observation.
-
-        Raises:
-            ValueError: If a setting is unknown or out of range.
-        """
+        """Checked settings, defaults included; arguments and errors are those of the class."""
         known = list(cls.Settings.model_fields)
         for key in settings:
             if key not in known:
@@ -169,18 +149,17 @@ class BaseAgent(ABC):
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Learn until ``total_steps`` decisions were made, those before a ``load_state`` included.
 
-        ``on_rollout`` is called after each rollout and the update that it leads to; ``logger.dump(steps)`` makes a
-        point of what was recorded.
+        ``on_rollout`` is called after each rollout and its update; ``logger.dump(steps)`` makes a point of a curve.
         """
 
-    def save_extra(self, folder: Path) -> None:  # noqa: B027  (most keep nothing)
+    def save_extra(self, folder: Path) -> None:
         """Write what is kept beside the policy, such as the critic."""
 
 
-class PrivilegedAgent(BaseAgent):
-    """Decides on a whole split by more than the observation, as no policy can: by the answers, or by what layers say.
+class PrivilegedAgent(BaseAgent[SettingsT]):
+    """A control that decides by more than the observation: by the answers, or by what the layers compute.
 
-    So it is evaluated beside the policies, but cannot be timed, taken along or learned from.
+    It is evaluated beside the policies, but cannot be timed, exported or learned from.
     """
 
     staged = is_control = True
@@ -190,18 +169,8 @@ class PrivilegedAgent(BaseAgent):
         """Its decisions on all instances of a split, and what it costs to make them."""
 
 
-class Agent(BaseAgent):
-    """Learns, searches or has a policy: decisions by the observation alone.
-
-    Args:
-        env: What it learns on.
-        seed: Of its weights and exploration.
-        blind: Whether it sees zeros instead of the observation.
-        settings: Fields of ``Settings``.
-
-    Raises:
-        ValueError: If a setting is unknown or out of range.
-    """
+class Agent(BaseAgent[SettingsT]):
+    """Learns, searches or has a policy: decisions by the observation alone."""
 
     selects: ClassVar[bool] = True  # whether the policy to keep is chosen on the validation split
     searches: ClassVar[bool] = False  # whether it searches policies on the first half of the validation split
@@ -211,19 +180,17 @@ class Agent(BaseAgent):
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
         super().__init__(env, seed=seed, blind=blind, **settings)
+        self._network, self._channels, folder = None, None, None
+        if isinstance(self.settings, LearnerSettings):
+            self._network, self._channels, folder = self.settings.network, self.settings.channels, self.settings.start
         self.start: DecisionPolicy | None = None  # kept, as its folder may be gone when learning has ended
-        self.per_stage = (
-            type(self).per_stage and len(env.core.stages) > 1 and getattr(self.settings, "network", None) is None
-        )
-        if (folder := getattr(self.settings, "start", None)) is not None:
+        self.per_stage = type(self).per_stage and len(env.core.stages) > 1 and self._network is None
+        if folder is not None:
             self.start = self._load_start(folder)
 
     @classmethod
     def make_settings(cls, settings: dict[str, Any], blind: bool = False) -> AgentSettings:
-        """Checked settings; with a ``start``, the default learning rate is low, or what was found there is lost.
-
-        A blind agent has no more than its biases to learn, so it may be faster.
-        """
+        """Checked settings; with a ``start`` the default learning rate is low, to keep what it knows, unless blind."""
         if cls.refining_rate is not None and settings.get("start") is not None:
             settings = {"learning_rate": BLIND_REFINING_RATE if blind else cls.refining_rate, **settings}
         return super().make_settings(settings, blind)
@@ -233,46 +200,43 @@ class Agent(BaseAgent):
         """The current policy as an artefact of its own, independent of the agent."""
 
     def selectable_policies(self) -> list[DecisionPolicy]:
-        """Policies to select from when learning has ended: what it ended with, and what it went on from, if anything.
-
-        So refining cannot end behind its start.
-        """
+        """Policies to select from after learning: the last one, and its start, which refining so never falls below."""
         return [self.policy(), *([] if self.start is None else [self.start])]
 
     def state(self) -> dict[str, Any]:
-        """Everything that learning depends on, as tensors and plain values; called from within ``on_rollout``.
-
-        Agents that search instead of learning have none: they start again and find the same.
-        """
+        """All that learning depends on, as tensors and plain values; agents that search have none, and start again."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what ``state`` gave."""
 
-    def new_policy(self, **kwargs: Any) -> DecisionPolicy:
-        """A policy for this env, untrained; ``kwargs`` as of ``DecisionPolicy``."""
+    def new_policy(self, *, blind: bool | None = None, noise: Noise = "none") -> DecisionPolicy:
+        """A policy for this env, untrained; it is blind if the agent is, unless told otherwise."""
         core, channels = self.env.core, self.channels
         width, flat = token_width(core.observation_space), flat_size(core.observation_space)
-        kwargs = {
-            "blind": self.blind,
-            "per_stage": self.per_stage,
-            "network": getattr(self.settings, "network", None),
-        } | kwargs
         with torch.random.fork_rng(devices=[]):  # to export a policy draws nothing from the agent's randomness
             torch.manual_seed(self.seed)
-            known = core.nvec.tolist(), core.switch_names
-            encoder = {"channels": channels, "token_width": width if flat else None}
-            return DecisionPolicy(flat or width, *known, stages=core.stages, **encoder, **kwargs)
+            return DecisionPolicy(
+                flat or width or 0,
+                core.nvec.tolist(),
+                core.switch_names,
+                blind=self.blind if blind is None else blind,
+                noise=noise,
+                network=self._network,
+                stages=core.stages,
+                per_stage=self.per_stage,
+                channels=channels,
+                token_width=width if flat else None,
+            )
 
     def _standardise_encoders(self, *networks: nn.Module) -> None:
         """Standardise what untrained token encoders in networks make of the first texts of the training split."""
-        encoder = [module for network in networks for module in network.modules() if isinstance(module, TokenEncoder)]
-        if encoder:
-            core = self.env.core
-            split = core.split("train")
-            seen = tensors(core.observe(split, np.arange(min(len(split), FIRST_LOOK))))
-            for one in encoder:
-                one.standardise_on(seen)
+        encoders = [module for network in networks for module in network.modules() if isinstance(module, TokenEncoder)]
+        if encoders:
+            core, split = self.env.core, self.env.core.split("train")
+            texts = token_tensors(core.observe(split, np.arange(min(len(split), FIRST_LOOK))))
+            for encoder in encoders:
+                encoder.standardise_on(texts)
 
     @cached_property
     def channels(self) -> int | None:
@@ -284,83 +248,72 @@ class Agent(BaseAgent):
         split = core.split("train")
         rows = np.arange(min(len(split), STATISTICS_SIZE))
         dense = split.costs.dense_flops(rows).sum() / split.encoded.source_length[rows].sum()
-        return getattr(self.settings, "channels", None) or affordable_channels(width, dense, len(core.stages))
+        return self._channels or affordable_channels(width, dense, len(core.stages))
 
-    def _constant_policy(self, logits: torch.Tensor, **kwargs: Any) -> DecisionPolicy:
+    def _constant_policy(self, logits: torch.Tensor, noise: Noise = "none") -> DecisionPolicy:
         """The same logits ``[sum(nvec)]`` for every input, which it does not look at."""
-        policy = self.new_policy(blind=True, **kwargs)
+        policy = self.new_policy(blind=True, noise=noise)
         with torch.no_grad():
             policy.head.weight.zero_()
             policy.head.bias.copy_(logits)
         return policy.eval()
 
     def _load_start(self, folder: Path) -> DecisionPolicy:
-        """Load the policy of the run that a warm start begins with; that of one stage is made one of several.
-
-        Raises:
-            FileNotFoundError: If the folder holds none.
-            ValueError: If it decides on something else.
-        """
+        """The policy that a warm start begins with; one of a single stage is made one of several."""
         start, core = DecisionPolicy.load(folder), self.env.core
-        if self.channels is not None and start.channels is not None and self.settings.channels is None:
+        if self.channels is not None and start.channels is not None and self._channels is None:
             self.channels = start.channels
         if core.stages[0] == "first" and len(core.stages) > 1 and start.stages == ["first"]:
             self.per_stage = True
-            return self._in_stages(start, folder)
+            return self._staged_start(start, folder)
         self.per_stage = start.per_stage and len(core.stages) > 1
         _check_start(start, self.new_policy(), folder)
         start.blind = self.blind
         return start
 
-    def _in_stages(self, start: DecisionPolicy, folder: Path) -> DecisionPolicy:
-        """A policy for all stages of the env that decides as nearly as it can as one that decides at the first one."""
-        staged = self.new_policy()
+    def _staged_start(self, start: DecisionPolicy, folder: Path) -> DecisionPolicy:
+        """A policy for all stages that decides as nearly as it can as one that decides at the first one."""
+        staged, core = self.new_policy(), self.env.core
         _check_start(start, staged, folder, ("nvec", "switches", "network", "hidden"))
+        refused = f"the policy in {folder} cannot be a start here:"
         if start.channels != staged.channels:
             raise ValueError(
-                f"the policy in {folder} cannot be a start here: its channels are {start.channels}, expected "
-                f"{staged.channels}; both see tokens (observation=tokens), or neither"
+                f"{refused} its channels are {start.channels}, expected {staged.channels}; both see tokens "
+                "(observation=tokens), or neither"
             )
-        taken = len(staged.stages) + 1  # in front of what the first stage shows
-        expected = staged.token_width or staged.observation_size - taken - self.env.core.stage_observation.judges
+        before = len(staged.stages) + 1  # numbers in front of what the first stage shows
+        expected = staged.token_width or staged.observation_size - before - core.stage_observation.judges
         if start.observation_size != expected:
-            raise ValueError(
-                f"the policy in {folder} cannot be a start here: it sees {start.observation_size} features, expected "
-                f"{expected}, of pooled states or of a token"
-            )
+            kind = f"{start.observation_size} features, expected {expected}, of pooled states or of a token"
+            raise ValueError(f"{refused} it sees {kind}")
         if start.channels is not None:
             return staged_from_tokens(start, staged)
-        core, split = self.env.core, self.env.core.split("train")
+        split = core.split("train")
         rows = np.arange(min(len(split), STATISTICS_SIZE))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return staged_from_single(start, staged, core, split, rows)
 
 
+def token_tensors(observations: Observations) -> dict[str, torch.Tensor]:
+    """Observations of tokens as tensors."""
+    made = tensors(observations)
+    assert isinstance(made, dict)  # it is asked for only where tokens are observed
+    return made
+
+
 def _check_start(
-    start: DecisionPolicy,
-    expected: DecisionPolicy,
-    folder: Path,
-    names: tuple[str, ...] = START_FIELDS,
+    start: DecisionPolicy, expected: DecisionPolicy, folder: Path, names: tuple[str, ...] = START_FIELDS
 ) -> None:
-    """Raise ``ValueError`` if a start, of the run in a folder, is in one of these ways not as it is expected to be."""
+    """Raise ``ValueError`` if the start in a folder differs from what is expected in one of these attributes."""
     for name in names:
-        if getattr(start, name) != getattr(expected, name):
-            raise ValueError(
-                f"the policy in {folder} cannot be a start here: its {name} is {getattr(start, name)}, expected "
-                f"{getattr(expected, name)}"
-            )
+        has, needs = getattr(start, name), getattr(expected, name)
+        if has != needs:
+            raise ValueError(f"the policy in {folder} cannot be a start here: its {name} is {has}, expected {needs}")
 
 
 def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
-    """Raise ``ValueError`` if an env's actions, observations or rewards are none that the agents here take.
-
-    Where only this agent does not take them, it is a ``NotApplicableError``.
-
-    Args:
-        env: The env.
-        staged: Whether the agent takes several stages.
-    """
+    """Raise ``ValueError`` if agents cannot learn on an env, ``NotApplicableError`` if only ``staged`` ones can."""
     if env.config.action != "multi_discrete" and env.config.table is None:  # a table's masks have numbers
         raise ValueError(
             f"the agents of sd_gym decide by action=multi_discrete, got action={env.config.action}; leave it out (an "
@@ -383,22 +336,14 @@ def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
 
 
 def initial_bias(nvec: NDArray, skip_rate: float) -> torch.Tensor:
-    """Logits of all components such that each is other than 0 with ``skip_rate`` where it has two choices.
-
-    Returns:
-        float32 ``[sum(nvec)]``.
-    """
+    """Logits, float32 ``[sum(nvec)]``, that choose other than 0 with ``skip_rate`` where there are two choices."""
     return decision_logits(nvec, np.zeros(len(nvec), dtype=np.int64), 1 - skip_rate)
 
 
 def learning_bias(core: Core, skip_rate: float) -> torch.Tensor:
-    """Logits that learning begins with: each switch is skipped with ``skip_rate``, and tokens are mostly kept.
+    """Logits, float32 ``[sum(nvec)]``, that learning begins with: switches are skipped with ``skip_rate``.
 
-    At even odds, an input that has lost its tokens has mostly lost its answer too, whatever its switches do: an agent
-    is certain of them before it has seen what they do where the tokens are kept.
-
-    Returns:
-        float32 ``[sum(nvec)]``.
+    Tokens are mostly kept: an input that lost them mostly lost its answer too, which teaches nothing about switches.
     """
     bias, levels = initial_bias(core.nvec, skip_rate), int(core.nvec[-1])
     if levels > 1 and core.switch_names:  # else the last component is no token level, but the number of a mask
@@ -407,16 +352,7 @@ def learning_bias(core: Core, skip_rate: float) -> torch.Tensor:
 
 
 def decision_logits(nvec: NDArray, decision: NDArray, confidence: float) -> torch.Tensor:
-    """Logits of all components, float32 ``[sum(nvec)]``, that make ``decision``.
-
-    Args:
-        nvec: Sizes of the components.
-        decision: The choice of each component.
-        confidence: Probability of the choice where there are two.
-    """
+    """Logits, float32 ``[sum(nvec)]``, that make a decision ``[components]``; ``confidence`` is that of two choices."""
     half = 0.5 * float(np.log(confidence / (1 - confidence)))
-    choices = [
-        torch.where(torch.arange(int(size)) == int(choice), half, -half)
-        for size, choice in zip(nvec, decision, strict=True)
-    ]
-    return torch.cat(choices)
+    sizes = zip(nvec, decision, strict=True)
+    return torch.cat([torch.where(torch.arange(int(size)) == int(choice), half, -half) for size, choice in sizes])

@@ -1,4 +1,4 @@
-"""A split under decisions: what a policy decides there, what comes of it, and whether that keeps the quality."""
+"""A split under decisions: what a policy decides there, its outcomes, and whether they keep the quality."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.runs.verdict import Verdict, assured, fewest_instances
 
-from sd_gym.envs.protocols import Core, Split
-from sd_gym.envs.spaces import Observations, flat_size, token_width
+from sd_gym.envs.protocols import Core, Observations, Split
+from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.execution.passes import PASS_TOKENS
 from sd_gym.execution.scoring import AT_ONCE
 from sd_gym.policy import DecisionPolicy
@@ -23,28 +23,23 @@ BATCH = 256
 
 
 class SplitDecisions(NamedTuple):
-    """Decisions on a whole split.
-
-    Attributes:
-        decisions: ``[n, switches + 1]``.
-        flops: FLOPs of deciding, ``[n]``.
-    """
+    """Decisions on a whole split, ``[n, switches + 1]``, and the FLOPs of deciding, ``[n]``."""
 
     decisions: NDArray
     flops: NDArray
 
 
 class PolicyLike(Protocol):
-    """What can be evaluated: a ``DecisionPolicy``, or anything else that decides.
+    """What can be evaluated: a ``DecisionPolicy``, or anything else that decides."""
 
-    Attributes:
-        flops: FLOPs of one decision; ``None`` where nobody has counted them.
-    """
-
-    flops: int | None
+    @property
+    def flops(self) -> int | None:
+        """FLOPs of one decision; ``None`` where nobody has counted them."""
+        ...
 
     def decide(self, observations: Observations) -> NDArray:
         """Decisions, int64 ``[n, switches + 1]``, for ``n`` observations."""
+        ...
 
 
 def check_fits(policy: PolicyT, core: Core) -> PolicyT:
@@ -56,12 +51,11 @@ def check_fits(policy: PolicyT, core: Core) -> PolicyT:
     space, size, width = core.observation_space, policy.observation_size, policy.token_width
     if policy.channels is not None and width is None:  # of tokens alone
         size, width = 0, size
-    shown, reads = _describe(flat_size(space), token_width(space)), _describe(size, width)
     for what, has, needs in (
         ("decides on components", policy.nvec, core.nvec.tolist()),
         ("decides on the switches", policy.switches, core.switch_names),
         ("decides at the stages", policy.stages, core.stages),
-        ("reads", reads, shown),
+        ("reads", _describe(size, width), _describe(flat_size(space), token_width(space))),
     ):
         if has != needs:
             raise ValueError(f"the policy {what} {has}, but {core.config.id} has {needs}")
@@ -75,26 +69,20 @@ def _describe(flat: int, width: int | None) -> str:
 
 
 def decide_and_score(core: Core, policy: PolicyLike, split: Split, rows: NDArray | None = None) -> dict[str, NDArray]:
-    """Walk a split once, in order, with the policy's decisions.
-
-    Args:
-        core: Scores the decisions.
-        policy: Makes them.
-        split: Where the instances are.
-        rows: Which of them, ``[n]``; ``None``: all.
+    """Decide on rows of a split (``None``: all), once, in order, and score the decisions.
 
     Returns:
         ``decision`` ``[n, switches + 1]``, ``quality``, ``quality_ref`` and ``flops_ratio`` ``[n]``.
     """
     rows = np.arange(len(split)) if rows is None else rows
     if core.is_staged:  # what was run to look is not run again to score
-        return _score(core, split, rows, lambda part: core.walk(split, rows[part], policy.decide))
+        return _score(core, split, rows, lambda part: core.rollout(split, rows[part], policy.decide))
     return score_decisions(core, split, rows, decide_rows(core, policy, split, rows))
 
 
 def decide_rows(core: Core, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray:
     """A policy's decisions ``[n, switches + 1]`` on ``rows [n]``."""
-    return np.concatenate([core.walk(split, part, policy.decide)[0] for part in observation_batches(core, rows)])
+    return np.concatenate([core.rollout(split, part, policy.decide)[0] for part in observation_batches(core, rows)])
 
 
 def observation_batches(core: Core, rows: NDArray) -> list[NDArray]:
@@ -110,32 +98,32 @@ def _batch(core: Core) -> int:
 
 
 def decision_flops(core: Core, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray:
-    """FLOPs of deciding on rows, ``[n]``: the policy's, as far as they are known, and those of all that it looks at."""
-    looking = core.stage_observation.judging_flops(split, rows) if core.is_staged else 0
+    """FLOPs of deciding on rows, ``[n]``: the policy's, as far as they are known, and those of all that it observes."""
+    observing = core.stage_observation.judging_flops(split, rows) if core.is_staged else 0
     if core.config.table is not None and not getattr(policy, "blind", False):
-        looking = looking + core.observation.flops
+        observing = observing + core.observation.flops
     if isinstance(policy, DecisionPolicy):
         tokens = np.minimum(split.encoded.source_length[rows], core.config.backbone.max_source_length)
-        looking = looking + policy.flops_a_token * tokens
-    return np.full(len(rows), policy.flops or 0) + looking
+        observing = observing + policy.flops_a_token * tokens
+    return np.full(len(rows), policy.flops or 0) + observing
 
 
 def score_decisions(core: Core, split: Split, rows: NDArray, decisions: NDArray) -> dict[str, NDArray]:
-    """What comes of given decisions ``[n, switches + 1]`` on ``rows [n]``; as ``decide_and_score`` returns it."""
+    """Outcomes of given decisions ``[n, switches + 1]`` on ``rows [n]``, as ``decide_and_score`` returns them."""
     return _score(core, split, rows, lambda part: (decisions[part], None))
 
 
 def _score(
-    core: Core, split: Split, rows: NDArray, decided: Callable[[NDArray], tuple[NDArray, PassState | None]]
+    core: Core, split: Split, rows: NDArray, decide: Callable[[NDArray], tuple[NDArray, PassState | None]]
 ) -> dict[str, NDArray]:
-    """As ``decide_and_score``; ``decided`` gives the decisions at some positions in ``rows``, and what was seen."""
+    """Outcomes; ``decide`` gives the decisions at some positions in ``rows``, and the state of the pass there."""
     # Batches of similar length waste little on padding; results are put back in order.
     order = np.argsort(split.encoded.source_length[rows], kind="stable")
     results = []
     size = _batch(core) if core.is_staged else AT_ONCE
     for part in np.split(order, range(size, len(order), size)):
-        decisions, seen = decided(part)
-        outcome = core.score(split, rows[part], decisions, seen)
+        decisions, state = decide(part)
+        outcome = core.score(split, rows[part], decisions, state)
         results.append((core.to_masks(decisions), outcome.quality, outcome.quality_ref, outcome.flops_ratio))
     back = np.argsort(order)
     names = ("decision", "quality", "quality_ref", "flops_ratio")
@@ -146,15 +134,14 @@ def _score(
 
 def halves(split: Split) -> tuple[NDArray, NDArray]:
     """The rows that curves are of, and that searches may use; and those that no search has seen."""
-    rows = np.arange(len(split))
-    return rows[: (len(split) + 1) // 2], rows[(len(split) + 1) // 2 :]
+    first, second = np.array_split(np.arange(len(split)), 2)
+    return first, second
 
 
 def keeps_quality(core: Core, scored: dict[str, NDArray], strictness: float) -> bool:
-    """Whether a policy that was scored on rows of the validation split will be seen to keep the quality in the test.
+    """Whether a policy that was scored on validation rows will be shown to keep the quality in the test.
 
-    Of the test split only the size is known here; where it is too small to tell anything, another sample like this one
-    stands for it.
+    Of the test split only the size is known here; if it is too small to tell, a sample as large as this stands for it.
     """
     quality, quality_ref, epsilon = scored["quality"], scored["quality_ref"], core.config.reward.epsilon
     size = len(core.split("test"))

@@ -5,14 +5,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
-from sd_gym.agents.learning.agent import INFO_KEYS, Agent, OnRollout, Rollout, learning_bias
+from pydantic import Field
+from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, learning_bias
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -21,10 +22,12 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from torch import nn
 
+from sd_gym.envs.protocols import Observations
 from sd_gym.envs.sb3 import SwitchableVecEnv
-from sd_gym.envs.spaces import Observations, flat_size, token_width
+from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.files import write_tensors
 from sd_gym.policy import HIDDEN, DecisionPolicy, PerStageMLP, blinded, own_network
 from sd_gym.policy.token_encoder import TokenEncoder
@@ -37,12 +40,7 @@ LOGGED_DECISIONS = 1024  # about so many between two points of a curve, whatever
 
 
 class BlindVecEnv(VecEnvWrapper):
-    """A ``VecEnv`` whose observations say nothing of the input.
-
-    Args:
-        env: The env.
-        stages: Names of its stages.
-    """
+    """A ``VecEnv`` whose observations show nothing of the input, but its stage where there are several ``stages``."""
 
     def __init__(self, env: VecEnv, stages: list[str]) -> None:
         super().__init__(env)
@@ -50,42 +48,38 @@ class BlindVecEnv(VecEnvWrapper):
 
     def reset(self) -> Observations:
         """The first observations, blinded."""
-        return blinded(self.venv.reset(), self.stages)
+        return self._blinded(self.venv.reset())
 
-    def step_wait(self) -> tuple[Observations, NDArray, NDArray, list[dict[str, Any]]]:
+    def step_wait(self) -> VecEnvStepReturn:
         """The step with blinded observations."""
         observations, rewards, dones, infos = self.venv.step_wait()
-        return blinded(observations, self.stages), rewards, dones, infos
+        return self._blinded(observations), rewards, dones, infos
+
+    def _blinded(self, observations: VecEnvObs) -> Observations:
+        assert not isinstance(observations, tuple)  # no space of ours is a tuple
+        return blinded(observations, self.stages)
 
 
 class StageConditioned(nn.Module):
-    """A body whose output tells the stage as well, which its input begins with.
-
-    Args:
-        body: From observations ``[n, features]``.
-        stages: How many there are.
-    """
+    """A body whose output begins with the stage, one-hot, as its input does: ``[n, stages + width]``."""
 
     def __init__(self, body: nn.Module, stages: int) -> None:
         super().__init__()
         self.body, self.stages = body, stages
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        """``[n, stages + width]``."""
+        """``[n, features]`` to ``[n, stages + width]``."""
         return torch.cat([observations[:, : self.stages], self.body(observations)], dim=1)
 
 
 class StageHead(nn.Module):
     """Logits of an action at each row's stage, out of those of all switches.
 
-    What a stage has not can only be left alone: it is drawn with certainty, and adds nothing to log-probabilities and
-    entropy.
-
-    Args:
-        head: To the logits of all components of a decision.
-        places: For each stage, where in them an action's choices are; behind them stand a choice that is certain, and
-            one that is never made, int64 ``[stages, choices]``.
+    What a stage does not decide is chosen with certainty, and adds nothing to log-probabilities and entropy. ``places``
+    is where an action's choices stand in the logits of ``head``, int64 ``[stages, choices]`` (``Steps.of_logits``).
     """
+
+    places: torch.Tensor
 
     def __init__(self, head: nn.Module, places: NDArray) -> None:
         super().__init__()
@@ -93,7 +87,7 @@ class StageHead(nn.Module):
         self.register_buffer("places", torch.from_numpy(places), persistent=False)
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        """``[n, stages + width]`` as of ``StageConditioned`` to ``[n, choices]``."""
+        """``[n, stages + width]``, of ``StageConditioned``, to ``[n, choices]``."""
         stages = len(self.places)
         logits = self.head(latent[:, stages:])
         certain = logits.new_tensor([0.0, NEVER]).expand(len(logits), 2)
@@ -101,33 +95,25 @@ class StageHead(nn.Module):
 
 
 class TokenExtractor(BaseFeaturesExtractor):
-    """The library's place for a token encoder; actor and critic each have their own.
-
-    Args:
-        observation_space: That of tokens.
-        channels: Of the token encoder.
-    """
+    """A token encoder of so many channels as the library's features extractor; actor and critic each have their own."""
 
     def __init__(self, observation_space: gym.spaces.Dict, channels: int) -> None:
-        encoder = TokenEncoder(token_width(observation_space), channels, beside=flat_size(observation_space))
+        width = token_width(observation_space)
+        assert width is not None  # it is made only where tokens are observed
+        encoder = TokenEncoder(width, channels, beside=flat_size(observation_space))
         super().__init__(observation_space, features_dim=encoder.size)
         self.token_encoder = encoder
 
     def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
-        """As of ``TokenEncoder``."""
+        """Features ``[n, size]``; see ``TokenEncoder``."""
         return self.token_encoder(observations)
 
 
 class DecisionActorCritic(ActorCriticPolicy):
     """The library's policy with an actor that has the logits of a whole decision; the critic is the usual one.
 
-    Args:
-        network: Name of a registered network, as the actor; ``None``: the library's hidden layers.
-        places: As ``StageHead`` takes them, where an env has several stages; else ``None``.
-        n_logits: Of a whole decision.
-        per_stage: Whether each stage has hidden layers of its own.
-        args: As of the library's policy.
-        kwargs: As of the library's policy.
+    ``network`` is the name of a registered one, as the actor; else it has the library's hidden layers, of each stage if
+    ``per_stage``. ``places`` is that of ``StageHead``, where an env has several stages.
     """
 
     def __init__(
@@ -150,15 +136,16 @@ class DecisionActorCritic(ActorCriticPolicy):
             self.init_weights(head, gain=0.01)  # as the library does
         if places is not None:
             body, head = StageConditioned(body, len(places)), StageHead(head, places)
-        self.mlp_extractor.policy_net, self.action_net = body, head
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+        self.mlp_extractor.policy_net = body  # pyright: ignore[reportAttributeAccessIssue]  # it only calls it
+        self.action_net, rate = head, lr_schedule(1)
+        self.optimizer = self.optimizer_class(self.parameters(), lr=rate, **self.optimizer_kwargs)  # pyright: ignore[reportCallIssue]  # all torch optimizers take it
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), **self.own}
 
 
 class _DecisionLogger(Logger):
-    """A logger whose points stand at the decisions that were made, where each takes several of the library's steps."""
+    """A logger that counts decisions, where each takes several of the library's steps."""
 
     def __init__(self, logger: Logger, stages: int) -> None:
         vars(self).update(vars(logger))
@@ -209,14 +196,17 @@ class _RolloutCallback(BaseCallback):
             self._finished = None
 
 
-class SB3Agent(Agent):
-    """An on-policy algorithm of Stable-Baselines3; subclasses choose which.
+class SB3Settings(LearnerSettings):
+    """Settings of the library's algorithms; a rollout is ``num_envs * n_steps`` decisions."""
 
-    Where an env has several stages each is a step of the library, and a rollout has all steps of its decisions.
+    n_steps: int = Field(1, ge=1)
 
-    Attributes:
-        stages: Steps of a decision.
-    """
+
+SB3SettingsT = TypeVar("SB3SettingsT", bound=SB3Settings)
+
+
+class SB3Agent(Agent[SB3SettingsT]):
+    """An on-policy algorithm of Stable-Baselines3; subclasses choose which. Each of several stages is a step of it."""
 
     staged = True
 
@@ -235,7 +225,7 @@ class SB3Agent(Agent):
                     theirs.load_state_dict(ours.state_dict())
             else:
                 bias = learning_bias(self.env.core, self.settings.initial_skip_rate)
-                self._actor()[-1].bias.copy_(bias)
+                self._actor()[-1].get_parameter("bias").copy_(bias)
 
     def _reward_env(self) -> VectorEnv:
         """The env whose rewards are learned from: the agent's own, or a wrapper around it."""
@@ -247,32 +237,28 @@ class SB3Agent(Agent):
 
     def _common(self, vec_env: VecEnv) -> dict[str, Any]:
         """Arguments that the algorithms share. An episode is one decision, so nothing is discounted."""
-        network, core = self.settings.network, self.env.core
-        own: dict[str, Any] = {}
+        settings, core = self.settings, self.env.core
         policy = "MlpPolicy" if self.channels is None else "MultiInputPolicy"
-        if network is not None or core.is_staged:
-            places, n_logits = core.steps.of_logits()
-            places = places if core.is_staged else None
-            own = {"network": network, "places": places, "n_logits": n_logits, "per_stage": self.per_stage}
-        encoder: dict[str, Any] = {}
+        own: dict[str, Any] = {}
+        if settings.network is not None or core.is_staged:
+            policy, (places, n_logits) = DecisionActorCritic, core.steps.of_logits()
+            own = {"network": settings.network, "places": places if core.is_staged else None}
+            own |= {"n_logits": n_logits, "per_stage": self.per_stage}
         if self.channels is not None:
-            encoder = {
-                "features_extractor_class": TokenExtractor,
-                "features_extractor_kwargs": {"channels": self.channels},
-            }
-            encoder["share_features_extractor"] = False
+            own |= {"features_extractor_class": TokenExtractor, "share_features_extractor": False}
+            own["features_extractor_kwargs"] = {"channels": self.channels}
         return {
-            "policy": DecisionActorCritic if own else policy,
+            "policy": policy,
             "env": vec_env,
-            "learning_rate": LinearSchedule(self.settings.learning_rate, 0.0, 1.0),
-            "n_steps": self.settings.n_steps * self.stages,
+            "learning_rate": LinearSchedule(settings.learning_rate, 0.0, 1.0),
+            "n_steps": settings.n_steps * self.stages,
             # The library averages over its last episodes: as many as a rollout has, as in all agents.
-            "stats_window_size": vec_env.num_envs * self.settings.n_steps,
+            "stats_window_size": vec_env.num_envs * settings.n_steps,
             "gamma": 1.0,
             "gae_lambda": 1.0,
-            "ent_coef": self.settings.entropy,
+            "ent_coef": settings.entropy,
             "vf_coef": VALUE_WEIGHT,
-            "policy_kwargs": {"net_arch": {"pi": [HIDDEN, HIDDEN], "vf": [HIDDEN, HIDDEN]}, **own, **encoder},
+            "policy_kwargs": {"net_arch": {"pi": [HIDDEN, HIDDEN], "vf": [HIDDEN, HIDDEN]}, **own},
             "seed": self.seed,
             "device": "cpu",
         }
@@ -284,8 +270,10 @@ class SB3Agent(Agent):
     def _actor(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         """What corresponds to ``DecisionPolicy``'s token encoder, body and head."""
         policy = self.algorithm.policy
-        body, head = policy.mlp_extractor.policy_net, policy.action_net
-        body, head = (body.body, head.head) if self.env.core.is_staged else (body, head)
+        body: nn.Module = policy.mlp_extractor.policy_net
+        head: nn.Module = policy.action_net
+        if isinstance(body, StageConditioned) and isinstance(head, StageHead):
+            body, head = body.body, head.head
         return getattr(policy.pi_features_extractor, "token_encoder", nn.Identity()), body, head
 
     def before_update(self, infos: dict[str, NDArray]) -> None:
@@ -316,13 +304,14 @@ class SB3Agent(Agent):
     def state(self) -> dict[str, Any]:
         """Weights, optimizers, counters, the random states that the library draws from, and the env's state."""
         algorithm = self.algorithm
-        _, keys, position, *gauss = np.random.get_state()  # noqa: NPY002  (what the library shuffles with)
+        shuffling = np.random.get_state(legacy=False)  # noqa: NPY002  (what the library shuffles with)
+        keys, position = shuffling["state"].values()
         return {
             "parameters": algorithm.get_parameters(),
             "steps": algorithm.num_timesteps,
             "updates": algorithm._n_updates,
             "torch": torch.get_rng_state(),
-            "numpy": (torch.from_numpy(keys.astype(np.int64)), position, *gauss),
+            "numpy": (torch.from_numpy(keys.astype(np.int64)), position, shuffling["has_gauss"], shuffling["gauss"]),
             "env": self.env.state(),
         }
 
@@ -331,8 +320,8 @@ class SB3Agent(Agent):
         algorithm = self.algorithm
         algorithm.set_parameters(state["parameters"])
         algorithm.num_timesteps, algorithm._n_updates = state["steps"], state["updates"]
-        # Making the env ready draws instances and random numbers, which the loaded states then take back.
-        algorithm._last_obs = algorithm.env.reset()
+        assert algorithm.env is not None  # it was made with one
+        algorithm.env.reset()  # what it draws is taken back by the loaded states
         observations = self.env.load_state(state["env"])
         algorithm._last_obs = blinded(observations, self.env.core.stages) if self.blind else observations
         algorithm._last_episode_starts = np.ones(algorithm.n_envs, dtype=bool)
@@ -341,9 +330,8 @@ class SB3Agent(Agent):
         torch.set_rng_state(state["torch"])
 
     def save_extra(self, folder: Path) -> None:
-        """Write ``sb3.safetensors``: the parameters of the library's own policy, the critic's too.
+        """Write ``sb3.safetensors``, the parameters of the library's own policy, the critic's too.
 
-        They are read without running any code, as ``PPO.load`` of a zip would: ``model = PPO("MlpPolicy", vec_env)``,
-        then ``model.policy.load_state_dict(safetensors.torch.load_file(file))``.
+        ``model = PPO("MlpPolicy", vec_env)``; ``model.policy.load_state_dict(safetensors.torch.load_file(file))``.
         """
         write_tensors(folder / "sb3.safetensors", self.algorithm.policy.state_dict())

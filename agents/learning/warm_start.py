@@ -1,4 +1,4 @@
-"""A warm start of several stages from a policy of one: what later stages see less is taught what it said."""
+"""A warm start of several stages from a policy of one: later stages, which see less, learn to repeat its logits."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sd_gym.agents.learning.decisions import observation_batches
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sd_gym.envs.protocols import Core, Split
+from sd_gym.envs.protocols import Core, Observations, Split
 from sd_gym.policy import DecisionPolicy
 
 STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 1000, 128, 1e-3, 1e-2  # of each stage
@@ -17,78 +18,76 @@ STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 1000, 128, 1e-3, 1e-2  # of each sta
 def staged_from_single(
     start: DecisionPolicy, staged: DecisionPolicy, core: Core, split: Split, rows: NDArray
 ) -> DecisionPolicy:
-    """Have a policy of several stages decide as one that decides before the first layer.
+    """Have a policy of several stages decide as one that decides before the first layer, on pooled states.
 
     At the first stage it is the same network. A later stage no longer sees what that saw, so its own hidden layers
-    learn the logits that were said of its switches from what the pass shows there, under the decisions before it.
-
-    Args:
-        start: Decides at the first stage, on pooled states.
-        staged: Untrained, ``per_stage``; it is changed.
-        core: The env's core.
-        split: Where the instances are that the later stages learn on.
-        rows: Their rows, ``[n]``.
+    learn the logits of its switches from what the pass shows there, under the decisions before it, on ``rows [n]`` of a
+    split. ``staged``, untrained and ``per_stage``, is changed.
     """
-    first, shown = staged.body.of_stage[0], len(staged.stages) + 1  # numbers in front of what the stage shows
-    seen = slice(shown, shown + start.observation_size)
+    first, *later = _layers_of_stages(staged)
+    before = len(staged.stages) + 1  # numbers in front of what the stage shows
+    pooled = slice(before, before + start.observation_size)
+    _copy_layers(start, first, pooled)
     with torch.no_grad():
-        first.load_state_dict({**start.body.state_dict(), "0.weight": first[0].weight})
-        first[0].weight.zero_()
-        first[0].weight[:, seen] = start.body[0].weight
         staged.head.load_state_dict(start.head.state_dict())
-    observations: list[list[torch.Tensor]] = [[] for _ in staged.stages]
-    said = []
+    observed: list[list[Tensor]] = [[] for _ in staged.stages]
+    logits_of: list[Tensor] = []
     for part in observation_batches(core, rows):
-        said.append(_walked(start, core, split, part, seen, observations))
-    wanted = torch.cat(said)
-    later = zip(staged.body.of_stage[1:], observations[1:], core.steps.components[1:], strict=True)
-    for layers, looked, components in later:
-        own = np.isin(np.repeat(np.arange(len(core.nvec)), core.nvec), components)
-        inputs, chosen = torch.cat(looked), torch.from_numpy(own)
+        logits_of.append(_rollout(start, core, split, part, pooled, observed))
+    wanted = torch.cat(logits_of)
+    component = np.repeat(np.arange(len(core.nvec)), core.nvec)  # of each logit
+    for layers, of_stage, components in zip(later, observed[1:], core.steps.components[1:], strict=True):
+        inputs, own = torch.cat(of_stage), torch.from_numpy(np.isin(component, components))
         optimizer = torch.optim.AdamW(layers.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         for _ in range(STEPS):
             picked = torch.randint(len(inputs), (BATCH,))
-            logits = staged.head(layers(inputs[picked]))[:, chosen]
+            logits = staged.head(layers(inputs[picked]))[:, own]
             optimizer.zero_grad()
-            F.mse_loss(logits, wanted[picked][:, chosen]).backward()
+            F.mse_loss(logits, wanted[picked][:, own]).backward()
             optimizer.step()
     return staged.eval()
 
 
-@torch.no_grad()
 def staged_from_tokens(start: DecisionPolicy, staged: DecisionPolicy) -> DecisionPolicy:
     """Have a policy of several stages decide just as one that decides at once on tokens, which all stages show.
 
-    Args:
-        start: Decides before the first layer, on tokens.
-        staged: Untrained, ``per_stage``, with as many channels; it is changed.
+    ``staged``, untrained and ``per_stage``, has as many channels; it is changed.
     """
     staged.token_encoder.load_state_dict(start.token_encoder.state_dict())
     staged.head.load_state_dict(start.head.state_dict())
-    for layers in staged.body.of_stage:
-        layers.load_state_dict({**start.body.state_dict(), "0.weight": layers[0].weight})
-        layers[0].weight.zero_()
-        layers[0].weight[:, staged.observation_size :] = start.body[0].weight  # what it makes of tokens comes last
+    for layers in _layers_of_stages(staged):
+        _copy_layers(start, layers, slice(staged.observation_size, None))  # features of tokens come last
     return staged.eval()
 
 
+def _layers_of_stages(staged: DecisionPolicy) -> list[nn.Module]:
+    return list(staged.body.get_submodule("of_stage").children())
+
+
 @torch.no_grad()
-def _walked(
-    start: DecisionPolicy,
-    core: Core,
-    split: Split,
-    rows: NDArray,
-    seen: slice,
-    observations: list[list[torch.Tensor]],
-) -> torch.Tensor:
-    """The logits ``[n, logits]`` of ``start`` on rows; what each stage shows under its decisions is added to a list."""
-    said, stage = [], iter(observations)
+def _copy_layers(start: DecisionPolicy, layers: nn.Module, columns: slice) -> None:
+    """Give a stage the hidden layers of ``start``, which see these columns of what the stage sees."""
+    weight = layers.get_parameter("0.weight")
+    layers.load_state_dict({**start.body.state_dict(), "0.weight": weight})
+    weight.zero_()
+    weight[:, columns] = start.body.get_parameter("0.weight")
 
-    def decide(observed: NDArray) -> NDArray:
-        next(stage).append(torch.from_numpy(observed))
-        if not said:
-            said.append(start(torch.from_numpy(observed[:, seen])))
-        return start.choose(said[0]).numpy()
 
-    core.walk(split, rows, decide)
-    return said[0]
+@torch.no_grad()
+def _rollout(
+    start: DecisionPolicy, core: Core, split: Split, rows: NDArray, pooled: slice, observed: list[list[Tensor]]
+) -> Tensor:
+    """Logits ``[n, logits]`` of ``start`` on rows; what the stages show under its decisions goes to ``observed``."""
+    logits, stage = torch.zeros(0), iter(observed)
+
+    def decide(observations: Observations) -> NDArray:
+        nonlocal logits
+        assert not isinstance(observations, dict)  # pooled states are flat
+        of_stage = torch.from_numpy(observations)
+        next(stage).append(of_stage)
+        if not len(logits):
+            logits = start(of_stage[:, pooled])
+        return start.choose(logits).numpy()
+
+    core.rollout(split, rows, decide)
+    return logits

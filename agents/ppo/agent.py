@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from pydantic import Field
 from sd_gym.agents.learning.agent import LearnerSettings
-from sd_gym.agents.learning.sb3 import SB3Agent
+from sd_gym.agents.learning.sb3 import SB3Agent, SB3Settings
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
 
 
-class PPOSettings(LearnerSettings):
-    """Settings of PPO; a rollout is ``num_envs * n_steps`` decisions: small ones, for many updates.
+class PPOSettings(SB3Settings):
+    """Settings of PPO; ``n_steps`` and ``batch_size`` count decisions, whatever number of stages each is made at.
 
-    A rollout is one minibatch. Advantages are normalised by the minibatch, and in a small one a lost instance, which is
-    rare, weighs less than its reward says. ``n_steps`` and ``batch_size`` count decisions, whatever number of stages
-    each is made at.
+    A rollout is small, for many updates, and one minibatch: advantages are normalised by the minibatch, and in a small
+    one a lost instance, which is rare, weighs less than its reward says.
     """
 
     space: ClassVar = LearnerSettings.space | {
@@ -28,18 +27,19 @@ class PPOSettings(LearnerSettings):
 
     num_envs: int = Field(256, ge=1)
     learning_rate: float = Field(2e-3, gt=0)
-    n_steps: int = Field(1, ge=1)
     batch_size: int = Field(256, ge=2)
     n_epochs: int = Field(4, ge=1)
     clip_range: float = Field(0.2, gt=0)
 
 
-class PPOAgent(SB3Agent):
+PPOSettingsT = TypeVar("PPOSettingsT", bound=PPOSettings)
+
+
+class PPOAgent(SB3Agent[PPOSettingsT]):
     """Proximal policy optimisation (Schulman et al. 2017, equation 7)."""
 
     Settings = PPOSettings
     refining_rate = 2e-4
-    settings: PPOSettings
     Algorithm: ClassVar[type[PPO]] = PPO
 
     def _make_algorithm(self, vec_env: VecEnv) -> PPO:

@@ -11,46 +11,40 @@ from pydantic import Field
 from sd_gym.agents.ppo.agent import PPOAgent, PPOSettings
 from stable_baselines3 import PPO
 from torch import nn
+from torch.nn import functional as F
 
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.policy import HIDDEN
 from sd_gym.policy.batches import tensors
+from sd_gym.policy.layers import hidden_layers
 from sd_gym.policy.token_encoder import TokenEncoder
 
-MEMORY = 512  # decisions over which the quality loss is averaged; over more, it hears too late of what it has done
+MEMORY = 512  # decisions over which the quality loss is averaged; over more, a violation is noticed too late
 CRITIC_EPOCHS = 4
 
 
 class RectifiedPPO(PPO):
     """PPO that learns from the savings while the quality is kept, and from the quality alone while it is not.
 
-    Constraint-rectified policy optimisation (CRPO, Xu, Liang and Lan 2021, algorithm 1). There are two value
-    heads: the library's own learns the savings, ``loss_critic`` the quality
-    loss; the advantage is that of savings where the mean loss is within the limit, else that of less loss. The env's
-    own reward plays no part.
-
-    Attributes:
-        limit: Mean quality that may be lost.
-        memory: Steps over which the quality loss is averaged.
-        savings: ``1 - flops_ratio`` of the rollout, ``[steps, envs]``; set before each update.
-        losses: ``quality_ref - quality`` of the rollout, ``[steps, envs]``; set before each update.
-        mean_loss: Running mean of the quality loss; NaN before the first update.
+    Constraint-rectified policy optimisation (CRPO, Xu, Liang and Lan 2021, algorithm 1). The library's own value head
+    learns the savings, ``loss_critic`` the quality loss. The advantage is that of savings where the mean loss is within
+    the limit, else that of less loss. The env's own reward plays no part.
     """
 
-    limit: float = 0.0
-    memory: int = MEMORY
-    savings: NDArray
-    losses: NDArray
+    limit: float = 0.0  # mean quality that may be lost
+    memory: int = MEMORY  # steps over which the quality loss is averaged
+    savings: NDArray  # 1 - flops_ratio of the rollout, [steps, envs]; set before each update
+    losses: NDArray  # quality_ref - quality of the rollout, [steps, envs]; set before each update
+    mean_loss: float  # running mean of the quality loss; NaN before the first update
 
     def _setup_model(self) -> None:
         super()._setup_model()
         self.mean_loss = float("nan")
-        width, flat = token_width(self.observation_space), flat_size(self.observation_space)
-        encoder = [] if width is None else [TokenEncoder(width, beside=flat)]
-        size = flat if width is None else encoder[0].size
-        self.loss_critic = nn.Sequential(
-            *encoder, nn.Linear(size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1)
-        ).to(self.device)
+        width, size = token_width(self.observation_space), flat_size(self.observation_space)
+        encoders = [] if width is None else [TokenEncoder(width, beside=size)]
+        for encoder in encoders:
+            size = encoder.size
+        self.loss_critic = nn.Sequential(*encoders, *hidden_layers(size, HIDDEN), nn.Linear(HIDDEN, 1)).to(self.device)
         self.loss_optimizer = torch.optim.Adam(self.loss_critic.parameters(), lr=self.lr_schedule(1))
 
     def train(self) -> None:
@@ -60,17 +54,22 @@ class RectifiedPPO(PPO):
         self.mean_loss = before + share * (float(self.losses.mean()) - before)
         violated = self.mean_loss > self.limit
         buffer = self.rollout_buffer
-        seen = buffer.observations
-        seen = {name: one.reshape(-1, *one.shape[2:]) for name, one in seen.items()} if isinstance(seen, dict) else seen
-        observations = tensors(seen, self.device)
+        inputs = buffer.observations
+        if isinstance(inputs, dict):
+            inputs = {name: values.reshape(-1, *values.shape[2:]) for name, values in inputs.items()}
+        observations = tensors(inputs, self.device)
         losses = torch.as_tensor(self.losses, dtype=torch.float32, device=self.device)
+
+        def predicted() -> torch.Tensor:
+            return self.loss_critic(observations)[..., 0].view_as(losses)
+
         with torch.no_grad():
-            expected = self.loss_critic(observations)[..., 0].view_as(losses).cpu().numpy()
+            less_loss = predicted().cpu().numpy() - self.losses
         buffer.returns = self.savings.astype(np.float32)
-        less_loss, more_savings = expected - self.losses, self.savings - buffer.values
-        buffer.advantages = (less_loss if violated else more_savings).astype(np.float32)
+        buffer.advantages = (less_loss if violated else self.savings - buffer.values).astype(np.float32)
+        error = torch.zeros(())
         for _ in range(CRITIC_EPOCHS):
-            error = nn.functional.mse_loss(self.loss_critic(observations)[..., 0].view_as(losses), losses)
+            error = F.mse_loss(predicted(), losses)
             self.loss_optimizer.zero_grad()
             error.backward()
             self.loss_optimizer.step()
@@ -83,16 +82,13 @@ class RectifiedPPO(PPO):
         modules, variables = super()._get_torch_save_params()
         return [*modules, "loss_critic", "loss_optimizer"], variables
 
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "loss_critic", "loss_optimizer", "savings", "losses"]
-
 
 class PPOLexSettings(PPOSettings):
     """Settings of PPO and of its constraint.
 
     Attributes:
-        limit: What drawn decisions may lose at first, of the env's epsilon; it falls to nothing in a straight line.
-            Drawn decisions lose more than the most probable ones, which are what counts in the end.
+        limit: What drawn decisions may lose at first, of the env's epsilon; it falls to 0 in a straight line. Drawn
+            decisions lose more than the most probable ones, which are what counts in the end.
     """
 
     space: ClassVar = PPOSettings.space | {"limit": (0.5, 4.0)}
@@ -100,11 +96,10 @@ class PPOLexSettings(PPOSettings):
     limit: float = Field(1.5, gt=0, allow_inf_nan=False)
 
 
-class PPOLexAgent(PPOAgent):
+class PPOLexAgent(PPOAgent[PPOLexSettings]):
     """PPO that restores the quality while it is violated and saves while it is not (``RectifiedPPO``)."""
 
     Settings = PPOLexSettings
-    settings: PPOLexSettings
     Algorithm = RectifiedPPO
     algorithm: RectifiedPPO
 
@@ -112,16 +107,16 @@ class PPOLexAgent(PPOAgent):
         return [*super()._networks(), self.algorithm.loss_critic]
 
     def before_update(self, infos: dict[str, NDArray]) -> None:
-        """Hand the two streams over."""
-        left = self.algorithm._current_progress_remaining  # from 1 to 0, as of the learning rate
-        self.algorithm.limit = self.settings.limit * left * self.env.config.reward.epsilon
+        """Hand over the savings and the losses."""
+        progress_left = self.algorithm._current_progress_remaining  # from 1 to 0, like the learning rate
+        self.algorithm.limit = self.settings.limit * progress_left * self.env.config.reward.epsilon
         self.algorithm.memory = MEMORY * self.stages
-        # What comes of a decision is the return of each of its steps.
+        # Each step of a decision has its return.
         self.algorithm.savings = np.repeat(1 - infos["flops_ratio"], self.stages, axis=0)
         self.algorithm.losses = np.repeat(infos["quality_ref"] - infos["quality"], self.stages, axis=0)
 
     def state(self) -> dict[str, Any]:
-        """Also the running mean of the loss."""
+        """The agent's state and the running mean of the loss."""
         return {**super().state(), "mean_loss": self.algorithm.mean_loss}
 
     def load_state(self, state: dict[str, Any]) -> None:

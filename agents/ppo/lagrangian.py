@@ -17,19 +17,19 @@ class PPOLagrangianSettings(PPOSettings):
     """Settings of PPO and of its multiplier.
 
     Attributes:
-        multiplier_rate: How fast the multiplier, which starts at the env's ``penalty``, moves a decision.
-        limit: Share of the env's epsilon that may be lost: who loses all of it will not be shown to keep the quality.
+        multiplier_rate: How fast the multiplier, which starts at the env's ``penalty``, moves per decision.
+        limit: Share of the env's epsilon that may be lost: a policy that loses all of it is not shown to keep the
+            quality.
     """
 
     multiplier_rate: float = Field(MULTIPLIER_RATE, ge=0)
     limit: float = Field(0.5, gt=0, le=1)
 
 
-class PPOLagrangianAgent(PPOAgent):
+class PPOLagrangianAgent(PPOAgent[PPOLagrangianSettings]):
     """PPO on a Lagrangian (Ray, Achiam and Amodei 2019, section 5); the env's own reward plays no part."""
 
     Settings = PPOLagrangianSettings
-    settings: PPOLagrangianSettings
 
     def _reward_env(self) -> VectorEnv:
         self._wrapper = LagrangianVectorWrapper(self.env, rate=self.settings.multiplier_rate)
@@ -38,7 +38,7 @@ class PPOLagrangianAgent(PPOAgent):
 
     @property
     def multiplier(self) -> float:
-        """The one in force."""
+        """The multiplier in force."""
         return self._wrapper.lagrangian.multiplier
 
     def before_update(self, infos: dict[str, NDArray]) -> None:
@@ -46,7 +46,7 @@ class PPOLagrangianAgent(PPOAgent):
         self.algorithm.logger.record("train/multiplier", self.multiplier)
 
     def state(self) -> dict[str, Any]:
-        """Also the multiplier."""
+        """The agent's state and the multiplier."""
         return {**super().state(), "multiplier": self.multiplier}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -1,16 +1,15 @@
 """REINFORCE (Williams 1992) under the dynamic barrier; reads from top to bottom.
 
-For each drawn instance several decisions are sampled. Two gradients come of them: that of the FLOPs,
+For each drawn instance several decisions are sampled. They give two gradients: that of the FLOPs,
 ``E[grad log pi(a|x) * A_flops]``, and that of the quality loss, both advantages as losses minus a baseline, the mean of
 the other samples for the same instance (Kool et al. 2019). The barrier says how much the second weighs (Zhang et al.
-2024, section 3.3): while the quality is kept the FLOPs fall as they like, and the nearer the limit the less of it.
+2024, section 3.3): while the quality is kept the FLOPs may fall, and the nearer the limit the less.
 
 A lost instance is rare and blames all that its decision skipped, so the gradient of the quality loss is nearly all
-noise. The FLOPs of a decision are known without running it. So a network learns to foresee the quality loss as well,
-from all that was scored so far, and the gradients are taken over many decisions that nobody runs; what the backbone
-runs is what the policy would do, a few decisions at a time, from which the foresight goes on learning and by which the
-barrier judges. (A critic of actions, as in the model-based methods of contextual bandits; with ``foresight=False`` the
-gradients come of the few decisions themselves.)
+noise. The FLOPs of a decision are known without running it. So a network learns to foresee the quality loss, from all
+that was scored so far, and the gradients are taken over many decisions that are never run. The backbone runs a few
+decisions of the policy at a time; the foresight learns from them, and the barrier judges by them. (A critic of actions,
+as in the model-based methods of contextual bandits; with ``foresight=False`` the few decisions give the gradients.)
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ from sd_gym.agents.reinforce.staged_foresight import LEARNING_STARTS, StagedFore
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
-from sd_gym.envs.protocols import Split
-from sd_gym.envs.spaces import Observations
+from sd_gym.envs.protocols import Observations, Split
 from sd_gym.policy import DecisionPolicy, blinded, bounded
 from sd_gym.policy.batches import tensors
 from sd_gym.switch import PassState
@@ -41,20 +39,18 @@ class ReinforceSettings(LearnerSettings):
 
     Attributes:
         samples: Decisions scored for each instance of a rollout.
-        foresight: Whether the quality loss is foreseen (``Foresight``), and of several stages what all that is decided
-            later leads to (``StagedForesight``).
+        foresight: Whether the quality loss is foreseen (``Foresight``, ``StagedForesight``).
         imagined: Instances of an update whose losses are foreseen.
         tries: Decisions for each of them.
         updates: Of the policy after each rollout, where losses are foreseen, and steps of the foresight.
         fit_batch: Remembered decisions that the foresight learns from in one step.
-        control: The barrier's control function: the quality loss stays within a limit (``constrained``) or is as low
-            as can be (``lexicographic``).
-        limit: Share of the env's epsilon that may be lost: a policy that loses all of it will not be shown to keep the
-            quality.
-        alpha: The barrier's: how fast a violated quality is restored.
-        beta: The barrier's: how fast at most; at 1 the quality would fall for as long as the FLOPs do.
-        highest_multiplier: The barrier's cap.
-        memory: The barrier's.
+        control: Of the barrier: the quality loss stays within a limit (``constrained``) or is as low as can be
+            (``lexicographic``).
+        limit: Share of the env's epsilon that may be lost: a policy that loses all of it is not shown to keep it.
+        alpha: Of the barrier: how fast a violated quality is restored.
+        beta: Of the barrier: how fast at most; at 1 the quality would fall for as long as the FLOPs do.
+        highest_multiplier: Cap of the barrier.
+        memory: Of the barrier.
         exploration: No choice of a component is less probable than this while learning.
     """
 
@@ -84,29 +80,20 @@ class ReinforceSettings(LearnerSettings):
 
 
 class SampledDecisions(NamedTuple):
-    """Decisions on some instances, several for each: row ``k * instances + i`` is the ``k``-th on instance ``i``.
+    """Decisions on some instances, several for each: row ``k * instances + i`` is the ``k``-th on instance ``i``."""
 
-    Attributes:
-        logits: Of the policy, with their gradient: ``[instances, sum(nvec)]``, or of walks through several stages,
-            where they depend on what was decided before, ``[n, sum(nvec)]``.
-        decisions: int64 ``[n, components]``; of one stage alone, 0 at what others decide, which the logits are sure of.
-        flops: FLOPs ratios, float32 ``[tries, instances]``.
-        loss: Quality lost, or foreseen to be, float32 ``[tries, instances]``.
-    """
-
-    logits: Tensor
-    decisions: Tensor
-    flops: Tensor
-    loss: Tensor
+    logits: Tensor  # with their gradient, [instances, sum(nvec)], or [n, sum(nvec)] of rollouts through several stages
+    decisions: Tensor  # int64 [n, components]; of one stage alone, 0 at what others decide
+    flops: Tensor  # FLOPs ratios, float32 [tries, instances]
+    loss: Tensor  # quality lost, or foreseen to be, float32 [tries, instances]
 
 
-class ReinforceAgent(Agent):
+class ReinforceAgent(Agent[ReinforceSettings]):
     """REINFORCE: descends ``E[(flops + lambda * quality loss - baseline) * grad log pi(a|x)]``."""
 
     staged = True
     Settings = ReinforceSettings
     refining_rate = 5e-5
-    settings: ReinforceSettings
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -119,7 +106,7 @@ class ReinforceAgent(Agent):
                     torch.nn.init.orthogonal_(layer.weight, gain=2**0.5)
                     torch.nn.init.zeros_(layer.bias)
             self.foresight = self._new_foresight() if settings.foresight else None
-        self._standardise_encoders(self.network, *filter(None, [self.foresight]))
+        self._standardise_encoders(self.network, *([] if self.foresight is None else [self.foresight]))
         with torch.no_grad():
             if self.start is not None:
                 self.network.load_state_dict(self.start.state_dict(), strict=False)
@@ -149,11 +136,11 @@ class ReinforceAgent(Agent):
             violated = float(sampled.loss.mean())
             if self.foresight is None:
                 self._update(sampled, violated, rate, logger)
-            for _ in range(self.settings.updates if self.foresight else 0):
-                logger.record_mean("train/foresight_loss", self._fit())
-                if self.steps >= starts:
-                    self._update(self._imagine(), violated, rate, logger)
-
+            else:
+                for _ in range(self.settings.updates):
+                    logger.record_mean("train/foresight_loss", self._fit(self.foresight))
+                    if self.steps >= starts:
+                        self._update(self._imagine(self.foresight), violated, rate, logger)
             self.steps += len(sampled.decisions)
             rewards = self.env.objective.rewards(*(infos[key] for key in ("quality", "quality_ref", "flops_ratio")))
             rollout = Rollout(self.steps, rewards, infos, len(self.env.core.stages))
@@ -165,9 +152,7 @@ class ReinforceAgent(Agent):
 
     def policy(self) -> DecisionPolicy:
         """A copy of the network."""
-        copy = self.new_policy()
-        copy.load_state_dict(self.network.state_dict())
-        return copy.eval()
+        return self.network.with_weights(self.network.state_dict())
 
     def state(self) -> dict[str, Any]:
         """Weights, optimizer, the foresight, the barrier's averages and the random states."""
@@ -195,57 +180,53 @@ class ReinforceAgent(Agent):
     def _new_foresight(self) -> Foresight:
         core = self.env.core
         if core.is_staged:
-            return StagedForesight(core, self._split, None if self.channels is None else self._observe)
+            return StagedForesight(core, self._split, None if self.channels is None else self._tokens)
         return Foresight(core.observation_space, core.nvec)
 
     def _explore(self) -> tuple[SampledDecisions, dict[str, NDArray]]:
-        """Score a few decisions of the policy, and remember what came of them; with the infos of a rollout."""
+        """Score a few decisions of the policy, and remember the outcomes; with the infos of a rollout."""
         settings, core = self.settings, self.env.core
         rows = self.random.integers(len(self._split), size=self.env.num_envs)
-        seen, tiled = None, np.tile(rows, settings.samples)
+        state, observed, tiled = None, [], np.tile(rows, settings.samples)
         if core.is_staged:
-            logits, decisions, seen, looks = self._walk(tiled)
+            logits, decisions, state, *observed = self._rollout(tiled)
         else:
             logits, decisions = self._sample(self._observe(rows), settings.samples)
-        outcome = core.score(self._split, tiled, decisions.numpy(), seen)
+        outcome = core.score(self._split, tiled, decisions.numpy(), state)
         lost = torch.from_numpy(outcome.quality_ref - outcome.quality).float()
         if self.foresight:
-            self.foresight.remember(tiled, decisions, lost, *([looks] if core.is_staged else []))
+            self.foresight.remember(tiled, decisions, lost, *observed)
         infos = {key: getattr(outcome, key) for key in INFO_KEYS if key != "is_success"}
         infos["is_success"] = outcome.cost == 0
         flops = torch.from_numpy(outcome.flops_ratio).float()
         shape = settings.samples, -1
         return SampledDecisions(logits, decisions, flops.view(shape), lost.view(shape)), infos
 
-    def _fit(self) -> float:
+    def _fit(self, foresight: Foresight) -> float:
         """A step of the foresight on remembered decisions, or some in stages; returns its error."""
-        if isinstance(self.foresight, StagedForesight):
-            size = self.settings.fit_batch
-            return self.foresight.fit_stages(size, self.random, lambda seen: self._sample(seen, 1)[1])
-        drawn = torch.from_numpy(self.random.integers(len(self.foresight.rows), size=self.settings.fit_batch))
-        return self.foresight.fit(self._observe(self.foresight.rows[drawn].numpy()), drawn)
+        size = self.settings.fit_batch
+        if isinstance(foresight, StagedForesight):
+            return foresight.fit_stages(size, self.random, lambda seen: self._sample(seen, 1)[1])
+        drawn = torch.from_numpy(self.random.integers(len(foresight.rows), size=size))
+        return foresight.fit(self._observe(foresight.rows[drawn].numpy()), drawn)
 
-    def _imagine(self) -> SampledDecisions:
-        """Decisions of the policy that nobody runs: their FLOPs are known, their loss is foreseen."""
-        if isinstance(self.foresight, StagedForesight):
-            return self._imagine_stages(self.foresight)
-        rows = self.random.integers(len(self._split), size=self.settings.imagined)
-        observations, shape = self._observe(rows), (self.settings.tries, -1)
-        logits, decisions = self._sample(observations, self.settings.tries)
-        tiled = np.tile(rows, self.settings.tries)
-        flops = torch.from_numpy(self._split.costs.flops_ratio(tiled, decisions.numpy())).float()
-        loss = self.foresight.loss(observations, decisions)
-        return SampledDecisions(logits, decisions, flops.view(shape), loss.view(shape))
-
-    def _imagine_stages(self, foresight: StagedForesight) -> SampledDecisions:
-        """What the policy may decide at single stages: of each remembered decision one stage stands for all."""
+    def _imagine(self, foresight: Foresight) -> SampledDecisions:
+        """Decisions of the policy that are never run: their FLOPs are known, their loss is foreseen."""
         settings, stages = self.settings, len(self.env.core.stages)
-        states = foresight.recent(settings.imagined, self.random)
-        logits, choices = self._sample(states.seen, settings.tries)
-        odds, flops = foresight.outlook(states, foresight.decided(states, choices))
-        loss, shape = odds[:, 0] - odds[:, 1], (settings.tries, -1)
-        own = foresight.own_alone(states, logits, choices)
-        return SampledDecisions(*own, stages * flops.view(shape), stages * loss.view(shape))
+        tries, shape = settings.tries, (settings.tries, -1)
+        if isinstance(foresight, StagedForesight):  # of each remembered decision one stage stands for all
+            states = foresight.recent(settings.imagined, self.random)
+            logits, choices = self._sample(states.seen, tries)
+            odds, flops = foresight.outlook(states, foresight.with_choices(states, choices))
+            loss = odds[:, 0] - odds[:, 1]
+            own = foresight.own_alone(states, logits, choices)
+            return SampledDecisions(*own, stages * flops.view(shape), stages * loss.view(shape))
+        rows = self.random.integers(len(self._split), size=settings.imagined)
+        observations = self._observe(rows)
+        logits, decisions = self._sample(observations, tries)
+        ratios = self._split.costs.flops_ratio(np.tile(rows, tries), decisions.numpy())
+        loss = foresight.loss(observations, decisions)
+        return SampledDecisions(logits, decisions, torch.from_numpy(ratios).float().view(shape), loss.view(shape))
 
     def _update(self, sampled: SampledDecisions, violated: float, rate: float, logger: Logger) -> None:
         """One step down both gradients; ``violated`` is the quality that is lost now."""
@@ -271,34 +252,39 @@ class ReinforceAgent(Agent):
         observations = tensors(self.env.core.observe(self._split, rows))
         return blinded(observations, ["first"]) if self.blind else observations
 
+    def _tokens(self, rows: NDArray) -> dict[str, Tensor]:
+        observations = self._observe(rows)
+        assert isinstance(observations, dict)  # it is called only where tokens are observed
+        return observations
+
     def _sample(self, observations: Tensor | dict[str, Tensor], tries: int) -> tuple[Tensor, Tensor]:
-        """Logits and decisions of the policy: so many tries on each observation, as ``SampledDecisions`` has them."""
+        """Logits and decisions of the policy: so many tries on each observation (``SampledDecisions``)."""
         logits = self.network(observations)
         return logits, self.network.choose(logits.repeat(tries, 1), self._draw)
 
-    def _walk(self, rows: NDArray) -> tuple[Tensor, Tensor, PassState | None, Tensor]:
-        """Logits and decisions of the policy on rows, from stage to stage; and what the pass has shown of them.
+    def _rollout(self, rows: NDArray) -> tuple[Tensor, Tensor, PassState | None, Tensor]:
+        """Logits and decisions of the policy on rows, from stage to stage, and the state of the pass.
 
-        The logits of each component are those of the stage that it was decided at. The last of what is returned is what
-        was observed at each stage but tokens, ``[n, stages, size]``.
+        The logits of each component are those of the stage that it was decided at. Last are the observations at each
+        stage but tokens, ``[n, stages, size]``.
         """
-        core, of_stages, looks = self.env.core, [], []
+        core, of_stages, observed = self.env.core, [], []
 
         def decide(observations: Observations) -> NDArray:
-            seen = tensors(observations)
-            of_stages.append(self.network(seen))
-            shown = seen if self.channels is None else seen["stage"]
-            looks.append(blinded(shown, core.stages) if self.blind else shown)
+            inputs = tensors(observations)
+            of_stages.append(self.network(inputs))
+            flat = inputs["stage"] if isinstance(inputs, dict) else inputs
+            observed.append(blinded(flat, core.stages) if self.blind else flat)
             return self.network.choose(of_stages[-1], self._draw).numpy()
 
-        decisions, seen = core.walk(self._split, rows, decide)
+        decisions, state = core.rollout(self._split, rows, decide)
         parts = [logits.split(core.nvec.tolist(), dim=1) for logits in of_stages]
         # What no stage decides, the switches before the first one, is certain.
         chosen = [part.expand(len(decisions), -1) for part in certain(core.nvec).split(core.nvec.tolist())]
         for components, part in zip(core.steps.components, parts, strict=True):
             for component in components:
                 chosen[component] = part[component]
-        return torch.cat(chosen, dim=1), torch.from_numpy(decisions), seen, torch.stack(looks, dim=1)
+        return torch.cat(chosen, dim=1), torch.from_numpy(decisions), state, torch.stack(observed, dim=1)
 
     def _draw(self, logits: Tensor) -> Tensor:
         """Draws ``[rows]`` from logits ``[rows, size]``, by this agent's own generator."""
@@ -306,7 +292,7 @@ class ReinforceAgent(Agent):
         return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
 
     def _halves(self, terms: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients ``[parameters]`` of the mean of ``terms [tries, instances]``, one from each half of the columns."""
+        """Gradients ``[parameters]`` of the mean of ``terms [tries, instances]``, from each half of the instances."""
         half = terms.shape[1] // 2
         return self._flat_gradient(terms[:, :half].mean()), self._flat_gradient(terms[:, half:].mean())
 

@@ -13,7 +13,8 @@ all under q, step along ``grad f + lambda * grad q`` with the least ``lambda >= 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,73 +24,42 @@ FLOOR = 0.1  # |grad q|^2 is taken to be at least this share of what the noisy g
 
 
 class Weight(NamedTuple):
-    """What the barrier says at one step.
+    """The barrier's multiplier at one step, and what it is computed from."""
 
-    Attributes:
-        multiplier: lambda.
-        phi: The rate at which q shall fall.
-        norm_f: Estimate of ``|grad f|``.
-        norm_q: Estimate of ``|grad q|``.
-        cosine: Estimate of the cosine of the two gradients.
-    """
-
-    multiplier: float
-    phi: float
-    norm_f: float
-    norm_q: float
-    cosine: float
+    multiplier: float  # lambda
+    phi: float  # the rate at which q shall fall
+    norm_f: float  # estimate of |grad f|
+    norm_q: float  # estimate of |grad q|
+    cosine: float  # estimate of the cosine of the two gradients
 
 
+@dataclass(eq=False)
 class DynamicBarrier:
     """Weighs two gradients that are only known as noisy estimates.
 
     The squared norm of a noisy gradient is too large by the noise's variance, and lambda with it too small. So inner
     products are taken between two independent halves of a batch, where the noise has mean zero, and averaged over
     steps.
-
-    Args:
-        control: ``constrained`` or ``lexicographic``.
-        limit: Of q, where it is constrained.
-        alpha: How fast a violated constraint is restored.
-        beta: How fast q falls at most, in units of its own gradient descent.
-        highest: Cap of lambda.
-        memory: How much of the running averages stays at each step; 0: only this step counts.
     """
 
-    def __init__(
-        self,
-        control: Literal["constrained", "lexicographic"],
-        *,
-        limit: float = 0.0,
-        alpha: float = 1.0,
-        beta: float = 1.0,
-        highest: float = 100.0,
-        memory: float = 0.0,
-    ) -> None:
-        self.control = control
-        self.limit = limit
-        self.alpha = alpha
-        self.beta = beta
-        self.highest = highest
-        self.memory = memory
-        self._seen = 0.0  # total weight of the averages
-        # q, |grad f|^2, |grad q|^2 and <grad f, grad q> across halves, and |grad q|^2 as the noisy gradient has it
-        self._means = torch.zeros(5, dtype=torch.float64)
+    control: Literal["constrained", "lexicographic"]
+    limit: float = 0.0  # of q, where it is constrained
+    alpha: float = 1.0  # how fast a violated constraint is restored
+    beta: float = 1.0  # how fast q falls at most, in units of its own gradient descent
+    highest: float = 100.0  # cap of lambda
+    memory: float = 0.0  # how much of the running averages stays at each step; 0: only this step counts
+    _total: float = field(default=0.0, init=False)  # weight of the averages
+    # Averages of q; of |grad f|^2, |grad q|^2 and <grad f, grad q> across halves; of |mean of both halves of grad q|^2.
+    _means: Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.float64), init=False)
 
     def weigh(self, q: float, f_halves: tuple[Tensor, Tensor], q_halves: tuple[Tensor, Tensor]) -> Weight:
-        """Lambda for this step.
-
-        Args:
-            q: Estimate of q.
-            f_halves: Two independent estimates of grad f, each ``[parameters]``.
-            q_halves: Likewise of grad q.
-        """
+        """Lambda for this step, from an estimate of q and two independent ones of each gradient, ``[parameters]``."""
         (f1, f2), (q1, q2) = f_halves, q_halves
         mean = (q1 + q2) / 2
         products = torch.stack([f1 @ f2, q1 @ q2, (f1 @ q2 + f2 @ q1) / 2, mean @ mean]).double().cpu()
         now = torch.cat([torch.tensor([q], dtype=torch.float64), products])
-        self._seen = self.memory * self._seen + 1
-        self._means += (now - self._means) / self._seen
+        self._total = self.memory * self._total + 1
+        self._means += (now - self._means) / self._total
         mean_q, ff, qq, fq, noisy = self._means.tolist()
         ff, qq = max(ff, 0.0), max(qq, FLOOR * noisy)
         phi = self.beta * qq
@@ -98,10 +68,10 @@ class DynamicBarrier:
         multiplier = min(self.highest, max(0.0, (phi - fq) / (qq + TINY)))
         return Weight(multiplier, phi, ff**0.5, qq**0.5, fq / ((ff * qq) ** 0.5 + TINY))
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """The running averages."""
-        return {"seen": self._seen, "means": self._means.clone()}
+        return {"seen": self._total, "means": self._means.clone()}
 
-    def load_state(self, state: dict[str, object]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what ``state`` gave."""
-        self._seen, self._means = state["seen"], state["means"].clone()
+        self._total, self._means = state["seen"], state["means"].clone()

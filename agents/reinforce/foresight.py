@@ -1,4 +1,4 @@
-"""What a decision costs an input in quality, foreseen from all that was scored so far."""
+"""A loss model: the quality that a decision is expected to lose on an input, learned from all that was scored."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd_gym.envs.spaces import flat_size, token_width
+from sd_gym.policy.layers import hidden_layers
 from sd_gym.policy.token_encoder import TokenEncoder
 
 HIDDEN = 128
@@ -25,15 +26,8 @@ class Foresight(nn.Module):
     Losses and gains are foreseen each by itself, as probabilities: where the backbone is often wrong, both may be
     likely at once.
 
-    Args:
-        space: Of an observation. Tokens are read by an encoder of its own: nobody pays for it later, so it is wide.
-        nvec: Sizes of a decision's components.
-        outputs: How many numbers it foresees: that quality is lost, that it is gained, and more.
-
-    Attributes:
-        rows: Of the instances that were scored, int64 ``[n]``.
-        decisions: Taken on them, int32 ``[n, components]``; on a table they are numbers of masks.
-        lost: Quality that they lost, float32 ``[n]``; negative where they gained.
+    It takes observations of a ``space`` and decisions of components with sizes ``nvec``. Its ``outputs`` are that quality
+    is lost, that it is gained, and more. Its encoder of tokens is wide, as its FLOPs do not count.
     """
 
     def __init__(self, space: gym.Space, nvec: NDArray, outputs: int = 2) -> None:
@@ -41,22 +35,18 @@ class Foresight(nn.Module):
         width, size = token_width(space), flat_size(space)
         self.token_encoder: nn.Module = nn.Identity()
         if width is not None:
-            self.token_encoder = TokenEncoder(width, beside=size)
-            size = self.token_encoder.size
+            self.token_encoder = encoder = TokenEncoder(width, beside=size)
+            size = encoder.size
         self._first = torch.from_numpy(np.cumsum([0, *nvec[:-1]]))  # column of each component's first choice
         self._columns = int(nvec.sum())
-        self.network = nn.Sequential(
-            nn.Linear(size + self._columns, HIDDEN),
-            nn.Tanh(),
-            nn.Linear(HIDDEN, HIDDEN),
-            nn.Tanh(),
-            nn.Linear(HIDDEN, outputs),
-        )
-        nn.init.constant_(self.network[-1].bias, SELDOM)
+        layers = hidden_layers(size + self._columns, HIDDEN)
+        last = nn.Linear(HIDDEN, outputs)
+        self.network = nn.Sequential(*layers, last)
+        nn.init.constant_(last.bias, SELDOM)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        self.rows = torch.zeros(0, dtype=torch.int64)
-        self.decisions = torch.zeros(0, len(nvec), dtype=torch.int32)
-        self.lost = torch.zeros(0)
+        self.rows = torch.zeros(0, dtype=torch.int64)  # of the instances that were scored
+        self.decisions = torch.zeros(0, len(nvec), dtype=torch.int32)  # taken on them; of a table, numbers of masks
+        self.lost = torch.zeros(0)  # quality that they lost, negative where they gained
 
     def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor) -> None:
         """Add what was scored: rows ``[n]``, decisions ``[n, components]``, the quality lost ``[n]``."""
@@ -78,22 +68,21 @@ class Foresight(nn.Module):
         return error.item()
 
     def forward(self, observations: Tensor | dict[str, Tensor], decisions: Tensor) -> Tensor:
-        """Log-odds ``[tries * n, 2]`` that quality is lost, and that it is gained.
+        """Log-odds ``[tries * n, 2]`` that quality is lost, and that it is gained, of observations of ``n`` instances.
 
-        Args:
-            observations: Of ``n`` instances.
-            decisions: ``[tries * n, components]``: row ``k * n + i`` is the ``k``-th on instance ``i``.
+        Row ``k * n + i`` of decisions ``[tries * n, components]`` is the ``k``-th on instance ``i``.
         """
-        seen, first = self.token_encoder(observations), self.network[0]
+        features = self.token_encoder(observations)
         chosen = torch.zeros(len(decisions), self._columns).scatter_(1, decisions.long() + self._first, 1.0)
-        of_seen, of_chosen = first.weight.split([seen.shape[1], self._columns], dim=1)
-        seen = F.linear(seen, of_seen, first.bias)  # once for all tries on an instance
-        hidden = F.linear(chosen, of_chosen).unflatten(0, (-1, len(seen))) + seen
+        weight, bias = self.network.get_parameter("0.weight"), self.network.get_parameter("0.bias")
+        of_features, of_chosen = weight.split([features.shape[1], self._columns], dim=1)
+        observed = F.linear(features, of_features, bias)  # once for all tries on an instance
+        hidden = F.linear(chosen, of_chosen).unflatten(0, (-1, len(observed))) + observed
         return self.network[1:](hidden.flatten(0, 1))
 
     @torch.no_grad()
     def loss(self, observations: Tensor | dict[str, Tensor], decisions: Tensor) -> Tensor:
-        """The quality ``[tries * n]`` that is expected to be lost; arguments as of ``forward``."""
+        """The quality ``[tries * n]`` that is expected to be lost; see ``forward``."""
         losing, gaining = self(observations, decisions).sigmoid().unbind(dim=1)
         return losing - gaining
 

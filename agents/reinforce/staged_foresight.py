@@ -1,4 +1,4 @@
-"""What a decision of several stages leads to, foreseen at each stage from what was seen there."""
+"""A loss model of several stages: what a decision leads to, foreseen at each stage from what is observed there."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.spaces import flat_size
 
-MEMORY = 2**25  # numbers that were seen, at two bytes: 64 MiB
-RECENT = 4096  # decisions whose states the policy learns in: it meets others by and by
-LEARNING_STARTS = 2048  # decisions: a policy that listens sooner flees from losses that nothing tells apart yet
+MEMORY = 2**25  # numbers that were observed, at two bytes: 64 MiB
+RECENT = 4096  # decisions in whose states the policy learns
+LEARNING_STARTS = 2048  # decisions: a policy that learns sooner over-reacts to losses that it cannot attribute
 Choose = Callable[[Tensor | dict[str, Tensor]], Tensor]
 FITS = 2  # steps between two updates of the policy, which each stage has to share
 
@@ -30,42 +30,28 @@ def certain(nvec: NDArray) -> Tensor:
 
 
 class StageStates(NamedTuple):
-    """Stages that remembered decisions have come to.
+    """Stages that remembered decisions have come to."""
 
-    Attributes:
-        rows: Of their instances, int64 ``[n]``.
-        stage: Number of the stage, int64 ``[n]``.
-        seen: What was seen there, float32 ``[n, size]``, or with tokens beside it.
-        decisions: As they were made before the stage, int64 ``[n, components]``; 0 from there on.
-    """
-
-    rows: Tensor
-    stage: Tensor
-    seen: Tensor | dict[str, Tensor]
-    decisions: Tensor
+    rows: Tensor  # of their instances, int64 [n]
+    stage: Tensor  # number of the stage, int64 [n]
+    seen: Tensor | dict[str, Tensor]  # what was observed there, float32 [n, size], or with tokens beside it
+    decisions: Tensor  # as they were made before the stage, int64 [n, components]; 0 from there on
 
 
 class StagedForesight(Foresight):
-    """A network from what a stage shows, and what is decided up to it, to the quality lost and FLOPs saved in the end.
+    """A network from a stage's observation, and the decisions up to it, to the quality lost and FLOPs saved at the end.
 
     What the last stage decides leads to what was scored. What an earlier one decides leads to what is foreseen at the
     next stage, when the policy decides there as it does now (expected SARSA, van Seijen et al. 2009, of one draw). So
-    what older policies have come to stays worth learning from, and a look that pays later is worth its price now.
+    states that older policies have come to stay worth learning from.
 
-    Args:
-        core: The env's core.
-        split: Where the instances are.
-        tokens: From rows ``[n]`` to their tokens, which are not remembered; ``None``: none are seen.
-
-    Attributes:
-        rows, decisions, lost: As of ``Foresight``, of the latest decisions.
-        seen: What they have seen at each stage but tokens, float16 ``[n, stages, size]``.
+    ``tokens`` leads from rows ``[n]`` to their tokens, which are not remembered; ``None``: no tokens are observed.
     """
 
     def __init__(self, core: Core, split: Split, tokens: Callable[[NDArray], dict[str, Tensor]] | None = None) -> None:
         super().__init__(core.observation_space, core.nvec, outputs=3)
         size = flat_size(core.observation_space)
-        torch.nn.init.zeros_(self.network[-1].bias[2:])
+        torch.nn.init.zeros_(self.network.get_parameter(f"{len(self.network) - 1}.bias")[2:])
         self._costs = split.costs
         self._last = len(core.stages) - 1
         self._memory = MEMORY // (len(core.stages) * size)
@@ -76,11 +62,12 @@ class StagedForesight(Foresight):
         self._before = self._own.cumsum(dim=0) - self._own.long()  # and what is decided by then
         self._component = torch.from_numpy(np.repeat(np.arange(len(core.nvec)), core.nvec))  # of each logit
         self._certain = certain(core.nvec)
-        self.seen = torch.zeros(0, len(core.stages), size, dtype=torch.float16)
+        self.seen = torch.zeros(0, len(core.stages), size, dtype=torch.float16)  # all that was observed but tokens
 
-    def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor, seen: Tensor) -> None:
-        """As of ``Foresight``, with what was seen at each stage, ``[n, stages, size]``; the oldest is forgotten."""
+    def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor, seen: Tensor | None = None) -> None:
+        """Add what was scored and what was ``seen`` at each stage, ``[n, stages, size]``; the oldest is forgotten."""
         super().remember(rows, decisions, lost)
+        assert seen is not None  # of several stages it is always known
         self.seen = torch.cat([self.seen, seen.half()])
         kept = slice(max(0, len(self.rows) - self._memory), None)
         self.rows, self.decisions, self.lost = self.rows[kept], self.decisions[kept], self.lost[kept]
@@ -99,7 +86,7 @@ class StagedForesight(Foresight):
         drawn = random.integers(max(0, newest - RECENT), newest, size=n)
         return self.states(torch.from_numpy(drawn), self._stages(n, random))
 
-    def decided(self, states: StageStates, choices: Tensor) -> Tensor:
+    def with_choices(self, states: StageStates, choices: Tensor) -> Tensor:
         """Decisions up to the stages, int64 ``[tries * n, components]``, where ``choices`` of that size are made."""
         tries = len(choices) // len(states.rows)
         return torch.where(self._own[states.stage].repeat(tries, 1), choices, states.decisions.repeat(tries, 1))
@@ -114,15 +101,16 @@ class StagedForesight(Foresight):
     def outlook(self, states: StageStates, decisions: Tensor) -> tuple[Tensor, Tensor]:
         """How probable it is that quality is lost and gained, ``[tries * n, 2]``; and FLOPs ratios ``[tries * n]``."""
         tries = len(decisions) // len(states.rows)
-        said = self(states.seen, decisions)
-        saved = torch.where(states.stage == self._last, 0.0, said[:, 2].view(tries, -1)).flatten()
-        return said[:, :2].sigmoid(), self._flops(states.rows.repeat(tries), decisions) - saved
+        outputs = self(states.seen, decisions)
+        saved = torch.where(states.stage == self._last, 0.0, outputs[:, 2].view(tries, -1)).flatten()
+        return outputs[:, :2].sigmoid(), self._flops(states.rows.repeat(tries), decisions) - saved
 
     def fit_stages(self, size: int, random: np.random.Generator, choose: Choose) -> float:
         """``FITS`` steps on so many remembered states each; returns the last error.
 
-        ``choose`` is the policy: from what is seen of ``n`` to choices ``[n, components]``.
+        ``choose`` is the policy: from observations of ``n`` to choices ``[n, components]``.
         """
+        error = 0.0
         for _ in range(FITS):
             drawn = torch.from_numpy(random.integers(len(self.rows), size=size))
             error = self._fit_stages(drawn, self._stages(size, random), choose)
@@ -131,16 +119,16 @@ class StagedForesight(Foresight):
     def _fit_stages(self, drawn: Tensor, stage: Tensor, choose: Choose) -> float:
         """One step of AdamW: the cross-entropy of losses and gains, and the squared error of what is saved later."""
         here, lost = self.states(drawn, stage), self.lost[drawn]
-        decisions = self.decided(here, self.decisions[drawn].long())
+        decisions = self.with_choices(here, self.decisions[drawn].long())
         targets, saved = torch.stack([lost, -lost], dim=1).clamp(0, 1), torch.zeros(len(drawn))
         early = torch.nonzero(stage < self._last)[:, 0]
         if len(early):
             then = self.states(drawn[early], stage[early] + 1)
-            targets[early], flops = self.outlook(then, self.decided(then, choose(then.seen)))
+            targets[early], flops = self.outlook(then, self.with_choices(then, choose(then.seen)))
             saved[early] = self._flops(here.rows[early], decisions[early]) - flops
-        said = self(here.seen, decisions)
-        error = F.binary_cross_entropy_with_logits(said[:, :2], targets)
-        return self.step(error + F.mse_loss(torch.where(stage < self._last, said[:, 2], 0.0), saved))
+        outputs = self(here.seen, decisions)
+        error = F.binary_cross_entropy_with_logits(outputs[:, :2], targets)
+        return self.step(error + F.mse_loss(torch.where(stage < self._last, outputs[:, 2], 0.0), saved))
 
     def _flops(self, rows: Tensor, decisions: Tensor) -> Tensor:
         """FLOPs ratios, float32 ``[n]``, when all that is not decided runs."""
@@ -150,7 +138,7 @@ class StagedForesight(Foresight):
         return torch.from_numpy(random.integers(self._last + 1, size=n))
 
     def state(self) -> dict[str, Any]:
-        """As of ``Foresight``, and what was seen."""
+        """Weights, optimizer and memory."""
         return {**super().state(), "seen": self.seen}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.report.charts import ExampleDecision, Points
-from sd_gym.agents.runs.finished import Run, agent_label, group_by_settings, finished_runs, read_run
+from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings, read_run
 from sd_gym.agents.runs.statistics import aggregate, hypervolume
 from sd_gym.agents.runs.verdict import Verdict, changes_allowed, fewest_instances, losses_allowed
 

@@ -1,29 +1,23 @@
-"""Finished runs: read, and told apart by what is not their seed."""
+"""Finished runs, grouped by all that is not their seed."""
 
 from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sd_gym.agents.runs.folder import read_description, read_result
 
-from sd_gym.config import dotted
-from sd_gym.envs.config import EnvConfig, stored_config
+from sd_gym.config import EnvConfig, dotted, stored_config
 
 INCIDENTAL = ("backbone.device", "start", "path")  # settings that may differ from seed to seed, and in no result
 
 
 class Run(NamedTuple):
-    """A finished run.
-
-    Attributes:
-        folder: Where it is.
-        config: Its ``config.json``.
-        result: Its ``result.json``.
-    """
+    """A finished run: its folder, ``config.json`` and ``result.json``."""
 
     folder: Path
     config: dict[str, Any]
@@ -42,15 +36,14 @@ class Run(NamedTuple):
     @property
     def identity(self) -> dict[str, Any]:
         """What it has to share with others of its agent, by key."""
-        known = dotted(self.env.model_dump())
-        data = {f"{split} data": one["hash"] for split, one in self.config.get("data", {}).items()}
-        how = {key: self.config.get(key) for key in ("steps", "strictness", "weights")}
-        named = {**how, **known, **self.config["agent_settings"], **data}
-        return {key: value for key, value in named.items() if key not in INCIDENTAL}
+        data = {f"{split} data": provenance["hash"] for split, provenance in self.config.get("data", {}).items()}
+        training = {key: self.config.get(key) for key in ("steps", "strictness", "weights")}
+        values = {**training, **dotted(self.env.model_dump()), **self.config["agent_settings"], **data}
+        return {key: value for key, value in values.items() if key not in INCIDENTAL}
 
 
 def read_run(folder: Path) -> Run:
-    """A finished run; raises as ``read_description``."""
+    """A finished run. Raises: see ``read_description``."""
     return Run(folder, read_description(folder), read_result(folder))
 
 
@@ -65,7 +58,7 @@ def agent_label(config: dict[str, Any]) -> str:
 
 
 def group_by_settings(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]]:
-    """Those runs of an agent that differ in nothing but their seed, each under a name that says what sets it apart."""
+    """Runs of an agent that differ in nothing but their seed, each group under a name that says what sets it apart."""
     keys = {key for run in runs for key in run.identity}
     differ = sorted(key for key in keys if len({json.dumps(run.identity.get(key)) for run in runs}) > 1)
     groups: dict[str, dict[str, Run]] = {}
@@ -73,35 +66,32 @@ def group_by_settings(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]
         notes = [f"{key} {run.identity.get(key)}" for key in differ]
         shared = run.result.get("data", {}).get("test", {}).get("also_in", {})
         notes += [f"{count} of its {run.result['instances']} test rows in {name}" for name, count in shared.items()]
-        found = groups.setdefault(f"{agent} ({', '.join(notes)})" if notes else agent, {})
+        group = groups.setdefault(f"{agent} ({', '.join(notes)})" if notes else agent, {})
         begun = [run.config["agent_settings"].get(key) for key in ("start", "path")]
         draw = str(run.folder) if run.seed is None else json.dumps([run.seed, *begun])
-        if draw in found:
+        if draw in group:
             warnings.warn(f"a copy, counted once: {run.folder} is of the same seed as another run", stacklevel=3)
-        found[draw] = run
-    return [(name, list(found.values())) for name, found in sorted(groups.items())]
+        group[draw] = run
+    return [(name, list(group.values())) for name, group in sorted(groups.items())]
 
 
 def finished_runs(folders: Iterable[str | Path]) -> list[Path]:
     """Those of the folders that hold a result on the test split; raises and warns as ``compare``."""
     given = [Path(folder) for folder in folders]
+    times = Counter(folder.resolve() for folder in given)
     folders = list({folder.resolve(): folder for folder in reversed(given)}.values())[::-1]
     if twice := len(given) - len(folders):
-        once = sorted({str(folder.resolve()) for folder in given if _times(folder, given) > 1})
-        warnings.warn(f"{twice} of the folders were given before; counted once: {', '.join(once)}", stacklevel=3)
-    found = [folder for folder in folders if _tested(folder)]
-    left = ", ".join(str(folder) for folder in folders if folder not in found)
-    if not found:
+        again = sorted(str(folder) for folder, count in times.items() if count > 1)
+        warnings.warn(f"{twice} of the folders were given before; counted once: {', '.join(again)}", stacklevel=3)
+    finished = [folder for folder in folders if _is_tested(folder)]
+    left = ", ".join(str(folder) for folder in folders if folder not in finished)
+    if not finished:
         raise FileNotFoundError(f"no result.json of a test split in {left or 'no folder'}; expected finished runs")
     if left:
         warnings.warn(f"passed over, as they hold no result.json of a test split: {left}", stacklevel=3)
-    return found
+    return finished
 
 
-def _times(folder: Path, given: list[Path]) -> int:
-    return sum(one.resolve() == folder.resolve() for one in given)
-
-
-def _tested(folder: Path) -> bool:
+def _is_tested(folder: Path) -> bool:
     there = all((folder / f"{name}.json").exists() for name in ("config", "result"))
     return there and read_run(folder).result["split"] == "test"

@@ -1,4 +1,4 @@
-"""What a run folder says of its run, checked when it is read."""
+"""The description and the result in a run's folder, checked when they are read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Data(BaseModel):
 
 
 class _Description(BaseModel):
-    """What is read of ``config.json``; what ``sd_gym.evaluate`` writes has no seed and no steps."""
+    """Of ``config.json``; ``sd_gym.evaluate`` writes no seed and no steps."""
 
     env: str
     algo: str
@@ -41,7 +41,7 @@ class _Timed(BaseModel):
 
 
 class _Result(BaseModel):
-    """What is compared of ``result.json``."""
+    """Of ``result.json``, what is compared."""
 
     split: str
     instances: int
@@ -75,12 +75,12 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def has_policy(folder: Path) -> bool:
-    """Whether a run left a policy; a ``PrivilegedAgent``, and what ``sd_gym.evaluate`` wrote, left none."""
+    """Whether a run left a policy; a ``PrivilegedAgent`` and ``sd_gym.evaluate`` leave none."""
     return (folder / "policy.safetensors").exists()
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """A run's ``result.json``; raises as ``read_description``."""
+    """A run's ``result.json``. Raises: see ``read_description``."""
     return _read(folder, "result.json", _Result)
 
 
@@ -101,13 +101,7 @@ def _read(folder: Path, name: str, kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def check_backbone(run: Path, before: str, backbone: Backbone) -> None:
-    """Raise ``ValueError`` if a backbone is no longer the one of a run.
-
-    Args:
-        run: The run's folder.
-        before: ``weights`` of its ``config.json``; ``None`` of a table, which has none.
-        backbone: The backbone now.
-    """
+    """Raise ``ValueError`` if a backbone has no longer the weights (a hash) of the ``config.json`` of a run."""
     if before != backbone.weights:
         raise ValueError(
             f"{run}: the backbone {backbone.name!r} has other weights than in training (hash {before[:12]}, now "

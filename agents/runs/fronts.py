@@ -14,44 +14,26 @@ LEAST = 0.1  # loss that is looked at, as a share of epsilon
 
 
 class Front(NamedTuple):
-    """Results of several policies, or versions of one, on the same instances.
+    """Results of several policies, or versions of one, on the same instances."""
 
-    Attributes:
-        quality: ``[policies, n]``.
-        flops_ratio: ``[policies, n]``, the policies' own FLOPs included.
-    """
-
-    quality: NDArray
-    flops_ratio: NDArray
+    quality: NDArray  # [policies, n]
+    flops_ratio: NDArray  # [policies, n], the policies' own FLOPs included
 
 
 @dataclass(frozen=True)
 class EnvFronts:
-    """Fronts of all agents of one env, on its test split.
+    """Fronts of all agents of one env, on its test split."""
 
-    Attributes:
-        env: Its id.
-        epsilon: Of its objective.
-        controls: ``static`` and ``blind``, as far as there are runs of them; all runs of one are one front.
-        learned: The front of each run, by agent.
-    """
-
-    env: str
-    epsilon: float
-    controls: dict[str, Front]
-    learned: dict[str, list[Front]]
+    env: str  # its id
+    epsilon: float  # of its objective
+    controls: dict[str, Front]  # "static" and "blind", as far as there are runs; all runs of one are one front
+    learned: dict[str, list[Front]]  # the front of each run, by agent
 
 
 def flops_at(quality: float, front_quality: NDArray, front_flops: NDArray) -> float:
-    """The fewest FLOPs with which the points of a front have a quality.
+    """The fewest FLOPs with which points of mean quality ``[m]`` and FLOPs ratio ``[m]`` have a mean quality.
 
-    Any two of them can be mixed, one for some inputs and the other for the rest, drawn without a look at the input: the
-    front is convex.
-
-    Args:
-        quality: Mean quality.
-        front_quality: Mean quality of each point, ``[m]``.
-        front_flops: Mean FLOPs ratio of each point, ``[m]``.
+    Any two points can be mixed by a coin, so the front is convex.
 
     Raises:
         ValueError: If no point is that good.
@@ -66,23 +48,14 @@ def flops_at(quality: float, front_quality: NDArray, front_flops: NDArray) -> fl
 
 def flops_at_loss(front: Front, loss: float) -> float:
     """FLOPs ratio at which a front loses so much of the dense quality."""
-    return _flops_at_loss(front.quality.mean(axis=1), front.flops_ratio.mean(axis=1), loss)
-
-
-def _flops_at_loss(quality: NDArray, flops: NDArray, loss: float) -> float:
+    quality, flops = front.quality.mean(axis=1), front.flops_ratio.mean(axis=1)
     return flops_at(quality[-1] - loss, quality, flops)
 
 
 def flops_samples(front: Front, losses: Sequence[float], *, samples: int = SAMPLES, seed: int = 0) -> NDArray:
-    """FLOPs ratio at which a front loses so much, and what it would be on other instances: a bootstrap over them.
+    """FLOPs ratio at which a front loses so much mean quality, and a bootstrap of it over the instances.
 
     The same seed draws the same instances, so that samples of several fronts are paired.
-
-    Args:
-        front: To read.
-        losses: Of mean quality, at which it is read.
-        samples: Of the bootstrap.
-        seed: Of the bootstrap.
 
     Returns:
         ``[losses, 1 + samples]``; the first column is of the instances as they are.
@@ -91,4 +64,4 @@ def flops_samples(front: Front, losses: Sequence[float], *, samples: int = SAMPL
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples) / n
     weights = np.vstack([np.full(n, 1 / n), drawn]).T
     means = list(zip((front.quality @ weights).T, (front.flops_ratio @ weights).T, strict=True))
-    return np.array([[_flops_at_loss(quality, flops, loss) for quality, flops in means] for loss in losses])
+    return np.array([[flops_at(quality[-1] - loss, quality, flops) for quality, flops in means] for loss in losses])

@@ -1,9 +1,9 @@
-"""What a few runs say of an algorithm: robust means with intervals, profiles, and areas under fronts.
+"""Statistics of a few runs: robust means with intervals, profiles, and areas under fronts.
 
 Aggregates are those of Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical Precipice":
-runs are drawn anew for each env on its own (a stratified bootstrap), so that no env counts more by luck. ``scores`` are
-always a list with an array ``[runs]`` for each env; envs may have different numbers of runs. The paper's own library,
-rliable, comes with arch, statsmodels and seaborn and needs an old pandas; its tests compare with it.
+runs are drawn anew for each env on its own (a stratified bootstrap). ``scores`` are a list with an array ``[runs]`` per
+env; envs may have different numbers of runs. Intervals are 95% percentile intervals of ``samples`` bootstrap samples.
+The paper's library, rliable, has heavy dependencies and needs an old pandas; the tests compare with it.
 """
 
 from __future__ import annotations
@@ -27,23 +27,13 @@ def bootstrap_interval(values: NDArray, seed: int = 0) -> tuple[float, float]:
 
 
 def interquartile_mean(scores: NDArray) -> NDArray:
-    """Mean of the middle half, over the last axis: a quarter is cut off at each end, rounded down to whole runs.
-
-    Args:
-        scores: ``[..., runs]``, of all envs.
-    """
+    """Mean of the middle half of ``[..., runs]``: a quarter is cut off at each end, rounded down to whole runs."""
     cut = scores.shape[-1] // 4
     return np.sort(scores, axis=-1)[..., cut : scores.shape[-1] - cut].mean(axis=-1)
 
 
 def aggregate(scores: Scores, *, samples: int = SAMPLES, seed: int = 0) -> tuple[float, float, float]:
-    """Interquartile mean over the runs of all envs, and its 95% interval: mean, low, high.
-
-    Args:
-        scores: Of each env, ``[runs]``.
-        samples: Of the bootstrap.
-        seed: Of the bootstrap.
-    """
+    """Interquartile mean over the runs of all envs, and its interval: mean, low, high."""
     drawn = np.concatenate(_drawn(scores, samples, seed), axis=1)
     return float(interquartile_mean(np.concatenate(list(scores)))), *interval(interquartile_mean(drawn))
 
@@ -51,15 +41,9 @@ def aggregate(scores: Scores, *, samples: int = SAMPLES, seed: int = 0) -> tuple
 def performance_profile(
     scores: Scores, thresholds: NDArray, *, samples: int = SAMPLES, seed: int = 0
 ) -> tuple[NDArray, NDArray, NDArray]:
-    """Share of all runs whose score is above each threshold, and its 95% interval, each ``[thresholds]``.
+    """Share of all runs whose score is above each of ``thresholds``, and its interval, each ``[thresholds]``.
 
     Where one algorithm's profile lies above another's, it is better by every quantile.
-
-    Args:
-        scores: Of each env, ``[runs]``.
-        thresholds: ``[thresholds]``.
-        samples: Of the bootstrap.
-        seed: Of the bootstrap.
     """
     drawn = np.concatenate(_drawn(scores, samples, seed), axis=1)
     share = [float((np.concatenate(list(scores)) > threshold).mean()) for threshold in thresholds]
@@ -71,15 +55,9 @@ def performance_profile(
 def probability_of_improvement(
     scores: Scores, others: Scores, *, samples: int = SAMPLES, seed: int = 0
 ) -> tuple[float, float, float]:
-    """How probably a run of one algorithm is better than one of another on the same env, and its 95% interval.
+    """How probably a run of one algorithm is better than one of another on the same env, and its interval.
 
     The mean over envs of the Mann-Whitney statistic; equal scores count half.
-
-    Args:
-        scores: Of each env, ``[runs]``.
-        others: Of the other algorithm on the same envs.
-        samples: Of the bootstrap.
-        seed: Of the bootstrap.
 
     Raises:
         ValueError: If there are not the same envs.
@@ -88,17 +66,14 @@ def probability_of_improvement(
         raise ValueError(f"expected scores of the same envs, got {len(scores)} and {len(others)} of them")
     pairs = list(zip(_drawn(scores, samples, seed), _drawn(others, samples, seed + 1), strict=True))
     drawn = np.mean([_better(one, other) for one, other in pairs], axis=0)
-    as_it_is = np.mean([_better(one[None], other[None])[0] for one, other in zip(scores, others, strict=True)])
-    return float(as_it_is), *interval(drawn)
+    observed = np.mean([_better(one[None], other[None])[0] for one, other in zip(scores, others, strict=True)])
+    return float(observed), *interval(drawn)
 
 
 def curve_interval(curves: NDArray, *, samples: int = SAMPLES, seed: int = 0) -> tuple[NDArray, NDArray, NDArray]:
-    """Interquartile mean over runs at each point of their curves, and its 95% interval, each ``[points]``.
+    """Interquartile mean over runs at each point of ``curves [runs, points]``, and its interval, each ``[points]``.
 
-    Args:
-        curves: ``[runs, points]``; whole runs are drawn.
-        samples: Of the bootstrap.
-        seed: Of the bootstrap.
+    Whole runs are drawn.
     """
     chosen = np.random.default_rng(seed).integers(len(curves), size=(samples, len(curves)))
     low, high = np.percentile(interquartile_mean(curves.T[:, chosen]), _bounds(), axis=1)
@@ -106,19 +81,15 @@ def curve_interval(curves: NDArray, *, samples: int = SAMPLES, seed: int = 0) ->
 
 
 def interval(values: NDArray) -> tuple[float, float]:
-    """The middle 95% of what a bootstrap gave, ``[samples]``."""
+    """The middle 95% of bootstrap samples ``[samples]``."""
     low, high = np.percentile(values, _bounds())
     return float(low), float(high)
 
 
 def pareto_front(quality: NDArray, flops_ratio: NDArray) -> NDArray:
-    """Which points no other one beats in quality and in FLOPs, int64 ``[front]``, from the cheapest on.
+    """Points that no other one beats in quality ``[n]`` and FLOPs ``[n]``, int64 ``[front]``, from the cheapest on.
 
     Of equal points one is there.
-
-    Args:
-        quality: ``[n]``, more is better.
-        flops_ratio: ``[n]``, less is better.
     """
     order = np.lexsort((-quality, flops_ratio))
     best = np.maximum.accumulate(np.concatenate([[-np.inf], quality[order][:-1]])) if len(order) else quality
@@ -126,12 +97,9 @@ def pareto_front(quality: NDArray, flops_ratio: NDArray) -> NDArray:
 
 
 def hypervolume(quality: NDArray, flops_ratio: NDArray, reference: tuple[float, float]) -> float:
-    """The area that points dominate (exact; two objectives), up to a reference that is worse in both.
+    """The area that points of ``quality [n]`` and ``flops_ratio [n]`` dominate (exact; two objectives).
 
-    Args:
-        quality: ``[n]``, more is better.
-        flops_ratio: ``[n]``, less is better.
-        reference: A quality and a FLOPs ratio; points that are worse in either add nothing.
+    ``reference`` is a quality and a FLOPs ratio; points that are worse in either add nothing.
     """
     worst, dearest = reference
     inside = (quality > worst) & (flops_ratio < dearest)

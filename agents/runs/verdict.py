@@ -16,7 +16,7 @@ ONE_SIDED_95 = 1.645  # standard errors
 
 
 class Verdict(StrEnum):
-    """What can be said of a policy's quality: it is kept, this is not shown, or no result could show it."""
+    """A policy's quality is kept, this is not shown, or no result could show it."""
 
     KEPT = "quality kept"
     NOT_SHOWN = "quality not shown to be kept"
@@ -26,13 +26,9 @@ class Verdict(StrEnum):
 def fewest_instances(epsilon: float, worst: float = 1.0, errors: float = ONE_SIDED_95) -> float:
     """Instances below which no result, not even one without any loss, shows that the quality is kept.
 
-    If an instance in ``worst / epsilon`` lost all that it can, ``n`` instances would show no loss with probability
-    ``(1 - epsilon / worst)^n``: at one point and 95%, 299 instances are needed (the "rule of three").
-
-    Args:
-        epsilon: How much mean quality may be lost.
-        worst: The most that an instance can lose.
-        errors: Strictness, in standard errors of a normal distribution.
+    If an instance in ``worst / epsilon`` lost all that it can (``worst``), ``n`` instances would show no loss with
+    probability ``(1 - epsilon / worst)^n``: at one point and 95%, 299 instances are needed (the "rule of three").
+    ``errors`` is the strictness, in standard errors of a normal distribution.
     """
     if epsilon >= worst:
         return 0
@@ -46,13 +42,7 @@ def fewest_instances(epsilon: float, worst: float = 1.0, errors: float = ONE_SID
 def losses_allowed(n: int, epsilon: float, errors: float = ONE_SIDED_95) -> int | None:
     """How many of ``n`` answers may be lost, none being gained, for the verdict to be "quality kept".
 
-    Args:
-        n: Instances; each can lose 1.
-        epsilon: How much mean quality may be lost.
-        errors: Strictness, in standard errors of a normal distribution.
-
-    Returns:
-        ``None`` if there are too few instances to tell.
+    ``None`` if there are too few instances to tell; arguments as in ``verdict``.
     """
     return _most(n, epsilon, errors, lambda lost: (-lost / n, lost / n))
 
@@ -60,7 +50,7 @@ def losses_allowed(n: int, epsilon: float, errors: float = ONE_SIDED_95) -> int 
 def changes_allowed(n: int, epsilon: float, errors: float = ONE_SIDED_95) -> int | None:
     """How many of ``n`` answers may change, half of them gained and half lost, for the verdict to be "quality kept".
 
-    Two answers change together, so it is an even number; arguments and result are those of ``losses_allowed``.
+    Two answers change together, so it is an even number; see ``losses_allowed``.
     """
     most = _most(n, epsilon, errors, lambda pairs: (0.0, min(1.0, 2 * pairs / n)))
     return None if most is None else min(2 * most, n - n % 2)
@@ -79,9 +69,9 @@ def verdict(quality: NDArray, quality_ref: NDArray, epsilon: float, errors: floa
 
     A score test: its variance is that under the hypothesis that just so much is lost, and of all such hypotheses the
     least favourable, in which some instances lose all that they can (``worst``). Of paired binary outcomes it is close
-    to Tango's (1998, Statistics in Medicine 17, equation 3), and it has a variance where nothing disagrees; it holds
-    for graded outcomes too. Since few instances are no normal distribution, the exact binomial probability of so small
-    a loss is asked as well. ``tests/agents/runs/test_verdict.py`` simulates both.
+    to Tango's (1998, Statistics in Medicine 17, equation 3). It has a variance where nothing disagrees, and holds for
+    graded outcomes too. The exact binomial probability of so small a loss is asked as well, for few instances.
+    ``tests/agents/runs/test_verdict.py`` simulates both.
 
     Args:
         quality: Under the decisions, ``[n]``, at least 0.
@@ -102,17 +92,9 @@ def assured(
 ) -> Verdict:
     """Will ``fresh`` other instances show that the quality is kept?
 
-    A policy is selected by this on a sample and judged by ``verdict`` on another one, and both samples have their luck.
-    So the mean on the other one is taken to be lower than here by ``errors`` standard errors of the difference of two
-    means; the variance is that of this sample with one more instance in it that loses all, so that no sample is too
-    good to vary.
-
-    Args:
-        quality: Under the decisions, ``[n]``, at least 0.
-        quality_ref: Dense, ``[n]``.
-        epsilon: How much mean quality may be lost.
-        fresh: Number of the other instances.
-        errors: Strictness, in standard errors; also that of the verdict to come.
+    A policy is selected by this on one sample and judged by ``verdict`` (same arguments) on another, and both vary. So
+    the mean on the other one is taken to be lower than here by ``errors`` standard errors of the difference of two
+    means. The variance is that of this sample with one more instance that loses all: no sample is too good to vary.
     """
     difference, n = quality - quality_ref, len(quality)
     worst = _worst(quality_ref)

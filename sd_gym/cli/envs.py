@@ -35,7 +35,7 @@ def _row(values: dict[str, Any]) -> tuple[str, str, str]:
     """The id, data set and backbone of a configuration."""
     if values.get("table") is not None:
         from sd_gym.config import dotted
-        from sd_gym.envs.table import read_description, table_folder
+        from sd_gym.envs.table_files import read_description, table_folder
 
         folder = table_folder(values["table"])
         if not folder.is_dir():
@@ -107,7 +107,7 @@ def tabulate(
     size = sum(file.stat().st_size for file in output.iterdir())
     console.print(f"{kind} on instances: {counts}; {size / 2**20:.1f} MB", highlight=False, soft_wrap=True)
     if pca is not None:
-        from sd_gym.envs.table import PROJECTION
+        from sd_gym.envs.table_files import PROJECTION
         from sd_gym.projection import read_projection
 
         kept = read_projection(output / PROJECTION).explained.sum()

@@ -7,9 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sd_gym.envs.config import ConfigError, EnvConfig
-    from sd_gym.envs.outcome import Outcome
-    from sd_gym.envs.protocols import Core, Split
+    from sd_gym.config import ConfigError, EnvConfig
+    from sd_gym.envs.protocols import Core, Outcome, Split
     from sd_gym.envs.shared import shared_core
     from sd_gym.envs.single import SwitchableEnv
     from sd_gym.envs.table_shells import TableEnv, TableVectorEnv
@@ -17,10 +16,10 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "ConfigError": "config",
-    "Core": "core",
+    "Core": "protocols",
     "EnvConfig": "config",
-    "Outcome": "outcome",
-    "Split": "split",
+    "Outcome": "protocols",
+    "Split": "protocols",
     "SwitchableEnv": "single",
     "SwitchableVectorEnv": "vector",
     "TableEnv": "table_shells",

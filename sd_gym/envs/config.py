@@ -8,27 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from sd_gym.config import KEYS, KINDS, PARTS, ConfigError, EnvConfig, UnknownKeyError, dotted, nested
+from sd_gym.config import KEYS, ConfigError, EnvConfig, dotted, stored_config
+from sd_gym.envs.table_files import read_description, table_folder
 from sd_gym.errors import one_line, short
 from sd_gym.objectives import objective_function
-from sd_gym.registration import CONFIG_FOLDER, OBSERVATIONS
-from sd_gym.tasks.data import DataError, check_splits
-from sd_gym.tasks.family import TASKS
-from sd_gym.tasks.metrics import METRICS
-
-__all__ = [
-    "ConfigError",
-    "EnvConfig",
-    "UnknownKeyError",
-    "load_config",
-    "make_config",
-    "parse_yaml",
-    "read_values",
-    "read_yaml",
-    "stored_config",
-]
+from sd_gym.registration import CONFIG_FOLDER
 
 # What can be chosen of an env that takes its outcomes from a table; all else is as it was when the table was made. Of
 # several stages the first one alone may be left.
@@ -52,86 +37,13 @@ def make_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
                 f"{origin}: {example!r} has no value; pass it, as in "
                 f"gym.make({values.get('id', 'ID')!r}, dataset='reviews.jsonl', backbone='my-model')"
             )
-    config = _validated(values, origin)
-    try:
-        check_splits(config.data)
-    except DataError as error:
-        raise ConfigError(f"{origin}: config key {error}") from error
-    from sd_gym.tasks.ranking import RANKINGS  # for which torch is imported; an env of a table needs none
+    from sd_gym.execution.config import checked_config  # for which torch is imported; an env of a table needs none
 
-    named = {
-        "reward.objective": (config.reward.objective, objective_function),
-        "observation": (config.observation, OBSERVATIONS.find),
-        "task": (config.task, TASKS.find),
-        "quality.metric": (config.quality.metric, METRICS.find),
-        "tokens.ranking": (config.tokens.ranking, RANKINGS.find),
-    }
-    for key, (name, find) in named.items():
-        try:
-            find(name)
-        except ValueError as error:
-            raise ConfigError(f"{origin}: config key {key!r}: {error}") from error
-    _check_measured(config, origin)
-    shares = config.tokens.shares
-    if shares[:1] != (0.0,) or list(shares) != sorted(set(shares)) or shares[-1] >= 1:
-        raise ConfigError(
-            f"{origin}: config key 'tokens.shares': expected ascending shares below 1, the first one 0.0 (no token is "
-            f"dropped), as in [0.0, 0.25, 0.5]; got {list(shares)}"
-        )
-    if not config.candidates and len(shares) == 1:
-        raise ConfigError(
-            f"{origin}: config key 'candidates': with no kind of sublayer there are only tokens to drop, and "
-            f"tokens.shares has one level, {list(shares)}; name a kind, or pass token_shares=[0.0, 0.25, 0.5]"
-        )
-    if set(config.candidates) != set(KINDS) and (config.action == "multi_binary" or config.stages != ("first",)):
-        raise ConfigError(
-            f"{origin}: config key 'candidates': some kinds of sublayers alone are decided on with action "
-            f"multi_discrete or discrete, before the first layer; got action {config.action} at {list(config.stages)}"
-        )
-    if config.action == "multi_binary" and len(shares) > 1:
-        raise ConfigError(
-            f"{origin}: config key 'action': 'multi_binary' has a bit for each switch and none for the tokens, but "
-            f"there are {len(shares)} tokens.shares; use multi_discrete, or discrete with a codebook"
-        )
-    if config.stages != ("first",) and (config.action == "discrete" or config.observation not in ("pooled", "tokens")):
-        raise ConfigError(
-            f"{origin}: config key 'stages': several stages are decided with action multi_discrete or multi_binary, on "
-            f"observation pooled or tokens; got {config.action} on {config.observation}"
-        )
-    if config.reward.dense and config.reward.vector:
-        raise ConfigError(
-            f"{origin}: config key 'reward.dense': a reward.vector comes at the end; leave one of the two out"
-        )
-    return config
-
-
-def stored_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
-    """The configuration that a file holds; what it lacks is the default.
-
-    It was checked when it was written: what it names need not be registered or be there.
-
-    Raises:
-        ConfigError: If it is none.
-    """
-    return _validated(dotted(values, origin), origin)
-
-
-def _validated(values: dict[str, Any], origin: str) -> EnvConfig:
-    """Of values by dotted key."""
-    plain = nested({key: str(value) if isinstance(value, Path) else value for key, value in values.items()})
-    needed = {name: {} for name, part in PARTS.items() if any(one.is_required() for one in part.model_fields.values())}
-    try:
-        return EnvConfig(**{**needed, **plain})
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{origin}: config key {key!r}: {first['msg']}, got {short(first['input'])}") from error
+    return checked_config(values, origin)
 
 
 def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
     """The configuration of the env that a table is of, but for ``TABLE_KEYS``; ``None`` is as the table has it."""
-    from sd_gym.envs.table import read_description, table_folder
-
     if values.get("table") is None:
         raise ConfigError(
             f"{origin}: 'table' has no value; pass the folder of one, as in gym.make({values.get('id', 'ID')!r}, "
@@ -141,8 +53,8 @@ def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
         raise ConfigError(f"{origin}: config key 'table': expected the folder of a table; got {short(values['table'])}")
     was = dotted(read_description(table_folder(values["table"]))["env_config"], f"the table {values['table']}")
     given = {key: value for key, value in values.items() if value is not None}
-    config = _validated({**was, **given}, origin)
-    before = dotted(_validated({**was, "id": config.id, "table": config.table}, origin).model_dump())
+    config = stored_config({**was, **given}, origin)
+    before = dotted(stored_config({**was, "id": config.id, "table": config.table}, origin).model_dump())
     for key, value in dotted(config.model_dump()).items():
         at_once = key == "stages" and list(value) == ["first"]
         if value != before[key] and not at_once and (key == "stages" or key not in TABLE_KEYS):
@@ -156,23 +68,6 @@ def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
     except ValueError as error:
         raise ConfigError(f"{origin}: config key 'reward.objective': {error}") from error
     return config
-
-
-def _check_measured(config: EnvConfig, origin: str) -> None:
-    """Raise ``ConfigError`` if the task has no such metric or quality."""
-    task, metric = TASKS.find(config.task), METRICS.find(config.quality.metric)
-    if config.quality.metric not in task.metrics and not metric.own:
-        raise ConfigError(
-            f"{origin}: config key 'quality.metric': {config.task} is measured by {', '.join(task.metrics)}; got "
-            f"{config.quality.metric!r}"
-        )
-    if config.quality.kind == "metric" and (config.quality.metric == "exact_match" or not metric.of_texts):
-        raise ConfigError(
-            f"{origin}: config key 'quality.kind': 'metric' scores texts, by rouge or squad; the metric "
-            f"is {config.quality.metric!r}, for which exact_match, likelihood and, of classes, balanced are there"
-        )
-    if config.quality.kind == "balanced" and not task.weighs_classes:
-        raise ConfigError(f"{origin}: config key 'quality.kind': 'balanced' weighs classes; {config.task} has none")
 
 
 def load_config(file: str | Path, overrides: Mapping[str, Any]) -> EnvConfig:
@@ -210,7 +105,7 @@ def read_values(file: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: If there is no such file.
         ConfigError: If a file is not UTF-8, is not YAML, holds something else than keys and values, extends a path or
-            a missing file, or if the files extend each other in a circle; and as ``sd_gym.config.to_masks`` raises.
+            a missing file, or if the files extend each other in a circle; and as ``dotted`` raises.
     """
     values: dict[str, Any] = {}
     chain: list[Path] = []

@@ -1,28 +1,31 @@
-"""The batched core of all envs: instances, observations, and the scores of decisions. Its shells hold no logic."""
+"""The core of an env that runs a backbone: instances, observations, and the scores of decisions."""
 
 from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable, Iterator
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sd_gym.backbones import load_backbone
-from sd_gym.envs.config import ConfigError, EnvConfig
-from sd_gym.envs.episodes import EpisodicCore, FirstLook, StageLooks, Steps
-from sd_gym.envs.export import Export, of_core
-from sd_gym.envs.outcome import Outcome
-from sd_gym.envs.shared import shared_core
-from sd_gym.envs.spaces import ACTIONS, Actions, MultiDiscreteActions, Observation, Observations, Pooled, Tokens
+from sd_gym.backbones.load import BUNDLED
+from sd_gym.config import ConfigError, EnvConfig
+from sd_gym.envs.actions import ACTIONS, MultiDiscreteActions, Steps
+from sd_gym.envs.episodes import FirstLook
+from sd_gym.envs.export import Export
+from sd_gym.envs.protocols import Core, Observations, Outcome
+from sd_gym.envs.spaces import Observation, Pooled, Tokens
 from sd_gym.envs.staged import StageObservation
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.objectives import quality_cost
+from sd_gym.policy.artefact import tokenizer_hash
+from sd_gym.policy.protection import Protection
 from sd_gym.registration import OBSERVATIONS
 from sd_gym.switch import PassState
 from sd_gym.tasks.ranking import RANKINGS
@@ -31,7 +34,7 @@ from sd_gym.tasks.splits import Splits
 Array = NDArray
 
 
-class BackboneCore(EpisodicCore):
+class BackboneCore(Core[BackboneSplit]):
     """Draws instances, observes them, and scores decisions on them; shared by all envs of the same configuration.
 
     Args:
@@ -39,15 +42,11 @@ class BackboneCore(EpisodicCore):
 
     Attributes:
         data: The splits of the data set.
-        actions: How an agent says its decisions.
-        observation: What it sees before the first layer.
-        stages: Names of the stages of an episode, in execution order.
         columns: Which switches each stage decides.
-        steps: Which components of a decision each stage makes.
 
     Raises:
         FileNotFoundError: If the data set, the backbone or the codebook does not exist.
-        ConfigError: If the codebook or a stage is none of this backbone.
+        ConfigError: If the codebook or a stage does not fit this backbone.
         sd_gym.tasks.data.DataError: If the data set is malformed.
         sd_gym.switch.UnsupportedArchitectureError: If the backbone cannot be switched.
     """
@@ -57,24 +56,30 @@ class BackboneCore(EpisodicCore):
         self.backbone = load_backbone(config.backbone.name, config.backbone.device)
         self.data = Splits(config.data, config.task)
         self._splits: dict[str, BackboneSplit] = {}
-        board = self.backbone.board
+        board, tokens = self.backbone.board, config.tokens
         try:
-            self.columns = list(board.decided_at(config.stages).values())
+            decided_at = board.decided_at(config.stages)
         except ValueError as error:
             raise ConfigError(f"{config.id}: config key 'stages': {error}") from error
-        self.stages = list(board.decided_at(config.stages))
+        self.stages, self.columns = list(decided_at), list(decided_at.values())
         if config.observation == "tokens" and "first" not in self.stages:
             raise ConfigError(
                 f"{config.id}: config key 'stages': observation tokens is seen at the stage first; got {self.stages}"
             )
+        self.switch_names = board.names
+        # A switch has 2 choices; 1, to run, where its kind is not among the candidates. The tokens come last.
+        choices = [1 + (switch.sublayer.kind in config.candidates) for switch in board.switches]
+        self.nvec = self.decision_nvec = np.array([*choices, len(tokens.shares)], dtype=np.int64)
+        self._ranking = RANKINGS.find(tokens.ranking) if len(tokens.shares) > 1 else None  # no token is dropped
+        self.highest_flops_ratio = 2.0 if self._ranking and self._ranking.costs_flops else 1.0
         self.steps = self._steps()
-        self.actions: Actions = ACTIONS[config.action](config, self.steps.choices)
+        self.actions = ACTIONS[config.action](config, self.steps.choices)
         self._decided = MultiDiscreteActions(config, self.nvec)
         self.observation: Observation = OBSERVATIONS.find(config.observation)(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of an env, in this process or another, shares the core of its configuration."""
-        return shared_core, (self.config,)
+        return backbone_core, (self.config,)
 
     def _steps(self) -> Steps:
         """Each stage decides its switches, the first of an action; at ``first`` the tokens too, which come last."""
@@ -87,45 +92,8 @@ class BackboneCore(EpisodicCore):
             places.append(np.append(at, widest) if tokens else at)
         return Steps(components, places, self.nvec)
 
-    @cached_property
-    def stage_observation(self) -> StageLooks:
-        """What is seen at the stages."""
-        return StageObservation(self) if self.is_staged else FirstLook(self)
-
-    @property
-    def observation_space(self) -> gym.Space:
-        """Of one observation."""
-        return self.stage_observation.space
-
-    @property
-    def highest_flops_ratio(self) -> float:
-        """A bound on the FLOPs ratio of any decision: above 1 where ranking tokens runs a part of the backbone."""
-        drops = len(self.config.tokens.shares) > 1
-        return 2.0 if drops and RANKINGS.find(self.config.tokens.ranking).costs_flops else 1.0
-
-    @property
-    def n_switches(self) -> int:
-        """Number of switches of the backbone."""
-        return len(self.backbone.board)
-
-    @cached_property
-    def nvec(self) -> Array:
-        """Sizes of the action's components, int64 ``[switches + 1]``: of each switch, then the number of token levels.
-
-        A switch has 2 choices; 1, to run, where its kind is not among the config's ``candidates``.
-        """
-        sizes = [1 + (switch.sublayer.kind in self.config.candidates) for switch in self.backbone.board.switches]
-        return np.array([*sizes, len(self.config.tokens.shares)], dtype=np.int64)
-
-    @property
-    def decision_nvec(self) -> Array:
-        """Sizes of a mask's components; here a decision is a mask, but not so of every table."""
-        return self.nvec
-
-    @property
-    def switch_names(self) -> list[str]:
-        """What each component of a decision but the last one skips."""
-        return self.backbone.board.names
+    def _stage_looks(self) -> StageObservation | FirstLook:
+        return StageObservation(self, self.columns) if self.is_staged else FirstLook(self)
 
     def to_masks(self, decisions: Array) -> Array:
         """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``: here they are."""
@@ -156,12 +124,37 @@ class BackboneCore(EpisodicCore):
             self.split(name).scoring.load_scores(scores.get(name))
 
     def export(self) -> Export | None:
-        """What a policy takes along when it leaves this env; ``None``: it cannot."""
-        return of_core(self)
+        """What a policy takes along when it leaves this env.
 
-    def observe(self, split: BackboneSplit, rows: Array) -> Observations:
-        """What the configured observation shows of rows ``[n]`` of a split: new arrays, a row an instance."""
-        return self.observation.observe(split, rows)
+        Returns:
+            ``None`` where it cannot leave: its observation is one of the user's own, or its tokens are ranked at
+            random, which is a control, or in a way of the user's own.
+        """
+        config, backbone, ranking, looks = self.config, self.backbone, self._ranking, self.observation
+        if not isinstance(looks, Pooled | Tokens) or (ranking is not None and not ranking.is_exported):
+            return None
+        train, name = self.split("train"), config.backbone.name
+        described = {
+            "name": name,
+            "is_local": Path(name).exists() or name in BUNDLED,
+            "model_type": backbone.model.config.model_type,
+            "auto_class": backbone.head.auto_class,
+            "weights": backbone.weights,
+            "tokenizer": tokenizer_hash(backbone.tokenizer),
+            "token_types": train.encoded.token_type_ids is not None,
+        }
+        stages = self.stage_observation
+        staged = isinstance(stages, StageObservation)
+        standard = stages if staged else looks
+        return Export(
+            config,
+            described,
+            standard.mean,
+            standard.deviation,
+            rarity=train.rarity if ranking is not None and ranking.needs_rarity else None,
+            protection=None if ranking is None else _protection(train),
+            of_tokens=(looks.mean, looks.deviation) if staged and isinstance(looks, Tokens) else None,
+        )
 
     def decided_logits(
         self, split: BackboneSplit, rows: Array, decide: Callable[[Observations], Array]
@@ -178,15 +171,15 @@ class BackboneCore(EpisodicCore):
             decide: From observations to decisions ``[n, switches + 1]``.
         """
         if self.is_staged:
-            decisions, seen = self.walk(split, rows, decide)
+            decisions, seen = self.rollout(split, rows, decide)
             if seen is None:
                 yield from split.passes.logits(rows, decisions)
             else:
                 yield np.arange(len(rows)), *split.passes.resumed(seen, rows, decisions)
             return
-        looks = len(self.config.tokens.shares) > 1 and split.tokens.ranking.costs_flops
-        if len(rows) == 1 and type(self.observation) in (Pooled, Tokens) and not looks:
-            observation = self.observation
+        observation, ranking = self.observation, self._ranking
+        is_plain = isinstance(observation, Pooled | Tokens) and type(observation) in (Pooled, Tokens)
+        if len(rows) == 1 and is_plain and not (ranking and ranking.costs_flops):
             yield (
                 np.zeros(1, dtype=np.int64),
                 *split.passes.logits_of_one(rows[0], lambda hidden, mask: decide(observation.of_hidden(hidden, mask))),
@@ -195,17 +188,7 @@ class BackboneCore(EpisodicCore):
             yield from split.passes.logits(rows, decide(self.observe(split, rows)))
 
     def score(self, split: BackboneSplit, rows: Array, decisions: Array, seen: PassState | None = None) -> Outcome:
-        """What comes of one decision an instance; one batched run of the backbone.
-
-        Args:
-            split: Where the instances are.
-            rows: Their rows, int64 ``[n]``.
-            decisions: ``[n, switches + 1]``.
-            seen: What a pass of these rows under these decisions has shown at a stage: then it goes on from there.
-
-        Raises:
-            ValueError: If the decisions are malformed.
-        """
+        """What comes of one decision an instance, by one batched run of the backbone; see ``Core.score``."""
         decisions = self._decided.decisions(decisions, len(rows))
         quality, quality_ref = split.scoring.quality(rows, decisions, seen)
         flops_ratio = split.costs.flops_ratio(rows, decisions)
@@ -213,14 +196,27 @@ class BackboneCore(EpisodicCore):
         return Outcome(quality, quality_ref, cost, flops_ratio)
 
 
+def backbone_core(config: EnvConfig) -> BackboneCore:
+    """The core of a configuration without a ``table``; made anew where its observation's name is of another class."""
+    return core_of(config, OBSERVATIONS.find(config.observation))
+
+
 @lru_cache(maxsize=8)
 def core_of(config: EnvConfig, observation: type) -> BackboneCore:
-    """As ``shared_core``, which passes the observation's class: a name may come to stand for another one."""
+    """As ``backbone_core``, by the observation's class."""
     return BackboneCore(config)
 
 
+def _protection(train: BackboneSplit) -> Protection | None:
+    tokenizer = train.backbone.tokenizer
+    added = tokenizer("", "").input_ids  # what is put around texts and between them
+    separator = added[-1] if added else None
+    special, encoded = sorted({*tokenizer.all_special_ids, *added}), train.encoded
+    return Protection.of(encoded.input_ids, encoded.source_length, train.tokens.droppable, special, separator)
+
+
 def _shared_split(config: EnvConfig, name: str) -> BackboneSplit:
-    return shared_core(config).split(name)
+    return backbone_core(config).split(name)
 
 
 # A split is never copied, as its core is not.

@@ -3,179 +3,38 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import gymnasium as gym
 import numpy as np
 from gymnasium.vector.utils import create_empty_array
 from numpy.typing import NDArray
 
-from sd_gym.envs.outcome import Outcome
-from sd_gym.envs.spaces import Observations, put
+from sd_gym.envs.protocols import Core, Observations, Outcome, Split
+from sd_gym.envs.spaces import put
 
 if TYPE_CHECKING:  # an env of a table needs no torch
-    from sd_gym.envs.protocols import Split
     from sd_gym.switch import PassState
 
 Array = NDArray
 
 
-class Steps:
-    """Which components of a decision each step of an episode makes, and where in an action they stand.
-
-    All steps have the same action space, that of the largest. Where a step has fewer components the rest is passed
-    over, and of fewer choices the last one is taken; both are masked.
-
-    Args:
-        components: For each stage, those that it decides, int64.
-        places: For each stage, where in an action they stand, int64.
-        nvec: Sizes of a decision's components.
-
-    Attributes:
-        components: As given.
-        choices: Sizes of an action's components, int64.
-        masks: Which of their choices each stage has, bool ``[stages, sum(choices)]``.
-    """
-
-    def __init__(self, components: Sequence[Array], places: Sequence[Array], nvec: Array) -> None:
-        self.components, self._places, self._nvec = list(components), list(places), nvec
-        sizes = np.ones((len(self.components), 1 + max(int(place.max(initial=0)) for place in places)), dtype=np.int64)
-        for size, component, place in zip(sizes, components, places, strict=True):
-            size[place] = nvec[component]
-        self.choices = sizes.max(axis=0)
-        has = [[np.arange(most) < own for most, own in zip(self.choices, size, strict=True)] for size in sizes]
-        self.masks = np.stack([np.concatenate(one) for one in has])
-
-    def take(self, stage: int, decisions: Array, choices: Array) -> None:
-        """Write what a stage decides, of ``choices``, into ``decisions``; both ``[n, components of a decision]``."""
-        components = self.components[stage]
-        decisions[:, components] = choices[:, components]
-
-    def spread(self, stage: Array, choices: Array) -> Array:
-        """What actions say, at the components that their stages decide.
-
-        Args:
-            stage: Number of the stage of each row, int64 ``[n]``.
-            choices: As ``actions.decisions`` gives them, ``[n, components of an action]``.
-
-        Returns:
-            int64 ``[n, components of a decision]``, zeros elsewhere.
-        """
-        spread = np.zeros((len(choices), len(self._nvec)), dtype=np.int64)
-        for number in np.unique(stage):
-            at = np.flatnonzero(stage == number)[:, None]
-            components = self.components[number]
-            spread[at, components] = np.minimum(choices[at, self._places[number]], self._nvec[components] - 1)
-        return spread
-
-    def ends(self, stage: int) -> Array:
-        """A decision, int64 ``[components]``, that skips as much as can be behind a stage, and nothing before."""
-        behind = np.zeros(len(self._nvec), dtype=np.int64)
-        for components in self.components[stage + 1 :]:
-            behind[components] = self._nvec[components] - 1
-        return behind
-
-    def of_logits(self) -> tuple[Array, int]:
-        """Where in a decision's logits an action's choices stand at each stage.
-
-        Returns:
-            int64 ``[stages, sum(choices)]``, and how many logits a decision has, ``N``: ``N`` stands for a choice that
-            is certain, since the stage has not this component, and ``N + 1`` for one that is never made.
-        """
-        ends = np.cumsum(self._nvec)
-        certain, never = int(ends[-1]), int(ends[-1]) + 1
-        own = np.split(np.arange(certain), ends[:-1])
-        found = []
-        for components, places in zip(self.components, self._places, strict=True):
-            rows = [np.array([certain] + [never] * (size - 1)) for size in self.choices.tolist()]
-            for component, place in zip(components, places, strict=True):
-                rows[place] = np.append(own[component], np.full(self.choices[place] - self._nvec[component], never))
-            found.append(np.concatenate(rows))
-        return np.array(found, dtype=np.int64), certain
-
-
-class StageLooks(Protocol):
-    """What is seen at the stages of an episode, of a backbone or of a table."""
-
-    space: gym.Space
-
-    def observe(
-        self, split: Split, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
-    ) -> tuple[Observations, PassState | None]:
-        """As ``StageObservation.observe``."""
-
-    def judging_flops(self, split: Split, rows: Array) -> Array:
-        """As ``StageObservation.judging_flops``."""
-
-
 class FirstLook:
-    """What is seen at the only stage of an episode: the core's observation, before the first layer.
+    """The ``StageLooks`` of a core with one stage: its observation, before the first layer."""
 
-    Args:
-        core: The core.
-    """
+    judges = False
 
-    def __init__(self, core: EpisodicCore) -> None:
+    def __init__(self, core: Core) -> None:
         self._core, self.space = core, core.observation.space
 
     def observe(
-        self, split: Split, rows: Array, stage: int, decisions: Array, behind: PassState | None
+        self, split: Split, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
     ) -> tuple[Observations, None]:
-        """As ``StageObservation.observe``: nothing is run."""
+        """Nothing is run; see ``StageLooks.observe``."""
         return self._core.observe(split, rows), None
 
     def judging_flops(self, split: Split, rows: Array) -> Array:
         """Zeros, int64 ``[n]``: the head judges nothing."""
         return np.zeros(len(rows), dtype=np.int64)
-
-
-class EpisodicCore:
-    """What a core makes of episodes, be it of a backbone or of a table.
-
-    Attributes:
-        stages: Names of the stages of an episode, in execution order.
-        steps: Which components of a decision each stage makes.
-        nvec: Sizes of these components.
-        observation: What is seen before the first layer.
-        stage_observation: What is seen at the stages.
-    """
-
-    stages: list[str]
-    steps: Steps
-    nvec: Array
-    observation: Any
-    stage_observation: StageLooks
-
-    @property
-    def is_staged(self) -> bool:
-        """Whether anything is decided elsewhere than before the first layer."""
-        return self.stages != ["first"]
-
-    def episodes(self, n: int) -> Episodes:
-        """A batch of ``n`` episodes."""
-        return Episodes(self, n)
-
-    def walk(
-        self, split: Split, rows: Array, decide: Callable[[Observations], Array]
-    ) -> tuple[Array, PassState | None]:
-        """Decide on rows, from stage to stage, each on what the decisions before it have led to.
-
-        Args:
-            split: Where the instances are.
-            rows: Their rows, int64 ``[n]``.
-            decide: Called once a stage. From observations to decisions ``[n, components]``, of which those of the
-                stage count.
-
-        Returns:
-            The decisions, int64 ``[n, components]``, and what the pass has shown at the last stage, for ``score`` to
-            go on from; ``None`` where that is before the first layer, or nothing runs.
-        """
-        decisions, seen = np.zeros((len(rows), len(self.nvec)), dtype=np.int64), None
-        for stage in range(len(self.stages)):
-            observations, seen = self.stage_observation.observe(split, rows, stage, decisions, seen)
-            self.steps.take(stage, decisions, decide(observations))
-        return decisions, seen
 
 
 class Episodes:
@@ -191,7 +50,7 @@ class Episodes:
         paid: Reward that each was given for savings, float64 ``[n]``.
     """
 
-    def __init__(self, core: EpisodicCore, n: int) -> None:
+    def __init__(self, core: Core, n: int) -> None:
         self.core = core
         self.stage = np.zeros(n, dtype=np.int64)
         self.decisions = np.zeros((n, len(core.nvec)), dtype=np.int64)

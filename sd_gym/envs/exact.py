@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.envs.table_split import TableSplit
+from sd_gym.envs.table import TableSplit
 from sd_gym.objectives import Objective
 
 Array = NDArray
@@ -17,7 +17,7 @@ SLACK = 1e-9  # of a mean quality: sums of many numbers differ in their last bit
 
 
 class Exact(NamedTuple):
-    """Decisions on a split, and what comes of them.
+    """Decisions on a split, and what they lead to.
 
     Attributes:
         masks: Number of the mask of each instance, int64 ``[n]``.
@@ -63,7 +63,7 @@ def oracle(split: TableSplit, loss: float = 0.0) -> Exact:
     return _exact(split, masks)
 
 
-def regret(split: TableSplit, policy: Callable[[Array], Array]) -> Array:
+def regret(split: TableSplit, policy: Callable[[Any], Array]) -> Array:
     """How much less reward each instance gets from a policy than from the best of all masks, float64 ``[n]``.
 
     The reward is that of the table's config.
@@ -73,7 +73,9 @@ def regret(split: TableSplit, policy: Callable[[Array], Array]) -> Array:
         policy: From observations ``[n, ...]`` to decisions ``[n, components]``, such as ``DecisionPolicy.decide``;
             called once a stage.
     """
-    masks, lost = _decided(split, policy), np.empty(len(split))
+    core, lost = split.core, np.empty(len(split))
+    decisions, _ = core.rollout(split, np.arange(len(split)), lambda seen: core.checked(policy(seen), len(split)))
+    masks = core.masks_of(decisions)
     for rows, rewards in _rewards(split):
         lost[rows] = rewards.max(axis=1) - rewards[np.arange(len(rows)), masks[rows]]
     return lost
@@ -108,16 +110,8 @@ def _parts(split: TableSplit) -> Iterator[tuple[Array, Array, Array]]:
         yield rows, split.scoring.of_masks(rows), split.costs.of_masks(rows)
 
 
-def _decided(split: TableSplit, policy: Callable[[Array], Array]) -> Array:
-    """Numbers of the masks that a policy decides, int64 ``[n]``."""
-    core, rows = split.core, np.arange(len(split))
-    return core.masks_of(core.checked(core.walk(split, rows, policy)[0], len(rows)))
-
-
 def _exact(split: TableSplit, masks: Array) -> Exact:
-    rows, quality, flops = np.arange(len(split)), np.empty(len(split)), np.empty(len(split))
-    reference = np.empty(len(split))
-    for some, under, cost in _parts(split):
-        at = rows[: len(some)], masks[some]
-        quality[some], flops[some], reference[some] = under[at], cost[at], under[:, 0]
-    return Exact(masks, float(quality.mean()), float(reference.mean()), float(flops.mean()))
+    core = split.core
+    outcome = core.score(split, np.arange(len(split)), core.from_masks(core.masks[masks]))
+    means = (float(values.mean()) for values in (outcome.quality, outcome.quality_ref, outcome.flops_ratio))
+    return Exact(masks, *means)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.envs.config import EnvConfig, load_config
-from sd_gym.envs.outcome import Outcome
+from sd_gym.config import EnvConfig
+from sd_gym.envs.config import load_config
+from sd_gym.envs.episodes import Episodes
+from sd_gym.envs.protocols import Core, Outcome, Split
+from sd_gym.envs.render import Shown, as_lines, scenes
 from sd_gym.objectives import Objective
 from sd_gym.registration import CONFIG_FOLDER
-
-if TYPE_CHECKING:  # an env of a table needs no torch
-    from sd_gym.envs.episodes import Episodes
-    from sd_gym.envs.protocols import Core, Split
 
 KNOWN_AT_RESET = ("instance", "difficulty")
 _SCALARS = (np.float64, np.int64, np.bool_)
@@ -164,6 +163,13 @@ def read_config(config_file: str, overrides: dict[str, Any]) -> EnvConfig:
     """The config of a file in ``envs_configs/``, or of any path, with overrides; raises as ``load_config``."""
     bundled = CONFIG_FOLDER / config_file
     return load_config(bundled if bundled.exists() else Path(config_file), overrides)
+
+
+def pictures(core: Core, shown: Shown, render_mode: str) -> list[str] | list[NDArray]:
+    """What each env shows: lines of text for ``ansi``, else pictures."""
+    from sd_gym.envs.picture import as_image  # what draws is imported when something is drawn
+
+    return [as_lines(scene) if render_mode == "ansi" else as_image(scene) for scene in scenes(core, shown)]
 
 
 def objects(values: list[Any]) -> NDArray:

@@ -3,62 +3,104 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import gymnasium as gym
+import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from sd_gym.envs.config import EnvConfig
-    from sd_gym.envs.episodes import Episodes, StageLooks, Steps
+from sd_gym.config import EnvConfig
+from sd_gym.envs.actions import Actions, Steps
+
+if TYPE_CHECKING:  # it needs torch
     from sd_gym.envs.export import Export
-    from sd_gym.envs.outcome import Outcome
-    from sd_gym.envs.spaces import Actions, Observations
     from sd_gym.switch import PassState
 
 Array = NDArray
+Observations = Array | dict[str, Array]  # of a batch: one row an instance
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What decisions lead to; every field is float64 ``[n]``, one row an instance.
+
+    Attributes:
+        quality: Task quality under the decision.
+        quality_ref: Task quality of the dense backbone.
+        cost: ``max(0, quality_ref - epsilon - quality)``.
+        flops_ratio: FLOPs under the decision over dense FLOPs.
+    """
+
+    quality: NDArray
+    quality_ref: NDArray
+    cost: NDArray
+    flops_ratio: NDArray
 
 
 class Scores(Protocol):
-    """What answers are worth, of rows of a split under decisions."""
+    """What answers are worth, of rows ``[n]`` of a split under decisions ``[n, components]``."""
 
     def quality(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
-        """Quality under the decisions ``[n, components]`` and dense quality, each float64 ``[n]``."""
+        """Quality under the decisions and dense quality, each float64 ``[n]``."""
+        ...
 
     def run(self, rows: Array, decisions: Array) -> Array:
         """Quality under the decisions, float64 ``[n]``; nothing is remembered."""
+        ...
 
     def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
         """Quality, and the likelihood of the reference, each float64 ``[n]``."""
+        ...
 
     def under_all(self, rows: Array, masks: Array) -> tuple[Array, Array]:
         """The same under each of some decisions, each float64 ``[n, masks]``."""
+        ...
 
     def score_dense(self, on_batch: Callable[[], None] = ...) -> None:
         """Know the dense quality of all rows."""
 
     def metrics(self, rows: Array, decisions: Array) -> dict[str, float]:
         """The metric of a report, by name."""
+        ...
 
 
 class Costs(Protocol):
-    """FLOPs of rows of a split under decisions."""
+    """FLOPs of rows ``[n]`` of a split under decisions ``[n, components]``."""
 
     def flops_ratio(self, rows: Array, decisions: Array) -> Array:
-        """FLOPs under ``decisions [n, components]`` over dense FLOPs, float64 ``[n]``."""
+        """FLOPs under the decisions over dense FLOPs, float64 ``[n]``."""
+        ...
 
     def flops(self, rows: Array, decisions: Array) -> Array:
-        """FLOPs under ``decisions``, int64 ``[n]``."""
+        """FLOPs under the decisions, int64 ``[n]``."""
+        ...
 
     def dense_flops(self, rows: Array) -> Array:
         """FLOPs of the dense backbone, int64 ``[n]``."""
+        ...
 
     def head_flops(self, rows: Array) -> Array:
         """FLOPs of the head, which no decision saves, int64 ``[n]``."""
+        ...
+
+
+class Lengths(Protocol):
+    """How long the inputs of a split are, int64 ``[n]``, and which inputs and targets were cut, bool ``[n]``."""
+
+    @property
+    def source_length(self) -> Array: ...
+
+    @property
+    def source_cut(self) -> Array: ...
+
+    @property
+    def target_cut(self) -> Array: ...
 
 
 class Split(Protocol):
-    """One split of a data set.
+    """One split of a data set; ``BackboneSplit`` also has its texts, tensors and passes.
 
     Attributes:
         name: ``train``, ``validation`` or ``test``.
@@ -67,32 +109,86 @@ class Split(Protocol):
         number_of: Row of each, by its id.
         difficulty: Of each, int64 ``[n]``; 0 where it is not known.
         levels: Difficulty for reports, int64 ``[n]``.
+        encoded: How long each is, and whether it was cut.
         scoring: What answers are worth.
         costs: What decisions cost.
+        provenance: Which rows these are.
     """
 
     name: str
-    instances: Sequence[Any]
-    ids: Array
-    number_of: dict[str, int]
-    difficulty: Array
-    levels: Array
-    scoring: Scores
-    costs: Costs
 
-    def __len__(self) -> int:
-        """How many instances there are."""
+    @property
+    def instances(self) -> Sequence[Any]: ...
+
+    @property
+    def ids(self) -> Array: ...
+
+    @property
+    def number_of(self) -> dict[str, int]: ...
+
+    @property
+    def difficulty(self) -> Array: ...
+
+    @property
+    def levels(self) -> Array: ...
+
+    @property
+    def encoded(self) -> Lengths: ...
+
+    @property
+    def scoring(self) -> Scores: ...
+
+    @property
+    def costs(self) -> Costs: ...
+
+    @property
+    def provenance(self) -> dict[str, Any]: ...
+
+    def __len__(self) -> int: ...
 
     def facts(self) -> dict[str, Array]:
         """What is known of each instance before any decision, by name, each ``[n]``."""
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """Which rows these are."""
+        ...
 
 
-class Core(Protocol):
-    """Draws instances, observes them, and scores decisions on them.
+S = TypeVar("S")  # the splits of a core, which it takes back: each has what ``Split`` has
+
+
+class StageLooks(Protocol[S]):
+    """What is seen at the stages of an episode.
+
+    Attributes:
+        space: Of one observation.
+        judges: Whether the head judges, at each stage in the middle of a pass, what a layer gives.
+    """
+
+    space: gym.Space
+    judges: bool
+
+    def observe(
+        self, split: S, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
+    ) -> tuple[Observations, PassState | None]:
+        """What is seen of rows ``[n]`` that have come to a stage under ``decisions [n, components]``.
+
+        Args:
+            split: Where the instances are.
+            rows: Their rows.
+            stage: Number of the stage.
+            decisions: As far as they are made; what they say from the stage on does not count.
+            resume_from: What the same rows have shown at the stage before, if it is known.
+
+        Returns:
+            Observations, and what to go on from; ``None`` before the first layer, or where nothing runs.
+        """
+        ...
+
+    def judging_flops(self, split: S, rows: Array) -> Array:
+        """FLOPs of the head's judgements in one episode of each row, int64 ``[n]``."""
+        ...
+
+
+class Core(Protocol[S]):
+    """Draws instances, observes them, and scores decisions on them; shared by all envs of the same configuration.
 
     Attributes:
         config: The env's configuration.
@@ -102,14 +198,10 @@ class Core(Protocol):
         steps: Which components of a decision each stage makes.
         actions: How an agent says its decisions.
         observation: What is seen before the first layer; it has a ``space``.
-        stage_observation: What is seen at the stages.
-        observation_space: Of one observation.
         backbone: The backbone, with ``name``, ``weights`` and ``board``; of a table it is not there to run.
         data: Which rows each split has.
         switch_names: What each component of a decision but the last one skips.
-        n_switches: Number of switches of the backbone.
         highest_flops_ratio: A bound on the FLOPs ratio of any decision.
-        is_staged: Whether anything is decided elsewhere than before the first layer.
     """
 
     config: EnvConfig
@@ -119,47 +211,99 @@ class Core(Protocol):
     steps: Steps
     actions: Actions
     observation: Any
-    stage_observation: StageLooks
     backbone: Any
     data: Any
     switch_names: list[str]
-    observation_space: gym.Space
-    n_switches: int
     highest_flops_ratio: float
-    is_staged: bool
 
-    def split(self, name: str) -> Split:
-        """A split by name."""
+    @cached_property
+    def stage_observation(self) -> StageLooks[S]:
+        """What is seen at the stages."""
+        return self._stage_looks()
 
-    def episodes(self, n: int) -> Episodes:
-        """A batch of ``n`` episodes."""
+    def _stage_looks(self) -> StageLooks[S]:
+        """What an implementation says of that, once it is asked for."""
+        ...
 
-    def observe(self, split: Split, rows: Array) -> Observations:
+    @property
+    def observation_space(self) -> gym.Space:
+        """Of one observation."""
+        return self.stage_observation.space
+
+    @property
+    def n_switches(self) -> int:
+        """Number of switches of the backbone."""
+        return len(self.decision_nvec) - 1
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether anything is decided elsewhere than before the first layer."""
+        return self.stages != ["first"]
+
+    def split(self, name: str) -> S:
+        """A split by name.
+
+        Raises:
+            ValueError: If there is none of that name.
+        """
+        ...
+
+    def observe(self, split: S, rows: Array) -> Observations:
         """What is seen of rows ``[n]`` of a split before the first layer: new arrays."""
+        return self.observation.observe(split, rows)
 
-    def walk(
-        self, split: Split, rows: Array, decide: Callable[[Observations], Array]
-    ) -> tuple[Array, PassState | None]:
-        """Decide on rows, from stage to stage."""
+    def rollout(self, split: S, rows: Array, decide: Callable[[Observations], Array]) -> tuple[Array, PassState | None]:
+        """Decide on rows, from stage to stage, each on what the decisions before it have led to.
 
-    def score(self, split: Split, rows: Array, decisions: Array, seen: PassState | None = None) -> Outcome:
+        Args:
+            split: Where the instances are.
+            rows: Their rows, int64 ``[n]``.
+            decide: Called once a stage. From observations to decisions ``[n, components]``, of which those of the
+                stage count.
+
+        Returns:
+            The decisions, int64 ``[n, components]``, and what the pass has shown at the last stage, for ``score`` to
+            go on from; ``None`` where that is before the first layer, or nothing runs.
+        """
+        decisions, seen = np.zeros((len(rows), len(self.nvec)), dtype=np.int64), None
+        for stage in range(len(self.stages)):
+            observations, seen = self.stage_observation.observe(split, rows, stage, decisions, seen)
+            self.steps.take(stage, decisions, decide(observations))
+        return decisions, seen
+
+    def score(self, split: S, rows: Array, decisions: Array, seen: PassState | None = None) -> Outcome:
         """What comes of one decision an instance.
+
+        Args:
+            split: Where the instances are.
+            rows: Their rows, int64 ``[n]``.
+            decisions: ``[n, components]``.
+            seen: What a pass of these rows under these decisions has shown at a stage: then it goes on from there.
 
         Raises:
             ValueError: If the decisions are malformed.
         """
+        ...
 
     def to_masks(self, decisions: Array) -> Array:
         """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``."""
+        ...
 
     def from_masks(self, masks: Array) -> Array:
-        """Masks ``[n, switches + 1]`` as decisions, int64 ``[n, components]``."""
+        """Masks ``[n, switches + 1]`` as decisions, int64 ``[n, components]``.
+
+        Raises:
+            ValueError: If the core has no such mask.
+        """
+        ...
 
     def export(self) -> Export | None:
         """What a policy takes along when it leaves this env; ``None``: it cannot."""
+        ...
 
     def scores(self) -> dict[str, dict[str, Any]]:
         """What is remembered of each split, by its name."""
+        ...
 
     def load_scores(self, scores: dict[str, dict[str, Any]]) -> None:
         """Remember these scores and no others."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sd_gym.envs.protocols import Core, Split
 from sd_gym.tasks.marked_text import CUT, DROPPED, MarkedText
-
-if TYPE_CHECKING:
-    from sd_gym.envs.protocols import Core, Split
 
 LETTERS = {"attention": "a", "cross_attention": "c", "feed_forward": "f"}
 BAR = 40  # characters
@@ -87,13 +85,6 @@ class Scene:
     def skip(self) -> NDArray:
         """1 for each switch that was skipped, 0 for the others (all, before a decision), ``[switches]``."""
         return np.zeros(len(self.switches)) if self.result is None else self.result.decision[:-1]
-
-
-def pictures(core: Core, shown: Shown, render_mode: str) -> list[str] | list[NDArray]:
-    """What each env shows: lines of text for ``ansi``, else pictures."""
-    from sd_gym.envs.picture import as_image  # what draws is imported when something is drawn
-
-    return [as_lines(scene) if render_mode == "ansi" else as_image(scene) for scene in scenes(core, shown)]
 
 
 def scenes(core: Core, shown: Shown) -> list[Scene]:

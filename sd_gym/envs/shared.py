@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from sd_gym.envs.config import EnvConfig
-from sd_gym.registration import OBSERVATIONS
-
-if TYPE_CHECKING:
-    from sd_gym.envs.protocols import Core
+from sd_gym.config import EnvConfig
+from sd_gym.envs.protocols import Core
 
 
 def shared_core(config: EnvConfig) -> Core:
@@ -17,6 +12,6 @@ def shared_core(config: EnvConfig) -> Core:
         from sd_gym.envs.table import table_core
 
         return table_core(config)
-    from sd_gym.envs.core import core_of
+    from sd_gym.envs.core import backbone_core
 
-    return core_of(config, OBSERVATIONS.find(config.observation))
+    return backbone_core(config)

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.envs.infos import check_shown, chosen, decided, episode_infos, info_of_one, read_config, text_infos
+from sd_gym.envs.actions import as_array
+from sd_gym.envs.episodes import Episodes
+from sd_gym.envs.infos import (
+    check_shown,
+    chosen,
+    decided,
+    episode_infos,
+    info_of_one,
+    pictures,
+    read_config,
+    text_infos,
+)
+from sd_gym.envs.protocols import Split
 from sd_gym.envs.pygame_window import HAS_PYGAME, Window
-from sd_gym.envs.render import Shown, pictures
+from sd_gym.envs.render import Shown
 from sd_gym.envs.shared import shared_core
-from sd_gym.envs.spaces import as_array, each, reward_space, spaces
+from sd_gym.envs.spaces import each, reward_space, spaces
 from sd_gym.objectives import Objective
-
-if TYPE_CHECKING:  # an env of a table needs no torch
-    from sd_gym.envs.protocols import Split
 
 # Gymnasium's checker tries every mode that an env declares, so a window is declared only where one can be opened.
 RENDER_MODES = ("ansi", "rgb_array", "human") if HAS_PYGAME else ("ansi", "rgb_array")
@@ -121,7 +130,7 @@ class SwitchableEnv(gym.Env):
         self.info_text = info_text
         self._split: Split | None = None
         self._row: NDArray | None = None
-        self._episode = self.core.episodes(1)
+        self._episode = Episodes(self.core, 1)
         self._shown: Shown | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:

@@ -1,190 +1,25 @@
-"""What an agent says and what it sees, by keyword: the spaces of the shells, and the way from them to the core."""
+"""What an agent sees, by keyword, and the spaces of the shells."""
 
 from __future__ import annotations
 
 import copy
-import json
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.envs.config import ConfigError, EnvConfig
-from sd_gym.errors import short
+from sd_gym.envs.protocols import Core, Observations
 from sd_gym.projection import OBSERVATION_LIMIT, deviation_of
-from sd_gym.registration import CONFIG_FOLDER
 
 if TYPE_CHECKING:  # an env of a table needs no torch
     from torch import Tensor
 
-    from sd_gym.envs.protocols import Core, Split
+    from sd_gym.execution.split import BackboneSplit
 
 Array = NDArray
-Observations = Array | dict[str, Array]  # of a batch: one row an instance
-
-
-class Actions(ABC):
-    """How an agent says its decisions.
-
-    Attributes:
-        space: Of one action.
-        nvec: How many choices each component of an action has, int64; a mask of choices has their sum.
-        meaning: What an action holds, for messages.
-    """
-
-    def __init__(self, space: gym.Space, nvec: Array, meaning: str) -> None:
-        self.space = space
-        self.nvec = np.array(nvec, dtype=np.int64)
-        self.meaning = meaning
-
-    def decisions(self, actions: Any, n: int) -> Array:
-        """The decisions, int64 ``[n, switches + 1]``, that ``n`` actions, whole numbers of any type, stand for.
-
-        Raises:
-            ValueError: If the actions' shape, type or a value is wrong.
-        """
-        array, shape = as_array(actions), (n, *self.space.shape)
-        if array.shape != shape:
-            raise ValueError(
-                f"expected actions of shape {shape} ({self.meaning}, for each of {n} instances), got {array.shape}"
-            )
-        if array.dtype.kind not in "biuf":
-            raise ValueError(f"actions must be integers ({self.meaning}), got {array.dtype}")
-        broken = array != np.floor(array)
-        if broken.any():
-            raise ValueError(f"actions must be integers ({self.meaning}), got {array[broken][0]}")
-        choices = array.reshape(n, len(self.nvec))
-        wrong = (choices < 0) | (choices >= self.nvec)
-        if wrong.any():
-            component = int(wrong.any(axis=0).argmax())
-            raise ValueError(
-                f"action component {component} must be in 0..{self.nvec[component] - 1}, got "
-                f"{choices[wrong[:, component], component][0]}"
-            )
-        return self._decided(array.astype(np.int64))
-
-    @abstractmethod
-    def _decided(self, actions: Array) -> Array:
-        """The decisions of actions that were checked."""
-
-
-class MultiDiscreteActions(Actions):
-    """The decision as it is: a choice for each switch (1 = skip), the last one for the tokens."""
-
-    def __init__(self, config: EnvConfig, nvec: Array) -> None:
-        meaning = f"{len(nvec) - 1} switches, 1 = skip, and the token level"
-        super().__init__(gym.spaces.MultiDiscrete(nvec), nvec, meaning)
-
-    def _decided(self, actions: Array) -> Array:
-        return actions
-
-
-class MultiBinaryActions(Actions):
-    """A bit for each switch (1 = skip), where there is nothing to choose about the tokens."""
-
-    def __init__(self, config: EnvConfig, nvec: Array) -> None:
-        super().__init__(gym.spaces.MultiBinary(len(nvec) - 1), nvec[:-1], f"{len(nvec) - 1} switches, 1 = skip")
-
-    def _decided(self, actions: Array) -> Array:
-        return np.pad(actions, ((0, 0), (0, 1)))
-
-
-class DiscreteActions(Actions):
-    """The number of a mask in the config's codebook.
-
-    Attributes:
-        codebook: The masks, int64 ``[masks, switches + 1]``.
-
-    Raises:
-        FileNotFoundError: If there is no such codebook.
-        ConfigError: If none is named, or its masks are none of this backbone.
-    """
-
-    def __init__(self, config: EnvConfig, nvec: Array) -> None:
-        if config.codebook is None:
-            raise ConfigError(
-                f"{config.id}: action 'discrete' chooses from a codebook, but the config key 'codebook' is null; pass "
-                "a JSON file with a list of masks, or the folder of a run: sd-gym train ENV --algo static"
-            )
-        try:
-            self.codebook = read_masks(codebook_file(config.codebook), nvec)
-        except ValueError as error:
-            raise ConfigError(f"{config.id}: config key 'codebook': {error}") from error
-        masks = len(self.codebook)
-        super().__init__(gym.spaces.Discrete(masks), [masks], f"the number of one of {masks} masks")
-
-    def _decided(self, actions: Array) -> Array:
-        return self.codebook[actions]
-
-
-def as_array(actions: Any) -> Array:
-    """Actions as a NumPy array: of a tensor on any device too, whether or not it has a gradient.
-
-    Raises:
-        ValueError: If they are no array.
-    """
-    torch = sys.modules.get("torch")  # who has a tensor has imported it
-    if torch is not None and isinstance(actions, torch.Tensor):
-        actions = actions.detach().cpu()
-        return (actions.float() if actions.is_floating_point() else actions).numpy()
-    try:
-        return np.asarray(actions)
-    except Exception as error:  # of lists of different lengths, of objects that say they were arrays
-        raise ValueError(f"actions must be an array of integers, got {short(actions)}") from error
-
-
-ACTIONS = {"multi_discrete": MultiDiscreteActions, "multi_binary": MultiBinaryActions, "discrete": DiscreteActions}
-
-
-def codebook_file(name: str) -> Path:
-    """The file of a codebook: of the package, a path, or in the folder of a run.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    bundled, path = CONFIG_FOLDER / name, Path(name)
-    file = bundled if bundled.is_file() else path / "codebook.json" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"no codebook at {file}; expected a JSON file with a list of masks, or the folder of a run of static"
-        )
-    return file
-
-
-def read_masks(file: Path, nvec: Array) -> Array:
-    """Masks of a JSON file, int64 ``[masks, switches + 1]``.
-
-    Raises:
-        ValueError: If they are no masks, or those of something else.
-    """
-    try:
-        masks = np.array(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{file} is no list of masks of one length: {error}") from error
-    if masks.ndim != 2 or masks.dtype.kind != "i":
-        raise ValueError(f"{file} is no list of masks, such as [[0, 0, 0], [1, 0, 0]]")
-    if masks.shape[1] != len(nvec):
-        raise ValueError(
-            f"the masks in {file} have {masks.shape[1]} components, expected {len(nvec)}: one for each of "
-            f"{len(nvec) - 1} switches, and the token level"
-        )
-    if (masks < 0).any() or (masks >= nvec).any():
-        raise ValueError(
-            f"the masks in {file} have components from {masks.min()} to {masks.max()}; expected 0 or 1 for a switch, "
-            f"and a token level below {nvec[-1]}"
-        )
-    return masks
-
-
-def write_masks(masks: Array, file: Path) -> None:
-    """Write masks ``[masks, switches + 1]`` as JSON, one a line."""
-    lines = ",\n".join(json.dumps(mask) for mask in np.asarray(masks).tolist())
-    file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 class Observation(ABC):
@@ -199,7 +34,7 @@ class Observation(ABC):
     space: gym.Space
 
     @abstractmethod
-    def observe(self, split: Split, rows: Array) -> Observations:
+    def observe(self, split: BackboneSplit, rows: Array) -> Observations:
         """New arrays of what is seen of the instances ``rows [n]`` of a split, a row an instance.
 
         A split has ``instances`` (texts), ``encoded`` (tokens), ``features`` and ``backbone``.
@@ -217,7 +52,7 @@ class Standardised(Observation):
         ...         return split.encoded.source_length[rows, None]
     """
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core[BackboneSplit]) -> None:
         from sd_gym.tasks.ranking import STATISTICS_SIZE
 
         split = core.split("train")
@@ -227,10 +62,10 @@ class Standardised(Observation):
         self.space = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, self.mean.shape, np.float32)
 
     @abstractmethod
-    def features(self, split: Split, rows: Array) -> Array:
+    def features(self, split: BackboneSplit, rows: Array) -> Array:
         """Numbers ``[n, features]`` of the instances ``rows [n]``."""
 
-    def observe(self, split: Split, rows: Array) -> Array:
+    def observe(self, split: BackboneSplit, rows: Array) -> Array:
         """Standardised features, float32 ``[n, features]``, each within ``OBSERVATION_LIMIT``."""
         return self.standardised(self._features(split, rows))
 
@@ -238,14 +73,14 @@ class Standardised(Observation):
         """Features ``[n, features]`` by the training split's mean and deviation."""
         return np.clip((features - self.mean) / self.deviation, -OBSERVATION_LIMIT, OBSERVATION_LIMIT)
 
-    def _features(self, split: Split, rows: Array) -> Array:
+    def _features(self, split: BackboneSplit, rows: Array) -> Array:
         return np.asarray(self.features(split, rows), dtype=np.float32)
 
 
 class Pooled(Standardised):
     """Mean and maximum over tokens of the first layer's input, the length and its logarithm."""
 
-    def features(self, split: Split, rows: Array) -> Array:
+    def features(self, split: BackboneSplit, rows: Array) -> Array:
         """As ``Split.features``."""
         return split.features[rows]
 
@@ -264,7 +99,7 @@ class Tokens(Observation):
     the mask. Nothing is stored: each batch is embedded when it is looked at, in passes of a bounded number of tokens.
     """
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core[BackboneSplit]) -> None:
         from sd_gym.tasks.ranking import STATISTICS_SIZE
 
         self.length = core.config.backbone.max_source_length
@@ -279,7 +114,7 @@ class Tokens(Observation):
         limits = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (self.length, len(mean)), np.float32)
         self.space = gym.spaces.Dict({"tokens": limits, "mask": gym.spaces.MultiBinary(self.length)})
 
-    def observe(self, split: Split, rows: Array) -> dict[str, Array]:
+    def observe(self, split: BackboneSplit, rows: Array) -> dict[str, Array]:
         """``tokens``, float32 ``[n, max_source_length, width]``, and ``mask``, int8 ``[n, max_source_length]``."""
         tokens = np.zeros((len(rows), self.length, len(self.mean)), dtype=np.float32)
         seen = {"mask": np.zeros((len(rows), self.length), dtype=np.int8), "tokens": tokens}
@@ -293,7 +128,7 @@ class Tokens(Observation):
 
         return tokens_of(hidden, mask, self.mean, self.deviation, self.length)
 
-    def _embedded(self, split: Split, rows: Array) -> Iterator[tuple[Array, Tensor, Tensor]]:
+    def _embedded(self, split: BackboneSplit, rows: Array) -> Iterator[tuple[Array, Tensor, Tensor]]:
         """By parts: positions in ``rows``, first layer's input ``[part, longest, width]``, the mask of its tokens."""
         from sd_gym.execution.passes import PASS_TOKENS
         from sd_gym.switch import first_layer_input

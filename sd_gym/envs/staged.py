@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sd_gym.envs.spaces import Observations, Tokens
+from sd_gym.envs.protocols import Core, Observations
+from sd_gym.envs.spaces import Tokens
+from sd_gym.execution.split import BackboneSplit
 from sd_gym.policy.observation import at_stage, features_of, log_odds
 from sd_gym.projection import OBSERVATION_LIMIT, deviation_of
 from sd_gym.switch import PassState
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
 if TYPE_CHECKING:
-    from sd_gym.envs.protocols import Core, Split
+    pass
 
 Array = NDArray
 PASS_ROWS = 64  # of a pass that statistics are taken from
@@ -38,10 +40,11 @@ class StageObservation:
 
     Args:
         core: The core.
+        columns: Which switches each stage decides.
     """
 
-    def __init__(self, core: Core) -> None:
-        self.names, self.columns = core.stages, core.columns
+    def __init__(self, core: Core[BackboneSplit], columns: list[slice]) -> None:
+        self.names, self.columns = core.stages, columns
         self.judges = core.backbone.can_exit
         split = core.split("train")
         rows = np.arange(min(len(split), STATISTICS_SIZE))
@@ -50,28 +53,15 @@ class StageObservation:
         )
         self.mean, self.deviation = features.mean(axis=1), deviation_of(features.std(axis=1))
         size = len(self.names) + 1 + features.shape[2]
-        self.space: gym.Space = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (size,), np.float32)
+        shown = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (size,), np.float32)
         self._tokens = core.observation if isinstance(core.observation, Tokens) else None
-        if self._tokens is not None:
-            self.space = gym.spaces.Dict({"stage": self.space, **self._tokens.space.spaces})
+        self.space = shown if self._tokens is None else gym.spaces.Dict({"stage": shown, **self._tokens.space.spaces})
 
     @torch.inference_mode()
     def observe(
-        self, split: Split, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
+        self, split: BackboneSplit, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
     ) -> tuple[Observations, PassState | None]:
-        """What is seen of rows ``[n]`` that have come to a stage under decisions ``[n, switches + 1]``.
-
-        Args:
-            split: Where the instances are.
-            rows: Their rows.
-            stage: Number of the stage.
-            decisions: As far as they are made; the switches from the stage on do not count.
-            resume_from: What the same rows have shown at the stage before, if it is known.
-
-        Returns:
-            Observations, float32 ``[n, size]``, or with tokens beside them, and what to go on from; ``None`` before the
-            first layer.
-        """
+        """Observations, float32 ``[n, size]``, or with tokens beside them; see ``StageLooks.observe``."""
         features, seen = self._features(split, rows, stage, decisions, resume_from)
         exits = decisions.copy()
         exits[:, self.columns[stage].start : -1] = 1
@@ -87,11 +77,11 @@ class StageObservation:
         """How often the head judges in one episode."""
         return sum(name != "first" for name in self.names) if self.judges else 0
 
-    def judging_flops(self, split: Split, rows: Array) -> Array:
+    def judging_flops(self, split: BackboneSplit, rows: Array) -> Array:
         """FLOPs of the head's judgements in one episode of each row, int64 ``[n]``."""
         return self.judgements * split.costs.head_flops(rows)
 
-    def _dense(self, split: Split, rows: Array) -> Iterator[Array]:
+    def _dense(self, split: BackboneSplit, rows: Array) -> Iterator[Array]:
         """Features of each stage of a dense pass, ``[n, features]``."""
         decisions, seen = np.zeros((len(rows), len(split.backbone.board) + 1), dtype=np.int64), None
         for stage in range(len(self.names)):
@@ -99,7 +89,7 @@ class StageObservation:
             yield features
 
     def _features(
-        self, split: Split, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
+        self, split: BackboneSplit, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
     ) -> tuple[Array, PassState | None]:
         judged = np.zeros((len(rows), int(self.judges)), dtype=np.float32)
         if self.names[stage] == "first":

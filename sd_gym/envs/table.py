@@ -1,143 +1,46 @@
-"""A table: what decisions do to instances, computed once; and the core of an env that looks it up.
+"""The core of an env that looks up what decisions do in a table (``sd_gym.envs.table_files``), and its splits.
 
-Nothing here needs torch, a backbone or a data set. A table is a folder:
-
-* ``table.json``: of which env it is (its config), the hashes of its data and backbone, the switches, the observation.
-* ``codebook.json``, where only some decisions are in it: which, a mask a line, the dense one first. An env with
-  ``action="discrete"`` takes the folder as its ``codebook``. Of several stages they are all ways to decide the first
-  one with all ways to decide the second one, and so on, in this order.
-* ``SPLIT.safetensors`` of each split, mapped into memory: ``quality [n, masks]``, as numbers of ``quality_values``
-  where there are few different ones; ``likelihood [n, masks]``, float16; ``always [lengths, levels]`` and
-  ``switched [lengths, levels, switches]``, int64, of which FLOPs are the sum, and ``costs [n]``, which of them an
-  instance has; ``observations``, float32, or float16 where they are reduced, and of a later stage K, under all ways
-  to come to it, ``observations.K [n, ways before it, size]``; the difficulty and the facts of each
-  instance, in the smallest type that holds them exactly.
-* ``SPLIT.json``: the ids of the instances, and those of their facts that are words.
-* ``projection.safetensors``, where observations are reduced: how (``sd_gym.projection``).
-* ``export.safetensors``: what standardises observations and ranks tokens, so that a policy that learned here decides
-  on the env itself, or on texts. A table of an env that no policy can leave has none.
+Nothing here needs torch, a backbone or a data set.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import product
-from pathlib import Path
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.envs.config import EnvConfig
-from sd_gym.envs.episodes import EpisodicCore, FirstLook, Steps
-from sd_gym.envs.outcome import Outcome
-from sd_gym.envs.shared import shared_core
-from sd_gym.envs.spaces import Actions, MultiDiscreteActions, read_masks
-from sd_gym.envs.table_split import TableSplit, at_stage
-from sd_gym.errors import short
-from sd_gym.files import read_json
+from sd_gym.config import EnvConfig
+from sd_gym.envs.actions import MaskActions, MultiDiscreteActions, Steps, all_decisions, read_masks
+from sd_gym.envs.episodes import FirstLook
+from sd_gym.envs.protocols import Core, Outcome
+from sd_gym.envs.table_files import (
+    CODEBOOK,
+    EXPORT,
+    FACT,
+    PROJECTION,
+    observations_at,
+    read_description,
+    table_folder,
+)
+from sd_gym.envs.table_scores import TableCosts, TableScoring
+from sd_gym.files import map_arrays, read_json
 from sd_gym.objectives import quality_cost
 from sd_gym.projection import Projection, read_projection
-from sd_gym.registration import CONFIG_FOLDER
 
 if TYPE_CHECKING:  # it needs torch
     from sd_gym.envs.export import Export
 
 Array = NDArray
-FORMAT = 2
-CODEBOOK, PROJECTION, EXPORT = "codebook.json", "projection.safetensors", "export.safetensors"
-MOST = 4096  # decisions; where there are no more, a table has all of them
-
-
-def table_folder(name: str | Path) -> Path:
-    """The folder of a table: of the package, such as ``tables/summarization-mini``, or a path."""
-    bundled = CONFIG_FOLDER / name
-    return bundled if bundled.is_dir() else Path(name)
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """What ``table.json`` says of a table that is complete.
-
-    Raises:
-        FileNotFoundError: If the folder holds no table.
-        ValueError: If it is damaged, not complete, or of another version.
-    """
-    file = folder / "table.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"no table.json in {folder}; expected a table, as sd-gym tabulate writes it")
-    said = read_json(file)
-    if said.get("format") != FORMAT:
-        raise ValueError(
-            f"{file}: expected a table of format {FORMAT}, got {short(said.get('format'))} (written by sd_gym "
-            f"{short(said.get('sd_gym'))}); make it again, or take the version that wrote it"
-        )
-    kinds = {"env": str, "env_config": dict, "backbone": dict, "nvec": list, "observation": dict, "splits": dict}
-    for key, kind in kinds.items():
-        if not isinstance(said.get(key), kind):
-            raise ValueError(f"{file} is damaged: {key!r} is {short(said.get(key))}; copy it again")
-    if not said.get("complete"):
-        raise ValueError(f"{folder}: the table is not complete; go on with sd-gym tabulate --resume")
-    return said
-
-
-def all_decisions(nvec: Array) -> Array:
-    """All there are, in the order of their numbers, the dense one first: int64 ``[prod(nvec), components]``."""
-    return np.array(list(product(*map(range, nvec))), dtype=np.int64)
 
 
 def _place_values(sizes: Sequence[int] | Array) -> Array:
     """What each component counts in the number of a decision: the last one changes first."""
     return np.cumprod([1, *sizes[:0:-1]], dtype=np.int64)[::-1].copy()
-
-
-class MaskActions(Actions):
-    """The number of one of the masks of a table, ``Discrete``."""
-
-    def __init__(self, masks: int) -> None:
-        super().__init__(gym.spaces.Discrete(masks), np.array([masks]), f"the number of one of {masks} masks")
-
-    def _decided(self, actions: Array) -> Array:
-        return actions[:, None]
-
-
-class TableSwitch(NamedTuple):
-    """A switch of the backbone that a table is of, by its name, such as ``encoder.3.attention``."""
-
-    name: str
-
-    @property
-    def index(self) -> int:
-        """Of its layer in the stack."""
-        return int(self.name.split(".")[1])
-
-
-class TableBoard(NamedTuple):
-    """The switches of the backbone that a table is of."""
-
-    switches: list[TableSwitch]
-
-    @property
-    def names(self) -> list[str]:
-        """Their names, in execution order."""
-        return [switch.name for switch in self.switches]
-
-
-class TableBackbone(NamedTuple):
-    """The backbone that a table is of, which is not there.
-
-    Attributes:
-        name: As in the env's config.
-        weights: Hash of its weights.
-        board: Its switches.
-    """
-
-    name: str
-    weights: str
-    board: TableBoard
 
 
 class TableData:
@@ -152,31 +55,29 @@ class TableData:
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """Which rows each split has."""
-        return {name: said["identity"] for name, said in self._splits.items()}
+        return {name: described["identity"] for name, described in self._splits.items()}
 
 
 class TableObservation:
     """What was observed of each instance when the table was made.
 
     Args:
-        said: What ``table.json`` says of it.
+        described: What ``table.json`` says of it.
         projection: How it was reduced, if it was.
 
     Attributes:
         space: Of one observation.
         projection: From what the env observes to what the table has; ``None``: that is the same.
+        flops: FLOPs of reducing one observation; 0 where it is not reduced.
     """
 
-    def __init__(self, said: dict[str, Any], projection: Projection | None) -> None:
-        self.projection = projection
-        low, high = (np.array(said[key], dtype=np.float32) for key in ("low", "high"))
-        shape = tuple(said["shape"])
-        self.space = gym.spaces.Box(np.broadcast_to(low, shape), np.broadcast_to(high, shape), dtype=np.float32)
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of reducing one observation; 0 where it is not reduced."""
-        return 0 if self.projection is None else self.projection.flops
+    def __init__(self, described: dict[str, Any], projection: Projection | None) -> None:
+        self.projection, self.flops = projection, 0 if projection is None else projection.flops
+        low, high = (np.array(described[key], dtype=np.float32) for key in ("low", "high"))
+        self.shape = tuple(described["shape"])
+        self.space = gym.spaces.Box(
+            np.broadcast_to(low, self.shape), np.broadcast_to(high, self.shape), dtype=np.float32
+        )
 
     def observe(self, split: TableSplit, rows: Array) -> Array:
         """New arrays, float32 ``[n, ...]``."""
@@ -184,34 +85,130 @@ class TableObservation:
 
 
 class TableStages:
-    """What was observed at the stages when the table was made: a part of a ``TableCore`` that decides at several.
+    """What was observed at the stages when the table was made: the ``StageLooks`` of a core that decides at several.
 
     Args:
         space: Of one observation.
         ways: How many ways to decide each stage has.
-        judges: How many judgements of the head an episode has.
+        judgements: How many judgements of the head an episode has.
     """
 
-    def __init__(self, space: gym.Space, ways: list[int], judges: int) -> None:
-        self.space, self._judges = space, judges
+    def __init__(self, space: gym.Space, ways: list[int], judgements: int) -> None:
+        self.space, self._judgements, self.judges = space, judgements, judgements > 0
         self._place = [_place_values(ways[:stage]) for stage in range(len(ways))]
 
     def observe(
-        self, split: TableSplit, rows: Array, stage: int, decisions: Array, resume_from: None
+        self, split: TableSplit, rows: Array, stage: int, decisions: Array, resume_from: object
     ) -> tuple[Array, None]:
-        """What is seen of rows ``[n]`` at a stage under decisions ``[n, stages]``, float32 ``[n, size]``; no pass."""
-        seen = split.tensors[at_stage(stage)]
+        """Float32 ``[n, size]``, and no pass to go on from; see ``StageLooks.observe``."""
+        observed = split.tensors[observations_at(stage)]
         if stage == 0:
-            return np.take(seen, rows, axis=0), None
-        return seen[rows, decisions[:, :stage] @ self._place[stage]], None
+            return np.take(observed, rows, axis=0), None
+        return observed[rows, decisions[:, :stage] @ self._place[stage]], None
 
     def judging_flops(self, split: TableSplit, rows: Array) -> Array:
         """FLOPs of the head's judgements in one episode of each row, int64 ``[n]``."""
-        return self._judges * split.costs.head_flops(rows)
+        return self._judgements * split.costs.head_flops(rows)
 
 
-class TableCore(EpisodicCore):
-    """What a table knows, as ``Core`` computes it; shared by all envs of the same configuration.
+class TableInstance(NamedTuple):
+    """An instance of a table, which has none of its texts."""
+
+    id: str
+
+
+class TableSplit:
+    """One split of a table: what is in its files, as ``sd_gym.envs.protocols.Split`` has it.
+
+    Args:
+        core: The table's core.
+        name: The split.
+
+    Attributes:
+        tensors: What the table has of the instances, by name.
+
+    Raises:
+        ValueError: If the split's files are damaged, or belong to another table.
+    """
+
+    def __init__(self, core: TableCore, name: str) -> None:
+        self.core, self.name, self.config = core, name, core.config
+        self._described = core.description["splits"][name]
+        self.tensors = map_arrays(core.folder / f"{name}.safetensors")
+        words = read_json(core.folder / f"{name}.json")
+        self._check(words)
+        self.ids = np.array(words["ids"], dtype=object)
+        self._words = {fact: np.array(values) for fact, values in words["facts"].items()}
+        self.difficulty, self.levels = self._whole("difficulty"), self._whole("levels")
+        self.encoded = SimpleNamespace(
+            source_length=self._whole("source_length"),
+            source_cut=self.tensors["source_cut"],
+            target_cut=self.tensors["target_cut"],
+        )
+        self.scoring = TableScoring(self.tensors, core.masks_of)
+        self.costs = TableCosts(self.tensors, core.masks, core.masks_of)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TableCore.split, (self.core, self.name)
+
+    def __len__(self) -> int:
+        return int(self._described["instances"])
+
+    def _check(self, words: dict[str, Any]) -> None:
+        """Raise ``ValueError`` if the shapes are not those that ``table.json`` speaks of."""
+        core, n = self.core, len(self)
+        costs = len(self.tensors.get("switched", ()))  # how many different ones instances have
+        levels, switches = int(core.decision_nvec[-1]), len(core.decision_nvec) - 1
+        expected = {
+            "quality": (n, len(core.masks)),
+            "likelihood": (n, len(core.masks)),
+            "always": (costs, levels),
+            "switched": (costs, levels, switches),
+            **{observations_at(stage): (n, *shape) for stage, shape in enumerate(core.looks)},
+        }
+        keys = ("difficulty", "levels", "source_length", "source_cut", "target_cut", "costs")
+        expected |= dict.fromkeys(keys, (n,))
+        file = core.folder / f"{self.name}.safetensors"
+        for key, shape in expected.items():
+            actual = self.tensors[key].shape if key in self.tensors else None
+            if actual != shape:
+                raise ValueError(f"{file} is damaged: expected {key} of shape {shape}, got {actual}; copy it again")
+        values = self.tensors.get("quality_values")
+        if values is not None and n and self.tensors["quality"].max() >= len(values):
+            raise ValueError(f"{file} is damaged: its qualities are none of its {len(values)} values; copy it again")
+        if n and self.tensors["costs"].max() >= costs:
+            raise ValueError(f"{file} is damaged: instances have costs that it lacks; copy it again")
+        if not isinstance(words.get("facts"), dict) or len(words.get("ids", ())) != n:
+            raise ValueError(f"{file.with_suffix('.json')} is damaged: expected the ids of {n} instances")
+
+    def _whole(self, name: str) -> Array:
+        """Numbers that are kept in the smallest type, as the env has them: int64, float64 or bool."""
+        kept = self.tensors[name]
+        return kept if kept.dtype == np.bool_ else kept.astype(np.float64 if kept.dtype.kind == "f" else np.int64)
+
+    @cached_property
+    def instances(self) -> list[TableInstance]:
+        """The instances, in order."""
+        return [TableInstance(identity) for identity in self.ids]
+
+    @cached_property
+    def number_of(self) -> dict[str, int]:
+        """Row of each instance, by its id."""
+        return {identity: row for row, identity in enumerate(self.ids)}
+
+    def facts(self) -> dict[str, Array]:
+        """What is known of each instance before any decision, by name, each ``[n]``."""
+        names = self._described["facts"]
+        return {name: self._words[name] if name in self._words else self._whole(FACT + name) for name in names}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Which rows these are."""
+        return self._described["provenance"]
+
+
+class TableCore(Core[TableSplit]):
+    """What a table knows, as ``BackboneCore`` computes it; shared by all envs of the same configuration.
 
     Where the table has all decisions, they are those of the env that it is of. Where it has some, a decision has one
     component: the number of its mask, of which 0 is the dense one, from there down in FLOPs. Of several stages it has
@@ -225,16 +222,7 @@ class TableCore(EpisodicCore):
         folder: Where the table is.
         description: What ``table.json`` says.
         masks: The decisions in it, int64 ``[masks, switches + 1]``.
-        decision_nvec: Sizes of a decision's components, int64 ``[switches + 1]``.
         exhaustive: Whether it has all.
-        nvec: Sizes of the components of what is decided.
-        stages: Names of the stages of an episode.
-        steps: Which of the components each stage decides.
-        switch_names: What each of these components, but for the last one, skips.
-        backbone: That it is of.
-        data: That it is of.
-        actions: How an agent says its decisions.
-        observation: What it sees before the first layer.
         looks: Shape of all that is observed of an instance, for each stage.
 
     Raises:
@@ -243,61 +231,46 @@ class TableCore(EpisodicCore):
     """
 
     def __init__(self, config: EnvConfig) -> None:
-        self.config, self.folder = config, table_folder(config.table)
-        self.description = said = read_description(self.folder)
-        self.decision_nvec = np.array(said["nvec"], dtype=np.int64)
-        self.exhaustive = not said.get("chosen")
-        self.masks = (
-            all_decisions(self.decision_nvec)
-            if self.exhaustive
-            else read_masks(self.folder / CODEBOOK, self.decision_nvec)
-        )
+        self.config, self.folder = config, table_folder(config.table or "")
+        self.description = described = read_description(self.folder)
+        self.decision_nvec = np.array(described["nvec"], dtype=np.int64)
+        self.exhaustive, codebook = not described.get("chosen"), self.folder / CODEBOOK
+        self.masks = all_decisions(self.decision_nvec) if self.exhaustive else read_masks(codebook, self.decision_nvec)
         if self.masks[0].any():
-            raise ValueError(
-                f"{self.folder / 'codebook.json'} is damaged: expected the dense mask first; copy it again"
-            )
-        ways = said.get("ways") if list(config.stages) != ["first"] else None
-        self.stages = list(said["stages"]) if ways else ["first"]
+            raise ValueError(f"{codebook} is damaged: expected the dense mask first; copy it again")
+        ways = described.get("ways") if list(config.stages) != ["first"] else None
+        self.stages = list(described["stages"]) if ways else ["first"]
         self.nvec = self.decision_nvec if self.exhaustive else np.array(ways or [len(self.masks)])
         self._place = _place_values(self.nvec)
         # Of combinations of ways, the masks are not in the order of their FLOPs.
-        self._order = None if ways or "order" not in said else np.array(said["order"], dtype=np.int64)
+        self._order = None if ways or "order" not in described else np.array(described["order"], dtype=np.int64)
         own = [np.array([stage]) for stage in range(len(ways))] if ways else [np.arange(len(self.nvec))]
         self.steps = Steps(own, [np.zeros(1, dtype=np.int64)] * len(ways) if ways else own, self.nvec)
-        backbone = said["backbone"]
-        board = TableBoard([TableSwitch(name) for name in backbone["switches"]])
-        self.backbone = TableBackbone(backbone["name"], backbone["weights"], board)
-        self.switch_names = board.names if self.exhaustive else []
-        self.data = TableData(said["splits"])
-        self.actions: Actions = (
-            MultiDiscreteActions(config, self.nvec) if self.exhaustive else MaskActions(int(self.steps.choices[0]))
+        names = described["backbone"]["switches"]  # such as encoder.3.attention
+        switches = [SimpleNamespace(name=name, index=int(name.split(".")[1])) for name in names]
+        board = SimpleNamespace(switches=switches, names=names)
+        self.backbone = SimpleNamespace(
+            name=described["backbone"]["name"], weights=described["backbone"]["weights"], board=board
         )
+        self.switch_names = names if self.exhaustive else []
+        # Above 1 where ranking tokens may have run a part of the backbone.
+        self.highest_flops_ratio = 2.0 if self.decision_nvec[-1] > 1 else 1.0
+        self.data = TableData(described["splits"])
         self._decided = MultiDiscreteActions(config, self.nvec)
-        reduced = said.get("pca") is not None
+        self.actions = self._decided if self.exhaustive else MaskActions(int(self.steps.choices[0]))
+        reduced = described.get("pca") is not None
         projection = read_projection(self.folder / PROJECTION) if reduced else None
-        self.observation = TableObservation(said["observation"], projection)
-        shape, before = self.observation.space.shape, np.cumprod([1, *(ways or [])]).tolist()
+        self.observation = TableObservation(described["observation"], projection)
+        shape, before = self.observation.shape, np.cumprod([1, *(ways or [])]).tolist()
         self.looks = [(count, *shape) if stage else shape for stage, count in enumerate(before[: len(self.stages)])]
-        self.stage_observation = TableStages(self.observation.space, ways, said["judges"]) if ways else FirstLook(self)
-        self._splits: dict[str, TableSplit] = {}
+        self._ways, self._splits = ways, dict[str, TableSplit]()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return shared_core, (self.config,)
+        return table_core, (self.config,)
 
-    @property
-    def observation_space(self) -> gym.Space:
-        """Of one observation."""
-        return self.observation.space
-
-    @property
-    def highest_flops_ratio(self) -> float:
-        """A bound on the FLOPs ratio of any decision: above 1 where ranking tokens may have run a part of it."""
-        return 2.0 if self.decision_nvec[-1] > 1 else 1.0
-
-    @property
-    def n_switches(self) -> int:
-        """Number of switches of the backbone."""
-        return len(self.decision_nvec) - 1
+    def _stage_looks(self) -> TableStages | FirstLook:
+        space, ways = self.observation.space, self._ways
+        return TableStages(space, ways, self.description["judges"]) if ways else FirstLook(self)
 
     def split(self, name: str) -> TableSplit:
         """A split by name, mapped when first asked for.
@@ -328,54 +301,66 @@ class TableCore(EpisodicCore):
         return np.array(decisions, dtype=np.int64) if self.exhaustive else self.masks[self.masks_of(decisions)]
 
     def from_masks(self, masks: Array) -> Array:
-        """Masks ``[n, switches + 1]`` as decisions, int64 ``[n, components]``: the other way round.
+        """Masks ``[n, switches + 1]`` as decisions, int64 ``[n, components]``.
 
         Raises:
-            ValueError: If one is none of this table.
+            ValueError: If the table has no such mask.
         """
         if self.exhaustive:
             return np.array(masks, dtype=np.int64)
-        numbers = {tuple(mask): number for number, mask in enumerate(self.masks.tolist())}
+        number_of = {tuple(mask): number for number, mask in enumerate(self.masks.tolist())}
         try:
-            found = [numbers[tuple(mask)] for mask in np.asarray(masks).tolist()]
+            numbers = np.array([number_of[tuple(mask)] for mask in np.asarray(masks).tolist()], dtype=np.int64)
         except KeyError as error:
             raise ValueError(f"{self.folder} has no mask {list(error.args[0])}") from error
-        numbers = np.array(found, dtype=np.int64)
         numbers = numbers if self._order is None else np.argsort(self._order)[numbers]
         return np.stack(np.unravel_index(numbers, self.nvec), axis=1)
 
     def export(self) -> Export | None:
-        """As of the core of the env that the table is of."""
-        from sd_gym.envs.export import of_table
+        """What a policy takes along to the env that the table is of.
 
-        return of_table(self)
-
-    def observe(self, split: TableSplit, rows: Array) -> Array:
-        """What is seen of rows ``[n]`` of a split: new arrays, a row an instance."""
-        return self.observation.observe(split, rows)
-
-    def score(self, split: TableSplit, rows: Array, decisions: Array, seen: None = None) -> Outcome:
-        """What comes of one decision an instance.
-
-        Args:
-            split: Where the instances are.
-            rows: Their rows, int64 ``[n]``.
-            decisions: ``[n, components]``.
-            seen: As of ``Core.score``; of a table there is nothing.
+        Returns:
+            ``None`` where that env has nothing to take along, or where its stages are one, which sees what no env of
+            one stage shows.
 
         Raises:
-            ValueError: If the decisions are malformed.
+            ValueError: If the table is damaged.
         """
+        from sd_gym.envs.export import Export
+        from sd_gym.policy.protection import Protection
+
+        described, file = self.description, self.folder / EXPORT
+        if not file.is_file() or ("ways" in described and not self.is_staged):
+            return None
+        arrays = {name: np.array(values) for name, values in map_arrays(file).items()}
+        env = {"id": described["env"], "table": None, "action": "multi_discrete", "codebook": None}
+        try:
+            protection = described["protection"]
+            return Export(
+                self.config.model_copy(update=env),
+                {key: value for key, value in described["backbone"].items() if key != "switches"},
+                arrays["mean"],
+                arrays["deviation"],
+                arrays.get("rarity"),
+                protection and Protection.of_described(protection),
+                None if self.exhaustive else self.to_masks(all_decisions(self.nvec)),
+                self.observation.projection,
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder} is damaged: {error}; copy it again") from error
+
+    def score(self, split: TableSplit, rows: Array, decisions: Array, seen: object = None) -> Outcome:
+        """What comes of one decision an instance; of a table nothing is seen; see ``Core.score``."""
         decisions = self.checked(decisions, len(rows))
         quality, quality_ref = split.scoring.quality(rows, decisions)
         cost = quality_cost(quality, quality_ref, self.config.reward.epsilon)
         return Outcome(quality, quality_ref, cost, split.costs.flops_ratio(rows, decisions))
 
     def checked(self, decisions: Any, n: int) -> Array:
-        """Decisions, int64 ``[n, components]``; raises ``ValueError`` if they are none of this table."""
+        """Decisions, int64 ``[n, components]``; raises ``ValueError`` if the table does not have them."""
         return self._decided.decisions(decisions, n)
 
-    def decided_logits(self, *_: Any) -> None:
+    def decided_logits(self, *_: Any) -> NoReturn:
         """There are none.
 
         Raises:
@@ -388,8 +373,3 @@ class TableCore(EpisodicCore):
 def table_core(config: EnvConfig) -> TableCore:
     """The core of a configuration that has a ``table``."""
     return TableCore(config)
-
-
-def number_of_decisions(nvec: Array) -> int:
-    """How many there are."""
-    return math.prod(int(size) for size in nvec)

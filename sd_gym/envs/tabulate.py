@@ -18,14 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sd_gym.config import ConfigError
-from sd_gym.envs.config import EnvConfig
+from sd_gym.config import ConfigError, EnvConfig
+from sd_gym.envs.actions import all_decisions, write_masks
 from sd_gym.envs.export import Export
 from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.shared import shared_core
-from sd_gym.envs.spaces import write_masks
-from sd_gym.envs.table import CODEBOOK, FORMAT, PROJECTION, all_decisions
-from sd_gym.envs.table_split import FACT, at_stage
+from sd_gym.envs.table_files import CODEBOOK, FACT, FORMAT, PROJECTION, observations_at
 from sd_gym.files import as_json, map_arrays, read_json, write_arrays, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.objectives import OBJECTIVES
@@ -207,7 +205,7 @@ def _looks(core: Core, split: Split, rows: Array, masks: Array, ways: list[int] 
             core.stage_observation.observe(split, rows, stage, np.tile(mask, (len(rows), 1)), None)[0]
             for mask in before
         ]
-        found[at_stage(stage)] = np.stack(seen, axis=1)
+        found[observations_at(stage)] = np.stack(seen, axis=1)
     return found
 
 
@@ -342,7 +340,10 @@ def _write_split(
     }
     if values is not None:
         arrays["quality_values"] = values
-    arrays |= {at_stage(stage): _together(files, at_stage(stage), len(split)) for stage in range(1, len(core.stages))}
+    arrays |= {
+        observations_at(stage): _together(files, observations_at(stage), len(split))
+        for stage in range(1, len(core.stages))
+    }
     arrays |= {FACT + name: _smallest(known) for name, known in numbers.items()}
     write_arrays(folder / f"{split.name}.safetensors", arrays)
     ids = [f"{split.name}-{row}" for row in range(len(split))] if share else split.ids.tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -12,6 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from sd_gym.envs.episodes import Episodes
 from sd_gym.envs.infos import (
     check_shown,
     checked_options,
@@ -20,16 +21,15 @@ from sd_gym.envs.infos import (
     episode_infos,
     no_rewards,
     objects,
+    pictures,
     read_config,
     text_infos,
 )
-from sd_gym.envs.render import Shown, pictures
+from sd_gym.envs.protocols import Split
+from sd_gym.envs.render import Shown
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import Observations, each, reward_space, spaces
 from sd_gym.objectives import Objective
-
-if TYPE_CHECKING:  # an env of a table needs no torch
-    from sd_gym.envs.protocols import Split
 
 RENDER_MODES = ("ansi", "rgb_array")
 
@@ -92,7 +92,7 @@ class SwitchableVectorEnv(VectorEnv):
             self.reward_space = reward_space(self.core)  # of one env, as MO-Gymnasium's vector envs have it
         self._split: Split | None = None
         self._rows: NDArray = np.zeros(num_envs, dtype=np.int64)
-        self._episodes = self.core.episodes(num_envs)
+        self._episodes = Episodes(self.core, num_envs)
         self._shown: Shown | None = None
 
     def reset(

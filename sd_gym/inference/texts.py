@@ -18,8 +18,8 @@ from torch import Tensor
 from sd_gym.backbones.load import load_own_backbone
 from sd_gym.config import dotted
 from sd_gym.data.instance import Instance
-from sd_gym.envs.config import make_config
 from sd_gym.errors import short
+from sd_gym.execution.config import checked_config
 from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.inference.attach import attach
@@ -114,7 +114,7 @@ class SkippingModel:
         values |= {"data.unanswerable": of_env["data"]["unanswerable"]}
         values |= {"backbone.name": backbone} if backbone else {}
         self.policy, self._warned = policy, False
-        self._config = make_config(values, "the policy")
+        self._config = checked_config(values, "the policy")
         self._backbone = load_own_backbone(self._config.backbone.name, device)
         self.tokenizer = self._backbone.tokenizer
         self.model = attach(self._backbone.model, policy, self.tokenizer, check_weights=check_weights)

@@ -260,7 +260,7 @@ def test_what_is_extracted_goes_on_from_the_last_look(quality, data, extractor):
     settings = {"quality": quality, "stages": ["first", "middle"], "token_shares": [0.0, 0.5]}
     core = make(data, extractor, **settings, token_ranking="position").unwrapped.core
     split, rows, decisions = core.split("test"), np.arange(24), decisions_for(core, 24)
-    _, seen = core.walk(split, rows, lambda observations: decisions)
+    _, seen = core.rollout(split, rows, lambda observations: decisions)
     split.scoring.run(rows, 0 * decisions)  # so that a dense likelihood is known
     with FlopCounterMode(display=False) as whole:
         expected = split.scoring.run(rows, decisions)

@@ -155,7 +155,7 @@ def test_so_does_a_policy_that_decides_in_stages(kind, observation, tmp_path, ti
 def decides_and_answers_the_same(task, ranking, folder, tokenizer, observation, stages=("first",)):
     core, policy, artefact, texts = trained(task, ranking, folder, tokenizer, observation, stages)
     split, every = core.split("test"), np.arange(24)
-    decisions = core.walk(split, every, policy.decide)[0]
+    decisions = core.rollout(split, every, policy.decide)[0]
     assert len(np.unique(decisions, axis=0)) > 1
     answers = split.passes.answers(every, decisions)
     model = sd_gym.load(folder / "artefact")

@@ -11,8 +11,7 @@ from sklearn.metrics import balanced_accuracy_score
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import sd_gym
-from sd_gym.config import DataConfig
-from sd_gym.envs.config import ConfigError
+from sd_gym.config import ConfigError, DataConfig
 from sd_gym.tasks.data import DataError, load_split
 from tests.conftest import TINY, WORDS, dense_policy, make_model, varied, write_mirror
 

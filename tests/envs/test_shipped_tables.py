@@ -19,7 +19,7 @@ from sd_gym.envs.config import load_config
 from sd_gym.envs.exact import best_static, oracle
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.shared import shared_core
-from sd_gym.envs.table import read_description, table_folder
+from sd_gym.envs.table_files import read_description, table_folder
 from sd_gym.registration import CONFIG_FOLDER, config_of, shipped_tables
 
 SPLITS = ("train", "validation", "test")

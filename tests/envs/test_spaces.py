@@ -17,7 +17,7 @@ from gymnasium.utils.env_checker import check_env, data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sd_gym.agents.baselines.codebook import nested_codebook
+from sd_gym.agents.baselines.search import nested_codebook
 from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.registry import make_agent
 from stable_baselines3 import DQN, PPO

@@ -192,7 +192,7 @@ def test_flops_and_the_heads_own_judgement_are_seen(reviews, tiny_backbone):
         seen.append(observations)
         return choices
 
-    decisions, _ = core.walk(split, rows, decide)
+    decisions, _ = core.rollout(split, rows, decide)
     np.testing.assert_array_equal(decisions, choices)
     for stage, observations in enumerate(seen):
         exits = choices.copy()
@@ -211,7 +211,7 @@ def test_a_score_that_goes_on_from_the_last_look_is_that_of_a_whole_pass(quality
     core = mini("Classification", stages=["first", "encoder.3", "decoder"], token_shares=[0, 0.5], quality=quality).core
     split, random = core.split("train"), np.random.default_rng(0)
     rows, choices = np.arange(40), random.integers(2, size=(40, len(core.nvec)))
-    decisions, seen = core.walk(split, rows, lambda observations: choices)
+    decisions, seen = core.rollout(split, rows, lambda observations: choices)
     assert seen.stage == "decoder"
     resumed = core.score(split, rows, decisions, seen)
     split.scoring.load_scores(None)
@@ -228,7 +228,7 @@ def test_texts_that_go_on_from_the_last_look_are_those_of_a_whole_generate(last,
     split, rows = core.split("train"), np.arange(12)
     choices = np.random.default_rng(0).integers(2, size=(12, len(core.nvec))) * (core.nvec > 1)
     choices[6:] = choices[0]  # some agree, and are generated together
-    decisions, seen = core.walk(split, rows, lambda observations: choices)
+    decisions, seen = core.rollout(split, rows, lambda observations: choices)
     expected = split.passes.answers(rows, decisions)
     called, encoder = [], core.backbone.model.get_encoder().layers
     hooks = [layer.register_forward_hook(lambda *_: called.append(1)) for layer in encoder]

@@ -17,7 +17,7 @@ from sd_gym.envs import shared_core
 from sd_gym.envs.config import load_config
 from sd_gym.envs.core import core_of
 from sd_gym.envs.spaces import Standardised
-from sd_gym.envs.table import EXPORT
+from sd_gym.envs.table_files import EXPORT
 from sd_gym.files import read_json, read_tensors, write_arrays, write_json, write_tensors
 from sd_gym.policy import DecisionPolicy
 from sd_gym.registration import config_of, shipped_tables
@@ -74,7 +74,7 @@ def test_as_an_artefact_it_decides_the_same_on_texts_and_in_the_model(learned):
     artefact = sd_gym.SkipPolicy.from_pretrained(run)
     core = shared_core(load_config(config_of(env_id), {**settings, "stages": artefact.network.stages}))
     split, every = core.split("test"), np.arange(len(core.split("test")))
-    decisions = core.walk(split, every, check_fits(artefact.network, core).decide)[0]
+    decisions = core.rollout(split, every, check_fits(artefact.network, core).decide)[0]
     assert len(np.unique(decisions, axis=0)) > 1
     model = sd_gym.load(run, settings["backbone"])
     try:

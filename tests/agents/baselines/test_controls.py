@@ -24,7 +24,7 @@ from sd_gym.agents.runs.verdict import Verdict, verdict
 from stable_baselines3.common.logger import configure
 
 import sd_gym
-from sd_gym.envs.spaces import read_masks
+from sd_gym.envs.actions import read_masks
 
 
 @pytest.fixture
@@ -269,7 +269,7 @@ def test_confidence_has_a_threshold_for_each_stage(settings, monkeypatch):
         }
 
     sure = np.array([[0.6, 0.6, 0.6], [0.55, 0.9, 0.9]])
-    monkeypatch.setattr(early_exit, "keeps", lambda core, scored, strictness: scored["quality"].mean() >= 1)
+    monkeypatch.setattr(early_exit, "keeps_quality", lambda core, scored, strictness: scored["quality"].mean() >= 1)
     monkeypatch.setattr(early_exit, "score_decisions", score)
     monkeypatch.setattr(agent, "_confidence", lambda split: sure[np.arange(len(split)) % 2])
     early_exit.EarlyExit.learn(agent, 1, None, lambda rollout: None)

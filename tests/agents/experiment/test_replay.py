@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 import sd_gym
 from sd_gym.cli import app
-from sd_gym.envs.core import core_of, shared_core
+from sd_gym.envs.core import core_of
+from sd_gym.envs.shared import shared_core
 
 CUSTOM = "SD/Classification-Custom-v0"
 

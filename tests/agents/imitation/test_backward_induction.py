@@ -62,14 +62,14 @@ def risks(draw):
 @settings(deadline=None)
 def test_at_each_price_the_steps_that_pay_lead_to_the_cheapest_way(given_risks):
     flops, risk = given_risks
-    prospects = torch.stack([flops, risk, 0 * risk], dim=-1)[None, :, None].expand(1, -1, len(LOG_PRICES), -1)
+    outcomes = torch.stack([flops, risk, 0 * risk], dim=-1)[None, :, None].expand(1, -1, len(LOG_PRICES), -1)
     prices = LOG_PRICES.exp()
-    logits = price_logits(costs(prospects, prices), LOG_PRICES)[0]
+    logits = price_logits(costs(outcomes, prices), LOG_PRICES)[0]
     assert (logits.diff() <= 1e-5).all()
     for number, price in enumerate(LOG_PRICES):
         if (logits - price).abs().min() > 0.26:  # a price between two of them is read off a line
             way = int((logits > price).sum())
-            cheapest = best(prospects, prices)[0, number]
-            assert prospects[0, way, 0, 0] + prices[number] * prospects[0, way, 0, 1] == pytest.approx(
+            cheapest = best(outcomes, prices)[0, number]
+            assert outcomes[0, way, 0, 0] + prices[number] * outcomes[0, way, 0, 1] == pytest.approx(
                 float(cheapest[0] + prices[number] * cheapest[1]), abs=1e-5
             )

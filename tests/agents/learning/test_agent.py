@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import sd_gym
 from sd_gym.config import ConfigError, RewardConfig
-from sd_gym.envs.core import Outcome
+from sd_gym.envs.protocols import Outcome
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.objectives import Objective
 from sd_gym.policy import DecisionPolicy

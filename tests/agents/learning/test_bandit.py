@@ -16,7 +16,7 @@ import pytest
 from sd_gym.agents import make_agent
 from stable_baselines3.common.logger import configure
 
-from sd_gym.envs.core import Outcome
+from sd_gym.envs.protocols import Outcome
 from sd_gym.objectives import quality_cost
 
 LOST = np.array([[0.0, 0.05], [0.004, 0.2]])

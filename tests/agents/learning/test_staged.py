@@ -185,7 +185,7 @@ def leaves(core, run, result):
     """On raw texts, the run's artefact decides as its policy in the env."""
     assert result["artefact"] == "skip_policy.json"
     split = core.split("test")
-    decisions = core.walk(split, np.arange(len(split)), DecisionPolicy.load(run).decide)[0]
+    decisions = core.rollout(split, np.arange(len(split)), DecisionPolicy.load(run).decide)[0]
     model = sd_gym.load(run)
     came = model([one.source for one in split.instances])
     sd_gym.detach(model.model)
@@ -241,7 +241,7 @@ def walked(core, policy):
         said.append(policy.decide(observations))
         return said[-1]
 
-    decisions, _ = core.walk(split, np.arange(len(split)), decide)
+    decisions, _ = core.rollout(split, np.arange(len(split)), decide)
     return seen, said, decisions
 
 
@@ -333,7 +333,7 @@ def test_a_start_of_one_stage_decides_nearly_as_it_did(env, algo, tmp_path):
     policy, core = agent.policy(), env.core
     split = core.split("train")
     rows = np.arange(len(split))
-    wanted, came = start.decide(once.core.observe(split, rows)), core.walk(split, rows, policy.decide)[0]
+    wanted, came = start.decide(once.core.observe(split, rows)), core.rollout(split, rows, policy.decide)[0]
     assert 0.1 < wanted[:, :-1].mean() < 0.9
     assert (wanted != wanted[0]).any(axis=0)[:-1].sum() >= 4
     np.testing.assert_array_equal(came[:, core.columns[0]], wanted[:, core.columns[0]])

@@ -21,7 +21,7 @@ from scipy.optimize import linprog
 from sd_gym.agents import make_agent
 from stable_baselines3.common.logger import configure
 
-from sd_gym.envs.core import Outcome
+from sd_gym.envs.protocols import Outcome
 from sd_gym.objectives import quality_cost
 
 STAGES = ["first", "encoder.1"]
@@ -75,7 +75,7 @@ def end(name, stages, seed, folder, reviews, backbone, monkeypatch):
     agent = make_agent(name, env, seed=seed, **SETTINGS.get(name, {}))
     agent.learn(12_000, configure(str(folder), []), lambda rollout: None)
     rows = np.arange(32)
-    outcome = score(None, rows, core.walk(core.split("train"), rows, agent.policy().decide)[0])
+    outcome = score(None, rows, core.rollout(core.split("train"), rows, agent.policy().decide)[0])
     return float(1 - outcome.flops_ratio.mean()), float(1 - outcome.quality.mean())
 
 

@@ -133,7 +133,7 @@ def test_a_bold_policy_leaves_and_is_reduced(env, keys, tmp_path):
     sign(tmp_path / "run")
     _, core, policy = load_run(tmp_path / "run")
     split = core.split("test")
-    decisions, _ = core.walk(split, np.arange(len(split)), policy.decide)
+    decisions, _ = core.rollout(split, np.arange(len(split)), policy.decide)
     assert len(np.unique(decisions[:, core.columns[0]], axis=0)) > 1
     leaves(core, tmp_path / "run", {"artefact": "skip_policy.json"})
     model = sd_gym.attach(copy.deepcopy(core.backbone.model), tmp_path / "run")
@@ -175,7 +175,7 @@ def _counted(core, policy, split, row):
         total.append(counter.get_total_flops())
         return decisions
 
-    core.walk(split, np.array([row]), decide)
+    core.rollout(split, np.array([row]), decide)
     return sum(total)
 
 
@@ -186,7 +186,7 @@ def test_a_start_on_tokens_decides_as_it_did(env, keys, algo, tmp_path):
     start, core = DecisionPolicy.load(tmp_path), env.core
     split = core.split("train")
     rows = np.arange(len(split))
-    came, _ = core.walk(split, rows, make_agent(algo, env, start=tmp_path).policy().decide)
+    came, _ = core.rollout(split, rows, make_agent(algo, env, start=tmp_path).policy().decide)
     np.testing.assert_array_equal(came, start.decide(once.core.observe(split, rows)))
     assert len(np.unique(came, axis=0)) > 1
     pooled = gym.make_vec(CUSTOM, num_envs=2, **{**keys, "observation": "pooled"}).unwrapped
@@ -213,7 +213,7 @@ def test_order_is_told(orders, algo, tmp_path, monkeypatch):  # noqa: F811
     agent = make_agent(algo, env, seed=0, channels=16, **settings)
     agent.learn(steps, configure(str(tmp_path), []), lambda rollout: None)
     rows = np.arange(len(split))
-    skipped, _ = env.core.walk(split, rows, agent.policy().decide)
+    skipped, _ = env.core.rollout(split, rows, agent.policy().decide)
     negated = is_negated(split, rows)
     assert skipped[negated, 0].mean() < 0.1
     assert skipped[~negated, 0].mean() > 0.9

@@ -10,7 +10,7 @@ from sd_gym.agents import make_agent
 from stable_baselines3.common.logger import configure
 
 from sd_gym.envs import ConfigError
-from sd_gym.envs.core import Outcome
+from sd_gym.envs.protocols import Outcome
 from sd_gym.envs.wrappers import LagrangianVectorWrapper, LagrangianWrapper
 from sd_gym.objectives import quality_cost
 

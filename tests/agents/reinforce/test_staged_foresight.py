@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from sd_gym.agents.reinforce import staged
+from sd_gym.agents.reinforce import staged_foresight
 from sd_gym.agents.reinforce.staged_foresight import StagedForesight
 
-from sd_gym.envs.episodes import Steps
+from sd_gym.envs.actions import Steps
 from sd_gym.policy import DecisionPolicy
 
 NVEC = np.array([2, 2])
@@ -65,7 +65,7 @@ def bold(seen):
 def early_outlook(fitted):
     """Of the early choices 0 and 1: quality lost, and FLOPs."""
     states = fitted.states(torch.arange(2), torch.zeros(2, dtype=torch.int64))
-    odds, flops = fitted.outlook(states, fitted.decided(states, torch.tensor([[0, 0], [1, 0]])))
+    odds, flops = fitted.outlook(states, fitted.with_choices(states, torch.tensor([[0, 0], [1, 0]])))
     return (odds[:, 0] - odds[:, 1]).tolist(), flops.tolist()
 
 
@@ -87,7 +87,7 @@ def test_the_last_stage_foresees_no_flops_as_they_are_known():
     with torch.no_grad():
         new.network[-1].bias[2] = 7.0
     states = new.states(torch.arange(50), torch.ones(50, dtype=torch.int64))
-    decisions = new.decided(states, torch.ones(50, 2, dtype=torch.int64))
+    decisions = new.with_choices(states, torch.ones(50, 2, dtype=torch.int64))
     assert torch.equal(decisions[:, 0], new.decisions[:, 0].long())  # the early stage's stay as they were
     np.testing.assert_allclose(new.outlook(states, decisions)[1], flops_ratio(None, decisions.numpy()), rtol=1e-6)
 
@@ -115,7 +115,7 @@ def test_only_the_choices_of_its_stage_count_in_the_policy_gradient():
 
 
 def test_the_oldest_is_forgotten(monkeypatch):
-    monkeypatch.setattr(staged, "MEMORY", 10 * len(STAGES) * SIZE)
+    monkeypatch.setattr(staged_foresight, "MEMORY", 10 * len(STAGES) * SIZE)
     new, (rows, *others) = foresight(n=8), scored(8, seed=2)
     first = new.rows.clone()
     new.remember(rows, *others)
