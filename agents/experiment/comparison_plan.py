@@ -64,18 +64,9 @@ class PlannedRun:
 
     def train(self, imports: Sequence[str], on_progress: Callable[[int, dict[str, float]], None]) -> None:
         """Train it, or go on with it. Raises: see ``run.train``."""
-        train(
-            self.env,
-            self.algo,
-            self.folder,
-            steps=self.steps,
-            seed=self.seed,
-            settings=self.settings,
-            strictness=self.strictness,
-            resume=True,
-            imports=imports,
-            on_progress=on_progress,
-        )
+        options: dict[str, Any] = {"steps": self.steps, "seed": self.seed, "strictness": self.strictness}
+        options |= {"settings": self.settings, "imports": imports, "on_progress": on_progress}
+        train(self.env, self.algo, self.folder, resume=True, **options)
 
     def is_finished(self) -> bool:
         """Whether the folder holds this very run, finished.

@@ -7,7 +7,6 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +25,6 @@ from sd_gym.agents.learning.decisions import PolicyLike, check_fits, observation
 from sd_gym.agents.registry import agent_class, is_control, make_agent, make_settings
 from sd_gym.agents.runs.folder import check_backbone, read_description
 from sd_gym.agents.runs.verdict import ONE_SIDED_95
-from stable_baselines3.common.logger import Logger
 
 from sd_gym.config import KEYS, EnvConfig, dotted, is_key
 from sd_gym.envs.config import TABLE_KEYS, make_config
@@ -53,11 +51,7 @@ LIBRARIES = ("gymnasium", "numpy", "sd-gym", "stable-baselines3", "torch", "tran
 
 
 def split_settings(algo: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divide ``key=value`` settings into those of the env's config and those of the agent.
-
-    Raises:
-        ValueError: If a key is neither.
-    """
+    """Divide settings into those of the env's config and those of the agent; ``ValueError`` if a key is neither."""
     agent_keys = agent_class(algo).Settings.model_fields
     for key in settings:
         if not is_setting(key) and key not in agent_keys:
@@ -70,7 +64,7 @@ def split_settings(algo: str, settings: dict[str, Any]) -> tuple[dict[str, Any],
 
 
 def is_setting(key: str) -> bool:
-    """Whether a key is one of the env's config that can be set, in any spelling: its id is what it is asked for by."""
+    """Whether a key of the env's config, in any spelling, can be set; the id cannot."""
     return is_key(key) and key != "id"
 
 
@@ -172,16 +166,29 @@ def _train_agent(
     write_json(folder / "config.json", description)
     _score_dense(agent, steps, checkpoint, on_progress)
     logger = open_logger(folder, description, reached)
-    after_rollout = _AfterRollout(agent, selection, logger, checkpoint, steps, on_progress, reached)
+    switches = core.backbone.board.names
+
+    def after_rollout(rollout: Rollout) -> None:
+        """A validation and a checkpoint where they are due, and progress."""
+        nonlocal reached
+        reached = rollout.steps
+        next_due = (len(selection.history) + 1) * max(1, steps // VALIDATIONS)
+        if agent.validates and rollout.steps >= min(next_due, steps):
+            entry = selection.consider(rollout.steps, agent.policy(), agent.env.objective)
+            log_validation(logger, entry, switches)
+            if state := agent.state():
+                saved = {"agent": state, "history": selection.history, "scores": core.scores()}
+                write_checkpoint(checkpoint, saved)
+        _show_progress(on_progress, rollout)
+
     agent.learn(steps, logger, after_rollout)
-    reached = after_rollout.reached or steps  # where nothing is learned there are no rollouts
+    reached = reached or steps  # where nothing is learned there are no rollouts
     policy, last = agent.policy(), None
     if agent.selects:
         last = summary(core, policy, "test")
         policy = selection.select(agent.selectable_policies())
     if not selection.history:
-        entry = selection.validate(reached, policy, agent.env.objective)
-        log_validation(logger, entry, selection.core.backbone.board.names)
+        log_validation(logger, selection.validate(reached, policy, agent.env.objective), switches)
     policy.save(folder)
     agent.save_extra(folder)
     result = _finish(folder, description, core, policy, selection, last)
@@ -189,30 +196,6 @@ def _train_agent(
     logger.close()
     checkpoint.unlink(missing_ok=True)
     return result
-
-
-@dataclass
-class _AfterRollout:
-    """After each rollout: a validation and a checkpoint where they are due, and progress."""
-
-    agent: Agent
-    selection: Selection
-    logger: Logger
-    checkpoint: Path
-    steps: int
-    on_progress: OnProgress | None
-    reached: int | None  # decisions made so far
-
-    def __call__(self, rollout: Rollout) -> None:
-        self.reached = rollout.steps
-        next_due = (len(self.selection.history) + 1) * max(1, self.steps // VALIDATIONS)
-        if self.agent.validates and rollout.steps >= min(next_due, self.steps):
-            entry = self.selection.consider(rollout.steps, self.agent.policy(), self.agent.env.objective)
-            log_validation(self.logger, entry, self.selection.core.backbone.board.names)
-            if state := self.agent.state():
-                scores = self.agent.env.core.scores()
-                write_checkpoint(self.checkpoint, {"agent": state, "history": self.selection.history, "scores": scores})
-        _show_progress(self.on_progress, rollout)
 
 
 def _score_dense(agent: Agent, steps: int, checkpoint: Path, on_progress: OnProgress | None) -> None:

@@ -13,8 +13,9 @@ from sd_gym.agents.learning.decisions import observation_batches
 from sd_gym.config import EnvConfig, dotted
 from sd_gym.envs.config import make_config
 from sd_gym.envs.core import BackboneCore
-from sd_gym.envs.protocols import Observations, Split
+from sd_gym.envs.protocols import Observations
 from sd_gym.envs.shared import shared_core
+from sd_gym.execution.split import BackboneSplit
 from sd_gym.policy import DecisionPolicy
 
 
@@ -34,18 +35,18 @@ def skip_logits_of_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConf
         FileNotFoundError, ValueError: See ``load_run``; or if the policy does not decide switch by switch.
     """
     _, core, policy = load_run(folder)
-    if not isinstance(core, BackboneCore):
-        raise ValueError(f"{folder} is a run on a table; expected one on an env with a backbone")
     config = make_config(dotted(core.config.model_dump()) | overrides, core.config.id)
-    logits = {}
+    data, logits = shared_core(config), {}
+    if not (isinstance(core, BackboneCore) and isinstance(data, BackboneCore)):
+        raise ValueError(f"{folder} is a run on a table; expected one on an env with a backbone")
     for name in ("train", "validation"):
-        split = shared_core(config).split(name)
+        split = data.split(name)
         batches = observation_batches(core, np.arange(len(split)))
         logits[name] = np.concatenate([_skip_logits(core, policy, split, rows) for rows in batches])
     return config, logits
 
 
-def _skip_logits(core: BackboneCore, policy: DecisionPolicy, split: Split, rows: NDArray) -> NDArray:
+def _skip_logits(core: BackboneCore, policy: DecisionPolicy, split: BackboneSplit, rows: NDArray) -> NDArray:
     """Log-odds of skipping on rows ``[n]``, float32 ``[n, switches]``; minus infinity where no stage decides."""
     logits = np.full((len(rows), core.n_switches), -np.inf, dtype=np.float32)
     stages = iter(core.columns)

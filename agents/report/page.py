@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, Template
@@ -42,38 +43,6 @@ class Picture:
         return as_svg(self.figure, self.name, self.caption)
 
 
-@dataclass(frozen=True)
-class Section:
-    """The part of the report about one env."""
-
-    name: str
-    sentences: list[str]
-    results: text.Table
-    levels: text.Table
-    runs: text.Table
-    pictures: list[Picture]
-
-
-@dataclass(frozen=True)
-class Overall:
-    """The part of the report over all envs."""
-
-    sentences: list[str]
-    tables: list[text.Table]
-    pictures: list[Picture]
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that the page and the Markdown file show."""
-
-    title: str
-    summary: str
-    overall: Overall | None
-    sections: list[Section]
-    versions: text.Table
-
-
 def write_report(folders: Iterable[str | Path], output: str | Path, *, also: bool = False) -> list[Path]:
     """Write a page about runs: ``sd-gym report``.
 
@@ -100,22 +69,28 @@ def write_report(folders: Iterable[str | Path], output: str | Path, *, also: boo
     names = [sorted({agent.name for agent in agents if agent.is_control == control}) for control in (False, True)]
     styles, runs = agent_styles(*names), sum(len(agent.runs) for agent in agents)
     with style():
-        report = Report(
-            "What was learned not to compute",
-            f"{runs:,} run{'s' if runs > 1 else ''} on {len(envs)} env{'s' if len(envs) > 1 else ''}.",
-            _overall(envs, styles),
-            [_section(f"{number:02d}", env, styles) for number, env in enumerate(envs, start=1)],
-            text.versions_table(envs),
-        )
+        report = {
+            "title": "What was learned not to compute",
+            "summary": f"{runs:,} run{'s' if runs > 1 else ''} on {len(envs)} env{'s' if len(envs) > 1 else ''}.",
+            "overall": _overall(envs, styles),
+            "sections": [_section(f"{number:02d}", env, styles) for number, env in enumerate(envs, start=1)],
+            "versions": text.versions_table(envs),
+        }
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, _template().render(vars(report)))
+        write_text(output, _template("report.html.jinja").render(report))
         return [output, *(_write_beside(output, envs, report) if also else [])]
 
 
-def _section(number: str, env: EnvRuns, styles: dict[str, AgentStyle]) -> Section:
-    pictures = [*_main_pictures(number, env, styles), *_level_pictures(number, env)]
-    results, levels, runs = text.results_table(env), text.levels_table(env), text.reproduction_table(env)
-    return Section(env.name, text.verdict_sentences(env), results, levels, runs, pictures)
+def _section(number: str, env: EnvRuns, styles: dict[str, AgentStyle]) -> dict[str, Any]:
+    """The part of the report about one env."""
+    return {
+        "name": env.name,
+        "sentences": text.verdict_sentences(env),
+        "results": text.results_table(env),
+        "levels": text.levels_table(env),
+        "runs": text.reproduction_table(env),
+        "pictures": [*_main_pictures(number, env, styles), *_level_pictures(number, env)],
+    }
 
 
 def _main_pictures(number: str, env: EnvRuns, styles: dict[str, AgentStyle]) -> list[Picture]:
@@ -156,8 +131,8 @@ def _level_pictures(number: str, env: EnvRuns) -> list[Picture]:
     return pictures
 
 
-def _overall(envs: Sequence[EnvRuns], styles: dict[str, AgentStyle]) -> Overall | None:
-    """``None`` where no agent has runs on all envs."""
+def _overall(envs: Sequence[EnvRuns], styles: dict[str, AgentStyle]) -> dict[str, Any] | None:
+    """The part of the report over all envs; ``None`` where no agent has runs on all envs."""
     shared = text.agents_on_all(envs)
     if not shared:
         return None
@@ -166,41 +141,27 @@ def _overall(envs: Sequence[EnvRuns], styles: dict[str, AgentStyle]) -> Overall 
     profiles = {name: performance_profile(of_agent, THRESHOLDS) for name, of_agent in scores.items()}
     charts.draw_profiles(picture.subplots(), profiles, styles, THRESHOLDS)
     caption = "Performance profiles: how many runs save at least so much with the quality kept, over all envs."
-    return Overall(text.overall_sentences(envs), text.overall_tables(envs), [Picture("00-profiles", caption, picture)])
+    return {
+        "sentences": text.overall_sentences(envs),
+        "tables": text.overall_tables(envs),
+        "pictures": [Picture("00-profiles", caption, picture)],
+    }
 
 
-def _write_beside(output: Path, envs: Sequence[EnvRuns], report: Report) -> list[Path]:
+def _write_beside(output: Path, envs: Sequence[EnvRuns], report: dict[str, Any]) -> list[Path]:
     """Write the same as Markdown, CSV and PNG; returns the files."""
     folder = output.with_suffix("") / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     written = [output.with_suffix(".md"), output.with_suffix(".csv")]
-    write_text(written[0], _as_markdown(report, f"{output.stem}/pictures"))
+    write_text(
+        written[0], _template("report.md.jinja").render(report, folder=f"{output.stem}/pictures").rstrip() + "\n"
+    )
     write_text(written[1], _as_csv(envs))
-    parts = [*([report.overall] if report.overall else []), *report.sections]
-    for picture in (picture for part in parts for picture in part.pictures):
+    parts = [*([report["overall"]] if report["overall"] else []), *report["sections"]]
+    for picture in (picture for part in parts for picture in part["pictures"]):
         written.append(folder / f"{picture.name}.png")
         write_png(picture.figure, written[-1])
     return written
-
-
-def _as_markdown(report: Report, folder: str) -> str:
-    def shown(table: text.Table) -> str:
-        return f"**{table.title}**\n\n{markdown(table.columns, table.rows)}"
-
-    def drawn(pictures: Sequence[Picture]) -> list[str]:
-        return [f"![{picture.caption}]({folder}/{picture.name}.png)" for picture in pictures]
-
-    overall, sections = report.overall, report.sections
-    parts = [f"# {report.title}", report.summary, *(overall.sentences if overall else [])]
-    for section in sections:
-        parts += [f"## {section.name}", *section.sentences]
-    if overall:
-        parts += ["## Over all envs", *map(shown, overall.tables), *drawn(overall.pictures)]
-    for section in sections:
-        parts += [f"## {section.name}: results", shown(section.results), *drawn(section.pictures)]
-        parts.append(shown(section.levels))
-    parts += ["## To reproduce it", shown(report.versions), *(shown(section.runs) for section in sections)]
-    return "\n\n".join(parts) + "\n"
 
 
 def _as_csv(envs: Sequence[EnvRuns]) -> str:
@@ -217,6 +178,8 @@ def _as_csv(envs: Sequence[EnvRuns]) -> str:
 
 
 @cache
-def _template() -> Template:
-    source = files("sd_gym.agents.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    return Environment(autoescape=True, trim_blocks=True).from_string(source)
+def _template(name: str) -> Template:
+    source = files("sd_gym.agents.report").joinpath(name).read_text(encoding="utf-8")
+    environment = Environment(autoescape=".html" in name, trim_blocks=True)
+    environment.filters["markdown"] = lambda table: markdown(table.columns, table.rows)
+    return environment.from_string(source)
