@@ -100,20 +100,9 @@ def plan_comparison(
     settings: dict[str, Any] | None = None,
     strictness: float = ONE_SIDED_95,
 ) -> list[PlannedRun]:
-    """The runs of a comparison: each agent and control on each env, on the same data, with the same seeds.
+    """The runs of a comparison, in the order of training: each agent and control on each env, with the same seeds.
 
-    Args:
-        envs: Ids.
-        algos: Agents; ``NAME-from-OTHER`` begins with the policy of the run of OTHER with the same seed.
-        controls: Whether ``CONTROLS`` are trained as well, and the first agent that learns with its observation zeroed.
-        seeds: How many, from 0 on. An agent that draws nothing at random (``Agent.draws``) is trained once.
-        steps: Decisions to learn from.
-        output: Folder of the runs, which are ``OUTPUT/ENV/ALGO-SEED``.
-        settings: Of the env, or of those agents that have them.
-        strictness: Of selection.
-
-    Returns:
-        In the order in which to train them.
+    See ``sd_gym.train_all`` for the arguments. An agent that draws nothing at random (``Agent.draws``) is trained once.
 
     Raises:
         ValueError: If a name or a setting is unknown, or an agent cannot begin with another.

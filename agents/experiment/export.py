@@ -25,13 +25,6 @@ def export(
 ) -> SkipPolicy | None:
     """The artefact of a run; of one on a table, for the backbone that the table is of.
 
-    Args:
-        core: The env's core.
-        policy: The selected one.
-        operating_points: Its validated versions.
-        result: As in ``result.json``.
-        description: As in ``config.json``.
-
     Returns:
         ``None`` where a policy cannot leave its env: see ``sd_gym.envs.export``.
     """

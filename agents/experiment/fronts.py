@@ -123,11 +123,7 @@ def _fronts_of(config: EnvConfig, agents: dict[str, list[Run]]) -> EnvFronts:
 def policy_versions(core: Core, policy: DecisionPolicy, epsilon: float, margin: float = 0.0) -> list[DecisionPolicy]:
     """Versions of a policy, from bolder to more cautious: from a loss of epsilon on the test split to a tenth of it.
 
-    Args:
-        core: The env's core.
-        policy: A selected one.
-        epsilon: Quality that may be lost.
-        margin: With which it was selected (``result.json``), so that one that was made dense has bolder versions too.
+    ``margin`` is that of ``result.json``, so that a policy that selection made dense has bolder versions too.
     """
     policy = policy.with_margin(-margin)
 

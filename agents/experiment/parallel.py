@@ -54,18 +54,10 @@ def train_many(
     A run that fails does not stop the others. A run does not depend on what was trained before it; with ``jobs`` each
     has one thread, which changes the last bits of sums.
 
-    Args:
-        runs: Each after those that it begins with.
-        jobs: See ``sd_gym.train_all``.
-        ray: See ``sd_gym.train_all``.
-        imports: Modules and files that register what the runs need; import them first.
-        on_status: Called whenever the status of a run changes.
+    ``runs`` stand each after those that it begins with; see ``sd_gym.train_all`` for the other arguments and errors.
 
     Returns:
         The last status of each run, in their order: ``kept``, ``finished``, ``not applicable`` or ``failed``.
-
-    Raises:
-        ImportError, ValueError: See ``sd_gym.train_all``.
     """
     if ray is not None and jobs > 1:
         raise ValueError(f"a Ray cluster has processes of its own; leave out jobs (got {jobs}) or ray (got {ray!r})")

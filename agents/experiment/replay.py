@@ -30,13 +30,7 @@ class ReplayError(ValueError):
 
 
 class Replay(NamedTuple):
-    """A run that was confirmed.
-
-    Attributes:
-        split: Which split.
-        instances: How many.
-        decided: Whether the folder has the policy, and it decided the same again.
-    """
+    """A run that was confirmed; ``decided`` says whether the folder has the policy, and it decided the same again."""
 
     split: str
     instances: int
@@ -114,11 +108,9 @@ def replay(folder: Path) -> Replay:
 
 
 def read_instances(file: Path, nvec: NDArray) -> RecordedInstances:
-    """The recorded instances of a run.
+    """The recorded instances of a run, from its ``instances.csv``.
 
-    Args:
-        file: Its ``instances.csv``.
-        nvec: Sizes of a mask's components: the core's ``decision_nvec``.
+    ``nvec`` are the sizes of a mask's components: the core's ``decision_nvec``.
 
     Raises:
         FileNotFoundError: If there is none.

@@ -73,10 +73,7 @@ class Selection:
         }
 
     def select(self, policies: list[DecisionPolicy]) -> DecisionPolicy:
-        """The policy to keep; of equals, such as all dense, the first. Dense if no other keeps the quality.
-
-        A version that is not confirmed is replaced by the next more cautious one of the same policy.
-        """
+        """The policy to keep; of equals, such as all dense, the first. Dense if no other keeps the quality."""
         self._screened.clear()
         # The cheapest first: what runs more at its boldest than another that is confirmed is never screened.
         guess = AS_LEARNED

@@ -28,14 +28,7 @@ from sd_gym.agents.runs.statistics import curve_interval, pareto_front
 
 
 class Points(NamedTuple):
-    """Results of one agent's runs.
-
-    Attributes:
-        difference: Quality against dense, in points, ``[runs]``.
-        flops: FLOPs, % of dense, ``[runs]``.
-        learned_difference: The same at the end of learning, before selection, of the runs that recorded it.
-        learned_flops: FLOPs at the end of learning.
-    """
+    """Quality against dense in points and FLOPs in % of dense, ``[runs]``: as selected, and at the end of learning."""
 
     difference: NDArray
     flops: NDArray
@@ -44,15 +37,7 @@ class Points(NamedTuple):
 
 
 class ExampleDecision(NamedTuple):
-    """The decision on a single instance.
-
-    Attributes:
-        label: Name of the instance.
-        skip: Which switches were skipped, bool ``[switches]``.
-        flops: FLOPs ratio.
-        lost: Whether it lost more quality than may be lost.
-        dropped: Share of the tokens that was dropped.
-    """
+    """The decision on an instance: ``skip`` is bool ``[switches]``, ``dropped`` the share of tokens dropped."""
 
     label: str
     skip: NDArray
