@@ -26,8 +26,8 @@ class Foresight(nn.Module):
     Losses and gains are foreseen each by itself, as probabilities: where the backbone is often wrong, both may be
     likely at once.
 
-    It takes observations of a ``space`` and decisions of components with sizes ``nvec``. Its ``outputs`` are that quality
-    is lost, that it is gained, and more. Its encoder of tokens is wide, as its FLOPs do not count.
+    It takes observations of a ``space`` and decisions of components with sizes ``nvec``. Its ``outputs`` are that
+    quality is lost, that it is gained, and more. Its encoder of tokens is wide, as its FLOPs do not count.
     """
 
     def __init__(self, space: gym.Space, nvec: NDArray, outputs: int = 2) -> None:

@@ -326,7 +326,7 @@ def test_what_decides_by_more_than_the_observation_is_evaluated_beside_agents(cu
     register_agent("halves", Halves)
     assert "halves" in agent_names()
     assert "blind-halves" not in agent_names()  # it does not look
-    with pytest.raises(TypeError, match=r"abstract method '?decided"):
+    with pytest.raises(TypeError, match=r"abstract method '?decide_split"):
         type("Nothing", (PrivilegedAgent,), {"learn": Halves.learn})(env)
     told, run = [], tmp_path / "run"
     result = train(CUSTOM, "halves", run, steps=64, settings=custom, on_progress=lambda *args: told.append(args))

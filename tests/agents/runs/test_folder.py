@@ -53,9 +53,10 @@ def dense(observations):
     return [[0] * 7] * len(observations)
 
 
-def prepared(backbone, dataset, folder, **settings):
+def prepared(backbone, dataset, folder, *, changes=None, **options):
     parts = BackboneConfig(name=str(backbone)), DataConfig(dataset=str(dataset))
-    return prepare_backbone(*parts, "classification", folder, Recipe(20, 0.003), **settings)
+    recipe = Recipe(**{"steps": 20, "learning_rate": 0.003, **(changes or {})})
+    return prepare_backbone(*parts, "classification", folder, recipe, **options)
 
 
 def files_of(folder):
@@ -178,7 +179,7 @@ def test_a_preparation_that_was_cut_off_is_not_overwritten(cut_preparation, revi
 )
 def test_a_preparation_goes_on_only_as_it_began(key, value, cut_preparation, reviews, tiny_backbone):
     with pytest.raises(ValueError, match=rf"holds another preparation: its {key} is [^,]*, now it is {value}$"):
-        prepared(tiny_backbone, reviews, cut_preparation, resume=True, **{key: value})
+        prepared(tiny_backbone, reviews, cut_preparation, resume=True, changes={key: value})
 
 
 def test_a_preparation_goes_on_only_with_its_data(cut_preparation, reviews, tiny_backbone):
