@@ -63,10 +63,10 @@ class UnknownKeyError(ConfigError, TypeError):
     """
 
 
-class StrictModel(BaseModel):
+class StrictModel(BaseModel, frozen=True):
     """Keys and values that a user writes: unknown keys are refused, and so is true, nan or 1e400 as a number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -74,7 +74,7 @@ class StrictModel(BaseModel):
         """Pydantic takes ``True`` for the number 1, and YAML reads ``on`` and ``yes`` as ``True``."""
         values = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(one, bool | np.bool_) for one in values):
-            kinds = _kinds_of(cls.model_fields[info.field_name].annotation)
+            kinds = _kinds_of(cls.model_fields[info.field_name or ""].annotation)
             if bool not in kinds and kinds & {int, float}:
                 raise ValueError("expected a number, which true and false are not")
         return value

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from sd_gym.config import KEYS, ConfigError, EnvConfig, dotted, stored_config
 from sd_gym.envs.table_files import read_description, table_folder
@@ -161,7 +162,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             alias = self.peek_event()
-            raise yaml.composer.ComposerError(
+            raise ComposerError(
                 None, None, f"the alias *{alias.anchor} is not read here; write its value out", alias.start_mark
             )
         return super().compose_node(parent, index)

@@ -151,10 +151,11 @@ class Split(Protocol):
         ...
 
 
+OfSplit = TypeVar("OfSplit", contravariant=True)
 S = TypeVar("S")  # the splits of a core, which it takes back: each has what ``Split`` has
 
 
-class StageLooks(Protocol[S]):
+class StageLooks(Protocol[OfSplit]):
     """What is seen at the stages of an episode.
 
     Attributes:
@@ -166,7 +167,7 @@ class StageLooks(Protocol[S]):
     judges: bool
 
     def observe(
-        self, split: S, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
+        self, split: OfSplit, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
     ) -> tuple[Observations, PassState | None]:
         """What is seen of rows ``[n]`` that have come to a stage under ``decisions [n, components]``.
 
@@ -182,7 +183,7 @@ class StageLooks(Protocol[S]):
         """
         ...
 
-    def judging_flops(self, split: S, rows: Array) -> Array:
+    def judging_flops(self, split: OfSplit, rows: Array) -> Array:
         """FLOPs of the head's judgements in one episode of each row, int64 ``[n]``."""
         ...
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.envs.protocols import Core, Split
+from sd_gym.envs.protocols import Core
 from sd_gym.tasks.marked_text import CUT, DROPPED, MarkedText
+
+if TYPE_CHECKING:  # an env of a table needs no torch
+    from sd_gym.execution.split import BackboneSplit
 
 LETTERS = {"attention": "a", "cross_attention": "c", "feed_forward": "f"}
 BAR = 40  # characters
@@ -24,14 +27,14 @@ class Shown(NamedTuple):
         rows: Which they are, ``[n]``.
         decided: Which envs have decided and not been reset since, bool ``[n]``; the others only have their text.
         infos: Of the step, a row an env; empty where none has decided.
-        rewards: ``[n]``, or ``[n, 2]`` where rewards are vectors; ``None`` where none has decided.
+        rewards: ``[n]``, or ``[n, 2]`` where rewards are vectors.
     """
 
-    split: Split
+    split: BackboneSplit
     rows: NDArray
     decided: NDArray
     infos: dict[str, NDArray]
-    rewards: NDArray | None = None
+    rewards: NDArray
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def scenes(core: Core, shown: Shown) -> list[Scene]:
     return [_scene(core, shown.split, row, results.get(env)) for env, row in enumerate(shown.rows)]
 
 
-def _scene(core: Core, split: Split, row: int, result: Result | None) -> Scene:
+def _scene(core: Core, split: BackboneSplit, row: int, result: Result | None) -> Scene:
     level = 0 if result is None else int(result.decision[-1])
     return Scene(
         env=core.config.id,

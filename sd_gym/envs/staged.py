@@ -55,7 +55,9 @@ class StageObservation:
         size = len(self.names) + 1 + features.shape[2]
         shown = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (size,), np.float32)
         self._tokens = core.observation if isinstance(core.observation, Tokens) else None
-        self.space = shown if self._tokens is None else gym.spaces.Dict({"stage": shown, **self._tokens.space.spaces})
+        self.space: gym.Space = (
+            shown if self._tokens is None else gym.spaces.Dict({"stage": shown, **self._tokens.parts})
+        )
 
     @torch.inference_mode()
     def observe(

@@ -38,7 +38,7 @@ class SafetyWrapper(gym.Wrapper, RecordConstructorArgs):
         RecordConstructorArgs.__init__(self)
         gym.Wrapper.__init__(self, env)
 
-    def step(self, action: Any) -> tuple[Any, float, float, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> Any:
         """(observation, reward, cost, terminated, truncated, info) of the step; raises as the env's."""
         observation, _, terminated, truncated, info = self.env.step(action)
         return observation, 1 - info["flops_ratio"], info["cost"], terminated, truncated, info
@@ -110,7 +110,8 @@ class LagrangianVectorWrapper(VectorWrapper):
 
 def _lagrangian(env: gym.Env | VectorEnv, multiplier: float | None, rate: float) -> Lagrangian:
     """The Lagrangian of an env's constraint."""
-    reward = env.unwrapped.config.reward
+    unwrapped: Any = env.unwrapped  # an env of this package, which has a config
+    reward = unwrapped.config.reward
     for key in ("dense", "vector"):
         if getattr(reward, key):
             raise ValueError(

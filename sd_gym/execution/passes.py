@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,7 +118,8 @@ class Passes:
         backbone = self.backbone
         inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         with deciding:
-            tokens = backbone.model.generate(
+            generate: Any = backbone.model.generate  # its type is that of any attribute of a module
+            tokens = generate(
                 **inputs,
                 max_new_tokens=self.longest,
                 num_beams=self._num_beams,
@@ -129,7 +131,7 @@ class Passes:
         return [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in said]
 
     @property
-    def _end(self) -> dict[str, list[int]]:
+    def _end(self) -> dict[str, Any]:
         """Where ``generate()`` ends early: at a stop of one token; a longer one is cut off its text."""
         if self._stop is None:
             return {}
@@ -184,14 +186,14 @@ class Passes:
         """As ``under_all``, the rows in one batch: depth first through the tree of masks, a stage a layer."""
         board, inputs = self.backbone.board, self.inputs(rows)
         stages = list(board.decided_at([EVERY_LAYER]).items())
-        found: list[Array | None] = [None] * len(masks)
+        values: dict[int, Array] = {}  # by number of the mask
 
         def go_on(picked: Array, keep: Array | torch.Tensor | None, stage: int, seen: PassState | None) -> None:
             """Run the masks ``picked``, which agree up to the stage of that number, from what is seen there."""
             skip = np.tile(masks[picked[0], :-1], (1 if keep is None else len(rows), 1))
             if len(picked) == 1:
                 with board.decide(skip, keep, resume_from=seen):
-                    found[picked[0]] = value(self.backbone.logits(inputs), inputs["labels"]).double().cpu().numpy()
+                    values[picked[0]] = value(self.backbone.logits(inputs), inputs["labels"]).double().cpu().numpy()
                 return
             differ = (masks[picked] != masks[picked[0]]).any(axis=0)
             number = next(number for number, (_, columns) in enumerate(stages) if differ[columns].any())
@@ -207,7 +209,7 @@ class Passes:
         for level in np.unique(masks[:, -1]):
             picked = np.flatnonzero(masks[:, -1] == level)
             go_on(picked, self._keep_of(rows, np.tile(masks[picked[0]], (len(rows), 1)), inputs), 0, None)
-        return np.stack(found, axis=1)
+        return np.stack([values[number] for number in range(len(masks))], axis=1)
 
     def logits(self, rows: Array, decisions: Array) -> Iterator[tuple[Array, torch.Tensor, torch.Tensor]]:
         """Positions in ``rows``, logits and labels of each forward pass under decisions ``[n, switches + 1]``."""
@@ -238,7 +240,7 @@ class Passes:
         inputs = self.inputs(rows)
         mask = inputs["attention_mask"]
 
-        def choose(seen: PassState) -> tuple[Array, Array | None]:
+        def choose(seen: PassState) -> tuple[Array, Array | torch.Tensor | None]:
             decisions = decide(seen.hidden[:, : mask.shape[1]], mask)  # behind a prompt the answer follows
             return decisions[:, :-1], self._keep_of(rows, decisions, inputs)
 

@@ -150,11 +150,7 @@ class Scoring:
         if self._measure.score is None:
             texts, likely = self._head.answers_and_likelihood(self._passes, rows, decisions, self._settings.label_range)
             return self._text_quality(rows, texts), likely
-
-        def both(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return torch.stack([self._score(logits, labels), self._likelihood(logits, labels)], dim=1)
-
-        values = self._passes.in_passes(rows, decisions, both)
+        values = self._passes.in_passes(rows, decisions, self._score_and_likelihood)
         return self._of_score(rows, decisions, values[:, 0]), values[:, 1]
 
     @torch.inference_mode()
@@ -169,12 +165,8 @@ class Scoring:
         """
         if self._measure.score is None:
             texts, likely = self._head.answers_under_all(self._passes, rows, masks, self._settings.label_range)
-            return np.stack([self._text_quality(rows, said) for said in texts], axis=1), likely
-
-        def both(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return torch.stack([self._score(logits, labels), self._likelihood(logits, labels)], dim=1)
-
-        values = self._passes.under_all(rows, masks, both)
+            return np.stack([self._text_quality(rows, answers) for answers in texts], axis=1), likely
+        values = self._passes.under_all(rows, masks, self._score_and_likelihood)
         scores = [
             self._of_score(rows, np.tile(mask, (len(rows), 1)), column)
             for mask, column in zip(masks, values[..., 0].T, strict=True)
@@ -190,7 +182,12 @@ class Scoring:
         return self._head.likelihood(logits, labels, self._settings.label_range)
 
     def _score(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self._measure.score(logits, labels, self._settings.label_range)
+        score = self._measure.score
+        assert score is not None  # else texts are compared, and nothing asks for the score of logits
+        return score(logits, labels, self._settings.label_range)
+
+    def _score_and_likelihood(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self._score(logits, labels), self._likelihood(logits, labels)], dim=1)
 
     def _of_score(self, rows: Array, decisions: Array, values: Array) -> Array:
         """The quality that a score gives: a likelihood relative to dense, a balanced one weighted by class."""

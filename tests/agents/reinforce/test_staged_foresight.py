@@ -13,7 +13,7 @@ import torch
 from sd_gym.agents.reinforce import staged
 from sd_gym.agents.reinforce.staged import StagedForesight
 
-from sd_gym.envs.episodes import Steps
+from sd_gym.envs.actions import Steps
 from sd_gym.policy import DecisionPolicy
 
 NVEC = np.array([2, 2])
