@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,10 +63,10 @@ class UnknownKeyError(ConfigError, TypeError):
     """
 
 
-class StrictModel(BaseModel, frozen=True):
+class StrictModel(BaseModel):
     """Keys and values that a user writes: unknown keys are refused, and so is true, nan or 1e400 as a number."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -191,7 +191,7 @@ class RewardConfig(StrictModel):
     dense: bool = False
 
 
-class EnvConfig(StrictModel, frozen=True):
+class EnvConfig(StrictModel):
     """All keys of an env's configuration. The YAML files in ``envs_configs/`` explain each one."""
 
     id: str
@@ -208,6 +208,10 @@ class EnvConfig(StrictModel, frozen=True):
     observation: str = "pooled"
     stages: tuple[str, ...] = ("first",)
     table: str | None = None
+
+    if TYPE_CHECKING:  # pydantic makes it, since the model is frozen
+
+        def __hash__(self) -> int: ...
 
 
 PARTS: dict[str, type[BaseModel]] = {
@@ -243,10 +247,6 @@ def is_key(name: str) -> bool:
 def dotted(values: Mapping[str, Any], origin: str = "the config") -> dict[str, Any]:
     """Values by dotted key, however their keys are spelled; the values are not checked.
 
-    Args:
-        values: By dotted key, short name, or name of a part.
-        origin: Where they come from, for messages.
-
     Raises:
         UnknownKeyError: Naming the key and the nearest known one.
         ConfigError: If a key has two values, or a part is no mapping.
@@ -267,10 +267,6 @@ def stored_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
     """The configuration that a file holds; what it lacks is the default.
 
     It was checked when it was written: what it names need not be registered or be there.
-
-    Args:
-        values: However their keys are spelled.
-        origin: Where they come from, for messages.
 
     Raises:
         ConfigError: If a key or value is wrong.

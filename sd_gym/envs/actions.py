@@ -234,10 +234,6 @@ class Steps:
     def spread(self, stage: Array, choices: Array) -> Array:
         """What actions say, at the components that their stages decide.
 
-        Args:
-            stage: Number of the stage of each row, int64 ``[n]``.
-            choices: As ``actions.decisions`` gives them, ``[n, components of an action]``.
-
         Returns:
             int64 ``[n, components of a decision]``, zeros elsewhere.
         """

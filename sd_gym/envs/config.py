@@ -100,9 +100,6 @@ def read_values(file: Path) -> dict[str, Any]:
 
     That file may extend another one. It is named without a folder: it is in the same folder, or in the package.
 
-    Args:
-        file: The YAML file.
-
     Raises:
         FileNotFoundError: If there is no such file.
         ConfigError: If a file is not UTF-8, is not YAML, holds something else than keys and values, extends a path or

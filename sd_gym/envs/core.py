@@ -36,9 +36,6 @@ Array = NDArray
 class BackboneCore(Core[BackboneSplit]):
     """Draws instances, observes them, and scores decisions on them; shared by all envs of the same configuration.
 
-    Args:
-        config: The env's configuration.
-
     Attributes:
         data: The splits of the data set.
         columns: Which switches each stage decides.
@@ -163,11 +160,6 @@ class BackboneCore(Core[BackboneSplit]):
         A single row is decided on in its pass, where the observation is made of the first layer's input and no other
         look at the input is needed to rank tokens. Of several stages all rows are, in one pass that is stopped at
         each.
-
-        Args:
-            split: Where the instances are.
-            rows: Their rows, int64 ``[n]``.
-            decide: From observations to decisions ``[n, switches + 1]``.
         """
         if self.is_staged:
             decisions, seen = self.rollout(split, rows, decide)

@@ -85,10 +85,7 @@ class Episodes:
     def decide(self, envs: Array, choices: Array) -> None:
         """Decide, in some, the stage that each is at.
 
-        Args:
-            envs: Which, int64.
-            choices: As ``core.actions.decisions`` gives them, int64 ``[n, components]``, a row for each of all
-                episodes; the components that a stage does not have are passed over.
+        Of ``choices int64 [all episodes, components]`` those that a stage does not have are passed over.
         """
         decided = self.core.steps.spread(self.stage[envs], choices[envs])
         self.decisions[envs] += decided  # what a stage decides is 0 before it
@@ -124,9 +121,7 @@ class Episodes:
     def infos(self, envs: Array, outcome: Outcome | None = None) -> dict[str, Array]:
         """The documented infos of some, one array of ``n`` values a key: see ``SwitchableEnv``.
 
-        Args:
-            envs: Which, int64.
-            outcome: Of those that are over; ``None``: what only it tells is zeros.
+        Without the outcome of those that are over, what only it tells is zeros.
         """
         split, rows = self.split, self.rows[envs]
         known = outcome or Outcome(*np.zeros((4, len(rows))))

@@ -24,9 +24,6 @@ class SwitchableVecEnv(VecEnv):
     refuse ``AutoresetMode.SAME_STEP`` want an env of another mode; this one still resets in the same step, as
     Stable-Baselines3 expects.
 
-    Args:
-        env: The vector env to present.
-
     Raises:
         ValueError: If its reward is a vector.
     """

@@ -37,10 +37,6 @@ class StageObservation:
 
     Where the env's observation is ``tokens`` that is the ``stage`` of a ``Dict``, beside ``tokens`` and ``mask`` as of
     ``Tokens``: those of the text, at every stage, so that a later one knows all that an earlier one did.
-
-    Args:
-        core: The core.
-        columns: Which switches each stage decides.
     """
 
     def __init__(self, core: Core[BackboneSplit], columns: list[slice]) -> None:

@@ -61,10 +61,6 @@ class TableData:
 class TableObservation:
     """What was observed of each instance when the table was made.
 
-    Args:
-        described: What ``table.json`` says of it.
-        projection: How it was reduced, if it was.
-
     Attributes:
         space: Of one observation.
         projection: From what the env observes to what the table has; ``None``: that is the same.
@@ -85,13 +81,7 @@ class TableObservation:
 
 
 class TableStages:
-    """What was observed at the stages when the table was made: the ``StageLooks`` of a core that decides at several.
-
-    Args:
-        space: Of one observation.
-        ways: How many ways to decide each stage has.
-        judgements: How many judgements of the head an episode has.
-    """
+    """What was observed at the stages when the table was made: the ``StageLooks`` of a core that decides at several."""
 
     def __init__(self, space: gym.Space, ways: list[int], judgements: int) -> None:
         self.space, self._judgements, self.judges = space, judgements, judgements > 0
@@ -127,10 +117,6 @@ class TableLengths(NamedTuple):
 
 class TableSplit:
     """One split of a table: what is in its files, as ``sd_gym.envs.protocols.Split`` has it.
-
-    Args:
-        core: The table's core.
-        name: The split.
 
     Attributes:
         tensors: What the table has of the instances, by name.
@@ -212,9 +198,6 @@ class TableCore(Core[TableSplit]):
     component: the number of its mask, of which 0 is the dense one, from there down in FLOPs. Of several stages it has
     one for each: the number of the way in which the stage decides, of which 0 runs all. With ``stages=["first"]`` a
     table of several stages is one of some masks.
-
-    Args:
-        config: The env's configuration, whose ``table`` is the folder.
 
     Attributes:
         folder: Where the table is.

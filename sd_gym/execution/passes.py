@@ -26,13 +26,6 @@ SHARED_ROWS = 128  # of passes that many masks share
 class Passes:
     """Forward passes and ``generate()`` of a backbone on rows of a split, under decisions ``[n, switches + 1]``.
 
-    Args:
-        backbone: The backbone.
-        instances: The split's instances.
-        encoded: Their tensors.
-        tokens: Which of their tokens go.
-        settings: How it answers, of the config: lengths, beams and stop count.
-
     Attributes:
         most: Rows of a pass at most; ``None``: as many as its memory has room for.
     """
@@ -93,10 +86,6 @@ class Passes:
         """As ``generated``, under every mask: a list of texts for each.
 
         Masks that agree on the encoder share its pass.
-
-        Args:
-            rows: The rows.
-            masks: Decisions for all of them, ``[masks, switches + 1]``.
         """
         board = self.backbone.board
         start = board.decided_at([BETWEEN])[BETWEEN].start if BETWEEN in board.stages else 0
@@ -168,11 +157,6 @@ class Passes:
         """Values of each row's logits and labels under every mask, float64 ``[n, masks, values]``.
 
         Masks that agree up to a layer share the pass up to there: it is run once and resumed for each way to go on.
-
-        Args:
-            rows: The rows.
-            masks: Decisions for all of them, all different, ``[masks, switches + 1]``.
-            value: Of logits and labels, ``[n, values]``.
         """
         length = self.encoded.source_length[rows] + self.encoded.target_length[rows]
         order = np.argsort(length, kind="stable")  # rows of similar length waste little on padding
@@ -229,13 +213,7 @@ class Passes:
     def logits_of_one(
         self, row: int, decide: Callable[[torch.Tensor, torch.Tensor], Array]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and labels of one instance, decided on in its pass: the input is embedded once.
-
-        Args:
-            row: The instance.
-            decide: Takes the first layer's input ``[1, length, width]`` and the mask of its tokens ``[1, length]`` to a
-                decision ``[1, switches + 1]``.
-        """
+        """Logits and labels of one instance, decided on in its pass: the input is embedded once."""
         board, rows = self.backbone.board, np.array([row])
         inputs = self.inputs(rows)
         mask = inputs["attention_mask"]
@@ -264,13 +242,7 @@ class Passes:
 
     @torch.inference_mode()
     def resumed(self, seen: PassState, rows: Array, decisions: Array) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and labels of a pass that goes on from what it has shown at a stage.
-
-        Args:
-            seen: As ``seen_at`` gave it of the same rows.
-            rows: The rows.
-            decisions: What they say of switches before the stage does not count.
-        """
+        """Logits and labels of a pass that goes on from what it has shown at a stage."""
         inputs = self.inputs(rows)
         with self.backbone.board.decide(decisions[:, :-1], self._keep_of(rows, decisions, inputs), resume_from=seen):
             return self.backbone.logits(inputs), inputs["labels"]
