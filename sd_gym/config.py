@@ -86,22 +86,7 @@ def _kinds_of(annotation: Any) -> set[Any]:
 
 
 class DataConfig(StrictModel):
-    """Where the instances come from.
-
-    Attributes:
-        dataset: ``procedural``, a JSONL, CSV or Parquet file, a folder of them, or a hub id.
-        subset: Of a data set on the hub, its part (its "configuration").
-        revision: Of a data set on the hub, its commit.
-        columns: The data set's name of a field, by field, where it has another one: ``{"text": "sentence"}``.
-        splits: What a split is, by split, in the data set's own splits: ``{"validation": "train[-2000:]"}``. A split
-            that is not named is the data set's own one, less the rows that the named ones have cut off it.
-        unanswerable: Whether questions may be without answer; if not, none of them is.
-        overlap: What is done about rows that stand in two splits, with the same texts: ``error``, ``drop`` (they stay
-            in the later split and are left out of the earlier one; of train, validation, test) or ``allow``.
-        train_size: So many instances at most; ``None``: all.
-        validation_size: Likewise.
-        test_size: Likewise.
-    """
+    """Where the instances come from."""
 
     dataset: str
     subset: str | None = None
@@ -120,20 +105,7 @@ class DataConfig(StrictModel):
 
 
 class BackboneConfig(StrictModel):
-    """The transformer whose computation is decided on, what it reads, and how it answers.
-
-    Attributes:
-        name: ``mini``, a local folder, a GGUF file, or a hub id.
-        device: Where it runs, in a single process.
-        answers: For question answering, whether it generates its answers or extracts them from the context; ``None``:
-            as its head does.
-        prompt: For decoder-only backbones, what the input is put into: ``{source}`` and, for question answering,
-            ``{source_pair}`` (the context) are filled in; it is never cut.
-        stop: What ends an answer to a prompt; ``None``: the tokenizer's end of text.
-        max_source_length: Longest input, in tokens.
-        max_target_length: Longest answer, in tokens.
-        num_beams: Of ``generate()``; 1: greedy.
-    """
+    """The transformer whose computation is decided on, what it reads, and how it answers."""
 
     name: str
     device: str = "cpu"
@@ -146,25 +118,14 @@ class BackboneConfig(StrictModel):
 
 
 class TokensConfig(StrictModel):
-    """Which tokens of an input a decision may drop.
-
-    Attributes:
-        shares: The share of them that each token level drops, ascending from 0.0.
-        ranking: Which ones go first.
-    """
+    """Which tokens of an input a decision may drop."""
 
     shares: tuple[float, ...] = (0.0,)
     ranking: str = "idf"
 
 
 class QualityConfig(StrictModel):
-    """What an answer is worth.
-
-    Attributes:
-        kind: What rewards are made of.
-        metric: What reports are made of.
-        label_range: Difference of the highest and the lowest score.
-    """
+    """What an answer is worth."""
 
     kind: Literal["exact_match", "balanced", "likelihood", "metric"] = "exact_match"
     metric: str = "exact_match"
@@ -172,16 +133,7 @@ class QualityConfig(StrictModel):
 
 
 class RewardConfig(StrictModel):
-    """What a decision earns.
-
-    Attributes:
-        objective: A name, or a function as ``register_objective`` takes it.
-        epsilon: How much quality may be lost, in its own unit.
-        penalty: Reward lost at full cost.
-        cost_scale: The cost that counts as full, in units of quality.
-        vector: Whether it is ``[quality, -flops_ratio]`` instead of the objective's.
-        dense: Whether each of several stages pays for what it has saved.
-    """
+    """What a decision earns."""
 
     objective: ObjectiveKey = "lexicographic"
     epsilon: float = Field(default=0.01, ge=0)
@@ -192,7 +144,7 @@ class RewardConfig(StrictModel):
 
 
 class EnvConfig(StrictModel):
-    """All keys of an env's configuration. The YAML files in ``envs_configs/`` explain each one."""
+    """All keys of an env's configuration. ``envs_configs/base.yaml`` explains each one."""
 
     id: str
     task: str

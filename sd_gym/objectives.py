@@ -32,7 +32,7 @@ def lexicographic(
     """Quality first: savings where the quality is kept, a penalty where it is not, ``[n]``.
 
     Any outcome that keeps the quality (reward in [0, 1]) beats any that does not (reward in [-penalty, 0)). The
-    constants are those of ``RewardConfig``.
+    constants are keys of the config.
     """
     cost = quality_cost(quality, quality_ref, epsilon)
     return np.where(cost > 0, -penalty * np.minimum(1.0, cost / cost_scale), 1.0 - flops_ratio)

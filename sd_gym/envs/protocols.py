@@ -24,19 +24,12 @@ Observations = Array | dict[str, Array]  # of a batch: one row an instance
 
 @dataclass(frozen=True)
 class Outcome:
-    """What decisions lead to; every field is float64 ``[n]``, one row an instance.
+    """What decisions lead to; every field is float64 ``[n]``, one row an instance."""
 
-    Attributes:
-        quality: Task quality under the decision.
-        quality_ref: Task quality of the dense backbone.
-        cost: ``max(0, quality_ref - epsilon - quality)``.
-        flops_ratio: FLOPs under the decision over dense FLOPs.
-    """
-
-    quality: NDArray
-    quality_ref: NDArray
-    cost: NDArray
-    flops_ratio: NDArray
+    quality: NDArray  # task quality under the decision
+    quality_ref: NDArray  # task quality of the dense backbone
+    cost: NDArray  # ``max(0, quality_ref - epsilon - quality)``
+    flops_ratio: NDArray  # FLOPs under the decision over dense FLOPs
 
 
 class Scores(Protocol):
