@@ -73,7 +73,7 @@ class StrictModel(BaseModel):
     def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Pydantic takes ``True`` for the number 1, and YAML reads ``on`` and ``yes`` as ``True``."""
         values = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(one, bool | np.bool_) for one in values):
+        if any(isinstance(item, bool | np.bool_) for item in values):
             kinds = _kinds_of(cls.model_fields[info.field_name or ""].annotation)
             if bool not in kinds and kinds & {int, float}:
                 raise ValueError("expected a number, which true and false are not")

@@ -53,7 +53,7 @@ class Registry(Generic[Thing]):
         return [*self._built_in, *self._own]
 
     def find(self, name: str) -> Thing:
-        """The thing behind a name.
+        """The thing of a name.
 
         Raises:
             UnknownNameError: If there is none.

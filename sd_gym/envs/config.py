@@ -110,9 +110,9 @@ def read_values(file: Path) -> dict[str, Any]:
     next_file: Path | None = file
     while next_file is not None:
         chain.append(next_file)
-        said = read_yaml(next_file)
-        next_file = _base_file(chain, said.pop(EXTENDS)) if EXTENDS in said else None
-        values = {**dotted(said, str(said.get("id", chain[-1]))), **values}
+        own = read_yaml(next_file)
+        next_file = _base_file(chain, own.pop(EXTENDS)) if EXTENDS in own else None
+        values = {**dotted(own, str(own.get("id", chain[-1]))), **values}
     return values
 
 
@@ -124,11 +124,11 @@ def _base_file(chain: list[Path], name: Any) -> Path:
             f"{file}: {EXTENDS!r} takes the name of a YAML file, as classification_mini.yaml; got {short(name)}"
         )
     candidates = [file.parent / name, CONFIG_FOLDER / name]
-    base = next((one for one in candidates if one.is_file()), None)
+    base = next((path for path in candidates if path.is_file()), None)
     if base is None:
         raise ConfigError(f"{file} extends {name!r}, which is neither in {file.parent} nor in the package")
     if base in chain:
-        circle = " -> ".join(one.name for one in [*chain, base])
+        circle = " -> ".join(path.name for path in [*chain, base])
         raise ConfigError(
             f"{chain[0]}: the files extend each other in a circle ({circle}); end it with one that does not"
         )

@@ -28,11 +28,7 @@ def check_shown(render_mode: str | None, info_text: bool, modes: Sequence[str]) 
 
 
 def checked_options(options: dict[str, Any] | None) -> dict[str, Any]:
-    """The options of a reset; ``None`` stands for none.
-
-    Raises:
-        TypeError: If they are not a dictionary.
-    """
+    """The options of a reset; ``None`` stands for none. Raises ``TypeError`` if they are not a dictionary."""
     if options is None:
         return {}
     if not isinstance(options, Mapping):
@@ -43,14 +39,8 @@ def checked_options(options: dict[str, Any] | None) -> dict[str, Any]:
 def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, NDArray | None]:
     """The split that a reset with these options starts on, and the rows ``[n]``; ``None``: they are to be drawn.
 
-    Args:
-        core: The env's core.
-        n: How many envs there are.
-        options: ``{"split": name}`` and ``{"instance": id}`` (a list of ids for a vector env) choose what to decide on.
-
-    Raises:
-        TypeError: If the options are not a dictionary.
-        ValueError: If an option or its value is unknown.
+    ``{"split": name}`` and ``{"instance": id}`` (a list of ids for a vector env) choose what to decide on. Raises
+    ``TypeError`` if the options are not a dictionary, ``ValueError`` if an option or its value is unknown.
     """
     options = checked_options(options)
     unknown = set(options) - {"split", "instance"}

@@ -266,11 +266,11 @@ def _figures(draw: ImageDraw.ImageDraw, result: Result | None, top: int) -> None
     left, right = MARGIN + LABELS, WIDTH - MARGIN
     _heading(draw, top + 3, "FLOPs")
     draw.rectangle((left, top, right, top + 24), SKIPPED)
-    said, colour = "no decision yet", FAINT
+    share, colour = "no decision yet", FAINT
     if result is not None:
         draw.rectangle((left, top, left + round((right - left) * min(1.0, result.flops_ratio)), top + 24), RAN)
-        said, colour = f"{result.flops_ratio:.1%} of the dense backbone's", INK
-    draw.text((left, top + 29), said, colour, font(14))
+        share, colour = f"{result.flops_ratio:.1%} of the dense backbone's", INK
+    draw.text((left, top + 29), share, colour, font(14))
     top += 58
     _heading(draw, top, "Quality")
     if result is None:

@@ -364,7 +364,7 @@ def _smallest(values: Any) -> Array:
     kinds = {"b": (np.bool_,), "f": (np.float16, np.float32)}.get(values.dtype.kind, (np.uint8, np.uint16))
     with np.errstate(over="ignore"):
         small = (values.astype(kind) for kind in kinds)
-        fitting = (one for one in small if np.array_equal(one, values, equal_nan=values.dtype.kind == "f"))
+        fitting = (array for array in small if np.array_equal(array, values, equal_nan=values.dtype.kind == "f"))
         return next(fitting, values.astype(np.float64 if values.dtype.kind == "f" else np.int64))
 
 

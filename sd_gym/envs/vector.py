@@ -29,7 +29,7 @@ METADATA: dict[str, Any] = {
 class SwitchableVectorEnv(VectorEnv):
     """``SwitchableEnv`` for a batch: one forward pass of the backbone a step serves all ``num_envs`` instances.
 
-    Every episode has as many steps as stages, so that all end with the same step, but behind a masked reset. What comes
+    Every episode has as many steps as stages, so that all end with the same step, but after a masked reset. What comes
     then is Gymnasium's ``AutoresetMode``, as ``SyncVectorEnv`` has it:
 
     * ``SAME_STEP`` (default): the step resets too. Its observations are those of the next instances and its infos
@@ -67,7 +67,10 @@ class SwitchableVectorEnv(VectorEnv):
         if isinstance(num_envs, bool) or not isinstance(num_envs, int | np.integer) or num_envs < 1:
             raise ValueError(f"num_envs: expected an integer of at least 1, got {num_envs!r}")
         check_shown(render_mode, info_text, type(self).metadata["render_modes"])
-        self.autoreset_mode = read_autoreset_mode(autoreset_mode)
+        if autoreset_mode not in [*AutoresetMode, *(mode.value for mode in AutoresetMode)]:
+            known = ", ".join(mode.value for mode in AutoresetMode)
+            raise ValueError(f"autoreset_mode must be one of {known}, got {autoreset_mode!r}")
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
         self.config = read_config(config_file, overrides)
         self.core = shared_core(self.config)
@@ -253,15 +256,6 @@ class SwitchableVectorEnv(VectorEnv):
                 merged[key][envs] = values
                 merged[f"_{key}"][envs] = True
         return merged
-
-
-def read_autoreset_mode(value: str | AutoresetMode) -> AutoresetMode:
-    """An autoreset mode, or that of its value; raises ``ValueError`` for any other."""
-    try:
-        return AutoresetMode(value)
-    except ValueError:
-        known = ", ".join(mode.value for mode in AutoresetMode)
-        raise ValueError(f"autoreset_mode must be one of {known}, got {value!r}") from None
 
 
 def _generator(state: dict[str, Any]) -> np.random.Generator:

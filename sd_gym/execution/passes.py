@@ -116,8 +116,8 @@ class Passes:
                 **self._end,
                 pad_token_id=backbone.tokenizer.pad_token_id,
             )
-        said = backbone.tokenizer.batch_decode(self.head.new_tokens(tokens, inputs), skip_special_tokens=True)
-        return [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in said]
+        texts = backbone.tokenizer.batch_decode(self.head.new_tokens(tokens, inputs), skip_special_tokens=True)
+        return [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in texts]
 
     @property
     def _end(self) -> dict[str, Any]:
@@ -219,7 +219,7 @@ class Passes:
         mask = inputs["attention_mask"]
 
         def choose(seen: PassState) -> tuple[Array, Array | torch.Tensor | None]:
-            decisions = decide(seen.hidden[:, : mask.shape[1]], mask)  # behind a prompt the answer follows
+            decisions = decide(seen.hidden[:, : mask.shape[1]], mask)  # after a prompt the answer follows
             return decisions[:, :-1], self._keep_of(rows, decisions, inputs)
 
         with board.decide_in_pass(choose):
