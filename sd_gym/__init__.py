@@ -33,26 +33,24 @@ if TYPE_CHECKING:
     from sd_gym.tasks.metrics import register_metric
     from sd_gym.tasks.ranking import register_ranking
 
-_WHERE = {
-    "SkipPolicy": "sd_gym.policy.artefact",
-    "attach": "sd_gym.inference.attach",
-    "bake": "sd_gym.inference.bake",
-    "compare": "sd_gym.agents.report.compare",
-    "detach": "sd_gym.inference.attach",
-    "evaluate": "sd_gym.agents.experiment.api",
-    "instances": "sd_gym.envs.listing",
-    "load": "sd_gym.inference.texts",
-    "reduce": "sd_gym.agents.experiment.run",
-    "register_agent": "sd_gym.agents.registry",
-    "register_metric": "sd_gym.tasks.metrics",
-    "register_network": "sd_gym.policy",
-    "register_objective": "sd_gym.objectives",
-    "register_ranking": "sd_gym.tasks.ranking",
-    "register_task": "sd_gym.tasks.family",
-    "tabulate": "sd_gym.agents.experiment.tabulation",
-    "train": "sd_gym.agents.experiment.api",
-    "train_all": "sd_gym.agents.experiment.api",
+_MODULES = {  # of what needs torch, or is slow to import
+    "agents.experiment.api": ["evaluate", "train", "train_all"],
+    "agents.experiment.run": ["reduce"],
+    "agents.experiment.tabulation": ["tabulate"],
+    "agents.registry": ["register_agent"],
+    "agents.report.compare": ["compare"],
+    "envs.listing": ["instances"],
+    "inference.attach": ["attach", "detach"],
+    "inference.bake": ["bake"],
+    "inference.texts": ["load"],
+    "objectives": ["register_objective"],
+    "policy": ["register_network"],
+    "policy.artefact": ["SkipPolicy"],
+    "tasks.family": ["register_task"],
+    "tasks.metrics": ["register_metric"],
+    "tasks.ranking": ["register_ranking"],
 }
+_MODULE_OF = {name: f"sd_gym.{module}" for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "SkipPolicy",
@@ -84,10 +82,10 @@ register_envs()
 
 def __getattr__(name: str) -> Any:
     """What needs torch is imported when it is asked for."""
-    if name not in _WHERE:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'sd_gym' has no attribute {name!r}")
-    return getattr(import_module(_WHERE[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHERE})
+    return sorted({*globals(), *_MODULE_OF})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,8 +73,8 @@ class StrictModel(BaseModel):
     def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Pydantic takes ``True`` for the number 1, and YAML reads ``on`` and ``yes`` as ``True``."""
         values = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(one, bool | np.bool_) for one in values):
-            kinds = _kinds_of(cls.model_fields[info.field_name].annotation)
+        if any(isinstance(item, bool | np.bool_) for item in values):
+            kinds = _kinds_of(cls.model_fields[info.field_name or ""].annotation)
             if bool not in kinds and kinds & {int, float}:
                 raise ValueError("expected a number, which true and false are not")
         return value
@@ -86,22 +86,7 @@ def _kinds_of(annotation: Any) -> set[Any]:
 
 
 class DataConfig(StrictModel):
-    """Where the instances come from.
-
-    Attributes:
-        dataset: ``procedural``, a JSONL, CSV or Parquet file, a folder of them, or a hub id.
-        subset: Of a data set on the hub, its part (its "configuration").
-        revision: Of a data set on the hub, its commit.
-        columns: The data set's name of a field, by field, where it has another one: ``{"text": "sentence"}``.
-        splits: What a split is, by split, in the data set's own splits: ``{"validation": "train[-2000:]"}``. A split
-            that is not named is the data set's own one, less the rows that the named ones have cut off it.
-        unanswerable: Whether questions may be without answer; if not, none of them is.
-        overlap: What is done about rows that stand in two splits, with the same texts: ``error``, ``drop`` (they stay
-            in the later split and are left out of the earlier one; of train, validation, test) or ``allow``.
-        train_size: So many instances at most; ``None``: all.
-        validation_size: Likewise.
-        test_size: Likewise.
-    """
+    """Where the instances come from."""
 
     dataset: str
     subset: str | None = None
@@ -120,20 +105,7 @@ class DataConfig(StrictModel):
 
 
 class BackboneConfig(StrictModel):
-    """The transformer whose computation is decided on, what it reads, and how it answers.
-
-    Attributes:
-        name: ``mini``, a local folder, a GGUF file, or a hub id.
-        device: Where it runs, in a single process.
-        answers: For question answering, whether it generates its answers or extracts them from the context; ``None``:
-            as its head does.
-        prompt: For decoder-only backbones, what the input is put into: ``{source}`` and, for question answering,
-            ``{source_pair}`` (the context) are filled in; it is never cut.
-        stop: What ends an answer to a prompt; ``None``: the tokenizer's end of text.
-        max_source_length: Longest input, in tokens.
-        max_target_length: Longest answer, in tokens.
-        num_beams: Of ``generate()``; 1: greedy.
-    """
+    """The transformer whose computation is decided on, what it reads, and how it answers."""
 
     name: str
     device: str = "cpu"
@@ -146,25 +118,14 @@ class BackboneConfig(StrictModel):
 
 
 class TokensConfig(StrictModel):
-    """Which tokens of an input a decision may drop.
-
-    Attributes:
-        shares: The share of them that each token level drops, ascending from 0.0.
-        ranking: Which ones go first.
-    """
+    """Which tokens of an input a decision may drop."""
 
     shares: tuple[float, ...] = (0.0,)
     ranking: str = "idf"
 
 
 class QualityConfig(StrictModel):
-    """What an answer is worth.
-
-    Attributes:
-        kind: What rewards are made of.
-        metric: What reports are made of.
-        label_range: Difference of the highest and the lowest score.
-    """
+    """What an answer is worth."""
 
     kind: Literal["exact_match", "balanced", "likelihood", "metric"] = "exact_match"
     metric: str = "exact_match"
@@ -172,16 +133,7 @@ class QualityConfig(StrictModel):
 
 
 class RewardConfig(StrictModel):
-    """What a decision earns.
-
-    Attributes:
-        objective: A name, or a function as ``register_objective`` takes it.
-        epsilon: How much quality may be lost, in its own unit.
-        penalty: Reward lost at full cost.
-        cost_scale: The cost that counts as full, in units of quality.
-        vector: Whether it is ``[quality, -flops_ratio]`` instead of the objective's.
-        dense: Whether each of several stages pays for what it has saved.
-    """
+    """What a decision earns."""
 
     objective: ObjectiveKey = "lexicographic"
     epsilon: float = Field(default=0.01, ge=0)
@@ -191,8 +143,8 @@ class RewardConfig(StrictModel):
     dense: bool = False
 
 
-class EnvConfig(StrictModel, frozen=True):
-    """All keys of an env's configuration. The YAML files in ``envs_configs/`` explain each one."""
+class EnvConfig(StrictModel):
+    """All keys of an env's configuration. ``envs_configs/base.yaml`` explains each one."""
 
     id: str
     task: str
@@ -208,6 +160,10 @@ class EnvConfig(StrictModel, frozen=True):
     observation: str = "pooled"
     stages: tuple[str, ...] = ("first",)
     table: str | None = None
+
+    if TYPE_CHECKING:  # pydantic makes it, since the model is frozen
+
+        def __hash__(self) -> int: ...
 
 
 PARTS: dict[str, type[BaseModel]] = {
@@ -243,10 +199,6 @@ def is_key(name: str) -> bool:
 def dotted(values: Mapping[str, Any], origin: str = "the config") -> dict[str, Any]:
     """Values by dotted key, however their keys are spelled; the values are not checked.
 
-    Args:
-        values: By dotted key, short name, or name of a part.
-        origin: Where they come from, for messages.
-
     Raises:
         UnknownKeyError: Naming the key and the nearest known one.
         ConfigError: If a key has two values, or a part is no mapping.
@@ -267,10 +219,6 @@ def stored_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
     """The configuration that a file holds; what it lacks is the default.
 
     It was checked when it was written: what it names need not be registered or be there.
-
-    Args:
-        values: However their keys are spelled.
-        origin: Where they come from, for messages.
 
     Raises:
         ConfigError: If a key or value is wrong.

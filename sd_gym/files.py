@@ -98,8 +98,8 @@ def map_arrays(file: Path) -> dict[str, np.ndarray]:
     header = json.loads(memory[8:start].tobytes())
     header.pop("__metadata__", None)
     return {
-        name: np.ndarray(tuple(said["shape"]), _DTYPES[said["dtype"]], memory, start + said["data_offsets"][0])
-        for name, said in header.items()
+        name: np.ndarray(tuple(array["shape"]), _DTYPES[array["dtype"]], memory, start + array["data_offsets"][0])
+        for name, array in header.items()
     }
 
 

@@ -31,15 +31,8 @@ def lexicographic(
 ) -> Floats:
     """Quality first: savings where the quality is kept, a penalty where it is not, ``[n]``.
 
-    Any outcome that keeps the quality (reward in [0, 1]) beats any that does not (reward in [-penalty, 0)).
-
-    Args:
-        quality: ``[n]``.
-        quality_ref: Of the dense backbone, ``[n]``.
-        flops_ratio: ``[n]``.
-        epsilon: How much quality may be lost, in its own unit.
-        penalty: Reward lost at full cost.
-        cost_scale: The cost that counts as full, in units of quality.
+    Any outcome that keeps the quality (reward in [0, 1]) beats any that does not (reward in [-penalty, 0)). The
+    constants are keys of the config.
     """
     cost = quality_cost(quality, quality_ref, epsilon)
     return np.where(cost > 0, -penalty * np.minimum(1.0, cost / cost_scale), 1.0 - flops_ratio)
@@ -104,9 +97,6 @@ def _check_arguments(name: str, function: ObjectiveFunction) -> None:
 
 class Objective:
     """Turns what came of decisions into rewards, always alike: it has no state.
-
-    Args:
-        reward: What a decision earns.
 
     Attributes:
         name: Of the objective.

@@ -21,17 +21,11 @@ def deviation_of(deviation: Array) -> Array:
 
 
 class Projection(NamedTuple):
-    """Principal components of standardised observations, each divided by its deviation on the training split.
+    """Principal components of standardised observations, each divided by its deviation on the training split."""
 
-    Attributes:
-        mean: Of the observations, float32 ``[features]``.
-        components: float32 ``[size, features]``.
-        explained: The share of the variance that each component has, float32 ``[size]``.
-    """
-
-    mean: Array
-    components: Array
-    explained: Array
+    mean: Array  # of the observations, float32 ``[features]``
+    components: Array  # float32 ``[size, features]``
+    explained: Array  # the share of the variance that each component has, float32 ``[size]``
 
     def __call__(self, observations: Array) -> Array:
         """Observations ``[n, features]`` reduced, float32 ``[n, size]``, each number within ``OBSERVATION_LIMIT``.

@@ -102,9 +102,6 @@ def register_env(file: str | Path) -> str:
     Its ``dataset``, ``backbone`` and ``table`` may be paths from where the file lies; those that are passed to
     ``gym.make`` or ``--set`` are paths from the working directory, as always. The keys are checked when an env is made.
 
-    Args:
-        file: The YAML file.
-
     Returns:
         Its id, for ``gym.make``, ``gym.make_vec`` and, with ``--import``, the command line. A file of the same id that
         was registered before is replaced.

@@ -53,7 +53,7 @@ class Registry(Generic[Thing]):
         return [*self._built_in, *self._own]
 
     def find(self, name: str) -> Thing:
-        """The thing behind a name.
+        """The thing of a name.
 
         Raises:
             UnknownNameError: If there is none.
@@ -81,11 +81,7 @@ def unknown(kind: str, name: str, known: list[str]) -> str:
 
 @contextmanager
 def naming_imports(run: Path) -> Iterator[None]:
-    """Where a name of a run is unknown, the error also tells what was imported for it; nothing is imported by itself.
-
-    Args:
-        run: Folder of the run, if there is one yet.
-    """
+    """Where a name of a run is unknown, the error also tells what was imported for it; nothing is imported here."""
     try:
         yield
     except ValueError as error:

@@ -224,7 +224,7 @@ class Steps:
             size[place] = nvec[component]
         self.choices = sizes.max(axis=0)
         has = [[np.arange(most) < own for most, own in zip(self.choices, size, strict=True)] for size in sizes]
-        self.masks = np.stack([np.concatenate(one) for one in has])
+        self.masks = np.stack([np.concatenate(allowed) for allowed in has])
 
     def take(self, stage: int, decisions: Array, choices: Array) -> None:
         """Write what a stage decides, of ``choices``, into ``decisions``; both ``[n, components of a decision]``."""
@@ -233,10 +233,6 @@ class Steps:
 
     def spread(self, stage: Array, choices: Array) -> Array:
         """What actions say, at the components that their stages decide.
-
-        Args:
-            stage: Number of the stage of each row, int64 ``[n]``.
-            choices: As ``actions.decisions`` gives them, ``[n, components of an action]``.
 
         Returns:
             int64 ``[n, components of a decision]``, zeros elsewhere.
@@ -249,11 +245,11 @@ class Steps:
         return spread
 
     def ends(self, stage: int) -> Array:
-        """A decision, int64 ``[components]``, that skips as much as can be behind a stage, and nothing before."""
-        behind = np.zeros(len(self._nvec), dtype=np.int64)
+        """A decision, int64 ``[components]``, that skips as much as can be after a stage, and nothing before."""
+        ends = np.zeros(len(self._nvec), dtype=np.int64)
         for components in self.components[stage + 1 :]:
-            behind[components] = self._nvec[components] - 1
-        return behind
+            ends[components] = self._nvec[components] - 1
+        return ends
 
     def of_logits(self) -> tuple[Array, int]:
         """Where in a decision's logits an action's choices stand at each stage.

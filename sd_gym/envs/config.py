@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from sd_gym.config import KEYS, ConfigError, EnvConfig, dotted, stored_config
 from sd_gym.envs.table_files import read_description, table_folder
@@ -99,9 +100,6 @@ def read_values(file: Path) -> dict[str, Any]:
 
     That file may extend another one. It is named without a folder: it is in the same folder, or in the package.
 
-    Args:
-        file: The YAML file.
-
     Raises:
         FileNotFoundError: If there is no such file.
         ConfigError: If a file is not UTF-8, is not YAML, holds something else than keys and values, extends a path or
@@ -112,9 +110,9 @@ def read_values(file: Path) -> dict[str, Any]:
     next_file: Path | None = file
     while next_file is not None:
         chain.append(next_file)
-        said = read_yaml(next_file)
-        next_file = _base_file(chain, said.pop(EXTENDS)) if EXTENDS in said else None
-        values = {**dotted(said, str(said.get("id", chain[-1]))), **values}
+        own = read_yaml(next_file)
+        next_file = _base_file(chain, own.pop(EXTENDS)) if EXTENDS in own else None
+        values = {**dotted(own, str(own.get("id", chain[-1]))), **values}
     return values
 
 
@@ -126,11 +124,11 @@ def _base_file(chain: list[Path], name: Any) -> Path:
             f"{file}: {EXTENDS!r} takes the name of a YAML file, as classification_mini.yaml; got {short(name)}"
         )
     candidates = [file.parent / name, CONFIG_FOLDER / name]
-    base = next((one for one in candidates if one.is_file()), None)
+    base = next((path for path in candidates if path.is_file()), None)
     if base is None:
         raise ConfigError(f"{file} extends {name!r}, which is neither in {file.parent} nor in the package")
     if base in chain:
-        circle = " -> ".join(one.name for one in [*chain, base])
+        circle = " -> ".join(path.name for path in [*chain, base])
         raise ConfigError(
             f"{chain[0]}: the files extend each other in a circle ({circle}); end it with one that does not"
         )
@@ -161,7 +159,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             alias = self.peek_event()
-            raise yaml.composer.ComposerError(
+            raise ComposerError(
                 None, None, f"the alias *{alias.anchor} is not read here; write its value out", alias.start_mark
             )
         return super().compose_node(parent, index)

@@ -17,10 +17,9 @@ from sd_gym.backbones import load_backbone
 from sd_gym.backbones.load import BUNDLED
 from sd_gym.config import ConfigError, EnvConfig
 from sd_gym.envs.actions import ACTIONS, MultiDiscreteActions, Steps
-from sd_gym.envs.episodes import FirstLook
 from sd_gym.envs.export import Export
 from sd_gym.envs.protocols import Core, Observations, Outcome
-from sd_gym.envs.spaces import Observation, Pooled, Tokens
+from sd_gym.envs.spaces import FirstLook, Observation, Pooled, Tokens
 from sd_gym.envs.staged import StageObservation
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.objectives import quality_cost
@@ -36,9 +35,6 @@ Array = NDArray
 
 class BackboneCore(Core[BackboneSplit]):
     """Draws instances, observes them, and scores decisions on them; shared by all envs of the same configuration.
-
-    Args:
-        config: The env's configuration.
 
     Attributes:
         data: The splits of the data set.
@@ -164,11 +160,6 @@ class BackboneCore(Core[BackboneSplit]):
         A single row is decided on in its pass, where the observation is made of the first layer's input and no other
         look at the input is needed to rank tokens. Of several stages all rows are, in one pass that is stopped at
         each.
-
-        Args:
-            split: Where the instances are.
-            rows: Their rows, int64 ``[n]``.
-            decide: From observations to decisions ``[n, switches + 1]``.
         """
         if self.is_staged:
             decisions, seen = self.rollout(split, rows, decide)
@@ -178,8 +169,9 @@ class BackboneCore(Core[BackboneSplit]):
                 yield np.arange(len(rows)), *split.passes.resumed(seen, rows, decisions)
             return
         observation, ranking = self.observation, self._ranking
-        is_plain = isinstance(observation, Pooled | Tokens) and type(observation) in (Pooled, Tokens)
-        if len(rows) == 1 and is_plain and not (ranking and ranking.costs_flops):
+        is_own = type(observation) not in (Pooled, Tokens)  # a subclass, too, may look at something else
+        ranks = ranking is not None and ranking.costs_flops
+        if len(rows) == 1 and isinstance(observation, Pooled | Tokens) and not is_own and not ranks:
             yield (
                 np.zeros(1, dtype=np.int64),
                 *split.passes.logits_of_one(rows[0], lambda hidden, mask: decide(observation.of_hidden(hidden, mask))),

@@ -5,6 +5,7 @@ Colours are of the palette of Okabe and Ito (2008), which the colour-blind tell 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ MARGIN = 24
 LABELS = 190  # width of what stands in front of the switches' cells
 CELL, LARGEST_CELL, GAP = 22, 48, 2  # height, largest width, between two
 LEAST_FOR_LETTER = 12  # width of a cell
-TEXT_SIZES = range(18, 10, -1)
+LARGEST_TEXT, SMALLEST_TEXT = 18, 11
 MOST_CHARACTERS, LONGEST_WORD = 4000, 60  # of a text that are laid out at all
 INK, FAINT, LINE, PAPER = (33, 33, 33), (117, 117, 117), (189, 189, 189), (255, 255, 255)
 RAN, SKIPPED, HATCH, LOST = (0, 114, 178), (236, 236, 236), (158, 158, 158), (213, 94, 0)
@@ -79,12 +80,9 @@ def _texts(draw: ImageDraw.ImageDraw, scene: Scene, box: Box) -> None:
     left, top, right, bottom = box
     _heading(draw, top, "Input", _of_input(scene))
     top += 24
-    for size in TEXT_SIZES:
-        step = round(size * 1.35)
-        lines = [line for text in scene.texts for line in _laid_out(text, font(size), right - left)]
-        room = (bottom - top) // step
-        if len(lines) <= room:
-            break
+    size, lines = _sized(scene.texts, right - left, lambda size: (bottom - top) // round(size * 1.35))
+    step = round(size * 1.35)
+    room = (bottom - top) // step
     for line in lines[:room]:
         _draw_line(draw, line, left, top, size)
         top += step
@@ -101,6 +99,16 @@ def _of_input(scene: Scene) -> str:
     if any((text.marks == CUT).any() for text in scene.texts):
         notes.append("grey: too long, cut off")
     return ", ".join(notes)
+
+
+def _sized(texts: list[MarkedText], width: int, room: Callable[[int], int]) -> tuple[int, list[list[Fragment]]]:
+    """The largest size at which texts fit, or else the smallest, and their lines; ``room`` has so many lines."""
+    size = LARGEST_TEXT
+    while True:
+        lines = [line for text in texts for line in _laid_out(text, font(size), width)]
+        if len(lines) <= room(size) or size == SMALLEST_TEXT:
+            return size, lines
+        size -= 1
 
 
 def _laid_out(text: MarkedText, face: ImageFont.FreeTypeFont, width: int) -> list[list[Fragment]]:
@@ -243,11 +251,9 @@ def _fitted(draw: ImageDraw.ImageDraw, text: str, box: Box, colour: tuple[int, i
     """A text in a box, smaller where it is long."""
     left, top, right, bottom = box
     marked = MarkedText(text, np.full(len(text), READ, dtype=np.int8))
-    for size in TEXT_SIZES:
-        lines = [" ".join(one.text for one in line) for line in _laid_out(marked, font(size), right - left)]
-        room = int((bottom - top) // (size * 1.2))
-        if len(lines) <= room:
-            break
+    size, fragments = _sized([marked], right - left, lambda size: int((bottom - top) // (size * 1.2)))
+    lines = [" ".join(fragment.text for fragment in line) for line in fragments]
+    room = int((bottom - top) // (size * 1.2))
     if len(lines) > room:
         lines = [*lines[: room - 1], f"{lines[room - 1][:-2]} …"]
     for number, line in enumerate(lines):
@@ -260,11 +266,11 @@ def _figures(draw: ImageDraw.ImageDraw, result: Result | None, top: int) -> None
     left, right = MARGIN + LABELS, WIDTH - MARGIN
     _heading(draw, top + 3, "FLOPs")
     draw.rectangle((left, top, right, top + 24), SKIPPED)
-    said, colour = "no decision yet", FAINT
+    share, colour = "no decision yet", FAINT
     if result is not None:
         draw.rectangle((left, top, left + round((right - left) * min(1.0, result.flops_ratio)), top + 24), RAN)
-        said, colour = f"{result.flops_ratio:.1%} of the dense backbone's", INK
-    draw.text((left, top + 29), said, colour, font(14))
+        share, colour = f"{result.flops_ratio:.1%} of the dense backbone's", INK
+    draw.text((left, top + 29), share, colour, font(14))
     top += 58
     _heading(draw, top, "Quality")
     if result is None:

@@ -24,19 +24,12 @@ Observations = Array | dict[str, Array]  # of a batch: one row an instance
 
 @dataclass(frozen=True)
 class Outcome:
-    """What decisions lead to; every field is float64 ``[n]``, one row an instance.
+    """What decisions lead to; every field is float64 ``[n]``, one row an instance."""
 
-    Attributes:
-        quality: Task quality under the decision.
-        quality_ref: Task quality of the dense backbone.
-        cost: ``max(0, quality_ref - epsilon - quality)``.
-        flops_ratio: FLOPs under the decision over dense FLOPs.
-    """
-
-    quality: NDArray
-    quality_ref: NDArray
-    cost: NDArray
-    flops_ratio: NDArray
+    quality: NDArray  # task quality under the decision
+    quality_ref: NDArray  # task quality of the dense backbone
+    cost: NDArray  # ``max(0, quality_ref - epsilon - quality)``
+    flops_ratio: NDArray  # FLOPs under the decision over dense FLOPs
 
 
 class Scores(Protocol):
@@ -151,10 +144,11 @@ class Split(Protocol):
         ...
 
 
+OfSplit = TypeVar("OfSplit", contravariant=True)
 S = TypeVar("S")  # the splits of a core, which it takes back: each has what ``Split`` has
 
 
-class StageLooks(Protocol[S]):
+class StageLooks(Protocol[OfSplit]):
     """What is seen at the stages of an episode.
 
     Attributes:
@@ -166,7 +160,7 @@ class StageLooks(Protocol[S]):
     judges: bool
 
     def observe(
-        self, split: S, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
+        self, split: OfSplit, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
     ) -> tuple[Observations, PassState | None]:
         """What is seen of rows ``[n]`` that have come to a stage under ``decisions [n, components]``.
 
@@ -182,7 +176,7 @@ class StageLooks(Protocol[S]):
         """
         ...
 
-    def judging_flops(self, split: S, rows: Array) -> Array:
+    def judging_flops(self, split: OfSplit, rows: Array) -> Array:
         """FLOPs of the head's judgements in one episode of each row, int64 ``[n]``."""
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 from gymnasium.error import DependencyNotInstalled
@@ -23,7 +24,7 @@ class Window:
             raise DependencyNotInstalled(
                 "render_mode='human' opens a window by pygame, which is not installed; run `pip install pygame`"
             )
-        self._screen = self._clock = None
+        self._opened: tuple[Any, Any] | None = None  # the screen, and a clock
 
     def __reduce__(self) -> tuple[type[Window], tuple[()]]:
         """A copy is a window of its own, not yet opened."""
@@ -33,19 +34,19 @@ class Window:
         """Show ``image [height, width, 3]``, no sooner than ``1 / fps`` seconds after the last one."""
         import pygame
 
-        if self._screen is None:
+        if self._opened is None:
             pygame.display.init()
-            self._screen = pygame.display.set_mode(image.shape[1::-1])
-            self._clock = pygame.time.Clock()
-        self._screen.blit(pygame.surfarray.make_surface(np.swapaxes(image, 0, 1)), (0, 0))
+            self._opened = pygame.display.set_mode(image.shape[1::-1]), pygame.time.Clock()
+        screen, clock = self._opened
+        screen.blit(pygame.surfarray.make_surface(np.swapaxes(image, 0, 1)), (0, 0))
         pygame.event.pump()
-        self._clock.tick(fps)
+        clock.tick(fps)
         pygame.display.flip()
 
     def close(self) -> None:
         """Close it, if it was ever opened."""
-        if self._screen is not None:
+        if self._opened is not None:
             import pygame
 
             pygame.display.quit()
-            self._screen = None
+            self._opened = None

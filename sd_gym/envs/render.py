@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.envs.protocols import Core, Split
+from sd_gym.envs.protocols import Core
 from sd_gym.tasks.marked_text import CUT, DROPPED, MarkedText
+
+if TYPE_CHECKING:  # an env of a table needs no torch
+    from sd_gym.execution.split import BackboneSplit
 
 LETTERS = {"attention": "a", "cross_attention": "c", "feed_forward": "f"}
 BAR = 40  # characters
@@ -17,69 +20,40 @@ NOTHING = "(nothing)"
 
 
 class Shown(NamedTuple):
-    """What there is to show of ``n`` envs; kept by the env, and only looked into when it is asked to render.
+    """What there is to show of ``n`` envs; kept by the env, and only looked into when it is asked to render."""
 
-    Attributes:
-        split: Where the instances are.
-        rows: Which they are, ``[n]``.
-        decided: Which envs have decided and not been reset since, bool ``[n]``; the others only have their text.
-        infos: Of the step, a row an env; empty where none has decided.
-        rewards: ``[n]``, or ``[n, 2]`` where rewards are vectors; ``None`` where none has decided.
-    """
-
-    split: Split
-    rows: NDArray
-    decided: NDArray
-    infos: dict[str, NDArray]
-    rewards: NDArray | None = None
+    split: BackboneSplit  # where the instances are
+    rows: NDArray  # which they are, ``[n]``
+    decided: NDArray  # which envs have decided and not been reset since, bool ``[n]``; the others only have their text
+    infos: dict[str, NDArray]  # of the step, a row an env; empty where none has decided
+    rewards: NDArray  # ``[n]``, or ``[n, 2]`` where rewards are vectors
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a decision.
+    """What came of a decision."""
 
-    Attributes:
-        decision: ``[switches + 1]``.
-        answer: What the backbone said under it.
-        quality: Of this answer.
-        quality_ref: Of the dense backbone's.
-        kept: Whether no more than epsilon was lost.
-        flops_ratio: FLOPs over dense FLOPs.
-        reward: What the agent got, one number or two.
-    """
-
-    decision: NDArray
-    answer: str
-    quality: float
-    quality_ref: float
-    kept: bool
-    flops_ratio: float
-    reward: float | NDArray
+    decision: NDArray  # ``[switches + 1]``
+    answer: str  # what the backbone said under it
+    quality: float  # of this answer
+    quality_ref: float  # of the dense backbone's
+    kept: bool  # whether no more than epsilon was lost
+    flops_ratio: float  # FLOPs over dense FLOPs
+    reward: float | NDArray  # what the agent got, one number or two
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All that is shown of one instance.
+    """All that is shown of one instance."""
 
-    Attributes:
-        env: The env's id.
-        instance: Id of the instance.
-        difficulty: Its level; 0 where it is not known.
-        texts: What the backbone was given, with what became of each character.
-        reference: The right answer.
-        switches: Names of the switches, as ``encoder.0.attention``.
-        token_shares: Share of the tokens that each token level drops.
-        result: What came of the decision; ``None`` before it.
-    """
-
-    env: str
-    instance: str
-    difficulty: int
-    texts: list[MarkedText]
-    reference: str
-    switches: list[str]
-    token_shares: tuple[float, ...]
-    result: Result | None
+    env: str  # the env's id
+    instance: str  # id of the instance
+    difficulty: int  # its level; 0 where it is not known
+    texts: list[MarkedText]  # what the backbone was given, with what became of each character
+    reference: str  # the right answer
+    switches: list[str]  # names of the switches, as ``encoder.0.attention``
+    token_shares: tuple[float, ...]  # share of the tokens that each token level drops
+    result: Result | None  # what came of the decision; ``None`` before it
 
     @property
     def skip(self) -> NDArray:
@@ -93,7 +67,7 @@ def scenes(core: Core, shown: Shown) -> list[Scene]:
     return [_scene(core, shown.split, row, results.get(env)) for env, row in enumerate(shown.rows)]
 
 
-def _scene(core: Core, split: Split, row: int, result: Result | None) -> Scene:
+def _scene(core: Core, split: BackboneSplit, row: int, result: Result | None) -> Scene:
     level = 0 if result is None else int(result.decision[-1])
     return Scene(
         env=core.config.id,

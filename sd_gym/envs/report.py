@@ -16,12 +16,7 @@ SCORES = ("quality", "quality_ref", "flops_ratio")
 
 
 def by_facts(split: Split, scored: dict[str, NDArray]) -> dict[str, list[dict[str, Any]]]:
-    """Means of quality, dense quality and FLOPs ratio by each of the split's facts: numbers by their quartiles.
-
-    Args:
-        split: The split.
-        scored: ``quality``, ``quality_ref`` and ``flops_ratio`` of each instance.
-    """
+    """Means of quality, dense quality and FLOPs ratio by each of the split's facts: numbers by their quartiles."""
     found = {}
     for name, values in split.facts().items():
         number = values.dtype.kind in "if"

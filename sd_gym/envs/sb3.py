@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,6 @@ class SwitchableVecEnv(VecEnv):
     Gymnasium's vector wrappers may be around it; spaces, observations, rewards and infos are then theirs. Those that
     refuse ``AutoresetMode.SAME_STEP`` want an env of another mode; this one still resets in the same step, as
     Stable-Baselines3 expects.
-
-    Args:
-        env: The vector env to present.
 
     Raises:
         ValueError: If its reward is a vector.
@@ -76,7 +73,7 @@ class SwitchableVecEnv(VecEnv):
         """Nothing is held."""
         self.env.close()
 
-    def get_images(self) -> Sequence[NDArray | None]:
+    def get_images(self) -> Any:
         """One picture an env if the render mode is ``rgb_array``."""
         return self.env.render() if self.render_mode == "rgb_array" else [None] * self.num_envs
 
@@ -124,7 +121,7 @@ class SwitchableVecEnv(VecEnv):
 
     def _layers(self) -> Iterator[VectorEnv]:
         """The wrappers from outside in, then the vector env."""
-        env = self.env
+        env: Any = self.env
         while env is not env.unwrapped:
             yield env
             env = env.env

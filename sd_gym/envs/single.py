@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -13,22 +13,18 @@ from sd_gym.envs.episodes import Episodes
 from sd_gym.envs.infos import (
     check_shown,
     chosen,
-    decided,
-    episode_infos,
     info_of_one,
     pictures,
     read_config,
-    text_infos,
 )
-from sd_gym.envs.protocols import Split
 from sd_gym.envs.pygame_window import HAS_PYGAME, Window
 from sd_gym.envs.render import Shown
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import each, reward_space, spaces
-from sd_gym.objectives import Objective
 
 # Gymnasium's checker tries every mode that an env declares, so a window is declared only where one can be opened.
-RENDER_MODES = ("ansi", "rgb_array", "human") if HAS_PYGAME else ("ansi", "rgb_array")
+METADATA: dict[str, Any] = {"render_modes": ["ansi", "rgb_array", *["human"] * HAS_PYGAME], "render_fps": 1}
+_ONE = np.zeros(1, dtype=np.int64)  # the only env of a batch of one
 
 
 class SwitchableEnv(gym.Env):
@@ -113,7 +109,7 @@ class SwitchableEnv(gym.Env):
         UnsupportedArchitectureError: If the backbone cannot be switched.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": list(RENDER_MODES), "render_fps": 1}
+    metadata = METADATA
 
     def __init__(
         self, config_file: str, render_mode: str | None = None, info_text: bool = False, **overrides: Any
@@ -122,15 +118,12 @@ class SwitchableEnv(gym.Env):
         check_shown(render_mode, info_text, type(self).metadata["render_modes"])
         self.config = read_config(config_file, overrides)
         self.core = shared_core(self.config)
-        self.objective = Objective(self.config.reward)
         self.observation_space, self.action_space = spaces(self.core)
         if self.config.reward.vector:
             self.reward_space = reward_space(self.core)
         self.render_mode = render_mode
-        self.info_text = info_text
-        self._split: Split | None = None
-        self._row: NDArray | None = None
-        self._episode = Episodes(self.core, 1)
+        self._episode = Episodes(self.core, 1, info_text)
+        self.objective = self._episode.objective
         self._shown: Shown | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -141,38 +134,37 @@ class SwitchableEnv(gym.Env):
             ValueError: If an option or its value is unknown.
         """
         super().reset(seed=seed)
-        self._split, row = chosen(self.core, 1, options)
-        self._row = self.np_random.integers(len(self._split), size=1) if row is None else row
-        self._episode.begin(_ONE)
-        self._show(Shown(self._split, self._row, np.array([False]), {}))
-        infos = episode_infos(self.core, self._split, self._row, self._episode, _ONE)
-        return self._observation(), info_of_one(infos | text_infos(self._split, self._row, self.info_text))
+        episode = self._episode
+        episode.split, row = chosen(self.core, 1, options)
+        episode.begin(_ONE, self.np_random.integers(len(episode.split), size=1) if row is None else row)
+        self._show({}, episode.no_rewards(1))
+        return each(episode.observe())[0], info_of_one(episode.infos(_ONE))
 
-    def step(self, action: Any) -> tuple[Any, float | NDArray, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Run the backbone under the decision that an action of the action space stands for.
 
         Raises:
             ValueError: If the action is malformed.
             gymnasium.error.ResetNeeded: If the episode is over.
         """
-        if self._split is None or self._episode.over.all():
+        episode = self._episode
+        if episode.over.all():
             raise gym.error.ResetNeeded("the episode is over: call reset() before the next step()")
         action = as_array(action)
         if action.shape != self.action_space.shape:
             raise ValueError(f"expected an action of shape {self.action_space.shape}, got {action.shape}")
-        self._episode.decide(_ONE, self.core.actions.decisions(action[None], 1))
-        over = bool(self._episode.over[0])
-        infos, rewards = decided(self.config, self.core, self.objective, self._split, self._row, self._episode, _ONE)
-        self._show(Shown(self._split, self._row, np.array([over]), infos if over else {}, rewards if over else None))
-        info, reward = info_of_one(infos | text_infos(self._split, self._row, self.info_text)), rewards[0]
-        return self._observation(), reward if self.config.reward.vector else float(reward), over, False, info
+        episode.decide(_ONE, self.core.actions.decisions(action[None], 1))
+        infos, rewards = episode.results(_ONE)
+        self._show(infos, rewards)
+        reward = rewards[0] if self.config.reward.vector else float(rewards[0])
+        return each(episode.observe())[0], reward, bool(episode.over[0]), False, info_of_one(infos)
 
     def action_masks(self) -> NDArray:
         """Which choices are allowed, bool ``[choices]``: all (what sb3-contrib's maskable algorithms ask for)."""
         return self._episode.masks()[0]
 
-    def render(self) -> str | NDArray | None:
-        """What came of the last step, or after a reset what there is to decide on, as the render mode says."""
+    def render(self) -> Any:
+        """The outcome of the last step, or after a reset what there is to decide on, as the render mode says."""
         if self.render_mode is None or self._shown is None:
             return None
         (picture,) = pictures(self.core, self._shown, self.render_mode)
@@ -186,13 +178,9 @@ class SwitchableEnv(gym.Env):
         if self._window is not None:
             self._window.close()
 
-    def _show(self, shown: Shown) -> None:
-        self._shown = shown
+    def _show(self, infos: dict[str, NDArray], rewards: NDArray) -> None:
+        if self.render_mode is not None:
+            episode = self._episode
+            self._shown = Shown(episode.texts, episode.rows.copy(), episode.over, infos, rewards)
         if self._window is not None:
             self.render()
-
-    def _observation(self) -> Any:
-        return each(self._episode.observe(self._split, self._row))[0]
-
-
-_ONE = np.zeros(1, dtype=np.int64)  # the only env of a batch of one

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.envs.protocols import Core, Observations
+from sd_gym.envs.protocols import Core, Observations, Split
 from sd_gym.projection import OBSERVATION_LIMIT, deviation_of
 
 if TYPE_CHECKING:  # an env of a table needs no torch
@@ -104,7 +104,7 @@ class Tokens(Observation):
 
         self.length = core.config.backbone.max_source_length
         split = core.split("train")
-        count, total, squares = 0, 0.0, 0.0
+        count, total, squares = 0, np.zeros(1), np.zeros(1)
         for _, hidden, mask in self._embedded(split, np.arange(min(len(split), STATISTICS_SIZE))):
             kept = hidden[mask.bool()].cpu().numpy().astype(np.float64)
             count, total, squares = count + len(kept), total + kept.sum(axis=0), squares + (kept**2).sum(axis=0)
@@ -112,7 +112,8 @@ class Tokens(Observation):
         self.mean = mean.astype(np.float32)
         self.deviation = deviation_of(np.sqrt(np.maximum(squares / count - mean**2, 0)))
         limits = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (self.length, len(mean)), np.float32)
-        self.space = gym.spaces.Dict({"tokens": limits, "mask": gym.spaces.MultiBinary(self.length)})
+        self.parts: dict[str, gym.Space] = {"tokens": limits, "mask": gym.spaces.MultiBinary(self.length)}
+        self.space = gym.spaces.Dict(self.parts)
 
     def observe(self, split: BackboneSplit, rows: Array) -> dict[str, Array]:
         """``tokens``, float32 ``[n, max_source_length, width]``, and ``mask``, int8 ``[n, max_source_length]``."""
@@ -142,32 +143,49 @@ class Tokens(Observation):
             yield part, hidden, inputs["attention_mask"][:, : self.length]
 
 
+class FirstLook:
+    """The ``StageLooks`` of a core with one stage: its observation, before the first layer."""
+
+    def __init__(self, core: Core) -> None:
+        self._core, self.space, self.judges = core, core.observation.space, False
+
+    def observe(
+        self, split: Split, rows: Array, stage: int, decisions: Array, resume_from: object
+    ) -> tuple[Observations, None]:
+        """Nothing is run; see ``StageLooks.observe``."""
+        return self._core.observe(split, rows), None
+
+    def judging_flops(self, split: Split, rows: Array) -> Array:
+        """Zeros, int64 ``[n]``: the head judges nothing."""
+        return np.zeros(len(rows), dtype=np.int64)
+
+
 def token_width(space: gym.Space) -> int | None:
     """Numbers that each token has, where observations are such as of ``Tokens``, alone or beside a stage's."""
     if not isinstance(space, gym.spaces.Dict) or set(space) - {"stage"} != {"tokens", "mask"}:
         return None
     tokens, mask = space["tokens"].shape, space["mask"].shape
-    return tokens[1] if len(tokens) == 2 and mask == tokens[:1] else None
+    return tokens[1] if tokens and len(tokens) == 2 and mask == tokens[:1] else None
 
 
 def flat_size(space: gym.Space) -> int:
     """Numbers of an observation that are no tokens': all, where it is flat; of tokens, those of a stage beside them."""
     if isinstance(space, gym.spaces.Dict):
         return flat_size(space["stage"]) if "stage" in space.spaces else 0
-    return int(np.prod(space.shape))
+    return int(np.prod(space.shape or ()))
 
 
-def put(held: Observations, at: Array, seen: Observations) -> None:
-    """Write what is ``seen`` of some rows where that of all is ``held``."""
-    if isinstance(held, dict):
+def put(held: Any, at: Array, seen: Observations) -> None:
+    """Write what is ``seen`` of some rows where that of all is ``held``, which has the same keys, if any."""
+    if isinstance(seen, dict):
         for name, values in seen.items():
             held[name][at] = values
     else:
         held[at] = seen
 
 
-def joined(parts: Sequence[Observations]) -> Observations:
-    """Observations of several batches as one."""
+def joined(parts: Sequence[Any]) -> Observations:
+    """Observations of several batches as one; all are arrays, or dictionaries of the same keys."""
     if isinstance(parts[0], dict):
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return np.concatenate(parts)

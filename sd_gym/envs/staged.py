@@ -37,10 +37,6 @@ class StageObservation:
 
     Where the env's observation is ``tokens`` that is the ``stage`` of a ``Dict``, beside ``tokens`` and ``mask`` as of
     ``Tokens``: those of the text, at every stage, so that a later one knows all that an earlier one did.
-
-    Args:
-        core: The core.
-        columns: Which switches each stage decides.
     """
 
     def __init__(self, core: Core[BackboneSplit], columns: list[slice]) -> None:
@@ -55,7 +51,9 @@ class StageObservation:
         size = len(self.names) + 1 + features.shape[2]
         shown = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (size,), np.float32)
         self._tokens = core.observation if isinstance(core.observation, Tokens) else None
-        self.space = shown if self._tokens is None else gym.spaces.Dict({"stage": shown, **self._tokens.space.spaces})
+        self.space: gym.Space = (
+            shown if self._tokens is None else gym.spaces.Dict({"stage": shown, **self._tokens.parts})
+        )
 
     @torch.inference_mode()
     def observe(

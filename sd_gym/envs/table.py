@@ -6,7 +6,7 @@ Nothing here needs torch, a backbone or a data set.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from sd_gym.config import EnvConfig
 from sd_gym.envs.actions import MaskActions, MultiDiscreteActions, Steps, all_decisions, read_masks
-from sd_gym.envs.episodes import FirstLook
 from sd_gym.envs.protocols import Core, Outcome
+from sd_gym.envs.spaces import FirstLook
 from sd_gym.envs.table_files import (
     CODEBOOK,
     EXPORT,
@@ -61,10 +61,6 @@ class TableData:
 class TableObservation:
     """What was observed of each instance when the table was made.
 
-    Args:
-        described: What ``table.json`` says of it.
-        projection: How it was reduced, if it was.
-
     Attributes:
         space: Of one observation.
         projection: From what the env observes to what the table has; ``None``: that is the same.
@@ -85,13 +81,7 @@ class TableObservation:
 
 
 class TableStages:
-    """What was observed at the stages when the table was made: the ``StageLooks`` of a core that decides at several.
-
-    Args:
-        space: Of one observation.
-        ways: How many ways to decide each stage has.
-        judgements: How many judgements of the head an episode has.
-    """
+    """What was observed at the stages when the table was made: the ``StageLooks`` of a core that decides at several."""
 
     def __init__(self, space: gym.Space, ways: list[int], judgements: int) -> None:
         self.space, self._judgements, self.judges = space, judgements, judgements > 0
@@ -117,12 +107,16 @@ class TableInstance(NamedTuple):
     id: str
 
 
+class TableLengths(NamedTuple):
+    """How long the instances of a table are, int64 ``[n]``, and which were cut, bool ``[n]``."""
+
+    source_length: Array
+    source_cut: Array
+    target_cut: Array
+
+
 class TableSplit:
     """One split of a table: what is in its files, as ``sd_gym.envs.protocols.Split`` has it.
-
-    Args:
-        core: The table's core.
-        name: The split.
 
     Attributes:
         tensors: What the table has of the instances, by name.
@@ -140,10 +134,10 @@ class TableSplit:
         self.ids = np.array(words["ids"], dtype=object)
         self._words = {fact: np.array(values) for fact, values in words["facts"].items()}
         self.difficulty, self.levels = self._whole("difficulty"), self._whole("levels")
-        self.encoded = SimpleNamespace(
-            source_length=self._whole("source_length"),
-            source_cut=self.tensors["source_cut"],
-            target_cut=self.tensors["target_cut"],
+        self.instances = [TableInstance(identity) for identity in self.ids]
+        self.number_of = {identity: row for row, identity in enumerate(self.ids)}
+        self.encoded = TableLengths(
+            self._whole("source_length"), self.tensors["source_cut"], self.tensors["target_cut"]
         )
         self.scoring = TableScoring(self.tensors, core.masks_of)
         self.costs = TableCosts(self.tensors, core.masks, core.masks_of)
@@ -186,16 +180,6 @@ class TableSplit:
         kept = self.tensors[name]
         return kept if kept.dtype == np.bool_ else kept.astype(np.float64 if kept.dtype.kind == "f" else np.int64)
 
-    @cached_property
-    def instances(self) -> list[TableInstance]:
-        """The instances, in order."""
-        return [TableInstance(identity) for identity in self.ids]
-
-    @cached_property
-    def number_of(self) -> dict[str, int]:
-        """Row of each instance, by its id."""
-        return {identity: row for row, identity in enumerate(self.ids)}
-
     def facts(self) -> dict[str, Array]:
         """What is known of each instance before any decision, by name, each ``[n]``."""
         names = self._described["facts"]
@@ -214,9 +198,6 @@ class TableCore(Core[TableSplit]):
     component: the number of its mask, of which 0 is the dense one, from there down in FLOPs. Of several stages it has
     one for each: the number of the way in which the stage decides, of which 0 runs all. With ``stages=["first"]`` a
     table of several stages is one of some masks.
-
-    Args:
-        config: The env's configuration, whose ``table`` is the folder.
 
     Attributes:
         folder: Where the table is.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from gymnasium.vector import AutoresetMode
 
 from sd_gym.envs.single import SwitchableEnv
 from sd_gym.envs.vector import SwitchableVectorEnv
+
+METADATA = {"render_modes": [], "render_fps": 1}
 
 
 class TableEnv(SwitchableEnv):
@@ -37,10 +37,10 @@ class TableEnv(SwitchableEnv):
             ``info_text``: a table has no texts.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "render_fps": 1}
+    metadata = METADATA
 
 
 class TableVectorEnv(SwitchableVectorEnv):
     """``TableEnv`` for a batch, as ``SwitchableVectorEnv`` is ``SwitchableEnv``; arguments as of both."""
 
-    metadata: ClassVar[dict[str, Any]] = {**TableEnv.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+    metadata = METADATA | {"autoreset_mode": AutoresetMode.SAME_STEP}

@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sd_gym.config import ConfigError, EnvConfig
+from sd_gym.config import ConfigError
 from sd_gym.envs.actions import all_decisions, write_masks
 from sd_gym.envs.export import Export
-from sd_gym.envs.protocols import Core, Split
-from sd_gym.envs.shared import shared_core
+from sd_gym.envs.protocols import Core, Observations
 from sd_gym.envs.table_files import CODEBOOK, FACT, FORMAT, PROJECTION, observations_at
+from sd_gym.execution.split import BackboneSplit
 from sd_gym.files import as_json, map_arrays, read_json, write_arrays, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.objectives import OBJECTIVES
@@ -40,7 +41,7 @@ OnChunk = Callable[[int, int], None]  # called with the decisions that are done,
 
 
 def write_table(
-    core: Core,
+    core: Core[BackboneSplit],
     masks: Array | None,
     folder: Path,
     *,
@@ -53,7 +54,7 @@ def write_table(
     imports: Sequence[str] = (),
     on_chunk: OnChunk,
 ) -> None:
-    """Run all instances of an env under decisions and write what comes of it.
+    """Run all instances of an env under decisions and write the outcomes.
 
     Each chunk of instances is written when it is done, so that a table which was cut off goes on with the next one; it
     becomes the same, bit for bit. (With another number of threads the last bits of sums are others.)
@@ -77,25 +78,13 @@ def write_table(
         ValueError: If what was cut off is another table, or there are not so many components.
         ConfigError: If the env's observation is no ``Box``, or shall be reduced at several stages.
     """
-    _check(core, pca)
+    maker = _Maker(core, masks, folder, ways, chosen, pca, share)
+    maker.check()
     with locked(folder):
-        exported = core.export()
-        description = _description(core, exported, masks, ways, chosen, pca, share)
-        _begin(folder, description, masks, resume)
-        reduce = None if pca is None else _projection(core, pca, folder)
-        numbers = all_decisions(core.nvec) if masks is None else masks
-        chunks = [chunk for name in SPLITS for chunk in _chunks(core.split(name), folder)]
-        _write_chunks(core, chunks, numbers, ways, jobs, imports, on_chunk)
-        for name in SPLITS:
-            files = [chunk.file for chunk in chunks if chunk.split == name]
-            _write_split(core, core.split(name), files, len(numbers), folder, reduce, share)
-        if exported is not None:
-            exported.write(folder)
-        write_json(folder / "table.json", {**description, "complete": True})
-        shutil.rmtree(folder / PARTS)
+        maker.write(resume, jobs, imports, on_chunk)
 
 
-def down_in_flops(core: Core, masks: Array) -> Array:
+def down_in_flops(core: Core[BackboneSplit], masks: Array) -> Array:
     """Numbers of masks ``[masks, switches + 1]``, the dense one first, the others down in FLOPs."""
     split = core.split("train")
     rows = np.arange(min(len(split), ORDERED))
@@ -113,45 +102,192 @@ class _Chunk(NamedTuple):
     file: Path
 
 
-def _chunks(split: Split, folder: Path) -> list[_Chunk]:
-    """Rows of about the same length, which waste little on padding."""
-    order = np.argsort(split.encoded.source_length, kind="stable")
-    parts = enumerate(np.split(order, range(CHUNK, len(order), CHUNK)))
-    return [
-        _Chunk(split.name, rows, folder / PARTS / f"{split.name}-{number:05}.safetensors") for number, rows in parts
-    ]
+@dataclass(frozen=True)
+class _Maker:
+    """A table in the making; the fields are the arguments of ``write_table``."""
 
+    core: Core[BackboneSplit]
+    masks: Array | None
+    folder: Path
+    ways: list[int] | None
+    chosen: str
+    pca: int | None
+    share: bool
 
-def _write_chunks(
-    core: Core,
-    chunks: list[_Chunk],
-    masks: Array,
-    ways: list[int] | None,
-    jobs: int,
-    imports: Sequence[str],
-    on_chunk: OnChunk,
-) -> None:
-    """Write those that are not there, in this process or in several."""
-    missing = [chunk for chunk in chunks if not chunk.file.exists()]
-    total = len(masks) * sum(len(chunk.rows) for chunk in chunks)
-    done = total - len(masks) * sum(len(chunk.rows) for chunk in missing)
-    on_chunk(done, total)
-    for chunk in _written(core, missing, masks, ways, jobs, imports):
-        done += len(masks) * len(chunk.rows)
+    def check(self) -> None:
+        """Raise as ``write_table`` if there cannot be such a table."""
+        core, space, pca = self.core, self.core.observation_space, self.pca
+        if core.is_staged and pca is not None:
+            raise ConfigError(f"{core.config.id}: --pca reduces what one stage shows, but the stages are {core.stages}")
+        if not isinstance(space, gym.spaces.Box):
+            raise ConfigError(
+                f"{core.config.id}: a table has observations that are one array, such as observation=pooled; got "
+                f"{core.config.observation} with the space {space}"
+            )
+        instances = len(core.split("train"))
+        if pca is not None and (len(space.shape) != 1 or not 1 <= pca <= min(instances, *space.shape)):
+            raise ValueError(
+                f"--pca: expected at least 1 component, and no more than there are training instances ({instances}) or "
+                f"numbers in an observation (its shape is {space.shape}); got {pca}"
+            )
+
+    def write(self, resume: bool, jobs: int, imports: Sequence[str], on_chunk: OnChunk) -> None:
+        """Begin the table or go on with it, and finish it."""
+        core, folder = self.core, self.folder
+        exported = core.export()
+        description = self._description(exported)
+        self._begin(description, resume)
+        reduce = self._projection()
+        masks = all_decisions(core.nvec) if self.masks is None else self.masks
+        chunks = [chunk for name in SPLITS for chunk in self._chunks(core.split(name))]
+        total = len(masks) * sum(len(chunk.rows) for chunk in chunks)
+        missing = [chunk for chunk in chunks if not chunk.file.exists()]
+        done = total - len(masks) * sum(len(chunk.rows) for chunk in missing)
         on_chunk(done, total)
+        for chunk in _written(core, missing, masks, self.ways or [], jobs, imports):
+            done += len(masks) * len(chunk.rows)
+            on_chunk(done, total)
+        for name in SPLITS:
+            if not (folder / f"{name}.json").exists():
+                parts = [map_arrays(chunk.file) for chunk in chunks if chunk.split == name]
+                self._write_split(core.split(name), parts, len(masks), reduce)
+        if exported is not None:
+            exported.write(folder)
+        write_json(folder / "table.json", {**description, "complete": True})
+        shutil.rmtree(folder / PARTS)
+
+    def _chunks(self, split: BackboneSplit) -> list[_Chunk]:
+        """Rows of about the same length, which waste little on padding."""
+        order = np.argsort(split.encoded.source_length, kind="stable")
+        parts = enumerate(np.split(order, range(CHUNK, len(order), CHUNK)))
+        folder = self.folder / PARTS
+        return [_Chunk(split.name, rows, folder / f"{split.name}-{number:05}.safetensors") for number, rows in parts]
+
+    def _projection(self) -> Projection | None:
+        """How observations are reduced, written to the folder, or found in it where a table goes on."""
+        if self.pca is None:
+            return None
+        file = self.folder / PROJECTION
+        if not file.exists():
+            train = self.core.split("train")
+            fit_projection(_array(self.core.observe(train, np.arange(len(train)))), self.pca).save(file)
+        return read_projection(file)
+
+    def _description(self, exported: Export | None) -> dict[str, Any]:
+        core, masks, ways = self.core, self.masks, self.ways
+        config = core.config.model_dump()
+        numbered = masks is not None and ways is None
+        config["action"], config["codebook"] = "discrete" if numbered else "multi_discrete", None
+        config["backbone"]["device"] = "cpu"
+        if config["reward"]["objective"] not in OBJECTIVES.built_in():  # one of the user's own may be known here alone
+            config["reward"]["objective"] = "lexicographic"
+        space: Any = core.observation_space
+        if self.pca is not None:
+            space = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (self.pca,), np.float32)
+        splits = {}
+        for split in map(core.split, SPLITS):
+            facts = split.facts()
+            splits[split.name] = {
+                "instances": len(split),
+                "identity": split.instances.identity,
+                "provenance": split.provenance,
+                "facts": [fact for fact in facts if not self.share or _is_number(facts[fact])],
+            }
+        described = {
+            MARKER: __version__,
+            "format": FORMAT,
+            "complete": False,
+            "env": core.config.id,
+            "chosen": self.chosen,
+            "masks": None if masks is None else len(masks),
+            "nvec": core.nvec.tolist(),
+            "backbone": {
+                "name": core.config.backbone.name,
+                "weights": core.backbone.weights,
+                **(exported.backbone if exported else {}),
+                "switches": core.backbone.board.names,
+            },
+            "protection": exported.protection.described() if exported and exported.protection else None,
+            "observation": {"shape": list(space.shape), "low": _bound(space.low), "high": _bound(space.high)},
+            "pca": self.pca,
+            "env_config": config,
+            "splits": splits,
+        }
+        if ways is not None and masks is not None:
+            looks: Any = core.stage_observation
+            described |= {"stages": core.stages, "ways": ways, "judges": looks.judgements}
+            described["order"] = down_in_flops(core, masks).tolist()
+        return _without_paths(described) if self.share else described
+
+    def _begin(self, description: dict[str, Any], resume: bool) -> None:
+        """Make the folder ready, or find in it the table that is to go on."""
+        folder, masks = self.folder, self.masks
+        file, codebook = folder / "table.json", folder / CODEBOOK
+        if not contents(folder):
+            if masks is not None:
+                write_masks(masks, codebook)
+            write_json(file, description)
+            return
+        if not file.is_file():
+            raise foreign(folder, "table")
+        there = read_json(file)
+        if there.get("complete"):
+            raise FileExistsError(f"{folder} holds a table; choose another --output")
+        if not resume:
+            raise FileExistsError(
+                f"{folder} holds a table that was cut off; go on with --resume, or take another --output"
+            )
+        here = json.loads(as_json(description))
+        differ = [key for key in here if here[key] != there.get(key)]
+        if masks is not None and not differ and json.loads(codebook.read_text(encoding="utf-8")) != masks.tolist():
+            differ = ["masks"]
+        if differ:
+            raise ValueError(
+                f"{folder} holds the beginning of another table: another {', '.join(differ)}; choose another --output"
+            )
+
+    def _write_split(
+        self, split: BackboneSplit, parts: list[dict[str, Array]], masks: int, reduce: Projection | None
+    ) -> None:
+        """Put the chunks of a split together, with all that is known of its instances."""
+        core, n, encoded = self.core, len(split), split.encoded
+        nothing = np.zeros((n, len(core.nvec)), dtype=np.int64)
+        seen = _array(core.stage_observation.observe(split, np.arange(n), 0, nothing, None)[0])
+        facts = split.facts()
+        numbers = {name: values for name, values in facts.items() if _is_number(values)}
+        smallest = {
+            "difficulty": split.difficulty,
+            "levels": split.levels,
+            "source_length": encoded.source_length,
+            "source_cut": encoded.source_cut,
+            "target_cut": encoded.target_cut,
+            **{FACT + name: values for name, values in numbers.items()},
+        }
+        whole = ["likelihood", *map(observations_at, range(1, len(core.stages)))]
+        arrays = {
+            "observations": np.asarray(seen, np.float32) if reduce is None else reduce(seen).astype(np.float16),
+            **_qualities(parts, n, masks),
+            **_costs(*split.costs.by_level()),
+            **{name: _together(parts, name, n) for name in whole},
+            **{name: _smallest(values) for name, values in smallest.items()},
+        }
+        write_arrays(self.folder / f"{split.name}.safetensors", arrays)
+        ids = [f"{split.name}-{row}" for row in range(n)] if self.share else split.ids.tolist()
+        words = {} if self.share else {name: known.tolist() for name, known in facts.items() if name not in numbers}
+        write_json(self.folder / f"{split.name}.json", {"ids": ids, "facts": words})
 
 
 def _written(
-    core: Core, chunks: list[_Chunk], masks: Array, ways: list[int] | None, jobs: int, imports: Sequence[str]
+    core: Core[BackboneSplit], chunks: list[_Chunk], masks: Array, ways: list[int], jobs: int, imports: Sequence[str]
 ) -> Iterator[_Chunk]:
-    """Chunks, each as soon as it is written."""
+    """Write chunks, in this process or in several; each is given as soon as it is written."""
     if min(jobs, len(chunks)) <= 1:
         for chunk in chunks:
             yield _write_chunk(core, chunk, masks, ways)
         return
     with ProcessPoolExecutor(jobs, get_context("spawn"), _make_ready, (list(imports),)) as pool:
         try:
-            running = [pool.submit(_write_chunk_of, core.config, chunk, masks, ways) for chunk in chunks]
+            running = [pool.submit(_write_chunk, core, chunk, masks, ways) for chunk in chunks]
             for future in as_completed(running):
                 yield future.result()
         finally:
@@ -166,118 +302,34 @@ def _make_ready(imports: list[str]) -> None:
         import_own(name)
 
 
-def _write_chunk_of(config: EnvConfig, chunk: _Chunk, masks: Array, ways: list[int] | None) -> _Chunk:
-    return _write_chunk(shared_core(config), chunk, masks, ways)
-
-
-def _write_chunk(core: Core, chunk: _Chunk, masks: Array, ways: list[int] | None) -> _Chunk:
-    split = core.split(chunk.split)
-    quality, likelihood = split.scoring.under_all(chunk.rows, masks)
-    part = {"rows": chunk.rows, "quality": quality, "likelihood": likelihood.astype(np.float16)}
-    write_arrays(chunk.file, part | _looks(core, split, chunk.rows, masks, ways))
+def _write_chunk(core: Core[BackboneSplit], chunk: _Chunk, masks: Array, ways: list[int]) -> _Chunk:
+    """Run a chunk; in another process, the core is the one that this process shares."""
+    split, rows = core.split(chunk.split), chunk.rows
+    quality, likelihood = split.scoring.under_all(rows, masks)
+    arrays = {"rows": rows, "quality": quality, "likelihood": likelihood.astype(np.float16)}
+    for stage in range(1, len(ways)):  # what rows show there, after each combination of ways
+        before = masks[:: math.prod(ways[stage:])]  # a mask of each combination: after it all runs
+        shown = [
+            _array(core.stage_observation.observe(split, rows, stage, np.tile(mask, (len(rows), 1)), None)[0])
+            for mask in before
+        ]
+        arrays[observations_at(stage)] = np.stack(shown, axis=1)
+    write_arrays(chunk.file, arrays)
     return chunk
 
 
-def _check(core: Core, pca: int | None) -> None:
-    if core.is_staged and pca is not None:
-        raise ConfigError(f"{core.config.id}: --pca reduces what one stage shows, but the stages are {core.stages}")
-    if not isinstance(core.observation_space, gym.spaces.Box):
-        raise ConfigError(
-            f"{core.config.id}: a table has observations that are one array, such as observation=pooled; got "
-            f"{core.config.observation} with the space {core.observation_space}"
-        )
-    if pca is None:
-        return
-    shape, instances = core.observation_space.shape, len(core.split("train"))
-    if len(shape) != 1 or not 1 <= pca <= min(instances, *shape):
-        raise ValueError(
-            f"--pca: expected at least 1 component, and no more than there are training instances ({instances}) or "
-            f"numbers in an observation (its shape is {shape}); got {pca}"
-        )
+def _array(observations: Observations) -> Array:
+    """Observations of a space that is a ``Box``, as a table's are."""
+    return np.asarray(observations)
 
 
-def _looks(core: Core, split: Split, rows: Array, masks: Array, ways: list[int] | None) -> dict[str, Array]:
-    """What rows ``[n]`` show at each stage but the first, ``[n, ways before it, size]``, by its name in the table."""
-    found = {}
-    for stage in range(1, len(ways or ())):
-        before = masks[:: math.prod(ways[stage:])]  # a mask of each combination: behind it all runs
-        seen = [
-            core.stage_observation.observe(split, rows, stage, np.tile(mask, (len(rows), 1)), None)[0]
-            for mask in before
-        ]
-        found[observations_at(stage)] = np.stack(seen, axis=1)
-    return found
-
-
-def _projection(core: Core, pca: int, folder: Path) -> Projection:
-    """How observations are reduced, written to the folder, or found in it where a table goes on."""
-    if not (folder / PROJECTION).exists():
-        train = core.split("train")
-        fit_projection(core.observe(train, np.arange(len(train))), pca).save(folder / PROJECTION)
-    return read_projection(folder / PROJECTION)
-
-
-def _description(
-    core: Core,
-    exported: Export | None,
-    masks: Array | None,
-    ways: list[int] | None,
-    chosen: str,
-    pca: int | None,
-    share: bool,
-) -> dict[str, Any]:
-    config = core.config.model_dump()
-    numbered = masks is not None and ways is None
-    config["action"], config["codebook"] = "discrete" if numbered else "multi_discrete", None
-    config["backbone"]["device"] = "cpu"
-    if config["reward"]["objective"] not in OBJECTIVES.built_in():  # one of the user's own may be known here alone
-        config["reward"]["objective"] = "lexicographic"
-    space = core.observation_space
-    if pca is not None:
-        space = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (pca,), np.float32)
-    splits = {}
-    for name in SPLITS:
-        split = core.split(name)
-        facts = split.facts()
-        splits[name] = {
-            "instances": len(split),
-            "identity": split.instances.identity,
-            "provenance": split.provenance,
-            "facts": [fact for fact in facts if not share or _is_number(facts[fact])],
-        }
-    described = {
-        MARKER: __version__,
-        "format": FORMAT,
-        "complete": False,
-        "env": core.config.id,
-        "chosen": chosen,
-        "masks": None if masks is None else len(masks),
-        "nvec": core.nvec.tolist(),
-        "backbone": {
-            "name": core.config.backbone.name,
-            "weights": core.backbone.weights,
-            **(exported.backbone if exported else {}),
-            "switches": core.backbone.board.names,
-        },
-        "protection": exported.protection.described() if exported and exported.protection else None,
-        "observation": {"shape": list(space.shape), "low": _bound(space.low), "high": _bound(space.high)},
-        "pca": pca,
-        "env_config": config,
-        "splits": splits,
-    }
-    if ways is not None:
-        described |= {"stages": core.stages, "ways": ways, "judges": core.stage_observation.judgements}
-        described["order"] = down_in_flops(core, masks).tolist()
-    return _without_paths(described) if share else described
-
-
-def _without_paths(said: Any) -> Any:
+def _without_paths(value: Any) -> Any:
     """The same with the name of each file or folder of this machine in place of its path."""
-    if isinstance(said, dict):
-        return {key: _without_paths(value) for key, value in said.items()}
-    if isinstance(said, list | tuple):
-        return [_without_paths(value) for value in said]
-    return Path(said).name if isinstance(said, str) and os.sep in said and Path(said).exists() else said
+    if isinstance(value, dict):
+        return {key: _without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and os.sep in value and Path(value).exists() else value
 
 
 def _is_number(values: Array) -> bool:
@@ -289,73 +341,10 @@ def _bound(values: Array) -> Any:
     return values.flat[0].item() if (values == values.flat[0]).all() else values.tolist()
 
 
-def _begin(folder: Path, description: dict[str, Any], masks: Array | None, resume: bool) -> None:
-    """Make the folder ready, or find in it the table that is to go on."""
-    file, codebook = folder / "table.json", folder / CODEBOOK
-    if not contents(folder):
-        if masks is not None:
-            write_masks(masks, codebook)
-        write_json(file, description)
-        return
-    if not file.is_file():
-        raise foreign(folder, "table")
-    there = read_json(file)
-    if there.get("complete"):
-        raise FileExistsError(f"{folder} holds a table; choose another --output")
-    if not resume:
-        raise FileExistsError(f"{folder} holds a table that was cut off; go on with --resume, or take another --output")
-    here = json.loads(as_json(description))
-    differ = [key for key in here if here[key] != there.get(key)]
-    if masks is not None and not differ and json.loads(codebook.read_text(encoding="utf-8")) != masks.tolist():
-        differ = ["masks"]
-    if differ:
-        raise ValueError(
-            f"{folder} holds the beginning of another table: another {', '.join(differ)}; choose another --output"
-        )
-
-
-def _write_split(
-    core: Core, split: Split, files: list[Path], masks: int, folder: Path, reduce: Projection | None, share: bool
-) -> None:
-    """Put the chunks of a split together, with all that is known of its instances."""
-    if (folder / f"{split.name}.json").exists():
-        return
-    codes, values = _codes([map_arrays(file) for file in files], len(split), masks)
-    likelihood = _together(files, "likelihood", len(split))
-    rows = np.arange(len(split))
-    nothing = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
-    seen = core.stage_observation.observe(split, rows, 0, nothing, None)[0]
-    facts = split.facts()
-    numbers = {name: values for name, values in facts.items() if _is_number(values)}
-    arrays = {
-        "quality": codes,
-        "likelihood": likelihood,
-        "observations": np.asarray(seen, np.float32) if reduce is None else reduce(seen).astype(np.float16),
-        "difficulty": _smallest(split.difficulty),
-        "levels": _smallest(split.levels),
-        "source_length": _smallest(split.encoded.source_length),
-        "source_cut": _smallest(split.encoded.source_cut),
-        "target_cut": _smallest(split.encoded.target_cut),
-        **_costs(*split.costs.by_level()),
-    }
-    if values is not None:
-        arrays["quality_values"] = values
-    arrays |= {
-        observations_at(stage): _together(files, observations_at(stage), len(split))
-        for stage in range(1, len(core.stages))
-    }
-    arrays |= {FACT + name: _smallest(known) for name, known in numbers.items()}
-    write_arrays(folder / f"{split.name}.safetensors", arrays)
-    ids = [f"{split.name}-{row}" for row in range(len(split))] if share else split.ids.tolist()
-    words = {} if share else {name: known.tolist() for name, known in facts.items() if name not in numbers}
-    write_json(folder / f"{split.name}.json", {"ids": ids, "facts": words})
-
-
-def _together(files: list[Path], name: str, n: int) -> Array:
+def _together(parts: list[dict[str, Array]], name: str, n: int) -> Array:
     """An array of the chunks, ``[n, ...]``, in the order of the rows."""
-    whole = None
-    for part in map(map_arrays, files):
-        whole = np.empty((n, *part[name].shape[1:]), part[name].dtype) if whole is None else whole
+    whole = np.empty((n, *parts[0][name].shape[1:]), parts[0][name].dtype)
+    for part in parts:
         whole[part["rows"]] = part[name]
     return whole
 
@@ -375,16 +364,16 @@ def _smallest(values: Any) -> Array:
     kinds = {"b": (np.bool_,), "f": (np.float16, np.float32)}.get(values.dtype.kind, (np.uint8, np.uint16))
     with np.errstate(over="ignore"):
         small = (values.astype(kind) for kind in kinds)
-        fitting = (one for one in small if np.array_equal(one, values, equal_nan=values.dtype.kind == "f"))
+        fitting = (array for array in small if np.array_equal(array, values, equal_nan=values.dtype.kind == "f"))
         return next(fitting, values.astype(np.float64 if values.dtype.kind == "f" else np.int64))
 
 
-def _codes(parts: list[dict[str, Array]], n: int, masks: int) -> tuple[Array, Array | None]:
+def _qualities(parts: list[dict[str, Array]], n: int, masks: int) -> dict[str, Array]:
     """Qualities ``[n, masks]`` as numbers of the values that occur, and these; of too many, as they are, float32."""
     values = np.unique(np.concatenate([np.unique(part["quality"]) for part in parts]))
     kind = np.uint8 if len(values) <= 2**8 else np.uint16 if len(values) <= 2**16 else np.float32
-    found = np.empty((n, masks), dtype=kind)
+    quality = np.empty((n, masks), dtype=kind)
     for part in parts:
-        quality = part["quality"]
-        found[part["rows"]] = quality if kind is np.float32 else np.searchsorted(values, quality)
-    return found, None if kind is np.float32 else values
+        own = part["quality"]
+        quality[part["rows"]] = own if kind is np.float32 else np.searchsorted(values, own)
+    return {"quality": quality} if kind is np.float32 else {"quality": quality, "quality_values": values}

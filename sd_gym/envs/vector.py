@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -12,32 +12,24 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from sd_gym.envs.episodes import Episodes
-from sd_gym.envs.infos import (
-    check_shown,
-    checked_options,
-    chosen,
-    decided,
-    episode_infos,
-    no_rewards,
-    objects,
-    pictures,
-    read_config,
-    text_infos,
-)
-from sd_gym.envs.protocols import Split
+from sd_gym.envs.episodes import Episodes, objects
+from sd_gym.envs.infos import check_shown, checked_options, chosen, pictures, read_config
+from sd_gym.envs.protocols import Observations
 from sd_gym.envs.render import Shown
 from sd_gym.envs.shared import shared_core
-from sd_gym.envs.spaces import Observations, each, reward_space, spaces
-from sd_gym.objectives import Objective
+from sd_gym.envs.spaces import each, reward_space, spaces
 
-RENDER_MODES = ("ansi", "rgb_array")
+METADATA: dict[str, Any] = {
+    "render_modes": ["ansi", "rgb_array"],
+    "render_fps": 1,
+    "autoreset_mode": AutoresetMode.SAME_STEP,
+}
 
 
 class SwitchableVectorEnv(VectorEnv):
     """``SwitchableEnv`` for a batch: one forward pass of the backbone a step serves all ``num_envs`` instances.
 
-    Every episode has as many steps as stages, so that all end with the same step, but behind a masked reset. What comes
+    Every episode has as many steps as stages, so that all end with the same step, but after a masked reset. What comes
     then is Gymnasium's ``AutoresetMode``, as ``SyncVectorEnv`` has it:
 
     * ``SAME_STEP`` (default): the step resets too. Its observations are those of the next instances and its infos
@@ -59,11 +51,9 @@ class SwitchableVectorEnv(VectorEnv):
         ValueError: If there is no such autoreset mode, or ``num_envs`` is below 1; else as ``SwitchableEnv``.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {
-        "render_modes": list(RENDER_MODES),
-        "render_fps": 1,
-        "autoreset_mode": AutoresetMode.SAME_STEP,
-    }
+    metadata = METADATA
+    _np_random: Any  # a generator, or a tuple of one for each env
+    _np_random_seed: Any
 
     def __init__(
         self,
@@ -77,22 +67,22 @@ class SwitchableVectorEnv(VectorEnv):
         if isinstance(num_envs, bool) or not isinstance(num_envs, int | np.integer) or num_envs < 1:
             raise ValueError(f"num_envs: expected an integer of at least 1, got {num_envs!r}")
         check_shown(render_mode, info_text, type(self).metadata["render_modes"])
-        self.autoreset_mode = read_autoreset_mode(autoreset_mode)
+        if autoreset_mode not in [*AutoresetMode, *(mode.value for mode in AutoresetMode)]:
+            known = ", ".join(mode.value for mode in AutoresetMode)
+            raise ValueError(f"autoreset_mode must be one of {known}, got {autoreset_mode!r}")
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
         self.config = read_config(config_file, overrides)
         self.core = shared_core(self.config)
-        self.objective = Objective(self.config.reward)
         self.num_envs = num_envs
         self.render_mode = render_mode
-        self.info_text = info_text
         self.single_observation_space, self.single_action_space = spaces(self.core)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         if self.config.reward.vector:
             self.reward_space = reward_space(self.core)  # of one env, as MO-Gymnasium's vector envs have it
-        self._split: Split | None = None
-        self._rows: NDArray = np.zeros(num_envs, dtype=np.int64)
-        self._episodes = Episodes(self.core, num_envs)
+        self._episodes = Episodes(self.core, num_envs, info_text)
+        self.objective = self._episodes.objective
         self._shown: Shown | None = None
 
     def reset(
@@ -116,11 +106,11 @@ class SwitchableVectorEnv(VectorEnv):
         options = dict(checked_options(options))
         envs = self._envs_to_reset(options)
         self._seed(seed, envs)
-        self._split, rows = chosen(self.core, self.num_envs, options)
-        self._rows[envs] = self._random_rows(envs) if rows is None else rows[envs]
-        self._episodes.begin(envs)
-        self._show(self._episodes.over)
-        return self._observations(), self._infos((envs, self._reset_infos(envs)))
+        episodes = self._episodes
+        episodes.split, rows = chosen(self.core, self.num_envs, options)
+        episodes.begin(envs, self._random_rows(envs) if rows is None else rows[envs])
+        self._show(episodes.over)
+        return episodes.observe(), self._infos((envs, episodes.infos(envs)))
 
     def step(self, actions: Any) -> tuple[Observations, NDArray, NDArray, NDArray, dict[str, Any]]:
         """Run the backbone under the decisions that a batch of actions stands for; the class says what follows.
@@ -129,37 +119,36 @@ class SwitchableVectorEnv(VectorEnv):
             ValueError: If the actions are malformed.
             gymnasium.error.ResetNeeded: If an env has to be reset first.
         """
-        if self._split is None:
+        episodes, n = self._episodes, self.num_envs
+        if not episodes.is_begun:
             raise gym.error.ResetNeeded("call reset() before the first step()")
-        over = self._episodes.over
+        over = episodes.over
         if self.autoreset_mode == AutoresetMode.DISABLED and over.any():
             raise gym.error.ResetNeeded(
                 f"the episodes of envs {np.flatnonzero(over).tolist()} are over and autoreset is disabled: call "
                 'reset(options={"reset_mask": terminated}) before the next step()'
             )
-        choices = self.core.actions.decisions(actions, self.num_envs)
+        choices = self.core.actions.decisions(actions, n)
         deciding, reset = np.flatnonzero(~over), np.flatnonzero(over)
-        self._episodes.decide(deciding, choices)
-        ended, rewards = self._episodes.over, no_rewards(self.config, self.num_envs)
+        episodes.decide(deciding, choices)
+        ended, rewards = episodes.over, episodes.no_rewards(n)
         ended[reset] = False
         done, going = np.flatnonzero(ended), deciding[~ended[deciding]]
-        outcome, rewards[done] = self._decide(done)
-        under_way, rewards[going] = self._decide(going)
+        outcome, rewards[done] = episodes.results(done)
+        under_way, rewards[going] = episodes.results(going)
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
             self._show(ended, (done, outcome), rewards)
             final: dict[str, Any] = {}
             if len(done):
-                final = {"final_obs": objects(each(self._observations())), "_final_obs": ended.copy()}
+                final = {"final_obs": objects(each(episodes.observe())), "_final_obs": ended.copy()}
                 final |= {"final_info": self._infos((done, outcome)), "_final_info": ended.copy()}
-                self._rows[done] = self._random_rows(done)
-                self._episodes.begin(done)
-            infos = self._infos((done, self._reset_infos(done)), (going, under_way)) | final
+                episodes.begin(done, self._random_rows(done))
+            infos = self._infos((done, episodes.infos(done)), (going, under_way)) | final
         else:
-            self._rows[reset] = self._random_rows(reset)
-            self._episodes.begin(reset)
+            episodes.begin(reset, self._random_rows(reset))
             self._show(ended, (done, outcome), rewards)
-            infos = self._infos((done, outcome), (going, under_way), (reset, self._reset_infos(reset)))
-        return self._observations(), rewards, ended, np.zeros(self.num_envs, dtype=np.bool_), infos
+            infos = self._infos((done, outcome), (going, under_way), (reset, episodes.infos(reset)))
+        return episodes.observe(), rewards, ended, np.zeros(n, dtype=np.bool_), infos
 
     def action_masks(self) -> NDArray:
         """Which choices are allowed, bool ``[num_envs, choices]``: all, as of ``SwitchableEnv``."""
@@ -173,28 +162,23 @@ class SwitchableVectorEnv(VectorEnv):
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, as plain values; after ``reset``."""
-        random = self.np_random
+        random: Any = self.np_random
         own = isinstance(random, tuple)
         return {
-            "random": [one.bit_generator.state for one in random] if own else random.bit_generator.state,
-            "split": self._split.name,
-            "rows": self._rows.tolist(),
+            "random": [generator.bit_generator.state for generator in random] if own else random.bit_generator.state,
+            "split": self._episodes.split.name,
+            "rows": self._episodes.rows.tolist(),
             "episodes": self._episodes.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> Observations:
         """Go on from what ``state`` gave; returns the observations to decide on next."""
-        random = state["random"]
-        self.np_random = _generator(random) if isinstance(random, dict) else tuple(_generator(own) for own in random)
-        self._split, self._rows = self.core.split(state["split"]), np.array(state["rows"])
-        self._episodes.load_state(state["episodes"])
+        random, episodes = state["random"], self._episodes
+        self._np_random = _generator(random) if isinstance(random, dict) else tuple(map(_generator, random))
+        episodes.split, episodes.rows = self.core.split(state["split"]), np.array(state["rows"])
+        episodes.load_state(state["episodes"])
         self._show(np.zeros(self.num_envs, dtype=np.bool_))
-        return self._observations()
-
-    def _decide(self, envs: NDArray) -> tuple[dict[str, NDArray], NDArray]:
-        """The step infos and the rewards of some envs, a row each: all of them are over, or none is."""
-        infos, rewards = decided(self.config, self.core, self.objective, self._split, self._rows, self._episodes, envs)
-        return infos | text_infos(self._split, self._rows[envs], self.info_text), rewards
+        return episodes.observe()
 
     def _show(
         self,
@@ -205,11 +189,14 @@ class SwitchableVectorEnv(VectorEnv):
         """Keep what there is to show, if anybody may ask; without an outcome, that which there was."""
         if self.render_mode is None:
             return
-        if outcome is not None:
+        episodes = self._episodes
+        if outcome is not None and rewards is not None:
             infos, rewards = self._infos(outcome), rewards.copy()
+        elif self._shown is not None:
+            infos, rewards = self._shown.infos, self._shown.rewards
         else:
-            infos, rewards = ({}, None) if self._shown is None else (self._shown.infos, self._shown.rewards)
-        self._shown = Shown(self._split, self._rows.copy(), decided.copy(), infos, rewards)
+            infos, rewards = {}, episodes.no_rewards(self.num_envs)
+        self._shown = Shown(episodes.texts, episodes.rows.copy(), decided.copy(), infos, rewards)
 
     def _envs_to_reset(self, options: dict[str, Any]) -> NDArray:
         """Takes ``reset_mask`` out of the options; a reset that has one stays on the split unless it names another."""
@@ -220,28 +207,30 @@ class SwitchableVectorEnv(VectorEnv):
             raise TypeError(f"expected an array of booleans for reset_mask, got {getattr(mask, 'dtype', type(mask))}")
         if mask.shape != (self.num_envs,) or not mask.any():
             raise ValueError(f"expected a reset_mask of shape {(self.num_envs,)} that is true somewhere, got {mask}")
-        if self._split is not None:
-            options.setdefault("split", self._split.name)
+        begun = self._episodes.is_begun
+        if begun:
+            options.setdefault("split", self._episodes.split.name)
         if not mask.all():
-            if self._split is None:
+            if not begun:
                 raise gym.error.ResetNeeded("the first reset has to be one of all envs")
-            if options["split"] != self._split.name:
+            if options["split"] != self._episodes.split.name:
                 raise ValueError(
                     f"some envs cannot be reset to the split {options['split']!r} while the others are on "
-                    f"{self._split.name!r}; reset all of them"
+                    f"{self._episodes.split.name!r}; reset all of them"
                 )
         return np.flatnonzero(mask)
 
     def _seed(self, seed: int | Sequence[int | None] | None, envs: NDArray) -> None:
         """Seed the one generator, or those of some envs."""
-        if seed is None or np.ndim(seed) == 0:
+        if seed is None or isinstance(seed, int | np.integer):
             super().reset(seed=seed)
             return
         if len(seed) != self.num_envs:
             raise ValueError(f"expected {self.num_envs} seeds, one an env, got {len(seed)}")
         own = isinstance(self._np_random, tuple)
-        generators = list(self._np_random) if own else [None] * self.num_envs
-        seeds = list(self._np_random_seed) if own else [None] * self.num_envs
+        nothing: list[Any] = [None] * self.num_envs
+        generators = list(self._np_random) if own else nothing
+        seeds = list(self._np_random_seed) if own else [*nothing]
         for env in range(self.num_envs):
             new = seed[env] if env in envs else None
             if new is not None or generators[env] is None:
@@ -250,17 +239,10 @@ class SwitchableVectorEnv(VectorEnv):
 
     def _random_rows(self, envs: NDArray) -> NDArray:
         """New rows for some envs: from the one generator, or each by the env's own."""
-        if isinstance(self.np_random, np.random.Generator):
-            return self.np_random.integers(len(self._split), size=len(envs))
-        drawn = [self.np_random[env].integers(len(self._split), size=1) for env in envs]
-        return np.concatenate([np.zeros(0, dtype=np.int64), *drawn])
-
-    def _observations(self) -> Observations:
-        return self._episodes.observe(self._split, self._rows)
-
-    def _reset_infos(self, envs: NDArray) -> dict[str, NDArray]:
-        infos = episode_infos(self.core, self._split, self._rows, self._episodes, envs)
-        return infos | text_infos(self._split, self._rows[envs], self.info_text)
+        random, instances = self.np_random, len(self._episodes.split)
+        if isinstance(random, np.random.Generator):
+            return random.integers(instances, size=len(envs))
+        return np.array([random[env].integers(instances, size=1)[0] for env in envs], dtype=np.int64)
 
     def _infos(self, *parts: tuple[NDArray, dict[str, NDArray]]) -> dict[str, NDArray]:
         """Infos as ``VectorEnv`` has them, a row an env and a mask ``_key`` for each key, of (envs, their infos)."""
@@ -274,15 +256,6 @@ class SwitchableVectorEnv(VectorEnv):
                 merged[key][envs] = values
                 merged[f"_{key}"][envs] = True
         return merged
-
-
-def read_autoreset_mode(value: str | AutoresetMode) -> AutoresetMode:
-    """An autoreset mode, or that of its value; raises ``ValueError`` for any other."""
-    try:
-        return AutoresetMode(value)
-    except ValueError:
-        known = ", ".join(mode.value for mode in AutoresetMode)
-        raise ValueError(f"autoreset_mode must be one of {known}, got {value!r}") from None
 
 
 def _generator(state: dict[str, Any]) -> np.random.Generator:

@@ -17,10 +17,6 @@ from sd_gym.tasks.ranking import RANKINGS
 def checked_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
     """A configuration whose values fit together, and whose names are registered.
 
-    Args:
-        values: However their keys are spelled.
-        origin: Where they come from, for messages.
-
     Raises:
         UnknownKeyError: Naming the key and the nearest known one.
         ConfigError: Naming the key, what was expected and what came.

@@ -14,13 +14,7 @@ Array = NDArray
 
 
 class Costs:
-    """FLOPs of a split's rows under decisions ``[n, switches + 1]``.
-
-    Args:
-        backbone: The backbone.
-        encoded: The split's tensors.
-        tokens: Which of its tokens go.
-    """
+    """FLOPs of a split's rows under decisions ``[n, switches + 1]``."""
 
     def __init__(self, backbone: Backbone, encoded: Encoded, tokens: TokenDropping) -> None:
         self._backbone, self._encoded, self._tokens = backbone, encoded, tokens
@@ -75,11 +69,6 @@ class Costs:
         """FLOPs that forward passes on rows really take: each row is padded to the longest that is left in its pass.
 
         As torch's counter counts them; ``flops`` are those of each row alone.
-
-        Args:
-            rows: The rows, ``[n]``.
-            decisions: Their decisions, ``[n, switches + 1]``.
-            parts: Positions in ``rows`` of each pass.
         """
         length, level = self._encoded.source_length[rows], decisions[:, -1]
         kept = self._tokens.kept_length(rows, level)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +25,6 @@ SHARED_ROWS = 128  # of passes that many masks share
 
 class Passes:
     """Forward passes and ``generate()`` of a backbone on rows of a split, under decisions ``[n, switches + 1]``.
-
-    Args:
-        backbone: The backbone.
-        instances: The split's instances.
-        encoded: Their tensors.
-        tokens: Which of their tokens go.
-        settings: How it answers, of the config: lengths, beams and stop count.
 
     Attributes:
         most: Rows of a pass at most; ``None``: as many as its memory has room for.
@@ -92,10 +86,6 @@ class Passes:
         """As ``generated``, under every mask: a list of texts for each.
 
         Masks that agree on the encoder share its pass.
-
-        Args:
-            rows: The rows.
-            masks: Decisions for all of them, ``[masks, switches + 1]``.
         """
         board = self.backbone.board
         start = board.decided_at([BETWEEN])[BETWEEN].start if BETWEEN in board.stages else 0
@@ -117,7 +107,8 @@ class Passes:
         backbone = self.backbone
         inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         with deciding:
-            tokens = backbone.model.generate(
+            generate: Any = backbone.model.generate  # its type is that of any attribute of a module
+            tokens = generate(
                 **inputs,
                 max_new_tokens=self.longest,
                 num_beams=self._num_beams,
@@ -125,11 +116,11 @@ class Passes:
                 **self._end,
                 pad_token_id=backbone.tokenizer.pad_token_id,
             )
-        said = backbone.tokenizer.batch_decode(self.head.new_tokens(tokens, inputs), skip_special_tokens=True)
-        return [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in said]
+        texts = backbone.tokenizer.batch_decode(self.head.new_tokens(tokens, inputs), skip_special_tokens=True)
+        return [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in texts]
 
     @property
-    def _end(self) -> dict[str, list[int]]:
+    def _end(self) -> dict[str, Any]:
         """Where ``generate()`` ends early: at a stop of one token; a longer one is cut off its text."""
         if self._stop is None:
             return {}
@@ -166,11 +157,6 @@ class Passes:
         """Values of each row's logits and labels under every mask, float64 ``[n, masks, values]``.
 
         Masks that agree up to a layer share the pass up to there: it is run once and resumed for each way to go on.
-
-        Args:
-            rows: The rows.
-            masks: Decisions for all of them, all different, ``[masks, switches + 1]``.
-            value: Of logits and labels, ``[n, values]``.
         """
         length = self.encoded.source_length[rows] + self.encoded.target_length[rows]
         order = np.argsort(length, kind="stable")  # rows of similar length waste little on padding
@@ -184,14 +170,14 @@ class Passes:
         """As ``under_all``, the rows in one batch: depth first through the tree of masks, a stage a layer."""
         board, inputs = self.backbone.board, self.inputs(rows)
         stages = list(board.decided_at([EVERY_LAYER]).items())
-        found: list[Array | None] = [None] * len(masks)
+        values: dict[int, Array] = {}  # by number of the mask
 
         def go_on(picked: Array, keep: Array | torch.Tensor | None, stage: int, seen: PassState | None) -> None:
             """Run the masks ``picked``, which agree up to the stage of that number, from what is seen there."""
             skip = np.tile(masks[picked[0], :-1], (1 if keep is None else len(rows), 1))
             if len(picked) == 1:
                 with board.decide(skip, keep, resume_from=seen):
-                    found[picked[0]] = value(self.backbone.logits(inputs), inputs["labels"]).double().cpu().numpy()
+                    values[picked[0]] = value(self.backbone.logits(inputs), inputs["labels"]).double().cpu().numpy()
                 return
             differ = (masks[picked] != masks[picked[0]]).any(axis=0)
             number = next(number for number, (_, columns) in enumerate(stages) if differ[columns].any())
@@ -207,7 +193,7 @@ class Passes:
         for level in np.unique(masks[:, -1]):
             picked = np.flatnonzero(masks[:, -1] == level)
             go_on(picked, self._keep_of(rows, np.tile(masks[picked[0]], (len(rows), 1)), inputs), 0, None)
-        return np.stack(found, axis=1)
+        return np.stack([values[number] for number in range(len(masks))], axis=1)
 
     def logits(self, rows: Array, decisions: Array) -> Iterator[tuple[Array, torch.Tensor, torch.Tensor]]:
         """Positions in ``rows``, logits and labels of each forward pass under decisions ``[n, switches + 1]``."""
@@ -227,19 +213,13 @@ class Passes:
     def logits_of_one(
         self, row: int, decide: Callable[[torch.Tensor, torch.Tensor], Array]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and labels of one instance, decided on in its pass: the input is embedded once.
-
-        Args:
-            row: The instance.
-            decide: Takes the first layer's input ``[1, length, width]`` and the mask of its tokens ``[1, length]`` to a
-                decision ``[1, switches + 1]``.
-        """
+        """Logits and labels of one instance, decided on in its pass: the input is embedded once."""
         board, rows = self.backbone.board, np.array([row])
         inputs = self.inputs(rows)
         mask = inputs["attention_mask"]
 
-        def choose(seen: PassState) -> tuple[Array, Array | None]:
-            decisions = decide(seen.hidden[:, : mask.shape[1]], mask)  # behind a prompt the answer follows
+        def choose(seen: PassState) -> tuple[Array, Array | torch.Tensor | None]:
+            decisions = decide(seen.hidden[:, : mask.shape[1]], mask)  # after a prompt the answer follows
             return decisions[:, :-1], self._keep_of(rows, decisions, inputs)
 
         with board.decide_in_pass(choose):
@@ -262,13 +242,7 @@ class Passes:
 
     @torch.inference_mode()
     def resumed(self, seen: PassState, rows: Array, decisions: Array) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and labels of a pass that goes on from what it has shown at a stage.
-
-        Args:
-            seen: As ``seen_at`` gave it of the same rows.
-            rows: The rows.
-            decisions: What they say of switches before the stage does not count.
-        """
+        """Logits and labels of a pass that goes on from what it has shown at a stage."""
         inputs = self.inputs(rows)
         with self.backbone.board.decide(decisions[:, :-1], self._keep_of(rows, decisions, inputs), resume_from=seen):
             return self.backbone.logits(inputs), inputs["labels"]

@@ -27,12 +27,6 @@ Key = tuple[int, bytes]  # a row, and its decision
 class Scoring:
     """Qualities of a split's rows under decisions ``[n, switches + 1]``.
 
-    Args:
-        settings: Of the config: what an answer is worth.
-        passes: What runs the backbone on them.
-        instances: The split's instances.
-        encoded: Their tensors.
-
     Raises:
         ValueError: If the backbone's answers have no such quality.
     """
@@ -53,11 +47,6 @@ class Scoring:
 
         The backbone is frozen, so an (instance, decision) is computed once while it is among the last ``KNOWN`` that
         were asked for; the dense decisions that are not known yet run in the same forward pass as the others.
-
-        Args:
-            rows: The rows.
-            decisions: The decisions.
-            seen: What a pass of the rows under the decisions has shown at a stage: then they go on from there.
         """
         both = np.concatenate([decisions, np.zeros_like(decisions)])
         keys = list(zip([*rows.tolist()] * 2, map(bytes, _packed(both)), strict=True))
@@ -83,9 +72,6 @@ class Scoring:
 
         Batches of similar length are the fastest way to it. They are the same whoever asks, so to the last bit all runs
         of a process have the same scores, which are computed once.
-
-        Args:
-            on_batch: Called after each batch.
         """
         if len(self._encoded) > KNOWN // 2:
             return
@@ -150,11 +136,7 @@ class Scoring:
         if self._measure.score is None:
             texts, likely = self._head.answers_and_likelihood(self._passes, rows, decisions, self._settings.label_range)
             return self._text_quality(rows, texts), likely
-
-        def both(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return torch.stack([self._score(logits, labels), self._likelihood(logits, labels)], dim=1)
-
-        values = self._passes.in_passes(rows, decisions, both)
+        values = self._passes.in_passes(rows, decisions, self._score_and_likelihood)
         return self._of_score(rows, decisions, values[:, 0]), values[:, 1]
 
     @torch.inference_mode()
@@ -162,19 +144,11 @@ class Scoring:
         """``quality_and_likelihood`` of rows ``[n]`` under every mask: each float64 ``[n, masks]``.
 
         Masks share what they agree on: where an answer is generated, the encoder's pass.
-
-        Args:
-            rows: The rows.
-            masks: Decisions for all of them, all different, ``[masks, switches + 1]``.
         """
         if self._measure.score is None:
             texts, likely = self._head.answers_under_all(self._passes, rows, masks, self._settings.label_range)
-            return np.stack([self._text_quality(rows, said) for said in texts], axis=1), likely
-
-        def both(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return torch.stack([self._score(logits, labels), self._likelihood(logits, labels)], dim=1)
-
-        values = self._passes.under_all(rows, masks, both)
+            return np.stack([self._text_quality(rows, answers) for answers in texts], axis=1), likely
+        values = self._passes.under_all(rows, masks, self._score_and_likelihood)
         scores = [
             self._of_score(rows, np.tile(mask, (len(rows), 1)), column)
             for mask, column in zip(masks, values[..., 0].T, strict=True)
@@ -190,7 +164,12 @@ class Scoring:
         return self._head.likelihood(logits, labels, self._settings.label_range)
 
     def _score(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self._measure.score(logits, labels, self._settings.label_range)
+        score = self._measure.score
+        assert score is not None  # else texts are compared, and nothing asks for the score of logits
+        return score(logits, labels, self._settings.label_range)
+
+    def _score_and_likelihood(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self._score(logits, labels), self._likelihood(logits, labels)], dim=1)
 
     def _of_score(self, rows: Array, decisions: Array, values: Array) -> Array:
         """The quality that a score gives: a likelihood relative to dense, a balanced one weighted by class."""

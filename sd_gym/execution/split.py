@@ -47,6 +47,9 @@ class BackboneSplit:
         reading: The backbone's part of the config, with the prompt and stop that the head takes.
         task: The family of its task.
         instances: The instances, in order.
+        ids: The id of each, strings ``[n]`` of dtype object.
+        number_of: Row of each, by its id.
+        difficulty: Of each, int64 ``[n]``; 0 where it is not known.
         encoded: Their tensors.
         tokens: Which of their tokens a decision drops.
         costs: The FLOPs of decisions on them.
@@ -87,6 +90,9 @@ class BackboneSplit:
         self.costs = Costs(backbone, encoded, self.tokens)
         self.passes = Passes(backbone, instances, encoded, self.tokens, self.reading)
         self.scoring = Scoring(config.quality, self.passes, instances, encoded)
+        self.ids = np.array([instance.id for instance in instances], dtype=object)
+        self.number_of = {instance.id: row for row, instance in enumerate(instances)}
+        self.difficulty = np.array([instance.difficulty for instance in instances])
 
     def _check_output(self) -> None:
         """Raise ValueError if the backbone's head cannot do the task, or not in the way that is asked for."""
@@ -117,24 +123,9 @@ class BackboneSplit:
         return part
 
     @cached_property
-    def number_of(self) -> dict[str, int]:
-        """Row of each instance, by its id."""
-        return {instance.id: row for row, instance in enumerate(self.instances)}
-
-    @cached_property
-    def ids(self) -> Array:
-        """The id of each instance, strings ``[n]`` of dtype object."""
-        return np.array([instance.id for instance in self.instances], dtype=object)
-
-    @cached_property
     def paired(self) -> bool:
         """Whether inputs are pairs of texts."""
         return any(instance.source_pair is not None for instance in self.instances)
-
-    @cached_property
-    def difficulty(self) -> Array:
-        """Difficulty of each instance, int64 ``[n]``; 0 where it is not known."""
-        return np.array([instance.difficulty for instance in self.instances])
 
     @cached_property
     def dense_loss(self) -> Array:
@@ -150,7 +141,7 @@ class BackboneSplit:
         )
         return self.head.dense_loss(likely, scale)
 
-    @cached_property
+    @property
     def levels(self) -> Array:
         """Difficulty for reports, int64 ``[n]``: the data's own where they have one, else the dense loss's quartile."""
         return self.difficulty if self.difficulty.any() else quartiles(self.dense_loss)

@@ -169,7 +169,7 @@ def test_a_loaded_state_goes_on_exactly(mode, seed):
     for step in range(4):
         if step:
             observations = other.unwrapped.load_state(env.unwrapped.state())
-            np.testing.assert_array_equal(observations, env.unwrapped._observations())
+            np.testing.assert_array_equal(observations, env.unwrapped._episodes.observe())
         traces = [continued(one, step) for one in ((env, other) if step else (env,))]
         assert_same(traces[0], traces[-1])
 
@@ -196,7 +196,7 @@ def test_a_copied_env_goes_on_with_the_running_episode(twin_of):
     env.reset()
     twin = twin_of(env)
     assert twin.unwrapped.core is env.unwrapped.core
-    assert twin.unwrapped._split is env.unwrapped._split
+    assert twin.unwrapped._episode.split is env.unwrapped._episode.split
     for one in (env, twin):
         one.trace = [one.step(one.action_space.sample()), one.reset(), one.step(one.action_space.sample())]
     assert_same(env.trace, twin.trace)

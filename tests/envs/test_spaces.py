@@ -31,6 +31,7 @@ from sd_gym.backbones.heads import model_inputs
 from sd_gym.cli import app
 from sd_gym.config import KEYS, EnvConfig, dotted
 from sd_gym.envs import ConfigError, spaces
+from sd_gym.envs.actions import ACTIONS
 from sd_gym.envs.config import read_values
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.wrappers import SafetyWrapper
@@ -145,7 +146,7 @@ def test_going_on_from_a_state_is_as_if_nothing_had_happened(tiny, variant):
 @pytest.fixture(scope="module")
 def cores():
     """Cores of one Mini env, by the way in which decisions are said."""
-    return {action: gym.make(MINI[0], **SMALL, action=action).unwrapped.core for action in spaces.ACTIONS}
+    return {action: gym.make(MINI[0], **SMALL, action=action).unwrapped.core for action in ACTIONS}
 
 
 @settings(deadline=None)

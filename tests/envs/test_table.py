@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sd_gym.agents.experiment.replay import ReplayError, replay
 from sklearn.decomposition import PCA
 from stable_baselines3.common.env_checker import check_env as check_sb3_env
@@ -25,7 +23,7 @@ import sd_gym
 from sd_gym.cli import app
 from sd_gym.envs import ConfigError, Outcome, TableEnv, TableVectorEnv, shared_core
 from sd_gym.envs.config import load_config
-from sd_gym.envs.exact import best_static, oracle, regret, static_regret
+from sd_gym.envs.regret import regret, static_regret
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.table import table_core
 from sd_gym.envs.tabulate import _smallest
@@ -191,8 +189,8 @@ def test_neither_torch_nor_a_data_set_is_needed(table):
         f"            gym.make_vec('SD/Table-v0', num_envs=4, table={table!r})):\n"
         "    env.reset(seed=0)\n"
         "    env.step(env.action_space.sample())\n"
-        "from sd_gym.envs.exact import best_static, oracle\n"
-        "print(best_static(env.unwrapped.core.split('test'), 0.1).flops_ratio)\n"
+        "from sd_gym.envs.regret import static_regret\n"
+        "print(static_regret(env.unwrapped.core.split('test')))\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -478,26 +476,6 @@ def matrices(split):
     decisions = core.masks if core.exhaustive else np.arange(len(core.masks))[:, None]
     came = [core.score(split, rows, np.tile(decision, (len(rows), 1))) for decision in decisions]
     return np.stack([one.quality for one in came], axis=1), np.stack([one.flops_ratio for one in came], axis=1)
-
-
-@given(loss=st.sampled_from([0.0, 0.05, 0.2, 1.0]), name=st.sampled_from(SPLITS), full=st.booleans())
-@settings(max_examples=12, deadline=None)
-def test_the_figures_are_those_of_brute_force(full_table, small_table, loss, name, full):
-    split = core_of(ID, table=full_table if full else small_table).split(name)
-    quality, flops = matrices(split)
-    best = best_static(split, loss)
-    allowed = quality[:, 0].mean() - loss
-    assert best.quality >= allowed - 1e-9
-    np.testing.assert_allclose(
-        best.flops_ratio,
-        min(flops[:, k].mean() for k in range(flops.shape[1]) if quality[:, k].mean() >= allowed - 1e-9),
-    )
-    found = oracle(split, loss)
-    cheapest = [min(f[q >= q[0] - loss]) for q, f in zip(quality, flops, strict=True)]
-    np.testing.assert_allclose(found.flops_ratio, np.mean(cheapest))
-    rows = np.arange(len(split))
-    np.testing.assert_array_equal(quality[rows, found.masks] >= quality[:, 0] - loss, True)
-    assert found.quality == pytest.approx(quality[rows, found.masks].mean())
 
 
 def test_regret_is_what_the_best_reward_of_each_instance_is_more(full_table):

@@ -116,7 +116,7 @@ def test_the_policy_decides_as_the_actor(env, algo, tmp_path):
         }
         assert (result["policy_flops_counted"], own["policy_flops_counted"]) == (False, True)
     env.reset(seed=1, options={"split": "test"})
-    rows = env._rows.copy()
+    rows = env._episodes.rows.copy()
     expected = decide_and_score(core, policy, split, rows)
     for columns in core.columns:
         chosen = policy.decide(env._observations())
