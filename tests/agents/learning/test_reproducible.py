@@ -198,16 +198,6 @@ def test_changed_data_are_noticed_by_fronts(settings, reviews, tmp_path):
         env_fronts(folders)
 
 
-def test_a_run_of_before_hashes_were_kept_is_still_read(settings, tmp_path):
-    train(CUSTOM, "hash", tmp_path / "run", steps=1, settings=settings)
-    file = tmp_path / "run" / "config.json"
-    config = json.loads(file.read_text())
-    del config["data"], config["env_config"]["data"]["overlap"]
-    file.write_text(json.dumps(config))
-    assert load_run(tmp_path / "run")[1].split("test").instances
-    assert sd_gym.evaluate(CUSTOM, tmp_path / "run")["instances"] == 4
-
-
 def tune(backbone, folder):
     """Other weights in the place of the former ones, as a preparation into the same folder would leave them."""
     model = AutoModelForSequenceClassification.from_pretrained(backbone)

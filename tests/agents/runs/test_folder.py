@@ -53,9 +53,11 @@ def dense(observations):
     return [[0] * 7] * len(observations)
 
 
-def prepared(backbone, dataset, folder, **settings):
+def prepared(backbone, dataset, folder, *, resume=False, on_step=None, **recipe):
     parts = BackboneConfig(name=str(backbone)), DataConfig(dataset=str(dataset))
-    return prepare_backbone(*parts, "classification", folder, Recipe(20, 0.003), **settings)
+    recipe = Recipe(**{"steps": 20, "learning_rate": 0.003, **recipe})
+    more = {} if on_step is None else {"on_step": on_step}
+    return prepare_backbone(*parts, "classification", folder, recipe, resume=resume, **more)
 
 
 def files_of(folder):
