@@ -8,7 +8,7 @@ where the shorter states make the cross-attention cheaper.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -60,24 +60,24 @@ def dropped_tokens(droppable: NDArray, share: NDArray | float) -> NDArray:
     return np.floor(share * droppable.sum(axis=1) + 1e-9).astype(np.int64)  # 0.3 of 10 is 3, whatever floats say
 
 
-def position_scores(shape: tuple[int, int]) -> NDArray:
+def position_scores(shape: Sequence[int]) -> NDArray:
     """Earlier tokens matter more: float64 ``[n, length]``.
 
     Example:
         >>> position_scores((1, 3))
         array([[ 0., -1., -2.]])
     """
-    return np.broadcast_to(np.arange(0, -shape[1], -1, dtype=float), shape)
+    return np.broadcast_to(np.arange(0, -shape[1], -1, dtype=float), tuple(shape))
 
 
-def random_scores(shape: tuple[int, int], seed: int = 0) -> NDArray:
+def random_scores(shape: Sequence[int], seed: int = 0) -> NDArray:
     """The control: float64 ``[n, length]`` that say nothing.
 
     Example:
         >>> random_scores((2, 3), seed=0).shape
         (2, 3)
     """
-    return np.random.default_rng(seed).random(shape)
+    return np.random.default_rng(seed).random(tuple(shape))
 
 
 def inverse_document_frequency(corpus: Iterable[NDArray]) -> NDArray:

@@ -111,5 +111,5 @@ def _hash(tensors: dict[str, torch.Tensor], file: Path) -> str:
     digest = hashlib.sha256(file.name.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.numpy()))
+        digest.update(tensor.numpy().data)
     return digest.hexdigest()

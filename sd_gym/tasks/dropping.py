@@ -1,4 +1,4 @@
-"""Which tokens of a split's inputs go at a token level; what prepares a backbone and what scores it drop the same."""
+"""Which tokens of a split's inputs are dropped at a token level, in preparing a backbone and in scoring it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sd_gym.backbones.heads import Head
 from sd_gym.config import BackboneConfig, TokensConfig
@@ -25,10 +25,10 @@ class TokenDropping:
         instances: The instances.
         encoded: Their tensors.
         board: The backbone's switchboard.
-        tokenizer: Its tokenizer.
-        head: Its head.
-        backbone: As for ``encode``.
-        tokens: Of the config: which ones go.
+        tokenizer: The backbone's.
+        head: The backbone's.
+        backbone: See ``encode``.
+        tokens: Which ones are dropped.
         rarity: Gives ``training_rarity``, if the ranking asks for it.
     """
 
@@ -37,18 +37,15 @@ class TokenDropping:
         instances: Sequence[Instance],
         encoded: Encoded,
         board: Switchboard,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         head: Head,
         backbone: BackboneConfig,
         tokens: TokensConfig,
         rarity: Callable[[], NDArray],
     ) -> None:
-        self.shares = np.array(tokens.shares)
-        self.ranking = RANKINGS.find(tokens.ranking)
-        self._ranked_by = tokens.ranking
-        self._instances, self._encoded = instances, encoded
-        self._board, self._tokenizer, self._head = board, tokenizer, head
-        self._backbone, self._rarity = backbone, rarity
+        self.shares, self.ranking = np.array(tokens.shares), RANKINGS.find(tokens.ranking)
+        self._instances, self._encoded, self._board, self._tokenizer = instances, encoded, board, tokenizer
+        self._head, self._backbone, self._ranked_by, self._rarity = head, backbone, tokens.ranking, rarity
 
     @cached_property
     def droppable(self) -> NDArray:

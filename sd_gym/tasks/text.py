@@ -1,4 +1,4 @@
-"""What a text is worth that a backbone generates or extracts: SQuAD's exact match and F1, and ROUGE."""
+"""Scores of a text that a backbone generates or extracts: SQuAD's exact match and F1, and ROUGE."""
 
 from __future__ import annotations
 

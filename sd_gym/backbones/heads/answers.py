@@ -91,7 +91,7 @@ class Answers(ABC):
     sees_confidence: ClassVar[bool] = False
 
     def check_answering(self, wanted: str | None, name: str) -> None:
-        """Raise ValueError if ``wanted``, the config key ``answers``, is not this head's way (``name``: the backbone)."""
+        """Raise ValueError if the head of the backbone ``name`` does not answer as the config key ``answers`` wants."""
         if wanted not in (None, self.answering):
             raise ValueError(
                 f"config key 'backbone.answers': {wanted!r} needs a backbone whose answers are {wanted}, but {name!r} "

@@ -52,7 +52,8 @@ class LabelHead(Head):
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
         """With the names of the model's classes."""
-        return cls(labels_of(model.config), model.config.id2label)
+        names = model.config.id2label or {}
+        return cls(labels_of(model.config), {int(index): str(name) for index, name in names.items()})
 
     @classmethod
     def is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
