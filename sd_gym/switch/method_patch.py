@@ -15,24 +15,18 @@ class MethodPatch:
         target: The object.
         name: The method.
         scope: The board's decisions.
-        run: ``run(decision, method, *args, **kwargs)``, called in the method's place with the decision in force here;
-            ``None``: none is.
+        run: ``run(decision, method, *args, **kwargs)``, called in the method's place with the decision in force here.
 
     Attributes:
         replaced: What another tool had put in the method's place before.
         is_put: Whether it stands in the method's place.
-        is_lost: Whether another tool put itself in front meanwhile, so that the place could not be given back; the
-            scope's ``lost`` has it then.
+        is_lost: Whether another tool put itself in front meanwhile; then it is in the scope's ``lost``.
     """
 
     def __init__(self, target: Any, name: str, scope: Scope, run: Callable[..., Any]) -> None:
-        self.target = target
-        self.name = name
-        self.run = run
-        self.scope = scope
+        self.target, self.name, self.scope, self.run = target, name, scope, run
         self.replaced: Callable[..., Any] | None = None
-        self.is_put = False
-        self.is_lost = False
+        self.is_put = self.is_lost = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What runs in the method's place."""
