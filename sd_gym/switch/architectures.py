@@ -105,22 +105,9 @@ def register_architecture(architecture: Architecture) -> None:
 
     Example:
         >>> from sd_gym.switch import Architecture, Stack, Sublayer, register_architecture
-        >>> register_architecture(
-        ...     Architecture(
-        ...         model_types=("my-encoder",),
-        ...         stacks=(
-        ...             Stack(
-        ...                 "encoder",
-        ...                 layers="layers",
-        ...                 sublayers=(
-        ...                     Sublayer("attention", ("norm", "self_attn"), output="self_attn.out_proj"),
-        ...                     Sublayer("feed_forward", ("fc1", "fc2")),
-        ...                 ),
-        ...             ),
-        ...         ),
-        ...         sequence_heads=("classifier",),
-        ...     )
-        ... )
+        >>> attention = Sublayer("attention", ("norm", "self_attn"), output="self_attn.out_proj")
+        >>> encoder = Stack("encoder", "layers", (attention, Sublayer("feed_forward", ("fc1", "fc2"))))
+        >>> register_architecture(Architecture(("my-encoder",), (encoder,), sequence_heads=("classifier",)))
     """
     for model_type in architecture.model_types:
         _REGISTRY[model_type] = architecture
@@ -137,11 +124,7 @@ def supported_architectures() -> list[str]:
 
 
 def architecture_of(model_type: str) -> Architecture:
-    """The entry for a model type.
-
-    Raises:
-        UnsupportedArchitectureError: If the type is unknown; the message lists the known ones and says how to add one.
-    """
+    """The entry for a model type; UnsupportedArchitectureError if it is unknown."""
     if model_type not in _REGISTRY:
         raise UnsupportedArchitectureError(
             f"no switches are known for the architecture {model_type!r}; known are: "

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from threading import RLock, get_ident, local
-from types import FrameType, TracebackType
-from typing import Any, Protocol, cast
+from types import FrameType
+from typing import Any, cast
 from weakref import ref
 
 import torch
@@ -32,17 +32,56 @@ class StaleBoardError(RuntimeError):
     """The switchboard does not belong to the model as it is now; the message says what to do."""
 
 
-class Patch(Protocol):
-    """What stands in the place of a method of one object while a decision needs it; see ``MethodPatch``."""
+class MethodPatch:
+    """Called in the place of a method of one object, while any decision is in force that needs it.
 
-    target: Any
-    name: str
+    Args:
+        target: The object.
+        name: The method.
+        scope: The board's decisions.
+        run: ``run(decision, method, *args, **kwargs)``, called in the method's place with the decision in force here.
+
+    Attributes:
+        replaced: What another tool had put in the method's place before.
+        is_put: Whether it stands in the method's place.
+        is_lost: Whether another tool put itself in front meanwhile; then it is in the scope's ``lost``.
+    """
+
+    def __init__(self, target: Any, name: str, scope: Scope, run: Callable[..., Any]) -> None:
+        self.target, self.name, self.scope, self.run = target, name, scope, run
+        self.replaced: Callable[..., Any] | None = None
+        self.is_put = self.is_lost = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What runs in the method's place."""
+        return self.run(self.scope.current(), self.method, *args, **kwargs)
+
+    def method(self, *args: Any, **kwargs: Any) -> Any:
+        """What it stands in the place of; looked up anew, so that copies of the object have their own."""
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return getattr(type(self.target), self.name)(self.target, *args, **kwargs)
 
     def put(self) -> None:
         """Stand in the method's place, if it does not yet."""
+        if not self.is_put and not self.is_lost:
+            place = vars(self.target)
+            self.replaced = place.get(self.name)
+            place[self.name] = self
+            self.is_put = True
 
     def take_away(self) -> None:
         """Give the place back, if it was taken."""
+        if not self.is_put:
+            return
+        self.is_put = False
+        if vars(self.target).get(self.name) is not self:
+            self.is_lost = True
+            self.scope.lost.append(self)
+        elif self.replaced is None:
+            del vars(self.target)[self.name]
+        else:
+            vars(self.target)[self.name] = self.replaced
 
 
 class _Family:
@@ -87,7 +126,7 @@ class _Family:
                     if number not in others:
                         patches[number].take_away()
 
-    def _patches(self) -> list[Sequence[Patch]]:
+    def _patches(self) -> list[Sequence[MethodPatch]]:
         return [scope.patches for known in self._scopes if (scope := known()) is not None]
 
 
@@ -138,14 +177,14 @@ class Scope:
     """
 
     def __init__(self, original: Scope | None = None) -> None:
-        self.patches: Sequence[Patch] = []
-        self.lost: list[Patch] = []
+        self.patches: Sequence[MethodPatch] = []
+        self.lost: list[MethodPatch] = []
         self.original = original
         self.family = _Family() if original is None else original.family
         self._in_generators: list[_Entry] = []
         self._known = _Known()
 
-    def fill(self, patches: Sequence[Patch]) -> None:
+    def fill(self, patches: Sequence[MethodPatch]) -> None:
         """Have these patches put in place where a decision needs them."""
         self.patches = patches
         self.family.join(self)
@@ -156,10 +195,10 @@ class Scope:
         scope.fill(patches)
         return scope
 
-    def __getstate__(self) -> tuple[Sequence[Patch], list[Patch]]:
+    def __getstate__(self) -> tuple[Sequence[MethodPatch], list[MethodPatch]]:
         return self.patches, self.lost  # decisions stay in their process
 
-    def __setstate__(self, state: tuple[Sequence[Patch], list[Patch]]) -> None:
+    def __setstate__(self, state: tuple[Sequence[MethodPatch], list[MethodPatch]]) -> None:
         self.__init__()
         patches, self.lost = state
         self.fill(patches)
@@ -281,8 +320,7 @@ class Block:
     """A ``with`` block in which a decision is in force."""
 
     def __init__(self, scope: Scope, decision: InForce) -> None:
-        self._scope = scope
-        self._decision = decision
+        self._scope, self._decision = scope, decision
         self._entry: _Entry | None = None
 
     def __enter__(self) -> None:
@@ -290,9 +328,7 @@ class Block:
             raise RuntimeError("this block is entered already; call decide() again for another one")
         self._entry = self._scope.enter(self._decision, sys._getframe(1))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         entry, self._entry = self._entry, None
         if entry is not None:
             self._scope.leave(entry)

@@ -186,11 +186,6 @@ class Decision:
         self.tag_cell[:] = [self.plan.tag]
 
     @property
-    def batch(self) -> int:
-        """Rows that are decided on; 1 stands for all rows of any batch."""
-        return self.plan.batch
-
-    @property
     def needs(self) -> tuple[int, ...]:
         """Numbers of the patches that it needs."""
         return self.plan.needs if self.pending is None else (*self.plan.needs, *self.pending.needs)
@@ -203,7 +198,7 @@ class Decision:
     @property
     def is_uniform(self) -> bool:
         """Whether it says the same of all rows of any batch."""
-        return self.batch == 1 and self.tokens is None
+        return self.plan.batch == 1 and self.tokens is None
 
     def check(self, total: int) -> None:
         """``refuse_replays``, ``refuse_tracing`` and ``repeats_in`` where some row of a batch of ``total`` skips."""
@@ -222,8 +217,8 @@ class Decision:
         """Raise NotImplementedError where the model is traced or exported under what holds for these rows alone."""
         if not self.is_uniform and (_is_tracing() or torch.compiler.is_exporting()):
             raise NotImplementedError(
-                f"a traced or exported model would keep the decisions of these {self.batch} rows for any batch; trace "
-                "it under a single row of decisions without dropped tokens, which stands for all, or densely"
+                f"a traced or exported model would keep the decisions of these {self.plan.batch} rows for any batch; "
+                "trace it under a single row of decisions without dropped tokens, which stands for all, or densely"
             )
 
     def refuse_replays(self) -> None:
@@ -274,10 +269,11 @@ class Decision:
 
     def repeats_in(self, total: int) -> int:
         """How often each row stands in a batch of ``total``; ValueError if it is not the batch that was decided on."""
-        if self.batch == 1 or total == self.batch * self.repeats:
-            return 1 if self.batch == 1 else self.repeats
+        batch = self.plan.batch
+        if batch == 1 or total == batch * self.repeats:
+            return 1 if batch == 1 else self.repeats
         raise ValueError(
-            f"decisions are in force for {self.batch} rows, but the model got {total}; give a row of decisions for "
+            f"decisions are in force for {batch} rows, but the model got {total}; give a row of decisions for "
             "each row of the batch, in its order, or a single one for all (only in generate() does a row stand for its "
             "beams and samples)"
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from sd_gym.switch.method_patch import MethodPatch
+from sd_gym.switch.context import MethodPatch
 from sd_gym.switch.switchboard import Switchboard
 
 
@@ -25,9 +25,7 @@ def first_layer_input(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> from sd_gym.switch import Switchboard
-        >>> config = BertConfig(
-        ...     vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-        ... )
+        >>> config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
         >>> board = Switchboard(BertForSequenceClassification(config).eval())
         >>> mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
         >>> hidden = first_layer_input(board, {"input_ids": 5 * mask, "attention_mask": mask})
@@ -47,6 +45,16 @@ def attention_received(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
     (Kim et al. 2022, equation 3). The attention is computed eagerly, whatever the model's implementation.
 
     ``attention_mask`` must be among the inputs.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from sd_gym.switch import Switchboard
+        >>> config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+        >>> board = Switchboard(BertForSequenceClassification(config).eval())
+        >>> mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+        >>> received = attention_received(board, {"input_ids": 5 * mask, "attention_mask": mask})
+        >>> received.sum(dim=1).round().tolist()  # each token that attends shares out 1
+        [1.0, 1.0]
     """
     with board.decide(np.zeros((1, len(board)), dtype=bool)):  # whatever else is decided here
         weights = _first_attention(board, inputs)

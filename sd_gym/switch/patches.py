@@ -10,8 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from sd_gym.switch.architectures import Architecture
-from sd_gym.switch.context import Scope
-from sd_gym.switch.method_patch import MethodPatch
+from sd_gym.switch.context import MethodPatch, Scope
 from sd_gym.switch.model_patches import GeneratePatch, LayerPatch, run_decoder, run_encoder
 from sd_gym.switch.sublayer_patch import Place, SublayerPatch
 from sd_gym.switch.switch import Switch

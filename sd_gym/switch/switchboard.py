@@ -109,10 +109,9 @@ class Switchboard:
 
     @property
     def stages(self) -> list[str]:
-        """Names of all stages, in execution order.
+        """Names of all stages, in execution order: ``first``, then ``encoder.3`` (or ``decoder.3``) before a layer.
 
-        ``first`` stands before the first layer, ``encoder.3`` (or ``decoder.3``) before a layer, and ``decoder``
-        between encoder and decoder.
+        ``decoder`` stands between encoder and decoder.
         """
         return [stage.name for stage in self._stages]
 
@@ -172,8 +171,7 @@ class Switchboard:
                 a decoder's input where an answer follows the prompt.
 
         Raises:
-            ValueError: If there is no stage of such a name. Inside the block, see ``decide``.
-            StaleBoardError: See ``decide``.
+            ValueError, StaleBoardError: See ``decide``; ValueError also if there is no stage of such a name.
         """
         self._check_fresh()
         named = self._named(stages)
@@ -202,9 +200,8 @@ class Switchboard:
             resume_from: The state at an earlier stage; see ``decide``.
 
         Raises:
-            ValueError: If there is no such stage; and see ``decide``.
+            ValueError, StaleBoardError: See ``decide``; ValueError also if there is no such stage.
             RuntimeError: If the pass ends without reaching it.
-            StaleBoardError: See ``decide``.
         """
         self._check_fresh()
 

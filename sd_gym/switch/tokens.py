@@ -68,7 +68,12 @@ def position_scores(shape: Sequence[int]) -> NDArray:
 
 
 def random_scores(shape: Sequence[int], seed: int = 0) -> NDArray:
-    """Random scores, float64 ``[n, length]``: the control."""
+    """Random scores, float64 ``[n, length]``: the control.
+
+    Example:
+        >>> random_scores((2, 3)).shape
+        (2, 3)
+    """
     return np.random.default_rng(seed).random(tuple(shape))
 
 

@@ -11,15 +11,20 @@ predictions, so this is what keeps it where one class is rare, which accuracy do
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sd_gym.registry import Registry
-from sd_gym.tasks import text
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
 
 TextMetric = Callable[[str, Sequence[str]], float | Mapping[str, float]]
 CorpusMetric = Callable[[NDArray, NDArray], float]
@@ -80,6 +85,44 @@ def corpus_metric(name: str, predictions: NDArray, labels: NDArray) -> float:
     return float(function(predictions, labels))
 
 
+def normalised(text: str) -> str:
+    """Lower case, without punctuation and articles, with single spaces: as SQuAD compares (Rajpurkar et al. 2016)."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def answer_scores(answer: str, references: Sequence[str]) -> dict[str, float]:
+    """Exact match and token F1 of an answer, each the best over the references.
+
+    Without references the question has no answer (SQuAD 2.0): then only an empty text is right.
+    """
+    references = references or ("",)
+    return {
+        "exact_match": float(max(normalised(answer) == normalised(reference) for reference in references)),
+        "f1": max(_token_f1(normalised(answer).split(), normalised(reference).split()) for reference in references),
+    }
+
+
+def summary_scores(summary: str, references: Sequence[str]) -> dict[str, float]:
+    """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L with stemming (Lin 2004), each the best over the references."""
+    scores = [_scorer().score(reference, summary) for reference in references]
+    return {name: max(score[name].fmeasure for score in scores) for name in ROUGE}
+
+
+def _token_f1(answer: list[str], reference: list[str]) -> float:
+    if not answer or not reference:
+        return float(answer == reference)
+    common = sum((Counter(answer) & Counter(reference)).values())
+    return 2 * common / (len(answer) + len(reference))
+
+
+@lru_cache
+def _scorer():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(list(ROUGE), use_stemmer=True)
+
+
 def _accuracy(predictions: NDArray, labels: NDArray) -> float:
     return float((predictions == labels).mean())
 
@@ -108,15 +151,15 @@ def _correlation(predictions: NDArray, labels: NDArray) -> float:
 
 
 def _exact_match(answer: str, references: Sequence[str]) -> float:
-    return text.answer_scores(answer, references)["exact_match"]
+    return answer_scores(answer, references)["exact_match"]
 
 
 METRICS: Registry[Metric] = Registry(
     "metric",
     {
         "exact_match": Metric(of_text=_exact_match),
-        "squad": Metric(of_text=text.answer_scores, quality="f1"),
-        "rouge": Metric(of_text=text.summary_scores),
+        "squad": Metric(of_text=answer_scores, quality="f1"),
+        "rouge": Metric(of_text=summary_scores),
         "accuracy": Metric(of_all=_accuracy),
         "f1": Metric(of_all=_f1),
         "matthews": Metric(of_all=_matthews),

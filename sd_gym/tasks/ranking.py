@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sd_gym.data.encoded import Encoded, left_padded
+from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
 from sd_gym.registry import Registry
 from sd_gym.switch import (
@@ -20,7 +19,6 @@ from sd_gym.switch import (
     Switchboard,
     attention_received,
     inverse_document_frequency,
-    keep_tokens,
     position_scores,
     random_scores,
     rarity_scores,
@@ -92,14 +90,6 @@ class ByPosition(TokenRanking):
         return position_scores(encoded.input_ids.shape)
 
 
-class AtRandom(TokenRanking):
-    """At random: a control."""
-
-    def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
-        """See ``random_scores``."""
-        return random_scores(encoded.input_ids.shape)
-
-
 class FunctionRanking(TokenRanking):
     """By a user's function; see ``register_ranking``."""
 
@@ -111,9 +101,13 @@ class FunctionRanking(TokenRanking):
         return self._function(encoded, board, rarity)
 
 
+def _at_random(encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
+    return random_scores(encoded.input_ids.shape)
+
+
 RANKINGS: Registry[TokenRanking] = Registry(
     "token ranking",
-    {"attention": ByAttention(), "idf": ByRarity(), "position": ByPosition(), "random": AtRandom()},
+    {"attention": ByAttention(), "idf": ByRarity(), "position": ByPosition(), "random": FunctionRanking(_at_random)},
 )
 
 
@@ -133,49 +127,10 @@ def register_ranking(name: str, ranking: TokenRanking | ScoreTokens) -> None:
     RANKINGS.register(name, ranking if isinstance(ranking, TokenRanking) else FunctionRanking(ranking))
 
 
-def token_scores(ranking: str, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
-    """How much each token matters, float ``[n, longest]``.
-
-    Args:
-        ranking: ``attention`` (received in the backbone's first layer), ``idf`` (inverse document frequency),
-            ``position``, ``random``, or a user's.
-        encoded: The inputs.
-        board: The backbone's switchboard.
-        rarity: Gives ``training_rarity``, which ``idf`` ranks by.
-
-    Raises:
-        ValueError: If a user's ranking gives something else.
-    """
-    scores = np.asarray(RANKINGS.find(ranking).scores(encoded, board, rarity))
-    if scores.shape != tuple(encoded.input_ids.shape) or np.isnan(scores).any():
-        raise ValueError(
-            f"the ranking {ranking!r} has to give a number for each token, {list(encoded.input_ids.shape)}, got "
-            f"{list(scores.shape)}"
-        )
-    return scores
-
-
 def training_rarity(tokenizer: PreTrainedTokenizerBase, train: Sequence[Instance]) -> NDArray:
     """``inverse_document_frequency`` of each token in the first training instances."""
     texts = [f"{one.source} {one.source_pair or ''}" for one in train[:STATISTICS_SIZE]]
     return inverse_document_frequency(map(np.array, tokenizer(texts).input_ids))
-
-
-def kept_tokens(scores: NDArray, droppable: NDArray, length: NDArray, share: NDArray, padding_side: str) -> NDArray:
-    """The tokens that a batch of inputs keeps, bool ``[n, longest input]``, for ``Switchboard.decide``.
-
-    Args:
-        scores: How much each token matters, ``[n, longest of the split]``.
-        droppable: Whether it may be dropped, bool ``[n, longest of the split]``.
-        length: Tokens of each input, ``[n]``.
-        share: Share of the droppable tokens that each row drops, ``[n]``.
-        padding_side: Where the batch is padded, ``left`` or ``right``.
-    """
-    longest = int(length.max())
-    keep = keep_tokens(scores, droppable, share)[:, :longest] & (np.arange(longest) < length[:, None])
-    if padding_side == "left":
-        return left_padded(torch.from_numpy(keep), torch.from_numpy(length)[:, None]).numpy()
-    return keep
 
 
 def in_batches(

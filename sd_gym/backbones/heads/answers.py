@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sd_gym.data.encoded import Encoded
+from sd_gym.data.instance import Instance
 from sd_gym.switch import PassState
-
-if TYPE_CHECKING:
-    from sd_gym.data.encoded import Encoded
-    from sd_gym.data.instance import Instance
 
 LEAST_LIKELIHOOD = 1e-13  # whose logarithm is taken: about minus 30
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -13,11 +13,9 @@ from torch import Tensor
 from transformers import BatchEncoding
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded, Targets
-
-if TYPE_CHECKING:
-    from sd_gym.config import BackboneConfig
-    from sd_gym.data.instance import Instance
+from sd_gym.data.instance import Instance
 
 NO_MODEL_INPUTS = ("labels", "context_mask")
 

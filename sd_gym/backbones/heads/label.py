@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from numpy.typing import NDArray
@@ -14,12 +14,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from sd_gym.backbones.heads.answers import SplitData, log_likelihoods
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import nothing_generated
+from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Targets
+from sd_gym.data.instance import Instance
 from sd_gym.errors import DataError, short
-
-if TYPE_CHECKING:
-    from sd_gym.config import BackboneConfig
-    from sd_gym.data.instance import Instance
 
 
 class LabelHead(Head):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +15,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sd_gym.backbones.heads.losses import IGNORED
 from sd_gym.backbones.heads.seq2seq import Seq2SeqHead
+from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Targets
+from sd_gym.data.instance import Instance
 from sd_gym.errors import DataError
 from sd_gym.switch import Switchboard
 from sd_gym.switch.architectures import architecture_of
-
-if TYPE_CHECKING:
-    from sd_gym.config import BackboneConfig
-    from sd_gym.data.instance import Instance
 
 
 class PromptedHead(Seq2SeqHead):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,10 +13,8 @@ from transformers import PreTrainedModel
 
 from sd_gym.backbones.heads.answers import QualityMeasure
 from sd_gym.backbones.heads.label import LabelHead, labels_of
+from sd_gym.data.instance import Instance
 from sd_gym.errors import DataError, short
-
-if TYPE_CHECKING:
-    from sd_gym.data.instance import Instance
 
 
 class ScoreHead(LabelHead):

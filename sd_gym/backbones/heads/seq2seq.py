@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +17,10 @@ from sd_gym.backbones.heads.answers import AnswerPasses, QualityMeasure, SplitDa
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import model_inputs
 from sd_gym.backbones.heads.losses import IGNORED
-from sd_gym.data.encoded import Targets
+from sd_gym.config import BackboneConfig
+from sd_gym.data.encoded import Encoded, Targets
+from sd_gym.data.instance import Instance
 from sd_gym.switch import PassState, Switchboard
-
-if TYPE_CHECKING:
-    from sd_gym.config import BackboneConfig
-    from sd_gym.data.encoded import Encoded
-    from sd_gym.data.instance import Instance
 
 
 class Seq2SeqHead(Head):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +18,11 @@ from sd_gym.backbones.heads.answers import QualityMeasure, SplitData
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import model_inputs, nothing_generated
 from sd_gym.backbones.heads.losses import IGNORED, divergence
-from sd_gym.data.encoded import Targets
+from sd_gym.config import BackboneConfig
+from sd_gym.data.encoded import Encoded, Targets
+from sd_gym.data.instance import Instance
 from sd_gym.errors import BackboneError, DataError, short
 from sd_gym.switch import Switchboard
-
-if TYPE_CHECKING:
-    from sd_gym.config import BackboneConfig
-    from sd_gym.data.encoded import Encoded
-    from sd_gym.data.instance import Instance
 
 NOWHERE = -1e9  # logit of a position where no answer may begin or end; finite, so that differences stay numbers
 
