@@ -65,11 +65,7 @@ def can_exit(head: Head, board: Switchboard) -> bool:
 
 
 def resolve(name: str) -> str:
-    """The folder or hub id that a backbone's name stands for.
-
-    Raises:
-        FileNotFoundError: If the name looks like a path and there is no such folder.
-    """
+    """The folder or hub id that a backbone's name stands for; FileNotFoundError if there is no such folder."""
     if name in BUNDLED:
         return str(BUNDLED[name])
     if Path(name).is_dir() or (name.endswith(".gguf") and Path(name).is_file()):
@@ -158,7 +154,7 @@ def _explained(name: str, what: str) -> Iterator[None]:
 
 
 def head_stored_with(name: str) -> type[Head] | None:
-    """The head that is stored with a backbone; ``None`` where there is none. Raises: see ``load_model``."""
+    """The head that is stored with a backbone, if any. Raises: see ``load_model``."""
     config, _, file = _stored(name)
     return _stored_head(config, file)
 
@@ -187,8 +183,7 @@ def _stored(name: str) -> tuple[PretrainedConfig, str, dict[str, str]]:
 
 
 def _stored_head(config: PretrainedConfig, file: dict[str, str]) -> type[Head] | None:
-    named = [str(name) for name in config.architectures or []]
-    return stored_head(config, named, generates=bool(file))
+    return stored_head(config, [str(name) for name in config.architectures or []], generates=bool(file))
 
 
 def save_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -262,7 +262,7 @@ class Scope:
         """End what ``enter`` began, in whatever order and context; copies of the context keep it."""
         entries = _ENTRIES.get()
         entry.ended = entry not in entries or entry.home != _here()
-        _ENTRIES.set(tuple(one for one in entries if one is not entry))
+        _ENTRIES.set(tuple(other for other in entries if other is not entry))
         if entry.generator is not None:
             self._in_generators.remove(entry)
             entry.generator = None

@@ -105,7 +105,8 @@ class Patches:
         for stack in stacks:
             layers = stack.layers_in(model)
             for index, layer in enumerate(layers):
-                attentions = [one for one in of_switches if one.switch.layer is layer and one.switch.sublayer.attention]
+                inside = [patch for patch in of_switches if patch.switch.layer is layer]
+                attentions = [patch for patch in inside if patch.switch.sublayer.attention]
                 restores = len(stacks) == 1 and index == len(layers) - 1
                 norms = [layer.get_submodule(path) for path in stack.norms]
                 place = (stack.name, index)

@@ -67,9 +67,9 @@ def _key(instances: Sequence[Instance], tokenizer: Tokenizer, settings: dict[str
     versions = [__version__, tokenizers.__version__, tokenizer.model_max_length, tokenizer.model_input_names]
     versions += [tokenizer.truncation_side, tokenizer.pad_token_id, tokenizer.eos_token_id]
     digest = hashlib.sha256(json.dumps([versions, described, settings], sort_keys=True).encode())
-    for one in instances:
-        parts = [one.source, one.source_pair, one.target, one.more_targets, one.protected, one.answer_spans]
-        digest.update(json.dumps(parts).encode())
+    keys = ("source", "source_pair", "target", "more_targets", "protected", "answer_spans")
+    for instance in instances:
+        digest.update(json.dumps([getattr(instance, key) for key in keys]).encode())
     return digest.hexdigest()
 
 
@@ -86,7 +86,7 @@ def _from_tensors(tensors: dict[str, torch.Tensor]) -> Encoded:
 
 
 def _read(file: Path) -> dict[str, torch.Tensor] | None:
-    """The tensors that ``_write`` wrote to this file; ``None`` if there are none, or others."""
+    """The tensors that ``_write`` wrote to this file; ``None`` if there is no such file, or it was changed."""
     try:
         with safe_open(file, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no mapping)

@@ -47,9 +47,9 @@ class Instances(list[Instance]):
     def hash(self) -> str:
         """A hash of the instances' fields but their ids, in order."""
         digest = hashlib.blake2b(digest_size=8)
-        for one in self:
-            facts = (one.source, one.source_pair, one.target, one.difficulty, one.protected, one.more_targets)
-            digest.update(repr((*facts, one.answer_spans)).encode("utf-8", "surrogatepass"))
+        keys = ("source", "source_pair", "target", "difficulty", "protected", "more_targets", "answer_spans")
+        for instance in self:
+            digest.update(repr(tuple(getattr(instance, key) for key in keys)).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     @property

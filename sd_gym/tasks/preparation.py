@@ -255,10 +255,7 @@ def _check_same(output: Path, there: dict[str, Any], settings: dict[str, Any]) -
 
 
 def _hash(arrays: Mapping[str, NDArray]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for name in sorted(arrays):
-        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
-    return digest.hexdigest()
+    return hashlib.blake2b(b"".join(arrays[name].tobytes() for name in sorted(arrays)), digest_size=8).hexdigest()
 
 
 def _load(backbone: BackboneConfig, task: str, train: list[Instance]) -> tuple[PreTrainedModel, Tokenizer]:

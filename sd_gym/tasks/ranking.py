@@ -129,7 +129,7 @@ def register_ranking(name: str, ranking: TokenRanking | ScoreTokens) -> None:
 
 def training_rarity(tokenizer: PreTrainedTokenizerBase, train: Sequence[Instance]) -> NDArray:
     """``inverse_document_frequency`` of each token in the first training instances."""
-    texts = [f"{one.source} {one.source_pair or ''}" for one in train[:STATISTICS_SIZE]]
+    texts = [f"{instance.source} {instance.source_pair or ''}" for instance in train[:STATISTICS_SIZE]]
     return inverse_document_frequency(map(np.array, tokenizer(texts).input_ids))
 
 

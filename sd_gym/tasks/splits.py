@@ -100,9 +100,9 @@ def _compare(splits: dict[str, Instances], data: DataConfig) -> None:
     """Drop, refuse or count the texts that stand in two splits, as ``data.overlap`` says."""
     texts = {name: {_key(instance) for instance in instances} for name, instances in splits.items()}
     shared = {
-        (one, other): sum(_key(instance) in texts[other] for instance in splits[one])
-        for one, other in combinations(splits, 2)
-        if texts[one] & texts[other]
+        (name, other): sum(_key(instance) in texts[other] for instance in splits[name])
+        for name, other in combinations(splits, 2)
+        if texts[name] & texts[other]
     }
     if not shared:
         return
@@ -112,9 +112,9 @@ def _compare(splits: dict[str, Instances], data: DataConfig) -> None:
             _drop(splits[name], set().union(*later), f"the split {name!r} of {data.dataset!r}")
         return
     words = "; ".join(
-        f"{count} of the {len(splits[one])} rows of {one} ({splits[one].part}) also stand in {other} "
+        f"{count} of the {len(splits[name])} rows of {name} ({splits[name].part}) also stand in {other} "
         f"({splits[other].part})"
-        for (one, other), count in shared.items()
+        for (name, other), count in shared.items()
     )
     if data.overlap == "error":
         raise DataError(
@@ -122,9 +122,9 @@ def _compare(splits: dict[str, Instances], data: DataConfig) -> None:
             "of rows that were learned from. Cut them apart with splits=..., or set overlap=drop to leave such rows "
             "out of the first one, or overlap=allow to go on all the same"
         )
-    for one, other in shared:
-        for name, against in ((one, other), (other, one)):
-            splits[name].also_in[against] = sum(_key(instance) in texts[against] for instance in splits[name])
+    for pair in shared:
+        for name, other in (pair, pair[::-1]):
+            splits[name].also_in[other] = sum(_key(instance) in texts[other] for instance in splits[name])
     warnings.warn(f"splits of {data.dataset!r} overlap, as overlap=allow says: {words}", stacklevel=4)
 
 

@@ -142,7 +142,7 @@ class Answers(ABC):
     def answers(
         self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, seen: PassState | None = None
     ) -> list[str]:
-        """The backbone's answers to rows under decisions, in words; the pass goes on from what they have ``seen``."""
+        """The backbone's answers to rows under decisions, in words; passes may resume from the state ``seen``."""
         values = passes.in_passes(rows, decisions, lambda logits, _: self.read(logits, passes.longest), seen)
         return self.said(passes, rows, values)
 

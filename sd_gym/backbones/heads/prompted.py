@@ -1,4 +1,4 @@
-"""A text, from a lone decoder that goes on with a prompt."""
+"""A text, from a lone decoder that continues a prompt."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class ScoreHead(LabelHead):
 
     def classes(self, instances: Sequence[Instance]) -> NDArray:
         """The scores."""
-        return np.array([one.target for one in instances], dtype=float)
+        return np.array([instance.target for instance in instances], dtype=float)
 
     def _said(self, value: float) -> str:
         return f"{value:.2f}"

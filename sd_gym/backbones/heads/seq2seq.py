@@ -139,4 +139,4 @@ def was_cut(tokens: BatchEncoding, limit: int) -> NDArray:
     """Which texts were longer than the limit, bool ``[n]``; slow tokenizers only tell which ones reach it."""
     if tokens.encodings is None:
         return (tokens.attention_mask.sum(dim=1) >= limit).numpy()
-    return np.array([bool(one.overflowing) for one in tokens.encodings])
+    return np.array([bool(encoding.overflowing) for encoding in tokens.encodings])

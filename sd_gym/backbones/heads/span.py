@@ -107,7 +107,7 @@ class SpanHead(Head):
         return (best_spans(logits, logits.shape[-1])[:, None] == labels).all(dim=-1).any(dim=-1).float()
 
     def likelihood(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
-        """The sum of the probabilities of the right spans; 0 where there is none."""
+        """The sum of the probabilities of the right spans; 0 where no span is right."""
         return span_log_likelihood(logits, labels).exp()
 
     def read(self, logits: Tensor, longest: int) -> Tensor:

@@ -9,11 +9,7 @@ from random import Random
 from sd_gym.data.instance import Instance
 from sd_gym.tasks.procedural import classification, question_answering, summarization
 
-TASKS = {
-    "classification": classification,
-    "question_answering": question_answering,
-    "summarization": summarization,
-}
+TASKS = {"classification": classification, "question_answering": question_answering, "summarization": summarization}
 TASK_WORDS = {"classification": "classify", "question_answering": "answer", "summarization": "summarize"}
 # A second question about the same facts, asked in training only: it names every person on the way to the answer, which
 # teaches the hops that the answer alone hardly teaches.
