@@ -236,7 +236,7 @@ class Attached:
 
     def _noted(self, looked: _Looked, decisions: NDArray, keep: Tensor | None) -> Decided:
         """Decisions ``[n, switches + 1]`` and the tokens that stay, as ``model.decisions`` will tell them."""
-        skip, ranked = decisions[:, :-1].astype(bool), keep is not None and self.policy.ranks_by_attention
+        skip, ranked = decisions[:, :-1].astype(bool), keep is not None and self.policy.ranking_costs_flops
         length = looked.as_given.sum(dim=1)
         self.model.decisions.note(skip, decisions[:, -1], (length, looked.staying(keep, length)), ranked)
         return skip, keep

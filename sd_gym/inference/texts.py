@@ -183,7 +183,7 @@ class SkippingModel:
         """FLOPs of the policy itself on each input, ``[n]``."""
         network, seen = self.policy.network, np.minimum(split.encoded.source_length, self.policy.longest)
         judged = sum(name != "first" for name in network.stages) if split.backbone.can_exit else 0
-        return network.flops + network.flops_a_token * seen + judged * split.costs.head_flops(np.arange(len(split)))
+        return network.flops + network.flops_per_token * seen + judged * split.costs.head_flops(np.arange(len(split)))
 
     def _unknown_tokens(self, split: BackboneSplit) -> NDArray:
         """How many tokens of each input the tokenizer does not know, ``[n]``: none, where it spells all in bytes."""

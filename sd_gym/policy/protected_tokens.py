@@ -9,17 +9,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-class Protection(NamedTuple):
+class ProtectedTokens(NamedTuple):
     """A rule for the tokens that are never dropped: special ones, some at either end, and the question of a pair.
 
     A data set says for each text what of it is protected (``sd_gym.tasks.encoding.droppable_tokens``). A policy that is
-    attached to a model sees tokens only, so it needs a rule; ``Protection.of`` finds the one that says just the same.
+    attached to a model sees tokens only, so it needs a rule; ``find`` gives the one that says just the same.
 
     Attributes:
         special: Ids of the tokenizer's special tokens.
         first: Tokens at the beginning.
         last: Tokens at the end.
-        separator: The id of the token behind the question; ``None``: there is no question.
+        separator: The id of the token after the question; ``None``: there is no question.
     """
 
     special: tuple[int, ...]
@@ -28,9 +28,9 @@ class Protection(NamedTuple):
     separator: int | None
 
     @classmethod
-    def of(
+    def find(
         cls, input_ids: Tensor, length: NDArray, droppable: NDArray, special: list[int], separator: int | None
-    ) -> Protection | None:
+    ) -> ProtectedTokens | None:
         """The rule by which inputs protect exactly what is not ``droppable``; ``None``: there is none.
 
         Args:
@@ -40,20 +40,16 @@ class Protection(NamedTuple):
             special: Ids of the tokenizer's special tokens.
             separator: The id of the token between two texts, if the tokenizer has one.
         """
-        wanted = torch.from_numpy(droppable)
-        mask = torch.arange(input_ids.shape[1]) < torch.from_numpy(length)[:, None]
-        some = wanted.any(dim=1)
-        # Where nothing may be dropped, an input does not tell how far the ends reach.
-        firsts = wanted.int().argmax(dim=1)[some]
-        lasts = (torch.from_numpy(length) - wanted.shape[1] + wanted.flip(1).int().argmax(dim=1))[some]
-        ends = (int(firsts.min()), int(lasts.min())) if some.any() else (0, 0)
-        for candidate in (
-            cls(tuple(special), 0, 0, None),
-            cls(tuple(special), 0, 0, separator),
-            cls(tuple(special), *ends, None),
-        ):
-            if torch.equal(candidate.droppable(input_ids, mask), wanted):
-                return candidate
+        wanted, lengths = torch.from_numpy(droppable), torch.from_numpy(length)
+        mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
+        some = wanted.any(dim=1)  # where nothing may be dropped, an input does not tell how far the ends reach
+        first = wanted.int().argmax(dim=1)[some]
+        last = (lengths - wanted.shape[1] + wanted.flip(1).int().argmax(dim=1))[some]
+        ends = (int(first.min()), int(last.min())) if some.any() else (0, 0)
+        for first_last, question in (((0, 0), None), ((0, 0), separator), (ends, None)):
+            rule = cls(tuple(special), *first_last, question)
+            if torch.equal(rule.droppable(input_ids, mask), wanted):
+                return rule
         return None
 
     def droppable(self, input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -61,22 +57,17 @@ class Protection(NamedTuple):
 
         Args:
             input_ids: int64 ``[n, longest]``, padded at the right.
-            mask: Its attention mask, likewise.
+            mask: Its attention mask, ``[n, longest]``.
         """
         present = mask.bool()
         place, length = torch.arange(input_ids.shape[1], device=input_ids.device), present.sum(dim=1, keepdim=True)
         special = torch.isin(input_ids, torch.tensor(self.special, device=input_ids.device))
         allowed = present & ~special & (place >= self.first) & (place < length - self.last)
         if self.separator is not None:
-            behind = ((input_ids == self.separator) & (place > 0)).cumsum(dim=1) > 0
-            allowed &= behind
+            allowed &= ((input_ids == self.separator) & (place > 0)).cumsum(dim=1) > 0
         return allowed
 
-    def described(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return self._asdict()
-
     @classmethod
-    def of_described(cls, said: dict[str, Any]) -> Protection:
-        """What ``described`` gave; raises ``KeyError`` or ``TypeError`` if it is none."""
-        return cls(**{**said, "special": tuple(said["special"])})
+    def from_json(cls, values: dict[str, Any]) -> ProtectedTokens:
+        """Of the values of ``_asdict`` (``KeyError`` or ``TypeError`` if they are others)."""
+        return cls(**{**values, "special": tuple(values["special"])})
