@@ -9,9 +9,12 @@ import typer
 
 from sd_gym.cli.terminal import (
     Imports,
+    Settings,
+    Strictness,
     console,
     errors_as_lines,
     import_all,
+    print_line,
     progress_bar,
     say,
     settings_of,
@@ -23,10 +26,7 @@ from sd_gym.cli.terminal import (
 def compare(
     what: Annotated[
         list[str],
-        typer.Argument(
-            metavar="ENV...|RUN...",
-            help="Env ids, to train what is missing first; or run folders (what is none is passed over).",
-        ),
+        typer.Argument(metavar="ENV...|RUN...", help="Env ids, to train on them; or run folders, others are ignored."),
     ],
     algos: Annotated[
         str,
@@ -39,25 +39,19 @@ def compare(
         bool,
         typer.Option(help="With envs: static, early-exit, random, hash, dense and the first agent that learns, blind."),
     ] = True,
-    seeds: Annotated[int, typer.Option(min=1, help="With envs: seeds of each agent.")] = 10,
+    seeds: Annotated[int, typer.Option(min=1, help="With envs: seeds per agent.")] = 10,
     steps: Annotated[int, typer.Option(min=1, help="With envs: decisions to learn from.")] = 50_000,
     jobs: Annotated[int, typer.Option(min=1, help="With envs: processes, of one thread each.")] = 1,
     ray: Annotated[
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="With envs: a Ray cluster that trains instead, which sees OUTPUT under the same path; auto, local, or "
-            "HOST:PORT.",
+            help="With envs: train on a Ray cluster, which sees OUTPUT under the same path; auto, local, or HOST:PORT.",
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="With envs: the runs are OUTPUT/ENV/ALGO-SEED.")] = Path("runs/compare"),
-    strictness: Annotated[float, typer.Option(min=0, help="With envs: of selection, as of sd-gym train.")] = 1.645,
-    set_: Annotated[
-        list[str],
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="With envs: override a config key, or a setting of agents that have it."
-        ),
-    ] = [],  # noqa: B006  (typer wants a list)
+    strictness: Strictness = 1.645,
+    set_: Settings = [],
     report: Annotated[Path | None, typer.Option(help="Page to write about the runs, as sd-gym report does.")] = None,
     fronts: Annotated[
         bool,
@@ -68,29 +62,20 @@ def compare(
     ] = False,
     test_size: Annotated[
         int | None,
-        typer.Option(
-            min=2,
-            help="With --fronts: instances of the test split, for narrower intervals; generated data have as many as "
-            "you like. Otherwise as in the runs.",
-        ),
+        typer.Option(min=2, help="With --fronts: instances of the test split [default: those of the runs]."),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="With --fronts: PNG to write the fronts to, FLOPs against quality lost.")
+        Path | None, typer.Option(help="With --fronts: PNG to write, FLOPs against quality lost.")
     ] = None,
     markdown: Annotated[bool, typer.Option(help="Print a Markdown table.")] = False,
-    imports: Imports = [],  # noqa: B006
+    imports: Imports = [],
 ) -> None:
-    """Put agents side by side, one row an env and agent, means over seeds with the worst seed in brackets.
+    """Compare agents: one row per env and agent, means over seeds, the worst seed in brackets.
 
-    Given envs, every agent and control is trained on them with the same seeds. The command can be given again: finished
-    runs are kept, those that were cut off go on, those that failed are tried again. Exit code 1 if one failed.
+    With envs, every agent and control is trained first, with the same seeds. Given again, the command keeps finished
+    runs, goes on with interrupted ones and retries failed ones. The exit code is 1 if a run failed.
 
-    Examples:
-    `sd-gym compare runs/*`
-
-    `sd-gym compare SD/Classification-Mini-v0 --algos ppo,a2c --seeds 5 --steps 20000 --jobs 2 --report report.html`
-
-    `sd-gym compare --fronts --picture fronts.png runs/static runs/blind runs/ppo-*`
+    Example: `sd-gym compare SD/Classification-Mini-v0 --algos ppo,a2c --seeds 5 --jobs 2 --report report.html`
     """
     imported = import_all(imports)
     from sd_gym.registration import registered_ids
@@ -164,10 +149,10 @@ def _print_comparison(
         title, columns = "At the same quality, test split", savings.COLUMNS
         by = ["env", "points lost", "FLOPs of static / blind"]
         with status("scoring"):
-            found = savings.env_fronts(folders, test_size)
-        rows = [row for one in found for row in savings.savings(one)]
+            scored = savings.env_fronts(folders, test_size)
+        rows = [row for front in scored for row in savings.savings(front)]
         if picture is not None:
-            plots.plot_fronts(found, picture)
+            plots.plot_fronts(scored, picture)
     else:
         title, columns, by = "Runs on the test split", results.COLUMNS, ["env", "dense quality", "test rows"]
         rows = [results.cells(row) for row in results.compare(folders)]
@@ -178,15 +163,15 @@ def _print_comparison(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; what is none is passed over.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; other folders are ignored.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
     also: Annotated[
-        bool, typer.Option(help="Write the same beside it: Markdown, a CSV file of all runs, and the pictures as PNG.")
+        bool, typer.Option(help="Also write it as Markdown, with a CSV file of all runs and the pictures as PNG.")
     ] = False,
 ) -> None:
-    """Write one page about runs: the verdict in words, fronts, curves, what is skipped, tables, how to reproduce it.
+    """Write one page about runs: verdict, fronts, curves, what is skipped, tables, and how to reproduce it.
 
-    It needs no network, and neither backbone nor data; agents of your own need not be imported.
+    It needs no network, backbone, data or --import.
 
     Example: `sd-gym report runs/* -o report.html`
     """
@@ -200,30 +185,26 @@ def _write_report(runs: list[Path], output: Path, also: bool = False) -> None:
 
         written = write_report(runs, output, also=also)
     for file in written:
-        console.print(str(file), highlight=False, soft_wrap=True)
+        print_line(str(file))
 
 
 def tune(
     env: Annotated[str, typer.Argument(help="Env id.")],
     algo: Annotated[str, typer.Option(help="An agent that learns.")] = "ppo",
     trials: Annotated[int, typer.Option(min=1, help="In all, with those that the folder holds.")] = 20,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each trial.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per trial.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Decisions that each run learns from.")] = 20_000,
     output: Annotated[Path | None, typer.Option(help="Folder of the study [default: runs/tune/TASK-ALGO].")] = None,
-    strictness: Annotated[float, typer.Option(min=0, help="Of selection, as of sd-gym train.")] = 1.645,
-    set_: Annotated[
-        list[str],
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; or set what is not to be searched."),
-    ] = [],  # noqa: B006  (typer wants a list)
-    imports: Imports = [],  # noqa: B006
+    strictness: Strictness = 1.645,
+    set_: Settings = [],
+    imports: Imports = [],
 ) -> None:
     """Search an agent's settings with Optuna: quality kept on validation first, then fewer FLOPs.
 
-    The best are written to a file, and printed as options of sd-gym train. The command
-    can be given again, also with more trials: it goes on.
+    It prints the best settings as options of sd-gym train. Settings given by --set are not searched. Given again, the
+    command goes on, also with more trials.
 
-    Examples:
-    `sd-gym tune SD/Classification-Mini-v0 --algo a2c --trials 30 --seeds 2`
+    Example: `sd-gym tune SD/Classification-Mini-v0 --algo a2c --trials 30 --seeds 2`
     """
     imported = import_all(imports)
     with errors_as_lines(), progress_bar() as progress:
@@ -252,6 +233,6 @@ def tune(
             on_trial=on_trial,
             **settings_of(set_),
         )
-    console.print(file.read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
-    found = " ".join(f"--set {key}={value}" for key, value in read_yaml(file).items())
-    console.print(f"Settings: {file}; sd-gym train {env} --algo {algo} {found}", highlight=False, soft_wrap=True)
+    print_line(file.read_text(encoding="utf-8"))
+    best = " ".join(f"--set {key}={value}" for key, value in read_yaml(file).items())
+    print_line(f"Settings: {file}; sd-gym train {env} --algo {algo} {best}")

@@ -1,4 +1,4 @@
-"""What the last call of an attached model has decided, and what share of the FLOPs that ran."""
+"""The decisions of an attached model's last call, and the share of the FLOPs that ran."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sd_gym.switch import FlopsModel
 
 
 class Decisions(local):
-    """What the last call of an attached model in this thread has decided.
+    """The decisions of an attached model's last call in this thread.
 
     Attributes:
         skip: Which row skipped which switch, bool ``[n, switches]``; ``None`` before the first call.
@@ -21,20 +21,19 @@ class Decisions(local):
     """
 
     def __init__(self, head: Head, flops: FlopsModel) -> None:
-        self._head = head
-        self._flops = flops
+        self._head, self._flops = head, flops
         self.skip: NDArray | None = None
         self.token_level: NDArray | None = None
         self._lengths: tuple[Tensor, Tensor] | None = None
         self._target: int | None = None
         self._ranked = False
 
-    def note(self, skip: NDArray, token_level: NDArray, lengths: tuple[Tensor, Tensor], ranked: bool) -> None:
-        """Remember what was decided on inputs of so many tokens, of which so many stay, each ``[n]``."""
+    def record(self, skip: NDArray, token_level: NDArray, lengths: tuple[Tensor, Tensor], ranked: bool) -> None:
+        """Remember decisions on inputs of so many tokens, of which so many stay (each ``[n]``), maybe after ranking."""
         self.skip, self.token_level = skip, token_level
         self._lengths, self._target, self._ranked = lengths, None, ranked
 
-    def note_target(self, length: int) -> None:
+    def record_target(self, length: int) -> None:
         """Remember how many tokens the call generated, or read as a target."""
         self._target = length
 
@@ -47,13 +46,13 @@ class Decisions(local):
         Raises:
             ValueError: If there was no call.
         """
-        if self.skip is None:
+        if self.skip is None or self._lengths is None:
             raise ValueError("this thread has not called the model yet")
         source, kept = (value.cpu().numpy() for value in self._lengths)
         always, switched = self._costs(source, kept)
         dense_always, dense = self._costs(source, source)
         ran = always + (switched * ~self.skip).sum(axis=1)
-        if self._ranked:  # the first attention ran on all tokens to rank them
+        if self._ranked and self.token_level is not None:  # the first attention ran on all tokens to rank them
             ran = ran + np.where(self.token_level > 0, self._flops.costs(source, source)[1][:, 0], 0)
         return flops_share(ran, dense_always + dense.sum(axis=1))
 
