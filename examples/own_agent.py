@@ -4,6 +4,8 @@ python examples/own_agent.py
 sd-gym train SD/Classification-Mini-v0 --import examples/own_agent.py --algo gradient --set learning_rate=0.005
 """
 
+from copy import deepcopy
+
 import torch
 from pydantic import Field
 from sd_gym.agents import Agent, AgentSettings, Rollout
@@ -41,7 +43,7 @@ class Gradient(Agent):
             on_rollout(rollout)  # the policy is validated, a checkpoint is saved
 
     def policy(self):
-        return self.network.with_weights(self.network.state_dict())
+        return deepcopy(self.network).eval()
 
     def state(self):  # of a checkpoint; --resume goes on from it
         learned = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -205,7 +206,7 @@ class ImitationAgent(Agent):
 
     def policy(self) -> DecisionPolicy:
         """A copy of the network."""
-        return self.network.with_weights(self.network.state_dict())
+        return deepcopy(self.network).eval()
 
     def offers(self) -> list[DecisionPolicy]:
         """The policy; of several stages also such whose first ones are more cautious, or run all.

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+from typer import Option
 
 from sd_gym.errors import quiet, short
 
@@ -24,12 +25,10 @@ console = Console(markup=False, emoji=False)
 errors = Console(stderr=True, markup=False, emoji=False)
 FIRST_LINE, EVERY_LINE = 5.0, 60.0  # seconds, of plain lines where there is no terminal
 ADVICE = {
-    errno.ENOSPC: "free some space on the disk",
-    errno.EDQUOT: "free some space on the disk",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space on the disk"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "choose a folder that you may write to"),
     errno.EFBIG: "choose a disk that takes larger files",
     errno.EROFS: "choose a folder on a disk that can be written",
-    errno.EACCES: "choose a folder that you may write to",
-    errno.EPERM: "choose a folder that you may write to",
     errno.ENOTDIR: "choose a folder: what was given is a file, or lies in one",
     errno.EISDIR: "choose a file: what was given is a folder",
     errno.ENAMETOOLONG: "choose a shorter name",
@@ -37,21 +36,19 @@ ADVICE = {
 
 Imports = Annotated[
     list[str],
-    typer.Option(
+    Option(
         "--import", metavar="MODULE_OR_FILE", help="Import your module or .py file first, for the names it registers."
     ),
 ]
 Settings = Annotated[
     list[str],
-    typer.Option(
+    Option(
         "--set", metavar="KEY=VALUE", help="Override a key of the env's config, or a setting of the agent; repeatable."
     ),
 ]
 Strictness = Annotated[
     float,
-    typer.Option(
-        min=0, help="Safety margin of selection, in standard errors; lower it where the validation split is small."
-    ),
+    Option(min=0, help="Safety margin of selection, in standard errors; lower it where the validation split is small."),
 ]
 
 
@@ -105,11 +102,7 @@ def warnings_as_lines() -> Iterator[None]:
 
 
 def settings_of(pairs: list[str], option: str = "--set") -> dict[str, Any]:
-    """``key=value`` pairs of an option as a dictionary, values read as YAML (numbers, booleans, lists, text).
-
-    Raises:
-        ValueError: If a pair has no ``=`` or no key, or its value is not YAML; the message names the option.
-    """
+    """``key=value`` pairs of an option as a dictionary, values read as YAML; ``ValueError`` names the option."""
     from sd_gym.envs.config import parse_yaml
 
     settings = {}
@@ -133,11 +126,7 @@ def status(what: str) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(visible: bool = True) -> Iterator[Progress]:
-    """Bars followed by ``figures``; where there is no terminal, a plain line now and then says the same.
-
-    The first line is written after ``FIRST_LINE`` seconds, the others every ``EVERY_LINE`` seconds. Nothing is shown
-    unless ``visible``.
-    """
+    """Bars followed by ``figures``, if ``visible``; where there is no terminal, a plain line now and then instead."""
     quiet()
     if visible:
         _say_if_busy()

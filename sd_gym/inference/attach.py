@@ -5,16 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
+from threading import local
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_gym.backbones.heads import head_of
-from sd_gym.inference.decisions import Decisions
+from sd_gym.backbones.heads import Head, flops_share, head_of
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.rollout import Keep, StagedRollout
 from sd_gym.switch import FlopsModel, PassState, Switchboard, first_layer_input
@@ -80,7 +81,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Take a policy out of a model, which then is exactly what it was.
 
     Raises:
-        ValueError: If none is attached.
+        ValueError: If there is no policy.
         RuntimeError: If another thread is in the middle of a call.
     """
     attached = vars(model).get("_attached")
@@ -91,12 +92,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class Attached:
-    """Replaces ``forward`` and ``generate`` of one model.
-
-    Args:
-        model: The model.
-        policy: Decides; it may be replaced by another one of the same model.
-    """
+    """Replaces ``forward`` and ``generate`` of one model; ``policy`` may be replaced by another one of the model."""
 
     def __init__(self, model: PreTrainedModel, policy: SkipPolicy) -> None:
         self.model, self.policy = model, policy
@@ -290,3 +286,50 @@ class _PolicyInput(NamedTuple):
     def kept_length(self, keep: Keep, length: Tensor) -> Tensor:
         """How many tokens stay, of ``length``, ``[n]``."""
         return length if keep is None else (torch.as_tensor(keep) & self.mask.bool()).sum(dim=1)
+
+
+class Decisions(local):
+    """The decisions of an attached model's last call in this thread.
+
+    Attributes:
+        skip: Which row skipped which switch, bool ``[n, switches]``; ``None`` before the first call.
+        token_level: An index of the policy's token shares per row, int64 ``[n]``.
+    """
+
+    def __init__(self, head: Head, flops: FlopsModel) -> None:
+        self._head, self._flops = head, flops
+        self.skip: NDArray | None = None
+        self.token_level: NDArray | None = None
+        self._lengths: tuple[Tensor, Tensor] | None = None
+        self._target: int | None = None
+        self._ranked = False
+
+    def record(self, skip: NDArray, token_level: NDArray, lengths: tuple[Tensor, Tensor], ranked: bool) -> None:
+        """Remember decisions on inputs of so many tokens, of which so many stay (each ``[n]``), maybe after ranking."""
+        self.skip, self.token_level = skip, token_level
+        self._lengths, self._target, self._ranked = lengths, None, ranked
+
+    def record_target(self, length: int) -> None:
+        """Remember how many tokens the call generated, or read as a target."""
+        self._target = length
+
+    @property
+    def flops_ratio(self) -> NDArray:
+        """FLOPs of the last call, without the policy's own, over those of a dense one, float64 ``[n]``.
+
+        A row of padding alone has 1.0: there is nothing to save. ``ValueError`` if there was no call.
+        """
+        if self.skip is None or self._lengths is None:
+            raise ValueError("this thread has not called the model yet")
+        source, kept = (value.cpu().numpy() for value in self._lengths)
+        always, switched = self._costs(source, kept)
+        dense_always, dense = self._costs(source, source)
+        ran = always + (switched * ~self.skip).sum(axis=1)
+        if self._ranked and self.token_level is not None:  # the first attention ran on all tokens to rank them
+            ran = ran + np.where(self.token_level > 0, self._flops.costs(source, source)[1][:, 0], 0)
+        return flops_share(ran, dense_always + dense.sum(axis=1))
+
+    def _costs(self, source: NDArray, kept: NDArray) -> tuple[NDArray, NDArray]:
+        if self._target is None:  # one pass over the input
+            return self._flops.costs(source, source, kept)
+        return self._head.answer_costs(self._flops, source, np.full_like(source, self._target), kept)

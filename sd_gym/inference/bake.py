@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sd_gym.policy.artefact import switchboard_of
-from sd_gym.switch import Stack, Switch, Switchboard
+from sd_gym.switch import Switchboard
 
 # What configs of transformers call the number of layers: of a lone stack, and of each of two.
 COUNTS = {
@@ -48,9 +48,8 @@ def bake(model: PreTrainedModel, mask: ArrayLike) -> PreTrainedModel:
     """
     with switchboard_of(model) as board:
         kept = _kept(board, _checked(mask, board))
-        config, paths = _config(board, kept), _paths(board)
+        config, weights = _config(board, kept), _weights(board, kept)
     smaller = type(model)._from_config(config, attn_implementation=model.config._attn_implementation, dtype=model.dtype)
-    weights = _weights(model, kept, paths)
     expected = smaller.state_dict()
     if weights.keys() != expected.keys() or any(weights[name].shape != expected[name].shape for name in expected):
         raise ValueError(
@@ -134,22 +133,11 @@ def _config(board: Switchboard, kept: dict[str, list[int]]) -> Any:
     return config
 
 
-def _paths(board: Switchboard) -> dict[str, tuple[Stack, str]]:
-    """Where in the model the layers of each stack are, by its name."""
-    first: dict[str, Switch] = {}
-    for switch in board.switches:
-        first.setdefault(switch.stack, switch)
-    return {
-        stack.name: (stack, board.path_of(first[stack.name]).rpartition(".")[0]) for stack in board.architecture.stacks
-    }
-
-
-def _weights(
-    model: PreTrainedModel, kept: dict[str, list[int]], paths: dict[str, tuple[Stack, str]]
-) -> dict[str, Tensor]:
+def _weights(board: Switchboard, kept: dict[str, list[int]]) -> dict[str, Tensor]:
     """The weights that stay, under their new names; the new first layer gets what all layers share."""
-    weights = model.state_dict()
-    for stack, path in paths.values():
+    weights, first = board.model.state_dict(), {switch.stack: switch for switch in reversed(board.switches)}
+    for stack in board.architecture.stacks:
+        path = board.path_of(first[stack.name]).rpartition(".")[0]
         of_layers = {name: weights.pop(name) for name in list(weights) if name.startswith(f"{path}.")}
         for new, old in enumerate(kept[stack.name]):
             begin = f"{path}.{old}."

@@ -27,27 +27,16 @@ CHUNK = 1024  # inputs that are grouped into passes together
 
 @dataclass
 class Bulk:
-    """The outcome of a run over a file.
+    """The outcome of a run over a file."""
 
-    Attributes:
-        rows: Inputs answered, in this run.
-        malformed: Lines that are not inputs, with what is wrong with each.
-        seconds: Of answering.
-        flops_ratio: Of each row, the policy's own FLOPs included.
-        dense_seconds: Of answering densely, where that was asked for.
-        agree: Whether each row has the dense answer.
-        quality: Of each row with a reference: its own and dense.
-        unknown: Inputs with words that the tokenizer does not know.
-    """
-
-    rows: int = 0
-    malformed: list[Line] = field(default_factory=list)
-    seconds: float = 0.0
-    flops_ratio: list[float] = field(default_factory=list)
-    dense_seconds: float = 0.0
-    agree: list[bool] = field(default_factory=list)
-    quality: list[tuple[float, float]] = field(default_factory=list)
-    unknown: int = 0
+    rows: int = 0  # inputs answered, in this run
+    malformed: list[Line] = field(default_factory=list)  # with what is wrong with each
+    seconds: float = 0.0  # of answering
+    flops_ratio: list[float] = field(default_factory=list)  # of each row, the policy's own FLOPs included
+    dense_seconds: float = 0.0  # of answering densely, where that was asked for
+    agree: list[bool] = field(default_factory=list)  # whether each row has the dense answer
+    quality: list[tuple[float, float]] = field(default_factory=list)  # of each row with a reference: its own and dense
+    unknown: int = 0  # inputs with words that the tokenizer does not know
 
     def figures(self) -> dict[str, str]:
         """Means, by name, as text."""
@@ -79,12 +68,11 @@ def run_file(
 
     Each has ``line`` (the number of the row's line), ``answer``, ``skip`` (0 or 1 per switch), ``token_level``,
     ``flops_ratio`` and ``unknown_tokens``; or ``error``, where the row is malformed, which does not stop the others.
-    Blank lines of JSON lines are skipped, but counted. A warning at the end has the number of inputs with words that
-    the tokenizer does not know. Until all is done the answers are in the folder ``OUTPUT.part``, which one process
-    holds at a time.
+    Blank lines of JSON lines are skipped, but counted. Until all is done the answers are in the folder ``OUTPUT.part``,
+    which one process holds at a time.
 
     Args:
-        model: Answers.
+        model: A policy and its backbone.
         source: A ``.jsonl``, ``.csv`` or ``.parquet`` file; ``None``: JSON lines from the standard input.
         output: The file to write.
         resume: Whether to go on after the last whole chunk of a run that was cut off.

@@ -20,17 +20,11 @@ BLOCK = 2**20  # bytes
 
 
 class Line(NamedTuple):
-    """One row of the input.
+    """One row of the input."""
 
-    Attributes:
-        number: Of its line, from 1.
-        row: Its fields; ``None`` where it is malformed.
-        error: What is wrong with it.
-    """
-
-    number: int
-    row: dict[str, Any] | None
-    error: str = ""
+    number: int  # of its line, from 1
+    row: dict[str, Any] | None  # its fields; None where it is malformed
+    error: str = ""  # what is wrong with it
 
 
 class State(BaseModel):
@@ -46,12 +40,7 @@ class State(BaseModel):
 
 
 class Part:
-    """The folder ``OUTPUT.part``: the answers, and their state, which is written after each chunk.
-
-    Args:
-        output: Where the answers shall be when all are there.
-        made_by: What makes them, as of ``State``.
-    """
+    """The folder ``OUTPUT.part``: answers, which move to ``output`` when all are there, and their state."""
 
     def __init__(self, output: Path, made_by: dict[str, str | dict[str, str]]) -> None:
         self._output, self._folder = output, output.with_name(output.name + ".part")

@@ -36,30 +36,19 @@ Input = str | Sequence[str] | Mapping[str, Any]
 
 
 class Answer(NamedTuple):
-    """The outcome of one input.
+    """The outcome of one input."""
 
-    Attributes:
-        answer: The text that was generated or extracted, the name of the class, or the score.
-        skip: Which switches it skipped, bool ``[switches]``.
-        token_level: The level at which it dropped tokens.
-        flops_ratio: FLOPs over those of the dense backbone, the policy's own included.
-        unknown_tokens: Tokens of the input that stand for something that the tokenizer does not know.
-    """
-
-    answer: str
-    skip: NDArray
-    token_level: int
-    flops_ratio: float
-    unknown_tokens: int
+    answer: str  # the text that was generated or extracted, the name of the class, or the score
+    skip: NDArray  # which switches it skipped, bool [switches]
+    token_level: int  # at which it dropped tokens
+    flops_ratio: float  # FLOPs over those of the dense backbone, the policy's own included
+    unknown_tokens: int  # tokens of the input that stand for something that the tokenizer does not know
 
 
 class StagedPasses(Passes):
-    """Passes that decide as they go, from stage to stage, so that nothing runs twice; they are cut by length alone.
+    """Passes of a split that decide from stage to stage, so that nothing runs twice; they are cut by length alone.
 
-    Args:
-        split: Of the inputs.
-        policy: Decides, at several stages.
-        decisions: Zeros ``[n, switches + 1]``, which become the decisions.
+    ``decisions [n, switches + 1]``, zeros at first, become the policy's.
     """
 
     def __init__(self, split: BackboneSplit, policy: SkipPolicy, decisions: NDArray) -> None:
@@ -210,13 +199,16 @@ class SkippingModel:
 
     def checked(self, given: Any) -> list[str]:
         """The texts of an input; ``ValueError`` if it is malformed, or no tokenizer can read one of its texts."""
-        texts = self._texts(given)
-        if texts is None:
-            optional = " (which may be missing)" if self._task.optional is not None else ""
-            raise ValueError(
-                f"expected {' and '.join(self.fields)}{optional}, each a text that is not empty; got {short(given)}"
-            )
-        for name, text in zip(self.fields, texts, strict=False):
+        names, optional = self.fields, self._task.optional is not None
+        texts: Any = [given.get(name) for name in names] if isinstance(given, Mapping) else given
+        texts = list(texts) if isinstance(texts, list | tuple) else [texts]
+        if optional and len(texts) == 2 and texts[1] is None:
+            texts = texts[:1]
+        fits = len(names) - optional <= len(texts) <= len(names)
+        if not fits or not all(isinstance(text, str) and text.strip() for text in texts):
+            expected = " and ".join(names) + (" (which may be missing)" if optional else "")
+            raise ValueError(f"expected {expected}, each a text that is not empty; got {short(given)}")
+        for name, text in zip(names, texts, strict=False):
             check_text(text, name)
         return texts
 
@@ -234,16 +226,6 @@ class SkippingModel:
             raise ValueError(f"input {number}: {error}") from None
         row = dict(zip(self.fields, texts, strict=False)) | {self._task.reference: self._task.unknown}
         return self._task.instance(row, str(number), f"input {number}")
-
-    def _texts(self, given: Any) -> list[str] | None:
-        names = self.fields
-        texts: Any = [given.get(name) for name in names] if isinstance(given, Mapping) else given
-        texts = list(texts) if isinstance(texts, list | tuple) else [texts]
-        optional = self._task.optional is not None
-        if optional and len(texts) == 2 and texts[1] is None:
-            texts = texts[:1]
-        fits = len(names) - optional <= len(texts) <= len(names)
-        return texts if fits and all(isinstance(text, str) and text.strip() for text in texts) else None
 
 
 def unknown_words(unknown: int, inputs: int) -> str:
@@ -271,9 +253,9 @@ def load(
         policy: A policy, the folder of a training run or of ``save_pretrained``, or an id of the Hugging Face hub.
         backbone: Where the backbone is, if not where it was in training.
         device: Where it runs.
-        max_loss: See ``attach``; also of the next two.
-        max_flops: Share of the dense FLOPs.
-        check_weights: Whether the backbone's weights have to be those of the training.
+        max_loss: See ``attach``.
+        max_flops: See ``attach``.
+        check_weights: See ``attach``.
 
     Raises:
         FileNotFoundError, ValueError: See ``SkipPolicy.from_pretrained`` and ``attach``; or the backbone cannot be

@@ -92,15 +92,12 @@ class SkipPolicy:
         return self.decide_on(first_layer_input(board, inputs), inputs["attention_mask"])
 
     def decide_on(self, hidden: Tensor, mask: Tensor, *, whole: bool = False) -> NDArray:
-        """Decisions, int64 ``[n, switches + 1]``.
+        """Decisions, int64 ``[n, switches + 1]``; ``ValueError`` if it decides at stages of the pass.
 
         Args:
             hidden: The first layer's input, ``[n, length, width]``, padded at the right.
             mask: Of its tokens, ``[n, length]``.
-            whole: Whether none of them is padding, which is quicker to observe.
-
-        Raises:
-            ValueError: If it decides at stages of the pass.
+            whole: Whether none of them is padding, which is quicker.
         """
         if self.is_staged:
             raise ValueError(
@@ -123,8 +120,7 @@ class SkipPolicy:
     def kept(self, board: Switchboard, inputs: dict[str, Tensor], level: NDArray) -> Tensor | None:
         """Which tokens stay at the token levels ``[n]``, bool ``[n, length]``; ``None``: all.
 
-        Raises:
-            ValueError: If tokens alone do not tell which of them are protected.
+        ``ValueError`` if tokens alone do not tell which of them are protected.
         """
         if self.network.nvec[-1] == 1 or not level.any():
             return None
@@ -147,13 +143,7 @@ class SkipPolicy:
         return rarity_scores(ids, inputs["attention_mask"].cpu().numpy().astype(bool), self.rarity)
 
     def ranking_flops(self, flops: FlopsModel, length: NDArray, drops: NDArray) -> NDArray:
-        """FLOPs of ranking the tokens of inputs, int64 ``[n]``.
-
-        Args:
-            flops: Of the model.
-            length: Tokens of each input, ``[n]``.
-            drops: Which inputs drop any, bool ``[n]``.
-        """
+        """FLOPs of ranking the tokens of inputs of ``length [n]`` that ``drops [n]`` any, int64 ``[n]``."""
         if not self.ranking_costs_flops or not drops.any():
             return np.zeros_like(length)
         return np.where(drops, flops.costs(length, length)[1][:, 0], 0)
@@ -279,9 +269,8 @@ class SkipPolicy:
         if not folder.is_dir():
             folder = download(str(name), revision)
         if not (folder / FILE).exists():
-            raise FileNotFoundError(
-                f"no {FILE} in {name}; expected the folder of a training run, or one that save_pretrained wrote"
-            )
+            expected = "the folder of a training run, or one that save_pretrained wrote"
+            raise FileNotFoundError(f"no {FILE} in {name}; expected {expected}")
         card = {key: value for key, value in read_card(folder).items() if key != "format"}
         network, tensors = DecisionPolicy.load(folder), read_tensors(folder / TENSORS)
         table, protection, points = card.pop("table"), card.pop("protection"), card.pop("operating_points")

@@ -20,19 +20,12 @@ FILES = (FILE, *HASHED, "README.md")
 
 
 class OperatingPoint(NamedTuple):
-    """A version of a policy that skips more or less, measured on the validation split.
+    """A version of a policy that skips more or less, measured on the validation split."""
 
-    Attributes:
-        margin: In log-odds, from the policy that was selected (0) on; higher is more cautious.
-        loss: Quality lost, a mean.
-        highest_loss: The upper end of its one-sided 95% interval.
-        flops_ratio: FLOPs over those of the dense backbone, without the policy's own.
-    """
-
-    margin: float
-    loss: float
-    highest_loss: float
-    flops_ratio: float
+    margin: float  # in log-odds, from the policy that was selected (0); higher skips less
+    loss: float  # quality lost, a mean
+    highest_loss: float  # the upper end of its one-sided 95% interval
+    flops_ratio: float  # FLOPs over those of the dense backbone, without the policy's own
 
 
 class _Protection(Strict):

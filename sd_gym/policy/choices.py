@@ -12,17 +12,11 @@ Noise = Literal["none", "random", "hash"]
 
 
 class Group(NamedTuple):
-    """Components side by side that have the same number of choices: one tensor operation serves them all.
-
-    Attributes:
-        components: Which.
-        columns: Where their logits are.
-        size: Choices of each.
-    """
+    """Components side by side that have the same number of choices: one tensor operation serves them all."""
 
     components: slice
-    columns: slice
-    size: int
+    columns: slice  # of their logits
+    size: int  # choices of each
 
     def of(self, logits: Tensor) -> Tensor:
         """Their logits ``[n, components, size]``, of those of all components, ``[n, sum(nvec)]``."""
@@ -51,14 +45,12 @@ def with_noise(logits: Tensor, observations: Tensor | dict[str, Tensor], noise: 
     """Logits ``[n, columns]`` whose argmax is drawn from their softmax; with ``none``, as they are."""
     if noise == "none":
         return logits
-    uniform = _seeded_noise(logits) if noise == "random" else _hash_noise(observations, logits.shape[1])
+    if noise == "random":
+        generator = torch.Generator(logits.device).manual_seed(0)
+        uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
+    else:
+        uniform = _hash_noise(observations, logits.shape[1])
     return logits - torch.log(-torch.log(uniform.clamp(1e-6, 1 - 1e-6)))
-
-
-def _seeded_noise(logits: Tensor) -> Tensor:
-    """Uniform noise from a fixed seed, of the logits' shape."""
-    generator = torch.Generator(logits.device).manual_seed(0)
-    return torch.rand(logits.shape, generator=generator, device=logits.device)
 
 
 def _hash_noise(observations: Tensor | dict[str, Tensor], columns: int) -> Tensor:
@@ -78,12 +70,8 @@ def greedy_cover(log_likelihood: Tensor, size: int) -> list[int]:
     Each mask added raises the sum of the inputs' best log-probabilities the most, which is at least 63% as good as the
     best choice (Nemhauser, Wolsey and Fisher 1978).
 
-    Args:
-        log_likelihood: Of each mask for each input, ``[n, masks]``.
-        size: At least 1.
-
-    Returns:
-        Numbers of the masks, in the order in which they were added.
+    ``log_likelihood [n, masks]`` is that of each mask for each input. Returns the numbers of the masks in the order in
+    which they were added.
     """
     chosen, best = [0], log_likelihood[:, 0]
     while len(chosen) < size:

@@ -18,21 +18,14 @@ MOST_SURE = 1 - 1e-6
 
 
 def input_features(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
-    """``pooled_features`` of the first layer's input.
-
-    Args:
-        board: The backbone's switchboard.
-        inputs: The model's inputs, ``attention_mask`` among them.
-    """
+    """``pooled_features`` of the first layer's input, for inputs of the model with their ``attention_mask``."""
     return pooled_features(first_layer_input(board, inputs), inputs["attention_mask"])
 
 
 def pooled_features(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean and maximum over the tokens, their number and its logarithm, not standardised: ``[n, 2 * width + 2]``.
+    """Mean and maximum of ``hidden [n, length, width]``, the length and its logarithm: ``[n, 2 * width + 2]``.
 
-    Args:
-        hidden: ``[n, length, width]``.
-        mask: Of its tokens, ``[n, length]``; ``None``: all are there.
+    They are not standardised. ``mask [n, length]``: which tokens are there; ``None``: all.
     """
     if mask is None:
         return torch.cat([pooled(hidden, None), _all_of_length(hidden.shape[1], len(hidden), hidden.device)], dim=1)
@@ -58,7 +51,7 @@ def token_observations(
         mask: Of its tokens, ``[n, longest]``.
         mean: Of each channel over the tokens of the training split, ``[width]``.
         deviation: ``[width]``.
-        length: Tokens of a row: others are padded with zeros or, where a prompt is a little longer, cut.
+        length: Tokens of a row: shorter ones are padded with zeros, longer prompts are cut.
 
     Returns:
         ``tokens``, float32 ``[n, length, width]``, and ``mask``, int8 ``[n, length]``.

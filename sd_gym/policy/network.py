@@ -30,13 +30,13 @@ class DecisionPolicy(nn.Module):
     The choices are independent given the observation: ``pi(a|x) = prod_i pi_i(a_i|x)`` (Zhang et al. 2024, section 3).
 
     Args:
-        observation_size: Features of an observation; where it sees the tokens of a text, numbers that a token has; of
-            several stages, what each shows beside the tokens.
+        observation_size: Features of an observation; with tokens, numbers that a token has; of several stages, what
+            each shows beside the tokens.
         nvec: Sizes of the action's components.
         switches: Names of the switches, in the action's order.
-        blind: Whether the observation is zeroed: the control that sees nothing of its input.
-        noise: Decisions are the most probable ones (``none``), drawn from a fixed seed (``random``), or drawn from a
-            hash of the observation (``hash``), by which equal inputs get equal decisions.
+        blind: Whether the observation is zeroed, for the control that sees nothing of its input.
+        noise: Decisions are the most probable ones (``none``), or drawn: from a fixed seed (``random``), or from a hash
+            of the observation (``hash``).
         network: Name of a registered network that gives the logits instead of two hidden layers.
         hidden: Width of the hidden layers.
         codebook: The only decisions that are made (``reduced``); ``None``: any. Each has all components, or of several
@@ -82,14 +82,10 @@ class DecisionPolicy(nn.Module):
     ) -> None:
         super().__init__()
         if (token_width is not None) != (channels is not None and len(stages) > 1):
-            raise ValueError(
-                "expected token_width where several stages show tokens, and there only; got "
-                f"token_width={token_width}, channels={channels}, stages={list(stages)}"
-            )
+            got = f"token_width={token_width}, channels={channels}, stages={list(stages)}"
+            raise ValueError(f"expected token_width where several stages show tokens, and there only; got {got}")
         if per_stage and (len(stages) == 1 or network is not None):
-            raise ValueError(
-                "per_stage=True gives each of several stages hidden layers; expected stages, and no network"
-            )
+            raise ValueError("per_stage=True gives each of several stages hidden layers; expected stages, no network")
         self.observation_size, self.stages = observation_size, list(stages)
         self.nvec, self.switches = [int(size) for size in nvec], list(switches)
         self.blind, self.noise = blind, noise
@@ -136,8 +132,7 @@ class DecisionPolicy(nn.Module):
             exploration: No choice is less probable than this (Wu et al. 2018, BlockDrop, equation 5).
 
         Returns:
-            The logarithm of each component's probability, ``[tries * n, components]``; and the entropy of the choices,
-            summed over components, ``[n]``.
+            Log-probabilities ``[tries * n, components]``, and the entropy summed over components, ``[n]``.
         """
         log_probs, entropy = [], torch.zeros(len(logits), device=logits.device)
         for group in self._groups:
@@ -148,12 +143,10 @@ class DecisionPolicy(nn.Module):
         return torch.cat(log_probs, dim=1), entropy
 
     def choose(self, logits: Tensor, pick: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Decisions, int64 ``[n, components]``.
+        """Decisions, int64 ``[n, components]``, for the logits of ``forward``.
 
-        Args:
-            logits: Of ``forward``.
-            pick: Takes logits ``[rows, size]``, each row those of one component, to choices ``[rows]``; ``None``: the
-                most probable ones, of the codebook if there is one.
+        ``pick`` takes logits ``[rows, size]``, each row those of one component, to choices ``[rows]``. ``None``: the
+        most probable ones, of the codebook if there is one.
         """
         if pick is None and self.codebook is None:
             return self._padded(logits).argmax(dim=2)
@@ -191,9 +184,7 @@ class DecisionPolicy(nn.Module):
 
     @torch.inference_mode()
     def skip_logits(self, observations: Observations) -> NDArray:
-        """Log-odds of skipping each switch, float32 ``[n, switches]``, for observations as ``decide`` takes them.
-
-        Of those at a stage only the stage's own switches count.
+        """Log-odds of skipping each switch, float32 ``[n, switches]``, of which at a stage only its own count.
 
         Raises:
             ValueError: If the policy has a codebook.
@@ -235,14 +226,12 @@ class DecisionPolicy(nn.Module):
     ) -> DecisionPolicy:
         """A copy that makes at most ``size`` different decisions (at each stage), so that more inputs run together.
 
-        They are decisions that it makes itself, chosen by ``greedy_cover``, and the dense one; each input gets the most
-        probable one.
+        They are the dense one and some of its own (``greedy_cover``); each input gets the most probable one.
 
         Args:
             size: At least 1, the dense one.
-            observations: Of inputs that it shall do well on, as ``decide`` takes them; a thousand are enough. Where it
-                decides in the pass, at all its stages.
-            components: Where it decides in the pass, the components that each stage decides, int64.
+            observations: Of inputs that it shall do well on; a thousand are enough. In the pass, at all its stages.
+            components: In the pass, the components that each stage decides, int64.
 
         Raises:
             ValueError: If there is no size or no observation, or the components of stages are not given.
@@ -268,18 +257,9 @@ class DecisionPolicy(nn.Module):
         masks = torch.cat([masks[:1].clamp(max=0), masks])
         return masks[greedy_cover(self._log_likelihood(self(to_tensors(observations)), masks), size)].clone()
 
-    def with_weights(self, weights: dict[str, Tensor]) -> DecisionPolicy:
-        """A copy with other weights (a ``state_dict``)."""
-        copy = deepcopy(self)
-        copy.load_state_dict(weights)
-        return copy.eval()
-
     @property
     def flops(self) -> int:
-        """FLOPs of one decision, at all its stages, 2 per multiply-add, as torch's ``FlopCounterMode`` counts them.
-
-        Those of ``token_encoder`` come on top: ``flops_per_token``.
-        """
+        """FLOPs of one decision at all stages (``FlopCounterMode``), without ``flops_per_token``."""
         body = self.body.of_stage[0] if self.per_stage else self.body  # those of all stages are alike
         counted, _ = counted_flops(nn.Sequential(body, self.head), len(self.stages), self.features)
         if self.codebook is None:

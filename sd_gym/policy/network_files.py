@@ -25,12 +25,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_model(model: type[Model], file: Path, problem: str) -> Model:
-    """What a JSON file holds.
-
-    Raises:
-        FileNotFoundError: If it is missing.
-        ValueError: If its fields are others than the model's; the message has the problem and the field.
-    """
+    """What a JSON file holds; ``ValueError`` with the problem and the field if its fields are not the model's."""
     try:
         return model.model_validate_json(file.read_bytes())
     except ValidationError as error:
@@ -79,11 +74,7 @@ class NetworkDescription(Strict):
 
 
 def read_weights(file: Path, policy: nn.Module) -> dict[str, Tensor]:
-    """The weights in a file.
-
-    Raises:
-        ValueError: If names, shapes or types are not the policy's, or numbers are not finite.
-    """
+    """The weights in a file; ``ValueError`` if names, shapes or types are not the policy's, or numbers not finite."""
     weights = read_tensors(file)
     expected, parameters = policy.state_dict(), dict(policy.named_parameters())
     if names := sorted(expected.keys() ^ weights.keys()):

@@ -21,10 +21,9 @@ def register_network(name: str, factory: NetworkFactory) -> None:
 
     Args:
         name: What it is called.
-        factory: Takes (features of an observation, logits) to a module from observations float32 ``[n, features]`` to
-            logits ``[n, logits]``, row by row; a module's class, for one. A bias is added to its logits, so that
-            learning begins at ``initial_skip_rate``. Its weights are saved with the run, and its FLOPs count. It is in
-            training mode (dropout) only where Stable-Baselines3 learns.
+        factory: Takes (features, logits) to a module from observations float32 ``[n, features]`` to logits
+            ``[n, logits]``, row by row: a module's class, for example. A bias is added to its logits, so that learning
+            begins at ``initial_skip_rate``. Its FLOPs count. Only Stable-Baselines3 puts it into training mode.
 
     Raises:
         ValueError: If there is no name.
@@ -38,13 +37,7 @@ def hidden_layers(features: int, hidden: int) -> nn.Sequential:
 
 
 class PerStageMLP(nn.Module):
-    """Hidden layers for each stage, which observations ``[n, features]`` begin with, one-hot.
-
-    Args:
-        features: Of an observation.
-        hidden: Width of the layers.
-        stages: How many there are.
-    """
+    """Hidden layers for each of several stages, which observations ``[n, features]`` begin with, one-hot."""
 
     def __init__(self, features: int, hidden: int, stages: int) -> None:
         super().__init__()

@@ -15,17 +15,12 @@ class ProtectedTokens(NamedTuple):
     A data set says for each text what of it is protected (``sd_gym.tasks.encoding.droppable_tokens``). A policy that is
     attached to a model sees tokens only, so it needs a rule; ``find`` gives the one that says just the same.
 
-    Attributes:
-        special: Ids of the tokenizer's special tokens.
-        first: Tokens at the beginning.
-        last: Tokens at the end.
-        separator: The id of the token after the question; ``None``: there is no question.
     """
 
-    special: tuple[int, ...]
-    first: int
-    last: int
-    separator: int | None
+    special: tuple[int, ...]  # ids of the tokenizer's special tokens
+    first: int  # tokens at the beginning
+    last: int  # tokens at the end
+    separator: int | None  # id of the token after the question; None: there is no question
 
     @classmethod
     def find(
@@ -53,12 +48,7 @@ class ProtectedTokens(NamedTuple):
         return None
 
     def droppable(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Which tokens may be dropped, bool ``[n, longest]``.
-
-        Args:
-            input_ids: int64 ``[n, longest]``, padded at the right.
-            mask: Its attention mask, ``[n, longest]``.
-        """
+        """Which tokens may be dropped, bool ``[n, longest]``, of ids padded at the right, and their attention mask."""
         present = mask.bool()
         place, length = torch.arange(input_ids.shape[1], device=input_ids.device), present.sum(dim=1, keepdim=True)
         special = torch.isin(input_ids, torch.tensor(self.special, device=input_ids.device))

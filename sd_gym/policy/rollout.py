@@ -18,21 +18,15 @@ Keep = NDArray | Tensor | None  # tokens that stay, [n, length]; None: all
 
 
 class StagedRollout:
-    """Decides in a pass, from stage to stage: ``choose`` is for ``Switchboard.decide_in_pass``.
+    """Decides in a pass, from stage to stage: ``Switchboard.decide_in_pass`` calls ``choose``.
 
     Args:
         policy: Decides, at several stages.
-        board: Of the model.
-        head: Of the model.
-        flops: Of the model.
+        board, head, flops: Of the model.
         length: Tokens of each input, int ``[n]``.
         keeps: Takes the token levels ``[n]`` to the tokens that the pass keeps, and how many that are of each input.
         judge: Runs the pass again, for its logits ``[n, classes]``, where the head judges what a layer gives.
         first: Hidden states and mask of what is seen before the first layer, if not those of the pass itself.
-
-    Attributes:
-        decisions: Those made so far, int64 ``[n, switches + 1]``.
-        keep: The tokens that stay.
     """
 
     def __init__(
@@ -50,8 +44,8 @@ class StagedRollout:
         self._length, self._keeps, self._judge, self._first = length, keeps, judge, first
         self._judges = can_exit(head, board)
         self._columns = board.decided_at(policy.network.stages)
-        self.decisions = np.zeros((len(length), len(board) + 1), dtype=np.int64)
-        self.keep: Keep = None
+        self.decisions = np.zeros((len(length), len(board) + 1), dtype=np.int64)  # those made so far
+        self.keep: Keep = None  # the tokens that stay
         self._kept = length
         self._tokens: dict[str, NDArray] = {}  # where the policy sees them, at all stages
 

@@ -57,9 +57,8 @@ class TablePolicy:
             projection.components.shape != (size, *projection.mean.shape)
             or not all(np.isfinite(values).all() for values in projection)
         ):
-            raise ValueError(
-                f"expected a projection to {size} numbers, got components of shape {projection.components.shape}"
-            )
+            got = projection.components.shape
+            raise ValueError(f"expected a projection to {size} numbers, got components of shape {got}")
 
     @property
     def stages(self) -> list[str]:

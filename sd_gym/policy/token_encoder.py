@@ -13,11 +13,10 @@ FLOPS_SHARE = 0.01  # of the dense FLOPs: what the convolution of a policy costs
 
 
 class TokenEncoder(nn.Module):
-    """Features of a text: one convolution over its tokens, the mean and maximum of that, and the text's length.
+    """Features of a text: mean and maximum of a convolution over its tokens, and the text's length.
 
-    Mean and maximum of the tokens themselves are the same for any order of them; those of what a convolution says of
-    neighbours are not (Kim 2014, section 2). Before anything is learned they hardly differ between texts, so they are
-    standardised as the convolution is then (Salimans and Kingma 2016, section 3): ``standardise_on``.
+    Unlike mean and maximum of the tokens, they depend on their order (Kim 2014, section 2). At first they hardly differ
+    between texts, so ``standardise_on`` standardises them before learning (Salimans and Kingma 2016, section 3).
 
     Args:
         width: Numbers that a token has.
@@ -77,11 +76,5 @@ def flops_per_token(width: int, channels: int) -> int:
 
 
 def affordable_channels(width: int, dense_flops: float, stages: int = 1) -> int:
-    """Channels that cost at most ``FLOPS_SHARE`` of a backbone's dense FLOPs for each token; ``CHANNELS`` at most.
-
-    Args:
-        width: Numbers that a token has.
-        dense_flops: Of a token.
-        stages: How often tokens are read.
-    """
+    """Channels that cost at most ``FLOPS_SHARE`` of ``dense_flops`` per token, which has ``width`` numbers."""
     return int(np.clip(FLOPS_SHARE * dense_flops / (stages * flops_per_token(width, 1)), 1, CHANNELS))
