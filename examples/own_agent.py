@@ -4,8 +4,6 @@ python examples/own_agent.py
 sd-gym train SD/Classification-Mini-v0 --import examples/own_agent.py --algo gradient --set learning_rate=0.005
 """
 
-from copy import deepcopy
-
 import torch
 from pydantic import Field
 from sd_gym.agents import Agent, AgentSettings, Rollout
@@ -43,7 +41,7 @@ class Gradient(Agent):
             on_rollout(rollout)  # the policy is validated, a checkpoint is saved
 
     def policy(self):
-        return deepcopy(self.network).eval()
+        return self.network.with_margin(0.0).eval()  # a copy
 
     def state(self):  # of a checkpoint; --resume goes on from it
         learned = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
