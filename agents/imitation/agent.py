@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -37,7 +38,7 @@ from sd_gym.envs.protocols import Split
 from sd_gym.envs.spaces import flat_size, token_width, write_masks
 from sd_gym.files import read_tensors, write_tensors
 from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
-from sd_gym.policy.batches import tensors
+from sd_gym.policy.observations import to_tensors
 from sd_gym.policy.token_encoder import TokenEncoder
 
 ORDER_INSTANCES = 1000  # that the path of static masks is searched on
@@ -111,7 +112,7 @@ class ImitationAgent(Agent):
             if self.start is not None:
                 self.network.load_state_dict(self.start.state_dict())
             else:
-                self.network.begin_at(learning_bias(self.env.core, self.settings.initial_skip_rate))
+                self.network.initialise(learning_bias(self.env.core, self.settings.initial_skip_rate))
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Search and learn; it takes as many decisions as it takes."""
@@ -205,7 +206,7 @@ class ImitationAgent(Agent):
 
     def policy(self) -> DecisionPolicy:
         """A copy of the network."""
-        return self.network.with_weights(self.network.state_dict())
+        return deepcopy(self.network).eval()
 
     def offers(self) -> list[DecisionPolicy]:
         """The policy; of several stages also such whose first ones are more cautious, or run all.
@@ -229,7 +230,7 @@ class ImitationAgent(Agent):
         space = self.env.core.observation_space
         size, encoder = flat_size(space), []
         if self.channels is not None:
-            encoder = [TokenEncoder(token_width(space), beside=size)]
+            encoder = [TokenEncoder(token_width(space), stage_size=size)]
             size = encoder[0].size
         return nn.Sequential(*encoder, nn.Linear(size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh())
 
@@ -243,7 +244,7 @@ class ImitationAgent(Agent):
         """
         core, made = self.env.core, []
         for part in seen_together(core, rows):
-            made.append(network(self._sees(tensors(core.observe(core.split("train"), part)))))
+            made.append(network(self._sees(to_tensors(core.observe(core.split("train"), part)))))
         return torch.cat(made)
 
     def _foresee(self, rows: NDArray, lost: NDArray, logger: Logger) -> Tensor:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from sd_gym.envs.protocols import Core
 from sd_gym.execution.passes import PASS_TOKENS
 from sd_gym.policy import HIDDEN
-from sd_gym.policy.batches import tensors
+from sd_gym.policy.observations import to_tensors
 from sd_gym.switch import PassState
 
 AT_ONCE = 256  # instances whose tokens are embedded at once
@@ -248,7 +248,7 @@ class Induction:
             observed, seen = core.stage_observation.observe(self.split, rows[part], stage, decided[part], None)
             come = [self._to_come(stage, rows[part], decided[part] + way, seen) for way in self.stretches[stage].ways]
             spent = self._spent(stage, rows[part], decided[part])
-            shown = tensors(observed["stage"] if self._tokens else observed)
+            shown = to_tensors(observed["stage"] if self._tokens else observed)
             found.append((self._sees(shown), spent, torch.stack(come, dim=1)))
             order.append(part)
             self._scored += len(part) * len(come)
@@ -259,7 +259,7 @@ class Induction:
 
     def _read(self, rows: NDArray) -> dict[str, Tensor]:
         """The tokens of rows ``[n]``."""
-        return self._sees(tensors(self.core.observe(self.split, rows)))
+        return self._sees(to_tensors(self.core.observe(self.split, rows)))
 
     def _to_come(self, stage: int, rows: NDArray, decisions: NDArray, seen: PassState | None) -> Tensor:
         """FLOPs ratio, quality lost and gained, ``[n, prices, 3]``, behind decisions ``[n, components]`` of a stage."""
@@ -272,7 +272,7 @@ class Induction:
         observed, _ = core.stage_observation.observe(self.split, rows, behind, decisions, seen)
         spent = self._spent(behind, rows, decisions)
         with torch.no_grad():
-            said = self._networks[behind](self._sees(tensors(observed)))
+            said = self._networks[behind](self._sees(to_tensors(observed)))
         foreseen = self._foreseen(behind, said, spent)
         return best(foreseen.expand(-1, -1, len(self.log_prices), -1), self.log_prices.exp())
 

@@ -25,7 +25,7 @@ from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.batches import tensors
+from sd_gym.policy.observations import to_tensors
 from sd_gym.policy.token_encoder import TokenEncoder, affordable_channels
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
@@ -261,7 +261,7 @@ class Agent(BaseAgent):
         if encoder:
             core = self.env.core
             split = core.split("train")
-            seen = tensors(core.observe(split, np.arange(min(len(split), FIRST_LOOK))))
+            seen = to_tensors(core.observe(split, np.arange(min(len(split), FIRST_LOOK))))
             for one in encoder:
                 one.standardise_on(seen)
 

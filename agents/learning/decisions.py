@@ -116,7 +116,7 @@ def deciding_flops(core: Core, policy: Decides, split: Split, rows: NDArray) -> 
         looking = looking + core.observation.flops
     if isinstance(policy, DecisionPolicy):
         tokens = np.minimum(split.encoded.source_length[rows], core.config.backbone.max_source_length)
-        looking = looking + policy.flops_a_token * tokens
+        looking = looking + policy.flops_per_token * tokens
     return np.full(len(rows), policy.flops or 0) + looking
 
 

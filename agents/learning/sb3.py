@@ -26,7 +26,7 @@ from torch import nn
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.spaces import Observations, flat_size, token_width
 from sd_gym.files import write_tensors
-from sd_gym.policy import HIDDEN, DecisionPolicy, PerStageMLP, blinded, own_network
+from sd_gym.policy import HIDDEN, DecisionPolicy, PerStageMLP, blinded, registered_network
 from sd_gym.policy.token_encoder import TokenEncoder
 
 # Of the critic's loss. Actor and critic share no layer, but the library clips their gradients together: at its own 0.5,
@@ -109,7 +109,7 @@ class TokenExtractor(BaseFeaturesExtractor):
     """
 
     def __init__(self, observation_space: gym.spaces.Dict, channels: int) -> None:
-        encoder = TokenEncoder(token_width(observation_space), channels, beside=flat_size(observation_space))
+        encoder = TokenEncoder(token_width(observation_space), channels, stage_size=flat_size(observation_space))
         super().__init__(observation_space, features_dim=encoder.size)
         self.token_encoder = encoder
 
@@ -140,7 +140,7 @@ class DecisionActorCritic(ActorCriticPolicy):
         super()._build(lr_schedule)
         network, places, n_logits, per_stage = self.own.values()
         if network is not None:
-            body, head = own_network(network, self.features_dim, n_logits)
+            body, head = registered_network(network, self.features_dim, n_logits)
         else:
             body = self.mlp_extractor.policy_net
             if per_stage:

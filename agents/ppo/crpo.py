@@ -14,7 +14,7 @@ from torch import nn
 
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.policy import HIDDEN
-from sd_gym.policy.batches import tensors
+from sd_gym.policy.observations import to_tensors
 from sd_gym.policy.token_encoder import TokenEncoder
 
 MEMORY = 512  # decisions over which the quality loss is averaged; over more, it hears too late of what it has done
@@ -46,7 +46,7 @@ class RectifiedPPO(PPO):
         super()._setup_model()
         self.mean_loss = float("nan")
         width, flat = token_width(self.observation_space), flat_size(self.observation_space)
-        encoder = [] if width is None else [TokenEncoder(width, beside=flat)]
+        encoder = [] if width is None else [TokenEncoder(width, stage_size=flat)]
         size = flat if width is None else encoder[0].size
         self.loss_critic = nn.Sequential(
             *encoder, nn.Linear(size, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1)
@@ -62,7 +62,7 @@ class RectifiedPPO(PPO):
         buffer = self.rollout_buffer
         seen = buffer.observations
         seen = {name: one.reshape(-1, *one.shape[2:]) for name, one in seen.items()} if isinstance(seen, dict) else seen
-        observations = tensors(seen, self.device)
+        observations = to_tensors(seen, self.device)
         losses = torch.as_tensor(self.losses, dtype=torch.float32, device=self.device)
         with torch.no_grad():
             expected = self.loss_critic(observations)[..., 0].view_as(losses).cpu().numpy()

@@ -32,7 +32,7 @@ from torch import Tensor
 from sd_gym.envs.protocols import Split
 from sd_gym.envs.spaces import Observations
 from sd_gym.policy import DecisionPolicy, blinded, bounded
-from sd_gym.policy.batches import tensors
+from sd_gym.policy.observations import to_tensors
 from sd_gym.switch import PassState
 
 
@@ -124,7 +124,7 @@ class ReinforceAgent(Agent):
             if self.start is not None:
                 self.network.load_state_dict(self.start.state_dict(), strict=False)
             else:
-                self.network.begin_at(learning_bias(self.env.core, settings.initial_skip_rate))
+                self.network.initialise(learning_bias(self.env.core, settings.initial_skip_rate))
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings.learning_rate)
         self.barrier = DynamicBarrier(
@@ -268,7 +268,7 @@ class ReinforceAgent(Agent):
 
     def _observe(self, rows: NDArray) -> Tensor | dict[str, Tensor]:
         """What is seen of ``rows [n]`` of the split before the first layer; zeros for an agent that sees nothing."""
-        observations = tensors(self.env.core.observe(self._split, rows))
+        observations = to_tensors(self.env.core.observe(self._split, rows))
         return blinded(observations, ["first"]) if self.blind else observations
 
     def _sample(self, observations: Tensor | dict[str, Tensor], tries: int) -> tuple[Tensor, Tensor]:
@@ -285,7 +285,7 @@ class ReinforceAgent(Agent):
         core, of_stages, looks = self.env.core, [], []
 
         def decide(observations: Observations) -> NDArray:
-            seen = tensors(observations)
+            seen = to_tensors(observations)
             of_stages.append(self.network(seen))
             shown = seen if self.channels is None else seen["stage"]
             looks.append(blinded(shown, core.stages) if self.blind else shown)

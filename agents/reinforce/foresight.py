@@ -41,7 +41,7 @@ class Foresight(nn.Module):
         width, size = token_width(space), flat_size(space)
         self.token_encoder: nn.Module = nn.Identity()
         if width is not None:
-            self.token_encoder = TokenEncoder(width, beside=size)
+            self.token_encoder = TokenEncoder(width, stage_size=size)
             size = self.token_encoder.size
         self._first = torch.from_numpy(np.cumsum([0, *nvec[:-1]]))  # column of each component's first choice
         self._columns = int(nvec.sum())

@@ -14,7 +14,7 @@ from sd_gym.envs.spaces import Pooled, Tokens
 from sd_gym.envs.table import EXPORT, TableCore, all_decisions
 from sd_gym.files import map_arrays, write_arrays
 from sd_gym.policy.artefact import tokenizer_hash
-from sd_gym.policy.protection import Protection
+from sd_gym.policy.protected_tokens import ProtectedTokens
 from sd_gym.projection import Projection
 from sd_gym.tasks.ranking import RANKINGS
 
@@ -37,6 +37,7 @@ class Export(NamedTuple):
         masks: Of a table, as of ``TablePolicy``; of an env that computes ``None``.
         projection: Likewise.
         of_tokens: As of ``SkipPolicy``.
+        ranking_costs_flops: What its ranking of tokens says of itself.
     """
 
     env: EnvConfig
@@ -44,10 +45,11 @@ class Export(NamedTuple):
     mean: Array
     deviation: Array
     rarity: Array | None
-    protection: Protection | None
+    protection: ProtectedTokens | None
     masks: Array | None = None
     projection: Projection | None = None
     of_tokens: tuple[Array, Array] | None = None
+    ranking_costs_flops: bool = False
 
     def write(self, folder: Path) -> None:
         """Write to a table what its description has no place for."""
@@ -81,7 +83,8 @@ def of_core(core: Core) -> Export | None:
     protection = _protection(train) if drops else None
     looks = core.observation
     of_tokens = (looks.mean, looks.deviation) if core.is_staged and isinstance(looks, Tokens) else None
-    return Export(config, said, seen.mean, seen.deviation, rarity, protection, of_tokens=of_tokens)
+    known = {"of_tokens": of_tokens, "ranking_costs_flops": ranking.costs_flops}
+    return Export(config, said, seen.mean, seen.deviation, rarity, protection, **known)
 
 
 def of_table(core: TableCore) -> Export | None:
@@ -108,17 +111,18 @@ def of_table(core: TableCore) -> Export | None:
             arrays["mean"],
             arrays["deviation"],
             arrays.get("rarity"),
-            protection and Protection.of_described(protection),
+            protection and ProtectedTokens.from_json(protection),
             None if core.exhaustive else core.to_masks(all_decisions(core.nvec)),
             core.observation.projection,
+            ranking_costs_flops=RANKINGS.find(core.config.tokens.ranking).costs_flops,
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{core.folder} is damaged: {error}; copy it again") from error
 
 
-def _protection(train: Split) -> Protection | None:
+def _protection(train: Split) -> ProtectedTokens | None:
     tokenizer = train.backbone.tokenizer
     added = tokenizer("", "").input_ids  # what is put around texts and between them
     separator = added[-1] if added else None
     special, encoded = sorted({*tokenizer.all_special_ids, *added}), train.encoded
-    return Protection.of(encoded.input_ids, encoded.source_length, train.tokens.droppable, special, separator)
+    return ProtectedTokens.find(encoded.input_ids, encoded.source_length, train.tokens.droppable, special, separator)
