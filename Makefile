@@ -34,7 +34,7 @@ types: install
 arrows: install
 	rm -rf build/arrows && mkdir -p build/arrows/sd_gym
 	ln -s $(CURDIR)/sd_gym/* $(CURDIR)/agents $(CURDIR)/envs_configs build/arrows/sd_gym/
-	PYTHONPATH=build/arrows $(BIN)/lint-imports
+	cd build/arrows && $(CURDIR)/$(BIN)/lint-imports $(CURDIR)/pyproject.toml --no-logo
 
 # The seams (switch, env shells, agents) under the oldest and newest allowed versions and each Python that is there.
 matrix:

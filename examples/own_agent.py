@@ -41,7 +41,7 @@ class Gradient(Agent):
             on_rollout(rollout)  # the policy is validated, a checkpoint is saved
 
     def policy(self):
-        return self.network.with_weights(self.network.state_dict())
+        return self.network.with_margin(0.0).eval()  # a copy
 
     def state(self):  # of a checkpoint; --resume goes on from it
         learned = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}

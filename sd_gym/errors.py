@@ -17,6 +17,10 @@ class DataError(ValueError):
     """A data set that cannot be used; the message names the file and line."""
 
 
+class BackboneError(ValueError):
+    """A backbone that cannot be used; the message says what was expected, what came, and what to do."""
+
+
 def short(value: Any) -> str:
     """A value as a message shows it."""
     return _cut(_REPR.repr(value), LONGEST_VALUE)

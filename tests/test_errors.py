@@ -414,7 +414,7 @@ def test_damaged_checkpoints_of_a_preparation(tmp_path, reviews, tiny_backbone):
         return {}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sd_gym.tasks.preparation.Score.by_share", cut_off)
+        patch.setattr("sd_gym.tasks.preparation.MeanQuality.by_share", cut_off)
         runner.invoke(app, [str(part) for part in prepare])
     checkpoint.write_bytes(b"garbage")
     assert "checkpoint.pt is damaged" in call(*prepare, "--resume")

@@ -13,6 +13,7 @@ Of several stages each decides on what is left of the path: ``sd_gym.agents.imit
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -37,8 +38,8 @@ from sd_gym.envs.protocols import Split
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.files import read_tensors, write_tensors
 from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
-from sd_gym.policy.batches import tensors
-from sd_gym.policy.layers import hidden_layers
+from sd_gym.policy.networks import hidden_layers
+from sd_gym.policy.observations import to_tensors
 from sd_gym.policy.token_encoder import TokenEncoder
 
 ORDER_INSTANCES = 1000  # that the path of static masks is searched on
@@ -103,7 +104,7 @@ class ImitationAgent(Agent[ImitationSettings]):
             if self.start is not None:
                 self.network.load_state_dict(self.start.state_dict())
             else:
-                self.network.begin_at(learning_bias(self.env.core, self.settings.initial_skip_rate))
+                self.network.initialise(learning_bias(self.env.core, self.settings.initial_skip_rate))
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Search and learn; it takes as many decisions as it takes."""
@@ -184,7 +185,7 @@ class ImitationAgent(Agent[ImitationSettings]):
 
     def policy(self) -> DecisionPolicy:
         """A copy of the network."""
-        return self.network.with_weights(self.network.state_dict())
+        return deepcopy(self.network).eval()
 
     def selectable_policies(self) -> list[DecisionPolicy]:
         """The policy; of several stages also versions whose first ones are more cautious, or run all.
@@ -208,7 +209,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         width, size = token_width(self.env.core.observation_space), flat_size(self.env.core.observation_space)
         if width is None:
             return nn.Sequential(*hidden_layers(size, HIDDEN))
-        encoder = TokenEncoder(width, beside=size)
+        encoder = TokenEncoder(width, stage_size=size)
         return nn.Sequential(encoder, *hidden_layers(encoder.size, HIDDEN))
 
     def _visible(self, observations: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
@@ -221,7 +222,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         """
         core = self.env.core
         split, parts = core.split("train"), observation_batches(core, rows)
-        return torch.cat([network(self._visible(tensors(core.observe(split, part)))) for part in parts])
+        return torch.cat([network(self._visible(to_tensors(core.observe(split, part)))) for part in parts])
 
     def _foresee(self, rows: NDArray, lost: NDArray, logger: Logger) -> Tensor:
         """Learn what ``rows [n]`` lose under masks, ``lost [n, masks]``, and return the expected losses.

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from sd_gym.envs.protocols import Core, Observations
 from sd_gym.execution.passes import PASS_TOKENS
 from sd_gym.policy import HIDDEN
-from sd_gym.policy.batches import tensors
+from sd_gym.policy.observations import to_tensors
 from sd_gym.switch import PassState
 
 AT_ONCE = 256  # instances whose tokens are embedded at once
@@ -235,7 +235,7 @@ class BackwardInduction:
             return torch.from_numpy(columns.astype(np.float32))[:, None]
         observed, _ = core.stage_observation.observe(self.split, rows, following, decisions, state)
         with torch.no_grad():
-            outputs = self._networks[following](self.visible(tensors(observed)))
+            outputs = self._networks[following](self.visible(to_tensors(observed)))
         foreseen = self._foreseen(following, outputs, self._spent(following, rows, decisions))
         return best(foreseen.expand(-1, -1, len(self.log_prices), -1), self.log_prices.exp())
 
@@ -259,6 +259,6 @@ class BackwardInduction:
 
 def _flat(observed: Observations) -> Tensor:
     """What a stage shows but tokens."""
-    flat = tensors(observed["stage"] if isinstance(observed, dict) else observed)
+    flat = to_tensors(observed["stage"] if isinstance(observed, dict) else observed)
     assert isinstance(flat, Tensor)  # as are its arrays
     return flat

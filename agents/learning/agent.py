@@ -25,8 +25,8 @@ from sd_gym.envs.protocols import Core, Observations, Split
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.batches import tensors
-from sd_gym.policy.noise import Noise
+from sd_gym.policy.choices import Noise
+from sd_gym.policy.observations import to_tensors
 from sd_gym.policy.token_encoder import TokenEncoder, affordable_channels
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
@@ -297,7 +297,7 @@ class Agent(BaseAgent[SettingsT]):
 
 def token_tensors(observations: Observations) -> dict[str, torch.Tensor]:
     """Observations of tokens as tensors."""
-    made = tensors(observations)
+    made = to_tensors(observations)
     assert isinstance(made, dict)  # it is asked for only where tokens are observed
     return made
 

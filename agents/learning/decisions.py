@@ -104,7 +104,7 @@ def decision_flops(core: Core, policy: PolicyLike, split: Split, rows: NDArray) 
         observing = observing + core.observation.flops
     if isinstance(policy, DecisionPolicy):
         tokens = np.minimum(split.encoded.source_length[rows], core.config.backbone.max_source_length)
-        observing = observing + policy.flops_a_token * tokens
+        observing = observing + policy.flops_per_token * tokens
     return np.full(len(rows), policy.flops or 0) + observing
 
 

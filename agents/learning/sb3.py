@@ -29,7 +29,7 @@ from sd_gym.envs.protocols import Observations
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.files import write_tensors
-from sd_gym.policy import HIDDEN, DecisionPolicy, PerStageMLP, blinded, own_network
+from sd_gym.policy import HIDDEN, DecisionPolicy, PerStageMLP, blinded, registered_network
 from sd_gym.policy.token_encoder import TokenEncoder
 
 # Of the critic's loss. Actor and critic share no layer, but the library clips their gradients together: at its own 0.5,
@@ -100,7 +100,7 @@ class TokenExtractor(BaseFeaturesExtractor):
     def __init__(self, observation_space: gym.spaces.Dict, channels: int) -> None:
         width = token_width(observation_space)
         assert width is not None  # it is made only where tokens are observed
-        encoder = TokenEncoder(width, channels, beside=flat_size(observation_space))
+        encoder = TokenEncoder(width, channels, stage_size=flat_size(observation_space))
         super().__init__(observation_space, features_dim=encoder.size)
         self.token_encoder = encoder
 
@@ -126,7 +126,7 @@ class DecisionActorCritic(ActorCriticPolicy):
         super()._build(lr_schedule)
         network, places, n_logits, per_stage = self.own.values()
         if network is not None:
-            body, head = own_network(network, self.features_dim, n_logits)
+            body, head = registered_network(network, self.features_dim, n_logits)
         else:
             body = self.mlp_extractor.policy_net
             if per_stage:

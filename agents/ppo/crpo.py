@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.policy import HIDDEN
-from sd_gym.policy.batches import tensors
-from sd_gym.policy.layers import hidden_layers
+from sd_gym.policy.networks import hidden_layers
+from sd_gym.policy.observations import to_tensors
 from sd_gym.policy.token_encoder import TokenEncoder
 
 MEMORY = 512  # decisions over which the quality loss is averaged; over more, a violation is noticed too late
@@ -41,7 +41,7 @@ class RectifiedPPO(PPO):
         super()._setup_model()
         self.mean_loss = float("nan")
         width, size = token_width(self.observation_space), flat_size(self.observation_space)
-        encoders = [] if width is None else [TokenEncoder(width, beside=size)]
+        encoders = [] if width is None else [TokenEncoder(width, stage_size=size)]
         for encoder in encoders:
             size = encoder.size
         self.loss_critic = nn.Sequential(*encoders, *hidden_layers(size, HIDDEN), nn.Linear(HIDDEN, 1)).to(self.device)
@@ -57,7 +57,7 @@ class RectifiedPPO(PPO):
         inputs = buffer.observations
         if isinstance(inputs, dict):
             inputs = {name: values.reshape(-1, *values.shape[2:]) for name, values in inputs.items()}
-        observations = tensors(inputs, self.device)
+        observations = to_tensors(inputs, self.device)
         losses = torch.as_tensor(self.losses, dtype=torch.float32, device=self.device)
 
         def predicted() -> torch.Tensor:

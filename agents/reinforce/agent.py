@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sd_gym.envs.protocols import Observations, Split
 from sd_gym.policy import DecisionPolicy, blinded, bounded
-from sd_gym.policy.batches import tensors
+from sd_gym.policy.observations import to_tensors
 from sd_gym.switch import PassState
 
 
@@ -111,7 +111,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
             if self.start is not None:
                 self.network.load_state_dict(self.start.state_dict(), strict=False)
             else:
-                self.network.begin_at(learning_bias(self.env.core, settings.initial_skip_rate))
+                self.network.initialise(learning_bias(self.env.core, settings.initial_skip_rate))
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings.learning_rate)
         self.barrier = DynamicBarrier(
@@ -249,7 +249,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
 
     def _observe(self, rows: NDArray) -> Tensor | dict[str, Tensor]:
         """What is seen of ``rows [n]`` of the split before the first layer; zeros for an agent that sees nothing."""
-        observations = tensors(self.env.core.observe(self._split, rows))
+        observations = to_tensors(self.env.core.observe(self._split, rows))
         return blinded(observations, ["first"]) if self.blind else observations
 
     def _tokens(self, rows: NDArray) -> dict[str, Tensor]:
@@ -271,7 +271,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         core, of_stages, observed = self.env.core, [], []
 
         def decide(observations: Observations) -> NDArray:
-            inputs = tensors(observations)
+            inputs = to_tensors(observations)
             of_stages.append(self.network(inputs))
             flat = inputs["stage"] if isinstance(inputs, dict) else inputs
             observed.append(blinded(flat, core.stages) if self.blind else flat)

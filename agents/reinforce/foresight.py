@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd_gym.envs.spaces import flat_size, token_width
-from sd_gym.policy.layers import hidden_layers
+from sd_gym.policy.networks import hidden_layers
 from sd_gym.policy.token_encoder import TokenEncoder
 
 HIDDEN = 128
@@ -35,7 +35,7 @@ class Foresight(nn.Module):
         width, size = token_width(space), flat_size(space)
         self.token_encoder: nn.Module = nn.Identity()
         if width is not None:
-            self.token_encoder = encoder = TokenEncoder(width, beside=size)
+            self.token_encoder = encoder = TokenEncoder(width, stage_size=size)
             size = encoder.size
         self._first = torch.from_numpy(np.cumsum([0, *nvec[:-1]]))  # column of each component's first choice
         self._columns = int(nvec.sum())

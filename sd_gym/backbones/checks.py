@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sd_gym.backbones.heads import Head
 from sd_gym.config import BackboneConfig
-from sd_gym.errors import one_line, short
+from sd_gym.errors import BackboneError, one_line, short
 from sd_gym.switch.architectures import Architecture
 
-if TYPE_CHECKING:
-    from sd_gym.backbones.heads import Head
-
 INVENTED = {"▁"}  # a word that tokenizers without files have, beside special tokens
-
-
-class BackboneError(ValueError):
-    """A backbone that cannot be used; the message says what was expected, what came, and what to do."""
 
 
 def check_weights(
     name: str, model: PreTrainedModel, architecture: Architecture, info: dict[str, Any], *, new_head: bool
 ) -> None:
-    """Check that no weight is random but those of a new head, that all layers were read, and that all are finite.
+    """Raise BackboneError unless only a ``new_head`` has random weights, all layers were read, and all are finite.
 
-    Args:
-        name: What the backbone is called in errors.
-        model: The model.
-        architecture: Its architecture.
-        info: What ``from_pretrained(..., output_loading_info=True)`` says.
-        new_head: Whether the head may be new.
-
-    Raises:
-        BackboneError: If not.
+    ``info`` is what ``from_pretrained(..., output_loading_info=True)`` returns.
     """
     other_size = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     random = sorted({*info["missing_keys"], *other_size} - (_head_keys(model, architecture) if new_head else set()))
@@ -47,7 +33,7 @@ def check_weights(
             "save_pretrained() writes them ('sd-gym prepare' makes a head where only that is missing)"
         )
     for stack in architecture.stacks:
-        count, stored = len(model.base_model.get_submodule(stack.layers)), _layers_among(info, stack.layers)
+        count, stored = len(stack.layers_in(model)), _layers_among(info, stack.layers)
         if stored > count:
             raise BackboneError(
                 f"the backbone {name!r}: config.json describes {count} layers of the {stack.name}, but the weights "
@@ -73,18 +59,13 @@ def _head_keys(model: PreTrainedModel, architecture: Architecture) -> set[str]:
 
 
 def _layers_among(info: dict[str, Any], layers: str) -> int:
-    """How many layers the weights that were not read belong to, 0 if to none."""
+    """Number of the last layer that weights which were not read belong to, from 1; 0: they belong to none."""
     path = re.compile(rf"(?:^|\.){re.escape(layers)}\.(\d+)\.")
-    found = [match for key in info["unexpected_keys"] if (match := path.search(key))]
-    return max((int(match[1]) + 1 for match in found), default=0)
+    return max((int(match[1]) + 1 for key in info["unexpected_keys"] if (match := path.search(key))), default=0)
 
 
 def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a tokenizer has words, each with an embedding, a longest input, and something to pad with.
-
-    Raises:
-        BackboneError: If not.
-    """
+    """Raise BackboneError unless a tokenizer has words with embeddings, a longest input, and something to pad with."""
     vocabulary = tokenizer.get_vocab()
     # Without files the library makes a tokenizer of special tokens up.
     if not vocabulary.keys() - set(tokenizer.all_special_tokens) - INVENTED:
@@ -98,7 +79,7 @@ def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedToke
             f"the backbone {name!r}: model_max_length in tokenizer_config.json has to be a number of tokens, got "
             f"{short(longest)}"
         )
-    embeddings, last = len(model.get_input_embeddings().weight), max(vocabulary.values())
+    embeddings, last = model.get_input_embeddings().get_parameter("weight").shape[0], max(vocabulary.values())
     if last >= embeddings:
         raise BackboneError(
             f"the backbone {name!r}: its tokenizer has tokens up to number {last}, but the model has only {embeddings} "
@@ -113,11 +94,7 @@ def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedToke
 def check_positions(
     backbone: BackboneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head: Head
 ) -> None:
-    """Check that a model can read the longest inputs and targets.
-
-    Raises:
-        BackboneError: If it has too few positions for them.
-    """
+    """Raise BackboneError if a model has too few positions for the longest inputs and targets."""
     positions = positions_of(model)
     if positions is None:
         return
@@ -139,16 +116,12 @@ def positions_of(model: PreTrainedModel) -> int | None:
         and re.fullmatch("position_embeddings|embed_positions|wpe", path.split(".")[-1])
     ]
     # The first rows of some tables stand for padding.
-    unused = [getattr(one, "offset", 0 if one.padding_idx is None else one.padding_idx + 1) for one in tables]
-    return min((one.num_embeddings - rows for one, rows in zip(tables, unused, strict=True)), default=None)
+    unused = [getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1) for table in tables]
+    return min((table.num_embeddings - rows for table, rows in zip(tables, unused, strict=True)), default=None)
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of a name.
-
-    Raises:
-        ValueError: If there is none, or nothing can be computed on it here.
-    """
+    """The device of a name; ValueError if nothing can be computed on it here."""
     try:
         device = torch.empty(1, device=name).fill_(1).device
         if device.type == "meta":

@@ -14,18 +14,18 @@ Draw = Callable[[int, Tensor, float, torch.Generator], Tensor]
 
 def layers_of(board: Switchboard) -> Tensor:
     """Number of the layer that each switch is in, through all stacks in execution order, int64 ``[switches]``."""
-    found: dict[tuple[str, int], int] = {}
-    return torch.tensor([found.setdefault((one.stack, one.index), len(found)) for one in board.switches])
+    numbers: dict[tuple[str, int], int] = {}
+    return torch.tensor([numbers.setdefault((switch.stack, switch.index), len(numbers)) for switch in board.switches])
 
 
 def even(rows: int, layers: Tensor, max_rate: float, generator: torch.Generator) -> Tensor:
     """Each row draws its own rate from ``[0, max_rate]``, then each switch by that rate.
 
     Args:
-        rows: How many decisions.
-        layers: As ``layers_of`` gives them, ``[switches]``.
+        rows: Number of decisions.
+        layers: From ``layers_of``, ``[switches]``.
         max_rate: Highest skip rate that a row may draw.
-        generator: Of what is drawn.
+        generator: Draws all random numbers.
 
     Returns:
         Skip vectors, int64 ``[rows, switches]`` on the CPU.
@@ -35,9 +35,9 @@ def even(rows: int, layers: Tensor, max_rate: float, generator: torch.Generator)
 
 
 def deeper(rows: int, layers: Tensor, max_rate: float, generator: torch.Generator) -> Tensor:
-    """As ``even``, but a row's rate grows with depth: from nothing before the first layer to twice behind the last.
+    """Like ``even``, but a row's rate grows with depth: from nothing before the first layer to twice after the last.
 
-    What is skipped deep down has fewer layers behind it that must make up for it (Fan et al. 2020, progressive rates).
+    What is skipped deep down has fewer layers after it that must make up for it (Fan et al. 2020, progressive rates).
     """
     depth = (2 * layers + 1) / (layers.max() + 1)  # 1 on average over layers
     rates = torch.rand(rows, 1, generator=generator) * max_rate * depth
@@ -45,7 +45,7 @@ def deeper(rows: int, layers: Tensor, max_rate: float, generator: torch.Generato
 
 
 def staged(rows: int, layers: Tensor, max_rate: float, generator: torch.Generator) -> Tensor:
-    """As staged policies decide: layers run up to a random one; behind it, half of the rows skip all, half ``even``."""
+    """As staged policies decide: layers run up to a random one; after it, half of the rows skip all, half ``even``."""
     skip = even(rows, layers, max_rate, generator)
     look = torch.randint(0, int(layers.max()) + 2, (rows, 1), generator=generator)
     leaves = torch.rand(rows, 1, generator=generator) < 0.5

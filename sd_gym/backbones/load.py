@@ -13,17 +13,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_gym.backbones.checks import BackboneError, check_tokenizer, check_weights, usable_device
+from sd_gym.backbones.checks import check_tokenizer, check_weights, usable_device
 from sd_gym.backbones.heads import Head, head_of, stored_head
-from sd_gym.errors import one_line
+from sd_gym.errors import BackboneError, one_line
 from sd_gym.switch import FlopsModel, Switchboard
 from sd_gym.switch.architectures import architecture_of
 
@@ -37,10 +31,10 @@ class Backbone:
     Attributes:
         name: What it was loaded as.
         model: In evaluation mode, without gradients.
-        tokenizer: Its tokenizer.
-        board: Its switchboard.
-        flops: Its FLOPs as a function of lengths and decisions.
-        head: What kind of answers it gives, and all that depends on that.
+        tokenizer: The model's.
+        board: The model's switchboard.
+        flops: FLOPs as a function of lengths and decisions.
+        head: The kind of answers, and all that depends on it.
     """
 
     name: str
@@ -57,11 +51,11 @@ class Backbone:
 
     @property
     def can_exit(self) -> bool:
-        """As the function ``can_exit`` says."""
+        """Whether its head can judge what any layer gives."""
         return can_exit(self.head, self.board)
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
-        """As ``Head.forward``."""
+        """See ``Head.forward``."""
         return self.head.forward(self.board, inputs)
 
 
@@ -71,11 +65,7 @@ def can_exit(head: Head, board: Switchboard) -> bool:
 
 
 def resolve(name: str) -> str:
-    """The folder or hub id that a backbone's name stands for.
-
-    Raises:
-        FileNotFoundError: If the name looks like a path and there is no such folder.
-    """
+    """The folder or hub id that a backbone's name stands for; FileNotFoundError if there is no such folder."""
     if name in BUNDLED:
         return str(BUNDLED[name])
     if Path(name).is_dir() or (name.endswith(".gguf") and Path(name).is_file()):
@@ -93,20 +83,18 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model of a supported architecture and its tokenizer; weights only as safetensors, no remote code.
 
-    All weights come from the files, but for those of a head that is asked for and not stored: it is new, drawn from
-    torch's random state (call ``torch.manual_seed`` before).
+    All weights come from the files. Only a head that is asked for and not stored is new, drawn from torch's random
+    state (call ``torch.manual_seed`` before).
 
     Args:
         name: Bundled name, local folder, ``.gguf`` file, or hub id.
-        head: Put such a head on the model, new where the stored model has none; ``None``: load what was stored.
-        num_labels: Of a ``head`` that classifies, its classes; it is new where the stored one has others.
+        head: The head of the model, new where the stored model has another one; ``None``: what was stored.
+        num_labels: Classes of a ``head`` that classifies, which is new where the stored one has others.
 
     Raises:
         FileNotFoundError: If there is no such folder, or the hub does not have it or cannot be reached.
         UnsupportedArchitectureError: If no switches are known for the architecture.
-        BackboneError: If a file cannot be read or is missing, weights are missing, of another size or not finite, the
-            tokenizer has no words or more than the model, the stored model has no head and none is asked for, or its
-            architecture has none of that kind.
+        BackboneError: If a file, weight, tokenizer or head is missing, damaged or does not fit; the message says which.
     """
     config, path, file = _stored(name)
     stored = _stored_head(config, file)
@@ -124,8 +112,8 @@ def load_model(
     model = _load_weights(name, auto, path, new_head, options)
     tokenizer = _load_tokenizer(name, path, file, model)
     if file:  # its weights are ordinary numbers now, so it can be saved as any other
-        model.config.__dict__.pop("quantization_config", None)
-        model.hf_quantizer = None
+        vars(model.config).pop("quantization_config", None)
+        vars(model)["hf_quantizer"] = None
     if model.config.pad_token_id is None:  # decoder-only classifiers look for it to find an input's end
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
@@ -152,7 +140,7 @@ def _load_tokenizer(name: str, path: str, file: dict[str, str], model: PreTraine
 
 @contextmanager
 def _explained(name: str, what: str) -> Iterator[None]:
-    """Errors of the libraries, which are of many kinds, as one line of our own."""
+    """Errors of the libraries, which are of many kinds, as one line."""
     try:
         yield
     except Exception as error:
@@ -166,18 +154,14 @@ def _explained(name: str, what: str) -> Iterator[None]:
 
 
 def head_stored_with(name: str) -> type[Head] | None:
-    """The head that is stored with a backbone; ``None`` where there is none.
-
-    Raises:
-        FileNotFoundError, UnsupportedArchitectureError: As ``load_model``.
-    """
+    """The head that is stored with a backbone, if any. Raises: see ``load_model``."""
     config, _, file = _stored(name)
     return _stored_head(config, file)
 
 
 def _stored(name: str) -> tuple[PretrainedConfig, str, dict[str, str]]:
     """The configuration of a backbone, its folder or hub id, and the GGUF file in it, if it is one."""
-    path, file = resolve(name), {}
+    path, file = resolve(name), dict[str, str]()
     if path.endswith(".gguf"):
         file = {"gguf_file": Path(path).name}
         path = str(Path(path).parent)
@@ -199,8 +183,7 @@ def _stored(name: str) -> tuple[PretrainedConfig, str, dict[str, str]]:
 
 
 def _stored_head(config: PretrainedConfig, file: dict[str, str]) -> type[Head] | None:
-    named = [str(name) for name in config.architectures or []]
-    return stored_head(config, named, generates=bool(file))
+    return stored_head(config, [str(name) for name in config.architectures or []], generates=bool(file))
 
 
 def save_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -216,23 +199,18 @@ def save_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
 
 @lru_cache(maxsize=4)
 def load_backbone(name: str, device: str = "cpu") -> Backbone:
-    """Load a frozen backbone, ready to be switched: once a process, as all envs share it, so nobody may change it.
-
-    Raises:
-        As ``load_own_backbone``.
-    """
+    """``load_own_backbone`` once for the whole process: all envs share the backbone, so nobody may change it."""
     return load_own_backbone(name, device)
 
 
 def load_own_backbone(name: str, device: str = "cpu") -> Backbone:
-    """Load a frozen backbone, ready to be switched, that nobody else has: for callers that attach a policy to it.
+    """Load a frozen backbone that nobody else has, as a policy needs that is attached to it.
 
-    Raises:
-        FileNotFoundError, UnsupportedArchitectureError, BackboneError, ValueError: As ``load_model`` and
-            ``usable_device``.
+    Raises: see ``load_model`` and ``usable_device``.
     """
     model, tokenizer = load_model(name)
-    model = model.to(usable_device(device)).eval().requires_grad_(False)
+    # transformers hides the signature of Module.to
+    model.to(usable_device(device)).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
     board = Switchboard(model)
     return Backbone(name, model, tokenizer, board, FlopsModel(board), head_of(model))
 

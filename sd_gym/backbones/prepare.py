@@ -1,4 +1,4 @@
-"""Preparing a backbone: fine-tuning it on its task so that it bears skipping.
+"""Preparing a backbone: fine-tuning it on its task so that it stays accurate when sublayers are skipped.
 
 A backbone that was only trained densely breaks when sublayers are skipped. Here every batch runs twice in one pass:
 once densely, under the task's loss, and once under random decisions, with the dense output as the soft target (the
@@ -32,17 +32,13 @@ RANDOM_SHARE = 0.3  # of the rows, beside those that a policy decides on
 def decisions_around(
     skip_logits: Tensor, random: Tensor, generator: torch.Generator, random_share: float = RANDOM_SHARE
 ) -> Tensor:
-    """Skip vectors around those of a policy, some bolder and some more cautious, among random ones.
+    """Skip vectors around those of a policy, some bolder and some more cautious, int64 ``[rows, switches]`` on the CPU.
 
     Args:
         skip_logits: The policy's log-odds of skipping each switch, ``[rows, switches]``.
-        random: Random skip vectors, ``[rows, switches]``, which a share of the rows takes, so that the backbone bears
-            more than this one policy.
-        generator: Of what is drawn.
-        random_share: That share.
-
-    Returns:
-        int64 ``[rows, switches]`` on the CPU.
+        random: Random skip vectors, ``[rows, switches]``, so that the backbone is robust to more than this one policy.
+        generator: Draws all random numbers.
+        random_share: Share of the rows that take a random one.
     """
     rows = len(skip_logits)
     lowest, highest = BOLDNESS
@@ -53,10 +49,9 @@ def decisions_around(
 
 
 def freeze_observation(board: Switchboard) -> None:
-    """Freeze what a policy sees of an input, in place: all parameters but those of the layers and of the heads.
+    """Freeze a policy's observation, in place: all parameters but those of the layers and of the heads.
 
-    So a policy's observation stays what it was while the backbone is tuned under it; what a head shares with the
-    embeddings stays too.
+    What a head shares with the embeddings is frozen, too.
     """
     architecture, model = board.architecture, board.model
     layers = [model.base_model.get_submodule(stack.layers) for stack in architecture.stacks]
@@ -75,10 +70,10 @@ def sandwich_loss(
 
     Args:
         board: The backbone's switchboard.
-        batch: The model's inputs with ``labels``, each ``[batch, ...]``; ``keep``, if it is there, bool
-            ``[batch, length]``, are the tokens that the switched half keeps.
+        batch: The model's inputs with ``labels``, each ``[batch, ...]``, and perhaps ``keep``: which tokens the
+            switched half keeps, bool ``[batch, length]``.
         skip: Decisions of the switched half, ``[batch, switches]``.
-        call: As for ``Head.forward``.
+        call: See ``Head.forward``.
     """
     inputs = {name: value for name, value in batch.items() if name != "keep"}
     doubled = {name: torch.cat([value, value]) for name, value in inputs.items()}
@@ -91,7 +86,7 @@ def sandwich_loss(
 
 
 @dataclass
-class Course:
+class TrainingHistory:
     """How a preparation went.
 
     Attributes:
@@ -109,7 +104,7 @@ class Course:
     weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def add(self, quality: float, model: torch.nn.Module) -> None:
-        """Note a validation, and the weights if none are better; of equally good ones those that learned longer."""
+        """Note a validation, and keep the weights unless earlier ones were better."""
         self.validation.append((self.step, quality))
         self.since = 0 if quality > self.best else self.since + 1
         if quality >= self.best:
@@ -128,12 +123,11 @@ class Recipe:
         max_rate: Highest skip rate that a row may draw.
         draw: How decisions are drawn, one of ``DRAWS``.
         patience: Validations without a better quality after which it ends; ``None``: it never ends early.
-        seed: Of a new head, the batches, the random decisions and dropout.
-        dense_steps: The first steps run densely only (a backbone that starts from nothing must learn first); all of
-            them: the backbone is fine-tuned as usual.
+        seed: Seed of a new head, the batches, the random decisions and dropout.
+        dense_steps: The first steps run densely only, as a backbone that starts from scratch needs.
         warmup_steps: Steps of the warm-up; ``None``: a tenth of all.
-        random_share: Of the rows, beside those that a policy decides on.
-        weight_decay: Of AdamW.
+        random_share: Share of the rows under random decisions, where a policy decides on the others.
+        weight_decay: AdamW's.
     """
 
     steps: int
@@ -170,25 +164,22 @@ def prepare(
     resume: bool = False,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
     accelerator: Accelerator | None = None,
-) -> Course:
+) -> TrainingHistory:
     """Fine-tune the backbone of ``board`` in place.
 
-    What is random in a step depends on the seed, the process and the step alone, so that a preparation that goes on
-    from a checkpoint does what it would have done.
+    What is random in a step depends on the seed, the process and the step alone. So a preparation that continues from
+    a checkpoint does what it would have done.
 
     Args:
         board: The backbone's switchboard.
-        batches: Yields at least ``recipe.steps`` batches of the model's inputs with ``labels`` (and ``keep``, see
-            ``sandwich_loss``; and ``skip_logits``, of the policy that it is tuned under), for this process alone if
-            there are several.
+        batches: Yields at least ``recipe.steps`` batches of the model's inputs with ``labels``, for this process alone;
+            they may hold ``keep`` (see ``sandwich_loss``) and the ``skip_logits`` of the policy that it is tuned under.
         recipe: Steps, rates and draws.
-        validate: Gives a quality, ten times on the way; the weights of the best one are those that stay. ``None``: the
-            last weights stay.
-        checkpoint: File that the state is written to ten times on the way; ``None``: none.
-        resume: Whether to go on from it, if it is there, as if nothing had happened: the batches that were used are
-            drawn again and passed over.
-        on_step: Called with the step and its figures (``loss``, ``distillation``, ``learning_rate``; ``quality`` where
-            it was validated) after every step.
+        validate: Gives a quality, ten times on the way; the weights of the best one stay. ``None``: the last ones stay.
+        checkpoint: File that the state is written to ten times on the way; ``None``: it is not written.
+        resume: Whether to continue from the checkpoint, if it exists; the batches that were used are drawn again.
+        on_step: Called after every step with its figures (``loss``, ``distillation``, ``learning_rate``; ``quality``
+            where it was validated).
         accelerator: The processes that share the work; ``None``: this one alone.
 
     Raises:
@@ -197,13 +188,13 @@ def prepare(
     """
     model = board.model
     accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu", device_placement=False)
-    learner, course = _Learner(board, recipe, accelerator), Course()
-    state = {"model": model, "optimizer": learner.optimizer, "schedule": learner.schedule}
+    trainer, history = _Trainer(board, recipe, accelerator), TrainingHistory()
+    state = {"model": model, "optimizer": trainer.optimizer, "schedule": trainer.schedule}
     if resume and checkpoint is not None and checkpoint.exists():
-        _restore(checkpoint, state, course)
-    done = course.step
+        _restore(checkpoint, state, history)
+    done = history.step
     model.train()
-    learner.distribute()
+    trainer.distribute()
     source = iter(batches)
     for step in range(1, recipe.steps + 1):
         batch = next(source, None)
@@ -211,27 +202,27 @@ def prepare(
             raise ValueError(f"the batches ended after {step - 1} of {recipe.steps} steps")
         if step <= done:
             continue
-        if recipe.patience is not None and course.since >= recipe.patience:
+        if recipe.patience is not None and history.since >= recipe.patience:
             break
-        figures = learner.learn(step, batch)
-        course.step = step
+        figures = trainer.train(step, batch)
+        history.step = step
         if validate is not None and (step % recipe.interval == 0 or step == recipe.steps):
             model.eval()
             figures["quality"] = validate()
-            course.add(figures["quality"], model)
+            history.add(figures["quality"], model)
             model.train()
         if on_step is not None:
             on_step(step, figures)
         if checkpoint is not None and step % recipe.interval == 0 and accelerator.is_main_process:
-            _save(checkpoint, state, course)
-    learner.gather()
-    if course.weights:
-        model.load_state_dict(course.weights)
+            _save(checkpoint, state, history)
+    trainer.gather()
+    if history.weights:
+        model.load_state_dict(history.weights)
     model.eval()
-    return course
+    return history
 
 
-class _Learner:
+class _Trainer:
     """One optimiser step after another."""
 
     def __init__(self, board: Switchboard, recipe: Recipe, accelerator: Accelerator) -> None:
@@ -253,7 +244,7 @@ class _Learner:
         self._accelerator.unwrap_model(self._call, keep_fp32_wrapper=False)
         self._accelerator.free_memory()
 
-    def learn(self, step: int, batch: dict[str, Tensor]) -> dict[str, float]:
+    def train(self, step: int, batch: dict[str, Tensor]) -> dict[str, float]:
         """One step, counted from 1, on a batch; returns its figures."""
         loss, distillation = self._losses(step, {name: value.to(self._model.device) for name, value in batch.items()})
         total = loss + distillation
@@ -261,7 +252,7 @@ class _Learner:
         self._accelerator.backward(total)
         self._accelerator.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
-        rate = self.schedule.get_last_lr()[0]
+        rate = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
         if not math.isfinite(total.item()):
             raise FloatingPointError(f"the loss is {total.item()} at step {step}; try a lower learning rate")
@@ -283,18 +274,18 @@ class _Learner:
         return sandwich_loss(self._board, batch, skip, self._call)
 
 
-def _save(file: Path, state: dict[str, Any], course: Course) -> None:
+def _save(file: Path, state: dict[str, Any], history: TrainingHistory) -> None:
     """Everything that the next step depends on."""
     file.parent.mkdir(parents=True, exist_ok=True)
     saved = {name: part.state_dict() for name, part in state.items()}
-    write_checkpoint(file, {**saved, "course": vars(course)})
+    write_checkpoint(file, {**saved, "course": vars(history)})
 
 
-def _restore(file: Path, state: dict[str, Any], course: Course) -> None:
+def _restore(file: Path, state: dict[str, Any], history: TrainingHistory) -> None:
     saved = read_checkpoint(file)
     try:
         for name, part in state.items():
             part.load_state_dict(saved[name])
-        vars(course).update(saved["course"])
-    except Exception as error:  # whatever does not fit
+        vars(history).update(saved["course"])
+    except Exception as error:  # torch raises errors of many kinds
         raise ValueError(damaged_checkpoint(file, error)) from error

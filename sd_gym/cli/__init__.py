@@ -1,4 +1,4 @@
-"""The command ``sd-gym``: the only room that knows every other one."""
+"""The command ``sd-gym``: the only package that imports every other one."""
 
 from __future__ import annotations
 

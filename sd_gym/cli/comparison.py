@@ -6,98 +6,44 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from sd_gym.cli.terminal import (
-    Imports,
-    console,
-    errors_as_lines,
-    import_all,
-    progress_bar,
-    say,
-    settings_of,
-    status,
-    warnings_as_lines,
-)
+from sd_gym.cli import terminal
+from sd_gym.cli.terminal import Imports, Settings, Strictness
 
 
 def compare(
-    what: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="ENV...|RUN...",
-            help="Env ids, to train what is missing first; or run folders (what is none is passed over).",
-        ),
-    ],
-    algos: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME,...",
-            help="With envs: agents; NAME-from-OTHER goes on from the run of OTHER with the same seed.",
-        ),
-    ] = "ppo,a2c,reinforce",
-    controls: Annotated[
-        bool,
-        typer.Option(help="With envs: static, early-exit, random, hash, dense and the first agent that learns, blind."),
-    ] = True,
-    seeds: Annotated[int, typer.Option(min=1, help="With envs: seeds of each agent.")] = 10,
-    steps: Annotated[int, typer.Option(min=1, help="With envs: decisions to learn from.")] = 50_000,
-    jobs: Annotated[int, typer.Option(min=1, help="With envs: processes, of one thread each.")] = 1,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="With envs: a Ray cluster that trains instead, which sees OUTPUT under the same path; auto, local, or "
-            "HOST:PORT.",
-        ),
-    ] = None,
-    output: Annotated[Path, typer.Option(help="With envs: the runs are OUTPUT/ENV/ALGO-SEED.")] = Path("runs/compare"),
-    strictness: Annotated[float, typer.Option(min=0, help="With envs: of selection, as of sd-gym train.")] = 1.645,
-    set_: Annotated[
-        list[str],
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="With envs: override a config key, or a setting of agents that have it."
-        ),
-    ] = [],  # noqa: B006  (typer wants a list)
-    report: Annotated[Path | None, typer.Option(help="Page to write about the runs, as sd-gym report does.")] = None,
-    fronts: Annotated[
-        bool,
-        typer.Option(
-            help="How much more of the FLOPs each learned agent saves than static masks and blind agents at the same "
-            "quality; policies are scored again, which takes minutes."
-        ),
-    ] = False,
-    test_size: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help="With --fronts: instances of the test split, for narrower intervals; generated data have as many as "
-            "you like. Otherwise as in the runs.",
-        ),
-    ] = None,
-    picture: Annotated[
-        Path | None, typer.Option(help="With --fronts: PNG to write the fronts to, FLOPs against quality lost.")
-    ] = None,
-    markdown: Annotated[bool, typer.Option(help="Print a Markdown table.")] = False,
-    imports: Imports = [],  # noqa: B006
+    what: Annotated[list[str], Argument(metavar="ENV...|RUN...", help="Env ids, to train on; or run folders.")],
+    algos: Annotated[str, Option(metavar="NAME,...", help="With envs: agents to train.")] = "ppo,a2c,reinforce",
+    controls: Annotated[bool, Option(help="With envs: also train the controls, and the first learner, blind.")] = True,
+    seeds: Annotated[int, Option(min=1, help="With envs: seeds per agent.")] = 10,
+    steps: Annotated[int, Option(min=1, help="With envs: decisions to learn from.")] = 50_000,
+    jobs: Annotated[int, Option(min=1, help="With envs: processes, of one thread each.")] = 1,
+    ray: Annotated[str | None, Option(metavar="ADDRESS", help="With envs: a Ray cluster, which sees OUTPUT.")] = None,
+    output: Annotated[Path, Option(help="With envs: the runs are OUTPUT/ENV/ALGO-SEED.")] = Path("runs/compare"),
+    strictness: Strictness = 1.645,
+    set_: Settings = [],
+    report: Annotated[Path | None, Option(help="Page to write about the runs, as sd-gym report does.")] = None,
+    fronts: Annotated[bool, Option(help="Score again: what agents save at the same quality.")] = False,
+    test_size: Annotated[int | None, Option(min=2, help="With --fronts: test instances [default: the run's].")] = None,
+    picture: Annotated[Path | None, Option(help="With --fronts: PNG of FLOPs against quality lost.")] = None,
+    markdown: Annotated[bool, Option(help="Print a Markdown table.")] = False,
+    imports: Imports = [],
 ) -> None:
-    """Put agents side by side, one row an env and agent, means over seeds with the worst seed in brackets.
+    """Compare agents: one row per env and agent, means over seeds, the worst seed in brackets.
 
-    Given envs, every agent and control is trained on them with the same seeds. The command can be given again: finished
-    runs are kept, those that were cut off go on, those that failed are tried again. Exit code 1 if one failed.
+    With envs, all agents and controls are trained first, with the same seeds; NAME-from-OTHER starts from the run of
+    OTHER. Given again, the command keeps finished runs, goes on with interrupted ones and retries failed ones. The exit
+    code is 1 if a run failed. --fronts takes minutes, and needs runs of static masks and of a blind agent.
 
-    Examples:
-    `sd-gym compare runs/*`
-
-    `sd-gym compare SD/Classification-Mini-v0 --algos ppo,a2c --seeds 5 --steps 20000 --jobs 2 --report report.html`
-
-    `sd-gym compare --fronts --picture fronts.png runs/static runs/blind runs/ppo-*`
+    Example: `sd-gym compare SD/Classification-Mini-v0 --algos ppo,a2c --seeds 5 --jobs 2 --report report.html`
     """
-    imported = import_all(imports)
+    imported = terminal.import_all(imports)
     from sd_gym.registration import registered_ids
 
     folders, failed = [Path(name) for name in what], []
     if any(name in registered_ids() for name in what):
-        with errors_as_lines():
+        with terminal.errors_as_lines():
             from sd_gym.agents.experiment.comparison_plan import plan_comparison
 
             runs = plan_comparison(
@@ -107,18 +53,18 @@ def compare(
                 seeds=seeds,
                 steps=steps,
                 output=output,
-                settings=settings_of(set_),
+                settings=terminal.settings_of(set_),
                 strictness=strictness,
             )
             folders, failed = _trained(runs, jobs, ray, imported)
     if folders:
-        with errors_as_lines(), warnings_as_lines():
+        with terminal.errors_as_lines(), terminal.warnings_as_lines():
             _print_comparison(folders, fronts=fronts, test_size=test_size, picture=picture, as_markdown=markdown)
             if report is not None:
                 _write_report(folders, report)
     for word in failed:
-        say(f"failed: {word.run.folder}: {word.message}", "red")
-        say(f"  again: this command; or alone: {word.run.command(imported)}")
+        terminal.say(f"failed: {word.run.folder}: {word.message}", "red")
+        terminal.say(f"  again: this command; or alone: {word.run.command(imported)}")
     if failed:
         raise typer.Exit(1)
 
@@ -127,7 +73,7 @@ def _trained(runs: list[Any], jobs: int, ray: str | None, imports: list[str]) ->
     """Train planned runs, and show how far they are; returns the folders of those that are there, and what failed."""
     from sd_gym.agents.experiment.parallel import GOING, RunStatus, train_many
 
-    with progress_bar() as progress:
+    with terminal.progress_bar() as progress:
         everything, bars = progress.add_task("runs", total=len(runs), figures=""), {}
 
         def on_status(word: RunStatus) -> None:
@@ -143,7 +89,7 @@ def _trained(runs: list[Any], jobs: int, ray: str | None, imports: list[str]) ->
                 if folder in bars:
                     progress.remove_task(bars.pop(folder))
                 if word.state != "kept":
-                    say(f"{name}: {word.state}{f' ({word.message})' if word.message else ''}")
+                    terminal.say(f"{name}: {word.state}{f' ({word.message})' if word.message else ''}")
 
         words = train_many(runs, jobs=jobs, ray=ray, imports=imports, on_status=on_status)
     there = [word.run.folder for word in words if word.state in ("kept", "finished")]
@@ -163,7 +109,7 @@ def _print_comparison(
 
         title, columns = "At the same quality, test split", agent_fronts.COLUMNS
         by = ["env", "points lost", "FLOPs of static / blind"]
-        with status("scoring"):
+        with terminal.status("scoring"):
             found = agent_fronts.score_fronts(folders, test_size)
         rows = [row for one in found for row in agent_fronts.savings_rows(one)]
         if picture is not None:
@@ -174,59 +120,53 @@ def _print_comparison(
     if as_markdown:
         print(results.markdown(columns, rows))
     else:
-        console.print(*comparison_tables(title, columns, rows, by), sep="\n")
+        terminal.console.print(*comparison_tables(title, columns, rows, by), sep="\n")
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; what is none is passed over.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
-    also: Annotated[
-        bool, typer.Option(help="Write the same beside it: Markdown, a CSV file of all runs, and the pictures as PNG.")
-    ] = False,
+    runs: Annotated[list[Path], Argument(help="Run folders; other folders are ignored.")],
+    output: Annotated[Path, Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+    also: Annotated[bool, Option(help="Also write Markdown, a CSV file of all runs, and pictures as PNG.")] = False,
 ) -> None:
-    """Write one page about runs: the verdict in words, fronts, curves, what is skipped, tables, how to reproduce it.
+    """Write one page about runs: verdict, fronts, curves, what is skipped, tables, and how to reproduce it.
 
-    It needs no network, and neither backbone nor data; agents of your own need not be imported.
+    It needs no network, backbone, data or --import.
 
     Example: `sd-gym report runs/* -o report.html`
     """
-    with errors_as_lines(), warnings_as_lines():
+    with terminal.errors_as_lines(), terminal.warnings_as_lines():
         _write_report(runs, output, also)
 
 
 def _write_report(runs: list[Path], output: Path, also: bool = False) -> None:
-    with status("reading"):
+    with terminal.status("reading"):
         from sd_gym.agents.report.page import write_report
 
         written = write_report(runs, output, also=also)
     for file in written:
-        console.print(str(file), highlight=False, soft_wrap=True)
+        terminal.print_line(str(file))
 
 
 def tune(
-    env: Annotated[str, typer.Argument(help="Env id.")],
-    algo: Annotated[str, typer.Option(help="An agent that learns.")] = "ppo",
-    trials: Annotated[int, typer.Option(min=1, help="In all, with those that the folder holds.")] = 20,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each trial.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Decisions that each run learns from.")] = 20_000,
-    output: Annotated[Path | None, typer.Option(help="Folder of the study [default: runs/tune/TASK-ALGO].")] = None,
-    strictness: Annotated[float, typer.Option(min=0, help="Of selection, as of sd-gym train.")] = 1.645,
-    set_: Annotated[
-        list[str],
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; or set what is not to be searched."),
-    ] = [],  # noqa: B006  (typer wants a list)
-    imports: Imports = [],  # noqa: B006
+    env: Annotated[str, Argument(help="Env id.")],
+    algo: Annotated[str, Option(help="An agent that learns.")] = "ppo",
+    trials: Annotated[int, Option(min=1, help="In all, with those that the folder holds.")] = 20,
+    seeds: Annotated[int, Option(min=1, help="Runs per trial.")] = 1,
+    steps: Annotated[int, Option(min=1, help="Decisions that each run learns from.")] = 20_000,
+    output: Annotated[Path | None, Option(help="Folder of the study [default: runs/tune/TASK-ALGO].")] = None,
+    strictness: Strictness = 1.645,
+    set_: Settings = [],
+    imports: Imports = [],
 ) -> None:
     """Search an agent's settings with Optuna: quality kept on validation first, then fewer FLOPs.
 
-    The best are written to a file, and printed as options of sd-gym train. The command
-    can be given again, also with more trials: it goes on.
+    It prints the best settings as options of sd-gym train. Settings given by --set are not searched. Given again, the
+    command goes on, also with more trials.
 
-    Examples:
-    `sd-gym tune SD/Classification-Mini-v0 --algo a2c --trials 30 --seeds 2`
+    Example: `sd-gym tune SD/Classification-Mini-v0 --algo a2c --trials 30 --seeds 2`
     """
-    imported = import_all(imports)
-    with errors_as_lines(), progress_bar() as progress:
+    imported = terminal.import_all(imports)
+    with terminal.errors_as_lines(), terminal.progress_bar() as progress:
         bar = progress.add_task("trials", total=trials, figures="")
         from sd_gym.agents.experiment.api import default_folder
         from sd_gym.agents.experiment.tune import TrialResult
@@ -237,7 +177,7 @@ def tune(
             progress.update(bar, completed=min(tried.number + 1, trials))
             reached = tried.message if tried.score is None else f"{tried.score:.4f}"
             shown = ", ".join(f"{key} {value}" for key, value in tried.settings.items())
-            say(f"trial {tried.number}: {shown}: {reached}")
+            terminal.say(f"trial {tried.number}: {shown}: {reached}")
 
         folder = output or Path("runs/tune") / default_folder(env, algo, 0).name.removesuffix("-0")
         file = search(
@@ -250,8 +190,8 @@ def tune(
             strictness=strictness,
             imports=imported,
             on_trial=on_trial,
-            **settings_of(set_),
+            **terminal.settings_of(set_),
         )
-    console.print(file.read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
-    found = " ".join(f"--set {key}={value}" for key, value in read_yaml(file).items())
-    console.print(f"Settings: {file}; sd-gym train {env} --algo {algo} {found}", highlight=False, soft_wrap=True)
+    terminal.print_line(file.read_text(encoding="utf-8"))
+    best = " ".join(f"--set {key}={value}" for key, value in read_yaml(file).items())
+    terminal.print_line(f"Settings: {file}; sd-gym train {env} --algo {algo} {best}")

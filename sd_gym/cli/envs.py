@@ -5,19 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from typer import Argument, Option
 
-from sd_gym.cli.terminal import Imports, console, errors_as_lines, import_all, progress_bar, settings_of
+from sd_gym.cli import terminal
+from sd_gym.cli.terminal import Imports, Settings
 
 
-def envs(imports: Imports = []) -> None:  # noqa: B006  (typer wants a list)
+def envs(imports: Imports = []) -> None:
     """List the envs.
 
     Example: `sd-gym envs`
     """
-    import_all(imports)
+    terminal.import_all(imports)
     from sd_gym.envs.config import read_values
     from sd_gym.registration import config_files
 
@@ -25,10 +26,10 @@ def envs(imports: Imports = []) -> None:  # noqa: B006  (typer wants a list)
     table.add_column("id", no_wrap=True)  # to be copied in one piece
     for column in ("data set", "backbone"):
         table.add_column(column, overflow="fold")
-    with errors_as_lines():
+    with terminal.errors_as_lines():
         for file in config_files():
             table.add_row(*_row(read_values(file)))
-    console.print(table)
+    terminal.console.print(table)
 
 
 def _row(values: dict[str, Any]) -> tuple[str, str, str]:
@@ -48,47 +49,39 @@ def _row(values: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def tabulate(
-    env: Annotated[str, typer.Argument(metavar="ENV_OR_RUN", help="Env id, or the folder of a run.")],
-    output: Annotated[Path, typer.Option(help="Folder to write the table to.")],
+    env: Annotated[str, Argument(metavar="ENV_OR_RUN", help="Env id, or the folder of a run.")],
+    output: Annotated[Path, Option(help="Folder to write the table to.")],
     decisions: Annotated[
         list[str],
-        typer.Option(
-            help="all; or, several times, random:N, path (searched greedily), codebook (the env's) and codebook:FILE "
+        Option(
+            help="all; or, repeatable, random:N, path (searched greedily), codebook (the env's) and codebook:FILE "
             "[default: all where they are at most 4,096, else random:64]."
         ),
-    ] = [],  # noqa: B006  (typer wants a list)
-    instances: Annotated[int | None, typer.Option(min=1, help="So many of each split at most.")] = None,
-    seed: Annotated[int, typer.Option(help="Of random:N.")] = 0,
-    pca: Annotated[
-        int | None,
-        typer.Option(min=1, help="Reduce observations to so many principal components of the training split."),
-    ] = None,
-    share: Annotated[
-        bool, typer.Option(help="Leave out what is not to be passed on: the data's own ids, words and paths.")
-    ] = False,
-    resume: Annotated[bool, typer.Option(help="Go on with a table that was cut off.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 1,
-    set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config key.")] = [],  # noqa: B006
-    imports: Imports = [],  # noqa: B006
+    ] = [],
+    instances: Annotated[int | None, Option(min=1, help="Instances per split at most.")] = None,
+    seed: Annotated[int, Option(help="Of random:N.")] = 0,
+    pca: Annotated[int | None, Option(min=1, help="Principal components that observations are reduced to.")] = None,
+    share: Annotated[bool, Option(help="Leave out the data's ids, words and paths.")] = False,
+    resume: Annotated[bool, Option(help="Go on with a table that was cut off.")] = False,
+    jobs: Annotated[int, Option(min=1, help="Processes, of one thread each.")] = 1,
+    set_: Settings = [],
+    imports: Imports = [],
 ) -> None:
-    """Compute once what decisions do to every instance of an env; SD/Table-v0 then looks it up in microseconds.
+    """Compute once what decisions do to every instance of an env; the env SD/Table-v0 looks it up in microseconds.
 
-    Examples:
-    `sd-gym tabulate SD/Classification-Mini-v0 --output table --decisions path --decisions random:64 --instances 2000`
+    Then train on the table: `sd-gym train SD/Table-v0 --set table=table`
 
-    `sd-gym train SD/Table-v0 --set table=table --algo ppo --steps 200000`
-
-    A small one, to be passed on: `sd-gym tabulate RUN --output table --decisions random:64 --pca 32 --share`
+    Example: `sd-gym tabulate SD/Classification-Mini-v0 --output table --decisions random:64 --instances 2000`
     """
-    imported = import_all(imports)
-    with errors_as_lines(), progress_bar() as progress:
+    imported = terminal.import_all(imports)
+    with terminal.errors_as_lines(), terminal.progress_bar() as progress:
         bar = progress.add_task("loading", total=None, figures="")
         from sd_gym.agents.experiment.tabulation import tabulate as write_table
 
         def on_progress(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total, description="scoring", figures="decisions")
 
-        said = write_table(
+        description = write_table(
             env,
             output,
             decisions=decisions or None,
@@ -100,16 +93,16 @@ def tabulate(
             jobs=jobs,
             imports=imported,
             on_progress=on_progress,
-            **settings_of(set_),
+            **terminal.settings_of(set_),
         )
-    counts = ", ".join(f"{split['instances']} of {name}" for name, split in said["splits"].items())
-    kind = f"{said['masks']} decisions ({said['chosen']})" if said["masks"] else "all decisions"
+    counts = ", ".join(f"{split['instances']} of {name}" for name, split in description["splits"].items())
+    kind = f"{description['masks']} decisions ({description['chosen']})" if description["masks"] else "all decisions"
     size = sum(file.stat().st_size for file in output.iterdir())
-    console.print(f"{kind} on instances: {counts}; {size / 2**20:.1f} MB", highlight=False, soft_wrap=True)
+    terminal.print_line(f"{kind} on instances: {counts}; {size / 2**20:.1f} MB")
     if pca is not None:
         from sd_gym.envs.table_files import PROJECTION
         from sd_gym.projection import read_projection
 
         kept = read_projection(output / PROJECTION).explained.sum()
-        console.print(f"Observations: {pca} components, {kept:.0%} of the variance", highlight=False)
-    console.print(f"Table: {output}", highlight=False, soft_wrap=True)
+        terminal.print_line(f"Observations: {pca} components, {kept:.0%} of the variance")
+    terminal.print_line(f"Table: {output}")

@@ -9,99 +9,60 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from typer import Argument, Option
 
-from sd_gym.cli.terminal import (
-    Imports,
-    console,
-    errors,
-    errors_as_lines,
-    import_all,
-    progress_bar,
-    say,
-    settings_of,
-    warnings_as_lines,
-)
+from sd_gym.cli import terminal
+from sd_gym.cli.terminal import Imports, Settings
 
 Draw = Literal["even", "deeper", "staged"]
 
 
 def prepare(
-    output: Annotated[Path, typer.Option(help="Folder to write the prepared model to.")],
-    backbone: Annotated[
-        str | None, typer.Option(help="Local folder or hub id of a supported model, such as a BERT.")
-    ] = None,
-    policy: Annotated[
-        Path | None,
-        typer.Option(
-            help="Run folder: tune the run's backbone further, on the run's data, under the policy it learned."
-        ),
-    ] = None,
-    env: Annotated[
-        str, typer.Option(help="Env whose task and data it is prepared for.")
-    ] = "SD/Classification-Custom-v0",
-    dataset: Annotated[str | None, typer.Option(help="The env's data set: a file, a folder, or a hub id.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1500,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    learning_rate: Annotated[float, typer.Option()] = 5e-5,
-    max_rate: Annotated[
-        float, typer.Option(min=0, max=1, help="Highest skip rate during preparation; 0: fine-tune densely, as usual.")
-    ] = 0.6,
+    output: Annotated[Path, Option(help="Folder to write the prepared model to.")],
+    backbone: Annotated[str | None, Option(help="Local folder or hub id of a supported model.")] = None,
+    policy: Annotated[Path | None, Option(help="Run folder: tune its backbone further, under its policy.")] = None,
+    env: Annotated[str, Option(help="Env with the task and data.")] = "SD/Classification-Custom-v0",
+    dataset: Annotated[str | None, Option(help="The env's data set: a file, a folder, or a hub id.")] = None,
+    steps: Annotated[int, Option(min=1, help="Optimiser steps.")] = 1500,
+    batch_size: Annotated[int, Option(min=1)] = 32,
+    learning_rate: Annotated[float, Option()] = 5e-5,
+    max_rate: Annotated[float, Option(min=0, max=1, help="Highest skip rate; 0: plain fine-tuning.")] = 0.6,
     draw: Annotated[
         Draw,
-        typer.Option(
-            help="How decisions are drawn: each row by a rate of its own (even), by one that grows with depth (deeper) "
-            "or as in stages (staged: layers run up to a random one, after it half of the rows skip all)."
+        Option(
+            help="How decisions are drawn: at one rate per row (even), at one that grows with depth (deeper), or as in "
+            "stages (staged: layers run up to a random one, after it half of the rows skip all)."
         ),
     ] = "even",
-    patience: Annotated[
-        int | None,
-        typer.Option(min=1, help="End after so many validations (of ten) without a better quality [default: never]."),
-    ] = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=2, help="Longest input, in tokens [default: the env's].")
-    ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint of a preparation that was cut off.")] = False,
-    seed: Annotated[int, typer.Option()] = 0,
-    set_: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the env's config.")
-    ] = [],  # noqa: B006  (typer wants a list)
-    imports: Imports = [],  # noqa: B006
+    patience: Annotated[int | None, Option(min=1, help="Validations (of ten) without progress to end after.")] = None,
+    max_length: Annotated[int | None, Option(min=2, help="Longest input, in tokens [default: env's].")] = None,
+    resume: Annotated[bool, Option(help="Go on from the checkpoint of a preparation that was cut off.")] = False,
+    seed: Annotated[int, Option()] = 0,
+    set_: Settings = [],
+    imports: Imports = [],
 ) -> None:
-    """Fine-tune a backbone so that it is robust to skipping.
+    """Fine-tune a backbone so that it stays accurate when layers are skipped.
 
-    Half of each pass runs densely under the task's loss, half under random decisions with the dense output as target.
-    The weights with the best validation quality under random decisions are kept, and saved before they are evaluated.
-    Where there is no terminal, a plain line about once a minute tells the step, the figures and the time left. Curves
-    are in the output folder, for `tensorboard --logdir`, and a picture of quality against skip rate.
+    Half of each batch runs densely under the task's loss, half under random decisions with the dense output as target.
+    The weights with the best validation quality under random decisions are saved. The output folder also holds curves,
+    for `tensorboard --logdir`, and a picture of quality against skip rate.
 
-    Examples:
-    `sd-gym prepare --backbone ./minilm --dataset ./sst2 --output ./minilm-sst2 --steps 2000`
-
-    `sd-gym prepare --backbone ./bart --env SD/Summarization-Custom-v0 --dataset ./mails --output ./bart-mails`
-
-    `sd-gym prepare --backbone ./minilm --env SD/QuestionAnswering-SQuAD-v0 --output ./minilm-squad`
-
-    Backbone and policy tuned to each other, alternating (--set takes other data than the run's own):
-    `sd-gym prepare --policy runs/first --output tuned`, then
-    `sd-gym train SD/Classification-Mini-v0 --set backbone=tuned --set start=runs/first --output runs/second`
-
-    `accelerate launch --multi_gpu -m sd_gym.cli prepare --set device=cuda ...` shares the work between GPUs.
+    Example: `sd-gym prepare --backbone ./minilm --dataset ./sst2 --output ./minilm-sst2 --steps 2000`
     """
-    import_all(imports)
+    terminal.import_all(imports)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher has started
-    with errors_as_lines(), progress_bar(visible=first) as progress:
+    with terminal.errors_as_lines(), terminal.progress_bar(visible=first) as progress:
         bar = progress.add_task("loading", total=steps, figures="")
         latest: dict[str, float] = {}
 
         def on_phase(phase: str) -> None:
             progress.update(bar, description=phase)
-            if not errors.is_terminal:
-                say(f"{phase} ...")
+            if not terminal.errors.is_terminal:
+                terminal.say(f"{phase} ...")
 
         def on_step(step: int, figures: dict[str, float]) -> None:
-            latest.update(figures)
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in latest.items() if name != "learning_rate")
-            progress.update(bar, completed=step, figures=shown)
+            latest.update({name: value for name, value in figures.items() if name != "learning_rate"})
+            progress.update(bar, completed=step, figures=terminal.figures_text(latest))
 
         from sd_gym.backbones.prepare import Recipe
         from sd_gym.config import dotted
@@ -111,9 +72,9 @@ def prepare(
 
         if (backbone is None) == (policy is None):
             raise ValueError("pass either --backbone, or --policy for the backbone of a run")
-        given = {"data.dataset": dataset, "backbone.max_source_length": max_length}
-        overrides = {key: value for key, value in given.items() if value is not None}
-        overrides |= dotted(settings_of(set_), "--set")
+        options = {"data.dataset": dataset, "backbone.max_source_length": max_length}
+        overrides = {key: value for key, value in options.items() if value is not None}
+        overrides |= dotted(terminal.settings_of(set_), "--set")
         recipe = Recipe(steps, learning_rate, batch_size, max_rate=max_rate, draw=draw, patience=patience, seed=seed)
         skip_logits = None
         if policy is not None:
@@ -141,74 +102,46 @@ def prepare(
         return
     from sd_gym.agents.report.terminal import preparation_tables
 
-    console.print(*preparation_tables(str(output), report), sep="\n")
+    terminal.console.print(*preparation_tables(str(output), report), sep="\n")
     if report["steps_done"] < steps:
-        console.print(f"Ended early, after {report['steps_done']} steps.")
-    console.print(f"Prepared backbone: {output}", highlight=False, soft_wrap=True)
+        terminal.print_line(f"Ended early, after {report['steps_done']} steps.")
+    terminal.print_line(f"Prepared backbone: {output}")
 
 
 def run(
-    policy: Annotated[str, typer.Argument(help="Run folder, saved policy, or id of one on the Hugging Face hub.")],
-    source: Annotated[
-        str,
-        typer.Option(
-            "--input", help=".jsonl, .csv or .parquet file with the task's columns; -: JSON lines from standard input."
-        ),
-    ],
-    output: Annotated[Path, typer.Option(help="File of JSON lines to write, one a row, in the same order.")],
-    backbone: Annotated[str | None, typer.Option(help="Where the backbone is [default: where it was].")] = None,
-    max_loss: Annotated[
-        float | None,
-        typer.Option(
-            help="Take the cheapest validated version of the policy that loses at most so much quality (0.005: half a "
-            "point)."
-        ),
-    ] = None,
-    max_flops: Annotated[
-        float | None,
-        typer.Option(help="Take the most cautious version that runs at most this share of the FLOPs (0.4: 40%)."),
-    ] = None,
-    comparing: Annotated[
-        bool, typer.Option("--compare", help="Run everything densely as well: time, agreement, and quality.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option(help="Go on with a run that was cut off, from what stands in OUTPUT.part.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="Where the backbone runs: cpu, cuda, cuda:1.")] = "cpu",
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Rows that run together at most, those that agree [default: as many as is quickest]."),
-    ] = None,
-    columns: Annotated[
-        list[str],
-        typer.Option("--column", metavar="FIELD=COLUMN", help="The input's column of a field: text=sentence."),
-    ] = [],  # noqa: B006  (typer wants a list)
-    imports: Imports = [],  # noqa: B006
+    policy: Annotated[str, Argument(help="Run folder, saved policy, or id of one on the Hugging Face hub.")],
+    source: Annotated[str, Option("--input", help=".jsonl, .csv or .parquet file; -: JSON lines from stdin.")],
+    output: Annotated[Path, Option(help="File of JSON lines to write, one per row, in the same order.")],
+    backbone: Annotated[str | None, Option(help="Where the backbone is [default: where it was].")] = None,
+    max_loss: Annotated[float | None, Option(help="Fewest FLOPs within this loss of quality (0.005).")] = None,
+    max_flops: Annotated[float | None, Option(help="Least skipping within this share of the FLOPs (0.4: 40%).")] = None,
+    comparing: Annotated[bool, Option("--compare", help="Also run densely: time, agreement, and quality.")] = False,
+    resume: Annotated[bool, Option(help="Go on with a run that was cut off, from OUTPUT.part.")] = False,
+    device: Annotated[str, Option(help="Where the backbone runs: cpu, cuda, cuda:1.")] = "cpu",
+    batch_size: Annotated[int | None, Option(min=1, help="Rows that run together at most [default: auto].")] = None,
+    columns: Annotated[list[str], Option("--column", metavar="FIELD=COLUMN", help="Column of a field.")] = [],
+    imports: Imports = [],
 ) -> None:
     """Answer many inputs with a trained policy; rows of about the same length, or of the same decision, run together.
 
-    Written are, of each row, its line, answer, skip (0 or 1 for each switch), token_level, flops_ratio and
-    unknown_tokens (which the tokenizer does not know). A malformed line gets an "error" in its place and stops no
-    other; the exit code is then 1. Blank lines are skipped.
+    A row's object has its line, answer, skip (0 or 1 per switch), token_level, flops_ratio and unknown_tokens. A
+    malformed line gets an "error" instead; the exit code is then 1. Blank lines are skipped.
 
-    Until all is done the answers are in the folder OUTPUT.part. --resume goes on from there, with the same policy,
-    operating point, columns and input; any other is refused.
+    Until all is done the answers are in the folder OUTPUT.part. --resume goes on from there, and refuses another
+    policy, operating point, column or input.
 
-    Examples:
-    `sd-gym run runs/Summarization-Mini-ppo-0 --input documents.jsonl --output summaries.jsonl`
-
-    `cat reviews.jsonl | sd-gym run runs/reviews --input - --output labels.jsonl --compare --column text=review`
+    Example: `sd-gym run runs/reviews --input reviews.jsonl --output labels.jsonl --column text=review`
     """
-    import_all(imports)
-    with errors_as_lines(), warnings_as_lines(), progress_bar() as progress:
+    terminal.import_all(imports)
+    with terminal.errors_as_lines(), terminal.warnings_as_lines(), terminal.progress_bar() as progress:
         bar = progress.add_task("loading", total=None, figures="")
-        from sd_gym.inference.bulk import rows_of, run_file
+        from sd_gym.inference.bulk import count_rows, run_file
         from sd_gym.inference.texts import load
 
         if str(output) == "-":
-            raise ValueError("--output: expected a file, which a run that was cut off goes on with; got -")
+            raise ValueError("--output: expected a file, not the standard output (-): a run can be resumed")
         file = None if source == "-" else Path(source)
-        total = rows_of(file)
+        total = count_rows(file)
         model = load(policy, backbone, device=device, max_loss=max_loss, max_flops=max_flops)
 
         def on_chunk(rows: int, bulk: Any) -> None:
@@ -221,21 +154,19 @@ def run(
             output,
             resume=resume,
             compare=comparing,
-            columns={str(field): str(column) for field, column in settings_of(columns, "--column").items()},
+            columns={str(field): str(column) for field, column in terminal.settings_of(columns, "--column").items()},
             batch_size=batch_size,
             on_chunk=on_chunk,
         )
     table = Table(box=SIMPLE_HEAD, show_header=False)
     for name, value in done.figures().items():
         table.add_row(name, value)
-    console.print(table)
-    console.print(f"Answers: {output}", highlight=False, soft_wrap=True)
+    terminal.console.print(table)
+    terminal.print_line(f"Answers: {output}")
     for line in done.malformed[:3]:
-        errors.print(f"line {line.number}: {line.error}", style="yellow", highlight=False, soft_wrap=True)
+        terminal.say(f"line {line.number}: {line.error}", "yellow")
     if done.malformed:
-        errors.print(f"{len(done.malformed)} malformed lines; each has its error in the output", style="yellow")
+        terminal.say(f"{len(done.malformed)} malformed lines; each has its error in the output", "yellow")
         if not done.rows:
-            errors.print(
-                "No line was answered; --column FIELD=COLUMN takes a field from another column", style="yellow"
-            )
+            terminal.say("No line was answered; --column FIELD=COLUMN takes a field from another column", "yellow")
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""What the commands share at the terminal: options, errors as lines, progress, and the table of a result."""
+"""What the commands share at the terminal: options, errors as lines, progress, and printing."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+from typer import Option
 
 from sd_gym.errors import quiet, short
 
@@ -24,25 +25,30 @@ console = Console(markup=False, emoji=False)
 errors = Console(stderr=True, markup=False, emoji=False)
 FIRST_LINE, EVERY_LINE = 5.0, 60.0  # seconds, of plain lines where there is no terminal
 ADVICE = {
-    errno.ENOSPC: "free some space on the disk",
-    errno.EDQUOT: "free some space on the disk",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space on the disk"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "choose a folder that you may write to"),
     errno.EFBIG: "choose a disk that takes larger files",
     errno.EROFS: "choose a folder on a disk that can be written",
-    errno.EACCES: "choose a folder that you may write to",
-    errno.EPERM: "choose a folder that you may write to",
     errno.ENOTDIR: "choose a folder: what was given is a file, or lies in one",
     errno.EISDIR: "choose a file: what was given is a folder",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 
-
 Imports = Annotated[
     list[str],
-    typer.Option(
-        "--import",
-        metavar="MODULE_OR_FILE",
-        help="Import a module or .py file of yours first: what it registers is known then.",
+    Option(
+        "--import", metavar="MODULE_OR_FILE", help="Import your module or .py file first, for the names it registers."
     ),
+]
+Settings = Annotated[
+    list[str],
+    Option(
+        "--set", metavar="KEY=VALUE", help="Override a key of the env's config, or a setting of the agent; repeatable."
+    ),
+]
+Strictness = Annotated[
+    float,
+    Option(min=0, help="Safety margin of selection, in standard errors; lower it where the validation split is small."),
 ]
 
 
@@ -56,37 +62,32 @@ def import_all(names: list[str]) -> list[str]:
 
 @contextmanager
 def errors_as_lines() -> Iterator[None]:
-    """What a user can do something about becomes a line and the exit code 2."""
+    """Errors that a user can mend become a line and the exit code 2."""
     threading.excepthook = _thread_failed
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        _fail(error)
     except Exception as error:
-        if type(error).__module__.startswith("gymnasium.error"):
-            _fail(error)
-        raise
+        mendable = isinstance(error, ValueError | OSError | FloatingPointError)
+        if not mendable and not type(error).__module__.startswith("gymnasium.error"):
+            raise
+        _print_error(error)
+        raise typer.Exit(2) from None
 
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread of its own; the disk's error is told here too, where it is met."""
-    if issubclass(failure.exc_type, OSError):
-        errors.print(_as_line(failure.exc_value), soft_wrap=True)
+    """TensorBoard writes in its own thread; errors of the disk are printed there, too."""
+    if isinstance(failure.exc_value, OSError):
+        _print_error(failure.exc_value)
     else:
         threading.__excepthook__(failure)
 
 
-def _fail(error: Exception) -> None:
-    errors.print(_as_line(error), soft_wrap=True)
-    raise typer.Exit(2)
-
-
-def _as_line(error: BaseException) -> Text:
-    advice = ADVICE.get(getattr(error, "errno", None))
-    said = " ".join(str(error).split()) + (f"; {advice}" if advice else "")
+def _print_error(error: BaseException) -> None:
+    advice = ADVICE.get(getattr(error, "errno", None) or 0)
+    message = " ".join(str(error).split()) + (f"; {advice}" if advice else "")
     # Half a character, as a damaged file may hold, cannot be printed.
-    said = said.encode(errors="backslashreplace").decode()
-    return Text.assemble((type(error).__name__, "bold red"), f": {said}")
+    message = message.encode(errors="backslashreplace").decode()
+    errors.print(Text.assemble((type(error).__name__, "bold red"), f": {message}"), soft_wrap=True)
 
 
 @contextmanager
@@ -97,19 +98,11 @@ def warnings_as_lines() -> Iterator[None]:
             yield
         finally:
             for warning in noted:
-                errors.print(str(warning.message), style="yellow", highlight=False, soft_wrap=True)
+                say(str(warning.message), "yellow")
 
 
 def settings_of(pairs: list[str], option: str = "--set") -> dict[str, Any]:
-    """``key=value`` pairs as a dictionary, values read as YAML (numbers, booleans, lists, text).
-
-    Args:
-        pairs: As they were given.
-        option: The option that they were given by, for messages.
-
-    Raises:
-        ValueError: If one has no ``=`` or no key, or its value is not YAML.
-    """
+    """``key=value`` pairs of an option as a dictionary, values read as YAML; ``ValueError`` names the option."""
     from sd_gym.envs.config import parse_yaml
 
     settings = {}
@@ -123,7 +116,7 @@ def settings_of(pairs: list[str], option: str = "--set") -> dict[str, Any]:
 
 @contextmanager
 def status(what: str) -> Iterator[None]:
-    """Show what is being done: a spinner at a terminal, elsewhere a plain line now and then."""
+    """Show the activity: a spinner at a terminal, elsewhere a plain line now and then."""
     quiet()
     _say_if_busy()
     begun = time.monotonic()
@@ -133,14 +126,7 @@ def status(what: str) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(visible: bool = True) -> Iterator[Progress]:
-    """Bars followed by ``figures``; where there is no terminal, a plain line now and then says the same.
-
-    A line has the description, the step of all steps, the figures and the time left. The first is written after
-    ``FIRST_LINE`` seconds, the others every ``EVERY_LINE`` seconds, whether or not anything has changed.
-
-    Args:
-        visible: Whether anything is shown.
-    """
+    """Bars followed by ``figures``, if ``visible``; where there is no terminal, a plain line now and then instead."""
     quiet()
     if visible:
         _say_if_busy()
@@ -182,6 +168,11 @@ def _plain_lines(line: Callable[[], str]) -> Iterator[None]:
         thread.join()
 
 
+def figures_text(figures: dict[str, float]) -> str:
+    """The figures of a bar."""
+    return "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+
+
 def _task_line(task: Task) -> str:
     """How far a task is, such as ``learning 2048 of 50000, quality 0.981, 0:03:10 left``."""
     steps = f"{task.completed:.0f}" if task.total is None else f"{task.completed:.0f} of {task.total:.0f}"
@@ -205,8 +196,13 @@ def _say_if_busy() -> None:
 
 
 def say(line: str, style: str | None = None) -> None:
-    """Print a line beside the results."""
+    """Print a line on the standard error, beside the results."""
     errors.print(line, style=style, highlight=False, soft_wrap=True)
+
+
+def print_line(line: str) -> None:
+    """Print a line of the results, which can be copied in one piece."""
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def print_result(title: str, result: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Targets:
-    """What the backbone shall answer; the fields are those of ``Encoded``."""
+    """The right answers; see the fields of ``Encoded``."""
 
     labels: Tensor
     target_length: NDArray
@@ -28,22 +28,22 @@ class Encoded:
     Attributes:
         input_ids: int64 ``[n, longest source]``, padded at the right.
         source_length: int64 ``[n]``, tokens of each input.
-        labels: As the backbone's head has them, ``[n, ...]``.
+        labels: ``[n, ...]``, in the form of the backbone's head.
         target_length: int64 ``[n]``, tokens of each target; 1 where nothing is generated.
         source_cut: bool ``[n]``, whether the input was longer than the limit.
-        target_cut: bool ``[n]``, whether the target was; where answers are extracted, whether all right ones stood in
-            what was cut off (then there is no label: the likelihood is 0, and training passes over it).
-        token_type_ids: int64 like ``input_ids`` for sentence pairs, else ``None``.
-        context_mask: bool like ``input_ids`` where answers are extracted, else ``None``: where they may begin and end.
-        offsets: int32 ``[n, longest source, 2]``, likewise: the characters of the text that each token is.
+        target_cut: bool ``[n]``, whether the target was. Where answers are extracted, whether all right ones stood in
+            what was cut off; then there is no label, the likelihood is 0, and training ignores it.
+        token_type_ids: int64 ``[n, longest source]`` for sentence pairs, else ``None``.
+        context_mask: bool ``[n, longest source]`` where answers are extracted, else ``None``: where they may stand.
+        offsets: int32 ``[n, longest source, 2]`` where answers are extracted: characters of each token.
     """
 
     input_ids: Tensor
-    source_length: np.ndarray
+    source_length: NDArray
     labels: Tensor
-    target_length: np.ndarray
-    source_cut: np.ndarray
-    target_cut: np.ndarray
+    target_length: NDArray
+    source_cut: NDArray
+    target_cut: NDArray
     token_type_ids: Tensor | None = None
     context_mask: Tensor | None = None
     offsets: Tensor | None = None
@@ -61,7 +61,7 @@ class Encoded:
         }
 
     def inputs(self, indices: NDArray, device: torch.device, *, padding_side: str = "right") -> dict[str, Tensor]:
-        """What the model reads of some instances, cut to the longest of them, on ``device``."""
+        """The model's inputs of some instances, cut to the longest of them, on ``device``."""
         rows = torch.from_numpy(np.asarray(indices))
         length = torch.from_numpy(self.source_length[indices])[:, None]
         longest = int(length.max())
@@ -76,8 +76,7 @@ class Encoded:
 
     def part(self, indices: NDArray) -> Encoded:
         """Some instances alone, ``[m]``."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Encoded(**{name: None if value is None else value[indices] for name, value in values.items()})
+        return replace(self, **{name: value[indices] for name, value in vars(self).items() if value is not None})
 
 
 def left_padded(values: Tensor, length: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from sd_gym.envs.staged import StageObservation
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.objectives import quality_cost
 from sd_gym.policy.artefact import tokenizer_hash
-from sd_gym.policy.protection import Protection
+from sd_gym.policy.protected_tokens import ProtectedTokens
 from sd_gym.registration import OBSERVATIONS
 from sd_gym.switch import PassState
 from sd_gym.tasks.ranking import RANKINGS
@@ -150,6 +150,7 @@ class BackboneCore(Core[BackboneSplit]):
             rarity=train.rarity if ranking is not None and ranking.needs_rarity else None,
             protection=None if ranking is None else _protection(train),
             of_tokens=(looks.mean, looks.deviation) if staged and isinstance(looks, Tokens) else None,
+            ranking_costs_flops=ranking is not None and ranking.costs_flops,
         )
 
     def decided_logits(
@@ -199,12 +200,12 @@ def core_of(config: EnvConfig, observation: type) -> BackboneCore:
     return BackboneCore(config)
 
 
-def _protection(train: BackboneSplit) -> Protection | None:
+def _protection(train: BackboneSplit) -> ProtectedTokens | None:
     tokenizer = train.backbone.tokenizer
     added = tokenizer("", "").input_ids  # what is put around texts and between them
     separator = added[-1] if added else None
     special, encoded = sorted({*tokenizer.all_special_ids, *added}), train.encoded
-    return Protection.of(encoded.input_ids, encoded.source_length, train.tokens.droppable, special, separator)
+    return ProtectedTokens.find(encoded.input_ids, encoded.source_length, train.tokens.droppable, special, separator)
 
 
 def _shared_split(config: EnvConfig, name: str) -> BackboneSplit:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sd_gym.config import EnvConfig
 from sd_gym.envs.table_files import EXPORT
 from sd_gym.files import write_arrays
-from sd_gym.policy.protection import Protection
+from sd_gym.policy.protected_tokens import ProtectedTokens
 from sd_gym.projection import Projection
 
 Array = NDArray
@@ -32,10 +32,11 @@ class Export(NamedTuple):
     mean: Array
     deviation: Array
     rarity: Array | None
-    protection: Protection | None
+    protection: ProtectedTokens | None
     masks: Array | None = None
     projection: Projection | None = None
     of_tokens: tuple[Array, Array] | None = None
+    ranking_costs_flops: bool = False
 
     def write(self, folder: Path) -> None:
         """Write to a table what its description has no place for."""

@@ -86,9 +86,9 @@ class Pooled(Standardised):
 
     def of_hidden(self, hidden: Tensor, mask: Tensor) -> Array:
         """What is observed of the first layer's input ``[n, length, width]`` and the mask of its tokens."""
-        from sd_gym.policy.observation import features_of
+        from sd_gym.policy.features import pooled_features
 
-        return self.standardised(features_of(hidden, mask).float().cpu().numpy())
+        return self.standardised(pooled_features(hidden, mask).float().cpu().numpy())
 
 
 class Tokens(Observation):
@@ -125,9 +125,9 @@ class Tokens(Observation):
 
     def of_hidden(self, hidden: Tensor, mask: Tensor) -> dict[str, Array]:
         """What is observed of the first layer's input ``[n, longest, width]`` and the mask of its tokens."""
-        from sd_gym.policy.observation import tokens_of
+        from sd_gym.policy.features import token_observations
 
-        return tokens_of(hidden, mask, self.mean, self.deviation, self.length)
+        return token_observations(hidden, mask, self.mean, self.deviation, self.length)
 
     def _embedded(self, split: BackboneSplit, rows: Array) -> Iterator[tuple[Array, Tensor, Tensor]]:
         """By parts: positions in ``rows``, first layer's input ``[part, longest, width]``, the mask of its tokens."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sd_gym.envs.protocols import Core, Observations
 from sd_gym.envs.spaces import Tokens
 from sd_gym.execution.split import BackboneSplit
-from sd_gym.policy.observation import at_stage, features_of, log_odds
+from sd_gym.policy.features import log_odds, pooled_features, stage_observation
 from sd_gym.projection import OBSERVATION_LIMIT, deviation_of
 from sd_gym.switch import PassState
 from sd_gym.tasks.ranking import STATISTICS_SIZE
@@ -64,7 +64,7 @@ class StageObservation:
         exits = decisions.copy()
         exits[:, self.columns[stage].start : -1] = 1
         share = split.costs.reading_ratio(rows, exits)
-        shown = at_stage(stage, share, features, self.mean, self.deviation)
+        shown = stage_observation(stage, share, features, self.mean, self.deviation)
         if self._tokens is None:
             return shown, seen
         tokens = self._tokens.observe(split, rows)
@@ -95,4 +95,4 @@ class StageObservation:
         seen = split.passes.seen_at(self.names[stage], rows, decisions, resume_from)
         if self.judges:
             judged[:, 0] = log_odds(split.passes.confidence_at(seen, rows, decisions))
-        return np.concatenate([features_of(seen.hidden, seen.mask).float().cpu().numpy(), judged], axis=1), seen
+        return np.concatenate([pooled_features(seen.hidden, seen.mask).float().cpu().numpy(), judged], axis=1), seen

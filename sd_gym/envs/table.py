@@ -308,7 +308,8 @@ class TableCore(Core[TableSplit]):
             ValueError: If the table is damaged.
         """
         from sd_gym.envs.export import Export
-        from sd_gym.policy.protection import Protection
+        from sd_gym.policy.protected_tokens import ProtectedTokens
+        from sd_gym.tasks.ranking import RANKINGS
 
         described, file = self.description, self.folder / EXPORT
         if not file.is_file() or ("ways" in described and not self.is_staged):
@@ -323,9 +324,10 @@ class TableCore(Core[TableSplit]):
                 arrays["mean"],
                 arrays["deviation"],
                 arrays.get("rarity"),
-                protection and Protection.of_described(protection),
+                protection and ProtectedTokens.from_json(protection),
                 None if self.exhaustive else self.to_masks(all_decisions(self.nvec)),
                 self.observation.projection,
+                ranking_costs_flops=RANKINGS.find(self.config.tokens.ranking).costs_flops,
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{self.folder} is damaged: {error}; copy it again") from error

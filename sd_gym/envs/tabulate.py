@@ -207,7 +207,7 @@ class _Maker:
                 **(exported.backbone if exported else {}),
                 "switches": core.backbone.board.names,
             },
-            "protection": exported.protection.described() if exported and exported.protection else None,
+            "protection": exported.protection._asdict() if exported and exported.protection else None,
             "observation": {"shape": list(space.shape), "low": _bound(space.low), "high": _bound(space.high)},
             "pca": self.pca,
             "env_config": config,

@@ -116,8 +116,9 @@ class Passes:
                 **self._end,
                 pad_token_id=backbone.tokenizer.pad_token_id,
             )
-        texts = backbone.tokenizer.batch_decode(self.head.new_tokens(tokens, inputs), skip_special_tokens=True)
-        return [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in texts]
+        answers = tokens[:, self.head.prompt_length(inputs["input_ids"]) :]
+        said = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in said]
 
     @property
     def _end(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from sd_gym.data.encoded import Encoded
 from sd_gym.execution.costs import Costs
 from sd_gym.execution.passes import Passes
 from sd_gym.execution.scoring import Scoring
-from sd_gym.policy.observation import observed
+from sd_gym.policy.features import input_features
 from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.data import Instances
 from sd_gym.tasks.difficulty import quartiles
@@ -185,8 +185,8 @@ class BackboneSplit:
 
     @cached_property
     def features(self) -> Array:
-        """What ``observed`` says of each instance, float32 ``[n, features]``: one look at the whole split."""
-        return np.concatenate(list(in_batches(observed, self.encoded, self.backbone.board)))
+        """What ``input_features`` says of each instance, float32 ``[n, features]``: one look at the whole split."""
+        return np.concatenate(list(in_batches(input_features, self.encoded, self.backbone.board)))
 
 
 @lru_cache(maxsize=8)

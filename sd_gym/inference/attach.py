@@ -5,25 +5,25 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple
+from threading import local
+from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_gym.backbones.heads import head_of
-from sd_gym.inference.decisions import Decisions
+from sd_gym.backbones.heads import Head, flops_share, head_of
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.policy.rollout import StagedRollout
+from sd_gym.policy.rollout import Keep, StagedRollout
 from sd_gym.switch import FlopsModel, PassState, Switchboard, first_layer_input
-from sd_gym.switch.context import Block
 
-READ = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # by a pass that a head judges
+PASS_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # of a pass that a head judges
 CACHES = ("cache", "past_key_values")  # what transformers calls them, by its version
 COMPUTED = ("encoder_outputs", "inputs_embeds")  # parts of the pass that a caller may have run densely
-Decided = tuple[NDArray, Tensor | None]  # what is skipped, bool [n, switches], and the tokens that stay, if any go
+InForce = tuple[NDArray, Keep]  # what is skipped, bool [n, switches], and the tokens that stay, if any go
 
 
 def attach(
@@ -37,9 +37,9 @@ def attach(
 ) -> PreTrainedModel:
     """Have a model decide by a policy, inside ``model(...)`` and ``model.generate(...)``, what each input skips.
 
-    Everything else about the model stays as it is, so that pipelines, streamers and beams go on working. In
-    ``generate()`` it decides once, on the prompt (of several stages, while that is read). Decisions count in the
-    calling thread or task alone. Inside a ``with board.decide(...)`` block of one's own, that one counts.
+    Everything else about the model stays as it is: pipelines, streamers and beams work. In ``generate()`` it decides
+    once, on the prompt (of several stages, while that is read). Decisions count in the calling thread or task alone. A
+    ``with board.decide(...)`` block of your own comes first.
 
     Args:
         model: The model that the policy was trained on; it is changed in place, until ``detach``. Attached already, it
@@ -47,16 +47,15 @@ def attach(
         policy: The policy, or where ``SkipPolicy.from_pretrained`` finds it.
         tokenizer: Checked to be the policy's, where it is given.
         max_loss: How much quality may be lost at most, in the task's unit: see ``SkipPolicy.at``.
-        max_flops: The share of the dense FLOPs to run at most, likewise.
-        check_weights: Whether the model's weights have to be those that the policy was trained on. Other weights of the
-            same layout (quantised, in half precision, tuned on) may do, or not.
+        max_flops: The share of the dense FLOPs to run at most.
+        check_weights: Whether the weights have to be those that the policy was trained on; with others of the same
+            layout (quantised, in half precision, fine-tuned) its quality is not known.
 
     Returns:
-        The model. ``model.decisions`` tells what its last call in this thread decided (``Decisions``).
+        The model, with the ``Decisions`` of its last call in this thread as ``model.decisions``.
 
     Raises:
-        ValueError: If the model, its weights or the tokenizer are others than the policy's, or there is no such
-            operating point.
+        ValueError: If model, weights or tokenizer are not the policy's, or there is no such operating point.
 
     Example:
         >>> model = attach(model, "runs/ppo")  # doctest: +SKIP
@@ -82,47 +81,37 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Take a policy out of a model, which then is exactly what it was.
 
     Raises:
-        ValueError: If none is attached.
+        ValueError: If there is no policy.
         RuntimeError: If another thread is in the middle of a call.
     """
     attached = vars(model).get("_attached")
     if attached is None:
         raise ValueError("no policy is attached to this model")
-    attached.leave()
+    attached.detach()
     return model
 
 
 class Attached:
-    """Stands in the place of ``forward`` and ``generate`` of one model.
-
-    Args:
-        model: The model.
-        policy: What decides.
-
-    Attributes:
-        policy: Likewise; it may be replaced by another one of the same model.
-    """
+    """Replaces ``forward`` and ``generate`` of one model; ``policy`` may be replaced by another one of the model."""
 
     def __init__(self, model: PreTrainedModel, policy: SkipPolicy) -> None:
-        self.model = model
-        self.policy = policy
+        self.model, self.policy = model, policy
         self._head = head_of(model)
-        self._own_board = vars(model).get("_switchboard") is None
-        self.board = Switchboard(model) if self._own_board else model._switchboard
-        self._replaced = {name: vars(model).get(name) for name in ("forward", "generate") if hasattr(model, name)}
-        self._inner = {name: getattr(model, name) for name in self._replaced}
-        self._put = {
-            name: wraps(inner)(self._standing_in(name, getattr(self, f"_{name}")))
-            for name, inner in self._inner.items()
-        }
-        self._decided: WeakKeyDictionary[Cache, Decided] = WeakKeyDictionary()
+        existing: Switchboard | None = vars(model).get("_switchboard")
+        self._owns_board, self.board = existing is None, existing or Switchboard(model)
         self._flops = FlopsModel(self.board)
-        vars(model).update(self._put, _attached=self, decisions=Decisions(self._head, self._flops))
+        self._decisions = Decisions(self._head, self._flops)
+        methods = {"forward": self._forward, "generate": self._generate}
+        self._replaced = {name: vars(model).get(name) for name in methods if hasattr(model, name)}
+        self._inner = {name: getattr(model, name) for name in self._replaced}
+        self._wrappers = {name: self._wrapper(inner, methods[name]) for name, inner in self._inner.items()}
+        self._of_cache: WeakKeyDictionary[Cache, InForce] = WeakKeyDictionary()
+        vars(model).update(self._wrappers, _attached=self, decisions=self._decisions)
 
-    def leave(self) -> None:
-        """Give the places back."""
+    def detach(self) -> None:
+        """Put back what was replaced."""
         places = vars(self.model)
-        if any(places.get(name) is not put for name, put in self._put.items()):
+        if any(places.get(name) is not wrapper for name, wrapper in self._wrappers.items()):
             raise RuntimeError(
                 "something else stands in the place of forward() or generate(): a call in another thread, or another "
                 "tool that came later; let it end, or take it out first"
@@ -133,16 +122,15 @@ class Attached:
             else:
                 places[name] = replaced
         del places["_attached"], places["decisions"]
-        if self._own_board:
+        if self._owns_board:
             self.board.remove()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+    def __reduce__(self) -> NoReturn:
         raise TypeError("a model with a policy attached cannot be copied or pickled; call sd_gym.detach(model) first")
 
-    __reduce__ = __deepcopy__
-
-    def _standing_in(self, name: str, decided: Callable[..., Any]) -> Callable[..., Any]:
-        inner, signature = self._inner[name], inspect.signature(self._inner[name])
+    def _wrapper(self, inner: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+        """Calls a method of this class, with all arguments by name first, unless a decision is in force already."""
+        signature = inspect.signature(inner)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.board.is_deciding:
@@ -151,119 +139,108 @@ class Attached:
             if args:
                 bound = signature.bind_partial(*args, **kwargs).arguments
                 given = {**bound, **bound.get("kwargs", {})}
-            return decided(given, *args, **kwargs)
+            return method(given, *args, **kwargs)
 
-        call.is_attached = True  # it passes on what is asked while decisions are in force
-        return call
+        vars(call)["is_attached"] = True  # it passes on what is asked while decisions are in force
+        return wraps(inner)(call)
 
     def _forward(self, given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         if cache is not None and cache.get_seq_length() > 0:
             return self._continued(cache, *args, **kwargs)
-        looked = self._looked_at(given, given.get("input_ids"))
+        shown = self._policy_input(given, given.get("input_ids"))
 
         def run() -> Any:
             return self._inner["forward"](*args, **kwargs)
 
-        output, decided = self._under_decisions(run, looked, given, in_pass=looked.is_as_given)
+        output, in_force = self._under_decisions(run, shown, given, in_pass=shown.is_as_given)
         target = given.get("decoder_input_ids") if given.get("decoder_input_ids") is not None else given.get("labels")
         if len(self.board.architecture.stacks) > 1 and target is not None and target.ndim > 1:
-            self.model.decisions.note_target(target.shape[1])
+            self._decisions.record_target(target.shape[1])
         if isinstance(filled := getattr(output, "cache", None), Cache):
-            self._decided[filled] = decided
+            self._of_cache[filled] = in_force
         return output
 
     def _under_decisions(
-        self, run: Callable[[], Any], looked: _Looked, given: dict[str, Any], *, in_pass: bool
-    ) -> tuple[Any, Decided]:
-        """What a call gives under what is decided for it, and that.
-
-        Args:
-            run: The call.
-            looked: What is decided on.
-            given: The call's arguments.
-            in_pass: Whether the pass itself embeds what a policy of one stage looks at.
-        """
+        self, run: Callable[[], Any], shown: _PolicyInput, given: dict[str, Any], *, in_pass: bool
+    ) -> tuple[Any, InForce]:
+        """The result of a call under the decisions for it, and those; ``in_pass``: the pass itself embeds ``shown``."""
         if self.policy.is_staged:
-            rollout = self._rollout(looked, given)
-            with self.board.decide_in_pass(rollout.choose, self.policy.network.stages, looked.as_given):
+            rollout = self._rollout(shown, given)
+            with self.board.decide_in_pass(rollout.choose, self.policy.network.stages, shown.mask):
                 output = run()
-            return output, self._noted(looked, rollout.decisions, rollout.keep)
-        block, decided = self._deciding(looked, in_pass=in_pass)
-        with block:
-            output = run()
-        return output, decided[0]
+            return output, self._record(shown, rollout.decisions, rollout.keep)
+        in_force: list[InForce] = []
 
-    def _deciding(self, looked: _Looked, *, in_pass: bool) -> tuple[Block, list[Decided]]:
-        """What decides before the first layer, and where it will have put what it decides."""
-        decided: list[Decided] = []
+        def decide(decisions: NDArray) -> InForce:
+            in_force.append(self._record(shown, decisions, self._kept(shown, decisions[:, -1])))
+            return in_force[0]
 
-        def choose(seen: PassState) -> Decided:
-            decisions = self.policy.decide_on(seen.hidden.detach(), seen.mask, whole=looked.is_whole)
-            decided.append(self._noted(looked, decisions, self._kept(looked, decisions[:, -1])))
-            return decided[0]
+        def choose(state: PassState) -> InForce:
+            return decide(self.policy.decide_on(state.hidden.detach(), state.mask, whole=shown.is_unpadded))
 
         if in_pass:
-            return self.board.decide_in_pass(choose, mask=looked.as_given), decided
-        decisions = self.policy.decide(self.board, looked.inputs)
-        decided.append(self._noted(looked, decisions, self._kept(looked, decisions[:, -1])))
-        return self.board.decide(*decided[0]), decided
+            block = self.board.decide_in_pass(choose, mask=shown.mask)
+        else:
+            block = self.board.decide(*decide(self.policy.decide(self.board, shown.inputs)))
+        with block:
+            output = run()
+        return output, in_force[0]
 
-    def _rollout(self, looked: _Looked, given: dict[str, Any]) -> StagedRollout:
-        """What decides at the stages of a pass."""
-        read = {name: given[name] for name in READ if given.get(name) is not None}
-        first, length = None, looked.as_given.sum(dim=1)
-        if not looked.is_as_given and "first" in self.policy.network.stages:
-            first = first_layer_input(self.board, looked.inputs).detach(), looked.inputs["attention_mask"]
+    def _rollout(self, shown: _PolicyInput, given: dict[str, Any]) -> StagedRollout:
+        """Decides at the stages of a pass."""
+        inputs = {name: given[name] for name in PASS_INPUTS if given.get(name) is not None}
+        first, length = None, shown.mask.sum(dim=1)
+        if not shown.is_as_given and "first" in self.policy.network.stages:
+            first = first_layer_input(self.board, shown.inputs).detach(), shown.inputs["attention_mask"]
 
         def keeps(level: NDArray) -> tuple[Tensor | None, NDArray]:
-            keep = self._kept(looked, level)
-            return keep, looked.staying(keep, length).cpu().numpy()
+            keep = self._kept(shown, level)
+            return keep, shown.kept_length(keep, length).cpu().numpy()
 
         def judge() -> Tensor:
-            return self._inner["forward"](**read).logits
+            return self._inner["forward"](**inputs).logits
 
-        return StagedRollout(
-            self.policy, self.board, self._head, self._flops, length.cpu().numpy(), keeps, judge, first
-        )
+        lengths = length.cpu().numpy()
+        return StagedRollout(self.policy, self.board, self._head, self._flops, lengths, keeps, judge, first)
 
-    def _kept(self, looked: _Looked, level: NDArray) -> Tensor | None:
+    def _kept(self, shown: _PolicyInput, level: NDArray) -> Tensor | None:
         """The tokens that stay at the token levels ``[n]``, where they were given; ``None``: all."""
-        keep = self.policy.kept(self.board, looked.inputs, level)
-        if keep is None or looked.order is None:
+        keep = self.policy.kept(self.board, shown.inputs, level)
+        if keep is None or shown.order is None:
             return keep
-        return torch.empty_like(keep).scatter_(1, looked.order, keep)
+        return torch.empty_like(keep).scatter_(1, shown.order, keep)
 
-    def _noted(self, looked: _Looked, decisions: NDArray, keep: Tensor | None) -> Decided:
-        """Decisions ``[n, switches + 1]`` and the tokens that stay, as ``model.decisions`` will tell them."""
-        skip, ranked = decisions[:, :-1].astype(bool), keep is not None and self.policy.ranks_by_attention
-        length = looked.as_given.sum(dim=1)
-        self.model.decisions.note(skip, decisions[:, -1], (length, looked.staying(keep, length)), ranked)
+    def _record(self, shown: _PolicyInput, decisions: NDArray, keep: Keep) -> InForce:
+        """Put decisions ``[n, switches + 1]`` and the tokens that stay into ``model.decisions``."""
+        skip, ranked = decisions[:, :-1].astype(bool), keep is not None and self.policy.ranking_costs_flops
+        length = shown.mask.sum(dim=1)
+        self._decisions.record(skip, decisions[:, -1], (length, shown.kept_length(keep, length)), ranked)
         return skip, keep
 
     def _continued(self, cache: Cache, *args: Any, **kwargs: Any) -> Any:
-        """A step of a decoding loop of one's own: it goes on under what was decided on the prompt."""
-        if cache not in self._decided:
+        """A step of the caller's own decoding loop, under the decisions on the prompt."""
+        if cache not in self._of_cache:
             raise ValueError(
                 "this cache was not filled by the attached model, so nothing was decided for it; begin with an empty "
                 "one, or call model.generate()"
             )
-        with self.board.decide(*self._decided[cache]):
+        with self.board.decide(*self._of_cache[cache]):
             return self._inner["forward"](*args, **kwargs)
 
     def _generate(self, given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        ids = given.get("inputs") if given.get("inputs") is not None else given.get("input_ids")
+        ids: Any = given.get("inputs") if given.get("inputs") is not None else given.get("input_ids")
         if given.get("attention_mask") is None and ids is not None:
             given = {**given, "attention_mask": self._inferred_mask(ids, given)}
-        looked = self._looked_at(given, ids)
+        shown = self._policy_input(given, ids)
         encodes = len(self.board.architecture.stacks) > 1
 
         def run() -> Any:
-            return self.model.generate(*args, **kwargs)  # the switchboard's own stands in front of it now
+            return vars(self.model)["generate"](*args, **kwargs)  # the switchboard's own stands in front of it now
 
-        output, _ = self._under_decisions(run, looked, given, in_pass=looked.is_as_given and encodes)
+        output, _ = self._under_decisions(run, shown, given, in_pass=shown.is_as_given and encodes)
         tokens = output if isinstance(output, Tensor) else output.sequences
-        self.model.decisions.note_target(max(1, tokens.shape[1] - self._head.prompt_length(ids)))
+        self._decisions.record_target(max(1, tokens.shape[1] - self._head.prompt_length(shown.inputs["input_ids"])))
         return output
 
     def _inferred_mask(self, ids: Tensor, given: dict[str, Any]) -> Tensor:
@@ -273,8 +250,8 @@ class Attached:
         ends = end if isinstance(end, list) else [end]
         return torch.ones_like(ids) if pad is None or pad in ends else (ids != pad).long()
 
-    def _looked_at(self, given: dict[str, Any], ids: Tensor | None) -> _Looked:
-        """What of the given inputs is decided on, padded at the right as in the env."""
+    def _policy_input(self, given: dict[str, Any], ids: Tensor | None) -> _PolicyInput:
+        """The given inputs, padded at the right as in the env."""
         computed = [name for name in COMPUTED if given.get(name) is not None]
         if computed or not isinstance(ids, Tensor) or ids.ndim != 2:
             raise ValueError(
@@ -289,31 +266,70 @@ class Attached:
         inputs, types = {"input_ids": ids, "attention_mask": mask}, given.get("token_type_ids")
         if types is not None and self.policy.reads_types:
             inputs["token_type_ids"] = types
-        places = given.get("position_ids") is None and (types is None or self.policy.reads_types)
-        whole = bool(mask.all())
-        if whole or bool((mask[:, 1:] <= mask[:, :-1]).all()):
-            return _Looked(inputs, None, places, mask, is_whole=whole)
+        is_as_given = given.get("position_ids") is None and (types is None or self.policy.reads_types)
+        unpadded = bool(mask.all())
+        if unpadded or bool((mask[:, 1:] <= mask[:, :-1]).all()):
+            return _PolicyInput(inputs, None, is_as_given, mask, unpadded)
         order = (mask == 0).int().argsort(dim=1, stable=True)
-        return _Looked({name: value.gather(1, order) for name, value in inputs.items()}, order, False, mask)
+        return _PolicyInput({name: value.gather(1, order) for name, value in inputs.items()}, order, False, mask)
 
 
-class _Looked(NamedTuple):
-    """What a decision is made on.
+class _PolicyInput(NamedTuple):
+    """What a policy decides on."""
+
+    inputs: dict[str, Tensor]  # of the model, padded at the right
+    order: Tensor | None  # where each of their tokens is in what was given, [n, length]; None: in the same place
+    is_as_given: bool  # whether the model's own pass embeds them just so
+    mask: Tensor  # the attention mask as it was given
+    is_unpadded: bool = False
+
+    def kept_length(self, keep: Keep, length: Tensor) -> Tensor:
+        """How many tokens stay, of ``length``, ``[n]``."""
+        return length if keep is None else (torch.as_tensor(keep) & self.mask.bool()).sum(dim=1)
+
+
+class Decisions(local):
+    """The decisions of an attached model's last call in this thread.
 
     Attributes:
-        inputs: The model's inputs, padded at the right.
-        order: Where each of their tokens stands in what was given, ``[n, length]``; ``None``: in the same place.
-        is_as_given: Whether the model's own pass embeds them just so.
-        as_given: The attention mask as it was given.
-        is_whole: Whether none of them is padding.
+        skip: Which row skipped which switch, bool ``[n, switches]``; ``None`` before the first call.
+        token_level: An index of the policy's token shares per row, int64 ``[n]``.
     """
 
-    inputs: dict[str, Tensor]
-    order: Tensor | None
-    is_as_given: bool
-    as_given: Tensor
-    is_whole: bool = False
+    def __init__(self, head: Head, flops: FlopsModel) -> None:
+        self._head, self._flops = head, flops
+        self.skip: NDArray | None = None
+        self.token_level: NDArray | None = None
+        self._lengths: tuple[Tensor, Tensor] | None = None
+        self._target: int | None = None
+        self._ranked = False
 
-    def staying(self, keep: Tensor | None, length: Tensor) -> Tensor:
-        """How many tokens stay, of so many, ``[n]``."""
-        return length if keep is None else (keep & self.as_given.bool()).sum(dim=1)
+    def record(self, skip: NDArray, token_level: NDArray, lengths: tuple[Tensor, Tensor], ranked: bool) -> None:
+        """Remember decisions on inputs of so many tokens, of which so many stay (each ``[n]``), maybe after ranking."""
+        self.skip, self.token_level = skip, token_level
+        self._lengths, self._target, self._ranked = lengths, None, ranked
+
+    def record_target(self, length: int) -> None:
+        """Remember how many tokens the call generated, or read as a target."""
+        self._target = length
+
+    @property
+    def flops_ratio(self) -> NDArray:
+        """FLOPs of the last call, without the policy's own, over those of a dense one, float64 ``[n]``.
+
+        A row of padding alone has 1.0: there is nothing to save. ``ValueError`` if there was no call.
+        """
+        if self.skip is None or self._lengths is None:
+            raise ValueError("this thread has not called the model yet")
+        source, kept = (value.cpu().numpy() for value in self._lengths)
+        always, switched = self._costs(source, kept)
+        dense_always, dense = self._costs(source, source)
+        ran = always + (switched * ~self.skip).sum(axis=1)
+        if self._ranked and self.token_level is not None:  # the first attention ran on all tokens to rank them
+            ran = ran + np.where(self.token_level > 0, self._flops.costs(source, source)[1][:, 0], 0)
+        return flops_share(ran, dense_always + dense.sum(axis=1))
+
+    def _costs(self, source: NDArray, kept: NDArray) -> tuple[NDArray, NDArray]:
+        if self._target is None:  # one pass over the input
+            return self._flops.costs(source, source, kept)
+        return self._head.answer_costs(self._flops, source, np.full_like(source, self._target), kept)

@@ -10,9 +10,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sd_gym.switch import Stack, Switch, Switchboard
+from sd_gym.policy.artefact import switchboard_of
+from sd_gym.switch import Switchboard
 
-# What configs of transformers call the number of layers: of a stack by itself, and of one beside another.
+# What configs of transformers call the number of layers: of a lone stack, and of each of two.
 COUNTS = {
     "lone": ("num_hidden_layers",),
     "encoder": ("encoder_layers", "num_layers"),
@@ -22,17 +23,14 @@ OF_EACH_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists in
 
 
 def bake(model: PreTrainedModel, mask: ArrayLike) -> PreTrainedModel:
-    """A model of its own without the layers that a mask skips: nothing of ``sd_gym`` is left in it.
+    """A new model, on the same device, without the layers that a mask skips; it needs no ``sd_gym``.
 
-    It gives what the switched model gives under the mask, bit for bit, is saved and loaded by transformers alone, and
-    goes wherever a model of its class goes: ONNX, CTranslate2, vLLM.
+    It gives what the switched model gives under the mask, bit for bit. Transformers saves and loads it, and tools that
+    take a model of its class take it: ONNX, CTranslate2, vLLM.
 
     Args:
         model: A model of a supported architecture, attached or not; it stays as it is.
-        mask: A decision, 1 = skip, ``[switches]`` or, with token level 0 behind it, ``[switches + 1]``.
-
-    Returns:
-        The model, on the same device, with weights of its own.
+        mask: A decision, 1 = skip, ``[switches]`` or, with token level 0 after it, ``[switches + 1]``.
 
     Raises:
         ValueError: If the mask has another shape, drops tokens, or skips a part of a layer or all of a stack; or if
@@ -48,16 +46,10 @@ def bake(model: PreTrainedModel, mask: ArrayLike) -> PreTrainedModel:
         >>> smaller.config.num_hidden_layers
         2
     """
-    carried = vars(model).get("_switchboard")
-    board = carried or Switchboard(model)
-    try:
+    with switchboard_of(model) as board:
         kept = _kept(board, _checked(mask, board))
-        config, paths = _config(board, kept), _paths(board)
-    finally:
-        if carried is None:
-            board.remove()
+        config, weights = _config(board, kept), _weights(board, kept)
     smaller = type(model)._from_config(config, attn_implementation=model.config._attn_implementation, dtype=model.dtype)
-    weights = _weights(model, kept, paths)
     expected = smaller.state_dict()
     if weights.keys() != expected.keys() or any(weights[name].shape != expected[name].shape for name in expected):
         raise ValueError(
@@ -67,7 +59,8 @@ def bake(model: PreTrainedModel, mask: ArrayLike) -> PreTrainedModel:
     smaller.load_state_dict(weights)
     if getattr(model, "generation_config", None) is not None:
         smaller.generation_config = deepcopy(model.generation_config)
-    return smaller.to(model.device).train(model.training)
+    # A decorator of transformers hides the signature.
+    return smaller.to(model.device).train(model.training)  # pyright: ignore[reportArgumentType]
 
 
 def _checked(mask: ArrayLike, board: Switchboard) -> np.ndarray:
@@ -105,7 +98,7 @@ def _kept(board: Switchboard, mask: np.ndarray) -> dict[str, list[int]]:
             continue
         if not (stack.whole or all(sublayer.adds_residual for sublayer in stack.sublayers)):
             raise ValueError(
-                f"layers of a {board.model.config.model_type} cannot be taken out: a norm behind each residual sum "
+                f"layers of a {board.model.config.model_type} cannot be taken out: a norm after each residual sum "
                 "runs even where all is skipped"
             )
         if getattr(board.model.config, "scale_attn_by_inverse_layer_idx", False):
@@ -131,30 +124,20 @@ def _config(board: Switchboard, kept: dict[str, list[int]]) -> Any:
             if isinstance(of_each, list) and len(of_each) == getattr(config, count):
                 setattr(config, name, [of_each[index] for index in layers])
         setattr(config, count, len(layers))
-    if config.get_text_config(decoder=True).num_hidden_layers < len(layers):
+    last = len(list(kept.values())[-1])
+    if config.get_text_config(decoder=True).num_hidden_layers < last:
         raise ValueError(
             f"transformers gives the cache of a {config.model_type} as many layers as its encoder has, so its decoder "
-            f"({len(layers)} layers) needs at least as many there; skip layers of the decoder, too"
+            f"({last} layers) needs at least as many there; skip layers of the decoder, too"
         )
     return config
 
 
-def _paths(board: Switchboard) -> dict[str, tuple[Stack, str]]:
-    """Where in the model the layers of each stack are, by its name."""
-    first: dict[str, Switch] = {}
-    for switch in board.switches:
-        first.setdefault(switch.stack, switch)
-    return {
-        stack.name: (stack, board.path_of(first[stack.name]).rpartition(".")[0]) for stack in board.architecture.stacks
-    }
-
-
-def _weights(
-    model: PreTrainedModel, kept: dict[str, list[int]], paths: dict[str, tuple[Stack, str]]
-) -> dict[str, Tensor]:
-    """The weights that stay, under their new names; what the first layer has for all others goes to the new first."""
-    weights = model.state_dict()
-    for stack, path in paths.values():
+def _weights(board: Switchboard, kept: dict[str, list[int]]) -> dict[str, Tensor]:
+    """The weights that stay, under their new names; the new first layer gets what all layers share."""
+    weights, first = board.model.state_dict(), {switch.stack: switch for switch in reversed(board.switches)}
+    for stack in board.architecture.stacks:
+        path = board.path_of(first[stack.name]).rpartition(".")[0]
         of_layers = {name: weights.pop(name) for name in list(weights) if name.startswith(f"{path}.")}
         for new, old in enumerate(kept[stack.name]):
             begin = f"{path}.{old}."

@@ -14,73 +14,37 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from sd_gym.files import write_text
 from sd_gym.folders import LOCK, contents, locked
-from sd_gym.version import __version__
 
 STATE, ANSWERS = "part.json", "answers.jsonl"
 BLOCK = 2**20  # bytes
 
 
 class Line(NamedTuple):
-    """One row of the input.
+    """One row of the input."""
 
-    Attributes:
-        number: Of its line, from 1.
-        row: Its fields; ``None`` where it is malformed.
-        error: What is wrong with it.
-    """
-
-    number: int
-    row: dict[str, Any] | None
-    error: str = ""
+    number: int  # of its line, from 1
+    row: dict[str, Any] | None  # its fields; None where it is malformed
+    error: str = ""  # what is wrong with it
 
 
 class State(BaseModel):
-    """What made the answers, and how far they go.
-
-    Attributes:
-        sd_gym: The version.
-        policy: Hash of the policy at its operating point.
-        backbone: Hash of the backbone's weights.
-        columns: The column of each field that is called differently.
-        line: Number of the last line of the input that is answered.
-        rows: Hash of the rows up to there.
-        size: Bytes of the answers up to there.
-        written: Hash of them.
-    """
+    """What made the answers, by the names that errors use, and how far they go."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    sd_gym: str = __version__
-    policy: str
-    backbone: str
-    columns: dict[str, str]
-    line: NonNegativeInt = 0
-    rows: str = ""
-    size: NonNegativeInt = 0
-    written: str = ""
-
-    @property
-    def made_by(self) -> dict[str, Any]:
-        """What made the answers, as an error names it."""
-        return {
-            "policy (or operating point)": self.policy,
-            "backbone": self.backbone,
-            "--column": self.columns,
-            "version of sd_gym": self.sd_gym,
-        }
+    made_by: dict[str, str | dict[str, str]]
+    line: NonNegativeInt = 0  # of the input, the last one that is answered
+    rows: str = ""  # hash of the rows up to there
+    size: NonNegativeInt = 0  # bytes of the answers up to there
+    written: str = ""  # hash of them
 
 
 class Part:
-    """The folder ``OUTPUT.part``: the answers, and their state, which is written behind each chunk.
+    """The folder ``OUTPUT.part``: answers, which move to ``output`` when all are there, and their state."""
 
-    Args:
-        output: Where the answers shall be when all are there.
-        state: What makes them.
-    """
-
-    def __init__(self, output: Path, state: State) -> None:
+    def __init__(self, output: Path, made_by: dict[str, str | dict[str, str]]) -> None:
         self._output, self._folder = output, output.with_name(output.name + ".part")
-        self._file, self._state = self._folder / ANSWERS, state
+        self._file, self._state = self._folder / ANSWERS, State(made_by=made_by)
         self._rows, self._written = hashlib.sha256(), hashlib.sha256()
 
     @contextmanager
@@ -100,15 +64,15 @@ class Part:
         with locked(self._folder):
             if os.path.lexists(self._output):
                 raise FileExistsError(f"{self._output} is there already; choose another --output")
-            if contents(self._folder):
-                if not resume:
-                    raise FileExistsError(
-                        f"{self._folder} was left by a run that was cut off; go on with --resume, or delete it"
-                    )
-                self._go_on(rows)
-            else:
+            if not contents(self._folder):
                 self._write_state()
                 self._file.touch()
+            elif resume:
+                self._go_on(rows)
+            else:
+                raise FileExistsError(
+                    f"{self._folder} was left by a run that was cut off; go on with --resume, or delete it"
+                )
             try:
                 yield
             except BaseException:
@@ -130,7 +94,7 @@ class Part:
         self._write_state()
 
     def complete(self) -> None:
-        """Give the output its name, and take the folder away."""
+        """Give the output its name, and remove the folder."""
         os.replace(self._file, self._output)
         shutil.rmtree(self._folder)
 
@@ -143,46 +107,40 @@ class Part:
         if not os.path.lexists(self._folder):
             return
         own = self._folder.is_dir() and not self._folder.is_symlink()
-        names = {file.name: file.is_file() and not file.is_symlink() for file in self._folder.iterdir()} if own else {}
-        stray = names.keys() - {STATE, ANSWERS, LOCK, f"{STATE}.tmp"}
-        if not own or stray or not all(names.values()) or (ANSWERS in names and STATE not in names):
+        files = {file.name: file.is_file() and not file.is_symlink() for file in self._folder.iterdir()} if own else {}
+        stray = files.keys() - {STATE, ANSWERS, LOCK, f"{STATE}.tmp"}
+        if not own or stray or not all(files.values()) or (ANSWERS in files and STATE not in files):
             raise self._foreign()
 
     def _foreign(self) -> FileExistsError:
-        return FileExistsError(
-            f"{self._folder} was not written by sd-gym run; nothing was changed. Move it away, or choose another "
-            "--output"
-        )
+        remedy = "nothing was changed. Move it away, or choose another --output"
+        return FileExistsError(f"{self._folder} was not written by sd-gym run; {remedy}")
 
     def _go_on(self, rows: Iterator[Line]) -> None:
-        """Go on behind the last whole chunk; what a run that was cut off has written behind that is cut off."""
+        """Go on after the last whole chunk; what a run that was cut off has written after it is removed."""
         try:
             known = State.model_validate_json((self._folder / STATE).read_bytes())
         except ValidationError as error:
             raise self._foreign() from error
-        other = [name for name, value in self._state.made_by.items() if known.made_by[name] != value]
+        other = [name for name, value in self._state.made_by.items() if known.made_by.get(name) != value]
         if other:
             raise ValueError(
                 f"{self._folder} was begun with another {' and another '.join(other)}; resume it with the same, or "
                 "delete it"
             )
-        self._read_answers(known.size)
+        with self._file.open("rb") as file:
+            for block in iter(lambda: file.read(min(BLOCK, known.size - file.tell())), b""):
+                self._written.update(block)
         if self._written.hexdigest() != known.written:
             raise ValueError(f"{self._file} was changed since it was written; delete {self._folder}")
         last = 0
-        while last < known.line:
-            line = next(rows, None)
-            if line is None or line.number > known.line:
-                raise ValueError(
-                    f"{self._folder} has answers up to line {known.line} of its input, and this input has no such row: "
-                    "it is another one. Resume with the same, or delete the part"
-                )
+        while last < known.line and (line := next(rows, None)) is not None:
             self._count([line])
             last = line.number
         if self._rows.hexdigest() != known.rows:
             raise ValueError(
-                f"{self._folder} has answers to other rows than the first {known.line} lines of this input; resume "
-                "with the same input, or delete the part"
+                f"{self._folder} has answers up to line {known.line}, to other rows than the first {known.line} lines "
+                "of this input; resume with the same input, or delete the part"
             )
         os.truncate(self._file, known.size)
         self._state = known
@@ -190,10 +148,3 @@ class Part:
     def _count(self, lines: list[Line]) -> None:
         for line in lines:
             self._rows.update(f"{line!r}\n".encode())
-
-    def _read_answers(self, size: int) -> None:
-        """Hash the first bytes of the answers."""
-        with self._file.open("rb") as file:
-            while size > 0 and (block := file.read(min(BLOCK, size))):
-                self._written.update(block)
-                size -= len(block)

@@ -36,30 +36,19 @@ Input = str | Sequence[str] | Mapping[str, Any]
 
 
 class Answer(NamedTuple):
-    """What came of one input.
+    """The outcome of one input."""
 
-    Attributes:
-        answer: The text that was generated or extracted, the name of the class, or the score.
-        skip: Which switches it skipped, bool ``[switches]``.
-        token_level: The level at which it dropped tokens.
-        flops_ratio: FLOPs over those of the dense backbone, the policy's own included.
-        unknown_tokens: Tokens of the input that stand for something that the tokenizer does not know.
-    """
-
-    answer: str
-    skip: NDArray
-    token_level: int
-    flops_ratio: float
-    unknown_tokens: int
+    answer: str  # the text that was generated or extracted, the name of the class, or the score
+    skip: NDArray  # which switches it skipped, bool [switches]
+    token_level: int  # at which it dropped tokens
+    flops_ratio: float  # FLOPs over those of the dense backbone, the policy's own included
+    unknown_tokens: int  # tokens of the input that stand for something that the tokenizer does not know
 
 
 class StagedPasses(Passes):
-    """Passes that decide as they go, from stage to stage, so that nothing runs twice; they are cut by length alone.
+    """Passes of a split that decide from stage to stage, so that nothing runs twice; they are cut by length alone.
 
-    Args:
-        split: What they are of.
-        policy: What decides, at several stages.
-        decisions: Zeros ``[n, switches + 1]``, where what is decided is written.
+    ``decisions [n, switches + 1]``, zeros at first, become the policy's.
     """
 
     def __init__(self, split: BackboneSplit, policy: SkipPolicy, decisions: NDArray) -> None:
@@ -71,36 +60,32 @@ class StagedPasses(Passes):
             return self.backbone.logits(inputs)
 
     @contextmanager
-    def decide(self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor]) -> Iterator[None]:
+    def decide(self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor] | None = None) -> Iterator[None]:
         """Decides in the pass on a batch of these inputs."""
+        given = self.encoded.inputs(rows, self.backbone.board.model.device) if inputs is None else inputs
         board, length = self.backbone.board, self.encoded.source_length[rows]
 
         def keeps(level: NDArray) -> tuple[Keep, NDArray]:
             return self._tokens.kept(rows, level), self._tokens.kept_length(rows, level)
 
-        rollout = StagedRollout(
-            self._policy, board, self.head, self.backbone.flops, length, keeps, lambda: self.backbone.logits(inputs)
-        )
-        with board.decide_in_pass(rollout.choose, self._policy.network.stages, inputs["attention_mask"]):
+        def judge() -> Tensor:
+            return self.backbone.logits(given)
+
+        rollout = StagedRollout(self._policy, board, self.head, self.backbone.flops, length, keeps, judge)
+        with board.decide_in_pass(rollout.choose, self._policy.network.stages, given["attention_mask"]):
             yield
         self._decisions[rows] = rollout.decisions
 
 
 class SkippingModel:
-    """A backbone and its policy, as ``load`` gives them.
-
-    Args:
-        policy: What decides.
-        backbone: As of ``sd_gym.load``.
-        device: As of ``sd_gym.load``.
-        check_weights: As of ``attach``.
+    """A backbone and its policy; arguments are those of ``sd_gym.load``.
 
     Attributes:
-        policy: What decides.
+        policy: The policy.
         model: The Hugging Face model, with the policy attached.
         tokenizer: Its tokenizer.
-        fields: What an input is made of.
-        reference: Where a row has its right answer, if it has one.
+        fields: Names of an input's texts.
+        reference: Name of the right answer in a row.
     """
 
     def __init__(
@@ -108,10 +93,10 @@ class SkippingModel:
     ) -> None:
         if backbone is None:
             policy.check_reachable()
-        of_env = policy.card["env"]
-        values = dotted({key: value for key, value in of_env.items() if key not in NOT_NEEDED}, "the policy")
+        env = policy.card["env"]
+        values = dotted({key: value for key, value in env.items() if key not in NOT_NEEDED}, "the policy")
         values |= {"data.dataset": "none", "backbone.device": device}
-        values |= {"data.unanswerable": of_env["data"]["unanswerable"]}
+        values |= {"data.unanswerable": env["data"]["unanswerable"]}
         values |= {"backbone.name": backbone} if backbone else {}
         self.policy, self._warned = policy, False
         self._config = checked_config(values, "the policy")
@@ -124,16 +109,16 @@ class SkippingModel:
     def __call__(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
         """Answer inputs, in their order; they run in passes of about the same length, or of the same decision.
 
-        Where the tokenizer does not know words, a warning says once in how many inputs.
+        One warning has the number of inputs with words that the tokenizer does not know.
 
         Args:
             inputs: Texts; where an input has two (``fields``), pairs of texts; or mappings with these names.
             dense: Whether everything runs, to compare.
-            batch_size: Inputs that run together at most, where memory is short; those that agree do. ``None``: as many
-                as is quickest, of at most 32,768 tokens.
+            batch_size: Inputs that run together at most, where memory is short. ``None``: as many as is quickest, of at
+                most 32,768 tokens.
 
         Raises:
-            ValueError: If an input is none, or a text has half a character (a lone surrogate); the message has its
+            ValueError: If an input is malformed, or a text has half a character (a lone surrogate); the message has its
                 number. If the batch size is below 1.
         """
         answers = self.answers(inputs, dense=dense, batch_size=batch_size)
@@ -144,10 +129,10 @@ class SkippingModel:
         return answers
 
     def answers(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
-        """As a call, without its warning."""
+        """The same as a call, without its warning."""
         if isinstance(inputs, str | Mapping):
             raise ValueError(f"expected a list of inputs, got one {type(inputs).__name__}; put it in a list")
-        instances = [self._instance(number, one) for number, one in enumerate(inputs)]
+        instances = [self._instance(number, given) for number, given in enumerate(inputs)]
         if not instances:
             return []
         split = self._split(instances)
@@ -158,7 +143,8 @@ class SkippingModel:
         if not dense and not self.policy.is_staged:
             by_length = np.argsort(split.encoded.source_length, kind="stable")  # little padding is looked at
             for part in np.split(by_length, rows[BATCH::BATCH]):
-                decisions[part] = self._decided(split, part)
+                board = split.backbone.board
+                decisions[part] = self.policy.decide(board, split.encoded.inputs(part, board.model.device))
         if self.policy.is_staged and not dense:
             answers = split.head.answers(StagedPasses(split, self.policy, decisions), rows, decisions)
         else:
@@ -174,24 +160,18 @@ class SkippingModel:
             for answer, row, share, count in zip(answers, decisions, ratio, unknown, strict=True)
         ]
 
-    def _decided(self, split: BackboneSplit, rows: NDArray) -> NDArray:
-        """Decisions ``[n, switches + 1]`` on rows ``[n]``."""
-        board = split.backbone.board
-        return self.policy.decide(board, split.encoded.inputs(rows, board.model.device))
-
     def _own_flops(self, split: BackboneSplit) -> NDArray:
         """FLOPs of the policy itself on each input, ``[n]``."""
-        network, seen = self.policy.network, np.minimum(split.encoded.source_length, self.policy.longest)
+        network, tokens = self.policy.network, np.minimum(split.encoded.source_length, self.policy.longest)
         judged = sum(name != "first" for name in network.stages) if split.backbone.can_exit else 0
-        return network.flops + network.flops_a_token * seen + judged * split.costs.head_flops(np.arange(len(split)))
+        return network.flops + network.flops_per_token * tokens + judged * split.costs.head_flops(np.arange(len(split)))
 
     def _unknown_tokens(self, split: BackboneSplit) -> NDArray:
         """How many tokens of each input the tokenizer does not know, ``[n]``: none, where it spells all in bytes."""
-        known = self.tokenizer
-        others = known.eos_token_id, known.bos_token_id, known.pad_token_id
-        if known.unk_token_id is None or known.unk_token_id in others:
+        unknown = self.tokenizer.unk_token_id
+        if unknown in (None, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id, self.tokenizer.pad_token_id):
             return np.zeros(len(split), dtype=np.int64)
-        return (split.encoded.input_ids == known.unk_token_id).sum(dim=1).numpy()
+        return np.equal(split.encoded.input_ids.numpy(), unknown).sum(axis=1)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -205,35 +185,36 @@ class SkippingModel:
 
     @property
     def metric(self) -> str:
-        """What an answer is compared with its references by."""
+        """The metric by which an answer is compared with its references."""
         return self._config.quality.metric if METRICS.find(self._config.quality.metric).of_texts else "exact_match"
 
     def references(self, row: Mapping[str, Any]) -> list[str] | None:
-        """The right answers of a row, as ``answer`` has them; ``None`` where it has none, or something else."""
-        right = row.get(self.reference)
+        """The right answers of a row, in the form of ``answer``; ``None`` where it has none, or something else."""
+        right, labels = row.get(self.reference), self.model.config.id2label or {}
+        names = {int(number): name for number, name in labels.items()}
         try:
-            return None if right is None else self._task.right(right, self.model.config.id2label)
+            return None if right is None else self._task.right(right, names)
         except TypeError:
             return None
 
-    def checked(self, given: Input) -> list[str]:
-        """The texts of an input, if it is one.
-
-        Raises:
-            ValueError: If it is none, or no tokenizer can read one of its texts.
-        """
-        texts = self._texts(given)
-        if texts is None:
-            optional = " (which may be missing)" if self._task.optional is not None else ""
-            raise ValueError(
-                f"expected {' and '.join(self.fields)}{optional}, each a text that is not empty; got {short(given)}"
-            )
-        for name, text in zip(self.fields, texts, strict=False):
+    def checked(self, given: Any) -> list[str]:
+        """The texts of an input; ``ValueError`` if it is malformed, or no tokenizer can read one of its texts."""
+        names, optional = self.fields, self._task.optional is not None
+        texts: Any = [given.get(name) for name in names] if isinstance(given, Mapping) else given
+        texts = list(texts) if isinstance(texts, list | tuple) else [texts]
+        if optional and len(texts) == 2 and texts[1] is None:
+            texts = texts[:1]
+        fits = len(names) - optional <= len(texts) <= len(names)
+        if not fits or not all(isinstance(text, str) and text.strip() for text in texts):
+            expected = " and ".join(names) + (" (which may be missing)" if optional else "")
+            raise ValueError(f"expected {expected}, each a text that is not empty; got {short(given)}")
+        for name, text in zip(names, texts, strict=False):
             check_text(text, name)
         return texts
 
-    def _split(self, instances: list[Instance]) -> BackboneSplit:
-        split = BackboneSplit(self._config, "inputs", {"inputs": Instances(instances)}, self._backbone)
+    def _split(self, instances: Sequence[Instance]) -> BackboneSplit:
+        data: Any = {"inputs": Instances(instances)}  # of a data set's splits only this one is asked for
+        split = BackboneSplit(self._config, "inputs", data, self._backbone)
         if self.policy.rarity is not None:
             split.rarity = self.policy.rarity
         return split
@@ -246,19 +227,9 @@ class SkippingModel:
         row = dict(zip(self.fields, texts, strict=False)) | {self._task.reference: self._task.unknown}
         return self._task.instance(row, str(number), f"input {number}")
 
-    def _texts(self, given: Input) -> list[str] | None:
-        names = self.fields
-        texts = [given.get(name) for name in names] if isinstance(given, Mapping) else given
-        texts = list(texts) if isinstance(texts, list | tuple) else [texts]
-        optional = self._task.optional is not None
-        if optional and len(texts) == 2 and texts[1] is None:
-            texts = texts[:1]
-        fits = len(names) - optional <= len(texts) <= len(names)
-        return texts if fits and all(isinstance(text, str) and text.strip() for text in texts) else None
-
 
 def unknown_words(unknown: int, inputs: int) -> str:
-    """The warning that so many of so many inputs have words that the tokenizer does not know."""
+    """The warning that some inputs have words that the tokenizer does not know."""
     return (
         f"{unknown:,} of {inputs:,} inputs have words that the backbone's tokenizer does not know, so the answers to "
         "them mean little; is it the right backbone for these texts?"
@@ -274,21 +245,21 @@ def load(
     max_flops: float | None = None,
     check_weights: bool = True,
 ) -> SkippingModel:
-    """A trained policy and its backbone, ready to be called on texts; neither a data set nor an env is needed.
+    """A trained policy and its backbone, ready to be called on texts, without data set or env.
 
-    The backbone is loaded anew and belongs to what is returned: nothing else in the process runs under the policy.
+    The backbone is loaded anew, so that nothing else in the process runs under the policy.
 
     Args:
         policy: A policy, the folder of a training run or of ``save_pretrained``, or an id of the Hugging Face hub.
         backbone: Where the backbone is, if not where it was in training.
         device: Where it runs.
-        max_loss: As of ``attach``.
-        max_flops: As of ``attach``.
-        check_weights: As of ``attach``.
+        max_loss: See ``attach``.
+        max_flops: See ``attach``.
+        check_weights: See ``attach``.
 
     Raises:
-        FileNotFoundError, ValueError: As of ``SkipPolicy.from_pretrained`` and ``attach``, and if the backbone cannot
-            be loaded.
+        FileNotFoundError, ValueError: See ``SkipPolicy.from_pretrained`` and ``attach``; or the backbone cannot be
+            loaded.
 
     Example:
         >>> model = sd_gym.load("runs/reviews")  # doctest: +SKIP

@@ -1,9 +1,9 @@
 """The decision network, what it observes, and both as one artefact (``sd_gym.policy.artefact``)."""
 
-from sd_gym.policy.batches import blinded
 from sd_gym.policy.choices import bounded
-from sd_gym.policy.layers import NETWORKS, PerStageMLP, own_network, register_network
 from sd_gym.policy.network import HIDDEN, DecisionPolicy
+from sd_gym.policy.networks import NETWORKS, PerStageMLP, register_network, registered_network
+from sd_gym.policy.observations import blinded
 
 __all__ = [
     "HIDDEN",
@@ -12,6 +12,6 @@ __all__ = [
     "PerStageMLP",
     "blinded",
     "bounded",
-    "own_network",
     "register_network",
+    "registered_network",
 ]

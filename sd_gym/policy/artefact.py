@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,13 @@ from sd_gym.backbones.load import BUNDLED, can_exit, weights_hash
 from sd_gym.errors import one_line
 from sd_gym.files import read_tensors, write_tensors, write_text
 from sd_gym.policy.card import FILE, TENSORS, OperatingPoint, model_card, read_card, write_card
+from sd_gym.policy.features import pooled_features, standardised, token_observations
 from sd_gym.policy.hub import download, upload
 from sd_gym.policy.network import DecisionPolicy
-from sd_gym.policy.observation import features_of, standardised, tokens_of
-from sd_gym.policy.protection import Protection
+from sd_gym.policy.protected_tokens import ProtectedTokens
 from sd_gym.policy.table_export import TablePolicy
 from sd_gym.switch import (
+    FlopsModel,
     Switchboard,
     attention_received,
     first_layer_input,
@@ -33,7 +36,7 @@ from sd_gym.switch import (
     rarity_scores,
 )
 
-OF_TOKENS = ("token_mean", "token_deviation")  # names of tensors
+TOKEN_STATISTICS = ("token_mean", "token_deviation")  # names of tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,27 +44,28 @@ class SkipPolicy:
     """A policy that decides on raw inputs just as it did in its env.
 
     Attributes:
-        network: From observations to decisions; of a run on a table, as one of the env that the table is of.
+        network: From observations to decisions; of a run on a table, for the env that the table is of.
         mean: Of what it observes, on the training split, float32 ``[features]``; of tokens, ``[width]``; at stages,
             ``[stages, features]``.
-        deviation: Likewise.
-        rarity: How rare each token is by its id, float64, as ``inverse_document_frequency`` gives it, where tokens are
-            ranked by it (``token_ranking`` ``idf``); else ``None``.
+        deviation: Of the same shape.
+        rarity: ``inverse_document_frequency`` by the id of a token, where tokens are ranked by it; else ``None``.
         protection: Which tokens are never dropped; ``None``: no rule says so (or none is dropped).
-        operating_points: Versions of it that were validated, the boldest first.
+        operating_points: Validated versions, the one that skips most first.
         card: What it was trained on, and how well: ``env`` (its config), ``backbone``, ``result``, ``run``.
-        of_tokens: Mean and deviation ``[width]`` of tokens that several stages show; ``None``: they are those above, or
-            none are seen.
+        of_tokens: Mean and deviation ``[width]`` of tokens, if several stages show them.
+        ranking_costs_flops: Whether the first attention runs to rank tokens that may be dropped, by the attention that
+            each receives.
     """
 
     network: DecisionPolicy | TablePolicy
     mean: NDArray
     deviation: NDArray
     rarity: NDArray | None
-    protection: Protection | None
+    protection: ProtectedTokens | None
     operating_points: tuple[OperatingPoint, ...]
     card: dict[str, Any]
     of_tokens: tuple[NDArray, NDArray] | None = None
+    ranking_costs_flops: bool = False
 
     @property
     def token_shares(self) -> tuple[float, ...]:
@@ -70,17 +74,12 @@ class SkipPolicy:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text in its env; what sees tokens sees no more of them."""
+        """Tokens of the longest text in its env; a policy that sees tokens sees no more of them."""
         return self.card["env"]["backbone"]["max_source_length"]
 
     @property
-    def ranks_by_attention(self) -> bool:
-        """Whether the first attention runs to rank the tokens."""
-        return self.card["env"]["tokens"]["ranking"] == "attention"
-
-    @property
     def is_staged(self) -> bool:
-        """Whether it decides elsewhere than before the first layer: in the pass, by ``StagedRollout``."""
+        """Whether it decides in the pass, by ``StagedRollout``, not before the first layer."""
         return self.network.stages != ["first"]
 
     @property
@@ -89,25 +88,16 @@ class SkipPolicy:
         return self.card["backbone"]["token_types"]
 
     def decide(self, board: Switchboard, inputs: dict[str, Tensor]) -> NDArray:
-        """Decisions, int64 ``[n, switches + 1]``, on the model's inputs, padded at the right.
-
-        Args:
-            board: Of the model.
-            inputs: ``input_ids`` and ``attention_mask``, each ``[n, length]``, and ``token_type_ids`` where pairs are
-                read.
-        """
+        """Decisions, int64 ``[n, switches + 1]``, on the model's inputs ``[n, length]``, padded at the right."""
         return self.decide_on(first_layer_input(board, inputs), inputs["attention_mask"])
 
     def decide_on(self, hidden: Tensor, mask: Tensor, *, whole: bool = False) -> NDArray:
-        """Decisions, int64 ``[n, switches + 1]``.
+        """Decisions, int64 ``[n, switches + 1]``; ``ValueError`` if it decides at stages of the pass.
 
         Args:
             hidden: The first layer's input, ``[n, length, width]``, padded at the right.
             mask: Of its tokens, ``[n, length]``.
-            whole: Whether none of them is padding, which is quicker to observe.
-
-        Raises:
-            ValueError: If it decides at stages of the pass.
+            whole: Whether none of them is padding, which is quicker.
         """
         if self.is_staged:
             raise ValueError(
@@ -115,23 +105,22 @@ class SkipPolicy:
                 "its model, or call sd_gym.load(policy)(texts)"
             )
         if self.network.channels is not None:
-            return self.network.decide(tokens_of(hidden, mask, self.mean, self.deviation, self.longest))
-        features = features_of(hidden, None if whole else mask).float()
-        return self.network.decide(standardised(features, *self._standards(features.device)))
+            return self.network.decide(token_observations(hidden, mask, self.mean, self.deviation, self.longest))
+        features = pooled_features(hidden, None if whole else mask).float()
+        return self.network.decide(standardised(features, *self._statistics(features.device)))
 
-    def _standards(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and deviation where the features are."""
-        known = vars(self).get("_known_standards")
+        known = vars(self).get("_on_device")
         if known is None or known[0].device != device:
-            known = tuple(torch.from_numpy(one).to(device) for one in (self.mean, self.deviation))
-            vars(self)["_known_standards"] = known
+            known = torch.from_numpy(self.mean).to(device), torch.from_numpy(self.deviation).to(device)
+            vars(self)["_on_device"] = known
         return known
 
     def kept(self, board: Switchboard, inputs: dict[str, Tensor], level: NDArray) -> Tensor | None:
         """Which tokens stay at the token levels ``[n]``, bool ``[n, length]``; ``None``: all.
 
-        Raises:
-            ValueError: If tokens alone do not tell which of them are protected.
+        ``ValueError`` if tokens alone do not tell which of them are protected.
         """
         if self.network.nvec[-1] == 1 or not level.any():
             return None
@@ -146,41 +135,48 @@ class SkipPolicy:
         return torch.from_numpy(keep).to(ids.device)
 
     def _token_scores(self, board: Switchboard, inputs: dict[str, Tensor]) -> NDArray:
-        ids = inputs["input_ids"]
-        if self.ranks_by_attention:
+        if self.ranking_costs_flops:
             return attention_received(board, inputs).float().cpu().numpy()
+        ids = inputs["input_ids"].cpu().numpy()
         if self.rarity is None:
-            return position_scores(tuple(ids.shape))
-        return rarity_scores(ids.cpu().numpy(), inputs["attention_mask"].cpu().numpy().astype(bool), self.rarity)
+            return position_scores((len(ids), ids.shape[1]))
+        return rarity_scores(ids, inputs["attention_mask"].cpu().numpy().astype(bool), self.rarity)
+
+    def ranking_flops(self, flops: FlopsModel, length: NDArray, drops: NDArray) -> NDArray:
+        """FLOPs of ranking the tokens of inputs of ``length [n]`` that ``drops [n]`` any, int64 ``[n]``."""
+        if not self.ranking_costs_flops or not drops.any():
+            return np.zeros_like(length)
+        return np.where(drops, flops.costs(length, length)[1][:, 0], 0)
 
     def at(self, *, max_loss: float | None = None, max_flops: float | None = None) -> SkipPolicy:
-        """A bolder or more cautious version, of those that were validated; itself where neither is asked for.
+        """The policy at another operating point; itself where no limit is given.
 
         Args:
-            max_loss: The cheapest version that loses no more quality than this, in the task's unit (0.005: half a
-                point), by the upper end of a 95% interval.
-            max_flops: The most cautious version that runs no more than this share of the dense FLOPs.
+            max_loss: Choose the point with the fewest FLOPs that loses no more quality than this, in the task's unit
+                (0.005: half a point), by the upper end of a 95% interval.
+            max_flops: Choose the point that skips least, of those that run no more than this share of the dense FLOPs.
 
         Raises:
-            ValueError: If both are given, or no version does it; the message lists those that there are.
+            ValueError: If both are given, or no point fits; the message lists the points.
         """
-        if max_loss is None and max_flops is None:
-            return self
         if max_loss is not None and max_flops is not None:
             raise ValueError("expected max_loss or max_flops, got both; the one follows from the other")
         if max_loss is not None:
+            asked = f"max_loss={max_loss}"
             fitting = [point for point in self.operating_points if point.highest_loss <= max_loss]
             chosen = min(fitting, key=lambda point: point.flops_ratio, default=None)
-        else:
+        elif max_flops is not None:
+            asked = f"max_flops={max_flops}"
             fitting = [point for point in self.operating_points if point.flops_ratio <= max_flops]
             chosen = max(fitting, key=lambda point: point.margin, default=None)
+        else:
+            return self
         if chosen is None:
-            there = "; ".join(
+            known = "; ".join(
                 f"{point.flops_ratio:.0%} of the FLOPs, at most {point.highest_loss:.4f} lost"
                 for point in self.operating_points
             )
-            asked = f"max_loss={max_loss}" if max_loss is not None else f"max_flops={max_flops}"
-            raise ValueError(f"no version of this policy does {asked}; there are: {there or 'none that was validated'}")
+            raise ValueError(f"no version of this policy does {asked}; there are: {known or 'none that was validated'}")
         return self.with_margin(chosen.margin)
 
     def with_margin(self, margin: float) -> SkipPolicy:
@@ -189,20 +185,12 @@ class SkipPolicy:
         return replace(self, network=self.network.with_margin(margin), operating_points=operating_points)
 
     def check_model(self, model: PreTrainedModel, *, weights: bool = True) -> None:
-        """Raise ``ValueError`` if a model is not the one that this policy was trained on.
-
-        Args:
-            model: The model.
-            weights: Whether its weights have to be the same, too.
-        """
+        """Raise ``ValueError`` if a model, or its ``weights``, are not those that this policy was trained on."""
         backbone = self.card["backbone"]
-        if (came := model.config.model_type) != backbone["model_type"]:
-            raise ValueError(f"this policy is for a {backbone['model_type']} ({backbone['name']}), got a {came}")
-        carried = vars(model).get("_switchboard")
-        board = carried or Switchboard(model)
-        try:
-            width = model.config.hidden_size
-            names = board.names
+        if (got := model.config.model_type) != backbone["model_type"]:
+            raise ValueError(f"this policy is for a {backbone['model_type']} ({backbone['name']}), got a {got}")
+        with switchboard_of(model) as board:
+            width, names = model.config.hidden_size, board.names
             width = width if self.network.channels is not None and not self.is_staged else 2 * width + 2
             if self.is_staged:
                 try:
@@ -210,9 +198,6 @@ class SkipPolicy:
                 except ValueError as error:
                     raise ValueError(f"this policy decides at stages of {backbone['name']}: {error}") from error
                 width += len(self.network.stages) + 1 + can_exit(head_of(model), board)
-        finally:
-            if carried is None:
-                board.remove()
         tokens = self.network.token_width in (None, model.config.hidden_size)
         if names != self.network.switches or width != self.network.observation_size or not tokens:
             raise ValueError(
@@ -227,7 +212,7 @@ class SkipPolicy:
             )
 
     def check_reachable(self) -> None:
-        """Raise ``FileNotFoundError`` if the backbone was a folder where the policy was made, and is none here."""
+        """Raise ``FileNotFoundError`` if the backbone was a local folder in training and is missing here."""
         backbone = self.card["backbone"]
         name = backbone["name"]
         if backbone["is_local"] and name not in BUNDLED and not Path(name).exists():
@@ -238,10 +223,11 @@ class SkipPolicy:
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise ``ValueError`` if a tokenizer is not the policy's."""
-        if (came := tokenizer_hash(tokenizer)) != self.card["backbone"]["tokenizer"]:
+        backbone = self.card["backbone"]
+        if (got := tokenizer_hash(tokenizer)) != backbone["tokenizer"]:
             raise ValueError(
-                f"the tokenizer is not the one of {self.card['backbone']['name']} that this policy was trained with "
-                f"(hash {came[:12]}, expected {self.card['backbone']['tokenizer'][:12]})"
+                f"the tokenizer is not the one of {backbone['name']} that this policy was trained with "
+                f"(hash {got[:12]}, expected {backbone['tokenizer'][:12]})"
             )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -250,19 +236,21 @@ class SkipPolicy:
         self.network.save(folder)
         tensors = {"mean": torch.from_numpy(self.mean), "deviation": torch.from_numpy(self.deviation)}
         if self.of_tokens is not None:
-            tensors |= {name: torch.from_numpy(one) for name, one in zip(OF_TOKENS, self.of_tokens, strict=True)}
+            tensors |= dict(zip(TOKEN_STATISTICS, map(torch.from_numpy, self.of_tokens), strict=True))
         if self.rarity is not None:
             tensors["rarity"] = torch.from_numpy(self.rarity)
-        of_table = self.network if isinstance(self.network, TablePolicy) else None
-        if of_table is not None:
-            tensors |= of_table.tensors()
+        table = None
+        if isinstance(self.network, TablePolicy):
+            tensors |= self.network.tensors()
+            table = {"nvec": self.network.nvec, "switches": self.network.switches}
         write_tensors(folder / TENSORS, tensors)
-        said = {
-            "protection": self.protection and self.protection.described(),
+        values = {
+            "protection": self.protection and self.protection._asdict(),
+            "ranking_costs_flops": self.ranking_costs_flops,
             "operating_points": [point._asdict() for point in self.operating_points],
-            "table": of_table and of_table.described(),
+            "table": table,
         }
-        write_card(folder, {**said, **self.card})
+        write_card(folder, {**values, **self.card})
         write_text(folder / "README.md", model_card(self.card, self.operating_points))
 
     @classmethod
@@ -274,19 +262,19 @@ class SkipPolicy:
             revision: Of the repository.
 
         Raises:
-            FileNotFoundError: If there is none.
+            FileNotFoundError: If it is not there.
             ValueError: If its files are broken or do not belong together.
         """
         folder = Path(name)
         if not folder.is_dir():
             folder = download(str(name), revision)
         if not (folder / FILE).exists():
-            raise FileNotFoundError(
-                f"no {FILE} in {name}; expected the folder of a training run, or one that save_pretrained wrote"
-            )
+            expected = "the folder of a training run, or one that save_pretrained wrote"
+            raise FileNotFoundError(f"no {FILE} in {name}; expected {expected}")
         card = {key: value for key, value in read_card(folder).items() if key != "format"}
         network, tensors = DecisionPolicy.load(folder), read_tensors(folder / TENSORS)
-        table, protection, operating_points = card.pop("table"), card.pop("protection"), card.pop("operating_points")
+        table, protection, points = card.pop("table"), card.pop("protection"), card.pop("operating_points")
+        width = network.token_width
         try:
             if table is not None:
                 network = TablePolicy.of_files(network, table, tensors)
@@ -295,16 +283,17 @@ class SkipPolicy:
                 shape = len(network.stages), network.observation_size - len(network.stages) - 1
             policy = cls(
                 network,
-                *_standards_in(tensors, ("mean", "deviation"), shape),
-                _finite(tensors.pop("rarity"), None) if "rarity" in tensors else None,
-                protection and Protection.of_described(protection),
-                tuple(OperatingPoint(**point) for point in operating_points),
-                card,
-                None if network.token_width is None else _standards_in(tensors, OF_TOKENS, (network.token_width,)),
+                *_statistics_in(tensors, ("mean", "deviation"), shape),
+                rarity=_finite(tensors.pop("rarity"), None) if "rarity" in tensors else None,
+                protection=protection and ProtectedTokens.from_json(protection),
+                operating_points=tuple(OperatingPoint(**point) for point in points),
+                of_tokens=None if width is None else _statistics_in(tensors, TOKEN_STATISTICS, (width,)),
+                ranking_costs_flops=card.pop("ranking_costs_flops"),
+                card=card,
             )
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f"{folder}: {FILE} and {TENSORS} are none that save_pretrained writes ({one_line(error)})"
+                f"{folder}: {FILE} and {TENSORS} were not written together by save_pretrained ({one_line(error)})"
             ) from error
         if tensors:
             raise ValueError(f"{folder / TENSORS}: expected no tensors {sorted(tensors)}; copy the policy again")
@@ -323,11 +312,23 @@ class SkipPolicy:
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of a tokenizer's vocabulary and special tokens."""
-    told = [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    content = [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _standards_in(
+@contextmanager
+def switchboard_of(model: PreTrainedModel) -> Iterator[Switchboard]:
+    """The switchboard of a model; where it has none, one that is removed again."""
+    existing = vars(model).get("_switchboard")
+    board = existing or Switchboard(model)
+    try:
+        yield board
+    finally:
+        if existing is None:
+            board.remove()
+
+
+def _statistics_in(
     tensors: dict[str, Tensor], names: tuple[str, str], shape: tuple[int, ...]
 ) -> tuple[NDArray, NDArray]:
     """The mean and deviation of these names, taken out of the tensors."""

@@ -8,58 +8,46 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from sd_gym.config import EnvConfig
-from sd_gym.errors import short
 from sd_gym.files import as_json, sha256, write_json
+from sd_gym.policy.network_files import FORMAT, Strict, read_model
 
-FORMAT = 1
 FILE, TENSORS = "skip_policy.json", "skip_policy.safetensors"
 HASHED = (TENSORS, "policy.json", "policy.safetensors")
 FILES = (FILE, *HASHED, "README.md")
 
 
 class OperatingPoint(NamedTuple):
-    """A version of a policy, bolder or more cautious, as the validation split has seen it.
+    """A version of a policy that skips more or less, measured on the validation split."""
 
-    Attributes:
-        margin: In log-odds, from the policy that was selected (0) on; higher is more cautious.
-        loss: Quality lost, a mean.
-        highest_loss: The upper end of its one-sided 95% interval.
-        flops_ratio: FLOPs over those of the dense backbone, without the policy's own.
-    """
-
-    margin: float
-    loss: float
-    highest_loss: float
-    flops_ratio: float
+    margin: float  # in log-odds, from the policy that was selected (0); higher skips less
+    loss: float  # quality lost, a mean
+    highest_loss: float  # the upper end of its one-sided 95% interval
+    flops_ratio: float  # FLOPs over those of the dense backbone, without the policy's own
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class _Protection(_Strict):
+class _Protection(Strict):
     special: list[int]
     first: int = Field(ge=0)
     last: int = Field(ge=0)
     separator: int | None
 
 
-class _Version(_Strict):
+class _Version(Strict):
     margin: float
     loss: float
     highest_loss: float
     flops_ratio: float = Field(ge=0)
 
 
-class _Table(_Strict):
+class _Table(Strict):
     nvec: list[Annotated[int, Field(ge=1)]]
     switches: list[str]
 
 
-class _Backbone(_Strict):
+class _Backbone(Strict):
     name: str
     is_local: bool
     model_type: str
@@ -69,7 +57,7 @@ class _Backbone(_Strict):
     token_types: bool
 
 
-class _Result(_Strict):
+class _Result(Strict):
     split: str
     instances: int = Field(ge=1)
     quality: float
@@ -81,7 +69,7 @@ class _Result(_Strict):
     verdict: str
 
 
-class _Run(_Strict):
+class _Run(Strict):
     env: str
     algo: str
     steps: Annotated[int, Field(ge=0)] | None
@@ -90,12 +78,13 @@ class _Run(_Strict):
     data: dict[str, dict[str, Any]]
 
 
-class _Card(_Strict):
+class _Card(Strict):
     """What ``skip_policy.json`` holds."""
 
     format: Literal[1]
     files: dict[str, str]
     protection: _Protection | None
+    ranking_costs_flops: bool
     operating_points: list[_Version]
     table: _Table | None
     env: EnvConfig
@@ -105,12 +94,7 @@ class _Card(_Strict):
 
 
 def write_card(folder: Path, values: dict[str, Any]) -> None:
-    """Write ``skip_policy.json`` beside the other files of a policy, with their hashes and its own.
-
-    Args:
-        folder: Where those files are.
-        values: All but the format and the hashes.
-    """
+    """Write ``skip_policy.json`` into the folder of a policy's other files: values, format, and all files' hashes."""
     values = {"format": FORMAT, **json.loads(as_json(values))}
     hashes = {name: sha256(folder / name) for name in HASHED} | {FILE: _own_hash(values)}
     write_json(folder / FILE, {**values, "files": hashes})
@@ -124,18 +108,8 @@ def read_card(folder: Path) -> dict[str, Any]:
         ValueError: If a key is missing, unknown or of a wrong type, or a file is not the one that was written with the
             others.
     """
-    file = folder / FILE
-    text = file.read_bytes()
-    try:
-        _Card.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the whole"
-        raise ValueError(
-            f"{file} is no card of a policy: {key}: {first['msg']}, got {short(first['input'])}; copy the policy's "
-            "folder again"
-        ) from error
-    values = json.loads(text)
+    read_model(_Card, folder / FILE, "not the card of a policy (copy the policy's folder again)")
+    values = json.loads((folder / FILE).read_bytes())
     hashes = values.pop("files")
     for name in FILES[:-1]:
         if name != FILE and not (folder / name).is_file():
@@ -150,7 +124,7 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def _own_hash(values: dict[str, Any]) -> str:
-    """Of what a card says, its hashes left out."""
+    """The hash of a card without its hashes."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -186,8 +160,8 @@ Verdict, where {100 * env["reward"]["epsilon"]:g} points may be lost: {result["v
 ```python
 {_usage(backbone)}```
 
-Bolder and more cautious versions, as the validation split has seen them (`attach(..., max_loss=0.005)` or
-`max_flops=0.4` chooses one):
+Versions that skip more or less, measured on the validation split (`attach(..., max_loss=0.005)` or `max_flops=0.4`
+chooses one):
 
 | margin | FLOPs | points lost | at most, 95% |
 | --- | --- | --- | --- |

@@ -1,26 +1,22 @@
-"""The choices that a decision is made of: components of the same size side by side, and their probabilities."""
+"""From logits to choices: components of the same size in groups, noise of controls, and codebooks of few decisions."""
 
 from __future__ import annotations
 
 from itertools import groupby
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+Noise = Literal["none", "random", "hash"]
+
 
 class Group(NamedTuple):
-    """Components side by side that have the same number of choices: one tensor operation serves them all.
-
-    Attributes:
-        components: Which.
-        columns: Where their logits are.
-        size: Choices of each.
-    """
+    """Components side by side that have the same number of choices: one tensor operation serves them all."""
 
     components: slice
-    columns: slice
-    size: int
+    columns: slice  # of their logits
+    size: int  # choices of each
 
     def of(self, logits: Tensor) -> Tensor:
         """Their logits ``[n, components, size]``, of those of all components, ``[n, sum(nvec)]``."""
@@ -43,3 +39,52 @@ def bounded(logits: Tensor, lowest: float) -> Tensor:
     if lowest == 0:
         return log_prob
     return torch.log((1 - logits.shape[-1] * lowest) * log_prob.exp() + lowest)
+
+
+def with_noise(logits: Tensor, observations: Tensor | dict[str, Tensor], noise: Noise) -> Tensor:
+    """Logits ``[n, columns]`` whose argmax is drawn from their softmax; with ``none``, as they are."""
+    if noise == "none":
+        return logits
+    if noise == "random":
+        generator = torch.Generator(logits.device).manual_seed(0)
+        uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
+    else:
+        uniform = _hash_noise(observations, logits.shape[1])
+    return logits - torch.log(-torch.log(uniform.clamp(1e-6, 1 - 1e-6)))
+
+
+def _hash_noise(observations: Tensor | dict[str, Tensor], columns: int) -> Tensor:
+    """Noise in [0, 1), ``[n, columns]``, that looks uniform and depends on the observation only."""
+    if isinstance(observations, dict):
+        parts = [observations[name].flatten(1) for name in ("stage", "tokens") if name in observations]
+        observations = torch.cat(parts, dim=1)
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(observations.shape[1], columns, generator=generator, dtype=torch.float64)
+    mixed = observations.cpu().double() @ directions  # on the host, so that it is the same on every device
+    return torch.frac(torch.sin(mixed) * 43758.5453).abs().to(observations)
+
+
+def greedy_cover(log_likelihood: Tensor, size: int) -> list[int]:
+    """At most ``size`` masks by which inputs' decisions are the most probable in all, mask 0 always among them.
+
+    Each mask added raises the sum of the inputs' best log-probabilities the most, which is at least 63% as good as the
+    best choice (Nemhauser, Wolsey and Fisher 1978).
+
+    ``log_likelihood [n, masks]`` is that of each mask for each input. Returns the numbers of the masks in the order in
+    which they were added.
+    """
+    chosen, best = [0], log_likelihood[:, 0]
+    while len(chosen) < size:
+        added = torch.maximum(log_likelihood, best[:, None])
+        gain = added.sum(dim=0, dtype=torch.float64) - best.sum(dtype=torch.float64)
+        if gain.max() <= 0:
+            break
+        chosen.append(int(gain.argmax()))
+        best = added[:, chosen[-1]]
+    return chosen
+
+
+def codebook_of_each_stage(codebook: Tensor) -> list[Tensor]:
+    """The masks ``[masks, components]`` of each stage: those that have the same components."""
+    _, group = (codebook >= 0).unique(dim=0, return_inverse=True)
+    return [codebook[group == number] for number in range(int(group.max()) + 1)]

@@ -12,15 +12,7 @@ from sd_gym.policy.card import FILE, FILES
 
 
 def download(name: str, revision: str | None) -> Path:
-    """The folder of a local copy of a policy on the hub.
-
-    Args:
-        name: The id of its repository.
-        revision: Of the repository; ``None``: the newest.
-
-    Raises:
-        FileNotFoundError: If ``name`` is no id, or the hub does not give it.
-    """
+    """The folder of a local copy of a policy on the hub; ``FileNotFoundError`` if the hub does not give it."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"no folder {name!r}; expected one with {FILE}, or the id of a repository of the hub")
     try:
@@ -33,17 +25,7 @@ def download(name: str, revision: str | None) -> Path:
 
 
 def upload(save: Callable[[str], None], repository: str, *, private: bool, token: str | None) -> str:
-    """Put a policy into a model repository, made if it is not there.
-
-    Args:
-        save: Writes the policy into a folder.
-        repository: Its id.
-        private: Whether a repository that is made is private.
-        token: Of the account.
-
-    Returns:
-        The address of the commit.
-    """
+    """Put what ``save`` writes into a folder into a model repository; returns the address of the commit."""
     api = HfApi(token=token)
     api.create_repo(repository, private=private, exist_ok=True)
     with TemporaryDirectory() as folder:

@@ -1,10 +1,11 @@
-"""The decision network as an artefact: made, saved, loaded. Agents train it, inference runs it."""
+"""The decision network: made, saved, loaded. Agents train it, inference runs it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,20 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd_gym.files import write_json, write_tensors
-from sd_gym.policy.batches import blinded, rows_of, tensors
-from sd_gym.policy.choices import bounded, groups_of
-from sd_gym.policy.codebook import greedy_cover, of_each_stage
-from sd_gym.policy.layers import PerStageMLP, hidden_layers, on_meta, own_network
-from sd_gym.policy.network_files import FORMAT, NetworkDescription, read_network_description, read_weights
-from sd_gym.policy.noise import Noise, with_noise
-from sd_gym.policy.token_encoder import TokenEncoder, flops_a_token
+from sd_gym.policy.choices import Noise, bounded, codebook_of_each_stage, greedy_cover, groups_of, with_noise
+from sd_gym.policy.network_files import FORMAT, NetworkDescription, read_model, read_weights
+from sd_gym.policy.networks import Bias, PerStageMLP, counted_flops, hidden_layers, registered_network
+from sd_gym.policy.observations import Observations, TensorObservations, blinded, select_rows, to_tensors
+from sd_gym.policy.token_encoder import TokenEncoder, flops_per_token
 from sd_gym.registry import naming_imports
 
 HIDDEN = 64
-
-
-def _most_probable(logits: Tensor) -> Tensor:
-    return logits.argmax(dim=1)
 
 
 class DecisionPolicy(nn.Module):
@@ -35,34 +30,39 @@ class DecisionPolicy(nn.Module):
     The choices are independent given the observation: ``pi(a|x) = prod_i pi_i(a_i|x)`` (Zhang et al. 2024, section 3).
 
     Args:
-        observation_size: Features of an observation; where it sees the tokens of a text, numbers that a token has; of
-            several stages, what each shows beside the tokens.
+        observation_size: Features of an observation; with tokens, numbers that a token has; of several stages, what
+            each shows beside the tokens.
         nvec: Sizes of the action's components.
-        switches: Names of the switches, in the action's order; only stored, so that a policy tells what it decides on.
-        blind: Whether the observation is zeroed: the control that sees nothing of its input.
-        noise: Decisions are the most probable ones (``none``), drawn from a fixed seed (``random``), or drawn from a
-            hash of the observation (``hash``): the same input is always decided on alike, for no reason.
+        switches: Names of the switches, in the action's order.
+        blind: Whether the observation is zeroed, for the control that sees nothing of its input.
+        noise: Decisions are the most probable ones (``none``), or drawn: from a fixed seed (``random``), or from a hash
+            of the observation (``hash``).
         network: Name of a registered network that gives the logits instead of two hidden layers.
         hidden: Width of the hidden layers.
-        codebook: Decisions: then no others are made (``reduced``); ``None``: any. Each has all components, or of
-            several stages those of one, and -1 in the place of the others.
+        codebook: The only decisions that are made (``reduced``); ``None``: any. Each has all components, or of several
+            stages those of one, and -1 for the others.
         stages: Names of the stages that it decides at. Of several, an observation begins with the stage, one-hot, and
             of what is decided there only the stage's own components count.
-        per_stage: Whether each of several stages has hidden layers of its own, else all share them.
+        per_stage: Whether each of several stages has its own hidden layers.
         channels: Of the ``TokenEncoder`` that reads the tokens of a text; ``None``: its observations are flat.
         token_width: Numbers that a token has, where several stages show tokens; else ``None``.
 
     Attributes:
-        token_encoder: What makes features of tokens; a flat observation has them already.
+        token_encoder: Makes features of tokens; of a flat observation it is the identity.
         features: How many of them the hidden layers see.
         body: The hidden layers ``[n, hidden]``, those of each stage (``PerStageMLP``), or the registered network.
-        head: What makes logits of its output: linear, or, of a registered network, a bias for each.
+        head: Makes logits of its output: linear, or, of a registered network, a bias for each.
 
     Raises:
-        ValueError: If the network is unknown, or is none from observations to logits; or if one that is ``per_stage``
-            has one stage or a registered network; or if it has a token encoder at several stages and no
-            ``token_width``, or that without it.
+        ValueError: If the network is unknown or its shapes are wrong, or if arguments contradict each other.
     """
+
+    body: Any  # whose parts only those use who know which of the three it is
+    head: nn.Linear | Bias
+    token_encoder: TokenEncoder | nn.Identity
+    codebook: Tensor | None
+    noise: Noise
+    _places: Tensor
 
     def __init__(
         self,
@@ -82,55 +82,41 @@ class DecisionPolicy(nn.Module):
     ) -> None:
         super().__init__()
         if (token_width is not None) != (channels is not None and len(stages) > 1):
-            raise ValueError(
-                "expected token_width where several stages show tokens, and there only; got "
-                f"token_width={token_width}, channels={channels}, stages={list(stages)}"
-            )
+            got = f"token_width={token_width}, channels={channels}, stages={list(stages)}"
+            raise ValueError(f"expected token_width where several stages show tokens, and there only; got {got}")
         if per_stage and (len(stages) == 1 or network is not None):
-            raise ValueError(
-                "per_stage=True gives each of several stages hidden layers; expected stages, and no network"
-            )
-        self.stages = list(stages)
-        self.observation_size = observation_size
-        self.nvec = [int(size) for size in nvec]
-        self.switches = list(switches)
-        self.blind = blind
-        self.noise = noise
-        self.network = network
-        self.hidden = hidden
-        self.per_stage = per_stage
-        self.channels = channels
-        self.token_width = token_width
+            raise ValueError("per_stage=True gives each of several stages hidden layers; expected stages, no network")
+        self.observation_size, self.stages = observation_size, list(stages)
+        self.nvec, self.switches = [int(size) for size in nvec], list(switches)
+        self.blind, self.noise = blind, noise
+        self.network, self.hidden, self.per_stage = network, hidden, per_stage
+        self.channels, self.token_width = channels, token_width
+        features = observation_size
         if channels is None:
-            self.token_encoder: nn.Module = nn.Identity()
-        elif token_width is None:
-            self.token_encoder = TokenEncoder(observation_size, channels)
+            self.token_encoder = nn.Identity()
         else:
-            self.token_encoder = TokenEncoder(token_width, channels, beside=observation_size)
-        self.features = observation_size if channels is None else self.token_encoder.size
+            width, stage_size = (features, 0) if token_width is None else (token_width, features)
+            self.token_encoder = TokenEncoder(width, channels, stage_size)
+            features = self.token_encoder.size
+        self.features = features
         if network is None:
-            size = self.features, hidden
-            self.body = PerStageMLP(*size, len(stages)) if per_stage else hidden_layers(*size)
+            self.body = PerStageMLP(features, hidden, len(stages)) if per_stage else hidden_layers(features, hidden)
             self.head = nn.Linear(hidden, sum(self.nvec))
         else:
-            self.body, self.head = own_network(network, self.features, sum(self.nvec))
+            self.body, self.head = registered_network(network, features, sum(self.nvec))
         self._groups = groups_of(self.nvec)
         ends = np.cumsum(self.nvec)[:, None]
         places = ends - np.array(self.nvec)[:, None] + np.arange(max(self.nvec))
-        # Of each component's choices in the logits; behind its last one, the place behind them all.
+        # Of each component's choices in the logits; after its last one, the place after them all.
         places = torch.from_numpy(np.where(places < ends, places, ends[-1]))
         self.register_buffer("_places", places, persistent=False)
         self.register_buffer("codebook", None if codebook is None else torch.tensor(codebook), persistent=False)
 
-    def forward(self, observations: Tensor | dict[str, Tensor]) -> Tensor:
-        """Logits of all components, side by side, ``[n, sum(nvec)]``.
-
-        Args:
-            observations: ``[n, features]``, or what a ``TokenEncoder`` reads.
-        """
+    def forward(self, observations: TensorObservations) -> Tensor:
+        """Logits of all components, side by side, ``[n, sum(nvec)]``, of observations as ``decide`` takes them."""
         if self.blind:
             observations = blinded(observations, self.stages)
-        features = observations if self.channels is None else self.token_encoder(observations)
+        features: Any = observations if self.channels is None else self.token_encoder(observations)
         if self.per_stage or self.network is not None:
             return self.head(self.body(features))
         first, _, second, _ = self.body  # called without the modules, a fifth of what deciding takes
@@ -138,7 +124,7 @@ class DecisionPolicy(nn.Module):
         return F.linear(F.linear(hidden, second.weight, second.bias).tanh(), self.head.weight, self.head.bias)
 
     def evaluate(self, logits: Tensor, decisions: Tensor, exploration: float = 0.0) -> tuple[Tensor, Tensor]:
-        """How probable decisions are, and how open each is: what policy gradients are taken of.
+        """How probable decisions are, and their entropy: what policy gradients are taken of.
 
         Args:
             logits: Of ``forward``, ``[n, sum(nvec)]``.
@@ -146,8 +132,7 @@ class DecisionPolicy(nn.Module):
             exploration: No choice is less probable than this (Wu et al. 2018, BlockDrop, equation 5).
 
         Returns:
-            The logarithm of each component's probability, ``[tries * n, components]``; and the entropy of the choices,
-            summed over components, ``[n]``.
+            Log-probabilities ``[tries * n, components]``, and the entropy summed over components, ``[n]``.
         """
         log_probs, entropy = [], torch.zeros(len(logits), device=logits.device)
         for group in self._groups:
@@ -157,38 +142,27 @@ class DecisionPolicy(nn.Module):
             entropy = entropy - (of_all.exp() * of_all).sum(dim=(1, 2))
         return torch.cat(log_probs, dim=1), entropy
 
-    def choose(self, logits: Tensor, pick: Callable[[Tensor], Tensor] = _most_probable) -> Tensor:
-        """Decisions, int64 ``[n, components]``.
+    def choose(self, logits: Tensor, pick: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Decisions, int64 ``[n, components]``, for the logits of ``forward``.
 
-        Args:
-            logits: Of ``forward``.
-            pick: Takes logits ``[rows, size]``, each row those of one component, to choices
-                ``[rows]``.
+        ``pick`` takes logits ``[rows, size]``, each row those of one component, to choices ``[rows]``. ``None``: the
+        most probable ones, of the codebook if there is one.
         """
-        if pick is _most_probable and self.codebook is not None:
-            return self._from_codebook(logits)
-        if pick is _most_probable:
-            return self._side_by_side(logits).argmax(dim=2)
-        return self._picked(logits, pick)
-
-    def _from_codebook(self, logits: Tensor) -> Tensor:
-        """The most probable masks of the codebook: of each stage's one, of which those of another do not count."""
+        if pick is None and self.codebook is None:
+            return self._padded(logits).argmax(dim=2)
         decisions = torch.zeros(len(logits), len(self.nvec), dtype=torch.int64, device=logits.device)
-        for masks in [self.codebook] if self.stages == ["first"] else of_each_stage(self.codebook):
-            best = masks[self._likely(logits, masks).argmax(dim=1)]
-            decisions = torch.where(masks[0] >= 0, best, decisions)
+        if pick is None and self.codebook is not None:
+            for masks in [self.codebook] if self.stages == ["first"] else codebook_of_each_stage(self.codebook):
+                best = masks[self._log_likelihood(logits, masks).argmax(dim=1)]
+                decisions = torch.where(masks[0] >= 0, best, decisions)
+        elif pick is not None:
+            with torch.no_grad():
+                for group in self._groups:
+                    choices = group.of(logits).transpose(0, 1).reshape(-1, group.size)
+                    decisions[:, group.components] = pick(choices).view(-1, len(logits)).T
         return decisions
 
-    @torch.no_grad()
-    def _picked(self, logits: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
-        """Group by group."""
-        decisions = torch.zeros(len(logits), len(self.nvec), dtype=torch.int64, device=logits.device)
-        for group in self._groups:
-            choices = group.of(logits).transpose(0, 1).reshape(-1, group.size)
-            decisions[:, group.components] = pick(choices).view(-1, len(logits)).T
-        return decisions
-
-    def _side_by_side(self, logits: Tensor) -> Tensor:
+    def _padded(self, logits: Tensor) -> Tensor:
         """Logits ``[n, components, longest]`` of all components; minus infinity where one has fewer choices."""
         longest = max(self.nvec)
         lacking = longest * len(self.nvec) - logits.shape[1]
@@ -196,39 +170,33 @@ class DecisionPolicy(nn.Module):
             return F.pad(logits, (0, lacking), value=-torch.inf).unflatten(1, (-1, longest))
         return torch.cat([logits, logits.new_full((len(logits), 1), -torch.inf)], dim=1)[:, self._places]
 
-    def _likely(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """How probable decisions ``[masks, components]`` are, ``[n, masks]``: logarithms, but for what they share.
-
-        A component that is -1 does not count.
-        """
+    def _log_likelihood(self, logits: Tensor, masks: Tensor) -> Tensor:
+        """Of decisions ``[masks, components]`` (-1 does not count), up to a constant a row: ``[n, masks]``."""
         places = self._places.gather(1, masks.T.clamp(min=0))
         chosen = torch.zeros(logits.shape[1], len(masks), device=logits.device)
         return logits @ chosen.scatter_(0, places, (masks.T >= 0).to(chosen.dtype))
 
     @torch.inference_mode()
-    def decide(self, observations: NDArray | dict[str, NDArray]) -> NDArray:
+    def decide(self, observations: Observations | Tensor) -> NDArray:
         """Decisions, int64 ``[n, components]``, for observations ``[n, features]``, or for ``TokenEncoder``."""
-        seen = tensors(observations, self.head.weight.device)
-        logits = self(seen)
-        return self.choose(with_noise(logits, seen, self.noise)).cpu().numpy()
+        shown = to_tensors(observations, self.head.weight.device)
+        return self.choose(with_noise(self(shown), shown, self.noise)).cpu().numpy()
 
     @torch.inference_mode()
-    def skip_logits(self, observations: NDArray | dict[str, NDArray]) -> NDArray:
-        """Log-odds of skipping each switch, float32 ``[n, switches]``, for observations as ``decide`` takes them.
-
-        Of those at a stage only the stage's own switches count.
+    def skip_logits(self, observations: Observations) -> NDArray:
+        """Log-odds of skipping each switch, float32 ``[n, switches]``, of which at a stage only its own count.
 
         Raises:
             ValueError: If the policy has a codebook.
         """
         if self.codebook is not None:
             raise ValueError("a policy with a codebook has no odds of a switch by itself")
-        choices = self._side_by_side(self(tensors(observations, self.head.weight.device)))[:, :-1]
+        choices = self._padded(self(to_tensors(observations, self.head.weight.device)))[:, :-1]
         return (choices[..., 1] - choices[..., 0]).cpu().numpy()
 
     @torch.no_grad()
-    def begin_at(self, logits: Tensor) -> None:
-        """Decide by ``logits [sum(nvec)]``, nearly alike for all inputs; a registered network adds its own to them."""
+    def initialise(self, logits: Tensor) -> None:
+        """Decide by ``logits [sum(nvec)]``, nearly alike for all inputs; a registered network adds its own logits."""
         if self.network is None:
             self.head.weight.mul_(0.01)
         self.head.bias.copy_(logits)
@@ -254,35 +222,32 @@ class DecisionPolicy(nn.Module):
 
     @torch.inference_mode()
     def reduced(
-        self, size: int, observations: NDArray | dict[str, NDArray], components: Sequence[NDArray] | None = None
+        self, size: int, observations: Observations, components: Sequence[NDArray] | None = None
     ) -> DecisionPolicy:
-        """A copy that makes at most ``size`` different decisions, so that inputs agree and run together more often.
+        """A copy that makes at most ``size`` different decisions (at each stage), so that more inputs run together.
 
-        They are decisions that it makes itself, and the dense one; each input gets the one that is the most probable
-        for it. Which they are, ``greedy_cover`` says. A policy that decides in the pass makes at most ``size`` at each
-        of its stages.
+        They are the dense one and some of its own (``greedy_cover``); each input gets the most probable one.
 
         Args:
             size: At least 1, the dense one.
-            observations: Of inputs that it shall do well on, as ``decide`` takes them; a thousand are enough. Where it
-                decides in the pass, at all its stages.
-            components: Where it decides in the pass, the components that each stage decides, int64.
+            observations: Of inputs that it shall do well on; a thousand are enough. In the pass, at all its stages.
+            components: In the pass, the components that each stage decides, int64.
 
         Raises:
             ValueError: If there is no size or no observation, or the components of stages are not given.
         """
-        if self.stages != ["first"] and components is None:
-            raise ValueError(f"a policy that decides at {', '.join(self.stages)} needs the components of each stage")
-        if components is None:
+        if components is not None:
+            shown = observations["stage"] if isinstance(observations, dict) else observations
+            parts = [(select_rows(observations, shown[:, number] == 1), own) for number, own in enumerate(components)]
+        elif self.stages == ["first"]:
             parts = [(observations, np.arange(len(self.nvec)))]
         else:
-            shown = observations["stage"] if isinstance(observations, dict) else observations
-            parts = [(rows_of(observations, shown[:, number] == 1), own) for number, own in enumerate(components)]
+            raise ValueError(f"a policy that decides at {', '.join(self.stages)} needs the components of each stage")
         copy = deepcopy(self)
         copy.codebook = torch.cat([self._masks_for(size, seen, own) for seen, own in parts])
         return copy
 
-    def _masks_for(self, size: int, observations: NDArray | dict[str, NDArray], components: NDArray) -> Tensor:
+    def _masks_for(self, size: int, observations: Observations, components: NDArray) -> Tensor:
         """The codebook ``[masks, components]`` of one stage, which decides these components; -1 in the others."""
         decisions = self.decide(observations)
         if size < 1 or not len(decisions):
@@ -290,33 +255,23 @@ class DecisionPolicy(nn.Module):
         decisions[:, np.setdiff1d(np.arange(len(self.nvec)), components)] = -1
         masks = torch.from_numpy(np.unique(decisions, axis=0))
         masks = torch.cat([masks[:1].clamp(max=0), masks])
-        likely = self._likely(self(tensors(observations)), masks)
-        return masks[greedy_cover(likely, size)].clone()
-
-    def with_weights(self, weights: dict[str, Tensor]) -> DecisionPolicy:
-        """A copy with other weights (a ``state_dict``)."""
-        copy = deepcopy(self)
-        copy.load_state_dict(weights)
-        return copy.eval()
+        return masks[greedy_cover(self._log_likelihood(self(to_tensors(observations)), masks), size)].clone()
 
     @property
     def flops(self) -> int:
-        """FLOPs of one decision, at all its stages, 2 per multiply-add, as torch's ``FlopCounterMode`` counts them.
-
-        Those of ``token_encoder``, which grow with the text, come on top: ``flops_a_token``.
-        """
+        """FLOPs of one decision at all stages (``FlopCounterMode``), without ``flops_per_token``."""
         body = self.body.of_stage[0] if self.per_stage else self.body  # those of all stages are alike
-        counted, _ = on_meta(nn.Sequential(body, self.head), len(self.stages), self.features)
+        counted, _ = counted_flops(nn.Sequential(body, self.head), len(self.stages), self.features)
         if self.codebook is None:
             return counted
         return counted + len(self.stages) * len(self.codebook) * 2 * sum(self.nvec)
 
     @property
-    def flops_a_token(self) -> int:
-        """FLOPs of ``token_encoder`` for each token, at all stages, counted likewise; 0 without it, or if blind."""
+    def flops_per_token(self) -> int:
+        """FLOPs of ``token_encoder`` for each token, at all stages; 0 without it, or if blind."""
         if self.channels is None or self.blind:
             return 0
-        return len(self.stages) * flops_a_token(self.token_width or self.observation_size, self.channels)
+        return len(self.stages) * flops_per_token(self.token_width or self.observation_size, self.channels)
 
     def save(self, folder: Path) -> None:
         """Write ``policy.safetensors`` and ``policy.json``; each file appears complete or not at all."""
@@ -333,15 +288,14 @@ class DecisionPolicy(nn.Module):
         """Read a policy that ``save`` wrote.
 
         Raises:
-            FileNotFoundError: If the folder holds none.
-            ValueError: If its format is another one, its network is not registered, or what it says or its weights are
-                none that ``save`` writes; the message names what was expected.
+            FileNotFoundError: If a file is missing.
+            ValueError: If its network is not registered, or its files are broken; the message names what was expected.
         """
         folder = Path(folder)
         file = folder / "policy.json"
         if not file.exists():
             raise FileNotFoundError(f"no policy.json in {folder}; expected the folder of a run (sd-gym train)")
-        description = read_network_description(file)
+        description = read_model(NetworkDescription, file, "not a policy that was saved here")
         with naming_imports(folder):
             policy = cls(**description.model_dump(exclude={"format"}))
         policy.load_state_dict(read_weights(folder / "policy.safetensors", policy))

@@ -1,24 +1,41 @@
-"""The files of a decision network, ``policy.json`` and ``policy.safetensors``: read, and refused if they are none."""
+"""The files of a decision network, ``policy.json`` and ``policy.safetensors``: read and checked."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from sd_gym.errors import short
 from sd_gym.files import read_tensors
-from sd_gym.policy.noise import Noise
+from sd_gym.policy.choices import Noise
 
 FORMAT = 1
 
 
-class NetworkDescription(BaseModel):
-    """What ``policy.json`` says; see ``DecisionPolicy``."""
+class Strict(BaseModel):
+    """Exactly these fields, of exactly these types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_model(model: type[Model], file: Path, problem: str) -> Model:
+    """What a JSON file holds; ``ValueError`` with the problem and the field if its fields are not the model's."""
+    try:
+        return model.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "all of it"
+        raise ValueError(f"{file}: {problem}: {field}: {first['msg']}, got {short(first['input'])}") from error
+
+
+class NetworkDescription(Strict):
+    """What ``policy.json`` says; see ``DecisionPolicy``."""
 
     format: Literal[1]
     observation_size: int = Field(ge=1)
@@ -44,41 +61,20 @@ class NetworkDescription(BaseModel):
                 f"expected nvec with a 2 for each of the {len(self.switches)} switches (a 1 where it always runs) and "
                 f"then the number of token levels, got {self.nvec}"
             )
-        lowest = 0 if self.stages == ["first"] else -1  # which stands in the place of what other stages decide
+        lowest = 0 if self.stages == ["first"] else -1  # which stands for what other stages decide
         for mask in self.codebook or []:
             fits = len(mask) == len(self.nvec)
-            if not fits or not all(lowest <= one < size for one, size in zip(mask, self.nvec, strict=True)):
+            if not fits or not all(lowest <= choice < size for choice, size in zip(mask, self.nvec, strict=True)):
                 raise ValueError(f"expected a codebook of decisions, each below {self.nvec}, got {short(mask)}")
-        of_stages = {tuple(number for number, one in enumerate(mask) if one >= 0) for mask in self.codebook or []}
+        of_stages = {tuple(at for at, choice in enumerate(mask) if choice >= 0) for mask in self.codebook or []}
         decided = [component for stage in of_stages for component in stage]
         if len(decided) > len(set(decided)):
             raise ValueError("expected a codebook whose decisions are of the same components, or of different stages")
         return self
 
 
-def read_network_description(file: Path) -> NetworkDescription:
-    """What a file says.
-
-    Raises:
-        ValueError: If it is none that was saved by a network; the message names the key.
-    """
-    try:
-        return NetworkDescription.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        got = f", got {short(first['input'])}" if key else ""
-        raise ValueError(
-            f"{file}: no policy that was saved here: {key + ': ' if key else ''}{first['msg']}{got}"
-        ) from error
-
-
 def read_weights(file: Path, policy: nn.Module) -> dict[str, Tensor]:
-    """The weights in a file.
-
-    Raises:
-        ValueError: If they are not such as the policy has: by name, shape, type, or not finite.
-    """
+    """The weights in a file; ``ValueError`` if names, shapes or types are not the policy's, or numbers not finite."""
     weights = read_tensors(file)
     expected, parameters = policy.state_dict(), dict(policy.named_parameters())
     if names := sorted(expected.keys() ^ weights.keys()):
@@ -93,5 +89,5 @@ def read_weights(file: Path, policy: nn.Module) -> dict[str, Tensor]:
             )
         finite = weight.isfinite() if name in parameters else ~weight.isnan()
         if not finite.all():
-            raise ValueError(f"{file}: expected finite numbers, but {(~finite).sum().item()} in {name} are none")
+            raise ValueError(f"{file}: expected finite numbers, but {(~finite).sum().item()} in {name} are not")
     return weights

@@ -11,28 +11,22 @@ from torch import Tensor
 from sd_gym.backbones.heads import Head, reading_ratio
 from sd_gym.backbones.load import can_exit
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.policy.observation import at_stage, features_of, log_odds, tokens_of
+from sd_gym.policy.features import log_odds, pooled_features, stage_observation, token_observations
 from sd_gym.switch import FlopsModel, PassState, Switchboard
 
 Keep = NDArray | Tensor | None  # tokens that stay, [n, length]; None: all
 
 
 class StagedRollout:
-    """Decides in a pass, from stage to stage: ``choose`` is for ``Switchboard.decide_in_pass``.
+    """Decides in a pass, from stage to stage: ``Switchboard.decide_in_pass`` calls ``choose``.
 
     Args:
-        policy: What decides.
-        board: Of the model.
-        head: Likewise.
-        flops: Likewise.
+        policy: Decides, at several stages.
+        board, head, flops: Of the model.
         length: Tokens of each input, int ``[n]``.
         keeps: Takes the token levels ``[n]`` to the tokens that the pass keeps, and how many that are of each input.
         judge: Runs the pass again, for its logits ``[n, classes]``, where the head judges what a layer gives.
         first: Hidden states and mask of what is seen before the first layer, if not those of the pass itself.
-
-    Attributes:
-        decisions: As far as they are made, int64 ``[n, switches + 1]``.
-        keep: The tokens that stay.
     """
 
     def __init__(
@@ -50,8 +44,8 @@ class StagedRollout:
         self._length, self._keeps, self._judge, self._first = length, keeps, judge, first
         self._judges = can_exit(head, board)
         self._columns = board.decided_at(policy.network.stages)
-        self.decisions = np.zeros((len(length), len(board) + 1), dtype=np.int64)
-        self.keep: Keep = None
+        self.decisions = np.zeros((len(length), len(board) + 1), dtype=np.int64)  # those made so far
+        self.keep: Keep = None  # the tokens that stay
         self._kept = length
         self._tokens: dict[str, NDArray] = {}  # where the policy sees them, at all stages
 
@@ -61,19 +55,16 @@ class StagedRollout:
         hidden, mask = self._first if is_first and self._first is not None else (seen.hidden.detach(), seen.mask)
         exits = self.decisions.copy()
         exits[:, columns.start : -1] = 1
-        features = features_of(hidden, mask).float().cpu().numpy()
+        features = pooled_features(hidden, mask).float().cpu().numpy()
         if self._judges:
             judged = np.zeros(len(features)) if is_first else self._judged(seen, exits)
             features = np.concatenate([features, judged[:, None].astype(np.float32)], axis=1)
-        ranked = (self._kept < self._length) & self._policy.ranks_by_attention
-        ranking = (
-            np.where(ranked, self._flops.costs(self._length, self._length)[1][:, 0], 0) if ranked.any() else ranked
-        )
+        ranking = self._policy.ranking_flops(self._flops, self._length, self._kept < self._length)
         share = reading_ratio(self._head, self._flops, self._length, self._kept, exits[:, :-1], ranking)
         number = self._policy.network.stages.index(seen.stage)
-        shown = at_stage(number, share, features, self._policy.mean, self._policy.deviation)
+        shown = stage_observation(number, share, features, self._policy.mean, self._policy.deviation)
         if is_first and (of_tokens := self._policy.of_tokens) is not None:
-            self._tokens = tokens_of(hidden, mask, *of_tokens, self._policy.longest)
+            self._tokens = token_observations(hidden, mask, *of_tokens, self._policy.longest)
         decided = self._policy.network.decide({"stage": shown, **self._tokens} if self._tokens else shown)
         self.decisions[:, columns] = decided[:, columns]
         if is_first:

@@ -1,4 +1,4 @@
-"""A policy that learned on a table, as one of the env that the table is of."""
+"""A policy that learned on a table, for the env that the table is of."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sd_gym.policy.network import DecisionPolicy
+from sd_gym.policy.observations import Observations
 from sd_gym.projection import Projection
 
 MASKS, PROJECTION = "masks", "projection."  # names of tensors
@@ -20,18 +21,17 @@ MASKS, PROJECTION = "masks", "projection."  # names of tensors
 
 @dataclass(frozen=True, eq=False)
 class TablePolicy:
-    """A policy that learned on a table, and decides on the env itself, by what that observes, just as it did there.
+    """Decides on what the env observes just as the network did on what the table shows.
 
     Attributes:
-        network: What has learned, from what the table shows to the table's decisions.
+        network: Learned on the table.
         nvec: Sizes of a mask's components.
         switches: Names of the switches.
-        masks: What the table's decisions stand for, int64 ``[decisions, switches + 1]``, in the order of their numbers;
-            ``None``: they are masks.
+        masks: Of each of the table's decisions, int64 ``[decisions, switches + 1]``; ``None``: they are masks.
         projection: How the table has reduced what the env observes; ``None``: not at all.
 
     Raises:
-        ValueError: If masks or projection are none for this network.
+        ValueError: If masks or projection do not fit the network.
     """
 
     network: DecisionPolicy
@@ -41,7 +41,7 @@ class TablePolicy:
     projection: Projection | None
     channels: ClassVar[None] = None  # a table shows no tokens
     token_width: ClassVar[None] = None
-    flops_a_token: ClassVar[int] = 0
+    flops_per_token: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         masks, projection, size = self.masks, self.projection, self.network.observation_size
@@ -57,13 +57,12 @@ class TablePolicy:
             projection.components.shape != (size, *projection.mean.shape)
             or not all(np.isfinite(values).all() for values in projection)
         ):
-            raise ValueError(
-                f"expected a projection to {size} numbers, got components of shape {projection.components.shape}"
-            )
+            got = projection.components.shape
+            raise ValueError(f"expected a projection to {size} numbers, got components of shape {got}")
 
     @property
     def stages(self) -> list[str]:
-        """Names of the stages that it decides at."""
+        """See ``DecisionPolicy``."""
         return self.network.stages
 
     @property
@@ -77,25 +76,23 @@ class TablePolicy:
         reducing = 0 if self.projection is None or self.network.blind else self.projection.flops
         return self.network.flops + reducing
 
-    def decide(self, observations: NDArray | Tensor) -> NDArray:
+    def decide(self, observations: Observations | Tensor) -> NDArray:
         """Masks, int64 ``[n, switches + 1]``, for what the env observes, ``[n, features]``."""
-        seen = observations.cpu().numpy() if isinstance(observations, Tensor) else observations
-        decisions = self.network.decide(seen if self.projection is None else self.projection(seen))
+        array = observations.cpu().numpy() if isinstance(observations, Tensor) else observations
+        if self.projection is not None and not isinstance(array, dict):
+            array = self.projection(array)
+        decisions = self.network.decide(array)
         if self.masks is None:
             return decisions
         return self.masks[np.ravel_multi_index(tuple(decisions.T), self.network.nvec)]
 
     def with_margin(self, margin: float) -> TablePolicy:
-        """As of the network."""
+        """See ``DecisionPolicy``."""
         return replace(self, network=self.network.with_margin(margin))
 
     def save(self, folder: Path) -> None:
-        """Write the files of the network; ``described`` and ``tensors`` are for the artefact to write."""
+        """Write the files of the network alone."""
         self.network.save(folder)
-
-    def described(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {"nvec": self.nvec, "switches": self.switches}
 
     def tensors(self) -> dict[str, Tensor]:
         """Masks and projection, by name."""
@@ -105,13 +102,9 @@ class TablePolicy:
         return {name: torch.from_numpy(np.array(values)) for name, values in arrays.items()}
 
     @classmethod
-    def of_files(cls, network: DecisionPolicy, described: dict[str, Any], tensors: dict[str, Tensor]) -> TablePolicy:
-        """What ``described`` and ``tensors`` gave; its tensors are taken out of those given.
-
-        Raises:
-            KeyError, TypeError, ValueError: If it is none.
-        """
+    def of_files(cls, network: DecisionPolicy, values: dict[str, Any], tensors: dict[str, Tensor]) -> TablePolicy:
+        """Of its ``nvec`` and ``switches`` and its tensors, which are taken out of those given."""
         masks = tensors.pop(MASKS).numpy() if MASKS in tensors else None
         reduced = any(name.startswith(PROJECTION) for name in tensors)
         arrays = (tensors.pop(PROJECTION + name).numpy() for name in Projection._fields)
-        return cls(network, **described, masks=masks, projection=Projection(*arrays) if reduced else None)
+        return cls(network, **values, masks=masks, projection=Projection(*arrays) if reduced else None)

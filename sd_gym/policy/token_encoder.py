@@ -9,78 +9,72 @@ from torch import Tensor, nn
 CHANNELS = 48
 KERNEL_SIZE = 3  # tokens side by side that the convolution sees at once
 LEAST_FEATURE_DEVIATION = 1e-3  # of a feature; less says nothing
-SHARE = 0.01  # of the dense FLOPs: what the convolution of a policy costs at most
+FLOPS_SHARE = 0.01  # of the dense FLOPs: what the convolution of a policy costs at most
 
 
 class TokenEncoder(nn.Module):
-    """Features of a text: one convolution over its tokens, the mean and maximum of that, and the text's length.
+    """Features of a text: mean and maximum of a convolution over its tokens, and the text's length.
 
-    Mean and maximum of the tokens themselves are the same for any order of them; those of what a convolution says of
-    neighbours are not (Kim 2014, section 2). Before anything is learned they hardly differ between texts, so they are
-    standardised as the convolution is then (Salimans and Kingma 2016, section 3): ``standardise_on``.
-
-    Of several stages each shows more beside the tokens, which the features begin with.
+    Unlike mean and maximum of the tokens, they depend on their order (Kim 2014, section 2). At first they hardly differ
+    between texts, so ``standardise_on`` standardises them before learning (Salimans and Kingma 2016, section 3).
 
     Args:
         width: Numbers that a token has.
         channels: Of the convolution.
-        beside: Numbers that a stage shows beside the tokens; 0: there are none.
+        stage_size: Of several stages, numbers that each shows beside the tokens, which the features begin with.
 
     Attributes:
         size: Features.
     """
 
-    def __init__(self, width: int, channels: int = CHANNELS, beside: int = 0) -> None:
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, width: int, channels: int = CHANNELS, stage_size: int = 0) -> None:
         super().__init__()
         self.convolution = nn.Conv1d(width, channels, KERNEL_SIZE, padding=KERNEL_SIZE // 2)
-        own = 2 * channels + 1
-        self.beside, self.size = beside, beside + own
-        self.register_buffer("mean", torch.zeros(own))
-        self.register_buffer("deviation", torch.ones(own))
+        size = 2 * channels + 1
+        self.stage_size, self.size = stage_size, stage_size + size
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("deviation", torch.ones(size))
 
     def forward(self, observations: dict[str, Tensor]) -> Tensor:
         """Features ``[n, size]``, each row's own: standardised, and zeros where there is no token.
 
         Args:
-            observations: ``tokens [n, length, width]``, zeros behind the text, ``mask [n, length]``, and at stages
-                ``stage [n * looks, beside]``, what was shown at so many looks at each text, one after the other.
+            observations: ``tokens [n, length, width]``, zeros after the text, ``mask [n, length]``, and at stages
+                ``stage [n * looks, stage_size]``, what was shown at so many looks at each text, one after the other.
         """
         count = observations["mask"].sum(dim=1, keepdim=True)
-        seen = (self._read(observations) - self.mean) / self.deviation * (count > 0)
-        if not self.beside:
-            return seen
-        shown = observations["stage"]
-        return torch.cat([shown, seen.repeat_interleave(len(shown) // len(seen), dim=0)], dim=1)
+        features = (self._read(observations) - self.mean) / self.deviation * (count > 0)
+        if not self.stage_size:
+            return features
+        stage = observations["stage"]
+        return torch.cat([stage, features.repeat_interleave(len(stage) // len(features), dim=0)], dim=1)
 
     def _read(self, observations: dict[str, Tensor]) -> Tensor:
         tokens, mask = observations["tokens"], observations["mask"]
         count = mask.sum(dim=1, keepdim=True)
         longest = max(1, int(mask.any(dim=0).sum()))  # padding that all rows share is not looked at
         present = mask[:, None, :longest].float()
-        seen = self.convolution(tokens[:, :longest].transpose(1, 2)).relu() * present
-        mean = seen.sum(dim=2) / count.clamp(min=1)
-        return torch.cat([mean, seen.amax(dim=2), count.float().log1p()], dim=1)
+        values = self.convolution(tokens[:, :longest].transpose(1, 2)).relu() * present
+        mean = values.sum(dim=2) / count.clamp(min=1)
+        return torch.cat([mean, values.amax(dim=2), count.float().log1p()], dim=1)
 
     @torch.no_grad()
     def standardise_on(self, observations: dict[str, Tensor]) -> None:
-        """Standardise features from now on by what they are of these texts (arguments as of ``forward``)."""
+        """Standardise features from now on by what they are of these texts, which ``forward`` takes."""
         features = self._read(observations)
         deviation = features.std(dim=0, correction=0)
         self.mean.copy_(features.mean(dim=0))
         self.deviation.copy_(torch.where(deviation > LEAST_FEATURE_DEVIATION, deviation, 1.0))
 
 
-def flops_a_token(width: int, channels: int) -> int:
+def flops_per_token(width: int, channels: int) -> int:
     """FLOPs of ``TokenEncoder`` for each token of a text, 2 a multiply-add."""
     return 2 * KERNEL_SIZE * width * channels
 
 
-def affordable_channels(width: int, dense_flops: float, looks: int = 1) -> int:
-    """Channels that cost at most ``SHARE`` of a backbone's dense FLOPs for each token; ``CHANNELS`` at most.
-
-    Args:
-        width: Numbers that a token has.
-        dense_flops: A token.
-        looks: How often they are read: once a stage.
-    """
-    return int(np.clip(SHARE * dense_flops / (looks * flops_a_token(width, 1)), 1, CHANNELS))
+def affordable_channels(width: int, dense_flops: float, stages: int = 1) -> int:
+    """Channels that cost at most ``FLOPS_SHARE`` of ``dense_flops`` per token, which has ``width`` numbers."""
+    return int(np.clip(FLOPS_SHARE * dense_flops / (stages * flops_per_token(width, 1)), 1, CHANNELS))

@@ -1,4 +1,4 @@
-"""Which modules of a Hugging Face model are switches, one declarative entry an architecture.
+"""Which modules of a Hugging Face model are switches, one declarative entry per architecture.
 
 An entry names attributes and nothing else: no model code is copied or patched. ``register_architecture`` adds one.
 """
@@ -22,15 +22,14 @@ class Sublayer:
     Attributes:
         kind: What it is; names the switch (``encoder.0.attention``).
         modules: Paths of the branch's modules inside the layer, in execution order, each one's output the next one's
-            first input: one module, or as many as the layer spells out (a norm in front; BART's ``fc1`` and ``fc2``).
-            The first selects the rows that run, the last puts them back among the others.
+            first input, such as a norm and an attention, or BART's ``fc1`` and ``fc2``.
         adds_residual: Whether the last module adds the branch's input itself, as BERT's output modules do. Then a
             skipped row passes through unchanged; otherwise it gets zeros and the layer's own residual sum passes it.
-        output: Of an attention, the path of its output projection inside the layer; the module of ``modules`` that
-            holds it is the attention proper, and the projection's input width is the width of all heads.
+        output: Path of an attention's output projection inside the layer; the module of ``modules`` that holds it is
+            the attention proper.
         source: Paths of the projections that read the encoder's output (keys and values of a cross-attention).
-        position_bias: Path of a module whose ``compute_bias`` makes what the first layer shares with all others (T5's
-            relative positions), so that it exists where the first layer is skipped.
+        position_bias: Path of the module whose ``compute_bias`` makes what the first layer shares with all others (T5's
+            relative positions), as it must exist where the first layer is skipped.
     """
 
     kind: SublayerKind
@@ -53,14 +52,14 @@ class Stack:
     """A list of equal layers.
 
     Attributes:
-        name: ``encoder`` or ``decoder``. Behind an encoder, a decoder runs on the target; a lone stack of either name
+        name: ``encoder`` or ``decoder``. After an encoder, a decoder runs on the target; a lone stack of either name
             runs on the input.
         layers: Path of the layer list inside ``model.base_model``.
         sublayers: Residual branches of each layer, in execution order.
-        whole: Whether a layer takes and returns the hidden states alone, and returns them as they are where no
-            sublayer runs (no norm follows a residual sum); then such a layer is passed by as a whole.
-        norms: Of a layer that takes and returns the hidden states alone, the paths of all norms that follow its
-            residual sums, in execution order: where no sublayer runs, they are what is left of it.
+        whole: Whether a layer takes and returns the hidden states alone, unchanged where no sublayer runs (no norm
+            follows a residual sum); then it is skipped as a whole.
+        norms: Paths of all norms that follow residual sums, in execution order, of a layer that takes and returns the
+            hidden states alone: where no sublayer runs, only they do.
     """
 
     name: str
@@ -81,10 +80,10 @@ class Architecture:
     Attributes:
         model_types: Values of ``model.config.model_type`` that this entry is for.
         stacks: Layer stacks in execution order; the first reads the input.
-        causal: Whether the first stack's positions see only what stands before them (decoder-only models).
-        token_heads: Paths inside the model of linears that run once a target (or source) token, such as ``lm_head``.
-        sequence_heads: Paths inside the model of linears that run once a sequence, such as a classifier.
-            Paths that a model does not have are passed over, so one entry serves all heads.
+        causal: Whether the first stack's positions see only earlier ones (decoder-only models).
+        token_heads: Paths of linears that run once per target (or source) token, such as ``lm_head``.
+        sequence_heads: Paths of linears that run once per sequence, such as a classifier.
+            Paths that a model does not have are ignored, so one entry serves all heads.
     """
 
     model_types: tuple[str, ...]
@@ -106,22 +105,9 @@ def register_architecture(architecture: Architecture) -> None:
 
     Example:
         >>> from sd_gym.switch import Architecture, Stack, Sublayer, register_architecture
-        >>> register_architecture(
-        ...     Architecture(
-        ...         model_types=("my-encoder",),
-        ...         stacks=(
-        ...             Stack(
-        ...                 "encoder",
-        ...                 layers="layers",
-        ...                 sublayers=(
-        ...                     Sublayer("attention", ("norm", "self_attn"), output="self_attn.out_proj"),
-        ...                     Sublayer("feed_forward", ("fc1", "fc2")),
-        ...                 ),
-        ...             ),
-        ...         ),
-        ...         sequence_heads=("classifier",),
-        ...     )
-        ... )
+        >>> attention = Sublayer("attention", ("norm", "self_attn"), output="self_attn.out_proj")
+        >>> encoder = Stack("encoder", "layers", (attention, Sublayer("feed_forward", ("fc1", "fc2"))))
+        >>> register_architecture(Architecture(("my-encoder",), (encoder,), sequence_heads=("classifier",)))
     """
     for model_type in architecture.model_types:
         _REGISTRY[model_type] = architecture
@@ -138,11 +124,7 @@ def supported_architectures() -> list[str]:
 
 
 def architecture_of(model_type: str) -> Architecture:
-    """The entry for a model type.
-
-    Raises:
-        UnsupportedArchitectureError: If the type is unknown; the message lists the known ones and says how to add one.
-    """
+    """The entry for a model type; UnsupportedArchitectureError if it is unknown."""
     if model_type not in _REGISTRY:
         raise UnsupportedArchitectureError(
             f"no switches are known for the architecture {model_type!r}; known are: "
@@ -172,135 +154,88 @@ def _bart_like(norm: bool) -> tuple[Stack, ...]:
     )
 
 
-def _bert_like() -> tuple[Stack, ...]:
-    attention = Sublayer("attention", ("attention",), adds_residual=True, output="attention.output.dense")
-    feed_forward = Sublayer("feed_forward", ("intermediate", "output"), adds_residual=True)
-    return (Stack("encoder", "encoder.layer", (attention, feed_forward), whole=True),)
-
-
-def _llama_like() -> tuple[Stack, ...]:
-    attention = Sublayer("attention", ("input_layernorm", "self_attn"), output="self_attn.o_proj")
-    feed_forward = Sublayer("feed_forward", ("post_attention_layernorm", "mlp"))
-    return (Stack("decoder", "layers", (attention, feed_forward), whole=True),)
-
-
 def _encoder_decoder(model_types: tuple[str, ...], stacks: tuple[Stack, ...]) -> Architecture:
     heads = ("classification_head.dense", "classification_head.out_proj")
     return Architecture(model_types, stacks, token_heads=("lm_head", "qa_outputs"), sequence_heads=heads)
 
 
-def _decoder_only(model_types: tuple[str, ...], stacks: tuple[Stack, ...]) -> Architecture:
-    return Architecture(model_types, stacks, causal=True, token_heads=("lm_head", "score", "qa_outputs"))
-
-
 register_architecture(_encoder_decoder(("bart", "marian"), _bart_like(norm=False)))
 register_architecture(_encoder_decoder(("mbart", "pegasus"), _bart_like(norm=True)))
 
-_T5_SELF = Sublayer(
-    "attention",
-    ("layer.0",),
-    adds_residual=True,
-    output="layer.0.SelfAttention.o",
-    position_bias="layer.0.SelfAttention",
-)
-_T5_CROSS = Sublayer(
-    "cross_attention",
-    ("layer.1",),
-    adds_residual=True,
-    output="layer.1.EncDecAttention.o",
-    source=("layer.1.EncDecAttention.k", "layer.1.EncDecAttention.v"),
-    position_bias="layer.1.EncDecAttention",
-)
-register_architecture(
-    _encoder_decoder(
-        model_types=("t5",),
-        stacks=(
-            Stack("encoder", "encoder.block", (_T5_SELF, Sublayer("feed_forward", ("layer.1",), adds_residual=True))),
-            Stack(
-                "decoder",
-                "decoder.block",
-                (_T5_SELF, _T5_CROSS, Sublayer("feed_forward", ("layer.2",), adds_residual=True)),
+_T5_SELF, _T5_CROSS = "layer.0.SelfAttention", "layer.1.EncDecAttention"
+_T5_ATTENTION = Sublayer("attention", ("layer.0",), True, f"{_T5_SELF}.o", position_bias=_T5_SELF)
+_T5_STACKS = (
+    Stack("encoder", "encoder.block", (_T5_ATTENTION, Sublayer("feed_forward", ("layer.1",), True))),
+    Stack(
+        "decoder",
+        "decoder.block",
+        (
+            _T5_ATTENTION,
+            Sublayer(
+                "cross_attention",
+                ("layer.1",),
+                adds_residual=True,
+                output=f"{_T5_CROSS}.o",
+                source=(f"{_T5_CROSS}.k", f"{_T5_CROSS}.v"),
+                position_bias=_T5_CROSS,
             ),
+            Sublayer("feed_forward", ("layer.2",), True),
         ),
-    )
+    ),
 )
+register_architecture(_encoder_decoder(("t5",), _T5_STACKS))
 
-register_architecture(
-    _decoder_only(
-        model_types=("gpt2",),
-        stacks=(
-            Stack(
-                "decoder",
-                "h",
-                (
-                    Sublayer("attention", ("ln_1", "attn"), output="attn.c_proj"),
-                    Sublayer("feed_forward", ("ln_2", "mlp")),
-                ),
-                whole=True,
-            ),
-        ),
-    )
+# Decoder-only models: model types, layers, attention's modules, its output projection, feed-forward's modules.
+_DECODERS = (
+    ("gpt2", "h", "ln_1 attn", "attn.c_proj", "ln_2 mlp"),
+    (
+        "llama mistral qwen2 qwen3 phi3",
+        "layers",
+        "input_layernorm self_attn",
+        "self_attn.o_proj",
+        "post_attention_layernorm mlp",
+    ),
+    (
+        "gemma3_text",
+        "layers",
+        "input_layernorm self_attn post_attention_layernorm",
+        "self_attn.o_proj",
+        "pre_feedforward_layernorm mlp post_feedforward_layernorm",
+    ),
 )
-register_architecture(_decoder_only(("llama", "mistral", "qwen2", "qwen3", "phi3"), _llama_like()))
-register_architecture(
-    _decoder_only(
-        model_types=("gemma3_text",),
-        stacks=(
-            Stack(
-                "decoder",
-                "layers",
-                (
-                    Sublayer(
-                        "attention",
-                        ("input_layernorm", "self_attn", "post_attention_layernorm"),
-                        output="self_attn.o_proj",
-                    ),
-                    Sublayer("feed_forward", ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm")),
-                ),
-                whole=True,
-            ),
-        ),
+for _types, _layers, _attention, _output, _feed_forward in _DECODERS:
+    _sublayers = (
+        Sublayer("attention", tuple(_attention.split()), output=_output),
+        Sublayer("feed_forward", tuple(_feed_forward.split())),
     )
-)
+    _stacks, _heads = (Stack("decoder", _layers, _sublayers, whole=True),), ("lm_head", "score", "qa_outputs")
+    register_architecture(Architecture(tuple(_types.split()), _stacks, causal=True, token_heads=_heads))
 
+_BERT_TOKEN_HEADS = (
+    "qa_outputs cls.predictions.transform.dense cls.predictions.decoder lm_head.dense lm_head.decoder "
+    "generator_predictions.dense generator_lm_head electra.embeddings_project embeddings_project"
+)
+_BERT_SUBLAYERS = (
+    Sublayer("attention", ("attention",), adds_residual=True, output="attention.output.dense"),
+    Sublayer("feed_forward", ("intermediate", "output"), adds_residual=True),
+)
+_DISTILBERT_SUBLAYERS = (
+    Sublayer("attention", ("attention",), output="attention.out_lin"),
+    Sublayer("feed_forward", ("ffn",)),
+)
 register_architecture(
     Architecture(
         model_types=("bert", "roberta", "electra"),
-        stacks=_bert_like(),
-        token_heads=(
-            "qa_outputs",
-            "cls.predictions.transform.dense",
-            "cls.predictions.decoder",
-            "lm_head.dense",
-            "lm_head.decoder",
-            "generator_predictions.dense",
-            "generator_lm_head",
-            "electra.embeddings_project",
-            "embeddings_project",
-        ),
-        sequence_heads=(
-            "bert.pooler.dense",
-            "pooler.dense",
-            "classifier",
-            "classifier.dense",
-            "classifier.out_proj",
-        ),
+        stacks=(Stack("encoder", "encoder.layer", _BERT_SUBLAYERS, whole=True),),
+        token_heads=tuple(_BERT_TOKEN_HEADS.split()),
+        sequence_heads=("bert.pooler.dense", "pooler.dense", "classifier", "classifier.dense", "classifier.out_proj"),
     )
 )
+_DISTILBERT_NORMS = ("sa_layer_norm", "output_layer_norm")
 register_architecture(
     Architecture(
         model_types=("distilbert",),
-        stacks=(
-            Stack(
-                "encoder",
-                "transformer.layer",
-                (
-                    Sublayer("attention", ("attention",), output="attention.out_lin"),
-                    Sublayer("feed_forward", ("ffn",)),
-                ),
-                norms=("sa_layer_norm", "output_layer_norm"),
-            ),
-        ),
+        stacks=(Stack("encoder", "transformer.layer", _DISTILBERT_SUBLAYERS, norms=_DISTILBERT_NORMS),),
         token_heads=("qa_outputs", "vocab_transform", "vocab_projector"),
         sequence_heads=("pre_classifier", "classifier"),
     )

@@ -1,7 +1,7 @@
 """Which rows of a batch run in one forward pass: rows of about the same length, and rows that share a decision.
 
 A pass of mixed decisions gathers and scatters rows at every sublayer that only some of them run, and pads short rows to
-the longest. Passes of their own for equal decisions or lengths save that, but each makes its own calls.
+the longest. Separate passes for equal decisions or lengths save that, but each makes its own calls.
 """
 
 from __future__ import annotations
@@ -21,20 +21,16 @@ def passes(skip: NDArray, lengths: NDArray, width: int, steps: int = 0, most: in
     """Cut a batch into the forward passes that a cost model finds the cheapest.
 
     A pass is cut by length, or the commonest decisions get passes of their own and all other rows share one, whichever
-    saves more; so on with the parts, as long as that pays. Every row is in exactly one pass, and gets from it what it
-    gets alone; ``results[rows] = ...`` brings the results back into order.
-
-    Where a pass may have few rows only, those go together that have the same decision or, of the rare ones, one that
-    is like it: then fewer sublayers have a row that runs them, and in ``generate()``, where reading the weights takes
-    the time, that counts more than how many rows run them.
+    saves more; so are its parts, as long as that pays. Every row is in exactly one pass; ``results[rows] = ...`` brings
+    the results back into order. Passes of at most ``most`` rows have rows with like decisions, so that fewer sublayers
+    run: in ``generate()`` reading the weights takes the time.
 
     Args:
         skip: Decisions, integers or booleans ``[n, switches]``; 1 = the row skips the sublayer.
         lengths: Tokens of each row that run (without padding and dropped ones), int ``[n]``, or ``[n, switches]`` where
             they differ from switch to switch, as between encoder and decoder.
-        width: The model's hidden size. In a wide model a call weighs little beside what it computes.
-        steps: Tokens that ``generate()`` appends to the input; 0: a single pass. Each step calls every sublayer
-            again, so that the batch is cut less.
+        width: The model's hidden size; a wide model computes more per call.
+        steps: Tokens that ``generate()`` appends to the input, each of which calls every sublayer again; 0: one pass.
         most: Rows of a pass at most; ``None``: any number.
 
     Returns:
@@ -82,14 +78,7 @@ class _Plan(NamedTuple):
 
 
 class _Batch:
-    """A batch, and what the cost model says of cutting it. Rows are numbers, in ascending order of length.
-
-    Args:
-        runs: Which row runs which sublayer, bool ``[n, switches]``.
-        lengths: Tokens of each row, int ``[n, switches]``.
-        width: See ``passes``.
-        steps: See ``passes``.
-    """
+    """A batch, and the costs of cutting it; ``runs`` and ``lengths`` are ``[n, switches]``, rows numbers by length."""
 
     def __init__(self, runs: NDArray, lengths: NDArray, width: int, steps: int) -> None:
         self._runs, self._lengths, self._width, self._steps = runs, lengths, width, steps
@@ -139,7 +128,7 @@ class _Batch:
         np.maximum.at(longest, group, lengths)
         count = size[:, None] * decisions
         own = self._cost(count, size, longest)
-        # What is left when the first 1, 2, ... decisions have passes of their own; where nothing is, it costs nothing.
+        # The rest when the first 1, 2, ... decisions have passes of their own; an empty rest costs nothing.
         left = self._cost(_left(count), _left(size), _left(longest, np.maximum))
         costs = np.append(left[1:], 0) + own.cumsum()
         separate = int(costs.argmin()) + 1
@@ -156,5 +145,5 @@ class _Batch:
 
 
 def _left(values: NDArray, combine: np.ufunc = np.add) -> NDArray:
-    """Sums, or maxima, of what stands from each place to the end."""
+    """Sums, or maxima, from each place to the end."""
     return combine.accumulate(values[::-1], dtype=np.int64)[::-1]

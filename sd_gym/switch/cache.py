@@ -1,8 +1,7 @@
 """A key-value cache whose layers hold only the rows that run them.
 
-A decision is made once a sequence, so what a row skips it skips at every step: its keys and values are never needed and
-never stored. What the model asks its cache for, the length seen so far and the order of the beams, must still be
-right for all rows, also where a layer stores none.
+A decision is made once per sequence, so a row skips the same sublayers at every step: its keys and values are never
+stored. The length so far and the order of the beams must still be right for all rows, also where a layer stores none.
 """
 
 from __future__ import annotations
@@ -16,26 +15,20 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 
 class RowSubsetLayer(CacheLayerMixin):
-    """One layer of a cache, holding the keys and values of some rows of the batch.
-
-    Stands in the place of the Hugging Face layer and answers for it.
+    """One layer of a cache, with the keys and values of some rows of the batch, in the place of Hugging Face's layer.
 
     Attributes:
         inner: The Hugging Face layer that stores ``[kept, heads, stored length, head size]``.
         rows: The rows that it stores, int64 ``[kept]``; ``None``: all.
         batch: Rows of the batch, beams included.
-        tag: What tells the decision that it is filled under from others.
-        is_open: Whether that decision is in force; else nothing is stored and nothing given.
-        length: Positions seen so far, dropped tokens included.
+        tag: The tag of the decision that it is filled under.
+        is_open: Whether that decision is in force; else it neither stores nor gives anything.
+        length: Positions so far, dropped tokens included.
     """
 
     def __init__(self, inner: DynamicLayer, rows: Tensor | None, batch: int, tag: Any) -> None:
-        self.inner = inner
-        self.rows = rows
-        self.batch = batch
-        self.tag = tag
-        self.is_open = False
-        self.length = 0
+        self.inner, self.rows, self.batch, self.tag = inner, rows, batch, tag
+        self.is_open, self.length = False, 0
 
     # Hugging Face reads keys and values, and only the layer's own ``update`` writes them.
     @property
@@ -68,11 +61,7 @@ class RowSubsetLayer(CacheLayerMixin):
         return self.inner.get_max_length()
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of the kept rows.
-
-        Raises:
-            ValueError: If the decision that they were filled under is not in force.
-        """
+        """Append the keys and values of the kept rows; ValueError unless the decision of ``tag`` is in force."""
         self._check_open()
         return self.inner.update(keys, values, *args, **kwargs)
 
@@ -106,11 +95,7 @@ class RowSubsetLayer(CacheLayerMixin):
         self.length = 0
 
     def crop(self, *_: Any) -> None:
-        """Not possible.
-
-        Raises:
-            NotImplementedError: Always; assisted decoding, which crops, runs without decisions only.
-        """
+        """Not possible: NotImplementedError. So assisted decoding, which crops, runs without decisions only."""
         raise NotImplementedError("a cache that was filled under skip decisions cannot be cropped")
 
     def refuse(self) -> None:
@@ -138,16 +123,15 @@ def row_subset_layer(
     Args:
         cache: The model's cache, self-attention only or both.
         layer: Index of the layer.
-        across: Whether the layer of the cross-attention is meant.
+        across: Whether it is the layer of the cross-attention.
         rows: The rows that run the layer, ``None``: all.
         batch: Rows of the batch, beams included.
-        whole: Whether a sliding window must keep everything (stored positions have gaps where tokens were dropped,
-            so that the window is left to the mask).
-        tag: What tells the decision in force from others.
+        whole: Whether a sliding window must keep everything, as where tokens were dropped; then only the mask limits.
+        tag: The tag of the decision in force.
 
     Raises:
         ValueError: If the layer was filled before, outside the decision or under another one.
-        NotImplementedError: If the layer is of a kind whose rows cannot be told apart.
+        NotImplementedError: If the layer is of a kind without separate rows.
     """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.cross_attention_cache if across else cache.self_attention_cache
@@ -173,14 +157,11 @@ def row_subset_layer(
 
 def cache_among(args: tuple, kwargs: dict[str, Any]) -> Cache | None:
     """The cache among a module's arguments."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Cache):
-            return value
-    return None
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
 def untagged(cache: Cache) -> None:
-    """Give a cache its own layers back, whose rows all ran, where nothing turned out to be skipped."""
+    """Give a cache its own layers back, where nothing turned out to be skipped."""
     double = isinstance(cache, EncoderDecoderCache)
     for part in (cache.self_attention_cache, cache.cross_attention_cache) if double else (cache,):
         part.layers[:] = [layer.inner if isinstance(layer, RowSubsetLayer) else layer for layer in part.layers]

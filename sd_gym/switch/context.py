@@ -1,9 +1,8 @@
 """Where a decision counts: in the thread, the task or the generator whose block put it in force, and nowhere else.
 
-Decisions are kept in a context variable, so that threads and asyncio tasks have their own. That alone is not enough for
-generators, which share the context of whoever resumes them: a block that is open in one would count in its caller's
-code between two ``yield``, and in other generators. So such a block counts while its generator runs, whoever resumes it
-and wherever.
+Decisions are kept in a context variable, so that threads and asyncio tasks have their own. Generators share the context
+of whoever resumes them: a block that is open in one would count in its caller's code between two ``yield``. So such a
+block counts only while its generator runs, wherever it is resumed.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from threading import RLock, get_ident, local
-from types import FrameType, TracebackType
-from typing import Any, Protocol, cast
+from types import FrameType
+from typing import Any, cast
 from weakref import ref
 
 import torch
@@ -33,28 +32,63 @@ class StaleBoardError(RuntimeError):
     """The switchboard does not belong to the model as it is now; the message says what to do."""
 
 
-class Patch(Protocol):
-    """What stands in the place of a method of one object while a decision needs it; see ``MethodPatch``."""
+class MethodPatch:
+    """Called in the place of a method of one object, while any decision is in force that needs it.
 
-    target: Any
-    name: str
+    Args:
+        target: The object.
+        name: The method.
+        scope: The board's decisions.
+        run: ``run(decision, method, *args, **kwargs)``, called in the method's place with the decision in force here.
+
+    Attributes:
+        replaced: What another tool had put in the method's place before.
+        is_put: Whether it stands in the method's place.
+        is_lost: Whether another tool put itself in front meanwhile; then it is in the scope's ``lost``.
+    """
+
+    def __init__(self, target: Any, name: str, scope: Scope, run: Callable[..., Any]) -> None:
+        self.target, self.name, self.scope, self.run = target, name, scope, run
+        self.replaced: Callable[..., Any] | None = None
+        self.is_put = self.is_lost = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What runs in the method's place."""
+        return self.run(self.scope.current(), self.method, *args, **kwargs)
+
+    def method(self, *args: Any, **kwargs: Any) -> Any:
+        """What it stands in the place of; looked up anew, so that copies of the object have their own."""
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return getattr(type(self.target), self.name)(self.target, *args, **kwargs)
 
     def put(self) -> None:
         """Stand in the method's place, if it does not yet."""
+        if not self.is_put and not self.is_lost:
+            place = vars(self.target)
+            self.replaced = place.get(self.name)
+            place[self.name] = self
+            self.is_put = True
 
     def take_away(self) -> None:
         """Give the place back, if it was taken."""
+        if not self.is_put:
+            return
+        self.is_put = False
+        if vars(self.target).get(self.name) is not self:
+            self.is_lost = True
+            self.scope.lost.append(self)
+        elif self.replaced is None:
+            del vars(self.target)[self.name]
+        else:
+            vars(self.target)[self.name] = self.replaced
 
 
 class _Family:
-    """A board's decisions and those of its copies: puts the patches in place that any decision in force needs.
-
-    Attributes:
-        scopes: Of the board and its copies, as long as they live.
-    """
+    """A board's decisions and those of its copies: puts the patches in place that any decision in force needs."""
 
     def __init__(self) -> None:
-        self.scopes: list[ref[Scope]] = []  # a WeakSet takes longer to go through than the patches to put
+        self._scopes: list[ref[Scope]] = []  # that live; a WeakSet takes longer to go through than the patches to put
         self._needs: dict[int, tuple[int, ...]] = {}  # numbers of the patches that an entry needs, by its id
 
     @property
@@ -65,15 +99,15 @@ class _Family:
     def join(self, scope: Scope) -> None:
         """Have the patches of a board follow the decisions of the family."""
         with _LOCK:
-            self.scopes = [one for one in self.scopes if one() is not None] + [ref(scope)]
+            self._scopes = [known for known in self._scopes if known() is not None] + [ref(scope)]
 
     def leave(self, scope: Scope) -> None:
-        """Have them follow no more."""
+        """Have them no longer follow."""
         with _LOCK:
-            self.scopes = [one for one in self.scopes if one() is not scope]
+            self._scopes = [known for known in self._scopes if known() is not scope]
 
     def begin(self, entry: _Entry, needs: tuple[int, ...]) -> None:
-        """A decision is in force that needs these patches, beside those that it needed before it grew."""
+        """A decision is in force that needs these patches, and those that it needed before it grew."""
         with _LOCK:
             before = self._needs.get(id(entry), ())
             # First, so that an entry that ends meanwhile takes none of them away.
@@ -83,7 +117,7 @@ class _Family:
                     patches[number].put()
 
     def end(self, entry: _Entry) -> None:
-        """It is in force no more, if ever it was."""
+        """It is no longer in force, if ever it was."""
         with _LOCK:
             needs = self._needs.pop(id(entry), ())
             others = set().union(*list(self._needs.values())) if self._needs else ()
@@ -92,37 +126,21 @@ class _Family:
                     if number not in others:
                         patches[number].take_away()
 
-    def _patches(self) -> list[Sequence[Patch]]:
-        return [scope.patches for one in self.scopes if (scope := one()) is not None]
+    def _patches(self) -> list[Sequence[MethodPatch]]:
+        return [scope.patches for known in self._scopes if (scope := known()) is not None]
 
 
 class _Entry:
-    """A decision that was put in force, for as long as any context holds it.
+    """A decision that was put in force, for as long as any context holds it."""
 
-    Attributes:
-        scope: Whose it is.
-        decision: What is decided; ``None``: everything runs.
-        generator: The frame of the generator that the block is open in; ``None``: it is open in none.
-        streams: Whether it is or was open in one.
-        home: The thread and the task in which it was put in force.
-        inside: What was in force there.
-        ended: Whether its block ended elsewhere than at home, where it could not be taken out of the context.
-    """
-
-    def __init__(
-        self,
-        scope: Scope,
-        decision: InForce,
-        generator: FrameType | None,
-        inside: _Entry | None,
-    ) -> None:
+    def __init__(self, scope: Scope, decision: InForce, generator: FrameType | None, inside: _Entry | None) -> None:
         self.scope = scope
         self.decision = decision
-        self.generator = generator
-        self.streams = generator is not None
-        self.home = _here()
-        self.inside = inside
-        self.ended = False
+        self.generator = generator  # the frame of the one that the block is open in
+        self.streams = generator is not None  # whether it is or was open in one
+        self.home = _here()  # the thread and the task in which it was put in force
+        self.inside = inside  # what was in force there
+        self.ended = False  # elsewhere than at home, where it could not be taken out of the context
         if decision is not None:
             scope.family.begin(self, decision.needs)
 
@@ -138,41 +156,35 @@ class _Entry:
 
 
 class _Known(local):
-    """What compiled code takes for the decision in force in its thread, as it cannot ask a context variable.
+    """What compiled code takes for the decision in force in its thread, as it cannot ask a context variable."""
 
-    Attributes:
-        sure: Whether the thread has no tasks and generators that could have another one.
-        decision: The decision.
-    """
-
-    sure: bool = False
+    sure: bool = False  # whether the thread has no tasks and generators that could have another one
     decision: InForce = None
 
 
-_ENTRIES: ContextVar[tuple[_Entry, ...]] = ContextVar(
-    "decisions in force", default=()
-)  # of all boards, inner ones last
+# Of all boards, inner ones last.
+_ENTRIES: ContextVar[tuple[_Entry, ...]] = ContextVar("decisions in force", default=())
 
 
 class Scope:
     """The decisions of one board, by context.
 
     Attributes:
-        patches: What asks for the decision in force, in the place of the model's methods while any is.
+        patches: Stand in the place of the model's methods while a decision needs them.
         lost: Those of them whose place another tool has taken.
-        original: Of a copy (``copy.deepcopy``), the scope that it was made of.
-        family: What is in force anywhere, here or in a copy.
+        original: The scope that this one is a copy of (``copy.deepcopy``).
+        family: All that is in force here or in a copy.
     """
 
     def __init__(self, original: Scope | None = None) -> None:
-        self.patches: Sequence[Patch] = []
-        self.lost: list[Patch] = []
+        self.patches: Sequence[MethodPatch] = []
+        self.lost: list[MethodPatch] = []
         self.original = original
         self.family = _Family() if original is None else original.family
         self._in_generators: list[_Entry] = []
         self._known = _Known()
 
-    def fill(self, patches: Sequence[Patch]) -> None:
+    def fill(self, patches: Sequence[MethodPatch]) -> None:
         """Have these patches put in place where a decision needs them."""
         self.patches = patches
         self.family.join(self)
@@ -183,10 +195,10 @@ class Scope:
         scope.fill(patches)
         return scope
 
-    def __getstate__(self) -> tuple[Sequence[Patch], list[Patch]]:
+    def __getstate__(self) -> tuple[Sequence[MethodPatch], list[MethodPatch]]:
         return self.patches, self.lost  # decisions stay in their process
 
-    def __setstate__(self, state: tuple[Sequence[Patch], list[Patch]]) -> None:
+    def __setstate__(self, state: tuple[Sequence[MethodPatch], list[MethodPatch]]) -> None:
         self.__init__()
         patches, self.lost = state
         self.fill(patches)
@@ -250,7 +262,7 @@ class Scope:
         """End what ``enter`` began, in whatever order and context; copies of the context keep it."""
         entries = _ENTRIES.get()
         entry.ended = entry not in entries or entry.home != _here()
-        _ENTRIES.set(tuple(one for one in entries if one is not entry))
+        _ENTRIES.set(tuple(other for other in entries if other is not entry))
         if entry.generator is not None:
             self._in_generators.remove(entry)
             entry.generator = None
@@ -265,33 +277,33 @@ class Scope:
             known.sure, known.decision = False, None
 
     def _entry(self) -> _Entry | None:
-        found = self._of_context()
+        entry = self._of_context()
         if self._in_generators:
             running = self._of_running_generator()
-            if running is not None and (found is None or not found.is_within(running)):
+            if running is not None and (entry is None or not entry.is_within(running)):
                 return running
-        return found
+        return entry
 
     def _of_context(self) -> _Entry | None:
-        found = None
+        innermost = None
         for entry in reversed(_ENTRIES.get()):
             # A generator's own counts elsewhere only: in threads and tasks that were given its context.
             suspended = entry.generator is not None and entry.home == _here()
             if entry.scope is not self or entry.ended or suspended:
                 continue
-            if found is None and not entry.streams:
+            if innermost is None and not entry.streams:
                 return entry
-            if found is None:
-                found = entry
-            elif entry.streams and not found.is_within(entry):
+            if innermost is None:
+                innermost = entry
+            elif entry.streams and not innermost.is_within(entry):
                 raise RuntimeError(
                     "blocks of several generators were open in the context that this thread or task was given, so "
                     "that it cannot be told which decision is meant; call decide() in the thread or task itself"
                 )
-        return found
+        return innermost
 
     def _of_running_generator(self) -> _Entry | None:
-        """What the innermost generator that is running here has put in force."""
+        """The entry of the innermost generator that is running here."""
         entries = {entry.generator: entry for entry in tuple(self._in_generators)}
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
@@ -308,8 +320,7 @@ class Block:
     """A ``with`` block in which a decision is in force."""
 
     def __init__(self, scope: Scope, decision: InForce) -> None:
-        self._scope = scope
-        self._decision = decision
+        self._scope, self._decision = scope, decision
         self._entry: _Entry | None = None
 
     def __enter__(self) -> None:
@@ -317,9 +328,7 @@ class Block:
             raise RuntimeError("this block is entered already; call decide() again for another one")
         self._entry = self._scope.enter(self._decision, sys._getframe(1))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         entry, self._entry = self._entry, None
         if entry is not None:
             self._scope.leave(entry)
@@ -332,11 +341,7 @@ def _here() -> tuple[int, int | None]:
 
 
 def _generator(frame: FrameType) -> FrameType | None:
-    """The generator whose code runs in ``frame``, if it is one.
-
-    What enters a block for another one is passed over: ``contextlib``'s, and the generators that it makes context
-    managers of.
-    """
+    """The generator whose code runs in ``frame``; skips ``contextlib``'s frames and its generators."""
     while frame.f_back is not None and (
         frame.f_code.co_name in _ENTERING
         or (frame.f_code.co_flags & _SUSPENDED and frame.f_back.f_code.co_name in _ENTERING)

@@ -1,4 +1,4 @@
-"""A decision in force: which rows of a batch run which sublayer, and what one forward pass under it remembers."""
+"""A decision in force: which rows of a batch run which sublayer, and the state of a forward pass under it."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _CHECKPOINT = torch.utils.checkpoint.__file__
 
 
 class Call(NamedTuple):
-    """What a sublayer's first module leaves to the others of the same forward pass."""
+    """A sublayer's first module leaves this to the others of the same forward pass."""
 
     hidden: Tensor  # the branch's input, all rows
     rows: Tensor | None  # that run; None: all
 
 
 class Pass(local):
-    """What a forward pass remembers from module to module; each thread has its own.
+    """The state of a forward pass, from module to module; each thread has its own.
 
     Attributes:
-        calls: By number of the switch, while its sublayer runs.
+        calls: While a sublayer runs, by number of the switch.
         sources: Rows of the encoder's output ``(output, rows, taken)``, by number of the switch.
-        tokens: What is left of the input where tokens are dropped.
+        tokens: The tokens that are left, where some are dropped.
         encoded: The encoder's output, in a decoder that has a stage.
     """
 
@@ -52,11 +52,11 @@ class Plan:
 
     Attributes:
         batch: Rows that are decided on; 1 stands for all rows of any batch.
-        tag: What tells its decisions from others.
-        rows: Rows that run, int64 ``[kept]`` on the model's device, by switch; ``None``: all. By how often
-            ``generate()`` repeats each row.
+        tag: Distinguishes decisions.
+        rows: By how often ``generate()`` repeats each row, and by switch: rows that run, int64 ``[kept]`` on the
+            model's device; ``None``: all.
         empty: Numbers of the switches that no row runs.
-        idle: Stack and index of each layer that no row needs, and that can be passed by as a whole.
+        idle: Stack and index of each layer that is skipped as a whole.
         needs: Numbers of the patches that it needs.
     """
 
@@ -92,13 +92,13 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class PendingDecision:
-    """What of a decision is still to be made in the pass.
+    """The part of a decision that is still to be made in the pass.
 
     Attributes:
-        stages: Where; the next one first.
-        choose: Takes what is seen there to the decisions of the stage's switches and to the tokens that are kept.
-        mask: Of the input's tokens, ``[batch, length]``; ``None``: all are looked at.
-        skip: What is decided so far, bool ``[batch, switches]``; what is not yet decided runs.
+        stages: The stages where it is made, the next one first.
+        choose: Takes the pass's state to the decisions of the stage's switches and to the tokens that are kept.
+        mask: Mask of the input's tokens, ``[batch, length]``; ``None``: all count.
+        skip: Decisions so far, bool ``[batch, switches]``; switches that are not yet decided run.
         settle: ``settle(decision, hidden, cache)`` makes the next stage's decision, puts it in force and returns it.
         needs: Numbers of the patches that it needs.
     """
@@ -111,14 +111,7 @@ class PendingDecision:
     needs: tuple[int, ...]
 
     def seen(self, hidden: Tensor, encoded: Tensor | None, tokens: DroppedTokens | None, repeats: int) -> PassState:
-        """What the pass shows at the next stage.
-
-        Args:
-            hidden: What enters the layer, or the encoder's output.
-            encoded: The encoder's output, in the decoder.
-            tokens: The tokens that are dropped, if any are.
-            repeats: How often each row stands there, for its beams or samples, which are still the same.
-        """
+        """The pass's state at the next stage, where each row stands ``repeats`` times, for its beams or samples."""
         stage = self.stages[0]
         if repeats > 1:
             hidden, encoded = hidden[::repeats], None if encoded is None else encoded[::repeats]
@@ -130,11 +123,7 @@ class PendingDecision:
         return PassState(stage.name, hidden, mask, encoded)
 
     def grown(self, skip: NDArray) -> NDArray:
-        """What is decided so far, and at the next stage, bool ``[batch, switches]``.
-
-        Raises:
-            ValueError: If the stages decide on different numbers of rows.
-        """
+        """Decisions so far and those of the next stage, bool ``[batch, switches]``."""
         if 1 not in (len(skip), len(self.skip)) and len(skip) != len(self.skip):
             raise ValueError(
                 f"stage {self.stages[0].name!r} decides on {len(skip)} rows, and the stages before it on "
@@ -147,7 +136,7 @@ class PendingDecision:
         return grown
 
     def _mask(self, hidden: Tensor, tokens: DroppedTokens | None) -> Tensor:
-        """The mask of the input's tokens as far as they are there; later positions are not looked at."""
+        """The mask of the input's tokens, and 0 at later positions."""
         batch, length = len(hidden), hidden.shape[1] if tokens is None else tokens.length
         mask = self.mask
         if mask is None:
@@ -171,15 +160,15 @@ class Decision:
 
     Attributes:
         plan: Which rows run which sublayer.
-        tokens: The tokens that are dropped; ``None``: none.
-        pending: What is still to be decided in the pass; until then it runs.
-        resume_from: What the pass is resumed from; ``None``: nothing, it runs as a whole.
+        tokens: The tokens that are dropped; ``None``: all stay.
+        pending: The part that is still to be decided in the pass.
+        resume_from: The state that the pass is resumed from; ``None``: it runs as a whole.
         resumes: Stack and index of the layer that takes the hidden states of ``resume_from`` in the place of its own.
         generating: Whether this is for one call of ``generate()``.
-        repeats: How often that repeats each row, for its beams or samples; 1 before and anywhere else.
+        repeats: How often that repeats each row, for its beams or samples; else 1.
         replays: Calls of ``torch.utils.checkpoint`` that it was put in force inside of.
-        state: What a pass remembers.
-        tag_cell: One element, ``plan.tag``; of a decision that grows, the same list from stage to stage.
+        state: The state of a pass.
+        tag_cell: One element, ``plan.tag``; the same list from stage to stage.
     """
 
     plan: Plan
@@ -197,32 +186,22 @@ class Decision:
         self.tag_cell[:] = [self.plan.tag]
 
     @property
-    def batch(self) -> int:
-        """Rows that are decided on; 1 stands for all rows of any batch."""
-        return self.plan.batch
-
-    @property
     def needs(self) -> tuple[int, ...]:
         """Numbers of the patches that it needs."""
         return self.plan.needs if self.pending is None else (*self.plan.needs, *self.pending.needs)
 
     @property
     def tag(self) -> tuple[list[bytes], int, bytes]:
-        """What tells a cache that is filled under this decision from others; it grows with the decision."""
+        """Marks a cache that is filled under this decision; it grows with the decision."""
         return self.tag_cell, self.repeats, self.tokens.tag if self.tokens is not None else b""
 
     @property
     def is_uniform(self) -> bool:
         """Whether it says the same of all rows of any batch."""
-        return self.batch == 1 and self.tokens is None
+        return self.plan.batch == 1 and self.tokens is None
 
     def check(self, total: int) -> None:
-        """Raise what there is to raise where a sublayer begins that some row of a batch of ``total`` skips.
-
-        Raises:
-            ValueError: See ``repeats_in``.
-            NotImplementedError: See ``refuse_replays`` and ``refuse_tracing``.
-        """
+        """``refuse_replays``, ``refuse_tracing`` and ``repeats_in`` where some row of a batch of ``total`` skips."""
         self.refuse_replays()
         if not self.is_uniform:
             self.refuse_tracing()
@@ -238,8 +217,8 @@ class Decision:
         """Raise NotImplementedError where the model is traced or exported under what holds for these rows alone."""
         if not self.is_uniform and (_is_tracing() or torch.compiler.is_exporting()):
             raise NotImplementedError(
-                f"a traced or exported model would keep the decisions of these {self.batch} rows for any batch; trace "
-                "it under a single row of decisions without dropped tokens, which stands for all, or densely"
+                f"a traced or exported model would keep the decisions of these {self.plan.batch} rows for any batch; "
+                "trace it under a single row of decisions without dropped tokens, which stands for all, or densely"
             )
 
     def refuse_replays(self) -> None:
@@ -270,14 +249,7 @@ class Decision:
         return stage.place == place and stage.is_between == between
 
     def resumed(self, hidden: Tensor) -> Tensor:
-        """The hidden states that a layer takes where the pass is resumed.
-
-        Args:
-            hidden: What takes their place up to there.
-
-        Raises:
-            ValueError: If the pass is of another batch.
-        """
+        """The hidden states that a layer takes in the place of its own, where the pass is resumed."""
         stopped = self.resume_from
         assert stopped is not None  # asked of a pass that is resumed
         if stopped.hidden.shape != hidden.shape:
@@ -289,37 +261,25 @@ class Decision:
         return stopped.hidden
 
     def settled(self, hidden: Tensor, cache: Cache | None) -> Decision | None:
-        """The decision that the pass continues under, after a stage that it has reached.
-
-        Args:
-            hidden: What enters the layer, or the encoder's output.
-            cache: The model's cache, if it has one.
-        """
+        """The decision after a stage, on ``hidden``: what enters the layer, or the encoder's output."""
         if torch.compiler.is_compiling() or _is_tracing():
             raise NotImplementedError("a compiled, traced or exported model cannot decide in the pass; use decide()")
         assert self.pending is not None  # asked at a stage alone
         return self.pending.settle(self, hidden, cache)
 
     def repeats_in(self, total: int) -> int:
-        """How often each row stands in a batch of ``total``.
-
-        Raises:
-            ValueError: If the batch is not the one that was decided on.
-        """
-        if self.batch == 1 or total == self.batch * self.repeats:
-            return 1 if self.batch == 1 else self.repeats
+        """How often each row stands in a batch of ``total``; ValueError if it is not the batch that was decided on."""
+        batch = self.plan.batch
+        if batch == 1 or total == batch * self.repeats:
+            return 1 if batch == 1 else self.repeats
         raise ValueError(
-            f"decisions are in force for {self.batch} rows, but the model got {total}; give a row of decisions for "
+            f"decisions are in force for {batch} rows, but the model got {total}; give a row of decisions for "
             "each row of the batch, in its order, or a single one for all (only in generate() does a row stand for its "
             "beams and samples)"
         )
 
     def rows_of(self, number: int, total: int) -> Tensor | None:
-        """Rows of a batch of ``total`` that run switch ``number``; ``None``: all.
-
-        Raises:
-            ValueError: See ``repeats_in``.
-        """
+        """Rows of a batch of ``total`` that run switch ``number``; ``None``: all."""
         return self.plan.repeated(self.repeats_in(total))[number]
 
 
@@ -328,11 +288,11 @@ InForce = Decision | None  # what a block puts in force; None: everything runs
 
 def replays(frame: FrameType | None) -> int:
     """Calls of ``torch.utils.checkpoint`` that the code in a frame runs inside of."""
-    found = 0
+    count = 0
     while frame is not None:
-        found += frame.f_code.co_filename == _CHECKPOINT
+        count += frame.f_code.co_filename == _CHECKPOINT
         frame = frame.f_back
-    return found
+    return count
 
 
 def _is_tracing() -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from sd_gym.switch.method_patch import MethodPatch
+from sd_gym.switch.context import MethodPatch
 from sd_gym.switch.switchboard import Switchboard
 
 
@@ -25,9 +25,7 @@ def first_layer_input(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> from sd_gym.switch import Switchboard
-        >>> config = BertConfig(
-        ...     vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-        ... )
+        >>> config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
         >>> board = Switchboard(BertForSequenceClassification(config).eval())
         >>> mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
         >>> hidden = first_layer_input(board, {"input_ids": 5 * mask, "attention_mask": mask})
@@ -41,21 +39,17 @@ def first_layer_input(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
 
 @torch.inference_mode()
 def attention_received(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
-    """How much each token is attended to in the first layer, ``[batch, length]``; that layer's attention runs only.
+    """How much each token is attended to in the first layer, ``[batch, length]``; only that layer's attention runs.
 
     The mean over heads and over the input's tokens (not its padding) that attend, as Learned Token Pruning ranks tokens
     (Kim et al. 2022, equation 3). The attention is computed eagerly, whatever the model's implementation.
 
-    Args:
-        board: The switchboard.
-        inputs: The model's inputs, ``attention_mask`` among them.
+    ``attention_mask`` must be among the inputs.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> from sd_gym.switch import Switchboard
-        >>> config = BertConfig(
-        ...     vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-        ... )
+        >>> config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
         >>> board = Switchboard(BertForSequenceClassification(config).eval())
         >>> mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
         >>> received = attention_received(board, {"input_ids": 5 * mask, "attention_mask": mask})
@@ -71,7 +65,7 @@ def attention_received(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
 def pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """Mean and maximum over the tokens that ``mask`` keeps: ``[batch, 2 * width]`` (Zhang et al. 2024, section 3).
 
-    Without a mask over all, which is the same as under ones and takes half of the calls.
+    Without a mask over all, as under ones, but with half of the calls.
 
     Example:
         >>> pooled(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1, 1, 0]]))

@@ -58,40 +58,32 @@ class FlopsModel:
 
         Args:
             source_length: Tokens of the input, int ``[n]``; of a decoder-only model: prompt and answer together.
-            target_length: Tokens that an encoder-decoder's decoder runs on, int ``[n]``; of decoder-only models the
-                last tokens that the head runs on (``logits_to_keep``), ``None``: all.
+            target_length: Tokens that an encoder-decoder's decoder runs on, int ``[n]``; of decoder-only models those
+                that the head runs on (``logits_to_keep``), ``None``: all.
             kept_length: Tokens of the input that are not dropped, int ``[n]``; ``None``: all.
 
         Raises:
             ValueError: If the backbone is an encoder-decoder and ``target_length`` is missing.
         """
-        source, kept, target = self._lengths(source_length, kept_length, target_length)
+        if target_length is None and self._encoder_decoder:
+            raise ValueError("an encoder-decoder backbone needs target_length as well as source_length")
+        source = np.asarray(source_length, dtype=np.int64)[:, None]
+        kept = source if kept_length is None else np.asarray(kept_length, dtype=np.int64)[:, None]
+        target = source if target_length is None else np.asarray(target_length, dtype=np.int64)[:, None]
         query = np.where(self._on_target, target, kept)
         pairs = query * np.where(self._across, kept, query)
         # Hidden states of dropped positions come back as zeros, so an encoder's or a lone decoder's head runs on all.
         always = self._token_head * (target if self._decodes else source)[:, 0] + self._sequence_head
-        return always, self._switched(query, kept, pairs)
-
-    def _lengths(self, source: NDArray, kept: NDArray | None, target: NDArray | None) -> tuple[NDArray, ...]:
-        source = np.asarray(source, dtype=np.int64)[:, None]
-        kept = source if kept is None else np.asarray(kept, dtype=np.int64)[:, None]
-        if target is None and self._encoder_decoder:
-            raise ValueError("an encoder-decoder backbone needs target_length as well as source_length")
-        return source, kept, source if target is None else np.asarray(target, dtype=np.int64)[:, None]
-
-    def _switched(self, query: NDArray, kept: NDArray, pairs: NDArray) -> NDArray:
-        return self._per_query * query + self._per_source * kept + self._per_pair * pairs
+        return always, self._per_query * query + self._per_source * kept + self._per_pair * pairs
 
 
 def _coefficients(switch: Switch) -> tuple[int, int, int]:
     """FLOPs per query token, per encoder token, and per pair of query and key."""
     source = sum(_multiply_adds(switch.layer.get_submodule(path)) for path in switch.sublayer.source)
     query = sum(_multiply_adds(part) for module in switch.modules for part in module.modules()) - source
-    pair = 0
-    if switch.sublayer.output is not None:
-        heads = _shape(switch.layer.get_submodule(switch.sublayer.output))[0]
-        pair = 2 * heads  # the scores and the weighted sum
-    return 2 * query, 2 * source, 2 * pair
+    output = switch.sublayer.output
+    heads = 0 if output is None else _shape(switch.layer.get_submodule(output))[0]
+    return 2 * query, 2 * source, 2 * 2 * heads  # of a pair the scores and the weighted sum
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

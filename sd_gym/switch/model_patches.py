@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from threading import current_thread, main_thread
 from typing import Any
 
@@ -18,42 +19,32 @@ from sd_gym.switch.sublayer_patch import SublayerPatch, is_showing
 from sd_gym.switch.tokens import DroppedTokens, TokenPass
 
 
+@dataclass(eq=False)
 class LayerPatch:
-    """A layer: it loses the tokens that are dropped, and is passed by where no row runs any of it.
+    """A layer: it loses the tokens that are dropped, and is skipped as a whole where no row runs any of it.
 
     A stage in front of it is decided here, and a pass that is resumed here takes up its hidden states.
 
-    Args:
+    Attributes:
         model: The model.
         layer: The layer.
-        stack: Name of the stack that it is in.
-        index: Its index there.
-        attentions: What runs in the place of its attentions.
-        norms: What is left of it where no row runs any of it.
+        place: Name of its stack, and its index there.
+        attentions: The patches of its attentions.
+        norms: The norms that run where no row runs any sublayer.
         reads_input: Whether its stack is the one that reads the input.
         restores: Whether it is the last layer of a lone stack, after which all positions exist again.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        layer: nn.Module,
-        stack: str,
-        index: int,
-        attentions: list[SublayerPatch],
-        norms: list[nn.Module],
-        *,
-        reads_input: bool,
-        restores: bool,
-    ) -> None:
-        self.model = model
-        self.layer = layer
-        self.place = (stack, index)
-        self.attentions = attentions
-        self.norms = norms
-        self.reads_input = reads_input
-        self.first = reads_input and index == 0
-        self.restores = restores
+    model: PreTrainedModel
+    layer: nn.Module
+    place: tuple[str, int]
+    attentions: list[SublayerPatch]
+    norms: list[nn.Module]
+    reads_input: bool
+    restores: bool
+
+    def __post_init__(self) -> None:
+        self.first = self.reads_input and self.place[1] == 0
 
     def run(self, decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         """The layer."""
@@ -83,7 +74,7 @@ class LayerPatch:
         decision.state.tokens = TokenPass(tokens, args, kwargs, additive=additive, generating=decision.generating)
 
     def _passed_by(self, decision: Decision, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """The hidden states, at most normed, where no row runs any sublayer; a cache is told of what it has passed."""
+        """The hidden states, at most normed, where no row runs any sublayer; a cache counts their positions."""
         hidden = _hidden(args, kwargs)
         decision.check(hidden.shape[0])  # not len(), which an export would take for a constant
         cache = cache_among(args, kwargs)
@@ -106,10 +97,7 @@ def _with_hidden(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[t
 
 
 def run_encoder(decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-    """The encoder of an encoder-decoder: its output tells which tokens it lost.
-
-    A pass that is resumed after the encoder does not run it.
-    """
+    """The encoder of an encoder-decoder: its output tells which tokens it lost; a pass may resume after it."""
     if not isinstance(decision, Decision):
         return inner(*args, **kwargs)
     if decision.resume_from is not None and decision.resume_from.encoded is not None:
@@ -137,15 +125,11 @@ def run_decoder(decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -
     return inner(*args, **kwargs)
 
 
+@dataclass(eq=False)
 class GeneratePatch:
-    """``generate()``: it goes on to its end under the decision that it began under, and repeats rows for beams.
+    """``generate()``: it runs to its end under the decision that it began under, and repeats rows for beams."""
 
-    Args:
-        scope: The board's decisions.
-    """
-
-    def __init__(self, scope: Scope) -> None:
-        self.scope = scope
+    scope: Scope
 
     def run(self, decision: InForce, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         """``model.generate``."""

@@ -1,4 +1,4 @@
-"""Which module is a part of which in a model, noted so that it shows where another one is in its place now."""
+"""Which module is a part of which in a model, to find out later where another one is in its place."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import nn
 
 
 class ModuleSnapshot(NamedTuple):
-    """The links on the ways from a model to some of its modules, side by side.
+    """All modules on the ways from a model to some of its modules.
 
     Attributes:
-        paths: Where each module is in the model.
-        holders: Of each, the parts of its parent, by name.
-        names: What it is called there.
+        paths: Paths of the modules in the model.
+        holders: The parts of each one's parent, by name.
+        names: Each one's name there.
         children: The modules.
     """
 
@@ -25,7 +25,7 @@ class ModuleSnapshot(NamedTuple):
 
     @classmethod
     def of(cls, model: nn.Module, ways: Iterable[str]) -> ModuleSnapshot:
-        """The links on the ways to modules, which are told by their paths in the model."""
+        """The modules on the ways to those with these paths in the model."""
         links: dict[str, tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
         for way in sorted(ways):
             parent, steps = model, way.split(".")
@@ -41,7 +41,7 @@ class ModuleSnapshot(NamedTuple):
 
         Asked for every decision, so it is quick in the usual case, where nothing was replaced.
         """
-        found = list(map(dict.get, self.holders, self.names))
-        if found == self.children:
+        modules = list(map(dict.get, self.holders, self.names))
+        if modules == self.children:
             return []
-        return [path for path, now, child in zip(self.paths, found, self.children, strict=True) if now is not child]
+        return [path for path, now, child in zip(self.paths, modules, self.children, strict=True) if now is not child]

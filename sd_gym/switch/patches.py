@@ -1,4 +1,4 @@
-"""All that may stand in the place of a model's methods, and which of it a decision needs."""
+"""All patches of a model's methods, and which of them a decision needs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from sd_gym.switch.architectures import Architecture
-from sd_gym.switch.context import Scope
-from sd_gym.switch.method_patch import MethodPatch
+from sd_gym.switch.context import MethodPatch, Scope
 from sd_gym.switch.model_patches import GeneratePatch, LayerPatch, run_decoder, run_encoder
 from sd_gym.switch.sublayer_patch import Place, SublayerPatch
 from sd_gym.switch.switch import Switch
@@ -29,7 +28,7 @@ class _Numbers(NamedTuple):
 
 
 class Patches:
-    """A board's patches; they are told by their numbers in its scope, which is filled with them.
+    """A board's patches, known by their numbers in its scope, which is filled with them.
 
     Args:
         model: The model.
@@ -38,9 +37,9 @@ class Patches:
         scope: The board's decisions.
 
     Attributes:
-        of_layer: Number of each layer's.
-        for_stacks: Numbers of those of the encoder and the decoder, where there are both.
-        for_generating: Of those of ``generate()``.
+        of_layer: Number of each layer's patch.
+        for_stacks: Numbers of the encoder's and the decoder's, where there are both.
+        for_generating: Numbers of ``generate()``'s.
     """
 
     def __init__(
@@ -61,11 +60,11 @@ class Patches:
         self._number(patches)
 
     def idle(self, skipped: np.ndarray, resumes: int | None) -> frozenset[At]:
-        """The layers that can be passed by, as no row runs any of their sublayers.
+        """The layers that can be skipped as a whole, as no row runs any of their sublayers.
 
         Args:
             skipped: Whether all rows skip a switch, bool ``[switches]``.
-            resumes: Number of the first switch that may run, where a pass is resumed; ``None``: it is not.
+            resumes: Number of the first switch that may run, where a pass is resumed; else ``None``.
         """
         runs = {place for place, skips in zip(self._places, skipped.tolist(), strict=True) if not skips}
         return (self._whole - runs) | self._lean.intersection(self._places[: resumes or 0])
@@ -75,7 +74,7 @@ class Patches:
 
         Args:
             skipped: Whether any row skips a switch, bool ``[switches]``.
-            idle: The layers that are passed by.
+            idle: The layers that are skipped as a whole.
             drops: Whether tokens are dropped.
             resumes: See ``idle``.
         """
@@ -101,24 +100,17 @@ class Patches:
         for sublayer_patch in of_switches:
             switch, last = sublayer_patch.switch, len(sublayer_patch.switch.modules) - 1
             for position, (path, module) in enumerate(zip(switch.sublayer.modules, switch.modules, strict=True)):
-                place = Place(position == 0, position == last, path == switch.sublayer.attention)
-                yield module, "forward", partial(sublayer_patch.run, place)
+                module_place = Place(position == 0, position == last, path == switch.sublayer.attention)
+                yield module, "forward", partial(sublayer_patch.run, module_place)
         for stack in stacks:
             layers = stack.layers_in(model)
             for index, layer in enumerate(layers):
-                attentions = [one for one in of_switches if one.switch.layer is layer and one.switch.sublayer.attention]
+                inside = [patch for patch in of_switches if patch.switch.layer is layer]
+                attentions = [patch for patch in inside if patch.switch.sublayer.attention]
                 restores = len(stacks) == 1 and index == len(layers) - 1
                 norms = [layer.get_submodule(path) for path in stack.norms]
-                whole = LayerPatch(
-                    model,
-                    layer,
-                    stack.name,
-                    index,
-                    attentions,
-                    norms,
-                    reads_input=stack is stacks[0],
-                    restores=restores,
-                )
+                place = (stack.name, index)
+                whole = LayerPatch(model, layer, place, attentions, norms, stack is stacks[0], restores)
                 yield layer, "forward", whole.run
         if len(stacks) > 1:
             yield model.base_model.get_submodule("encoder"), "forward", run_encoder

@@ -20,15 +20,14 @@ MIDDLE = "middle"  # stands for the layer in the middle of the first stack
 
 @dataclass(frozen=True, eq=False)
 class PassState:
-    """What a pass shows at a stage, and all that it can be resumed from.
+    """The state of a pass at a stage, from which it can be resumed.
 
     Attributes:
         stage: Name of the stage.
         hidden: Hidden states that enter the layer, ``[batch, positions, width]``, without dropped tokens; at
             ``decoder`` the encoder's output.
-        mask: Which positions are to be looked at, ``[batch, positions]``: the input's tokens, neither padding nor an
-            answer after a prompt. In the decoder of an encoder-decoder, only the first position, which is all that
-            ``generate()`` has when it decides.
+        mask: Which positions count, ``[batch, positions]``: the input's tokens, neither padding nor an answer after a
+            prompt. In the decoder of an encoder-decoder only the first position, as ``generate()`` has no other.
         encoded: At the decoder's stages, the encoder's output ``[batch, source, width]``; else ``None``.
     """
 
@@ -38,10 +37,7 @@ class PassState:
     encoded: Tensor | None = None
 
     def rows(self, picked: Tensor) -> PassState:
-        """Some rows of it, by indices int64 ``[rows]``, to resume those alone.
-
-        They keep the padding of the batch that they come from.
-        """
+        """Some rows of it, by indices int64 ``[rows]``, to resume those alone; they keep the batch's padding."""
         encoded = None if self.encoded is None else self.encoded.index_select(0, picked)
         return replace(
             self, hidden=self.hidden.index_select(0, picked), mask=self.mask.index_select(0, picked), encoded=encoded
@@ -61,7 +57,7 @@ class Stage(NamedTuple):
     Attributes:
         name: ``first``, ``decoder``, or stack and index of a layer.
         place: Stack and index of the layer that it stands in front of.
-        switches: Those that are decided there: up to the next stage, or, of one by itself, up to the next layer's.
+        switches: Those that are decided there, up to the next stage.
         follows_encoder: Whether it is in the decoder of an encoder-decoder, or between the two.
     """
 

@@ -26,18 +26,10 @@ class Place(NamedTuple):
 
 
 class SublayerPatch:
-    """What runs in the place of a sublayer's modules while a decision is in force.
-
-    Args:
-        number: Number of the switch.
-        switch: The switch.
-        model: The model that it is in.
-    """
+    """Runs in the place of the modules of switch ``number`` of a model while a decision is in force."""
 
     def __init__(self, number: int, switch: Switch, model: PreTrainedModel) -> None:
-        self.number = number
-        self.switch = switch
-        self.model = model
+        self.number, self.switch, self.model = number, switch, model
         self._attends_input = switch.reads_input and switch.sublayer.output is not None
         self._tags_cache = switch.tags_cache
 
@@ -82,13 +74,7 @@ class SublayerPatch:
         return (output, *shared, None)
 
     def pass_by(self, decision: Decision, hidden: Tensor, cache: Cache | None) -> None:
-        """What is left to do of an attention in a layer that no row runs: its cache counts positions.
-
-        Args:
-            decision: The decision in force.
-            hidden: What enters the layer, ``[batch, length, width]``.
-            cache: The model's cache, if it has one.
-        """
+        """Have the cache of an attention count positions, in a layer that no row runs; ``hidden`` enters the layer."""
         call = Call(hidden, decision.rows_of(self.number, hidden.shape[0]))
         drops = self._drops(decision)
         self._count(decision, drops, self._passed_layer(decision, drops, call, cache), hidden)
@@ -111,8 +97,7 @@ class SublayerPatch:
         hidden = args[0] if args else kwargs["hidden_states"]
         layer = None
         if self._tags_cache:
-            call = Call(hidden, None)
-            layer = self._cache_layer(decision, False, call, cache_among(args, kwargs))
+            layer = self._cache_layer(decision, False, Call(hidden, None), cache_among(args, kwargs))
         output = _with_cache(layer, inner, args, kwargs)
         self._count(decision, False, layer, hidden)
         return output
@@ -123,14 +108,7 @@ class SublayerPatch:
             layer.advance(decision.token_pass.query_length if drops else hidden.shape[1])
 
     def _run_attention(
-        self,
-        decision: Decision,
-        drops: bool,
-        place: Place,
-        call: Call,
-        inner: Callable,
-        args: tuple,
-        kwargs: dict[str, Any],
+        self, decision: Decision, drops: bool, place: Place, call: Call, inner: Callable, args: tuple, kwargs: dict
     ) -> tuple:
         """The attention proper of a sublayer: its other arguments, its cache and its position bias follow the rows."""
         if self.model.config._attn_implementation == "flex_attention":
@@ -163,7 +141,7 @@ class SublayerPatch:
     def _shared_bias(
         self, decision: Decision, drops: bool, call: Call, layer: RowSubsetLayer | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor | None, ...]:
-        """The position bias that this attention has to take and to give on, put into its arguments; ``()``: none."""
+        """The position bias that this attention takes and passes on, put into its arguments; ``()``: it has none."""
         if self.switch.sublayer.position_bias is None:
             return ()
         if kwargs.get("position_bias") is None:
@@ -239,13 +217,13 @@ def is_showing() -> bool:
 
 
 def _shown_weights(kind: str) -> list[Tensor] | None:
-    """Where Hugging Face gathers what ``output_attentions`` shows of a stack; ``None``: it was not asked for."""
+    """The list of ``output_attentions`` of a stack, as Hugging Face gathers it; ``None``: it was not asked for."""
     gathered = output_capturing._active_collector.get()
     return gathered.get("cross_attentions" if kind == "cross_attention" else "attentions") if gathered else None
 
 
 def _with_cache(layer: RowSubsetLayer | None, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Run with the layer of the cache open, and shut it again."""
+    """Run with the layer of the cache open."""
     if layer is None:
         return inner(*args, **kwargs)
     layer.is_open = True

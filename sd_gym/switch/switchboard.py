@@ -2,8 +2,8 @@
 
 A switch stands in front of one sublayer. For each batch it selects the rows that run the sublayer, calls it on those
 rows alone, and scatters the result back; with no row left the sublayer is never called. The model's modules, parameter
-names and outputs stay as they are: only ``forward`` of the switched modules is patched, on the instance, while a
-decision is in force anywhere by which some row skips them. A patch asks for the decision in force where it is called.
+names and outputs stay as they are: only ``forward`` of the switched modules is patched, on the instance, while some
+decision is in force by which a row skips them.
 """
 
 from __future__ import annotations
@@ -27,28 +27,22 @@ from sd_gym.switch.stages import PassState, Stage, StageReached, stages_named, s
 from sd_gym.switch.switch import Switch
 from sd_gym.switch.tokens import DroppedTokens
 
+Values = Tensor | np.ndarray
+PLANS = 64  # that are kept, of decisions that are made again and again
 
-class _Course(NamedTuple):
-    """Stages of a pass.
 
-    Attributes:
-        stages: The stages.
-        needs: Numbers of the patches that they need.
-    """
+class _Stages(NamedTuple):
+    """Stages of a pass, and numbers of the patches that they need."""
 
     stages: tuple[Stage, ...]
     needs: tuple[int, ...]
-
-
-PLANS = 64  # that are kept, of decisions that are made again and again
 
 
 class Switchboard:
     """All switches of one backbone, in execution order; it puts decisions in force.
 
     Args:
-        model: A model of a supported architecture; it is switched in place until ``remove()``. Of a PEFT, a compiled or
-            another wrapped model, the Hugging Face model inside.
+        model: A model of a supported architecture, switched in place until ``remove()``. It may be wrapped, as by PEFT.
 
     Attributes:
         model: The Hugging Face model.
@@ -87,16 +81,10 @@ class Switchboard:
             carried.remove()  # came along when the model was copied
         self.model = model
         self.architecture = architecture_of(model.config.model_type)
+        stacks = self.architecture.stacks
         self.switches = [
-            Switch(
-                f"{stack.name}.{index}.{sublayer.kind}",
-                stack.name,
-                index,
-                layer,
-                sublayer,
-                stack is self.architecture.stacks[0],
-            )
-            for stack in self.architecture.stacks
+            Switch(f"{stack.name}.{index}.{sublayer.kind}", stack.name, index, layer, sublayer, stack is stacks[0])
+            for stack in stacks
             for index, layer in enumerate(stack.layers_in(model))
             for sublayer in stack.sublayers
         ]
@@ -105,7 +93,7 @@ class Switchboard:
         ways = {f"{self.path_of(switch)}.{path}" for switch in self.switches for path in switch.sublayer.modules}
         self._snapshot = ModuleSnapshot.of(model, ways)
         self._patches = Patches(model, self.architecture, self.switches, self._scope)
-        self._courses: dict[str | tuple[str, ...], _Course] = {}
+        self._known_stages: dict[str | tuple[str, ...], _Stages] = {}
         self._none = np.zeros((1, len(self)), dtype=bool)
         self._undecided = Plan.of(self._none, frozenset(), (), torch.device("cpu"))
         self._plans: dict[tuple[bytes, int, bool, int | None, torch.device], Plan] = {}
@@ -121,10 +109,9 @@ class Switchboard:
 
     @property
     def stages(self) -> list[str]:
-        """Names of all stages, in execution order.
+        """Names of all stages, in execution order: ``first``, then ``encoder.3`` (or ``decoder.3``) before a layer.
 
-        ``first`` stands before the first layer, ``encoder.3`` (or ``decoder.3``) before a layer, and ``decoder``
-        between encoder and decoder.
+        ``decoder`` stands between encoder and decoder.
         """
         return [stage.name for stage in self._stages]
 
@@ -132,26 +119,18 @@ class Switchboard:
         """Which switches are decided at each of some stages: those from there to the next one, in execution order.
 
         Args:
-            stages: Names of stages; ``every_layer`` stands for all, ``middle`` for the layer in the middle of the first
-                stack.
+            stages: Names; ``every_layer`` stands for all, ``middle`` for the layer in the middle of the first stack.
 
         Raises:
-            ValueError: If there is no stage of such a name, or none at all.
+            ValueError: If there is no stage of such a name, or the list is empty.
         """
-        return {stage.name: stage.switches for stage in self._course(stages).stages}
+        return {stage.name: stage.switches for stage in self._named(stages).stages}
 
-    def decide(
-        self,
-        skip: Tensor | np.ndarray,
-        keep: Tensor | np.ndarray | None = None,
-        *,
-        resume_from: PassState | None = None,
-    ) -> Block:
+    def decide(self, skip: Values, keep: Values | None = None, *, resume_from: PassState | None = None) -> Block:
         """Put decisions in force for the forward passes and ``generate()`` calls inside the ``with`` block.
 
-        They count in the calling thread, task or generator alone. A call of ``generate()`` goes on under the decision
-        that it began under. The plan is made on the host, so CPU tensors or arrays are the cheapest; nothing
-        synchronises inside the forward pass.
+        They count in the calling thread, task or generator alone. A call of ``generate()`` ends under the decision that
+        it began under. CPU tensors or arrays are the cheapest; nothing synchronises inside the forward pass.
 
         Args:
             skip: Integers or booleans ``[batch, len(board)]``; 1 = the row skips the sublayer. A single row stands for
@@ -160,14 +139,13 @@ class Switchboard:
                 the first layer (``sd_gym.switch.keep_tokens`` ranks). Padding may be kept or not. The model returns
                 zeros as the hidden states of dropped positions; encoder-decoder models return the encoder's output
                 without them. ``None``: all tokens stay.
-            resume_from: Where a pass was stopped (``run_to``): forward passes, of the same inputs and ``keep``, go on
-                from there, and nothing before it runs again but the look-up of embeddings. So what ``skip`` says of the
-                switches before it does not count. Hidden states of the layers before it cannot be shown, and no cache
-                be gone on with.
+            resume_from: The state where a pass was stopped (``run_to``): forward passes of the same inputs and ``keep``
+                continue there, and only embeddings are looked up again. Decisions on earlier switches do not count.
+                Hidden states of earlier layers cannot be shown, and no cache be continued.
 
         Raises:
             ValueError: If a shape or a value is wrong, or a row keeps no token. Inside the block the model raises it
-                where its input has not the rows or the length that were decided on.
+                where its input has other rows or another length than was decided on.
             StaleBoardError: If the model's modules were replaced since the board was made, or it was removed.
         """
         self._check_fresh()
@@ -175,70 +153,65 @@ class Switchboard:
 
     def decide_in_pass(
         self,
-        choose: Callable[[PassState], tuple[Tensor | np.ndarray, Tensor | np.ndarray | None]],
+        choose: Callable[[PassState], tuple[Values, Values | None]],
         stages: Sequence[str] = ("first",),
         mask: Tensor | None = None,
     ) -> Block:
         """Decide in the first forward pass inside the ``with`` block, from stage to stage, on what it has computed.
 
-        So an input is embedded once, to be looked at and to run, and later switches are decided on what earlier layers
-        made of it. A decision holds to the end of the block, as with ``decide``. A call of ``generate()`` decides
-        while it reads the prompt (or in and after the encoder), and holds that to its own end. Not for compiled
-        models. Nothing waits for the device but what ``choose`` does.
+        So an input is embedded once. A decision holds to the end of the block, as with ``decide``; a call of
+        ``generate()`` decides while it reads the prompt (or in and after the encoder). Not for compiled models.
 
         Args:
-            choose: Called once a stage. Takes what is seen there to ``skip`` and ``keep`` as ``decide`` takes them: of
-                ``skip`` the columns ``decided_at(stages)[seen.stage]``; ``keep`` is ``None`` at any stage but
-                ``first``. In ``generate()`` it sees and decides one row an input, whatever its beams and samples.
+            choose: Called once per stage. Takes the pass's state there to ``skip`` and ``keep`` as for ``decide``: the
+                columns ``decided_at(stages)[state.stage]`` of ``skip``; ``keep`` is ``None`` at any stage but
+                ``first``. In ``generate()`` it decides one row per input, whatever its beams and samples.
             stages: Names of stages. The switches before the first of them all run.
-            mask: Of the input's tokens, ``[batch, length]``, at padding 0, to go with what is seen; ``None``: ones.
-                It may be narrower than what a decoder reads where an answer follows its prompt.
+            mask: Mask of the input's tokens, ``[batch, length]``, 0 at padding; ``None``: ones. It may be narrower than
+                a decoder's input where an answer follows the prompt.
 
         Raises:
-            ValueError: If there is no stage of such a name. Inside the block, see ``decide``.
-            StaleBoardError: If the model's modules were replaced since the board was made, or it was removed.
+            ValueError, StaleBoardError: See ``decide``; ValueError also if there is no stage of such a name.
         """
         self._check_fresh()
-        course = self._course(stages)
-        needs = (*course.needs, *self._patches.for_generating)
-        return self._scope.put(
-            self._awaiting(PendingDecision(course.stages, choose, mask, self._none, self._settle, needs))
-        )
+        named = self._named(stages)
+        needs = (*named.needs, *self._patches.for_generating)
+        pending = PendingDecision(named.stages, choose, mask, self._none, self._settle, needs)
+        return self._scope.put(self._awaiting(pending))
 
     def run_to(
         self,
         stage: str,
         run: Callable[[], Any],
-        skip: Tensor | np.ndarray | None = None,
-        keep: Tensor | np.ndarray | None = None,
+        skip: Values | None = None,
+        keep: Values | None = None,
         *,
         mask: Tensor | None = None,
         resume_from: PassState | None = None,
     ) -> PassState:
-        """Run a forward pass up to a stage and no further; ``decide(..., resume_from=seen)`` goes on from there.
+        """Run a forward pass up to a stage and no further; ``decide(..., resume_from=state)`` continues there.
 
         Args:
             stage: Name of the stage.
-            run: Runs the pass, as ``lambda: model(**inputs)``. What it returns is never reached.
+            run: Runs the pass, as ``lambda: model(**inputs)``; it is ended by an exception.
             skip: See ``decide``; switches from the stage on do not count. ``None``: all run.
             keep: See ``decide``.
             mask: See ``decide_in_pass``.
-            resume_from: See ``decide``: an earlier stage, where the pass was stopped before.
+            resume_from: The state at an earlier stage; see ``decide``.
 
         Raises:
-            ValueError: If there is no such stage, or as ``decide``.
+            ValueError, StaleBoardError: See ``decide``; ValueError also if there is no such stage.
             RuntimeError: If the pass ends without reaching it.
-            StaleBoardError: If the model's modules were replaced since the board was made, or it was removed.
         """
         self._check_fresh()
 
         def stop(seen: PassState) -> NoReturn:
             raise StageReached(seen)
 
-        course = self._course([stage])
+        named = self._named([stage])
         skip = self._none if skip is None else self._checked(skip, len(self), "switch").copy()
-        skip[:, course.stages[0].switches.start :] = False
-        pending = PendingDecision(course.stages, stop, mask, skip, self._settle, course.needs)
+        skip[:, named.stages[0].switches.start :] = False
+        pending = PendingDecision(named.stages, stop, mask, skip, self._settle, named.needs)
         with self._scope.put(self._awaiting(pending, keep, resume_from)):
             try:
                 run()
@@ -246,18 +219,18 @@ class Switchboard:
                 return reached.state
         raise RuntimeError(f"the forward pass ended without reaching the stage {stage!r}")
 
-    def _course(self, names: Sequence[str]) -> _Course:
+    def _named(self, names: Sequence[str]) -> _Stages:
         """Stages by their names, looked up once."""
         key = tuple(names) if not isinstance(names, str) else names
-        known = self._courses.get(key)
+        known = self._known_stages.get(key)
         if known is None:
             stages = stages_named(self._stages, names)
             layers = [self._patches.of_layer[stage.place] for stage in stages if not stage.is_between]
-            known = self._courses[key] = _Course(stages, (*layers, *self._patches.for_stacks))
+            known = self._known_stages[key] = _Stages(stages, (*layers, *self._patches.for_stacks))
         return known
 
     def _awaiting(
-        self, pending: PendingDecision, keep: Tensor | np.ndarray | None = None, resume_from: PassState | None = None
+        self, pending: PendingDecision, keep: Values | None = None, resume_from: PassState | None = None
     ) -> Decision:
         """A decision that is to grow at its stages."""
         if pending.stages[0].switches.start == 0 and resume_from is None:
@@ -271,8 +244,7 @@ class Switchboard:
         pending = decision.pending
         assert pending is not None
         stage = pending.stages[0]
-        seen = pending.seen(hidden, decision.state.encoded, decision.tokens, decision.repeats)
-        skip, keep = pending.choose(seen)
+        skip, keep = pending.choose(pending.seen(hidden, decision.state.encoded, decision.tokens, decision.repeats))
         if keep is not None and stage.name != "first":
             raise ValueError(f"tokens are dropped before the first layer only; at {stage.name!r} keep must be None")
         skip = pending.grown(self._checked(skip, stage.switches.stop - stage.switches.start, "switch"))
@@ -290,16 +262,16 @@ class Switchboard:
 
     def _decision(
         self,
-        skip: Tensor | np.ndarray,
-        keep: Tensor | np.ndarray | None,
+        skip: Values,
+        keep: Values | None,
         pending: PendingDecision | None = None,
         resume_from: PassState | None = None,
     ) -> Decision | None:
-        """What ``decide`` takes as a decision; ``None`` where nothing is skipped, to be decided or resumed."""
+        """The arguments of ``decide`` as a decision; ``None`` where nothing is skipped, to be decided or resumed."""
         skip = self._checked(skip, len(self), "switch")
         tokens = None if keep is None else self._tokens(keep, len(skip))
         if resume_from is not None:
-            stage = self._course([resume_from.stage]).stages[0]
+            stage = self._named([resume_from.stage]).stages[0]
             skip = skip.copy()
             skip[:, : stage.switches.start] = True
             plan = self._plan(skip, tokens is not None, stage.switches.start)
@@ -308,7 +280,7 @@ class Switchboard:
             return None
         return Decision(self._plan(skip, tokens is not None), tokens, pending)
 
-    def _tokens(self, keep: Tensor | np.ndarray, rows: int) -> DroppedTokens | None:
+    def _tokens(self, keep: Values, rows: int) -> DroppedTokens | None:
         """The tokens that so many rows keep; ``None`` where all stay."""
         keep = self._checked(keep, None, "token")
         if len(keep) != rows:
@@ -339,13 +311,9 @@ class Switchboard:
     def _plan(
         self, skip: np.ndarray, drops: bool, resumes: int | None = None, device: torch.device | None = None
     ) -> Plan:
-        """The plan of decisions, made once for those that were decided on lately.
+        """The plan of ``skip``, bool ``[batch, switches]``; for ``drops`` and ``resumes`` see ``Patches.needs``.
 
-        Args:
-            skip: Decisions, bool ``[batch, switches]``.
-            drops: Whether tokens are dropped.
-            resumes: Number of the first switch that may run, where a pass is resumed; ``None``: it is not.
-            device: The model's, where it is known, since a model looks for it among its parameters.
+        A model looks for its ``device`` among its parameters, which is slow.
         """
         device = self.model.device if device is None else device
         key = skip.tobytes(), len(skip), drops, resumes, device
@@ -370,7 +338,7 @@ class Switchboard:
                 "tool), so that decisions would be ignored there; call remove() and make a new Switchboard(model)"
             )
 
-    def _checked(self, values: Tensor | np.ndarray, columns: int | None, column: str) -> np.ndarray:
+    def _checked(self, values: Values, columns: int | None, column: str) -> np.ndarray:
         name = "keep" if columns is None else "skip"
         array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
         if array.ndim != 2 or columns not in (None, array.shape[1]):
@@ -394,9 +362,8 @@ def _unwrapped(model: nn.Module) -> PreTrainedModel:
             "the switchboard its transformer, Switchboard(model[0].auto_model), and decide with a single row, which "
             "stands for all"
         )
-    inside = (
-        [part for part in model.modules() if isinstance(part, PreTrainedModel)] if isinstance(model, nn.Module) else []
-    )
-    if not inside:
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    inside = next((part for part in parts if isinstance(part, PreTrainedModel)), None)
+    if inside is None:
         raise TypeError(f"a switchboard needs a Hugging Face model, a PreTrainedModel; got a {type(model).__name__}")
-    return inside[0]
+    return inside

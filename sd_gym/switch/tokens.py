@@ -8,7 +8,7 @@ where the shorter states make the cross-attention cheaper.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -21,15 +21,12 @@ from sd_gym.switch.cache import cache_among
 
 
 def keep_tokens(scores: NDArray, droppable: NDArray, share: NDArray | float) -> NDArray:
-    """The tokens that stay when each row drops a share of what it may drop, the lowest scores first.
+    """The tokens that stay when each row drops a share of those it may drop, lowest scores first: bool ``[n, length]``.
 
     Args:
-        scores: How much a token matters, ``[n, length]``.
-        droppable: Whether it may go at all, bool ``[n, length]``: no special token, no padding, no question.
+        scores: How much a token matters, ``[n, length]``; of equal tokens the later one is dropped.
+        droppable: Whether it may be dropped, bool ``[n, length]``: no special token, no padding, no question.
         share: Share of the droppable tokens to drop, in ``[0, 1)``, one for all or ``[n]``; rounded down.
-
-    Returns:
-        bool ``[n, length]``; ties are broken in favour of the earlier token.
 
     Raises:
         ValueError: If a share is outside ``[0, 1)`` or the shapes differ.
@@ -60,34 +57,31 @@ def dropped_tokens(droppable: NDArray, share: NDArray | float) -> NDArray:
     return np.floor(share * droppable.sum(axis=1) + 1e-9).astype(np.int64)  # 0.3 of 10 is 3, whatever floats say
 
 
-def position_scores(shape: tuple[int, int]) -> NDArray:
+def position_scores(shape: Sequence[int]) -> NDArray:
     """Earlier tokens matter more: float64 ``[n, length]``.
 
     Example:
         >>> position_scores((1, 3))
         array([[ 0., -1., -2.]])
     """
-    return np.broadcast_to(np.arange(0, -shape[1], -1, dtype=float), shape)
+    return np.broadcast_to(np.arange(0, -shape[1], -1, dtype=float), tuple(shape))
 
 
-def random_scores(shape: tuple[int, int], seed: int = 0) -> NDArray:
-    """The control: float64 ``[n, length]`` that say nothing.
+def random_scores(shape: Sequence[int], seed: int = 0) -> NDArray:
+    """Random scores, float64 ``[n, length]``: the control.
 
     Example:
-        >>> random_scores((2, 3), seed=0).shape
+        >>> random_scores((2, 3)).shape
         (2, 3)
     """
-    return np.random.default_rng(seed).random(shape)
+    return np.random.default_rng(seed).random(tuple(shape))
 
 
 def inverse_document_frequency(corpus: Iterable[NDArray]) -> NDArray:
-    """How rare each token is: ``log((1 + N) / (1 + df))`` over a corpus (Sparck Jones 1972).
-
-    Args:
-        corpus: Token ids of each document.
+    """How rare each token is: ``log((1 + N) / (1 + df))`` over the token ids of documents (Sparck Jones 1972).
 
     Returns:
-        float64 ``[largest id + 2]``, by token id; the last one is that of all tokens that no document has.
+        float64 ``[largest id + 2]``, by token id; the last one stands for all tokens that no document has.
 
     Example:
         >>> corpus = [np.array([0, 1]), np.array([0]), np.array([0, 2])]
@@ -101,11 +95,11 @@ def inverse_document_frequency(corpus: Iterable[NDArray]) -> NDArray:
 
 
 def rarity_scores(input_ids: NDArray, present: NDArray, rarity: NDArray) -> NDArray:
-    """Rare tokens matter more: float64 ``[n, length]``.
+    """Rare tokens matter more: float64 ``[n, length]``, ``-inf`` at padding.
 
     Args:
         input_ids: ``[n, length]``.
-        present: bool ``[n, length]``, False at padding, which scores ``-inf``.
+        present: bool ``[n, length]``, False at padding.
         rarity: From ``inverse_document_frequency``.
 
     Example:
@@ -127,7 +121,7 @@ class DroppedTokens:
         length: Tokens of the input before dropping.
         kept: Tokens of the row that keeps the most.
         ragged: Whether the rows keep different numbers of tokens.
-        tag: What tells them from others.
+        tag: Distinguishes them from others.
     """
 
     def __init__(self, keep: NDArray, causal: bool, device: torch.device) -> None:
@@ -136,7 +130,7 @@ class DroppedTokens:
         self.kept = int(counts.max())
         self.causal = causal
         self.tag = keep.tobytes()
-        # Behind its kept tokens, each row has some of its dropped ones as padding: valid indices, never attended to.
+        # After its kept tokens, each row has some of its dropped ones as padding: valid indices, never attended to.
         order = np.argsort(~keep, axis=1, kind="stable")[:, : self.kept]
         self._index = torch.from_numpy(order).to(device)
         self._valid = torch.from_numpy(np.arange(self.kept) < counts[:, None]).to(device)
@@ -156,11 +150,7 @@ class DroppedTokens:
         vars(encoded)["_lost_tokens"] = self.tag
 
     def before_decoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of a decoder: the cross-attention's padding follows the encoder's shorter output.
-
-        Raises:
-            ValueError: If the encoder's output lost other tokens, or none.
-        """
+        """Arguments of a decoder: the cross-attention's padding follows the encoder's shorter output."""
         encoded = kwargs.get("encoder_hidden_states")
         if encoded is None:
             return kwargs
@@ -184,8 +174,8 @@ class TokenPass:
 
     Args:
         tokens: The tokens that are kept.
-        args: Arguments of the first layer, by place.
-        kwargs: Its arguments by name.
+        args: Positional arguments of the first layer.
+        kwargs: Keyword arguments of the first layer.
         additive: Whether the attention adds its mask to the scores.
         generating: Whether this is a pass of ``generate()``, which appends tokens to the input.
 
@@ -193,7 +183,7 @@ class TokenPass:
         query_length: Positions of the pass, dropped ones included.
 
     Raises:
-        ValueError: If the input has not the length that was decided on.
+        ValueError: If the input has another length than was decided on.
     """
 
     def __init__(

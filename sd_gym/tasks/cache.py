@@ -1,9 +1,8 @@
-"""Encoded data on disk: tokenising a large data set takes a minute, reading its tensors takes none.
+"""Encoded data on disk: tokenising a large data set takes a minute, reading its tensors takes no time.
 
-One safetensors file a split, in the folder that the environment variable ``SD_GYM_CACHE`` names, or
-``~/.cache/sd_gym``. Its name is a hash of all that the tensors depend on: the texts, the tokenizer, the lengths. A hash
-of that name and of the tensors lies in the file, so that one that was changed, cut off or renamed is made again. It may
-be deleted at any time.
+There is one safetensors file per split, in the folder that the environment variable ``SD_GYM_CACHE`` names, or in
+``~/.cache/sd_gym``. Its name is a hash of the texts, the tokenizer and the lengths. The file holds a hash of its name
+and tensors, so one that was changed, cut off or renamed is made again. It may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sd_gym.backbones.heads import Head
 from sd_gym.config import BackboneConfig
@@ -32,18 +30,19 @@ from sd_gym.tasks.encoding import encode
 from sd_gym.version import __version__
 
 OF_BACKBONE = ("max_source_length", "max_target_length", "prompt", "stop")  # what encoding depends on
+ARRAYS = ("source_length", "target_length", "source_cut", "target_cut")  # fields that are no tensors
 SMALLEST = 2000  # instances; fewer are encoded as fast as they are read
 
 
 def encode_cached(
     instances: Sequence[Instance],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     head: Head,
     backbone: BackboneConfig,
     *,
     unanswerable: bool = True,
 ) -> Encoded:
-    """As ``sd_gym.tasks.encoding.encode``, from the cache if it is there."""
+    """``sd_gym.tasks.encoding.encode``, read from the cache if it is there."""
     if len(instances) < SMALLEST or not tokenizer.is_fast:
         return encode(instances, tokenizer, head, backbone, unanswerable=unanswerable)
     settings = {key: getattr(backbone, key) for key in OF_BACKBONE} | {"unanswerable": unanswerable, **head.settings}
@@ -51,7 +50,7 @@ def encode_cached(
     if (tensors := _read(file)) is not None:
         return _from_tensors(tensors)
     encoded = encode(instances, tokenizer, head, backbone, unanswerable=unanswerable)
-    with contextlib.suppress(OSError, SafetensorError):  # where none can be written, there is no cache
+    with contextlib.suppress(OSError, SafetensorError):  # then there is no cache
         _write(_to_tensors(encoded), file)
     return encoded
 
@@ -60,35 +59,34 @@ def _folder() -> Path:
     return Path(os.environ.get("SD_GYM_CACHE") or Path.home() / ".cache" / "sd_gym")
 
 
-def _key(instances: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> str:
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
+def _key(instances: Sequence[Instance], tokenizer: Tokenizer, settings: dict[str, Any]) -> str:
+    fast: Any = tokenizer  # the base class does not have a backend
+    described = json.loads(fast.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):  # left there by the last call
         described.pop(state)
     versions = [__version__, tokenizers.__version__, tokenizer.model_max_length, tokenizer.model_input_names]
     versions += [tokenizer.truncation_side, tokenizer.pad_token_id, tokenizer.eos_token_id]
     digest = hashlib.sha256(json.dumps([versions, described, settings], sort_keys=True).encode())
-    for one in instances:
-        parts = [one.source, one.source_pair, one.target, one.more_targets, one.protected, one.answer_spans]
-        digest.update(json.dumps(parts).encode())
+    keys = ("source", "source_pair", "target", "more_targets", "protected", "answer_spans")
+    for instance in instances:
+        digest.update(json.dumps([getattr(instance, key) for key in keys]).encode())
     return digest.hexdigest()
 
 
 def _to_tensors(encoded: Encoded) -> dict[str, torch.Tensor]:
     """All fields as tensors, whole numbers in half the room."""
-    tensors = {field.name: getattr(encoded, field.name) for field in fields(Encoded)}
-    tensors = {name: torch.as_tensor(value) for name, value in tensors.items() if value is not None}
+    tensors = {name: torch.as_tensor(value) for name, value in vars(encoded).items() if value is not None}
     return {name: (v.int() if v.dtype == torch.int64 else v).contiguous() for name, v in tensors.items()}
 
 
 def _from_tensors(tensors: dict[str, torch.Tensor]) -> Encoded:
-    short = [name for name, value in tensors.items() if value.dtype == torch.int32 and name != "offsets"]
-    tensors |= {name: tensors[name].long() for name in short}
-    arrays = {field.name for field in fields(Encoded) if "ndarray" in str(field.type)}
-    return Encoded(**{name: value.numpy() if name in arrays else value for name, value in tensors.items()})
+    long = {name: v.long() for name, v in tensors.items() if v.dtype == torch.int32 and name != "offsets"}
+    read: dict[str, Any] = tensors | long
+    return Encoded(**read | {name: read[name].numpy() for name in ARRAYS})
 
 
 def _read(file: Path) -> dict[str, torch.Tensor] | None:
-    """The tensors that ``_write`` wrote to this file; ``None`` if there are none, or others."""
+    """The tensors that ``_write`` wrote to this file; ``None`` if there is no such file, or it was changed."""
     try:
         with safe_open(file, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no mapping)
@@ -113,5 +111,5 @@ def _hash(tensors: dict[str, torch.Tensor], file: Path) -> str:
     digest = hashlib.sha256(file.name.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.numpy())
+        digest.update(tensor.numpy().data)
     return digest.hexdigest()

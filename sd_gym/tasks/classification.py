@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from sd_gym.data.instance import Instance
 from sd_gym.errors import DataError, short
-from sd_gym.tasks.family import LARGEST, Task, check_text
+from sd_gym.tasks.family import LARGEST, Task, check_text, is_number
 
 if TYPE_CHECKING:
     from sd_gym.backbones.heads import Head
@@ -54,9 +54,9 @@ def classes(instances: Sequence[Instance]) -> dict[str, int]:
     """Class index of each label word, in the order of the words or indices; a single "score" for a regression.
 
     Raises:
-        DataError: If there are fewer than two classes, or words and indices are mixed.
+        DataError: If there are fewer than two classes, too high indices, or both words and indices.
     """
-    labels = {instance.target for instance in instances}
+    labels: set[Any] = {instance.target for instance in instances}
     if any(isinstance(label, float) and not label.is_integer() for label in labels):
         return {"score": 0}
     if len({type(label) for label in labels}) > 1:
@@ -77,8 +77,7 @@ def _label(value: Any, origin: str) -> str | int | float:
     if isinstance(value, str) and value.strip():
         check_text(value, "label", origin)
         return value
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value <= LARGEST:
+    if not is_number(value) or not 0 <= value <= LARGEST:
         raise DataError(
             f"{origin}: label must be a class index from 0, a label word or a score (at most {LARGEST}), got "
             f"{short(value)}; data sets that hide the labels of their test split give -1 there: test on another split"

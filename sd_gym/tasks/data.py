@@ -15,7 +15,7 @@ from typing import Any
 from sd_gym.config import DataConfig
 from sd_gym.data.instance import Instance
 from sd_gym.errors import one_line, short
-from sd_gym.tasks.family import LARGEST, TASKS, check_text
+from sd_gym.tasks.family import LARGEST, TASKS, Task, check_text, is_number
 from sd_gym.tasks.files import DataError, Rows, read_csv, read_jsonl
 from sd_gym.tasks.procedural import generate_split
 
@@ -28,44 +28,43 @@ class Instances(list[Instance]):
     """The instances of a split.
 
     Attributes:
-        file: Where they come from: a file, or a data set on the hub.
-        rows: Where they stand in it, counted from 0, ``[n]``.
-        part: Which rows of it were read, such as ``train[0:30]``; the empty ones among them are left out.
-        left_out: Rows that are no instances, since a text that they need is empty.
-        dropped: Rows that are left out since they also stand in another split (``overlap: drop``).
-        also_in: How many stand in another split as well (``overlap: allow``), by the other split's name.
+        file: The file, or the data set on the hub, that they come from.
+        rows: Their row numbers in it, from 0, ``[n]``.
+        part: Which rows of it were read, such as ``train[0:30]``, empty ones included.
+        left_out: Number of rows that are no instances, since a text that they need is empty.
+        dropped: Number of rows that are left out since they also stand in another split (``overlap: drop``).
+        also_in: Number that also stand in another split (``overlap: allow``), by the other split's name.
     """
 
     def __init__(self, instances: Iterable[Instance] = (), *, file: str = "", part: str = "") -> None:
         super().__init__(instances)
-        self.file = file
-        self.part = part
+        self.file, self.part = file, part
         self.rows: list[int] = list(range(len(self)))
         self.left_out = self.dropped = 0
         self.also_in: dict[str, int] = {}
 
     @cached_property
     def hash(self) -> str:
-        """A hash of all that the data say of the instances, in order (their ids are left out)."""
+        """A hash of the instances' fields but their ids, in order."""
         digest = hashlib.blake2b(digest_size=8)
-        for one in self:
-            facts = (one.source, one.source_pair, one.target, one.difficulty, one.protected, one.more_targets)
-            digest.update(repr((*facts, one.answer_spans)).encode("utf-8", "surrogatepass"))
+        keys = ("source", "source_pair", "target", "difficulty", "protected", "more_targets", "answer_spans")
+        for instance in self:
+            digest.update(repr(tuple(getattr(instance, key) for key in keys)).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Which rows these are, as ``config.json`` keeps it: ``file``, ``part``, ``instances`` and ``hash``."""
+        """Which rows these are, for ``config.json``: ``file``, ``part``, ``instances`` and ``hash``."""
         return {"file": self.file, "part": self.part, "instances": len(self), "hash": self.hash}
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """``identity``, and what was left out and is shared with other splits, as a result keeps it."""
+        """``identity``, and what was left out and is shared with other splits, for a result."""
         return {**self.identity, "left_out": self.left_out, "dropped": self.dropped, "also_in": self.also_in}
 
 
 def check_splits(data: DataConfig) -> None:
-    """Raise ``DataError`` if what is said of the splits of a data set cannot be."""
+    """Raise ``DataError`` if the config's ``splits`` are wrong."""
     for name, expression in data.splits:
         if name not in SPLITS:
             raise DataError(f"'splits': unknown split {name!r}{_near(name, SPLITS)} There are {', '.join(SPLITS)}.")
@@ -82,16 +81,14 @@ def load_split(
 ) -> Instances:
     """The instances of one split, in the data set's order; ``Splits`` has all of them, and compares them.
 
-    A row with an empty document, summary, text, question or context is left out, and counted: data sets of the hub have
-    a few of these.
+    A row whose needed texts are empty is left out and counted.
 
     Args:
         data: The data set; a text is its ``DataConfig.dataset``.
-        task: ``classification`` (fields ``text``, ``text_pair``?, ``label``), ``question_answering`` (``question``,
-            ``context``, ``answers``) or ``summarization`` (``document``, ``summary``).
+        task: Name of the task; its ``fields`` are the columns that are read.
         split: ``train``, ``validation`` or ``test``. A single file is divided by row: every tenth row is validation,
-            every tenth test, the rest train; where ``splits`` says what they are, the whole file is ``train``.
-        known: The data set's own splits that were read before, to which what is read is added; ``None``: none is kept.
+            every tenth test, the rest train; where the config has ``splits``, the whole file is ``train``.
+        known: Caches the data set's own splits between calls; ``None``: no cache.
 
     Raises:
         FileNotFoundError: If the file, folder, split or hub id does not exist.
@@ -99,19 +96,20 @@ def load_split(
     """
     data = DataConfig(dataset=data) if isinstance(data, str) else data
     check_splits(data)
-    size = data.size(split)
+    size, family = data.size(split), TASKS.find(task)
     if data.dataset == "procedural":
         if size is None:
             raise DataError(f"the procedural data set is endless; set {split}_size")
         return Instances(generate_split(task, split, size), file="procedural", part=f"{split}[0:{size}]")
     divided = Path(data.dataset).is_file() and not data.splits
-    base, start, end = _slice(dict(data.splits).get(split, "train" if divided else split))
+    named = dict(data.splits)
+    base, start, end = _slice(named.get(split, "train" if divided else split))
     known = {} if known is None else known
     if base not in known:
         where, lines = _read(data, base, split)
         known[base] = where, list(lines)
     file, rows = known[base]
-    cut = set() if split in dict(data.splits) else _cut_off(data, base, len(rows))
+    cut = set() if split in named else _cut_off(data, base, len(rows))
     chosen = [row for row in range(len(rows))[start:end] if row not in cut]
     if divided:
         chosen = [row for row in chosen if DIVISION.get(row % 10, "train") == split]
@@ -120,18 +118,24 @@ def load_split(
     instances.rows.clear()
     for number, position in enumerate(chosen):
         origin, row = rows[position]
-        row = _renamed(row, data, task, origin)
+        row = _renamed(row, data, family, origin)
         if _is_empty(row, task, origin):
             instances.left_out += 1
-        else:
-            instances.append(_instance(row, task, f"{split}-{number}", origin, data.unanswerable))
-            instances.rows.append(position)
+            continue
+        instance = family.instance(
+            row,
+            f"{split}-{number}",
+            origin,
+            difficulty=_difficulty(row.get("difficulty"), origin),
+            unanswerable=data.unanswerable,
+        )
+        instances.append(instance)
+        instances.rows.append(position)
     if not instances:
         why = f": all {len(chosen)} rows have empty texts" if chosen else ""
         if rows and not chosen:
-            rest = f"what {dict(data.splits)} leaves of {base}" if data.splits else "every tenth row of the file"
-            taken = dict(data.splits).get(split) or rest
-            why = f": {taken} is none of the {len(rows)} rows"
+            rest = f"what {named} leaves of {base}" if named else "every tenth row of the file"
+            why = f": {named.get(split) or rest} is none of the {len(rows)} rows"
         raise DataError(f"the split {split!r} of {data.dataset!r} is empty{why}")
     return instances
 
@@ -149,7 +153,7 @@ def _cut_off(data: DataConfig, base: str, count: int) -> set[int]:
 
 def _described(base: str, rows: list[int], count: int) -> str:
     """Rows as slices, ``train[0:30]``; their number, where they are many."""
-    breaks = [number for number, (one, other) in enumerate(pairwise(rows), start=1) if other != one + 1]
+    breaks = [number for number, (row, following) in enumerate(pairwise(rows), start=1) if following != row + 1]
     if len(breaks) > 2:
         return f"{len(rows)} of the {count} rows of {base}, from {rows[0]} to {rows[-1]}"
     ends = zip([0, *breaks], [*breaks, len(rows)], strict=True)
@@ -189,7 +193,8 @@ def _read(data: DataConfig, base: str, split: str) -> tuple[str, Rows]:
             f"no data at {data.dataset!r}; expected a JSONL, CSV or Parquet file, a folder with "
             f"{', '.join(f'{s}.jsonl' for s in SPLITS)}, 'procedural', or the id of a data set on the Hugging Face hub"
         )
-    return _hub_name(data), _read_hub(data, base, split)
+    parts = [data.dataset, data.subset, data.revision and f"at {data.revision}"]
+    return ", ".join(part for part in parts if part), _read_hub(data, base, split)
 
 
 def _no_split(data: DataConfig, base: str, split: str, known: list[str]) -> FileNotFoundError:
@@ -201,22 +206,13 @@ def _no_split(data: DataConfig, base: str, split: str, known: list[str]) -> File
     )
 
 
-def _hub_name(data: DataConfig) -> str:
-    parts = [data.dataset, data.subset, data.revision and f"at {data.revision}"]
-    return ", ".join(part for part in parts if part)
-
-
 def _read_file(file: Path, data: DataConfig) -> Rows:
     columns = dict(data.columns)
     return read_rows(file, {columns.get(name, name) for name in ("label", "difficulty")})
 
 
 def read_rows(file: Path, numeric: Collection[str] = ("label",)) -> Rows:
-    """The rows of a JSONL, CSV or Parquet file.
-
-    Args:
-        file: The file.
-        numeric: As of ``read_csv``.
+    """The rows of a JSONL, CSV or Parquet file; ``numeric``: see ``read_csv``.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -233,7 +229,7 @@ def read_rows(file: Path, numeric: Collection[str] = ("label",)) -> Rows:
     from datasets import load_dataset  # heavy, and only needed here
 
     try:
-        rows = load_dataset("parquet", data_files=str(file), split="train", trust_remote_code=False)
+        rows: Any = load_dataset("parquet", data_files=str(file), split="train", trust_remote_code=False)
     except Exception as error:  # the library raises errors of many kinds
         raise DataError(f"{file}: cannot be read as Parquet ({one_line(error)})") from error
     return ((f"{file}, row {number}", row) for number, row in enumerate(rows, start=1))
@@ -275,23 +271,19 @@ def _read_hub(data: DataConfig, base: str, split: str) -> Rows:
     return ((f"{data.dataset}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _renamed(row: dict[str, Any], data: DataConfig, task: str, origin: str) -> dict[str, Any]:
+def _renamed(row: dict[str, Any], data: DataConfig, family: Task, origin: str) -> dict[str, Any]:
     """A row with the task's own names for its fields; a local copy may have these already."""
     renamed = dict(row)
     for name, column in data.columns:
         if column in row:
             renamed[name] = row[column]
-        elif name in TASKS.find(task).fields and name not in row:
+        elif name in family.fields and name not in row:
             raise DataError(f"{origin}: no column {column!r} (for {name}); the columns are {', '.join(row)}")
     return renamed
 
 
 def _is_empty(row: dict[str, Any], task: str, origin: str) -> bool:
-    """Whether a text that the row needs is empty (an empty cell of a CSV file is ``None``).
-
-    Raises:
-        DataError: If there is no such field, or it is no text.
-    """
+    """Whether a text that the row needs is empty (an empty cell of a CSV file is ``None``)."""
     family = TASKS.find(task)
     missing = [name for name in family.fields if name not in row]
     if missing:
@@ -302,16 +294,10 @@ def _is_empty(row: dict[str, Any], task: str, origin: str) -> bool:
     return not all((row[name] or "").strip() for name in family.needed)
 
 
-def _instance(row: dict[str, Any], task: str, identity: str, origin: str, unanswerable: bool) -> Instance:
-    difficulty = _difficulty(row.get("difficulty"), origin)
-    return TASKS.find(task).instance(row, identity, origin, difficulty=difficulty, unanswerable=unanswerable)
-
-
 def _difficulty(value: Any, origin: str) -> int:
     if value is None:
         return 0
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value <= LARGEST or value != int(value):
+    if not is_number(value) or not 0 <= value <= LARGEST or value != int(value):
         raise DataError(
             f"{origin}: difficulty must be a whole number from 1 (trivial) up, or 0 where it is not known, got "
             f"{short(value)}; a column of another meaning needs another name"

@@ -1,4 +1,4 @@
-"""Which tokens of a split's inputs go at a token level; what prepares a backbone and what scores it drop the same."""
+"""Which tokens of a split's inputs are dropped at a token level, in preparing a backbone and in scoring it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sd_gym.backbones.heads import Head
 from sd_gym.config import BackboneConfig, TokensConfig
-from sd_gym.data.encoded import Encoded
+from sd_gym.data.encoded import Encoded, left_padded
 from sd_gym.data.instance import Instance
-from sd_gym.switch import Switchboard, dropped_tokens
+from sd_gym.switch import Switchboard, dropped_tokens, keep_tokens
 from sd_gym.tasks.encoding import droppable_tokens
-from sd_gym.tasks.ranking import RANKINGS, kept_tokens, token_scores
+from sd_gym.tasks.ranking import RANKINGS
 
 
 class TokenDropping:
@@ -25,10 +26,10 @@ class TokenDropping:
         instances: The instances.
         encoded: Their tensors.
         board: The backbone's switchboard.
-        tokenizer: Its tokenizer.
-        head: Its head.
-        backbone: As for ``encode``.
-        tokens: Of the config: which ones go.
+        tokenizer: The backbone's.
+        head: The backbone's.
+        backbone: See ``encode``.
+        tokens: Which ones are dropped.
         rarity: Gives ``training_rarity``, if the ranking asks for it.
     """
 
@@ -37,18 +38,15 @@ class TokenDropping:
         instances: Sequence[Instance],
         encoded: Encoded,
         board: Switchboard,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         head: Head,
         backbone: BackboneConfig,
         tokens: TokensConfig,
         rarity: Callable[[], NDArray],
     ) -> None:
-        self.shares = np.array(tokens.shares)
-        self.ranking = RANKINGS.find(tokens.ranking)
-        self._ranked_by = tokens.ranking
-        self._instances, self._encoded = instances, encoded
-        self._board, self._tokenizer, self._head = board, tokenizer, head
-        self._backbone, self._rarity = backbone, rarity
+        self.shares, self.ranking = np.array(tokens.shares), RANKINGS.find(tokens.ranking)
+        self._instances, self._encoded, self._board, self._tokenizer = instances, encoded, board, tokenizer
+        self._head, self._backbone, self._ranked_by, self._rarity = head, backbone, tokens.ranking, rarity
 
     @cached_property
     def droppable(self) -> NDArray:
@@ -57,8 +55,18 @@ class TokenDropping:
 
     @cached_property
     def scores(self) -> NDArray:
-        """How much each token matters, by the ranking, float ``[n, longest]``."""
-        return token_scores(self._ranked_by, self._encoded, self._board, self._rarity)
+        """How much each token matters, by the ranking, float ``[n, longest]``.
+
+        Raises:
+            ValueError: If a user's ranking gives something else.
+        """
+        scores = np.asarray(self.ranking.scores(self._encoded, self._board, self._rarity))
+        if scores.shape != tuple(self._encoded.input_ids.shape) or np.isnan(scores).any():
+            raise ValueError(
+                f"the ranking {self._ranked_by!r} has to give a number for each token, "
+                f"{list(self._encoded.input_ids.shape)}, got {list(scores.shape)}"
+            )
+        return scores
 
     def kept_length(self, rows: NDArray, level: NDArray) -> NDArray:
         """Tokens of the inputs that are left at the token levels, int64 ``[n]``."""
@@ -69,5 +77,9 @@ class TokenDropping:
         """The tokens that a batch of rows keeps, bool ``[n, longest of them]``; ``None``: all."""
         if not level.any():
             return None
-        length, share = self._encoded.source_length[rows], self.shares[level]
-        return kept_tokens(self.scores[rows], self.droppable[rows], length, share, self._head.padding_side)
+        length = self._encoded.source_length[rows, None]
+        present = np.arange(length.max()) < length
+        keep = keep_tokens(self.scores[rows], self.droppable[rows], self.shares[level])[:, : present.shape[1]] & present
+        if self._head.padding_side == "left":
+            return left_padded(torch.from_numpy(keep), torch.from_numpy(length)).numpy()
+        return keep

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import BatchEncoding
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sd_gym.backbones.heads import Head
 from sd_gym.backbones.heads.seq2seq import was_cut
@@ -18,7 +20,7 @@ from sd_gym.errors import DataError
 
 def encode(
     instances: Sequence[Instance],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     head: Head,
     backbone: BackboneConfig,
     *,
@@ -30,31 +32,30 @@ def encode(
         instances: What to encode.
         tokenizer: The backbone's tokenizer.
         head: The backbone's head, which encodes the targets.
-        backbone: Of the config, with what ``Head.prompting`` leaves of the prompt: lengths, prompt and stop count.
-        unanswerable: Whether questions may be without answer, for backbones that extract.
+        backbone: From ``Head.prompting``: lengths, prompt and stop.
+        unanswerable: Whether "no answer" may be extracted.
 
     Raises:
-        DataError: If a label is none of the backbone's classes, a question leaves no room for its context, or an answer
-            that shall be extracted does not stand in its context.
+        DataError: If a label is not one of the backbone's classes, a question leaves no room for its context, or an
+            answer that shall be extracted does not stand in its context.
     """
     source, source_cut = _tokenize_sources(instances, tokenizer, backbone, **head.source_options())
-    targets = head.targets(instances, source, tokenizer, backbone, unanswerable=unanswerable)
+    targets = head.targets(instances, source, tokenizer, backbone)
+    if targets.context_mask is not None:
+        targets.context_mask[:, 0] = unanswerable  # the first token stands for "no answer"
     return Encoded(
         input_ids=source.input_ids,
         source_length=source.attention_mask.sum(dim=1).numpy(),
         source_cut=source_cut,
-        token_type_ids=source.get("token_type_ids") if any(one.source_pair is not None for one in instances) else None,
+        token_type_ids=source.get("token_type_ids") if _paired(instances) else None,
         **vars(targets),
     )
 
 
-def droppable_tokens(
-    instances: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, backbone: BackboneConfig
-) -> NDArray:
-    """Which tokens of the encoded inputs may be dropped: bool ``[n, longest source]``.
+def droppable_tokens(instances: Sequence[Instance], tokenizer: Tokenizer, backbone: BackboneConfig) -> NDArray:
+    """Which tokens of the inputs, as encoded by ``encode``, may be dropped: bool ``[n, longest source]``.
 
-    Never: special tokens, padding, what an instance protects, and of a prompt all but the document. Tokenised as
-    ``encode`` does.
+    Special tokens, padding, what an instance protects, and all of a prompt but its document may not.
 
     Raises:
         ValueError: If the tokenizer cannot tell where its tokens come from.
@@ -81,14 +82,13 @@ def droppable_tokens(
 
 
 def texts_and_tokens(
-    instance: Instance, tokenizer: PreTrainedTokenizerBase, backbone: BackboneConfig
+    instance: Instance, tokenizer: Tokenizer, backbone: BackboneConfig
 ) -> tuple[list[str], NDArray | None]:
-    """The texts that an instance's input is made of, and where its tokens stand in them; tokenised as ``encode`` does.
+    """The texts that an instance's input is made of, and where its tokens, as of ``encode``, stand in them.
 
     Returns:
-        The source and its pair, or the prompt with both in it; and of each token (which of the texts, first character,
-        last character + 1), int64 ``[length, 3]``, the first -1 for special tokens; ``None`` of slow tokenizers, which
-        cannot tell.
+        The source and its pair, or the filled prompt; and for each token (index of its text, or -1 of special tokens,
+        first character, last character + 1), int64 ``[length, 3]``, ``None`` for slow tokenizers.
     """
     if backbone.prompt is not None:
         limit = min(backbone.max_source_length, tokenizer.model_max_length)
@@ -103,21 +103,17 @@ def texts_and_tokens(
 
 
 def _tokenize_sources(
-    instances: Sequence[Instance],
-    tokenizer: PreTrainedTokenizerBase,
-    backbone: BackboneConfig,
-    **wanted: bool,
+    instances: Sequence[Instance], tokenizer: Tokenizer, backbone: BackboneConfig, **wanted: Any
 ) -> tuple[BatchEncoding, NDArray]:
     """The inputs' tokens, and which inputs were cut, bool ``[n]``."""
     limit = min(backbone.max_source_length, tokenizer.model_max_length)
-    padding = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+    wanted |= {"padding": True, "padding_side": "right", "return_tensors": "pt"}
     if backbone.prompt is not None:
         prompts, cut = _prompts(instances, tokenizer, limit, backbone.prompt)
-        return tokenizer(prompts, **padding, **wanted), cut
-    sources, pairs = [one.source for one in instances], [one.source_pair for one in instances]
-    paired = any(pair is not None for pair in pairs)
+        return tokenizer(prompts, **wanted), cut
+    sources, paired = [instance.source for instance in instances], _paired(instances)
     # What must not be dropped must not be cut either: a question stays whole.
-    asked = paired and all(one.protected for one in instances)
+    asked = paired and all(instance.protected for instance in instances)
     if asked:
         for instance, ids in zip(instances, tokenizer(sources, [""] * len(sources)).input_ids, strict=True):
             if len(ids) >= limit:
@@ -126,13 +122,16 @@ def _tokenize_sources(
                 )
     tokens = tokenizer(
         sources,
-        [pair or "" for pair in pairs] if paired else None,
+        [instance.source_pair or "" for instance in instances] if paired else None,
         truncation="only_second" if asked else True,
         max_length=limit,
-        **padding,
         **wanted,
     )
     return tokens, was_cut(tokens, limit)
+
+
+def _paired(instances: Sequence[Instance]) -> bool:
+    return any(instance.source_pair is not None for instance in instances)
 
 
 def _document(instance: Instance) -> str:
@@ -140,14 +139,8 @@ def _document(instance: Instance) -> str:
     return "source" if instance.source_pair is None else "source_pair"
 
 
-def _prompts(
-    instances: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, limit: int, prompt: str
-) -> tuple[list[str], NDArray]:
-    """Each instance's prompt, its document cut so that the whole has about ``limit`` tokens; and which were cut.
-
-    Raises:
-        DataError: If the prompt leaves no room, or does not name the fields.
-    """
+def _prompts(instances: Sequence[Instance], tokenizer: Tokenizer, limit: int, prompt: str) -> tuple[list[str], NDArray]:
+    """Each instance's prompt, its document cut so that the whole has about ``limit`` tokens; and which were cut."""
     documents = [getattr(instance, _document(instance)) for instance in instances]
     for instance in instances[:1]:
         if f"{{{_document(instance)}}}" not in prompt or (instance.source_pair and "{source}" not in prompt):

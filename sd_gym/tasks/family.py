@@ -1,10 +1,10 @@
-"""What a family of tasks is: the fields of its rows, the kinds of answers that do, and what they are measured by."""
+"""What a family of tasks is: the fields of its rows, its kinds of answers, and its metrics."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from numpy.typing import NDArray
 
@@ -24,12 +24,12 @@ class Task(ABC):
 
     Attributes:
         texts: The fields of a row that are texts to be read, all of which it needs.
-        optional: A further text, which may be missing; ``None``: there is none.
-        reference: The field of what is right.
-        gives: What the heads of backbones that can do it give: ``label``, ``span``, ``text``.
-        metrics: What it is measured by, the usual one first.
+        optional: A further text, which may be missing; ``None``: no such field.
+        reference: The field of the right answer.
+        gives: The heads' ``gives`` of backbones that can do it: ``label``, ``span``, ``text``.
+        metrics: Metrics that apply, the default first.
         weighs_classes: Whether ``quality=balanced`` makes sense.
-        unknown: What stands in the place of the reference where it is not known.
+        unknown: Stands for a reference that is not known.
     """
 
     texts: tuple[str, ...]
@@ -59,39 +59,33 @@ class Task(ABC):
     def instance(
         self, row: Mapping[str, Any], identity: str, origin: str, *, difficulty: int = 0, unanswerable: bool = True
     ) -> Instance:
-        """The instance of a row that has all fields; its texts are texts, and not empty.
+        """The instance with the id ``identity``, of a row that has all fields and no empty text.
 
         Args:
             row: The row.
             identity: The instance's id.
             origin: Where it comes from, for messages.
-            difficulty: How hard it is said to be; 0: not known.
-            unanswerable: Whether nothing may be right.
+            difficulty: From the data; 0: not known.
+            unanswerable: Whether there may be no right answer.
 
         Raises:
-            DataError: If what is right is malformed.
+            DataError: If the reference is malformed.
         """
 
     def facts(self, instances: Sequence[Instance], head: Head) -> dict[str, NDArray]:
-        """What is known of what is right, by name, each ``[n]``, to report results by."""
+        """What is known of the right answers, by name, each ``[n]``, to report results by."""
         return {}
 
     def right(self, value: Any, names: Mapping[int, str]) -> list[str]:
-        """The right answers of a row, as ``SkippingModel`` says its own; ``names`` are those of the classes."""
-        return [value] if isinstance(value, str) else [str(one) for one in value]
+        """The right answers of a row, in the words of ``SkippingModel``; ``names`` are those of the classes."""
+        return [value] if isinstance(value, str) else [str(answer) for answer in value]
 
     def head_to_prepare(
         self, stored: type[Head] | None, answers: str | None, train: Sequence[Instance]
     ) -> tuple[type[Head] | None, dict[str, int] | None]:
-        """The head that a backbone is prepared with, and of a new one's classes the index by name.
+        """The head that a backbone is prepared with (``None``: the ``stored`` one), and the class indices of a new one.
 
-        Args:
-            stored: What is stored with it.
-            answers: The config key.
-            train: The training split.
-
-        Returns:
-            ``None`` for the head that is stored.
+        ``answers`` is the config key, ``train`` the training split.
         """
         return None, None
 
@@ -110,12 +104,12 @@ def register_task(name: str, task: Task) -> None:
     """Make a family of tasks of your own known: then ``task: name`` works in the YAML files of envs.
 
     Args:
-        name: What it is called; a later one of the same name replaces it.
-        task: An object of a subclass of ``sd_gym.tasks.family.Task``, such as of
-            ``sd_gym.tasks.summarization.TextToText``, which only has to be told its fields.
+        name: Its name; a later one of the same name replaces it.
+        task: An object of a subclass of ``sd_gym.tasks.family.Task``, such as ``TextToText("field", "field", metrics)``
+            of ``sd_gym.tasks.summarization``.
 
     Raises:
-        TypeError: If it is no such object.
+        TypeError: If it is another object.
         ValueError: If the name is one of the project's.
     """
     if not isinstance(task, Task):
@@ -123,6 +117,11 @@ def register_task(name: str, task: Task) -> None:
             f"the task {name!r} has to be an object of a subclass of sd_gym.tasks.family.Task, got {task!r}"
         )
     TASKS.register(name, task)
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value is a number; a bool is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_text(value: Any, name: str, origin: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Rows of files, each with the place where it stands, so that whatever is wrong with it can be found."""
+"""Rows of files, each with its place in the file, for error messages."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def read_jsonl(file: Path) -> Rows:
-    """The rows of a file of JSON lines; blank lines are skipped.
-
-    Raises:
-        DataError: If a line is no JSON object, or not UTF-8.
-    """
+    """The rows of a file of JSON lines; blank lines are skipped. DataError if a line is not a JSON object in UTF-8."""
     with file.open("rb") as lines:
         for number, row in json_rows(lines):
             if isinstance(row, DataError):
@@ -31,10 +27,9 @@ def read_jsonl(file: Path) -> Rows:
 
 
 def json_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
-    """The rows of JSON lines, each with the number of its line, from 1.
+    """The rows of JSON lines, each with the number of its line, from 1; blank lines are skipped, but counted.
 
-    Blank lines (nothing, or white space alone) are skipped, but counted. A line that is no JSON object, or not UTF-8,
-    gives its error in place of a row, so that it stops no other.
+    A line that is no JSON object, or not UTF-8, gives its error in place of a row, so that it stops no other.
     """
     for number, line in enumerate(lines, start=1):
         try:
@@ -53,16 +48,10 @@ def json_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any] | Da
 
 
 def read_csv(file: Path, numeric: Collection[str]) -> Rows:
-    """Every row below the header.
+    """Every row below the header; DataError if the file is not CSV, or not UTF-8.
 
-    Cells are texts, whatever they look like (``NA``, ``null``, ``12``); empty ones are ``None``.
-
-    Args:
-        file: The file.
-        numeric: Columns that hold numbers where all their cells look like numbers.
-
-    Raises:
-        DataError: If it is not CSV, or not UTF-8.
+    Cells are texts, whatever they look like (``NA``, ``null``, ``12``); empty ones are ``None``. Only ``numeric``
+    columns hold numbers, where all their cells look like numbers.
     """
     csv.field_size_limit(2**31 - 1)  # the library's own limit is shorter than many documents
     reader = csv.reader(_lines(file), strict=True)
@@ -98,11 +87,7 @@ def _numbers(rows: list[tuple[str, dict[str, Any]]], name: str) -> None:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """The lines of a text file.
-
-    Raises:
-        DataError: If one is not UTF-8.
-    """
+    """The lines of a text file."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -112,13 +97,8 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _decoded(line: bytes, number: int) -> str:
-    """The text of a line.
-
-    Raises:
-        DataError: If it is not UTF-8.
-    """
+    """The text of a line; DataError if it is not UTF-8."""
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")  # some programs mark the beginning
     except UnicodeDecodeError as error:
-        message = f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
-        raise DataError(message) from error
+        raise DataError(f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8") from error

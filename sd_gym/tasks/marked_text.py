@@ -1,4 +1,4 @@
-"""What becomes of an input's text, character by character: read, dropped by a decision, or cut off as too long."""
+"""An input's text with a mark for each character: read, dropped by a decision, or cut off as too long."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ READ, DROPPED, CUT = 0, 1, 2
 
 
 class MarkedText(NamedTuple):
-    """A text, and what becomes of it.
+    """A text, and its marks.
 
     Attributes:
         text: The text.
@@ -35,17 +35,14 @@ class MarkedText(NamedTuple):
 
 
 def marked_texts(
-    instance: Instance,
-    tokenizer: PreTrainedTokenizerBase,
-    backbone: BackboneConfig,
-    keep: NDArray | None = None,
+    instance: Instance, tokenizer: PreTrainedTokenizerBase, backbone: BackboneConfig, keep: NDArray | None = None
 ) -> list[MarkedText]:
-    """The texts that a backbone is given (source and pair, or the filled prompt), and what becomes of them.
+    """The texts that a backbone is given (source and pair, or the filled prompt), with marks.
 
     Args:
-        instance: Whose texts.
-        tokenizer: The backbone's; of a slow one all is said to be read, as it cannot tell where its tokens stand.
-        backbone: As for ``encode``.
+        instance: The instance.
+        tokenizer: The backbone's; with a slow one all is marked as read, as it cannot tell where its tokens stand.
+        backbone: See ``encode``.
         keep: Which tokens stay, bool ``[length]``; ``None``: all.
     """
     from sd_gym.tasks.encoding import texts_and_tokens  # for which torch is imported

@@ -1,4 +1,4 @@
-"""What a backbone's output is worth: the quality of one instance, and the metric of a whole data set.
+"""How good a backbone's output is: the quality of one instance, and the metric of a whole data set.
 
 The quality of an instance is what rewards are made of; the metric is what reports show. Accuracy and exact match are
 the mean quality. F1, Matthews correlation and the correlations of a regression are properties of the whole data set,
@@ -11,84 +11,116 @@ predictions, so this is what keeps it where one class is rare, which accuracy do
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sd_gym.registry import Registry
-from sd_gym.tasks import text
 
-OfText = Callable[[str, Sequence[str]], float | Mapping[str, float]]
-OfAll = Callable[[NDArray, NDArray], float]
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+TextMetric = Callable[[str, Sequence[str]], float | Mapping[str, float]]
+CorpusMetric = Callable[[NDArray, NDArray], float]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a task is measured by: one of the two functions.
+    """How a task is measured: one of the two functions.
 
     Attributes:
-        of_text: Scores in [0, 1] of one text by its references, a number or several by name, of which a data set has
-            the means.
-        of_all: One number of a whole data set, of predictions ``[n]`` and labels ``[n]`` (class indices, or scores).
-        quality: Which of several scores of a text its quality is; ``None``: their mean.
-        own: Whether it is a user's: then any task may be measured by it.
+        of_text: Takes a text and its references to a score in [0, 1], or to several by name; a data set has the means.
+        of_all: Takes predictions ``[n]`` and labels ``[n]`` (class indices, or scores) to one number.
+        quality: Which of several scores of a text is its quality; ``None``: their mean.
+        own: Whether it is a user's, which applies to any task.
     """
 
-    of_text: OfText | None = None
-    of_all: OfAll | None = None
+    of_text: TextMetric | None = None
+    of_all: CorpusMetric | None = None
     quality: str | None = None
     own: bool = False
 
     @property
     def of_texts(self) -> bool:
-        """Whether it is one of texts."""
+        """Whether it compares texts."""
         return self.of_text is not None
 
 
-def text_scores(metric: str, said: str, references: Sequence[str]) -> dict[str, float]:
-    """What a metric of texts says of one text, by name.
-
-    Raises:
-        ValueError: If there is no such metric of texts.
-    """
+def text_scores(metric: str, answer: str, references: Sequence[str]) -> dict[str, float]:
+    """Scores of one text, by name; ValueError if the metric does not compare texts."""
     function = METRICS.find(metric).of_text
     if function is None:
         raise ValueError(f"the metric {metric!r} is none of texts")
-    given = function(said, references or ("",))
-    return dict(given) if isinstance(given, Mapping) else {metric: float(given)}
+    scores = function(answer, references or ("",))
+    return dict(scores) if isinstance(scores, Mapping) else {metric: float(scores)}
 
 
-def text_quality(metric: str, said: str, references: Sequence[str]) -> float:
+def text_quality(metric: str, answer: str, references: Sequence[str]) -> float:
     """Quality of one text in [0, 1]: F1 for ``squad``, ``exact_match``, the mean of the three ROUGE for ``rouge``.
 
-    Both metrics of a data set are means over its instances, so mean quality kept is metric kept: of SQuAD's two
-    figures F1 is the one that a reward can grade, and of the three ROUGE none is preferred.
-
-    Raises:
-        ValueError: If there is no such metric of texts.
+    A data set's metric is the mean over its instances, so whoever keeps the mean quality keeps the metric. Of SQuAD's
+    two figures F1 is the one that a reward can grade. Raises: see ``text_scores``.
     """
-    scores, chosen = text_scores(metric, said, references), METRICS.find(metric).quality
+    scores, chosen = text_scores(metric, answer, references), METRICS.find(metric).quality
     return float(np.mean(list(scores.values()))) if chosen is None else scores[chosen]
 
 
-def text_metrics(metric: str, said: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Means over a data set of what a metric of texts consists of."""
-    scores = [text_scores(metric, one, wanted) for one, wanted in zip(said, references, strict=True)]
-    return {name: float(np.mean([one[name] for one in scores])) for name in scores[0]}
+def text_metrics(metric: str, answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Means of ``text_scores`` over a data set."""
+    scores = [text_scores(metric, answer, right) for answer, right in zip(answers, references, strict=True)]
+    return {name: float(np.mean([of_text[name] for of_text in scores])) for name in scores[0]}
 
 
 def corpus_metric(name: str, predictions: NDArray, labels: NDArray) -> float:
-    """The metric of a whole data set: see ``Metric.of_all``.
-
-    Raises:
-        ValueError: If there is no such metric.
-    """
+    """The metric of a whole data set, see ``Metric.of_all``; ValueError if the metric compares texts."""
     function = METRICS.find(name).of_all
     if function is None:
         raise ValueError(f"the metric {name!r} is one of texts")
     return float(function(predictions, labels))
+
+
+def normalised(text: str) -> str:
+    """Lower case, without punctuation and articles, with single spaces: as SQuAD compares (Rajpurkar et al. 2016)."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def answer_scores(answer: str, references: Sequence[str]) -> dict[str, float]:
+    """Exact match and token F1 of an answer, each the best over the references.
+
+    Without references the question has no answer (SQuAD 2.0): then only an empty text is right.
+    """
+    references = references or ("",)
+    return {
+        "exact_match": float(max(normalised(answer) == normalised(reference) for reference in references)),
+        "f1": max(_token_f1(normalised(answer).split(), normalised(reference).split()) for reference in references),
+    }
+
+
+def summary_scores(summary: str, references: Sequence[str]) -> dict[str, float]:
+    """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L with stemming (Lin 2004), each the best over the references."""
+    scores = [_scorer().score(reference, summary) for reference in references]
+    return {name: max(score[name].fmeasure for score in scores) for name in ROUGE}
+
+
+def _token_f1(answer: list[str], reference: list[str]) -> float:
+    if not answer or not reference:
+        return float(answer == reference)
+    common = sum((Counter(answer) & Counter(reference)).values())
+    return 2 * common / (len(answer) + len(reference))
+
+
+@lru_cache
+def _scorer():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(list(ROUGE), use_stemmer=True)
 
 
 def _accuracy(predictions: NDArray, labels: NDArray) -> float:
@@ -114,19 +146,20 @@ def _correlation(predictions: NDArray, labels: NDArray) -> float:
 
     if np.ptp(predictions) == 0:  # not defined; a constant score says nothing
         return 0.0
-    return (pearsonr(labels, predictions).statistic + spearmanr(labels, predictions).statistic) / 2
+    results: list[Any] = [pearsonr(labels, predictions), spearmanr(labels, predictions)]
+    return sum(result.statistic for result in results) / 2
 
 
-def _exact_match(said: str, references: Sequence[str]) -> float:
-    return text.answer_scores(said, references)["exact_match"]
+def _exact_match(answer: str, references: Sequence[str]) -> float:
+    return answer_scores(answer, references)["exact_match"]
 
 
 METRICS: Registry[Metric] = Registry(
     "metric",
     {
         "exact_match": Metric(of_text=_exact_match),
-        "squad": Metric(of_text=text.answer_scores, quality="f1"),
-        "rouge": Metric(of_text=text.summary_scores),
+        "squad": Metric(of_text=answer_scores, quality="f1"),
+        "rouge": Metric(of_text=summary_scores),
         "accuracy": Metric(of_all=_accuracy),
         "f1": Metric(of_all=_f1),
         "matthews": Metric(of_all=_matthews),
@@ -135,18 +168,16 @@ METRICS: Registry[Metric] = Registry(
 )
 
 
-def register_metric(name: str, *, of_text: OfText | None = None, of_all: OfAll | None = None) -> None:
+def register_metric(name: str, *, of_text: TextMetric | None = None, of_all: CorpusMetric | None = None) -> None:
     """Make a metric of your own known: then ``metric=name`` works in ``gym.make``, YAML files and ``--set``.
 
     Args:
-        name: What it is called; a later one of the same name replaces it.
-        of_text: Takes a text and its references (a list of texts) to a score in [0, 1], higher is better; a data set
-            has the mean. With ``quality=metric`` rewards are made of it.
-        of_all: Takes predictions and labels, each ``[n]``, to the metric of a whole data set, where instances are
-            classified or scored.
+        name: Its name; a later one of the same name replaces it.
+        of_text: See ``Metric``; higher is better. With ``quality=metric`` rewards are made of it.
+        of_all: See ``Metric``, where instances are classified or scored.
 
     Raises:
-        ValueError: If not just one of the two is given, or the name is one of the project's.
+        ValueError: If not exactly one of the two is given, or the name is one of the project's.
     """
     if (of_text is None) == (of_all is None):
         raise ValueError(f"the metric {name!r} needs either of_text or of_all")

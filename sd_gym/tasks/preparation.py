@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sd_gym.backbones.checks import check_positions, usable_device
 from sd_gym.backbones.heads import head_of
@@ -37,10 +38,12 @@ from sd_gym.tasks.dropping import TokenDropping
 from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.ranking import training_rarity
 from sd_gym.tasks.splits import Splits, check_unchanged
-from sd_gym.tasks.validation import Part, Score
+from sd_gym.tasks.validation import EncodedSplit, MeanQuality
 from sd_gym.version import __version__
 
 CUT_OFF = "preparing.json"  # the settings, while a preparation runs
+
+OnStep = Callable[[int, dict[str, float]], None]
 
 
 def prepare_backbone(
@@ -54,49 +57,43 @@ def prepare_backbone(
     quality: QualityConfig = QualityConfig(),  # noqa: B008
     skip_logits: Mapping[str, NDArray] | None = None,
     resume: bool = False,
-    on_step: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
+    on_step: OnStep = lambda step, figures: None,
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> dict[str, Any]:
     """Fine-tune a backbone on a task so that it is robust to skipping, and save it with its tokenizer and a report.
 
-    Started by ``accelerate launch``, several processes share the work, each with batches of its own (so
-    ``recipe.batch_size`` is that of one process); the first one writes. The weights are saved before they are
-    evaluated.
+    Started by ``accelerate launch``, several processes share the work, each with batches of its own; the first one
+    writes. The weights are saved before they are evaluated.
 
     Args:
-        backbone: A supported model, as an env's configuration has it: lengths, and of decoder-only ones the prompt,
-            after which the loss is. For classification a head of the right size is put on it if it has none, for
-            extracted answers one that marks spans; for anything else it must generate.
-        data: The data set. Nothing is learned or measured on its test split, but errors in it are told early, and it is
-            compared with what is learned from.
-        task: ``classification`` (or regression, where the labels are scores), ``question_answering`` or
-            ``summarization``.
+        backbone: A supported model, with lengths and perhaps a prompt. For classification it gets a head of the right
+            size, and for extracted answers one that marks spans, if it has none; for other answers it must generate.
+        data: The data set. Nothing is learned or measured on its test split, but errors in it are raised.
+        task: Name of the task.
         output: Folder to write to: the model, ``preparation.json``, ``preparation.png`` (quality against skip rate) and
             TensorBoard's events; ``checkpoint.pt`` and ``preparing.json`` while the preparation runs.
-        recipe: Steps, rates and draws. With a ``max_rate`` of 0 and no tokens to drop the backbone is fine-tuned
-            densely, as usual.
+        recipe: Steps, rates and draws; its ``batch_size`` is that of one process. With a ``max_rate`` of 0 and no
+            tokens to drop the backbone is fine-tuned densely, as usual.
         tokens: Shares of the tokens to drop that a row draws from, and which go first; by ``attention``, that of the
             backbone before it is prepared.
-        quality: Its ``label_range`` counts.
-        skip_logits: To tune it under a policy: of ``train`` and ``validation``, the log-odds by which the policy skips
-            each switch for each instance, float32 ``[n, switches]``. Then decisions are drawn around the policy's
-            (``decisions_around``), and what the policy observes is frozen (``freeze_observation``).
-        resume: Whether to go on from the checkpoint in ``output``, if there is one.
-        on_step: As for ``sd_gym.backbones.prepare``; called in the first process.
+        quality: Only its ``label_range`` counts.
+        skip_logits: To tune it under a policy: for ``train`` and ``validation``, the log-odds by which the policy skips
+            each switch, float32 ``[n, switches]``. See ``decisions_around`` and ``freeze_observation``.
+        resume: Whether to continue from the checkpoint in ``output``, if there is one.
+        on_step: See ``sd_gym.backbones.prepare``; called in the first process.
         on_phase: Called in the first process with what begins: ``evaluating`` (before and after), ``preparing``.
 
     Returns:
-        The report, also in ``preparation.json``: settings; how many instances there are, were left out (empty) and cut;
-        the course of the validation quality; and mean quality on the validation split by random skip rate, and by the
-        share of tokens dropped, before and after. Quality is accuracy (nearness, of scores) where the backbone
-        classifies, F1 where it extracts answers, the likelihood of the reference where it generates.
+        The report, also in ``preparation.json``: settings; instances that were used, left out (empty) and cut; the
+        validation quality by step; and mean quality on the validation split by random skip rate, and by the share of
+        tokens dropped, before and after. ``measure`` says which quality that is.
 
     Raises:
         FileExistsError: If ``output`` holds anything but a preparation that was cut off and is to be resumed;
             ``FolderInUseError`` if another process is writing to it.
-        FileNotFoundError, DataError, UnsupportedArchitectureError: As loading raises.
         ValueError: If the backbone cannot do the task, or the preparation to resume has other data or settings.
         FloatingPointError: If the loss is not finite.
+        FileNotFoundError, DataError, UnsupportedArchitectureError: See ``load_model`` and ``load_split``.
     """
     accelerator = Accelerator(
         cpu=backbone.device == "cpu",
@@ -107,30 +104,42 @@ def prepare_backbone(
     if recipe.max_rate == 0 and len(tokens.shares) == 1:
         recipe = replace(recipe, dense_steps=recipe.steps)
     with locked(output) if first else nullcontext():
-        there = _there(output, resume) if first else None
+        cut_off = _cut_off(output, resume) if first else None
         splits = Splits(data, task)
         model, tokenizer, board = _switchable(backbone, task, splits, recipe.seed, skip_logits is not None, accelerator)
         reading = head_of(model).prompting(backbone)
-        parts = _parts(splits, data, board, tokenizer, reading, tokens, skip_logits)
-        settings = _settings(reading, data, task, recipe, tokens, quality, accelerator)
-        settings |= {"data": {name: part.provenance for name, part in parts.items()}}
-        settings |= {"policy": None if skip_logits is None else _hash(skip_logits)}
+        encoded = _encoded(splits, data, board, tokenizer, reading, tokens, skip_logits)
+        settings = {
+            MARKER: __version__,
+            "backbone": reading.name,
+            "source": data.model_dump(),
+            "task": task,
+            **asdict(recipe),
+            "processes": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
+            **{key: getattr(reading, key) for key in ("prompt", "stop", "max_source_length", "max_target_length")},
+            "token_shares": list(tokens.shares),
+            "token_ranking": tokens.ranking,
+            "label_range": quality.label_range,
+            "data": {name: split.provenance for name, split in encoded.items()},
+            "policy": None if skip_logits is None else _hash(skip_logits),
+        }
         if first:
-            if there is not None:
-                check_unchanged(output, there["data"], splits)
-                _check_same(output, there, settings)
+            if cut_off is not None:
+                check_unchanged(output, cut_off["data"], splits)
+                _check_same(output, cut_off, settings)
             write_json(output / CUT_OFF, settings)
-        score = Score(board, parts["validation"], quality, reading, accelerator)
+        mean = MeanQuality(board, encoded["validation"], quality, reading, accelerator)
         say = on_phase if first else lambda phase: None
         say("evaluating")
-        before = score.by_rate(), score.by_share()
+        before = mean.by_rate(), mean.by_share()
         say("preparing")
         with _curves(output, on_step, write=first) as log:
-            course = prepare(
+            history = prepare(
                 board,
-                _batches(parts["train"], recipe.batch_size, recipe.seed, accelerator),
+                _batches(encoded["train"], recipe.batch_size, recipe.seed, accelerator),
                 recipe,
-                validate=lambda: score.under_decisions(recipe.max_rate, recipe.draw),
+                validate=lambda: mean.under_decisions(recipe.max_rate, recipe.draw),
                 checkpoint=output / "checkpoint.pt",
                 resume=resume,
                 on_step=log,
@@ -139,102 +148,76 @@ def prepare_backbone(
         if first:
             save_backbone(model, tokenizer, output)
         say("evaluating")
-        after = score.by_rate(), score.by_share()
+        after = mean.by_rate(), mean.by_share()
         board.remove()
         report = {
             **settings,
-            "steps_done": course.step,
-            "validation": [{"step": step, "quality": value} for step, value in course.validation],
-            "measure": score.name,
+            "steps_done": history.step,
+            "validation": [{"step": step, "quality": value} for step, value in history.validation],
+            "measure": head_of(model).learned_by,
             "quality": {"before": before[0], "after": after[0]},
             "quality_by_token_share": {"before": before[1], "after": after[1]},
         }
         if first:
-            _report(report, output)
+            plot_preparation(report, output / "preparation.png")
+            write_json(output / "preparation.json", report)
+            for name in ("checkpoint.pt", CUT_OFF):
+                (output / name).unlink(missing_ok=True)
         accelerator.wait_for_everyone()
         return report
 
 
 def _switchable(
-    backbone: BackboneConfig, task: str, splits: Splits, seed: int, as_it_is: bool, accelerator: Accelerator
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Switchboard]:
-    """The model on its device, its tokenizer, and its switchboard; ``as_it_is``: as a policy knows it."""
-    train = splits["train"], splits["validation"]  # errors in the data come first
+    backbone: BackboneConfig, task: str, splits: Splits, seed: int, has_policy: bool, accelerator: Accelerator
+) -> tuple[PreTrainedModel, Tokenizer, Switchboard]:
+    """The model on its device, its tokenizer, and its switchboard; as it is where it has a policy."""
+    train, _ = splits["train"], splits["validation"]  # errors in the data come first
     torch.manual_seed(seed)
-    model, tokenizer = load_model(backbone.name) if as_it_is else _load(backbone, task, train[0])
+    model, tokenizer = load_model(backbone.name) if has_policy else _load(backbone, task, train)
     check_positions(backbone, model, tokenizer, head_of(model))
-    model.to(accelerator.device if accelerator.num_processes > 1 else usable_device(backbone.device))
+    device = accelerator.device if accelerator.num_processes > 1 else usable_device(backbone.device)
+    model.to(device)  # pyright: ignore[reportArgumentType]  (transformers hides the signature of Module.to)
     board = Switchboard(model.eval())
-    if as_it_is:
+    if has_policy:
         freeze_observation(board)
     return model, tokenizer, board
 
 
-def _parts(
+def _encoded(
     splits: Splits,
     data: DataConfig,
     board: Switchboard,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     reading: BackboneConfig,
     tokens: TokensConfig,
     skip_logits: Mapping[str, NDArray] | None,
-) -> dict[str, Part]:
-    """``train`` and ``validation`` as the model reads them; what is wrong with ``test`` is told too."""
-    head, parts = head_of(board.model), {}
+) -> dict[str, EncodedSplit]:
+    """``train`` and ``validation`` as the model reads them; errors in ``test`` are raised, too."""
+    head, encoded = head_of(board.model), {}
     rarity = cache(lambda: training_rarity(tokenizer, splits["train"]))
-    encoded = partial(encode_cached, tokenizer=tokenizer, head=head, backbone=reading, unanswerable=data.unanswerable)
+    encode = partial(encode_cached, tokenizer=tokenizer, head=head, backbone=reading, unanswerable=data.unanswerable)
     for name in ("train", "validation"):
         split, logits = splits[name], None if skip_logits is None else skip_logits[name]
-        tensors = encoded(split)
+        tensors = encode(split)
         dropping = TokenDropping(split, tensors, board, tokenizer, head, reading, tokens, rarity)
         if len(tokens.shares) > 1:  # as the backbone ranks them before it is prepared
-            dropping.scores, dropping.droppable  # noqa: B018
-        parts[name] = Part(split, tensors, head, dropping, logits)
+            _ = dropping.scores, dropping.droppable
+        encoded[name] = EncodedSplit(split, tensors, head, dropping, logits)
     if "test" in splits:
-        encoded(splits["test"])
-    return parts
-
-
-def _settings(
-    reading: BackboneConfig,
-    data: DataConfig,
-    task: str,
-    recipe: Recipe,
-    tokens: TokensConfig,
-    quality: QualityConfig,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
-    """What a preparation that goes on must share with the one that was cut off."""
-    return {
-        MARKER: __version__,
-        "backbone": reading.name,
-        "source": data.model_dump(),
-        "task": task,
-        **asdict(recipe),
-        "processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-        "prompt": reading.prompt,
-        "stop": reading.stop,
-        "max_source_length": reading.max_source_length,
-        "max_target_length": reading.max_target_length,
-        "token_shares": list(tokens.shares),
-        "token_ranking": tokens.ranking,
-        "label_range": quality.label_range,
-    }
+        encode(splits["test"])
+    return encoded
 
 
 @contextmanager
-def _curves(
-    output: Path, on_step: Callable[[int, dict[str, float]], None], *, write: bool
-) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """What notes each step for TensorBoard, and passes it on; in the process that writes."""
+def _curves(output: Path, on_step: OnStep, *, write: bool) -> Iterator[OnStep]:
+    """Notes each step for TensorBoard, and passes it on; in the process that writes."""
     writer: SummaryWriter | None = None
 
     def log(step: int, figures: dict[str, float]) -> None:
         nonlocal writer
         if not write:
             return
-        if writer is None:  # what a run that was cut off wrote from here on counts no more
+        if writer is None:  # hides what a run that was cut off wrote from here on
             writer = SummaryWriter(output, purge_step=step)
         for name, value in figures.items():
             writer.add_scalar(f"validation/{name}" if name == "quality" else f"train/{name}", value, step)
@@ -242,25 +225,13 @@ def _curves(
 
     try:
         yield log
-    finally:  # what was logged is in the folder when an error leaves it, and no thread writes there any more
+    finally:  # also after an error everything is written, and no thread writes any more
         if writer is not None:
             writer.close()
 
 
-def _report(report: dict[str, Any], output: Path) -> None:
-    """Write what came of it, and take away what going on needed."""
-    plot_preparation(report, output / "preparation.png")
-    write_json(output / "preparation.json", report)
-    for name in ("checkpoint.pt", CUT_OFF):
-        (output / name).unlink(missing_ok=True)
-
-
-def _there(output: Path, resume: bool) -> dict[str, Any] | None:
-    """The settings of the preparation in the folder that is to be resumed; ``None``: the folder is empty.
-
-    Raises:
-        FileExistsError: If the folder holds anything else.
-    """
+def _cut_off(output: Path, resume: bool) -> dict[str, Any] | None:
+    """The settings of the preparation in the folder that is to be resumed; ``None``: the folder is empty."""
     if not contents(output):
         return None
     if not (output / CUT_OFF).exists():
@@ -275,7 +246,7 @@ def _there(output: Path, resume: bool) -> dict[str, Any] | None:
 
 
 def _check_same(output: Path, there: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raise ``ValueError`` if the preparation in the folder, of which ``there`` tells, has other settings."""
+    """Raise ValueError if the preparation in the folder has other settings."""
     here = json.loads(as_json(settings))
     named = [key for key in here if key not in (MARKER, "source", "data")]  # data that are the same may have moved
     differ = [f"its {key} is {there.get(key)}, now it is {here[key]}" for key in named if there.get(key) != here[key]]
@@ -284,15 +255,10 @@ def _check_same(output: Path, there: dict[str, Any], settings: dict[str, Any]) -
 
 
 def _hash(arrays: Mapping[str, NDArray]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for name in sorted(arrays):
-        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
-    return digest.hexdigest()
+    return hashlib.blake2b(b"".join(arrays[name].tobytes() for name in sorted(arrays)), digest_size=8).hexdigest()
 
 
-def _load(
-    backbone: BackboneConfig, task: str, train: list[Instance]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(backbone: BackboneConfig, task: str, train: list[Instance]) -> tuple[PreTrainedModel, Tokenizer]:
     """The model with the head that the task needs."""
     family, stored = TASKS.find(task), head_stored_with(backbone.name)
     head, label2id = family.head_to_prepare(stored, backbone.answers, train)
@@ -306,12 +272,12 @@ def _load(
     return model, tokenizer
 
 
-def _batches(part: Part, batch_size: int, seed: int, accelerator: Accelerator) -> Iterator[dict[str, Tensor]]:
+def _batches(split: EncodedSplit, batch_size: int, seed: int, accelerator: Accelerator) -> Iterator[dict[str, Tensor]]:
     """This process's share of endless shuffled batches, each row at a random token level."""
     random = np.random.default_rng(seed)
-    drawn = _draws(part.encoded.source_length, batch_size, len(part.tokens.shares), random)
+    drawn = _draws(split.encoded.source_length, batch_size, len(split.tokens.shares), random)
     for rows, level in itertools.islice(drawn, accelerator.process_index, None, accelerator.num_processes):
-        yield part.batch(rows, level)
+        yield split.batch(rows, level)
 
 
 def _draws(
@@ -322,29 +288,30 @@ def _draws(
     while True:
         order = random.permutation(len(lengths))
         for start in range(0, len(order), window):
-            part = order[start : start + window]
-            part = part[np.argsort(lengths[part], kind="stable")]
-            batches = np.split(part, range(batch_size, len(part), batch_size))
+            rows = order[start : start + window]
+            rows = rows[np.argsort(lengths[rows], kind="stable")]
+            batches = np.split(rows, range(batch_size, len(rows), batch_size))
             for number in random.permutation(len(batches)):
                 yield batches[number], random.integers(levels, size=len(batches[number]))
 
 
 def plot_preparation(report: dict[str, Any], file: Path) -> None:
-    """Quality against skip rate and share of tokens dropped, before and after, and its course, as one PNG."""
-    panels = [("skip rate of every sublayer", report["quality"])]
+    """Draw quality against skip rate and share of tokens dropped, before and after, and by step, as one PNG."""
+    panels = {"skip rate of every sublayer": report["quality"]}
     if report["quality_by_token_share"]["after"]:
-        panels.append(("share of tokens dropped", report["quality_by_token_share"]))
+        panels["share of tokens dropped"] = report["quality_by_token_share"]
     figure = Figure(figsize=(5 * (len(panels) + 1), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    *curves, course = figure.subplots(1, len(panels) + 1)
-    for axes, (label, values) in zip(curves, panels, strict=True):
+    *curves, by_step = figure.subplots(1, len(panels) + 1)
+    for axes, (label, values) in zip(curves, panels.items(), strict=True):
         for name, marker in (("before", "s"), ("after", "o")):
             axes.plot([float(x) for x in values[name]], list(values[name].values()), marker=marker, label=name)
-        axes.set(xlabel=label, ylabel=f"{report['measure']}, validation split", ylim=(0, 1.03))
+        axes.set(xlabel=label, ylabel=f"{report['measure']}, validation split")
         axes.legend(loc="lower left")
-    course.plot([one["step"] for one in report["validation"]], [one["quality"] for one in report["validation"]], "o-")
-    course.set(xlabel="step", ylabel=f"{report['measure']} under random decisions", ylim=(0, 1.03))
-    for axes in (*curves, course):
+    by_step.plot([row["step"] for row in report["validation"]], [row["quality"] for row in report["validation"]], "o-")
+    by_step.set(xlabel="step", ylabel=f"{report['measure']} under random decisions")
+    for axes in (*curves, by_step):
+        axes.set_ylim(0, 1.03)
         axes.grid(alpha=0.3)
     temporary = file.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=100)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class QuestionAnswering(Task):
-    """Answers are lists of texts that are all right, empty where a question has no answer; or SQuAD's form of that."""
+    """Answers are lists of right texts, empty where a question has no answer; or SQuAD's form of that."""
 
     texts = ("question", "context")
     reference = "answers"
@@ -60,7 +60,7 @@ class QuestionAnswering(Task):
 
 
 def _answers(value: Any, origin: str) -> tuple[list[str], tuple[tuple[int, int], ...]]:
-    """The texts of answers, and where they stand if the form is SQuAD's: ``{"text": [...], "answer_start": [...]}``."""
+    """The texts of answers, and where they stand in SQuAD's form: ``{"text": [...], "answer_start": [...]}``."""
     answers = value.get("text") if isinstance(value, dict) else value
     if not isinstance(answers, list) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise DataError(

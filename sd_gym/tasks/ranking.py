@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sd_gym.data.encoded import Encoded, left_padded
+from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
 from sd_gym.registry import Registry
 from sd_gym.switch import (
@@ -20,7 +19,6 @@ from sd_gym.switch import (
     Switchboard,
     attention_received,
     inverse_document_frequency,
-    keep_tokens,
     position_scores,
     random_scores,
     rarity_scores,
@@ -28,6 +26,8 @@ from sd_gym.switch import (
 
 STATISTICS_SIZE = 2000  # training instances that statistics are taken from
 BATCH = 512
+
+ScoreTokens = Callable[[Encoded, Switchboard, Callable[[], NDArray]], NDArray]  # see ``TokenRanking.scores``
 
 
 class TokenRanking(ABC):
@@ -45,7 +45,7 @@ class TokenRanking(ABC):
 
     @abstractmethod
     def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
-        """How much each token matters, float ``[n, longest]``; see ``token_scores``."""
+        """How much each token matters, float ``[n, longest]``; ``rarity`` gives ``training_rarity``."""
 
     def flops(self, flops: FlopsModel, length: NDArray) -> NDArray:
         """FLOPs of ranking the tokens of inputs of ``length [n]`` tokens, int64 ``[n]``."""
@@ -87,25 +87,13 @@ class ByPosition(TokenRanking):
 
     def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
         """See ``position_scores``."""
-        return position_scores(tuple(encoded.input_ids.shape))
+        return position_scores(encoded.input_ids.shape)
 
 
-class AtRandom(TokenRanking):
-    """At random: a control."""
+class FunctionRanking(TokenRanking):
+    """By a user's function; see ``register_ranking``."""
 
-    def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
-        """See ``random_scores``."""
-        return random_scores(tuple(encoded.input_ids.shape))
-
-
-class OwnRanking(TokenRanking):
-    """By a function of the user's own.
-
-    Args:
-        function: As for ``register_ranking``.
-    """
-
-    def __init__(self, function: Callable[[Encoded, Switchboard, Callable[[], NDArray]], NDArray]) -> None:
+    def __init__(self, function: ScoreTokens) -> None:
         self._function = function
 
     def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
@@ -113,80 +101,42 @@ class OwnRanking(TokenRanking):
         return self._function(encoded, board, rarity)
 
 
+def _at_random(encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
+    return random_scores(encoded.input_ids.shape)
+
+
 RANKINGS: Registry[TokenRanking] = Registry(
     "token ranking",
-    {"attention": ByAttention(), "idf": ByRarity(), "position": ByPosition(), "random": AtRandom()},
+    {"attention": ByAttention(), "idf": ByRarity(), "position": ByPosition(), "random": FunctionRanking(_at_random)},
 )
 
 
-def register_ranking(
-    name: str, ranking: TokenRanking | Callable[[Encoded, Switchboard, Callable[[], NDArray]], NDArray]
-) -> None:
+def register_ranking(name: str, ranking: TokenRanking | ScoreTokens) -> None:
     """Make a token ranking of your own known: then ``token_ranking=name`` works in ``gym.make``, YAML and ``--set``.
 
     A policy that drops tokens by it decides in the env alone: an artefact knows the project's rankings only.
 
     Args:
-        name: What it is called; a later one of the same name replaces it.
+        name: Its name; a later one of the same name replaces it.
         ranking: A ``TokenRanking``, which also says what it costs; or a function that costs nothing. It takes
-            ``(encoded, board, rarity)``, as of ``token_scores``, to a number for each token, float ``[n, longest]``;
-            the lowest go first.
+            ``(encoded, board, rarity)`` to a number for each token, float ``[n, longest]``; the lowest go first.
 
     Raises:
         ValueError: If the name is one of the project's.
     """
-    RANKINGS.register(name, ranking if isinstance(ranking, TokenRanking) else OwnRanking(ranking))
-
-
-def token_scores(ranking: str, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
-    """How much each token matters, float ``[n, longest]``.
-
-    Args:
-        ranking: ``attention`` (received in the backbone's first layer), ``idf`` (inverse document frequency),
-            ``position``, ``random``, or one of the user's.
-        encoded: The inputs.
-        board: The backbone's switchboard.
-        rarity: Gives ``training_rarity``, which ``idf`` ranks by.
-
-    Raises:
-        ValueError: If a ranking of one's own gives something else.
-    """
-    scores = np.asarray(RANKINGS.find(ranking).scores(encoded, board, rarity))
-    if scores.shape != tuple(encoded.input_ids.shape) or np.isnan(scores).any():
-        raise ValueError(
-            f"the ranking {ranking!r} has to give a number for each token, {list(encoded.input_ids.shape)}, got "
-            f"{list(scores.shape)}"
-        )
-    return scores
+    RANKINGS.register(name, ranking if isinstance(ranking, TokenRanking) else FunctionRanking(ranking))
 
 
 def training_rarity(tokenizer: PreTrainedTokenizerBase, train: Sequence[Instance]) -> NDArray:
-    """How rare each token is in the first training instances, as ``inverse_document_frequency`` says it."""
-    texts = [f"{one.source} {one.source_pair or ''}" for one in train[:STATISTICS_SIZE]]
+    """``inverse_document_frequency`` of each token in the first training instances."""
+    texts = [f"{instance.source} {instance.source_pair or ''}" for instance in train[:STATISTICS_SIZE]]
     return inverse_document_frequency(map(np.array, tokenizer(texts).input_ids))
-
-
-def kept_tokens(scores: NDArray, droppable: NDArray, length: NDArray, share: NDArray, padding_side: str) -> NDArray:
-    """The tokens that a batch of inputs keeps, bool ``[n, longest of them]``, as the switchboard's ``decide`` takes it.
-
-    Args:
-        scores: How much each token matters, ``[n, longest of the split]``.
-        droppable: Whether it may be dropped, likewise.
-        length: Tokens of each input, ``[n]``.
-        share: Share of the droppable tokens that each row drops, ``[n]``.
-        padding_side: Where the batch is padded, ``left`` or ``right``.
-    """
-    longest = int(length.max())
-    keep = keep_tokens(scores, droppable, share)[:, :longest] & (np.arange(longest) < length[:, None])
-    if padding_side == "left":
-        return left_padded(torch.from_numpy(keep), torch.from_numpy(length)[:, None]).numpy()
-    return keep
 
 
 def in_batches(
     function: Callable[[Switchboard, dict[str, Tensor]], Tensor], encoded: Encoded, board: Switchboard
 ) -> Iterator[NDArray]:
-    """What a function of the model's inputs gives, batch by batch, in order."""
+    """A function of the model's inputs, batch by batch, in order."""
     for start in range(0, len(encoded), BATCH):
         rows = np.arange(start, min(start + BATCH, len(encoded)))
         yield function(board, encoded.inputs(rows, board.model.device)).float().cpu().numpy()

@@ -16,32 +16,31 @@ from sd_gym.tasks.data import SPLITS, DataError, Instances, check_splits, load_s
 class Splits:
     """The splits of a data set, all of them read when the first one is asked for.
 
-    What is wrong with a split is told when that split is asked for: who only learns needs no test split. Generated
-    splits are disjoint as they are made, and each is generated when it is asked for.
+    An error in a split is raised when that split is asked for, as learning needs no test split. Generated splits are
+    disjoint; each is generated when it is asked for.
 
     Args:
         data: The data set.
-        task: As for ``load_split``.
+        task: See ``load_split``.
 
     Raises:
-        DataError: If what ``data`` says of its splits cannot be.
+        DataError: See ``check_splits``.
     """
 
     def __init__(self, data: DataConfig, task: str) -> None:
         check_splits(data)
-        self._data = data
-        self._task = task
+        self._data, self._task = data, task
         self._read: dict[str, Instances | Exception] = {}
 
     def __getitem__(self, name: str) -> Instances:
         """The instances of a split, by its name.
 
         Raises:
-            FileNotFoundError, DataError: As ``load_split`` raises; and if rows stand in two splits whose ``DataConfig``
-                does not say what is done about that.
+            FileNotFoundError, DataError: See ``load_split``.
+            DataError: If rows stand in two splits (``overlap: error``).
 
         Warns:
-            UserWarning: If they do and are allowed to.
+            UserWarning: If they do and may (``overlap: allow``).
         """
         if self._data.dataset == "procedural":
             if name not in self._read:
@@ -49,22 +48,22 @@ class Splits:
         elif not self._read:
             known: dict[str, tuple[str, list]] = {}
             read = {split: self._try(split, known) for split in SPLITS}
-            _compare({split: one for split, one in read.items() if isinstance(one, Instances)}, self._data)
+            _compare({split: rows for split, rows in read.items() if isinstance(rows, Instances)}, self._data)
             self._read = read
-        found = self._read[name]
-        if isinstance(found, Exception):
-            raise found
-        return found
+        instances = self._read[name]
+        if isinstance(instances, Exception):
+            raise instances
+        return instances
 
     def __contains__(self, name: str) -> bool:
-        """Whether the data set has a split; raises as asking for it does, but where there is none."""
+        """Whether the data set has a split; an error in it is raised."""
         try:
             return len(self[name]) > 0
         except FileNotFoundError:
             return False
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        """``Instances.identity`` of each split; raises as asking for each does."""
+        """``Instances.identity`` of each split; an error in one is raised."""
         return {name: self[name].identity for name in SPLITS}
 
     def _try(self, name: str, known: dict[str, tuple[str, list]]) -> Instances | Exception:
@@ -79,7 +78,7 @@ def check_unchanged(run: Path, before: Mapping[str, Mapping[str, Any]], data: Sp
 
     Args:
         run: The folder of a run, or of a preparation.
-        before: What ``Splits.identity`` said of some splits when it began; empty: nobody knows.
+        before: ``Splits.identity`` of some splits when it began; empty: not known.
         data: The splits now.
     """
     now = {name: data[name].identity for name in before}
@@ -98,12 +97,12 @@ def _key(instance: Instance) -> tuple[str, str | None]:
 
 
 def _compare(splits: dict[str, Instances], data: DataConfig) -> None:
-    """Do what ``data.overlap`` says about the texts that stand in two splits."""
-    texts = {name: {_key(one) for one in instances} for name, instances in splits.items()}
+    """Drop, refuse or count the texts that stand in two splits, as ``data.overlap`` says."""
+    texts = {name: {_key(instance) for instance in instances} for name, instances in splits.items()}
     shared = {
-        (one, other): sum(_key(instance) in texts[other] for instance in splits[one])
-        for one, other in combinations(splits, 2)
-        if texts[one] & texts[other]
+        (name, other): sum(_key(instance) in texts[other] for instance in splits[name])
+        for name, other in combinations(splits, 2)
+        if texts[name] & texts[other]
     }
     if not shared:
         return
@@ -113,9 +112,9 @@ def _compare(splits: dict[str, Instances], data: DataConfig) -> None:
             _drop(splits[name], set().union(*later), f"the split {name!r} of {data.dataset!r}")
         return
     words = "; ".join(
-        f"{count} of the {len(splits[one])} rows of {one} ({splits[one].part}) also stand in {other} "
+        f"{count} of the {len(splits[name])} rows of {name} ({splits[name].part}) also stand in {other} "
         f"({splits[other].part})"
-        for (one, other), count in shared.items()
+        for (name, other), count in shared.items()
     )
     if data.overlap == "error":
         raise DataError(
@@ -123,15 +122,15 @@ def _compare(splits: dict[str, Instances], data: DataConfig) -> None:
             "of rows that were learned from. Cut them apart with splits=..., or set overlap=drop to leave such rows "
             "out of the first one, or overlap=allow to go on all the same"
         )
-    for one, other in shared:
-        for name, against in ((one, other), (other, one)):
-            splits[name].also_in[against] = sum(_key(instance) in texts[against] for instance in splits[name])
+    for pair in shared:
+        for name, other in (pair, pair[::-1]):
+            splits[name].also_in[other] = sum(_key(instance) in texts[other] for instance in splits[name])
     warnings.warn(f"splits of {data.dataset!r} overlap, as overlap=allow says: {words}", stacklevel=4)
 
 
 def _drop(instances: Instances, texts: set[tuple[str, str | None]], what: str) -> None:
     """Leave out, in place, what stands among ``texts``."""
-    kept = [number for number, one in enumerate(instances) if _key(one) not in texts]
+    kept = [number for number, instance in enumerate(instances) if _key(instance) not in texts]
     instances.dropped = len(instances) - len(kept)
     instances.rows = [instances.rows[number] for number in kept]
     instances[:] = [instances[number] for number in kept]

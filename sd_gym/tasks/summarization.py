@@ -1,4 +1,4 @@
-"""A text for a text: summarization, and whatever else is told by two fields."""
+"""A text for a text: summarization, and whatever else has two fields."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class TextToText(Task):
 
     Args:
         source: The field that is read.
-        target: The field of what shall be generated.
-        metrics: What it is measured by, the usual one first.
+        target: The field of the text that shall be generated.
+        metrics: Metrics that apply, the default first.
     """
 
     gives = ("text",)

@@ -1,4 +1,4 @@
-"""What a backbone is worth on a split under random decisions, while it is prepared."""
+"""Quality of a backbone on a split under random decisions, while it is prepared."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
-class Part:
+class EncodedSplit:
     """A split as the model reads it, with what dropping its tokens needs.
 
     Attributes:
         instances: The instances.
         encoded: Their tensors.
         head: The backbone's head.
-        tokens: Which of its tokens a level drops.
+        tokens: Which of their tokens a level drops.
         skip_logits: Log-odds by which the policy that the backbone is tuned under skips each switch, float32
-            ``[n, switches]``; ``None``: there is none.
+            ``[n, switches]``; ``None``: no policy.
     """
 
     instances: Instances
@@ -46,7 +46,7 @@ class Part:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Which rows these are (``Instances.provenance``), and how many had their input or target cut."""
+        """``Instances.provenance``, and how many had their input or target cut."""
         return {**self.instances.provenance, **self.encoded.counts}
 
     def batch(self, rows: NDArray, level: NDArray) -> dict[str, Tensor]:
@@ -61,61 +61,57 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Score:
+class MeanQuality:
     """Mean quality on a split, of which each process runs its share."""
 
     board: Switchboard
-    part: Part
+    split: EncodedSplit
     quality: QualityConfig
     reading: BackboneConfig
     accelerator: Accelerator
 
-    @property
-    def name(self) -> str:
-        """What the quality is."""
-        return self.part.head.learned_by
-
     def by_rate(self) -> dict[str, float]:
         """Quality with every row skipping each switch at random, by the rate (0: dense)."""
-        n, switches, generator = len(self.part.encoded), len(self.board), torch.Generator()
+        n, switches, generator = len(self.split.encoded), len(self.board), torch.Generator()
         drawn = {rate: torch.rand(n, switches, generator=generator.manual_seed(0)) < rate for rate in REPORTED_RATES}
-        return {str(rate): self.mean(skip.long(), np.zeros(n, dtype=np.int64)) for rate, skip in drawn.items()}
+        return {str(rate): self._mean(skip.long(), np.zeros(n, dtype=np.int64)) for rate, skip in drawn.items()}
 
     def by_share(self) -> dict[str, float]:
-        """Quality with every sublayer running, by the share of tokens that every row drops; nothing where none may."""
-        n, shares = len(self.part.encoded), self.part.tokens.shares.tolist()[1:]
+        """Quality with every sublayer running, by the share of tokens that every row drops; empty where none may."""
+        n, shares = len(self.split.encoded), self.split.tokens.shares.tolist()[1:]
         nothing = torch.zeros(n, len(self.board), dtype=torch.int64)
-        return {str(share): self.mean(nothing, np.full(n, level)) for level, share in enumerate(shares, start=1)}
+        return {str(share): self._mean(nothing, np.full(n, level)) for level, share in enumerate(shares, start=1)}
 
     def under_decisions(self, max_rate: float, draw: str) -> float:
         """Quality with every row drawing its decision as in training, the same ones at each call."""
-        n, levels = len(self.part.encoded), len(self.part.tokens.shares)
+        n, levels = len(self.split.encoded), len(self.split.tokens.shares)
         generator = torch.Generator().manual_seed(0)
         skip = DRAWS[draw](n, layers_of(self.board), max_rate, generator)
-        if self.part.skip_logits is not None:
-            skip = decisions_around(torch.from_numpy(self.part.skip_logits), skip, generator)
-        return self.mean(skip, np.random.default_rng(0).integers(levels, size=n))
+        if self.split.skip_logits is not None:
+            skip = decisions_around(torch.from_numpy(self.split.skip_logits), skip, generator)
+        return self._mean(skip, np.random.default_rng(0).integers(levels, size=n))
 
     @torch.inference_mode()
-    def mean(self, skip: Tensor, level: NDArray) -> float:
+    def _mean(self, skip: Tensor, level: NDArray) -> float:
         """Mean quality under decisions ``[n, switches]`` and token levels ``[n]``."""
-        part, device = self.part, self.board.model.device
-        order = np.argsort(part.encoded.source_length, kind="stable")
+        split, device = self.split, self.board.model.device
+        order = np.argsort(split.encoded.source_length, kind="stable")
         batches = np.split(order, range(BATCH, len(order), BATCH))
         total = 0.0
         for rows in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
-            inputs = {name: value.to(device) for name, value in part.batch(rows, level[rows]).items()}
+            inputs = {name: value.to(device) for name, value in split.batch(rows, level[rows]).items()}
             inputs.pop("skip_logits", None)
             keep = inputs.pop("keep", None)
-            with self.board.decide(skip[rows], None if keep is None else part.head.kept(inputs, keep)):
-                logits = part.head.forward(self.board, inputs)
+            with self.board.decide(skip[rows], None if keep is None else split.head.kept(inputs, keep)):
+                logits = split.head.forward(self.board, inputs)
             total += self._sum(logits, inputs["labels"], rows)
-        return float(self.accelerator.reduce(torch.tensor(total, device=device), reduction="sum")) / len(order)
+        reduced: Any = self.accelerator.reduce(torch.tensor(total, device=device), reduction="sum")
+        return float(reduced) / len(order)
 
     def _sum(self, logits: Tensor, labels: Tensor, rows: NDArray) -> float:
-        head, measure = self.part.head, self.part.head.learned_as
-        if measure.score is None:
-            said = head.said(self.part, rows, head.read(logits, self.reading.max_target_length).cpu().numpy())
-            references = [self.part.instances[row].references for row in rows]
-            return sum(text_quality(measure.metric, text, right) for text, right in zip(said, references, strict=True))
-        return float(measure.score(logits, labels, self.quality.label_range).sum())
+        split, measure = self.split, self.split.head.learned_as
+        if measure.score is not None:
+            return float(measure.score(logits, labels, self.quality.label_range).sum())
+        answers = split.head.said(split, rows, split.head.read(logits, self.reading.max_target_length).cpu().numpy())
+        references = [split.instances[row].references for row in rows]
+        return sum(text_quality(measure.metric, text, right) for text, right in zip(answers, references, strict=True))

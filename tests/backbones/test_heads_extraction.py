@@ -19,8 +19,8 @@ from sd_gym.data.instance import Instance
 from sd_gym.envs import ConfigError
 from sd_gym.tasks.data import DataError, load_split
 from sd_gym.tasks.encoding import encode
+from sd_gym.tasks.metrics import normalised
 from sd_gym.tasks.preparation import prepare_backbone
-from sd_gym.tasks.text import normalised
 from tests.conftest import WORDS, make_extractor, make_model, varied
 
 ARCHITECTURES = ["bart", "mbart", "t5", "gpt2", "llama", "bert", "roberta", "distilbert", "electra"]

@@ -19,7 +19,7 @@ import sd_gym
 from sd_gym.envs.spaces import flat_size
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.card import write_card
-from sd_gym.policy.protection import Protection
+from sd_gym.policy.protected_tokens import ProtectedTokens
 from tests.conftest import WORDS, make_extractor, make_model
 
 RESULT = {
@@ -221,8 +221,8 @@ def test_what_is_no_artefact_is_refused(tmp_path, tiny_tokenizer):
     card = json.loads((folder / "skip_policy.json").read_text())
     del card["files"], card["format"]
     for change, message in (
-        ({"operating_points": [{"margin": 0}]}, r"skip_policy\.json is no card of a policy: operating_points.0"),
-        ({"protection": {"special": [1]}}, r"skip_policy\.json is no card of a policy: protection.first"),
+        ({"operating_points": [{"margin": 0}]}, r"skip_policy\.json: not the card of a policy.*: operating_points.0"),
+        ({"protection": {"special": [1]}}, r"skip_policy\.json: not the card of a policy.*: protection.first"),
         ({"env": {**card["env"], "tokens": {"shares": [0.0], "ranking": "idf"}}}, "2 token levels"),
     ):
         write_card(folder, {**card, **change})
@@ -259,8 +259,8 @@ def test_a_rule_for_protected_tokens_is_taken_only_if_it_says_just_the_same():
     ids = torch.tensor([[1, 7, 8, 2, 9, 9, 2], [1, 7, 2, 9, 2, 0, 0]])
     length = np.array([7, 5])
     question = np.array([[0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0]], dtype=bool)
-    rule = Protection.of(ids, length, question, [0, 1, 2], 2)
+    rule = ProtectedTokens.find(ids, length, question, [0, 1, 2], 2)
     assert rule.separator == 2
     first = np.array([[0, 0, 1, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0]], dtype=bool)
-    assert Protection.of(ids, length, first, [0, 1, 2], 2) == Protection((0, 1, 2), 2, 1, None)
-    assert Protection.of(ids, length, first[::-1].copy(), [0, 1, 2], 2) is None
+    assert ProtectedTokens.find(ids, length, first, [0, 1, 2], 2) == ProtectedTokens((0, 1, 2), 2, 1, None)
+    assert ProtectedTokens.find(ids, length, first[::-1].copy(), [0, 1, 2], 2) is None

@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode
 
 from sd_gym.envs import ConfigError
 from sd_gym.envs.sb3 import SwitchableVecEnv
-from sd_gym.policy.observation import standardised
+from sd_gym.policy.features import standardised
 
 ID = "SD/Classification-Mini-Staged-v0"
 SMALL = {"train_size": 40, "validation_size": 20, "test_size": 20}

@@ -15,8 +15,8 @@ from sd_gym.inference.attach import attach, detach
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy, weights_hash
 from sd_gym.policy.card import OperatingPoint
-from sd_gym.policy.observation import observed
-from sd_gym.policy.protection import Protection
+from sd_gym.policy.features import input_features
+from sd_gym.policy.protected_tokens import ProtectedTokens
 from sd_gym.switch import FlopsModel, Switchboard, first_layer_input
 from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, make_inputs, make_model, row_of
 
@@ -33,7 +33,7 @@ def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0
     stages = list(board.decided_at(stages))
     inputs = make_inputs("bert", batch=64)
     looked = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-    seen, embedded = observed(board, looked).numpy(), first_layer_input(board, looked).detach().numpy()
+    seen, embedded = input_features(board, looked).numpy(), first_layer_input(board, looked).detach().numpy()
     of_tokens = (embedded.mean(axis=(0, 1)), embedded.std(axis=(0, 1))) if tokens else None
     width = 2 * model.config.hidden_size + 2
     if stages != ["first"]:  # at all of them it is standardised as at the first one
@@ -63,8 +63,9 @@ def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0
             "token_types": False,
         },
     }
-    protection = Protection((1, 2, 3), 1, 0, None) if len(shares) > 1 else None
-    return SkipPolicy(network, seen.mean(axis=0), seen.std(axis=0), rarity, protection, (), card, of_tokens)
+    protection = ProtectedTokens((1, 2, 3), 1, 0, None) if len(shares) > 1 else None
+    standards = seen.mean(axis=0), seen.std(axis=0)
+    return SkipPolicy(network, *standards, rarity, protection, (), card, of_tokens, ranking == "attention")
 
 
 def judging(model, policy, inputs):

@@ -68,7 +68,7 @@ def test_it_is_the_switched_model_bit_for_bit_and_transformers_alone_loads_it(na
 def test_layers_in_which_something_always_runs_are_not_taken_out(name):
     model = make_model(name)
     board = Switchboard(model)
-    with pytest.raises(ValueError, match="a norm behind each residual sum runs even where all is skipped"):
+    with pytest.raises(ValueError, match="a norm after each residual sum runs even where all is skipped"):
         sd_gym.bake(model, next(masks(board)))
     same = sd_gym.bake(model, np.zeros(len(board)))  # nothing is skipped
     assert torch.equal(outputs(same, name)[0], outputs(model, name)[0])

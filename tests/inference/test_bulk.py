@@ -15,7 +15,7 @@ import sd_gym
 from sd_gym.cli import app
 from sd_gym.errors import DataError
 from sd_gym.folders import FolderInUseError
-from sd_gym.inference.bulk import rows_of, run_file
+from sd_gym.inference.bulk import count_rows, run_file
 from sd_gym.tasks import cache
 from sd_gym.tasks.files import read_jsonl
 from tests.conftest import WORDS
@@ -319,10 +319,10 @@ def test_a_column_of_a_field_that_is_none_is_refused(model, tmp_path):
 
 
 def test_rows_are_counted_where_lines_tell_them(tmp_path):
-    assert rows_of(write(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "b"}, '{"text": "c"}'])) == 3
-    assert rows_of(write(tmp_path / "in.csv", ["text\n", "a\n"])) is None
-    assert rows_of(tmp_path / "no.jsonl") is None
-    assert rows_of(None) is None
+    assert count_rows(write(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "b"}, '{"text": "c"}'])) == 3
+    assert count_rows(write(tmp_path / "in.csv", ["text\n", "a\n"])) is None
+    assert count_rows(tmp_path / "no.jsonl") is None
+    assert count_rows(None) is None
 
 
 def test_the_command_says_what_to_do(model, tmp_path):

@@ -11,7 +11,7 @@ from sd_gym.agents.experiment.evaluation import time_ratio
 from torch.utils.flop_counter import FlopCounterMode
 
 import sd_gym.execution.split
-import sd_gym.policy.observation
+import sd_gym.policy.features
 import sd_gym.switch
 from sd_gym.inference.attach import attach, detach
 from sd_gym.tasks import ranking
@@ -86,7 +86,7 @@ def test_deciding_is_timed_from_the_tokenised_inputs_on(settings, monkeypatch):
     split = core.split("test")
     split.features, split.tokens.scores  # noqa: B018  (known)
     decided = []
-    looked = [noting(module, "first_layer_input", monkeypatch) for module in (sd_gym.policy.observation, sd_gym.switch)]
+    looked = [noting(module, "first_layer_input", monkeypatch) for module in (sd_gym.policy.features, sd_gym.switch)]
     ranked = noting(ranking, "attention_received", monkeypatch)
 
     class Policy(Drawn):

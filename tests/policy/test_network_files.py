@@ -71,7 +71,7 @@ def test_weights_that_are_no_numbers_are_refused(value, folder):
         weights["head.weight"][1, 2] = value
 
     edit_weights(folder, spoil)
-    with pytest.raises(ValueError, match=r"expected finite numbers, but 1 in head\.weight are none"):
+    with pytest.raises(ValueError, match=r"expected finite numbers, but 1 in head\.weight are not"):
         DecisionPolicy.load(folder)
 
 
@@ -105,7 +105,7 @@ def test_files_that_are_cut_off_or_garbage_are_refused(folder):
         DecisionPolicy.load(folder)
     for text in ("", "{", "[1]", "null"):
         (folder / "policy.json").write_text(text)
-        with pytest.raises(ValueError, match=r"policy\.json: no policy that was saved here"):
+        with pytest.raises(ValueError, match=r"policy\.json: not a policy that was saved here"):
             DecisionPolicy.load(folder)
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sd_gym
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.batches import tensors
+from sd_gym.policy.observations import to_tensors
 from sd_gym.policy.token_encoder import TokenEncoder, affordable_channels
 from tests.conftest import make_model
 from tests.envs.test_core import SMALL
@@ -125,11 +125,11 @@ def test_what_an_agent_exports_decides_as_it_does(name, orders):
     seen = env.core.observe(env.core.split("train"), np.arange(40))
     with torch.no_grad():
         if name == "reinforce":
-            logits = agent.network(tensors(seen))
+            logits = agent.network(to_tensors(seen))
         else:
-            logits = agent.algorithm.policy.get_distribution(tensors(seen)).distribution
+            logits = agent.algorithm.policy.get_distribution(to_tensors(seen)).distribution
             logits = torch.cat([one.logits for one in logits], dim=1)
-        exported = agent.policy()(tensors(seen))
+        exported = agent.policy()(to_tensors(seen))
     parts = [one.log_softmax(dim=1) for one in exported.split(env.core.nvec.tolist(), dim=1)]
     expected = [one.log_softmax(dim=1) for one in logits.split(env.core.nvec.tolist(), dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), torch.cat(expected, dim=1))
@@ -173,7 +173,7 @@ def test_the_flops_of_a_policy_grow_with_its_text_and_are_the_counted_ones(tiny)
     counted = []
     for row in rows:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            policy(tensors(tiny.observe(split, rows[[row]])))
+            policy(to_tensors(tiny.observe(split, rows[[row]])))
         counted.append(counter.get_total_flops())
     np.testing.assert_array_equal(decision_flops(tiny, policy, split, rows), counted)
     assert len(set(counted)) > 1
@@ -186,7 +186,7 @@ def test_token_encoders_cost_at_most_one_percent_of_the_dense_flops(env_id):
     env = gym.make_vec(env_id, num_envs=2, observation="tokens", **SMALL).unwrapped
     policy, split = make_agent("ppo", env).policy(), env.core.split("train")
     rows = np.arange(len(split))
-    encoder = policy.flops_a_token * split.encoded.source_length / split.costs.dense_flops(rows)
+    encoder = policy.flops_per_token * split.encoded.source_length / split.costs.dense_flops(rows)
     assert 0.005 < encoder.mean() < 0.0101
 
 
@@ -198,7 +198,7 @@ def test_channels_are_as_many_as_can_be_paid():
 
 def test_a_batch_of_texts_is_each_alone_and_padding_is_not_seen(tiny):
     policy, split = policy_of(tiny), tiny.split("train")
-    seen = tensors(tiny.observe(split, np.arange(len(split))))
+    seen = to_tensors(tiny.observe(split, np.arange(len(split))))
     with torch.no_grad():
         together = policy(seen)
         alone = [policy({name: values[[row]] for name, values in seen.items()}) for row in range(len(split))]

@@ -14,8 +14,7 @@ from torchmetrics.functional.text import squad
 from sd_gym.config import DataConfig
 from sd_gym.envs import ConfigError
 from sd_gym.tasks.data import DataError, load_split
-from sd_gym.tasks.metrics import text_metrics, text_quality
-from sd_gym.tasks.text import answer_scores, normalised, summary_scores
+from sd_gym.tasks.metrics import answer_scores, normalised, summary_scores, text_metrics, text_quality
 from tests.conftest import WORDS, dense_policy, make_extractor, make_model, write_mirror
 
 

@@ -42,9 +42,7 @@ def stored_head(config: PretrainedConfig, architectures: list[str], *, generates
     Args:
         config: The model's configuration.
         architectures: The names of the classes that it was saved from.
-        generates: Whether it generates if they do not tell, as what GGUF files hold does.
+        generates: Whether it generates if the names do not tell, as what GGUF files hold does.
     """
-    for names in (architectures, ["ForCausalLM"] if generates else []):
-        if found := next((head for head in HEADS if head.is_stored(config, names)), None):
-            return found
-    return None
+    candidates = (architectures, ["ForCausalLM"] if generates else [])
+    return next((head for names in candidates for head in HEADS if head.is_stored(config, names)), None)

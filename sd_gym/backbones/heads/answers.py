@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sd_gym.data.encoded import Encoded
+from sd_gym.data.instance import Instance
 from sd_gym.switch import PassState
-
-if TYPE_CHECKING:
-    from sd_gym.data.encoded import Encoded
-    from sd_gym.data.instance import Instance
 
 LEAST_LIKELIHOOD = 1e-13  # whose logarithm is taken: about minus 30
 
+Value = Callable[[Tensor, Tensor], Tensor]  # of logits and labels, each [batch, ...], to [batch] or [batch, values]
 
-class Measure(NamedTuple):
+
+class QualityMeasure(NamedTuple):
     """How a quality is measured.
 
     Attributes:
-        score: From logits, labels and the label range to the quality, float32 ``[batch]``; ``None``: the answer's text
-            is compared with the references.
+        score: Takes logits, labels and the label range to the quality, float32 ``[batch]``; ``None``: the answer's
+            text is compared with the references.
         is_relative: Whether it counts relative to the dense backbone's.
         is_balanced: Whether it is weighed by class.
-        metric: Of texts, the metric that compares them; empty: that of the config.
+        metric: The metric that compares texts; empty: that of the config.
     """
 
     score: Callable[[Tensor, Tensor, float], Tensor] | None
@@ -37,15 +37,18 @@ class Measure(NamedTuple):
     metric: str = ""
 
 
-class Given(Protocol):
+class SplitData(Protocol):
     """A split: its instances, and their tensors."""
 
-    instances: Sequence[Instance]
-    encoded: Encoded
+    @property
+    def instances(self) -> Sequence[Instance]: ...  # noqa: D102
+
+    @property
+    def encoded(self) -> Encoded: ...  # noqa: D102
 
 
-class Runs(Given, Protocol):
-    """What runs the backbone on rows of a split under decisions, for a head that wants its answers.
+class AnswerPasses(SplitData, Protocol):
+    """Runs the backbone on rows of a split under decisions, for a head that wants its answers.
 
     Attributes:
         longest: Longest answer, in tokens.
@@ -53,23 +56,21 @@ class Runs(Given, Protocol):
 
     longest: int
 
-    def in_passes(
-        self,
-        rows: NDArray,
-        decisions: NDArray,
-        value: Callable[[Tensor, Tensor], Tensor],
-        seen: PassState | None = None,
-    ) -> NDArray:
-        """A value, or several, of each row's logits and labels, float64 ``[n]`` or ``[n, values]``."""
+    def in_passes(self, rows: NDArray, decisions: NDArray, value: Value, seen: PassState | None = None) -> NDArray:
+        """A value, or several, of each row, float64 ``[n]`` or ``[n, values]``."""
+        ...
 
-    def under_all(self, rows: NDArray, masks: NDArray, value: Callable[[Tensor, Tensor], Tensor]) -> NDArray:
+    def under_all(self, rows: NDArray, masks: NDArray, value: Value) -> NDArray:
         """Values under each of ``masks [masks, switches + 1]``, float64 ``[n, masks, values]``."""
+        ...
 
     def generated(self, rows: NDArray, decisions: NDArray, seen: PassState | None = None) -> list[str]:
         """What ``generate()`` gives for each row."""
+        ...
 
     def generated_under_all(self, rows: NDArray, masks: NDArray) -> list[list[str]]:
         """What ``generate()`` gives for each row under each of ``masks [masks, switches + 1]``."""
+        ...
 
 
 class Answers(ABC):
@@ -77,9 +78,9 @@ class Answers(ABC):
 
     Attributes:
         gives: What a task asks for: a ``label`` (or score), a ``span`` of the context, or a ``text``.
-        answering: How questions are answered, as the config key ``answers`` says it; ``None``: they are not.
-        learned_by: How preparing calls the quality that it validates by.
-        sees_confidence: Whether it has a probability in the whole answer before it is given.
+        answering: How questions are answered, as in the config key ``answers``; ``None``: they are not.
+        learned_by: Name of the quality that preparing validates by.
+        sees_confidence: Whether it has a probability of the whole answer before it is given.
     """
 
     gives: ClassVar[str]
@@ -88,35 +89,27 @@ class Answers(ABC):
     sees_confidence: ClassVar[bool] = False
 
     def check_answering(self, wanted: str | None, name: str) -> None:
-        """Check the config key ``answers``; ``name`` is the backbone's.
-
-        Raises:
-            ValueError: If answers shall come in another way than this head's.
-        """
+        """Raise ValueError if the head of the backbone ``name`` does not answer as the config key ``answers`` wants."""
         if wanted not in (None, self.answering):
             raise ValueError(
                 f"config key 'backbone.answers': {wanted!r} needs a backbone whose answers are {wanted}, but {name!r} "
                 f"gives a {self.gives}"
             )
 
-    def measured_by(self, quality: str) -> Measure:
-        """How a quality of that name is measured.
-
-        Raises:
-            ValueError: If it has no such quality.
-        """
+    def measured_by(self, quality: str) -> QualityMeasure:
+        """How the quality of that name is measured; ValueError if the head has no such quality."""
         measures = {
-            "exact_match": Measure(self.exact),
-            "balanced": Measure(self.exact, is_balanced=True),
-            "likelihood": Measure(self.likelihood, is_relative=True),
-            "metric": Measure(None),
+            "exact_match": QualityMeasure(self.exact),
+            "balanced": QualityMeasure(self.exact, is_balanced=True),
+            "likelihood": QualityMeasure(self.likelihood, is_relative=True),
+            "metric": QualityMeasure(None),
         }
         return measures[quality]
 
     @property
-    def learned_as(self) -> Measure:
+    def learned_as(self) -> QualityMeasure:
         """How the quality that preparing validates by is measured."""
-        return Measure(self.exact)
+        return QualityMeasure(self.exact)
 
     @abstractmethod
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
@@ -124,21 +117,14 @@ class Answers(ABC):
 
     @abstractmethod
     def likelihood(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
-        """Probability of the reference, float32 ``[batch]``.
-
-        A graded quality where exact match is too coarse, from one teacher-forced pass.
-        """
+        """Probability of the reference, float32 ``[batch]``: a graded quality, from one teacher-forced pass."""
 
     def dense_loss(self, likelihood: NDArray, label_range: float) -> NDArray:
         """The loss that a likelihood stands for, float64 ``[n]``: its negative logarithm."""
         return -np.log(np.maximum(likelihood, LEAST_LIKELIHOOD))
 
     def prediction(self, logits: Tensor) -> Tensor:
-        """What a metric of a whole data set compares with the labels, ``[batch]``.
-
-        Raises:
-            ValueError: If its answers are none that such a metric compares.
-        """
+        """What a metric of a whole data set compares with the labels, ``[batch]``; ValueError if it cannot."""
         raise ValueError(f"this metric compares classes or scores, and the backbone gives a {self.gives}")
 
     def confidence(self, logits: Tensor) -> Tensor:
@@ -146,42 +132,39 @@ class Answers(ABC):
         raise ValueError(f"a {self.gives} has no confidence before it stands")
 
     def read(self, logits: Tensor, longest: int) -> Tensor:
-        """What one pass says, ``[batch]`` or ``[batch, values]``, for ``said`` to put in words.
-
-        Args:
-            logits: As ``forward`` gives them.
-            longest: Longest answer, in tokens.
-        """
+        """The answers of one pass, of ``longest`` tokens at most, as numbers: ``[batch]`` or ``[batch, values]``."""
         return self.prediction(logits)
 
     @abstractmethod
-    def said(self, given: Given, rows: NDArray, values: NDArray) -> list[str]:
+    def said(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
         """What ``read`` gave for rows of a split, in words."""
 
-    def answers(self, runs: Runs, rows: NDArray, decisions: NDArray, seen: PassState | None = None) -> list[str]:
-        """What the backbone says to rows under decisions, to be read; it goes on from what they have ``seen``."""
-        values = runs.in_passes(rows, decisions, lambda logits, _: self.read(logits, runs.longest), seen)
-        return self.said(runs, rows, values)
+    def answers(
+        self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, seen: PassState | None = None
+    ) -> list[str]:
+        """The backbone's answers to rows under decisions, in words; passes may resume from the state ``seen``."""
+        values = passes.in_passes(rows, decisions, lambda logits, _: self.read(logits, passes.longest), seen)
+        return self.said(passes, rows, values)
 
     def answers_and_likelihood(
-        self, runs: Runs, rows: NDArray, decisions: NDArray, label_range: float
+        self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, label_range: float
     ) -> tuple[list[str], NDArray]:
         """``answers`` and the likelihood of the references, float64 ``[n]``, from as few passes as that takes."""
-        values = runs.in_passes(rows, decisions, self._reads_and_rates(runs.longest, label_range))
-        return self.said(runs, rows, values[:, :-1]), values[:, -1]
+        values = passes.in_passes(rows, decisions, self._reads_and_rates(passes.longest, label_range))
+        return self.said(passes, rows, values[:, :-1]), values[:, -1]
 
     def answers_under_all(
-        self, runs: Runs, rows: NDArray, masks: NDArray, label_range: float
+        self, passes: AnswerPasses, rows: NDArray, masks: NDArray, label_range: float
     ) -> tuple[list[list[str]], NDArray]:
         """``answers_and_likelihood`` under each of ``masks [masks, switches + 1]``, which share what they agree on.
 
         Returns:
             The texts, a list for each mask, and the likelihoods, float64 ``[n, masks]``.
         """
-        values = runs.under_all(rows, masks, self._reads_and_rates(runs.longest, label_range))
-        return [self.said(runs, rows, of_mask[:, :-1]) for of_mask in values.swapaxes(0, 1)], values[..., -1]
+        values = passes.under_all(rows, masks, self._reads_and_rates(passes.longest, label_range))
+        return [self.said(passes, rows, of_mask[:, :-1]) for of_mask in values.swapaxes(0, 1)], values[..., -1]
 
-    def _reads_and_rates(self, longest: int, label_range: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def _reads_and_rates(self, longest: int, label_range: float) -> Value:
         """Takes logits and labels to what ``read`` gives and, in a last column, the likelihood: ``[batch, values]``."""
 
         def both(logits: Tensor, labels: Tensor) -> Tensor:
@@ -191,16 +174,16 @@ class Answers(ABC):
         return both
 
     def reference(self, instance: Instance, labels: Tensor) -> str:
-        """What is right, to be read like an answer; of several right texts the first, empty if there is none."""
+        """The right answer in words; of several the first, empty if there is no answer."""
         return str(instance.target)
 
     def answered(self, instances: Sequence[Instance], answers: Sequence[str]) -> Sequence[Instance]:
-        """The instances with what was answered as their targets, where the length of an answer counts."""
+        """The instances with their answers as targets, where the length of an answer counts."""
         return instances
 
     def classes(self, instances: Sequence[Instance]) -> NDArray:
         """What the data say of classified instances, ``[n]``: names of classes, or scores."""
-        return np.array([str(one.target) for one in instances])
+        return np.array([str(instance.target) for instance in instances])
 
     def facts(self, encoded: Encoded) -> dict[str, NDArray]:
         """What is known of each instance's target before any decision, by name, each ``[n]``."""

@@ -21,12 +21,11 @@ class Head(Encoding, Losses, Answers):
     """One kind of output: how it is loaded, and what a pass of it runs on; what else it does is in three parts.
 
     ``Encoding`` is what comes before a pass, ``Losses`` what is learned from it, ``Answers`` what is said after it.
-    A head has no weights and keeps no model: those are the backbone's. What it is told of the model stands in its
-    ``settings``.
+    A head has no weights and keeps no model; what it knows of the model stands in its ``settings``.
 
     Attributes:
         auto_class: The class of ``transformers`` that loads such a model.
-        stored_as: What the names of the model classes that have it end with.
+        stored_as: Ends of the names of the model classes that have it.
     """
 
     auto_class: ClassVar[str]
@@ -49,19 +48,15 @@ class Head(Encoding, Losses, Answers):
 
     @classmethod
     def load_options(cls, config: PretrainedConfig) -> dict[str, Any]:
-        """What its class is loaded with.
-
-        Raises:
-            BackboneError: If the architecture has no such head.
-        """
+        """Further arguments for loading its class; BackboneError if the architecture has no such head."""
         return {}
 
     def forward(self, board: Switchboard, batch: dict[str, Tensor], call: Callable[..., Any] | None = None) -> Tensor:
-        """Logits of one forward pass, teacher-forced where texts are generated.
+        """Logits of one forward pass under the decisions in force, teacher-forced where texts are generated.
 
         Args:
-            board: The backbone's switchboard; its decisions in force apply.
-            batch: As ``batch`` gives it.
+            board: The backbone's switchboard.
+            batch: From ``batch``.
             call: What to call instead of the model (the same model, wrapped for several processes).
 
         Returns:
@@ -70,10 +65,7 @@ class Head(Encoding, Losses, Answers):
         return (call or board.model)(**model_inputs(batch)).logits
 
     def kept(self, batch: dict[str, Tensor], keep: NDArray | Tensor) -> NDArray | Tensor:
-        """The tokens that a pass on a batch keeps, of those that its inputs keep, ``[batch, length]``.
-
-        What else depends on that is changed in the batch.
-        """
+        """The tokens that a pass keeps, where its inputs keep ``[batch, length]``; the batch is changed to fit."""
         return keep
 
     def lengths(self, source: NDArray, target: NDArray, kept: NDArray) -> tuple[NDArray, NDArray, NDArray]:
@@ -84,20 +76,20 @@ class Head(Encoding, Losses, Answers):
             target: Tokens of the answer, int ``[n]``.
             kept: Tokens of the input that are not dropped, int ``[n]``.
         """
-        return source, source, kept  # a decoder that classifies behind an encoder reads the input again
+        return source, source, kept  # a decoder that classifies after an encoder reads the input again
 
     def answer_costs(
         self, flops: FlopsModel, source: NDArray, target: NDArray, kept: NDArray
     ) -> tuple[NDArray, NDArray]:
-        """What inputs and their answers cost, as ``FlopsModel.costs`` gives it; lengths as of ``lengths``."""
+        """``FlopsModel.costs`` of inputs and their answers; lengths as for ``lengths``."""
         return flops.costs(*self.lengths(source, target, kept))
 
     def decoded(self, target: NDArray, kept: NDArray) -> NDArray:
-        """Tokens that a decoder behind an encoder runs on, of the same shape."""
+        """Tokens that the decoder of an encoder-decoder runs on, of the same shape."""
         return kept
 
     def positions(self, source: int, target: int) -> dict[str, int]:
-        """Positions that the model needs for the longest input and target, by what they are."""
+        """Positions that the model needs for the longest input and target, by config key."""
         return {"max_source_length": source}
 
 
@@ -107,8 +99,8 @@ def reading_ratio(
     """FLOPs to read inputs, and to answer one token where texts are generated, over those of dense: float64 ``[n]``.
 
     Args:
-        head: The backbone's.
-        flops: Likewise.
+        head: The backbone's head.
+        flops: The backbone's FLOPs.
         source: Tokens of each input, int ``[n]``.
         kept: Those that are not dropped, int ``[n]``.
         skip: Integers or booleans ``[n, switches]``, 1 = skipped.

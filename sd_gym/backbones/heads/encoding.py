@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import BatchEncoding
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.data.encoded import Targets
-
-if TYPE_CHECKING:
-    from sd_gym.config import BackboneConfig
-    from sd_gym.data.encoded import Encoded
-    from sd_gym.data.instance import Instance
+from sd_gym.config import BackboneConfig
+from sd_gym.data.encoded import Encoded, Targets
+from sd_gym.data.instance import Instance
 
 NO_MODEL_INPUTS = ("labels", "context_mask")
 
@@ -39,28 +37,22 @@ class Encoding(ABC):
         return {"head": self.name}
 
     def prompting(self, backbone: BackboneConfig) -> BackboneConfig:
-        """The backbone's part of the config with the prompt and stop that it takes, of those that are there.
+        """The backbone's part of the config with only the prompt and stop that the head uses.
 
         Raises:
-            ValueError: If it needs a prompt and there is none.
+            ValueError: If it needs a prompt and the config has no prompt.
         """
         return backbone.model_copy(update={"prompt": None, "stop": None})
 
-    def source_options(self) -> dict[str, bool]:
-        """What tokenizing its inputs has to tell."""
+    def source_options(self) -> dict[str, Any]:
+        """Further arguments for tokenizing the inputs."""
         return {}
 
     @abstractmethod
     def targets(
-        self,
-        instances: Sequence[Instance],
-        source: BatchEncoding,
-        tokenizer: PreTrainedTokenizerBase,
-        backbone: BackboneConfig,
-        *,
-        unanswerable: bool,
+        self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
-        """The targets of instances whose tokenised inputs are ``source``; arguments as of ``encode``."""
+        """The targets of instances whose tokenised inputs are ``source``; see ``sd_gym.tasks.encoding.encode``."""
 
     def batch(self, encoded: Encoded, indices: NDArray, device: torch.device) -> dict[str, Tensor]:
         """Everything that a pass needs of some instances, cut to the longest of them, on ``device``."""
@@ -77,12 +69,8 @@ class Encoding(ABC):
         return {name: value if name == "labels" else value[:, columns] for name, value in inputs.items()}
 
     def prompt_length(self, inputs: Tensor) -> int:
-        """Tokens of what ``generate()`` gives that stand in front of the answer; inputs are ``[n, length]``."""
+        """Tokens that ``generate()`` returns in front of the answer, for inputs ``[n, length]``."""
         return 1  # what a decoder starts with
-
-    def new_tokens(self, tokens: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """Of the tokens that ``generate()`` gives, those of the answer."""
-        return tokens
 
 
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -90,6 +78,6 @@ def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name not in NO_MODEL_INPUTS}
 
 
-def nothing_generated(count: int) -> dict[str, NDArray]:
-    """The lengths of targets that are no texts."""
-    return {"target_length": np.ones(count, dtype=np.int64), "target_cut": np.zeros(count, dtype=bool)}
+def nothing_generated(labels: Tensor, **more: Tensor) -> Targets:
+    """Targets that are no texts."""
+    return Targets(labels, np.ones(len(labels), dtype=np.int64), np.zeros(len(labels), dtype=bool), **more)

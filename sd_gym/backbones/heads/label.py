@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.heads.answers import Given, log_likelihoods
+from sd_gym.backbones.heads.answers import SplitData, log_likelihoods
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import nothing_generated
+from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Targets
+from sd_gym.data.instance import Instance
 from sd_gym.errors import DataError, short
-
-if TYPE_CHECKING:
-    from sd_gym.config import BackboneConfig
-    from sd_gym.data.instance import Instance
 
 
 class LabelHead(Head):
@@ -29,6 +28,7 @@ class LabelHead(Head):
 
     Args:
         label2id: Class index of each class's name.
+        names: Name of each class index; ``None``: the inverse of ``label2id``.
     """
 
     name = "label"
@@ -38,9 +38,9 @@ class LabelHead(Head):
     learned_by = "accuracy"
     sees_confidence = True
 
-    def __init__(self, label2id: Mapping[str, int]) -> None:
+    def __init__(self, label2id: Mapping[str, int], names: Mapping[int, str] | None = None) -> None:
         self.label2id = dict(label2id)
-        self._names = {index: name for name, index in self.label2id.items()}
+        self._names = names or {index: name for name, index in self.label2id.items()}
 
     @classmethod
     def fits(cls, model: PreTrainedModel) -> bool:
@@ -50,14 +50,13 @@ class LabelHead(Head):
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
         """With the names of the model's classes."""
-        head = cls(model.config.label2id)
-        head._names = model.config.id2label
-        return head
+        names = model.config.id2label or {}
+        return cls(labels_of(model.config), {int(index): str(name) for index, name in names.items()})
 
     @classmethod
     def is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
-        """Told by the class, and by how many outputs it has."""
-        return super().is_stored(config, architectures) and cls._has_outputs(len(config.label2id))
+        """By the model's class and its number of outputs."""
+        return super().is_stored(config, architectures) and cls._has_outputs(len(labels_of(config)))
 
     @classmethod
     def _has_outputs(cls, count: int) -> bool:
@@ -69,16 +68,10 @@ class LabelHead(Head):
         return {**super().settings, "label2id": self.label2id}
 
     def targets(
-        self,
-        instances: Sequence[Instance],
-        source: BatchEncoding,
-        tokenizer: PreTrainedTokenizerBase,
-        backbone: BackboneConfig,
-        *,
-        unanswerable: bool,
+        self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
-        """The classes' indices; ``DataError`` if a label is none of the backbone's classes."""
-        return Targets(self._labels(instances), **nothing_generated(len(instances)))
+        """The classes' indices; DataError if a label is not one of the backbone's classes."""
+        return nothing_generated(self._labels(instances))
 
     def _labels(self, instances: Sequence[Instance]) -> Tensor:
         return torch.tensor([class_index(instance, self.label2id) for instance in instances])
@@ -99,7 +92,7 @@ class LabelHead(Head):
         """The highest class probability."""
         return logits.softmax(dim=-1).amax(dim=-1)
 
-    def said(self, given: Given, rows: NDArray, values: NDArray) -> list[str]:
+    def said(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
         """The classes' names."""
         return [self._said(value) for value in values]
 
@@ -111,12 +104,13 @@ class LabelHead(Head):
         return self._names[int(value)]
 
 
-def class_index(instance: Instance, label2id: Mapping[str, int]) -> int:
-    """The class index of an instance's label.
+def labels_of(config: PretrainedConfig) -> dict[str, int]:
+    """Class index of each class's name in a model's configuration."""
+    return {str(name): int(index) for name, index in (config.label2id or {}).items()}
 
-    Raises:
-        DataError: If the label is none of the classes.
-    """
+
+def class_index(instance: Instance, label2id: Mapping[str, int]) -> int:
+    """The class index of an instance's label; DataError if the label is not one of the classes."""
     target = instance.target
     if str(target) in label2id:  # a number that is a class's name is that class
         return label2id[str(target)]

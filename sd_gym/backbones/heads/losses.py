@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORED = -100  # a label that counts not
+IGNORED = -100  # a label that does not count
 
 
 class Losses:

@@ -1,32 +1,30 @@
-"""A text, from a lone decoder that goes on with a prompt."""
+"""A text, from a lone decoder that continues a prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.losses import IGNORED
 from sd_gym.backbones.heads.seq2seq import Seq2SeqHead
+from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Targets
+from sd_gym.data.instance import Instance
 from sd_gym.errors import DataError
 from sd_gym.switch import Switchboard
 from sd_gym.switch.architectures import architecture_of
 
-if TYPE_CHECKING:
-    from sd_gym.config import BackboneConfig
-    from sd_gym.data.instance import Instance
-
 
 class PromptedHead(Seq2SeqHead):
-    """As ``Seq2SeqHead``, but the answer follows the prompt in one pass.
+    """A ``Seq2SeqHead`` whose answer follows the prompt in one pass.
 
     Prompts are padded at the left, so that all answers begin at the same place.
     """
@@ -42,11 +40,11 @@ class PromptedHead(Seq2SeqHead):
 
     @classmethod
     def is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
-        """Told by the class, and by whether there is an encoder."""
-        return Head.is_stored.__func__(cls, config, architectures) and not config.is_encoder_decoder
+        """By the model's class and whether it has an encoder."""
+        return super(Seq2SeqHead, cls).is_stored(config, architectures) and not config.is_encoder_decoder
 
     def prompting(self, backbone: BackboneConfig) -> BackboneConfig:
-        """Both, of which the prompt is needed."""
+        """Both; ValueError without a prompt."""
         if backbone.prompt is None:
             raise ValueError(
                 "the backbone is decoder-only; say with 'prompt' what it shall read, such as '{source}\\nLabel:'"
@@ -54,20 +52,12 @@ class PromptedHead(Seq2SeqHead):
         return backbone
 
     def targets(
-        self,
-        instances: Sequence[Instance],
-        source: BatchEncoding,
-        tokenizer: PreTrainedTokenizerBase,
-        backbone: BackboneConfig,
-        *,
-        unanswerable: bool,
+        self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
-        """What it shall say behind the prompt: a space, the target, and what ends it."""
-        end = (
-            [tokenizer.eos_token_id]
-            if backbone.stop is None
-            else tokenizer(backbone.stop, add_special_tokens=False).input_ids
-        )
+        """The answer after the prompt: a space, the target, and what ends it."""
+        end = [tokenizer.eos_token_id]
+        if backbone.stop is not None:
+            end = tokenizer(backbone.stop, add_special_tokens=False).input_ids
         room = backbone.max_target_length - len(end)
         if room < 1:
             raise DataError(
@@ -80,7 +70,7 @@ class PromptedHead(Seq2SeqHead):
         return Targets(labels, length, np.array([len(ids) > room for ids in tokens]))
 
     def forward(self, board: Switchboard, batch: dict[str, Tensor], call: Callable[..., Any] | None = None) -> Tensor:
-        """As ``Head.forward``: the logits of the labels behind the prompts."""
+        """See ``Head.forward``: the logits of the labels after the prompts."""
         given = batch["labels"][:, :-1]  # nothing follows the last one
         input_ids = torch.cat([batch["input_ids"], given.clamp(min=0)], dim=1)
         mask = torch.cat([batch["attention_mask"], (given >= 0).long()], dim=1)
@@ -93,7 +83,7 @@ class PromptedHead(Seq2SeqHead):
         ).logits
 
     def kept(self, batch: dict[str, Tensor], keep: NDArray | Tensor) -> NDArray | Tensor:
-        """Of the answer, all."""
+        """All of the answer."""
         return F.pad(torch.as_tensor(keep), (0, batch["labels"].shape[1] - 1), value=1)
 
     def lengths(self, source: NDArray, target: NDArray, kept: NDArray) -> tuple[NDArray, NDArray, NDArray]:
@@ -107,7 +97,3 @@ class PromptedHead(Seq2SeqHead):
     def prompt_length(self, inputs: Tensor) -> int:
         """The prompt's."""
         return inputs.shape[1]
-
-    def new_tokens(self, tokens: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """What stands behind the prompt."""
-        return tokens[:, inputs["input_ids"].shape[1] :]

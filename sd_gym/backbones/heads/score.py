@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,12 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from sd_gym.backbones.heads.answers import Measure
-from sd_gym.backbones.heads.label import LabelHead
+from sd_gym.backbones.heads.answers import QualityMeasure
+from sd_gym.backbones.heads.label import LabelHead, labels_of
+from sd_gym.data.instance import Instance
 from sd_gym.errors import DataError, short
-
-if TYPE_CHECKING:
-    from sd_gym.data.instance import Instance
 
 
 class ScoreHead(LabelHead):
@@ -30,7 +27,7 @@ class ScoreHead(LabelHead):
     @classmethod
     def fits(cls, model: PreTrainedModel) -> bool:
         """A model with a single output."""
-        return cls._has_outputs(len(model.config.label2id))
+        return cls._has_outputs(len(labels_of(model.config)))
 
     @classmethod
     def _has_outputs(cls, count: int) -> bool:
@@ -52,7 +49,7 @@ class ScoreHead(LabelHead):
         """Mean squared distance from the dense score."""
         return F.mse_loss(logits.float(), dense_logits.detach().float())
 
-    def measured_by(self, quality: str) -> Measure:
+    def measured_by(self, quality: str) -> QualityMeasure:
         """A score has its own graded quality under the name of a likelihood too."""
         if quality == "balanced":
             raise ValueError("'balanced' weighs classes, not scores")
@@ -63,7 +60,7 @@ class ScoreHead(LabelHead):
         return (1 - (self.prediction(logits).float() - labels).abs() / label_range).clamp(min=0)
 
     def likelihood(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
-        """As ``exact``."""
+        """The same as ``exact``."""
         return self.exact(logits, labels, label_range)
 
     def dense_loss(self, likelihood: NDArray, label_range: float) -> NDArray:
@@ -76,7 +73,7 @@ class ScoreHead(LabelHead):
 
     def classes(self, instances: Sequence[Instance]) -> NDArray:
         """The scores."""
-        return np.array([one.target for one in instances], dtype=float)
+        return np.array([instance.target for instance in instances], dtype=float)
 
     def _said(self, value: float) -> str:
         return f"{value:.2f}"

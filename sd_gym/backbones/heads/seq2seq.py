@@ -1,28 +1,26 @@
-"""A text, from a decoder behind an encoder."""
+"""A text, from the decoder of an encoder-decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.heads.answers import Given, Measure, Runs, log_likelihoods
+from sd_gym.backbones.heads.answers import AnswerPasses, QualityMeasure, SplitData, log_likelihoods
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import model_inputs
 from sd_gym.backbones.heads.losses import IGNORED
-from sd_gym.data.encoded import Targets
+from sd_gym.config import BackboneConfig
+from sd_gym.data.encoded import Encoded, Targets
+from sd_gym.data.instance import Instance
 from sd_gym.switch import PassState, Switchboard
-
-if TYPE_CHECKING:
-    from sd_gym.config import BackboneConfig
-    from sd_gym.data.encoded import Encoded
-    from sd_gym.data.instance import Instance
 
 
 class Seq2SeqHead(Head):
@@ -45,17 +43,11 @@ class Seq2SeqHead(Head):
 
     @classmethod
     def is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
-        """Told by the class, and by whether there is an encoder."""
+        """By the model's class and whether it has an encoder."""
         return super().is_stored(config, architectures) and config.is_encoder_decoder
 
     def targets(
-        self,
-        instances: Sequence[Instance],
-        source: BatchEncoding,
-        tokenizer: PreTrainedTokenizerBase,
-        backbone: BackboneConfig,
-        *,
-        unanswerable: bool,
+        self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
         """The texts' tokens, cut to ``max_target_length``."""
         targets = tokenizer(
@@ -75,11 +67,11 @@ class Seq2SeqHead(Head):
         return {"labels": labels[:, : int(encoded.target_length[indices].max())].contiguous()}
 
     def forward(self, board: Switchboard, batch: dict[str, Tensor], call: Callable[..., Any] | None = None) -> Tensor:
-        """As ``Head.forward``; the decoder is given the labels' tokens."""
+        """See ``Head.forward``; the decoder reads the labels' tokens."""
+        model: Any = board.model
         # Given labels, the model would make a loss as well.
-        decoder_input_ids = board.model.prepare_decoder_input_ids_from_labels(batch["labels"])
-        model = call or board.model
-        return model(**model_inputs(batch), decoder_input_ids=decoder_input_ids, use_cache=False).logits
+        decoder_input_ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        return (call or model)(**model_inputs(batch), decoder_input_ids=decoder_input_ids, use_cache=False).logits
 
     def lengths(self, source: NDArray, target: NDArray, kept: NDArray) -> tuple[NDArray, NDArray, NDArray]:
         """The decoder runs on the answer."""
@@ -94,9 +86,9 @@ class Seq2SeqHead(Head):
         return {"max_source_length": source, "max_target_length": target}
 
     @property
-    def learned_as(self) -> Measure:
+    def learned_as(self) -> QualityMeasure:
         """By the likelihood: a text is rarely right to the letter."""
-        return Measure(self.likelihood)
+        return QualityMeasure(self.likelihood)
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """1.0 where greedy decoding gives the reference, its end included.
@@ -111,35 +103,32 @@ class Seq2SeqHead(Head):
         counted = labels != IGNORED
         return ((log_likelihoods(logits, labels) * counted).sum(dim=1) / counted.sum(dim=1)).exp()
 
-    def said(self, given: Given, rows: NDArray, values: NDArray) -> list[str]:
-        """Nothing: one pass does not tell what would be generated.
-
-        Raises:
-            ValueError: Always.
-        """
+    def said(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
+        """ValueError: one pass does not tell what would be generated."""
         raise ValueError("a text is generated, not read from one pass")
 
-    def answers(self, runs: Runs, rows: NDArray, decisions: NDArray, seen: PassState | None = None) -> list[str]:
+    def answers(
+        self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, seen: PassState | None = None
+    ) -> list[str]:
         """The generated texts."""
-        return runs.generated(rows, decisions, seen)
+        return passes.generated(rows, decisions, seen)
 
     def answers_and_likelihood(
-        self, runs: Runs, rows: NDArray, decisions: NDArray, label_range: float
+        self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, label_range: float
     ) -> tuple[list[str], NDArray]:
         """The generated texts, and the likelihood from passes of their own."""
-        texts = self.answers(runs, rows, decisions)
-        return texts, runs.in_passes(rows, decisions, lambda logits, labels: self.likelihood(logits, labels))
+        return self.answers(passes, rows, decisions), passes.in_passes(rows, decisions, self.likelihood)
 
     def answers_under_all(
-        self, runs: Runs, rows: NDArray, masks: NDArray, label_range: float
+        self, passes: AnswerPasses, rows: NDArray, masks: NDArray, label_range: float
     ) -> tuple[list[list[str]], NDArray]:
         """The generated texts, and the likelihood from passes of their own; both share what masks agree on."""
-        likely = runs.under_all(rows, masks, lambda logits, labels: self.likelihood(logits, labels)[:, None])
-        return runs.generated_under_all(rows, masks), likely[..., 0]
+        likely = passes.under_all(rows, masks, lambda logits, labels: self.likelihood(logits, labels)[:, None])
+        return passes.generated_under_all(rows, masks), likely[..., 0]
 
     def answered(self, instances: Sequence[Instance], answers: Sequence[str]) -> Sequence[Instance]:
-        """With the answers as targets: only now it is known how long they are."""
-        return [replace(one, target=said) for one, said in zip(instances, answers, strict=True)]
+        """With the answers as targets, whose length is known only now."""
+        return [replace(instance, target=answer) for instance, answer in zip(instances, answers, strict=True)]
 
     def facts(self, encoded: Encoded) -> dict[str, NDArray]:
         """The targets' tokens."""
@@ -150,4 +139,4 @@ def was_cut(tokens: BatchEncoding, limit: int) -> NDArray:
     """Which texts were longer than the limit, bool ``[n]``; slow tokenizers only tell which ones reach it."""
     if tokens.encodings is None:
         return (tokens.attention_mask.sum(dim=1) >= limit).numpy()
-    return np.array([bool(one.overflowing) for one in tokens.encodings])
+    return np.array([bool(encoding.overflowing) for encoding in tokens.encodings])

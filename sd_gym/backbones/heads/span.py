@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import (
-    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
-    BatchEncoding,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING, BatchEncoding, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.checks import BackboneError
-from sd_gym.backbones.heads.answers import Given, Measure
+from sd_gym.backbones.heads.answers import QualityMeasure, SplitData
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import model_inputs, nothing_generated
 from sd_gym.backbones.heads.losses import IGNORED, divergence
-from sd_gym.data.encoded import Targets
-from sd_gym.errors import DataError, short
+from sd_gym.config import BackboneConfig
+from sd_gym.data.encoded import Encoded, Targets
+from sd_gym.data.instance import Instance
+from sd_gym.errors import BackboneError, DataError, short
 from sd_gym.switch import Switchboard
-
-if TYPE_CHECKING:
-    from sd_gym.config import BackboneConfig
-    from sd_gym.data.encoded import Encoded
-    from sd_gym.data.instance import Instance
 
 NOWHERE = -1e9  # logit of a position where no answer may begin or end; finite, so that differences stay numbers
 
@@ -51,7 +43,7 @@ class SpanHead(Head):
 
     @classmethod
     def fits(cls, model: PreTrainedModel) -> bool:
-        """Told by the model's class."""
+        """By the model's class."""
         return cls.is_stored(model.config, [type(model).__name__])
 
     @classmethod
@@ -61,41 +53,30 @@ class SpanHead(Head):
             raise BackboneError(f"the architecture {config.model_type!r} has no head that extracts answers")
         return {"num_labels": 2}
 
-    def source_options(self) -> dict[str, bool]:
-        """Where the tokens stand."""
+    def source_options(self) -> dict[str, Any]:
+        """The tokens' places in the texts."""
         return {"return_offsets_mapping": True}
 
     def targets(
-        self,
-        instances: Sequence[Instance],
-        source: BatchEncoding,
-        tokenizer: PreTrainedTokenizerBase,
-        backbone: BackboneConfig,
-        *,
-        unanswerable: bool,
+        self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
-        """The right spans; the first token stands for "no answer", which may be one if questions are ``unanswerable``.
-
-        Raises:
-            DataError: If a right answer does not stand in its context.
-        """
+        """The right spans; DataError if a right answer does not stand in its context."""
         offsets, context_mask = source.offset_mapping.int(), _context_mask(source, len(instances))
         labels, cut = _spans(instances, context_mask.numpy(), offsets.numpy())
-        context_mask[:, 0] = unanswerable
-        lengths = nothing_generated(len(instances)) | {"target_cut": cut}
-        return Targets(labels, **lengths, context_mask=context_mask, offsets=offsets)
+        return replace(nothing_generated(labels, context_mask=context_mask, offsets=offsets), target_cut=cut)
 
     def _beside(self, encoded: Encoded, indices: NDArray) -> dict[str, Tensor]:
-        rows, longest = torch.from_numpy(np.asarray(indices)), int(encoded.source_length[indices].max())
-        return {"context_mask": encoded.context_mask[rows, :longest], **super()._beside(encoded, indices)}
+        mask, longest = encoded.context_mask, int(encoded.source_length[indices].max())
+        assert mask is not None  # this head has made it
+        return {"context_mask": mask[np.asarray(indices), :longest], **super()._beside(encoded, indices)}
 
     def forward(self, board: Switchboard, batch: dict[str, Tensor], call: Callable[..., Any] | None = None) -> Tensor:
-        """As ``Head.forward``."""
+        """See ``Head.forward``."""
         output = (call or board.model)(**model_inputs(batch))
         return span_logits(output.start_logits, output.end_logits, batch["context_mask"])
 
     def kept(self, batch: dict[str, Tensor], keep: NDArray | Tensor) -> NDArray | Tensor:
-        """As they are; an answer can neither begin nor end where a token is dropped."""
+        """The same; an answer can neither begin nor end where a token is dropped."""
         batch["context_mask"] = batch["context_mask"] & torch.as_tensor(keep).to(batch["context_mask"].device)
         return keep
 
@@ -112,42 +93,39 @@ class SpanHead(Head):
         dense_logits = dense_logits.detach().masked_fill(logits <= NOWHERE, NOWHERE)
         return 2 * divergence(logits.flatten(0, 1), dense_logits.flatten(0, 1))
 
-    def measured_by(self, quality: str) -> Measure:
+    def measured_by(self, quality: str) -> QualityMeasure:
         """Exact match is that of the texts: a right answer may stand in several places."""
-        return Measure(None) if quality == "exact_match" else super().measured_by(quality)
+        return QualityMeasure(None) if quality == "exact_match" else super().measured_by(quality)
 
     @property
-    def learned_as(self) -> Measure:
+    def learned_as(self) -> QualityMeasure:
         """By SQuAD's F1."""
-        return Measure(None, metric="squad")
+        return QualityMeasure(None, metric="squad")
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """1.0 where the most probable span is a right one."""
         return (best_spans(logits, logits.shape[-1])[:, None] == labels).all(dim=-1).any(dim=-1).float()
 
     def likelihood(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
-        """The sum of the probabilities of the right spans; 0 where there is none."""
+        """The sum of the probabilities of the right spans; 0 where no span is right."""
         return span_log_likelihood(logits, labels).exp()
 
     def read(self, logits: Tensor, longest: int) -> Tensor:
         """The most probable spans, int64 ``[batch, 2]``."""
         return best_spans(logits, longest)
 
-    def said(self, given: Given, rows: NDArray, values: NDArray) -> list[str]:
+    def said(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
         """The original texts of spans."""
-        contexts = [given.instances[row].source_pair for row in rows]
-        return span_texts(given.encoded, rows, values.astype(np.int64), contexts)
+        contexts = [_context(split.instances[row]) for row in rows]
+        return span_texts(split.encoded, rows, values.astype(np.int64), contexts)
 
 
 def span_texts(encoded: Encoded, indices: NDArray, spans: NDArray, contexts: Sequence[str]) -> list[str]:
-    """The original text of each span ``[n, 2]`` of tokens; empty where it is the first token, no answer.
+    """The original text of each of ``spans [n, 2]``, first and last token; empty for the first token (no answer).
 
-    Args:
-        encoded: The instances' tensors.
-        indices: Of the instances, ``[n]``.
-        spans: First and last token of each.
-        contexts: Their contexts.
+    ``indices [n]`` are the rows of the instances, and ``contexts`` their contexts.
     """
+    assert encoded.offsets is not None  # a head that extracts has made them
     offsets = encoded.offsets.numpy()
     begin, end = offsets[indices, spans[:, 0], 0], offsets[indices, spans[:, 1], 1]
     places = zip(contexts, begin.tolist(), end.tolist(), (spans[:, 0] > 0).tolist(), strict=True)
@@ -160,13 +138,10 @@ def span_logits(start: Tensor, end: Tensor, context_mask: Tensor) -> Tensor:
 
 
 def span_log_likelihood(logits: Tensor, spans: Tensor) -> Tensor:
-    """Log-probability that the answer is one of the right spans, float32 ``[batch]``; ``-inf`` where there is none.
+    """Log-probability that the answer is one of the right spans, float32 ``[batch]``; ``-inf`` where no span is right.
 
+    Logits are ``[batch, 2, length]``, spans (first and last token) int64 ``[batch, spans, 2]``, -100 where padded.
     Start and end are independent, and the probabilities of different spans add up (Clark and Gardner 2018).
-
-    Args:
-        logits: ``[batch, 2, length]``.
-        spans: First and last token of each right span, int64 ``[batch, spans, 2]``, -100 where padded.
     """
     log_prob = logits.log_softmax(dim=-1)
     joint = log_prob.gather(-1, spans.clamp(min=0).transpose(1, 2)).sum(dim=1)
@@ -174,14 +149,10 @@ def span_log_likelihood(logits: Tensor, spans: Tensor) -> Tensor:
 
 
 def best_spans(logits: Tensor, max_length: int) -> Tensor:
-    """First and last token of the most probable span of each row, int64 ``[batch, 2]``.
+    """First and last token of the most probable span of at most ``max_length`` tokens, int64 ``[batch, 2]``.
 
-    The span has at most ``max_length`` tokens. The first token of the input stands for "no answer" (Devlin et al. 2019,
-    section 4.3) and is a span of its own only.
-
-    Args:
-        logits: ``[batch, 2, length]``, ``NOWHERE`` where no answer may begin or end.
-        max_length: Longest answer, in tokens.
+    Logits are ``[batch, 2, length]``, ``NOWHERE`` where no answer may begin or end. The first token of the input stands
+    for "no answer" (Devlin et al. 2019, section 4.3) and is a span of its own only.
     """
     start, end = logits.unbind(dim=1)
     longest = min(max_length, end.shape[1])
@@ -209,26 +180,26 @@ def _spans(instances: Sequence[Instance], context_mask: NDArray, offsets: NDArra
             continue
         tokens = np.nonzero(context_mask[row])[0]
         begin, end = offsets[row, tokens, 0], offsets[row, tokens, 1]
-        found = []
+        right = []
         for first, last in _places(instance):
-            # Ends and beginnings ascend: the first token that ends behind the answer's beginning, and so on.
+            # Ends and beginnings ascend: the first token that ends after the answer's beginning, and so on.
             span = [np.searchsorted(end, first, side="right"), np.searchsorted(begin, last) - 1]
             if span[0] <= span[1] < len(tokens) and end[span[1]] >= last:
-                found.append([int(tokens[place]) for place in span])
-        cut[row] = not found
-        spans.append(found or [[IGNORED, IGNORED]])
+                right.append([int(tokens[place]) for place in span])
+        cut[row] = not right
+        spans.append(right or [[IGNORED, IGNORED]])
     most = max(map(len, spans))
-    padded = [one + [[IGNORED, IGNORED]] * (most - len(one)) for one in spans]
-    return torch.tensor(padded), cut
+    return torch.tensor([right + [[IGNORED, IGNORED]] * (most - len(right)) for right in spans]), cut
+
+
+def _context(instance: Instance) -> str:
+    assert instance.source_pair is not None  # a question has its context beside it
+    return instance.source_pair
 
 
 def _places(instance: Instance) -> list[tuple[int, int]]:
-    """Where the right answers stand: where the data say so, else wherever their texts occur.
-
-    Raises:
-        DataError: If they occur nowhere.
-    """
-    context, references = instance.source_pair, instance.references
+    """Where the right answers stand: where the data say so, else wherever their texts occur."""
+    context, references = _context(instance), instance.references
     places = [(start, end) for start, end in instance.answer_spans if context[start:end] in references]
     if not places:
         places = [match.span() for text in references for match in re.finditer(re.escape(text), context)]

@@ -25,11 +25,7 @@ ADJECTIVES = {
     1: "good great lovely superb fresh fine clever warm bright charming elegant perfect tasty solid".split(),
     -1: "bad awful dull poor stale weak clumsy cold dirty boring ugly broken bland shabby".split(),
 }
-NEGATIONS = {
-    0: [""],
-    1: ["not", "never", "hardly", "anything but"],
-    2: ["never not", "not hardly"],
-}
+NEGATIONS = {0: [""], 1: ["not", "never", "hardly", "anything but"], 2: ["never not", "not hardly"]}
 COMPARISONS = {True: "did match it .", False: "did not match it ."}
 COMPARED = 0.4  # share of the later sentences of a review of level 4
 WORDS = {word for phrases in NEGATIONS.values() for phrase in phrases for word in phrase.split()}

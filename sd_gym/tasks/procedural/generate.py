@@ -9,11 +9,7 @@ from random import Random
 from sd_gym.data.instance import Instance
 from sd_gym.tasks.procedural import classification, question_answering, summarization
 
-TASKS = {
-    "classification": classification,
-    "question_answering": question_answering,
-    "summarization": summarization,
-}
+TASKS = {"classification": classification, "question_answering": question_answering, "summarization": summarization}
 TASK_WORDS = {"classification": "classify", "question_answering": "answer", "summarization": "summarize"}
 # A second question about the same facts, asked in training only: it names every person on the way to the answer, which
 # teaches the hops that the answer alone hardly teaches.
@@ -80,19 +76,12 @@ def stream(
 
 
 def generate_split(task: str, split: str, size: int, seed: int = 0) -> list[Instance]:
-    """``size`` different instances of one split.
-
-    Raises:
-        ValueError: If ``task`` or ``split`` is unknown, or ``size`` is not positive.
-    """
+    """``size`` different instances of one split; ValueError if ``task``, ``split`` or ``size`` is wrong."""
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
-    seen: set[str] = set()
-    chosen: list[Instance] = []
-    for instance in stream(task, split, seed):
-        if instance.source not in seen:
-            seen.add(instance.source)
-            chosen.append(instance)
-            if len(chosen) == size:
-                return chosen
-    raise AssertionError("the stream is endless")
+    chosen: dict[str, Instance] = {}
+    instances = stream(task, split, seed)
+    while len(chosen) < size:
+        instance = next(instances)
+        chosen.setdefault(instance.source, instance)
+    return list(chosen.values())

@@ -23,13 +23,10 @@ WORDS = {*NAMES, *VERBS, "who", "the", "one", "?", "."}
 
 
 def generate(random: Random, level: int) -> tuple[str, str, list[str]]:
-    """Facts with a question of difficulty ``level`` (1 to 4), the answer, and the people on the way to it.
-
-    The last person of the way is the answer.
-    """
+    """Facts with a question of difficulty ``level`` (1 to 4), the answer, and the people on the way up to it."""
     hops = random.randint(*HOPS[level])
     wanted = hops + random.randint(*DISTRACTORS[level])
-    people = random.sample(NAMES, min(len(NAMES), wanted + 2))
+    people: list[str] = random.sample(NAMES, min(len(NAMES), wanted + 2))
     way = people[: hops + 1]
     verbs = [random.choice(VERBS) for _ in range(hops)]
     facts = {(verbs[i], way[i]): way[i + 1] for i in range(hops)}

@@ -200,7 +200,7 @@ def test_a_margin_and_a_decision_act_on_the_logits_of_any_network(margin, seed):
     registered = Registry("network", {})
     registered.register("convolution", Convolution)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sd_gym.policy.layers.NETWORKS", registered)
+        patch.setattr("sd_gym.policy.networks.NETWORKS", registered)
         policy = DecisionPolicy(6, [2, 2, 3], ["a", "b"], network="convolution").eval()
     observations = np.random.default_rng(seed).normal(size=(50, 6)).astype(np.float32)
     odds = policy.skip_logits(observations)

@@ -1,4 +1,4 @@
-"""What a policy sees of an input before it decides."""
+"""What a policy sees of an input before it decides, and of a pass at a stage."""
 
 from __future__ import annotations
 
@@ -17,23 +17,15 @@ Values = TypeVar("Values", NDArray, Tensor)
 MOST_SURE = 1 - 1e-6
 
 
-def observed(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
-    """Mean and maximum of the first layer's input over the tokens, the length and its logarithm: not standardised.
-
-    Args:
-        board: The backbone's switchboard.
-        inputs: The model's inputs, ``attention_mask`` among them.
-
-    Returns:
-        ``[batch, 2 * width + 2]``, on the model's device.
-    """
-    return features_of(first_layer_input(board, inputs), inputs["attention_mask"])
+def input_features(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
+    """``pooled_features`` of the first layer's input, for inputs of the model with their ``attention_mask``."""
+    return pooled_features(first_layer_input(board, inputs), inputs["attention_mask"])
 
 
-def features_of(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """As ``observed``, of the first layer's input ``[batch, length, width]`` and the mask of its tokens.
+def pooled_features(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean and maximum of ``hidden [n, length, width]``, the length and its logarithm: ``[n, 2 * width + 2]``.
 
-    Without a mask all of them are there.
+    They are not standardised. ``mask [n, length]``: which tokens are there; ``None``: all.
     """
     if mask is None:
         return torch.cat([pooled(hidden, None), _all_of_length(hidden.shape[1], len(hidden), hidden.device)], dim=1)
@@ -49,15 +41,17 @@ def _all_of_length(length: int, rows: int, device: torch.device) -> Tensor:
         return torch.cat([lengths, lengths.log()], dim=1)
 
 
-def tokens_of(hidden: Tensor, mask: Tensor, mean: NDArray, deviation: NDArray, length: int) -> dict[str, NDArray]:
+def token_observations(
+    hidden: Tensor, mask: Tensor, mean: NDArray, deviation: NDArray, length: int
+) -> dict[str, NDArray]:
     """What a ``TokenEncoder`` reads of texts: their tokens in order, standardised, and which of them are there.
 
     Args:
         hidden: The first layer's input, ``[n, longest, width]``, padded at the right.
         mask: Of its tokens, ``[n, longest]``.
         mean: Of each channel over the tokens of the training split, ``[width]``.
-        deviation: Likewise.
-        length: Tokens of a row: others are padded with zeros or, where a prompt is a little longer, cut.
+        deviation: ``[width]``.
+        length: Tokens of a row: shorter ones are padded with zeros, longer prompts are cut.
 
     Returns:
         ``tokens``, float32 ``[n, length, width]``, and ``mask``, int8 ``[n, length]``.
@@ -73,7 +67,7 @@ def standardised(features: Values, mean: Values, deviation: Values) -> Values:
     return ((features - mean) / deviation).clip(-OBSERVATION_LIMIT, OBSERVATION_LIMIT)
 
 
-def at_stage(number: int, share: NDArray, features: NDArray, mean: NDArray, deviation: NDArray) -> NDArray:
+def stage_observation(number: int, share: NDArray, features: NDArray, mean: NDArray, deviation: NDArray) -> NDArray:
     """What is seen of a pass at a stage, float32 ``[n, stages + 1 + features]``.
 
     Args:
@@ -81,7 +75,7 @@ def at_stage(number: int, share: NDArray, features: NDArray, mean: NDArray, devi
         share: Of the dense FLOPs, what the pass will have taken if all that is left is skipped, ``[n]``.
         features: What the pass shows there, not standardised, ``[n, features]``.
         mean: Of the features of each stage on the training split, ``[stages, features]``.
-        deviation: Likewise.
+        deviation: ``[stages, features]``.
     """
     known = np.zeros((len(features), len(mean) + 1), dtype=np.float32)
     known[:, number], known[:, -1] = 1, share

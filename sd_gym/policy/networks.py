@@ -1,4 +1,4 @@
-"""Layers that a decision network is made of, its own or a user's, and their FLOPs."""
+"""Networks from observations to logits: the project's layers, those that a user registers, and their FLOPs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ def register_network(name: str, factory: NetworkFactory) -> None:
 
     Args:
         name: What it is called.
-        factory: Takes (features of an observation, logits) to a module from observations float32 ``[n, features]`` to
-            logits ``[n, logits]``, row by row; a module's class, for one. A bias is added to its logits, so that
-            learning begins at ``initial_skip_rate``. Its weights are saved with the run, and its FLOPs count. It is in
-            training mode (dropout) only where Stable-Baselines3 learns.
+        factory: Takes (features, logits) to a module from observations float32 ``[n, features]`` to logits
+            ``[n, logits]``, row by row: a module's class, for example. A bias is added to its logits, so that learning
+            begins at ``initial_skip_rate``. Its FLOPs count. Only Stable-Baselines3 puts it into training mode.
 
     Raises:
         ValueError: If there is no name.
@@ -38,13 +37,7 @@ def hidden_layers(features: int, hidden: int) -> nn.Sequential:
 
 
 class PerStageMLP(nn.Module):
-    """Hidden layers for each stage, which observations ``[n, features]`` begin with, one-hot.
-
-    Args:
-        features: Of an observation.
-        hidden: Width of the layers.
-        stages: How many there are.
-    """
+    """Hidden layers for each of several stages, which observations ``[n, features]`` begin with, one-hot."""
 
     def __init__(self, features: int, hidden: int, stages: int) -> None:
         super().__init__()
@@ -52,22 +45,20 @@ class PerStageMLP(nn.Module):
         self.of_stage = nn.ModuleList([hidden_layers(features, hidden) for _ in range(stages)])
 
     def forward(self, observations: Tensor) -> Tensor:
-        """``[n, hidden]``, of each row what its stage's layers make of it."""
+        """The output of each row's stage's layers, ``[n, hidden]``."""
         stage = observations[:, : len(self.of_stage)].argmax(dim=1)
-        made = observations.new_zeros(len(observations), self.hidden)
+        output = observations.new_zeros(len(observations), self.hidden)
         for number, layers in enumerate(self.of_stage):
-            at = torch.nonzero(stage == number)[:, 0]
-            if len(at):
-                made = made.index_copy(0, at, layers(observations[at]))
-        return made
+            rows = torch.nonzero(stage == number)[:, 0]
+            if len(rows):
+                output = output.index_copy(0, rows, layers(observations[rows]))
+        return output
 
 
 class Bias(nn.Module):
-    """Adds a bias to the logits of a network that makes them itself; ``weight`` is 1, or 0 to leave the bias alone.
+    """Adds a bias to ``size`` logits of a registered network; ``weight`` is 1, or 0 where the bias alone counts."""
 
-    Args:
-        size: Number of logits.
-    """
+    weight: Tensor
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -79,29 +70,29 @@ class Bias(nn.Module):
         return logits * self.weight + self.bias
 
 
-def own_network(name: str, observation_size: int, n_logits: int) -> tuple[nn.Module, Bias]:
-    """A registered network, made now, and the bias behind it.
+def registered_network(name: str, observation_size: int, n_logits: int) -> tuple[nn.Module, Bias]:
+    """A registered network, made now, and the bias that is added to its logits.
 
     Raises:
-        ValueError: If there is none of that name, or it is none from observations to logits.
+        ValueError: If no network has that name, or its shapes or types are wrong.
     """
     network = NETWORKS.find(name)(observation_size, n_logits)
     expected = f"a module from observations [n, {observation_size}] to logits [n, {n_logits}]"
     if not isinstance(network, nn.Module):
         raise ValueError(f"the network {name!r} has to be {expected}, got {type(network).__name__}")
     try:
-        _, logits = on_meta(network, 2, observation_size)
+        _, logits = counted_flops(network, 2, observation_size)
     except Exception as error:  # whatever a user's module raises
         raise ValueError(
             f"the network {name!r} has to be {expected}, on any device (its FLOPs are counted on 'meta'): {error}"
         ) from error
     if not isinstance(logits, Tensor) or logits.shape != (2, n_logits):
-        came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the network {name!r} has to be {expected}; of 2 observations it made {came}")
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the network {name!r} has to be {expected}; of 2 observations it made {got}")
     return network, Bias(n_logits)
 
 
-def on_meta(module: nn.Module, rows: int, features: int) -> tuple[int, Any]:
+def counted_flops(module: nn.Module, rows: int, features: int) -> tuple[int, Any]:
     """FLOPs and output of a module for so many observations, without running it.
 
     On torch's device ``meta`` there are no fused kernels, which its counter overlooks (LSTMs and attention on a CPU).
