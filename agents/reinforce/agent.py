@@ -15,6 +15,7 @@ as in the model-based methods of contextual bandits; with ``foresight=False`` th
 from __future__ import annotations
 
 import time
+from copy import deepcopy
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -152,7 +153,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
 
     def policy(self) -> DecisionPolicy:
         """A copy of the network."""
-        return self.network.with_weights(self.network.state_dict())
+        return deepcopy(self.network).eval()
 
     def state(self) -> dict[str, Any]:
         """Weights, optimizer, the foresight, the barrier's averages and the random states."""
