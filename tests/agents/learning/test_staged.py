@@ -119,7 +119,7 @@ def test_the_policy_decides_as_the_actor(env, algo, tmp_path):
     rows = env._episodes.rows.copy()
     expected = decide_and_score(core, policy, split, rows)
     for columns in core.columns:
-        chosen = policy.decide(env._observations())
+        chosen = policy.decide(env._episodes.observe())
         action = np.zeros(env.action_space.shape, int)
         action[:, : columns.stop - columns.start] = chosen[:, columns]
         *_, infos = env.step(action)
