@@ -338,10 +338,10 @@ def test_a_start_of_one_stage_decides_nearly_as_it_did(env, algo, tmp_path):
     assert (wanted != wanted[0]).any(axis=0)[:-1].sum() >= 4
     np.testing.assert_array_equal(came[:, core.columns[0]], wanted[:, core.columns[0]])
     assert (came == wanted)[:, :-1].mean() > 0.95
-    assert policy.apart
+    assert policy.per_stage
     assert agent.selectable_policies()[-1].stages == STAGES
     policy.save(tmp_path / "staged")
-    assert make_agent("ppo", env, start=tmp_path / "staged").policy().apart
+    assert make_agent("ppo", env, start=tmp_path / "staged").policy().per_stage
     two = gym.make_vec(CUSTOM, num_envs=2, **{**_keys(env), "stages": ["encoder.1"]}).unwrapped
     with pytest.raises(ValueError, match=r"cannot be a start here: its stages is \['first'\]"):
         make_agent("ppo", two, start=tmp_path)
@@ -349,7 +349,7 @@ def test_a_start_of_one_stage_decides_nearly_as_it_did(env, algo, tmp_path):
 
 def test_hidden_layers_of_a_stage_see_its_rows_alone(env, tmp_path):
     size = env.single_observation_space.shape[0]
-    policy = DecisionPolicy(size, env.core.nvec.tolist(), env.core.switch_names, stages=STAGES, apart=True)
+    policy = DecisionPolicy(size, env.core.nvec.tolist(), env.core.switch_names, stages=STAGES, per_stage=True)
     policy.save(tmp_path)
     loaded = DecisionPolicy.load(tmp_path)
     seen = torch.randn(12, size)
@@ -358,8 +358,8 @@ def test_hidden_layers_of_a_stage_see_its_rows_alone(env, tmp_path):
         rows = seen[stage::3]
         assert torch.allclose(loaded(seen)[stage::3], policy.head(policy.body.of_stage[stage](rows)), atol=1e-6)
     assert policy.flops == make_agent("ppo", env).policy().flops
-    with pytest.raises(ValueError, match="apart=True gives each of several stages hidden layers"):
-        DecisionPolicy(size, env.core.nvec.tolist(), env.core.switch_names, apart=True)
+    with pytest.raises(ValueError, match="per_stage=True gives each of several stages hidden layers"):
+        DecisionPolicy(size, env.core.nvec.tolist(), env.core.switch_names, per_stage=True)
 
 
 @pytest.mark.parametrize("algo", ["dense", "every-other", "random", "hash", "static", "oracle", "early-exit"])
