@@ -338,7 +338,7 @@ def test_a_start_of_one_stage_decides_nearly_as_it_did(env, algo, tmp_path):
     assert (wanted != wanted[0]).any(axis=0)[:-1].sum() >= 4
     np.testing.assert_array_equal(came[:, core.columns[0]], wanted[:, core.columns[0]])
     assert (came == wanted)[:, :-1].mean() > 0.95
-    assert policy.apart
+    assert policy.per_stage
     assert agent.selectable_policies()[-1].stages == STAGES
     policy.save(tmp_path / "staged")
     assert make_agent("ppo", env, start=tmp_path / "staged").policy().per_stage
