@@ -82,15 +82,15 @@ def folder_of(output: Path, env: str, name: str, steps: int, seed: int) -> Path:
     return output / f"{short}-{steps}" / f"{name}-{seed}"
 
 
-def show(word: RunStatus) -> None:
+def show(status: RunStatus) -> None:
     """A line for each run that is done."""
-    if word.state == "failed":
-        console.print(f"{word.run.folder}: {word.message}", style="red", highlight=False, soft_wrap=True)
-    elif word.state == "finished":
-        result = read_result(word.run.folder)
+    if status.state == "failed":
+        console.print(f"{status.run.folder}: {status.message}", style="red", highlight=False, soft_wrap=True)
+    elif status.state == "finished":
+        result = read_result(status.run.folder)
         last = result["last_policy"]
         console.print(
-            f"{word.run.folder}: as learned {last['flops_ratio_with_policy']:.1%} "
+            f"{status.run.folder}: as learned {last['flops_ratio_with_policy']:.1%} "
             f"({100 * last['quality_difference']:+.2f}), selected {result['flops_ratio_with_policy']:.1%} "
             f"({100 * result['quality_difference']:+.2f})",
             highlight=False,
