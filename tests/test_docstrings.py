@@ -8,6 +8,7 @@ import pytest
 import sd_gym.agents
 
 import sd_gym
+from sd_gym.switch import architectures
 
 PACKAGES = (sd_gym, sd_gym.agents)
 MODULES = sorted(
@@ -23,4 +24,5 @@ def test_every_package_is_looked_at():
 @pytest.mark.parametrize("name", ["sd_gym", *(name for name in MODULES if not name.endswith("__main__"))])
 def test_examples_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(architectures, "_REGISTRY", dict(architectures._REGISTRY))  # one example adds to it
     assert doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS).failed == 0
