@@ -62,9 +62,9 @@ def compare(
             _print_comparison(folders, fronts=fronts, test_size=test_size, picture=picture, as_markdown=markdown)
             if report is not None:
                 _write_report(folders, report)
-    for word in failed:
-        terminal.say(f"failed: {word.run.folder}: {word.message}", "red")
-        terminal.say(f"  again: this command; or alone: {word.run.command(imported)}")
+    for status in failed:
+        terminal.say(f"failed: {status.run.folder}: {status.message}", "red")
+        terminal.say(f"  again: this command; or alone: {status.run.command(imported)}")
     if failed:
         raise typer.Exit(1)
 
@@ -76,24 +76,24 @@ def _trained(runs: list[Any], jobs: int, ray: str | None, imports: list[str]) ->
     with terminal.progress_bar() as progress:
         everything, bars = progress.add_task("runs", total=len(runs), figures=""), {}
 
-        def on_status(word: RunStatus) -> None:
-            folder = word.run.folder
+        def on_status(status: RunStatus) -> None:
+            folder = status.run.folder
             name = f"{folder.parent.name}/{folder.name}"
-            if word.state == "begun":
+            if status.state == "begun":
                 bars[folder] = progress.add_task(name, total=None, figures="")
-            elif word.state in GOING:
-                total = word.run.steps if word.state == "learning" else None
-                progress.update(bars[folder], completed=word.steps, total=total, figures=word.state)
+            elif status.state in GOING:
+                total = status.run.steps if status.state == "learning" else None
+                progress.update(bars[folder], completed=status.steps, total=total, figures=status.state)
             else:
                 progress.advance(everything)
                 if folder in bars:
                     progress.remove_task(bars.pop(folder))
-                if word.state != "kept":
-                    terminal.say(f"{name}: {word.state}{f' ({word.message})' if word.message else ''}")
+                if status.state != "kept":
+                    terminal.say(f"{name}: {status.state}{f' ({status.message})' if status.message else ''}")
 
         words = train_many(runs, jobs=jobs, ray=ray, imports=imports, on_status=on_status)
-    there = [word.run.folder for word in words if word.state in ("kept", "finished")]
-    return there, [word for word in words if word.state == "failed"]
+    there = [status.run.folder for status in words if status.state in ("kept", "finished")]
+    return there, [status for status in words if status.state == "failed"]
 
 
 def _print_comparison(
