@@ -91,9 +91,9 @@ def _trained(runs: list[Any], jobs: int, ray: str | None, imports: list[str]) ->
                 if status.state != "kept":
                     terminal.say(f"{name}: {status.state}{f' ({status.message})' if status.message else ''}")
 
-        words = train_many(runs, jobs=jobs, ray=ray, imports=imports, on_status=on_status)
-    there = [status.run.folder for status in words if status.state in ("kept", "finished")]
-    return there, [status for status in words if status.state == "failed"]
+        statuses = train_many(runs, jobs=jobs, ray=ray, imports=imports, on_status=on_status)
+    there = [status.run.folder for status in statuses if status.state in ("kept", "finished")]
+    return there, [status for status in statuses if status.state == "failed"]
 
 
 def _print_comparison(
