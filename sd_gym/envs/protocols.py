@@ -109,18 +109,14 @@ class StageLooks(Protocol[OfSplit]):
     space: gym.Space  # of one observation
     judges: bool  # whether the head judges, at each stage in the middle of a pass, what a layer gives
 
+    # What is seen of rows [n] that have come to a stage under decisions [n, components]; what these say from the stage
+    # on does not count. resume_from is what the same rows have shown at the stage before, if it is known. Gives
+    # observations, and what to go on from: None before the first layer, or where nothing runs.
     def observe(
         self, split: OfSplit, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
-    ) -> tuple[Observations, PassState | None]:
-        """What is seen of rows ``[n]`` that have come to a stage under ``decisions [n, components]``.
-
-        What decisions say from the stage on does not count; ``resume_from`` is what the same rows have shown at the
-        stage before, if it is known. Returns observations, and what to go on from: ``None`` before the first layer, or
-        where nothing runs.
-        """
-
-    def judging_flops(self, split: OfSplit, rows: Array) -> Array:
-        """FLOPs of the head's judgements in one episode of each row, int64 ``[n]``."""
+    ) -> tuple[Observations, PassState | None]: ...
+    # FLOPs of the head's judgements in one episode of each row, int64 [n].
+    def judging_flops(self, split: OfSplit, rows: Array) -> Array: ...
 
 
 class Core(Protocol[S]):
@@ -143,9 +139,6 @@ class Core(Protocol[S]):
         """What is seen at the stages."""
         return self._stage_looks()
 
-    def _stage_looks(self) -> StageLooks[S]:
-        """What an implementation says of that, once it is asked for."""
-
     @property
     def observation_space(self) -> gym.Space:
         """Of one observation."""
@@ -160,9 +153,6 @@ class Core(Protocol[S]):
     def is_staged(self) -> bool:
         """Whether anything is decided elsewhere than before the first layer."""
         return self.stages != ["first"]
-
-    def split(self, name: str) -> S:
-        """A split by name; raises ``ValueError`` if there is none of that name."""
 
     def observe(self, split: S, rows: Array) -> Observations:
         """What is seen of rows ``[n]`` of a split before the first layer: new arrays."""
@@ -181,23 +171,18 @@ class Core(Protocol[S]):
             self.steps.take(stage, decisions, decide(observations))
         return decisions, seen
 
-    def score(self, split: S, rows: Array, decisions: Array, seen: PassState | None = None) -> Outcome:
-        """What comes of one decision ``[n, components]`` an instance; raises ``ValueError`` if one is malformed.
-
-        With what a pass of these rows under these decisions has ``seen`` at a stage it goes on from there.
-        """
-
-    def to_masks(self, decisions: Array) -> Array:
-        """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``."""
-
-    def from_masks(self, masks: Array) -> Array:
-        """Masks as decisions, int64 ``[n, components]``; raises ``ValueError`` if the core has no such mask."""
-
-    def export(self) -> Export | None:
-        """What a policy takes along when it leaves this env; ``None``: it cannot."""
-
-    def scores(self) -> dict[str, dict[str, Any]]:
-        """What is remembered of each split, by its name."""
-
-    def load_scores(self, scores: dict[str, dict[str, Any]]) -> None:
-        """Remember these scores and no others."""
+    # What an implementation says of the stages, once it is asked for.
+    def _stage_looks(self) -> StageLooks[S]: ...
+    # A split by name; raises ValueError if there is none of that name.
+    def split(self, name: str) -> S: ...
+    # What comes of one decision an instance, [n, components]; raises ValueError if one is malformed. With what a pass
+    # of these rows under these decisions has seen at a stage it goes on from there.
+    def score(self, split: S, rows: Array, decisions: Array, seen: PassState | None = None) -> Outcome: ...
+    # Decisions [n, components] as masks, int64 [n, switches + 1]; and back: raises ValueError if there is no such mask.
+    def to_masks(self, decisions: Array) -> Array: ...
+    def from_masks(self, masks: Array) -> Array: ...
+    # What a policy takes along when it leaves this env; None: it cannot.
+    def export(self) -> Export | None: ...
+    # What is remembered of each split, by its name; and to remember nothing else.
+    def scores(self) -> dict[str, dict[str, Any]]: ...
+    def load_scores(self, scores: dict[str, dict[str, Any]]) -> None: ...
