@@ -104,7 +104,7 @@ class Objective:
         self.constants = {"epsilon": reward.epsilon, "penalty": reward.penalty, "cost_scale": reward.cost_scale}
 
     def rewards(self, quality: Floats, quality_ref: Floats, flops_ratio: Floats) -> Floats:
-        """Rewards ``[n]`` of ``n`` decisions made together; raises ``ValueError`` if they are not finite, or not ``n``."""
+        """Rewards ``[n]`` of ``n`` decisions made together; raises ``ValueError`` if they are not ``n`` finite ones."""
         given = self.function(quality, quality_ref, flops_ratio, **self.constants)
         rewards = np.asarray(given, dtype=np.float64)
         if rewards.shape != quality.shape or not np.isfinite(rewards).all():
