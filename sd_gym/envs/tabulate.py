@@ -37,6 +37,7 @@ Array = NDArray
 CHUNK = 256  # instances that are run under all masks before anything is written
 ORDERED = 256  # instances of the training split whose FLOPs put masks in order
 PARTS = "parts"
+NUMBERS = "biuf"  # kinds of arrays
 OnChunk = Callable[[int, int], None]  # called with the decisions that are done, and all there are
 
 
@@ -181,7 +182,7 @@ class _Maker:
                 "instances": len(split),
                 "identity": split.instances.identity,
                 "provenance": split.provenance,
-                "facts": [fact for fact in facts if not self.share or _is_number(facts[fact])],
+                "facts": [fact for fact in facts if not self.share or facts[fact].dtype.kind in NUMBERS],
             }
         described = {
             MARKER: __version__,
@@ -244,7 +245,7 @@ class _Maker:
         nothing = np.zeros((n, len(core.nvec)), dtype=np.int64)
         seen = np.asarray(core.stage_observation.observe(split, np.arange(n), 0, nothing, None)[0])
         facts = split.facts()
-        numbers = {name: values for name, values in facts.items() if _is_number(values)}
+        numbers = {name: values for name, values in facts.items() if values.dtype.kind in NUMBERS}
         smallest = {
             "difficulty": split.difficulty,
             "levels": split.levels,
@@ -315,10 +316,6 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_paths(inner) for inner in value]
     return Path(value).name if isinstance(value, str) and os.sep in value and Path(value).exists() else value
-
-
-def _is_number(values: Array) -> bool:
-    return values.dtype.kind in "biuf"
 
 
 def _bound(values: Array) -> Any:
