@@ -199,9 +199,7 @@ def is_key(name: str) -> bool:
 def dotted(values: Mapping[str, Any], origin: str = "the config") -> dict[str, Any]:
     """Values by dotted key, however their keys are spelled; the values are not checked.
 
-    Raises:
-        UnknownKeyError: Naming the key and the nearest known one.
-        ConfigError: If a key has two values, or a part is no mapping.
+    Raises ``UnknownKeyError``, or ``ConfigError`` if a key has two values, or a part is no mapping.
     """
     found: dict[str, Any] = {}
     spelling: dict[str, str] = {}
@@ -218,10 +216,7 @@ def dotted(values: Mapping[str, Any], origin: str = "the config") -> dict[str, A
 def stored_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
     """The configuration that a file holds; what it lacks is the default.
 
-    It was checked when it was written: what it names need not be registered or be there.
-
-    Raises:
-        ConfigError: If a key or value is wrong.
+    It was checked when it was written: what it names need not be registered or be there. Raises ``ConfigError``.
     """
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in dotted(values, origin).items()}
     needed = {name: {} for name, part in PARTS.items() if any(key.is_required() for key in part.model_fields.values())}

@@ -22,11 +22,7 @@ _DTYPES = {"BOOL": "?", "U8": "u1", "U16": "<u2", "I64": "<i8", "F16": "<f2", "F
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text.
-
-    Raises:
-        OSError: If it cannot be written; so of all that writes here.
-    """
+    """Write a text; raises ``OSError`` if it cannot be written, as all that writes here."""
     _write(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -36,12 +32,7 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """An object that ``write_json`` wrote.
-
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is no JSON object.
-    """
+    """An object that ``write_json`` wrote; raises ``OSError``, or ``ValueError`` if it is no JSON object."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -62,12 +53,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors that ``write_tensors`` wrote.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged.
-    """
+    """The tensors that ``write_tensors`` wrote; raises ``FileNotFoundError``, or ``ValueError`` if they are damaged."""
     from safetensors.torch import load_file
 
     with _sound(file):
@@ -85,9 +71,7 @@ def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
 def map_arrays(file: Path) -> dict[str, np.ndarray]:
     """The arrays that ``write_arrays`` wrote, mapped into memory: read where they are looked at, and not to be changed.
 
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged.
+    Raises ``FileNotFoundError``, or ``ValueError`` if they are damaged.
     """
     from safetensors import safe_open
 
@@ -124,11 +108,7 @@ def write_checkpoint(file: Path, value: dict[str, Any]) -> None:
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
-    """What ``write_checkpoint`` wrote; tensors and plain values only are read, no code is run.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
+    """What ``write_checkpoint`` wrote: tensors and plain values, no code is run; raises ``ValueError`` if damaged."""
     import torch
 
     try:

@@ -21,11 +21,8 @@ class FolderInUseError(FileExistsError):
 def locked(folder: Path) -> Iterator[None]:
     """Make a folder, and keep it from other processes meanwhile; one that is left empty by an error is removed again.
 
-    The operating system holds the lock (``flock``), so a process that is killed leaves none behind.
-
-    Raises:
-        FolderInUseError: At once, if another process is writing to the folder.
-        FileExistsError: If it is a file.
+    The operating system holds the lock (``flock``), so a process that is killed leaves none behind. Raises
+    ``FolderInUseError`` at once if another process is writing to the folder, ``FileExistsError`` if it is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; choose another --output")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,11 +73,7 @@ def register_objective(name: str, function: ObjectiveFunction) -> None:
 
 
 def objective_function(objective: str | ObjectiveFunction) -> ObjectiveFunction:
-    """The function of a name, or the function itself.
-
-    Raises:
-        ValueError: If the name is unknown, or the function does not take what an objective is given.
-    """
+    """The function of a name, or the function itself; raises ``ValueError`` if it is none."""
     if isinstance(objective, str):
         if objective == "lagrangian" and objective not in OBJECTIVES.names():
             raise UnknownNameError(NO_LAGRANGIAN)
@@ -98,11 +95,7 @@ def _check_arguments(name: str, function: ObjectiveFunction) -> None:
 class Objective:
     """Turns what came of decisions into rewards, always alike: it has no state.
 
-    Attributes:
-        name: Of the objective.
-
-    Raises:
-        ValueError: If the objective's name is unknown, or the function takes something else.
+    Raises ``ValueError`` if the objective's name is unknown, or the function takes something else.
     """
 
     def __init__(self, reward: RewardConfig) -> None:
@@ -111,11 +104,7 @@ class Objective:
         self.constants = {"epsilon": reward.epsilon, "penalty": reward.penalty, "cost_scale": reward.cost_scale}
 
     def rewards(self, quality: Floats, quality_ref: Floats, flops_ratio: Floats) -> Floats:
-        """Rewards ``[n]`` of ``n`` decisions made together.
-
-        Raises:
-            ValueError: If an objective of one's own gives something else than ``n`` finite numbers.
-        """
+        """Rewards ``[n]`` of ``n`` decisions made together; raises ``ValueError`` if they are not ``n`` finite ones."""
         given = self.function(quality, quality_ref, flops_ratio, **self.constants)
         rewards = np.asarray(given, dtype=np.float64)
         if rewards.shape != quality.shape or not np.isfinite(rewards).all():
@@ -126,6 +115,7 @@ class Objective:
         return rewards
 
 
+@dataclass(kw_only=True)
 class Lagrangian:
     """Rewards whose penalty, a multiplier, learns to keep the mean quality; it belongs to the agent, not to the env.
 
@@ -134,22 +124,12 @@ class Lagrangian:
     by ``rate`` times the quality that it lacks, never below 0: dual ascent (Tessler, Mankowitz and Mannor 2019,
     equation 10). So it is the mean quality that is kept, not that of each instance, and nobody has to know the right
     penalty.
-
-    Args:
-        multiplier: Where it starts.
-        rate: How fast it moves, a decision.
-        epsilon: How much quality may be lost, in its own unit.
-        cost_scale: The missing quality that costs a whole multiplier.
-
-    Attributes:
-        multiplier: The one in force.
     """
 
-    def __init__(self, *, multiplier: float, rate: float, epsilon: float, cost_scale: float) -> None:
-        self.multiplier = multiplier
-        self.rate = rate
-        self.epsilon = epsilon
-        self.cost_scale = cost_scale
+    multiplier: float  # the one in force; at first, where it starts
+    rate: float  # how fast it moves, a decision
+    epsilon: float  # how much quality may be lost, in its own unit
+    cost_scale: float  # the missing quality that costs a whole multiplier
 
     def rewards(self, quality: Floats, quality_ref: Floats, flops_ratio: Floats) -> Floats:
         """Rewards ``[n]`` of ``n`` decisions made together; the multiplier moves after they are given."""

@@ -60,12 +60,7 @@ def fit_projection(observations: Array, size: int) -> Projection:
 
 
 def read_projection(file: Path) -> Projection:
-    """What ``Projection.save`` wrote.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged.
-    """
+    """What ``Projection.save`` wrote; raises ``FileNotFoundError``, or ``ValueError`` if it is damaged."""
     arrays = map_arrays(file)
     try:
         return Projection(**arrays)

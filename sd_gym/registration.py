@@ -37,12 +37,7 @@ def register_observation(name: str, observation: type) -> None:
 
 
 def env_id(file: Path) -> str:
-    """The Gymnasium id in a configuration file, read from its line ``id: ...``.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it has no such line.
-    """
+    """The Gymnasium id in a configuration file; raises ``ValueError`` if it has no line ``id: ...``."""
     if not file.is_file():
         raise FileNotFoundError(f"no configuration file {str(file)!r}")
     identity = _line(file, "id")
@@ -76,11 +71,7 @@ def config_files() -> list[Path]:
 
 
 def config_of(identity: str) -> Path:
-    """The configuration file of an id.
-
-    Raises:
-        ValueError: If there is no such id.
-    """
+    """The configuration file of an id; raises ``ValueError`` if there is no such id."""
     return ENVS.find(identity)
 
 

@@ -22,11 +22,8 @@ class Registry(Generic[Thing]):
     """Names of one kind of thing.
 
     Only what a program registers itself is found, so that no name that stands in a file can have anything imported or
-    called.
-
-    Args:
-        kind: What is named, in the singular, as messages call it.
-        built_in: The project's own; ``"module:attribute"`` stands for what is imported when it is asked for.
+    called. ``kind`` is what is named, in the singular; of the project's own, ``"module:attribute"`` stands for what is
+    imported when it is asked for.
     """
 
     def __init__(self, kind: str, built_in: Mapping[str, Thing | str]) -> None:
@@ -35,11 +32,7 @@ class Registry(Generic[Thing]):
         self._own: dict[str, Thing] = {}
 
     def register(self, name: str, thing: Thing) -> None:
-        """Make a thing of one's own known; a later one of the same name replaces it.
-
-        Raises:
-            ValueError: If the name is empty or one of the project's.
-        """
+        """Make a thing of one's own known, also again; raises ``ValueError`` if the name is empty or the project's."""
         if not name or name in self._built_in:
             raise ValueError(f"the {self.kind} needs a name of its own; {name!r} is {'taken' if name else 'none'}")
         self._own[name] = thing
@@ -53,11 +46,7 @@ class Registry(Generic[Thing]):
         return [*self._built_in, *self._own]
 
     def find(self, name: str) -> Thing:
-        """The thing of a name.
-
-        Raises:
-            UnknownNameError: If there is none.
-        """
+        """The thing of a name; raises ``UnknownNameError`` if there is none."""
         if name in self._own:
             return self._own[name]
         if name not in self._built_in:
@@ -101,19 +90,11 @@ def _imports_of(run: Path) -> list[str]:
 
 
 def import_own(name: str) -> str:
-    """Import a user's module, so that what it registers is known.
+    """Import a user's module, by its name or the path of its file, so that what it registers is known.
 
     Modules beside it can be imported too, as if it were run as a script, but none takes the place of an installed one.
-
-    Args:
-        name: A module that can be imported from here, or the path of a ``.py`` file.
-
-    Returns:
-        The name; the path of a file made absolute.
-
-    Raises:
-        FileNotFoundError: If there is no such file or module.
-        ValueError: If an installed module has the file's name.
+    Returns the name; the path of a file made absolute. Raises ``FileNotFoundError`` if there is no such module,
+    ``ValueError`` if an installed one has the file's name.
     """
     if not name.endswith(".py"):
         _also_from(Path.cwd())

@@ -23,13 +23,7 @@ Array = NDArray
 
 
 class Actions(ABC):
-    """How an agent says its decisions.
-
-    Attributes:
-        space: Of one action.
-        nvec: How many choices each component of an action has, int64; a mask of choices has their sum.
-        meaning: What an action holds, for messages.
-    """
+    """How an agent says its decisions; ``nvec``: how many choices each component of an action has, int64."""
 
     def __init__(self, space: gym.Space, nvec: ArrayLike, meaning: str) -> None:
         self.space, self.meaning = space, meaning
@@ -38,8 +32,7 @@ class Actions(ABC):
     def decisions(self, actions: Any, n: int) -> Array:
         """The decisions, int64 ``[n, switches + 1]``, that ``n`` actions, whole numbers of any type, stand for.
 
-        Raises:
-            ValueError: If the actions' shape, type or a value is wrong.
+        Raises ``ValueError`` if the actions' shape, type or a value is wrong.
         """
         array, shape = as_array(actions), (n, *(self.space.shape or ()))
         if array.shape != shape:
@@ -90,12 +83,7 @@ class MultiBinaryActions(Actions):
 class DiscreteActions(Actions):
     """The number of a mask in the config's codebook.
 
-    Attributes:
-        codebook: The masks, int64 ``[masks, switches + 1]``.
-
-    Raises:
-        FileNotFoundError: If there is no such codebook.
-        ConfigError: If none is named, or its masks are none of this backbone.
+    Raises ``FileNotFoundError`` if there is no such codebook, ``ConfigError`` if none is named or its masks do not fit.
     """
 
     def __init__(self, config: EnvConfig, nvec: Array) -> None:
@@ -126,11 +114,7 @@ class MaskActions(Actions):
 
 
 def as_array(actions: Any) -> Array:
-    """Actions as a NumPy array: of a tensor on any device too, whether or not it has a gradient.
-
-    Raises:
-        ValueError: If they are no array.
-    """
+    """Actions, which may be a tensor on any device, as a NumPy array; raises ``ValueError`` if they are no array."""
     torch = sys.modules.get("torch")  # who has a tensor has imported it
     if torch is not None and isinstance(actions, torch.Tensor):
         actions = actions.detach().cpu()
@@ -145,11 +129,7 @@ ACTIONS = {"multi_discrete": MultiDiscreteActions, "multi_binary": MultiBinaryAc
 
 
 def codebook_file(name: str) -> Path:
-    """The file of a codebook: of the package, a path, or in the folder of a run.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
+    """The file of a codebook: of the package, a path, or in a run's folder; raises ``FileNotFoundError`` for none."""
     bundled, path = CONFIG_FOLDER / name, Path(name)
     file = bundled if bundled.is_file() else path / "codebook.json" if path.is_dir() else path
     if not file.is_file():
@@ -160,11 +140,7 @@ def codebook_file(name: str) -> Path:
 
 
 def read_masks(file: Path, nvec: Array) -> Array:
-    """Masks of a JSON file, int64 ``[masks, switches + 1]``.
-
-    Raises:
-        ValueError: If they are no masks, or those of something else.
-    """
+    """Masks of a JSON file, int64 ``[masks, switches + 1]``; raises ``ValueError`` if they are none, or do not fit."""
     try:
         masks = np.array(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
@@ -205,16 +181,8 @@ class Steps:
 
     All steps have the same action space, that of the largest. Where a step has fewer components the rest is passed
     over, and of fewer choices the last one is taken; both are masked.
-
-    Args:
-        components: For each stage, those that it decides, int64.
-        places: For each stage, where in an action they stand, int64.
-        nvec: Sizes of a decision's components.
-
-    Attributes:
-        components: As given.
-        choices: Sizes of an action's components, int64.
-        masks: Which of their choices each stage has, bool ``[stages, sum(choices)]``.
+    ``components`` are for each stage those that it decides, ``places`` where in an action they stand; ``choices`` are
+    sizes of an action's components, ``masks`` which of them each stage has, bool ``[stages, sum(choices)]``.
     """
 
     def __init__(self, components: Sequence[Array], places: Sequence[Array], nvec: Array) -> None:
@@ -232,11 +200,7 @@ class Steps:
         decisions[:, components] = choices[:, components]
 
     def spread(self, stage: Array, choices: Array) -> Array:
-        """What actions say, at the components that their stages decide.
-
-        Returns:
-            int64 ``[n, components of a decision]``, zeros elsewhere.
-        """
+        """What actions say at the components that their stages decide, int64 ``[n, components]``; zeros elsewhere."""
         spread = np.zeros((len(choices), len(self._nvec)), dtype=np.int64)
         for number in np.unique(stage):
             at = np.flatnonzero(stage == number)[:, None]
@@ -252,11 +216,10 @@ class Steps:
         return ends
 
     def of_logits(self) -> tuple[Array, int]:
-        """Where in a decision's logits an action's choices stand at each stage.
+        """Where in a decision's logits an action's choices stand at each stage, int64 ``[stages, sum(choices)]``.
 
-        Returns:
-            int64 ``[stages, sum(choices)]``, and how many logits a decision has, ``N``: ``N`` stands for a choice that
-            is certain, since the stage has not this component, and ``N + 1`` for one that is never made.
+        And how many logits a decision has, ``N``: ``N`` stands for a choice that is certain, since the stage has not
+        this component, and ``N + 1`` for one that is never made.
         """
         ends = np.cumsum(self._nvec)
         certain, never = int(ends[-1]), int(ends[-1]) + 1

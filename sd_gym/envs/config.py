@@ -23,12 +23,7 @@ EXTENDS = "extends"  # the key of a YAML file that names another one, whose keys
 
 
 def make_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
-    """Check the values of a configuration, however its keys are spelled.
-
-    Raises:
-        UnknownKeyError: Naming the key and the nearest known one.
-        ConfigError: Naming the key, what was expected and what came.
-    """
+    """Check the values of a configuration, however its keys are spelled; raises ``ConfigError``."""
     values = dotted(values, origin)
     if ("table" in values and "task" not in values) or values.get("table") is not None:
         return _table_config(values, origin)
@@ -76,10 +71,7 @@ def load_config(file: str | Path, overrides: Mapping[str, Any]) -> EnvConfig:
 
     The file's own ``dataset``, ``backbone``, ``codebook`` and ``table`` may be paths from where it lies: what begins
     with a dot, or is there.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ConfigError: If a key or value is wrong.
+    Raises ``FileNotFoundError``, or ``ConfigError`` if a key or value is wrong.
     """
     file = Path(file)
     values = read_values(file)
@@ -99,11 +91,7 @@ def read_values(file: Path) -> dict[str, Any]:
     """The values of a YAML file by dotted key, not yet checked, on top of those of the file that it ``extends``.
 
     That file may extend another one. It is named without a folder: it is in the same folder, or in the package.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ConfigError: If a file is not UTF-8, is not YAML, holds something else than keys and values, extends a path or
-            a missing file, or if the files extend each other in a circle; and as ``dotted`` raises.
+    Raises ``FileNotFoundError``, or ``ConfigError`` of a file that is damaged, or extends none or itself.
     """
     values: dict[str, Any] = {}
     chain: list[Path] = []
@@ -136,12 +124,7 @@ def _base_file(chain: list[Path], name: Any) -> Path:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """What a YAML file of keys and values says.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ConfigError: If it is not UTF-8, no YAML, or something else.
-    """
+    """What a YAML file of keys and values says; raises ``FileNotFoundError``, or ``ConfigError`` if it is no such."""
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -172,11 +155,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """What a YAML text says.
-
-    Raises:
-        ConfigError: If it is no YAML, or has aliases (``*name``).
-    """
+    """What a YAML text says; raises ``ConfigError`` if it is no YAML, or has aliases (``*name``)."""
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # numbers and dates raise the second

@@ -36,10 +36,6 @@ Array = NDArray
 class BackboneCore(Core[BackboneSplit]):
     """Draws instances, observes them, and scores decisions on them; shared by all envs of the same configuration.
 
-    Attributes:
-        data: The splits of the data set.
-        columns: Which switches each stage decides.
-
     Raises:
         FileNotFoundError: If the data set, the backbone or the codebook does not exist.
         ConfigError: If the codebook or a stage does not fit this backbone.
@@ -122,9 +118,8 @@ class BackboneCore(Core[BackboneSplit]):
     def export(self) -> Export | None:
         """What a policy takes along when it leaves this env.
 
-        Returns:
-            ``None`` where it cannot leave: its observation is one of the user's own, or its tokens are ranked at
-            random, which is a control, or in a way of the user's own.
+        ``None`` where it cannot: its observation is one of the user's own, or its tokens are ranked at random, which is
+        a control, or in a way of the user's own.
         """
         config, backbone, ranking, looks = self.config, self.backbone, self._ranking, self.observation
         if not isinstance(looks, Pooled | Tokens) or (ranking is not None and not ranking.is_exported):

@@ -24,17 +24,8 @@ Array = NDArray
 class Episodes:
     """A batch of episodes, each of one instance: a step is a stage, which decides the switches up to the next one.
 
-    Args:
-        core: The core.
-        n: How many there are.
-        info_text: Whether infos hold the texts of the instances.
-
-    Attributes:
-        objective: Of the rewards.
-        rows: Which instance of the split each has, int64 ``[n]``.
-        stage: At which stage each is, int64 ``[n]``; after the last one it is over.
-        decisions: What is decided so far, int64 ``[n, components]``; what is not is 0: it runs.
-        paid: Reward that each was given for savings, float64 ``[n]``.
+    ``rows`` says which instance of the split each has, ``stage`` at which stage it is (after the last one it is over),
+    int64 ``[n]``; what is not decided yet is 0 in ``decisions``: it runs; ``paid`` was given for savings.
     """
 
     def __init__(self, core: Core, n: int, info_text: bool = False) -> None:

@@ -17,23 +17,15 @@ Array = NDArray
 
 
 class Export(NamedTuple):
-    """What a policy takes along; ``SkipPolicy`` says of most fields what they are.
+    """What a policy takes along; ``SkipPolicy`` says of most fields what they are."""
 
-    Attributes:
-        env: The config of the env; of a table, of the env that the table is of.
-        backbone: What is known of the backbone, as the artefact's card has it.
-        mean: Of what is observed, as are ``deviation`` and, where tokens are observed at stages, ``of_tokens``.
-        rarity: Of tokens, as is ``protection``.
-        masks: Of a table, as of ``TablePolicy``, as is ``projection``; of an env that computes ``None``.
-    """
-
-    env: EnvConfig
-    backbone: dict[str, Any]
-    mean: Array
+    env: EnvConfig  # of a table, of the env that the table is of
+    backbone: dict[str, Any]  # as the artefact's card has it
+    mean: Array  # of what is observed, as are deviation and, where tokens are observed at stages, of_tokens
     deviation: Array
     rarity: Array | None
     protection: ProtectedTokens | None
-    masks: Array | None = None
+    masks: Array | None = None  # of a table, as is projection
     projection: Projection | None = None
     of_tokens: tuple[Array, Array] | None = None
     ranking_costs_flops: bool = False

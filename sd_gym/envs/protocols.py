@@ -33,50 +33,31 @@ class Outcome:
 
 
 class Scores(Protocol):
-    """What answers are worth, of rows ``[n]`` of a split under decisions ``[n, components]``."""
+    """What answers are worth, of rows ``[n]`` of a split under decisions ``[n, components]``; float64 ``[n]`` each."""
 
-    def quality(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
-        """Quality under the decisions and dense quality, each float64 ``[n]``."""
-        ...
-
-    def run(self, rows: Array, decisions: Array) -> Array:
-        """Quality under the decisions, float64 ``[n]``; nothing is remembered."""
-        ...
-
-    def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
-        """Quality, and the likelihood of the reference, each float64 ``[n]``."""
-        ...
-
-    def under_all(self, rows: Array, masks: Array) -> tuple[Array, Array]:
-        """The same under each of some decisions, each float64 ``[n, masks]``."""
-        ...
-
-    def score_dense(self, on_batch: Callable[[], None] = ...) -> None:
-        """Know the dense quality of all rows."""
-
-    def metrics(self, rows: Array, decisions: Array) -> dict[str, float]:
-        """The metric of a report, by name."""
-        ...
+    # Quality under the decisions, and dense quality.
+    def quality(self, rows: Array, decisions: Array) -> tuple[Array, Array]: ...
+    # Quality under the decisions; nothing is remembered.
+    def run(self, rows: Array, decisions: Array) -> Array: ...
+    # Quality, and the likelihood of the reference.
+    def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]: ...
+    # The same under each of some decisions, each float64 [n, masks].
+    def under_all(self, rows: Array, masks: Array) -> tuple[Array, Array]: ...
+    # Know the dense quality of all rows.
+    def score_dense(self, on_batch: Callable[[], None] = ...) -> None: ...
+    # The metric of a report, by name.
+    def metrics(self, rows: Array, decisions: Array) -> dict[str, float]: ...
 
 
 class Costs(Protocol):
-    """FLOPs of rows ``[n]`` of a split under decisions ``[n, components]``."""
+    """FLOPs of rows ``[n]`` of a split under decisions ``[n, components]``, int64 ``[n]``."""
 
-    def flops_ratio(self, rows: Array, decisions: Array) -> Array:
-        """FLOPs under the decisions over dense FLOPs, float64 ``[n]``."""
-        ...
-
-    def flops(self, rows: Array, decisions: Array) -> Array:
-        """FLOPs under the decisions, int64 ``[n]``."""
-        ...
-
-    def dense_flops(self, rows: Array) -> Array:
-        """FLOPs of the dense backbone, int64 ``[n]``."""
-        ...
-
-    def head_flops(self, rows: Array) -> Array:
-        """FLOPs of the head, which no decision saves, int64 ``[n]``."""
-        ...
+    # Over dense FLOPs, float64.
+    def flops_ratio(self, rows: Array, decisions: Array) -> Array: ...
+    def flops(self, rows: Array, decisions: Array) -> Array: ...
+    def dense_flops(self, rows: Array) -> Array: ...
+    # Of the head, which no decision saves.
+    def head_flops(self, rows: Array) -> Array: ...
 
 
 class Lengths(Protocol):
@@ -84,64 +65,38 @@ class Lengths(Protocol):
 
     @property
     def source_length(self) -> Array: ...
-
     @property
     def source_cut(self) -> Array: ...
-
     @property
     def target_cut(self) -> Array: ...
 
 
 class Split(Protocol):
-    """One split of a data set; ``BackboneSplit`` also has its texts, tensors and passes.
+    """One split of a data set; ``BackboneSplit`` also has its texts, tensors and passes."""
 
-    Attributes:
-        name: ``train``, ``validation`` or ``test``.
-        instances: The instances, each with its ``id``, in order.
-        ids: The id of each, strings ``[n]`` of dtype object.
-        number_of: Row of each, by its id.
-        difficulty: Of each, int64 ``[n]``; 0 where it is not known.
-        levels: Difficulty for reports, int64 ``[n]``.
-        encoded: How long each is, and whether it was cut.
-        scoring: What answers are worth.
-        costs: What decisions cost.
-        provenance: Which rows these are.
-    """
-
-    name: str
+    name: str  # train, validation or test
 
     @property
-    def instances(self) -> Sequence[Any]: ...
-
+    def instances(self) -> Sequence[Any]: ...  # each with its id, in order
     @property
-    def ids(self) -> Array: ...
-
+    def ids(self) -> Array: ...  # strings [n] of dtype object
     @property
-    def number_of(self) -> dict[str, int]: ...
-
+    def number_of(self) -> dict[str, int]: ...  # row of each instance, by its id
     @property
-    def difficulty(self) -> Array: ...
-
+    def difficulty(self) -> Array: ...  # int64 [n]; 0 where it is not known
     @property
-    def levels(self) -> Array: ...
-
+    def levels(self) -> Array: ...  # difficulty for reports, int64 [n]
     @property
     def encoded(self) -> Lengths: ...
-
     @property
     def scoring(self) -> Scores: ...
-
     @property
     def costs(self) -> Costs: ...
-
     @property
-    def provenance(self) -> dict[str, Any]: ...
-
+    def provenance(self) -> dict[str, Any]: ...  # which rows these are
     def __len__(self) -> int: ...
-
-    def facts(self) -> dict[str, Array]:
-        """What is known of each instance before any decision, by name, each ``[n]``."""
-        ...
+    # What is known of each instance before any decision, by name, each [n].
+    def facts(self) -> dict[str, Array]: ...
 
 
 OfSplit = TypeVar("OfSplit", contravariant=True)
@@ -149,75 +104,40 @@ S = TypeVar("S")  # the splits of a core, which it takes back: each has what ``S
 
 
 class StageLooks(Protocol[OfSplit]):
-    """What is seen at the stages of an episode.
+    """What is seen at the stages of an episode."""
 
-    Attributes:
-        space: Of one observation.
-        judges: Whether the head judges, at each stage in the middle of a pass, what a layer gives.
-    """
+    space: gym.Space  # of one observation
+    judges: bool  # whether the head judges, at each stage in the middle of a pass, what a layer gives
 
-    space: gym.Space
-    judges: bool
-
+    # What is seen of rows [n] that have come to a stage under decisions [n, components]; what these say from the stage
+    # on does not count. resume_from is what the same rows have shown at the stage before, if it is known. Gives
+    # observations, and what to go on from: None before the first layer, or where nothing runs.
     def observe(
         self, split: OfSplit, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
-    ) -> tuple[Observations, PassState | None]:
-        """What is seen of rows ``[n]`` that have come to a stage under ``decisions [n, components]``.
-
-        Args:
-            split: Where the instances are.
-            rows: Their rows.
-            stage: Number of the stage.
-            decisions: As far as they are made; what they say from the stage on does not count.
-            resume_from: What the same rows have shown at the stage before, if it is known.
-
-        Returns:
-            Observations, and what to go on from; ``None`` before the first layer, or where nothing runs.
-        """
-        ...
-
-    def judging_flops(self, split: OfSplit, rows: Array) -> Array:
-        """FLOPs of the head's judgements in one episode of each row, int64 ``[n]``."""
-        ...
+    ) -> tuple[Observations, PassState | None]: ...
+    # FLOPs of the head's judgements in one episode of each row, int64 [n].
+    def judging_flops(self, split: OfSplit, rows: Array) -> Array: ...
 
 
 class Core(Protocol[S]):
-    """Draws instances, observes them, and scores decisions on them; shared by all envs of the same configuration.
-
-    Attributes:
-        config: The env's configuration.
-        nvec: Sizes of a decision's components, int64 ``[components]``.
-        decision_nvec: Sizes of a mask's components, int64 ``[switches + 1]``.
-        stages: Names of the stages of an episode, in execution order.
-        steps: Which components of a decision each stage makes.
-        actions: How an agent says its decisions.
-        observation: What is seen before the first layer; it has a ``space``.
-        backbone: The backbone, with ``name``, ``weights`` and ``board``; of a table it is not there to run.
-        data: Which rows each split has.
-        switch_names: What each component of a decision but the last one skips.
-        highest_flops_ratio: A bound on the FLOPs ratio of any decision.
-    """
+    """Draws instances, observes them, and scores decisions on them; shared by all envs of the same configuration."""
 
     config: EnvConfig
-    nvec: Array
-    decision_nvec: Array
-    stages: list[str]
-    steps: Steps
-    actions: Actions
-    observation: Any
-    backbone: Any
-    data: Any
-    switch_names: list[str]
-    highest_flops_ratio: float
+    nvec: Array  # sizes of a decision's components, int64 [components]
+    decision_nvec: Array  # sizes of a mask's components, int64 [switches + 1]
+    stages: list[str]  # of an episode, in execution order
+    steps: Steps  # which components of a decision each stage makes
+    actions: Actions  # how an agent says its decisions
+    observation: Any  # what is seen before the first layer; it has a space
+    backbone: Any  # with name, weights and board; of a table it is not there to run
+    data: Any  # which rows each split has
+    switch_names: list[str]  # what each component of a decision but the last one skips
+    highest_flops_ratio: float  # a bound on the FLOPs ratio of any decision
 
     @cached_property
     def stage_observation(self) -> StageLooks[S]:
         """What is seen at the stages."""
         return self._stage_looks()
-
-    def _stage_looks(self) -> StageLooks[S]:
-        """What an implementation says of that, once it is asked for."""
-        ...
 
     @property
     def observation_space(self) -> gym.Space:
@@ -234,30 +154,16 @@ class Core(Protocol[S]):
         """Whether anything is decided elsewhere than before the first layer."""
         return self.stages != ["first"]
 
-    def split(self, name: str) -> S:
-        """A split by name.
-
-        Raises:
-            ValueError: If there is none of that name.
-        """
-        ...
-
     def observe(self, split: S, rows: Array) -> Observations:
         """What is seen of rows ``[n]`` of a split before the first layer: new arrays."""
         return self.observation.observe(split, rows)
 
     def rollout(self, split: S, rows: Array, decide: Callable[[Observations], Array]) -> tuple[Array, PassState | None]:
-        """Decide on rows, from stage to stage, each on what the decisions before it have led to.
+        """Decide on rows ``[n]``, from stage to stage, each on what the decisions before it have led to.
 
-        Args:
-            split: Where the instances are.
-            rows: Their rows, int64 ``[n]``.
-            decide: Called once a stage. From observations to decisions ``[n, components]``, of which those of the
-                stage count.
-
-        Returns:
-            The decisions, int64 ``[n, components]``, and what the pass has shown at the last stage, for ``score`` to
-            go on from; ``None`` where that is before the first layer, or nothing runs.
+        ``decide`` is called once a stage: from observations to decisions ``[n, components]``, of which those of the
+        stage count. Returns the decisions, int64 ``[n, components]``, and what the pass has shown at the last stage,
+        for ``score`` to go on from; ``None`` where that is before the first layer, or nothing runs.
         """
         decisions, seen = np.zeros((len(rows), len(self.nvec)), dtype=np.int64), None
         for stage in range(len(self.stages)):
@@ -265,39 +171,18 @@ class Core(Protocol[S]):
             self.steps.take(stage, decisions, decide(observations))
         return decisions, seen
 
-    def score(self, split: S, rows: Array, decisions: Array, seen: PassState | None = None) -> Outcome:
-        """What comes of one decision an instance.
-
-        Args:
-            split: Where the instances are.
-            rows: Their rows, int64 ``[n]``.
-            decisions: ``[n, components]``.
-            seen: What a pass of these rows under these decisions has shown at a stage: then it goes on from there.
-
-        Raises:
-            ValueError: If the decisions are malformed.
-        """
-        ...
-
-    def to_masks(self, decisions: Array) -> Array:
-        """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``."""
-        ...
-
-    def from_masks(self, masks: Array) -> Array:
-        """Masks ``[n, switches + 1]`` as decisions, int64 ``[n, components]``.
-
-        Raises:
-            ValueError: If the core has no such mask.
-        """
-        ...
-
-    def export(self) -> Export | None:
-        """What a policy takes along when it leaves this env; ``None``: it cannot."""
-        ...
-
-    def scores(self) -> dict[str, dict[str, Any]]:
-        """What is remembered of each split, by its name."""
-        ...
-
-    def load_scores(self, scores: dict[str, dict[str, Any]]) -> None:
-        """Remember these scores and no others."""
+    # What an implementation says of the stages, once it is asked for.
+    def _stage_looks(self) -> StageLooks[S]: ...
+    # A split by name; raises ValueError if there is none of that name.
+    def split(self, name: str) -> S: ...
+    # What comes of one decision an instance, [n, components]; raises ValueError if one is malformed. With what a pass
+    # of these rows under these decisions has seen at a stage it goes on from there.
+    def score(self, split: S, rows: Array, decisions: Array, seen: PassState | None = None) -> Outcome: ...
+    # Decisions [n, components] as masks, int64 [n, switches + 1]; and back: raises ValueError if there is no such mask.
+    def to_masks(self, decisions: Array) -> Array: ...
+    def from_masks(self, masks: Array) -> Array: ...
+    # What a policy takes along when it leaves this env; None: it cannot.
+    def export(self) -> Export | None: ...
+    # What is remembered of each split, by its name; and to remember nothing else.
+    def scores(self) -> dict[str, dict[str, Any]]: ...
+    def load_scores(self, scores: dict[str, dict[str, Any]]) -> None: ...

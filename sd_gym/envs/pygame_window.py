@@ -13,11 +13,7 @@ HAS_PYGAME = find_spec("pygame") is not None
 
 
 class Window:
-    """Opens when first shown in.
-
-    Raises:
-        gymnasium.error.DependencyNotInstalled: If there is no pygame.
-    """
+    """Opens when first shown in; raises ``gymnasium.error.DependencyNotInstalled`` if there is no pygame."""
 
     def __init__(self) -> None:
         if not HAS_PYGAME:

@@ -37,9 +37,6 @@ def static_regret(split: TableSplit) -> float:
     """Mean ``regret`` of the one mask for all instances that has least of it, which is known only in hindsight.
 
     A policy with less has learned something about its inputs.
-
-    Args:
-        split: A split of a table.
     """
     lost = np.zeros(len(split.core.masks))
     for _, rewards in _rewards(split):

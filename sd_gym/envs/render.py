@@ -63,22 +63,20 @@ class Scene:
 
 def scenes(core: Core, shown: Shown) -> list[Scene]:
     """What to show of each env; only here the backbone is asked for its answers."""
-    results = _results(shown) if shown.decided.any() else {}
-    return [_scene(core, shown.split, row, results.get(env)) for env, row in enumerate(shown.rows)]
-
-
-def _scene(core: Core, split: BackboneSplit, row: int, result: Result | None) -> Scene:
-    level = 0 if result is None else int(result.decision[-1])
-    return Scene(
-        env=core.config.id,
-        instance=split.instances[row].id,
-        difficulty=split.instances[row].difficulty,
-        texts=split.marked_texts(row, level),
-        reference=split.reference(row),
-        switches=core.backbone.board.names,
-        token_shares=core.config.tokens.shares,
-        result=result,
-    )
+    results, split = _results(shown) if shown.decided.any() else {}, shown.split
+    return [
+        Scene(
+            env=core.config.id,
+            instance=split.instances[row].id,
+            difficulty=split.instances[row].difficulty,
+            texts=split.marked_texts(row, int(results[env].decision[-1]) if env in results else 0),
+            reference=split.reference(row),
+            switches=core.backbone.board.names,
+            token_shares=core.config.tokens.shares,
+            result=results.get(env),
+        )
+        for env, row in enumerate(shown.rows)
+    ]
 
 
 def _results(shown: Shown) -> dict[int, Result]:

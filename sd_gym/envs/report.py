@@ -29,11 +29,8 @@ def by_facts(split: Split, scored: dict[str, NDArray]) -> dict[str, list[dict[st
 def write_instances(split: Split, scored: dict[str, NDArray], file: Path) -> None:
     """One line an instance, as CSV: its facts, the decision (as digits, the token level last) and what came of it.
 
-    Args:
-        split: The split.
-        scored: ``decision`` ``[n, switches + 1]``, and ``[n]`` each: ``quality``, ``quality_ref``, ``flops_ratio`` and,
-            what it costs to decide included, ``flops_ratio_with_policy``.
-        file: To write.
+    ``scored`` has ``decision`` ``[n, switches + 1]``, and ``[n]`` each: ``quality``, ``quality_ref``, ``flops_ratio``
+    and, what it costs to decide included, ``flops_ratio_with_policy``.
     """
     decisions = ["".join(map(str, decision)) for decision in scored["decision"].tolist()]
     columns = {

@@ -78,39 +78,28 @@ class SwitchableVecEnv(VecEnv):
         return self.env.render() if self.render_mode == "rgb_array" else [None] * self.num_envs
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """An attribute of the vector env or of a wrapper around it (the outermost that has it), for each index.
-
-        Raises:
-            AttributeError: If none has it.
-        """
-        return [getattr(self._holder(attr_name), attr_name)] * len(self._get_indices_list(indices))
+        """An attribute of the outermost wrapper, or of the vector env, that has it, for each index; or an error."""
+        return [getattr(self._holder(attr_name), attr_name)] * len(list(self._get_indices(indices)))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         """Set an attribute where ``get_attr`` finds it, or, of a new name, on the vector env itself.
 
-        Raises:
-            ValueError: If ``indices`` leaves out some envs, since they share their attributes.
+        Raises ``ValueError`` if ``indices`` leaves out some envs, since they share their attributes.
         """
-        if len(set(self._get_indices_list(indices))) != self.num_envs:
+        if len(set(self._get_indices(indices))) != self.num_envs:
             raise ValueError("the envs of a SwitchableVecEnv share their attributes; indices must be None, or all")
         holder = self._holder(attr_name) if self.has_attr(attr_name) else self.env.unwrapped
         setattr(holder, attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        """Call a method of the vector env or of a wrapper once; its result for each index.
-
-        Of ``action_masks`` and ``render`` each env gets its own row.
-
-        Raises:
-            AttributeError: If none has the method.
-        """
+        """Call a method of the vector env or of a wrapper once; its result for each index, of ``ROW_AN_ENV`` a row."""
         result = getattr(self._holder(method_name), method_name)(*args, **kwargs)
-        return [result[env] if method_name in ROW_AN_ENV else result for env in self._get_indices_list(indices)]
+        return [result[env] if method_name in ROW_AN_ENV else result for env in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
         """Whether the vector env is wrapped in this class, for each index."""
         wrapped = any(isinstance(env, wrapper_class) for env in self._layers())
-        return [wrapped] * len(self._get_indices_list(indices))
+        return [wrapped for _ in self._get_indices(indices)]
 
     def _reset_ended(self, dones: NDArray) -> tuple[Observations, dict[str, Any]]:
         """Reset, as the mode of the vector env wants it, the envs whose episodes are over: all of them, or none."""
@@ -132,9 +121,6 @@ class SwitchableVecEnv(VecEnv):
             if hasattr(env, name):
                 return env
         raise AttributeError(f"{self.env} has no attribute {name!r}")
-
-    def _get_indices_list(self, indices: Any) -> list[int]:
-        return list(self._get_indices(indices))
 
     def _listed(self, infos: dict[str, Any]) -> list[dict[str, Any]]:
         """Infos as SB3 wants them: a dictionary an env, of what the env has."""

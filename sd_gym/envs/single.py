@@ -10,13 +10,7 @@ from numpy.typing import NDArray
 
 from sd_gym.envs.actions import as_array
 from sd_gym.envs.episodes import Episodes
-from sd_gym.envs.infos import (
-    check_shown,
-    chosen,
-    info_of_one,
-    pictures,
-    read_config,
-)
+from sd_gym.envs.infos import check_shown, chosen, info_of_one, pictures, read_config
 from sd_gym.envs.pygame_window import HAS_PYGAME, Window
 from sd_gym.envs.render import Shown
 from sd_gym.envs.shared import shared_core

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import gymnasium as gym
 import numpy as np
@@ -17,9 +16,6 @@ from sd_gym.policy.features import log_odds, pooled_features, stage_observation
 from sd_gym.projection import OBSERVATION_LIMIT, deviation_of
 from sd_gym.switch import PassState
 from sd_gym.tasks.ranking import STATISTICS_SIZE
-
-if TYPE_CHECKING:
-    pass
 
 Array = NDArray
 PASS_ROWS = 64  # of a pass that statistics are taken from

@@ -18,15 +18,7 @@ from sd_gym.config import EnvConfig
 from sd_gym.envs.actions import MaskActions, MultiDiscreteActions, Steps, all_decisions, read_masks
 from sd_gym.envs.protocols import Core, Outcome
 from sd_gym.envs.spaces import FirstLook
-from sd_gym.envs.table_files import (
-    CODEBOOK,
-    EXPORT,
-    FACT,
-    PROJECTION,
-    observations_at,
-    read_description,
-    table_folder,
-)
+from sd_gym.envs.table_files import CODEBOOK, EXPORT, FACT, PROJECTION, observations_at, read_description, table_folder
 from sd_gym.envs.table_scores import TableCosts, TableScoring
 from sd_gym.files import map_arrays, read_json
 from sd_gym.objectives import quality_cost
@@ -59,21 +51,13 @@ class TableData:
 
 
 class TableObservation:
-    """What was observed of each instance when the table was made.
-
-    Attributes:
-        space: Of one observation.
-        projection: From what the env observes to what the table has; ``None``: that is the same.
-        flops: FLOPs of reducing one observation; 0 where it is not reduced.
-    """
+    """What was observed of each instance when the table was made; ``projection`` reduced it to what the table has."""
 
     def __init__(self, described: dict[str, Any], projection: Projection | None) -> None:
         self.projection, self.flops = projection, 0 if projection is None else projection.flops
-        low, high = (np.array(described[key], dtype=np.float32) for key in ("low", "high"))
         self.shape = tuple(described["shape"])
-        self.space = gym.spaces.Box(
-            np.broadcast_to(low, self.shape), np.broadcast_to(high, self.shape), dtype=np.float32
-        )
+        low, high = (np.full(self.shape, described[key], dtype=np.float32) for key in ("low", "high"))
+        self.space = gym.spaces.Box(low, high, dtype=np.float32)
 
     def observe(self, split: TableSplit, rows: Array) -> Array:
         """New arrays, float32 ``[n, ...]``."""
@@ -116,14 +100,7 @@ class TableLengths(NamedTuple):
 
 
 class TableSplit:
-    """One split of a table: what is in its files, as ``sd_gym.envs.protocols.Split`` has it.
-
-    Attributes:
-        tensors: What the table has of the instances, by name.
-
-    Raises:
-        ValueError: If the split's files are damaged, or belong to another table.
-    """
+    """One split of a table, a ``Split``; raises ``ValueError`` if its files are damaged, or belong to another table."""
 
     def __init__(self, core: TableCore, name: str) -> None:
         self.core, self.name, self.config = core, name, core.config
@@ -136,9 +113,7 @@ class TableSplit:
         self.difficulty, self.levels = self._whole("difficulty"), self._whole("levels")
         self.instances = [TableInstance(identity) for identity in self.ids]
         self.number_of = {identity: row for row, identity in enumerate(self.ids)}
-        self.encoded = TableLengths(
-            self._whole("source_length"), self.tensors["source_cut"], self.tensors["target_cut"]
-        )
+        self.encoded = TableLengths(*map(self._whole, TableLengths._fields))
         self.scoring = TableScoring(self.tensors, core.masks_of)
         self.costs = TableCosts(self.tensors, core.masks, core.masks_of)
 
@@ -198,17 +173,7 @@ class TableCore(Core[TableSplit]):
     component: the number of its mask, of which 0 is the dense one, from there down in FLOPs. Of several stages it has
     one for each: the number of the way in which the stage decides, of which 0 runs all. With ``stages=["first"]`` a
     table of several stages is one of some masks.
-
-    Attributes:
-        folder: Where the table is.
-        description: What ``table.json`` says.
-        masks: The decisions in it, int64 ``[masks, switches + 1]``.
-        exhaustive: Whether it has all.
-        looks: Shape of all that is observed of an instance, for each stage.
-
-    Raises:
-        FileNotFoundError: If there is no table.
-        ValueError: If it is damaged.
+    Raises ``FileNotFoundError`` if there is no table, ``ValueError`` if it is damaged.
     """
 
     def __init__(self, config: EnvConfig) -> None:
@@ -254,11 +219,7 @@ class TableCore(Core[TableSplit]):
         return TableStages(space, ways, self.description["judges"]) if ways else FirstLook(self)
 
     def split(self, name: str) -> TableSplit:
-        """A split by name, mapped when first asked for.
-
-        Raises:
-            ValueError: If the table has none of that name.
-        """
+        """A split by name, mapped when first asked for; raises ``ValueError`` if the table has none of that name."""
         if name not in self._splits:
             if name not in self.description["splits"]:
                 raise ValueError(f"{self.folder} has no split {name!r}; it has {', '.join(self.description['splits'])}")
@@ -282,11 +243,7 @@ class TableCore(Core[TableSplit]):
         return np.array(decisions, dtype=np.int64) if self.exhaustive else self.masks[self.masks_of(decisions)]
 
     def from_masks(self, masks: Array) -> Array:
-        """Masks ``[n, switches + 1]`` as decisions, int64 ``[n, components]``.
-
-        Raises:
-            ValueError: If the table has no such mask.
-        """
+        """Masks as decisions, int64 ``[n, components]``; raises ``ValueError`` if the table has no such mask."""
         if self.exhaustive:
             return np.array(masks, dtype=np.int64)
         number_of = {tuple(mask): number for number, mask in enumerate(self.masks.tolist())}
@@ -298,14 +255,10 @@ class TableCore(Core[TableSplit]):
         return np.stack(np.unravel_index(numbers, self.nvec), axis=1)
 
     def export(self) -> Export | None:
-        """What a policy takes along to the env that the table is of.
+        """What a policy takes along to the env that the table is of; raises ``ValueError`` if the table is damaged.
 
-        Returns:
-            ``None`` where that env has nothing to take along, or where its stages are one, which sees what no env of
-            one stage shows.
-
-        Raises:
-            ValueError: If the table is damaged.
+        ``None`` where that env has nothing to take along, or where its stages are one, which sees what no env of one
+        stage shows.
         """
         from sd_gym.envs.export import Export
         from sd_gym.policy.protected_tokens import ProtectedTokens
@@ -344,11 +297,7 @@ class TableCore(Core[TableSplit]):
         return self._decided.decisions(decisions, n)
 
     def decided_logits(self, *_: Any) -> NoReturn:
-        """There are none.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Raises ``ValueError``: there are none."""
         raise ValueError(f"{self.folder}: a table has outcomes, and no backbone to run; use the env that it is of")
 
 

@@ -43,11 +43,9 @@ def table_folder(name: str | Path) -> Path:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What ``table.json`` says of a table that is complete.
+    """What ``table.json`` says of a complete table.
 
-    Raises:
-        FileNotFoundError: If the folder holds no table.
-        ValueError: If it is damaged, not complete, or of another version.
+    Raises ``FileNotFoundError`` where there is none, ``ValueError`` if it is damaged, cut off, or of another version.
     """
     file = folder / "table.json"
     if not file.is_file():

@@ -17,16 +17,12 @@ class TableScoring:
 
     def __init__(self, tensors: dict[str, Array], masks_of: MasksOf) -> None:
         self._tensors, self._masks_of = tensors, masks_of
-        self._dense = self._of((slice(None), 0))
+        self._dense = self.of_masks((slice(None), 0))
 
-    def _of(self, index: Any) -> Array:
-        """Qualities ``[n, masks]`` at an index."""
+    def of_masks(self, index: Any) -> Array:
+        """Qualities ``[n, masks]`` of rows ``[n]``, or at another index, float64."""
         codes, values = self._tensors["quality"][index], self._tensors.get("quality_values")
         return codes.astype(np.float64) if values is None else values[codes]
-
-    def of_masks(self, rows: Array) -> Array:
-        """Quality of rows ``[n]`` under all masks, float64 ``[n, masks]``."""
-        return self._of(rows)
 
     def quality(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
         """Quality under the decisions and dense quality, each float64 ``[n]``."""
@@ -34,12 +30,12 @@ class TableScoring:
 
     def run(self, rows: Array, decisions: Array) -> Array:
         """Quality under the decisions, float64 ``[n]``."""
-        return self._of((rows, self._masks_of(decisions)))
+        return self.of_masks((rows, self._masks_of(decisions)))
 
     def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
         """Quality, and the likelihood of the reference, which is rounded to float16; each float64 ``[n]``."""
         masks = self._masks_of(decisions)
-        return self._of((rows, masks)), self._tensors["likelihood"][rows, masks].astype(np.float64)
+        return self.of_masks((rows, masks)), self._tensors["likelihood"][rows, masks].astype(np.float64)
 
     def under_all(self, rows: Array, masks: Array) -> tuple[Array, Array]:
         """``quality_and_likelihood`` of rows ``[n]`` under each of some decisions, each float64 ``[n, masks]``."""

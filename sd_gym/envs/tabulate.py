@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sd_gym.config import ConfigError
 from sd_gym.envs.actions import all_decisions, write_masks
 from sd_gym.envs.export import Export
-from sd_gym.envs.protocols import Core, Observations
+from sd_gym.envs.protocols import Core
 from sd_gym.envs.table_files import CODEBOOK, FACT, FORMAT, PROJECTION, observations_at
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.files import as_json, map_arrays, read_json, write_arrays, write_json
@@ -37,6 +37,7 @@ Array = NDArray
 CHUNK = 256  # instances that are run under all masks before anything is written
 ORDERED = 256  # instances of the training split whose FLOPs put masks in order
 PARTS = "parts"
+NUMBERS = "biuf"  # kinds of arrays
 OnChunk = Callable[[int, int], None]  # called with the decisions that are done, and all there are
 
 
@@ -59,19 +60,9 @@ def write_table(
     Each chunk of instances is written when it is done, so that a table which was cut off goes on with the next one; it
     becomes the same, bit for bit. (With another number of threads the last bits of sums are others.)
 
-    Args:
-        core: The env's core.
-        masks: The decisions, ``[masks, switches + 1]``, the dense one first and no two alike; ``None``: all.
-        folder: Where to write it; see ``sd_gym.envs.table``.
-        ways: Where the env decides at several stages: how many ways of each are in the masks, which are all
-            combinations of them, the last stage's changing first.
-        chosen: How the masks were chosen, in words.
-        pca: Principal components to reduce the observations to; ``None``: they are kept as they are.
-        share: Whether ids, facts in words and paths are left out.
-        resume: Whether to go on with the folder's table, if one is begun there.
-        jobs: Processes, of one thread each; 1: this one.
-        imports: Modules and files that register what the env needs; other processes import them first.
-        on_chunk: Called after each chunk.
+    ``masks [masks, switches + 1]`` have the dense one first, and no two alike; ``None``: all. Where the env decides at
+    several stages, ``ways`` says how many of each are in the masks, which are all combinations of them, the last
+    stage's changing first. ``chosen`` says in words how they were. Other options are as of ``sd-gym tabulate``.
 
     Raises:
         FileExistsError: If the folder holds a table, one that was cut off and shall not be resumed, or anything else.
@@ -170,7 +161,7 @@ class _Maker:
         file = self.folder / PROJECTION
         if not file.exists():
             train = self.core.split("train")
-            fit_projection(_array(self.core.observe(train, np.arange(len(train)))), self.pca).save(file)
+            fit_projection(np.asarray(self.core.observe(train, np.arange(len(train)))), self.pca).save(file)
         return read_projection(file)
 
     def _description(self, exported: Export | None) -> dict[str, Any]:
@@ -191,7 +182,7 @@ class _Maker:
                 "instances": len(split),
                 "identity": split.instances.identity,
                 "provenance": split.provenance,
-                "facts": [fact for fact in facts if not self.share or _is_number(facts[fact])],
+                "facts": [fact for fact in facts if not self.share or facts[fact].dtype.kind in NUMBERS],
             }
         described = {
             MARKER: __version__,
@@ -252,9 +243,9 @@ class _Maker:
         """Put the chunks of a split together, with all that is known of its instances."""
         core, n, encoded = self.core, len(split), split.encoded
         nothing = np.zeros((n, len(core.nvec)), dtype=np.int64)
-        seen = _array(core.stage_observation.observe(split, np.arange(n), 0, nothing, None)[0])
+        seen = np.asarray(core.stage_observation.observe(split, np.arange(n), 0, nothing, None)[0])
         facts = split.facts()
-        numbers = {name: values for name, values in facts.items() if _is_number(values)}
+        numbers = {name: values for name, values in facts.items() if values.dtype.kind in NUMBERS}
         smallest = {
             "difficulty": split.difficulty,
             "levels": split.levels,
@@ -310,17 +301,12 @@ def _write_chunk(core: Core[BackboneSplit], chunk: _Chunk, masks: Array, ways: l
     for stage in range(1, len(ways)):  # what rows show there, after each combination of ways
         before = masks[:: math.prod(ways[stage:])]  # a mask of each combination: after it all runs
         shown = [
-            _array(core.stage_observation.observe(split, rows, stage, np.tile(mask, (len(rows), 1)), None)[0])
+            np.asarray(core.stage_observation.observe(split, rows, stage, np.tile(mask, (len(rows), 1)), None)[0])
             for mask in before
         ]
         arrays[observations_at(stage)] = np.stack(shown, axis=1)
     write_arrays(chunk.file, arrays)
     return chunk
-
-
-def _array(observations: Observations) -> Array:
-    """Observations of a space that is a ``Box``, as a table's are."""
-    return np.asarray(observations)
 
 
 def _without_paths(value: Any) -> Any:
@@ -330,10 +316,6 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_paths(inner) for inner in value]
     return Path(value).name if isinstance(value, str) and os.sep in value and Path(value).exists() else value
-
-
-def _is_number(values: Array) -> bool:
-    return values.dtype.kind in "biuf"
 
 
 def _bound(values: Array) -> Any:

@@ -15,12 +15,7 @@ from sd_gym.tasks.ranking import RANKINGS
 
 
 def checked_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
-    """A configuration whose values fit together, and whose names are registered.
-
-    Raises:
-        UnknownKeyError: Naming the key and the nearest known one.
-        ConfigError: Naming the key, what was expected and what came.
-    """
+    """A configuration whose values fit together, and whose names are registered; raises ``ConfigError``."""
     config = stored_config(values, origin)
     try:
         check_splits(config.data)

@@ -51,11 +51,7 @@ class Costs:
         return always + (switched * (1 - decisions[:, :-1])).sum(axis=1) + ranking
 
     def by_level(self) -> tuple[Array, Array]:
-        """What ``flops`` adds up, of all rows at each token level.
-
-        Returns:
-            What no switch saves, int64 ``[n, levels]``, and what each switch does, int64 ``[n, levels, switches]``.
-        """
+        """What no switch saves of all rows at each token level, int64 ``[n, levels]``, and what each one does, too."""
         rows = np.arange(len(self._encoded))
         always, switched = [], []
         for level in range(len(self._tokens.shares)):

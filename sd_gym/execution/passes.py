@@ -19,18 +19,15 @@ from sd_gym.switch.stages import BETWEEN, EVERY_LAYER
 from sd_gym.tasks.dropping import TokenDropping
 
 Array = NDArray
+Value = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of each row's logits and labels
 PASS_TOKENS = 2**15  # padded tokens of a forward pass at most, which bounds its memory
 SHARED_ROWS = 128  # of passes that many masks share
 
 
 class Passes:
-    """Forward passes and ``generate()`` of a backbone on rows of a split, under decisions ``[n, switches + 1]``.
+    """Forward passes and ``generate()`` of a backbone on rows of a split, under decisions ``[n, switches + 1]``."""
 
-    Attributes:
-        most: Rows of a pass at most; ``None``: as many as its memory has room for.
-    """
-
-    most: int | None = None
+    most: int | None = None  # rows of a pass; None: as many as its memory has room for
 
     def __init__(
         self,
@@ -47,11 +44,8 @@ class Passes:
     def answers(self, rows: Array, decisions: Array, seen: PassState | None = None) -> list[str]:
         """What the backbone says to rows under decisions, to be read: a text, a class's name, or a score.
 
-        Args:
-            rows: The rows.
-            decisions: ``[n, switches + 1]``.
-            seen: What a pass of the rows under the decisions has shown at a stage: then they go on from there, but for
-                texts in the middle of a stack, which are generated anew.
+        They go on from what a pass has ``seen`` at a stage, but for texts in the middle of a stack, which are generated
+        anew.
         """
         return self.head.answers(self, rows, decisions, seen)
 
@@ -129,13 +123,7 @@ class Passes:
         return {"eos_token_id": [self.backbone.tokenizer.eos_token_id, *tokens]} if len(tokens) == 1 else {}
 
     @torch.inference_mode()
-    def in_passes(
-        self,
-        rows: Array,
-        decisions: Array,
-        value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        seen: PassState | None = None,
-    ) -> Array:
+    def in_passes(self, rows: Array, decisions: Array, value: Value, seen: PassState | None = None) -> Array:
         """A value, or several, of each row's logits and labels, float64 ``[n]`` or ``[n, values]``.
 
         With what they have ``seen`` at a stage it is one pass, which goes on from there.
@@ -149,12 +137,7 @@ class Passes:
         return np.concatenate(values)[np.argsort(np.concatenate(order))]
 
     @torch.inference_mode()
-    def under_all(
-        self,
-        rows: Array,
-        masks: Array,
-        value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    ) -> Array:
+    def under_all(self, rows: Array, masks: Array, value: Value) -> Array:
         """Values of each row's logits and labels under every mask, float64 ``[n, masks, values]``.
 
         Masks that agree up to a layer share the pass up to there: it is run once and resumed for each way to go on.
@@ -165,9 +148,7 @@ class Passes:
         parts = np.split(rows[order], range(size, len(rows), size))
         return np.concatenate([self._under_all(part, masks, value) for part in parts])[np.argsort(order)]
 
-    def _under_all(
-        self, rows: Array, masks: Array, value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    ) -> Array:
+    def _under_all(self, rows: Array, masks: Array, value: Value) -> Array:
         """As ``under_all``, the rows in one batch: depth first through the tree of masks, a stage a layer."""
         board, inputs = self.backbone.board, self.inputs(rows)
         stages = list(board.decided_at([EVERY_LAYER]).items())
@@ -230,11 +211,7 @@ class Passes:
     def seen_at(self, stage: str, rows: Array, decisions: Array, resume_from: PassState | None = None) -> PassState:
         """What one pass of rows shows at a stage; it is run no further.
 
-        Args:
-            stage: Name of the stage.
-            rows: The rows.
-            decisions: What they say of switches from the stage on does not count.
-            resume_from: What the same rows have shown at an earlier stage; then the pass goes on from there.
+        What decisions say of switches from the stage on does not count; the pass goes on from an earlier stage's state.
         """
         board, inputs = self.backbone.board, self.inputs(rows)
         keep, mask = self._keep_of(rows, decisions, inputs), inputs["attention_mask"]

@@ -25,11 +25,7 @@ Key = tuple[int, bytes]  # a row, and its decision
 
 
 class Scoring:
-    """Qualities of a split's rows under decisions ``[n, switches + 1]``.
-
-    Raises:
-        ValueError: If the backbone's answers have no such quality.
-    """
+    """Qualities of rows under decisions ``[n, switches + 1]``; raises ``ValueError`` if answers have none such."""
 
     def __init__(
         self, settings: QualityConfig, passes: Passes, instances: Sequence[Instance], encoded: Encoded
@@ -180,9 +176,8 @@ class Scoring:
     @cached_property
     def _class_weight(self) -> Array:
         """What a right answer is worth, by instance, float64 ``[n]``: the same in all for each class."""
-        classes, of_class, count = np.unique(
-            self._head.classes(self._instances), return_inverse=True, return_counts=True
-        )
+        labels = self._head.classes(self._instances)
+        classes, of_class, count = np.unique(labels, return_inverse=True, return_counts=True)
         return len(self._encoded) / (len(classes) * count[of_class])
 
     def _relative(self, rows: Array, decisions: Array, probability: Array) -> Array:
@@ -202,9 +197,8 @@ class Scoring:
         """The metric of the rows under the decisions, by name; empty where it is the mean quality."""
         name = self._settings.metric
         if name != "exact_match" and METRICS.find(name).of_texts:
-            return text_metrics(
-                name, self._passes.answers(rows, decisions), [self._instances[row].references for row in rows]
-            )
+            references = [self._instances[row].references for row in rows]
+            return text_metrics(name, self._passes.answers(rows, decisions), references)
         if name == "exact_match" or (name == "accuracy" and self._settings.kind == "exact_match"):
             return {}
         predicted = self._passes.in_passes(rows, decisions, lambda logits, labels: self._head.prediction(logits))

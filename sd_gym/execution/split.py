@@ -32,29 +32,10 @@ Array = NDArray
 
 
 class BackboneSplit:
-    """One split of a data set, with everything about it that never changes.
+    """One split of a data set, a ``Split``, with everything about it that never changes.
 
-    Args:
-        config: The env's configuration.
-        name: The split.
-        data: The splits of the data set.
-        backbone: The backbone; ``None``: the one of the config, which all envs of the process share.
-
-    Attributes:
-        name: ``train``, ``validation`` or ``test``.
-        backbone: The backbone.
-        head: Its head.
-        reading: The backbone's part of the config, with the prompt and stop that the head takes.
-        task: The family of its task.
-        instances: The instances, in order.
-        ids: The id of each, strings ``[n]`` of dtype object.
-        number_of: Row of each, by its id.
-        difficulty: Of each, int64 ``[n]``; 0 where it is not known.
-        encoded: Their tensors.
-        tokens: Which of their tokens a decision drops.
-        costs: The FLOPs of decisions on them.
-        passes: What runs the backbone on them.
-        scoring: What its answers are worth.
+    Without a backbone it has the one of the config, which all envs of the process share. ``reading`` is the backbone's
+    part of the config with the prompt and stop that the head takes, ``tokens`` says which tokens a decision drops.
     """
 
     def __init__(self, config: EnvConfig, name: str, data: Splits, backbone: Backbone | None = None) -> None:
@@ -77,15 +58,9 @@ class BackboneSplit:
     def _consist_of(self, instances: Instances, encoded: Encoded) -> None:
         config, backbone = self.config, self.backbone
         self.instances, self.encoded = instances, encoded
+        board, tokenizer = backbone.board, backbone.tokenizer
         self.tokens = TokenDropping(
-            instances,
-            encoded,
-            backbone.board,
-            backbone.tokenizer,
-            self.head,
-            self.reading,
-            config.tokens,
-            rarity=lambda: self.rarity,
+            instances, encoded, board, tokenizer, self.head, self.reading, config.tokens, rarity=lambda: self.rarity
         )
         self.costs = Costs(backbone, encoded, self.tokens)
         self.passes = Passes(backbone, instances, encoded, self.tokens, self.reading)
@@ -171,12 +146,7 @@ class BackboneSplit:
         keep, instance = self.tokens.kept(np.array([row]), np.array([level])), self.instances[row]
         if self.reading.prompt is None and self.paired and instance.source_pair is None:  # tokenised as the others are
             instance = replace(instance, source_pair="")
-        return marked_texts(
-            instance,
-            self.backbone.tokenizer,
-            self.reading,
-            None if keep is None else keep[0],
-        )
+        return marked_texts(instance, self.backbone.tokenizer, self.reading, None if keep is None else keep[0])
 
     @cached_property
     def rarity(self) -> Array:
