@@ -44,16 +44,9 @@ class Episode(NamedTuple):
 def check_env(env_id: str, settings: dict[str, Any] | None = None) -> list[Check]:
     """Check an env: with Gymnasium's checker, with seeds, and by the results of constant and random decisions.
 
-    Args:
-        env_id: A registered id.
-        settings: Overrides of its config, by key.
-
-    Returns:
-        A result per check. The range of rewards is checked too, and the best of all decisions where they are few.
-
-    Raises:
-        ValueError: If a setting is unknown, or the env gives a ``reward.vector``: the objective's is checked.
-        gymnasium.error.UnregisteredEnv: If there is no such env.
+    The range of rewards is checked too, and the best of all decisions where they are few. ``settings`` are overrides of
+    its config, by key. Raises ``gymnasium.error.UnregisteredEnv`` if there is no such env, ``ValueError`` if a setting
+    is unknown, or the env gives a ``reward.vector``: the objective's is checked.
     """
     env = gym.make(env_id, disable_env_checker=True, **(settings or {})).unwrapped
     if not isinstance(env, SwitchableEnv):

@@ -48,16 +48,9 @@ def front_of(core: Core, split: Split, policies: Sequence[DecisionPolicy]) -> Fr
 def score_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFronts]:
     """Score all masks that were searched, and bolder and more cautious versions of each policy, on the test split.
 
-    Args:
-        folders: Of the runs.
-        test_size: Instances of the test split to score, at most; ``None``: as many as the runs had.
-
-    Raises:
-        FileNotFoundError: If no folder holds a finished run.
-        ValueError: If there is no env with a learned agent and with a control, or the data of a run have changed.
-
-    Warns:
-        UserWarning: If a folder holds no finished run, or a run has no other to be compared with on the same env.
+    Of that, at most ``test_size`` instances; ``None``: as many as the runs had. Raises ``FileNotFoundError`` if no
+    folder holds a finished run, ``ValueError`` if there is no env with a learned agent and with a control, or the data
+    of a run have changed. Warns if a folder holds no finished run, or a run has no other to be compared with.
     """
     envs: dict[EnvConfig, dict[str, list[Run]]] = {}
     for folder in finished_runs(folders):

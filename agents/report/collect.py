@@ -23,16 +23,10 @@ EXAMPLES_PER_LEVEL, MOST_EXAMPLES = 3, 14
 
 @dataclass(frozen=True)
 class AgentRuns:
-    """The runs of one agent on one env; they differ in their seed only.
+    """The runs of one agent on one env; they differ in their seed only."""
 
-    Attributes:
-        name: Of the agent, and what distinguishes these runs from its others.
-        algo: As ``--algo`` takes it.
-        runs: The runs.
-    """
-
-    name: str
-    algo: str
+    name: str  # of the agent, and what distinguishes these runs from its others
+    algo: str  # as ``--algo`` takes it
     runs: list[Run]
 
     @property
@@ -114,15 +108,10 @@ class AgentRuns:
 
 @dataclass(frozen=True)
 class EnvRuns:
-    """All runs on the same test instances with the same backbone and epsilon.
+    """All runs on the same test instances with the same backbone and epsilon."""
 
-    Attributes:
-        name: The env's id, and what distinguishes these runs from others of that id.
-        agents: Their runs, agents first, the cheapest that keeps the quality at the top, then controls.
-    """
-
-    name: str
-    agents: list[AgentRuns]
+    name: str  # the env's id, and what distinguishes these runs from others of that id
+    agents: list[AgentRuns]  # agents first, the cheapest that keeps the quality at the top, then controls
 
     @property
     def runs(self) -> list[tuple[AgentRuns, Run]]:

@@ -57,10 +57,8 @@ def probability_of_improvement(
 ) -> tuple[float, float, float]:
     """How probably a run of one algorithm is better than one of another on the same env, and its interval.
 
-    The mean over envs of the Mann-Whitney statistic; equal scores count half.
-
-    Raises:
-        ValueError: If there are not the same envs.
+    The mean over envs of the Mann-Whitney statistic; equal scores count half. Raises ``ValueError`` if there are not
+    the same envs.
     """
     if len(scores) != len(others):
         raise ValueError(f"expected scores of the same envs, got {len(scores)} and {len(others)} of them")
