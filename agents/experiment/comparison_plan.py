@@ -103,7 +103,8 @@ def plan_comparison(
             _start_key(algo)
             names[start] = None
         names[name] = None
-    _check_settings(settings, [_parts(name)[0] for name in names])
+    of_agents = {key for name in names for key in agent_class(_parts(name)[0]).Settings.model_fields}
+    split_settings("dense", {key: value for key, value in settings.items() if key not in of_agents})  # raises
     runs = []
     for env in envs:
         config_of(env)  # raises if the name is unknown
@@ -143,11 +144,3 @@ def _blind(algos: Sequence[str]) -> list[str]:
         if not is_control(algo):
             return [f"{BLIND}{algo}{FROM}static" if start else f"{BLIND}{algo}"]
     return []
-
-
-def _check_settings(settings: dict[str, Any], algos: list[str]) -> None:
-    """Raise ``ValueError`` if a key is neither of the env nor of any of the agents."""
-    of_agents = {key for algo in algos for key in agent_class(algo).Settings.model_fields}
-    for key in settings:
-        if key not in of_agents:
-            split_settings("dense", {key: settings[key]})

@@ -109,12 +109,8 @@ def _panel_checks(panel: dict[str, list[Episode]]) -> list[Check]:
         infos = [episode.info for episode in episodes]
         reward = np.mean([episode.total for episode in episodes])
         quality, flops = (np.mean([info[key] for info in infos]) for key in ("quality", "flops_ratio"))
-        passed = True
-        if name == "nothing skipped":  # is the dense backbone
-            same = all(info["quality"] == info["quality_ref"] for info in infos)
-            passed = same and abs(flops - 1) < SLACK
-        elif name == "all skipped":
-            passed = flops < 1
+        is_dense = all(info["quality"] == info["quality_ref"] for info in infos) and abs(flops - 1) < SLACK
+        passed = {"nothing skipped": is_dense, "all skipped": flops < 1}.get(name, True)
         checks.append(Check(name, bool(passed), f"reward {reward:+.3f}, quality {quality:.1%}, FLOPs {flops:.1%}"))
     return checks
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -124,17 +124,12 @@ def policy_versions(core: Core, policy: DecisionPolicy, epsilon: float, margin: 
         scored = decide_and_score(core, policy.with_margin(margin), core.split("test"))
         return float((scored["quality_ref"] - scored["quality"]).mean())
 
-    return [policy.with_margin(margin) for margin in _margins(loss, epsilon)]
-
-
-def _margins(loss: Callable[[float], float], epsilon: float) -> NDArray:
-    """Margins from a loss of epsilon to a tenth of it."""
     boldest = cautious = 0.0
     while boldest > -LARGEST_MARGIN and loss(boldest) < epsilon:
         boldest -= MARGIN_STEP
     while cautious < LARGEST_MARGIN and loss(cautious) > LEAST * epsilon:
         cautious += MARGIN_STEP
-    return np.arange(boldest, cautious + MARGIN_STEP / 2, MARGIN_STEP)
+    return [policy.with_margin(margin) for margin in np.arange(boldest, cautious + MARGIN_STEP / 2, MARGIN_STEP)]
 
 
 def savings_rows(fronts: EnvFronts) -> list[list[str]]:

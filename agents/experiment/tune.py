@@ -157,16 +157,13 @@ def _tell(study: Study, trial: Trial, statuses: list[RunStatus], values: dict[st
     """Tell the study the outcome of a trial's runs."""
     from optuna.trial import TrialState
 
-    scores = []
-    for status in statuses:
-        if status.message:
-            study.tell(trial, state=TrialState.FAIL)
-            return TrialResult(trial.number, values, None, status.message)
-    for status in statuses:
-        _, core, policy = load_run(status.run.folder)
-        scores.append(score(summary(core, policy, "validation")))
-    study.tell(trial, fmean(scores))
-    return TrialResult(trial.number, values, fmean(scores))
+    if messages := [status.message for status in statuses if status.message]:
+        study.tell(trial, state=TrialState.FAIL)
+        return TrialResult(trial.number, values, None, messages[0])
+    policies = (load_run(status.run.folder)[1:] for status in statuses)
+    mean = fmean(score(summary(core, policy, "validation")) for core, policy in policies)
+    study.tell(trial, mean)
+    return TrialResult(trial.number, values, mean)
 
 
 def _write_best(study: Study, file: Path, algo: str, what: dict[str, Any]) -> Path:
