@@ -230,12 +230,13 @@ class _PolicyFunction:
 def _policy_like(policy: Policy | TablePolicy, flops: int | None, core: Core) -> PolicyLike:
     if isinstance(policy, str | Path):
         policy = DecisionPolicy.load(Path(policy))
-    if isinstance(policy, DecisionPolicy | TablePolicy):
+    if isinstance(policy, DecisionPolicy):
         check_fits(policy, core)
-        if isinstance(policy, DecisionPolicy) and flops is None:
-            return policy
+        return policy if flops is None else _PolicyFunction(policy.decide, flops)
+    if isinstance(policy, TablePolicy):
+        check_fits(policy, core)
         return _PolicyFunction(policy.decide, policy.flops if flops is None else flops)
-    predict = getattr(policy, "predict", None)
+    predict: Any = getattr(policy, "predict", None)
     act = (lambda observations: predict(observations, deterministic=True)[0]) if callable(predict) else policy
     if not callable(act):
         raise ValueError(

@@ -27,8 +27,7 @@ def export(
 
     ``None`` where a policy cannot leave its env: see ``sd_gym.envs.export``.
     """
-    exported = core.export()
-    if exported is None:
+    if (exported := core.export()) is None:
         return None
     network: DecisionPolicy | TablePolicy = policy
     if exported.masks is not None or exported.projection is not None:
