@@ -67,11 +67,7 @@ def agent_names() -> list[str]:
 
 
 def agent_class(name: str) -> type[BaseAgent]:
-    """The class of a name, imported now.
-
-    Raises:
-        ValueError: If there is no agent of that name.
-    """
+    """The class of a name, imported now; raises ``ValueError`` if there is no agent of that name."""
     if name not in agent_names():
         raise UnknownNameError(unknown("agent", name, agent_names()))
     return AGENTS.find(name.removeprefix(BLIND))

@@ -38,10 +38,8 @@ IsGood = Callable[[Array, Array], Array]  # of rows [n] and decisions [n, compon
 def skip_units(core: Core, per: Per = "sublayer") -> list[Array]:
     """The components of a decision, int64, in parts that are raised together: each alone, or those of a layer.
 
-    The last component, of the tokens, is always alone; those of a layer that have no choice are left out.
-
-    Raises:
-        ValueError: If layers are asked for, and decisions are numbers of masks.
+    The last component, of the tokens, is always alone; those of a layer that have no choice are left out. Raises
+    ``ValueError`` if layers are asked for, and decisions are numbers of masks.
     """
     alone = [np.array([component]) for component in range(len(core.nvec))]
     if per == "sublayer":
@@ -179,10 +177,8 @@ def beam_search(
     """A cheap good decision for each of ``rows [n]``, by beam search: one candidate after another is skipped.
 
     All instances try the same candidate at the same time, so that similar instances get similar decisions, which a
-    policy can learn. ``order`` has the components of each candidate, ``width`` is how many decisions are kept.
-
-    Returns:
-        int64 ``[n, components]``: of the kept decisions, the one with the fewest FLOPs; dense where none is good.
+    policy can learn. ``order`` has the components of each candidate, ``width`` is how many decisions are kept. Of these
+    the one with the fewest FLOPs is returned, int64 ``[n, components]``; dense where none is good.
     """
     n, components = len(rows), len(core.nvec)
     beam = np.zeros((n, 1, components), dtype=np.int64)
@@ -230,10 +226,8 @@ def nested_codebook(masks: Array, quality: Array, flops: Array, size: int = CODE
     save the difference of their FLOPs on as many inputs as the next one keeps right: its mean quality. The chain with
     the highest sum of these products is found by dynamic programming.
 
-    Of masks ``[masks, components]``, the dense one among them, with their mean quality and FLOPs ratio ``[masks]``.
-
-    Returns:
-        Rows of ``masks``, at most ``size``, the dense one first.
+    Of masks ``[masks, components]``, the dense one among them, with their mean quality and FLOPs ratio ``[masks]``;
+    rows of ``masks``, at most ``size``, the dense one first.
     """
     nested = np.ones((len(masks), len(masks)), dtype=bool)  # whether the second skips all that the first does
     for component in masks.T:

@@ -89,9 +89,7 @@ class StaticAgent(Agent[StaticSettings]):
 def searched_masks(folder: Path, nvec: NDArray) -> list[NDArray]:
     """The masks that a run of ``static`` has found, or the path that one of ``imitation`` has.
 
-    Raises:
-        FileNotFoundError: If the folder holds no masks.
-        ValueError: If they are masks of something else.
+    Raises ``FileNotFoundError`` if the folder holds no masks, ``ValueError`` if they are masks of something else.
     """
     file = folder / MASKS
     if not file.exists():

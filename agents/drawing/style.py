@@ -81,12 +81,7 @@ def as_svg(picture: Figure, name: str, words: str) -> str:
     """A figure as an SVG element for a page: its ink is the page's, its paper ``--paper``, and its blue ``--blue``.
 
     The page has one style sheet for the fonts and line ends of all pictures: one within a picture would apply to the
-    whole page.
-
-    Args:
-        picture: The figure.
-        name: A name that no other figure of the page has, for its ids.
-        words: A description for readers who cannot see it; plain text.
+    whole page. No other figure of the page has its ``name``; ``words`` describe it for readers who cannot see it.
     """
     buffer = io.StringIO()
     paper = picture.get_facecolor()

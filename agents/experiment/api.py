@@ -74,18 +74,9 @@ def train(
             another one, on other data, or damaged.
     """
     folder = default_folder(env_id, algo, seed) if output is None else Path(output)
-    return run.train(
-        env_id,
-        algo,
-        folder,
-        steps=steps,
-        seed=seed,
-        settings=settings,
-        strictness=strictness,
-        resume=resume,
-        imports=imports,
-        on_progress=on_progress,
-    )
+    options: dict[str, Any] = {"steps": steps, "seed": seed, "strictness": strictness, "resume": resume}
+    options |= {"settings": settings, "imports": imports, "on_progress": on_progress}
+    return run.train(env_id, algo, folder, **options)
 
 
 def train_all(
@@ -245,7 +236,13 @@ def _policy_like(policy: Policy | TablePolicy, flops: int | None, core: Core) ->
     if isinstance(policy, TablePolicy):
         check_fits(policy, core)
         return _PolicyFunction(policy.decide, policy.flops if flops is None else flops)
-    act = _act(policy)
+    predict: Any = getattr(policy, "predict", None)
+    act = (lambda observations: predict(observations, deterministic=True)[0]) if callable(predict) else policy
+    if not callable(act):
+        raise ValueError(
+            "expected a policy: a callable from observations to decisions, a model with predict(), a DecisionPolicy or "
+            f"the folder of a run; got {policy!r}"
+        )
 
     def decide(observations: Any) -> NDArray:
         choices = core.actions.decisions(act(observations), len(each(observations)))
@@ -254,18 +251,6 @@ def _policy_like(policy: Policy | TablePolicy, flops: int | None, core: Core) ->
         return core.steps.spread(observations[:, : len(core.stages)].argmax(axis=1), choices)
 
     return _PolicyFunction(decide, getattr(policy, "flops", None) if flops is None else flops)
-
-
-def _act(policy: Any) -> Callable[[Any], Any]:
-    """The function from observations to actions of a user's policy."""
-    if callable(getattr(policy, "predict", None)):
-        return lambda observations: policy.predict(observations, deterministic=True)[0]
-    if not callable(policy):
-        raise ValueError(
-            "expected a policy: a callable from observations to decisions, a model with predict(), a DecisionPolicy or "
-            f"the folder of a run; got {policy!r}"
-        )
-    return policy
 
 
 class _Origin(NamedTuple):

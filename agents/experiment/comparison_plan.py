@@ -28,15 +28,8 @@ STARTS = ("start", "path")  # settings that name the run that another one begins
 class PlannedRun:
     """A run to be trained.
 
-    Attributes:
-        env: Id of the env.
-        algo: The agent.
-        folder: The run folder.
-        steps: Decisions to learn from.
-        seed: Of the run.
-        settings: Of the env and of the agent, by key; where ``start`` or ``path`` is the folder of a run that
-            is planned before, that one is trained first.
-        strictness: Of selection.
+    Where ``start`` or ``path`` of its settings (those of the env and of the agent, by key) is the folder of a run that
+    is planned before, that one is trained first.
     """
 
     env: str
@@ -69,11 +62,7 @@ class PlannedRun:
         train(self.env, self.algo, self.folder, resume=True, **options)
 
     def is_finished(self) -> bool:
-        """Whether the folder holds this very run, finished.
-
-        Raises:
-            ValueError: If it holds another one.
-        """
+        """Whether the folder holds this very run, finished; raises ``ValueError`` if it holds another one."""
         if not (self.folder / "result.json").exists():
             return False
         of_env, of_agent = split_settings(self.algo, self.settings)
@@ -103,9 +92,7 @@ def plan_comparison(
     """The runs of a comparison, in the order of training: each agent and control on each env, with the same seeds.
 
     See ``sd_gym.train_all`` for the arguments. An agent that draws nothing at random (``Agent.draws``) is trained once.
-
-    Raises:
-        ValueError: If a name or a setting is unknown, or an agent cannot begin with another.
+    Raises ``ValueError`` if a name or a setting is unknown, or an agent cannot begin with another.
     """
     settings, names = settings or {}, {}
     for name in [*algos, *((*CONTROLS, *_blind(algos)) if controls else ())]:
@@ -116,7 +103,8 @@ def plan_comparison(
             _start_key(algo)
             names[start] = None
         names[name] = None
-    _check_settings(settings, [_parts(name)[0] for name in names])
+    of_agents = {key for name in names for key in agent_class(_parts(name)[0]).Settings.model_fields}
+    split_settings("dense", {key: value for key, value in settings.items() if key not in of_agents})  # raises
     runs = []
     for env in envs:
         config_of(env)  # raises if the name is unknown
@@ -156,11 +144,3 @@ def _blind(algos: Sequence[str]) -> list[str]:
         if not is_control(algo):
             return [f"{BLIND}{algo}{FROM}static" if start else f"{BLIND}{algo}"]
     return []
-
-
-def _check_settings(settings: dict[str, Any], algos: list[str]) -> None:
-    """Raise ``ValueError`` if a key is neither of the env nor of any of the agents."""
-    of_agents = {key for algo in algos for key in agent_class(algo).Settings.model_fields}
-    for key in settings:
-        if key not in of_agents:
-            split_settings("dense", {key: settings[key]})

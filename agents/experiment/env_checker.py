@@ -44,16 +44,9 @@ class Episode(NamedTuple):
 def check_env(env_id: str, settings: dict[str, Any] | None = None) -> list[Check]:
     """Check an env: with Gymnasium's checker, with seeds, and by the results of constant and random decisions.
 
-    Args:
-        env_id: A registered id.
-        settings: Overrides of its config, by key.
-
-    Returns:
-        A result per check. The range of rewards is checked too, and the best of all decisions where they are few.
-
-    Raises:
-        ValueError: If a setting is unknown, or the env gives a ``reward.vector``: the objective's is checked.
-        gymnasium.error.UnregisteredEnv: If there is no such env.
+    The range of rewards is checked too, and the best of all decisions where they are few. ``settings`` are overrides of
+    its config, by key. Raises ``gymnasium.error.UnregisteredEnv`` if there is no such env, ``ValueError`` if a setting
+    is unknown, or the env gives a ``reward.vector``: the objective's is checked.
     """
     env = gym.make(env_id, disable_env_checker=True, **(settings or {})).unwrapped
     if not isinstance(env, SwitchableEnv):
@@ -116,12 +109,8 @@ def _panel_checks(panel: dict[str, list[Episode]]) -> list[Check]:
         infos = [episode.info for episode in episodes]
         reward = np.mean([episode.total for episode in episodes])
         quality, flops = (np.mean([info[key] for info in infos]) for key in ("quality", "flops_ratio"))
-        passed = True
-        if name == "nothing skipped":  # is the dense backbone
-            same = all(info["quality"] == info["quality_ref"] for info in infos)
-            passed = same and abs(flops - 1) < SLACK
-        elif name == "all skipped":
-            passed = flops < 1
+        is_dense = all(info["quality"] == info["quality_ref"] for info in infos) and abs(flops - 1) < SLACK
+        passed = {"nothing skipped": is_dense, "all skipped": flops < 1}.get(name, True)
         checks.append(Check(name, bool(passed), f"reward {reward:+.3f}, quality {quality:.1%}, FLOPs {flops:.1%}"))
     return checks
 

@@ -25,11 +25,9 @@ def export(
 ) -> SkipPolicy | None:
     """The artefact of a run; of one on a table, for the backbone that the table is of.
 
-    Returns:
-        ``None`` where a policy cannot leave its env: see ``sd_gym.envs.export``.
+    ``None`` where a policy cannot leave its env: see ``sd_gym.envs.export``.
     """
-    exported = core.export()
-    if exported is None:
+    if (exported := core.export()) is None:
         return None
     network: DecisionPolicy | TablePolicy = policy
     if exported.masks is not None or exported.projection is not None:

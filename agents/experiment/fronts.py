@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,16 +48,9 @@ def front_of(core: Core, split: Split, policies: Sequence[DecisionPolicy]) -> Fr
 def score_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFronts]:
     """Score all masks that were searched, and bolder and more cautious versions of each policy, on the test split.
 
-    Args:
-        folders: Of the runs.
-        test_size: Instances of the test split to score, at most; ``None``: as many as the runs had.
-
-    Raises:
-        FileNotFoundError: If no folder holds a finished run.
-        ValueError: If there is no env with a learned agent and with a control, or the data of a run have changed.
-
-    Warns:
-        UserWarning: If a folder holds no finished run, or a run has no other to be compared with on the same env.
+    Of that, at most ``test_size`` instances; ``None``: as many as the runs had. Raises ``FileNotFoundError`` if no
+    folder holds a finished run, ``ValueError`` if there is no env with a learned agent and with a control, or the data
+    of a run have changed. Warns if a folder holds no finished run, or a run has no other to be compared with.
     """
     envs: dict[EnvConfig, dict[str, list[Run]]] = {}
     for folder in finished_runs(folders):
@@ -131,17 +124,12 @@ def policy_versions(core: Core, policy: DecisionPolicy, epsilon: float, margin: 
         scored = decide_and_score(core, policy.with_margin(margin), core.split("test"))
         return float((scored["quality_ref"] - scored["quality"]).mean())
 
-    return [policy.with_margin(margin) for margin in _margins(loss, epsilon)]
-
-
-def _margins(loss: Callable[[float], float], epsilon: float) -> NDArray:
-    """Margins from a loss of epsilon to a tenth of it."""
     boldest = cautious = 0.0
     while boldest > -LARGEST_MARGIN and loss(boldest) < epsilon:
         boldest -= MARGIN_STEP
     while cautious < LARGEST_MARGIN and loss(cautious) > LEAST * epsilon:
         cautious += MARGIN_STEP
-    return np.arange(boldest, cautious + MARGIN_STEP / 2, MARGIN_STEP)
+    return [policy.with_margin(margin) for margin in np.arange(boldest, cautious + MARGIN_STEP / 2, MARGIN_STEP)]
 
 
 def savings_rows(fronts: EnvFronts) -> list[list[str]]:

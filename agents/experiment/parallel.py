@@ -23,18 +23,14 @@ from sd_gym.registry import import_own
 class RunStatus(NamedTuple):
     """The status of a run.
 
-    Attributes:
-        run: The run.
-        state: ``begun``, ``learning`` or ``searching`` while it goes on; ``kept`` (it was finished before),
-            ``finished``, ``not applicable`` or ``failed`` in the end.
-        steps: Decisions so far.
-        message: Why it failed, or does not apply.
+    Its ``state`` is ``begun``, ``learning`` or ``searching`` while it goes on; ``kept`` (it was finished before),
+    ``finished``, ``not applicable`` or ``failed`` in the end.
     """
 
     run: PlannedRun
     state: str
-    steps: int = 0
-    message: str = ""
+    steps: int = 0  # decisions so far
+    message: str = ""  # why it failed, or does not apply
 
 
 OnStatus = Callable[[RunStatus], None]
@@ -55,9 +51,7 @@ def train_many(
     has one thread, which changes the last bits of sums.
 
     ``runs`` stand each after those that it begins with; see ``sd_gym.train_all`` for the other arguments and errors.
-
-    Returns:
-        The last status of each run, in their order: ``kept``, ``finished``, ``not applicable`` or ``failed``.
+    Returns the last status of each run, in their order.
     """
     if ray is not None and jobs > 1:
         raise ValueError(f"a Ray cluster has processes of its own; leave out jobs (got {jobs}) or ray (got {ray!r})")

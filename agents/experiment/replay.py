@@ -47,29 +47,19 @@ class Replay(NamedTuple):
 
 
 class RecordedInstances(NamedTuple):
-    """The content of ``instances.csv``, one value per instance.
-
-    Attributes:
-        ids: Of the instances.
-        decisions: As masks, int64 ``[n, switches + 1]``.
-        scores: ``quality``, ``quality_ref``, ``flops_ratio`` and ``flops_ratio_with_policy``; float64 ``[n]`` each.
-    """
+    """The content of ``instances.csv``, one value per instance."""
 
     ids: list[str]
-    decisions: NDArray
-    scores: dict[str, NDArray]
+    decisions: NDArray  # as masks, int64 [n, switches + 1]
+    scores: dict[str, NDArray]  # quality, quality_ref, flops_ratio and flops_ratio_with_policy; float64 [n] each
 
 
 def replay(folder: Path) -> Replay:
     """Play a run again: its data, its backbone, the outcome of each decision, its result, and its policy's decisions.
 
-    Args:
-        folder: Of a run, or of what ``sd_gym.evaluate`` wrote.
-
-    Raises:
-        FileNotFoundError: If it holds no finished run.
-        ReplayError: If something is not as recorded.
-        ValueError: If a file is damaged, or the data or the backbone have changed.
+    The folder is of a run, or of what ``sd_gym.evaluate`` wrote; raises ``FileNotFoundError`` if it holds no finished
+    run, ``ReplayError`` if something is not as recorded, ``ValueError`` if a file is damaged, or the data or the
+    backbone have changed.
     """
     description, result = read_description(folder), read_result(folder)
     with naming_imports(folder):
@@ -110,11 +100,7 @@ def replay(folder: Path) -> Replay:
 def read_instances(file: Path, nvec: NDArray) -> RecordedInstances:
     """The recorded instances of a run, from its ``instances.csv``.
 
-    ``nvec`` are the sizes of a mask's components: the core's ``decision_nvec``.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ReplayError: If it is damaged.
+    ``nvec`` is the core's ``decision_nvec``; raises ``FileNotFoundError`` if there is none, ``ReplayError`` if damaged.
     """
     if not file.exists():
         raise FileNotFoundError(f"no {file.name} in {file.parent}; expected a finished run, whose decisions are there")

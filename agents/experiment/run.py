@@ -81,17 +81,11 @@ def train(
     imports: Sequence[str] = (),
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Train an agent as ``sd_gym.train`` does, into a run folder.
+    """Train an agent as ``sd_gym.train`` does, into a run folder; raises ``FolderInUseError`` if another process does.
 
     The folder gets ``config.json``, TensorBoard events, ``policy.safetensors``, ``policy.json``, ``skip_policy.json``
     and ``skip_policy.safetensors`` (the policy as an artefact, with ``README.md``), ``result.json``,
     ``instances.csv``, ``result.png`` (and ``sb3.safetensors``); ``checkpoint.pt`` while it learns.
-
-    Returns:
-        The result, as in ``result.json``.
-
-    Raises:
-        FileExistsError, ValueError: See ``sd_gym.train``; ``FolderInUseError`` if another process writes to the folder.
     """
     with locked(folder):
         unfinished = _unfinished_run(folder, resume)
@@ -351,11 +345,9 @@ def _identity(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:
-    """The config, core and policy of a run folder.
+    """The config, core and policy of a run folder; raises ``FileNotFoundError`` if it holds no run.
 
-    Raises:
-        FileNotFoundError: If the folder holds no run.
-        ValueError: If its network is not registered, its policy does not fit the env, or its data have changed.
+    ``ValueError`` if its network is not registered, its policy does not fit the env, or its data have changed.
     """
     description = read_description(folder)
     core = core_of_run(folder, description)

@@ -34,23 +34,14 @@ class Selection:
     The best of many candidates that were searched on a sample is a lucky one there. So where a search has used one half
     of the validation split, policies are screened on that half, and then, from the cheapest on, the first whose quality
     is confirmed on the other half is kept.
-
-    Attributes:
-        core: Scores the policies.
-        strictness: Safety margin, in standard errors (``assured``).
-        searched: Whether the policies come from a search on the first half.
-        history: One entry per validation: step, quality, quality_ref, flops_ratio, quality_kept, reward and
-            by_difficulty (one level, 0, where the data have none), on instances of the first half.
-        operating_points: The screened versions of the selected policy, the boldest first.
-        margin: In log-odds, added to the selected policy; 1,000 makes it dense.
     """
 
-    core: Core
-    strictness: float = ONE_SIDED_95
-    searched: bool = False
-    history: list[dict[str, Any]] = field(default_factory=list)
-    operating_points: list[OperatingPoint] = field(default_factory=list)
-    margin: float = 0.0
+    core: Core  # scores the policies
+    strictness: float = ONE_SIDED_95  # safety margin, in standard errors (``assured``)
+    searched: bool = False  # whether the policies come from a search on the first half
+    history: list[dict[str, Any]] = field(default_factory=list)  # an entry per validation; see ``validate``
+    operating_points: list[OperatingPoint] = field(default_factory=list)  # of the selected policy, the boldest first
+    margin: float = 0.0  # in log-odds, added to the selected policy; 1,000 makes it dense
     _screened: dict[tuple[int, int], tuple[bool, OperatingPoint]] = field(default_factory=dict)
 
     def consider(self, step: int, policy: DecisionPolicy, objective: Objective) -> dict[str, Any]:
@@ -59,7 +50,7 @@ class Selection:
         return self.history[-1]
 
     def validate(self, step: int, policy: DecisionPolicy, objective: Objective) -> dict[str, Any]:
-        """The entry of a policy."""
+        """The entry of a policy, on instances of the first half."""
         split = self.core.split("validation")
         rows = halves(split)[0][:CURVE_INSTANCES]
         scored = self._score(policy, rows)

@@ -22,17 +22,10 @@ from sd_gym.policy import DecisionPolicy
 def skip_logits_of_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConfig, dict[str, NDArray]]:
     """The env's config of a run, some keys overridden, and its policy's log-odds of skipping on the data there.
 
-    A policy of several stages decides each stage after its own decisions at the earlier ones.
-
-    Args:
-        folder: Of the run.
-        overrides: Values by dotted key, such as another ``data.dataset``; not the backbone, which the policy observes.
-
-    Returns:
-        The config, and of ``train`` and ``validation`` float32 ``[n, switches]``, as ``prepare_backbone`` takes them.
-
-    Raises:
-        FileNotFoundError, ValueError: See ``load_run``; or if the policy does not decide switch by switch.
+    A policy of several stages decides each stage after its own decisions at the earlier ones. ``overrides`` are values
+    by dotted key, such as another ``data.dataset``, but not the backbone, which the policy observes. The log-odds of
+    ``train`` and ``validation`` are float32 ``[n, switches]``, as ``prepare_backbone`` takes them. Raises as
+    ``load_run``, and ``ValueError`` if the policy does not decide switch by switch.
     """
     _, core, policy = load_run(folder)
     config = make_config(dotted(core.config.model_dump()) | overrides, core.config.id)

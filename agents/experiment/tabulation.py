@@ -139,12 +139,8 @@ def _chosen(core: Core, asked: Sequence[str], seed: int) -> NDArray:
 def combine_stages(core: Core, masks: NDArray) -> tuple[NDArray, list[int]]:
     """All combinations of the parts ("ways") that masks ``[masks, switches + 1]`` have at each stage of an env.
 
-    Returns:
-        The combinations, int64 ``[combinations, switches + 1]``, the last stage's ways changing first; and how many
-        ways each stage has: first nothing skipped, then down in FLOPs.
-
-    Raises:
-        ValueError: If there are more than 4,096.
+    The combinations, int64 ``[combinations, switches + 1]``, the last stage's ways changing first; and how many ways
+    each stage has: first nothing skipped, then down in FLOPs. Raises ``ValueError`` if there are more than 4,096.
     """
     of_stages = []
     for components in core.steps.components:
@@ -189,13 +185,7 @@ def _choice(core: Core, asked: str, seed: int) -> NDArray:
 def random_masks(nvec: NDArray, count: int, seed: int) -> NDArray:
     """Different masks, each with a skip rate drawn uniformly from 0 to 1, so that some are near dense.
 
-    Args:
-        nvec: Sizes of the components.
-        count: How many, the dense one included, or all there are.
-        seed: Of the draws.
-
-    Returns:
-        int64 ``[count, components]``, the dense one first.
+    int64 ``[count, components]``, or all there are, the dense one first.
     """
     random, masks = np.random.default_rng(seed), {(0,) * len(nvec): None}
     while len(masks) < min(count, number_of_decisions(nvec)):

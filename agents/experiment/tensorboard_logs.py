@@ -34,13 +34,9 @@ LAYOUT = {
 
 
 def open_logger(folder: Path, description: dict[str, Any], done: int | None = None) -> Logger:
-    """A logger into TensorBoard events of a run folder, the run's settings written to it.
+    """A logger into TensorBoard events of a run folder, the run's settings (``config.json``) written to it.
 
-    Args:
-        folder: The run folder.
-        description: What ``config.json`` holds.
-        done: Decisions made before, if the run goes on from a checkpoint; ``None``: it begins. Later events of the
-            interrupted run are hidden, since they happen again.
+    Of a run that goes on from a checkpoint, after ``done`` decisions, later events are hidden: they happen again.
     """
     logger = configure(str(folder), ["tensorboard"])
     (output,) = logger.output_formats

@@ -92,7 +92,7 @@ def tune(
         what = {"env": env_id, "algo": algo, "seeds": seeds, "steps": steps, "strictness": strictness}
         study = _study(folder, {**what, "settings": settings})
         _begin(study, {key: agent_class(algo).Settings.model_fields[key].default for key in space})
-        while _finished_trials(study) < trials:
+        while sum(trial.state.is_finished() and CUT_OFF not in trial.user_attrs for trial in study.trials) < trials:
             trial = study.ask()
             values = {key: _suggest(trial, key, choices) for key, choices in space.items()}
             place, every = folder / f"trial-{trial.user_attrs.get(FOLDER, trial.number)}", {**settings, **values}
@@ -140,13 +140,6 @@ def _begin(study: Study, defaults: dict[str, Any]) -> None:
             study.enqueue_trial(trial.params, {FOLDER: trial.user_attrs.get(FOLDER, trial.number)})
 
 
-def _finished_trials(study: Study) -> int:
-    from optuna.trial import TrialState
-
-    over = study.get_trials(states=[TrialState.COMPLETE, TrialState.FAIL])
-    return sum(CUT_OFF not in trial.user_attrs for trial in over)
-
-
 def _suggest(trial: Trial, key: str, values: list[Any] | tuple[float, float]) -> Any:
     if isinstance(values, tuple):
         return trial.suggest_float(key, *values, log=True)
@@ -157,23 +150,18 @@ def _tell(study: Study, trial: Trial, statuses: list[RunStatus], values: dict[st
     """Tell the study the outcome of a trial's runs."""
     from optuna.trial import TrialState
 
-    scores = []
-    for status in statuses:
-        if status.message:
-            study.tell(trial, state=TrialState.FAIL)
-            return TrialResult(trial.number, values, None, status.message)
-    for status in statuses:
-        _, core, policy = load_run(status.run.folder)
-        scores.append(score(summary(core, policy, "validation")))
-    study.tell(trial, fmean(scores))
-    return TrialResult(trial.number, values, fmean(scores))
+    if messages := [status.message for status in statuses if status.message]:
+        study.tell(trial, state=TrialState.FAIL)
+        return TrialResult(trial.number, values, None, messages[0])
+    policies = (load_run(status.run.folder)[1:] for status in statuses)
+    mean = fmean(score(summary(core, policy, "validation")) for core, policy in policies)
+    study.tell(trial, mean)
+    return TrialResult(trial.number, values, mean)
 
 
 def _write_best(study: Study, file: Path, algo: str, what: dict[str, Any]) -> Path:
     """Write the best settings where they differ from the defaults."""
-    from optuna.trial import TrialState
-
-    over = study.get_trials(states=[TrialState.COMPLETE])
+    over = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
     if not over:
         raise ValueError(f"no trial of {file.parent} came to an end; the messages say why")
     fields, best = agent_class(algo).Settings.model_fields, study.best_trial

@@ -277,17 +277,12 @@ class ImitationAgent(Agent[ImitationSettings]):
 def read_search(folder: Path, instances: int, nvec: NDArray) -> SearchResult:
     """What a run of ``imitation`` has searched, for a training split of so many ``instances``.
 
-    Raises:
-        ValueError: If it is that of another env, or damaged.
+    Raises ``ValueError`` if it is that of another env, or damaged.
     """
-    tensors = {name: value.numpy() for name, value in read_tensors(folder / SEARCHED).items()}
-    if tensors.keys() != set(SearchResult._fields) or [tensors[name].ndim for name in SearchResult._fields] != [
-        1,
-        2,
-        2,
-    ]:
-        raise ValueError(f"{folder / SEARCHED} holds {', '.join(tensors)}; expected {', '.join(SearchResult._fields)}")
-    searched = SearchResult(**tensors)
+    tensors, expected = read_tensors(folder / SEARCHED), {"rows": 1, "path": 2, "lost": 2}  # dimensions
+    if {name: value.ndim for name, value in tensors.items()} != expected:
+        raise ValueError(f"{folder / SEARCHED} holds {', '.join(tensors)}; expected {', '.join(expected)}")
+    searched = SearchResult(**{name: value.numpy() for name, value in tensors.items()})
     if searched.path.shape[1:] != nvec.shape or searched.rows.max() >= instances:
         raise ValueError(
             f"what was searched in {folder} has {searched.path.shape[1]} components and rows up to "

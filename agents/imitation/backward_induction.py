@@ -123,11 +123,9 @@ def costs(outcomes: Tensor, prices: Tensor) -> Tensor:
 def price_logits(cost: Tensor, log_prices: Tensor) -> Tensor:
     """Logarithm of the price up to which each step of a stage pays: to go any way after it, not any before it.
 
-    Of the cost of each way at each price, ``[n, ways, prices]``; logarithms of prices are evenly spaced, rising.
-
-    Returns:
-        float32 ``[n, ways - 1]``, not rising along the ways; half a space beyond the prices where it always pays, or
-        never.
+    Of the cost of each way at each price, ``[n, ways, prices]``; logarithms of prices are evenly spaced, rising. The
+    logits, float32 ``[n, ways - 1]``, do not rise along the ways; half a space beyond the prices it always pays, or
+    never.
     """
     before = cost.cummin(dim=1).values[:, :-1]
     after = cost.flip(1).cummin(dim=1).values.flip(1)[:, 1:]

@@ -18,13 +18,8 @@ def step_logits(risk: Tensor, flops: Tensor) -> Tensor:
 
     Steps that only pay together (the next one saves more for less risk) have one exchange rate: that of the lower
     convex hull of risk over savings. So the rates fall along the path, and a bound on them ends it at the best mask.
-
-    Args:
-        risk: Quality that is expected to be lost under each mask, float32 ``[n, masks]``; the first, of dense, is 0.
-        flops: FLOPs ratio of each mask, ``[masks]``.
-
-    Returns:
-        float32 ``[n, masks - 1]``, not rising along the path.
+    Of the risk, float32 ``[n, masks]``, the first (of dense) 0, and FLOPs ratios ``[masks]``; float32
+    ``[n, masks - 1]``.
     """
     saved = (flops[:, None] - flops[None, :]).clamp(min=LEAST_SAVED).float()  # from one mask to a later one
     masks = torch.arange(len(flops))

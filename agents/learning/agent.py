@@ -85,19 +85,12 @@ class LearnerSettings(AgentSettings):
 
 @dataclass
 class Rollout:
-    """Outcomes of one rollout, one value per decision, which is an episode.
+    """Outcomes of one rollout, one value per decision, which is an episode."""
 
-    Attributes:
-        steps: Decisions made so far, this rollout included.
-        rewards: ``[n]``.
-        infos: ``quality``, ``quality_ref``, ``flops_ratio`` and ``is_success``, each ``[n]``.
-        stages: Steps of an episode.
-    """
-
-    steps: int
-    rewards: NDArray
-    infos: dict[str, NDArray]
-    stages: int = 1
+    steps: int  # decisions made so far, this rollout included
+    rewards: NDArray  # [n]
+    infos: dict[str, NDArray]  # ``quality``, ``quality_ref``, ``flops_ratio`` and ``is_success``, each [n]
+    stages: int = 1  # steps of an episode
 
     def record(self, logger: Logger) -> None:
         """Record the tags that all agents have: means over this rollout."""
@@ -116,10 +109,7 @@ class BaseAgent(ABC, Generic[SettingsT]):
     """What ``Agent``, which has a policy, and ``PrivilegedAgent``, whose decisions need more, share.
 
     It learns on ``env``, draws from ``seed`` and, if ``blind``, sees zeros instead of the observation; ``settings`` are
-    fields of ``Settings``.
-
-    Raises:
-        ValueError: If a setting is unknown or out of range.
+    fields of ``Settings``. Raises ``ValueError`` if a setting is unknown or out of range.
     """
 
     Settings: ClassVar[type[AgentSettings]] = AgentSettings

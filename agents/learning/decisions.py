@@ -43,11 +43,7 @@ class PolicyLike(Protocol):
 
 
 def check_fits(policy: PolicyT, core: Core) -> PolicyT:
-    """The policy, if it observes and decides on what a core has.
-
-    Raises:
-        ValueError: If it does not; the message says what was expected.
-    """
+    """The policy, if it observes and decides on what a core has; else raises ``ValueError``."""
     space, size, width = core.observation_space, policy.observation_size, policy.token_width
     if policy.channels is not None and width is None:  # of tokens alone
         size, width = 0, size
@@ -71,8 +67,7 @@ def _describe(flat: int, width: int | None) -> str:
 def decide_and_score(core: Core, policy: PolicyLike, split: Split, rows: NDArray | None = None) -> dict[str, NDArray]:
     """Decide on rows of a split (``None``: all), once, in order, and score the decisions.
 
-    Returns:
-        ``decision`` ``[n, switches + 1]``, ``quality``, ``quality_ref`` and ``flops_ratio`` ``[n]``.
+    To ``decision`` ``[n, switches + 1]``, ``quality``, ``quality_ref`` and ``flops_ratio`` ``[n]``.
     """
     rows = np.arange(len(split)) if rows is None else rows
     if core.is_staged:  # what was run to look is not run again to score

@@ -168,7 +168,11 @@ class _RolloutCallback(BaseCallback):
         self.rollouts = 0
 
     def _on_rollout_start(self) -> None:
-        self._pass_on()
+        if self._finished is not None:
+            self._on_rollout(self._finished)
+            self._finished = None
+
+    _on_training_end = _on_rollout_start
 
     def _on_step(self) -> bool:
         self._infos.append(self.locals["infos"])
@@ -186,14 +190,6 @@ class _RolloutCallback(BaseCallback):
         self._finished.record(self.logger)
         self._infos, self._rewards = [], []
         self.rollouts += 1
-
-    def _on_training_end(self) -> None:
-        self._pass_on()
-
-    def _pass_on(self) -> None:
-        if self._finished is not None:
-            self._on_rollout(self._finished)
-            self._finished = None
 
 
 class SB3Settings(LearnerSettings):

@@ -115,14 +115,8 @@ class ReinforceAgent(Agent[ReinforceSettings]):
                 self.network.initialise(learning_bias(self.env.core, settings.initial_skip_rate))
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings.learning_rate)
-        self.barrier = DynamicBarrier(
-            settings.control,
-            limit=settings.limit * self.env.config.reward.epsilon,
-            alpha=settings.alpha,
-            beta=settings.beta,
-            highest=settings.highest_multiplier,
-            memory=settings.memory,
-        )
+        limit, highest = settings.limit * self.env.config.reward.epsilon, settings.highest_multiplier
+        self.barrier = DynamicBarrier(settings.control, limit, settings.alpha, settings.beta, highest, settings.memory)
         self.random = np.random.default_rng(self.seed)
         self.generator = torch.Generator().manual_seed(self.seed)
         self.steps = 0

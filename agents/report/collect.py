@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sd_gym.agents.report.charts import ExampleDecision, Points
 from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings, read_run
 from sd_gym.agents.runs.statistics import aggregate, hypervolume
-from sd_gym.agents.runs.verdict import Verdict, changes_allowed, fewest_instances, losses_allowed
+from sd_gym.agents.runs.verdict import Verdict, losses_allowed
 
 WORST = 5  # epsilons lost: where the area that runs dominate ends
 DEFAULT_EPSILON = 0.01
@@ -23,16 +23,10 @@ EXAMPLES_PER_LEVEL, MOST_EXAMPLES = 3, 14
 
 @dataclass(frozen=True)
 class AgentRuns:
-    """The runs of one agent on one env; they differ in their seed only.
+    """The runs of one agent on one env; they differ in their seed only."""
 
-    Attributes:
-        name: Of the agent, and what distinguishes these runs from its others.
-        algo: As ``--algo`` takes it.
-        runs: The runs.
-    """
-
-    name: str
-    algo: str
+    name: str  # of the agent, and what distinguishes these runs from its others
+    algo: str  # as ``--algo`` takes it
     runs: list[Run]
 
     @property
@@ -73,9 +67,8 @@ class AgentRuns:
     def points(self) -> Points:
         """The results to draw."""
         last = [run.result["last_policy"] for run in self.runs if run.result.get("last_policy")]
-        learned = [
-            np.array([100 * end[key] for end in last]) for key in ("quality_difference", "flops_ratio_with_policy")
-        ]
+        difference, flops = ("quality_difference", "flops_ratio_with_policy")
+        learned = [np.array([100 * end[key] for end in last]) for key in (difference, flops)]
         return Points(self.difference, self.flops, *learned)
 
     @property
@@ -114,15 +107,10 @@ class AgentRuns:
 
 @dataclass(frozen=True)
 class EnvRuns:
-    """All runs on the same test instances with the same backbone and epsilon.
+    """All runs on the same test instances with the same backbone and epsilon."""
 
-    Attributes:
-        name: The env's id, and what distinguishes these runs from others of that id.
-        agents: Their runs, agents first, the cheapest that keeps the quality at the top, then controls.
-    """
-
-    name: str
-    agents: list[AgentRuns]
+    name: str  # the env's id, and what distinguishes these runs from others of that id
+    agents: list[AgentRuns]  # agents first, the cheapest that keeps the quality at the top, then controls
 
     @property
     def runs(self) -> list[tuple[AgentRuns, Run]]:
@@ -150,12 +138,6 @@ class EnvRuns:
         return self.first.result["instances"]
 
     @property
-    def power(self) -> tuple[float, int | None, int | None]:
-        """The fewest instances for any verdict; how many answers may be lost here, and how many may change."""
-        n, epsilon = self.instances, self.epsilon
-        return fewest_instances(epsilon), losses_allowed(n, epsilon), changes_allowed(n, epsilon)
-
-    @property
     def switches(self) -> list[str]:
         """Names of the switches."""
         return list(self.first.result.get("skip_rate", {}))
@@ -167,11 +149,11 @@ def collect(folders: Iterable[str | Path]) -> list[EnvRuns]:
     for folder in finished_runs(folders):
         run = read_run(folder)
         envs.setdefault(_key(run), {}).setdefault(agent_label(run.config), []).append(run)
-    ids = [key[0] for key in envs]
-    return [
-        EnvRuns(key[0] if ids.count(key[0]) == 1 else _long_name(*key), _agents(agents))
-        for key, agents in sorted(envs.items())
-    ]
+    ids, found = [key[0] for key in envs], []
+    for (env, data, epsilon, backbone), agents in sorted(envs.items()):
+        apart = f" (test rows {data}, epsilon {epsilon}, backbone {backbone[:12]})"
+        found.append(EnvRuns(env if ids.count(env) == 1 else env + apart, _agents(agents)))
+    return found
 
 
 def epsilon_of(run: Run) -> float:
@@ -220,10 +202,6 @@ def _key(run: Run) -> tuple[str, str, str, str]:
     """Env, test rows, epsilon and backbone."""
     test = run.result.get("data", {}).get("test", {}).get("hash", run.result["instances"])
     return run.config["env"], str(test), f"{epsilon_of(run):g}", run.config["weights"]
-
-
-def _long_name(env: str, data: str, epsilon: str, backbone: str) -> str:
-    return f"{env} (test rows {data}, epsilon {epsilon}, backbone {backbone[:12]})"
 
 
 def _agents(agents: dict[str, list[Run]]) -> list[AgentRuns]:

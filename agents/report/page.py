@@ -153,9 +153,8 @@ def _write_beside(output: Path, envs: Sequence[EnvRuns], report: dict[str, Any])
     folder = output.with_suffix("") / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     written = [output.with_suffix(".md"), output.with_suffix(".csv")]
-    write_text(
-        written[0], _template("report.md.jinja").render(report, folder=f"{output.stem}/pictures").rstrip() + "\n"
-    )
+    page = _template("report.md.jinja").render(report, folder=f"{output.stem}/pictures")
+    write_text(written[0], page.rstrip() + "\n")
     write_text(written[1], _as_csv(envs))
     parts = [*([report["overall"]] if report["overall"] else []), *report["sections"]]
     for picture in (picture for part in parts for picture in part["pictures"]):

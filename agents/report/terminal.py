@@ -38,14 +38,10 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
         f"[{low * 100:+.2f}, {high * 100:+.2f}] at epsilon {result['epsilon'] * 100:g} points; "
         f"{result['decisions_used']} different decisions used."
     )
-    yield _dim(_power(result))
-
-
-def _power(result: dict[str, Any]) -> str:
-    """What a verdict on so many instances could show at all."""
-    if (allowed := result["losses_allowed"]) is None:
-        return f"Power: a verdict takes {result['fewest_instances']:,} instances."
-    return f"Power: {allowed:,} answers may be lost, with none gained, for the quality to be shown to be kept."
+    power = f"a verdict takes {result['fewest_instances']:,} instances."
+    if (allowed := result["losses_allowed"]) is not None:
+        power = f"{allowed:,} answers may be lost, with none gained, for the quality to be shown to be kept."
+    yield _dim(f"Power: {power}")
 
 
 def comparison_tables(title: str, columns: list[str], rows: list[list[str]], by: list[str]) -> Iterator[Table]:

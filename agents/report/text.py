@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from sd_gym.agents.report.collect import WORST, AgentRuns, EnvRuns
 from sd_gym.agents.runs.statistics import aggregate, probability_of_improvement
+from sd_gym.agents.runs.verdict import changes_allowed, fewest_instances, losses_allowed
 
 
 class Table(NamedTuple):
@@ -21,8 +22,8 @@ class Table(NamedTuple):
 
 def verdict_sentences(env: EnvRuns) -> list[str]:
     """Sentences about an env: what can be told at all, who is best, and whether it beats the control baselines."""
-    fewest, losses, changes = env.power
-    dense = env.first.result["quality_ref"]
+    n, epsilon, dense = env.instances, env.epsilon, env.first.result["quality_ref"]
+    fewest, losses = fewest_instances(epsilon), losses_allowed(n, epsilon)
     points = f"{100 * env.epsilon:g} point{'s' if 100 * env.epsilon != 1 else ''}"
     sentences = [
         f"The dense backbone's quality is {dense:.1%} on {env.instances:,} test instances; {points} may be lost."
@@ -37,7 +38,7 @@ def verdict_sentences(env: EnvRuns) -> list[str]:
     answers = f"{losses:,} answer{'s' if losses != 1 else ''}"
     sentences.append(
         f"A verdict takes {fewest:,} instances. Here {answers} may be lost with none gained, or "
-        f"{changes:,} changed with as many gained as lost, for the quality to be shown to be kept."
+        f"{changes_allowed(n, epsilon):,} changed with as many gained as lost, for the quality to be shown to be kept."
     )
     keeps = [agent for agent in env.learned if agent.kept.all()]
     best = next(iter(keeps or env.learned), None)
@@ -78,18 +79,13 @@ def _against_controls(env: EnvRuns, best: AgentRuns) -> list[str]:
     if static := by_algo.get("static"):
         every = best.score.min() > static.score.max()
         if min(len(best.runs), len(static.runs)) > 1:
-            sentence = _against(best, static)
-            is_ahead = every or "ahead" in sentence
+            sentences.append(_against(best, static))
         else:
-            sentence, is_ahead = (
-                (
-                    f"{'Every' if every else 'Not every'} run of it saves more than the best static mask, "
-                    f"{static.flops.mean():.1f}% of the FLOPs; no interval, as there is one run."
-                ),
-                every,
+            sentences.append(
+                f"{'Every' if every else 'Not every'} run of it saves more than the best static mask, "
+                f"{static.flops.mean():.1f}% of the FLOPs; no interval, as there is one run."
             )
-        sentences.append(sentence)
-        if not is_ahead:
+        if not every and "is ahead of" not in sentences[-1]:
             sentences.append(
                 "So it is not shown to have learned anything about its inputs that one mask for all has not."
             )

@@ -65,12 +65,7 @@ class _Result(BaseModel):
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """A run's ``config.json``.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is damaged, or another program's.
-    """
+    """A run's ``config.json``; ``FileNotFoundError`` if there is none, ``ValueError`` if damaged, or not of a run."""
     return _read(folder, "config.json", _Description)
 
 

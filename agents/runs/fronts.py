@@ -33,10 +33,7 @@ class EnvFronts:
 def flops_at(quality: float, front_quality: NDArray, front_flops: NDArray) -> float:
     """The fewest FLOPs with which points of mean quality ``[m]`` and FLOPs ratio ``[m]`` have a mean quality.
 
-    Any two points can be mixed by a coin, so the front is convex.
-
-    Raises:
-        ValueError: If no point is that good.
+    Any two points can be mixed by a coin, so the front is convex. Raises ``ValueError`` if no point is that good.
     """
     good = front_quality >= quality
     if not good.any():
@@ -55,10 +52,8 @@ def flops_at_loss(front: Front, loss: float) -> float:
 def flops_samples(front: Front, losses: Sequence[float], *, samples: int = SAMPLES, seed: int = 0) -> NDArray:
     """FLOPs ratio at which a front loses so much mean quality, and a bootstrap of it over the instances.
 
-    The same seed draws the same instances, so that samples of several fronts are paired.
-
-    Returns:
-        ``[losses, 1 + samples]``; the first column is of the instances as they are.
+    The same seed draws the same instances, so that samples of several fronts are paired. ``[losses, 1 + samples]``; the
+    first column is of the instances as they are.
     """
     n = front.quality.shape[1]
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples) / n

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Scores = Sequence[NDArray]
 SAMPLES = 2000  # of a bootstrap
 LEVEL = 0.95
+BOUNDS = 50 * (1 - LEVEL), 50 * (1 + LEVEL)  # percentiles
 
 
 def bootstrap_interval(values: NDArray, seed: int = 0) -> tuple[float, float]:
@@ -57,10 +58,8 @@ def probability_of_improvement(
 ) -> tuple[float, float, float]:
     """How probably a run of one algorithm is better than one of another on the same env, and its interval.
 
-    The mean over envs of the Mann-Whitney statistic; equal scores count half.
-
-    Raises:
-        ValueError: If there are not the same envs.
+    The mean over envs of the Mann-Whitney statistic; equal scores count half. Raises ``ValueError`` if there are not
+    the same envs.
     """
     if len(scores) != len(others):
         raise ValueError(f"expected scores of the same envs, got {len(scores)} and {len(others)} of them")
@@ -76,13 +75,13 @@ def curve_interval(curves: NDArray, *, samples: int = SAMPLES, seed: int = 0) ->
     Whole runs are drawn.
     """
     chosen = np.random.default_rng(seed).integers(len(curves), size=(samples, len(curves)))
-    low, high = np.percentile(interquartile_mean(curves.T[:, chosen]), _bounds(), axis=1)
+    low, high = np.percentile(interquartile_mean(curves.T[:, chosen]), BOUNDS, axis=1)
     return interquartile_mean(curves.T), low, high
 
 
 def interval(values: NDArray) -> tuple[float, float]:
     """The middle 95% of bootstrap samples ``[samples]``."""
-    low, high = np.percentile(values, _bounds())
+    low, high = np.percentile(values, BOUNDS)
     return float(low), float(high)
 
 
@@ -119,7 +118,3 @@ def _better(one: NDArray, other: NDArray) -> NDArray:
     """Share of the pairs of runs in which one is better, ``[samples]``; of ``[samples, runs]`` each."""
     above = (one[:, :, None] > other[:, None, :]).mean(axis=(1, 2))
     return above + 0.5 * (one[:, :, None] == other[:, None, :]).mean(axis=(1, 2))
-
-
-def _bounds() -> tuple[float, float]:
-    return 50 * (1 - LEVEL), 50 * (1 + LEVEL)

@@ -71,13 +71,8 @@ def verdict(quality: NDArray, quality_ref: NDArray, epsilon: float, errors: floa
     least favourable, in which some instances lose all that they can (``worst``). Of paired binary outcomes it is close
     to Tango's (1998, Statistics in Medicine 17, equation 3). It has a variance where nothing disagrees, and holds for
     graded outcomes too. The exact binomial probability of so small a loss is asked as well, for few instances.
-    ``tests/agents/runs/test_verdict.py`` simulates both.
-
-    Args:
-        quality: Under the decisions, ``[n]``, at least 0.
-        quality_ref: Dense, ``[n]``.
-        epsilon: How much mean quality may be lost.
-        errors: Strictness, in standard errors of a normal distribution; 1.645 is a one-sided 95%.
+    ``tests/agents/runs/test_verdict.py`` simulates both. ``quality [n]`` is at least 0, ``quality_ref [n]`` dense, and
+    ``errors`` the strictness, in standard errors of a normal distribution; 1.645 is a one-sided 95%.
     """
     difference, n = quality - quality_ref, len(quality)
     worst = _worst(quality_ref)
