@@ -26,23 +26,14 @@ BUNDLED = {"mini": Path(__file__).parent / "mini"}
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A frozen model with its tokenizer, switchboard and FLOPs.
+    """A frozen model with its tokenizer, switchboard and FLOPs."""
 
-    Attributes:
-        name: What it was loaded as.
-        model: In evaluation mode, without gradients.
-        tokenizer: The model's.
-        board: The model's switchboard.
-        flops: FLOPs as a function of lengths and decisions.
-        head: The kind of answers, and all that depends on it.
-    """
-
-    name: str
-    model: PreTrainedModel
+    name: str  # what it was loaded as
+    model: PreTrainedModel  # in evaluation mode, without gradients
     tokenizer: PreTrainedTokenizerBase
-    board: Switchboard
-    flops: FlopsModel
-    head: Head
+    board: Switchboard  # the model's switchboard
+    flops: FlopsModel  # FLOPs as a function of lengths and decisions
+    head: Head  # the kind of answers, and all that depends on it
 
     @cached_property
     def weights(self) -> str:

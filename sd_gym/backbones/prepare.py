@@ -87,20 +87,13 @@ def sandwich_loss(
 
 @dataclass
 class TrainingHistory:
-    """How a preparation went.
+    """How a preparation went."""
 
-    Attributes:
-        step: The last step.
-        validation: Step and quality of each validation.
-        best: The best quality so far; ``-inf`` before the first validation.
-        since: Validations since then.
-        weights: The model's weights at the best quality; empty before the first validation.
-    """
-
-    step: int = 0
-    validation: list[tuple[int, float]] = field(default_factory=list)
-    best: float = -math.inf
-    since: int = 0
+    step: int = 0  # the last step
+    validation: list[tuple[int, float]] = field(default_factory=list)  # step and quality of each validation
+    best: float = -math.inf  # the best quality so far; ``-inf`` before the first validation
+    since: int = 0  # validations since then
+    # The model's weights at the best quality; empty before the first validation.
     weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def add(self, quality: float, model: torch.nn.Module) -> None:
@@ -114,33 +107,21 @@ class TrainingHistory:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a backbone is fine-tuned.
+    """How a backbone is fine-tuned."""
 
-    Attributes:
-        steps: Optimiser steps in all.
-        learning_rate: Peak learning rate of AdamW, after a linear warm-up; then a cosine takes it down to zero.
-        batch_size: Instances a step.
-        max_rate: Highest skip rate that a row may draw.
-        draw: How decisions are drawn, one of ``DRAWS``.
-        patience: Validations without a better quality after which it ends; ``None``: it never ends early.
-        seed: Seed of a new head, the batches, the random decisions and dropout.
-        dense_steps: The first steps run densely only, as a backbone that starts from scratch needs.
-        warmup_steps: Steps of the warm-up; ``None``: a tenth of all.
-        random_share: Share of the rows under random decisions, where a policy decides on the others.
-        weight_decay: AdamW's.
-    """
-
-    steps: int
+    steps: int  # optimiser steps in all
+    # Peak learning rate of AdamW, after a linear warm-up; then a cosine takes it down to zero.
     learning_rate: float = 5e-5
-    batch_size: int = 32
-    max_rate: float = 0.6
-    draw: str = "even"
+    batch_size: int = 32  # instances a step
+    max_rate: float = 0.6  # highest skip rate that a row may draw
+    draw: str = "even"  # how decisions are drawn, one of ``DRAWS``
+    # Validations without a better quality after which it ends; ``None``: it never ends early.
     patience: int | None = None
-    seed: int = 0
-    dense_steps: int = 0
-    warmup_steps: int | None = None
-    random_share: float = RANDOM_SHARE
-    weight_decay: float = 0.01
+    seed: int = 0  # seed of a new head, the batches, the random decisions and dropout
+    dense_steps: int = 0  # the first steps run densely only, as a backbone that starts from scratch needs
+    warmup_steps: int | None = None  # steps of the warm-up; ``None``: a tenth of all
+    random_share: float = RANDOM_SHARE  # share of the rows under random decisions, where a policy decides on the others
+    weight_decay: float = 0.01  # AdamW's
 
     @property
     def interval(self) -> int:

@@ -52,19 +52,12 @@ class StageReached(Exception):  # noqa: N818  (no error: it ends the pass on pur
 
 
 class Stage(NamedTuple):
-    """A point of the forward pass.
+    """A point of the forward pass."""
 
-    Attributes:
-        name: ``first``, ``decoder``, or stack and index of a layer.
-        place: Stack and index of the layer that it stands in front of.
-        switches: Those that are decided there, up to the next stage.
-        follows_encoder: Whether it is in the decoder of an encoder-decoder, or between the two.
-    """
-
-    name: str
-    place: tuple[str, int]
-    switches: slice
-    follows_encoder: bool
+    name: str  # ``first``, ``decoder``, or stack and index of a layer
+    place: tuple[str, int]  # stack and index of the layer that it stands in front of
+    switches: slice  # those that are decided there, up to the next stage
+    follows_encoder: bool  # whether it is in the decoder of an encoder-decoder, or between the two
 
     @property
     def is_between(self) -> bool:

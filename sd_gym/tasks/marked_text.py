@@ -18,15 +18,10 @@ READ, DROPPED, CUT = 0, 1, 2
 
 
 class MarkedText(NamedTuple):
-    """A text, and its marks.
-
-    Attributes:
-        text: The text.
-        marks: ``READ``, ``DROPPED`` or ``CUT`` for each character, int8 ``[len(text)]``.
-    """
+    """A text, and its marks."""
 
     text: str
-    marks: NDArray
+    marks: NDArray  # ``READ``, ``DROPPED`` or ``CUT`` for each character, int8 ``[len(text)]``
 
     def runs(self) -> list[tuple[str, int]]:
         """The text in pieces, each with its mark."""

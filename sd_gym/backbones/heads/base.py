@@ -22,14 +22,10 @@ class Head(Encoding, Losses, Answers):
 
     ``Encoding`` is what comes before a pass, ``Losses`` what is learned from it, ``Answers`` what is said after it.
     A head has no weights and keeps no model; what it knows of the model stands in its ``settings``.
-
-    Attributes:
-        auto_class: The class of ``transformers`` that loads such a model.
-        stored_as: Ends of the names of the model classes that have it.
     """
 
-    auto_class: ClassVar[str]
-    stored_as: ClassVar[tuple[str, ...]]
+    auto_class: ClassVar[str]  # the class of ``transformers`` that loads such a model
+    stored_as: ClassVar[tuple[str, ...]]  # ends of the names of the model classes that have it
 
     @classmethod
     @abstractmethod

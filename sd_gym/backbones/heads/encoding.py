@@ -21,15 +21,10 @@ NO_MODEL_INPUTS = ("labels", "context_mask")
 
 
 class Encoding(ABC):
-    """Inputs and targets of one kind of output.
+    """Inputs and targets of one kind of output."""
 
-    Attributes:
-        name: What the head is called.
-        padding_side: Where batches are padded.
-    """
-
-    name: ClassVar[str]
-    padding_side: ClassVar[Literal["left", "right"]] = "right"
+    name: ClassVar[str]  # what the head is called
+    padding_side: ClassVar[Literal["left", "right"]] = "right"  # where batches are padded
 
     @property
     def settings(self) -> dict[str, Any]:
