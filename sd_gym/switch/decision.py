@@ -30,20 +30,14 @@ class Call(NamedTuple):
 
 
 class Pass(local):
-    """The state of a forward pass, from module to module; each thread has its own.
-
-    Attributes:
-        calls: While a sublayer runs, by number of the switch.
-        sources: Rows of the encoder's output ``(output, rows, taken)``, by number of the switch.
-        tokens: The tokens that are left, where some are dropped.
-        encoded: The encoder's output, in a decoder that has a stage.
-    """
+    """The state of a forward pass, from module to module; each thread has its own."""
 
     def __init__(self) -> None:
-        self.calls: dict[int, Call] = {}
+        self.calls: dict[int, Call] = {}  # while a sublayer runs, by number of the switch
+        # Rows of the encoder's output (output, rows, taken), by number of the switch.
         self.sources: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self.tokens: TokenPass | None = None
-        self.encoded: Tensor | None = None
+        self.tokens: TokenPass | None = None  # the tokens that are left, where some are dropped
+        self.encoded: Tensor | None = None  # the encoder's output, in a decoder that has a stage
 
 
 @dataclass(frozen=True, eq=False)

@@ -80,14 +80,10 @@ def stages_of(switches: Sequence[Switch]) -> list[Stage]:
 
 
 def stages_named(known: Sequence[Stage], names: Sequence[str]) -> tuple[Stage, ...]:
-    """The named stages in execution order, each with the switches up to the next one.
+    """Those of the ``known`` stages, in execution order, each with the switches up to the next one.
 
-    Args:
-        known: All stages of the backbone.
-        names: The names; ``every_layer`` stands for all, ``middle`` for the layer in the middle of the first stack.
-
-    Raises:
-        ValueError: If there is no name, or one that the backbone does not have.
+    ``every_layer`` stands for all, ``middle`` for the layer in the middle of the first stack. ValueError if there is no
+    name, or one that the backbone does not have.
     """
     if isinstance(names, str) or not names:
         raise ValueError(f"stages must be a list of one or more names, such as ['first']; got {names!r}")
