@@ -34,11 +34,8 @@ def decisions_around(
 ) -> Tensor:
     """Skip vectors around those of a policy, some bolder and some more cautious, int64 ``[rows, switches]`` on the CPU.
 
-    Args:
-        skip_logits: The policy's log-odds of skipping each switch, ``[rows, switches]``.
-        random: Random skip vectors, ``[rows, switches]``, so that the backbone is robust to more than this one policy.
-        generator: Draws all random numbers.
-        random_share: Share of the rows that take a random one.
+    ``skip_logits`` are its log-odds of skipping each switch. A share of the rows takes those of ``random``, so that the
+    backbone is robust to more than this one policy.
     """
     rows = len(skip_logits)
     lowest, highest = BOLDNESS
@@ -68,12 +65,8 @@ def sandwich_loss(
 ) -> tuple[Tensor, Tensor]:
     """The task loss of the dense half and the distillation loss of the half under ``skip``, from one forward pass.
 
-    Args:
-        board: The backbone's switchboard.
-        batch: The model's inputs with ``labels``, each ``[batch, ...]``, and perhaps ``keep``: which tokens the
-            switched half keeps, bool ``[batch, length]``.
-        skip: Decisions of the switched half, ``[batch, switches]``.
-        call: See ``Head.forward``.
+    ``batch``: the model's inputs with ``labels``, each ``[batch, ...]``, and perhaps ``keep``: which tokens the
+    switched half keeps, bool ``[batch, length]``; ``call``: see ``Head.forward``.
     """
     inputs = {name: value for name, value in batch.items() if name != "keep"}
     doubled = {name: torch.cat([value, value]) for name, value in inputs.items()}
@@ -195,7 +188,8 @@ def prepare(
         if on_step is not None:
             on_step(step, figures)
         if checkpoint is not None and step % recipe.interval == 0 and accelerator.is_main_process:
-            _save(checkpoint, state, history)
+            saved = {name: part.state_dict() for name, part in state.items()}
+            write_checkpoint(checkpoint, {**saved, "course": vars(history)})
     trainer.gather()
     if history.weights:
         model.load_state_dict(history.weights)
@@ -253,13 +247,6 @@ class _Trainer:
         if skip_logits is not None:
             skip = decisions_around(skip_logits.cpu(), skip, generator, recipe.random_share)
         return sandwich_loss(self._board, batch, skip, self._call)
-
-
-def _save(file: Path, state: dict[str, Any], history: TrainingHistory) -> None:
-    """Everything that the next step depends on."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    saved = {name: part.state_dict() for name, part in state.items()}
-    write_checkpoint(file, {**saved, "course": vars(history)})
 
 
 def _restore(file: Path, state: dict[str, Any], history: TrainingHistory) -> None:

@@ -142,8 +142,7 @@ class Answers(ABC):
     ) -> tuple[list[list[str]], NDArray]:
         """``answers_and_likelihood`` under each of ``masks [masks, switches + 1]``, which share what they agree on.
 
-        Returns:
-            The texts, a list for each mask, and the likelihoods, float64 ``[n, masks]``.
+        The texts are a list for each mask, and the likelihoods float64 ``[n, masks]``.
         """
         values = passes.under_all(rows, masks, self._reads_and_rates(passes.longest, label_range))
         return [self.said(passes, rows, of_mask[:, :-1]) for of_mask in values.swapaxes(0, 1)], values[..., -1]

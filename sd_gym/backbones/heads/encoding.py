@@ -32,11 +32,7 @@ class Encoding(ABC):
         return {"head": self.name}
 
     def prompting(self, backbone: BackboneConfig) -> BackboneConfig:
-        """The backbone's part of the config with only the prompt and stop that the head uses.
-
-        Raises:
-            ValueError: If it needs a prompt and the config has no prompt.
-        """
+        """The backbone's part of the config, with what prompt and stop the head uses; ValueError if it lacks one."""
         return backbone.model_copy(update={"prompt": None, "stop": None})
 
     def source_options(self) -> dict[str, Any]:
