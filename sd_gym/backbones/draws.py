@@ -19,16 +19,9 @@ def layers_of(board: Switchboard) -> Tensor:
 
 
 def even(rows: int, layers: Tensor, max_rate: float, generator: torch.Generator) -> Tensor:
-    """Each row draws its own rate from ``[0, max_rate]``, then each switch by that rate.
+    """Each row draws its own rate from ``[0, max_rate]``, then each switch by that rate: int64 ``[rows, switches]``.
 
-    Args:
-        rows: Number of decisions.
-        layers: From ``layers_of``, ``[switches]``.
-        max_rate: Highest skip rate that a row may draw.
-        generator: Draws all random numbers.
-
-    Returns:
-        Skip vectors, int64 ``[rows, switches]`` on the CPU.
+    ``layers``: from ``layers_of``.
     """
     rates = torch.rand(rows, 1, generator=generator) * max_rate
     return (torch.rand(rows, len(layers), generator=generator) < rates).long()

@@ -26,23 +26,14 @@ BUNDLED = {"mini": Path(__file__).parent / "mini"}
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A frozen model with its tokenizer, switchboard and FLOPs.
+    """A frozen model with its tokenizer, switchboard and FLOPs."""
 
-    Attributes:
-        name: What it was loaded as.
-        model: In evaluation mode, without gradients.
-        tokenizer: The model's.
-        board: The model's switchboard.
-        flops: FLOPs as a function of lengths and decisions.
-        head: The kind of answers, and all that depends on it.
-    """
-
-    name: str
-    model: PreTrainedModel
+    name: str  # what it was loaded as
+    model: PreTrainedModel  # in evaluation mode, without gradients
     tokenizer: PreTrainedTokenizerBase
-    board: Switchboard
-    flops: FlopsModel
-    head: Head
+    board: Switchboard  # the model's switchboard
+    flops: FlopsModel  # FLOPs as a function of lengths and decisions
+    head: Head  # the kind of answers, and all that depends on it
 
     @cached_property
     def weights(self) -> str:
@@ -96,8 +87,7 @@ def load_model(
         UnsupportedArchitectureError: If no switches are known for the architecture.
         BackboneError: If a file, weight, tokenizer or head is missing, damaged or does not fit; the message says which.
     """
-    config, path, file = _stored(name)
-    stored = _stored_head(config, file)
+    config, stored, path, file = _stored(name)
     chosen = head or stored
     if chosen is None:
         raise BackboneError(
@@ -107,9 +97,12 @@ def load_model(
     options: dict[str, Any] = {**(file or {"use_safetensors": True}), **chosen.load_options(config)}
     if num_labels is not None:
         options["num_labels"] = num_labels
+    with _explained(name, "its weights cannot be loaded"):
+        model, info = getattr(transformers, chosen.auto_class).from_pretrained(
+            path, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
+        )
     new_head = num_labels is not None or chosen is not stored
-    auto = getattr(transformers, chosen.auto_class)
-    model = _load_weights(name, auto, path, new_head, options)
+    check_weights(name, model, architecture_of(model.config.model_type), info, new_head=new_head)
     tokenizer = _load_tokenizer(name, path, file, model)
     if file:  # its weights are ordinary numbers now, so it can be saved as any other
         vars(model.config).pop("quantization_config", None)
@@ -117,15 +110,6 @@ def load_model(
     if model.config.pad_token_id is None:  # decoder-only classifiers look for it to find an input's end
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
-
-
-def _load_weights(name: str, auto: Any, path: str, new_head: bool, options: dict[str, Any]) -> PreTrainedModel:
-    with _explained(name, "its weights cannot be loaded"):
-        model, info = auto.from_pretrained(
-            path, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
-        )
-    check_weights(name, model, architecture_of(model.config.model_type), info, new_head=new_head)
-    return model
 
 
 def _load_tokenizer(name: str, path: str, file: dict[str, str], model: PreTrainedModel) -> PreTrainedTokenizerBase:
@@ -155,16 +139,14 @@ def _explained(name: str, what: str) -> Iterator[None]:
 
 def head_stored_with(name: str) -> type[Head] | None:
     """The head that is stored with a backbone, if any. Raises: see ``load_model``."""
-    config, _, file = _stored(name)
-    return _stored_head(config, file)
+    return _stored(name)[1]
 
 
-def _stored(name: str) -> tuple[PretrainedConfig, str, dict[str, str]]:
-    """The configuration of a backbone, its folder or hub id, and the GGUF file in it, if it is one."""
+def _stored(name: str) -> tuple[PretrainedConfig, type[Head] | None, str, dict[str, str]]:
+    """The configuration of a backbone, its head, its folder or hub id, and the GGUF file in it, if it is one."""
     path, file = resolve(name), dict[str, str]()
     if path.endswith(".gguf"):
-        file = {"gguf_file": Path(path).name}
-        path = str(Path(path).parent)
+        path, file = str(Path(path).parent), {"gguf_file": Path(path).name}
     folder = Path(path)
     if folder.is_dir() and not file and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {path}; expected a backbone as save_pretrained() writes it")
@@ -179,11 +161,8 @@ def _stored(name: str) -> tuple[PretrainedConfig, str, dict[str, str]]:
             "Without network, pass the path of a local copy as backbone=..."
         ) from error
     architecture_of(config.model_type)
-    return config, path, file
-
-
-def _stored_head(config: PretrainedConfig, file: dict[str, str]) -> type[Head] | None:
-    return stored_head(config, [str(name) for name in config.architectures or []], generates=bool(file))
+    architectures = [str(name) for name in config.architectures or []]
+    return config, stored_head(config, architectures, generates=bool(file)), path, file
 
 
 def save_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

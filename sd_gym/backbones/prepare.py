@@ -34,11 +34,8 @@ def decisions_around(
 ) -> Tensor:
     """Skip vectors around those of a policy, some bolder and some more cautious, int64 ``[rows, switches]`` on the CPU.
 
-    Args:
-        skip_logits: The policy's log-odds of skipping each switch, ``[rows, switches]``.
-        random: Random skip vectors, ``[rows, switches]``, so that the backbone is robust to more than this one policy.
-        generator: Draws all random numbers.
-        random_share: Share of the rows that take a random one.
+    ``skip_logits`` are its log-odds of skipping each switch. A share of the rows takes those of ``random``, so that the
+    backbone is robust to more than this one policy.
     """
     rows = len(skip_logits)
     lowest, highest = BOLDNESS
@@ -68,12 +65,8 @@ def sandwich_loss(
 ) -> tuple[Tensor, Tensor]:
     """The task loss of the dense half and the distillation loss of the half under ``skip``, from one forward pass.
 
-    Args:
-        board: The backbone's switchboard.
-        batch: The model's inputs with ``labels``, each ``[batch, ...]``, and perhaps ``keep``: which tokens the
-            switched half keeps, bool ``[batch, length]``.
-        skip: Decisions of the switched half, ``[batch, switches]``.
-        call: See ``Head.forward``.
+    ``batch``: the model's inputs with ``labels``, each ``[batch, ...]``, and perhaps ``keep``: which tokens the
+    switched half keeps, bool ``[batch, length]``; ``call``: see ``Head.forward``.
     """
     inputs = {name: value for name, value in batch.items() if name != "keep"}
     doubled = {name: torch.cat([value, value]) for name, value in inputs.items()}
@@ -87,20 +80,13 @@ def sandwich_loss(
 
 @dataclass
 class TrainingHistory:
-    """How a preparation went.
+    """How a preparation went."""
 
-    Attributes:
-        step: The last step.
-        validation: Step and quality of each validation.
-        best: The best quality so far; ``-inf`` before the first validation.
-        since: Validations since then.
-        weights: The model's weights at the best quality; empty before the first validation.
-    """
-
-    step: int = 0
-    validation: list[tuple[int, float]] = field(default_factory=list)
-    best: float = -math.inf
-    since: int = 0
+    step: int = 0  # the last step
+    validation: list[tuple[int, float]] = field(default_factory=list)  # step and quality of each validation
+    best: float = -math.inf  # the best quality so far; ``-inf`` before the first validation
+    since: int = 0  # validations since then
+    # The model's weights at the best quality; empty before the first validation.
     weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def add(self, quality: float, model: torch.nn.Module) -> None:
@@ -114,33 +100,21 @@ class TrainingHistory:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a backbone is fine-tuned.
+    """How a backbone is fine-tuned."""
 
-    Attributes:
-        steps: Optimiser steps in all.
-        learning_rate: Peak learning rate of AdamW, after a linear warm-up; then a cosine takes it down to zero.
-        batch_size: Instances a step.
-        max_rate: Highest skip rate that a row may draw.
-        draw: How decisions are drawn, one of ``DRAWS``.
-        patience: Validations without a better quality after which it ends; ``None``: it never ends early.
-        seed: Seed of a new head, the batches, the random decisions and dropout.
-        dense_steps: The first steps run densely only, as a backbone that starts from scratch needs.
-        warmup_steps: Steps of the warm-up; ``None``: a tenth of all.
-        random_share: Share of the rows under random decisions, where a policy decides on the others.
-        weight_decay: AdamW's.
-    """
-
-    steps: int
+    steps: int  # optimiser steps in all
+    # Peak learning rate of AdamW, after a linear warm-up; then a cosine takes it down to zero.
     learning_rate: float = 5e-5
-    batch_size: int = 32
-    max_rate: float = 0.6
-    draw: str = "even"
+    batch_size: int = 32  # instances a step
+    max_rate: float = 0.6  # highest skip rate that a row may draw
+    draw: str = "even"  # how decisions are drawn, one of ``DRAWS``
+    # Validations without a better quality after which it ends; ``None``: it never ends early.
     patience: int | None = None
-    seed: int = 0
-    dense_steps: int = 0
-    warmup_steps: int | None = None
-    random_share: float = RANDOM_SHARE
-    weight_decay: float = 0.01
+    seed: int = 0  # seed of a new head, the batches, the random decisions and dropout
+    dense_steps: int = 0  # the first steps run densely only, as a backbone that starts from scratch needs
+    warmup_steps: int | None = None  # steps of the warm-up; ``None``: a tenth of all
+    random_share: float = RANDOM_SHARE  # share of the rows under random decisions, where a policy decides on the others
+    weight_decay: float = 0.01  # AdamW's
 
     @property
     def interval(self) -> int:
@@ -214,7 +188,8 @@ def prepare(
         if on_step is not None:
             on_step(step, figures)
         if checkpoint is not None and step % recipe.interval == 0 and accelerator.is_main_process:
-            _save(checkpoint, state, history)
+            saved = {name: part.state_dict() for name, part in state.items()}
+            write_checkpoint(checkpoint, {**saved, "course": vars(history)})
     trainer.gather()
     if history.weights:
         model.load_state_dict(history.weights)
@@ -272,13 +247,6 @@ class _Trainer:
         if skip_logits is not None:
             skip = decisions_around(skip_logits.cpu(), skip, generator, recipe.random_share)
         return sandwich_loss(self._board, batch, skip, self._call)
-
-
-def _save(file: Path, state: dict[str, Any], history: TrainingHistory) -> None:
-    """Everything that the next step depends on."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    saved = {name: part.state_dict() for name, part in state.items()}
-    write_checkpoint(file, {**saved, "course": vars(history)})
 
 
 def _restore(file: Path, state: dict[str, Any], history: TrainingHistory) -> None:

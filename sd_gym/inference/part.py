@@ -51,9 +51,7 @@ class Part:
     def held(self, rows: Iterator[Line], *, resume: bool) -> Iterator[None]:
         """Keep it from other processes meanwhile; before, everything in it is checked, and nothing is changed.
 
-        Args:
-            rows: Of the input; the answered ones are taken from it.
-            resume: Whether to go on with the answers that are there.
+        Where it goes on (``resume``), the answered rows are taken from ``rows``.
 
         Raises:
             FolderInUseError: If another process is writing to it.

@@ -101,12 +101,9 @@ def write_card(folder: Path, values: dict[str, Any]) -> None:
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """What ``write_card`` was given, and the format.
+    """What ``write_card`` was given, and the format; FileNotFoundError if a file is missing.
 
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a key is missing, unknown or of a wrong type, or a file is not the one that was written with the
-            others.
+    ValueError if a key is missing, unknown or of a wrong type, or a file is not the one that was written with them.
     """
     read_model(_Card, folder / FILE, "not the card of a policy (copy the policy's folder again)")
     values = json.loads((folder / FILE).read_bytes())

@@ -67,11 +67,8 @@ def _hash_noise(observations: Tensor | dict[str, Tensor], columns: int) -> Tenso
 def greedy_cover(log_likelihood: Tensor, size: int) -> list[int]:
     """At most ``size`` masks by which inputs' decisions are the most probable in all, mask 0 always among them.
 
-    Each mask added raises the sum of the inputs' best log-probabilities the most, which is at least 63% as good as the
-    best choice (Nemhauser, Wolsey and Fisher 1978).
-
-    ``log_likelihood [n, masks]`` is that of each mask for each input. Returns the numbers of the masks in the order in
-    which they were added.
+    Each mask added raises the sum of the inputs' best log-probabilities ``[n, masks]`` the most, which is at least 63%
+    as good as the best choice (Nemhauser, Wolsey and Fisher 1978). Returns the masks' numbers, as they were added.
     """
     chosen, best = [0], log_likelihood[:, 0]
     while len(chosen) < size:

@@ -46,15 +46,9 @@ def token_observations(
 ) -> dict[str, NDArray]:
     """What a ``TokenEncoder`` reads of texts: their tokens in order, standardised, and which of them are there.
 
-    Args:
-        hidden: The first layer's input, ``[n, longest, width]``, padded at the right.
-        mask: Of its tokens, ``[n, longest]``.
-        mean: Of each channel over the tokens of the training split, ``[width]``.
-        deviation: ``[width]``.
-        length: Tokens of a row: shorter ones are padded with zeros, longer prompts are cut.
-
-    Returns:
-        ``tokens``, float32 ``[n, length, width]``, and ``mask``, int8 ``[n, length]``.
+    They are ``tokens``, float32 ``[n, length, width]``, and ``mask``, int8 ``[n, length]``: shorter rows are padded
+    with zeros, longer prompts cut. ``hidden``, the first layer's input, ``[n, longest, width]``, is padded at the
+    right; ``mean`` and ``deviation``, ``[width]``, are those of the training split's tokens.
     """
     seen, present = hidden[:, :length].float().cpu().numpy(), mask[:, :length].bool().cpu().numpy()
     tokens = np.zeros((len(seen), length, len(mean)), dtype=np.float32)
@@ -70,12 +64,8 @@ def standardised(features: Values, mean: Values, deviation: Values) -> Values:
 def stage_observation(number: int, share: NDArray, features: NDArray, mean: NDArray, deviation: NDArray) -> NDArray:
     """What is seen of a pass at a stage, float32 ``[n, stages + 1 + features]``.
 
-    Args:
-        number: Of the stage, from 0.
-        share: Of the dense FLOPs, what the pass will have taken if all that is left is skipped, ``[n]``.
-        features: What the pass shows there, not standardised, ``[n, features]``.
-        mean: Of the features of each stage on the training split, ``[stages, features]``.
-        deviation: ``[stages, features]``.
+    ``share [n]`` of the dense FLOPs will have been taken if all that is left is skipped. The ``features [n, features]``
+    are not standardised; ``mean`` and ``deviation``, ``[stages, features]``, are those of the training split.
     """
     known = np.zeros((len(features), len(mean) + 1), dtype=np.float32)
     known[:, number], known[:, -1] = 1, share

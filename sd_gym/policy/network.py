@@ -124,15 +124,10 @@ class DecisionPolicy(nn.Module):
         return F.linear(F.linear(hidden, second.weight, second.bias).tanh(), self.head.weight, self.head.bias)
 
     def evaluate(self, logits: Tensor, decisions: Tensor, exploration: float = 0.0) -> tuple[Tensor, Tensor]:
-        """How probable decisions are, and their entropy: what policy gradients are taken of.
+        """Log-probabilities ``[tries * n, components]`` of decisions, and the entropy summed over components, ``[n]``.
 
-        Args:
-            logits: Of ``forward``, ``[n, sum(nvec)]``.
-            decisions: int64 ``[tries * n, components]``: row ``k * n + i`` is the ``k``-th on observation ``i``.
-            exploration: No choice is less probable than this (Wu et al. 2018, BlockDrop, equation 5).
-
-        Returns:
-            Log-probabilities ``[tries * n, components]``, and the entropy summed over components, ``[n]``.
+        Of ``logits [n, sum(nvec)]``; in ``decisions [tries * n, components]`` row ``k * n + i`` is the ``k``-th on
+        observation ``i``. No choice is less probable than ``exploration`` (Wu et al. 2018, BlockDrop, equation 5).
         """
         log_probs, entropy = [], torch.zeros(len(logits), device=logits.device)
         for group in self._groups:
@@ -186,8 +181,7 @@ class DecisionPolicy(nn.Module):
     def skip_logits(self, observations: Observations) -> NDArray:
         """Log-odds of skipping each switch, float32 ``[n, switches]``, of which at a stage only its own count.
 
-        Raises:
-            ValueError: If the policy has a codebook.
+        ValueError if the policy has a codebook.
         """
         if self.codebook is not None:
             raise ValueError("a policy with a codebook has no odds of a switch by itself")
@@ -226,15 +220,9 @@ class DecisionPolicy(nn.Module):
     ) -> DecisionPolicy:
         """A copy that makes at most ``size`` different decisions (at each stage), so that more inputs run together.
 
-        They are the dense one and some of its own (``greedy_cover``); each input gets the most probable one.
-
-        Args:
-            size: At least 1, the dense one.
-            observations: Of inputs that it shall do well on; a thousand are enough. In the pass, at all its stages.
-            components: In the pass, the components that each stage decides, int64.
-
-        Raises:
-            ValueError: If there is no size or no observation, or the components of stages are not given.
+        They are the dense one and some of its own (``greedy_cover``); each input gets the most probable one. The
+        ``observations`` are of inputs that it shall do well on (a thousand are enough), in the pass at all its stages,
+        and ``components`` what each stage decides, int64. ValueError if one of these is missing.
         """
         if components is not None:
             shown = observations["stage"] if isinstance(observations, dict) else observations
@@ -285,14 +273,11 @@ class DecisionPolicy(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> DecisionPolicy:
-        """Read a policy that ``save`` wrote.
+        """Read a policy that ``save`` wrote; FileNotFoundError if a file is missing.
 
-        Raises:
-            FileNotFoundError: If a file is missing.
-            ValueError: If its network is not registered, or its files are broken; the message names what was expected.
+        ValueError if its network is not registered, or its files are broken; the message names what was expected.
         """
-        folder = Path(folder)
-        file = folder / "policy.json"
+        folder, file = Path(folder), Path(folder, "policy.json")
         if not file.exists():
             raise FileNotFoundError(f"no policy.json in {folder}; expected the folder of a run (sd-gym train)")
         description = read_model(NetworkDescription, file, "not a policy that was saved here")

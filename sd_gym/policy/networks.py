@@ -73,8 +73,7 @@ class Bias(nn.Module):
 def registered_network(name: str, observation_size: int, n_logits: int) -> tuple[nn.Module, Bias]:
     """A registered network, made now, and the bias that is added to its logits.
 
-    Raises:
-        ValueError: If no network has that name, or its shapes or types are wrong.
+    ValueError if no network has that name, or its shapes or types are wrong.
     """
     network = NETWORKS.find(name)(observation_size, n_logits)
     expected = f"a module from observations [n, {observation_size}] to logits [n, {n_logits}]"

@@ -14,7 +14,6 @@ class ProtectedTokens(NamedTuple):
 
     A data set says for each text what of it is protected (``sd_gym.tasks.encoding.droppable_tokens``). A policy that is
     attached to a model sees tokens only, so it needs a rule; ``find`` gives the one that says just the same.
-
     """
 
     special: tuple[int, ...]  # ids of the tokenizer's special tokens
@@ -28,12 +27,8 @@ class ProtectedTokens(NamedTuple):
     ) -> ProtectedTokens | None:
         """The rule by which inputs protect exactly what is not ``droppable``; ``None``: there is none.
 
-        Args:
-            input_ids: int64 ``[n, longest]``, padded at the right.
-            length: Tokens of each input, ``[n]``.
-            droppable: bool ``[n, longest]``.
-            special: Ids of the tokenizer's special tokens.
-            separator: The id of the token between two texts, if the tokenizer has one.
+        Of ``input_ids [n, longest]``, padded at the right, and tokens of each input, ``length [n]``; ``separator`` is
+        the id of the token between two texts, if the tokenizer has one.
         """
         wanted, lengths = torch.from_numpy(droppable), torch.from_numpy(length)
         mask = torch.arange(input_ids.shape[1]) < lengths[:, None]

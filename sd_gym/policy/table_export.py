@@ -23,22 +23,16 @@ MASKS, PROJECTION = "masks", "projection."  # names of tensors
 class TablePolicy:
     """Decides on what the env observes just as the network did on what the table shows.
 
-    Attributes:
-        network: Learned on the table.
-        nvec: Sizes of a mask's components.
-        switches: Names of the switches.
-        masks: Of each of the table's decisions, int64 ``[decisions, switches + 1]``; ``None``: they are masks.
-        projection: How the table has reduced what the env observes; ``None``: not at all.
-
     Raises:
         ValueError: If masks or projection do not fit the network.
     """
 
-    network: DecisionPolicy
-    nvec: list[int]
-    switches: list[str]
+    network: DecisionPolicy  # learned on the table
+    nvec: list[int]  # sizes of a mask's components
+    switches: list[str]  # names of the switches
+    # Of each of the table's decisions, int64 ``[decisions, switches + 1]``; ``None``: they are masks.
     masks: NDArray | None
-    projection: Projection | None
+    projection: Projection | None  # how the table has reduced what the env observes; ``None``: not at all
     channels: ClassVar[None] = None  # a table shows no tokens
     token_width: ClassVar[None] = None
     flops_per_token: ClassVar[int] = 0

@@ -16,15 +16,8 @@ class TokenEncoder(nn.Module):
     """Features of a text: mean and maximum of a convolution over its tokens, and the text's length.
 
     Unlike mean and maximum of the tokens, they depend on their order (Kim 2014, section 2). At first they hardly differ
-    between texts, so ``standardise_on`` standardises them before learning (Salimans and Kingma 2016, section 3).
-
-    Args:
-        width: Numbers that a token has.
-        channels: Of the convolution.
-        stage_size: Of several stages, numbers that each shows beside the tokens, which the features begin with.
-
-    Attributes:
-        size: Features.
+    between texts, so ``standardise_on`` standardises them before learning (Salimans and Kingma 2016, section 3). A
+    token has ``width`` numbers; of several stages, each shows ``stage_size`` beside, which the features begin with.
     """
 
     mean: Tensor

@@ -17,18 +17,14 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 class RowSubsetLayer(CacheLayerMixin):
     """One layer of a cache, with the keys and values of some rows of the batch, in the place of Hugging Face's layer.
 
-    Attributes:
-        inner: The Hugging Face layer that stores ``[kept, heads, stored length, head size]``.
-        rows: The rows that it stores, int64 ``[kept]``; ``None``: all.
-        batch: Rows of the batch, beams included.
-        tag: The tag of the decision that it is filled under.
-        is_open: Whether that decision is in force; else it neither stores nor gives anything.
-        length: Positions so far, dropped tokens included.
+    ``inner``, which is that layer, stores ``[kept, heads, stored length, head size]`` of ``rows`` (int64 ``[kept]``,
+    ``None``: all) of a batch, beams included, under the decision of ``tag``.
     """
 
     def __init__(self, inner: DynamicLayer, rows: Tensor | None, batch: int, tag: Any) -> None:
         self.inner, self.rows, self.batch, self.tag = inner, rows, batch, tag
-        self.is_open, self.length = False, 0
+        self.is_open = False  # whether that decision is in force; else it neither stores nor gives anything
+        self.length = 0  # positions so far, dropped tokens included
 
     # Hugging Face reads keys and values, and only the layer's own ``update`` writes them.
     @property
@@ -118,20 +114,10 @@ class RowSubsetLayer(CacheLayerMixin):
 def row_subset_layer(
     cache: Cache, layer: int, *, across: bool, rows: Tensor | None, batch: int, whole: bool, tag: Any
 ) -> RowSubsetLayer:
-    """The layer of a cache that holds only ``rows``, put in place at its first use.
+    """The layer of a cache (of the cross-attention: ``across``) that holds only ``rows``, put there at its first use.
 
-    Args:
-        cache: The model's cache, self-attention only or both.
-        layer: Index of the layer.
-        across: Whether it is the layer of the cross-attention.
-        rows: The rows that run the layer, ``None``: all.
-        batch: Rows of the batch, beams included.
-        whole: Whether a sliding window must keep everything, as where tokens were dropped; then only the mask limits.
-        tag: The tag of the decision in force.
-
-    Raises:
-        ValueError: If the layer was filled before, outside the decision or under another one.
-        NotImplementedError: If the layer is of a kind without separate rows.
+    ``whole``: whether a sliding window must keep everything, as where tokens were dropped; then only the mask limits.
+    ValueError if it was filled outside the decision of ``tag``, NotImplementedError if it has no separate rows.
     """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.cross_attention_cache if across else cache.self_attention_cache

@@ -33,24 +33,16 @@ class StaleBoardError(RuntimeError):
 
 
 class MethodPatch:
-    """Called in the place of a method of one object, while any decision is in force that needs it.
+    """Called in the place of the method ``name`` of one object, while any decision is in force that needs it.
 
-    Args:
-        target: The object.
-        name: The method.
-        scope: The board's decisions.
-        run: ``run(decision, method, *args, **kwargs)``, called in the method's place with the decision in force here.
-
-    Attributes:
-        replaced: What another tool had put in the method's place before.
-        is_put: Whether it stands in the method's place.
-        is_lost: Whether another tool put itself in front meanwhile; then it is in the scope's ``lost``.
+    What runs then is ``run(decision, method, *args, **kwargs)``, with the decision in force here.
     """
 
     def __init__(self, target: Any, name: str, scope: Scope, run: Callable[..., Any]) -> None:
         self.target, self.name, self.scope, self.run = target, name, scope, run
-        self.replaced: Callable[..., Any] | None = None
-        self.is_put = self.is_lost = False
+        self.replaced: Callable[..., Any] | None = None  # what another tool had put in the method's place before
+        self.is_put = False  # whether it stands in the method's place
+        self.is_lost = False  # whether another tool put itself in front meanwhile; then it is in the scope's ``lost``
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What runs in the method's place."""
@@ -167,20 +159,13 @@ _ENTRIES: ContextVar[tuple[_Entry, ...]] = ContextVar("decisions in force", defa
 
 
 class Scope:
-    """The decisions of one board, by context.
-
-    Attributes:
-        patches: Stand in the place of the model's methods while a decision needs them.
-        lost: Those of them whose place another tool has taken.
-        original: The scope that this one is a copy of (``copy.deepcopy``).
-        family: All that is in force here or in a copy.
-    """
+    """The decisions of one board, by context."""
 
     def __init__(self, original: Scope | None = None) -> None:
-        self.patches: Sequence[MethodPatch] = []
-        self.lost: list[MethodPatch] = []
-        self.original = original
-        self.family = _Family() if original is None else original.family
+        self.patches: Sequence[MethodPatch] = []  # for the model's methods, while a decision needs them
+        self.lost: list[MethodPatch] = []  # those of them whose place another tool has taken
+        self.original = original  # what this one is a copy of (copy.deepcopy)
+        self.family = _Family() if original is None else original.family  # all that is in force here or in a copy
         self._in_generators: list[_Entry] = []
         self._known = _Known()
 

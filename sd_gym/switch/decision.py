@@ -30,42 +30,28 @@ class Call(NamedTuple):
 
 
 class Pass(local):
-    """The state of a forward pass, from module to module; each thread has its own.
-
-    Attributes:
-        calls: While a sublayer runs, by number of the switch.
-        sources: Rows of the encoder's output ``(output, rows, taken)``, by number of the switch.
-        tokens: The tokens that are left, where some are dropped.
-        encoded: The encoder's output, in a decoder that has a stage.
-    """
+    """The state of a forward pass, from module to module; each thread has its own."""
 
     def __init__(self) -> None:
-        self.calls: dict[int, Call] = {}
+        self.calls: dict[int, Call] = {}  # while a sublayer runs, by number of the switch
+        # Rows of the encoder's output (output, rows, taken), by number of the switch.
         self.sources: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self.tokens: TokenPass | None = None
-        self.encoded: Tensor | None = None
+        self.tokens: TokenPass | None = None  # the tokens that are left, where some are dropped
+        self.encoded: Tensor | None = None  # the encoder's output, in a decoder that has a stage
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which rows of a batch run which sublayer. It may be used again: nothing in it is of one pass.
+    """Which rows of a batch run which sublayer. It may be used again: nothing in it is of one pass."""
 
-    Attributes:
-        batch: Rows that are decided on; 1 stands for all rows of any batch.
-        tag: Distinguishes decisions.
-        rows: By how often ``generate()`` repeats each row, and by switch: rows that run, int64 ``[kept]`` on the
-            model's device; ``None``: all.
-        empty: Numbers of the switches that no row runs.
-        idle: Stack and index of each layer that is skipped as a whole.
-        needs: Numbers of the patches that it needs.
-    """
-
-    batch: int
-    tag: bytes
+    batch: int  # rows that are decided on; 1 stands for all rows of any batch
+    tag: bytes  # distinguishes decisions
+    # By how often ``generate()`` repeats each row, and by switch: rows that run, int64 ``[kept]`` on the model's
+    # device; ``None``: all.
     rows: dict[int, list[Tensor | None]]
-    empty: frozenset[int]
-    idle: frozenset[tuple[str, int]]
-    needs: tuple[int, ...]
+    empty: frozenset[int]  # numbers of the switches that no row runs
+    idle: frozenset[tuple[str, int]]  # stack and index of each layer that is skipped as a whole
+    needs: tuple[int, ...]  # numbers of the patches that it needs
 
     @classmethod
     def of(cls, skip: NDArray, idle: frozenset[tuple[str, int]], needs: tuple[int, ...], device: torch.device) -> Plan:
@@ -92,23 +78,16 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class PendingDecision:
-    """The part of a decision that is still to be made in the pass.
+    """The part of a decision that is still to be made in the pass."""
 
-    Attributes:
-        stages: The stages where it is made, the next one first.
-        choose: Takes the pass's state to the decisions of the stage's switches and to the tokens that are kept.
-        mask: Mask of the input's tokens, ``[batch, length]``; ``None``: all count.
-        skip: Decisions so far, bool ``[batch, switches]``; switches that are not yet decided run.
-        settle: ``settle(decision, hidden, cache)`` makes the next stage's decision, puts it in force and returns it.
-        needs: Numbers of the patches that it needs.
-    """
-
-    stages: tuple[Stage, ...]
+    stages: tuple[Stage, ...]  # the stages where it is made, the next one first
+    # Takes the pass's state to the decisions of the stage's switches and to the tokens that are kept.
     choose: Callable[[PassState], tuple[Tensor | NDArray, Tensor | NDArray | None]]
-    mask: Tensor | None
-    skip: NDArray
+    mask: Tensor | None  # mask of the input's tokens, ``[batch, length]``; ``None``: all count
+    skip: NDArray  # decisions so far, bool ``[batch, switches]``; switches that are not yet decided run
+    # ``settle(decision, hidden, cache)`` makes the next stage's decision, puts it in force and returns it.
     settle: Callable[[Decision, Tensor, Cache | None], Decision | None]
-    needs: tuple[int, ...]
+    needs: tuple[int, ...]  # numbers of the patches that it needs
 
     def seen(self, hidden: Tensor, encoded: Tensor | None, tokens: DroppedTokens | None, repeats: int) -> PassState:
         """The pass's state at the next stage, where each row stands ``repeats`` times, for its beams or samples."""
@@ -156,31 +135,19 @@ class PendingDecision:
 
 @dataclass(eq=False)
 class Decision:
-    """The decisions of a batch, in force.
+    """The decisions of a batch, in force."""
 
-    Attributes:
-        plan: Which rows run which sublayer.
-        tokens: The tokens that are dropped; ``None``: all stay.
-        pending: The part that is still to be decided in the pass.
-        resume_from: The state that the pass is resumed from; ``None``: it runs as a whole.
-        resumes: Stack and index of the layer that takes the hidden states of ``resume_from`` in the place of its own.
-        generating: Whether this is for one call of ``generate()``.
-        repeats: How often that repeats each row, for its beams or samples; else 1.
-        replays: Calls of ``torch.utils.checkpoint`` that it was put in force inside of.
-        state: The state of a pass.
-        tag_cell: One element, ``plan.tag``; the same list from stage to stage.
-    """
-
-    plan: Plan
-    tokens: DroppedTokens | None
-    pending: PendingDecision | None = None
-    resume_from: PassState | None = None
+    plan: Plan  # which rows run which sublayer
+    tokens: DroppedTokens | None  # the tokens that are dropped; ``None``: all stay
+    pending: PendingDecision | None = None  # the part that is still to be decided in the pass
+    resume_from: PassState | None = None  # the state that the pass is resumed from; ``None``: it runs as a whole
+    # Stack and index of the layer that takes the hidden states of ``resume_from`` in the place of its own.
     resumes: tuple[str, int] | None = None
-    generating: bool = False
-    repeats: int = 1
-    replays: int = 0
-    state: Pass = field(default_factory=Pass)
-    tag_cell: list[bytes] = field(default_factory=list)
+    generating: bool = False  # whether this is for one call of ``generate()``
+    repeats: int = 1  # how often that repeats each row, for its beams or samples; else 1
+    replays: int = 0  # calls of ``torch.utils.checkpoint`` that it was put in force inside of
+    state: Pass = field(default_factory=Pass)  # the state of a pass
+    tag_cell: list[bytes] = field(default_factory=list)  # one element, ``plan.tag``; the same list from stage to stage
 
     def __post_init__(self) -> None:
         self.tag_cell[:] = [self.plan.tag]

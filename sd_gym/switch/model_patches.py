@@ -24,24 +24,15 @@ class LayerPatch:
     """A layer: it loses the tokens that are dropped, and is skipped as a whole where no row runs any of it.
 
     A stage in front of it is decided here, and a pass that is resumed here takes up its hidden states.
-
-    Attributes:
-        model: The model.
-        layer: The layer.
-        place: Name of its stack, and its index there.
-        attentions: The patches of its attentions.
-        norms: The norms that run where no row runs any sublayer.
-        reads_input: Whether its stack is the one that reads the input.
-        restores: Whether it is the last layer of a lone stack, after which all positions exist again.
     """
 
     model: PreTrainedModel
     layer: nn.Module
-    place: tuple[str, int]
-    attentions: list[SublayerPatch]
-    norms: list[nn.Module]
-    reads_input: bool
-    restores: bool
+    place: tuple[str, int]  # name of its stack, and its index there
+    attentions: list[SublayerPatch]  # the patches of its attentions
+    norms: list[nn.Module]  # the norms that run where no row runs any sublayer
+    reads_input: bool  # whether its stack is the one that reads the input
+    restores: bool  # whether it is the last layer of a lone stack, after which all positions exist again
 
     def __post_init__(self) -> None:
         self.first = self.reads_input and self.place[1] == 0

@@ -9,18 +9,11 @@ from torch import nn
 
 
 class ModuleSnapshot(NamedTuple):
-    """All modules on the ways from a model to some of its modules.
+    """All modules on the ways from a model to some of its modules."""
 
-    Attributes:
-        paths: Paths of the modules in the model.
-        holders: The parts of each one's parent, by name.
-        names: Each one's name there.
-        children: The modules.
-    """
-
-    paths: tuple[str, ...]
-    holders: tuple[dict[str, nn.Module | None], ...]
-    names: tuple[str, ...]
+    paths: tuple[str, ...]  # paths of the modules in the model
+    holders: tuple[dict[str, nn.Module | None], ...]  # the parts of each one's parent, by name
+    names: tuple[str, ...]  # each one's name there
     children: list[nn.Module]
 
     @classmethod

@@ -28,19 +28,7 @@ class _Numbers(NamedTuple):
 
 
 class Patches:
-    """A board's patches, known by their numbers in its scope, which is filled with them.
-
-    Args:
-        model: The model.
-        architecture: Where its switches are.
-        switches: The switches.
-        scope: The board's decisions.
-
-    Attributes:
-        of_layer: Number of each layer's patch.
-        for_stacks: Numbers of the encoder's and the decoder's, where there are both.
-        for_generating: Numbers of ``generate()``'s.
-    """
+    """A board's patches, known by their numbers in its scope, which is filled with them."""
 
     def __init__(
         self, model: PreTrainedModel, architecture: Architecture, switches: list[Switch], scope: Scope
@@ -53,18 +41,17 @@ class Patches:
         self._whole = frozenset(place for place in self._places if place[0] in whole)
         biased = {(switch.stack, switch.index) for switch in switches if switch.sublayer.position_bias is not None}
         self._lean = frozenset(self._places) - biased  # layers that return hidden states alone
-        self.of_layer: dict[At, int] = {}
-        self.for_stacks: list[int] = []
-        self.for_generating: list[int] = []
+        self.of_layer: dict[At, int] = {}  # number of each layer's patch
+        self.for_stacks: list[int] = []  # numbers of the encoder's and the decoder's, where there are both
+        self.for_generating: list[int] = []  # numbers of those of ``generate()``
         self._for_tokens: list[int] = []
         self._number(patches)
 
     def idle(self, skipped: np.ndarray, resumes: int | None) -> frozenset[At]:
         """The layers that can be skipped as a whole, as no row runs any of their sublayers.
 
-        Args:
-            skipped: Whether all rows skip a switch, bool ``[switches]``.
-            resumes: Number of the first switch that may run, where a pass is resumed; else ``None``.
+        ``skipped``: whether all rows skip a switch, bool ``[switches]``; ``resumes``: number of the first switch that
+        may run, where a pass is resumed.
         """
         runs = {place for place, skips in zip(self._places, skipped.tolist(), strict=True) if not skips}
         return (self._whole - runs) | self._lean.intersection(self._places[: resumes or 0])
@@ -72,11 +59,7 @@ class Patches:
     def needs(self, skipped: np.ndarray, idle: frozenset[At], drops: bool, resumes: int | None) -> tuple[int, ...]:
         """Numbers of the patches that decisions need.
 
-        Args:
-            skipped: Whether any row skips a switch, bool ``[switches]``.
-            idle: The layers that are skipped as a whole.
-            drops: Whether tokens are dropped.
-            resumes: See ``idle``.
+        ``skipped``: whether any row skips a switch, bool ``[switches]``; ``drops``: whether tokens are dropped.
         """
         needs: list[int] = []
         skips = skipped.tolist()

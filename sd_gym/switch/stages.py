@@ -52,19 +52,12 @@ class StageReached(Exception):  # noqa: N818  (no error: it ends the pass on pur
 
 
 class Stage(NamedTuple):
-    """A point of the forward pass.
+    """A point of the forward pass."""
 
-    Attributes:
-        name: ``first``, ``decoder``, or stack and index of a layer.
-        place: Stack and index of the layer that it stands in front of.
-        switches: Those that are decided there, up to the next stage.
-        follows_encoder: Whether it is in the decoder of an encoder-decoder, or between the two.
-    """
-
-    name: str
-    place: tuple[str, int]
-    switches: slice
-    follows_encoder: bool
+    name: str  # ``first``, ``decoder``, or stack and index of a layer
+    place: tuple[str, int]  # stack and index of the layer that it stands in front of
+    switches: slice  # those that are decided there, up to the next stage
+    follows_encoder: bool  # whether it is in the decoder of an encoder-decoder, or between the two
 
     @property
     def is_between(self) -> bool:
@@ -87,14 +80,10 @@ def stages_of(switches: Sequence[Switch]) -> list[Stage]:
 
 
 def stages_named(known: Sequence[Stage], names: Sequence[str]) -> tuple[Stage, ...]:
-    """The named stages in execution order, each with the switches up to the next one.
+    """Those of the ``known`` stages, in execution order, each with the switches up to the next one.
 
-    Args:
-        known: All stages of the backbone.
-        names: The names; ``every_layer`` stands for all, ``middle`` for the layer in the middle of the first stack.
-
-    Raises:
-        ValueError: If there is no name, or one that the backbone does not have.
+    ``every_layer`` stands for all, ``middle`` for the layer in the middle of the first stack. ValueError if there is no
+    name, or one that the backbone does not have.
     """
     if isinstance(names, str) or not names:
         raise ValueError(f"stages must be a list of one or more names, such as ['first']; got {names!r}")

@@ -110,31 +110,22 @@ def rarity_scores(input_ids: NDArray, present: NDArray, rarity: NDArray) -> NDAr
 
 
 class DroppedTokens:
-    """The tokens that a batch keeps.
+    """The tokens that a batch keeps: ``keep``, bool ``[batch, length]``; a single row stands for all of any batch.
 
-    Args:
-        keep: bool ``[batch, length]``; a single row stands for all rows of any batch.
-        causal: Whether positions see only what stands before them.
-        device: Where the model is.
-
-    Attributes:
-        length: Tokens of the input before dropping.
-        kept: Tokens of the row that keeps the most.
-        ragged: Whether the rows keep different numbers of tokens.
-        tag: Distinguishes them from others.
+    ``causal``: whether positions see only what stands before them.
     """
 
     def __init__(self, keep: NDArray, causal: bool, device: torch.device) -> None:
         counts = keep.sum(axis=1)
         self.batch, self.length = keep.shape
-        self.kept = int(counts.max())
+        self.kept = int(counts.max())  # tokens of the row that keeps the most
         self.causal = causal
-        self.tag = keep.tobytes()
+        self.tag = keep.tobytes()  # distinguishes them from others
         # After its kept tokens, each row has some of its dropped ones as padding: valid indices, never attended to.
         order = np.argsort(~keep, axis=1, kind="stable")[:, : self.kept]
         self._index = torch.from_numpy(order).to(device)
         self._valid = torch.from_numpy(np.arange(self.kept) < counts[:, None]).to(device)
-        self.ragged = bool(counts.min() < self.kept)
+        self.ragged = bool(counts.min() < self.kept)  # whether the rows keep different numbers of tokens
         self._views: dict[int, tuple[Tensor, Tensor]] = {1: (self._index, self._valid)}
 
     def view(self, total: int) -> tuple[Tensor, Tensor]:
@@ -172,27 +163,16 @@ class DroppedTokens:
 class TokenPass:
     """One forward pass of an input that loses tokens: the shapes are read once, in front of the first layer.
 
-    Args:
-        tokens: The tokens that are kept.
-        args: Positional arguments of the first layer.
-        kwargs: Keyword arguments of the first layer.
-        additive: Whether the attention adds its mask to the scores.
-        generating: Whether this is a pass of ``generate()``, which appends tokens to the input.
-
-    Attributes:
-        query_length: Positions of the pass, dropped ones included.
-
-    Raises:
-        ValueError: If the input has another length than was decided on.
+    ``args`` and ``kwargs`` are the layer's; ``additive``: whether the attention adds its mask to the scores. ValueError
+    if the input has another length than was decided on.
     """
 
     def __init__(
         self, tokens: DroppedTokens, args: tuple, kwargs: dict[str, Any], *, additive: bool, generating: bool
     ) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        total, self.query_length = hidden.shape[:2]
-        self._tokens = tokens
-        self._additive = additive
+        total, self.query_length = hidden.shape[:2]  # positions of the pass, dropped ones included
+        self._tokens, self._additive = tokens, additive
         self._whole = self.query_length >= tokens.length  # else a step of decoding over a cache that holds the prompt
         cache = cache_among(args, kwargs)
         past = cache.get_seq_length() if cache is not None else 0

@@ -35,28 +35,20 @@ SMALLEST = 2000  # instances; fewer are encoded as fast as they are read
 
 
 def encode_cached(
-    instances: Sequence[Instance],
-    tokenizer: Tokenizer,
-    head: Head,
-    backbone: BackboneConfig,
-    *,
-    unanswerable: bool = True,
+    instances: Sequence[Instance], tokenizer: Tokenizer, head: Head, backbone: BackboneConfig, unanswerable: bool = True
 ) -> Encoded:
     """``sd_gym.tasks.encoding.encode``, read from the cache if it is there."""
     if len(instances) < SMALLEST or not tokenizer.is_fast:
         return encode(instances, tokenizer, head, backbone, unanswerable=unanswerable)
     settings = {key: getattr(backbone, key) for key in OF_BACKBONE} | {"unanswerable": unanswerable, **head.settings}
-    file = _folder() / f"{_key(instances, tokenizer, settings)}.safetensors"
+    folder = Path(os.environ.get("SD_GYM_CACHE") or Path.home() / ".cache" / "sd_gym")
+    file = folder / f"{_key(instances, tokenizer, settings)}.safetensors"
     if (tensors := _read(file)) is not None:
         return _from_tensors(tensors)
     encoded = encode(instances, tokenizer, head, backbone, unanswerable=unanswerable)
     with contextlib.suppress(OSError, SafetensorError):  # then there is no cache
         _write(_to_tensors(encoded), file)
     return encoded
-
-
-def _folder() -> Path:
-    return Path(os.environ.get("SD_GYM_CACHE") or Path.home() / ".cache" / "sd_gym")
 
 
 def _key(instances: Sequence[Instance], tokenizer: Tokenizer, settings: dict[str, Any]) -> str:

@@ -25,23 +25,15 @@ FORMATS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 class Instances(list[Instance]):
-    """The instances of a split.
-
-    Attributes:
-        file: The file, or the data set on the hub, that they come from.
-        rows: Their row numbers in it, from 0, ``[n]``.
-        part: Which rows of it were read, such as ``train[0:30]``, empty ones included.
-        left_out: Number of rows that are no instances, since a text that they need is empty.
-        dropped: Number of rows that are left out since they also stand in another split (``overlap: drop``).
-        also_in: Number that also stand in another split (``overlap: allow``), by the other split's name.
-    """
+    """The instances of a split, from a ``part`` (``train[0:30]``, empty rows included) of a file or hub data set."""
 
     def __init__(self, instances: Iterable[Instance] = (), *, file: str = "", part: str = "") -> None:
         super().__init__(instances)
         self.file, self.part = file, part
-        self.rows: list[int] = list(range(len(self)))
-        self.left_out = self.dropped = 0
-        self.also_in: dict[str, int] = {}
+        self.rows: list[int] = list(range(len(self)))  # their row numbers in the file, from 0
+        self.left_out = 0  # rows that are no instances, since a text that they need is empty
+        self.dropped = 0  # rows that are left out since they also stand in another split (overlap: drop)
+        self.also_in: dict[str, int] = {}  # those that also stand in another split (overlap: allow), by its name
 
     @cached_property
     def hash(self) -> str:
@@ -81,14 +73,9 @@ def load_split(
 ) -> Instances:
     """The instances of one split, in the data set's order; ``Splits`` has all of them, and compares them.
 
-    A row whose needed texts are empty is left out and counted.
-
-    Args:
-        data: The data set; a text is its ``DataConfig.dataset``.
-        task: Name of the task; its ``fields`` are the columns that are read.
-        split: ``train``, ``validation`` or ``test``. A single file is divided by row: every tenth row is validation,
-            every tenth test, the rest train; where the config has ``splits``, the whole file is ``train``.
-        known: Caches the data set's own splits between calls; ``None``: no cache.
+    A row whose needed texts are empty is left out and counted. A single file is divided by row: every tenth row is
+    validation, every tenth test, the rest train; where the config has ``splits``, the whole file is ``train``. ``data``
+    may be a text, its ``dataset``; ``known`` caches the data set's own splits between calls.
 
     Raises:
         FileNotFoundError: If the file, folder, split or hub id does not exist.
@@ -115,21 +102,14 @@ def load_split(
         chosen = [row for row in chosen if DIVISION.get(row % 10, "train") == split]
     chosen = chosen[:size]
     instances = Instances(file=file, part=_described(base, chosen, len(rows)))
-    instances.rows.clear()
     for number, position in enumerate(chosen):
         origin, row = rows[position]
-        row = _renamed(row, data, family, origin)
+        row, identity = _renamed(row, data, family, origin), f"{split}-{number}"
         if _is_empty(row, task, origin):
             instances.left_out += 1
             continue
-        instance = family.instance(
-            row,
-            f"{split}-{number}",
-            origin,
-            difficulty=_difficulty(row.get("difficulty"), origin),
-            unanswerable=data.unanswerable,
-        )
-        instances.append(instance)
+        difficulty, may_lack = _difficulty(row.get("difficulty"), origin), data.unanswerable
+        instances.append(family.instance(row, identity, origin, difficulty=difficulty, unanswerable=may_lack))
         instances.rows.append(position)
     if not instances:
         why = f": all {len(chosen)} rows have empty texts" if chosen else ""
@@ -143,12 +123,8 @@ def load_split(
 def _cut_off(data: DataConfig, base: str, count: int) -> set[int]:
     """The rows of a data set's own split that the named splits are slices of."""
     slices = [_slice(expression) for _, expression in data.splits]
-    return {
-        row
-        for name, start, end in slices
-        if name == base and (start, end) != (None, None)
-        for row in range(count)[start:end]
-    }
+    cut = [range(count)[start:end] for name, start, end in slices if name == base and (start, end) != (None, None)]
+    return set[int]().union(*cut)
 
 
 def _described(base: str, rows: list[int], count: int) -> str:
@@ -176,16 +152,17 @@ def _slice(expression: str) -> tuple[str, int | None, int | None]:
 
 def _read(data: DataConfig, base: str, split: str) -> tuple[str, Rows]:
     """Where the data set's own split ``base`` is, and its rows; ``split`` is what it is needed for."""
-    path = Path(data.dataset)
+    path, columns = Path(data.dataset), dict(data.columns)
+    numeric = {columns.get(name, name) for name in ("label", "difficulty")}
     if path.is_file():
         if base != "train":
             raise _no_split(data, base, split, ["train"])
-        return str(path), _read_file(path, data)
+        return str(path), read_rows(path, numeric)
     if path.is_dir() and any((path / f"{name}{suffix}").exists() for name in SPLITS for suffix in FORMATS):
         files = {file.stem: file for suffix in reversed(FORMATS) for file in sorted(path.glob(f"*{suffix}"))}
         if base not in files:
             raise _no_split(data, base, split, sorted(files))
-        return str(files[base]), _read_file(files[base], data)
+        return str(files[base]), read_rows(files[base], numeric)
     if not path.is_dir() and (
         path.suffix in FORMATS or data.dataset.startswith((".", "/", "~")) or data.dataset.count("/") > 1
     ):
@@ -206,18 +183,8 @@ def _no_split(data: DataConfig, base: str, split: str, known: list[str]) -> File
     )
 
 
-def _read_file(file: Path, data: DataConfig) -> Rows:
-    columns = dict(data.columns)
-    return read_rows(file, {columns.get(name, name) for name in ("label", "difficulty")})
-
-
 def read_rows(file: Path, numeric: Collection[str] = ("label",)) -> Rows:
-    """The rows of a JSONL, CSV or Parquet file; ``numeric``: see ``read_csv``.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        DataError: If it is malformed.
-    """
+    """The rows of a JSONL, CSV or Parquet file; DataError if it is malformed; ``numeric``: see ``read_csv``."""
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}; expected one of the formats {', '.join(FORMATS)}")
     if file.suffix == ".jsonl":

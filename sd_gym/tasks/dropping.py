@@ -22,15 +22,7 @@ from sd_gym.tasks.ranking import RANKINGS
 class TokenDropping:
     """The tokens of a split that may be dropped, how much they matter, and those that are left.
 
-    Args:
-        instances: The instances.
-        encoded: Their tensors.
-        board: The backbone's switchboard.
-        tokenizer: The backbone's.
-        head: The backbone's.
-        backbone: See ``encode``.
-        tokens: Which ones are dropped.
-        rarity: Gives ``training_rarity``, if the ranking asks for it.
+    ``rarity`` gives ``training_rarity``, if the ranking asks for it.
     """
 
     def __init__(
@@ -55,11 +47,7 @@ class TokenDropping:
 
     @cached_property
     def scores(self) -> NDArray:
-        """How much each token matters, by the ranking, float ``[n, longest]``.
-
-        Raises:
-            ValueError: If a user's ranking gives something else.
-        """
+        """How much each token matters, by the ranking, float ``[n, longest]``; ValueError if a user's gives no such."""
         scores = np.asarray(self.ranking.scores(self._encoded, self._board, self._rarity))
         if scores.shape != tuple(self._encoded.input_ids.shape) or np.isnan(scores).any():
             raise ValueError(

@@ -19,25 +19,13 @@ from sd_gym.errors import DataError
 
 
 def encode(
-    instances: Sequence[Instance],
-    tokenizer: Tokenizer,
-    head: Head,
-    backbone: BackboneConfig,
-    *,
-    unanswerable: bool = True,
+    instances: Sequence[Instance], tokenizer: Tokenizer, head: Head, backbone: BackboneConfig, unanswerable: bool = True
 ) -> Encoded:
     """Tokenise instances; what is longer than the limits is cut: of a question and its context only the context.
 
-    Args:
-        instances: What to encode.
-        tokenizer: The backbone's tokenizer.
-        head: The backbone's head, which encodes the targets.
-        backbone: From ``Head.prompting``: lengths, prompt and stop.
-        unanswerable: Whether "no answer" may be extracted.
-
-    Raises:
-        DataError: If a label is not one of the backbone's classes, a question leaves no room for its context, or an
-            answer that shall be extracted does not stand in its context.
+    ``backbone`` (from ``Head.prompting``) has lengths, prompt and stop; ``unanswerable``: whether "no answer" may be
+    extracted. DataError if a label is not one of the backbone's classes, a question leaves no room for its context, or
+    an answer that shall be extracted does not stand in its context.
     """
     source, source_cut = _tokenize_sources(instances, tokenizer, backbone, **head.source_options())
     targets = head.targets(instances, source, tokenizer, backbone)
@@ -55,10 +43,8 @@ def encode(
 def droppable_tokens(instances: Sequence[Instance], tokenizer: Tokenizer, backbone: BackboneConfig) -> NDArray:
     """Which tokens of the inputs, as encoded by ``encode``, may be dropped: bool ``[n, longest source]``.
 
-    Special tokens, padding, what an instance protects, and all of a prompt but its document may not.
-
-    Raises:
-        ValueError: If the tokenizer cannot tell where its tokens come from.
+    Special tokens, padding, what an instance protects, and all of a prompt but its document may not. ValueError if the
+    tokenizer cannot tell where its tokens come from.
     """
     if not tokenizer.is_fast:
         raise ValueError(f"dropping tokens needs a fast tokenizer, got {type(tokenizer).__name__}")
@@ -84,11 +70,10 @@ def droppable_tokens(instances: Sequence[Instance], tokenizer: Tokenizer, backbo
 def texts_and_tokens(
     instance: Instance, tokenizer: Tokenizer, backbone: BackboneConfig
 ) -> tuple[list[str], NDArray | None]:
-    """The texts that an instance's input is made of, and where its tokens, as of ``encode``, stand in them.
+    """The source and its pair, or the filled prompt, and where the tokens of ``encode`` stand in these texts.
 
-    Returns:
-        The source and its pair, or the filled prompt; and for each token (index of its text, or -1 of special tokens,
-        first character, last character + 1), int64 ``[length, 3]``, ``None`` for slow tokenizers.
+    Of each token: index of its text, or -1 of special ones, first character, last character + 1, int64 ``[length, 3]``;
+    ``None`` for slow tokenizers.
     """
     if backbone.prompt is not None:
         limit = min(backbone.max_source_length, tokenizer.model_max_length)

@@ -18,15 +18,10 @@ READ, DROPPED, CUT = 0, 1, 2
 
 
 class MarkedText(NamedTuple):
-    """A text, and its marks.
-
-    Attributes:
-        text: The text.
-        marks: ``READ``, ``DROPPED`` or ``CUT`` for each character, int8 ``[len(text)]``.
-    """
+    """A text, and its marks."""
 
     text: str
-    marks: NDArray
+    marks: NDArray  # ``READ``, ``DROPPED`` or ``CUT`` for each character, int8 ``[len(text)]``
 
     def runs(self) -> list[tuple[str, int]]:
         """The text in pieces, each with its mark."""
@@ -39,11 +34,8 @@ def marked_texts(
 ) -> list[MarkedText]:
     """The texts that a backbone is given (source and pair, or the filled prompt), with marks.
 
-    Args:
-        instance: The instance.
-        tokenizer: The backbone's; with a slow one all is marked as read, as it cannot tell where its tokens stand.
-        backbone: See ``encode``.
-        keep: Which tokens stay, bool ``[length]``; ``None``: all.
+    With a slow tokenizer all is marked as read, as it cannot tell where its tokens stand. ``keep``: which tokens stay,
+    bool ``[length]``; ``None``: all.
     """
     from sd_gym.tasks.encoding import texts_and_tokens  # for which torch is imported
 

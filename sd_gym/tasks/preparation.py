@@ -274,17 +274,14 @@ def _load(backbone: BackboneConfig, task: str, train: list[Instance]) -> tuple[P
 
 def _batches(split: EncodedSplit, batch_size: int, seed: int, accelerator: Accelerator) -> Iterator[dict[str, Tensor]]:
     """This process's share of endless shuffled batches, each row at a random token level."""
-    random = np.random.default_rng(seed)
-    drawn = _draws(split.encoded.source_length, batch_size, len(split.tokens.shares), random)
+    drawn = _draws(split, batch_size, np.random.default_rng(seed))
     for rows, level in itertools.islice(drawn, accelerator.process_index, None, accelerator.num_processes):
         yield split.batch(rows, level)
 
 
-def _draws(
-    lengths: NDArray, batch_size: int, levels: int, random: np.random.Generator
-) -> Iterator[tuple[NDArray, NDArray]]:
+def _draws(split: EncodedSplit, batch_size: int, random: np.random.Generator) -> Iterator[tuple[NDArray, NDArray]]:
     """Endless shuffled rows with their token levels; in a window of 50 batches, rows of similar length go together."""
-    window = 50 * batch_size
+    window, lengths, levels = 50 * batch_size, split.encoded.source_length, len(split.tokens.shares)
     while True:
         order = random.permutation(len(lengths))
         for start in range(0, len(order), window):

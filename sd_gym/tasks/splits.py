@@ -17,14 +17,7 @@ class Splits:
     """The splits of a data set, all of them read when the first one is asked for.
 
     An error in a split is raised when that split is asked for, as learning needs no test split. Generated splits are
-    disjoint; each is generated when it is asked for.
-
-    Args:
-        data: The data set.
-        task: See ``load_split``.
-
-    Raises:
-        DataError: See ``check_splits``.
+    disjoint; each is generated when it is asked for. Raises: see ``check_splits``.
     """
 
     def __init__(self, data: DataConfig, task: str) -> None:
@@ -33,14 +26,9 @@ class Splits:
         self._read: dict[str, Instances | Exception] = {}
 
     def __getitem__(self, name: str) -> Instances:
-        """The instances of a split, by its name.
+        """The instances of a split, by its name. Raises: see ``load_split``.
 
-        Raises:
-            FileNotFoundError, DataError: See ``load_split``.
-            DataError: If rows stand in two splits (``overlap: error``).
-
-        Warns:
-            UserWarning: If they do and may (``overlap: allow``).
+        Where rows stand in two splits, DataError (``overlap: error``) or a warning (``overlap: allow``).
         """
         if self._data.dataset == "procedural":
             if name not in self._read:
@@ -74,12 +62,9 @@ class Splits:
 
 
 def check_unchanged(run: Path, before: Mapping[str, Mapping[str, Any]], data: Splits) -> None:
-    """Raise ``DataError``, naming the splits, if they are not what they were.
+    """Raise ``DataError``, naming the splits, if they are not what they were when the run (or preparation) began.
 
-    Args:
-        run: The folder of a run, or of a preparation.
-        before: ``Splits.identity`` of some splits when it began; empty: not known.
-        data: The splits now.
+    ``before``: ``Splits.identity`` of some splits then; empty: not known.
     """
     now = {name: data[name].identity for name in before}
     differ = [name for name, was in before.items() if was["hash"] != now[name]["hash"]]

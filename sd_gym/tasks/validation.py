@@ -27,21 +27,14 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """A split as the model reads it, with what dropping its tokens needs.
-
-    Attributes:
-        instances: The instances.
-        encoded: Their tensors.
-        head: The backbone's head.
-        tokens: Which of their tokens a level drops.
-        skip_logits: Log-odds by which the policy that the backbone is tuned under skips each switch, float32
-            ``[n, switches]``; ``None``: no policy.
-    """
+    """A split as the model reads it, with what dropping its tokens needs."""
 
     instances: Instances
-    encoded: Encoded
-    head: Head
-    tokens: TokenDropping
+    encoded: Encoded  # their tensors
+    head: Head  # the backbone's head
+    tokens: TokenDropping  # which of their tokens a level drops
+    # Log-odds by which the policy that the backbone is tuned under skips each switch, float32 ``[n, switches]``;
+    # ``None``: no policy.
     skip_logits: NDArray | None = None
 
     @property

@@ -37,12 +37,9 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def stored_head(config: PretrainedConfig, architectures: list[str], *, generates: bool = False) -> type[Head] | None:
-    """The head that is stored with a model; ``None``: it has none.
+    """The head that is stored with a model that was saved from classes of these names; ``None``: it has none.
 
-    Args:
-        config: The model's configuration.
-        architectures: The names of the classes that it was saved from.
-        generates: Whether it generates if the names do not tell, as what GGUF files hold does.
+    ``generates``: whether it generates if the names do not tell, as what GGUF files hold does.
     """
     candidates = (architectures, ["ForCausalLM"] if generates else [])
     return next((head for names in candidates for head in HEADS if head.is_stored(config, names)), None)

@@ -21,20 +21,14 @@ Value = Callable[[Tensor, Tensor], Tensor]  # of logits and labels, each [batch,
 
 
 class QualityMeasure(NamedTuple):
-    """How a quality is measured.
+    """How a quality is measured."""
 
-    Attributes:
-        score: Takes logits, labels and the label range to the quality, float32 ``[batch]``; ``None``: the answer's
-            text is compared with the references.
-        is_relative: Whether it counts relative to the dense backbone's.
-        is_balanced: Whether it is weighed by class.
-        metric: The metric that compares texts; empty: that of the config.
-    """
-
+    # Takes logits, labels and the label range to the quality, float32 ``[batch]``; ``None``: the answer's text is
+    # compared with the references.
     score: Callable[[Tensor, Tensor, float], Tensor] | None
-    is_relative: bool = False
-    is_balanced: bool = False
-    metric: str = ""
+    is_relative: bool = False  # whether it counts relative to the dense backbone's
+    is_balanced: bool = False  # whether it is weighed by class
+    metric: str = ""  # the metric that compares texts; empty: that of the config
 
 
 class SplitData(Protocol):
@@ -48,13 +42,9 @@ class SplitData(Protocol):
 
 
 class AnswerPasses(SplitData, Protocol):
-    """Runs the backbone on rows of a split under decisions, for a head that wants its answers.
+    """Runs the backbone on rows of a split under decisions, for a head that wants its answers."""
 
-    Attributes:
-        longest: Longest answer, in tokens.
-    """
-
-    longest: int
+    longest: int  # longest answer, in tokens
 
     def in_passes(self, rows: NDArray, decisions: NDArray, value: Value, seen: PassState | None = None) -> NDArray:
         """A value, or several, of each row, float64 ``[n]`` or ``[n, values]``."""
@@ -74,19 +64,13 @@ class AnswerPasses(SplitData, Protocol):
 
 
 class Answers(ABC):
-    """Answers of one kind of output.
+    """Answers of one kind of output."""
 
-    Attributes:
-        gives: What a task asks for: a ``label`` (or score), a ``span`` of the context, or a ``text``.
-        answering: How questions are answered, as in the config key ``answers``; ``None``: they are not.
-        learned_by: Name of the quality that preparing validates by.
-        sees_confidence: Whether it has a probability of the whole answer before it is given.
-    """
-
-    gives: ClassVar[str]
+    gives: ClassVar[str]  # what a task asks for: a ``label`` (or score), a ``span`` of the context, or a ``text``
+    # How questions are answered, as in the config key ``answers``; ``None``: they are not.
     answering: ClassVar[str | None] = None
-    learned_by: ClassVar[str]
-    sees_confidence: ClassVar[bool] = False
+    learned_by: ClassVar[str]  # name of the quality that preparing validates by
+    sees_confidence: ClassVar[bool] = False  # whether it has a probability of the whole answer before it is given
 
     def check_answering(self, wanted: str | None, name: str) -> None:
         """Raise ValueError if the head of the backbone ``name`` does not answer as the config key ``answers`` wants."""
@@ -158,8 +142,7 @@ class Answers(ABC):
     ) -> tuple[list[list[str]], NDArray]:
         """``answers_and_likelihood`` under each of ``masks [masks, switches + 1]``, which share what they agree on.
 
-        Returns:
-            The texts, a list for each mask, and the likelihoods, float64 ``[n, masks]``.
+        The texts are a list for each mask, and the likelihoods float64 ``[n, masks]``.
         """
         values = passes.under_all(rows, masks, self._reads_and_rates(passes.longest, label_range))
         return [self.said(passes, rows, of_mask[:, :-1]) for of_mask in values.swapaxes(0, 1)], values[..., -1]

@@ -22,14 +22,10 @@ class Head(Encoding, Losses, Answers):
 
     ``Encoding`` is what comes before a pass, ``Losses`` what is learned from it, ``Answers`` what is said after it.
     A head has no weights and keeps no model; what it knows of the model stands in its ``settings``.
-
-    Attributes:
-        auto_class: The class of ``transformers`` that loads such a model.
-        stored_as: Ends of the names of the model classes that have it.
     """
 
-    auto_class: ClassVar[str]
-    stored_as: ClassVar[tuple[str, ...]]
+    auto_class: ClassVar[str]  # the class of ``transformers`` that loads such a model
+    stored_as: ClassVar[tuple[str, ...]]  # ends of the names of the model classes that have it
 
     @classmethod
     @abstractmethod
@@ -54,13 +50,8 @@ class Head(Encoding, Losses, Answers):
     def forward(self, board: Switchboard, batch: dict[str, Tensor], call: Callable[..., Any] | None = None) -> Tensor:
         """Logits of one forward pass under the decisions in force, teacher-forced where texts are generated.
 
-        Args:
-            board: The backbone's switchboard.
-            batch: From ``batch``.
-            call: What to call instead of the model (the same model, wrapped for several processes).
-
-        Returns:
-            ``[batch, target length, vocabulary]``, ``[batch, classes]``, or ``[batch, 2, length]`` (starts and ends).
+        They are ``[batch, target length, vocabulary]``, ``[batch, classes]``, or ``[batch, 2, length]`` (starts and
+        ends). ``call``: what to call instead of the model (the same one, wrapped for several processes).
         """
         return (call or board.model)(**model_inputs(batch)).logits
 
@@ -69,12 +60,9 @@ class Head(Encoding, Losses, Answers):
         return keep
 
     def lengths(self, source: NDArray, target: NDArray, kept: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-        """What ``FlopsModel.costs`` takes for a pass on inputs and their answers.
+        """What ``FlopsModel.costs`` takes for a pass on inputs (or prompts) and answers of so many tokens, int ``[n]``.
 
-        Args:
-            source: Tokens of the input, or of the prompt, int ``[n]``.
-            target: Tokens of the answer, int ``[n]``.
-            kept: Tokens of the input that are not dropped, int ``[n]``.
+        ``kept``: tokens of the input that are not dropped.
         """
         return source, source, kept  # a decoder that classifies after an encoder reads the input again
 
@@ -98,13 +86,8 @@ def reading_ratio(
 ) -> NDArray:
     """FLOPs to read inputs, and to answer one token where texts are generated, over those of dense: float64 ``[n]``.
 
-    Args:
-        head: The backbone's head.
-        flops: The backbone's FLOPs.
-        source: Tokens of each input, int ``[n]``.
-        kept: Those that are not dropped, int ``[n]``.
-        skip: Integers or booleans ``[n, switches]``, 1 = skipped.
-        ranking: FLOPs of ranking the tokens beforehand, int ``[n]``.
+    Of ``source`` tokens ``kept`` are not dropped, and ranking them takes ``ranking`` FLOPs (each int ``[n]``); ``skip``
+    is ``[n, switches]``, 1 = skipped.
     """
     one = np.ones_like(source)
     always, switched = head.answer_costs(flops, source, one, kept)

@@ -21,15 +21,10 @@ NO_MODEL_INPUTS = ("labels", "context_mask")
 
 
 class Encoding(ABC):
-    """Inputs and targets of one kind of output.
+    """Inputs and targets of one kind of output."""
 
-    Attributes:
-        name: What the head is called.
-        padding_side: Where batches are padded.
-    """
-
-    name: ClassVar[str]
-    padding_side: ClassVar[Literal["left", "right"]] = "right"
+    name: ClassVar[str]  # what the head is called
+    padding_side: ClassVar[Literal["left", "right"]] = "right"  # where batches are padded
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -37,11 +32,7 @@ class Encoding(ABC):
         return {"head": self.name}
 
     def prompting(self, backbone: BackboneConfig) -> BackboneConfig:
-        """The backbone's part of the config with only the prompt and stop that the head uses.
-
-        Raises:
-            ValueError: If it needs a prompt and the config has no prompt.
-        """
+        """The backbone's part of the config, with what prompt and stop the head uses; ValueError if it lacks one."""
         return backbone.model_copy(update={"prompt": None, "stop": None})
 
     def source_options(self) -> dict[str, Any]:

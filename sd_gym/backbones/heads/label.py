@@ -25,10 +25,7 @@ class LabelHead(Head):
 
     Its batches are padded at the right. A model that pools the first position, as BERT does, pools that position
     whatever the mask says: given inputs that are padded at the left it pools padding, with a policy as without.
-
-    Args:
-        label2id: Class index of each class's name.
-        names: Name of each class index; ``None``: the inverse of ``label2id``.
+    ``names``: name of each class index, if not the inverse of ``label2id``.
     """
 
     name = "label"

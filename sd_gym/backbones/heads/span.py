@@ -121,10 +121,7 @@ class SpanHead(Head):
 
 
 def span_texts(encoded: Encoded, indices: NDArray, spans: NDArray, contexts: Sequence[str]) -> list[str]:
-    """The original text of each of ``spans [n, 2]``, first and last token; empty for the first token (no answer).
-
-    ``indices [n]`` are the rows of the instances, and ``contexts`` their contexts.
-    """
+    """The texts of ``spans [n, 2]`` (first and last token) in the contexts of rows ``indices``; empty: no answer."""
     assert encoded.offsets is not None  # a head that extracts has made them
     offsets = encoded.offsets.numpy()
     begin, end = offsets[indices, spans[:, 0], 0], offsets[indices, spans[:, 1], 1]

@@ -40,7 +40,7 @@ def stream(
     weights: tuple[float, ...] = LEVEL_WEIGHTS,
     trace: float = 0.0,
 ) -> Iterator[Instance]:
-    """An endless seeded stream of instances of one task and split.
+    """An endless seeded stream of instances of one task and split; ValueError if one of these is unknown.
 
     Args:
         task: A key of ``TASKS``.
@@ -49,9 +49,6 @@ def stream(
         max_level: The hardest difficulty level drawn, for a curriculum.
         weights: How often each level is drawn, relatively.
         trace: The share of question answering instances that ask for the whole way instead of the answer.
-
-    Raises:
-        ValueError: If ``task`` or ``split`` is unknown.
     """
     if task not in TASKS:
         raise ValueError(f"unknown procedural task {task!r}; expected one of {', '.join(TASKS)}")
