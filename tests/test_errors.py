@@ -232,7 +232,7 @@ def test_every_load_forbids_code():
         path for folder in ("sd_gym", "agents", "benchmarks", "examples") for path in root.glob(f"{folder}/**/*.py")
     ]:
         text = file.read_text()
-        for node in ast.rollout(ast.parse(text)):
+        for node in ast.walk(ast.parse(text)):
             name = getattr(node.func, "attr", getattr(node.func, "id", None)) if isinstance(node, ast.Call) else None
             of = getattr(node.func, "value", None) if isinstance(node, ast.Call) else None
             if (
