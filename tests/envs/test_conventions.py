@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import VecMonitor
 import sd_gym  # noqa: F401  (registers the ids)
 from sd_gym.envs import ConfigError
 from sd_gym.envs.sb3 import SwitchableVecEnv
-from tests.envs.test_core import SMALL, STEP_INFO
+from tests.envs.conftest import SMALL, STEP_INFO
 
 ID = "SD/Classification-Mini-v0"
 N = 3

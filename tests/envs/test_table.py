@@ -32,8 +32,8 @@ from sd_gym.files import map_arrays, write_arrays
 from sd_gym.policy import DecisionPolicy
 from sd_gym.registration import config_of
 from sd_gym.registry import UnknownNameError
+from tests.envs.conftest import SMALL, STEP_INFO
 from tests.envs.test_conventions import assert_same
-from tests.envs.test_core import SMALL, STEP_INFO
 
 ID = "SD/Table-v0"
 SPLITS = ("train", "validation", "test")

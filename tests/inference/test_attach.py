@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, TextIteratorStreamer
 
-from sd_gym.backbones.heads import flops_share, head_of
+from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import can_exit
 from sd_gym.inference.attach import attach, detach
 from sd_gym.policy import DecisionPolicy
@@ -103,10 +103,6 @@ def test_a_row_of_padding_alone_saves_nothing(name):
     logits(model, inputs)
     ratio = model.decisions.flops_ratio
     assert ratio[0] == 1 or np.isfinite(ratio[0])
-
-
-def test_a_share_of_no_flops_is_one():
-    np.testing.assert_array_equal(flops_share(np.array([0, 1]), np.array([0, 4])), [1, 0.25])
 
 
 def test_padded_at_the_left_a_pooled_position_is_padding_with_a_policy_as_without():

@@ -19,7 +19,7 @@ from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.observations import to_tensors
 from sd_gym.policy.token_encoder import TokenEncoder, affordable_channels
 from tests.conftest import make_model
-from tests.envs.test_core import SMALL
+from tests.envs.conftest import SMALL
 
 ENV = "SD/Classification-Custom-v0"
 QUICK = {
