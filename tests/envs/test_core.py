@@ -79,11 +79,11 @@ def test_a_twin_rollout_is_equal(env_arguments):
 
 
 def test_an_episode_is_one_decision_with_the_documented_info(env_arguments):
-    """Of one stage; see test_staged_envs.py for several."""
+    """Of one stage; see test_staged.py for several."""
     env_id, arguments = env_arguments
     env = gym.make(env_id, **{**arguments, "stages": ["first"]})
     _, info = env.reset(seed=0)
-    assert set(info) == STEP_INFO  # what is not known yet is zero, see test_conventions.py
+    assert set(info) == STEP_INFO  # what is not known yet is zero, see test_infos.py
     action = env.action_space.sample()
     observation, reward, terminated, truncated, info = env.step(action)
     assert set(info) == STEP_INFO
@@ -160,17 +160,6 @@ def test_all_shells_agree_on_the_same_instances_and_decisions():
     assert all(mask.shape == (int(single.action_space.nvec.sum()),) for mask in sb3.env_method("action_masks"))
 
 
-def test_a_vector_step_draws_new_instances_and_is_seeded():
-    env = gym.make_vec(MINI[0], num_envs=8, **SMALL)
-    traces = []
-    for _ in range(2):
-        first, _ = env.reset(seed=5)
-        second, *_ = env.step(np.zeros(env.action_space.shape, dtype=np.int64))
-        traces.append((first, second))
-        assert not np.array_equal(first, second)
-    np.testing.assert_array_equal(traces[0], traces[1])
-
-
 def test_observations_are_standardised_and_differ():
     core = gym.make(MINI[0], **SMALL).unwrapped.core
     observations = core.observe(core.split("train"), np.arange(60))
@@ -228,29 +217,6 @@ def test_bad_actions(change, message):
     vector.reset(seed=0)
     with pytest.raises(ValueError, match=message.replace("an action of shape", "actions of shape")):
         vector.step(np.stack([change(np.zeros(env.action_space.shape, dtype=np.int64))] * 2))
-
-
-@pytest.mark.parametrize("num_envs", [0, -1, 1.5, True])
-def test_a_vector_env_has_at_least_one_env(num_envs):
-    with pytest.raises(ValueError, match="num_envs: expected an integer of at least 1, got "):
-        gym.make_vec(MINI[0], num_envs=num_envs, **SMALL)
-
-
-@pytest.mark.parametrize("options", [5, ["split"], "split"])
-def test_reset_options_are_a_dictionary(options):
-    for env in (gym.make(MINI[0], **SMALL).unwrapped, gym.make_vec(MINI[0], num_envs=2, **SMALL)):
-        with pytest.raises(TypeError, match="reset options: expected a dictionary"):
-            env.reset(options=options)
-
-
-def test_bad_reset_options():
-    env = gym.make(MINI[0], **SMALL).unwrapped
-    with pytest.raises(ValueError, match="unknown reset option 'spit'"):
-        env.reset(options={"spit": "test"})
-    with pytest.raises(ValueError, match="unknown split 'dev'"):
-        env.reset(options={"split": "dev"})
-    with pytest.raises(ValueError, match="no instance 'test-999' in the test split"):
-        env.reset(options={"split": "test", "instance": "test-999"})
 
 
 def test_bad_backbones(reviews, tmp_path, tiny_tokenizer):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
 from sd_gym.policy import DecisionPolicy
+from tests.policy.conftest import policy_of
 
 
 @settings(max_examples=40, deadline=None)
@@ -29,15 +30,6 @@ def test_all_components_are_chosen_at_once_as_one_by_one(nvec, seed):
         chosen = policy.choose(logits)
     assert torch.equal(chosen, one_by_one)
     assert calls.count("argmax") == 1
-
-
-def policy_of(seed, *, nvec=(2, 2, 2, 2, 3), **kwargs):
-    """A policy that decides on many inputs differently, and inputs."""
-    torch.manual_seed(seed)
-    policy = DecisionPolicy(4, list(nvec), [f"switch {number}" for number in range(len(nvec) - 1)], **kwargs).eval()
-    with torch.no_grad():
-        policy.head.weight.mul_(20)
-    return policy, np.random.default_rng(seed).normal(size=(60, 4)).astype(np.float32)
 
 
 def log_prob(policy, observations, decisions):
@@ -120,9 +112,3 @@ def test_a_codebook_is_saved_and_checked(tmp_path):
         small.skip_logits(seen)
     with pytest.raises(ValueError, match="at least one decision"):
         policy.reduced(0, seen)
-
-
-def test_flops_are_counted_in_inference_mode_too():
-    policy, _ = policy_of(0)
-    with torch.inference_mode():
-        assert policy.flops == 2 * (4 * 64 + 64 * 64 + 64 * 11)

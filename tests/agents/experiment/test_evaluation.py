@@ -16,7 +16,7 @@ import sd_gym.switch
 from sd_gym.inference.attach import attach, detach
 from sd_gym.tasks import ranking
 from tests.execution.conftest import SMALL, Drawn
-from tests.inference.test_attach import make_policy
+from tests.inference.conftest import make_policy
 
 
 def noting(module, name, monkeypatch):
