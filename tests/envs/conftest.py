@@ -229,3 +229,17 @@ def trained(task, ranking, folder, tokenizer, observation="pooled", stages=("fir
     artefact = export(core, policy, (), RESULT, json.loads(json.dumps(description, default=str)))
     artefact.save_pretrained(folder / "artefact")
     return core, policy, artefact, [texts_of(task, one) for one in rows["test"]]
+
+
+def actions_of(env, seed, n=None):
+    """An action a stage, of choices that there are."""
+    env.action_space.seed(seed)
+    return [env.action_space.sample() for _ in env.core.stages]
+
+
+def played(env, actions, seed=3):
+    """Reward, observation and info of each step of one episode."""
+    env.reset(seed=seed)
+    steps = [env.step(action) for action in actions]
+    assert [terminated for _, _, terminated, _, _ in steps] == [False] * (len(steps) - 1) + [True]
+    return [(reward, observation, info) for observation, reward, _, _, info in steps]
