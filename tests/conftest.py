@@ -221,6 +221,15 @@ def tiny_backbone(tmp_path_factory, tiny_tokenizer) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory, tiny_tokenizer):
+    """A random BART with the tiny tokenizer, saved as a local folder."""
+    folder = tmp_path_factory.mktemp("generator")
+    make_model("bart").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
 def varied(row, field, count=20):
     """Copies of a row, as JSON lines, whose texts in a field all differ: they end differently."""
     rows = [{**row, field: row[field] + " fine" * (n % 5) + " room" * (n // 5)} for n in range(count)]

@@ -11,14 +11,12 @@ from sd_gym.agents.registry import agent_class
 from sd_gym.agents.report.compare import compare
 from typer.testing import CliRunner
 
-import sd_gym
 from sd_gym.cli import app
 from sd_gym.config import (
     KEYS,
     PARTS,
     ConfigError,
     DataConfig,
-    EnvConfig,
     RewardConfig,
     TokensConfig,
     dotted,
@@ -28,7 +26,7 @@ from sd_gym.config import (
 from sd_gym.envs import shared_core
 from sd_gym.envs.config import load_config, parse_yaml
 from sd_gym.errors import short as short_of
-from sd_gym.registration import config_files, config_of
+from sd_gym.registration import config_of
 
 CUSTOM, MINI = "SD/Classification-Custom-v0", "SD/Classification-Mini-v0"
 SMALL = {"train_size": 40, "validation_size": 20, "test_size": 20}
@@ -208,35 +206,6 @@ def test_settings_of_the_agent_are_told_apart_from_keys_in_any_spelling():
             split_settings("ppo", {wrong: 1})
 
 
-def test_a_flat_file_of_ones_own_is_read_and_one_may_extend_another_of_the_other_form(
-    reviews, tiny_backbone, own_names
-):
-    folder = reviews.parent
-    (folder / "flat.yaml").write_text(
-        f"id: Own/Flat-v0\ntask: classification\ndataset: {reviews.name}\nbackbone: {tiny_backbone}\nepsilon: 0.5\n"
-        "quality: likelihood\ntoken_shares: [0.0, 0.25]\n"
-    )
-    (folder / "nested.yaml").write_text(
-        "id: Own/Nested-v0\nextends: flat.yaml\nreward:\n  penalty: 7\ntokens:\n  ranking: position\n"
-    )
-    config = gym.make(sd_gym.register_env(folder / "nested.yaml")).unwrapped.config
-    assert (config.reward.epsilon, config.reward.penalty) == (0.5, 7.0)  # a part overrides its keys alone
-    assert (config.tokens.shares, config.tokens.ranking) == ((0.0, 0.25), "position")
-    assert (config.quality.kind, config.data.dataset) == ("likelihood", str(reviews.resolve()))
-    (folder / "twice.yaml").write_text("id: Own/Twice-v0\nextends: flat.yaml\nepsilon: 1\nreward:\n  epsilon: 2\n")
-    with pytest.raises(ConfigError, match=r"Own/Twice-v0: config key 'reward.epsilon' has two values"):
-        gym.make(sd_gym.register_env(folder / "twice.yaml"))
-
-
-def test_the_files_of_the_package_are_nested():
-    for file in config_files():
-        import yaml
-
-        said = yaml.safe_load(file.read_text(encoding="utf-8"))
-        assert {*said} <= {*EnvConfig.model_fields, "extends"}, file
-        assert all(isinstance(said[part], dict) for part in PARTS if part in said), file
-
-
 def test_what_a_file_lacks_is_the_default():
     config = stored_config({"id": "My/Env-v0", "task": "classification", "dataset": "d", "backbone": "b"}, "x")
     assert (config.reward, config.tokens, config.stages) == (RewardConfig(), TokensConfig(), ("first",))
@@ -263,14 +232,6 @@ def test_settings_of_agents_are_numbers():
         with pytest.raises(ValueError, match="learning_rate"):
             agent_class("ppo").Settings(learning_rate=value)
     assert agent_class("ppo").Settings(learning_rate=parse_yaml("1e-3", "x")).learning_rate == 1e-3
-
-
-def test_aliases_of_yaml_are_refused_at_once():
-    """Nine lines of them make a list of a billion words."""
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
-    with pytest.raises(ConfigError, match=r"--set: not YAML \(the alias \*a0 is not read here; write its value"):
-        parse_yaml("\n".join(lines), "the --set")
 
 
 def test_a_huge_value_is_cut_before_it_is_written_out():

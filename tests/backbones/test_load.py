@@ -1,35 +1,15 @@
 """A backbone that is broken is refused when it is loaded, and the error says what to do."""
 
-import json
-import shutil
-
-import gymnasium as gym
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import sd_gym  # noqa: F401  (registers the ids)
-from sd_gym.backbones.checks import BackboneError, positions_of, usable_device
+from sd_gym.backbones.checks import BackboneError
 from sd_gym.backbones.heads import LabelHead, SpanHead
-from sd_gym.backbones.load import load_backbone, load_model
-from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, TINY, make_extractor, make_model
-
-
-@pytest.fixture
-def folder(tmp_path, tiny_backbone):
-    """A copy to be broken."""
-    return shutil.copytree(tiny_backbone, tmp_path / "backbone")
-
-
-def change_weights(folder, change):
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def change_config(folder, **values):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
+from sd_gym.backbones.load import load_model
+from tests.backbones.conftest import change_config, change_weights
+from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, make_extractor, make_model
 
 
 @pytest.mark.parametrize("name", ["bart", "mbart", "pegasus", "marian", "t5", "gpt2", "llama", "qwen2", "bert"])
@@ -37,13 +17,6 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path, name):
     make_model(name).save_pretrained(tmp_path)
     with pytest.raises(BackboneError, match=r"tokenizer .*expected (its files|them) beside the weights"):
         load_model(str(tmp_path))
-
-
-@pytest.mark.parametrize("key", ["classifier.weight", "bert.encoder.layer.1.output.dense.weight"])
-def test_missing_weights_are_refused(folder, key):
-    change_weights(folder, lambda weights: weights.pop(key))
-    with pytest.raises(BackboneError, match=rf"1 weights .* are missing or of another size, such as '{key}'"):
-        load_model(str(folder))
 
 
 def test_only_a_head_that_is_asked_for_may_be_new_and_it_is_seeded(folder):
@@ -73,60 +46,6 @@ def test_every_architecture_loads_as_saved_and_with_new_heads(tmp_path, name, ti
         make_extractor(name).save_pretrained(tmp_path)
         load_model(str(tmp_path))
         assert load_model(str(tmp_path), head=LabelHead, num_labels=3)[0].config.num_labels == 3
-
-
-def test_a_body_of_another_size_is_refused_even_where_the_head_is_new(folder):
-    change_config(folder, vocab_size=50)
-    with pytest.raises(BackboneError, match=r"another size, such as 'bert\.embeddings\.word_embeddings"):
-        load_model(str(folder), head=LabelHead, num_labels=3)
-
-
-def test_layers_that_config_json_does_not_describe_are_refused(folder):
-    change_config(folder, num_hidden_layers=2)
-    with pytest.raises(BackboneError, match="describes 2 layers of the encoder, but the weights have 3"):
-        load_model(str(folder))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(folder, value):
-    change_weights(folder, lambda weights: weights["bert.encoder.layer.0.output.dense.weight"][0].fill_(value))
-    with pytest.raises(BackboneError, match=r"1 of its weights hold NaN or infinity, such as 'bert\.encoder\.layer\.0"):
-        load_model(str(folder))
-
-
-def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path, tiny_tokenizer):
-    model = make_model("bert")
-    model.resize_token_embeddings(12)  # the tokenizer's words are 13
-    model.save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(BackboneError, match=r"tokens up to number 12, but the model has only 12 embeddings"):
-        load_model(str(tmp_path))
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_positions_are_those_that_the_model_can_read(name):
-    model, positions = make_model(name), positions_of(make_model(name))
-    if name == "t5" or (name in DECODER and name != "gpt2"):
-        assert positions is None
-        return
-    inputs = {"input_ids": torch.full((1, positions), 5)}
-    if name in ENCODER_DECODER:
-        inputs["decoder_input_ids"] = inputs["input_ids"]
-    model(**inputs)
-    with pytest.raises((IndexError, RuntimeError)):
-        model(**{key: torch.full((1, positions + 1), 5) for key in inputs})
-
-
-def test_too_few_positions_are_refused(tmp_path, reviews, tiny_tokenizer):
-    model = make_model("bert")
-    model.save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
-    config = tmp_path / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 1000}))
-    settings = {"dataset": str(reviews), "backbone": str(tmp_path)}
-    with pytest.raises(BackboneError, match="has 40 positions, but max_source_length is 128; set it to 40 or less"):
-        gym.make("SD/Classification-Custom-v0", **settings).reset()
-    gym.make("SD/Classification-Custom-v0", max_source_length=40, **settings).reset()
 
 
 def test_weights_as_a_pickle_are_not_read(folder):
@@ -160,14 +79,6 @@ def test_code_in_a_folder_is_never_run_and_nobody_is_asked(folder, monkeypatch):
     with pytest.raises(BackboneError, match=r"cannot be read"):
         load_model(str(folder))
     assert not marker.exists()
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", ""])
-def test_unknown_devices_are_refused(device):
-    with pytest.raises(ValueError, match=f"cannot use the device '{device}': expected 'cpu'"):
-        usable_device(device)
-    with pytest.raises(ValueError, match="cannot use the device"):
-        load_backbone("mini", device)
 
 
 def test_a_folder_without_config_json_is_named(tmp_path):

@@ -18,20 +18,9 @@ from sd_gym.registration import shipped_tables
 from sd_gym.switch import UnsupportedArchitectureError
 from sd_gym.tasks.data import DataError
 from tests.conftest import make_model, varied
+from tests.envs.conftest import SMALL, STEP_INFO
 
-SMALL = {"train_size": 60, "validation_size": 20, "test_size": 20}
 MINI = [id for id in sd_gym.registered_ids() if id.endswith("Mini-v0")]
-STEP_INFO = {
-    "quality",
-    "quality_ref",
-    "cost",
-    "flops_ratio",
-    "vector_reward",
-    "is_success",
-    "instance",
-    "difficulty",
-    "decision",
-}
 
 
 @pytest.fixture(scope="session")
@@ -90,11 +79,11 @@ def test_a_twin_rollout_is_equal(env_arguments):
 
 
 def test_an_episode_is_one_decision_with_the_documented_info(env_arguments):
-    """Of one stage; see test_staged_envs.py for several."""
+    """Of one stage; see test_staged.py for several."""
     env_id, arguments = env_arguments
     env = gym.make(env_id, **{**arguments, "stages": ["first"]})
     _, info = env.reset(seed=0)
-    assert set(info) == STEP_INFO  # what is not known yet is zero, see test_conventions.py
+    assert set(info) == STEP_INFO  # what is not known yet is zero, see test_infos.py
     action = env.action_space.sample()
     observation, reward, terminated, truncated, info = env.step(action)
     assert set(info) == STEP_INFO
@@ -130,117 +119,11 @@ def test_all_zeros_is_the_untouched_model_bit_for_bit(env_id):
         assert torch.equal(core.backbone.logits(inputs), untouched(**inputs, use_cache=False).logits)
 
 
-def random_decisions(core, n, rate, seed=0):
-    """Decisions with every switch skipped at ``rate``, and any token level."""
-    random = np.random.default_rng(seed)
-    skip = (random.random((n, core.n_switches)) < rate).astype(np.int64)
-    return np.column_stack([skip, random.integers(core.nvec[-1], size=n)])
-
-
-@pytest.mark.parametrize("shares", [(0.0,), (0.0, 0.1, 0.3)])
-@pytest.mark.parametrize("env_id", MINI)
-def test_a_batch_of_mixed_decisions_scores_as_each_row_alone(env_id, shares):
-    core = gym.make(env_id, **SMALL, token_shares=shares).unwrapped.core
-    split, rows = core.split("train"), np.arange(60)
-    decisions = random_decisions(core, 60, 0.5)
-    together = split.scoring.run(rows, decisions)
-    alone = np.array([split.scoring.run(rows[i : i + 1], decisions[i : i + 1])[0] for i in range(60)])
-    np.testing.assert_array_equal(together, alone)
-    assert 0 < together.mean() < 1
-
-
-@pytest.mark.parametrize("env_id", MINI)
-def test_exact_match_of_one_forward_pass_is_exact_match_of_generating(env_id):
-    core = gym.make(env_id, **SMALL, token_shares=[0.0, 0.1]).unwrapped.core
-    backbone, split, rows = core.backbone, core.split("test"), np.arange(20)
-    decisions = random_decisions(core, 20, 0.2, seed=1)
-    inputs = split.passes.inputs(rows)
-    inputs.pop("labels")
-    with torch.inference_mode(), split.passes.decide(rows, decisions):
-        tokens = backbone.model.generate(**inputs, max_new_tokens=32, do_sample=False)
-    texts = backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    generated = [float(text == split.instances[row].target) for row, text in zip(rows, texts, strict=True)]
-    np.testing.assert_array_equal(split.scoring.run(rows, decisions), generated)
-
-
-@pytest.mark.parametrize("num_beams", [1, 2])
-def test_masks_that_agree_on_the_encoder_share_its_pass_where_texts_are_generated(num_beams):
-    settings = {"quality": "metric", "metric": "rouge", "num_beams": num_beams, "token_shares": [0.0, 0.2]}
-    core = gym.make("SD/Summarization-Mini-v0", **SMALL, **settings).unwrapped.core
-    split, rows = core.split("test"), np.arange(8)
-    masks = np.zeros((5, len(core.nvec)), dtype=np.int64)
-    masks[1:3, -3] = masks[2, -2] = 1  # these three differ in the last decoder layer alone
-    masks[3:, -1] = masks[4, 2] = 1  # these two drop tokens, and differ in the encoder
-    encoder = []
-    core.backbone.model.base_model.encoder.layers[0].fc1.register_forward_hook(lambda *_: encoder.append(1))
-    texts = split.passes.generated_under_all(rows, masks)
-    assert len(encoder) == 3
-    assert texts == [split.passes.generated(rows, np.tile(mask, (8, 1))) for mask in masks]
-    found = split.scoring.under_all(rows, masks)
-    alone = [split.scoring.quality_and_likelihood(rows, np.tile(mask, (8, 1))) for mask in masks]
-    for values, expected in zip(found, zip(*alone, strict=True), strict=True):
-        np.testing.assert_allclose(values, np.stack(expected, axis=1), rtol=1e-5)
-
-
 @pytest.mark.parametrize("env_id", MINI)
 def test_the_bundled_backbone_is_right_on_at_least_95_percent(env_id):
     core = gym.make(env_id, train_size=60, validation_size=20, test_size=500).unwrapped.core
     split = core.split("test")
     assert split.scoring.run(np.arange(500), np.zeros((500, len(core.nvec)), dtype=np.int64)).mean() >= 0.95
-
-
-@pytest.mark.parametrize("ranking", ["attention", "idf", "position", "random"])
-def test_token_levels_drop_tokens_but_never_the_question(ranking):
-    settings = {**SMALL, "token_shares": [0.0, 0.3, 0.6], "token_ranking": ranking}
-    env = gym.make("SD/QuestionAnswering-Mini-v0", **settings)
-    check_env(env.unwrapped)
-    assert env.action_space.nvec.tolist() == [2] * env.unwrapped.core.n_switches + [3]
-    core = env.unwrapped.core
-    split, rows = core.split("test"), np.arange(len(core.split("test")))
-    ratios = []
-    for level in range(3):
-        decisions = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
-        decisions[:, -1] = level
-        kept = split.tokens.kept(rows, decisions[:, -1]) if level else None
-        ratios.append(split.costs.flops_ratio(rows, decisions))
-        if level:
-            np.testing.assert_array_equal(kept.sum(axis=1), split.tokens.kept_length(rows, decisions[:, -1]))
-            for row in rows:
-                tokens = split.encoded.input_ids[row, : kept.shape[1]][torch.from_numpy(kept[row])]
-                text = core.backbone.tokenizer.decode(tokens)
-                question = split.instances[row].source[split.instances[row].protected[1][0] :]
-                assert question in text
-                assert text.startswith("answer :")
-    assert (ratios[0] == 1).all()
-    # Where there is a single fact, a third of it is next to nothing, and ranking by attention costs something.
-    assert ratios[2].mean() < ratios[1].mean() < 1
-
-
-def test_ranking_by_attention_costs_nothing_where_nothing_is_dropped():
-    settings = {**SMALL, "token_shares": [0.0, 0.001, 0.5], "token_ranking": "attention"}
-    core = gym.make("SD/Summarization-Mini-v0", **settings).unwrapped.core
-    split, rows = core.split("test"), np.arange(SMALL["test_size"])
-    decisions = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
-    decisions[:, -1] = 1  # a thousandth of the tokens is none
-    assert (split.tokens.kept_length(rows, decisions[:, -1]) == split.encoded.source_length).all()
-    assert (split.costs.flops_ratio(rows, decisions) == 1).all()
-    quality, quality_ref = split.scoring.quality(rows, decisions)
-    np.testing.assert_array_equal(quality, quality_ref)
-    # Where tokens are dropped, ranking them is counted: the same lengths cost more than by position.
-    decisions[:, -1] = 2
-    by_position = gym.make("SD/Summarization-Mini-v0", **settings | {"token_ranking": "position"}).unwrapped.core
-    assert (split.costs.flops(rows, decisions) > by_position.split("test").costs.flops(rows, decisions)).all()
-
-
-def test_more_than_255_token_levels_are_told_apart():
-    shares = [round(level * 0.003, 3) for level in range(300)]
-    core = gym.make("SD/Classification-Mini-v0", **SMALL, token_shares=shares, quality="likelihood").unwrapped.core
-    split, rows = core.split("test"), np.arange(SMALL["test_size"])
-    for level in (0, 256, 299, 43):  # 256 and 299 are 0 and 43 in eight bits
-        decisions = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
-        decisions[:, -1] = level
-        np.testing.assert_array_equal(split.scoring.quality(rows, decisions)[0], split.scoring.run(rows, decisions))
-    assert split.scoring.quality(rows, decisions)[0].mean() < split.scoring.quality(rows, decisions)[1].mean()
 
 
 def test_all_shells_agree_on_the_same_instances_and_decisions():
@@ -275,34 +158,6 @@ def test_all_shells_agree_on_the_same_instances_and_decisions():
         np.testing.assert_array_equal(info["terminal_observation"], observations[row])
         assert info["quality"] == infos["final_info"]["quality"][row]
     assert all(mask.shape == (int(single.action_space.nvec.sum()),) for mask in sb3.env_method("action_masks"))
-
-
-def test_a_vector_step_draws_new_instances_and_is_seeded():
-    env = gym.make_vec(MINI[0], num_envs=8, **SMALL)
-    traces = []
-    for _ in range(2):
-        first, _ = env.reset(seed=5)
-        second, *_ = env.step(np.zeros(env.action_space.shape, dtype=np.int64))
-        traces.append((first, second))
-        assert not np.array_equal(first, second)
-    np.testing.assert_array_equal(traces[0], traces[1])
-
-
-def test_scores_are_computed_once(monkeypatch):
-    env = gym.make_vec(MINI[0], num_envs=4, **SMALL, penalty=9.0).unwrapped
-    split = env.core.split("train")
-    runs = []
-    original = split.scoring.run
-    monkeypatch.setattr(
-        split.scoring, "run", lambda rows, decisions: (runs.append(len(rows)), original(rows, decisions))[1]
-    )
-    rows, decision = np.array([0, 1, 2, 2]), np.zeros((4, len(env.core.nvec)), dtype=int)
-    decision[:, 0] = 1
-    first = env.core.score(split, rows, decision)
-    assert runs == [6]  # three instances, each switched and dense; the repeated one is not run again
-    second = env.core.score(split, rows, decision)
-    assert runs == [6]
-    np.testing.assert_array_equal(first.quality, second.quality)
 
 
 def test_observations_are_standardised_and_differ():
@@ -362,29 +217,6 @@ def test_bad_actions(change, message):
     vector.reset(seed=0)
     with pytest.raises(ValueError, match=message.replace("an action of shape", "actions of shape")):
         vector.step(np.stack([change(np.zeros(env.action_space.shape, dtype=np.int64))] * 2))
-
-
-@pytest.mark.parametrize("num_envs", [0, -1, 1.5, True])
-def test_a_vector_env_has_at_least_one_env(num_envs):
-    with pytest.raises(ValueError, match="num_envs: expected an integer of at least 1, got "):
-        gym.make_vec(MINI[0], num_envs=num_envs, **SMALL)
-
-
-@pytest.mark.parametrize("options", [5, ["split"], "split"])
-def test_reset_options_are_a_dictionary(options):
-    for env in (gym.make(MINI[0], **SMALL).unwrapped, gym.make_vec(MINI[0], num_envs=2, **SMALL)):
-        with pytest.raises(TypeError, match="reset options: expected a dictionary"):
-            env.reset(options=options)
-
-
-def test_bad_reset_options():
-    env = gym.make(MINI[0], **SMALL).unwrapped
-    with pytest.raises(ValueError, match="unknown reset option 'spit'"):
-        env.reset(options={"spit": "test"})
-    with pytest.raises(ValueError, match="unknown split 'dev'"):
-        env.reset(options={"split": "dev"})
-    with pytest.raises(ValueError, match="no instance 'test-999' in the test split"):
-        env.reset(options={"split": "test", "instance": "test-999"})
 
 
 def test_bad_backbones(reviews, tmp_path, tiny_tokenizer):

@@ -153,27 +153,6 @@ def test_hidden_labels_and_missing_columns_are_refused(tmp_path):
         load_split(DataConfig(dataset=data, subset="sst2", splits={"train": "train[::2]"}), "classification", "train")
 
 
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_other_formats(tmp_path, suffix):
-    rows = Dataset.from_dict({"body": [f"the food {n}" for n in range(20)], "label": [n % 2 for n in range(20)]})
-    for split in ("train", "validation"):
-        file = tmp_path / f"{split}.{suffix}"
-        rows.to_csv(file) if suffix == "csv" else rows.to_parquet(file)
-    instances = load_split(
-        DataConfig(dataset=str(tmp_path), columns={"text": "body"}, train_size=7), "classification", "train"
-    )
-    assert [one.source for one in instances] == [f"the food {n}" for n in range(7)]
-    single = DataConfig(
-        dataset=str(tmp_path / f"train.{suffix}"), columns={"text": "body"}, splits={"train": "train[-3:]"}
-    )
-    assert [one.source for one in load_split(single, "classification", "train")] == [
-        f"the food {n}" for n in range(17, 20)
-    ]
-    (tmp_path / "broken.parquet").write_text("no such thing")
-    with pytest.raises(DataError, match=r"broken.parquet: cannot be read as Parquet"):
-        load_split(str(tmp_path / "broken.parquet"), "classification", "train")
-
-
 def test_a_score_needs_numbers(tmp_path, tiny_tokenizer):
     file = tmp_path / "data.jsonl"
     file.write_text(varied({"text": "good", "label": "yes"}, "text"))

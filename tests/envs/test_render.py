@@ -1,50 +1,21 @@
 """What an env shows is what happened: the text, what was dropped and skipped, the answer, and what it was worth."""
 
-import copy
-import json
 from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.error import DependencyNotInstalled
 from gymnasium.utils.env_checker import check_env
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from sd_gym.envs import pygame_window
-from sd_gym.envs.picture import CELL, HEIGHT, LARGEST_CELL, LOST, RAN, WIDTH, as_image
-from sd_gym.envs.render import Result, Scene, as_lines
-from sd_gym.envs.single import SwitchableEnv
-from sd_gym.envs.vector import SwitchableVectorEnv
+from sd_gym.envs.picture import HEIGHT, WIDTH
+from sd_gym.envs.render import as_lines
 from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
-from sd_gym.tasks.marked_text import CUT, DROPPED, READ, MarkedText
-from tests.conftest import make_extractor, make_model, varied
+from tests.conftest import make_extractor, varied
+from tests.envs.conftest import SMALL, action_for, scene_of
 
-SMALL = {"train_size": 60, "validation_size": 20, "test_size": 20}
 SUMMARIZATION = "SD/Summarization-Mini-v0"
 MINI = ["SD/Classification-Mini-v0", "SD/QuestionAnswering-Mini-v0", SUMMARIZATION]
-
-
-def action_for(env, skipped, level=0):
-    action = np.zeros(env.action_space.shape[-1], dtype=np.int64)
-    action[skipped], action[-1] = 1, level
-    return action
-
-
-def scene_of(text="the food was good", layers=3, skipped=(), level=0, marks=None, **changes):
-    switches = [f"encoder.{layer}.{kind}" for layer in range(layers) for kind in ("attention", "feed_forward")]
-    decision = np.zeros(len(switches) + 1, dtype=np.int64)
-    decision[list(skipped)], decision[-1] = 1, level
-    result = Result(decision, "good", quality=1.0, quality_ref=1.0, kept=True, flops_ratio=0.5, reward=0.5)
-    marks = np.full(len(text), READ, dtype=np.int8) if marks is None else marks
-    scene = Scene("SD/Env-v0", "test-3", 2, [MarkedText(text, marks)], "good", switches, (0.0, 0.5), result)
-    return replace(scene, **changes)
-
-
-def pixels_of(image, colour):
-    return int((image == np.array(colour)).all(axis=2).sum())
 
 
 # --- lines ------------------------------------------------------------------------------------------------------------
@@ -85,57 +56,6 @@ def test_a_lost_answer_is_called_lost():
 # --- marks ------------------------------------------------------------------------------------------------------------
 
 
-def read(marked):
-    """The characters that are read, one space where something else stands."""
-    return " ".join(" ".join(piece for piece, mark in marked.runs() if mark == READ).split())
-
-
-@pytest.mark.parametrize("env_id", MINI)
-def test_what_is_not_struck_out_is_what_the_backbone_reads(env_id):
-    core = gym.make(env_id, token_shares=[0.0, 0.25, 0.5], **SMALL).unwrapped.core
-    split = core.split("test")
-    for row in range(20):
-        for level in range(3):
-            (marked,) = split.marked_texts(row, level)
-            assert marked.text == split.instances[row].source
-            kept = split.encoded.input_ids[row, : split.encoded.source_length[row]].numpy()
-            keep = split.tokens.kept(np.array([row]), np.array([level]))
-            kept = kept if keep is None else kept[keep[0]]
-            assert read(marked) == core.backbone.tokenizer.decode(kept, skip_special_tokens=True)
-            assert (level > 0) == (DROPPED in marked.marks)
-
-
-def test_pairs_and_what_was_cut(tmp_path, tiny_backbone):
-    rows = [{"text": "the food was good", "text_pair": "fine fine food", "label": 0}] * 15
-    rows += [{"text": "the food was good not bad", "label": 1}] * 15  # one without its pair
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"dataset": str(file), "backbone": str(tiny_backbone), "token_shares": [0.0, 0.5], "overlap": "allow"}
-    env = gym.make("SD/Classification-Custom-v0", max_source_length=8, **settings)
-    split = env.unwrapped.core.split("train")
-    first, second = split.marked_texts(0, 0)
-    assert (first.text, second.text) == ("the food was good", "fine fine food")
-    assert [mark for _, mark in second.runs()] == [READ, CUT]
-    first, second = split.marked_texts(0, 1)
-    assert {READ, DROPPED} <= {*first.marks, *second.marks}
-    first, second = split.marked_texts(len(split) - 1, 1)
-    assert second.text == ""
-    assert [mark for _, mark in first.runs()][-1] == CUT
-
-
-def test_a_prompt_is_shown_as_it_is_filled_in_and_never_struck_out(tmp_path, reviews, tiny_tokenizer):
-    make_model("gpt2").save_pretrained(tmp_path / "gpt2")
-    tiny_tokenizer.save_pretrained(tmp_path / "gpt2")
-    settings = {"dataset": str(reviews), "backbone": str(tmp_path / "gpt2"), "prompt": "bad room {source} not"}
-    env = gym.make("SD/Classification-Custom-v0", max_target_length=4, stop="fine", token_shares=[0.0, 0.5], **settings)
-    split = env.unwrapped.core.split("train")
-    (marked,) = split.marked_texts(0, 1)
-    assert marked.text == f"bad room {split.instances[0].source} not"
-    assert (marked.marks[:9] == READ).all()
-    assert (marked.marks[-3:] == READ).all()
-    assert DROPPED in marked.marks
-
-
 def test_answers_of_every_kind_can_be_read_beside_the_reference(tmp_path, reviews, tiny_backbone, tiny_tokenizer):
     env = gym.make("SD/Classification-Custom-v0", dataset=str(reviews), backbone=str(tiny_backbone))
     core = env.unwrapped.core
@@ -162,48 +82,6 @@ def test_answers_of_every_kind_can_be_read_beside_the_reference(tmp_path, review
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=20)
-@given(
-    text=st.text(max_size=300) | st.text(alphabet="ab ", min_size=3000, max_size=6000),
-    seed=st.integers(0, 1000),
-    layers=st.sampled_from([1, 6, 24, 100]),
-    decided=st.booleans(),
-)
-def test_every_picture_has_the_same_size(text, seed, layers, decided):
-    random = np.random.default_rng(seed)
-    marks = random.integers(3, size=len(text)).astype(np.int8)
-    skipped = np.flatnonzero(random.random(2 * layers) < 0.5)
-    scene = scene_of(text, layers, skipped, level=int(random.integers(2)), marks=marks, reference=text)
-    image = as_image(scene if decided else replace(scene, result=None))
-    assert (image.shape, image.dtype) == ((HEIGHT, WIDTH, 3), np.uint8)
-
-
-def test_each_switch_has_a_cell_of_its_own():
-    dense = as_image(scene_of())
-    cells = []
-    for switch in range(6):
-        skipped = as_image(scene_of(skipped=[switch]))
-        rows, columns = np.nonzero((skipped != dense).any(axis=2))
-        cells.append((rows.min(), columns.min(), rows.max(), columns.max()))
-        assert rows.max() - rows.min() <= CELL
-        assert columns.max() - columns.min() <= LARGEST_CELL
-        assert pixels_of(skipped, RAN) < pixels_of(dense, RAN)
-    for number, (top, left, *_) in enumerate(cells):
-        for other_top, other_left, other_bottom, other_right in cells[number + 1 :]:
-            assert not (other_top <= top <= other_bottom and other_left <= left <= other_right)
-
-
-def test_what_was_lost_or_dropped_is_marked_and_more_flops_are_a_longer_bar():
-    scene = scene_of()
-    assert pixels_of(as_image(scene), LOST) == 0
-    assert pixels_of(as_image(scene_of(marks=np.repeat([READ, DROPPED], [4, 13]), level=1)), LOST) > 0
-    assert pixels_of(as_image(replace(scene, result=replace(scene.result, kept=False))), LOST) > 0
-    more = as_image(replace(scene, result=replace(scene.result, flops_ratio=0.9)))
-    assert pixels_of(more, RAN) > pixels_of(as_image(scene), RAN)
-    before = as_image(replace(scene, result=None))
-    assert pixels_of(before, RAN) < pixels_of(as_image(scene), RAN)
 
 
 def test_a_vector_env_shows_what_single_ones_do():
@@ -275,39 +153,6 @@ def test_a_video_can_be_recorded(tmp_path):
     with VideoFileClip(str(folder / "rl-video-episode-0.mp4")) as video:
         assert video.size == [WIDTH, HEIGHT]
         assert video.duration == 2  # the text, and what came of the decision, a second each
-
-
-# --- the window -------------------------------------------------------------------------------------------------------
-
-
-def test_a_window_opens_and_closes(monkeypatch):
-    pygame = pytest.importorskip("pygame")
-    monkeypatch.setitem(SwitchableEnv.metadata, "render_fps", 1000)
-    env = gym.make(SUMMARIZATION, render_mode="human", **SMALL)
-    picture = gym.make(SUMMARIZATION, render_mode="rgb_array", **SMALL)
-    for one in (env, picture):
-        one.reset(seed=0)
-    shown = pygame.surfarray.array3d(pygame.display.get_surface()).swapaxes(0, 1)
-    np.testing.assert_array_equal(shown, picture.render())
-    for one in (env, picture):
-        one.step(action_for(env, [2]))
-    shown = pygame.surfarray.array3d(pygame.display.get_surface()).swapaxes(0, 1)
-    np.testing.assert_array_equal(shown, picture.render())
-    assert env.render() is None
-    copy.deepcopy(env.unwrapped._window).close()  # one of its own
-    assert pygame.display.get_init()
-    env.close()
-    assert not pygame.display.get_init()
-    env.close()
-    check_env(env.unwrapped)
-
-
-def test_without_pygame_there_is_no_window_and_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(pygame_window, "HAS_PYGAME", False)
-    with pytest.raises(DependencyNotInstalled, match="run `pip install pygame`"):
-        SwitchableEnv("summarization_mini.yaml", render_mode="human", **SMALL)
-    with pytest.raises(ValueError, match="render_mode must be one of ansi, rgb_array or None, got 'human'"):
-        SwitchableVectorEnv("summarization_mini.yaml", render_mode="human", **SMALL)
 
 
 # --- texts in the infos -----------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import json
 import pickle
 import re
 import warnings
-from dataclasses import asdict
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -29,19 +28,13 @@ import sd_gym
 from sd_gym import switch
 from sd_gym.backbones.heads import model_inputs
 from sd_gym.cli import app
-from sd_gym.config import KEYS, EnvConfig, dotted
-from sd_gym.envs import ConfigError, spaces
-from sd_gym.envs.actions import ACTIONS
-from sd_gym.envs.config import read_values
+from sd_gym.envs import spaces
 from sd_gym.envs.sb3 import SwitchableVecEnv
-from sd_gym.envs.wrappers import SafetyWrapper
 from sd_gym.execution import passes
-from sd_gym.registration import CONFIG_FOLDER, config_files
 from sd_gym.switch import first_layer_input
+from tests.envs.conftest import MASKS, SMALL
 
-SMALL = {"train_size": 60, "validation_size": 20, "test_size": 20}
 MINI = [id for id in sd_gym.registered_ids() if id.endswith("Mini-v0")]
-MASKS = [[0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0]]
 
 
 class Lengths(spaces.Standardised):
@@ -68,20 +61,6 @@ def lengths():
     """Observations that an extension has registered."""
     sd_gym.register_observation("lengths", Lengths)
     sd_gym.register_observation("apart", Apart)
-
-
-@pytest.fixture
-def tiny(reviews, tiny_backbone, tmp_path):
-    """Arguments of an env with six switches, and a codebook of four masks for it."""
-    file = tmp_path / "masks.json"
-    file.write_text(json.dumps(MASKS))
-    return {
-        "id": "SD/Classification-Custom-v0",
-        "dataset": str(reviews),
-        "backbone": str(tiny_backbone),
-        "codebook": str(file),
-        "max_source_length": 12,
-    }
 
 
 VARIANTS = [
@@ -143,70 +122,6 @@ def test_going_on_from_a_state_is_as_if_nothing_had_happened(tiny, variant):
     assert data_equivalence(other.step(action), expected, exact=True)
 
 
-@pytest.fixture(scope="module")
-def cores():
-    """Cores of one Mini env, by the way in which decisions are said."""
-    return {action: gym.make(MINI[0], **SMALL, action=action).unwrapped.core for action in ACTIONS}
-
-
-@settings(deadline=None)
-@given(data=st.data())
-def test_all_actions_come_to_the_outcome_of_the_decision_they_stand_for(cores, data):
-    core = cores["multi_discrete"]
-    split, rows = core.split("train"), np.array(data.draw(st.lists(st.integers(0, 59), min_size=1, max_size=4)))
-    codebook = cores["discrete"].actions.codebook
-    bits = st.lists(st.integers(0, 1), min_size=core.n_switches, max_size=core.n_switches)
-    binary = np.array([data.draw(bits) for _ in rows], dtype=np.int8)
-    number = np.array([data.draw(st.integers(0, len(codebook) - 1)) for _ in rows])
-    for action, actions, meant in (
-        ("multi_binary", binary, np.column_stack([binary, np.zeros(len(rows), dtype=int)])),
-        ("discrete", number, codebook[number]),
-    ):
-        decisions = cores[action].actions.decisions(actions, len(rows))
-        outcome, expected = cores[action].score(split, rows, decisions), core.score(split, rows, meant)
-        np.testing.assert_equal(asdict(outcome), asdict(expected))
-
-
-@pytest.mark.parametrize(("action", "skipped"), [("multi_binary", [1, 0, 1, 0, 0, 0]), ("discrete", 2)])
-def test_the_info_holds_the_skip_vector(tiny, action, skipped):
-    env = gym.make(**tiny, action=action)
-    env.reset(seed=0)
-    *_, info = env.step(np.array(skipped))
-    expected = [*skipped, 0] if action == "multi_binary" else MASKS[2]
-    np.testing.assert_array_equal(info["decision"], expected)
-    assert info["decision"].dtype == np.int64
-
-
-def test_numbers_are_actions_and_spaces_are_an_envs_own(tiny):
-    first, second = gym.make(**tiny, action="discrete"), gym.make(**tiny, action="discrete")
-    assert first.unwrapped.core is second.unwrapped.core
-    first.action_space.seed(1)
-    second.action_space.seed(1)
-    assert [first.action_space.sample() for _ in range(9)] == [second.action_space.sample() for _ in range(9)]
-    first.reset(seed=0)
-    *_, info = first.unwrapped.step(3)
-    np.testing.assert_array_equal(info["decision"], MASKS[3])
-
-
-@pytest.mark.parametrize(
-    ("action", "given", "message"),
-    [
-        ("multi_discrete", np.zeros((2, 6), dtype=int), r"shape \(2, 7\) \(6 switches, 1 = skip, and the token level"),
-        ("multi_binary", np.zeros((2, 7), dtype=int), r"shape \(2, 6\) \(6 switches, 1 = skip, for each of 2"),
-        ("multi_binary", np.full((2, 6), 2), r"component 0 must be in 0..1, got 2"),
-        ("discrete", np.array([0, 4]), r"component 0 must be in 0..3, got 4"),
-        ("discrete", np.array([0, -1]), r"component 0 must be in 0..3, got -1"),
-        ("discrete", np.array([0.5, 1]), r"must be integers \(the number of one of 4 masks\), got 0.5"),
-        ("discrete", np.zeros((2, 7), dtype=int), r"expected actions of shape \(2,\) \(the number of one of 4 masks"),
-    ],
-)
-def test_bad_actions(tiny, action, given, message):
-    env = gym.make_vec(**tiny, action=action, num_envs=2).unwrapped
-    env.reset(seed=0)
-    with pytest.raises(ValueError, match=message):
-        env.step(given)
-
-
 @pytest.mark.parametrize("mode", ["NextStep", "Disabled"])
 @pytest.mark.parametrize("variant", [{"vector_reward": True}, {"observation": "tokens", "action": "discrete"}], ids=str)
 def test_other_autoreset_modes_have_all_variants(tiny, variant, mode):
@@ -223,65 +138,6 @@ def test_other_autoreset_modes_have_all_variants(tiny, variant, mode):
     following, nothing, terminated, _, _ = env.step(actions)
     assert following in env.observation_space
     assert (nothing.shape, nothing.any(), terminated.any()) == (rewards.shape, False, False)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[[0, 0], [1, 0]]", r"have 2 components, expected 7: one for each of 6 switches, and the token level"),
-        ("[[0, 0, 0, 0, 0, 2, 0]]", r"components from 0 to 2; expected 0 or 1 for a switch"),
-        ("[[0, 0, 0], [1, 0]]", r"is no list of masks of one length"),
-        ("[]", r"is no list of masks, such as"),
-        ("[[0.5, 0, 0, 0, 0, 0, 0]]", r"is no list of masks, such as"),
-        ("{", r"is no list of masks"),
-    ],
-)
-def test_wrong_codebooks(tiny, tmp_path, text, message):
-    (tmp_path / "codebook.json").write_text(text)
-    with pytest.raises(ConfigError, match=rf"SD/Classification-Custom-v0: config key 'codebook': .*{message}"):
-        gym.make(**tiny | {"codebook": str(tmp_path)}, action="discrete")
-
-
-def test_keys_that_do_not_go_together(tiny, tmp_path):
-    with pytest.raises(ConfigError, match="action 'discrete' chooses from a codebook, but the config key 'codebook'"):
-        gym.make(**tiny | {"codebook": None}, action="discrete")
-    with pytest.raises(FileNotFoundError, match=r"no codebook at .*missing.json; expected a JSON file"):
-        gym.make(**tiny | {"codebook": str(tmp_path / "missing.json")}, action="discrete")
-    with pytest.raises(ConfigError, match="'multi_binary' has a bit for each switch and none for the tokens"):
-        gym.make(**tiny, action="multi_binary", token_shares=[0.0, 0.5])
-    with pytest.raises(ConfigError, match="unknown observation 'token'; did you mean 'tokens'"):
-        gym.make(**tiny, observation="token")
-    with pytest.raises(ConfigError, match=r"'action'.*got 'continuous'"):
-        gym.make(**tiny, action="continuous")
-
-
-def test_a_codebook_may_drop_tokens(tiny, tmp_path):
-    (tmp_path / "codebook.json").write_text("[[0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1]]")
-    tiny["codebook"] = str(tmp_path)
-    env = gym.make(**tiny, action="discrete", token_shares=[0.0, 0.5])
-    env.reset(seed=0)
-    *_, info = env.step(1)
-    assert info["flops_ratio"] < 1
-    with pytest.raises(ConfigError, match="a token level below 1"):
-        gym.make(**tiny, action="discrete")
-
-
-@pytest.mark.parametrize("env_id", MINI)
-def test_the_codebooks_of_the_mini_envs_are_nested_and_good(env_id):
-    core = gym.make(env_id, train_size=60, validation_size=20, test_size=200, action="discrete").unwrapped.core
-    masks, split, rows = core.actions.codebook, core.split("test"), np.arange(200)
-    assert 10 <= len(masks) <= 16
-    assert not masks[0].any()
-    assert (np.diff(masks, axis=0) >= 0).all()
-    outcomes = [core.score(split, rows, np.tile(mask, (200, 1))) for mask in masks]
-    flops = [outcome.flops_ratio.mean() for outcome in outcomes]
-    assert (np.diff(flops) < 0).all()
-    assert flops[-1] < 0.2
-    right = np.array([outcome.quality for outcome in outcomes])
-    assert np.sum(right.mean(axis=1) > 0.9) >= 4
-    # What an oracle saves that takes the cheapest of them which keeps the quality, against the best one for all.
-    kept = right >= core.score(split, rows, np.tile(masks[0], (200, 1))).quality
-    assert np.where(kept, np.array(flops)[:, None], 1).min(axis=0).mean() < 0.25
 
 
 @settings(deadline=None)
@@ -507,41 +363,6 @@ def test_the_reward_spaces_bounds_hold(tiny, keys, low, high):
     env.reset(seed=0)
     for _ in range(5):
         assert all(reward in env.reward_space for reward in env.step(env.action_space.sample())[1])
-
-
-def test_the_safety_wrapper_has_a_cost_beside_the_reward(tiny):
-    env = SafetyWrapper(gym.make(**tiny))
-    env.action_space.seed(0)
-    costs = []
-    for seed in range(20):
-        env.reset(seed=seed)
-        observation, reward, cost, terminated, truncated, info = env.step(env.action_space.sample())
-        assert observation in env.observation_space
-        assert (terminated, truncated) == (True, False)
-        assert (reward, cost) == (1 - info["flops_ratio"], info["cost"])
-        assert (type(reward), type(cost)) == (float, float)
-        costs.append(cost)
-    assert min(costs) == 0 < max(costs)
-
-
-def test_the_base_configuration_explains_every_key_and_no_other_file_repeats_it():
-    """Its values are the defaults of ``EnvConfig``; a key with a comment is explained above it, or above its part."""
-    lines = (CONFIG_FOLDER / "base.yaml").read_text().splitlines()
-    values = read_values(CONFIG_FOLDER / "base.yaml")
-    assert set(KEYS) - set(values) == {"id", "table"}  # an env's own; table.yaml explains it
-    defaults = EnvConfig(id="x", task="classification", data={"dataset": "d"}, backbone={"name": "b"}).model_dump()
-    for key, value in dotted(defaults).items():
-        if key not in ("id", "table", "data.dataset", "backbone.name"):
-            assert list(values[key]) == list(value) if isinstance(value, tuple) else values[key] == value, key
-    for part in [line.split(":")[0] for line in lines if line and not line.startswith((" ", "#"))]:
-        assert lines[next(n for n, line in enumerate(lines) if line.startswith(f"{part}:")) - 1].startswith("# ")
-    files = {file.name for file in CONFIG_FOLDER.glob("*.yaml")}
-    bases = files - {file.name for file in config_files()}
-    assert "base.yaml" in bases
-    assert all("extends:" in (CONFIG_FOLDER / name).read_text() for name in files - {"base.yaml", "table.yaml"})
-    assert {file.stem for file in (CONFIG_FOLDER / "codebooks").glob("*.json")} == {
-        file.stem for file in config_files() if file.stem.endswith("mini")
-    }
 
 
 def test_the_page_about_envs_says_what_happens(monkeypatch):

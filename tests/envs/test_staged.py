@@ -1,17 +1,14 @@
 """Envs of several stages: an episode is one instance, a step decides the switches up to the next stage."""
 
-import copy
-import pickle
-
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from gymnasium.vector import AutoresetMode
 
 from sd_gym.envs import ConfigError
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.policy.features import standardised
+from tests.envs.conftest import actions_of, played
 
 ID = "SD/Classification-Mini-Staged-v0"
 SMALL = {"train_size": 40, "validation_size": 20, "test_size": 20}
@@ -21,20 +18,6 @@ STAGES = [["first", "encoder.3", "decoder"], ["every_layer"], ["encoder.2"]]
 
 def mini(task, **settings):
     return gym.make(f"SD/{task}-Mini-v0", **SMALL, **settings).unwrapped
-
-
-def actions_of(env, seed, n=None):
-    """An action a stage, of choices that there are."""
-    env.action_space.seed(seed)
-    return [env.action_space.sample() for _ in env.core.stages]
-
-
-def played(env, actions, seed=3):
-    """Reward, observation and info of each step of one episode."""
-    env.reset(seed=seed)
-    steps = [env.step(action) for action in actions]
-    assert [terminated for _, _, terminated, _, _ in steps] == [False] * (len(steps) - 1) + [True]
-    return [(reward, observation, info) for observation, reward, _, _, info in steps]
 
 
 @pytest.mark.parametrize("stages", STAGES)
@@ -110,42 +93,6 @@ def test_a_vector_env_is_its_single_envs(mode, stages):
         results = [(observation, infos) for observation, *_, infos in steps]
         if mode == AutoresetMode.DISABLED and steps[0][2].any():
             results = [env.reset(options={"reset_mask": steps[0][2]}) for env in (vector, single)]
-
-
-def test_envs_may_be_out_of_step():
-    """As after a masked reset in the middle of their episodes."""
-    env = gym.make_vec(ID, num_envs=2, autoreset_mode="Disabled", **SMALL).unwrapped
-    env.action_space.seed(0)
-    env.reset(seed=[1, 2])
-    env.step(env.action_space.sample())
-    env.reset(options={"reset_mask": np.array([True, False])})
-    ended = [env.step(env.action_space.sample())[2].tolist() for _ in range(2)]
-    assert ended == [[False, False], [False, True]]
-
-
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
-def test_a_copied_env_goes_on_in_the_middle_of_an_episode(twin_of):
-    env = gym.make(ID, **SMALL).unwrapped
-    actions = actions_of(env, 0)
-    env.reset(seed=3)
-    env.step(actions[0])
-    twin = twin_of(env)
-    for action in actions[1:]:
-        np.testing.assert_equal(twin.step(action), env.step(action))
-
-
-def test_a_saved_state_goes_on_in_the_middle_of_an_episode():
-    envs = [gym.make_vec(ID, num_envs=3, **SMALL).unwrapped for _ in range(2)]
-    envs[0].reset(seed=1)
-    envs[0].action_space.seed(0)
-    observation, *_ = envs[0].step(envs[0].action_space.sample())
-    np.testing.assert_array_equal(envs[1].load_state(envs[0].state()), observation)
-    for _ in range(5):
-        action = envs[0].action_space.sample()
-        results = [env.step(action) for env in envs]
-        for _, *_, infos in results:
-            infos["final_obs"] = list(infos.get("final_obs", []))
-        np.testing.assert_equal(results[1], results[0])
 
 
 @pytest.mark.parametrize("mode", ["SameStep", "NextStep", "Disabled"])
@@ -247,11 +194,3 @@ def test_wrong_stages_are_named():
         mini("Classification", stages=["first", "decoder"], action="discrete", codebook="mini_classification.json")
     with pytest.raises(ConfigError, match=r"'reward.dense': a reward.vector comes at the end"):
         mini("Classification", dense_reward=True, vector_reward=True)
-
-
-def test_an_episode_that_is_over_has_to_be_reset():
-    env = gym.make(ID, **SMALL).unwrapped
-    played(env, actions_of(env, 0))
-    with pytest.raises(gym.error.ResetNeeded, match="the episode is over"):
-        env.step(env.action_space.sample())
-    assert not torch.is_inference_mode_enabled()

@@ -16,9 +16,10 @@ import sd_gym
 from sd_gym.cli import app
 from sd_gym.envs import ConfigError
 from sd_gym.files import map_arrays
-from tests.envs.test_conventions import assert_same
-from tests.envs.test_core import SMALL
-from tests.envs.test_table import ID, SPLITS, contents_of, core_of
+from tests.envs.conftest import SMALL, assert_same, contents_of, core_of
+
+ID = "SD/Table-v0"
+SPLITS = ("train", "validation", "test")
 
 STAGES = {"stages": ["first", "encoder.1", "encoder.2"]}
 

@@ -9,63 +9,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, TextIteratorStreamer
 
-from sd_gym.backbones.heads import flops_share, head_of
+from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import can_exit
 from sd_gym.inference.attach import attach, detach
-from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.artefact import SkipPolicy, weights_hash
-from sd_gym.policy.card import OperatingPoint
-from sd_gym.policy.features import input_features
-from sd_gym.policy.protected_tokens import ProtectedTokens
-from sd_gym.switch import FlopsModel, Switchboard, first_layer_input
+from sd_gym.policy.artefact import SkipPolicy
+from sd_gym.switch import FlopsModel, Switchboard
 from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, make_inputs, make_model, row_of
+from tests.inference.conftest import make_policy
 
 ALL = [*ENCODER, *DECODER, *ENCODER_DECODER]
 GENERATING = [*DECODER, *ENCODER_DECODER]
-
-
-def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0, stages=("first",), tokens=False):
-    """A random policy that decides differently on each input of ``make_inputs``, or one that skips nothing.
-
-    At stages it sees ``tokens``, too, or no tokens.
-    """
-    board = vars(model).get("_switchboard") or Switchboard(model)
-    stages = list(board.decided_at(stages))
-    inputs = make_inputs("bert", batch=64)
-    looked = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-    seen, embedded = input_features(board, looked).numpy(), first_layer_input(board, looked).detach().numpy()
-    of_tokens = (embedded.mean(axis=(0, 1)), embedded.std(axis=(0, 1))) if tokens else None
-    width = 2 * model.config.hidden_size + 2
-    if stages != ["first"]:  # at all of them it is standardised as at the first one
-        seen = np.pad(seen, ((0, 0), (0, int(can_exit(head_of(model), board)))), constant_values=0.1)
-        seen = np.stack([seen] * len(stages), axis=1) + np.random.default_rng(0).normal(size=(64, len(stages), 1))
-        width = len(stages) + 1 + seen.shape[2]
-    torch.manual_seed(seed)
-    encoder = {"channels": 5, "token_width": embedded.shape[2]} if tokens else {}
-    network = DecisionPolicy(width, [2] * len(board) + [len(shares)], board.names, stages=stages, **encoder).eval()
-    if "_attached" not in vars(model):
-        board.remove()
-    if tokens:
-        begins = (embedded - of_tokens[0]) / of_tokens[1]
-        network.token_encoder.standardise_on({"tokens": torch.from_numpy(begins), "mask": looked["attention_mask"]})
-    with torch.no_grad():
-        network.head.weight.mul_(20)
-        if dense:
-            network.head.weight.zero_()
-            network.head.bias.copy_(torch.tensor([1.0, 0.0] * len(board.names) + [0.0] * len(shares)))
-    rarity = np.linspace(0, 1, 41) if ranking == "idf" else None
-    card = {
-        "env": {"tokens": {"shares": shares, "ranking": ranking}, "backbone": {"max_source_length": 12}},
-        "backbone": {
-            "name": "tiny",
-            "model_type": model.config.model_type,
-            "weights": weights_hash(model),
-            "token_types": False,
-        },
-    }
-    protection = ProtectedTokens((1, 2, 3), 1, 0, None) if len(shares) > 1 else None
-    standards = seen.mean(axis=0), seen.std(axis=0)
-    return SkipPolicy(network, *standards, rarity, protection, (), card, of_tokens, ranking == "attention")
 
 
 def judging(model, policy, inputs):
@@ -103,10 +56,6 @@ def test_a_row_of_padding_alone_saves_nothing(name):
     logits(model, inputs)
     ratio = model.decisions.flops_ratio
     assert ratio[0] == 1 or np.isfinite(ratio[0])
-
-
-def test_a_share_of_no_flops_is_one():
-    np.testing.assert_array_equal(flops_share(np.array([0, 1]), np.array([0, 4])), [1, 0.25])
 
 
 def test_padded_at_the_left_a_pooled_position_is_padding_with_a_policy_as_without():
@@ -378,32 +327,6 @@ def test_what_an_encoder_has_run_densely_is_refused(name):
         model.generate(**prompts, encoder_outputs=encoded, max_new_tokens=3)
     with pytest.raises(ValueError, match="runs the whole pass; got encoder_outputs"):
         model(**inputs, encoder_outputs=encoded)
-
-
-def test_the_dial_takes_a_version_that_was_validated():
-    policy = make_policy(make_model("bert"))
-    operating_points = (
-        OperatingPoint(-1.0, 0.02, 0.03, 0.2),
-        OperatingPoint(0.0, 0.002, 0.004, 0.5),
-        OperatingPoint(2.0, 0.0, 0.001, 0.9),
-    )
-    policy = SkipPolicy(**{**vars(policy), "operating_points": operating_points})
-    assert policy.at() is policy
-    bias = policy.network.head.bias[0].item()
-
-    def margin(**asked):
-        return pytest.approx(policy.at(**asked).network.head.bias[0].item() - bias, abs=1e-5)
-
-    assert margin(max_loss=0.005) == 0
-    assert margin(max_loss=0.03) == -1
-    assert margin(max_flops=0.9) == 2
-    assert margin(max_flops=0.6) == 0
-    with pytest.raises(ValueError, match=r"max_flops=0.1; there are: 20% of the FLOPs, at most 0.0300 lost;"):
-        policy.at(max_flops=0.1)
-    with pytest.raises(ValueError, match="got both"):
-        policy.at(max_flops=0.5, max_loss=0.1)
-    shyer = policy.at(max_loss=0.001)
-    assert [point.margin for point in shyer.operating_points] == [-3.0, -2.0, 0.0]  # it can be turned back
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert", "llama", "gpt2", "bart", "t5"])

@@ -10,7 +10,7 @@ import torch
 import sd_gym
 from sd_gym.switch import Switchboard
 from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, make_extractor, make_inputs, make_model
-from tests.inference.test_attach import make_policy
+from tests.inference.conftest import make_policy
 
 POST_NORM = {"bart", "marian", "distilbert"}
 BAKED = [name for name in (*ENCODER, *DECODER, *ENCODER_DECODER) if name not in POST_NORM]

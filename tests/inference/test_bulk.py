@@ -14,29 +14,13 @@ from typer.testing import CliRunner
 import sd_gym
 from sd_gym.cli import app
 from sd_gym.errors import DataError
-from sd_gym.folders import FolderInUseError
 from sd_gym.inference.bulk import count_rows, run_file
-from sd_gym.tasks import cache
 from sd_gym.tasks.files import read_jsonl
 from tests.conftest import WORDS
-from tests.envs.test_export import trained
+from tests.envs.conftest import trained
+from tests.inference.conftest import cut_off, lines_of, write
 
 ROWS = 24
-
-
-@pytest.fixture
-def model(tmp_path, tiny_tokenizer):
-    *_, texts = trained("classification", None, tmp_path, tiny_tokenizer)
-    return sd_gym.load(tmp_path / "artefact"), texts
-
-
-def lines_of(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def write(file, rows):
-    file.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 def test_each_row_is_answered_in_order_as_in_one_call(model, tmp_path):
@@ -60,30 +44,6 @@ def test_each_row_is_answered_in_order_as_in_one_call(model, tmp_path):
     assert bulk.figures()["FLOPs"] == f"{np.mean([one.flops_ratio for one in wanted]):.1%} of dense"
 
 
-@pytest.mark.parametrize("dense", [False, True])
-def test_no_more_rows_run_together_than_asked_for(model, dense):
-    model, texts = model
-    sizes = []
-    layer = model.model.base_model.encoder.layer[0].attention.self  # deciding, which embeds all of them, ends before it
-    handle = layer.register_forward_hook(lambda _, args, output: sizes.append(len(output[0])))
-    wanted = model(texts, dense=dense)
-    together, sizes[:] = max(sizes), []
-    came = model(texts, dense=dense, batch_size=5)
-    handle.remove()
-    assert together > 5
-    assert 1 <= max(sizes) <= 5
-    assert [one.answer for one in came] == [one.answer for one in wanted]
-    np.testing.assert_array_equal([one.skip for one in came], [one.skip for one in wanted])
-
-
-def test_what_is_answered_is_kept_in_no_cache(model, tmp_path, monkeypatch):
-    model, texts = model
-    monkeypatch.setattr(cache, "SMALLEST", 1)
-    monkeypatch.setenv("SD_GYM_CACHE", str(tmp_path / "cache"))
-    model(texts)
-    assert not (tmp_path / "cache").exists()
-
-
 def test_a_malformed_line_stops_no_other(model, tmp_path):
     model, texts = model
     rows = [{"text": texts[0]}, "{broken\n", {"text": 3}, "[1]\n", {"text": texts[1]}]
@@ -97,110 +57,6 @@ def test_a_malformed_line_stops_no_other(model, tmp_path):
     )
     assert came[3]["error"] == "expected a JSON object, got list"
     assert [line.number for line in bulk.malformed] == [2, 3, 4]
-
-
-def cut_off(model, source, output, *, behind=10, chunk=5):
-    """A run that ends behind so many rows; its part."""
-
-    def cut(rows, bulk):
-        if rows >= behind:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_file(model, source, output, chunk=chunk, on_chunk=cut)
-    assert not output.exists()
-    return output.with_name(output.name + ".part")
-
-
-def everything(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-def test_a_run_that_was_cut_off_goes_on_behind_the_last_whole_chunk(model, tmp_path):
-    model, texts = model
-    source, output = write(tmp_path / "in.jsonl", [{"text": text} for text in texts]), tmp_path / "o.jsonl"
-    run_file(model, source, tmp_path / "whole.jsonl", chunk=5)
-    part = cut_off(model, source, output)
-    with (part / "answers.jsonl").open("a") as file:
-        file.write('{"line": 11, "answer": "x"}\n{"line": 12, "ans')
-    with pytest.raises(FileExistsError, match="--resume"):
-        run_file(model, source, output)
-    assert run_file(model, source, output, chunk=5, resume=True).rows == ROWS - 10
-    assert output.read_text() == (tmp_path / "whole.jsonl").read_text()
-    assert not part.exists()
-    with pytest.raises(FileExistsError, match="there already"):
-        run_file(model, source, output)
-
-
-def test_one_run_at_a_time_writes_an_output(model, tmp_path):
-    model, texts = model
-    source, output = write(tmp_path / "in.jsonl", [{"text": text} for text in texts]), tmp_path / "o.jsonl"
-    refused = []
-
-    def beside(rows, bulk):
-        for resume in (True, False):
-            with pytest.raises(FolderInUseError):
-                run_file(model, source, output, resume=resume)
-            refused.append(rows)
-
-    run_file(model, source, output, chunk=10, on_chunk=beside)
-    assert refused == [10, 10, 20, 20, 24, 24]
-    assert [one["line"] for one in lines_of(output)] == list(range(1, ROWS + 1))
-
-
-def test_what_something_else_has_begun_is_not_resumed(model, tmp_path):
-    model, texts = model
-    rows = [{"text": text, "other": text} for text in texts]
-    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "o.jsonl"
-    part = cut_off(model, source, output)
-    before = everything(part)
-    bolder = sd_gym.load(model.policy.with_margin(-1.0))
-    shorter = write(tmp_path / "shorter.jsonl", rows[:7])
-    changed = write(tmp_path / "changed.jsonl", [{"text": "good"}, *rows[1:]])
-    for arguments, options, error in [
-        ((bolder, source), {}, r"another policy \(or operating point\)"),
-        ((model, source), {"columns": {"text": "other"}}, "another --column"),
-        ((model, shorter), {}, "up to line 10"),
-        ((model, changed), {}, "other rows than the first 10 lines"),
-    ]:
-        with pytest.raises(ValueError, match=error):
-            run_file(*arguments, output, resume=True, **options)
-        assert everything(part) == before
-    (part / "answers.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match="was changed"):
-        run_file(model, source, output, resume=True)
-
-
-@pytest.mark.parametrize("resume", [True, False])
-@pytest.mark.parametrize("kind", ["file", "link", "link to a folder", "folder", "state", "linked answers"])
-def test_what_was_not_written_by_a_run_stays_as_it_is(model, tmp_path, kind, resume):
-    model, texts = model
-    source, output = write(tmp_path / "in.jsonl", [{"text": text} for text in texts]), tmp_path / "o.jsonl"
-    part, mine = tmp_path / "o.jsonl.part", tmp_path / "mine"
-    if kind in ("state", "linked answers"):
-        cut_off(model, source, output)
-    else:
-        mine.mkdir()
-    if kind == "file":
-        part.write_text("mine, and half a line")
-    elif kind == "link":
-        part.symlink_to(write(tmp_path / "notes.txt", ["mine, and half a line"]))
-    elif kind == "link to a folder":
-        part.symlink_to(mine)
-    elif kind == "folder":
-        part.mkdir()
-        (part / "notes.txt").write_text("mine")
-    elif kind == "state":
-        (part / "part.json").write_text('{"line": 3}')
-    else:
-        (part / "answers.jsonl").rename(mine)
-        (part / "answers.jsonl").symlink_to(mine)
-    before = everything(part) if part.is_dir() else part.read_text()
-    error = "--resume" if kind == "state" and not resume else "was not written by sd-gym run"
-    with pytest.raises(FileExistsError, match=error):
-        run_file(model, source, output, resume=resume)
-    assert (everything(part) if part.is_dir() else part.read_text()) == before
-    assert not output.exists()
 
 
 def test_half_a_character_is_an_error_of_its_row(model, tmp_path):

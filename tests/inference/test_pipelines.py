@@ -10,7 +10,7 @@ from transformers import TextIteratorStreamer, pipeline
 
 import sd_gym
 from tests.conftest import DECODER, ENCODER, make_model
-from tests.inference.test_attach import make_policy
+from tests.inference.conftest import make_policy
 
 TEXTS = ["good food", "the room was awful", "not bad", "the food was not good the room was fine", "bad"]
 

@@ -16,7 +16,7 @@ from sd_gym.files import read_tensors, write_tensors
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.card import FILE, HASHED, TENSORS, OperatingPoint
 from tests.conftest import sign
-from tests.envs.test_export import RESULT
+from tests.envs.conftest import RESULT
 
 ID = "SD/Classification-Mini-v0"
 SMALL = {"train_size": 40, "validation_size": 20, "test_size": 20, "token_shares": [0.0, 0.25]}

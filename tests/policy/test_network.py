@@ -5,39 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.overrides import TorchFunctionMode
 
 from sd_gym.policy import DecisionPolicy
-
-
-@settings(max_examples=40, deadline=None)
-@given(nvec=st.lists(st.integers(1, 5), min_size=1, max_size=9), seed=st.integers(0, 1000))
-def test_all_components_are_chosen_at_once_as_one_by_one(nvec, seed):
-    """Also where logits are equal, infinite or no numbers."""
-    policy = DecisionPolicy(3, nvec, [])
-    logits = torch.randint(0, 3, (20, sum(nvec)), generator=torch.Generator().manual_seed(seed)).float()
-    logits[0], logits[1] = -torch.inf, torch.nan
-    one_by_one = torch.stack([part.argmax(dim=1) for part in logits.split(nvec, dim=1)], dim=1)
-    calls = []
-
-    class Counted(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            calls.append(function.__name__)
-            return function(*args, **(kwargs or {}))
-
-    with Counted():
-        chosen = policy.choose(logits)
-    assert torch.equal(chosen, one_by_one)
-    assert calls.count("argmax") == 1
-
-
-def policy_of(seed, *, nvec=(2, 2, 2, 2, 3), **kwargs):
-    """A policy that decides on many inputs differently, and inputs."""
-    torch.manual_seed(seed)
-    policy = DecisionPolicy(4, list(nvec), [f"switch {number}" for number in range(len(nvec) - 1)], **kwargs).eval()
-    with torch.no_grad():
-        policy.head.weight.mul_(20)
-    return policy, np.random.default_rng(seed).normal(size=(60, 4)).astype(np.float32)
+from tests.policy.conftest import policy_of
 
 
 def log_prob(policy, observations, decisions):
@@ -68,16 +38,6 @@ def test_log_probabilities_and_entropy_are_those_of_each_component(nvec, seed, e
         )
         expected += torch.special.entr(probability).sum(dim=1)
     torch.testing.assert_close(entropy, expected, atol=1e-4, rtol=1e-4)
-
-
-@settings(max_examples=40, deadline=None)
-@given(nvec=st.lists(st.integers(1, 4), min_size=1, max_size=7), seed=st.integers(0, 1000))
-def test_a_pick_of_ones_own_gets_each_component(nvec, seed):
-    policy, seen = policy_of(seed, nvec=nvec)
-    logits = policy(torch.as_tensor(seen)).detach()
-    chosen = policy.choose(logits, lambda choices: choices.argmin(dim=1))
-    one_by_one = torch.stack([part.argmin(dim=1) for part in logits.split(nvec, dim=1)], dim=1)
-    assert torch.equal(chosen, one_by_one)
 
 
 @settings(max_examples=25, deadline=None)
@@ -120,9 +80,3 @@ def test_a_codebook_is_saved_and_checked(tmp_path):
         small.skip_logits(seen)
     with pytest.raises(ValueError, match="at least one decision"):
         policy.reduced(0, seen)
-
-
-def test_flops_are_counted_in_inference_mode_too():
-    policy, _ = policy_of(0)
-    with torch.inference_mode():
-        assert policy.flops == 2 * (4 * 64 + 64 * 64 + 64 * 11)

@@ -1,8 +1,5 @@
 """Policies that read the tokens in their order, where order decides and a bag of words cannot tell."""
 
-import itertools
-import json
-
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -18,42 +15,10 @@ import sd_gym
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.observations import to_tensors
 from sd_gym.policy.token_encoder import TokenEncoder, affordable_channels
-from tests.conftest import make_model
-from tests.envs.test_core import SMALL
+from tests.envs.conftest import SMALL
+from tests.policy.conftest import QUICK, is_negated
 
 ENV = "SD/Classification-Custom-v0"
-QUICK = {
-    "ppo": {"num_envs": 32},
-    "a2c": {"num_envs": 32},
-    "ppo_lex": {"num_envs": 32},
-    "ppo_lagrangian": {"num_envs": 32},
-    "reinforce": {"num_envs": 8, "imagined": 16, "tries": 4, "updates": 1, "fit_batch": 16},
-    "imitation": {"instances": 40, "epochs": 2},
-}
-
-
-@pytest.fixture(scope="module")
-def orders(tmp_path_factory, tiny_tokenizer):
-    """Texts of the same five words in all orders, and a backbone whose first layer's input has no positions."""
-    folder = tmp_path_factory.mktemp("orders")
-    model = make_model("bert")
-    with torch.no_grad():
-        model.bert.embeddings.position_embeddings.weight.zero_()
-        model.bert.embeddings.LayerNorm.weight.mul_(0.1)  # or sums of floats tell their order, in their last bits
-    model.save_pretrained(folder / "backbone")
-    tiny_tokenizer.save_pretrained(folder / "backbone")
-    texts = [" ".join(words) for words in itertools.permutations(["food", "not", "good", "was", "fine"])]
-    rows = "".join(json.dumps({"text": text, "label": number % 2}) + "\n" for number, text in enumerate(texts))
-    (folder / "data.jsonl").write_text(rows)
-    return {
-        "dataset": str(folder / "data.jsonl"),
-        "backbone": str(folder / "backbone"),
-        "max_source_length": 9,
-    }
-
-
-def is_negated(split, rows):
-    return np.array(["not good" in split.instances[row].source for row in rows])
 
 
 def learned(agent, orders, folder, steps, monkeypatch, observation="tokens", **settings):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import contextvars
+import copy
 import functools
 import gc
 import sys
@@ -17,6 +18,7 @@ from transformers import TextIteratorStreamer
 
 from sd_gym.switch import StaleBoardError, Switchboard, attention_received, first_layer_input
 from tests.conftest import DECODER, TINY, make_inputs, make_model
+from tests.switch.conftest import logits, mixed, quantised
 
 NAMES = ["bert", "mbart", "llama"]
 
@@ -384,41 +386,6 @@ def test_decisions_end_with_an_error(name):
     assert job.is_right()
 
 
-@torch.inference_mode()
-def test_only_what_some_row_skips_is_shadowed_and_only_while_it_does(name):
-    """So a model whose rows all run, or on which nothing is decided, has nothing of the switchboard to pay for."""
-    model = make_model(name)
-    board = Switchboard(model)
-    skip = np.zeros((5, len(board)), int)
-    skip[2, 1] = 1
-
-    def patched():
-        return {id(module) for module in model.modules() if "forward" in vars(module)}
-
-    # Where a decoder's cache begins, it is noted under which decision it is filled.
-    signed = {
-        id(switch.layer.get_submodule(switch.sublayer.attention)) for switch in board.switches if switch.tags_cache
-    }
-    assert len(signed) == (name != "bert")
-    first, both = (
-        {id(module) for switch in switches for module in switch.modules} | signed
-        for switches in (board.switches[1:2], board.switches[1:3])
-    )
-    assert not patched()
-    with board.decide(0 * skip):
-        assert not patched()
-    outer, inner = board.decide(skip), board.decide(np.roll(skip, 1, axis=1) | skip)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(outer)
-        assert patched() == first
-        stack.enter_context(inner)
-        assert patched() == both
-        stack.enter_context(board.decide(0 * skip))
-        assert patched() == both
-    assert not patched()
-    assert "generate" not in vars(model)
-
-
 # --- decisions that are made in the pass ------------------------------------------------------------------------------
 
 
@@ -582,3 +549,25 @@ def test_a_reader_does_not_wait_for_a_thread_that_failed(streaming):
         thread.start()
         assert "".join(streamer) == ""
     thread.join()
+
+
+def test_a_copy_of_the_model_does_not_ignore_decisions(kind):
+    """Quantisation copies: decisions on the original would be ignored by the copy."""
+    model, inputs = make_model(kind), make_inputs(kind)
+    board = Switchboard(model)
+    skip = mixed(board, 5)
+    expected = logits(board, skip, inputs)
+    copies = [copy.deepcopy(model), quantised(model)]
+    for copied in copies:
+        with torch.inference_mode(), board.decide(skip):
+            with pytest.raises(StaleBoardError, match=r"is a copy.*make a Switchboard of the copy"):
+                copied(**inputs)
+            assert torch.equal(model(**inputs).logits, expected)
+    own = [Switchboard(copied) for copied in copies]
+    assert torch.equal(logits(own[0], skip, inputs), expected)
+    dense = model(**inputs).logits
+    with own[0].decide(skip):
+        assert torch.equal(model(**inputs).logits, dense)
+    with torch.inference_mode():
+        every = np.ones((5, len(board)))
+        assert not torch.equal(logits(own[1], every, inputs), copies[1](**inputs).logits)

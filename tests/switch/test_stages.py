@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sd_gym.switch import FlopsModel, Switchboard, first_layer_input
 from tests.conftest import DECODER, ENCODER_DECODER, TINY, make_inputs, make_model, row_of
-from tests.switch.test_switchboard import GENERATING, Synchronisations, random_decisions
+from tests.switch.conftest import GENERATING, Synchronisations, random_decisions
 
 LATE = {**dict.fromkeys(TINY, "encoder.2"), **dict.fromkeys(ENCODER_DECODER, "decoder.1")}
 LATE |= dict.fromkeys(DECODER, "decoder.2")

@@ -1,5 +1,7 @@
 """Ranking tokens, and what dropping them does."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,14 +10,14 @@ from hypothesis import strategies as st
 
 from sd_gym.switch import (
     Switchboard,
-    attention_received,
     inverse_document_frequency,
     keep_tokens,
     position_scores,
     random_scores,
     rarity_scores,
 )
-from tests.conftest import DECODER, TINY, make_inputs, make_model
+from tests.conftest import DECODER, ENCODER_DECODER, TINY, make_inputs, make_model
+from tests.switch.conftest import fresh_cache
 
 
 @given(length=st.integers(1, 12), share=st.floats(0, 0.99), seed=st.integers(0, 1000), droppable=st.floats(0, 1))
@@ -58,21 +60,6 @@ def test_rankings():
 
 
 @pytest.mark.parametrize("name", list(TINY))
-def test_attention_received_is_the_first_layers(name):
-    model, inputs = make_model(name, "eager"), make_inputs(name)
-    with torch.inference_mode():
-        outputs = model(**inputs, output_attentions=True)
-    attentions = outputs.encoder_attentions if "encoder_attentions" in outputs else outputs.attentions
-    weights, present = attentions[0].mean(dim=1), inputs["attention_mask"].bool()
-    fast = make_model(name, "sdpa")
-    received = attention_received(Switchboard(fast), inputs)
-    for row in range(5):
-        torch.testing.assert_close(received[row], weights[row][present[row]].mean(dim=0), rtol=1e-4, atol=1e-5)
-    assert fast.config._attn_implementation == "sdpa"
-    assert not any(module._forward_hooks for module in fast.modules())
-
-
-@pytest.mark.parametrize("name", list(TINY))
 @torch.inference_mode()
 def test_dropping_is_the_model_without_these_tokens_at_their_positions(name):
     """What is dropped has no influence: any other token in its place gives the same output."""
@@ -109,3 +96,50 @@ def test_layers_see_fewer_tokens(name):
 
 def _length(output):
     return (output[0] if isinstance(output, tuple) else output).shape[1]
+
+
+@torch.inference_mode()
+def test_tokens_of_an_input_of_another_length_are_refused(name):
+    model, inputs = make_model(name), make_inputs(name, source=16)
+    board = Switchboard(model)
+    for length in (9, 17):
+        keep = np.ones((5, length), int)
+        keep[:, 3] = 0
+        with (
+            board.decide(np.zeros((5, len(board)), int), keep),
+            pytest.raises(ValueError, match=rf"inputs of {length} tokens.*got 16; give keep a column for each"),
+        ):
+            model(**inputs)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("name", ENCODER_DECODER)
+@torch.inference_mode()
+def test_tokens_to_keep_stay_the_same_in_a_loop_of_decoding(name, cached):
+    """Equally many are kept, or fewer; the encoder has run once, and the decoder reads what it gave."""
+    model, inputs = make_model(name), make_inputs(name, batch=4)
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    board = Switchboard(model)
+    skip = np.zeros((4, len(board)), int)
+    keep = np.ones((4, 7), int)
+    keep[:, 2] = 0
+    others = [keep[:, [0, 2, 1, *range(3, 7)]], keep.copy()]
+    others[1][:, 4] = 0
+    decoder = inputs["decoder_input_ids"]
+    step = {"attention_mask": inputs["attention_mask"], "use_cache": cached}
+    cache = fresh_cache(name) if cached else None
+    with board.decide(skip, keep):
+        encoded = model.get_encoder()(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        whole = model(decoder_input_ids=decoder, encoder_outputs=encoded, **{**step, "use_cache": False}).logits
+        model(decoder_input_ids=decoder[:, :2], encoder_outputs=encoded, cache=cache, **step)
+    begin = 2 if cached else 0
+    step |= {"decoder_input_ids": decoder[:, begin:3], "encoder_outputs": encoded}
+    for other in others:
+        with board.decide(skip, other), pytest.raises(ValueError, match=r"under (a decision|another decision)"):
+            model(**step, cache=copy.deepcopy(cache))
+    with board.decide(skip, keep):
+        logits = model(**step, cache=copy.deepcopy(cache)).logits
+    torch.testing.assert_close(logits[:, -1], whole[:, 2], rtol=1e-4, atol=1e-4)
+    dense = model.get_encoder()(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    with board.decide(skip, keep), pytest.raises(ValueError, match="run the encoder under the same keep"):
+        model(**{**step, "encoder_outputs": dense, "cache": None})

@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from datasets import Dataset
 
-from sd_gym.backbones.heads.label import class_index
-from sd_gym.data.instance import Instance
+from sd_gym.config import DataConfig
 from sd_gym.tasks.data import DataError, load_split
 
 
@@ -87,10 +87,22 @@ def test_a_hub_id_without_network_says_what_to_do(monkeypatch):
         load_split("nobody/nothing", "classification", "train")
 
 
-def test_labels_outside_the_classes():
-    classes = {"no": 0, "yes": 1}
-    assert class_index(Instance("a", "x", "yes"), classes) == 1
-    assert class_index(Instance("a", "x", 1), classes) == 1
-    for label in (2, "maybe"):
-        with pytest.raises(DataError, match=f"label {label!r} is none of the backbone's 2 classes"):
-            class_index(Instance("a", "x", label), classes)
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_other_formats(tmp_path, suffix):
+    rows = Dataset.from_dict({"body": [f"the food {n}" for n in range(20)], "label": [n % 2 for n in range(20)]})
+    for split in ("train", "validation"):
+        file = tmp_path / f"{split}.{suffix}"
+        rows.to_csv(file) if suffix == "csv" else rows.to_parquet(file)
+    instances = load_split(
+        DataConfig(dataset=str(tmp_path), columns={"text": "body"}, train_size=7), "classification", "train"
+    )
+    assert [one.source for one in instances] == [f"the food {n}" for n in range(7)]
+    single = DataConfig(
+        dataset=str(tmp_path / f"train.{suffix}"), columns={"text": "body"}, splits={"train": "train[-3:]"}
+    )
+    assert [one.source for one in load_split(single, "classification", "train")] == [
+        f"the food {n}" for n in range(17, 20)
+    ]
+    (tmp_path / "broken.parquet").write_text("no such thing")
+    with pytest.raises(DataError, match=r"broken.parquet: cannot be read as Parquet"):
+        load_split(str(tmp_path / "broken.parquet"), "classification", "train")

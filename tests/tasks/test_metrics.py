@@ -2,23 +2,17 @@
 
 import numpy as np
 import pytest
-import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from sklearn.metrics import f1_score, matthews_corrcoef
+from torchmetrics.functional.text import squad
 
-from sd_gym.backbones.heads import LabelHead, ScoreHead, Seq2SeqHead
-from sd_gym.tasks.metrics import corpus_metric
+import sd_gym
+from sd_gym.tasks.metrics import answer_scores, corpus_metric, normalised, summary_scores, text_metrics, text_quality
 
-
-def test_quality_of_classes_scores_and_texts():
-    logits = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
-    head = LabelHead({"bad": 0, "good": 1})
-    assert head.prediction(logits).tolist() == [1, 0]
-    assert head.exact(logits, torch.tensor([1, 1])).tolist() == [1.0, 0.0]
-    scores = torch.tensor([[4.0], [0.5], [9.0]])
-    assert ScoreHead({"score": 0}).exact(
-        scores, torch.tensor([5.0, 0.5, 0.0]), label_range=5.0
-    ).tolist() == pytest.approx([0.8, 1.0, 0.0])
-    tokens = torch.nn.functional.one_hot(torch.tensor([[2, 1, 0], [2, 0, 0]]), 3).float()
-    assert Seq2SeqHead().exact(tokens, torch.tensor([[2, 1, -100], [2, 1, 0]])).tolist() == [1.0, 0.0]
+PIECES = st.sampled_from(["the ", "a ", "An ", "dog ", "Cat", ".", "'s ", "-", "1 ", " "])
+TEXTS = st.lists(PIECES, max_size=8).map("".join)
 
 
 def test_corpus_metrics():
@@ -34,3 +28,72 @@ def test_corpus_metrics():
     assert corpus_metric("correlation", np.zeros(3), np.arange(3.0)) == 0.0
     with pytest.raises(ValueError, match="unknown metric 'bleu'"):
         corpus_metric("bleu", predicted, labels)
+
+
+def test_squads_normalisation():
+    assert normalised("  The Cat's, a   HAT! ") == "cats hat"
+    assert normalised("anna") == "anna"  # an article is a word of its own
+
+
+def test_squads_scores_by_hand():
+    assert answer_scores("the Eiffel Tower", ["Eiffel tower", "tower"]) == {"exact_match": 1.0, "f1": 1.0}
+    # Two of three answer tokens, two of four reference tokens: 2 * 2 / (3 + 4).
+    scores = answer_scores("big red dog", ["red dog eats fish"])
+    assert scores == {"exact_match": 0.0, "f1": pytest.approx(4 / 7)}
+    assert answer_scores("", [])["f1"] == 1.0
+    assert answer_scores("something", []) == {"exact_match": 0.0, "f1": 0.0}
+    assert answer_scores("", ["yes"])["f1"] == 0.0
+
+
+@settings(deadline=None)
+@given(answer=TEXTS, references=st.lists(TEXTS, min_size=1, max_size=3))
+def test_squads_scores_are_those_of_torchmetrics(answer, references):
+    target = {"answers": {"text": references, "answer_start": [0] * len(references)}, "id": "1"}
+    expected = squad([{"prediction_text": answer, "id": "1"}], [target])
+    scores = answer_scores(answer, references)
+    assert 100 * scores["exact_match"] == pytest.approx(expected["exact_match"].item())
+    if normalised(answer) and all(normalised(reference) for reference in references):
+        # With nothing left to compare, SQuAD 2.0's rule applies here (no answer is right or wrong), not SQuAD 1.1's.
+        assert 100 * scores["f1"] == pytest.approx(expected["f1"].item(), rel=1e-5)
+
+
+def test_rouge_by_hand_and_against_the_reference():
+    summary, reference = "the cat sat", "the cat was sitting on the mat"
+    scores = summary_scores(summary, [reference])
+    # Unigrams: 2 of 3 and of 7 (stemming: sat is not sit). Bigrams: 1 of 2 and of 6. Longest common subsequence: 2.
+    assert scores["rouge1"] == pytest.approx(2 * 2 / (3 + 7))
+    assert scores["rouge2"] == pytest.approx(2 * 1 / (2 + 6))
+    assert scores["rougeL"] == pytest.approx(2 * 2 / (3 + 7))
+    expected = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(reference, summary)
+    assert scores == {name: score.fmeasure for name, score in expected.items()}
+    assert summary_scores("dogs running", ["dog runs"])["rouge1"] == 1.0
+
+
+def test_quality_and_metrics_of_texts():
+    assert text_quality("squad", "red dog", ["red cat"]) == pytest.approx(0.5)
+    assert text_quality("rouge", "red dog", ["red dog"]) == pytest.approx(1.0)
+    assert text_metrics("squad", ["a", "dog"], [(), ("dog",)]) == {"exact_match": 1.0, "f1": 1.0}
+    with pytest.raises(ValueError, match="unknown metric 'bleu'"):
+        text_quality("bleu", "a", ["a"])
+
+
+@pytest.mark.usefixtures("own_names")
+def test_a_metric_of_texts_has_its_mean_and_several_scores_by_name():
+    sd_gym.register_metric("letters", of_text=lambda text, references: {"a": text.count("a"), "b": 0.0})
+    from sd_gym.tasks.metrics import corpus_metric, text_metrics, text_quality
+
+    assert text_metrics("letters", ["aa", "b"], [["x"], ["y"]]) == {"a": 1.0, "b": 0.0}
+    assert text_quality("letters", "aa", ["x"]) == 1.0
+    with pytest.raises(ValueError, match="'letters' is one of texts"):
+        corpus_metric("letters", np.zeros(2), np.zeros(2))
+
+
+@pytest.mark.usefixtures("own_names")
+def test_the_metrics_of_a_data_set_are_those_of_scikit_learn():
+    from sd_gym.tasks.metrics import corpus_metric
+
+    random = np.random.default_rng(0)
+    predictions, labels = random.integers(2, size=(2, 40))
+    assert corpus_metric("accuracy", predictions, labels) == pytest.approx((predictions == labels).mean())
+    assert corpus_metric("f1", predictions, labels) == f1_score(labels, predictions)
+    assert corpus_metric("matthews", predictions, labels) == matthews_corrcoef(labels, predictions)

@@ -24,7 +24,7 @@ from sd_gym.envs.spaces import joined
 from sd_gym.policy import DecisionPolicy
 from tests.agents.learning.test_staged import leaves, walked
 from tests.conftest import sign
-from tests.policy.test_token_encoder import QUICK, is_negated, orders  # noqa: F401  (a fixture)
+from tests.policy.conftest import QUICK, is_negated, orders  # noqa: F401  (a fixture)
 
 CUSTOM = "SD/Classification-Custom-Staged-v0"
 STAGES = ["first", "encoder.1"]

@@ -1,81 +1,15 @@
-"""Metrics of texts, by hand and against the reference; and the envs that use them, on mirrors of the hub's data."""
+"""The envs of texts, on local mirrors of a few instances in the form of the hub."""
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Sequence, Value
 from gymnasium.utils.env_checker import check_env
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from rouge_score.rouge_scorer import RougeScorer
 from sd_gym.agents.experiment.evaluation import evaluate
-from torchmetrics.functional.text import squad
 
 from sd_gym.config import DataConfig
-from sd_gym.envs import ConfigError
 from sd_gym.tasks.data import DataError, load_split
-from sd_gym.tasks.metrics import answer_scores, normalised, summary_scores, text_metrics, text_quality
-from tests.conftest import WORDS, dense_policy, make_extractor, make_model, write_mirror
-
-
-def test_squads_normalisation():
-    assert normalised("  The Cat's, a   HAT! ") == "cats hat"
-    assert normalised("anna") == "anna"  # an article is a word of its own
-
-
-def test_squads_scores_by_hand():
-    assert answer_scores("the Eiffel Tower", ["Eiffel tower", "tower"]) == {"exact_match": 1.0, "f1": 1.0}
-    # Two of three answer tokens, two of four reference tokens: 2 * 2 / (3 + 4).
-    scores = answer_scores("big red dog", ["red dog eats fish"])
-    assert scores == {"exact_match": 0.0, "f1": pytest.approx(4 / 7)}
-    assert answer_scores("", [])["f1"] == 1.0
-    assert answer_scores("something", []) == {"exact_match": 0.0, "f1": 0.0}
-    assert answer_scores("", ["yes"])["f1"] == 0.0
-
-
-PIECES = st.sampled_from(["the ", "a ", "An ", "dog ", "Cat", ".", "'s ", "-", "1 ", " "])
-TEXTS = st.lists(PIECES, max_size=8).map("".join)
-
-
-@settings(deadline=None)
-@given(answer=TEXTS, references=st.lists(TEXTS, min_size=1, max_size=3))
-def test_squads_scores_are_those_of_torchmetrics(answer, references):
-    target = {"answers": {"text": references, "answer_start": [0] * len(references)}, "id": "1"}
-    expected = squad([{"prediction_text": answer, "id": "1"}], [target])
-    scores = answer_scores(answer, references)
-    assert 100 * scores["exact_match"] == pytest.approx(expected["exact_match"].item())
-    if normalised(answer) and all(normalised(reference) for reference in references):
-        # With nothing left to compare, SQuAD 2.0's rule applies here (no answer is right or wrong), not SQuAD 1.1's.
-        assert 100 * scores["f1"] == pytest.approx(expected["f1"].item(), rel=1e-5)
-
-
-def test_rouge_by_hand_and_against_the_reference():
-    summary, reference = "the cat sat", "the cat was sitting on the mat"
-    scores = summary_scores(summary, [reference])
-    # Unigrams: 2 of 3 and of 7 (stemming: sat is not sit). Bigrams: 1 of 2 and of 6. Longest common subsequence: 2.
-    assert scores["rouge1"] == pytest.approx(2 * 2 / (3 + 7))
-    assert scores["rouge2"] == pytest.approx(2 * 1 / (2 + 6))
-    assert scores["rougeL"] == pytest.approx(2 * 2 / (3 + 7))
-    expected = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(reference, summary)
-    assert scores == {name: score.fmeasure for name, score in expected.items()}
-    assert summary_scores("dogs running", ["dog runs"])["rouge1"] == 1.0
-
-
-def test_quality_and_metrics_of_texts():
-    assert text_quality("squad", "red dog", ["red cat"]) == pytest.approx(0.5)
-    assert text_quality("rouge", "red dog", ["red dog"]) == pytest.approx(1.0)
-    assert text_metrics("squad", ["a", "dog"], [(), ("dog",)]) == {"exact_match": 1.0, "f1": 1.0}
-    with pytest.raises(ValueError, match="unknown metric 'bleu'"):
-        text_quality("bleu", "a", ["a"])
-
-
-@pytest.fixture(scope="module")
-def generator(tmp_path_factory, tiny_tokenizer):
-    folder = tmp_path_factory.mktemp("generator")
-    make_model("bart").save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
+from tests.conftest import WORDS, dense_policy, make_extractor, write_mirror
 
 ANSWERS = Sequence({"text": Value("string"), "answer_start": Value("int32")})
 ENVS = {
@@ -173,15 +107,3 @@ def test_questions_without_answer_are_refused_where_there_are_none(tmp_path):
     (tmp_path / "qa.jsonl").write_text('{"question": "q", "context": "c", "answers": 3}\n')
     with pytest.raises(DataError, match="line 1: answers must be a list of texts"):
         load_split(str(tmp_path / "qa.jsonl"), "question_answering", "train")
-
-
-def test_quality_by_metric_needs_a_metric_of_texts(generator, tmp_path):
-    with pytest.raises(ConfigError, match=r"config key 'quality.kind': 'metric' scores texts"):
-        gym.make("SD/Summarization-Custom-v0", dataset="x.jsonl", backbone=str(generator), quality="metric")
-
-
-def test_a_metric_of_another_task_is_refused(generator):
-    with pytest.raises(
-        ConfigError, match=r"'quality\.metric': summarization is measured by rouge, exact_match; got 'squad'"
-    ):
-        gym.make("SD/Summarization-Custom-v0", dataset="x.jsonl", backbone=str(generator), metric="squad")

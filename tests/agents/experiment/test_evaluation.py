@@ -1,4 +1,4 @@
-"""What is timed, and what FLOPs are executed: never the clock itself."""
+"""What is timed: never the clock itself."""
 
 import copy
 
@@ -15,56 +15,8 @@ import sd_gym.policy.features
 import sd_gym.switch
 from sd_gym.inference.attach import attach, detach
 from sd_gym.tasks import ranking
-from tests.inference.test_attach import make_policy
-
-SMALL = {"train_size": 40, "validation_size": 20, "test_size": 40, "token_shares": [0.0, 0.3, 0.6]}
-
-
-class Drawn:
-    """Decides at random, by a seed, and notes what it has seen."""
-
-    flops = 0
-
-    def __init__(self, core, rate=0.5):
-        self.core, self.rate, self.seen = core, rate, []
-
-    def decide(self, observations):
-        self.seen.append(observations)
-        random = np.random.default_rng(0)
-        skip = random.random((len(observations), self.core.n_switches)) < self.rate
-        return np.column_stack([skip, random.integers(self.core.nvec[-1], size=len(observations))]).astype(np.int64)
-
-
-@pytest.mark.parametrize("width", [1, 10**9])  # calls are dear: one pass; they are free: many
-@pytest.mark.parametrize("task", ["Classification", "Summarization"])
-def test_executed_flops_are_counted_flops_padding_included(task, width, monkeypatch):
-    core = gym.make(f"SD/{task}-Mini-v0", **SMALL).unwrapped.core
-    split, rows = core.split("test"), np.arange(12)
-    split.tokens.scores  # noqa: B018  (ranking by idf multiplies nothing)
-    decisions = Drawn(core).decide(rows)
-    monkeypatch.setattr(core.backbone.model.config, "d_model", width)
-    core.backbone.model.set_attn_implementation("eager")  # the only one whose products the counter sees on a CPU
-    try:
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            parts = [picked for picked, _, _ in split.passes.logits(rows, decisions)]
-    finally:
-        core.backbone.model.set_attn_implementation("sdpa")
-    assert (len(parts) == 1) == (width == 1)
-    assert counter.get_total_flops() == split.costs.executed_flops(rows, decisions, parts)
-    alone = split.costs.executed_flops(rows, decisions, [np.array([row]) for row in range(12)])
-    assert alone == split.costs.flops(rows, decisions).sum()
-    assert split.costs.executed_flops(rows, decisions, parts) >= alone
-
-
-def test_ranking_by_attention_is_executed_on_the_whole_batch():
-    core = gym.make("SD/Summarization-Mini-v0", **SMALL, token_ranking="attention").unwrapped.core
-    split, rows = core.split("test"), np.arange(12)
-    decisions = Drawn(core).decide(rows)
-    parts = [np.array([row]) for row in range(12)]
-    idf = gym.make("SD/Summarization-Mini-v0", **SMALL).unwrapped.core.split("test")
-    more = split.costs.executed_flops(rows, decisions, parts) - idf.costs.executed_flops(rows, decisions, parts)
-    longest = np.array([split.encoded.source_length[rows].max()])
-    assert more == 12 * core.backbone.flops.costs(longest, longest)[1][0, 0]
+from tests.execution.conftest import SMALL, Drawn
+from tests.inference.conftest import make_policy
 
 
 def noting(module, name, monkeypatch):
@@ -103,28 +55,6 @@ def test_deciding_is_timed_from_the_tokenised_inputs_on(settings, monkeypatch):
     assert set(decided) == {8}
     assert 0 < timed["flops_ratio"] < 1
     assert timed["executed_ratio"] > 0
-
-
-def test_an_unseen_part_of_a_split_is_what_the_split_is():
-    core = gym.make("SD/QuestionAnswering-Mini-v0", **SMALL).unwrapped.core
-    split, rows = core.split("test"), np.array([7, 3, 3, 30])
-    part, decisions = split.unseen(rows), Drawn(core).decide(rows)
-    everything = np.arange(4)
-    np.testing.assert_allclose(core.observe(part, everything), core.observe(split, rows), rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(part.costs.flops(everything, decisions), split.costs.flops(rows, decisions))
-    np.testing.assert_array_equal(part.tokens.scores, split.tokens.scores[rows])
-    np.testing.assert_array_equal(part.scoring.run(everything, decisions), split.scoring.run(rows, decisions))
-
-
-def test_rarity_is_counted_once(monkeypatch):
-    sd_gym.execution.split._rarity.cache_clear()
-    counted = []
-    inner = ranking.inverse_document_frequency
-    monkeypatch.setattr(ranking, "inverse_document_frequency", lambda corpus: (counted.append(1), inner(corpus))[1])
-    core = gym.make("SD/Summarization-Mini-v0", **SMALL).unwrapped.core
-    for name in ("train", "test"):
-        core.split(name).unseen(np.arange(3)).tokens.scores  # noqa: B018
-    assert counted == [1]
 
 
 def test_controls_stand_beside_each_time():

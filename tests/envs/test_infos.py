@@ -1,0 +1,39 @@
+"""What infos hold, and what reset takes."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import sd_gym
+from tests.envs.conftest import ID, SMALL, STEP_INFO
+
+MINI = [id for id in sd_gym.registered_ids() if id.endswith("Mini-v0")]
+
+
+def test_reset_and_step_infos_have_the_same_keys_and_shapes():
+    env = gym.make(ID, **SMALL)
+    _, reset_info = env.reset(seed=0)
+    *_, step_info = env.step(env.action_space.sample())
+    assert set(reset_info) == set(step_info) == STEP_INFO
+    for key in STEP_INFO:
+        assert type(reset_info[key]) is type(step_info[key])
+        assert np.shape(reset_info[key]) == np.shape(step_info[key])
+    assert reset_info["instance"] == step_info["instance"]
+    assert not any(np.any(reset_info[key]) for key in STEP_INFO - {"instance", "difficulty"})
+
+
+@pytest.mark.parametrize("options", [5, ["split"], "split"])
+def test_reset_options_are_a_dictionary(options):
+    for env in (gym.make(MINI[0], **SMALL).unwrapped, gym.make_vec(MINI[0], num_envs=2, **SMALL)):
+        with pytest.raises(TypeError, match="reset options: expected a dictionary"):
+            env.reset(options=options)
+
+
+def test_bad_reset_options():
+    env = gym.make(MINI[0], **SMALL).unwrapped
+    with pytest.raises(ValueError, match="unknown reset option 'spit'"):
+        env.reset(options={"spit": "test"})
+    with pytest.raises(ValueError, match="unknown split 'dev'"):
+        env.reset(options={"split": "dev"})
+    with pytest.raises(ValueError, match="no instance 'test-999' in the test split"):
+        env.reset(options={"split": "test", "instance": "test-999"})

@@ -1,0 +1,117 @@
+"""Making a table: resumed, refused, and small."""
+
+import json
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import sd_gym
+from sd_gym.cli import app
+from sd_gym.envs import ConfigError
+from sd_gym.envs.tabulate import _smallest
+from sd_gym.execution.scoring import Scoring
+from sd_gym.files import map_arrays
+from sd_gym.registry import UnknownNameError
+from tests.envs.conftest import contents_of
+
+ID = "SD/Table-v0"
+
+
+def test_numbers_are_kept_in_the_smallest_type_that_holds_them(shared_table):
+    """And never in one that does not."""
+    kinds = {name: values.dtype for name, values in map_arrays(Path(shared_table) / "train.safetensors").items()}
+    expected = {"quality": np.uint8, "likelihood": np.float16, "observations": np.float16, "costs": np.uint8}
+    expected |= dict.fromkeys(("difficulty", "levels", "source_length", "fact.source_length"), np.uint8)
+    assert {name: kinds[name] for name in expected} == {name: np.dtype(kind) for name, kind in expected.items()}
+    assert _smallest([0.5, 2.0**-24]).dtype == np.float16
+    assert _smallest([0.1]).dtype == np.float64
+    assert _smallest(np.array([0.1], np.float32)).dtype == np.float32
+    assert _smallest([1e300]).dtype == np.float64
+    assert _smallest([70_000]).dtype == np.int64
+    assert _smallest([-1]).dtype == np.int64
+    assert _smallest([True]).dtype == np.bool_
+
+
+def test_a_table_that_was_cut_off_goes_on_and_becomes_the_same(tmp_path, monkeypatch, table_source, small_table):
+    env_id, keys = table_source
+    asked = {"decisions": ["random:16"], "pca": 4, **keys}
+    monkeypatch.setattr("sd_gym.envs.tabulate.CHUNK", 7)
+    whole = tmp_path / "whole"
+    sd_gym.tabulate(env_id, whole, **asked)
+    under_all, calls = Scoring.under_all, []
+
+    def killed(self, rows, masks):
+        calls.append(len(rows))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return under_all(self, rows, masks)
+
+    monkeypatch.setattr(Scoring, "under_all", killed)
+    cut = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        sd_gym.tabulate(env_id, cut, **asked)
+    with pytest.raises(ValueError, match="not complete; go on with sd-gym tabulate --resume"):
+        gym.make(ID, table=str(cut))
+    with pytest.raises(FileExistsError, match="cut off; go on with --resume"):
+        sd_gym.tabulate(env_id, cut, **asked)
+    with pytest.raises(ValueError, match="another chosen"):
+        sd_gym.tabulate(env_id, cut, resume=True, decisions="random:3", pca=4, **keys)
+    done = []
+    sd_gym.tabulate(env_id, cut, resume=True, on_progress=lambda *counts: done.append(counts), **asked)
+    assert contents_of(cut) == contents_of(whole)
+    assert done[-1][0] == done[-1][1]
+    # The chunk that was cut off is the only one that ran twice; the four before it are told of at once.
+    assert len(calls) == len(done) + 4
+    with pytest.raises(FileExistsError, match="holds a table"):
+        sd_gym.tabulate(env_id, cut, resume=True, **asked)
+
+
+def test_another_folder_is_left_alone(tmp_path, table_source):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"it holds mine\.txt"):
+        sd_gym.tabulate(table_source[0], tmp_path, **table_source[1])
+    assert contents_of(tmp_path) == {"mine.txt": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "words"),
+    [
+        ({"decisions": "most"}, ValueError, "expected all, random:N, path, codebook or codebook:FILE, got 'most'"),
+        ({"decisions": "random:0"}, ValueError, "got 'random:0'"),
+        ({"decisions": ["all", "path"]}, ValueError, "'all' stands alone"),
+        ({"decisions": "codebook:none.json"}, FileNotFoundError, r"no codebook at none\.json"),
+        ({"instances": 0}, ValueError, "at least one instance"),
+        ({"pca": 0}, ValueError, "--pca: expected at least 1 component"),
+        ({"pca": 1000}, ValueError, "no more than there are training instances"),
+        ({"observation": "tokens"}, ConfigError, "observations that are one array"),
+        ({"stages": ["first", "encoder.1"], "pca": 4}, ConfigError, "reduces what one stage shows"),
+        ({"epsilom": 1}, ConfigError, "did you mean 'reward.epsilon'"),
+    ],
+)
+def test_what_cannot_be_tabulated_is_told(keys, error, words, tmp_path, table_source):
+    with pytest.raises(error, match=words):
+        sd_gym.tabulate(table_source[0], tmp_path / "table", **{**table_source[1], **keys})
+    assert not (tmp_path / "table").exists()
+
+
+def test_a_table_is_not_tabulated(full_table, tmp_path):
+    with pytest.raises(ConfigError, match="is a table itself"):
+        sd_gym.tabulate(ID, tmp_path / "again", table=full_table)
+    with pytest.raises(UnknownNameError):
+        sd_gym.tabulate("SD/Nothing-v0", tmp_path / "again")
+
+
+def test_the_command(tmp_path, table_source):
+    sets = [f"--set={key}={json.dumps(value)}" for key, value in table_source[1].items()]
+    asked = ["tabulate", table_source[0], "--output", str(tmp_path / "table"), "--decisions", "random:3", *sets]
+    done = CliRunner().invoke(app, [*asked, "--instances", "5", "--seed", "2"])
+    assert done.exit_code == 0, done.output
+    said = json.loads((tmp_path / "table" / "table.json").read_text())
+    counts = ", ".join(f"{one['instances']} of {name}" for name, one in said["splits"].items())
+    assert f"3 decisions (random:3, seed 2) on instances: {counts}" in done.output
+    assert said["splits"]["train"]["instances"] == 5
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 2

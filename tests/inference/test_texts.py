@@ -1,0 +1,50 @@
+"""A policy that was loaded answers texts."""
+
+import numpy as np
+import pytest
+import torch
+
+import sd_gym
+from sd_gym.tasks import cache
+from tests.envs.conftest import trained
+
+
+def test_who_loads_owns_its_model(tmp_path, tiny_tokenizer):
+    """Neither another load nor an env of the process runs under a policy that was loaded."""
+    core, _, artefact, texts = trained("classification", None, tmp_path, tiny_tokenizer)
+    every, split = np.arange(24), core.split("test")
+    model = core.backbone.model
+    before = model(**split.encoded.inputs(every, model.device)).logits
+    first, second = sd_gym.load(artefact), sd_gym.load(artefact.with_margin(-3.0))
+    alone = [one.skip for one in first(texts)]
+    assert sum(map(sum, alone)) < sum(sum(one.skip) for one in second(texts))
+    inputs = {name: split.passes.inputs(every)[name] for name in ("input_ids", "attention_mask")}
+    first.model(**inputs)
+    np.testing.assert_array_equal(first.model.decisions.skip, alone)
+    assert torch.equal(model(**split.encoded.inputs(every, model.device)).logits, before)
+    sd_gym.detach(first.model)
+    sd_gym.detach(second.model)  # which has a policy of its own
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_no_more_rows_run_together_than_asked_for(model, dense):
+    model, texts = model
+    sizes = []
+    layer = model.model.base_model.encoder.layer[0].attention.self  # deciding, which embeds all of them, ends before it
+    handle = layer.register_forward_hook(lambda _, args, output: sizes.append(len(output[0])))
+    wanted = model(texts, dense=dense)
+    together, sizes[:] = max(sizes), []
+    came = model(texts, dense=dense, batch_size=5)
+    handle.remove()
+    assert together > 5
+    assert 1 <= max(sizes) <= 5
+    assert [one.answer for one in came] == [one.answer for one in wanted]
+    np.testing.assert_array_equal([one.skip for one in came], [one.skip for one in wanted])
+
+
+def test_what_is_answered_is_kept_in_no_cache(model, tmp_path, monkeypatch):
+    model, texts = model
+    monkeypatch.setattr(cache, "SMALLEST", 1)
+    monkeypatch.setenv("SD_GYM_CACHE", str(tmp_path / "cache"))
+    model(texts)
+    assert not (tmp_path / "cache").exists()
