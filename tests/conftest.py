@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import gymnasium as gym
@@ -256,6 +258,12 @@ def write_reviews(file):
     return file
 
 
+@pytest.fixture
+def settings(reviews, tiny_backbone):
+    """What an env on these reviews needs to be told."""
+    return {"dataset": str(reviews), "backbone": str(tiny_backbone)}
+
+
 @pytest.fixture(scope="session")
 def table_source(tmp_path_factory, tiny_backbone):
     """An env of six switches and two token levels, 128 decisions: its id and settings."""
@@ -287,3 +295,14 @@ def sign(folder):
     """Have the files of a policy belong together again, after a test has changed them."""
     card = json.loads((folder / "skip_policy.json").read_text())
     write_card(folder, {key: value for key, value in card.items() if key not in ("files", "format")})
+
+
+@contextmanager
+def small_disk(size):
+    """No file may grow beyond ``size`` bytes: real errors of the system, in every library."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,12 +1,16 @@
+import gymnasium as gym
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sd_gym
 from sd_gym.config import RewardConfig
+from sd_gym.envs import ConfigError
 from sd_gym.objectives import Lagrangian, Objective, lexicographic, quality_cost, scalarized
 
 unit = st.floats(0, 1)
+CUSTOM = "SD/Classification-Custom-v0"
 
 
 @given(unit, unit, unit, unit, st.floats(0.01, 100), st.floats(0.01, 10))
@@ -45,3 +49,52 @@ def test_the_lagrangian_follows_the_mean_quality():
     for _ in range(100):  # far more quality than asked for
         objective.rewards(np.array([1.0]), np.array([1.0]), np.array([0.5]))
     assert objective.multiplier == 0.0
+
+
+@pytest.fixture
+def custom(reviews, tiny_backbone):
+    return {"dataset": str(reviews), "backbone": str(tiny_backbone)}
+
+
+def stingy(quality, quality_ref, flops_ratio, **constants):
+    return quality - quality_ref - constants["penalty"] * flops_ratio
+
+
+@pytest.mark.parametrize("objective", [stingy, "stingy"])
+def test_an_own_objective_gives_the_rewards(objective, custom):
+    sd_gym.register_objective("stingy", stingy)
+    arguments = {**custom, "objective": objective, "penalty": 3.0}
+    single = gym.make(CUSTOM, **arguments)
+    vector = gym.make_vec(CUSTOM, num_envs=2, **arguments)
+    action = np.array([1, 0, 1, 0, 1, 1, 0])
+    _, info = single.reset(seed=0)
+    vector.reset(options={"instance": [info["instance"]] * 2})
+    _, reward, _, _, info = single.step(action)
+    _, rewards, *_ = vector.step(np.stack([action] * 2))
+    expected = info["quality"] - info["quality_ref"] - 3.0 * info["flops_ratio"]
+    assert reward == pytest.approx(expected)
+    np.testing.assert_array_equal(rewards, [reward, reward])
+    written = single.unwrapped.config.model_dump()["reward"]["objective"]
+    assert written == ("stingy" if objective == "stingy" else f"{__name__}:stingy")
+    hash(single.unwrapped.config)
+
+
+def test_objectives_are_checked_when_an_env_is_made(custom):
+    with pytest.raises(
+        ConfigError, match=r"config key 'reward.objective': unknown objective 'scalar'; did you mean 'scalarized'"
+    ):
+        gym.make(CUSTOM, **custom, objective="scalar")
+    with pytest.raises(ConfigError, match=r"'.*<lambda>' has to take \(quality, .*, those that it does not need as"):
+        gym.make(CUSTOM, **custom, objective=lambda quality, flops: flops)
+    with pytest.raises(ValueError, match="has to take"):
+        sd_gym.register_objective("narrow", lambda quality, quality_ref, flops_ratio: flops_ratio)
+    with pytest.raises(ValueError, match="needs a name of its own"):
+        sd_gym.register_objective("scalarized", stingy)
+
+
+@pytest.mark.parametrize("wrong", [lambda *args, **constants: 1.0, lambda quality, *args, **constants: quality / 0])
+def test_an_objective_has_to_give_a_finite_reward_for_each_decision(wrong):
+    objective = Objective(RewardConfig(objective=wrong, epsilon=0, penalty=1, cost_scale=1))
+    one = np.ones(3)
+    with np.errstate(divide="ignore"), pytest.raises(ValueError, match="a finite reward for each of 3 decisions"):
+        objective.rewards(one, one, one)

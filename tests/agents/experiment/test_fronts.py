@@ -1,49 +1,9 @@
-"""Fronts, and the difference at the same quality, worked out by hand."""
+"""Fronts of runs, and what is told of their difference."""
 
 import numpy as np
-import pytest
-from sd_gym.agents.experiment.fronts import _compared
-from sd_gym.agents.runs.fronts import Front, flops_at, flops_at_loss, flops_samples
-
-N = 1000
-LOST = {share: np.r_[np.zeros(int(share * N)), np.ones(N - int(share * N))] for share in (0.0, 0.05, 0.1)}
-
-
-def front(*points):
-    """A front of (share lost, FLOPs ratio), and the dense decision."""
-    lost = np.stack([LOST[share] for share, _ in (*points, (0.0, 1.0))])
-    return Front(lost, np.stack([np.full(N, ratio) for _, ratio in (*points, (0.0, 1.0))]))
-
-
-def test_a_front_is_the_cheapest_mix_of_two_points():
-    quality, flops = np.array([0.9, 1.0, 0.8, 0.95]), np.array([0.4, 1.0, 0.5, 0.6])  # the third is worse and dearer
-    assert flops_at(0.9, quality, flops) == pytest.approx(0.4)
-    assert flops_at(0.925, quality, flops) == pytest.approx(0.5)
-    assert flops_at(0.975, quality, flops) == pytest.approx(0.8)
-    assert flops_at(1.0, quality, flops) == pytest.approx(1.0)
-    assert flops_at(0.1, quality, flops) == pytest.approx(0.4)  # the front has nothing cheaper
-    flops[3] = 0.8  # dearer than half of the one and half of the other
-    assert flops_at(0.95, quality, flops) == pytest.approx(0.7)
-    assert flops_at(0.95, np.append(quality, 0.9), np.append(flops, 0.7)) == pytest.approx(0.7)
-    with pytest.raises(ValueError, match=r"quality of at most 0\.9000, got 0\.9500"):
-        flops_at(0.95, quality[:1], flops[:1])
-
-
-def test_fronts_are_compared_at_the_same_quality_on_the_same_instances():
-    mask = front((0.1, 0.5))  # half way to its loss of 0.1 it costs 0.75
-    learned = front((0.05, 0.6))
-    masks, agent = (flops_samples(one, [0.05, 0.1]) for one in (mask, learned))
-    assert masks.shape == (2, 2001)
-    assert masks[0, 0] == pytest.approx(0.75) == flops_at_loss(mask, 0.05)
-    assert masks[1, 0] == pytest.approx(0.5)
-    more = masks[0] - agent[0]
-    assert more[0] == pytest.approx(0.15)
-    low, high = np.percentile(more[1:], [2.5, 97.5])
-    assert 0 < low < more[0] < high < 0.4
-    # A sample of the mask's loss alone: 1,000 instances of which a tenth is lost, read at half of that.
-    lost = np.random.default_rng(1).binomial(N, 0.1, size=4000) / N
-    assert masks[0, 1:].std() == pytest.approx(np.std(1 - 0.5 * 0.05 / lost), rel=0.1)
-    np.testing.assert_array_equal(flops_samples(mask, [0.05]), masks[:1])
+from sd_gym.agents import make_agent
+from sd_gym.agents.experiment.fronts import _compared, front_of
+from sd_gym.agents.learning.decisions import decide_and_score
 
 
 def test_the_interval_is_that_of_the_mean_over_runs():
@@ -52,3 +12,19 @@ def test_the_interval_is_that_of_the_mean_over_runs():
     assert _compared(runs, np.full(3, 0.45)) == ("+5.0 (+5.0 to +5.0; worst +5.0)", "0 of 2")
     assert _compared(runs, np.full(3, 0.55)) == ("+15.0 (+15.0 to +15.0; worst +15.0)", "2 of 2")
     assert _compared(runs, None) == ("-", "-")
+
+
+def test_a_front_is_what_each_policy_reaches_alone(env):
+    policies = [make_agent("random", env, rate=rate).policy() for rate in (0.2, 0.6)]
+    policies += [policies[0].with_decision(np.zeros(len(env.core.nvec), dtype=int)), policies[1].with_margin(1.0)]
+    for policy in policies:
+        policy.noise = "none"
+    split = env.core.split("validation")
+    front = front_of(env.core, split, policies)
+    for policy, quality, flops in zip(policies, front.quality, front.flops_ratio, strict=False):
+        alone = decide_and_score(env.core, policy, split)
+        own = policy.flops / split.costs.dense_flops(np.arange(len(split))) if policy.head.weight.any() else 0
+        np.testing.assert_array_equal(quality, alone["quality"])
+        np.testing.assert_allclose(flops, alone["flops_ratio"] + own)
+    np.testing.assert_array_equal(front.flops_ratio[-1], 1.0)
+    assert len(front.quality) == len(policies) + 1

@@ -1,7 +1,6 @@
 """``compare ENV...``: every agent and control on every env, each run kept, gone on with, or reported."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -48,8 +47,6 @@ class Dies(HashAgent):
 register_agent("fails", Fails)
 register_agent("dies", Dies)
 """
-
-
 COUNTS = """
 import torch
 
@@ -73,11 +70,6 @@ class Killed(BaseException):
 class Elsewhere(HashAgent):
     def __init__(self, *args, **kwargs):
         raise NotApplicableError("it needs an env with a view")
-
-
-@pytest.fixture
-def settings(reviews, tiny_backbone):
-    return {"dataset": str(reviews), "backbone": str(tiny_backbone)}
 
 
 @pytest.fixture
@@ -107,44 +99,6 @@ def written(folder):
     del result["time"]
     files = [(folder / name).read_bytes() for name in ("policy.safetensors", "instances.csv")]
     return result, files
-
-
-def test_the_plan_has_every_agent_and_control_with_the_same_seeds():
-    runs = plan_comparison([CUSTOM], ["a2c", "ppo-from-imitation"], seeds=2, steps=9, output=Path("out"))
-    first = [run.folder.name for run in runs if run.seed == 0]
-    assert first == [
-        *["a2c-0", "imitation-0", "ppo-from-imitation-0", "static-0", "early-exit-0", "random-0", "hash-0", "dense-0"],
-        "blind-a2c-0",
-    ]
-    second = [run.folder.name for run in runs if run.seed == 1]
-    assert second == ["a2c-1", "imitation-1", "ppo-from-imitation-1", "blind-a2c-1"]  # all others are always the same
-    assert {run.folder.parent for run in runs} == {Path("out/Classification-Custom")}
-    assert {run.steps for run in runs} == {9}
-    (warm,) = [run for run in runs if run.folder.name == "ppo-from-imitation-1"]
-    assert warm.settings == {"start": Path("out/Classification-Custom/imitation-1")}
-
-
-def test_a_blind_agent_begins_with_what_sees_nothing_and_settings_go_to_who_has_them():
-    runs = plan_comparison([CUSTOM], ["ppo-from-imitation"], seeds=1, settings={"n_steps": 8, "penalty": 3})
-    by_name = {run.folder.name: run.settings for run in runs}
-    assert by_name["blind-ppo-from-static-0"]["start"] == Path("runs/compare/Classification-Custom/static-0")
-    assert by_name["blind-ppo-from-static-0"]["n_steps"] == 8
-    assert by_name["static-0"] == {"penalty": 3}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"algos": ["pp0"]}, "did you mean 'ppo'"),
-        ({"algos": ["ppo-from-statc"]}, "did you mean 'static'"),
-        ({"algos": ["dense-from-static"]}, "dense begins with no other run"),
-        ({"envs": [CUSTOM, "SD/Clasification-Mini-v0"]}, "did you mean 'SD/Classification-Mini-v0'"),
-        ({"settings": {"n_stepz": 3}}, "unknown setting 'n_stepz'"),
-    ],
-)
-def test_what_is_wrong_with_a_name_is_told_before_anything_is_trained(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        plan_comparison(**{"envs": [CUSTOM], "algos": ["ppo"], **arguments})
 
 
 def test_what_fails_or_dies_stops_nothing_and_is_done_again_alone(settings, flaky, one_thread, tmp_path):

@@ -1,4 +1,4 @@
-"""``sd-gym validate``: a run is played again, and whatever was changed is caught; envs are checked."""
+"""``sd-gym validate``: a run is played again, and whatever was changed is caught."""
 
 import csv
 import json
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sd_gym.agents.experiment.env_checker import check_env
 from sd_gym.agents.experiment.evaluation import decisions_hash
 from sd_gym.agents.experiment.replay import ReplayError, read_instances, replay
 from sd_gym.agents.experiment.run import run_config
@@ -24,25 +23,9 @@ from sd_gym.envs.shared import shared_core
 CUSTOM = "SD/Classification-Custom-v0"
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_backbone):
-    """A run whose policy decides differently on different inputs, and where its data are."""
-    folder = tmp_path_factory.mktemp("finished")
-    backbone = folder / "backbone"
-    shutil.copytree(tiny_backbone, backbone)
-    words = ["good", "bad", "fine", "awful", "the", "food", "was", "not", "room"]
-    random = np.random.default_rng(0)
-    rows = [{"text": " ".join(random.choice(words, 6)) + f" {'fine ' * (n % 4)}", "label": n % 2} for n in range(120)]
-    rows = list({row["text"]: row for row in rows}.values())
-    (folder / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"dataset": str(folder / "reviews.jsonl"), "backbone": str(backbone), "epsilon": 0.3}
-    sd_gym.train(CUSTOM, "hash", folder / "run", steps=1, **settings)
-    return folder
-
-
 @pytest.fixture
-def run(finished, tmp_path):
-    shutil.copytree(finished / "run", tmp_path / "run")
+def run(hash_run, tmp_path):
+    shutil.copytree(hash_run / "run", tmp_path / "run")
     yield tmp_path / "run"
     core_of.cache_clear()
 
@@ -81,11 +64,11 @@ def test_a_run_that_is_as_it_was_passes(run):
     assert "decides the same again" in shown.output
 
 
-def test_a_run_without_a_policy_is_replayed_from_its_decisions(finished, tmp_path):
+def test_a_run_without_a_policy_is_replayed_from_its_decisions(hash_run, tmp_path):
     def cheap(observations):
         return np.tile([1, 0, 0, 0, 0, 1, 0], (len(observations), 1))
 
-    config = json.loads((finished / "run" / "config.json").read_text())["env_config"]
+    config = json.loads((hash_run / "run" / "config.json").read_text())["env_config"]
     settings = {part: config[part] for part in ("data", "backbone", "reward")}
     sd_gym.evaluate(CUSTOM, cheap, output=tmp_path / "other", policy_flops=1000, **settings)
     assert not replay(tmp_path / "other").decided
@@ -161,10 +144,10 @@ def test_another_policy_is_caught(run):
         replay(run)
 
 
-def changed_backbone(finished, tmp_path, run):
+def changed_backbone(hash_run, tmp_path, run):
     """The run, with its backbone at another place and other weights there."""
     backbone = tmp_path / "backbone"
-    shutil.copytree(finished / "backbone", backbone)
+    shutil.copytree(hash_run / "backbone", backbone)
     weights = load_file(backbone / "model.safetensors")
     save_file(
         {name: one + 0.5 * torch.randn_like(one) for name, one in weights.items()},
@@ -176,8 +159,8 @@ def changed_backbone(finished, tmp_path, run):
     return description
 
 
-def test_another_backbone_is_caught(finished, tmp_path, run):
-    description = changed_backbone(finished, tmp_path, run)
+def test_another_backbone_is_caught(hash_run, tmp_path, run):
+    description = changed_backbone(hash_run, tmp_path, run)
     (run / "config.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match="has other weights than in training"):
         replay(run)
@@ -201,36 +184,3 @@ def test_other_data_are_caught(tmp_path, run):
 def test_what_is_no_run_is_said_to_be_none(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         replay(tmp_path)
-
-
-def test_an_env_is_checked(finished):
-    settings = {"dataset": str(finished / "reviews.jsonl"), "backbone": str(finished / "backbone")}
-    checks = {check.name: check for check in check_env(CUSTOM, settings)}
-    assert all(check.passed for check in checks.values()), checks
-    assert "64 tried" in checks["best of all decisions"].finding
-    assert "FLOPs 100.0%" in checks["nothing skipped"].finding
-    with pytest.raises(ValueError, match=r"reward.vector"):
-        check_env(CUSTOM, {**settings, "vector_reward": True})
-
-
-def test_an_env_whose_rewards_or_seeds_are_wrong_fails(finished, monkeypatch):
-    from sd_gym.envs.single import SwitchableEnv
-
-    settings = [f"dataset={finished / 'reviews.jsonl'}", f"backbone={finished / 'backbone'}"]
-    step, reset = SwitchableEnv.step, SwitchableEnv.reset
-
-    def too_much(self, action):
-        observation, reward, *rest = step(self, action)
-        return observation, reward + 2.0, *rest
-
-    def always_the_same(self, *, seed=None, options=None):
-        return reset(self, seed=1 if seed is not None else None, options=options)
-
-    monkeypatch.setattr(SwitchableEnv, "step", too_much)
-    monkeypatch.setattr(SwitchableEnv, "reset", always_the_same)
-    options = [option for setting in settings for option in ("--set", setting)]
-    shown = CliRunner().invoke(app, ["validate", CUSTOM, *options])
-    assert shown.exit_code == 1
-    failed = [line for line in shown.output.splitlines() if line.startswith("FAILED")]
-    assert any("rewards" in line for line in failed)
-    assert any("other seed, other episode: 1 different" in line for line in failed)

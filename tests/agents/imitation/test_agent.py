@@ -1,76 +1,23 @@
-"""Imitation: exchange rates of FLOPs and risk along a path of masks, and a policy that learns them."""
+"""Imitation: a policy that learns the exchange rates of FLOPs and risk along a path of masks."""
 
+import json
 from itertools import pairwise
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sd_gym.agents import make_agent
 from sd_gym.agents.baselines.search import path_losses
 from sd_gym.agents.baselines.static import MASKS
-from sd_gym.agents.experiment.run import train
+from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.imitation.agent import SEARCHED, read_search
-from sd_gym.agents.imitation.path_logits import component_logits, step_logits
+from sd_gym.agents.registry import make_agent
 from stable_baselines3.common.logger import configure
 
-from sd_gym.policy import DecisionPolicy
+from tests.agents.conftest import STAGED, STAGES, learned, leaves
 
 CUSTOM = "SD/Classification-Custom-v0"
-
-
-@st.composite
-def paths(draw):
-    """What each of a few instances risks under the masks of a path, and what the masks cost."""
-    masks = draw(st.integers(2, 8))
-    saved = draw(st.lists(st.integers(1, 20), min_size=masks - 1, max_size=masks - 1))
-    values = st.lists(st.integers(-50, 100), min_size=masks - 1, max_size=masks - 1)
-    risk = draw(st.lists(values, min_size=1, max_size=4))
-    flops = 1 - np.cumsum([0, *saved]) / (1 + sum(saved))
-    return np.column_stack([np.zeros(len(risk)), np.array(risk) / 100]), flops
-
-
-@given(paths(), st.floats(0.05, 200.0))
-@settings(deadline=None)
-def test_a_bound_on_the_logits_ends_the_path_at_the_best_mask(path, multiplier):
-    risk, flops = path
-    logits = step_logits(torch.from_numpy(risk).float(), torch.from_numpy(flops)).numpy()
-    assert (np.diff(logits, axis=1) <= 1e-6).all()
-    taken = (logits > np.log(multiplier)).sum(axis=1)
-    price = flops + multiplier * risk
-    np.testing.assert_allclose(price[np.arange(len(risk)), taken], price.min(axis=1), rtol=1e-4, atol=1e-4)
-
-
-def test_steps_that_only_pay_together_have_one_rate():
-    risk = torch.tensor([[0.0, 0.10, 0.02, 0.52]])  # the second mask alone is worse than the third, which is cheaper
-    rates = step_logits(risk, torch.tensor([1.0, 0.9, 0.8, 0.3])).exp()
-    torch.testing.assert_close(rates, torch.tensor([[10.0, 10.0, 1.0]]))
-
-
-def test_many_instances_have_the_rates_of_each_alone(monkeypatch):
-    risk, flops = torch.rand(7, 5).cumsum(dim=1), torch.linspace(1, 0, 5)
-    monkeypatch.setattr("sd_gym.agents.imitation.path_logits.PART", 3)
-    alone = torch.cat([step_logits(row[None], flops) for row in risk])
-    torch.testing.assert_close(step_logits(risk, flops), alone, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("taken", range(5))
-def test_a_policy_takes_the_steps_with_positive_logits(taken):
-    nvec = np.array([2, 2, 3])
-    path = np.array([[0, 0, 0], [0, 1, 0], [0, 1, 1], [1, 1, 1], [1, 1, 2]])
-    steps = torch.linspace(1, -1, 4) + 0.01 + (taken - 2) * 2 / 3
-    assert (steps > 0).sum() == taken
-    logits = component_logits(steps[None], path, nvec)
-    policy = DecisionPolicy(1, nvec.tolist(), ["a", "b"])
-    np.testing.assert_array_equal(policy.choose(logits)[0], path[taken])
-
-
-def test_a_step_of_several_components_raises_all_of_them():
-    nvec, path = np.array([2, 2, 2, 2]), np.array([[0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
-    logits = component_logits(torch.tensor([[2.0, -1.0, -3.0]]), path, nvec)
-    assert logits.tolist() == [[0, -1, 0, 2, 0, 2, 0, -3]]
+OVER = {"epochs": 100, "batch_size": 8}  # of few instances, imitation needs many passes
 
 
 @pytest.fixture
@@ -171,3 +118,19 @@ def test_a_search_can_be_taken_over(custom, tmp_path):
         read_search(tmp_path / "first", 30, np.full(7, 2))
     with pytest.raises(ValueError, match="expected 6 components"):
         read_search(tmp_path / "first", 32, np.full(6, 2))
+
+
+@pytest.mark.parametrize("algo", ["imitation", "blind-imitation"])
+def test_imitation_learns_what_is_to_come_at_each_stage(staged_keys, algo, tmp_path):
+    """A loss costs little, so nearly all is skipped; another run takes its path over, in stages or at once."""
+    settings = {**staged_keys, **OVER, "penalty": 1e-3}
+    result = train(STAGED, algo, tmp_path / "run", steps=1, settings=settings)
+    assert result["last_policy"]["flops_ratio"] < 0.2
+    _, core, policy = load_run(tmp_path / "run")
+    assert policy.stages == STAGES
+    leaves(core, tmp_path / "run", result)
+    path = np.array(json.loads((tmp_path / "run" / "masks.json").read_text()))
+    for stages in (STAGES, ["first"]):
+        other = gym.make_vec(STAGED, num_envs=2, **{**staged_keys, "stages": stages}).unwrapped
+        agent, _ = learned(other, algo, 1, tmp_path / "log", path=tmp_path / "run", epochs=1)
+        np.testing.assert_array_equal(agent.searched.path, path)

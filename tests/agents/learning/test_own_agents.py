@@ -1,8 +1,6 @@
-"""Things of one's own without a fork: registered, used by name, saved with a run, missed with words."""
+"""Agents and networks of one's own without a fork: used by name, saved with a run, missed with words."""
 
 import json
-import os
-import subprocess
 import sys
 
 import gymnasium as gym
@@ -19,16 +17,12 @@ from sd_gym.agents.ppo.agent import PPOAgent
 from sd_gym.agents.runs.finished import read_run
 from stable_baselines3.common.logger import configure
 from torch import nn
-from typer.testing import CliRunner
 
 import sd_gym
-from sd_gym.cli import app
-from sd_gym.config import RewardConfig
-from sd_gym.envs import ConfigError, SwitchableEnv
-from sd_gym.objectives import Objective
+from sd_gym.envs import ConfigError
 from sd_gym.policy import DecisionPolicy
 from sd_gym.registry import Registry, UnknownNameError, import_own
-from tests.conftest import forget_own, write_env
+from tests.conftest import forget_own
 
 pytestmark = pytest.mark.usefixtures("own_names")
 CUSTOM = "SD/Classification-Custom-v0"
@@ -51,73 +45,11 @@ def observations_of(env, n=64):
     return np.random.default_rng(0).normal(size=(n, *size)).astype(np.float32)
 
 
-# --- names ---
-
-
-def test_a_registry_knows_what_is_registered_and_guards_what_is_built_in():
-    registry = Registry("thing", {"lazy": "json:dumps", "given": 3})
-    assert registry.find("lazy") is json.dumps
-    assert registry.find("given") == 3
-    registry.register("mine", 1)
-    registry.register("mine", 2)
-    assert registry.find("mine") == 2
-    assert registry.names() == ["lazy", "given", "mine"]
-    for name in ("given", ""):
-        with pytest.raises(ValueError, match="needs a name of its own"):
-            registry.register(name, 1)
-    with pytest.raises(
-        UnknownNameError, match=r"unknown thing 'mines'; did you mean 'mine'\? Known things: lazy, given"
-    ):
-        registry.find("mines")
-    with pytest.raises(UnknownNameError, match=r"unknown thing 'json:loads'.*--import MODULE_OR_FILE"):
-        registry.find("json:loads")  # nothing is looked up in modules
-
-
 # --- objectives ---
 
 
 def stingy(quality, quality_ref, flops_ratio, **constants):
     return quality - quality_ref - constants["penalty"] * flops_ratio
-
-
-@pytest.mark.parametrize("objective", [stingy, "stingy"])
-def test_an_own_objective_gives_the_rewards(objective, custom):
-    sd_gym.register_objective("stingy", stingy)
-    arguments = {**custom, "objective": objective, "penalty": 3.0}
-    single = gym.make(CUSTOM, **arguments)
-    vector = gym.make_vec(CUSTOM, num_envs=2, **arguments)
-    action = np.array([1, 0, 1, 0, 1, 1, 0])
-    _, info = single.reset(seed=0)
-    vector.reset(options={"instance": [info["instance"]] * 2})
-    _, reward, _, _, info = single.step(action)
-    _, rewards, *_ = vector.step(np.stack([action] * 2))
-    expected = info["quality"] - info["quality_ref"] - 3.0 * info["flops_ratio"]
-    assert reward == pytest.approx(expected)
-    np.testing.assert_array_equal(rewards, [reward, reward])
-    written = single.unwrapped.config.model_dump()["reward"]["objective"]
-    assert written == ("stingy" if objective == "stingy" else f"{__name__}:stingy")
-    hash(single.unwrapped.config)
-
-
-def test_objectives_are_checked_when_an_env_is_made(custom):
-    with pytest.raises(
-        ConfigError, match=r"config key 'reward.objective': unknown objective 'scalar'; did you mean 'scalarized'"
-    ):
-        gym.make(CUSTOM, **custom, objective="scalar")
-    with pytest.raises(ConfigError, match=r"'.*<lambda>' has to take \(quality, .*, those that it does not need as"):
-        gym.make(CUSTOM, **custom, objective=lambda quality, flops: flops)
-    with pytest.raises(ValueError, match="has to take"):
-        sd_gym.register_objective("narrow", lambda quality, quality_ref, flops_ratio: flops_ratio)
-    with pytest.raises(ValueError, match="needs a name of its own"):
-        sd_gym.register_objective("scalarized", stingy)
-
-
-@pytest.mark.parametrize("wrong", [lambda *args, **constants: 1.0, lambda quality, *args, **constants: quality / 0])
-def test_an_objective_has_to_give_a_finite_reward_for_each_decision(wrong):
-    objective = Objective(RewardConfig(objective=wrong, epsilon=0, penalty=1, cost_scale=1))
-    one = np.ones(3)
-    with np.errstate(divide="ignore"), pytest.raises(ValueError, match="a finite reward for each of 3 decisions"):
-        objective.rewards(one, one, one)
 
 
 def test_a_run_with_an_own_objective_is_evaluated_by_anybody_but_resumed_only_with_it(custom, tmp_path):
@@ -358,182 +290,3 @@ def test_a_killed_run_of_ones_own_ends_as_the_uninterrupted_one(name, gradient, 
     weights = [(tmp_path / run / "policy.safetensors").read_bytes() for run in ("whole", "cut")]
     assert weights[0] == weights[1]
     assert {**whole, "time": None} == {**resumed, "time": None}
-
-
-# --- envs ---
-
-
-def test_an_env_from_a_yaml_file(reviews, tiny_backbone, tmp_path, monkeypatch):
-    (tmp_path / "model").symlink_to(tiny_backbone)
-    file = write_env(tmp_path, reviews.name, "./model", penalty=7.0)  # paths from where the file lies
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.chdir(elsewhere)
-    env_id = sd_gym.register_env(file)
-    assert env_id == "Own/Reviews-v0"
-    assert env_id in sd_gym.registered_ids()
-    env = gym.make(env_id, epsilon=0.5)
-    assert (env.unwrapped.config.reward.penalty, env.unwrapped.config.reward.epsilon) == (7.0, 0.5)
-    assert env.unwrapped.config.data.dataset == str(reviews.resolve())
-    vector = gym.make_vec(env_id, num_envs=3)
-    vector.reset(seed=0)
-    vector.step(vector.action_space.sample())
-    assert SwitchableEnv(str(file)).config == gym.make(env_id).unwrapped.config
-    (elsewhere / "other.jsonl").write_text(reviews.read_text())  # those that are passed: from the working directory
-    assert gym.make(env_id, dataset="other.jsonl").unwrapped.config.data.dataset == "other.jsonl"
-    assert sd_gym.register_env(write_env(tmp_path, reviews.name, "./model", penalty=8.0)) == env_id
-    assert gym.make(env_id).unwrapped.config.reward.penalty == 8.0
-
-
-def test_an_env_that_extends_another_one(reviews, tiny_backbone, tmp_path):
-    """One of its own beside it, or one of the package's."""
-    base = write_env(tmp_path, reviews, tiny_backbone, penalty=7.0, epsilon=0.5)
-    (tmp_path / "more.yaml").write_text(f"id: Own/More-v0\nextends: {base.name}\nepsilon: 0.25\n")
-    config = gym.make(sd_gym.register_env(tmp_path / "more.yaml")).unwrapped.config
-    assert (config.id, config.reward.penalty, config.reward.epsilon) == ("Own/More-v0", 7.0, 0.25)
-    (tmp_path / "mini.yaml").write_text("id: Own/Mini-v0\nextends: summarization_mini.yaml\ntrain_size: 20\n")
-    config = gym.make(sd_gym.register_env(tmp_path / "mini.yaml")).unwrapped.config
-    assert (config.task, config.data.train_size, config.data.test_size) == ("summarization", 20, 2000)
-    (tmp_path / "most.yaml").write_text(
-        "id: Own/Most-v0\nextends: more.yaml\npenalty: 3\n"
-    )  # which extends another one
-    config = gym.make(sd_gym.register_env(tmp_path / "most.yaml")).unwrapped.config
-    assert (config.id, config.reward.penalty, config.reward.epsilon) == ("Own/Most-v0", 3.0, 0.25)
-    (tmp_path / "circle.yaml").write_text("extends: bad.yaml\n")
-    for name, message in (
-        ("bad.yaml", r"in a circle \(bad.yaml -> bad.yaml\)"),
-        ("circle.yaml", r"in a circle \(bad.yaml -> circle.yaml -> bad.yaml\)"),
-        ("missing.yaml", "extends 'missing.yaml', which is neither in .* nor in the package"),
-        ("../own.yaml", "takes the name of a YAML file.*'../own.yaml'"),
-    ):
-        (tmp_path / "bad.yaml").write_text(f"id: Own/Bad-v0\nextends: {name}\n")
-        with pytest.raises(ConfigError, match=message):
-            gym.make(sd_gym.register_env(tmp_path / "bad.yaml"))
-
-
-def test_yaml_files_that_are_no_envs(reviews, tiny_backbone, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no configuration file"):
-        sd_gym.register_env(tmp_path / "none.yaml")
-    nameless = tmp_path / "nameless.yaml"
-    nameless.write_text("task: classification\n")
-    with pytest.raises(ValueError, match="no line 'id: "):
-        sd_gym.register_env(nameless)
-    with pytest.raises(ValueError, match="needs a name of its own"):
-        sd_gym.register_env(write_env(tmp_path, reviews, tiny_backbone, id="SD/Classification-Mini-v0"))
-    with pytest.raises(ValueError, match="'CartPole-v1' is taken by another env"):
-        sd_gym.register_env(write_env(tmp_path, reviews, tiny_backbone, id="CartPole-v1"))
-    with pytest.raises(gym.error.Error, match="Malformed"):
-        sd_gym.register_env(write_env(tmp_path, reviews, tiny_backbone, id="my own"))
-    assert set(gym.registry) >= {"SD/Classification-Mini-v0", "CartPole-v1"}
-    assert "my own" not in sd_gym.registered_ids()
-    env_id = sd_gym.register_env(write_env(tmp_path, reviews, tiny_backbone, epsilom=1))
-    with pytest.raises(
-        ConfigError, match=r"Own/Reviews-v0: unknown config key 'epsilom'; did you mean 'reward.epsilon'"
-    ):
-        gym.make(env_id)
-
-
-# --- imports ---
-
-THINGS = """
-import numpy as np
-from torch import nn
-
-import beside
-import sd_gym
-from sd_gym.agents.ppo.agent import PPOAgent
-
-sd_gym.register_objective("stingy", lambda quality, quality_ref, flops_ratio, **rest: quality - flops_ratio)
-sd_gym.register_network("linear", nn.Linear)
-sd_gym.register_agent("my-ppo", type("MyPPO", (PPOAgent,), {}))
-sd_gym.register_env(beside.FILE)
-"""
-
-
-@pytest.fixture
-def things(reviews, tiny_backbone, tmp_path):
-    """A module of one's own that imports the one beside it."""
-    file = write_env(tmp_path, reviews, tiny_backbone)
-    (tmp_path / "beside.py").write_text(f"FILE = {str(file)!r}\n")
-    (tmp_path / "my_things.py").write_text(THINGS)
-    return tmp_path / "my_things.py"
-
-
-def test_a_file_or_a_module_is_imported_once(things, monkeypatch):
-    monkeypatch.chdir(things.parent)
-    assert import_own("my_things.py") == str(things)
-    module = sys.modules["my_things"]
-    assert import_own("./my_things.py") == str(things)
-    assert import_own("my_things") == "my_things"
-    assert sys.modules["my_things"] is module
-    assert "my-ppo" in agent_names()
-
-
-def test_imports_that_fail(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no file 'none.py' to import"):
-        import_own("none.py")
-    with pytest.raises(FileNotFoundError, match="no module 'no_such_module' to import"):
-        import_own("no_such_module")
-    (tmp_path / "random.py").write_text("")
-    with pytest.raises(ValueError, match="there is another module 'random'; rename the file"):
-        import_own("random.py")
-    (tmp_path / "needs_more.py").write_text("import no_such_module\n")
-    for name in ("needs_more.py", "needs_more"):
-        with pytest.raises(ModuleNotFoundError, match="no_such_module"):  # the module's own error, as it is
-            import_own(name)
-
-
-def run(*arguments):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    return result, " ".join((result.output + result.stderr).split())
-
-
-def test_the_command_line_imports_what_is_ones_own(things, tmp_path):
-    folder = tmp_path / "run"
-    chosen = ["--set", "network=linear", "--set", "objective=stingy", "--set", "num_envs=64"]
-    arguments = ["train", "Own/Reviews-v0", "--algo", "my-ppo", "--steps", 64, "--output", folder, *chosen]
-    for missing in ("agent 'my-ppo'", "env 'Own/Reviews-v0'"):
-        result, output = run(*arguments)
-        assert result.exit_code == 2
-        assert f"unknown {missing}" in output
-        assert "known once the module that registers it is imported (on the command line: --import" in output
-        arguments[3] = "ppo"
-    arguments[3] = "my-ppo"
-    result, output = run(*arguments, "--import", things)
-    assert result.exit_code == 0, output
-    description = json.loads((folder / "config.json").read_text())
-    assert description["imports"] == [str(things)]
-    assert description["env_config"]["reward"]["objective"] == "stingy"
-    assert "Own/Reviews-v0" in run("envs", "--import", things)[1]
-
-    environment = {**os.environ, "COLUMNS": "400"}
-    command = [sys.executable, "-m", "sd_gym.cli", "evaluate", str(folder)]
-    clean = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert clean.returncode == 2
-    assert "unknown network 'linear'" in clean.stderr
-    assert f"{folder} was made with --import {things}; pass that again" in " ".join(clean.stderr.split())
-    assert "Traceback" not in clean.stderr
-    result, output = run("evaluate", folder, "--import", things, "--output", tmp_path / "again")
-    assert result.exit_code == 0, output
-    assert (tmp_path / "again" / "result.png").exists()
-
-    result, output = run("compare", folder, tmp_path / "again", tmp_path, things, "--markdown", "--import", things)
-    assert result.exit_code == 0, output
-    assert "| Own/Reviews-v0 | my-ppo | 1 |" in output  # evaluated twice, trained once
-    assert "counted once" in output
-    assert f"passed over, as they hold no result.json of a test split: {tmp_path}, {things}" in output
-    options = ["--env", "Own/Reviews-v0", "--steps", 2, "--output", tmp_path / "prepared", "--import", things]
-    backbone = description["env_config"]["backbone"]["name"]
-    result, output = run(
-        "prepare", "--backbone", backbone, "--dataset", description["env_config"]["data"]["dataset"], *options
-    )
-    assert result.exit_code == 0, output
-
-
-@pytest.mark.parametrize("command", ["train ID", "evaluate x", "compare x", "prepare --output x", "envs"])
-def test_a_missing_import_ends_every_command_with_words(command):
-    result, output = run(*command.split(), "--import", "no_such_module")
-    assert result.exit_code == 2
-    assert "no module 'no_such_module' to import; expected one that can be imported from here" in output
-    assert "Traceback" not in output

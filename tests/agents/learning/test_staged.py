@@ -1,4 +1,4 @@
-"""Agents on envs of several stages: what they learn from, what they keep, and what it costs."""
+"""Agents on envs of several stages, from learning to what leaves: what they learn from, keep and decide."""
 
 import json
 
@@ -7,34 +7,28 @@ import numpy as np
 import pytest
 import torch
 from sd_gym.agents.experiment.run import load_run, train
-from sd_gym.agents.experiment.skip_logits import skip_logits_of_run
-from sd_gym.agents.learning.decisions import decide_and_score, decision_flops, score_decisions
+from sd_gym.agents.learning.decisions import decide_and_score
 from sd_gym.agents.registry import make_agent
 from sd_gym.agents.reinforce.agent import ReinforceAgent
-from stable_baselines3.common.logger import KVWriter, Logger, configure
+from stable_baselines3.common.logger import KVWriter, Logger
 from torch.utils.flop_counter import FlopCounterMode
-from typer.testing import CliRunner
 
 import sd_gym
-from sd_gym.cli import app
 from sd_gym.policy import DecisionPolicy
+from tests.agents.conftest import STAGES, bold, learned, leaves, staged_settings, walked
 
 CUSTOM = "SD/Classification-Custom-Staged-v0"
-STAGES = ["first", "encoder.1", "encoder.2"]
 LEARNING = ["ppo", "a2c", "ppo_lagrangian", "ppo_lex", "reinforce", "blind-ppo"]
-OVER = {"epochs": 100, "batch_size": 8}  # of few instances, imitation needs many passes
 
 
 @pytest.fixture
-def keys(reviews, tiny_backbone):
-    return {"dataset": str(reviews), "backbone": str(tiny_backbone), "stages": STAGES, "epsilon": 1.0}
+def keys(staged_keys):
+    return staged_keys
 
 
 @pytest.fixture
-def env(keys):
-    vector = gym.make_vec(CUSTOM, num_envs=16, **keys).unwrapped
-    vector.reset(seed=0)
-    return vector
+def env(staged_env):
+    return staged_env
 
 
 class Points(KVWriter):
@@ -46,12 +40,6 @@ class Points(KVWriter):
     def write(self, key_values, key_excluded, step=0):
         self.steps.append(step)
         self.values = dict(key_values)
-
-
-def learned(env, algo, steps, folder, **settings):
-    agent, rollouts = make_agent(algo, env, seed=0, **settings), []
-    agent.learn(steps, configure(str(folder), []), rollouts.append)
-    return agent, rollouts
 
 
 @pytest.mark.parametrize("algo", LEARNING)
@@ -73,22 +61,6 @@ def test_an_agent_learns_to_skip_at_all_stages(env, algo, tmp_path):
     assert decide_and_score(core, policy, split)["decision"][:, :-1].mean() > 0.8
 
 
-def test_only_what_a_stage_decides_is_drawn_and_counts(env):
-    core, policy = env.core, make_agent("ppo", env, seed=0).algorithm.policy
-    width = env.single_observation_space.shape[0]
-    for stage, columns in enumerate(core.columns):
-        observations = torch.zeros(64, width)
-        observations[:, stage] = 1
-        actions, _, log_prob = policy(observations)
-        own = columns.stop - columns.start
-        assert (actions[:, own:] == 0).all()
-        assert actions[:, :own].float().mean() == pytest.approx(0.5, abs=0.1)
-        _, again, entropy = policy.evaluate_actions(observations, actions)
-        np.testing.assert_allclose(again.detach(), np.log(0.5) * own, rtol=0.05)
-        np.testing.assert_allclose(entropy.detach(), -np.log(0.5) * own, rtol=0.05)
-        assert torch.equal(again, log_prob)
-
-
 def test_the_places_of_a_stage_are_those_of_its_switches(reviews, tiny_backbone):
     files = {"dataset": str(reviews), "backbone": str(tiny_backbone)}
     keys = {"stages": ["first", "encoder.1"], "token_shares": [0, 0.5]}
@@ -108,8 +80,8 @@ def test_the_policy_decides_as_the_actor(env, algo, tmp_path):
     policy, core, split = agent.policy(), env.core, env.core.split("test")
     if algo == "ppo":
         result, own = (
-            sd_gym.evaluate(CUSTOM, agent.algorithm, **_keys(env)),
-            sd_gym.evaluate(CUSTOM, policy, **_keys(env)),
+            sd_gym.evaluate(CUSTOM, agent.algorithm, **staged_settings(env)),
+            sd_gym.evaluate(CUSTOM, policy, **staged_settings(env)),
         )
         assert {name: result[name] for name in ("quality", "flops_ratio", "skip_rate")} == {
             name: own[name] for name in ("quality", "flops_ratio", "skip_rate")
@@ -126,35 +98,6 @@ def test_the_policy_decides_as_the_actor(env, algo, tmp_path):
     final = infos["final_info"]
     np.testing.assert_array_equal(final["decision"], expected["decision"])
     np.testing.assert_array_equal(final["flops_ratio"], expected["flops_ratio"])
-
-
-def _keys(env):
-    config = env.config
-    parts = {"data.dataset": config.data.dataset, "backbone.name": config.backbone.name}
-    return {**parts, "stages": config.stages, "epsilon": config.reward.epsilon}
-
-
-def test_looking_counts_at_every_stage(env):
-    core, split = env.core, env.core.split("test")
-    policy, rows = make_agent("dense", env).policy(), np.arange(len(split))
-    size, logits = policy.observation_size, int(core.nvec.sum())
-    one = 2 * (size * 64 + 64 * 64 + 64 * logits)
-    assert policy.flops == 3 * one
-    head = split.backbone.flops.costs(split.encoded.source_length)[0]
-    np.testing.assert_array_equal(decision_flops(core, policy, split, rows), 3 * one + 2 * head)
-
-
-def test_a_walk_is_scored_as_its_decisions_are(env):
-    core, split = env.core, env.core.split("validation")
-    policy = make_agent("ppo", env, seed=3).policy()
-    with torch.no_grad():
-        policy.head.weight.mul_(100)
-    walked = decide_and_score(core, policy, split)
-    assert len(np.unique(walked["decision"], axis=0)) > 1
-    split.scoring.load_scores(None)
-    scored = score_decisions(core, split, np.arange(len(split)), walked["decision"])
-    for name, values in walked.items():
-        np.testing.assert_allclose(scored[name], values)
 
 
 @pytest.mark.parametrize("algo", ["ppo", "reinforce"])
@@ -181,33 +124,6 @@ def test_a_run_is_kept_evaluated_and_resumed(keys, algo, tmp_path, monkeypatch):
     assert weights[0] == weights[1]
 
 
-def leaves(core, run, result):
-    """On raw texts, the run's artefact decides as its policy in the env."""
-    assert result["artefact"] == "skip_policy.json"
-    split = core.split("test")
-    decisions = core.rollout(split, np.arange(len(split)), DecisionPolicy.load(run).decide)[0]
-    model = sd_gym.load(run)
-    came = model([one.source for one in split.instances])
-    sd_gym.detach(model.model)
-    np.testing.assert_array_equal([[*one.skip, one.token_level] for one in came], decisions)
-
-
-@pytest.mark.parametrize("algo", ["imitation", "blind-imitation"])
-def test_imitation_learns_what_is_to_come_at_each_stage(keys, algo, tmp_path):
-    """A loss costs little, so nearly all is skipped; another run takes its path over, in stages or at once."""
-    settings = {**keys, **OVER, "penalty": 1e-3}
-    result = train(CUSTOM, algo, tmp_path / "run", steps=1, settings=settings)
-    assert result["last_policy"]["flops_ratio"] < 0.2
-    _, core, policy = load_run(tmp_path / "run")
-    assert policy.stages == STAGES
-    leaves(core, tmp_path / "run", result)
-    path = np.array(json.loads((tmp_path / "run" / "masks.json").read_text()))
-    for stages in (STAGES, ["first"]):
-        other = gym.make_vec(CUSTOM, num_envs=2, **{**keys, "stages": stages}).unwrapped
-        agent, _ = learned(other, algo, 1, tmp_path / "log", path=tmp_path / "run", epochs=1)
-        np.testing.assert_array_equal(agent.searched.path, path)
-
-
 class Once(ReinforceAgent):
     """An agent that decides before the first layer alone."""
 
@@ -220,29 +136,6 @@ def test_what_decides_once_says_so(env, tmp_path):
     policy = make_agent("ppo", env).policy()
     with pytest.raises(ValueError, match=r"decides at first, encoder.1, encoder.2 needs the components of each stage"):
         policy.reduced(2, np.zeros((1, policy.observation_size), np.float32))
-
-
-def bold(env, folder):
-    """A policy that decides on each input differently, at all its stages."""
-    policy = make_agent("ppo", env, seed=1).policy()
-    with torch.no_grad():
-        policy.head.weight.normal_(std=8, generator=torch.Generator().manual_seed(0))
-        policy.head.bias.zero_()
-    policy.save(folder)
-    return policy
-
-
-def walked(core, policy):
-    """What a policy sees at each stage of the training split, what it says there, and what it decides in all."""
-    split, seen, said = core.split("train"), [], []
-
-    def decide(observations):
-        seen.append(observations)
-        said.append(policy.decide(observations))
-        return said[-1]
-
-    decisions, _ = core.rollout(split, np.arange(len(split)), decide)
-    return seen, said, decisions
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 50])
@@ -286,67 +179,6 @@ def test_a_codebook_whose_stages_overlap_is_refused(env, tmp_path):
         DecisionPolicy.load(tmp_path)
 
 
-@pytest.mark.parametrize("stages", [STAGES, ["encoder.1"]])
-def test_a_run_of_stages_is_reduced_and_its_artefact_decides_so(env, stages, tmp_path):
-    keys = {**_keys(env), "stages": stages}
-    train(CUSTOM, "ppo", tmp_path / "run", steps=32, settings=keys, strictness=0)
-    bold(gym.make_vec(CUSTOM, num_envs=2, **keys).unwrapped, tmp_path / "run")
-    sd_gym.reduce(tmp_path / "run", 2, tmp_path / "few")
-    _, core, policy = load_run(tmp_path / "few")
-    _, said, decisions = walked(core, policy)
-    for stage, own in enumerate(core.steps.components):
-        assert len(np.unique(said[stage][:, own], axis=0)) <= 2
-    assert len(np.unique(decisions, axis=0)) > 1
-    model = sd_gym.load(tmp_path / "few")
-    answers = model([one.source for one in core.split("train").instances])
-    np.testing.assert_array_equal([one.skip for one in answers], decisions[:, :-1])
-    sd_gym.detach(model.model)
-
-
-@pytest.mark.parametrize("stages", [STAGES, ["encoder.1"]])
-def test_a_backbone_is_tuned_under_what_each_stage_decides(env, stages, tmp_path):
-    """The odds have the sign of the decisions; of what no stage decides, they say that it runs."""
-    keys = {**_keys(env), "stages": stages}
-    train(CUSTOM, "ppo", tmp_path / "run", steps=32, settings=keys, strictness=0)
-    policy = bold(gym.make_vec(CUSTOM, num_envs=2, **keys).unwrapped, tmp_path / "run")
-    _, odds = skip_logits_of_run(tmp_path / "run", {})
-    core = load_run(tmp_path / "run")[1]
-    seen, _, decisions = walked(core, policy)
-    np.testing.assert_array_equal(odds["train"] > 0, decisions[:, :-1].astype(bool))
-    for columns, observations in zip(core.columns, seen, strict=True):
-        np.testing.assert_array_equal(odds["train"][:, columns], policy.skip_logits(observations)[:, columns])
-    assert (odds["train"][:, : core.columns[0].start] == -np.inf).all()
-    options = ["--policy", tmp_path / "run", "--output", tmp_path / "tuned", "--steps", 3]
-    result = CliRunner().invoke(app, ["prepare", *map(str, options)])
-    assert result.exit_code == 0, result.output
-
-
-@pytest.mark.parametrize("algo", ["ppo", "reinforce"])
-def test_a_start_of_one_stage_decides_nearly_as_it_did(env, algo, tmp_path):
-    """At the first stage exactly; what it said of later switches is learned from what those stages see."""
-    once = gym.make_vec(CUSTOM, num_envs=2, **{**_keys(env), "stages": ["first"]}).unwrapped
-    start = make_agent("ppo", once, seed=1).policy()
-    with torch.no_grad():
-        start.head.weight.mul_(100)
-    start.save(tmp_path)
-    agent = make_agent(algo, env, start=tmp_path)
-    policy, core = agent.policy(), env.core
-    split = core.split("train")
-    rows = np.arange(len(split))
-    wanted, came = start.decide(once.core.observe(split, rows)), core.rollout(split, rows, policy.decide)[0]
-    assert 0.1 < wanted[:, :-1].mean() < 0.9
-    assert (wanted != wanted[0]).any(axis=0)[:-1].sum() >= 4
-    np.testing.assert_array_equal(came[:, core.columns[0]], wanted[:, core.columns[0]])
-    assert (came == wanted)[:, :-1].mean() > 0.95
-    assert policy.per_stage
-    assert agent.selectable_policies()[-1].stages == STAGES
-    policy.save(tmp_path / "staged")
-    assert make_agent("ppo", env, start=tmp_path / "staged").policy().per_stage
-    two = gym.make_vec(CUSTOM, num_envs=2, **{**_keys(env), "stages": ["encoder.1"]}).unwrapped
-    with pytest.raises(ValueError, match=r"cannot be a start here: its stages is \['first'\]"):
-        make_agent("ppo", two, start=tmp_path)
-
-
 def test_hidden_layers_of_a_stage_see_its_rows_alone(env, tmp_path):
     size = env.single_observation_space.shape[0]
     policy = DecisionPolicy(size, env.core.nvec.tolist(), env.core.switch_names, stages=STAGES, per_stage=True)
@@ -372,14 +204,3 @@ def test_controls_run_as_on_one_stage(keys, algo, tmp_path):
     if algo != "hash":
         assert results[0]["skip_rate"] == results[1]["skip_rate"]
         assert results[0]["quality"] == results[1]["quality"]
-
-
-def test_reinforce_waits_for_its_foresight_but_learns_in_short_runs_too(env, tmp_path):
-    agent = make_agent("reinforce", env, seed=0)
-    first, moved = agent.policy().head.bias, []
-
-    def on_rollout(rollout):
-        moved.append(not torch.equal(agent.policy().head.bias, first))
-
-    agent.learn(256, configure(str(tmp_path), []), on_rollout)  # rollouts of 32 decisions; it waits for a quarter
-    assert moved == [False] * 2 + [True] * 6

@@ -22,7 +22,7 @@ from sd_gym.envs import ConfigError
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.spaces import joined
 from sd_gym.policy import DecisionPolicy
-from tests.agents.learning.test_staged import leaves, walked
+from tests.agents.conftest import leaves, walked
 from tests.conftest import sign
 from tests.policy.conftest import QUICK, is_negated, orders  # noqa: F401  (a fixture)
 

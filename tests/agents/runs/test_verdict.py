@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
-from sd_gym.agents.runs.statistics import bootstrap_interval
-from sd_gym.agents.runs.verdict import Verdict, assured, fewest_instances, verdict
+from sd_gym.agents.runs.statistics import (
+    bootstrap_interval,
+)
+from sd_gym.agents.runs.verdict import Verdict, assured, changes_allowed, fewest_instances, losses_allowed, verdict
 
 SIMULATIONS = 1000
 SLACK = 3 * np.sqrt(0.05 * 0.95 / SIMULATIONS)  # of a simulated rate: three of its standard errors
@@ -95,3 +97,23 @@ def test_how_much_may_be_lost_where_it_is_assured():
 
     assert [lost(2, 1000), lost(3, 1000)] == [Verdict.KEPT, Verdict.NOT_SHOWN]  # 12 of 2,000 are shown to be few
     assert lost(0, 298) == Verdict.TOO_FEW
+
+
+def test_the_power_is_what_the_verdict_says():
+    for n, epsilon in ((299, 0.01), (872, 0.005), (2000, 0.01), (50, 0.2)):
+        for allowed, gained in ((losses_allowed(n, epsilon), False), (changes_allowed(n, epsilon), True)):
+            assert allowed >= 0
+            for changed in range(0, allowed + 2 + gained, 1 + gained):
+                quality, quality_ref = np.ones(n), np.ones(n)
+                quality[: changed // 2 if gained else changed] = 0
+                quality_ref[n - changed // 2 :] = 0 if gained else 1
+                kept = verdict(quality, quality_ref, epsilon) == Verdict.KEPT
+                assert kept == (changed <= allowed), (n, epsilon, changed)
+
+
+def test_too_few_instances_allow_nothing():
+    least = fewest_instances(0.01)
+    assert losses_allowed(least, 0.01) == 0
+    assert losses_allowed(least - 1, 0.01) is None
+    assert changes_allowed(least - 1, 0.01) is None
+    assert losses_allowed(1000, 0.0) is None

@@ -2,15 +2,9 @@
 
 import json
 
-import gymnasium as gym
-import numpy as np
 import pytest
-from sd_gym.agents import make_agent
 from sd_gym.agents.experiment.run import train
-from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.imitation.agent import ImitationAgent
-from sd_gym.agents.learning.decisions import decide_and_score, halves
-from stable_baselines3.common.logger import KVWriter, Logger
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -21,11 +15,6 @@ CUSTOM = "SD/Classification-Custom-v0"
 
 class KilledError(Exception):
     """Stands for a kill."""
-
-
-@pytest.fixture
-def custom(reviews, tiny_backbone):
-    return {"dataset": str(reviews), "backbone": str(tiny_backbone)}
 
 
 def events_of(folder):
@@ -89,17 +78,6 @@ def test_skip_rates_are_a_picture_at_each_validation_and_charts_lay_agents_over_
     assert {"validation/quality", "validation/flops_ratio"} <= tags <= set(events.Tags()["scalars"])
 
 
-def test_the_validation_reward_is_the_objectives(custom):
-    env = gym.make_vec(CUSTOM, num_envs=4, objective="scalarized", penalty=2.0, epsilon=0.0, **custom).unwrapped
-    policy = make_agent("random", env, rate=0.9).policy()
-    entry = Selection(env.core).consider(100, policy, env.objective)
-    assert entry["quality"] != entry["quality_ref"]
-    saved = 1 - entry["flops_ratio"]
-    scored = decide_and_score(env.core, policy, env.core.split("validation"), halves(env.core.split("validation"))[0])
-    lost = np.maximum(0, scored["quality_ref"] - scored["quality"]).mean()
-    assert entry["reward"] == pytest.approx(saved - 2.0 * lost)
-
-
 @pytest.mark.parametrize("name", ["ppo", "a2c", "reinforce"])
 def test_no_point_is_there_twice_after_a_run_was_cut_off_and_went_on(name, custom, tmp_path):
     def kill(step, figures):
@@ -141,35 +119,3 @@ def test_a_run_that_begins_again_hides_what_was_there(custom, tmp_path, monkeypa
     for tag in ("config/text_summary", "imitation/risk_loss", "validation/reward"):
         steps = [event.step for event in events.Tensors(tag)]
         assert steps == sorted(set(steps)), tag
-
-
-class Kept(KVWriter):
-    """Keeps what is dumped, by step."""
-
-    def __init__(self):
-        self.dumped = {}
-
-    def write(self, key_values, key_excluded, step=0):
-        self.dumped.setdefault(step, {}).update(key_values)
-
-    def close(self):
-        pass
-
-
-@pytest.mark.parametrize("name", ["ppo", "ppo_lex", "a2c", "reinforce"])
-def test_tags_of_a_rollout_are_means_over_all_its_decisions(name, custom):
-    env = gym.make_vec(CUSTOM, num_envs=32, epsilon=0.0, **custom).unwrapped
-    env.reset(seed=0)
-    agent = make_agent(name, env, initial_skip_rate=0.5)
-    kept, rollouts = Kept(), {}
-    agent.learn(3_000, Logger(None, [kept]), lambda rollout: rollouts.update({rollout.steps: rollout}))
-    points = {step: values for step, values in kept.dumped.items() if "rollout/ep_rew_mean" in values}
-    assert len(points) >= 2
-    for step, values in points.items():
-        rollout = rollouts[step]
-        assert values["rollout/ep_rew_mean"] == pytest.approx(rollout.rewards.mean(), rel=1e-5)
-        assert values["rollout/success_rate"] == pytest.approx(rollout.infos["is_success"].mean())
-        assert values["rollout/ep_len_mean"] == 1
-        for key in ("quality", "quality_ref", "flops_ratio"):
-            assert values[f"rollout/{key}"] == pytest.approx(rollout.infos[key].mean())
-    assert len({float(values["rollout/success_rate"]) for values in points.values()} | {0.0, 1.0}) > 2

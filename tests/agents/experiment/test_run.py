@@ -1,0 +1,180 @@
+"""Runs: what their folders hold, how they go on, and how they are reduced."""
+
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from sd_gym.agents.experiment.evaluation import evaluate
+from sd_gym.agents.experiment.run import load_run, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
+
+import sd_gym
+from sd_gym.cli import app
+from sd_gym.config import ConfigError
+from sd_gym.policy import DecisionPolicy
+from tests.agents.conftest import LEARNING, SB3, STAGED, STAGES, asked, bold, staged_settings, walked
+
+CUSTOM = "SD/Classification-Custom-v0"
+TAGS = {
+    "rollout/ep_rew_mean",
+    "rollout/ep_len_mean",
+    "rollout/quality",
+    "rollout/quality_ref",
+    "rollout/flops_ratio",
+    "rollout/success_rate",
+    "time/fps",
+    "validation/quality",
+    "validation/flops_ratio",
+    "validation/reward",
+}
+
+
+@pytest.mark.parametrize("name", [*LEARNING, "random", "blind-reinforce"])
+def test_a_run_folder_is_complete(name, finished, custom):
+    folder, result, told = finished(name)
+    files = {file.name for file in folder.iterdir()}
+    wanted = {"config.json", "policy.json", "policy.safetensors", "result.json", "result.png"}
+    assert wanted <= files
+    assert ("sb3.safetensors" in files) == (name in SB3)
+    assert not any(file.endswith((".tmp", ".pt")) for file in files)
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["env_config"]["reward"]["penalty"] == 3.0
+    assert config["algo"] == name
+    assert "torch" in config["versions"]
+    if name != "random":
+        assert told[-1][0] >= 640
+        events = EventAccumulator(str(folder)).Reload()
+        assert set(events.Tags()["scalars"]) >= TAGS
+    _, core, policy = load_run(folder)
+    again = evaluate(core, policy, "test")
+    assert again == {key: result[key] for key in again}
+    with pytest.raises(FileExistsError, match="finished run"):
+        train(CUSTOM, name, folder, steps=10, settings=custom)
+
+
+def test_a_policy_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no policy.json"):
+        DecisionPolicy.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no config.json"):
+        load_run(tmp_path)
+    with pytest.raises(ConfigError):
+        train(CUSTOM, "ppo", tmp_path / "run", steps=10)
+
+
+@pytest.mark.parametrize("name", [*LEARNING, "blind-ppo"])
+def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(name, finished, custom, tmp_path):
+    class KilledError(Exception):
+        pass
+
+    def kill(step, figures):
+        if step > 420:
+            raise KilledError
+
+    whole_folder, whole, _ = finished(name)
+    arguments, cut = asked(custom), tmp_path / "cut"
+    with pytest.raises(KilledError):
+        train(CUSTOM, name, cut, **arguments, on_progress=kill)
+    with pytest.raises(FileExistsError, match="go on with --resume"):
+        train(CUSTOM, name, cut, **arguments)
+    with pytest.raises(ValueError, match="its seed is 3, now it is 4"):
+        train(CUSTOM, name, cut, **{**arguments, "seed": 4}, resume=True)
+    steps = []
+    resumed = train(CUSTOM, name, cut, **arguments, resume=True, on_progress=lambda step, figures: steps.append(step))
+    assert steps[0] > 320  # the decisions before the checkpoint were not made again
+    weights = [(folder / "policy.safetensors").read_bytes() for folder in (whole_folder, cut)]
+    assert weights[0] == weights[1]
+    assert {**whole, "time": None} == {**resumed, "time": None}
+
+
+class CutError(Exception):
+    """Stands for a kill."""
+
+
+def cut_run(settings, folder):
+    def kill(step, figures):
+        if step > 700:
+            raise CutError
+
+    arguments = {"steps": 1_000, "settings": {**settings, "num_envs": 16}}
+    with pytest.raises(CutError):
+        train(CUSTOM, "ppo", folder, **arguments, on_progress=kill)
+    return arguments
+
+
+def test_a_run_that_was_cut_off_before_its_first_checkpoint_is_not_begun_again_unasked(settings, tmp_path):
+    cut_run(settings, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    arguments = {"steps": 1_000, "settings": {**settings, "num_envs": 16}}
+    with pytest.raises(FileExistsError, match="cut off; go on with --resume"):
+        train(CUSTOM, "ppo", tmp_path / "run", **arguments)
+    train(CUSTOM, "ppo", tmp_path / "run", **arguments, resume=True)
+
+
+def test_resume_names_what_differs(settings, tmp_path):
+    arguments = cut_run(settings, tmp_path / "run")
+    changed = {**arguments["settings"], "penalty": 3.0, "n_steps": 8}
+    with pytest.raises(
+        ValueError, match=r"another run: its reward\.penalty is 20\.0, now it is 3\.0, its n_steps is 1, now it is 8$"
+    ):
+        train(CUSTOM, "ppo", tmp_path / "run", **{**arguments, "settings": changed}, resume=True)
+    with pytest.raises(ValueError, match=r"another run: its strictness is 1\.6\d*, now it is 0\.5$"):
+        train(CUSTOM, "ppo", tmp_path / "run", **arguments, strictness=0.5, resume=True)
+
+
+@pytest.fixture
+def run(tmp_path, reviews, tiny_backbone):
+    """A run with a policy that decides differently on each input."""
+    settings = {"dataset": str(reviews), "backbone": str(tiny_backbone), "overlap": "allow", "epsilon": 1.0}
+    folder = tmp_path / "run"
+    sd_gym.train("SD/Classification-Custom-v0", "ppo", folder, steps=200, strictness=0, **settings)
+    policy = DecisionPolicy.load(folder)
+    with torch.no_grad():
+        policy.head.weight.normal_(std=20)
+        policy.head.bias.zero_()
+    policy.save(folder)
+    return folder
+
+
+def test_the_reduced_run_stands_beside_the_one_it_was_made_of(run, tmp_path):
+    done = CliRunner().invoke(app, ["reduce", str(run), "--codebook", "3", "--output", str(tmp_path / "few")])
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "few" / "result.json").read_text())
+    assert result["decisions_used"] <= 3
+    assert len(sd_gym.SkipPolicy.from_pretrained(tmp_path / "few").network.codebook) <= 3
+    rows = sd_gym.compare([run, tmp_path / "few"])
+    assert sorted(row["agent"] for row in rows) == ["ppo (codebook 3)", "ppo (codebook None)"]
+    model = sd_gym.load(tmp_path / "few")
+    assert len({tuple(one.skip) for one in model(["good food", "the room was bad", "awful", "fine fine room"])}) <= 3
+    sd_gym.detach(model.model)
+    again = CliRunner().invoke(app, ["reduce", str(run), "--output", str(tmp_path / "few")])
+    assert again.exit_code == 2
+    assert "is not empty" in again.output
+
+
+def test_what_decides_at_random_is_not_reduced(run, tmp_path):
+    policy = DecisionPolicy.load(run)
+    policy.noise = "hash"
+    policy.save(run)
+    with pytest.raises(ValueError, match="decides at random"):
+        sd_gym.reduce(run, 4, tmp_path / "few")
+
+
+@pytest.mark.parametrize("stages", [STAGES, ["encoder.1"]])
+def test_a_run_of_stages_is_reduced_and_its_artefact_decides_so(staged_env, stages, tmp_path):
+    keys = {**staged_settings(staged_env), "stages": stages}
+    train(STAGED, "ppo", tmp_path / "run", steps=32, settings=keys, strictness=0)
+    bold(gym.make_vec(STAGED, num_envs=2, **keys).unwrapped, tmp_path / "run")
+    sd_gym.reduce(tmp_path / "run", 2, tmp_path / "few")
+    _, core, policy = load_run(tmp_path / "few")
+    _, said, decisions = walked(core, policy)
+    for stage, own in enumerate(core.steps.components):
+        assert len(np.unique(said[stage][:, own], axis=0)) <= 2
+    assert len(np.unique(decisions, axis=0)) > 1
+    model = sd_gym.load(tmp_path / "few")
+    answers = model([one.source for one in core.split("train").instances])
+    np.testing.assert_array_equal([one.skip for one in answers], decisions[:, :-1])
+    sd_gym.detach(model.model)

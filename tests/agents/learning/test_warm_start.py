@@ -1,0 +1,65 @@
+"""An agent that begins where another run ended."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from sd_gym.agents.registry import make_agent
+
+from sd_gym.policy import DecisionPolicy
+from tests.agents.conftest import STAGED, STAGES, staged_settings
+
+
+def test_a_warm_start_is_refined_slowly(env, tmp_path):
+    start = make_agent("random", env).policy()
+    start.noise = "none"
+    start.save(tmp_path)
+    rates = {"ppo": 2e-4, "ppo_lagrangian": 2e-4, "ppo_lex": 2e-4, "a2c": 5e-5, "reinforce": 5e-5, "blind-a2c": 1e-3}
+    for algo, rate in rates.items():
+        assert make_agent(algo, env, start=tmp_path).settings.learning_rate == rate
+        assert make_agent(algo, env).settings.learning_rate > rate
+        assert make_agent(algo, env, start=tmp_path, learning_rate=0.5).settings.learning_rate == 0.5
+
+
+@pytest.mark.parametrize("name", ["ppo_lex", "a2c", "reinforce", "imitation"])
+def test_a_warm_start_begins_where_the_other_run_ended(name, env, tmp_path):
+    start = make_agent("random", env, rate=0.9).policy()
+    start.noise = "none"
+    start.save(tmp_path)
+    observations = env.core.observe(env.core.split("train"), np.arange(32))
+    agent = make_agent(name, env, start=tmp_path)
+    np.testing.assert_array_equal(agent.policy().decide(observations), start.decide(observations))
+    offered = agent.selectable_policies()[-1]  # and, as one of those to select from, cannot end behind it
+    assert len(agent.selectable_policies()) == (1 if name == "imitation" else 2)  # which learns anew
+    np.testing.assert_array_equal(offered.decide(observations), start.decide(observations))
+    assert make_agent(f"blind-{name}", env, start=tmp_path).selectable_policies()[-1].blind
+    policy = DecisionPolicy(3, [2, 2], ["a"])
+    policy.save(tmp_path / "other")
+    with pytest.raises(ValueError, match="cannot be a start here: its observation_size is 3, expected"):
+        make_agent(name, env, start=tmp_path / "other")
+
+
+@pytest.mark.parametrize("algo", ["ppo", "reinforce"])
+def test_a_start_of_one_stage_decides_nearly_as_it_did(staged_env, algo, tmp_path):
+    """At the first stage exactly; what it said of later switches is learned from what those stages see."""
+    once = gym.make_vec(STAGED, num_envs=2, **{**staged_settings(staged_env), "stages": ["first"]}).unwrapped
+    start = make_agent("ppo", once, seed=1).policy()
+    with torch.no_grad():
+        start.head.weight.mul_(100)
+    start.save(tmp_path)
+    agent = make_agent(algo, staged_env, start=tmp_path)
+    policy, core = agent.policy(), staged_env.core
+    split = core.split("train")
+    rows = np.arange(len(split))
+    wanted, came = start.decide(once.core.observe(split, rows)), core.rollout(split, rows, policy.decide)[0]
+    assert 0.1 < wanted[:, :-1].mean() < 0.9
+    assert (wanted != wanted[0]).any(axis=0)[:-1].sum() >= 4
+    np.testing.assert_array_equal(came[:, core.columns[0]], wanted[:, core.columns[0]])
+    assert (came == wanted)[:, :-1].mean() > 0.95
+    assert policy.per_stage
+    assert agent.selectable_policies()[-1].stages == STAGES
+    policy.save(tmp_path / "staged")
+    assert make_agent("ppo", staged_env, start=tmp_path / "staged").policy().per_stage
+    two = gym.make_vec(STAGED, num_envs=2, **{**staged_settings(staged_env), "stages": ["encoder.1"]}).unwrapped
+    with pytest.raises(ValueError, match=r"cannot be a start here: its stages is \['first'\]"):
+        make_agent("ppo", two, start=tmp_path)

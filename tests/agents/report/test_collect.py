@@ -1,0 +1,53 @@
+"""Runs of the same env and the same test rows are one task of a report."""
+
+import json
+
+import numpy as np
+import pytest
+from sd_gym.agents.registry import agent_names, learning_agents
+from sd_gym.agents.report.collect import collect, example_decisions
+from sd_gym.agents.report.text import results_table, verdict_sentences
+from sd_gym.agents.runs.finished import read_run
+
+from tests.agents.report.conftest import ENV
+
+
+@pytest.mark.parametrize("control", [name for name in agent_names() if name not in learning_agents()])
+def test_a_control_is_never_the_best_agent(run, control):
+    (task,) = collect([run(control, flops=0.1), run("ppo", flops=0.4)])
+    assert [one.name for one in task.learned] == ["ppo"]
+    assert f"{control} keeps the quality in" not in " ".join(verdict_sentences(task))
+
+
+def test_other_test_rows_are_another_task(run):
+    tasks = collect([run("ppo"), run("a2c"), run("ppo", 1, instances=500)])
+    assert sorted(len(task.agents) for task in tasks) == [1, 2]
+    assert all(task.name.startswith(f"{ENV} (test rows rows") for task in tasks)
+
+
+def test_areas_are_between_dense_and_nothing(run):
+    (task,) = collect(
+        [
+            run("dense", flops=1.0, lost=0.0),
+            run("ppo", flops=0.4, lost=0.01),
+            run("bad", flops=0.1, lost=0.05, kept=False),
+        ]
+    )
+    areas = {one.name: one.areas.tolist() for one in task.agents}
+    assert areas["dense"] == [0]
+    assert areas["bad"] == [0]
+    np.testing.assert_allclose(areas["ppo"], [0.6 * 0.8])
+    assert results_table(task).rows[0][0] == "ppo"
+
+
+def test_single_instances_are_of_each_level_and_of_what_was_lost(run):
+    first, second = example_decisions(read_run(run("ppo")))
+    assert (first.label, first.skip.tolist(), first.flops) == ("test-0, level 1", [True, True, False, True], 0.4)
+    assert (first.lost, second.lost) == (False, True)
+    other = run("a2c")
+    config = json.loads((other / "config.json").read_text())
+    config["env_config"]["token_shares"] = [0.0, 0.25]
+    (other / "config.json").write_text(json.dumps(config))
+    text = (other / "instances.csv").read_text()
+    (other / "instances.csv").write_text(text.replace("11010", "11011"))
+    assert [one.dropped for one in example_decisions(read_run(other))] == [0.25, 0.0]

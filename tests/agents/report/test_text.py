@@ -1,0 +1,77 @@
+"""The sentences of a report never say more than the runs show."""
+
+from sd_gym.agents.report.collect import collect
+from sd_gym.agents.report.text import overall_sentences, results_table, verdict_sentences
+
+from tests.agents.report.conftest import ENV, OTHER, seeds
+
+
+def words(folders):
+    (task,) = collect(folders)
+    return " ".join(verdict_sentences(task))
+
+
+def test_on_too_few_instances_no_quality_is_said_to_be_kept(run):
+    folders = seeds(run, "ppo", [0.3, 0.3], instances=298)
+    (row,) = results_table(*collect(folders)).rows
+    assert row[4:6] == ["0 of 2", "too few instances to tell"]
+    said = words(folders)
+    assert "too few instances to tell: a verdict takes at least 299" in said
+    assert "keeps the quality in" not in said
+    assert "a verdict takes that some quality may be lost" in words([run("ppo", 8, epsilon=0.0)])
+    assert "12 answers may be lost" in words([run("ppo", 9)])
+
+
+def test_who_is_ahead_is_said_only_where_the_runs_tell(run):
+    folders = seeds(run, "ppo", [0.3, 0.31, 0.32, 0.33])
+    assert "It is ahead of a2c" in words([*folders, *seeds(run, "a2c", [0.5, 0.51, 0.52, 0.53])])
+    near = [0.299, 0.312, 0.326, 0.334]
+    assert "It cannot be told apart from close" in words([*folders, *seeds(run, "close", near)])
+    assert "Against single nothing can be told" in words([*folders, run("single", flops=0.9)])
+
+
+def test_an_agent_that_loses_quality_saves_nothing(run):
+    careful, bold = seeds(run, "careful", [0.6, 0.6]), seeds(run, "bold", [0.1, 0.1], kept=False, lost=0.02)
+    said = words([*careful, *bold])
+    assert "careful keeps the quality in all 2 runs" in said
+    assert "It is ahead of bold" in said
+    assert "No agent keeps the quality in all its runs; bold" in words(bold)
+
+
+def test_an_agent_that_does_not_beat_the_static_masks_is_said_to_have_learned_nothing_of_its_inputs(run):
+    folders = seeds(run, "ppo", [0.4, 0.42])
+    nothing = "not shown to have learned anything about its inputs"
+    assert nothing in words([*folders, *seeds(run, "static", [0.3, 0.31])])
+    assert "It is ahead of static" in words([*folders, *seeds(run, "static", [0.6, 0.61], instances=2000, steps=7)])
+    assert "no run of static masks" in words(folders)
+    alone = words([*seeds(run, "a2c", [0.4, 0.42]), run("static", 7, flops=0.6)])
+    assert "Every run of it saves more than the best static mask, 60.0%" in alone
+    assert nothing not in alone
+
+
+def test_over_all_envs_agents_are_compared_that_ran_on_all(run):
+    folders = [
+        run(algo, seed, env=env, flops=flops)
+        for env in (ENV, OTHER)
+        for seed in (0, 1, 2)
+        for algo, flops in (("ppo", 0.3 + 0.01 * seed), ("a2c", 0.7))
+    ]
+    tasks = collect([*folders, run("once", flops=0.1)])
+    said = overall_sentences(tasks)
+    assert said[0].startswith("ppo saves most with the quality kept: 69.0%")
+    assert said[1].startswith("It is ahead of a2c")
+    assert len(said) == 2
+    assert overall_sentences(tasks[:1]) == []
+
+
+def test_who_saves_most_may_be_behind_in_most_envs(run):
+    of_envs = {ENV: (0.1, 0.9), OTHER: (0.7, 0.65), "SD/Third-v0": (0.7, 0.65)}
+    folders = [
+        run(algo, seed, env=env, flops=ratio + 0.001 * seed)
+        for env, ratios in of_envs.items()
+        for seed in (0, 1, 2)
+        for algo, ratio in zip(("bold", "steady"), ratios, strict=True)
+    ]
+    said = overall_sentences(collect(folders))
+    assert said[0].startswith("bold saves most")
+    assert said[1] == "It is behind steady: a run of bold is better with a probability of 33% (33% to 33%)."

@@ -1,0 +1,18 @@
+"""Names of agents and of their settings."""
+
+import pytest
+from sd_gym.agents import agent_names, make_agent
+from sd_gym.agents.experiment.run import split_settings
+
+
+def test_names_and_settings_are_checked(env):
+    assert "blind-a2c" in agent_names()
+    with pytest.raises(ValueError, match=r"unknown agent 'reinforc'; did you mean 'reinforce'"):
+        make_agent("reinforc", env)
+    with pytest.raises(ValueError, match=r"unknown setting 'learning_rat' of PPOAgent; did you mean 'learning_rate'"):
+        make_agent("ppo", env, learning_rat=1)
+    with pytest.raises(ValueError, match="greater than 0"):
+        make_agent("ppo", env, learning_rate=-1)
+    with pytest.raises(ValueError, match=r"unknown setting 'foo'. Of the env: task.*Of ppo: num_envs"):
+        split_settings("ppo", {"foo": 1})
+    assert split_settings("ppo", {"penalty": 1, "n_steps": 2}) == ({"penalty": 1}, {"n_steps": 2})

@@ -1,0 +1,30 @@
+"""Files are whole or not there, and damaged ones are named."""
+
+import pytest
+import torch
+
+from sd_gym.files import read_checkpoint, read_json, read_tensors, write_checkpoint, write_json, write_tensors
+from tests.conftest import small_disk
+
+VALUES = {"x": torch.zeros(100_000)}
+
+
+@pytest.mark.parametrize(
+    ("write", "value"), [(write_tensors, VALUES), (write_checkpoint, VALUES), (write_json, [0] * 100_000)]
+)
+def test_files_on_a_full_disk(tmp_path, write, value):
+    file = tmp_path / "file"
+    write(file, value)
+    before = file.read_bytes()
+    with small_disk(1000), pytest.raises(OSError, match=r"File too large|cannot write .*file"):
+        write(file, value)
+    assert file.read_bytes() == before  # what was there is still whole
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+def test_damaged_files_are_named(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"garbage")
+    for read in (read_json, read_tensors, read_checkpoint):
+        with pytest.raises(ValueError, match=rf"{file} is damaged"):
+            read(file)
