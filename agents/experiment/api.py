@@ -236,8 +236,8 @@ def _policy_like(policy: Policy | TablePolicy, flops: int | None, core: Core) ->
     if isinstance(policy, TablePolicy):
         check_fits(policy, core)
         return _PolicyFunction(policy.decide, policy.flops if flops is None else flops)
-    predict: Any = getattr(policy, "predict", None)
-    act = (lambda observations: predict(observations, deterministic=True)[0]) if callable(predict) else policy
+    predict: Callable[..., Any] | None = getattr(policy, "predict", None)
+    act: Any = (lambda observations: predict(observations, deterministic=True)[0]) if callable(predict) else policy
     if not callable(act):
         raise ValueError(
             "expected a policy: a callable from observations to decisions, a model with predict(), a DecisionPolicy or "
