@@ -184,7 +184,7 @@ def _no_split(data: DataConfig, base: str, split: str, known: list[str]) -> File
 
 
 def read_rows(file: Path, numeric: Collection[str] = ("label",)) -> Rows:
-    """The rows of a JSONL, CSV or Parquet file; DataError if it is malformed; ``numeric``: see ``read_csv``."""
+    """The rows of a JSONL, CSV or Parquet file (``numeric``: see ``read_csv``); FileNotFoundError, or DataError."""
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}; expected one of the formats {', '.join(FORMATS)}")
     if file.suffix == ".jsonl":

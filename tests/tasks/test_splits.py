@@ -166,8 +166,8 @@ def test_a_result_says_which_rows_it_is_of(reviews, tiny_backbone, tmp_path):
 def test_each_split_is_made_once(reviews, monkeypatch):
     from sd_gym.tasks import data, splits
 
-    read, made, inner = [], [], data._read_file
-    monkeypatch.setattr(data, "_read_file", lambda *given: read.append(given[0]) or inner(*given))
+    read, made, inner = [], [], data.read_rows
+    monkeypatch.setattr(data, "read_rows", lambda *given: read.append(given[0]) or inner(*given))
     found = splits_of(reviews, splits=CUT)
     assert [found[name] is found[name] for name in SPLITS] == [True] * 3
     assert read == [reviews]
