@@ -62,7 +62,7 @@ def write_table(
     Args:
         core: The env's core.
         masks: The decisions, ``[masks, switches + 1]``, the dense one first and no two alike; ``None``: all.
-        folder: Where to write it; see ``sd_gym.envs.table``.
+        folder: Where to write it; see ``sd_gym.envs.table_files``.
         ways: Where the env decides at several stages: how many ways of each are in the masks, which are all
             combinations of them, the last stage's changing first.
         chosen: How the masks were chosen, in words.
