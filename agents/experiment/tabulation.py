@@ -48,7 +48,7 @@ def tabulate(
 
     Args:
         env_or_run: A registered id; or the folder of a run, whose env it is then.
-        output: Folder to write the table to (``sd_gym.envs.table`` says what is in it).
+        output: Folder to write the table to (``sd_gym.envs.table_files`` says what is in it).
         decisions: ``all``; or one or several of ``random:N`` (N masks, each of a skip rate of its own), ``path``
             (greedily searched on the validation split, from dense to nothing), ``codebook`` (the env's) and
             ``codebook:FILE`` (a list of masks, or the folder of a run of ``static`` or of a table). The dense mask is

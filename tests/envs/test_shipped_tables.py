@@ -57,7 +57,7 @@ def test_it_is_small_complete_and_says_nothing_of_where_it_was_made(env_id):
         assert said["splits"][split]["instances"] > 0
         assert set(said["splits"][split]["identity"]) == {"file", "part", "instances", "hash"}
         assert "/" not in said["splits"][split]["identity"]["file"]
-    assert "/" not in said["env_config"]["backbone"]
+    assert "/" not in said["env_config"]["backbone"]["name"]
     assert "/" not in said["env_config"]["data"]["dataset"]
     core = shared_core(load_config(config_of(env_id), {}))
     assert all(core.split(split).ids[0] == f"{split}-0" for split in SPLITS)
