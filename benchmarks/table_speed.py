@@ -29,9 +29,8 @@ def made_up(folder: Path) -> Path:
     names = [f"encoder.{number // 2}.{('attention', 'feed_forward')[number % 2]}" for number in range(SWITCHES)]
     nothing = np.zeros(INSTANCES, dtype=np.int64)
     arrays = {
-        "quality": random.integers(2, size=(INSTANCES, masks)).astype(np.uint8),
+        "quality": np.packbits(random.integers(2, size=(INSTANCES, masks)), axis=1),
         "quality_values": np.array([0.0, 1.0]),
-        "likelihood": random.random((INSTANCES, masks)).astype(np.float16),
         "costs": random.integers(LENGTHS, size=INSTANCES).astype(np.uint8),
         "always": np.ones((LENGTHS, 1), dtype=np.int64),
         "switched": random.integers(10**6, size=(LENGTHS, 1, SWITCHES)),

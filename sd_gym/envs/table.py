@@ -19,7 +19,7 @@ from sd_gym.envs.actions import MaskActions, MultiDiscreteActions, Steps, all_de
 from sd_gym.envs.protocols import Core, Outcome
 from sd_gym.envs.spaces import FirstLook
 from sd_gym.envs.table_files import CODEBOOK, EXPORT, FACT, PROJECTION, observations_at, read_description, table_folder
-from sd_gym.envs.table_scores import TableCosts, TableScoring
+from sd_gym.envs.table_scores import TableCosts, TableScoring, packed_length
 from sd_gym.files import map_arrays, read_json
 from sd_gym.objectives import quality_cost
 from sd_gym.projection import Projection, read_projection
@@ -114,7 +114,7 @@ class TableSplit:
         self.instances = [TableInstance(identity) for identity in self.ids]
         self.number_of = {identity: row for row, identity in enumerate(self.ids)}
         self.encoded = TableLengths(*map(self._whole, TableLengths._fields))
-        self.scoring = TableScoring(self.tensors, core.masks_of)
+        self.scoring = TableScoring(self.tensors, len(core.masks), core.masks_of)
         self.costs = TableCosts(self.tensors, core.masks, core.masks_of)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -129,8 +129,7 @@ class TableSplit:
         costs = len(self.tensors.get("switched", ()))  # how many different ones instances have
         levels, switches = int(core.decision_nvec[-1]), len(core.decision_nvec) - 1
         expected = {
-            "quality": (n, len(core.masks)),
-            "likelihood": (n, len(core.masks)),
+            "quality": (n, packed_length(self.tensors, len(core.masks))),
             "always": (costs, levels),
             "switched": (costs, levels, switches),
             **{observations_at(stage): (n, *shape) for stage, shape in enumerate(core.looks)},
@@ -143,7 +142,7 @@ class TableSplit:
             if actual != shape:
                 raise ValueError(f"{file} is damaged: expected {key} of shape {shape}, got {actual}; copy it again")
         values = self.tensors.get("quality_values")
-        if values is not None and n and self.tensors["quality"].max() >= len(values):
+        if values is not None and len(values) > 2 and n and self.tensors["quality"].max() >= len(values):
             raise ValueError(f"{file} is damaged: its qualities are none of its {len(values)} values; copy it again")
         if n and self.tensors["costs"].max() >= costs:
             raise ValueError(f"{file} is damaged: instances have costs that it lacks; copy it again")

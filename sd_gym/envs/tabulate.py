@@ -254,7 +254,7 @@ class _Maker:
             "target_cut": encoded.target_cut,
             **{FACT + name: values for name, values in numbers.items()},
         }
-        whole = ["likelihood", *map(observations_at, range(1, len(core.stages)))]
+        whole = map(observations_at, range(1, len(core.stages)))
         arrays = {
             "observations": np.asarray(seen, np.float32) if reduce is None else reduce(seen).astype(np.float16),
             **_qualities(parts, n, masks),
@@ -296,8 +296,7 @@ def _make_ready(imports: list[str]) -> None:
 def _write_chunk(core: Core[BackboneSplit], chunk: _Chunk, masks: Array, ways: list[int]) -> _Chunk:
     """Run a chunk; in another process, the core is the one that this process shares."""
     split, rows = core.split(chunk.split), chunk.rows
-    quality, likelihood = split.scoring.under_all(rows, masks)
-    arrays = {"rows": rows, "quality": quality, "likelihood": likelihood.astype(np.float16)}
+    arrays = {"rows": rows, "quality": _smallest(split.scoring.under_all(rows, masks)[0])}
     for stage in range(1, len(ways)):  # what rows show there, after each combination of ways
         before = masks[:: math.prod(ways[stage:])]  # a mask of each combination: after it all runs
         shown = [
@@ -341,7 +340,7 @@ def _costs(always: Array, switched: Array) -> dict[str, Array]:
 
 
 def _smallest(values: Any) -> Array:
-    """Numbers ``[n]`` in the smallest type that holds them exactly."""
+    """Numbers ``[n, ...]`` in the smallest type that holds them exactly."""
     values = np.asarray(values)
     kinds = {"b": (np.bool_,), "f": (np.float16, np.float32)}.get(values.dtype.kind, (np.uint8, np.uint16))
     with np.errstate(over="ignore"):
@@ -351,11 +350,14 @@ def _smallest(values: Any) -> Array:
 
 
 def _qualities(parts: list[dict[str, Array]], n: int, masks: int) -> dict[str, Array]:
-    """Qualities ``[n, masks]`` as numbers of the values that occur, and these; of too many, as they are, float32."""
-    values = np.unique(np.concatenate([np.unique(part["quality"]) for part in parts]))
-    kind = np.uint8 if len(values) <= 2**8 else np.uint16 if len(values) <= 2**16 else np.float32
-    quality = np.empty((n, masks), dtype=kind)
+    """Qualities ``[n, masks]`` as numbers of the values that occur, and these; of too many, as they are, float32.
+
+    Of two values, such as right and wrong, a number is one bit: ``[n, masks / 8]``.
+    """
+    values = np.unique(np.concatenate([np.unique(part["quality"]) for part in parts])).astype(np.float64)
+    if len(values) > 2**16:
+        return {"quality": _together(parts, "quality", n).astype(np.float32)}
+    quality = np.empty((n, masks), dtype=np.uint8 if len(values) <= 2**8 else np.uint16)
     for part in parts:
-        own = part["quality"]
-        quality[part["rows"]] = own if kind is np.float32 else np.searchsorted(values, own)
-    return {"quality": quality} if kind is np.float32 else {"quality": quality, "quality_values": values}
+        quality[part["rows"]] = np.searchsorted(values, part["quality"])
+    return {"quality": np.packbits(quality, axis=1) if len(values) <= 2 else quality, "quality_values": values}
