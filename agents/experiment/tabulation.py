@@ -38,6 +38,7 @@ def tabulate(
     seed: int = 0,
     pca: int | None = None,
     share: bool = False,
+    bf16: bool = False,
     resume: bool = False,
     jobs: int = 1,
     imports: Sequence[str] = (),
@@ -61,6 +62,7 @@ def tabulate(
             table small; ``None``: they are kept as they are.
         share: Whether to leave out what should not be passed on: the data's own ids (instances are numbered), facts in
             words, and paths. No table has texts.
+        bf16: Whether the backbone computes in bfloat16 (``torch.autocast``), which is nearly twice as fast.
         resume: Whether to go on with an interrupted table.
         jobs: Processes, of one thread each; 1: this process. With more, guard your script by
             ``if __name__ == "__main__":``.
@@ -99,6 +101,7 @@ def tabulate(
         chosen="" if masks is None else _label(asked, seed, share),
         pca=pca,
         share=share,
+        bf16=bf16,
         resume=resume,
         jobs=jobs,
         imports=imports,

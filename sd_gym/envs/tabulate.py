@@ -50,6 +50,7 @@ def write_table(
     chosen: str = "",
     pca: int | None = None,
     share: bool = False,
+    bf16: bool = False,
     resume: bool = False,
     jobs: int = 1,
     imports: Sequence[str] = (),
@@ -69,7 +70,7 @@ def write_table(
         ValueError: If what was cut off is another table, or there are not so many components.
         ConfigError: If the env's observation is no ``Box``, or shall be reduced at several stages.
     """
-    maker = _Maker(core, masks, folder, ways, chosen, pca, share)
+    maker = _Maker(core, masks, folder, ways, chosen, pca, share, bf16)
     maker.check()
     with locked(folder):
         maker.write(resume, jobs, imports, on_chunk)
@@ -104,6 +105,7 @@ class _Maker:
     chosen: str
     pca: int | None
     share: bool
+    bf16: bool
 
     def check(self) -> None:
         """Raise as ``write_table`` if there cannot be such a table."""
@@ -135,7 +137,7 @@ class _Maker:
         missing = [chunk for chunk in chunks if not chunk.file.exists()]
         done = total - len(masks) * sum(len(chunk.rows) for chunk in missing)
         on_chunk(done, total)
-        for chunk in _written(core, missing, masks, self.ways or [], jobs, imports):
+        for chunk in _written((core, masks, self.ways or [], self.bf16), missing, jobs, imports):
             done += len(masks) * len(chunk.rows)
             on_chunk(done, total)
         for name in SPLITS:
@@ -201,6 +203,7 @@ class _Maker:
             "protection": exported.protection._asdict() if exported and exported.protection else None,
             "observation": {"shape": list(space.shape), "low": _bound(space.low), "high": _bound(space.high)},
             "pca": self.pca,
+            "precision": "bf16" if self.bf16 else "fp32",
             "env_config": config,
             "splits": splits,
         }
@@ -268,17 +271,18 @@ class _Maker:
         write_json(self.folder / f"{split.name}.json", {"ids": ids, "facts": words})
 
 
-def _written(
-    core: Core[BackboneSplit], chunks: list[_Chunk], masks: Array, ways: list[int], jobs: int, imports: Sequence[str]
-) -> Iterator[_Chunk]:
-    """Write chunks, in this process or in several; each is given as soon as it is written."""
+def _written(how: tuple[Any, ...], chunks: list[_Chunk], jobs: int, imports: Sequence[str]) -> Iterator[_Chunk]:
+    """Write chunks, in this process or in several; each is given as soon as it is written.
+
+    ``how`` has the other arguments of ``_write_chunk``.
+    """
     if min(jobs, len(chunks)) <= 1:
         for chunk in chunks:
-            yield _write_chunk(core, chunk, masks, ways)
+            yield _write_chunk(chunk, *how)
         return
     with ProcessPoolExecutor(jobs, get_context("spawn"), _make_ready, (list(imports),)) as pool:
         try:
-            running = [pool.submit(_write_chunk, core, chunk, masks, ways) for chunk in chunks]
+            running = [pool.submit(_write_chunk, chunk, *how) for chunk in chunks]
             for future in as_completed(running):
                 yield future.result()
         finally:
@@ -293,10 +297,12 @@ def _make_ready(imports: list[str]) -> None:
         import_own(name)
 
 
-def _write_chunk(core: Core[BackboneSplit], chunk: _Chunk, masks: Array, ways: list[int]) -> _Chunk:
+def _write_chunk(chunk: _Chunk, core: Core[BackboneSplit], masks: Array, ways: list[int], bf16: bool) -> _Chunk:
     """Run a chunk; in another process, the core is the one that this process shares."""
     split, rows = core.split(chunk.split), chunk.rows
-    arrays = {"rows": rows, "quality": _smallest(split.scoring.under_all(rows, masks)[0])}
+    with torch.autocast(core.backbone.model.device.type, torch.bfloat16, enabled=bf16):
+        quality, _ = split.scoring.under_all(rows, masks)
+    arrays = {"rows": rows, "quality": _smallest(quality)}
     for stage in range(1, len(ways)):  # what rows show there, after each combination of ways
         before = masks[:: math.prod(ways[stage:])]  # a mask of each combination: after it all runs
         shown = [

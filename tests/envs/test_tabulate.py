@@ -113,11 +113,11 @@ def test_a_table_is_not_tabulated(full_table, tmp_path):
 def test_the_command(tmp_path, table_source):
     sets = [f"--set={key}={json.dumps(value)}" for key, value in table_source[1].items()]
     asked = ["tabulate", table_source[0], "--output", str(tmp_path / "table"), "--decisions", "random:3", *sets]
-    done = CliRunner().invoke(app, [*asked, "--instances", "5", "--seed", "2"])
+    done = CliRunner().invoke(app, [*asked, "--instances", "5", "--seed", "2", "--bf16"])
     assert done.exit_code == 0, done.output
     said = json.loads((tmp_path / "table" / "table.json").read_text())
     counts = ", ".join(f"{one['instances']} of {name}" for name, one in said["splits"].items())
     assert f"3 decisions (random:3, seed 2) on instances: {counts}" in done.output
-    assert said["splits"]["train"]["instances"] == 5
+    assert (said["splits"]["train"]["instances"], said["precision"]) == (5, "bf16")
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 2
