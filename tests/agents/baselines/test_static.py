@@ -17,7 +17,7 @@ from tests.agents.baselines.conftest import everything, nobody
 
 def test_the_static_agent_finds_the_best_of_all_masks(settings, tmp_path):
     settings["epsilon"] = 0.3  # which two instances without a loss show, if no certainty is asked for
-    result = train("SD/Classification-Custom-v0", "static", tmp_path / "run", steps=1, settings=settings, strictness=0)
+    result = train("SD/Classification-Custom-v0", "static", tmp_path / "run", steps=1, settings=settings, confidence=0.5)
     assert result["decisions_used"] == 1
     core = gym.make_vec("SD/Classification-Custom-v0", num_envs=1, **settings).unwrapped.core
     split = core.split("validation")
@@ -34,7 +34,7 @@ def test_the_static_agent_finds_the_best_of_all_masks(settings, tmp_path):
 
 def test_the_static_agent_skips_whole_layers(settings, tmp_path):
     settings |= {"epsilon": 1.0, "per": "layer"}
-    train("SD/Classification-Custom-v0", "static", tmp_path / "run", steps=1, settings=settings, strictness=0)
+    train("SD/Classification-Custom-v0", "static", tmp_path / "run", steps=1, settings=settings, confidence=0.5)
     masks = read_masks(tmp_path / "run" / MASKS, np.full(7, 2))
     assert len(masks) == 2**3  # all there are
     np.testing.assert_array_equal(masks[:, 0:6:2], masks[:, 1:6:2])
