@@ -147,9 +147,9 @@ class Selection:
     def _order(self) -> NDArray:
         if not self._estimates:
             return np.zeros(0, dtype=np.int64)
-        return sequence(
-            np.array([one.flops for one in self._estimates]), np.stack([one.losses for one in self._estimates])
-        )
+        flops = np.array([one.flops for one in self._estimates])
+        paths = [id(one.version if one.version.of is None else one.version.of) for one in self._estimates]
+        return sequence(flops, np.stack([one.losses for one in self._estimates]), np.array(paths))
 
     def _test(self, version: Version) -> Tested:
         scored = outcomes(self.core, version.policy, self.core.split("validation"))

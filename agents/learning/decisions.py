@@ -19,9 +19,9 @@ from sd_gym.switch import PassState
 
 PolicyT = TypeVar("PolicyT", DecisionPolicy, TablePolicy)
 BATCH = 256
-# Of versions of a policy, in log-odds; versions are added to what the policy prefers, so 0 decides as it learned.
-MARGINS = (*np.arange(-1.5, 6, 0.25).tolist(), *np.arange(6, 14.01, 0.5).tolist())
-STAGED_STEP = 3  # every third of them
+POINTS = 40  # versions of a policy, at most
+# Of versions of a policy whose preferences are not known without a pass, in log-odds.
+MARGINS = (*np.arange(-1.5, 6, 0.75).tolist(), *np.arange(6, 15, 1.5).tolist(), 17.0, 20.0, 25.0, 32.0, 40.0)
 DENSE_MARGIN = 1000.0  # leaves everything running
 POLICY_ROWS = 2000  # that operating points are ordered on, at most
 
@@ -74,9 +74,18 @@ class Version(NamedTuple):
 
 
 def versions(core: Core, policy: PolicyT) -> list[Version]:
-    """Operating points of a policy, from cautious to bold; of several stages fewer, as each takes a pass of its own."""
-    margins = MARGINS[::STAGED_STEP] if core.is_staged else MARGINS
-    return [Version(policy.with_margin(margin), margin, policy) for margin in reversed(margins)]
+    """Operating points of a policy, from cautious to bold, the policy itself among them."""
+    return [Version(policy.with_margin(margin), margin, policy) for margin in _margins(core, policy)[::-1]]
+
+
+def _margins(core: Core, policy: DecisionPolicy | TablePolicy) -> list[float]:
+    """Ascending margins in log-odds, 0 among them: quantiles of what makes a component run, on policy rows."""
+    if core.is_staged or isinstance(policy, TablePolicy) or policy.codebook is not None:
+        return list(MARGINS)
+    rows = policy_rows(core)
+    parts = observation_batches(core, rows)
+    gaps = np.concatenate([policy.preference(core.observe(core.split("train"), part)).ravel() for part in parts])
+    return np.unique([0.0, *np.quantile(gaps[np.isfinite(gaps)], np.linspace(0, 1, POINTS - 1))]).tolist()
 
 
 def check_fits(policy: PolicyT, core: Core) -> PolicyT:

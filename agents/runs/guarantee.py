@@ -14,19 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 POINTS = 30  # of a sequence, at most
-NOISE = 1.0  # standard errors by which a cheaper point has to lose less, for another one to be left out
+NOISE = 0.5  # standard errors by which a cheaper point has to lose less, for another one to be left out
 
 
-def sequence(flops: NDArray, losses: NDArray, most: int = POINTS) -> NDArray:
+def sequence(flops: NDArray, losses: NDArray, path: NDArray, most: int = POINTS) -> NDArray:
     """The order to test operating points in, from dense to bold, as far as other rows than those of the tests tell.
 
     Between dense and the fewest FLOPs lie ``most`` even levels; of each level the point that loses least is there. So
     the first steps lose almost nothing, and none is long. Points that are not Pareto-efficient are left out: a cheaper
-    one loses less, and not by chance alone. Ties stay, as rows that a policy has learned on may show no loss at all.
+    one loses less, and not by chance alone. Ties stay, as rows that a policy has learned on may show no loss at all;
+    and versions of one policy do not oust each other, as they are a path already.
 
     Args:
         flops: Mean FLOPs over dense FLOPs, ``[points]``.
         losses: Quality that each row loses at each point, ``[points, rows]``.
+        path: Of each point, a number that versions of one policy share, ``[points]``.
         most: Points of the sequence, at most.
 
     Returns:
@@ -37,20 +39,19 @@ def sequence(flops: NDArray, losses: NDArray, most: int = POINTS) -> NDArray:
         return cheaper
     loss = losses.mean(axis=1)
     width = (1 - flops[cheaper].min()) / most
-    level = np.minimum((1 - flops) / width, most - 1).astype(np.int64)
+    level = np.minimum((1 - flops[cheaper]) / width, most - 1).astype(np.int64)
+    by_level = np.lexsort((flops[cheaper], loss[cheaper], level))
+    best = cheaper[by_level[np.unique(level[by_level], return_index=True)[1]]]  # the first one of each level
+    more = loss[best][:, None] - loss[best]  # that each point loses more than each other one
+    covariance = np.atleast_2d(np.cov(losses[best], bias=True))
+    variance = np.diag(covariance)
+    error = np.sqrt(np.maximum(variance[:, None] + variance - 2 * covariance, 0) / losses.shape[1])
+    ousted = (more > NOISE * error) & (path[best][:, None] != path[best])
     kept: list[int] = []  # from bold to dense
-    for number in reversed(np.unique(level[cheaper])):
-        of_level = cheaper[level[cheaper] == number]
-        best = of_level[np.lexsort((flops[of_level], loss[of_level]))[0]]
-        if not any(_loses_more(losses[best], losses[other]) for other in kept):
-            kept.append(int(best))
-    return np.array(kept[::-1], dtype=np.int64)
-
-
-def _loses_more(losses: NDArray, others: NDArray) -> bool:
-    """Whether one point loses more than another on the same rows ``[rows]``, and not by chance alone."""
-    difference = losses - others
-    return bool(difference.mean() > NOISE * difference.std() / len(difference) ** 0.5)
+    for one in reversed(range(len(best))):
+        if not ousted[one, kept].any():
+            kept.append(one)
+    return best[kept[::-1]]
 
 
 class Tested(NamedTuple):
