@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from sd_gym.agents.learning.decisions import (
     PolicyLike,
     SplitDecisions,
+    SplitPolicy,
     decide_and_score,
     decision_flops,
+    outcomes,
     score_decisions,
 )
 from sd_gym.agents.runs.statistics import bootstrap_interval
@@ -75,13 +77,12 @@ def evaluate(
     }
 
 
-def summary(core: Core, policy: PolicyLike, split_name: str) -> dict[str, Any]:
+def summary(core: Core, policy: PolicyLike | SplitPolicy, split_name: str) -> dict[str, Any]:
     """The first part of ``evaluate``: means of quality and FLOPs, and the verdict."""
     split = core.split(split_name)
     split.scoring.score_dense()
-    rows = np.arange(len(split))
-    own = decision_flops(core, policy, split, rows) / split.costs.dense_flops(rows)
-    return _means(decide_and_score(core, policy, split), own, core.config.reward.epsilon)
+    scored = outcomes(core, policy, split)
+    return _means(scored, scored["flops_ratio_with_policy"] - scored["flops_ratio"], core.config.reward.epsilon)
 
 
 def _means(scored: dict[str, NDArray], own: NDArray, epsilon: float) -> dict[str, Any]:

@@ -188,6 +188,16 @@ class DecisionPolicy(nn.Module):
         choices = self._padded(self(to_tensors(observations, self.head.weight.device)))[:, :-1]
         return (choices[..., 1] - choices[..., 0]).cpu().numpy()
 
+    @torch.inference_mode()
+    def preference(self, observations: Observations) -> NDArray:
+        """By how much each component prefers another choice to running, log-odds, float32 ``[n, components]``.
+
+        A margin of as much (``with_margin``) makes it run. Minus infinity where there is no other choice. Of a policy
+        without a codebook, at one stage.
+        """
+        choices = self._padded(self(to_tensors(observations, self.head.weight.device)))
+        return (F.pad(choices[..., 1:], (0, 1), value=-torch.inf).amax(dim=2) - choices[..., 0]).cpu().numpy()
+
     @torch.no_grad()
     def initialise(self, logits: Tensor) -> None:
         """Decide by ``logits [sum(nvec)]``, nearly alike for all inputs; a registered network adds its own logits."""
