@@ -121,7 +121,7 @@ class Episodes:
             "quality_ref": known.quality_ref,
             "cost": known.cost,
             "flops_ratio": known.flops_ratio,
-            "vector_reward": np.stack([known.quality, 0 - known.flops_ratio], axis=1),
+            "vector_reward": np.array([known.quality, 0 - known.flops_ratio]).T.copy(),
             "is_success": (known.cost == 0) & (outcome is not None),
             "instance": split.ids[rows],
             "difficulty": split.difficulty[rows],

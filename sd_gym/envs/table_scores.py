@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,6 +80,17 @@ class TableCosts:
         self._runs, self._level = 1 - masks[:, :-1], masks[:, -1]
         self._dense = self._always[:, 0] + self._switched[:, 0].sum(axis=1)
 
+    @cached_property
+    def _ratio(self) -> Array:
+        """FLOPs ratio of each of the different costs under all masks, float64 ``[costs, masks]``."""
+        found = np.empty((len(self._always), len(self._runs)))
+        for level in np.unique(self._level):
+            at = self._level == level
+            # Products of whole numbers below 2^53 are exact in float64 too, which is multiplied much faster.
+            switched = self._switched[:, level].astype(np.float64) @ self._runs[at].T.astype(np.float64)
+            found[:, at] = self._always[:, level, None] + switched
+        return found / self._dense[:, None]
+
     def flops(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under the decisions, int64 ``[n]``."""
         masks, of = self._masks_of(decisions), self._of[rows]
@@ -87,7 +99,7 @@ class TableCosts:
 
     def flops_ratio(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under the decisions over dense FLOPs, float64 ``[n]``."""
-        return self.flops(rows, decisions) / self.dense_flops(rows)
+        return self._ratio[self._of[rows], self._masks_of(decisions)]
 
     def dense_flops(self, rows: Array) -> Array:
         """FLOPs of the dense backbone, int64 ``[n]``."""
@@ -99,11 +111,4 @@ class TableCosts:
 
     def of_masks(self, rows: Array) -> Array:
         """FLOPs ratio of rows ``[n]`` under all masks, float64 ``[n, masks]``."""
-        of = self._of[rows]
-        found = np.empty((len(of), len(self._runs)))
-        for level in np.unique(self._level):
-            at = self._level == level
-            # Products of whole numbers below 2^53 are exact in float64 too, which is multiplied much faster.
-            switched = self._switched[of, level].astype(np.float64) @ self._runs[at].T.astype(np.float64)
-            found[:, at] = self._always[of, level, None] + switched
-        return found / self._dense[of, None]
+        return self._ratio[self._of[rows]]
