@@ -46,9 +46,9 @@ def evaluate(
     ``flops_ratio`` is the mean over instances of the backbone's ratio; ``flops_ratio_with_policy`` adds what it costs
     to decide, if ``policy_flops_counted``. ``return`` is the mean reward, which no FLOPs of deciding lower; ``regret``
     is how much more the best masks of a table would earn. Each is ``None`` where it is not known: without a table, or
-    by an objective of a user's own that is not registered here. ``metrics`` holds the data set's own metric where it is not the mean
-    quality. ``by_difficulty`` has the data's levels, or without levels the quartiles of the dense loss; ``by_fact`` the
-    quartiles of all facts of an instance, and ``table`` (a CSV file to write) each instance.
+    by an objective of a user's own that is not registered here. ``metrics`` holds the data set's own metric where it is
+    not the mean quality. ``by_difficulty`` has the data's levels, or without levels the quartiles of the dense loss;
+    ``by_fact`` the quartiles of all facts of an instance, and ``table`` (a CSV file to write) each instance.
     """
     split = core.split(split_name)
     split.scoring.score_dense()
