@@ -415,12 +415,16 @@ def core_of_run(folder: Path, description: dict[str, Any]) -> Core:
 def run_config(description: dict[str, Any], settings: dict[str, Any] | None = None) -> EnvConfig:
     """The env's config of a run, some keys overridden, to evaluate on.
 
-    The run's objective is left out: no reward is given, and a user's own may not be registered here.
+    The run's objective may be a user's own that is not registered here: then no reward can be given.
     """
-    values = {key: value for key, value in dotted(description["env_config"]).items() if key != "reward.objective"}
+    values = dotted(description["env_config"])
     if values.get("table") is not None:  # the rest is in the table
         values = {key: value for key, value in values.items() if key in ("id", "table", *TABLE_KEYS)}
-    return make_config({**values, **dotted(settings or {}, description["env"])}, description["env"])
+    given, objective = dotted(settings or {}, description["env"]), values.pop("reward.objective", None)
+    config = make_config({**values, **given}, description["env"])
+    if objective is None or "reward.objective" in given:
+        return config
+    return config.model_copy(update={"reward": config.reward.model_copy(update={"objective": objective})})
 
 
 def run_metadata(config: EnvConfig) -> dict[str, Any]:

@@ -28,8 +28,12 @@ class Outcome:
 
     quality: NDArray  # task quality under the decision
     quality_ref: NDArray  # task quality of the dense backbone
-    cost: NDArray  # ``max(0, quality_ref - epsilon - quality)``
     flops_ratio: NDArray  # FLOPs under the decision over dense FLOPs
+
+    @property
+    def cost(self) -> NDArray:
+        """The quality that is lost, float64 ``[n]``; below 0 where it is gained. Its mean may be epsilon."""
+        return self.quality_ref - self.quality
 
 
 class Scores(Protocol):

@@ -21,7 +21,6 @@ from sd_gym.envs.spaces import FirstLook
 from sd_gym.envs.table_files import CODEBOOK, EXPORT, FACT, PROJECTION, observations_at, read_description, table_folder
 from sd_gym.envs.table_scores import TableCosts, TableScoring, packed_length
 from sd_gym.files import map_arrays, read_json
-from sd_gym.objectives import quality_cost
 from sd_gym.projection import Projection, read_projection
 
 if TYPE_CHECKING:  # it needs torch
@@ -288,8 +287,7 @@ class TableCore(Core[TableSplit]):
         """What comes of one decision an instance; of a table nothing is seen; see ``Core.score``."""
         decisions = self.checked(decisions, len(rows))
         quality, quality_ref = split.scoring.quality(rows, decisions)
-        cost = quality_cost(quality, quality_ref, self.config.reward.epsilon)
-        return Outcome(quality, quality_ref, cost, split.costs.flops_ratio(rows, decisions))
+        return Outcome(quality, quality_ref, split.costs.flops_ratio(rows, decisions))
 
     def checked(self, decisions: Any, n: int) -> Array:
         """Decisions, int64 ``[n, components]``; raises ``ValueError`` if the table does not have them."""

@@ -26,9 +26,9 @@ class TableEnv(SwitchableEnv):
 
     Arguments:
         table: Folder of the table, as ``sd-gym tabulate`` writes it.
-        overrides: ``split``, ``objective``, ``epsilon``, ``penalty``, ``cost_scale`` and ``vector_reward``, and
-            ``stages=["first"]`` to decide all that several stages decide at the first look; what is left out is as in
-            the env that the table is of.
+        overrides: ``split``, ``objective``, ``epsilon``, ``penalty``, ``cost_scale``, ``gains`` and
+            ``vector_reward``, and ``stages=["first"]`` to decide all that several stages decide at the first look; what
+            is left out is as in the env that the table is of.
 
     Raises:
         ConfigError: If there is no ``table``, or a key or value is wrong.

@@ -23,8 +23,8 @@ ID = "SD/Table-v0"
 
 def test_steps_are_those_of_the_env(full_table, table_source):
     """The same seeds and actions: the same observations, rewards and infos."""
-    ours = gym.make_vec(ID, num_envs=5, table=full_table, objective="scalarized", epsilon=0.0)
-    theirs = gym.make_vec(table_source[0], num_envs=5, objective="scalarized", epsilon=0.0, **table_source[1])
+    ours = gym.make_vec(ID, num_envs=5, table=full_table, gains="ignored", epsilon=0.0)
+    theirs = gym.make_vec(table_source[0], num_envs=5, gains="ignored", epsilon=0.0, **table_source[1])
     assert ours.single_action_space == theirs.single_action_space
     assert ours.single_observation_space == theirs.single_observation_space
     assert_same(ours.reset(seed=3), theirs.reset(seed=3))
