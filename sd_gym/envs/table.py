@@ -148,6 +148,15 @@ class TableSplit:
         if not isinstance(words.get("facts"), dict) or len(words.get("ids", ())) != n:
             raise ValueError(f"{file.with_suffix('.json')} is damaged: expected the ids of {n} instances")
 
+    def outcome(self, row: int, number: int) -> Outcome:
+        """What comes of one row under the mask of that number, as plain numbers."""
+        quality, quality_ref = self.scoring.of_one(row, number)
+        return Outcome(quality, quality_ref, self.costs.ratio_of_one(row, number))
+
+    def observation(self, row: int) -> Array:
+        """A new array, float32, of what is observed of a row at first."""
+        return self.tensors["observations"][row].astype(np.float32)
+
     def _whole(self, name: str) -> Array:
         """Numbers that are kept in the smallest type, as the env has them: int64, float64 or bool."""
         kept = self.tensors[name]

@@ -41,6 +41,13 @@ class TableScoring:
             return self._worth(self._codes[rows, masks])
         return self._worth((self._codes[rows, masks >> 3] >> (7 - (masks & 7)).astype(np.uint8)) & 1)
 
+    def of_one(self, row: int, mask: int) -> tuple[float, float]:
+        """Quality of a row under the mask of that number, and dense quality."""
+        code = self._codes[row, mask >> 3 if self._is_packed else mask]
+        if self._is_packed:
+            code = (int(code) >> (7 - (mask & 7))) & 1
+        return float(code if self._values is None else self._values[code]), self._dense.item(row)
+
     def _worth(self, codes: Array) -> Array:
         """The qualities, float64, that codes stand for."""
         return codes.astype(np.float64) if self._values is None else self._values[codes]
@@ -100,6 +107,10 @@ class TableCosts:
     def flops_ratio(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under the decisions over dense FLOPs, float64 ``[n]``."""
         return self._ratio[self._of[rows], self._masks_of(decisions)]
+
+    def ratio_of_one(self, row: int, mask: int) -> float:
+        """FLOPs ratio of a row under the mask of that number."""
+        return self._ratio.item(self._of[row], mask)
 
     def dense_flops(self, rows: Array) -> Array:
         """FLOPs of the dense backbone, int64 ``[n]``."""
