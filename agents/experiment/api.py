@@ -114,7 +114,7 @@ def train_all(
         env_ids: Registered ids.
         algos: Agents' names; ``NAME-from-OTHER`` begins with the run of OTHER with the same seed.
         output: The runs are ``OUTPUT/ENV/ALGO-SEED``.
-        controls: Whether controls are trained as well: ``static``, ``early-exit`` where it applies, ``random``,
+        controls: Whether controls are trained as well: ``hull``, ``early-exit`` where it applies, ``random``,
             ``hash``, ``dense``, and the first agent that learns, blind.
         seeds: How many.
         steps: Decisions to learn from.

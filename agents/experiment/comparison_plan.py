@@ -19,7 +19,7 @@ from sd_gym.envs.config import load_config
 from sd_gym.files import as_json
 from sd_gym.registration import config_of
 
-CONTROLS = ("static", "early-exit", "random", "hash", "dense")  # of every comparison, and a blind agent
+CONTROLS = ("hull", "early-exit", "random", "hash", "dense")  # of every comparison, and a blind agent
 FROM = "-from-"
 STARTS = ("start", "path")  # settings that name the run that another one begins with
 

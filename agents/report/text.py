@@ -94,25 +94,25 @@ def _ranked(agents: list[AgentRuns], others: list[AgentRuns]) -> str:
 
 
 def _against_controls(env: EnvRuns, best: AgentRuns) -> list[str]:
-    """How the best agent compares with static masks and the oracle."""
+    """How the best agent compares with coins between static masks and the oracle."""
     sentences, by_algo = [], {agent.algo: agent for agent in reversed(env.agents)}
-    if static := by_algo.get("static"):
-        every = best.score.min() > static.score.max()
-        if _enough([best], [static]):
-            sentences.append(_against(best, static))
+    if hull := by_algo.get("hull"):
+        every = best.score.min() > hull.score.max()
+        if _enough([best], [hull]):
+            sentences.append(_against(best, hull))
         else:
             sentences.append(
-                f"{'Every' if every else 'Not every'} run of it saves more than the best static mask, "
-                f"{static.flops.mean():.1f}% of the FLOPs; no interval, as it takes {FEWEST_RUNS} runs each."
+                f"{'Every' if every else 'Not every'} run of it saves more than the best coin between masks (hull), "
+                f"{hull.flops.mean():.1f}% of the FLOPs; no interval, as it takes {FEWEST_RUNS} runs each."
             )
         if not every and "is ahead of" not in sentences[-1]:
             sentences.append(
-                "So it is not shown to have learned anything about its inputs that one mask for all has not."
+                "So it is not shown to have learned anything about its inputs that masks for all have not."
             )
     else:
         sentences.append(
-            "There is no run of static masks here, so whether it has learned anything about its inputs is not known: "
-            "sd-gym train ENV --algo static."
+            "There is no run of hull here, so whether it has learned anything about its inputs is not known: "
+            "sd-gym train ENV --algo hull."
         )
     if oracle := by_algo.get("oracle"):
         sentences.append(

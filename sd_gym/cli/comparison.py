@@ -34,7 +34,7 @@ def compare(
 
     With envs, all agents and controls are trained first, with the same seeds; NAME-from-OTHER starts from the run of
     OTHER. Given again, the command keeps finished runs, goes on with interrupted ones and retries failed ones. The exit
-    code is 1 if a run failed. --fronts takes minutes, and needs runs of static masks and of a blind agent.
+    code is 1 if a run failed. --fronts takes minutes, and needs runs of hull and of a blind agent.
 
     Example: `sd-gym compare SD/Classification-Mini-v0 --algos ppo,a2c --seeds 5 --jobs 2 --report report.html`
     """
@@ -108,7 +108,7 @@ def _print_comparison(
         from sd_gym.agents.report.charts import write_fronts
 
         title, columns = "At the same quality, test split", agent_fronts.COLUMNS
-        by = ["env", "points lost", "FLOPs of static / blind"]
+        by = ["env", "points lost", "FLOPs of hull / blind"]
         with terminal.status("scoring"):
             found = agent_fronts.score_fronts(folders, test_size)
         rows = [row for one in found for row in agent_fronts.savings_rows(one)]

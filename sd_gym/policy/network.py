@@ -216,7 +216,7 @@ class DecisionPolicy(nn.Module):
     def with_decision(self, decision: NDArray) -> DecisionPolicy:
         """A copy that makes one decision ``[components]`` for every input."""
         copy = deepcopy(self)
-        copy.codebook = None
+        copy.codebook, copy.noise = None, "none"
         chosen = torch.from_numpy(np.cumsum([0, *self.nvec[:-1]]) + np.asarray(decision))
         with torch.no_grad():
             copy.head.weight.zero_()

@@ -34,20 +34,18 @@ def test_who_is_ahead_is_said_only_where_the_runs_tell(run):
 
 
 def test_controls_stand_in_the_first_sentence(run):
-    folders = [*seeds(run, "ppo", [0.3, 0.31]), run("static", flops=0.6), run("dense", 0, flops=1.0)]
-    assert words(folders).startswith(
-        "FLOPs of the controls: static 60.0% (kept in 1 of 1 runs), dense 100.0% (kept in 1"
-    )
-    elsewhere = [run("ppo", flops=0.3, env=OTHER), run("static", flops=0.7, env=OTHER)]
-    assert "; the controls save: static 35.0%." in overall_sentences(collect([*folders, *elsewhere]))[0]
+    folders = [*seeds(run, "ppo", [0.3, 0.31]), run("hull", flops=0.6), run("dense", 0, flops=1.0)]
+    assert words(folders).startswith("FLOPs of the controls: hull 60.0% (kept in 1 of 1 runs), dense 100.0% (kept in 1")
+    elsewhere = [run("ppo", flops=0.3, env=OTHER), run("hull", flops=0.7, env=OTHER)]
+    assert "; the controls save: hull 35.0%." in overall_sentences(collect([*folders, *elsewhere]))[0]
     assert words(seeds(run, "ppo", [0.3, 0.31])).startswith("There are no controls here.")
 
 
 def test_what_was_learned_stands_beside_what_was_selected(run):
     last = {"quality_difference": -0.019, "flops_ratio_with_policy": 0.25, "return": -0.5, "regret": 0.75}
-    (task,) = collect([run("ppo", last=last, returned=0.125), run("static", 7)])
+    (task,) = collect([run("ppo", last=last, returned=0.125), run("hull", 7)])
     table = results_table(task)
-    ppo, static = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    ppo, hull = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
     assert (ppo["FLOPs, % of dense, as selected"], ppo["FLOPs, % of dense, as learned"]) == ("40.0", "25.0")
     assert ppo["quality against dense, points, as learned"] == "-1.90"
     assert (ppo["return, as selected"], ppo["return, as learned"], ppo["regret, as learned"]) == (
@@ -55,14 +53,14 @@ def test_what_was_learned_stands_beside_what_was_selected(run):
         "-0.500",
         "0.750",
     )
-    assert static["FLOPs, % of dense, as learned"] == "-"
+    assert hull["FLOPs, % of dense, as learned"] == "-"
     assert "regret, as selected" not in table.columns  # of no run it is known
     shown = {
         row["agent"]: dict(zip(COLUMNS, cells(row), strict=True))
         for row in compare([run.folder for _, run in task.runs])
     }
     assert shown["ppo"]["as learned: FLOPs (points)"] == "25.0% (-1.90)"
-    assert (shown["ppo"]["return"], shown["ppo"]["regret"], shown["static"]["return"]) == ("+0.125", "-", "-")
+    assert (shown["ppo"]["return"], shown["ppo"]["regret"], shown["hull"]["return"]) == ("+0.125", "-", "-")
 
 
 def test_an_agent_that_loses_quality_saves_nothing(run):
@@ -73,14 +71,14 @@ def test_an_agent_that_loses_quality_saves_nothing(run):
     assert "No agent keeps the quality in all its runs; bold" in words(bold)
 
 
-def test_an_agent_that_does_not_beat_the_static_masks_is_said_to_have_learned_nothing_of_its_inputs(run):
+def test_an_agent_that_does_not_beat_the_hull_is_said_to_have_learned_nothing_of_its_inputs(run):
     folders = seeds(run, "ppo", [0.4, 0.41, 0.42, 0.43, 0.44])
     nothing = "not shown to have learned anything about its inputs"
-    assert nothing in words([*folders, *seeds(run, "static", [0.3, 0.31])])
-    assert "It is ahead of static" in words([*folders, *seeds(run, "static", [0.6] * 5, steps=7)])
-    assert "no run of static masks" in words(folders)
-    alone = words([*seeds(run, "a2c", [0.4, 0.42]), run("static", 7, flops=0.6)])
-    assert "Every run of it saves more than the best static mask, 60.0%" in alone
+    assert nothing in words([*folders, *seeds(run, "hull", [0.3, 0.31])])
+    assert "It is ahead of hull" in words([*folders, *seeds(run, "hull", [0.6] * 5, steps=7)])
+    assert "no run of hull" in words(folders)
+    alone = words([*seeds(run, "a2c", [0.4, 0.42]), run("hull", 7, flops=0.6)])
+    assert "Every run of it saves more than the best coin between masks (hull), 60.0%" in alone
     assert nothing not in alone
 
 
