@@ -21,6 +21,7 @@ AGENTS: Registry[type[BaseAgent]] = Registry(
         "imitation": "sd_gym.agents.imitation.agent:ImitationAgent",
         "static": "sd_gym.agents.baselines.static:StaticAgent",
         "hull": "sd_gym.agents.baselines.hull:HullAgent",
+        "full-information": "sd_gym.agents.baselines.full_information:FullInformation",
         "dense": "sd_gym.agents.baselines.constant:DenseAgent",
         "every-other": "sd_gym.agents.baselines.constant:EveryOtherAgent",
         "early-exit": "sd_gym.agents.baselines.early_exit:EarlyExit",

@@ -28,10 +28,11 @@ from sd_gym.agents.runs.verdict import Verdict, fewest_instances, losses_allowed
 from sd_gym.backbones import Backbone
 from sd_gym.config import RewardConfig
 from sd_gym.envs.core import BackboneCore
+from sd_gym.envs.exact import normalised_score
 from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.regret import best_rewards
 from sd_gym.envs.report import by_facts, write_instances
-from sd_gym.envs.table import TableSplit
+from sd_gym.envs.table import TableCore, TableSplit
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.objectives import Objective
 from sd_gym.registry import UnknownNameError
@@ -48,9 +49,10 @@ def evaluate(
     ``flops_ratio`` is the mean over instances of the backbone's ratio; ``flops_ratio_with_policy`` adds what it costs
     to decide, if ``policy_flops_counted``. ``return`` is the mean reward, which no FLOPs of deciding lower; ``regret``
     is how much more the best masks of a table would earn. Each is ``None`` where it is not known: without a table, or
-    by an objective of a user's own that is not registered here. ``metrics`` holds the data set's own metric where it is
-    not the mean quality. ``by_difficulty`` has the data's levels, or without levels the quartiles of the dense loss;
-    ``by_fact`` the quartiles of all facts of an instance, and ``table`` (a CSV file to write) each instance.
+    by an objective of a user's own that is not registered here. ``normalised_score`` is 0 on the hull of a table's
+    masks and 1 at what full information reaches (``sd_gym.envs.exact``). ``metrics`` holds the data set's own metric
+    where it is not the mean quality. ``by_difficulty`` has the data's levels, or without levels the quartiles of the
+    dense loss; ``by_fact`` the quartiles of all facts of an instance, and ``table`` (a CSV file to write) each of them.
     """
     split = core.split(split_name)
     split.scoring.score_dense()
@@ -103,8 +105,17 @@ def _means(core: Core, split: Split, scored: dict[str, NDArray], own: NDArray) -
         "verdict": str(judged),
         "flops_ratio": float(scored["flops_ratio"].mean()),
         "flops_ratio_with_policy": float((scored["flops_ratio"] + own).mean()),
+        "normalised_score": _normalised_score(core, split, scored, own),
         **_rewards(core.config.reward, split, scored),
     }
+
+
+def _normalised_score(core: Core, split: Split, scored: dict[str, NDArray], own: NDArray) -> float | None:
+    """How far scored decisions are from the hull to full information; ``None`` but on test rows of a table."""
+    if not isinstance(core, TableCore) or split.name != "test":
+        return None
+    loss, flops = scored["quality_ref"] - scored["quality"], scored["flops_ratio"] + own
+    return normalised_score(core.folder, float(loss.mean()), float(flops.mean()))
 
 
 def _rewards(reward: RewardConfig, split: Split, scored: dict[str, NDArray]) -> dict[str, float | None]:

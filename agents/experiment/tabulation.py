@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.search import greedy_path
+from sd_gym.agents.experiment.references import write_references
 from sd_gym.agents.experiment.run import run_config
 from sd_gym.agents.learning.decisions import policy_rows
 from sd_gym.agents.runs.folder import read_description
@@ -25,6 +26,7 @@ from sd_gym.envs.tabulate import down_in_flops, write_table
 from sd_gym.registration import config_of
 from sd_gym.tasks.data import SPLITS
 
+TABLE = "SD/Table-v0"  # the env that takes any table
 PATH_INSTANCES = 400  # of the training split, that a path is searched on
 CHOICES = "all, random:N, path, codebook or codebook:FILE"
 
@@ -39,6 +41,7 @@ def tabulate(
     pca: int | None = None,
     share: bool = False,
     bf16: bool = False,
+    references: bool = False,
     resume: bool = False,
     jobs: int = 1,
     imports: Sequence[str] = (),
@@ -63,6 +66,7 @@ def tabulate(
         share: Whether to leave out what should not be passed on: the data's own ids (instances are numbered), facts in
             words, and paths. No table has texts.
         bf16: Whether the backbone computes in bfloat16 (``torch.autocast``), which is nearly twice as fast.
+        references: Whether to compute what a learner on the table has to beat and can reach (``references.json``).
         resume: Whether to go on with an interrupted table.
         jobs: Processes, of one thread each; 1: this process. With more, guard your script by
             ``if __name__ == "__main__":``.
@@ -107,6 +111,8 @@ def tabulate(
         imports=imports,
         on_chunk=on_progress or (lambda done, total: None),
     )
+    if references:
+        write_references(TABLE, table=str(output))
     return read_table(Path(output))
 
 

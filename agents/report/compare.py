@@ -10,7 +10,7 @@ from typing import Any
 from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings, read_run
 
 COLUMNS = ["env", "agent", "test rows", "dense quality", "against dense, points (worst, its 95% interval)"]
-COLUMNS += ["FLOPs (worst)", "as learned: FLOPs (points)", "return", "regret"]
+COLUMNS += ["FLOPs (worst)", "as learned: FLOPs (points)", "return", "regret", "score"]
 COLUMNS += ["FLOPs easy / hard", "time, batch 32 (dense by length)", "masks used", "quality kept"]
 
 
@@ -26,7 +26,8 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
 
         - ``env``, ``agent``, ``seeds`` (how many), ``test_rows`` (how many, and their hash);
         - means: ``quality_ref``, ``quality_difference``, ``flops_ratio`` (the policy's own included), ``flops_easy``
-          and ``flops_hard`` (of the easiest and the hardest level), ``return`` (the reward), ``regret`` (on tables),
+          and ``flops_hard`` (of the easiest and the hardest level), ``return`` (the reward), ``regret`` and
+          ``normalised_score`` (0 = hull, 1 = full information), on tables,
           ``time_ratio`` and the control ``dense_by_length`` (at batch 32); ``None`` where one is not known;
         - ``as_learned``: means of ``quality_difference``, ``flops_ratio``, ``return`` and ``regret`` at the end of
           learning, before selection; ``None`` where nothing was selected;
@@ -71,6 +72,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         "-" if learned is None else f"{learned['flops_ratio']:.1%} ({100 * learned['quality_difference']:+.2f})",
         "-" if row["return"] is None else f"{row['return']:+.3f}",
         "-" if row["regret"] is None else f"{row['regret']:.3f}",
+        "-" if row["normalised_score"] is None else f"{row['normalised_score']:.2f}",
         f"{row['flops_easy']:.0%} / {row['flops_hard']:.0%}",
         _time(row["time_ratio"], row["dense_by_length"]),
         f"{fewest} to {most}" if fewest != most else str(fewest),
@@ -113,10 +115,10 @@ def _row(env: str, agent: str, results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _means(results: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Means of the quality lost, the FLOPs, the return and the regret; ``None`` where one is not known."""
+    """Means of what is known of all results; ``None`` where it is not."""
     keys = {
         "flops_ratio": "flops_ratio_with_policy",
-        **{key: key for key in ("quality_difference", "return", "regret")},
+        **{key: key for key in ("quality_difference", "return", "regret", "normalised_score")},
     }
     values = {name: [result.get(key) for result in results] for name, key in keys.items()}
     return {name: None if None in of_each else fmean(of_each) for name, of_each in values.items()}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sd_gym.envs.table import TableSplit
+from sd_gym.files import read_json
 
 Array = NDArray
+REFERENCES = "references.json"  # in the folder of a table
 ROWS = 256  # that are looked at together under all masks
 # How many FLOPs ratios a lost answer costs; up to 1 they decide between any two masks of an instance.
 MULTIPLIERS = np.concatenate([np.linspace(0, 1, 51), np.geomspace(1, 300, 40)[1:]])
@@ -80,3 +83,17 @@ def oracle(split: TableSplit) -> Curve:
             best = (flops + multiplier * loss).argmin(axis=1)
             sums[:, column] += loss[at, best].sum(), flops[at, best].sum()
     return lower_hull(*sums / len(split))
+
+
+def normalised_score(folder: Path, loss: float, flops: float) -> float | None:
+    """How far a result on a table's test split is from its hull, 0, to what full information reaches, 1.
+
+    Both are read at the result's mean ``loss`` from the table's ``references.json``; where that is below 0, at 0.
+    ``None`` if the table has no references, or full information is not ahead of the hull there.
+    """
+    if not (folder / REFERENCES).is_file():
+        return None
+    curves, at = read_json(folder / REFERENCES)["curves"], max(loss, 0.0)
+    corners = (curves["hull"], curves["full_information"])
+    hull_there, full_there = (np.interp(at, one["loss"], one["flops"]) for one in corners)
+    return float((hull_there - flops) / (hull_there - full_there)) if hull_there > full_there else None

@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 import sd_gym
 from sd_gym.cli import app
 from sd_gym.envs.config import load_config
+from sd_gym.envs.exact import REFERENCES, hull_at, normalised_score
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.table_files import read_description, table_folder
+from sd_gym.files import read_json
 from sd_gym.registration import CONFIG_FOLDER, config_of, shipped_tables
 
 SPLITS = ("train", "validation", "test")
@@ -110,6 +112,19 @@ def test_there_is_something_to_learn(env_id):
     best = np.where(quality >= quality[:, :1], flops, np.inf).argmin(axis=1)
     assert flops[rows, best].mean() < flops.mean(axis=0)[keeps].min() < 1
     assert quality[rows, best].mean() >= quality[:, 0].mean()
+
+
+def test_references_say_what_there_is_to_learn(env_id):
+    """They are those of its test rows; the hull scores 0 and full information 1; QAMR is a negative control."""
+    core = shared_core(load_config(config_of(env_id), {}))
+    said, test, epsilon = read_json(core.folder / REFERENCES), core.split("test"), core.config.reward.epsilon
+    assert said["losses"] == [0, epsilon / 2, epsilon]
+    assert said["hull"] == pytest.approx([hull_at(test, loss) for loss in said["losses"]])
+    assert said["negative_control"] == ("QAMR" in env_id)
+    for loss, masks, full, best in zip(*(said[key] for key in ("losses", *said["curves"])), strict=True):
+        assert best < full < masks
+        assert normalised_score(core.folder, loss, masks) == pytest.approx(0)
+        assert normalised_score(core.folder, loss, full) == pytest.approx(1)
 
 
 def test_stable_baselines3_learns_on_it(env_id):
