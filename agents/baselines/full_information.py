@@ -98,13 +98,15 @@ class FullInformation(PrivilegedAgent[AgentSettings]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(self.env.core, TableCore):
+        core = self.env.core
+        if not isinstance(core, TableCore):
             raise NotApplicableError("full-information needs the outcomes of all masks, which only a table has")
+        self._core: TableCore = core
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Learn to predict the losses of all masks."""
-        forecast_of(self.env.core)
+        forecast_of(self._core)
 
     def operating_points(self) -> list[Version]:
         """One for each price of a lost answer."""
-        return [Version(ForecastPoint(self.env.core, float(one))) for one in MULTIPLIERS[5::3]]
+        return [Version(ForecastPoint(self._core, float(one))) for one in MULTIPLIERS[5::3]]

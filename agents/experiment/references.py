@@ -8,7 +8,7 @@ from sd_gym.agents.baselines.full_information import full_information
 
 from sd_gym.envs.config import load_config
 from sd_gym.envs.exact import REFERENCES, hull, oracle
-from sd_gym.envs.shared import shared_core
+from sd_gym.envs.table import table_core
 from sd_gym.files import write_json
 from sd_gym.registration import config_of
 
@@ -27,7 +27,7 @@ def write_references(env_id: str, **settings: Any) -> dict[str, Any]:
         ``oracle``; ``negative_control``: whether full information is at no loss 5 points ahead of the hull; and
         ``curves``, the corners of each (``sd_gym.envs.exact.Curve``).
     """
-    core = shared_core(load_config(config_of(env_id), settings))
+    core = table_core(load_config(config_of(env_id), settings))
     split, epsilon = core.split("test"), core.config.reward.epsilon
     losses = [0.0, epsilon / 2, epsilon]
     curves = {"hull": hull(split), "full_information": full_information(split), "oracle": oracle(split)}

@@ -150,8 +150,8 @@ class TableSplit:
 
     def outcome(self, row: int, number: int) -> Outcome:
         """What comes of one row under the mask of that number, as plain numbers."""
-        quality, quality_ref = self.scoring.of_one(row, number)
-        return Outcome(quality, quality_ref, self.costs.ratio_of_one(row, number))
+        numbers: Any = (*self.scoring.of_one(row, number), self.costs.ratio_of_one(row, number))
+        return Outcome(*numbers)
 
     def observation(self, row: int) -> Array:
         """A new array, float32, of what is observed of a row at first."""

@@ -87,7 +87,8 @@ class TableEnv(SwitchableEnv):
         """Observation and info, as ``Episodes`` has them, under the mask of that number."""
         split: Any = self._episode.split
         row = int(self._episode.rows[0])
-        known = outcome or Outcome(0.0, 0.0, 0.0)
+        nothing: Any = 0.0
+        known = outcome or Outcome(nothing, nothing, nothing)
         return split.observation(row), {
             "quality": known.quality,
             "quality_ref": known.quality_ref,
