@@ -95,6 +95,7 @@ class DataConfig(StrictModel):
     splits: Pairs = ()
     unanswerable: bool = True
     overlap: Literal["error", "drop", "allow"] = "error"
+    policy_rows: Literal["new", "all"] = "new"
     train_size: int | None = Field(default=None, ge=1)
     validation_size: int | None = Field(default=None, ge=1)
     test_size: int | None = Field(default=None, ge=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -33,7 +33,15 @@ class Instances(list[Instance]):
         self.rows: list[int] = list(range(len(self)))  # their row numbers in the file, from 0
         self.left_out = 0  # rows that are no instances, since a text that they need is empty
         self.dropped = 0  # rows that are left out since they also stand in another split (overlap: drop)
-        self.also_in: dict[str, int] = {}  # those that also stand in another split (overlap: allow), by its name
+        self.of_backbone = 0  # rows that are left out since the backbone was prepared on them
+        # Those that also stand in another split (overlap: allow), by its name, or among the backbone's rows.
+        self.also_in: dict[str, int] = {}
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Leave out, in place, all but the instances at some positions."""
+        self.rows = [self.rows[position] for position in kept]
+        self[:] = [self[position] for position in kept]
+        vars(self).pop("hash", None)  # it was that of more
 
     @cached_property
     def hash(self) -> str:
@@ -52,7 +60,8 @@ class Instances(list[Instance]):
     @property
     def provenance(self) -> dict[str, Any]:
         """``identity``, and what was left out and is shared with other splits, for a result."""
-        return {**self.identity, "left_out": self.left_out, "dropped": self.dropped, "also_in": self.also_in}
+        counts = {key: getattr(self, key) for key in ("left_out", "dropped", "of_backbone", "also_in")}
+        return {**self.identity, **counts}
 
 
 def check_splits(data: DataConfig) -> None:
