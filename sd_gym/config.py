@@ -128,7 +128,7 @@ class TokensConfig(StrictModel):
 class QualityConfig(StrictModel):
     """What an answer is worth."""
 
-    kind: Literal["exact_match", "balanced", "likelihood", "metric"] = "exact_match"
+    kind: Literal["exact_match", "balanced", "likelihood", "metric", "agreement"] = "exact_match"
     metric: str = "exact_match"
     label_range: float = Field(default=1.0, gt=0)
 

@@ -46,7 +46,8 @@ class BackboneCore(Core[BackboneSplit]):
     def __init__(self, config: EnvConfig) -> None:
         self.config = config
         self.backbone = load_backbone(config.backbone.name, config.backbone.device)
-        self.data = Splits(config.data, config.task, config.backbone.name)
+        labelled = config.quality.kind != "agreement"
+        self.data = Splits(config.data, config.task, config.backbone.name, labelled=labelled)
         self._splits: dict[str, BackboneSplit] = {}
         board, tokens = self.backbone.board, config.tokens
         try:

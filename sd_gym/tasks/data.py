@@ -78,13 +78,19 @@ def check_splits(data: DataConfig) -> None:
 
 
 def load_split(
-    data: DataConfig | str, task: str, split: str, known: dict[str, tuple[str, list]] | None = None
+    data: DataConfig | str,
+    task: str,
+    split: str,
+    known: dict[str, tuple[str, list]] | None = None,
+    *,
+    labelled: bool = True,
 ) -> Instances:
     """The instances of one split, in the data set's order; ``Splits`` has all of them, and compares them.
 
     A row whose needed texts are empty is left out and counted. A single file is divided by row: every tenth row is
     validation, every tenth test, the rest train; where the config has ``splits``, the whole file is ``train``. ``data``
-    may be a text, its ``dataset``; ``known`` caches the data set's own splits between calls.
+    may be a text, its ``dataset``; ``known`` caches the data set's own splits between calls. If not ``labelled``, the
+    references are unknown, and rows need none.
 
     Raises:
         FileNotFoundError: If the file, folder, split or hub id does not exist.
@@ -113,8 +119,8 @@ def load_split(
     instances = Instances(file=file, part=_described(base, chosen, len(rows)))
     for number, position in enumerate(chosen):
         origin, row = rows[position]
-        row, identity = _renamed(row, data, family, origin), f"{split}-{number}"
-        if _is_empty(row, task, origin):
+        row, identity = _renamed(row, data, family, origin, labelled), f"{split}-{number}"
+        if _is_empty(row, family, task, origin, labelled):
             instances.left_out += 1
             continue
         difficulty, may_lack = _difficulty(row.get("difficulty"), origin), data.unanswerable
@@ -247,27 +253,28 @@ def _read_hub(data: DataConfig, base: str, split: str) -> Rows:
     return ((f"{data.dataset}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _renamed(row: dict[str, Any], data: DataConfig, family: Task, origin: str) -> dict[str, Any]:
+def _renamed(row: dict[str, Any], data: DataConfig, family: Task, origin: str, labelled: bool) -> dict[str, Any]:
     """A row with the task's own names for its fields; a local copy may have these already."""
+    unknown = {} if labelled else {family.reference: family.unknown}
+    row = row | unknown
     renamed = dict(row)
     for name, column in data.columns:
         if column in row:
             renamed[name] = row[column]
         elif name in family.fields and name not in row:
             raise DataError(f"{origin}: no column {column!r} (for {name}); the columns are {', '.join(row)}")
-    return renamed
+    return renamed | unknown
 
 
-def _is_empty(row: dict[str, Any], task: str, origin: str) -> bool:
+def _is_empty(row: dict[str, Any], family: Task, task: str, origin: str, labelled: bool) -> bool:
     """Whether a text that the row needs is empty (an empty cell of a CSV file is ``None``)."""
-    family = TASKS.find(task)
     missing = [name for name in family.fields if name not in row]
     if missing:
         raise DataError(f"{origin}: no field {missing[0]!r}; {task} needs {', '.join(family.fields)}")
     for name in dict.fromkeys((*family.needed, *family.inputs)):
         if row.get(name) is not None:
             check_text(row[name], name, origin)
-    return not all((row[name] or "").strip() for name in family.needed)
+    return not all((row[name] or "").strip() for name in family.needed if labelled or name != family.reference)
 
 
 def _difficulty(value: Any, origin: str) -> int:

@@ -23,13 +23,13 @@ class Splits:
 
     An error in a split is raised when that split is asked for, as learning needs no test split. Generated splits are
     disjoint; each is generated when it is asked for. Policies learn on the rows of ``train`` that ``backbone``, a
-    backbone's name, was not prepared on, unless ``data.policy_rows`` is ``all``; ``None``: all rows.
-    Raises: see ``check_splits`` and ``backbone_rows``.
+    backbone's name, was not prepared on, unless ``data.policy_rows`` is ``all``; ``None``: all rows. If not
+    ``labelled``, references are unknown. Raises: see ``check_splits`` and ``backbone_rows``.
     """
 
-    def __init__(self, data: DataConfig, task: str, backbone: str | None = None) -> None:
+    def __init__(self, data: DataConfig, task: str, backbone: str | None = None, *, labelled: bool = True) -> None:
         check_splits(data)
-        self._data, self._task = data, task
+        self._data, self._task, self._labelled = data, task, labelled
         self._of_backbone = np.empty(0, dtype=np.int64) if backbone is None else backbone_rows(backbone)
         self._read: dict[str, Instances | Exception] = {}
 
@@ -97,7 +97,7 @@ class Splits:
         cut_later = whole and self._data.dataset != "procedural"
         data = self._data.model_copy(update={"train_size": None}) if cut_later else self._data
         try:
-            return load_split(data, self._task, name, known)
+            return load_split(data, self._task, name, known, labelled=self._labelled)
         except (FileNotFoundError, DataError) as error:
             return error
 

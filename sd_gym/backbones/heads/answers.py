@@ -88,6 +88,7 @@ class Answers(ABC):
             "likelihood": QualityMeasure(self.likelihood, is_relative=True),
             "metric": QualityMeasure(None),
         }
+        measures["agreement"] = measures["exact_match"]  # the references are the dense answers
         return measures[quality]
 
     @property

@@ -53,6 +53,8 @@ class ScoreHead(LabelHead):
         """A score has its own graded quality under the name of a likelihood too."""
         if quality == "balanced":
             raise ValueError("'balanced' weighs classes, not scores")
+        if quality == "agreement":
+            raise ValueError("'agreement' compares answers, and two scores are never quite the same")
         return super().measured_by("exact_match" if quality == "likelihood" else quality)
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:

@@ -95,7 +95,7 @@ class SpanHead(Head):
 
     def measured_by(self, quality: str) -> QualityMeasure:
         """Exact match is that of the texts: a right answer may stand in several places."""
-        return QualityMeasure(None) if quality == "exact_match" else super().measured_by(quality)
+        return QualityMeasure(None) if quality in ("exact_match", "agreement") else super().measured_by(quality)
 
     @property
     def learned_as(self) -> QualityMeasure:
