@@ -20,6 +20,7 @@ AGENTS: Registry[type[BaseAgent]] = Registry(
         "reinforce": "sd_gym.agents.reinforce.agent:ReinforceAgent",
         "imitation": "sd_gym.agents.imitation.agent:ImitationAgent",
         "static": "sd_gym.agents.baselines.static:StaticAgent",
+        "hull": "sd_gym.agents.baselines.hull:HullAgent",
         "dense": "sd_gym.agents.baselines.constant:DenseAgent",
         "every-other": "sd_gym.agents.baselines.constant:EveryOtherAgent",
         "early-exit": "sd_gym.agents.baselines.early_exit:EarlyExit",

@@ -140,6 +140,7 @@ class RewardConfig(StrictModel):
     epsilon: float = Field(default=0.01, ge=0)
     penalty: float = Field(default=20.0, gt=0)
     cost_scale: float = Field(default=1.0, gt=0)
+    gains: Literal["counted", "ignored"] = "counted"
     vector: bool = False
     dense: bool = False
 

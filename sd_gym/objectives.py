@@ -1,9 +1,10 @@
-"""The lexicographic objective and its alternatives: quality first, then less computation."""
+"""What a decision is worth: quality first, then less computation."""
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,33 +23,31 @@ NO_LAGRANGIAN = (
 )
 
 
-def quality_cost(quality: Floats, quality_ref: Floats, epsilon: float) -> Floats:
-    """How much more quality was lost than allowed: ``max(0, quality_ref - epsilon - quality)``, ``[n]``."""
-    return np.maximum(0.0, quality_ref - epsilon - quality)
-
-
 def lexicographic(
-    quality: Floats, quality_ref: Floats, flops_ratio: Floats, *, epsilon: float, penalty: float, cost_scale: float
+    quality: Floats,
+    quality_ref: Floats,
+    flops_ratio: Floats,
+    *,
+    epsilon: float,
+    penalty: float,
+    cost_scale: float,
+    gains: Literal["counted", "ignored"] = "counted",
 ) -> Floats:
-    """Quality first: savings where the quality is kept, a penalty where it is not, ``[n]``.
+    """Savings less a penalty for the quality that is lost, ``[n]``; the constants are keys of the config.
 
-    Any outcome that keeps the quality (reward in [0, 1]) beats any that does not (reward in [-penalty, 0)). The
-    constants are keys of the config.
+    With ``cost = quality_ref - quality`` it is ``1 - flops_ratio - penalty * cost / cost_scale``. A gained answer earns
+    what a lost one costs, as the constraint is on the mean. A penalty of 1 is the paper's weighted sum.
+
+    Where gains are ignored it is ``1 - flops_ratio`` if ``cost <= epsilon``, else ``-penalty * min(1, (cost - epsilon)
+    / cost_scale)``: any decision that keeps the instance's quality beats any that does not.
     """
-    cost = quality_cost(quality, quality_ref, epsilon)
-    return np.where(cost > 0, -penalty * np.minimum(1.0, cost / cost_scale), 1.0 - flops_ratio)
+    if gains == "counted":
+        return 1.0 - flops_ratio - penalty * (quality_ref - quality) / cost_scale
+    excess = quality_ref - epsilon - quality
+    return np.where(excess > 0, -penalty * np.minimum(1.0, excess / cost_scale), 1.0 - flops_ratio)
 
 
-def scalarized(
-    quality: Floats, quality_ref: Floats, flops_ratio: Floats, *, epsilon: float, penalty: float, cost_scale: float
-) -> Floats:
-    """The weighted sum that the paper compares with: savings minus ``penalty`` times the scaled cost, ``[n]``."""
-    return 1.0 - flops_ratio - penalty * quality_cost(quality, quality_ref, epsilon) / cost_scale
-
-
-OBJECTIVES: Registry[ObjectiveFunction] = Registry(
-    "objective", {"lexicographic": lexicographic, "scalarized": scalarized}
-)
+OBJECTIVES: Registry[ObjectiveFunction] = Registry("objective", {"lexicographic": lexicographic})
 
 
 def register_objective(name: str, function: ObjectiveFunction) -> None:
@@ -95,13 +94,21 @@ def _check_arguments(name: str, function: ObjectiveFunction) -> None:
 class Objective:
     """Turns what came of decisions into rewards, always alike: it has no state.
 
-    Raises ``ValueError`` if the objective's name is unknown, or the function takes something else.
+    Raises ``ValueError`` if the objective's name is unknown, the function takes something else, or it is told to ignore
+    gains and is not ``lexicographic``.
     """
 
     def __init__(self, reward: RewardConfig) -> None:
         self.name = objective_name(reward.objective)
         self.function = objective_function(reward.objective)
-        self.constants = {"epsilon": reward.epsilon, "penalty": reward.penalty, "cost_scale": reward.cost_scale}
+        self.constants = {key: getattr(reward, key) for key in ("epsilon", "penalty", "cost_scale")}
+        if self.function is lexicographic:
+            self.constants["gains"] = reward.gains
+        elif reward.gains != "counted":
+            raise ValueError(
+                f"gains={reward.gains!r} is a form of the objective lexicographic, and {self.name!r} does not know it; "
+                "leave reward.gains out"
+            )
 
     def rewards(self, quality: Floats, quality_ref: Floats, flops_ratio: Floats) -> Floats:
         """Rewards ``[n]`` of ``n`` decisions made together; raises ``ValueError`` if they are not ``n`` finite ones."""

@@ -40,7 +40,7 @@ def test_an_example_is_short_and_says_how_to_run_it(file):
 
 def test_own_agent(env_id):
     imported("own_agent")
-    result = sd_gym.train(env_id, "gradient", "run", steps=2_000, epsilon=1.0, strictness=0)
+    result = sd_gym.train(env_id, "gradient", "run", steps=2_000, epsilon=1.0, confidence=0.5)
     assert result["flops_ratio"] < 0.5  # quality is free: it has learned to skip
     assert sd_gym.train(env_id, "blind-gradient", "blind", steps=300)["history"]
 
@@ -73,7 +73,7 @@ def test_own_ppo(env_id, monkeypatch, capsys):
 
 def test_attached(env_id, capsys):
     example = imported("attached")
-    sd_gym.train(env_id, "ppo", "run", steps=300, epsilon=1.0, strictness=0)
+    sd_gym.train(env_id, "ppo", "run", steps=300, epsilon=1.0, confidence=0.5)
     example.main("run", ["the food was good", "the room was bad"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
@@ -84,7 +84,7 @@ def test_attached(env_id, capsys):
 def test_minilm(env_id, reviews, capsys):
     """The pipeline answers as the policy called on texts does, one by one; the training data are not needed."""
     example = imported("minilm")
-    sd_gym.train(env_id, "ppo", "run", steps=300, epsilon=1.0, strictness=0)
+    sd_gym.train(env_id, "ppo", "run", steps=300, epsilon=1.0, confidence=0.5)
     reviews.unlink()
     texts = ["the food was good", "the room was bad"]
     loaded = sd_gym.load("run")

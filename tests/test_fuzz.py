@@ -137,7 +137,7 @@ SENSIBLE = {
     "quality": st.sampled_from(["exact_match", "balanced", "likelihood", "metric"]),
     "answers": st.sampled_from(["generated", "extracted"]),
     "prompt": st.sampled_from(["{source}", "{", "{x}", "{source.x}", "{0}", ""]),
-    "objective": st.sampled_from(["lexicographic", "scalarized", "no"]),
+    "objective": st.sampled_from(["lexicographic", "no"]),
     "action": st.sampled_from(["multi_discrete", "multi_binary", "discrete"]),
     "observation": st.sampled_from(["pooled", "tokens", "no"]),
     "device": st.sampled_from(["cpu", "cuda", "cuda:7", "gpu", "meta", "mps", "cpu:0", "cpu:5"]),

@@ -7,15 +7,17 @@ from hypothesis import strategies as st
 import sd_gym
 from sd_gym.config import RewardConfig
 from sd_gym.envs import ConfigError
-from sd_gym.objectives import Lagrangian, Objective, lexicographic, quality_cost, scalarized
+from sd_gym.objectives import Lagrangian, Objective, lexicographic
 
 unit = st.floats(0, 1)
 CUSTOM = "SD/Classification-Custom-v0"
 
 
 @given(unit, unit, unit, unit, st.floats(0.01, 100), st.floats(0.01, 10))
-def test_any_satisfied_outcome_beats_any_violated_one(quality_ref, lost, kept_ratio, broken_ratio, penalty, scale):
-    constants = {"epsilon": 0.0, "penalty": penalty, "cost_scale": scale}
+def test_where_gains_are_ignored_any_kept_instance_beats_any_lost_one(
+    quality_ref, lost, kept_ratio, broken_ratio, penalty, scale
+):
+    constants = {"epsilon": 0.0, "penalty": penalty, "cost_scale": scale, "gains": "ignored"}
     reference = np.array([quality_ref])
     kept = lexicographic(reference, reference, np.array([kept_ratio]), **constants)[0]
     broken = lexicographic(reference - lost - 1e-9, reference, np.array([broken_ratio]), **constants)[0]
@@ -25,19 +27,15 @@ def test_any_satisfied_outcome_beats_any_violated_one(quality_ref, lost, kept_ra
 
 
 def test_values_by_hand():
-    quality, reference = np.array([1.0, 0.0, 0.7]), np.array([1.0, 1.0, 1.0])
-    cost = quality_cost(quality, reference, 0.1)
-    np.testing.assert_allclose(cost, [0.0, 0.9, 0.2])
-    ratio = np.array([0.25, 0.5, 0.75])
+    quality, reference = np.array([1.0, 0.0, 0.7, 0.5]), np.array([1.0, 1.0, 1.0, 0.0])
+    ratio = np.array([0.25, 0.5, 0.75, 0.5])
     constants = {"epsilon": 0.1, "penalty": 4.0, "cost_scale": 0.8}
-    by_hand = {"lexicographic": [0.75, -4.0, -1.0], "scalarized": [0.75, 0.5 - 4.5, 0.25 - 1.0]}
-    for function in (lexicographic, scalarized):
-        expected = by_hand[function.__name__]
-        np.testing.assert_allclose(function(quality, reference, ratio, **constants), expected)
-        objective = Objective(RewardConfig(objective=function.__name__, **constants))
+    by_hand = {"counted": [0.75, 0.5 - 5.0, 0.25 - 1.5, 0.5 + 2.5], "ignored": [0.75, -4.0, -1.0, 0.5]}
+    for gains, expected in by_hand.items():
+        objective = Objective(RewardConfig(gains=gains, **constants))
         for _ in range(2):  # always alike
             np.testing.assert_allclose(objective.rewards(quality, reference, ratio), expected)
-    assert pytest.approx(0.0) == quality_cost(np.array([1.0]), np.array([0.5]), 0.0)[0]
+    np.testing.assert_allclose(lexicographic(quality, reference, ratio, **constants), by_hand["counted"])
 
 
 def test_the_lagrangian_follows_the_mean_quality():
@@ -81,15 +79,18 @@ def test_an_own_objective_gives_the_rewards(objective, custom):
 
 def test_objectives_are_checked_when_an_env_is_made(custom):
     with pytest.raises(
-        ConfigError, match=r"config key 'reward.objective': unknown objective 'scalar'; did you mean 'scalarized'"
+        ConfigError,
+        match=r"config key 'reward.objective': unknown objective 'lexicographi'; did you mean 'lexicographic'",
     ):
-        gym.make(CUSTOM, **custom, objective="scalar")
+        gym.make(CUSTOM, **custom, objective="lexicographi")
+    with pytest.raises(ConfigError, match=r"gains='ignored' is a form of the objective lexicographic, and .*:stingy"):
+        gym.make(CUSTOM, **custom, objective=stingy, gains="ignored")
     with pytest.raises(ConfigError, match=r"'.*<lambda>' has to take \(quality, .*, those that it does not need as"):
         gym.make(CUSTOM, **custom, objective=lambda quality, flops: flops)
     with pytest.raises(ValueError, match="has to take"):
         sd_gym.register_objective("narrow", lambda quality, quality_ref, flops_ratio: flops_ratio)
     with pytest.raises(ValueError, match="needs a name of its own"):
-        sd_gym.register_objective("scalarized", stingy)
+        sd_gym.register_objective("lexicographic", stingy)
 
 
 @pytest.mark.parametrize("wrong", [lambda *args, **constants: 1.0, lambda quality, *args, **constants: quality / 0])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.learning.agent import AgentSettings, NotApplicableError, OnRollout, PrivilegedAgent, SplitDecisions
-from sd_gym.agents.learning.decisions import halves, keeps_quality, score_decisions
-from sd_gym.agents.runs.verdict import ONE_SIDED_95
+from sd_gym.agents.learning.agent import AgentSettings, NotApplicableError, OnRollout, PrivilegedAgent
+from sd_gym.agents.learning.decisions import SplitDecisions, Version, policy_rows, score_decisions
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.protocols import Split
@@ -16,6 +16,22 @@ from sd_gym.execution.split import BackboneSplit
 
 THRESHOLDS = np.r_[np.linspace(0.5, 0.95, 10), 0.97, 0.98, 0.99, 0.995, 0.999, 1.01]  # above 1: never
 SWEEPS = 2  # over all stages, to lower their thresholds
+ALLOWED = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # losses on policy rows that thresholds are searched for, over epsilon
+
+
+class Confidences:
+    """Highest class probabilities of rows under decisions, each computed once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, bytes, bytes], NDArray] = {}
+
+    def of(self, split: Split, rows: NDArray, mask: NDArray) -> NDArray:
+        """Of ``rows [n]`` under one mask ``[components]``, float64 ``[n]``; the split's backbone classifies."""
+        key = split.name, rows.tobytes(), mask.tobytes()
+        if key not in self._known:
+            assert isinstance(split, BackboneSplit)  # agents that ask for it refuse tables when they are made
+            self._known[key] = split.passes.confidence(rows, np.tile(mask, (len(rows), 1)))
+        return self._known[key]
 
 
 class EarlyExit(PrivilegedAgent[AgentSettings]):
@@ -34,23 +50,29 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
             raise NotApplicableError("early exit skips whole layers, and the env's candidates are not all sublayers")
         if not self.env.core.backbone.can_exit:
             raise NotApplicableError("early exit needs an encoder that classifies, which this env's backbone is not")
-        self.threshold: float | NDArray = THRESHOLDS[-1]  # one of all looks, or of each, ``[looks]``
+        self._confidences = Confidences()
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
-        """Choose the threshold on the validation split."""
-        core, split = self.env.core, self.env.core.split("validation")
-        confidence, rows = self._confidence(split), np.arange(len(split))
-        for threshold in THRESHOLDS:
-            self.threshold = float(threshold)
-            decisions = self._decisions(self._exits(confidence))
-            if keeps_quality(core, score_decisions(core, split, rows, decisions), ONE_SIDED_95):
-                return
+        """There is nothing to learn: the thresholds are operating points."""
 
-    def decide_split(self, split: Split) -> SplitDecisions:
-        """Exits at the first sure layer; each one before costs the head once more."""
-        exits = self._exits(self._confidence(split))
-        always = self.env.core.backbone.flops.costs(split.encoded.source_length)[0]
-        return SplitDecisions(self._decisions(exits), exits * always)
+    def operating_points(self) -> list[Version]:
+        """A threshold each."""
+        looks = len(self._ends)
+        return [Version(Exit(self, np.full(looks, threshold))) for threshold in THRESHOLDS if threshold <= 1]
+
+    def confidence(self, split: Split, rows: NDArray) -> NDArray:
+        """Highest class probability at each look, ``[n, looks]``."""
+        masks = self.decisions(np.arange(len(self._ends)))
+        return np.stack([self._confidences.of(split, rows, mask) for mask in masks], axis=1)
+
+    def decisions(self, exits: NDArray) -> NDArray:
+        """Everything from the exits ``[n]`` on is skipped: decisions ``[n, components]``."""
+        skip = np.arange(self.env.core.n_switches) >= self._ends[exits][:, None]
+        return np.pad(skip, ((0, 0), (0, 1))).astype(np.int64)
+
+    def judging_flops(self, split: Split, rows: NDArray) -> NDArray:
+        """FLOPs of the head at one exit, ``[n]``."""
+        return self.env.core.backbone.flops.costs(split.encoded.source_length[rows])[0]
 
     @property
     def _ends(self) -> NDArray:
@@ -58,28 +80,32 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
         board = self.env.core.backbone.board
         return np.array([columns.stop for columns in board.decided_at(board.stages).values()])
 
-    def _confidence(self, split: Split) -> NDArray:
-        """Highest class probability at each look, ``[n, looks]``."""
-        rows = np.arange(len(split))
-        exits = [self._decisions(np.full(len(rows), look)) for look in range(len(self._ends))]
-        return np.stack([confidence_of(split, rows, decisions) for decisions in exits], axis=1)
 
-    def _exits(self, confidence: NDArray) -> NDArray:
-        """The look that each instance leaves at, int64 ``[n]``."""
-        sure = confidence >= self.threshold
-        sure[:, -1] = True
-        return sure.argmax(axis=1)
+@dataclass(frozen=True)
+class Exit:
+    """Exits at the first look whose confidence is at least its threshold; each one before costs the head once more."""
 
-    def _decisions(self, exits: NDArray) -> NDArray:
-        skip = np.arange(self.env.core.n_switches) >= self._ends[exits][:, None]
-        return np.pad(skip, ((0, 0), (0, 1))).astype(np.int64)
+    agent: EarlyExit
+    thresholds: NDArray  # [looks]
+
+    def decide_split(self, split: Split, rows: NDArray) -> SplitDecisions:
+        """What is left of the layers at the exit is skipped."""
+        exits = exits_of(self.agent.confidence(split, rows), self.thresholds)
+        return SplitDecisions(self.agent.decisions(exits), exits * self.agent.judging_flops(split, rows))
+
+
+def exits_of(confidence: NDArray, thresholds: NDArray) -> NDArray:
+    """The look that each row leaves at, int64 ``[n]``, of confidences ``[n, looks]``; the last look is the end."""
+    sure = confidence >= thresholds
+    sure[:, -1] = True
+    return sure.argmax(axis=1)
 
 
 class Confidence(EarlyExit):
     """Early exit at the stages of an env, with a threshold for each.
 
-    From the best single threshold, that of one stage after the other is lowered as far as the quality allows on the
-    first half of the validation split. The result has to be confirmed on the other half, or the single one stays.
+    For several losses on policy rows: from the best single threshold, that of one stage after the other is lowered as
+    far as this loss allows. These and the single thresholds are the operating points.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -87,37 +113,30 @@ class Confidence(EarlyExit):
         if not self.env.core.is_staged:
             raise NotApplicableError("confidence looks at the stages of an env, and this one has none; pass stages")
 
-    def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
-        """Choose the thresholds on the validation split."""
-        super().learn(total_steps, logger, on_rollout)
-        core, split = self.env.core, self.env.core.split("validation")
-        rows, looks, single = np.arange(len(split)), len(self._ends), self.threshold
-        confidence = self._confidence(split)
-        exits = [self._decisions(np.full(len(rows), look)) for look in range(looks)]
-        at_look = [score_decisions(core, split, rows, decisions) for decisions in exits]
-        quality, flops = (np.stack([scored[name] for scored in at_look]) for name in ("quality", "flops_ratio"))
-        judged = split.costs.head_flops(rows) / split.costs.dense_flops(rows)
-        searched, unseen = halves(split)
+    def operating_points(self) -> list[Version]:
+        """Thresholds of all stages, searched on policy rows."""
+        core, split, looks = self.env.core, self.env.core.split("train"), len(self._ends)
+        rows = policy_rows(core)
+        confidence = self.confidence(split, rows)
+        scored = [score_decisions(core, split, rows, self.decisions(np.full(len(rows), look))) for look in range(looks)]
+        losses = np.stack([of_look["quality_ref"] - of_look["quality"] for of_look in scored])
+        flops = np.stack([of_look["flops_ratio"] for of_look in scored])
+        judged, every = self.judging_flops(split, rows) / split.costs.dense_flops(rows), np.arange(len(rows))
 
-        def price(part: NDArray) -> float:
-            """Mean FLOPs on some rows; infinite if the quality is not kept there."""
-            exits = self._exits(confidence[part])
-            scored = {"quality": quality[exits, part], "quality_ref": at_look[0]["quality_ref"][part]}
-            kept = keeps_quality(core, scored, ONE_SIDED_95)
-            return float((flops[exits, part] + exits * judged[part]).mean()) if kept else np.inf
+        def price(thresholds: NDArray, allowed: float) -> float:
+            """Mean FLOPs; infinite where more is lost than allowed."""
+            exits = exits_of(confidence, thresholds)
+            lost = losses[exits, every].mean()
+            return float((flops[exits, every] + exits * judged).mean()) if lost <= allowed else np.inf
 
-        before = price(unseen)
-        best = np.full(looks, float(single))
-        for look in [*range(looks - 1)] * SWEEPS:
-            tried = []
-            for threshold in THRESHOLDS:
-                self.threshold = np.where(np.arange(looks) == look, threshold, best)
-                tried.append(price(searched))
-            if np.isfinite(min(tried)):
-                best[look] = THRESHOLDS[int(np.argmin(tried))]
-        self.threshold = best
-        if not price(unseen) < before:
-            self.threshold = single
+        searched = []
+        for allowed in core.config.reward.epsilon * np.array(ALLOWED):
+            best = min((np.full(looks, single) for single in THRESHOLDS), key=lambda one: price(one, allowed))
+            for look in [*range(looks - 1)] * SWEEPS:
+                tried = [np.where(np.arange(looks) == look, threshold, best) for threshold in THRESHOLDS]
+                best = min(tried, key=lambda one: price(one, allowed))
+            searched.append(Version(Exit(self, best)))
+        return [*super().operating_points(), *searched]
 
     @property
     def _ends(self) -> NDArray:
@@ -125,9 +144,3 @@ class Confidence(EarlyExit):
         core = self.env.core
         starts = [columns.start for columns in core.backbone.board.decided_at(core.stages).values() if columns.start]
         return np.array([*starts, core.n_switches])
-
-
-def confidence_of(split: Split, rows: NDArray, decisions: NDArray) -> NDArray:
-    """Highest class probability of rows under decisions, float64 ``[n]``, of a split of a backbone that classifies."""
-    assert isinstance(split, BackboneSplit)  # agents that ask for it refuse tables when they are made
-    return split.passes.confidence(rows, decisions)

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.baselines.search import beam_search, can_try_all, exhaustive_search, greedy_path, path_steps
-from sd_gym.agents.learning.agent import AgentSettings, OnRollout, PrivilegedAgent, SplitDecisions
+from sd_gym.agents.learning.agent import AgentSettings, OnRollout, PrivilegedAgent
+from sd_gym.agents.learning.decisions import SplitDecisions, Version
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.protocols import Split
@@ -31,27 +32,31 @@ class Oracle(PrivilegedAgent[OracleSettings]):
     """
 
     Settings = OracleSettings
-    draws = False
+    draws = selects = False
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """There is nothing to learn."""
 
-    def decide_split(self, split: Split) -> SplitDecisions:
-        """The cheapest decision of each instance whose quality is at least the dense one's; deciding costs nothing."""
-        core, rows = self.env.core, np.arange(len(split))
+    def operating_points(self) -> list[Version]:
+        """Itself."""
+        return [Version(self)]
+
+    def decide_split(self, split: Split, rows: NDArray) -> SplitDecisions:
+        """The cheapest decision of each row whose quality is at least the dense one's; deciding costs nothing."""
+        core = self.env.core
 
         def good(rows: NDArray, decisions: NDArray) -> NDArray:
             outcome = core.score(split, rows, decisions)
             return outcome.quality >= outcome.quality_ref
 
-        if can_try_all(core.nvec, len(split)):
+        if can_try_all(core.nvec, len(rows)):
             decisions = exhaustive_search(core, split, rows, good, _ignore)
         else:
             validation = core.split("validation")
             few = np.arange(min(ORDER_INSTANCES, len(validation)))
             order = path_steps(greedy_path(core, validation, few, _ignore))
             decisions = beam_search(core, split, rows, order, good, _ignore, width=self.settings.width)
-        return SplitDecisions(decisions, np.zeros(len(split)))
+        return SplitDecisions(decisions, np.zeros(len(rows)))
 
 
 def _ignore(scored: int) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sd_gym.agents.baselines import search
 from sd_gym.agents.baselines.search import Per
 from sd_gym.agents.learning.agent import Agent, AgentSettings, OnRollout, Rollout, decision_logits
-from sd_gym.agents.learning.decisions import halves, score_decisions
+from sd_gym.agents.learning.decisions import Version, policy_rows, score_decisions
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.actions import read_masks, write_masks
@@ -34,10 +34,10 @@ class StaticSettings(AgentSettings):
 
 
 class StaticAgent(Agent[StaticSettings]):
-    """One mask for all inputs, searched on the screening half of the validation split.
+    """One mask for all inputs, searched on policy rows.
 
-    All masks where they are few enough; else those of a greedy path and of a learned one. The usual selection then
-    takes the cheapest mask that keeps the quality on the other half.
+    All masks where they are few enough; else those of a greedy path and of a learned one. They are the operating points
+    of the usual selection.
     """
 
     Settings = StaticSettings
@@ -52,8 +52,7 @@ class StaticAgent(Agent[StaticSettings]):
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Search; it takes as many decisions as it takes."""
         core = self.env.core
-        split = core.split("validation")
-        rows = halves(split)[0]
+        split, rows = core.split("train"), policy_rows(core)
         if self.settings.path is not None:
             self.masks = searched_masks(self.settings.path, core.nvec)
             return
@@ -69,15 +68,15 @@ class StaticAgent(Agent[StaticSettings]):
         """The first mask: dense."""
         return self._mask_policy(self.masks[0])
 
-    def selectable_policies(self) -> list[DecisionPolicy]:
+    def operating_points(self) -> list[Version]:
         """All masks that the search found."""
-        return [self._mask_policy(mask) for mask in self.masks]
+        return [Version(self._mask_policy(mask)) for mask in np.unique(self.masks, axis=0) if mask.any()]
 
     def save_extra(self, folder: Path) -> None:
         """Write ``masks.json``, and ``codebook.json``, a nested few for an env with ``action="discrete"``."""
         write_masks(np.stack(self.masks), folder / MASKS)
-        core, split = self.env.core, self.env.core.split("validation")
-        rows, masks = halves(split)[0], np.unique(self.masks, axis=0)
+        core, split = self.env.core, self.env.core.split("train")
+        rows, masks = policy_rows(core), np.unique(self.masks, axis=0)
         scored = [score_decisions(core, split, rows, np.tile(mask, (len(rows), 1))) for mask in masks]
         quality, flops = (np.array([of_mask[name].mean() for of_mask in scored]) for name in ("quality", "flops_ratio"))
         write_masks(masks[search.nested_codebook(masks, quality, flops)], folder / "codebook.json")

@@ -8,13 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment import run
 from sd_gym.agents.experiment.comparison_plan import plan_comparison
+from sd_gym.agents.experiment.evaluation import summary
 from sd_gym.agents.experiment.parallel import OnStatus, RunStatus, train_many
-from sd_gym.agents.learning.decisions import PolicyLike, check_fits
+from sd_gym.agents.experiment.selection import Selection
+from sd_gym.agents.learning.decisions import (
+    DENSE_MARGIN,
+    Dense,
+    PolicyLike,
+    SplitPolicy,
+    Version,
+    check_fits,
+    versions,
+)
 from sd_gym.agents.runs.folder import check_backbone, read_description
-from sd_gym.agents.runs.verdict import ONE_SIDED_95
+from sd_gym.agents.runs.verdict import CONFIDENCE
 
 from sd_gym.config import EnvConfig, dotted, stored_config
 from sd_gym.envs.config import load_config, make_config
@@ -33,7 +44,7 @@ from sd_gym.tasks.splits import check_unchanged
 from sd_gym.version import __version__
 
 Policy = DecisionPolicy | str | Path | Callable[[Observations], Any]
-KEPT = ("steps", "seed", "strictness", "agent_settings", "data")  # of a run's description, by its evaluation
+KEPT = ("steps", "seed", "confidence", "agent_settings", "data")  # of a run's description, by its evaluation
 
 
 def train(
@@ -43,7 +54,7 @@ def train(
     *,
     steps: int = 50_000,
     seed: int = 0,
-    strictness: float = ONE_SIDED_95,
+    confidence: float = CONFIDENCE,
     resume: bool = False,
     imports: Sequence[str] = (),
     on_progress: Callable[[int, dict[str, float]], None] | None = None,
@@ -57,7 +68,7 @@ def train(
         output: Run folder; ``None``: ``default_folder``.
         steps: Decisions to learn from.
         seed: Of the agent and of the instances drawn.
-        strictness: Safety margin of validation, in standard errors, for a policy to be selected.
+        confidence: Of the guarantee that the selected policy loses less than the env's ``epsilon``, one-sided.
         resume: Whether to go on with an interrupted run.
         imports: Modules and files that register what the run needs, to be named by errors where they are missing.
         on_progress: Called after each rollout with (steps so far, figures to show).
@@ -66,7 +77,8 @@ def train(
     Returns:
         The result, as in the folder's ``result.json``: ``quality``, ``quality_ref`` (dense), ``flops_ratio``,
         ``flops_ratio_with_policy``, the verdict ``quality_kept`` at ``epsilon``, ``quality_difference_interval``,
-        ``by_difficulty``, ``time`` by batch size, and more.
+        ``by_difficulty``, ``time`` by batch size, and more. ``guarantee`` says in words what was selected on how many
+        rows, and ``last_policy`` how the policy as learned does.
 
     Raises:
         FileExistsError: If the folder holds a finished run, an interrupted one without ``resume``, or anything else.
@@ -74,7 +86,7 @@ def train(
             another one, on other data, or damaged.
     """
     folder = default_folder(env_id, algo, seed) if output is None else Path(output)
-    options: dict[str, Any] = {"steps": steps, "seed": seed, "strictness": strictness, "resume": resume}
+    options: dict[str, Any] = {"steps": steps, "seed": seed, "confidence": confidence, "resume": resume}
     options |= {"settings": settings, "imports": imports, "on_progress": on_progress}
     return run.train(env_id, algo, folder, **options)
 
@@ -87,7 +99,7 @@ def train_all(
     controls: bool = True,
     seeds: int = 10,
     steps: int = 50_000,
-    strictness: float = ONE_SIDED_95,
+    confidence: float = CONFIDENCE,
     jobs: int = 1,
     ray: str | None = None,
     imports: Sequence[str] = (),
@@ -102,11 +114,11 @@ def train_all(
         env_ids: Registered ids.
         algos: Agents' names; ``NAME-from-OTHER`` begins with the run of OTHER with the same seed.
         output: The runs are ``OUTPUT/ENV/ALGO-SEED``.
-        controls: Whether controls are trained as well: ``static``, ``early-exit`` where it applies, ``random``,
+        controls: Whether controls are trained as well: ``hull``, ``early-exit`` where it applies, ``random``,
             ``hash``, ``dense``, and the first agent that learns, blind.
         seeds: How many.
         steps: Decisions to learn from.
-        strictness: See ``train``.
+        confidence: See ``train``.
         jobs: Processes, of one thread each; 1: this process. With more, guard your script by
             ``if __name__ == "__main__":``.
         ray: Address of a Ray cluster that trains them instead, one thread per run: ``auto``, ``local`` (starts one
@@ -123,7 +135,7 @@ def train_all(
         ValueError: If a name or setting is unknown, or both ``jobs`` and ``ray`` are asked for.
         ImportError: If Ray is asked for and not installed.
     """
-    more = {"seeds": seeds, "steps": steps, "strictness": strictness}
+    more = {"seeds": seeds, "steps": steps, "confidence": confidence}
     runs = plan_comparison(env_ids, algos, output=Path(output), controls=controls, settings=settings, **more)
     return train_many(runs, jobs=jobs, ray=ray, imports=imports, on_status=on_status)
 
@@ -136,10 +148,12 @@ def default_folder(env_id: str, algo: str, seed: int) -> Path:
 
 def evaluate(
     env_id: str,
-    policy: Policy,
+    policy: Policy | Sequence[Policy | Sequence[int] | NDArray],
     split: str = "test",
     output: str | Path | None = None,
     *,
+    select: bool = False,
+    confidence: float = CONFIDENCE,
     policy_flops: int | None = None,
     name: str | None = None,
     **settings: Any,
@@ -152,13 +166,20 @@ def evaluate(
             (with another ``observation`` or ``action``, or several stages: to those actions, of the stage that the
             observations begin with); a model of Stable-Baselines3 (or anything with its ``predict``); a
             ``DecisionPolicy``; or the folder of a run, whose settings of the env then hold where ``settings`` give no
-            others (of a run on a table: also on the env that the table is of, where it decides as it did there).
+            others (of a run on a table: also on the env that the table is of, where it decides as it did there). To
+            select from: also a list of these (no folders) and of masks, one decision for all inputs each.
         split: ``train``, ``validation`` or ``test``.
         output: Folder to write ``result.json``, ``instances.csv``, ``result.png`` and ``config.json`` to, which
             ``compare`` takes as it takes runs; ``None``: nothing is written.
+        select: Whether an operating point is selected, as ``train`` does; then the result is that point's, and
+            ``last_policy`` describes the policy as it was given. Points are the versions of a run's policy or of a
+            ``DecisionPolicy``, or those of a list; a single callable is one. No point may depend on the validation or
+            test split, else the guarantee is void.
+        confidence: Of the guarantee; see ``train``.
         policy_flops: FLOPs of one decision; ``None``: the policy's attribute ``flops`` if it has one, else they are not
             counted, and the result says so (``policy_flops_counted``).
-        name: Of the policy, in ``config.json``; ``None``: of the function or class.
+        name: Of the policy, for ``compare``: results of one name are runs of one agent. ``None``: of a run's folder the
+            agent's name, else the name of ``output``, and the result stands alone.
         settings: Overrides of the env's config, as for ``gym.make``.
 
     Returns:
@@ -167,8 +188,8 @@ def evaluate(
     Raises:
         FileNotFoundError: If there is no such run.
         FileExistsError: If ``output`` holds a result, or anything else.
-        ValueError: If a name or setting is unknown, the policy's decisions are malformed, or the data of a run have
-            changed (where ``settings`` name no other data).
+        ValueError: If a name or setting is unknown, the policy's decisions are malformed, a list is given and nothing
+            is to be selected, or the data of a run have changed (where ``settings`` name no other data).
 
     Example:
         >>> import numpy as np, sd_gym
@@ -195,10 +216,21 @@ def evaluate(
                 check_unchanged(origin.folder, origin.description["data"], core.data)
             if origin.exported or (same_data and "backbone.name" not in given):
                 check_backbone(origin.folder, origin.description["weights"], core.backbone)
-        decides = _policy_like(origin.exported.network if origin and origin.exported else policy, policy_flops, core)
+        given_policy = origin.exported.network if origin and origin.exported else policy
+        if isinstance(given_policy, list | tuple) and not select:
+            raise ValueError("expected one policy, got a list; to select from it, pass select=True")
+        selection = Selection(core, confidence) if select else None
+        if selection is None:
+            decides, last = _policy_like(given_policy, policy_flops, core), None
+        else:
+            decides, last = _selected(selection, given_policy, policy_flops, split)
         used = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
         if folder is not None:
-            description = {MARKER: __version__, "env": env_id, "algo": name or _name_of(policy), "agent_settings": {}}
+            algo = name or (origin.description["algo"] if origin else folder.resolve().name)
+            description = {MARKER: __version__, "env": env_id, "algo": algo, "agent_settings": {}}
+            description["named"] = name is not None or origin is not None
+            if select:
+                description["confidence"] = confidence
             description["control"] = bool(origin and origin.description["control"])
             description |= run.run_metadata(core.config)
             description["weights"] = core.backbone.weights
@@ -210,10 +242,40 @@ def evaluate(
             write_json(folder / "config.json", description)
         result = run.measure(core, decides, split, folder)
         result["history"] = []
+        if select:
+            result |= run.selected_result(selection, last, result)
         result["data"] = {name: core.split(name).provenance for name in used}
         if folder is not None:
             run.write_result(result, core, folder)
         return result
+
+
+def _selected(
+    selection: Selection, policy: Any, flops: int | None, split: str
+) -> tuple[PolicyLike | SplitPolicy, dict[str, Any]]:
+    """What decides as selected, and results of the policy as it was given (of a list: as policy rows choose)."""
+    core = selection.core
+    if isinstance(policy, str | Path):
+        policy = DecisionPolicy.load(Path(policy))
+    several = policy if isinstance(policy, list | tuple) else [policy]
+    points = [version for one in several for version in _versions(one, flops, core)]
+    chosen, dense = selection.select(points), Version(Dense(core))
+    if chosen is None and selection.origin is not None:
+        dense = Version(_policy_like(selection.origin.with_margin(DENSE_MARGIN), flops, core))
+    as_given = (selection.as_searched() or dense).policy if policy is several else _policy_like(policy, flops, core)
+    return (chosen or dense).policy, summary(core, as_given, split)
+
+
+def _versions(policy: Any, flops: int | None, core: Core) -> list[Version]:
+    """The operating points that a policy, or a mask, stands for."""
+    if isinstance(policy, DecisionPolicy | TablePolicy):
+        check_fits(policy, core)
+        return [one._replace(policy=_policy_like(one.policy, flops, core)) for one in versions(core, policy)]
+    if isinstance(policy, list | tuple | np.ndarray):
+        return [
+            Version(_policy_like(lambda observations: np.tile(policy, (len(each(observations)), 1)), flops or 0, core))
+        ]
+    return [Version(_policy_like(policy, flops, core))]
 
 
 @dataclass
@@ -227,7 +289,7 @@ class _PolicyFunction:
         return self.function(observations)
 
 
-def _policy_like(policy: Policy | TablePolicy, flops: int | None, core: Core) -> PolicyLike:
+def _policy_like(policy: Any, flops: int | None, core: Core) -> PolicyLike:
     if isinstance(policy, str | Path):
         policy = DecisionPolicy.load(Path(policy))
     if isinstance(policy, DecisionPolicy):
@@ -292,9 +354,3 @@ def _config(env_id: str, origin: _Origin | None, settings: dict[str, Any]) -> En
             origin.exported.check_reachable()
         return make_config({**dotted(origin.exported.card["env"]), **dotted(settings, env_id)}, env_id)
     return load_config(config_of(env_id), settings)
-
-
-def _name_of(policy: Policy) -> str:
-    if isinstance(policy, str | Path):
-        return read_description(Path(policy))["algo"]
-    return getattr(policy, "__name__", type(policy).__name__)

@@ -12,14 +12,14 @@ from typing import Any
 from sd_gym.agents.experiment.run import check_same_run, is_setting, split_settings, train
 from sd_gym.agents.registry import BLIND, agent_class, agent_names, is_control, make_settings
 from sd_gym.agents.runs.folder import read_description
-from sd_gym.agents.runs.verdict import ONE_SIDED_95
+from sd_gym.agents.runs.verdict import CONFIDENCE
 
 from sd_gym.config import dotted
 from sd_gym.envs.config import load_config
 from sd_gym.files import as_json
 from sd_gym.registration import config_of
 
-CONTROLS = ("static", "early-exit", "random", "hash", "dense")  # of every comparison, and a blind agent
+CONTROLS = ("hull", "early-exit", "random", "hash", "dense")  # of every comparison, and a blind agent
 FROM = "-from-"
 STARTS = ("start", "path")  # settings that name the run that another one begins with
 
@@ -38,7 +38,7 @@ class PlannedRun:
     steps: int
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
-    strictness: float = ONE_SIDED_95
+    confidence: float = CONFIDENCE
 
     @property
     def needs(self) -> list[Path]:
@@ -52,12 +52,12 @@ class PlannedRun:
         for key, value in self.settings.items():
             text = json.dumps(value) if isinstance(value, list | dict | bool | None) else str(value)
             parts += ["--set", f"{key}={text}"]
-        parts += [] if self.strictness == ONE_SIDED_95 else ["--strictness", str(self.strictness)]
+        parts += [] if self.confidence == CONFIDENCE else ["--confidence", str(self.confidence)]
         return shlex.join([*parts, *(part for name in imports for part in ("--import", name))])
 
     def train(self, imports: Sequence[str], on_progress: Callable[[int, dict[str, float]], None]) -> None:
         """Train it, or go on with it. Raises: see ``run.train``."""
-        options: dict[str, Any] = {"steps": self.steps, "seed": self.seed, "strictness": self.strictness}
+        options: dict[str, Any] = {"steps": self.steps, "seed": self.seed, "confidence": self.confidence}
         options |= {"settings": self.settings, "imports": imports, "on_progress": on_progress}
         train(self.env, self.algo, self.folder, resume=True, **options)
 
@@ -66,7 +66,7 @@ class PlannedRun:
         if not (self.folder / "result.json").exists():
             return False
         of_env, of_agent = split_settings(self.algo, self.settings)
-        now = {key: getattr(self, key) for key in ("env", "algo", "steps", "seed", "strictness")}
+        now = {key: getattr(self, key) for key in ("env", "algo", "steps", "seed", "confidence")}
         now |= dotted(load_config(config_of(self.env), of_env).model_dump())
         now |= make_settings(self.algo, of_agent).model_dump()
         now = json.loads(as_json({key: value for key, value in now.items() if key != "backbone.device"}))
@@ -87,7 +87,7 @@ def plan_comparison(
     steps: int = 50_000,
     output: Path = Path("runs/compare"),
     settings: dict[str, Any] | None = None,
-    strictness: float = ONE_SIDED_95,
+    confidence: float = CONFIDENCE,
 ) -> list[PlannedRun]:
     """The runs of a comparison, in the order of training: each agent and control on each env, with the same seeds.
 
@@ -118,7 +118,7 @@ def plan_comparison(
                 own = {key: value for key, value in settings.items() if is_setting(key) or key in known}
                 if start:
                     own[_start_key(algo)] = folder / f"{start}-{seed if agent_class(start).draws else 0}"
-                runs.append(PlannedRun(env, algo, folder / f"{name}-{seed}", steps, seed, own, strictness))
+                runs.append(PlannedRun(env, algo, folder / f"{name}-{seed}", steps, seed, own, confidence))
     return runs
 
 

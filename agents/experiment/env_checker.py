@@ -13,6 +13,7 @@ from gymnasium.spaces.utils import flatten
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from numpy.typing import NDArray
 
+from sd_gym.envs.report import SCORES
 from sd_gym.envs.single import SwitchableEnv
 
 EPISODES = 32  # of each constant or random decision
@@ -44,7 +45,7 @@ class Episode(NamedTuple):
 def check_env(env_id: str, settings: dict[str, Any] | None = None) -> list[Check]:
     """Check an env: with Gymnasium's checker, with seeds, and by the results of constant and random decisions.
 
-    The range of rewards is checked too, and the best of all decisions where they are few. ``settings`` are overrides of
+    So are the rewards, by the infos, and the best of all decisions where they are few. ``settings`` are overrides of
     its config, by key. Raises ``gymnasium.error.UnregisteredEnv`` if there is no such env, ``ValueError`` if a setting
     is unknown, or the env gives a ``reward.vector``: the objective's is checked.
     """
@@ -116,18 +117,13 @@ def _panel_checks(panel: dict[str, list[Episode]]) -> list[Check]:
 
 
 def _rewards(env: SwitchableEnv, panel: dict[str, list[Episode]]) -> Check:
-    """Of the lexicographic objective: in [-penalty, 1], at least 0 just where the quality is kept."""
-    reward = env.config.reward
+    """They are those of the objective, of the quality and the FLOPs that the infos tell."""
     episodes = [episode for of_decision in panel.values() for episode in of_decision]
     totals = np.array([episode.total for episode in episodes])
-    kept = np.array([episode.info["is_success"] for episode in episodes])
-    finding = f"{totals.min():+.3f} to {totals.max():+.3f}"
-    if reward.objective != "lexicographic":
-        return Check("rewards", bool(np.isfinite(totals).all()), f"{finding}; {reward.objective} declares no range")
-    inside = (totals >= -reward.penalty - SLACK) & (totals <= 1 + SLACK)
-    sides = (totals[kept] >= -SLACK).all() and (totals[~kept] < 0).all()
-    declared = f"declared {-reward.penalty:+g} to +1, below 0 only where quality is lost"
-    return Check("rewards", bool(inside.all() and sides), f"{finding}; {declared}")
+    told = [[np.array([episode.info[key]]) for key in SCORES] for episode in episodes]
+    expected = np.concatenate([env.objective.rewards(*one) for one in told])
+    finding = f"{totals.min():+.3f} to {totals.max():+.3f}; {env.objective.name} has {expected.min():+.3f} to "
+    return Check("rewards", bool(np.allclose(totals, expected, atol=SLACK)), f"{finding}{expected.max():+.3f}")
 
 
 def _optimum(env: SwitchableEnv, panel: dict[str, list[Episode]]) -> Check:

@@ -16,18 +16,25 @@ from numpy.typing import NDArray
 from sd_gym.agents.learning.decisions import (
     PolicyLike,
     SplitDecisions,
+    SplitPolicy,
     decide_and_score,
     decision_flops,
+    outcomes,
     score_decisions,
 )
 from sd_gym.agents.runs.statistics import bootstrap_interval
 from sd_gym.agents.runs.verdict import Verdict, fewest_instances, losses_allowed, verdict
 
 from sd_gym.backbones import Backbone
+from sd_gym.config import RewardConfig
 from sd_gym.envs.core import BackboneCore
-from sd_gym.envs.protocols import Core
+from sd_gym.envs.protocols import Core, Split
+from sd_gym.envs.regret import best_rewards
 from sd_gym.envs.report import by_facts, write_instances
+from sd_gym.envs.table import TableSplit
 from sd_gym.execution.split import BackboneSplit
+from sd_gym.objectives import Objective
+from sd_gym.registry import UnknownNameError
 
 WARM_UP, LEAST_TIMED = 2, 3  # batches
 TIMED_SECONDS = 30.0  # after which no further batch is timed: of a large backbone, three batches take minutes
@@ -39,9 +46,11 @@ def evaluate(
     """The result on a split, of a policy or of decisions that a ``PrivilegedAgent`` made: in all and by difficulty.
 
     ``flops_ratio`` is the mean over instances of the backbone's ratio; ``flops_ratio_with_policy`` adds what it costs
-    to decide, if ``policy_flops_counted``. ``metrics`` holds the data set's own metric where it is not the mean
-    quality. ``by_difficulty`` has the data's levels, or without levels the quartiles of the dense loss; ``by_fact`` the
-    quartiles of all facts of an instance, and ``table`` (a CSV file to write) each instance.
+    to decide, if ``policy_flops_counted``. ``return`` is the mean reward, which no FLOPs of deciding lower; ``regret``
+    is how much more the best masks of a table would earn. Each is ``None`` where it is not known: without a table, or
+    by an objective of a user's own that is not registered here. ``metrics`` holds the data set's own metric where it is
+    not the mean quality. ``by_difficulty`` has the data's levels, or without levels the quartiles of the dense loss;
+    ``by_fact`` the quartiles of all facts of an instance, and ``table`` (a CSV file to write) each instance.
     """
     split = core.split(split_name)
     split.scoring.score_dense()
@@ -61,7 +70,7 @@ def evaluate(
         },
         "split": split_name,
         "instances": len(split),
-        **_means(scored, own, epsilon),
+        **_means(core, split, scored, own),
         "quality_difference_interval": bootstrap_interval(scored["quality"] - scored["quality_ref"]),
         "fewest_instances": fewest_instances(epsilon),
         "losses_allowed": losses_allowed(len(split), epsilon),
@@ -75,18 +84,17 @@ def evaluate(
     }
 
 
-def summary(core: Core, policy: PolicyLike, split_name: str) -> dict[str, Any]:
+def summary(core: Core, policy: PolicyLike | SplitPolicy, split_name: str) -> dict[str, Any]:
     """The first part of ``evaluate``: means of quality and FLOPs, and the verdict."""
     split = core.split(split_name)
     split.scoring.score_dense()
-    rows = np.arange(len(split))
-    own = decision_flops(core, policy, split, rows) / split.costs.dense_flops(rows)
-    return _means(decide_and_score(core, policy, split), own, core.config.reward.epsilon)
+    scored = outcomes(core, policy, split)
+    return _means(core, split, scored, scored["flops_ratio_with_policy"] - scored["flops_ratio"])
 
 
-def _means(scored: dict[str, NDArray], own: NDArray, epsilon: float) -> dict[str, Any]:
-    """Means and the verdict, of scored decisions and the FLOPs ratio ``own [n]`` of deciding."""
-    judged = verdict(scored["quality"], scored["quality_ref"], epsilon)
+def _means(core: Core, split: Split, scored: dict[str, NDArray], own: NDArray) -> dict[str, Any]:
+    """Means and the verdict, of scored decisions on a split and the FLOPs ratio ``own [n]`` of deciding."""
+    judged = verdict(scored["quality"], scored["quality_ref"], core.config.reward.epsilon)
     return {
         "quality": float(scored["quality"].mean()),
         "quality_ref": float(scored["quality_ref"].mean()),
@@ -95,7 +103,19 @@ def _means(scored: dict[str, NDArray], own: NDArray, epsilon: float) -> dict[str
         "verdict": str(judged),
         "flops_ratio": float(scored["flops_ratio"].mean()),
         "flops_ratio_with_policy": float((scored["flops_ratio"] + own).mean()),
+        **_rewards(core.config.reward, split, scored),
     }
+
+
+def _rewards(reward: RewardConfig, split: Split, scored: dict[str, NDArray]) -> dict[str, float | None]:
+    """The return of scored decisions, and their regret."""
+    try:
+        objective = Objective(reward)
+    except UnknownNameError:  # it belongs to a run, and was registered there
+        return {"return": None, "regret": None}
+    mean = float(objective.rewards(*(scored[name] for name in ("quality", "quality_ref", "flops_ratio"))).mean())
+    best = float(best_rewards(split).mean()) if isinstance(split, TableSplit) else None
+    return {"return": mean, "regret": None if best is None else best - mean}
 
 
 def decisions_hash(decisions: NDArray) -> str:

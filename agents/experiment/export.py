@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
+
+from sd_gym.agents.experiment.selection import Selection
 
 from sd_gym.config import dotted, nested
 from sd_gym.envs.protocols import Core
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.policy.card import OperatingPoint
 from sd_gym.policy.table_export import TablePolicy
 
 RESULT_KEYS = ("split", "instances", "quality", "quality_ref", "flops_ratio", "flops_ratio_with_policy")
-RESULT_KEYS += ("quality_difference", "quality_difference_interval", "verdict")
+RESULT_KEYS += ("quality_difference", "quality_difference_interval", "verdict", "guarantee")
 
 
 def export(
     core: Core,
     policy: DecisionPolicy,
-    operating_points: Sequence[OperatingPoint],
+    selection: Selection | None,
     result: dict[str, Any],
     description: dict[str, Any],
 ) -> SkipPolicy | None:
@@ -38,8 +38,10 @@ def export(
         "env": nested({key: value for key, value in env.items() if key != "reward.objective"}),
         "backbone": exported.backbone,
         "result": {key: result[key] for key in RESULT_KEYS},
+        "selection": selection and {key: selection.report()[key] for key in ("rows", "epsilon", "confidence")},
         "run": {key: description[key] for key in ("env", "algo", "steps", "seed", "versions", "data")},
     }
+    operating_points = [] if selection is None else selection.operating_points()
     of_input = exported.mean, exported.deviation, exported.rarity, exported.protection
     ranking = exported.ranking_costs_flops
     return SkipPolicy(network, *of_input, tuple(operating_points), card, exported.of_tokens, ranking)

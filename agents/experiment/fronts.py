@@ -21,9 +21,9 @@ from sd_gym.envs.shared import shared_core
 from sd_gym.policy import DecisionPolicy
 from sd_gym.tasks.splits import Splits, check_unchanged
 
-COLUMNS = ["env", "agent", "seeds", "points lost", "FLOPs of static / blind", "FLOPs (worst)"]
-COLUMNS += ["saved more than static masks, points (interval; worst)", "above zero", "than blind", "above zero"]
-CONTROLS = ("static", "blind")  # what learned agents are compared with
+COLUMNS = ["env", "agent", "seeds", "points lost", "FLOPs of hull / blind", "FLOPs (worst)"]
+COLUMNS += ["saved more than the hull, points (interval; worst)", "above zero", "than blind", "above zero"]
+CONTROLS = ("hull", "blind")  # what learned agents are compared with
 MARGIN_STEP, LARGEST_MARGIN = 0.5, 15.0  # of bolder and more cautious versions of a policy
 COMPARED_LOSSES = (0.25, 0.5)  # as shares of epsilon: about what selected policies lose
 
@@ -46,7 +46,7 @@ def front_of(core: Core, split: Split, policies: Sequence[DecisionPolicy]) -> Fr
 
 
 def score_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFronts]:
-    """Score all masks that were searched, and bolder and more cautious versions of each policy, on the test split.
+    """Score all masks of the hull, and bolder and more cautious versions of each policy, on the test split.
 
     Of that, at most ``test_size`` instances; ``None``: as many as the runs had. Raises ``FileNotFoundError`` if no
     folder holds a finished run, ``ValueError`` if there is no env with a learned agent and with a control, or the data
@@ -56,7 +56,7 @@ def score_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvF
     for folder in finished_runs(folders):
         run = read_run(folder)
         config, algo = run.config, run.config["algo"]
-        name = "blind" if algo.startswith(BLIND) else algo if algo == "static" else agent_label(config)
+        name = "blind" if algo.startswith(BLIND) else algo if algo == "hull" else agent_label(config)
         if name in CONTROLS or (not config["control"] and has_policy(folder)):
             # What changes no instance and no quality may differ: of the reward, all but epsilon.
             env = run.env.model_copy(update={"reward": RewardConfig(epsilon=run.env.reward.epsilon)})
@@ -77,7 +77,7 @@ def score_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvF
             env = env.model_copy(update={"data": env.data.model_copy(update={"test_size": test_size})})
         fronts.append(_fronts_of(env, agents))
     if not fronts:
-        raise ValueError("expected runs of a learned agent and, on the same env, of static or a blind agent")
+        raise ValueError("expected runs of a learned agent and, on the same env, of hull or a blind agent")
     if alone:
         warnings.warn(
             f"left out, as their env's config (the rows that were trained on are part of it) has no run to compare "
@@ -101,7 +101,7 @@ def _fronts_of(config: EnvConfig, agents: dict[str, list[Run]]) -> EnvFronts:
 
     masks = [
         policy_of(run).with_decision(mask)
-        for run in agents.get("static", [])
+        for run in agents.get("hull", [])
         for mask in searched_masks(run.folder, core.nvec)
     ]
     blind = [version for run in agents.get("blind", []) for version in versions_of(run)]
@@ -135,7 +135,7 @@ def policy_versions(core: Core, policy: DecisionPolicy, epsilon: float, margin: 
 
 
 def savings_rows(fronts: EnvFronts) -> list[list[str]]:
-    """Rows of ``COLUMNS``: each learned agent against static masks and blind agents of the same env, over seeds.
+    """Rows of ``COLUMNS``: each learned agent against the hull and blind agents of the same env, over seeds.
 
     Their fronts are compared at losses of a quarter and of half of epsilon. Intervals are paired bootstraps over
     instances (``flops_samples``): the interval of the mean over seeds, and how many seeds' own ones are above zero.

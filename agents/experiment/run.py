@@ -20,11 +20,21 @@ from sd_gym.agents.experiment.evaluation import evaluate, summary, time_ratio
 from sd_gym.agents.experiment.export import export
 from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.experiment.tensorboard_logs import log_result, log_validation, open_logger
-from sd_gym.agents.learning.agent import INFO_TAGS, Agent, BaseAgent, PrivilegedAgent, Rollout, SplitDecisions
-from sd_gym.agents.learning.decisions import PolicyLike, check_fits, observation_batches
+from sd_gym.agents.learning.agent import INFO_TAGS, Agent, BaseAgent, PrivilegedAgent, Rollout
+from sd_gym.agents.learning.decisions import (
+    DENSE_MARGIN,
+    Dense,
+    PolicyLike,
+    SplitPolicy,
+    Version,
+    check_fits,
+    observation_batches,
+    versions,
+)
 from sd_gym.agents.registry import agent_class, is_control, make_agent, make_settings
 from sd_gym.agents.runs.folder import check_backbone, read_description
-from sd_gym.agents.runs.verdict import ONE_SIDED_95
+from sd_gym.agents.runs.guarantee import on_other_rows
+from sd_gym.agents.runs.verdict import CONFIDENCE
 
 from sd_gym.config import KEYS, EnvConfig, dotted, is_key
 from sd_gym.envs.config import TABLE_KEYS, make_config
@@ -47,6 +57,7 @@ from sd_gym.version import __version__
 VALIDATIONS = 8  # during training
 TIMED_BATCH_SIZES = (1, 8, 32)
 OnProgress = Callable[[int, dict[str, float]], None]  # called with (steps so far, figures to show)
+DIFFERENCE = ("quality_difference", "quality_difference_interval")
 LIBRARIES = ("gymnasium", "numpy", "sd-gym", "stable-baselines3", "torch", "transformers")
 
 
@@ -76,7 +87,7 @@ def train(
     steps: int,
     seed: int = 0,
     settings: dict[str, Any] | None = None,
-    strictness: float = ONE_SIDED_95,
+    confidence: float = CONFIDENCE,
     resume: bool = False,
     imports: Sequence[str] = (),
     on_progress: OnProgress | None = None,
@@ -92,7 +103,7 @@ def train(
         with naming_imports(folder):
             agent = _make(env_id, algo, seed, settings or {})
         names = {"env": env_id, "algo": algo, "control": is_control(algo), "steps": steps, "seed": seed}
-        names |= {"strictness": strictness, "imports": list(imports)}
+        names |= {"confidence": confidence, "imports": list(imports)}
         return _train(agent, folder, names, unfinished, on_progress)
 
 
@@ -138,13 +149,21 @@ def _train(
 def _train_privileged(
     agent: PrivilegedAgent, folder: Path, description: dict[str, Any], on_progress: OnProgress | None
 ) -> dict[str, Any]:
-    """Learn, and evaluate the agent's decisions."""
+    """Learn, select an operating point, and evaluate its decisions."""
+    core, selection = agent.env.core, None
+    if agent.selects:
+        selection = Selection(core, description["confidence"])
     write_json(folder / "config.json", description)
     logger = open_logger(folder, description)
     agent.learn(description["steps"], logger, partial(_show_progress, on_progress))
-    decided = agent.decide_split(agent.env.core.split("test"))
+    points = agent.operating_points()
+    chosen, last = points[0] if points else None, None
+    if selection is not None:
+        chosen = selection.select(points)
+        last = summary(core, (selection.as_searched() or Version(Dense(core))).policy, "test")
     agent.save_extra(folder)
-    result = _finish(folder, description, agent.env.core, decided)
+    policy = Dense(core) if chosen is None else chosen.policy
+    result = _finish(folder, description, core, policy, selection, last)
     log_result(logger, description["steps"], result)
     logger.close()
     return result
@@ -153,9 +172,9 @@ def _train_privileged(
 def _train_agent(
     agent: Agent, folder: Path, description: dict[str, Any], on_progress: OnProgress | None
 ) -> dict[str, Any]:
-    """Learn, from the checkpoint on if there is one; select the agent's policy, and evaluate that."""
+    """Learn, from the checkpoint on if there is one; select an operating point, and evaluate that."""
     core, steps, checkpoint = agent.env.core, description["steps"], folder / "checkpoint.pt"
-    selection = Selection(core, description["strictness"], agent.searches)
+    selection = Selection(core, description["confidence"])
     reached = _load_checkpoint(checkpoint, agent, selection)
     write_json(folder / "config.json", description)
     _score_dense(agent, steps, checkpoint, on_progress)
@@ -179,17 +198,29 @@ def _train_agent(
     reached = reached or steps  # where nothing is learned there are no rollouts
     policy, last = agent.policy(), None
     if agent.selects:
-        last = summary(core, policy, "test")
-        policy = selection.select(agent.selectable_policies())
+        last, policy = _selected(agent, selection)
     if not selection.history:
         log_validation(logger, selection.validate(reached, policy, agent.env.objective), switches)
     policy.save(folder)
     agent.save_extra(folder)
-    result = _finish(folder, description, core, policy, selection, last)
+    selected = selection if agent.selects else None
+    result = _finish(folder, description, core, policy, selected, last, selection.history)
     log_result(logger, reached, result)
     logger.close()
     checkpoint.unlink(missing_ok=True)
     return result
+
+
+def _selected(agent: Agent, selection: Selection) -> tuple[dict[str, Any], DecisionPolicy]:
+    """The results of the policy as learned, and the policy as selected."""
+    learned = agent.policy()
+    chosen = selection.select(agent.operating_points())
+    dense = (selection.origin or learned).with_margin(DENSE_MARGIN)
+    if agent.searches:
+        learned = (selection.as_searched() or Version(dense)).policy
+    policy = dense if chosen is None else chosen.policy
+    assert isinstance(policy, DecisionPolicy)  # as every operating point of an agent that has a policy
+    return summary(agent.env.core, learned, "test"), policy
 
 
 def _score_dense(agent: Agent, steps: int, checkpoint: Path, on_progress: OnProgress | None) -> None:
@@ -251,8 +282,10 @@ def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]
         description, core, policy = load_run(Path(run))
         if policy.noise != "none":
             raise ValueError(f"{run}: its policy decides at random; expected one that has learned")
-        selection = Selection(core, description.get("strictness", ONE_SIDED_95))
-        selected = selection.select([_reduced(policy, codebook, core)])
+        selection = Selection(core, description.get("confidence", CONFIDENCE))
+        reduced = _reduced(policy, codebook, core)
+        selection.select(versions(core, reduced))
+        selected = reduced.with_margin(selection.margin)
         description["command"] = shlex.join(sys.argv)
         description["agent_settings"] = {**description["agent_settings"], "codebook": codebook}
         write_json(folder / "config.json", description)
@@ -281,24 +314,37 @@ def _finish(
     folder: Path,
     description: dict[str, Any],
     core: Core,
-    policy: DecisionPolicy | SplitDecisions,
+    policy: PolicyLike | SplitPolicy,
     selection: Selection | None = None,
     last: dict[str, Any] | None = None,
+    history: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Write the result of a run and, of a policy that was selected, the artefact; return the result."""
+    """Write the result of a run and, of a policy that can leave its env, the artefact; return the result."""
     result = measure(core, policy, "test", folder)
-    result["last_policy"] = last  # at the end of learning, before selection
-    result["margin"] = selection.margin if selection else 0.0  # in log-odds, added by selection
-    result["history"] = selection.history if selection else []
+    result["history"] = list(history)
+    result |= selected_result(selection, last, result)
     result["data"] = {name: core.split(name).provenance for name in SPLITS}
     artefact = None  # a policy may be unable to leave its env
-    if selection and isinstance(policy, DecisionPolicy):
-        artefact = export(core, policy, selection.operating_points, result, description)
+    if isinstance(policy, DecisionPolicy):
+        artefact = export(core, policy, selection, result, description)
     if artefact is not None:
         artefact.save_pretrained(folder)
     result["artefact"] = None if artefact is None else FILE
     write_result(result, core, folder)
     return result
+
+
+def selected_result(selection: Selection | None, last: dict[str, Any] | None, result: dict[str, Any]) -> dict[str, Any]:
+    """What a result says of the selection: the tests, the guarantee in words, and the policy as learned."""
+    if selection is None:
+        return {"last_policy": last, "margin": 0.0, "selection": None, "guarantee": None}
+    tested = on_other_rows(*(result[key] for key in ("instances", "split", *DIFFERENCE)))
+    return {
+        "last_policy": last,  # at the end of learning, before selection
+        "margin": selection.margin,  # in log-odds, added by selection
+        "selection": selection.report(),
+        "guarantee": selection.guarantee if selection.selected is None else f"{selection.guarantee}; {tested}",
+    }
 
 
 def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAgent:
@@ -315,11 +361,15 @@ def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAg
     return make_agent(algo, env, seed=seed, **agent_settings)
 
 
-def measure(core: Core, policy: PolicyLike | SplitDecisions, split: str, folder: Path | None) -> dict[str, Any]:
+def measure(core: Core, policy: PolicyLike | SplitPolicy, split: str, folder: Path | None) -> dict[str, Any]:
     """The result on a split, timed if a policy decides; ``instances.csv`` is written to the folder, if there is one."""
-    result = evaluate(core, policy, split, table=folder / "instances.csv" if folder else None)
+    table = folder / "instances.csv" if folder else None
+    if isinstance(policy, SplitPolicy):
+        decided = policy.decide_split(core.split(split), np.arange(len(core.split(split))))
+        return evaluate(core, decided, split, table=table) | {"time": {}}
+    result = evaluate(core, policy, split, table=table)
     result["time"] = {}
-    if not isinstance(policy, SplitDecisions) and isinstance(core, BackboneCore):  # a table runs nothing
+    if isinstance(core, BackboneCore):  # a table runs nothing
         result["time"] = {str(size): time_ratio(core, policy, split, size) for size in TIMED_BATCH_SIZES}
     return result
 
@@ -339,7 +389,7 @@ def check_same_run(folder: Path, was: dict[str, Any], now: dict[str, Any], hint:
 
 def _identity(description: dict[str, Any]) -> dict[str, Any]:
     """Which run it is, by key: env, agent, seed, steps, the env's config and the agent's settings."""
-    keys = ("env", "algo", "steps", "seed", "strictness", "weights")
+    keys = ("env", "algo", "steps", "seed", "confidence", "weights")
     named = {key: description[key] for key in keys if key in description}
     return {**named, **dotted(description["env_config"]), **description["agent_settings"]}
 
@@ -365,12 +415,16 @@ def core_of_run(folder: Path, description: dict[str, Any]) -> Core:
 def run_config(description: dict[str, Any], settings: dict[str, Any] | None = None) -> EnvConfig:
     """The env's config of a run, some keys overridden, to evaluate on.
 
-    The run's objective is left out: no reward is given, and a user's own may not be registered here.
+    The run's objective may be a user's own that is not registered here: then no reward can be given.
     """
-    values = {key: value for key, value in dotted(description["env_config"]).items() if key != "reward.objective"}
+    values = dotted(description["env_config"])
     if values.get("table") is not None:  # the rest is in the table
         values = {key: value for key, value in values.items() if key in ("id", "table", *TABLE_KEYS)}
-    return make_config({**values, **dotted(settings or {}, description["env"])}, description["env"])
+    given, objective = dotted(settings or {}, description["env"]), values.pop("reward.objective", None)
+    config = make_config({**values, **given}, description["env"])
+    if objective is None or "reward.objective" in given:
+        return config
+    return config.model_copy(update={"reward": config.reward.model_copy(update={"objective": objective})})
 
 
 def run_metadata(config: EnvConfig) -> dict[str, Any]:

@@ -1,48 +1,57 @@
-"""Which policy of a run is kept: quality first, then the fewest FLOPs; never the mean reward."""
+"""Which operating point is kept: tested from dense to bold, with a guarantee; never the highest mean reward."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment.evaluation import by_difficulty
-from sd_gym.agents.learning.decisions import decide_and_score, decide_rows, halves, keeps_quality
-from sd_gym.agents.runs.verdict import ONE_SIDED_95
+from sd_gym.agents.learning.decisions import DENSE_MARGIN, Version, decide_and_score, outcomes, policy_rows
+from sd_gym.agents.runs.guarantee import Tested, guarantee, sequence
+from sd_gym.agents.runs.verdict import CONFIDENCE, Verdict, highest_loss, verdict
 
 from sd_gym.envs.protocols import Core
 from sd_gym.objectives import Objective
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.card import OperatingPoint
+from sd_gym.policy.table_export import TablePolicy
 
-# Of versions of a policy, from bolder to more cautious, in log-odds; the last one leaves everything running.
-MARGINS = (*np.arange(-1.5, 6, 0.25).tolist(), *np.arange(6, 14.01, 0.5).tolist(), 1000.0)
-AS_LEARNED, UNKNOWN = MARGINS.index(0.0), -1
-FURTHER = 8  # steps after the selected version, 2 in log-odds: a more cautious operating point is known, too
-CURVE_INSTANCES = 1000  # of the first half, that each point of a curve is of
+CURVE_ROWS = 1000  # of the validation split, that each point of a curve is of
+STAGED_ROWS = 500  # policy rows where each point takes a pass of its own
+
+
+class _Estimate(NamedTuple):
+    """What policy rows say of an operating point."""
+
+    version: Version
+    flops: float  # over dense FLOPs, with those of deciding
+    losses: NDArray  # of each row, float32
 
 
 @dataclass
 class Selection:
-    """Validates the policies of a run during training, and selects one in the end.
+    """Validates the policies of a run during training, and selects an operating point in the end (Learn then Test).
 
-    Each policy has versions from bold to cautious. Selection finds its boldest version that is assured to keep the
-    quality, and keeps the cheapest of these. The safety margin covers both samples, validation and test.
-
-    The best of many candidates that were searched on a sample is a lucky one there. So where a search has used one half
-    of the validation split, policies are screened on that half, and then, from the cheapest on, the first whose quality
-    is confirmed on the other half is kept.
+    Operating points (``BaseAgent.operating_points``) are ordered from dense to bold by what they lose on policy rows,
+    rows of the training split. They are tested in that order on all rows of the validation split, each by ``verdict``
+    at the ``confidence``. The first one that fails ends it, and the last one that passed is selected; dense, if none.
+    So the probability that the selected one truly loses epsilon or more is at most ``1 - confidence``:
+    ``sd_gym.agents.runs.guarantee``. Raises ``ValueError`` if the confidence is none.
     """
 
     core: Core  # scores the policies
-    strictness: float = ONE_SIDED_95  # safety margin, in standard errors (``assured``)
-    searched: bool = False  # whether the policies come from a search on the first half
+    confidence: float = CONFIDENCE  # one-sided, of each test and so of the guarantee
     history: list[dict[str, Any]] = field(default_factory=list)  # an entry per validation; see ``validate``
-    operating_points: list[OperatingPoint] = field(default_factory=list)  # of the selected policy, the boldest first
-    margin: float = 0.0  # in log-odds, added to the selected policy; 1,000 makes it dense
-    _screened: dict[tuple[int, int], tuple[bool, OperatingPoint]] = field(default_factory=dict)
+    tested: list[tuple[Version, Tested]] = field(default_factory=list)  # from dense to bold, in the order of the tests
+    selected: Version | None = None  # None: dense
+    _estimates: list[_Estimate] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.confidence < 1:
+            raise ValueError(f"expected a confidence of at least 0.5 and below 1, got {self.confidence}")
 
     def consider(self, step: int, policy: DecisionPolicy, objective: Objective) -> dict[str, Any]:
         """Validate a policy, and return its entry, which the history now has."""
@@ -50,10 +59,10 @@ class Selection:
         return self.history[-1]
 
     def validate(self, step: int, policy: DecisionPolicy, objective: Objective) -> dict[str, Any]:
-        """The entry of a policy, on instances of the first half."""
+        """The entry of a policy, on rows of the validation split, drawn evenly: a point of the curves."""
         split = self.core.split("validation")
-        rows = halves(split)[0][:CURVE_INSTANCES]
-        scored = self._score(policy, rows)
+        rows = np.linspace(0, len(split) - 1, min(len(split), CURVE_ROWS)).round().astype(np.int64)
+        scored = decide_and_score(self.core, policy, split, rows)
         names = ("quality", "quality_ref", "flops_ratio")
         return {
             "step": step,
@@ -63,82 +72,95 @@ class Selection:
             "by_difficulty": by_difficulty(scored, split.difficulty[rows]),
         }
 
-    def select(self, policies: list[DecisionPolicy]) -> DecisionPolicy:
-        """The policy to keep; of equals, such as all dense, the first. Dense if no other keeps the quality."""
-        self._screened.clear()
-        # The cheapest first: what runs more at its boldest than another that is confirmed is never screened.
-        guess = AS_LEARNED
-        waiting = [(self._least(policy), number, UNKNOWN) for number, policy in enumerate(policies)]
-        heapify(waiting)
-        while True:
-            _, number, step = heappop(waiting)
-            policy = policies[number]
-            if step == UNKNOWN:
-                step = guess = self._boldest(policy, guess)  # policies are much alike
-            elif step == len(MARGINS) - 1 or self._confirmed(policy.with_margin(MARGINS[step])):
-                self.operating_points, self.margin = self._operating_points(policy, step), float(MARGINS[step])
-                return policy.with_margin(MARGINS[step])
-            else:
-                step += 1
-            heappush(waiting, (self._screen(policy, step)[1].flops_ratio, number, step))
+    def select(self, points: Sequence[Version]) -> Version | None:
+        """The operating point to keep, ``None``: dense. Versions of a policy stand together, from cautious to bold."""
+        self._estimates = self._estimated(points)
+        self.tested, self.selected = [], None
+        for number in self._order():
+            version = self._estimates[number].version
+            result = self._test(version)
+            self.tested.append((version, result))
+            if not result.passed:
+                break
+            self.selected = version
+        return self.selected
 
-    def _least(self, policy: DecisionPolicy) -> float:
-        """FLOPs of its boldest version; 0 of several stages, where they are not known without a pass."""
-        split = self.core.split("validation")
-        if self.core.is_staged:
-            return 0.0
-        decisions = decide_rows(self.core, policy.with_margin(MARGINS[0]), split, self._rows)
-        return float(split.costs.flops_ratio(self._rows, decisions).mean())
+    def as_searched(self) -> Version | None:
+        """After ``select``: the point that policy rows alone would choose, ``None``: dense.
+
+        It has the fewest FLOPs of those that lose no more than epsilon there, on the mean and without any test.
+        """
+        epsilon = self.core.config.reward.epsilon
+        fitting = [one for one in self._estimates if one.flops < 1 and one.losses.mean() <= epsilon]
+        return min(fitting, key=lambda one: one.flops).version if fitting else None
 
     @property
-    def _rows(self) -> NDArray:
-        """The rows of the validation split that policies are screened on."""
-        split = self.core.split("validation")
-        return halves(split)[0] if self.searched else np.arange(len(split))
+    def margin(self) -> float:
+        """In log-odds, added to the policy that the selected one is a version of; 1,000 leaves everything running."""
+        return DENSE_MARGIN if self.selected is None else self.selected.margin
 
-    def _operating_points(self, policy: DecisionPolicy, selected: int) -> list[OperatingPoint]:
-        """The versions of a policy that were screened, and a cautious one; margins count from the selected one on."""
-        self._screen(policy, min(selected + FURTHER, len(MARGINS) - 1))
-        points = sorted((step, point) for (number, step), (_, point) in self._screened.items() if number == id(policy))
-        return [point._replace(margin=point.margin - MARGINS[selected]) for _, point in points]
+    @property
+    def origin(self) -> DecisionPolicy | TablePolicy | None:
+        """The policy that the selected one is a version of; of dense, the first that was tested."""
+        version = self.selected or next((version for version, _ in self.tested), None)
+        return None if version is None else version.of
 
-    def _boldest(self, policy: DecisionPolicy, guess: int) -> int:
-        """The first of ``MARGINS`` at which a policy keeps the quality where it is screened.
+    def operating_points(self) -> list[OperatingPoint]:
+        """Those of the selected policy's versions that were tested, and dense, the boldest first.
 
-        More caution means fewer skips and a higher quality. So the search goes on from a guess in steps that double,
-        and then by bisection (Bentley and Yao 1976).
+        Margins count from the selected one on.
         """
-        low, high, width, answers = 0, len(MARGINS) - 1, 1, set()
-        while low < high:
-            step = min(max(low, guess), high - 1)
-            answers.add(kept := self._screen(policy, step)[0])
-            low, high = (low, step) if kept else (step + 1, high)
-            guess = (low + high) // 2 if len(answers) > 1 else step + (-width if kept else width)
-            width *= 2
-        return low
+        points = [OperatingPoint(DENSE_MARGIN - self.margin, 0.0, 0.0, 1.0, True)]
+        for version, result in self.tested:
+            if version is self.selected or (version.of is not None and version.of is self.origin):
+                values = result.loss, result.highest_loss, result.flops_ratio, result.passed
+                points.append(OperatingPoint(version.margin - self.margin, *values))
+        return points[::-1]
 
-    def _screen(self, policy: DecisionPolicy, step: int) -> tuple[bool, OperatingPoint]:
-        """Whether a version of a policy keeps the quality where it is screened, and its results there."""
-        key = id(policy), step
-        if key not in self._screened:
-            scored = self._score(policy.with_margin(MARGINS[step]), self._rows)
-            loss = scored["quality_ref"] - scored["quality"]
-            # With one more instance that loses all, as ``assured`` has it: no sample is too good to vary.
-            deviation = float((np.sum(loss**2) + 1) / (len(loss) + 1)) ** 0.5
-            highest = float(loss.mean()) + ONE_SIDED_95 * deviation / len(loss) ** 0.5
-            point = OperatingPoint(
-                float(MARGINS[step]), float(loss.mean()), highest, float(scored["flops_ratio"].mean())
-            )
-            self._screened[key] = self._kept(scored), point
-        return self._screened[key]
+    def report(self) -> dict[str, Any]:
+        """For ``result.json``: rows, epsilon and confidence of the tests, and the points in the order of the tests."""
+        rows, epsilon = len(self.core.split("validation")), self.core.config.reward.epsilon
+        values = {"rows": rows, "epsilon": epsilon, "confidence": self.confidence}
+        return values | {"points": [result._asdict() for _, result in self.tested]}
 
-    def _confirmed(self, chosen: DecisionPolicy) -> bool:
-        """Whether it keeps the quality on rows that no search has used; without a search, screening used all."""
-        rows = halves(self.core.split("validation"))[1]
-        return not self.searched or self._kept(self._score(chosen, rows))
+    @property
+    def guarantee(self) -> str:
+        """In words, what is known of the selected point."""
+        rows, epsilon = len(self.core.split("validation")), self.core.config.reward.epsilon
+        return guarantee(rows, epsilon, self.confidence, self.selected is None)
 
-    def _score(self, policy: DecisionPolicy, rows: NDArray) -> dict[str, NDArray]:
-        return decide_and_score(self.core, policy, self.core.split("validation"), rows)
+    def _estimated(self, points: Sequence[Version]) -> list[_Estimate]:
+        """What policy rows say; of a policy nothing bolder than the first version that loses too much."""
+        core, split, epsilon = self.core, self.core.split("train"), self.core.config.reward.epsilon
+        rows = policy_rows(core, STAGED_ROWS) if core.is_staged else policy_rows(core)
+        estimates, hopeless = [], set()
+        for version in points:
+            if version.of is not None and id(version.of) in hopeless:
+                continue
+            scored = outcomes(core, version.policy, split, rows)
+            losses = (scored["quality_ref"] - scored["quality"]).astype(np.float32)
+            if losses.mean() - losses.std() / len(losses) ** 0.5 > epsilon:
+                hopeless.add(id(version.of))
+            estimates.append(_Estimate(version, float(scored["flops_ratio_with_policy"].mean()), losses))
+        return estimates
+
+    def _order(self) -> NDArray:
+        if not self._estimates:
+            return np.zeros(0, dtype=np.int64)
+        flops = np.array([one.flops for one in self._estimates])
+        paths = [id(one.version if one.version.of is None else one.version.of) for one in self._estimates]
+        return sequence(flops, np.stack([one.losses for one in self._estimates]), np.array(paths))
+
+    def _test(self, version: Version) -> Tested:
+        scored = outcomes(self.core, version.policy, self.core.split("validation"))
+        return Tested(
+            float(scored["flops_ratio"].mean()),
+            float(scored["flops_ratio_with_policy"].mean()),
+            float((scored["quality_ref"] - scored["quality"]).mean()),
+            highest_loss(scored["quality"], scored["quality_ref"], self.confidence),
+            self._kept(scored),
+        )
 
     def _kept(self, scored: dict[str, NDArray]) -> bool:
-        return keeps_quality(self.core, scored, self.strictness)
+        epsilon = self.core.config.reward.epsilon
+        return verdict(scored["quality"], scored["quality_ref"], epsilon, self.confidence) == Verdict.KEPT

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.search import greedy_path
 from sd_gym.agents.experiment.run import run_config
-from sd_gym.agents.learning.decisions import halves
+from sd_gym.agents.learning.decisions import policy_rows
 from sd_gym.agents.runs.folder import read_description
 
 from sd_gym.config import ConfigError, EnvConfig
@@ -25,7 +25,7 @@ from sd_gym.envs.tabulate import down_in_flops, write_table
 from sd_gym.registration import config_of
 from sd_gym.tasks.data import SPLITS
 
-PATH_INSTANCES = 400  # of the validation split, that a path is searched on
+PATH_INSTANCES = 400  # of the training split, that a path is searched on
 CHOICES = "all, random:N, path, codebook or codebook:FILE"
 
 
@@ -38,6 +38,7 @@ def tabulate(
     seed: int = 0,
     pca: int | None = None,
     share: bool = False,
+    bf16: bool = False,
     resume: bool = False,
     jobs: int = 1,
     imports: Sequence[str] = (),
@@ -50,7 +51,7 @@ def tabulate(
         env_or_run: A registered id; or the folder of a run, whose env it is then.
         output: Folder to write the table to (``sd_gym.envs.table_files`` says what is in it).
         decisions: ``all``; or one or several of ``random:N`` (N masks, each of a skip rate of its own), ``path``
-            (greedily searched on the validation split, from dense to nothing), ``codebook`` (the env's) and
+            (greedily searched on the training split, from dense to nothing), ``codebook`` (the env's) and
             ``codebook:FILE`` (a list of masks, or the folder of a run of ``static`` or of a table). The dense mask is
             always among them. ``None``: all where there are at most 4,096, else ``random:64``. Of an env that decides
             at several stages, what these masks say at each stage is combined with all that they say at the others
@@ -61,6 +62,7 @@ def tabulate(
             table small; ``None``: they are kept as they are.
         share: Whether to leave out what should not be passed on: the data's own ids (instances are numbered), facts in
             words, and paths. No table has texts.
+        bf16: Whether the backbone computes in bfloat16 (``torch.autocast``), which is nearly twice as fast.
         resume: Whether to go on with an interrupted table.
         jobs: Processes, of one thread each; 1: this process. With more, guard your script by
             ``if __name__ == "__main__":``.
@@ -99,6 +101,7 @@ def tabulate(
         chosen="" if masks is None else _label(asked, seed, share),
         pca=pca,
         share=share,
+        bf16=bf16,
         resume=resume,
         jobs=jobs,
         imports=imports,
@@ -166,9 +169,8 @@ def _choice(core: Core, asked: str, seed: int) -> NDArray:
     if kind == "random" and value.isdecimal() and int(value) > 0:
         return random_masks(core.nvec, int(value), seed)
     if asked == "path":
-        split = core.split("validation")
-        rows = halves(split)[0][:PATH_INSTANCES]
-        return np.stack(greedy_path(core, split, rows, lambda scored: None))
+        rows = policy_rows(core, PATH_INSTANCES)
+        return np.stack(greedy_path(core, core.split("train"), rows, lambda scored: None))
     if kind == "codebook":
         name = value or core.config.codebook
         if name is None:

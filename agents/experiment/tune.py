@@ -16,7 +16,7 @@ from sd_gym.agents.experiment.evaluation import summary
 from sd_gym.agents.experiment.parallel import RunStatus, train_many
 from sd_gym.agents.experiment.run import load_run, split_settings
 from sd_gym.agents.registry import agent_class
-from sd_gym.agents.runs.verdict import ONE_SIDED_95
+from sd_gym.agents.runs.verdict import CONFIDENCE
 
 from sd_gym.files import as_json, write_text
 from sd_gym.folders import contents, foreign, locked
@@ -46,7 +46,7 @@ def tune(
     trials: int = 20,
     seeds: int = 1,
     steps: int = 20_000,
-    strictness: float = ONE_SIDED_95,
+    confidence: float = CONFIDENCE,
     imports: Sequence[str] = (),
     on_trial: Callable[[TrialResult], None] = lambda trial: None,
     **settings: Any,
@@ -64,7 +64,7 @@ def tune(
         trials: How many in all, including those in the folder.
         seeds: Runs of each trial; their scores are averaged.
         steps: Decisions that each run learns from.
-        strictness: Of selection.
+        confidence: Of selection.
         imports: Modules and files that register what is needed; import them first.
         on_trial: Called after each trial.
         settings: Keys of the env's config, and settings of the agent that are not searched then.
@@ -89,14 +89,14 @@ def tune(
     with locked(folder):
         if contents(folder) and not (folder / STUDY).exists():
             raise foreign(folder, "folder of a study")
-        what = {"env": env_id, "algo": algo, "seeds": seeds, "steps": steps, "strictness": strictness}
+        what = {"env": env_id, "algo": algo, "seeds": seeds, "steps": steps, "confidence": confidence}
         study = _study(folder, {**what, "settings": settings})
         _begin(study, {key: agent_class(algo).Settings.model_fields[key].default for key in space})
         while sum(trial.state.is_finished() and CUT_OFF not in trial.user_attrs for trial in study.trials) < trials:
             trial = study.ask()
             values = {key: _suggest(trial, key, choices) for key, choices in space.items()}
             place, every = folder / f"trial-{trial.user_attrs.get(FOLDER, trial.number)}", {**settings, **values}
-            runs = [PlannedRun(env_id, algo, place / str(n), steps, n, every, strictness) for n in range(seeds)]
+            runs = [PlannedRun(env_id, algo, place / str(n), steps, n, every, confidence) for n in range(seeds)]
             on_trial(_tell(study, trial, train_many(runs, imports=imports), values))
         return _write_best(study, folder / BEST, algo, what)
 

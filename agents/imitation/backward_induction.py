@@ -228,8 +228,7 @@ class BackwardInduction:
         core, following = self.core, stage + 1
         if self._is_last(stage):
             outcome = core.score(self.split, rows, decisions, state)
-            lost = outcome.quality_ref - outcome.quality
-            columns = np.stack([outcome.flops_ratio, lost.clip(0, 1), (-lost).clip(0, 1)], axis=1)
+            columns = np.stack([outcome.flops_ratio, outcome.cost.clip(0, 1), (-outcome.cost).clip(0, 1)], axis=1)
             return torch.from_numpy(columns.astype(np.float32))[:, None]
         observed, _ = core.stage_observation.observe(self.split, rows, following, decisions, state)
         with torch.no_grad():

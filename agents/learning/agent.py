@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from sd_gym.agents.learning.decisions import SplitDecisions
+from sd_gym.agents.learning.decisions import Version, versions
 from sd_gym.agents.learning.warm_start import staged_from_single, staged_from_tokens
 from stable_baselines3.common.logger import Logger
 from torch import nn
 
 from sd_gym.config import StrictModel
-from sd_gym.envs.protocols import Core, Observations, Split
+from sd_gym.envs.protocols import Core, Observations
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy
@@ -116,6 +116,7 @@ class BaseAgent(ABC, Generic[SettingsT]):
     is_control: ClassVar[bool] = False  # whether it is only there to be compared with, and does not learn
     staged: ClassVar[bool] = False  # whether it takes envs of several stages, else of one before the first layer
     draws: ClassVar[bool] = True  # whether it is compared with several seeds
+    selects: ClassVar[bool] = True  # whether an operating point is selected; else its only one is evaluated
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
         self.settings = cast(SettingsT, self.make_settings(settings, blind))  # ``Settings`` is that class
@@ -142,6 +143,16 @@ class BaseAgent(ABC, Generic[SettingsT]):
         ``on_rollout`` is called after each rollout and its update; ``logger.dump(steps)`` makes a point of a curve.
         """
 
+    @abstractmethod
+    def operating_points(self) -> Sequence[Version]:
+        """What there is to select from after learning, in any order: policies, or what decides on rows of a split.
+
+        Selection (``sd_gym.agents.experiment.selection``) orders the points on policy rows from dense to bold, and
+        tests them in that order on the validation split. So no point may depend on the validation or test split.
+        Dense is always there, and need not be named. ``Version(policy)`` makes a point of a ``DecisionPolicy`` or of
+        a ``SplitPolicy``, and ``versions(core, policy)`` makes those of one policy, from cautious to bold.
+        """
+
     def save_extra(self, folder: Path) -> None:
         """Write what is kept beside the policy, such as the critic."""
 
@@ -149,21 +160,16 @@ class BaseAgent(ABC, Generic[SettingsT]):
 class PrivilegedAgent(BaseAgent[SettingsT]):
     """A control that decides by more than the observation: by the answers, or by what the layers compute.
 
-    It is evaluated beside the policies, but cannot be timed, exported or learned from.
+    It is selected as the policies are and evaluated beside them, but cannot be timed, exported or learned from.
     """
 
     staged = is_control = True
-
-    @abstractmethod
-    def decide_split(self, split: Split) -> SplitDecisions:
-        """Its decisions on all instances of a split, and what it costs to make them."""
 
 
 class Agent(BaseAgent[SettingsT]):
     """Learns, searches or has a policy: decisions by the observation alone."""
 
-    selects: ClassVar[bool] = True  # whether the policy to keep is chosen on the validation split
-    searches: ClassVar[bool] = False  # whether it searches policies on the first half of the validation split
+    searches: ClassVar[bool] = False  # whether it has no policy as learned, and policy rows choose one of its points
     per_stage: bool = False  # whether each of several stages has hidden layers of its own
     validates: ClassVar[bool] = True  # whether the policy grows with every rollout, so that it is validated on the way
     refining_rate: ClassVar[float | None] = None  # the default learning rate with a start; None: as without one
@@ -192,6 +198,10 @@ class Agent(BaseAgent[SettingsT]):
     def selectable_policies(self) -> list[DecisionPolicy]:
         """Policies to select from after learning: the last one, and its start, which refining so never falls below."""
         return [self.policy(), *([] if self.start is None else [self.start])]
+
+    def operating_points(self) -> list[Version]:
+        """The versions of all policies to select from."""
+        return [one for policy in self.selectable_policies() for one in versions(self.env.core, policy)]
 
     def state(self) -> dict[str, Any]:
         """All that learning depends on, as tensors and plain values; agents that search have none, and start again."""

@@ -1,14 +1,13 @@
-"""A split under decisions: what a policy decides there, its outcomes, and whether they keep the quality."""
+"""A split under decisions: what a policy decides there, and the outcomes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.runs.verdict import Verdict, assured, fewest_instances
 
 from sd_gym.envs.protocols import Core, Observations, Split
 from sd_gym.envs.spaces import flat_size, token_width
@@ -20,10 +19,15 @@ from sd_gym.switch import PassState
 
 PolicyT = TypeVar("PolicyT", DecisionPolicy, TablePolicy)
 BATCH = 256
+POINTS = 40  # versions of a policy, at most
+# Of versions of a policy whose preferences are not known without a pass, in log-odds.
+MARGINS = (*np.arange(-1.5, 6, 0.75).tolist(), *np.arange(6, 15, 1.5).tolist(), 17.0, 20.0, 25.0, 32.0, 40.0)
+DENSE_MARGIN = 1000.0  # leaves everything running
+POLICY_ROWS = 2000  # that operating points are ordered on, at most
 
 
 class SplitDecisions(NamedTuple):
-    """Decisions on a whole split, ``[n, switches + 1]``, and the FLOPs of deciding, ``[n]``."""
+    """Decisions on rows of a split, ``[n, components]``, and the FLOPs of deciding, ``[n]``."""
 
     decisions: NDArray
     flops: NDArray
@@ -40,6 +44,48 @@ class PolicyLike(Protocol):
     def decide(self, observations: Observations) -> NDArray:
         """Decisions, int64 ``[n, switches + 1]``, for ``n`` observations."""
         ...
+
+
+@runtime_checkable
+class SplitPolicy(Protocol):
+    """What decides by more than the observation, such as a cascade or a coin that each row has a side of."""
+
+    def decide_split(self, split: Split, rows: NDArray) -> SplitDecisions:
+        """Its decisions on ``rows [n]`` of a split, the same at every call, and what it costs to make them."""
+        ...
+
+
+class Dense(NamedTuple):
+    """Nothing is skipped, and nobody decides."""
+
+    core: Core
+
+    def decide_split(self, split: Split, rows: NDArray) -> SplitDecisions:
+        """Zeros."""
+        return SplitDecisions(np.zeros((len(rows), len(self.core.nvec)), dtype=np.int64), np.zeros(len(rows)))
+
+
+class Version(NamedTuple):
+    """An operating point that selection may choose: a policy and, if it is one of several versions, of which."""
+
+    policy: PolicyLike | SplitPolicy
+    margin: float = 0.0  # in log-odds, from the policy that it is a version of; higher skips less
+    of: DecisionPolicy | TablePolicy | None = None  # whose versions stand together, the most cautious one first
+
+
+def versions(core: Core, policy: PolicyT) -> list[Version]:
+    """Operating points of a policy, from cautious to bold, the policy itself among them."""
+    return [Version(policy.with_margin(margin), margin, policy) for margin in _margins(core, policy)[::-1]]
+
+
+def _margins(core: Core, policy: DecisionPolicy | TablePolicy) -> list[float]:
+    """Ascending margins in log-odds, 0 among them: quantiles of what makes a component run, on policy rows."""
+    if core.is_staged or isinstance(policy, TablePolicy) or policy.codebook is not None:
+        return list(MARGINS)
+    rows = policy_rows(core)
+    parts = observation_batches(core, rows)
+    gaps = np.concatenate([policy.preference(core.observe(core.split("train"), part)).ravel() for part in parts])
+    return np.unique([0.0, *np.quantile(gaps[np.isfinite(gaps)], np.linspace(0, 1, POINTS - 1))]).tolist()
 
 
 def check_fits(policy: PolicyT, core: Core) -> PolicyT:
@@ -73,6 +119,19 @@ def decide_and_score(core: Core, policy: PolicyLike, split: Split, rows: NDArray
     if core.is_staged:  # what was run to look is not run again to score
         return _score(core, split, rows, lambda part: core.rollout(split, rows[part], policy.decide))
     return score_decisions(core, split, rows, decide_rows(core, policy, split, rows))
+
+
+def outcomes(
+    core: Core, policy: PolicyLike | SplitPolicy, split: Split, rows: NDArray | None = None
+) -> dict[str, NDArray]:
+    """As ``decide_and_score``, of whatever decides; and ``flops_ratio_with_policy [n]``, with the FLOPs of deciding."""
+    rows = np.arange(len(split)) if rows is None else rows
+    if isinstance(policy, SplitPolicy):
+        decisions, flops = policy.decide_split(split, rows)
+        scored = score_decisions(core, split, rows, decisions)
+    else:
+        scored, flops = decide_and_score(core, policy, split, rows), decision_flops(core, policy, split, rows)
+    return scored | {"flops_ratio_with_policy": scored["flops_ratio"] + flops / split.costs.dense_flops(rows)}
 
 
 def decide_rows(core: Core, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray:
@@ -127,18 +186,10 @@ def _score(
     }
 
 
-def halves(split: Split) -> tuple[NDArray, NDArray]:
-    """The rows that curves are of, and that searches may use; and those that no search has seen."""
-    first, second = np.array_split(np.arange(len(split)), 2)
-    return first, second
+def policy_rows(core: Core, most: int = POLICY_ROWS) -> NDArray:
+    """Rows of the training split, at most so many, drawn evenly: searches use them, and selection orders by them.
 
-
-def keeps_quality(core: Core, scored: dict[str, NDArray], strictness: float) -> bool:
-    """Whether a policy that was scored on validation rows will be shown to keep the quality in the test.
-
-    Of the test split only the size is known here; if it is too small to tell, a sample as large as this stands for it.
+    No row of the validation split is used for this, so all of them are left for the tests of selection.
     """
-    quality, quality_ref, epsilon = scored["quality"], scored["quality_ref"], core.config.reward.epsilon
-    size = len(core.split("test"))
-    fresh = size if size >= fewest_instances(epsilon, errors=strictness) else len(quality)
-    return assured(quality, quality_ref, epsilon, fresh, strictness) == Verdict.KEPT
+    n = len(core.split("train"))
+    return np.linspace(0, n - 1, min(n, most)).round().astype(np.int64)

@@ -188,11 +188,11 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         else:
             logits, decisions = self._sample(self._observe(rows), settings.samples)
         outcome = core.score(self._split, tiled, decisions.numpy(), state)
-        lost = torch.from_numpy(outcome.quality_ref - outcome.quality).float()
+        lost = torch.from_numpy(outcome.cost).float()
         if self.foresight:
             self.foresight.remember(tiled, decisions, lost, *observed)
         infos = {key: getattr(outcome, key) for key in INFO_KEYS if key != "is_success"}
-        infos["is_success"] = outcome.cost == 0
+        infos["is_success"] = outcome.cost <= core.config.reward.epsilon
         flops = torch.from_numpy(outcome.flops_ratio).float()
         shape = settings.samples, -1
         return SampledDecisions(logits, decisions, flops.view(shape), lost.view(shape)), infos

@@ -35,8 +35,12 @@ class AgentRuns:
         return self.runs[0].config["control"]
 
     def values(self, key: str) -> NDArray:
-        """A number of each run's result, ``[runs]``."""
-        return np.array([float(run.result[key]) for run in self.runs])
+        """A number of the result of each run that has it, ``[runs]``."""
+        return _numbers([run.result for run in self.runs], key)
+
+    def values_as_learned(self, key: str) -> NDArray:
+        """The same of the policies at the end of learning, before selection, ``[runs that have one]``."""
+        return _numbers([run.result["last_policy"] for run in self.runs if run.result.get("last_policy")], key)
 
     @property
     def difference(self) -> NDArray:
@@ -66,9 +70,7 @@ class AgentRuns:
     @property
     def points(self) -> Points:
         """The results to draw."""
-        last = [run.result["last_policy"] for run in self.runs if run.result.get("last_policy")]
-        difference, flops = ("quality_difference", "flops_ratio_with_policy")
-        learned = [np.array([100 * end[key] for end in last]) for key in (difference, flops)]
+        learned = [100 * self.values_as_learned(key) for key in ("quality_difference", "flops_ratio_with_policy")]
         return Points(self.difference, self.flops, *learned)
 
     @property
@@ -196,6 +198,10 @@ def example_decisions(run: Run) -> list[ExampleDecision]:
         )
         for row in chosen
     ]
+
+
+def _numbers(results: list[dict[str, Any]], key: str) -> NDArray:
+    return np.array([float(result[key]) for result in results if result.get(key) is not None])
 
 
 def _key(run: Run) -> tuple[str, str, str, str]:

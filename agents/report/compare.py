@@ -9,8 +9,9 @@ from typing import Any
 
 from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings, read_run
 
-COLUMNS = ["env", "agent", "seeds", "test rows", "dense quality", "against dense, points (worst, its 95% interval)"]
-COLUMNS += ["FLOPs (worst)", "FLOPs easy / hard", "time, batch 32 (dense by length)", "decisions", "quality kept"]
+COLUMNS = ["env", "agent", "test rows", "dense quality", "against dense, points (worst, its 95% interval)"]
+COLUMNS += ["FLOPs (worst)", "as learned: FLOPs (points)", "return", "regret"]
+COLUMNS += ["FLOPs easy / hard", "time, batch 32 (dense by length)", "masks used", "quality kept"]
 
 
 def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
@@ -25,8 +26,10 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
 
         - ``env``, ``agent``, ``seeds`` (how many), ``test_rows`` (how many, and their hash);
         - means: ``quality_ref``, ``quality_difference``, ``flops_ratio`` (the policy's own included), ``flops_easy``
-          and ``flops_hard`` (of the easiest and the hardest level), ``time_ratio`` and the control
-          ``dense_by_length`` (at batch 32; ``None`` where nothing was timed);
+          and ``flops_hard`` (of the easiest and the hardest level), ``return`` (the reward), ``regret`` (on tables),
+          ``time_ratio`` and the control ``dense_by_length`` (at batch 32); ``None`` where one is not known;
+        - ``as_learned``: means of ``quality_difference``, ``flops_ratio``, ``return`` and ``regret`` at the end of
+          learning, before selection; ``None`` where nothing was selected;
         - of the worst run: ``worst_difference``, its 95% ``worst_interval``, and ``worst_flops``;
         - ``decisions_used`` (fewest, most), and ``quality_kept`` (how many runs keep the quality).
 
@@ -57,14 +60,17 @@ def cells(row: dict[str, Any]) -> list[str]:
     """The cells of ``COLUMNS`` for a row of ``compare``."""
     low, high = (100 * bound for bound in row["worst_interval"])
     fewest, most = row["decisions_used"]
+    learned = row["as_learned"]
     return [
         row["env"],
         row["agent"],
-        str(row["seeds"]),
         row["test_rows"],
         f"{row['quality_ref']:.1%}",
         f"{100 * row['quality_difference']:+.2f} ({100 * row['worst_difference']:+.2f}, {low:+.2f} to {high:+.2f})",
         f"{row['flops_ratio']:.1%} ({row['worst_flops']:.1%})",
+        "-" if learned is None else f"{learned['flops_ratio']:.1%} ({100 * learned['quality_difference']:+.2f})",
+        "-" if row["return"] is None else f"{row['return']:+.3f}",
+        "-" if row["regret"] is None else f"{row['regret']:.3f}",
         f"{row['flops_easy']:.0%} / {row['flops_hard']:.0%}",
         _time(row["time_ratio"], row["dense_by_length"]),
         f"{fewest} to {most}" if fewest != most else str(fewest),
@@ -80,6 +86,7 @@ def _time(ratio: float | None, control: float | None) -> str:
 def _row(env: str, agent: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     worst = min(results, key=lambda result: result["quality_difference"])
     flops = [result["flops_ratio_with_policy"] for result in results]
+    last = [result["last_policy"] for result in results if result.get("last_policy")]
     timed = [result["time"]["32"] for result in results if result["time"]]
     controls = [times["dense_by_length"] for times in timed if "dense_by_length" in times]
     decisions = [result["decisions_used"] for result in results]
@@ -90,10 +97,11 @@ def _row(env: str, agent: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         "agent": agent if counted else f"{agent} (its own FLOPs not counted)",
         "seeds": len(results),
         "test_rows": f"{worst['instances']}{f', hash {test_hash}' if test_hash else ''}",
-        **{key: fmean(result[key] for result in results) for key in ("quality_ref", "quality_difference")},
+        "quality_ref": fmean(result["quality_ref"] for result in results),
         "worst_difference": worst["quality_difference"],
         "worst_interval": tuple(worst["quality_difference_interval"]),
-        "flops_ratio": fmean(flops),
+        **_means(results),
+        "as_learned": _means(last) if last else None,
         "worst_flops": max(flops),
         "flops_easy": fmean(result["by_difficulty"][0]["flops_ratio"] for result in results),
         "flops_hard": fmean(result["by_difficulty"][-1]["flops_ratio"] for result in results),
@@ -102,3 +110,13 @@ def _row(env: str, agent: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         "decisions_used": (min(decisions), max(decisions)),
         "quality_kept": sum(result["quality_kept"] for result in results),
     }
+
+
+def _means(results: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Means of the quality lost, the FLOPs, the return and the regret; ``None`` where one is not known."""
+    keys = {
+        "flops_ratio": "flops_ratio_with_policy",
+        **{key: key for key in ("quality_difference", "return", "regret")},
+    }
+    values = {name: [result.get(key) for result in results] for name, key in keys.items()}
+    return {name: None if None in of_each else fmean(of_each) for name, of_each in values.items()}

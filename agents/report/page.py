@@ -26,7 +26,9 @@ from sd_gym.files import write_text
 THRESHOLDS = np.linspace(0, 1, 101)
 MOST_LEVEL_PICTURES = 6  # per env: the first agents
 RUN_COLUMNS = ["env", "agent", "seed", "steps", "quality", "quality_ref", "quality_difference", "low", "high"]
-RUN_COLUMNS += ["flops_ratio_with_policy", "quality_kept", "verdict", "instances", "epsilon", "folder"]
+RUN_COLUMNS += ["flops_ratio_with_policy", "return", "regret", "learned_quality_difference"]
+RUN_COLUMNS += ["learned_flops_ratio_with_policy", "learned_return", "learned_regret"]
+RUN_COLUMNS += ["quality_kept", "verdict", "instances", "epsilon", "folder"]
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ def _as_csv(envs: Sequence[EnvRuns]) -> str:
         for agent, run in env.runs:
             low, high = run.result["quality_difference_interval"]
             values = run.config | run.result | {"low": low, "high": high, "epsilon": env.epsilon}
+            values |= {f"learned_{key}": value for key, value in (run.result.get("last_policy") or {}).items()}
             values |= {"env": env.name, "agent": agent.name, "folder": str(run.folder)}
             writer.writerow([values.get(column) for column in RUN_COLUMNS])
     return lines.getvalue()

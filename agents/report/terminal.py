@@ -48,13 +48,14 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
 def comparison_tables(title: str, columns: list[str], rows: list[list[str]], by: list[str]) -> Iterator[Table]:
     """A table for each value of the columns ``by``, which stands in its title: 80 characters are wide enough."""
     keys = [columns.index(name) for name in by]
-    shown = [number for number in range(len(columns)) if number not in keys]
     groups: dict[tuple[str, ...], list[list[str]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     for (env, *values), group in groups.items():
         named = [f"{name} {value}" for name, value in zip(by[1:], values, strict=True)]
-        table = Table(title=f"{title}: {', '.join([env, *named])}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(title=f"{title}: {', '.join([env, *named])}", box=SIMPLE_HEAD, padding=0)
+        known = [number for number in range(len(columns)) if any(row[number] != "-" for row in group)]
+        shown = [number for number in known if number not in keys]
         for number in shown:
             words = " ".join([columns[number], *(row[number] for row in group)]).split()
             table.add_column(_broken(columns[number]), min_width=max(map(len, words)))
@@ -80,21 +81,27 @@ def _quality_and_cost(title: str, result: dict[str, Any]) -> Table:
     split, times = result["split"], result["time"]
     shared = (f", {count} of them also in {name}" for name, count in result["data"][split]["also_in"].items())
     table = Table(title=f"{title} ({split} split, {result['instances']} instances{''.join(shared)})")
-    for column in ("", "quality", "FLOPs", *(f"time at {size}" for size in times)):
+    rewards = [key for key in ("return", "regret") if result.get(key) is not None]
+    for column in ("", "quality", "FLOPs", *rewards, *(f"time at {size}" for size in times)):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    table.add_row("dense", f"{result['quality_ref']:.1%}", "100.0%", *["100%"] * len(times))
+    table.add_row("dense", f"{result['quality_ref']:.1%}", "100.0%", *[""] * len(rewards), *["100%"] * len(times))
     own = [f"{timed['time_ratio']:.0%}" for timed in times.values()]
-    table.add_row("policy", f"{result['quality']:.1%}", f"{result['flops_ratio_with_policy']:.1%}", *own)
+    earned = [f"{result[key]:+.3f}" for key in rewards]
+    table.add_row("policy", f"{result['quality']:.1%}", f"{result['flops_ratio_with_policy']:.1%}", *earned, *own)
     for name, shown in DENSE_TIMES.items():
         controls = [timed.get(name) for timed in times.values()]
         if any(controls):
-            table.add_row(f"  {shown}", "", "", *(f"{time:.0%}" for time in controls), style="dim")
+            table.add_row(
+                f"  {shown}", "", "", *[""] * len(rewards), *(f"{time:.0%}" for time in controls), style="dim"
+            )
     levels = result["by_difficulty"] if len(result["by_difficulty"]) > 1 else []
-    rows = [(f"  level {level['difficulty']}", level["quality"], level["flops_ratio"]) for level in levels]
+    for level in levels:
+        shown = f"  level {level['difficulty']}", f"{level['quality']:.1%}", f"{level['flops_ratio']:.1%}"
+        table.add_row(*shown, style="dim")
     if last := result.get("last_policy"):
-        rows.append(("as learned", last["quality"], last["flops_ratio_with_policy"]))
-    for name, quality, flops in rows:
-        table.add_row(name, f"{quality:.1%}", f"{flops:.1%}", *[""] * len(times), style="dim")
+        earned = [f"{last[key]:+.3f}" for key in rewards]
+        shown = "as learned", f"{last['quality']:.1%}", f"{last['flops_ratio_with_policy']:.1%}"
+        table.add_row(*shown, *earned, style="dim")
     return table
 
 

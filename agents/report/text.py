@@ -8,8 +8,16 @@ from typing import NamedTuple
 
 import numpy as np
 from sd_gym.agents.report.collect import WORST, AgentRuns, EnvRuns
-from sd_gym.agents.runs.statistics import aggregate, probability_of_improvement
+from sd_gym.agents.runs.statistics import FEWEST_RUNS, aggregate, enough_runs, probability_of_improvement
 from sd_gym.agents.runs.verdict import changes_allowed, fewest_instances, losses_allowed
+
+# Of a result: the key, in what unit it is shown, and how.
+FIGURES = (
+    ("quality_difference", 100, "+.2f"),
+    ("flops_ratio_with_policy", 100, ".1f"),
+    ("return", 1, "+.3f"),
+    ("regret", 1, ".3f"),
+)
 
 
 class Table(NamedTuple):
@@ -21,12 +29,13 @@ class Table(NamedTuple):
 
 
 def verdict_sentences(env: EnvRuns) -> list[str]:
-    """Sentences about an env: what can be told at all, who is best, and whether it beats the control baselines."""
+    """Sentences about an env: its controls, what can be told at all, who is best, and whether it beats the controls."""
     n, epsilon, dense = env.instances, env.epsilon, env.first.result["quality_ref"]
     fewest, losses = fewest_instances(epsilon), losses_allowed(n, epsilon)
     points = f"{100 * env.epsilon:g} point{'s' if 100 * env.epsilon != 1 else ''}"
     sentences = [
-        f"The dense backbone's quality is {dense:.1%} on {env.instances:,} test instances; {points} may be lost."
+        _controls(env),
+        f"The dense backbone's quality is {dense:.1%} on {env.instances:,} test instances; {points} may be lost.",
     ]
     if losses is None:
         needed = f"at least {fewest:,}" if env.epsilon else "that some quality may be lost"
@@ -58,41 +67,52 @@ def verdict_sentences(env: EnvRuns) -> list[str]:
     return [*sentences, *_against_controls(env, best)]
 
 
+def _controls(env: EnvRuns) -> str:
+    """The controls, with what they reach."""
+    reached = [
+        f"{agent.name} {agent.flops.mean():.1f}% (kept in {int(agent.kept.sum())} of {len(agent.runs)} runs)"
+        for agent in env.agents
+        if agent.is_control
+    ]
+    return f"FLOPs of the controls: {', '.join(reached)}." if reached else "There are no controls here."
+
+
 def _against(best: AgentRuns, other: AgentRuns) -> str:
-    """How an agent compares with another, as far as their runs tell."""
-    if min(len(best.runs), len(other.runs)) < 2:
-        return f"Against {other.name} nothing can be told: it takes two runs each at least."
-    return _ranked(best.name, other.name, probability_of_improvement([best.score], [other.score]))
+    """How an agent compares with another on an env, as far as their runs tell."""
+    return _ranked([best], [other])
 
 
-def _ranked(first: str, second: str, improvement: tuple[float, float, float]) -> str:
-    """Whether ``first`` is ahead of ``second``, by the probability that a run of it is better, and its interval."""
-    better, low, high = improvement
+def _ranked(agents: list[AgentRuns], others: list[AgentRuns]) -> str:
+    """Whether an agent is ahead of another one, by the probability that a run of it is better; of each env its runs."""
+    first, second = agents[0].name, others[0].name
+    if not _enough(agents, others):
+        return f"Against {second} nothing can be told: it takes {FEWEST_RUNS} runs each at least."
+    better, low, high = _improvement(agents, others)
     place = "is ahead of" if low > 0.5 else "is behind" if high < 0.5 else "cannot be told apart from"
     odds = f"{better:.0%} ({low:.0%} to {high:.0%})"
     return f"It {place} {second}: a run of {first} is better with a probability of {odds}."
 
 
 def _against_controls(env: EnvRuns, best: AgentRuns) -> list[str]:
-    """How the best agent compares with static masks and the oracle."""
+    """How the best agent compares with coins between static masks and the oracle."""
     sentences, by_algo = [], {agent.algo: agent for agent in reversed(env.agents)}
-    if static := by_algo.get("static"):
-        every = best.score.min() > static.score.max()
-        if min(len(best.runs), len(static.runs)) > 1:
-            sentences.append(_against(best, static))
+    if hull := by_algo.get("hull"):
+        every = best.score.min() > hull.score.max()
+        if _enough([best], [hull]):
+            sentences.append(_against(best, hull))
         else:
             sentences.append(
-                f"{'Every' if every else 'Not every'} run of it saves more than the best static mask, "
-                f"{static.flops.mean():.1f}% of the FLOPs; no interval, as there is one run."
+                f"{'Every' if every else 'Not every'} run of it saves more than the best coin between masks (hull), "
+                f"{hull.flops.mean():.1f}% of the FLOPs; no interval, as it takes {FEWEST_RUNS} runs each."
             )
         if not every and "is ahead of" not in sentences[-1]:
             sentences.append(
-                "So it is not shown to have learned anything about its inputs that one mask for all has not."
+                "So it is not shown to have learned anything about its inputs that masks for all have not."
             )
     else:
         sentences.append(
-            "There is no run of static masks here, so whether it has learned anything about its inputs is not known: "
-            "sd-gym train ENV --algo static."
+            "There is no run of hull here, so whether it has learned anything about its inputs is not known: "
+            "sd-gym train ENV --algo hull."
         )
     if oracle := by_algo.get("oracle"):
         sentences.append(
@@ -103,12 +123,21 @@ def _against_controls(env: EnvRuns, best: AgentRuns) -> list[str]:
 
 def results_table(env: EnvRuns) -> Table:
     """A row per agent."""
-    columns = ["agent", "runs", "quality against dense, points", "FLOPs, % of dense", "quality kept", "verdict"]
-    columns += [f"area ({WORST} epsilon = 0)", "time at batch 32"]
-    return Table(f"Results on {env.name}", columns, [_row(agent) for agent in env.agents])
+    columns, figures = ["agent", "runs"], ("quality against dense, points", "FLOPs, % of dense", "return", "regret")
+    columns += [f"{figure}{end}" for figure in figures for end in (", as selected", ", as learned")]
+    columns += ["quality kept", "verdict", f"area ({WORST} epsilon = 0)", "time at batch 32"]
+    rows = [_row(agent) for agent in env.agents]
+    known = [any(row[number] != "-" for row in rows) for number in range(len(columns))]
+    columns, *rows = ([cell for cell, shown in zip(line, known, strict=True) if shown] for line in [columns, *rows])
+    return Table(f"Results on {env.name}", columns, rows)
 
 
 def _row(agent: AgentRuns) -> list[str]:
+    figures = [
+        _figures(scale * values, form) if len(values) else "-"
+        for key, scale, form in FIGURES
+        for values in (agent.values(key), agent.values_as_learned(key))
+    ]
     times = [run.result["time"]["32"]["time_ratio"] for run in agent.runs if run.result["time"]]
     verdicts = agent.verdicts
     differ = len(set(verdicts)) > 1
@@ -116,8 +145,7 @@ def _row(agent: AgentRuns) -> list[str]:
     return [
         agent.name if counted else f"{agent.name} (its own FLOPs not counted)",
         str(len(agent.runs)),
-        _figures(agent.difference, "+.2f"),
-        _figures(agent.flops, ".1f"),
+        *figures,
         f"{int(agent.kept.sum())} of {len(agent.runs)}",
         ", ".join(f"{name} ({verdicts.count(name)})" if differ else name for name in dict.fromkeys(verdicts)),
         _figures(agent.areas, ".3f"),
@@ -151,6 +179,7 @@ def overall_tables(envs: Sequence[EnvRuns]) -> list[Table]:
     for first, second in combinations([cells[0] for cells in ranked], 2):
         better, low, high = _improvement(shared[first], shared[second])
         differ = "yes" if low > 0.5 or high < 0.5 else "no"
+        differ = differ if _enough(shared[first], shared[second]) else f"takes {FEWEST_RUNS} runs each"
         pairs.append([first, second, f"{better:.0%} ({low:.0%} to {high:.0%})", differ])
     if pairs:
         columns = ["agent", "better than", "probability", "told apart"]
@@ -160,16 +189,24 @@ def overall_tables(envs: Sequence[EnvRuns]) -> list[Table]:
 
 def overall_sentences(envs: Sequence[EnvRuns]) -> list[str]:
     """Who is ahead over all envs, as far as the runs tell; empty where no learned agent has runs on several envs."""
-    shared = {name: agents for name, agents in agents_on_all(envs).items() if not agents[0].is_control}
-    if len(envs) < 2 or not shared:
-        return []
+    shared = agents_on_all(envs)
     means = {name: aggregate([agent.score for agent in agents]) for name, agents in shared.items()}
-    first, *others = sorted(shared, key=lambda name: -means[name][0])
+    ranked = sorted(shared, key=lambda name: -means[name][0])
+    learned = [name for name in ranked if not shared[name][0].is_control]
+    if len(envs) < 2 or not learned:
+        return []
+    first, *others = learned
     mean, low, high = means[first]
+    controls = ", ".join(f"{name} {means[name][0]:.1%}" for name in ranked if name not in learned)
+    against = f"; the controls save: {controls}" if controls else ""
     return [
-        f"{first} saves most with the quality kept: {mean:.1%} of the FLOPs ({low:.1%} to {high:.1%}).",
-        *(_ranked(first, other, _improvement(shared[first], shared[other])) for other in others),
+        f"{first} saves most with the quality kept: {mean:.1%} of the FLOPs ({low:.1%} to {high:.1%}){against}.",
+        *(_ranked(shared[first], shared[other]) for other in others),
     ]
+
+
+def _enough(agents: list[AgentRuns], others: list[AgentRuns]) -> bool:
+    return enough_runs([agent.score for agent in agents], [agent.score for agent in others])
 
 
 def _improvement(agents: list[AgentRuns], others: list[AgentRuns]) -> tuple[float, float, float]:

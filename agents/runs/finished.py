@@ -37,7 +37,7 @@ class Run(NamedTuple):
     def identity(self) -> dict[str, Any]:
         """What it has to share with others of its agent, by key."""
         data = {f"{split} data": provenance["hash"] for split, provenance in self.config.get("data", {}).items()}
-        training = {key: self.config.get(key) for key in ("steps", "strictness", "weights")}
+        training = {key: self.config.get(key) for key in ("steps", "confidence", "weights")}
         values = {**training, **dotted(self.env.model_dump()), **self.config["agent_settings"], **data}
         return {key: value for key, value in values.items() if key not in INCIDENTAL}
 

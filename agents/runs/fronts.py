@@ -26,7 +26,7 @@ class EnvFronts:
 
     env: str  # its id
     epsilon: float  # of its objective
-    controls: dict[str, Front]  # "static" and "blind", as far as there are runs; all runs of one are one front
+    controls: dict[str, Front]  # "hull" and "blind", as far as there are runs; all runs of one are one front
     learned: dict[str, list[Front]]  # the front of each run, by agent
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Scores = Sequence[NDArray]
 SAMPLES = 2000  # of a bootstrap
 LEVEL = 0.95
+FEWEST_RUNS = 5  # of each side, for two algorithms to be told apart: a bootstrap of fewer is too sure (Agarwal et al.)
 BOUNDS = 50 * (1 - LEVEL), 50 * (1 + LEVEL)  # percentiles
 
 
@@ -67,6 +68,11 @@ def probability_of_improvement(
     drawn = np.mean([_better(one, other) for one, other in pairs], axis=0)
     observed = np.mean([_better(one[None], other[None])[0] for one, other in zip(scores, others, strict=True)])
     return float(observed), *interval(drawn)
+
+
+def enough_runs(scores: Scores, others: Scores) -> bool:
+    """Whether there are runs enough on each env for two algorithms to be told apart."""
+    return min(map(len, [*scores, *others])) >= FEWEST_RUNS
 
 
 def curve_interval(curves: NDArray, *, samples: int = SAMPLES, seed: int = 0) -> tuple[NDArray, NDArray, NDArray]:

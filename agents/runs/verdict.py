@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import betainc
 from scipy.stats import norm
 
-ONE_SIDED_95 = 1.645  # standard errors
+CONFIDENCE = 0.95  # one-sided
 
 
 class Verdict(StrEnum):
@@ -23,48 +23,49 @@ class Verdict(StrEnum):
     TOO_FEW = "too few instances to tell"
 
 
-def fewest_instances(epsilon: float, worst: float = 1.0, errors: float = ONE_SIDED_95) -> float:
+def fewest_instances(epsilon: float, worst: float = 1.0, confidence: float = CONFIDENCE) -> float:
     """Instances below which no result, not even one without any loss, shows that the quality is kept.
 
     If an instance in ``worst / epsilon`` lost all that it can (``worst``), ``n`` instances would show no loss with
     probability ``(1 - epsilon / worst)^n``: at one point and 95%, 299 instances are needed (the "rule of three").
-    ``errors`` is the strictness, in standard errors of a normal distribution.
+    ``confidence`` is one-sided, from 0.5 to below 1.
     """
     if epsilon >= worst:
         return 0
     if epsilon <= 0:
         return math.inf
-    by_chance = norm.logsf(errors) / math.log1p(-epsilon / worst)
+    errors = norm.ppf(confidence)  # standard errors of a normal distribution
+    by_chance = math.log1p(-confidence) / math.log1p(-epsilon / worst)
     by_score = errors**2 * (worst - epsilon) / epsilon  # what decides where more than 95% is asked for
     return math.ceil(max(by_chance, by_score))
 
 
-def losses_allowed(n: int, epsilon: float, errors: float = ONE_SIDED_95) -> int | None:
+def losses_allowed(n: int, epsilon: float, confidence: float = CONFIDENCE) -> int | None:
     """How many of ``n`` answers may be lost, none being gained, for the verdict to be "quality kept".
 
     ``None`` if there are too few instances to tell; arguments as in ``verdict``.
     """
-    return _most(n, epsilon, errors, lambda lost: (-lost / n, lost / n))
+    return _most(n, epsilon, confidence, lambda lost: (-lost / n, lost / n))
 
 
-def changes_allowed(n: int, epsilon: float, errors: float = ONE_SIDED_95) -> int | None:
+def changes_allowed(n: int, epsilon: float, confidence: float = CONFIDENCE) -> int | None:
     """How many of ``n`` answers may change, half of them gained and half lost, for the verdict to be "quality kept".
 
     Two answers change together, so it is an even number; see ``losses_allowed``.
     """
-    most = _most(n, epsilon, errors, lambda pairs: (0.0, min(1.0, 2 * pairs / n)))
+    most = _most(n, epsilon, confidence, lambda pairs: (0.0, min(1.0, 2 * pairs / n)))
     return None if most is None else min(2 * most, n - n % 2)
 
 
-def _most(n: int, epsilon: float, errors: float, outcome: Callable[[int], tuple[float, float]]) -> int | None:
+def _most(n: int, epsilon: float, confidence: float, outcome: Callable[[int], tuple[float, float]]) -> int | None:
     """The largest count, at most ``n``, whose mean and mean square still show that the quality is kept."""
-    if n < max(1, fewest_instances(epsilon, errors=errors)):
+    if n < max(1, fewest_instances(epsilon, confidence=confidence)):
         return None
     counts = range(n + 1)
-    return bisect_left(counts, True, key=lambda count: not _shown(*outcome(count), n, epsilon, 1.0, errors)) - 1
+    return bisect_left(counts, True, key=lambda count: not _shown(*outcome(count), n, epsilon, 1.0, confidence)) - 1
 
 
-def verdict(quality: NDArray, quality_ref: NDArray, epsilon: float, errors: float = ONE_SIDED_95) -> Verdict:
+def verdict(quality: NDArray, quality_ref: NDArray, epsilon: float, confidence: float = CONFIDENCE) -> Verdict:
     """Non-inferiority: is the mean of ``quality - quality_ref`` above ``-epsilon``?
 
     A score test: its variance is that under the hypothesis that just so much is lost, and of all such hypotheses the
@@ -72,32 +73,27 @@ def verdict(quality: NDArray, quality_ref: NDArray, epsilon: float, errors: floa
     to Tango's (1998, Statistics in Medicine 17, equation 3). It has a variance where nothing disagrees, and holds for
     graded outcomes too. The exact binomial probability of so small a loss is asked as well, for few instances.
     ``tests/agents/runs/test_verdict.py`` simulates both. ``quality [n]`` is at least 0, ``quality_ref [n]`` dense, and
-    ``errors`` the strictness, in standard errors of a normal distribution; 1.645 is a one-sided 95%.
+    ``confidence`` one-sided.
     """
     difference, n = quality - quality_ref, len(quality)
     worst = _worst(quality_ref)
-    if n < max(1, fewest_instances(epsilon, worst, errors)):
+    if n < max(1, fewest_instances(epsilon, worst, confidence)):
         return Verdict.TOO_FEW
-    shown = _shown(float(difference.mean()), float(np.mean(difference**2)), n, epsilon, worst, errors)
+    shown = _shown(float(difference.mean()), float(np.mean(difference**2)), n, epsilon, worst, confidence)
     return Verdict.KEPT if shown else Verdict.NOT_SHOWN
 
 
-def assured(
-    quality: NDArray, quality_ref: NDArray, epsilon: float, fresh: int, errors: float = ONE_SIDED_95
-) -> Verdict:
-    """Will ``fresh`` other instances show that the quality is kept?
+def highest_loss(quality: NDArray, quality_ref: NDArray, confidence: float = CONFIDENCE) -> float:
+    """The upper bound of the mean loss at a one-sided confidence: the least epsilon at which the quality is kept.
 
-    A policy is selected by this on one sample and judged by ``verdict`` (same arguments) on another, and both vary. So
-    the mean on the other one is taken to be lower than here by ``errors`` standard errors of the difference of two
-    means. The variance is that of this sample with one more instance that loses all: no sample is too good to vary.
+    It inverts ``verdict``, by bisection; arguments as there. Without any instance it is the most that can be lost.
     """
-    difference, n = quality - quality_ref, len(quality)
-    worst = _worst(quality_ref)
-    if min(n, fresh) < max(1, fewest_instances(epsilon, worst, errors)):
-        return Verdict.TOO_FEW
-    square = (float(np.sum(difference**2)) + worst**2) / (n + 1)
-    lowest = float(difference.mean()) - errors * math.sqrt(square * (1 / n + 1 / fresh))
-    return Verdict.KEPT if _shown(lowest, square, fresh, epsilon, worst, errors) else Verdict.NOT_SHOWN
+    low, high = 0.0, _worst(quality_ref)
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        kept = verdict(quality, quality_ref, middle, confidence) == Verdict.KEPT
+        low, high = (low, middle) if kept else (middle, high)
+    return high
 
 
 def _worst(quality_ref: NDArray) -> float:
@@ -105,7 +101,7 @@ def _worst(quality_ref: NDArray) -> float:
     return max(1.0, float(quality_ref.max(initial=0.0)))
 
 
-def _shown(mean: float, square: float, n: int, epsilon: float, worst: float, errors: float) -> bool:
+def _shown(mean: float, square: float, n: int, epsilon: float, worst: float, confidence: float) -> bool:
     """Whether ``n`` differences with this mean, and this mean of their squares, show that less than epsilon is lost."""
     if mean <= -epsilon:
         return False
@@ -115,4 +111,4 @@ def _shown(mean: float, square: float, n: int, epsilon: float, worst: float, err
     variance = (1 - share) * square + share * worst**2 - epsilon**2
     lost = max(0.0, -mean * n / worst)
     by_chance = betainc(n - lost, lost + 1, 1 - epsilon / worst)  # of n such instances, at most so many are lost
-    return (mean + epsilon) * math.sqrt(n / variance) >= errors and by_chance <= norm.sf(errors)
+    return (mean + epsilon) * math.sqrt(n / variance) >= norm.ppf(confidence) and by_chance <= 1 - confidence

@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 
 from sd_gym.cli import terminal
-from sd_gym.cli.terminal import Imports, Settings, Strictness
+from sd_gym.cli.terminal import Confidence, Imports, Settings
 
 
 def compare(
@@ -21,7 +21,7 @@ def compare(
     jobs: Annotated[int, Option(min=1, help="With envs: processes, of one thread each.")] = 1,
     ray: Annotated[str | None, Option(metavar="ADDRESS", help="With envs: a Ray cluster, which sees OUTPUT.")] = None,
     output: Annotated[Path, Option(help="With envs: the runs are OUTPUT/ENV/ALGO-SEED.")] = Path("runs/compare"),
-    strictness: Strictness = 1.645,
+    confidence: Confidence = 0.95,
     set_: Settings = [],
     report: Annotated[Path | None, Option(help="Page to write about the runs, as sd-gym report does.")] = None,
     fronts: Annotated[bool, Option(help="Score again: what agents save at the same quality.")] = False,
@@ -34,7 +34,7 @@ def compare(
 
     With envs, all agents and controls are trained first, with the same seeds; NAME-from-OTHER starts from the run of
     OTHER. Given again, the command keeps finished runs, goes on with interrupted ones and retries failed ones. The exit
-    code is 1 if a run failed. --fronts takes minutes, and needs runs of static masks and of a blind agent.
+    code is 1 if a run failed. --fronts takes minutes, and needs runs of hull and of a blind agent.
 
     Example: `sd-gym compare SD/Classification-Mini-v0 --algos ppo,a2c --seeds 5 --jobs 2 --report report.html`
     """
@@ -54,7 +54,7 @@ def compare(
                 steps=steps,
                 output=output,
                 settings=terminal.settings_of(set_),
-                strictness=strictness,
+                confidence=confidence,
             )
             folders, failed = _trained(runs, jobs, ray, imported)
     if folders:
@@ -108,7 +108,7 @@ def _print_comparison(
         from sd_gym.agents.report.charts import write_fronts
 
         title, columns = "At the same quality, test split", agent_fronts.COLUMNS
-        by = ["env", "points lost", "FLOPs of static / blind"]
+        by = ["env", "points lost", "FLOPs of hull / blind"]
         with terminal.status("scoring"):
             found = agent_fronts.score_fronts(folders, test_size)
         rows = [row for one in found for row in agent_fronts.savings_rows(one)]
@@ -154,7 +154,7 @@ def tune(
     seeds: Annotated[int, Option(min=1, help="Runs per trial.")] = 1,
     steps: Annotated[int, Option(min=1, help="Decisions that each run learns from.")] = 20_000,
     output: Annotated[Path | None, Option(help="Folder of the study [default: runs/tune/TASK-ALGO].")] = None,
-    strictness: Strictness = 1.645,
+    confidence: Confidence = 0.95,
     set_: Settings = [],
     imports: Imports = [],
 ) -> None:
@@ -187,7 +187,7 @@ def tune(
             trials=trials,
             seeds=seeds,
             steps=steps,
-            strictness=strictness,
+            confidence=confidence,
             imports=imported,
             on_trial=on_trial,
             **terminal.settings_of(set_),

@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 
 from sd_gym.cli import terminal
-from sd_gym.cli.terminal import Imports, Settings, Strictness
+from sd_gym.cli.terminal import Confidence, Imports, Settings
 
 
 def train(
@@ -18,14 +18,14 @@ def train(
         str,
         Option(
             help="ppo, a2c (the env's reward); ppo_lagrangian (a penalty that learns); ppo_lex, reinforce (quality "
-            "first); imitation (of a search); controls: static, every-other, early-exit, confidence, cascade, oracle, "
-            "dense, random, hash; blind-NAME, which sees no input; or one that --import registers."
+            "first); imitation (of a search); controls: hull, static, every-other, early-exit, confidence, cascade, "
+            "oracle, dense, random, hash; blind-NAME, which sees no input; or one that --import registers."
         ),
     ] = "ppo",
     steps: Annotated[int, Option(min=1, help="Decisions to learn from.")] = 50_000,
     seed: Annotated[int, Option(help="Of the agent and of the instances drawn.")] = 0,
     output: Annotated[Path | None, Option(help="Run folder [default: runs/TASK-ALGO-SEED].")] = None,
-    strictness: Strictness = 1.645,
+    confidence: Confidence = 0.95,
     resume: Annotated[bool, Option(help="Go on with a run that was cut off.")] = False,
     set_: Settings = [],
     imports: Imports = [],
@@ -62,7 +62,7 @@ def train(
                 steps=steps,
                 seed=seed,
                 settings=settings,
-                strictness=strictness,
+                confidence=confidence,
                 resume=resume,
                 imports=imported,
                 on_progress=on_progress,

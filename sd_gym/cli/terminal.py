@@ -46,9 +46,9 @@ Settings = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a key of the env's config, or a setting of the agent; repeatable."
     ),
 ]
-Strictness = Annotated[
+Confidence = Annotated[
     float,
-    Option(min=0, help="Safety margin of selection, in standard errors; lower it where the validation split is small."),
+    Option(min=0.5, max=0.9999, help="Of the guarantee that what is selected loses less than epsilon."),
 ]
 
 

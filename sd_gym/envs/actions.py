@@ -41,8 +41,7 @@ class Actions(ABC):
             )
         if array.dtype.kind not in "biuf":
             raise ValueError(f"actions must be integers ({self.meaning}), got {array.dtype}")
-        broken = array != np.floor(array)
-        if broken.any():
+        if array.dtype.kind == "f" and (broken := array != np.floor(array)).any():
             raise ValueError(f"actions must be integers ({self.meaning}), got {array[broken][0]}")
         choices = array.reshape(n, len(self.nvec))
         wrong = (choices < 0) | (choices >= self.nvec)
@@ -201,6 +200,8 @@ class Steps:
 
     def spread(self, stage: Array, choices: Array) -> Array:
         """What actions say at the components that their stages decide, int64 ``[n, components]``; zeros elsewhere."""
+        if len(self.components) == 1:  # all that there is
+            return choices
         spread = np.zeros((len(choices), len(self._nvec)), dtype=np.int64)
         for number in np.unique(stage):
             at = np.flatnonzero(stage == number)[:, None]

@@ -13,7 +13,7 @@ from yaml.composer import ComposerError
 from sd_gym.config import KEYS, ConfigError, EnvConfig, dotted, stored_config
 from sd_gym.envs.table_files import read_description, table_folder
 from sd_gym.errors import one_line, short
-from sd_gym.objectives import objective_function
+from sd_gym.objectives import Objective
 from sd_gym.registration import CONFIG_FOLDER
 
 # What can be chosen of an env that takes its outcomes from a table; all else is as it was when the table was made. Of
@@ -60,7 +60,7 @@ def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
                 "another one (sd-gym tabulate)"
             )
     try:
-        objective_function(config.reward.objective)
+        Objective(config.reward)
     except ValueError as error:
         raise ConfigError(f"{origin}: config key 'reward.objective': {error}") from error
     return config

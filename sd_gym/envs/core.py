@@ -22,7 +22,6 @@ from sd_gym.envs.protocols import Core, Observations, Outcome
 from sd_gym.envs.spaces import FirstLook, Observation, Pooled, Tokens
 from sd_gym.envs.staged import StageObservation
 from sd_gym.execution.split import BackboneSplit
-from sd_gym.objectives import quality_cost
 from sd_gym.policy.artefact import tokenizer_hash
 from sd_gym.policy.protected_tokens import ProtectedTokens
 from sd_gym.registration import OBSERVATIONS
@@ -180,9 +179,7 @@ class BackboneCore(Core[BackboneSplit]):
         """What comes of one decision an instance, by one batched run of the backbone; see ``Core.score``."""
         decisions = self._decided.decisions(decisions, len(rows))
         quality, quality_ref = split.scoring.quality(rows, decisions, seen)
-        flops_ratio = split.costs.flops_ratio(rows, decisions)
-        cost = quality_cost(quality, quality_ref, self.config.reward.epsilon)
-        return Outcome(quality, quality_ref, cost, flops_ratio)
+        return Outcome(quality, quality_ref, split.costs.flops_ratio(rows, decisions))
 
 
 def backbone_core(config: EnvConfig) -> BackboneCore:

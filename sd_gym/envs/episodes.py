@@ -115,14 +115,14 @@ class Episodes:
         Without the outcome of those that are over, what only it tells is zeros.
         """
         split, rows = self.split, self.rows[envs]
-        known = outcome or Outcome(*np.zeros((4, len(rows))))
+        known = outcome or Outcome(*np.zeros((3, len(rows))))
         infos = {
             "quality": known.quality,
             "quality_ref": known.quality_ref,
             "cost": known.cost,
             "flops_ratio": known.flops_ratio,
-            "vector_reward": np.stack([known.quality, 0 - known.flops_ratio], axis=1),
-            "is_success": (known.cost == 0) & (outcome is not None),
+            "vector_reward": np.array([known.quality, 0 - known.flops_ratio]).T.copy(),
+            "is_success": (known.cost <= self.core.config.reward.epsilon) & (outcome is not None),
             "instance": split.ids[rows],
             "difficulty": split.difficulty[rows],
             "decision": self.core.to_masks(self.decisions[envs]),

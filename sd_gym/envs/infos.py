@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.config import EnvConfig
+from sd_gym.config import EnvConfig, UnknownKeyError
 from sd_gym.envs.config import load_config
 from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.render import Shown, as_lines, scenes
@@ -19,10 +19,13 @@ _SCALARS = (np.float64, np.int64, np.bool_)
 
 
 def check_shown(render_mode: str | None, info_text: bool, modes: Sequence[str]) -> None:
-    """Raise ``ValueError`` for a mode that there is not; without any mode there are no texts either."""
+    """Raise ``ValueError`` for a mode that there is not; without any mode there are no texts either.
+
+    Then it is a ``TypeError`` too: ``make_vec_env`` of Stable-Baselines3 asks for ``rgb_array`` and, on that, does not.
+    """
     if not modes and (render_mode is not None or info_text):
         asked = "info_text" if render_mode is None else f"render_mode={render_mode!r}"
-        raise ValueError(f"a table has outcomes and no texts, so there is nothing to show; leave out {asked}")
+        raise UnknownKeyError(f"a table has outcomes and no texts, so there is nothing to show; leave out {asked}")
     if render_mode is not None and render_mode not in modes:
         raise ValueError(f"render_mode must be one of {', '.join(modes)} or None, got {render_mode!r}")
 

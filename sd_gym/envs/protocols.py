@@ -28,8 +28,12 @@ class Outcome:
 
     quality: NDArray  # task quality under the decision
     quality_ref: NDArray  # task quality of the dense backbone
-    cost: NDArray  # ``max(0, quality_ref - epsilon - quality)``
     flops_ratio: NDArray  # FLOPs under the decision over dense FLOPs
+
+    @property
+    def cost(self) -> NDArray:
+        """The quality that is lost, float64 ``[n]``; below 0 where it is gained. Its mean may be epsilon."""
+        return self.quality_ref - self.quality
 
 
 class Scores(Protocol):
@@ -39,7 +43,7 @@ class Scores(Protocol):
     def quality(self, rows: Array, decisions: Array) -> tuple[Array, Array]: ...
     # Quality under the decisions; nothing is remembered.
     def run(self, rows: Array, decisions: Array) -> Array: ...
-    # Quality, and the likelihood of the reference.
+    # Quality, and the likelihood of the reference; of a table, which has none, 0.
     def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]: ...
     # The same under each of some decisions, each float64 [n, masks].
     def under_all(self, rows: Array, masks: Array) -> tuple[Array, Array]: ...

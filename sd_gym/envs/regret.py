@@ -18,19 +18,23 @@ ROWS = 256  # that are looked at together under all masks
 def regret(split: TableSplit, policy: Callable[[Any], Array]) -> Array:
     """How much less reward each instance gets from a policy than from the best of all masks, float64 ``[n]``.
 
-    The reward is that of the table's config.
+    The reward is that of the env's config.
 
     Args:
         split: A split of a table.
         policy: From observations ``[n, ...]`` to decisions ``[n, components]``, such as ``DecisionPolicy.decide``;
             called once a stage.
     """
-    core, lost = split.core, np.empty(len(split))
-    decisions, _ = core.rollout(split, np.arange(len(split)), lambda seen: core.checked(policy(seen), len(split)))
-    masks = core.masks_of(decisions)
-    for rows, rewards in _rewards(split):
-        lost[rows] = rewards.max(axis=1) - rewards[np.arange(len(rows)), masks[rows]]
-    return lost
+    core, rows = split.core, np.arange(len(split))
+    decisions, _ = core.rollout(split, rows, lambda seen: core.checked(policy(seen), len(split)))
+    outcome = core.score(split, rows, decisions)
+    rewards = Objective(split.config.reward).rewards(outcome.quality, outcome.quality_ref, outcome.flops_ratio)
+    return best_rewards(split) - rewards
+
+
+def best_rewards(split: TableSplit) -> Array:
+    """The reward of each instance under the best of all masks, float64 ``[n]``."""
+    return np.concatenate([rewards.max(axis=1) for _, rewards in _rewards(split)])
 
 
 def static_regret(split: TableSplit) -> float:

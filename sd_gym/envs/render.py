@@ -89,7 +89,7 @@ def _results(shown: Shown) -> dict[int, Result]:
             answer=answer,
             quality=infos["quality"][env],
             quality_ref=infos["quality_ref"][env],
-            kept=infos["cost"][env] == 0,
+            kept=infos["is_success"][env],
             flops_ratio=infos["flops_ratio"][env],
             reward=shown.rewards[env],
         )

@@ -24,9 +24,12 @@ _ONE = np.zeros(1, dtype=np.int64)  # the only env of a batch of one
 class SwitchableEnv(gym.Env):
     """Decide, for one input, which parts of a transformer to skip.
 
+    With one stage it is a constrained contextual bandit: save FLOPs while the mean of quality_ref - quality is at most
+    epsilon. The reward, savings less a penalty for lost quality, lies in [-penalty, 1 + penalty] at a cost_scale of 1.
+
     Description:
-        Each episode is one instance of an NLP task and one decision (a contextual bandit): the backbone runs the
-        instance under the decision, what is skipped is not executed, and the episode terminates. ``copy.deepcopy`` and
+        Each episode is one instance of an NLP task and one decision: the backbone runs the instance under the decision,
+        what is skipped is not executed, and the episode terminates. ``copy.deepcopy`` and
         ``pickle`` keep the running episode and the random state; the backbone is shared, not copied.
 
         With several ``stages`` an episode is one instance and as many steps: each looks at what the pass has computed
@@ -61,12 +64,15 @@ class SwitchableEnv(gym.Env):
 
     Reward:
         The config's ``objective`` with its ``epsilon``, ``penalty`` and ``cost_scale`` (``sd_gym.objectives``). The
-        default is lexicographic: savings (1 - flops_ratio) if the quality is kept, -penalty * min(1, cost /
-        cost_scale) if not. The same outcome always earns the same. A penalty that learns belongs to the agent
-        (``ppo_lagrangian``), or to ``sd_gym.envs.wrappers.LagrangianWrapper``.
+        default is lexicographic: ``1 - flops_ratio - penalty * cost / cost_scale`` with ``cost = quality_ref -
+        quality``, so that an answer gained makes up for one lost. With qualities in [0, 1] and no more FLOPs than dense
+        it lies in ``[-penalty / cost_scale, 1 + penalty / cost_scale]``. (Qualities exceed 1 with ``quality=balanced``;
+        to rank tokens can cost more than it saves.) With ``gains="ignored"`` it lies in [-penalty, 1]. The same outcome
+        always earns the same. A penalty that learns belongs to the agent (``ppo_lagrangian``), or to
+        ``sd_gym.envs.wrappers.LagrangianWrapper``.
 
         ``vector_reward=True``: ``[quality, -flops_ratio]``, float32, within ``reward_space``, as MO-Gymnasium has it;
-        the objective plays no part. ``sd_gym.envs.wrappers.SafetyWrapper`` steps with a cost beside the reward.
+        the objective plays no part. ``sd_gym.envs.wrappers.SafetyWrapper`` steps with the cost beside the reward.
 
         With several stages it comes at the end, and is that of the same decision in one step. ``dense_reward=True``:
         each step pays for what it has saved, the last one the rest.
@@ -76,7 +82,7 @@ class SwitchableEnv(gym.Env):
 
     Info:
         step: ``quality``, ``quality_ref``, ``cost``, ``flops_ratio``, ``vector_reward`` = [quality, -flops_ratio],
-        ``is_success`` (cost == 0), ``instance`` (id), ``difficulty``, ``decision``. reset: the same keys (so that
+        ``is_success`` (cost <= epsilon), ``instance`` (id), ``difficulty``, ``decision``. reset: the same keys (so that
         recorders can stack infos), of which only ``instance`` and ``difficulty`` are known; the others are zeros (and
         ``is_success`` is ``False``), since nothing was decided yet. With ``info_text`` both also have ``source``,
         ``reference`` (the right answer, the first of several, empty if there is none) and, where inputs are pairs of

@@ -19,9 +19,8 @@ from sd_gym.envs.actions import MaskActions, MultiDiscreteActions, Steps, all_de
 from sd_gym.envs.protocols import Core, Outcome
 from sd_gym.envs.spaces import FirstLook
 from sd_gym.envs.table_files import CODEBOOK, EXPORT, FACT, PROJECTION, observations_at, read_description, table_folder
-from sd_gym.envs.table_scores import TableCosts, TableScoring
+from sd_gym.envs.table_scores import TableCosts, TableScoring, packed_length
 from sd_gym.files import map_arrays, read_json
-from sd_gym.objectives import quality_cost
 from sd_gym.projection import Projection, read_projection
 
 if TYPE_CHECKING:  # it needs torch
@@ -114,7 +113,7 @@ class TableSplit:
         self.instances = [TableInstance(identity) for identity in self.ids]
         self.number_of = {identity: row for row, identity in enumerate(self.ids)}
         self.encoded = TableLengths(*map(self._whole, TableLengths._fields))
-        self.scoring = TableScoring(self.tensors, core.masks_of)
+        self.scoring = TableScoring(self.tensors, len(core.masks), core.masks_of)
         self.costs = TableCosts(self.tensors, core.masks, core.masks_of)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -129,8 +128,7 @@ class TableSplit:
         costs = len(self.tensors.get("switched", ()))  # how many different ones instances have
         levels, switches = int(core.decision_nvec[-1]), len(core.decision_nvec) - 1
         expected = {
-            "quality": (n, len(core.masks)),
-            "likelihood": (n, len(core.masks)),
+            "quality": (n, packed_length(self.tensors, len(core.masks))),
             "always": (costs, levels),
             "switched": (costs, levels, switches),
             **{observations_at(stage): (n, *shape) for stage, shape in enumerate(core.looks)},
@@ -143,12 +141,21 @@ class TableSplit:
             if actual != shape:
                 raise ValueError(f"{file} is damaged: expected {key} of shape {shape}, got {actual}; copy it again")
         values = self.tensors.get("quality_values")
-        if values is not None and n and self.tensors["quality"].max() >= len(values):
+        if values is not None and len(values) > 2 and n and self.tensors["quality"].max() >= len(values):
             raise ValueError(f"{file} is damaged: its qualities are none of its {len(values)} values; copy it again")
         if n and self.tensors["costs"].max() >= costs:
             raise ValueError(f"{file} is damaged: instances have costs that it lacks; copy it again")
         if not isinstance(words.get("facts"), dict) or len(words.get("ids", ())) != n:
             raise ValueError(f"{file.with_suffix('.json')} is damaged: expected the ids of {n} instances")
+
+    def outcome(self, row: int, number: int) -> Outcome:
+        """What comes of one row under the mask of that number, as plain numbers."""
+        quality, quality_ref = self.scoring.of_one(row, number)
+        return Outcome(quality, quality_ref, self.costs.ratio_of_one(row, number))
+
+    def observation(self, row: int) -> Array:
+        """A new array, float32, of what is observed of a row at first."""
+        return self.tensors["observations"][row].astype(np.float32)
 
     def _whole(self, name: str) -> Array:
         """Numbers that are kept in the smallest type, as the env has them: int64, float64 or bool."""
@@ -289,8 +296,7 @@ class TableCore(Core[TableSplit]):
         """What comes of one decision an instance; of a table nothing is seen; see ``Core.score``."""
         decisions = self.checked(decisions, len(rows))
         quality, quality_ref = split.scoring.quality(rows, decisions)
-        cost = quality_cost(quality, quality_ref, self.config.reward.epsilon)
-        return Outcome(quality, quality_ref, cost, split.costs.flops_ratio(rows, decisions))
+        return Outcome(quality, quality_ref, split.costs.flops_ratio(rows, decisions))
 
     def checked(self, decisions: Any, n: int) -> Array:
         """Decisions, int64 ``[n, components]``; raises ``ValueError`` if the table does not have them."""

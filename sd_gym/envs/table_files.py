@@ -5,8 +5,8 @@
   ``action="discrete"`` takes the folder as its ``codebook``. Of several stages they are all ways to decide the first
   one with all ways to decide the second one, and so on, in this order.
 * ``SPLIT.safetensors`` of each split, mapped into memory: ``quality [n, masks]``, as numbers of ``quality_values``
-  where there are few different ones; ``likelihood [n, masks]``, float16; ``always [lengths, levels]`` and
-  ``switched [lengths, levels, switches]``, int64, of which FLOPs are the sum, and ``costs [n]``, which of them an
+  where there are few different ones, and in bits, ``[n, masks / 8]``, where there are two; ``always [lengths, levels]``
+  and ``switched [lengths, levels, switches]``, int64, of which FLOPs are the sum, and ``costs [n]``, which of them an
   instance has; ``observations``, float32, or float16 where they are reduced, and of a later stage K, under all ways
   to come to it, ``observations.K [n, ways before it, size]``; the difficulty and the facts of each
   instance, in the smallest type that holds them exactly.
@@ -25,7 +25,7 @@ from sd_gym.errors import short
 from sd_gym.files import read_json
 from sd_gym.registration import CONFIG_FOLDER
 
-FORMAT = 2
+FORMAT = 3
 CODEBOOK, PROJECTION, EXPORT = "codebook.json", "projection.safetensors", "export.safetensors"
 MOST = 4096  # decisions; where there are no more, a table has all of them
 FACT = "fact."  # before the name of a fact, in the file of a split

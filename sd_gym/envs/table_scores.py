@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,17 +12,45 @@ Array = NDArray
 MasksOf = Callable[[Array], Array]  # from decisions [n, components] to the numbers of their masks [n]
 
 
+def is_packed(tensors: dict[str, Array]) -> bool:
+    """Whether the qualities of a split have two values, which are kept in bits."""
+    return len(tensors.get("quality_values", range(3))) <= 2
+
+
+def packed_length(tensors: dict[str, Array], masks: int) -> int:
+    """Columns of the qualities of so many masks."""
+    return -(-masks // 8) if is_packed(tensors) else masks
+
+
 class TableScoring:
     """Qualities of a split's rows under decisions ``[n, components]``, as ``Scoring`` gives them."""
 
-    def __init__(self, tensors: dict[str, Array], masks_of: MasksOf) -> None:
-        self._tensors, self._masks_of = tensors, masks_of
-        self._dense = self.of_masks((slice(None), 0))
+    def __init__(self, tensors: dict[str, Array], masks: int, masks_of: MasksOf) -> None:
+        self._codes, self._values = tensors["quality"], tensors.get("quality_values")
+        self._masks, self._masks_of, self._is_packed = masks, masks_of, is_packed(tensors)
+        self._dense = self._at(np.arange(len(self._codes)), np.zeros(1, dtype=np.int64))
 
-    def of_masks(self, index: Any) -> Array:
-        """Qualities ``[n, masks]`` of rows ``[n]``, or at another index, float64."""
-        codes, values = self._tensors["quality"][index], self._tensors.get("quality_values")
-        return codes.astype(np.float64) if values is None else values[codes]
+    def of_masks(self, rows: Array) -> Array:
+        """Qualities of rows ``[n]`` under all masks, float64 ``[n, masks]``."""
+        codes = self._codes[rows]
+        return self._worth(np.unpackbits(codes, axis=1, count=self._masks) if self._is_packed else codes)
+
+    def _at(self, rows: Array, masks: Array) -> Array:
+        """Qualities of rows ``[n]``, each under the mask of that number in ``masks [n]``, float64 ``[n]``."""
+        if not self._is_packed:
+            return self._worth(self._codes[rows, masks])
+        return self._worth((self._codes[rows, masks >> 3] >> (7 - (masks & 7)).astype(np.uint8)) & 1)
+
+    def of_one(self, row: int, mask: int) -> tuple[float, float]:
+        """Quality of a row under the mask of that number, and dense quality."""
+        code = self._codes[row, mask >> 3 if self._is_packed else mask]
+        if self._is_packed:
+            code = (int(code) >> (7 - (mask & 7))) & 1
+        return float(code if self._values is None else self._values[code]), self._dense.item(row)
+
+    def _worth(self, codes: Array) -> Array:
+        """The qualities, float64, that codes stand for."""
+        return codes.astype(np.float64) if self._values is None else self._values[codes]
 
     def quality(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
         """Quality under the decisions and dense quality, each float64 ``[n]``."""
@@ -30,18 +58,16 @@ class TableScoring:
 
     def run(self, rows: Array, decisions: Array) -> Array:
         """Quality under the decisions, float64 ``[n]``."""
-        return self.of_masks((rows, self._masks_of(decisions)))
+        return self._at(rows, self._masks_of(decisions))
 
     def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
-        """Quality, and the likelihood of the reference, which is rounded to float16; each float64 ``[n]``."""
-        masks = self._masks_of(decisions)
-        return self.of_masks((rows, masks)), self._tensors["likelihood"][rows, masks].astype(np.float64)
+        """Quality, and 0 as the likelihood of the reference, which no table has; each float64 ``[n]``."""
+        return self.run(rows, decisions), np.zeros(len(rows))
 
     def under_all(self, rows: Array, masks: Array) -> tuple[Array, Array]:
         """``quality_and_likelihood`` of rows ``[n]`` under each of some decisions, each float64 ``[n, masks]``."""
-        every = np.repeat(rows, len(masks)), np.tile(masks, (len(rows), 1))
-        quality, likelihood = self.quality_and_likelihood(*every)
-        return quality.reshape(len(rows), -1), likelihood.reshape(len(rows), -1)
+        quality = self._at(rows[:, None], self._masks_of(masks))
+        return quality, np.zeros_like(quality)
 
     def metrics(self, rows: Array, decisions: Array) -> dict[str, float]:
         """None: a data set's own metric is not the mean of anything that is in a table."""
@@ -61,6 +87,17 @@ class TableCosts:
         self._runs, self._level = 1 - masks[:, :-1], masks[:, -1]
         self._dense = self._always[:, 0] + self._switched[:, 0].sum(axis=1)
 
+    @cached_property
+    def _ratio(self) -> Array:
+        """FLOPs ratio of each of the different costs under all masks, float64 ``[costs, masks]``."""
+        found = np.empty((len(self._always), len(self._runs)))
+        for level in np.unique(self._level):
+            at = self._level == level
+            # Products of whole numbers below 2^53 are exact in float64 too, which is multiplied much faster.
+            switched = self._switched[:, level].astype(np.float64) @ self._runs[at].T.astype(np.float64)
+            found[:, at] = self._always[:, level, None] + switched
+        return found / self._dense[:, None]
+
     def flops(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under the decisions, int64 ``[n]``."""
         masks, of = self._masks_of(decisions), self._of[rows]
@@ -69,7 +106,11 @@ class TableCosts:
 
     def flops_ratio(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under the decisions over dense FLOPs, float64 ``[n]``."""
-        return self.flops(rows, decisions) / self.dense_flops(rows)
+        return self._ratio[self._of[rows], self._masks_of(decisions)]
+
+    def ratio_of_one(self, row: int, mask: int) -> float:
+        """FLOPs ratio of a row under the mask of that number."""
+        return self._ratio.item(self._of[row], mask)
 
     def dense_flops(self, rows: Array) -> Array:
         """FLOPs of the dense backbone, int64 ``[n]``."""
@@ -81,11 +122,4 @@ class TableCosts:
 
     def of_masks(self, rows: Array) -> Array:
         """FLOPs ratio of rows ``[n]`` under all masks, float64 ``[n, masks]``."""
-        of = self._of[rows]
-        found = np.empty((len(of), len(self._runs)))
-        for level in np.unique(self._level):
-            at = self._level == level
-            # Products of whole numbers below 2^53 are exact in float64 too, which is multiplied much faster.
-            switched = self._switched[of, level].astype(np.float64) @ self._runs[at].T.astype(np.float64)
-            found[:, at] = self._always[of, level, None] + switched
-        return found / self._dense[of, None]
+        return self._ratio[self._of[rows]]

@@ -50,6 +50,7 @@ def write_table(
     chosen: str = "",
     pca: int | None = None,
     share: bool = False,
+    bf16: bool = False,
     resume: bool = False,
     jobs: int = 1,
     imports: Sequence[str] = (),
@@ -69,7 +70,7 @@ def write_table(
         ValueError: If what was cut off is another table, or there are not so many components.
         ConfigError: If the env's observation is no ``Box``, or shall be reduced at several stages.
     """
-    maker = _Maker(core, masks, folder, ways, chosen, pca, share)
+    maker = _Maker(core, masks, folder, ways, chosen, pca, share, bf16)
     maker.check()
     with locked(folder):
         maker.write(resume, jobs, imports, on_chunk)
@@ -104,6 +105,7 @@ class _Maker:
     chosen: str
     pca: int | None
     share: bool
+    bf16: bool
 
     def check(self) -> None:
         """Raise as ``write_table`` if there cannot be such a table."""
@@ -135,7 +137,7 @@ class _Maker:
         missing = [chunk for chunk in chunks if not chunk.file.exists()]
         done = total - len(masks) * sum(len(chunk.rows) for chunk in missing)
         on_chunk(done, total)
-        for chunk in _written(core, missing, masks, self.ways or [], jobs, imports):
+        for chunk in _written((core, masks, self.ways or [], self.bf16), missing, jobs, imports):
             done += len(masks) * len(chunk.rows)
             on_chunk(done, total)
         for name in SPLITS:
@@ -201,6 +203,7 @@ class _Maker:
             "protection": exported.protection._asdict() if exported and exported.protection else None,
             "observation": {"shape": list(space.shape), "low": _bound(space.low), "high": _bound(space.high)},
             "pca": self.pca,
+            "precision": "bf16" if self.bf16 else "fp32",
             "env_config": config,
             "splits": splits,
         }
@@ -254,7 +257,7 @@ class _Maker:
             "target_cut": encoded.target_cut,
             **{FACT + name: values for name, values in numbers.items()},
         }
-        whole = ["likelihood", *map(observations_at, range(1, len(core.stages)))]
+        whole = map(observations_at, range(1, len(core.stages)))
         arrays = {
             "observations": np.asarray(seen, np.float32) if reduce is None else reduce(seen).astype(np.float16),
             **_qualities(parts, n, masks),
@@ -268,17 +271,18 @@ class _Maker:
         write_json(self.folder / f"{split.name}.json", {"ids": ids, "facts": words})
 
 
-def _written(
-    core: Core[BackboneSplit], chunks: list[_Chunk], masks: Array, ways: list[int], jobs: int, imports: Sequence[str]
-) -> Iterator[_Chunk]:
-    """Write chunks, in this process or in several; each is given as soon as it is written."""
+def _written(how: tuple[Any, ...], chunks: list[_Chunk], jobs: int, imports: Sequence[str]) -> Iterator[_Chunk]:
+    """Write chunks, in this process or in several; each is given as soon as it is written.
+
+    ``how`` has the other arguments of ``_write_chunk``.
+    """
     if min(jobs, len(chunks)) <= 1:
         for chunk in chunks:
-            yield _write_chunk(core, chunk, masks, ways)
+            yield _write_chunk(chunk, *how)
         return
     with ProcessPoolExecutor(jobs, get_context("spawn"), _make_ready, (list(imports),)) as pool:
         try:
-            running = [pool.submit(_write_chunk, core, chunk, masks, ways) for chunk in chunks]
+            running = [pool.submit(_write_chunk, chunk, *how) for chunk in chunks]
             for future in as_completed(running):
                 yield future.result()
         finally:
@@ -293,11 +297,12 @@ def _make_ready(imports: list[str]) -> None:
         import_own(name)
 
 
-def _write_chunk(core: Core[BackboneSplit], chunk: _Chunk, masks: Array, ways: list[int]) -> _Chunk:
+def _write_chunk(chunk: _Chunk, core: Core[BackboneSplit], masks: Array, ways: list[int], bf16: bool) -> _Chunk:
     """Run a chunk; in another process, the core is the one that this process shares."""
     split, rows = core.split(chunk.split), chunk.rows
-    quality, likelihood = split.scoring.under_all(rows, masks)
-    arrays = {"rows": rows, "quality": quality, "likelihood": likelihood.astype(np.float16)}
+    with torch.autocast(core.backbone.model.device.type, torch.bfloat16, enabled=bf16):
+        quality, _ = split.scoring.under_all(rows, masks)
+    arrays = {"rows": rows, "quality": _smallest(quality)}
     for stage in range(1, len(ways)):  # what rows show there, after each combination of ways
         before = masks[:: math.prod(ways[stage:])]  # a mask of each combination: after it all runs
         shown = [
@@ -341,7 +346,7 @@ def _costs(always: Array, switched: Array) -> dict[str, Array]:
 
 
 def _smallest(values: Any) -> Array:
-    """Numbers ``[n]`` in the smallest type that holds them exactly."""
+    """Numbers ``[n, ...]`` in the smallest type that holds them exactly."""
     values = np.asarray(values)
     kinds = {"b": (np.bool_,), "f": (np.float16, np.float32)}.get(values.dtype.kind, (np.uint8, np.uint16))
     with np.errstate(over="ignore"):
@@ -351,11 +356,14 @@ def _smallest(values: Any) -> Array:
 
 
 def _qualities(parts: list[dict[str, Array]], n: int, masks: int) -> dict[str, Array]:
-    """Qualities ``[n, masks]`` as numbers of the values that occur, and these; of too many, as they are, float32."""
-    values = np.unique(np.concatenate([np.unique(part["quality"]) for part in parts]))
-    kind = np.uint8 if len(values) <= 2**8 else np.uint16 if len(values) <= 2**16 else np.float32
-    quality = np.empty((n, masks), dtype=kind)
+    """Qualities ``[n, masks]`` as numbers of the values that occur, and these; of too many, as they are, float32.
+
+    Of two values, such as right and wrong, a number is one bit: ``[n, masks / 8]``.
+    """
+    values = np.unique(np.concatenate([np.unique(part["quality"]) for part in parts])).astype(np.float64)
+    if len(values) > 2**16:
+        return {"quality": _together(parts, "quality", n).astype(np.float32)}
+    quality = np.empty((n, masks), dtype=np.uint8 if len(values) <= 2**8 else np.uint16)
     for part in parts:
-        own = part["quality"]
-        quality[part["rows"]] = own if kind is np.float32 else np.searchsorted(values, own)
-    return {"quality": quality} if kind is np.float32 else {"quality": quality, "quality_values": values}
+        quality[part["rows"]] = np.searchsorted(values, part["quality"])
+    return {"quality": np.packbits(quality, axis=1) if len(values) <= 2 else quality, "quality_values": values}

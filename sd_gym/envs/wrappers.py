@@ -18,7 +18,8 @@ OUTCOME = ("quality", "quality_ref", "flops_ratio")
 class SafetyWrapper(gym.Wrapper, RecordConstructorArgs):
     """Steps as Safety-Gymnasium's envs do, with a cost of its own beside the reward (Ji et al. 2023).
 
-    The reward is what is saved, ``1 - flops_ratio``; the cost is ``max(0, quality_ref - epsilon - quality)``.
+    The reward is what is saved, ``1 - flops_ratio``; the cost is ``quality_ref - quality``, with its sign. The limit on
+    the mean cost is the config's ``epsilon``.
     """
 
     def __init__(self, env: gym.Env) -> None:

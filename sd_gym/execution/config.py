@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sd_gym.config import KINDS, ConfigError, EnvConfig, stored_config
-from sd_gym.objectives import objective_function
+from sd_gym.objectives import Objective
 from sd_gym.registration import OBSERVATIONS
 from sd_gym.tasks.data import DataError, check_splits
 from sd_gym.tasks.family import TASKS
@@ -22,7 +22,7 @@ def checked_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
     except DataError as error:
         raise ConfigError(f"{origin}: config key {error}") from error
     named = {
-        "reward.objective": (config.reward.objective, objective_function),
+        "reward.objective": (config.reward, Objective),
         "observation": (config.observation, OBSERVATIONS.find),
         "task": (config.task, TASKS.find),
         "quality.metric": (config.quality.metric, METRICS.find),

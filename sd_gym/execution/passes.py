@@ -14,14 +14,15 @@ from sd_gym.backbones import Backbone
 from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
+from sd_gym.execution.tree import MaskTree
 from sd_gym.switch import PassState, passes
-from sd_gym.switch.stages import BETWEEN, EVERY_LAYER
+from sd_gym.switch.stages import BETWEEN
 from sd_gym.tasks.dropping import TokenDropping
 
 Array = NDArray
 Value = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of each row's logits and labels
 PASS_TOKENS = 2**15  # padded tokens of a forward pass at most, which bounds its memory
-SHARED_ROWS = 128  # of passes that many masks share
+SHARED_ROWS = 256  # of passes that many masks share
 
 
 class Passes:
@@ -140,7 +141,7 @@ class Passes:
     def under_all(self, rows: Array, masks: Array, value: Value) -> Array:
         """Values of each row's logits and labels under every mask, float64 ``[n, masks, values]``.
 
-        Masks that agree up to a layer share the pass up to there: it is run once and resumed for each way to go on.
+        Masks share the passes that they have in common (``MaskTree``).
         """
         length = self.encoded.source_length[rows] + self.encoded.target_length[rows]
         order = np.argsort(length, kind="stable")  # rows of similar length waste little on padding
@@ -149,32 +150,16 @@ class Passes:
         return np.concatenate([self._under_all(part, masks, value) for part in parts])[np.argsort(order)]
 
     def _under_all(self, rows: Array, masks: Array, value: Value) -> Array:
-        """As ``under_all``, the rows in one batch: depth first through the tree of masks, a stage a layer."""
-        board, inputs = self.backbone.board, self.inputs(rows)
-        stages = list(board.decided_at([EVERY_LAYER]).items())
-        values: dict[int, Array] = {}  # by number of the mask
+        """As ``under_all``, the rows in one batch."""
+        inputs, values = self.inputs(rows), dict[int, Array]()  # by number of the mask
 
-        def go_on(picked: Array, keep: Array | torch.Tensor | None, stage: int, seen: PassState | None) -> None:
-            """Run the masks ``picked``, which agree up to the stage of that number, from what is seen there."""
-            skip = np.tile(masks[picked[0], :-1], (1 if keep is None else len(rows), 1))
-            if len(picked) == 1:
-                with board.decide(skip, keep, resume_from=seen):
-                    values[picked[0]] = value(self.backbone.logits(inputs), inputs["labels"]).double().cpu().numpy()
-                return
-            differ = (masks[picked] != masks[picked[0]]).any(axis=0)
-            number = next(number for number, (_, columns) in enumerate(stages) if differ[columns].any())
-            if number > stage:
-                mask = inputs["attention_mask"]
-                seen = board.run_to(
-                    stages[number][0], lambda: self.backbone.logits(inputs), skip, keep, mask=mask, resume_from=seen
-                )
-            _, group = np.unique(masks[picked][:, stages[number][1]], axis=0, return_inverse=True)
-            for choice in range(group.max() + 1):
-                go_on(picked[group.ravel() == choice], keep, number, seen)
+        def keep_value(number: int, logits: torch.Tensor) -> None:
+            values[number] = value(logits, inputs["labels"]).double().cpu().numpy()
 
         for level in np.unique(masks[:, -1]):
             picked = np.flatnonzero(masks[:, -1] == level)
-            go_on(picked, self._keep_of(rows, np.tile(masks[picked[0]], (len(rows), 1)), inputs), 0, None)
+            keep = self._keep_of(rows, np.tile(masks[picked[0]], (len(rows), 1)), inputs)
+            MaskTree(self.backbone, inputs, keep, masks[:, :-1], keep_value).go_through(picked)
         return np.stack([values[number] for number in range(len(masks))], axis=1)
 
     def logits(self, rows: Array, decisions: Array) -> Iterator[tuple[Array, torch.Tensor, torch.Tensor]]:

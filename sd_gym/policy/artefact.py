@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class SkipPolicy:
         deviation: Of the same shape.
         rarity: ``inverse_document_frequency`` by the id of a token, where tokens are ranked by it; else ``None``.
         protection: Which tokens are never dropped; ``None``: no rule says so (or none is dropped).
-        operating_points: Validated versions, the one that skips most first.
+        operating_points: Tested versions and dense, the one that skips most first.
         card: What it was trained on, and how well: ``env`` (its config), ``backbone``, ``result``, ``run``.
         of_tokens: Mean and deviation ``[width]`` of tokens, if several stages show them.
         ranking_costs_flops: Whether the first attention runs to rank tokens that may be dropped, by the attention that
@@ -152,9 +153,10 @@ class SkipPolicy:
         """The policy at another operating point; itself where no limit is given.
 
         Args:
-            max_loss: Choose the point with the fewest FLOPs that loses no more quality than this, in the task's unit
-                (0.005: half a point), by the upper end of a 95% interval.
-            max_flops: Choose the point that skips least, of those that run no more than this share of the dense FLOPs.
+            max_loss: Choose the last point, from dense to bold, before the first that may lose more than this, in the
+                task's unit (0.005: half a point), by its upper bound (``highest_loss``).
+            max_flops: Choose the point that skips least, of those that passed their test and run no more than this
+                share of the dense FLOPs.
 
         Raises:
             ValueError: If both are given, or no point fits; the message lists the points.
@@ -163,17 +165,19 @@ class SkipPolicy:
             raise ValueError("expected max_loss or max_flops, got both; the one follows from the other")
         if max_loss is not None:
             asked = f"max_loss={max_loss}"
-            fitting = [point for point in self.operating_points if point.highest_loss <= max_loss]
-            chosen = min(fitting, key=lambda point: point.flops_ratio, default=None)
+            cautious_first = self.operating_points[::-1]
+            fitting = [*takewhile(lambda point: point.highest_loss <= max_loss, cautious_first)]
+            chosen = fitting[-1] if fitting else None
         elif max_flops is not None:
             asked = f"max_flops={max_flops}"
-            fitting = [point for point in self.operating_points if point.flops_ratio <= max_flops]
+            fitting = [point for point in self.operating_points if point.passed and point.flops_ratio <= max_flops]
             chosen = max(fitting, key=lambda point: point.margin, default=None)
         else:
             return self
         if chosen is None:
             known = "; ".join(
                 f"{point.flops_ratio:.0%} of the FLOPs, at most {point.highest_loss:.4f} lost"
+                + ("" if point.passed else " (not passed)")
                 for point in self.operating_points
             )
             raise ValueError(f"no version of this policy does {asked}; there are: {known or 'none that was validated'}")

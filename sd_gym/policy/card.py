@@ -20,12 +20,13 @@ FILES = (FILE, *HASHED, "README.md")
 
 
 class OperatingPoint(NamedTuple):
-    """A version of a policy that skips more or less, measured on the validation split."""
+    """A version of a policy that skips more or less, tested on the validation split."""
 
     margin: float  # in log-odds, from the policy that was selected (0); higher skips less
     loss: float  # quality lost, a mean
-    highest_loss: float  # the upper end of its one-sided 95% interval
+    highest_loss: float  # its upper bound at the confidence of the selection, one-sided
     flops_ratio: float  # FLOPs over those of the dense backbone, without the policy's own
+    passed: bool  # whether it is shown to lose less than epsilon
 
 
 class _Protection(Strict):
@@ -40,6 +41,13 @@ class _Version(Strict):
     loss: float
     highest_loss: float
     flops_ratio: float = Field(ge=0)
+    passed: bool
+
+
+class _Selection(Strict):
+    rows: int
+    epsilon: float
+    confidence: float
 
 
 class _Table(Strict):
@@ -67,6 +75,7 @@ class _Result(Strict):
     quality_difference: float
     quality_difference_interval: tuple[float, float]
     verdict: str
+    guarantee: str | None
 
 
 class _Run(Strict):
@@ -90,6 +99,7 @@ class _Card(Strict):
     env: EnvConfig
     backbone: _Backbone
     result: _Result
+    selection: _Selection | None
     run: _Run
 
 
@@ -130,7 +140,8 @@ def model_card(card: dict[str, Any], operating_points: Sequence[OperatingPoint])
     env, backbone, result = card["env"], card["backbone"], card["result"]
     low, high = (100 * bound for bound in result["quality_difference_interval"])
     versions = "\n".join(
-        f"| {point.margin:+.2f} | {point.flops_ratio:.1%} | {100 * point.loss:.2f} | {100 * point.highest_loss:.2f} |"
+        f"| {point.margin:+.2f} | {point.flops_ratio:.1%} | {100 * point.loss:.2f} | {100 * point.highest_loss:.2f} | "
+        f"{'yes' if point.passed else 'no'} |"
         for point in operating_points
     )
     base = "" if backbone["is_local"] else f"base_model: {backbone['name']}\n"
@@ -153,17 +164,21 @@ On the {result["split"]} split, {result["instances"]:,} instances:
 
 Difference in quality: {100 * result["quality_difference"]:+.2f} points (95% interval {low:+.2f} to {high:+.2f}).
 Verdict, where {100 * env["reward"]["epsilon"]:g} points may be lost: {result["verdict"]}.
-
+{_guarantee(result)}
 ```python
 {_usage(backbone)}```
 
-Versions that skip more or less, measured on the validation split (`attach(..., max_loss=0.005)` or `max_flops=0.4`
-chooses one):
+Versions that skip more or less, tested on the validation split from the bottom up (`attach(..., max_loss=0.005)` or
+`max_flops=0.4` chooses one):
 
-| margin | FLOPs | points lost | at most, 95% |
-| --- | --- | --- | --- |
+| margin | FLOPs | points lost | at most | passed |
+| --- | --- | --- | --- | --- |
 {versions}
 """
+
+
+def _guarantee(result: dict[str, Any]) -> str:
+    return "" if result["guarantee"] is None else f"Guarantee: {result['guarantee']}.\n"
 
 
 def _usage(backbone: dict[str, Any]) -> str:

@@ -188,6 +188,16 @@ class DecisionPolicy(nn.Module):
         choices = self._padded(self(to_tensors(observations, self.head.weight.device)))[:, :-1]
         return (choices[..., 1] - choices[..., 0]).cpu().numpy()
 
+    @torch.inference_mode()
+    def preference(self, observations: Observations) -> NDArray:
+        """By how much each component prefers another choice to running, log-odds, float32 ``[n, components]``.
+
+        A margin of as much (``with_margin``) makes it run. Minus infinity where there is no other choice. Of a policy
+        without a codebook, at one stage.
+        """
+        choices = self._padded(self(to_tensors(observations, self.head.weight.device)))
+        return (F.pad(choices[..., 1:], (0, 1), value=-torch.inf).amax(dim=2) - choices[..., 0]).cpu().numpy()
+
     @torch.no_grad()
     def initialise(self, logits: Tensor) -> None:
         """Decide by ``logits [sum(nvec)]``, nearly alike for all inputs; a registered network adds its own logits."""
@@ -206,7 +216,7 @@ class DecisionPolicy(nn.Module):
     def with_decision(self, decision: NDArray) -> DecisionPolicy:
         """A copy that makes one decision ``[components]`` for every input."""
         copy = deepcopy(self)
-        copy.codebook = None
+        copy.codebook, copy.noise = None, "none"
         chosen = torch.from_numpy(np.cumsum([0, *self.nvec[:-1]]) + np.asarray(decision))
         with torch.no_grad():
             copy.head.weight.zero_()

@@ -69,11 +69,11 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkey
 
     result = run("compare", "--fronts", folder)
     assert result.exit_code == 2
-    assert "expected runs of a learned agent and, on the same env, of static" in " ".join(result.output.split())
-    for algo in ("static", "blind-a2c"):
+    assert "expected runs of a learned agent and, on the same env, of hull" in " ".join(result.output.split())
+    for algo in ("hull", "blind-a2c"):
         options = ["--algo", algo, "--steps", 256, "--output", tmp_path / algo]
         assert run("train", "SD/Classification-Custom-v0", *options, *settings).exit_code == 0
-    everything = [folder, tmp_path / "static", tmp_path / "blind-a2c"]
+    everything = [folder, tmp_path / "hull", tmp_path / "blind-a2c"]
     picture = tmp_path / "fronts.png"
     result = run("compare", "--fronts", *everything)
     assert "points lost 0.50" in result.output
@@ -83,7 +83,7 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkey
         assert "| SD/Classification-Custom-v0 | a2c | 1 |" in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
     (fronts,) = score_fronts(everything, 3)
-    assert fronts.controls["static"].quality.shape[1] == 3
+    assert fronts.controls["hull"].quality.shape[1] == 3
 
     other = tmp_path / "other"
     options = ["--algo", "static", "--output", other, "--set", "train_size=16"]

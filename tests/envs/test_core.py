@@ -90,8 +90,9 @@ def test_an_episode_is_one_decision_with_the_documented_info(env_arguments):
     assert (type(reward), terminated, truncated) == (float, True, False)
     np.testing.assert_array_equal(info["decision"], env.unwrapped.core.to_masks(np.atleast_2d(action))[0])
     np.testing.assert_allclose(info["vector_reward"], [info["quality"], -info["flops_ratio"]])
-    assert info["is_success"] is (info["cost"] == 0)
-    assert reward == (1 - info["flops_ratio"] if info["is_success"] else pytest.approx(-20 * min(1, info["cost"])))
+    assert info["is_success"] is (info["cost"] <= 0.01)
+    assert info["cost"] == info["quality_ref"] - info["quality"]
+    assert reward == pytest.approx(1 - info["flops_ratio"] - 20 * info["cost"])
     assert env.observation_space.contains(observation)
     with pytest.raises(gym.error.ResetNeeded):
         env.unwrapped.step(action)

@@ -94,7 +94,7 @@ def test_in_a_fresh_process_without_the_data_it_decides_the_same(tmp_path, tiny_
     reviews.rename(data)
     settings = {"dataset": str(data), "backbone": str(tiny_backbone), "overlap": "allow", "epsilon": 1.0}
     run = tmp_path / "run"
-    sd_gym.train("SD/Classification-Custom-v0", "ppo", run, steps=600, strictness=0, **settings)
+    sd_gym.train("SD/Classification-Custom-v0", "ppo", run, steps=600, confidence=0.5, **settings)
     core = gym.make_vec("SD/Classification-Custom-v0", num_envs=1, **settings).unwrapped.core
     split = core.split("test")
     rows = np.arange(len(split))

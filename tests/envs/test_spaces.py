@@ -202,7 +202,7 @@ def test_dqn_learns_which_mask_to_choose(tiny):
 
 
 def test_a_bandit_without_a_look_at_the_input_learns_a_good_arm(tiny):
-    env = gym.make(**tiny, action="discrete", objective="scalarized", penalty=1.0)
+    env = gym.make(**tiny, action="discrete", penalty=1.0)
     random, pulls, means = np.random.default_rng(0), np.zeros(len(MASKS)), np.zeros(len(MASKS))
     env.reset(seed=0)
     for _ in range(300):

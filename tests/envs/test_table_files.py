@@ -28,7 +28,7 @@ def recosted(folder):
 
 
 DAMAGES = {
-    "another version": (lambda folder: edited(folder, format=1), "expected a table of format 2, got 1"),
+    "another version": (lambda folder: edited(folder, format=1), "expected a table of format 3, got 1"),
     "not complete": (lambda folder: edited(folder, complete=False), "not complete"),
     "no switches": (lambda folder: edited(folder, backbone=None), "'backbone' is None"),
     "no JSON": (lambda folder: (folder / "table.json").write_text("{"), "damaged: expected JSON"),

@@ -13,6 +13,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.env_checker import check_env as check_sb3_env
+from stable_baselines3.common.env_util import make_vec_env
 
 from sd_gym.envs import TableEnv, TableVectorEnv
 from sd_gym.envs.sb3 import SwitchableVecEnv
@@ -23,8 +24,8 @@ ID = "SD/Table-v0"
 
 def test_steps_are_those_of_the_env(full_table, table_source):
     """The same seeds and actions: the same observations, rewards and infos."""
-    ours = gym.make_vec(ID, num_envs=5, table=full_table, objective="scalarized", epsilon=0.0)
-    theirs = gym.make_vec(table_source[0], num_envs=5, objective="scalarized", epsilon=0.0, **table_source[1])
+    ours = gym.make_vec(ID, num_envs=5, table=full_table, gains="ignored", epsilon=0.0)
+    theirs = gym.make_vec(table_source[0], num_envs=5, gains="ignored", epsilon=0.0, **table_source[1])
     assert ours.single_action_space == theirs.single_action_space
     assert ours.single_observation_space == theirs.single_observation_space
     assert_same(ours.reset(seed=3), theirs.reset(seed=3))
@@ -45,6 +46,13 @@ def test_the_number_of_a_mask_stands_for_it(small_table, table_source):
         came = ours.step(number)
         assert_same(came, theirs.step(number))
         np.testing.assert_array_equal(came[4]["decision"], mask)
+
+
+@pytest.mark.filterwarnings("ignore:.*render_mode='rgb_array'")  # which gymnasium says of envs that draw nothing
+def test_stable_baselines3_makes_several():
+    envs = make_vec_env("SD/Classification-TREC-Table-v0", n_envs=2, seed=0)
+    assert envs.reset().shape == (2, 32)
+    assert envs.step(np.array([0, 5]))[2].all()
 
 
 def test_both_checkers_pass(table):

@@ -23,7 +23,7 @@ ID = "SD/Table-v0"
 def test_numbers_are_kept_in_the_smallest_type_that_holds_them(shared_table):
     """And never in one that does not."""
     kinds = {name: values.dtype for name, values in map_arrays(Path(shared_table) / "train.safetensors").items()}
-    expected = {"quality": np.uint8, "likelihood": np.float16, "observations": np.float16, "costs": np.uint8}
+    expected = {"quality": np.uint8, "observations": np.float16, "costs": np.uint8}
     expected |= dict.fromkeys(("difficulty", "levels", "source_length", "fact.source_length"), np.uint8)
     assert {name: kinds[name] for name in expected} == {name: np.dtype(kind) for name, kind in expected.items()}
     assert _smallest([0.5, 2.0**-24]).dtype == np.float16
@@ -33,6 +33,12 @@ def test_numbers_are_kept_in_the_smallest_type_that_holds_them(shared_table):
     assert _smallest([70_000]).dtype == np.int64
     assert _smallest([-1]).dtype == np.int64
     assert _smallest([True]).dtype == np.bool_
+
+
+def test_right_and_wrong_take_a_bit_a_mask(full_table):
+    arrays = map_arrays(Path(full_table) / "train.safetensors")
+    assert arrays["quality_values"].tolist() == [0, 1]
+    assert arrays["quality"].shape[1] == len(gym.make(ID, table=full_table).unwrapped.core.masks) / 8
 
 
 def test_a_table_that_was_cut_off_goes_on_and_becomes_the_same(tmp_path, monkeypatch, table_source, small_table):
@@ -107,11 +113,11 @@ def test_a_table_is_not_tabulated(full_table, tmp_path):
 def test_the_command(tmp_path, table_source):
     sets = [f"--set={key}={json.dumps(value)}" for key, value in table_source[1].items()]
     asked = ["tabulate", table_source[0], "--output", str(tmp_path / "table"), "--decisions", "random:3", *sets]
-    done = CliRunner().invoke(app, [*asked, "--instances", "5", "--seed", "2"])
+    done = CliRunner().invoke(app, [*asked, "--instances", "5", "--seed", "2", "--bf16"])
     assert done.exit_code == 0, done.output
     said = json.loads((tmp_path / "table" / "table.json").read_text())
     counts = ", ".join(f"{one['instances']} of {name}" for name, one in said["splits"].items())
     assert f"3 decisions (random:3, seed 2) on instances: {counts}" in done.output
-    assert said["splits"]["train"]["instances"] == 5
+    assert (said["splits"]["train"]["instances"], said["precision"]) == (5, "bf16")
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 2

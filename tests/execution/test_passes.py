@@ -4,6 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from sd_gym.envs.actions import all_decisions
 from tests.envs.conftest import SMALL
 
 
@@ -24,3 +25,29 @@ def test_masks_that_agree_on_the_encoder_share_its_pass_where_texts_are_generate
     alone = [split.scoring.quality_and_likelihood(rows, np.tile(mask, (8, 1))) for mask in masks]
     for values, expected in zip(found, zip(*alone, strict=True), strict=True):
         np.testing.assert_allclose(values, np.stack(expected, axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("shares", "attentions"), [([0.0], 1 + 4 + 16), ([0.0, 0.5], 3 * (1 + 4 + 16))])
+def test_all_masks_share_every_prefix(shares, attentions, settings):
+    """Sublayer by sublayer; where tokens are dropped, layer by layer. A head that reads one position needs one."""
+    core = gym.make("SD/Classification-Custom-v0", **settings, token_shares=shares).unwrapped.core
+    split, rows, masks = core.split("train"), np.arange(5), all_decisions(core.nvec)
+    runs = {"attention.self.query": [], "output.dense": []}
+    hooks = [
+        layer.get_submodule(name).register_forward_hook(
+            lambda _, args, output, name=name: runs[name].append(args[0].shape)
+        )
+        for layer in core.backbone.model.bert.encoder.layer
+        for name in runs
+    ]
+    found = split.scoring.under_all(rows, masks)
+    for hook in hooks:
+        hook.remove()
+    assert len(runs["attention.self.query"]) == attentions
+    if len(shares) == 1:
+        assert len(masks) - 1 == 63 == sum(map(len, runs.values()))
+        assert sum(shape[1] == 1 for shape in runs["output.dense"]) == 32  # the last layer's
+    every = np.repeat(rows, len(masks)), np.tile(masks, (len(rows), 1))
+    alone = split.scoring.quality_and_likelihood(*every)
+    for values, expected in zip(found, alone, strict=True):
+        np.testing.assert_allclose(values.ravel(), expected, rtol=1e-5)

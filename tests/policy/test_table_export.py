@@ -39,7 +39,7 @@ def learned(request, tmp_path_factory, table_source):
     """A run on a table of a kind, whose decisions differ between inputs, and what makes the env that computes."""
     folder, (env_id, settings) = tmp_path_factory.mktemp("off"), table_source
     sd_gym.tabulate(env_id, folder / "table", **KINDS[request.param], **settings)
-    sd_gym.train(ID, "ppo", folder / "run", steps=512, strictness=0, table=str(folder / "table"), epsilon=1.0)
+    sd_gym.train(ID, "ppo", folder / "run", steps=512, confidence=0.5, table=str(folder / "table"), epsilon=1.0)
     varied(folder / "run")
     return folder / "run", env_id, settings
 
@@ -173,7 +173,7 @@ def reduced(tmp_path_factory, table_source):
     """A table of some masks with reduced observations, and a run on it."""
     folder, (env_id, settings) = tmp_path_factory.mktemp("reduced"), table_source
     sd_gym.tabulate(env_id, folder / "table", decisions="random:12", pca=3, **settings)
-    sd_gym.train(ID, "ppo", folder / "run", steps=256, strictness=0, table=str(folder / "table"), epsilon=1.0)
+    sd_gym.train(ID, "ppo", folder / "run", steps=256, confidence=0.5, table=str(folder / "table"), epsilon=1.0)
     varied(folder / "run")
     return folder
 

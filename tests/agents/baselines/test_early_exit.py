@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from sd_gym.agents import make_agent
 from sd_gym.agents.baselines import early_exit
+from sd_gym.agents.baselines.early_exit import Exit
 from sd_gym.agents.experiment.run import train
 
 
@@ -12,13 +13,13 @@ def test_early_exit_leaves_at_the_first_sure_layer(env):
     agent = make_agent("early-exit", env)
     split = env.core.split("train")
     rows = np.arange(len(split))
-    confidence = agent._confidence(split)
+    confidence = agent.confidence(split, rows)
     assert confidence.shape == (len(split), 3)
     dense = split.passes.confidence(rows, np.zeros((len(split), len(env.core.nvec)), dtype=int))
     np.testing.assert_allclose(confidence[:, -1], dense)
-    agent.threshold = float(np.median(confidence[:, 0]))
-    decided = agent.decide_split(split)
-    sure = confidence[:, 0] >= agent.threshold
+    threshold = float(np.median(confidence[:, 0]))
+    decided = Exit(agent, np.full(3, threshold)).decide_split(split, rows)
+    sure = confidence[:, 0] >= threshold
     assert 0 < sure.sum() < len(split)
     np.testing.assert_array_equal(decided.decisions[sure], np.tile([0, 0, 1, 1, 1, 1, 0], (sure.sum(), 1)))
     assert not decided.decisions[~sure][:, :4].any()
@@ -27,22 +28,26 @@ def test_early_exit_leaves_at_the_first_sure_layer(env):
     assert (decided.flops[~sure] >= head[~sure]).all()
 
 
-def test_early_exit_keeps_the_validation_quality(settings, tmp_path):
-    result = train("SD/Classification-Custom-v0", "early-exit", tmp_path / "run", steps=1, settings=settings)
-    assert result["flops_ratio_with_policy"] >= result["flops_ratio"]
+def test_early_exit_is_selected_as_policies_are(settings, tmp_path):
+    result = train(
+        "SD/Classification-Custom-v0", "early-exit", tmp_path / "run", steps=1, settings={**settings, "epsilon": 0.3}
+    )
+    assert result["flops_ratio_with_policy"] == result["flops_ratio"] == 1  # four rows show nothing
+    assert result["last_policy"]["flops_ratio"] < 1
+    assert result["guarantee"].startswith("dense: on 4 rows no operating point is shown to lose less than 30 points")
 
 
 def test_confidence_exits_at_the_stages_by_a_threshold_of_each(settings):
     env = gym.make_vec("SD/Classification-Custom-Staged-v0", num_envs=1, **settings).unwrapped
     agent, split = make_agent("confidence", env), env.core.split("train")
-    confidence = agent._confidence(split)
+    rows = np.arange(len(split))
+    confidence = agent.confidence(split, rows)
     assert confidence.shape == (len(split), 2)  # before the middle layer, and at the end
     sure = confidence[:, 0] >= (threshold := float(np.median(confidence[:, 0])))
-    agent.threshold = np.array([threshold, 1.01])
-    decided = agent.decide_split(split)
+    decided = Exit(agent, np.array([threshold, 1.01])).decide_split(split, rows)
     expected = np.where(sure[:, None], [0, 0, 1, 1, 1, 1, 0], 0)
     np.testing.assert_array_equal(decided.decisions, expected)
-    np.testing.assert_array_equal(decided.flops, np.where(sure, 0, split.costs.head_flops(np.arange(len(split)))))
+    np.testing.assert_array_equal(decided.flops, np.where(sure, 0, split.costs.head_flops(rows)))
     once = gym.make_vec("SD/Classification-Custom-v0", num_envs=1, **settings).unwrapped
     with pytest.raises(ValueError, match="confidence looks at the stages"):
         make_agent("confidence", once)
@@ -65,13 +70,12 @@ def test_confidence_has_a_threshold_for_each_stage(settings, monkeypatch):
         }
 
     sure = np.array([[0.6, 0.6, 0.6], [0.55, 0.9, 0.9]])
-    monkeypatch.setattr(early_exit, "keeps_quality", lambda core, scored, strictness: scored["quality"].mean() >= 1)
     monkeypatch.setattr(early_exit, "score_decisions", score)
-    monkeypatch.setattr(agent, "_confidence", lambda split: sure[np.arange(len(split)) % 2])
-    early_exit.EarlyExit.learn(agent, 1, None, lambda rollout: None)
-    assert agent.threshold > 0.9
-    agent.learn(1, None, lambda rollout: None)
-    assert agent._exits(sure).tolist() == [0, 2]
+    monkeypatch.setattr(agent, "confidence", lambda split, rows: sure[rows % 2])
+    *single, lossless = agent.operating_points()[: len(early_exit.THRESHOLDS)]
+    exits = [early_exit.exits_of(sure, point.policy.thresholds).tolist() for point in single]
+    assert [0, 2] not in exits
+    assert early_exit.exits_of(sure, lossless.policy.thresholds).tolist() == [0, 2]
 
 
 def test_early_exit_needs_a_classifier():

@@ -56,7 +56,7 @@ def test_any_policy_that_decides_alike_has_the_same_result(custom, tmp_path):
 
 
 def test_a_model_of_stable_baselines3_is_evaluated_as_its_agent(custom, tmp_path):
-    result = sd_gym.train(CUSTOM, "ppo", tmp_path / "run", steps=1_000, epsilon=1.0, strictness=0, **custom)
+    result = sd_gym.train(CUSTOM, "ppo", tmp_path / "run", steps=1_000, epsilon=1.0, confidence=0.5, **custom)
     assert result == json.loads((tmp_path / "run" / "result.json").read_text()) | {
         "quality_difference_interval": result["quality_difference_interval"]
     }

@@ -12,7 +12,7 @@ def test_the_plan_has_every_agent_and_control_with_the_same_seeds():
     runs = plan_comparison([CUSTOM], ["a2c", "ppo-from-imitation"], seeds=2, steps=9, output=Path("out"))
     first = [run.folder.name for run in runs if run.seed == 0]
     assert first == [
-        *["a2c-0", "imitation-0", "ppo-from-imitation-0", "static-0", "early-exit-0", "random-0", "hash-0", "dense-0"],
+        *["a2c-0", "imitation-0", "ppo-from-imitation-0", "hull-0", "early-exit-0", "random-0", "hash-0", "dense-0"],
         "blind-a2c-0",
     ]
     second = [run.folder.name for run in runs if run.seed == 1]

@@ -173,7 +173,7 @@ def test_another_run_is_not_taken_for_the_one_that_is_asked_for(settings, tmp_pa
 def test_on_a_table_early_exit_is_passed_over_and_all_else_compared(full_table, tmp_path):
     arguments = {"seeds": 1, "steps": 64, "table": full_table}
     words = sd_gym.train_all(["SD/Table-v0"], ["ppo"], tmp_path, **arguments)
-    expected = dict.fromkeys(["ppo-0", "static-0", "random-0", "hash-0", "dense-0", "blind-ppo-0"], "finished")
+    expected = dict.fromkeys(["ppo-0", "hull-0", "random-0", "hash-0", "dense-0", "blind-ppo-0"], "finished")
     assert states(words) == expected | {"early-exit-0": "not applicable"}
     again = sd_gym.train_all(["SD/Table-v0"], ["ppo"], tmp_path, **arguments)
     assert states(again) == dict.fromkeys(expected, "kept") | {"early-exit-0": "not applicable"}

@@ -122,7 +122,7 @@ def test_resume_names_what_differs(settings, tmp_path):
     ):
         train(CUSTOM, "ppo", tmp_path / "run", **{**arguments, "settings": changed}, resume=True)
     with pytest.raises(ValueError, match=r"another run: its strictness is 1\.6\d*, now it is 0\.5$"):
-        train(CUSTOM, "ppo", tmp_path / "run", **arguments, strictness=0.5, resume=True)
+        train(CUSTOM, "ppo", tmp_path / "run", **arguments, confidence=0.9, resume=True)
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def run(tmp_path, reviews, tiny_backbone):
     """A run with a policy that decides differently on each input."""
     settings = {"dataset": str(reviews), "backbone": str(tiny_backbone), "overlap": "allow", "epsilon": 1.0}
     folder = tmp_path / "run"
-    sd_gym.train("SD/Classification-Custom-v0", "ppo", folder, steps=200, strictness=0, **settings)
+    sd_gym.train("SD/Classification-Custom-v0", "ppo", folder, steps=200, confidence=0.5, **settings)
     policy = DecisionPolicy.load(folder)
     with torch.no_grad():
         policy.head.weight.normal_(std=20)
@@ -166,7 +166,7 @@ def test_what_decides_at_random_is_not_reduced(run, tmp_path):
 @pytest.mark.parametrize("stages", [STAGES, ["encoder.1"]])
 def test_a_run_of_stages_is_reduced_and_its_artefact_decides_so(staged_env, stages, tmp_path):
     keys = {**staged_settings(staged_env), "stages": stages}
-    train(STAGED, "ppo", tmp_path / "run", steps=32, settings=keys, strictness=0)
+    train(STAGED, "ppo", tmp_path / "run", steps=32, settings=keys, confidence=0.5)
     bold(gym.make_vec(STAGED, num_envs=2, **keys).unwrapped, tmp_path / "run")
     sd_gym.reduce(tmp_path / "run", 2, tmp_path / "few")
     _, core, policy = load_run(tmp_path / "few")

@@ -1,95 +1,128 @@
-"""Which of the policies of a run is kept."""
+"""Which operating point of a run is kept."""
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from sd_gym.agents import make_agent
-from sd_gym.agents.experiment.selection import MARGINS, Selection
-from sd_gym.agents.learning.decisions import decide_and_score, halves
+from sd_gym.agents.experiment.selection import Selection
+from sd_gym.agents.learning.decisions import DENSE_MARGIN, MARGINS, Version, decide_and_score, outcomes, versions
 
 from sd_gym.config import RewardConfig
-from sd_gym.objectives import Objective
 
 CUSTOM = "SD/Classification-Custom-v0"
 
 
 class Scripted:
-    """Stands for a policy: its loss and FLOPs at each margin are given."""
+    """Stands for a policy: answers lost of 2,000 policy rows and of 2,000 selection rows, and its FLOPs."""
 
-    def __init__(self, losses, flops, margin=0.0):
-        self.losses, self.flops, self.margin = losses, flops, margin
+    def __init__(self, flops, policy_rows, selection_rows):
+        self.flops, self.lost = flops, {"train": policy_rows, "validation": selection_rows}
 
-    def with_margin(self, margin):
-        return Scripted(self.losses, self.flops, margin)
+    def decide_split(self, split, rows):
+        raise AssertionError
 
 
 @pytest.fixture
 def scripted_scores(env, monkeypatch):
-    """Scripted policies are scored as they say, on halves of 2,000 instances."""
+    """Scripted policies are scored as they say; a list of what was scored, and a core whose epsilon is a point."""
+    asked = []
 
-    def score(core, policy, split, rows):
-        dense = policy.margin == MARGINS[-1]
-        halves = (0, 1) if len(rows) == len(split) else (int(rows[0] > 0),)
-        losses = [0 if dense else policy.losses(policy.margin)[half] for half in halves]
-        quality = np.concatenate([np.r_[np.zeros(lost), np.ones(2000 - lost)] for lost in losses])
-        ratio = 1.0 if dense else policy.flops(policy.margin)
-        return {"quality": quality, "quality_ref": 0 * quality + 1, "flops_ratio": 0 * quality + ratio}
+    def score(core, policy, split, rows=None):
+        asked.append((split.name, policy.flops))
+        lost = policy.lost[split.name]
+        flops = np.full(2000, policy.flops)
+        quality = np.r_[np.zeros(lost), np.ones(2000 - lost)]
+        ratios = {"flops_ratio": flops, "flops_ratio_with_policy": flops}
+        return {"quality": quality, "quality_ref": np.ones(2000), **ratios}
 
-    monkeypatch.setattr("sd_gym.agents.experiment.selection.decide_and_score", score)
-    monkeypatch.setattr("sd_gym.agents.experiment.selection.by_difficulty", lambda scored, levels: [])
-    monkeypatch.setattr(Selection, "_least", lambda self, policy: policy.flops(MARGINS[0]))
+    monkeypatch.setattr("sd_gym.agents.experiment.selection.outcomes", score)
     monkeypatch.setattr(env.core, "config", env.core.config.model_copy(update={"reward": RewardConfig(epsilon=0.01)}))
-    return env.core
+    return env.core, asked
 
 
-def test_selection_prefers_kept_quality_then_fewer_flops(scripted_scores):
-    good = Scripted(lambda margin: (1, 1), lambda margin: 0.5)
-    broken = Scripted(lambda margin: (100, 100), lambda margin: 0.2)
-    worse = Scripted(lambda margin: (0, 0), lambda margin: 0.6)
-    selection, policies = Selection(scripted_scores), (broken, good, worse)
-    objective = Objective(scripted_scores.config.reward)
-    entries = [selection.consider(step, policy, objective) for step, policy in enumerate(policies)]
-    assert [entry["quality_kept"] for entry in entries] == [False, True, True]
-    assert selection.select(policies).flops is good.flops
+def test_points_are_tested_from_dense_to_bold_until_one_fails(scripted_scores):
+    core, asked = scripted_scores
+    points = [Scripted(0.3, 9, 0), Scripted(0.8, 1, 5), Scripted(0.6, 4, 11), Scripted(0.45, 6, 13)]
+    selection = Selection(core)
+    chosen = selection.select([Version(point) for point in points])
+    assert [flops for split, flops in asked if split == "validation"] == [0.8, 0.6, 0.45]
+    assert chosen.policy is points[2]  # of 2,000 rows 11 may be lost; what comes after a failure is not looked at
+    assert [(result.flops_ratio, result.passed) for _, result in selection.tested] == [
+        (0.8, True),
+        (0.6, True),
+        (0.45, False),
+    ]
+    assert all((result.highest_loss < 0.01) == result.passed for _, result in selection.tested)
+    assert selection.report()["points"][0]["loss"] == 5 / 2000
+    assert selection.as_searched().policy is points[0]
 
 
-def test_what_cannot_be_the_cheapest_is_not_screened(scripted_scores):
-    """Another one is cheaper than it at its boldest."""
-
-    def fail(margin):
-        raise AssertionError
-
-    good, dear = Scripted(lambda margin: (1, 1), lambda margin: 0.5), Scripted(fail, lambda margin: 0.6)
-    assert Selection(scripted_scores).select([dear, good]).flops is good.flops
-
-
-def test_a_candidate_that_was_only_lucky_on_the_screening_half_is_not_confirmed(scripted_scores):
-    lucky = Scripted(lambda margin: (0, 30), lambda margin: 0.2)
-    honest = Scripted(lambda margin: (1, 1), lambda margin: 0.5)
-    selection = Selection(scripted_scores, searched=True)
-    assert selection.select([lucky, honest]).flops is honest.flops
-    only = selection.select([lucky])
-    assert only.margin == MARGINS[-1]  # nothing keeps the quality, so everything runs
+def test_where_nothing_passes_it_is_dense(scripted_scores):
+    selection = Selection(scripted_scores[0])
+    assert selection.select([Version(Scripted(0.4, 0, 60))]) is None
+    assert selection.margin == DENSE_MARGIN
+    assert selection.guarantee.startswith("dense: on 4 rows no operating point is shown to lose less than 1 point")
+    assert selection.select([]) is None
+    assert selection.as_searched() is None
 
 
-def test_without_a_search_both_halves_are_one_sample(scripted_scores):
-    """What is lost on one half by luck is not held against a policy twice."""
-    uneven = Scripted(lambda margin: (12, 2) if margin < 1 else (0, 0), lambda margin: 0.3 + margin / 10)
-    assert Selection(scripted_scores).select([uneven]).margin == MARGINS[0]
-    assert Selection(scripted_scores, searched=True).select([uneven]).margin == 1.0
+def test_the_confidence_is_that_of_the_tests(scripted_scores):
+    points = [Version(Scripted(0.4, 0, 11))]
+    assert Selection(scripted_scores[0], 0.95).select(points)
+    assert Selection(scripted_scores[0], 0.99).select(points) is None
+    for confidence in (0.4, 1.0):
+        with pytest.raises(ValueError, match="expected a confidence of"):
+            Selection(scripted_scores[0], confidence)
 
 
-def test_a_policy_that_loses_too_much_is_made_more_cautious(scripted_scores):
-    bold = Scripted(lambda margin: (20, 20) if margin < 0.5 else (0, 0), lambda margin: 0.3 + margin / 10)
-    assert Selection(scripted_scores).select([bold]).margin == 0.5
+def test_bolder_versions_of_a_policy_that_loses_too_much_are_not_scored(scripted_scores):
+    core, asked = scripted_scores
+    origin, other = object(), Scripted(0.2, 3, 3)
+    path = [Scripted(0.9, 5, 5), Scripted(0.8, 40, 40), Scripted(0.7, 41, 41)]
+    Selection(core).select([*(Version(one, 0.0, origin) for one in path), Version(other)])
+    assert [flops for split, flops in asked if split == "train"] == [0.9, 0.8, 0.2]
+
+
+def test_the_artefact_lists_what_was_tested_of_the_selected_policy(scripted_scores):
+    """And nothing else: neither versions that nobody tested, nor other policies."""
+    core, origin = scripted_scores[0], object()
+    path = [Version(Scripted(0.9, 1, 1), 3.0, origin), Version(Scripted(0.6, 2, 8), 1.0, origin)]
+    bold = [Version(Scripted(0.4, 4, 30), 0.0, origin), Version(Scripted(0.3, 5, 900), -2.0, origin)]
+    selection = Selection(core)
+    assert selection.select([*path, *bold, Version(Scripted(0.95, 0, 0))]) is path[1]
+    points = selection.operating_points()
+    assert [(point.margin, point.passed) for point in points] == [
+        (-1.0, False),
+        (0.0, True),
+        (2.0, True),
+        (DENSE_MARGIN - 1.0, True),
+    ]
+    assert [point.loss for point in points] == [30 / 2000, 8 / 2000, 1 / 2000, 0.0]
+
+
+def test_versions_of_a_policy_go_from_dense_to_bold(env):
+    policy, split = make_agent("ppo", env).policy(), env.core.split("train")
+    offered = versions(env.core, policy)
+    assert {one.of for one in offered} == {policy}
+    flops = [outcomes(env.core, one.policy, split)["flops_ratio"].mean() for one in offered]
+    assert flops[0] == 1
+    assert (np.diff(flops) <= 0).all()
+    assert flops[-1] < 0.5
+    learned = next(one.policy for one in offered if one.margin == 0)
+    rows = np.arange(len(split))
+    np.testing.assert_array_equal(
+        outcomes(env.core, learned, split, rows)["decision"], outcomes(env.core, policy, split, rows)["decision"]
+    )
+    reduced = policy.reduced(2, env.core.observe(split, rows))
+    assert [one.margin for one in versions(env.core, reduced)] == list(MARGINS)[::-1]
 
 
 def test_the_validation_reward_is_the_objectives(custom):
-    env = gym.make_vec(CUSTOM, num_envs=4, objective="scalarized", penalty=2.0, epsilon=0.0, **custom).unwrapped
+    env = gym.make_vec(CUSTOM, num_envs=4, penalty=2.0, **custom).unwrapped
     policy = make_agent("random", env, rate=0.9).policy()
     entry = Selection(env.core).consider(100, policy, env.objective)
     assert entry["quality"] != entry["quality_ref"]
     saved = 1 - entry["flops_ratio"]
-    scored = decide_and_score(env.core, policy, env.core.split("validation"), halves(env.core.split("validation"))[0])
-    lost = np.maximum(0, scored["quality_ref"] - scored["quality"]).mean()
+    scored = decide_and_score(env.core, policy, env.core.split("validation"))
+    lost = (scored["quality_ref"] - scored["quality"]).mean()
     assert entry["reward"] == pytest.approx(saved - 2.0 * lost)

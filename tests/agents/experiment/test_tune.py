@@ -39,7 +39,7 @@ def test_defaults_lie_within_what_is_searched(algo):
 def test_a_search_that_was_killed_goes_on_and_its_best_settings_can_be_set(reviews, tiny_backbone, tmp_path):
     pytest.importorskip("optuna")
     settings = {"dataset": str(reviews), "backbone": str(tiny_backbone), "epsilon": 1.0, "num_envs": 16}
-    arguments = {"steps": 64, "trials": 2, "strictness": 0.0, **settings}
+    arguments = {"steps": 64, "trials": 2, "confidence": 0.5, **settings}
     tried = []
 
     def kill(one):

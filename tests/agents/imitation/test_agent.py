@@ -64,7 +64,7 @@ def test_static_takes_over_the_path_that_imitation_has_searched(env, tmp_path):
 
 def test_a_path_of_layers_is_learned_from_searched_here_or_by_static(env, custom, tmp_path):
     names = env.core.switch_names
-    train(CUSTOM, "static", tmp_path / "tried", steps=1, settings={**custom, "per": "layer"}, strictness=0)
+    train(CUSTOM, "static", tmp_path / "tried", steps=1, settings={**custom, "per": "layer"}, confidence=0.5)
     with pytest.raises(ValueError, match="no path from dense to nothing"):  # all masks, for they are few
         make_agent("imitation", env, path=tmp_path / "tried").learn(1, configure(None, []), lambda rollout: None)
     agent = make_agent("imitation", env, epochs=1, per="layer")

@@ -17,7 +17,6 @@ from sd_gym.agents import make_agent
 from stable_baselines3.common.logger import configure
 
 from sd_gym.envs.protocols import Outcome
-from sd_gym.objectives import quality_cost
 
 LOST = np.array([[0.0, 0.05], [0.004, 0.2]])
 FLOPS = np.array([[1.0, 0.3], [0.6, 0.1]])
@@ -32,12 +31,12 @@ SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10
 def score(split, rows, decisions, seen=None):
     lost, ratio = LOST[decisions[:, 0], decisions[:, 1]], FLOPS[decisions[:, 0], decisions[:, 1]]
     reference = np.ones(len(rows))
-    return Outcome(1 - lost, reference, quality_cost(1 - lost, reference, 0.01), ratio)
+    return Outcome(1 - lost, reference, ratio)
 
 
 def end(name, seed, folder, reviews, backbone, monkeypatch, **settings):
     """The arm that an agent has learned, after a short budget."""
-    env_keys = {key: settings.pop(key) for key in ("objective", "penalty") if key in settings}
+    env_keys = {key: settings.pop(key) for key in ("penalty",) if key in settings}
     files = {"dataset": str(reviews), "backbone": str(backbone)}
     env = gym.make_vec("SD/Classification-Custom-v0", num_envs=32, **files, **env_keys).unwrapped
     monkeypatch.setattr(env.core, "score", score)
@@ -59,6 +58,6 @@ def test_constrained_agents_end_at_the_cheapest_arm_that_keeps_the_quality(
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_fixed_penalty_that_is_too_low_does_not(seed, tmp_path, reviews, tiny_backbone, monkeypatch):
-    """By hand: skipping the second switch is worth 0.7 - 3 * 0.04 = 0.58, the right arm only 0.4."""
-    settings = {"objective": "scalarized", "penalty": 3.0, "n_steps": 4}
+    """By hand: skipping the second switch is worth 0.7 - 3 * 0.05 = 0.55, the right arm 0.4 - 3 * 0.004 = 0.388."""
+    settings = {"penalty": 3.0, "n_steps": 4}
     assert end("ppo", seed, tmp_path, reviews, tiny_backbone, monkeypatch, **settings) == (0, 1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from sd_gym.agents import PrivilegedAgent, Rollout, agent_names, make_agent, register_agent
 from sd_gym.agents.experiment.run import load_run, train
-from sd_gym.agents.learning.decisions import SplitDecisions
+from sd_gym.agents.learning.decisions import SplitDecisions, Version
 from sd_gym.agents.ppo.agent import PPOAgent
 from sd_gym.agents.runs.finished import read_run
 from stable_baselines3.common.logger import configure
@@ -248,17 +248,22 @@ class Halves(PrivilegedAgent):
     def learn(self, total_steps, logger, on_rollout):
         on_rollout(Rollout(total_steps, np.zeros(0), {}))
 
-    def decide_split(self, split):
-        decisions = np.zeros((len(split), len(self.env.core.nvec)), dtype=int)
-        decisions[::2, 0] = 1
-        return SplitDecisions(decisions, np.ones(len(split)))
+    selects = False
+
+    def operating_points(self):
+        return [Version(self)]
+
+    def decide_split(self, split, rows):
+        decisions = np.zeros((len(rows), len(self.env.core.nvec)), dtype=int)
+        decisions[rows % 2 == 0, 0] = 1
+        return SplitDecisions(decisions, np.ones(len(rows)))
 
 
 def test_what_decides_by_more_than_the_observation_is_evaluated_beside_agents(custom, env, tmp_path):
     register_agent("halves", Halves)
     assert "halves" in agent_names()
     assert "blind-halves" not in agent_names()  # it does not look
-    with pytest.raises(TypeError, match=r"abstract method '?decide_split"):
+    with pytest.raises(TypeError, match=r"abstract method '?operating_points"):
         type("Nothing", (PrivilegedAgent,), {"learn": Halves.learn})(env)
     told, run = [], tmp_path / "run"
     result = train(CUSTOM, "halves", run, steps=64, settings=custom, on_progress=lambda *args: told.append(args))
@@ -267,6 +272,7 @@ def test_what_decides_by_more_than_the_observation_is_evaluated_beside_agents(cu
     assert next(iter(result["skip_rate"].values())) == pytest.approx(0.5, abs=0.1)
     assert result["flops_ratio"] < result["flops_ratio_with_policy"] < result["flops_ratio"] + 1e-3
     assert (result["time"], result["history"], result["last_policy"]) == ({}, [], None)
+    assert (result["selection"], result["guarantee"]) == (None, None)
     assert (run / "instances.csv").exists()
     assert not {"policy.json", "skip_policy.json", "checkpoint.pt"} & {file.name for file in run.iterdir()}
     assert read_run(run).result["quality"] == result["quality"]

@@ -128,7 +128,7 @@ def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(keys, algo, tmp_pat
 
 def test_a_bold_policy_leaves_and_is_reduced(env, keys, tmp_path):
     """On raw texts, and attached to a model, it decides as in the env."""
-    train(CUSTOM, "ppo", tmp_path / "run", steps=32, settings=keys, strictness=0)
+    train(CUSTOM, "ppo", tmp_path / "run", steps=32, settings=keys, confidence=0.5)
     bold(env).save(tmp_path / "run")
     sign(tmp_path / "run")
     _, core, policy = load_run(tmp_path / "run")

@@ -8,7 +8,6 @@ from stable_baselines3.common.logger import configure
 
 from sd_gym.envs import ConfigError
 from sd_gym.envs.protocols import Outcome
-from sd_gym.objectives import quality_cost
 
 ID, STAGED, CUSTOM = "SD/Classification-Mini-v0", "SD/Classification-Mini-Staged-v0", "SD/Classification-Custom-v0"
 
@@ -45,7 +44,7 @@ def test_the_multiplier_rises_where_more_than_the_limit_is_lost(limit, rises, cu
 
     def score(split, rows, decisions, seen=None):
         reference, ratio = np.ones(len(rows)), np.full(len(rows), 0.5)
-        return Outcome(reference - lost, reference, quality_cost(reference - lost, reference, 0.1), ratio)
+        return Outcome(reference - lost, reference, ratio)
 
     monkeypatch.setattr(env.core, "score", score)
     agent = make_agent("ppo_lagrangian", env, seed=0, limit=limit)

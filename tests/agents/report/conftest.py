@@ -18,7 +18,20 @@ def level(difficulty, instances, rate):
 def run(tmp_path):
     """Writes the folder of a run; the agent needs not be known."""
 
-    def make(algo, seed=0, *, flops=0.4, lost=0.002, kept=True, env=ENV, instances=2000, epsilon=0.01, steps=100):
+    def make(
+        algo,
+        seed=0,
+        *,
+        flops=0.4,
+        lost=0.002,
+        kept=True,
+        env=ENV,
+        instances=2000,
+        epsilon=0.01,
+        steps=100,
+        last=None,
+        returned=None,
+    ):
         folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         config = {
@@ -43,6 +56,9 @@ def run(tmp_path):
             "quality_difference": -lost,
             "quality_difference_interval": [-lost - 0.004, -lost + 0.004],
             "flops_ratio_with_policy": flops,
+            "return": returned,
+            "regret": None,
+            "last_policy": last,
             "quality_kept": kept,
             "policy_flops_counted": True,
             "decisions_hash": "0",

@@ -28,7 +28,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_needs_nothing_else_and_begins_with_the_verdict(run, tmp_path):
-    folders = [*seeds(run, "ppo", [0.3, 0.32, 0.31]), *seeds(run, "mine", [0.5, 0.52, 0.51]), run("static", flops=0.6)]
+    folders = [*seeds(run, "ppo", [0.3, 0.32, 0.31]), *seeds(run, "mine", [0.5, 0.52, 0.51]), run("hull", flops=0.6)]
     page = tmp_path / "deep" / "report.html"
     shown = CliRunner().invoke(app, ["report", *map(str, folders), "-o", str(page)])
     assert shown.exit_code == 0, shown.output

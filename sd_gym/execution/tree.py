@@ -1,0 +1,123 @@
+"""One batch under many masks: what they have in common is run once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sd_gym.backbones import Backbone
+from sd_gym.switch import PassState
+from sd_gym.switch.stages import EVERY_LAYER, StageReached
+
+Array = NDArray
+
+
+class MaskTree:
+    """The tree of masks on one batch, gone through depth first: masks that agree on first switches share their pass.
+
+    A skipped sublayer leaves the hidden states as they are, so a layer can be run one sublayer after the other: all
+    4,096 masks of 12 switches take 4,095 sublayers. (Of two stacks, or if tokens are dropped, a layer is run as a
+    whole.) Where the head reads the first position alone, so does the last feed-forward block.
+
+    Args:
+        backbone: The backbone.
+        inputs: The batch.
+        keep: The tokens that the batch keeps; ``None``: all.
+        masks: The masks, ``[masks, switches]``.
+        on_logits: Called with the number of each mask and the batch's logits under it, in any order.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        inputs: dict[str, Tensor],
+        keep: Array | Tensor | None,
+        masks: Array,
+        on_logits: Callable[[int, Tensor], None],
+    ) -> None:
+        self._backbone, self._board = backbone, backbone.board
+        self._inputs, self._keep, self._masks, self._on_logits = inputs, keep, masks, on_logits
+        switches = self._board.switches
+        self._by_sublayer = keep is None and len({switch.stack for switch in switches}) == 1
+        layers = self._board.decided_at([EVERY_LAYER]).items()
+        self._layer_of = [layer for layer in layers for _ in switches[layer[1]]]  # of each switch: stage and switches
+        self._first_alone: bool | None = None
+        self._is_pointwise = np.array([switch.sublayer.kind == "feed_forward" for switch in switches])
+
+    def go_through(self, picked: Array, done: int = 0, seen: PassState | None = None) -> None:
+        """Run the masks of these numbers, which agree on the first ``done`` switches, from the state after these."""
+        first = self._masks[picked[0]]
+        differ = np.flatnonzero((self._masks[picked] != first).any(axis=0))
+        if not len(differ):
+            return self._on_logits(int(picked[0]), self._logits(first, done, seen))
+        columns = self._layer_of[differ[0]][1]
+        if self._by_sublayer:
+            columns = slice(differ[0], differ[0] + 1)
+        if columns.start > done:
+            seen = self._run(first, done, columns.start, seen)
+        _, group = np.unique(self._masks[picked][:, columns], axis=0, return_inverse=True)
+        for choice in range(group.max() + 1):
+            self.go_through(picked[group.ravel() == choice], columns.start, seen)
+
+    def _run(self, mask: Array, done: int, end: int, seen: PassState | None) -> PassState:
+        """The state before switch ``end``, from the one before switch ``done``."""
+        stage, columns = self._layer_of[end]
+        if seen is not None and self._by_sublayer and mask[done:end].all():
+            return replace(seen, stage=stage)
+        skip = self._skip(np.where(np.arange(len(mask)) < end, mask, 1), done)
+        if end > columns.start:
+            return self._run_layer(stage, end, skip, seen)
+        inputs = self._inputs
+        run, counted = lambda: self._backbone.logits(inputs), inputs["attention_mask"]
+        return self._board.run_to(stage, run, skip, self._keep, mask=counted, resume_from=seen)
+
+    def _run_layer(self, stage: str, end: int, skip: Array, seen: PassState | None) -> PassState:
+        """The state before switch ``end`` in the middle of a layer: what the layer gives if it skips the rest."""
+
+        def stop(module: object, args: object, output: Any) -> NoReturn:
+            hidden = output if isinstance(output, Tensor) else output[0]
+            raise StageReached(PassState(stage, hidden, self._inputs["attention_mask"]))
+
+        handle = self._board.switches[end].layer.register_forward_hook(stop)
+        try:
+            with self._board.decide(skip, resume_from=seen):
+                self._backbone.logits(self._inputs)
+        except StageReached as reached:
+            return reached.state
+        finally:
+            handle.remove()
+        raise RuntimeError(f"the forward pass ended without reaching the end of the layer at {stage!r}")
+
+    def _logits(self, mask: Array, done: int, seen: PassState | None) -> Tensor:
+        """Logits under a mask, from the state before switch ``done``."""
+        inputs, skip = self._inputs, self._skip(mask, done)
+        is_pointwise = self._by_sublayer and self._is_pointwise[done:][mask[done:] == 0].all()
+        if seen is not None and is_pointwise and self._reads_first(seen):
+            inputs = {name: values if values.ndim == 1 else values[:, :1] for name, values in inputs.items()}
+            seen = replace(seen, hidden=seen.hidden[:, :1], mask=seen.mask[:, :1])
+        with self._board.decide(skip, self._keep, resume_from=seen):
+            return self._backbone.logits(inputs)
+
+    def _reads_first(self, seen: PassState) -> bool:
+        """Whether logits depend on the first position alone, tried once: what stands elsewhere changes no bit."""
+        if self._first_alone is None:
+            others = seen.hidden.clone()
+            others[:, 1:] = 0
+            states, nothing = (seen, replace(seen, hidden=others)), np.ones_like(self._masks[:1])
+            given = []
+            for state in states:
+                with self._board.decide(nothing, resume_from=state):
+                    given.append(self._backbone.logits(self._inputs))
+            self._first_alone = torch.equal(*given)
+        return self._first_alone
+
+    def _skip(self, mask: Array, done: int) -> Array:
+        """Decisions that run what a mask runs from switch ``done`` on: one for all rows, or one each to keep tokens."""
+        skip = np.where(np.arange(len(mask)) < done, 1, mask)
+        return np.tile(skip, (1 if self._keep is None else len(self._keep), 1))
