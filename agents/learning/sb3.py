@@ -21,7 +21,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from torch import nn
 
@@ -209,7 +209,7 @@ class SB3Agent(Agent[SB3SettingsT]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stages = len(self.env.core.stages)
-        vec_env: VecEnv = VecMonitor(SwitchableVecEnv(self._reward_env()))
+        vec_env: VecEnv = SwitchableVecEnv(self._reward_env())
         if self.blind:
             vec_env = BlindVecEnv(vec_env, self.env.core.stages)
         self.algorithm = self._make_algorithm(vec_env)
