@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, learning_bias
+from sd_gym.agents.learning.curves import CurveLogger
 from sd_gym.agents.reinforce.barrier import DynamicBarrier
 from sd_gym.agents.reinforce.foresight import Foresight
 from sd_gym.agents.reinforce.staged_foresight import LEARNING_STARTS, StagedForesight, certain
@@ -123,6 +124,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Learn until ``total_steps`` decisions were scored."""
+        logger = CurveLogger(logger, total_steps, self.steps)
         started, before = time.monotonic(), self.steps
         starts = min(LEARNING_STARTS, total_steps // 4) if self.env.core.is_staged else 0
         while self.steps < total_steps:

@@ -114,7 +114,7 @@ def test_tags_of_a_rollout_are_means_over_all_its_decisions(name, custom):
     kept, rollouts = Kept(), {}
     agent.learn(3_000, Logger(None, [kept]), lambda rollout: rollouts.update({rollout.steps: rollout}))
     points = {step: values for step, values in kept.dumped.items() if "rollout/ep_rew_mean" in values}
-    assert len(points) >= 2
+    assert 40 <= len(points) <= 100  # of all agents, however large their rollouts
     for step, values in points.items():
         rollout = rollouts[step]
         assert values["rollout/ep_rew_mean"] == pytest.approx(rollout.rewards.mean(), rel=1e-5)
