@@ -30,8 +30,8 @@ class Cascade(PrivilegedAgent[StaticSettings]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.env.config.table is not None or not self.env.core.backbone.head.sees_confidence:
-            raise NotApplicableError("a cascade needs a backbone that classifies; this env's backbone does not")
+        if not self.env.core.sees_confidence:
+            raise NotApplicableError("a cascade needs a backbone that classifies, which no table has, nor this env")
         self.mask = np.zeros_like(self.env.core.nvec)  # dense, and never again
         self.threshold = 0.0
 

@@ -222,12 +222,13 @@ class SB3Agent(Agent[SB3SettingsT]):
     def _common(self, vec_env: VecEnv) -> dict[str, Any]:
         """Arguments that the algorithms share. An episode is one decision, so nothing is discounted."""
         settings, core = self.settings, self.env.core
-        policy = "MlpPolicy" if self.channels is None else "MultiInputPolicy"
+        policy: str | type[ActorCriticPolicy] = "MlpPolicy" if self.channels is None else "MultiInputPolicy"
         own: dict[str, Any] = {}
-        if settings.network is not None or core.is_staged:
-            policy, (places, n_logits) = DecisionActorCritic, core.steps.of_logits()
-            own = {"network": settings.network, "places": places if core.is_staged else None}
-            own |= {"n_logits": n_logits, "per_stage": self.per_stage}
+        places, n_logits = core.steps.of_logits()
+        places = places if core.is_staged else None
+        if settings.network is not None or places is not None:
+            policy = DecisionActorCritic
+            own = {"network": settings.network, "places": places, "n_logits": n_logits, "per_stage": self.per_stage}
         if self.channels is not None:
             own |= {"features_extractor_class": TokenExtractor, "share_features_extractor": False}
             own["features_extractor_kwargs"] = {"channels": self.channels}

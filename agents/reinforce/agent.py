@@ -26,7 +26,7 @@ from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRo
 from sd_gym.agents.learning.curves import CurveLogger
 from sd_gym.agents.reinforce.barrier import DynamicBarrier
 from sd_gym.agents.reinforce.foresight import Foresight
-from sd_gym.agents.reinforce.staged_foresight import LEARNING_STARTS, StagedForesight, certain
+from sd_gym.agents.reinforce.staged_foresight import StagedForesight, certain
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
@@ -126,7 +126,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         """Learn until ``total_steps`` decisions were scored."""
         logger = CurveLogger(logger, total_steps, self.steps)
         started, before = time.monotonic(), self.steps
-        starts = min(LEARNING_STARTS, total_steps // 4) if self.env.core.is_staged else 0
+        starts = min(self.foresight.learning_starts, total_steps // 4) if self.foresight else 0
         while self.steps < total_steps:
             rate = self.settings.learning_rate * (1 - self.steps / total_steps)
             sampled, infos = self._explore()
