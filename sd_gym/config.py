@@ -27,8 +27,8 @@ from pydantic import (
 from sd_gym.errors import short
 
 SplitName = Literal["train", "validation", "test"]
-Kind = Literal["attention", "cross_attention", "feed_forward"]
-KINDS: tuple[Kind, ...] = ("attention", "cross_attention", "feed_forward")  # of sublayers
+Candidate = Literal["attention", "cross_attention", "feed_forward"]
+CANDIDATES: tuple[Candidate, ...] = ("attention", "cross_attention", "feed_forward")  # what may be skipped
 # A mapping as sorted pairs, since a configuration is hashed: envs of the same one share their core.
 Pairs = Annotated[
     tuple[tuple[str, str], ...],
@@ -153,7 +153,7 @@ class EnvConfig(StrictModel):
     data: DataConfig
     backbone: BackboneConfig
     split: SplitName = "train"
-    candidates: tuple[Kind, ...] = KINDS
+    candidates: tuple[Candidate, ...] = CANDIDATES
     tokens: TokensConfig = TokensConfig()
     quality: QualityConfig = QualityConfig()
     reward: RewardConfig = RewardConfig()

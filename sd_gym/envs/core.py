@@ -73,6 +73,16 @@ class BackboneCore(Core[BackboneSplit]):
         """A copy of an env, in this process or another, shares the core of its configuration."""
         return backbone_core, (self.config,)
 
+    @property
+    def sees_confidence(self) -> bool:
+        """Whether the head has a probability of the whole answer before it gives it."""
+        return self.backbone.head.sees_confidence
+
+    @property
+    def can_exit(self) -> bool:
+        """Whether the head can judge what any layer gives."""
+        return self.backbone.can_exit
+
     def _steps(self) -> Steps:
         """Each stage decides its switches, the first of an action; at ``first`` the tokens too, which come last."""
         widest = max(columns.stop - columns.start for columns in self.columns)

@@ -92,7 +92,11 @@ class BackboneSplit:
                 f"the backbone {name!r} gives a {gives}, but {config.task} needs a "
                 f"{' or a '.join(self.task.gives)}; 'sd-gym prepare --env {config.id}' makes one that does"
             )
-        self.head.check_answering(self.reading.answers, name)
+        if (wanted := self.reading.answers) not in (None, self.head.answering):
+            raise ValueError(
+                f"config key 'backbone.answers': {wanted!r} needs a backbone whose answers are {wanted}, but {name!r} "
+                f"gives a {self.head.gives}"
+            )
 
     def __len__(self) -> int:
         return len(self.instances)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -38,13 +38,12 @@ class SpanHead(Head):
     gives = "span"
     answering = "extracted"
     auto_class = "AutoModelForQuestionAnswering"
-    stored_as = ("ForQuestionAnswering",)
-    learned_by = "f1"
+    _stored_as = ("ForQuestionAnswering",)
 
     @classmethod
-    def fits(cls, model: PreTrainedModel) -> bool:
+    def of(cls, model: PreTrainedModel) -> Self | None:
         """By the model's class."""
-        return cls.is_stored(model.config, [type(model).__name__])
+        return cls() if cls.is_stored(model.config, [type(model).__name__]) else None
 
     @classmethod
     def load_options(cls, config: PretrainedConfig) -> dict[str, Any]:
@@ -100,7 +99,7 @@ class SpanHead(Head):
     @property
     def learned_as(self) -> QualityMeasure:
         """By SQuAD's F1."""
-        return QualityMeasure(None, metric="squad")
+        return QualityMeasure(None, metric="squad", name="f1")
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """1.0 where the most probable span is a right one."""
