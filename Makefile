@@ -17,8 +17,12 @@ demo: install
 	rm -rf runs/demo
 	$(BIN)/sd-gym train SD/Classification-Mini-v0 --algo reinforce --steps 20000 --output runs/demo
 
+# One process per core, of one thread each: the tests' models are too small for more. JOBS=1 to see prints.
+JOBS ?= 2
+test test-slow: export OMP_NUM_THREADS := 1
+
 test: install
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=term:skip-covered
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

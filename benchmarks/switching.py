@@ -84,7 +84,7 @@ def measure_backbone(core, keep_rate: float | str, batch_size: int, pairs: int) 
         ratios.append(compare(lambda inputs=inputs: backbone.logits(inputs), switched))
         # Every row is computed at the batch's padded length, dense and switched alike.
         source, target = (np.full(batch_size, inputs[name].shape[-1]) for name in ("input_ids", "labels"))
-        always, costs = backbone.head.answer_costs(backbone.flops, source, target, source)
+        always, costs = backbone.flops.costs(*backbone.head.lengths(source, target, source))
         used += float((always + (costs * (1 - skip)).sum(axis=1)).sum())
         dense_flops += float((always + costs.sum(axis=1)).sum())
     return used / dense_flops, statistics.median(ratios[WARM_UP:])

@@ -30,12 +30,19 @@ def network(inputs: int, outputs: int, gain: float) -> nn.Sequential:
     return nn.Sequential(layer(inputs, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, outputs, gain))
 
 
-class Policy:
-    """One categorical choice a switch, all independent given the observation."""
+def choices_of(space: gym.Space) -> list[int]:
+    """How many choices each component of an action has; the number of a mask is one component."""
+    if isinstance(space, gym.spaces.Discrete):
+        return [int(space.n)]
+    return [2] * space.n if isinstance(space, gym.spaces.MultiBinary) else space.nvec.tolist()
 
-    def __init__(self, features: int, sizes: list[int]) -> None:
-        self.sizes = sizes
-        self.logits = network(features, sum(sizes), gain=0.01)  # begins at even odds
+
+class Policy:
+    """One categorical choice a component of an action, all independent given the observation."""
+
+    def __init__(self, features: int, space: gym.Space) -> None:
+        self.sizes, self.shape = choices_of(space), space.shape
+        self.logits = network(features, sum(self.sizes), gain=0.01)  # begins at even odds
 
     def choices(self, observations: torch.Tensor) -> list[torch.distributions.Categorical]:
         parts = self.logits(observations).split(self.sizes, dim=1)
@@ -46,16 +53,20 @@ class Policy:
 
     @torch.no_grad()
     def act(self, observations: np.ndarray) -> np.ndarray:
-        """The most probable decisions ``[n, components]``."""
+        """The most probable actions, ``[n, components]``, or ``[n]`` numbers of masks."""
         parts = self.logits(torch.as_tensor(observations)).split(self.sizes, dim=1)
-        return torch.stack([part.argmax(dim=1) for part in parts], dim=1).numpy()
+        return self.as_actions(torch.stack([part.argmax(dim=1) for part in parts], dim=1))
+
+    def as_actions(self, choices: torch.Tensor) -> np.ndarray:
+        """Actions, as the env's space has them, of choices ``[n, components]``."""
+        return choices.numpy().reshape(len(choices), *self.shape)
 
 
 def learn(env: gym.vector.VectorEnv, total: int, seed: int) -> Iterator[tuple[int, Policy]]:
     """Yields the decisions made so far and the policy, after each rollout."""
     torch.manual_seed(seed)
     features = env.single_observation_space.shape[0]
-    policy = Policy(features, env.single_action_space.nvec.tolist())
+    policy = Policy(features, env.single_action_space)
     value = network(features, 1, gain=1.0)
     parameters = [*policy.logits.parameters(), *value.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, eps=1e-5)
@@ -67,7 +78,7 @@ def learn(env: gym.vector.VectorEnv, total: int, seed: int) -> Iterator[tuple[in
             with torch.no_grad():
                 actions = torch.stack([choice.sample() for choice in policy.choices(seen)], dim=1)
                 log_prob = policy.log_prob(seen, actions)
-            observations, rewards, *_ = env.step(actions.numpy())
+            observations, rewards, *_ = env.step(policy.as_actions(actions))
             rollout.append((seen, actions, log_prob, torch.as_tensor(rewards, dtype=torch.float32)))
         seen, actions, log_prob, rewards = map(torch.cat, zip(*rollout, strict=True))
         advantages = rewards - value(seen)[:, 0].detach()

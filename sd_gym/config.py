@@ -27,8 +27,8 @@ from pydantic import (
 from sd_gym.errors import short
 
 SplitName = Literal["train", "validation", "test"]
-Kind = Literal["attention", "cross_attention", "feed_forward"]
-KINDS: tuple[Kind, ...] = ("attention", "cross_attention", "feed_forward")  # of sublayers
+Candidate = Literal["attention", "cross_attention", "feed_forward"]
+CANDIDATES: tuple[Candidate, ...] = ("attention", "cross_attention", "feed_forward")  # what may be skipped
 # A mapping as sorted pairs, since a configuration is hashed: envs of the same one share their core.
 Pairs = Annotated[
     tuple[tuple[str, str], ...],
@@ -95,6 +95,7 @@ class DataConfig(StrictModel):
     splits: Pairs = ()
     unanswerable: bool = True
     overlap: Literal["error", "drop", "allow"] = "error"
+    policy_rows: Literal["new", "all"] = "new"
     train_size: int | None = Field(default=None, ge=1)
     validation_size: int | None = Field(default=None, ge=1)
     test_size: int | None = Field(default=None, ge=1)
@@ -127,7 +128,7 @@ class TokensConfig(StrictModel):
 class QualityConfig(StrictModel):
     """What an answer is worth."""
 
-    kind: Literal["exact_match", "balanced", "likelihood", "metric"] = "exact_match"
+    kind: Literal["exact_match", "balanced", "likelihood", "metric", "agreement"] = "exact_match"
     metric: str = "exact_match"
     label_range: float = Field(default=1.0, gt=0)
 
@@ -152,7 +153,7 @@ class EnvConfig(StrictModel):
     data: DataConfig
     backbone: BackboneConfig
     split: SplitName = "train"
-    candidates: tuple[Kind, ...] = KINDS
+    candidates: tuple[Candidate, ...] = CANDIDATES
     tokens: TokensConfig = TokensConfig()
     quality: QualityConfig = QualityConfig()
     reward: RewardConfig = RewardConfig()

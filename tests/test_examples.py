@@ -71,6 +71,23 @@ def test_own_ppo(env_id, monkeypatch, capsys):
     assert min(choice.probs[0, -1] for choice in policy.choices(nothing)) > 0.6
 
 
+@pytest.mark.parametrize(
+    ("space", "settings"),
+    [
+        ("Discrete", {"action": "discrete", "codebook": "masks.json"}),
+        ("MultiBinary", {"action": "multi_binary", "token_shares": [0.0]}),
+    ],
+)
+def test_own_ppo_takes_every_action_space(env_id, space, settings):
+    example = imported("own_ppo")
+    Path("masks.json").write_text("[[0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0]]")
+    env = gym.make_vec(env_id, num_envs=example.ENVS, **settings)
+    assert type(env.single_action_space).__name__ == space
+    *_, (_, policy) = example.learn(env, 1024, 0)
+    result = sd_gym.evaluate(env_id, policy.act, split="test", **settings)
+    assert 0 < result["flops_ratio"] <= 1
+
+
 def test_attached(env_id, capsys):
     example = imported("attached")
     sd_gym.train(env_id, "ppo", "run", steps=300, epsilon=1.0, confidence=0.5)

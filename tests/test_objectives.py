@@ -26,6 +26,13 @@ def test_where_gains_are_ignored_any_kept_instance_beats_any_lost_one(
     assert kept > broken
 
 
+@given(unit, unit, unit, st.floats(0.01, 100), st.floats(0.01, 10))
+def test_the_range_is_as_documented(quality, quality_ref, ratio, penalty, scale):
+    outcome = (np.array([value]) for value in (quality, quality_ref, ratio))
+    reward = lexicographic(*outcome, epsilon=0.01, penalty=penalty, cost_scale=scale)[0]
+    assert -penalty / scale <= reward <= 1 + penalty / scale
+
+
 def test_values_by_hand():
     quality, reference = np.array([1.0, 0.0, 0.7, 0.5]), np.array([1.0, 1.0, 1.0, 0.0])
     ratio = np.array([0.25, 0.5, 0.75, 0.5])

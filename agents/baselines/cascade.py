@@ -45,8 +45,8 @@ class Cascade(PrivilegedAgent[StaticSettings]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.env.config.table is not None or not self.env.core.backbone.head.sees_confidence:
-            raise NotApplicableError("a cascade needs a backbone that classifies; this env's backbone does not")
+        if not self.env.core.sees_confidence:
+            raise NotApplicableError("a cascade needs a backbone that classifies, which no table has, nor this env")
         self.masks = np.zeros((1, len(self.env.core.nvec)), dtype=np.int64)  # dense, before it has searched
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:

@@ -44,12 +44,10 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.env.config.table is not None:
-            raise NotApplicableError("early exit needs a backbone, which a table does not have; train on its env")
         if (self.env.core.nvec[:-1] < 2).any():
             raise NotApplicableError("early exit skips whole layers, and the env's candidates are not all sublayers")
-        if not self.env.core.backbone.can_exit:
-            raise NotApplicableError("early exit needs an encoder that classifies, which this env's backbone is not")
+        if not self.env.core.can_exit:
+            raise NotApplicableError("early exit runs an encoder that classifies, which no table has, nor this env")
         self._confidences = Confidences()
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:

@@ -209,7 +209,9 @@ def _contestants(
         inputs = split.passes.inputs(rows)
         longest = inputs["input_ids"].shape[1]
         share = split.tokens.kept_length(rows, level).sum() / split.encoded.source_length[rows].sum()
-        backbone.logits(backbone.head.shortened(inputs, max(1, round(share * longest))))
+        length = max(1, round(share * longest))
+        columns = slice(-length, None) if backbone.head.padding_side == "left" else slice(length)
+        backbone.logits({name: value if name == "labels" else value[:, columns] for name, value in inputs.items()})
 
     return [
         lambda: backbone.logits(split.passes.inputs(rows)),

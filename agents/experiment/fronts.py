@@ -67,7 +67,9 @@ def score_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvF
         if not 0 < sum(name in CONTROLS for name in agents) < len(agents):
             alone += [str(run.folder) for run in runs]
             continue
-        data, backbone = Splits(env.data, env.task), load_backbone(env.backbone.name, env.backbone.device)
+        labelled = env.quality.kind != "agreement"
+        data = Splits(env.data, env.task, env.backbone.name, labelled=labelled)
+        backbone = load_backbone(env.backbone.name, env.backbone.device)
         for run in runs:
             check_unchanged(run.folder, run.config["data"], data)
             check_backbone(run.folder, run.config["weights"], backbone)

@@ -24,11 +24,11 @@ def skip_logits_of_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConf
 
     A policy of several stages decides each stage after its own decisions at the earlier ones. ``overrides`` are values
     by dotted key, such as another ``data.dataset``, but not the backbone, which the policy observes. The log-odds of
-    ``train`` and ``validation`` are float32 ``[n, switches]``, as ``prepare_backbone`` takes them. Raises as
-    ``load_run``, and ``ValueError`` if the policy does not decide switch by switch.
+    ``train`` (all its rows) and ``validation`` are float32 ``[n, switches]``, as ``prepare_backbone`` takes them.
+    Raises as ``load_run``, and ``ValueError`` if the policy does not decide switch by switch.
     """
     _, core, policy = load_run(folder)
-    config = make_config(dotted(core.config.model_dump()) | overrides, core.config.id)
+    config = make_config({**dotted(core.config.model_dump()), "data.policy_rows": "all", **overrides}, core.config.id)
     data, logits = shared_core(config), {}
     if not (isinstance(core, BackboneCore) and isinstance(data, BackboneCore)):
         raise ValueError(f"{folder} is a run on a table; expected one on an env with a backbone")

@@ -178,7 +178,7 @@ class ImitationAgent(Agent[ImitationSettings]):
     def save_extra(self, folder: Path) -> None:
         """Write ``masks.json``, the path, and of one stage ``searched.safetensors``, the ``SearchResult``."""
         write_masks(self.searched.path, folder / MASKS)
-        if not self.env.core.is_staged:
+        if self.searched.lost.size:
             arrays = self.searched._asdict().items()
             tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays}
             write_tensors(folder / SEARCHED, tensors)
@@ -193,7 +193,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         Selection finds the margin of each, so that the thresholds of all stages are chosen together.
         """
         core, policies = self.env.core, [self.policy()]
-        if not core.is_staged or len(core.stages) == 1:
+        if len(core.stages) == 1:
             return policies
         later = np.unique(np.linspace(1, len(core.stages) - 1, STARTS).round().astype(int))
         first = np.cumsum([0, *core.nvec[:-1]])  # the choice of each component that runs all

@@ -314,7 +314,7 @@ def _check_start(
 
 def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
     """Raise ``ValueError`` if agents cannot learn on an env, ``NotApplicableError`` if only ``staged`` ones can."""
-    if env.config.action != "multi_discrete" and env.config.table is None:  # a table's masks have numbers
+    if not env.core.actions.are_decisions:
         raise ValueError(
             f"the agents of sd_gym decide by action=multi_discrete, got action={env.config.action}; leave it out (an "
             "agent of another library can have it: docs/envs.md)"

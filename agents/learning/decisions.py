@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -117,7 +118,8 @@ def decide_and_score(core: Core, policy: PolicyLike, split: Split, rows: NDArray
     """
     rows = np.arange(len(split)) if rows is None else rows
     if core.is_staged:  # what was run to look is not run again to score
-        return _score(core, split, rows, lambda part: core.rollout(split, rows[part], policy.decide))
+        size = _rows_at_once(core)
+        return _score(core, split, rows, lambda part: core.rollout(split, rows[part], policy.decide), size)
     return score_decisions(core, split, rows, decide_rows(core, policy, split, rows))
 
 
@@ -141,21 +143,20 @@ def decide_rows(core: Core, policy: PolicyLike, split: Split, rows: NDArray) -> 
 
 def observation_batches(core: Core, rows: NDArray) -> list[NDArray]:
     """Rows ``[n]`` in parts that are observed at once: all, where observations are flat, else batches."""
-    flat = isinstance(core.observation_space, gym.spaces.Box) and not core.is_staged
-    size = max(1, len(rows)) if flat else _batch(core)
+    size = _rows_at_once(core)
     return np.split(rows, range(size, len(rows), size))
 
 
-def _batch(core: Core) -> int:
-    """Rows that are decided on together; of several stages they go through one pass, whose memory is bounded."""
-    return max(1, min(BATCH, PASS_TOKENS // core.config.backbone.max_source_length)) if core.is_staged else BATCH
+def _rows_at_once(core: Core) -> int:
+    """Rows that are observed together; of several stages they go through one pass, whose memory is bounded."""
+    if core.is_staged:
+        return max(1, min(BATCH, PASS_TOKENS // core.config.backbone.max_source_length))
+    return sys.maxsize if isinstance(core.observation_space, gym.spaces.Box) else BATCH
 
 
 def decision_flops(core: Core, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray:
     """FLOPs of deciding on rows, ``[n]``: the policy's, as far as they are known, and those of all that it observes."""
-    observing = core.stage_observation.judging_flops(split, rows) if core.is_staged else 0
-    if core.config.table is not None and not getattr(policy, "blind", False):
-        observing = observing + core.observation.flops
+    observing = core.observing_flops(split, rows, blind=getattr(policy, "blind", False))
     if isinstance(policy, DecisionPolicy):
         tokens = np.minimum(split.encoded.source_length[rows], core.config.backbone.max_source_length)
         observing = observing + policy.flops_per_token * tokens
@@ -168,13 +169,16 @@ def score_decisions(core: Core, split: Split, rows: NDArray, decisions: NDArray)
 
 
 def _score(
-    core: Core, split: Split, rows: NDArray, decide: Callable[[NDArray], tuple[NDArray, PassState | None]]
+    core: Core,
+    split: Split,
+    rows: NDArray,
+    decide: Callable[[NDArray], tuple[NDArray, PassState | None]],
+    size: int = AT_ONCE,
 ) -> dict[str, NDArray]:
-    """Outcomes; ``decide`` gives the decisions at some positions in ``rows``, and the state of the pass there."""
+    """Outcomes, ``size`` rows at a time; ``decide`` gives decisions at positions in ``rows``, and the state there."""
     # Batches of similar length waste little on padding; results are put back in order.
     order = np.argsort(split.encoded.source_length[rows], kind="stable")
     results = []
-    size = _batch(core) if core.is_staged else AT_ONCE
     for part in np.split(order, range(size, len(order), size)):
         decisions, state = decide(part)
         outcome = core.score(split, rows[part], decisions, state)

@@ -14,6 +14,7 @@ from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, learning_bias
+from sd_gym.agents.learning.curves import CurveLogger
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -21,7 +22,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from torch import nn
 
@@ -36,7 +37,6 @@ from sd_gym.policy.token_encoder import TokenEncoder
 # a lost instance (a reward of -20) is an error that leaves the actor hardly a step, just where it has most to learn.
 VALUE_WEIGHT = 0.02
 NEVER = -1e9  # logit of a choice that a stage has not
-LOGGED_DECISIONS = 1024  # about so many between two points of a curve, whatever the size of a rollout
 
 
 class BlindVecEnv(VecEnvWrapper):
@@ -144,17 +144,6 @@ class DecisionActorCritic(ActorCriticPolicy):
         return {**super()._get_constructor_parameters(), **self.own}
 
 
-class _DecisionLogger(Logger):
-    """A logger that counts decisions, where each takes several of the library's steps."""
-
-    def __init__(self, logger: Logger, stages: int) -> None:
-        vars(self).update(vars(logger))
-        self._stages = stages
-
-    def dump(self, step: int = 0) -> None:
-        super().dump(step // self._stages)
-
-
 class _RolloutCallback(BaseCallback):
     """Gathers the infos of a rollout, records the project's tags, passes the rollout on when it was learned from."""
 
@@ -165,10 +154,11 @@ class _RolloutCallback(BaseCallback):
         self._infos: list[list[dict[str, Any]]] = []
         self._rewards: list[NDArray] = []
         self._finished: Rollout | None = None
-        self.rollouts = 0
 
     def _on_rollout_start(self) -> None:
         if self._finished is not None:
+            self._finished.record(self.logger)
+            self._agent.algorithm.dump_logs()
             self._on_rollout(self._finished)
             self._finished = None
 
@@ -187,9 +177,7 @@ class _RolloutCallback(BaseCallback):
         flat = {key: values.ravel() for key, values in infos.items()}
         rewards = np.array(self._rewards).reshape(len(ended), stages, -1).sum(axis=1).ravel()
         self._finished = Rollout(self.num_timesteps // stages, rewards, flat, stages)
-        self._finished.record(self.logger)
         self._infos, self._rewards = [], []
-        self.rollouts += 1
 
 
 class SB3Settings(LearnerSettings):
@@ -209,7 +197,7 @@ class SB3Agent(Agent[SB3SettingsT]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stages = len(self.env.core.stages)
-        vec_env: VecEnv = VecMonitor(SwitchableVecEnv(self._reward_env()))
+        vec_env: VecEnv = SwitchableVecEnv(self._reward_env())
         if self.blind:
             vec_env = BlindVecEnv(vec_env, self.env.core.stages)
         self.algorithm = self._make_algorithm(vec_env)
@@ -234,12 +222,13 @@ class SB3Agent(Agent[SB3SettingsT]):
     def _common(self, vec_env: VecEnv) -> dict[str, Any]:
         """Arguments that the algorithms share. An episode is one decision, so nothing is discounted."""
         settings, core = self.settings, self.env.core
-        policy = "MlpPolicy" if self.channels is None else "MultiInputPolicy"
+        policy: str | type[ActorCriticPolicy] = "MlpPolicy" if self.channels is None else "MultiInputPolicy"
         own: dict[str, Any] = {}
-        if settings.network is not None or core.is_staged:
-            policy, (places, n_logits) = DecisionActorCritic, core.steps.of_logits()
-            own = {"network": settings.network, "places": places if core.is_staged else None}
-            own |= {"n_logits": n_logits, "per_stage": self.per_stage}
+        places, n_logits = core.steps.of_logits()
+        places = places if core.is_staged else None
+        if settings.network is not None or places is not None:
+            policy = DecisionActorCritic
+            own = {"network": settings.network, "places": places, "n_logits": n_logits, "per_stage": self.per_stage}
         if self.channels is not None:
             own |= {"features_extractor_class": TokenExtractor, "share_features_extractor": False}
             own["features_extractor_kwargs"] = {"channels": self.channels}
@@ -278,17 +267,14 @@ class SB3Agent(Agent[SB3SettingsT]):
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Learn until ``total_steps`` decisions were made."""
         algorithm = self.algorithm
-        algorithm.set_logger(logger if self.stages == 1 else _DecisionLogger(logger, self.stages))
-        interval = max(1, LOGGED_DECISIONS // (algorithm.n_envs * self.settings.n_steps))
-        callback = _RolloutCallback(self, on_rollout)
+        done = algorithm.num_timesteps // self.stages
+        algorithm.set_logger(CurveLogger(logger, total_steps, done, self.stages))
         algorithm.learn(
             total_steps * self.stages - algorithm.num_timesteps,
-            callback=callback,
-            log_interval=interval,
+            callback=_RolloutCallback(self, on_rollout),
+            log_interval=None,  # pyright: ignore[reportArgumentType]  (never; the callback does, after an update)
             reset_num_timesteps=algorithm.num_timesteps == 0,
         )
-        if callback.rollouts % interval:
-            algorithm.dump_logs()  # a curve ends with the last rollout
 
     def policy(self) -> DecisionPolicy:
         """The actor's weights in the project's own network, which decides the same."""

@@ -23,9 +23,10 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, learning_bias
+from sd_gym.agents.learning.curves import CurveLogger
 from sd_gym.agents.reinforce.barrier import DynamicBarrier
 from sd_gym.agents.reinforce.foresight import Foresight
-from sd_gym.agents.reinforce.staged_foresight import LEARNING_STARTS, StagedForesight, certain
+from sd_gym.agents.reinforce.staged_foresight import StagedForesight, certain
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
@@ -123,8 +124,9 @@ class ReinforceAgent(Agent[ReinforceSettings]):
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Learn until ``total_steps`` decisions were scored."""
+        logger = CurveLogger(logger, total_steps, self.steps)
         started, before = time.monotonic(), self.steps
-        starts = min(LEARNING_STARTS, total_steps // 4) if self.env.core.is_staged else 0
+        starts = min(self.foresight.learning_starts, total_steps // 4) if self.foresight else 0
         while self.steps < total_steps:
             rate = self.settings.learning_rate * (1 - self.steps / total_steps)
             sampled, infos = self._explore()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -29,6 +29,8 @@ class Foresight(nn.Module):
     It takes observations of a ``space`` and decisions of components with sizes ``nvec``. Its ``outputs`` are that
     quality is lost, that it is gained, and more. Its encoder of tokens is wide, as its FLOPs do not count.
     """
+
+    learning_starts: ClassVar[int] = 0  # decisions that are scored before the policy learns from what is foreseen
 
     def __init__(self, space: gym.Space, nvec: NDArray, outputs: int = 2) -> None:
         super().__init__()

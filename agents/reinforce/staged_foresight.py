@@ -17,7 +17,6 @@ from sd_gym.envs.spaces import flat_size
 
 MEMORY = 2**25  # numbers that were observed, at two bytes: 64 MiB
 RECENT = 4096  # decisions in whose states the policy learns
-LEARNING_STARTS = 2048  # decisions: a policy that learns sooner over-reacts to losses that it cannot attribute
 Choose = Callable[[Tensor | dict[str, Tensor]], Tensor]
 FITS = 2  # steps between two updates of the policy, which each stage has to share
 
@@ -47,6 +46,8 @@ class StagedForesight(Foresight):
 
     ``tokens`` leads from rows ``[n]`` to their tokens, which are not remembered; ``None``: no tokens are observed.
     """
+
+    learning_starts = 2048  # a policy that learns sooner over-reacts to losses that it cannot attribute
 
     def __init__(self, core: Core, split: Split, tokens: Callable[[NDArray], dict[str, Tensor]] | None = None) -> None:
         super().__init__(core.observation_space, core.nvec, outputs=3)

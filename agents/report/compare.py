@@ -120,5 +120,5 @@ def _means(results: list[dict[str, Any]]) -> dict[str, float | None]:
         "flops_ratio": "flops_ratio_with_policy",
         **{key: key for key in ("quality_difference", "return", "regret", "normalised_score")},
     }
-    values = {name: [result.get(key) for result in results] for name, key in keys.items()}
-    return {name: None if None in of_each else fmean(of_each) for name, of_each in values.items()}
+    known = {name: [result[key] for result in results if result.get(key) is not None] for name, key in keys.items()}
+    return {name: fmean(values) if values else None for name, values in known.items()}

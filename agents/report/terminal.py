@@ -13,6 +13,7 @@ from rich.text import Text
 COUNTED = {  # rows of a split that are not as they were in the data, by what happened to them
     "left_out": "rows left out (an empty text)",
     "dropped": "rows left out (they stand in a later split too)",
+    "of_backbone": "rows left out (the backbone was prepared on them)",
     "cut_inputs": "inputs cut",
     "cut_targets": "targets cut, or answers cut off",
 }
@@ -65,8 +66,8 @@ def comparison_tables(title: str, columns: list[str], rows: list[list[str]], by:
 
 def preparation_tables(output: str, report: dict[str, Any]) -> Iterator[RenderableType]:
     """Results of preparing a backbone: the data, and the quality under random decisions before and after."""
-    yield from _data(report["data"])
-    table = Table(title=f"{output}: mean quality ({report['measure']}) on the validation split")
+    yield from _data(report["rows"])
+    table = Table(title=f"{output}: mean quality ({report['measure']}) on held-out rows")
     for column in ("skipped at random", "before", "after"):
         table.add_column(column, justify="right")
     for what, key in (("sublayers", "quality"), ("tokens", "quality_by_token_share")):

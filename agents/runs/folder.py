@@ -40,15 +40,23 @@ class _Timed(BaseModel):
     time_ratio: float
 
 
-class _Result(BaseModel):
+class _Means(BaseModel):
+    """What is compared of a policy as selected, and as learned."""
+
+    quality_difference: float = Field(allow_inf_nan=False)
+    flops_ratio_with_policy: float = Field(allow_inf_nan=False)
+    mean_reward: float | None = Field(default=None, alias="return", allow_inf_nan=False)
+    regret: float | None = Field(default=None, allow_inf_nan=False)
+
+
+class _Result(_Means):
     """Of ``result.json``, what is compared."""
 
     split: str
     instances: int
     quality_ref: float = Field(allow_inf_nan=False)
-    quality_difference: float = Field(allow_inf_nan=False)
     quality_difference_interval: tuple[float, float]
-    flops_ratio_with_policy: float = Field(allow_inf_nan=False)
+    last_policy: _Means | None = None
     by_difficulty: list[_Level] = Field(min_length=1)
     time: dict[str, _Timed]
     decisions_used: int

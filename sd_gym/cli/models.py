@@ -23,6 +23,10 @@ def prepare(
     policy: Annotated[Path | None, Option(help="Run folder: tune its backbone further, under its policy.")] = None,
     env: Annotated[str, Option(help="Env with the task and data.")] = "SD/Classification-Custom-v0",
     dataset: Annotated[str | None, Option(help="The env's data set: a file, a folder, or a hub id.")] = None,
+    rows: Annotated[
+        float,
+        Option(help="Share (0.6) or number (5000) of training rows to prepare on; policies learn on the rest."),
+    ] = 0.6,
     steps: Annotated[int, Option(min=1, help="Optimiser steps.")] = 1500,
     batch_size: Annotated[int, Option(min=1)] = 32,
     learning_rate: Annotated[float, Option()] = 5e-5,
@@ -44,8 +48,8 @@ def prepare(
     """Fine-tune a backbone so that it stays accurate when layers are skipped.
 
     Half of each batch runs densely under the task's loss, half under random decisions with the dense output as target.
-    The weights with the best validation quality under random decisions are saved. The output folder also holds curves,
-    for `tensorboard --logdir`, and a picture of quality against skip rate.
+    The weights with the best quality under random decisions on held-out rows are saved. The output folder also holds
+    curves, for `tensorboard --logdir`, and a picture of quality against skip rate.
 
     Example: `sd-gym prepare --backbone ./minilm --dataset ./sst2 --output ./minilm-sst2 --steps 2000`
     """
@@ -91,6 +95,7 @@ def prepare(
             config.task,
             output,
             recipe,
+            rows=rows,
             tokens=config.tokens,
             quality=config.quality,
             skip_logits=skip_logits,

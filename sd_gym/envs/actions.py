@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -24,6 +24,8 @@ Array = NDArray
 
 class Actions(ABC):
     """How an agent says its decisions; ``nvec``: how many choices each component of an action has, int64."""
+
+    are_decisions: ClassVar[bool] = False  # whether the core takes an action as it is
 
     def __init__(self, space: gym.Space, nvec: ArrayLike, meaning: str) -> None:
         self.space, self.meaning = space, meaning
@@ -60,6 +62,8 @@ class Actions(ABC):
 
 class MultiDiscreteActions(Actions):
     """The decision as it is: a choice for each switch (1 = skip), the last one for the tokens."""
+
+    are_decisions = True
 
     def __init__(self, config: EnvConfig, nvec: Array) -> None:
         meaning = f"{len(nvec) - 1} switches, 1 = skip, and the token level"
@@ -104,6 +108,8 @@ class DiscreteActions(Actions):
 
 class MaskActions(Actions):
     """The number of one of the masks of a table, ``Discrete``."""
+
+    are_decisions = True
 
     def __init__(self, masks: int) -> None:
         super().__init__(gym.spaces.Discrete(masks), [masks], f"the number of one of {masks} masks")

@@ -45,7 +45,8 @@ class BackboneCore(Core[BackboneSplit]):
     def __init__(self, config: EnvConfig) -> None:
         self.config = config
         self.backbone = load_backbone(config.backbone.name, config.backbone.device)
-        self.data = Splits(config.data, config.task)
+        labelled = config.quality.kind != "agreement"
+        self.data = Splits(config.data, config.task, config.backbone.name, labelled=labelled)
         self._splits: dict[str, BackboneSplit] = {}
         board, tokens = self.backbone.board, config.tokens
         try:
@@ -71,6 +72,16 @@ class BackboneCore(Core[BackboneSplit]):
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of an env, in this process or another, shares the core of its configuration."""
         return backbone_core, (self.config,)
+
+    @property
+    def sees_confidence(self) -> bool:
+        """Whether the head has a probability of the whole answer before it gives it."""
+        return self.backbone.head.sees_confidence
+
+    @property
+    def can_exit(self) -> bool:
+        """Whether the head can judge what any layer gives."""
+        return self.backbone.can_exit
 
     def _steps(self) -> Steps:
         """Each stage decides its switches, the first of an action; at ``first`` the tokens too, which come last."""

@@ -165,9 +165,7 @@ class Episodes:
 
     def masks(self) -> Array:
         """Which choices of each component each may make, bool ``[n, choices]``, as sb3-contrib has them."""
-        if not self.core.is_staged:
-            return np.ones((len(self.stage), self.core.actions.nvec.sum()), dtype=np.bool_)
-        return self.core.steps.masks[np.minimum(self.stage, len(self.core.stages) - 1)]
+        return self.core.action_masks[np.minimum(self.stage, len(self.core.stages) - 1)]
 
     def state(self) -> dict[str, Any]:
         """How far all have come, as plain values."""

@@ -132,7 +132,7 @@ class Core(Protocol[S]):
     stages: list[str]  # of an episode, in execution order
     steps: Steps  # which components of a decision each stage makes
     actions: Actions  # how an agent says its decisions
-    observation: Any  # what is seen before the first layer; it has a space
+    observation: Any  # what is seen before the first layer; it has a space, and the FLOPs of making it
     backbone: Any  # with name, weights and board; of a table it is not there to run
     data: Any  # which rows each split has
     switch_names: list[str]  # what each component of a decision but the last one skips
@@ -147,6 +147,28 @@ class Core(Protocol[S]):
     def observation_space(self) -> gym.Space:
         """Of one observation."""
         return self.stage_observation.space
+
+    def observing_flops(self, split: S, rows: Array, *, blind: bool) -> Array:
+        """FLOPs of all looks of one episode of each row, int64 ``[n]``; the judgements count for a blind policy too."""
+        judging = self.stage_observation.judging_flops(split, rows)
+        return judging if blind else judging + self.observation.flops
+
+    @property
+    def sees_confidence(self) -> bool:
+        """Whether the backbone is there to run, and has a probability of its answer before it gives it."""
+        return False
+
+    @property
+    def can_exit(self) -> bool:
+        """Whether the backbone is there to run, and its head can judge what any layer gives."""
+        return False
+
+    @cached_property
+    def action_masks(self) -> Array:
+        """Which choices of an action each stage has, bool ``[stages, choices]``."""
+        if self.actions.are_decisions:
+            return self.steps.masks
+        return np.ones((1, self.actions.nvec.sum()), dtype=np.bool_)  # of bits and codebooks there is one stage
 
     @property
     def n_switches(self) -> int:

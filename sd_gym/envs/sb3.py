@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,8 @@ class SwitchableVecEnv(VecEnv):
 
     Gymnasium's vector wrappers may be around it; spaces, observations, rewards and infos are then theirs. Those that
     refuse ``AutoresetMode.SAME_STEP`` want an env of another mode; this one still resets in the same step, as
-    Stable-Baselines3 expects.
+    Stable-Baselines3 expects. The info of an episode's last step has ``episode`` (return ``r``, length ``l``, seconds
+    ``t``), as ``VecMonitor`` gives it, so it needs no ``VecMonitor`` around it.
 
     Raises:
         ValueError: If its reward is a vector.
@@ -35,6 +37,8 @@ class SwitchableVecEnv(VecEnv):
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self._actions: NDArray | None = None
         self._everywhere = np.ones(env.num_envs, dtype=np.bool_)
+        self._started = time.monotonic()
+        self._returns, self._lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, dtype=np.int64)
 
     def reset(self) -> Observations:
         """Observations of new instances; takes the seed and options set before."""
@@ -43,6 +47,7 @@ class SwitchableVecEnv(VecEnv):
         self._reset_seeds()
         self._reset_options()
         self.reset_infos = self._listed(infos)
+        self._returns[:], self._lengths[:] = 0, 0
         return observations
 
     def step_async(self, actions: NDArray) -> None:
@@ -66,6 +71,7 @@ class SwitchableVecEnv(VecEnv):
             info["TimeLimit.truncated"] = bool(cut)
             if done:
                 info["terminal_observation"] = copy.deepcopy(final)
+        self._count(rewards, dones, listed)
         self.reset_infos = reset
         return observations, rewards.astype(np.float32), dones, listed
 
@@ -107,6 +113,16 @@ class SwitchableVecEnv(VecEnv):
             observations, _, _, _, infos = self.env.step(self._actions)
             return observations, infos
         return self.env.reset(options={"reset_mask": dones})
+
+    def _count(self, rewards: NDArray, dones: NDArray, infos: list[dict[str, Any]]) -> None:
+        """Add a step to the episodes, and say in ``infos`` what those that end with it have earned."""
+        self._returns += rewards
+        self._lengths += 1
+        seconds = round(time.monotonic() - self._started, 6)
+        for env in np.flatnonzero(dones):
+            counted = {"r": float(self._returns[env]), "l": int(self._lengths[env]), "t": seconds}
+            infos[env].setdefault("episode", counted)  # a wrapper may have counted
+        self._returns[dones], self._lengths[dones] = 0, 0
 
     def _layers(self) -> Iterator[VectorEnv]:
         """The wrappers from outside in, then the vector env."""

@@ -29,9 +29,11 @@ class Observation(ABC):
 
     Attributes:
         space: Of one observation: a ``Box``, or a ``Dict`` of simple spaces.
+        flops: Of making one observation, beyond what the pass computes anyway.
     """
 
     space: gym.Space
+    flops: int = 0
 
     @abstractmethod
     def observe(self, split: BackboneSplit, rows: Array) -> Observations:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sd_gym.config import KINDS, ConfigError, EnvConfig, stored_config
+from sd_gym.config import CANDIDATES, ConfigError, EnvConfig, stored_config
 from sd_gym.objectives import Objective
 from sd_gym.registration import OBSERVATIONS
 from sd_gym.tasks.data import DataError, check_splits
@@ -45,7 +45,7 @@ def checked_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
             f"{origin}: config key 'candidates': with no kind of sublayer there are only tokens to drop, and "
             f"tokens.shares has one level, {list(shares)}; name a kind, or pass token_shares=[0.0, 0.25, 0.5]"
         )
-    if set(config.candidates) != set(KINDS) and (config.action == "multi_binary" or config.stages != ("first",)):
+    if set(config.candidates) != set(CANDIDATES) and (config.action == "multi_binary" or config.stages != ("first",)):
         raise ConfigError(
             f"{origin}: config key 'candidates': some kinds of sublayers alone are decided on with action "
             f"multi_discrete or discrete, before the first layer; got action {config.action} at {list(config.stages)}"

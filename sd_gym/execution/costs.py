@@ -88,4 +88,4 @@ class Costs:
         return self._costs_of(length, target, self._tokens.kept_length(rows, level))
 
     def _costs_of(self, source: Array, target: Array, kept: Array) -> tuple[Array, Array]:
-        return self._backbone.head.answer_costs(self._backbone.flops, source, target, kept)
+        return self._backbone.flops.costs(*self._backbone.head.lengths(source, target, kept))

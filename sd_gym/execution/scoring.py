@@ -195,12 +195,12 @@ class Scoring:
     @torch.inference_mode()
     def metrics(self, rows: Array, decisions: Array) -> dict[str, float]:
         """The metric of the rows under the decisions, by name; empty where it is the mean quality."""
-        name = self._settings.metric
-        if name != "exact_match" and METRICS.find(name).of_texts:
+        name, kind = self._settings.metric, self._settings.kind
+        if kind == "agreement" or name == "exact_match" or (name == "accuracy" and kind == "exact_match"):
+            return {}
+        if METRICS.find(name).of_texts:
             references = [self._instances[row].references for row in rows]
             return text_metrics(name, self._passes.answers(rows, decisions), references)
-        if name == "exact_match" or (name == "accuracy" and self._settings.kind == "exact_match"):
-            return {}
         predicted = self._passes.in_passes(rows, decisions, lambda logits, labels: self._head.prediction(logits))
         return {name: corpus_metric(name, predicted, self._encoded.labels[torch.from_numpy(rows)].numpy())}
 

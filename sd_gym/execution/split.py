@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -54,6 +55,20 @@ class BackboneSplit:
         encoding = encode_cached if instances.file else encode  # texts that come from no file are kept in none
         encoded = encoding(instances, tokenizer, self.head, self.reading, unanswerable=config.data.unanswerable)
         self._consist_of(instances, encoded)
+        if config.quality.kind == "agreement":
+            answered = self._answered_densely()
+            encoded = encode(answered, tokenizer, self.head, self.reading, unanswerable=config.data.unanswerable)
+            self._consist_of(answered, encoded)
+
+    def _answered_densely(self) -> Instances:
+        """The instances with the dense answers as their references, whatever these are in the data."""
+        rows, answered = np.arange(len(self)), copy(self.instances)
+        texts = self.passes.answers(rows, np.zeros((len(self), len(self.backbone.board) + 1), dtype=np.int64))
+        answered[:] = [
+            replace(instance, target=text, more_targets=(), answer_spans=())
+            for instance, text in zip(self.instances, texts, strict=True)
+        ]
+        return answered
 
     def _consist_of(self, instances: Instances, encoded: Encoded) -> None:
         config, backbone = self.config, self.backbone
@@ -77,7 +92,11 @@ class BackboneSplit:
                 f"the backbone {name!r} gives a {gives}, but {config.task} needs a "
                 f"{' or a '.join(self.task.gives)}; 'sd-gym prepare --env {config.id}' makes one that does"
             )
-        self.head.check_answering(self.reading.answers, name)
+        if (wanted := self.reading.answers) not in (None, self.head.answering):
+            raise ValueError(
+                f"config key 'backbone.answers': {wanted!r} needs a backbone whose answers are {wanted}, but {name!r} "
+                f"gives a {self.head.gives}"
+            )
 
     def __len__(self) -> int:
         return len(self.instances)

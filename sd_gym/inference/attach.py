@@ -332,4 +332,4 @@ class Decisions(local):
     def _costs(self, source: NDArray, kept: NDArray) -> tuple[NDArray, NDArray]:
         if self._target is None:  # one pass over the input
             return self._flops.costs(source, source, kept)
-        return self._head.answer_costs(self._flops, source, np.full_like(source, self._target), kept)
+        return self._flops.costs(*self._head.lengths(source, np.full_like(source, self._target), kept))

@@ -140,14 +140,13 @@ class SkippingModel:
         unknown = self._unknown_tokens(split)
         rows = np.arange(len(split))
         decisions = np.zeros((len(split), len(split.backbone.board) + 1), dtype=np.int64)
-        if not dense and not self.policy.is_staged:
-            by_length = np.argsort(split.encoded.source_length, kind="stable")  # little padding is looked at
-            for part in np.split(by_length, rows[BATCH::BATCH]):
-                board = split.backbone.board
-                decisions[part] = self.policy.decide(board, split.encoded.inputs(part, board.model.device))
         if self.policy.is_staged and not dense:
             answers = split.head.answers(StagedPasses(split, self.policy, decisions), rows, decisions)
         else:
+            by_length = np.argsort(split.encoded.source_length, kind="stable")  # little padding is looked at
+            for part in [] if dense else np.split(by_length, rows[BATCH::BATCH]):
+                board = split.backbone.board
+                decisions[part] = self.policy.decide(board, split.encoded.inputs(part, board.model.device))
             answers = split.passes.answers(rows, decisions)
         answered = split.head.answered(instances, answers)
         if answered is not instances:  # only now is it known how long the answers are

@@ -195,13 +195,15 @@ class SkipPolicy:
             raise ValueError(f"this policy is for a {backbone['model_type']} ({backbone['name']}), got a {got}")
         with switchboard_of(model) as board:
             width, names = model.config.hidden_size, board.names
-            width = width if self.network.channels is not None and not self.is_staged else 2 * width + 2
+            pooled = 2 * width + 2
             if self.is_staged:
                 try:
                     board.decided_at(self.network.stages)
                 except ValueError as error:
                     raise ValueError(f"this policy decides at stages of {backbone['name']}: {error}") from error
-                width += len(self.network.stages) + 1 + can_exit(head_of(model), board)
+                width = pooled + len(self.network.stages) + 1 + can_exit(head_of(model), board)
+            elif self.network.channels is None:
+                width = pooled
         tokens = self.network.token_width in (None, model.config.hidden_size)
         if names != self.network.switches or width != self.network.observation_size or not tokens:
             raise ValueError(

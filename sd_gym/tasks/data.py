@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -33,7 +33,15 @@ class Instances(list[Instance]):
         self.rows: list[int] = list(range(len(self)))  # their row numbers in the file, from 0
         self.left_out = 0  # rows that are no instances, since a text that they need is empty
         self.dropped = 0  # rows that are left out since they also stand in another split (overlap: drop)
-        self.also_in: dict[str, int] = {}  # those that also stand in another split (overlap: allow), by its name
+        self.of_backbone = 0  # rows that are left out since the backbone was prepared on them
+        # Those that also stand in another split (overlap: allow), by its name, or among the backbone's rows.
+        self.also_in: dict[str, int] = {}
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Leave out, in place, all but the instances at some positions."""
+        self.rows = [self.rows[position] for position in kept]
+        self[:] = [self[position] for position in kept]
+        vars(self).pop("hash", None)  # it was that of more
 
     @cached_property
     def hash(self) -> str:
@@ -52,7 +60,8 @@ class Instances(list[Instance]):
     @property
     def provenance(self) -> dict[str, Any]:
         """``identity``, and what was left out and is shared with other splits, for a result."""
-        return {**self.identity, "left_out": self.left_out, "dropped": self.dropped, "also_in": self.also_in}
+        counts = {key: getattr(self, key) for key in ("left_out", "dropped", "of_backbone", "also_in")}
+        return {**self.identity, **counts}
 
 
 def check_splits(data: DataConfig) -> None:
@@ -69,13 +78,19 @@ def check_splits(data: DataConfig) -> None:
 
 
 def load_split(
-    data: DataConfig | str, task: str, split: str, known: dict[str, tuple[str, list]] | None = None
+    data: DataConfig | str,
+    task: str,
+    split: str,
+    known: dict[str, tuple[str, list]] | None = None,
+    *,
+    labelled: bool = True,
 ) -> Instances:
     """The instances of one split, in the data set's order; ``Splits`` has all of them, and compares them.
 
     A row whose needed texts are empty is left out and counted. A single file is divided by row: every tenth row is
     validation, every tenth test, the rest train; where the config has ``splits``, the whole file is ``train``. ``data``
-    may be a text, its ``dataset``; ``known`` caches the data set's own splits between calls.
+    may be a text, its ``dataset``; ``known`` caches the data set's own splits between calls. If not ``labelled``, the
+    references are unknown, and rows need none.
 
     Raises:
         FileNotFoundError: If the file, folder, split or hub id does not exist.
@@ -104,8 +119,8 @@ def load_split(
     instances = Instances(file=file, part=_described(base, chosen, len(rows)))
     for number, position in enumerate(chosen):
         origin, row = rows[position]
-        row, identity = _renamed(row, data, family, origin), f"{split}-{number}"
-        if _is_empty(row, task, origin):
+        row, identity = _renamed(row, data, family, origin, labelled), f"{split}-{number}"
+        if _is_empty(row, family, task, origin, labelled):
             instances.left_out += 1
             continue
         difficulty, may_lack = _difficulty(row.get("difficulty"), origin), data.unanswerable
@@ -238,27 +253,28 @@ def _read_hub(data: DataConfig, base: str, split: str) -> Rows:
     return ((f"{data.dataset}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _renamed(row: dict[str, Any], data: DataConfig, family: Task, origin: str) -> dict[str, Any]:
+def _renamed(row: dict[str, Any], data: DataConfig, family: Task, origin: str, labelled: bool) -> dict[str, Any]:
     """A row with the task's own names for its fields; a local copy may have these already."""
+    unknown = {} if labelled else {family.reference: family.unknown}
+    row = row | unknown
     renamed = dict(row)
     for name, column in data.columns:
         if column in row:
             renamed[name] = row[column]
         elif name in family.fields and name not in row:
             raise DataError(f"{origin}: no column {column!r} (for {name}); the columns are {', '.join(row)}")
-    return renamed
+    return renamed | unknown
 
 
-def _is_empty(row: dict[str, Any], task: str, origin: str) -> bool:
+def _is_empty(row: dict[str, Any], family: Task, task: str, origin: str, labelled: bool) -> bool:
     """Whether a text that the row needs is empty (an empty cell of a CSV file is ``None``)."""
-    family = TASKS.find(task)
     missing = [name for name in family.fields if name not in row]
     if missing:
         raise DataError(f"{origin}: no field {missing[0]!r}; {task} needs {', '.join(family.fields)}")
     for name in dict.fromkeys((*family.needed, *family.inputs)):
         if row.get(name) is not None:
             check_text(row[name], name, origin)
-    return not all((row[name] or "").strip() for name in family.needed)
+    return not all((row[name] or "").strip() for name in family.needed if labelled or name != family.reference)
 
 
 def _difficulty(value: Any, origin: str) -> int:

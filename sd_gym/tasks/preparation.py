@@ -8,10 +8,11 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,14 +35,18 @@ from sd_gym.files import as_json, read_json, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.cache import encode_cached
+from sd_gym.tasks.data import SPLITS, Instances
 from sd_gym.tasks.dropping import TokenDropping
 from sd_gym.tasks.family import TASKS
+from sd_gym.tasks.parts import backbone_part, backbone_rows, row_hashes, write_backbone_rows
 from sd_gym.tasks.ranking import training_rarity
 from sd_gym.tasks.splits import Splits, check_unchanged
 from sd_gym.tasks.validation import EncodedSplit, MeanQuality
 from sd_gym.version import __version__
 
 CUT_OFF = "preparing.json"  # the settings, while a preparation runs
+BACKBONE_ROWS = 0.6  # share of the training split
+HELD_OUT = 2000  # rows that it is validated on, at most
 
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -53,6 +58,7 @@ def prepare_backbone(
     output: Path,
     recipe: Recipe,
     *,
+    rows: float = BACKBONE_ROWS,
     tokens: TokensConfig = TokensConfig(),  # noqa: B008  (frozen)
     quality: QualityConfig = QualityConfig(),  # noqa: B008
     skip_logits: Mapping[str, NDArray] | None = None,
@@ -68,12 +74,17 @@ def prepare_backbone(
     Args:
         backbone: A supported model, with lengths and perhaps a prompt. For classification it gets a head of the right
             size, and for extracted answers one that marks spans, if it has none; for other answers it must generate.
-        data: The data set. Nothing is learned or measured on its test split, but errors in it are raised.
+        data: The data set. Nothing is learned or measured on its validation and test splits, but errors in them are
+            raised.
         task: Name of the task.
-        output: Folder to write to: the model, ``preparation.json``, ``preparation.png`` (quality against skip rate) and
-            TensorBoard's events; ``checkpoint.pt`` and ``preparing.json`` while the preparation runs.
+        output: Folder to write to: the model, ``backbone_rows.safetensors`` (hashes of its rows), ``preparation.json``,
+            ``preparation.png`` (quality against skip rate) and TensorBoard's events; ``checkpoint.pt`` and
+            ``preparing.json`` while the preparation runs.
         recipe: Steps, rates and draws; its ``batch_size`` is that of one process. With a ``max_rate`` of 0 and no
             tokens to drop the backbone is fine-tuned densely, as usual.
+        rows: The share of the training split, up to 1.0, or the number of rows that it is prepared on (see
+            ``backbone_part``); of a backbone that was prepared before, its rows. Policies learn on the others, and the
+            backbone is validated on up to 2,000 of these; where there are no others, on the validation split.
         tokens: Shares of the tokens to drop that a row draws from, and which go first; by ``attention``, that of the
             backbone before it is prepared.
         quality: Only its ``label_range`` counts.
@@ -85,7 +96,7 @@ def prepare_backbone(
 
     Returns:
         The report, also in ``preparation.json``: settings; instances that were used, left out (empty) and cut; the
-        validation quality by step; and mean quality on the validation split by random skip rate, and by the share of
+        held-out quality by step; and mean quality on the held-out rows by random skip rate, and by the share of
         tokens dropped, before and after. ``measure`` says which quality that is.
 
     Raises:
@@ -108,7 +119,8 @@ def prepare_backbone(
         splits = Splits(data, task)
         model, tokenizer, board = _switchable(backbone, task, splits, recipe.seed, skip_logits is not None, accelerator)
         reading = head_of(model).prompting(backbone)
-        encoded = _encoded(splits, data, board, tokenizer, reading, tokens, skip_logits)
+        parts = _parts(splits, backbone.name, rows, skip_logits)
+        encoded = _encoded(splits, parts, data, board, tokenizer, reading, tokens)
         settings = {
             MARKER: __version__,
             "backbone": reading.name,
@@ -121,7 +133,8 @@ def prepare_backbone(
             "token_shares": list(tokens.shares),
             "token_ranking": tokens.ranking,
             "label_range": quality.label_range,
-            "data": {name: split.provenance for name, split in encoded.items()},
+            "data": {name: splits[name].identity for name in SPLITS if name in splits},
+            "rows": {name: split.provenance for name, split in encoded.items()},
             "policy": None if skip_logits is None else _hash(skip_logits),
         }
         if first:
@@ -129,7 +142,7 @@ def prepare_backbone(
                 check_unchanged(output, cut_off["data"], splits)
                 _check_same(output, cut_off, settings)
             write_json(output / CUT_OFF, settings)
-        mean = MeanQuality(board, encoded["validation"], quality, reading, accelerator)
+        mean = MeanQuality(board, encoded["held out"], quality, reading, accelerator)
         say = on_phase if first else lambda phase: None
         say("evaluating")
         before = mean.by_rate(), mean.by_share()
@@ -137,7 +150,7 @@ def prepare_backbone(
         with _curves(output, on_step, write=first) as log:
             history = prepare(
                 board,
-                _batches(encoded["train"], recipe.batch_size, recipe.seed, accelerator),
+                _batches(encoded["backbone"], recipe.batch_size, recipe.seed, accelerator),
                 recipe,
                 validate=lambda: mean.under_decisions(recipe.max_rate, recipe.draw),
                 checkpoint=output / "checkpoint.pt",
@@ -146,6 +159,8 @@ def prepare_backbone(
                 accelerator=accelerator,
             )
         if first:
+            own = row_hashes(encoded["backbone"].instances)
+            write_backbone_rows(output, np.concatenate([own, backbone_rows(backbone.name)]))  # before it was tuned, too
             save_backbone(model, tokenizer, output)
         say("evaluating")
         after = mean.by_rate(), mean.by_share()
@@ -154,7 +169,7 @@ def prepare_backbone(
             **settings,
             "steps_done": history.step,
             "validation": [{"step": step, "quality": value} for step, value in history.validation],
-            "measure": head_of(model).learned_by,
+            "measure": head_of(model).learned_as.name,
             "quality": {"before": before[0], "after": after[0]},
             "quality_by_token_share": {"before": before[1], "after": after[1]},
         }
@@ -183,28 +198,53 @@ def _switchable(
     return model, tokenizer, board
 
 
+class _Part(NamedTuple):
+    """Some instances, and the log-odds by which a policy skips their switches, if the backbone is tuned under one."""
+
+    instances: Instances
+    skip_logits: NDArray | None
+
+
+def _parts(splits: Splits, backbone: str, rows: float, skip_logits: Mapping[str, NDArray] | None) -> dict[str, _Part]:
+    """The rows that the backbone is prepared on (``backbone``), and those that it is validated on (``held out``)."""
+    train, logits = splits["train"], None if skip_logits is None else skip_logits["train"]
+    own = np.isin(row_hashes(train), backbone_rows(backbone))
+    if not own.any():  # it was not prepared before, or on other data
+        own = backbone_part(train, rows)
+
+    def part(positions: NDArray) -> _Part:
+        chosen = copy(train)
+        chosen.keep(positions.tolist())
+        chosen.part = f"{len(positions)} rows of {train.part}"
+        return _Part(chosen, None if logits is None else logits[positions])
+
+    others = np.flatnonzero(~own)[:HELD_OUT]
+    whole = _Part(splits["validation"], None if skip_logits is None else skip_logits["validation"])
+    return {"backbone": part(np.flatnonzero(own)), "held out": part(others) if len(others) else whole}
+
+
 def _encoded(
     splits: Splits,
+    parts: Mapping[str, _Part],
     data: DataConfig,
     board: Switchboard,
     tokenizer: Tokenizer,
     reading: BackboneConfig,
     tokens: TokensConfig,
-    skip_logits: Mapping[str, NDArray] | None,
 ) -> dict[str, EncodedSplit]:
-    """``train`` and ``validation`` as the model reads them; errors in ``test`` are raised, too."""
+    """The parts as the model reads them; errors in later splits are raised, too."""
     head, encoded = head_of(board.model), {}
     rarity = cache(lambda: training_rarity(tokenizer, splits["train"]))
     encode = partial(encode_cached, tokenizer=tokenizer, head=head, backbone=reading, unanswerable=data.unanswerable)
-    for name in ("train", "validation"):
-        split, logits = splits[name], None if skip_logits is None else skip_logits[name]
-        tensors = encode(split)
-        dropping = TokenDropping(split, tensors, board, tokenizer, head, reading, tokens, rarity)
+    for name, (instances, logits) in parts.items():
+        tensors = encode(instances)
+        dropping = TokenDropping(instances, tensors, board, tokenizer, head, reading, tokens, rarity)
         if len(tokens.shares) > 1:  # as the backbone ranks them before it is prepared
             _ = dropping.scores, dropping.droppable
-        encoded[name] = EncodedSplit(split, tensors, head, dropping, logits)
-    if "test" in splits:
-        encode(splits["test"])
+        encoded[name] = EncodedSplit(instances, tensors, head, dropping, logits)
+    for name in ("validation", "test"):
+        if name in splits:
+            encode(splits[name])
     return encoded
 
 
@@ -248,7 +288,8 @@ def _cut_off(output: Path, resume: bool) -> dict[str, Any] | None:
 def _check_same(output: Path, there: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raise ValueError if the preparation in the folder has other settings."""
     here = json.loads(as_json(settings))
-    named = [key for key in here if key not in (MARKER, "source", "data")]  # data that are the same may have moved
+    # Data that are the same may have moved.
+    named = [key for key in here if key not in (MARKER, "source", "data", "rows")]
     differ = [f"its {key} is {there.get(key)}, now it is {here[key]}" for key in named if there.get(key) != here[key]]
     if differ:
         raise ValueError(f"{output} holds another preparation: {', '.join(differ)}")
@@ -303,7 +344,7 @@ def plot_preparation(report: dict[str, Any], file: Path) -> None:
     for axes, (label, values) in zip(curves, panels.items(), strict=True):
         for name, marker in (("before", "s"), ("after", "o")):
             axes.plot([float(x) for x in values[name]], list(values[name].values()), marker=marker, label=name)
-        axes.set(xlabel=label, ylabel=f"{report['measure']}, validation split")
+        axes.set(xlabel=label, ylabel=f"{report['measure']}, held-out rows")
         axes.legend(loc="lower left")
     by_step.plot([row["step"] for row in report["validation"]], [row["quality"] for row in report["validation"]], "o-")
     by_step.set(xlabel="step", ylabel=f"{report['measure']} under random decisions")

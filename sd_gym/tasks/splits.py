@@ -8,35 +8,48 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sd_gym.config import DataConfig
 from sd_gym.data.instance import Instance
 from sd_gym.tasks.data import SPLITS, DataError, Instances, check_splits, load_split
+from sd_gym.tasks.parts import backbone_rows, row_hashes
+
+BACKBONE = "the backbone's rows"  # in ``Instances.also_in``
 
 
 class Splits:
     """The splits of a data set, all of them read when the first one is asked for.
 
     An error in a split is raised when that split is asked for, as learning needs no test split. Generated splits are
-    disjoint; each is generated when it is asked for. Raises: see ``check_splits``.
+    disjoint; each is generated when it is asked for. Policies learn on the rows of ``train`` that ``backbone``, a
+    backbone's name, was not prepared on, unless ``data.policy_rows`` is ``all``; ``None``: all rows. If not
+    ``labelled``, references are unknown. Raises: see ``check_splits`` and ``backbone_rows``.
     """
 
-    def __init__(self, data: DataConfig, task: str) -> None:
+    def __init__(self, data: DataConfig, task: str, backbone: str | None = None, *, labelled: bool = True) -> None:
         check_splits(data)
-        self._data, self._task = data, task
+        self._data, self._task, self._labelled = data, task, labelled
+        self._of_backbone = np.empty(0, dtype=np.int64) if backbone is None else backbone_rows(backbone)
         self._read: dict[str, Instances | Exception] = {}
 
     def __getitem__(self, name: str) -> Instances:
         """The instances of a split, by its name. Raises: see ``load_split``.
 
-        Where rows stand in two splits, DataError (``overlap: error``) or a warning (``overlap: allow``).
+        Where rows stand in two splits, or among the backbone's, DataError (``overlap: error``) or a warning
+        (``overlap: allow``).
         """
         if self._data.dataset == "procedural":
             if name not in self._read:
-                self._read[name] = self._try(name, {})
+                self._read[name] = generated = self._try(name, {})
+                if isinstance(generated, Instances):
+                    self._take_out_backbone_rows({name: generated})
         elif not self._read:
             known: dict[str, tuple[str, list]] = {}
             read = {split: self._try(split, known) for split in SPLITS}
-            _compare({split: rows for split, rows in read.items() if isinstance(rows, Instances)}, self._data)
+            there = {split: rows for split, rows in read.items() if isinstance(rows, Instances)}
+            self._take_out_backbone_rows(there)
+            _compare(there, self._data)
             self._read = read
         instances = self._read[name]
         if isinstance(instances, Exception):
@@ -54,9 +67,37 @@ class Splits:
         """``Instances.identity`` of each split; an error in one is raised."""
         return {name: self[name].identity for name in SPLITS}
 
+    def _take_out_backbone_rows(self, splits: dict[str, Instances]) -> None:
+        """Leave the backbone's rows out of ``train``, or count them; what to do in later splits ``overlap`` says."""
+        data, size = self._data, self._data.train_size
+        for name, instances in splits.items() if len(self._of_backbone) else ():
+            known = np.isin(row_hashes(instances), self._of_backbone)
+            leave_out = data.policy_rows == "new" if name == "train" else data.overlap == "drop"
+            if known.any() and not leave_out:
+                words = f"{known.sum()} of the {len(known)} rows of {name} ({instances.part}) are rows of the backbone"
+                if name != "train" and data.overlap == "error":
+                    raise DataError(
+                        f"{words}, which was prepared on them: a result would be of rows that were learned from. Set "
+                        "overlap=drop to leave them out, or overlap=allow to go on all the same"
+                    )
+                instances.also_in[BACKBONE] = int(known.sum())
+                if name != "train":
+                    warnings.warn(f"{words}, as overlap=allow says", stacklevel=4)
+            elif leave_out:
+                instances.of_backbone = int(known.sum())
+                instances.keep(np.flatnonzero(~known)[: size if name == "train" else None].tolist())
+                if not instances:
+                    raise DataError(
+                        f"all {len(known)} rows of {name} ({instances.part}) are rows that the backbone was prepared "
+                        "on. Prepare it on fewer (sd-gym prepare --rows 0.6), or set policy_rows=all to learn on them"
+                    )
+
     def _try(self, name: str, known: dict[str, tuple[str, list]]) -> Instances | Exception:
+        whole = name == "train" and len(self._of_backbone) and self._data.policy_rows == "new"
+        cut_later = whole and self._data.dataset != "procedural"
+        data = self._data.model_copy(update={"train_size": None}) if cut_later else self._data
         try:
-            return load_split(self._data, self._task, name, known)
+            return load_split(data, self._task, name, known, labelled=self._labelled)
         except (FileNotFoundError, DataError) as error:
             return error
 
@@ -117,7 +158,6 @@ def _drop(instances: Instances, texts: set[tuple[str, str | None]], what: str) -
     """Leave out, in place, what stands among ``texts``."""
     kept = [number for number, instance in enumerate(instances) if _key(instance) not in texts]
     instances.dropped = len(instances) - len(kept)
-    instances.rows = [instances.rows[number] for number in kept]
-    instances[:] = [instances[number] for number in kept]
+    instances.keep(kept)
     if not kept:
         raise DataError(f"{what} is empty: all its rows also stand in a later split")

@@ -55,12 +55,12 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkey
 
     result = run("compare", folder, "--markdown")
     assert result.exit_code == 0, result.output
-    assert "| SD/Classification-Custom-v0 | a2c | 1 |" in result.output
+    assert "| SD/Classification-Custom-v0 | a2c | 4, hash" in result.output
 
     options = ["--steps", 256, "--output", tmp_path / "warm", "--set", f"start={folder}"]
     assert run("train", "SD/Classification-Custom-v0", "--algo", "a2c", *options, *settings).exit_code == 0
     result = run("compare", folder, tmp_path / "warm", "--markdown")
-    assert "| SD/Classification-Custom-v0 | a2c from a2c | 1 |" in result.output
+    assert "| SD/Classification-Custom-v0 | a2c from a2c | 4, hash" in result.output
 
     result = run("compare", folder, tmp_path / "warm")
     assert "SD/Classification-Custom-v0, dense quality" in result.output

@@ -10,7 +10,7 @@ import pytest
 from sd_gym.agents.learning.agent import NotApplicableError
 
 import sd_gym
-from sd_gym.config import KINDS, ConfigError
+from sd_gym.config import CANDIDATES, ConfigError
 from sd_gym.policy import DecisionPolicy
 from sd_gym.switch.architectures import SublayerKind
 
@@ -20,7 +20,7 @@ SMALL = {"train_size": 60, "validation_size": 60, "test_size": 40}
 
 def test_the_config_knows_the_kinds_of_the_runtime():
     """They stand twice, as a config is read without torch."""
-    assert get_args(SublayerKind) == KINDS
+    assert get_args(SublayerKind) == CANDIDATES
 
 
 @pytest.mark.parametrize("kinds", [["attention"], ["feed_forward"], ["attention", "cross_attention"]])

@@ -10,6 +10,8 @@ from gymnasium.wrappers.vector import (
     TransformReward,
 )
 from hypothesis import strategies as st
+from stable_baselines3 import PPO
+from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.vec_env import VecMonitor
 
 from sd_gym.envs.sb3 import SwitchableVecEnv
@@ -57,6 +59,9 @@ def test_sb3_sees_what_the_wrappers_around_a_vector_env_give(mode, name):
         np.testing.assert_array_equal(dones, plain_dones)
         for row, (info, plain_info) in enumerate(zip(infos, plain_infos, strict=True)):
             terminal, _ = info.pop("terminal_observation"), plain_info.pop("terminal_observation")
+            assert [one.pop("episode")["r"] for one in (info, plain_info)] == pytest.approx(
+                [rewards[row], plain_rewards[row]], rel=1e-5
+            )
             assert_same(info, plain_info)
             if statistics is None:
                 np.testing.assert_array_equal(terminal, last[row])
@@ -80,6 +85,31 @@ def test_sb3_gets_the_episodes_that_a_wrapper_counts():
         assert info["episode"]["r"] == pytest.approx(reward)
         assert info["episode"]["l"] == 1
         assert set(reset_info) == STEP_INFO
+
+
+@pytest.mark.parametrize(("wrap", "stages"), [(None, 1), (VecMonitor, 1), (None, 3)])
+def test_plain_sb3_logs_the_mean_return_of_episodes(wrap, stages):
+    """With nothing around it; a ``VecMonitor`` changes nothing; rewards of several stages add up."""
+    env = SwitchableVecEnv(make_vec(stages=["first", "encoder.1", "encoder.2"][:stages]))
+    rewards, episodes, written = [], [], {}
+
+    class Written(KVWriter):
+        def write(self, key_values, key_excluded, step=0):
+            written.update(key_values)
+
+        def close(self):
+            pass
+
+    def gather(found, _):
+        rewards.append(found["rewards"])
+        episodes.extend(info["episode"] for info in found["infos"] if "episode" in info)
+        return True
+
+    model = PPO("MlpPolicy", wrap(env) if wrap else env, n_steps=6, batch_size=6, n_epochs=1, device="cpu")
+    model.set_logger(Logger(None, [Written()]))
+    model.learn(6 * N, callback=gather)
+    assert [episode["l"] for episode in episodes] == [stages] * (6 * N // stages)
+    assert written["rollout/ep_rew_mean"] == pytest.approx(np.sum(rewards) / len(episodes), rel=1e-5)
 
 
 def test_attributes_and_methods_are_found_through_wrappers():

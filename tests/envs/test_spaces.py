@@ -21,7 +21,6 @@ from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.registry import make_agent
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.env_checker import check_env as check_sb3_env
-from stable_baselines3.common.vec_env import VecMonitor
 from typer.testing import CliRunner
 
 import sd_gym
@@ -178,7 +177,7 @@ def test_a_run_of_static_is_a_codebook(tiny, tmp_path):
 
 def test_dqn_learns_which_mask_to_choose(tiny):
     torch.manual_seed(0)
-    env = VecMonitor(SwitchableVecEnv(gym.make_vec(**tiny, action="discrete", num_envs=4).unwrapped))
+    env = SwitchableVecEnv(gym.make_vec(**tiny, action="discrete", num_envs=4).unwrapped)
     agent = DQN("MlpPolicy", env, learning_starts=100, train_freq=1, exploration_fraction=0.5, gamma=0.0, seed=0)
 
     def mean_reward(choose):
@@ -195,7 +194,7 @@ def test_dqn_learns_which_mask_to_choose(tiny):
     assert mean_reward(lambda seen: agent.predict(seen, deterministic=True)[0]) > before + 1
     settings = {key: value for key, value in tiny.items() if key != "id"}
     result = sd_gym.evaluate(tiny["id"], agent, **settings, action="discrete")
-    core = env.unwrapped.env.core
+    core = env.env.core
     split, rows = core.split("test"), np.arange(len(core.split("test")))
     chosen = np.array(MASKS)[agent.predict(core.observe(split, rows), deterministic=True)[0]]
     assert result["flops_ratio"] == pytest.approx(split.costs.flops_ratio(rows, chosen).mean())
@@ -263,7 +262,7 @@ def test_tokens_are_embedded_a_bounded_number_at_a_time(tiny, monkeypatch):
 
 
 def test_the_multi_input_policy_learns_on_tokens(tiny):
-    env = VecMonitor(SwitchableVecEnv(gym.make_vec(**tiny, observation="tokens", num_envs=4).unwrapped))
+    env = SwitchableVecEnv(gym.make_vec(**tiny, observation="tokens", num_envs=4).unwrapped)
     agent = PPO("MultiInputPolicy", env, n_steps=8, batch_size=16, n_epochs=2, seed=0)
     before = [parameter.clone() for parameter in agent.policy.features_extractor.parameters()]
     before += [parameter.clone() for parameter in agent.policy.mlp_extractor.parameters()]

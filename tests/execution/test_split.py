@@ -1,8 +1,12 @@
 """A part of a split is what the split is."""
 
+import json
+
 import gymnasium as gym
 import numpy as np
+import pytest
 
+from sd_gym.tasks.data import DataError
 from tests.execution.conftest import SMALL, Drawn
 
 
@@ -15,3 +19,32 @@ def test_an_unseen_part_of_a_split_is_what_the_split_is():
     np.testing.assert_array_equal(part.costs.flops(everything, decisions), split.costs.flops(rows, decisions))
     np.testing.assert_array_equal(part.tokens.scores, split.tokens.scores[rows])
     np.testing.assert_array_equal(part.scoring.run(everything, decisions), split.scoring.run(rows, decisions))
+
+
+@pytest.mark.parametrize("task", ["Classification", "QuestionAnswering", "Summarization"])
+def test_agreement_is_with_the_dense_answer(task):
+    core, other = (
+        gym.make(f"SD/{task}-Mini-v0", **SMALL, **more).unwrapped.core for more in ({"quality": "agreement"}, {})
+    )
+    split, labelled = core.split("test"), other.split("test")
+    rows, decisions = np.arange(len(split)), Drawn(core).decide(np.arange(len(split)))
+    dense = labelled.passes.answers(rows, 0 * decisions)
+    agreed = [said == one for said, one in zip(labelled.passes.answers(rows, decisions), dense, strict=True)]
+    np.testing.assert_array_equal(split.scoring.run(rows, decisions), agreed)
+    assert split.scoring.run(rows, 0 * decisions).all()
+    assert 0 < np.mean(agreed) < 1
+    assert split.scoring.metrics(rows, decisions) == {}
+
+
+def test_agreement_needs_no_labels(tmp_path):
+    for split in ("train", "validation", "test"):
+        lines = [json.dumps({"text": f"{split} {number} good"}) + "\n" for number in range(4)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    options = {"dataset": str(tmp_path), "backbone": "mini"}
+    with pytest.raises(DataError, match="no field 'document'"):
+        gym.make("SD/Summarization-Custom-v0", **options, quality="agreement")
+    columns = {"document": "text"}
+    with pytest.raises(DataError, match="no field 'summary'"):
+        gym.make("SD/Summarization-Custom-v0", **options, columns=columns)
+    core = gym.make("SD/Summarization-Custom-v0", **options, columns=columns, quality="agreement").unwrapped.core
+    assert core.split("train").scoring.run(np.arange(4), np.zeros((4, len(core.nvec)), dtype=np.int64)).all()

@@ -73,7 +73,7 @@ def test_a_regression_has_one_output(tmp_path, tiny_backbone):
     rows = [{"text": ["bad", "fine", "good"][n % 3], "label": [0.5, 2.5, 4.5][n % 3]} for n in range(40)]
     (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = DataConfig(dataset=str(tmp_path / "scores.jsonl"), overlap="allow")
-    settings = {"recipe": Recipe(120, 0.01), "quality": QualityConfig(label_range=5.0)}
+    settings = {"recipe": Recipe(120, 0.01), "quality": QualityConfig(label_range=5.0), "rows": 1.0}
     backbone = BackboneConfig(name=str(tiny_backbone))
     report = prepare_backbone(backbone, source, "classification", tmp_path / "prepared", **settings)
     assert report["quality"]["after"]["0.0"] > 0.8  # always the middle, 2.5, would have 0.73
@@ -109,11 +109,12 @@ def test_a_decoder_without_padding_token_learns_to_classify(reviews, tmp_path, t
     model.config.pad_token_id = None
     model.save_pretrained(tmp_path / "decoder")
     tiny_tokenizer.save_pretrained(tmp_path / "decoder")
-    settings = {"recipe": Recipe(80, 0.003)}
+    settings = {"recipe": Recipe(80, 0.003), "rows": 1.0}
     arguments = BackboneConfig(name=str(tmp_path / "decoder")), DataConfig(dataset=str(reviews)), "classification"
     report = prepare_backbone(*arguments, tmp_path / "out", **settings)
     assert report["quality"]["after"]["0.0"] == 1.0
-    env = gym.make("SD/Classification-Custom-v0", dataset=str(reviews), backbone=str(tmp_path / "out"))
+    options = {"dataset": str(reviews), "backbone": str(tmp_path / "out"), "policy_rows": "all"}
+    env = gym.make("SD/Classification-Custom-v0", **options)
     split = env.unwrapped.core.split("train")
     dense = np.zeros((32, len(split.backbone.board) + 1), dtype=np.int64)
     assert split.scoring.run(np.arange(32), dense).mean() == 1.0
@@ -145,7 +146,7 @@ def test_without_a_terminal_plain_lines_say_what_is_done(tmp_path, reviews, tiny
 
 def test_no_skipping_is_dense_fine_tuning(tmp_path, reviews, tiny_backbone):
     figures = []
-    settings = {"on_step": lambda step, shown: figures.append(shown)}
+    settings = {"on_step": lambda step, shown: figures.append(shown), "rows": 1.0}
     arguments = BackboneConfig(name=str(tiny_backbone)), DataConfig(dataset=str(reviews)), "classification"
     report = prepare_backbone(*arguments, tmp_path / "dense", Recipe(60, 0.003, max_rate=0.0), **settings)
     assert report["quality"]["after"]["0.0"] == 1.0
@@ -157,15 +158,15 @@ def test_what_was_left_out_and_cut_is_reported(tmp_path, tiny_backbone):
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--steps", 1, "--max-length", 5, "--output", tmp_path / "out", "--dataset", tmp_path]
-    options += ["--set", "overlap=allow"]
+    options += ["--set", "overlap=allow", "--rows", 1]
     result = CliRunner().invoke(app, [str(a) for a in ["prepare", "--backbone", tiny_backbone, *options]])
     assert result.exit_code == 0, result.output
     shown = " ".join(result.output.split())
     assert "4 rows left out (an empty text), 4 inputs cut" in shown
-    assert "train overlaps validation: 8 of its 8 instances stand there too" in shown
+    assert "backbone overlaps validation: 8 of its 8 instances stand there too" in shown
     report = json.loads((tmp_path / "out" / "preparation.json").read_text())
     counted = {"instances": 8, "cut_inputs": 4, "cut_targets": 0, "left_out": 4, "dropped": 0}
-    assert counted.items() <= report["data"]["validation"].items()
+    assert counted.items() <= report["rows"]["held out"].items()
 
 
 @pytest.mark.slow

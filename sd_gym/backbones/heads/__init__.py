@@ -12,7 +12,7 @@ from sd_gym.backbones.heads.score import ScoreHead
 from sd_gym.backbones.heads.seq2seq import Seq2SeqHead
 from sd_gym.backbones.heads.span import SpanHead
 
-# The first one that fits is a model's.
+# The first one that a model has is its head.
 HEADS: tuple[type[Head], ...] = (PromptedHead, Seq2SeqHead, SpanHead, ScoreHead, LabelHead)
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 
 def head_of(model: PreTrainedModel) -> Head:
     """The head of a model that was loaded."""
-    return next(head for head in HEADS if head.fits(model)).of(model)
+    return next(head for kind in HEADS if (head := kind.of(model)) is not None)
 
 
 def stored_head(config: PretrainedConfig, architectures: list[str], *, generates: bool = False) -> type[Head] | None:

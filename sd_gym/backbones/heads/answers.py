@@ -29,6 +29,7 @@ class QualityMeasure(NamedTuple):
     is_relative: bool = False  # whether it counts relative to the dense backbone's
     is_balanced: bool = False  # whether it is weighed by class
     metric: str = ""  # the metric that compares texts; empty: that of the config
+    name: str = ""  # what preparing calls it
 
 
 class SplitData(Protocol):
@@ -69,16 +70,7 @@ class Answers(ABC):
     gives: ClassVar[str]  # what a task asks for: a ``label`` (or score), a ``span`` of the context, or a ``text``
     # How questions are answered, as in the config key ``answers``; ``None``: they are not.
     answering: ClassVar[str | None] = None
-    learned_by: ClassVar[str]  # name of the quality that preparing validates by
     sees_confidence: ClassVar[bool] = False  # whether it has a probability of the whole answer before it is given
-
-    def check_answering(self, wanted: str | None, name: str) -> None:
-        """Raise ValueError if the head of the backbone ``name`` does not answer as the config key ``answers`` wants."""
-        if wanted not in (None, self.answering):
-            raise ValueError(
-                f"config key 'backbone.answers': {wanted!r} needs a backbone whose answers are {wanted}, but {name!r} "
-                f"gives a {self.gives}"
-            )
 
     def measured_by(self, quality: str) -> QualityMeasure:
         """How the quality of that name is measured; ValueError if the head has no such quality."""
@@ -88,12 +80,13 @@ class Answers(ABC):
             "likelihood": QualityMeasure(self.likelihood, is_relative=True),
             "metric": QualityMeasure(None),
         }
+        measures["agreement"] = measures["exact_match"]  # the references are the dense answers
         return measures[quality]
 
     @property
+    @abstractmethod
     def learned_as(self) -> QualityMeasure:
-        """How the quality that preparing validates by is measured."""
-        return QualityMeasure(self.exact)
+        """How the quality that preparing validates by is measured, and its name."""
 
     @abstractmethod
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:

@@ -25,22 +25,17 @@ class Head(Encoding, Losses, Answers):
     """
 
     auto_class: ClassVar[str]  # the class of ``transformers`` that loads such a model
-    stored_as: ClassVar[tuple[str, ...]]  # ends of the names of the model classes that have it
+    _stored_as: ClassVar[tuple[str, ...]]  # ends of the names of the model classes that have it
 
     @classmethod
     @abstractmethod
-    def fits(cls, model: PreTrainedModel) -> bool:
-        """Whether a model has such a head, if none of those before it in ``HEADS`` fits."""
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Self:
-        """The head of a model that it fits."""
-        return cls()
+    def of(cls, model: PreTrainedModel) -> Self | None:
+        """The head of a model; ``None`` if it has no such head. Those before it in ``HEADS`` come first."""
 
     @classmethod
     def is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
         """Whether a model was saved with such a head, if with none of those before it in ``HEADS``."""
-        return any(part in name for name in architectures for part in cls.stored_as)
+        return any(part in name for name in architectures for part in cls._stored_as)
 
     @classmethod
     def load_options(cls, config: PretrainedConfig) -> dict[str, Any]:
@@ -66,12 +61,6 @@ class Head(Encoding, Losses, Answers):
         """
         return source, source, kept  # a decoder that classifies after an encoder reads the input again
 
-    def answer_costs(
-        self, flops: FlopsModel, source: NDArray, target: NDArray, kept: NDArray
-    ) -> tuple[NDArray, NDArray]:
-        """``FlopsModel.costs`` of inputs and their answers; lengths as for ``lengths``."""
-        return flops.costs(*self.lengths(source, target, kept))
-
     def decoded(self, target: NDArray, kept: NDArray) -> NDArray:
         """Tokens that the decoder of an encoder-decoder runs on, of the same shape."""
         return kept
@@ -90,8 +79,8 @@ def reading_ratio(
     is ``[n, switches]``, 1 = skipped.
     """
     one = np.ones_like(source)
-    always, switched = head.answer_costs(flops, source, one, kept)
-    dense_always, dense = head.answer_costs(flops, source, one, source)
+    always, switched = flops.costs(*head.lengths(source, one, kept))
+    dense_always, dense = flops.costs(*head.lengths(source, one, source))
     ran = always + (switched * (1 - np.asarray(skip, dtype=np.int64))).sum(axis=1)
     return flops_share(ran + ranking, dense_always + dense.sum(axis=1))
 

@@ -54,11 +54,6 @@ class Encoding(ABC):
         """What a pass needs beside the model's inputs."""
         return {"labels": encoded.labels[torch.from_numpy(np.asarray(indices))]}
 
-    def shortened(self, inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-        """A batch whose inputs are cut to so many tokens, where they are longer."""
-        columns = slice(-length, None) if self.padding_side == "left" else slice(length)
-        return {name: value if name == "labels" else value[:, columns] for name, value in inputs.items()}
-
     def prompt_length(self, inputs: Tensor) -> int:
         """Tokens that ``generate()`` returns in front of the answer, for inputs ``[n, length]``."""
         return 1  # what a decoder starts with

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.heads.answers import SplitData, log_likelihoods
+from sd_gym.backbones.heads.answers import QualityMeasure, SplitData, log_likelihoods
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import nothing_generated
 from sd_gym.config import BackboneConfig
@@ -31,8 +31,7 @@ class LabelHead(Head):
     name = "label"
     gives = "label"
     auto_class = "AutoModelForSequenceClassification"
-    stored_as = ("ForSequenceClassification",)
-    learned_by = "accuracy"
+    _stored_as = ("ForSequenceClassification",)
     sees_confidence = True
 
     def __init__(self, label2id: Mapping[str, int], names: Mapping[int, str] | None = None) -> None:
@@ -40,13 +39,8 @@ class LabelHead(Head):
         self._names = names or {index: name for name, index in self.label2id.items()}
 
     @classmethod
-    def fits(cls, model: PreTrainedModel) -> bool:
-        """Any model that neither generates nor extracts."""
-        return True
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Self:
-        """With the names of the model's classes."""
+    def of(cls, model: PreTrainedModel) -> Self | None:
+        """Of any model that neither generates nor extracts, with the names of its classes."""
         names = model.config.id2label or {}
         return cls(labels_of(model.config), {int(index): str(name) for index, name in names.items()})
 
@@ -72,6 +66,11 @@ class LabelHead(Head):
 
     def _labels(self, instances: Sequence[Instance]) -> Tensor:
         return torch.tensor([class_index(instance, self.label2id) for instance in instances])
+
+    @property
+    def learned_as(self) -> QualityMeasure:
+        """By the accuracy."""
+        return QualityMeasure(self.exact, name="accuracy")
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """1.0 where the most probable class is the right one."""

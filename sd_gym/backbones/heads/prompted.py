@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -34,9 +34,9 @@ class PromptedHead(Seq2SeqHead):
     padding_side = "left"
 
     @classmethod
-    def fits(cls, model: PreTrainedModel) -> bool:
-        """A model that generates, without an encoder."""
-        return model.can_generate() and architecture_of(model.config.model_type).causal
+    def of(cls, model: PreTrainedModel) -> Self | None:
+        """Of a model that generates, without an encoder."""
+        return super().of(model) if model.can_generate() and architecture_of(model.config.model_type).causal else None
 
     @classmethod
     def is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:

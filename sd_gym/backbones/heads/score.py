@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -21,13 +22,12 @@ class ScoreHead(LabelHead):
     """A single output, ``[batch, 1]``; labels are scores, float32 ``[batch]``."""
 
     name = "score"
-    learned_by = "score"
     sees_confidence = False
 
     @classmethod
-    def fits(cls, model: PreTrainedModel) -> bool:
-        """A model with a single output."""
-        return cls._has_outputs(len(labels_of(model.config)))
+    def of(cls, model: PreTrainedModel) -> Self | None:
+        """Of a model with a single output."""
+        return super().of(model) if cls._has_outputs(len(labels_of(model.config))) else None
 
     @classmethod
     def _has_outputs(cls, count: int) -> bool:
@@ -53,7 +53,14 @@ class ScoreHead(LabelHead):
         """A score has its own graded quality under the name of a likelihood too."""
         if quality == "balanced":
             raise ValueError("'balanced' weighs classes, not scores")
+        if quality == "agreement":
+            raise ValueError("'agreement' compares answers, and two scores are never quite the same")
         return super().measured_by("exact_match" if quality == "likelihood" else quality)
+
+    @property
+    def learned_as(self) -> QualityMeasure:
+        """By how near the score is."""
+        return QualityMeasure(self.exact, name="score")
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """``1 - |score - label| / label_range``, at least 0; the range is that of the scores that there are."""

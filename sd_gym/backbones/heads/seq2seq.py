@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -33,13 +33,12 @@ class Seq2SeqHead(Head):
     gives = "text"
     answering = "generated"
     auto_class = "AutoModelForSeq2SeqLM"
-    stored_as = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel", "MTModel")  # the last one is Marian's
-    learned_by = "likelihood"
+    _stored_as = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel", "MTModel")  # the last one is Marian's
 
     @classmethod
-    def fits(cls, model: PreTrainedModel) -> bool:
-        """A model that generates."""
-        return model.can_generate()
+    def of(cls, model: PreTrainedModel) -> Self | None:
+        """Of a model that generates."""
+        return cls() if model.can_generate() else None
 
     @classmethod
     def is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
@@ -88,7 +87,7 @@ class Seq2SeqHead(Head):
     @property
     def learned_as(self) -> QualityMeasure:
         """By the likelihood: a text is rarely right to the letter."""
-        return QualityMeasure(self.likelihood)
+        return QualityMeasure(self.likelihood, name="likelihood")
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """1.0 where greedy decoding gives the reference, its end included.

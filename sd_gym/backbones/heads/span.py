@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -38,13 +38,12 @@ class SpanHead(Head):
     gives = "span"
     answering = "extracted"
     auto_class = "AutoModelForQuestionAnswering"
-    stored_as = ("ForQuestionAnswering",)
-    learned_by = "f1"
+    _stored_as = ("ForQuestionAnswering",)
 
     @classmethod
-    def fits(cls, model: PreTrainedModel) -> bool:
+    def of(cls, model: PreTrainedModel) -> Self | None:
         """By the model's class."""
-        return cls.is_stored(model.config, [type(model).__name__])
+        return cls() if cls.is_stored(model.config, [type(model).__name__]) else None
 
     @classmethod
     def load_options(cls, config: PretrainedConfig) -> dict[str, Any]:
@@ -95,12 +94,12 @@ class SpanHead(Head):
 
     def measured_by(self, quality: str) -> QualityMeasure:
         """Exact match is that of the texts: a right answer may stand in several places."""
-        return QualityMeasure(None) if quality == "exact_match" else super().measured_by(quality)
+        return QualityMeasure(None) if quality in ("exact_match", "agreement") else super().measured_by(quality)
 
     @property
     def learned_as(self) -> QualityMeasure:
         """By SQuAD's F1."""
-        return QualityMeasure(None, metric="squad")
+        return QualityMeasure(None, metric="squad", name="f1")
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """1.0 where the most probable span is a right one."""

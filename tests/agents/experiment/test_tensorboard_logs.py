@@ -81,10 +81,10 @@ def test_skip_rates_are_a_picture_at_each_validation_and_charts_lay_agents_over_
 @pytest.mark.parametrize("name", ["ppo", "a2c", "reinforce"])
 def test_no_point_is_there_twice_after_a_run_was_cut_off_and_went_on(name, custom, tmp_path):
     def kill(step, figures):
-        if step > 1300:
+        if step > 520:
             raise KilledError
 
-    arguments = {"steps": 2_000, "settings": {**custom, "num_envs": 16}}
+    arguments = {"steps": 800, "settings": {**custom, "num_envs": 16}}
     whole = train(CUSTOM, name, tmp_path / "whole", **arguments)
     with pytest.raises(KilledError):
         train(CUSTOM, name, tmp_path / "cut", **arguments, on_progress=kill)

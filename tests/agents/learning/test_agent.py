@@ -21,8 +21,8 @@ CUSTOM = "SD/Classification-Custom-v0"
 def test_learns_to_skip_everything_where_quality_is_free(name, env, tmp_path):
     # A multiplier pays for quality to spare until it has fallen to nothing.
     settings = {"multiplier_rate": 0.1} if name.endswith("_lagrangian") else {}
-    agent = make_agent(name, env, seed=0, initial_skip_rate=0.3, **settings)
-    rollouts = learn(agent, {"reinforce": 1_000}.get(name, 12_000), tmp_path)
+    agent = make_agent(name, env, seed=0, initial_skip_rate=0.3, learning_rate=4e-3, **settings)
+    rollouts = learn(agent, {"reinforce": 1_000}.get(name, 5_000), tmp_path)
     assert rollouts[0].infos["flops_ratio"].mean() > 0.6
     decisions = agent.policy().decide(env.core.observe(env.core.split("train"), np.arange(32)))
     assert decisions[:, :-1].mean() > 0.8  # a few inputs may be left behind
@@ -47,7 +47,7 @@ def test_learns_to_look_at_its_input(name, make_env, tmp_path, monkeypatch):
         settings, steps = {"learning_rate": 0.005, "imagined": 32, "fit_batch": 64}, 5_000
     for variant in (name, f"blind-{name}"):
         agent = make_agent(variant, env, seed=0, **settings)
-        learn(agent, steps, tmp_path)
+        learn(agent, steps if variant == name else steps // 4, tmp_path)  # who sees nothing learns nothing
         decisions = agent.policy().decide(core.observe(core.split("train"), np.arange(32)))
         accuracy[variant] = (decisions[:, 0] == positive).mean()
     assert accuracy[name] > 0.9
@@ -114,7 +114,7 @@ def test_tags_of_a_rollout_are_means_over_all_its_decisions(name, custom):
     kept, rollouts = Kept(), {}
     agent.learn(3_000, Logger(None, [kept]), lambda rollout: rollouts.update({rollout.steps: rollout}))
     points = {step: values for step, values in kept.dumped.items() if "rollout/ep_rew_mean" in values}
-    assert len(points) >= 2
+    assert 40 <= len(points) <= 100  # of all agents, however large their rollouts
     for step, values in points.items():
         rollout = rollouts[step]
         assert values["rollout/ep_rew_mean"] == pytest.approx(rollout.rewards.mean(), rel=1e-5)

@@ -55,10 +55,13 @@ def stingy(quality, quality_ref, flops_ratio, **constants):
 def test_a_run_with_an_own_objective_is_evaluated_by_anybody_but_resumed_only_with_it(custom, tmp_path):
     sd_gym.register_objective("stingy", stingy)
     settings = {**custom, "objective": "stingy", "num_envs": 16}
-    train(CUSTOM, "a2c", tmp_path / "done", steps=64, settings=settings)
+    result = train(CUSTOM, "a2c", tmp_path / "done", steps=64, settings=settings)
+    assert result["return"] == pytest.approx(result["quality_difference"] - 20 * result["flops_ratio"])
+    assert sd_gym.evaluate(CUSTOM, tmp_path / "done")["return"] == result["return"]
     half_way(CUSTOM, "a2c", tmp_path / "cut", steps=640, settings=settings, imports=["my_things"])
     forget_own()
-    assert sd_gym.evaluate(CUSTOM, tmp_path / "done")["instances"] == 4
+    evaluated = sd_gym.evaluate(CUSTOM, tmp_path / "done")
+    assert (evaluated["instances"], evaluated["return"]) == (4, None)  # nobody here knows what it was
     with pytest.raises(ConfigError, match=r"unknown objective 'stingy'.*cut was made with --import my_things"):
         train(CUSTOM, "a2c", tmp_path / "cut", steps=640, settings=settings, resume=True)
 

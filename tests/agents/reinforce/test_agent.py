@@ -1,8 +1,11 @@
-"""REINFORCE: when it begins to learn."""
+"""REINFORCE: when it begins to learn, and what its barrier judges by."""
 
+import numpy as np
 import torch
 from sd_gym.agents.registry import make_agent
 from stable_baselines3.common.logger import configure
+
+from sd_gym.envs.protocols import Outcome
 
 
 def test_reinforce_waits_for_its_foresight_but_learns_in_short_runs_too(staged_env, tmp_path):
@@ -14,3 +17,23 @@ def test_reinforce_waits_for_its_foresight_but_learns_in_short_runs_too(staged_e
 
     agent.learn(256, configure(str(tmp_path), []), on_rollout)  # rollouts of 32 decisions; it waits for a quarter
     assert moved == [False] * 2 + [True] * 6
+
+
+def test_gained_answers_make_up_for_lost_ones_in_the_barrier(env, tmp_path, monkeypatch):
+    """Of four answers one is half lost and two are half gained."""
+    agent, violated = make_agent("reinforce", env, seed=0), []
+
+    def score(split, rows, decisions, seen=None):
+        lost = np.resize([1.0, -1.0, -1.0, 0.0], len(rows))
+        return Outcome((1 - lost) / 2, np.full(len(rows), 0.5), np.full(len(rows), 0.5))
+
+    def weigh(lost, *gradients):
+        violated.append(lost)
+        return weighed(lost, *gradients)
+
+    weighed = agent.barrier.weigh
+    monkeypatch.setattr(env.core, "score", score)
+    monkeypatch.setattr(agent.barrier, "weigh", weigh)
+    agent.learn(64, configure(str(tmp_path), []), lambda rollout: None)
+    assert {*violated} == {-1 / 8}
+    assert agent.foresight.lost.min() < 0

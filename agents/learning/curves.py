@@ -1,0 +1,39 @@
+"""The curves of learning: all agents make their points at the same decisions, however often they update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stable_baselines3.common.logger import Logger
+
+POINTS = 100  # of a curve, at most
+
+
+class CurveLogger(Logger):
+    """Writes to another logger's outputs, at most ``POINTS`` times; a point is the mean since the point before.
+
+    Args:
+        logger: Its outputs are written to.
+        total_steps: Decisions of the whole run.
+        done: Decisions before learning goes on.
+        stages: Steps of a decision; ``dump`` counts steps.
+    """
+
+    def __init__(self, logger: Logger, total_steps: int, done: int = 0, stages: int = 1) -> None:
+        super().__init__(logger.dir, logger.output_formats)
+        self._total, self._stages = total_steps, stages
+        self._point = self._points(done)
+
+    def record(self, key: str, value: Any, exclude: str | tuple[str, ...] | None = None) -> None:
+        """Take a number into the mean of the next point."""
+        self.record_mean(key, value, exclude)
+
+    def dump(self, step: int = 0) -> None:
+        """Write a point if one is due after ``step`` steps; the last rollout always makes one."""
+        decisions = step // self._stages
+        if self._points(decisions) > self._point:
+            self._point = self._points(decisions)
+            super().dump(decisions)
+
+    def _points(self, decisions: int) -> int:
+        return decisions * POINTS // self._total

@@ -1,0 +1,68 @@
+"""Which rows of a training split are the backbone's, and which are left for policies.
+
+A backbone knows the rows that it was prepared on: what a mask loses there says little about what it loses elsewhere. So
+``sd-gym prepare`` takes a part of the training split, and writes down which; envs on that backbone learn on the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sd_gym.data.instance import Instance
+from sd_gym.files import map_arrays, write_arrays
+
+ROWS = "backbone_rows.safetensors"  # in the folder of a prepared backbone: ``hashes``, int64 [rows], sorted
+
+
+def row_hashes(instances: Sequence[Instance]) -> NDArray[np.int64]:
+    """Hashes of the texts of instances, int64 ``[n]``; labels and spaces at the ends do not count."""
+    texts = (f"{one.source.strip()}\0{(one.source_pair or '').strip()}" for one in instances)
+    digests = (hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts)
+    return np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)
+
+
+def backbone_part(instances: Sequence[Instance], rows: float) -> NDArray[np.bool_]:
+    """Which instances a backbone is prepared on, bool ``[n]``: those with the lowest hashes.
+
+    So the part depends neither on the order of the rows nor on a seed, and equal texts are on the same side.
+
+    Args:
+        instances: Those of a training split.
+        rows: The share of them, up to 1.0; above that their number. Equal texts can make it a few more.
+
+    Raises:
+        ValueError: If ``rows`` is not above 0, or there are not so many.
+    """
+    if not 0 < rows <= max(1, len(instances)):
+        raise ValueError(
+            f"rows: expected a share of the {len(instances)} training rows above 0, such as 0.6, or a number of them; "
+            f"got {rows:g}"
+        )
+    hashes = row_hashes(instances)
+    count = max(1, round(rows * len(hashes) if rows <= 1 else rows))
+    return hashes <= np.sort(hashes)[count - 1]
+
+
+def write_backbone_rows(folder: Path, hashes: NDArray[np.int64]) -> None:
+    """Write down in a backbone's folder which rows it was prepared on."""
+    write_arrays(folder / ROWS, {"hashes": np.unique(hashes)})
+
+
+def backbone_rows(backbone: str) -> NDArray[np.int64]:
+    """Hashes of the rows that a backbone was prepared on, int64 ``[rows]``; empty where nothing says so.
+
+    Raises:
+        ValueError: If the file that says so is damaged.
+    """
+    file = Path(backbone) / ROWS
+    if not file.is_file():
+        return np.empty(0, dtype=np.int64)
+    hashes = map_arrays(file).get("hashes")
+    if hashes is None or hashes.dtype != np.int64 or hashes.ndim != 1:
+        raise ValueError(f"{file} is damaged: expected hashes, int64 [rows]; prepare the backbone again")
+    return np.array(hashes)
