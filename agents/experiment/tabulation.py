@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.baselines.search import greedy_path
+from sd_gym.agents.baselines.search import all_masks, greedy_path, skip_units
 from sd_gym.agents.experiment.references import write_references
 from sd_gym.agents.experiment.run import run_config
 from sd_gym.agents.learning.decisions import policy_rows
@@ -28,7 +28,7 @@ from sd_gym.tasks.data import SPLITS
 
 TABLE = "SD/Table-v0"  # the env that takes any table
 PATH_INSTANCES = 400  # of the training split, that a path is searched on
-CHOICES = "all, random:N, path, codebook or codebook:FILE"
+CHOICES = "all, layers, random:N, path, codebook or codebook:FILE"
 
 
 def tabulate(
@@ -54,7 +54,8 @@ def tabulate(
         env_or_run: A registered id; or the folder of a run, whose env it is then.
         output: Folder to write the table to (``sd_gym.envs.table_files`` says what is in it).
         decisions: ``all``; or one or several of ``random:N`` (N masks, each of a skip rate of its own), ``path``
-            (greedily searched on the training split, from dense to nothing), ``codebook`` (the env's) and
+            (greedily searched on the training split, from dense to nothing), ``layers`` (all that skip whole layers),
+            ``codebook`` (the env's) and
             ``codebook:FILE`` (a list of masks, or the folder of a run of ``static`` or of a table). The dense mask is
             always among them. ``None``: all where there are at most 4,096, else ``random:64``. Of an env that decides
             at several stages, what these masks say at each stage is combined with all that they say at the others
@@ -177,6 +178,11 @@ def _choice(core: Core, asked: str, seed: int) -> NDArray:
     if asked == "path":
         rows = policy_rows(core, PATH_INSTANCES)
         return np.stack(greedy_path(core, core.split("train"), rows, lambda scored: None))
+    if asked == "layers":
+        units = skip_units(core, "layer")
+        if number_of_decisions(core.nvec[[unit[0] for unit in units]]) > MOST:
+            raise ValueError(f"{core.config.id} has too many layers: a table has at most {MOST:,} masks; choose path")
+        return np.stack(all_masks(core.nvec, units))
     if kind == "codebook":
         name = value or core.config.codebook
         if name is None:

@@ -54,7 +54,8 @@ def tabulate(
     decisions: Annotated[
         list[str],
         Option(
-            help="all; or, repeatable, random:N, path (searched greedily), codebook (the env's) and codebook:FILE "
+            help="all; or, repeatable, layers (all that skip whole ones), random:N, path (searched greedily), "
+            "codebook (the env's) and codebook:FILE "
             "[default: all where they are at most 4,096, else random:64]."
         ),
     ] = [],

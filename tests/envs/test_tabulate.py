@@ -85,7 +85,7 @@ def test_another_folder_is_left_alone(tmp_path, table_source):
 @pytest.mark.parametrize(
     ("keys", "error", "words"),
     [
-        ({"decisions": "most"}, ValueError, "expected all, random:N, path, codebook or codebook:FILE, got 'most'"),
+        ({"decisions": "most"}, ValueError, "expected all, layers, random:N, path, codebook or"),
         ({"decisions": "random:0"}, ValueError, "got 'random:0'"),
         ({"decisions": ["all", "path"]}, ValueError, "'all' stands alone"),
         ({"decisions": "codebook:none.json"}, FileNotFoundError, r"no codebook at none\.json"),
@@ -101,6 +101,15 @@ def test_what_cannot_be_tabulated_is_told(keys, error, words, tmp_path, table_so
     with pytest.raises(error, match=words):
         sd_gym.tabulate(table_source[0], tmp_path / "table", **{**table_source[1], **keys})
     assert not (tmp_path / "table").exists()
+
+
+def test_all_masks_of_whole_layers(tmp_path, table_source):
+    env_id, keys = table_source
+    sd_gym.tabulate(env_id, tmp_path / "table", decisions="layers", **keys)
+    masks = gym.make(ID, table=str(tmp_path / "table")).unwrapped.core.masks
+    layers = (masks.shape[1] - 1) // 2
+    assert len(masks) == 2**layers * 2  # at either token level
+    assert (masks[:, 0:-1:2] == masks[:, 1:-1:2]).all()
 
 
 def test_a_table_is_not_tabulated(full_table, tmp_path):
