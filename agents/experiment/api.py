@@ -229,8 +229,6 @@ def evaluate(
             algo = name or (origin.description["algo"] if origin else folder.resolve().name)
             description = {MARKER: __version__, "env": env_id, "algo": algo, "agent_settings": {}}
             description["named"] = name is not None or origin is not None
-            if select:
-                description["confidence"] = confidence
             description["control"] = bool(origin and origin.description["control"])
             description |= run.run_metadata(core.config)
             description["weights"] = core.backbone.weights
@@ -239,6 +237,8 @@ def evaluate(
                 description |= {key: origin.description[key] for key in KEPT if key in origin.description}
                 was = stored_config(origin.description["env_config"], str(policy))
                 description["env_config"]["reward"]["objective"] = was.reward.objective
+            if select:
+                description["confidence"] = confidence
             write_json(folder / "config.json", description)
         result = run.measure(core, decides, split, folder)
         result["history"] = []

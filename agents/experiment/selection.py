@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment.evaluation import by_difficulty
-from sd_gym.agents.learning.decisions import DENSE_MARGIN, Version, decide_and_score, outcomes, policy_rows
+from sd_gym.agents.learning.decisions import DENSE_MARGIN, SplitPolicy, Version, decide_and_score, outcomes, policy_rows
 from sd_gym.agents.runs.guarantee import Tested, guarantee, sequence
 from sd_gym.agents.runs.verdict import CONFIDENCE, Verdict, highest_loss, verdict
 
@@ -27,7 +27,7 @@ class _Estimate(NamedTuple):
     """What policy rows say of an operating point."""
 
     version: Version
-    flops: float  # over dense FLOPs, with those of deciding
+    flops: float  # over dense FLOPs; of a ``SplitPolicy`` with those of deciding
     losses: NDArray  # of each row, float32
 
 
@@ -141,7 +141,9 @@ class Selection:
             losses = (scored["quality_ref"] - scored["quality"]).astype(np.float32)
             if losses.mean() - losses.std() / len(losses) ** 0.5 > epsilon:
                 hopeless.add(id(version.of))
-            estimates.append(_Estimate(version, float(scored["flops_ratio_with_policy"].mean()), losses))
+            # What a policy costs itself it also costs where it leaves everything running.
+            flops = "flops_ratio_with_policy" if isinstance(version.policy, SplitPolicy) else "flops_ratio"
+            estimates.append(_Estimate(version, float(scored[flops].mean()), losses))
         return estimates
 
     def _order(self) -> NDArray:
