@@ -114,9 +114,9 @@ def test_policies_of_ones_own_are_selected_as_agents_are(custom, tmp_path):
     ratios = [point["flops_ratio"] for point in several["selection"]["points"]]
     assert ratios[-1] < ratios[0] < 1  # dense is no point to test
     assert ratios == sorted(ratios, reverse=True)
-    assert several["flops_ratio"] < 0.5
+    assert several["flops_ratio"] < 0.8
     assert several["guarantee"].startswith("selected on 4 rows: loses less than 99 points with 50% confidence; on ")
-    assert several["last_policy"]["flops_ratio"] == several["flops_ratio"]
+    assert several["last_policy"]["flops_ratio"] < several["flops_ratio"]  # policy rows alone would choose the boldest
     one = sd_gym.evaluate(CUSTOM, first, **{**tests, "epsilon": 0.01})
     assert one["guarantee"].startswith("dense: on 4 rows")
     assert one["flops_ratio"] == 1
