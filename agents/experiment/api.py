@@ -269,7 +269,6 @@ def _selected(
 def _versions(policy: Any, flops: int | None, core: Core) -> list[Version]:
     """The operating points that a policy, or a mask, stands for."""
     if isinstance(policy, DecisionPolicy | TablePolicy):
-        check_fits(policy, core)
         return [one._replace(policy=_policy_like(one.policy, flops, core)) for one in versions(core, policy)]
     if isinstance(policy, list | tuple | np.ndarray):
         return [
@@ -328,7 +327,7 @@ class _Origin(NamedTuple):
         return self.exported and self.exported.card["env"]["id"]
 
 
-def _origin(env_id: str, policy: Policy) -> _Origin | None:
+def _origin(env_id: str, policy: object) -> _Origin | None:
     """The run, if the policy is a folder; raises ``ValueError`` if it is of a table that no policy can leave."""
     if not isinstance(policy, str | Path):
         return None
