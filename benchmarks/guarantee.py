@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.runs.guarantee import POINTS, sequence
+from sd_gym.agents.runs.guarantee import sequence
 from sd_gym.agents.runs.verdict import Verdict, verdict
 
 EPSILON, CONFIDENCE = 0.01, 0.95
@@ -32,7 +32,7 @@ class Rates(NamedTuple):
     best: float  # FLOPs of the boldest point that truly loses less than epsilon
 
 
-def true_losses(points: int = POINTS) -> NDArray:
+def true_losses(points: int = 30) -> NDArray:
     """From nothing to epsilon at ``FIRST_FALSE``, and on to four times as much, ``[points]``."""
     below = EPSILON * (np.arange(FIRST_FALSE + 1) / FIRST_FALSE) ** 2
     return np.r_[below, np.linspace(EPSILON, 4 * EPSILON, points - FIRST_FALSE)[1:]]

@@ -255,7 +255,7 @@ class Runs:
         if not (folder / "result.json").exists():
             rows = f"-{self.held_out + more}:-{self.task.validation}"
             pairs = [*self.settings(rows), f"backbone={backbone}", *settings]
-            how = ["--algo", algo, "--steps", self.arguments.steps, "--strictness", self.arguments.strictness]
+            how = ["--algo", algo, "--steps", self.arguments.steps, "--confidence", self.arguments.confidence]
             sd_gym("train", f"SD/{self.task.family}-Custom-v0", *how, "--resume", "--output", folder, *sets(pairs))
         return folder
 
@@ -331,7 +331,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/real"))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--steps", type=int, default=10_000, help="decisions that an agent learns from")
-    parser.add_argument("--strictness", type=float, default=0.5, help="of selection; the validation splits are small")
+    parser.add_argument("--confidence", type=float, default=0.95, help="of the guarantee of selection")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     arguments = parser.parse_args()
     runs = [Runs(name, arguments) for name in arguments.tasks]

@@ -229,8 +229,6 @@ def evaluate(
             algo = name or (origin.description["algo"] if origin else folder.resolve().name)
             description = {MARKER: __version__, "env": env_id, "algo": algo, "agent_settings": {}}
             description["named"] = name is not None or origin is not None
-            if select:
-                description["confidence"] = confidence
             description["control"] = bool(origin and origin.description["control"])
             description |= run.run_metadata(core.config)
             description["weights"] = core.backbone.weights
@@ -239,6 +237,8 @@ def evaluate(
                 description |= {key: origin.description[key] for key in KEPT if key in origin.description}
                 was = stored_config(origin.description["env_config"], str(policy))
                 description["env_config"]["reward"]["objective"] = was.reward.objective
+            if select:
+                description["confidence"] = confidence
             write_json(folder / "config.json", description)
         result = run.measure(core, decides, split, folder)
         result["history"] = []
@@ -269,7 +269,6 @@ def _selected(
 def _versions(policy: Any, flops: int | None, core: Core) -> list[Version]:
     """The operating points that a policy, or a mask, stands for."""
     if isinstance(policy, DecisionPolicy | TablePolicy):
-        check_fits(policy, core)
         return [one._replace(policy=_policy_like(one.policy, flops, core)) for one in versions(core, policy)]
     if isinstance(policy, list | tuple | np.ndarray):
         return [
@@ -328,7 +327,7 @@ class _Origin(NamedTuple):
         return self.exported and self.exported.card["env"]["id"]
 
 
-def _origin(env_id: str, policy: Policy) -> _Origin | None:
+def _origin(env_id: str, policy: object) -> _Origin | None:
     """The run, if the policy is a folder; raises ``ValueError`` if it is of a table that no policy can leave."""
     if not isinstance(policy, str | Path):
         return None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
-
-from sd_gym.agents.experiment.selection import Selection
 
 from sd_gym.config import dotted, nested
 from sd_gym.envs.protocols import Core
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy
+from sd_gym.policy.card import OperatingPoint
 from sd_gym.policy.table_export import TablePolicy
 
 RESULT_KEYS = ("split", "instances", "quality", "quality_ref", "flops_ratio", "flops_ratio_with_policy")
@@ -19,7 +19,7 @@ RESULT_KEYS += ("quality_difference", "quality_difference_interval", "verdict", 
 def export(
     core: Core,
     policy: DecisionPolicy,
-    selection: Selection | None,
+    operating_points: Sequence[OperatingPoint],
     result: dict[str, Any],
     description: dict[str, Any],
 ) -> SkipPolicy | None:
@@ -33,15 +33,14 @@ def export(
     if exported.masks is not None or exported.projection is not None:
         known = core.decision_nvec.tolist(), core.backbone.board.names
         network = TablePolicy(policy, *known, exported.masks, exported.projection)
-    env = dotted(exported.env.model_dump())
+    env, selection = dotted(exported.env.model_dump()), result["selection"]
     card = {
         "env": nested({key: value for key, value in env.items() if key != "reward.objective"}),
         "backbone": exported.backbone,
         "result": {key: result[key] for key in RESULT_KEYS},
-        "selection": selection and {key: selection.report()[key] for key in ("rows", "epsilon", "confidence")},
+        "selection": selection and {key: selection[key] for key in ("rows", "epsilon", "confidence")},
         "run": {key: description[key] for key in ("env", "algo", "steps", "seed", "versions", "data")},
     }
-    operating_points = [] if selection is None else selection.operating_points()
     of_input = exported.mean, exported.deviation, exported.rarity, exported.protection
     ranking = exported.ranking_costs_flops
     return SkipPolicy(network, *of_input, tuple(operating_points), card, exported.of_tokens, ranking)

@@ -326,7 +326,8 @@ def _finish(
     result["data"] = {name: core.split(name).provenance for name in SPLITS}
     artefact = None  # a policy may be unable to leave its env
     if isinstance(policy, DecisionPolicy):
-        artefact = export(core, policy, selection, result, description)
+        points = [] if selection is None else selection.operating_points()
+        artefact = export(core, policy, points, result, description)
     if artefact is not None:
         artefact.save_pretrained(folder)
     result["artefact"] = None if artefact is None else FILE

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cached_property
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment.evaluation import by_difficulty
-from sd_gym.agents.learning.decisions import DENSE_MARGIN, Version, decide_and_score, outcomes, policy_rows
-from sd_gym.agents.runs.guarantee import Tested, guarantee, sequence
+from sd_gym.agents.learning.decisions import (
+    DENSE_MARGIN,
+    SplitPolicy,
+    Version,
+    decide_and_score,
+    decide_rows,
+    outcomes,
+    policy_rows,
+)
+from sd_gym.agents.runs.guarantee import POINTS, Tested, guarantee, sequence
 from sd_gym.agents.runs.verdict import CONFIDENCE, Verdict, highest_loss, verdict
 
 from sd_gym.envs.protocols import Core
@@ -19,16 +30,39 @@ from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.card import OperatingPoint
 from sd_gym.policy.table_export import TablePolicy
 
+PASSES = 12  # points of a sequence where each takes passes of a backbone
 CURVE_ROWS = 1000  # of the validation split, that each point of a curve is of
-STAGED_ROWS = 500  # policy rows where each point takes a pass of its own
+FEW_ROWS = 500  # policy rows: of several stages, where each point takes a pass of its own, and to end a path
 
 
-class _Estimate(NamedTuple):
-    """What policy rows say of an operating point."""
+class _Estimate:
+    """What policy rows say of an operating point, as far as it is asked for: losses take passes."""
 
-    version: Version
-    flops: float  # over dense FLOPs, with those of deciding
-    losses: NDArray  # of each row, float32
+    def __init__(self, core: Core, version: Version, rows: NDArray) -> None:
+        self._core, self.version, self._rows = core, version, rows
+
+    @cached_property
+    def _scored(self) -> dict[str, NDArray]:
+        return outcomes(self._core, self.version.policy, self._core.split("train"), self._rows)
+
+    @cached_property
+    def flops(self) -> float:
+        """Over dense FLOPs; what a policy costs itself it also costs where it leaves everything running."""
+        core, split, policy = self._core, self._core.split("train"), self.version.policy
+        if isinstance(policy, SplitPolicy):
+            return float(self._scored["flops_ratio_with_policy"].mean())
+        if core.is_staged:
+            return float(self._scored["flops_ratio"].mean())
+        return float(split.costs.flops_ratio(self._rows, decide_rows(core, policy, split, self._rows)).mean())
+
+    @cached_property
+    def losses(self) -> NDArray:
+        """Of each row, float32."""
+        return (self._scored["quality_ref"] - self._scored["quality"]).astype(np.float32)
+
+    def is_hopeless(self, epsilon: float) -> bool:
+        """Whether it loses more than epsilon, by more than a standard error."""
+        return bool(self.losses.mean() - self.losses.std() / len(self.losses) ** 0.5 > epsilon)
 
 
 @dataclass
@@ -47,7 +81,7 @@ class Selection:
     history: list[dict[str, Any]] = field(default_factory=list)  # an entry per validation; see ``validate``
     tested: list[tuple[Version, Tested]] = field(default_factory=list)  # from dense to bold, in the order of the tests
     selected: Version | None = None  # None: dense
-    _estimates: list[_Estimate] = field(default_factory=list)
+    _paths: list[list[_Estimate]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.confidence < 1:
@@ -74,10 +108,9 @@ class Selection:
 
     def select(self, points: Sequence[Version]) -> Version | None:
         """The operating point to keep, ``None``: dense. Versions of a policy stand together, from cautious to bold."""
-        self._estimates = self._estimated(points)
+        self._paths = self._estimated(points)
         self.tested, self.selected = [], None
-        for number in self._order():
-            version = self._estimates[number].version
+        for version in (point.version for point in self._order()):
             result = self._test(version)
             self.tested.append((version, result))
             if not result.passed:
@@ -91,8 +124,9 @@ class Selection:
         It has the fewest FLOPs of those that lose no more than epsilon there, on the mean and without any test.
         """
         epsilon = self.core.config.reward.epsilon
-        fitting = [one for one in self._estimates if one.flops < 1 and one.losses.mean() <= epsilon]
-        return min(fitting, key=lambda one: one.flops).version if fitting else None
+        points = sorted((point for path in self._paths for point in path), key=lambda point: point.flops)
+        fitting = (point for point in points if point.flops < 1 and point.losses.mean() <= epsilon)
+        return next((point.version for point in fitting), None)
 
     @property
     def margin(self) -> float:
@@ -129,27 +163,28 @@ class Selection:
         rows, epsilon = len(self.core.split("validation")), self.core.config.reward.epsilon
         return guarantee(rows, epsilon, self.confidence, self.selected is None)
 
-    def _estimated(self, points: Sequence[Version]) -> list[_Estimate]:
-        """What policy rows say; of a policy nothing bolder than the first version that loses too much."""
-        core, split, epsilon = self.core, self.core.split("train"), self.core.config.reward.epsilon
-        rows = policy_rows(core, STAGED_ROWS) if core.is_staged else policy_rows(core)
-        estimates, hopeless = [], set()
-        for version in points:
-            if version.of is not None and id(version.of) in hopeless:
-                continue
-            scored = outcomes(core, version.policy, split, rows)
-            losses = (scored["quality_ref"] - scored["quality"]).astype(np.float32)
-            if losses.mean() - losses.std() / len(losses) ** 0.5 > epsilon:
-                hopeless.add(id(version.of))
-            estimates.append(_Estimate(version, float(scored["flops_ratio_with_policy"].mean()), losses))
-        return estimates
+    def _estimated(self, points: Sequence[Version]) -> list[list[_Estimate]]:
+        """The points by policy; nothing bolder than the first of its versions that policy rows find hopeless."""
+        core, epsilon, few = self.core, self.core.config.reward.epsilon, policy_rows(self.core, FEW_ROWS)
+        rows = few if core.is_staged else policy_rows(core)
+        paths = []
+        for _, path in groupby(points, key=lambda version: id(version if version.of is None else version.of)):
+            versions = list(path)
+            if len(versions) > 1:
+                end = bisect_left(versions, True, key=lambda one: _Estimate(core, one, few).is_hopeless(epsilon))
+                versions = versions[: end + 1]
+            paths.append([_Estimate(core, version, rows) for version in versions])
+        return paths
 
-    def _order(self) -> NDArray:
-        if not self._estimates:
-            return np.zeros(0, dtype=np.int64)
-        flops = np.array([one.flops for one in self._estimates])
-        paths = [id(one.version if one.version.of is None else one.version.of) for one in self._estimates]
-        return sequence(flops, np.stack([one.losses for one in self._estimates]), np.array(paths))
+    def _order(self) -> list[_Estimate]:
+        """The sequence of the tests. One path alone needs no losses: it is in order as it is."""
+        points = [point for path in self._paths for point in path]
+        if not points:
+            return []
+        losses = np.zeros((len(points), 1)) if len(self._paths) == 1 else np.stack([point.losses for point in points])
+        number = np.repeat(np.arange(len(self._paths)), [len(path) for path in self._paths])
+        flops, most = np.array([point.flops for point in points]), PASSES if self.core.config.table is None else POINTS
+        return [points[one] for one in sequence(flops, losses, number, most)]
 
     def _test(self, version: Version) -> Tested:
         scored = outcomes(self.core, version.policy, self.core.split("validation"))

@@ -74,7 +74,7 @@ class Version(NamedTuple):
     of: DecisionPolicy | TablePolicy | None = None  # whose versions stand together, the most cautious one first
 
 
-def versions(core: Core, policy: PolicyT) -> list[Version]:
+def versions(core: Core, policy: DecisionPolicy | TablePolicy) -> list[Version]:
     """Operating points of a policy, from cautious to bold, the policy itself among them."""
     return [Version(policy.with_margin(margin), margin, policy) for margin in _margins(core, policy)[::-1]]
 

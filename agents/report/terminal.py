@@ -39,6 +39,8 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
         f"[{low * 100:+.2f}, {high * 100:+.2f}] at epsilon {result['epsilon'] * 100:g} points; "
         f"{result['decisions_used']} different decisions used."
     )
+    if result.get("guarantee"):
+        yield Text(f"Guarantee: {result['guarantee']}.")
     power = f"a verdict takes {result['fewest_instances']:,} instances."
     if (allowed := result["losses_allowed"]) is not None:
         power = f"{allowed:,} answers may be lost, with none gained, for the quality to be shown to be kept."

@@ -63,6 +63,8 @@ def verdict_sentences(env: EnvRuns) -> list[str]:
             f"No agent keeps the quality in all its runs; {best.name}, which saves most where it does, keeps it in "
             f"{int(best.kept.sum())} of {n} and runs {figures}."
         )
+    if guarantee := best.median_run.result.get("guarantee"):
+        sentences.append(f"Its median run: {guarantee}.")
     sentences += [_against(best, other) for other in env.learned if other is not best]
     return [*sentences, *_against_controls(env, best)]
 

@@ -39,6 +39,8 @@ class Run(NamedTuple):
         data = {f"{split} data": provenance["hash"] for split, provenance in self.config.get("data", {}).items()}
         training = {key: self.config.get(key) for key in ("steps", "confidence", "weights")}
         values = {**training, **dotted(self.env.model_dump()), **self.config["agent_settings"], **data}
+        if not self.config.get("named", True):  # nobody said that it is a run of the same agent as another one
+            values["folder"] = str(self.folder)
         return {key: value for key, value in values.items() if key not in INCIDENTAL}
 
 

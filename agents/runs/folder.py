@@ -19,10 +19,11 @@ class _Data(BaseModel):
 
 
 class _Description(BaseModel):
-    """Of ``config.json``; ``sd_gym.evaluate`` writes no seed and no steps."""
+    """Of ``config.json``; ``sd_gym.evaluate`` writes no seed and no steps, and whether it was given a name."""
 
     env: str
     algo: str
+    named: bool = True
     env_config: dict[str, Any]
     agent_settings: dict[str, Any]
     control: bool

@@ -14,16 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 POINTS = 30  # of a sequence, at most
+FINER = 2.0  # power of the levels on the way from dense: steps become shorter where losses are likely
 NOISE = 0.5  # standard errors by which a cheaper point has to lose less, for another one to be left out
 
 
 def sequence(flops: NDArray, losses: NDArray, path: NDArray, most: int = POINTS) -> NDArray:
     """The order to test operating points in, from dense to bold, as far as other rows than those of the tests tell.
 
-    Between dense and the fewest FLOPs lie ``most`` even levels; of each level the point that loses least is there. So
-    the first steps lose almost nothing, and none is long. Points that are not Pareto-efficient are left out: a cheaper
-    one loses less, and not by chance alone. Ties stay, as rows that a policy has learned on may show no loss at all;
-    and versions of one policy do not oust each other, as they are a path already.
+    Between dense and the fewest FLOPs lie ``most`` levels, finer and finer; of each level the point that loses least is
+    there. So the first steps lose almost nothing, and the last ones are short. Points that are not Pareto-efficient are
+    left out: a cheaper one loses less, and not by chance alone. Ties stay, as rows that a policy has learned on may
+    show no loss at all; and versions of one policy do not oust each other, as they are a path already.
 
     Args:
         flops: Mean FLOPs over dense FLOPs, ``[points]``.
@@ -38,8 +39,8 @@ def sequence(flops: NDArray, losses: NDArray, path: NDArray, most: int = POINTS)
     if not len(cheaper):
         return cheaper
     loss = losses.mean(axis=1)
-    width = (1 - flops[cheaper].min()) / most
-    level = np.minimum((1 - flops[cheaper]) / width, most - 1).astype(np.int64)
+    way = (1 - flops[cheaper]) / (1 - flops[cheaper].min())  # from dense to the boldest
+    level = np.minimum(most * (1 - (1 - way) ** (1 / FINER)), most - 1).astype(np.int64)
     by_level = np.lexsort((flops[cheaper], loss[cheaper], level))
     best = cheaper[by_level[np.unique(level[by_level], return_index=True)[1]]]  # the first one of each level
     more = loss[best][:, None] - loss[best]  # that each point loses more than each other one

@@ -111,4 +111,4 @@ def _shown(mean: float, square: float, n: int, epsilon: float, worst: float, con
     variance = (1 - share) * square + share * worst**2 - epsilon**2
     lost = max(0.0, -mean * n / worst)
     by_chance = betainc(n - lost, lost + 1, 1 - epsilon / worst)  # of n such instances, at most so many are lost
-    return (mean + epsilon) * math.sqrt(n / variance) >= norm.ppf(confidence) and by_chance <= 1 - confidence
+    return bool((mean + epsilon) * math.sqrt(n / variance) >= norm.ppf(confidence) and by_chance <= 1 - confidence)

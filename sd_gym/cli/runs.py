@@ -19,7 +19,7 @@ def train(
         Option(
             help="ppo, a2c (the env's reward); ppo_lagrangian (a penalty that learns); ppo_lex, reinforce (quality "
             "first); imitation (of a search); controls: hull, static, every-other, early-exit, confidence, cascade, "
-            "oracle, dense, random, hash; blind-NAME, which sees no input; or one that --import registers."
+            "full-information, oracle, dense, random, hash; blind-NAME, which sees no input; or one of --import."
         ),
     ] = "ppo",
     steps: Annotated[int, Option(min=1, help="Decisions to learn from.")] = 50_000,

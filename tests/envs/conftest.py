@@ -43,6 +43,8 @@ MODES = list(AutoresetMode)
 COPIES = [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))]
 MASKS = [[0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0]]
 RESULT = {
+    "guarantee": None,
+    "selection": None,
     "split": "test",
     "instances": 24,
     "quality": 0.9,

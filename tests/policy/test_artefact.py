@@ -37,12 +37,13 @@ def test_what_is_no_artefact_is_refused(tmp_path, tiny_tokenizer):
     sd_gym.detach(model.model)
 
 
-def test_the_dial_takes_a_version_that_was_validated():
+def test_the_dial_takes_a_version_that_passed_its_test():
     policy = make_policy(make_model("bert"))
     operating_points = (
-        OperatingPoint(-1.0, 0.02, 0.03, 0.2),
-        OperatingPoint(0.0, 0.002, 0.004, 0.5),
-        OperatingPoint(2.0, 0.0, 0.001, 0.9),
+        OperatingPoint(-1.0, 0.02, 0.03, 0.2, False),
+        OperatingPoint(0.0, 0.002, 0.004, 0.5, True),
+        OperatingPoint(1.0, 0.0, 0.006, 0.7, True),
+        OperatingPoint(2.0, 0.0, 0.001, 0.9, True),
     )
     policy = SkipPolicy(**{**vars(policy), "operating_points": operating_points})
     assert policy.at() is policy
@@ -51,13 +52,14 @@ def test_the_dial_takes_a_version_that_was_validated():
     def margin(**asked):
         return pytest.approx(policy.at(**asked).network.head.bias[0].item() - bias, abs=1e-5)
 
-    assert margin(max_loss=0.005) == 0
+    assert margin(max_loss=0.006) == 0
+    assert margin(max_loss=0.005) == 2  # what comes after a point that may lose more is not asked
     assert margin(max_loss=0.03) == -1
     assert margin(max_flops=0.9) == 2
     assert margin(max_flops=0.6) == 0
-    with pytest.raises(ValueError, match=r"max_flops=0.1; there are: 20% of the FLOPs, at most 0.0300 lost;"):
-        policy.at(max_flops=0.1)
+    with pytest.raises(ValueError, match=r"max_flops=0.4; there are: 20% of the FLOPs, .* lost \(not passed\)"):
+        policy.at(max_flops=0.4)
     with pytest.raises(ValueError, match="got both"):
         policy.at(max_flops=0.5, max_loss=0.1)
     shyer = policy.at(max_loss=0.001)
-    assert [point.margin for point in shyer.operating_points] == [-3.0, -2.0, 0.0]  # it can be turned back
+    assert [point.margin for point in shyer.operating_points] == [-3.0, -2.0, -1.0, 0.0]  # it can be turned back

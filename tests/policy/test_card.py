@@ -32,7 +32,7 @@ def saved(tmp_path_factory):
         size = core.observation_space.shape[-1]
         network = DecisionPolicy(size, core.nvec.tolist(), core.backbone.board.names).eval()
         said = {**run_metadata(core.config), "env": ID, "algo": "ppo", "steps": 1, "seed": seed, "data": {}}
-        operating_points = [OperatingPoint(-0.5, 0.02, 0.03, 0.4), OperatingPoint(0.0, 0.01, 0.02, 0.5)]
+        operating_points = [OperatingPoint(-0.5, 0.02, 0.03, 0.4, False), OperatingPoint(0.0, 0.01, 0.02, 0.5, True)]
         export(core, network, operating_points, RESULT, json.loads(json.dumps(said, default=str))).save_pretrained(
             folder / name
         )

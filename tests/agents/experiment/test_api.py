@@ -24,7 +24,7 @@ def custom(reviews, tiny_backbone):
 
 
 def without_time(result):
-    of_a_run = ("time", "history", "data", "margin", "last_policy", "artefact")
+    of_a_run = ("time", "history", "data", "margin", "last_policy", "artefact", "selection", "guarantee")
     return {key: value for key, value in result.items() if key not in of_a_run}
 
 
@@ -100,6 +100,54 @@ def test_what_is_written_stands_beside_runs(custom, tmp_path):
         sd_gym.compare([tmp_path / "notes.txt"])
     with pytest.raises(FileNotFoundError, match="in no folder"):
         sd_gym.compare([])
+
+
+def test_policies_of_ones_own_are_selected_as_agents_are(custom, tmp_path):
+    """Masks and callables are operating points in any order; a run's policy has versions; one callable is one point."""
+    tests = {"epsilon": 0.99, "confidence": 0.5, "select": True, **custom}
+    nothing, half, dense = np.ones(7, dtype=int) * [1, 1, 1, 1, 1, 1, 0], [1, 0, 1, 0, 1, 0, 0], [0] * 7
+
+    def first(observations):
+        return np.tile([1, 0, 0, 0, 0, 0, 0], (len(observations), 1))
+
+    several = sd_gym.evaluate(CUSTOM, [nothing, first, dense, half], "test", tmp_path / "several", **tests)
+    ratios = [point["flops_ratio"] for point in several["selection"]["points"]]
+    assert ratios[-1] < ratios[0] < 1  # dense is no point to test
+    assert ratios == sorted(ratios, reverse=True)
+    assert several["flops_ratio"] < 0.8
+    assert several["guarantee"].startswith("selected on 4 rows: loses less than 99 points with 50% confidence; on ")
+    assert several["last_policy"]["flops_ratio"] < several["flops_ratio"]  # policy rows alone would choose the boldest
+    one = sd_gym.evaluate(CUSTOM, first, **{**tests, "epsilon": 0.01})
+    assert one["guarantee"].startswith("dense: on 4 rows")
+    assert one["flops_ratio"] == 1
+    assert one["last_policy"]["flops_ratio"] < 1
+    sd_gym.train(CUSTOM, "ppo", tmp_path / "run", steps=300, **custom)
+    of_run = sd_gym.evaluate(CUSTOM, tmp_path / "run", "test", tmp_path / "again", **{**tests, "epsilon": 1.0})
+    assert len(of_run["selection"]["points"]) > 1
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["confidence"] == 0.5
+    assert of_run["last_policy"]["flops_ratio"] == 1  # as it stands there: four rows show nothing
+    with pytest.raises(ValueError, match="expected one policy, got a list; to select from it, pass select=True"):
+        sd_gym.evaluate(CUSTOM, [first, half], **custom)
+
+
+def test_functions_of_one_name_are_not_runs_of_one_agent(custom, tmp_path):
+    def act(observations):
+        return np.zeros((len(observations), 7), dtype=int)
+
+    learned = act
+
+    def act(observations):
+        return np.tile([1, 0, 1, 0, 1, 0, 0], (len(observations), 1))
+
+    for folder, policy, name in (("0", learned, "mine"), ("1", learned, "mine"), ("constant", act, None)):
+        sd_gym.evaluate(CUSTOM, policy, "test", tmp_path / folder, name=name, policy_flops=0, **custom)
+    sd_gym.evaluate(CUSTOM, act, "test", tmp_path / "more" / "constant", policy_flops=0, **custom)
+    rows = sd_gym.compare([*tmp_path.glob("[01c]*"), tmp_path / "more" / "constant"])
+    assert [(row["agent"].split(" ")[0], row["seeds"]) for row in rows] == [
+        ("constant", 1),
+        ("constant", 1),
+        ("mine", 2),
+    ]
 
 
 @pytest.mark.parametrize(

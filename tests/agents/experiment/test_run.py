@@ -121,7 +121,7 @@ def test_resume_names_what_differs(settings, tmp_path):
         ValueError, match=r"another run: its reward\.penalty is 20\.0, now it is 3\.0, its n_steps is 1, now it is 8$"
     ):
         train(CUSTOM, "ppo", tmp_path / "run", **{**arguments, "settings": changed}, resume=True)
-    with pytest.raises(ValueError, match=r"another run: its strictness is 1\.6\d*, now it is 0\.5$"):
+    with pytest.raises(ValueError, match=r"another run: its confidence is 0\.95, now it is 0\.9$"):
         train(CUSTOM, "ppo", tmp_path / "run", **arguments, confidence=0.9, resume=True)
 
 
