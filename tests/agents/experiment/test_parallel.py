@@ -19,6 +19,7 @@ CUSTOM = "SD/Classification-Custom-v0"
 FLAKY = """
 import os
 import re
+import re
 import signal
 from pathlib import Path
 
