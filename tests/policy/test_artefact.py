@@ -57,9 +57,7 @@ def test_the_dial_takes_a_version_that_passed_its_test():
     assert margin(max_loss=0.03) == -1
     assert margin(max_flops=0.9) == 2
     assert margin(max_flops=0.6) == 0
-    with pytest.raises(
-        ValueError, match=r"max_flops=0.4; there are: 20% of the FLOPs, .* lost \(not passed\)"
-    ):
+    with pytest.raises(ValueError, match=r"max_flops=0.4; there are: 20% of the FLOPs, .* lost \(not passed\)"):
         policy.at(max_flops=0.4)
     with pytest.raises(ValueError, match="got both"):
         policy.at(max_flops=0.5, max_loss=0.1)
