@@ -137,16 +137,17 @@ class Selection:
     def origin(self) -> DecisionPolicy | TablePolicy | None:
         """The policy that the selected one is a version of; of dense, the first that was tested."""
         version = self.selected or next((version for version, _ in self.tested), None)
-        return None if version is None else version.of
+        of = None if version is None else version.of
+        return of if isinstance(of, DecisionPolicy | TablePolicy) else None
 
     def operating_points(self) -> list[OperatingPoint]:
         """Those of the selected policy's versions that were tested, and dense, the boldest first.
 
         Margins count from the selected one on.
         """
-        points = [OperatingPoint(DENSE_MARGIN - self.margin, 0.0, 0.0, 1.0, True)]
+        points, origin = [OperatingPoint(DENSE_MARGIN - self.margin, 0.0, 0.0, 1.0, True)], self.origin
         for version, result in self.tested:
-            if version is self.selected or (version.of is not None and version.of is self.origin):
+            if version is self.selected or (version.of is not None and version.of is origin):
                 values = result.loss, result.highest_loss, result.flops_ratio, result.passed
                 points.append(OperatingPoint(version.margin - self.margin, *values))
         return points[::-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -71,7 +71,9 @@ class Version(NamedTuple):
 
     policy: PolicyLike | SplitPolicy
     margin: float = 0.0  # in log-odds, from the policy that it is a version of; higher skips less
-    of: DecisionPolicy | TablePolicy | None = None  # whose versions stand together, the most cautious one first
+    of: Any = (
+        None  # the policy, or whatever else makes a path: its versions stand together, the most cautious one first
+    )
 
 
 def versions(core: Core, policy: DecisionPolicy | TablePolicy) -> list[Version]:

@@ -8,6 +8,7 @@ from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.learning.decisions import DENSE_MARGIN, MARGINS, Version, decide_and_score, outcomes, versions
 
 from sd_gym.config import RewardConfig
+from sd_gym.policy import DecisionPolicy
 
 CUSTOM = "SD/Classification-Custom-v0"
 
@@ -85,7 +86,7 @@ def test_bolder_versions_of_a_policy_that_loses_too_much_are_not_scored(scripted
 
 def test_the_artefact_lists_what_was_tested_of_the_selected_policy(scripted_scores):
     """And nothing else: neither versions that nobody tested, nor other policies."""
-    core, origin = scripted_scores[0], object()
+    core, origin = scripted_scores[0], DecisionPolicy(3, [2, 1], ["encoder.0.attention"])
     path = [Version(Scripted(0.8, 1, 1), 3.0, origin), Version(Scripted(0.6, 2, 8), 1.0, origin)]
     bold = [Version(Scripted(0.4, 4, 30), 0.0, origin), Version(Scripted(0.3, 5, 900), -2.0, origin)]
     selection = Selection(core)
