@@ -1,6 +1,7 @@
 """``compare ENV...``: every agent and control on every env, each run kept, gone on with, or reported."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from sd_gym.registry import import_own
 CUSTOM = "SD/Classification-Custom-v0"
 FLAKY = """
 import os
-import re
 import re
 import signal
 from pathlib import Path
