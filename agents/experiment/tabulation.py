@@ -22,7 +22,7 @@ from sd_gym.envs.protocols import Core
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.table_files import MOST
 from sd_gym.envs.table_files import read_description as read_table
-from sd_gym.envs.tabulate import down_in_flops, write_table
+from sd_gym.envs.tabulate import Units, down_in_flops, write_table
 from sd_gym.registration import config_of
 from sd_gym.tasks.data import SPLITS
 
@@ -54,8 +54,8 @@ def tabulate(
         env_or_run: A registered id; or the folder of a run, whose env it is then.
         output: Folder to write the table to (``sd_gym.envs.table_files`` says what is in it).
         decisions: ``all``; or one or several of ``random:N`` (N masks, each of a skip rate of its own), ``path``
-            (greedily searched on the training split, from dense to nothing), ``layers`` (all that skip whole layers),
-            ``codebook`` (the env's) and
+            (greedily searched on the training split, from dense to nothing), ``layers`` (all that skip whole layers; if
+            it stands alone, the table's env decides layer by layer), ``codebook`` (the env's) and
             ``codebook:FILE`` (a list of masks, or the folder of a run of ``static`` or of a table). The dense mask is
             always among them. ``None``: all where there are at most 4,096, else ``random:64``. Of an env that decides
             at several stages, what these masks say at each stage is combined with all that they say at the others
@@ -93,16 +93,18 @@ def tabulate(
     few = number_of_decisions(core.nvec) <= MOST
     if not asked:
         asked = ["path"] if core.is_staged else ["all"] if few else ["random:64"]
-    masks = ways = None
+    masks = ways = layers = None
     if core.is_staged:
         masks, ways = combine_stages(core, _chosen(core, asked, seed))
     elif asked != ["all"] or not few:
         masks = _chosen(core, asked, seed)
+        layers = _choice(core, "layers", seed) if asked == ["layers"] else None
     write_table(
         core,
         masks,
         Path(output),
         ways=ways,
+        units=None if layers is None else _units(core, layers, masks),
         chosen="" if masks is None else _label(asked, seed, share),
         pca=pca,
         share=share,
@@ -144,6 +146,13 @@ def _chosen(core: Core, asked: Sequence[str], seed: int) -> NDArray:
     dense = np.zeros((1, len(core.nvec)), dtype=np.int64)
     masks = np.unique(np.concatenate([dense, *(_choice(core, choice, seed) for choice in asked)]), axis=0)
     return masks[down_in_flops(core, masks)]
+
+
+def _units(core: Core, layers: NDArray, masks: NDArray) -> Units:
+    """Decisions on whole layers, given in their order, as numbers of masks."""
+    number_of = {tuple(mask): number for number, mask in enumerate(masks.tolist())}
+    sizes = [int(core.nvec[unit[0]]) for unit in skip_units(core, "layer")]
+    return Units(sizes, [number_of[tuple(mask)] for mask in layers.tolist()])
 
 
 def combine_stages(core: Core, masks: NDArray) -> tuple[NDArray, list[int]]:

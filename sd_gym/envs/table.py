@@ -177,9 +177,10 @@ class TableCore(Core[TableSplit]):
     """What a table knows, as ``BackboneCore`` computes it; shared by all envs of the same configuration.
 
     Where the table has all decisions, they are those of the env that it is of. Where it has some, a decision has one
-    component: the number of its mask, of which 0 is the dense one, from there down in FLOPs. Of several stages it has
-    one for each: the number of the way in which the stage decides, of which 0 runs all. With ``stages=["first"]`` a
-    table of several stages is one of some masks.
+    component: the number of its mask, of which 0 is the dense one, from there down in FLOPs; or one for each layer,
+    where the masks are all that skip whole layers. Of several stages it has one for each: the number of the way in
+    which the stage decides, of which 0 runs all. With ``stages=["first"]`` a table of several stages is one of some
+    masks.
     Raises ``FileNotFoundError`` if there is no table, ``ValueError`` if it is damaged.
     """
 
@@ -193,7 +194,8 @@ class TableCore(Core[TableSplit]):
             raise ValueError(f"{codebook} is damaged: expected the dense mask first; copy it again")
         ways = described.get("ways") if list(config.stages) != ["first"] else None
         self.stages = list(described["stages"]) if ways else ["first"]
-        self.nvec = self.decision_nvec if self.exhaustive else np.array(ways or [len(self.masks)])
+        units = described.get("units")
+        self.nvec = self.decision_nvec if self.exhaustive else np.array(ways or units or [len(self.masks)])
         self._place = _place_values(self.nvec)
         # Of combinations of ways, the masks are not in the order of their FLOPs.
         self._order = None if ways or "order" not in described else np.array(described["order"], dtype=np.int64)
@@ -210,7 +212,7 @@ class TableCore(Core[TableSplit]):
         self.highest_flops_ratio = 2.0 if self.decision_nvec[-1] > 1 else 1.0
         self.data = TableData(described["splits"])
         self._decided = MultiDiscreteActions(config, self.nvec)
-        self.actions = self._decided if self.exhaustive else MaskActions(int(self.steps.choices[0]))
+        self.actions = self._decided if self.exhaustive or units else MaskActions(int(self.steps.choices[0]))
         reduced = described.get("pca") is not None
         projection = read_projection(self.folder / PROJECTION) if reduced else None
         self.observation = TableObservation(described["observation"], projection)

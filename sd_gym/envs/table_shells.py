@@ -25,7 +25,8 @@ class TableEnv(SwitchableEnv):
     Everything is as ``SwitchableEnv`` has it, but for:
 
     Action Space:
-        As of the env that the table is of (``MultiDiscrete``), where the table has all decisions; else ``Discrete(K)``,
+        As of the env that the table is of (``MultiDiscrete``), where the table has all decisions; ``MultiDiscrete`` of
+        layers, where it has all that skip whole ones; else ``Discrete(K)``,
         the number of one of its K masks, the first of which is dense. ``info["decision"]`` is the mask. Of several
         stages it is the number of one of the ways to decide a stage, the first of which runs all;
         ``info["action_mask"]`` says how many the stage has.

@@ -38,6 +38,15 @@ CHUNK = 256  # instances that are run under all masks before anything is written
 ORDERED = 256  # instances of the training split whose FLOPs put masks in order
 PARTS = "parts"
 NUMBERS = "biuf"  # kinds of arrays
+
+
+class Units(NamedTuple):
+    """What a table's env decides on, where that is neither switches nor one number of a mask."""
+
+    sizes: list[int]  # choices of each unit
+    order: list[int]  # the number of the mask of each combination of choices, the last unit's changing first
+
+
 OnChunk = Callable[[int, int], None]  # called with the decisions that are done, and all there are
 
 
@@ -47,6 +56,7 @@ def write_table(
     folder: Path,
     *,
     ways: list[int] | None = None,
+    units: Units | None = None,
     chosen: str = "",
     pca: int | None = None,
     share: bool = False,
@@ -63,14 +73,15 @@ def write_table(
 
     ``masks [masks, switches + 1]`` have the dense one first, and no two alike; ``None``: all. Where the env decides at
     several stages, ``ways`` says how many of each are in the masks, which are all combinations of them, the last
-    stage's changing first. ``chosen`` says in words how they were. Other options are as of ``sd-gym tabulate``.
+    stage's changing first. ``units`` are such as whole layers. ``chosen`` says in words how masks were. Other options
+    are as of ``sd-gym tabulate``.
 
     Raises:
         FileExistsError: If the folder holds a table, one that was cut off and shall not be resumed, or anything else.
         ValueError: If what was cut off is another table, or there are not so many components.
         ConfigError: If the env's observation is no ``Box``, or shall be reduced at several stages.
     """
-    maker = _Maker(core, masks, folder, ways, chosen, pca, share, bf16)
+    maker = _Maker(core, masks, folder, ways, units, chosen, pca, share, bf16)
     maker.check()
     with locked(folder):
         maker.write(resume, jobs, imports, on_chunk)
@@ -102,6 +113,7 @@ class _Maker:
     masks: Array | None
     folder: Path
     ways: list[int] | None
+    units: Units | None
     chosen: str
     pca: int | None
     share: bool
@@ -169,7 +181,7 @@ class _Maker:
     def _description(self, exported: Export | None) -> dict[str, Any]:
         core, masks, ways = self.core, self.masks, self.ways
         config = core.config.model_dump()
-        numbered = masks is not None and ways is None
+        numbered = masks is not None and ways is None and self.units is None
         config["action"], config["codebook"] = "discrete" if numbered else "multi_discrete", None
         config["backbone"]["device"] = "cpu"
         if config["reward"]["objective"] not in OBJECTIVES.built_in():  # one of the user's own may be known here alone
@@ -211,6 +223,8 @@ class _Maker:
             looks: Any = core.stage_observation
             described |= {"stages": core.stages, "ways": ways, "judges": looks.judgements}
             described["order"] = down_in_flops(core, masks).tolist()
+        if self.units is not None:
+            described |= {"units": self.units.sizes, "order": self.units.order}
         return _without_paths(described) if self.share else described
 
     def _begin(self, description: dict[str, Any], resume: bool) -> None:

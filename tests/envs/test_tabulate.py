@@ -1,6 +1,7 @@
 """Making a table: resumed, refused, and small."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import gymnasium as gym
@@ -106,10 +107,16 @@ def test_what_cannot_be_tabulated_is_told(keys, error, words, tmp_path, table_so
 def test_all_masks_of_whole_layers(tmp_path, table_source):
     env_id, keys = table_source
     sd_gym.tabulate(env_id, tmp_path / "table", decisions="layers", **keys)
-    masks = gym.make(ID, table=str(tmp_path / "table")).unwrapped.core.masks
-    layers = (masks.shape[1] - 1) // 2
-    assert len(masks) == 2**layers * 2  # at either token level
-    assert (masks[:, 0:-1:2] == masks[:, 1:-1:2]).all()
+    env = gym.make(ID, table=str(tmp_path / "table"))
+    layers = (len(env.unwrapped.core.decision_nvec) - 1) // 2
+    assert env.action_space.nvec.tolist() == [2] * layers + [2]  # and the token level
+    for action in product(*map(range, env.action_space.nvec)):
+        env.reset(seed=0)
+        mask = env.step(np.array(action))[4]["decision"]
+        assert mask.tolist() == [*np.repeat(action[:-1], 2), action[-1]]
+    core = env.unwrapped.core
+    assert len(core.masks) == 2 ** (layers + 1)
+    np.testing.assert_array_equal(core.to_masks(core.from_masks(core.masks)), core.masks)
 
 
 def test_a_table_is_not_tabulated(full_table, tmp_path):
