@@ -151,8 +151,10 @@ def _chosen(core: Core, asked: Sequence[str], seed: int) -> NDArray:
 def _units(core: Core, layers: NDArray, masks: NDArray) -> Units:
     """Decisions on whole layers, given in their order, as numbers of masks."""
     number_of = {tuple(mask): number for number, mask in enumerate(masks.tolist())}
-    sizes = [int(core.nvec[unit[0]]) for unit in skip_units(core, "layer")]
-    return Units(sizes, [number_of[tuple(mask)] for mask in layers.tolist()])
+    units = skip_units(core, "layer")
+    names = [core.switch_names[unit[0]].rpartition(".")[0] + ".layer" for unit in units[:-1]]
+    sizes = [int(core.nvec[unit[0]]) for unit in units]
+    return Units(names, sizes, [number_of[tuple(mask)] for mask in layers.tolist()])
 
 
 def combine_stages(core: Core, masks: NDArray) -> tuple[NDArray, list[int]]:

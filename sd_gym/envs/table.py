@@ -194,8 +194,9 @@ class TableCore(Core[TableSplit]):
             raise ValueError(f"{codebook} is damaged: expected the dense mask first; copy it again")
         ways = described.get("ways") if list(config.stages) != ["first"] else None
         self.stages = list(described["stages"]) if ways else ["first"]
-        units = described.get("units")
-        self.nvec = self.decision_nvec if self.exhaustive else np.array(ways or units or [len(self.masks)])
+        units = described.get("units", {})
+        sizes = ways or units.get("sizes") or [len(self.masks)]
+        self.nvec = self.decision_nvec if self.exhaustive else np.array(sizes)
         self._place = _place_values(self.nvec)
         # Of combinations of ways, the masks are not in the order of their FLOPs.
         self._order = None if ways or "order" not in described else np.array(described["order"], dtype=np.int64)
@@ -207,7 +208,7 @@ class TableCore(Core[TableSplit]):
         self.backbone = SimpleNamespace(
             name=described["backbone"]["name"], weights=described["backbone"]["weights"], board=board
         )
-        self.switch_names = names if self.exhaustive else []
+        self.switch_names = names if self.exhaustive else units.get("names", [])
         # Above 1 where ranking tokens may have run a part of the backbone.
         self.highest_flops_ratio = 2.0 if self.decision_nvec[-1] > 1 else 1.0
         self.data = TableData(described["splits"])

@@ -43,7 +43,8 @@ NUMBERS = "biuf"  # kinds of arrays
 class Units(NamedTuple):
     """What a table's env decides on, where that is neither switches nor one number of a mask."""
 
-    sizes: list[int]  # choices of each unit
+    names: list[str]  # of each but the last one, the token level
+    sizes: list[int]  # choices of each
     order: list[int]  # the number of the mask of each combination of choices, the last unit's changing first
 
 
@@ -224,7 +225,7 @@ class _Maker:
             described |= {"stages": core.stages, "ways": ways, "judges": looks.judgements}
             described["order"] = down_in_flops(core, masks).tolist()
         if self.units is not None:
-            described |= {"units": self.units.sizes, "order": self.units.order}
+            described |= {"units": {"names": self.units.names, "sizes": self.units.sizes}, "order": self.units.order}
         return _without_paths(described) if self.share else described
 
     def _begin(self, description: dict[str, Any], resume: bool) -> None:

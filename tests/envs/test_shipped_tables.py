@@ -36,7 +36,7 @@ def env_id(request):
 def test_there_are_these():
     assert set(shipped_tables()) == {
         "SD/QuestionAnswering-QAMR-Table-v0",
-        "SD/Classification-TREC-Table-v0",
+        "SD/Classification-TREC-Table-v1",
         "SD/Summarization-Mini-Table-v0",
     }
 

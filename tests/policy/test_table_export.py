@@ -158,7 +158,7 @@ def test_policies_can_leave_every_table_in_the_package(env_id):
 
 def test_a_backbone_that_the_project_does_not_have_is_asked_for(tmp_path):
     run = tmp_path / "run"
-    sd_gym.train("SD/Classification-TREC-Table-v0", "dense", run)
+    sd_gym.train("SD/Classification-TREC-Table-v1", "dense", run)
     for call in (lambda: sd_gym.load(run), lambda: sd_gym.evaluate(CLASSES, run)):
         with pytest.raises(FileNotFoundError, match=r"'trec', was a local folder .* the same bert as backbone="):
             call()

@@ -10,7 +10,7 @@ import sd_gym
 from sd_gym.envs.exact import REFERENCES
 from sd_gym.files import read_json
 
-TREC = "SD/Classification-TREC-Table-v0"
+TREC = "SD/Classification-TREC-Table-v1"
 
 
 def test_it_is_ahead_of_the_hull_as_selected_and_results_say_how_far(tmp_path):

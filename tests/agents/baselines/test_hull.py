@@ -18,7 +18,7 @@ def learned(env_id, tmp_path, **settings):
     return agent
 
 
-@pytest.mark.parametrize("env_id", ["SD/Classification-TREC-Table-v0", "SD/Table-v0"])
+@pytest.mark.parametrize("env_id", ["SD/Classification-TREC-Table-v1", "SD/Table-v0"])
 def test_points_are_coins_on_the_hull_of_policy_rows(env_id, full_table, tmp_path):
     """At its FLOPs each loses about as much as the hull says; twice, it decides alike."""
     agent = learned(env_id, tmp_path, **({"table": full_table} if env_id == "SD/Table-v0" else {}))
@@ -42,6 +42,6 @@ def test_points_are_coins_on_the_hull_of_policy_rows(env_id, full_table, tmp_pat
 
 def test_a_coin_beats_one_mask(tmp_path):
     """Selected alike."""
-    results = [sd_gym.train("SD/Classification-TREC-Table-v0", name, tmp_path / name) for name in ("hull", "static")]
+    results = [sd_gym.train("SD/Classification-TREC-Table-v1", name, tmp_path / name) for name in ("hull", "static")]
     assert results[0]["flops_ratio"] < results[1]["flops_ratio"]
     assert results[0]["artefact"]

@@ -10,25 +10,27 @@ import sd_gym
 from sd_gym.envs.regret import best_rewards, static_regret
 from sd_gym.objectives import Objective
 
-ENV = "SD/Classification-TREC-Table-v0"
+ENV = "SD/Classification-TREC-Table-v1"
 
 
 @pytest.fixture(scope="module")
 def known():
-    """The masks of five policies, from the worst to the best, by name; int64 ``[rows]`` each."""
-    split = gym.make(ENV).unwrapped.core.split("test")
+    """The decisions of five policies, from the worst to the best, by name; int64 ``[rows, components]`` each."""
+    core = gym.make(ENV).unwrapped.core
+    split = core.split("test")
     rows, coin = np.arange(len(split)), np.random.default_rng(0).random(len(split)) < 0.5
     quality, flops = split.scoring.of_masks(rows), split.costs.of_masks(rows)
     rewards = 1 - flops - 20 * (quality[:, :1] - quality)
     dense, static = np.zeros_like(rows), np.full_like(rows, rewards.mean(axis=0).argmax())
     oracle = rewards.argmax(axis=1)
-    return {
+    numbers = {
         "dense": dense,
         "coin": np.where(coin, static, dense),
         "best-mask": static,
         "half-oracle": np.where(coin, oracle, static),
         "all-oracle": oracle,
     }
+    return {name: core.from_masks(core.masks[masks]) for name, masks in numbers.items()}
 
 
 def test_five_policies_have_one_order(known, tmp_path, monkeypatch):
@@ -56,7 +58,7 @@ def test_a_reward_that_ignores_gains_ranks_the_best_mask_below_dense(known):
     """It gains more answers than it loses, and saves FLOPs."""
     core = gym.make(ENV, gains="ignored").unwrapped.core
     split, rows = core.split("test"), np.arange(len(known["dense"]))
-    outcome = core.score(split, rows, known["best-mask"][:, None])
+    outcome = core.score(split, rows, known["best-mask"])
     assert outcome.cost.mean() < 0
     rewards = Objective(core.config.reward).rewards(outcome.quality, outcome.quality_ref, outcome.flops_ratio)
     assert rewards.mean() < 0
