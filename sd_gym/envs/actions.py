@@ -215,6 +215,13 @@ class Steps:
             spread[at, components] = np.minimum(choices[at, self._places[number]], self._nvec[components] - 1)
         return spread
 
+    def spread_seen(self, observations: Any, choices: Array) -> Array:
+        """The same, of actions on observations; of several stages these begin with the stage, one-hot."""
+        if len(self.components) == 1:  # all that there is
+            return choices
+        shown = observations["stage"] if isinstance(observations, dict) else observations
+        return self.spread(shown[:, : len(self.components)].argmax(axis=1), choices)
+
     def ends(self, stage: int) -> Array:
         """A decision, int64 ``[components]``, that skips as much as can be after a stage, and nothing before."""
         ends = np.zeros(len(self._nvec), dtype=np.int64)

@@ -138,11 +138,6 @@ class Core(Protocol[S]):
     switch_names: list[str]  # what each component of a decision but the last one skips
     highest_flops_ratio: float  # a bound on the FLOPs ratio of any decision
 
-    @cached_property
-    def stage_observation(self) -> StageLooks[S]:
-        """What is seen at the stages."""
-        return self._stage_looks()
-
     @property
     def observation_space(self) -> gym.Space:
         """Of one observation."""
@@ -197,8 +192,9 @@ class Core(Protocol[S]):
             self.steps.take(stage, decisions, decide(observations))
         return decisions, seen
 
-    # What an implementation says of the stages, once it is asked for.
-    def _stage_looks(self) -> StageLooks[S]: ...
+    # What is seen at the stages; made once it is asked for.
+    @cached_property
+    def stage_observation(self) -> StageLooks[S]: ...
     # A split by name; raises ValueError if there is none of that name.
     def split(self, name: str) -> S: ...
     # What comes of one decision an instance, [n, components]; raises ValueError if one is malformed. With what a pass

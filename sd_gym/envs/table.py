@@ -6,7 +6,7 @@ Nothing here needs torch, a backbone or a data set.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -221,7 +221,9 @@ class TableCore(Core[TableSplit]):
     def __reduce__(self) -> tuple[Any, ...]:
         return table_core, (self.config,)
 
-    def _stage_looks(self) -> TableStages | FirstLook:
+    @cached_property
+    def stage_observation(self) -> TableStages | FirstLook:
+        """What was seen at the stages."""
         space, ways = self.observation.space, self._ways
         return TableStages(space, ways, self.description["judges"]) if ways else FirstLook(self)
 
@@ -272,7 +274,7 @@ class TableCore(Core[TableSplit]):
         from sd_gym.tasks.ranking import RANKINGS
 
         described, file = self.description, self.folder / EXPORT
-        if not file.is_file() or ("ways" in described and not self.is_staged):
+        if not file.is_file() or described.get("ways") != self._ways:
             return None
         arrays = {name: np.array(values) for name, values in map_arrays(file).items()}
         env = {"id": described["env"], "table": None, "action": "multi_discrete", "codebook": None}
