@@ -192,6 +192,8 @@ class Steps:
 
     def __init__(self, components: Sequence[Array], places: Sequence[Array], nvec: Array) -> None:
         self.components, self._places, self._nvec = list(components), list(places), nvec
+        # Whether an action is the whole decision: one step makes all components, in their order.
+        self._whole = all(np.array_equal(own, np.arange(len(nvec))) for own in (*components, *places))
         sizes = np.ones((len(self.components), 1 + max(int(place.max(initial=0)) for place in places)), dtype=np.int64)
         for size, component, place in zip(sizes, components, places, strict=True):
             size[place] = nvec[component]
@@ -206,7 +208,7 @@ class Steps:
 
     def spread(self, stage: Array, choices: Array) -> Array:
         """What actions say at the components that their stages decide, int64 ``[n, components]``; zeros elsewhere."""
-        if len(self.components) == 1:  # all that there is
+        if self._whole:
             return choices
         spread = np.zeros((len(choices), len(self._nvec)), dtype=np.int64)
         for number in np.unique(stage):
@@ -217,7 +219,7 @@ class Steps:
 
     def spread_seen(self, observations: Any, choices: Array) -> Array:
         """The same, of actions on observations; of several stages these begin with the stage, one-hot."""
-        if len(self.components) == 1:  # all that there is
+        if self._whole:
             return choices
         shown = observations["stage"] if isinstance(observations, dict) else observations
         return self.spread(shown[:, : len(self.components)].argmax(axis=1), choices)
@@ -229,11 +231,11 @@ class Steps:
             ends[components] = self._nvec[components] - 1
         return ends
 
-    def of_logits(self) -> tuple[Array, int]:
+    def of_logits(self) -> tuple[Array | None, int]:
         """Where in a decision's logits an action's choices stand at each stage, int64 ``[stages, sum(choices)]``.
 
-        And how many logits a decision has, ``N``: ``N`` stands for a choice that is certain, since the stage has not
-        this component, and ``N + 1`` for one that is never made.
+        ``None`` if an action is the whole decision. And how many logits a decision has, ``N``: ``N`` stands for a
+        choice that is certain, since the stage has not this component, and ``N + 1`` for one that is never made.
         """
         ends = np.cumsum(self._nvec)
         certain, never = int(ends[-1]), int(ends[-1]) + 1
@@ -244,4 +246,4 @@ class Steps:
             for component, place in zip(components, places, strict=True):
                 rows[place] = np.append(own[component], np.full(self.choices[place] - self._nvec[component], never))
             found.append(np.concatenate(rows))
-        return np.array(found, dtype=np.int64), certain
+        return None if self._whole else np.array(found, dtype=np.int64), certain
