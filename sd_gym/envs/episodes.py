@@ -212,11 +212,6 @@ class StagedEpisodes(Episodes):
         return self._seen if self._seen is not None and self._seen.stage == before else None
 
 
-def episodes_of(core: Core, n: int, info_text: bool = False) -> Episodes:
-    """A batch of episodes of a core."""
-    return (StagedEpisodes if core.is_staged else Episodes)(core, n, info_text)
-
-
 def objects(values: list[Any]) -> NDArray:
     """An array whose elements are these."""
     array = np.empty(len(values), dtype=object)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd_gym.envs.actions import as_array
-from sd_gym.envs.episodes import episodes_of
+from sd_gym.envs.episodes import Episodes
 from sd_gym.envs.infos import check_shown, chosen, info_of_one, pictures, read_config
 from sd_gym.envs.pygame_window import HAS_PYGAME, Window
 from sd_gym.envs.render import Shown
@@ -122,7 +122,7 @@ class SwitchableEnv(gym.Env):
         if self.config.reward.vector:
             self.reward_space = reward_space(self.core)
         self.render_mode = render_mode
-        self._episode = episodes_of(self.core, 1, info_text)
+        self._episode: Episodes = self.core.stage_observation.episodes(self.core, 1, info_text)
         self.objective = self._episode.objective
         self._shown: Shown | None = None
 

@@ -10,8 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sd_gym.envs.episodes import StagedEpisodes
+from sd_gym.envs.first_look import FirstLook
 from sd_gym.envs.protocols import Core, Observations
-from sd_gym.envs.spaces import FirstLook, Pooled, Tokens
+from sd_gym.envs.spaces import Pooled, Tokens
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.policy.features import log_odds, pooled_features, stage_observation
 from sd_gym.projection import OBSERVATION_LIMIT, deviation_of
@@ -91,6 +93,10 @@ class StageObservation:
             return shown, seen
         tokens = self._tokens.observe(split, rows)
         return {"mask": tokens["mask"], "stage": shown, "tokens": tokens["tokens"]}, seen
+
+    def episodes(self, core: Core, n: int, info_text: bool) -> StagedEpisodes:
+        """A batch of episodes of a step a stage."""
+        return StagedEpisodes(core, n, info_text)
 
     @property
     def judgements(self) -> int:

@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from sd_gym.envs.episodes import episodes_of, objects
+from sd_gym.envs.episodes import Episodes, objects
 from sd_gym.envs.infos import check_shown, checked_options, chosen, pictures, read_config
 from sd_gym.envs.protocols import Observations
 from sd_gym.envs.render import Shown
@@ -81,7 +81,7 @@ class SwitchableVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         if self.config.reward.vector:
             self.reward_space = reward_space(self.core)  # of one env, as MO-Gymnasium's vector envs have it
-        self._episodes = episodes_of(self.core, num_envs, info_text)
+        self._episodes: Episodes = self.core.stage_observation.episodes(self.core, num_envs, info_text)
         self.objective = self._episodes.objective
         self._shown: Shown | None = None
 
