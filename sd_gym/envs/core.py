@@ -76,7 +76,7 @@ class BackboneCore(Core[BackboneSplit]):
     @property
     def sees_confidence(self) -> bool:
         """Whether the head has a probability of the whole answer before it gives it."""
-        return self.backbone.head.sees_confidence
+        return self.backbone.head.confidence is not None
 
     @property
     def can_exit(self) -> bool:
@@ -141,7 +141,7 @@ class BackboneCore(Core[BackboneSplit]):
             "name": name,
             "is_local": Path(name).exists() or name in BUNDLED,
             "model_type": backbone.model.config.model_type,
-            "auto_class": backbone.head.auto_class,
+            "auto_class": backbone.head.loading(backbone.model.config)[0],
             "weights": backbone.weights,
             "tokenizer": tokenizer_hash(backbone.tokenizer),
             "token_types": train.encoded.token_type_ids is not None,
