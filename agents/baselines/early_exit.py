@@ -108,7 +108,7 @@ class Confidence(EarlyExit):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not self.env.core.is_staged:
+        if len(self._ends) == 1:
             raise NotApplicableError("confidence looks at the stages of an env, and this one has none; pass stages")
 
     def operating_points(self) -> list[Version]:

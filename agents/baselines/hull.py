@@ -48,7 +48,7 @@ class HullAgent(StaticAgent):
 
     def operating_points(self) -> list[Version]:
         """Masks of the hull and coins between them, evenly in FLOPs."""
-        if self.env.core.is_staged:
+        if not self.env.core.steps.is_whole:  # a coin is tossed once for a whole decision
             return super().operating_points()
         bold = self._loss > LOSSES * self.env.core.config.reward.epsilon
         last = int(bold.argmax()) if bold.any() else len(bold) - 1

@@ -306,10 +306,7 @@ def _policy_like(policy: Any, flops: int | None, core: Core) -> PolicyLike:
         )
 
     def decide(observations: Any) -> NDArray:
-        choices = core.actions.decisions(act(observations), len(each(observations)))
-        if not core.is_staged:
-            return choices
-        return core.steps.spread(observations[:, : len(core.stages)].argmax(axis=1), choices)
+        return core.steps.spread_seen(observations, core.actions.decisions(act(observations), len(each(observations))))
 
     return _PolicyFunction(decide, getattr(policy, "flops", None) if flops is None else flops)
 

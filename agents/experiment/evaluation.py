@@ -181,7 +181,7 @@ def time_ratio(
             continue
         times.append([seconds / dense for seconds in others])
         nothing, everything = np.zeros_like(decisions), [np.arange(len(rows))]
-        parts = everything if core.is_staged else [picked for picked, _ in split.passes.planned(rows, decisions)]
+        parts = core.stage_observation.parts(split, rows, decisions)
         flops += (
             split.costs.flops(rows, decisions).sum(),
             split.costs.dense_flops(rows).sum(),

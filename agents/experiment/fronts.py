@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.static import searched_masks
-from sd_gym.agents.learning.decisions import check_fits, decide_and_score, decide_rows, decision_flops, score_decisions
+from sd_gym.agents.learning.decisions import check_fits, decide_and_score, decision_flops, evaluator, score_decisions
 from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings, read_run
 from sd_gym.agents.runs.folder import BLIND, check_backbone, has_policy
 from sd_gym.agents.runs.fronts import LEAST, EnvFronts, Front, flops_samples
@@ -31,7 +31,7 @@ COMPARED_LOSSES = (0.25, 0.5)  # as shares of epsilon: about what selected polic
 def front_of(core: Core, split: Split, policies: Sequence[DecisionPolicy]) -> Front:
     """Score policies on a whole split; the dense decision, at its full FLOPs, always belongs to a front."""
     rows = np.arange(len(split))
-    decided = [decide_rows(core, policy, split, rows) for policy in policies]
+    decided = [evaluator(core).decide(policy, split, rows) for policy in policies]
     own = [  # a policy that does not look at its input need not run at all
         decision_flops(core, policy, split, rows) if policy.head.weight.any() and not policy.blind else 0 * rows
         for policy in policies

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment.evaluation import decisions_hash, evaluate
 from sd_gym.agents.experiment.run import core_of_run
-from sd_gym.agents.learning.decisions import SplitDecisions, check_fits, decide_rows, decision_flops, score_decisions
+from sd_gym.agents.learning.decisions import SplitDecisions, check_fits, decision_flops, evaluator, score_decisions
 from sd_gym.agents.runs.folder import has_policy, read_description, read_result
 
 from sd_gym.envs.protocols import Split
@@ -82,7 +82,7 @@ def replay(folder: Path) -> Replay:
     if policy is None:
         own = dense * (recorded.scores["flops_ratio_with_policy"] - recorded.scores["flops_ratio"])
     else:
-        decided = core.to_masks(decide_rows(core, policy, split, rows))
+        decided = core.to_masks(evaluator(core).decide(policy, split, rows))
         if len(differ := np.flatnonzero((decided != recorded.decisions).any(axis=1))):
             raise ReplayError(
                 f"{file}: {len(differ)} of {len(decided)} decisions are not the saved policy's, that of "

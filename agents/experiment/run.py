@@ -28,7 +28,7 @@ from sd_gym.agents.learning.decisions import (
     SplitPolicy,
     Version,
     check_fits,
-    observation_batches,
+    evaluator,
     versions,
 )
 from sd_gym.agents.registry import agent_class, is_control, make_agent, make_settings
@@ -296,9 +296,7 @@ def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]
 def _reduced(policy: DecisionPolicy, codebook: int, core: Core) -> DecisionPolicy:
     """The policy with a codebook for the first training inputs: at each stage, after its own earlier decisions."""
     train = core.split("train")
-    batches = observation_batches(core, np.arange(min(len(train), STATISTICS_SIZE)))
-    if not core.is_staged:
-        return policy.reduced(codebook, core.observe(train, batches[0]))
+    batches = evaluator(core).batches(np.arange(min(len(train), STATISTICS_SIZE)))
     observed: list[Observations] = []
 
     def decide(observations: Observations) -> NDArray:

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from sd_gym.agents.experiment.evaluation import by_difficulty
 from sd_gym.agents.learning.decisions import (
     DENSE_MARGIN,
+    FEW_ROWS,
     SplitPolicy,
     Version,
     decide_and_score,
-    decide_rows,
+    evaluator,
     outcomes,
     policy_rows,
 )
@@ -32,7 +33,6 @@ from sd_gym.policy.table_export import TablePolicy
 
 PASSES = 12  # points of a sequence where each takes passes of a backbone
 CURVE_ROWS = 1000  # of the validation split, that each point of a curve is of
-FEW_ROWS = 500  # policy rows: of several stages, where each point takes a pass of its own, and to end a path
 
 
 class _Estimate:
@@ -48,12 +48,11 @@ class _Estimate:
     @cached_property
     def flops(self) -> float:
         """Over dense FLOPs; what a policy costs itself it also costs where it leaves everything running."""
-        core, split, policy = self._core, self._core.split("train"), self.version.policy
+        core, policy = self._core, self.version.policy
         if isinstance(policy, SplitPolicy):
             return float(self._scored["flops_ratio_with_policy"].mean())
-        if core.is_staged:
-            return float(self._scored["flops_ratio"].mean())
-        return float(split.costs.flops_ratio(self._rows, decide_rows(core, policy, split, self._rows)).mean())
+        ratio = evaluator(core).flops_ratio(policy, core.split("train"), self._rows)
+        return float((self._scored["flops_ratio"] if ratio is None else ratio).mean())
 
     @cached_property
     def losses(self) -> NDArray:
@@ -167,7 +166,7 @@ class Selection:
     def _estimated(self, points: Sequence[Version]) -> list[list[_Estimate]]:
         """The points by policy; nothing bolder than the first of its versions that policy rows find hopeless."""
         core, epsilon, few = self.core, self.core.config.reward.epsilon, policy_rows(self.core, FEW_ROWS)
-        rows = few if core.is_staged else policy_rows(core)
+        rows = policy_rows(core, evaluator(core).rows_of_orders)
         paths = []
         for _, path in groupby(points, key=lambda version: id(version if version.of is None else version.of)):
             versions = list(path)

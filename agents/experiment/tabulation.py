@@ -91,13 +91,13 @@ def tabulate(
     core = shared_core(_config(str(env_or_run), settings, instances))
     asked = [decisions] if isinstance(decisions, str) else list(decisions or ())
     few = number_of_decisions(core.nvec) <= MOST
-    if not asked:
-        asked = ["path"] if core.is_staged else ["all"] if few else ["random:64"]
     masks = ways = layers = None
     if core.is_staged:
+        asked = asked or ["path"]
         masks, ways = combine_stages(core, _chosen(core, asked, seed))
-    elif asked != ["all"] or not few:
-        masks = _chosen(core, asked, seed)
+    else:
+        asked = asked or ["all" if few else "random:64"]
+        masks = None if asked == ["all"] and few else _chosen(core, asked, seed)
         layers = _choice(core, "layers", seed) if asked == ["layers"] else None
     write_table(
         core,

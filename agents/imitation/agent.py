@@ -28,7 +28,7 @@ from sd_gym.agents.baselines.static import MASKS, nested_path, report_scored
 from sd_gym.agents.imitation.backward_induction import BackwardInduction, Loss, mean_head
 from sd_gym.agents.imitation.path_logits import component_logits, step_logits
 from sd_gym.agents.learning.agent import Agent, LearnerSettings, OnRollout, learning_bias
-from sd_gym.agents.learning.decisions import observation_batches
+from sd_gym.agents.learning.decisions import evaluator
 from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -221,7 +221,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         They are observed anew each time: embedding tokens again is cheap, and keeping them all is not.
         """
         core = self.env.core
-        split, parts = core.split("train"), observation_batches(core, rows)
+        split, parts = core.split("train"), evaluator(core).batches(rows)
         return torch.cat([network(self._visible(to_tensors(core.observe(split, part)))) for part in parts])
 
     def _foresee(self, rows: NDArray, lost: NDArray, logger: Logger) -> Tensor:

@@ -24,7 +24,8 @@ POINTS = 40  # versions of a policy, at most
 # Of versions of a policy whose preferences are not known without a pass, in log-odds.
 MARGINS = (*np.arange(-1.5, 6, 0.75).tolist(), *np.arange(6, 15, 1.5).tolist(), 17.0, 20.0, 25.0, 32.0, 40.0)
 DENSE_MARGIN = 1000.0  # leaves everything running
-POLICY_ROWS = 2000  # that operating points are ordered on, at most
+POLICY_ROWS = 2000  # that searches use, and operating points are ordered on, at most
+FEW_ROWS = 500  # the same, where each point takes a pass of its own, and to end a path
 
 
 class SplitDecisions(NamedTuple):
@@ -66,6 +67,73 @@ class Dense(NamedTuple):
         return SplitDecisions(np.zeros((len(rows), len(self.core.nvec)), dtype=np.int64), np.zeros(len(rows)))
 
 
+class Evaluator:
+    """How policies are evaluated on a core that decides before the first layer: they decide before anything runs."""
+
+    rows_of_orders = POLICY_ROWS  # that operating points are ordered on, at most
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    def margins(self, policy: DecisionPolicy | TablePolicy) -> list[float]:
+        """Ascending, in log-odds, 0 among them: quantiles of what makes a component run, on policy rows."""
+        core = self._core
+        if isinstance(policy, TablePolicy) or policy.codebook is not None:
+            return list(MARGINS)
+        parts = self.batches(policy_rows(core))
+        gaps = np.concatenate([policy.preference(core.observe(core.split("train"), part)).ravel() for part in parts])
+        return np.unique([0.0, *np.quantile(gaps[np.isfinite(gaps)], np.linspace(0, 1, POINTS - 1))]).tolist()
+
+    def decide_and_score(self, policy: PolicyLike, split: Split, rows: NDArray) -> dict[str, NDArray]:
+        """What a policy decides on ``rows [n]`` of a split, and what comes of it; see ``decide_and_score``."""
+        return score_decisions(self._core, split, rows, self.decide(policy, split, rows))
+
+    def flops_ratio(self, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray | None:
+        """FLOPs ratios ``[n]`` of a policy; ``None`` where no less than ``decide_and_score`` tells them."""
+        return split.costs.flops_ratio(rows, self.decide(policy, split, rows))
+
+    def decide(self, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray:
+        """A policy's decisions ``[n, components]`` on ``rows [n]``."""
+        return np.concatenate([self._core.rollout(split, part, policy.decide)[0] for part in self.batches(rows)])
+
+    def batches(self, rows: NDArray) -> list[NDArray]:
+        """Rows ``[n]`` in parts that are observed at once: all, where observations are flat, else batches."""
+        return np.split(rows, range(self._at_once, len(rows), self._at_once))
+
+    @property
+    def _at_once(self) -> int:
+        return sys.maxsize if isinstance(self._core.observation_space, gym.spaces.Box) else BATCH
+
+
+class StagedEvaluator(Evaluator):
+    """How they are evaluated where they decide at stages: a decision takes a pass, which goes on to the outcome."""
+
+    rows_of_orders = FEW_ROWS
+
+    def margins(self, policy: DecisionPolicy | TablePolicy) -> list[float]:
+        """The same for all policies: their preferences are not known without a pass."""
+        return list(MARGINS)
+
+    def decide_and_score(self, policy: PolicyLike, split: Split, rows: NDArray) -> dict[str, NDArray]:
+        """In one pass: what was run to look is not run again to score."""
+        core = self._core
+        return _score(core, split, rows, lambda part: core.rollout(split, rows[part], policy.decide), self._at_once)
+
+    def flops_ratio(self, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray | None:
+        """``None``."""
+        return None
+
+    @property
+    def _at_once(self) -> int:
+        """Rows go through one pass, whose memory is bounded."""
+        return max(1, min(BATCH, PASS_TOKENS // self._core.config.backbone.max_source_length))
+
+
+def evaluator(core: Core) -> Evaluator:
+    """How policies are evaluated on a core."""
+    return StagedEvaluator(core) if core.is_staged else Evaluator(core)
+
+
 class Version(NamedTuple):
     """An operating point that selection may choose: a policy and, if it is one of several versions, of which."""
 
@@ -78,17 +146,7 @@ class Version(NamedTuple):
 
 def versions(core: Core, policy: DecisionPolicy | TablePolicy) -> list[Version]:
     """Operating points of a policy, from cautious to bold, the policy itself among them."""
-    return [Version(policy.with_margin(margin), margin, policy) for margin in _margins(core, policy)[::-1]]
-
-
-def _margins(core: Core, policy: DecisionPolicy | TablePolicy) -> list[float]:
-    """Ascending margins in log-odds, 0 among them: quantiles of what makes a component run, on policy rows."""
-    if core.is_staged or isinstance(policy, TablePolicy) or policy.codebook is not None:
-        return list(MARGINS)
-    rows = policy_rows(core)
-    parts = observation_batches(core, rows)
-    gaps = np.concatenate([policy.preference(core.observe(core.split("train"), part)).ravel() for part in parts])
-    return np.unique([0.0, *np.quantile(gaps[np.isfinite(gaps)], np.linspace(0, 1, POINTS - 1))]).tolist()
+    return [Version(policy.with_margin(margin), margin, policy) for margin in evaluator(core).margins(policy)[::-1]]
 
 
 def check_fits(policy: PolicyT, core: Core) -> PolicyT:
@@ -118,11 +176,7 @@ def decide_and_score(core: Core, policy: PolicyLike, split: Split, rows: NDArray
 
     To ``decision`` ``[n, switches + 1]``, ``quality``, ``quality_ref`` and ``flops_ratio`` ``[n]``.
     """
-    rows = np.arange(len(split)) if rows is None else rows
-    if core.is_staged:  # what was run to look is not run again to score
-        size = _rows_at_once(core)
-        return _score(core, split, rows, lambda part: core.rollout(split, rows[part], policy.decide), size)
-    return score_decisions(core, split, rows, decide_rows(core, policy, split, rows))
+    return evaluator(core).decide_and_score(policy, split, np.arange(len(split)) if rows is None else rows)
 
 
 def outcomes(
@@ -136,24 +190,6 @@ def outcomes(
     else:
         scored, flops = decide_and_score(core, policy, split, rows), decision_flops(core, policy, split, rows)
     return scored | {"flops_ratio_with_policy": scored["flops_ratio"] + flops / split.costs.dense_flops(rows)}
-
-
-def decide_rows(core: Core, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray:
-    """A policy's decisions ``[n, switches + 1]`` on ``rows [n]``."""
-    return np.concatenate([core.rollout(split, part, policy.decide)[0] for part in observation_batches(core, rows)])
-
-
-def observation_batches(core: Core, rows: NDArray) -> list[NDArray]:
-    """Rows ``[n]`` in parts that are observed at once: all, where observations are flat, else batches."""
-    size = _rows_at_once(core)
-    return np.split(rows, range(size, len(rows), size))
-
-
-def _rows_at_once(core: Core) -> int:
-    """Rows that are observed together; of several stages they go through one pass, whose memory is bounded."""
-    if core.is_staged:
-        return max(1, min(BATCH, PASS_TOKENS // core.config.backbone.max_source_length))
-    return sys.maxsize if isinstance(core.observation_space, gym.spaces.Box) else BATCH
 
 
 def decision_flops(core: Core, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray:

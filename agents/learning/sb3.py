@@ -225,7 +225,6 @@ class SB3Agent(Agent[SB3SettingsT]):
         policy: str | type[ActorCriticPolicy] = "MlpPolicy" if self.channels is None else "MultiInputPolicy"
         own: dict[str, Any] = {}
         places, n_logits = core.steps.of_logits()
-        places = places if core.is_staged else None
         if settings.network is not None or places is not None:
             policy = DecisionActorCritic
             own = {"network": settings.network, "places": places, "n_logits": n_logits, "per_stage": self.per_stage}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.learning.decisions import observation_batches
+from sd_gym.agents.learning.decisions import evaluator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,7 +32,7 @@ def staged_from_single(
         staged.head.load_state_dict(start.head.state_dict())
     observed: list[list[Tensor]] = [[] for _ in staged.stages]
     logits_of: list[Tensor] = []
-    for part in observation_batches(core, rows):
+    for part in evaluator(core).batches(rows):
         logits_of.append(_rollout(start, core, split, part, pooled, observed))
     wanted = torch.cat(logits_of)
     component = np.repeat(np.arange(len(core.nvec)), core.nvec)  # of each logit

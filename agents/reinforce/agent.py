@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from copy import deepcopy
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -107,7 +108,12 @@ class ReinforceAgent(Agent[ReinforceSettings]):
                 if isinstance(layer, torch.nn.Linear):  # as Stable-Baselines3 does: the features start at full size
                     torch.nn.init.orthogonal_(layer.weight, gain=2**0.5)
                     torch.nn.init.zeros_(layer.bias)
-            self.foresight = self._new_foresight() if settings.foresight else None
+            core, tokens = self.env.core, None if self.channels is None else self._tokens
+            if core.is_staged:
+                self._act, new_foresight = self._rollout, partial(StagedForesight, core, self._split, tokens)
+            else:
+                self._act, new_foresight = self._first_look, partial(Foresight, core.observation_space, core.nvec)
+            self.foresight = new_foresight() if settings.foresight else None
         self._standardise_encoders(self.network, *([] if self.foresight is None else [self.foresight]))
         with torch.no_grad():
             if self.start is not None:
@@ -174,25 +180,16 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         self.generator.set_state(state["generator"])
         self.steps = state["steps"]
 
-    def _new_foresight(self) -> Foresight:
-        core = self.env.core
-        if core.is_staged:
-            return StagedForesight(core, self._split, None if self.channels is None else self._tokens)
-        return Foresight(core.observation_space, core.nvec)
-
     def _explore(self) -> tuple[SampledDecisions, dict[str, NDArray]]:
         """Score a few decisions of the policy, and remember the outcomes; with the infos of a rollout."""
         settings, core = self.settings, self.env.core
         rows = self.random.integers(len(self._split), size=self.env.num_envs)
-        state, observed, tiled = None, [], np.tile(rows, settings.samples)
-        if core.is_staged:
-            logits, decisions, state, *observed = self._rollout(tiled)
-        else:
-            logits, decisions = self._sample(self._observe(rows), settings.samples)
+        tiled = np.tile(rows, settings.samples)
+        logits, decisions, state, observed = self._act(rows)
         outcome = core.score(self._split, tiled, decisions.numpy(), state)
         lost = torch.from_numpy(outcome.cost).float()
         if self.foresight:
-            self.foresight.remember(tiled, decisions, lost, *observed)
+            self.foresight.remember(tiled, decisions, lost, observed)
         infos = {key: getattr(outcome, key) for key in INFO_KEYS if key != "is_success"}
         infos["is_success"] = outcome.cost <= core.config.reward.epsilon
         flops = torch.from_numpy(outcome.flops_ratio).float()
@@ -259,8 +256,12 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         logits = self.network(observations)
         return logits, self.network.choose(logits.repeat(tries, 1), self._draw)
 
+    def _first_look(self, rows: NDArray) -> tuple[Tensor, Tensor, None, None]:
+        """Logits and decisions of the policy on rows before the first layer, where nothing is run."""
+        return *self._sample(self._observe(rows), self.settings.samples), None, None
+
     def _rollout(self, rows: NDArray) -> tuple[Tensor, Tensor, PassState | None, Tensor]:
-        """Logits and decisions of the policy on rows, from stage to stage, and the state of the pass.
+        """The same from stage to stage, and the state of the pass.
 
         The logits of each component are those of the stage that it was decided at. Last are the observations at each
         stage but tokens, ``[n, stages, size]``.
@@ -274,7 +275,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
             observed.append(blinded(flat, core.stages) if self.blind else flat)
             return self.network.choose(of_stages[-1], self._draw).numpy()
 
-        decisions, state = core.rollout(self._split, rows, decide)
+        decisions, state = core.rollout(self._split, np.tile(rows, self.settings.samples), decide)
         parts = [logits.split(core.nvec.tolist(), dim=1) for logits in of_stages]
         # What no stage decides, the switches before the first one, is certain.
         chosen = [part.expand(len(decisions), -1) for part in certain(core.nvec).split(core.nvec.tolist())]

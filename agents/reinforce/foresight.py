@@ -50,8 +50,11 @@ class Foresight(nn.Module):
         self.decisions = torch.zeros(0, len(nvec), dtype=torch.int32)  # taken on them; of a table, numbers of masks
         self.lost = torch.zeros(0)  # quality that they lost, negative where they gained
 
-    def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor) -> None:
-        """Add what was scored: rows ``[n]``, decisions ``[n, components]``, the quality lost ``[n]``."""
+    def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor, seen: Tensor | None = None) -> None:
+        """Add what was scored: rows ``[n]``, decisions ``[n, components]``, the quality lost ``[n]``.
+
+        What was ``seen`` before the first layer can be seen again, so it is not remembered.
+        """
         self.rows = torch.cat([self.rows, torch.from_numpy(rows)])
         self.decisions = torch.cat([self.decisions, decisions.to(torch.int32)])
         self.lost = torch.cat([self.lost, lost])

@@ -52,7 +52,7 @@ class Backbone:
 
 def can_exit(head: Head, board: Switchboard) -> bool:
     """Whether a head can judge what any layer gives: of an encoder or a decoder alone, that classifies."""
-    return head.sees_confidence and len(board.architecture.stacks) == 1
+    return head.confidence is not None and len(board.architecture.stacks) == 1
 
 
 def resolve(name: str) -> str:
@@ -94,11 +94,12 @@ def load_model(
             f"the backbone {name!r} ({config.model_type}) has no task head; fine-tune one with "
             f"'sd-gym prepare --backbone {name} --dataset DATA --output FOLDER' and use that folder"
         )
-    options: dict[str, Any] = {**(file or {"use_safetensors": True}), **chosen.load_options(config)}
+    auto_class, further = chosen.loading(config)
+    options: dict[str, Any] = {**(file or {"use_safetensors": True}), **further}
     if num_labels is not None:
         options["num_labels"] = num_labels
     with _explained(name, "its weights cannot be loaded"):
-        model, info = getattr(transformers, chosen.auto_class).from_pretrained(
+        model, info = getattr(transformers, auto_class).from_pretrained(
             path, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
         )
     new_head = num_labels is not None or chosen is not stored

@@ -188,10 +188,12 @@ class Steps:
     over, and of fewer choices the last one is taken; both are masked.
     ``components`` are for each stage those that it decides, ``places`` where in an action they stand; ``choices`` are
     sizes of an action's components, ``masks`` which of them each stage has, bool ``[stages, sum(choices)]``.
+    ``is_whole``: whether an action is the whole decision, as one step makes all components, in their order.
     """
 
     def __init__(self, components: Sequence[Array], places: Sequence[Array], nvec: Array) -> None:
         self.components, self._places, self._nvec = list(components), list(places), nvec
+        self.is_whole = all(np.array_equal(own, np.arange(len(nvec))) for own in (*components, *places))
         sizes = np.ones((len(self.components), 1 + max(int(place.max(initial=0)) for place in places)), dtype=np.int64)
         for size, component, place in zip(sizes, components, places, strict=True):
             size[place] = nvec[component]
@@ -206,7 +208,7 @@ class Steps:
 
     def spread(self, stage: Array, choices: Array) -> Array:
         """What actions say at the components that their stages decide, int64 ``[n, components]``; zeros elsewhere."""
-        if len(self.components) == 1:  # all that there is
+        if self.is_whole:
             return choices
         spread = np.zeros((len(choices), len(self._nvec)), dtype=np.int64)
         for number in np.unique(stage):
@@ -215,6 +217,13 @@ class Steps:
             spread[at, components] = np.minimum(choices[at, self._places[number]], self._nvec[components] - 1)
         return spread
 
+    def spread_seen(self, observations: Any, choices: Array) -> Array:
+        """The same, of actions on observations; of several stages these begin with the stage, one-hot."""
+        if self.is_whole:
+            return choices
+        shown = observations["stage"] if isinstance(observations, dict) else observations
+        return self.spread(shown[:, : len(self.components)].argmax(axis=1), choices)
+
     def ends(self, stage: int) -> Array:
         """A decision, int64 ``[components]``, that skips as much as can be after a stage, and nothing before."""
         ends = np.zeros(len(self._nvec), dtype=np.int64)
@@ -222,11 +231,11 @@ class Steps:
             ends[components] = self._nvec[components] - 1
         return ends
 
-    def of_logits(self) -> tuple[Array, int]:
+    def of_logits(self) -> tuple[Array | None, int]:
         """Where in a decision's logits an action's choices stand at each stage, int64 ``[stages, sum(choices)]``.
 
-        And how many logits a decision has, ``N``: ``N`` stands for a choice that is certain, since the stage has not
-        this component, and ``N + 1`` for one that is never made.
+        ``None`` if an action is the whole decision. And how many logits a decision has, ``N``: ``N`` stands for a
+        choice that is certain, since the stage has not this component, and ``N + 1`` for one that is never made.
         """
         ends = np.cumsum(self._nvec)
         certain, never = int(ends[-1]), int(ends[-1]) + 1
@@ -237,4 +246,4 @@ class Steps:
             for component, place in zip(components, places, strict=True):
                 rows[place] = np.append(own[component], np.full(self.choices[place] - self._nvec[component], never))
             found.append(np.concatenate(rows))
-        return np.array(found, dtype=np.int64), certain
+        return None if self.is_whole else np.array(found, dtype=np.int64), certain

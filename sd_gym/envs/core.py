@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from sd_gym.config import ConfigError, EnvConfig
 from sd_gym.envs.actions import ACTIONS, MultiDiscreteActions, Steps
 from sd_gym.envs.export import Export
 from sd_gym.envs.protocols import Core, Observations, Outcome
-from sd_gym.envs.spaces import FirstLook, Observation, Pooled, Tokens
-from sd_gym.envs.staged import StageObservation
+from sd_gym.envs.spaces import Observation, Pooled, Tokens
+from sd_gym.envs.staged import BackboneFirstLook, StageObservation
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.policy.artefact import tokenizer_hash
 from sd_gym.policy.protected_tokens import ProtectedTokens
@@ -76,7 +76,7 @@ class BackboneCore(Core[BackboneSplit]):
     @property
     def sees_confidence(self) -> bool:
         """Whether the head has a probability of the whole answer before it gives it."""
-        return self.backbone.head.sees_confidence
+        return self.backbone.head.confidence is not None
 
     @property
     def can_exit(self) -> bool:
@@ -94,8 +94,10 @@ class BackboneCore(Core[BackboneSplit]):
             places.append(np.append(at, widest) if tokens else at)
         return Steps(components, places, self.nvec)
 
-    def _stage_looks(self) -> StageObservation | FirstLook:
-        return StageObservation(self, self.columns) if self.is_staged else FirstLook(self)
+    @cached_property
+    def stage_observation(self) -> StageObservation | BackboneFirstLook:
+        """What is seen at the stages."""
+        return StageObservation(self, self.columns) if self.is_staged else BackboneFirstLook(self)
 
     def to_masks(self, decisions: Array) -> Array:
         """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``: here they are."""
@@ -139,7 +141,7 @@ class BackboneCore(Core[BackboneSplit]):
             "name": name,
             "is_local": Path(name).exists() or name in BUNDLED,
             "model_type": backbone.model.config.model_type,
-            "auto_class": backbone.head.auto_class,
+            "auto_class": backbone.head.loading(backbone.model.config)[0],
             "weights": backbone.weights,
             "tokenizer": tokenizer_hash(backbone.tokenizer),
             "token_types": train.encoded.token_type_ids is not None,
@@ -167,23 +169,18 @@ class BackboneCore(Core[BackboneSplit]):
         look at the input is needed to rank tokens. Of several stages all rows are, in one pass that is stopped at
         each.
         """
-        if self.is_staged:
-            decisions, seen = self.rollout(split, rows, decide)
-            if seen is None:
-                yield from split.passes.logits(rows, decisions)
-            else:
-                yield np.arange(len(rows)), *split.passes.resumed(seen, rows, decisions)
-            return
-        observation, ranking = self.observation, self._ranking
-        is_own = type(observation) not in (Pooled, Tokens)  # a subclass, too, may look at something else
-        ranks = ranking is not None and ranking.costs_flops
-        if len(rows) == 1 and isinstance(observation, Pooled | Tokens) and not is_own and not ranks:
+        of_hidden, ranking = self.stage_observation.of_hidden, self._ranking
+        if len(rows) == 1 and of_hidden is not None and not (ranking is not None and ranking.costs_flops):
             yield (
                 np.zeros(1, dtype=np.int64),
-                *split.passes.logits_of_one(rows[0], lambda hidden, mask: decide(observation.of_hidden(hidden, mask))),
+                *split.passes.logits_of_one(rows[0], lambda hidden, mask: decide(of_hidden(hidden, mask))),
             )
+            return
+        decisions, seen = self.rollout(split, rows, decide)
+        if seen is None:
+            yield from split.passes.logits(rows, decisions)
         else:
-            yield from split.passes.logits(rows, decide(self.observe(split, rows)))
+            yield np.arange(len(rows)), *split.passes.resumed(seen, rows, decisions)
 
     def score(self, split: BackboneSplit, rows: Array, decisions: Array, seen: PassState | None = None) -> Outcome:
         """What comes of one decision an instance, by one batched run of the backbone; see ``Core.score``."""

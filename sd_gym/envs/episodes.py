@@ -34,12 +34,6 @@ class Episodes:
         self.rows, self.stage = np.zeros((2, n), dtype=np.int64)
         self.decisions = np.zeros((n, len(core.nvec)), dtype=np.int64)
         self.paid = np.zeros(n)
-        self._seen: PassState | None = None  # of all, where all are at the same stage
-        self._known = np.zeros(n, dtype=np.bool_)
-        self._observed: Any = create_empty_array(core.observation_space, n) if core.is_staged else None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_seen": None}  # it is computed again
 
     @property
     def is_begun(self) -> bool:
@@ -70,8 +64,7 @@ class Episodes:
     def begin(self, envs: Array, rows: Array) -> None:
         """Begin some anew, on these instances."""
         self.rows[envs] = rows
-        self.stage[envs], self.decisions[envs], self.paid[envs], self._known[envs] = 0, 0, 0, False
-        self._seen = None
+        self.stage[envs], self.decisions[envs], self.paid[envs] = 0, 0, 0
 
     def decide(self, envs: Array, choices: Array) -> None:
         """Decide, in some, the stage that each is at.
@@ -81,7 +74,6 @@ class Episodes:
         decided = self.core.steps.spread(self.stage[envs], choices[envs])
         self.decisions[envs] += decided  # what a stage decides is 0 before it
         self.stage[envs] += 1
-        self._known[envs] = self.over[envs]  # what was decided on last is still to be seen
 
     def results(self, envs: Array) -> tuple[dict[str, Array], Array]:
         """The step infos and the rewards of some that have just decided: all of them are over, or none is.
@@ -97,8 +89,7 @@ class Episodes:
             saved = 1 - self.split.costs.flops_ratio(self.rows[envs], decisions)
             rewards, self.paid[envs] = saved - self.paid[envs], saved
             return self.infos(envs), rewards
-        together = len(envs) == len(self.stage)  # then the pass goes on from the last look
-        outcome = self.core.score(self.split, self.rows[envs], decisions, self._seen if together else None)
+        outcome = self.core.score(self.split, self.rows[envs], decisions, self._last_look(envs))
         if reward.vector:
             rewards = np.stack([outcome.quality, -outcome.flops_ratio], axis=1).astype(np.float32)
         else:
@@ -127,8 +118,6 @@ class Episodes:
             "difficulty": split.difficulty[rows],
             "decision": self.core.to_masks(self.decisions[envs]),
         }
-        if self.core.is_staged:
-            infos["action_mask"] = self.masks()[envs].astype(np.int8)
         return infos | self._text_infos(rows) if self.info_text else infos
 
     def _text_infos(self, rows: Array) -> dict[str, Array]:
@@ -145,8 +134,54 @@ class Episodes:
 
     def observe(self) -> Observations:
         """What is seen of each, in new arrays; of those that are over, what was decided on last."""
-        if not self.core.is_staged:
-            return self.core.observe(self.split, self.rows)
+        return self.core.observe(self.split, self.rows)
+
+    def masks(self) -> Array:
+        """Which choices of each component each may make, bool ``[n, choices]``, as sb3-contrib has them."""
+        return self.core.action_masks[np.minimum(self.stage, len(self.core.stages) - 1)]
+
+    def state(self) -> dict[str, Any]:
+        """How far all have come, as plain values."""
+        return {"stage": self.stage.tolist(), "decisions": self.decisions.tolist(), "paid": self.paid.tolist()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state`` gave."""
+        self.stage, self.decisions = np.array(state["stage"]), np.array(state["decisions"])
+        self.paid = np.array(state["paid"])
+
+    def _last_look(self, envs: Array) -> PassState | None:
+        """What a pass of these has seen, from which it goes on; ``None``: nothing has run."""
+        return None
+
+
+class StagedEpisodes(Episodes):
+    """Episodes that look in the middle of the pass: what they have seen is remembered, as it took a part of it."""
+
+    def __init__(self, core: Core, n: int, info_text: bool = False) -> None:
+        super().__init__(core, n, info_text)
+        self._seen: PassState | None = None  # of all, where all are at the same stage
+        self._known = np.zeros(n, dtype=np.bool_)
+        self._observed: Any = create_empty_array(core.observation_space, n)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_seen": None}  # it is computed again
+
+    def begin(self, envs: Array, rows: Array) -> None:
+        """Begin some anew, on these instances."""
+        super().begin(envs, rows)
+        self._known[envs], self._seen = False, None
+
+    def decide(self, envs: Array, choices: Array) -> None:
+        """Decide, in some, the stage that each is at; see ``Episodes.decide``."""
+        super().decide(envs, choices)
+        self._known[envs] = self.over[envs]  # what was decided on last is still to be seen
+
+    def infos(self, envs: Array, outcome: Outcome | None = None) -> dict[str, Array]:
+        """With the ``action_mask`` of each; see ``Episodes.infos``."""
+        return super().infos(envs, outcome) | {"action_mask": self.masks()[envs].astype(np.int8)}
+
+    def observe(self) -> Observations:
+        """What is seen of each at its stage, in new arrays; of those that are over, what was decided on last."""
         stage = np.minimum(self.stage, len(self.core.stages) - 1)
         for number in np.unique(stage[~self._known]):
             at = np.flatnonzero(~self._known & (stage == number))
@@ -163,19 +198,13 @@ class Episodes:
         self._known[:] = True
         return copy.deepcopy(self._observed)
 
-    def masks(self) -> Array:
-        """Which choices of each component each may make, bool ``[n, choices]``, as sb3-contrib has them."""
-        return self.core.action_masks[np.minimum(self.stage, len(self.core.stages) - 1)]
-
-    def state(self) -> dict[str, Any]:
-        """How far all have come, as plain values."""
-        return {"stage": self.stage.tolist(), "decisions": self.decisions.tolist(), "paid": self.paid.tolist()}
-
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what ``state`` gave."""
-        self.stage, self.decisions = np.array(state["stage"]), np.array(state["decisions"])
-        self.paid, self._seen = np.array(state["paid"]), None
-        self._known[:] = False
+        super().load_state(state)
+        self._known[:], self._seen = False, None
+
+    def _last_look(self, envs: Array) -> PassState | None:
+        return self._seen if len(envs) == len(self.stage) else None
 
     def _seen_before(self, number: int) -> PassState | None:
         """What all have shown at the stage before, if that is what is known."""

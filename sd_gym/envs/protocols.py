@@ -119,6 +119,8 @@ class StageLooks(Protocol[OfSplit]):
     def observe(
         self, split: OfSplit, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
     ) -> tuple[Observations, PassState | None]: ...
+    # A batch of n episodes of a core with these looks, before the first reset.
+    def episodes(self, core: Core, n: int, info_text: bool) -> Any: ...
     # FLOPs of the head's judgements in one episode of each row, int64 [n].
     def judging_flops(self, split: OfSplit, rows: Array) -> Array: ...
 
@@ -137,11 +139,6 @@ class Core(Protocol[S]):
     data: Any  # which rows each split has
     switch_names: list[str]  # what each component of a decision but the last one skips
     highest_flops_ratio: float  # a bound on the FLOPs ratio of any decision
-
-    @cached_property
-    def stage_observation(self) -> StageLooks[S]:
-        """What is seen at the stages."""
-        return self._stage_looks()
 
     @property
     def observation_space(self) -> gym.Space:
@@ -197,8 +194,9 @@ class Core(Protocol[S]):
             self.steps.take(stage, decisions, decide(observations))
         return decisions, seen
 
-    # What an implementation says of the stages, once it is asked for.
-    def _stage_looks(self) -> StageLooks[S]: ...
+    # What is seen at the stages; made once it is asked for.
+    @cached_property
+    def stage_observation(self) -> StageLooks[S]: ...
     # A split by name; raises ValueError if there is none of that name.
     def split(self, name: str) -> S: ...
     # What comes of one decision an instance, [n, components]; raises ValueError if one is malformed. With what a pass

@@ -122,7 +122,7 @@ class SwitchableEnv(gym.Env):
         if self.config.reward.vector:
             self.reward_space = reward_space(self.core)
         self.render_mode = render_mode
-        self._episode = Episodes(self.core, 1, info_text)
+        self._episode: Episodes = self.core.stage_observation.episodes(self.core, 1, info_text)
         self.objective = self._episode.objective
         self._shown: Shown | None = None
 

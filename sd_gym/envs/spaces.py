@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.envs.protocols import Core, Observations, Split
+from sd_gym.envs.protocols import Core, Observations
 from sd_gym.projection import OBSERVATION_LIMIT, deviation_of
 
 if TYPE_CHECKING:  # an env of a table needs no torch
@@ -143,23 +143,6 @@ class Tokens(Observation):
             # A prompt may be a little longer than the limit.
             hidden = first_layer_input(board, inputs)[:, : self.length].float()
             yield part, hidden, inputs["attention_mask"][:, : self.length]
-
-
-class FirstLook:
-    """The ``StageLooks`` of a core with one stage: its observation, before the first layer."""
-
-    def __init__(self, core: Core) -> None:
-        self._core, self.space, self.judges = core, core.observation.space, False
-
-    def observe(
-        self, split: Split, rows: Array, stage: int, decisions: Array, resume_from: object
-    ) -> tuple[Observations, None]:
-        """Nothing is run; see ``StageLooks.observe``."""
-        return self._core.observe(split, rows), None
-
-    def judging_flops(self, split: Split, rows: Array) -> Array:
-        """Zeros, int64 ``[n]``: the head judges nothing."""
-        return np.zeros(len(rows), dtype=np.int64)
 
 
 def token_width(space: gym.Space) -> int | None:

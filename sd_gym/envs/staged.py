@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from sd_gym.envs.episodes import StagedEpisodes
+from sd_gym.envs.first_look import FirstLook
 from sd_gym.envs.protocols import Core, Observations
-from sd_gym.envs.spaces import Tokens
+from sd_gym.envs.spaces import Pooled, Tokens
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.policy.features import log_odds, pooled_features, stage_observation
 from sd_gym.projection import OBSERVATION_LIMIT, deviation_of
@@ -19,6 +22,25 @@ from sd_gym.tasks.ranking import STATISTICS_SIZE
 
 Array = NDArray
 PASS_ROWS = 64  # of a pass that statistics are taken from
+
+
+class BackboneFirstLook(FirstLook):
+    """The ``FirstLook`` of a core that runs a backbone: the pass comes after it, and can be cut by decision."""
+
+    def __init__(self, core: Core[BackboneSplit]) -> None:
+        super().__init__(core)
+        self._observation = core.observation
+
+    @property
+    def of_hidden(self) -> Callable[[Tensor, Tensor], Observations] | None:
+        """Takes the first layer's input and the mask of its tokens to what is seen; ``None``: it is made of more."""
+        observation = self._observation
+        # A subclass, too, may look at something else.
+        return observation.of_hidden if type(observation) in (Pooled, Tokens) else None
+
+    def parts(self, split: BackboneSplit, rows: Array, decisions: Array) -> list[Array]:
+        """Positions in ``rows`` of each forward pass under decisions ``[n, components]``."""
+        return [picked for picked, _ in split.passes.planned(rows, decisions)]
 
 
 class StageObservation:
@@ -51,6 +73,12 @@ class StageObservation:
             shown if self._tokens is None else gym.spaces.Dict({"stage": shown, **self._tokens.parts})
         )
 
+    of_hidden = None  # a decision needs more than the first layer's input
+
+    def parts(self, split: BackboneSplit, rows: Array, decisions: Array) -> list[Array]:
+        """Positions in ``rows`` of each forward pass: all look in one, which then goes on."""
+        return [np.arange(len(rows))]
+
     @torch.inference_mode()
     def observe(
         self, split: BackboneSplit, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
@@ -65,6 +93,10 @@ class StageObservation:
             return shown, seen
         tokens = self._tokens.observe(split, rows)
         return {"mask": tokens["mask"], "stage": shown, "tokens": tokens["tokens"]}, seen
+
+    def episodes(self, core: Core, n: int, info_text: bool) -> StagedEpisodes:
+        """A batch of episodes of a step a stage."""
+        return StagedEpisodes(core, n, info_text)
 
     @property
     def judgements(self) -> int:

@@ -6,7 +6,7 @@ Nothing here needs torch, a backbone or a data set.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from sd_gym.config import EnvConfig
 from sd_gym.envs.actions import MaskActions, MultiDiscreteActions, Steps, all_decisions, read_masks
+from sd_gym.envs.episodes import StagedEpisodes
+from sd_gym.envs.first_look import FirstLook
 from sd_gym.envs.protocols import Core, Outcome
-from sd_gym.envs.spaces import FirstLook
 from sd_gym.envs.table_files import CODEBOOK, EXPORT, FACT, PROJECTION, observations_at, read_description, table_folder
 from sd_gym.envs.table_scores import TableCosts, TableScoring, packed_length
 from sd_gym.files import map_arrays, read_json
@@ -79,9 +80,30 @@ class TableStages:
             return np.take(observed, rows, axis=0), None
         return observed[rows, decisions[:, :stage] @ self._place[stage]], None
 
+    def episodes(self, core: Core, n: int, info_text: bool) -> StagedEpisodes:
+        """A batch of episodes of a step a stage."""
+        return StagedEpisodes(core, n, info_text)
+
     def judging_flops(self, split: TableSplit, rows: Array) -> Array:
         """FLOPs of the head's judgements in one episode of each row, int64 ``[n]``."""
         return self._judgements * split.costs.head_flops(rows)
+
+
+class TableLookup:
+    """What whole decisions lead to, an instance at a time, as plain numbers: arrays of one are four times slower."""
+
+    def __init__(self, core: TableCore) -> None:
+        self._core = core
+
+    def outcome(self, split: TableSplit, row: int, decisions: Array) -> tuple[Outcome, Array]:
+        """What comes of one row under decisions ``[1, components]``, and the mask that they are."""
+        number = int(self._core.masks_of(decisions)[0])
+        numbers: Any = (*split.scoring.of_one(row, number), split.costs.ratio_of_one(row, number))
+        return Outcome(*numbers), self._core.masks[number].copy()
+
+    def observation(self, split: TableSplit, row: int) -> Array:
+        """A new array, float32, of what is observed of a row."""
+        return split.tensors["observations"][row].astype(np.float32)
 
 
 class TableInstance(NamedTuple):
@@ -148,15 +170,6 @@ class TableSplit:
         if not isinstance(words.get("facts"), dict) or len(words.get("ids", ())) != n:
             raise ValueError(f"{file.with_suffix('.json')} is damaged: expected the ids of {n} instances")
 
-    def outcome(self, row: int, number: int) -> Outcome:
-        """What comes of one row under the mask of that number, as plain numbers."""
-        numbers: Any = (*self.scoring.of_one(row, number), self.costs.ratio_of_one(row, number))
-        return Outcome(*numbers)
-
-    def observation(self, row: int) -> Array:
-        """A new array, float32, of what is observed of a row at first."""
-        return self.tensors["observations"][row].astype(np.float32)
-
     def _whole(self, name: str) -> Array:
         """Numbers that are kept in the smallest type, as the env has them: int64, float64 or bool."""
         kept = self.tensors[name]
@@ -220,11 +233,14 @@ class TableCore(Core[TableSplit]):
         shape, before = self.observation.shape, np.cumprod([1, *(ways or [])]).tolist()
         self.looks = [(count, *shape) if stage else shape for stage, count in enumerate(before[: len(self.stages)])]
         self._ways, self._splits = ways, dict[str, TableSplit]()
+        self.lookup = None if ways else TableLookup(self)  # ``None``: a decision takes several steps
 
     def __reduce__(self) -> tuple[Any, ...]:
         return table_core, (self.config,)
 
-    def _stage_looks(self) -> TableStages | FirstLook:
+    @cached_property
+    def stage_observation(self) -> TableStages | FirstLook:
+        """What was seen at the stages."""
         space, ways = self.observation.space, self._ways
         return TableStages(space, ways, self.description["judges"]) if ways else FirstLook(self)
 
@@ -275,7 +291,7 @@ class TableCore(Core[TableSplit]):
         from sd_gym.tasks.ranking import RANKINGS
 
         described, file = self.description, self.folder / EXPORT
-        if not file.is_file() or ("ways" in described and not self.is_staged):
+        if not file.is_file() or described.get("ways") != self._ways:
             return None
         arrays = {name: np.array(values) for name, values in map_arrays(file).items()}
         env = {"id": described["env"], "table": None, "action": "multi_discrete", "codebook": None}

@@ -7,14 +7,16 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
 
 from sd_gym.envs.actions import as_array
 from sd_gym.envs.infos import chosen
 from sd_gym.envs.protocols import Outcome
 from sd_gym.envs.single import SwitchableEnv
-from sd_gym.envs.table import TableCore
+from sd_gym.envs.table import TableCore, TableLookup
 from sd_gym.envs.vector import SwitchableVectorEnv
 
+Array = NDArray
 METADATA = {"render_modes": [], "render_fps": 1}
 _ONE = np.zeros(1, dtype=np.int64)  # the only env of a batch of one
 
@@ -52,20 +54,20 @@ class TableEnv(SwitchableEnv):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """As ``SwitchableEnv.reset``."""
-        if self.core.is_staged:
+        if self.core.lookup is None:
             return super().reset(seed=seed, options=options)
         gym.Env.reset(self, seed=seed)
         split, row = chosen(self.core, 1, options)
         row = self.np_random.integers(len(split), size=1) if row is None else row
         self._episode.split = split
         self._episode.begin(_ONE, row)
-        return self._told(0, None)
+        return self._told(self.core.lookup, np.zeros_like(self.core.decision_nvec), None)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """As ``SwitchableEnv.step``; of one stage with numbers, as arrays of one are four times slower."""
-        if self.core.is_staged:
+        if self.core.lookup is None:
             return super().step(action)
-        episode = self._episode
+        lookup, episode = self.core.lookup, self._episode
         if episode.stage[0]:
             raise gym.error.ResetNeeded("the episode is over: call reset() before the next step()")
         action = as_array(action)
@@ -74,23 +76,22 @@ class TableEnv(SwitchableEnv):
         decisions = self.core.actions.decisions(action[None], 1)
         episode.decide(_ONE, decisions)
         split: Any = episode.split
-        number = int(self.core.masks_of(decisions)[0])
-        outcome = split.outcome(int(episode.rows[0]), number)
+        outcome, mask = lookup.outcome(split, int(episode.rows[0]), decisions)
         if self.config.reward.vector:
             reward: Any = np.array([outcome.quality, -outcome.flops_ratio], dtype=np.float32)
         else:
             values = [np.array([one]) for one in (outcome.quality, outcome.quality_ref, outcome.flops_ratio)]
             reward = float(self.objective.rewards(*values)[0])
-        observation, info = self._told(number, outcome)
+        observation, info = self._told(lookup, mask, outcome)
         return observation, reward, True, False, info
 
-    def _told(self, number: int, outcome: Outcome | None) -> tuple[Any, dict[str, Any]]:
-        """Observation and info, as ``Episodes`` has them, under the mask of that number."""
+    def _told(self, lookup: TableLookup, mask: Array, outcome: Outcome | None) -> tuple[Any, dict[str, Any]]:
+        """Observation and info, as ``Episodes`` has them, under a mask."""
         split: Any = self._episode.split
         row = int(self._episode.rows[0])
         nothing: Any = 0.0
         known = outcome or Outcome(nothing, nothing, nothing)
-        return split.observation(row), {
+        return lookup.observation(split, row), {
             "quality": known.quality,
             "quality_ref": known.quality_ref,
             "cost": known.cost,
@@ -99,7 +100,7 @@ class TableEnv(SwitchableEnv):
             "is_success": outcome is not None and known.cost <= self.config.reward.epsilon,
             "instance": split.ids[row],
             "difficulty": split.difficulty.item(row),
-            "decision": self.core.masks[number].copy(),
+            "decision": mask,
         }
 
 

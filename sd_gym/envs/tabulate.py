@@ -123,7 +123,7 @@ class _Maker:
     def check(self) -> None:
         """Raise as ``write_table`` if there cannot be such a table."""
         core, space, pca = self.core, self.core.observation_space, self.pca
-        if core.is_staged and pca is not None:
+        if self.ways is not None and pca is not None:
             raise ConfigError(f"{core.config.id}: --pca reduces what one stage shows, but the stages are {core.stages}")
         if not isinstance(space, gym.spaces.Box):
             raise ConfigError(

@@ -81,7 +81,7 @@ class SwitchableVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         if self.config.reward.vector:
             self.reward_space = reward_space(self.core)  # of one env, as MO-Gymnasium's vector envs have it
-        self._episodes = Episodes(self.core, num_envs, info_text)
+        self._episodes: Episodes = self.core.stage_observation.episodes(self.core, num_envs, info_text)
         self.objective = self._episodes.objective
         self._shown: Shown | None = None
 

@@ -53,7 +53,7 @@ class Passes:
     @torch.inference_mode()
     def confidence(self, rows: Array, decisions: Array) -> Array:
         """Highest class probability of each row under decisions, float64 ``[n]``, of a backbone that classifies."""
-        return self.in_passes(rows, decisions, lambda logits, labels: self.head.confidence(logits))
+        return self.in_passes(rows, decisions, lambda logits, labels: self._confidence(logits))
 
     @torch.inference_mode()
     def generated(self, rows: Array, decisions: Array, seen: PassState | None = None) -> list[str]:
@@ -217,13 +217,19 @@ class Passes:
         """
         exits = decisions.copy()
         exits[:, self.backbone.board.decided_at([seen.stage])[seen.stage].start : -1] = 1
-        return self.head.confidence(self.resumed(seen, rows, exits)[0]).double().cpu().numpy()
+        return self._confidence(self.resumed(seen, rows, exits)[0]).double().cpu().numpy()
+
+    def _confidence(self, logits: torch.Tensor) -> torch.Tensor:
+        confidence = self.head.confidence
+        assert confidence is not None  # who asks has seen that there is one (``sees_confidence``, ``can_exit``)
+        return confidence(logits)
 
     def planned(self, rows: Array, decisions: Array, steps: int = 0) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
         """Positions in ``rows`` and inputs of each forward pass, or of each ``generate()`` of so many steps."""
         kept = self._tokens.kept_length(rows, decisions[:, -1])[:, None]
         reads_input = np.array([switch.reads_input for switch in self.backbone.board.switches])
-        length = np.where(reads_input, kept, self.head.decoded(self.encoded.target_length[rows][:, None], kept))
+        _, decoded, _ = self.head.lengths(kept, self.encoded.target_length[rows][:, None], kept)
+        length = np.where(reads_input, kept, decoded)
         for picked in passes(decisions[:, :-1], length, self.backbone.model.config.hidden_size, steps, self.most):
             tokens = int(kept[picked].max() + self.encoded.target_length[rows[picked]].max())
             most = max(1, PASS_TOKENS // tokens)

@@ -129,11 +129,11 @@ class BackboneSplit:
         scores, how far the backbone is off.
         """
         dense = np.zeros((len(self), len(self.backbone.board) + 1), dtype=np.int64)
-        scale = self.config.quality.label_range
+        scale, head = self.config.quality.label_range, self.head
         likely = self.passes.in_passes(
-            np.arange(len(self)), dense, lambda logits, labels: self.head.likelihood(logits, labels, scale)
+            np.arange(len(self)), dense, lambda logits, labels: head.likelihood(logits, labels, scale)
         )
-        return self.head.dense_loss(likely, scale)
+        return head.measured_by("likelihood").loss(likely, scale)
 
     @property
     def levels(self) -> Array:

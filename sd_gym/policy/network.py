@@ -234,11 +234,11 @@ class DecisionPolicy(nn.Module):
         ``observations`` are of inputs that it shall do well on (a thousand are enough), in the pass at all its stages,
         and ``components`` what each stage decides, int64. ValueError if one of these is missing.
         """
-        if components is not None:
+        if self.stages == ["first"]:
+            parts = [(observations, np.arange(len(self.nvec)))]
+        elif components is not None:
             shown = observations["stage"] if isinstance(observations, dict) else observations
             parts = [(select_rows(observations, shown[:, number] == 1), own) for number, own in enumerate(components)]
-        elif self.stages == ["first"]:
-            parts = [(observations, np.arange(len(self.nvec)))]
         else:
             raise ValueError(f"a policy that decides at {', '.join(self.stages)} needs the components of each stage")
         copy = deepcopy(self)

@@ -74,5 +74,7 @@ class StagedRollout:
 
     def _judged(self, seen: PassState, exits: NDArray) -> NDArray:
         """Log-odds of the head's answer if all is skipped from here on, ``[n]``."""
+        confidence = self._head.confidence
+        assert confidence is not None  # a head that judges has one
         with self._board.decide(exits[:, :-1], self.keep, resume_from=seen):
-            return log_odds(self._head.confidence(self._judge()).double().cpu().numpy())
+            return log_odds(confidence(self._judge()).double().cpu().numpy())

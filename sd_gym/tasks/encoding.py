@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,8 @@ def encode(
     extracted. DataError if a label is not one of the backbone's classes, a question leaves no room for its context, or
     an answer that shall be extracted does not stand in its context.
     """
-    source, source_cut = _tokenize_sources(instances, tokenizer, backbone, **head.source_options())
-    targets = head.targets(instances, source, tokenizer, backbone)
+    tokenize = partial(_tokenize_sources, instances, tokenizer, backbone)
+    source, source_cut, targets = head.encode(instances, tokenize, tokenizer, backbone)
     if targets.context_mask is not None:
         targets.context_mask[:, 0] = unanswerable  # the first token stands for "no answer"
     return Encoded(

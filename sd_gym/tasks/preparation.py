@@ -169,7 +169,7 @@ def prepare_backbone(
             **settings,
             "steps_done": history.step,
             "validation": [{"step": step, "quality": value} for step, value in history.validation],
-            "measure": head_of(model).learned_as.name,
+            "measure": head_of(model).measured_by(None).name,
             "quality": {"before": before[0], "after": after[0]},
             "quality_by_token_share": {"before": before[1], "after": after[1]},
         }

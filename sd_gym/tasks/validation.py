@@ -102,9 +102,9 @@ class MeanQuality:
         return float(reduced) / len(order)
 
     def _sum(self, logits: Tensor, labels: Tensor, rows: NDArray) -> float:
-        split, measure = self.split, self.split.head.learned_as
+        split, measure = self.split, self.split.head.measured_by(None)
         if measure.score is not None:
             return float(measure.score(logits, labels, self.quality.label_range).sum())
-        answers = split.head.said(split, rows, split.head.read(logits, self.reading.max_target_length).cpu().numpy())
+        answers = split.head.in_words(split, rows, logits, self.reading.max_target_length)
         references = [split.instances[row].references for row in rows]
         return sum(text_quality(measure.metric, text, right) for text, right in zip(answers, references, strict=True))

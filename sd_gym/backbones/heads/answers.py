@@ -31,6 +31,12 @@ class QualityMeasure(NamedTuple):
     metric: str = ""  # the metric that compares texts; empty: that of the config
     name: str = ""  # what preparing calls it
 
+    def loss(self, values: NDArray, label_range: float) -> NDArray:
+        """The loss that values ``[n]`` stand for: a likelihood's negative logarithm, else how far a score is off."""
+        if self.is_relative:
+            return -np.log(np.maximum(values, LEAST_LIKELIHOOD))
+        return label_range * (1 - values)
+
 
 class SplitData(Protocol):
     """A split: its instances, and their tensors."""
@@ -70,11 +76,14 @@ class Answers(ABC):
     gives: ClassVar[str]  # what a task asks for: a ``label`` (or score), a ``span`` of the context, or a ``text``
     # How questions are answered, as in the config key ``answers``; ``None``: they are not.
     answering: ClassVar[str | None] = None
-    sees_confidence: ClassVar[bool] = False  # whether it has a probability of the whole answer before it is given
 
-    def measured_by(self, quality: str) -> QualityMeasure:
-        """How the quality of that name is measured; ValueError if the head has no such quality."""
+    def measured_by(self, quality: str | None) -> QualityMeasure:
+        """How the quality of that name is measured, ``None``: the one that preparing validates by.
+
+        ValueError if the head has no such quality.
+        """
         measures = {
+            None: self._learned_as,
             "exact_match": QualityMeasure(self.exact),
             "balanced": QualityMeasure(self.exact, is_balanced=True),
             "likelihood": QualityMeasure(self.likelihood, is_relative=True),
@@ -85,7 +94,7 @@ class Answers(ABC):
 
     @property
     @abstractmethod
-    def learned_as(self) -> QualityMeasure:
+    def _learned_as(self) -> QualityMeasure:
         """How the quality that preparing validates by is measured, and its name."""
 
     @abstractmethod
@@ -96,39 +105,40 @@ class Answers(ABC):
     def likelihood(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """Probability of the reference, float32 ``[batch]``: a graded quality, from one teacher-forced pass."""
 
-    def dense_loss(self, likelihood: NDArray, label_range: float) -> NDArray:
-        """The loss that a likelihood stands for, float64 ``[n]``: its negative logarithm."""
-        return -np.log(np.maximum(likelihood, LEAST_LIKELIHOOD))
-
     def prediction(self, logits: Tensor) -> Tensor:
         """What a metric of a whole data set compares with the labels, ``[batch]``; ValueError if it cannot."""
         raise ValueError(f"this metric compares classes or scores, and the backbone gives a {self.gives}")
 
-    def confidence(self, logits: Tensor) -> Tensor:
-        """Probability of its answer, ``[batch]``; only where ``sees_confidence``."""
-        raise ValueError(f"a {self.gives} has no confidence before it stands")
+    @property
+    def confidence(self) -> Callable[[Tensor], Tensor] | None:
+        """Takes logits to the probability of the answer, ``[batch]``; ``None``: none is known before it is given."""
+        return None
 
-    def read(self, logits: Tensor, longest: int) -> Tensor:
+    def in_words(self, split: SplitData, rows: NDArray, logits: Tensor, longest: int) -> list[str]:
+        """The answers of one pass on rows of a split, of ``longest`` tokens at most."""
+        return self._said(split, rows, self._read(logits, longest).cpu().numpy())
+
+    def _read(self, logits: Tensor, longest: int) -> Tensor:
         """The answers of one pass, of ``longest`` tokens at most, as numbers: ``[batch]`` or ``[batch, values]``."""
         return self.prediction(logits)
 
     @abstractmethod
-    def said(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
-        """What ``read`` gave for rows of a split, in words."""
+    def _said(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
+        """What ``_read`` gave for rows of a split, in words."""
 
     def answers(
         self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, seen: PassState | None = None
     ) -> list[str]:
         """The backbone's answers to rows under decisions, in words; passes may resume from the state ``seen``."""
-        values = passes.in_passes(rows, decisions, lambda logits, _: self.read(logits, passes.longest), seen)
-        return self.said(passes, rows, values)
+        values = passes.in_passes(rows, decisions, lambda logits, _: self._read(logits, passes.longest), seen)
+        return self._said(passes, rows, values)
 
     def answers_and_likelihood(
         self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, label_range: float
     ) -> tuple[list[str], NDArray]:
         """``answers`` and the likelihood of the references, float64 ``[n]``, from as few passes as that takes."""
         values = passes.in_passes(rows, decisions, self._reads_and_rates(passes.longest, label_range))
-        return self.said(passes, rows, values[:, :-1]), values[:, -1]
+        return self._said(passes, rows, values[:, :-1]), values[:, -1]
 
     def answers_under_all(
         self, passes: AnswerPasses, rows: NDArray, masks: NDArray, label_range: float
@@ -138,13 +148,13 @@ class Answers(ABC):
         The texts are a list for each mask, and the likelihoods float64 ``[n, masks]``.
         """
         values = passes.under_all(rows, masks, self._reads_and_rates(passes.longest, label_range))
-        return [self.said(passes, rows, of_mask[:, :-1]) for of_mask in values.swapaxes(0, 1)], values[..., -1]
+        return [self._said(passes, rows, of_mask[:, :-1]) for of_mask in values.swapaxes(0, 1)], values[..., -1]
 
     def _reads_and_rates(self, longest: int, label_range: float) -> Value:
         """Takes logits and labels to what ``read`` gives and, in a last column, the likelihood: ``[batch, values]``."""
 
         def both(logits: Tensor, labels: Tensor) -> Tensor:
-            read = self.read(logits, longest).reshape(len(logits), -1)
+            read = self._read(logits, longest).reshape(len(logits), -1)
             return torch.cat([read, self.likelihood(logits, labels, label_range)[:, None]], dim=1)
 
         return both

@@ -24,23 +24,26 @@ class Head(Encoding, Losses, Answers):
     A head has no weights and keeps no model; what it knows of the model stands in its ``settings``.
     """
 
-    auto_class: ClassVar[str]  # the class of ``transformers`` that loads such a model
+    _auto_class: ClassVar[str]  # the class of ``transformers`` that loads such a model
     _stored_as: ClassVar[tuple[str, ...]]  # ends of the names of the model classes that have it
 
     @classmethod
     @abstractmethod
-    def of(cls, model: PreTrainedModel) -> Self | None:
+    def _of(cls, model: PreTrainedModel) -> Self | None:
         """The head of a model; ``None`` if it has no such head. Those before it in ``HEADS`` come first."""
 
     @classmethod
-    def is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
+    def _is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
         """Whether a model was saved with such a head, if with none of those before it in ``HEADS``."""
         return any(part in name for name in architectures for part in cls._stored_as)
 
     @classmethod
-    def load_options(cls, config: PretrainedConfig) -> dict[str, Any]:
-        """Further arguments for loading its class; BackboneError if the architecture has no such head."""
-        return {}
+    def loading(cls, config: PretrainedConfig) -> tuple[str, dict[str, Any]]:
+        """The class of ``transformers`` that loads such a model, and further arguments for it.
+
+        BackboneError if the architecture has no such head.
+        """
+        return cls._auto_class, {}
 
     def forward(self, board: Switchboard, batch: dict[str, Tensor], call: Callable[..., Any] | None = None) -> Tensor:
         """Logits of one forward pass under the decisions in force, teacher-forced where texts are generated.
@@ -60,10 +63,6 @@ class Head(Encoding, Losses, Answers):
         ``kept``: tokens of the input that are not dropped.
         """
         return source, source, kept  # a decoder that classifies after an encoder reads the input again
-
-    def decoded(self, target: NDArray, kept: NDArray) -> NDArray:
-        """Tokens that the decoder of an encoder-decoder runs on, of the same shape."""
-        return kept
 
     def positions(self, source: int, target: int) -> dict[str, int]:
         """Positions that the model needs for the longest input and target, by config key."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded, Targets
 from sd_gym.data.instance import Instance
 
+Tokenize = Callable[..., tuple[BatchEncoding, NDArray]]
 NO_MODEL_INPUTS = ("labels", "context_mask")
 
 
@@ -25,6 +26,7 @@ class Encoding(ABC):
 
     name: ClassVar[str]  # what the head is called
     padding_side: ClassVar[Literal["left", "right"]] = "right"  # where batches are padded
+    _source_options: ClassVar[dict[str, Any]] = {}  # further ones for tokenizing the inputs
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -35,12 +37,18 @@ class Encoding(ABC):
         """The backbone's part of the config, with what prompt and stop the head uses; ValueError if it lacks one."""
         return backbone.model_copy(update={"prompt": None, "stop": None})
 
-    def source_options(self) -> dict[str, Any]:
-        """Further arguments for tokenizing the inputs."""
-        return {}
+    def encode(
+        self, instances: Sequence[Instance], tokenize: Tokenize, tokenizer: Tokenizer, backbone: BackboneConfig
+    ) -> tuple[BatchEncoding, NDArray, Targets]:
+        """The inputs of instances, which of them were cut, bool ``[n]``, and the targets.
+
+        ``tokenize`` gives the first two, and takes further options of the tokenizer.
+        """
+        source, cut = tokenize(**self._source_options)
+        return source, cut, self._targets(instances, source, tokenizer, backbone)
 
     @abstractmethod
-    def targets(
+    def _targets(
         self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
         """The targets of instances whose tokenised inputs are ``source``; see ``sd_gym.tasks.encoding.encode``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -30,24 +30,23 @@ class LabelHead(Head):
 
     name = "label"
     gives = "label"
-    auto_class = "AutoModelForSequenceClassification"
+    _auto_class = "AutoModelForSequenceClassification"
     _stored_as = ("ForSequenceClassification",)
-    sees_confidence = True
 
     def __init__(self, label2id: Mapping[str, int], names: Mapping[int, str] | None = None) -> None:
         self.label2id = dict(label2id)
         self._names = names or {index: name for name, index in self.label2id.items()}
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Self | None:
+    def _of(cls, model: PreTrainedModel) -> Self | None:
         """Of any model that neither generates nor extracts, with the names of its classes."""
         names = model.config.id2label or {}
         return cls(labels_of(model.config), {int(index): str(name) for index, name in names.items()})
 
     @classmethod
-    def is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
+    def _is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
         """By the model's class and its number of outputs."""
-        return super().is_stored(config, architectures) and cls._has_outputs(len(labels_of(config)))
+        return super()._is_stored(config, architectures) and cls._has_outputs(len(labels_of(config)))
 
     @classmethod
     def _has_outputs(cls, count: int) -> bool:
@@ -58,7 +57,7 @@ class LabelHead(Head):
         """With the names of the classes."""
         return {**super().settings, "label2id": self.label2id}
 
-    def targets(
+    def _targets(
         self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
         """The classes' indices; DataError if a label is not one of the backbone's classes."""
@@ -68,7 +67,7 @@ class LabelHead(Head):
         return torch.tensor([class_index(instance, self.label2id) for instance in instances])
 
     @property
-    def learned_as(self) -> QualityMeasure:
+    def _learned_as(self) -> QualityMeasure:
         """By the accuracy."""
         return QualityMeasure(self.exact, name="accuracy")
 
@@ -84,19 +83,20 @@ class LabelHead(Head):
         """The most probable class, int64 ``[batch]``."""
         return logits.argmax(dim=1)
 
-    def confidence(self, logits: Tensor) -> Tensor:
+    @property
+    def confidence(self) -> Callable[[Tensor], Tensor] | None:
         """The highest class probability."""
-        return logits.softmax(dim=-1).amax(dim=-1)
+        return lambda logits: logits.softmax(dim=-1).amax(dim=-1)
 
-    def said(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
+    def _said(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
         """The classes' names."""
-        return [self._said(value) for value in values]
+        return [self._in_words(value) for value in values]
 
     def reference(self, instance: Instance, labels: Tensor) -> str:
         """The right class's name."""
-        return self._said(labels.item())
+        return self._in_words(labels.item())
 
-    def _said(self, value: float) -> str:
+    def _in_words(self, value: float) -> str:
         return self._names[int(value)]
 
 

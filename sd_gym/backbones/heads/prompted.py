@@ -30,18 +30,18 @@ class PromptedHead(Seq2SeqHead):
     """
 
     name = "prompted"
-    auto_class = "AutoModelForCausalLM"
+    _auto_class = "AutoModelForCausalLM"
     padding_side = "left"
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Self | None:
+    def _of(cls, model: PreTrainedModel) -> Self | None:
         """Of a model that generates, without an encoder."""
-        return super().of(model) if model.can_generate() and architecture_of(model.config.model_type).causal else None
+        return super()._of(model) if model.can_generate() and architecture_of(model.config.model_type).causal else None
 
     @classmethod
-    def is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
+    def _is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
         """By the model's class and whether it has an encoder."""
-        return super(Seq2SeqHead, cls).is_stored(config, architectures) and not config.is_encoder_decoder
+        return super(Seq2SeqHead, cls)._is_stored(config, architectures) and not config.is_encoder_decoder
 
     def prompting(self, backbone: BackboneConfig) -> BackboneConfig:
         """Both; ValueError without a prompt."""
@@ -51,7 +51,7 @@ class PromptedHead(Seq2SeqHead):
             )
         return backbone
 
-    def targets(
+    def _targets(
         self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
         """The answer after the prompt: a space, the target, and what ends it."""

@@ -22,12 +22,11 @@ class ScoreHead(LabelHead):
     """A single output, ``[batch, 1]``; labels are scores, float32 ``[batch]``."""
 
     name = "score"
-    sees_confidence = False
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Self | None:
+    def _of(cls, model: PreTrainedModel) -> Self | None:
         """Of a model with a single output."""
-        return super().of(model) if cls._has_outputs(len(labels_of(model.config))) else None
+        return super()._of(model) if cls._has_outputs(len(labels_of(model.config))) else None
 
     @classmethod
     def _has_outputs(cls, count: int) -> bool:
@@ -49,7 +48,7 @@ class ScoreHead(LabelHead):
         """Mean squared distance from the dense score."""
         return F.mse_loss(logits.float(), dense_logits.detach().float())
 
-    def measured_by(self, quality: str) -> QualityMeasure:
+    def measured_by(self, quality: str | None) -> QualityMeasure:
         """A score has its own graded quality under the name of a likelihood too."""
         if quality == "balanced":
             raise ValueError("'balanced' weighs classes, not scores")
@@ -58,7 +57,7 @@ class ScoreHead(LabelHead):
         return super().measured_by("exact_match" if quality == "likelihood" else quality)
 
     @property
-    def learned_as(self) -> QualityMeasure:
+    def _learned_as(self) -> QualityMeasure:
         """By how near the score is."""
         return QualityMeasure(self.exact, name="score")
 
@@ -70,17 +69,18 @@ class ScoreHead(LabelHead):
         """The same as ``exact``."""
         return self.exact(logits, labels, label_range)
 
-    def dense_loss(self, likelihood: NDArray, label_range: float) -> NDArray:
-        """How far the score is off."""
-        return label_range * (1 - likelihood)
-
     def prediction(self, logits: Tensor) -> Tensor:
         """The score, ``[batch]``."""
         return logits[:, 0]
+
+    @property
+    def confidence(self) -> None:
+        """``None``: a score has none."""
+        return None
 
     def classes(self, instances: Sequence[Instance]) -> NDArray:
         """The scores."""
         return np.array([instance.target for instance in instances], dtype=float)
 
-    def _said(self, value: float) -> str:
+    def _in_words(self, value: float) -> str:
         return f"{value:.2f}"

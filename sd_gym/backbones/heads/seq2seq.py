@@ -32,20 +32,20 @@ class Seq2SeqHead(Head):
     name = "seq2seq"
     gives = "text"
     answering = "generated"
-    auto_class = "AutoModelForSeq2SeqLM"
+    _auto_class = "AutoModelForSeq2SeqLM"
     _stored_as = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel", "MTModel")  # the last one is Marian's
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Self | None:
+    def _of(cls, model: PreTrainedModel) -> Self | None:
         """Of a model that generates."""
         return cls() if model.can_generate() else None
 
     @classmethod
-    def is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
+    def _is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
         """By the model's class and whether it has an encoder."""
-        return super().is_stored(config, architectures) and config.is_encoder_decoder
+        return super()._is_stored(config, architectures) and config.is_encoder_decoder
 
-    def targets(
+    def _targets(
         self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
         """The texts' tokens, cut to ``max_target_length``."""
@@ -76,16 +76,12 @@ class Seq2SeqHead(Head):
         """The decoder runs on the answer."""
         return source, target, kept
 
-    def decoded(self, target: NDArray, kept: NDArray) -> NDArray:
-        """The answer."""
-        return target
-
     def positions(self, source: int, target: int) -> dict[str, int]:
         """Those of the encoder and of the decoder."""
         return {"max_source_length": source, "max_target_length": target}
 
     @property
-    def learned_as(self) -> QualityMeasure:
+    def _learned_as(self) -> QualityMeasure:
         """By the likelihood: a text is rarely right to the letter."""
         return QualityMeasure(self.likelihood, name="likelihood")
 
@@ -102,7 +98,7 @@ class Seq2SeqHead(Head):
         counted = labels != IGNORED
         return ((log_likelihoods(logits, labels) * counted).sum(dim=1) / counted.sum(dim=1)).exp()
 
-    def said(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
+    def _said(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
         """ValueError: one pass does not tell what would be generated."""
         raise ValueError("a text is generated, not read from one pass")
 

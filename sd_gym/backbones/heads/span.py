@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -37,26 +37,23 @@ class SpanHead(Head):
     name = "span"
     gives = "span"
     answering = "extracted"
-    auto_class = "AutoModelForQuestionAnswering"
+    _auto_class = "AutoModelForQuestionAnswering"
     _stored_as = ("ForQuestionAnswering",)
+    _source_options: ClassVar = {"return_offsets_mapping": True}
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Self | None:
+    def _of(cls, model: PreTrainedModel) -> Self | None:
         """By the model's class."""
-        return cls() if cls.is_stored(model.config, [type(model).__name__]) else None
+        return cls() if cls._is_stored(model.config, [type(model).__name__]) else None
 
     @classmethod
-    def load_options(cls, config: PretrainedConfig) -> dict[str, Any]:
+    def loading(cls, config: PretrainedConfig) -> tuple[str, dict[str, Any]]:
         """One output for starts and one for ends, however many the stored head has."""
         if type(config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING:
             raise BackboneError(f"the architecture {config.model_type!r} has no head that extracts answers")
-        return {"num_labels": 2}
+        return cls._auto_class, {"num_labels": 2}
 
-    def source_options(self) -> dict[str, Any]:
-        """The tokens' places in the texts."""
-        return {"return_offsets_mapping": True}
-
-    def targets(
+    def _targets(
         self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
         """The right spans; DataError if a right answer does not stand in its context."""
@@ -92,12 +89,12 @@ class SpanHead(Head):
         dense_logits = dense_logits.detach().masked_fill(logits <= NOWHERE, NOWHERE)
         return 2 * divergence(logits.flatten(0, 1), dense_logits.flatten(0, 1))
 
-    def measured_by(self, quality: str) -> QualityMeasure:
+    def measured_by(self, quality: str | None) -> QualityMeasure:
         """Exact match is that of the texts: a right answer may stand in several places."""
         return QualityMeasure(None) if quality in ("exact_match", "agreement") else super().measured_by(quality)
 
     @property
-    def learned_as(self) -> QualityMeasure:
+    def _learned_as(self) -> QualityMeasure:
         """By SQuAD's F1."""
         return QualityMeasure(None, metric="squad", name="f1")
 
@@ -109,11 +106,11 @@ class SpanHead(Head):
         """The sum of the probabilities of the right spans; 0 where no span is right."""
         return span_log_likelihood(logits, labels).exp()
 
-    def read(self, logits: Tensor, longest: int) -> Tensor:
+    def _read(self, logits: Tensor, longest: int) -> Tensor:
         """The most probable spans, int64 ``[batch, 2]``."""
         return best_spans(logits, longest)
 
-    def said(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
+    def _said(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
         """The original texts of spans."""
         contexts = [_context(split.instances[row]) for row in rows]
         return span_texts(split.encoded, rows, values.astype(np.int64), contexts)
