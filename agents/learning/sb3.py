@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, learning_bias
 from sd_gym.agents.learning.curves import CurveLogger
+from sd_gym.agents.learning.noise import NoisyVecEnv, deviation_of
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -181,9 +182,16 @@ class _RolloutCallback(BaseCallback):
 
 
 class SB3Settings(LearnerSettings):
-    """Settings of the library's algorithms; a rollout is ``num_envs * n_steps`` decisions."""
+    """Settings of the library's algorithms; a rollout is ``num_envs * n_steps`` decisions.
+
+    Attributes:
+        n_steps: Decisions of each env in a rollout.
+        noise: Gaussian noise on flat observations while learning, in deviations of each feature; ``None``: 1.0 where
+            each row is decided on fifty times or more, else 0.
+    """
 
     n_steps: int = Field(1, ge=1)
+    noise: float | None = Field(None, ge=0)
 
 
 SB3SettingsT = TypeVar("SB3SettingsT", bound=SB3Settings)
@@ -198,6 +206,7 @@ class SB3Agent(Agent[SB3SettingsT]):
         super().__init__(*args, **kwargs)
         self.stages = len(self.env.core.stages)
         vec_env: VecEnv = SwitchableVecEnv(self._reward_env())
+        self._noisy_env = vec_env = NoisyVecEnv(vec_env)
         if self.blind:
             vec_env = BlindVecEnv(vec_env, self.env.core.stages)
         self.algorithm = self._make_algorithm(vec_env)
@@ -265,7 +274,8 @@ class SB3Agent(Agent[SB3SettingsT]):
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Learn until ``total_steps`` decisions were made."""
-        algorithm = self.algorithm
+        algorithm, core = self.algorithm, self.env.core
+        self._noisy_env.deviation = deviation_of(core, self.env.config.split, self.settings.noise, total_steps)
         done = algorithm.num_timesteps // self.stages
         algorithm.set_logger(CurveLogger(logger, total_steps, done, self.stages))
         algorithm.learn(
@@ -294,6 +304,7 @@ class SB3Agent(Agent[SB3SettingsT]):
             "torch": torch.get_rng_state(),
             "numpy": (torch.from_numpy(keys.astype(np.int64)), position, shuffling["has_gauss"], shuffling["gauss"]),
             "env": self.env.state(),
+            "observed": None if self._noisy_env.deviation is None else torch.from_numpy(algorithm._last_obs),  # pyright: ignore[reportArgumentType]  # flat ones alone have noise
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -304,6 +315,8 @@ class SB3Agent(Agent[SB3SettingsT]):
         assert algorithm.env is not None  # it was made with one
         algorithm.env.reset()  # what it draws is taken back by the loaded states
         observations = self.env.load_state(state["env"])
+        if state["observed"] is not None:  # with the noise of then
+            observations = state["observed"].numpy()
         algorithm._last_obs = blinded(observations, self.env.core.stages) if self.blind else observations
         algorithm._last_episode_starts = np.ones(algorithm.n_envs, dtype=bool)
         keys, *rest = state["numpy"]

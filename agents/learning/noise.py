@@ -1,0 +1,60 @@
+"""Noise on what is observed while learning: rows that are decided on often are known by heart without it."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+
+from sd_gym.envs.protocols import Core
+from sd_gym.tasks.ranking import STATISTICS_SIZE
+
+OFTEN = 50  # decisions a row; from there on PPO and A2C lose on new rows what they gain on the rows they know
+
+
+class NoisyVecEnv(VecEnvWrapper):
+    """A ``VecEnv`` whose observations have Gaussian noise (Bishop 1995: a penalty on what changes fast with them).
+
+    ``deviation`` is that of the noise, float32 ``[features]``; ``None``: no noise. It draws from torch's random state.
+    """
+
+    def __init__(self, env: VecEnv) -> None:
+        super().__init__(env)
+        self.deviation: NDArray | None = None
+
+    def reset(self) -> VecEnvObs:
+        """The first observations, with noise."""
+        return self._noisy(self.venv.reset())
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """The step, with noise on its observations."""
+        observations, rewards, dones, infos = self.venv.step_wait()
+        return self._noisy(observations), rewards, dones, infos
+
+    def _noisy(self, observations: VecEnvObs) -> VecEnvObs:
+        if self.deviation is None:
+            return observations
+        assert isinstance(observations, np.ndarray)  # as ``deviation_of`` makes sure
+        return observations + self.deviation * torch.randn(observations.shape).numpy()
+
+
+def deviation_of(core: Core, split_name: str, noise: float | None, decisions: int) -> NDArray | None:
+    """The deviation of the noise on each feature, float32 ``[features]``; ``None``: there is no noise.
+
+    Args:
+        core: The env's core. Only flat observations before the first layer have noise.
+        split_name: The split that is learned on.
+        noise: In deviations of each feature; ``None``: 1.0 where rows are decided on ``OFTEN``, else 0.
+        decisions: All that are learned from.
+    """
+    split = core.split(split_name)
+    if noise is None:
+        noise = float(decisions >= OFTEN * len(split))
+    space = core.observation_space
+    if not noise or core.stages != ["first"] or not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        return None
+    seen = np.asarray(core.observe(split, np.arange(min(len(split), STATISTICS_SIZE))))
+    return (noise * seen.std(axis=0)).astype(np.float32)
