@@ -17,6 +17,7 @@ from sd_gym.envs.table import TableCore, TableSplit
 
 PARTS = 24  # principal components of the losses under all masks, which are predicted
 TREES, LEAF = 100, 5  # of the forest; rows of a leaf at least
+FOLDS = 5  # that training rows are predicted in: operating points are ordered on them
 
 
 class Forecast:
@@ -29,15 +30,20 @@ class Forecast:
     def __init__(self, split: TableSplit) -> None:
         from sklearn.decomposition import PCA  # scikit-learn takes a second to import
         from sklearn.ensemble import ExtraTreesRegressor
+        from sklearn.model_selection import KFold, cross_val_predict
 
         losses = np.concatenate([loss.astype(np.float32) for _, loss, _ in outcomes_of_all(split)])
         self._parts = PCA(min(PARTS, *losses.shape), svd_solver="randomized", random_state=0)
         trees = ExtraTreesRegressor(TREES, min_samples_leaf=LEAF, max_features=0.5, random_state=0)
-        self._trees = trees.fit(_seen(split), self._parts.fit_transform(losses))
+        seen, targets = _seen(split), self._parts.fit_transform(losses)
+        folds = KFold(min(FOLDS, len(seen)), shuffle=True, random_state=0)
+        self._of_train = cross_val_predict(trees, seen, targets, cv=folds)  # of rows that were not learned from
+        self._trees = trees.fit(seen, targets)
 
     def parts(self, split: TableSplit) -> NDArray:
-        """The components that are predicted of each row, ``[n, parts]``."""
-        return self._trees.predict(_seen(split)).reshape(len(split), -1)
+        """The components that are predicted of each row, ``[n, parts]``; of ``train`` without the row's own fold."""
+        predicted = self._of_train if split.name == "train" else self._trees.predict(_seen(split))
+        return predicted.reshape(len(split), -1)
 
     def losses(self, parts: NDArray) -> NDArray:
         """The losses that predicted components stand for, ``[n, masks]``; dense loses nothing."""
