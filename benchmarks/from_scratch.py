@@ -1,6 +1,7 @@
 """Trains agents from scratch next to a plain PPO script, for the same number of decisions: a table and learning curves.
 
     python benchmarks/from_scratch.py --algos script ppo a2c reinforce
+    python benchmarks/from_scratch.py --envs SD/Classification-TREC-Table-v1 --algos hull ppo --steps 20000 200000
     python benchmarks/from_scratch.py --algos ppo reinforce --envs SD/Classification-Mini-Staged-v0 --at 0.25 0.5 1
 
 ``script`` is ``examples/own_ppo.py``, run as an agent, so its policy is validated and selected like all others. The
@@ -42,8 +43,9 @@ sys.path.append(str(Path(__file__).parent.parent / "examples"))
 import own_ppo
 
 MINI = [identity for identity in sd_gym.registered_ids() if identity.endswith("-Mini-v0")]
-AGENTS = ["script", "ppo", "a2c", "reinforce", "ppo_lex"]
-COLUMNS = ["env", "decisions", "agent", "seeds", "FLOPs as learned (points)", "FLOPs as selected (points)", "kept"]
+AGENTS = ["script", "ppo", "a2c", "reinforce"]
+COLUMNS = ["env", "decisions", "agent", "seeds", "FLOPs as learned (points)", "FLOPs as selected (points)"]
+COLUMNS += ["return", "score", "kept"]
 console = Console(stderr=True)
 
 
@@ -179,13 +181,18 @@ def main() -> None:
             if results:
                 kept = f"{sum(result['quality_kept'] for result in results)} of {len(results)}"
                 learned = cell([result["last_policy"] for result in results])
+                scores = [result["normalised_score"] for result in results]
+                score = "-" if None in scores else f"{np.mean(scores):.2f}"
+                gained = f"{np.mean([result['return'] for result in results]):.3f}"
                 read = [flops_where_lost(folder, arguments.at) for folder in folders] if arguments.at else []
                 fronts = [mean_flops(list(ratios)) for ratios in zip(*read, strict=True)]
-                rows.append([env, f"{steps:,}", name, str(len(results)), learned, cell(results), kept, *fronts])
-                runs = curves.setdefault(f"{env}, {steps:,} decisions", {})
-                runs[name] = [result["history"] for result in results]
+                rows.append([env, f"{steps:,}", name, str(len(results)), learned, cell(results)])
+                rows[-1] += [gained, score, kept, *fronts]
+                if all(len(result["history"]) > 1 for result in results):  # of those that learn step by step
+                    runs = curves.setdefault(f"{env}, {steps:,} decisions", {})
+                    runs[name] = [result["history"] for result in results]
     print(markdown([*COLUMNS, *(f"FLOPs at {points:g}" for points in arguments.at)], rows))
-    if rows:
+    if curves:
         plot(curves, arguments.output / "curves.png")
 
 
