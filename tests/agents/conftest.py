@@ -95,7 +95,7 @@ def walked(core, policy):
 
 @pytest.fixture
 def staged_keys(reviews, tiny_backbone):
-    return {"dataset": str(reviews), "backbone": str(tiny_backbone), "stages": STAGES, "epsilon": 1.0}
+    return {"dataset": str(reviews), "backbone": str(tiny_backbone), "stages": STAGES, "epsilon": 1.0, "penalty": 1e-6}
 
 
 @pytest.fixture

@@ -169,7 +169,7 @@ def test_preparing_teaches_the_answer_behind_the_prompt(backbone, tmp_path):
     (tmp_path / "reports.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 10))
     source = DataConfig(dataset=str(tmp_path / "reports.jsonl"), overlap="allow")
     decoder = BackboneConfig(name=backbone, max_target_length=4)
-    settings = {"recipe": Recipe(120, 0.01), "tokens": TokensConfig(shares=(0.0, 0.3))}
+    settings = {"recipe": Recipe(120, 0.01), "tokens": TokensConfig(shares=(0.0, 0.3)), "rows": 1.0}
     with pytest.raises(ValueError, match="decoder-only; say with 'prompt' what it shall read"):
         prepare_backbone(decoder, source, "summarization", tmp_path / "out", **settings)
     prompted = decoder.model_copy(update={"prompt": "Question: {source} Answer:"})
@@ -181,6 +181,7 @@ def test_preparing_teaches_the_answer_behind_the_prompt(backbone, tmp_path):
         "SD/Summarization-Custom-v0",
         dataset=source.dataset,
         overlap="allow",
+        policy_rows="all",
         backbone=str(tmp_path / "out"),
         prompt="Question: {source} Answer:",
         max_target_length=4,
