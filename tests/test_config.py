@@ -48,6 +48,7 @@ OTHER = {
     "data.splits": {"test": "validation"},
     "data.unanswerable": False,
     "data.overlap": "drop",
+    "data.policy_rows": "all",
     "data.train_size": 7,
     "data.validation_size": 8,
     "data.test_size": 9,

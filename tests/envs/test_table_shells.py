@@ -51,8 +51,8 @@ def test_the_number_of_a_mask_stands_for_it(small_table, table_source):
 @pytest.mark.filterwarnings("ignore:.*render_mode='rgb_array'")  # which gymnasium says of envs that draw nothing
 def test_stable_baselines3_makes_several():
     envs = make_vec_env("SD/Classification-TREC-Table-v1", n_envs=2, seed=0)
-    assert envs.reset().shape == (2, 32)
-    assert envs.step(np.array([0, 5]))[2].all()
+    assert envs.reset().shape == (2, 64)
+    assert envs.step(np.array([envs.action_space.sample(), envs.action_space.sample()]))[2].all()
 
 
 def test_both_checkers_pass(table):

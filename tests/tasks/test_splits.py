@@ -172,7 +172,7 @@ def test_each_split_is_made_once(reviews, monkeypatch):
     assert [found[name] is found[name] for name in SPLITS] == [True] * 3
     assert read == [reviews]
     load = splits.load_split
-    monkeypatch.setattr(splits, "load_split", lambda *given: made.append(given[2]) or load(*given))
+    monkeypatch.setattr(splits, "load_split", lambda *given, **keys: made.append(given[2]) or load(*given, **keys))
     generated = Splits(DataConfig(dataset="procedural", test_size=20), "classification")
     assert generated["test"] is generated["test"]
     assert made == ["test"]

@@ -26,7 +26,7 @@ def test_points_are_coins_on_the_hull_of_policy_rows(env_id, full_table, tmp_pat
     split, rows = core.split("train"), policy_rows(core, 10_000)
     exact = hull(split)
     if env_id != "SD/Table-v0":
-        assert len(agent.masks) == len(exact.number)  # dense loses least here
+        assert len(agent.masks) == 1 + (exact.flops < 1).sum()  # dense, and the hull
     points = agent.operating_points()
     tossed = 0
     for point in points[::5]:
@@ -35,8 +35,11 @@ def test_points_are_coins_on_the_hull_of_policy_rows(env_id, full_table, tmp_pat
         tossed += len(np.unique(decisions, axis=0)) == 2
         if len(rows) > 1000:
             outcome = core.score(split, rows, decisions)
-            expected = np.interp(outcome.flops_ratio.mean(), exact.flops[::-1], exact.loss[::-1])
-            assert outcome.cost.mean() == pytest.approx(expected, abs=0.003)
+            ends = np.append(exact.flops[exact.flops < 1], 1.0)  # dense is where the coins end, also if a mask gains
+            losses = np.append(exact.loss[exact.flops < 1], 0.0)
+            order = np.argsort(ends)
+            expected = np.interp(outcome.flops_ratio.mean(), ends[order], losses[order])
+            assert outcome.cost.mean() == pytest.approx(expected, abs=0.01)
     assert tossed > len(points[::5]) // 2
 
 

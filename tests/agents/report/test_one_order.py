@@ -54,11 +54,16 @@ def test_five_policies_have_one_order(known, tmp_path, monkeypatch):
     assert results["dense"]["return"] == 0.0
 
 
-def test_a_reward_that_ignores_gains_ranks_the_best_mask_below_dense(known):
-    """It gains more answers than it loses, and saves FLOPs."""
-    core = gym.make(ENV, gains="ignored").unwrapped.core
-    split, rows = core.split("test"), np.arange(len(known["dense"]))
-    outcome = core.score(split, rows, known["best-mask"])
-    assert outcome.cost.mean() < 0
-    rewards = Objective(core.config.reward).rewards(outcome.quality, outcome.quality_ref, outcome.flops_ratio)
-    assert rewards.mean() < 0
+def test_a_reward_that_ignores_gains_ranks_the_best_mask_below_dense():
+    """Where dense errs often: a mask gains nearly as many answers as it loses, and saves FLOPs."""
+    env_id, worth = "SD/QuestionAnswering-QAMR-Table-v0", {}
+    for gains in ("counted", "ignored"):
+        core = gym.make(env_id, gains=gains).unwrapped.core
+        split, rows = core.split("test"), np.arange(len(core.split("test")))
+        quality = split.scoring.of_masks(rows)
+        best = (quality.mean(axis=0)[1:]).argmax() + 1
+        outcome = core.score(split, rows, core.from_masks(core.masks[np.full(len(rows), best)]))
+        assert outcome.cost.mean() < 0.005
+        rewards = Objective(core.config.reward).rewards(outcome.quality, outcome.quality_ref, outcome.flops_ratio)
+        worth[gains] = rewards.mean()
+    assert worth["ignored"] < 0 < worth["counted"]
