@@ -65,7 +65,7 @@ def test_own_ppo(env_id, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["own_ppo.py", "--env", env_id, "--steps", "2048"])
     example.main()
     assert re.search(r"% of the FLOPs, [+-].* points, too few instances to tell", capsys.readouterr().out)
-    env = gym.make_vec(env_id, num_envs=example.ENVS, epsilon=1.0)  # quality is free: it learns to skip
+    env = gym.make_vec(env_id, num_envs=example.ENVS, penalty=1e-6)  # quality is free: it learns to skip
     *_, (_, policy) = example.learn(env, 8192, 0)
     nothing = torch.zeros(1, *env.single_observation_space.shape)
     assert min(choice.probs[0, -1] for choice in policy.choices(nothing)) > 0.6

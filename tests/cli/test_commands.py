@@ -31,7 +31,7 @@ def test_envs_lists_the_ids():
 def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkeypatch):
     monkeypatch.setattr("sd_gym.cli.terminal.console.width", 80)
     prepared = tmp_path / "prepared"
-    arguments = ["--dataset", reviews, "--output", prepared, "--steps", 120, "--learning-rate", 0.003]
+    arguments = ["--dataset", reviews, "--output", prepared, "--steps", 120, "--learning-rate", 0.003, "--rows", 1]
     result = run("prepare", "--backbone", tiny_backbone, *arguments)
     assert result.exit_code == 0, result.output
     report = json.loads((prepared / "preparation.json").read_text())
@@ -41,7 +41,7 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkey
 
     folder = tmp_path / "run"
     settings = ["--set", f"dataset={reviews}", "--set", f"backbone={prepared}", "--set", "penalty=4"]
-    settings += ["--set", "max_source_length=7"]
+    settings += ["--set", "max_source_length=7", "--set", "policy_rows=all"]
     options = ["--steps", 2000, "--output", folder]
     result = run("train", "SD/Classification-Custom-v0", "--algo", "a2c", *options, *settings)
     assert result.exit_code == 0, result.output
@@ -86,7 +86,7 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkey
     assert fronts.controls["hull"].quality.shape[1] == 3
 
     other = tmp_path / "other"
-    options = ["--algo", "static", "--output", other, "--set", "train_size=16"]
+    options = ["--algo", "hull", "--output", other, "--set", "train_size=16"]
     assert run("train", "SD/Classification-Custom-v0", *options, *settings).exit_code == 0
     with pytest.warns(UserWarning, match=f"left out, .* no run to compare them with: {other}"):
         assert len(score_fronts([*everything, other], 3)) == 1
