@@ -66,7 +66,7 @@ def make_env(custom, request):
 @pytest.fixture
 def env(make_env):
     """Quality is free."""
-    return make_env(epsilon=1.0)
+    return make_env(epsilon=1.0, penalty=1e-6)
 
 
 def leaves(core, run, result):

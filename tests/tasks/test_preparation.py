@@ -208,7 +208,9 @@ def test_a_backbone_is_tuned_under_a_policy(tmp_path, reviews, tiny_backbone):
     """The policy sees what it saw before, and its decisions lose less."""
     prepared, run, tuned = (tmp_path / name for name in ("prepared", "run", "tuned"))
     backbone = BackboneConfig(name=str(tiny_backbone))
-    prepare_backbone(backbone, DataConfig(dataset=str(reviews)), "classification", prepared, Recipe(120, 0.003), rows=1.0)
+    prepare_backbone(
+        backbone, DataConfig(dataset=str(reviews)), "classification", prepared, Recipe(120, 0.003), rows=1.0
+    )
     overrides = {"dataset": str(reviews), "backbone": str(prepared), "rate": 0.7, "policy_rows": "all"}
     train("SD/Classification-Custom-v0", "hash", run, steps=1, settings=overrides)
     options = ["--policy", run, "--output", tuned, "--steps", 150, "--learning-rate", 0.003]

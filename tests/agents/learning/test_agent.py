@@ -21,7 +21,8 @@ CUSTOM = "SD/Classification-Custom-v0"
 def test_learns_to_skip_everything_where_quality_is_free(name, env, tmp_path):
     # A multiplier pays for quality to spare until it has fallen to nothing.
     settings = {"multiplier_rate": 0.1} if name.endswith("_lagrangian") else {}
-    agent = make_agent(name, env, seed=0, initial_skip_rate=0.3, learning_rate=4e-3, **settings)
+    rate = 0.01 if name == "a2c" else 4e-3  # it takes one step a rollout, and rows as few as these have noise
+    agent = make_agent(name, env, seed=0, initial_skip_rate=0.3, learning_rate=rate, **settings)
     rollouts = learn(agent, {"reinforce": 1_000}.get(name, 5_000), tmp_path)
     assert rollouts[0].infos["flops_ratio"].mean() > 0.6
     decisions = agent.policy().decide(env.core.observe(env.core.split("train"), np.arange(32)))
@@ -37,8 +38,7 @@ def test_learns_to_look_at_its_input(name, make_env, tmp_path, monkeypatch):
 
     def score(split, rows, decisions, seen=None):
         right = (decisions[:, 0] == positive[rows]).astype(float)
-        half = np.full(len(rows), 0.5)
-        return Outcome(right, np.ones(len(rows)), 1 - right, half)
+        return Outcome(right, np.ones(len(rows)), np.full(len(rows), 0.5))
 
     monkeypatch.setattr(core, "score", score)
     accuracy = {}
