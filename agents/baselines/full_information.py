@@ -37,13 +37,14 @@ class Forecast:
         trees = ExtraTreesRegressor(TREES, min_samples_leaf=LEAF, max_features=0.5, random_state=0)
         seen, targets = _seen(split), self._parts.fit_transform(losses)
         folds = KFold(min(FOLDS, len(seen)), shuffle=True, random_state=0)
-        self._of_train = cross_val_predict(trees, seen, targets, cv=folds)  # of rows that were not learned from
+        out_of_fold = cross_val_predict(trees, seen, targets, cv=folds)
+        self._of_train = np.asarray(out_of_fold)  # of rows that were not learned from
         self._trees = trees.fit(seen, targets)
 
     def parts(self, split: TableSplit) -> NDArray:
         """The components that are predicted of each row, ``[n, parts]``; of ``train`` without the row's own fold."""
         predicted = self._of_train if split.name == "train" else self._trees.predict(_seen(split))
-        return predicted.reshape(len(split), -1)
+        return np.asarray(predicted).reshape(len(split), -1)
 
     def losses(self, parts: NDArray) -> NDArray:
         """The losses that predicted components stand for, ``[n, masks]``; dense loses nothing."""

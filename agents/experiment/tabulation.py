@@ -91,20 +91,21 @@ def tabulate(
     core = shared_core(_config(str(env_or_run), settings, instances))
     asked = [decisions] if isinstance(decisions, str) else list(decisions or ())
     few = number_of_decisions(core.nvec) <= MOST
-    masks = ways = layers = None
+    masks = ways = units = None
     if core.is_staged:
         asked = asked or ["path"]
         masks, ways = combine_stages(core, _chosen(core, asked, seed))
     else:
         asked = asked or ["all" if few else "random:64"]
         masks = None if asked == ["all"] and few else _chosen(core, asked, seed)
-        layers = _choice(core, "layers", seed) if asked == ["layers"] else None
+        if masks is not None and asked == ["layers"]:
+            units = _units(core, _choice(core, "layers", seed), masks)
     write_table(
         core,
         masks,
         Path(output),
         ways=ways,
-        units=None if layers is None else _units(core, layers, masks),
+        units=units,
         chosen="" if masks is None else _label(asked, seed, share),
         pca=pca,
         share=share,
