@@ -14,7 +14,7 @@ from sd_gym.registry import Registry, UnknownNameError
 
 Floats = NDArray[np.float64]
 # Of a multiplier, a decision. At 0.1 it rises to several times its start while the policy is still poor, and is still
-# falling when 20,000 decisions end (docs/results.md).
+# falling when 20,000 decisions end.
 MULTIPLIER_RATE = 0.02
 NO_LAGRANGIAN = (
     "an env's reward does not move, so a multiplier that learns is not the env's: train the agent ppo_lagrangian "
