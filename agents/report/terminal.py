@@ -29,7 +29,7 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
     cut = any(timed.get("dense_shortened") for timed in result["time"].values())
     if result["time"]:
         yield _dim(
-            "time at B: of observing, deciding and the switched backbone at batch size B, over the dense backbone's; "
+            "time B: of observing, deciding and the switched backbone at batch size B, over the dense backbone's; "
             "by length: everything runs, in passes of about the same length"
             + (", cut: on inputs cut to what the policy keeps." if cut else ".")
         )
@@ -84,7 +84,7 @@ def _quality_and_cost(title: str, result: dict[str, Any]) -> Table:
     shared = (f", {count} of them also in {name}" for name, count in result["data"][split]["also_in"].items())
     table = Table(title=f"{title} ({split} split, {result['instances']} instances{''.join(shared)})")
     rewards = [key for key in ("return", "regret") if result.get(key) is not None]
-    for column in ("", "quality", "FLOPs", *rewards, *(f"time at {size}" for size in times)):
+    for column in ("", "quality", "FLOPs", *rewards, *(f"time {size}" for size in times)):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     table.add_row("dense", f"{result['quality_ref']:.1%}", "100.0%", *[""] * len(rewards), *["100%"] * len(times))
     own = [f"{timed['time_ratio']:.0%}" for timed in times.values()]
