@@ -67,8 +67,7 @@ def score_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvF
         if not 0 < sum(name in CONTROLS for name in agents) < len(agents):
             alone += [str(run.folder) for run in runs]
             continue
-        labelled = env.quality.kind != "agreement"
-        data = Splits(env.data, env.task, env.backbone.name, labelled=labelled)
+        data = Splits.of_env(env)
         backbone = load_backbone(env.backbone.name, env.backbone.device)
         for run in runs:
             check_unchanged(run.folder, run.config["data"], data)

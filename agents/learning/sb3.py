@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, learning_bias
 from sd_gym.agents.learning.curves import CurveLogger
-from sd_gym.agents.learning.noise import NoisyVecEnv, deviation_of
+from sd_gym.agents.learning.vec_envs import BlindVecEnv, NoisyVecEnv, deviation_of
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -23,11 +23,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from sd_gym.envs.protocols import Observations
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.files import write_tensors
@@ -38,27 +36,6 @@ from sd_gym.policy.token_encoder import TokenEncoder
 # a lost instance (a reward of -20) is an error that leaves the actor hardly a step, just where it has most to learn.
 VALUE_WEIGHT = 0.02
 NEVER = -1e9  # logit of a choice that a stage has not
-
-
-class BlindVecEnv(VecEnvWrapper):
-    """A ``VecEnv`` whose observations show nothing of the input, but its stage where there are several ``stages``."""
-
-    def __init__(self, env: VecEnv, stages: list[str]) -> None:
-        super().__init__(env)
-        self.stages = stages
-
-    def reset(self) -> Observations:
-        """The first observations, blinded."""
-        return self._blinded(self.venv.reset())
-
-    def step_wait(self) -> VecEnvStepReturn:
-        """The step with blinded observations."""
-        observations, rewards, dones, infos = self.venv.step_wait()
-        return self._blinded(observations), rewards, dones, infos
-
-    def _blinded(self, observations: VecEnvObs) -> Observations:
-        assert not isinstance(observations, tuple)  # no space of ours is a tuple
-        return blinded(observations, self.stages)
 
 
 class StageConditioned(nn.Module):

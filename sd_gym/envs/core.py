@@ -45,8 +45,7 @@ class BackboneCore(Core[BackboneSplit]):
     def __init__(self, config: EnvConfig) -> None:
         self.config = config
         self.backbone = load_backbone(config.backbone.name, config.backbone.device)
-        labelled = config.quality.kind != "agreement"
-        self.data = Splits(config.data, config.task, config.backbone.name, labelled=labelled)
+        self.data = Splits.of_env(config)
         self._splits: dict[str, BackboneSplit] = {}
         board, tokens = self.backbone.board, config.tokens
         try:

@@ -37,8 +37,7 @@ def instances(env_id: str, split: str = "test", **settings: Any) -> list[dict[st
     config = load_config(config_of(env_id), settings)
     if config.table is not None:
         raise ValueError(f"{config.table}: a table has none of the texts; list the instances of the env that it is of")
-    labelled = config.quality.kind != "agreement"
-    found = Splits(config.data, config.task, config.backbone.name, labelled=labelled)[split]
+    found = Splits.of_env(config)[split]
     return [
         {
             "id": instance.id,

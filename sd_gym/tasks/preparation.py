@@ -135,6 +135,7 @@ def prepare_backbone(
             "label_range": quality.label_range,
             "data": {name: splits[name].identity for name in SPLITS if name in splits},
             "rows": {name: split.provenance for name, split in encoded.items()},
+            "backbone_rows": encoded["backbone"].instances.hash,
             "policy": None if skip_logits is None else _hash(skip_logits),
         }
         if first:

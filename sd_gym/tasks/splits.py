@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sd_gym.config import DataConfig
+from sd_gym.config import DataConfig, EnvConfig
 from sd_gym.data.instance import Instance
 from sd_gym.tasks.data import SPLITS, DataError, Instances, check_splits, load_split
 from sd_gym.tasks.parts import backbone_rows, row_hashes
@@ -32,6 +32,11 @@ class Splits:
         self._data, self._task, self._labelled = data, task, labelled
         self._of_backbone = np.empty(0, dtype=np.int64) if backbone is None else backbone_rows(backbone)
         self._read: dict[str, Instances | Exception] = {}
+
+    @classmethod
+    def of_env(cls, config: EnvConfig) -> Splits:
+        """Those of an env: with its backbone's rows left out, and without labels where agreement is the quality."""
+        return cls(config.data, config.task, config.backbone.name, labelled=config.quality.kind != "agreement")
 
     def __getitem__(self, name: str) -> Instances:
         """The instances of a split, by its name. Raises: see ``load_split``.

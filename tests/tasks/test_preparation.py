@@ -95,6 +95,8 @@ def test_a_preparation_that_was_cut_off_goes_on_as_if_nothing_had_happened(tmp_p
     with pytest.raises(CutError):
         prepare_backbone(*arguments, tmp_path / "cut", **settings, on_step=cut)
     assert (tmp_path / "cut" / "checkpoint.pt").exists()
+    with pytest.raises(ValueError, match="holds another preparation: its backbone_rows is"):
+        prepare_backbone(*arguments, tmp_path / "cut", **settings, rows=0.9, resume=True)
     steps = []
     prepare_backbone(*arguments, tmp_path / "cut", **settings, resume=True, on_step=lambda step, *_: steps.append(step))
     assert steps == list(range(25, 41))  # the last checkpoint was written after step 24

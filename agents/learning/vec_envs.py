@@ -1,6 +1,8 @@
-"""Noise on what is observed while learning: rows that are decided on often are known by heart without it."""
+"""What agents of Stable-Baselines3 see while they learn: nothing of the input, or the input with noise."""
 
 from __future__ import annotations
+
+from abc import abstractmethod
 
 import gymnasium as gym
 import numpy as np
@@ -10,31 +12,55 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sd_gym.envs.protocols import Core
+from sd_gym.policy import blinded
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
 OFTEN = 50  # decisions a row; from there on PPO and A2C lose on new rows what they gain on the rows they know
 
 
-class NoisyVecEnv(VecEnvWrapper):
-    """A ``VecEnv`` whose observations have Gaussian noise (Bishop 1995: a penalty on what changes fast with them).
+class ObservationVecEnv(VecEnvWrapper):
+    """A ``VecEnv`` whose observations are changed; Stable-Baselines3 has no such wrapper to subclass."""
 
-    ``deviation`` is that of the noise, float32 ``[features]``; ``None``: no noise. It draws from torch's random state.
+    def reset(self) -> VecEnvObs:
+        """The first observations, changed."""
+        return self.changed(self.venv.reset())
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """The step, with changed observations."""
+        observations, rewards, dones, infos = self.venv.step_wait()
+        return self.changed(observations), rewards, dones, infos
+
+    @abstractmethod
+    def changed(self, observations: VecEnvObs) -> VecEnvObs:
+        """What is seen instead of these observations."""
+
+
+class BlindVecEnv(ObservationVecEnv):
+    """It shows nothing of the input, but its stage where there are several ``stages``."""
+
+    def __init__(self, env: VecEnv, stages: list[str]) -> None:
+        super().__init__(env)
+        self.stages = stages
+
+    def changed(self, observations: VecEnvObs) -> VecEnvObs:
+        """Zeros, but for the stage."""
+        assert not isinstance(observations, tuple)  # no space of ours is a tuple
+        return blinded(observations, self.stages)
+
+
+class NoisyVecEnv(ObservationVecEnv):
+    """It adds Gaussian noise (Bishop 1995: a penalty on outputs that change fast with the input).
+
+    Without noise rows that are decided on often are known by heart. ``deviation`` is that of the noise, float32
+    ``[features]``; ``None``: no noise. It draws from torch's random state.
     """
 
     def __init__(self, env: VecEnv) -> None:
         super().__init__(env)
         self.deviation: NDArray | None = None
 
-    def reset(self) -> VecEnvObs:
-        """The first observations, with noise."""
-        return self._noisy(self.venv.reset())
-
-    def step_wait(self) -> VecEnvStepReturn:
-        """The step, with noise on its observations."""
-        observations, rewards, dones, infos = self.venv.step_wait()
-        return self._noisy(observations), rewards, dones, infos
-
-    def _noisy(self, observations: VecEnvObs) -> VecEnvObs:
+    def changed(self, observations: VecEnvObs) -> VecEnvObs:
+        """With noise."""
         if self.deviation is None:
             return observations
         assert isinstance(observations, np.ndarray)  # as ``deviation_of`` makes sure

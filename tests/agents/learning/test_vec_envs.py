@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from sd_gym.agents.learning.noise import OFTEN, deviation_of
+from sd_gym.agents.learning.vec_envs import OFTEN, deviation_of
 from sd_gym.agents.registry import make_agent
 from stable_baselines3.common.logger import configure
 
