@@ -46,16 +46,23 @@ class Projection(NamedTuple):
         write_arrays(file, self._asdict())
 
 
-def fit_projection(observations: Array, size: int) -> Projection:
+def fit_projection(observations: Array, size: int, before: int = 0, after: int = 0) -> Projection:
     """Scikit-learn's PCA, fitted on the observations ``[n, features]`` of a training split.
 
-    A component that does not vary there says nothing, and stays as small as it is.
+    A component that does not vary there says nothing, and stays as small as it is. So many numbers ``before`` and
+    ``after`` what is reduced stay as they are.
     """
+    from scipy.linalg import block_diag
     from sklearn.decomposition import PCA
 
-    found = PCA(size, svd_solver="full").fit(observations.astype(np.float64))
-    scale = deviation_of(np.sqrt(found.explained_variance_))[:, None]
-    exact = (found.mean_, found.components_ / scale, found.explained_variance_ratio_)
+    reduced = observations[:, before : observations.shape[1] - after]
+    found = PCA(size, svd_solver="full").fit(reduced.astype(np.float64))
+    components = found.components_ / deviation_of(np.sqrt(found.explained_variance_))[:, None]
+    exact = (
+        np.pad(found.mean_, (before, after)),
+        block_diag(np.eye(before), components, np.eye(after)),
+        np.pad(found.explained_variance_ratio_, (before, after)),
+    )
     return Projection(*(values.astype(np.float32) for values in exact))
 
 

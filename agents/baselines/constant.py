@@ -56,8 +56,8 @@ class EveryOtherAgent(_FixedPolicyAgent[AgentSettings]):
         odd = [switch.index % 2 for switch in core.backbone.board.switches]
         if len(core.switch_names) < len(odd):
             raise NotApplicableError("every-other decides on each switch, but this table has some masks only")
-        mask = np.minimum([*odd, 0], core.nvec - 1)  # what is no candidate always runs
-        return self._constant_policy(decision_logits(core.nvec, mask, CERTAIN))
+        mask = np.minimum([*odd, 0], core.decision_nvec - 1)  # what is no candidate always runs
+        return self._constant_policy(decision_logits(core.nvec, core.from_masks(mask[None])[0], CERTAIN))
 
 
 class RandomAgent(_FixedPolicyAgent[RateSettings]):

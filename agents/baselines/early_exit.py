@@ -13,6 +13,7 @@ from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.protocols import Split
 from sd_gym.execution.split import BackboneSplit
+from sd_gym.going_on import ANSWER
 
 THRESHOLDS = np.r_[np.linspace(0.5, 0.95, 10), 0.97, 0.98, 0.99, 0.995, 0.999, 1.01]  # above 1: never
 SWEEPS = 2  # over all stages, to lower their thresholds
@@ -44,7 +45,7 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if (self.env.core.nvec[:-1] < 2).any():
+        if (self.env.core.decision_nvec[:-1] < 2).any():
             raise NotApplicableError("early exit skips whole layers, and the env's candidates are not all sublayers")
         if not self.env.core.can_exit:
             raise NotApplicableError("early exit runs an encoder that classifies, which no table has, nor this env")
@@ -66,7 +67,7 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
     def decisions(self, exits: NDArray) -> NDArray:
         """Everything from the exits ``[n]`` on is skipped: decisions ``[n, components]``."""
         skip = np.arange(self.env.core.n_switches) >= self._ends[exits][:, None]
-        return np.pad(skip, ((0, 0), (0, 1))).astype(np.int64)
+        return self.env.core.from_masks(np.pad(skip, ((0, 0), (0, 1))).astype(np.int64))
 
     def judging_flops(self, split: Split, rows: NDArray) -> NDArray:
         """FLOPs of the head at one exit, ``[n]``."""
@@ -140,5 +141,6 @@ class Confidence(EarlyExit):
     def _ends(self) -> NDArray:
         """At the stages of the env."""
         core = self.env.core
-        starts = [columns.start for columns in core.backbone.board.decided_at(core.stages).values() if columns.start]
+        names = [name for name in core.stages if name != ANSWER]
+        starts = [columns.start for columns in core.backbone.board.decided_at(names).values() if columns.start]
         return np.array([*starts, core.n_switches])

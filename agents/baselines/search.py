@@ -38,10 +38,10 @@ IsGood = Callable[[Array, Array], Array]  # of rows [n] and decisions [n, compon
 def skip_units(core: Core, per: Per = "sublayer") -> list[Array]:
     """The components of a decision, int64, in parts that are raised together: each alone, or those of a layer.
 
-    The last component, of the tokens, is always alone; those of a layer that have no choice are left out. Raises
+    The component of the tokens is always alone, and the last one; those of a layer that have no choice are left out. Raises
     ``ValueError`` if layers are asked for, and decisions are numbers of masks.
     """
-    alone = [np.array([component]) for component in range(len(core.nvec))]
+    alone = [np.array([component]) for component in range(core.n_skips)]
     if per == "sublayer":
         return alone
     names = core.switch_names

@@ -216,7 +216,7 @@ def _contestants(
     return [
         lambda: backbone.logits(split.passes.inputs(rows)),
         lambda: list(core.decided_logits(unseen, everything, policy.decide)),
-        lambda: list(again.passes.logits(everything, np.zeros((len(rows), len(core.nvec)), dtype=np.int64))),
+        lambda: list(again.passes.logits(everything, np.zeros((len(rows), len(core.decision_nvec)), dtype=np.int64))),
         *([shortened] if len(core.config.tokens.shares) > 1 else []),
     ]
 

@@ -31,7 +31,7 @@ def export(
         return None
     network: DecisionPolicy | TablePolicy = policy
     if exported.masks is not None or exported.projection is not None:
-        known = core.decision_nvec.tolist(), core.backbone.board.names
+        known = [*core.decision_nvec.tolist(), *[2] * core.has_answer_stage], core.backbone.board.names
         network = TablePolicy(policy, *known, exported.masks, exported.projection)
     env, selection = dotted(exported.env.model_dump()), result["selection"]
     card = {

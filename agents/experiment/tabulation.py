@@ -90,7 +90,7 @@ def tabulate(
     """
     core = shared_core(_config(str(env_or_run), settings, instances))
     asked = [decisions] if isinstance(decisions, str) else list(decisions or ())
-    few = number_of_decisions(core.nvec) <= MOST
+    few = number_of_decisions(core.decision_nvec) <= MOST
     masks = ways = units = None
     if core.is_staged:
         asked = asked or ["path"]
@@ -144,8 +144,9 @@ def _config(env_or_run: str, settings: dict[str, Any], instances: int | None) ->
 
 def _chosen(core: Core, asked: Sequence[str], seed: int) -> NDArray:
     """Different masks, ``[masks, switches + 1]``, the dense one first, then down in FLOPs; raises as ``_choice``."""
-    dense = np.zeros((1, len(core.nvec)), dtype=np.int64)
-    masks = np.unique(np.concatenate([dense, *(_choice(core, choice, seed) for choice in asked)]), axis=0)
+    dense = np.zeros((1, len(core.decision_nvec)), dtype=np.int64)
+    chosen = (core.to_masks(_choice(core, choice, seed)) for choice in asked)
+    masks = np.unique(np.concatenate([dense, *chosen]), axis=0)
     return masks[down_in_flops(core, masks)]
 
 
@@ -165,7 +166,7 @@ def combine_stages(core: Core, masks: NDArray) -> tuple[NDArray, list[int]]:
     each stage has: first nothing skipped, then down in FLOPs. Raises ``ValueError`` if there are more than 4,096.
     """
     of_stages = []
-    for components in core.steps.components:
+    for components in core.steps.components[: len(core.stages) - core.has_answer_stage]:
         ways = np.zeros_like(masks)
         ways[:, components] = masks[:, components]
         ways = np.unique(ways, axis=0)
@@ -186,7 +187,7 @@ def _choice(core: Core, asked: str, seed: int) -> NDArray:
     """The masks that a value of ``decisions`` stands for; raises ``ValueError`` if it is malformed."""
     kind, _, value = asked.partition(":")
     if kind == "random" and value.isdecimal() and int(value) > 0:
-        return random_masks(core.nvec, int(value), seed)
+        return random_masks(core.decision_nvec, int(value), seed)
     if asked == "path":
         rows = policy_rows(core, PATH_INSTANCES)
         return np.stack(greedy_path(core, core.split("train"), rows, lambda scored: None))
@@ -199,11 +200,11 @@ def _choice(core: Core, asked: str, seed: int) -> NDArray:
         name = value or core.config.codebook
         if name is None:
             raise ValueError(f"{core.config.id} has no codebook; name one: codebook:FILE")
-        return read_masks(codebook_file(name), core.nvec)
+        return read_masks(codebook_file(name), core.decision_nvec)
     if asked == "all":
         raise ValueError(
-            f"{core.config.id} has {number_of_decisions(core.nvec):,} decisions; a table has all of them where there "
-            f"are at most {MOST:,}, and 'all' stands alone: choose some with random:N, path or codebook"
+            f"{core.config.id} has {number_of_decisions(core.decision_nvec):,} decisions; a table has all of them where "
+            f"there are at most {MOST:,}, and 'all' stands alone: choose some with random:N, path or codebook"
         )
     raise ValueError(f"--decisions: expected {CHOICES}, got {asked!r}")
 

@@ -193,9 +193,10 @@ class ImitationAgent(Agent[ImitationSettings]):
         Selection finds the margin of each, so that the thresholds of all stages are chosen together.
         """
         core, policies = self.env.core, [self.policy()]
-        if len(core.stages) == 1:
+        deciding = len(core.stages) - core.has_answer_stage
+        if deciding == 1:
             return policies
-        later = np.unique(np.linspace(1, len(core.stages) - 1, STARTS).round().astype(int))
+        later = np.unique(np.linspace(1, deciding - 1, STARTS).round().astype(int))
         first = np.cumsum([0, *core.nvec[:-1]])  # the choice of each component that runs all
         for stage, caution in product(later, CAUTION):
             before = np.concatenate(core.steps.components[:stage])

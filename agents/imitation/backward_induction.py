@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.imitation.path_logits import step_logits
+from sd_gym.agents.imitation.path_logits import accepting_logits, step_logits
 from sd_gym.agents.learning.agent import token_tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,6 +29,7 @@ from sd_gym.policy import HIDDEN
 from sd_gym.policy.observations import to_tensors
 from sd_gym.switch import PassState
 
+ANSWERS = 8  # looks at the answers of each instance, under as many masks
 AT_ONCE = 256  # instances whose tokens are embedded at once
 LOG_PRICES = torch.linspace(-3, 6, 13)  # of a lost instance over the env's own, what earlier stages foresee
 Loss = Callable[[Tensor | slice], Tensor]  # of some instances
@@ -38,7 +39,9 @@ class StageChoices(NamedTuple):
     """What a stage can choose."""
 
     components: NDArray  # of a decision, those that are its own, int64
-    ways: NDArray  # decisions, zeros but for these, each skipping one candidate more, dense first: int64 [ways, nvec]
+    # Decisions, zeros but for these, each skipping one candidate more, dense first: int64 [ways, nvec]. Of an answer: to
+    # go on, and to accept it.
+    ways: NDArray
 
 
 class StageObservations(NamedTuple):
@@ -75,19 +78,26 @@ def stage_choices(core: Core, path: NDArray) -> list[StageChoices]:
         ways[:, components] = path[:, components]
         changes = np.append(True, (ways[1:] != ways[:-1]).any(axis=1))
         stages.append(StageChoices(components, ways[changes]))
+    if core.has_answer_stage:
+        both = np.zeros((2, path.shape[1]), dtype=np.int64)
+        both[0, -1] = 1
+        stages[-1] = stages[-1]._replace(ways=both)
     return stages
 
 
-def earlier_decisions(drawn: NDArray, before: Sequence[StageChoices]) -> NDArray:
-    """Under what a stage is observed: nothing skipped, and what drawn masks skip at the stages ``before`` it.
+def earlier_decisions(
+    n: int, components: int, before: Sequence[StageChoices], random: np.random.Generator, *, answers: bool
+) -> NDArray:
+    """Under what a stage is observed: of ``n`` instances, int64 ``[n, looks, components]``.
 
-    Of a mask for each instance, ``[n, components]``, int64 ``[n, looks, components]``: two looks, or of the first stage
-    one.
+    A middle stage has two looks: nothing skipped, and a way drawn of each stage ``before`` it. What an answer is worth
+    depends on all that was skipped, so an answer has ``ANSWERS`` looks, all of them drawn. The first stage has one.
     """
-    skipped = np.zeros_like(drawn)
+    looks = ANSWERS if answers else min(len(before), 1)
+    drawn = np.zeros((n, looks, components), dtype=np.int64)
     for choices in before:
-        skipped[:, choices.components] = drawn[:, choices.components]
-    return np.stack([np.zeros_like(drawn), skipped], axis=1) if before else skipped[:, None]
+        drawn += choices.ways[random.integers(len(choices.ways), size=(n, looks))]
+    return drawn if answers else np.concatenate([np.zeros((n, 1, components), dtype=np.int64), drawn], axis=1)
 
 
 def batches(length: NDArray, size: int) -> Iterator[NDArray]:
@@ -154,7 +164,7 @@ class BackwardInduction:
 
     def __post_init__(self) -> None:
         self.split, self.stage_choices = self.core.split("train"), stage_choices(self.core, self.path)
-        self._drawn = self.path[np.random.default_rng(self.seed).integers(len(self.path), size=len(self.rows))]
+        self._random = np.random.default_rng(self.seed)
         self._scored = 0
         self._log_multiplier = math.log(self.core.config.reward.penalty / self.core.config.reward.cost_scale)
         self.log_prices = LOG_PRICES + self._log_multiplier
@@ -165,7 +175,9 @@ class BackwardInduction:
         return [self._learn_stage(stage) for stage in reversed(range(len(self.stage_choices)))][::-1]
 
     def _learn_stage(self, stage: int) -> StageTargets:
-        under = earlier_decisions(self._drawn, self.stage_choices[:stage])
+        answers = self._is_last(stage) and self.core.has_answer_stage
+        before = self.stage_choices[:stage]
+        under = earlier_decisions(len(self.rows), self.path.shape[1], before, self._random, answers=answers)
         looks = under.shape[1]
         rows, decisions = np.repeat(self.rows, looks), under.reshape(-1, under.shape[2])
         shown, spent, outcomes = self._scored_ways(stage, rows, decisions)
@@ -188,7 +200,11 @@ class BackwardInduction:
         foreseen = self._foreseen(stage, observations.through(network), spent)
         if self._is_last(stage):
             risk = foreseen[:, :, 0, 1] - foreseen[:, :, 0, 2]
-            steps = step_logits(risk - risk[:, :1], spent.mean(dim=0).double())
+            added = risk - risk[:, :1]
+            if answers:  # what going on costs depends on what was skipped
+                steps = accepting_logits(added[:, 1:], spent[:, :1] - spent[:, 1:])
+            else:
+                steps = step_logits(added, spent.mean(dim=0).double())
         else:
             steps = price_logits(costs(foreseen, self.log_prices.exp()), self.log_prices)
         return StageTargets(observations, (steps - self._log_multiplier).unflatten(0, (-1, looks)))

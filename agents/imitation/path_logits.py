@@ -34,15 +34,24 @@ def step_logits(risk: Tensor, flops: Tensor) -> Tensor:
     return -torch.cat(slopes).clamp(min=LEAST_RISK).log()
 
 
+def accepting_logits(risk: Tensor, saved: Tensor) -> Tensor:
+    """Logarithm of the FLOPs ratio that accepting an answer saves over the risk that it adds, each ``[n, 1]``."""
+    return saved.clamp(min=LEAST_SAVED).log() - risk.clamp(min=LEAST_RISK).log()
+
+
 def component_logits(steps: Tensor, path: NDArray, nvec: NDArray) -> Tensor:
     """Logits ``[n, sum(nvec)]`` under which a policy takes the ``steps [n, masks - 1]`` of a path that are positive.
 
-    A choice of a component has the sum of the steps that lead to it, the first choice (everything runs) has 0.
+    A choice of a component has the sum of the steps that lead to it, and that of the first of the path (everything
+    runs, or an answer is not accepted) has 0.
     """
     first = np.cumsum([0, *nvec[:-1]])
     leads = torch.zeros(steps.shape[1], int(nvec.sum()))
     for step, raised in enumerate(path_steps(list(path))):
         for component in raised:
             choice, start = path[step + 1, component], first[component]
-            leads[step, start + choice : start + nvec[component]] = 1
+            if choice > path[step, component]:
+                leads[step, start + choice : start + nvec[component]] = 1
+            else:  # to accept an answer is the first choice
+                leads[step, start : start + choice + 1] = 1
     return steps @ leads

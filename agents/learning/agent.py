@@ -33,6 +33,7 @@ from sd_gym.tasks.ranking import STATISTICS_SIZE
 BLIND_REFINING_RATE = 1e-3  # learning rate of a blind agent with a start
 FIRST_LOOK = 256  # texts that untrained token encoders are standardised by
 TOKENS_DROPPED = 0.1  # how often, before anything is learned, of two token levels the one that drops some is chosen
+SURENESS = (-2.0, -1.0, 0.0, 1.0, 2.0)  # log-odds, of versions that accept answers more easily, or less
 START_FIELDS = ("stages", "observation_size", "channels", "token_width", "nvec", "switches", "network", "hidden")
 INFO_TAGS = ("quality", "quality_ref", "flops_ratio")
 INFO_KEYS = (*INFO_TAGS, "is_success")
@@ -200,8 +201,11 @@ class Agent(BaseAgent[SettingsT]):
         return [self.policy(), *([] if self.start is None else [self.start])]
 
     def operating_points(self) -> list[Version]:
-        """The versions of all policies to select from."""
-        return [one for policy in self.selectable_policies() for one in versions(self.env.core, policy)]
+        """The versions of all policies to select from; of those with an answer stage also surer and less sure ones."""
+        core, policies = self.env.core, self.selectable_policies()
+        if core.has_answer_stage:
+            policies = [policy.with_sureness(margin) for policy in policies for margin in SURENESS]
+        return [one for policy in policies for one in versions(core, policy)]
 
     def state(self) -> dict[str, Any]:
         """All that learning depends on, as tensors and plain values; agents that search have none, and start again."""
@@ -345,10 +349,11 @@ def learning_bias(core: Core, skip_rate: float) -> torch.Tensor:
 
     Tokens are mostly kept: an input that lost them mostly lost its answer too, which teaches nothing about switches.
     """
-    bias, levels = initial_bias(core.nvec, skip_rate), int(core.nvec[-1])
-    if levels > 1 and core.switch_names:  # else the last component is no token level, but the number of a mask
-        bias[-levels:] = initial_bias(core.nvec[-1:], min(skip_rate, TOKENS_DROPPED))
-    return bias
+    parts = [initial_bias(core.nvec[[component]], skip_rate) for component in range(len(core.nvec))]
+    if core.switch_names:  # else there is no token level, but the number of a mask
+        level = len(core.switch_names)
+        parts[level] = initial_bias(core.nvec[[level]], min(skip_rate, TOKENS_DROPPED))
+    return torch.cat(parts)
 
 
 def decision_logits(nvec: NDArray, decision: NDArray, confidence: float) -> torch.Tensor:

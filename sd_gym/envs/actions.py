@@ -189,10 +189,13 @@ class Steps:
     ``components`` are for each stage those that it decides, ``places`` where in an action they stand; ``choices`` are
     sizes of an action's components, ``masks`` which of them each stage has, bool ``[stages, sum(choices)]``.
     ``is_whole``: whether an action is the whole decision, as one step makes all components, in their order.
+    ``answers``: whether the last step is that of the stage ``answer``.
     """
 
-    def __init__(self, components: Sequence[Array], places: Sequence[Array], nvec: Array) -> None:
-        self.components, self._places, self._nvec = list(components), list(places), nvec
+    def __init__(
+        self, components: Sequence[Array], places: Sequence[Array], nvec: Array, *, answers: bool = False
+    ) -> None:
+        self.components, self._places, self._nvec, self._answers = list(components), list(places), nvec, answers
         self.is_whole = all(np.array_equal(own, np.arange(len(nvec))) for own in (*components, *places))
         sizes = np.ones((len(self.components), 1 + max(int(place.max(initial=0)) for place in places)), dtype=np.int64)
         for size, component, place in zip(sizes, components, places, strict=True):
@@ -225,9 +228,12 @@ class Steps:
         return self.spread(shown[:, : len(self.components)].argmax(axis=1), choices)
 
     def ends(self, stage: int) -> Array:
-        """A decision, int64 ``[components]``, that skips as much as can be after a stage, and nothing before."""
+        """A decision, int64 ``[components]``, that skips as much as can be after a stage, and nothing before.
+
+        The answer is accepted.
+        """
         ends = np.zeros(len(self._nvec), dtype=np.int64)
-        for components in self.components[stage + 1 :]:
+        for components in self.components[stage + 1 : len(self.components) - self._answers]:
             ends[components] = self._nvec[components] - 1
         return ends
 

@@ -22,6 +22,7 @@ from sd_gym.envs.protocols import Core, Observations, Outcome
 from sd_gym.envs.spaces import Observation, Pooled, Tokens
 from sd_gym.envs.staged import BackboneFirstLook, StageObservation
 from sd_gym.execution.split import BackboneSplit
+from sd_gym.going_on import ANSWER, answering
 from sd_gym.policy.artefact import tokenizer_hash
 from sd_gym.policy.protected_tokens import ProtectedTokens
 from sd_gym.registration import OBSERVATIONS
@@ -48,11 +49,19 @@ class BackboneCore(Core[BackboneSplit]):
         self.data = Splits.of_env(config)
         self._splits: dict[str, BackboneSplit] = {}
         board, tokens = self.backbone.board, config.tokens
+        answers = ANSWER in config.stages
         try:
-            decided_at = board.decided_at(config.stages)
+            decided_at = board.decided_at([name for name in config.stages if name != ANSWER])
         except ValueError as error:
             raise ConfigError(f"{config.id}: config key 'stages': {error}") from error
-        self.stages, self.columns = list(decided_at), list(decided_at.values())
+        if answers and not self.backbone.head.judgement:
+            raise ConfigError(
+                f"{config.id}: config key 'stages': at the stage {ANSWER} the head judges its answer, but the backbone "
+                f"{config.backbone.name!r} gives a score, of which it has no probability; leave {ANSWER} out"
+            )
+        nothing = slice(len(board), len(board))
+        self.stages = [*decided_at, *[ANSWER] * answers]
+        self.columns = [*decided_at.values(), *[nothing] * answers]
         if config.observation == "tokens" and "first" not in self.stages:
             raise ConfigError(
                 f"{config.id}: config key 'stages': observation tokens is seen at the stage first; got {self.stages}"
@@ -60,9 +69,10 @@ class BackboneCore(Core[BackboneSplit]):
         self.switch_names = board.names
         # A switch has 2 choices; 1, to run, where its kind is not among the candidates. The tokens come last.
         choices = [1 + (switch.sublayer.kind in config.candidates) for switch in board.switches]
-        self.nvec = self.decision_nvec = np.array([*choices, len(tokens.shares)], dtype=np.int64)
+        self.decision_nvec = np.array([*choices, len(tokens.shares)], dtype=np.int64)
+        self.nvec = np.append(self.decision_nvec, [2] * answers)
         self._ranking = RANKINGS.find(tokens.ranking) if len(tokens.shares) > 1 else None  # no token is dropped
-        self.highest_flops_ratio = 2.0 if self._ranking and self._ranking.costs_flops else 1.0
+        self.highest_flops_ratio = 1.0 + answers + bool(self._ranking and self._ranking.costs_flops)
         self.steps = self._steps()
         self.actions = ACTIONS[config.action](config, self.steps.choices)
         self._decided = MultiDiscreteActions(config, self.nvec)
@@ -83,15 +93,21 @@ class BackboneCore(Core[BackboneSplit]):
         return self.backbone.can_exit
 
     def _steps(self) -> Steps:
-        """Each stage decides its switches, the first of an action; at ``first`` the tokens too, which come last."""
+        """Each stage decides its switches, the first of an action; at ``first`` the tokens too, which come last.
+
+        At ``answer`` the first component of an action says whether to go on.
+        """
+        level, goes_on = len(self.decision_nvec) - 1, len(self.decision_nvec)
         widest = max(columns.stop - columns.start for columns in self.columns)
         components, places = [], []
         for name, columns in zip(self.stages, self.columns, strict=True):
             own, at = np.arange(columns.start, columns.stop), np.arange(columns.stop - columns.start)
+            if name == ANSWER:
+                own, at = np.array([goes_on]), np.array([0])
             tokens = name == "first"
-            components.append(np.append(own, len(self.nvec) - 1) if tokens else own)
+            components.append(np.append(own, level) if tokens else own)
             places.append(np.append(at, widest) if tokens else at)
-        return Steps(components, places, self.nvec)
+        return Steps(components, places, self.nvec, answers=self.has_answer_stage)
 
     @cached_property
     def stage_observation(self) -> StageObservation | BackboneFirstLook:
@@ -99,12 +115,12 @@ class BackboneCore(Core[BackboneSplit]):
         return StageObservation(self, self.columns) if self.is_staged else BackboneFirstLook(self)
 
     def to_masks(self, decisions: Array) -> Array:
-        """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``: here they are."""
-        return np.array(decisions, dtype=np.int64)
+        """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``: all but whether a row goes on."""
+        return np.array(decisions[:, : len(self.decision_nvec)], dtype=np.int64)
 
     def from_masks(self, masks: Array) -> Array:
-        """Masks ``[n, switches + 1]`` as decisions, int64 ``[n, components]``: here they are, too."""
-        return np.array(masks, dtype=np.int64)
+        """Masks ``[n, switches + 1]`` as decisions, int64 ``[n, components]``, whose answers are accepted."""
+        return np.pad(np.array(masks, dtype=np.int64), ((0, 0), (0, int(self.has_answer_stage))))
 
     def split(self, name: str) -> BackboneSplit:
         """A split by name, loaded when first asked for."""
@@ -176,6 +192,7 @@ class BackboneCore(Core[BackboneSplit]):
             )
             return
         decisions, seen = self.rollout(split, rows, decide)
+        decisions = answering(decisions, len(self.decision_nvec))
         if seen is None:
             yield from split.passes.logits(rows, decisions)
         else:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from sd_gym.config import EnvConfig
 from sd_gym.envs.actions import Actions, Steps
+from sd_gym.going_on import ANSWER
 
 if TYPE_CHECKING:  # it needs torch
     from sd_gym.envs.export import Export
@@ -54,7 +55,7 @@ class Scores(Protocol):
 
 
 class Costs(Protocol):
-    """FLOPs of rows ``[n]`` of a split under decisions ``[n, components]``, int64 ``[n]``."""
+    """FLOPs of rows ``[n]`` of a split under decisions ``[n, components]``, int64 ``[n]``; those of going on count."""
 
     # Over dense FLOPs, float64.
     def flops_ratio(self, rows: Array, decisions: Array) -> Array: ...
@@ -62,6 +63,8 @@ class Costs(Protocol):
     def dense_flops(self, rows: Array) -> Array: ...
     # Of the head, which no decision saves.
     def head_flops(self, rows: Array) -> Array: ...
+    # Of going on after decisions: what the answer stage adds.
+    def going_on(self, rows: Array, masks: Array) -> Array: ...
 
 
 class Lengths(Protocol):
@@ -121,7 +124,7 @@ class StageLooks(Protocol[OfSplit]):
     ) -> tuple[Observations, PassState | None]: ...
     # A batch of n episodes of a core with these looks, before the first reset.
     def episodes(self, core: Core, n: int, info_text: bool) -> Any: ...
-    # FLOPs of the head's judgements in one episode of each row, int64 [n].
+    # FLOPs of the head's judgements in one episode of each row, int64 [n]; that of the answer costs nothing.
     def judging_flops(self, split: OfSplit, rows: Array) -> Array: ...
 
 
@@ -171,6 +174,16 @@ class Core(Protocol[S]):
     def n_switches(self) -> int:
         """Number of switches of the backbone."""
         return len(self.decision_nvec) - 1
+
+    @property
+    def has_answer_stage(self) -> bool:
+        """Whether the last component of a decision says to go on: 1, or to accept the answer: 0."""
+        return self.stages[-1] == ANSWER
+
+    @property
+    def n_skips(self) -> int:
+        """Number of components of a decision that skip something: all but whether to go on."""
+        return len(self.nvec) - self.has_answer_stage
 
     @property
     def is_staged(self) -> bool:

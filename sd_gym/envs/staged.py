@@ -15,6 +15,7 @@ from sd_gym.envs.first_look import FirstLook
 from sd_gym.envs.protocols import Core, Observations
 from sd_gym.envs.spaces import Pooled, Tokens
 from sd_gym.execution.split import BackboneSplit
+from sd_gym.going_on import ANSWER
 from sd_gym.policy.features import log_odds, pooled_features, stage_observation
 from sd_gym.projection import OBSERVATION_LIMIT, deviation_of
 from sd_gym.switch import PassState
@@ -53,6 +54,9 @@ class StageObservation:
     but the stage and the FLOPs is standardised for each stage by a dense pass over the first 2,000 instances of the
     training split.
 
+    With the stage ``answer`` there are as many numbers more as the head says of its answer (``Answers.judgement``), as
+    they are. They are 0 before that stage, which shows them beside what the stage before it has shown.
+
     Where the env's observation is ``tokens`` that is the ``stage`` of a ``Dict``, beside ``tokens`` and ``mask`` as of
     ``Tokens``: those of the text, at every stage, so that a later one knows all that an earlier one did.
     """
@@ -60,12 +64,15 @@ class StageObservation:
     def __init__(self, core: Core[BackboneSplit], columns: list[slice]) -> None:
         self.names, self.columns = core.stages, columns
         self.judges = core.backbone.can_exit
+        self._said = len(core.backbone.head.judgement) if core.has_answer_stage else 0  # numbers of the answer stage
         split = core.split("train")
         rows = np.arange(min(len(split), STATISTICS_SIZE))
         features = np.concatenate(
             [np.stack(list(self._dense(split, part))) for part in np.split(rows, rows[PASS_ROWS::PASS_ROWS])], axis=1
         )
         self.mean, self.deviation = features.mean(axis=1), deviation_of(features.std(axis=1))
+        said = slice(features.shape[2] - self._said, None)  # a dense pass is surer of itself than any other
+        self.mean[:, said], self.deviation[:, said] = 0, 1
         size = len(self.names) + 1 + features.shape[2]
         shown = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (size,), np.float32)
         self._tokens = core.observation if isinstance(core.observation, Tokens) else None
@@ -84,6 +91,7 @@ class StageObservation:
         self, split: BackboneSplit, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
     ) -> tuple[Observations, PassState | None]:
         """Observations, float32 ``[n, size]``, or with tokens beside them; see ``StageLooks.observe``."""
+        decisions = split.costs.masks(decisions)
         features, seen = self._features(split, rows, stage, decisions, resume_from)
         exits = decisions.copy()
         exits[:, self.columns[stage].start : -1] = 1
@@ -99,9 +107,26 @@ class StageObservation:
         return StagedEpisodes(core, n, info_text)
 
     @property
+    def around(self) -> tuple[int, int]:
+        """How many numbers of an observation stand before the hidden states, and after them."""
+        return len(self.names) + 1, self.judges + self._said
+
+    def dense(self, split: BackboneSplit, rows: Array) -> Array:
+        """What the stages but ``answer`` show of rows in a dense pass, one after the other, ``[n * stages, size]``."""
+        seen = []
+        for part in np.split(rows, rows[PASS_ROWS::PASS_ROWS]):
+            features = self._dense(split, part)
+            nothing = np.zeros(len(part))
+            for stage, name in enumerate(self.names):
+                shown = next(features)
+                if name != ANSWER:
+                    seen.append(stage_observation(stage, nothing, shown, self.mean, self.deviation))
+        return np.concatenate(seen)
+
+    @property
     def judgements(self) -> int:
         """How often the head judges in one episode."""
-        return sum(name != "first" for name in self.names) if self.judges else 0
+        return sum(name not in ("first", ANSWER) for name in self.names) if self.judges else 0
 
     def judging_flops(self, split: BackboneSplit, rows: Array) -> Array:
         """FLOPs of the head's judgements in one episode of each row, int64 ``[n]``."""
@@ -110,17 +135,25 @@ class StageObservation:
     def _dense(self, split: BackboneSplit, rows: Array) -> Iterator[Array]:
         """Features of each stage of a dense pass, ``[n, features]``."""
         decisions, seen = np.zeros((len(rows), len(split.backbone.board) + 1), dtype=np.int64), None
-        for stage in range(len(self.names)):
-            features, seen = self._features(split, rows, stage, decisions, seen)
+        features = np.zeros((len(rows), 0))
+        for stage, name in enumerate(self.names):
+            if name != ANSWER:  # which shows the same, and a judgement, which is not standardised
+                features, seen = self._features(split, rows, stage, decisions, seen)
             yield features
 
     def _features(
         self, split: BackboneSplit, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
     ) -> tuple[Array, PassState | None]:
-        judged = np.zeros((len(rows), int(self.judges)), dtype=np.float32)
+        if self.names[stage] == ANSWER:
+            features, seen = self._features(split, rows, stage - 1, decisions, resume_from)
+            features[:, features.shape[1] - self._said :] = split.scoring.judged(rows, decisions, seen)
+            return features, None
+        judged = np.zeros((len(rows), self.judges + self._said), dtype=np.float32)
         if self.names[stage] == "first":
             return np.concatenate([split.features[rows], judged], axis=1), None
-        seen = split.passes.seen_at(self.names[stage], rows, decisions, resume_from)
+        seen = resume_from
+        if seen is None or seen.stage != self.names[stage]:
+            seen = split.passes.seen_at(self.names[stage], rows, decisions, resume_from)
         if self.judges:
             judged[:, 0] = log_odds(split.passes.confidence_at(seen, rows, decisions))
         return np.concatenate([pooled_features(seen.hidden, seen.mask).float().cpu().numpy(), judged], axis=1), seen

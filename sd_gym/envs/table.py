@@ -19,9 +19,20 @@ from sd_gym.envs.actions import MaskActions, MultiDiscreteActions, Steps, all_de
 from sd_gym.envs.episodes import StagedEpisodes
 from sd_gym.envs.first_look import FirstLook
 from sd_gym.envs.protocols import Core, Outcome
-from sd_gym.envs.table_files import CODEBOOK, EXPORT, FACT, PROJECTION, observations_at, read_description, table_folder
+from sd_gym.envs.table_files import (
+    CODEBOOK,
+    EXPORT,
+    FACT,
+    JUDGED,
+    PROJECTION,
+    SPENT,
+    observations_at,
+    read_description,
+    table_folder,
+)
 from sd_gym.envs.table_scores import TableCosts, TableScoring, packed_length
 from sd_gym.files import map_arrays, read_json
+from sd_gym.going_on import parted
 from sd_gym.projection import Projection, read_projection
 
 if TYPE_CHECKING:  # it needs torch
@@ -53,8 +64,8 @@ class TableData:
 class TableObservation:
     """What was observed of each instance when the table was made; ``projection`` reduced it to what the table has."""
 
-    def __init__(self, described: dict[str, Any], projection: Projection | None) -> None:
-        self.projection, self.flops = projection, 0 if projection is None else projection.flops
+    def __init__(self, described: dict[str, Any], projection: Projection | None, looks: int) -> None:
+        self.projection, self.flops = projection, 0 if projection is None else looks * projection.flops
         self.shape = tuple(described["shape"])
         low, high = (np.full(self.shape, described[key], dtype=np.float32) for key in ("low", "high"))
         self.space = gym.spaces.Box(low, high, dtype=np.float32)
@@ -67,18 +78,31 @@ class TableObservation:
 class TableStages:
     """What was observed at the stages when the table was made: the ``StageLooks`` of a core that decides at several."""
 
-    def __init__(self, space: gym.Space, ways: list[int], judgements: int) -> None:
-        self.space, self._judgements, self.judges = space, judgements, judgements > 0
+    def __init__(self, core: TableCore, ways: list[int], judgements: int) -> None:
+        self.space, self._judgements, self.judges = core.observation.space, judgements, judgements > 0
         self._place = [_place_values(ways[:stage]) for stage in range(len(ways))]
+        self._stages, self._masks_of = len(core.stages), core.masks_of
 
     def observe(
         self, split: TableSplit, rows: Array, stage: int, decisions: Array, resume_from: object
     ) -> tuple[Array, None]:
         """Float32 ``[n, size]``, and no pass to go on from; see ``StageLooks.observe``."""
+        if stage == len(self._place):
+            return self._at_answer(split, rows, decisions), None
         observed = split.tensors[observations_at(stage)]
         if stage == 0:
-            return np.take(observed, rows, axis=0), None
-        return observed[rows, decisions[:, :stage] @ self._place[stage]], None
+            return np.take(observed, rows, axis=0).astype(np.float32, copy=False), None
+        return observed[rows, decisions[:, :stage] @ self._place[stage]].astype(np.float32, copy=False), None
+
+    def _at_answer(self, split: TableSplit, rows: Array, decisions: Array) -> Array:
+        """What the stage before has shown, the FLOPs that were spent, and what the head says of its answer."""
+        masks, judged = self._masks_of(decisions), split.tensors[JUDGED]
+        seen, _ = self.observe(split, rows, self._stages - 2, decisions, None)
+        seen[:, : self._stages] = 0
+        seen[:, self._stages - 1] = 1
+        seen[:, self._stages] = split.tensors[SPENT][split.tensors["costs"][rows], masks]
+        seen[:, seen.shape[1] - judged.shape[2] :] = judged[rows, masks]
+        return seen
 
     def episodes(self, core: Core, n: int, info_text: bool) -> StagedEpisodes:
         """A batch of episodes of a step a stage."""
@@ -135,8 +159,9 @@ class TableSplit:
         self.instances = [TableInstance(identity) for identity in self.ids]
         self.number_of = {identity: row for row, identity in enumerate(self.ids)}
         self.encoded = TableLengths(*map(self._whole, TableLengths._fields))
-        self.scoring = TableScoring(self.tensors, len(core.masks), core.masks_of)
-        self.costs = TableCosts(self.tensors, core.masks, core.masks_of)
+        self.scoring = TableScoring(self.tensors, len(core.masks), core.answers_of)
+        points = core.description.get("resume_points", [0])
+        self.costs = TableCosts(self.tensors, core.masks, core.masks_of, core.goes_on, points)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TableCore.split, (self.core, self.name)
@@ -155,6 +180,9 @@ class TableSplit:
             "switched": (costs, levels, switches),
             **{observations_at(stage): (n, *shape) for stage, shape in enumerate(core.looks)},
         }
+        if core.has_answer_stage:
+            said = self.tensors[JUDGED].shape[-1] if JUDGED in self.tensors else 0
+            expected |= {JUDGED: (n, len(core.masks), said), SPENT: (costs, len(core.masks))}
         keys = ("difficulty", "levels", "source_length", "source_cut", "target_cut", "costs")
         expected |= dict.fromkeys(keys, (n,))
         file = core.folder / f"{self.name}.safetensors"
@@ -207,14 +235,16 @@ class TableCore(Core[TableSplit]):
             raise ValueError(f"{codebook} is damaged: expected the dense mask first; copy it again")
         ways = described.get("ways") if list(config.stages) != ["first"] else None
         self.stages = list(described["stages"]) if ways else ["first"]
+        answers = [2] * self.has_answer_stage
         units = described.get("units", {})
         sizes = ways or units.get("sizes") or [len(self.masks)]
-        self.nvec = self.decision_nvec if self.exhaustive else np.array(sizes)
-        self._place = _place_values(self.nvec)
+        self.nvec = self.decision_nvec if self.exhaustive else np.array([*sizes, *answers])
+        self._place = np.append(_place_values(self.nvec[: self.n_skips]), [0] * self.has_answer_stage)
         # Of combinations of ways, the masks are not in the order of their FLOPs.
         self._order = None if ways or "order" not in described else np.array(described["order"], dtype=np.int64)
-        own = [np.array([stage]) for stage in range(len(ways))] if ways else [np.arange(len(self.nvec))]
-        self.steps = Steps(own, [np.zeros(1, dtype=np.int64)] * len(ways) if ways else own, self.nvec)
+        own = [np.array([stage]) for stage in range(len(self.stages))] if ways else [np.arange(len(self.nvec))]
+        places = [np.zeros(1, dtype=np.int64)] * len(own) if ways else own
+        self.steps = Steps(own, places, self.nvec, answers=self.has_answer_stage)
         names = described["backbone"]["switches"]  # such as encoder.3.attention
         switches = [SimpleNamespace(name=name, index=int(name.split(".")[1])) for name in names]
         board = SimpleNamespace(switches=switches, names=names)
@@ -223,15 +253,16 @@ class TableCore(Core[TableSplit]):
         )
         self.switch_names = names if self.exhaustive else units.get("names", [])
         # Above 1 where ranking tokens may have run a part of the backbone.
-        self.highest_flops_ratio = 2.0 if self.decision_nvec[-1] > 1 else 1.0
+        self.highest_flops_ratio = 1.0 + (self.decision_nvec[-1] > 1) + self.has_answer_stage
         self.data = TableData(described["splits"])
         self._decided = MultiDiscreteActions(config, self.nvec)
         self.actions = self._decided if self.exhaustive or units else MaskActions(int(self.steps.choices[0]))
         reduced = described.get("pca") is not None
         projection = read_projection(self.folder / PROJECTION) if reduced else None
-        self.observation = TableObservation(described["observation"], projection)
+        self.observation = TableObservation(described["observation"], projection, len(self.stages))
         shape, before = self.observation.shape, np.cumprod([1, *(ways or [])]).tolist()
-        self.looks = [(count, *shape) if stage else shape for stage, count in enumerate(before[: len(self.stages)])]
+        looks = len(ways or [0])
+        self.looks = [(count, *shape) if stage else shape for stage, count in enumerate(before[:looks])]
         self._ways, self._splits = ways, dict[str, TableSplit]()
         self.lookup = None if ways else TableLookup(self)  # ``None``: a decision takes several steps
 
@@ -241,8 +272,7 @@ class TableCore(Core[TableSplit]):
     @cached_property
     def stage_observation(self) -> TableStages | FirstLook:
         """What was seen at the stages."""
-        space, ways = self.observation.space, self._ways
-        return TableStages(space, ways, self.description["judges"]) if ways else FirstLook(self)
+        return TableStages(self, self._ways, self.description["judges"]) if self._ways else FirstLook(self)
 
     def split(self, name: str) -> TableSplit:
         """A split by name, mapped when first asked for; raises ``ValueError`` if the table has none of that name."""
@@ -264,6 +294,15 @@ class TableCore(Core[TableSplit]):
         numbers = decisions @ self._place
         return numbers if self._order is None else self._order[numbers]
 
+    def goes_on(self, decisions: Array) -> Array:
+        """Which rows go on after their answer, bool ``[n]``."""
+        return parted(decisions, self.n_skips)[1]
+
+    def answers_of(self, decisions: Array) -> Array:
+        """The numbers, int64 ``[n]``, of the masks whose answers decisions ``[n, components]`` give."""
+        numbers = self.masks_of(decisions)
+        return np.where(self.goes_on(decisions), 0, numbers) if self.has_answer_stage else numbers
+
     def to_masks(self, decisions: Array) -> Array:
         """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``."""
         return np.array(decisions, dtype=np.int64) if self.exhaustive else self.masks[self.masks_of(decisions)]
@@ -278,7 +317,8 @@ class TableCore(Core[TableSplit]):
         except KeyError as error:
             raise ValueError(f"{self.folder} has no mask {list(error.args[0])}") from error
         numbers = numbers if self._order is None else np.argsort(self._order)[numbers]
-        return np.stack(np.unravel_index(numbers, self.nvec), axis=1)
+        accepted = [np.zeros_like(numbers)] * self.has_answer_stage
+        return np.stack([*np.unravel_index(numbers, self.nvec[: self.n_skips]), *accepted], axis=1)
 
     def export(self) -> Export | None:
         """What a policy takes along to the env that the table is of; raises ``ValueError`` if the table is damaged.
@@ -304,12 +344,17 @@ class TableCore(Core[TableSplit]):
                 arrays["deviation"],
                 arrays.get("rarity"),
                 protection and ProtectedTokens.from_json(protection),
-                None if self.exhaustive else self.to_masks(all_decisions(self.nvec)),
+                None if self.exhaustive else self._of_env(all_decisions(self.nvec)),
                 self.observation.projection,
                 ranking_costs_flops=RANKINGS.find(self.config.tokens.ranking).costs_flops,
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{self.folder} is damaged: {error}; copy it again") from error
+
+    def _of_env(self, decisions: Array) -> Array:
+        """Decisions as the env has them that the table is of: masks, and with the answer stage whether to go on."""
+        masks = self.to_masks(decisions)
+        return np.column_stack([masks, self.goes_on(decisions)]) if self.has_answer_stage else masks
 
     def score(self, split: TableSplit, rows: Array, decisions: Array, seen: object = None) -> Outcome:
         """What comes of one decision an instance; of a table nothing is seen; see ``Core.score``."""

@@ -8,7 +8,8 @@
   where there are few different ones, and in bits, ``[n, masks / 8]``, where there are two; ``always [lengths, levels]``
   and ``switched [lengths, levels, switches]``, int64, of which FLOPs are the sum, and ``costs [n]``, which of them an
   instance has; ``observations``, float32, or float16 where they are reduced, and of a later stage K, under all ways
-  to come to it, ``observations.K [n, ways before it, size]``; the difficulty and the facts of each
+  to come to it, ``observations.K [n, ways before it, size]``; of the stage ``answer``, ``judged [n, masks, values]``,
+  what the head says of its answers, and ``spent [lengths, masks]``, the FLOPs that are shown there; the difficulty and the facts of each
   instance, in the smallest type that holds them exactly.
 * ``SPLIT.json``: the ids of the instances, and those of their facts that are words.
 * ``projection.safetensors``, where observations are reduced: how (``sd_gym.projection``).
@@ -28,6 +29,7 @@ from sd_gym.registration import CONFIG_FOLDER
 FORMAT = 3
 CODEBOOK, PROJECTION, EXPORT = "codebook.json", "projection.safetensors", "export.safetensors"
 MOST = 4096  # decisions; where there are no more, a table has all of them
+JUDGED, SPENT = "judged", "spent"  # in the file of a split
 FACT = "fact."  # before the name of a fact, in the file of a split
 
 

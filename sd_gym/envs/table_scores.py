@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sd_gym.going_on import going_on_flops, resumed_from
 
 Array = NDArray
 MasksOf = Callable[[Array], Array]  # from decisions [n, components] to the numbers of their masks [n]
@@ -23,7 +25,10 @@ def packed_length(tensors: dict[str, Array], masks: int) -> int:
 
 
 class TableScoring:
-    """Qualities of a split's rows under decisions ``[n, components]``, as ``Scoring`` gives them."""
+    """Qualities of a split's rows under decisions ``[n, components]``, as ``Scoring`` gives them.
+
+    ``masks_of`` gives the masks whose answers count.
+    """
 
     def __init__(self, tensors: dict[str, Array], masks: int, masks_of: MasksOf) -> None:
         self._codes, self._values = tensors["quality"], tensors.get("quality_values")
@@ -80,8 +85,15 @@ class TableScoring:
 class TableCosts:
     """FLOPs of a split's rows under decisions ``[n, components]``, as ``Costs`` gives them."""
 
-    def __init__(self, tensors: dict[str, Array], masks: Array, masks_of: MasksOf) -> None:
-        self._masks_of = masks_of
+    def __init__(
+        self,
+        tensors: dict[str, Array],
+        masks: Array,
+        masks_of: MasksOf,
+        goes_on: Callable[[Array], Array],
+        points: Sequence[int],
+    ) -> None:
+        self._masks_of, self._goes_on, self._masks, self._points = masks_of, goes_on, masks, points
         self._of = tensors["costs"]  # which of the costs an instance has
         self._always, self._switched = tensors["always"], tensors["switched"]
         self._runs, self._level = 1 - masks[:, :-1], masks[:, -1]
@@ -99,14 +111,30 @@ class TableCosts:
         return found / self._dense[:, None]
 
     def flops(self, rows: Array, decisions: Array) -> Array:
-        """FLOPs under the decisions, int64 ``[n]``."""
+        """FLOPs under the decisions, int64 ``[n]``, those of going on included."""
         masks, of = self._masks_of(decisions), self._of[rows]
         level = self._level[masks]
-        return self._always[of, level] + np.einsum("ns,ns->n", self._switched[of, level], self._runs[masks])
+        flops = self._always[of, level] + np.einsum("ns,ns->n", self._switched[of, level], self._runs[masks])
+        return flops + self._goes_on(decisions) * self._going_on[of, masks]
 
     def flops_ratio(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under the decisions over dense FLOPs, float64 ``[n]``."""
-        return self._ratio[self._of[rows], self._masks_of(decisions)]
+        masks, of, goes_on = self._masks_of(decisions), self._of[rows], self._goes_on(decisions)
+        ratio = self._ratio[of, masks]
+        return ratio + goes_on * self._going_on[of, masks] / self._dense[of] if goes_on.any() else ratio
+
+    def going_on(self, rows: Array, masks: Array) -> Array:
+        """FLOPs of going on after decisions ``[n, components]``, int64 ``[n]``; see ``Costs.going_on``."""
+        return self._going_on[self._of[rows], self._masks_of(masks)]
+
+    @cached_property
+    def _going_on(self) -> Array:
+        """Of each of the different costs after all masks, int64 ``[costs, masks]``."""
+        resumed = resumed_from(self._masks, self._points)
+        return np.stack([
+            going_on_flops(np.full(len(resumed), always), np.tile(switched, (len(resumed), 1)), resumed)
+            for always, switched in zip(self._always[:, 0], self._switched[:, 0], strict=True)
+        ])
 
     def ratio_of_one(self, row: int, mask: int) -> float:
         """FLOPs ratio of a row under the mask of that number."""

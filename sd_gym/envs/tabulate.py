@@ -23,7 +23,7 @@ from sd_gym.config import ConfigError
 from sd_gym.envs.actions import all_decisions, write_masks
 from sd_gym.envs.export import Export
 from sd_gym.envs.protocols import Core
-from sd_gym.envs.table_files import CODEBOOK, FACT, FORMAT, PROJECTION, observations_at
+from sd_gym.envs.table_files import CODEBOOK, FACT, FORMAT, JUDGED, PROJECTION, SPENT, observations_at
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.files import as_json, map_arrays, read_json, write_arrays, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
@@ -123,19 +123,24 @@ class _Maker:
     def check(self) -> None:
         """Raise as ``write_table`` if there cannot be such a table."""
         core, space, pca = self.core, self.core.observation_space, self.pca
-        if self.ways is not None and pca is not None:
-            raise ConfigError(f"{core.config.id}: --pca reduces what one stage shows, but the stages are {core.stages}")
         if not isinstance(space, gym.spaces.Box):
             raise ConfigError(
                 f"{core.config.id}: a table has observations that are one array, such as observation=pooled; got "
                 f"{core.config.observation} with the space {space}"
             )
         instances = len(core.split("train"))
-        if pca is not None and (len(space.shape) != 1 or not 1 <= pca <= min(instances, *space.shape)):
+        features = (min(space.shape) - sum(self._kept),) if len(space.shape) == 1 else space.shape
+        if pca is not None and (len(space.shape) != 1 or not 1 <= pca <= min(instances, *features)):
             raise ValueError(
                 f"--pca: expected at least 1 component, and no more than there are training instances ({instances}) or "
-                f"numbers in an observation (its shape is {space.shape}); got {pca}"
+                f"numbers to reduce in an observation (of shape {features}); got {pca}"
             )
+
+    @property
+    def _kept(self) -> tuple[int, int]:
+        """Numbers of an observation before and after those that are reduced: what a stage knows beside hidden states."""
+        looks: Any = self.core.stage_observation
+        return looks.around if self.ways is not None else (0, 0)
 
     def write(self, resume: bool, jobs: int, imports: Sequence[str], on_chunk: OnChunk) -> None:
         """Begin the table or go on with it, and finish it."""
@@ -144,19 +149,19 @@ class _Maker:
         description = self._description(exported)
         self._begin(description, resume)
         reduce = self._projection()
-        masks = all_decisions(core.nvec) if self.masks is None else self.masks
+        masks = all_decisions(core.decision_nvec) if self.masks is None else self.masks
         chunks = [chunk for name in SPLITS for chunk in self._chunks(core.split(name))]
         total = len(masks) * sum(len(chunk.rows) for chunk in chunks)
         missing = [chunk for chunk in chunks if not chunk.file.exists()]
         done = total - len(masks) * sum(len(chunk.rows) for chunk in missing)
         on_chunk(done, total)
-        for chunk in _written((core, masks, self.ways or [], self.bf16), missing, jobs, imports):
+        for chunk in _written((core, masks, self.ways or [], self.bf16, reduce), missing, jobs, imports):
             done += len(masks) * len(chunk.rows)
             on_chunk(done, total)
         for name in SPLITS:
             if not (folder / f"{name}.json").exists():
                 parts = [map_arrays(chunk.file) for chunk in chunks if chunk.split == name]
-                self._write_split(core.split(name), parts, len(masks), reduce)
+                self._write_split(core.split(name), parts, masks, reduce)
         if exported is not None:
             exported.write(folder)
         write_json(folder / "table.json", {**description, "complete": True})
@@ -176,8 +181,15 @@ class _Maker:
         file = self.folder / PROJECTION
         if not file.exists():
             train = self.core.split("train")
-            fit_projection(np.asarray(self.core.observe(train, np.arange(len(train)))), self.pca).save(file)
+            fit_projection(self._seen(train), self.pca, *self._kept).save(file)
         return read_projection(file)
+
+    def _seen(self, split: BackboneSplit) -> Array:
+        """What is observed of the instances of a split, at all stages of a dense pass, ``[n, features]``."""
+        if self.ways is None:
+            return np.asarray(self.core.observe(split, np.arange(len(split))))
+        looks: Any = self.core.stage_observation
+        return looks.dense(split, np.arange(len(split)))
 
     def _description(self, exported: Export | None) -> dict[str, Any]:
         core, masks, ways = self.core, self.masks, self.ways
@@ -189,7 +201,8 @@ class _Maker:
             config["reward"]["objective"] = "lexicographic"
         space: Any = core.observation_space
         if self.pca is not None:
-            space = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (self.pca,), np.float32)
+            size = self.pca + sum(self._kept)
+            space = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (size,), np.float32)
         splits = {}
         for split in map(core.split, SPLITS):
             facts = split.facts()
@@ -206,7 +219,7 @@ class _Maker:
             "env": core.config.id,
             "chosen": self.chosen,
             "masks": None if masks is None else len(masks),
-            "nvec": core.nvec.tolist(),
+            "nvec": core.decision_nvec.tolist(),
             "backbone": {
                 "name": core.config.backbone.name,
                 "weights": core.backbone.weights,
@@ -224,6 +237,8 @@ class _Maker:
             looks: Any = core.stage_observation
             described |= {"stages": core.stages, "ways": ways, "judges": looks.judgements}
             described["order"] = down_in_flops(core, masks).tolist()
+            if core.has_answer_stage:
+                described["resume_points"] = core.split("train").costs.points
         if self.units is not None:
             described |= {"units": {"names": self.units.names, "sizes": self.units.sizes}, "order": self.units.order}
         return _without_paths(described) if self.share else described
@@ -256,7 +271,7 @@ class _Maker:
             )
 
     def _write_split(
-        self, split: BackboneSplit, parts: list[dict[str, Array]], masks: int, reduce: Projection | None
+        self, split: BackboneSplit, parts: list[dict[str, Array]], masks: Array, reduce: Projection | None
     ) -> None:
         """Put the chunks of a split together, with all that is known of its instances."""
         core, n, encoded = self.core, len(split), split.encoded
@@ -272,11 +287,14 @@ class _Maker:
             "target_cut": encoded.target_cut,
             **{FACT + name: values for name, values in numbers.items()},
         }
-        whole = map(observations_at, range(1, len(core.stages)))
+        whole = [*map(observations_at, range(1, len(self.ways or [0]))), *[JUDGED] * core.has_answer_stage]
+        costs = _costs(*split.costs.by_level())
+        spent = {SPENT: _spent(split, costs["costs"], masks).astype(_kept_as(reduce))} if core.has_answer_stage else {}
         arrays = {
-            "observations": np.asarray(seen, np.float32) if reduce is None else reduce(seen).astype(np.float16),
-            **_qualities(parts, n, masks),
-            **_costs(*split.costs.by_level()),
+            "observations": (np.asarray(seen) if reduce is None else reduce(seen)).astype(_kept_as(reduce)),
+            **_qualities(parts, n, len(masks)),
+            **costs,
+            **spent,
             **{name: _together(parts, name, n) for name in whole},
             **{name: _smallest(values) for name, values in smallest.items()},
         }
@@ -312,21 +330,42 @@ def _make_ready(imports: list[str]) -> None:
         import_own(name)
 
 
-def _write_chunk(chunk: _Chunk, core: Core[BackboneSplit], masks: Array, ways: list[int], bf16: bool) -> _Chunk:
+def _write_chunk(
+    chunk: _Chunk, core: Core[BackboneSplit], masks: Array, ways: list[int], bf16: bool, reduce: Projection | None
+) -> _Chunk:
     """Run a chunk; in another process, the core is the one that this process shares."""
-    split, rows = core.split(chunk.split), chunk.rows
+    split, rows, arrays = core.split(chunk.split), chunk.rows, dict[str, Array]()
     with torch.autocast(core.backbone.model.device.type, torch.bfloat16, enabled=bf16):
-        quality, _ = split.scoring.under_all(rows, masks)
-    arrays = {"rows": rows, "quality": _smallest(quality)}
+        if core.has_answer_stage:
+            quality, judged = split.scoring.judged_under_all(rows, masks)
+            arrays[JUDGED] = np.clip(judged, -OBSERVATION_LIMIT, OBSERVATION_LIMIT).astype(_kept_as(reduce))
+        else:
+            quality, _ = split.scoring.under_all(rows, masks)
+    arrays |= {"rows": rows, "quality": _smallest(quality)}
     for stage in range(1, len(ways)):  # what rows show there, after each combination of ways
         before = masks[:: math.prod(ways[stage:])]  # a mask of each combination: after it all runs
         shown = [
             np.asarray(core.stage_observation.observe(split, rows, stage, np.tile(mask, (len(rows), 1)), None)[0])
             for mask in before
         ]
-        arrays[observations_at(stage)] = np.stack(shown, axis=1)
+        shown = shown if reduce is None else [reduce(observed) for observed in shown]
+        arrays[observations_at(stage)] = np.stack(shown, axis=1).astype(_kept_as(reduce))
     write_arrays(chunk.file, arrays)
     return chunk
+
+
+def _kept_as(reduce: Projection | None) -> type:
+    """The type of what is observed, which is rounded where it is reduced."""
+    return np.float32 if reduce is None else np.float16
+
+
+def _spent(split: BackboneSplit, costs: Array, masks: Array) -> Array:
+    """The share of the dense FLOPs that the answer stage shows, of each of different costs, float64 ``[costs, masks]``.
+
+    ``costs [n]`` says which of them an instance has.
+    """
+    _, rows = np.unique(costs, return_index=True)
+    return np.stack([split.costs.reading_ratio(rows, np.tile(mask, (len(rows), 1))) for mask in masks], axis=1)
 
 
 def _without_paths(value: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sd_gym.config import CANDIDATES, ConfigError, EnvConfig, stored_config
+from sd_gym.going_on import ANSWER
 from sd_gym.objectives import Objective
 from sd_gym.registration import OBSERVATIONS
 from sd_gym.tasks.data import DataError, check_splits
@@ -59,6 +60,16 @@ def checked_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
         raise ConfigError(
             f"{origin}: config key 'stages': several stages are decided with action multi_discrete or multi_binary, on "
             f"observation pooled or tokens; got {config.action} on {config.observation}"
+        )
+    if ANSWER in config.stages[:1]:
+        raise ConfigError(
+            f"{origin}: config key 'stages': nothing is decided before the stage {ANSWER} in {list(config.stages)}; "
+            f"name an earlier one, as in [first, {ANSWER}]"
+        )
+    if ANSWER in config.stages and config.action != "multi_discrete":
+        raise ConfigError(
+            f"{origin}: config key 'stages': the stage {ANSWER} is decided with action multi_discrete; got "
+            f"{config.action}"
         )
     if config.reward.dense and config.reward.vector:
         raise ConfigError(

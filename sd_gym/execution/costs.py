@@ -8,21 +8,23 @@ from numpy.typing import NDArray
 from sd_gym.backbones import Backbone
 from sd_gym.backbones.heads import reading_ratio
 from sd_gym.data.encoded import Encoded
+from sd_gym.going_on import going_on_flops, parted, resumed_from
 from sd_gym.tasks.dropping import TokenDropping
 
 Array = NDArray
 
 
 class Costs:
-    """FLOPs of a split's rows under decisions ``[n, switches + 1]``."""
+    """FLOPs of a split's rows under decisions ``[n, switches + 1]``; with the answer stage, ``[n, switches + 2]``."""
 
     def __init__(self, backbone: Backbone, encoded: Encoded, tokens: TokenDropping) -> None:
         self._backbone, self._encoded, self._tokens = backbone, encoded, tokens
+        self.points, self._components = backbone.head.resume_points(backbone.board), len(backbone.board) + 1
         everything = np.arange(len(encoded))
         self._always, self._switched = self._costs(everything, np.zeros(len(encoded), dtype=np.int64))
 
     def flops_ratio(self, rows: Array, decisions: Array) -> Array:
-        """FLOPs under ``decisions [n, switches + 1]`` over dense FLOPs, float64 ``[n]``."""
+        """FLOPs under decisions over dense FLOPs, float64 ``[n]``."""
         return self.flops(rows, decisions) / self.dense_flops(rows)
 
     def reading_ratio(self, rows: Array, decisions: Array) -> Array:
@@ -41,10 +43,23 @@ class Costs:
         return self._always[rows]
 
     def flops(self, rows: Array, decisions: Array) -> Array:
-        """FLOPs under ``decisions [n, switches + 1]``, int64 ``[n]``.
+        """FLOPs under decisions, int64 ``[n]``, those of going on included.
 
         To rank tokens is part of them where any is dropped; if few are, it can cost more than it saves.
         """
+        masks, goes_on = parted(decisions, self._components)
+        flops = self._of_masks(rows, masks)
+        return flops + goes_on * self.going_on(rows, masks) if goes_on.any() else flops
+
+    def masks(self, decisions: Array) -> Array:
+        """The masks ``[n, switches + 1]`` of decisions: all but whether a row goes on."""
+        return parted(decisions, self._components)[0]
+
+    def going_on(self, rows: Array, masks: Array) -> Array:
+        """FLOPs of going on after masks ``[n, switches + 1]``, int64 ``[n]``; see ``sd_gym.going_on``."""
+        return going_on_flops(self._always[rows], self._switched[rows], resumed_from(masks, self.points))
+
+    def _of_masks(self, rows: Array, decisions: Array) -> Array:
         level = decisions[:, -1]
         always, switched = self._costs(rows, level) if level.any() else (self._always[rows], self._switched[rows])
         ranking = self._ranking(self._encoded.source_length[rows], self._tokens.kept_length(rows, level))

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from sd_gym.backbones import Backbone
+from sd_gym.backbones.heads.answers import MOST_UNSURE, log_odds_of
 from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
@@ -55,19 +56,26 @@ class Passes:
         """Highest class probability of each row under decisions, float64 ``[n]``, of a backbone that classifies."""
         return self.in_passes(rows, decisions, lambda logits, labels: self._confidence(logits))
 
-    @torch.inference_mode()
     def generated(self, rows: Array, decisions: Array, seen: PassState | None = None) -> list[str]:
         """What ``generate()`` gives for rows under decisions, by greedy or beam search; arguments as of ``answers``."""
-        texts = np.empty(len(rows), dtype=object)
+        return self.generated_and_judged(rows, decisions, seen)[0]
+
+    @torch.inference_mode()
+    def generated_and_judged(
+        self, rows: Array, decisions: Array, seen: PassState | None = None
+    ) -> tuple[list[str], Array]:
+        """The same, and the ``judgement`` of each text, float64 ``[n, values]`` (``Seq2SeqHead``)."""
+        texts, judged = np.empty(len(rows), dtype=object), np.empty((len(rows), len(self.head.judgement)))
         resume_from = seen if seen is not None and seen.stage == BETWEEN else None
         for picked, inputs in self.planned(rows, decisions, self.longest):
             if resume_from is None:
-                texts[picked] = self._generated(inputs, self.decide(rows[picked], decisions[picked], inputs))
+                said = self._generated(inputs, self.decide(rows[picked], decisions[picked], inputs))
             else:
-                texts[picked] = self._generated_behind(resume_from, rows, decisions, picked)
-        return texts.tolist()
+                said = self._generated_after(resume_from, rows, decisions, picked)
+            texts[picked], judged[picked] = said
+        return texts.tolist(), judged
 
-    def _generated_behind(self, seen: PassState, rows: Array, decisions: Array, picked: Array) -> list[str]:
+    def _generated_after(self, seen: PassState, rows: Array, decisions: Array, picked: Array) -> tuple[list[str], Array]:
         """What some of the rows say when the encoder has read all of them: they keep the padding of all."""
         some, keep = torch.from_numpy(picked), self._tokens.kept(rows, decisions[:, -1])
         inputs = {name: tensor[some] for name, tensor in self.inputs(rows).items()}
@@ -94,26 +102,50 @@ class Passes:
                 seen = self.seen_at(BETWEEN, rows[picked], tiled[0]) if start else None
                 for number, decisions in zip(numbers, tiled, strict=True):
                     deciding = board.decide(decisions[:, :-1], kept, resume_from=seen)
-                    texts[number, picked] = self._generated(inputs, deciding)
+                    texts[number, picked] = self._generated(inputs, deciding)[0]
         return texts.tolist()
 
-    def _generated(self, inputs: dict[str, torch.Tensor], deciding: AbstractContextManager[None]) -> list[str]:
-        """What one ``generate()`` says under a decision."""
+    def _generated(
+        self, inputs: dict[str, torch.Tensor], deciding: AbstractContextManager[None]
+    ) -> tuple[list[str], Array]:
+        """What one ``generate()`` says under a decision, and how probable its tokens are."""
         backbone = self.backbone
         inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         with deciding:
             generate: Any = backbone.model.generate  # its type is that of any attribute of a module
-            tokens = generate(
+            output = generate(
                 **inputs,
                 max_new_tokens=self.longest,
                 num_beams=self._num_beams,
                 do_sample=False,
                 **self._end,
                 pad_token_id=backbone.tokenizer.pad_token_id,
+                return_dict_in_generate=True,
+                output_scores=True,
             )
-        answers = tokens[:, self.head.prompt_length(inputs["input_ids"]) :]
+        beams = getattr(output, "beam_indices", None)
+        model: Any = backbone.model
+        log_prob = model.compute_transition_scores(output.sequences, output.scores, beams, normalize_logits=beams is None)
+        answers = output.sequences[:, self.head.prompt_length(inputs["input_ids"]) :]
         said = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in said]
+        texts = [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in said]
+        return texts, self._judged_tokens(answers[:, -log_prob.shape[1] :], log_prob)
+
+    def _judged_tokens(self, tokens: torch.Tensor, log_prob: torch.Tensor) -> Array:
+        """What ``Seq2SeqHead`` says of the tokens of each text, its end included."""
+        ends = torch.isin(tokens, torch.tensor(self._ending, device=tokens.device))
+        counted = (ends.cumsum(dim=1) - ends.long()) == 0  # up to the first end
+        log_prob = log_prob.double().clamp(min=MOST_UNSURE).masked_fill(~counted, 0.0)
+        length = counted.sum(dim=1).clamp(min=1)
+        mean, least = (log_odds_of(values) for values in (log_prob.sum(dim=1) / length, log_prob.amin(dim=1)))
+        judged = (mean, least, length.log())
+        return torch.stack(judged, dim=1).double().cpu().numpy()
+
+    @property
+    def _ending(self) -> list[int]:
+        """Tokens that end a text."""
+        ends = self._end.get("eos_token_id", self.backbone.model.generation_config.eos_token_id)
+        return [one for one in (ends if isinstance(ends, list) else [ends]) if one is not None]
 
     @property
     def _end(self) -> dict[str, Any]:

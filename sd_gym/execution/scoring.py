@@ -15,6 +15,7 @@ from sd_gym.config import QualityConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
 from sd_gym.execution.passes import Passes
+from sd_gym.going_on import answering
 from sd_gym.switch import PassState
 from sd_gym.tasks.metrics import METRICS, corpus_metric, text_metrics, text_quality
 
@@ -25,7 +26,10 @@ Key = tuple[int, bytes]  # a row, and its decision
 
 
 class Scoring:
-    """Qualities of rows under decisions ``[n, switches + 1]``; raises ``ValueError`` if answers have none such."""
+    """Qualities of rows under decisions ``[n, switches + 1]``; raises ``ValueError`` if answers have none such.
+
+    With the answer stage decisions may be ``[n, switches + 2]``: where a row goes on, the answer is the dense one.
+    """
 
     def __init__(
         self, settings: QualityConfig, passes: Passes, instances: Sequence[Instance], encoded: Encoded
@@ -39,11 +43,12 @@ class Scoring:
     # --- what is known ------------------------------------------------------------------------------------------------
 
     def quality(self, rows: Array, decisions: Array, seen: PassState | None = None) -> tuple[Array, Array]:
-        """Quality under the decisions ``[n, switches + 1]`` and dense quality, each float64 ``[n]``.
+        """Quality under the decisions and dense quality, each float64 ``[n]``.
 
         The backbone is frozen, so an (instance, decision) is computed once while it is among the last ``KNOWN`` that
         were asked for; the dense decisions that are not known yet run in the same forward pass as the others.
         """
+        decisions = self._answering(decisions)
         both = np.concatenate([decisions, np.zeros_like(decisions)])
         keys = list(zip([*rows.tolist()] * 2, map(bytes, _packed(both)), strict=True))
         found = {key: self._scores[key] for key in keys if key in self._scores}
@@ -62,6 +67,49 @@ class Scoring:
         self._remember(found)
         values = np.array([found[key] for key in keys])
         return values[: len(rows)], values[len(rows) :]
+
+    @torch.inference_mode()
+    def judged(self, rows: Array, masks: Array, seen: PassState | None = None) -> Array:
+        """What the head says of its answers under masks ``[n, switches + 1]``, float64 ``[n, values]``.
+
+        It is computed anew in each pass, whose qualities are remembered; passes go on from what they have ``seen``.
+        """
+        quality, judged = self._run_and_judge(rows, masks, seen)
+        keys = zip(rows.tolist(), map(bytes, _packed(masks)), quality.tolist(), strict=True)
+        self._remember({(row, mask): value for row, mask, value in keys if (row, mask) not in self._scores})
+        return judged
+
+    def _run_and_judge(self, rows: Array, masks: Array, seen: PassState | None) -> tuple[Array, Array]:
+        """Quality ``[n]`` and judgement ``[n, values]``, from one pass but where a text is generated and scored."""
+        head, passes = self._head, self._passes
+        if self._measure.score is None:
+            texts, judged = head.answers_and_judgement(passes, rows, masks, seen)
+            return self._text_quality(rows, texts), judged
+        if not head.judges_passes:
+            return self.run(rows, masks, seen), head.answers_and_judgement(passes, rows, masks, seen)[1]
+        values = passes.in_passes(rows, masks, self._score_and_judge, seen)
+        return self._of_score(rows, masks, values[:, 0]), values[:, 1:]
+
+    @torch.inference_mode()
+    def judged_under_all(self, rows: Array, masks: Array) -> tuple[Array, Array]:
+        """Quality under every mask, float64 ``[n, masks]``, and the judgements of the answers, ``[n, masks, values]``."""
+        head = self._head
+        if self._measure.score is None or not head.judges_passes:
+            of_masks = [self._run_and_judge(rows, np.tile(mask, (len(rows), 1)), None) for mask in masks]
+            quality, judged = zip(*of_masks, strict=True)
+            return np.stack(quality, axis=1), np.stack(judged, axis=1)
+        values = self._passes.under_all(rows, masks, self._score_and_judge)
+        quality = [
+            self._of_score(rows, np.tile(mask, (len(rows), 1)), column)
+            for mask, column in zip(masks, values[..., 0].T, strict=True)
+        ]
+        return np.stack(quality, axis=1), values[..., 1:]
+
+    def _score_and_judge(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self._score(logits, labels)[:, None], self._head.judge(logits)], dim=1)
+
+    def _answering(self, decisions: Array) -> Array:
+        return answering(decisions, len(self._passes.backbone.board) + 1)
 
     def score_dense(self, on_batch: Callable[[], None] = lambda: None) -> None:
         """Know the dense quality of every row, unless these would be more than half of all that is remembered.
@@ -122,6 +170,7 @@ class Scoring:
         The rows run in the passes that are the cheapest: of about the same length that is left, or the same decision;
         or they go on from what they have ``seen``.
         """
+        decisions = self._answering(decisions)
         if self._measure.score is None:
             return self._text_quality(rows, self._passes.answers(rows, decisions, seen))
         return self._of_score(rows, decisions, self._passes.in_passes(rows, decisions, self._score, seen))
@@ -129,6 +178,7 @@ class Scoring:
     @torch.inference_mode()
     def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
         """Quality as ``run`` gives it, and the likelihood of the reference; each float64 ``[n]``. Nothing is cached."""
+        decisions = self._answering(decisions)
         if self._measure.score is None:
             texts, likely = self._head.answers_and_likelihood(self._passes, rows, decisions, self._settings.label_range)
             return self._text_quality(rows, texts), likely
@@ -141,6 +191,7 @@ class Scoring:
 
         Masks share what they agree on: where an answer is generated, the encoder's pass.
         """
+        masks = self._answering(masks)
         if self._measure.score is None:
             texts, likely = self._head.answers_under_all(self._passes, rows, masks, self._settings.label_range)
             return np.stack([self._text_quality(rows, answers) for answers in texts], axis=1), likely
@@ -195,6 +246,7 @@ class Scoring:
     @torch.inference_mode()
     def metrics(self, rows: Array, decisions: Array) -> dict[str, float]:
         """The metric of the rows under the decisions, by name; empty where it is the mean quality."""
+        decisions = self._answering(decisions)
         name, kind = self._settings.metric, self._settings.kind
         if kind == "agreement" or name == "exact_match" or (name == "accuracy" and kind == "exact_match"):
             return {}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd_gym.files import write_json, write_tensors
+from sd_gym.going_on import ANSWER
 from sd_gym.policy.choices import Noise, bounded, codebook_of_each_stage, greedy_cover, groups_of, with_noise
 from sd_gym.policy.network_files import FORMAT, NetworkDescription, read_model, read_weights
 from sd_gym.policy.networks import Bias, PerStageMLP, counted_flops, hidden_layers, registered_network
@@ -185,7 +186,7 @@ class DecisionPolicy(nn.Module):
         """
         if self.codebook is not None:
             raise ValueError("a policy with a codebook has no odds of a switch by itself")
-        choices = self._padded(self(to_tensors(observations, self.head.weight.device)))[:, :-1]
+        choices = self._padded(self(to_tensors(observations, self.head.weight.device)))[:, : len(self.switches)]
         return (choices[..., 1] - choices[..., 0]).cpu().numpy()
 
     @torch.inference_mode()
@@ -206,11 +207,22 @@ class DecisionPolicy(nn.Module):
         self.head.bias.copy_(logits)
 
     def with_margin(self, margin: float) -> DecisionPolicy:
-        """A copy that skips only where it prefers skipping by more than ``margin`` in log-odds: a knob for caution."""
+        """A copy that skips only where it prefers skipping by more than ``margin`` in log-odds: a knob for caution.
+
+        At the answer stage it accepts only where it prefers that by as much.
+        """
         copy = deepcopy(self)
-        running = np.cumsum([0, *self.nvec[:-1]])  # the first choice of each component leaves everything running
+        cautious = np.cumsum([0, *self.nvec[:-1]])  # the first choice of each component leaves everything running
+        cautious[-1] += self.stages[-1] == ANSWER  # where it is the second one that goes on
         with torch.no_grad():
-            copy.head.bias[torch.from_numpy(running)] += margin
+            copy.head.bias[torch.from_numpy(cautious)] += margin
+        return copy
+
+    def with_sureness(self, margin: float) -> DecisionPolicy:
+        """A copy that accepts an answer only where it prefers that by more than ``margin`` in log-odds."""
+        copy = deepcopy(self)
+        with torch.no_grad():
+            copy.head.bias[-1] += margin
         return copy
 
     def with_decision(self, decision: NDArray) -> DecisionPolicy:

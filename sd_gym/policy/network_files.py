@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sd_gym.errors import short
 from sd_gym.files import read_tensors
+from sd_gym.going_on import ANSWER
 from sd_gym.policy.choices import Noise
 
 FORMAT = 1
@@ -56,10 +57,12 @@ class NetworkDescription(Strict):
         if len(set(self.switches)) < len(self.switches):
             raise ValueError("expected switches that are all different")
         of_table = not self.switches and len(self.nvec) == len(self.stages)  # from how many each stage chooses
-        if not of_table and (len(self.nvec) != len(self.switches) + 1 or not set(self.nvec[:-1]) <= {1, 2}):
+        switches, answers = len(self.switches), self.stages[-1] == ANSWER
+        fits = len(self.nvec) == switches + 1 + answers and set(self.nvec[:switches]) <= {1, 2}
+        if not of_table and not (fits and self.nvec[switches + 1 :] == [2] * answers):
             raise ValueError(
-                f"expected nvec with a 2 for each of the {len(self.switches)} switches (a 1 where it always runs) and "
-                f"then the number of token levels, got {self.nvec}"
+                f"expected nvec with a 2 for each of the {switches} switches (a 1 where it always runs), then the "
+                f"number of token levels, and a 2 for the stage {ANSWER} if there is one; got {self.nvec}"
             )
         lowest = 0 if self.stages == ["first"] else -1  # which stands for what other stages decide
         for mask in self.codebook or []:

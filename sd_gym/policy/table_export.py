@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sd_gym.going_on import ANSWER
 from sd_gym.policy.network import DecisionPolicy
 from sd_gym.policy.observations import Observations
 from sd_gym.projection import Projection
@@ -28,9 +29,9 @@ class TablePolicy:
     """
 
     network: DecisionPolicy  # learned on the table
-    nvec: list[int]  # sizes of a mask's components
+    nvec: list[int]  # sizes of the components of the env's decision
     switches: list[str]  # names of the switches
-    # Of each of the table's decisions, int64 ``[decisions, switches + 1]``; ``None``: they are masks.
+    # Of each of the table's decisions, that of the env, int64 ``[decisions, components]``; ``None``: they are the same.
     masks: NDArray | None
     projection: Projection | None  # how the table has reduced what the env observes; ``None``: not at all
     channels: ClassVar[None] = None  # a table shows no tokens
@@ -42,8 +43,9 @@ class TablePolicy:
         if masks is None and (self.nvec, self.switches) != (self.network.nvec, self.network.switches):
             raise ValueError("expected masks, as the network decides on something else than the switches")
         if masks is not None:
-            expected = math.prod(self.network.nvec), len(self.switches) + 1
-            if masks.shape != expected or masks.dtype != np.int64 or len(self.nvec) != expected[1]:
+            expected = math.prod(self.network.nvec), len(self.nvec)
+            answers = self.stages[-1] == ANSWER
+            if masks.shape != expected or masks.dtype != np.int64 or len(self.switches) + 1 + answers != expected[1]:
                 raise ValueError(f"expected masks of shape {expected}, got {masks.dtype} of shape {masks.shape}")
             if (masks < 0).any() or (masks >= self.nvec).any():
                 raise ValueError(f"expected masks with components below {self.nvec}")
@@ -67,11 +69,11 @@ class TablePolicy:
     @property
     def flops(self) -> int:
         """FLOPs of one decision, those of reducing the observation included, unless it is blind."""
-        reducing = 0 if self.projection is None or self.network.blind else self.projection.flops
+        reducing = 0 if self.projection is None or self.network.blind else len(self.stages) * self.projection.flops
         return self.network.flops + reducing
 
     def decide(self, observations: Observations | Tensor) -> NDArray:
-        """Masks, int64 ``[n, switches + 1]``, for what the env observes, ``[n, features]``."""
+        """Decisions, int64 ``[n, components]``, for what the env observes, ``[n, features]``."""
         array = observations.cpu().numpy() if isinstance(observations, Tensor) else observations
         if self.projection is not None and not isinstance(array, dict):
             array = self.projection(array)
@@ -83,6 +85,10 @@ class TablePolicy:
     def with_margin(self, margin: float) -> TablePolicy:
         """See ``DecisionPolicy``."""
         return replace(self, network=self.network.with_margin(margin))
+
+    def with_sureness(self, margin: float) -> TablePolicy:
+        """See ``DecisionPolicy``."""
+        return replace(self, network=self.network.with_sureness(margin))
 
     def save(self, folder: Path) -> None:
         """Write the files of the network alone."""

@@ -16,6 +16,8 @@ from sd_gym.data.instance import Instance
 from sd_gym.switch import PassState
 
 LEAST_LIKELIHOOD = 1e-13  # whose logarithm is taken: about minus 30
+MOST_UNSURE = -30.0  # log-odds, and log-probabilities, at least
+CHOICE = ("log_odds", "margin", "entropy")  # what ``judged_choice`` gives
 
 Value = Callable[[Tensor, Tensor], Tensor]  # of logits and labels, each [batch, ...], to [batch] or [batch, values]
 
@@ -63,6 +65,12 @@ class AnswerPasses(SplitData, Protocol):
 
     def generated(self, rows: NDArray, decisions: NDArray, seen: PassState | None = None) -> list[str]:
         """What ``generate()`` gives for each row."""
+        ...
+
+    def generated_and_judged(
+        self, rows: NDArray, decisions: NDArray, seen: PassState | None = None
+    ) -> tuple[list[str], NDArray]:
+        """The same, and what ``Answers.judgement`` names of each text, float64 ``[n, values]``."""
         ...
 
     def generated_under_all(self, rows: NDArray, masks: NDArray) -> list[list[str]]:
@@ -114,6 +122,14 @@ class Answers(ABC):
         """Takes logits to the probability of the answer, ``[batch]``; ``None``: none is known before it is given."""
         return None
 
+    # What the head says of its own answers, by name: what the answer stage shows. Empty: nothing.
+    judgement: ClassVar[tuple[str, ...]] = ()
+    judges_passes: ClassVar[bool] = True  # whether it judges by the logits of a pass; else by those of generating
+
+    def judge(self, logits: Tensor) -> Tensor:
+        """The ``judgement`` of each row of logits, float32 ``[batch, values]``; no label is looked at."""
+        raise ValueError(f"the backbone gives a {self.gives}, and nothing says how sure it is of it")
+
     def in_words(self, split: SplitData, rows: NDArray, logits: Tensor, longest: int) -> list[str]:
         """The answers of one pass on rows of a split, of ``longest`` tokens at most."""
         return self._said(split, rows, self._read(logits, longest).cpu().numpy())
@@ -133,6 +149,14 @@ class Answers(ABC):
         values = passes.in_passes(rows, decisions, lambda logits, _: self._read(logits, passes.longest), seen)
         return self._said(passes, rows, values)
 
+    def answers_and_judgement(
+        self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, seen: PassState | None = None
+    ) -> tuple[list[str], NDArray]:
+        """``answers``, and the ``judgement`` of each, float64 ``[n, values]``, from the same passes."""
+        values = passes.in_passes(rows, decisions, self._reads_and_judges(passes.longest), seen)
+        read, judged = np.split(values, [-len(self.judgement)], axis=1)
+        return self._said(passes, rows, read), judged
+
     def answers_and_likelihood(
         self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, label_range: float
     ) -> tuple[list[str], NDArray]:
@@ -149,6 +173,14 @@ class Answers(ABC):
         """
         values = passes.under_all(rows, masks, self._reads_and_rates(passes.longest, label_range))
         return [self._said(passes, rows, of_mask[:, :-1]) for of_mask in values.swapaxes(0, 1)], values[..., -1]
+
+    def _reads_and_judges(self, longest: int) -> Value:
+        """Takes logits to what ``read`` gives and, in the last columns, the judgement: ``[batch, values]``."""
+
+        def both(logits: Tensor, labels: Tensor) -> Tensor:
+            return torch.cat([self._read(logits, longest).reshape(len(logits), -1), self.judge(logits)], dim=1)
+
+        return both
 
     def _reads_and_rates(self, longest: int, label_range: float) -> Value:
         """Takes logits and labels to what ``read`` gives and, in a last column, the likelihood: ``[batch, values]``."""
@@ -174,6 +206,21 @@ class Answers(ABC):
     def facts(self, encoded: Encoded) -> dict[str, NDArray]:
         """What is known of each instance's target before any decision, by name, each ``[n]``."""
         return {}
+
+
+def judged_choice(logits: Tensor) -> Tensor:
+    """Of a choice: log-odds of the most probable one, its margin over the next, entropy in nats; ``[batch, 3]``."""
+    log_prob = logits.float().log_softmax(dim=-1)
+    probability = log_prob.exp()
+    two = probability.topk(min(2, logits.shape[-1]), dim=-1).values
+    margin = two[:, 0] - (two[:, 1] if two.shape[1] > 1 else 0.0)
+    return torch.stack([log_odds_of(log_prob.amax(dim=-1)), margin, -(probability * log_prob).nan_to_num().sum(dim=-1)], dim=1)
+
+
+def log_odds_of(log_prob: Tensor) -> Tensor:
+    """Log-odds of probabilities whose logarithms are given, within 30."""
+    others = (-torch.expm1(log_prob)).clamp(min=LEAST_LIKELIHOOD).log()
+    return (log_prob - others).clamp(MOST_UNSURE, -MOST_UNSURE)
 
 
 def log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:

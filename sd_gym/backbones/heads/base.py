@@ -15,6 +15,7 @@ from sd_gym.backbones.heads.answers import Answers
 from sd_gym.backbones.heads.encoding import Encoding, model_inputs
 from sd_gym.backbones.heads.losses import Losses
 from sd_gym.switch import FlopsModel, Switchboard
+from sd_gym.switch.stages import EVERY_LAYER
 
 
 class Head(Encoding, Losses, Answers):
@@ -56,6 +57,10 @@ class Head(Encoding, Losses, Answers):
     def kept(self, batch: dict[str, Tensor], keep: NDArray | Tensor) -> NDArray | Tensor:
         """The tokens that a pass keeps, where its inputs keep ``[batch, length]``; the batch is changed to fit."""
         return keep
+
+    def resume_points(self, board: Switchboard) -> list[int]:
+        """Numbers of the switches in front of which a pass that has answered can be taken up again, ascending."""
+        return [columns.start for columns in board.decided_at([EVERY_LAYER]).values()]
 
     def lengths(self, source: NDArray, target: NDArray, kept: NDArray) -> tuple[NDArray, NDArray, NDArray]:
         """What ``FlopsModel.costs`` takes for a pass on inputs (or prompts) and answers of so many tokens, int ``[n]``.

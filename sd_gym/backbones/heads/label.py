@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.heads.answers import QualityMeasure, SplitData, log_likelihoods
+from sd_gym.backbones.heads.answers import CHOICE, QualityMeasure, SplitData, judged_choice, log_likelihoods
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import nothing_generated
 from sd_gym.config import BackboneConfig
@@ -88,9 +88,15 @@ class LabelHead(Head):
         """The highest class probability."""
         return lambda logits: logits.softmax(dim=-1).amax(dim=-1)
 
+    judgement = CHOICE
+
+    def judge(self, logits: Tensor) -> Tensor:
+        """Of the class."""
+        return judged_choice(logits)
+
     def _said(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
         """The classes' names."""
-        return [self._in_words(value) for value in values]
+        return [self._in_words(value) for value in values.ravel()]
 
     def reference(self, instance: Instance, labels: Tensor) -> str:
         """The right class's name."""

@@ -22,6 +22,7 @@ class ScoreHead(LabelHead):
     """A single output, ``[batch, 1]``; labels are scores, float32 ``[batch]``."""
 
     name = "score"
+    judgement = ()  # a score has no probability
 
     @classmethod
     def _of(cls, model: PreTrainedModel) -> Self | None:

@@ -21,6 +21,7 @@ from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded, Targets
 from sd_gym.data.instance import Instance
 from sd_gym.switch import PassState, Switchboard
+from sd_gym.switch.stages import BETWEEN
 
 
 class Seq2SeqHead(Head):
@@ -72,6 +73,11 @@ class Seq2SeqHead(Head):
         decoder_input_ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
         return (call or model)(**model_inputs(batch), decoder_input_ids=decoder_input_ids, use_cache=False).logits
 
+    def resume_points(self, board: Switchboard) -> list[int]:
+        """The beginning, and the decoder after an encoder: a text is generated anew."""
+        between = [BETWEEN] if BETWEEN in board.stages else []
+        return [columns.start for columns in board.decided_at([board.stages[0], *between]).values()]
+
     def lengths(self, source: NDArray, target: NDArray, kept: NDArray) -> tuple[NDArray, NDArray, NDArray]:
         """The decoder runs on the answer."""
         return source, target, kept
@@ -101,6 +107,19 @@ class Seq2SeqHead(Head):
     def _said(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
         """ValueError: one pass does not tell what would be generated."""
         raise ValueError("a text is generated, not read from one pass")
+
+    judgement = ("mean_log_odds", "least_log_odds", "log_length")
+    judges_passes = False  # in a pass it reads the reference
+
+    def answers_and_judgement(
+        self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, seen: PassState | None = None
+    ) -> tuple[list[str], NDArray]:
+        """The generated texts, and how probable their tokens were.
+
+        The log-odds of the geometric mean of their probabilities and of the least one, and the logarithm of their
+        number.
+        """
+        return passes.generated_and_judged(rows, decisions, seen)
 
     def answers(
         self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, seen: PassState | None = None

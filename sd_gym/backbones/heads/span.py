@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING, BatchEncoding, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.heads.answers import QualityMeasure, SplitData
+from sd_gym.backbones.heads.answers import CHOICE, MOST_UNSURE, QualityMeasure, SplitData, judged_choice
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import model_inputs, nothing_generated
 from sd_gym.backbones.heads.losses import IGNORED, divergence
@@ -105,6 +105,17 @@ class SpanHead(Head):
     def likelihood(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """The sum of the probabilities of the right spans; 0 where no span is right."""
         return span_log_likelihood(logits, labels).exp()
+
+    judgement = (*(f"{place}_{name}" for place in ("start", "end") for name in CHOICE), "answered_log_odds")
+
+    def judge(self, logits: Tensor) -> Tensor:
+        """Of the start and the end, and the log-odds of the best span against no answer, which is its first token."""
+        first, last = best_spans(logits, logits.shape[-1]).T
+        log_prob = logits.log_softmax(dim=-1)
+        best = log_prob[:, 0].gather(1, first[:, None]) + log_prob[:, 1].gather(1, last[:, None])
+        nothing = log_prob[:, 0, :1] + log_prob[:, 1, :1]
+        answered = (best - nothing).clamp(max=-MOST_UNSURE)  # 0 where there is no answer
+        return torch.cat([judged_choice(logits[:, 0]), judged_choice(logits[:, 1]), answered], dim=1)
 
     def _read(self, logits: Tensor, longest: int) -> Tensor:
         """The most probable spans, int64 ``[batch, 2]``."""
