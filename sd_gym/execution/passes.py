@@ -75,7 +75,9 @@ class Passes:
             texts[picked], judged[picked] = said
         return texts.tolist(), judged
 
-    def _generated_after(self, seen: PassState, rows: Array, decisions: Array, picked: Array) -> tuple[list[str], Array]:
+    def _generated_after(
+        self, seen: PassState, rows: Array, decisions: Array, picked: Array
+    ) -> tuple[list[str], Array]:
         """What some of the rows say when the encoder has read all of them: they keep the padding of all."""
         some, keep = torch.from_numpy(picked), self._tokens.kept(rows, decisions[:, -1])
         inputs = {name: tensor[some] for name, tensor in self.inputs(rows).items()}
@@ -124,8 +126,8 @@ class Passes:
                 output_scores=True,
             )
         beams = getattr(output, "beam_indices", None)
-        model: Any = backbone.model
-        log_prob = model.compute_transition_scores(output.sequences, output.scores, beams, normalize_logits=beams is None)
+        scores_of: Any = backbone.model.compute_transition_scores
+        log_prob = scores_of(output.sequences, output.scores, beams, normalize_logits=beams is None)
         answers = output.sequences[:, self.head.prompt_length(inputs["input_ids"]) :]
         said = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
         texts = [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in said]
