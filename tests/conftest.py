@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from transformers import (
 
 import sd_gym
 from sd_gym.policy.card import write_card
+
+os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # figures are the same on every machine
 
 WORDS = ["good", "bad", "fine", "awful", "the", "food", "was", "not", "room"]
 

@@ -11,10 +11,11 @@ from tests.conftest import make_model
 
 ROWS = 4000
 LAYERS = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+IMPORTANCE = torch.tensor([0.9, 0.2, 0.1, 0.5])
 
 
 def drawn(draw, rate=0.6, seed=0, rows=ROWS):
-    return DRAWS[draw](rows, LAYERS, rate, torch.Generator().manual_seed(seed))
+    return DRAWS[draw](rows, LAYERS, rate, torch.Generator().manual_seed(seed), IMPORTANCE)
 
 
 def test_layers_are_numbered_through_all_stacks():

@@ -15,7 +15,7 @@ def count_steps(board, qualities, patience=None, **settings):
     batch = {**make_inputs("bert"), "labels": torch.tensor([0, 1, 0, 1, 0])}
     weights, remaining = [], iter(qualities)
 
-    def validate():
+    def validate(drawing):
         weights.append(board.model.classifier.weight.detach().clone())
         return next(remaining)
 
@@ -46,7 +46,7 @@ def test_patience_and_the_best_weights_survive_an_interruption(tmp_path):
     whole, cut_off = Switchboard(make_model("bert")), Switchboard(make_model("bert"))
     qualities = [0.1, 0.5, 0.4, 0.5, 0.3, 0.9]
     count_steps(whole, qualities, patience=3)
-    settings = {"patience": 3, "checkpoint": tmp_path / "checkpoint.pt"}
+    settings = {"patience": 3, "checkpoint": tmp_path / "checkpoint.pt", "checkpoint_minutes": 0}
     with pytest.raises(CutError):
         count_steps(cut_off, qualities, **settings, on_step=cut)
     again = Switchboard(make_model("bert"))

@@ -89,7 +89,7 @@ def test_a_preparation_that_was_cut_off_goes_on_as_if_nothing_had_happened(tmp_p
         if step == 25:
             raise CutError
 
-    settings = {"recipe": Recipe(40, 0.003)}
+    settings = {"recipe": Recipe(40, 0.003), "checkpoint_minutes": 0}
     arguments = (BackboneConfig(name=str(tiny_backbone)), DataConfig(dataset=str(reviews)), "classification")
     prepare_backbone(*arguments, tmp_path / "whole", **settings)
     with pytest.raises(CutError):
