@@ -107,6 +107,13 @@ def make_extractor(name):
     return AutoModelForQuestionAnswering.from_config(config).eval()
 
 
+def make_last_token_classifier(name):
+    """A random decoder-only model that classifies by its last token; its configuration names nothing to pad with."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, vocab_size=40, pad_token_id=None, eos_token_id=2, **TINY[name])
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
 def make_inputs(name, batch=5, source=7, target=4, seed=0, side="right"):
     """Inputs with rows of different lengths, padded at one side."""
     generator = torch.Generator().manual_seed(seed)
