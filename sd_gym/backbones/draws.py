@@ -14,7 +14,11 @@ from sd_gym.switch import Switchboard
 NOISE = 3.0  # ranks: how far the layers that ``whole_layers`` draws stray from the least important ones
 FEWEST = 1 / 3  # of the most layers that a row may draw
 MEASURED_ROWS = 8  # of a batch, that importance is measured on
+BOLDNESS = (-1.0, 2.0)  # between what a policy's log-odds of skipping are shifted
+RARE = 0.02  # the least probability of skipping, and of not skipping, a switch
+RANDOM_SHARE = 0.3  # of the rows, beside those that a policy decides on
 
+Drawing = Callable[[int, torch.Generator], Tensor]  # draws decisions of so many rows, int64 ``[rows, switches]``
 Draw = Callable[[int, Tensor, float, torch.Generator, Tensor | None], Tensor]
 
 
@@ -101,3 +105,19 @@ def whole_layers(
 
 
 DRAWS: dict[str, Draw] = {"even": even, "deeper": deeper, "staged": staged, "layers": whole_layers}
+
+
+def decisions_around(
+    skip_logits: Tensor, random: Tensor, generator: torch.Generator, random_share: float = RANDOM_SHARE
+) -> Tensor:
+    """Skip vectors around those of a policy, some bolder and some more cautious, int64 ``[rows, switches]`` on the CPU.
+
+    ``skip_logits`` are its log-odds of skipping each switch. A share of the rows takes those of ``random``, so that the
+    backbone is robust to more than this one policy.
+    """
+    rows = len(skip_logits)
+    lowest, highest = BOLDNESS
+    shifted = skip_logits + lowest + (highest - lowest) * torch.rand(rows, 1, generator=generator)
+    probability = shifted.sigmoid().clamp(RARE, 1 - RARE)
+    drawn = (torch.rand(probability.shape, generator=generator) < probability).long()
+    return torch.where(torch.rand(rows, 1, generator=generator) < random_share, random, drawn)

@@ -20,33 +20,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sd_gym.backbones.draws import DRAWS, layer_importance, layers_of
+from sd_gym.backbones.draws import DRAWS, RANDOM_SHARE, Drawing, decisions_around, layer_importance, layers_of
 from sd_gym.backbones.heads import head_of
 from sd_gym.files import damaged_checkpoint, read_checkpoint, write_checkpoint
 from sd_gym.switch import Switchboard
 
 VALIDATIONS = 10  # on the way
 RISEN = 0.6  # share of the steps after which as many layers are drawn as may be; before, from a third of them on
-Drawing = Callable[[int, torch.Generator], Tensor]  # draws decisions of so many rows, int64 ``[rows, switches]``
-BOLDNESS = (-1.0, 2.0)  # between what a policy's log-odds of skipping are shifted
-RARE = 0.02  # the least probability of skipping, and of not skipping, a switch
-RANDOM_SHARE = 0.3  # of the rows, beside those that a policy decides on
-
-
-def decisions_around(
-    skip_logits: Tensor, random: Tensor, generator: torch.Generator, random_share: float = RANDOM_SHARE
-) -> Tensor:
-    """Skip vectors around those of a policy, some bolder and some more cautious, int64 ``[rows, switches]`` on the CPU.
-
-    ``skip_logits`` are its log-odds of skipping each switch. A share of the rows takes those of ``random``, so that the
-    backbone is robust to more than this one policy.
-    """
-    rows = len(skip_logits)
-    lowest, highest = BOLDNESS
-    shifted = skip_logits + lowest + (highest - lowest) * torch.rand(rows, 1, generator=generator)
-    probability = shifted.sigmoid().clamp(RARE, 1 - RARE)
-    drawn = (torch.rand(probability.shape, generator=generator) < probability).long()
-    return torch.where(torch.rand(rows, 1, generator=generator) < random_share, random, drawn)
 
 
 def freeze_observation(board: Switchboard) -> None:

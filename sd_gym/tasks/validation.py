@@ -11,9 +11,8 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sd_gym.backbones.draws import layers_of, least_important
+from sd_gym.backbones.draws import Drawing, decisions_around, layers_of, least_important
 from sd_gym.backbones.heads import Head
-from sd_gym.backbones.prepare import Drawing, decisions_around
 from sd_gym.config import BackboneConfig, QualityConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.switch import Switchboard

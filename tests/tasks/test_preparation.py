@@ -146,6 +146,18 @@ def test_without_a_terminal_plain_lines_say_what_is_done(tmp_path, reviews, tiny
     ]
 
 
+def test_the_least_important_layers_are_told_and_measured(tmp_path, reviews, tiny_backbone):
+    options = ["--backbone", tiny_backbone, "--dataset", reviews, "--output", tmp_path / "out", "--steps", 20]
+    options += ["--draw", "layers", "--accumulate", 2]
+    result = CliRunner().invoke(app, ["prepare", *map(str, options)])
+    assert result.exit_code == 0, result.output
+    assert "60% of layers, the least important" in " ".join(result.output.split())
+    report = json.loads((tmp_path / "out" / "preparation.json").read_text())
+    assert len(report["importance"]) == 3
+    after = report["quality"]["after"]
+    assert after["0.2"] == after["0.4"]  # one of three layers
+
+
 def test_no_skipping_is_dense_fine_tuning(tmp_path, reviews, tiny_backbone):
     figures = []
     settings = {"on_step": lambda step, shown: figures.append(shown), "rows": 1.0}
