@@ -201,7 +201,7 @@ def _mixed_precision(device: str) -> str | None:
     """What to compute in; ``None``: what the environment variable says, or what this process computes in already."""
     if "ACCELERATE_MIXED_PRECISION" in os.environ or is_initialized():
         return None
-    return "bf16" if has_bf16(device) else "no"
+    return "bf16" if has_bf16(usable_device(device)) else "no"
 
 
 def _switchable(
