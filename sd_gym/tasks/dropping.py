@@ -45,8 +45,8 @@ class TokenDropping:
         """Which tokens may be dropped, bool ``[n, longest]``; not the last one where the model answers from there."""
         droppable = droppable_tokens(self._instances, self._tokenizer, self._backbone)
         if self._board.architecture.causal:
-            read = (self._encoded.input_ids != self._tokenizer.pad_token_id).int()
-            droppable[np.arange(len(read)), read.shape[1] - 1 - read.flip(1).argmax(dim=1).numpy()] = False
+            read = self._encoded.input_ids.numpy() != self._tokenizer.pad_token_id
+            droppable[np.arange(len(read)), read.shape[1] - 1 - read[:, ::-1].argmax(axis=1)] = False
         return droppable
 
     @cached_property
