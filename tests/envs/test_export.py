@@ -45,6 +45,7 @@ STAGED = [
     ("summarization", "idf", ["first", "encoder.1", "decoder", "decoder.1"]),
     ("answered", "attention", ["first", "decoder"]),
     ("prompted", "idf", ["every_layer"]),
+    ("last token", "idf", ["first", "decoder.1"]),
 ]
 
 
