@@ -42,5 +42,5 @@ def export(
         "run": {key: description[key] for key in ("env", "algo", "steps", "seed", "versions", "data")},
     }
     of_input = exported.mean, exported.deviation, exported.rarity, exported.protection
-    ranking = exported.ranking_costs_flops
-    return SkipPolicy(network, *of_input, tuple(operating_points), card, exported.of_tokens, ranking)
+    looks = exported.of_tokens, exported.ranking_costs_flops, exported.context
+    return SkipPolicy(network, *of_input, tuple(operating_points), card, *looks)
