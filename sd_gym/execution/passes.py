@@ -69,13 +69,13 @@ class Passes:
         resume_from = seen if seen is not None and seen.stage == BETWEEN else None
         for picked, inputs in self.planned(rows, decisions, self.longest):
             if resume_from is None:
-                said = self._said(rows[picked], decisions[picked], inputs)
+                said = self.said(rows[picked], decisions[picked], inputs)
             else:
                 said = self._generated_after(resume_from, rows, decisions, picked)
             texts[picked], judged[picked] = said
         return texts.tolist(), judged
 
-    def _said(self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor]) -> tuple[list[str], Array]:
+    def said(self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor]) -> tuple[list[str], Array]:
         """What one ``generate()`` says to a batch of these rows, and how probable its tokens are."""
         return self._generated(inputs, self.decide(rows, decisions))
 

@@ -13,7 +13,7 @@ from sd_gym.backbones.heads import Head
 from sd_gym.backbones.heads.seq2seq import judged_text
 from sd_gym.policy.rollout import StagedRollout
 
-NO_ANSWERS = ("labels", "past_key_values", "use_cache", "output_hidden_states", "output_attentions")
+NO_ANSWERS = ("labels", "cache", "past_key_values", "use_cache", "output_hidden_states", "output_attentions")
 Call = Callable[..., Any]
 
 

@@ -75,7 +75,7 @@ class StagedPasses(Passes):
         self._note(rows, rollout)
         return logits
 
-    def _said(self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor]) -> tuple[list[str], NDArray]:
+    def said(self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor]) -> tuple[list[str], NDArray]:
         rollout = self._rollout(rows, inputs, lambda keep: keep)
         texts, judged = self._generated(inputs, rollout.deciding(inputs["attention_mask"]))
         said = np.array(texts, dtype=object)
