@@ -56,8 +56,8 @@ class Costs:
         return parted(decisions, self._components)[0]
 
     def going_on(self, rows: Array, masks: Array) -> Array:
-        """FLOPs of going on after masks ``[n, switches + 1]``, int64 ``[n]``; see ``sd_gym.going_on``."""
-        return going_on_flops(self._always[rows], self._switched[rows], resumed_from(masks, self.points))
+        """FLOPs of going on after masks, int64 ``[n]``, whatever decisions say of it; see ``sd_gym.going_on``."""
+        return going_on_flops(self._always[rows], self._switched[rows], resumed_from(self.masks(masks), self.points))
 
     def _of_masks(self, rows: Array, decisions: Array) -> Array:
         level = decisions[:, -1]
