@@ -69,8 +69,9 @@ class BackboneCore(Core[BackboneSplit]):
         self.switch_names = board.names
         # A switch has 2 choices; 1, to run, where its kind is not among the candidates. The tokens come last.
         choices = [1 + (switch.sublayer.kind in config.candidates) for switch in board.switches]
-        self.decision_nvec = np.array([*choices, len(tokens.shares)], dtype=np.int64)
-        self.nvec = np.append(self.decision_nvec, [2] * answers)
+        mask = [*choices, len(tokens.shares)]
+        self.decision_nvec = np.array(mask, dtype=np.int64)
+        self.nvec = np.array([*mask, *[2] * answers], dtype=np.int64)
         self._ranking = RANKINGS.find(tokens.ranking) if len(tokens.shares) > 1 else None  # no token is dropped
         self.highest_flops_ratio = 1.0 + answers + bool(self._ranking and self._ranking.costs_flops)
         self.steps = self._steps()

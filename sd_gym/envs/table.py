@@ -239,7 +239,7 @@ class TableCore(Core[TableSplit]):
         units = described.get("units", {})
         sizes = ways or units.get("sizes") or [len(self.masks)]
         self.nvec = self.decision_nvec if self.exhaustive else np.array([*sizes, *answers])
-        self._place = np.append(_place_values(self.nvec[: self.n_skips]), [0] * self.has_answer_stage)
+        self._place = np.pad(_place_values(self.nvec[: self.n_skips]), (0, int(self.has_answer_stage)))
         # Of combinations of ways, the masks are not in the order of their FLOPs.
         self._order = None if ways or "order" not in described else np.array(described["order"], dtype=np.int64)
         own = [np.array([stage]) for stage in range(len(self.stages))] if ways else [np.arange(len(self.nvec))]
@@ -336,7 +336,7 @@ class TableCore(Core[TableSplit]):
         arrays = {name: np.array(values) for name, values in map_arrays(file).items()}
         env = {"id": described["env"], "table": None, "action": "multi_discrete", "codebook": None}
         try:
-            protection, context = described["protection"], described["context"]
+            protection, context = described["protection"], described.get("context")
             return Export(
                 self.config.model_copy(update=env),
                 {key: value for key, value in described["backbone"].items() if key != "switches"},

@@ -37,22 +37,17 @@ def test_so_does_a_policy_that_sees_tokens(kind, tmp_path, tiny_tokenizer):
 
 STAGED = [
     ("classification", None, ["first", "encoder.1"]),
+    ("classification", None, ["first", "answer"]),
     ("classification", "attention", ["every_layer"]),
     ("classification", "idf", ["encoder.1"]),
-    ("pairs", "position", ["first", "encoder.1"]),
+    ("pairs", "position", ["first", "encoder.1", "answer"]),
     ("scores", None, ["first", "encoder.1"]),
     ("extracted", None, ["every_layer"]),
-    ("summarization", None, ["first", "decoder"]),
-    ("summarization", "idf", ["first", "encoder.1", "decoder", "decoder.1"]),
-    ("answered", "attention", ["first", "decoder"]),
-    ("prompted", "idf", ["every_layer"]),
-    ("classification", None, ["first", "answer"]),
-    ("classification", "position", ["first", "encoder.1", "answer"]),
-    ("pairs", "attention", ["every_layer", "answer"]),
-    ("extracted", None, ["first", "answer"]),
     ("extracted", "position", ["first", "encoder.2", "answer"]),
     ("summarization", None, ["first", "answer"]),
-    ("answered", "idf", ["first", "decoder", "answer"]),
+    ("summarization", "idf", ["first", "encoder.1", "decoder", "decoder.1"]),
+    ("answered", "attention", ["first", "decoder", "answer"]),
+    ("prompted", "idf", ["every_layer"]),
     ("prompted", None, ["first", "answer"]),
 ]
 

@@ -26,7 +26,9 @@ def env_of(keys, *stages):
 
 def constant(core, mask, log_odds):
     """This mask for all, and on from answers that are less sure."""
-    policy = DecisionPolicy(flat_size(core.observation_space), core.nvec.tolist(), core.switch_names, stages=core.stages)
+    policy = DecisionPolicy(
+        flat_size(core.observation_space), core.nvec.tolist(), core.switch_names, stages=core.stages
+    )
     with torch.no_grad():
         for values in policy.parameters():
             values.zero_()
