@@ -1,4 +1,7 @@
-"""A cascade: a cheap pass for all, and a dense one for those that it is not sure of (Viola and Jones 2001)."""
+"""A cascade: a cheap pass for all, and a dense one for those that it is not sure of (Viola and Jones 2001).
+
+The dense pass goes on from in front of the first sublayer that the cheap one skipped, as the answer stage does.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +22,26 @@ from sd_gym.envs.protocols import Split
 
 @dataclass(frozen=True)
 class CascadePoint:
-    """One mask for all inputs; where the head is less sure than a threshold, the input runs again, densely."""
+    """One mask for all inputs; where the head is less sure than a threshold, the pass goes on densely."""
 
     mask: NDArray  # [components]
     threshold: float
     confidences: Confidences
 
     def decide_split(self, split: Split, rows: NDArray) -> SplitDecisions:
-        """The mask, or nothing skipped; the first run of those that run twice is the cost of deciding."""
+        """The mask, or nothing skipped; what going on takes more than a dense pass is the cost of deciding."""
         decisions = np.tile(self.mask, (len(rows), 1))
         unsure = self.confidences.of(split, rows, self.mask) < self.threshold
-        spent: NDArray = np.where(unsure, split.costs.flops(rows, decisions), 0)
+        costs = split.costs
+        both = costs.flops(rows, decisions) + costs.going_on(rows, decisions)
+        spent: NDArray = np.where(unsure, both - costs.dense_flops(rows), 0)
         return SplitDecisions(np.where(unsure[:, None], 0, decisions), spent)
 
 
 class Cascade(PrivilegedAgent[StaticSettings]):
-    """One mask for all inputs; where the head is less sure than a threshold, the input runs again, densely.
+    """One mask for all inputs; where the head is less sure than a threshold, the pass goes on densely.
 
-    Both runs count. The masks are those of a greedy path (or of a run of ``static``: ``path``), searched on policy
+    Both count. The masks are those of a greedy path (or of a run of ``static``: ``path``), searched on policy
     rows; masks with thresholds are the operating points. For backbones that classify.
     """
 
@@ -46,7 +51,7 @@ class Cascade(PrivilegedAgent[StaticSettings]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not self.env.core.sees_confidence:
-            raise NotApplicableError("a cascade needs a backbone that classifies, which no table has, nor this env")
+            raise NotApplicableError("a cascade needs a backbone that classifies, or a table of its answers, and this env has neither")
         self.masks = np.zeros((1, len(self.env.core.nvec)), dtype=np.int64)  # dense, before it has searched
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:

@@ -12,6 +12,7 @@ from sd_gym.agents.learning.decisions import SplitDecisions, Version, policy_row
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.protocols import Split
+from sd_gym.envs.table import TableSplit
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.going_on import ANSWER
 
@@ -21,17 +22,21 @@ ALLOWED = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # losses on policy rows that thresho
 
 
 class Confidences:
-    """Highest class probabilities of rows under decisions, each computed once."""
+    """Highest class probabilities of rows under decisions, each computed once; of a table, its judgements."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, bytes, bytes], NDArray] = {}
 
     def of(self, split: Split, rows: NDArray, mask: NDArray) -> NDArray:
-        """Of ``rows [n]`` under one mask ``[components]``, float64 ``[n]``; the split's backbone classifies."""
+        """Of ``rows [n]`` under one decision ``[components]``, float64 ``[n]``; the core ``sees_confidence``."""
         key = split.name, rows.tobytes(), mask.tobytes()
         if key not in self._known:
-            assert isinstance(split, BackboneSplit)  # agents that ask for it refuse tables when they are made
-            self._known[key] = split.passes.confidence(rows, np.tile(mask, (len(rows), 1)))
+            masks = np.tile(mask, (len(rows), 1))
+            assert isinstance(split, BackboneSplit | TableSplit)  # agents that ask for it refuse other splits
+            if isinstance(split, TableSplit):
+                self._known[key] = split.confidence(rows, masks)
+            else:
+                self._known[key] = split.passes.confidence(rows, split.costs.masks(masks))
         return self._known[key]
 
 

@@ -20,6 +20,7 @@ from sd_gym.envs.episodes import StagedEpisodes
 from sd_gym.envs.first_look import FirstLook
 from sd_gym.envs.protocols import Core, Outcome
 from sd_gym.envs.table_files import (
+    CLASS_LOG_ODDS,
     CODEBOOK,
     EXPORT,
     FACT,
@@ -198,6 +199,11 @@ class TableSplit:
         if not isinstance(words.get("facts"), dict) or len(words.get("ids", ())) != n:
             raise ValueError(f"{file.with_suffix('.json')} is damaged: expected the ids of {n} instances")
 
+    def confidence(self, rows: Array, decisions: Array) -> Array:
+        """Highest class probability of rows ``[n]`` under decisions ``[n, components]``, of a core that sees it."""
+        log_odds = self.tensors[JUDGED][rows, self.core.masks_of(decisions), 0].astype(np.float64)
+        return 1 / (1 + np.exp(-log_odds))
+
     def _whole(self, name: str) -> Array:
         """Numbers that are kept in the smallest type, as the env has them: int64, float64 or bool."""
         kept = self.tensors[name]
@@ -268,6 +274,11 @@ class TableCore(Core[TableSplit]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return table_core, (self.config,)
+
+    @property
+    def sees_confidence(self) -> bool:
+        """Whether the table has judgements, the first of which is the log-odds of a class."""
+        return self.description.get("judgement", [""])[0] == CLASS_LOG_ODDS
 
     @cached_property
     def stage_observation(self) -> TableStages | FirstLook:

@@ -240,6 +240,7 @@ class _Maker:
             described["order"] = down_in_flops(core, masks).tolist()
             if core.has_answer_stage:
                 described["resume_points"] = core.split("train").costs.points
+                described["judgement"] = list(core.backbone.head.judgement)
         if self.units is not None:
             described |= {"units": {"names": self.units.names, "sizes": self.units.sizes}, "order": self.units.order}
         return _without_paths(described) if self.share else described
