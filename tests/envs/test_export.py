@@ -92,6 +92,9 @@ def decides_and_answers_the_same(task, ranking, folder, tokenizer, observation, 
             call(**inputs, **({"max_new_tokens": tokens} if split.head.gives == "text" else {}))
             np.testing.assert_array_equal(model.model.decisions.skip, masks[:, :-1])
             np.testing.assert_array_equal(model.model.decisions.went_on, went_on)
+            if split.head.gives != "text":
+                ratio = split.costs.flops_ratio(every, decisions)
+                np.testing.assert_allclose(model.model.decisions.flops_ratio, ratio)
         assert tells or task in ("answered", "prompted")
     finally:
         sd_gym.detach(model.model)

@@ -2,18 +2,24 @@
 
 from functools import cache
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sd_gym.agents.experiment.export import leaving
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForSequenceClassification, TextStreamer
 
+import sd_gym
+from sd_gym.going_on import parted
 from sd_gym.inference.attach import attach, detach
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.protected_tokens import ProtectedTokens
 from sd_gym.switch import Switchboard
 from tests.conftest import TINY, make_extractor, make_inputs, make_model, row_of
+from tests.envs.conftest import looking
 from tests.inference.conftest import make_policy
 
 SWITCHES = 6
@@ -26,11 +32,11 @@ def scripted(model, masks, levels, goes_on, stages=("first", "answer"), shares=(
     return policy
 
 
-def classifier(name):
+def classifier(name, attention="sdpa"):
     torch.manual_seed(0)
     special = {"vocab_size": 40, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
     config = AutoConfig.for_model(name, **special, **TINY[name])
-    return AutoModelForSequenceClassification.from_config(config).eval()
+    return AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).eval()
 
 
 @torch.inference_mode()
@@ -62,7 +68,7 @@ def tiny(stages):
     return model, make_policy(model, stages=stages, shares=(0.0, 0.5))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(decisions(), st.sampled_from([("first",), ("first", "encoder.1"), ("every_layer",)]), st.booleans())
 def test_any_rows_go_on_from_any_layer_and_the_others_stay(drawn, stages, left):
     (model, policy), inputs = tiny((*stages, "answer")), make_inputs("bert", side="left" if left else "right")
@@ -127,6 +133,25 @@ def test_each_row_runs_again_from_its_first_skipped_layer_and_no_earlier():
     assert again == [(0, 1), (1, 1), (2, 1), (1, 2), (2, 2), (2, 1)]
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "bart"])
+@pytest.mark.parametrize("dropping", [False, True])
+def test_flops_are_those_that_a_counter_counts(name, dropping):
+    model, inputs = classifier(name, "eager"), make_inputs("bert", batch=1)
+    inputs["input_ids"][:, -1] = 3  # what a BART ends with
+    size = {"bert": 6, "gpt2": 6, "bart": 10}[name]
+    mask, counted = np.zeros((1, size), dtype=int), []
+    mask[:, 2], mask[:, -1] = 1, 1
+    policy = scripted(model, mask, [int(dropping)], [True])
+    for attached in (False, True):
+        if attached:
+            attach(model, policy)
+        with FlopCounterMode(display=False) as counter:
+            logits(model, inputs)
+        counted.append(counter.get_total_flops())
+    np.testing.assert_allclose(model.decisions.flops_ratio, counted[1] / counted[0])
+    assert counted[1] > counted[0]
+
+
 @pytest.mark.parametrize("name", ["bart", "t5", "llama"])
 def test_a_text_is_written_again_densely_on_what_the_encoder_has_read(name):
     lone = name == "llama"
@@ -159,6 +184,30 @@ def test_a_text_is_written_again_densely_on_what_the_encoder_has_read(name):
     assert len(read) == (0 if lone else 2)  # for all, and for the row of which something was skipped there
     np.testing.assert_array_equal(model.decisions.went_on, goes_on)
     assert (model.decisions.flops_ratio[[0, 2, 3]] > 1).all()
+
+
+def test_the_mini_backbone_writes_on_texts_what_it_writes_in_the_env():
+    keys = {"train_size": 60, "validation_size": 20, "test_size": 16}
+    core = gym.make("SD/Summarization-Mini-v0", **keys, stages=["first", "decoder", "answer"]).unwrapped.core
+    policy = looking(core, bias=2.0)  # runs most
+    split, every = core.split("test"), np.arange(16)
+    decisions = core.rollout(split, every, policy.decide)[0]
+    masks, went_on = parted(decisions, len(core.decision_nvec))
+    assert 0 < went_on.sum() < 16
+    quality, dense = split.scoring.quality(every, decisions)
+    assert (quality[went_on] == dense[went_on]).all()
+    model = sd_gym.load(leaving(core, policy, (), {}))
+    came = model([one.source for one in split.instances])
+    inputs = split.passes.inputs(every)
+    written = model.model.generate(inputs["input_ids"], max_new_tokens=core.config.backbone.max_target_length)
+    said = model.tokenizer.batch_decode(written, skip_special_tokens=True)
+    assert [one.answer for one in came] == [text.strip() for text in said]
+    right = [one.answer == known.target for one, known in zip(came, split.instances, strict=True)]
+    np.testing.assert_array_equal(quality, right)
+    for of_each in ([one.skip for one in came], model.model.decisions.skip):
+        np.testing.assert_array_equal(of_each, masks[:, :-1])
+    for of_each in ([one.went_on for one in came], model.model.decisions.went_on):
+        np.testing.assert_array_equal(of_each, went_on)
 
 
 def test_a_span_is_judged_in_its_context():
