@@ -240,8 +240,9 @@ def looking(core, bias=0.0):
         policy.head.weight.mul_(20)
         policy.head.bias[: 2 * core.n_switches : 2] += bias
         if core.has_answer_stage:
-            seen = []
-            core.rollout(core.split("test"), np.arange(16), lambda shown: seen.append(shown) or policy.decide(shown))
+            split, seen = core.split("test"), []
+            rows = np.arange(min(16, len(split)))
+            core.rollout(split, rows, lambda shown: seen.append(shown) or policy.decide(shown))
             logits = policy(to_tensors(seen[-1]))
             policy.head.bias[-1] += (logits[:, -2] - logits[:, -1]).quantile(0.5)
     return policy
