@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sd_gym.agents.experiment.export import leaving
 from sd_gym.agents.learning.decisions import (
     PolicyLike,
     SplitDecisions,
@@ -33,8 +34,12 @@ from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.regret import best_rewards
 from sd_gym.envs.report import by_facts, write_instances
 from sd_gym.envs.table import TableCore, TableSplit
+from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
+from sd_gym.inference.texts import StagedPasses
 from sd_gym.objectives import Objective
+from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.registry import UnknownNameError
 
 WARM_UP, LEAST_TIMED = 2, 3  # batches
@@ -165,6 +170,9 @@ def time_ratio(
         dense pass.
     """
     split = core.split(split_name)
+    # A policy that looks at answers runs as it does elsewhere, in one pass and what goes on; else as in the env.
+    leaves = core.has_answer_stage and isinstance(policy, DecisionPolicy)
+    artefact = leaving(core, policy, (), {}) if leaves else None
     random = np.random.default_rng(0)
     times: list[list[float]] = []
     flops = np.zeros(4)
@@ -174,14 +182,16 @@ def time_ratio(
             break
         rows = random.integers(len(split), size=min(batch_size, len(split)))
         decisions, _ = core.rollout(split, rows, policy.decide)
-        dense, *others = [
-            _seconds(run, core.backbone) for run in _contestants(core, policy, split, rows, decisions[:, -1])
-        ]
+        level = core.to_masks(decisions)[:, -1]
+        runs = _contestants(core, policy, artefact, split, rows, level)
+        dense, *others = [_seconds(run, core.backbone) for run in runs]
         if number < WARM_UP:
             continue
         times.append([seconds / dense for seconds in others])
         nothing, everything = np.zeros_like(decisions), [np.arange(len(rows))]
         parts = core.stage_observation.parts(split, rows, decisions)
+        if artefact is not None:
+            parts = [picked for picked, _ in split.passes.planned(rows, core.to_masks(nothing))]
         flops += (
             split.costs.flops(rows, decisions).sum(),
             split.costs.dense_flops(rows).sum(),
@@ -199,11 +209,34 @@ def time_ratio(
 
 
 def _contestants(
-    core: BackboneCore, policy: PolicyLike, split: BackboneSplit, rows: NDArray, level: NDArray
+    core: BackboneCore,
+    policy: PolicyLike,
+    artefact: SkipPolicy | None,
+    split: BackboneSplit,
+    rows: NDArray,
+    level: NDArray,
 ) -> list[Callable[[], object]]:
-    """Dense; with the policy; dense in passes by length; where tokens are dropped, dense on shorter inputs."""
+    """Dense; with the policy; dense in passes by length; where tokens are dropped, dense on shorter inputs.
+
+    Where the policy judges texts, all but the last one write them.
+    """
     backbone, everything = core.backbone, np.arange(len(rows))
     unseen, again = split.unseen(rows), split.unseen(rows)
+    nothing = np.zeros((len(rows), len(core.decision_nvec)), dtype=np.int64)
+    writes = core.has_answer_stage and not backbone.head.judges_passes
+
+    def dense() -> None:
+        inputs = split.passes.inputs(rows)
+        split.passes.said(rows, nothing, inputs) if writes else backbone.logits(inputs)
+
+    def by_length(passes: Passes) -> None:
+        passes.generated(everything, nothing) if writes else list(passes.logits(everything, nothing))
+
+    def decided() -> None:
+        if artefact is None:
+            list(core.decided_logits(unseen, everything, policy.decide))
+        else:
+            by_length(StagedPasses(unseen, artefact))
 
     def shortened() -> None:
         inputs = split.passes.inputs(rows)
@@ -213,12 +246,8 @@ def _contestants(
         columns = slice(-length, None) if backbone.head.padding_side == "left" else slice(length)
         backbone.logits({name: value if name == "labels" else value[:, columns] for name, value in inputs.items()})
 
-    return [
-        lambda: backbone.logits(split.passes.inputs(rows)),
-        lambda: list(core.decided_logits(unseen, everything, policy.decide)),
-        lambda: list(again.passes.logits(everything, np.zeros((len(rows), len(core.decision_nvec)), dtype=np.int64))),
-        *([shortened] if len(core.config.tokens.shares) > 1 else []),
-    ]
+    shortening = [shortened] if len(core.config.tokens.shares) > 1 else []
+    return [dense, decided, lambda: by_length(again.passes), *shortening]
 
 
 def _seconds(run: Callable[[], object], backbone: Backbone) -> float:

@@ -27,20 +27,28 @@ def export(
 
     ``None`` where a policy cannot leave its env: see ``sd_gym.envs.export``.
     """
-    if (exported := core.export()) is None:
-        return None
-    network: DecisionPolicy | TablePolicy = policy
-    if exported.masks is not None or exported.projection is not None:
-        known = [*core.decision_nvec.tolist(), *[2] * core.has_answer_stage], core.backbone.board.names
-        network = TablePolicy(policy, *known, exported.masks, exported.projection)
-    env, selection = dotted(exported.env.model_dump()), result["selection"]
+    selection = result["selection"]
     card = {
-        "env": nested({key: value for key, value in env.items() if key != "reward.objective"}),
-        "backbone": exported.backbone,
         "result": {key: result[key] for key in RESULT_KEYS},
         "selection": selection and {key: selection[key] for key in ("rows", "epsilon", "confidence")},
         "run": {key: description[key] for key in ("env", "algo", "steps", "seed", "versions", "data")},
     }
+    return leaving(core, policy, operating_points, card)
+
+
+def leaving(
+    core: Core, policy: DecisionPolicy, operating_points: Sequence[OperatingPoint], card: dict[str, Any]
+) -> SkipPolicy | None:
+    """A policy as it leaves its env, with this ``card`` and what it says of the env and its backbone; or ``None``."""
+    if (exported := core.export()) is None:
+        return None
+    network: DecisionPolicy | TablePolicy = policy
+    if exported.masks is not None or exported.projection is not None:
+        nvec = [*core.decision_nvec.tolist(), *[2] * core.has_answer_stage]
+        network = TablePolicy(policy, nvec, core.backbone.board.names, exported.masks, exported.projection)
+    env = dotted(exported.env.model_dump())
+    known = nested({key: value for key, value in env.items() if key != "reward.objective"})
+    card = {"env": known, "backbone": exported.backbone, **card}
     of_input = exported.mean, exported.deviation, exported.rarity, exported.protection
-    ranking = exported.ranking_costs_flops
-    return SkipPolicy(network, *of_input, tuple(operating_points), card, exported.of_tokens, ranking)
+    looks = exported.of_tokens, exported.ranking_costs_flops, exported.context
+    return SkipPolicy(network, *of_input, tuple(operating_points), card, *looks)

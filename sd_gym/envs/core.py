@@ -162,6 +162,7 @@ class BackboneCore(Core[BackboneSplit]):
             "tokenizer": tokenizer_hash(backbone.tokenizer),
             "token_types": train.encoded.token_type_ids is not None,
         }
+        context = train.encoded.context_mask if self.has_answer_stage else None  # which spans alone have
         stages = self.stage_observation
         staged = isinstance(stages, StageObservation)
         standard = stages if staged else looks
@@ -171,9 +172,11 @@ class BackboneCore(Core[BackboneSplit]):
             standard.mean,
             standard.deviation,
             rarity=train.rarity if ranking is not None and ranking.needs_rarity else None,
-            protection=None if ranking is None else _protection(train),
+            protection=None if ranking is None else _told_from(train, train.tokens.droppable),
             of_tokens=(looks.mean, looks.deviation) if staged and isinstance(looks, Tokens) else None,
             ranking_costs_flops=ranking is not None and ranking.costs_flops,
+            # But for the first token, which stands for no answer.
+            context=None if context is None else _told_from(train, np.pad(context.numpy()[:, 1:], ((0, 0), (1, 0)))),
         )
 
     def decided_logits(
@@ -217,12 +220,13 @@ def core_of(config: EnvConfig, observation: type) -> BackboneCore:
     return BackboneCore(config)
 
 
-def _protection(train: BackboneSplit) -> ProtectedTokens | None:
+def _told_from(train: BackboneSplit, tokens: Array) -> ProtectedTokens | None:
+    """The rule that tells ``tokens``, bool ``[n, longest]``."""
     tokenizer = train.backbone.tokenizer
     added = tokenizer("", "").input_ids  # what is put around texts and between them
     separator = added[-1] if added else None
     special, encoded = sorted({*tokenizer.all_special_ids, *added}), train.encoded
-    return ProtectedTokens.find(encoded.input_ids, encoded.source_length, train.tokens.droppable, special, separator)
+    return ProtectedTokens.find(encoded.input_ids, encoded.source_length, tokens, special, separator)
 
 
 def _shared_split(config: EnvConfig, name: str) -> BackboneSplit:

@@ -29,6 +29,7 @@ class Export(NamedTuple):
     projection: Projection | None = None
     of_tokens: tuple[Array, Array] | None = None
     ranking_costs_flops: bool = False
+    context: ProtectedTokens | None = None
 
     def write(self, folder: Path) -> None:
         """Write to a table what its description has no place for."""

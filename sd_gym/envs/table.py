@@ -347,7 +347,7 @@ class TableCore(Core[TableSplit]):
         arrays = {name: np.array(values) for name, values in map_arrays(file).items()}
         env = {"id": described["env"], "table": None, "action": "multi_discrete", "codebook": None}
         try:
-            protection = described["protection"]
+            protection, context = described["protection"], described.get("context")
             return Export(
                 self.config.model_copy(update=env),
                 {key: value for key, value in described["backbone"].items() if key != "switches"},
@@ -357,6 +357,7 @@ class TableCore(Core[TableSplit]):
                 protection and ProtectedTokens.from_json(protection),
                 None if self.exhaustive else self._of_env(all_decisions(self.nvec)),
                 self.observation.projection,
+                context=context and ProtectedTokens.from_json(context),
                 ranking_costs_flops=RANKINGS.find(self.config.tokens.ranking).costs_flops,
             )
         except (KeyError, TypeError) as error:

@@ -227,6 +227,7 @@ class _Maker:
                 "switches": core.backbone.board.names,
             },
             "protection": exported.protection._asdict() if exported and exported.protection else None,
+            "context": exported.context._asdict() if exported and exported.context else None,
             "observation": {"shape": list(space.shape), "low": _bound(space.low), "high": _bound(space.high)},
             "pca": self.pca,
             "precision": "bf16" if self.bf16 else "fp32",

@@ -56,8 +56,8 @@ class Costs:
         return parted(decisions, self._components)[0]
 
     def going_on(self, rows: Array, masks: Array) -> Array:
-        """FLOPs of going on after masks ``[n, switches + 1]``, int64 ``[n]``; see ``sd_gym.going_on``."""
-        return going_on_flops(self._always[rows], self._switched[rows], resumed_from(masks, self.points))
+        """FLOPs of going on after masks, int64 ``[n]``, whatever decisions say of it; see ``sd_gym.going_on``."""
+        return going_on_flops(self._always[rows], self._switched[rows], resumed_from(self.masks(masks), self.points))
 
     def _of_masks(self, rows: Array, decisions: Array) -> Array:
         level = decisions[:, -1]
@@ -81,15 +81,20 @@ class Costs:
 
         As torch's counter counts them; ``flops`` are those of each row alone.
         """
-        length, level = self._encoded.source_length[rows], decisions[:, -1]
-        kept = self._tokens.kept_length(rows, level)
+        masks, goes_on = parted(decisions, self._components)
+        length = self._encoded.source_length[rows]
+        kept = self._tokens.kept_length(rows, masks[:, -1])
         total = 0
         if (kept < length).any():  # all are ranked in one pass
             total = self._tokens.ranking.flops(self._backbone.flops, np.full(len(rows), length.max())).sum()
         for part in parts:
-            lengths = (length[part], self._encoded.target_length[rows[part]], kept[part])
-            always, switched = self._costs_of(*(np.full(len(part), values.max()) for values in lengths))
-            total += always.sum() + (switched * (1 - decisions[part, :-1])).sum()
+            source, target = length[part], self._encoded.target_length[rows[part]]
+            always, switched = self._costs_padded(len(part), source, target, kept[part])
+            total += always.sum() + (switched * (1 - masks[part, :-1])).sum()
+            again = part[goes_on[part]]  # which keep the padding of their pass
+            if len(again):
+                always, switched = self._costs_padded(len(again), source, target, source)
+                total += going_on_flops(always, switched, resumed_from(masks[again], self.points)).sum()
         return int(total)
 
     def _ranking(self, length: Array, kept: Array) -> Array:
@@ -101,6 +106,10 @@ class Costs:
     def _costs(self, rows: Array, level: Array) -> tuple[Array, Array]:
         length, target = self._encoded.source_length[rows], self._encoded.target_length[rows]
         return self._costs_of(length, target, self._tokens.kept_length(rows, level))
+
+    def _costs_padded(self, n: int, *lengths: Array) -> tuple[Array, Array]:
+        """The costs of ``n`` rows that are as long as the longest."""
+        return self._costs_of(*(np.full(n, values.max()) for values in lengths))
 
     def _costs_of(self, source: Array, target: Array, kept: Array) -> tuple[Array, Array]:
         return self._backbone.flops.costs(*self._backbone.head.lengths(source, target, kept))

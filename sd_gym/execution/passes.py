@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from sd_gym.backbones import Backbone
-from sd_gym.backbones.heads.answers import MOST_UNSURE, log_odds_of
+from sd_gym.backbones.heads.seq2seq import judged_text
 from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
@@ -69,11 +69,15 @@ class Passes:
         resume_from = seen if seen is not None and seen.stage == BETWEEN else None
         for picked, inputs in self.planned(rows, decisions, self.longest):
             if resume_from is None:
-                said = self._generated(inputs, self.decide(rows[picked], decisions[picked], inputs))
+                said = self.said(rows[picked], decisions[picked], inputs)
             else:
                 said = self._generated_after(resume_from, rows, decisions, picked)
             texts[picked], judged[picked] = said
         return texts.tolist(), judged
+
+    def said(self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor]) -> tuple[list[str], Array]:
+        """What one ``generate()`` says to a batch of these rows, and how probable its tokens are."""
+        return self._generated(inputs, self.decide(rows, decisions))
 
     def _generated_after(
         self, seen: PassState, rows: Array, decisions: Array, picked: Array
@@ -125,29 +129,10 @@ class Passes:
                 return_dict_in_generate=True,
                 output_scores=True,
             )
-        beams = getattr(output, "beam_indices", None)
-        scores_of: Any = backbone.model.compute_transition_scores
-        log_prob = scores_of(output.sequences, output.scores, beams, normalize_logits=beams is None)
         answers = output.sequences[:, self.head.prompt_length(inputs["input_ids"]) :]
         said = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
         texts = [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in said]
-        return texts, self._judged_tokens(answers[:, -log_prob.shape[1] :], log_prob)
-
-    def _judged_tokens(self, tokens: torch.Tensor, log_prob: torch.Tensor) -> Array:
-        """What ``Seq2SeqHead`` says of the tokens of each text, its end included."""
-        ends = torch.isin(tokens, torch.tensor(self._ending, device=tokens.device))
-        counted = (ends.cumsum(dim=1) - ends.long()) == 0  # up to the first end
-        log_prob = log_prob.double().clamp(min=MOST_UNSURE).masked_fill(~counted, 0.0)
-        length = counted.sum(dim=1).clamp(min=1)
-        mean, least = (log_odds_of(values) for values in (log_prob.sum(dim=1) / length, log_prob.amin(dim=1)))
-        judged = (mean, least, length.log())
-        return torch.stack(judged, dim=1).double().cpu().numpy()
-
-    @property
-    def _ending(self) -> list[int]:
-        """Tokens that end a text."""
-        ends = self._end.get("eos_token_id", self.backbone.model.generation_config.eos_token_id)
-        return [one for one in (ends if isinstance(ends, list) else [ends]) if one is not None]
+        return texts, judged_text(backbone.model, output, self._end.get("eos_token_id")).cpu().numpy()
 
     @property
     def _end(self) -> dict[str, Any]:
@@ -274,8 +259,6 @@ class Passes:
         """The backbone's inputs, with ``labels``, of a batch of these rows."""
         return self.head.batch(self.encoded, rows, self.backbone.model.device)
 
-    def decide(
-        self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor] | None = None
-    ) -> AbstractContextManager[None]:
+    def decide(self, rows: Array, decisions: Array) -> AbstractContextManager[None]:
         """The switchboard's ``decide`` for ``generate()`` on a batch of these rows, padded to the longest of them."""
         return self.backbone.board.decide(decisions[:, :-1], self._tokens.kept(rows, decisions[:, -1]))

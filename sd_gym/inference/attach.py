@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.backbones.heads import Head, flops_share, head_of
+from sd_gym.going_on import going_on_flops, resumed_from
+from sd_gym.inference.second_answers import final_output, final_texts, generate_arguments, pass_arguments
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.rollout import Keep, StagedRollout
 from sd_gym.switch import FlopsModel, PassState, Switchboard, first_layer_input
@@ -138,7 +140,7 @@ class Attached:
             given = kwargs
             if args:
                 bound = signature.bind_partial(*args, **kwargs).arguments
-                given = {**bound, **bound.get("kwargs", {})}
+                given = {**bound, **bound.pop("kwargs", {})}
             return method(given, *args, **kwargs)
 
         vars(call)["is_attached"] = True  # it passes on what is asked while decisions are in force
@@ -149,6 +151,8 @@ class Attached:
         if cache is not None and cache.get_seq_length() > 0:
             return self._continued(cache, *args, **kwargs)
         shown = self._policy_input(given, given.get("input_ids"))
+        if self.policy.sees_answer:
+            return self._answered(given, shown)
 
         def run() -> Any:
             return self._inner["forward"](*args, **kwargs)
@@ -167,7 +171,7 @@ class Attached:
         """The result of a call under the decisions for it, and those; ``in_pass``: the pass itself embeds ``shown``."""
         if self.policy.is_staged:
             rollout = self._rollout(shown, given)
-            with self.board.decide_in_pass(rollout.choose, self.policy.network.stages, shown.mask):
+            with rollout.deciding(shown.mask):
                 output = run()
             return output, self._record(shown, rollout.decisions, rollout.keep)
         in_force: list[InForce] = []
@@ -186,6 +190,42 @@ class Attached:
         with block:
             output = run()
         return output, in_force[0]
+
+    def _answered(self, given: dict[str, Any], shown: _PolicyInput) -> Any:
+        """The output of a pass whose answer the policy looks at."""
+        architecture, run = self.board.architecture, self._inner["forward"]
+        caches = architecture.causal or len(architecture.stacks) > 1
+        arguments, rollout = pass_arguments(self._head, given, caches=caches), self._rollout(shown, given)
+        with rollout.deciding(shown.mask):
+            output = run(**arguments)
+        judged = self._head.judge(self._judged_logits(output, shown, rollout.keep))
+        output = final_output(output, judged, rollout, arguments, run)
+        self._record(shown, rollout.decisions, rollout.keep, rollout.went_on)
+        as_dict = given.get("return_dict")
+        return output if (self.model.config.return_dict if as_dict is None else as_dict) else output.to_tuple()
+
+    def _judged_logits(self, output: Any, shown: _PolicyInput, keep: Keep) -> Tensor:
+        """What the head judges of a pass."""
+        batch = {}
+        if self._head.gives == "span":
+            context = shown.as_given(self.policy.context_of(shown.inputs))
+            batch = {"context_mask": context if keep is None else context & torch.as_tensor(keep)}
+        return self._head.forward(self.board, batch, lambda **_: output)
+
+    def _written(self, given: dict[str, Any], shown: _PolicyInput) -> Tensor:
+        """The texts of ``generate()`` where the policy looks at them."""
+        arguments, rollout = generate_arguments(self.model, given), self._rollout(shown, given)
+
+        def run(**arguments: Any) -> Any:
+            return vars(self.model)["generate"](**arguments)
+
+        with rollout.deciding(shown.mask):
+            output = run(**arguments)
+        sequences, longest = final_texts(output, rollout, arguments, run, self.model)
+        self._record(shown, rollout.decisions, rollout.keep, rollout.went_on)
+        before = self._head.prompt_length(shown.inputs["input_ids"])
+        self._decisions.record_target(*(max(1, length - before) for length in (output.sequences.shape[1], longest)))
+        return sequences
 
     def _rollout(self, shown: _PolicyInput, given: dict[str, Any]) -> StagedRollout:
         """Decides at the stages of a pass."""
@@ -207,15 +247,16 @@ class Attached:
     def _kept(self, shown: _PolicyInput, level: NDArray) -> Tensor | None:
         """The tokens that stay at the token levels ``[n]``, where they were given; ``None``: all."""
         keep = self.policy.kept(self.board, shown.inputs, level)
-        if keep is None or shown.order is None:
-            return keep
-        return torch.empty_like(keep).scatter_(1, shown.order, keep)
+        return keep if keep is None else shown.as_given(keep)
 
-    def _record(self, shown: _PolicyInput, decisions: NDArray, keep: Keep) -> InForce:
+    def _record(self, shown: _PolicyInput, decisions: NDArray, keep: Keep, went_on: NDArray | None = None) -> InForce:
         """Put decisions ``[n, switches + 1]`` and the tokens that stay into ``model.decisions``."""
         skip, ranked = decisions[:, :-1].astype(bool), keep is not None and self.policy.ranking_costs_flops
         length = shown.mask.sum(dim=1)
         self._decisions.record(skip, decisions[:, -1], (length, shown.kept_length(keep, length)), ranked)
+        if went_on is not None:
+            points = self._head.resume_points(self.board)
+            self._decisions.record_going_on(went_on, resumed_from(decisions, points))
         return skip, keep
 
     def _continued(self, cache: Cache, *args: Any, **kwargs: Any) -> Any:
@@ -233,6 +274,8 @@ class Attached:
         if given.get("attention_mask") is None and ids is not None:
             given = {**given, "attention_mask": self._inferred_mask(ids, given)}
         shown = self._policy_input(given, ids)
+        if self.policy.sees_answer:
+            return self._written(given, shown)
         encodes = len(self.board.architecture.stacks) > 1
 
         def run() -> Any:
@@ -283,6 +326,10 @@ class _PolicyInput(NamedTuple):
     mask: Tensor  # the attention mask as it was given
     is_unpadded: bool = False
 
+    def as_given(self, of_tokens: Tensor) -> Tensor:
+        """Values ``[n, length]`` of the tokens, where these were given."""
+        return of_tokens if self.order is None else torch.empty_like(of_tokens).scatter_(1, self.order, of_tokens)
+
     def kept_length(self, keep: Keep, length: Tensor) -> Tensor:
         """How many tokens stay, of ``length``, ``[n]``."""
         return length if keep is None else (torch.as_tensor(keep) & self.mask.bool()).sum(dim=1)
@@ -294,24 +341,33 @@ class Decisions(local):
     Attributes:
         skip: Which row skipped which switch, bool ``[n, switches]``; ``None`` before the first call.
         token_level: An index of the policy's token shares per row, int64 ``[n]``.
+        went_on: Which row went on densely after its answer, bool ``[n]``.
     """
 
     def __init__(self, head: Head, flops: FlopsModel) -> None:
         self._head, self._flops = head, flops
         self.skip: NDArray | None = None
         self.token_level: NDArray | None = None
+        self.went_on: NDArray | None = None
         self._lengths: tuple[Tensor, Tensor] | None = None
         self._target: int | None = None
+        self._target_again: int | None = None
         self._ranked = False
+        self._resumed = np.zeros(0, dtype=np.int64)
 
     def record(self, skip: NDArray, token_level: NDArray, lengths: tuple[Tensor, Tensor], ranked: bool) -> None:
         """Remember decisions on inputs of so many tokens, of which so many stay (each ``[n]``), maybe after ranking."""
         self.skip, self.token_level = skip, token_level
-        self._lengths, self._target, self._ranked = lengths, None, ranked
+        self._lengths, self._target, self._target_again, self._ranked = lengths, None, None, ranked
+        self.went_on = np.zeros(len(skip), dtype=np.bool_)
 
-    def record_target(self, length: int) -> None:
-        """Remember how many tokens the call generated, or read as a target."""
-        self._target = length
+    def record_going_on(self, went_on: NDArray, resumed: NDArray) -> None:
+        """Remember which rows went on, bool ``[n]``, and from which switch, int ``[n]``."""
+        self.went_on, self._resumed = went_on, resumed
+
+    def record_target(self, length: int, again: int | None = None) -> None:
+        """Remember how many tokens the call generated, or read as a target, and those of rows that went on."""
+        self._target, self._target_again = length, again
 
     @property
     def flops_ratio(self) -> NDArray:
@@ -319,17 +375,22 @@ class Decisions(local):
 
         A row of padding alone has 1.0: there is nothing to save. ``ValueError`` if there was no call.
         """
-        if self.skip is None or self._lengths is None:
+        if self.skip is None or self.went_on is None or self._lengths is None:
             raise ValueError("this thread has not called the model yet")
         source, kept = (value.cpu().numpy() for value in self._lengths)
-        always, switched = self._costs(source, kept)
-        dense_always, dense = self._costs(source, source)
+        always, switched = self._costs(source, kept, self._target)
+        dense_always, dense = self._costs(source, source, self._target)
         ran = always + (switched * ~self.skip).sum(axis=1)
         if self._ranked and self.token_level is not None:  # the first attention ran on all tokens to rank them
             ran = ran + np.where(self.token_level > 0, self._flops.costs(source, source)[1][:, 0], 0)
-        return flops_share(ran, dense_always + dense.sum(axis=1))
+        whole = dense_always + dense.sum(axis=1)
+        if self.went_on.any():
+            again_always, again = self._costs(source, source, self._target_again or self._target)
+            ran = ran + self.went_on * going_on_flops(again_always, again, self._resumed)
+            whole = np.where(self.went_on, again_always + again.sum(axis=1), whole)
+        return flops_share(ran, whole)
 
-    def _costs(self, source: NDArray, kept: NDArray) -> tuple[NDArray, NDArray]:
-        if self._target is None:  # one pass over the input
+    def _costs(self, source: NDArray, kept: NDArray, target: int | None) -> tuple[NDArray, NDArray]:
+        if target is None:  # one pass over the input
             return self._flops.costs(source, source, kept)
-        return self._flops.costs(*self._head.lengths(source, np.full_like(source, self._target), kept))
+        return self._flops.costs(*self._head.lengths(source, np.full_like(source, target), kept))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +22,7 @@ from sd_gym.execution.config import checked_config
 from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.inference.attach import attach
+from sd_gym.inference.second_answers import rows_of
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.rollout import Keep, StagedRollout
 from sd_gym.tasks.data import Instances
@@ -43,38 +43,65 @@ class Answer(NamedTuple):
     token_level: int  # at which it dropped tokens
     flops_ratio: float  # FLOPs over those of the dense backbone, the policy's own included
     unknown_tokens: int  # tokens of the input that stand for something that the tokenizer does not know
+    went_on: bool = False  # whether the answer is the dense one, as that under the skipped switches was not accepted
 
 
 class StagedPasses(Passes):
     """Passes of a split that decide from stage to stage, so that nothing runs twice; they are cut by length alone.
 
-    ``decisions [n, switches + 1]``, zeros at first, become the policy's.
+    Attributes:
+        masks: What the policy has decided, int64 ``[n, switches + 1]``; zeros at first.
+        went_on: Which rows went on after their answer, bool ``[n]``.
+        first_said: What was said before that, where texts are generated.
     """
 
-    def __init__(self, split: BackboneSplit, policy: SkipPolicy, decisions: NDArray) -> None:
+    def __init__(self, split: BackboneSplit, policy: SkipPolicy) -> None:
         vars(self).update(vars(split.passes))
-        self._policy, self._decisions = policy, decisions
+        self._policy = policy
+        self.masks = np.zeros((len(split), len(self.backbone.board) + 1), dtype=np.int64)
+        self.went_on = np.zeros(len(split), dtype=np.bool_)
+        self.first_said = np.full(len(split), "", dtype=object)
 
     def _pass(self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor]) -> Tensor:
-        with self.decide(rows, decisions, inputs):
-            return self.backbone.logits(inputs)
+        given = dict(inputs)  # which changes where tokens are dropped
+        rollout = self._rollout(rows, given, lambda keep: self.head.kept(given, keep))
+        with rollout.deciding(inputs["attention_mask"]):
+            logits = self.backbone.logits(given)
+        if self._policy.sees_answer:
+            rollout.answered(self.head.judge(logits))
+        for picked, block in rollout.going_on():
+            with block:
+                logits = logits.index_copy(0, picked, self.backbone.logits(rows_of(inputs, picked, len(rows))))
+        self._note(rows, rollout)
+        return logits
 
-    @contextmanager
-    def decide(self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor] | None = None) -> Iterator[None]:
-        """Decides in the pass on a batch of these inputs."""
-        given = self.encoded.inputs(rows, self.backbone.board.model.device) if inputs is None else inputs
+    def said(self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor]) -> tuple[list[str], NDArray]:
+        rollout = self._rollout(rows, inputs, lambda keep: keep)
+        texts, judged = self._generated(inputs, rollout.deciding(inputs["attention_mask"]))
+        said = np.array(texts, dtype=object)
+        self.first_said[rows] = said
+        if self._policy.sees_answer:
+            rollout.answered(judged)
+        for picked, block in rollout.going_on():
+            said[picked.cpu().numpy()], _ = self._generated(rows_of(inputs, picked, len(rows)), block)
+        self._note(rows, rollout)
+        return said.tolist(), judged
+
+    def _rollout(self, rows: NDArray, inputs: dict[str, Tensor], in_pass: Callable[[NDArray], Keep]) -> StagedRollout:
+        """Decides in a pass on these rows; ``in_pass`` makes of the input's tokens that stay those of the pass."""
         board, length = self.backbone.board, self.encoded.source_length[rows]
 
         def keeps(level: NDArray) -> tuple[Keep, NDArray]:
-            return self._tokens.kept(rows, level), self._tokens.kept_length(rows, level)
+            keep = self._tokens.kept(rows, level)
+            return None if keep is None else in_pass(keep), self._tokens.kept_length(rows, level)
 
         def judge() -> Tensor:
-            return self.backbone.logits(given)
+            return self.backbone.logits(inputs)
 
-        rollout = StagedRollout(self._policy, board, self.head, self.backbone.flops, length, keeps, judge)
-        with board.decide_in_pass(rollout.choose, self._policy.network.stages, given["attention_mask"]):
-            yield
-        self._decisions[rows] = rollout.decisions
+        return StagedRollout(self._policy, board, self.head, self.backbone.flops, length, keeps, judge)
+
+    def _note(self, rows: NDArray, rollout: StagedRollout) -> None:
+        self.masks[rows], self.went_on[rows] = rollout.decisions, rollout.went_on
 
 
 class SkippingModel:
@@ -140,9 +167,13 @@ class SkippingModel:
         unknown = self._unknown_tokens(split)
         rows = np.arange(len(split))
         decisions = np.zeros((len(split), len(split.backbone.board) + 1), dtype=np.int64)
+        went_on = np.zeros(len(split), dtype=np.bool_)
         if self.policy.is_staged and not dense:
-            answers = split.head.answers(StagedPasses(split, self.policy, decisions), rows, decisions)
+            passes = StagedPasses(split, self.policy)
+            answers = split.head.answers(passes, rows, decisions)
+            decisions, went_on = passes.masks, passes.went_on
         else:
+            passes = None
             by_length = np.argsort(split.encoded.source_length, kind="stable")  # little padding is looked at
             for part in [] if dense else np.split(by_length, rows[BATCH::BATCH]):
                 board = split.backbone.board
@@ -151,18 +182,24 @@ class SkippingModel:
         answered = split.head.answered(instances, answers)
         if answered is not instances:  # only now is it known how long the answers are
             split = self._split(answered)
-        ratio = split.costs.flops_ratio(rows, decisions)
+        flops = split.costs.flops(rows, decisions)
+        if went_on.any():
+            assert passes is not None
+            answered = split.head.answered(instances, passes.first_said.tolist())
+            first = split if answered is instances else self._split(answered)
+            flops = first.costs.flops(rows, decisions) + went_on * split.costs.going_on(rows, decisions)
         if not dense:
-            ratio = ratio + self._own_flops(split) / split.costs.dense_flops(rows)
+            flops = flops + self._own_flops(split)
+        ratio = flops / split.costs.dense_flops(rows)
         return [
-            Answer(answer, row[:-1].astype(bool), int(row[-1]), float(share), int(count))
-            for answer, row, share, count in zip(answers, decisions, ratio, unknown, strict=True)
+            Answer(answer, row[:-1].astype(bool), int(row[-1]), float(share), int(count), bool(again))
+            for answer, row, share, count, again in zip(answers, decisions, ratio, unknown, went_on, strict=True)
         ]
 
     def _own_flops(self, split: BackboneSplit) -> NDArray:
         """FLOPs of the policy itself on each input, ``[n]``."""
         network, tokens = self.policy.network, np.minimum(split.encoded.source_length, self.policy.longest)
-        judged = sum(name != "first" for name in network.stages) if split.backbone.can_exit else 0
+        judged = sum(name != "first" for name in self.policy.stages_of_pass) if split.backbone.can_exit else 0
         return network.flops + network.flops_per_token * tokens + judged * split.costs.head_flops(np.arange(len(split)))
 
     def _unknown_tokens(self, split: BackboneSplit) -> NDArray:

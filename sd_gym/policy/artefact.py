@@ -21,6 +21,7 @@ from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import BUNDLED, can_exit, weights_hash
 from sd_gym.errors import one_line
 from sd_gym.files import read_tensors, write_tensors, write_text
+from sd_gym.going_on import ANSWER
 from sd_gym.policy.card import FILE, TENSORS, OperatingPoint, model_card, read_card, write_card
 from sd_gym.policy.features import pooled_features, standardised, token_observations
 from sd_gym.policy.hub import download, upload
@@ -56,6 +57,8 @@ class SkipPolicy:
         of_tokens: Mean and deviation ``[width]`` of tokens, if several stages show them.
         ranking_costs_flops: Whether the first attention runs to rank tokens that may be dropped, by the attention that
             each receives.
+        context: Which tokens are no context of a question, where it looks at answers that are spans; ``None``: no rule
+            says so.
     """
 
     network: DecisionPolicy | TablePolicy
@@ -67,6 +70,7 @@ class SkipPolicy:
     card: dict[str, Any]
     of_tokens: tuple[NDArray, NDArray] | None = None
     ranking_costs_flops: bool = False
+    context: ProtectedTokens | None = None
 
     @property
     def token_shares(self) -> tuple[float, ...]:
@@ -82,6 +86,16 @@ class SkipPolicy:
     def is_staged(self) -> bool:
         """Whether it decides in the pass, by ``StagedRollout``, not before the first layer."""
         return self.network.stages != ["first"]
+
+    @property
+    def sees_answer(self) -> bool:
+        """Whether it decides last on the answer: to accept it, or to go on."""
+        return self.network.stages[-1] == ANSWER
+
+    @property
+    def stages_of_pass(self) -> list[str]:
+        """Names of the stages of the pass at which it decides."""
+        return [name for name in self.network.stages if name != ANSWER]
 
     @property
     def reads_types(self) -> bool:
@@ -123,17 +137,29 @@ class SkipPolicy:
 
         ``ValueError`` if tokens alone do not tell which of them are protected.
         """
-        if self.network.nvec[-1] == 1 or not level.any():
+        if not level.any():
             return None
-        if self.protection is None:
-            raise ValueError(
-                "this policy drops tokens, and which ones are protected (a question, say) cannot be told from the "
-                "tokens alone; call it on texts, sd_gym.load(policy)(texts)"
-            )
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        droppable = self.protection.droppable(ids, mask).cpu().numpy()
+        droppable = self._told(self.protection, inputs).cpu().numpy()
         keep = keep_tokens(self._token_scores(board, inputs), droppable, np.array(self.token_shares)[level])
-        return torch.from_numpy(keep).to(ids.device)
+        return torch.from_numpy(keep).to(inputs["input_ids"].device)
+
+    def context_of(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Where an answer may stand in inputs padded at the right, bool ``[n, length]``; ``ValueError`` as of ``kept``.
+
+        It is in the context of the question; if there may be none, the first token stands for that.
+        """
+        told = self._told(self.context, inputs)
+        told[:, 0] = self.card["env"]["data"]["unanswerable"]
+        return told
+
+    @staticmethod
+    def _told(rule: ProtectedTokens | None, inputs: dict[str, Tensor]) -> Tensor:
+        if rule is None:
+            raise ValueError(
+                "which tokens this policy may drop, or are the context of a question, cannot be told from the tokens "
+                "alone; call it on texts, sd_gym.load(policy)(texts)"
+            )
+        return rule.droppable(inputs["input_ids"], inputs["attention_mask"])
 
     def _token_scores(self, board: Switchboard, inputs: dict[str, Tensor]) -> NDArray:
         if self.ranking_costs_flops:
@@ -198,10 +224,12 @@ class SkipPolicy:
             pooled = 2 * width + 2
             if self.is_staged:
                 try:
-                    board.decided_at(self.network.stages)
+                    board.decided_at(self.stages_of_pass)
                 except ValueError as error:
                     raise ValueError(f"this policy decides at stages of {backbone['name']}: {error}") from error
-                width = pooled + len(self.network.stages) + 1 + can_exit(head_of(model), board)
+                head = head_of(model)
+                width = pooled + len(self.network.stages) + 1 + can_exit(head, board)
+                width += len(head.judgement) * self.sees_answer
             elif self.network.channels is None:
                 width = pooled
         tokens = self.network.token_width in (None, model.config.hidden_size)
@@ -252,6 +280,7 @@ class SkipPolicy:
         write_tensors(folder / TENSORS, tensors)
         values = {
             "protection": self.protection and self.protection._asdict(),
+            "context": self.context and self.context._asdict(),
             "ranking_costs_flops": self.ranking_costs_flops,
             "operating_points": [point._asdict() for point in self.operating_points],
             "table": table,
@@ -279,7 +308,10 @@ class SkipPolicy:
             raise FileNotFoundError(f"no {FILE} in {name}; expected {expected}")
         card = {key: value for key, value in read_card(folder).items() if key != "format"}
         network, tensors = DecisionPolicy.load(folder), read_tensors(folder / TENSORS)
-        table, protection, points = card.pop("table"), card.pop("protection"), card.pop("operating_points")
+        table, points = card.pop("table"), card.pop("operating_points")
+        protection, context = (
+            rule and ProtectedTokens.from_json(rule) for rule in (card.pop("protection"), card.pop("context"))
+        )
         width = network.token_width
         try:
             if table is not None:
@@ -291,10 +323,11 @@ class SkipPolicy:
                 network,
                 *_statistics_in(tensors, ("mean", "deviation"), shape),
                 rarity=_finite(tensors.pop("rarity"), None) if "rarity" in tensors else None,
-                protection=protection and ProtectedTokens.from_json(protection),
+                protection=protection,
                 operating_points=tuple(OperatingPoint(**point) for point in points),
                 of_tokens=None if width is None else _statistics_in(tensors, TOKEN_STATISTICS, (width,)),
                 ranking_costs_flops=card.pop("ranking_costs_flops"),
+                context=context,
                 card=card,
             )
         except (KeyError, ValueError) as error:
@@ -303,8 +336,8 @@ class SkipPolicy:
             ) from error
         if tensors:
             raise ValueError(f"{folder / TENSORS}: expected no tensors {sorted(tensors)}; copy the policy again")
-        if len(policy.token_shares) != network.nvec[-1]:
-            raise ValueError(f"{folder}: the policy has {network.nvec[-1]} token levels, and {FILE} says otherwise")
+        if len(policy.token_shares) != (levels := network.nvec[len(network.switches)]):
+            raise ValueError(f"{folder}: the policy has {levels} token levels, and {FILE} says otherwise")
         return policy
 
     def push_to_hub(self, repository: str, *, private: bool = False, token: str | None = None) -> str:

@@ -93,6 +93,7 @@ class _Card(Strict):
     format: Literal[1]
     files: dict[str, str]
     protection: _Protection | None
+    context: _Protection | None
     ranking_costs_flops: bool
     operating_points: list[_Version]
     table: _Table | None

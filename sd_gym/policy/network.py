@@ -265,6 +265,10 @@ class DecisionPolicy(nn.Module):
         decisions[:, np.setdiff1d(np.arange(len(self.nvec)), components)] = -1
         masks = torch.from_numpy(np.unique(decisions, axis=0))
         masks = torch.cat([masks[:1].clamp(max=0), masks])
+        if self.stages[-1] == ANSWER and components.tolist() == [len(self.nvec) - 1]:
+            both = masks[:1].repeat(2, 1)  # to accept, and to go on
+            both[1, -1] = 1
+            return both
         return masks[greedy_cover(self._log_likelihood(self(to_tensors(observations)), masks), size)].clone()
 
     @property

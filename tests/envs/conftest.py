@@ -20,8 +20,9 @@ import sd_gym
 from sd_gym.envs import shared_core
 from sd_gym.envs.config import load_config
 from sd_gym.envs.render import Result, Scene
-from sd_gym.envs.spaces import flat_size
+from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.observations import to_tensors
 from sd_gym.registration import config_of
 from sd_gym.tasks.marked_text import READ, MarkedText
 from tests.conftest import WORDS, make_extractor, make_last_token_classifier, make_model
@@ -225,17 +226,31 @@ def trained(task, ranking, folder, tokenizer, observation="pooled", stages=("fir
     settings |= {"prompt": PROMPT} if task == "prompted" else {}
     settings |= {"token_shares": [0.0, 0.4], "token_ranking": ranking} if ranking else {}
     core = gym.make_vec(env_id, num_envs=1, **settings).unwrapped.core
-    torch.manual_seed(1)
-    flat, tokens = flat_size(core.observation_space), observation == "tokens"
-    encoder = {"channels": 5 if tokens else None, "token_width": 16 if tokens and flat else None}
-    known = core.nvec.tolist(), core.backbone.board.names
-    policy = DecisionPolicy(flat or 16, *known, **encoder, stages=core.stages).eval()
-    with torch.no_grad():
-        policy.head.weight.mul_(20)
+    policy = looking(core)
     description = {**run_metadata(core.config), "env": env_id, "algo": "ppo", "steps": 1, "seed": 0, "data": {}}
     artefact = export(core, policy, (), RESULT, json.loads(json.dumps(description, default=str)))
     artefact.save_pretrained(folder / "artefact")
     return core, policy, artefact, [texts_of(task, one) for one in rows["test"]]
+
+
+def looking(core, bias=0.0):
+    """A policy that decides differently on every input, prefers running by a bias, and accepts half of the answers."""
+    torch.manual_seed(1)
+    space = core.observation_space
+    flat, width = flat_size(space), token_width(space)
+    encoder = {"channels": None if width is None else 5, "token_width": width if flat else None}
+    known = core.nvec.tolist(), core.backbone.board.names
+    policy = DecisionPolicy(flat or width, *known, **encoder, stages=core.stages).eval()
+    with torch.no_grad():
+        policy.head.weight.mul_(20)
+        policy.head.bias[: 2 * core.n_switches : 2] += bias
+        if core.has_answer_stage:
+            split, seen = core.split("test"), []
+            rows = np.arange(min(16, len(split)))
+            core.rollout(split, rows, lambda shown: seen.append(shown) or policy.decide(shown))
+            logits = policy(to_tensors(seen[-1]))
+            policy.head.bias[-1] += (logits[:, -2] - logits[:, -1]).quantile(0.5)
+    return policy
 
 
 def actions_of(env, seed, n=None):

@@ -11,6 +11,7 @@ import pytest
 from sd_gym.agents.learning.decisions import decision_flops
 
 import sd_gym
+from sd_gym.going_on import answering, parted
 from sd_gym.policy import DecisionPolicy
 from tests.envs.conftest import MODELS, trained
 
@@ -36,16 +37,19 @@ def test_so_does_a_policy_that_sees_tokens(kind, tmp_path, tiny_tokenizer):
 
 STAGED = [
     ("classification", None, ["first", "encoder.1"]),
+    ("classification", None, ["first", "answer"]),
     ("classification", "attention", ["every_layer"]),
     ("classification", "idf", ["encoder.1"]),
-    ("pairs", "position", ["first", "encoder.1"]),
+    ("pairs", "position", ["first", "encoder.1", "answer"]),
     ("scores", None, ["first", "encoder.1"]),
     ("extracted", None, ["every_layer"]),
-    ("summarization", None, ["first", "decoder"]),
+    ("extracted", "position", ["first", "encoder.2", "answer"]),
+    ("summarization", None, ["first", "answer"]),
     ("summarization", "idf", ["first", "encoder.1", "decoder", "decoder.1"]),
-    ("answered", "attention", ["first", "decoder"]),
+    ("answered", "attention", ["first", "decoder", "answer"]),
     ("prompted", "idf", ["every_layer"]),
     ("last token", "idf", ["first", "decoder.1"]),
+    ("prompted", None, ["first", "answer"]),
 ]
 
 
@@ -62,15 +66,18 @@ def decides_and_answers_the_same(task, ranking, folder, tokenizer, observation, 
     core, policy, artefact, texts = trained(task, ranking, folder, tokenizer, observation, stages)
     split, every = core.split("test"), np.arange(24)
     decisions = core.rollout(split, every, policy.decide)[0]
+    masks, went_on = parted(decisions, len(core.decision_nvec))
     assert len(np.unique(decisions, axis=0)) > 1
-    answers = split.passes.answers(every, decisions)
+    assert went_on.any() == ("answer" in stages)
+    answers = split.passes.answers(every, answering(decisions, len(core.decision_nvec)))
     model = sd_gym.load(folder / "artefact")
     try:
         came = model(texts)
-        np.testing.assert_array_equal([one.skip for one in came], decisions[:, :-1])
-        np.testing.assert_array_equal([one.token_level for one in came], decisions[:, -1])
+        np.testing.assert_array_equal([one.skip for one in came], masks[:, :-1])
+        np.testing.assert_array_equal([one.token_level for one in came], masks[:, -1])
+        np.testing.assert_array_equal([one.went_on for one in came], went_on)
         assert [one.answer for one in came] == answers
-        assert [one.answer for one in model(texts, dense=True)] == split.passes.answers(every, 0 * decisions)
+        assert [one.answer for one in model(texts, dense=True)] == split.passes.answers(every, 0 * masks)
         if split.head.gives != "text":  # there the env counts the right answer's length
             own = decision_flops(core, policy, split, every)
             ratio = split.costs.flops_ratio(every, decisions) + own / split.costs.dense_flops(every)
@@ -82,8 +89,13 @@ def decides_and_answers_the_same(task, ranking, folder, tokenizer, observation, 
         tells = ranking is None or artefact.protection is not None
         if tells:
             call = model.model.generate if split.head.gives == "text" else model.model
-            call(**inputs, **({"max_new_tokens": 2} if split.head.gives == "text" else {}))
-            np.testing.assert_array_equal(model.model.decisions.skip, decisions[:, :-1])
+            tokens = 4 if "answer" in stages else 2  # as in the env, where the text is looked at
+            call(**inputs, **({"max_new_tokens": tokens} if split.head.gives == "text" else {}))
+            np.testing.assert_array_equal(model.model.decisions.skip, masks[:, :-1])
+            np.testing.assert_array_equal(model.model.decisions.went_on, went_on)
+            if split.head.gives != "text":
+                ratio = split.costs.flops_ratio(every, decisions)
+                np.testing.assert_allclose(model.model.decisions.flops_ratio, ratio)
         assert tells or task in ("answered", "prompted")
     finally:
         sd_gym.detach(model.model)

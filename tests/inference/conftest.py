@@ -9,6 +9,7 @@ import torch
 import sd_gym
 from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import can_exit
+from sd_gym.going_on import ANSWER
 from sd_gym.inference.bulk import run_file
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy, weights_hash
@@ -25,7 +26,8 @@ def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0
     At stages it sees ``tokens``, too, or no tokens.
     """
     board = vars(model).get("_switchboard") or Switchboard(model)
-    stages = list(board.decided_at(stages))
+    answers = [ANSWER] * (ANSWER in stages)
+    stages = [*board.decided_at([name for name in stages if name != ANSWER]), *answers]
     inputs = make_inputs("bert", batch=64)
     looked = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     seen, embedded = input_features(board, looked).numpy(), first_layer_input(board, looked).detach().numpy()
@@ -34,10 +36,14 @@ def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0
     if stages != ["first"]:  # at all of them it is standardised as at the first one
         seen = np.pad(seen, ((0, 0), (0, int(can_exit(head_of(model), board)))), constant_values=0.1)
         seen = np.stack([seen] * len(stages), axis=1) + np.random.default_rng(0).normal(size=(64, len(stages), 1))
+        if answers:
+            said = np.tile([[[-1.0]], [[1.0]]], (32, len(stages), len(head_of(model).judgement)))
+            seen = np.concatenate([seen, said], axis=2)  # whose mean is 0, and deviation 1
         width = len(stages) + 1 + seen.shape[2]
     torch.manual_seed(seed)
     encoder = {"channels": 5, "token_width": embedded.shape[2]} if tokens else {}
-    network = DecisionPolicy(width, [2] * len(board) + [len(shares)], board.names, stages=stages, **encoder).eval()
+    nvec = [2] * len(board) + [len(shares), *[2] * len(answers)]
+    network = DecisionPolicy(width, nvec, board.names, stages=stages, **encoder).eval()
     if "_attached" not in vars(model):
         board.remove()
     if tokens:
@@ -47,10 +53,14 @@ def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0
         network.head.weight.mul_(20)
         if dense:
             network.head.weight.zero_()
-            network.head.bias.copy_(torch.tensor([1.0, 0.0] * len(board.names) + [0.0] * len(shares)))
+            network.head.bias[: 2 * len(board.names) : 2] = 1
     rarity = np.linspace(0, 1, 41) if ranking == "idf" else None
     card = {
-        "env": {"tokens": {"shares": shares, "ranking": ranking}, "backbone": {"max_source_length": 12}},
+        "env": {
+            "tokens": {"shares": shares, "ranking": ranking},
+            "backbone": {"max_source_length": 12},
+            "data": {"unanswerable": True},
+        },
         "backbone": {
             "name": "tiny",
             "model_type": model.config.model_type,

@@ -20,6 +20,7 @@ from sd_gym.envs.core import core_of
 from sd_gym.envs.spaces import Standardised
 from sd_gym.envs.table_files import EXPORT
 from sd_gym.files import read_json, read_tensors, write_arrays, write_json, write_tensors
+from sd_gym.going_on import parted
 from sd_gym.policy import DecisionPolicy
 from sd_gym.registration import config_of, shipped_tables
 from tests.conftest import make_model, sign
@@ -32,6 +33,7 @@ KINDS = {
     "some": {"decisions": ["random:12", "path"]},
     "some, reduced, shared": {"decisions": ["random:12", "path"], "pca": 3, "share": True},
     "stages": {"decisions": ["random:4"], "stages": ["first", "encoder.1"]},
+    "answer": {"decisions": ["random:4"], "stages": ["first", "encoder.1", "answer"], "pca": 3},
 }
 
 
@@ -76,17 +78,20 @@ def test_as_an_artefact_it_decides_the_same_on_texts_and_in_the_model(learned):
     core = shared_core(load_config(config_of(env_id), {**settings, "stages": artefact.network.stages}))
     split, every = core.split("test"), np.arange(len(core.split("test")))
     decisions = core.rollout(split, every, check_fits(artefact.network, core).decide)[0]
-    assert len(np.unique(decisions, axis=0)) > 1
+    masks, went_on = parted(decisions, len(core.decision_nvec))
+    assert len(np.unique(masks, axis=0)) > 1
     model = sd_gym.load(run, settings["backbone"])
     try:
         came = model([one.source for one in split.instances])
-        np.testing.assert_array_equal([one.skip for one in came], decisions[:, :-1])
-        np.testing.assert_array_equal([one.token_level for one in came], decisions[:, -1])
+        np.testing.assert_array_equal([one.skip for one in came], masks[:, :-1])
+        np.testing.assert_array_equal([one.token_level for one in came], masks[:, -1])
+        np.testing.assert_array_equal([one.went_on for one in came], went_on)
         own = decision_flops(core, artefact.network, split, every) / split.costs.dense_flops(every)
         np.testing.assert_allclose([one.flops_ratio for one in came], split.costs.flops_ratio(every, decisions) + own)
         inputs = split.passes.inputs(every)
         model.model(**{name: inputs[name] for name in ("input_ids", "attention_mask")})
-        np.testing.assert_array_equal(model.model.decisions.skip, decisions[:, :-1])
+        np.testing.assert_array_equal(model.model.decisions.skip, masks[:, :-1])
+        np.testing.assert_array_equal(model.model.decisions.went_on, went_on)
     finally:
         sd_gym.detach(model.model)
 
@@ -106,8 +111,8 @@ def test_it_needs_neither_the_table_nor_the_data(learned, tmp_path):
     for margin in (-1.0, 0.0, 1000.0):
         ours, theirs = (one.with_margin(margin).network.decide(seen) for one in (again, artefact))
         np.testing.assert_array_equal(ours, theirs)
-        assert ours.shape == (20, 7)
-        assert margin < 1000 or not ours.any()  # the last point is dense, whatever the table's numbers stand for
+        assert ours.shape == (20, 7 + artefact.sees_answer)
+        assert margin < 1000 or not ours[:, :7].any()  # the last point is dense, whatever the table's numbers stand for
 
 
 # --- the tables in the package --------------------------------------------------------------------------------------

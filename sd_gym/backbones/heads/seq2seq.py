@@ -13,7 +13,14 @@ from torch import Tensor
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.heads.answers import AnswerPasses, QualityMeasure, SplitData, log_likelihoods
+from sd_gym.backbones.heads.answers import (
+    MOST_UNSURE,
+    AnswerPasses,
+    QualityMeasure,
+    SplitData,
+    log_likelihoods,
+    log_odds_of,
+)
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import model_inputs
 from sd_gym.backbones.heads.losses import IGNORED
@@ -147,6 +154,26 @@ class Seq2SeqHead(Head):
     def facts(self, encoded: Encoded) -> dict[str, NDArray]:
         """The targets' tokens."""
         return {"target_length": encoded.target_length}
+
+
+def judged_text(model: Any, output: Any, ends: int | Sequence[int] | None) -> Tensor:
+    """The ``judgement`` of what ``generate()`` gave, float64 ``[n, values]``, the end of each text included.
+
+    Args:
+        model: Which generated.
+        output: Its ``sequences`` and ``scores``, as with ``return_dict_in_generate`` and ``output_scores``.
+        ends: Tokens that end a text; ``None``: those of the model.
+    """
+    beams = getattr(output, "beam_indices", None)
+    log_prob = model.compute_transition_scores(output.sequences, output.scores, beams, normalize_logits=beams is None)
+    tokens = output.sequences[:, -log_prob.shape[1] :]
+    ends = model.generation_config.eos_token_id if ends is None else ends
+    ended = torch.isin(tokens, torch.tensor([] if ends is None else ends, device=tokens.device))
+    counted = (ended.cumsum(dim=1) - ended.long()) == 0  # up to the first end
+    log_prob = log_prob.double().clamp(min=MOST_UNSURE).masked_fill(~counted, 0.0)
+    length = counted.sum(dim=1).clamp(min=1)
+    mean, least = (log_odds_of(values) for values in (log_prob.sum(dim=1) / length, log_prob.amin(dim=1)))
+    return torch.stack([mean, least, length.log()], dim=1).double()
 
 
 def was_cut(tokens: BatchEncoding, limit: int) -> NDArray:

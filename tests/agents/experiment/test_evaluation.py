@@ -8,6 +8,7 @@ import pytest
 import torch
 from sd_gym.agents.experiment import evaluation
 from sd_gym.agents.experiment.evaluation import time_ratio
+from sd_gym.agents.experiment.export import leaving
 from torch.utils.flop_counter import FlopCounterMode
 
 import sd_gym.execution.split
@@ -15,6 +16,7 @@ import sd_gym.policy.features
 import sd_gym.switch
 from sd_gym.inference.attach import attach, detach
 from sd_gym.tasks import ranking
+from tests.envs.conftest import looking
 from tests.execution.conftest import SMALL, Drawn
 from tests.inference.conftest import make_policy
 
@@ -107,3 +109,30 @@ def test_a_row_that_is_decided_on_in_its_pass_is_embedded_once(ranking):
             assert picked.tolist() == [0]
     finally:
         hooks[0].remove()
+
+
+def test_a_policy_that_looks_at_answers_is_timed_going_on(settings):
+    """What is timed runs one pass, and of the rows that go on the rest again; or it writes their texts again."""
+    small = {**SMALL, "token_shares": [0.0]}
+    for env_id, keys in (("SD/Summarization-Mini-v0", small), ("SD/Classification-Custom-v0", settings)):
+        core = gym.make(env_id, **keys, stages=["first", "answer"]).unwrapped.core
+        policy, split = looking(core), core.split("test")
+        rows = np.arange(min(12, len(split)))
+        decisions, _ = core.rollout(split, rows, policy.decide)
+        assert 0 < decisions[:, -1].sum() < len(rows)
+        parts = [picked for picked, _ in split.passes.planned(rows, 0 * core.to_masks(decisions))]
+        executed = split.costs.executed_flops(rows, decisions, parts) + len(rows) * policy.flops
+        model = core.backbone.model
+        artefact = leaving(core, policy, (), {})
+        run = evaluation._contestants(core, policy, artefact, split, rows, decisions[:, -2])[1]
+        model.set_attn_implementation("eager")
+        try:
+            with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+                run()
+        finally:
+            model.set_attn_implementation("sdpa")
+        assert counter.get_total_flops() == pytest.approx(
+            executed, rel=0.3 * (keys is small)
+        )  # texts have lengths of their own
+    timed = time_ratio(core, policy, "test", 2, batches=1)
+    assert timed["executed_ratio"] >= timed["flops_ratio"] - 1e-9

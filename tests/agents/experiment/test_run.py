@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import sd_gym
 from sd_gym.cli import app
 from sd_gym.config import ConfigError
+from sd_gym.going_on import parted
 from sd_gym.policy import DecisionPolicy
 from tests.agents.conftest import LEARNING, SB3, STAGED, STAGES, asked, bold, staged_settings, walked
 
@@ -163,7 +164,7 @@ def test_what_decides_at_random_is_not_reduced(run, tmp_path):
         sd_gym.reduce(run, 4, tmp_path / "few")
 
 
-@pytest.mark.parametrize("stages", [STAGES, ["encoder.1"]])
+@pytest.mark.parametrize("stages", [[*STAGES, "answer"], ["encoder.1"]])
 def test_a_run_of_stages_is_reduced_and_its_artefact_decides_so(staged_env, stages, tmp_path):
     keys = {**staged_settings(staged_env), "stages": stages}
     train(STAGED, "ppo", tmp_path / "run", steps=32, settings=keys, confidence=0.5)
@@ -176,5 +177,9 @@ def test_a_run_of_stages_is_reduced_and_its_artefact_decides_so(staged_env, stag
     assert len(np.unique(decisions, axis=0)) > 1
     model = sd_gym.load(tmp_path / "few")
     answers = model([one.source for one in core.split("train").instances])
-    np.testing.assert_array_equal([one.skip for one in answers], decisions[:, :-1])
+    masks, went_on = parted(decisions, len(core.decision_nvec))
+    np.testing.assert_array_equal([one.skip for one in answers], masks[:, :-1])
+    np.testing.assert_array_equal([one.went_on for one in answers], went_on)
+    if core.has_answer_stage:
+        assert policy.codebook[-2:, -1].tolist() == [0, 1]  # to accept and to go on are always left
     sd_gym.detach(model.model)

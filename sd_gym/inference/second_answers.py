@@ -1,0 +1,89 @@
+"""Calls of an attached model whose policy sees the answer: what they may ask for, and outputs with dense rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from sd_gym.backbones.heads import Head
+from sd_gym.backbones.heads.seq2seq import judged_text
+from sd_gym.policy.rollout import StagedRollout
+
+NO_ANSWERS = ("labels", "cache", "past_key_values", "use_cache", "output_hidden_states", "output_attentions")
+Call = Callable[..., Any]
+
+
+def pass_arguments(head: Head, given: dict[str, Any], *, caches: bool) -> dict[str, Any]:
+    """The arguments of a forward pass whose answer may be replaced; ``caches``: whether it would fill a cache.
+
+    ``ValueError`` if it is asked for more than its answer.
+    """
+    if not head.judges_passes:
+        raise ValueError("this policy judges texts that were generated, not a pass; call model.generate()")
+    asked = [name for name in NO_ANSWERS if given.get(name) is not None and given[name] is not False]
+    if asked:
+        raise ValueError(
+            f"this policy may replace an answer by the dense one, so a call gives logits alone; leave out {asked[0]}"
+        )
+    return {**given, "return_dict": True} | ({"use_cache": False} if caches else {})
+
+
+def generate_arguments(model: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a ``generate()`` whose texts may be written again; ``ValueError`` if it is asked for more."""
+    once = {"streamer": None, "num_return_sequences": 1, "return_dict_in_generate": False}
+    for name, expected in once.items():
+        if (value := _setting(model, given, name)) not in (None, expected):
+            raise ValueError(
+                "this policy may write a text again once it stands, so generate() gives the tokens of one text for "
+                f"each input, when all are there; expected {name}={expected}, got {value}"
+            )
+    return {**given, "return_dict_in_generate": True, "output_scores": True}
+
+
+def final_output(output: Any, judged: Tensor, rollout: StagedRollout, arguments: dict[str, Any], run: Call) -> Any:
+    """The logits of a pass that was ``judged``, with the dense ones, which ``run`` makes, in the rows that go on."""
+    logits = {name: value for name, value in output.items() if name.endswith("logits")}
+    rollout.answered(judged)
+    for picked, block in rollout.going_on():
+        with block:
+            dense = run(**rows_of(arguments, picked, len(judged)))
+        logits = {name: value.index_copy(0, picked, dense[name]) for name, value in logits.items()}
+    return type(output)(**logits)
+
+
+def final_texts(
+    output: Any, rollout: StagedRollout, arguments: dict[str, Any], run: Call, model: PreTrainedModel
+) -> tuple[Tensor, int]:
+    """The sequences of ``generate()``, written again in the rows that go on; and how long the longest of these is."""
+    rollout.answered(judged_text(model, output, _setting(model, arguments, "eos_token_id")))
+    sequences, longest = output.sequences, 0
+    pad, end = (_setting(model, arguments, name) for name in ("pad_token_id", "eos_token_id"))
+    padding = pad if pad is not None else end[0] if isinstance(end, list) else end
+    for picked, block in rollout.going_on():
+        with block:
+            again = run(**rows_of(arguments, picked, len(sequences))).sequences
+        longest = max(longest, again.shape[1])
+        length = max(longest, sequences.shape[1])
+        sequences, again = (F.pad(one, (0, length - one.shape[1]), value=padding or 0) for one in (sequences, again))
+        sequences = sequences.index_copy(0, picked, again)
+    return sequences, longest or sequences.shape[1]
+
+
+def rows_of(arguments: dict[str, Any], picked: Tensor, n: int) -> dict[str, Any]:
+    """Arguments for some rows of a batch of ``n``."""
+    return {
+        name: value.index_select(0, picked.to(value.device))
+        if isinstance(value, Tensor) and value.ndim > 1 and len(value) == n
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def _setting(model: PreTrainedModel, given: dict[str, Any], name: str) -> Any:
+    """A setting of ``generate()``: given, or of the configuration."""
+    config = given.get("generation_config") or model.generation_config
+    return given.get(name, getattr(config, name, None))

@@ -1,0 +1,250 @@
+"""A policy that looks at the answer: rows that it does not accept run on densely, and nothing of them runs twice."""
+
+from functools import cache
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sd_gym.agents.experiment.export import leaving
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForSequenceClassification, TextStreamer
+
+import sd_gym
+from sd_gym.going_on import parted
+from sd_gym.inference.attach import attach, detach
+from sd_gym.policy.artefact import SkipPolicy
+from sd_gym.policy.protected_tokens import ProtectedTokens
+from sd_gym.switch import Switchboard
+from tests.conftest import TINY, make_extractor, make_inputs, make_model, row_of
+from tests.envs.conftest import looking
+from tests.inference.conftest import make_policy
+
+SWITCHES = 6
+
+
+def scripted(model, masks, levels, goes_on, stages=("first", "answer"), shares=(0.0, 0.5)):
+    """A policy that decides what is given here, of the batch that it is called on."""
+    policy = make_policy(model, stages=[*stages], shares=shares)
+    policy.network.decide = lambda shown: np.column_stack([masks, levels, goes_on])
+    return policy
+
+
+def classifier(name, attention="sdpa"):
+    torch.manual_seed(0)
+    special = {"vocab_size": 40, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+    config = AutoConfig.for_model(name, **special, **TINY[name])
+    return AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).eval()
+
+
+@torch.inference_mode()
+def logits(model, inputs):
+    output = model(**{name: inputs[name] for name in ("input_ids", "attention_mask")})
+    return output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], dim=1)
+
+
+def expected(model, policy, inputs, masks, levels, goes_on):
+    """Under the masks, and densely: two whole passes."""
+    board, dense = Switchboard(model), logits(model, inputs)
+    with board.decide(masks, policy.kept(board, inputs, np.array(levels))):
+        first = logits(model, inputs)
+    board.remove()
+    return torch.where(torch.from_numpy(goes_on).view(-1, *[1] * (dense.ndim - 1)), dense, first)
+
+
+@st.composite
+def decisions(draw, n=5):
+    masks = np.array(draw(st.lists(st.lists(st.integers(0, 1), min_size=6, max_size=6), min_size=n, max_size=n)))
+    levels = np.array(draw(st.lists(st.sampled_from([0, 0, 1]), min_size=n, max_size=n)))
+    return masks, levels, np.array(draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+
+
+@cache
+def tiny(stages):
+    """A model, and a policy for it."""
+    model = make_model("bert")
+    return model, make_policy(model, stages=stages, shares=(0.0, 0.5))
+
+
+@settings(max_examples=25, deadline=None)
+@given(decisions(), st.sampled_from([("first",), ("first", "encoder.1"), ("every_layer",)]), st.booleans())
+def test_any_rows_go_on_from_any_layer_and_the_others_stay(drawn, stages, left):
+    (model, policy), inputs = tiny((*stages, "answer")), make_inputs("bert", side="left" if left else "right")
+    masks, levels, goes_on = drawn
+    levels = levels * (not left)  # the rule of what is protected is for texts padded at the right
+    policy.network.decide = lambda shown: np.column_stack([masks, levels, goes_on])
+    wanted = expected(model, policy, inputs, masks, levels, goes_on)
+    attach(model, policy)
+    try:
+        torch.testing.assert_close(logits(model, inputs), wanted, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(model.decisions.skip, masks)
+        np.testing.assert_array_equal(model.decisions.went_on, goes_on)
+    finally:
+        detach(model)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama", "bart"])
+@pytest.mark.parametrize("dropping", [False, True])
+def test_a_batch_of_mixed_decisions_is_each_row_alone_and_dense_to_the_bit_where_it_goes_on(name, dropping):
+    model, inputs = classifier(name), make_inputs("bert")
+    inputs["input_ids"][:, 0] = 3  # what ends an input of a BART stands once in each
+    inputs["input_ids"][:, 1:][inputs["input_ids"][:, 1:] == 3] = 4
+    board = Switchboard(model)
+    size = len(board)
+    board.remove()
+    random = np.random.default_rng(0)
+    masks = (random.random((5, size)) < 0.4).astype(int)
+    masks[0, :4], masks[0, -1], masks[1] = 0, 1, 0  # row 0 goes on from a later layer, row 1 has skipped nothing
+    levels, goes_on = np.array([0, 0, 0, 1, 1]) * dropping, np.array([True, True, False, True, False])
+    policy = scripted(model, masks, levels, goes_on)
+    wanted = expected(model, policy, inputs, masks, levels, goes_on)
+    dense = [logits(model, row_of(inputs, row)) for row in range(5)]
+    attach(model, policy)
+    together = logits(model, inputs)
+    torch.testing.assert_close(together, wanted, rtol=1e-4, atol=1e-4)
+    ratio = model.decisions.flops_ratio
+    assert (ratio[[0, 3]] > 1).all()
+    assert ratio[1] == 1
+    assert (ratio[[2, 4]] < 1).all()
+    for row in range(5):
+        one = slice(row, row + 1)
+        policy.network.decide = lambda shown, one=one: np.column_stack([masks, levels, goes_on])[one]
+        alone = logits(model, row_of(inputs, row))
+        torch.testing.assert_close(alone[0], together[row], rtol=1e-4, atol=1e-4)
+        assert torch.equal(alone, dense[row]) or not goes_on[row]
+        np.testing.assert_allclose(model.decisions.flops_ratio, ratio[one])
+
+
+def test_each_row_runs_again_from_its_first_skipped_layer_and_no_earlier():
+    model, inputs = make_model("bert"), make_inputs("bert")
+    masks = np.zeros((5, SWITCHES), dtype=int)
+    masks[0, 1], masks[1, 2], masks[2, 5], masks[3, 4], masks[4, 2:] = 1, 1, 1, 1, 1
+    goes_on, called = np.array([True, True, True, False, True]), []
+    attach(model, scripted(model, masks, np.zeros(5, dtype=int), goes_on, shares=(0.0,)))
+    for number, layer in enumerate(model.bert.encoder.layer):
+        attention = layer.attention.self
+        attention.register_forward_hook(lambda _, args, output, number=number: called.append((number, len(output[0]))))
+    logits(model, inputs)
+    first, again = called[:3], called[3:]
+    assert first == [(0, 5), (1, 3), (2, 3)]
+    # Row 0 from the start, rows 1 and 4 from the second layer, row 2 from the third one.
+    assert again == [(0, 1), (1, 1), (2, 1), (1, 2), (2, 2), (2, 1)]
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "bart"])
+@pytest.mark.parametrize("dropping", [False, True])
+def test_flops_are_those_that_a_counter_counts(name, dropping):
+    model, inputs = classifier(name, "eager"), make_inputs("bert", batch=1)
+    inputs["input_ids"][:, -1] = 3  # what a BART ends with
+    size = {"bert": 6, "gpt2": 6, "bart": 10}[name]
+    mask, counted = np.zeros((1, size), dtype=int), []
+    mask[:, 2], mask[:, -1] = 1, 1
+    policy = scripted(model, mask, [int(dropping)], [True])
+    for attached in (False, True):
+        if attached:
+            attach(model, policy)
+        with FlopCounterMode(display=False) as counter:
+            logits(model, inputs)
+        counted.append(counter.get_total_flops())
+    np.testing.assert_allclose(model.decisions.flops_ratio, counted[1] / counted[0])
+    assert counted[1] > counted[0]
+
+
+@pytest.mark.parametrize("name", ["bart", "t5", "llama"])
+def test_a_text_is_written_again_densely_on_what_the_encoder_has_read(name):
+    lone = name == "llama"
+    model, inputs = make_model(name), make_inputs(name, side="left" if lone else "right")
+    prompts = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    board = Switchboard(model)
+    size, encoder = len(board), 0 if lone else board.decided_at(["first", "decoder"])["decoder"].start
+    board.remove()
+    masks = np.zeros((5, size), dtype=int)
+    masks[:3, encoder + 1 :: 2] = 1  # of the first three rows the encoder has run all
+    masks[3, ::2] = 1
+    goes_on, how = np.array([True, False, True, True, True]), {"max_new_tokens": 6, "do_sample": False}
+    policy = scripted(model, masks, np.zeros(5, dtype=int), goes_on, shares=(0.0,))
+    board = Switchboard(model)
+    with board.decide(masks):
+        first = model.generate(**prompts, **how)
+    board.remove()
+    dense, read = model.generate(**prompts, **how), []
+    attach(model, policy)
+    if not lone:
+        stack = model.get_encoder()
+        layer = (stack.layers if name == "bart" else stack.block)[0]
+        layer.register_forward_hook(lambda _, args, output: read.append(len(output if lone else output[0])))
+    came = model.generate(**prompts, **how)
+    for row in range(5):
+        wanted = (dense if goes_on[row] else first)[row]
+        length = min(len(wanted), came.shape[1])
+        assert torch.equal(came[row, :length], wanted[:length])
+        assert set(came[row, length:].tolist()) | set(wanted[length:].tolist()) <= {1}
+    assert len(read) == (0 if lone else 2)  # for all, and for the row of which something was skipped there
+    np.testing.assert_array_equal(model.decisions.went_on, goes_on)
+    assert (model.decisions.flops_ratio[[0, 2, 3]] > 1).all()
+
+
+def test_the_mini_backbone_writes_on_texts_what_it_writes_in_the_env():
+    keys = {"train_size": 60, "validation_size": 20, "test_size": 16}
+    core = gym.make("SD/Summarization-Mini-v0", **keys, stages=["first", "decoder", "answer"]).unwrapped.core
+    policy = looking(core, bias=2.0)  # runs most
+    split, every = core.split("test"), np.arange(16)
+    decisions = core.rollout(split, every, policy.decide)[0]
+    masks, went_on = parted(decisions, len(core.decision_nvec))
+    assert 0 < went_on.sum() < 16
+    quality, dense = split.scoring.quality(every, decisions)
+    assert (quality[went_on] == dense[went_on]).all()
+    model = sd_gym.load(leaving(core, policy, (), {}))
+    came = model([one.source for one in split.instances])
+    inputs = split.passes.inputs(every)
+    written = model.model.generate(inputs["input_ids"], max_new_tokens=core.config.backbone.max_target_length)
+    said = model.tokenizer.batch_decode(written, skip_special_tokens=True)
+    assert [one.answer for one in came] == [text.strip() for text in said]
+    right = [one.answer == known.target for one, known in zip(came, split.instances, strict=True)]
+    np.testing.assert_array_equal(quality, right)
+    for of_each in ([one.skip for one in came], model.model.decisions.skip):
+        np.testing.assert_array_equal(of_each, masks[:, :-1])
+    for of_each in ([one.went_on for one in came], model.model.decisions.went_on):
+        np.testing.assert_array_equal(of_each, went_on)
+
+
+def test_a_span_is_judged_in_its_context():
+    model = make_extractor("bert")
+    inputs = make_inputs("bert")
+    inputs["input_ids"] = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], 0)
+    inputs["input_ids"][:, 1] = 2  # the end of the question
+    policy = make_policy(model, stages=["first", "answer"])
+    with pytest.raises(ValueError, match="context of a question, cannot be told"):
+        logits(attach(model, policy), inputs)
+    policy = SkipPolicy(**{**vars(policy), "context": ProtectedTokens((0, 1, 2), 0, 0, 2)})
+    policy.network.head.bias.data[-1] += 1000  # all rows go on
+    attach(model, policy)
+    came = logits(model, inputs)
+    assert model.decisions.skip.any(axis=1).all()
+    assert model.decisions.went_on.all()
+    detach(model)
+    torch.testing.assert_close(came, logits(model, inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_calls_that_ask_for_more_than_an_answer_are_refused(tiny_tokenizer):
+    model, inputs = make_model("bert"), make_inputs("bert")
+    attach(model, make_policy(model, stages=["first", "answer"]))
+    with pytest.raises(ValueError, match="gives logits alone; leave out labels"):
+        model(**inputs, labels=torch.zeros(5, dtype=torch.long))
+    with pytest.raises(ValueError, match="leave out output_hidden_states"):
+        model(**inputs, output_hidden_states=True)
+    assert isinstance(model(inputs["input_ids"], inputs["attention_mask"], return_dict=False), tuple)
+    model, inputs = make_model("bart"), make_inputs("bart")
+    attach(model, make_policy(model, stages=["first", "answer"]))
+    with pytest.raises(ValueError, match=r"judges texts .* call model.generate"):
+        model(**inputs)
+    prompts = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    for name, value in (
+        ("num_return_sequences", 2),
+        ("return_dict_in_generate", True),
+        ("streamer", TextStreamer(tiny_tokenizer)),
+    ):
+        with pytest.raises(ValueError, match=f"one text for each input, when all are there; expected {name}="):
+            model.generate(**prompts, max_new_tokens=3, **{name: value})
