@@ -37,6 +37,7 @@ def test_there_are_these():
     assert set(shipped_tables()) == {
         "SD/QuestionAnswering-QAMR-Table-v0",
         "SD/Classification-TREC-Table-v1",
+        "SD/Classification-TREC-Staged-Table-v0",
         "SD/Classification-AGNews-Table-v1",
         "SD/Classification-SNLI-Table-v1",
         "SD/Summarization-Mini-Table-v0",
