@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sd_gym.agents.registry import register_agent
     from sd_gym.agents.report.compare import compare
     from sd_gym.envs.listing import instances
+    from sd_gym.execution.bank import bank
     from sd_gym.inference.attach import attach, detach
     from sd_gym.inference.bake import bake
     from sd_gym.inference.texts import load
@@ -40,6 +41,7 @@ _MODULES = {  # of what needs torch, or is slow to import
     "agents.registry": ["register_agent"],
     "agents.report.compare": ["compare"],
     "envs.listing": ["instances"],
+    "execution.bank": ["bank"],
     "inference.attach": ["attach", "detach"],
     "inference.bake": ["bake"],
     "inference.texts": ["load"],
@@ -57,6 +59,7 @@ __all__ = [
     "__version__",
     "attach",
     "bake",
+    "bank",
     "compare",
     "detach",
     "evaluate",
