@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from sd_gym.backbones import Backbone
 from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
+from sd_gym.execution.bank import Bank
 from sd_gym.execution.tree import MaskTree
 from sd_gym.switch import PassState, passes
 from sd_gym.switch.stages import BETWEEN
@@ -29,6 +30,7 @@ class Passes:
     """Forward passes and ``generate()`` of a backbone on rows of a split, under decisions ``[n, switches + 1]``."""
 
     most: int | None = None  # rows of a pass; None: as many as its memory has room for
+    bank: Bank | None = None  # runs passes whose rows all share a decision; None: the switchboard runs all
 
     def __init__(
         self,
@@ -61,7 +63,10 @@ class Passes:
         texts = np.empty(len(rows), dtype=object)
         resume_from = seen if seen is not None and seen.stage == BETWEEN else None
         for picked, inputs in self.planned(rows, decisions, self.longest):
-            if resume_from is None:
+            keep = self._tokens.kept(rows[picked], decisions[picked, -1])
+            if resume_from is None and keep is None and (model := self._model_of(decisions[picked])) is not None:
+                texts[picked] = self._generated(inputs, nullcontext(), model)
+            elif resume_from is None:
                 texts[picked] = self._generated(inputs, self.decide(rows[picked], decisions[picked], inputs))
             else:
                 texts[picked] = self._generated_behind(resume_from, rows, decisions, picked)
@@ -97,12 +102,14 @@ class Passes:
                     texts[number, picked] = self._generated(inputs, deciding)
         return texts.tolist()
 
-    def _generated(self, inputs: dict[str, torch.Tensor], deciding: AbstractContextManager[None]) -> list[str]:
-        """What one ``generate()`` says under a decision."""
+    def _generated(
+        self, inputs: dict[str, torch.Tensor], deciding: AbstractContextManager[None], model: Any = None
+    ) -> list[str]:
+        """What one ``generate()`` says under a decision, of the backbone's model if of no other."""
         backbone = self.backbone
         inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         with deciding:
-            generate: Any = backbone.model.generate  # its type is that of any attribute of a module
+            generate: Any = (model or backbone.model).generate  # its type is that of any attribute of a module
             tokens = generate(
                 **inputs,
                 max_new_tokens=self.longest,
@@ -169,8 +176,18 @@ class Passes:
 
     def _pass(self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The logits of one pass; no generator, since a block that is open in one is slower."""
-        with self.backbone.board.decide(decisions[:, :-1], self._keep_of(rows, decisions, inputs)):
+        keep, board = self._keep_of(rows, decisions, inputs), self.backbone.board
+        if keep is None and (model := self._model_of(decisions)) is not None:
+            return self.head.forward(board, inputs, model)
+        with board.decide(decisions[:, :-1], keep):
             return self.backbone.logits(inputs)
+
+    def _model_of(self, decisions: Array) -> Any:
+        """The bank's model for rows ``[n, switches + 1]``; ``None`` where there is none, as rows disagree."""
+        shared = decisions[0, :-1]
+        if self.bank is None or self.backbone.board.is_deciding or (decisions[:, :-1] != shared).any():
+            return None
+        return self.bank.of(shared.astype(bool))
 
     def _keep_of(self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor]) -> Array | torch.Tensor | None:
         """The tokens that a pass of ``Backbone.logits`` keeps."""
@@ -230,7 +247,8 @@ class Passes:
         reads_input = np.array([switch.reads_input for switch in self.backbone.board.switches])
         _, decoded, _ = self.head.lengths(kept, self.encoded.target_length[rows][:, None], kept)
         length = np.where(reads_input, kept, decoded)
-        for picked in passes(decisions[:, :-1], length, self.backbone.model.config.hidden_size, steps, self.most):
+        width, plain = self.backbone.model.config.hidden_size, self.bank is not None
+        for picked in passes(decisions[:, :-1], length, width, steps, self.most, plain=plain):
             tokens = int(kept[picked].max() + self.encoded.target_length[rows[picked]].max())
             most = max(1, PASS_TOKENS // tokens)
             for part in np.split(picked, range(most, len(picked), most)):

@@ -19,6 +19,7 @@ from sd_gym.backbones.load import load_own_backbone
 from sd_gym.config import dotted
 from sd_gym.data.instance import Instance
 from sd_gym.errors import short
+from sd_gym.execution.bank import Bank
 from sd_gym.execution.config import checked_config
 from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
@@ -101,6 +102,7 @@ class SkippingModel:
         self.policy, self._warned = policy, False
         self._config = checked_config(values, "the policy")
         self._backbone = load_own_backbone(self._config.backbone.name, device)
+        self._bank = Bank(self._backbone.board)
         self.tokenizer = self._backbone.tokenizer
         self.model = attach(self._backbone.model, policy, self.tokenizer, check_weights=check_weights)
         self._task = TASKS.find(self._config.task)
@@ -136,7 +138,7 @@ class SkippingModel:
         if not instances:
             return []
         split = self._split(instances)
-        split.passes.most = batch_size
+        split.passes.most, split.passes.bank = batch_size, self._bank
         unknown = self._unknown_tokens(split)
         rows = np.arange(len(split))
         decisions = np.zeros((len(split), len(split.backbone.board) + 1), dtype=np.int64)
