@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,32 +18,20 @@ from torch import Tensor
 from sd_gym.backbones.load import load_own_backbone
 from sd_gym.config import dotted
 from sd_gym.data.instance import Instance
-from sd_gym.errors import short
 from sd_gym.execution.bank import Bank
 from sd_gym.execution.config import checked_config
 from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
+from sd_gym.inference.answer import Answer, Input, check_list, checked_texts, unknown_words
 from sd_gym.inference.attach import attach
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.rollout import Keep, StagedRollout
 from sd_gym.tasks.data import Instances
-from sd_gym.tasks.family import TASKS, check_text
+from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.metrics import METRICS
 
 BATCH = 256  # inputs that are decided on at once
 NOT_NEEDED = ("data", "reward", "action", "codebook")  # of the config, to answer inputs
-
-Input = str | Sequence[str] | Mapping[str, Any]
-
-
-class Answer(NamedTuple):
-    """The outcome of one input."""
-
-    answer: str  # the text that was generated or extracted, the name of the class, or the score
-    skip: NDArray  # which switches it skipped, bool [switches]
-    token_level: int  # at which it dropped tokens
-    flops_ratio: float  # FLOPs over those of the dense backbone, the policy's own included
-    unknown_tokens: int  # tokens of the input that stand for something that the tokenizer does not know
 
 
 class StagedPasses(Passes):
@@ -132,8 +120,7 @@ class SkippingModel:
 
     def answers(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
         """The same as a call, without its warning."""
-        if isinstance(inputs, str | Mapping):
-            raise ValueError(f"expected a list of inputs, got one {type(inputs).__name__}; put it in a list")
+        check_list(inputs)
         instances = [self._instance(number, given) for number, given in enumerate(inputs)]
         if not instances:
             return []
@@ -200,18 +187,7 @@ class SkippingModel:
 
     def checked(self, given: Any) -> list[str]:
         """The texts of an input; ``ValueError`` if it is malformed, or no tokenizer can read one of its texts."""
-        names, optional = self.fields, self._task.optional is not None
-        texts: Any = [given.get(name) for name in names] if isinstance(given, Mapping) else given
-        texts = list(texts) if isinstance(texts, list | tuple) else [texts]
-        if optional and len(texts) == 2 and texts[1] is None:
-            texts = texts[:1]
-        fits = len(names) - optional <= len(texts) <= len(names)
-        if not fits or not all(isinstance(text, str) and text.strip() for text in texts):
-            expected = " and ".join(names) + (" (which may be missing)" if optional else "")
-            raise ValueError(f"expected {expected}, each a text that is not empty; got {short(given)}")
-        for name, text in zip(names, texts, strict=False):
-            check_text(text, name)
-        return texts
+        return checked_texts(given, self.fields, optional=self._task.optional is not None)
 
     def _split(self, instances: Sequence[Instance]) -> BackboneSplit:
         data: Any = {"inputs": Instances(instances)}  # of a data set's splits only this one is asked for
@@ -227,14 +203,6 @@ class SkippingModel:
             raise ValueError(f"input {number}: {error}") from None
         row = dict(zip(self.fields, texts, strict=False)) | {self._task.reference: self._task.unknown}
         return self._task.instance(row, str(number), f"input {number}")
-
-
-def unknown_words(unknown: int, inputs: int) -> str:
-    """The warning that some inputs have words that the tokenizer does not know."""
-    return (
-        f"{unknown:,} of {inputs:,} inputs have words that the backbone's tokenizer does not know, so the answers to "
-        "them mean little; is it the right backbone for these texts?"
-    )
 
 
 def load(
