@@ -53,11 +53,15 @@ def bank(model: PreTrainedModel, masks: Sequence[ArrayLike] | NDArray) -> list[P
 class Bank:
     """The models of a board's masks, made when they are first asked for; the last 64 of them are kept.
 
-    ``compiles``: whether each is compiled, once, for inputs of any length.
+    Attributes:
+        compiles: Whether each is compiled, once for single inputs and once for batches, of any length. Then no pass may
+            have rows of several masks.
     """
 
     def __init__(self, board: Switchboard, *, compiles: bool = False) -> None:
-        self._board, self._compiles = board, compiles
+        self._board, self.compiles = board, compiles
+        if compiles:  # all masks have the code of one class, which is compiled 8 times otherwise
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * MODELS)
         self._of = lru_cache(MODELS)(self._made)
 
     def of(self, mask: NDArray) -> Any:
@@ -67,7 +71,7 @@ class Bank:
 
     def _made(self, mask: bytes) -> Any:
         model = without_skipped(self._board, np.frombuffer(mask, dtype=bool))
-        return torch.compile(model, dynamic=True) if self._compiles else model
+        return torch.compile(model.forward, dynamic=True) if self.compiles else model
 
 
 def checked_mask(mask: ArrayLike, board: Switchboard) -> NDArray:

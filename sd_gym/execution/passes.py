@@ -247,12 +247,22 @@ class Passes:
         reads_input = np.array([switch.reads_input for switch in self.backbone.board.switches])
         _, decoded, _ = self.head.lengths(kept, self.encoded.target_length[rows][:, None], kept)
         length = np.where(reads_input, kept, decoded)
-        width, plain = self.backbone.model.config.hidden_size, self.bank is not None
-        for picked in passes(decisions[:, :-1], length, width, steps, self.most, plain=plain):
+        group = np.zeros(len(rows), dtype=np.int64)
+        if self.bank is not None and self.bank.compiles:
+            group = np.unique(decisions, axis=0, return_inverse=True)[1].ravel()
+        for picked in self._cut(group, decisions, length, steps):
             tokens = int(kept[picked].max() + self.encoded.target_length[rows[picked]].max())
             most = max(1, PASS_TOKENS // tokens)
             for part in np.split(picked, range(most, len(picked), most)):
                 yield part, self.inputs(rows[part])
+
+    def _cut(self, group: Array, decisions: Array, length: Array, steps: int) -> Iterator[Array]:
+        """Positions of each pass's rows, all of one group."""
+        width, plain = self.backbone.model.config.hidden_size, self.bank is not None
+        for number in range(group.max(initial=-1) + 1):
+            own = np.flatnonzero(group == number)
+            for rows in passes(decisions[own, :-1], length[own], width, steps, self.most, plain=plain):
+                yield own[rows]
 
     def inputs(self, rows: Array) -> dict[str, torch.Tensor]:
         """The backbone's inputs, with ``labels``, of a batch of these rows."""

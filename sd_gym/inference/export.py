@@ -28,7 +28,6 @@ from sd_gym.inference.onnx import DECIDE, MANIFEST, TOKENIZER, WEIGHTS, OnnxMode
 from sd_gym.inference.texts import SkippingModel
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.features import pooled_features, standardised
-from sd_gym.policy.network import DecisionPolicy
 from sd_gym.policy.table_export import TablePolicy
 from sd_gym.projection import OBSERVATION_LIMIT, Projection
 from sd_gym.switch import Switchboard
@@ -69,7 +68,7 @@ def export(
     """
     folder, policy = Path(folder), policy if isinstance(policy, SkipPolicy) else SkipPolicy.from_pretrained(policy)
     _check_policy(policy)
-    decided = decided_masks(policy)
+    decided = policy.network.few_decisions
     found = "any number of" if decided is None else f"{len(np.unique(decided, axis=0))}"
     if decided is None or len(np.unique(decided, axis=0)) > masks:
         raise _refused(
@@ -92,27 +91,6 @@ def export(
     return manifest
 
 
-def decided_masks(policy: SkipPolicy) -> NDArray | None:
-    """The masks that a policy decides among, int64 ``[masks, switches + 1]``; ``None``: any."""
-    network = policy.network
-    inner = network.network if isinstance(network, TablePolicy) else network
-    numbers = _numbers(inner)
-    if numbers is None or not isinstance(network, TablePolicy) or network.masks is None:
-        return numbers
-    return network.masks[np.ravel_multi_index(tuple(numbers.T), inner.nvec)]
-
-
-def _numbers(network: DecisionPolicy) -> NDArray | None:
-    """The decisions of a network that makes few."""
-    if network.codebook is not None:
-        return network.codebook.numpy()
-    if len(network.nvec) == 1:
-        return np.arange(network.nvec[0])[:, None]
-    if not network.head.weight.any():  # one decision for all inputs
-        return network.choose(network.head.bias.detach()[None]).numpy()
-    return None
-
-
 def _refused(why: str, remedy: str) -> ValueError:
     return ValueError(f"this policy cannot be exported to ONNX: {why}; {remedy}")
 
@@ -124,7 +102,7 @@ def _check_policy(policy: SkipPolicy) -> None:
         raise _refused(f"it decides in the pass, at {', '.join(inner.stages)}", INSTEAD)
     if inner.noise != "none" or inner.blind:
         raise _refused("it is a control, which sees nothing or draws its decisions", "export one that has learned")
-    decided = decided_masks(policy)
+    decided = policy.network.few_decisions
     if len(policy.token_shares) > 1 if decided is None else decided[:, -1].any():
         raise _refused("it drops tokens", f"learn one with token_shares=[0.0], or {INSTEAD}")
 
@@ -306,7 +284,7 @@ class _Decider(nn.Module):
         self.network: Any = deepcopy(network.network if isinstance(network, TablePolicy) else network)
         self.encoder: Any = self.network.token_encoder if not table and network.channels is not None else None
         self.network.channels, self.network.token_encoder = None, nn.Identity()
-        numbers = _numbers(self.network)
+        numbers = self.network.few_decisions
         assert numbers is not None  # else it is not exported
         self.of_number = torch.from_numpy(of_number)
         likelihood = self.network._log_likelihood(torch.eye(sum(self.network.nvec)), torch.from_numpy(numbers))

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sd_gym.backbones.heads import Head
 from sd_gym.backbones.load import load_own_backbone
 from sd_gym.config import dotted
 from sd_gym.data.instance import Instance
-from sd_gym.execution.bank import Bank
+from sd_gym.execution.bank import MODELS, Bank
 from sd_gym.execution.config import checked_config
 from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
@@ -78,7 +79,13 @@ class SkippingModel:
     """
 
     def __init__(
-        self, policy: SkipPolicy, backbone: str | None = None, device: str = "cpu", *, check_weights: bool = True
+        self,
+        policy: SkipPolicy,
+        backbone: str | None = None,
+        device: str = "cpu",
+        *,
+        check_weights: bool = True,
+        compile: bool = False,
     ) -> None:
         if backbone is None:
             policy.check_reachable()
@@ -90,7 +97,9 @@ class SkippingModel:
         self.policy, self._warned = policy, False
         self._config = checked_config(values, "the policy")
         self._backbone = load_own_backbone(self._config.backbone.name, device)
-        self._bank = Bank(self._backbone.board)
+        if compile:
+            _check_compiles(policy, self._backbone.head)
+        self._bank = Bank(self._backbone.board, compiles=compile)
         self.tokenizer = self._backbone.tokenizer
         self.model = attach(self._backbone.model, policy, self.tokenizer, check_weights=check_weights)
         self._task = TASKS.find(self._config.task)
@@ -213,6 +222,7 @@ def load(
     max_loss: float | None = None,
     max_flops: float | None = None,
     check_weights: bool = True,
+    compile: bool = False,
 ) -> SkippingModel:
     """A trained policy and its backbone, ready to be called on texts, without data set or env.
 
@@ -225,10 +235,12 @@ def load(
         max_loss: See ``attach``.
         max_flops: See ``attach``.
         check_weights: See ``attach``.
+        compile: Whether ``torch.compile`` compiles the model of each mask, when it is first run (tens of seconds): once
+            for single inputs, once for batches, of any length. For a policy of few masks that generates no texts.
 
     Raises:
         FileNotFoundError, ValueError: See ``SkipPolicy.from_pretrained`` and ``attach``; or the backbone cannot be
-            loaded.
+            loaded, or the policy shall be compiled and cannot be.
 
     Example:
         >>> model = sd_gym.load("runs/reviews")  # doctest: +SKIP
@@ -238,4 +250,19 @@ def load(
     if not isinstance(policy, SkipPolicy):
         policy = SkipPolicy.from_pretrained(policy)
     chosen = policy.at(max_loss=max_loss, max_flops=max_flops)
-    return SkippingModel(chosen, backbone, device, check_weights=check_weights)
+    return SkippingModel(chosen, backbone, device, check_weights=check_weights, compile=compile)
+
+
+def _check_compiles(policy: SkipPolicy, head: Head) -> None:
+    """Raise ``ValueError`` if a policy has too many masks to compile a model for each, or generates."""
+    decided = policy.network.few_decisions
+    if policy.is_staged or decided is None or len(decided) > MODELS or decided[:, -1].any():
+        raise ValueError(
+            f"compile=True compiles a model for each of at most {MODELS} masks that drop no tokens, and this policy "
+            "decides otherwise; sd-gym reduce makes one of few masks"
+        )
+    if head.gives == "text":
+        raise ValueError(
+            "compile=True is for backbones that classify, score or extract; for generate(), compile the models of "
+            'sd_gym.bank(model, masks), with cache_implementation="static"'
+        )

@@ -1,4 +1,4 @@
-"""Exported policies: the same answers, decisions and FLOPs as ``sd_gym.load``, without torch; damaged files are named."""
+"""Exported policies: the answers, decisions and FLOPs of ``sd_gym.load``, without torch; damaged files are named."""
 
 import json
 import shutil
@@ -83,7 +83,7 @@ def test_neither_torch_nor_what_else_sd_gym_needs_is_imported(exported):
         "import sys\n"
         "class Absent:\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name.partition('.')[0] in ('gymnasium', 'torch', 'transformers', 'pydantic', 'safetensors', 'yaml'):\n"
+        "        if name.partition('.')[0] in ('gymnasium', 'torch', 'transformers', 'pydantic', 'filelock'):\n"
         "            raise ModuleNotFoundError(name, name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
         "import sd_gym\n"
