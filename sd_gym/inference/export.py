@@ -9,6 +9,7 @@ import logging
 import shutil
 import warnings
 from copy import deepcopy
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -66,13 +67,14 @@ def export(
         ValueError: If the policy cannot be exported; the message says what is in the way, and what to do.
         ModuleNotFoundError: If ``onnx`` is not installed.
     """
+    if find_spec("onnx") is None:
+        raise ModuleNotFoundError("onnx is not installed: pip install 'sd-gym[onnx]'")
     folder, policy = Path(folder), policy if isinstance(policy, SkipPolicy) else SkipPolicy.from_pretrained(policy)
     _check_policy(policy)
     decided = policy.network.few_decisions
-    found = "any number of" if decided is None else f"{len(np.unique(decided, axis=0))}"
-    if decided is None or len(np.unique(decided, axis=0)) > masks:
+    if decided is None or not few_masks(policy, masks):
         raise _refused(
-            f"it decides among {found} masks, and a graph is written for each of at most {masks}",
+            f"it decides among more than {masks} masks, for each of which a graph is written",
             f"sd-gym reduce RUN --codebook {masks} --output REDUCED makes it decide among few; export that",
         )
     model = SkippingModel(policy, backbone)
@@ -89,6 +91,12 @@ def export(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return manifest
+
+
+def few_masks(policy: SkipPolicy, most: int) -> bool:
+    """Whether a policy decides among at most so many masks."""
+    decided = policy.network.few_decisions
+    return decided is not None and len(np.unique(decided, axis=0)) <= most
 
 
 def _refused(why: str, remedy: str) -> ValueError:
@@ -238,7 +246,7 @@ class _Writer:
 
     def _compare(self, plain: list[PreTrainedModel]) -> None:
         """Raise RuntimeError if a graph gives something else than its model, on shapes that it was not traced with."""
-        model, random = OnnxModel(self._folder, ["CPUExecutionProvider"]), np.random.default_rng(0)
+        model, random = OnnxModel(self._folder), np.random.default_rng(0)
         longest = self._model._config.backbone.max_source_length
         for rows, length in ((1, 1), (3, min(11, longest)), (1, min(24, longest))):
             ids = random.integers(self._model.model.config.vocab_size, size=(rows, length))

@@ -7,16 +7,18 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from sd_gym.errors import DataError
 from sd_gym.files import read_json, sha256
 from sd_gym.inference.answer import Answer, Input, check_list, checked_texts
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 MANIFEST, TOKENIZER, DECIDE, WEIGHTS = "sd_gym_onnx.json", "tokenizer.json", "decide.onnx", "weights.bin"
 DECIDED = 256  # inputs that are decided on at once
@@ -46,7 +48,7 @@ def load(
         >>> [answer.answer for answer in model(["a lovely film", "a waste of time"])]  # doctest: +SKIP
         ['positive', 'negative']
     """
-    return OnnxModel(Path(folder), list(providers), session_options)
+    return OnnxModel(Path(folder), providers, session_options)
 
 
 def own_hash(manifest: dict[str, Any]) -> str:
@@ -89,10 +91,13 @@ class OnnxModel:
     """
 
     def __init__(
-        self, folder: Path, providers: list[str], session_options: onnxruntime.SessionOptions | None = None
+        self,
+        folder: Path,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        session_options: onnxruntime.SessionOptions | None = None,
     ) -> None:
         self.folder, self.manifest = folder, read_manifest(folder)
-        self._providers, self._options = providers, session_options
+        self._providers, self._options = list(providers), session_options
         self.masks = np.array(self.manifest["masks"], dtype=bool)
         self.fields, self.reference = tuple(self.manifest["fields"]), self.manifest["reference"]
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
@@ -198,6 +203,10 @@ class OnnxModel:
         return self.manifest["names"]
 
     def _opened(self, name: str) -> Any:
+        try:
+            import onnxruntime
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("ONNX Runtime is not installed: pip install 'sd-gym[onnx]'") from error
         return onnxruntime.InferenceSession(self.folder / name, self._options, providers=self._providers)
 
     def _encoded(self, texts: list[list[str]]) -> list[Encoding]:

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import sd_gym
+from sd_gym.cli import app
 from tests.conftest import WORDS
 from tests.envs.conftest import trained
+from tests.inference.conftest import lines_of, write
 
 onnx = pytest.importorskip("sd_gym.inference.onnx")
 
@@ -137,7 +140,7 @@ def test_any_other_manifest_is_an_error_that_names_it(exported, tmp_path, data):
 
 def test_what_cannot_be_exported_says_so_and_what_to_do(tmp_path, tiny_tokenizer):
     _, _, artefact, _ = trained("classification", None, tmp_path, tiny_tokenizer)
-    with pytest.raises(ValueError, match=r"any number of masks.*sd-gym reduce RUN --codebook 5"):
+    with pytest.raises(ValueError, match=r"more than 5 masks.*sd-gym reduce RUN --codebook 5"):
         sd_gym.export(artefact, tmp_path / "onnx", masks=5)
     for change, why in (
         ({"noise": "hash"}, "it is a control"),
@@ -171,3 +174,39 @@ def test_malformed_inputs_are_named(exported):
         model("good")
     with pytest.raises(ValueError, match="batch size of at least 1"):
         model(["good"], batch_size=0)
+
+
+def test_evaluate_judges_the_graphs_on_any_split(exported):
+    policy, folder, texts = exported
+    env = policy.card["env"]["id"]
+    result = sd_gym.evaluate(env, folder, "test")
+    wanted = sd_gym.load(policy).answers(texts)
+    assert result["flops_ratio_with_policy"] == pytest.approx(np.mean([one.flops_ratio for one in wanted]))
+    assert result["decisions_used"] == len({tuple(one.skip) for one in wanted})
+    rows = [json.loads(line) for line in (folder.parent / "data" / "test.jsonl").read_text().splitlines()]
+    right = [one.answer == f"LABEL_{row['label']}" for one, row in zip(wanted, rows, strict=True)]
+    assert result["quality"] == np.mean(right)
+    with pytest.raises(ValueError, match="one operating point"):
+        sd_gym.evaluate(env, folder, select=True)
+
+
+def test_its_commands(exported, tmp_path):
+    policy, folder, texts = exported
+    policy.save_pretrained(tmp_path / "policy")
+    runner = CliRunner()
+    done = runner.invoke(app, ["export", str(tmp_path / "policy"), "--output", str(tmp_path / "onnx"), "--int8"])
+    assert done.exit_code == 0, done.output
+    assert "dense among them" in done.output
+    source = write(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    command = ["run", str(folder), "--input", str(source), "--output", str(tmp_path / "out.jsonl")]
+    done = runner.invoke(app, [*command, "--compare"])
+    assert done.exit_code == 0, done.output
+    assert [one["answer"] for one in lines_of(tmp_path / "out.jsonl")] == [
+        one.answer for one in onnx.load(folder)(texts)
+    ]
+    done = runner.invoke(app, [*command[:-1], str(tmp_path / "other.jsonl"), "--max-loss", "0.1"])
+    assert done.exit_code == 2
+    assert "is exported" in done.output
+    done = runner.invoke(app, ["evaluate", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert "in ONNX" in done.output
