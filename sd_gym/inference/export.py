@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import shutil
@@ -180,20 +179,13 @@ class _Writer:
         given = dict.fromkeys(self._inputs, torch.zeros_like(ids)) | {"input_ids": ids, "attention_mask": ids.clone()}
         given["attention_mask"][1, 5:] = 0
         axes = {name: {0: "batch", 1: "length"} for name in self._inputs} | {output: {0: "batch"}}
-        written = io.BytesIO()
-        with torch.no_grad(), warnings.catch_warnings():
+        options = {"input_names": self._inputs, "output_names": [output], "dynamic_axes": axes, "opset_version": 17}
+        with TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing warns of each shape that Python reads, and of itself
-            torch.onnx.export(
-                module.eval(),
-                tuple(given.values()),
-                written,
-                input_names=self._inputs,
-                output_names=[output],
-                dynamic_axes=axes,
-                opset_version=17,
-                dynamo=False,  # ten times as quick, and the graphs run as fast
-            )
-        return onnx.load_from_string(written.getvalue())
+            file = Path(folder, "traced.onnx")
+            # The newer exporter (dynamo) takes ten times as long, and its graphs run no faster.
+            torch.onnx.export(module.eval(), tuple(given.values()), file, dynamo=False, **options)
+            return onnx.load(file)
 
     def _described(self, graphs: list[str]) -> dict[str, Any]:
         policy, model, backbone = self._policy, self._model, self._model._backbone
@@ -202,13 +194,13 @@ class _Writer:
         limit = min(config.backbone.max_source_length, tokenizer.model_max_length)
         always, switched = backbone.flops.costs(np.arange(3))  # a parabola of the tokens
         bend = (switched[2] - 2 * switched[1] + switched[0]) // 2
-        names = backbone.model.config.id2label or {}
+        names = {int(index): str(name) for index, name in (backbone.model.config.id2label or {}).items()}
         special = (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
         values = {
             "format": 1,
             "sd_gym": __version__,
             "head": self._head.name,
-            "names": [str(names[index]) for index in sorted(names)],
+            "names": [names[index] for index in sorted(names)],
             "task": config.task,
             "metric": model.metric,
             "fields": list(model.fields),
@@ -216,7 +208,6 @@ class _Writer:
             "reference": model.reference,
             "unanswerable": config.data.unanswerable,
             "longest_answer": config.backbone.max_target_length,
-            "inputs": self._inputs,
             "padding_token": tokenizer.pad_token_id,
             "unknown_token": None if tokenizer.unk_token_id in special else tokenizer.unk_token_id,
             "cut": {

@@ -144,11 +144,11 @@ class OnnxModel:
 
     def decide(self, batch: dict[str, NDArray]) -> NDArray:
         """The number of each row's mask, int64 ``[n]``, for the model's inputs ``[n, length]``."""
-        return self._session(DECIDE).run(None, self._given(batch))[0]
+        return self._run(DECIDE, batch)
 
     def run(self, number: int, batch: dict[str, NDArray]) -> NDArray:
         """What the graph of a mask gives: logits ``[n, classes]``, or of starts and ends ``[n, 2, length]``."""
-        return self._session(self.manifest["graphs"][number]).run(None, self._given(batch))[0]
+        return self._run(self.manifest["graphs"][number], batch)
 
     def flops_ratio(self, number: NDArray, length: NDArray, *, dense: bool = False) -> NDArray:
         """FLOPs of rows of so many tokens (each ``[n]``) over those of dense, with the policy's own unless dense."""
@@ -242,10 +242,10 @@ class OnnxModel:
             batch["token_type_ids"][at, : len(row)] = row.type_ids
         return batch
 
-    def _given(self, batch: dict[str, NDArray]) -> dict[str, NDArray]:
-        """Those of the inputs that the graphs take; types are zeros where there are none."""
-        ids = batch["input_ids"]
-        return {name: batch[name] if name in batch else np.zeros_like(ids) for name in self.manifest["inputs"]}
+    def _run(self, graph: str, batch: dict[str, NDArray]) -> NDArray:
+        """The output of a graph on those of the inputs that it reads; types are zeros where there are none."""
+        session, zeros = self._session(graph), np.zeros_like(batch["input_ids"])
+        return session.run(None, {given.name: batch.get(given.name, zeros) for given in session.get_inputs()})[0]
 
     def _said(self, rows: list[Encoding], texts: list[list[str]], part: NDArray, values: NDArray) -> list[str]:
         """The answers of one pass in words."""
