@@ -72,7 +72,7 @@ class ExportedPolicy:
     def __init__(self, model: OnnxModel) -> None:
         self._model = model
 
-    def decide_split(self, split: BackboneSplit, rows: NDArray) -> SplitDecisions:
+    def decide_split(self, split: Any, rows: NDArray) -> SplitDecisions:
         """Its decisions on ``rows [n]``, and the FLOPs of deciding."""
         model, length = self._model, split.encoded.source_length[rows]
         number = np.empty(len(rows), dtype=np.int64)

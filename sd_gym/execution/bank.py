@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -48,6 +48,16 @@ def bank(model: PreTrainedModel, masks: Sequence[ArrayLike] | NDArray) -> list[P
     """
     with switchboard_of(model) as board:
         return [without_skipped(board, checked_mask(mask, board)) for mask in masks]
+
+
+class MaskModels(Protocol):
+    """What runs rows that share a mask."""
+
+    compiles: bool  # whether no pass may have rows of several masks
+
+    def of(self, mask: NDArray) -> Any:
+        """The model of a mask, bool ``[switches]``."""
+        ...
 
 
 class Bank:

@@ -14,7 +14,7 @@ from sd_gym.backbones import Backbone
 from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
-from sd_gym.execution.bank import Bank
+from sd_gym.execution.bank import MaskModels
 from sd_gym.execution.tree import MaskTree
 from sd_gym.switch import PassState, passes
 from sd_gym.switch.stages import BETWEEN
@@ -30,7 +30,7 @@ class Passes:
     """Forward passes and ``generate()`` of a backbone on rows of a split, under decisions ``[n, switches + 1]``."""
 
     most: int | None = None  # rows of a pass; None: as many as its memory has room for
-    bank: Bank | None = None  # runs passes whose rows all share a decision; None: the switchboard runs all
+    bank: MaskModels | None = None  # runs passes whose rows all share a decision; None: the switchboard runs all
 
     def __init__(
         self,
