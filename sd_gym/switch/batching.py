@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 # Both over the width, in what running the sublayer costs a token: that grows faster with the width than they do.
 CALL = 16_000  # what one more call of the sublayer costs
 MIXING = 13  # what gathering and scattering costs a token
-PLAIN_CALL, PLAIN_MIXING = 4_000, 40  # the same where rows that agree run on a plain model (of a bank)
+PLAIN_CALL = 4_000  # as CALL, where rows that agree run on a plain model (of a bank)
 
 
 def passes(
@@ -86,8 +86,7 @@ class _Batch:
 
     def __init__(self, runs: NDArray, lengths: NDArray, width: int, steps: int, plain: bool) -> None:
         self._runs, self._lengths, self._steps = runs, lengths, steps
-        costs = (PLAIN_CALL, PLAIN_MIXING) if plain else (CALL, MIXING)
-        self._call, self._mixing = (cost / width for cost in costs)
+        self._call, self._mixing = (PLAIN_CALL if plain else CALL) / width, MIXING / width
         self._decisions, group = np.unique(runs, axis=0, return_inverse=True)
         self._group = group.reshape(-1)
 
