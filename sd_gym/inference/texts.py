@@ -76,6 +76,7 @@ class StagedPasses(Passes):
         return logits
 
     def said(self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor]) -> tuple[list[str], NDArray]:
+        """The texts that are given, and how probable the tokens of the first ones are."""
         rollout = self._rollout(rows, inputs, lambda keep: keep)
         texts, judged = self._generated(inputs, rollout.deciding(inputs["attention_mask"]))
         said = np.array(texts, dtype=object)
