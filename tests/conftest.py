@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from transformers import (
 
 import sd_gym
 from sd_gym.policy.card import write_card
+
+os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # figures are the same on every machine
 
 WORDS = ["good", "bad", "fine", "awful", "the", "food", "was", "not", "room"]
 
@@ -102,6 +105,13 @@ def make_extractor(name):
     special = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = AutoConfig.for_model(name, **special, **TINY[name])
     return AutoModelForQuestionAnswering.from_config(config).eval()
+
+
+def make_last_token_classifier(name):
+    """A random decoder-only model that classifies by its last token; its configuration names nothing to pad with."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, vocab_size=40, pad_token_id=None, eos_token_id=2, **TINY[name])
+    return AutoModelForSequenceClassification.from_config(config).eval()
 
 
 def make_inputs(name, batch=5, source=7, target=4, seed=0, side="right"):

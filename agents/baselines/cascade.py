@@ -51,7 +51,7 @@ class Cascade(PrivilegedAgent[StaticSettings]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not self.env.core.sees_confidence:
-            raise NotApplicableError("a cascade needs a backbone that classifies, or a table of its answers, and this env has neither")
+            raise NotApplicableError("a cascade needs a backbone that classifies, or a table of its judgements")
         self.masks = np.zeros((1, len(self.env.core.nvec)), dtype=np.int64)  # dense, before it has searched
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:

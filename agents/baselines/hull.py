@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -12,11 +10,10 @@ from numpy.typing import NDArray
 from sd_gym.agents.baselines import search
 from sd_gym.agents.baselines.static import StaticAgent
 from sd_gym.agents.learning.agent import OnRollout
-from sd_gym.agents.learning.decisions import SplitDecisions, Version, policy_rows
+from sd_gym.agents.learning.decisions import Version, policy_rows
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.exact import hull, lower_hull
-from sd_gym.envs.protocols import Split
 from sd_gym.envs.table import TableCore
 from sd_gym.policy import DecisionPolicy
 
@@ -29,7 +26,7 @@ class HullAgent(StaticAgent):
     """Masks on the lower hull of mean loss and FLOPs on policy rows, and coins between neighbours on it.
 
     The masks are those that ``static`` finds; of a table all of them. A hash of the input tosses the coin, so that the
-    same input is always decided on alike.
+    same input is always decided on alike. Where an env has several stages there are no coins.
     """
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
@@ -51,17 +48,18 @@ class HullAgent(StaticAgent):
 
     def operating_points(self) -> list[Version]:
         """Masks of the hull and coins between them, evenly in FLOPs."""
+        if not self.env.core.steps.is_whole:  # a coin is tossed once for a whole decision
+            return super().operating_points()
         bold = self._loss > LOSSES * self.env.core.config.reward.epsilon
         last = int(bold.argmax()) if bold.any() else len(bold) - 1
         wanted = np.linspace(self._flops[0], self._flops[last], POINTS + 1)[1:]
         return [Version(self._coin(flops)) for flops in wanted] if last else []
 
-    def _coin(self, flops: float) -> DecisionPolicy | SplitCoin:
+    def _coin(self, flops: float) -> DecisionPolicy:
         """The coin between the two masks around so many FLOPs that spends these on the mean."""
         number = int((self._flops > flops).sum())  # of the cheap one; they come down in FLOPs
         dear, cheap = self._flops[number - 1 : number + 1]
-        coin = self.masks[number - 1], self.masks[number], float((flops - cheap) / (dear - cheap))
-        return self._tossed(*coin) if self.env.core.steps.is_whole else SplitCoin(*coin)
+        return self._tossed(self.masks[number - 1], self.masks[number], float((flops - cheap) / (dear - cheap)))
 
     def _tossed(self, one: NDArray, other: NDArray, share: float) -> DecisionPolicy:
         """A policy that takes one mask for a share of the inputs, and else another."""
@@ -73,20 +71,6 @@ class HullAgent(StaticAgent):
         policy = self._constant_policy(logits, noise="hash")
         policy.codebook = torch.from_numpy(np.stack([one, other]))
         return policy
-
-
-@dataclass(frozen=True)
-class SplitCoin:
-    """A coin that is tossed once for a whole decision, where that is made at several stages."""
-
-    one: NDArray  # decision [components] of a share of the inputs
-    other: NDArray  # that of the others
-    share: float
-
-    def decide_split(self, split: Split, rows: NDArray) -> SplitDecisions:
-        """The decisions, by a hash of each instance's id."""
-        tosses = np.array([crc32(str(split.ids[row]).encode()) / 2**32 for row in rows])
-        return SplitDecisions(np.where(tosses[:, None] < self.share, self.one, self.other), np.zeros(len(rows)))
 
 
 def odds(share: float, components: int) -> float:

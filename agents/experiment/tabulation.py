@@ -203,7 +203,7 @@ def _choice(core: Core, asked: str, seed: int) -> NDArray:
         return read_masks(codebook_file(name), core.decision_nvec)
     if asked == "all":
         raise ValueError(
-            f"{core.config.id} has {number_of_decisions(core.decision_nvec):,} decisions; a table has all of them where "
+            f"{core.config.id} has {number_of_decisions(core.decision_nvec):,} decisions; a table has all where "
             f"there are at most {MOST:,}, and 'all' stands alone: choose some with random:N, path or codebook"
         )
     raise ValueError(f"--decisions: expected {CHOICES}, got {asked!r}")

@@ -39,8 +39,8 @@ class StageChoices(NamedTuple):
     """What a stage can choose."""
 
     components: NDArray  # of a decision, those that are its own, int64
-    # Decisions, zeros but for these, each skipping one candidate more, dense first: int64 [ways, nvec]. Of an answer: to
-    # go on, and to accept it.
+    # Decisions, zeros but for these, each skipping one candidate more, dense first: int64 [ways, nvec]. Of an answer:
+    # to go on, and to accept it.
     ways: NDArray
 
 

@@ -70,9 +70,13 @@ def preparation_tables(output: str, report: dict[str, Any]) -> Iterator[Renderab
     """Results of preparing a backbone: the data, and the quality under random decisions before and after."""
     yield from _data(report["rows"])
     table = Table(title=f"{output}: mean quality ({report['measure']}) on held-out rows")
-    for column in ("skipped at random", "before", "after"):
+    by_layer = report["draw"] == "layers"
+    for column in ("skipped" if by_layer else "skipped at random", "before", "after"):
         table.add_column(column, justify="right")
-    for what, key in (("sublayers", "quality"), ("tokens", "quality_by_token_share")):
+    for what, key in (
+        ("layers, the least important" if by_layer else "sublayers", "quality"),
+        ("tokens", "quality_by_token_share"),
+    ):
         for rate, after in report[key]["after"].items():
             table.add_row(f"{float(rate):.0%} of {what}", f"{report[key]['before'][rate]:.1%}", f"{after:.1%}")
     yield table

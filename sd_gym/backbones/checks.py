@@ -132,3 +132,11 @@ def usable_device(name: str) -> torch.device:
             f"({one_line(error)})"
         ) from error
     return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 by itself; on others that is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch do not say
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))

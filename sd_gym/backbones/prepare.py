@@ -8,7 +8,9 @@ once densely, under the task's loss, and once under random decisions, with the d
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,31 +20,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sd_gym.backbones.draws import DRAWS, layers_of
+from sd_gym.backbones.draws import DRAWS, RANDOM_SHARE, Drawing, decisions_around, layer_importance, layers_of
 from sd_gym.backbones.heads import head_of
 from sd_gym.files import damaged_checkpoint, read_checkpoint, write_checkpoint
 from sd_gym.switch import Switchboard
 
-CHECKPOINTS = 10  # on the way
-BOLDNESS = (-1.0, 2.0)  # between what a policy's log-odds of skipping are shifted
-RARE = 0.02  # the least probability of skipping, and of not skipping, a switch
-RANDOM_SHARE = 0.3  # of the rows, beside those that a policy decides on
-
-
-def decisions_around(
-    skip_logits: Tensor, random: Tensor, generator: torch.Generator, random_share: float = RANDOM_SHARE
-) -> Tensor:
-    """Skip vectors around those of a policy, some bolder and some more cautious, int64 ``[rows, switches]`` on the CPU.
-
-    ``skip_logits`` are its log-odds of skipping each switch. A share of the rows takes those of ``random``, so that the
-    backbone is robust to more than this one policy.
-    """
-    rows = len(skip_logits)
-    lowest, highest = BOLDNESS
-    shifted = skip_logits + lowest + (highest - lowest) * torch.rand(rows, 1, generator=generator)
-    probability = shifted.sigmoid().clamp(RARE, 1 - RARE)
-    drawn = (torch.rand(probability.shape, generator=generator) < probability).long()
-    return torch.where(torch.rand(rows, 1, generator=generator) < random_share, random, drawn)
+VALIDATIONS = 10  # on the way
+RISEN = 0.6  # share of the steps after which as many layers are drawn as may be; before, from a third of them on
 
 
 def freeze_observation(board: Switchboard) -> None:
@@ -88,6 +72,7 @@ class TrainingHistory:
     since: int = 0  # validations since then
     # The model's weights at the best quality; empty before the first validation.
     weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    importance: Tensor | None = None  # of each layer, as of late (see ``layer_importance``); ``None``: not measured
 
     def add(self, quality: float, model: torch.nn.Module) -> None:
         """Note a validation, and keep the weights unless earlier ones were better."""
@@ -96,6 +81,10 @@ class TrainingHistory:
         if quality >= self.best:
             self.best = quality
             self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    def refresh(self, importance: Tensor) -> None:
+        """Take a new measurement in: half of it, and half of those before."""
+        self.importance = importance if self.importance is None else (self.importance + importance) / 2
 
 
 @dataclass(frozen=True)
@@ -106,6 +95,7 @@ class Recipe:
     # Peak learning rate of AdamW, after a linear warm-up; then a cosine takes it down to zero.
     learning_rate: float = 5e-5
     batch_size: int = 32  # instances a step
+    accumulate: int = 1  # parts that a batch runs in, one after another, to need less memory
     max_rate: float = 0.6  # highest skip rate that a row may draw
     draw: str = "even"  # how decisions are drawn, one of ``DRAWS``
     # Validations without a better quality after which it ends; ``None``: it never ends early.
@@ -118,8 +108,8 @@ class Recipe:
 
     @property
     def interval(self) -> int:
-        """Steps between two validations, and between two checkpoints."""
-        return max(1, self.steps // CHECKPOINTS)
+        """Steps between two validations, and between two measurements of what layers matter."""
+        return max(1, self.steps // VALIDATIONS)
 
     def rate_at(self, step: int) -> float:
         """The learning rate at a step, counted from 0, as a share of the peak."""
@@ -127,14 +117,21 @@ class Recipe:
         progress = max(0, step - warmup) / max(1, self.steps - warmup)
         return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
+    def max_rate_at(self, step: int) -> float:
+        """The highest skip rate at a step, counted from 1; that of whole layers rises."""
+        if self.draw != "layers":
+            return self.max_rate
+        return self.max_rate * (1 + 2 * min(1.0, step / (RISEN * self.steps))) / 3
+
 
 def prepare(
     board: Switchboard,
     batches: Iterable[dict[str, Tensor]],
     recipe: Recipe,
     *,
-    validate: Callable[[], float] | None = None,
+    validate: Callable[[Drawing], float] | None = None,
     checkpoint: Path | None = None,
+    checkpoint_minutes: float = 10.0,
     resume: bool = False,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
     accelerator: Accelerator | None = None,
@@ -149,8 +146,10 @@ def prepare(
         batches: Yields at least ``recipe.steps`` batches of the model's inputs with ``labels``, for this process alone;
             they may hold ``keep`` (see ``sandwich_loss``) and the ``skip_logits`` of the policy that it is tuned under.
         recipe: Steps, rates and draws.
-        validate: Gives a quality, ten times on the way; the weights of the best one stay. ``None``: the last ones stay.
-        checkpoint: File that the state is written to ten times on the way; ``None``: it is not written.
+        validate: Gives a quality under decisions as they are drawn at the end, ten times on the way; the weights of
+            the best one stay. ``None``: the last ones stay.
+        checkpoint: File that the state is written to; ``None``: it is not written.
+        checkpoint_minutes: Minutes between two checkpoints.
         resume: Whether to continue from the checkpoint, if it exists; the batches that were used are drawn again.
         on_step: Called after every step with its figures (``loss``, ``distillation``, ``learning_rate``; ``quality``
             where it was validated).
@@ -169,7 +168,7 @@ def prepare(
     done = history.step
     model.train()
     trainer.distribute()
-    source = iter(batches)
+    source, written = iter(batches), time.monotonic()
     for step in range(1, recipe.steps + 1):
         batch = next(source, None)
         if batch is None:
@@ -178,18 +177,22 @@ def prepare(
             continue
         if recipe.patience is not None and history.since >= recipe.patience:
             break
-        figures = trainer.train(step, batch)
+        if recipe.draw == "layers" and (history.importance is None or step % recipe.interval == 0):
+            history.refresh(layer_importance(board, batch, accelerator))
+        figures = trainer.train(step, batch, history.importance)
         history.step = step
         if validate is not None and (step % recipe.interval == 0 or step == recipe.steps):
             model.eval()
-            figures["quality"] = validate()
+            figures["quality"] = validate(trainer.drawing(history.importance))
             history.add(figures["quality"], model)
             model.train()
         if on_step is not None:
             on_step(step, figures)
-        if checkpoint is not None and step % recipe.interval == 0 and accelerator.is_main_process:
+        due = time.monotonic() - written >= 60 * checkpoint_minutes
+        if checkpoint is not None and due and accelerator.is_main_process:
             saved = {name: part.state_dict() for name, part in state.items()}
             write_checkpoint(checkpoint, {**saved, "course": vars(history)})
+            written = time.monotonic()
     trainer.gather()
     if history.weights:
         model.load_state_dict(history.weights)
@@ -219,34 +222,55 @@ class _Trainer:
         self._accelerator.unwrap_model(self._call, keep_fp32_wrapper=False)
         self._accelerator.free_memory()
 
-    def train(self, step: int, batch: dict[str, Tensor]) -> dict[str, float]:
+    def drawing(self, importance: Tensor | None, step: int | None = None) -> Drawing:
+        """Draws decisions as they are drawn at a step, ``None``: at the last one."""
+        recipe = self._recipe
+        rate = recipe.max_rate_at(recipe.steps if step is None else step)
+        return lambda rows, generator: DRAWS[recipe.draw](rows, self._layers, rate, generator, importance)
+
+    def train(self, step: int, batch: dict[str, Tensor], importance: Tensor | None) -> dict[str, float]:
         """One step, counted from 1, on a batch; returns its figures."""
-        loss, distillation = self._losses(step, {name: value.to(self._model.device) for name, value in batch.items()})
-        total = loss + distillation
+        rows, skip = len(batch["labels"]), self._decisions(step, batch, importance)
+        inputs = {name: value.to(self._model.device) for name, value in batch.items() if name != "skip_logits"}
+        parts = torch.arange(rows).tensor_split(min(rows, self._recipe.accumulate))
         self._optimizer.zero_grad()
-        self._accelerator.backward(total)
+        total = torch.zeros(2, device=self._model.device)
+        for number, part in enumerate(parts, start=1):
+            alone = self._accelerator.no_sync(self._call) if number < len(parts) else nullcontext()
+            with alone:
+                picked = {name: value[part.to(value.device)] for name, value in inputs.items()}
+                losses = self._losses(picked, None if skip is None else skip[part]) * (len(part) / rows)
+                self._accelerator.backward(losses.sum())
+            total += losses.detach()
         self._accelerator.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
         rate = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
-        if not math.isfinite(total.item()):
-            raise FloatingPointError(f"the loss is {total.item()} at step {step}; try a lower learning rate")
-        return {"loss": loss.item(), "distillation": distillation.item(), "learning_rate": rate}
+        loss, distillation = total.tolist()
+        if not math.isfinite(loss + distillation):
+            raise FloatingPointError(f"the loss is {loss + distillation} at step {step}; try a lower learning rate")
+        return {"loss": loss, "distillation": distillation, "learning_rate": rate}
 
-    def _losses(self, step: int, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The task loss and the distillation loss of a step."""
-        recipe, skip_logits = self._recipe, batch.pop("skip_logits", None)
+    def _decisions(self, step: int, batch: dict[str, Tensor], importance: Tensor | None) -> Tensor | None:
+        """The decisions of a step, int64 ``[rows, switches]``; ``None``: it runs densely only."""
+        recipe, skip_logits = self._recipe, batch.get("skip_logits")
         random = np.random.SeedSequence([recipe.seed, self._accelerator.process_index, step]).generate_state(2).tolist()
         torch.manual_seed(random[0])  # dropout
         if step <= recipe.dense_steps:
-            batch.pop("keep", None)
-            loss = self._head.loss(self._head.forward(self._board, batch, self._call), batch["labels"])
-            return loss, torch.zeros((), device=self._model.device)
+            return None
         generator = self._generator.manual_seed(random[1])
-        skip = DRAWS[recipe.draw](len(batch["labels"]), self._layers, recipe.max_rate, generator)
+        skip = self.drawing(importance, step)(len(batch["labels"]), generator)
         if skip_logits is not None:
             skip = decisions_around(skip_logits.cpu(), skip, generator, recipe.random_share)
-        return sandwich_loss(self._board, batch, skip, self._call)
+        return skip
+
+    def _losses(self, batch: dict[str, Tensor], skip: Tensor | None) -> Tensor:
+        """The task loss and the distillation loss, ``[2]``."""
+        if skip is not None:
+            return torch.stack(sandwich_loss(self._board, batch, skip, self._call))
+        batch.pop("keep", None)
+        loss = self._head.loss(self._head.forward(self._board, batch, self._call), batch["labels"])
+        return torch.stack([loss, torch.zeros_like(loss)])
 
 
 def _restore(file: Path, state: dict[str, Any], history: TrainingHistory) -> None:

@@ -14,7 +14,7 @@ from typer import Argument, Option
 from sd_gym.cli import terminal
 from sd_gym.cli.terminal import Imports, Settings
 
-Draw = Literal["even", "deeper", "staged"]
+Draw = Literal["even", "deeper", "staged", "layers"]
 
 
 def prepare(
@@ -29,18 +29,21 @@ def prepare(
     ] = 0.6,
     steps: Annotated[int, Option(min=1, help="Optimiser steps.")] = 1500,
     batch_size: Annotated[int, Option(min=1)] = 32,
+    accumulate: Annotated[int, Option(min=1, help="Parts that a batch runs in, to need less memory.")] = 1,
     learning_rate: Annotated[float, Option()] = 5e-5,
     max_rate: Annotated[float, Option(min=0, max=1, help="Highest skip rate; 0: plain fine-tuning.")] = 0.6,
     draw: Annotated[
         Draw,
         Option(
-            help="How decisions are drawn: at one rate per row (even), at one that grows with depth (deeper), or as in "
-            "stages (staged: layers run up to a random one, after it half of the rows skip all)."
+            help="How decisions are drawn: at one rate per row (even), at one that grows with depth (deeper), as in "
+            "stages (staged: layers run up to a random one, after it half of the rows skip all), or whole layers, the "
+            "least important first, at a rate that rises (layers)."
         ),
     ] = "even",
     patience: Annotated[int | None, Option(min=1, help="Validations (of ten) without progress to end after.")] = None,
     max_length: Annotated[int | None, Option(min=2, help="Longest input, in tokens [default: env's].")] = None,
     resume: Annotated[bool, Option(help="Go on from the checkpoint of a preparation that was cut off.")] = False,
+    checkpoint_minutes: Annotated[float, Option(min=0, help="Minutes between two checkpoints.")] = 10,
     seed: Annotated[int, Option()] = 0,
     set_: Settings = [],
     imports: Imports = [],
@@ -79,7 +82,7 @@ def prepare(
         options = {"data.dataset": dataset, "backbone.max_source_length": max_length}
         overrides = {key: value for key, value in options.items() if value is not None}
         overrides |= dotted(terminal.settings_of(set_), "--set")
-        recipe = Recipe(steps, learning_rate, batch_size, max_rate=max_rate, draw=draw, patience=patience, seed=seed)
+        recipe = Recipe(steps, learning_rate, batch_size, accumulate, max_rate, draw, patience, seed)
         skip_logits = None
         if policy is not None:
             from sd_gym.agents.experiment.skip_logits import skip_logits_of_run
@@ -100,6 +103,7 @@ def prepare(
             quality=config.quality,
             skip_logits=skip_logits,
             resume=resume,
+            checkpoint_minutes=checkpoint_minutes,
             on_step=on_step,
             on_phase=on_phase,
         )

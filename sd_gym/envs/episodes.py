@@ -177,7 +177,7 @@ class StagedEpisodes(Episodes):
         self._known[envs] = self.over[envs]  # what was decided on last is still to be seen
 
     def infos(self, envs: Array, outcome: Outcome | None = None) -> dict[str, Array]:
-        """With the ``action_mask`` of each, and with the answer stage whether it ``goes_on``; see ``Episodes.infos``."""
+        """With the ``action_mask`` of each, and with an answer stage ``goes_on``; see ``Episodes.infos``."""
         infos = super().infos(envs, outcome) | {"action_mask": self.masks()[envs].astype(np.int8)}
         if self.core.has_answer_stage:
             infos["goes_on"] = self.decisions[envs, -1] == 1

@@ -9,8 +9,8 @@
   and ``switched [lengths, levels, switches]``, int64, of which FLOPs are the sum, and ``costs [n]``, which of them an
   instance has; ``observations``, float32, or float16 where they are reduced, and of a later stage K, under all ways
   to come to it, ``observations.K [n, ways before it, size]``; of the stage ``answer``, ``judged [n, masks, values]``,
-  what the head says of its answers, and ``spent [lengths, masks]``, the FLOPs that are shown there; the difficulty and the facts of each
-  instance, in the smallest type that holds them exactly.
+  what the head says of its answers, and ``spent [lengths, masks]``, the FLOPs that are shown there; the difficulty and
+  the facts of each instance, in the smallest type that holds them exactly.
 * ``SPLIT.json``: the ids of the instances, and those of their facts that are words.
 * ``projection.safetensors``, where observations are reduced: how (``sd_gym.projection``).
 * ``export.safetensors``: what standardises observations and ranks tokens, so that a policy that learned here decides

@@ -131,10 +131,12 @@ class TableCosts:
     def _going_on(self) -> Array:
         """Of each of the different costs after all masks, int64 ``[costs, masks]``."""
         resumed = resumed_from(self._masks, self._points)
-        return np.stack([
-            going_on_flops(np.full(len(resumed), always), np.tile(switched, (len(resumed), 1)), resumed)
-            for always, switched in zip(self._always[:, 0], self._switched[:, 0], strict=True)
-        ])
+        return np.stack(
+            [
+                going_on_flops(np.full(len(resumed), always), np.tile(switched, (len(resumed), 1)), resumed)
+                for always, switched in zip(self._always[:, 0], self._switched[:, 0], strict=True)
+            ]
+        )
 
     def ratio_of_one(self, row: int, mask: int) -> float:
         """FLOPs ratio of a row under the mask of that number."""

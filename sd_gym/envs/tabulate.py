@@ -138,7 +138,7 @@ class _Maker:
 
     @property
     def _kept(self) -> tuple[int, int]:
-        """Numbers of an observation before and after those that are reduced: what a stage knows beside hidden states."""
+        """Numbers of an observation before and after those that are reduced, which are hidden states."""
         looks: Any = self.core.stage_observation
         return looks.around if self.ways is not None else (0, 0)
 

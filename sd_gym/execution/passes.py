@@ -79,7 +79,9 @@ class Passes:
         """What one ``generate()`` says to a batch of these rows, and how probable its tokens are."""
         return self._generated(inputs, self.decide(rows, decisions))
 
-    def _generated_after(self, seen: PassState, rows: Array, decisions: Array, picked: Array) -> tuple[list[str], Array]:
+    def _generated_after(
+        self, seen: PassState, rows: Array, decisions: Array, picked: Array
+    ) -> tuple[list[str], Array]:
         """What some of the rows say when the encoder has read all of them: they keep the padding of all."""
         some, keep = torch.from_numpy(picked), self._tokens.kept(rows, decisions[:, -1])
         inputs = {name: tensor[some] for name, tensor in self.inputs(rows).items()}

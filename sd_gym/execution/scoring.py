@@ -92,7 +92,7 @@ class Scoring:
 
     @torch.inference_mode()
     def judged_under_all(self, rows: Array, masks: Array) -> tuple[Array, Array]:
-        """Quality under every mask, float64 ``[n, masks]``, and the judgements of the answers, ``[n, masks, values]``."""
+        """Quality under every mask, float64 ``[n, masks]``, and ``judged``, ``[n, masks, values]``."""
         head = self._head
         if self._measure.score is None or not head.judges_passes:
             of_masks = [self._run_and_judge(rows, np.tile(mask, (len(rows), 1)), None) for mask in masks]

@@ -42,8 +42,12 @@ class TokenDropping:
 
     @cached_property
     def droppable(self) -> NDArray:
-        """Which tokens may be dropped, bool ``[n, longest]``."""
-        return droppable_tokens(self._instances, self._tokenizer, self._backbone)
+        """Which tokens may be dropped, bool ``[n, longest]``; not the last one where the model answers from there."""
+        droppable = droppable_tokens(self._instances, self._tokenizer, self._backbone)
+        if self._board.architecture.causal:
+            read = self._encoded.input_ids.numpy() != self._tokenizer.pad_token_id
+            droppable[np.arange(len(read)), read.shape[1] - 1 - read[:, ::-1].argmax(axis=1)] = False
+        return droppable
 
     @cached_property
     def scores(self) -> NDArray:

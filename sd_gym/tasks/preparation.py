@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import is_initialized
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -25,7 +26,8 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.checks import check_positions, usable_device
+from sd_gym.backbones.checks import check_positions, has_bf16, usable_device
+from sd_gym.backbones.draws import layer_importance
 from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import head_stored_with, load_model, save_backbone
 from sd_gym.backbones.prepare import Recipe, freeze_observation, prepare
@@ -63,13 +65,15 @@ def prepare_backbone(
     quality: QualityConfig = QualityConfig(),  # noqa: B008
     skip_logits: Mapping[str, NDArray] | None = None,
     resume: bool = False,
+    checkpoint_minutes: float = 10.0,
     on_step: OnStep = lambda step, figures: None,
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> dict[str, Any]:
     """Fine-tune a backbone on a task so that it is robust to skipping, and save it with its tokenizer and a report.
 
     Started by ``accelerate launch``, several processes share the work, each with batches of its own; the first one
-    writes. The weights are saved before they are evaluated.
+    writes. The weights are saved before they are evaluated. It computes in bfloat16 where the processor has that,
+    unless the environment variable ACCELERATE_MIXED_PRECISION says what to compute in (``no``: float32).
 
     Args:
         backbone: A supported model, with lengths and perhaps a prompt. For classification it gets a head of the right
@@ -91,13 +95,16 @@ def prepare_backbone(
         skip_logits: To tune it under a policy: for ``train`` and ``validation``, the log-odds by which the policy skips
             each switch, float32 ``[n, switches]``. See ``decisions_around`` and ``freeze_observation``.
         resume: Whether to continue from the checkpoint in ``output``, if there is one.
+        checkpoint_minutes: Minutes between two checkpoints.
         on_step: See ``sd_gym.backbones.prepare``; called in the first process.
-        on_phase: Called in the first process with what begins: ``evaluating`` (before and after), ``preparing``.
+        on_phase: Called in the first process with what begins: ``evaluating`` (before and after), ``preparing``; with
+            the number format where that is not float32.
 
     Returns:
         The report, also in ``preparation.json``: settings; instances that were used, left out (empty) and cut; the
-        held-out quality by step; and mean quality on the held-out rows by random skip rate, and by the share of
-        tokens dropped, before and after. ``measure`` says which quality that is.
+        held-out quality by step; and mean quality on the held-out rows by random skip rate (drawn as ``layers``: by
+        the share of layers skipped, the least important ones), and by the share of tokens dropped, before and after.
+        ``measure`` says which quality that is; ``importance``, drawn as ``layers``, how much each of them matters.
 
     Raises:
         FileExistsError: If ``output`` holds anything but a preparation that was cut off and is to be resumed;
@@ -109,6 +116,7 @@ def prepare_backbone(
     accelerator = Accelerator(
         cpu=backbone.device == "cpu",
         device_placement=False,
+        mixed_precision=_mixed_precision(backbone.device),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     first = accelerator.is_main_process
@@ -146,15 +154,20 @@ def prepare_backbone(
         mean = MeanQuality(board, encoded["held out"], quality, reading, accelerator)
         say = on_phase if first else lambda phase: None
         say("evaluating")
-        before = mean.by_rate(), mean.by_share()
-        say("preparing")
+        importance = None
+        if recipe.draw == "layers":
+            importance = layer_importance(board, next(_batches(encoded["held out"], 32, 0, accelerator)), accelerator)
+        before = mean.by_rate(importance), mean.by_share()
+        precision = accelerator.mixed_precision
+        say("preparing" if precision == "no" else f"preparing in {precision}")
         with _curves(output, on_step, write=first) as log:
             history = prepare(
                 board,
                 _batches(encoded["backbone"], recipe.batch_size, recipe.seed, accelerator),
                 recipe,
-                validate=lambda: mean.under_decisions(recipe.max_rate, recipe.draw),
+                validate=mean.under_decisions,
                 checkpoint=output / "checkpoint.pt",
+                checkpoint_minutes=checkpoint_minutes,
                 resume=resume,
                 on_step=log,
                 accelerator=accelerator,
@@ -164,13 +177,14 @@ def prepare_backbone(
             write_backbone_rows(output, np.concatenate([own, backbone_rows(backbone.name)]))  # before it was tuned, too
             save_backbone(model, tokenizer, output)
         say("evaluating")
-        after = mean.by_rate(), mean.by_share()
+        after = mean.by_rate(history.importance), mean.by_share()
         board.remove()
         report = {
             **settings,
             "steps_done": history.step,
             "validation": [{"step": step, "quality": value} for step, value in history.validation],
             "measure": head_of(model).measured_by(None).name,
+            "importance": None if history.importance is None else history.importance.tolist(),
             "quality": {"before": before[0], "after": after[0]},
             "quality_by_token_share": {"before": before[1], "after": after[1]},
         }
@@ -181,6 +195,13 @@ def prepare_backbone(
                 (output / name).unlink(missing_ok=True)
         accelerator.wait_for_everyone()
         return report
+
+
+def _mixed_precision(device: str) -> str | None:
+    """What to compute in; ``None``: what the environment variable says, or what this process computes in already."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or is_initialized():
+        return None
+    return "bf16" if has_bf16(usable_device(device)) else "no"
 
 
 def _switchable(
@@ -336,7 +357,8 @@ def _draws(split: EncodedSplit, batch_size: int, random: np.random.Generator) ->
 
 def plot_preparation(report: dict[str, Any], file: Path) -> None:
     """Draw quality against skip rate and share of tokens dropped, before and after, and by step, as one PNG."""
-    panels = {"skip rate of every sublayer": report["quality"]}
+    skipped = "share of layers skipped" if report["draw"] == "layers" else "skip rate of every sublayer"
+    panels = {skipped: report["quality"]}
     if report["quality_by_token_share"]["after"]:
         panels["share of tokens dropped"] = report["quality_by_token_share"]
     figure = Figure(figsize=(5 * (len(panels) + 1), 4), layout="constrained")

@@ -11,9 +11,8 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sd_gym.backbones.draws import DRAWS, layers_of
+from sd_gym.backbones.draws import Drawing, decisions_around, layers_of, least_important
 from sd_gym.backbones.heads import Head
-from sd_gym.backbones.prepare import decisions_around
 from sd_gym.config import BackboneConfig, QualityConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.switch import Switchboard
@@ -63,11 +62,19 @@ class MeanQuality:
     reading: BackboneConfig
     accelerator: Accelerator
 
-    def by_rate(self) -> dict[str, float]:
-        """Quality with every row skipping each switch at random, by the rate (0: dense)."""
-        n, switches, generator = len(self.split.encoded), len(self.board), torch.Generator()
-        drawn = {rate: torch.rand(n, switches, generator=generator.manual_seed(0)) < rate for rate in REPORTED_RATES}
-        return {str(rate): self._mean(skip.long(), np.zeros(n, dtype=np.int64)) for rate, skip in drawn.items()}
+    def by_rate(self, importance: Tensor | None = None) -> dict[str, float]:
+        """Quality with every row skipping each switch at random, by the rate (0: dense).
+
+        Where the ``importance`` of each layer is known, so many of all layers are skipped, the least important ones.
+        """
+        n, generator, layers = len(self.split.encoded), torch.Generator(), layers_of(self.board)
+
+        def skip(rate: float) -> Tensor:
+            if importance is not None:
+                return least_important(importance, rate, layers).expand(n, -1)
+            return (torch.rand(n, len(layers), generator=generator.manual_seed(0)) < rate).long()
+
+        return {str(rate): self._mean(skip(rate), np.zeros(n, dtype=np.int64)) for rate in REPORTED_RATES}
 
     def by_share(self) -> dict[str, float]:
         """Quality with every sublayer running, by the share of tokens that every row drops; empty where none may."""
@@ -75,11 +82,11 @@ class MeanQuality:
         nothing = torch.zeros(n, len(self.board), dtype=torch.int64)
         return {str(share): self._mean(nothing, np.full(n, level)) for level, share in enumerate(shares, start=1)}
 
-    def under_decisions(self, max_rate: float, draw: str) -> float:
-        """Quality with every row drawing its decision as in training, the same ones at each call."""
+    def under_decisions(self, drawing: Drawing) -> float:
+        """Quality with every row drawing its decision as in training, by the same seed at each call."""
         n, levels = len(self.split.encoded), len(self.split.tokens.shares)
         generator = torch.Generator().manual_seed(0)
-        skip = DRAWS[draw](n, layers_of(self.board), max_rate, generator)
+        skip = drawing(n, generator)
         if self.split.skip_logits is not None:
             skip = decisions_around(torch.from_numpy(self.split.skip_logits), skip, generator)
         return self._mean(skip, np.random.default_rng(0).integers(levels, size=n))
@@ -95,8 +102,9 @@ class MeanQuality:
             inputs = {name: value.to(device) for name, value in split.batch(rows, level[rows]).items()}
             inputs.pop("skip_logits", None)
             keep = inputs.pop("keep", None)
-            with self.board.decide(skip[rows], None if keep is None else split.head.kept(inputs, keep)):
-                logits = split.head.forward(self.board, inputs)
+            kept = None if keep is None else split.head.kept(inputs, keep)
+            with self.board.decide(skip[rows], kept), self.accelerator.autocast():
+                logits = split.head.forward(self.board, inputs).float()
             total += self._sum(logits, inputs["labels"], rows)
         reduced: Any = self.accelerator.reduce(torch.tensor(total, device=device), reduction="sum")
         return float(reduced) / len(order)

@@ -6,7 +6,7 @@ import gymnasium as gym
 import pytest
 import torch
 
-from sd_gym.backbones.checks import BackboneError, positions_of, usable_device
+from sd_gym.backbones.checks import BackboneError, has_bf16, positions_of, usable_device
 from sd_gym.backbones.heads import LabelHead
 from sd_gym.backbones.load import load_backbone, load_model
 from tests.backbones.conftest import change_config, change_weights
@@ -80,3 +80,9 @@ def test_unknown_devices_are_refused(device):
         usable_device(device)
     with pytest.raises(ValueError, match="cannot use the device"):
         load_backbone("mini", device)
+
+
+@pytest.mark.parametrize(("has", "wanted"), [({}, False), ({"amx_bf16": True}, True), ({"avx512_bf16": False}, False)])
+def test_a_processor_computes_in_bfloat16_by_itself_or_not(has, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert has_bf16(torch.device("cpu")) is wanted

@@ -2,19 +2,21 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sd_gym.backbones.draws import DRAWS, layers_of
+from sd_gym.backbones.draws import DRAWS, decisions_around, layer_importance, layers_of, least_important
 from sd_gym.switch import Switchboard
-from tests.conftest import make_model
+from tests.conftest import make_inputs, make_last_token_classifier, make_model
 
 ROWS = 4000
 LAYERS = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+IMPORTANCE = torch.tensor([0.9, 0.2, 0.1, 0.5])
 
 
 def drawn(draw, rate=0.6, seed=0, rows=ROWS):
-    return DRAWS[draw](rows, LAYERS, rate, torch.Generator().manual_seed(seed))
+    return DRAWS[draw](rows, LAYERS, rate, torch.Generator().manual_seed(seed), IMPORTANCE)
 
 
 def test_layers_are_numbered_through_all_stacks():
@@ -54,3 +56,47 @@ def test_staged_runs_layers_up_to_a_random_one_and_half_leave_there():
     first = left.float().argmax(dim=1)  # where nothing else is skipped, a row that skips skips all behind its look
     assert (left == (torch.arange(len(LAYERS)) >= first[:, None])).all()
     assert (LAYERS[first].bincount() / len(skip)).tolist() == pytest.approx([0.1] * 4, abs=0.02)  # half of 1 in 5
+
+
+@given(rate=st.floats(0, 1), bolder=st.floats(0, 1), seed=st.integers(0, 2**31))
+def test_layers_are_skipped_whole_and_more_of_them_at_a_higher_rate(rate, bolder, seed):
+    skip = drawn("layers", rate, seed, rows=50)
+    assert torch.equal(skip[:, ::2], skip[:, 1::2])
+    counts = skip[:, ::2].sum(dim=1)
+    assert counts.max() <= round(rate * 4)
+    more = drawn("layers", max(rate, bolder), seed, rows=50)
+    assert (skip <= more).all()
+
+
+def test_the_least_important_layers_are_drawn_mostly():
+    rates = drawn("layers", 0.5)[:, ::2].float().mean(dim=0)
+    assert rates.argsort(descending=True).tolist() == IMPORTANCE.argsort().tolist()
+    assert rates.min() > 0.1
+    assert least_important(IMPORTANCE, 0.5, LAYERS).tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
+
+
+def test_a_layer_that_does_nothing_matters_least():
+    model, inputs = make_last_token_classifier("llama"), make_inputs("llama")
+    model.config.pad_token_id = 1
+    board = Switchboard(model.train())
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            model.model.layers[1].get_submodule(name).weight.zero_()
+    batch = {"labels": torch.zeros(5, dtype=torch.int64)}
+    batch |= {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    importance = layer_importance(board, batch, Accelerator(cpu=True))
+    assert importance[1] == pytest.approx(0, abs=1e-6)
+    assert (importance[[0, 2]] > 1e-3).all()
+    assert model.training
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
+def test_decisions_around_a_policy_follow_it(share):
+    logits = torch.tensor([[8.0, -8.0, 0.0]]).repeat(4000, 1)
+    random = torch.ones(4000, 3, dtype=torch.int64)
+    drawn = decisions_around(logits, random, torch.Generator().manual_seed(0), share)
+    rates = drawn.double().mean(dim=0)
+    # Rows that take the random decision skip all; the others skip with 0.98, 0.02, and in between.
+    assert rates[0] == pytest.approx(share + (1 - share) * 0.98, abs=0.03)
+    assert rates[1] == pytest.approx(share + (1 - share) * 0.02, abs=0.03)
+    assert rates[1] < rates[2] < rates[0]

@@ -3,23 +3,25 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sd_gym.backbones.heads import head_of
-from sd_gym.backbones.prepare import Recipe, decisions_around, prepare, sandwich_loss
+from sd_gym.backbones.prepare import Recipe, prepare, sandwich_loss
 from sd_gym.switch import Switchboard
 from tests.conftest import make_inputs, make_model
 
 
-def count_steps(board, qualities, patience=None, **settings):
+def count_steps(board, qualities, patience=None, draw="even", **settings):
     """Steps of a preparation whose validations give these qualities, and the weights that it leaves."""
     batch = {**make_inputs("bert"), "labels": torch.tensor([0, 1, 0, 1, 0])}
     weights, remaining = [], iter(qualities)
 
-    def validate():
+    def validate(drawing):
         weights.append(board.model.classifier.weight.detach().clone())
         return next(remaining)
 
-    recipe = Recipe(100, 1e-3, patience=patience)
+    recipe = Recipe(100, 1e-3, patience=patience, draw=draw)
     course = prepare(board, iter(lambda: batch, None), recipe, validate=validate, **settings)
     return course, weights
 
@@ -35,7 +37,8 @@ def test_the_best_weights_stay_and_patience_ends():
     assert course.step == 100
 
 
-def test_patience_and_the_best_weights_survive_an_interruption(tmp_path):
+@pytest.mark.parametrize("draw", ["even", "layers"])
+def test_patience_and_the_best_weights_survive_an_interruption(draw, tmp_path):
     class CutError(Exception):
         pass
 
@@ -45,13 +48,15 @@ def test_patience_and_the_best_weights_survive_an_interruption(tmp_path):
 
     whole, cut_off = Switchboard(make_model("bert")), Switchboard(make_model("bert"))
     qualities = [0.1, 0.5, 0.4, 0.5, 0.3, 0.9]
-    count_steps(whole, qualities, patience=3)
-    settings = {"patience": 3, "checkpoint": tmp_path / "checkpoint.pt"}
+    course, _ = count_steps(whole, qualities, patience=3, draw=draw)
+    settings = {"patience": 3, "draw": draw, "checkpoint": tmp_path / "checkpoint.pt", "checkpoint_minutes": 0}
     with pytest.raises(CutError):
         count_steps(cut_off, qualities, **settings, on_step=cut)
     again = Switchboard(make_model("bert"))
-    course, _ = count_steps(again, qualities[3:], **settings, resume=True)
-    assert [quality for _, quality in course.validation] == qualities[:5]
+    resumed, _ = count_steps(again, qualities[3:], **settings, resume=True)
+    assert [quality for _, quality in resumed.validation] == qualities[:5]
+    assert (resumed.importance is None) is (draw == "even")
+    assert draw == "even" or torch.equal(resumed.importance, course.importance)
     for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -72,18 +77,6 @@ def test_a_dropped_token_is_not_seen_by_the_switched_half_only():
     assert distillation.item() > 0
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
-def test_decisions_around_a_policy_follow_it(share):
-    logits = torch.tensor([[8.0, -8.0, 0.0]]).repeat(4000, 1)
-    random = torch.ones(4000, 3, dtype=torch.int64)
-    drawn = decisions_around(logits, random, torch.Generator().manual_seed(0), share)
-    rates = drawn.double().mean(dim=0)
-    # Rows that take the random decision skip all; the others skip with 0.98, 0.02, and in between.
-    assert rates[0] == pytest.approx(share + (1 - share) * 0.98, abs=0.03)
-    assert rates[1] == pytest.approx(share + (1 - share) * 0.02, abs=0.03)
-    assert rates[1] < rates[2] < rates[0]
-
-
 @pytest.mark.parametrize(("share", "same"), [(1.0, True), (0.0, False)])
 def test_a_policy_decides_on_the_rows_that_are_not_random(share, same):
     def distillations(log_odds):
@@ -100,3 +93,34 @@ def test_a_policy_decides_on_the_rows_that_are_not_random(share, same):
         return seen
 
     assert (distillations(-9.0) == distillations(9.0)) is same
+
+
+def test_a_batch_in_parts_teaches_the_same():
+    def weights(parts):
+        board = Switchboard(make_model("bert"))
+        for module in board.model.modules():
+            module.p = 0.0  # of dropout
+        batch = {**make_inputs("bert"), "labels": torch.tensor([0, 1, 0, 1, 0])}
+        figures = []
+        recipe = Recipe(3, 1e-3, accumulate=parts)
+        prepare(board, iter(lambda: batch, None), recipe, on_step=lambda step, shown: figures.append(shown))
+        return board.model.classifier.weight.detach(), figures
+
+    (whole, figures), (parts, others) = weights(1), weights(3)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+    assert [one["loss"] for one in others] == pytest.approx([one["loss"] for one in figures], rel=1e-4)
+
+
+def test_checkpoints_are_written_by_the_clock(tmp_path):
+    board = Switchboard(make_model("bert"))
+    count_steps(board, np.linspace(0, 1, 10), checkpoint=tmp_path / "checkpoint.pt", checkpoint_minutes=60)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+@given(steps=st.integers(1, 500), max_rate=st.floats(0, 1))
+def test_the_rate_of_whole_layers_rises_to_the_highest(steps, max_rate):
+    recipe = Recipe(steps, max_rate=max_rate, draw="layers")
+    rates = [recipe.max_rate_at(step) for step in range(1, steps + 1)]
+    assert rates == sorted(rates)
+    assert rates[-1] == pytest.approx(max_rate)
+    assert Recipe(steps, max_rate=max_rate).max_rate_at(1) == max_rate

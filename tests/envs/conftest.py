@@ -13,6 +13,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from sd_gym.agents.experiment.export import export
 from sd_gym.agents.experiment.run import run_metadata
+from tokenizers import processors
 from transformers import AutoModelForSequenceClassification
 
 import sd_gym
@@ -24,7 +25,7 @@ from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.observations import to_tensors
 from sd_gym.registration import config_of
 from sd_gym.tasks.marked_text import READ, MarkedText
-from tests.conftest import WORDS, make_extractor, make_model
+from tests.conftest import WORDS, make_extractor, make_last_token_classifier, make_model
 
 SMALL = {"train_size": 60, "validation_size": 20, "test_size": 20}
 STEP_INFO = {
@@ -165,7 +166,7 @@ def words(random, low=3, high=12):
 
 
 def row(random, task):
-    if task == "classification":
+    if task in ("classification", "last token"):
         return {"text": words(random), "label": int(random.integers(2))}
     if task == "pairs":
         return {"text": words(random), "text_pair": words(random), "label": int(random.integers(2))}
@@ -193,6 +194,7 @@ MODELS = {
     "answered": (lambda: make_model("t5"), "SD/QuestionAnswering-Custom-v0"),
     "extracted": (lambda: make_extractor("bert"), "SD/QuestionAnswering-Custom-v0"),
     "prompted": (lambda: make_model("llama"), "SD/QuestionAnswering-Custom-v0"),
+    "last token": (lambda: make_last_token_classifier("llama"), "SD/Classification-Custom-v0"),
 }
 
 
@@ -215,6 +217,9 @@ def trained(task, ranking, folder, tokenizer, observation="pooled", stages=("fir
     make().save_pretrained(folder / "backbone")
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.eos_token = "[SEP]"
+    if task == "last token":  # such tokenizers add nothing at the end, and have nothing to pad with
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
+        tokenizer.pad_token = None
     tokenizer.save_pretrained(folder / "backbone")
     settings = {"dataset": str(data), "backbone": str(folder / "backbone"), "max_target_length": 4, "splits": {}}
     settings |= {"max_source_length": 26, "overlap": "allow", "observation": observation, "stages": list(stages)}

@@ -48,6 +48,7 @@ STAGED = [
     ("summarization", "idf", ["first", "encoder.1", "decoder", "decoder.1"]),
     ("answered", "attention", ["first", "decoder", "answer"]),
     ("prompted", "idf", ["every_layer"]),
+    ("last token", "idf", ["first", "decoder.1"]),
     ("prompted", None, ["first", "answer"]),
 ]
 

@@ -176,8 +176,21 @@ def test_what_stages_show_is_kept_in_full(table, source, tmp_path):
     first, second, _ = core.nvec
     assert arrays["observations.1"].shape == (n, first, size)
     assert arrays["observations.2"].shape == (n, first * second, size)
-    with pytest.raises(ConfigError, match="reduces what one stage shows"):
-        sd_gym.tabulate(source[0], tmp_path / "reduced", decisions="random:4", pca=4, **source[1])
+
+
+def test_reduced_observations_keep_what_stages_know_beside_hidden_states(table, source, tmp_path):
+    sd_gym.tabulate(source[0], tmp_path / "reduced", decisions="random:4", seed=1, pca=4, **source[1])
+    whole, reduced = core_of(ID, table=table), core_of(ID, table=str(tmp_path / "reduced"))
+    before, after = len(whole.stages) + 1, whole.stage_observation.judges
+    assert reduced.observation_space.shape == (before + 4 + after,)
+    decided = np.ones((3, len(whole.nvec)), dtype=np.int64)
+    for stage in range(len(whole.stages)):
+        seen, shown = (
+            core.stage_observation.observe(core.split("test"), np.arange(3), stage, decided, None)[0]
+            for core in (whole, reduced)
+        )
+        np.testing.assert_allclose(shown[:, :before], seen[:, :before], atol=1e-3)
+        np.testing.assert_allclose(shown[:, -after:], seen[:, -after:], atol=1e-2)
 
 
 def test_processes_share_the_work(table, source, tmp_path):

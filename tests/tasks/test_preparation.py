@@ -89,7 +89,7 @@ def test_a_preparation_that_was_cut_off_goes_on_as_if_nothing_had_happened(tmp_p
         if step == 25:
             raise CutError
 
-    settings = {"recipe": Recipe(40, 0.003)}
+    settings = {"recipe": Recipe(40, 0.003), "checkpoint_minutes": 0}
     arguments = (BackboneConfig(name=str(tiny_backbone)), DataConfig(dataset=str(reviews)), "classification")
     prepare_backbone(*arguments, tmp_path / "whole", **settings)
     with pytest.raises(CutError):
@@ -144,6 +144,18 @@ def test_without_a_terminal_plain_lines_say_what_is_done(tmp_path, reviews, tiny
         "preparing ...",
         "evaluating ...",
     ]
+
+
+def test_the_least_important_layers_are_told_and_measured(tmp_path, reviews, tiny_backbone):
+    options = ["--backbone", tiny_backbone, "--dataset", reviews, "--output", tmp_path / "out", "--steps", 20]
+    options += ["--draw", "layers", "--accumulate", 2]
+    result = CliRunner().invoke(app, ["prepare", *map(str, options)])
+    assert result.exit_code == 0, result.output
+    assert "60% of layers, the least important" in " ".join(result.output.split())
+    report = json.loads((tmp_path / "out" / "preparation.json").read_text())
+    assert len(report["importance"]) == 3
+    after = report["quality"]["after"]
+    assert after["0.2"] == after["0.4"]  # one of three layers
 
 
 def test_no_skipping_is_dense_fine_tuning(tmp_path, reviews, tiny_backbone):

@@ -209,12 +209,14 @@ class Answers(ABC):
 
 
 def judged_choice(logits: Tensor) -> Tensor:
-    """Of a choice: log-odds of the most probable one, its margin over the next, entropy in nats; ``[batch, 3]``."""
+    """Of a choice: log-odds of the best one, its margin over the next, entropy in nats; ``[batch, 3]``."""
     log_prob = logits.float().log_softmax(dim=-1)
     probability = log_prob.exp()
     two = probability.topk(min(2, logits.shape[-1]), dim=-1).values
     margin = two[:, 0] - (two[:, 1] if two.shape[1] > 1 else 0.0)
-    return torch.stack([log_odds_of(log_prob.amax(dim=-1)), margin, -(probability * log_prob).nan_to_num().sum(dim=-1)], dim=1)
+    return torch.stack(
+        [log_odds_of(log_prob.amax(dim=-1)), margin, -(probability * log_prob).nan_to_num().sum(dim=-1)], dim=1
+    )
 
 
 def log_odds_of(log_prob: Tensor) -> Tensor:

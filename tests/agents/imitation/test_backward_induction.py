@@ -6,7 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sd_gym.agents.imitation.backward_induction import best, costs, earlier_decisions, price_logits, stage_choices
+from sd_gym.agents.imitation.backward_induction import (
+    ANSWERS,
+    best,
+    costs,
+    earlier_decisions,
+    price_logits,
+    stage_choices,
+)
 
 LOG_PRICES = torch.linspace(-2, 4, 25)
 
@@ -42,11 +49,22 @@ def test_the_ways_of_all_stages_together_are_the_path(core):
 def test_a_later_stage_is_looked_at_densely_and_under_what_came_before(core):
     path = path_of(core)
     parts = stage_choices(core, path)
-    assert (earlier_decisions(path, parts[:0]) == 0).all()
-    dense, drawn = earlier_decisions(path, parts[:1]).transpose(1, 0, 2)
-    assert (dense == 0).all()
-    np.testing.assert_array_equal(drawn[:, parts[0].components], path[:, parts[0].components])
-    assert (drawn[:, parts[1].components] == 0).all()
+    n, components = 200, path.shape[1]
+    first = earlier_decisions(n, components, [], np.random.default_rng(0), answers=False)
+    assert first.shape == (n, 1, components)
+    assert not first.any()
+    dense, drawn = earlier_decisions(n, components, parts[:1], np.random.default_rng(0), answers=False).swapaxes(0, 1)
+    assert not dense.any()
+    assert {tuple(decision) for decision in drawn} == {tuple(way) for way in parts[0].ways}
+
+
+def test_an_answer_is_looked_at_under_many_masks(core):
+    parts = stage_choices(core, path_of(core))
+    under = earlier_decisions(50, len(core.nvec), parts, np.random.default_rng(0), answers=True)
+    assert under.shape == (50, ANSWERS, len(core.nvec))
+    for part in parts:
+        seen = {tuple(decision) for decision in under[:, :, part.components].reshape(-1, len(part.components))}
+        assert seen == {tuple(way) for way in part.ways[:, part.components]}
 
 
 @st.composite

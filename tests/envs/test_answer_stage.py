@@ -1,0 +1,144 @@
+"""The stage after the head has answered: accept, or go on densely."""
+
+from itertools import product
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.env_checker import check_env as check_sb3_env
+
+import sd_gym
+from sd_gym.envs import ConfigError
+from tests.envs.conftest import SMALL, core_of
+
+TABLE = "SD/Table-v0"
+STAGES = [["first", "answer"], ["first", "encoder.1", "answer"]]
+
+
+@pytest.fixture(scope="module", params=STAGES, ids=["one look", "two looks"])
+def source(request, table_source):
+    keys = {**table_source[1], "token_shares": [0.0, 0.5], "stages": request.param}
+    return table_source[0], keys
+
+
+@pytest.fixture(scope="module")
+def core(source):
+    return core_of(source[0], **source[1])
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory, source):
+    folder = tmp_path_factory.mktemp("answers") / "table"
+    sd_gym.tabulate(source[0], folder, decisions="random:4", seed=1, **source[1])
+    return str(folder)
+
+
+def drawn(core, n, seed=0):
+    return np.random.default_rng(seed).integers(core.nvec, size=(n, len(core.nvec)))
+
+
+def test_going_on_gives_the_dense_answer_at_the_cost_of_both(core):
+    split = core.split("validation")
+    rows = np.arange(len(split))
+    decisions = drawn(core, len(rows))
+    masks, goes_on = core.to_masks(decisions), decisions[:, -1] == 1
+    came, accepted = core.score(split, rows, decisions), core.score(split, rows, core.from_masks(masks))
+    np.testing.assert_array_equal(came.quality, np.where(goes_on, came.quality_ref, accepted.quality))
+    rest = split.costs.going_on(rows, masks) / split.costs.dense_flops(rows)
+    np.testing.assert_allclose(came.flops_ratio, accepted.flops_ratio + goes_on * rest)
+    assert (came.flops_ratio <= core.highest_flops_ratio).all()
+    dense = np.zeros_like(decisions)
+    dense[:, -1] = 1
+    assert (core.score(split, rows, dense).flops_ratio == 1).all()  # nothing is left to run
+
+
+def test_the_stage_shows_what_the_head_says_of_its_answer(core):
+    split, looks = core.split("validation"), core.stage_observation
+    rows, last = np.arange(len(split)), len(core.stages) - 1
+    decisions = drawn(core, len(rows))
+    seen, _ = looks.observe(split, rows, last, decisions, None)
+    before, _ = looks.observe(split, rows, last - 1, decisions, None)
+    said = len(core.backbone.head.judgement)
+    assert seen.shape[1] == core.observation_space.shape[0]
+    assert not before[:, -said:].any()
+    assert (seen[:, last] == 1).all()
+    masks = core.to_masks(decisions)
+    np.testing.assert_allclose(seen[:, last + 1], split.costs.reading_ratio(rows, masks), atol=1e-6)
+    np.testing.assert_allclose(seen[:, last + 2 : -said], before[:, last + 2 : -said], atol=1e-4)
+    confidence = split.passes.confidence(rows, masks)
+    np.testing.assert_allclose(seen[:, -said], np.log(confidence / (1 - confidence)).clip(-10, 10), atol=1e-3)
+    changed = decisions.copy()
+    changed[:, -1] = 1 - changed[:, -1]
+    np.testing.assert_array_equal(looks.observe(split, rows, last, changed, None)[0], seen)
+
+
+def test_episodes_end_at_the_answer(source):
+    env = gym.make(source[0], **source[1]).unwrapped
+    core = env.core
+    _, info = env.reset(seed=0)
+    for stage in range(len(core.stages)):
+        mask = info["action_mask"].astype(bool)
+        np.testing.assert_array_equal(mask, core.action_masks[stage])
+        action = np.ones(env.action_space.shape, dtype=np.int64)
+        _, reward, over, _, info = env.step(np.minimum(action, env.action_space.nvec - 1))
+        assert over == (stage == len(core.stages) - 1)
+        assert info["goes_on"] == over
+    assert info["quality"] == info["quality_ref"]
+    assert reward == pytest.approx(1 - info["flops_ratio"])
+    assert reward < 0  # all was skipped, and all was run
+
+
+def test_it_passes_the_checkers(source, table):
+    for env_id, keys in ((source[0], source[1]), (TABLE, {"table": table})):
+        check_env(gym.make(env_id, **keys).unwrapped, skip_render_check=True)
+        check_sb3_env(gym.make(env_id, **keys).unwrapped)
+
+
+def test_a_table_has_the_same_looks_and_outcomes(core, table):
+    ours = core_of(TABLE, table=table)
+    assert ours.stages == core.stages
+    for name in ("train", "validation", "test"):
+        mine, theirs = ours.split(name), core.split(name)
+        rows = np.arange(len(theirs))
+        for ways in product(*map(range, ours.nvec)):
+            decided = np.tile(ways, (len(rows), 1))
+            decisions = core.from_masks(ours.to_masks(decided))
+            decisions[:, -1] = ways[-1]
+            came, expected = ours.score(mine, rows, decided), core.score(theirs, rows, decisions)
+            np.testing.assert_array_equal(came.quality, expected.quality)
+            np.testing.assert_allclose(came.flops_ratio, expected.flops_ratio, rtol=1e-12)
+            np.testing.assert_array_equal(mine.costs.flops(rows, decided), theirs.costs.flops(rows, decisions))
+            if ways[-1]:
+                continue
+            for stage in range(len(ours.stages)):
+                seen, _ = ours.stage_observation.observe(mine, rows, stage, decided, None)
+                shown, _ = core.stage_observation.observe(theirs, rows, stage, decisions, None)
+                np.testing.assert_allclose(seen, shown, atol=1e-3)
+        np.testing.assert_array_equal(ours.from_masks(ours.to_masks(decided)), decided * [*[1] * (len(ways) - 1), 0])
+
+
+def test_a_text_is_judged_by_the_tokens_that_were_generated():
+    core = core_of("SD/Classification-Mini-v0", stages=["first", "answer"], **SMALL)
+    split, rows = core.split("test"), np.arange(8)
+    masks = np.zeros((8, len(core.decision_nvec)), dtype=np.int64)
+    masks[4:, 6:18] = 1
+    texts, judged = split.passes.generated_and_judged(rows, masks)
+    assert texts == split.passes.answers(rows, masks)
+    assert judged.shape == (8, len(core.backbone.head.judgement))
+    assert (judged[:, 1] <= judged[:, 0] + 1e-9).all()  # the least probable token is no more probable than the mean
+    alone = [split.passes.generated_and_judged(rows[[row]], masks[[row]])[1][0] for row in range(8)]
+    np.testing.assert_allclose(judged, alone, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("stages", "keys", "message"),
+    [
+        (["answer"], {}, "nothing is decided before the stage answer"),
+        (["answer", "first"], {}, "nothing is decided before the stage answer"),
+        (["first", "answer"], {"action": "multi_binary"}, "decided with action multi_discrete"),
+    ],
+)
+def test_what_cannot_be_is_refused(stages, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        gym.make("SD/Classification-Mini-v0", stages=stages, **keys, **SMALL)

@@ -1,0 +1,39 @@
+"""Going on: where a pass is taken up again, and what that costs."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sd_gym.going_on import answering, going_on_flops, parted, resumed_from
+
+SWITCHES = 6
+POINTS = [0, 2, 4]
+masks = st.lists(st.lists(st.integers(0, 1), min_size=SWITCHES, max_size=SWITCHES), min_size=1, max_size=8)
+
+
+@given(masks, st.integers(0, 2), st.data())
+def test_what_is_run_again_is_what_was_skipped_and_all_after_its_point(skips, level, data):
+    decisions = np.array([[*skip, level] for skip in skips])
+    costs = np.array(data.draw(st.lists(st.integers(1, 9), min_size=SWITCHES, max_size=SWITCHES)))
+    switched, always = np.tile(costs, (len(skips), 1)), np.full(len(skips), 5)
+    resumed = resumed_from(decisions, POINTS)
+    flops = going_on_flops(always, switched, resumed)
+    for skip, start, spent in zip(skips, resumed, flops, strict=True):
+        if level:
+            assert (start, spent) == (0, 5 + costs.sum())  # dropped tokens come back in front of the first layer
+        elif not any(skip):
+            assert (start, spent) == (SWITCHES, 0)  # the answer is the dense one already
+        else:
+            assert not any(skip[:start])
+            assert start in POINTS
+            assert not any(start < point <= skip.index(1) for point in POINTS)
+            assert spent == 5 + costs[start:].sum()
+
+
+def test_decisions_have_one_component_more_where_they_may_go_on():
+    decisions = np.array([[1, 0, 2, 0], [1, 0, 2, 1]])
+    seen, goes_on = parted(decisions, 3)
+    assert seen.tolist() == [[1, 0, 2], [1, 0, 2]]
+    assert goes_on.tolist() == [False, True]
+    assert answering(decisions, 3).tolist() == [[1, 0, 2], [0, 0, 0]]
+    assert answering(seen, 3).tolist() == seen.tolist()
