@@ -174,8 +174,9 @@ def time_ratio(
     """
     split = core.split(split_name)
     # A policy that looks at answers runs as it does elsewhere, in one pass and what goes on; else as in the env.
-    leaves = core.has_answer_stage and isinstance(policy, DecisionPolicy)
-    artefact = leaving(core, policy, (), {}) if leaves else None
+    artefact = None
+    if core.has_answer_stage and isinstance(policy, DecisionPolicy):
+        artefact = leaving(core, policy, (), {})
     random = np.random.default_rng(0)
     times: list[list[float]] = []
     flops = np.zeros(4)

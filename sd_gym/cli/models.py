@@ -135,8 +135,8 @@ def run(
 ) -> None:
     """Answer many inputs with a trained policy; rows of about the same length, or of the same decision, run together.
 
-    A row's object has its line, answer, skip (0 or 1 per switch), token_level, flops_ratio and unknown_tokens. A
-    malformed line gets an "error" instead; the exit code is then 1. Blank lines are skipped.
+    A row's object has its line, answer, skip (0 or 1 per switch), token_level, flops_ratio, unknown_tokens and went_on.
+    A malformed line gets an "error" instead; the exit code is then 1. Blank lines are skipped.
 
     Until all is done the answers are in the folder OUTPUT.part. --resume goes on from there, and refuses another
     policy, operating point, column or input.

@@ -68,9 +68,9 @@ def run_file(
     """Answer each row of a file; the output has a JSON object per row, in the same order.
 
     Each has ``line`` (the number of the row's line), ``answer``, ``skip`` (0 or 1 per switch), ``token_level``,
-    ``flops_ratio``, ``unknown_tokens`` and ``went_on``; or ``error``, where the row is malformed, which does not stop the others.
-    Blank lines of JSON lines are skipped, but counted. Until all is done the answers are in the folder ``OUTPUT.part``,
-    which one process holds at a time.
+    ``flops_ratio``, ``unknown_tokens`` and ``went_on``; or ``error``, where the row is malformed, which does not stop
+    the others. Blank lines of JSON lines are skipped, but counted. Until all is done the answers are in the folder
+    ``OUTPUT.part``, which one process holds at a time.
 
     Args:
         model: A policy and its backbone.

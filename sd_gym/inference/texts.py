@@ -65,6 +65,7 @@ class StagedPasses(Passes):
         return logits
 
     def said(self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor]) -> tuple[list[str], NDArray]:
+        """The texts that are given, and how probable the tokens of the first ones are."""
         rollout = self._rollout(rows, inputs, lambda keep: keep)
         texts, judged = self._generated(inputs, rollout.deciding(inputs["attention_mask"]))
         said = np.array(texts, dtype=object)
@@ -168,30 +169,28 @@ class SkippingModel:
         if self.policy.is_staged and not dense:
             passes = StagedPasses(split, self.policy)
             answers = split.head.answers(passes, rows, decisions)
-            decisions, went_on = passes.masks, passes.went_on
+            decisions, went_on, first_said = passes.masks, passes.went_on, passes.first_said.tolist()
         else:
-            passes = None
             by_length = np.argsort(split.encoded.source_length, kind="stable")  # little padding is looked at
             for part in [] if dense else np.split(by_length, rows[BATCH::BATCH]):
                 board = split.backbone.board
                 decisions[part] = self.policy.decide(board, split.encoded.inputs(part, board.model.device))
-            answers = split.passes.answers(rows, decisions)
-        answered = split.head.answered(instances, answers)
-        if answered is not instances:  # only now is it known how long the answers are
-            split = self._split(answered)
-        flops = split.costs.flops(rows, decisions)
-        if went_on.any():
-            assert passes is not None
-            answered = split.head.answered(instances, passes.first_said.tolist())
-            first = split if answered is instances else self._split(answered)
-            flops = first.costs.flops(rows, decisions) + went_on * split.costs.going_on(rows, decisions)
+            answers = first_said = split.passes.answers(rows, decisions)
+        costs = self._saying(split, instances, answers).costs
+        first_costs = self._saying(split, instances, first_said).costs if went_on.any() else costs
+        flops = first_costs.flops(rows, decisions) + went_on * costs.going_on(rows, decisions)
         if not dense:
             flops = flops + self._own_flops(split)
-        ratio = flops / split.costs.dense_flops(rows)
+        ratio = flops / costs.dense_flops(rows)
         return [
             Answer(answer, row[:-1].astype(bool), int(row[-1]), float(share), int(count), bool(again))
             for answer, row, share, count, again in zip(answers, decisions, ratio, unknown, went_on, strict=True)
         ]
+
+    def _saying(self, split: BackboneSplit, instances: Sequence[Instance], answers: list[str]) -> BackboneSplit:
+        """The split with answers as its targets, where these have lengths that are known only now."""
+        answered = split.head.answered(instances, answers)
+        return split if answered is instances else self._split(answered)
 
     def _own_flops(self, split: BackboneSplit) -> NDArray:
         """FLOPs of the policy itself on each input, ``[n]``."""
