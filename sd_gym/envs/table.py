@@ -225,8 +225,7 @@ class TableCore(Core[TableSplit]):
     Where the table has all decisions, they are those of the env that it is of. Where it has some, a decision has one
     component: the number of its mask, of which 0 is the dense one, from there down in FLOPs; or one for each layer,
     where the masks are all that skip whole layers. Of several stages it has one for each: the number of the way in
-    which the stage decides, of which 0 runs all. With ``stages=["first"]`` a table of several stages is one of some
-    masks.
+    which the stage decides, of which 0 runs all. With ``stages=["first"]`` all of these are decided at once.
     Raises ``FileNotFoundError`` if there is no table, ``ValueError`` if it is damaged.
     """
 
@@ -238,15 +237,16 @@ class TableCore(Core[TableSplit]):
         self.masks = all_decisions(self.decision_nvec) if self.exhaustive else read_masks(codebook, self.decision_nvec)
         if self.masks[0].any():
             raise ValueError(f"{codebook} is damaged: expected the dense mask first; copy it again")
-        ways = described.get("ways") if list(config.stages) != ["first"] else None
+        at_once = list(config.stages) == ["first"]
+        ways, all_ways = None if at_once else described.get("ways"), described.get("ways")
         self.stages = list(described["stages"]) if ways else ["first"]
         answers = [2] * self.has_answer_stage
         units = described.get("units", {})
-        sizes = ways or units.get("sizes") or [len(self.masks)]
+        sizes = all_ways or units.get("sizes") or [len(self.masks)]
         self.nvec = self.decision_nvec if self.exhaustive else np.array([*sizes, *answers])
         self._place = np.pad(_place_values(self.nvec[: self.n_skips]), (0, int(self.has_answer_stage)))
-        # Of combinations of ways, the masks are not in the order of their FLOPs.
-        self._order = None if ways or "order" not in described else np.array(described["order"], dtype=np.int64)
+        # Of units, the masks are in the order of their FLOPs, not in that of the choices.
+        self._order = None if "order" not in units else np.array(units["order"], dtype=np.int64)
         own = [np.array([stage]) for stage in range(len(self.stages))] if ways else [np.arange(len(self.nvec))]
         places = [np.zeros(1, dtype=np.int64)] * len(own) if ways else own
         self.steps = Steps(own, places, self.nvec, answers=self.has_answer_stage)
@@ -261,7 +261,8 @@ class TableCore(Core[TableSplit]):
         self.highest_flops_ratio = 1.0 + (self.decision_nvec[-1] > 1) + self.has_answer_stage
         self.data = TableData(described["splits"])
         self._decided = MultiDiscreteActions(config, self.nvec)
-        self.actions = self._decided if self.exhaustive or units else MaskActions(int(self.steps.choices[0]))
+        is_whole = self.exhaustive or units or (at_once and all_ways)
+        self.actions = self._decided if is_whole else MaskActions(int(self.steps.choices[0]))
         reduced = described.get("pca") is not None
         projection = read_projection(self.folder / PROJECTION) if reduced else None
         self.observation = TableObservation(described["observation"], projection, len(self.stages))

@@ -237,12 +237,11 @@ class _Maker:
         if ways is not None and masks is not None:
             looks: Any = core.stage_observation
             described |= {"stages": core.stages, "ways": ways, "judges": looks.judgements}
-            described["order"] = down_in_flops(core, masks).tolist()
             if core.has_answer_stage:
                 described["resume_points"] = core.split("train").costs.points
                 described["judgement"] = list(core.backbone.head.judgement)
         if self.units is not None:
-            described |= {"units": {"names": self.units.names, "sizes": self.units.sizes}, "order": self.units.order}
+            described["units"] = self.units._asdict()
         return _without_paths(described) if self.share else described
 
     def _begin(self, description: dict[str, Any], resume: bool) -> None:
