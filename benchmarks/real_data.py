@@ -20,8 +20,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from scipy.stats import t
 from sd_gym.agents.report.compare import markdown
 
 from sd_gym.envs.actions import write_masks
@@ -30,7 +32,6 @@ LOOKS = {  # the agents of each env: those that see the answer, and those that d
     "one look": ("stages=[first]", ["hull", "imitation", "ppo", "reinforce"]),
     "answer stage": (None, ["cascade", "imitation", "ppo", "reinforce"]),
 }
-COLUMNS = ["data", "dense", "test rows", "stages", "agent", "FLOPs", "points lost on test", "kept"]
 SKIPPED = (0, 3, 6, 9, 12, 15, 18)  # of thirty layers, the least important ones
 
 
@@ -143,31 +144,31 @@ class Experiment:
         write_masks(masks, self.folder / "masks.json")
         return f"codebook:{self.folder / 'masks.json'}"
 
-    def rows(self) -> list[list[str]]:
-        """Of the table, as far as there are results."""
-        return [row for look, (_, agents) in LOOKS.items() for agent in agents if (row := self._row(look, agent))]
+    def row(self) -> list[str]:
+        """Of the table; a dash where there is no result yet."""
+        return [self.name, self._dense(), *(self._cell(look, agent) for look, (_, of) in LOOKS.items() for agent in of)]
 
-    def _row(self, look: str, agent: str) -> list[str] | None:
-        """Means over seeds, with what the worst of them loses, and its 95% interval."""
+    def _results(self, look: str, agent: str) -> list[dict[str, Any]]:
+        """Of all seeds that are finished."""
         files = sorted((self.folder / look.replace(" ", "-")).glob(f"*/{agent}-*/result.json"))
-        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+    def _dense(self) -> str:
+        """Quality of the dense backbone on the test rows, and how many these are."""
+        found = self._results("one look", "hull")
+        return f"{100 * found[0]['quality_ref']:.1f}% of {found[0]['instances']:,}" if found else "-"
+
+    def _cell(self, look: str, agent: str) -> str:
+        """FLOPs as selected, with a 95% interval (Student's t); points lost on test rows, the mean and the worst."""
+        found = self._results(look, agent)
         if not found:
-            return None
+            return "-"
         flops = 100 * np.array([one["flops_ratio_with_policy"] for one in found])
-        worst = min(found, key=lambda one: one["quality_difference"])
-        low, high = (-100 * bound + 0.0 for bound in reversed(worst["quality_difference_interval"]))
-        lost = -100 * np.mean([one["quality_difference"] for one in found]) + 0.0
-        spread = f" ± {flops.std(ddof=1):.1f}" if len(found) > 1 else ""
-        return [
-            self.name,
-            f"{100 * found[0]['quality_ref']:.1f}%",
-            str(found[0]["instances"]),
-            look,
-            agent,
-            f"{flops.mean():.1f}%{spread}",
-            f"{lost:.2f} (worst {-100 * worst['quality_difference'] + 0.0:.2f}, {low:.1f} to {high:.1f})",
-            f"{sum(one['quality_kept'] for one in found)} of {len(found)}",
-        ]
+        lost = [100 * (0.0 - one["quality_difference"]) for one in found]
+        if len(found) == 1:
+            return f"{flops[0]:.1f}% ({lost[0]:+.2f})"
+        half = flops.std(ddof=1) / len(flops) ** 0.5 * t.ppf(0.975, len(flops) - 1)
+        return f"{flops.mean():.1f}% ± {half:.1f} ({np.mean(lost):+.2f}, {max(lost):+.2f})"
 
 
 def main() -> None:
@@ -190,7 +191,8 @@ def main() -> None:
             parser.error(f"these sets need {', '.join(missing)} (without them, --table prints what is there)")
         for one in experiments:
             one.run()
-    print(markdown(COLUMNS, [row for one in experiments for row in one.rows()]))
+    columns = [f"{agent}, {look}" for look, (_, agents) in LOOKS.items() for agent in agents]
+    print(markdown(["data", "dense", *columns], [one.row() for one in experiments]))
 
 
 if __name__ == "__main__":
