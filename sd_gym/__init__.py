@@ -13,7 +13,6 @@ from Python; things of your own are made known with ``register_agent``, ``regist
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sd_gym.registration import register_env, register_envs, register_observation, registered_ids
 from sd_gym.version import __version__
 
 if TYPE_CHECKING:
@@ -23,8 +22,11 @@ if TYPE_CHECKING:
     from sd_gym.agents.registry import register_agent
     from sd_gym.agents.report.compare import compare
     from sd_gym.envs.listing import instances
+    from sd_gym.execution.bank import bank
+    from sd_gym.inference import onnx
     from sd_gym.inference.attach import attach, detach
     from sd_gym.inference.bake import bake
+    from sd_gym.inference.export import export
     from sd_gym.inference.texts import load
     from sd_gym.objectives import register_objective
     from sd_gym.policy import register_network
@@ -40,8 +42,10 @@ _MODULES = {  # of what needs torch, or is slow to import
     "agents.registry": ["register_agent"],
     "agents.report.compare": ["compare"],
     "envs.listing": ["instances"],
+    "execution.bank": ["bank"],
     "inference.attach": ["attach", "detach"],
     "inference.bake": ["bake"],
+    "inference.export": ["export"],
     "inference.texts": ["load"],
     "objectives": ["register_objective"],
     "policy": ["register_network"],
@@ -57,11 +61,14 @@ __all__ = [
     "__version__",
     "attach",
     "bake",
+    "bank",
     "compare",
     "detach",
     "evaluate",
+    "export",
     "instances",
     "load",
+    "onnx",
     "reduce",
     "register_agent",
     "register_env",
@@ -77,15 +84,23 @@ __all__ = [
     "train_all",
 ]
 
-register_envs()
+try:
+    from sd_gym.registration import register_env, register_envs, register_observation, registered_ids
+except ModuleNotFoundError as error:
+    if error.name != "gymnasium":  # else sd_gym.onnx answers here, and nothing else was installed
+        raise
+else:
+    register_envs()
 
 
 def __getattr__(name: str) -> Any:
     """What needs torch is imported when it is asked for."""
+    if name == "onnx":
+        return import_module("sd_gym.inference.onnx")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'sd_gym' has no attribute {name!r}")
     return getattr(import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF})
+    return sorted({*globals(), *_MODULE_OF, "onnx"})

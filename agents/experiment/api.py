@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sd_gym.agents.experiment import run
 from sd_gym.agents.experiment.comparison_plan import plan_comparison
 from sd_gym.agents.experiment.evaluation import summary
+from sd_gym.agents.experiment.exported import ExportedCore, ExportedPolicy, exported_config, is_exported
 from sd_gym.agents.experiment.parallel import OnStatus, RunStatus, train_many
 from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.learning.decisions import (
@@ -34,6 +35,7 @@ from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import each
 from sd_gym.files import write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
+from sd_gym.inference.onnx import OnnxModel
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.card import FILE
@@ -166,7 +168,8 @@ def evaluate(
             (with another ``observation`` or ``action``, or several stages: to those actions, of the stage that the
             observations begin with); a model of Stable-Baselines3 (or anything with its ``predict``); a
             ``DecisionPolicy``; or the folder of a run, whose settings of the env then hold where ``settings`` give no
-            others (of a run on a table: also on the env that the table is of, where it decides as it did there). To
+            others (of a run on a table: also on the env that the table is of, where it decides as it did there); or the
+            folder of an export (``sd_gym.export``), whose graphs then decide and answer. To
             select from: also a list of these (no folders) and of masks, one decision for all inputs each.
         split: ``train``, ``validation`` or ``test``.
         output: Folder to write ``result.json``, ``instances.csv``, ``result.png`` and ``config.json`` to, which
@@ -205,8 +208,14 @@ def evaluate(
             raise FileExistsError(f"{output} holds a result; choose another output")
         if folder is not None and contents(folder):
             raise foreign(folder, "place for a result")
-        origin = _origin(env_id, policy)
-        core = shared_core(_config(env_id, origin, settings))
+        exported = OnnxModel(Path(str(policy))) if is_exported(policy) else None
+        if exported is not None and select:
+            raise ValueError("an exported policy has one operating point; select from the run that it was made of")
+        origin = None if exported else _origin(env_id, policy)
+        if exported is not None:
+            core: Core = ExportedCore(exported_config(exported, env_id, settings), exported)
+        else:
+            core = shared_core(_config(env_id, origin, settings))
         given = dotted(settings)  # data, or a backbone, that are named here may differ from the run's
         same_data = False
         if origin is not None:
@@ -220,7 +229,9 @@ def evaluate(
         if isinstance(given_policy, list | tuple) and not select:
             raise ValueError("expected one policy, got a list; to select from it, pass select=True")
         selection = Selection(core, confidence) if select else None
-        if selection is None:
+        if exported is not None:
+            decides, last = ExportedPolicy(exported), None
+        elif selection is None:
             decides, last = _policy_like(given_policy, policy_flops, core), None
         else:
             decides, last = _selected(selection, given_policy, policy_flops, split)

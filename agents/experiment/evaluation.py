@@ -52,12 +52,13 @@ def evaluate(
     """The result on a split, of a policy or of decisions that a ``PrivilegedAgent`` made: in all and by difficulty.
 
     ``flops_ratio`` is the mean over instances of the backbone's ratio; ``flops_ratio_with_policy`` adds what it costs
-    to decide, if ``policy_flops_counted``. ``return`` is the mean reward, which no FLOPs of deciding lower; ``regret``
-    is how much more the best masks of a table would earn. Each is ``None`` where it is not known: without a table, or
-    by an objective of a user's own that is not registered here. ``normalised_score`` is 0 on the hull of a table's
-    masks and 1 at what full information reaches (``sd_gym.envs.exact``). ``metrics`` holds the data set's own metric
-    where it is not the mean quality. ``by_difficulty`` has the data's levels, or without levels the quartiles of the
-    dense loss; ``by_fact`` the quartiles of all facts of an instance, and ``table`` (a CSV file to write) each of them.
+    to decide, if ``policy_flops_counted``; ``goes_on`` is the share of answers that were not accepted. ``return`` is
+    the mean reward, which no FLOPs of deciding lower; ``regret`` is how much more the best masks of a table would
+    earn. Each is ``None`` where it is not known: without a table, or by an objective of a user's own that is not
+    registered here. ``normalised_score`` is 0 on the hull of a table's masks and 1 at what full information reaches
+    (``sd_gym.envs.exact``). ``metrics`` holds the data set's own metric where it is not the mean quality.
+    ``by_difficulty`` has the data's levels, or without levels the quartiles of the dense loss; ``by_fact`` the
+    quartiles of all facts of an instance, and ``table`` (a CSV file to write) each of them.
     """
     split = core.split(split_name)
     split.scoring.score_dense()
@@ -66,14 +67,15 @@ def evaluate(
         scored, flops = score_decisions(core, split, rows, policy.decisions), policy.flops
     else:
         scored, flops = decide_and_score(core, policy, split), decision_flops(core, policy, split, rows)
-    own, decisions = flops / split.costs.dense_flops(rows), scored["decision"]
+    own, masks = flops / split.costs.dense_flops(rows), scored["decision"]
+    decisions = np.column_stack([masks, scored["goes_on"]]) if core.has_answer_stage else masks
     if table is not None:
         write_instances(split, scored | {"flops_ratio_with_policy": scored["flops_ratio"] + own}, table)
     epsilon = core.config.reward.epsilon
     return {
         "metrics": {
             "policy": split.scoring.metrics(rows, decisions),
-            "dense": split.scoring.metrics(rows, np.zeros_like(decisions)),
+            "dense": split.scoring.metrics(rows, np.zeros_like(masks)),
         },
         "split": split_name,
         "instances": len(split),
@@ -84,10 +86,11 @@ def evaluate(
         "decisions_hash": decisions_hash(decisions),
         "epsilon": epsilon,
         "policy_flops_counted": isinstance(policy, SplitDecisions) or policy.flops is not None,
-        "decisions_used": len(np.unique(decisions, axis=0)),
+        "decisions_used": len(np.unique(masks, axis=0)),
+        "goes_on": float(scored["goes_on"].mean()),
         "by_difficulty": by_difficulty(scored, split.levels),
         "by_fact": by_facts(split, scored),
-        "skip_rate": dict(zip(core.backbone.board.names, decisions[:, :-1].mean(axis=0).tolist(), strict=True)),
+        "skip_rate": dict(zip(core.backbone.board.names, masks[:, :-1].mean(axis=0).tolist(), strict=True)),
     }
 
 

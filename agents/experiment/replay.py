@@ -14,7 +14,7 @@ from sd_gym.agents.experiment.run import core_of_run
 from sd_gym.agents.learning.decisions import SplitDecisions, check_fits, decision_flops, evaluator, score_decisions
 from sd_gym.agents.runs.folder import has_policy, read_description, read_result
 
-from sd_gym.envs.protocols import Split
+from sd_gym.envs.protocols import Core, Split
 from sd_gym.policy import DecisionPolicy
 from sd_gym.registry import naming_imports
 
@@ -51,7 +51,12 @@ class RecordedInstances(NamedTuple):
 
     ids: list[str]
     decisions: NDArray  # as masks, int64 [n, switches + 1]
+    goes_on: NDArray  # which rows went on after their answer, bool [n]
     scores: dict[str, NDArray]  # quality, quality_ref, flops_ratio and flops_ratio_with_policy; float64 [n] each
+
+    def hashed(self, core: Core) -> NDArray:
+        """What ``decisions_hash`` is of: masks, and with an answer stage whether rows went on."""
+        return np.column_stack([self.decisions, self.goes_on]) if core.has_answer_stage else self.decisions
 
 
 def replay(folder: Path) -> Replay:
@@ -68,12 +73,14 @@ def replay(folder: Path) -> Replay:
     rows = np.arange(len(split))
     recorded = read_instances(file, core.decision_nvec)
     _check_instances(file, recorded, split)
-    if (now := decisions_hash(recorded.decisions)) != (was := result.get("decisions_hash")):
-        raise ReplayError(f"{file}: decisions were changed: their hash is {now}, and {was} in result.json")
     try:
         decisions = core.from_masks(recorded.decisions)
     except ValueError as error:
         raise ReplayError(f"{file}: {error}") from error
+    if core.has_answer_stage:
+        decisions[:, -1] = recorded.goes_on
+    if (now := decisions_hash(recorded.hashed(core))) != (was := result.get("decisions_hash")):
+        raise ReplayError(f"{file}: decisions were changed: their hash is {now}, and {was} in result.json")
     scored = score_decisions(core, split, rows, decisions)
     for name, tolerance in SCORES.items():
         _check_scores(file, recorded, name, scored[name], tolerance)
@@ -82,8 +89,8 @@ def replay(folder: Path) -> Replay:
     if policy is None:
         own = dense * (recorded.scores["flops_ratio_with_policy"] - recorded.scores["flops_ratio"])
     else:
-        decided = core.to_masks(evaluator(core).decide(policy, split, rows))
-        if len(differ := np.flatnonzero((decided != recorded.decisions).any(axis=1))):
+        decided = evaluator(core).decide(policy, split, rows)
+        if len(differ := np.flatnonzero((decided != decisions).any(axis=1))):
             raise ReplayError(
                 f"{file}: {len(differ)} of {len(decided)} decisions are not the saved policy's, that of "
                 f"{recorded.ids[differ[0]]!r} the first"
@@ -109,7 +116,8 @@ def read_instances(file: Path, nvec: NDArray) -> RecordedInstances:
     try:
         decisions = [_decision(row["decision"], nvec) for row in rows]
         scores = {name: np.array([float(row[name]) for row in rows]) for name in (*SCORES, "flops_ratio_with_policy")}
-        return RecordedInstances([row["id"] for row in rows], np.array(decisions, dtype=np.int64), scores)
+        goes_on = np.array([row["goes_on"] == "True" for row in rows])
+        return RecordedInstances([row["id"] for row in rows], np.array(decisions, dtype=np.int64), goes_on, scores)
     except (KeyError, TypeError, ValueError) as error:
         raise ReplayError(f"{file}: expected a line an instance with its id, decision and scores: {error}") from error
 

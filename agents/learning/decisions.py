@@ -174,7 +174,7 @@ def _describe(flat: int, width: int | None) -> str:
 def decide_and_score(core: Core, policy: PolicyLike, split: Split, rows: NDArray | None = None) -> dict[str, NDArray]:
     """Decide on rows of a split (``None``: all), once, in order, and score the decisions.
 
-    To ``decision`` ``[n, switches + 1]``, ``quality``, ``quality_ref`` and ``flops_ratio`` ``[n]``.
+    To ``decision`` ``[n, switches + 1]``, ``goes_on``, ``quality``, ``quality_ref`` and ``flops_ratio`` ``[n]``.
     """
     return evaluator(core).decide_and_score(policy, split, np.arange(len(split)) if rows is None else rows)
 
@@ -220,9 +220,10 @@ def _score(
     for part in np.split(order, range(size, len(order), size)):
         decisions, state = decide(part)
         outcome = core.score(split, rows[part], decisions, state)
-        results.append((core.to_masks(decisions), outcome.quality, outcome.quality_ref, outcome.flops_ratio))
+        made = core.to_masks(decisions), core.goes_on(decisions)
+        results.append((*made, outcome.quality, outcome.quality_ref, outcome.flops_ratio))
     back = np.argsort(order)
-    names = ("decision", "quality", "quality_ref", "flops_ratio")
+    names = ("decision", "goes_on", "quality", "quality_ref", "flops_ratio")
     return {
         name: np.concatenate(of_each)[back] for name, of_each in zip(names, zip(*results, strict=True), strict=True)
     }

@@ -118,7 +118,9 @@ def prepare(
 
 
 def run(
-    policy: Annotated[str, Argument(help="Run folder, saved policy, or id of one on the Hugging Face hub.")],
+    policy: Annotated[
+        str, Argument(help="Run folder, saved or exported policy, or id of one on the Hugging Face hub.")
+    ],
     source: Annotated[str, Option("--input", help=".jsonl, .csv or .parquet file; -: JSON lines from stdin.")],
     output: Annotated[Path, Option(help="File of JSON lines to write, one per row, in the same order.")],
     backbone: Annotated[str | None, Option(help="Where the backbone is [default: where it was].")] = None,
@@ -145,13 +147,19 @@ def run(
     with terminal.errors_as_lines(), terminal.warnings_as_lines(), terminal.progress_bar() as progress:
         bar = progress.add_task("loading", total=None, figures="")
         from sd_gym.inference.bulk import count_rows, run_file
+        from sd_gym.inference.onnx import MANIFEST, OnnxModel
         from sd_gym.inference.texts import load
 
         if str(output) == "-":
             raise ValueError("--output: expected a file, not the standard output (-): a run can be resumed")
         file = None if source == "-" else Path(source)
         total = count_rows(file)
-        model = load(policy, backbone, device=device, max_loss=max_loss, max_flops=max_flops)
+        if Path(policy, MANIFEST).is_file():
+            if backbone or max_loss is not None or max_flops is not None or device != "cpu":
+                raise ValueError(f"{policy} is exported: choose --backbone, --max-loss, --max-flops in sd-gym export")
+            model: Any = OnnxModel(Path(policy))
+        else:
+            model = load(policy, backbone, device=device, max_loss=max_loss, max_flops=max_flops)
 
         def on_chunk(rows: int, bulk: Any) -> None:
             figures = f"{bulk.figures()['rows a second']} a second"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -77,12 +78,12 @@ def train(
 
 
 def evaluate(
-    run: Annotated[Path, Argument(help="Run folder that sd-gym train wrote.")],
+    run: Annotated[Path, Argument(help="Run folder that sd-gym train wrote, or one of sd-gym export.")],
     split: Annotated[str, Option(help="train, validation or test.")] = "test",
     output: Annotated[Path | None, Option(help="Folder for the result, its instances and its picture.")] = None,
     imports: Imports = [],
 ) -> None:
-    """Evaluate a run's policy again, on any split.
+    """Evaluate a run's policy again, or what was exported of it, on any split.
 
     Example: `sd-gym evaluate runs/Classification-Mini-ppo-0 --split validation`
     """
@@ -91,9 +92,18 @@ def evaluate(
     terminal.import_all(imports)
     from sd_gym.agents.experiment.api import evaluate as run_evaluation
     from sd_gym.agents.runs.folder import read_description
+    from sd_gym.inference.onnx import MANIFEST, read_manifest
 
     with terminal.errors_as_lines(), terminal.status("evaluating"):
-        description = read_description(run)
+        if (run / MANIFEST).is_file():
+            manifest = read_manifest(run)
+            description = {
+                **manifest["run"],
+                "env": manifest["env"]["id"],
+                "algo": f"{manifest['run']['algo']} in ONNX",
+            }
+        else:
+            description = read_description(run)
         result = run_evaluation(description["env"], run, split, output)
     title = [description[key] for key in ("env", "algo")]
     terminal.print_result(f"{', '.join(title)}, seed {description.get('seed')}", result)
@@ -119,6 +129,45 @@ def reduce(
         result = reduce_run(run, codebook, output)
     terminal.print_result(f"{run}, a codebook of {codebook}", result)
     terminal.print_line(f"Run folder: {output}")
+
+
+def export(
+    run: Annotated[Path, Argument(help="Run folder, or saved policy.")],
+    output: Annotated[Path, Option(help="Folder to write.")],
+    masks: Annotated[int, Option(min=1, help="Masks at most; a run whose policy has more is reduced first.")] = 8,
+    int8: Annotated[
+        bool, Option("--int8", help="Matrix products of 8-bit integers; decisions stay as they are.")
+    ] = False,
+    backbone: Annotated[str | None, Option(help="Where the backbone is [default: where it was].")] = None,
+    max_loss: Annotated[float | None, Option(help="Fewest FLOPs within this loss of quality (0.005).")] = None,
+    max_flops: Annotated[float | None, Option(help="Least skipping within this share of the FLOPs (0.4: 40%).")] = None,
+    imports: Imports = [],
+) -> None:
+    """Write a policy and a graph for each of its masks for ONNX Runtime, which answers without torch.
+
+    Needs `pip install 'sd-gym[onnx]'`, and an encoder that classifies, scores or extracts. A policy that decides among
+    more masks is reduced as by `sd-gym reduce`: its operating point is selected again.
+
+    Example: `sd-gym export runs/reviews --output reviews-onnx --masks 8 --int8`
+    """
+    terminal.import_all(imports)
+    with terminal.errors_as_lines(), terminal.status("exporting"), TemporaryDirectory() as folder:
+        from sd_gym.agents.experiment.run import reduce as reduce_run
+        from sd_gym.inference.export import export as export_policy
+        from sd_gym.inference.export import few_masks
+        from sd_gym.policy.artefact import SkipPolicy
+
+        policy = SkipPolicy.from_pretrained(run)
+        if not few_masks(policy, masks) and (run / "config.json").is_file():
+            terminal.say(f"the policy decides among more than {masks} masks, so it is reduced to those that fit best")
+            reduce_run(run, masks, Path(folder, "reduced"))
+            policy = SkipPolicy.from_pretrained(Path(folder, "reduced"))
+        chosen = policy.at(max_loss=max_loss, max_flops=max_flops)
+        manifest = export_policy(chosen, output, masks=masks, int8=int8, backbone=backbone)
+    terminal.print_line(f"{len(manifest['masks'])} masks, dense among them: {output}")
+    for what in manifest["left_out"]:
+        terminal.print_line(f"Left out: {what}.")
+    terminal.print_line(f"Judge it: sd-gym evaluate {output}")
 
 
 def validate(

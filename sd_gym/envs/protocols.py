@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sd_gym.config import EnvConfig
 from sd_gym.envs.actions import Actions, Steps
-from sd_gym.going_on import ANSWER
+from sd_gym.going_on import ANSWER, parted
 
 if TYPE_CHECKING:  # it needs torch
     from sd_gym.envs.export import Export
@@ -184,6 +184,10 @@ class Core(Protocol[S]):
     def n_skips(self) -> int:
         """Number of components of a decision that skip something: all but whether to go on."""
         return len(self.nvec) - self.has_answer_stage
+
+    def goes_on(self, decisions: Array) -> Array:
+        """Which rows go on after their answer, bool ``[n]``, of decisions ``[n, components]``."""
+        return parted(decisions, self.n_skips)[1]
 
     @property
     def is_staged(self) -> bool:

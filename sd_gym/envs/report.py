@@ -27,10 +27,10 @@ def by_facts(split: Split, scored: dict[str, NDArray]) -> dict[str, list[dict[st
 
 
 def write_instances(split: Split, scored: dict[str, NDArray], file: Path) -> None:
-    """One line an instance, as CSV: its facts, the decision (as digits, the token level last) and what came of it.
+    """One line an instance, as CSV: its facts, the decision (as digits, the token level last) and the outcome.
 
-    ``scored`` has ``decision`` ``[n, switches + 1]``, and ``[n]`` each: ``quality``, ``quality_ref``, ``flops_ratio``
-    and, what it costs to decide included, ``flops_ratio_with_policy``.
+    ``scored`` has ``decision`` ``[n, switches + 1]``, and ``[n]`` each: ``goes_on``, ``quality``, ``quality_ref``,
+    ``flops_ratio`` and, what it costs to decide included, ``flops_ratio_with_policy``.
     """
     decisions = ["".join(map(str, decision)) for decision in scored["decision"].tolist()]
     columns = {
@@ -40,6 +40,7 @@ def write_instances(split: Split, scored: dict[str, NDArray], file: Path) -> Non
         "source_cut": split.encoded.source_cut.tolist(),
         "target_cut": split.encoded.target_cut.tolist(),
         "decision": decisions,
+        "goes_on": scored["goes_on"].tolist(),
         **{name: scored[name].tolist() for name in (*SCORES, "flops_ratio_with_policy")},
     }
     temporary = file.with_suffix(".tmp")

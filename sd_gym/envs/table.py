@@ -33,7 +33,6 @@ from sd_gym.envs.table_files import (
 )
 from sd_gym.envs.table_scores import TableCosts, TableScoring, packed_length
 from sd_gym.files import map_arrays, read_json
-from sd_gym.going_on import parted
 from sd_gym.projection import Projection, read_projection
 
 if TYPE_CHECKING:  # it needs torch
@@ -304,10 +303,6 @@ class TableCore(Core[TableSplit]):
         """The numbers, int64 ``[n]``, of the masks that decisions ``[n, components]`` are."""
         numbers = decisions @ self._place
         return numbers if self._order is None else self._order[numbers]
-
-    def goes_on(self, decisions: Array) -> Array:
-        """Which rows go on after their answer, bool ``[n]``."""
-        return parted(decisions, self.n_skips)[1]
 
     def answers_of(self, decisions: Array) -> Array:
         """The numbers, int64 ``[n]``, of the masks whose answers decisions ``[n, components]`` give."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from sd_gym.backbones.heads.seq2seq import judged_text
 from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
+from sd_gym.execution.bank import MaskModels
 from sd_gym.execution.tree import MaskTree
 from sd_gym.switch import PassState, passes
 from sd_gym.switch.stages import BETWEEN
@@ -30,6 +31,7 @@ class Passes:
     """Forward passes and ``generate()`` of a backbone on rows of a split, under decisions ``[n, switches + 1]``."""
 
     most: int | None = None  # rows of a pass; None: as many as its memory has room for
+    bank: MaskModels | None = None  # runs passes whose rows all share a decision; None: the switchboard runs all
 
     def __init__(
         self,
@@ -68,7 +70,10 @@ class Passes:
         texts, judged = np.empty(len(rows), dtype=object), np.empty((len(rows), len(self.head.judgement)))
         resume_from = seen if seen is not None and seen.stage == BETWEEN else None
         for picked, inputs in self.planned(rows, decisions, self.longest):
-            if resume_from is None:
+            keep = self._tokens.kept(rows[picked], decisions[picked, -1])
+            if resume_from is None and keep is None and (model := self._model_of(decisions[picked])) is not None:
+                said = self._generated(inputs, nullcontext(), model)
+            elif resume_from is None:
                 said = self.said(rows[picked], decisions[picked], inputs)
             else:
                 said = self._generated_after(resume_from, rows, decisions, picked)
@@ -112,13 +117,13 @@ class Passes:
         return texts.tolist()
 
     def _generated(
-        self, inputs: dict[str, torch.Tensor], deciding: AbstractContextManager[None]
+        self, inputs: dict[str, torch.Tensor], deciding: AbstractContextManager[None], model: Any = None
     ) -> tuple[list[str], Array]:
-        """What one ``generate()`` says under a decision, and how probable its tokens are."""
+        """What one ``generate()`` says under a decision, of the backbone's model if of no other, and its judgement."""
         backbone = self.backbone
         inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         with deciding:
-            generate: Any = backbone.model.generate  # its type is that of any attribute of a module
+            generate: Any = (model or backbone.model).generate  # its type is that of any attribute of a module
             output = generate(
                 **inputs,
                 max_new_tokens=self.longest,
@@ -188,8 +193,18 @@ class Passes:
 
     def _pass(self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The logits of one pass; no generator, since a block that is open in one is slower."""
-        with self.backbone.board.decide(decisions[:, :-1], self._keep_of(rows, decisions, inputs)):
+        keep, board = self._keep_of(rows, decisions, inputs), self.backbone.board
+        if keep is None and (model := self._model_of(decisions)) is not None:
+            return self.head.forward(board, inputs, model)
+        with board.decide(decisions[:, :-1], keep):
             return self.backbone.logits(inputs)
+
+    def _model_of(self, decisions: Array) -> Any:
+        """The bank's model for rows ``[n, switches + 1]``; ``None`` where there is none, as rows disagree."""
+        shared = decisions[0, :-1]
+        if self.bank is None or self.backbone.board.is_deciding or (decisions[:, :-1] != shared).any():
+            return None
+        return self.bank.of(shared.astype(bool))
 
     def _keep_of(self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor]) -> Array | torch.Tensor | None:
         """The tokens that a pass of ``Backbone.logits`` keeps."""
@@ -249,11 +264,22 @@ class Passes:
         reads_input = np.array([switch.reads_input for switch in self.backbone.board.switches])
         _, decoded, _ = self.head.lengths(kept, self.encoded.target_length[rows][:, None], kept)
         length = np.where(reads_input, kept, decoded)
-        for picked in passes(decisions[:, :-1], length, self.backbone.model.config.hidden_size, steps, self.most):
+        group = np.zeros(len(rows), dtype=np.int64)
+        if self.bank is not None and self.bank.compiles:
+            group = np.unique(decisions, axis=0, return_inverse=True)[1].ravel()
+        for picked in self._cut(group, decisions, length, steps):
             tokens = int(kept[picked].max() + self.encoded.target_length[rows[picked]].max())
             most = max(1, PASS_TOKENS // tokens)
             for part in np.split(picked, range(most, len(picked), most)):
                 yield part, self.inputs(rows[part])
+
+    def _cut(self, group: Array, decisions: Array, length: Array, steps: int) -> Iterator[Array]:
+        """Positions of each pass's rows, all of one group."""
+        width, plain = self.backbone.model.config.hidden_size, self.bank is not None
+        for number in range(group.max(initial=-1) + 1):
+            own = np.flatnonzero(group == number)
+            for rows in passes(decisions[own, :-1], length[own], width, steps, self.most, plain=plain):
+                yield own[rows]
 
     def inputs(self, rows: Array) -> dict[str, torch.Tensor]:
         """The backbone's inputs, with ``labels``, of a batch of these rows."""

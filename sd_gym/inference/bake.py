@@ -10,8 +10,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sd_gym.execution.bank import checked_mask, path_of_layers, without_skipped
 from sd_gym.policy.artefact import switchboard_of
 from sd_gym.switch import Switchboard
+from sd_gym.switch.twin import twin_at
 
 # What configs of transformers call the number of layers: of a lone stack, and of each of two.
 COUNTS = {
@@ -47,8 +49,9 @@ def bake(model: PreTrainedModel, mask: ArrayLike) -> PreTrainedModel:
         2
     """
     with switchboard_of(model) as board:
-        kept = _kept(board, _checked(mask, board))
-        config, weights = _config(board, kept), _weights(board, kept)
+        skipped = checked_mask(mask, board)
+        kept = _kept(board, skipped)
+        config, weights = _config(board, kept), _weights(board, skipped, kept)
     smaller = type(model)._from_config(config, attn_implementation=model.config._attn_implementation, dtype=model.dtype)
     expected = smaller.state_dict()
     if weights.keys() != expected.keys() or any(weights[name].shape != expected[name].shape for name in expected):
@@ -61,22 +64,6 @@ def bake(model: PreTrainedModel, mask: ArrayLike) -> PreTrainedModel:
         smaller.generation_config = deepcopy(model.generation_config)
     # A decorator of transformers hides the signature.
     return smaller.to(model.device).train(model.training)  # pyright: ignore[reportArgumentType]
-
-
-def _checked(mask: ArrayLike, board: Switchboard) -> np.ndarray:
-    """The mask, bool ``[switches]``."""
-    array = np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask)
-    if array.shape == (len(board) + 1,):
-        if array[-1] != 0:
-            raise ValueError(
-                f"a mask that drops tokens (level {array[-1]}) cannot be baked; set its last component to 0"
-            )
-        array = array[:-1]
-    if array.shape != (len(board),) or not ((array == 0) | (array == 1)).all():
-        raise ValueError(
-            f"expected a mask of {len(board)} switches, each 0 or 1, and perhaps token level 0; got {list(array.shape)}"
-        )
-    return array.astype(bool)
 
 
 def _kept(board: Switchboard, mask: np.ndarray) -> dict[str, list[int]]:
@@ -133,18 +120,10 @@ def _config(board: Switchboard, kept: dict[str, list[int]]) -> Any:
     return config
 
 
-def _weights(board: Switchboard, kept: dict[str, list[int]]) -> dict[str, Tensor]:
-    """The weights that stay, under their new names; the new first layer gets what all layers share."""
-    weights, first = board.model.state_dict(), {switch.stack: switch for switch in reversed(board.switches)}
+def _weights(board: Switchboard, mask: np.ndarray, kept: dict[str, list[int]]) -> dict[str, Tensor]:
+    """The weights that stay, under their new names."""
+    model = without_skipped(board, mask)
     for stack in board.architecture.stacks:
-        path = board.path_of(first[stack.name]).rpartition(".")[0]
-        of_layers = {name: weights.pop(name) for name in list(weights) if name.startswith(f"{path}.")}
-        for new, old in enumerate(kept[stack.name]):
-            begin = f"{path}.{old}."
-            for name, weight in of_layers.items():
-                if name.startswith(begin):
-                    weights[f"{path}.{new}.{name.removeprefix(begin)}"] = weight
-        for sublayer in stack.sublayers:
-            shared = f"{path}.0.{sublayer.position_bias}.relative_attention_bias."
-            weights |= {name: weight for name, weight in of_layers.items() if name.startswith(shared)}
-    return weights
+        layers = twin_at(model, path_of_layers(board, stack))
+        layers._modules = {str(new): layers._modules[str(old)] for new, old in enumerate(kept[stack.name])}
+    return model.state_dict()

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from sd_gym.errors import DataError
+from sd_gym.inference.answer import Answer, unknown_words
 from sd_gym.inference.part import Line, Part
-from sd_gym.inference.texts import Answer, SkippingModel, unknown_words
+from sd_gym.inference.texts import SkippingModel
 from sd_gym.tasks.data import read_rows
 from sd_gym.tasks.files import json_rows
 from sd_gym.tasks.metrics import text_quality

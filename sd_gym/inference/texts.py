@@ -8,42 +8,31 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sd_gym.backbones.heads import Head
 from sd_gym.backbones.load import load_own_backbone
 from sd_gym.config import dotted
 from sd_gym.data.instance import Instance
-from sd_gym.errors import short
+from sd_gym.execution.bank import MODELS, Bank
 from sd_gym.execution.config import checked_config
 from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
+from sd_gym.inference.answer import Answer, Input, check_list, checked_texts, unknown_words
 from sd_gym.inference.attach import attach
 from sd_gym.inference.second_answers import rows_of
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.rollout import Keep, StagedRollout
 from sd_gym.tasks.data import Instances
-from sd_gym.tasks.family import TASKS, check_text
+from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.metrics import METRICS
 
 BATCH = 256  # inputs that are decided on at once
 NOT_NEEDED = ("data", "reward", "action", "codebook")  # of the config, to answer inputs
-
-Input = str | Sequence[str] | Mapping[str, Any]
-
-
-class Answer(NamedTuple):
-    """The outcome of one input."""
-
-    answer: str  # the text that was generated or extracted, the name of the class, or the score
-    skip: NDArray  # which switches it skipped, bool [switches]
-    token_level: int  # at which it dropped tokens
-    flops_ratio: float  # FLOPs over those of the dense backbone, the policy's own included
-    unknown_tokens: int  # tokens of the input that stand for something that the tokenizer does not know
-    went_on: bool = False  # whether the answer is the dense one, as that under the skipped switches was not accepted
 
 
 class StagedPasses(Passes):
@@ -117,7 +106,13 @@ class SkippingModel:
     """
 
     def __init__(
-        self, policy: SkipPolicy, backbone: str | None = None, device: str = "cpu", *, check_weights: bool = True
+        self,
+        policy: SkipPolicy,
+        backbone: str | None = None,
+        device: str = "cpu",
+        *,
+        check_weights: bool = True,
+        compile: bool = False,
     ) -> None:
         if backbone is None:
             policy.check_reachable()
@@ -129,6 +124,9 @@ class SkippingModel:
         self.policy, self._warned = policy, False
         self._config = checked_config(values, "the policy")
         self._backbone = load_own_backbone(self._config.backbone.name, device)
+        if compile:
+            _check_compiles(policy, self._backbone.head)
+        self._bank = Bank(self._backbone.board, compiles=compile)
         self.tokenizer = self._backbone.tokenizer
         self.model = attach(self._backbone.model, policy, self.tokenizer, check_weights=check_weights)
         self._task = TASKS.find(self._config.task)
@@ -158,13 +156,12 @@ class SkippingModel:
 
     def answers(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
         """The same as a call, without its warning."""
-        if isinstance(inputs, str | Mapping):
-            raise ValueError(f"expected a list of inputs, got one {type(inputs).__name__}; put it in a list")
+        check_list(inputs)
         instances = [self._instance(number, given) for number, given in enumerate(inputs)]
         if not instances:
             return []
         split = self._split(instances)
-        split.passes.most = batch_size
+        split.passes.most, split.passes.bank = batch_size, self._bank
         unknown = self._unknown_tokens(split)
         rows = np.arange(len(split))
         decisions = np.zeros((len(split), len(split.backbone.board) + 1), dtype=np.int64)
@@ -234,18 +231,7 @@ class SkippingModel:
 
     def checked(self, given: Any) -> list[str]:
         """The texts of an input; ``ValueError`` if it is malformed, or no tokenizer can read one of its texts."""
-        names, optional = self.fields, self._task.optional is not None
-        texts: Any = [given.get(name) for name in names] if isinstance(given, Mapping) else given
-        texts = list(texts) if isinstance(texts, list | tuple) else [texts]
-        if optional and len(texts) == 2 and texts[1] is None:
-            texts = texts[:1]
-        fits = len(names) - optional <= len(texts) <= len(names)
-        if not fits or not all(isinstance(text, str) and text.strip() for text in texts):
-            expected = " and ".join(names) + (" (which may be missing)" if optional else "")
-            raise ValueError(f"expected {expected}, each a text that is not empty; got {short(given)}")
-        for name, text in zip(names, texts, strict=False):
-            check_text(text, name)
-        return texts
+        return checked_texts(given, self.fields, optional=self._task.optional is not None)
 
     def _split(self, instances: Sequence[Instance]) -> BackboneSplit:
         data: Any = {"inputs": Instances(instances)}  # of a data set's splits only this one is asked for
@@ -263,14 +249,6 @@ class SkippingModel:
         return self._task.instance(row, str(number), f"input {number}")
 
 
-def unknown_words(unknown: int, inputs: int) -> str:
-    """The warning that some inputs have words that the tokenizer does not know."""
-    return (
-        f"{unknown:,} of {inputs:,} inputs have words that the backbone's tokenizer does not know, so the answers to "
-        "them mean little; is it the right backbone for these texts?"
-    )
-
-
 def load(
     policy: SkipPolicy | str | Path,
     backbone: str | None = None,
@@ -279,6 +257,7 @@ def load(
     max_loss: float | None = None,
     max_flops: float | None = None,
     check_weights: bool = True,
+    compile: bool = False,
 ) -> SkippingModel:
     """A trained policy and its backbone, ready to be called on texts, without data set or env.
 
@@ -291,10 +270,12 @@ def load(
         max_loss: See ``attach``.
         max_flops: See ``attach``.
         check_weights: See ``attach``.
+        compile: Whether ``torch.compile`` compiles the model of each mask, when it is first run (tens of seconds): once
+            for single inputs, once for batches, of any length. For a policy of few masks that generates no texts.
 
     Raises:
         FileNotFoundError, ValueError: See ``SkipPolicy.from_pretrained`` and ``attach``; or the backbone cannot be
-            loaded.
+            loaded, or the policy shall be compiled and cannot be.
 
     Example:
         >>> model = sd_gym.load("runs/reviews")  # doctest: +SKIP
@@ -304,4 +285,19 @@ def load(
     if not isinstance(policy, SkipPolicy):
         policy = SkipPolicy.from_pretrained(policy)
     chosen = policy.at(max_loss=max_loss, max_flops=max_flops)
-    return SkippingModel(chosen, backbone, device, check_weights=check_weights)
+    return SkippingModel(chosen, backbone, device, check_weights=check_weights, compile=compile)
+
+
+def _check_compiles(policy: SkipPolicy, head: Head) -> None:
+    """Raise ``ValueError`` if a policy has too many masks to compile a model for each, or generates."""
+    decided = policy.network.few_decisions
+    if policy.is_staged or decided is None or len(decided) > MODELS or decided[:, -1].any():
+        raise ValueError(
+            f"compile=True compiles a model for each of at most {MODELS} masks that drop no tokens, and this policy "
+            "decides otherwise; sd-gym reduce makes one of few masks"
+        )
+    if head.gives == "text":
+        raise ValueError(
+            "compile=True is for backbones that classify, score or extract; for generate(), compile the models of "
+            'sd_gym.bank(model, masks), with cache_implementation="static"'
+        )

@@ -47,10 +47,13 @@ class TokenEncoder(nn.Module):
 
     def _read(self, observations: dict[str, Tensor]) -> Tensor:
         tokens, mask = observations["tokens"], observations["mask"]
-        count = mask.sum(dim=1, keepdim=True)
         longest = max(1, int(mask.any(dim=0).sum()))  # padding that all rows share is not looked at
-        present = mask[:, None, :longest].float()
-        values = self.convolution(tokens[:, :longest].transpose(1, 2)).relu() * present
+        return self.read(tokens[:, :longest], mask[:, :longest])
+
+    def read(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Features ``[n, size - stage_size]`` of tokens that are not standardised yet; arguments as of ``forward``."""
+        count = mask.sum(dim=1, keepdim=True)
+        values = self.convolution(tokens.transpose(1, 2)).relu() * mask[:, None].float()
         mean = values.sum(dim=2) / count.clamp(min=1)
         return torch.cat([mean, values.amax(dim=2), count.float().log1p()], dim=1)
 

@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 # Both over the width, in what running the sublayer costs a token: that grows faster with the width than they do.
 CALL = 16_000  # what one more call of the sublayer costs
 MIXING = 13  # what gathering and scattering costs a token
+PLAIN_CALL = 4_000  # as CALL, where rows that agree run on a plain model (of a bank)
 
 
-def passes(skip: NDArray, lengths: NDArray, width: int, steps: int = 0, most: int | None = None) -> list[NDArray]:
+def passes(
+    skip: NDArray, lengths: NDArray, width: int, steps: int = 0, most: int | None = None, *, plain: bool = False
+) -> list[NDArray]:
     """Cut a batch into the forward passes that a cost model finds the cheapest.
 
     A pass is cut by length, or the commonest decisions get passes of their own and all other rows share one, whichever
@@ -32,6 +35,7 @@ def passes(skip: NDArray, lengths: NDArray, width: int, steps: int = 0, most: in
         width: The model's hidden size; a wide model computes more per call.
         steps: Tokens that ``generate()`` appends to the input, each of which calls every sublayer again; 0: one pass.
         most: Rows of a pass at most; ``None``: any number.
+        plain: Whether rows that share a decision run on a plain model, whose calls are quicker.
 
     Returns:
         Indices of each pass's rows, int64.
@@ -64,10 +68,10 @@ def passes(skip: NDArray, lengths: NDArray, width: int, steps: int = 0, most: in
     if most is not None and len(runs) > most:
         order = np.lexsort((lengths.sum(axis=1), *runs.T))
         parts = np.split(order, range(most, len(order), most))
-        return [part[rows] for part in parts for rows in passes(skip[part], lengths[part], width, steps)]
+        return [part[rows] for part in parts for rows in passes(skip[part], lengths[part], width, steps, plain=plain)]
     if not len(runs):
         return []
-    return _Batch(runs, lengths, width, steps).planned()
+    return _Batch(runs, lengths, width, steps, plain).planned()
 
 
 class _Plan(NamedTuple):
@@ -80,8 +84,9 @@ class _Plan(NamedTuple):
 class _Batch:
     """A batch, and the costs of cutting it; ``runs`` and ``lengths`` are ``[n, switches]``, rows numbers by length."""
 
-    def __init__(self, runs: NDArray, lengths: NDArray, width: int, steps: int) -> None:
-        self._runs, self._lengths, self._width, self._steps = runs, lengths, width, steps
+    def __init__(self, runs: NDArray, lengths: NDArray, width: int, steps: int, plain: bool) -> None:
+        self._runs, self._lengths, self._steps = runs, lengths, steps
+        self._call, self._mixing = (PLAIN_CALL if plain else CALL) / width, MIXING / width
         self._decisions, group = np.unique(runs, axis=0, return_inverse=True)
         self._group = group.reshape(-1)
 
@@ -138,9 +143,9 @@ class _Batch:
     def _cost(self, count: NDArray, size: NDArray, longest: NDArray) -> NDArray:
         """Costs of passes: rows that run each sublayer, ``[..., switches]``, rows in all, and the longest of them."""
         called = (count > 0).sum(axis=-1) + 1  # and what always runs: embeddings and heads
-        calls = CALL / self._width * called * (1 + self._steps)
+        calls = self._call * called * (1 + self._steps)
         size = size[..., None]
-        moved = MIXING / self._width * size * (count % size > 0)
+        moved = self._mixing * size * (count % size > 0)
         return calls + ((longest + self._steps) * (count + moved)).sum(axis=-1)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from sd_gym.switch.context import MethodPatch
 from sd_gym.switch.switchboard import Switchboard
+from sd_gym.switch.twin import twin_at, twin_of
 
 
 @torch.inference_mode()
@@ -100,43 +100,24 @@ def _eager_twin(board: Switchboard) -> nn.Module:
     Only what leads to the attention is copied, with its configuration, so that other threads see nothing of it.
     """
     switch = next(switch for switch in board.switches if switch.sublayer.output is not None)
-    configs: dict[int, PretrainedConfig] = {}
-    twin = attention = _twin(board.model, configs)
-    for name in f"{board.path_of(switch)}.{switch.sublayer.attention}".split("."):
-        attention._modules[name] = part = _twin(getattr(attention, name), configs)
-        attention = part
-    _twin_parts(attention, configs)
+    twin, attention = twin_of(board.model), f"{board.path_of(switch)}.{switch.sublayer.attention}"
+    _make_eager(twin, attention, {})
+    attention = twin.get_submodule(attention)
     vars(attention)["forward"] = partial(_end_with_weights, attention)
     return twin
 
 
-def _twin(module: nn.Module, configs: dict[int, PretrainedConfig]) -> nn.Module:
-    """A copy of a module that has the same parts and an eager configuration."""
-    twin = copy.copy(module)
-    vars(twin)["_modules"] = dict(module._modules)
-    forward = vars(twin).pop("forward", None)
-    passes_on = getattr(forward, "is_attached", False) or (
-        isinstance(forward, MethodPatch) and forward.replaced is None
-    )
-    if forward is not None and not passes_on:
-        raise NotImplementedError(
-            f"another tool has replaced forward() of a {type(module).__name__}, so the first attention cannot be "
-            "looked at; rank tokens in another way"
-        )
+def _make_eager(twin: nn.Module, path: str | None, configs: dict[int, PretrainedConfig]) -> None:
+    """Give a twin and its parts on a path (``None``: all parts) an eager configuration."""
     config = vars(twin).get("config")
     if config is not None:
         if id(config) not in configs:
             configs[id(config)] = copy.copy(config)
             configs[id(config)]._attn_implementation = "eager"
         vars(twin)["config"] = configs[id(config)]
-    return twin
-
-
-def _twin_parts(module: nn.Module, configs: dict[int, PretrainedConfig]) -> None:
-    for name, part in module._modules.items():
-        if part is not None:
-            module._modules[name] = twin = _twin(part, configs)
-            _twin_parts(twin, configs)
+    name, _, rest = (path or "").partition(".")
+    for part in [name] if path else [name for name, part in twin._modules.items() if part is not None]:
+        _make_eager(twin_at(twin, part), (rest or None) if path else None, configs)
 
 
 def _end_with_weights(attention: nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -148,7 +148,7 @@ class Switchboard:
                 where its input has other rows or another length than was decided on.
             StaleBoardError: If the model's modules were replaced since the board was made, or it was removed.
         """
-        self._check_fresh()
+        self.check_fresh()
         return self._scope.put(self._decision(skip, keep, resume_from=resume_from))
 
     def decide_in_pass(
@@ -173,7 +173,7 @@ class Switchboard:
         Raises:
             ValueError, StaleBoardError: See ``decide``; ValueError also if there is no stage of such a name.
         """
-        self._check_fresh()
+        self.check_fresh()
         named = self._named(stages)
         needs = (*named.needs, *self._patches.for_generating)
         pending = PendingDecision(named.stages, choose, mask, self._none, self._settle, needs)
@@ -203,7 +203,7 @@ class Switchboard:
             ValueError, StaleBoardError: See ``decide``; ValueError also if there is no such stage.
             RuntimeError: If the pass ends without reaching it.
         """
-        self._check_fresh()
+        self.check_fresh()
 
         def stop(seen: PassState) -> NoReturn:
             raise StageReached(seen)
@@ -326,7 +326,7 @@ class Switchboard:
             self._plans[key] = plan
         return plan
 
-    def _check_fresh(self) -> None:
+    def check_fresh(self) -> None:
         """Raise StaleBoardError unless the model's modules are those that the board was made for."""
         if vars(self.model).get("_switchboard") is not self:
             raise StaleBoardError("this switchboard was removed from its model; make a new Switchboard(model)")

@@ -1,8 +1,12 @@
 """A policy that was loaded answers texts."""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import sd_gym
 from sd_gym.going_on import answering
@@ -63,3 +67,19 @@ def test_a_staged_policy_extracts_nothing_where_it_drops_tokens(tmp_path, tiny_t
     ((picked, logits, _),) = passes.logits(every, passes.masks)
     ((same, wanted, _),) = split.passes.logits(every, answering(decisions, len(core.decision_nvec)))
     torch.testing.assert_close(logits[picked.argsort()], wanted[same.argsort()], rtol=1e-3, atol=1e-3)
+
+
+def test_each_mask_is_compiled_once_for_single_inputs_and_once_for_batches(tmp_path, tiny_tokenizer, monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # usually 8, and all masks count together
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    core, policy, artefact, texts = trained("classification", None, tmp_path, tiny_tokenizer)
+    with pytest.raises(ValueError, match="decides otherwise; sd-gym reduce"):
+        sd_gym.load(artefact, compile=True)
+    few = replace(artefact, network=policy.reduced(3, core.observe(core.split("train"), np.arange(24))))
+    wanted, compiled = sd_gym.load(few)(texts), sd_gym.load(few, compile=True)
+    for inputs in ([text + " fine" for text in texts], texts[:7], texts):
+        came = compiled.answers(inputs)
+    assert [one.answer for one in came] == [one.answer for one in wanted]
+    masks = {tuple(one.skip) for one in wanted}
+    assert 1 < len(masks) <= counter.frame_count <= 2 * len(masks)

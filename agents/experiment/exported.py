@@ -1,0 +1,105 @@
+"""An exported policy (``sd-gym export``) on a split of its env: its own graphs decide and answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sd_gym.agents.learning.decisions import SplitDecisions
+from torch import Tensor
+
+from sd_gym.config import EnvConfig, dotted
+from sd_gym.envs.config import load_config, make_config
+from sd_gym.envs.core import BackboneCore
+from sd_gym.envs.protocols import Outcome
+from sd_gym.execution.split import BackboneSplit
+from sd_gym.inference.onnx import DECIDED, MANIFEST, OnnxModel
+from sd_gym.registration import config_of
+from sd_gym.switch import PassState
+
+
+def is_exported(policy: object) -> bool:
+    """Whether it is the folder of an exported policy."""
+    return isinstance(policy, str | Path) and Path(policy, MANIFEST).is_file()
+
+
+def exported_config(model: OnnxModel, env_id: str, settings: dict[str, Any]) -> EnvConfig:
+    """An env's config; of the env that the policy is of, the one that it had there."""
+    if model.manifest["env"]["id"] == env_id:
+        return make_config({**dotted(model.manifest["env"]), **dotted(settings, env_id)}, env_id)
+    return load_config(config_of(env_id), settings)
+
+
+class ExportedCore(BackboneCore):
+    """The core of an env in which the graphs of an export answer; its dense reference is the backbone in torch.
+
+    The data set's own metric of dense (``metrics``) is that of the dense graph.
+
+    Raises:
+        ValueError: If the env's backbone is not the one that was exported.
+    """
+
+    def __init__(self, config: EnvConfig, model: OnnxModel) -> None:
+        self._graphs = _Graphs(model)
+        super().__init__(config)
+        if self.backbone.weights != model.manifest["backbone"]["weights"]:
+            raise ValueError(
+                f"the weights of {config.backbone.name} are not those of the backbone that {model.folder} was exported "
+                "with; pass backbone=..."
+            )
+
+    def split(self, name: str) -> BackboneSplit:
+        """A split whose rows are run by the graphs, once torch has scored it densely."""
+        split = super().split(name)
+        if split.passes.bank is None:
+            split.scoring.score_dense()
+            split.passes.bank = self._graphs
+        return split
+
+    def score(self, split: BackboneSplit, rows: NDArray, decisions: NDArray, seen: PassState | None = None) -> Outcome:
+        """See ``Core.score``; a dense graph is run, too, since its answers may not be those of torch."""
+        quality_ref = split.scoring.quality(rows, np.zeros_like(decisions))[1]
+        return Outcome(split.scoring.run(rows, decisions), quality_ref, split.costs.flops_ratio(rows, decisions))
+
+
+class ExportedPolicy:
+    """What an export decides."""
+
+    def __init__(self, model: OnnxModel) -> None:
+        self._model = model
+
+    def decide_split(self, split: Any, rows: NDArray) -> SplitDecisions:
+        """Its decisions on ``rows [n]``, and the FLOPs of deciding."""
+        model, length = self._model, split.encoded.source_length[rows]
+        number = np.empty(len(rows), dtype=np.int64)
+        order = np.argsort(length, kind="stable")
+        for part in np.split(order, range(DECIDED, len(order), DECIDED)):
+            inputs = split.encoded.inputs(rows[part], torch.device("cpu"))
+            number[part] = model.decide({name: values.numpy() for name, values in inputs.items()})
+        decisions = np.pad(model.masks[number].astype(np.int64), ((0, 0), (0, 1)))
+        return SplitDecisions(decisions, model.own_flops(length))
+
+
+class _Graphs:
+    """The graphs of an export in the place of a ``Bank``."""
+
+    compiles = True  # no pass may have rows of several masks
+
+    def __init__(self, model: OnnxModel) -> None:
+        self._model = model
+        self._number = {mask.tobytes(): number for number, mask in enumerate(model.masks)}
+
+    def of(self, mask: NDArray) -> Any:
+        """What runs the graph of a mask, bool ``[switches]``, and gives what a model gives."""
+        number = self._number[mask.tobytes()]
+
+        def run(**inputs: Tensor) -> SimpleNamespace:
+            values = self._model.run(number, {name: tensor.numpy() for name, tensor in inputs.items()})
+            logits = torch.from_numpy(values)
+            return SimpleNamespace(logits=logits, start_logits=logits[:, 0], end_logits=logits[:, -1])
+
+        return run

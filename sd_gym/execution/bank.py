@@ -1,0 +1,213 @@
+"""A bank of masks: for each a plain model without what the mask skips, all of them on the weights of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from sd_gym.policy.artefact import switchboard_of
+from sd_gym.switch import Stack, Switchboard
+from sd_gym.switch.cache import cache_among
+from sd_gym.switch.twin import twin_at, twin_of
+
+MODELS = 64  # that a bank keeps
+
+
+def bank(model: PreTrainedModel, masks: Sequence[ArrayLike] | NDArray) -> list[PreTrainedModel]:
+    """For each mask a model that holds neither switches nor skipped sublayers; all share the weights of one model.
+
+    Each gives what the switched model gives under its mask, bit for bit. Nothing is copied: a change of a weight
+    changes all. Forward passes and ``generate()`` are Hugging Face's own, so static caches, streamers and
+    ``torch.compile`` work. ``sd_gym.bake`` makes a model that can be saved.
+
+    Args:
+        model: A model of a supported architecture, attached or not; it stays as it is.
+        masks: Decisions, 1 = skip, each ``[switches]`` or, with token level 0 after it, ``[switches + 1]``.
+
+    Raises:
+        ValueError: If a mask has another shape, or drops tokens.
+        NotImplementedError: If another tool has replaced ``forward`` of a module that holds skipped ones.
+
+    Example:
+        >>> import sd_gym
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(
+        ...     vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+        ... )
+        >>> model = BertForSequenceClassification(config)
+        >>> half, dense = sd_gym.bank(model, [[0, 1, 1, 0], [0, 0, 0, 0]])
+        >>> half.bert.embeddings is model.bert.embeddings
+        True
+    """
+    with switchboard_of(model) as board:
+        return [without_skipped(board, checked_mask(mask, board)) for mask in masks]
+
+
+class MaskModels(Protocol):
+    """What runs rows that share a mask."""
+
+    compiles: bool  # whether no pass may have rows of several masks
+
+    def of(self, mask: NDArray) -> Any:
+        """The model of a mask, bool ``[switches]``."""
+        ...
+
+
+class Bank:
+    """The models of a board's masks, made when they are first asked for; the last 64 of them are kept.
+
+    Attributes:
+        compiles: Whether each is compiled, once for single inputs and once for batches, of any length. Then no pass may
+            have rows of several masks.
+    """
+
+    def __init__(self, board: Switchboard, *, compiles: bool = False) -> None:
+        self._board, self.compiles = board, compiles
+        if compiles:  # all masks have the code of one class, which is compiled 8 times otherwise
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * MODELS)
+        self._of = lru_cache(MODELS)(self._made)
+
+    def of(self, mask: NDArray) -> Any:
+        """The model of a mask, bool ``[switches]``."""
+        self._board.check_fresh()
+        return self._of(mask.tobytes())
+
+    def _made(self, mask: bytes) -> Any:
+        model = without_skipped(self._board, np.frombuffer(mask, dtype=bool))
+        return torch.compile(model.forward, dynamic=True) if self.compiles else model
+
+
+def checked_mask(mask: ArrayLike, board: Switchboard) -> NDArray:
+    """A mask that a user gives, bool ``[switches]``; ValueError if it drops tokens, or has another shape."""
+    array = np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask)
+    if array.shape == (len(board) + 1,):
+        if array[-1] != 0:
+            raise ValueError(
+                f"a mask that drops tokens (level {array[-1]}) is no model of its own; set its last component to 0, "
+                "or attach the policy"
+            )
+        array = array[:-1]
+    if array.shape != (len(board),) or not ((array == 0) | (array == 1)).all():
+        raise ValueError(
+            f"expected a mask of {len(board)} switches, each 0 or 1, and perhaps token level 0; got {list(array.shape)}"
+        )
+    return array.astype(bool)
+
+
+def without_skipped(board: Switchboard, mask: NDArray) -> PreTrainedModel:
+    """A twin of a board's model without what a mask, bool ``[switches]``, skips."""
+    twin = twin_of(board.model)
+    if not mask.any():
+        return twin
+    for stack in board.architecture.stacks:
+        _take_out(board, stack, mask, twin)
+    return twin
+
+
+def path_of_layers(board: Switchboard, stack: Stack) -> str:
+    """Where in a board's model the layers of a stack are."""
+    first = next(switch for switch in board.switches if switch.stack == stack.name)
+    return board.path_of(first).rpartition(".")[0]
+
+
+def _take_out(board: Switchboard, stack: Stack, mask: NDArray, twin: PreTrainedModel) -> None:
+    """Put stand-ins in the places of what a mask skips in one stack."""
+    switches = [(at, switch) for at, switch in enumerate(board.switches) if switch.stack == stack.name]
+    number = {(switch.index, switch.sublayer.kind): at for at, switch in switches}
+    layers, original = twin_at(twin, path_of_layers(board, stack)), stack.layers_in(board.model)
+    counting = _counting(board, stack)
+    for index, layer in enumerate(original):
+        skipped = [sublayer for sublayer in stack.sublayers if mask[number[index, sublayer.kind]]]
+        counts = index if index in counting else None
+        if len(skipped) == len(stack.sublayers) and (stack.whole or stack.norms):
+            layers._modules[str(index)] = _PassedLayer([layer.get_submodule(norm) for norm in stack.norms], counts)
+        elif skipped:
+            own = twin_at(layers, str(index))
+            for sublayer in skipped:
+                for module in sublayer.modules:
+                    nothing = not sublayer.adds_residual and sublayer.kind == "feed_forward"
+                    stand_in: nn.Module = _Nothing() if nothing else _Unchanged()
+                    if module == sublayer.attention:
+                        counted = counts if sublayer.kind == "attention" else None
+                        stand_in = _NoAttention(sublayer.adds_residual, sublayer.position_bias is not None, counted)
+                    parent, _, name = module.rpartition(".")
+                    twin_at(own, parent)._modules[name] = stand_in
+    for sublayer in stack.sublayers:
+        runs = [index for index in range(len(original)) if not mask[number[index, sublayer.kind]]]
+        if sublayer.position_bias is not None and runs and runs[0] > 0:
+            _share_bias(
+                original[0].get_submodule(sublayer.position_bias), layers, f"{runs[0]}.{sublayer.position_bias}"
+            )
+
+
+def _share_bias(first: Any, layers: nn.Module, path: str) -> None:
+    """Have the first attention that runs make the position bias that all share."""
+    if first.has_relative_attention_bias:
+        attention = twin_at(layers, path)
+        attention.has_relative_attention_bias = True
+        attention._modules["relative_attention_bias"] = first.relative_attention_bias
+
+
+def _counting(board: Switchboard, stack: Stack) -> set[int]:
+    """Layers by which a cache tells how many positions it has seen: the first of each type in a decoder."""
+    if stack.name != "decoder":
+        return set()
+    types = getattr(board.model.config, "layer_types", None) or [None]
+    return {types.index(kind) for kind in set(types)}
+
+
+def _count(layer: int | None, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Have a layer of the cache, if there is one, store a number for each position, which nobody reads."""
+    cache = cache_among(args, kwargs)
+    if layer is not None and cache is not None:
+        own: Cache = getattr(cache, "self_attention_cache", cache)
+        nothing = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+        own.update(nothing, nothing, layer)
+
+
+class _Unchanged(nn.Module):
+    """Passes its input on."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
+class _Nothing(nn.Module):
+    """A zero, which the layer adds to the hidden states."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states.new_zeros(())
+
+
+class _NoAttention(nn.Module):
+    """Stands in for an attention: passes its input on where it adds that itself, else it gives a zero."""
+
+    def __init__(self, adds_residual: bool, passes_bias: bool, counts: int | None) -> None:
+        super().__init__()
+        self._adds_residual, self._passes_bias, self._counts = adds_residual, passes_bias, counts
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple:
+        _count(self._counts, hidden_states, args, kwargs)
+        output = hidden_states if self._adds_residual else hidden_states.new_zeros(())
+        return (output, kwargs.get("position_bias"), None) if self._passes_bias else (output, None)
+
+
+class _PassedLayer(nn.Module):
+    """Stands in for a layer of which nothing runs but its norms."""
+
+    def __init__(self, norms: list[nn.Module], counts: int | None) -> None:
+        super().__init__()
+        self._norms, self._counts = nn.ModuleList(norms), counts
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        _count(self._counts, hidden_states, args, kwargs)
+        for norm in self._norms:
+            hidden_states = norm(hidden_states)
+        return hidden_states

@@ -1,0 +1,56 @@
+"""Inputs and answers, whatever runs the model: nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+
+from sd_gym.errors import short
+from sd_gym.tasks.family import check_text
+
+Input = str | Sequence[str] | Mapping[str, Any]
+
+
+class Answer(NamedTuple):
+    """The outcome of one input."""
+
+    answer: str  # the text that was generated or extracted, the name of the class, or the score
+    skip: NDArray  # which switches it skipped, bool [switches]
+    token_level: int  # at which it dropped tokens
+    flops_ratio: float  # FLOPs over those of the dense backbone, the policy's own included
+    unknown_tokens: int  # tokens of the input that stand for something that the tokenizer does not know
+    went_on: bool = False  # whether the answer is the dense one, as that under the skipped switches was not accepted
+
+
+def checked_texts(given: Any, names: Sequence[str], *, optional: bool) -> list[str]:
+    """The texts of an input with these fields, of which the last may be ``optional``.
+
+    ``ValueError`` if it is malformed, or no tokenizer can read one of its texts.
+    """
+    texts: Any = [given.get(name) for name in names] if isinstance(given, Mapping) else given
+    texts = list(texts) if isinstance(texts, list | tuple) else [texts]
+    if optional and len(texts) == 2 and texts[1] is None:
+        texts = texts[:1]
+    fits = len(names) - optional <= len(texts) <= len(names)
+    if not fits or not all(isinstance(text, str) and text.strip() for text in texts):
+        expected = " and ".join(names) + (" (which may be missing)" if optional else "")
+        raise ValueError(f"expected {expected}, each a text that is not empty; got {short(given)}")
+    for name, text in zip(names, texts, strict=False):
+        check_text(text, name)
+    return texts
+
+
+def check_list(inputs: Any) -> None:
+    """Raise ``ValueError`` if one input is given where a list of them is expected."""
+    if isinstance(inputs, str | Mapping):
+        raise ValueError(f"expected a list of inputs, got one {type(inputs).__name__}; put it in a list")
+
+
+def unknown_words(unknown: int, inputs: int) -> str:
+    """The warning that some inputs have words that the tokenizer does not know."""
+    return (
+        f"{unknown:,} of {inputs:,} inputs have words that the backbone's tokenizer does not know, so the answers to "
+        "them mean little; is it the right backbone for these texts?"
+    )

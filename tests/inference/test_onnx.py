@@ -1,0 +1,214 @@
+"""Exported policies: the answers, decisions and FLOPs of ``sd_gym.load``, without torch; damaged files are named."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import sd_gym
+from sd_gym.cli import app
+from tests.conftest import WORDS
+from tests.envs.conftest import trained
+from tests.inference.conftest import lines_of, write
+
+onnx = pytest.importorskip("sd_gym.inference.onnx")
+
+
+def few_masks(task, folder, tokenizer, observation="pooled"):
+    """A policy that decides among four of its own masks, and texts."""
+    core, policy, artefact, texts = trained(task, None, folder, tokenizer, observation)
+    network = policy.reduced(4, core.observe(core.split("train"), np.arange(len(core.split("train")))))
+    network.codebook = network.codebook.clone()
+    network.codebook[-1, :-1] = 1  # a graph that does not read the attention mask
+    return replace(artefact, network=network), texts
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, tiny_tokenizer):
+    """A policy, the folder that it was exported to, and texts."""
+    folder = tmp_path_factory.mktemp("policy")
+    policy, texts = few_masks("classification", folder, tiny_tokenizer)
+    sd_gym.export(policy, folder / "onnx")
+    return policy, folder / "onnx", texts
+
+
+def check_same(policy, folder, texts):
+    wanted, came = sd_gym.load(policy).answers(texts), onnx.load(folder)(texts)
+    assert [one.answer for one in came] == [one.answer for one in wanted]
+    np.testing.assert_array_equal([one.skip for one in came], [one.skip for one in wanted])
+    np.testing.assert_allclose([one.flops_ratio for one in came], [one.flops_ratio for one in wanted], rtol=1e-12)
+    assert [one.unknown_tokens for one in came] == [one.unknown_tokens for one in wanted]
+    return came
+
+
+def test_texts_are_answered_as_by_load(exported):
+    policy, folder, texts = exported
+    random = np.random.default_rng(0)
+    texts = texts + [" ".join(random.choice([*WORDS, "strange"], random.integers(1, 40))) for _ in range(60)]
+    came = check_same(policy, folder, texts)  # some are cut, some have one word
+    assert len({tuple(one.skip) for one in came}) > 1
+    dense = sd_gym.load(policy).answers(texts, dense=True)
+    assert [one.answer for one in onnx.load(folder)(texts, dense=True)] == [one.answer for one in dense]
+    assert [one.answer for one in onnx.load(folder)(texts, batch_size=3)] == [one.answer for one in came]
+    assert onnx.load(folder)([]) == []
+
+
+@pytest.mark.parametrize(("task", "observation"), [("pairs", "tokens"), ("scores", "pooled"), ("extracted", "pooled")])
+def test_other_heads_and_observations(task, observation, tmp_path, tiny_tokenizer):
+    policy, texts = few_masks(task, tmp_path, tiny_tokenizer, observation)
+    sd_gym.export(policy, tmp_path / "onnx")
+    check_same(policy, tmp_path / "onnx", texts)
+
+
+def test_in_int8_decisions_stay_the_same(exported, tmp_path):
+    policy, folder, texts = exported
+    sd_gym.export(policy, tmp_path / "onnx", int8=True)
+    came, wanted = onnx.load(tmp_path / "onnx")(texts), onnx.load(folder)(texts)
+    np.testing.assert_array_equal([one.skip for one in came], [one.skip for one in wanted])
+    assert "MatMulInteger" in (tmp_path / "onnx" / "mask-0.onnx").read_bytes().decode(errors="ignore")
+
+
+def test_graphs_share_one_file_of_weights(exported):
+    _, folder, _ = exported
+    backbone = folder.parent / "backbone" / "model.safetensors"
+    assert (folder / "weights.bin").stat().st_size < 4 * backbone.stat().st_size  # weights begin at whole pages
+    assert not (folder / "export.tmp").exists()
+
+
+def test_neither_torch_nor_what_else_sd_gym_needs_is_imported(exported):
+    _, folder, texts = exported
+    code = (
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name.partition('.')[0] in ('gymnasium', 'torch', 'transformers', 'pydantic', 'filelock'):\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import sd_gym\n"
+        "print(len(sd_gym.onnx.load(sys.argv[1])([sys.argv[2]])[0].skip))\n"
+        "assert not {'torch', 'transformers', 'gymnasium'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder), texts[0]], capture_output=True, text=True)
+    assert done.stdout.strip() == "6", done.stderr
+
+
+@pytest.mark.parametrize("name", ["mask-0.onnx", "decide.onnx", "weights.bin", "tokenizer.json"])
+def test_a_flipped_byte_is_an_error_that_names_the_file(name, exported, tmp_path):
+    shutil.copytree(exported[1], tmp_path / "onnx")
+    file = tmp_path / "onnx" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is not the file that was exported"):
+        onnx.load(tmp_path / "onnx")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=f"no {name}"):
+        onnx.load(tmp_path / "onnx")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_other_manifest_is_an_error_that_names_it(exported, tmp_path, data):
+    folder = tmp_path / "onnx"
+    if not folder.exists():
+        shutil.copytree(exported[1], folder)
+    content = (exported[1] / onnx.MANIFEST).read_bytes()
+    place = data.draw(st.integers(0, len(content) - 1))
+    kind = data.draw(st.sampled_from(["cut", "byte", "key"]))
+    if kind == "cut":
+        changed = content[:place]
+    elif kind == "byte":
+        changed = content[:place] + bytes([data.draw(st.integers(0, 255))]) + content[place + 1 :]
+    else:
+        said = json.loads(content)
+        said[data.draw(st.sampled_from(sorted(said)))] = data.draw(st.none() | st.integers() | st.text(max_size=3))
+        changed = json.dumps(said).encode()
+    (folder / onnx.MANIFEST).write_bytes(changed)
+    try:
+        same = json.loads(changed) == json.loads(content)
+    except ValueError:
+        same = False
+    if not same:
+        with pytest.raises(ValueError, match=onnx.MANIFEST):
+            onnx.load(folder)
+
+
+def test_what_cannot_be_exported_says_so_and_what_to_do(tmp_path, tiny_tokenizer):
+    _, _, artefact, _ = trained("classification", None, tmp_path, tiny_tokenizer)
+    with pytest.raises(ValueError, match=r"more than 5 masks.*sd-gym reduce RUN --codebook 5"):
+        sd_gym.export(artefact, tmp_path / "onnx", masks=5)
+    for change, why in (
+        ({"noise": "hash"}, "it is a control"),
+        ({"stages": ["first", "encoder.1"]}, "it decides in the pass, at first, encoder.1"),
+    ):
+        network = artefact.network.with_decision(np.zeros(7, dtype=int))
+        vars(network).update(change)
+        with pytest.raises(ValueError, match=f"cannot be exported to ONNX: {why}"):
+            sd_gym.export(replace(artefact, network=network), tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_a_backbone_that_generates_is_not_exported(tmp_path, tiny_tokenizer):
+    _, _, artefact, _ = trained("summarization", None, tmp_path, tiny_tokenizer)
+    network = artefact.network.with_decision(np.zeros(len(artefact.network.nvec), dtype=int))
+    with pytest.raises(ValueError, match="its backbone, a bart, is no encoder"):
+        sd_gym.export(replace(artefact, network=network), tmp_path / "onnx")
+
+
+def test_a_folder_that_holds_anything_is_not_written_to(exported):
+    policy, folder, _ = exported
+    with pytest.raises(FileExistsError, match="is not empty"):
+        sd_gym.export(policy, folder)
+
+
+def test_malformed_inputs_are_named(exported):
+    model = onnx.load(exported[1])
+    with pytest.raises(ValueError, match="input 1: expected text and text_pair"):
+        model(["good", 3])
+    with pytest.raises(ValueError, match="expected a list of inputs"):
+        model("good")
+    with pytest.raises(ValueError, match="batch size of at least 1"):
+        model(["good"], batch_size=0)
+
+
+def test_evaluate_judges_the_graphs_on_any_split(exported):
+    policy, folder, texts = exported
+    env = policy.card["env"]["id"]
+    result = sd_gym.evaluate(env, folder, "test")
+    wanted = sd_gym.load(policy).answers(texts)
+    assert result["flops_ratio_with_policy"] == pytest.approx(np.mean([one.flops_ratio for one in wanted]))
+    assert result["decisions_used"] == len({tuple(one.skip) for one in wanted})
+    rows = [json.loads(line) for line in (folder.parent / "data" / "test.jsonl").read_text().splitlines()]
+    right = [one.answer == f"LABEL_{row['label']}" for one, row in zip(wanted, rows, strict=True)]
+    assert result["quality"] == np.mean(right)
+    with pytest.raises(ValueError, match="one operating point"):
+        sd_gym.evaluate(env, folder, select=True)
+
+
+def test_its_commands(exported, tmp_path):
+    policy, folder, texts = exported
+    policy.save_pretrained(tmp_path / "policy")
+    runner = CliRunner()
+    done = runner.invoke(app, ["export", str(tmp_path / "policy"), "--output", str(tmp_path / "onnx"), "--int8"])
+    assert done.exit_code == 0, done.output
+    assert "dense among them" in done.output
+    source = write(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    command = ["run", str(folder), "--input", str(source), "--output", str(tmp_path / "out.jsonl")]
+    done = runner.invoke(app, [*command, "--compare"])
+    assert done.exit_code == 0, done.output
+    assert [one["answer"] for one in lines_of(tmp_path / "out.jsonl")] == [
+        one.answer for one in onnx.load(folder)(texts)
+    ]
+    done = runner.invoke(app, [*command[:-1], str(tmp_path / "other.jsonl"), "--max-loss", "0.1"])
+    assert done.exit_code == 2
+    assert "is exported" in done.output
+    done = runner.invoke(app, ["evaluate", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert "in ONNX" in done.output
