@@ -55,8 +55,8 @@ def fit_projection(observations: Array, size: int, before: int = 0, after: int =
     from scipy.linalg import block_diag
     from sklearn.decomposition import PCA
 
-    reduced = observations[:, before : observations.shape[1] - after]
-    found = PCA(size, svd_solver="full").fit(reduced.astype(np.float64))
+    reduced = np.asarray(observations, dtype=np.float64)[:, before : observations.shape[1] - after]
+    found = PCA(size, svd_solver="full").fit(reduced)
     components = found.components_ / deviation_of(np.sqrt(found.explained_variance_))[:, None]
     exact = (
         np.pad(found.mean_, (before, after)),
