@@ -70,10 +70,7 @@ class Passes:
         texts, judged = np.empty(len(rows), dtype=object), np.empty((len(rows), len(self.head.judgement)))
         resume_from = seen if seen is not None and seen.stage == BETWEEN else None
         for picked, inputs in self.planned(rows, decisions, self.longest):
-            keep = self._tokens.kept(rows[picked], decisions[picked, -1])
-            if resume_from is None and keep is None and (model := self._model_of(decisions[picked])) is not None:
-                said = self._generated(inputs, nullcontext(), model)
-            elif resume_from is None:
+            if resume_from is None:
                 said = self.said(rows[picked], decisions[picked], inputs)
             else:
                 said = self._generated_after(resume_from, rows, decisions, picked)
@@ -82,7 +79,10 @@ class Passes:
 
     def said(self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor]) -> tuple[list[str], Array]:
         """What one ``generate()`` says to a batch of these rows, and how probable its tokens are."""
-        return self._generated(inputs, self.decide(rows, decisions))
+        keep = self._tokens.kept(rows, decisions[:, -1])
+        if keep is None and (model := self._model_of(decisions)) is not None:
+            return self._generated(inputs, nullcontext(), model)
+        return self._generated(inputs, self.backbone.board.decide(decisions[:, :-1], keep))
 
     def _generated_after(
         self, seen: PassState, rows: Array, decisions: Array, picked: Array

@@ -381,8 +381,8 @@ class Decisions(local):
         always, switched = self._costs(source, kept, self._target)
         dense_always, dense = self._costs(source, source, self._target)
         ran = always + (switched * ~self.skip).sum(axis=1)
-        if self._ranked and self.token_level is not None:  # the first attention ran on all tokens to rank them
-            ran = ran + np.where(self.token_level > 0, self._flops.costs(source, source)[1][:, 0], 0)
+        if self._ranked:  # the first attention ran on all tokens to rank them, for those that dropped any
+            ran = ran + np.where(kept < source, self._flops.costs(source, source)[1][:, 0], 0)
         whole = dense_always + dense.sum(axis=1)
         if self.went_on.any():
             again_always, again = self._costs(source, source, self._target_again or self._target)

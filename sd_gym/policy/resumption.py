@@ -36,33 +36,32 @@ class Resumption:
             if columns.start in points and columns.start >= max(decided, 1)  # from the start, nothing is needed
         }
         self.stages = list(self._point_of)
+        self._from = np.zeros(0, dtype=np.int64)  # the switch from which each row would go on
         self._kept: list[tuple[NDArray, PassState]] = []
 
-    def keep(self, seen: PassState, masks: NDArray, keep: NDArray | Tensor | None) -> None:
+    def decided(self, masks: NDArray) -> None:
+        """Know what was decided so far, int ``[n, switches + 1]``."""
+        self._from = resumed_from(masks, self._points)
+
+    def keep(self, seen: PassState, keep: NDArray | Tensor | None) -> None:
         """Keep the rows whose first skipped sublayer is in the layer that comes now.
 
         Args:
-            seen: The state at one of ``stages``.
-            masks: What was decided so far, int ``[n, switches + 1]``.
+            seen: The state at a stage.
             keep: The tokens that the pass keeps, bool ``[n, length]``; ``None``: all.
         """
-        point = self._point_of.get(seen.stage)
-        rows = np.flatnonzero(resumed_from(masks, self._points) == point)
-        if point is None or not len(rows):
+        rows = np.flatnonzero(self._from == self._point_of.get(seen.stage, -1))
+        if not len(rows):
             return
-        state = seen if len(rows) == len(masks) else seen.rows(torch.from_numpy(rows).to(seen.hidden.device))
+        state = seen if len(rows) == len(self._from) else seen.rows(torch.from_numpy(rows).to(seen.hidden.device))
         self._kept.append((rows, state if keep is None else _at_all_positions(state, keep[rows])))
 
-    def blocks(self, masks: NDArray, goes_on: NDArray) -> Iterator[tuple[Tensor, Block]]:
-        """The rows that go on, int64 ``[rows]`` on the model's device, and the block in which they run, by where.
+    def blocks(self, goes_on: NDArray) -> Iterator[tuple[Tensor, Block]]:
+        """Of rows that go on, bool ``[n]``: their numbers, int64 ``[rows]``, and the block they run in, by where.
 
         Rows that have skipped nothing are not among them: their answer is the dense one.
-
-        Args:
-            masks: What was decided, int ``[n, switches + 1]``.
-            goes_on: Bool ``[n]``.
         """
-        from_start = np.flatnonzero(resumed_from(masks, self._points) == 0)
+        from_start = np.flatnonzero(self._from == 0)
         dense = np.zeros((1, len(self._board)), dtype=np.bool_)
         for rows, state in [(from_start, None), *self._kept]:
             again = np.flatnonzero(goes_on[rows])

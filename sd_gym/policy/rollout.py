@@ -81,14 +81,17 @@ class StagedRollout:
 
     def going_on(self) -> Iterator[tuple[Tensor, Block]]:
         """The rows that go on and have skipped anything, int64 ``[rows]``, in parts, and the block each runs in."""
-        return iter(()) if self._resumption is None else self._resumption.blocks(self.decisions, self.went_on)
+        return iter(()) if self._resumption is None else self._resumption.blocks(self.went_on)
 
     def _choose(self, seen: PassState) -> tuple[NDArray, Keep]:
         """Decide a stage, if it is one of the policy; ``Switchboard.decide_in_pass`` calls it."""
-        if seen.stage in self._columns:
+        decides = seen.stage in self._columns
+        if decides:
             self._decide(seen)
         if self._resumption is not None:
-            self._resumption.keep(seen, self.decisions, self.keep)
+            if decides:
+                self._resumption.decided(self.decisions)
+            self._resumption.keep(seen, self.keep)
         return self.decisions[:, self._passing[seen.stage]], self.keep if seen.stage == "first" else None
 
     def _decide(self, seen: PassState) -> None:

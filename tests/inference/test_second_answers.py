@@ -152,8 +152,8 @@ def test_flops_are_those_that_a_counter_counts(name, dropping):
     assert counted[1] > counted[0]
 
 
-@pytest.mark.parametrize("name", ["bart", "t5", "llama"])
-def test_a_text_is_written_again_densely_on_what_the_encoder_has_read(name):
+@pytest.mark.parametrize(("name", "beams"), [("bart", 1), ("t5", 3), ("llama", 1), ("llama", 2)])
+def test_a_text_is_written_again_densely_on_what_the_encoder_has_read(name, beams):
     lone = name == "llama"
     model, inputs = make_model(name), make_inputs(name, side="left" if lone else "right")
     prompts = {key: inputs[key] for key in ("input_ids", "attention_mask")}
@@ -163,7 +163,8 @@ def test_a_text_is_written_again_densely_on_what_the_encoder_has_read(name):
     masks = np.zeros((5, size), dtype=int)
     masks[:3, encoder + 1 :: 2] = 1  # of the first three rows the encoder has run all
     masks[3, ::2] = 1
-    goes_on, how = np.array([True, False, True, True, True]), {"max_new_tokens": 6, "do_sample": False}
+    how = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+    goes_on = np.array([True, False, True, True, True])
     policy = scripted(model, masks, np.zeros(5, dtype=int), goes_on, shares=(0.0,))
     board = Switchboard(model)
     with board.decide(masks):

@@ -48,7 +48,7 @@ def edit_weights(folder, change):
         ({"format": 2}, r"format: Input should be 1, got 2"),
         (
             {"nvec": [2, 2, 1]},
-            r"a 2 for each of the 3 switches .* and then the number of token levels, got \[2, 2, 1\]",
+            r"a 2 for each of the 3 switches .* then the number of token levels, .* got \[2, 2, 1\]",
         ),
         ({"nvec": [2, 3, 2, 1]}, r"got \[2, 3, 2, 1\]"),
         ({"nvec": []}, r"nvec: List should have at least 1 item"),

@@ -20,7 +20,9 @@ def test_a_cascade_runs_again_where_it_is_not_sure(settings, tmp_path):
     assert 0 < unsure.sum() < len(rows)
     decided = CascadePoint(mask, threshold, Confidences()).decide_split(split, rows)
     np.testing.assert_array_equal(decided.decisions, np.where(unsure[:, None], 0, masked))
-    np.testing.assert_array_equal(decided.flops, np.where(unsure, split.costs.flops(rows, masked), 0))
+    costs = split.costs
+    both = costs.flops(rows, masked) + costs.going_on(rows, masked)
+    np.testing.assert_array_equal(decided.flops, np.where(unsure, both - costs.dense_flops(rows), 0))
     agent = make_agent("cascade", env)
     assert agent.operating_points() == []  # before it has searched
     agent.learn(1, None, lambda rollout: None)
