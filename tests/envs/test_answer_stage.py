@@ -6,10 +6,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from sd_gym.agents.experiment.replay import replay
 from stable_baselines3.common.env_checker import check_env as check_sb3_env
 
 import sd_gym
 from sd_gym.envs import ConfigError
+from sd_gym.policy import DecisionPolicy
 from tests.envs.conftest import SMALL, core_of
 
 TABLE = "SD/Table-v0"
@@ -116,6 +118,34 @@ def test_a_table_has_the_same_looks_and_outcomes(core, table):
                 shown, _ = core.stage_observation.observe(theirs, rows, stage, decisions, None)
                 np.testing.assert_allclose(seen, shown, atol=1e-3)
         np.testing.assert_array_equal(ours.from_masks(ours.to_masks(decided)), decided * [*[1] * (len(ways) - 1), 0])
+
+
+@pytest.mark.parametrize("algo", ["ppo", "a2c", "ppo_lagrangian", "ppo_lex", "reinforce", "imitation", "static"])
+def test_agents_learn_there_and_their_runs_are_played_again(algo, table, tmp_path):
+    steps = {} if algo in ("imitation", "static") else {"num_envs": 16}
+    settings = {"epochs": 3} if algo == "imitation" else steps
+    result = sd_gym.train(TABLE, algo, tmp_path / "run", steps=64, table=table, epsilon=0.3, **settings)
+    assert 0 <= result["goes_on"] <= 1
+    assert replay(tmp_path / "run").decided
+
+
+def test_more_margin_goes_on_more_and_skips_less(core):
+    policy = DecisionPolicy(
+        core.observation_space.shape[0], core.nvec.tolist(), core.switch_names, stages=core.stages
+    ).eval()
+    split = core.split("validation")
+    rows = np.arange(len(split))
+    skips, on = [], []
+    for margin in (-20.0, 0.0, 20.0):
+        decisions, _ = core.rollout(split, rows, policy.with_margin(margin).decide)
+        skips.append(decisions[:, :-1].mean())
+        on.append(decisions[:, -1].mean())
+    assert skips == sorted(skips, reverse=True)
+    assert (on[0], on[-1], skips[-1]) == (0, 1, 0)
+    assert core.score(split, rows, decisions).flops_ratio.max() == 1
+    sure = core.rollout(split, rows, policy.with_sureness(20.0).decide)[0]
+    assert sure[:, -1].all()
+    np.testing.assert_array_equal(sure[:, :-1], core.rollout(split, rows, policy.decide)[0][:, :-1])
 
 
 def test_a_text_is_judged_by_the_tokens_that_were_generated():
