@@ -82,7 +82,9 @@ def scenes(core: Core, shown: Shown) -> list[Scene]:
 def _results(shown: Shown) -> dict[int, Result]:
     """What came of the decisions, by env."""
     envs, infos = np.flatnonzero(shown.decided), shown.infos
-    answers = shown.split.passes.answers(shown.rows[envs], infos["decision"][envs])
+    goes_on = infos.get("goes_on", np.zeros(len(shown.rows), dtype=bool))[envs]
+    answered = np.where(goes_on[:, None], 0, infos["decision"][envs])  # where it goes on, the answer is the dense one
+    answers = shown.split.passes.answers(shown.rows[envs], answered)
     return {
         env: Result(
             decision=infos["decision"][env],
