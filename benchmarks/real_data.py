@@ -57,10 +57,10 @@ SETS = {
     "subj": Set("subj", 4700, 3000, 450),
     "agnews": Set("agnews", 7001, 5000, 500, length=32),
     "sst2-smollm2": Set(
-        "sst2_sentences", 5120, 3400, 300, max_rate=0.6, backbone="smollm2", stages="[first, decoder.10, answer]"
+        "sst2_sentences", 5120, 3400, 300, max_rate=0.6, backbone="smollm2", stages="[first, decoder.15, answer]"
     ),
     "agnews-smollm2": Set(
-        "agnews", 7001, 5000, 300, length=32, max_rate=0.6, backbone="smollm2", stages="[first, decoder.10, answer]"
+        "agnews", 7001, 5000, 300, length=32, max_rate=0.6, backbone="smollm2", stages="[first, decoder.15, answer]"
     ),
 }
 
