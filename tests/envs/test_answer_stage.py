@@ -120,6 +120,7 @@ def test_a_table_has_the_same_looks_and_outcomes(core, table):
         np.testing.assert_array_equal(ours.from_masks(ours.to_masks(decided)), decided * [*[1] * (len(ways) - 1), 0])
 
 
+@pytest.mark.parametrize("source", STAGES[1:], indirect=True, ids=["two looks"])
 @pytest.mark.parametrize("algo", ["ppo", "a2c", "ppo_lagrangian", "ppo_lex", "reinforce", "imitation", "static"])
 def test_agents_learn_there_and_their_runs_are_played_again(algo, table, tmp_path):
     steps = {} if algo in ("imitation", "static") else {"num_envs": 16}
