@@ -260,8 +260,10 @@ def test_a_disk_that_cannot_be_written(code, reviews, tiny_backbone, monkeypatch
     assert "free some space" in said or "choose a folder" in said
 
 
-def test_preparing_on_a_full_disk(tmp_path, reviews, tiny_backbone):
+@pytest.mark.parametrize("minutes", [0, 10], ids=["of its checkpoint", "of its model"])
+def test_preparing_on_a_full_disk(minutes, tmp_path, reviews, tiny_backbone):
     prepare = ["prepare", "--backbone", tiny_backbone, "--dataset", reviews, "--output", "out", "--steps", 2]
+    prepare += ["--checkpoint-minutes", minutes]
     with small_disk(10_000):
         said = call(*prepare)
     assert "File too large" in said or "cannot write" in said
@@ -302,6 +304,7 @@ def test_damaged_checkpoints(damage, cut_off, tmp_path):
 
 def test_damaged_checkpoints_of_a_preparation(tmp_path, reviews, tiny_backbone):
     prepare = ["prepare", "--backbone", tiny_backbone, "--dataset", reviews, "--output", "out", "--steps", 2]
+    prepare += ["--checkpoint-minutes", 0]
     checkpoint = tmp_path / "out" / "checkpoint.pt"
 
     def cut_off(_):

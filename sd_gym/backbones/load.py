@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -167,9 +168,15 @@ def _stored(name: str) -> tuple[PretrainedConfig, type[Head] | None, str, dict[s
 
 
 def save_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model and its tokenizer as Hugging Face does; each file appears complete or not at all."""
+    """Write a model and its tokenizer as Hugging Face does; each file appears complete or not at all.
+
+    Raises ``OSError`` if the disk is full.
+    """
     temporary = folder / "model.tmp"
-    model.save_pretrained(temporary)
+    try:
+        model.save_pretrained(temporary)
+    except SafetensorError as error:
+        raise OSError(f"cannot write the model to {folder}: {one_line(error)}") from error
     tokenizer.save_pretrained(temporary)
     # The configuration comes last: a folder that has it is complete.
     for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):

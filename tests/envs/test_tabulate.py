@@ -94,7 +94,6 @@ def test_another_folder_is_left_alone(tmp_path, table_source):
         ({"pca": 0}, ValueError, "--pca: expected at least 1 component"),
         ({"pca": 1000}, ValueError, "no more than there are training instances"),
         ({"observation": "tokens"}, ConfigError, "observations that are one array"),
-        ({"stages": ["first", "encoder.1"], "pca": 4}, ConfigError, "reduces what one stage shows"),
         ({"epsilom": 1}, ConfigError, "did you mean 'reward.epsilon'"),
     ],
 )

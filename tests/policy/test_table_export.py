@@ -157,13 +157,18 @@ def test_policies_can_leave_every_table_in_the_package(env_id):
     assert exported.env.id == core.description["env"]
     assert exported.env.table is None
     assert exported.backbone["weights"] == core.backbone.weights
-    assert exported.mean.shape == exported.deviation.shape == core.observation.projection.mean.shape
+    seen, before = core.observation.projection.mean.shape, (0,)
+    if core.is_staged:  # each stage is standardised by itself, all but the stage and the FLOPs
+        seen, before = (len(core.stages), *seen), (0, len(core.stages) + 1)
+    assert exported.mean.shape == exported.deviation.shape == tuple(np.subtract(seen, before))
     assert (exported.deviation > 0).all()
     if core.exhaustive:
         assert exported.masks is None
     else:
-        np.testing.assert_array_equal(exported.masks, core.to_masks(all_decisions(core.nvec)))
-        assert {*map(tuple, exported.masks)} == {*map(tuple, core.masks)}
+        decisions, size = all_decisions(core.nvec), len(core.decision_nvec)
+        np.testing.assert_array_equal(exported.masks[:, :size], core.to_masks(decisions))
+        np.testing.assert_array_equal(exported.masks[:, size:].any(axis=1), core.goes_on(decisions))
+        assert {*map(tuple, exported.masks[:, :size])} == {*map(tuple, core.masks)}
 
 
 def test_a_backbone_that_the_project_does_not_have_is_asked_for(tmp_path):

@@ -75,6 +75,7 @@ class Known:
     """A split whose quality and FLOPs are known: three switches and two token levels, of these shares of the FLOPs."""
 
     nvec = np.array([2, 2, 2, 3])
+    n_skips = len(nvec)
     shares = np.array([0.2, 0.2, 0.3, 0.1])
     switch_names = ("encoder.0.attention", "encoder.1.attention", "encoder.1.feed_forward")
 
