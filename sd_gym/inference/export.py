@@ -166,7 +166,8 @@ class _Writer:
         manifest = self._described(graphs)
         write_text(self._folder / "README.md", _card(manifest))
         names = [DECIDE, *graphs, WEIGHTS, TOKENIZER, "README.md"]
-        manifest["files"] = {name: sha256(self._folder / name) for name in names} | {MANIFEST: own_hash(manifest)}
+        manifest["files"] = {name: sha256(self._folder / name) for name in names}
+        manifest["files"][MANIFEST] = own_hash(manifest)
         write_json(self._folder / MANIFEST, manifest)
         self._compare(plain)
         return manifest

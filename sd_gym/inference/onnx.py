@@ -52,9 +52,9 @@ def load(
 
 
 def own_hash(manifest: dict[str, Any]) -> str:
-    """The hash of a manifest without its hashes."""
-    rest = {key: value for key, value in manifest.items() if key != "files"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    """The hash of a manifest, but for this one, which stands among those of its files."""
+    files = {name: hashed for name, hashed in manifest["files"].items() if name != MANIFEST}
+    return hashlib.sha256(json.dumps({**manifest, "files": files}, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
