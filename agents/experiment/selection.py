@@ -182,9 +182,18 @@ class Selection:
         if not points:
             return []
         losses = np.zeros((len(points), 1)) if len(self._paths) == 1 else np.stack([point.losses for point in points])
-        number = np.repeat(np.arange(len(self._paths)), [len(path) for path in self._paths])
+        number = self._learned()
         flops, most = np.array([point.flops for point in points]), PASSES if self.core.config.table is None else POINTS
         return [points[one] for one in sequence(flops, losses, number, most)]
+
+    def _learned(self) -> NDArray:
+        """Of each point, a number that variants of one policy share, which do not oust each other.
+
+        A policy knows the rows that it has learned on, where its bold versions may seem to lose less than others.
+        """
+        versions = [path[0].version for path in self._paths]
+        known = [id(version if version.learned is None else version.learned) for version in versions]
+        return np.repeat(np.unique(known, return_inverse=True)[1], [len(path) for path in self._paths])
 
     def _test(self, version: Version) -> Tested:
         scored = outcomes(self.core, version.policy, self.core.split("validation"))

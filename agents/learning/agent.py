@@ -202,10 +202,11 @@ class Agent(BaseAgent[SettingsT]):
 
     def operating_points(self) -> list[Version]:
         """The versions of all policies to select from; of those with an answer stage also surer and less sure ones."""
-        core, policies = self.env.core, self.selectable_policies()
-        if core.has_answer_stage:
-            policies = [policy.with_sureness(margin) for policy in policies for margin in SURENESS]
-        return [one for policy in policies for one in versions(core, policy)]
+        core, points = self.env.core, list[Version]()
+        for policy in self.selectable_policies():
+            variants = [policy.with_sureness(margin) for margin in SURENESS] if core.has_answer_stage else [policy]
+            points += [one._replace(learned=policy) for variant in variants for one in versions(core, variant)]
+        return points
 
     def state(self) -> dict[str, Any]:
         """All that learning depends on, as tensors and plain values; agents that search have none, and start again."""

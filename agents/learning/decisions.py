@@ -142,6 +142,7 @@ class Version(NamedTuple):
     of: Any = (
         None  # the policy, or whatever else makes a path: its versions stand together, the most cautious one first
     )
+    learned: Any = None  # what several paths are variants of, if not each a policy of its own
 
 
 def versions(core: Core, policy: DecisionPolicy | TablePolicy) -> list[Version]:

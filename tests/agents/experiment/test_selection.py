@@ -84,6 +84,15 @@ def test_bolder_versions_of_a_policy_that_loses_too_much_are_not_scored(scripted
     assert {flops for split, flops in asked if split == "train"} == {0.9, 0.8, 0.2}
 
 
+def test_variants_of_a_policy_do_not_oust_each_other(scripted_scores):
+    """Where the bold one seems to lose less, on rows that it has learned on, the cautious one is still tested first."""
+    points = [Version(Scripted(0.8, 5, 1), 0.0, object()), Version(Scripted(0.5, 0, 60), 0.0, object())]
+    assert Selection(scripted_scores[0]).select(points) is None
+    learned = object()
+    variants = [point._replace(learned=learned) for point in points]
+    assert Selection(scripted_scores[0]).select(variants) is variants[0]
+
+
 def test_the_artefact_lists_what_was_tested_of_the_selected_policy(scripted_scores):
     """And nothing else: neither versions that nobody tested, nor other policies."""
     core, origin = scripted_scores[0], DecisionPolicy(3, [2, 1], ["encoder.0.attention"])
