@@ -60,7 +60,7 @@ def fit_projection(observations: Array, size: int, before: int = 0, after: int =
     components = found.components_ / deviation_of(np.sqrt(found.explained_variance_))[:, None]
     exact = (
         np.pad(found.mean_, (before, after)),
-        block_diag(np.eye(before), components, np.eye(after)),
+        np.asarray(block_diag(np.eye(before), components, np.eye(after))),
         np.pad(found.explained_variance_ratio_, (before, after)),
     )
     return Projection(*(values.astype(np.float32) for values in exact))
