@@ -144,21 +144,17 @@ class Experiment:
         write_masks(masks, self.folder / "masks.json")
         return f"codebook:{self.folder / 'masks.json'}"
 
-    def row(self) -> list[str]:
-        """Of the table; a dash where there is no result yet."""
-        return [self.name, self._dense(), *(self._cell(look, agent) for look, (_, of) in LOOKS.items() for agent in of)]
-
     def _results(self, look: str, agent: str) -> list[dict[str, Any]]:
         """Of all seeds that are finished."""
         files = sorted((self.folder / look.replace(" ", "-")).glob(f"*/{agent}-*/result.json"))
         return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
-    def _dense(self) -> str:
+    def dense(self) -> str:
         """Quality of the dense backbone on the test rows, and how many these are."""
         found = self._results("one look", "hull")
         return f"{100 * found[0]['quality_ref']:.1f}% of {found[0]['instances']:,}" if found else "-"
 
-    def _cell(self, look: str, agent: str) -> str:
+    def cell(self, look: str, agent: str) -> str:
         """FLOPs as selected, with a 95% interval (Student's t); points lost on test rows, the mean and the worst."""
         found = self._results(look, agent)
         if not found:
@@ -191,8 +187,10 @@ def main() -> None:
             parser.error(f"these sets need {', '.join(missing)} (without them, --table prints what is there)")
         for one in experiments:
             one.run()
-    columns = [f"{agent}, {look}" for look, (_, agents) in LOOKS.items() for agent in agents]
-    print(markdown(["data", "dense", *columns], [one.row() for one in experiments]))
+    rows = [["-", "dense", *(one.dense() for one in experiments)]]
+    for look, (_, agents) in LOOKS.items():
+        rows += [[look, agent, *(one.cell(look, agent) for one in experiments)] for agent in agents]
+    print(markdown(["stages", "agent", *arguments.sets], rows))
 
 
 if __name__ == "__main__":
