@@ -60,32 +60,38 @@ class Passes:
 
     def generated(self, rows: Array, decisions: Array, seen: PassState | None = None) -> list[str]:
         """What ``generate()`` gives for rows under decisions, by greedy or beam search; arguments as of ``answers``."""
-        return self.generated_and_judged(rows, decisions, seen)[0]
+        return self._texts(rows, decisions, seen, judges=False)[0]
 
-    @torch.inference_mode()
     def generated_and_judged(
         self, rows: Array, decisions: Array, seen: PassState | None = None
     ) -> tuple[list[str], Array]:
         """The same, and the ``judgement`` of each text, float64 ``[n, values]`` (``Seq2SeqHead``)."""
+        return self._texts(rows, decisions, seen, judges=True)
+
+    @torch.inference_mode()
+    def _texts(self, rows: Array, decisions: Array, seen: PassState | None, *, judges: bool) -> tuple[list[str], Array]:
+        """As ``generated_and_judged``; without ``judges``, which takes time, the judgement is zeros."""
         texts, judged = np.empty(len(rows), dtype=object), np.empty((len(rows), len(self.head.judgement)))
         resume_from = seen if seen is not None and seen.stage == BETWEEN else None
         for picked, inputs in self.planned(rows, decisions, self.longest):
             if resume_from is None:
-                said = self.said(rows[picked], decisions[picked], inputs)
+                said = self.said(rows[picked], decisions[picked], inputs, judges=judges)
             else:
-                said = self._generated_after(resume_from, rows, decisions, picked)
+                said = self._generated_after(resume_from, rows, decisions, picked, judges=judges)
             texts[picked], judged[picked] = said
         return texts.tolist(), judged
 
-    def said(self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor]) -> tuple[list[str], Array]:
-        """What one ``generate()`` says to a batch of these rows, and how probable its tokens are."""
+    def said(
+        self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor], *, judges: bool
+    ) -> tuple[list[str], Array]:
+        """What one ``generate()`` says to a batch of these rows, and how probable its tokens are (see ``_texts``)."""
         keep = self._tokens.kept(rows, decisions[:, -1])
         if keep is None and (model := self._model_of(decisions)) is not None:
-            return self._generated(inputs, nullcontext(), model)
-        return self._generated(inputs, self.backbone.board.decide(decisions[:, :-1], keep))
+            return self._generated(inputs, nullcontext(), model, judges=judges)
+        return self._generated(inputs, self.backbone.board.decide(decisions[:, :-1], keep), judges=judges)
 
     def _generated_after(
-        self, seen: PassState, rows: Array, decisions: Array, picked: Array
+        self, seen: PassState, rows: Array, decisions: Array, picked: Array, *, judges: bool
     ) -> tuple[list[str], Array]:
         """What some of the rows say when the encoder has read all of them: they keep the padding of all."""
         some, keep = torch.from_numpy(picked), self._tokens.kept(rows, decisions[:, -1])
@@ -93,7 +99,7 @@ class Passes:
         kept = None if keep is None else keep[picked]
         skip = decisions[picked, :-1]
         deciding = self.backbone.board.decide(skip, kept, resume_from=seen.rows(some.to(seen.hidden.device)))
-        return self._generated(inputs, deciding)
+        return self._generated(inputs, deciding, judges=judges)
 
     @torch.inference_mode()
     def generated_under_all(self, rows: Array, masks: Array) -> list[list[str]]:
@@ -113,11 +119,16 @@ class Passes:
                 seen = self.seen_at(BETWEEN, rows[picked], tiled[0]) if start else None
                 for number, decisions in zip(numbers, tiled, strict=True):
                     deciding = board.decide(decisions[:, :-1], kept, resume_from=seen)
-                    texts[number, picked] = self._generated(inputs, deciding)[0]
+                    texts[number, picked] = self._generated(inputs, deciding, judges=False)[0]
         return texts.tolist()
 
     def _generated(
-        self, inputs: dict[str, torch.Tensor], deciding: AbstractContextManager[None], model: Any = None
+        self,
+        inputs: dict[str, torch.Tensor],
+        deciding: AbstractContextManager[None],
+        model: Any = None,
+        *,
+        judges: bool,
     ) -> tuple[list[str], Array]:
         """What one ``generate()`` says under a decision, of the backbone's model if of no other, and its judgement."""
         backbone = self.backbone
@@ -132,11 +143,13 @@ class Passes:
                 **self._end,
                 pad_token_id=backbone.tokenizer.pad_token_id,
                 return_dict_in_generate=True,
-                output_scores=True,
+                output_scores=judges,
             )
         answers = output.sequences[:, self.head.prompt_length(inputs["input_ids"]) :]
         said = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
         texts = [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in said]
+        if not judges:
+            return texts, np.zeros((len(texts), len(self.head.judgement)))
         return texts, judged_text(backbone.model, output, self._end.get("eos_token_id")).cpu().numpy()
 
     @property

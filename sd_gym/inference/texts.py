@@ -64,16 +64,19 @@ class StagedPasses(Passes):
         self._note(rows, rollout)
         return logits
 
-    def said(self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor]) -> tuple[list[str], NDArray]:
-        """The texts that are given, and how probable the tokens of the first ones are."""
+    def said(
+        self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor], *, judges: bool
+    ) -> tuple[list[str], NDArray]:
+        """The texts that are given, and how probable the tokens of the first ones are, if the policy looks at that."""
         rollout = self._rollout(rows, inputs, lambda keep: keep)
-        texts, judged = self._generated(inputs, rollout.deciding(inputs["attention_mask"]))
+        deciding = rollout.deciding(inputs["attention_mask"])
+        texts, judged = self._generated(inputs, deciding, judges=self._policy.sees_answer)
         said = np.array(texts, dtype=object)
         self.first_said[rows] = said
         if self._policy.sees_answer:
             rollout.answered(judged)
         for picked, block in rollout.going_on():
-            said[picked.cpu().numpy()], _ = self._generated(rows_of(inputs, picked, len(rows)), block)
+            said[picked.cpu().numpy()], _ = self._generated(rows_of(inputs, picked, len(rows)), block, judges=False)
         self._note(rows, rollout)
         return said.tolist(), judged
 
