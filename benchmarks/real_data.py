@@ -32,6 +32,7 @@ LOOKS = {  # the agents of each env: those that see the answer, and those that d
     "one look": ("stages=[first]", ["hull", "imitation", "ppo", "reinforce"]),
     "answer stage": (None, ["cascade", "imitation", "ppo", "reinforce"]),
 }
+ENV = "SD/Classification-Custom-v0"
 SKIPPED = (0, 3, 6, 9, 12, 15, 18)  # of thirty layers, the least important ones
 
 
@@ -47,8 +48,6 @@ class Set:
     max_rate: float = 0.7
     backbone: str = "minilm"
     stages: str = "[first, encoder.3, answer]"
-    env: str = "SD/Classification-Custom-v0"
-    settings: tuple[str, ...] = ()
 
 
 SETS = {
@@ -100,7 +99,6 @@ class Experiment:
             f"splits={{train: 'train[:{end}]', validation: 'train[{end}:]', test: validation}}",
             "overlap=drop",
             f"max_source_length={data.length}",
-            *data.settings,
         ]
         return [part for pair in pairs for part in ("--set", pair)]
 
@@ -111,7 +109,7 @@ class Experiment:
             how = ["--output", self.folder / "table", "--pca", 32, "--share", "--bf16", "--resume"]
             masks = ["--decisions", self._masks()]
             stages = ["--set", f"stages={self.data.stages}", "--set", f"backbone={self.folder / 'backbone'}"]
-            sd_gym("tabulate", self.data.env, *how, *masks, *stages, *self.settings)
+            sd_gym("tabulate", ENV, *how, *masks, *stages, *self.settings)
         for look, (stages, agents) in LOOKS.items():
             keys = [f"table={self.folder / 'table'}", f"epsilon={self.arguments.epsilon}", *[stages] * bool(stages)]
             options = [part for key in keys for part in ("--set", key)]
@@ -129,7 +127,7 @@ class Experiment:
         else:
             how += ["--batch-size", 32, "--learning-rate", 2e-4]
         model = getattr(self.arguments, data.backbone)
-        sd_gym("prepare", "--backbone", model, "--env", data.env, "--output", folder, *how, *self.settings)
+        sd_gym("prepare", "--backbone", model, "--env", ENV, "--output", folder, *how, *self.settings)
 
     def _masks(self) -> str:
         """Those of a searched path; of thirty layers, where a search takes hours, the least important ones together."""

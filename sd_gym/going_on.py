@@ -6,13 +6,18 @@ layers, and going on; a cascade is any mask, and going on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray
 ANSWER = "answer"  # the stage after the head has answered: accept (0), or go on (1)
+
+
+def stages_of_pass(stages: Iterable[str]) -> list[str]:
+    """The names of stages but ``answer``, which comes after the pass."""
+    return [name for name in stages if name != ANSWER]
 
 
 def parted(decisions: Array, components: int) -> tuple[Array, Array]:

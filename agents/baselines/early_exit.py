@@ -14,7 +14,7 @@ from stable_baselines3.common.logger import Logger
 from sd_gym.envs.protocols import Split
 from sd_gym.envs.table import TableSplit
 from sd_gym.execution.split import BackboneSplit
-from sd_gym.going_on import ANSWER
+from sd_gym.going_on import stages_of_pass
 
 THRESHOLDS = np.r_[np.linspace(0.5, 0.95, 10), 0.97, 0.98, 0.99, 0.995, 0.999, 1.01]  # above 1: never
 SWEEPS = 2  # over all stages, to lower their thresholds
@@ -146,6 +146,6 @@ class Confidence(EarlyExit):
     def _ends(self) -> NDArray:
         """At the stages of the env."""
         core = self.env.core
-        names = [name for name in core.stages if name != ANSWER]
-        starts = [columns.start for columns in core.backbone.board.decided_at(names).values() if columns.start]
+        stages = core.backbone.board.decided_at(stages_of_pass(core.stages)).values()
+        starts = [columns.start for columns in stages if columns.start]
         return np.array([*starts, core.n_switches])

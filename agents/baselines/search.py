@@ -38,7 +38,7 @@ IsGood = Callable[[Array, Array], Array]  # of rows [n] and decisions [n, compon
 def skip_units(core: Core, per: Per = "sublayer") -> list[Array]:
     """The components of a decision, int64, in parts that are raised together: each alone, or those of a layer.
 
-    The tokens are alone, and the last; those of a layer that have no choice are left out. Raises
+    That of the tokens is alone, and comes last; those of a layer that have no choice are left out. Raises
     ``ValueError`` if layers are asked for, and decisions are numbers of masks.
     """
     alone = [np.array([component]) for component in range(core.n_skips)]

@@ -68,7 +68,7 @@ def evaluate(
     else:
         scored, flops = decide_and_score(core, policy, split), decision_flops(core, policy, split, rows)
     own, masks = flops / split.costs.dense_flops(rows), scored["decision"]
-    decisions = np.column_stack([masks, scored["goes_on"]]) if core.has_answer_stage else masks
+    decisions = core.joined(masks, scored["goes_on"])
     if table is not None:
         write_instances(split, scored | {"flops_ratio_with_policy": scored["flops_ratio"] + own}, table)
     epsilon = core.config.reward.epsilon

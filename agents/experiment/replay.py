@@ -14,7 +14,7 @@ from sd_gym.agents.experiment.run import core_of_run
 from sd_gym.agents.learning.decisions import SplitDecisions, check_fits, decision_flops, evaluator, score_decisions
 from sd_gym.agents.runs.folder import has_policy, read_description, read_result
 
-from sd_gym.envs.protocols import Core, Split
+from sd_gym.envs.protocols import Split
 from sd_gym.policy import DecisionPolicy
 from sd_gym.registry import naming_imports
 
@@ -54,10 +54,6 @@ class RecordedInstances(NamedTuple):
     goes_on: NDArray  # which rows went on after their answer, bool [n]
     scores: dict[str, NDArray]  # quality, quality_ref, flops_ratio and flops_ratio_with_policy; float64 [n] each
 
-    def hashed(self, core: Core) -> NDArray:
-        """What ``decisions_hash`` is of: masks, and with an answer stage whether rows went on."""
-        return np.column_stack([self.decisions, self.goes_on]) if core.has_answer_stage else self.decisions
-
 
 def replay(folder: Path) -> Replay:
     """Play a run again: its data, its backbone, the outcome of each decision, its result, and its policy's decisions.
@@ -79,7 +75,9 @@ def replay(folder: Path) -> Replay:
         raise ReplayError(f"{file}: {error}") from error
     if core.has_answer_stage:
         decisions[:, -1] = recorded.goes_on
-    if (now := decisions_hash(recorded.hashed(core))) != (was := result.get("decisions_hash")):
+    if (now := decisions_hash(core.joined(recorded.decisions, recorded.goes_on))) != (
+        was := result.get("decisions_hash")
+    ):
         raise ReplayError(f"{file}: decisions were changed: their hash is {now}, and {was} in result.json")
     scored = score_decisions(core, split, rows, decisions)
     for name, tolerance in SCORES.items():

@@ -23,6 +23,7 @@ from sd_gym.envs.shared import shared_core
 from sd_gym.envs.table_files import MOST
 from sd_gym.envs.table_files import read_description as read_table
 from sd_gym.envs.tabulate import Units, down_in_flops, write_table
+from sd_gym.going_on import stages_of_pass
 from sd_gym.registration import config_of
 from sd_gym.tasks.data import SPLITS
 
@@ -166,7 +167,7 @@ def combine_stages(core: Core, masks: NDArray) -> tuple[NDArray, list[int]]:
     each stage has: first nothing skipped, then down in FLOPs. Raises ``ValueError`` if there are more than 4,096.
     """
     of_stages = []
-    for components in core.steps.components[: len(core.stages) - core.has_answer_stage]:
+    for components in core.steps.components[: len(stages_of_pass(core.stages))]:
         ways = np.zeros_like(masks)
         ways[:, components] = masks[:, components]
         ways = np.unique(ways, axis=0)

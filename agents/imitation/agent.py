@@ -37,6 +37,7 @@ from sd_gym.envs.actions import write_masks
 from sd_gym.envs.protocols import Split
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.files import read_tensors, write_tensors
+from sd_gym.going_on import stages_of_pass
 from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
 from sd_gym.policy.networks import hidden_layers
 from sd_gym.policy.observations import to_tensors
@@ -193,7 +194,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         Selection finds the margin of each, so that the thresholds of all stages are chosen together.
         """
         core, policies = self.env.core, [self.policy()]
-        deciding = len(core.stages) - core.has_answer_stage
+        deciding = len(stages_of_pass(core.stages))
         if deciding == 1:
             return policies
         later = np.unique(np.linspace(1, deciding - 1, STARTS).round().astype(int))

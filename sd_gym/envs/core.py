@@ -22,7 +22,7 @@ from sd_gym.envs.protocols import Core, Observations, Outcome
 from sd_gym.envs.spaces import Observation, Pooled, Tokens
 from sd_gym.envs.staged import BackboneFirstLook, StageObservation
 from sd_gym.execution.split import BackboneSplit
-from sd_gym.going_on import ANSWER, answering
+from sd_gym.going_on import ANSWER, answering, stages_of_pass
 from sd_gym.policy.artefact import tokenizer_hash
 from sd_gym.policy.protected_tokens import ProtectedTokens
 from sd_gym.registration import OBSERVATIONS
@@ -51,7 +51,7 @@ class BackboneCore(Core[BackboneSplit]):
         board, tokens = self.backbone.board, config.tokens
         answers = ANSWER in config.stages
         try:
-            decided_at = board.decided_at([name for name in config.stages if name != ANSWER])
+            decided_at = board.decided_at(stages_of_pass(config.stages))
         except ValueError as error:
             raise ConfigError(f"{config.id}: config key 'stages': {error}") from error
         if answers and not self.backbone.head.judgement:

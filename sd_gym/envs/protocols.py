@@ -189,6 +189,10 @@ class Core(Protocol[S]):
         """Which rows go on after their answer, bool ``[n]``, of decisions ``[n, components]``."""
         return parted(decisions, self.n_skips)[1]
 
+    def joined(self, masks: Array, goes_on: Array) -> Array:
+        """Masks ``[n, switches + 1]``, with the answer stage followed by whether each row goes on."""
+        return np.column_stack([masks, goes_on]) if self.has_answer_stage else masks
+
     @property
     def is_staged(self) -> bool:
         """Whether anything is decided elsewhere than before the first layer."""

@@ -15,7 +15,7 @@ from sd_gym.envs.first_look import FirstLook
 from sd_gym.envs.protocols import Core, Observations
 from sd_gym.envs.spaces import Pooled, Tokens
 from sd_gym.execution.split import BackboneSplit
-from sd_gym.going_on import ANSWER
+from sd_gym.going_on import ANSWER, stages_of_pass
 from sd_gym.policy.features import log_odds, pooled_features, stage_observation
 from sd_gym.projection import OBSERVATION_LIMIT, deviation_of
 from sd_gym.switch import PassState
@@ -64,14 +64,16 @@ class StageObservation:
     def __init__(self, core: Core[BackboneSplit], columns: list[slice]) -> None:
         self.names, self.columns = core.stages, columns
         self.judges = core.backbone.can_exit
-        self._said = len(core.backbone.head.judgement) if core.has_answer_stage else 0  # numbers of the answer stage
+        self._answer_size = (
+            len(core.backbone.head.judgement) if core.has_answer_stage else 0
+        )  # numbers of the answer stage
         split = core.split("train")
         rows = np.arange(min(len(split), STATISTICS_SIZE))
         features = np.concatenate(
             [np.stack(list(self._dense(split, part))) for part in np.split(rows, rows[PASS_ROWS::PASS_ROWS])], axis=1
         )
         self.mean, self.deviation = features.mean(axis=1), deviation_of(features.std(axis=1))
-        said = slice(features.shape[2] - self._said, None)  # a dense pass is surer of itself than any other
+        said = slice(features.shape[2] - self._answer_size, None)  # a dense pass is surer of itself than any other
         self.mean[:, said], self.deviation[:, said] = 0, 1
         size = len(self.names) + 1 + features.shape[2]
         shown = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (size,), np.float32)
@@ -109,18 +111,15 @@ class StageObservation:
     @property
     def around(self) -> tuple[int, int]:
         """How many numbers of an observation stand before the hidden states, and after them."""
-        return len(self.names) + 1, self.judges + self._said
+        return len(self.names) + 1, self.judges + self._answer_size
 
     def dense(self, split: BackboneSplit, rows: Array) -> Array:
         """What the stages but ``answer`` show of rows in a dense pass, one after the other, ``[n * stages, size]``."""
         seen = []
-        for part in np.split(rows, rows[PASS_ROWS::PASS_ROWS]):
-            features = self._dense(split, part)
-            nothing = np.zeros(len(part))
-            for stage, name in enumerate(self.names):
-                shown = next(features)
-                if name != ANSWER:
-                    seen.append(stage_observation(stage, nothing, shown, self.mean, self.deviation))
+        for part in np.split(rows, range(PASS_ROWS, len(rows), PASS_ROWS)):
+            stages = zip(stages_of_pass(self.names), self._dense(split, part), strict=False)  # the answer is left out
+            for stage, (_, features) in enumerate(stages):
+                seen.append(stage_observation(stage, np.zeros(len(part)), features, self.mean, self.deviation))
         return np.concatenate(seen)
 
     @property
@@ -146,9 +145,9 @@ class StageObservation:
     ) -> tuple[Array, PassState | None]:
         if self.names[stage] == ANSWER:
             features, seen = self._features(split, rows, stage - 1, decisions, resume_from)
-            features[:, features.shape[1] - self._said :] = split.scoring.judged(rows, decisions, seen)
+            features[:, features.shape[1] - self._answer_size :] = split.scoring.judged(rows, decisions, seen)
             return features, None
-        judged = np.zeros((len(rows), self.judges + self._said), dtype=np.float32)
+        judged = np.zeros((len(rows), self.judges + self._answer_size), dtype=np.float32)
         if self.names[stage] == "first":
             return np.concatenate([split.features[rows], judged], axis=1), None
         seen = resume_from

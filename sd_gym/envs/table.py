@@ -341,6 +341,7 @@ class TableCore(Core[TableSplit]):
         if not file.is_file() or described.get("ways") != self._ways:
             return None
         arrays = {name: np.array(values) for name, values in map_arrays(file).items()}
+        of_table = all_decisions(self.nvec)
         env = {"id": described["env"], "table": None, "action": "multi_discrete", "codebook": None}
         try:
             protection, context = described["protection"], described.get("context")
@@ -351,18 +352,13 @@ class TableCore(Core[TableSplit]):
                 arrays["deviation"],
                 arrays.get("rarity"),
                 protection and ProtectedTokens.from_json(protection),
-                None if self.exhaustive else self._of_env(all_decisions(self.nvec)),
+                None if self.exhaustive else self.joined(self.to_masks(of_table), self.goes_on(of_table)),
                 self.observation.projection,
                 context=context and ProtectedTokens.from_json(context),
                 ranking_costs_flops=RANKINGS.find(self.config.tokens.ranking).costs_flops,
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{self.folder} is damaged: {error}; copy it again") from error
-
-    def _of_env(self, decisions: Array) -> Array:
-        """Decisions as the env has them that the table is of: masks, and with the answer stage whether to go on."""
-        masks = self.to_masks(decisions)
-        return np.column_stack([masks, self.goes_on(decisions)]) if self.has_answer_stage else masks
 
     def score(self, split: TableSplit, rows: Array, decisions: Array, seen: object = None) -> Outcome:
         """What comes of one decision an instance; of a table nothing is seen; see ``Core.score``."""

@@ -99,11 +99,7 @@ class Scoring:
             quality, judged = zip(*of_masks, strict=True)
             return np.stack(quality, axis=1), np.stack(judged, axis=1)
         values = self._passes.under_all(rows, masks, self._score_and_judge)
-        quality = [
-            self._of_score(rows, np.tile(mask, (len(rows), 1)), column)
-            for mask, column in zip(masks, values[..., 0].T, strict=True)
-        ]
-        return np.stack(quality, axis=1), values[..., 1:]
+        return self._of_scores(rows, masks, values[..., 0]), values[..., 1:]
 
     def _score_and_judge(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return torch.cat([self._score(logits, labels)[:, None], self._head.judge(logits)], dim=1)
@@ -196,11 +192,7 @@ class Scoring:
             texts, likely = self._head.answers_under_all(self._passes, rows, masks, self._settings.label_range)
             return np.stack([self._text_quality(rows, answers) for answers in texts], axis=1), likely
         values = self._passes.under_all(rows, masks, self._score_and_likelihood)
-        scores = [
-            self._of_score(rows, np.tile(mask, (len(rows), 1)), column)
-            for mask, column in zip(masks, values[..., 0].T, strict=True)
-        ]
-        return np.stack(scores, axis=1), values[..., 1]
+        return self._of_scores(rows, masks, values[..., 0]), values[..., 1]
 
     def _text_quality(self, rows: Array, texts: list[str]) -> Array:
         metric = self._settings.metric if self._settings.kind == "metric" else "exact_match"
@@ -223,6 +215,13 @@ class Scoring:
         if self._measure.is_balanced:
             return values * self._class_weight[rows]
         return self._relative(rows, decisions, values) if self._measure.is_relative else values
+
+    def _of_scores(self, rows: Array, masks: Array, values: Array) -> Array:
+        """The same of scores ``[n, masks]``."""
+        of_masks = zip(masks, values.T, strict=True)
+        return np.stack(
+            [self._of_score(rows, np.tile(mask, (len(rows), 1)), column) for mask, column in of_masks], axis=1
+        )
 
     @cached_property
     def _class_weight(self) -> Array:

@@ -21,7 +21,7 @@ from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import BUNDLED, can_exit, weights_hash
 from sd_gym.errors import one_line
 from sd_gym.files import read_tensors, write_tensors, write_text
-from sd_gym.going_on import ANSWER
+from sd_gym.going_on import ANSWER, stages_of_pass
 from sd_gym.policy.card import FILE, TENSORS, OperatingPoint, model_card, read_card, write_card
 from sd_gym.policy.features import pooled_features, standardised, token_observations
 from sd_gym.policy.hub import download, upload
@@ -95,7 +95,7 @@ class SkipPolicy:
     @property
     def stages_of_pass(self) -> list[str]:
         """Names of the stages of the pass at which it decides."""
-        return [name for name in self.network.stages if name != ANSWER]
+        return stages_of_pass(self.network.stages)
 
     @property
     def reads_types(self) -> bool:

@@ -54,7 +54,7 @@ class StagedRollout:
     ) -> None:
         self._policy, self._board, self._head, self._flops = policy, board, head, flops
         self._length, self._keeps, self._judge, self._first = length, keeps, judge, first
-        self._judges, self._said = can_exit(head, board), len(head.judgement) * policy.sees_answer
+        self._judges, self._answer_size = can_exit(head, board), len(head.judgement) * policy.sees_answer
         self._columns = board.decided_at(policy.stages_of_pass)
         self._passing = self._columns  # the stages of the pass, and which switches are decided there
         self._resumption: Resumption | None = None
@@ -76,7 +76,7 @@ class StagedRollout:
     def answered(self, judged: Tensor | NDArray) -> None:
         """Decide, by the head's judgement ``[n, values]``, which rows go on."""
         said = torch.as_tensor(judged).detach().cpu().numpy()
-        self._features[:, self._features.shape[1] - self._said :] = said
+        self._features[:, self._features.shape[1] - self._answer_size :] = said
         self.went_on = self._decided(ANSWER, self.decisions)[:, -1] == 1
 
     def going_on(self) -> Iterator[tuple[Tensor, Block]]:
@@ -99,7 +99,7 @@ class StagedRollout:
         hidden, mask = self._first if is_first and self._first is not None else (seen.hidden.detach(), seen.mask)
         exits = self.decisions.copy()
         exits[:, columns.start : -1] = 1
-        judged = np.zeros((len(exits), self._judges + self._said), dtype=np.float32)
+        judged = np.zeros((len(exits), self._judges + self._answer_size), dtype=np.float32)
         if self._judges and not is_first:
             judged[:, 0] = self._judged(seen, exits)
         self._features = np.concatenate([pooled_features(hidden, mask).float().cpu().numpy(), judged], axis=1)

@@ -94,10 +94,6 @@ class TablePolicy:
         """See ``DecisionPolicy``."""
         return replace(self, network=self.network.with_margin(margin))
 
-    def with_sureness(self, margin: float) -> TablePolicy:
-        """See ``DecisionPolicy``."""
-        return replace(self, network=self.network.with_sureness(margin))
-
     def save(self, folder: Path) -> None:
         """Write the files of the network alone."""
         self.network.save(folder)

@@ -176,19 +176,14 @@ def test_what_cannot_be_is_refused(stages, keys, message):
 
 
 def test_a_picture_shows_the_dense_answer_where_the_pass_goes_on():
-    keys = {"stages": ["first", "answer"], "render_mode": "ansi", **SMALL}
-    said = {}
+    env = gym.make("SD/Classification-Mini-v0", stages=["first", "answer"], render_mode="ansi", **SMALL)
+    split, said = env.unwrapped.core.split("train"), []
     for goes_on in (0, 1):
-        env = gym.make("SD/Classification-Mini-v0", **keys)
-        env.reset(seed=0)
-        env.step(np.minimum(np.ones_like(env.action_space.nvec), env.action_space.nvec - 1))
-        env.step(np.full_like(env.action_space.nvec, 0) + goes_on * np.eye(len(env.action_space.nvec), dtype=int)[0])
-        said[goes_on] = env.render()
-    dense = gym.make("SD/Classification-Mini-v0", render_mode="ansi", **SMALL)
-    dense.reset(seed=0)
-    dense.step(np.zeros_like(dense.action_space.nvec))
-    split = dense.unwrapped.core.split("train")
-    row = np.array([split.number_of[dense.unwrapped._episode.split.ids[dense.unwrapped._episode.rows[0]]]])
-    (answer,) = split.passes.answers(row, np.zeros((1, len(dense.action_space.nvec)), dtype=np.int64))
-    assert answer in said[1]
+        _, info = env.reset(seed=0)
+        env.step(env.action_space.nvec - 1)  # skips all
+        env.step(np.eye(1, len(env.action_space.nvec), dtype=np.int64)[0] * goes_on)
+        said.append(env.render())
+    row = np.array([split.number_of[info["instance"]]])
+    (dense,) = split.passes.answers(row, np.zeros((1, len(env.action_space.nvec)), dtype=np.int64))
+    assert dense in said[1]
     assert said[0] != said[1]
