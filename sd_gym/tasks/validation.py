@@ -113,6 +113,6 @@ class MeanQuality:
         split, measure = self.split, self.split.head.measured_by(None)
         if measure.score is not None:
             return float(measure.score(logits, labels, self.quality.label_range).sum())
-        answers = split.head.in_words(split, rows, logits, self.reading.max_target_length)
+        answers = split.head.texts(split, rows, logits, self.reading.max_target_length)
         references = [split.instances[row].references for row in rows]
         return sum(text_quality(measure.metric, text, right) for text, right in zip(answers, references, strict=True))

@@ -241,5 +241,5 @@ def test_bad_backbones(reviews, tmp_path, tiny_tokenizer):
 def test_labels_that_the_backbone_does_not_know(tmp_path, tiny_backbone):
     file = tmp_path / "data.jsonl"
     file.write_text('{"text": "the food", "label": 7}\n')
-    with pytest.raises(DataError, match="label 7 is none of the backbone's 2 classes"):
+    with pytest.raises(DataError, match="label 7 is not one of the backbone's 2 classes"):
         gym.make("SD/Classification-Custom-v0", dataset=str(file), backbone=str(tiny_backbone))

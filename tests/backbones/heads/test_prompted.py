@@ -160,7 +160,7 @@ def test_only_the_context_loses_tokens_and_only_the_context_is_cut(data, backbon
         make(data, backbone, max_source_length=7)
     with pytest.raises(DataError, match="the prompt must name"):
         make(data, backbone, prompt="Say it:")
-    with pytest.raises(ConfigError, match="decoder-only; say with 'prompt'"):
+    with pytest.raises(ConfigError, match="decoder-only, so it needs a 'prompt'"):
         make(data, backbone, prompt=None)
 
 
@@ -170,7 +170,7 @@ def test_preparing_teaches_the_answer_behind_the_prompt(backbone, tmp_path):
     source = DataConfig(dataset=str(tmp_path / "reports.jsonl"), overlap="allow")
     decoder = BackboneConfig(name=backbone, max_target_length=4)
     settings = {"recipe": Recipe(120, 0.01), "tokens": TokensConfig(shares=(0.0, 0.3)), "rows": 1.0}
-    with pytest.raises(ValueError, match="decoder-only; say with 'prompt' what it shall read"):
+    with pytest.raises(ValueError, match="decoder-only, so it needs a 'prompt'"):
         prepare_backbone(decoder, source, "summarization", tmp_path / "out", **settings)
     prompted = decoder.model_copy(update={"prompt": "Question: {source} Answer:"})
     report = prepare_backbone(prompted, source, "summarization", tmp_path / "out", **settings)

@@ -111,7 +111,7 @@ def test_answers_without_a_place_are_looked_for(tiny_tokenizer):
     assert split.labels.tolist() == [[[5, 6], [9, 10], [8, 8]]]
     wrong = encoded([question(context, ["good"], [3])], tiny_tokenizer)  # not at its place: wherever it occurs
     assert wrong.labels.tolist() == [[[8, 8]]]
-    with pytest.raises(DataError, match="the answer 'awful' does not stand in its context"):
+    with pytest.raises(DataError, match="the answer 'awful' is not in its context"):
         encoded([question(context, ["awful"])], tiny_tokenizer)
 
 
