@@ -68,7 +68,7 @@ def test_the_form_of_a_hub_data_set_is_cut_likewise(tmp_path):
 
 
 def test_who_names_both_splits_of_a_row_is_told(reviews):
-    with pytest.raises(DataError, match=r"10 of the 40 rows of train \(train\[0:40\]\) also stand in validation"):
+    with pytest.raises(DataError, match=r"10 of the 40 rows of train \(train\[0:40\]\) are also in validation"):
         splits_of(reviews, splits={"train": "train", "validation": "train[-10:]", "test": "train[:0]"})["train"]
 
 
@@ -81,7 +81,7 @@ def overlapping(tmp_path):
 
 def test_texts_in_two_splits_are_an_error_that_names_them_their_number_and_what_to_do(tmp_path):
     words = (
-        r"1 of the 5 rows of train \(train\[0:5\]\) also stand in validation \(validation\[0:3\]\); 1 of the 5 rows of "
+        r"1 of the 5 rows of train \(train\[0:5\]\) are also in validation \(validation\[0:3\]\); 1 of the 5 rows of "
         r"train .* in test .*; 1 of the 3 rows of validation .* in test .*overlap=drop .*overlap=allow"
     )
     for name in SPLITS:
@@ -137,9 +137,9 @@ def test_a_folder_without_a_test_file_can_be_learned_on_but_not_silently_tested(
     with pytest.raises(FileNotFoundError, match="no split 'test'"):
         train(CUSTOM, "dense", tmp_path / "run", steps=1, settings=settings)
     assert not (tmp_path / "run").exists()  # told before anything is learned or written
-    with pytest.raises(DataError, match=r"2 of the 2 rows of validation .* also stand in test"):
+    with pytest.raises(DataError, match=r"2 of the 2 rows of validation .* are also in test"):
         sd_gym.train(CUSTOM, "dense", tmp_path / "run", **settings, splits={"test": "validation"})
-    with pytest.warns(UserWarning, match=r"2 of the 2 rows of validation .* also stand in test"):
+    with pytest.warns(UserWarning, match=r"2 of the 2 rows of validation .* are also in test"):
         result = sd_gym.train(
             CUSTOM, "dense", tmp_path / "run", **settings, splits={"test": "validation"}, overlap="allow"
         )

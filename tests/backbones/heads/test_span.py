@@ -144,7 +144,7 @@ def test_an_answer_cut_in_two_is_cut_off(tiny_tokenizer):
 )
 def test_malformed_places_are_refused(tmp_path, answers):
     (tmp_path / "qa.jsonl").write_text(json.dumps({"question": "q", "context": "good", "answers": answers}))
-    with pytest.raises(DataError, match="line 1: answer_start must be one character index an answer"):
+    with pytest.raises(DataError, match="line 1: answer_start must have one character index per answer"):
         load_split(str(tmp_path / "qa.jsonl"), "question_answering", "train")
 
 
