@@ -31,7 +31,6 @@ class QualityMeasure(NamedTuple):
     score: Callable[[Tensor, Tensor, float], Tensor] | None
     is_relative: bool = False  # whether it counts relative to the dense backbone's
     is_balanced: bool = False  # whether it is weighed by class
-    metric: str = ""  # the metric that compares texts; empty: the config's
     name: str = ""  # its name in the reports of ``sd-gym prepare``
 
     def loss(self, values: NDArray, label_range: float) -> NDArray:
@@ -79,14 +78,17 @@ class Answers(ABC):
 
     gives: ClassVar[str]  # what a task asks for: a ``label`` (or score), a ``span`` of the context, or a ``text``
     answering: ClassVar[str | None] = None  # how it answers questions, as in the config key ``answers``
+    validated_by: ClassVar[tuple[str, str]]  # the quality that ``sd-gym prepare`` validates by, and its name there
 
     def measured_by(self, quality: str | None) -> QualityMeasure:
         """How a quality of the config is measured; ``None``: the one that ``sd-gym prepare`` validates by.
 
         ValueError if the head has no such quality.
         """
+        if quality is None:
+            quality, name = self.validated_by
+            return self.measured_by(quality)._replace(name=name)
         measures = {
-            None: self._validated_by,
             "exact_match": QualityMeasure(self.exact),
             "balanced": QualityMeasure(self.exact, is_balanced=True),
             "likelihood": QualityMeasure(self.likelihood, is_relative=True),
@@ -94,11 +96,6 @@ class Answers(ABC):
         }
         measures["agreement"] = measures["exact_match"]  # the references are the dense answers
         return measures[quality]
-
-    @property
-    @abstractmethod
-    def _validated_by(self) -> QualityMeasure:
-        """The quality that ``sd-gym prepare`` validates by, with its name."""
 
     @abstractmethod
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.heads.answers import CHOICE, QualityMeasure, SplitData, judged_choice, log_likelihoods
+from sd_gym.backbones.heads.answers import CHOICE, SplitData, judged_choice, log_likelihoods
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import nothing_generated
 from sd_gym.config import BackboneConfig
@@ -29,6 +29,7 @@ class LabelHead(Head):
 
     name = "label"
     gives = "label"
+    validated_by = ("exact_match", "accuracy")
     _auto_class = "AutoModelForSequenceClassification"
     _stored_as = ("ForSequenceClassification",)
 
@@ -55,10 +56,6 @@ class LabelHead(Head):
 
     def _labels(self, instances: Sequence[Instance]) -> Tensor:
         return torch.tensor([class_index(instance, self.label2id) for instance in instances])
-
-    @property
-    def _validated_by(self) -> QualityMeasure:
-        return QualityMeasure(self.exact, name="accuracy")
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """1.0 where the most probable class is the right one."""

@@ -23,6 +23,7 @@ class ScoreHead(LabelHead):
 
     name = "score"
     judgement = ()  # a score has no probability
+    validated_by = ("exact_match", "score")
 
     @classmethod
     def _of(cls, model: PreTrainedModel) -> Self | None:
@@ -58,17 +59,11 @@ class ScoreHead(LabelHead):
             raise ValueError("'agreement' compares answers, and two scores are hardly ever equal")
         return super().measured_by("exact_match" if quality == "likelihood" else quality)
 
-    @property
-    def _validated_by(self) -> QualityMeasure:
-        return QualityMeasure(self.exact, name="score")
-
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """``1 - |score - label| / label_range``, at least 0; the range is from the lowest to the highest score."""
         return (1 - (self.prediction(logits).float() - labels).abs() / label_range).clamp(min=0)
 
-    def likelihood(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
-        """The same as ``exact``."""
-        return self.exact(logits, labels, label_range)
+    likelihood = exact
 
     def prediction(self, logits: Tensor) -> Tensor:
         """The score, ``[batch]``."""

@@ -13,14 +13,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.heads.answers import (
-    MOST_UNSURE,
-    AnswerPasses,
-    QualityMeasure,
-    SplitData,
-    log_likelihoods,
-    log_odds_of,
-)
+from sd_gym.backbones.heads.answers import MOST_UNSURE, AnswerPasses, SplitData, log_likelihoods, log_odds_of
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import model_inputs
 from sd_gym.backbones.heads.losses import IGNORED
@@ -39,6 +32,7 @@ class Seq2SeqHead(Head):
 
     name = "seq2seq"
     gives = "text"
+    validated_by = ("likelihood", "likelihood")  # few texts match exactly
     answering = "generated"
     _auto_class = "AutoModelForSeq2SeqLM"
     _stored_as = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel", "MTModel")  # the last one is Marian's
@@ -87,10 +81,6 @@ class Seq2SeqHead(Head):
     def positions(self, source: int, target: int) -> dict[str, int]:
         """Those of the encoder and of the decoder."""
         return {"max_source_length": source, "max_target_length": target}
-
-    @property
-    def _validated_by(self) -> QualityMeasure:
-        return QualityMeasure(self.likelihood, name="likelihood")  # few texts match exactly
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """1.0 where greedy decoding gives the reference, its end included.

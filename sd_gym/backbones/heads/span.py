@@ -36,6 +36,7 @@ class SpanHead(Head):
 
     name = "span"
     gives = "span"
+    validated_by = ("metric", "f1")
     answering = "extracted"
     _auto_class = "AutoModelForQuestionAnswering"
     _stored_as = ("ForQuestionAnswering",)
@@ -91,11 +92,7 @@ class SpanHead(Head):
 
     def measured_by(self, quality: str | None) -> QualityMeasure:
         """Exact match compares texts, as the same text may be in several places."""
-        return QualityMeasure(None) if quality in ("exact_match", "agreement") else super().measured_by(quality)
-
-    @property
-    def _validated_by(self) -> QualityMeasure:
-        return QualityMeasure(None, metric="squad", name="f1")
+        return super().measured_by("metric" if quality in ("exact_match", "agreement") else quality)
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """1.0 where the most probable span is a right one."""

@@ -1,10 +1,10 @@
-"""Generated facts about who does what to whom, and questions that need one to four of them.
+"""Generated facts about people, and questions that need one to four of the facts.
 
-``dan leads cara . cara helps anna . ... who leads the one who helps anna ?`` is answered with ``dan``. A verb and its
-object name one subject at most, so the answer is always unique. Distractors are about other people, or about a person
-who is asked for, with another verb. The facts stand in random order.
+``dan leads cara . cara helps anna . ... who leads the one who helps anna ?`` is answered with ``dan``. A verb and an
+object have at most one subject, so the answer is unique. Distractors are about other people, or have another verb. The
+facts are in random order.
 
-* level 1: one hop, and whatever is done, the same person does it: up to three distractors,
+* level 1: one hop, up to three distractors, all with the same subject,
 * level 2: one hop, four to eight distractors,
 * level 3: two hops, one to five distractors,
 * level 4: three or four hops, at most three distractors.
