@@ -40,7 +40,7 @@ class EncodedSplit:
         return {**self.instances.provenance, **self.encoded.counts}
 
     def batch(self, rows: NDArray, level: NDArray) -> dict[str, Tensor]:
-        """The inputs of some rows, on the CPU; with ``skip_logits`` under a policy, with ``keep`` if tokens are dropped."""
+        """The inputs of some rows, on the CPU; with ``skip_logits`` under a policy, and ``keep`` where tokens drop."""
         inputs = self.head.batch(self.encoded, rows, torch.device("cpu"))
         if self.skip_logits is not None:
             inputs["skip_logits"] = torch.from_numpy(self.skip_logits[rows])
@@ -111,6 +111,7 @@ class MeanQuality:
         split, measure = self.split, self.split.head.measured_by(None)
         if measure.score is not None:
             return float(measure.score(logits, labels, self.quality.label_range).sum())
-        answers = split.head.texts(split, rows, logits, self.reading.max_target_length)
+        spans = split.head.best(logits, self.reading.max_target_length).cpu().numpy()
+        answers = split.head.to_texts(split, rows, spans)
         references = [split.instances[row].references for row in rows]
         return sum(text_quality("squad", text, right) for text, right in zip(answers, references, strict=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -14,13 +13,10 @@ from torch import Tensor
 
 from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
-from sd_gym.switch import PassState
 
 LEAST_LIKELIHOOD = 1e-13  # lower ones are raised to it before the logarithm is taken: about -30
 MOST_UNSURE = -30.0  # lower limit of log-odds and log-probabilities
 CHOICE = ("log_odds", "margin", "entropy")  # the names of the values of ``judged_choice``
-
-Value = Callable[[Tensor, Tensor], Tensor]  # of logits and labels, each [batch, ...], to [batch] or [batch, values]
 
 
 class QualityMeasure(NamedTuple):
@@ -48,29 +44,6 @@ class SplitData(Protocol):
 
     @property
     def encoded(self) -> Encoded: ...  # noqa: D102
-
-
-class AnswerPasses(SplitData, Protocol):
-    """Runs the backbone on rows of a split under decisions; ``sd_gym.execution.passes.Passes`` implements it."""
-
-    longest: int  # longest answer, in tokens
-
-    def in_passes(self, rows: NDArray, decisions: NDArray, value: Value, seen: PassState | None = None) -> NDArray:
-        """A value, or several, of each row, float64 ``[n]`` or ``[n, values]``."""
-
-    def under_all(self, rows: NDArray, masks: NDArray, value: Value) -> NDArray:
-        """Values under each of ``masks [masks, switches + 1]``, float64 ``[n, masks, values]``."""
-
-    def generated(self, rows: NDArray, decisions: NDArray, seen: PassState | None = None) -> list[str]:
-        """The texts of ``generate()``."""
-
-    def generated_and_judged(
-        self, rows: NDArray, decisions: NDArray, seen: PassState | None = None
-    ) -> tuple[list[str], NDArray]:
-        """The same, and the ``Answers.judgement`` of each text, float64 ``[n, values]``."""
-
-    def generated_under_all(self, rows: NDArray, masks: NDArray) -> list[list[str]]:
-        """The texts of ``generate()`` under each of ``masks [masks, switches + 1]``."""
 
 
 class Answers(ABC):
@@ -127,60 +100,13 @@ class Answers(ABC):
         """
         raise ValueError(f"the backbone gives a {self.gives}, and nothing says how sure it is of it")
 
-    def texts(self, split: SplitData, rows: NDArray, logits: Tensor, longest: int) -> list[str]:
-        """The answers of one pass on rows of a split, of ``longest`` tokens at most, as texts."""
-        return self._to_texts(split, rows, self._best(logits, longest).cpu().numpy())
-
-    def _best(self, logits: Tensor, longest: int) -> Tensor:
+    def best(self, logits: Tensor, longest: int) -> Tensor:
         """The answers of one pass, of ``longest`` tokens at most, as numbers: ``[batch]`` or ``[batch, values]``."""
         return self.prediction(logits)
 
-    @abstractmethod
-    def _to_texts(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
-        """The texts of the values that ``_best`` gave for rows of a split."""
-
-    def answers(
-        self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, seen: PassState | None = None
-    ) -> list[str]:
-        """The texts of the backbone's answers to rows under decisions; passes may resume from the state ``seen``."""
-        values = passes.in_passes(rows, decisions, lambda logits, _: self._best(logits, passes.longest), seen)
-        return self._to_texts(passes, rows, values)
-
-    def answers_and_judgement(
-        self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, seen: PassState | None = None
-    ) -> tuple[list[str], NDArray]:
-        """``answers``, and the ``judgement`` of each, float64 ``[n, values]``, from the same passes."""
-        value = self._best_and(lambda logits, _: self.judge(logits), passes.longest)
-        best, judged = np.split(passes.in_passes(rows, decisions, value, seen), [-len(self.judgement)], axis=1)
-        return self._to_texts(passes, rows, best), judged
-
-    def answers_and_likelihood(
-        self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, label_range: float
-    ) -> tuple[list[str], NDArray]:
-        """``answers`` and the likelihood of the references, float64 ``[n]``, from as few passes as possible."""
-        value = self._best_and(partial(self.likelihood, label_range=label_range), passes.longest)
-        values = passes.in_passes(rows, decisions, value)
-        return self._to_texts(passes, rows, values[:, :-1]), values[:, -1]
-
-    def answers_under_all(
-        self, passes: AnswerPasses, rows: NDArray, masks: NDArray, label_range: float
-    ) -> tuple[list[list[str]], NDArray]:
-        """``answers_and_likelihood`` under each of ``masks [masks, switches + 1]``, which share equal parts of passes.
-
-        The texts are a list per mask, the likelihoods float64 ``[n, masks]``.
-        """
-        value = self._best_and(partial(self.likelihood, label_range=label_range), passes.longest)
-        values = passes.under_all(rows, masks, value)
-        return [self._to_texts(passes, rows, of_mask[:, :-1]) for of_mask in values.swapaxes(0, 1)], values[..., -1]
-
-    def _best_and(self, more: Value, longest: int) -> Value:
-        """Takes logits and labels to the columns of ``_best`` and then those of ``more``, ``[batch, values]``."""
-
-        def both(logits: Tensor, labels: Tensor) -> Tensor:
-            columns = (self._best(logits, longest), more(logits, labels))
-            return torch.cat([values.reshape(len(logits), -1) for values in columns], dim=1)
-
-        return both
+    def to_texts(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
+        """The texts of the values of ``best`` on rows of a split; ValueError if texts are generated."""
+        raise ValueError("a text is generated, not read from one pass")
 
     def reference(self, instance: Instance, labels: Tensor) -> str:
         """The text of the right answer; of several the first, empty if there is no answer."""

@@ -80,7 +80,8 @@ class LabelHead(Head):
         """See ``judged_choice``."""
         return judged_choice(logits)
 
-    def _to_texts(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
+    def to_texts(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
+        """The classes' names, or the scores."""
         return [self._to_text(value) for value in values.ravel()]
 
     def reference(self, instance: Instance, labels: Tensor) -> str:

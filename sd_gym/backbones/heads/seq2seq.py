@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.heads.answers import MOST_UNSURE, AnswerPasses, SplitData, log_likelihoods, log_odds_of
+from sd_gym.backbones.heads.answers import MOST_UNSURE, log_likelihoods, log_odds_of
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import model_inputs
 from sd_gym.backbones.heads.losses import IGNORED
 from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded, Targets
 from sd_gym.data.instance import Instance
-from sd_gym.switch import PassState, Switchboard
+from sd_gym.switch import Switchboard
 from sd_gym.switch.stages import BETWEEN
 
 
@@ -95,40 +95,9 @@ class Seq2SeqHead(Head):
         counted = labels != IGNORED
         return ((log_likelihoods(logits, labels) * counted).sum(dim=1) / counted.sum(dim=1)).exp()
 
-    def _to_texts(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
-        raise ValueError("a text is generated, not read from one pass")
-
+    # Log-odds of the tokens' geometric mean probability and of the lowest one, and the logarithm of their number.
     judgement = ("mean_log_odds", "least_log_odds", "log_length")
     judges_passes = False  # the decoder of a pass reads the reference
-
-    def answers_and_judgement(
-        self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, seen: PassState | None = None
-    ) -> tuple[list[str], NDArray]:
-        """The generated texts, and how probable their tokens were.
-
-        That is the log-odds of the tokens' geometric mean probability and of the lowest one, and the logarithm of the
-        number of tokens.
-        """
-        return passes.generated_and_judged(rows, decisions, seen)
-
-    def answers(
-        self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, seen: PassState | None = None
-    ) -> list[str]:
-        """The generated texts."""
-        return passes.generated(rows, decisions, seen)
-
-    def answers_and_likelihood(
-        self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, label_range: float
-    ) -> tuple[list[str], NDArray]:
-        """The generated texts, and the likelihood from separate passes."""
-        return self.answers(passes, rows, decisions), passes.in_passes(rows, decisions, self.likelihood)
-
-    def answers_under_all(
-        self, passes: AnswerPasses, rows: NDArray, masks: NDArray, label_range: float
-    ) -> tuple[list[list[str]], NDArray]:
-        """The generated texts, and the likelihood from separate passes; masks share the equal parts of both."""
-        likely = passes.under_all(rows, masks, lambda logits, labels: self.likelihood(logits, labels)[:, None])
-        return passes.generated_under_all(rows, masks), likely[..., 0]
 
     def answered(self, instances: Sequence[Instance], answers: Sequence[str]) -> Sequence[Instance]:
         """The instances with the answers as targets, as FLOPs depend on their lengths."""

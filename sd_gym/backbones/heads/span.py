@@ -113,10 +113,12 @@ class SpanHead(Head):
         answered = (best - nothing).clamp(max=-MOST_UNSURE)  # 0 where there is no answer
         return torch.cat([judged_choice(logits[:, 0]), judged_choice(logits[:, 1]), answered], dim=1)
 
-    def _best(self, logits: Tensor, longest: int) -> Tensor:
+    def best(self, logits: Tensor, longest: int) -> Tensor:
+        """The most probable spans, int64 ``[batch, 2]``."""
         return best_spans(logits, longest)
 
-    def _to_texts(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
+    def to_texts(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
+        """The texts of the spans."""
         contexts = [_context(split.instances[row]) for row in rows]
         return span_texts(split.encoded, rows, values.astype(np.int64), contexts)
 
