@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +38,9 @@ class TokenRanking(ABC):
         costs_flops: Whether ranking runs a part of the backbone.
     """
 
-    is_exported: ClassVar[bool] = False
-    needs_rarity: ClassVar[bool] = False
-    costs_flops: ClassVar[bool] = False
+    is_exported: bool = False
+    needs_rarity: bool = False
+    costs_flops: bool = False
 
     @abstractmethod
     def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
@@ -80,21 +79,11 @@ class ByRarity(TokenRanking):
         return rarity_scores(ids, np.arange(ids.shape[1]) < encoded.source_length[:, None], rarity())
 
 
-class ByPosition(TokenRanking):
-    """By position: the last tokens are dropped first."""
-
-    is_exported = True
-
-    def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
-        """See ``position_scores``."""
-        return position_scores(encoded.input_ids.shape)
-
-
 class FunctionRanking(TokenRanking):
-    """By a function; see ``register_ranking``."""
+    """By a function that costs no FLOPs; see ``register_ranking``."""
 
-    def __init__(self, function: ScoreTokens) -> None:
-        self._function = function
+    def __init__(self, function: ScoreTokens, *, is_exported: bool = False) -> None:
+        self._function, self.is_exported = function, is_exported
 
     def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
         """The values of the function."""
@@ -106,7 +95,7 @@ RANKINGS: Registry[TokenRanking] = Registry(
     {
         "attention": ByAttention(),
         "idf": ByRarity(),
-        "position": ByPosition(),
+        "position": FunctionRanking(lambda encoded, *_: position_scores(encoded.input_ids.shape), is_exported=True),
         "random": FunctionRanking(lambda encoded, *_: random_scores(encoded.input_ids.shape)),
     },
 )
