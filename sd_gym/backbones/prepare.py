@@ -158,7 +158,6 @@ def prepare(
     if resume and checkpoint is not None and checkpoint.exists():
         _restore(checkpoint, state, history)
     model.train()
-    trainer.distribute()
     done = history.step
     source, written = iter(batches), time.monotonic()
     for step in range(1, recipe.steps + 1):
@@ -202,12 +201,9 @@ class _Trainer:
         self._model, self._head, self._layers = board.model, head_of(board.model), layers_of(board)
         self._generator = torch.Generator()
         learned = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(learned, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, recipe.rate_at)
-
-    def distribute(self) -> None:
-        """Share the model and the optimiser among the processes."""
-        self.call, self._optimizer = self._accelerator.prepare(self._model, self.optimizer)
+        optimizer = torch.optim.AdamW(learned, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate_at)
+        self.call, self.optimizer = accelerator.prepare(self._model, optimizer)  # shared among the processes
 
     def drawing(self, importance: Tensor | None, step: int | None = None) -> Drawing:
         """A function that draws decisions as at a step; ``None``: the last one."""
@@ -220,7 +216,7 @@ class _Trainer:
         rows, skip = len(batch["labels"]), self._decisions(step, batch, importance)
         inputs = {name: value.to(self._model.device) for name, value in batch.items() if name != "skip_logits"}
         parts = torch.arange(rows).tensor_split(min(rows, self._recipe.accumulate))
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
         total = torch.zeros(2, device=self._model.device)
         for number, part in enumerate(parts, start=1):
             with self._accelerator.no_sync(self.call) if number < len(parts) else nullcontext():
@@ -229,7 +225,7 @@ class _Trainer:
                 self._accelerator.backward(losses.sum())
             total += losses.detach()
         self._accelerator.clip_grad_norm_(self._model.parameters(), 1.0)
-        self._optimizer.step()
+        self.optimizer.step()
         rate = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
         loss, distillation = total.tolist()

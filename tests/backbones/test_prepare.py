@@ -21,7 +21,7 @@ def count_steps(board, qualities, patience=None, draw="even", **settings):
         weights.append(board.model.classifier.weight.detach().clone())
         return next(remaining)
 
-    recipe = Recipe(100, 1e-3, patience=patience, draw=draw)
+    recipe = Recipe(40, 1e-3, patience=patience, draw=draw)
     course = prepare(board, iter(lambda: batch, None), recipe, validate=validate, **settings)
     return course, weights
 
@@ -29,12 +29,12 @@ def count_steps(board, qualities, patience=None, draw="even", **settings):
 def test_the_best_weights_stay_and_patience_ends():
     board = Switchboard(make_model("bert"))
     course, weights = count_steps(board, [0.1, 0.5, 0.4, 0.5, 0.3, 0.9], patience=3)
-    assert course.step == 50  # the best quality came after 20 steps, and did not come again in three validations
-    assert course.validation == [(10, 0.1), (20, 0.5), (30, 0.4), (40, 0.5), (50, 0.3)]
+    assert course.step == 20  # the best quality came after 8 steps, and no better one in three validations
+    assert course.validation == [(4, 0.1), (8, 0.5), (12, 0.4), (16, 0.5), (20, 0.3)]
     assert torch.equal(board.model.classifier.weight, weights[3])  # as good, and it learned longer
     assert not torch.equal(weights[3], weights[1])
     course, weights = count_steps(Switchboard(make_model("bert")), np.linspace(0, 1, 10))
-    assert course.step == 100
+    assert course.step == 40
 
 
 @pytest.mark.parametrize("draw", ["even", "layers"])
@@ -43,7 +43,7 @@ def test_patience_and_the_best_weights_survive_an_interruption(draw, tmp_path):
         pass
 
     def cut(step, figures):
-        if step == 35:
+        if step == 14:
             raise CutError
 
     whole, cut_off = Switchboard(make_model("bert")), Switchboard(make_model("bert"))

@@ -58,8 +58,10 @@ class SpanHead(Head):
         self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
         """The right spans; DataError if a right answer is not in its context."""
-        offsets, context_mask = source.offset_mapping.int(), _context_mask(source, len(instances))
-        labels, cut = _spans(instances, context_mask.numpy(), offsets.numpy())
+        # The None of special tokens and padding becomes NaN.
+        parts = np.stack([np.array(source.sequence_ids(row), dtype=np.float32) for row in range(len(instances))])
+        offsets, context_mask = source.offset_mapping.int(), torch.from_numpy(parts == 1)
+        labels, cut = _spans(instances, parts == 1, offsets.numpy())
         return replace(nothing_generated(labels, context_mask=context_mask, offsets=offsets), target_cut=cut)
 
     def _further_inputs(self, encoded: Encoded, indices: NDArray) -> dict[str, Tensor]:
@@ -70,7 +72,8 @@ class SpanHead(Head):
     def forward(self, board: Switchboard, batch: dict[str, Tensor], call: Callable[..., Any] | None = None) -> Tensor:
         """See ``Head.forward``."""
         output = (call or board.model)(**model_inputs(batch))
-        return span_logits(output.start_logits, output.end_logits, batch["context_mask"])
+        logits = torch.stack([output.start_logits, output.end_logits], dim=1).float()
+        return logits.masked_fill(~batch["context_mask"][:, None], NOWHERE)
 
     def kept(self, batch: dict[str, Tensor], keep: NDArray | Tensor) -> NDArray | Tensor:
         """The same tokens; an answer neither begins nor ends at a dropped one."""
@@ -132,11 +135,6 @@ def span_texts(encoded: Encoded, indices: NDArray, spans: NDArray, contexts: Seq
     return [context[first:last].strip() if answered else "" for context, first, last, answered in places]
 
 
-def span_logits(start: Tensor, end: Tensor, context_mask: Tensor) -> Tensor:
-    """Start and end logits ``[batch, length]`` as one float32 ``[batch, 2, length]``, ``NOWHERE`` outside the mask."""
-    return torch.stack([start, end], dim=1).float().masked_fill(~context_mask[:, None], NOWHERE)
-
-
 def span_log_likelihood(logits: Tensor, spans: Tensor) -> Tensor:
     """Log-probability that the answer is one of the right spans, float32 ``[batch]``; ``-inf`` if no span is right.
 
@@ -162,13 +160,6 @@ def best_spans(logits: Tensor, max_length: int) -> Tensor:
     best = scores.flatten(1).argmax(dim=1)
     first = best // longest
     return torch.stack([first, first + best % longest], dim=1)
-
-
-def _context_mask(source: BatchEncoding, n: int) -> Tensor:
-    """Which tokens are the context's, bool ``[n, longest]``."""
-    # The None of special tokens and padding becomes NaN.
-    parts = np.stack([np.array(source.sequence_ids(row), dtype=np.float32) for row in range(n)])
-    return torch.from_numpy(parts == 1)
 
 
 def _spans(instances: Sequence[Instance], context_mask: NDArray, offsets: NDArray) -> tuple[Tensor, NDArray]:
