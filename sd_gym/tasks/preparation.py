@@ -32,7 +32,6 @@ from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import head_stored_with, load_model, save_backbone
 from sd_gym.backbones.prepare import Recipe, freeze_observation, prepare
 from sd_gym.config import BackboneConfig, DataConfig, QualityConfig, TokensConfig
-from sd_gym.data.instance import Instance
 from sd_gym.files import as_json, read_json, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.switch import Switchboard
@@ -206,10 +205,19 @@ def _mixed_precision(device: str) -> str | None:
 def _switchable(
     backbone: BackboneConfig, task: str, splits: Splits, seed: int, has_policy: bool, accelerator: Accelerator
 ) -> tuple[PreTrainedModel, Tokenizer, Switchboard]:
-    """The model on its device, its tokenizer, and its switchboard; with a policy, the model keeps its head."""
+    """The model with the head that the task needs, on its device, its tokenizer, and its switchboard."""
     train, _ = splits["train"], splits["validation"]  # errors in the data are raised first
     torch.manual_seed(seed)
-    model, tokenizer = load_model(backbone.name) if has_policy else _load(backbone, task, train)
+    head, label2id = None, None
+    if not has_policy:
+        family, stored = TASKS.find(task), head_stored_with(backbone.name)
+        head, label2id = family.head_to_prepare(stored, backbone.answers, train)
+        if head is None and (stored is None or stored.gives not in family.gives):
+            raise ValueError(f"the backbone {backbone.name!r} does not generate text, which {task} needs")
+    model, tokenizer = load_model(backbone.name, head=head, num_labels=label2id and len(label2id))
+    if label2id is not None:
+        model.config.label2id = label2id
+        model.config.id2label = {index: word for word, index in label2id.items()}
     check_positions(backbone, model, tokenizer, head_of(model))
     device = accelerator.device if accelerator.num_processes > 1 else usable_device(backbone.device)
     model.to(device)  # pyright: ignore[reportArgumentType]  (transformers hides the signature of Module.to)
@@ -312,20 +320,6 @@ def _check_same(output: Path, before: dict[str, Any], settings: dict[str, Any]) 
 
 def _hash(arrays: Mapping[str, NDArray]) -> str:
     return hashlib.blake2b(b"".join(arrays[name].tobytes() for name in sorted(arrays)), digest_size=8).hexdigest()
-
-
-def _load(backbone: BackboneConfig, task: str, train: list[Instance]) -> tuple[PreTrainedModel, Tokenizer]:
-    """The model with the head that the task needs."""
-    family, stored = TASKS.find(task), head_stored_with(backbone.name)
-    head, label2id = family.head_to_prepare(stored, backbone.answers, train)
-    if head is None and (stored is None or stored.gives not in family.gives):
-        raise ValueError(f"the backbone {backbone.name!r} does not generate text, which {task} needs")
-    if label2id is None:
-        return load_model(backbone.name, head=head)
-    model, tokenizer = load_model(backbone.name, head=head, num_labels=len(label2id))
-    model.config.label2id = label2id
-    model.config.id2label = {index: word for word, index in label2id.items()}
-    return model, tokenizer
 
 
 def _batches(split: EncodedSplit, batch_size: int, seed: int, accelerator: Accelerator) -> Iterator[dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Training under skipping: what is learned from, which weights stay, and going on after an interruption."""
+"""Training under skipping: the loss, the weights that are kept, and resuming."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def test_patience_and_the_best_weights_survive_an_interruption(draw, tmp_path):
         assert torch.equal(one, other)
 
 
-def test_a_dropped_token_is_not_seen_by_the_switched_half_only():
+def test_a_dropped_token_is_hidden_from_the_switched_half_only():
     board, inputs = Switchboard(make_model("bert")), make_inputs("bert")
     batch = {**inputs, "labels": torch.tensor([0, 1, 0, 1, 0]), "keep": inputs["attention_mask"].bool()}
     batch["keep"][0, 3] = False
@@ -83,14 +83,14 @@ def test_a_policy_decides_on_the_rows_that_are_not_random(share, same):
         board = Switchboard(make_model("bert"))
         logits = torch.full((5, len(board)), log_odds)
         batch = {**make_inputs("bert"), "labels": torch.tensor([0, 1, 0, 1, 0]), "skip_logits": logits}
-        seen = []
+        losses = []
 
         def on_step(step, figures):
-            seen.append(figures["distillation"])
+            losses.append(figures["distillation"])
 
         recipe = Recipe(3, 1e-3, random_share=share, max_rate=0.8)
         prepare(board, iter(lambda: dict(batch), None), recipe, on_step=on_step)
-        return seen
+        return losses
 
     assert (distillations(-9.0) == distillations(9.0)) is same
 

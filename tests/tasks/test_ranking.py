@@ -1,4 +1,4 @@
-"""Which tokens go first, and what it costs to know."""
+"""Rankings of tokens, and their FLOPs."""
 
 import gymnasium as gym
 import numpy as np
