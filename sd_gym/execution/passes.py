@@ -54,7 +54,7 @@ class Passes:
         if not self.head.judges_passes:
             return self.generated(rows, decisions, seen)
         values = self.in_passes(rows, decisions, lambda logits, _: self.head.best(logits, self.longest), seen)
-        return self.head.to_texts(self, rows, values)
+        return self.head.to_texts(self.instances, self.encoded, rows, values)
 
     def answers_and_judgement(
         self, rows: Array, decisions: Array, seen: PassState | None = None
@@ -64,14 +64,14 @@ class Passes:
             return self._texts(rows, decisions, seen, judges=True)
         value = self._best_and(lambda logits, _: self.head.judge(logits))
         best, judged = np.split(self.in_passes(rows, decisions, value, seen), [-len(self.head.judgement)], axis=1)
-        return self.head.to_texts(self, rows, best), judged
+        return self.head.to_texts(self.instances, self.encoded, rows, best), judged
 
     def answers_and_likelihood(self, rows: Array, decisions: Array, likelihood: Value) -> tuple[list[str], Array]:
         """``answers``, and the ``likelihood`` of the references, float64 ``[n]``."""
         if not self.head.judges_passes:
             return self.generated(rows, decisions), self.in_passes(rows, decisions, likelihood)
         values = self.in_passes(rows, decisions, self._best_and(likelihood))
-        return self.head.to_texts(self, rows, values[:, :-1]), values[:, -1]
+        return self.head.to_texts(self.instances, self.encoded, rows, values[:, :-1]), values[:, -1]
 
     def answers_under_all(self, rows: Array, masks: Array, likelihood: Value) -> tuple[list[list[str]], Array]:
         """``answers_and_likelihood`` under every mask: a list of texts per mask, and float64 ``[n, masks]``."""
@@ -79,7 +79,9 @@ class Passes:
             likely = self.under_all(rows, masks, lambda logits, labels: likelihood(logits, labels)[:, None])
             return self.generated_under_all(rows, masks), likely[..., 0]
         values = self.under_all(rows, masks, self._best_and(likelihood))
-        texts = [self.head.to_texts(self, rows, of_mask[:, :-1]) for of_mask in values.swapaxes(0, 1)]
+        texts = [
+            self.head.to_texts(self.instances, self.encoded, rows, of_mask[:, :-1]) for of_mask in values.swapaxes(0, 1)
+        ]
         return texts, values[..., -1]
 
     def _best_and(self, more: Value) -> Value:

@@ -112,6 +112,6 @@ class MeanQuality:
         if measure.score is not None:
             return float(measure.score(logits, labels, self.quality.label_range).sum())
         spans = split.head.best(logits, self.reading.max_target_length).cpu().numpy()
-        answers = split.head.to_texts(split, rows, spans)
+        answers = split.head.to_texts(split.instances, split.encoded, rows, spans)
         references = [split.instances[row].references for row in rows]
         return sum(text_quality("squad", text, right) for text, right in zip(answers, references, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -34,16 +34,6 @@ class QualityMeasure(NamedTuple):
         if self.is_relative:
             return -np.log(np.maximum(values, LEAST_LIKELIHOOD))
         return label_range * (1 - values)
-
-
-class SplitData(Protocol):
-    """A split: its instances, and their tensors."""
-
-    @property
-    def instances(self) -> Sequence[Instance]: ...  # noqa: D102
-
-    @property
-    def encoded(self) -> Encoded: ...  # noqa: D102
 
 
 class Answers(ABC):
@@ -104,7 +94,7 @@ class Answers(ABC):
         """The answers of one pass, of ``longest`` tokens at most, as numbers: ``[batch]`` or ``[batch, values]``."""
         return self.prediction(logits)
 
-    def to_texts(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
+    def to_texts(self, instances: Sequence[Instance], encoded: Encoded, rows: NDArray, values: NDArray) -> list[str]:
         """The texts of the values of ``best`` on rows of a split; ValueError if texts are generated."""
         raise ValueError("a text is generated, not read from one pass")
 

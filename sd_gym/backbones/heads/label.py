@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.heads.answers import CHOICE, SplitData, judged_choice, log_likelihoods
+from sd_gym.backbones.heads.answers import CHOICE, judged_choice, log_likelihoods
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import nothing_generated
 from sd_gym.config import BackboneConfig
-from sd_gym.data.encoded import Targets
+from sd_gym.data.encoded import Encoded, Targets
 from sd_gym.data.instance import Instance
 from sd_gym.errors import DataError, short
 
@@ -80,7 +80,7 @@ class LabelHead(Head):
         """See ``judged_choice``."""
         return judged_choice(logits)
 
-    def to_texts(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
+    def to_texts(self, instances: Sequence[Instance], encoded: Encoded, rows: NDArray, values: NDArray) -> list[str]:
         """The classes' names, or the scores."""
         return [self._to_text(value) for value in values.ravel()]
 

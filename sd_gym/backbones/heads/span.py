@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING, BatchEncoding, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.heads.answers import CHOICE, MOST_UNSURE, QualityMeasure, SplitData, judged_choice
+from sd_gym.backbones.heads.answers import CHOICE, MOST_UNSURE, QualityMeasure, judged_choice
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import model_inputs, nothing_generated
 from sd_gym.backbones.heads.losses import IGNORED, divergence
@@ -120,10 +120,9 @@ class SpanHead(Head):
         """The most probable spans, int64 ``[batch, 2]``."""
         return best_spans(logits, longest)
 
-    def to_texts(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
+    def to_texts(self, instances: Sequence[Instance], encoded: Encoded, rows: NDArray, values: NDArray) -> list[str]:
         """The texts of the spans."""
-        contexts = [_context(split.instances[row]) for row in rows]
-        return span_texts(split.encoded, rows, values.astype(np.int64), contexts)
+        return span_texts(encoded, rows, values.astype(np.int64), [_context(instances[row]) for row in rows])
 
 
 def span_texts(encoded: Encoded, indices: NDArray, spans: NDArray, contexts: Sequence[str]) -> list[str]:
