@@ -118,12 +118,12 @@ def load_split(
     instances = Instances(file=file, part=_described(base, chosen, len(rows)))
     for number, position in enumerate(chosen):
         origin, row = rows[position]
-        row, identity = _renamed(row, data, family, origin, labelled), f"{split}-{number}"
-        if _is_empty(row, family, task, origin, labelled):
+        fields = _fields(row, data, family, task, origin, labelled)
+        if fields is None:
             instances.left_out += 1
             continue
-        difficulty, may_lack = _difficulty(row.get("difficulty"), origin), data.unanswerable
-        instances.append(family.instance(row, identity, origin, difficulty=difficulty, unanswerable=may_lack))
+        options = {"difficulty": _difficulty(fields.get("difficulty"), origin), "unanswerable": data.unanswerable}
+        instances.append(family.instance(fields, f"{split}-{number}", origin, **options))
         instances.rows.append(position)
     if not instances:
         why = f": all {len(chosen)} rows have empty texts" if chosen else ""
@@ -252,28 +252,27 @@ def _read_hub(data: DataConfig, base: str, split: str) -> Rows:
     return ((f"{data.dataset}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _renamed(row: dict[str, Any], data: DataConfig, family: Task, origin: str, labelled: bool) -> dict[str, Any]:
-    """A row with the task's names for its fields; a local copy may have these already."""
+def _fields(
+    row: dict[str, Any], data: DataConfig, family: Task, task: str, origin: str, labelled: bool
+) -> dict[str, Any] | None:
+    """A row with the task's names for its columns (a local copy may have them already); ``None``: a text is empty."""
     unknown = {} if labelled else {family.reference: family.unknown}
     row = row | unknown
-    renamed = dict(row)
+    fields = dict(row)
     for name, column in data.columns:
         if column in row:
-            renamed[name] = row[column]
+            fields[name] = row[column]
         elif name in family.fields and name not in row:
             raise DataError(f"{origin}: no column {column!r} (for {name}); the columns are {', '.join(row)}")
-    return renamed | unknown
-
-
-def _is_empty(row: dict[str, Any], family: Task, task: str, origin: str, labelled: bool) -> bool:
-    """Whether a text that the row needs is empty; an empty cell of a CSV file is ``None``."""
-    missing = [name for name in family.fields if name not in row]
+    fields |= unknown
+    missing = [name for name in family.fields if name not in fields]
     if missing:
         raise DataError(f"{origin}: no field {missing[0]!r}; {task} needs {', '.join(family.fields)}")
     for name in dict.fromkeys((*family.needed, *family.inputs)):
-        if row.get(name) is not None:
-            check_text(row[name], name, origin)
-    return not all((row[name] or "").strip() for name in family.needed if labelled or name != family.reference)
+        if fields.get(name) is not None:  # an empty cell of a CSV file is None
+            check_text(fields[name], name, origin)
+    needed = [name for name in family.needed if labelled or name != family.reference]
+    return fields if all((fields[name] or "").strip() for name in needed) else None
 
 
 def _difficulty(value: Any, origin: str) -> int:

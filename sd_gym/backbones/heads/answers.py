@@ -81,7 +81,7 @@ class Answers(ABC):
         return None
 
     judgement: ClassVar[tuple[str, ...]] = ()  # names of the values of ``judge``, observed at the answer stage
-    judges_passes: ClassVar[bool] = True  # whether it judges by the logits of a pass, not by those of ``generate()``
+    judges_passes: ClassVar[bool] = True  # whether answers and judgement come from one pass, not from ``generate()``
 
     def judge(self, logits: Tensor) -> Tensor:
         """The values of ``judgement``, which tell how sure the head is of each answer, float32 ``[batch, values]``.

@@ -97,7 +97,7 @@ class Seq2SeqHead(Head):
 
     # Log-odds of the tokens' geometric mean probability and of the lowest one, and the logarithm of their number.
     judgement = ("mean_log_odds", "least_log_odds", "log_length")
-    judges_passes = False  # the decoder of a pass reads the reference
+    judges_passes = False  # in a pass the decoder reads the reference
 
     def answered(self, instances: Sequence[Instance], answers: Sequence[str]) -> Sequence[Instance]:
         """The instances with the answers as targets, as FLOPs depend on their lengths."""

@@ -36,15 +36,8 @@ WORDS |= {word for phrase in COMPARISONS.values() for word in phrase.split()}
 def sentence(random: Random, judgement: int, negations: int) -> str:
     """A sentence with a judgement (1 or -1) and that many negations."""
     word = judgement if negations % 2 == 0 else -judgement
-    parts = [
-        "the",
-        random.choice(THINGS),
-        random.choice(VERBS),
-        random.choice(NEGATIONS[negations]),
-        random.choice(ADVERBS) if negations == 0 else "",
-        random.choice(ADJECTIVES[word]),
-        ".",
-    ]
+    parts = ["the", random.choice(THINGS), random.choice(VERBS), random.choice(NEGATIONS[negations])]
+    parts += [random.choice(ADVERBS) if negations == 0 else "", random.choice(ADJECTIVES[word]), "."]
     return " ".join(part for part in parts if part)
 
 

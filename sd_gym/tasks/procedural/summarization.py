@@ -13,16 +13,10 @@ from random import Random
 TEAMS = "falcons tigers bears wolves sharks eagles lions hawks bulls foxes ravens cobras".split()
 PLACES = "paris rome oslo lima cairo delhi tokyo quito dakar vienna prague dublin".split()
 PLAYERS = "adams brown clark davis evans foster green hill irwin jones klein lopez moore novak owens price".split()
-NOISE = [
-    "rain fell",
-    "fans sang all night",
-    "the grass was wet",
-    "the stands were full",
-    "a dog ran over the field",
-    "the lights went out for a while",
-    "the coach shouted",
-    "tickets were cheap",
-]
+NOISE = (
+    "rain fell, fans sang all night, the grass was wet, the stands were full, a dog ran over the field, "
+    "the lights went out for a while, the coach shouted, tickets were cheap"
+).split(", ")
 SALIENT = ("was hurt", "was sent off")
 WORDS = {word for phrase in (*NOISE, *SALIENT) for word in phrase.split()}
 WORDS |= {*TEAMS, *PLACES, *PLAYERS, "the", "met", "in", ".", "won", "lost", "scored", "for", "but", "it", "did", "not"}
