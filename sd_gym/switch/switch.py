@@ -15,11 +15,11 @@ class Switch:
 
     Attributes:
         name: ``stack.layer.kind``, such as ``decoder.3.cross_attention``.
-        stack: Name of the stack that it is in.
+        stack: Name of its stack.
         index: Index of its layer in the stack.
-        layer: The layer module that it is in.
+        layer: Its layer.
         sublayer: What it switches.
-        reads_input: Whether its stack is the one that reads the input, whose tokens can be dropped.
+        reads_input: Whether its stack reads the input, whose tokens can be dropped.
         modules: The switched modules, in execution order.
     """
 
@@ -33,7 +33,7 @@ class Switch:
 
     @property
     def tags_cache(self) -> bool:
-        """Whether a cache can tell here under which decision it is filled: the first self-attention of a decoder."""
+        """Whether it tags a cache with the decision in force: the first self-attention of a decoder does."""
         return self.stack == "decoder" and self.index == 0 and self.sublayer.kind == "attention"
 
     def __post_init__(self) -> None:

@@ -302,7 +302,7 @@ def test_wrong_choices_are_named():
     two = np.zeros((4, 2))
     with pytest.raises(ValueError, match=r"skip must have shape \[batch, 2\]"):
         run((np.zeros((4, 6)), None))
-    with pytest.raises(ValueError, match="dropped before the first layer only; at"):
+    with pytest.raises(ValueError, match="dropped only before the first layer; at"):
         run((two, None), (np.zeros((4, 4)), np.ones((4, 7))))
     with pytest.raises(ValueError, match="decides on 3 rows, and the stages before it on 4"):
         run((two, None), (np.zeros((3, 4)), None))
