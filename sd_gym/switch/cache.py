@@ -116,18 +116,9 @@ def row_subset_layer(
 ) -> RowSubsetLayer:
     """The layer of a cache that holds only ``rows``; it is put into the cache at its first use.
 
-    Args:
-        cache: The model's cache.
-        layer: Index of the layer.
-        across: Whether it is a layer of the cross-attention.
-        rows: Rows that run it, int64 ``[kept]``; ``None``: all.
-        batch: Rows of the batch, beams included.
-        whole: Whether a sliding window must store all positions, since tokens were dropped; the mask still limits it.
-        tag: Identifies the decision.
-
-    Raises:
-        ValueError: If the layer was filled under another decision.
-        NotImplementedError: If the layer is not dynamic.
+    ``across``: whether it is of the cross-attention; ``whole``: whether a sliding window must store all positions, as
+    tokens were dropped (the mask still limits it). Raises ``ValueError`` if it was filled under another decision than
+    that of ``tag``, ``NotImplementedError`` if it is not dynamic.
     """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.cross_attention_cache if across else cache.self_attention_cache

@@ -42,7 +42,7 @@ class MethodPatch:
         self.target, self.name, self.scope, self.run = target, name, scope, run
         self.replaced: Callable[..., Any] | None = None  # another tool's patch that this one replaces
         self.is_installed = False
-        self.is_lost = False  # whether another tool has replaced it; then it is in the scope's ``lost``
+        self.is_lost = False  # whether another tool has replaced it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Called instead of the method."""
@@ -69,7 +69,6 @@ class MethodPatch:
         self.is_installed = False
         if vars(self.target).get(self.name) is not self:
             self.is_lost = True
-            self.scope.lost.append(self)
         elif self.replaced is None:
             del vars(self.target)[self.name]
         else:
@@ -162,7 +161,6 @@ class Scope:
 
     def __init__(self, original: Scope | None = None) -> None:
         self.patches: Sequence[MethodPatch] = []  # of the model's methods
-        self.lost: list[MethodPatch] = []  # patches that another tool has replaced
         self.original = original  # the scope that this one is a copy of (copy.deepcopy)
         self.family = _Family() if original is None else original.family
         self._in_generators: list[_Entry] = []
@@ -175,16 +173,14 @@ class Scope:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scope:
         memo[id(self)] = scope = Scope(original=self)
-        patches, scope.lost = copy.deepcopy((self.patches, self.lost), memo)
-        scope.fill(patches)
+        scope.fill(copy.deepcopy(self.patches, memo))
         return scope
 
-    def __getstate__(self) -> tuple[Sequence[MethodPatch], list[MethodPatch]]:
-        return self.patches, self.lost  # decisions stay in their process
+    def __getstate__(self) -> list[MethodPatch]:
+        return [*self.patches]  # decisions stay in their process
 
-    def __setstate__(self, state: tuple[Sequence[MethodPatch], list[MethodPatch]]) -> None:
+    def __setstate__(self, patches: list[MethodPatch]) -> None:
         self.__init__()
-        patches, self.lost = state
         self.fill(patches)
 
     def current(self) -> Decision | None:

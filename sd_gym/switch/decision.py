@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from threading import local
 from types import FrameType
 from typing import NamedTuple
@@ -33,11 +33,12 @@ class Call(NamedTuple):
 class Pass(local):
     """The state of a forward pass that modules share; each thread has its own."""
 
+    tokens: TokenPass  # set before the first layer, where tokens are dropped
+
     def __init__(self) -> None:
         self.calls: dict[int, Call] = {}  # of sublayers that are running, by number of the switch
         # The encoder's output, row indices and the rows selected, by number of the switch.
         self.sources: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self.tokens: TokenPass | None = None  # where tokens are dropped
         self.encoded: Tensor | None = None  # the encoder's output, in a decoder that has a stage
 
 
@@ -73,7 +74,12 @@ class Plan:
         """``rows`` of a batch in which each row is repeated."""
         if repeats not in self.rows:
             with torch.inference_mode(False):
-                self.rows[repeats] = [_repeated(rows, repeats) for rows in self.rows[1]]
+                self.rows[repeats] = [
+                    None
+                    if rows is None
+                    else (rows[:, None] * repeats + torch.arange(repeats, device=rows.device)).flatten()
+                    for rows in self.rows[1]
+                ]
         return self.rows[repeats]
 
 
@@ -175,12 +181,6 @@ class Decision:
             self.refuse_tracing()
             self.repeats_in(total)
 
-    @property
-    def token_pass(self) -> TokenPass:
-        """The kept tokens of a pass that drops some."""
-        assert self.state.tokens is not None
-        return self.state.tokens
-
     def refuse_tracing(self) -> None:
         """Raise ``NotImplementedError`` if a trace or export would keep the decisions of these rows."""
         if not self.is_uniform and (_is_tracing() or torch.compiler.is_exporting()):
@@ -199,10 +199,6 @@ class Decision:
                 "decision is not in force; call model.gradient_checkpointing_disable(), or decide inside of the "
                 "function that is checkpointed"
             )
-
-    def for_generating(self) -> Decision:
-        """The same decisions for one call of ``generate()``."""
-        return replace(self, generating=True, repeats=1, state=Pass(), tag_cell=[])
 
     def grown(self, plan: Plan, tokens: DroppedTokens | None, pending: PendingDecision | None) -> Decision:
         """The decision after a stage, for the rest of the same pass."""
@@ -260,9 +256,3 @@ def replays(frame: FrameType | None) -> int:
 
 def _is_tracing() -> bool:
     return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  (documented, but not in __all__)
-
-
-def _repeated(rows: Tensor | None, repeats: int) -> Tensor | None:
-    if rows is None:
-        return None
-    return (rows[:, None] * repeats + torch.arange(repeats, device=rows.device)).flatten()

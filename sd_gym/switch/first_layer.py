@@ -56,14 +56,12 @@ def attention_received(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
         >>> received.sum(dim=1).round().tolist()  # a mean over tokens, each of which attends with a total weight of 1
         [1.0, 1.0]
     """
-    weights = None
     with board.decide(np.zeros((1, len(board)), dtype=bool)):  # in case another decision is in force here
         try:
             _eager_twin(board)(**inputs)
+            raise RuntimeError("the forward pass ended without reaching the first layer")
         except _WeightsReached as reached:
             weights = reached.weights
-    if weights is None:
-        raise RuntimeError("the forward pass ended without reaching the first layer")
     present = inputs["attention_mask"].to(weights.dtype)
     return (weights.mean(dim=1) * present[:, :, None]).sum(dim=1) / present.sum(dim=1, keepdim=True)
 

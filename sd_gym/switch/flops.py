@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sd_gym.switch.switch import Switch
+from sd_gym.switch.architectures import Switch
 from sd_gym.switch.switchboard import Switchboard
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import current_thread, main_thread
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from sd_gym.switch.cache import cache_among
 from sd_gym.switch.context import Block, Scope
-from sd_gym.switch.decision import Decision
+from sd_gym.switch.decision import Decision, Pass
 from sd_gym.switch.sublayer_patch import SublayerPatch, hidden_states, is_gathering
 from sd_gym.switch.tokens import DroppedTokens, TokenPass
 
@@ -52,7 +52,7 @@ class LayerPatch:
         if self.reads_input and decision.tokens is not None:
             if self.first:
                 self._begin(decision, decision.tokens, args, kwargs)
-            tokens = decision.token_pass
+            tokens = decision.state.tokens
             args, kwargs = tokens.before_layer(self.layer, self.first, args, kwargs)
         idle = self.place in decision.plan.idle
         output = self._skipped(decision, args, kwargs) if idle else inner(*args, **kwargs)
@@ -124,7 +124,7 @@ class GeneratePatch:
                     stacklevel=3,
                 )
             return inner(*args, **kwargs)
-        with Block(self.scope, decision.for_generating()):
+        with Block(self.scope, replace(decision, generating=True, repeats=1, state=Pass(), tag_cell=[])):
             try:
                 return inner(*args, **kwargs)
             except BaseException:

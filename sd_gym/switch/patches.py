@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedModel
 
-from sd_gym.switch.architectures import Architecture
+from sd_gym.switch.architectures import Architecture, Switch
 from sd_gym.switch.context import MethodPatch, Scope
 from sd_gym.switch.model_patches import GeneratePatch, LayerPatch, run_decoder, run_encoder
 from sd_gym.switch.sublayer_patch import Place, SublayerPatch
-from sd_gym.switch.switch import Switch
 
 At = tuple[str, int]  # stack and index of a layer
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sd_gym.switch.switch import Switch
+from sd_gym.switch.architectures import Switch
 
 EVERY_LAYER = "every_layer"  # all stages of a backbone
 BETWEEN = "decoder"  # the stage between encoder and decoder

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils import output_capturing
 
+from sd_gym.switch.architectures import Switch
 from sd_gym.switch.cache import RowSubsetLayer, cache_among, row_subset_layer
 from sd_gym.switch.decision import Call, Decision
-from sd_gym.switch.switch import Switch
 
 _NESTED = Tensor, tuple, dict  # arguments of a module that may hold rows of the batch
 
@@ -160,7 +160,7 @@ class SublayerPatch:
                 length, past = _query_length(decision, call), layer.length if layer is not None else 0
                 bias = module.compute_bias(length, past + length, device=self.model.device, past_seen_tokens=past)
                 if call.drops:
-                    bias = decision.token_pass.gather_square(bias, len(call.hidden))
+                    bias = decision.state.tokens.gather_square(bias, len(call.hidden))
             kwargs["position_bias"] = bias
         return (kwargs["position_bias"],)
 
@@ -215,7 +215,7 @@ def hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 
 def _query_length(decision: Decision, call: Call) -> int:
     """Positions of the pass, dropped tokens included."""
-    return decision.token_pass.query_length if call.drops else call.hidden.shape[1]
+    return decision.state.tokens.query_length if call.drops else call.hidden.shape[1]
 
 
 def is_gathering() -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -17,14 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from sd_gym.switch.architectures import architecture_of
+from sd_gym.switch.architectures import Switch, architecture_of
 from sd_gym.switch.cache import restore_layers
 from sd_gym.switch.context import Block, Scope, StaleBoardError
 from sd_gym.switch.decision import Decision, PendingDecision, Plan
-from sd_gym.switch.module_snapshot import ModuleSnapshot
 from sd_gym.switch.patches import Patches
 from sd_gym.switch.stages import PassState, Stage, StageReached, stages_named, stages_of
-from sd_gym.switch.switch import Switch
 from sd_gym.switch.tokens import DroppedTokens
 
 Values = Tensor | np.ndarray
@@ -90,8 +89,13 @@ class Switchboard:
         ]
         self._stages = stages_of(self.switches)
         self._scope = Scope()
-        paths = {f"{self.path_of(switch)}.{path}" for switch in self.switches for path in switch.sublayer.modules}
-        self._snapshot = ModuleSnapshot(model, paths)
+        # Modules on the paths to switched modules, by path: the modules beside each of them, its name, and itself.
+        self._modules: dict[str, tuple[dict[str, nn.Module | None], str, nn.Module | None]] = {}
+        switched = [f"{self.path_of(switch)}.{path}" for switch in self.switches for path in switch.sublayer.modules]
+        for path in sorted({prefix for full in switched for prefix in accumulate(full.split("."), "{}.{}".format)}):
+            parent, _, name = path.rpartition(".")
+            siblings = model.get_submodule(parent)._modules
+            self._modules[path] = siblings, name, siblings[name]
         self._patches = Patches(model, self.architecture, self.switches, self._scope)
         self._known_stages: dict[str | tuple[str, ...], _Stages] = {}
         self._none = np.zeros((1, len(self)), dtype=bool)
@@ -328,8 +332,10 @@ class Switchboard:
         """Raise ``StaleBoardError`` unless the model's modules are those that the board was made for."""
         if vars(self.model).get("_switchboard") is not self:
             raise StaleBoardError("this switchboard was removed from its model; make a new Switchboard(model)")
-        replaced = self._snapshot.replaced()
-        replaced += [f"{patch.name}() of a {type(patch.target).__name__}" for patch in self._scope.lost]
+        replaced = [path for path, (siblings, name, child) in self._modules.items() if siblings.get(name) is not child]
+        replaced += [
+            f"{patch.name}() of a {type(patch.target).__name__}" for patch in self._scope.patches if patch.is_lost
+        ]
         if replaced:
             raise StaleBoardError(
                 f"{replaced[0]} was replaced since the switchboard was made (by an adapter, quantisation or another "

@@ -102,7 +102,7 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkey
         (["train", "SD/Classification-Custom-v0"], "'dataset' has no value"),
         (["train", "SD/Classification-Custom-v0", "--set", "dataset=./no.jsonl"], "'backbone' has no value"),
         (["evaluate", "nowhere"], "no config.json"),
-        (["evaluate", "nowhere", "--split", "dev"], "expected train, validation or test"),
+        (["evaluate", "nowhere", "--split", "dev"], "'dev' is not one of 'train', 'validation', 'test'"),
         (["compare", "nowhere"], "no result.json"),
         (["prepare", "--backbone", "./no", "--dataset", "./no.jsonl", "--output", "out"], "no data at"),
     ],
