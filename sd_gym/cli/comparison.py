@@ -28,7 +28,6 @@ def compare(
     report: Annotated[Path | None, Option(help="Also write this page, as sd-gym report does.")] = None,
     fronts: Annotated[bool, Option(help="Score again: savings at the same quality.")] = False,
     test_size: Annotated[int | None, Option(min=2, help="With --fronts: test instances [default: the run's].")] = None,
-    picture: Annotated[Path | None, Option(help="With --fronts: PNG of FLOPs against quality lost.")] = None,
     markdown: Annotated[bool, Option(help="Print a Markdown table.")] = False,
     imports: Imports = [],
 ) -> None:
@@ -61,7 +60,7 @@ def compare(
             folders, failed = _trained(runs, jobs, ray, imported)
     if folders:
         with terminal.errors_as_lines(), terminal.warnings_as_lines():
-            _print_comparison(folders, fronts=fronts, test_size=test_size, picture=picture, as_markdown=markdown)
+            _print_comparison(folders, fronts=fronts, test_size=test_size, as_markdown=markdown)
             if report is not None:
                 _write_report(folders, report)
     for status in failed:
@@ -98,24 +97,19 @@ def _trained(runs: list[Any], jobs: int, ray: str | None, imports: list[str]) ->
     return finished, [status for status in statuses if status.state == "failed"]
 
 
-def _print_comparison(
-    folders: list[Path], *, fronts: bool, test_size: int | None, picture: Path | None, as_markdown: bool
-) -> None:
+def _print_comparison(folders: list[Path], *, fronts: bool, test_size: int | None, as_markdown: bool) -> None:
     """Print the table of runs, or their savings at the same quality."""
     from sd_gym.agents.report import compare as results
     from sd_gym.agents.report.terminal import comparison_tables
 
     if fronts:
         from sd_gym.agents.experiment import fronts as agent_fronts
-        from sd_gym.agents.report.charts import write_fronts
 
         title, columns = "At the same quality, test split", agent_fronts.COLUMNS
         by = ["env", "points lost", "FLOPs of hull / blind"]
         with terminal.status("scoring"):
             scored = agent_fronts.score_fronts(folders, test_size)
         rows = [row for env_fronts in scored for row in agent_fronts.savings_rows(env_fronts)]
-        if picture is not None:
-            write_fronts(scored, picture)
     else:
         title, columns, by = "Runs on the test split", results.COLUMNS, ["env", "dense quality", "test rows"]
         rows = [results.cells(row) for row in results.compare(folders)]

@@ -80,12 +80,7 @@ class _Family:
 
     def __init__(self) -> None:
         self._scopes: list[ref[Scope]] = []  # no WeakSet, which takes longer to iterate than patches to install
-        self._needs: dict[int, set[int]] = {}  # numbers of the patches that an entry needs, by its id
-
-    @property
-    def is_open(self) -> bool:
-        """Whether any decision is in force anywhere."""
-        return bool(self._needs)
+        self.needs: dict[int, set[int]] = {}  # numbers of the patches that an entry needs, by its id
 
     def join(self, scope: Scope) -> None:
         """Let the family install a scope's patches."""
@@ -101,7 +96,7 @@ class _Family:
         """Install the patches that an entry needs; at a later stage it may need more."""
         with _LOCK:
             # Before installing, so that an entry that ends meanwhile removes none of them.
-            self._needs.setdefault(id(entry), set()).update(needs)
+            self.needs.setdefault(id(entry), set()).update(needs)
             for patches in self._patches():
                 for number in needs:
                     patches[number].install()
@@ -109,7 +104,7 @@ class _Family:
     def end(self, entry: _Entry) -> None:
         """Remove the patches that no other entry needs."""
         with _LOCK:
-            unneeded = self._needs.pop(id(entry), set()).difference(*self._needs.values())
+            unneeded = self.needs.pop(id(entry), set()).difference(*self.needs.values())
             for patches in self._patches():
                 for number in unneeded:
                     patches[number].uninstall()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -94,8 +93,12 @@ def _eager_twin(board: Switchboard) -> nn.Module:
     switch = next(switch for switch in board.switches if switch.sublayer.output is not None)
     twin, attention = twin_of(board.model), f"{board.path_of(switch)}.{switch.sublayer.attention}"
     _make_eager(twin, attention, {})
-    attention = twin.get_submodule(attention)
-    vars(attention)["forward"] = partial(_end_with_weights, attention)
+    module: Any = twin.get_submodule(attention)
+
+    def forward(*args: Any, **kwargs: Any) -> None:
+        raise _WeightsReached(type(module).forward(module, *args, **kwargs)[-1])
+
+    vars(module)["forward"] = forward
     return twin
 
 
@@ -110,7 +113,3 @@ def _make_eager(twin: nn.Module, path: str | None, configs: dict[int, Pretrained
     name, _, rest = (path or "").partition(".")
     for part in [name] if path else [name for name, part in twin._modules.items() if part is not None]:
         _make_eager(twin_at(twin, part), (rest or None) if path else None, configs)
-
-
-def _end_with_weights(attention: nn.Module, *args: Any, **kwargs: Any) -> None:
-    raise _WeightsReached(type(attention).forward(attention, *args, **kwargs)[-1])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -28,13 +28,6 @@ from sd_gym.switch.tokens import DroppedTokens
 
 Values = Tensor | np.ndarray
 PLANS = 64  # kept at most, for decisions that are repeated
-
-
-class _Stages(NamedTuple):
-    """Stages of a pass, and numbers of the patches that they need."""
-
-    stages: tuple[Stage, ...]
-    needs: tuple[int, ...]
 
 
 class Switchboard:
@@ -97,7 +90,7 @@ class Switchboard:
             siblings = model.get_submodule(parent)._modules
             self._modules[path] = siblings, name, siblings[name]
         self._patches = Patches(model, self.architecture, self.switches, self._scope)
-        self._known_stages: dict[str | tuple[str, ...], _Stages] = {}
+        self._known_stages: dict[str | tuple[str, ...], tuple[Stage, ...]] = {}
         self._none = np.zeros((1, len(self)), dtype=bool)
         self._undecided = Plan.of(self._none, frozenset(), (), torch.device("cpu"))
         self._plans: dict[tuple[bytes, int, bool, int | None, torch.device], Plan] = {}
@@ -129,7 +122,7 @@ class Switchboard:
         Raises:
             ValueError: If there is no stage of that name, or the list is empty.
         """
-        return {stage.name: stage.switches for stage in self._named(stages).stages}
+        return {stage.name: stage.switches for stage in self._named(stages)}
 
     def decide(self, skip: Values, keep: Values | None = None, *, resume_from: PassState | None = None) -> Block:
         """Put decisions in force for the forward passes and ``generate()`` calls inside the ``with`` block.
@@ -179,10 +172,7 @@ class Switchboard:
             ValueError, StaleBoardError: See ``decide``; ``ValueError`` also if there is no stage of that name.
         """
         self.check_fresh()
-        named = self._named(stages)
-        needs = (*named.needs, *self._patches.for_generating)
-        pending = PendingDecision(named.stages, choose, mask, self._none, self._settle, needs)
-        return Block(self._scope, self._pending_decision(pending))
+        return self._pending_block(self._named(stages), choose, mask, self._none)
 
     def run_to(
         self,
@@ -213,36 +203,39 @@ class Switchboard:
         def stop(state: PassState) -> NoReturn:
             raise StageReached(state)
 
-        named = self._named([stage])
+        stages = self._named([stage])
         skip = self._none if skip is None else self._checked(skip, len(self), "switch").copy()
-        skip[:, named.stages[0].switches.start :] = False
-        pending = PendingDecision(named.stages, stop, mask, skip, self._settle, named.needs)
-        with Block(self._scope, self._pending_decision(pending, keep, resume_from)):
+        skip[:, stages[0].switches.start :] = False
+        with self._pending_block(stages, stop, mask, skip, keep, resume_from):
             try:
                 run()
             except StageReached as reached:
                 return reached.state
         raise RuntimeError(f"the forward pass ended without reaching the stage {stage!r}")
 
-    def _named(self, names: Sequence[str]) -> _Stages:
+    def _named(self, names: Sequence[str]) -> tuple[Stage, ...]:
         """Stages by their names; results are kept."""
         key = names if isinstance(names, str) else tuple(names)
-        known = self._known_stages.get(key)
-        if known is None:
-            stages = stages_named(self._stages, names)
-            layers = [self._patches.of_layer[stage.place] for stage in stages if not stage.is_between]
-            known = self._known_stages[key] = _Stages(stages, (*layers, *self._patches.for_stacks))
-        return known
+        if key not in self._known_stages:
+            self._known_stages[key] = stages_named(self._stages, names)
+        return self._known_stages[key]
 
-    def _pending_decision(
-        self, pending: PendingDecision, keep: Values | None = None, resume_from: PassState | None = None
-    ) -> Decision:
-        """A decision that is completed at its stages."""
-        if pending.stages[0].switches.start == 0 and resume_from is None:
-            return Decision(self._undecided, None, pending)
-        decision = self._decision(pending.skip, keep, pending, resume_from)
-        assert decision is not None  # since it is pending
-        return decision
+    def _pending_block(
+        self,
+        stages: tuple[Stage, ...],
+        choose: Callable[[PassState], tuple[Values, Values | None]],
+        mask: Tensor | None,
+        skip: np.ndarray,
+        keep: Values | None = None,
+        resume_from: PassState | None = None,
+    ) -> Block:
+        """A block in which ``choose`` decides at ``stages``, and ``skip`` before them."""
+        layers = [self._patches.of_layer[stage.place] for stage in stages if not stage.is_between]
+        needs = (*layers, *self._patches.for_stacks, *self._patches.for_generating)
+        pending = PendingDecision(stages, choose, mask, skip, self._settle, needs)
+        if stages[0].switches.start == 0 and resume_from is None:
+            return Block(self._scope, Decision(self._undecided, None, pending))
+        return Block(self._scope, self._decision(skip, keep, pending, resume_from))
 
     def _settle(self, decision: Decision, hidden: Tensor, cache: Cache | None) -> Decision | None:
         """Decide at the next stage of a pass, and put that decision in force."""
@@ -276,7 +269,7 @@ class Switchboard:
         skip = self._checked(skip, len(self), "switch")
         tokens = None if keep is None else self._tokens(keep, len(skip))
         if resume_from is not None:
-            stage = self._named([resume_from.stage]).stages[0]
+            stage = self._named([resume_from.stage])[0]
             skip = skip.copy()
             skip[:, : stage.switches.start] = True
             plan = self._plan(skip, tokens is not None, stage.switches.start)
