@@ -158,7 +158,7 @@ class Scope:
         self.patches: Sequence[MethodPatch] = []  # of the model's methods
         self.original = original  # the scope that this one is a copy of (copy.deepcopy)
         self.family = _Family() if original is None else original.family
-        self._in_generators: list[_Entry] = []
+        self.in_generators: list[_Entry] = []
         self._compiled = _Compiled()
 
     def fill(self, patches: Sequence[MethodPatch]) -> None:
@@ -187,7 +187,7 @@ class Scope:
         if torch.compiler.is_dynamo_compiling():
             return self._compiled.decision if self._compiled.sure else _current_uncompiled(self)
         entries = _ENTRIES.get()
-        if entries and not self._in_generators:  # nearly always: the last block is this board's, and no generator's
+        if entries and not self.in_generators:  # nearly always: the last block is this board's, and no generator's
             entry = entries[-1]
             if entry.scope is self and not entry.ended and not entry.of_generator:
                 return entry.decision
@@ -207,21 +207,10 @@ class Scope:
     def entry(self) -> _Entry | None:
         """The innermost block that is open here, even if everything runs in it."""
         entry = self._of_context()
-        if self._in_generators:
+        if self.in_generators:
             running = self._of_running_generator()
             if running is not None and (entry is None or not entry.is_within(running)):
                 return running
-        return entry
-
-    def enter(self, decision: Decision | None, frame: FrameType) -> _Entry:
-        """Put a decision in force, for the code that runs in ``frame``."""
-        if isinstance(decision, Decision) and not torch.is_inference_mode_enabled():
-            decision.replays = replays(frame)
-        entry = _Entry(self, decision, _generator(frame), self.entry())
-        if entry.generator is not None:
-            self._in_generators.append(entry)
-        _ENTRIES.set((*_ENTRIES.get(), entry))
-        self._note(entry)
         return entry
 
     def settle(self, decision: Decision | None) -> None:
@@ -231,19 +220,9 @@ class Scope:
         entry.decision = decision
         if decision is not None:
             self.family.begin(entry, decision.needs)
-        self._note(entry)
+        self.note(entry)
 
-    def leave(self, entry: _Entry) -> None:
-        """End what ``enter`` began, in any order and context; copies of the context keep the entry."""
-        entries = _ENTRIES.get()
-        entry.ended = entry not in entries or entry.origin != _here()
-        _ENTRIES.set(tuple(other for other in entries if other is not entry))
-        if entry.generator is not None:
-            self._in_generators.remove(entry)
-            entry.generator = None
-        self._note(self.entry())
-
-    def _note(self, entry: _Entry | None) -> None:
+    def note(self, entry: _Entry | None) -> None:
         """Note the decision in force in this thread, for compiled code."""
         compiled = self._compiled
         compiled.sure = entry is not None and entry.generator is None and _here() == (get_ident(), None)
@@ -268,7 +247,7 @@ class Scope:
 
     def _of_running_generator(self) -> _Entry | None:
         """The entry of the innermost generator that is running here."""
-        entries = {entry.generator: entry for entry in tuple(self._in_generators)}
+        entries = {entry.generator: entry for entry in tuple(self.in_generators)}
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             if frame in entries:
@@ -277,7 +256,7 @@ class Scope:
         return None
 
 
-_current_uncompiled = cast("Callable[[Scope]]", torch.compiler.disable(Scope._current))
+_current_uncompiled = cast("Callable[[Scope], Decision | None]", torch.compiler.disable(Scope._current))
 
 
 class Block:
@@ -290,12 +269,27 @@ class Block:
     def __enter__(self) -> None:
         if self._entry is not None:
             raise RuntimeError("this block is already open; call decide() again for another one")
-        self._entry = self._scope.enter(self._decision, sys._getframe(1))
+        scope, decision, frame = self._scope, self._decision, sys._getframe(1)
+        if decision is not None and not torch.is_inference_mode_enabled():
+            decision.replays = replays(frame)
+        self._entry = entry = _Entry(scope, decision, _generator(frame), scope.entry())
+        if entry.generator is not None:
+            scope.in_generators.append(entry)
+        _ENTRIES.set((*_ENTRIES.get(), entry))
+        scope.note(entry)
 
     def __exit__(self, *_: object) -> None:
+        """End the block, in any order and context; copies of the context keep the entry."""
         entry, self._entry = self._entry, None
-        if entry is not None:
-            self._scope.leave(entry)
+        if entry is None:
+            return
+        entries = _ENTRIES.get()
+        entry.ended = entry not in entries or entry.origin != _here()
+        _ENTRIES.set(tuple(other for other in entries if other is not entry))
+        if entry.generator is not None:
+            self._scope.in_generators.remove(entry)
+            entry.generator = None
+        self._scope.note(self._scope.entry())
 
 
 def _here() -> tuple[int, int | None]:
