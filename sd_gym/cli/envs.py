@@ -23,7 +23,7 @@ def envs(imports: Imports = []) -> None:
     from sd_gym.registration import config_files
 
     table = Table(title="sd_gym envs", box=SIMPLE_HEAD, padding=0)
-    table.add_column("id", no_wrap=True)  # so that it can be copied
+    table.add_column("id", no_wrap=True)  # to be copied in one piece
     for column in ("data set", "backbone"):
         table.add_column(column, overflow="fold")
     with terminal.errors_as_lines():
@@ -41,8 +41,8 @@ def _row(values: dict[str, Any]) -> tuple[str, str, str]:
         folder = table_folder(values["table"])
         if not folder.is_dir():
             return str(values["id"]), f"no table at {folder}", "-"
-        config = dotted(read_description(folder)["env_config"], str(folder))
-        return str(values["id"]), f"{config['data.dataset']}, tabulated", str(config["backbone.name"])
+        was = dotted(read_description(folder)["env_config"], str(folder))
+        return str(values["id"]), f"{was['data.dataset']}, tabulated", str(was["backbone.name"])
     tested = (values.get("data.splits") or {}).get("test", "test")
     data = f"{values.get('data.dataset') or 'yours'}{'' if tested == 'test' else f', tested on its {tested}'}"
     return str(values.get("id")), data, str(values.get("backbone.name") or "yours")

@@ -158,7 +158,7 @@ def run(
         total = count_rows(file)
         if Path(policy, MANIFEST).is_file():
             if backbone or max_loss is not None or max_flops is not None or device != "cpu":
-                raise ValueError(f"{policy} is exported: pass --backbone, --max-loss, --max-flops to sd-gym export")
+                raise ValueError(f"{policy} is exported: choose --backbone, --max-loss, --max-flops in sd-gym export")
             model: Any = OnnxModel(Path(policy))
         else:
             model = load(policy, backbone, device=device, max_loss=max_loss, max_flops=max_flops)

@@ -128,19 +128,19 @@ def reduce(
 def export(
     run: Annotated[Path, Argument(help="Run folder, or saved policy.")],
     output: Annotated[Path, Option(help="Folder to write.")],
-    masks: Annotated[int, Option(min=1, help="Largest number of masks; a policy with more is reduced first.")] = 8,
+    masks: Annotated[int, Option(min=1, help="Masks at most; a run whose policy has more is reduced first.")] = 8,
     int8: Annotated[
-        bool, Option("--int8", help="Use 8-bit integers for matrix products; decisions do not change.")
+        bool, Option("--int8", help="Matrix products of 8-bit integers; decisions stay as they are.")
     ] = False,
-    backbone: Annotated[str | None, Option(help="Path of the backbone [default: that of the run].")] = None,
+    backbone: Annotated[str | None, Option(help="Where the backbone is [default: where it was].")] = None,
     max_loss: Annotated[float | None, Option(help="Fewest FLOPs within this loss of quality (0.005).")] = None,
     max_flops: Annotated[float | None, Option(help="Least skipping within this share of the FLOPs (0.4: 40%).")] = None,
     imports: Imports = [],
 ) -> None:
-    """Export a policy, with one graph per mask, for ONNX Runtime, which needs no torch.
+    """Write a policy and a graph for each of its masks for ONNX Runtime, which answers without torch.
 
-    It needs `pip install 'sd-gym[onnx]'`, and an encoder that classifies, scores or extracts. A policy with more masks
-    is reduced as by `sd-gym reduce`: its operating point is selected again.
+    Needs `pip install 'sd-gym[onnx]'`, and an encoder that classifies, scores or extracts. A policy that decides among
+    more masks is reduced as by `sd-gym reduce`: its operating point is selected again.
 
     Example: `sd-gym export runs/reviews --output reviews-onnx --masks 8 --int8`
     """
@@ -153,15 +153,15 @@ def export(
 
         policy = SkipPolicy.from_pretrained(run)
         if not few_masks(policy, masks) and (run / "config.json").is_file():
-            terminal.say(f"the policy uses more than {masks} masks, so it is reduced to those that fit best")
+            terminal.say(f"the policy decides among more than {masks} masks, so it is reduced to those that fit best")
             reduce_run(run, masks, Path(folder, "reduced"))
             policy = SkipPolicy.from_pretrained(Path(folder, "reduced"))
         chosen = policy.at(max_loss=max_loss, max_flops=max_flops)
         manifest = export_policy(chosen, output, masks=masks, int8=int8, backbone=backbone)
-    terminal.print_line(f"{len(manifest['masks'])} masks, including dense: {output}")
+    terminal.print_line(f"{len(manifest['masks'])} masks, dense among them: {output}")
     for what in manifest["left_out"]:
         terminal.print_line(f"Left out: {what}.")
-    terminal.print_line(f"Evaluate it: sd-gym evaluate {output}")
+    terminal.print_line(f"Judge it: sd-gym evaluate {output}")
 
 
 def validate(

@@ -20,6 +20,7 @@ from sd_gym.switch.tokens import (
     inverse_document_frequency,
     keep_tokens,
     position_scores,
+    random_scores,
     rarity_scores,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "passes",
     "pooled",
     "position_scores",
+    "random_scores",
     "rarity_scores",
     "register_architecture",
     "supported_architectures",

@@ -20,6 +20,7 @@ from sd_gym.switch import (
     attention_received,
     inverse_document_frequency,
     position_scores,
+    random_scores,
     rarity_scores,
 )
 
@@ -101,7 +102,7 @@ class FunctionRanking(TokenRanking):
 
 
 def _at_random(encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
-    return np.random.default_rng(0).random(tuple(encoded.input_ids.shape))
+    return random_scores(encoded.input_ids.shape)
 
 
 RANKINGS: Registry[TokenRanking] = Registry(
