@@ -75,6 +75,13 @@ def registered_ids() -> list[str]:
     return ENVS.names()
 
 
+def shipped_tables() -> dict[str, str]:
+    """Folders of the tables in the package, by env id."""
+    bundled = [file for file in config_files() if file.parent == CONFIG_FOLDER]
+    folders = {env_id(file): _line(file, "table") for file in bundled}
+    return {identity: folder for identity, folder in folders.items() if folder not in (None, "null")}
+
+
 def register_env(file: str | Path) -> str:
     """Register your own env with Gymnasium, from a YAML file like those of ``envs_configs/``.
 

@@ -24,20 +24,8 @@ from transformers import (
 
 import sd_gym
 from sd_gym.policy.card import write_card
-from sd_gym.registration import CONFIG_FOLDER, ENVS
 
 os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # figures are the same on every machine
-
-
-def shipped_tables():
-    """The envs whose tables are in the package: the folder of each by its id, as their YAML files name it."""
-    files = {name: ENVS.find(name) for name in ENVS.names()}
-    lines = {name: file.read_text().splitlines() for name, file in files.items() if file.parent == CONFIG_FOLDER}
-    tables = {
-        name: line.split()[1] for name, of_file in lines.items() for line in of_file if line.startswith("table: ")
-    }
-    return {name: folder for name, folder in tables.items() if folder != "null"}
-
 
 WORDS = ["good", "bad", "fine", "awful", "the", "food", "was", "not", "room"]
 

@@ -14,9 +14,10 @@ import sd_gym
 from sd_gym.backbones.load import BUNDLED
 from sd_gym.envs import ConfigError, SwitchableEnv
 from sd_gym.envs.sb3 import SwitchableVecEnv
+from sd_gym.registration import shipped_tables
 from sd_gym.switch import UnsupportedArchitectureError
 from sd_gym.tasks.data import DataError
-from tests.conftest import make_model, shipped_tables, varied
+from tests.conftest import make_model, varied
 from tests.envs.conftest import SMALL, STEP_INFO
 
 MINI = [id for id in sd_gym.registered_ids() if id.endswith("Mini-v0")]
@@ -227,7 +228,7 @@ def test_bad_backbones(reviews, tmp_path, tiny_tokenizer):
         gym.make(**arguments, backbone="./missing")
     bloom = tmp_path / "bloom"
     BloomForCausalLM(BloomConfig(vocab_size=10, hidden_size=8, n_layer=1, n_head=2)).save_pretrained(bloom)
-    with pytest.raises(UnsupportedArchitectureError, match=r"'bloom'; supported: bart, bert, distilbert"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"'bloom'; known are: bart, bert, distilbert"):
         gym.make(**arguments, backbone=str(bloom))
     headless = tmp_path / "headless"
     BertModel(BertConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(

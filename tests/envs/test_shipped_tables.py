@@ -22,8 +22,7 @@ from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.table_files import read_description, table_folder
 from sd_gym.files import read_json
-from sd_gym.registration import CONFIG_FOLDER, config_of
-from tests.conftest import shipped_tables
+from sd_gym.registration import CONFIG_FOLDER, config_of, shipped_tables
 
 SPLITS = ("train", "validation", "test")
 AT_MOST = 12 * 10**6  # bytes that all tables together take in the wheel, which is compressed

@@ -22,8 +22,8 @@ from sd_gym.envs.table_files import EXPORT
 from sd_gym.files import read_json, read_tensors, write_arrays, write_json, write_tensors
 from sd_gym.going_on import parted
 from sd_gym.policy import DecisionPolicy
-from sd_gym.registration import config_of
-from tests.conftest import make_model, shipped_tables, sign
+from sd_gym.registration import config_of, shipped_tables
+from tests.conftest import make_model, sign
 
 ID, CLASSES = "SD/Table-v0", "SD/Classification-Custom-v0"
 TOLD = ("quality", "quality_ref", "flops_ratio", "flops_ratio_with_policy", "skip_rate", "decisions_hash", "verdict")
