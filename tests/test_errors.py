@@ -298,7 +298,7 @@ def test_damaged_checkpoints(damage, cut_off, tmp_path):
         file.write_bytes({"cut": whole[: len(whole) // 2], "garbage": b"garbage" * 99, "empty": b""}[damage])
     said = call(*cut_off)
     assert "weights_only" not in said
-    assert "checkpoint.pt is damaged, so nothing can go on from it" in said
+    assert "checkpoint.pt is damaged, so it cannot be resumed" in said
     assert "delete it and begin again" in said
 
 
