@@ -90,7 +90,7 @@ class TableCosts:
         points: Sequence[int],
     ) -> None:
         self._masks_of, self._goes_on, self._masks, self._points = masks_of, goes_on, masks, points
-        self._of = tensors["costs"]  # row of each instance in the costs
+        self._costs_of = tensors["costs"]  # row of each instance in the costs
         self._always, self._switched = tensors["always"], tensors["switched"]
         self._runs, self._level = 1 - masks[:, :-1], masks[:, -1]
         self._dense = self._always[:, 0] + self._switched[:, 0].sum(axis=1)
@@ -108,20 +108,20 @@ class TableCosts:
 
     def flops(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under the decisions, int64 ``[n]``, with those of going on."""
-        masks, of = self._masks_of(decisions), self._of[rows]
+        masks, costs = self._masks_of(decisions), self._costs_of[rows]
         level = self._level[masks]
-        flops = self._always[of, level] + np.einsum("ns,ns->n", self._switched[of, level], self._runs[masks])
-        return flops + self._goes_on(decisions) * self._going_on[of, masks]
+        flops = self._always[costs, level] + np.einsum("ns,ns->n", self._switched[costs, level], self._runs[masks])
+        return flops + self._goes_on(decisions) * self._going_on[costs, masks]
 
     def flops_ratio(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under the decisions over dense FLOPs, float64 ``[n]``."""
-        masks, of, goes_on = self._masks_of(decisions), self._of[rows], self._goes_on(decisions)
-        ratio = self._ratio[of, masks]
-        return ratio + goes_on * self._going_on[of, masks] / self._dense[of] if goes_on.any() else ratio
+        masks, costs, goes_on = self._masks_of(decisions), self._costs_of[rows], self._goes_on(decisions)
+        ratio = self._ratio[costs, masks]
+        return ratio + goes_on * self._going_on[costs, masks] / self._dense[costs] if goes_on.any() else ratio
 
     def going_on(self, rows: Array, masks: Array) -> Array:
         """FLOPs of going on after decisions ``[n, components]``, int64 ``[n]``; see ``Costs.going_on``."""
-        return self._going_on[self._of[rows], self._masks_of(masks)]
+        return self._going_on[self._costs_of[rows], self._masks_of(masks)]
 
     @cached_property
     def _going_on(self) -> Array:
@@ -136,16 +136,16 @@ class TableCosts:
 
     def ratio_of_one(self, row: int, mask: int) -> float:
         """FLOPs ratio of a row under the mask of that number."""
-        return self._ratio.item(self._of[row], mask)
+        return self._ratio.item(self._costs_of[row], mask)
 
     def dense_flops(self, rows: Array) -> Array:
         """FLOPs of the dense backbone, int64 ``[n]``."""
-        return self._dense[self._of[rows]]
+        return self._dense[self._costs_of[rows]]
 
     def head_flops(self, rows: Array) -> Array:
         """FLOPs of the head, which no decision skips, int64 ``[n]``."""
-        return self._always[self._of[rows], 0]
+        return self._always[self._costs_of[rows], 0]
 
     def of_masks(self, rows: Array) -> Array:
         """FLOPs ratio of rows ``[n]`` under all masks, float64 ``[n, masks]``."""
-        return self._ratio[self._of[rows]]
+        return self._ratio[self._costs_of[rows]]

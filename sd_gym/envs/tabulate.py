@@ -51,54 +51,6 @@ class Units(NamedTuple):
 OnChunk = Callable[[int, int], None]  # called with the number of outcomes so far, and of all outcomes
 
 
-def write_table(
-    core: Core[BackboneSplit],
-    masks: Array | None,
-    folder: Path,
-    *,
-    ways: list[int] | None = None,
-    units: Units | None = None,
-    chosen: str = "",
-    pca: int | None = None,
-    share: bool = False,
-    bf16: bool = False,
-    resume: bool = False,
-    jobs: int = 1,
-    imports: Sequence[str] = (),
-    on_chunk: OnChunk,
-) -> None:
-    """Run all instances of an env under decisions and write the outcomes.
-
-    Each chunk of instances is written when it is done, and a resumed table goes on with the next one. It becomes the
-    same, bit for bit, with the same number of threads.
-
-    Args:
-        core: Of the env.
-        masks: ``[masks, switches + 1]``, all different, the dense one first; ``None``: all.
-        folder: Where the table is written.
-        ways: With several stages, how many choices of each are in the masks. These are all combinations of the choices;
-            the choice of the last stage changes first.
-        units: What the table's env decides on, if not on switches or the number of a mask.
-        chosen: How the masks were chosen, in words.
-        pca: To how many numbers observations are reduced; ``None``: not at all.
-        share: Whether ids, texts and paths are left out.
-        bf16: Whether the backbone runs in mixed precision.
-        resume: Whether to go on with an interrupted table.
-        jobs: Number of processes.
-        imports: Modules or files that worker processes import first.
-        on_chunk: Called after each chunk.
-
-    Raises:
-        FileExistsError: If the folder is not empty, and does not hold an interrupted table that is resumed.
-        ValueError: If the interrupted table is another one, or ``pca`` is too large.
-        ConfigError: If the env's observation is not a ``Box``.
-    """
-    maker = _Maker(core, masks, folder, ways, units, chosen, pca, share, bf16)
-    maker.check()
-    with locked(folder):
-        maker.write(resume, jobs, imports, on_chunk)
-
-
 def down_in_flops(core: Core[BackboneSplit], masks: Array) -> Array:
     """Order of masks ``[masks, switches + 1]`` from most to fewest FLOPs, the dense one first: int64 ``[masks]``."""
     split = core.split("train")
@@ -118,21 +70,45 @@ class _Chunk(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Maker:
-    """Makes a table; the fields are the arguments of ``write_table``."""
+class TableMaker:
+    """Runs all instances of an env under decisions and writes the outcomes.
+
+    Each chunk of instances is written when it is done, and a resumed table goes on with the next one. It becomes the
+    same, bit for bit, with the same number of threads.
+    """
 
     core: Core[BackboneSplit]
-    masks: Array | None
+    masks: Array | None  # ``[masks, switches + 1]``, all different, the dense one first; ``None``: all
     folder: Path
+    # With several stages, how many choices of each are in the masks. These are all combinations of the choices; the
+    # choice of the last stage changes first.
     ways: list[int] | None
-    units: Units | None
-    chosen: str
-    pca: int | None
-    share: bool
-    bf16: bool
+    units: Units | None  # what the table's env decides on, if not on switches or the number of a mask
+    chosen: str  # how the masks were chosen, in words; empty: all
+    pca: int | None  # to how many numbers observations are reduced; ``None``: not at all
+    share: bool  # whether ids, texts and paths are left out
+    bf16: bool  # whether the backbone runs in mixed precision
 
-    def check(self) -> None:
-        """Raise as ``write_table`` if the env or the options are wrong."""
+    def make(self, *, resume: bool, jobs: int, imports: Sequence[str], on_chunk: OnChunk) -> None:
+        """Make the table.
+
+        Args:
+            resume: Whether to go on with an interrupted table.
+            jobs: Number of processes.
+            imports: Modules or files that worker processes import first.
+            on_chunk: Called after each chunk.
+
+        Raises:
+            FileExistsError: If the folder is not empty, and does not hold an interrupted table that is resumed.
+            ValueError: If the interrupted table is another one, or ``pca`` is too large.
+            ConfigError: If the env's observation is not a ``Box``.
+        """
+        self._check()
+        with locked(self.folder):
+            self._write(resume, jobs, imports, on_chunk)
+
+    def _check(self) -> None:
+        """Raise if the env or the options are wrong."""
         core, space, pca = self.core, self.core.observation_space, self.pca
         if not isinstance(space, gym.spaces.Box):
             raise ConfigError(
@@ -152,7 +128,7 @@ class _Maker:
         """How many numbers of an observation are before the hidden states, which are reduced, and after them."""
         return (0, 0) if self.ways is None else cast("StageObservation", self.core.stage_observation).around
 
-    def write(self, resume: bool, jobs: int, imports: Sequence[str], on_chunk: OnChunk) -> None:
+    def _write(self, resume: bool, jobs: int, imports: Sequence[str], on_chunk: OnChunk) -> None:
         """Begin or resume the table, and finish it."""
         core, folder = self.core, self.folder
         exported = core.export()
