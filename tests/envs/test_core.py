@@ -52,7 +52,7 @@ def env_arguments(request, reviews, tiny_backbone, tiny_generator, full_table, t
 
 
 def test_both_checkers_pass_without_a_warning(env_arguments, monkeypatch):
-    """In every render mode, the window included where there is pygame."""
+    """In every render mode."""
     monkeypatch.setitem(SwitchableEnv.metadata, "render_fps", 1000)
     env_id, arguments = env_arguments
     env = gym.make(env_id, **arguments)
