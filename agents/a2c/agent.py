@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 
 class A2CSettings(SB3Settings):
-    """Settings of A2C; a rollout, which is used once, is large enough for a lost instance to weigh what it should."""
+    """Settings of A2C; a rollout is used once, and large enough for the full weight of a lost instance."""
 
     space: ClassVar = LearnerSettings.space | {
         "entropy": [0.0, 0.02, 0.05, 0.1],

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.drawing.run_picture import plot_run
 from sd_gym.agents.experiment.evaluation import evaluate, summary, time_ratio
-from sd_gym.agents.experiment.export import export
+from sd_gym.agents.experiment.export import export, run_card
 from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.experiment.tensorboard_logs import log_result, log_validation, open_logger
 from sd_gym.agents.learning.agent import INFO_TAGS, Agent, BaseAgent, PrivilegedAgent, Rollout
@@ -57,25 +57,22 @@ from sd_gym.version import __version__
 VALIDATIONS = 8  # during training
 TIMED_BATCH_SIZES = (1, 8, 32)
 OnProgress = Callable[[int, dict[str, float]], None]  # called with (steps so far, figures to show)
-DIFFERENCE = ("quality_difference", "quality_difference_interval")
 LIBRARIES = ("gymnasium", "numpy", "sd-gym", "stable-baselines3", "torch", "transformers")
 
 
 def split_settings(algo: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Divide settings into those of the env's config and those of the agent; ``ValueError`` if a key is neither."""
     agent_keys = agent_class(algo).Settings.model_fields
-    for key in settings:
-        if not is_setting(key) and key not in agent_keys:
-            known = [key for key in KEYS if is_setting(key)]
-            raise ValueError(
-                f"unknown setting {key!r}. Of the env: {', '.join(known)}. Of {algo}: {', '.join(agent_keys)}."
-            )
     env = {key: value for key, value in settings.items() if is_setting(key)}
-    return env, {key: value for key, value in settings.items() if key not in env}
+    agent = {key: value for key, value in settings.items() if key not in env}
+    if unknown_key := next((key for key in agent if key not in agent_keys), None):
+        known = ", ".join(filter(is_setting, KEYS))
+        raise ValueError(f"unknown setting {unknown_key!r}. Of the env: {known}. Of {algo}: {', '.join(agent_keys)}.")
+    return env, agent
 
 
 def is_setting(key: str) -> bool:
-    """Whether a key of the env's config, in any spelling, can be set; the id cannot."""
+    """Whether a key, in any spelling, is one of the env's config that can be set; the id cannot."""
     return is_key(key) and key != "id"
 
 
@@ -92,7 +89,7 @@ def train(
     imports: Sequence[str] = (),
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Train an agent as ``sd_gym.train`` does, into a run folder; raises ``FolderInUseError`` if another process does.
+    """Train an agent like ``sd_gym.train``; raises also ``FolderInUseError`` if another process uses the folder.
 
     The folder gets ``config.json``, TensorBoard events, ``policy.safetensors``, ``policy.json``, ``skip_policy.json``
     and ``skip_policy.safetensors`` (the policy as an artefact, with ``README.md``), ``result.json``,
@@ -108,7 +105,7 @@ def train(
 
 
 def _unfinished_run(folder: Path, resume: bool) -> dict[str, Any] | None:
-    """``config.json`` of the run to resume; ``None``: the folder is empty; raises if it holds anything else."""
+    """``config.json`` of the run to resume; ``None`` if the folder is empty; raises if it holds anything else."""
     if not contents(folder):
         return None
     try:
@@ -130,7 +127,7 @@ def _train(
     on_progress: OnProgress | None,
 ) -> dict[str, Any]:
     core = agent.env.core
-    for split in SPLITS:  # errors in any split are raised before anything is learned
+    for split in SPLITS:  # so errors in a split are raised before learning
         core.split(split)
     agent.env.reset(seed=names["seed"])
     description = {MARKER: __version__, **names, **run_metadata(core.config)}
@@ -138,7 +135,7 @@ def _train(
     description["weights"] = core.backbone.weights
     description["data"] = core.data.identity()
     if unfinished is not None:
-        check_same_run(folder, _identity(unfinished), _identity(json.loads(as_json(description))))
+        check_same_run(folder, identity(unfinished), identity(json.loads(as_json(description))))
         check_unchanged(folder, unfinished["data"], core.data)
     if isinstance(agent, PrivilegedAgent):
         return _train_privileged(agent, folder, description, on_progress)
@@ -150,20 +147,19 @@ def _train_privileged(
     agent: PrivilegedAgent, folder: Path, description: dict[str, Any], on_progress: OnProgress | None
 ) -> dict[str, Any]:
     """Learn, select an operating point, and evaluate its decisions."""
-    core, selection = agent.env.core, None
-    if agent.selects:
-        selection = Selection(core, description["confidence"])
+    core, dense = agent.env.core, Version(Dense(agent.env.core))
+    selection = Selection(core, description["confidence"]) if agent.selects else None
     write_json(folder / "config.json", description)
     logger = open_logger(folder, description)
     agent.learn(description["steps"], logger, partial(_show_progress, on_progress))
-    points = agent.operating_points()
-    chosen, last = points[0] if points else None, None
-    if selection is not None:
-        chosen = selection.select(points)
-        last = summary(core, (selection.as_searched() or Version(Dense(core))).policy, "test")
+    points, last = agent.operating_points(), None
+    if selection is None:
+        chosen = points[0] if points else dense
+    else:
+        chosen = selection.select(points) or dense
+        last = summary(core, (selection.as_searched() or dense).policy, "test")
     agent.save_extra(folder)
-    policy = Dense(core) if chosen is None else chosen.policy
-    result = _finish(folder, description, core, policy, selection, last)
+    result = _finish(folder, description, core, chosen.policy, selection, last)
     log_result(logger, description["steps"], result)
     logger.close()
     return result
@@ -172,7 +168,7 @@ def _train_privileged(
 def _train_agent(
     agent: Agent, folder: Path, description: dict[str, Any], on_progress: OnProgress | None
 ) -> dict[str, Any]:
-    """Learn, from the checkpoint on if there is one; select an operating point, and evaluate that."""
+    """Learn, from the checkpoint if there is one; select an operating point, and evaluate it."""
     core, steps, checkpoint = agent.env.core, description["steps"], folder / "checkpoint.pt"
     selection = Selection(core, description["confidence"])
     reached = _load_checkpoint(checkpoint, agent, selection)
@@ -182,7 +178,7 @@ def _train_agent(
     switches = core.backbone.board.names
 
     def after_rollout(rollout: Rollout) -> None:
-        """A validation and a checkpoint where they are due, and progress."""
+        """Validate and write a checkpoint if they are due, and show the progress."""
         nonlocal reached
         reached = rollout.steps
         next_due = (len(selection.history) + 1) * max(1, steps // VALIDATIONS)
@@ -195,10 +191,8 @@ def _train_agent(
         _show_progress(on_progress, rollout)
 
     agent.learn(steps, logger, after_rollout)
-    reached = reached or steps  # where nothing is learned there are no rollouts
-    policy, last = agent.policy(), None
-    if agent.selects:
-        last, policy = _selected(agent, selection)
+    reached = reached or steps  # an agent that learns nothing has no rollouts
+    last, policy = _selected(agent, selection) if agent.selects else (None, agent.policy())
     if not selection.history:
         log_validation(logger, selection.validate(reached, policy, agent.env.objective), switches)
     policy.save(folder)
@@ -219,7 +213,7 @@ def _selected(agent: Agent, selection: Selection) -> tuple[dict[str, Any], Decis
     if agent.searches:
         learned = (selection.as_searched() or Version(dense)).policy
     policy = dense if chosen is None else chosen.policy
-    assert isinstance(policy, DecisionPolicy)  # as every operating point of an agent that has a policy
+    assert isinstance(policy, DecisionPolicy)  # operating points of an ``Agent`` are all policies
     return summary(agent.env.core, learned, "test"), policy
 
 
@@ -236,19 +230,19 @@ def _score_dense(agent: Agent, steps: int, checkpoint: Path, on_progress: OnProg
 
 def _load_checkpoint(checkpoint: Path, agent: Agent, selection: Selection) -> int | None:
     """Go on from a checkpoint, if there is one; returns the decisions made before it. Raises if it does not fit."""
-    reached, scores = None, {}
-    if checkpoint.exists():
-        saved = read_checkpoint(checkpoint)
-        try:
-            scores = saved.get("scores", {})
-            if "agent" in saved:
-                agent.load_state(saved["agent"])
-                selection.history = saved["history"]
-                reached = selection.history[-1]["step"]
-        except Exception as error:  # whatever does not fit
-            raise ValueError(damaged_checkpoint(checkpoint, error)) from error
-    agent.env.core.load_scores(scores)
-    return reached
+    if not checkpoint.exists():
+        agent.env.core.load_scores({})
+        return None
+    saved = read_checkpoint(checkpoint)
+    try:
+        agent.env.core.load_scores(saved.get("scores", {}))
+        if "agent" not in saved:
+            return None
+        agent.load_state(saved["agent"])
+        selection.history = saved["history"]
+        return selection.history[-1]["step"]
+    except Exception as error:
+        raise ValueError(damaged_checkpoint(checkpoint, error)) from error
 
 
 def _show_progress(on_progress: OnProgress | None, rollout: Rollout) -> None:
@@ -258,14 +252,14 @@ def _show_progress(on_progress: OnProgress | None, rollout: Rollout) -> None:
 
 
 def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]:
-    """Make a run's policy decide among few masks, select its operating point, and evaluate that: ``sd-gym reduce``.
+    """Make a run's policy choose among a few masks, select its operating point, and evaluate it: ``sd-gym reduce``.
 
-    Inputs then agree more often, and those that agree run faster together.
+    Inputs then share decisions more often, and those that do run faster together.
 
     Args:
         run: The run.
-        codebook: The most different decisions, at each stage; see ``DecisionPolicy.reduced``.
-        output: A run folder, written as by ``train``; ``agent_settings`` in its ``config.json`` have ``codebook``.
+        codebook: Different decisions per stage, at most; see ``DecisionPolicy.reduced``.
+        output: A run folder, written like that of ``train``; its ``agent_settings`` have ``codebook``.
 
     Returns:
         The result, as in ``result.json``.
@@ -281,7 +275,7 @@ def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]
             raise FileExistsError(f"{folder} is not empty; choose another --output")
         description, core, policy = load_run(Path(run))
         if policy.noise != "none":
-            raise ValueError(f"{run}: its policy decides at random; expected one that has learned")
+            raise ValueError(f"{run}: its policy decides at random; expected the run of an agent that learns")
         selection = Selection(core, description.get("confidence", CONFIDENCE))
         reduced = _reduced(policy, codebook, core)
         selection.select(versions(core, reduced))
@@ -294,7 +288,7 @@ def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]
 
 
 def _reduced(policy: DecisionPolicy, codebook: int, core: Core) -> DecisionPolicy:
-    """The policy with a codebook for the first training inputs: at each stage, after its own earlier decisions."""
+    """The policy with a codebook from the first training inputs, per stage after its own earlier decisions."""
     train = core.split("train")
     batches = evaluator(core).batches(np.arange(min(len(train), STATISTICS_SIZE)))
     observed: list[Observations] = []
@@ -303,7 +297,7 @@ def _reduced(policy: DecisionPolicy, codebook: int, core: Core) -> DecisionPolic
         observed.append(observations)
         return policy.decide(observations)
 
-    for rows in batches if policy.channels is None else batches[:1]:  # tokens take memory
+    for rows in batches if policy.channels is None else batches[:1]:  # tokens of one batch fit into memory
         core.rollout(train, rows, decide)
     return policy.reduced(codebook, joined(observed), core.steps.components)
 
@@ -317,27 +311,27 @@ def _finish(
     last: dict[str, Any] | None = None,
     history: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Write the result of a run and, of a policy that can leave its env, the artefact; return the result."""
+    """Write the result of a run and, if the policy can decide without its env, the artefact; return the result."""
     result = measure(core, policy, "test", folder)
     result["history"] = list(history)
     result |= selected_result(selection, last, result)
     result["data"] = {name: core.split(name).provenance for name in SPLITS}
-    artefact = None  # a policy may be unable to leave its env
+    result["artefact"] = None
     if isinstance(policy, DecisionPolicy):
         points = [] if selection is None else selection.operating_points()
-        artefact = export(core, policy, points, result, description)
-    if artefact is not None:
-        artefact.save_pretrained(folder)
-    result["artefact"] = None if artefact is None else FILE
+        if artefact := export(core, policy, points, run_card(result, description)):
+            artefact.save_pretrained(folder)
+            result["artefact"] = FILE
     write_result(result, core, folder)
     return result
 
 
 def selected_result(selection: Selection | None, last: dict[str, Any] | None, result: dict[str, Any]) -> dict[str, Any]:
-    """What a result says of the selection: the tests, the guarantee in words, and the policy as learned."""
+    """The keys of a result about selection: the tests, the guarantee in words, and the policy as learned."""
     if selection is None:
         return {"last_policy": last, "margin": 0.0, "selection": None, "guarantee": None}
-    tested = on_other_rows(*(result[key] for key in ("instances", "split", *DIFFERENCE)))
+    keys = ("instances", "split", "quality_difference", "quality_difference_interval")
+    tested = on_other_rows(*(result[key] for key in keys))
     return {
         "last_policy": last,  # at the end of learning, before selection
         "margin": selection.margin,  # in log-odds, added by selection
@@ -347,7 +341,7 @@ def selected_result(selection: Selection | None, last: dict[str, Any] | None, re
 
 
 def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAgent:
-    """The agent, untrained, on a vector env of its own."""
+    """The untrained agent on a vector env of its own."""
     env_settings, agent_settings = split_settings(algo, settings)
     num_envs = make_settings(algo, agent_settings).num_envs
     try:
@@ -356,19 +350,15 @@ def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAg
         env = gym.make_vec(env_id, num_envs=num_envs, **env_settings).unwrapped
     except gym.error.UnregisteredEnv as error:
         raise UnknownNameError(unknown("env", env_id, registered_ids())) from error
-    assert isinstance(env, SwitchableVectorEnv)  # as every registered id has it
+    assert isinstance(env, SwitchableVectorEnv)  # all registered ids make one
     return make_agent(algo, env, seed=seed, **agent_settings)
 
 
 def measure(core: Core, policy: PolicyLike | SplitPolicy, split: str, folder: Path | None) -> dict[str, Any]:
-    """The result on a split, timed if a policy decides; ``instances.csv`` is written to the folder, if there is one."""
-    table = folder / "instances.csv" if folder else None
-    if isinstance(policy, SplitPolicy):
-        decided = policy.decide_split(core.split(split), np.arange(len(core.split(split))))
-        return evaluate(core, decided, split, table=table) | {"time": {}}
-    result = evaluate(core, policy, split, table=table)
+    """The result on a split, with times of a policy on a backbone; writes ``instances.csv`` if there is a folder."""
+    result = evaluate(core, policy, split, table=folder and folder / "instances.csv")
     result["time"] = {}
-    if isinstance(core, BackboneCore):  # a table runs nothing
+    if isinstance(core, BackboneCore) and not isinstance(policy, SplitPolicy):
         result["time"] = {str(size): time_ratio(core, policy, split, size) for size in TIMED_BATCH_SIZES}
     return result
 
@@ -380,23 +370,24 @@ def write_result(result: dict[str, Any], core: Core, folder: Path) -> None:
 
 
 def check_same_run(folder: Path, was: dict[str, Any], now: dict[str, Any], hint: str = "") -> None:
-    """Raise ``ValueError`` if the run in a folder is another one, by the keys that both descriptions have."""
+    """Raise ``ValueError`` if a folder holds another run: if a key that both descriptions have differs."""
     if differ := [key for key in now if key in was and was[key] != now[key]]:
         shown = ", ".join(f"its {key} is {was[key]}, now it is {now[key]}" for key in differ)
         raise ValueError(f"{folder} holds another run: {shown}{hint}")
 
 
-def _identity(description: dict[str, Any]) -> dict[str, Any]:
-    """Which run it is, by key: env, agent, seed, steps, the env's config and the agent's settings."""
+def identity(description: dict[str, Any]) -> dict[str, Any]:
+    """What identifies a run, by key: env, agent, seed, steps, the env's config and the agent's settings."""
     keys = ("env", "algo", "steps", "seed", "confidence", "weights")
     named = {key: description[key] for key in keys if key in description}
     return {**named, **dotted(description["env_config"]), **description["agent_settings"]}
 
 
 def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:
-    """The config, core and policy of a run folder; raises ``FileNotFoundError`` if it holds no run.
+    """The config, core and policy of a run folder.
 
-    ``ValueError`` if its network is not registered, its policy does not fit the env, or its data have changed.
+    Raises ``FileNotFoundError`` if it holds no run; ``ValueError`` if its network is not registered, its policy does
+    not fit the env, or its data have changed.
     """
     description = read_description(folder)
     core = core_of_run(folder, description)
@@ -412,22 +403,22 @@ def core_of_run(folder: Path, description: dict[str, Any]) -> Core:
 
 
 def run_config(description: dict[str, Any], settings: dict[str, Any] | None = None) -> EnvConfig:
-    """The env's config of a run, some keys overridden, to evaluate on.
+    """The env's config of a run, with some keys overridden, for evaluation.
 
-    The run's objective may be a user's own that is not registered here: then no reward can be given.
+    The run's own objective need not be registered here; then there are no rewards.
     """
     values = dotted(description["env_config"])
-    if values.get("table") is not None:  # the rest is in the table
+    if values.get("table") is not None:  # the table has the other keys
         values = {key: value for key, value in values.items() if key in ("id", "table", *TABLE_KEYS)}
-    given, objective = dotted(settings or {}, description["env"]), values.pop("reward.objective", None)
-    config = make_config({**values, **given}, description["env"])
-    if objective is None or "reward.objective" in given:
+    overrides, objective = dotted(settings or {}, description["env"]), values.pop("reward.objective", None)
+    config = make_config({**values, **overrides}, description["env"])
+    if objective is None or "reward.objective" in overrides:
         return config
     return config.model_copy(update={"reward": config.reward.model_copy(update={"objective": objective})})
 
 
 def run_metadata(config: EnvConfig) -> dict[str, Any]:
-    """What ``config.json`` records of the env, the command and the libraries."""
+    """The part of ``config.json`` about the env, the command and the libraries."""
     return {
         "command": shlex.join(sys.argv),
         "env_config": config.model_dump(),

@@ -1,4 +1,4 @@
-"""The log-odds with which a run's policy skips, under which a backbone can be prepared."""
+"""A run's log-odds of skipping, to prepare a backbone under its decisions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sd_gym.policy import DecisionPolicy
 
 
 def skip_logits_of_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConfig, dict[str, NDArray]]:
-    """The env's config of a run, some keys overridden, and its policy's log-odds of skipping on the data there.
+    """The env's config of a run with ``overrides``, and its policy's log-odds of skipping on that env's data.
 
-    A policy of several stages decides each stage after its own decisions at the earlier ones. ``overrides`` are values
-    by dotted key, such as another ``data.dataset``, but not the backbone, which the policy observes. The log-odds of
-    ``train`` (all its rows) and ``validation`` are float32 ``[n, switches]``, as ``prepare_backbone`` takes them.
-    Raises as ``load_run``, and ``ValueError`` if the policy does not decide switch by switch.
+    A policy of several stages decides each stage after its own earlier decisions. ``overrides`` are values by dotted
+    key, such as another ``data.dataset``, but not the backbone, which the policy observes. The log-odds of ``train``
+    (all its rows) and ``validation`` are float32 ``[n, switches]``, for ``prepare_backbone``. Raises like ``load_run``,
+    and ``ValueError`` if the policy does not decide switch by switch.
     """
     _, core, policy = load_run(folder)
     config = make_config({**dotted(core.config.model_dump()), "data.policy_rows": "all", **overrides}, core.config.id)
@@ -40,7 +40,7 @@ def skip_logits_of_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConf
 
 
 def _skip_logits(core: BackboneCore, policy: DecisionPolicy, split: BackboneSplit, rows: NDArray) -> NDArray:
-    """Log-odds of skipping on rows ``[n]``, float32 ``[n, switches]``; minus infinity where no stage decides."""
+    """Log-odds of skipping on rows ``[n]``, float32 ``[n, switches]``; minus infinity for switches of no stage."""
     logits = np.full((len(rows), core.n_switches), -np.inf, dtype=np.float32)
     stages = iter(core.columns)
 

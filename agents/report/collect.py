@@ -1,4 +1,4 @@
-"""Runs gathered for a report: by env, then by agent, with the figures that sentences and tables need."""
+"""Runs for a report, by env and agent, with the figures of its sentences and tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_b
 from sd_gym.agents.runs.statistics import aggregate, hypervolume
 from sd_gym.agents.runs.verdict import Verdict, losses_allowed
 
-WORST = 5  # epsilons lost: where the area that runs dominate ends
+WORST = 5  # epsilons lost at which the area of runs ends
 DEFAULT_EPSILON = 0.01
 EXAMPLES_PER_LEVEL, MOST_EXAMPLES = 3, 14
 
@@ -25,8 +25,8 @@ EXAMPLES_PER_LEVEL, MOST_EXAMPLES = 3, 14
 class AgentRuns:
     """The runs of one agent on one env; they differ in their seed only."""
 
-    name: str  # of the agent, and what distinguishes these runs from its others
-    algo: str  # as ``--algo`` takes it
+    name: str  # of the agent, and how these runs differ from its others
+    algo: str  # the name for ``--algo``
     runs: list[Run]
 
     @property
@@ -35,17 +35,12 @@ class AgentRuns:
         return self.runs[0].config["control"]
 
     def values(self, key: str) -> NDArray:
-        """A number of the result of each run that has it, ``[runs]``."""
+        """A value of all results that have it, ``[runs]``."""
         return _numbers([run.result for run in self.runs], key)
 
     def values_as_learned(self, key: str) -> NDArray:
-        """The same of the policies at the end of learning, before selection, ``[runs that have one]``."""
-        return _numbers([run.result["last_policy"] for run in self.runs if run.result.get("last_policy")], key)
-
-    @property
-    def difference(self) -> NDArray:
-        """Quality against dense, in points, ``[runs]``."""
-        return 100 * self.values("quality_difference")
+        """The same for policies at the end of learning, before selection."""
+        return _numbers([run.result.get("last_policy") or {} for run in self.runs], key)
 
     @property
     def flops(self) -> NDArray:
@@ -64,20 +59,20 @@ class AgentRuns:
 
     @cached_property
     def score(self) -> NDArray:
-        """Quality first: the share of FLOPs that a run saves, and 0 where its quality is not shown to be kept."""
+        """The share of FLOPs that each run saves; 0 if its quality is not shown to be kept."""
         return np.where(self.kept, 1 - self.values("flops_ratio_with_policy"), 0.0)
 
     @property
     def points(self) -> Points:
         """The results to draw."""
-        learned = [100 * self.values_as_learned(key) for key in ("quality_difference", "flops_ratio_with_policy")]
-        return Points(self.difference, self.flops, *learned)
+        keys = ("quality_difference", "flops_ratio_with_policy")
+        return Points(*(100 * values(key) for values in (self.values, self.values_as_learned) for key in keys))
 
     @property
     def areas(self) -> NDArray:
-        """The area that a run's selected and last policies dominate, from 0 (dense) to 1, ``[runs]``.
+        """The area dominated by a run's selected and last policies, from 0 (dense) to 1, ``[runs]``.
 
-        1 is to lose nothing and run nothing; ``WORST`` times epsilon (of 0: of the default) is as good as losing all.
+        1 means no loss and no FLOPs; a loss of ``WORST`` times epsilon (of the default, if it is 0) counts as all.
         """
         areas = []
         for run in self.runs:
@@ -111,8 +106,8 @@ class AgentRuns:
 class EnvRuns:
     """All runs on the same test instances with the same backbone and epsilon."""
 
-    name: str  # the env's id, and what distinguishes these runs from others of that id
-    agents: list[AgentRuns]  # agents first, the cheapest that keeps the quality at the top, then controls
+    name: str  # the env's id, and how these runs differ from others of that id
+    agents: list[AgentRuns]  # agents, then controls, each by falling score
 
     @property
     def runs(self) -> list[tuple[AgentRuns, Run]]:
@@ -151,11 +146,11 @@ def collect(folders: Iterable[str | Path]) -> list[EnvRuns]:
     for folder in finished_runs(folders):
         run = read_run(folder)
         envs.setdefault(_key(run), {}).setdefault(agent_label(run.config), []).append(run)
-    ids, found = [key[0] for key in envs], []
+    ids, collected = [key[0] for key in envs], []
     for (env, data, epsilon, backbone), agents in sorted(envs.items()):
         apart = f" (test rows {data}, epsilon {epsilon}, backbone {backbone[:12]})"
-        found.append(EnvRuns(env if ids.count(env) == 1 else env + apart, _agents(agents)))
-    return found
+        collected.append(EnvRuns(env if ids.count(env) == 1 else env + apart, _agents(agents)))
+    return collected
 
 
 def epsilon_of(run: Run) -> float:
@@ -164,12 +159,12 @@ def epsilon_of(run: Run) -> float:
 
 
 def can_tell(run: Run) -> bool:
-    """Whether a run has so many test instances that any result could show that the quality is kept."""
+    """Whether a run has enough test instances to show that the quality is kept."""
     return losses_allowed(run.result["instances"], epsilon_of(run)) is not None
 
 
 def example_decisions(run: Run) -> list[ExampleDecision]:
-    """Some decisions of a run: on the first instances of each level, then on instances that lost quality.
+    """Decisions of a run on the first instances of each level, then on others that lost quality.
 
     Empty if the folder has no ``instances.csv``.
     """

@@ -113,7 +113,7 @@ def test_a_changed_result_is_caught(run, name):
     else:
         value = not value if isinstance(value, bool) else value * 0.9 if isinstance(value, float) else value + 1
     change_result(run, **{name: value})
-    with pytest.raises(ReplayError, match=rf"result\.json: {name}\b.* is .* there, and .* played again"):
+    with pytest.raises(ReplayError, match=rf"result\.json: {name}\b.* is .* there, and .* replayed"):
         replay(run)
 
 
