@@ -223,14 +223,13 @@ def evaluate(
         if origin is not None:
             evaluated = origin.exported.network if origin.exported else DecisionPolicy.load(origin.folder)
             same_data = _check_origin(origin, env_id, core, dotted(settings))
-        last = None
-        if select:
-            selection = Selection(core, confidence)
+        selection, last = Selection(core, confidence) if select else None, None
+        if selection is not None:
             evaluated, last = _selected(selection, evaluated, policy_flops, split)
         elif isinstance(evaluated, list | tuple):
             raise ValueError("expected one policy, got a list; to select from it, pass select=True")
         else:
-            selection, evaluated = None, _policy_like(evaluated, policy_flops, core)
+            evaluated = _policy_like(evaluated, policy_flops, core)
         used = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
         if folder is not None:
             algo = name or (origin.description["algo"] if origin else folder.resolve().name)
@@ -247,10 +246,7 @@ def evaluate(
             if select:
                 description["confidence"] = confidence
             write_json(folder / "config.json", description)
-        result = run.measure(core, evaluated, split, folder)
-        result["history"] = []
-        if select:
-            result |= run.selected_result(selection, last, result)
+        result = run.measure(core, evaluated, split, folder, selection, last)
         result["data"] = {name: core.split(name).provenance for name in used}
         if folder is not None:
             run.write_result(result, core, folder)
@@ -290,11 +286,8 @@ def _constant(mask: NDArray, observations: Observations) -> NDArray:
 class _PolicyFunction:
     """A function as ``PolicyLike``, with the FLOPs of one decision."""
 
-    function: Callable[[Any], NDArray]
+    decide: Callable[[Any], NDArray]
     flops: int | None
-
-    def decide(self, observations: Observations) -> NDArray:
-        return self.function(observations)
 
 
 def _policy_like(policy: Any, flops: int | None, core: Core) -> PolicyLike | SplitPolicy:
@@ -320,16 +313,12 @@ def _policy_like(policy: Any, flops: int | None, core: Core) -> PolicyLike | Spl
 
 
 class _Origin(NamedTuple):
-    """The run of a policy; ``exported`` is its artefact if the run is on a table and the env is not."""
+    """The run of a policy; if the run is on a table and the env is not, its artefact and the env of the artefact."""
 
     folder: Path
     description: dict[str, Any]
     exported: SkipPolicy | None
-
-    @property
-    def table_of(self) -> str | None:
-        """The env that the table was made from."""
-        return self.exported and self.exported.card["env"]["id"]
+    exported_env: str | None
 
 
 def _origin(env_id: str, policy: object) -> _Origin | None:
@@ -346,13 +335,13 @@ def _origin(env_id: str, policy: object) -> _Origin | None:
                 f"{folder}: its policy decides by numbers of masks, and there is no {FILE} beside it that says which "
                 "masks. Policies on its table can only be evaluated there (docs/tables.md)"
             )
-    return _Origin(folder, description, exported)
+    return _Origin(folder, description, exported, exported and exported.card["env"]["id"])
 
 
 def _check_origin(origin: _Origin, env_id: str, core: Core, settings: dict[str, Any]) -> bool:
     """Whether the env has the run's data; raises ``ValueError`` if they, or the backbone, have changed since."""
     names_data = any(key == "table" or key.startswith("data.") for key in settings)
-    same_data = env_id in (origin.description["env"], origin.table_of) and not names_data
+    same_data = env_id in (origin.description["env"], origin.exported_env) and not names_data
     if same_data:
         check_unchanged(origin.folder, origin.description["data"], core.data)
     if origin.exported or (same_data and "backbone.name" not in settings):
@@ -364,7 +353,7 @@ def _config(env_id: str, origin: _Origin | None, settings: dict[str, Any]) -> En
     """The env's config: that of the run if the run is on this env or on a table of it."""
     if origin is not None and origin.description["env"] == env_id:
         return run.run_config(origin.description, settings)
-    if origin is not None and origin.exported is not None and origin.table_of == env_id:
+    if origin is not None and origin.exported is not None and origin.exported_env == env_id:
         if "backbone.name" not in dotted(settings, env_id):
             origin.exported.check_reachable()
         return make_config({**dotted(origin.exported.card["env"]), **dotted(settings, env_id)}, env_id)

@@ -99,7 +99,7 @@ def _panel(env: SwitchableEnv) -> dict[str, list[Episode]]:
     choose: dict[str, Callable[[], Any]] = {"random": space.sample}
     if not isinstance(space, gym.spaces.Discrete):  # no mask of a codebook skips everything
         choose["all skipped"] = lambda: (_sizes(space) - 1).astype(space.dtype)
-        choose["nothing skipped"] = lambda: np.zeros(space.shape, dtype=space.dtype)
+        choose["nothing skipped"] = lambda: np.zeros_like(choose["all skipped"]())
     return {name: [_episode(env, act, seed=seed) for seed in range(EPISODES)] for name, act in choose.items()}
 
 

@@ -126,7 +126,7 @@ def decisions_hash(decisions: NDArray) -> str:
 
 
 def by_difficulty(scored: dict[str, NDArray], levels: NDArray) -> list[dict[str, Any]]:
-    """Means of scored decisions (see ``decide_and_score``) by the instances' ``levels [n]``."""
+    """Means of scored decisions (see ``outcomes``) by the instances' ``levels [n]``."""
     entries = []
     for level in np.unique(levels):
         chosen = levels == level

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.static import searched_masks
-from sd_gym.agents.learning.decisions import check_fits, decide_and_score, decision_flops, evaluator, score_decisions
+from sd_gym.agents.learning.decisions import check_fits, decide_on, decision_flops, outcomes, score_decisions
 from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings, read_run
 from sd_gym.agents.runs.folder import BLIND, check_backbone, has_policy
 from sd_gym.agents.runs.fronts import LEAST, EnvFronts, Front, flops_samples
@@ -31,7 +31,7 @@ COMPARED_LOSSES = (0.25, 0.5)  # as shares of epsilon: about the losses of selec
 def front_of(core: Core, split: Split, policies: Sequence[DecisionPolicy]) -> Front:
     """Score policies on a whole split; the last point of a front is dense."""
     rows = np.arange(len(split))
-    decided = [evaluator(core).decide(policy, split, rows) for policy in policies]
+    decided = [decide_on(core, policy, split, rows) for policy in policies]
     own = [  # a policy that ignores its input need not run
         decision_flops(core, policy, split, rows) if policy.head.weight.any() and not policy.blind else 0 * rows
         for policy in policies
@@ -125,7 +125,7 @@ def policy_versions(core: Core, policy: DecisionPolicy, epsilon: float, margin: 
     policy = policy.with_margin(-margin)
 
     def loss(margin: float) -> float:
-        scored = decide_and_score(core, policy.with_margin(margin), core.split("test"))
+        scored = outcomes(core, policy.with_margin(margin), core.split("test"))
         return float((scored["quality_ref"] - scored["quality"]).mean())
 
     boldest = cautious = 0.0

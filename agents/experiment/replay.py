@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment.evaluation import decisions_hash, evaluate
 from sd_gym.agents.experiment.run import core_of_run
-from sd_gym.agents.learning.decisions import SplitDecisions, check_fits, decision_flops, evaluator, score_decisions
+from sd_gym.agents.learning.decisions import SplitDecisions, check_fits, decide_on, decision_flops, score_decisions
 from sd_gym.agents.runs.folder import has_policy, read_description, read_result
 
 from sd_gym.envs.protocols import Split
@@ -90,7 +90,7 @@ def replay(folder: Path) -> Replay:
     if policy is None:
         own = dense * (recorded.scores["flops_ratio_with_policy"] - recorded.scores["flops_ratio"])
     else:
-        decided = evaluator(core).decide(policy, split, rows)
+        decided = decide_on(core, policy, split, rows)
         if len(differ := np.flatnonzero((decided != decisions).any(axis=1))):
             raise ReplayError(
                 f"{file}: {len(differ)} of {len(decided)} decisions are not the saved policy's, that of "

@@ -7,7 +7,6 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from sd_gym.agents.experiment.evaluation import evaluate, summary, time_ratio
 from sd_gym.agents.experiment.export import export, run_card
 from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.experiment.tensorboard_logs import log_result, log_validation, open_logger
-from sd_gym.agents.learning.agent import INFO_TAGS, Agent, BaseAgent, PrivilegedAgent, Rollout
+from sd_gym.agents.learning.agent import INFO_TAGS, Agent, BaseAgent, Rollout
 from sd_gym.agents.learning.decisions import (
     DENSE_MARGIN,
     Dense,
@@ -28,7 +27,7 @@ from sd_gym.agents.learning.decisions import (
     SplitPolicy,
     Version,
     check_fits,
-    evaluator,
+    row_batches,
     versions,
 )
 from sd_gym.agents.registry import agent_class, is_control, make_agent, make_settings
@@ -137,43 +136,12 @@ def _train(
     if unfinished is not None:
         check_same_run(folder, identity(unfinished), identity(json.loads(as_json(description))))
         check_unchanged(folder, unfinished["data"], core.data)
-    if isinstance(agent, PrivilegedAgent):
-        return _train_privileged(agent, folder, description, on_progress)
-    assert isinstance(agent, Agent)  # the only other kind
-    return _train_agent(agent, folder, description, on_progress)
-
-
-def _train_privileged(
-    agent: PrivilegedAgent, folder: Path, description: dict[str, Any], on_progress: OnProgress | None
-) -> dict[str, Any]:
-    """Learn, select an operating point, and evaluate its decisions."""
-    core, dense = agent.env.core, Version(Dense(agent.env.core))
-    selection = Selection(core, description["confidence"]) if agent.selects else None
+    learner = agent if isinstance(agent, Agent) else None
+    steps, checkpoint, selection = names["steps"], folder / "checkpoint.pt", Selection(core, names["confidence"])
+    reached = None if learner is None else _load_checkpoint(checkpoint, learner, selection)
     write_json(folder / "config.json", description)
-    logger = open_logger(folder, description)
-    agent.learn(description["steps"], logger, partial(_show_progress, on_progress))
-    points, last = agent.operating_points(), None
-    if selection is None:
-        chosen = points[0] if points else dense
-    else:
-        chosen = selection.select(points) or dense
-        last = summary(core, (selection.as_searched() or dense).policy, "test")
-    agent.save_extra(folder)
-    result = _finish(folder, description, core, chosen.policy, selection, last)
-    log_result(logger, description["steps"], result)
-    logger.close()
-    return result
-
-
-def _train_agent(
-    agent: Agent, folder: Path, description: dict[str, Any], on_progress: OnProgress | None
-) -> dict[str, Any]:
-    """Learn, from the checkpoint if there is one; select an operating point, and evaluate it."""
-    core, steps, checkpoint = agent.env.core, description["steps"], folder / "checkpoint.pt"
-    selection = Selection(core, description["confidence"])
-    reached = _load_checkpoint(checkpoint, agent, selection)
-    write_json(folder / "config.json", description)
-    _score_dense(agent, steps, checkpoint, on_progress)
+    if learner is not None:
+        _score_dense(learner, steps, checkpoint, on_progress)
     logger = open_logger(folder, description, reached)
     switches = core.backbone.board.names
 
@@ -182,20 +150,23 @@ def _train_agent(
         nonlocal reached
         reached = rollout.steps
         next_due = (len(selection.history) + 1) * max(1, steps // VALIDATIONS)
-        if agent.validates and rollout.steps >= min(next_due, steps):
-            entry = selection.consider(rollout.steps, agent.policy(), agent.env.objective)
-            log_validation(logger, entry, switches)
-            if state := agent.state():
+        if learner is not None and learner.validates and rollout.steps >= min(next_due, steps):
+            selection.history.append(selection.validate(rollout.steps, learner.policy(), agent.env.objective))
+            log_validation(logger, selection.history[-1], switches)
+            if state := learner.state():
                 saved = {"agent": state, "history": selection.history, "scores": core.scores()}
                 write_checkpoint(checkpoint, saved)
-        _show_progress(on_progress, rollout)
+        if on_progress is not None:
+            figures = {key: float(np.mean(values)) for key, values in rollout.infos.items() if key in INFO_TAGS}
+            on_progress(rollout.steps, figures)
 
     agent.learn(steps, logger, after_rollout)
     reached = reached or steps  # an agent that learns nothing has no rollouts
-    last, policy = _selected(agent, selection) if agent.selects else (None, agent.policy())
-    if not selection.history:
-        log_validation(logger, selection.validate(reached, policy, agent.env.objective), switches)
-    policy.save(folder)
+    policy, last = _selected(agent, selection)
+    if learner is not None and isinstance(policy, DecisionPolicy):
+        if not selection.history:
+            log_validation(logger, selection.validate(reached, policy, agent.env.objective), switches)
+        policy.save(folder)
     agent.save_extra(folder)
     selected = selection if agent.selects else None
     result = _finish(folder, description, core, policy, selected, last, selection.history)
@@ -205,16 +176,19 @@ def _train_agent(
     return result
 
 
-def _selected(agent: Agent, selection: Selection) -> tuple[dict[str, Any], DecisionPolicy]:
-    """The results of the policy as learned, and the policy as selected."""
-    learned = agent.policy()
+def _selected(agent: BaseAgent, selection: Selection) -> tuple[PolicyLike | SplitPolicy, dict[str, Any] | None]:
+    """The policy to evaluate, and the results of the policy as learned if the first one is selected."""
+    core = agent.env.core
+    dense: PolicyLike | SplitPolicy = Dense(core)
+    learned = agent.policy() if isinstance(agent, Agent) else dense
+    if not agent.selects:
+        return (learned if isinstance(agent, Agent) else agent.operating_points()[0].policy), None
     chosen = selection.select(agent.operating_points())
-    dense = (selection.origin or learned).with_margin(DENSE_MARGIN)
+    if isinstance(learned, DecisionPolicy):
+        dense = (selection.origin or learned).with_margin(DENSE_MARGIN)
     if agent.searches:
         learned = (selection.as_searched() or Version(dense)).policy
-    policy = dense if chosen is None else chosen.policy
-    assert isinstance(policy, DecisionPolicy)  # operating points of an ``Agent`` are all policies
-    return summary(agent.env.core, learned, "test"), policy
+    return (chosen or Version(dense)).policy, summary(core, learned, "test")
 
 
 def _score_dense(agent: Agent, steps: int, checkpoint: Path, on_progress: OnProgress | None) -> None:
@@ -243,12 +217,6 @@ def _load_checkpoint(checkpoint: Path, agent: Agent, selection: Selection) -> in
         return selection.history[-1]["step"]
     except Exception as error:
         raise ValueError(damaged_checkpoint(checkpoint, error)) from error
-
-
-def _show_progress(on_progress: OnProgress | None, rollout: Rollout) -> None:
-    if on_progress is not None:
-        figures = {key: float(np.mean(values)) for key, values in rollout.infos.items() if key in INFO_TAGS}
-        on_progress(rollout.steps, figures)
 
 
 def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]:
@@ -290,7 +258,7 @@ def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]
 def _reduced(policy: DecisionPolicy, codebook: int, core: Core) -> DecisionPolicy:
     """The policy with a codebook from the first training inputs, per stage after its own earlier decisions."""
     train = core.split("train")
-    batches = evaluator(core).batches(np.arange(min(len(train), STATISTICS_SIZE)))
+    batches = row_batches(core, np.arange(min(len(train), STATISTICS_SIZE)))
     observed: list[Observations] = []
 
     def decide(observations: Observations) -> NDArray:
@@ -312,9 +280,7 @@ def _finish(
     history: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Write the result of a run and, if the policy can decide without its env, the artefact; return the result."""
-    result = measure(core, policy, "test", folder)
-    result["history"] = list(history)
-    result |= selected_result(selection, last, result)
+    result = measure(core, policy, "test", folder, selection, last, history)
     result["data"] = {name: core.split(name).provenance for name in SPLITS}
     result["artefact"] = None
     if isinstance(policy, DecisionPolicy):
@@ -324,20 +290,6 @@ def _finish(
             result["artefact"] = FILE
     write_result(result, core, folder)
     return result
-
-
-def selected_result(selection: Selection | None, last: dict[str, Any] | None, result: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a result about selection: the tests, the guarantee in words, and the policy as learned."""
-    if selection is None:
-        return {"last_policy": last, "margin": 0.0, "selection": None, "guarantee": None}
-    keys = ("instances", "split", "quality_difference", "quality_difference_interval")
-    tested = on_other_rows(*(result[key] for key in keys))
-    return {
-        "last_policy": last,  # at the end of learning, before selection
-        "margin": selection.margin,  # in log-odds, added by selection
-        "selection": selection.report(),
-        "guarantee": selection.guarantee if selection.selected is None else f"{selection.guarantee}; {tested}",
-    }
 
 
 def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAgent:
@@ -354,12 +306,30 @@ def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAg
     return make_agent(algo, env, seed=seed, **agent_settings)
 
 
-def measure(core: Core, policy: PolicyLike | SplitPolicy, split: str, folder: Path | None) -> dict[str, Any]:
-    """The result on a split, with times of a policy on a backbone; writes ``instances.csv`` if there is a folder."""
+def measure(
+    core: Core,
+    policy: PolicyLike | SplitPolicy,
+    split: str,
+    folder: Path | None,
+    selection: Selection | None = None,
+    last: dict[str, Any] | None = None,
+    history: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """The result on a split, with times of a policy on a backbone; writes ``instances.csv`` if there is a folder.
+
+    ``selection`` has selected the policy; ``last`` are the results of the policy as learned, and ``history`` those of
+    validations.
+    """
     result = evaluate(core, policy, split, table=folder and folder / "instances.csv")
-    result["time"] = {}
+    result |= {"time": {}, "history": list(history), "last_policy": last}
+    result |= {"margin": 0.0, "selection": None, "guarantee": None}
     if isinstance(core, BackboneCore) and not isinstance(policy, SplitPolicy):
         result["time"] = {str(size): time_ratio(core, policy, split, size) for size in TIMED_BATCH_SIZES}
+    if selection is not None:
+        result |= {"margin": selection.margin, "selection": selection.report(), "guarantee": selection.guarantee}
+        if selection.selected is not None:
+            keys = ("instances", "split", "quality_difference", "quality_difference_interval")
+            result["guarantee"] += f"; {on_other_rows(*(result[key] for key in keys))}"
     return result
 
 

@@ -17,8 +17,7 @@ from sd_gym.agents.learning.decisions import (
     FEW_ROWS,
     SplitPolicy,
     Version,
-    decide_and_score,
-    evaluator,
+    decide_on,
     outcomes,
     policy_rows,
 )
@@ -51,8 +50,10 @@ class _Estimate:
         core, policy = self._core, self.version.policy
         if isinstance(policy, SplitPolicy):
             return float(self._scored["flops_ratio_with_policy"].mean())
-        ratio = evaluator(core).flops_ratio(policy, core.split("train"), self._rows)
-        return float((self._scored["flops_ratio"] if ratio is None else ratio).mean())
+        if core.is_staged:  # decisions take the pass that gives the losses
+            return float(self._scored["flops_ratio"].mean())
+        split = core.split("train")
+        return float(split.costs.flops_ratio(self._rows, decide_on(core, policy, split, self._rows)).mean())
 
     @cached_property
     def losses(self) -> NDArray:
@@ -86,16 +87,11 @@ class Selection:
         if not 0.5 <= self.confidence < 1:
             raise ValueError(f"expected a confidence of at least 0.5 and below 1, got {self.confidence}")
 
-    def consider(self, step: int, policy: DecisionPolicy, objective: Objective) -> dict[str, Any]:
-        """Validate a policy, append its entry to the history, and return the entry."""
-        self.history.append(self.validate(step, policy, objective))
-        return self.history[-1]
-
     def validate(self, step: int, policy: DecisionPolicy, objective: Objective) -> dict[str, Any]:
         """The results of a policy on evenly spaced rows of the validation split: a point of the curves."""
         split = self.core.split("validation")
         rows = np.linspace(0, len(split) - 1, min(len(split), CURVE_ROWS)).round().astype(np.int64)
-        scored = decide_and_score(self.core, policy, split, rows)
+        scored = outcomes(self.core, policy, split, rows)
         names = ("quality", "quality_ref", "flops_ratio")
         return {
             "step": step,
@@ -163,7 +159,7 @@ class Selection:
     def _estimated(self, points: Sequence[Version]) -> list[list[_Estimate]]:
         """The points by policy, up to the first version that is hopeless on policy rows."""
         core, epsilon, few = self.core, self.core.config.reward.epsilon, policy_rows(self.core, FEW_ROWS)
-        rows = policy_rows(core, evaluator(core).rows_of_orders)
+        rows = few if core.is_staged else policy_rows(core)
         paths = []
         for _, path in groupby(points, key=lambda version: id(version if version.of is None else version.of)):
             versions = list(path)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment.run import load_run
-from sd_gym.agents.learning.decisions import evaluator
+from sd_gym.agents.learning.decisions import row_batches
 
 from sd_gym.config import EnvConfig, dotted
 from sd_gym.envs.config import make_config
@@ -34,7 +34,7 @@ def skip_logits_of_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConf
         raise ValueError(f"{folder} is a run on a table; expected one on an env with a backbone")
     for name in ("train", "validation"):
         split = data.split(name)
-        batches = evaluator(core).batches(np.arange(len(split)))
+        batches = row_batches(core, np.arange(len(split)))
         logits[name] = np.concatenate([_skip_logits(core, policy, split, rows) for rows in batches])
     return config, logits
 

@@ -28,7 +28,7 @@ from sd_gym.agents.baselines.static import MASKS, nested_path, report_scored
 from sd_gym.agents.imitation.backward_induction import BackwardInduction, Loss, mean_head
 from sd_gym.agents.imitation.path_logits import component_logits, step_logits
 from sd_gym.agents.learning.agent import Agent, LearnerSettings, OnRollout, observation_layers
-from sd_gym.agents.learning.decisions import evaluator
+from sd_gym.agents.learning.decisions import row_batches
 from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -209,7 +209,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         Rows are observed again each time, as all embedded tokens would need too much memory.
         """
         core = self.env.core
-        split, parts = core.split("train"), evaluator(core).batches(rows)
+        split, parts = core.split("train"), row_batches(core, rows)
         return torch.cat([network(self._visible(to_tensors(core.observe(split, part)))) for part in parts])
 
     def _foresee(self, rows: NDArray, lost: NDArray, logger: Logger) -> Tensor:

@@ -119,6 +119,7 @@ class BaseAgent(ABC, Generic[SettingsT]):
     staged: ClassVar[bool] = False  # whether it can decide at several stages, or only before the first layer
     draws: ClassVar[bool] = True  # whether it depends on the seed, and so is compared with several
     selects: ClassVar[bool] = True  # whether an operating point is selected; else its only one is evaluated
+    searches: ClassVar[bool] = False  # whether it only searches points; as learned, it has the best one on policy rows
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
         self.settings = cast(SettingsT, self.make_settings(settings, blind))  # ``Settings`` is that class
@@ -165,7 +166,7 @@ class PrivilegedAgent(BaseAgent[SettingsT]):
     It is selected and evaluated like policies, but cannot be timed, exported or learned from.
     """
 
-    staged = is_control = True
+    staged = is_control = searches = True
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Nothing, unless a subclass learns."""
@@ -174,7 +175,6 @@ class PrivilegedAgent(BaseAgent[SettingsT]):
 class Agent(BaseAgent[SettingsT]):
     """An agent whose policy decides by the observation alone."""
 
-    searches: ClassVar[bool] = False  # whether it only searches points; as learned, it has the best one on policy rows
     per_stage: bool = False  # whether each of several stages has hidden layers of its own
     validates: ClassVar[bool] = True  # whether the policy is validated during learning, as it changes with each rollout
     refining_rate: ClassVar[float | None] = None  # the default learning rate with a start; None: the usual one

@@ -18,10 +18,10 @@ from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.table_export import TablePolicy
 from sd_gym.switch import PassState
 
-PolicyT = TypeVar("PolicyT", DecisionPolicy, TablePolicy)
+PolicyT = TypeVar("PolicyT", bound=DecisionPolicy | TablePolicy)
 BATCH = 256
 POINTS = 40  # versions of a policy, at most
-# Margins in log-odds, for policies whose preferences cannot be computed without a pass.
+# In log-odds, for policies whose preferences cannot be computed without a pass.
 MARGINS = (*np.arange(-1.5, 6, 0.75).tolist(), *np.arange(6, 15, 1.5).tolist(), 17.0, 20.0, 25.0, 32.0, 40.0)
 DENSE_MARGIN = 1000.0  # nothing is skipped
 POLICY_ROWS = 2000  # rows for searches and for the order of operating points, at most
@@ -71,71 +71,22 @@ class Dense(NamedTuple):
         return SplitDecisions(np.zeros((len(rows), len(self.core.nvec)), dtype=np.int64), np.zeros(len(rows)))
 
 
-class Evaluator:
-    """Evaluates policies that decide before the first layer."""
-
-    rows_of_orders = POLICY_ROWS  # rows for the order of operating points, at most
-
-    def __init__(self, core: Core) -> None:
-        self._core = core
-
-    def margins(self, policy: DecisionPolicy | TablePolicy) -> list[float]:
-        """Margins in log-odds, ascending and with 0: quantiles of the policy's preferences on policy rows."""
-        core = self._core
-        if isinstance(policy, TablePolicy) or policy.codebook is not None:
-            return list(MARGINS)
-        parts = self.batches(policy_rows(core))
-        gaps = np.concatenate([policy.preference(core.observe(core.split("train"), part)).ravel() for part in parts])
-        return np.unique([0.0, *np.quantile(gaps[np.isfinite(gaps)], np.linspace(0, 1, POINTS - 1))]).tolist()
-
-    def decide_and_score(self, policy: PolicyLike, split: Split, rows: NDArray) -> dict[str, NDArray]:
-        """Decisions of a policy on ``rows [n]`` of a split, and their outcomes; see ``decide_and_score``."""
-        return score_decisions(self._core, split, rows, self.decide(policy, split, rows))
-
-    def flops_ratio(self, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray | None:
-        """FLOPs ratios ``[n]`` of a policy; ``None`` if they take as much as ``decide_and_score``."""
-        return split.costs.flops_ratio(rows, self.decide(policy, split, rows))
-
-    def decide(self, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray:
-        """A policy's decisions ``[n, components]`` on ``rows [n]``."""
-        return np.concatenate([self._core.rollout(split, part, policy.decide)[0] for part in self.batches(rows)])
-
-    def batches(self, rows: NDArray) -> list[NDArray]:
-        """Rows ``[n]`` in parts that are observed at once: all if observations are flat, else batches."""
-        return np.split(rows, range(self._at_once, len(rows), self._at_once))
-
-    @property
-    def _at_once(self) -> int:
-        return sys.maxsize if isinstance(self._core.observation_space, gym.spaces.Box) else BATCH
+def row_batches(core: Core, rows: NDArray) -> list[NDArray]:
+    """Rows ``[n]`` in parts that are observed at once."""
+    size = _at_once(core)
+    return np.split(rows, range(size, len(rows), size))
 
 
-class StagedEvaluator(Evaluator):
-    """Evaluates policies that decide at stages: a decision takes a pass, and the pass goes on to the outcome."""
-
-    rows_of_orders = FEW_ROWS
-
-    def margins(self, policy: DecisionPolicy | TablePolicy) -> list[float]:
-        """The same for all policies: preferences would take a pass."""
-        return list(MARGINS)
-
-    def decide_and_score(self, policy: PolicyLike, split: Split, rows: NDArray) -> dict[str, NDArray]:
-        """The same in one pass: sublayers that ran for an observation do not run again."""
-        core = self._core
-        return _score(core, split, rows, lambda part: core.rollout(split, rows[part], policy.decide), self._at_once)
-
-    def flops_ratio(self, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray | None:
-        """``None``."""
-        return None
-
-    @property
-    def _at_once(self) -> int:
-        """Rows of one pass, whose memory is bounded."""
-        return max(1, min(BATCH, PASS_TOKENS // self._core.config.backbone.max_source_length))
+def _at_once(core: Core) -> int:
+    """Rows that are observed at once: tokens take memory, and with stages the pass as well."""
+    if core.is_staged:
+        return max(1, min(BATCH, PASS_TOKENS // core.config.backbone.max_source_length))
+    return sys.maxsize if isinstance(core.observation_space, gym.spaces.Box) else BATCH
 
 
-def evaluator(core: Core) -> Evaluator:
-    """The evaluator for policies on a core."""
-    return StagedEvaluator(core) if core.is_staged else Evaluator(core)
+def decide_on(core: Core, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray:
+    """A policy's decisions ``[n, components]`` on ``rows [n]``."""
+    return np.concatenate([core.rollout(split, part, policy.decide)[0] for part in row_batches(core, rows)])
 
 
 class Version(NamedTuple):
@@ -148,8 +99,17 @@ class Version(NamedTuple):
 
 
 def versions(core: Core, policy: DecisionPolicy | TablePolicy) -> list[Version]:
-    """Operating points of a policy, from cautious to bold, including the policy itself."""
-    return [Version(policy.with_margin(margin), margin, policy) for margin in evaluator(core).margins(policy)[::-1]]
+    """Operating points of a policy, from cautious to bold, including the policy itself.
+
+    Their margins are quantiles of the policy's preferences on policy rows, if these can be computed without a pass.
+    """
+    margins = list(MARGINS)
+    if not core.is_staged and isinstance(policy, DecisionPolicy) and policy.codebook is None:
+        parts, train = row_batches(core, policy_rows(core)), core.split("train")
+        gaps = np.concatenate([policy.preference(core.observe(train, part)).ravel() for part in parts])
+        quantiles = np.quantile(gaps[np.isfinite(gaps)], np.linspace(0, 1, POINTS - 1))
+        margins = np.unique([0.0, *quantiles]).tolist()
+    return [Version(policy.with_margin(margin), margin, policy) for margin in margins[::-1]]
 
 
 def check_fits(policy: PolicyT, core: Core) -> PolicyT:
@@ -173,24 +133,25 @@ def _describe(flat: int, width: int | None) -> str:
     return observations if width is None else f"{observations} and {tokens}" if flat else tokens
 
 
-def decide_and_score(core: Core, policy: PolicyLike, split: Split, rows: NDArray | None = None) -> dict[str, NDArray]:
-    """Decide on rows of a split (``None``: all), once, in order, and score the decisions.
-
-    Returns ``decision [n, switches + 1]``, ``goes_on``, ``quality``, ``quality_ref`` and ``flops_ratio``, each ``[n]``.
-    """
-    return evaluator(core).decide_and_score(policy, split, np.arange(len(split)) if rows is None else rows)
-
-
 def outcomes(
     core: Core, policy: PolicyLike | SplitPolicy, split: Split, rows: NDArray | None = None
 ) -> dict[str, NDArray]:
-    """``decide_and_score`` for any policy, with ``flops_ratio_with_policy [n]``, which adds the FLOPs of deciding."""
+    """Decide on rows of a split (``None``: all), once, in order, and score the decisions.
+
+    Returns ``decision [n, switches + 1]``, ``goes_on``, ``quality``, ``quality_ref``, ``flops_ratio`` and
+    ``flops_ratio_with_policy``, which adds the FLOPs of deciding, each ``[n]``.
+    """
     rows = np.arange(len(split)) if rows is None else rows
     if isinstance(policy, SplitPolicy):
         decisions, flops = policy.decide_split(split, rows)
         scored = score_decisions(core, split, rows, decisions)
     else:
-        scored, flops = decide_and_score(core, policy, split, rows), decision_flops(core, policy, split, rows)
+        flops = decision_flops(core, policy, split, rows)
+        if core.is_staged:  # in one pass: sublayers that ran for an observation do not run again
+            size, decide = _at_once(core), policy.decide
+            scored = _score(core, split, rows, lambda part: core.rollout(split, rows[part], decide), size)
+        else:
+            scored = score_decisions(core, split, rows, decide_on(core, policy, split, rows))
     return scored | {"flops_ratio_with_policy": scored["flops_ratio"] + flops / split.costs.dense_flops(rows)}
 
 
@@ -204,12 +165,12 @@ def decision_flops(core: Core, policy: PolicyLike, split: Split, rows: NDArray) 
 
 
 def score_decisions(core: Core, split: Split, rows: NDArray, decisions: NDArray) -> dict[str, NDArray]:
-    """Outcomes of given decisions ``[n, switches + 1]`` on ``rows [n]``: those of ``decide_and_score``."""
+    """Outcomes of given decisions ``[n, switches + 1]`` on ``rows [n]``: see ``outcomes``."""
     return _score(core, split, rows, lambda part: (decisions[part], None))
 
 
 def score_masks(core: Core, split: Split, rows: NDArray, masks: NDArray) -> dict[str, NDArray]:
-    """Outcomes of ``rows [n]`` under masks ``[masks, components]``, as of ``decide_and_score``: ``[masks, n, ...]``."""
+    """Outcomes of ``rows [n]`` under masks ``[masks, components]``: arrays ``[masks, n, ...]``; see ``outcomes``."""
     scored = [score_decisions(core, split, rows, np.tile(mask, (len(rows), 1))) for mask in masks]
     return {name: np.stack([of_mask[name] for of_mask in scored]) for name in scored[0]}
 

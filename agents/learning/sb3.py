@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, learning_bias
 from sd_gym.agents.learning.curves import CurveLogger
-from sd_gym.agents.learning.vec_envs import BlindVecEnv, NoisyVecEnv, deviation_of
+from sd_gym.agents.learning.vec_envs import ObservationVecEnv, deviation_of
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -183,11 +183,9 @@ class SB3Agent(Agent[SB3SettingsT]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stages = len(self.env.core.stages)
-        vec_env: VecEnv = SwitchableVecEnv(self._reward_env())
-        self._noisy_env = vec_env = NoisyVecEnv(vec_env)
-        if self.blind:
-            vec_env = BlindVecEnv(vec_env, self.env.core.stages)
-        self.algorithm = self._make_algorithm(vec_env)
+        vec_env = SwitchableVecEnv(self._reward_env())
+        self._vec_env = ObservationVecEnv(vec_env, self.env.core.stages, blind=self.blind)
+        self.algorithm = self._make_algorithm(self._vec_env)
         self._standardise_encoders(*self._networks())
         with torch.no_grad():
             if self.start is not None:
@@ -250,7 +248,7 @@ class SB3Agent(Agent[SB3SettingsT]):
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """See ``BaseAgent.learn``."""
         algorithm, core = self.algorithm, self.env.core
-        self._noisy_env.deviation = deviation_of(core, self.env.config.split, self.settings.noise, total_steps)
+        self._vec_env.deviation = deviation_of(core, self.env.config.split, self.settings.noise, total_steps)
         done = algorithm.num_timesteps // self.stages
         algorithm.set_logger(CurveLogger(logger, total_steps, done, self.stages))
         algorithm.learn(
@@ -278,7 +276,7 @@ class SB3Agent(Agent[SB3SettingsT]):
             "torch": torch.get_rng_state(),
             "numpy": (torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
             "env": self.env.state(),
-            "observed": None if self._noisy_env.deviation is None else torch.from_numpy(algorithm._last_obs),  # pyright: ignore[reportArgumentType]  # only flat observations have noise
+            "observed": None if self._vec_env.deviation is None else torch.from_numpy(algorithm._last_obs),  # pyright: ignore[reportArgumentType]  # only flat observations have noise
         }
 
     def load_state(self, state: dict[str, Any]) -> None:

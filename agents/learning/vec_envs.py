@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
 import gymnasium as gym
 import numpy as np
 import torch
@@ -19,51 +17,32 @@ OFTEN = 50  # decisions per row; with more of them PPO and A2C overfit to the ro
 
 
 class ObservationVecEnv(VecEnvWrapper):
-    """A ``VecEnv`` with changed observations; Stable-Baselines3 has no such base class."""
+    """Adds Gaussian noise, against overfitting to rows that are decided on often (Bishop 1995); zeros if ``blind``.
+
+    ``deviation`` is that of the noise, float32 ``[features]``; ``None``: no noise. It draws from torch's random state.
+    A blind agent observes only the stage, if there are several ``stages``.
+    """
+
+    def __init__(self, env: VecEnv, stages: list[str], *, blind: bool) -> None:
+        super().__init__(env)
+        self.deviation: NDArray | None = None
+        self._stages, self._blind = stages, blind
 
     def reset(self) -> VecEnvObs:
-        """The first observations."""
-        return self.changed(self.venv.reset())
+        """Reset the inner env."""
+        return self._changed(self.venv.reset())
 
     def step_wait(self) -> VecEnvStepReturn:
         """A step of the inner env."""
         observations, rewards, dones, infos = self.venv.step_wait()
-        return self.changed(observations), rewards, dones, infos
+        return self._changed(observations), rewards, dones, infos
 
-    @abstractmethod
-    def changed(self, observations: VecEnvObs) -> VecEnvObs:
-        """The observations that the agent gets."""
-
-
-class BlindVecEnv(ObservationVecEnv):
-    """Zeros instead of observations, but for the stage where there are several ``stages``."""
-
-    def __init__(self, env: VecEnv, stages: list[str]) -> None:
-        super().__init__(env)
-        self.stages = stages
-
-    def changed(self, observations: VecEnvObs) -> VecEnvObs:
-        """Zeros, but for the stage."""
-        assert not isinstance(observations, tuple)  # no space of ours is a tuple
-        return blinded(observations, self.stages)
-
-
-class NoisyVecEnv(ObservationVecEnv):
-    """Adds Gaussian noise, against overfitting to rows that are decided on often (Bishop 1995).
-
-    ``deviation`` is that of the noise, float32 ``[features]``; ``None``: no noise. It draws from torch's random state.
-    """
-
-    def __init__(self, env: VecEnv) -> None:
-        super().__init__(env)
-        self.deviation: NDArray | None = None
-
-    def changed(self, observations: VecEnvObs) -> VecEnvObs:
-        """With noise."""
-        if self.deviation is None:
-            return observations
-        assert isinstance(observations, np.ndarray)  # ``deviation_of`` returns None otherwise
-        return observations + self.deviation * torch.randn(observations.shape).numpy()
+    def _changed(self, observations: VecEnvObs) -> VecEnvObs:
+        if self.deviation is not None:
+            assert isinstance(observations, np.ndarray)  # ``deviation_of`` returns None otherwise
+            observations = observations + self.deviation * torch.randn(observations.shape).numpy()
+        assert not isinstance(observations, tuple)  # no space of sd_gym is a tuple
+        return blinded(observations, self._stages) if self._blind else observations
 
 
 def deviation_of(core: Core, split_name: str, noise: float | None, decisions: int) -> NDArray | None:

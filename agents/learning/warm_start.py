@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.learning.decisions import evaluator
+from sd_gym.agents.learning.decisions import row_batches
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,8 +31,7 @@ def staged_from_single(
     with torch.no_grad():
         staged.head.load_state_dict(start.head.state_dict())
     observed: list[list[Tensor]] = [[] for _ in staged.stages]
-    parts = evaluator(core).batches(rows)
-    targets = torch.cat([_rollout(start, core, split, part, pooled, observed) for part in parts])
+    targets = torch.cat([_rollout(start, core, split, part, pooled, observed) for part in row_batches(core, rows)])
     component = np.repeat(np.arange(len(core.nvec)), core.nvec)  # of each logit
     for layers, of_stage, components in zip(later, observed[1:], core.steps.components[1:], strict=True):
         inputs, own = torch.cat(of_stage), torch.from_numpy(np.isin(component, components))

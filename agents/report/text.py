@@ -205,7 +205,9 @@ def overall_sentences(envs: Sequence[EnvRuns]) -> list[str]:
     ]
 
 
-def _ranking(envs: Sequence[EnvRuns]) -> tuple[dict[str, list[AgentRuns]], list[str], dict[str, tuple]]:
+def _ranking(
+    envs: Sequence[EnvRuns],
+) -> tuple[dict[str, list[AgentRuns]], list[str], dict[str, tuple[float, float, float]]]:
     """Agents with runs on all envs by name, their names from the best, and their scores with intervals."""
     shared = agents_on_all(envs)
     means = {name: aggregate(_scores(agents)) for name, agents in shared.items()}

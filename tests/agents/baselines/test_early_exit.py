@@ -61,16 +61,13 @@ def test_confidence_has_a_threshold_for_each_stage(settings, monkeypatch):
     env = gym.make_vec("SD/Classification-Custom-Staged-v0", num_envs=1, **keys).unwrapped
     agent = make_agent("confidence", env)
 
-    def score(core, split, rows, decisions):
-        ran = 6 - decisions[:, :-1].sum(axis=1)
-        return {
-            "quality": 1.0 * ((rows % 2 == 0) | (ran == 6)),
-            "quality_ref": np.ones(len(rows)),
-            "flops_ratio": ran / 6,
-        }
+    def score(core, split, rows, masks):
+        ran = np.repeat(6 - masks[:, :-1].sum(axis=1, keepdims=True), len(rows), axis=1)
+        quality = 1.0 * ((rows % 2 == 0) | (ran == 6))
+        return {"quality": quality, "quality_ref": np.ones(ran.shape), "flops_ratio": ran / 6}
 
     sure = np.array([[0.6, 0.6, 0.6], [0.55, 0.9, 0.9]])
-    monkeypatch.setattr(early_exit, "score_decisions", score)
+    monkeypatch.setattr(early_exit, "score_masks", score)
     monkeypatch.setattr(agent, "confidence", lambda split, rows: sure[rows % 2])
     *single, lossless = agent.operating_points()[: len(early_exit.THRESHOLDS)]
     exits = [early_exit.exits_of(sure, point.policy.thresholds).tolist() for point in single]
@@ -80,5 +77,5 @@ def test_confidence_has_a_threshold_for_each_stage(settings, monkeypatch):
 
 def test_early_exit_needs_a_classifier():
     env = gym.make_vec("SD/Classification-Mini-v0", num_envs=1, train_size=50).unwrapped
-    with pytest.raises(ValueError, match="runs an encoder that classifies"):
+    with pytest.raises(ValueError, match="needs an encoder that classifies"):
         make_agent("early-exit", env)
