@@ -286,8 +286,11 @@ def _constant(mask: NDArray, observations: Observations) -> NDArray:
 class _PolicyFunction:
     """A function as ``PolicyLike``, with the FLOPs of one decision."""
 
-    decide: Callable[[Any], NDArray]
+    function: Callable[[Any], NDArray]
     flops: int | None
+
+    def decide(self, observations: Observations) -> NDArray:
+        return self.function(observations)
 
 
 def _policy_like(policy: Any, flops: int | None, core: Core) -> PolicyLike | SplitPolicy:

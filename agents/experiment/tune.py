@@ -25,7 +25,8 @@ from sd_gym.registration import config_of
 if TYPE_CHECKING:
     from optuna import Study, Trial
 
-STUDY, BEST, FOLDER = "study.db", "best.yaml", "folder"
+STUDY, BEST = "study.db", "best.yaml"
+FOLDER, FAILED = "folder", "failed"  # of a trial, in the study
 
 
 class TrialResult(NamedTuple):
@@ -91,7 +92,7 @@ def tune(
         what = {"env": env_id, "algo": algo, "seeds": seeds, "steps": steps, "confidence": confidence}
         study = _study(folder, {**what, "settings": settings})
         _begin(study, {key: agent_class(algo).Settings.model_fields[key].default for key in space})
-        while sum(trial.state.name in ("COMPLETE", "FAIL") for trial in study.trials) < trials:
+        while sum(trial.state.name == "COMPLETE" or FAILED in trial.user_attrs for trial in study.trials) < trials:
             trial = study.ask()
             values = {key: _suggest(trial, key, choices) for key, choices in space.items()}
             place = folder / f"trial-{trial.user_attrs.get(FOLDER, trial.number)}"
@@ -133,7 +134,7 @@ def _begin(study: Study, defaults: dict[str, Any]) -> None:
     if not study.trials:
         study.enqueue_trial(defaults)
     for trial in study.get_trials(states=[TrialState.RUNNING]):
-        study.tell(trial.number, state=TrialState.PRUNED)  # it does not count
+        study.tell(trial.number, state=TrialState.FAIL)
         if trial.params:
             study.enqueue_trial(trial.params, {FOLDER: trial.user_attrs.get(FOLDER, trial.number)})
 
@@ -149,6 +150,7 @@ def _record(study: Study, trial: Trial, statuses: list[RunStatus], values: dict[
     from optuna.trial import TrialState
 
     if messages := [status.message for status in statuses if status.message]:
+        trial.set_user_attr(FAILED, messages[0])  # an interrupted trial has none, and does not count
         study.tell(trial, state=TrialState.FAIL)
         return TrialResult(trial.number, values, None, messages[0])
     policies = (load_run(status.run.folder)[1:] for status in statuses)

@@ -330,7 +330,10 @@ def _check_start(
     for name in names:
         has, needs = getattr(start, name), getattr(expected, name)
         if has != needs:
-            raise ValueError(f"the policy in {folder} cannot be a start here: its {name} is {has}, expected {needs}")
+            hint = "; both observe tokens (observation=tokens), or neither" if name == "channels" else ""
+            raise ValueError(
+                f"the policy in {folder} cannot be a start here: its {name} is {has}, expected {needs}{hint}"
+            )
 
 
 def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
