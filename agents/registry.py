@@ -1,7 +1,5 @@
 """Agents by name."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from sd_gym.agents.learning.agent import AgentSettings, BaseAgent

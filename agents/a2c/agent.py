@@ -1,7 +1,5 @@
 """A2C, by Stable-Baselines3, on the env's reward."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from pydantic import Field

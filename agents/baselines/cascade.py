@@ -3,8 +3,6 @@
 The dense pass goes on from the first sublayer that the cheap one skipped, like the answer stage.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Controls that learn nothing: dense, every other layer, or random decisions."""
 
-from __future__ import annotations
-
 from typing import ClassVar, Literal
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Early exit by confidence: run layer by layer, and stop as soon as the head is sure (DeeBERT, Xin et al. 2020)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

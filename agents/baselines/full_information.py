@@ -1,7 +1,5 @@
 """A reference for learners on a table: a policy that learns from all outcomes of the policy rows."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Random mixtures of static masks: what a policy can reach without its input, and so has to beat."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

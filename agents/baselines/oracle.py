@@ -1,7 +1,5 @@
 """The oracle: the cheapest good decision of each test instance, chosen with the answers."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.search import beam_search, can_try_all, exhaustive_search, greedy_path, path_steps

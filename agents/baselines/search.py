@@ -1,7 +1,5 @@
 """Searches over decisions: good static masks, and the cheapest good decision of each instance."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal

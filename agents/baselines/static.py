@@ -1,7 +1,5 @@
 """The best static masks: what pruning reaches, by search instead of learning."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

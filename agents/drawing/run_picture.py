@@ -1,7 +1,5 @@
 """The picture of a run (``result.png``), and the skip rates, which TensorBoard and reports show as well."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 A figure becomes a PNG, or an SVG inside a page, with the colours of the page, light or dark.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re

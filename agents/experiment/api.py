@@ -1,7 +1,5 @@
 """Training and evaluation from Python, as ``sd_gym.train`` and ``sd_gym.evaluate``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass

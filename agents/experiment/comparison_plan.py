@@ -1,7 +1,5 @@
 """The runs of a comparison: their settings, their folders, and whether they are finished."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Callable, Sequence

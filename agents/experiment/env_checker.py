@@ -1,7 +1,5 @@
 """Checks of an env before anyone learns on it: rewards, optimum, seeds, and the results of constant decisions."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Results of a policy on a split compared with the dense backbone, with intervals and measured time."""
 
-from __future__ import annotations
-
 import hashlib
 import statistics
 import time

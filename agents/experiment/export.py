@@ -1,7 +1,5 @@
 """A policy as an artefact that decides without its env."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

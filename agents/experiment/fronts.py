@@ -1,7 +1,5 @@
 """Fronts of quality and FLOPs on a test split, and how many more FLOPs agents save than control baselines."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from pathlib import Path

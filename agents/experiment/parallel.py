@@ -1,7 +1,5 @@
 """Many runs trained in one process, several, or on a Ray cluster."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

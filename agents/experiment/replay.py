@@ -1,7 +1,5 @@
 """Replay of a finished run: its recorded decisions are scored again with the real backbone and data."""
 
-from __future__ import annotations
-
 import csv
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A run: its folder, training with model selection, and its result."""
 
-from __future__ import annotations
-
 import json
 import platform
 import shlex

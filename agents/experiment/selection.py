@@ -1,7 +1,5 @@
 """Selection of an operating point: points are tested from dense to bold, with a guarantee."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field

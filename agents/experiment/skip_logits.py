@@ -1,7 +1,5 @@
 """A run's log-odds of skipping, to prepare a backbone under its decisions."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tables from Python (``sd_gym.tabulate``): which env, which decisions, and the references of a table."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path

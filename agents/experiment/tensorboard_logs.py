@@ -1,7 +1,5 @@
 """TensorBoard events of a run besides its agent's curves: settings, validation and the result."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

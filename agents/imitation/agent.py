@@ -10,8 +10,6 @@ instance under a decision; here it is the risk.)
 With several stages each decides on its part of the path: ``sd_gym.agents.imitation.backward_induction``.
 """
 
-from __future__ import annotations
-
 import math
 from copy import deepcopy
 from functools import partial

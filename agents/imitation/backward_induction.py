@@ -8,8 +8,6 @@ that pays later, and skips at once if it is sure. The logit of each step of a st
 margin on the logits of all stages is another price.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Logits of the steps of a path: FLOPs saved per unit of risk."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray

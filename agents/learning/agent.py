@@ -1,7 +1,5 @@
 """The one interface of all agents."""
 
-from __future__ import annotations
-
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence

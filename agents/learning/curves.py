@@ -1,7 +1,5 @@
 """Learning curves: all agents write their points at the same decisions, however often they update."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from stable_baselines3.common.logger import Logger

@@ -1,7 +1,5 @@
 """Observations of Stable-Baselines3 agents while they learn: zeroed, or with noise."""
 
-from __future__ import annotations
-
 import gymnasium as gym
 import numpy as np
 import torch

@@ -1,7 +1,5 @@
 """A warm start of a policy with several stages from one with a single stage: later stages learn to give its logits."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray

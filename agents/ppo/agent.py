@@ -1,7 +1,5 @@
 """PPO, by Stable-Baselines3, on the env's reward."""
 
-from __future__ import annotations
-
 from typing import ClassVar, TypeVar
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """PPO with quality first: constraint-rectified policy optimisation."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import numpy as np

@@ -1,7 +1,5 @@
 """PPO with a penalty that learns to keep the mean quality."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from gymnasium.vector import VectorEnv

@@ -13,8 +13,6 @@ critic of actions, like those of model-based contextual bandits; with ``foresigh
 the gradients.)
 """
 
-from __future__ import annotations
-
 import time
 from copy import deepcopy
 from functools import partial

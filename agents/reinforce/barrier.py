@@ -11,8 +11,6 @@ constraint on q, step along ``grad f + lambda * grad q`` with the least ``lambda
 * ``lexicographic`` (q minimal, then f): ``phi = beta * |grad q|^2``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 

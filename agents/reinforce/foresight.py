@@ -1,7 +1,5 @@
 """A loss model: the expected quality loss of a decision on an input, learned from all scored decisions."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import gymnasium as gym

@@ -1,7 +1,5 @@
 """A loss model for several stages: predicts the final outcome at each stage, from the observation there."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The charts of reports: quality and FLOPs, curves, single instances, profiles, and the fronts of several envs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Runs for a report, by env and agent, with the figures of its sentences and tables."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Runs side by side: one row per env and agent, over seeds."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean

@@ -1,7 +1,5 @@
 """A self-contained page about runs, and the same as Markdown, CSV and PNG."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Results for the terminal: rich tables and lines."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The findings of runs in sentences and tables: the verdict with its power first, and nothing beyond the evidence."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Finished runs, grouped by everything but their seed."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Iterable

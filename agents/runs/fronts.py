@@ -1,7 +1,5 @@
 """Fronts of quality and FLOPs, and how much more one saves than another at the same quality."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

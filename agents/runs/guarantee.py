@@ -6,8 +6,6 @@ selected point loses epsilon or more is then at most one minus the confidence: s
 first of them in the sequence passes its test. The order affects only the power.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

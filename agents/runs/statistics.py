@@ -6,8 +6,6 @@ envs may have different numbers of runs. Intervals are 95% percentile intervals 
 paper's library, rliable, has heavy dependencies and needs an old pandas; the tests compare with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Is the quality kept? A non-inferiority test that also works where no answer differs from the dense one."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from collections.abc import Callable
