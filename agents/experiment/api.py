@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -270,14 +269,10 @@ def _versions(policy: Any, flops: int | None, core: Core) -> list[Version]:
     if isinstance(policy, DecisionPolicy | TablePolicy):
         points = versions(core, policy)
         return [point._replace(policy=_policy_like(point.policy, flops, core)) for point in points]
-    if isinstance(policy, list | tuple | np.ndarray):
-        constant = partial(_constant, np.asarray(policy))
-        return [Version(_policy_like(constant, flops or 0, core))]
+    if isinstance(policy, list | tuple | np.ndarray):  # a mask
+        flops, mask = flops or 0, policy
+        policy = lambda observations: np.tile(mask, (len(each(observations)), 1))  # noqa: E731
     return [Version(_policy_like(policy, flops, core))]
-
-
-def _constant(mask: NDArray, observations: Observations) -> NDArray:
-    return np.tile(mask, (len(each(observations)), 1))
 
 
 @dataclass

@@ -123,7 +123,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         def loss(chosen: Tensor | slice) -> Tensor:
             return F.mse_loss(self._outputs(self.network, rows[chosen]), logits[chosen])
 
-        self._fit(self.network, loss, len(rows), "imitation/held_out_loss", logger)
+        self._fit(self.network, loss, "imitation/held_out_loss", len(rows), logger)
         self._tie(path)
 
     def _learn_stages(self, split: Split, logger: Logger, on_round: OnRound) -> None:
@@ -131,10 +131,8 @@ class ImitationAgent(Agent[ImitationSettings]):
         rows, path = self._rows_of(split), np.stack(self._path(split, on_round))
         self.searched = SearchResult(rows, path, np.zeros((len(rows), 0), dtype=np.float32))
 
-        def fit(network: nn.Module, loss: Loss, tag: str) -> None:
-            self._fit(network, loss, len(rows), tag, logger)
-
-        tokens, bodies = self.channels is not None, list(self.foresight)
+        fit, tokens = partial(self._fit, instances=len(rows), logger=logger), self.channels is not None
+        bodies = list(self.foresight)
         induction = BackwardInduction(
             self.env.core, rows, path, bodies, fit, self._visible, tokens, on_round, self.seed
         )
@@ -154,7 +152,7 @@ class ImitationAgent(Agent[ImitationSettings]):
                 counted = counted + len(outputs) * own.sum()
             return errors / counted
 
-        self._fit(self.network, loss, len(rows), "imitation/held_out_loss", logger)
+        fit(self.network, loss, "imitation/held_out_loss")
         for choices in induction.stage_choices:
             self._tie(choices.ways)
 
@@ -221,7 +219,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         def loss(chosen: Tensor | slice) -> Tensor:
             return F.binary_cross_entropy_with_logits(self._outputs(network, rows[chosen]), targets[chosen])
 
-        self._fit(network, loss, len(rows), "imitation/risk_loss", logger)
+        self._fit(network, loss, "imitation/risk_loss", len(rows), logger)
         with torch.no_grad():
             losing, gaining = self._outputs(network, rows).sigmoid().chunk(2, dim=1)
         return losing - gaining
@@ -237,7 +235,7 @@ class ImitationAgent(Agent[ImitationSettings]):
                 for values in head.parameters():
                     values[outputs] = values[outputs].mean(dim=0)
 
-    def _fit(self, network: nn.Module, loss: Loss, instances: int, tag: str, logger: Logger) -> None:
+    def _fit(self, network: nn.Module, loss: Loss, tag: str, instances: int, logger: Logger) -> None:
         """Minimise a loss by AdamW; the epoch (0: untrained) that is best on the held-out first tenth is used."""
         settings, held_out = self.settings, max(1, instances // 10)
         generator = torch.Generator().manual_seed(self.seed)

@@ -205,7 +205,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         tries, shape = settings.tries, (settings.tries, -1)
         if isinstance(foresight, StagedForesight):  # one stage of each decision represents all, so it counts for all
             states = foresight.recent(settings.imagined, self.random)
-            logits, choices = self._sample(states.seen, tries)
+            logits, choices = self._sample(states.observations, tries)
             probabilities, flops = foresight.outlook(states, foresight.with_choices(states, choices))
             loss = probabilities[:, 0] - probabilities[:, 1]
             own = foresight.own_alone(states, logits, choices)

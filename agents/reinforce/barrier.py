@@ -67,8 +67,8 @@ class DynamicBarrier:
 
     def state(self) -> dict[str, Any]:
         """The running averages."""
-        return {"seen": self._total, "means": self._means.clone()}
+        return {"total": self._total, "means": self._means.clone()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a ``state``."""
-        self._total, self._means = state["seen"], state["means"].clone()
+        self._total, self._means = state["total"], state["means"].clone()

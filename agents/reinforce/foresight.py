@@ -46,10 +46,10 @@ class Foresight(nn.Module):
         self.decisions = torch.zeros(0, len(nvec), dtype=torch.int32)  # on them; on a table, numbers of masks
         self.lost = torch.zeros(0)  # quality lost, negative: gained
 
-    def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor, seen: Tensor | None = None) -> None:
+    def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor, observed: Tensor | None = None) -> None:
         """Add scored decisions: rows ``[n]``, decisions ``[n, components]``, the quality lost ``[n]``.
 
-        ``seen`` is not used: observations before the first layer can be computed again.
+        ``observed`` is not used: observations before the first layer can be computed again.
         """
         self.rows = torch.cat([self.rows, torch.from_numpy(rows)])
         self.decisions = torch.cat([self.decisions, decisions.to(torch.int32)])

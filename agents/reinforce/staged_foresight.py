@@ -31,7 +31,7 @@ class StageStates(NamedTuple):
 
     rows: Tensor  # of their instances, int64 [n]
     stage: Tensor  # number of the stage, int64 [n]
-    seen: Tensor | dict[str, Tensor]  # observations, float32 [n, size], or with tokens
+    observations: Tensor | dict[str, Tensor]  # float32 [n, size], or with tokens
     decisions: Tensor  # those made at earlier stages, int64 [n, components]; 0 from this stage on
 
 
@@ -61,23 +61,23 @@ class StagedForesight(Foresight):
         self._before = self._own.cumsum(dim=0) - self._own.long()  # and those of earlier stages
         self._component = torch.from_numpy(np.repeat(np.arange(len(core.nvec)), core.nvec))  # of each logit
         self._certain = certain(core.nvec)
-        self.seen = torch.zeros(0, len(core.stages), size, dtype=torch.float16)  # observations but tokens
+        self.observed = torch.zeros(0, len(core.stages), size, dtype=torch.float16)  # observations but tokens
 
-    def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor, seen: Tensor | None = None) -> None:
-        """Add scored decisions and the flat observations ``seen [n, stages, size]``; the oldest are forgotten."""
+    def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor, observed: Tensor | None = None) -> None:
+        """Add scored decisions and the flat observations ``observed [n, stages, size]``; the oldest are forgotten."""
         super().remember(rows, decisions, lost)
-        assert seen is not None  # there are stages
-        self.seen = torch.cat([self.seen, seen.half()])
+        assert observed is not None  # there are stages
+        self.observed = torch.cat([self.observed, observed.half()])
         kept = slice(max(0, len(self.rows) - self._memory), None)
         self.rows, self.decisions, self.lost = self.rows[kept], self.decisions[kept], self.lost[kept]
-        self.seen = self.seen[kept]
+        self.observed = self.observed[kept]
 
     def states(self, drawn: Tensor, stage: Tensor) -> StageStates:
         """States of the remembered decisions ``drawn [n]``, each at its ``stage [n]``."""
         rows, decisions = self.rows[drawn], self.decisions[drawn].long() * self._before[stage]
-        flat = self.seen[drawn, stage].float()
-        seen = flat if self._tokens is None else {"stage": flat, **self._tokens(rows.numpy())}
-        return StageStates(rows, stage, seen, decisions)
+        flat = self.observed[drawn, stage].float()
+        observations = flat if self._tokens is None else {"stage": flat, **self._tokens(rows.numpy())}
+        return StageStates(rows, stage, observations, decisions)
 
     def recent(self, n: int, random: np.random.Generator) -> StageStates:
         """States of recent decisions at random stages."""
@@ -100,7 +100,7 @@ class StagedForesight(Foresight):
     def outlook(self, states: StageStates, decisions: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities of a loss and of a gain, ``[tries * n, 2]``; and final FLOPs ratios ``[tries * n]``."""
         tries = len(decisions) // len(states.rows)
-        outputs = self(states.seen, decisions)
+        outputs = self(states.observations, decisions)
         saved = torch.where(states.stage == self._last, 0.0, outputs[:, 2].view(tries, -1)).flatten()
         return outputs[:, :2].sigmoid(), self._flops(states.rows.repeat(tries), decisions) - saved
 
@@ -123,9 +123,9 @@ class StagedForesight(Foresight):
         early = torch.nonzero(stage < self._last)[:, 0]
         if len(early):
             then = self.states(drawn[early], stage[early] + 1)
-            targets[early], flops = self.outlook(then, self.with_choices(then, choose(then.seen)))
+            targets[early], flops = self.outlook(then, self.with_choices(then, choose(then.observations)))
             saved[early] = self._flops(here.rows[early], decisions[early]) - flops
-        outputs = self(here.seen, decisions)
+        outputs = self(here.observations, decisions)
         error = F.binary_cross_entropy_with_logits(outputs[:, :2], targets)
         return self.step(error + F.mse_loss(torch.where(stage < self._last, outputs[:, 2], 0.0), saved))
 
@@ -138,9 +138,9 @@ class StagedForesight(Foresight):
 
     def state(self) -> dict[str, Any]:
         """Weights, optimizer and memory."""
-        return {**super().state(), "seen": self.seen}
+        return {**super().state(), "observed": self.observed}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a ``state``."""
         super().load_state(state)
-        self.seen = state["seen"]
+        self.observed = state["observed"]

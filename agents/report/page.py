@@ -70,7 +70,7 @@ def write_report(folders: Iterable[str | Path], output: str | Path, *, also: boo
     styles, runs = agent_styles(*names), sum(len(agent.runs) for agent in agents)
     with style():
         report = {
-            "title": "What was learned not to compute",
+            "title": "Results of skipping policies",
             "summary": f"{runs:,} run{'s' if runs > 1 else ''} on {len(envs)} env{'s' if len(envs) > 1 else ''}.",
             "overall": _overall(envs, styles),
             "sections": [_section(f"{number:02d}", env, styles) for number, env in enumerate(envs, start=1)],

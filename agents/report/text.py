@@ -83,7 +83,7 @@ def _against(agents: list[AgentRuns], others: list[AgentRuns]) -> str:
     first, second = agents[0].name, others[0].name
     scores = _scores(agents), _scores(others)
     if not enough_runs(*scores):
-        return f"Against {second} nothing can be told: it takes {FEWEST_RUNS} runs each at least."
+        return f"The runs are too few to compare it with {second}: that takes {FEWEST_RUNS} runs each."
     better, low, high = probability_of_improvement(*scores)
     place = "is ahead of" if low > 0.5 else "is behind" if high < 0.5 else "cannot be told apart from"
     return f"It {place} {second}: a run of {first} is better with a probability of {_interval(better, low, high)}."
