@@ -50,9 +50,7 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
         if (self.env.core.decision_nvec[:-1] < 2).any():
             raise NotApplicableError("early exit skips whole layers, and the env's candidates are not all sublayers")
         if not self.env.core.can_exit:
-            raise NotApplicableError(
-                "early exit needs an encoder that classifies; neither tables nor this env have one"
-            )
+            raise NotApplicableError("early exit runs an encoder that classifies, which no table has, nor this env")
         self._confidences = Confidences()
 
     def operating_points(self) -> list[Version]:

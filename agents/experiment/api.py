@@ -328,8 +328,8 @@ def _origin(env_id: str, policy: object) -> _Origin | None:
             exported = SkipPolicy.from_pretrained(folder)
         elif not DecisionPolicy.load(folder).switches:  # else it decides switch by switch, also on the env itself
             raise ValueError(
-                f"{folder}: its policy decides by numbers of masks, and there is no {FILE} beside it that says which "
-                "masks. Policies on its table can only be evaluated there (docs/tables.md)"
+                f"{folder}: its policy decides by numbers of masks, and no {FILE} beside it says which masks. Its "
+                "table has no export, so evaluate the policy on the table (docs/tables.md)"
             )
     return _Origin(folder, description, exported, exported and exported.card["env"]["id"])
 

@@ -84,7 +84,7 @@ def score_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvF
         raise ValueError("expected runs of a learned agent and, on the same env, of hull or a blind agent")
     if alone:
         warnings.warn(
-            f"left out, as there is no run with the same env config (training rows included) to compare them with: "
+            "left out, as their env's config (training rows included) has no run to compare them with: "
             f"{', '.join(alone)}",
             stacklevel=2,
         )

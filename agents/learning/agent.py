@@ -351,7 +351,7 @@ def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
     space = env.single_observation_space
     if token_width(space) is None and (not isinstance(space, gym.spaces.Box) or len(space.shape) != 1):
         raise ValueError(
-            "the agents of sd_gym take flat observations or tokens: observation=pooled, observation=tokens, or a "
+            "the agents of sd_gym see flat observations or tokens: observation=pooled, observation=tokens, or a "
             "registered one whose space is a Box of one dimension or like that of tokens; got "
             f"observation={env.config.observation} with the space {space}"
         )

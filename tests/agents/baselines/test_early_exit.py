@@ -49,7 +49,7 @@ def test_confidence_exits_at_the_stages_by_a_threshold_of_each(settings):
     np.testing.assert_array_equal(decided.decisions, expected)
     np.testing.assert_array_equal(decided.flops, np.where(sure, 0, split.costs.head_flops(rows)))
     once = gym.make_vec("SD/Classification-Custom-v0", num_envs=1, **settings).unwrapped
-    with pytest.raises(ValueError, match="confidence looks at the stages"):
+    with pytest.raises(ValueError, match="confidence decides at the stages"):
         make_agent("confidence", once)
 
 
@@ -77,5 +77,5 @@ def test_confidence_has_a_threshold_for_each_stage(settings, monkeypatch):
 
 def test_early_exit_needs_a_classifier():
     env = gym.make_vec("SD/Classification-Mini-v0", num_envs=1, train_size=50).unwrapped
-    with pytest.raises(ValueError, match="needs an encoder that classifies"):
+    with pytest.raises(ValueError, match="runs an encoder that classifies"):
         make_agent("early-exit", env)

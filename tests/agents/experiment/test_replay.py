@@ -132,7 +132,7 @@ def test_what_is_no_decision_is_caught(run, decision):
     rows = rows_of(run)
     rows[0]["decision"] = decision
     write_rows(run, rows)
-    with pytest.raises(ReplayError, match="expected a line an instance"):
+    with pytest.raises(ReplayError, match="expected a line per instance"):
         replay(run)
 
 
