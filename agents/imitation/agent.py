@@ -33,13 +33,11 @@ from torch.nn import functional as F
 
 from sd_gym.envs.actions import write_masks
 from sd_gym.envs.protocols import Split
-from sd_gym.files import read_tensors, write_tensors
 from sd_gym.going_on import stages_of_pass
 from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
 from sd_gym.policy.observations import to_tensors
 
 ORDER_INSTANCES = 1000  # for the search of the path
-SEARCHED = "searched.safetensors"
 CAUTION = (1.0, 1000.0)  # log-odds by which earlier stages are more cautious in a version; 1,000: they skip nothing
 STARTS = 3  # versions with other first skipping stages, at most
 SURE = 6.0  # highest log-odds of skipping, so that learning can still change decisions in a warm start
@@ -57,8 +55,8 @@ class ImitationSettings(LearnerSettings):
     """Settings of imitation.
 
     Attributes:
-        path: Folder of a run of ``static`` whose masks are the path, or of ``imitation`` whose search is reused (only
-            its path, between one stage and several); ``None``: search a path on the training split.
+        path: Folder of a run of ``static`` or ``imitation`` whose masks are the path; ``None``: search a path on the
+            training split.
         per: What a step of a searched path skips: a ``sublayer``, or a whole ``layer``.
         instances: Training instances that run under the masks of the path, at most.
         epochs: Passes over them, for the risk and for the policy; the best epoch on a held-out tenth is used.
@@ -102,17 +100,13 @@ class ImitationAgent(Agent[ImitationSettings]):
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Search and learn; ``total_steps`` plays no part."""
         core, on_round = self.env.core, partial(report_scored, on_rollout)
-        split, folder = core.split("train"), self.settings.path
+        split = core.split("train")
         if core.is_staged:
             self._learn_stages(split, logger, on_round)
             return
-        if folder is not None and (folder / SEARCHED).exists():
-            self.searched = read_search(folder, len(split), core.nvec)
-        else:
-            rows, path = self._rows_of(split), self._path(split, on_round)
-            lost = path_losses(split, rows, path, on_round).astype(np.float32)
-            self.searched = SearchResult(rows, np.stack(path), lost)
-        rows, path, lost = self.searched
+        rows, path = self._rows_of(split), np.stack(self._path(split, on_round))
+        lost = path_losses(split, rows, list(path), on_round).astype(np.float32)
+        self.searched = SearchResult(rows, path, lost)
         flops = np.array([split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in path])
         risk = self._foresee(rows, lost[:, 1:], logger)
         multiplier = core.config.reward.penalty / core.config.reward.cost_scale
@@ -167,12 +161,8 @@ class ImitationAgent(Agent[ImitationSettings]):
         return nested_path(folder, core.nvec)
 
     def save_extra(self, folder: Path) -> None:
-        """Write the path as ``masks.json``; with one stage also the ``SearchResult`` as ``searched.safetensors``."""
+        """Write the path as ``masks.json``."""
         write_masks(self.searched.path, folder / MASKS)
-        if self.searched.lost.size:
-            arrays = self.searched._asdict().items()
-            tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays}
-            write_tensors(folder / SEARCHED, tensors)
 
     def policy(self) -> DecisionPolicy:
         """A copy of the network."""
@@ -256,20 +246,3 @@ class ImitationAgent(Agent[ImitationSettings]):
             if error < lowest:
                 lowest, best = error, {name: value.clone() for name, value in network.state_dict().items()}
         network.load_state_dict(best)
-
-
-def read_search(folder: Path, instances: int, nvec: NDArray) -> SearchResult:
-    """The search of a run of ``imitation``, for a training split with so many ``instances``.
-
-    Raises ``ValueError`` if it is that of another env, or damaged.
-    """
-    tensors, expected = read_tensors(folder / SEARCHED), {"rows": 1, "path": 2, "lost": 2}  # dimensions
-    if {name: value.ndim for name, value in tensors.items()} != expected:
-        raise ValueError(f"{folder / SEARCHED} holds {', '.join(tensors)}; expected {', '.join(expected)}")
-    searched = SearchResult(**{name: value.numpy() for name, value in tensors.items()})
-    if searched.path.shape[1:] != nvec.shape or searched.rows.max() >= instances:
-        raise ValueError(
-            f"the search in {folder} has {searched.path.shape[1]} components and rows up to "
-            f"{searched.rows.max()}; expected {len(nvec)} components, and rows of a training split of {instances}"
-        )
-    return searched
