@@ -61,8 +61,7 @@ def _draw_history(quality: Axes, flops: Axes, result: dict[str, Any]) -> None:
     steps = [entry["step"] for entry in history]
     validation: dict[str, Any] = {"marker": "o", "color": COLOURS[0]}
     quality.axhline(0, color=INK, linewidth=0.8, label="dense")
-    if (epsilon := result.get("epsilon")) is not None:
-        quality.axhline(-100 * epsilon, color=LOST, linestyle="--", linewidth=1, label="allowed loss")
+    quality.axhline(-100 * result["epsilon"], color=LOST, linestyle="--", linewidth=1, label="allowed loss")
     lost = [100 * (entry["quality"] - entry["quality_ref"]) for entry in history]
     quality.plot(steps, lost, **validation, label="validation, most probable decisions")
     flops.plot(steps, [100 * entry["flops_ratio"] for entry in history], **validation)

@@ -99,7 +99,7 @@ def _fronts_of(config: EnvConfig, agents: dict[str, list[Run]]) -> EnvFronts:
         policy = check_fits(DecisionPolicy.load(run.folder), core)
         if run.config["algo"] == "hull":
             return [policy.with_decision(mask) for mask in searched_masks(run.folder, core.nvec)]
-        return policy_versions(core, policy, config.reward.epsilon, run.result.get("margin", 0.0))
+        return policy_versions(core, policy, config.reward.epsilon, run.result["margin"])
 
     controls = {
         name: front_of(core, split, [version for run in agents[name] for version in versions_of(run)])

@@ -207,7 +207,7 @@ def _load_checkpoint(checkpoint: Path, agent: Agent, selection: Selection) -> in
         return None
     saved = read_checkpoint(checkpoint)
     try:
-        agent.env.core.load_scores(saved.get("scores", {}))
+        agent.env.core.load_scores(saved["scores"])
         if "agent" not in saved:
             return None
         agent.load_state(saved["agent"])
@@ -242,7 +242,7 @@ def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]
         description, core, policy = load_run(Path(run))
         if policy.noise != "none":
             raise ValueError(f"{run}: its policy decides at random; expected the run of an agent that learns")
-        selection = Selection(core, description.get("confidence", CONFIDENCE))
+        selection = Selection(core, description["confidence"])
         reduced = _reduced(policy, codebook, core)
         selection.select(versions(core, reduced))
         selected = reduced.with_margin(selection.margin)

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from sd_gym.agents.report.charts import ExampleDecision, Points
 from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings, read_run
 from sd_gym.agents.runs.statistics import aggregate, hypervolume
-from sd_gym.agents.runs.verdict import Verdict, losses_allowed
 
 WORST = 5  # epsilons lost at which the area of runs ends
 DEFAULT_EPSILON = 0.01
@@ -38,7 +37,7 @@ class AgentRuns:
 
     def values_as_learned(self, key: str) -> NDArray:
         """The same for policies at the end of learning, before selection."""
-        return _numbers([run.result.get("last_policy") or {} for run in self.runs], key)
+        return _numbers([run.result["last_policy"] or {} for run in self.runs], key)
 
     @property
     def flops(self) -> NDArray:
@@ -47,13 +46,13 @@ class AgentRuns:
 
     @cached_property
     def kept(self) -> NDArray:
-        """Which runs keep the quality, bool ``[runs]``; false where the instances are too few for any verdict."""
-        return np.array([run.result["quality_kept"] and can_tell(run) for run in self.runs])
+        """Which runs keep the quality, bool ``[runs]``."""
+        return np.array([run.result["quality_kept"] for run in self.runs])
 
     @property
     def verdicts(self) -> list[str]:
         """The verdict of each run."""
-        return [run.result.get("verdict", "-") if can_tell(run) else str(Verdict.TOO_FEW) for run in self.runs]
+        return [run.result["verdict"] for run in self.runs]
 
     @cached_property
     def score(self) -> NDArray:
@@ -74,8 +73,8 @@ class AgentRuns:
         """
         areas = []
         for run in self.runs:
-            ends = [run.result, *filter(None, [run.result.get("last_policy")])]
-            worst = WORST * (epsilon_of(run) or DEFAULT_EPSILON)
+            ends = [run.result, *filter(None, [run.result["last_policy"]])]
+            worst = WORST * (run.result["epsilon"] or DEFAULT_EPSILON)
             loss = np.array([end["quality_difference"] for end in ends]) / worst
             areas.append(hypervolume(1 + loss, np.array([end["flops_ratio_with_policy"] for end in ends]), (0.0, 1.0)))
         return np.array(areas)
@@ -92,7 +91,7 @@ class AgentRuns:
     @property
     def histories(self) -> list[list[dict[str, Any]]]:
         """The validations of each run that learned step by step."""
-        return [history for run in self.runs if len(history := run.result.get("history", [])) > 1]
+        return [history for run in self.runs if len(history := run.result["history"]) > 1]
 
     @property
     def median_run(self) -> Run:
@@ -125,7 +124,7 @@ class EnvRuns:
     @property
     def epsilon(self) -> float:
         """How much mean quality may be lost."""
-        return epsilon_of(self.first)
+        return self.first.result["epsilon"]
 
     @property
     def instances(self) -> int:
@@ -135,7 +134,7 @@ class EnvRuns:
     @property
     def switches(self) -> list[str]:
         """Names of the switches."""
-        return list(self.first.result.get("skip_rate", {}))
+        return list(self.first.result["skip_rate"])
 
 
 def collect(folders: Iterable[str | Path]) -> list[EnvRuns]:
@@ -151,27 +150,17 @@ def collect(folders: Iterable[str | Path]) -> list[EnvRuns]:
     return collected
 
 
-def epsilon_of(run: Run) -> float:
-    """How much mean quality a run may lose."""
-    return run.result.get("epsilon", run.env.reward.epsilon)
-
-
-def can_tell(run: Run) -> bool:
-    """Whether a run has enough test instances to show that the quality is kept."""
-    return losses_allowed(run.result["instances"], epsilon_of(run)) is not None
-
-
 def example_decisions(run: Run) -> list[ExampleDecision]:
     """Decisions of a run on the first instances of each level, then on others that lost quality.
 
     Empty if the folder has no ``instances.csv``.
     """
-    file, switches = run.folder / "instances.csv", len(run.result.get("skip_rate", {}))
+    file, switches = run.folder / "instances.csv", len(run.result["skip_rate"])
     if not file.exists() or not switches:
         return []
     with file.open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
-    allowed, shares = epsilon_of(run), run.env.tokens.shares
+    allowed, shares = run.result["epsilon"], run.env.tokens.shares
 
     def lost(row: dict[str, str]) -> bool:
         return float(row["quality_ref"]) - float(row["quality"]) > allowed
@@ -199,8 +188,8 @@ def _numbers(results: list[dict[str, Any]], key: str) -> NDArray:
 
 def _key(run: Run) -> tuple[str, str, str, str]:
     """Env, test rows, epsilon and backbone."""
-    test = run.result.get("data", {}).get("test", {}).get("hash", run.result["instances"])
-    return run.config["env"], str(test), f"{epsilon_of(run):g}", run.config["weights"]
+    result = run.result
+    return run.config["env"], result["data"]["test"]["hash"], f"{result['epsilon']:g}", run.config["weights"]
 
 
 def _agents(agents: dict[str, list[Run]]) -> list[AgentRuns]:

@@ -84,16 +84,15 @@ def _known(value: float | None, form: str) -> str:
 
 def _row(env: str, agent: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     worst = min(results, key=lambda result: result["quality_difference"])
-    last = [result["last_policy"] for result in results if result.get("last_policy")]
+    last = [result["last_policy"] for result in results if result["last_policy"]]
     times = [result["time"]["32"] for result in results if result["time"]]
     decisions = [result["decisions_used"] for result in results]
     counted = all(result["policy_flops_counted"] for result in results)
-    test_hash = worst.get("data", {}).get("test", {}).get("hash")
     return {
         "env": env,
         "agent": agent if counted else f"{agent} (its own FLOPs not counted)",
         "seeds": len(results),
-        "test_rows": f"{worst['instances']}{f', hash {test_hash}' if test_hash else ''}",
+        "test_rows": f"{worst['instances']}, hash {worst['data']['test']['hash']}",
         "quality_ref": fmean(result["quality_ref"] for result in results),
         "worst_difference": worst["quality_difference"],
         "worst_interval": tuple(worst["quality_difference_interval"]),

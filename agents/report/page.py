@@ -168,7 +168,7 @@ def _as_csv(envs: Sequence[EnvRuns]) -> str:
         for agent, run in env.runs:
             low, high = run.result["quality_difference_interval"]
             values = run.config | run.result | {"low": low, "high": high, "epsilon": env.epsilon}
-            values |= {f"learned_{key}": value for key, value in (run.result.get("last_policy") or {}).items()}
+            values |= {f"learned_{key}": value for key, value in (run.result["last_policy"] or {}).items()}
             values |= {"env": env.name, "agent": agent.name, "folder": str(run.folder)}
             writer.writerow([values.get(column) for column in RUN_COLUMNS])
     return lines.getvalue()

@@ -22,7 +22,7 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
     """A result of ``sd_gym.train`` or ``evaluate``: quality, FLOPs and time, the data, and the verdict."""
     yield _quality_and_cost(title, result)
     yield from _data(result["data"])
-    if last := result.get("last_policy"):
+    if last := result["last_policy"]:
         yield _dim(f"as learned: the policy at the end of learning, before selection ({last['verdict']}).")
     cut = any(timed.get("dense_shortened") for timed in result["time"].values())
     if result["time"]:
@@ -37,7 +37,7 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
         f"[{low * 100:+.2f}, {high * 100:+.2f}] at epsilon {result['epsilon'] * 100:g} points; "
         f"{result['decisions_used']} different decisions used."
     )
-    if result.get("guarantee"):
+    if result["guarantee"]:
         yield Text(f"Guarantee: {result['guarantee']}.")
     power = f"a verdict takes {result['fewest_instances']:,} instances."
     if (allowed := result["losses_allowed"]) is not None:
@@ -102,7 +102,7 @@ def _quality_and_cost(title: str, result: dict[str, Any]) -> Table:
     for level in levels if len(levels) > 1 else ():
         cells = f"  level {level['difficulty']}", f"{level['quality']:.1%}", f"{level['flops_ratio']:.1%}"
         table.add_row(*cells, style="dim")
-    if last := result.get("last_policy"):
+    if last := result["last_policy"]:
         table.add_row("as learned", *figures(last), style="dim")
     return table
 

@@ -63,7 +63,7 @@ def verdict_sentences(env: EnvRuns) -> list[str]:
             f"No agent keeps the quality in all its runs; {best.name}, which has the best score, keeps it in "
             f"{int(best.kept.sum())} of {n} and runs {figures}."
         )
-    if guarantee := best.median_run.result.get("guarantee"):
+    if guarantee := best.median_run.result["guarantee"]:
         sentences.append(f"Its median run: {guarantee}.")
     sentences += [_against([best], [other]) for other in env.learned if other is not best]
     return [*sentences, *_against_controls(env, best)]

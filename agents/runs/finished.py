@@ -33,7 +33,7 @@ class Run(NamedTuple):
     @property
     def identity(self) -> dict[str, Any]:
         """By key, all that runs of one agent have in common."""
-        data = {f"{split} data": provenance["hash"] for split, provenance in self.config.get("data", {}).items()}
+        data = {f"{split} data": provenance["hash"] for split, provenance in self.config["data"].items()}
         training = {key: self.config.get(key) for key in ("steps", "confidence", "weights")}
         values = {**training, **dotted(self.env.model_dump()), **self.config["agent_settings"], **data}
         if not self.config.get("named", True):  # without a name it is a run of no other agent
@@ -63,7 +63,7 @@ def group_by_settings(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]
     groups: dict[str, dict[str, Run]] = {}
     for run in runs:
         notes = [f"{key} {run.identity.get(key)}" for key in differ]
-        shared = run.result.get("data", {}).get("test", {}).get("also_in", {})
+        shared = run.result["data"]["test"]["also_in"]
         notes += [f"{count} of its {run.result['instances']} test rows in {name}" for name, count in shared.items()]
         group = groups.setdefault(f"{agent} ({', '.join(notes)})" if notes else agent, {})
         starts = [run.config["agent_settings"].get(key) for key in ("start", "path")]

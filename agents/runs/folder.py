@@ -58,14 +58,18 @@ class _Result(_Means):
     instances: int
     quality_ref: Finite
     quality_difference_interval: tuple[float, float]
-    last_policy: _Means | None = None
+    epsilon: Finite
+    verdict: str
+    last_policy: _Means | None
     by_difficulty: list[_Level] = Field(min_length=1)
     time: dict[str, _Timed]
     decisions_used: int
     quality_kept: bool
     policy_flops_counted: bool
     decisions_hash: str
-    data: dict[str, dict[str, Any]] = {}
+    skip_rate: dict[str, float]
+    history: list[dict[str, Any]]
+    data: dict[str, _Data]
 
     @model_validator(mode="after")
     def _compared_at_one_size(self) -> _Result:
