@@ -38,8 +38,8 @@ class Foresight(nn.Module):
             size = encoder.size
         self._first = torch.from_numpy(np.cumsum([0, *nvec[:-1]]))  # column of each component's first choice
         self._columns = int(nvec.sum())
-        last = nn.Linear(HIDDEN, outputs)
-        self.network = nn.Sequential(*hidden_layers(size + self._columns, HIDDEN), last)
+        layers, last = hidden_layers(size + self._columns, HIDDEN), nn.Linear(HIDDEN, outputs)
+        self.network = nn.Sequential(*layers, last)
         nn.init.constant_(last.bias, SELDOM)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         self.rows = torch.zeros(0, dtype=torch.int64)  # of the scored instances
