@@ -218,8 +218,8 @@ def evaluate(
             origin, evaluated = _origin(env_id, policy), policy
             core = shared_core(_config(env_id, origin, settings))
         if origin is not None:
-            evaluated = origin.exported.network if origin.exported else DecisionPolicy.load(origin.folder)
             same_data = _check_origin(origin, env_id, core, dotted(settings))
+            evaluated = origin.exported.network if origin.exported else DecisionPolicy.load(origin.folder)
         selection, last = Selection(core, confidence) if select else None, None
         if selection is not None:
             evaluated, last = _selected(selection, evaluated, policy_flops, split)
