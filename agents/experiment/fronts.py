@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.static import searched_masks
 from sd_gym.agents.learning.decisions import check_fits, decide_on, decision_flops, outcomes, score_decisions
-from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings, read_run
+from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings
 from sd_gym.agents.runs.folder import BLIND, check_backbone, has_policy
 from sd_gym.agents.runs.fronts import LEAST, EnvFronts, Front, flops_samples
 
@@ -58,11 +58,10 @@ def score_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvF
         UserWarning: If a folder holds no finished run, or there is no other run to compare it with.
     """
     envs: dict[EnvConfig, dict[str, list[Run]]] = {}
-    for folder in finished_runs(folders):
-        run = read_run(folder)
+    for run in finished_runs(folders):
         config, algo = run.config, run.config["algo"]
         name = "blind" if algo.startswith(BLIND) else algo if algo == "hull" else agent_label(config)
-        if name in CONTROLS or (not config["control"] and has_policy(folder)):
+        if name in CONTROLS or (not config["control"] and has_policy(run.folder)):
             # Rewards may differ, as they change no instance and no quality; only epsilon counts.
             env = run.env.model_copy(update={"reward": RewardConfig(epsilon=run.env.reward.epsilon)})
             envs.setdefault(env, {}).setdefault(name, []).append(run)

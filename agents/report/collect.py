@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.report.charts import ExampleDecision, Points
-from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings, read_run
+from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings
 from sd_gym.agents.runs.statistics import aggregate, hypervolume
 
 WORST = 5  # epsilons lost at which the area of runs ends
@@ -140,8 +140,7 @@ class EnvRuns:
 def collect(folders: Iterable[str | Path]) -> list[EnvRuns]:
     """Read runs and sort them; raises and warns as ``sd_gym.compare``."""
     envs: dict[tuple[str, str, str, str], dict[str, list[Run]]] = {}
-    for folder in finished_runs(folders):
-        run = read_run(folder)
+    for run in finished_runs(folders):
         envs.setdefault(_key(run), {}).setdefault(agent_label(run.config), []).append(run)
     ids, collected = [key[0] for key in envs], []
     for (env, data, epsilon, backbone), agents in sorted(envs.items()):

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings, read_run
+from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings
 
 COLUMNS = ["env", "agent", "test rows", "dense quality", "against dense, points (worst, its 95% interval)"]
 COLUMNS += ["FLOPs (worst)", "as learned: FLOPs (points)", "return", "regret", "score"]
@@ -40,8 +40,7 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
         UserWarning: If a folder holds no finished run (it is ignored), or a run is given twice (it counts once).
     """
     groups: dict[tuple[str, str], list[Run]] = {}
-    for folder in finished_runs(folders):
-        run = read_run(folder)
+    for run in finished_runs(folders):
         groups.setdefault((run.config["env"], agent_label(run.config)), []).append(run)
     return [
         _row(env, name, [run.result for run in runs])

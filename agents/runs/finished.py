@@ -10,6 +10,7 @@ from sd_gym.agents.runs.folder import read_description, read_result
 
 from sd_gym.config import EnvConfig, dotted, stored_config
 
+FILES = ("config.json", "result.json")
 INCIDENTAL = ("backbone.device", "start", "path")  # settings that may differ between the seeds of one agent
 
 
@@ -41,11 +42,6 @@ class Run(NamedTuple):
         return {key: value for key, value in values.items() if key not in INCIDENTAL}
 
 
-def read_run(folder: Path) -> Run:
-    """A finished run. Raises: see ``read_description``."""
-    return Run(folder, read_description(folder), read_result(folder))
-
-
 def agent_label(config: dict[str, Any]) -> str:
     """The agent's name, with that of the run it started from."""
     start = config["agent_settings"].get("start")
@@ -74,23 +70,20 @@ def group_by_settings(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]
     return [(name, list(group.values())) for name, group in sorted(groups.items())]
 
 
-def finished_runs(folders: Iterable[str | Path]) -> list[Path]:
-    """The folders that hold a result on the test split; raises and warns as ``compare``."""
+def finished_runs(folders: Iterable[str | Path]) -> list[Run]:
+    """The runs with a result on the test split; raises and warns as ``compare``."""
     different: dict[Path, Path] = {}
     given = [Path(folder) for folder in folders]
     again = [folder for folder in given if different.setdefault(folder.resolve(), folder) is not folder]
     if again:
         names = ", ".join(sorted({str(folder.resolve()) for folder in again}))
         warnings.warn(f"{len(again)} of the folders were given before; counted once: {names}", stacklevel=3)
-    finished = [folder for folder in different.values() if _is_tested(folder)]
-    others = ", ".join(str(folder) for folder in different.values() if folder not in finished)
-    if not finished:
+    finished = [folder for folder in different.values() if all((folder / file).exists() for file in FILES)]
+    runs = [Run(folder, read_description(folder), read_result(folder)) for folder in finished]
+    tested = {run.folder: run for run in runs if run.result["split"] == "test"}
+    others = ", ".join(str(folder) for folder in different.values() if folder not in tested)
+    if not tested:
         raise FileNotFoundError(f"no result.json of a test split in {others or 'no folder'}; expected finished runs")
     if others:
         warnings.warn(f"ignored, as they hold no result.json of a test split: {others}", stacklevel=3)
-    return finished
-
-
-def _is_tested(folder: Path) -> bool:
-    there = all((folder / f"{name}.json").exists() for name in ("config", "result"))
-    return there and read_run(folder).result["split"] == "test"
+    return list(tested.values())
