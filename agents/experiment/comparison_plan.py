@@ -135,7 +135,10 @@ def _serving_runs(
     env: str, algos: Sequence[str], controls: bool, seeds: int, output: Path, shared: dict[str, Any]
 ) -> list[PlannedRun]:
     """The runs on a serving env, which has agents and controls of its own; the latter draw nothing."""
-    folder, names = output / env.removeprefix("SD/").removesuffix("-v0"), [*algos, *(dials.CONTROLS if controls else ())]
+    folder, names = (
+        output / env.removeprefix("SD/").removesuffix("-v0"),
+        [*algos, *(dials.CONTROLS if controls else ())],
+    )
     of_env, _ = dials.split_settings("ppo", shared["settings"])
     serving_config(env, of_env)  # raises if a setting is unknown
     runs = []

@@ -11,7 +11,15 @@ from scipy.stats import t
 from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings, read_run
 
 COLUMNS = ["env", "agent", "test rows", "dense quality", "against dense, points (worst, its 95% interval)"]
-COLUMNS += ["goodput (95%)", "goodput at 0.25 / 0.5 / 0.75 / 1 epsilon lost (95%)", "FLOPs (worst)", "as learned: FLOPs (points)", "return", "regret", "score"]
+COLUMNS += [
+    "goodput (95%)",
+    "goodput at 0.25 / 0.5 / 0.75 / 1 epsilon lost (95%)",
+    "FLOPs (worst)",
+    "as learned: FLOPs (points)",
+    "return",
+    "regret",
+    "score",
+]
 COLUMNS += ["FLOPs easy / hard", "time, batch 32 (dense by length)", "masks used", "quality kept"]
 
 
@@ -116,9 +124,7 @@ def _row(env: str, agent: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         **_means(results),
         "as_learned": _means(last) if last else None,
         "goodput": [result["goodput"] for result in results] if "goodput" in worst else None,
-        "goodput_at": [
-            [result["goodput_at"][part] for result in results] for part in worst.get("goodput_at", ())
-        ],
+        "goodput_at": [[result["goodput_at"][part] for result in results] for part in worst.get("goodput_at", ())],
         "worst_flops": max(flops),
         "flops_easy": fmean(result["by_difficulty"][0]["flops_ratio"] for result in results),
         "flops_hard": fmean(result["by_difficulty"][-1]["flops_ratio"] for result in results),

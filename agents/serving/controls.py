@@ -7,9 +7,9 @@ from itertools import combinations
 import numpy as np
 from gymnasium.utils import seeding
 from numpy.typing import NDArray
-from sd_gym.agents.serving.play import FIRST_SEED
 from scipy.optimize import linprog
 from scipy.sparse import csr_array, diags_array, eye_array, hstack, kron, vstack
+from sd_gym.agents.serving.play import FIRST_SEED
 
 from sd_gym.envs.serving.arrivals import arrival_times
 from sd_gym.envs.serving.config import ServingConfig
@@ -70,9 +70,9 @@ def foresight(config: ServingConfig, split: str, episodes: int, losses: Array) -
     """Bounds of the goodput of any dial, also of one that knows all arrivals, at mean losses: ``[len(losses)]``.
 
     A linear programme over time, in bins of a quarter of the deadline: requests are a fluid, groups are always full,
-    and what arrives within a bin may be served from its beginning, and until the end of the bin of its deadline. Each of
-    these helps the server, so no dial answers more requests with the same mean loss, of the points as policy rows know
-    them. It does not bound what a loss on other rows happens to be.
+    and what arrives within a bin may be served from its beginning until the end of the bin of its deadline. Each of
+    these helps the server. So no dial answers more requests at the same mean loss, as policy rows know the losses of
+    the points. It does not bound what a dial happens to lose on other rows.
     """
     width, batch, loss = config.deadline / BINS, config.max_batch, expected_loss(config)
     times, origin = [], 0.0

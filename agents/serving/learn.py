@@ -8,13 +8,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
-from pydantic import Field
 
 from sd_gym.config import StrictModel
 from sd_gym.envs.serving.dial import Network
@@ -30,8 +30,8 @@ SEEDS_OF_A_RUN = 1000
 class DialSettings(StrictModel):
     """Settings of PPO and A2C on serving envs; a rollout is ``num_envs * n_steps`` groups."""
 
-    num_envs: int = Field(64, ge=1)
-    n_steps: int = Field(64, ge=2)
+    num_envs: int = Field(256, ge=1)
+    n_steps: int = Field(32, ge=2)
     learning_rate: float = Field(3e-3, gt=0)
     gamma: float = Field(0.95, gt=0, le=1)
     gae_lambda: float = Field(0.9, ge=0, le=1)

@@ -21,7 +21,7 @@ from sd_gym.agents.runs.verdict import Verdict, fewest_instances, losses_allowed
 from sd_gym.agents.serving import controls
 from sd_gym.agents.serving.learn import DialSettings, learned
 from sd_gym.agents.serving.play import Played, play
-from stable_baselines3.common.logger import Logger, configure
+from stable_baselines3.common.logger import configure
 
 from sd_gym.envs.exact import lower_hull
 from sd_gym.envs.serving.config import ServingConfig, serving_config
@@ -35,7 +35,7 @@ Array = NDArray
 LEARNERS = ("ppo", "a2c")
 SEARCHED = {"fixed": controls.fixed, "threshold": controls.threshold, "staircase": controls.staircase}
 CONTROLS = (*SEARCHED, "foresight")
-SEARCH_EPISODES, EPISODES = 4, 16
+SEARCH_EPISODES, EPISODES = 6, 32
 FRONT = 0.25, 0.5, 0.75, 1.0  # epsilons lost, at which goodputs are compared
 LIBRARIES = ("gymnasium", "numpy", "sd-gym", "stable-baselines3", "torch")
 OnProgress = Callable[[int, dict[str, float]], None]
@@ -68,7 +68,9 @@ def split_settings(algo: str, settings: dict[str, Any]) -> tuple[dict[str, Any],
     return {key: value for key, value in settings.items() if key not in own}, DialSettings(**own)
 
 
-def describe(env_id: str, algo: str, steps: int, seed: int, settings: dict[str, Any], confidence: float) -> dict[str, Any]:
+def describe(
+    env_id: str, algo: str, steps: int, seed: int, settings: dict[str, Any], confidence: float
+) -> dict[str, Any]:
     """What says which run it is: the first part of ``config.json``. Raises ``ValueError`` if a name is wrong."""
     of_env, of_agent = split_settings(algo, settings)
     names = {"env": env_id, "algo": algo, "control": algo in CONTROLS, "steps": steps, "seed": seed}
@@ -198,7 +200,9 @@ def _front(config: ServingConfig, loss: Array, goodput: Array) -> dict[str, Any]
     """Goodputs at equal losses, of coins between the dials; dense is one of them, and loses nothing."""
     dense = play(config, [controls.fixed(config)[0]], "test", EPISODES).goodput.mean()
     hull = lower_hull(np.append(loss, 0.0), -np.append(goodput, dense))
-    return {"goodput_at": {str(part): float(-np.interp(part * config.epsilon, hull.loss, hull.flops)) for part in FRONT}}
+    return {
+        "goodput_at": {str(part): float(-np.interp(part * config.epsilon, hull.loss, hull.flops)) for part in FRONT}
+    }
 
 
 def _bound(config: ServingConfig) -> dict[str, Any]:
@@ -206,8 +210,11 @@ def _bound(config: ServingConfig) -> dict[str, Any]:
     bounds = controls.foresight(config, "test", EPISODES, np.array(FRONT) * config.epsilon)
     dense = _measured(config, play(config, [controls.fixed(config)[0]], "test", 1))
     at = dict(zip(map(str, FRONT), bounds.tolist(), strict=True))
-    return dense | {"goodput": at["1.0"], "goodput_interval": [at["1.0"]] * 2, "goodput_at": at, "guarantee": None} | {
-        "verdict": "a bound", "quality_kept": False, "quality_difference": -config.epsilon}
+    return (
+        dense
+        | {"goodput": at["1.0"], "goodput_interval": [at["1.0"]] * 2, "goodput_at": at, "guarantee": None}
+        | {"verdict": "a bound", "quality_kept": False, "quality_difference": -config.epsilon}
+    )
 
 
 def is_finished(folder: Path, described: dict[str, Any]) -> bool:

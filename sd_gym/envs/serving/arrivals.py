@@ -21,7 +21,7 @@ def arrival_times(kind: Arrivals, rate: float, requests: int, random: np.random.
 
     ``poisson`` has a constant rate. ``bursts`` switches between a calm and a high rate after exponential times (a
     Markov-modulated Poisson process; Fischer and Meier-Hellstern 1993, Performance Evaluation 18). ``day`` follows one
-    period of a sine, from the mean over the peak to the trough. All have the mean ``rate``, per second, in the long run.
+    period of a sine, from the mean over the peak to the trough. All have the mean ``rate``, per second, in the end.
     The times are those of a process of rate 1, stretched by the inverse of the expected count.
     """
     counts = random.exponential(size=requests).cumsum()

@@ -1,4 +1,4 @@
-"""The configuration of a serving env: one YAML file per env in ``envs_configs/serving/``, each key can be overridden."""
+"""The configuration of a serving env: a YAML file per env in ``envs_configs/serving/``; each key can be overridden."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class ServingConfig(StrictModel):
     points: tuple[Point, ...] = Field(min_length=2)
     split: SplitName = "train"
     arrivals: Arrivals = "bursts"
-    load: float = Field(default=1.0, gt=0, le=100)
-    requests: int = Field(default=20_000, ge=1, le=1_000_000)
-    deadline: float = Field(default=0.25, gt=0, le=1e4)
+    load: float = Field(default=1.2, gt=0, le=100)
+    requests: int = Field(default=10_000, ge=1, le=1_000_000)
+    deadline: float = Field(default=1.0, gt=0, le=1e4)
     max_batch: int = Field(default=32, ge=1, le=4096)
     epsilon: float = Field(default=0.02, gt=0)
     penalty: float = Field(default=10.0, ge=0)

@@ -42,7 +42,8 @@ class Network:
     @staticmethod
     def stacked(networks: Sequence[Network]) -> Network:
         """Networks of one shape as one."""
-        layers = [tuple(map(np.stack, zip(*of_layer, strict=True))) for of_layer in zip(*(n.layers for n in networks))]
+        of_layers = zip(*(network.layers for network in networks), strict=True)
+        layers = [tuple(map(np.stack, zip(*of_layer, strict=True))) for of_layer in of_layers]
         return Network(layers, networks[0].draws)
 
 
@@ -91,7 +92,11 @@ class Dial:
         """Write ``dial.json`` and ``dial.safetensors``, which hold no code."""
         described = {MARKER: __version__, "env": self.config.model_dump(), "draws": self.network.draws}
         write_json(folder / DIAL, described | {"expected_loss": self.expected_loss.tolist()})
-        named = [(f"{n}.{part}", values) for n, layer in enumerate(self.network.layers) for part, values in zip(PARTS, layer, strict=True)]
+        named = [
+            (f"{n}.{part}", values)
+            for n, layer in enumerate(self.network.layers)
+            for part, values in zip(PARTS, layer, strict=True)
+        ]
         write_arrays(folder / WEIGHTS, {name: np.ascontiguousarray(values) for name, values in named})
 
     def choose(self, queue_length: int, oldest_wait: float, arrival_rate: float) -> int:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sd_gym.config import ConfigError
 from sd_gym.envs.config import load_config
 from sd_gym.envs.serving.arrivals import arrival_times
 from sd_gym.envs.serving.config import ServingConfig
@@ -39,10 +40,14 @@ def core_of(config: ServingConfig) -> TableCore:
 
 @lru_cache(maxsize=16)
 def outcomes(config: ServingConfig, split: str) -> Outcomes:
-    """The table's outcomes of the operating points; raises ``ValueError`` if the table lacks a mask."""
+    """The table's outcomes of the operating points; raises ``ConfigError`` if the table lacks a mask."""
     core = core_of(config)
     rows = core.split(split)
-    masks = core.masks_of(core.from_masks(np.array([point.mask for point in config.points])))
+    try:
+        masks = np.array([point.mask for point in config.points])  # raises if they differ in length
+        masks = core.masks_of(core.checked(core.from_masks(masks), len(masks)))
+    except ValueError as error:
+        raise ConfigError(f"config key 'points': a mask is not one of the table {config.table}: {error}") from error
     everything = np.arange(len(rows))
     return Outcomes(rows.scoring.of_masks(everything)[:, masks], rows.costs.of_masks(everything)[:, masks])
 

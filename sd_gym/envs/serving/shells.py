@@ -37,10 +37,13 @@ class ServingEnv(gym.Env[Array, Any]):
         ``Discrete(K)``: the operating point for the next group. 0 is dense, later ones are bolder.
 
     Observation Space:
-        ``Box(-10, 10, (4,), float32)``: the requests that wait, over what dense answers within a deadline; the oldest
-        one's wait, over the deadline; the rate of arrivals within the last ``deadline`` seconds, over what dense
-        answers in that time; and the recent quality: the mean loss that the points of the last thousand or so answers are expected to have, as policy rows
-        say, over ``epsilon``. All but the last can be observed by a server, and the last is known to it.
+        ``Box(-10, 10, (4,), float32)``:
+
+        * the requests that wait, over what dense answers within a deadline;
+        * the oldest one's wait, over the deadline;
+        * the rate of arrivals within the last ``deadline`` seconds, over what dense answers in that time;
+        * the recent quality: what the points of the last thousand or so answers are expected to lose, by policy rows,
+          over ``epsilon``. A server knows no labels, but it knows this.
 
     Reward:
         ``-refused - penalty * cost``, where ``cost`` is the sum of quality_ref - quality over the group's answers. Over
@@ -65,9 +68,9 @@ class ServingEnv(gym.Env[Array, Any]):
         * v0: first version.
 
     Raises:
-        ConfigError: If a key or value is wrong; an unknown key's is a ``TypeError`` too.
+        ConfigError: If a key or value is wrong, or the table lacks the mask of a point; an unknown key's is a
+            ``TypeError`` too.
         FileNotFoundError: If there is no such file or table.
-        ValueError: If the table lacks the mask of a point.
     """
 
     metadata = METADATA
@@ -116,9 +119,7 @@ class ServingVectorEnv(VectorEnv[Array, Any, Array]):
 
     metadata = METADATA | {"autoreset_mode": AutoresetMode.SAME_STEP}
 
-    def __init__(
-        self, config_file: str, num_envs: int = 1, render_mode: str | None = None, **overrides: Any
-    ) -> None:
+    def __init__(self, config_file: str, num_envs: int = 1, render_mode: str | None = None, **overrides: Any) -> None:
         if isinstance(num_envs, bool) or not isinstance(num_envs, int | np.integer) or num_envs < 1:
             raise ValueError(f"num_envs: expected an integer of at least 1, got {num_envs!r}")
         check_shown(render_mode, False, [])
