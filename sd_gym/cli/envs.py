@@ -20,7 +20,7 @@ def envs(imports: Imports = []) -> None:
     """
     terminal.import_all(imports)
     from sd_gym.envs.config import read_values
-    from sd_gym.registration import config_files
+    from sd_gym.registration import SERVING, config_files
 
     table = Table(title="sd_gym envs", box=SIMPLE_HEAD, padding=0)
     table.add_column("id", no_wrap=True)  # to be copied in one piece
@@ -29,6 +29,9 @@ def envs(imports: Imports = []) -> None:
     with terminal.errors_as_lines():
         for file in config_files():
             table.add_row(*_row(read_values(file)))
+        for identity, file in SERVING.items():
+            of_table = str(read_values(file)["table"])
+            table.add_row(identity, f"requests to a server, on {of_table}", "-")
     terminal.console.print(table)
 
 
