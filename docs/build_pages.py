@@ -65,7 +65,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     # A code host follows the system's theme, the site its own switch.
     picture = r'<picture>.*?srcset="(?:docs/)?([^"]+)".*?alt="([^"]*)" src="(?:docs/)?([^"]+)".*?</picture>'
     markdown = re.sub(picture, r"![\2](\3#only-light)![\2](\1#only-dark)", markdown, flags=re.DOTALL)
-    return re.sub(r"\]\(docs/", f"]({up}", markdown)
+    return re.sub(r"\]\(docs/", f"]({up}", markdown)  # those of README.md
 
 
 def pages() -> dict[str, str]:
@@ -77,7 +77,8 @@ def pages() -> dict[str, str]:
     made |= {f"algorithms/{name}.md": _algorithm_page(name) for name in AGENTS.names()}
     made |= {f"reference/{name}.md": _reference_page(name) for name in MODULES}
     made["reference/keys.md"] = f"# Keys of an env\n\n```yaml\n{(CONFIG_FOLDER / 'base.yaml').read_text()}```\n"
-    commands = get_docs_for_click(obj=get_command(app), ctx=get_command(app).make_context("sd-gym", ["envs"]), name="sd-gym")
+    command = get_command(app)
+    commands = get_docs_for_click(obj=command, ctx=command.make_context("sd-gym", ["envs"]), name="sd-gym")
     made["reference/command_line.md"] = commands.replace("# `sd-gym`", "# Command line", 1)
     for file in sorted((ROOT / "examples").glob("*.py")):
         other = file.with_suffix(".yaml")
@@ -101,7 +102,9 @@ def _expanded(nav: Any) -> Any:
 def _nav_of(folder: str) -> list[Any]:
     if folder == "environments/":
         names = sorted(sd_gym.registered_ids(), key=_family)
-        return [{family: [{n.removeprefix("SD/"): _env_path(n)} for n in own]} for family, own in groupby(names, _family)]
+        return [
+            {family: [{n.removeprefix("SD/"): _env_path(n)} for n in own]} for family, own in groupby(names, _family)
+        ]
     if folder == "algorithms/":
         kinds = {"Learn": [], "Controls": []}
         for name in AGENTS.names():
@@ -111,6 +114,10 @@ def _nav_of(folder: str) -> list[Any]:
         return [{"Examples": [f"examples/{file.stem}.md" for file in sorted((ROOT / "examples").glob("*.py"))]}]
     names = ["command_line", "keys", *MODULES]
     return [f"{folder}{name}.md" for name in names]
+
+
+def _by_family() -> list[str]:
+    return sorted(sd_gym.registered_ids(), key=_family)
 
 
 def _family(name: str) -> str:
@@ -137,22 +144,33 @@ def _made(name: str) -> Any:
     return gym.make(name, **(FEW if is_mini else {})).unwrapped if is_mini or name in shipped_tables() else None
 
 
+INDEX = """# Environments
+
+All ids begin with `SD/`. `sd-gym envs ENV` prints the head of a page.
+
+The last four columns are about the test rows of the tables in the package (`references.json`). They are the mean
+quality of the dense backbone, and the FLOPs at the env's epsilon of three references: the best coin between masks
+(hull), the learner that knows all outcomes, and the oracle. From hull to oracle is the headroom of a policy.
+"""
+
+
 def _index(heads: dict[str, Head]) -> str:
     """The page that lists all envs."""
-    header = ["env", "task", "backbone", "stages", "switches", "dense quality", "hull", "full information", "oracle"]
-    rows = []
-    for name, found in heads.items():
-        facts, env = found.facts, _made(name)
-        switches = str(env.core.n_switches) if env else str(BART.get(facts["backbone"], "its own"))
-        stages = facts["stages"]
-        shown = "every layer" if stages == "every_layer" else str(len(stages.split(", "))) if "of" not in stages else "-"
-        rows.append([f"[{name.removeprefix('SD/')}]({_env_path(name).split('/')[1]})", facts["task"].replace("_", " ")])
-        rows[-1] += [f"`{facts['backbone']}`", shown, switches, *_references(name, env)]
-    return (
-        "# Environments\n\nAll ids begin with `SD/`. The last four columns are about the test rows of the tables in the package "
-        "(`references.json`): the mean quality of the dense backbone, and the FLOPs at the env's epsilon of the best coin between "
-        "masks (hull), of the full-information learner and of the oracle. From hull to oracle is the headroom of a policy.\n\n"
-    ) + _table(header, rows)
+    header = ["env", "backbone", "stages", "switches", "dense quality", "hull", "full information", "oracle"]
+    text = INDEX
+    for family, names in groupby(_by_family(), _family):
+        rows = []
+        for name in names:
+            facts, env = heads[name].facts, _made(name)
+            switches = str(env.core.n_switches if env else BART.get(facts["backbone"], "-"))
+            number = str(len(facts["stages"].split(", ")))
+            stages = {"every_layer": "every layer", "of the table": "-"}.get(facts["stages"], number)
+            link = f"[{name.removeprefix('SD/')}]({_env_path(name).split('/')[1]})"
+            rows.append([link, facts["backbone"], stages, switches, *_references(name, env)])
+        if all(row[4:] == ["-"] * 4 for row in rows):
+            header, rows = header[:4], [row[:4] for row in rows]
+        text += f"\n## {family}\n\n{_table(header, rows)}"
+    return text
 
 
 def _references(name: str, env: Any) -> list[str]:
@@ -195,7 +213,8 @@ def _env_page(name: str, found: Head) -> str:
     if found.versions:
         sections["Version History"] = "\n".join(f"- {line}" for line in found.versions)
     picture = "\n![A decision: dropped tokens, what ran, the answer, FLOPs, quality and reward](../decision.png)\n"
-    text = f"# {name}\n\n{found.about}\n\n{_table(['', ''], [[k, f'`{v}`'] for k, v in values.items()])}\n"
+    about = re.sub(r"docs/(\w+)\.md", r"[\1](../\1.md)", found.about)
+    text = f"# {name}\n\n{about}\n\n{_table(['', ''], [[fact, value] for fact, value in values.items()])}\n"
     text += f'```python\nimport gymnasium as gym\nimport sd_gym\n\nenv = gym.make("{name}"{arguments})\n```\n'
     text += picture if "-Mini-" in name and "Table" not in name else ""
     for title in SECTIONS.split(", "):
@@ -209,7 +228,9 @@ def _results(wanted: Any) -> str:
     text = ""
     for page in ("results", "results_answer"):
         for part in (ROOT / "docs" / f"{page}.md").read_text().split("\n## ")[1:]:
-            lines = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in part.splitlines() if row[:1] == "|"]
+            lines = [
+                [cell.strip() for cell in row.strip("|").split(" | ")] for row in part.splitlines() if row[:1] == "|"
+            ]
             rows = [cells for cells in lines[2:] if wanted(cells)]
             if rows:
                 title = part.splitlines()[0]
@@ -240,7 +261,8 @@ def _reference_page(name: str) -> str:
     text = f"# {name}\n\n{_plain(inspect.getdoc(module) or '')}\n"
     for key in public:
         member = getattr(module, key)
-        if inspect.isclass(member) or inspect.isfunction(member):
-            if member.__module__ == name or (hasattr(module, "__all__") and member.__module__.startswith("sd_gym.")):
-                text += f"\n::: {member.__module__}.{member.__qualname__}\n"
+        if not (inspect.isclass(member) or inspect.isfunction(member)):
+            continue
+        if member.__module__ == name or (hasattr(module, "__all__") and member.__module__.startswith("sd_gym.")):
+            text += f"\n::: {member.__module__}.{member.__qualname__}\n"
     return text
