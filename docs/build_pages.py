@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import re
+from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import griffe
 import gymnasium as gym
 import numpy as np
 from mkdocs.structure.files import File, Files
+from PIL import Image
 from sd_gym.agents.registry import AGENTS, agent_class
 from typer.cli import get_docs_for_click
 from typer.main import get_command
@@ -46,8 +48,8 @@ class Examples(griffe.Extension):
 
 def on_files(files: Files, config: Any) -> None:
     """Add the generated pages."""
-    for path, text in pages().items():
-        files.append(File.generated(config, path, content=text))
+    for path, content in {**pages(), **pictures()}.items():
+        files.append(File.generated(config, path, content=content))
 
 
 def on_config(config: Any) -> None:
@@ -84,6 +86,21 @@ def pages() -> dict[str, str]:
         other = file.with_suffix(".yaml")
         extra = f"\n`{other.name}`:\n\n```yaml\n{other.read_text()}```\n" if other.exists() else ""
         made[f"examples/{file.stem}.md"] = f"# {file.stem}.py\n\n```python\n{file.read_text()}```\n{extra}"
+    return made
+
+
+def pictures() -> dict[str, bytes]:
+    """A random decision in each Mini env of one stage, as PNG by path."""
+    made = {}
+    for name in sd_gym.registered_ids():
+        if name.endswith("-Mini-v0"):
+            env = gym.make(name, render_mode="rgb_array", token_shares=[0.0, 0.25, 0.5], **FEW)
+            env.action_space.seed(2)
+            env.reset(seed=0)
+            env.step(env.action_space.sample())
+            file = BytesIO()
+            Image.fromarray(env.render()).save(file, "png")
+            made[_picture_path(name)] = file.getvalue()
     return made
 
 
@@ -126,6 +143,10 @@ def _family(name: str) -> str:
 
 def _env_path(name: str) -> str:
     return f"environments/{name.removeprefix('SD/')}.md"
+
+
+def _picture_path(name: str) -> str:
+    return f"environments/{name.removeprefix('SD/').split('-')[0]}.png"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -212,7 +233,7 @@ def _env_page(name: str, found: Head) -> str:
         sections["Observation Space"] = f"`{_space(env.observation_space)}`\n\n{sections['Observation Space']}"
     if found.versions:
         sections["Version History"] = "\n".join(f"- {line}" for line in found.versions)
-    picture = "\n![A decision: dropped tokens, what ran, the answer, FLOPs, quality and reward](../decision.png)\n"
+    picture = f"\n![A random decision: dropped tokens, what ran, FLOPs, quality]({_picture_path(name).split('/')[1]})\n"
     about = re.sub(r"docs/(\w+)\.md", r"[\1](../\1.md)", found.about)
     text = f"# {name}\n\n{about}\n\n{_table(['', ''], [[fact, value] for fact, value in values.items()])}\n"
     text += f'```python\nimport gymnasium as gym\nimport sd_gym\n\nenv = gym.make("{name}"{arguments})\n```\n'

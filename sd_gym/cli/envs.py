@@ -14,7 +14,7 @@ from sd_gym.cli.terminal import Imports, Settings
 
 
 def envs(
-    name: Annotated[str | None, Argument(metavar="[ENV]", help="Env id: only this env, with its facts.")] = None,
+    name: Annotated[str | None, Argument(metavar="ENV", help="Env id: only this env, with its facts.")] = None,
     imports: Imports = [],
 ) -> None:
     """List the envs, or tell what one of them is.
