@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_gym.config import dotted
-from sd_gym.envs.config import load_config, read_values
+from sd_gym.envs.config import load_config, located_values
 from sd_gym.envs.table_files import read_description, table_folder
 from sd_gym.registration import config_of
 from sd_gym.tasks.splits import Splits
@@ -53,7 +53,7 @@ def head(env_id: str) -> Head:
         'first'
     """
     file = config_of(env_id)
-    values = read_values(file)
+    values = located_values(file)
     description = read_description(table_folder(values["table"])) if values.get("table") is not None else None
     if description is not None:
         given = {key: value for key, value in values.items() if value is not None}
