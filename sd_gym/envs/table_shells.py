@@ -40,13 +40,17 @@ class TableEnv(SwitchableEnv):
         The ``Box`` of the original env, or its principal components (``sd-gym tabulate --pca``).
 
     Reward:
-        As in ``SwitchableEnv``: the ``objective`` with its ``epsilon``, ``penalty`` and ``cost_scale``.
+        The config's ``objective``. The default is ``1 - flops_ratio - penalty * cost / cost_scale`` with ``cost =
+        quality_ref - quality``. ``vector_reward=True`` gives ``[quality, -flops_ratio]``. With several stages the reward
+        comes at the end.
 
     Episode End:
         The episode terminates after the last stage (with one stage, after one step). It is never truncated.
 
     Info:
-        As in ``SwitchableEnv``, without texts.
+        A step has ``quality``, ``quality_ref``, ``cost``, ``flops_ratio``, ``vector_reward``, ``is_success`` (cost <=
+        epsilon), ``instance`` (id), ``difficulty`` and ``decision``. A reset has the same keys; all but ``instance`` and
+        ``difficulty`` are zeros there. With several stages both also have ``action_mask``: the choices of the next step.
 
     Arguments:
         table: Folder of the table, as ``sd-gym tabulate`` writes it.
