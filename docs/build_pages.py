@@ -222,6 +222,10 @@ def _env_page(name: str, found: Head) -> str:
     env, values = _made(name), found.facts
     cls = getattr(importlib.import_module("sd_gym.envs"), gym.spec(name).entry_point.split(":")[1])
     sections = {title: _plain(text) for title, text in _sections(cls).items()}
+    if values["stages"] == "first":  # docs/stages.md has the rest
+        for title, text in sections.items():
+            parts = text.split("\n\n")
+            sections[title] = "\n\n".join(part for part in parts if not part.startswith("With several"))
     needed = {key: key for key, fact in (("dataset", "data set"), ("backbone", "backbone")) if values[fact] == "yours"}
     needed = {"table": "table"} if name == "SD/Table-v0" else needed
     arguments = "".join(f', {key}="my-{value}"' for key, value in needed.items())

@@ -1,5 +1,6 @@
 """The pages that are written by hand stay short, and the site can be read without network."""
 
+import re
 from pathlib import Path
 
 import yaml
@@ -30,3 +31,11 @@ def test_the_site_asks_nothing_of_the_network():
     assert site["theme"]["font"] is False
     assert "offline" in site["plugins"]
     assert all((ROOT / "docs" / script).is_file() for script in site["extra"]["polyfills"])
+
+
+def test_the_page_about_libraries_trains_with_stable_baselines3():
+    page = (ROOT / "docs" / "libraries.md").read_text(encoding="utf-8")
+    block = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0]
+    names = {}
+    exec(compile(block.replace("2_000", "256"), "docs/libraries.md", "exec"), names)
+    assert names["model"].num_timesteps == 256

@@ -41,16 +41,19 @@ class TableEnv(SwitchableEnv):
 
     Reward:
         The config's ``objective``. The default is ``1 - flops_ratio - penalty * cost / cost_scale`` with ``cost =
-        quality_ref - quality``. ``vector_reward=True`` gives ``[quality, -flops_ratio]``. With several stages the reward
-        comes at the end.
+        quality_ref - quality``. ``vector_reward=True`` gives ``[quality, -flops_ratio]``.
+
+        With several stages the reward comes at the end.
 
     Episode End:
         The episode terminates after the last stage (with one stage, after one step). It is never truncated.
 
     Info:
         A step has ``quality``, ``quality_ref``, ``cost``, ``flops_ratio``, ``vector_reward``, ``is_success`` (cost <=
-        epsilon), ``instance`` (id), ``difficulty`` and ``decision``. A reset has the same keys; all but ``instance`` and
-        ``difficulty`` are zeros there. With several stages both also have ``action_mask``: the choices of the next step.
+        epsilon), ``instance`` (id), ``difficulty`` and ``decision``. A reset has the same keys; all but ``instance``
+        and ``difficulty`` are zeros there.
+
+        With several stages both also have ``action_mask``: the choices of the next step.
 
     Arguments:
         table: Folder of the table, as ``sd-gym tabulate`` writes it.
