@@ -66,9 +66,6 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         markdown = re.sub(rf"\]\((\.\./)?{sheet}\.md", f"]({up}{name}.md", markdown)
     markdown = re.sub(r"\]\((?:\.\./)?examples/(\w+)\.(?:py|yaml)\)", rf"]({up}examples/\1.md)", markdown)
     markdown = re.sub(r"\]\((?:\.\./)?envs_configs/base\.yaml\)", f"]({up}reference/keys.md)", markdown)
-    # A code host follows the system's theme, the site its own switch.
-    picture = r'<picture>.*?srcset="(?:docs/)?([^"]+)".*?alt="([^"]*)" src="(?:docs/)?([^"]+)".*?</picture>'
-    markdown = re.sub(picture, r"![\2](\3#only-light)![\2](\1#only-dark)", markdown, flags=re.DOTALL)
     return re.sub(r"\]\(docs/", f"]({up}", markdown)  # those of README.md
 
 
