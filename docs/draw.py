@@ -56,6 +56,38 @@ def draw_idea(colours: dict[str, str]) -> None:
     axes.axis("off")
 
 
+def draw_concepts(colours: dict[str, str]) -> None:
+    """A pass with three stages, its switches and its reward; then operating points and the guarantee."""
+    _, axes = plt.subplots(figsize=(6.4, 5.2))
+
+    def write(x: float, y: float, text: str, **how: object) -> None:
+        axes.text(x, y, text, **{"color": colours["text"], "fontsize": 13, "va": "center"} | how)
+
+    write(0, 8.2, "stages: the policy decides", weight="bold")
+    for left, name in ((0.2, "first"), (4.5, "middle"), (8.8, "answer")):
+        axes.add_patch(Rectangle((left, 6.9), 2.2, 0.75, fill=False, edgecolor=colours["text"]))
+        write(left + 1.1, 7.27, name, ha="center")
+        axes.annotate(
+            "", (left + 1.1, 6.15), (left + 1.1, 6.85), arrowprops={"arrowstyle": "->", "color": colours["text"]}
+        )
+    for place, run in enumerate([1, 0, 1, 1, 0, 0, 1, 0, 0, 1]):
+        left = place * 0.8 + 0.5 * (place // 5)
+        axes.add_patch(Rectangle((left + 0.1, 5.3), 0.65, 0.75, color=colours["run" if run else "skip"]))
+    write(9.9, 5.68, "accept or\ngo on", ha="center")
+    write(0, 4.75, "switches; the decision says which are skipped")
+    write(0, 3.6, "reward", weight="bold")
+    write(2.2, 3.6, "savings - penalty · (dense quality - quality)")
+    write(0, 2.5, "guarantee", weight="bold")
+    for place, colour in enumerate(["run", "run", "run", "run", "fail", "skip", "skip"]):
+        axes.plot(3.4 + 1.05 * place, 2.5, "o", markersize=13, color=colours.get(colour, "#d55e00"))
+    axes.plot(3.4 + 1.05 * 3, 2.5, "o", markersize=20, fillstyle="none", color=colours["text"])
+    write(3.2, 1.75, "dense")
+    write(9.9, 1.75, "bold", ha="right")
+    write(0, 0.9, "Operating points are tested in this order. The last one\nbefore the first failure is kept.")
+    axes.set(xlim=(-0.1, 11.2), ylim=(0.3, 8.6))
+    axes.axis("off")
+
+
 def draw_switching(colours: dict[str, str]) -> None:
     """A batch of four rows passes through four sublayers; each gets only the rows that run it."""
     _, axes = plt.subplots(figsize=(10, 3.6))
@@ -126,7 +158,12 @@ def main() -> None:
     plt.rcParams["svg.fonttype"] = "path"
     plt.rcParams["svg.hashsalt"] = "sd_gym"
     for theme, colours in THEMES.items():
-        for name, draw in (("idea", draw_idea), ("switching", draw_switching), ("front", draw_front)):
+        for name, draw in (
+            ("idea", draw_idea),
+            ("concepts", draw_concepts),
+            ("switching", draw_switching),
+            ("front", draw_front),
+        ):
             draw(colours)
             plt.savefig(DOCS / f"{name}_{theme}.svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
             plt.close()
