@@ -1,1 +1,1 @@
-"""One commented YAML file an env; ``sd_gym.registration`` makes each a Gymnasium id."""
+"""One commented YAML file per env; ``sd_gym.registration`` makes each a Gymnasium id."""

@@ -1,13 +1,13 @@
 """sd_gym: reinforcement learning environments in which an agent learns what a transformer need not compute.
 
-Importing it registers all envs with Gymnasium; torch and transformers are imported when an env is made.
+Importing it registers all envs with Gymnasium. Torch and transformers are imported only when an env is made.
 
     >>> import gymnasium as gym, sd_gym
     >>> env = gym.make("SD/Classification-Mini-v0")
 
-What the command line does, ``sd_gym.train``, ``train_all``, ``evaluate``, ``reduce``, ``compare`` and ``instances`` do
-from Python; things of your own are made known with ``register_agent``, ``register_objective``, ``register_network``,
-``register_observation``, ``register_metric``, ``register_ranking``, ``register_task`` and ``register_env``.
+``sd_gym.train``, ``train_all``, ``evaluate``, ``reduce``, ``compare`` and ``instances`` do what the command line does.
+Register your own parts with ``register_agent``, ``register_objective``, ``register_network``, ``register_observation``,
+``register_metric``, ``register_ranking``, ``register_task`` and ``register_env``.
 """
 
 from importlib import import_module
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sd_gym.tasks.metrics import register_metric
     from sd_gym.tasks.ranking import register_ranking
 
-_MODULES = {  # of what needs torch, or is slow to import
+_MODULES = {  # of names that need torch, or are slow to import
     "agents.experiment.api": ["evaluate", "train", "train_all"],
     "agents.experiment.run": ["reduce"],
     "agents.experiment.tabulation": ["tabulate"],
@@ -87,14 +87,14 @@ __all__ = [
 try:
     from sd_gym.registration import register_env, register_envs, register_observation, registered_ids
 except ModuleNotFoundError as error:
-    if error.name != "gymnasium":  # else sd_gym.onnx answers here, and nothing else was installed
+    if error.name != "gymnasium":  # without Gymnasium only sd_gym.onnx works
         raise
 else:
     register_envs()
 
 
 def __getattr__(name: str) -> Any:
-    """What needs torch is imported when it is asked for."""
+    """Import names that need torch on demand."""
     if name == "onnx":
         return import_module("sd_gym.inference.onnx")
     if name not in _MODULE_OF:

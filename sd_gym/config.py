@@ -1,7 +1,7 @@
-"""What an env is made of, in parts that are passed whole, and how their keys are spelled.
+"""The configuration of an env, in parts, and the spellings of its keys.
 
-A key's name is dotted, ``reward.epsilon``. It may be given so, in a mapping of its part, ``reward={"epsilon": 0.02}``,
-or by its short name, ``epsilon``, which no other key has. What is written down is nested.
+A key's full name is dotted: ``reward.epsilon``. A user may also write a mapping of its part,
+``reward={"epsilon": 0.02}``, or its unique short name, ``epsilon``. Files hold nested mappings.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from sd_gym.errors import short
 SplitName = Literal["train", "validation", "test"]
 Candidate = Literal["attention", "cross_attention", "feed_forward"]
 CANDIDATES: tuple[Candidate, ...] = ("attention", "cross_attention", "feed_forward")  # what may be skipped
-# A mapping as sorted pairs, since a configuration is hashed: envs of the same one share their core.
+# A mapping as sorted pairs, so that a configuration can be hashed: envs with the same one share their core.
 Pairs = Annotated[
     tuple[tuple[str, str], ...],
     BeforeValidator(
@@ -40,38 +40,38 @@ ObjectiveFunction = Callable[..., NDArray[np.float64]]
 
 
 def objective_name(objective: str | ObjectiveFunction) -> str:
-    """The name, or ``module:name`` of a function that was given itself."""
+    """The name of an objective; ``module:name`` of a function."""
     if isinstance(objective, str):
         return objective
     kind = objective if hasattr(objective, "__qualname__") else type(objective)
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-# A name, or a function as ``register_objective`` takes it, which is written by its name.
+# A name, or a function as for ``register_objective``, which is serialised by its name.
 ObjectiveKey = Annotated[str | ObjectiveFunction, PlainSerializer(objective_name)]
 LONGEST = 2**20  # tokens
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key and what was expected."""
+    """An invalid configuration; the message names the key and what was expected."""
 
 
 class UnknownKeyError(ConfigError, TypeError):
-    """A key that no configuration has.
+    """An unknown key.
 
-    Also a ``TypeError``, as any unknown keyword in Python: libraries try a keyword of theirs and catch that.
+    It is also a ``TypeError``, as for any unknown keyword in Python: libraries try their keywords and catch that.
     """
 
 
 class StrictModel(BaseModel):
-    """Keys and values that a user writes: unknown keys are refused, and so is true, nan or 1e400 as a number."""
+    """Keys and values that a user writes; it refuses unknown keys, and true, nan or 1e400 as a number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Pydantic takes ``True`` for the number 1, and YAML reads ``on`` and ``yes`` as ``True``."""
+        """Refuse ``True``, which pydantic takes for the number 1, and which ``on`` and ``yes`` are in YAML."""
         values = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(item, bool | np.bool_) for item in values):
             kinds = _kinds_of(cls.model_fields[info.field_name or ""].annotation)
@@ -81,12 +81,12 @@ class StrictModel(BaseModel):
 
 
 def _kinds_of(annotation: Any) -> set[Any]:
-    """The types that an annotation is made of."""
+    """The types in an annotation."""
     return {annotation}.union(*map(_kinds_of, get_args(annotation)))
 
 
 class DataConfig(StrictModel):
-    """Where the instances come from."""
+    """The data set."""
 
     dataset: str
     subset: str | None = None
@@ -101,7 +101,7 @@ class DataConfig(StrictModel):
     test_size: int | None = Field(default=None, ge=1)
 
     def size(self, split: str) -> int | None:
-        """How many instances of a split are used; ``None``: all."""
+        """Number of instances of a split that are used; ``None``: all."""
         return getattr(self, f"{split}_size")
 
 
@@ -126,7 +126,7 @@ class TokensConfig(StrictModel):
 
 
 class QualityConfig(StrictModel):
-    """What an answer is worth."""
+    """How an answer's quality is measured."""
 
     kind: Literal["exact_match", "balanced", "likelihood", "metric", "agreement"] = "exact_match"
     metric: str = "exact_match"
@@ -134,7 +134,7 @@ class QualityConfig(StrictModel):
 
 
 class RewardConfig(StrictModel):
-    """What a decision earns."""
+    """The reward of a decision."""
 
     objective: ObjectiveKey = "lexicographic"
     epsilon: float = Field(default=0.01, ge=0)
@@ -146,7 +146,7 @@ class RewardConfig(StrictModel):
 
 
 class EnvConfig(StrictModel):
-    """All keys of an env's configuration. ``envs_configs/base.yaml`` explains each one."""
+    """All keys of an env's configuration; ``envs_configs/base.yaml`` explains each of them."""
 
     id: str
     task: str
@@ -163,20 +163,18 @@ class EnvConfig(StrictModel):
     stages: tuple[str, ...] = ("first",)
     table: str | None = None
 
-    if TYPE_CHECKING:  # pydantic makes it, since the model is frozen
+    if TYPE_CHECKING:  # defined by pydantic, since the model is frozen
 
         def __hash__(self) -> int: ...
 
 
 PARTS: dict[str, type[BaseModel]] = {
-    "data": DataConfig,
-    "backbone": BackboneConfig,
-    "tokens": TokensConfig,
-    "quality": QualityConfig,
-    "reward": RewardConfig,
+    name: part
+    for name, part in get_type_hints(EnvConfig).items()
+    if isinstance(part, type) and issubclass(part, StrictModel)
 }
-# Short names that are not the last word of the key's own. Two of them are names of parts as well: a mapping is the
-# part, anything else the key.
+# Short names other than the last word of the key. Two of them are also names of parts: a mapping is the part, any
+# other value is the key's.
 _SHORT = {
     "backbone.name": "backbone",
     "tokens.shares": "token_shares",
@@ -185,7 +183,7 @@ _SHORT = {
     "reward.vector": "vector_reward",
     "reward.dense": "dense_reward",
 }
-KEYS = tuple(  # all of them, dotted
+KEYS = tuple(  # all keys, dotted
     key
     for name in EnvConfig.model_fields
     for key in ([f"{name}.{inner}" for inner in PARTS[name].model_fields] if name in PARTS else [name])
@@ -194,31 +192,31 @@ _DOTTED = {_SHORT.get(key, key.rpartition(".")[2]): key for key in KEYS}  # by s
 
 
 def is_key(name: str) -> bool:
-    """Whether a name is that of a key, in any spelling, or of a part."""
+    """Whether a name is a key, in any spelling, or a part."""
     return name in KEYS or name in _DOTTED or name in PARTS
 
 
 def dotted(values: Mapping[str, Any], origin: str = "the config") -> dict[str, Any]:
-    """Values by dotted key, however their keys are spelled; the values are not checked.
+    """Values by dotted key, from keys in any spelling; the values are not checked.
 
-    Raises ``UnknownKeyError``, or ``ConfigError`` if a key has two values, or a part is no mapping.
+    Raises ``UnknownKeyError``, or ``ConfigError`` if a key has two values or a part is not a mapping.
     """
-    found: dict[str, Any] = {}
-    spelling: dict[str, str] = {}
+    by_key: dict[str, Any] = {}
+    spellings: dict[str, str] = {}
     for key, name, value in _each(values, origin):
-        if key in found and not _same(found[key], value):
+        if key in by_key and not _equal(by_key[key], value):
             raise ConfigError(
-                f"{origin}: config key {key!r} has two values: {spelling[key]!r} is {short(found[key])}, and {name!r} "
-                f"is {short(value)}; leave one of them out"
+                f"{origin}: config key {key!r} has two values: {spellings[key]!r} is {short(by_key[key])}, and "
+                f"{name!r} is {short(value)}; leave one of them out"
             )
-        found[key], spelling[key] = value, name
-    return found
+        by_key[key], spellings[key] = value, name
+    return by_key
 
 
 def stored_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
-    """The configuration that a file holds; what it lacks is the default.
+    """The configuration in a file of a run; missing keys have their defaults.
 
-    It was checked when it was written: what it names need not be registered or be there. Raises ``ConfigError``.
+    It was checked when it was written, so the data, backbone and objective need not exist here. Raises ``ConfigError``.
     """
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in dotted(values, origin).items()}
     needed = {name: {} for name, part in PARTS.items() if any(key.is_required() for key in part.model_fields.values())}
@@ -231,23 +229,23 @@ def stored_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted key, in mappings of their parts, as they are written down."""
-    found: dict[str, Any] = {}
+    """Values by dotted key as nested mappings, one per part."""
+    parts: dict[str, Any] = {}
     for key, value in values.items():
         part, _, inner = key.rpartition(".")
-        (found.setdefault(part, {}) if part else found)[inner] = value
-    return found
+        (parts.setdefault(part, {}) if part else parts)[inner] = value
+    return parts
 
 
 def _each(values: Mapping[str, Any], origin: str) -> Iterator[tuple[str, str, Any]]:
-    """Dotted key, spelling and value of each."""
+    """Dotted key, spelling and value of each key."""
     for name, value in values.items():
         if name in PARTS and isinstance(value, Mapping):
-            for inner, of_part in value.items():
+            for inner, inner_value in value.items():
                 key = f"{name}.{inner}"
                 if key not in KEYS:
                     raise _unknown(key, name, origin)
-                yield key, key, of_part
+                yield key, key, inner_value
         elif name in KEYS or name in _DOTTED:
             yield _DOTTED.get(name, name), name, value
         elif name in PARTS:
@@ -262,15 +260,15 @@ def _each(values: Mapping[str, Any], origin: str) -> Iterator[tuple[str, str, An
 def _unknown(key: Any, keyword: Any, origin: str) -> UnknownKeyError:
     near = difflib.get_close_matches(str(key), [*KEYS, *_DOTTED], n=1)
     hint = f"; did you mean {_DOTTED.get(near[0], near[0])!r}?" if near else "."
-    # TorchRL tells an unknown keyword from other errors by Python's own words, which are therefore in it.
+    # TorchRL recognises an unknown keyword by Python's own words, so they are part of the message.
     return UnknownKeyError(
         f"{origin}: unknown config key {key!r}{hint} Known keys: {', '.join(KEYS)} (unexpected keyword argument "
         f"{keyword!r})."
     )
 
 
-def _same(one: Any, other: Any) -> bool:
+def _equal(value: Any, other: Any) -> bool:
     try:
-        return bool(one == other)
-    except ValueError:  # arrays do not tell
+        return bool(value == other)
+    except ValueError:  # comparing arrays
         return False

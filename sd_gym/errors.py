@@ -1,4 +1,4 @@
-"""How errors speak: in one line, that is not too long."""
+"""Errors, and values in messages that stay short."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Any
 
 LONGEST_VALUE = 80
 LONGEST_MESSAGE = 300
-_REPR = reprlib.Repr()  # stops early, so that the message of a huge value takes no time
+_REPR = reprlib.Repr()  # stops early, so that a huge value takes no time
 _REPR.maxlevel = 3
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 4 * LONGEST_VALUE
 _REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = _REPR.maxfrozenset = LONGEST_VALUE
 
 
 class DataError(ValueError):
-    """A data set that cannot be used; the message names the file and line."""
+    """An invalid data set; the message names the file and line."""
 
 
 class BackboneError(ValueError):
-    """A backbone that cannot be used; the message says what was expected, what came, and what to do."""
+    """An unusable backbone; the message says what was expected, what came, and what to do."""
 
 
 def short(value: Any) -> str:
-    """A value as a message shows it."""
+    """A value as text of limited length, for messages."""
     return _cut(_REPR.repr(value), LONGEST_VALUE)
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of a library says."""
+    """The message of a library's error as one line of limited length."""
     return _cut(" ".join(str(error).split()) or type(error).__name__, LONGEST_MESSAGE)
 
 
@@ -36,7 +36,7 @@ def _cut(text: str, longest: int) -> str:
 
 
 def quiet() -> None:
-    """One bar at a time, and one line an error: transformers has bars and tables of its own for loading weights."""
+    """Turn off the progress bars and warnings of transformers, which would break up the command's own output."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Files appear complete or not at all: written to a temporary name, then renamed. An error names the file."""
+"""Files are written completely or not at all (to a temporary name, then renamed). Errors name the file."""
 
 from __future__ import annotations
 
@@ -22,41 +22,39 @@ _DTYPES = {"BOOL": "?", "U8": "u1", "U16": "<u2", "I64": "<i8", "F16": "<f2", "F
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text; raises ``OSError`` if it cannot be written, as all that writes here."""
+    """Write a text; raises ``OSError`` on failure, as all functions here that write."""
     _write(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write plain values, as ``as_json`` takes them."""
+    """Write plain values as JSON; see ``as_json``."""
     write_text(file, as_json(value) + "\n")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """An object that ``write_json`` wrote; raises ``OSError``, or ``ValueError`` if it is no JSON object."""
+    """Read a JSON object; raises ``OSError``, or ``ValueError`` if the file is not a JSON object."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{file} is damaged: expected JSON ({one_line(error)}); copy it again, or delete it"
-        ) from error
+        raise ValueError(f"{file} is damaged: expected JSON ({one_line(error)}); copy it again or delete it") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} is damaged: expected a JSON object, got {short(value)}")
     return value
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors; none shares its memory with another in the file."""
+    """Write tensors as safetensors; tensors that share memory are written separately."""
     from safetensors.torch import save_file
 
-    apart = {name: value.contiguous().clone() for name, value in tensors.items()}
-    _write(file, lambda temporary: save_file(apart, temporary))
+    copies = {name: value.contiguous().clone() for name, value in tensors.items()}
+    _write(file, lambda temporary: save_file(copies, temporary))
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors that ``write_tensors`` wrote; raises ``FileNotFoundError``, or ``ValueError`` if they are damaged."""
+    """Read safetensors; raises ``FileNotFoundError``, or ``ValueError`` if the file is damaged."""
     from safetensors.torch import load_file
 
-    with _sound(file):
+    with _checked(file):
         return load_file(file)
 
 
@@ -64,18 +62,18 @@ def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write NumPy arrays as safetensors."""
     from safetensors.numpy import save_file
 
-    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    _write(file, lambda temporary: save_file(whole, temporary))
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    _write(file, lambda temporary: save_file(contiguous, temporary))
 
 
 def map_arrays(file: Path) -> dict[str, np.ndarray]:
-    """The arrays that ``write_arrays`` wrote, mapped into memory: read where they are looked at, and not to be changed.
+    """Map the arrays of a safetensors file into memory, read-only; their pages are read when they are used.
 
-    Raises ``FileNotFoundError``, or ``ValueError`` if they are damaged.
+    Raises ``FileNotFoundError``, or ``ValueError`` if the file is damaged.
     """
     from safetensors import safe_open
 
-    with _sound(file), safe_open(file, "numpy"):  # compares what it says with its size
+    with _checked(file), safe_open(file, "numpy"):  # compares the header with the file's size
         pass
     memory = np.memmap(file, np.uint8, "r")
     start = 8 + int(memory[:8].view("<u8")[0])
@@ -88,8 +86,8 @@ def map_arrays(file: Path) -> dict[str, np.ndarray]:
 
 
 @contextmanager
-def _sound(file: Path) -> Iterator[None]:
-    """Reading safetensors says what is wrong with the file."""
+def _checked(file: Path) -> Iterator[None]:
+    """Turn errors of reading a safetensors file into errors that name it."""
     from safetensors import SafetensorError
 
     if not file.is_file():
@@ -101,32 +99,32 @@ def _sound(file: Path) -> Iterator[None]:
 
 
 def write_checkpoint(file: Path, value: dict[str, Any]) -> None:
-    """Write tensors and plain values, nested, to go on from."""
+    """Write nested tensors and plain values."""
     import torch
 
     _write(file, lambda temporary: torch.save(value, temporary))
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
-    """What ``write_checkpoint`` wrote: tensors and plain values, no code is run; raises ``ValueError`` if damaged."""
+    """Read what ``write_checkpoint`` wrote, without running code; raises ``ValueError`` if it is damaged."""
     import torch
 
     try:
         return torch.load(file, weights_only=True)
-    except pickle.UnpicklingError as error:  # whose message tells how to run the code all the same
-        expected = ValueError("expected tensors and plain values; it holds code, which is not run, or is cut off")
+    except pickle.UnpicklingError as error:  # whose message says how to run the code
+        expected = ValueError("expected tensors and plain values; it is cut off, or contains code, which is not run")
         raise ValueError(damaged_checkpoint(file, expected)) from error
     except Exception as error:  # the library raises errors of many kinds
         raise ValueError(damaged_checkpoint(file, error)) from error
 
 
 def damaged_checkpoint(file: Path, error: Exception) -> str:
-    """The message for a checkpoint that nothing can go on from."""
-    return f"{file} is damaged, so nothing can go on from it ({one_line(error)}); delete it and begin again"
+    """The message for a damaged checkpoint."""
+    return f"{file} is damaged, so it cannot be resumed ({one_line(error)}); delete it and begin again"
 
 
 def sha256(file: Path) -> str:
-    """The hash of a file, in hexadecimal digits."""
+    """The SHA-256 hash of a file, in hexadecimal digits."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
@@ -144,7 +142,7 @@ def _write(file: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(temporary)
         os.replace(temporary, file)
-    except (SafetensorError, RuntimeError) as error:  # what the libraries make of a disk's errors
+    except (SafetensorError, RuntimeError) as error:  # how the libraries report errors of the disk
         raise OSError(f"cannot write {file} ({one_line(error)}); is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Folders that a command writes to: nobody else's files in them, and no other process."""
+"""Output folders of commands: locked against other processes, and refused if they hold other files."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-MARKER = "sd_gym"  # the key under which our files name the version that wrote them
+MARKER = "sd_gym"  # the key in our files for the version that wrote them
 LOCK = ".lock"
 SHOWN = 5
 
 
 class FolderInUseError(FileExistsError):
-    """Another process is writing to a folder."""
+    """Another process is writing to the folder."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make a folder, and keep it from other processes meanwhile; one that is left empty by an error is removed again.
+    """Make a folder and lock it; if an error leaves it empty, it is removed again.
 
-    The operating system holds the lock (``flock``), so a process that is killed leaves none behind. Raises
-    ``FolderInUseError`` at once if another process is writing to the folder, ``FileExistsError`` if it is a file.
+    The operating system holds the lock (``flock``), so it ends with the process. Raises ``FolderInUseError`` at once if
+    another process is writing to the folder, ``FileExistsError`` if it is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; choose another --output")
@@ -47,14 +47,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def contents(folder: Path) -> list[str]:
-    """What lies in a folder, by name; not the lock, nor what was cut off while it was written."""
+    """Names of the files in a folder, without the lock and incomplete files."""
     return sorted(file.name for file in folder.iterdir() if file.name != LOCK and file.suffix != ".tmp")
 
 
 def foreign(folder: Path, expected: str) -> FileExistsError:
-    """The error for a folder that holds something else."""
+    """The error for a folder that holds other files."""
     names = contents(folder)
     shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
     return FileExistsError(
-        f"{folder} is not empty and no {expected}: it holds {shown}. Nothing was written; choose another --output"
+        f"{folder} is not empty and not a {expected}: it holds {shown}. Nothing was written; choose another --output"
     )

@@ -1,7 +1,7 @@
-"""Going on: the dense answer after a cheap one, from in front of the first sublayer that the cheap one skipped.
+"""Going on: the dense answer after a cheap answer, computed from the first sublayer that the cheap pass skipped.
 
-What ran before that sublayer equals the dense pass, so it is not run again. Early exit is a mask that skips the last
-layers, and going on; a cascade is any mask, and going on.
+Everything before that sublayer equals the dense pass, so it is not run again. Early exit is a mask that skips the last
+layers, plus going on; a cascade is any mask, plus going on.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray
 ANSWER = "answer"  # the stage after the head has answered: accept (0), or go on (1)
 
 
 def stages_of_pass(stages: Iterable[str]) -> list[str]:
-    """The names of stages but ``answer``, which comes after the pass."""
+    """The names of all stages except ``answer``, which is after the pass."""
     return [name for name in stages if name != ANSWER]
 
 
-def parted(decisions: Array, components: int) -> tuple[Array, Array]:
-    """Masks ``[n, components]`` of decisions, and which rows go on, bool ``[n]``.
+def parted(decisions: NDArray, components: int) -> tuple[NDArray, NDArray]:
+    """Masks ``[n, components]`` of decisions, and whether each row goes on, bool ``[n]``.
 
     Decisions are ``[n, components]`` or, with the answer stage, ``[n, components + 1]``.
     """
@@ -31,18 +30,18 @@ def parted(decisions: Array, components: int) -> tuple[Array, Array]:
     return masks, decisions[:, components] == 1
 
 
-def answering(decisions: Array, components: int) -> Array:
-    """The masks ``[n, components]`` whose answers are given: dense where a row goes on."""
+def answering(decisions: NDArray, components: int) -> NDArray:
+    """The masks ``[n, components]`` that give the final answers: dense where a row goes on."""
     masks, goes_on = parted(decisions, components)
     return np.where(goes_on[:, None], 0, masks) if goes_on.any() else masks
 
 
-def resumed_from(masks: Array, points: Sequence[int]) -> Array:
-    """The switch from which each row goes on, int64 ``[n]``; the number of switches where nothing was skipped.
+def resumed_from(masks: NDArray, points: Sequence[int]) -> NDArray:
+    """The switch from which each row goes on, int64 ``[n]``; the number of switches if nothing was skipped.
 
     Args:
-        masks: Int ``[n, switches + 1]``; a token level other than 0 sends the whole pass back to its start.
-        points: Numbers of the switches in front of which a pass can be taken up again, ascending, 0 the first.
+        masks: Int ``[n, switches + 1]``; a row with a token level other than 0 restarts from switch 0.
+        points: Numbers of the switches before which a pass can be resumed, ascending, starting with 0.
     """
     switches = masks.shape[1] - 1
     skipped = masks[:, :-1] != 0
@@ -51,10 +50,13 @@ def resumed_from(masks: Array, points: Sequence[int]) -> Array:
     return np.where(masks[:, -1] != 0, 0, stops[np.searchsorted(stops, first, side="right") - 1])
 
 
-def going_on_flops(always: Array, switched: Array, resumed: Array) -> Array:
-    """FLOPs of going on, int64 ``[n]``: dense from a switch on, and the head once more; 0 where all has run.
+def going_on_flops(always: NDArray, switched: NDArray, resumed: NDArray) -> NDArray:
+    """FLOPs of going on, int64 ``[n]``: dense from a switch on, and the head again; 0 where everything has run.
 
-    Of the dense FLOPs that no switch saves, ``[n]``, those of each switch, ``[n, switches]``, and ``resumed_from``.
+    Args:
+        always: FLOPs that no switch saves, ``[n]``.
+        switched: FLOPs of each switch, ``[n, switches]``.
+        resumed: See ``resumed_from``, ``[n]``.
     """
     switches = switched.shape[1]
     rest = (switched * (np.arange(switches) >= resumed[:, None])).sum(axis=1)

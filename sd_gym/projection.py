@@ -1,4 +1,4 @@
-"""Standardised observations, and those reduced to their principal components, as a table of many instances has them."""
+"""Standardised observations and their principal components, which large tables store."""
 
 from __future__ import annotations
 
@@ -10,28 +10,27 @@ from numpy.typing import NDArray
 
 from sd_gym.files import map_arrays, write_arrays
 
-Array = NDArray
-OBSERVATION_LIMIT = 10.0  # of each number of an observation
+OBSERVATION_LIMIT = 10.0  # largest absolute value in an observation
 LEAST_DEVIATION = 1e-6
 
 
-def deviation_of(deviation: Array) -> Array:
-    """Where a feature never changes in training it says nothing: dividing by 1 leaves it at 0."""
+def deviation_of(deviation: NDArray) -> NDArray:
+    """Deviations to divide by, float32; 1 for a constant feature, which is then 0."""
     return np.where(deviation > LEAST_DEVIATION, deviation, 1.0).astype(np.float32)
 
 
 class Projection(NamedTuple):
     """Principal components of standardised observations, each divided by its deviation on the training split."""
 
-    mean: Array  # of the observations, float32 ``[features]``
-    components: Array  # float32 ``[size, features]``
-    explained: Array  # the share of the variance that each component has, float32 ``[size]``
+    mean: NDArray  # of the observations, float32 ``[features]``
+    components: NDArray  # float32 ``[size, features]``
+    explained: NDArray  # share of the variance that each component explains, float32 ``[size]``
 
-    def __call__(self, observations: Array) -> Array:
-        """Observations ``[n, features]`` reduced, float32 ``[n, size]``, each number within ``OBSERVATION_LIMIT``.
+    def __call__(self, observations: NDArray) -> NDArray:
+        """Reduce observations ``[n, features]`` to float32 ``[n, size]``, limited to ``OBSERVATION_LIMIT``.
 
-        They are rounded to float16, which a table keeps; since all before is float64, it does not matter how many are
-        reduced together.
+        They are rounded to float16, as tables store them. Everything before is float64, so results do not depend on
+        the batch.
         """
         reduced = (np.asarray(observations, dtype=np.float64) - self.mean) @ self.components.T.astype(np.float64)
         return np.clip(reduced, -OBSERVATION_LIMIT, OBSERVATION_LIMIT).astype(np.float16).astype(np.float32)
@@ -46,28 +45,27 @@ class Projection(NamedTuple):
         write_arrays(file, self._asdict())
 
 
-def fit_projection(observations: Array, size: int, before: int = 0, after: int = 0) -> Projection:
-    """Scikit-learn's PCA, fitted on the observations ``[n, features]`` of a training split.
+def fit_projection(observations: NDArray, size: int, before: int = 0, after: int = 0) -> Projection:
+    """Fit scikit-learn's PCA on the observations ``[n, features]`` of a training split.
 
-    A component that does not vary there says nothing, and stays as small as it is. So many numbers ``before`` and
-    ``after`` what is reduced stay as they are.
+    A component that is constant there is not scaled. The first ``before`` and last ``after`` features are not reduced.
     """
     from scipy.linalg import block_diag
     from sklearn.decomposition import PCA
 
     reduced = np.asarray(observations, dtype=np.float64)[:, before : observations.shape[1] - after]
-    found = PCA(size, svd_solver="full").fit(reduced)
-    components = found.components_ / deviation_of(np.sqrt(found.explained_variance_))[:, None]
-    exact = (
-        np.pad(found.mean_, (before, after)),
+    pca = PCA(size, svd_solver="full").fit(reduced)
+    components = pca.components_ / deviation_of(np.sqrt(pca.explained_variance_))[:, None]
+    arrays = (
+        np.pad(pca.mean_, (before, after)),
         np.asarray(block_diag(np.eye(before), components, np.eye(after))),
-        np.pad(found.explained_variance_ratio_, (before, after)),
+        np.pad(pca.explained_variance_ratio_, (before, after)),
     )
-    return Projection(*(values.astype(np.float32) for values in exact))
+    return Projection(*(values.astype(np.float32) for values in arrays))
 
 
 def read_projection(file: Path) -> Projection:
-    """What ``Projection.save`` wrote; raises ``FileNotFoundError``, or ``ValueError`` if it is damaged."""
+    """Read what ``Projection.save`` wrote; raises ``FileNotFoundError``, or ``ValueError`` if it is damaged."""
     arrays = map_arrays(file)
     try:
         return Projection(**arrays)

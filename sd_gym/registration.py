@@ -1,7 +1,4 @@
-"""Every YAML file of ``envs_configs/`` with an ``id`` becomes a Gymnasium id, at ``import sd_gym``.
-
-Nothing heavy is imported here.
-"""
+"""Registers every YAML file of ``envs_configs/`` with an ``id`` as a Gymnasium env; it imports nothing slow."""
 
 from __future__ import annotations
 
@@ -20,19 +17,19 @@ OBSERVATIONS: Registry[type] = Registry(
 
 
 def register_observation(name: str, observation: type) -> None:
-    """Make an observation of your own known: then ``observation=name`` works in ``gym.make``, YAML files and ``--set``.
+    """Register your own observation, so that ``observation=name`` works in ``gym.make``, YAML files and ``--set``.
 
     Args:
-        name: What it is called; a later one of the same name replaces it.
-        observation: A subclass of ``sd_gym.envs.spaces.Observation``, such as of ``Standardised``, which only has to
-            say what numbers an instance has.
+        name: Name of the observation; a later one of the same name replaces it.
+        observation: A subclass of ``sd_gym.envs.spaces.Observation``, or of its subclass ``Standardised``, which only
+            needs the numbers of an instance.
 
     Raises:
-        TypeError: If it is no such class.
-        ValueError: If the name is one of the project's.
+        TypeError: If it is not such a class.
+        ValueError: If the name is built in.
     """
     if not (isinstance(observation, type) and hasattr(observation, "observe")):
-        raise TypeError(f"the observation {name!r} has to be a subclass of sd_gym.envs.spaces.Observation")
+        raise TypeError(f"the observation {name!r} must be a subclass of sd_gym.envs.spaces.Observation")
     OBSERVATIONS.register(name, observation)
 
 
@@ -47,19 +44,19 @@ def env_id(file: Path) -> str:
 
 
 def is_of_table(file: Path) -> bool:
-    """Whether the env of a configuration file looks up what decisions do: it has a line ``table: ...``."""
+    """Whether the env of a configuration file is a table env: it has a line ``table: ...``."""
     return _line(file, "table") is not None
 
 
 def _line(file: Path, key: str) -> str | None:
-    """The value in the line of a key; reading lines, and no YAML, keeps ``import sd_gym`` fast."""
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():  # the rest is checked later
+    """The value in the line of a key; parsing no YAML keeps ``import sd_gym`` fast."""
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():  # the YAML is checked later
         if line.startswith(f"{key}:"):
             return line.removeprefix(f"{key}:").partition(" #")[0].strip(" \"'")
     return None
 
 
-# A file without an id is only a base that others extend.
+# Files without an id are only bases that others extend.
 ENVS = Registry(
     "env", {env_id(file): file for file in sorted(CONFIG_FOLDER.glob("*.yaml")) if _line(file, "id") is not None}
 )
@@ -70,9 +67,7 @@ def config_files() -> list[Path]:
     return [ENVS.find(identity) for identity in ENVS.names()]
 
 
-def config_of(identity: str) -> Path:
-    """The configuration file of an id; raises ``ValueError`` if there is no such id."""
-    return ENVS.find(identity)
+config_of = ENVS.find  # the configuration file of an id; raises ``ValueError`` if there is no such id
 
 
 def registered_ids() -> list[str]:
@@ -81,25 +76,25 @@ def registered_ids() -> list[str]:
 
 
 def shipped_tables() -> dict[str, str]:
-    """The envs whose tables are in the package: the folder of each by its id, as their YAML files name it."""
+    """Folders of the tables in the package, by env id."""
     bundled = [file for file in config_files() if file.parent == CONFIG_FOLDER]
     folders = {env_id(file): _line(file, "table") for file in bundled}
     return {identity: folder for identity, folder in folders.items() if folder not in (None, "null")}
 
 
 def register_env(file: str | Path) -> str:
-    """Make an env of your own, described in a YAML file as those of ``envs_configs/`` are, known to Gymnasium.
+    """Register your own env with Gymnasium, from a YAML file like those of ``envs_configs/``.
 
-    Its ``dataset``, ``backbone`` and ``table`` may be paths from where the file lies; those that are passed to
-    ``gym.make`` or ``--set`` are paths from the working directory, as always. The keys are checked when an env is made.
+    Its ``dataset``, ``backbone`` and ``table`` may be paths relative to the file. Paths in ``gym.make`` or ``--set``
+    are relative to the working directory. The keys are checked when an env is made.
 
     Returns:
-        Its id, for ``gym.make``, ``gym.make_vec`` and, with ``--import``, the command line. A file of the same id that
-        was registered before is replaced.
+        Its id, for ``gym.make``, ``gym.make_vec`` and, with ``--import``, the command line. It replaces an earlier file
+        of the same id.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it has no ``id``, or one that is taken by another env.
+        ValueError: If it has no ``id``, or another env has the same.
         gymnasium.error.Error: If the id is not of the form ``[NAMESPACE/]NAME[-vVERSION]``.
     """
     file = Path(file).expanduser().resolve()
@@ -121,10 +116,10 @@ def register_envs() -> None:
 
 def _register(identity: str) -> None:
     file = ENVS.find(identity)
-    of = "Table" if is_of_table(file) else "Switchable"
+    kind = "Table" if is_of_table(file) else "Switchable"
     gym.register(
         identity,
-        entry_point=f"sd_gym.envs:{of}Env",
-        vector_entry_point=f"sd_gym.envs:{of}VectorEnv",
+        entry_point=f"sd_gym.envs:{kind}Env",
+        vector_entry_point=f"sd_gym.envs:{kind}VectorEnv",
         kwargs={"config_file": file.name if file.parent == CONFIG_FOLDER else str(file)},
     )

@@ -1,4 +1,4 @@
-"""Things by name: the project's own, imported when they are asked for, and those that a user registers."""
+"""Registries of named things: built-in ones, imported on demand, and those that a user registers."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ Thing = TypeVar("Thing")
 
 
 class UnknownNameError(ValueError):
-    """A name that nothing is registered under; the message has the nearest known one."""
+    """An unregistered name; the message suggests the nearest registered name."""
 
 
 class Registry(Generic[Thing]):
-    """Names of one kind of thing.
+    """Named things of one kind.
 
-    Only what a program registers itself is found, so that no name that stands in a file can have anything imported or
-    called. ``kind`` is what is named, in the singular; of the project's own, ``"module:attribute"`` stands for what is
-    imported when it is asked for.
+    Only registered names are known, so a name in a file cannot make the program import or call anything else. ``kind``
+    is the kind of thing, in the singular. A built-in ``"module:attribute"`` is imported on demand.
     """
 
     def __init__(self, kind: str, built_in: Mapping[str, Thing | str]) -> None:
@@ -32,21 +31,21 @@ class Registry(Generic[Thing]):
         self._own: dict[str, Thing] = {}
 
     def register(self, name: str, thing: Thing) -> None:
-        """Make a thing of one's own known, also again; raises ``ValueError`` if the name is empty or the project's."""
+        """Register or replace a user's thing; raises ``ValueError`` if the name is empty or built in."""
         if not name or name in self._built_in:
-            raise ValueError(f"the {self.kind} needs a name of its own; {name!r} is {'taken' if name else 'none'}")
+            raise ValueError(f"the {self.kind} needs a name of its own; {name!r} is {'taken' if name else 'empty'}")
         self._own[name] = thing
 
     def built_in(self) -> list[str]:
-        """The names of the project's own."""
+        """The built-in names."""
         return list(self._built_in)
 
     def names(self) -> list[str]:
-        """All names, the project's first."""
+        """All names, built-in ones first."""
         return [*self._built_in, *self._own]
 
     def find(self, name: str) -> Thing:
-        """The thing of a name; raises ``UnknownNameError`` if there is none."""
+        """The thing with a name; raises ``UnknownNameError`` if there is no such name."""
         if name in self._own:
             return self._own[name]
         if name not in self._built_in:
@@ -59,18 +58,18 @@ class Registry(Generic[Thing]):
 
 
 def unknown(kind: str, name: str, known: list[str]) -> str:
-    """The message for a name that nothing is registered under."""
+    """The message for an unregistered name."""
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return (
-        f"unknown {kind} {name!r}{hint} Known {kind}s: {', '.join(known) or 'none'}. One of your own is known once the "
-        "module that registers it is imported (on the command line: --import MODULE_OR_FILE)."
+        f"unknown {kind} {name!r}{hint} Known {kind}s: {', '.join(known) or 'none'}. To use your own, first import the "
+        "module that registers it (on the command line: --import MODULE_OR_FILE)."
     )
 
 
 @contextmanager
 def naming_imports(run: Path) -> Iterator[None]:
-    """Where a name of a run is unknown, the error also tells what was imported for it; nothing is imported here."""
+    """If a name of a run is unknown, add the run's ``--import`` options to the error; nothing is imported here."""
     try:
         yield
     except ValueError as error:
@@ -82,7 +81,7 @@ def naming_imports(run: Path) -> Iterator[None]:
 
 
 def _imports_of(run: Path) -> list[str]:
-    """What ``config.json`` says; nothing where it is not there or damaged."""
+    """The imports in ``config.json``; empty if it is missing or damaged."""
     try:
         return list(json.loads((run / "config.json").read_text(encoding="utf-8"))["imports"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -90,11 +89,11 @@ def _imports_of(run: Path) -> list[str]:
 
 
 def import_own(name: str) -> str:
-    """Import a user's module, by its name or the path of its file, so that what it registers is known.
+    """Import a user's module, by its name or the path of its file, for what it registers.
 
-    Modules beside it can be imported too, as if it were run as a script, but none takes the place of an installed one.
-    Returns the name; the path of a file made absolute. Raises ``FileNotFoundError`` if there is no such module,
-    ``ValueError`` if an installed one has the file's name.
+    It may import modules in its folder, as if it ran as a script; installed modules have precedence. Returns the name,
+    or the absolute path of the file. Raises ``FileNotFoundError`` if there is no such module, ``ValueError`` if an
+    installed module has the file's name.
     """
     if not name.endswith(".py"):
         _also_from(Path.cwd())
@@ -102,7 +101,7 @@ def import_own(name: str) -> str:
             import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not (name + ".").startswith(error.name + "."):
-                raise  # one that it imports itself
+                raise  # the module imports a missing one
             raise FileNotFoundError(
                 f"no module {name!r} to import; expected one that can be imported from here, or the path of a .py file"
             ) from error

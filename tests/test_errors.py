@@ -66,8 +66,8 @@ def rows_of(split):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "the food was good", "label": 2}, "label 2 is none of the backbone's 2 classes"),
-        ({"text": "the food was good", "label": "maybe"}, "label 'maybe' is none of the backbone's 2 classes"),
+        ({"text": "the food was good", "label": 2}, "label 2 is not one of the backbone's 2 classes"),
+        ({"text": "the food was good", "label": "maybe"}, "label 'maybe' is not one of the backbone's 2 classes"),
         ({"text": "the food was good", "label": 1, "difficulty": "hard"}, "difficulty must be a whole number"),
         ({"text": "\ud83d", "label": 1}, "text has half a character at place 1"),
     ],
@@ -88,7 +88,7 @@ def test_preparing_finds_a_label_only_in_test_before_it_begins(tmp_path, tiny_ba
         write_rows(tmp_path / "data" / f"{name}.jsonl", rows_of(name))
     write_rows(tmp_path / "data" / "test.jsonl", [*rows_of("test"), {"text": "fine", "label": 2}])
     steps = []
-    with pytest.raises(DataError, match=r"test\.jsonl, line 17 .* label 2 is none of the backbone's 2 classes"):
+    with pytest.raises(DataError, match=r"test\.jsonl, line 17 .* label 2 is not one of the backbone's 2 classes"):
         prepare_backbone(
             BackboneConfig(name=str(tiny_backbone)),
             DataConfig(dataset=str(tmp_path / "data")),
@@ -298,7 +298,7 @@ def test_damaged_checkpoints(damage, cut_off, tmp_path):
         file.write_bytes({"cut": whole[: len(whole) // 2], "garbage": b"garbage" * 99, "empty": b""}[damage])
     said = call(*cut_off)
     assert "weights_only" not in said
-    assert "checkpoint.pt is damaged, so nothing can go on from it" in said
+    assert "checkpoint.pt is damaged, so it cannot be resumed" in said
     assert "delete it and begin again" in said
 
 

@@ -51,7 +51,7 @@ def test_an_env_that_extends_another_one(reviews, tiny_backbone, tmp_path):
         ("bad.yaml", r"in a circle \(bad.yaml -> bad.yaml\)"),
         ("circle.yaml", r"in a circle \(bad.yaml -> circle.yaml -> bad.yaml\)"),
         ("missing.yaml", "extends 'missing.yaml', which is neither in .* nor in the package"),
-        ("../own.yaml", "takes the name of a YAML file.*'../own.yaml'"),
+        ("../own.yaml", "expected the name of a YAML file.*'../own.yaml'"),
     ):
         (tmp_path / "bad.yaml").write_text(f"id: Own/Bad-v0\nextends: {name}\n")
         with pytest.raises(ConfigError, match=message):

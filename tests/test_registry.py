@@ -96,7 +96,7 @@ def test_the_command_line_imports_what_is_ones_own(things, tmp_path):
         result, output = run(*arguments)
         assert result.exit_code == 2
         assert f"unknown {missing}" in output
-        assert "known once the module that registers it is imported (on the command line: --import" in output
+        assert "first import the module that registers it (on the command line: --import" in output
         arguments[3] = "ppo"
     arguments[3] = "my-ppo"
     result, output = run(*arguments, "--import", things)

@@ -29,9 +29,8 @@ from sd_gym.agents.runs.verdict import Verdict, fewest_instances, losses_allowed
 from sd_gym.backbones import Backbone
 from sd_gym.config import RewardConfig
 from sd_gym.envs.core import BackboneCore
-from sd_gym.envs.exact import normalised_score
+from sd_gym.envs.exact import best_rewards, normalised_score
 from sd_gym.envs.protocols import Core, Split
-from sd_gym.envs.regret import best_rewards
 from sd_gym.envs.report import by_facts, write_instances
 from sd_gym.envs.table import TableCore, TableSplit
 from sd_gym.execution.passes import Passes

@@ -22,7 +22,7 @@ from sd_gym.envs.protocols import Core
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.table_files import MOST
 from sd_gym.envs.table_files import read_description as read_table
-from sd_gym.envs.tabulate import Units, down_in_flops, write_table
+from sd_gym.envs.tabulate import TableMaker, Units, down_in_flops
 from sd_gym.going_on import stages_of_pass
 from sd_gym.registration import config_of
 from sd_gym.tasks.data import SPLITS
@@ -101,21 +101,9 @@ def tabulate(
         masks = None if asked == ["all"] and few else _chosen(core, asked, seed)
         if masks is not None and asked == ["layers"]:
             units = _units(core, _choice(core, "layers", seed), masks)
-    write_table(
-        core,
-        masks,
-        Path(output),
-        ways=ways,
-        units=units,
-        chosen="" if masks is None else _label(asked, seed, share),
-        pca=pca,
-        share=share,
-        bf16=bf16,
-        resume=resume,
-        jobs=jobs,
-        imports=imports,
-        on_chunk=on_progress or (lambda done, total: None),
-    )
+    chosen = "" if masks is None else _label(asked, seed, share)
+    maker = TableMaker(core, masks, Path(output), ways, units, chosen, pca, share, bf16)
+    maker.make(resume=resume, jobs=jobs, imports=imports, on_chunk=on_progress or (lambda done, total: None))
     if references:
         write_references(TABLE, table=str(output))
     return read_table(Path(output))

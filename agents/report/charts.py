@@ -1,9 +1,8 @@
-"""The charts of reports: quality and FLOPs, curves, single instances, profiles, and the fronts of several envs."""
+"""The charts of reports: quality and FLOPs, curves, single instances and profiles."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,12 +17,7 @@ from sd_gym.agents.drawing.style import (
     RAN,
     SKIP_RATE,
     AgentStyle,
-    agent_styles,
-    figure,
-    style,
-    write_png,
 )
-from sd_gym.agents.runs.fronts import LEAST, EnvFronts, flops_at_loss
 from sd_gym.agents.runs.statistics import curve_interval, pareto_front
 
 
@@ -143,27 +137,3 @@ def draw_profiles(
         axes.plot(100 * thresholds, 100 * share, **styles[name]._asdict(), markersize=4, markevery=10, label=name)
     axes.set(xlabel="FLOPs saved with the quality kept, at least, %", ylabel="runs, %", ylim=(0, 103), xlim=(0, 100))
     axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-
-
-def write_fronts(fronts: list[EnvFronts], file: Path) -> None:
-    """FLOPs at each loss from a tenth of epsilon to all of it, a panel per env; bands span the runs of an agent."""
-    learned = sorted({name for env in fronts for name in env.learned})
-    styles = agent_styles(learned, [name for env in fronts for name in env.controls])
-    shares = np.linspace(LEAST, 1, 19)
-    with style():
-        picture = figure(4.5, width=4.3 * len(fronts) + 0.4)
-        panels = picture.subplots(1, len(fronts), squeeze=False, sharex=True, sharey=True)[0]
-        handles = {}
-        for axes, env in zip(panels, fronts, strict=True):
-            controls = {name: [front] for name, front in env.controls.items()}
-            for name, runs in [*controls.items(), *sorted(env.learned.items())]:
-                flops = 100 * np.array([[flops_at_loss(run, share * env.epsilon) for share in shares] for run in runs])
-                label = name if name in controls else f"{name} ({len(runs)})"
-                axes.plot(100 * shares, flops.mean(axis=0), **styles[name]._asdict(), markevery=3, label=label)
-                color = styles[name].color
-                axes.fill_between(100 * shares, flops.min(axis=0), flops.max(axis=0), color=color, alpha=0.15)
-            axes.set(title=env.env, xlabel=f"quality lost, % of the {100 * env.epsilon:g} points that may be lost")
-            handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        picture.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
-        panels[0].set(ylabel="FLOPs, % of dense", ylim=(0, None))
-        write_png(picture, file)

@@ -1,4 +1,4 @@
-"""What can be wrong with a backbone that was loaded, found before anything runs on it."""
+"""Checks of a loaded backbone, made before anything runs on it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sd_gym.config import BackboneConfig
 from sd_gym.errors import BackboneError, one_line, short
 from sd_gym.switch.architectures import Architecture
 
-INVENTED = {"▁"}  # a word that tokenizers without files have, beside special tokens
+INVENTED = {"▁"}  # the only word of some tokenizers without files, apart from special tokens
 
 
 def check_weights(
     name: str, model: PreTrainedModel, architecture: Architecture, info: dict[str, Any], *, new_head: bool
 ) -> None:
-    """Raise BackboneError unless only a ``new_head`` has random weights, all layers were read, and all are finite.
+    """Raise BackboneError if weights outside a ``new_head`` are missing, layers are unread, or values are not finite.
 
     ``info`` is what ``from_pretrained(..., output_loading_info=True)`` returns.
     """
@@ -48,7 +48,7 @@ def check_weights(
 
 
 def _head_keys(model: PreTrainedModel, architecture: Architecture) -> set[str]:
-    """The parameters of the heads: what lies outside the base model, and what the architecture calls a head."""
+    """The heads' parameters: all outside the base model, and those of the modules that the architecture names."""
     inside = set() if model.base_model is model else {id(parameter) for parameter in model.base_model.parameters()}
     heads = {*architecture.token_heads, *architecture.sequence_heads}
     return {
@@ -59,24 +59,24 @@ def _head_keys(model: PreTrainedModel, architecture: Architecture) -> set[str]:
 
 
 def _layers_among(info: dict[str, Any], layers: str) -> int:
-    """Number of the last layer that weights which were not read belong to, from 1; 0: they belong to none."""
+    """Number of the last layer with weights that were not read, from 1; 0: no layer."""
     path = re.compile(rf"(?:^|\.){re.escape(layers)}\.(\d+)\.")
     return max((int(match[1]) + 1 for key in info["unexpected_keys"] if (match := path.search(key))), default=0)
 
 
 def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise BackboneError unless a tokenizer has words with embeddings, a longest input, and something to pad with."""
+    """Raise BackboneError unless a tokenizer has words with embeddings, a longest input, and a padding token."""
     vocabulary = tokenizer.get_vocab()
-    # Without files the library makes a tokenizer of special tokens up.
+    # Without files the library invents a tokenizer of special tokens.
     if not vocabulary.keys() - set(tokenizer.all_special_tokens) - INVENTED:
         raise BackboneError(
-            f"the backbone {name!r}: its tokenizer has no files, and so knows no words; expected them beside the "
+            f"the backbone {name!r}: its tokenizer has no files, so it has no words; expected them beside the "
             "weights, as tokenizer.save_pretrained() writes them"
         )
     longest = tokenizer.model_max_length
     if not isinstance(longest, int | float) or not longest >= 1:
         raise BackboneError(
-            f"the backbone {name!r}: model_max_length in tokenizer_config.json has to be a number of tokens, got "
+            f"the backbone {name!r}: expected a number of tokens as model_max_length in tokenizer_config.json, got "
             f"{short(longest)}"
         )
     embeddings, last = model.get_input_embeddings().get_parameter("weight").shape[0], max(vocabulary.values())
@@ -108,7 +108,7 @@ def check_positions(
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
-    """How many tokens a model can read, where it has a table of positions; ``None`` where it has none."""
+    """How many tokens a model can read, if it has a table of positions; else ``None``."""
     tables = [
         module
         for path, module in model.named_modules()
@@ -121,11 +121,11 @@ def positions_of(model: PreTrainedModel) -> int | None:
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of a name; ValueError if nothing can be computed on it here."""
+    """The device of a name; ValueError if this machine cannot compute on it."""
     try:
         device = torch.empty(1, device=name).fill_(1).device
         if device.type == "meta":
-            raise ValueError("nothing can be computed on it")
+            raise ValueError("it cannot compute")
     except Exception as error:  # torch raises errors of many kinds
         raise ValueError(
             f"cannot use the device {name!r}: expected 'cpu', or one that torch has here, such as 'cuda' or 'cuda:1' "
@@ -135,8 +135,8 @@ def usable_device(name: str) -> torch.device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16 by itself; on others that is slower than float32."""
+    """Whether a device supports bfloat16 in hardware; on others it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch do not say
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older releases of torch
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))

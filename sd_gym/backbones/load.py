@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -29,21 +28,21 @@ BUNDLED = {"mini": Path(__file__).parent / "mini"}
 class Backbone:
     """A frozen model with its tokenizer, switchboard and FLOPs."""
 
-    name: str  # what it was loaded as
+    name: str  # the name that it was loaded by
     model: PreTrainedModel  # in evaluation mode, without gradients
     tokenizer: PreTrainedTokenizerBase
     board: Switchboard  # the model's switchboard
     flops: FlopsModel  # FLOPs as a function of lengths and decisions
-    head: Head  # the kind of answers, and all that depends on it
+    head: Head  # the kind of output
 
     @cached_property
     def weights(self) -> str:
-        """Hash of its weights (``weights_hash``)."""
+        """See ``weights_hash``."""
         return weights_hash(self.model)
 
     @property
     def can_exit(self) -> bool:
-        """Whether its head can judge what any layer gives."""
+        """See the function ``can_exit``."""
         return can_exit(self.head, self.board)
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -52,12 +51,12 @@ class Backbone:
 
 
 def can_exit(head: Head, board: Switchboard) -> bool:
-    """Whether a head can judge what any layer gives: of an encoder or a decoder alone, that classifies."""
+    """Whether a head can classify the output of any layer: only with a single stack, an encoder or a decoder."""
     return head.confidence is not None and len(board.architecture.stacks) == 1
 
 
 def resolve(name: str) -> str:
-    """The folder or hub id that a backbone's name stands for; FileNotFoundError if there is no such folder."""
+    """The folder, file or hub id of a backbone's name; FileNotFoundError if a local path does not exist."""
     if name in BUNDLED:
         return str(BUNDLED[name])
     if Path(name).is_dir() or (name.endswith(".gguf") and Path(name).is_file()):
@@ -73,20 +72,20 @@ def resolve(name: str) -> str:
 def load_model(
     name: str, *, head: type[Head] | None = None, num_labels: int | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model of a supported architecture and its tokenizer; weights only as safetensors, no remote code.
+    """Load a model of a supported architecture and its tokenizer, from safetensors or GGUF; no remote code is run.
 
-    All weights come from the files. Only a head that is asked for and not stored is new, drawn from torch's random
-    state (call ``torch.manual_seed`` before).
+    All weights come from the files. Only a head that the files lack is new. Its weights are random: call
+    ``torch.manual_seed`` first.
 
     Args:
         name: Bundled name, local folder, ``.gguf`` file, or hub id.
-        head: The head of the model, new where the stored model has another one; ``None``: what was stored.
-        num_labels: Classes of a ``head`` that classifies, which is new where the stored one has others.
+        head: The wanted head, new if the stored model has another one; ``None``: the stored one.
+        num_labels: Number of classes of ``head``, which is new if the stored one has another number.
 
     Raises:
         FileNotFoundError: If there is no such folder, or the hub does not have it or cannot be reached.
         UnsupportedArchitectureError: If no switches are known for the architecture.
-        BackboneError: If a file, weight, tokenizer or head is missing, damaged or does not fit; the message says which.
+        BackboneError: If a file, weight, tokenizer or head is missing, damaged or does not fit.
     """
     config, stored, path, file = _stored(name)
     chosen = head or stored
@@ -95,57 +94,52 @@ def load_model(
             f"the backbone {name!r} ({config.model_type}) has no task head; fine-tune one with "
             f"'sd-gym prepare --backbone {name} --dataset DATA --output FOLDER' and use that folder"
         )
-    auto_class, further = chosen.loading(config)
-    options: dict[str, Any] = {**(file or {"use_safetensors": True}), **further}
+    auto_class, options = chosen.loading(config)
+    options |= file or {"use_safetensors": True}
     if num_labels is not None:
         options["num_labels"] = num_labels
-    with _explained(name, "its weights cannot be loaded"):
+    with _backbone_errors(name, "its weights cannot be loaded"):
         model, info = getattr(transformers, auto_class).from_pretrained(
             path, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
         )
     new_head = num_labels is not None or chosen is not stored
     check_weights(name, model, architecture_of(model.config.model_type), info, new_head=new_head)
-    tokenizer = _load_tokenizer(name, path, file, model)
-    if file:  # its weights are ordinary numbers now, so it can be saved as any other
+    expected = "expected its files beside the weights, as tokenizer.save_pretrained() writes them"
+    with _backbone_errors(name, f"its tokenizer cannot be loaded; {expected}"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **file)
+    check_tokenizer(name, model, tokenizer)
+    if tokenizer.pad_token is None:  # padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+    if file:  # the weights are no longer quantised, so the model is saved like any other
         vars(model.config).pop("quantization_config", None)
         vars(model)["hf_quantizer"] = None
-    if model.config.pad_token_id is None:  # decoder-only classifiers look for it to find an input's end
+    if model.config.pad_token_id is None:  # decoder-only classifiers find an input's end by it
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
 
-def _load_tokenizer(name: str, path: str, file: dict[str, str], model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    expected = "expected its files beside the weights, as tokenizer.save_pretrained() writes them"
-    with _explained(name, f"its tokenizer cannot be loaded; {expected}"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **file)
-    check_tokenizer(name, model, tokenizer)
-    if tokenizer.pad_token is None:  # padding is masked, so any token does
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 @contextmanager
-def _explained(name: str, what: str) -> Iterator[None]:
-    """Errors of the libraries, which are of many kinds, as one line."""
+def _backbone_errors(name: str, what: str) -> Iterator[None]:
+    """Turn any error of the libraries into a BackboneError of one line."""
     try:
         yield
     except Exception as error:
         folder = Path(resolve(name))
         if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
             what = (
-                "it has its weights as pickles only (pytorch_model.bin), which can run code when they are read; where "
+                "it has its weights as pickles only (pytorch_model.bin), which can run code when they are read; if "
                 "you trust them, load them with transformers, save_pretrained(), and pass that folder"
             )
         raise BackboneError(f"the backbone {name!r}: {what} ({one_line(error)})") from error
 
 
 def head_stored_with(name: str) -> type[Head] | None:
-    """The head that is stored with a backbone, if any. Raises: see ``load_model``."""
+    """The head that is stored with a backbone; ``None``: no head. Raises: see ``load_model``."""
     return _stored(name)[1]
 
 
 def _stored(name: str) -> tuple[PretrainedConfig, type[Head] | None, str, dict[str, str]]:
-    """The configuration of a backbone, its head, its folder or hub id, and the GGUF file in it, if it is one."""
+    """A backbone's configuration, its stored head, its folder or hub id, and the option that names a GGUF file."""
     path, file = resolve(name), dict[str, str]()
     if path.endswith(".gguf"):
         path, file = str(Path(path).parent), {"gguf_file": Path(path).name}
@@ -168,9 +162,10 @@ def _stored(name: str) -> tuple[PretrainedConfig, type[Head] | None, str, dict[s
 
 
 def save_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model and its tokenizer as Hugging Face does; each file appears complete or not at all.
+    """Save a model and its tokenizer as Hugging Face does; each file appears complete or not at all.
 
-    Raises ``OSError`` if the disk is full.
+    Raises:
+        OSError: If the files cannot be written, as on a full disk.
     """
     temporary = folder / "model.tmp"
     try:
@@ -178,7 +173,7 @@ def save_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
     except SafetensorError as error:
         raise OSError(f"cannot write the model to {folder}: {one_line(error)}") from error
     tokenizer.save_pretrained(temporary)
-    # The configuration comes last: a folder that has it is complete.
+    # config.json comes last, so a folder that has it is complete.
     for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
         file.replace(folder / file.name)
     temporary.rmdir()
@@ -186,12 +181,12 @@ def save_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
 
 @lru_cache(maxsize=4)
 def load_backbone(name: str, device: str = "cpu") -> Backbone:
-    """``load_own_backbone`` once for the whole process: all envs share the backbone, so nobody may change it."""
+    """``load_own_backbone``, once per process: all envs share the backbone, so it must not be changed."""
     return load_own_backbone(name, device)
 
 
 def load_own_backbone(name: str, device: str = "cpu") -> Backbone:
-    """Load a frozen backbone that nobody else has, as a policy needs that is attached to it.
+    """Load a frozen backbone that is not shared, so a policy can be attached to it.
 
     Raises: see ``load_model`` and ``usable_device``.
     """

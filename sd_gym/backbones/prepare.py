@@ -1,8 +1,8 @@
 """Preparing a backbone: fine-tuning it on its task so that it stays accurate when sublayers are skipped.
 
-A backbone that was only trained densely breaks when sublayers are skipped. Here every batch runs twice in one pass:
-once densely, under the task's loss, and once under random decisions, with the dense output as the soft target (the
-"sandwich" of slimmable networks, Yu et al. 2019; LayerDrop, Fan et al. 2020, is the ancestor).
+A backbone that was only trained densely loses its accuracy when sublayers are skipped. Here a pass runs every batch
+twice: once densely, with the task's loss, and once under random decisions, with the dense output as the soft target
+(the "sandwich rule" of slimmable networks, Yu et al. 2019; see also LayerDrop, Fan et al. 2020).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from sd_gym.backbones.heads import head_of
 from sd_gym.files import damaged_checkpoint, read_checkpoint, write_checkpoint
 from sd_gym.switch import Switchboard
 
-VALIDATIONS = 10  # on the way
-RISEN = 0.6  # share of the steps after which as many layers are drawn as may be; before, from a third of them on
+VALIDATIONS = 10  # per preparation
+RISEN = 0.6  # share of the steps after which the number of whole layers is highest; it rises from a third of that
 
 
 def freeze_observation(board: Switchboard) -> None:
-    """Freeze a policy's observation, in place: all parameters but those of the layers and of the heads.
+    """Freeze all parameters that a policy's observation depends on, in place: all but those of layers and heads.
 
-    What a head shares with the embeddings is frozen, too.
+    Parameters that a head shares with the embeddings are frozen, too.
     """
     architecture, model = board.architecture, board.model
     layers = [model.base_model.get_submodule(stack.layers) for stack in architecture.stacks]
@@ -49,8 +49,8 @@ def sandwich_loss(
 ) -> tuple[Tensor, Tensor]:
     """The task loss of the dense half and the distillation loss of the half under ``skip``, from one forward pass.
 
-    ``batch``: the model's inputs with ``labels``, each ``[batch, ...]``, and perhaps ``keep``: which tokens the
-    switched half keeps, bool ``[batch, length]``; ``call``: see ``Head.forward``.
+    ``batch`` has the model's inputs and ``labels``, each ``[batch, ...]``. It may have ``keep``, bool
+    ``[batch, length]``: the tokens that the switched half keeps. ``call``: see ``Head.forward``.
     """
     inputs = {name: value for name, value in batch.items() if name != "keep"}
     doubled = {name: torch.cat([value, value]) for name, value in inputs.items()}
@@ -64,27 +64,22 @@ def sandwich_loss(
 
 @dataclass
 class TrainingHistory:
-    """How a preparation went."""
+    """The state of a preparation, apart from the model and the optimiser."""
 
     step: int = 0  # the last step
     validation: list[tuple[int, float]] = field(default_factory=list)  # step and quality of each validation
-    best: float = -math.inf  # the best quality so far; ``-inf`` before the first validation
+    best: float = -math.inf  # the best quality so far
     since: int = 0  # validations since then
-    # The model's weights at the best quality; empty before the first validation.
-    weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    importance: Tensor | None = None  # of each layer, as of late (see ``layer_importance``); ``None``: not measured
+    weights: dict[str, Tensor] = field(default_factory=dict, repr=False)  # the model's weights at the best quality
+    importance: Tensor | None = None  # running mean of ``layer_importance``; ``None``: not measured
 
     def add(self, quality: float, model: torch.nn.Module) -> None:
-        """Note a validation, and keep the weights unless earlier ones were better."""
+        """Add a validation, and keep the model's weights unless earlier ones were better."""
         self.validation.append((self.step, quality))
         self.since = 0 if quality > self.best else self.since + 1
         if quality >= self.best:
             self.best = quality
             self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-    def refresh(self, importance: Tensor) -> None:
-        """Take a new measurement in: half of it, and half of those before."""
-        self.importance = importance if self.importance is None else (self.importance + importance) / 2
 
 
 @dataclass(frozen=True)
@@ -92,23 +87,20 @@ class Recipe:
     """How a backbone is fine-tuned."""
 
     steps: int  # optimiser steps in all
-    # Peak learning rate of AdamW, after a linear warm-up; then a cosine takes it down to zero.
-    learning_rate: float = 5e-5
-    batch_size: int = 32  # instances a step
-    accumulate: int = 1  # parts that a batch runs in, one after another, to need less memory
+    learning_rate: float = 5e-5  # peak of AdamW's rate: after a linear warm-up, it falls to zero as a cosine
+    batch_size: int = 32  # instances per step
+    accumulate: int = 1  # number of parts that a batch is split into, to need less memory
     max_rate: float = 0.6  # highest skip rate that a row may draw
     draw: str = "even"  # how decisions are drawn, one of ``DRAWS``
-    # Validations without a better quality after which it ends; ``None``: it never ends early.
-    patience: int | None = None
+    patience: int | None = None  # it ends after so many validations without progress; ``None``: never early
     seed: int = 0  # seed of a new head, the batches, the random decisions and dropout
-    dense_steps: int = 0  # the first steps run densely only, as a backbone that starts from scratch needs
+    dense_steps: int = 0  # the first steps run only densely, for a backbone that is trained from scratch
     warmup_steps: int | None = None  # steps of the warm-up; ``None``: a tenth of all
     random_share: float = RANDOM_SHARE  # share of the rows under random decisions, where a policy decides on the others
-    weight_decay: float = 0.01  # AdamW's
 
     @property
     def interval(self) -> int:
-        """Steps between two validations, and between two measurements of what layers matter."""
+        """Steps between two validations, and between two measurements of the layers' importance."""
         return max(1, self.steps // VALIDATIONS)
 
     def rate_at(self, step: int) -> float:
@@ -138,22 +130,22 @@ def prepare(
 ) -> TrainingHistory:
     """Fine-tune the backbone of ``board`` in place.
 
-    What is random in a step depends on the seed, the process and the step alone. So a preparation that continues from
-    a checkpoint does what it would have done.
+    The random numbers of a step depend only on the seed, the process and the step. So a resumed preparation gives the
+    same result as an uninterrupted one.
 
     Args:
         board: The backbone's switchboard.
-        batches: Yields at least ``recipe.steps`` batches of the model's inputs with ``labels``, for this process alone;
-            they may hold ``keep`` (see ``sandwich_loss``) and the ``skip_logits`` of the policy that it is tuned under.
+        batches: Yields at least ``recipe.steps`` batches for this process, each with the model's inputs and ``labels``.
+            A batch may have ``keep`` (see ``sandwich_loss``) and ``skip_logits`` (see ``decisions_around``).
         recipe: Steps, rates and draws.
-        validate: Gives a quality under decisions as they are drawn at the end, ten times on the way; the weights of
-            the best one stay. ``None``: the last ones stay.
+        validate: Measures the quality under decisions drawn as at the last step; called ten times. The weights with
+            the best quality are kept. ``None``: the last weights are kept.
         checkpoint: File that the state is written to; ``None``: it is not written.
         checkpoint_minutes: Minutes between two checkpoints.
-        resume: Whether to continue from the checkpoint, if it exists; the batches that were used are drawn again.
-        on_step: Called after every step with its figures (``loss``, ``distillation``, ``learning_rate``; ``quality``
-            where it was validated).
-        accelerator: The processes that share the work; ``None``: this one alone.
+        resume: Whether to continue from the checkpoint, if it exists. ``batches`` must start from the beginning.
+        on_step: Called after every step with ``loss``, ``distillation``, ``learning_rate`` and, after a validation,
+            ``quality``.
+        accelerator: The processes that share the work; ``None``: only this one.
 
     Raises:
         ValueError: If the batches end early, or the checkpoint is damaged.
@@ -165,9 +157,8 @@ def prepare(
     state = {"model": model, "optimizer": trainer.optimizer, "schedule": trainer.schedule}
     if resume and checkpoint is not None and checkpoint.exists():
         _restore(checkpoint, state, history)
-    done = history.step
     model.train()
-    trainer.distribute()
+    done = history.step
     source, written = iter(batches), time.monotonic()
     for step in range(1, recipe.steps + 1):
         batch = next(source, None)
@@ -178,7 +169,8 @@ def prepare(
         if recipe.patience is not None and history.since >= recipe.patience:
             break
         if recipe.draw == "layers" and (history.importance is None or step % recipe.interval == 0):
-            history.refresh(layer_importance(board, batch, accelerator))
+            latest = layer_importance(board, batch, accelerator)
+            history.importance = latest if history.importance is None else (history.importance + latest) / 2
         figures = trainer.train(step, batch, history.importance)
         history.step = step
         if validate is not None and (step % recipe.interval == 0 or step == recipe.steps):
@@ -193,7 +185,8 @@ def prepare(
             saved = {name: part.state_dict() for name, part in state.items()}
             write_checkpoint(checkpoint, {**saved, "course": vars(history)})
             written = time.monotonic()
-    trainer.gather()
+    accelerator.unwrap_model(trainer.call, keep_fp32_wrapper=False)
+    accelerator.free_memory()
     if history.weights:
         model.load_state_dict(history.weights)
     model.eval()
@@ -201,49 +194,38 @@ def prepare(
 
 
 class _Trainer:
-    """One optimiser step after another."""
+    """Makes the optimiser steps."""
 
     def __init__(self, board: Switchboard, recipe: Recipe, accelerator: Accelerator) -> None:
         self._board, self._recipe, self._accelerator = board, recipe, accelerator
         self._model, self._head, self._layers = board.model, head_of(board.model), layers_of(board)
         self._generator = torch.Generator()
         learned = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            learned, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, recipe.rate_at)
-
-    def distribute(self) -> None:
-        """Share the model and the optimiser among the processes."""
-        self._call, self._optimizer = self._accelerator.prepare(self._model, self.optimizer)
-
-    def gather(self) -> None:
-        """Take the model back."""
-        self._accelerator.unwrap_model(self._call, keep_fp32_wrapper=False)
-        self._accelerator.free_memory()
+        optimizer = torch.optim.AdamW(learned, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate_at)
+        self.call, self.optimizer = accelerator.prepare(self._model, optimizer)  # shared among the processes
 
     def drawing(self, importance: Tensor | None, step: int | None = None) -> Drawing:
-        """Draws decisions as they are drawn at a step, ``None``: at the last one."""
+        """A function that draws decisions as at a step; ``None``: the last one."""
         recipe = self._recipe
         rate = recipe.max_rate_at(recipe.steps if step is None else step)
         return lambda rows, generator: DRAWS[recipe.draw](rows, self._layers, rate, generator, importance)
 
     def train(self, step: int, batch: dict[str, Tensor], importance: Tensor | None) -> dict[str, float]:
-        """One step, counted from 1, on a batch; returns its figures."""
+        """Make one step, counted from 1, on a batch; returns its losses and learning rate."""
         rows, skip = len(batch["labels"]), self._decisions(step, batch, importance)
         inputs = {name: value.to(self._model.device) for name, value in batch.items() if name != "skip_logits"}
         parts = torch.arange(rows).tensor_split(min(rows, self._recipe.accumulate))
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
         total = torch.zeros(2, device=self._model.device)
         for number, part in enumerate(parts, start=1):
-            alone = self._accelerator.no_sync(self._call) if number < len(parts) else nullcontext()
-            with alone:
-                picked = {name: value[part.to(value.device)] for name, value in inputs.items()}
-                losses = self._losses(picked, None if skip is None else skip[part]) * (len(part) / rows)
+            with self._accelerator.no_sync(self.call) if number < len(parts) else nullcontext():
+                batch_part = {name: value[part.to(value.device)] for name, value in inputs.items()}
+                losses = self._losses(batch_part, None if skip is None else skip[part]) * (len(part) / rows)
                 self._accelerator.backward(losses.sum())
             total += losses.detach()
         self._accelerator.clip_grad_norm_(self._model.parameters(), 1.0)
-        self._optimizer.step()
+        self.optimizer.step()
         rate = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
         loss, distillation = total.tolist()
@@ -252,13 +234,13 @@ class _Trainer:
         return {"loss": loss, "distillation": distillation, "learning_rate": rate}
 
     def _decisions(self, step: int, batch: dict[str, Tensor], importance: Tensor | None) -> Tensor | None:
-        """The decisions of a step, int64 ``[rows, switches]``; ``None``: it runs densely only."""
+        """The decisions of a step, int64 ``[rows, switches]``; ``None``: it runs only densely."""
         recipe, skip_logits = self._recipe, batch.get("skip_logits")
-        random = np.random.SeedSequence([recipe.seed, self._accelerator.process_index, step]).generate_state(2).tolist()
-        torch.manual_seed(random[0])  # dropout
+        seeds = np.random.SeedSequence([recipe.seed, self._accelerator.process_index, step]).generate_state(2).tolist()
+        torch.manual_seed(seeds[0])  # dropout
         if step <= recipe.dense_steps:
             return None
-        generator = self._generator.manual_seed(random[1])
+        generator = self._generator.manual_seed(seeds[1])
         skip = self.drawing(importance, step)(len(batch["labels"]), generator)
         if skip_logits is not None:
             skip = decisions_around(skip_logits.cpu(), skip, generator, recipe.random_share)
@@ -267,9 +249,9 @@ class _Trainer:
     def _losses(self, batch: dict[str, Tensor], skip: Tensor | None) -> Tensor:
         """The task loss and the distillation loss, ``[2]``."""
         if skip is not None:
-            return torch.stack(sandwich_loss(self._board, batch, skip, self._call))
+            return torch.stack(sandwich_loss(self._board, batch, skip, self.call))
         batch.pop("keep", None)
-        loss = self._head.loss(self._head.forward(self._board, batch, self._call), batch["labels"])
+        loss = self._head.loss(self._head.forward(self._board, batch, self.call), batch["labels"])
         return torch.stack([loss, torch.zeros_like(loss)])
 
 

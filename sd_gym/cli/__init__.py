@@ -10,7 +10,7 @@ from sd_gym.cli.models import prepare, run
 from sd_gym.cli.runs import evaluate, export, reduce, train, validate
 
 app = typer.Typer(
-    help="Learn what a transformer need not compute. Start with: sd-gym envs",
+    help="Learn which layers a transformer can skip per input. Start with: sd-gym envs",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,

@@ -1,4 +1,4 @@
-"""``python -m sd_gym.cli``, as launchers of several processes start it."""
+"""``python -m sd_gym.cli``, which launchers of several processes need."""
 
 from sd_gym.cli import app
 

@@ -1,4 +1,4 @@
-"""Commands about many runs: they are trained and compared, reported, searched for settings."""
+"""Commands for many runs: compare, report and tune."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from sd_gym.cli.terminal import Confidence, Imports, Settings
 
 
 def compare(
-    what: Annotated[list[str], Argument(metavar="ENV...|RUN...", help="Env ids, to train on; or run folders.")],
+    what: Annotated[list[str], Argument(metavar="ENV...|RUN...", help="Env ids to train on, or run folders.")],
     algos: Annotated[str, Option(metavar="NAME,...", help="With envs: agents to train.")] = "ppo,a2c,reinforce",
-    controls: Annotated[bool, Option(help="With envs: also train the controls, and the first learner, blind.")] = True,
+    controls: Annotated[bool, Option(help="With envs: also train the controls and a blind first agent.")] = True,
     seeds: Annotated[int, Option(min=1, help="With envs: seeds per agent.")] = 10,
     steps: Annotated[int, Option(min=1, help="With envs: decisions to learn from.")] = 50_000,
     jobs: Annotated[int, Option(min=1, help="With envs: processes, of one thread each.")] = 1,
-    ray: Annotated[str | None, Option(metavar="ADDRESS", help="With envs: a Ray cluster, which sees OUTPUT.")] = None,
-    output: Annotated[Path, Option(help="With envs: the runs are OUTPUT/ENV/ALGO-SEED.")] = Path("runs/compare"),
+    ray: Annotated[
+        str | None, Option(metavar="ADDRESS", help="With envs: a Ray cluster that can access OUTPUT.")
+    ] = None,
+    output: Annotated[Path, Option(help="With envs: folder of the runs, OUTPUT/ENV/ALGO-SEED.")] = Path("runs/compare"),
     confidence: Confidence = 0.95,
     set_: Settings = [],
-    report: Annotated[Path | None, Option(help="Page to write about the runs, as sd-gym report does.")] = None,
-    fronts: Annotated[bool, Option(help="Score again: what agents save at the same quality.")] = False,
+    report: Annotated[Path | None, Option(help="Also write this page, as sd-gym report does.")] = None,
+    fronts: Annotated[bool, Option(help="Score again: savings at the same quality.")] = False,
     test_size: Annotated[int | None, Option(min=2, help="With --fronts: test instances [default: the run's].")] = None,
-    picture: Annotated[Path | None, Option(help="With --fronts: PNG of FLOPs against quality lost.")] = None,
     markdown: Annotated[bool, Option(help="Print a Markdown table.")] = False,
     imports: Imports = [],
 ) -> None:
-    """Compare agents: one row per env and agent, means over seeds, the worst seed in brackets.
+    """Compare agents: one row per env and agent, with means over seeds and the worst seed in brackets.
 
     With envs, all agents and controls are trained first, with the same seeds; NAME-from-OTHER starts from the run of
-    OTHER. Given again, the command keeps finished runs, goes on with interrupted ones and retries failed ones. The exit
-    code is 1 if a run failed. --fronts takes minutes, and needs runs of hull and of a blind agent.
+    OTHER. Repeating the command keeps finished runs, resumes interrupted runs and retries failed runs. The exit code is
+    1 if a run failed. --fronts takes minutes, and needs runs of hull and of a blind agent.
 
     Example: `sd-gym compare SD/Classification-Mini-v0 --algos ppo,a2c --seeds 5 --jobs 2 --report report.html`
     """
@@ -59,7 +60,7 @@ def compare(
             folders, failed = _trained(runs, jobs, ray, imported)
     if folders:
         with terminal.errors_as_lines(), terminal.warnings_as_lines():
-            _print_comparison(folders, fronts=fronts, test_size=test_size, picture=picture, as_markdown=markdown)
+            _print_comparison(folders, fronts=fronts, test_size=test_size, as_markdown=markdown)
             if report is not None:
                 _write_report(folders, report)
     for status in failed:
@@ -70,11 +71,11 @@ def compare(
 
 
 def _trained(runs: list[Any], jobs: int, ray: str | None, imports: list[str]) -> tuple[list[Path], list[Any]]:
-    """Train planned runs, and show how far they are; returns the folders of those that are there, and what failed."""
+    """Train planned runs and show progress; returns the folders of finished runs, and the failed runs."""
     from sd_gym.agents.experiment.parallel import GOING, RunStatus, train_many
 
     with terminal.progress_bar() as progress:
-        everything, bars = progress.add_task("runs", total=len(runs), figures=""), {}
+        all_runs, bars = progress.add_task("runs", total=len(runs), figures=""), {}
 
         def on_status(status: RunStatus) -> None:
             folder = status.run.folder
@@ -85,35 +86,30 @@ def _trained(runs: list[Any], jobs: int, ray: str | None, imports: list[str]) ->
                 total = status.run.steps if status.state == "learning" else None
                 progress.update(bars[folder], completed=status.steps, total=total, figures=status.state)
             else:
-                progress.advance(everything)
+                progress.advance(all_runs)
                 if folder in bars:
                     progress.remove_task(bars.pop(folder))
                 if status.state != "kept":
                     terminal.say(f"{name}: {status.state}{f' ({status.message})' if status.message else ''}")
 
         statuses = train_many(runs, jobs=jobs, ray=ray, imports=imports, on_status=on_status)
-    there = [status.run.folder for status in statuses if status.state in ("kept", "finished")]
-    return there, [status for status in statuses if status.state == "failed"]
+    finished = [status.run.folder for status in statuses if status.state in ("kept", "finished")]
+    return finished, [status for status in statuses if status.state == "failed"]
 
 
-def _print_comparison(
-    folders: list[Path], *, fronts: bool, test_size: int | None, picture: Path | None, as_markdown: bool
-) -> None:
-    """Print the table of runs, or what they save at the same quality."""
+def _print_comparison(folders: list[Path], *, fronts: bool, test_size: int | None, as_markdown: bool) -> None:
+    """Print the table of runs, or their savings at the same quality."""
     from sd_gym.agents.report import compare as results
     from sd_gym.agents.report.terminal import comparison_tables
 
     if fronts:
         from sd_gym.agents.experiment import fronts as agent_fronts
-        from sd_gym.agents.report.charts import write_fronts
 
         title, columns = "At the same quality, test split", agent_fronts.COLUMNS
         by = ["env", "points lost", "FLOPs of hull / blind"]
         with terminal.status("scoring"):
-            found = agent_fronts.score_fronts(folders, test_size)
-        rows = [row for one in found for row in agent_fronts.savings_rows(one)]
-        if picture is not None:
-            write_fronts(found, picture)
+            scored = agent_fronts.score_fronts(folders, test_size)
+        rows = [row for env_fronts in scored for row in agent_fronts.savings_rows(env_fronts)]
     else:
         title, columns, by = "Runs on the test split", results.COLUMNS, ["env", "dense quality", "test rows"]
         rows = [results.cells(row) for row in results.compare(folders)]
@@ -128,7 +124,7 @@ def report(
     output: Annotated[Path, Option("--output", "-o", help="The page to write.")] = Path("report.html"),
     also: Annotated[bool, Option(help="Also write Markdown, a CSV file of all runs, and pictures as PNG.")] = False,
 ) -> None:
-    """Write one page about runs: verdict, fronts, curves, what is skipped, tables, and how to reproduce it.
+    """Write one page about runs: verdict, fronts, curves, skipped sublayers, tables, and how to reproduce them.
 
     It needs no network, backbone, data or --import.
 
@@ -150,9 +146,9 @@ def _write_report(runs: list[Path], output: Path, also: bool = False) -> None:
 def tune(
     env: Annotated[str, Argument(help="Env id.")],
     algo: Annotated[str, Option(help="An agent that learns.")] = "ppo",
-    trials: Annotated[int, Option(min=1, help="In all, with those that the folder holds.")] = 20,
+    trials: Annotated[int, Option(min=1, help="Total, including trials that the folder already has.")] = 20,
     seeds: Annotated[int, Option(min=1, help="Runs per trial.")] = 1,
-    steps: Annotated[int, Option(min=1, help="Decisions that each run learns from.")] = 20_000,
+    steps: Annotated[int, Option(min=1, help="Decisions to learn from, per run.")] = 20_000,
     output: Annotated[Path | None, Option(help="Folder of the study [default: runs/tune/TASK-ALGO].")] = None,
     confidence: Confidence = 0.95,
     set_: Settings = [],
@@ -160,8 +156,8 @@ def tune(
 ) -> None:
     """Search an agent's settings with Optuna: quality kept on validation first, then fewer FLOPs.
 
-    It prints the best settings as options of sd-gym train. Settings given by --set are not searched. Given again, the
-    command goes on, also with more trials.
+    It prints the best settings as options of sd-gym train. Settings given by --set are not searched. Repeating the
+    command resumes the search, also with more trials.
 
     Example: `sd-gym tune SD/Classification-Mini-v0 --algo a2c --trials 30 --seeds 2`
     """
@@ -173,11 +169,11 @@ def tune(
         from sd_gym.agents.experiment.tune import tune as search
         from sd_gym.envs.config import read_yaml
 
-        def on_trial(tried: TrialResult) -> None:
-            progress.update(bar, completed=min(tried.number + 1, trials))
-            reached = tried.message if tried.score is None else f"{tried.score:.4f}"
-            shown = ", ".join(f"{key} {value}" for key, value in tried.settings.items())
-            terminal.say(f"trial {tried.number}: {shown}: {reached}")
+        def on_trial(trial: TrialResult) -> None:
+            progress.update(bar, completed=min(trial.number + 1, trials))
+            score = trial.message if trial.score is None else f"{trial.score:.4f}"
+            settings = ", ".join(f"{key} {value}" for key, value in trial.settings.items())
+            terminal.say(f"trial {trial.number}: {settings}: {score}")
 
         folder = output or Path("runs/tune") / default_folder(env, algo, 0).name.removesuffix("-0")
         file = search(

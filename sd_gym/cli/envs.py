@@ -1,4 +1,4 @@
-"""Commands about envs: what there is, and what becomes a table."""
+"""Commands for envs: list them, and make tables of them."""
 
 from __future__ import annotations
 
@@ -58,23 +58,22 @@ def tabulate(
     decisions: Annotated[
         list[str],
         Option(
-            help="all; or, repeatable, layers (all that skip whole ones), random:N, path (searched greedily), "
-            "codebook (the env's) and codebook:FILE "
-            "[default: all where they are at most 4,096, else random:64]."
+            help="all; or, repeatable: layers (all that skip whole layers), random:N, path (greedy search), codebook "
+            "(the env's), codebook:FILE [default: all if there are at most 4,096, otherwise random:64]."
         ),
     ] = [],
-    instances: Annotated[int | None, Option(min=1, help="Instances per split at most.")] = None,
+    instances: Annotated[int | None, Option(min=1, help="Largest number of instances per split.")] = None,
     seed: Annotated[int, Option(help="Of random:N.")] = 0,
-    pca: Annotated[int | None, Option(min=1, help="Principal components that observations are reduced to.")] = None,
+    pca: Annotated[int | None, Option(min=1, help="Reduce observations to this many principal components.")] = None,
     share: Annotated[bool, Option(help="Leave out the data's ids, words and paths.")] = False,
     bf16: Annotated[bool, Option(help="Compute in bfloat16, nearly twice as fast.")] = False,
-    references: Annotated[bool, Option(help="Compute its hull, full-information learner and oracle.")] = False,
-    resume: Annotated[bool, Option(help="Go on with a table that was cut off.")] = False,
+    references: Annotated[bool, Option(help="Also compute the hull, full-information learner and oracle.")] = False,
+    resume: Annotated[bool, Option(help="Resume a table that was interrupted.")] = False,
     jobs: Annotated[int, Option(min=1, help="Processes, of one thread each.")] = 1,
     set_: Settings = [],
     imports: Imports = [],
 ) -> None:
-    """Compute once what decisions do to every instance of an env; the env SD/Table-v0 looks it up in microseconds.
+    """Compute outcomes of decisions for every instance of an env; the env SD/Table-v0 looks them up in microseconds.
 
     Then train on the table: `sd-gym train SD/Table-v0 --set table=table`
 

@@ -1,4 +1,4 @@
-"""Commands about models: they are prepared, and run on files under a policy."""
+"""Commands for models: prepare them, and run them on files with a policy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Draw = Literal["even", "deeper", "staged", "layers"]
 def prepare(
     output: Annotated[Path, Option(help="Folder to write the prepared model to.")],
     backbone: Annotated[str | None, Option(help="Local folder or hub id of a supported model.")] = None,
-    policy: Annotated[Path | None, Option(help="Run folder: tune its backbone further, under its policy.")] = None,
+    policy: Annotated[Path | None, Option(help="Run folder: prepare its backbone further, under its policy.")] = None,
     env: Annotated[str, Option(help="Env with the task and data.")] = "SD/Classification-Custom-v0",
     dataset: Annotated[str | None, Option(help="The env's data set: a file, a folder, or a hub id.")] = None,
     rows: Annotated[
@@ -29,21 +29,23 @@ def prepare(
     ] = 0.6,
     steps: Annotated[int, Option(min=1, help="Optimiser steps.")] = 1500,
     batch_size: Annotated[int, Option(min=1)] = 32,
-    accumulate: Annotated[int, Option(min=1, help="Parts that a batch runs in, to need less memory.")] = 1,
+    accumulate: Annotated[int, Option(min=1, help="Parts to split a batch into, to save memory.")] = 1,
     learning_rate: Annotated[float, Option()] = 5e-5,
     max_rate: Annotated[float, Option(min=0, max=1, help="Highest skip rate; 0: plain fine-tuning.")] = 0.6,
     draw: Annotated[
         Draw,
         Option(
-            help="How decisions are drawn: at one rate per row (even), at one that grows with depth (deeper), as in "
-            "stages (staged: layers run up to a random one, after it half of the rows skip all), or whole layers, the "
-            "least important first, at a rate that rises (layers)."
+            help="How decisions are drawn: at one rate per row (even); at a rate that grows with depth (deeper); all "
+            "layers run up to a random one, then half of the rows skip all (staged); or whole layers, the least "
+            "important first, at a rising rate (layers)."
         ),
     ] = "even",
-    patience: Annotated[int | None, Option(min=1, help="Validations (of ten) without progress to end after.")] = None,
+    patience: Annotated[
+        int | None, Option(min=1, help="Stop after this many validations (of ten) without progress.")
+    ] = None,
     max_length: Annotated[int | None, Option(min=2, help="Longest input, in tokens [default: env's].")] = None,
-    resume: Annotated[bool, Option(help="Go on from the checkpoint of a preparation that was cut off.")] = False,
-    checkpoint_minutes: Annotated[float, Option(min=0, help="Minutes between two checkpoints.")] = 10,
+    resume: Annotated[bool, Option(help="Resume an interrupted preparation from its checkpoint.")] = False,
+    checkpoint_minutes: Annotated[float, Option(min=0, help="Minutes between checkpoints.")] = 10,
     seed: Annotated[int, Option()] = 0,
     set_: Settings = [],
     imports: Imports = [],
@@ -57,7 +59,7 @@ def prepare(
     Example: `sd-gym prepare --backbone ./minilm --dataset ./sst2 --output ./minilm-sst2 --steps 2000`
     """
     terminal.import_all(imports)
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher has started
+    first = os.environ.get("RANK", "0") == "0"  # only the first of several processes prints
     with terminal.errors_as_lines(), terminal.progress_bar(visible=first) as progress:
         bar = progress.add_task("loading", total=steps, figures="")
         latest: dict[str, float] = {}
@@ -122,23 +124,23 @@ def run(
         str, Argument(help="Run folder, saved or exported policy, or id of one on the Hugging Face hub.")
     ],
     source: Annotated[str, Option("--input", help=".jsonl, .csv or .parquet file; -: JSON lines from stdin.")],
-    output: Annotated[Path, Option(help="File of JSON lines to write, one per row, in the same order.")],
-    backbone: Annotated[str | None, Option(help="Where the backbone is [default: where it was].")] = None,
+    output: Annotated[Path, Option(help="JSON lines file to write, one line per row, in the same order.")],
+    backbone: Annotated[str | None, Option(help="Path of the backbone [default: that of the run].")] = None,
     max_loss: Annotated[float | None, Option(help="Fewest FLOPs within this loss of quality (0.005).")] = None,
     max_flops: Annotated[float | None, Option(help="Least skipping within this share of the FLOPs (0.4: 40%).")] = None,
     comparing: Annotated[bool, Option("--compare", help="Also run densely: time, agreement, and quality.")] = False,
-    resume: Annotated[bool, Option(help="Go on with a run that was cut off, from OUTPUT.part.")] = False,
-    device: Annotated[str, Option(help="Where the backbone runs: cpu, cuda, cuda:1.")] = "cpu",
-    batch_size: Annotated[int | None, Option(min=1, help="Rows that run together at most [default: auto].")] = None,
+    resume: Annotated[bool, Option(help="Resume an interrupted run from OUTPUT.part.")] = False,
+    device: Annotated[str, Option(help="Device of the backbone: cpu, cuda, cuda:1.")] = "cpu",
+    batch_size: Annotated[int | None, Option(min=1, help="Largest number of rows per batch [default: auto].")] = None,
     columns: Annotated[list[str], Option("--column", metavar="FIELD=COLUMN", help="Column of a field.")] = [],
     imports: Imports = [],
 ) -> None:
-    """Answer many inputs with a trained policy; rows of about the same length, or of the same decision, run together.
+    """Answer many inputs with a trained policy; rows of similar length, or with the same decision, run together.
 
     A row's object has its line, answer, skip (0 or 1 per switch), token_level, flops_ratio, unknown_tokens and went_on.
     A malformed line gets an "error" instead; the exit code is then 1. Blank lines are skipped.
 
-    Until all is done the answers are in the folder OUTPUT.part. --resume goes on from there, and refuses another
+    Until the run is finished, answers are in the folder OUTPUT.part. --resume continues there, and refuses another
     policy, operating point, column or input.
 
     Example: `sd-gym run runs/reviews --input reviews.jsonl --output labels.jsonl --column text=review`
@@ -151,7 +153,7 @@ def run(
         from sd_gym.inference.texts import load
 
         if str(output) == "-":
-            raise ValueError("--output: expected a file, not the standard output (-): a run can be resumed")
+            raise ValueError("--output: expected a file, not the standard output (-), so that the run can be resumed")
         file = None if source == "-" else Path(source)
         total = count_rows(file)
         if Path(policy, MANIFEST).is_file():
@@ -183,7 +185,7 @@ def run(
     for line in done.malformed[:3]:
         terminal.say(f"line {line.number}: {line.error}", "yellow")
     if done.malformed:
-        terminal.say(f"{len(done.malformed)} malformed lines; each has its error in the output", "yellow")
+        terminal.say(f"{len(done.malformed)} malformed lines; their errors are in the output", "yellow")
         if not done.rows:
             terminal.say("No line was answered; --column FIELD=COLUMN takes a field from another column", "yellow")
         raise typer.Exit(1)

@@ -1,10 +1,10 @@
-"""Commands about one run: it is trained, evaluated, reduced, played again."""
+"""Commands for one run: train, evaluate, reduce, export and validate it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer import Argument, Option
@@ -18,16 +18,16 @@ def train(
     algo: Annotated[
         str,
         Option(
-            help="ppo, a2c (the env's reward); ppo_lagrangian (a penalty that learns); ppo_lex, reinforce (quality "
-            "first); imitation (of a search); controls: hull, static, every-other, early-exit, confidence, cascade, "
-            "full-information, oracle, dense, random, hash; blind-NAME, which sees no input; or one of --import."
+            help="ppo, a2c (the env's reward); ppo_lagrangian (a learned penalty); ppo_lex, reinforce (quality first); "
+            "imitation (of a search); controls: hull, static, every-other, early-exit, confidence, cascade, "
+            "full-information, oracle, dense, random, hash; blind-NAME, without the input; or an agent of --import."
         ),
     ] = "ppo",
     steps: Annotated[int, Option(min=1, help="Decisions to learn from.")] = 50_000,
-    seed: Annotated[int, Option(help="Of the agent and of the instances drawn.")] = 0,
+    seed: Annotated[int, Option(help="Seed of the agent and of the drawn instances.")] = 0,
     output: Annotated[Path | None, Option(help="Run folder [default: runs/TASK-ALGO-SEED].")] = None,
     confidence: Confidence = 0.95,
-    resume: Annotated[bool, Option(help="Go on with a run that was cut off.")] = False,
+    resume: Annotated[bool, Option(help="Resume an interrupted run.")] = False,
     set_: Settings = [],
     imports: Imports = [],
 ) -> None:
@@ -45,7 +45,7 @@ def train(
 
             def on_progress(done: int, figures: dict[str, float]) -> None:
                 state, shown = "learning" if done < steps else "evaluating", terminal.figures_text(figures)
-                if not figures:  # a search has no given number of steps
+                if not figures:  # a search has no fixed number of steps
                     progress.tasks[0].total = None
                     state, shown = "searching", "decisions scored"
                 completed = min(done, steps) if figures else done
@@ -71,24 +71,22 @@ def train(
     terminal.print_result(f"{env}, {algo}, seed {seed}", result)
     if result["artefact"] is None:
         terminal.print_line(
-            "No artefact (skip_policy.json) was written: this policy needs its env, as it sees more than the env "
-            "observes, or its table has no export; sd-gym evaluate and compare take the run."
+            "No artefact (skip_policy.json) was written: this policy needs its env, because it uses more than the "
+            "observation, or its table has no export. sd-gym evaluate and compare accept the run."
         )
     terminal.print_line(f"Run folder: {folder}")
 
 
 def evaluate(
-    run: Annotated[Path, Argument(help="Run folder that sd-gym train wrote, or one of sd-gym export.")],
-    split: Annotated[str, Option(help="train, validation or test.")] = "test",
+    run: Annotated[Path, Argument(help="Folder written by sd-gym train or sd-gym export.")],
+    split: Annotated[Literal["train", "validation", "test"], Option()] = "test",
     output: Annotated[Path | None, Option(help="Folder for the result, its instances and its picture.")] = None,
     imports: Imports = [],
 ) -> None:
-    """Evaluate a run's policy again, or what was exported of it, on any split.
+    """Evaluate a run's policy, or its export, on any split.
 
     Example: `sd-gym evaluate runs/Classification-Mini-ppo-0 --split validation`
     """
-    if split not in ("train", "validation", "test"):
-        raise typer.BadParameter(f"expected train, validation or test, got {split!r}", param_hint="--split")
     terminal.import_all(imports)
     from sd_gym.agents.experiment.api import evaluate as run_evaluation
     from sd_gym.agents.runs.folder import read_description
@@ -97,27 +95,23 @@ def evaluate(
     with terminal.errors_as_lines(), terminal.status("evaluating"):
         if (run / MANIFEST).is_file():
             manifest = read_manifest(run)
-            description = {
-                **manifest["run"],
-                "env": manifest["env"]["id"],
-                "algo": f"{manifest['run']['algo']} in ONNX",
-            }
+            env, algo, seed = manifest["env"]["id"], f"{manifest['run']['algo']} in ONNX", manifest["run"].get("seed")
         else:
             description = read_description(run)
-        result = run_evaluation(description["env"], run, split, output)
-    title = [description[key] for key in ("env", "algo")]
-    terminal.print_result(f"{', '.join(title)}, seed {description.get('seed')}", result)
+            env, algo, seed = description["env"], description["algo"], description.get("seed")
+        result = run_evaluation(env, run, split, output)
+    terminal.print_result(f"{env}, {algo}, seed {seed}", result)
 
 
 def reduce(
     run: Annotated[Path, Argument(help="Run folder that sd-gym train wrote.")],
     output: Annotated[Path, Option(help="Run folder to write.")],
-    codebook: Annotated[int, Option(min=1, help="Different decisions at most (per stage).")] = 8,
+    codebook: Annotated[int, Option(min=1, help="Largest number of different decisions (per stage).")] = 8,
     imports: Imports = [],
 ) -> None:
-    """Let a run's policy choose among a few masks, so that more inputs share one and run together.
+    """Restrict a run's policy to a few masks, so that more inputs share a mask and run together.
 
-    The masks are those of its decisions that fit the training inputs best. Its operating point is selected again on the
+    The masks are those of its decisions that fit the training inputs best. The operating point is selected again on the
     validation split. The result is a new run, evaluated on the test split.
 
     Example: `sd-gym reduce runs/Summarization-Mini-ppo-0 --codebook 8 --output runs/reduced`

@@ -1,4 +1,4 @@
-"""What the commands share at the terminal: options, errors as lines, progress, and printing."""
+"""Options, error messages, progress and printing that the commands share."""
 
 from __future__ import annotations
 
@@ -20,25 +20,23 @@ from typer import Option
 
 from sd_gym.errors import quiet, short
 
-# What is printed is text: brackets and colons in names, paths and messages stand for themselves.
+# Without markup, so that brackets and colons in names, paths and messages are printed as they are.
 console = Console(markup=False, emoji=False)
 errors = Console(stderr=True, markup=False, emoji=False)
-FIRST_LINE, EVERY_LINE = 5.0, 60.0  # seconds, of plain lines where there is no terminal
+FIRST_LINE, EVERY_LINE = 5.0, 60.0  # seconds between plain lines without a terminal
 ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space on the disk"),
     **dict.fromkeys((errno.EACCES, errno.EPERM), "choose a folder that you may write to"),
     errno.EFBIG: "choose a disk that takes larger files",
     errno.EROFS: "choose a folder on a disk that can be written",
-    errno.ENOTDIR: "choose a folder: what was given is a file, or lies in one",
-    errno.EISDIR: "choose a file: what was given is a folder",
+    errno.ENOTDIR: "choose a folder; this is a file, or is inside a file",
+    errno.EISDIR: "choose a file; this is a folder",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 
 Imports = Annotated[
     list[str],
-    Option(
-        "--import", metavar="MODULE_OR_FILE", help="Import your module or .py file first, for the names it registers."
-    ),
+    Option("--import", metavar="MODULE_OR_FILE", help="Import your module or .py file first, for what it registers."),
 ]
 Settings = Annotated[
     list[str],
@@ -48,7 +46,7 @@ Settings = Annotated[
 ]
 Confidence = Annotated[
     float,
-    Option(min=0.5, max=0.9999, help="Of the guarantee that what is selected loses less than epsilon."),
+    Option(min=0.5, max=0.9999, help="Confidence of the guarantee that less than epsilon is lost."),
 ]
 
 
@@ -62,20 +60,20 @@ def import_all(names: list[str]) -> list[str]:
 
 @contextmanager
 def errors_as_lines() -> Iterator[None]:
-    """Errors that a user can mend become a line and the exit code 2."""
+    """Print errors that a user can fix as one line, with exit code 2."""
     threading.excepthook = _thread_failed
     try:
         yield
     except Exception as error:
-        mendable = isinstance(error, ValueError | OSError | FloatingPointError)
-        if not mendable and not type(error).__module__.startswith("gymnasium.error"):
+        fixable = isinstance(error, ValueError | OSError | FloatingPointError)
+        if not fixable and not type(error).__module__.startswith("gymnasium.error"):
             raise
         _print_error(error)
         raise typer.Exit(2) from None
 
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in its own thread; errors of the disk are printed there, too."""
+    """Print errors of the disk also in other threads, in which TensorBoard writes."""
     if isinstance(failure.exc_value, OSError):
         _print_error(failure.exc_value)
     else:
@@ -85,24 +83,24 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 def _print_error(error: BaseException) -> None:
     advice = ADVICE.get(getattr(error, "errno", None) or 0)
     message = " ".join(str(error).split()) + (f"; {advice}" if advice else "")
-    # Half a character, as a damaged file may hold, cannot be printed.
+    # Half a surrogate pair, as in a damaged file, cannot be printed.
     message = message.encode(errors="backslashreplace").decode()
     errors.print(Text.assemble((type(error).__name__, "bold red"), f": {message}"), soft_wrap=True)
 
 
 @contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """Warnings are printed as lines, at the end."""
-    with warnings.catch_warnings(record=True) as noted:
+    """Print warnings as lines, at the end."""
+    with warnings.catch_warnings(record=True) as recorded:
         try:
             yield
         finally:
-            for warning in noted:
+            for warning in recorded:
                 say(str(warning.message), "yellow")
 
 
 def settings_of(pairs: list[str], option: str = "--set") -> dict[str, Any]:
-    """``key=value`` pairs of an option as a dictionary, values read as YAML; ``ValueError`` names the option."""
+    """``key=value`` pairs of an option as a dictionary of YAML values; a ``ValueError`` names the option."""
     from sd_gym.envs.config import parse_yaml
 
     settings = {}
@@ -116,7 +114,7 @@ def settings_of(pairs: list[str], option: str = "--set") -> dict[str, Any]:
 
 @contextmanager
 def status(what: str) -> Iterator[None]:
-    """Show the activity: a spinner at a terminal, elsewhere a plain line now and then."""
+    """Show what is running: a spinner at a terminal, otherwise a plain line now and then."""
     quiet()
     _say_if_busy()
     begun = time.monotonic()
@@ -126,7 +124,7 @@ def status(what: str) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(visible: bool = True) -> Iterator[Progress]:
-    """Bars followed by ``figures``, if ``visible``; where there is no terminal, a plain line now and then instead."""
+    """Bars with ``figures``, if ``visible``; without a terminal, a plain line now and then."""
     quiet()
     if visible:
         _say_if_busy()
@@ -138,7 +136,7 @@ def progress_bar(visible: bool = True) -> Iterator[Progress]:
         TextColumn("{task.fields[figures]}", markup=False),
         console=errors,
         disable=not (visible and errors.is_terminal),
-        speed_estimate_period=600,  # seconds: where each step takes one, fewer would be no estimate
+        speed_estimate_period=600,  # seconds; a shorter period gives no estimate if each step takes a second
     )
     lines = _plain_lines(lambda: "; ".join(map(_task_line, progress.tasks))) if visible else nullcontext()
     with progress, lines:
@@ -147,15 +145,15 @@ def progress_bar(visible: bool = True) -> Iterator[Progress]:
 
 @contextmanager
 def _plain_lines(line: Callable[[], str]) -> Iterator[None]:
-    """Where there is no terminal, write what ``line`` returns now and then, from a thread of its own."""
+    """Without a terminal, write what ``line`` returns now and then, from a thread."""
     if errors.is_terminal:
         yield
         return
-    over = threading.Event()
+    ended = threading.Event()
 
     def write() -> None:
         seconds = FIRST_LINE
-        while not over.wait(seconds):
+        while not ended.wait(seconds):
             say(line())
             seconds = EVERY_LINE
 
@@ -164,17 +162,17 @@ def _plain_lines(line: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     finally:
-        over.set()
+        ended.set()
         thread.join()
 
 
 def figures_text(figures: dict[str, float]) -> str:
-    """The figures of a bar."""
+    """Figures as the text of a bar."""
     return "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
 
 
 def _task_line(task: Task) -> str:
-    """How far a task is, such as ``learning 2048 of 50000, quality 0.981, 0:03:10 left``."""
+    """Progress of a task, such as ``learning 2048 of 50000, quality 0.981, 0:03:10 left``."""
     steps = f"{task.completed:.0f}" if task.total is None else f"{task.completed:.0f} of {task.total:.0f}"
     left = "" if task.finished or task.time_remaining is None else f"{_duration(task.time_remaining)} left"
     return ", ".join(filter(None, [f"{task.description} {steps}", task.fields["figures"], left]))
@@ -185,23 +183,23 @@ def _duration(seconds: float) -> str:
 
 
 def _say_if_busy() -> None:
-    """Say that the machine is busy, which slows a command of several threads down many times over."""
+    """Warn if the machine is busy, which makes a command with several threads many times slower."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if cores > 1 and load > cores / 2 and os.environ.get("OMP_NUM_THREADS") != "1":
         say(
-            f"This machine is busy (load {load:.1f} on {cores} cores), and threads that wait for each other are many "
-            "times slower there: set OMP_NUM_THREADS=1, or stop what else runs",
+            f"This machine is busy (load {load:.1f} on {cores} cores), which makes several threads many times slower: "
+            "set OMP_NUM_THREADS=1, or stop other programs",
             "yellow",
         )
 
 
 def say(line: str, style: str | None = None) -> None:
-    """Print a line on the standard error, beside the results."""
+    """Print a line to standard error, apart from the results."""
     errors.print(line, style=style, highlight=False, soft_wrap=True)
 
 
 def print_line(line: str) -> None:
-    """Print a line of the results, which can be copied in one piece."""
+    """Print a line of the results without wrapping it, so that it can be copied."""
     console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -1,1 +1,1 @@
-"""What every package passes around: one instance, and a split of them as tensors."""
+"""Data that all packages share: an instance, and a split of instances as tensors."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Targets:
-    """The right answers; see the fields of ``Encoded``."""
+    """The reference answers; see the fields of ``Encoded``."""
 
     labels: Tensor
     target_length: NDArray
@@ -23,19 +23,19 @@ class Targets:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A whole split as padded tensors; batches are cut out of it.
+    """A whole split as padded tensors, from which batches are taken.
 
     Attributes:
         input_ids: int64 ``[n, longest source]``, padded at the right.
         source_length: int64 ``[n]``, tokens of each input.
         labels: ``[n, ...]``, in the form of the backbone's head.
         target_length: int64 ``[n]``, tokens of each target; 1 where nothing is generated.
-        source_cut: bool ``[n]``, whether the input was longer than the limit.
-        target_cut: bool ``[n]``, whether the target was. Where answers are extracted, whether all right ones stood in
-            what was cut off; then there is no label, the likelihood is 0, and training ignores it.
-        token_type_ids: int64 ``[n, longest source]`` for sentence pairs, else ``None``.
-        context_mask: bool ``[n, longest source]`` where answers are extracted, else ``None``: where they may stand.
-        offsets: int32 ``[n, longest source, 2]`` where answers are extracted: characters of each token.
+        source_cut: bool ``[n]``, whether the input was longer than the limit and was truncated.
+        target_cut: bool ``[n]``, whether the target was truncated. For extracted answers: whether all right answers
+            were in the truncated part; then there is no label, the likelihood is 0, and training ignores the instance.
+        token_type_ids: int64 ``[n, longest source]`` for sentence pairs, otherwise ``None``.
+        context_mask: bool ``[n, longest source]`` for extracted answers: which tokens they may contain.
+        offsets: int32 ``[n, longest source, 2]`` for extracted answers: start and end character of each token.
     """
 
     input_ids: Tensor
@@ -53,7 +53,7 @@ class Encoded:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many instances there are, and how many of their inputs and targets were cut."""
+        """Numbers of instances, and of truncated inputs and targets."""
         return {
             "instances": len(self),
             "cut_inputs": int(self.source_cut.sum()),
@@ -61,7 +61,7 @@ class Encoded:
         }
 
     def inputs(self, indices: NDArray, device: torch.device, *, padding_side: str = "right") -> dict[str, Tensor]:
-        """The model's inputs of some instances, cut to the longest of them, on ``device``."""
+        """The model's inputs ``[m, length]`` of some instances on ``device``; padded to the longest of them."""
         rows = torch.from_numpy(np.asarray(indices))
         length = torch.from_numpy(self.source_length[indices])[:, None]
         longest = int(length.max())
@@ -75,11 +75,11 @@ class Encoded:
         return {key: value.to(device) for key, value in inputs.items()}
 
     def part(self, indices: NDArray) -> Encoded:
-        """Some instances alone, ``[m]``."""
+        """The instances with these indices, ``[m]``."""
         return replace(self, **{name: value[indices] for name, value in vars(self).items() if value is not None})
 
 
 def left_padded(values: Tensor, length: Tensor) -> Tensor:
-    """``values [n, longest]``, padded at the right, with the padding at the left; ``length`` is ``[n, 1]``."""
+    """Move the padding of ``values [n, longest]`` from the right to the left; ``length`` is ``[n, 1]``."""
     longest = values.shape[1]
     return values.gather(1, (torch.arange(longest) - longest + length) % longest)

@@ -12,15 +12,14 @@ class Instance:
     Attributes:
         id: Unique within its data set, stable between runs (``"test-17"``).
         source: The text that the backbone reads.
-        target: The reference: a text that the backbone shall generate, a class index or word, or a score (regression).
-        difficulty: How hard the instance is, 1 (trivial) and up; 0 where it is not known.
+        target: The reference: a text to generate, a class index or word, or a score (regression).
+        difficulty: Difficulty of the instance, from 1 (trivial); 0 if unknown.
         source_pair: The second sentence of a sentence pair.
         protected: Parts of ``source``, as (start, end) in characters, whose tokens are never dropped: a question, or
             the word that names the task.
-        more_targets: Other texts that are as right as ``target``.
-        answer_spans: Where the right answers stand in ``source_pair``, as (start, end) in characters; empty where the
-            data do not say.
-        origin: Where it comes from, for messages: a file and line; empty where it was generated.
+        more_targets: Other correct texts.
+        answer_spans: Right answers in ``source_pair``, as (start, end) in characters; empty if unknown.
+        origin: File and line, for messages; empty for a generated instance.
     """
 
     id: str
@@ -35,10 +34,10 @@ class Instance:
 
     @property
     def place(self) -> str:
-        """What messages call it."""
+        """Origin or id, for messages."""
         return f"{self.origin} ({self.id})" if self.origin else f"instance {self.id}"
 
     @property
     def references(self) -> tuple[str, ...]:
-        """All texts that are right; none where a question has no answer."""
+        """All correct texts; empty if a question has no answer."""
         return (str(self.target), *self.more_targets) if self.target != "" else ()

@@ -1,6 +1,6 @@
-"""One batched core and its shells: ``gymnasium.Env``, ``gymnasium.vector.VectorEnv``, Stable-Baselines3 ``VecEnv``.
+"""One batched core as ``gymnasium.Env``, ``gymnasium.vector.VectorEnv`` and Stable-Baselines3 ``VecEnv``.
 
-Nothing here imports torch: an env of a table does without.
+This module does not import torch, which an env of a table does not need.
 """
 
 from sd_gym.config import ConfigError, EnvConfig

@@ -1,4 +1,4 @@
-"""How agents say their decisions: action spaces, the masks of a codebook, and what each step of an episode decides."""
+"""Action spaces, the masks of a codebook, and which components of a decision each step of an episode makes."""
 
 from __future__ import annotations
 
@@ -13,28 +13,34 @@ from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+from numpy.typing import NDArray as Array
 
 from sd_gym.config import ConfigError, EnvConfig
 from sd_gym.errors import short
 from sd_gym.registration import CONFIG_FOLDER
 
-Array = NDArray
-
 
 class Actions(ABC):
-    """How an agent says its decisions; ``nvec``: how many choices each component of an action has, int64."""
+    """An action space, and how its actions become decisions.
 
-    are_decisions: ClassVar[bool] = False  # whether the core takes an action as it is
+    Attributes:
+        space: The action space.
+        nvec: Number of choices of each component of an action, int64.
+        meaning: What an action is, in words, for error messages.
+    """
+
+    are_decisions: ClassVar[bool] = False  # whether an action is a decision already
 
     def __init__(self, space: gym.Space, nvec: ArrayLike, meaning: str) -> None:
         self.space, self.meaning = space, meaning
         self.nvec = np.array(nvec, dtype=np.int64)
 
     def decisions(self, actions: Any, n: int) -> Array:
-        """The decisions, int64 ``[n, switches + 1]``, that ``n`` actions, whole numbers of any type, stand for.
+        """The decisions, int64 ``[n, switches + 1]``, of ``n`` actions, which are whole numbers of any type.
 
-        Raises ``ValueError`` if the actions' shape, type or a value is wrong.
+        Raises:
+            ValueError: If the actions' shape, type or a value is wrong.
         """
         array, shape = as_array(actions), (n, *(self.space.shape or ()))
         if array.shape != shape:
@@ -57,11 +63,11 @@ class Actions(ABC):
 
     @abstractmethod
     def _decided(self, actions: Array) -> Array:
-        """The decisions of actions that were checked."""
+        """The decisions of checked actions."""
 
 
 class MultiDiscreteActions(Actions):
-    """The decision as it is: a choice for each switch (1 = skip), the last one for the tokens."""
+    """The decision itself: a choice per switch (1 = skip), and the token level last."""
 
     are_decisions = True
 
@@ -74,7 +80,7 @@ class MultiDiscreteActions(Actions):
 
 
 class MultiBinaryActions(Actions):
-    """A bit for each switch (1 = skip), where there is nothing to choose about the tokens."""
+    """A bit per switch (1 = skip), where there is one token level."""
 
     def __init__(self, config: EnvConfig, nvec: Array) -> None:
         super().__init__(gym.spaces.MultiBinary(len(nvec) - 1), nvec[:-1], f"{len(nvec) - 1} switches, 1 = skip")
@@ -86,7 +92,9 @@ class MultiBinaryActions(Actions):
 class DiscreteActions(Actions):
     """The number of a mask in the config's codebook.
 
-    Raises ``FileNotFoundError`` if there is no such codebook, ``ConfigError`` if none is named or its masks do not fit.
+    Raises:
+        FileNotFoundError: If the codebook does not exist.
+        ConfigError: If the config names no codebook, or its masks do not fit.
     """
 
     def __init__(self, config: EnvConfig, nvec: Array) -> None:
@@ -119,14 +127,14 @@ class MaskActions(Actions):
 
 
 def as_array(actions: Any) -> Array:
-    """Actions, which may be a tensor on any device, as a NumPy array; raises ``ValueError`` if they are no array."""
-    torch = sys.modules.get("torch")  # who has a tensor has imported it
+    """Actions, which may be a tensor on any device, as a NumPy array; ``ValueError`` if they cannot be converted."""
+    torch = sys.modules.get("torch")  # a caller with a tensor has imported it
     if torch is not None and isinstance(actions, torch.Tensor):
         actions = actions.detach().cpu()
         return (actions.float() if actions.is_floating_point() else actions).numpy()
     try:
         return np.asarray(actions)
-    except Exception as error:  # of lists of different lengths, of objects that say they were arrays
+    except Exception as error:  # such as lists of different lengths, or a broken __array__
         raise ValueError(f"actions must be an array of integers, got {short(actions)}") from error
 
 
@@ -134,7 +142,7 @@ ACTIONS = {"multi_discrete": MultiDiscreteActions, "multi_binary": MultiBinaryAc
 
 
 def codebook_file(name: str) -> Path:
-    """The file of a codebook: of the package, a path, or in a run's folder; raises ``FileNotFoundError`` for none."""
+    """The file of a codebook: in the package, at a path, or in a run's folder; else ``FileNotFoundError``."""
     bundled, path = CONFIG_FOLDER / name, Path(name)
     file = bundled if bundled.is_file() else path / "codebook.json" if path.is_dir() else path
     if not file.is_file():
@@ -145,13 +153,13 @@ def codebook_file(name: str) -> Path:
 
 
 def read_masks(file: Path, nvec: Array) -> Array:
-    """Masks of a JSON file, int64 ``[masks, switches + 1]``; raises ``ValueError`` if they are none, or do not fit."""
+    """The masks in a JSON file, int64 ``[masks, switches + 1]``; ``ValueError`` if they are malformed or do not fit."""
     try:
         masks = np.array(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise ValueError(f"{file} is no list of masks of one length: {error}") from error
+        raise ValueError(f"{file}: expected a list of masks of one length: {error}") from error
     if masks.ndim != 2 or masks.dtype.kind != "i":
-        raise ValueError(f"{file} is no list of masks, such as [[0, 0, 0], [1, 0, 0]]")
+        raise ValueError(f"{file}: expected a list of masks, such as [[0, 0, 0], [1, 0, 0]]")
     if masks.shape[1] != len(nvec):
         raise ValueError(
             f"the masks in {file} have {masks.shape[1]} components, expected {len(nvec)}: one for each of "
@@ -166,30 +174,37 @@ def read_masks(file: Path, nvec: Array) -> Array:
 
 
 def write_masks(masks: Array, file: Path) -> None:
-    """Write masks ``[masks, switches + 1]`` as JSON, one a line."""
+    """Write masks ``[masks, switches + 1]`` as JSON, one per line."""
     lines = ",\n".join(json.dumps(mask) for mask in np.asarray(masks).tolist())
     file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def all_decisions(nvec: Array) -> Array:
-    """All there are, in the order of their numbers, the dense one first: int64 ``[prod(nvec), components]``."""
+    """All decisions in lexicographic order, the dense one first: int64 ``[prod(nvec), components]``."""
     return np.array(list(product(*map(range, nvec))), dtype=np.int64)
 
 
 def number_of_decisions(nvec: Array) -> int:
-    """How many there are."""
+    """How many decisions there are."""
     return math.prod(int(size) for size in nvec)
 
 
 class Steps:
-    """Which components of a decision each step of an episode makes, and where in an action they stand.
+    """Which components of a decision each step of an episode makes, and their places in an action.
 
-    All steps have the same action space, that of the largest. Where a step has fewer components the rest is passed
-    over, and of fewer choices the last one is taken; both are masked.
-    ``components`` are for each stage those that it decides, ``places`` where in an action they stand; ``choices`` are
-    sizes of an action's components, ``masks`` which of them each stage has, bool ``[stages, sum(choices)]``.
-    ``is_whole``: whether an action is the whole decision, as one step makes all components, in their order.
-    ``answers``: whether the last step is that of the stage ``answer``.
+    All steps have the same action space, that of the largest step. Components that a step does not have are ignored.
+    A choice that a component does not have counts as its last choice. Both are masked.
+
+    Args:
+        components: For each stage, the components that it decides.
+        places: For each stage, their places in an action.
+        nvec: Sizes of a decision's components.
+        answers: Whether the last step is the stage ``answer``.
+
+    Attributes:
+        choices: Sizes of an action's components.
+        masks: Which choices each stage has, bool ``[stages, sum(choices)]``.
+        is_whole: Whether an action is the whole decision: one step makes all components, in order.
     """
 
     def __init__(
@@ -205,12 +220,12 @@ class Steps:
         self.masks = np.stack([np.concatenate(allowed) for allowed in has])
 
     def take(self, stage: int, decisions: Array, choices: Array) -> None:
-        """Write what a stage decides, of ``choices``, into ``decisions``; both ``[n, components of a decision]``."""
+        """Copy the components of a stage from ``choices`` to ``decisions``; both ``[n, components]``."""
         components = self.components[stage]
         decisions[:, components] = choices[:, components]
 
     def spread(self, stage: Array, choices: Array) -> Array:
-        """What actions say at the components that their stages decide, int64 ``[n, components]``; zeros elsewhere."""
+        """Actions as decisions, int64 ``[n, components]``: zeros where the ``stage [n]`` of a row decides nothing."""
         if self.is_whole:
             return choices
         spread = np.zeros((len(choices), len(self._nvec)), dtype=np.int64)
@@ -221,35 +236,32 @@ class Steps:
         return spread
 
     def spread_seen(self, observations: Any, choices: Array) -> Array:
-        """The same, of actions on observations; of several stages these begin with the stage, one-hot."""
+        """``spread`` with the stages read from observations, which begin with the stage, one-hot."""
         if self.is_whole:
             return choices
-        shown = observations["stage"] if isinstance(observations, dict) else observations
-        return self.spread(shown[:, : len(self.components)].argmax(axis=1), choices)
+        flat = observations["stage"] if isinstance(observations, dict) else observations
+        return self.spread(flat[:, : len(self.components)].argmax(axis=1), choices)
 
     def ends(self, stage: int) -> Array:
-        """A decision, int64 ``[components]``, that skips as much as can be after a stage, and nothing before.
-
-        The answer is accepted.
-        """
+        """The decision, int64 ``[components]``, that skips all after a stage, nothing before; it accepts the answer."""
         ends = np.zeros(len(self._nvec), dtype=np.int64)
         for components in self.components[stage + 1 : len(self.components) - self._answers]:
             ends[components] = self._nvec[components] - 1
         return ends
 
     def of_logits(self) -> tuple[Array | None, int]:
-        """Where in a decision's logits an action's choices stand at each stage, int64 ``[stages, sum(choices)]``.
+        """Places of an action's choices in a decision's logits, int64 ``[stages, sum(choices)]``, and their number N.
 
-        ``None`` if an action is the whole decision. And how many logits a decision has, ``N``: ``N`` stands for a
-        choice that is certain, since the stage has not this component, and ``N + 1`` for one that is never made.
+        The places are ``None`` if an action is the whole decision. Place N is a choice that is certain, since the stage
+        does not have this component; place N + 1 is a choice that is never made.
         """
         ends = np.cumsum(self._nvec)
         certain, never = int(ends[-1]), int(ends[-1]) + 1
         own = np.split(np.arange(certain), ends[:-1])
-        found = []
+        places_in_logits = []
         for components, places in zip(self.components, self._places, strict=True):
             rows = [np.array([certain] + [never] * (size - 1)) for size in self.choices.tolist()]
             for component, place in zip(components, places, strict=True):
                 rows[place] = np.append(own[component], np.full(self.choices[place] - self._nvec[component], never))
-            found.append(np.concatenate(rows))
-        return None if self.is_whole else np.array(found, dtype=np.int64), certain
+            places_in_logits.append(np.concatenate(rows))
+        return None if self.is_whole else np.array(places_in_logits, dtype=np.int64), certain

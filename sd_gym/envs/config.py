@@ -1,9 +1,9 @@
-"""Reading and checking the configuration of an env: one YAML file per env, each key can be overridden."""
+"""Read and check the configuration of an env: a YAML file whose keys can be overridden."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from sd_gym.errors import one_line, short
 from sd_gym.objectives import Objective
 from sd_gym.registration import CONFIG_FOLDER
 
-# What can be chosen of an env that takes its outcomes from a table; all else is as it was when the table was made. Of
-# several stages the first one alone may be left.
+# What can be chosen for an env of a table; all other keys are as in the original env. For ``stages``, all that can be
+# chosen is ["first"].
 TABLE_KEYS = ("split", "stages", *(key for key in KEYS if key.startswith("reward.") and key != "reward.dense"))
-EXTENDS = "extends"  # the key of a YAML file that names another one, whose keys hold where it says nothing
+EXTENDS = "extends"  # the key of a YAML file that names another one, which has the values of missing keys
 
 
 def make_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
-    """Check the values of a configuration, however its keys are spelled; raises ``ConfigError``."""
+    """Check the values of a configuration, in any spelling of the keys; raises ``ConfigError``."""
     values = dotted(values, origin)
     if ("table" in values and "task" not in values) or values.get("table") is not None:
         return _table_config(values, origin)
@@ -33,13 +33,13 @@ def make_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
                 f"{origin}: {example!r} has no value; pass it, as in "
                 f"gym.make({values.get('id', 'ID')!r}, dataset='reviews.jsonl', backbone='my-model')"
             )
-    from sd_gym.execution.config import checked_config  # for which torch is imported; an env of a table needs none
+    from sd_gym.execution.config import checked_config  # imports torch, which an env of a table does not need
 
     return checked_config(values, origin)
 
 
 def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
-    """The configuration of the env that a table is of, but for ``TABLE_KEYS``; ``None`` is as the table has it."""
+    """The configuration of the original env, except for ``TABLE_KEYS``; ``None`` is as in the original env."""
     if values.get("table") is None:
         raise ConfigError(
             f"{origin}: 'table' has no value; pass the folder of one, as in gym.make({values.get('id', 'ID')!r}, "
@@ -47,17 +47,17 @@ def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
         )
     if not isinstance(values["table"], str | Path):
         raise ConfigError(f"{origin}: config key 'table': expected the folder of a table; got {short(values['table'])}")
-    was = dotted(read_description(table_folder(values["table"]))["env_config"], f"the table {values['table']}")
+    original = dotted(read_description(table_folder(values["table"]))["env_config"], f"the table {values['table']}")
     given = {key: value for key, value in values.items() if value is not None}
-    config = stored_config({**was, **given}, origin)
-    before = dotted(stored_config({**was, "id": config.id, "table": config.table}, origin).model_dump())
+    config = stored_config({**original, **given}, origin)
+    before = dotted(stored_config({**original, "id": config.id, "table": config.table}, origin).model_dump())
     for key, value in dotted(config.model_dump()).items():
         at_once = key == "stages" and list(value) == ["first"]
         if value != before[key] and not at_once and (key == "stages" or key not in TABLE_KEYS):
             raise ConfigError(
-                f"{origin}: config key {key!r}: the table {config.table} is of {short(before[key])}, got "
-                f"{short(value)}; of a table only {', '.join(TABLE_KEYS)} can be chosen, for anything else make "
-                "another one (sd-gym tabulate)"
+                f"{origin}: config key {key!r}: the table {config.table} was made with {short(before[key])}, got "
+                f"{short(value)}; only {', '.join(TABLE_KEYS)} can be chosen for a table. For anything else make "
+                "another table (sd-gym tabulate)"
             )
     try:
         Objective(config.reward)
@@ -69,17 +69,20 @@ def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
 def load_config(file: str | Path, overrides: Mapping[str, Any]) -> EnvConfig:
     """The configuration of a YAML file with some keys overridden.
 
-    The file's own ``dataset``, ``backbone``, ``codebook`` and ``table`` may be paths from where it lies: what begins
-    with a dot, or is there.
-    Raises ``FileNotFoundError``, or ``ConfigError`` if a key or value is wrong.
+    The file's own ``dataset``, ``backbone``, ``codebook`` and ``table`` may be paths relative to the file, if they
+    begin with a dot or exist there.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ConfigError: If a key or value is wrong.
     """
     file = Path(file)
     values = located_values(file)
     origin = str(values.get("id", file))
     if overrides.get("table") is not None and "table" not in values:
         raise ConfigError(
-            f"{origin}: config key 'table': this env computes what decisions do; it is the env SD/Table-v0 that takes "
-            "the folder of a table"
+            f"{origin}: config key 'table': this env computes outcomes and takes no table; for a folder with a table, "
+            "use SD/Table-v0"
         )
     return make_config({**values, **dotted(overrides, origin)}, origin)
 
@@ -93,29 +96,27 @@ def located_values(file: Path) -> dict[str, Any]:
     return values
 
 
-def read_values(file: Path) -> dict[str, Any]:
-    """The values of a YAML file by dotted key, not yet checked, on top of those of the file that it ``extends``.
+def read_values(file: Path, extending: Sequence[Path] = ()) -> dict[str, Any]:
+    """The unchecked values of a YAML file by dotted key, merged into those of the file that it ``extends``.
 
-    That file may extend another one. It is named without a folder: it is in the same folder, or in the package.
-    Raises ``FileNotFoundError``, or ``ConfigError`` of a file that is damaged, or extends none or itself.
+    That file may extend another one. It is a name without a folder: a file in the same folder, or in the package.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ConfigError: If a file is malformed, or extends a missing file or itself.
     """
-    values: dict[str, Any] = {}
-    chain: list[Path] = []
-    next_file: Path | None = file
-    while next_file is not None:
-        chain.append(next_file)
-        own = read_yaml(next_file)
-        next_file = _base_file(chain, own.pop(EXTENDS)) if EXTENDS in own else None
-        values = {**dotted(own, str(own.get("id", chain[-1]))), **values}
-    return values
+    own = read_yaml(file)
+    chain = [*extending, file]  # the files that extend each other
+    base = read_values(_base_file(chain, own.pop(EXTENDS)), chain) if EXTENDS in own else {}
+    return {**base, **dotted(own, str(own.get("id", file)))}
 
 
 def _base_file(chain: list[Path], name: Any) -> Path:
-    """The file that the last one of a chain extends."""
+    """The file that the last file of a chain extends."""
     file = chain[-1]
     if not isinstance(name, str) or Path(name).name != name:
         raise ConfigError(
-            f"{file}: {EXTENDS!r} takes the name of a YAML file, as classification_mini.yaml; got {short(name)}"
+            f"{file}: {EXTENDS!r}: expected the name of a YAML file, as classification_mini.yaml; got {short(name)}"
         )
     candidates = [file.parent / name, CONFIG_FOLDER / name]
     base = next((path for path in candidates if path.is_file()), None)
@@ -123,14 +124,12 @@ def _base_file(chain: list[Path], name: Any) -> Path:
         raise ConfigError(f"{file} extends {name!r}, which is neither in {file.parent} nor in the package")
     if base in chain:
         circle = " -> ".join(path.name for path in [*chain, base])
-        raise ConfigError(
-            f"{chain[0]}: the files extend each other in a circle ({circle}); end it with one that does not"
-        )
+        raise ConfigError(f"{chain[0]}: the files extend each other in a circle ({circle}); remove one 'extends'")
     return base
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """What a YAML file of keys and values says; raises ``FileNotFoundError``, or ``ConfigError`` if it is no such."""
+    """The mapping in a YAML file; raises ``FileNotFoundError``, or ``ConfigError`` if it is malformed."""
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -143,7 +142,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads plain values, 1e-3 among them as a number, and no aliases: a few lines of them make a value of any size."""
+    """Reads 1e-3 as a number, and refuses aliases: a few lines of them can make a value of any size."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -154,15 +153,15 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-# YAML 1.1, as PyYAML reads it, takes 1e-3 for a word: its numbers have a dot.
+# PyYAML follows YAML 1.1, where 1e-3 is a string, as it has no dot.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """What a YAML text says; raises ``ConfigError`` if it is no YAML, or has aliases (``*name``)."""
+    """The value of a YAML text; raises ``ConfigError`` if it is not YAML, or has aliases (``*name``)."""
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # numbers and dates raise the second
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: malformed numbers and dates
         raise ConfigError(f"{origin}: not YAML ({one_line(error)})") from error

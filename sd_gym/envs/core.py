@@ -10,27 +10,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 from torch import Tensor
 
 from sd_gym.backbones import load_backbone
 from sd_gym.backbones.load import BUNDLED
 from sd_gym.config import ConfigError, EnvConfig
-from sd_gym.envs.actions import ACTIONS, MultiDiscreteActions, Steps
+from sd_gym.envs.actions import ACTIONS, Steps
 from sd_gym.envs.export import Export
-from sd_gym.envs.protocols import Core, Observations, Outcome
+from sd_gym.envs.protocols import Core, Observations
 from sd_gym.envs.spaces import Observation, Pooled, Tokens
-from sd_gym.envs.staged import BackboneFirstLook, StageObservation
+from sd_gym.envs.staged import BackboneFirstObservation, StageObservation
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.going_on import ANSWER, answering, stages_of_pass
 from sd_gym.policy.artefact import tokenizer_hash
 from sd_gym.policy.protected_tokens import ProtectedTokens
 from sd_gym.registration import OBSERVATIONS
-from sd_gym.switch import PassState
 from sd_gym.tasks.ranking import RANKINGS
 from sd_gym.tasks.splits import Splits
-
-Array = NDArray
 
 
 class BackboneCore(Core[BackboneSplit]):
@@ -57,17 +54,16 @@ class BackboneCore(Core[BackboneSplit]):
         if answers and not self.backbone.head.judgement:
             raise ConfigError(
                 f"{config.id}: config key 'stages': at the stage {ANSWER} the head judges its answer, but the backbone "
-                f"{config.backbone.name!r} gives a score, of which it has no probability; leave {ANSWER} out"
+                f"{config.backbone.name!r} predicts a score, which has no probability; leave {ANSWER} out"
             )
-        nothing = slice(len(board), len(board))
         self.stages = [*decided_at, *[ANSWER] * answers]
-        self.columns = [*decided_at.values(), *[nothing] * answers]
+        self.columns = [*decided_at.values(), *[slice(len(board), len(board))] * answers]
         if config.observation == "tokens" and "first" not in self.stages:
             raise ConfigError(
-                f"{config.id}: config key 'stages': observation tokens is seen at the stage first; got {self.stages}"
+                f"{config.id}: config key 'stages': observation tokens needs the stage first; got {self.stages}"
             )
         self.switch_names = board.names
-        # A switch has 2 choices; 1, to run, where its kind is not among the candidates. The tokens come last.
+        # A switch has 2 choices, or 1 (to run) if its kind is not among the candidates. The token level is last.
         choices = [1 + (switch.sublayer.kind in config.candidates) for switch in board.switches]
         mask = [*choices, len(tokens.shares)]
         self.decision_nvec = np.array(mask, dtype=np.int64)
@@ -76,27 +72,26 @@ class BackboneCore(Core[BackboneSplit]):
         self.highest_flops_ratio = 1.0 + answers + bool(self._ranking and self._ranking.costs_flops)
         self.steps = self._steps()
         self.actions = ACTIONS[config.action](config, self.steps.choices)
-        self._decided = MultiDiscreteActions(config, self.nvec)
         self.observation: Observation = OBSERVATIONS.find(config.observation)(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of an env, in this process or another, shares the core of its configuration."""
+        """A copy is the shared core of the same configuration, in this process or another."""
         return backbone_core, (self.config,)
 
     @property
     def sees_confidence(self) -> bool:
-        """Whether the head has a probability of the whole answer before it gives it."""
+        """Whether the head gives the probability of the answer together with the answer."""
         return self.backbone.head.confidence is not None
 
     @property
     def can_exit(self) -> bool:
-        """Whether the head can judge what any layer gives."""
+        """Whether the head can judge the output of any layer."""
         return self.backbone.can_exit
 
     def _steps(self) -> Steps:
-        """Each stage decides its switches, the first of an action; at ``first`` the tokens too, which come last.
+        """Each stage decides its switches, which are first in an action; ``first`` also the token level, which is last.
 
-        At ``answer`` the first component of an action says whether to go on.
+        At ``answer`` the first component of an action is whether to go on.
         """
         level, goes_on = len(self.decision_nvec) - 1, len(self.decision_nvec)
         widest = max(columns.stop - columns.start for columns in self.columns)
@@ -111,12 +106,12 @@ class BackboneCore(Core[BackboneSplit]):
         return Steps(components, places, self.nvec, answers=self.has_answer_stage)
 
     @cached_property
-    def stage_observation(self) -> StageObservation | BackboneFirstLook:
-        """What is seen at the stages."""
-        return StageObservation(self, self.columns) if self.is_staged else BackboneFirstLook(self)
+    def stage_observation(self) -> StageObservation | BackboneFirstObservation:
+        """The observations at the stages."""
+        return StageObservation(self, self.columns) if self.is_staged else BackboneFirstObservation(self)
 
     def to_masks(self, decisions: Array) -> Array:
-        """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``: all but whether a row goes on."""
+        """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``: without going on."""
         return np.array(decisions[:, : len(self.decision_nvec)], dtype=np.int64)
 
     def from_masks(self, masks: Array) -> Array:
@@ -124,33 +119,31 @@ class BackboneCore(Core[BackboneSplit]):
         return np.pad(np.array(masks, dtype=np.int64), ((0, 0), (0, int(self.has_answer_stage))))
 
     def split(self, name: str) -> BackboneSplit:
-        """A split by name, loaded when first asked for."""
+        """A split by name, loaded on first use."""
         if name not in self._splits:
             self._splits[name] = BackboneSplit(self.config, name, self.data)
         return self._splits[name]
 
     def scores(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What is known of each split (``Scoring.scores``), by its name."""
+        """The cached scores of each split (``Scoring.scores``), by its name."""
         return {name: split.scoring.scores() for name, split in self._splits.items()}
 
     def load_scores(self, scores: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Know these scores and no others.
+        """Replace the cached scores.
 
-        A likelihood differs in its last bits with the batch that it is computed in, so what a run has scored before
-        belongs to the run: it neither takes over what another one in this process has scored, nor scores again what it
-        had before it was cut off.
+        The last bits of a likelihood depend on the batch that it is computed in. So a run keeps its own scores when it
+        is resumed, and does not share those of another run in the same process.
         """
         for name in {*self._splits, *scores}:
             self.split(name).scoring.load_scores(scores.get(name))
 
     def export(self) -> Export | None:
-        """What a policy takes along when it leaves this env.
+        """What a policy needs outside of this env.
 
-        ``None`` where it cannot: its observation is one of the user's own, or its tokens are ranked at random, which is
-        a control, or in a way of the user's own.
+        ``None`` if it cannot leave it: observation or token ranking are a user's own, or tokens are ranked at random.
         """
-        config, backbone, ranking, looks = self.config, self.backbone, self._ranking, self.observation
-        if not isinstance(looks, Pooled | Tokens) or (ranking is not None and not ranking.is_exported):
+        config, backbone, ranking, observation = self.config, self.backbone, self._ranking, self.observation
+        if not isinstance(observation, Pooled | Tokens) or (ranking is not None and not ranking.is_exported):
             return None
         train, name = self.split("train"), config.backbone.name
         described = {
@@ -162,21 +155,23 @@ class BackboneCore(Core[BackboneSplit]):
             "tokenizer": tokenizer_hash(backbone.tokenizer),
             "token_types": train.encoded.token_type_ids is not None,
         }
-        context = train.encoded.context_mask if self.has_answer_stage else None  # which spans alone have
+        context = train.encoded.context_mask if self.has_answer_stage else None  # spans alone have a context
         stages = self.stage_observation
-        staged = isinstance(stages, StageObservation)
-        standard = stages if staged else looks
+        is_staged = isinstance(stages, StageObservation)
+        statistics = stages if is_staged else observation
         return Export(
             config,
             described,
-            standard.mean,
-            standard.deviation,
+            statistics.mean,
+            statistics.deviation,
             rarity=train.rarity if ranking is not None and ranking.needs_rarity else None,
-            protection=None if ranking is None else _told_from(train, train.tokens.droppable),
-            of_tokens=(looks.mean, looks.deviation) if staged and isinstance(looks, Tokens) else None,
+            protection=None if ranking is None else _rule(train, train.tokens.droppable),
+            of_tokens=(observation.mean, observation.deviation)
+            if is_staged and isinstance(observation, Tokens)
+            else None,
             ranking_costs_flops=ranking is not None and ranking.costs_flops,
-            # But for the first token, which stands for no answer.
-            context=None if context is None else _told_from(train, np.pad(context.numpy()[:, 1:], ((0, 0), (1, 0)))),
+            # Without the first token, which stands for no answer.
+            context=None if context is None else _rule(train, np.pad(context.numpy()[:, 1:], ((0, 0), (1, 0)))),
         )
 
     def decided_logits(
@@ -184,9 +179,8 @@ class BackboneCore(Core[BackboneSplit]):
     ) -> Iterator[tuple[Array, Tensor, Tensor]]:
         """Observe rows, decide on them and run them: positions in ``rows``, logits and labels of each forward pass.
 
-        A single row is decided on in its pass, where the observation is made of the first layer's input and no other
-        look at the input is needed to rank tokens. Of several stages all rows are, in one pass that is stopped at
-        each.
+        A single row is decided on during its pass, if observation and token ranking need the first layer's input alone.
+        With several stages all rows are decided on in one pass, which stops at each stage.
         """
         of_hidden, ranking = self.stage_observation.of_hidden, self._ranking
         if len(rows) == 1 and of_hidden is not None and not (ranking is not None and ranking.costs_flops):
@@ -195,35 +189,29 @@ class BackboneCore(Core[BackboneSplit]):
                 *split.passes.logits_of_one(rows[0], lambda hidden, mask: decide(of_hidden(hidden, mask))),
             )
             return
-        decisions, seen = self.rollout(split, rows, decide)
+        decisions, state = self.rollout(split, rows, decide)
         decisions = answering(decisions, len(self.decision_nvec))
-        if seen is None:
+        if state is None:
             yield from split.passes.logits(rows, decisions)
         else:
-            yield np.arange(len(rows)), *split.passes.resumed(seen, rows, decisions)
-
-    def score(self, split: BackboneSplit, rows: Array, decisions: Array, seen: PassState | None = None) -> Outcome:
-        """What comes of one decision an instance, by one batched run of the backbone; see ``Core.score``."""
-        decisions = self._decided.decisions(decisions, len(rows))
-        quality, quality_ref = split.scoring.quality(rows, decisions, seen)
-        return Outcome(quality, quality_ref, split.costs.flops_ratio(rows, decisions))
+            yield np.arange(len(rows)), *split.passes.resumed(state, rows, decisions)
 
 
 def backbone_core(config: EnvConfig) -> BackboneCore:
-    """The core of a configuration without a ``table``; made anew where its observation's name is of another class."""
+    """The core of a configuration without a ``table``; a new one if another class has its observation's name."""
     return core_of(config, OBSERVATIONS.find(config.observation))
 
 
 @lru_cache(maxsize=8)
 def core_of(config: EnvConfig, observation: type) -> BackboneCore:
-    """As ``backbone_core``, by the observation's class."""
+    """The cached core of a configuration and the class of its observation."""
     return BackboneCore(config)
 
 
-def _told_from(train: BackboneSplit, tokens: Array) -> ProtectedTokens | None:
-    """The rule that tells ``tokens``, bool ``[n, longest]``."""
+def _rule(train: BackboneSplit, tokens: Array) -> ProtectedTokens | None:
+    """The rule that gives ``tokens``, bool ``[n, longest]``."""
     tokenizer = train.backbone.tokenizer
-    added = tokenizer("", "").input_ids  # what is put around texts and between them
+    added = tokenizer("", "").input_ids  # tokens around texts and between them
     separator = added[-1] if added else None
     special, encoded = sorted({*tokenizer.all_special_ids, *added}), train.encoded
     return ProtectedTokens.find(encoded.input_ids, encoded.source_length, tokens, special, separator)
@@ -233,5 +221,5 @@ def _shared_split(config: EnvConfig, name: str) -> BackboneSplit:
     return backbone_core(config).split(name)
 
 
-# A split is never copied, as its core is not.
+# A copy of a split is the shared split, as of its core.
 copyreg.pickle(BackboneSplit, lambda split: (_shared_split, (split.config, split.name)))

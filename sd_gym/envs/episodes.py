@@ -1,4 +1,4 @@
-"""Episodes of one or more steps: how far each of a batch has come, what it sees, decides, earns and tells."""
+"""A batch of episodes of one or more steps: stages, observations, decisions, rewards and infos."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector.utils import create_empty_array
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 
 from sd_gym.envs.protocols import Core, Observations, Outcome, Split
 from sd_gym.envs.spaces import put
@@ -18,14 +18,15 @@ if TYPE_CHECKING:  # an env of a table needs no torch
     from sd_gym.execution.split import BackboneSplit
     from sd_gym.switch import PassState
 
-Array = NDArray
-
 
 class Episodes:
     """A batch of episodes, each of one instance: a step is a stage, which decides the switches up to the next one.
 
-    ``rows`` says which instance of the split each has, ``stage`` at which stage it is (after the last one it is over),
-    int64 ``[n]``; what is not decided yet is 0 in ``decisions``: it runs; ``paid`` was given for savings.
+    Attributes:
+        rows: The instance of each in the split, int64 ``[n]``.
+        stage: The stage of each, int64 ``[n]``; after the last one it is over.
+        decisions: Int64 ``[n, components]``; 0, to run, where nothing is decided yet.
+        paid: The rewards given so far for savings, float64 ``[n]``.
     """
 
     def __init__(self, core: Core, n: int, info_text: bool = False) -> None:
@@ -37,12 +38,12 @@ class Episodes:
 
     @property
     def is_begun(self) -> bool:
-        """Whether there was a first reset."""
+        """Whether the first reset is done."""
         return self._split is not None
 
     @property
     def split(self) -> Split:
-        """Where the instances are; raises ``gymnasium.error.ResetNeeded`` before the first reset."""
+        """The split of the instances; raises ``gymnasium.error.ResetNeeded`` before the first reset."""
         if self._split is None:
             raise gym.error.ResetNeeded("call reset() before the first step()")
         return self._split
@@ -53,30 +54,29 @@ class Episodes:
 
     @property
     def texts(self) -> BackboneSplit:
-        """The split, which has texts."""
-        return cast("BackboneSplit", self.split)  # where texts are asked for, check_shown has refused those of tables
+        """The split, which has texts: ``check_shown`` has refused tables."""
+        return cast("BackboneSplit", self.split)
 
     @property
     def over(self) -> Array:
-        """Which are over, bool ``[n]``."""
+        """Which episodes are over, bool ``[n]``."""
         return self.stage == len(self.core.stages)
 
     def begin(self, envs: Array, rows: Array) -> None:
-        """Begin some anew, on these instances."""
+        """Start new episodes of some envs, on these instances."""
         self.rows[envs] = rows
         self.stage[envs], self.decisions[envs], self.paid[envs] = 0, 0, 0
 
     def decide(self, envs: Array, choices: Array) -> None:
-        """Decide, in some, the stage that each is at.
+        """Decide the current stage of some envs.
 
-        Of ``choices int64 [all episodes, components]`` those that a stage does not have are passed over.
+        ``choices`` are int64 ``[all episodes, components]``; components that a stage does not have are ignored.
         """
-        decided = self.core.steps.spread(self.stage[envs], choices[envs])
-        self.decisions[envs] += decided  # what a stage decides is 0 before it
+        self.decisions[envs] += self.core.steps.spread(self.stage[envs], choices[envs])  # 0 until then
         self.stage[envs] += 1
 
     def results(self, envs: Array) -> tuple[dict[str, Array], Array]:
-        """The step infos and the rewards of some that have just decided: all of them are over, or none is.
+        """The step infos and the rewards of some envs that have just decided: all of them are over, or none.
 
         Rewards are float64 ``[n]``, by the objective; or float32 ``[n, 2]``: quality and minus the FLOPs ratio.
         """
@@ -89,7 +89,7 @@ class Episodes:
             saved = 1 - self.split.costs.flops_ratio(self.rows[envs], decisions)
             rewards, self.paid[envs] = saved - self.paid[envs], saved
             return self.infos(envs), rewards
-        outcome = self.core.score(self.split, self.rows[envs], decisions, self._last_look(envs))
+        outcome = self.core.score(self.split, self.rows[envs], decisions, self._pass_state(envs))
         if reward.vector:
             rewards = np.stack([outcome.quality, -outcome.flops_ratio], axis=1).astype(np.float32)
         else:
@@ -101,9 +101,9 @@ class Episodes:
         return np.zeros((n, 2), dtype=np.float32) if self.core.config.reward.vector else np.zeros(n)
 
     def infos(self, envs: Array, outcome: Outcome | None = None) -> dict[str, Array]:
-        """The documented infos of some, one array of ``n`` values a key: see ``SwitchableEnv``.
+        """The infos of some envs, one array of ``n`` values per key: see ``SwitchableEnv``.
 
-        Without the outcome of those that are over, what only it tells is zeros.
+        Without the outcome, which only ended episodes have, its values are zeros.
         """
         split, rows = self.split, self.rows[envs]
         known = outcome or Outcome(*np.zeros((3, len(rows))))
@@ -121,7 +121,6 @@ class Episodes:
         return infos | self._text_infos(rows) if self.info_text else infos
 
     def _text_infos(self, rows: Array) -> dict[str, Array]:
-        """The texts of instances."""
         split = self.texts
         instances = [split.instances[row] for row in rows]
         texts: dict[str, list[str | None]] = {
@@ -133,48 +132,48 @@ class Episodes:
         return {key: objects(values) for key, values in texts.items()}
 
     def observe(self) -> Observations:
-        """What is seen of each, in new arrays; of those that are over, what was decided on last."""
+        """The observation of each, in new arrays; of an ended episode, its last one."""
         return self.core.observe(self.split, self.rows)
 
     def masks(self) -> Array:
-        """Which choices of each component each may make, bool ``[n, choices]``, as sb3-contrib has them."""
+        """Allowed choices of each component, bool ``[n, choices]``, as in sb3-contrib."""
         return self.core.action_masks[np.minimum(self.stage, len(self.core.stages) - 1)]
 
     def state(self) -> dict[str, Any]:
-        """How far all have come, as plain values."""
+        """The state of all episodes, as plain values."""
         return {"stage": self.stage.tolist(), "decisions": self.decisions.tolist(), "paid": self.paid.tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state`` gave."""
+        """Restore what ``state`` returned."""
         self.stage, self.decisions = np.array(state["stage"]), np.array(state["decisions"])
         self.paid = np.array(state["paid"])
 
-    def _last_look(self, envs: Array) -> PassState | None:
-        """What a pass of these has seen, from which it goes on; ``None``: nothing has run."""
+    def _pass_state(self, envs: Array) -> PassState | None:
+        """The state of the pass of these envs at their last stage; ``None``: nothing has run."""
         return None
 
 
 class StagedEpisodes(Episodes):
-    """Episodes that look in the middle of the pass: what they have seen is remembered, as it took a part of it."""
+    """Episodes with stages in the middle of the pass; observations are cached, as each takes a part of the pass."""
 
     def __init__(self, core: Core, n: int, info_text: bool = False) -> None:
         super().__init__(core, n, info_text)
-        self._seen: PassState | None = None  # of all, where all are at the same stage
-        self._known = np.zeros(n, dtype=np.bool_)
+        self._state: PassState | None = None  # of all, where all are at the same stage
+        self._known = np.zeros(n, dtype=np.bool_)  # whose observation is up to date
         self._observed: Any = create_empty_array(core.observation_space, n)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_seen": None}  # it is computed again
+        return {**vars(self), "_state": None}  # it is computed again
 
     def begin(self, envs: Array, rows: Array) -> None:
-        """Begin some anew, on these instances."""
+        """See ``Episodes.begin``."""
         super().begin(envs, rows)
-        self._known[envs], self._seen = False, None
+        self._known[envs], self._state = False, None
 
     def decide(self, envs: Array, choices: Array) -> None:
-        """Decide, in some, the stage that each is at; see ``Episodes.decide``."""
+        """See ``Episodes.decide``."""
         super().decide(envs, choices)
-        self._known[envs] = self.over[envs]  # what was decided on last is still to be seen
+        self._known[envs] = self.over[envs]  # an ended episode keeps its last observation
 
     def infos(self, envs: Array, outcome: Outcome | None = None) -> dict[str, Array]:
         """With the ``action_mask`` of each, and with an answer stage ``goes_on``; see ``Episodes.infos``."""
@@ -184,39 +183,41 @@ class StagedEpisodes(Episodes):
         return infos
 
     def observe(self) -> Observations:
-        """What is seen of each at its stage, in new arrays; of those that are over, what was decided on last."""
+        """See ``Episodes.observe``."""
         stage = np.minimum(self.stage, len(self.core.stages) - 1)
         for number in np.unique(stage[~self._known]):
             at = np.flatnonzero(~self._known & (stage == number))
             together = len(at) == len(self.rows)
-            observed, seen = self.core.stage_observation.observe(
-                self.split,
-                self.rows[at],
-                int(number),
-                self.decisions[at],
-                self._seen_before(number) if together else None,
+            before = self._state_before(number) if together else None
+            observed, state = self.core.stage_observation.observe(
+                self.split, self.rows[at], int(number), self.decisions[at], before
             )
             put(self._observed, at, observed)
-            self._seen = seen if together else None
+            self._state = state if together else None
         self._known[:] = True
         return copy.deepcopy(self._observed)
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state`` gave."""
+        """See ``Episodes.load_state``."""
         super().load_state(state)
-        self._known[:], self._seen = False, None
+        self._known[:], self._state = False, None
 
-    def _last_look(self, envs: Array) -> PassState | None:
-        return self._seen if len(envs) == len(self.stage) else None
+    def _pass_state(self, envs: Array) -> PassState | None:
+        return self._state if len(envs) == len(self.stage) else None
 
-    def _seen_before(self, number: int) -> PassState | None:
-        """What all have shown at the stage before, if that is what is known."""
+    def _state_before(self, number: int) -> PassState | None:
+        """The state of the pass at the stage before, if it is cached."""
         before = self.core.stages[number - 1] if number else None
-        return self._seen if self._seen is not None and self._seen.stage == before else None
+        return self._state if self._state is not None and self._state.stage == before else None
 
 
-def objects(values: list[Any]) -> NDArray:
-    """An array whose elements are these."""
+def episodes_of(core: Core, n: int, info_text: bool) -> Episodes:
+    """A batch of ``n`` episodes of a core, before the first reset."""
+    return (StagedEpisodes if core.is_staged else Episodes)(core, n, info_text)
+
+
+def objects(values: list[Any]) -> Array:
+    """An array of dtype object, ``[n]``."""
     array = np.empty(len(values), dtype=object)
     array[:] = values
     return array

@@ -1,4 +1,4 @@
-"""What both shells take and show: config files, reset options, pictures."""
+"""Shared helpers of the single and the vector env: config files, reset options, infos and pictures."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _SCALARS = (np.float64, np.int64, np.bool_)
 
 
 def check_shown(render_mode: str | None, info_text: bool, modes: Sequence[str]) -> None:
-    """Raise ``ValueError`` for a mode that there is not; without any mode there are no texts either.
+    """Raise ``ValueError`` for an unknown render mode, or for texts where there are no modes.
 
-    Then it is a ``TypeError`` too: ``make_vec_env`` of Stable-Baselines3 asks for ``rgb_array`` and, on that, does not.
+    The latter is a ``TypeError`` too: then ``make_vec_env`` of Stable-Baselines3 tries again without ``rgb_array``.
     """
     if not modes and (render_mode is not None or info_text):
         asked = "info_text" if render_mode is None else f"render_mode={render_mode!r}"
@@ -31,7 +31,7 @@ def check_shown(render_mode: str | None, info_text: bool, modes: Sequence[str]) 
 
 
 def checked_options(options: dict[str, Any] | None) -> dict[str, Any]:
-    """The options of a reset; ``None`` stands for none. Raises ``TypeError`` if they are not a dictionary."""
+    """The options of a reset, empty for ``None``; raises ``TypeError`` if they are not a dictionary."""
     if options is None:
         return {}
     if not isinstance(options, Mapping):
@@ -40,7 +40,7 @@ def checked_options(options: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, NDArray | None]:
-    """The split that a reset with these options starts on, and the rows ``[n]``; ``None``: they are to be drawn.
+    """The split that a reset with these options starts on, and its rows ``[n]``; ``None``: they are drawn.
 
     ``{"split": name}`` and ``{"instance": id}`` (a list of ids for a vector env) choose what to decide on. Raises
     ``TypeError`` if the options are not a dictionary, ``ValueError`` if an option or its value is unknown.
@@ -58,15 +58,15 @@ def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, N
     wanted = options["instance"]
     ids = [wanted] * n if isinstance(wanted, str) else list(wanted)
     if len(ids) != n:
-        raise ValueError(f"expected {n} instance ids, one an env, got {len(ids)}")
+        raise ValueError(f"expected {n} instance ids, one per env, got {len(ids)}")
     for identity in ids:
         if identity not in split.number_of:
-            raise ValueError(f"no instance {identity!r} in the {name} split; ids run from {split.instances[0].id!r} on")
+            raise ValueError(f"no instance {identity!r} in the {name} split; its first id is {split.instances[0].id!r}")
     return split, np.array([split.number_of[identity] for identity in ids])
 
 
 def info_of_one(infos: dict[str, NDArray]) -> dict[str, Any]:
-    """The info of a single env: the first row of each array, numbers as Python's own."""
+    """The info of a single env: the first row of each array, with Python numbers."""
     return {key: values[0].item() if values[0].__class__ in _SCALARS else values[0] for key, values in infos.items()}
 
 
@@ -78,6 +78,6 @@ def read_config(config_file: str, overrides: dict[str, Any]) -> EnvConfig:
 
 def pictures(core: Core, shown: Shown, render_mode: str) -> list[Any]:
     """What each env shows: lines of text for ``ansi``, else arrays."""
-    from sd_gym.envs.picture import as_image  # what draws is imported when something is drawn
+    from sd_gym.envs.picture import as_image  # imported here, as most envs never draw
 
     return [as_lines(scene) if render_mode == "ansi" else as_image(scene) for scene in scenes(core, shown)]

@@ -91,10 +91,10 @@ def instances(env_id: str, split: str = "test", **settings: Any) -> list[dict[st
         settings: Overrides of the env's config, as for ``gym.make``.
 
     Returns:
-        One dictionary an instance: ``id`` (as ``reset(options={"instance": id})`` takes it), ``row`` (where it stands
-        in the data, counted from 1: ``reviews.jsonl, row 9``), ``text`` (of question answering: the question),
-        ``text_pair`` (the context, or the second sentence; ``None`` where there is none), ``label`` (the reference: a
-        text, a class or a score), ``level`` (of difficulty, 1 and up; 0: the data do not say).
+        One dictionary per instance: ``id`` (for ``reset(options={"instance": id})``), ``row`` (its place in the data,
+        counted from 1: ``reviews.jsonl, row 9``), ``text`` (in question answering, the question), ``text_pair`` (the
+        context or the second sentence, or ``None``), ``label`` (the reference: a text, a class or a score), ``level``
+        (of difficulty, 1 and up; 0 if unknown).
 
     Raises:
         ValueError: If the id, the split or a setting is unknown.
@@ -109,16 +109,16 @@ def instances(env_id: str, split: str = "test", **settings: Any) -> list[dict[st
         raise ValueError(f"unknown split {split!r}; expected train, validation or test")
     config = load_config(config_of(env_id), settings)
     if config.table is not None:
-        raise ValueError(f"{config.table}: a table has none of the texts; list the instances of the env that it is of")
-    found = Splits.of_env(config)[split]
+        raise ValueError(f"{config.table}: a table has no texts; list the instances of the original env")
+    rows = Splits.of_env(config)[split]
     return [
         {
             "id": instance.id,
-            "row": f"{found.file}, row {row + 1}",
+            "row": f"{rows.file}, row {row + 1}",
             "text": instance.source,
             "text_pair": instance.source_pair,
             "label": instance.target,
             "level": instance.difficulty,
         }
-        for row, instance in zip(found.rows, found, strict=True)
+        for row, instance in zip(rows.rows, rows, strict=True)
     ]

@@ -1,14 +1,14 @@
-"""A picture of one decision, of one size for all, that a stranger to the env understands.
+"""A picture of one decision: always of one size, and readable without knowledge of the env.
 
-Colours are of the palette of Okabe and Ito (2008), which the colour-blind tell apart; what was skipped is also hatched.
+The colours are from the palette of Okabe and Ito (2008), for colour-blind readers; skipped cells are also hatched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,26 +17,17 @@ from PIL import Image, ImageDraw, ImageFont
 from sd_gym.envs.render import LETTERS, NOTHING, Result, Scene, level_of, quality_of, reward_of
 from sd_gym.tasks.marked_text import CUT, DROPPED, READ, MarkedText
 
-WIDTH, HEIGHT = 960, 720  # even, as video codecs want
+WIDTH, HEIGHT = 960, 720  # even, as video codecs require
 MARGIN = 24
-LABELS = 190  # width of what stands in front of the switches' cells
-CELL, LARGEST_CELL, GAP = 22, 48, 2  # height, largest width, between two
-LEAST_FOR_LETTER = 12  # width of a cell
-LARGEST_TEXT, SMALLEST_TEXT = 18, 11
-MOST_CHARACTERS, LONGEST_WORD = 4000, 60  # of a text that are laid out at all
+LABELS = 190  # width of the labels to the left of the cells
+CELL, LARGEST_CELL, GAP = 22, 48, 2  # height, largest width, distance between cells
+LEAST_FOR_LETTER = 12  # width of a cell that has a letter
+LARGEST_TEXT, SMALLEST_TEXT, LINE_HEIGHT = 18, 11, 1.25
+MOST_CHARACTERS, LONGEST_WORD = 4000, 60  # longer texts are cut, longer words are broken
 INK, FAINT, LINE, PAPER = (33, 33, 33), (117, 117, 117), (189, 189, 189), (255, 255, 255)
 RAN, SKIPPED, HATCH, LOST = (0, 114, 178), (236, 236, 236), (158, 158, 158), (213, 94, 0)
-COLOURS = {READ: INK, DROPPED: HATCH, CUT: HATCH}
 
-Box = tuple[int, int, int, int]
-
-
-class Fragment(NamedTuple):
-    """A piece of a word on a line: where it begins, what it is and what became of it."""
-
-    left: float
-    text: str
-    mark: int
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 def as_image(scene: Scene) -> NDArray:
@@ -48,9 +39,12 @@ def as_image(scene: Scene) -> NDArray:
     _figures(draw, scene.result, top)
     top -= 108
     _answers(draw, scene, top)
-    top -= _switches_height(scene) + 16
-    _switches(image, scene, top)
-    _texts(draw, scene, (MARGIN, 70, WIDTH - MARGIN, top - 16))
+    stacks = _stacks(scene)
+    rows = sum(len(kinds) for kinds in stacks.values()) + (len(scene.token_shares) > 1)
+    top -= 50 + 18 * len(stacks) + rows * (CELL + GAP)
+    _switches(image, scene, stacks, top)
+    _heading(draw, 70, "Input", _notes(scene))
+    _paragraphs(draw, scene.texts, (MARGIN, 94, WIDTH - MARGIN, top - 16))
     return np.asarray(image).copy()
 
 
@@ -75,25 +69,8 @@ def _heading(draw: ImageDraw.ImageDraw, top: int, text: str, rest: str = "") -> 
     draw.text((MARGIN + font(14, bold=True).getlength(f"{text}  "), top), rest, FAINT, font(14))
 
 
-def _texts(draw: ImageDraw.ImageDraw, scene: Scene, box: Box) -> None:
-    """What the backbone was given, as large as it fits."""
-    left, top, right, bottom = box
-    _heading(draw, top, "Input", _of_input(scene))
-    top += 24
-    size, lines = _sized(scene.texts, right - left, lambda size: (bottom - top) // round(size * 1.35))
-    step = round(size * 1.35)
-    room = (bottom - top) // step
-    for line in lines[:room]:
-        _draw_line(draw, line, left, top, size)
-        top += step
-    if len(lines) > room:
-        rest = " … and more, which does not fit here "
-        place = (right - font(size).getlength(rest), top - step)
-        draw.rectangle((*place, right, top), PAPER)
-        draw.text(place, rest, FAINT, font(size))
-
-
-def _of_input(scene: Scene) -> str:
+def _notes(scene: Scene) -> str:
+    """What the marks of the input mean."""
     share = scene.token_shares[0 if scene.result is None else scene.result.decision[-1]]
     notes = [f"{share:.0%} of the tokens dropped (struck through)"] if share else []
     if any((text.marks == CUT).any() for text in scene.texts):
@@ -101,51 +78,51 @@ def _of_input(scene: Scene) -> str:
     return ", ".join(notes)
 
 
-def _sized(texts: list[MarkedText], width: int, room: Callable[[int], int]) -> tuple[int, list[list[Fragment]]]:
-    """The largest size at which texts fit, or else the smallest, and their lines; ``room`` has so many lines."""
+def _paragraphs(
+    draw: ImageDraw.ImageDraw, texts: Sequence[MarkedText], box: Box, colour: tuple[int, int, int] = INK
+) -> None:
+    """Texts in a box, in the largest size at which they fit; in the smallest size, what does not fit is cut."""
+    left, top, right, bottom = box
     size = LARGEST_TEXT
-    while True:
-        lines = [line for text in texts for line in _laid_out(text, font(size), width)]
-        if len(lines) <= room(size) or size == SMALLEST_TEXT:
-            return size, lines
+    lines = _wrapped(texts, font(size), right - left)
+    while len(lines) > (bottom - top) // round(size * LINE_HEIGHT) and size > SMALLEST_TEXT:
         size -= 1
+        lines = _wrapped(texts, font(size), right - left)
+    face, step = font(size), round(size * LINE_HEIGHT)
+    room = (bottom - top) // step
+    for number, line in enumerate(lines[:room]):
+        _marked_line(draw, line, left, top + number * step, size, colour)
+    if len(lines) > room:
+        place = right - face.getlength(" … "), top + (room - 1) * step
+        draw.rectangle((*place, right, top + room * step), PAPER)
+        draw.text(place, " … ", FAINT, face)
 
 
-def _laid_out(text: MarkedText, face: ImageFont.FreeTypeFont, width: int) -> list[list[Fragment]]:
-    """Lines of a text, wrapped between words."""
-    lines, line, left = [], [], 0.0
-    space = face.getlength(" ")
-    for word in _words(text):
-        length = sum(face.getlength(piece) for piece, _ in word)
-        if line and left + length > width:
-            lines.append(line)
-            line, left = [], 0.0
-        for piece, mark in word:
-            line.append(Fragment(left, piece, mark))
-            left += face.getlength(piece)
-        left += space
-    return [*lines, line]
+def _wrapped(texts: Sequence[MarkedText], face: ImageFont.FreeTypeFont, width: int) -> list[MarkedText]:
+    """The lines of texts, wrapped between words."""
+    lines = []
+    for text, marks in texts:
+        plain = re.sub(r"\s", " ", text[:MOST_CHARACTERS])
+        start = end = 0
+        for word in re.finditer(rf"\S{{1,{LONGEST_WORD}}}", plain):
+            if end > start and face.getlength(plain[start : word.end()]) > width:
+                lines.append(MarkedText(plain[start:end], marks[start:end]))
+                start = word.start()
+            end = word.end()
+        lines.append(MarkedText(plain[start:end], marks[start:end]))
+    return lines
 
 
-def _words(text: MarkedText) -> list[list[tuple[str, int]]]:
-    """The words of a text, each in pieces of one mark; a very long one in several words."""
-    words: list[list[tuple[str, int]]] = [[]]
-    for piece, mark in MarkedText(text.text[:MOST_CHARACTERS], text.marks[:MOST_CHARACTERS]).runs():
-        first, *others = "".join(" " if character.isspace() else character for character in piece).split(" ")
-        for number, part in enumerate([first, *others]):
-            if number:
-                words.append([])
-            words[-1] += [(part[i : i + LONGEST_WORD], mark) for i in range(0, len(part), LONGEST_WORD)]
-    return [word for word in words if word]
-
-
-def _draw_line(draw: ImageDraw.ImageDraw, line: list[Fragment], left: int, top: int, size: int) -> None:
-    for offset, text, mark in line:
-        place = left + offset
-        draw.text((place, top), text, COLOURS[mark], font(size))
+def _marked_line(
+    draw: ImageDraw.ImageDraw, line: MarkedText, left: float, top: int, size: int, colour: tuple[int, int, int]
+) -> None:
+    for piece, mark in line.runs():
+        right = left + font(size).getlength(piece)
+        draw.text((left, top), piece, colour if mark == READ else HATCH, font(size))
         if mark == DROPPED:
             middle = top + round(size * 0.65)
-            draw.line((place, middle, place + font(size).getlength(text), middle), LOST, 2)
+            draw.line((left, middle, right, middle), LOST, 2)
+        left = right
 
 
 def _stacks(scene: Scene) -> dict[str, dict[str, dict[int, int]]]:
@@ -157,21 +134,15 @@ def _stacks(scene: Scene) -> dict[str, dict[str, dict[int, int]]]:
     return stacks
 
 
-def _switches_height(scene: Scene) -> int:
-    stacks = _stacks(scene)
-    rows = sum(len(kinds) for kinds in stacks.values()) + (len(scene.token_shares) > 1)
-    return 28 + 18 * len(stacks) + rows * (CELL + GAP) + 6
-
-
-def _switches(image: Image.Image, scene: Scene, top: int) -> None:
-    """A cell a switch: a column a layer, a row a kind, one stack below the other; then the token levels."""
+def _switches(image: Image.Image, scene: Scene, stacks: dict[str, dict[str, dict[int, int]]], top: int) -> None:
+    """A cell per switch: a column per layer, a row per kind, the stacks one below the other; then the token levels."""
     draw = ImageDraw.Draw(image)
     _heading(draw, top, "What ran")
     _legend(image, top)
     top += 28
     left = MARGIN + LABELS
     skip = None if scene.result is None else scene.skip
-    for stack, kinds in _stacks(scene).items():
+    for stack, kinds in stacks.items():
         layers = 1 + max(max(numbers) for numbers in kinds.values())
         width = min(LARGEST_CELL, (WIDTH - MARGIN - left) // layers)
         every = 1 + int(font(11).getlength(f"{layers} ")) // width  # so that numbers do not touch
@@ -190,7 +161,7 @@ def _switches(image: Image.Image, scene: Scene, top: int) -> None:
 
 
 def _cell(image: Image.Image, box: Box, letter: str, skipped: bool | None) -> None:
-    """What ran is filled and has its letter, what was skipped is hatched, what is not decided yet is an outline."""
+    """A cell: filled with a letter if it ran, hatched if it was skipped, an outline if not decided yet (``None``)."""
     draw = ImageDraw.Draw(image)
     left, top, right, bottom = box
     if skipped:
@@ -222,7 +193,7 @@ def _legend(image: Image.Image, top: int) -> None:
 
 
 def _token_levels(draw: ImageDraw.ImageDraw, scene: Scene, top: int) -> None:
-    """The shares of tokens that may be dropped, the one that was decided filled."""
+    """A cell for each share of tokens that can be dropped; the decided one is filled."""
     draw.text((MARGIN, top + 2), "tokens dropped", INK, font(14))
     left = MARGIN + LABELS
     for level, share in enumerate(scene.token_shares):
@@ -235,29 +206,14 @@ def _token_levels(draw: ImageDraw.ImageDraw, scene: Scene, top: int) -> None:
 
 
 def _answers(draw: ImageDraw.ImageDraw, scene: Scene, top: int) -> None:
-    """The answer under the decision above the right one."""
+    """The answer under the decision, and the right answer below it."""
     result = scene.result
-    answer = "no decision yet" if result is None else result.answer or NOTHING
-    for label, text, colour in (
-        ("Answer", answer, FAINT if result is None else INK),
-        ("Right answer", scene.reference or NOTHING, INK),
-    ):
+    answer = ("no decision yet", FAINT) if result is None else (result.answer or NOTHING, INK)
+    for label, (text, colour) in (("Answer", answer), ("Right answer", (scene.reference or NOTHING, INK))):
         _heading(draw, top, label)
-        _fitted(draw, text, (MARGIN + LABELS, top - 2, WIDTH - MARGIN, top + 42), colour)
+        marked = MarkedText(text, np.full(len(text), READ, dtype=np.int8))
+        _paragraphs(draw, [marked], (MARGIN + LABELS, top - 2, WIDTH - MARGIN, top + 42), colour)
         top += 50
-
-
-def _fitted(draw: ImageDraw.ImageDraw, text: str, box: Box, colour: tuple[int, int, int]) -> None:
-    """A text in a box, smaller where it is long."""
-    left, top, right, bottom = box
-    marked = MarkedText(text, np.full(len(text), READ, dtype=np.int8))
-    size, fragments = _sized([marked], right - left, lambda size: int((bottom - top) // (size * 1.2)))
-    lines = [" ".join(fragment.text for fragment in line) for line in fragments]
-    room = int((bottom - top) // (size * 1.2))
-    if len(lines) > room:
-        lines = [*lines[: room - 1], f"{lines[room - 1][:-2]} …"]
-    for number, line in enumerate(lines):
-        draw.text((left, top + number * size * 1.2), line, colour, font(size))
 
 
 def _figures(draw: ImageDraw.ImageDraw, result: Result | None, top: int) -> None:
@@ -266,18 +222,15 @@ def _figures(draw: ImageDraw.ImageDraw, result: Result | None, top: int) -> None
     left, right = MARGIN + LABELS, WIDTH - MARGIN
     _heading(draw, top + 3, "FLOPs")
     draw.rectangle((left, top, right, top + 24), SKIPPED)
-    share, colour = "no decision yet", FAINT
-    if result is not None:
-        draw.rectangle((left, top, left + round((right - left) * min(1.0, result.flops_ratio)), top + 24), RAN)
-        share, colour = f"{result.flops_ratio:.1%} of the dense backbone's", INK
-    draw.text((left, top + 29), share, colour, font(14))
-    top += 58
-    _heading(draw, top, "Quality")
+    _heading(draw, top + 58, "Quality")
     if result is None:
-        draw.text((left, top), "no decision yet", FAINT, font(16))
+        draw.text((left, top + 29), "no decision yet", FAINT, font(14))
+        draw.text((left, top + 58), "no decision yet", FAINT, font(16))
         return
-    colour = RAN if result.kept else LOST
-    draw.text((left, top - 1), quality_of(result), colour, font(16, bold=True))
-    reward, face = reward_of(result), font(16, bold=True)
-    draw.text((right, top - 1), reward, colour, face, anchor="ra")
-    draw.text((right - face.getlength(reward) - 20, top), "Reward", INK, font(14, bold=True), anchor="ra")
+    draw.rectangle((left, top, left + round((right - left) * min(1.0, result.flops_ratio)), top + 24), RAN)
+    draw.text((left, top + 29), f"{result.flops_ratio:.1%} of the dense backbone's", INK, font(14))
+    face = font(16, bold=True)
+    draw.text((left, top + 57), quality_of(result), RAN if result.kept else LOST, face)
+    reward = reward_of(result)
+    draw.text((right, top + 57), reward, INK, face, anchor="ra")
+    draw.text((right - face.getlength(reward) - 20, top + 58), "Reward", INK, font(14, bold=True), anchor="ra")

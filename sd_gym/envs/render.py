@@ -1,4 +1,4 @@
-"""What an env shows of a decision: what was read, what ran, what was answered, and what that was worth."""
+"""What an env shows of a decision: the input, what ran, the answer, its quality and the reward."""
 
 from __future__ import annotations
 
@@ -20,49 +20,49 @@ NOTHING = "(nothing)"
 
 
 class Shown(NamedTuple):
-    """What there is to show of ``n`` envs; kept by the env, and only looked into when it is asked to render."""
+    """What ``n`` envs can show. An env keeps it, and uses it only when it is asked to render."""
 
-    split: BackboneSplit  # where the instances are
-    rows: NDArray  # which they are, ``[n]``
-    decided: NDArray  # which envs have decided and not been reset since, bool ``[n]``; the others only have their text
-    infos: dict[str, NDArray]  # of the step, a row an env; empty where none has decided
+    split: BackboneSplit
+    rows: NDArray  # of the instances in the split, ``[n]``
+    decided: NDArray  # envs that have decided since their reset, bool ``[n]``; the others show their text alone
+    infos: dict[str, NDArray]  # of the step, one row per env; empty where no env has decided
     rewards: NDArray  # ``[n]``, or ``[n, 2]`` where rewards are vectors
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a decision."""
+    """The outcome of a decision."""
 
     decision: NDArray  # ``[switches + 1]``
-    answer: str  # what the backbone said under it
+    answer: str  # of the backbone under the decision
     quality: float  # of this answer
-    quality_ref: float  # of the dense backbone's
-    kept: bool  # whether no more than epsilon was lost
+    quality_ref: float  # of the dense backbone's answer
+    kept: bool  # whether at most epsilon was lost
     flops_ratio: float  # FLOPs over dense FLOPs
-    reward: float | NDArray  # what the agent got, one number or two
+    reward: float | NDArray  # one number or two
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All that is shown of one instance."""
+    """What is shown of one instance."""
 
     env: str  # the env's id
     instance: str  # id of the instance
-    difficulty: int  # its level; 0 where it is not known
-    texts: list[MarkedText]  # what the backbone was given, with what became of each character
+    difficulty: int  # its level; 0 if unknown
+    texts: list[MarkedText]  # the backbone's input, with a mark for each character
     reference: str  # the right answer
     switches: list[str]  # names of the switches, as ``encoder.0.attention``
     token_shares: tuple[float, ...]  # share of the tokens that each token level drops
-    result: Result | None  # what came of the decision; ``None`` before it
+    result: Result | None  # ``None``: nothing is decided yet
 
     @property
     def skip(self) -> NDArray:
-        """1 for each switch that was skipped, 0 for the others (all, before a decision), ``[switches]``."""
+        """1 for each switch that was skipped, 0 for the others (for all, if nothing is decided), ``[switches]``."""
         return np.zeros(len(self.switches)) if self.result is None else self.result.decision[:-1]
 
 
 def scenes(core: Core, shown: Shown) -> list[Scene]:
-    """What to show of each env; only here the backbone is asked for its answers."""
+    """The scene of each env; this runs the backbone for its answers."""
     results, split = _results(shown) if shown.decided.any() else {}, shown.split
     return [
         Scene(
@@ -80,10 +80,10 @@ def scenes(core: Core, shown: Shown) -> list[Scene]:
 
 
 def _results(shown: Shown) -> dict[int, Result]:
-    """What came of the decisions, by env."""
+    """The outcomes of the decisions, by env."""
     envs, infos = np.flatnonzero(shown.decided), shown.infos
     goes_on = infos.get("goes_on", np.zeros(len(shown.rows), dtype=bool))[envs]
-    answered = np.where(goes_on[:, None], 0, infos["decision"][envs])  # where it goes on, the answer is the dense one
+    answered = np.where(goes_on[:, None], 0, infos["decision"][envs])  # a row that goes on has the dense answer
     answers = shown.split.passes.answers(shown.rows[envs], answered)
     return {
         env: Result(
@@ -99,36 +99,24 @@ def _results(shown: Shown) -> dict[int, Result]:
     }
 
 
-def as_line(names: list[str], skip: NDArray) -> str:
-    """One line: for each layer the letters of the sublayers that ran (a, c, f), a dot for each that was skipped.
-
-    ``encoder af af .. | decoder acf a.f ...``
-    """
-    stacks: dict[str, dict[str, str]] = {}
-    for name, skipped in zip(names, skip, strict=True):
-        stack, layer, kind = name.split(".")
-        layers = stacks.setdefault(stack, {})
-        layers[layer] = layers.get(layer, "") + ("." if skipped else LETTERS[kind])
-    return " | ".join(f"{stack} {' '.join(layers.values())}" for stack, layers in stacks.items())
-
-
 def as_lines(scene: Scene) -> str:
-    """Lines for a terminal: ``as_line``, then the instance, its text, and what came of the decision.
+    """Lines for a terminal: the sublayers of each layer, then the instance, its text and the outcome.
 
-    Tokens that were dropped stand in ``[-  -]``, what was cut off as too long in ``[cut: ]``.
+    The first line is such as ``encoder .f af | decoder acf a.f``: a letter for each sublayer that ran, a dot for each
+    that was skipped. Dropped tokens stand in ``[-  -]``, text that was cut off in ``[cut: ]``.
     """
+    result, reference = scene.result, f"reference: {scene.reference or NOTHING}"
     lines = [
-        as_line(scene.switches, scene.skip),
+        _sublayers(scene),
         f"instance:  {scene.instance} of {scene.env}, {level_of(scene.difficulty)}",
         *(f"text:      {_marked(text)}" for text in scene.texts),
     ]
-    result = scene.result
     if result is None:
-        return "\n".join([*lines, f"reference: {scene.reference or NOTHING}", "no decision yet"])
+        return "\n".join([*lines, reference, "no decision yet"])
     bar = "#" * round(BAR * min(1.0, result.flops_ratio))
     lines += [
         f"answer:    {result.answer or NOTHING}",
-        f"reference: {scene.reference or NOTHING}",
+        reference,
         f"quality:   {quality_of(result)}",
         f"FLOPs:     {result.flops_ratio:.1%} of dense |{bar:.<{BAR}}|",
         f"reward:    {reward_of(result)}",
@@ -142,14 +130,22 @@ def level_of(difficulty: int) -> str:
 
 
 def quality_of(result: Result) -> str:
-    """What the answer was worth in words."""
-    verdict = "kept" if result.kept else "lost"
-    return f"{result.quality:.2f} (dense: {result.quality_ref:.2f}), {verdict}"
+    """The quality in words."""
+    return f"{result.quality:.2f} (dense: {result.quality_ref:.2f}), {'kept' if result.kept else 'lost'}"
 
 
 def reward_of(result: Result) -> str:
     """The reward in figures."""
     return ", ".join(f"{value:+.3f}" for value in np.atleast_1d(result.reward))
+
+
+def _sublayers(scene: Scene) -> str:
+    stacks: dict[str, dict[str, str]] = {}
+    for name, skipped in zip(scene.switches, scene.skip, strict=True):
+        stack, layer, kind = name.split(".")
+        layers = stacks.setdefault(stack, {})
+        layers[layer] = layers.get(layer, "") + ("." if skipped else LETTERS[kind])
+    return " | ".join(f"{stack} {' '.join(layers.values())}" for stack, layers in stacks.items())
 
 
 def _marked(text: MarkedText) -> str:

@@ -1,4 +1,4 @@
-"""What a decision costs and loses, against what is known of an instance."""
+"""Outcomes of decisions by facts of the instances, for reports."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ SCORES = ("quality", "quality_ref", "flops_ratio")
 
 
 def by_facts(split: Split, scored: dict[str, NDArray]) -> dict[str, list[dict[str, Any]]]:
-    """Means of quality, dense quality and FLOPs ratio by each of the split's facts: numbers by their quartiles."""
-    found = {}
+    """Means of quality, dense quality and FLOPs ratio by each of the split's facts; numbers by their quartiles."""
+    means = {}
     for name, values in split.facts().items():
-        number = values.dtype.kind in "if"
-        columns = {name: values} if number else {}
-        columns |= {score: scored[score] for score in SCORES}
-        found[name] = means_by(quartiles(values) if number else values, columns)
-    return found
+        is_number = values.dtype.kind in "if"
+        columns = ({name: values} if is_number else {}) | {score: scored[score] for score in SCORES}
+        means[name] = means_by(quartiles(values) if is_number else values, columns)
+    return means
 
 
 def write_instances(split: Split, scored: dict[str, NDArray], file: Path) -> None:
-    """One line an instance, as CSV: its facts, the decision (as digits, the token level last) and the outcome.
+    """Write a CSV with one line per instance: facts, decision (as digits, the token level last) and outcome.
 
-    ``scored`` has ``decision`` ``[n, switches + 1]``, and ``[n]`` each: ``goes_on``, ``quality``, ``quality_ref``,
-    ``flops_ratio`` and, what it costs to decide included, ``flops_ratio_with_policy``.
+    ``scored`` has ``decision [n, switches + 1]`` and, ``[n]`` each, ``goes_on``, ``quality``, ``quality_ref``,
+    ``flops_ratio`` and ``flops_ratio_with_policy``, which includes the policy's own FLOPs.
     """
     decisions = ["".join(map(str, decision)) for decision in scored["decision"].tolist()]
     columns = {

@@ -1,4 +1,4 @@
-"""The core as a Stable-Baselines3 ``VecEnv``; the only room under ``sd_gym`` that imports that library."""
+"""The core as a Stable-Baselines3 ``VecEnv``; no other module of ``sd_gym`` imports that library."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sd_gym.envs.spaces import Observations, each
 
-# Methods of the vector env that answer with a row an env.
-ROW_AN_ENV = ("action_masks", "render")
+ROW_PER_ENV = ("action_masks", "render")  # methods of the vector env that return a row per env
 
 
 class SwitchableVecEnv(VecEnv):
-    """A ``SwitchableVectorEnv`` as Stable-Baselines3 wants it: list infos, copied ``terminal_observation``.
+    """A ``SwitchableVectorEnv`` as Stable-Baselines3 expects it: list infos, copied ``terminal_observation``.
 
     Gymnasium's vector wrappers may be around it; spaces, observations, rewards and infos are then theirs. Those that
     refuse ``AutoresetMode.SAME_STEP`` want an env of another mode; this one still resets in the same step, as
@@ -41,7 +40,7 @@ class SwitchableVecEnv(VecEnv):
         self._returns, self._lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, dtype=np.int64)
 
     def reset(self) -> Observations:
-        """Observations of new instances; takes the seed and options set before."""
+        """Observations of new instances, by the seed and options set before."""
         options = self._options[0] or None
         observations, infos = self.env.reset(seed=self._seeds[0], options=options)
         self._reset_seeds()
@@ -51,7 +50,7 @@ class SwitchableVecEnv(VecEnv):
         return observations
 
     def step_async(self, actions: NDArray) -> None:
-        """Take the actions, a row an env, for ``step_wait``."""
+        """Take the actions, one row per env, for ``step_wait``."""
         self._actions = actions
 
     def step_wait(self) -> tuple[Observations, NDArray, NDArray, list[dict[str, Any]]]:
@@ -76,21 +75,22 @@ class SwitchableVecEnv(VecEnv):
         return observations, rewards.astype(np.float32), dones, listed
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Close the vector env."""
         self.env.close()
 
     def get_images(self) -> Any:
-        """One picture an env if the render mode is ``rgb_array``."""
+        """One picture per env if the render mode is ``rgb_array``, else ``None`` per env."""
         return self.env.render() if self.render_mode == "rgb_array" else [None] * self.num_envs
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """An attribute of the outermost wrapper, or of the vector env, that has it, for each index; or an error."""
+        """An attribute of the outermost wrapper or vector env that has it, for each index; else ``AttributeError``."""
         return [getattr(self._holder(attr_name), attr_name)] * len(list(self._get_indices(indices)))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Set an attribute where ``get_attr`` finds it, or, of a new name, on the vector env itself.
+        """Set an attribute where ``get_attr`` finds it; a new attribute, on the vector env.
 
-        Raises ``ValueError`` if ``indices`` leaves out some envs, since they share their attributes.
+        Raises:
+            ValueError: If ``indices`` leaves out some envs, since they share their attributes.
         """
         if len(set(self._get_indices(indices))) != self.num_envs:
             raise ValueError("the envs of a SwitchableVecEnv share their attributes; indices must be None, or all")
@@ -98,30 +98,30 @@ class SwitchableVecEnv(VecEnv):
         setattr(holder, attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        """Call a method of the vector env or of a wrapper once; its result for each index, of ``ROW_AN_ENV`` a row."""
+        """Call a method of the vector env or of a wrapper once; its result per index, of ``ROW_PER_ENV`` its row."""
         result = getattr(self._holder(method_name), method_name)(*args, **kwargs)
-        return [result[env] if method_name in ROW_AN_ENV else result for env in self._get_indices(indices)]
+        return [result[env] if method_name in ROW_PER_ENV else result for env in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
         """Whether the vector env is wrapped in this class, for each index."""
         wrapped = any(isinstance(env, wrapper_class) for env in self._layers())
-        return [wrapped for _ in self._get_indices(indices)]
+        return [wrapped] * len(list(self._get_indices(indices)))
 
     def _reset_ended(self, dones: NDArray) -> tuple[Observations, dict[str, Any]]:
-        """Reset, as the mode of the vector env wants it, the envs whose episodes are over: all of them, or none."""
+        """Reset the envs whose episodes are over (all of them, or none), as the autoreset mode requires."""
         if self.env.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP:
             observations, _, _, _, infos = self.env.step(self._actions)
             return observations, infos
         return self.env.reset(options={"reset_mask": dones})
 
     def _count(self, rewards: NDArray, dones: NDArray, infos: list[dict[str, Any]]) -> None:
-        """Add a step to the episodes, and say in ``infos`` what those that end with it have earned."""
+        """Add a step to the episodes, and write return and length of those that end into ``infos``."""
         self._returns += rewards
         self._lengths += 1
         seconds = round(time.monotonic() - self._started, 6)
         for env in np.flatnonzero(dones):
-            counted = {"r": float(self._returns[env]), "l": int(self._lengths[env]), "t": seconds}
-            infos[env].setdefault("episode", counted)  # a wrapper may have counted
+            episode = {"r": float(self._returns[env]), "l": int(self._lengths[env]), "t": seconds}
+            infos[env].setdefault("episode", episode)  # a wrapper may have counted
         self._returns[dones], self._lengths[dones] = 0, 0
 
     def _layers(self) -> Iterator[VectorEnv]:
@@ -139,7 +139,7 @@ class SwitchableVecEnv(VecEnv):
         raise AttributeError(f"{self.env} has no attribute {name!r}")
 
     def _listed(self, infos: dict[str, Any]) -> list[dict[str, Any]]:
-        """Infos as SB3 wants them: a dictionary an env, of what the env has."""
+        """Infos as SB3 expects them: a dictionary per env, with the keys that the env has."""
         columns = {key: self._column(values) for key, values in infos.items() if not key.startswith("_")}
         listed = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         for key in columns:
@@ -148,14 +148,14 @@ class SwitchableVecEnv(VecEnv):
         return listed
 
     def _column(self, values: NDArray | dict[str, Any]) -> list[Any]:
-        """A value an env; numbers are Python's own."""
+        """One value per env, with Python numbers."""
         if isinstance(values, dict):
             return self._listed(values)
         return values.tolist() if values.ndim == 1 else list(values)
 
 
 def _step_info(info: dict[str, Any]) -> dict[str, Any]:
-    """The step's info out of what ``SAME_STEP`` gives an env, which keeps its reset's: with what wrappers added."""
+    """Takes the step's info, with the keys that wrappers added, out of the info of a ``SAME_STEP`` reset."""
     final = info.pop("final_info", None)
     if final is None:
         return dict(info)

@@ -1,4 +1,4 @@
-"""The core of a configuration, one a process; of a table, torch is not imported."""
+"""The core of a configuration, one per process; for a table, torch is not imported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from sd_gym.envs.protocols import Core
 
 
 def shared_core(config: EnvConfig) -> Core:
-    """The core of a configuration: made once a process, since nothing in it but its caches ever changes."""
+    """The core of a configuration: made once per process, as only its caches ever change."""
     if config.table is not None:
         from sd_gym.envs.table import table_core
 

@@ -9,15 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd_gym.envs.actions import as_array
-from sd_gym.envs.episodes import Episodes
+from sd_gym.envs.episodes import episodes_of
 from sd_gym.envs.infos import check_shown, chosen, info_of_one, pictures, read_config
-from sd_gym.envs.pygame_window import HAS_PYGAME, Window
 from sd_gym.envs.render import Shown
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import each, reward_space, spaces
 
-# Gymnasium's checker tries every mode that an env declares, so a window is declared only where one can be opened.
-METADATA: dict[str, Any] = {"render_modes": ["ansi", "rgb_array", *["human"] * HAS_PYGAME], "render_fps": 1}
+METADATA: dict[str, Any] = {"render_modes": ["ansi", "rgb_array"], "render_fps": 1}  # gym.make adds human
 _ONE = np.zeros(1, dtype=np.int64)  # the only env of a batch of one
 
 
@@ -115,7 +113,6 @@ class SwitchableEnv(gym.Env):
     def __init__(
         self, config_file: str, render_mode: str | None = None, info_text: bool = False, **overrides: Any
     ) -> None:
-        self._window = Window() if render_mode == "human" else None
         check_shown(render_mode, info_text, type(self).metadata["render_modes"])
         self.config = read_config(config_file, overrides)
         self.core = shared_core(self.config)
@@ -123,7 +120,7 @@ class SwitchableEnv(gym.Env):
         if self.config.reward.vector:
             self.reward_space = reward_space(self.core)
         self.render_mode = render_mode
-        self._episode: Episodes = self.core.stage_observation.episodes(self.core, 1, info_text)
+        self._episode = episodes_of(self.core, 1, info_text)
         self.objective = self._episode.objective
         self._shown: Shown | None = None
 
@@ -138,8 +135,7 @@ class SwitchableEnv(gym.Env):
         episode = self._episode
         episode.split, row = chosen(self.core, 1, options)
         episode.begin(_ONE, self.np_random.integers(len(episode.split), size=1) if row is None else row)
-        self._show({}, episode.no_rewards(1))
-        return each(episode.observe())[0], info_of_one(episode.infos(_ONE))
+        return self._begun()
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Run the backbone under the decision that an action of the action space stands for.
@@ -154,34 +150,36 @@ class SwitchableEnv(gym.Env):
         action = as_array(action)
         if action.shape != self.action_space.shape:
             raise ValueError(f"expected an action of shape {self.action_space.shape}, got {action.shape}")
-        episode.decide(_ONE, self.core.actions.decisions(action[None], 1))
+        decisions = self.core.actions.decisions(action[None], 1)
+        episode.decide(_ONE, decisions)
+        return self._outcome(decisions)
+
+    def _begun(self) -> tuple[Any, dict[str, Any]]:
+        """What a reset gives."""
+        episode = self._episode
+        self._show({}, episode.no_rewards(1))
+        return each(episode.observe())[0], info_of_one(episode.infos(_ONE))
+
+    def _outcome(self, decisions: NDArray) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """What a step gives, after ``decisions [1, components]`` were taken."""
+        episode = self._episode
         infos, rewards = episode.results(_ONE)
         self._show(infos, rewards)
         reward = rewards[0] if self.config.reward.vector else float(rewards[0])
         return each(episode.observe())[0], reward, bool(episode.over[0]), False, info_of_one(infos)
 
     def action_masks(self) -> NDArray:
-        """Which choices are allowed, bool ``[choices]``: all (what sb3-contrib's maskable algorithms ask for)."""
+        """Choices that are allowed, bool ``[choices]``, for sb3-contrib's maskable algorithms."""
         return self._episode.masks()[0]
 
     def render(self) -> Any:
-        """The outcome of the last step, or after a reset what there is to decide on, as the render mode says."""
+        """The outcome of the last step, or after a reset the instance; text or a picture, by the render mode."""
         if self.render_mode is None or self._shown is None:
             return None
         (picture,) = pictures(self.core, self._shown, self.render_mode)
-        if self._window is None:
-            return picture
-        self._window.show(picture, self.metadata["render_fps"])
-        return None
-
-    def close(self) -> None:
-        """Close the window, if there is one."""
-        if self._window is not None:
-            self._window.close()
+        return picture
 
     def _show(self, infos: dict[str, NDArray], rewards: NDArray) -> None:
         if self.render_mode is not None:
             episode = self._episode
             self._shown = Shown(episode.texts, episode.rows.copy(), episode.over, infos, rewards)
-        if self._window is not None:
-            self.render()

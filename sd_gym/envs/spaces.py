@@ -1,4 +1,4 @@
-"""What an agent sees, by keyword, and the spaces of the shells."""
+"""Observations, by keyword, and the spaces of the envs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 
 from sd_gym.envs.protocols import Core, Observations
 from sd_gym.projection import OBSERVATION_LIMIT, deviation_of
@@ -19,17 +19,15 @@ if TYPE_CHECKING:  # an env of a table needs no torch
 
     from sd_gym.execution.split import BackboneSplit
 
-Array = NDArray
-
 
 class Observation(ABC):
-    """What an agent sees of an instance before it decides; ``sd_gym.register_observation`` gives a class a name.
+    """The observation of an instance before the first layer; ``sd_gym.register_observation`` gives a class a name.
 
-    It is made once a core, as ``Observation(core)``; what it needs to standardise comes from ``core.split("train")``.
+    It is made once per core, as ``Observation(core)``; its statistics come from ``core.split("train")``.
 
     Attributes:
         space: Of one observation: a ``Box``, or a ``Dict`` of simple spaces.
-        flops: Of making one observation, beyond what the pass computes anyway.
+        flops: FLOPs of one observation, beyond what the pass computes anyway.
     """
 
     space: gym.Space
@@ -37,16 +35,31 @@ class Observation(ABC):
 
     @abstractmethod
     def observe(self, split: BackboneSplit, rows: Array) -> Observations:
-        """New arrays of what is seen of the instances ``rows [n]`` of a split, a row an instance.
+        """Observations of the instances ``rows [n]`` of a split: new arrays, one row per instance.
 
         A split has ``instances`` (texts), ``encoded`` (tokens), ``features`` and ``backbone``.
         """
 
 
+class FirstObservation:
+    """The ``StageObservations`` of a core with one stage: its observation before the first layer."""
+
+    judges, judgements = False, 0
+
+    def __init__(self, core: Core) -> None:
+        self._core, self.space = core, core.observation.space
+
+    def observe(
+        self, split: Any, rows: Array, stage: int, decisions: Array, resume_from: object
+    ) -> tuple[Observations, None]:
+        """The core's observation, and no state: nothing runs; see ``StageObservations.observe``."""
+        return self._core.observe(split, rows), None
+
+
 class Standardised(Observation):
     """Features of an instance, standardised: ``Box(-10, 10, (features,), float32)``.
 
-    A subclass says which features; their mean and deviation come from the first 2,000 instances of the training split.
+    A subclass gives the features. Their mean and deviation come from the first 2,000 instances of the training split.
 
     Example:
         >>> class Length(Standardised):
@@ -83,22 +96,22 @@ class Pooled(Standardised):
     """Mean and maximum over tokens of the first layer's input, the length and its logarithm."""
 
     def features(self, split: BackboneSplit, rows: Array) -> Array:
-        """As ``Split.features``."""
+        """``BackboneSplit.features``, float32 ``[n, 2 * width + 2]``."""
         return split.features[rows]
 
     def of_hidden(self, hidden: Tensor, mask: Tensor) -> Array:
-        """What is observed of the first layer's input ``[n, length, width]`` and the mask of its tokens."""
+        """The observation of the first layer's input ``[n, length, width]`` and the mask of its tokens."""
         from sd_gym.policy.features import pooled_features
 
         return self.standardised(pooled_features(hidden, mask).float().cpu().numpy())
 
 
 class Tokens(Observation):
-    """The embedded tokens, the first layer's input, for a policy with a token encoder of its own.
+    """The embedded tokens, the first layer's input, for a policy with its own token encoder.
 
     ``Dict(tokens=Box(-10, 10, (max_source_length, width), float32), mask=MultiBinary(max_source_length))``: each
-    channel is standardised over the tokens of the first 2,000 training instances; padding is 0, at the right, and 0 in
-    the mask. Nothing is stored: each batch is embedded when it is looked at, in passes of a bounded number of tokens.
+    channel is standardised over the tokens of the first 2,000 training instances. Padding is 0, at the right, and 0 in
+    the mask. Nothing is stored: each batch is embedded when it is observed, in passes of a bounded number of tokens.
     """
 
     def __init__(self, core: Core[BackboneSplit]) -> None:
@@ -108,8 +121,8 @@ class Tokens(Observation):
         split = core.split("train")
         count, total, squares = 0, np.zeros(1), np.zeros(1)
         for _, hidden, mask in self._embedded(split, np.arange(min(len(split), STATISTICS_SIZE))):
-            kept = hidden[mask.bool()].cpu().numpy().astype(np.float64)
-            count, total, squares = count + len(kept), total + kept.sum(axis=0), squares + (kept**2).sum(axis=0)
+            tokens = hidden[mask.bool()].cpu().numpy().astype(np.float64)
+            count, total, squares = count + len(tokens), total + tokens.sum(axis=0), squares + (tokens**2).sum(axis=0)
         mean = total / count
         self.mean = mean.astype(np.float32)
         self.deviation = deviation_of(np.sqrt(np.maximum(squares / count - mean**2, 0)))
@@ -120,19 +133,19 @@ class Tokens(Observation):
     def observe(self, split: BackboneSplit, rows: Array) -> dict[str, Array]:
         """``tokens``, float32 ``[n, max_source_length, width]``, and ``mask``, int8 ``[n, max_source_length]``."""
         tokens = np.zeros((len(rows), self.length, len(self.mean)), dtype=np.float32)
-        seen = {"mask": np.zeros((len(rows), self.length), dtype=np.int8), "tokens": tokens}
+        observations = {"mask": np.zeros((len(rows), self.length), dtype=np.int8), "tokens": tokens}
         for part, *embedded in self._embedded(split, rows):
-            put(seen, part, self.of_hidden(*embedded))
-        return seen
+            put(observations, part, self.of_hidden(*embedded))
+        return observations
 
     def of_hidden(self, hidden: Tensor, mask: Tensor) -> dict[str, Array]:
-        """What is observed of the first layer's input ``[n, longest, width]`` and the mask of its tokens."""
+        """The observation of the first layer's input ``[n, longest, width]`` and the mask of its tokens."""
         from sd_gym.policy.features import token_observations
 
         return token_observations(hidden, mask, self.mean, self.deviation, self.length)
 
     def _embedded(self, split: BackboneSplit, rows: Array) -> Iterator[tuple[Array, Tensor, Tensor]]:
-        """By parts: positions in ``rows``, first layer's input ``[part, longest, width]``, the mask of its tokens."""
+        """Per pass: positions in ``rows``, the first layer's input ``[part, longest, width]``, its tokens' mask."""
         from sd_gym.execution.passes import PASS_TOKENS
         from sd_gym.switch import first_layer_input
 
@@ -146,7 +159,7 @@ class Tokens(Observation):
 
 
 def token_width(space: gym.Space) -> int | None:
-    """Numbers that each token has, where observations are such as of ``Tokens``, alone or beside a stage's."""
+    """Width of the tokens, in the space of ``Tokens`` with or without a stage; ``None`` for any other space."""
     if not isinstance(space, gym.spaces.Dict) or set(space) - {"stage"} != {"tokens", "mask"}:
         return None
     tokens, mask = space["tokens"].shape, space["mask"].shape
@@ -154,30 +167,30 @@ def token_width(space: gym.Space) -> int | None:
 
 
 def flat_size(space: gym.Space) -> int:
-    """Numbers of an observation that are no tokens': all, where it is flat; of tokens, those of a stage beside them."""
+    """Numbers of an observation, without tokens: all if it is flat; with tokens, those of the stage."""
     if isinstance(space, gym.spaces.Dict):
         return flat_size(space["stage"]) if "stage" in space.spaces else 0
     return int(np.prod(space.shape or ()))
 
 
-def put(held: Any, at: Array, seen: Observations) -> None:
-    """Write what is ``seen`` of some rows where that of all is ``held``, which has the same keys, if any."""
-    if isinstance(seen, dict):
-        for name, values in seen.items():
-            held[name][at] = values
+def put(observations: Any, rows: Array, new: Observations) -> None:
+    """Write the ``new`` observations of some rows into the observations of all, which have the same keys, if any."""
+    if isinstance(new, dict):
+        for name, values in new.items():
+            observations[name][rows] = values
     else:
-        held[at] = seen
+        observations[rows] = new
 
 
 def joined(parts: Sequence[Any]) -> Observations:
-    """Observations of several batches as one; all are arrays, or dictionaries of the same keys."""
+    """Observations of several batches as one batch; all are arrays, or dictionaries with the same keys."""
     if isinstance(parts[0], dict):
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return np.concatenate(parts)
 
 
 def spaces(core: Core) -> tuple[gym.Space, gym.Space]:
-    """Observation and action space of one env, its own: it may be seeded."""
+    """Observation and action space of one env: copies, which it may seed."""
     return copy.deepcopy(core.observation_space), copy.deepcopy(core.actions.space)
 
 

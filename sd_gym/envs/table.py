@@ -1,24 +1,22 @@
-"""The core of an env that looks up what decisions do in a table (``sd_gym.envs.table_files``), and its splits.
+"""The core of an env that looks up outcomes in a table (``sd_gym.envs.table_files``), and its splits.
 
 Nothing here needs torch, a backbone or a data set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 
 from sd_gym.config import EnvConfig
-from sd_gym.envs.actions import MaskActions, MultiDiscreteActions, Steps, all_decisions, read_masks
-from sd_gym.envs.episodes import StagedEpisodes
-from sd_gym.envs.first_look import FirstLook
-from sd_gym.envs.protocols import Core, Outcome
+from sd_gym.envs.actions import MaskActions, Steps, all_decisions, read_masks
+from sd_gym.envs.protocols import Core
+from sd_gym.envs.spaces import FirstObservation
 from sd_gym.envs.table_files import (
     CLASS_LOG_ODDS,
     CODEBOOK,
@@ -38,106 +36,67 @@ from sd_gym.projection import Projection, read_projection
 if TYPE_CHECKING:  # it needs torch
     from sd_gym.envs.export import Export
 
-Array = NDArray
 
-
-def _place_values(sizes: Sequence[int] | Array) -> Array:
-    """What each component counts in the number of a decision: the last one changes first."""
-    return np.cumprod([1, *sizes[:0:-1]], dtype=np.int64)[::-1].copy()
-
-
-class TableData:
-    """Which rows of which data set a table is of."""
-
-    def __init__(self, splits: dict[str, dict[str, Any]]) -> None:
-        self._splits = splits
-
-    def __getitem__(self, name: str) -> SimpleNamespace:
-        """``identity`` of a split, by its name."""
-        return SimpleNamespace(identity=self._splits[name]["identity"])
+class TableData(dict[str, SimpleNamespace]):
+    """Of each split of a table, the ``identity`` of its data set and rows."""
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        """Which rows each split has."""
-        return {name: described["identity"] for name, described in self._splits.items()}
+        """The identity of each split."""
+        return {name: split.identity for name, split in self.items()}
 
 
 class TableObservation:
-    """What was observed of each instance when the table was made; ``projection`` reduced it to what the table has."""
+    """The observations that were made with the table, reduced by its ``projection`` if it has one."""
 
-    def __init__(self, described: dict[str, Any], projection: Projection | None, looks: int) -> None:
-        self.projection, self.flops = projection, 0 if projection is None else looks * projection.flops
+    def __init__(self, described: dict[str, Any], projection: Projection | None, stages: int) -> None:
+        self.projection, self.flops = projection, 0 if projection is None else stages * projection.flops
         self.shape = tuple(described["shape"])
         low, high = (np.full(self.shape, described[key], dtype=np.float32) for key in ("low", "high"))
         self.space = gym.spaces.Box(low, high, dtype=np.float32)
 
     def observe(self, split: TableSplit, rows: Array) -> Array:
-        """New arrays, float32 ``[n, ...]``."""
+        """Observations of rows ``[n]``: new arrays, float32 ``[n, ...]``."""
         return np.take(split.tensors["observations"], rows, axis=0).astype(np.float32, copy=False)
 
 
 class TableStages:
-    """What was observed at the stages when the table was made: the ``StageLooks`` of a core that decides at several."""
+    """The ``StageObservations`` of a table with several stages: the observations that were made with it."""
 
     def __init__(self, core: TableCore, ways: list[int], judgements: int) -> None:
-        self.space, self._judgements, self.judges = core.observation.space, judgements, judgements > 0
-        self._place = [_place_values(ways[:stage]) for stage in range(len(ways))]
-        self._stages, self._masks_of = len(core.stages), core.masks_of
+        self.space, self.judgements, self.judges = core.observation.space, judgements, judgements > 0
+        self._ways, self._stages, self._masks_of = ways, len(core.stages), core.masks_of
 
     def observe(
         self, split: TableSplit, rows: Array, stage: int, decisions: Array, resume_from: object
     ) -> tuple[Array, None]:
-        """Float32 ``[n, size]``, and no pass to go on from; see ``StageLooks.observe``."""
-        if stage == len(self._place):
+        """Observations, float32 ``[n, size]``, and no state: nothing runs; see ``StageObservations.observe``."""
+        if stage == len(self._ways):
             return self._at_answer(split, rows, decisions), None
         observed = split.tensors[observations_at(stage)]
         if stage == 0:
             return np.take(observed, rows, axis=0).astype(np.float32, copy=False), None
-        return observed[rows, decisions[:, :stage] @ self._place[stage]].astype(np.float32, copy=False), None
+        before = np.ravel_multi_index(tuple(decisions[:, :stage].T), self._ways[:stage])
+        return observed[rows, before].astype(np.float32, copy=False), None
 
     def _at_answer(self, split: TableSplit, rows: Array, decisions: Array) -> Array:
-        """What the stage before has shown, the FLOPs that were spent, and what the head says of its answer."""
+        """The observation of the stage before, with the FLOPs spent and the head's judgement of its answer."""
         masks, judged = self._masks_of(decisions), split.tensors[JUDGED]
-        seen, _ = self.observe(split, rows, self._stages - 2, decisions, None)
-        seen[:, : self._stages] = 0
-        seen[:, self._stages - 1] = 1
-        seen[:, self._stages] = split.tensors[SPENT][split.tensors["costs"][rows], masks]
-        seen[:, seen.shape[1] - judged.shape[2] :] = judged[rows, masks]
-        return seen
-
-    def episodes(self, core: Core, n: int, info_text: bool) -> StagedEpisodes:
-        """A batch of episodes of a step a stage."""
-        return StagedEpisodes(core, n, info_text)
-
-    def judging_flops(self, split: TableSplit, rows: Array) -> Array:
-        """FLOPs of the head's judgements in one episode of each row, int64 ``[n]``."""
-        return self._judgements * split.costs.head_flops(rows)
-
-
-class TableLookup:
-    """What whole decisions lead to, an instance at a time, as plain numbers: arrays of one are four times slower."""
-
-    def __init__(self, core: TableCore) -> None:
-        self._core = core
-
-    def outcome(self, split: TableSplit, row: int, decisions: Array) -> tuple[Outcome, Array]:
-        """What comes of one row under decisions ``[1, components]``, and the mask that they are."""
-        number = int(self._core.masks_of(decisions)[0])
-        numbers: Any = (*split.scoring.of_one(row, number), split.costs.ratio_of_one(row, number))
-        return Outcome(*numbers), self._core.masks[number].copy()
-
-    def observation(self, split: TableSplit, row: int) -> Array:
-        """A new array, float32, of what is observed of a row."""
-        return split.tensors["observations"][row].astype(np.float32)
+        observed, _ = self.observe(split, rows, self._stages - 2, decisions, None)
+        observed[:, : self._stages] = 0
+        observed[:, self._stages - 1] = 1
+        observed[:, self._stages] = split.tensors[SPENT][split.tensors["costs"][rows], masks]
+        observed[:, observed.shape[1] - judged.shape[2] :] = judged[rows, masks]
+        return observed
 
 
 class TableInstance(NamedTuple):
-    """An instance of a table, which has none of its texts."""
+    """An instance of a table, without its texts."""
 
     id: str
 
 
 class TableLengths(NamedTuple):
-    """How long the instances of a table are, int64 ``[n]``, and which were cut, bool ``[n]``."""
+    """Lengths of the instances of a table, int64 ``[n]``, and which were cut, bool ``[n]``."""
 
     source_length: Array
     source_cut: Array
@@ -145,16 +104,20 @@ class TableLengths(NamedTuple):
 
 
 class TableSplit:
-    """One split of a table, a ``Split``; raises ``ValueError`` if its files are damaged, or belong to another table."""
+    """One split of a table, a ``Split``.
+
+    Raises:
+        ValueError: If its files are damaged, or belong to another table.
+    """
 
     def __init__(self, core: TableCore, name: str) -> None:
         self.core, self.name, self.config = core, name, core.config
         self._described = core.description["splits"][name]
         self.tensors = map_arrays(core.folder / f"{name}.safetensors")
-        words = read_json(core.folder / f"{name}.json")
-        self._check(words)
-        self.ids = np.array(words["ids"], dtype=object)
-        self._words = {fact: np.array(values) for fact, values in words["facts"].items()}
+        texts = read_json(core.folder / f"{name}.json")
+        self._check(texts)
+        self.ids = np.array(texts["ids"], dtype=object)
+        self._text_facts = {fact: np.array(values) for fact, values in texts["facts"].items()}
         self.difficulty, self.levels = self._whole("difficulty"), self._whole("levels")
         self.instances = [TableInstance(identity) for identity in self.ids]
         self.number_of = {identity: row for row, identity in enumerate(self.ids)}
@@ -169,20 +132,20 @@ class TableSplit:
     def __len__(self) -> int:
         return int(self._described["instances"])
 
-    def _check(self, words: dict[str, Any]) -> None:
-        """Raise ``ValueError`` if the shapes are not those that ``table.json`` speaks of."""
+    def _check(self, texts: dict[str, Any]) -> None:
+        """Raise ``ValueError`` if shapes or values do not fit ``table.json``."""
         core, n = self.core, len(self)
-        costs = len(self.tensors.get("switched", ()))  # how many different ones instances have
+        costs = len(self.tensors.get("switched", ()))  # number of different costs
         levels, switches = int(core.decision_nvec[-1]), len(core.decision_nvec) - 1
         expected = {
             "quality": (n, packed_length(self.tensors, len(core.masks))),
             "always": (costs, levels),
             "switched": (costs, levels, switches),
-            **{observations_at(stage): (n, *shape) for stage, shape in enumerate(core.looks)},
+            **{observations_at(stage): (n, *shape) for stage, shape in enumerate(core.shapes)},
         }
         if core.has_answer_stage:
-            said = self.tensors[JUDGED].shape[-1] if JUDGED in self.tensors else 0
-            expected |= {JUDGED: (n, len(core.masks), said), SPENT: (costs, len(core.masks))}
+            judgement = self.tensors[JUDGED].shape[-1] if JUDGED in self.tensors else 0
+            expected |= {JUDGED: (n, len(core.masks), judgement), SPENT: (costs, len(core.masks))}
         keys = ("difficulty", "levels", "source_length", "source_cut", "target_cut", "costs")
         expected |= dict.fromkeys(keys, (n,))
         file = core.folder / f"{self.name}.safetensors"
@@ -192,26 +155,27 @@ class TableSplit:
                 raise ValueError(f"{file} is damaged: expected {key} of shape {shape}, got {actual}; copy it again")
         values = self.tensors.get("quality_values")
         if values is not None and len(values) > 2 and n and self.tensors["quality"].max() >= len(values):
-            raise ValueError(f"{file} is damaged: its qualities are none of its {len(values)} values; copy it again")
+            raise ValueError(f"{file} is damaged: qualities are not among its {len(values)} values; copy it again")
         if n and self.tensors["costs"].max() >= costs:
             raise ValueError(f"{file} is damaged: instances have costs that it lacks; copy it again")
-        if not isinstance(words.get("facts"), dict) or len(words.get("ids", ())) != n:
+        if not isinstance(texts.get("facts"), dict) or len(texts.get("ids", ())) != n:
             raise ValueError(f"{file.with_suffix('.json')} is damaged: expected the ids of {n} instances")
 
     def confidence(self, rows: Array, decisions: Array) -> Array:
-        """Highest class probability of rows ``[n]`` under decisions ``[n, components]``, of a core that sees it."""
+        """Highest class probability of rows ``[n]`` under decisions ``[n, components]``, if ``sees_confidence``."""
         log_odds = self.tensors[JUDGED][rows, self.core.masks_of(decisions), 0].astype(np.float64)
         return 1 / (1 + np.exp(-log_odds))
 
     def _whole(self, name: str) -> Array:
-        """Numbers that are kept in the smallest type, as the env has them: int64, float64 or bool."""
-        kept = self.tensors[name]
-        return kept if kept.dtype == np.bool_ else kept.astype(np.float64 if kept.dtype.kind == "f" else np.int64)
+        """A tensor, stored in the smallest type, as int64, float64 or bool."""
+        values = self.tensors[name]
+        dtype = np.float64 if values.dtype.kind == "f" else np.int64
+        return values if values.dtype == np.bool_ else values.astype(dtype)
 
     def facts(self) -> dict[str, Array]:
-        """What is known of each instance before any decision, by name, each ``[n]``."""
-        names = self._described["facts"]
-        return {name: self._words[name] if name in self._words else self._whole(FACT + name) for name in names}
+        """Facts of each instance that are known before any decision, by name, each ``[n]``."""
+        texts = self._text_facts
+        return {name: texts[name] if name in texts else self._whole(FACT + name) for name in self._described["facts"]}
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -220,13 +184,19 @@ class TableSplit:
 
 
 class TableCore(Core[TableSplit]):
-    """What a table knows, as ``BackboneCore`` computes it; shared by all envs of the same configuration.
+    """The outcomes in a table, as ``BackboneCore`` computes them; shared by all envs of the same configuration.
 
-    Where the table has all decisions, they are those of the env that it is of. Where it has some, a decision has one
-    component: the number of its mask, of which 0 is the dense one, from there down in FLOPs; or one for each layer,
-    where the masks are all that skip whole layers. Of several stages it has one for each: the number of the way in
-    which the stage decides, of which 0 runs all. With ``stages=["first"]`` all of these are decided at once.
-    Raises ``FileNotFoundError`` if there is no table, ``ValueError`` if it is damaged.
+    The components of a decision depend on the masks in the table:
+
+    * all masks: those of the original env;
+    * some masks: one, the number of the mask; 0 is dense, and FLOPs fall with the number;
+    * all masks that skip whole layers: one per layer;
+    * several stages: one per stage, the number of its choice; 0 runs all. With ``stages=["first"]`` all are decided at
+      once.
+
+    Raises:
+        FileNotFoundError: If there is no table.
+        ValueError: If the table is damaged.
     """
 
     def __init__(self, config: EnvConfig) -> None:
@@ -244,8 +214,8 @@ class TableCore(Core[TableSplit]):
         units = described.get("units", {})
         sizes = all_ways or units.get("sizes") or [len(self.masks)]
         self.nvec = self.decision_nvec if self.exhaustive else np.array([*sizes, *answers])
-        self._place = np.pad(_place_values(self.nvec[: self.n_skips]), (0, int(self.has_answer_stage)))
-        # Of units, the masks are in the order of their FLOPs, not in that of the choices.
+        self._sizes = self.nvec[: self.n_skips].tolist()
+        # Masks of whole layers are ordered by FLOPs, not by choices.
         self._order = None if "order" not in units else np.array(units["order"], dtype=np.int64)
         own = [np.array([stage]) for stage in range(len(self.stages))] if ways else [np.arange(len(self.nvec))]
         places = [np.zeros(1, dtype=np.int64)] * len(own) if ways else own
@@ -257,36 +227,34 @@ class TableCore(Core[TableSplit]):
             name=described["backbone"]["name"], weights=described["backbone"]["weights"], board=board
         )
         self.switch_names = names if self.exhaustive else units.get("names", [])
-        # Above 1 where ranking tokens may have run a part of the backbone.
+        # Above 1 if ranking tokens may run a part of the backbone.
         self.highest_flops_ratio = 1.0 + (self.decision_nvec[-1] > 1) + self.has_answer_stage
-        self.data = TableData(described["splits"])
-        self._decided = MultiDiscreteActions(config, self.nvec)
+        splits = described["splits"].items()
+        self.data = TableData({name: SimpleNamespace(identity=split["identity"]) for name, split in splits})
         is_whole = self.exhaustive or units or (at_once and all_ways)
-        self.actions = self._decided if is_whole else MaskActions(int(self.steps.choices[0]))
+        self.actions = self._decision_space if is_whole else MaskActions(int(self.steps.choices[0]))
         reduced = described.get("pca") is not None
         projection = read_projection(self.folder / PROJECTION) if reduced else None
         self.observation = TableObservation(described["observation"], projection, len(self.stages))
-        shape, before = self.observation.shape, np.cumprod([1, *(ways or [])]).tolist()
-        looks = len(ways or [0])
-        self.looks = [(count, *shape) if stage else shape for stage, count in enumerate(before[:looks])]
+        shape, before = self.observation.shape, np.cumprod([1, *(ways or [1])[:-1]]).tolist()
+        self.shapes = [(count, *shape) if stage else shape for stage, count in enumerate(before)]  # of each stage
         self._ways, self._splits = ways, dict[str, TableSplit]()
-        self.lookup = None if ways else TableLookup(self)  # ``None``: a decision takes several steps
 
     def __reduce__(self) -> tuple[Any, ...]:
         return table_core, (self.config,)
 
     @property
     def sees_confidence(self) -> bool:
-        """Whether the table has judgements, the first of which is the log-odds of a class."""
+        """Whether the table has judgements that begin with the log-odds of a class."""
         return self.description.get("judgement", [""])[0] == CLASS_LOG_ODDS
 
     @cached_property
-    def stage_observation(self) -> TableStages | FirstLook:
-        """What was seen at the stages."""
-        return TableStages(self, self._ways, self.description["judges"]) if self._ways else FirstLook(self)
+    def stage_observation(self) -> TableStages | FirstObservation:
+        """The observations at the stages."""
+        return TableStages(self, self._ways, self.description["judges"]) if self._ways else FirstObservation(self)
 
     def split(self, name: str) -> TableSplit:
-        """A split by name, mapped when first asked for; raises ``ValueError`` if the table has none of that name."""
+        """A split by name, mapped into memory on first use; raises ``ValueError`` for an unknown name."""
         if name not in self._splits:
             if name not in self.description["splits"]:
                 raise ValueError(f"{self.folder} has no split {name!r}; it has {', '.join(self.description['splits'])}")
@@ -294,19 +262,19 @@ class TableCore(Core[TableSplit]):
         return self._splits[name]
 
     def scores(self) -> dict[str, dict[str, Any]]:
-        """Nothing: there is nothing to remember of a table."""
+        """Empty: a table has no cache of scores."""
         return {}
 
     def load_scores(self, scores: dict[str, dict[str, Any]]) -> None:
-        """Nothing is remembered."""
+        """Does nothing: a table has no cache of scores."""
 
     def masks_of(self, decisions: Array) -> Array:
-        """The numbers, int64 ``[n]``, of the masks that decisions ``[n, components]`` are."""
-        numbers = decisions @ self._place
+        """Numbers, int64 ``[n]``, of the masks of decisions ``[n, components]``."""
+        numbers = np.asarray(np.ravel_multi_index(tuple(decisions[:, : len(self._sizes)].T), self._sizes))
         return numbers if self._order is None else self._order[numbers]
 
     def answers_of(self, decisions: Array) -> Array:
-        """The numbers, int64 ``[n]``, of the masks whose answers decisions ``[n, components]`` give."""
+        """Numbers, int64 ``[n]``, of the masks whose answers count: dense (0) where a row goes on."""
         numbers = self.masks_of(decisions)
         return np.where(self.goes_on(decisions), 0, numbers) if self.has_answer_stage else numbers
 
@@ -325,13 +293,13 @@ class TableCore(Core[TableSplit]):
             raise ValueError(f"{self.folder} has no mask {list(error.args[0])}") from error
         numbers = numbers if self._order is None else np.argsort(self._order)[numbers]
         accepted = [np.zeros_like(numbers)] * self.has_answer_stage
-        return np.stack([*np.unravel_index(numbers, self.nvec[: self.n_skips]), *accepted], axis=1)
+        return np.stack([*np.unravel_index(numbers, self._sizes), *accepted], axis=1)
 
     def export(self) -> Export | None:
-        """What a policy takes along to the env that the table is of; raises ``ValueError`` if the table is damaged.
+        """What a policy needs on the original env; raises ``ValueError`` if the table is damaged.
 
-        ``None`` where that env has nothing to take along, or where its stages are one, which sees what no env of one
-        stage shows.
+        ``None`` if no policy can leave that env, or if ``stages=["first"]`` merges its stages: no env of one stage has
+        such observations.
         """
         from sd_gym.envs.export import Export
         from sd_gym.policy.protected_tokens import ProtectedTokens
@@ -360,19 +328,9 @@ class TableCore(Core[TableSplit]):
         except (KeyError, TypeError) as error:
             raise ValueError(f"{self.folder} is damaged: {error}; copy it again") from error
 
-    def score(self, split: TableSplit, rows: Array, decisions: Array, seen: object = None) -> Outcome:
-        """What comes of one decision an instance; of a table nothing is seen; see ``Core.score``."""
-        decisions = self.checked(decisions, len(rows))
-        quality, quality_ref = split.scoring.quality(rows, decisions)
-        return Outcome(quality, quality_ref, split.costs.flops_ratio(rows, decisions))
-
-    def checked(self, decisions: Any, n: int) -> Array:
-        """Decisions, int64 ``[n, components]``; raises ``ValueError`` if the table does not have them."""
-        return self._decided.decisions(decisions, n)
-
     def decided_logits(self, *_: Any) -> NoReturn:
-        """Raises ``ValueError``: there are none."""
-        raise ValueError(f"{self.folder}: a table has outcomes, and no backbone to run; use the env that it is of")
+        """Raises ``ValueError``: a table has no logits."""
+        raise ValueError(f"{self.folder}: a table has outcomes, and no backbone to run; use the original env")
 
 
 @lru_cache(maxsize=8)

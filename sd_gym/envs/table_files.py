@@ -1,20 +1,23 @@
-"""The folder of a table: what decisions do to instances, computed once. Nothing here needs torch.
+"""The folder of a table: the outcomes of decisions on instances, computed once. Nothing here needs torch.
 
-* ``table.json``: of which env it is (its config), the hashes of its data and backbone, the switches, the observation.
-* ``codebook.json``, where only some decisions are in it: which, a mask a line, the dense one first. An env with
-  ``action="discrete"`` takes the folder as its ``codebook``. Of several stages they are all ways to decide the first
-  one with all ways to decide the second one, and so on, in this order.
-* ``SPLIT.safetensors`` of each split, mapped into memory: ``quality [n, masks]``, as numbers of ``quality_values``
-  where there are few different ones, and in bits, ``[n, masks / 8]``, where there are two; ``always [lengths, levels]``
-  and ``switched [lengths, levels, switches]``, int64, of which FLOPs are the sum, and ``costs [n]``, which of them an
-  instance has; ``observations``, float32, or float16 where they are reduced, and of a later stage K, under all ways
-  to come to it, ``observations.K [n, ways before it, size]``; of the stage ``answer``, ``judged [n, masks, values]``,
-  what the head says of its answers, and ``spent [lengths, masks]``, the FLOPs that are shown there; the difficulty and
-  the facts of each instance, in the smallest type that holds them exactly.
-* ``SPLIT.json``: the ids of the instances, and those of their facts that are words.
-* ``projection.safetensors``, where observations are reduced: how (``sd_gym.projection``).
-* ``export.safetensors``: what standardises observations and ranks tokens, so that a policy that learned here decides
-  on the env itself, or on texts. A table of an env that no policy can leave has none.
+* ``table.json``: the original env's config, the hashes of its data and backbone, the switches, the observation.
+* ``codebook.json``, if the table has only some decisions: one mask per line, the dense one first. An env with
+  ``action="discrete"`` takes the folder as its ``codebook``. With several stages the masks are all combinations of the
+  choices per stage; the choice of the last stage changes first.
+* ``SPLIT.safetensors`` of each split, mapped into memory:
+
+  * ``quality [n, masks]``: indices into ``quality_values``, packed into bits ``[n, masks / 8]`` if there are two
+    values; with more than 65,536 values, the qualities themselves;
+  * ``always [lengths, levels]`` and ``switched [lengths, levels, switches]``, int64: FLOPs, which are summed; ``costs
+    [n]``: the row of each instance in both;
+  * ``observations``, float32, or float16 if reduced; for a later stage K ``observations.K [n, choices before, size]``;
+  * with the stage ``answer``, ``judged [n, masks, values]``, the head's judgement of its answers, and ``spent [lengths,
+    masks]``, the FLOPs shown there;
+  * difficulty and facts of each instance, in the smallest type that holds them exactly.
+* ``SPLIT.json``: the ids of the instances, and their facts that are texts.
+* ``projection.safetensors``, if observations are reduced: how (``sd_gym.projection``).
+* ``export.safetensors``: statistics of observations and tokens, with which a policy that learned here decides on the
+  original env or on texts. It is missing if no policy can leave that env.
 """
 
 from __future__ import annotations
@@ -28,14 +31,14 @@ from sd_gym.registration import CONFIG_FOLDER
 
 FORMAT = 3
 CODEBOOK, PROJECTION, EXPORT = "codebook.json", "projection.safetensors", "export.safetensors"
-MOST = 4096  # decisions; where there are no more, a table has all of them
+MOST = 4096  # decisions; with at most so many, a table has all of them
 CLASS_LOG_ODDS = "log_odds"  # the first judgement of a backbone that classifies
 JUDGED, SPENT = "judged", "spent"  # in the file of a split
 FACT = "fact."  # before the name of a fact, in the file of a split
 
 
 def observations_at(stage: int) -> str:
-    """Name of what is observed at a stage, in the file of a split."""
+    """Name of the observations at a stage, in the file of a split."""
     return f"observations.{stage}" if stage else "observations"
 
 
@@ -46,9 +49,11 @@ def table_folder(name: str | Path) -> Path:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What ``table.json`` says of a complete table.
+    """The content of ``table.json`` of a complete table.
 
-    Raises ``FileNotFoundError`` where there is none, ``ValueError`` if it is damaged, cut off, or of another version.
+    Raises:
+        FileNotFoundError: If there is no table.
+        ValueError: If it is damaged, not complete, or of another format.
     """
     file = folder / "table.json"
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""What the decisions in a table are worth and cost. Nothing here needs torch."""
+"""Quality and FLOPs of the decisions in a table. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -6,29 +6,25 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 
 from sd_gym.going_on import going_on_flops, resumed_from
 
-Array = NDArray
 MasksOf = Callable[[Array], Array]  # from decisions [n, components] to the numbers of their masks [n]
 
 
 def is_packed(tensors: dict[str, Array]) -> bool:
-    """Whether the qualities of a split have two values, which are kept in bits."""
+    """Whether the qualities of a split have at most two values, which are stored as bits."""
     return len(tensors.get("quality_values", range(3))) <= 2
 
 
 def packed_length(tensors: dict[str, Array], masks: int) -> int:
-    """Columns of the qualities of so many masks."""
+    """Number of columns of the qualities under so many masks."""
     return -(-masks // 8) if is_packed(tensors) else masks
 
 
 class TableScoring:
-    """Qualities of a split's rows under decisions ``[n, components]``, as ``Scoring`` gives them.
-
-    ``masks_of`` gives the masks whose answers count.
-    """
+    """The ``Scores`` of a split of a table; ``masks_of`` gives the masks whose answers count."""
 
     def __init__(self, tensors: dict[str, Array], masks: int, masks_of: MasksOf) -> None:
         self._codes, self._values = tensors["quality"], tensors.get("quality_values")
@@ -38,13 +34,13 @@ class TableScoring:
     def of_masks(self, rows: Array) -> Array:
         """Qualities of rows ``[n]`` under all masks, float64 ``[n, masks]``."""
         codes = self._codes[rows]
-        return self._worth(np.unpackbits(codes, axis=1, count=self._masks) if self._is_packed else codes)
+        return self._decoded(np.unpackbits(codes, axis=1, count=self._masks) if self._is_packed else codes)
 
     def _at(self, rows: Array, masks: Array) -> Array:
-        """Qualities of rows ``[n]``, each under the mask of that number in ``masks [n]``, float64 ``[n]``."""
+        """Qualities of rows ``[n]`` under the masks with the numbers ``masks [n]``, float64 ``[n]``."""
         if not self._is_packed:
-            return self._worth(self._codes[rows, masks])
-        return self._worth((self._codes[rows, masks >> 3] >> (7 - (masks & 7)).astype(np.uint8)) & 1)
+            return self._decoded(self._codes[rows, masks])
+        return self._decoded((self._codes[rows, masks >> 3] >> (7 - (masks & 7)).astype(np.uint8)) & 1)
 
     def of_one(self, row: int, mask: int) -> tuple[float, float]:
         """Quality of a row under the mask of that number, and dense quality."""
@@ -53,12 +49,12 @@ class TableScoring:
             code = (int(code) >> (7 - (mask & 7))) & 1
         return float(code if self._values is None else self._values[code]), self._dense.item(row)
 
-    def _worth(self, codes: Array) -> Array:
-        """The qualities, float64, that codes stand for."""
+    def _decoded(self, codes: Array) -> Array:
+        """The qualities, float64, of their indices."""
         return codes.astype(np.float64) if self._values is None else self._values[codes]
 
-    def quality(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
-        """Quality under the decisions and dense quality, each float64 ``[n]``."""
+    def quality(self, rows: Array, decisions: Array, seen: object = None) -> tuple[Array, Array]:
+        """Quality under the decisions and dense quality, each float64 ``[n]``; ``seen`` is ignored."""
         return self.run(rows, decisions), self._dense[rows]
 
     def run(self, rows: Array, decisions: Array) -> Array:
@@ -66,24 +62,24 @@ class TableScoring:
         return self._at(rows, self._masks_of(decisions))
 
     def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
-        """Quality, and 0 as the likelihood of the reference, which no table has; each float64 ``[n]``."""
+        """Quality, and 0 for the likelihood, which a table does not have; each float64 ``[n]``."""
         return self.run(rows, decisions), np.zeros(len(rows))
 
     def under_all(self, rows: Array, masks: Array) -> tuple[Array, Array]:
-        """``quality_and_likelihood`` of rows ``[n]`` under each of some decisions, each float64 ``[n, masks]``."""
+        """``quality_and_likelihood`` of rows ``[n]`` under each of several decisions, each float64 ``[n, masks]``."""
         quality = self._at(rows[:, None], self._masks_of(masks))
         return quality, np.zeros_like(quality)
 
     def metrics(self, rows: Array, decisions: Array) -> dict[str, float]:
-        """None: a data set's own metric is not the mean of anything that is in a table."""
+        """Empty: the metric of a data set cannot be computed from a table."""
         return {}
 
     def score_dense(self, on_batch: Callable[[], None] = lambda: None) -> None:
-        """All is known."""
+        """Does nothing: a table has all qualities."""
 
 
 class TableCosts:
-    """FLOPs of a split's rows under decisions ``[n, components]``, as ``Costs`` gives them."""
+    """The ``Costs`` of a split of a table; ``points`` are the switches from which a pass can be resumed."""
 
     def __init__(
         self,
@@ -94,7 +90,7 @@ class TableCosts:
         points: Sequence[int],
     ) -> None:
         self._masks_of, self._goes_on, self._masks, self._points = masks_of, goes_on, masks, points
-        self._of = tensors["costs"]  # which of the costs an instance has
+        self._costs_of = tensors["costs"]  # row of each instance in the costs
         self._always, self._switched = tensors["always"], tensors["switched"]
         self._runs, self._level = 1 - masks[:, :-1], masks[:, -1]
         self._dense = self._always[:, 0] + self._switched[:, 0].sum(axis=1)
@@ -102,34 +98,34 @@ class TableCosts:
     @cached_property
     def _ratio(self) -> Array:
         """FLOPs ratio of each of the different costs under all masks, float64 ``[costs, masks]``."""
-        found = np.empty((len(self._always), len(self._runs)))
+        flops = np.empty((len(self._always), len(self._runs)))
         for level in np.unique(self._level):
             at = self._level == level
-            # Products of whole numbers below 2^53 are exact in float64 too, which is multiplied much faster.
+            # Products of integers below 2^53 are exact in float64, whose matrix product is much faster.
             switched = self._switched[:, level].astype(np.float64) @ self._runs[at].T.astype(np.float64)
-            found[:, at] = self._always[:, level, None] + switched
-        return found / self._dense[:, None]
+            flops[:, at] = self._always[:, level, None] + switched
+        return flops / self._dense[:, None]
 
     def flops(self, rows: Array, decisions: Array) -> Array:
-        """FLOPs under the decisions, int64 ``[n]``, those of going on included."""
-        masks, of = self._masks_of(decisions), self._of[rows]
+        """FLOPs under the decisions, int64 ``[n]``, with those of going on."""
+        masks, costs = self._masks_of(decisions), self._costs_of[rows]
         level = self._level[masks]
-        flops = self._always[of, level] + np.einsum("ns,ns->n", self._switched[of, level], self._runs[masks])
-        return flops + self._goes_on(decisions) * self._going_on[of, masks]
+        flops = self._always[costs, level] + np.einsum("ns,ns->n", self._switched[costs, level], self._runs[masks])
+        return flops + self._goes_on(decisions) * self._going_on[costs, masks]
 
     def flops_ratio(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under the decisions over dense FLOPs, float64 ``[n]``."""
-        masks, of, goes_on = self._masks_of(decisions), self._of[rows], self._goes_on(decisions)
-        ratio = self._ratio[of, masks]
-        return ratio + goes_on * self._going_on[of, masks] / self._dense[of] if goes_on.any() else ratio
+        masks, costs, goes_on = self._masks_of(decisions), self._costs_of[rows], self._goes_on(decisions)
+        ratio = self._ratio[costs, masks]
+        return ratio + goes_on * self._going_on[costs, masks] / self._dense[costs] if goes_on.any() else ratio
 
     def going_on(self, rows: Array, masks: Array) -> Array:
         """FLOPs of going on after decisions ``[n, components]``, int64 ``[n]``; see ``Costs.going_on``."""
-        return self._going_on[self._of[rows], self._masks_of(masks)]
+        return self._going_on[self._costs_of[rows], self._masks_of(masks)]
 
     @cached_property
     def _going_on(self) -> Array:
-        """Of each of the different costs after all masks, int64 ``[costs, masks]``."""
+        """FLOPs of going on, for each of the different costs after each mask, int64 ``[costs, masks]``."""
         resumed = resumed_from(self._masks, self._points)
         return np.stack(
             [
@@ -140,16 +136,16 @@ class TableCosts:
 
     def ratio_of_one(self, row: int, mask: int) -> float:
         """FLOPs ratio of a row under the mask of that number."""
-        return self._ratio.item(self._of[row], mask)
+        return self._ratio.item(self._costs_of[row], mask)
 
     def dense_flops(self, rows: Array) -> Array:
         """FLOPs of the dense backbone, int64 ``[n]``."""
-        return self._dense[self._of[rows]]
+        return self._dense[self._costs_of[rows]]
 
     def head_flops(self, rows: Array) -> Array:
-        """FLOPs of the head, which no decision saves, int64 ``[n]``."""
-        return self._always[self._of[rows], 0]
+        """FLOPs of the head, which no decision skips, int64 ``[n]``."""
+        return self._always[self._costs_of[rows], 0]
 
     def of_masks(self, rows: Array) -> Array:
         """FLOPs ratio of rows ``[n]`` under all masks, float64 ``[n, masks]``."""
-        return self._ratio[self._of[rows]]
+        return self._ratio[self._costs_of[rows]]

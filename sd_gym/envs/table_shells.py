@@ -1,24 +1,18 @@
-"""Envs that take the outcomes of decisions from a table: no backbone, no data set, no torch."""
+"""Envs that look up the outcomes of decisions in a table: no backbone, no data set, no torch."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 
-from sd_gym.envs.actions import as_array
-from sd_gym.envs.infos import chosen
-from sd_gym.envs.protocols import Outcome
 from sd_gym.envs.single import SwitchableEnv
-from sd_gym.envs.table import TableCore, TableLookup
+from sd_gym.envs.table import TableCore, TableSplit
 from sd_gym.envs.vector import SwitchableVectorEnv
 
-Array = NDArray
 METADATA = {"render_modes": [], "render_fps": 1}
-_ONE = np.zeros(1, dtype=np.int64)  # the only env of a batch of one
 
 
 class TableEnv(SwitchableEnv):
@@ -73,52 +67,43 @@ class TableEnv(SwitchableEnv):
     metadata = METADATA
     core: TableCore
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """As ``SwitchableEnv.reset``."""
-        if self.core.lookup is None:
-            return super().reset(seed=seed, options=options)
-        gym.Env.reset(self, seed=seed)
-        split, row = chosen(self.core, 1, options)
-        row = self.np_random.integers(len(split), size=1) if row is None else row
-        self._episode.split = split
-        self._episode.begin(_ONE, row)
-        return self._told(self.core.lookup, np.zeros_like(self.core.decision_nvec), None)
+    # With one stage, numbers are looked up instead of arrays of one, which would take three times as long.
 
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """As ``SwitchableEnv.step``; of one stage with numbers, as arrays of one are four times slower."""
-        if self.core.lookup is None:
-            return super().step(action)
-        lookup, episode = self.core.lookup, self._episode
-        if episode.stage[0]:
-            raise gym.error.ResetNeeded("the episode is over: call reset() before the next step()")
-        action = as_array(action)
-        if action.shape != self.action_space.shape:
-            raise ValueError(f"expected an action of shape {self.action_space.shape}, got {action.shape}")
-        decisions = self.core.actions.decisions(action[None], 1)
-        episode.decide(_ONE, decisions)
-        split: Any = episode.split
-        outcome, mask = lookup.outcome(split, int(episode.rows[0]), decisions)
+    def _begun(self) -> tuple[Any, dict[str, Any]]:
+        if self.core.is_staged:
+            return super()._begun()
+        return self._observation(), self._info(np.zeros_like(self.core.decision_nvec), None)
+
+    def _outcome(self, decisions: Array) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        core, split, row = self.core, self._split, int(self._episode.rows[0])
+        if core.is_staged:
+            return super()._outcome(decisions)
+        number = int(core.masks_of(decisions)[0])
+        outcome = (*split.scoring.of_one(row, number), split.costs.ratio_of_one(row, number))
         if self.config.reward.vector:
-            reward: Any = np.array([outcome.quality, -outcome.flops_ratio], dtype=np.float32)
+            reward: Any = np.array([outcome[0], -outcome[2]], dtype=np.float32)
         else:
-            values = [np.array([one]) for one in (outcome.quality, outcome.quality_ref, outcome.flops_ratio)]
-            reward = float(self.objective.rewards(*values)[0])
-        observation, info = self._told(lookup, mask, outcome)
-        return observation, reward, True, False, info
+            reward = float(self.objective.rewards(*np.array(outcome)[:, None])[0])
+        return self._observation(), reward, True, False, self._info(core.masks[number].copy(), outcome)
 
-    def _told(self, lookup: TableLookup, mask: Array, outcome: Outcome | None) -> tuple[Any, dict[str, Any]]:
-        """Observation and info, as ``Episodes`` has them, under a mask."""
-        split: Any = self._episode.split
-        row = int(self._episode.rows[0])
-        nothing: Any = 0.0
-        known = outcome or Outcome(nothing, nothing, nothing)
-        return lookup.observation(split, row), {
-            "quality": known.quality,
-            "quality_ref": known.quality_ref,
-            "cost": known.cost,
-            "flops_ratio": known.flops_ratio,
-            "vector_reward": np.array([known.quality, 0 - known.flops_ratio]),
-            "is_success": outcome is not None and known.cost <= self.config.reward.epsilon,
+    @property
+    def _split(self) -> TableSplit:
+        return cast("TableSplit", self._episode.split)
+
+    def _observation(self) -> Array:
+        return self._split.tensors["observations"][self._episode.rows[0]].astype(np.float32)
+
+    def _info(self, mask: Array, outcome: tuple[float, float, float] | None) -> dict[str, Any]:
+        """The info of ``Episodes.infos``, of quality, dense quality and FLOPs ratio."""
+        quality, quality_ref, flops_ratio = outcome or (0.0, 0.0, 0.0)
+        split, row = self._split, int(self._episode.rows[0])
+        return {
+            "quality": quality,
+            "quality_ref": quality_ref,
+            "cost": quality_ref - quality,
+            "flops_ratio": flops_ratio,
+            "vector_reward": np.array([quality, 0 - flops_ratio]),
+            "is_success": outcome is not None and quality_ref - quality <= self.config.reward.epsilon,
             "instance": split.ids[row],
             "difficulty": split.difficulty.item(row),
             "decision": mask,

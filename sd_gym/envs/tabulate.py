@@ -1,4 +1,4 @@
-"""Making a table: every decision of a set on every instance of an env, once."""
+"""Make a table: run every instance of an env under every decision of a set."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import gymnasium as gym
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 
 from sd_gym.config import ConfigError
 from sd_gym.envs.actions import all_decisions, write_masks
 from sd_gym.envs.export import Export
 from sd_gym.envs.protocols import Core
+from sd_gym.envs.staged import StageObservation
 from sd_gym.envs.table_files import CODEBOOK, FACT, FORMAT, JUDGED, PROJECTION, SPENT, observations_at
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.files import as_json, map_arrays, read_json, write_arrays, write_json
@@ -33,63 +34,25 @@ from sd_gym.registry import import_own
 from sd_gym.tasks.data import SPLITS
 from sd_gym.version import __version__
 
-Array = NDArray
-CHUNK = 256  # instances that are run under all masks before anything is written
-ORDERED = 256  # instances of the training split whose FLOPs put masks in order
+CHUNK = 256  # instances per file of outcomes
+ORDERED = 256  # instances of the training split whose FLOPs order the masks
 PARTS = "parts"
-NUMBERS = "biuf"  # kinds of arrays
+NUMBERS = "biuf"  # kinds of numeric arrays
 
 
 class Units(NamedTuple):
-    """What a table's env decides on, where that is neither switches nor one number of a mask."""
+    """What a table's env decides on, if not on switches or the number of a mask: such as whole layers."""
 
-    names: list[str]  # of each but the last one, the token level
-    sizes: list[int]  # choices of each
-    order: list[int]  # the number of the mask of each combination of choices, the last unit's changing first
-
-
-OnChunk = Callable[[int, int], None]  # called with the decisions that are done, and all there are
+    names: list[str]  # of each unit but the last one, the token level
+    sizes: list[int]  # choices of each unit
+    order: list[int]  # the number of the mask of each combination of choices; the last unit's choice changes first
 
 
-def write_table(
-    core: Core[BackboneSplit],
-    masks: Array | None,
-    folder: Path,
-    *,
-    ways: list[int] | None = None,
-    units: Units | None = None,
-    chosen: str = "",
-    pca: int | None = None,
-    share: bool = False,
-    bf16: bool = False,
-    resume: bool = False,
-    jobs: int = 1,
-    imports: Sequence[str] = (),
-    on_chunk: OnChunk,
-) -> None:
-    """Run all instances of an env under decisions and write the outcomes.
-
-    Each chunk of instances is written when it is done, so that a table which was cut off goes on with the next one; it
-    becomes the same, bit for bit. (With another number of threads the last bits of sums are others.)
-
-    ``masks [masks, switches + 1]`` have the dense one first, and no two alike; ``None``: all. Where the env decides at
-    several stages, ``ways`` says how many of each are in the masks, which are all combinations of them, the last
-    stage's changing first. ``units`` are such as whole layers. ``chosen`` says in words how masks were. Other options
-    are as of ``sd-gym tabulate``.
-
-    Raises:
-        FileExistsError: If the folder holds a table, one that was cut off and shall not be resumed, or anything else.
-        ValueError: If what was cut off is another table, or there are not so many components.
-        ConfigError: If the env's observation is no ``Box``, or shall be reduced at several stages.
-    """
-    maker = _Maker(core, masks, folder, ways, units, chosen, pca, share, bf16)
-    maker.check()
-    with locked(folder):
-        maker.write(resume, jobs, imports, on_chunk)
+OnChunk = Callable[[int, int], None]  # called with the number of outcomes so far, and of all outcomes
 
 
 def down_in_flops(core: Core[BackboneSplit], masks: Array) -> Array:
-    """Numbers of masks ``[masks, switches + 1]``, the dense one first, the others down in FLOPs."""
+    """Order of masks ``[masks, switches + 1]`` from most to fewest FLOPs, the dense one first: int64 ``[masks]``."""
     split = core.split("train")
     rows = np.arange(min(len(split), ORDERED))
     flops = [split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in masks]
@@ -99,7 +62,7 @@ def down_in_flops(core: Core[BackboneSplit], masks: Array) -> Array:
 
 
 class _Chunk(NamedTuple):
-    """Instances that are run under all masks before anything is written."""
+    """Instances whose outcomes are written to one file."""
 
     split: str
     rows: Array
@@ -107,29 +70,53 @@ class _Chunk(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Maker:
-    """A table in the making; the fields are the arguments of ``write_table``."""
+class TableMaker:
+    """Runs all instances of an env under decisions and writes the outcomes.
+
+    Each chunk of instances is written when it is done, and a resumed table goes on with the next one. It becomes the
+    same, bit for bit, with the same number of threads.
+    """
 
     core: Core[BackboneSplit]
-    masks: Array | None
+    masks: Array | None  # ``[masks, switches + 1]``, all different, the dense one first; ``None``: all
     folder: Path
+    # With several stages, how many choices of each are in the masks. These are all combinations of the choices; the
+    # choice of the last stage changes first.
     ways: list[int] | None
-    units: Units | None
-    chosen: str
-    pca: int | None
-    share: bool
-    bf16: bool
+    units: Units | None  # what the table's env decides on, if not on switches or the number of a mask
+    chosen: str  # how the masks were chosen, in words; empty: all
+    pca: int | None  # to how many numbers observations are reduced; ``None``: not at all
+    share: bool  # whether ids, texts and paths are left out
+    bf16: bool  # whether the backbone runs in mixed precision
 
-    def check(self) -> None:
-        """Raise as ``write_table`` if there cannot be such a table."""
+    def make(self, *, resume: bool, jobs: int, imports: Sequence[str], on_chunk: OnChunk) -> None:
+        """Make the table.
+
+        Args:
+            resume: Whether to go on with an interrupted table.
+            jobs: Number of processes.
+            imports: Modules or files that worker processes import first.
+            on_chunk: Called after each chunk.
+
+        Raises:
+            FileExistsError: If the folder is not empty, and does not hold an interrupted table that is resumed.
+            ValueError: If the interrupted table is another one, or ``pca`` is too large.
+            ConfigError: If the env's observation is not a ``Box``.
+        """
+        self._check()
+        with locked(self.folder):
+            self._write(resume, jobs, imports, on_chunk)
+
+    def _check(self) -> None:
+        """Raise if the env or the options are wrong."""
         core, space, pca = self.core, self.core.observation_space, self.pca
         if not isinstance(space, gym.spaces.Box):
             raise ConfigError(
-                f"{core.config.id}: a table has observations that are one array, such as observation=pooled; got "
+                f"{core.config.id}: the observations of a table are one array, such as observation=pooled; got "
                 f"{core.config.observation} with the space {space}"
             )
         instances = len(core.split("train"))
-        features = (min(space.shape) - sum(self._kept),) if len(space.shape) == 1 else space.shape
+        features = (min(space.shape) - sum(self._around),) if len(space.shape) == 1 else space.shape
         if pca is not None and (len(space.shape) != 1 or not 1 <= pca <= min(instances, *features)):
             raise ValueError(
                 f"--pca: expected at least 1 component, and no more than there are training instances ({instances}) or "
@@ -137,13 +124,12 @@ class _Maker:
             )
 
     @property
-    def _kept(self) -> tuple[int, int]:
-        """Numbers of an observation before and after those that are reduced, which are hidden states."""
-        looks: Any = self.core.stage_observation
-        return looks.around if self.ways is not None else (0, 0)
+    def _around(self) -> tuple[int, int]:
+        """How many numbers of an observation are before the hidden states, which are reduced, and after them."""
+        return (0, 0) if self.ways is None else cast("StageObservation", self.core.stage_observation).around
 
-    def write(self, resume: bool, jobs: int, imports: Sequence[str], on_chunk: OnChunk) -> None:
-        """Begin the table or go on with it, and finish it."""
+    def _write(self, resume: bool, jobs: int, imports: Sequence[str], on_chunk: OnChunk) -> None:
+        """Begin or resume the table, and finish it."""
         core, folder = self.core, self.folder
         exported = core.export()
         description = self._description(exported)
@@ -168,40 +154,37 @@ class _Maker:
         shutil.rmtree(folder / PARTS)
 
     def _chunks(self, split: BackboneSplit) -> list[_Chunk]:
-        """Rows of about the same length, which waste little on padding."""
+        """Chunks of rows of about the same length, so that there is little padding."""
         order = np.argsort(split.encoded.source_length, kind="stable")
         parts = enumerate(np.split(order, range(CHUNK, len(order), CHUNK)))
         folder = self.folder / PARTS
         return [_Chunk(split.name, rows, folder / f"{split.name}-{number:05}.safetensors") for number, rows in parts]
 
     def _projection(self) -> Projection | None:
-        """How observations are reduced, written to the folder, or found in it where a table goes on."""
+        """How observations are reduced; written to the folder, or read from it if the table is resumed."""
         if self.pca is None:
             return None
         file = self.folder / PROJECTION
         if not file.exists():
-            train = self.core.split("train")
-            fit_projection(self._seen(train), self.pca, *self._kept).save(file)
+            train, stages = self.core.split("train"), cast("StageObservation", self.core.stage_observation)
+            observe = self.core.observe if self.ways is None else stages.dense
+            observed = np.asarray(observe(train, np.arange(len(train))))
+            fit_projection(observed, self.pca, *self._around).save(file)
         return read_projection(file)
-
-    def _seen(self, split: BackboneSplit) -> Array:
-        """What is observed of the instances of a split, at all stages of a dense pass, ``[n, features]``."""
-        if self.ways is None:
-            return np.asarray(self.core.observe(split, np.arange(len(split))))
-        looks: Any = self.core.stage_observation
-        return looks.dense(split, np.arange(len(split)))
 
     def _description(self, exported: Export | None) -> dict[str, Any]:
         core, masks, ways = self.core, self.masks, self.ways
         config = core.config.model_dump()
-        numbered = masks is not None and ways is None and self.units is None
-        config["action"], config["codebook"] = "discrete" if numbered else "multi_discrete", None
+        is_numbered = masks is not None and ways is None and self.units is None
+        config["action"], config["codebook"] = "discrete" if is_numbered else "multi_discrete", None
         config["backbone"]["device"] = "cpu"
-        if config["reward"]["objective"] not in OBJECTIVES.built_in():  # one of the user's own may be known here alone
+        if (
+            config["reward"]["objective"] not in OBJECTIVES.built_in()
+        ):  # a registered objective may be unknown elsewhere
             config["reward"]["objective"] = "lexicographic"
         space: Any = core.observation_space
         if self.pca is not None:
-            size = self.pca + sum(self._kept)
+            size = self.pca + sum(self._around)
             space = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (size,), np.float32)
         splits = {}
         for split in map(core.split, SPLITS):
@@ -235,8 +218,7 @@ class _Maker:
             "splits": splits,
         }
         if ways is not None and masks is not None:
-            looks: Any = core.stage_observation
-            described |= {"stages": core.stages, "ways": ways, "judges": looks.judgements}
+            described |= {"stages": core.stages, "ways": ways, "judges": core.stage_observation.judgements}
             if core.has_answer_stage:
                 described["resume_points"] = core.split("train").costs.points
                 described["judgement"] = list(core.backbone.head.judgement)
@@ -245,7 +227,7 @@ class _Maker:
         return _without_paths(described) if self.share else described
 
     def _begin(self, description: dict[str, Any], resume: bool) -> None:
-        """Make the folder ready, or find in it the table that is to go on."""
+        """Prepare an empty folder, or check that it holds this table, interrupted."""
         folder, masks = self.folder, self.masks
         file, codebook = folder / "table.json", folder / CODEBOOK
         if not contents(folder):
@@ -255,29 +237,27 @@ class _Maker:
             return
         if not file.is_file():
             raise foreign(folder, "table")
-        there = read_json(file)
-        if there.get("complete"):
+        existing = read_json(file)
+        if existing.get("complete"):
             raise FileExistsError(f"{folder} holds a table; choose another --output")
         if not resume:
-            raise FileExistsError(
-                f"{folder} holds a table that was cut off; go on with --resume, or take another --output"
-            )
-        here = json.loads(as_json(description))
-        differ = [key for key in here if here[key] != there.get(key)]
+            raise FileExistsError(f"{folder} holds an interrupted table; pass --resume, or choose another --output")
+        wanted = json.loads(as_json(description))
+        differ = [key for key in wanted if wanted[key] != existing.get(key)]
         if masks is not None and not differ and json.loads(codebook.read_text(encoding="utf-8")) != masks.tolist():
             differ = ["masks"]
         if differ:
             raise ValueError(
-                f"{folder} holds the beginning of another table: another {', '.join(differ)}; choose another --output"
+                f"{folder} holds an interrupted table with another {', '.join(differ)}; choose another --output"
             )
 
     def _write_split(
         self, split: BackboneSplit, parts: list[dict[str, Array]], masks: Array, reduce: Projection | None
     ) -> None:
-        """Put the chunks of a split together, with all that is known of its instances."""
+        """Join the chunks of a split, and add the facts of its instances."""
         core, n, encoded = self.core, len(split), split.encoded
-        nothing = np.zeros((n, len(core.nvec)), dtype=np.int64)
-        seen = np.asarray(core.stage_observation.observe(split, np.arange(n), 0, nothing, None)[0])
+        undecided = np.zeros((n, len(core.nvec)), dtype=np.int64)
+        observed = np.asarray(core.stage_observation.observe(split, np.arange(n), 0, undecided, None)[0])
         facts = split.facts()
         numbers = {name: values for name, values in facts.items() if values.dtype.kind in NUMBERS}
         smallest = {
@@ -290,9 +270,10 @@ class _Maker:
         }
         whole = [*map(observations_at, range(1, len(self.ways or [0]))), *[JUDGED] * core.has_answer_stage]
         costs = _costs(*split.costs.by_level())
-        spent = {SPENT: _spent(split, costs["costs"], masks).astype(_kept_as(reduce))} if core.has_answer_stage else {}
+        dtype = _observation_dtype(reduce)
+        spent = {SPENT: _spent(split, costs["costs"], masks).astype(dtype)} if core.has_answer_stage else {}
         arrays = {
-            "observations": (np.asarray(seen) if reduce is None else reduce(seen)).astype(_kept_as(reduce)),
+            "observations": (observed if reduce is None else reduce(observed)).astype(dtype),
             **_qualities(parts, n, len(masks)),
             **costs,
             **spent,
@@ -301,15 +282,12 @@ class _Maker:
         }
         write_arrays(self.folder / f"{split.name}.safetensors", arrays)
         ids = [f"{split.name}-{row}" for row in range(n)] if self.share else split.ids.tolist()
-        words = {} if self.share else {name: known.tolist() for name, known in facts.items() if name not in numbers}
-        write_json(self.folder / f"{split.name}.json", {"ids": ids, "facts": words})
+        texts = {} if self.share else {name: values.tolist() for name, values in facts.items() if name not in numbers}
+        write_json(self.folder / f"{split.name}.json", {"ids": ids, "facts": texts})
 
 
 def _written(how: tuple[Any, ...], chunks: list[_Chunk], jobs: int, imports: Sequence[str]) -> Iterator[_Chunk]:
-    """Write chunks, in this process or in several; each is given as soon as it is written.
-
-    ``how`` has the other arguments of ``_write_chunk``.
-    """
+    """Write chunks, in this process or in several, and yield each; ``how``: the other arguments of ``_write_chunk``."""
     if min(jobs, len(chunks)) <= 1:
         for chunk in chunks:
             yield _write_chunk(chunk, *how)
@@ -324,9 +302,9 @@ def _written(how: tuple[Any, ...], chunks: list[_Chunk], jobs: int, imports: Seq
 
 
 def _make_ready(imports: list[str]) -> None:
-    """What a process does first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a whole group of processes: the first one ends the others
-    torch.set_num_threads(1)  # threads of several processes that wait for each other are many times slower
+    """Initialise a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
+    torch.set_num_threads(1)  # several processes with several threads each are many times slower
     for name in imports:
         import_own(name)
 
@@ -334,43 +312,38 @@ def _make_ready(imports: list[str]) -> None:
 def _write_chunk(
     chunk: _Chunk, core: Core[BackboneSplit], masks: Array, ways: list[int], bf16: bool, reduce: Projection | None
 ) -> _Chunk:
-    """Run a chunk; in another process, the core is the one that this process shares."""
+    """Run a chunk and write its outcomes."""
     split, rows, arrays = core.split(chunk.split), chunk.rows, dict[str, Array]()
     with torch.autocast(core.backbone.model.device.type, torch.bfloat16, enabled=bf16):
         if core.has_answer_stage:
             quality, judged = split.scoring.judged_under_all(rows, masks)
-            arrays[JUDGED] = np.clip(judged, -OBSERVATION_LIMIT, OBSERVATION_LIMIT).astype(_kept_as(reduce))
+            arrays[JUDGED] = np.clip(judged, -OBSERVATION_LIMIT, OBSERVATION_LIMIT).astype(_observation_dtype(reduce))
         else:
             quality, _ = split.scoring.under_all(rows, masks)
     arrays |= {"rows": rows, "quality": _smallest(quality)}
-    for stage in range(1, len(ways)):  # what rows show there, after each combination of ways
-        before = masks[:: math.prod(ways[stage:])]  # a mask of each combination: after it all runs
-        shown = [
-            np.asarray(core.stage_observation.observe(split, rows, stage, np.tile(mask, (len(rows), 1)), None)[0])
-            for mask in before
-        ]
-        shown = shown if reduce is None else [reduce(observed) for observed in shown]
-        arrays[observations_at(stage)] = np.stack(shown, axis=1).astype(_kept_as(reduce))
+    for stage in range(1, len(ways)):
+        observed = []
+        for mask in masks[:: math.prod(ways[stage:])]:  # one mask per combination of the earlier stages' choices
+            decisions = np.tile(mask, (len(rows), 1))
+            values = np.asarray(core.stage_observation.observe(split, rows, stage, decisions, None)[0])
+            observed.append(values if reduce is None else reduce(values))
+        arrays[observations_at(stage)] = np.stack(observed, axis=1).astype(_observation_dtype(reduce))
     write_arrays(chunk.file, arrays)
     return chunk
 
 
-def _kept_as(reduce: Projection | None) -> type:
-    """The type of what is observed, which is rounded where it is reduced."""
-    return np.float32 if reduce is None else np.float16
+def _observation_dtype(reduce: Projection | None) -> type:
+    return np.float32 if reduce is None else np.float16  # reduced observations are rounded
 
 
 def _spent(split: BackboneSplit, costs: Array, masks: Array) -> Array:
-    """The share of the dense FLOPs that the answer stage shows, of each of different costs, float64 ``[costs, masks]``.
-
-    ``costs [n]`` says which of them an instance has.
-    """
+    """Share of the dense FLOPs at the answer stage, for each value of ``costs [n]``, float64 ``[costs, masks]``."""
     _, rows = np.unique(costs, return_index=True)
     return np.stack([split.costs.reading_ratio(rows, np.tile(mask, (len(rows), 1))) for mask in masks], axis=1)
 
 
 def _without_paths(value: Any) -> Any:
-    """The same with the name of each file or folder of this machine in place of its path."""
+    """The value with each path of this machine replaced by the name of the file or folder."""
     if isinstance(value, dict):
         return {key: _without_paths(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -379,12 +352,12 @@ def _without_paths(value: Any) -> Any:
 
 
 def _bound(values: Array) -> Any:
-    """A bound of a space; one number if it is the same everywhere."""
+    """A bound of a space; one number if all are equal."""
     return values.flat[0].item() if (values == values.flat[0]).all() else values.tolist()
 
 
 def _together(parts: list[dict[str, Array]], name: str, n: int) -> Array:
-    """An array of the chunks, ``[n, ...]``, in the order of the rows."""
+    """The arrays of all chunks as one, ``[n, ...]``, in the order of the rows."""
     whole = np.empty((n, *parts[0][name].shape[1:]), parts[0][name].dtype)
     for part in parts:
         whole[part["rows"]] = part[name]
@@ -392,7 +365,7 @@ def _together(parts: list[dict[str, Array]], name: str, n: int) -> Array:
 
 
 def _costs(always: Array, switched: Array) -> dict[str, Array]:
-    """FLOPs ``[n, levels]`` and ``[n, levels, switches]``: those of each length once, and which one an instance has."""
+    """FLOPs ``[n, levels]`` and ``[n, levels, switches]`` without repetitions, and the row of each instance in them."""
     n, levels, switches = switched.shape
     both = np.concatenate([always[:, :, None], switched], axis=2).reshape(n, -1)
     different, number = np.unique(both, axis=0, return_inverse=True)
@@ -401,7 +374,7 @@ def _costs(always: Array, switched: Array) -> dict[str, Array]:
 
 
 def _smallest(values: Any) -> Array:
-    """Numbers ``[n, ...]`` in the smallest type that holds them exactly."""
+    """Numbers ``[n, ...]`` in the smallest type that represents them exactly."""
     values = np.asarray(values)
     kinds = {"b": (np.bool_,), "f": (np.float16, np.float32)}.get(values.dtype.kind, (np.uint8, np.uint16))
     with np.errstate(over="ignore"):
@@ -411,9 +384,10 @@ def _smallest(values: Any) -> Array:
 
 
 def _qualities(parts: list[dict[str, Array]], n: int, masks: int) -> dict[str, Array]:
-    """Qualities ``[n, masks]`` as numbers of the values that occur, and these; of too many, as they are, float32.
+    """Qualities ``[n, masks]`` as indices into their different values, and these values.
 
-    Of two values, such as right and wrong, a number is one bit: ``[n, masks / 8]``.
+    The indices of two values, such as right and wrong, are bits, ``[n, masks / 8]``. Too many values are stored as they
+    are, as float32.
     """
     values = np.unique(np.concatenate([np.unique(part["quality"]) for part in parts])).astype(np.float64)
     if len(values) > 2**16:

@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from sd_gym.envs.episodes import Episodes, objects
+from sd_gym.envs.episodes import episodes_of, objects
 from sd_gym.envs.infos import check_shown, checked_options, chosen, pictures, read_config
 from sd_gym.envs.protocols import Observations
 from sd_gym.envs.render import Shown
@@ -99,7 +99,7 @@ class SwitchableVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         if self.config.reward.vector:
             self.reward_space = reward_space(self.core)  # of one env, as MO-Gymnasium's vector envs have it
-        self._episodes: Episodes = self.core.stage_observation.episodes(self.core, num_envs, info_text)
+        self._episodes = episodes_of(self.core, num_envs, info_text)
         self.objective = self._episodes.objective
         self._shown: Shown | None = None
 
@@ -109,12 +109,12 @@ class SwitchableVectorEnv(VectorEnv):
         """Draw an instance for each env.
 
         Args:
-            seed: A number seeds one generator, from which the instances of all envs are drawn. A list, a seed an env,
-                gives each env a generator of its own, which draws as that of a single env with this seed; ``None`` in
-                it leaves an env's generator as it is.
-            options: As for ``SwitchableEnv``; ``instance`` may be a list of ids, one an env. ``reset_mask``, bool
-                ``[num_envs]``, says which envs are reset; the others keep their instances, and the infos hold nothing
-                of them. All envs are on one split, which only a reset of all of them changes.
+            seed: A number seeds one generator, from which the instances of all envs are drawn. A list, with one seed
+                per env, gives each env its own generator, which draws like a single env with this seed; ``None`` in it
+                leaves an env's generator as it is.
+            options: As for ``SwitchableEnv``; ``instance`` may be a list of ids, one per env. ``reset_mask``, bool
+                ``[num_envs]``, selects the envs to reset; the others keep their instances, and are not in the infos.
+                All envs are on one split, which only a reset of all of them changes.
 
         Raises:
             ValueError: If a seed or an option is wrong.
@@ -131,7 +131,7 @@ class SwitchableVectorEnv(VectorEnv):
         return episodes.observe(), self._infos((envs, episodes.infos(envs)))
 
     def step(self, actions: Any) -> tuple[Observations, NDArray, NDArray, NDArray, dict[str, Any]]:
-        """Run the backbone under the decisions that a batch of actions stands for; the class says what follows.
+        """Run the backbone under the decisions of a batch of actions, then autoreset as the class describes.
 
         Raises:
             ValueError: If the actions are malformed.
@@ -169,17 +169,17 @@ class SwitchableVectorEnv(VectorEnv):
         return episodes.observe(), rewards, ended, np.zeros(n, dtype=np.bool_), infos
 
     def action_masks(self) -> NDArray:
-        """Which choices are allowed, bool ``[num_envs, choices]``: all, as of ``SwitchableEnv``."""
+        """Choices that are allowed, bool ``[num_envs, choices]``; see ``SwitchableEnv.action_masks``."""
         return self._episodes.masks()
 
     def render(self) -> tuple[str | NDArray, ...] | None:
-        """One picture an env, as ``SwitchableEnv.render``: after a step, of the instances that were decided on."""
+        """One picture per env, as ``SwitchableEnv.render``: after a step, of the instances that were decided on."""
         if self.render_mode is None or self._shown is None:
             return None
         return tuple(pictures(self.core, self._shown, self.render_mode))
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on, as plain values; after ``reset``."""
+        """Everything that the next step depends on, as plain values; call it after ``reset``."""
         random: Any = self.np_random
         own = isinstance(random, tuple)
         return {
@@ -190,7 +190,7 @@ class SwitchableVectorEnv(VectorEnv):
         }
 
     def load_state(self, state: dict[str, Any]) -> Observations:
-        """Go on from what ``state`` gave; returns the observations to decide on next."""
+        """Restore what ``state`` returned; returns the observations to decide on next."""
         random, episodes = state["random"], self._episodes
         self._np_random = _generator(random) if isinstance(random, dict) else tuple(map(_generator, random))
         episodes.split, episodes.rows = self.core.split(state["split"]), np.array(state["rows"])
@@ -204,7 +204,7 @@ class SwitchableVectorEnv(VectorEnv):
         outcome: tuple[NDArray, dict[str, NDArray]] | None = None,
         rewards: NDArray | None = None,
     ) -> None:
-        """Keep what there is to show, if anybody may ask; without an outcome, that which there was."""
+        """Keep what ``render`` shows, if there is a render mode; without an outcome, the last outcome stays."""
         if self.render_mode is None:
             return
         episodes = self._episodes
@@ -217,14 +217,14 @@ class SwitchableVectorEnv(VectorEnv):
         self._shown = Shown(episodes.texts, episodes.rows.copy(), decided.copy(), infos, rewards)
 
     def _envs_to_reset(self, options: dict[str, Any]) -> NDArray:
-        """Takes ``reset_mask`` out of the options; a reset that has one stays on the split unless it names another."""
+        """The envs to reset. Takes ``reset_mask`` out of the options; with it, the default split is the current one."""
         if "reset_mask" not in options:
             return np.arange(self.num_envs)
         mask = options.pop("reset_mask")
         if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
             raise TypeError(f"expected an array of booleans for reset_mask, got {getattr(mask, 'dtype', type(mask))}")
         if mask.shape != (self.num_envs,) or not mask.any():
-            raise ValueError(f"expected a reset_mask of shape {(self.num_envs,)} that is true somewhere, got {mask}")
+            raise ValueError(f"expected a reset_mask of shape {(self.num_envs,)} with at least one True, got {mask}")
         begun = self._episodes.is_begun
         if begun:
             options.setdefault("split", self._episodes.split.name)
@@ -239,16 +239,15 @@ class SwitchableVectorEnv(VectorEnv):
         return np.flatnonzero(mask)
 
     def _seed(self, seed: int | Sequence[int | None] | None, envs: NDArray) -> None:
-        """Seed the one generator, or those of some envs."""
+        """Seed the common generator, or the generators of some envs."""
         if seed is None or isinstance(seed, int | np.integer):
             super().reset(seed=seed)
             return
         if len(seed) != self.num_envs:
-            raise ValueError(f"expected {self.num_envs} seeds, one an env, got {len(seed)}")
+            raise ValueError(f"expected {self.num_envs} seeds, one per env, got {len(seed)}")
         own = isinstance(self._np_random, tuple)
-        nothing: list[Any] = [None] * self.num_envs
-        generators = list(self._np_random) if own else nothing
-        seeds = list(self._np_random_seed) if own else [*nothing]
+        generators: list[Any] = list(self._np_random) if own else [None] * self.num_envs
+        seeds: list[Any] = list(self._np_random_seed) if own else [None] * self.num_envs
         for env in range(self.num_envs):
             new = seed[env] if env in envs else None
             if new is not None or generators[env] is None:
@@ -256,20 +255,20 @@ class SwitchableVectorEnv(VectorEnv):
         self._np_random, self._np_random_seed = tuple(generators), tuple(seeds)
 
     def _random_rows(self, envs: NDArray) -> NDArray:
-        """New rows for some envs: from the one generator, or each by the env's own."""
+        """New rows for some envs: from the common generator, or each from the env's own."""
         random, instances = self.np_random, len(self._episodes.split)
         if isinstance(random, np.random.Generator):
             return random.integers(instances, size=len(envs))
         return np.array([random[env].integers(instances, size=1)[0] for env in envs], dtype=np.int64)
 
     def _infos(self, *parts: tuple[NDArray, dict[str, NDArray]]) -> dict[str, NDArray]:
-        """Infos as ``VectorEnv`` has them, a row an env and a mask ``_key`` for each key, of (envs, their infos)."""
+        """Infos as of ``VectorEnv``, a row per env and a mask ``_key`` for each key, from pairs of envs and infos."""
         merged: dict[str, NDArray] = {}
         for envs, infos in parts:
             for key, values in infos.items() if len(envs) else ():
                 if key not in merged:
-                    nothing = None if values.dtype == object else 0
-                    merged[key] = np.full((self.num_envs, *values.shape[1:]), nothing, dtype=values.dtype)
+                    empty = None if values.dtype == object else 0
+                    merged[key] = np.full((self.num_envs, *values.shape[1:]), empty, dtype=values.dtype)
                     merged[f"_{key}"] = np.zeros(self.num_envs, dtype=np.bool_)
                 merged[key][envs] = values
                 merged[f"_{key}"][envs] = True
@@ -277,7 +276,7 @@ class SwitchableVectorEnv(VectorEnv):
 
 
 def _generator(state: dict[str, Any]) -> np.random.Generator:
-    """A generator that goes on from the state of another."""
+    """A generator with this state."""
     generator, _ = seeding.np_random(0)
     generator.bit_generator.state = state
     return generator

@@ -1,4 +1,4 @@
-"""Other conventions around an env."""
+"""Wrappers for other conventions: costs beside rewards, and penalties that learn."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ OUTCOME = ("quality", "quality_ref", "flops_ratio")
 
 
 class SafetyWrapper(gym.Wrapper, RecordConstructorArgs):
-    """Steps as Safety-Gymnasium's envs do, with a cost of its own beside the reward (Ji et al. 2023).
+    """Steps return a cost beside the reward, as in Safety-Gymnasium (Ji et al. 2023).
 
-    The reward is what is saved, ``1 - flops_ratio``; the cost is ``quality_ref - quality``, with its sign. The limit on
+    The reward is the savings, ``1 - flops_ratio``; the cost is ``quality_ref - quality``, with its sign. The limit on
     the mean cost is the config's ``epsilon``.
     """
 
@@ -39,11 +39,11 @@ class LagrangianWrapper(gym.Wrapper, RecordConstructorArgs):
 
     Args:
         env: An env of this package.
-        multiplier: Where the penalty starts; ``None``: at the ``penalty`` of the env's config.
-        rate: How fast it moves, a decision.
+        multiplier: The first penalty; ``None``: the ``penalty`` of the env's config.
+        rate: How fast the penalty moves per decision.
 
     Attributes:
-        lagrangian: Holds the ``multiplier`` in force, which a checkpoint has to keep.
+        lagrangian: Holds the current ``multiplier``, which a checkpoint has to keep.
 
     Raises:
         ValueError: If the env has a ``reward.dense`` or a ``reward.vector``.
@@ -72,7 +72,7 @@ class LagrangianWrapper(gym.Wrapper, RecordConstructorArgs):
 
 
 class LagrangianVectorWrapper(VectorWrapper):
-    """``LagrangianWrapper`` for a vector env: all its envs share one multiplier, which moves once a step.
+    """``LagrangianWrapper`` for a vector env: its envs share one multiplier, which moves once per step.
 
     Raises:
         ValueError: If the env has a ``reward.dense`` or a ``reward.vector``.

@@ -126,7 +126,7 @@ def _take_out(board: Switchboard, stack: Stack, mask: NDArray, twin: PreTrainedM
     for index, layer in enumerate(original):
         skipped = [sublayer for sublayer in stack.sublayers if mask[number[index, sublayer.kind]]]
         counts = index if index in counting else None
-        if len(skipped) == len(stack.sublayers) and (stack.whole or stack.norms):
+        if len(skipped) == len(stack.sublayers) and stack.norms is not None:
             layers._modules[str(index)] = _PassedLayer([layer.get_submodule(norm) for norm in stack.norms], counts)
         elif skipped:
             own = twin_at(layers, str(index))

@@ -51,7 +51,47 @@ class Passes:
         They go on from what a pass has ``seen`` at a stage, but for texts in the middle of a stack, which are generated
         anew.
         """
-        return self.head.answers(self, rows, decisions, seen)
+        if not self.head.judges_passes:
+            return self.generated(rows, decisions, seen)
+        values = self.in_passes(rows, decisions, lambda logits, _: self.head.best(logits, self.longest), seen)
+        return self.head.to_texts(self.instances, self.encoded, rows, values)
+
+    def answers_and_judgement(
+        self, rows: Array, decisions: Array, seen: PassState | None = None
+    ) -> tuple[list[str], Array]:
+        """``answers``, and the head's ``judgement`` of each, float64 ``[n, values]``, from the same passes."""
+        if not self.head.judges_passes:
+            return self._texts(rows, decisions, seen, judges=True)
+        value = self._best_and(lambda logits, _: self.head.judge(logits))
+        best, judged = np.split(self.in_passes(rows, decisions, value, seen), [-len(self.head.judgement)], axis=1)
+        return self.head.to_texts(self.instances, self.encoded, rows, best), judged
+
+    def answers_and_likelihood(self, rows: Array, decisions: Array, likelihood: Value) -> tuple[list[str], Array]:
+        """``answers``, and the ``likelihood`` of the references, float64 ``[n]``."""
+        if not self.head.judges_passes:
+            return self.generated(rows, decisions), self.in_passes(rows, decisions, likelihood)
+        values = self.in_passes(rows, decisions, self._best_and(likelihood))
+        return self.head.to_texts(self.instances, self.encoded, rows, values[:, :-1]), values[:, -1]
+
+    def answers_under_all(self, rows: Array, masks: Array, likelihood: Value) -> tuple[list[list[str]], Array]:
+        """``answers_and_likelihood`` under every mask: a list of texts per mask, and float64 ``[n, masks]``."""
+        if not self.head.judges_passes:
+            likely = self.under_all(rows, masks, lambda logits, labels: likelihood(logits, labels)[:, None])
+            return self.generated_under_all(rows, masks), likely[..., 0]
+        values = self.under_all(rows, masks, self._best_and(likelihood))
+        texts = [
+            self.head.to_texts(self.instances, self.encoded, rows, of_mask[:, :-1]) for of_mask in values.swapaxes(0, 1)
+        ]
+        return texts, values[..., -1]
+
+    def _best_and(self, more: Value) -> Value:
+        """Takes logits and labels to the columns of ``Head.best`` and then those of ``more``, ``[batch, values]``."""
+
+        def both(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            columns = (self.head.best(logits, self.longest), more(logits, labels))
+            return torch.cat([values.reshape(len(logits), -1) for values in columns], dim=1)
+
+        return both
 
     @torch.inference_mode()
     def confidence(self, rows: Array, decisions: Array) -> Array:
@@ -62,15 +102,9 @@ class Passes:
         """What ``generate()`` gives for rows under decisions, by greedy or beam search; arguments as of ``answers``."""
         return self._texts(rows, decisions, seen, judges=False)[0]
 
-    def generated_and_judged(
-        self, rows: Array, decisions: Array, seen: PassState | None = None
-    ) -> tuple[list[str], Array]:
-        """The same, and the ``judgement`` of each text, float64 ``[n, values]`` (``Seq2SeqHead``)."""
-        return self._texts(rows, decisions, seen, judges=True)
-
     @torch.inference_mode()
     def _texts(self, rows: Array, decisions: Array, seen: PassState | None, *, judges: bool) -> tuple[list[str], Array]:
-        """As ``generated_and_judged``; without ``judges``, which takes time, the judgement is zeros."""
+        """The texts of ``generate()``, and their judgement; zeros without ``judges``, which takes time."""
         texts, judged = np.empty(len(rows), dtype=object), np.empty((len(rows), len(self.head.judgement)))
         resume_from = seen if seen is not None and seen.stage == BETWEEN else None
         for picked, inputs in self.planned(rows, decisions, self.longest):

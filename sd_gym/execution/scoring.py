@@ -83,10 +83,10 @@ class Scoring:
         """Quality ``[n]`` and judgement ``[n, values]``, from one pass but where a text is generated and scored."""
         head, passes = self._head, self._passes
         if self._measure.score is None:
-            texts, judged = head.answers_and_judgement(passes, rows, masks, seen)
+            texts, judged = passes.answers_and_judgement(rows, masks, seen)
             return self._text_quality(rows, texts), judged
         if not head.judges_passes:
-            return self.run(rows, masks, seen), head.answers_and_judgement(passes, rows, masks, seen)[1]
+            return self.run(rows, masks, seen), passes.answers_and_judgement(rows, masks, seen)[1]
         values = passes.in_passes(rows, masks, self._score_and_judge, seen)
         return self._of_score(rows, masks, values[:, 0]), values[:, 1:]
 
@@ -176,7 +176,7 @@ class Scoring:
         """Quality as ``run`` gives it, and the likelihood of the reference; each float64 ``[n]``. Nothing is cached."""
         decisions = self._answering(decisions)
         if self._measure.score is None:
-            texts, likely = self._head.answers_and_likelihood(self._passes, rows, decisions, self._settings.label_range)
+            texts, likely = self._passes.answers_and_likelihood(rows, decisions, self._likelihood)
             return self._text_quality(rows, texts), likely
         values = self._passes.in_passes(rows, decisions, self._score_and_likelihood)
         return self._of_score(rows, decisions, values[:, 0]), values[:, 1]
@@ -189,7 +189,7 @@ class Scoring:
         """
         masks = self._answering(masks)
         if self._measure.score is None:
-            texts, likely = self._head.answers_under_all(self._passes, rows, masks, self._settings.label_range)
+            texts, likely = self._passes.answers_under_all(rows, masks, self._likelihood)
             return np.stack([self._text_quality(rows, answers) for answers in texts], axis=1), likely
         values = self._passes.under_all(rows, masks, self._score_and_likelihood)
         return self._of_scores(rows, masks, values[..., 0]), values[..., 1]

@@ -83,7 +83,7 @@ def _kept(board: Switchboard, mask: np.ndarray) -> dict[str, list[int]]:
         kept[stack.name] = [index for index, skips in layers.items() if not any(skips)]
         if len(kept[stack.name]) == len(layers):
             continue
-        if not (stack.whole or all(sublayer.adds_residual for sublayer in stack.sublayers)):
+        if not (stack.norms == () or all(sublayer.adds_residual for sublayer in stack.sublayers)):
             raise ValueError(
                 f"layers of a {board.model.config.model_type} cannot be taken out: a norm after each residual sum "
                 "runs even where all is skipped"

@@ -171,7 +171,7 @@ class SkippingModel:
         went_on = np.zeros(len(split), dtype=np.bool_)
         if self.policy.is_staged and not dense:
             passes = StagedPasses(split, self.policy)
-            answers = split.head.answers(passes, rows, decisions)
+            answers = passes.answers(rows, decisions)
             decisions, went_on, first_said = passes.masks, passes.went_on, passes.first_said.tolist()
         else:
             by_length = np.argsort(split.encoded.source_length, kind="stable")  # little padding is looked at

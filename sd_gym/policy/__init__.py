@@ -1,4 +1,4 @@
-"""The decision network, what it observes, and both as one artefact (``sd_gym.policy.artefact``)."""
+"""The decision network, its observations, and both as one artefact (``sd_gym.policy.artefact``)."""
 
 from sd_gym.policy.choices import bounded
 from sd_gym.policy.network import HIDDEN, DecisionPolicy

@@ -1,4 +1,4 @@
-"""A learned policy with all that deciding needs, as files that leave the env: no data set, no code of one's own."""
+"""A learned policy with all that deciding needs, as files: it needs no env, no data set and no own code."""
 
 from __future__ import annotations
 
@@ -43,22 +43,21 @@ TOKEN_STATISTICS = ("token_mean", "token_deviation")  # names of tensors
 
 @dataclass(frozen=True, eq=False)
 class SkipPolicy:
-    """A policy that decides on raw inputs just as it did in its env.
+    """A policy that decides on raw inputs as it did in its env.
 
     Attributes:
-        network: From observations to decisions; of a run on a table, for the env that the table is of.
-        mean: Of what it observes, on the training split, float32 ``[features]``; of tokens, ``[width]``; at stages,
+        network: From observations to decisions; if trained on a table, for the original env.
+        mean: Of the observations, on the training split: float32 ``[features]``; of tokens ``[width]``; at stages
             ``[stages, features]``.
         deviation: Of the same shape.
-        rarity: ``inverse_document_frequency`` by the id of a token, where tokens are ranked by it; else ``None``.
-        protection: Which tokens are never dropped; ``None``: no rule says so (or none is dropped).
+        rarity: ``inverse_document_frequency`` by token id, if tokens are ranked by it; else ``None``.
+        protection: Which tokens are never dropped; ``None`` if no rule gives them, or no token is dropped.
         operating_points: Tested versions and dense, the one that skips most first.
-        card: What it was trained on, and how well: ``env`` (its config), ``backbone``, ``result``, ``run``.
+        card: What it was trained on, and its result: ``env`` (the config), ``backbone``, ``result``, ``run``.
         of_tokens: Mean and deviation ``[width]`` of tokens, if several stages show them.
-        ranking_costs_flops: Whether the first attention runs to rank tokens that may be dropped, by the attention that
-            each receives.
-        context: Which tokens are no context of a question, where it looks at answers that are spans; ``None``: no rule
-            says so.
+        ranking_costs_flops: Whether the first attention runs to rank tokens, by the attention that each receives.
+        context: Which tokens are not the context of a question, if answers are spans and it has the answer stage;
+            ``None`` if no rule gives them.
     """
 
     network: DecisionPolicy | TablePolicy
@@ -79,17 +78,17 @@ class SkipPolicy:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text in its env; a policy that sees tokens sees no more of them."""
+        """Most tokens of a text in its env; a policy that observes tokens observes no more of them."""
         return self.card["env"]["backbone"]["max_source_length"]
 
     @property
     def is_staged(self) -> bool:
-        """Whether it decides in the pass, by ``StagedRollout``, not before the first layer."""
+        """Whether it decides during the pass (``StagedRollout``), not only before the first layer."""
         return self.network.stages != ["first"]
 
     @property
     def sees_answer(self) -> bool:
-        """Whether it decides last on the answer: to accept it, or to go on."""
+        """Whether its last stage is ``answer``: to accept the answer, or to go on."""
         return self.network.stages[-1] == ANSWER
 
     @property
@@ -99,7 +98,7 @@ class SkipPolicy:
 
     @property
     def reads_types(self) -> bool:
-        """Whether the backbone's inputs have token types in the env: it has pairs of texts."""
+        """Whether the backbone's inputs have token types in the env, for pairs of texts."""
         return self.card["backbone"]["token_types"]
 
     def decide(self, board: Switchboard, inputs: dict[str, Tensor]) -> NDArray:
@@ -107,17 +106,20 @@ class SkipPolicy:
         return self.decide_on(first_layer_input(board, inputs), inputs["attention_mask"])
 
     def decide_on(self, hidden: Tensor, mask: Tensor, *, whole: bool = False) -> NDArray:
-        """Decisions, int64 ``[n, switches + 1]``; ``ValueError`` if it decides at stages of the pass.
+        """Decisions, int64 ``[n, switches + 1]``.
 
         Args:
             hidden: The first layer's input, ``[n, length, width]``, padded at the right.
             mask: Of its tokens, ``[n, length]``.
-            whole: Whether none of them is padding, which is quicker.
+            whole: Whether there is no padding, which is faster.
+
+        Raises:
+            ValueError: If it decides at stages of the pass.
         """
         if self.is_staged:
             raise ValueError(
-                f"this policy decides in the pass, at {', '.join(self.network.stages)}, so not before it; attach it to "
-                "its model, or call sd_gym.load(policy)(texts)"
+                f"this policy decides during the pass, at {', '.join(self.network.stages)}, not before it; attach it "
+                "to its model, or call sd_gym.load(policy)(texts)"
             )
         if self.network.channels is not None:
             return self.network.decide(token_observations(hidden, mask, self.mean, self.deviation, self.longest))
@@ -125,39 +127,40 @@ class SkipPolicy:
         return self.network.decide(standardised(features, *self._statistics(features.device)))
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and deviation where the features are."""
-        known = vars(self).get("_on_device")
-        if known is None or known[0].device != device:
-            known = torch.from_numpy(self.mean).to(device), torch.from_numpy(self.deviation).to(device)
-            vars(self)["_on_device"] = known
-        return known
+        """Mean and deviation on a device."""
+        cached = vars(self).get("_on_device")
+        if cached is None or cached[0].device != device:
+            cached = torch.from_numpy(self.mean).to(device), torch.from_numpy(self.deviation).to(device)
+            vars(self)["_on_device"] = cached
+        return cached
 
     def kept(self, board: Switchboard, inputs: dict[str, Tensor], level: NDArray) -> Tensor | None:
         """Which tokens stay at the token levels ``[n]``, bool ``[n, length]``; ``None``: all.
 
-        ``ValueError`` if tokens alone do not tell which of them are protected.
+        Raises:
+            ValueError: If no rule gives the protected tokens.
         """
         if not level.any():
             return None
-        droppable = self._told(self.protection, inputs).cpu().numpy()
+        droppable = self._droppable(self.protection, inputs).cpu().numpy()
         keep = keep_tokens(self._token_scores(board, inputs), droppable, np.array(self.token_shares)[level])
         return torch.from_numpy(keep).to(inputs["input_ids"].device)
 
     def context_of(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Where an answer may stand in inputs padded at the right, bool ``[n, length]``; ``ValueError`` as of ``kept``.
+        """Which tokens of inputs padded at the right may be in an answer, bool ``[n, length]``; raises as ``kept``.
 
-        It is in the context of the question; if there may be none, the first token stands for that.
+        They are the context of the question; the first token stands for no answer, if questions may have none.
         """
-        told = self._told(self.context, inputs)
-        told[:, 0] = self.card["env"]["data"]["unanswerable"]
-        return told
+        context = self._droppable(self.context, inputs)
+        context[:, 0] = self.card["env"]["data"]["unanswerable"]
+        return context
 
     @staticmethod
-    def _told(rule: ProtectedTokens | None, inputs: dict[str, Tensor]) -> Tensor:
+    def _droppable(rule: ProtectedTokens | None, inputs: dict[str, Tensor]) -> Tensor:
         if rule is None:
             raise ValueError(
-                "which tokens this policy may drop, or are the context of a question, cannot be told from the tokens "
-                "alone; call it on texts, sd_gym.load(policy)(texts)"
+                "the tokens alone do not show which of them this policy may drop, or which are the context of a "
+                "question; call it on texts, sd_gym.load(policy)(texts)"
             )
         return rule.droppable(inputs["input_ids"], inputs["attention_mask"])
 
@@ -170,25 +173,25 @@ class SkipPolicy:
         return rarity_scores(ids, inputs["attention_mask"].cpu().numpy().astype(bool), self.rarity)
 
     def ranking_flops(self, flops: FlopsModel, length: NDArray, drops: NDArray) -> NDArray:
-        """FLOPs of ranking the tokens of inputs of ``length [n]`` that ``drops [n]`` any, int64 ``[n]``."""
+        """FLOPs of ranking the tokens of inputs of ``length [n]``, where ``drops [n]`` is true, int64 ``[n]``."""
         if not self.ranking_costs_flops or not drops.any():
             return np.zeros_like(length)
         return np.where(drops, flops.costs(length, length)[1][:, 0], 0)
 
     def at(self, *, max_loss: float | None = None, max_flops: float | None = None) -> SkipPolicy:
-        """The policy at another operating point; itself where no limit is given.
+        """The policy at another operating point; without a limit, itself.
 
         Args:
-            max_loss: Choose the last point, from dense to bold, before the first that may lose more than this, in the
-                task's unit (0.005: half a point), by its upper bound (``highest_loss``).
-            max_flops: Choose the point that skips least, of those that passed their test and run no more than this
-                share of the dense FLOPs.
+            max_loss: The most quality that may be lost, in the task's unit (0.005: half a point). Points are tried from
+                dense on, until the upper bound of one (``highest_loss``) is above this limit.
+            max_flops: The highest share of the dense FLOPs. Of the points that passed their test and stay within it,
+                the one that skips least is chosen.
 
         Raises:
             ValueError: If both are given, or no point fits; the message lists the points.
         """
         if max_loss is not None and max_flops is not None:
-            raise ValueError("expected max_loss or max_flops, got both; the one follows from the other")
+            raise ValueError("expected max_loss or max_flops, got both; pass one of them")
         if max_loss is not None:
             asked = f"max_loss={max_loss}"
             cautious_first = self.operating_points[::-1]
@@ -201,21 +204,21 @@ class SkipPolicy:
         else:
             return self
         if chosen is None:
-            known = "; ".join(
+            points = "; ".join(
                 f"{point.flops_ratio:.0%} of the FLOPs, at most {point.highest_loss:.4f} lost"
                 + ("" if point.passed else " (not passed)")
                 for point in self.operating_points
             )
-            raise ValueError(f"no version of this policy does {asked}; there are: {known or 'none that was validated'}")
+            raise ValueError(f"no version of this policy fits {asked}; there are: {points or 'no validated versions'}")
         return self.with_margin(chosen.margin)
 
     def with_margin(self, margin: float) -> SkipPolicy:
-        """A version that skips only what it prefers skipping by ``margin`` more; the operating points move along."""
+        """A version that skips only where it prefers skipping by ``margin`` more; the operating points shift."""
         operating_points = tuple(point._replace(margin=point.margin - margin) for point in self.operating_points)
         return replace(self, network=self.network.with_margin(margin), operating_points=operating_points)
 
     def check_model(self, model: PreTrainedModel, *, weights: bool = True) -> None:
-        """Raise ``ValueError`` if a model, or its ``weights``, are not those that this policy was trained on."""
+        """Raise ``ValueError`` if a model, or its weights, differ from those that this policy was trained on."""
         backbone = self.card["backbone"]
         if (got := model.config.model_type) != backbone["model_type"]:
             raise ValueError(f"this policy is for a {backbone['model_type']} ({backbone['name']}), got a {got}")
@@ -241,7 +244,7 @@ class SkipPolicy:
         if weights and weights_hash(model) != backbone["weights"]:
             raise ValueError(
                 f"the weights are not those of {backbone['name']} that this policy was trained on, so its quality is "
-                "not known; load that backbone, or pass check_weights=False if they are meant to differ (half "
+                "not known; load that backbone, or pass check_weights=False if they differ on purpose (half "
                 "precision, quantised)"
             )
 
@@ -251,7 +254,7 @@ class SkipPolicy:
         name = backbone["name"]
         if backbone["is_local"] and name not in BUNDLED and not Path(name).exists():
             raise FileNotFoundError(
-                f"the backbone of this policy, {name!r}, was a local folder where it was made, and there is none here: "
+                f"the backbone of this policy, {name!r}, was a local folder in training, which does not exist here; "
                 f"pass the path of the same {backbone['model_type']} as backbone=..."
             )
 
@@ -265,7 +268,7 @@ class SkipPolicy:
             )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the policy, and a model card; each file appears complete or not at all."""
+        """Write the policy and a model card; each file is complete or missing."""
         folder = Path(folder)
         self.network.save(folder)
         tensors = {"mean": torch.from_numpy(self.mean), "deviation": torch.from_numpy(self.deviation)}
@@ -290,29 +293,26 @@ class SkipPolicy:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> SkipPolicy:
-        """Read a policy that ``save_pretrained`` or a training run wrote.
+        """Load a policy that ``save_pretrained`` or a training run wrote.
 
         Args:
             name: A folder, or the id of a model repository on the Hugging Face hub.
             revision: Of the repository.
 
         Raises:
-            FileNotFoundError: If it is not there.
-            ValueError: If its files are broken or do not belong together.
+            FileNotFoundError: If it does not exist.
+            ValueError: If its files are damaged or do not belong together.
         """
         folder = Path(name)
         if not folder.is_dir():
             folder = download(str(name), revision)
         if not (folder / FILE).exists():
-            expected = "the folder of a training run, or one that save_pretrained wrote"
-            raise FileNotFoundError(f"no {FILE} in {name}; expected {expected}")
-        card = {key: value for key, value in read_card(folder).items() if key != "format"}
+            raise FileNotFoundError(
+                f"no {FILE} in {name}; expected the folder of a training run, or one that save_pretrained wrote"
+            )
+        card = read_card(folder)
         network, tensors = DecisionPolicy.load(folder), read_tensors(folder / TENSORS)
-        table, points = card.pop("table"), card.pop("operating_points")
-        protection, context = (
-            rule and ProtectedTokens.from_json(rule) for rule in (card.pop("protection"), card.pop("context"))
-        )
-        width = network.token_width
+        table, width = card.pop("table"), network.token_width
         try:
             if table is not None:
                 network = TablePolicy.of_files(network, table, tensors)
@@ -323,11 +323,11 @@ class SkipPolicy:
                 network,
                 *_statistics_in(tensors, ("mean", "deviation"), shape),
                 rarity=_finite(tensors.pop("rarity"), None) if "rarity" in tensors else None,
-                protection=protection,
-                operating_points=tuple(OperatingPoint(**point) for point in points),
+                protection=card.pop("protection"),
+                operating_points=tuple(card.pop("operating_points")),
                 of_tokens=None if width is None else _statistics_in(tensors, TOKEN_STATISTICS, (width,)),
                 ranking_costs_flops=card.pop("ranking_costs_flops"),
-                context=context,
+                context=card.pop("context"),
                 card=card,
             )
         except (KeyError, ValueError) as error:
@@ -335,16 +335,16 @@ class SkipPolicy:
                 f"{folder}: {FILE} and {TENSORS} were not written together by save_pretrained ({one_line(error)})"
             ) from error
         if tensors:
-            raise ValueError(f"{folder / TENSORS}: expected no tensors {sorted(tensors)}; copy the policy again")
+            raise ValueError(f"{folder / TENSORS}: unexpected tensors {sorted(tensors)}; copy the policy again")
         if len(policy.token_shares) != (levels := network.nvec[len(network.switches)]):
-            raise ValueError(f"{folder}: the policy has {levels} token levels, and {FILE} says otherwise")
+            raise ValueError(f"{folder}: the policy has {levels} token levels, {FILE} {len(policy.token_shares)}")
         return policy
 
     def push_to_hub(self, repository: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the policy to a model repository of the Hugging Face hub, made if it is not there.
+        """Upload the policy to a model repository of the Hugging Face hub, which is created if needed.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
         """
         return upload(self.save_pretrained, repository, private=private, token=token)
 
@@ -357,7 +357,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @contextmanager
 def switchboard_of(model: PreTrainedModel) -> Iterator[Switchboard]:
-    """The switchboard of a model; where it has none, one that is removed again."""
+    """The switchboard of a model; a new one is removed on exit."""
     existing = vars(model).get("_switchboard")
     board = existing or Switchboard(model)
     try:
@@ -370,7 +370,7 @@ def switchboard_of(model: PreTrainedModel) -> Iterator[Switchboard]:
 def _statistics_in(
     tensors: dict[str, Tensor], names: tuple[str, str], shape: tuple[int, ...]
 ) -> tuple[NDArray, NDArray]:
-    """The mean and deviation of these names, taken out of the tensors."""
+    """The mean and deviation with these names, removed from the tensors."""
     mean, deviation = (_finite(tensors.pop(name), shape) for name in names)
     if not (deviation > 0).all():
         raise ValueError(f"expected {names[1]} above 0, got {deviation.min()}")
@@ -378,8 +378,8 @@ def _statistics_in(
 
 
 def _finite(tensor: Tensor, shape: tuple[int, ...] | None) -> NDArray:
-    """The numbers of a tensor of this shape, or of any number of them in a row."""
+    """A tensor of finite numbers, of this shape, or of any length."""
     fits = tensor.ndim == 1 if shape is None else tensor.shape == shape
     if not fits or not tensor.isfinite().all():
-        raise ValueError(f"expected {list(shape) if shape else 'a row of'} finite numbers, got {list(tensor.shape)}")
+        raise ValueError(f"expected finite numbers of shape {list(shape or ['n'])}, got {list(tensor.shape)}")
     return tensor.numpy()

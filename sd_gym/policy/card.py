@@ -13,6 +13,7 @@ from pydantic import Field
 from sd_gym.config import EnvConfig
 from sd_gym.files import as_json, sha256, write_json
 from sd_gym.policy.network_files import FORMAT, Strict, read_model
+from sd_gym.policy.protected_tokens import ProtectedTokens
 
 FILE, TENSORS = "skip_policy.json", "skip_policy.safetensors"
 HASHED = (TENSORS, "policy.json", "policy.safetensors")
@@ -20,28 +21,13 @@ FILES = (FILE, *HASHED, "README.md")
 
 
 class OperatingPoint(NamedTuple):
-    """A version of a policy that skips more or less, tested on the validation split."""
+    """A version of a policy, tested on the validation split."""
 
-    margin: float  # in log-odds, from the policy that was selected (0); higher skips less
-    loss: float  # quality lost, a mean
-    highest_loss: float  # its upper bound at the confidence of the selection, one-sided
-    flops_ratio: float  # FLOPs over those of the dense backbone, without the policy's own
-    passed: bool  # whether it is shown to lose less than epsilon
-
-
-class _Protection(Strict):
-    special: list[int]
-    first: int = Field(ge=0)
-    last: int = Field(ge=0)
-    separator: int | None
-
-
-class _Version(Strict):
-    margin: float
-    loss: float
-    highest_loss: float
-    flops_ratio: float = Field(ge=0)
-    passed: bool
+    margin: float  # in log-odds, relative to the selected policy (0); higher skips less
+    loss: float  # mean quality lost
+    highest_loss: float  # its one-sided upper bound, at the confidence of the selection
+    flops_ratio: Annotated[float, Field(ge=0)]  # FLOPs over dense FLOPs, without the policy's own
+    passed: bool  # whether the test shows that less than epsilon is lost
 
 
 class _Selection(Strict):
@@ -88,14 +74,14 @@ class _Run(Strict):
 
 
 class _Card(Strict):
-    """What ``skip_policy.json`` holds."""
+    """The content of ``skip_policy.json``."""
 
     format: Literal[1]
     files: dict[str, str]
-    protection: _Protection | None
-    context: _Protection | None
+    protection: ProtectedTokens | None
+    context: ProtectedTokens | None
     ranking_costs_flops: bool
-    operating_points: list[_Version]
+    operating_points: list[OperatingPoint]
     table: _Table | None
     env: EnvConfig
     backbone: _Backbone
@@ -105,18 +91,20 @@ class _Card(Strict):
 
 
 def write_card(folder: Path, values: dict[str, Any]) -> None:
-    """Write ``skip_policy.json`` into the folder of a policy's other files: values, format, and all files' hashes."""
+    """Write ``skip_policy.json`` beside a policy's other files: values, format, and the hashes of all files."""
     values = {"format": FORMAT, **json.loads(as_json(values))}
     hashes = {name: sha256(folder / name) for name in HASHED} | {FILE: _own_hash(values)}
     write_json(folder / FILE, {**values, "files": hashes})
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """What ``write_card`` was given, and the format; FileNotFoundError if a file is missing.
+    """The values that ``write_card`` was given.
 
-    ValueError if a key is missing, unknown or of a wrong type, or a file is not the one that was written with them.
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a key is missing, unknown or of a wrong type, or a file was changed after saving.
     """
-    read_model(_Card, folder / FILE, "not the card of a policy (copy the policy's folder again)")
+    card = read_model(_Card, folder / FILE, "not the card of a policy (copy the policy's folder again)")
     values = json.loads((folder / FILE).read_bytes())
     hashes = values.pop("files")
     for name in FILES[:-1]:
@@ -125,10 +113,11 @@ def read_card(folder: Path) -> dict[str, Any]:
         if hashes.get(name) != (_own_hash(values) if name == FILE else sha256(folder / name)):
             raise ValueError(
                 f"{folder / name} is not the file that was saved with this policy: it was changed, damaged or comes "
-                f"from another one (its SHA-256 is not what {FILE} says); copy the policy's folder again, with all its "
-                "files"
+                f"from another policy (its SHA-256 is not the one in {FILE}); copy the policy's folder again, with all "
+                "its files"
             )
-    return values
+    del values["format"]
+    return {**values, **{key: getattr(card, key) for key in ("protection", "context", "operating_points")}}
 
 
 def _own_hash(values: dict[str, Any]) -> str:
@@ -137,7 +126,7 @@ def _own_hash(values: dict[str, Any]) -> str:
 
 
 def model_card(card: dict[str, Any], operating_points: Sequence[OperatingPoint]) -> str:
-    """Markdown: what a policy saves, on what data, how sure that is, and how it is used."""
+    """Markdown: what a policy saves, on which data, with which guarantee, and how to use it."""
     env, backbone, result = card["env"], card["backbone"], card["result"]
     low, high = (100 * bound for bound in result["quality_difference_interval"])
     versions = "\n".join(
@@ -146,6 +135,7 @@ def model_card(card: dict[str, Any], operating_points: Sequence[OperatingPoint])
         for point in operating_points
     )
     base = "" if backbone["is_local"] else f"base_model: {backbone['name']}\n"
+    guarantee = "" if result["guarantee"] is None else f"Guarantee: {result['guarantee']}.\n"
     return f"""---
 library_name: sd_gym
 {base}tags: [sd_gym, skipping, {env["task"]}]
@@ -153,8 +143,8 @@ library_name: sd_gym
 
 # A skipping policy for {backbone["name"]}
 
-It decides for each input which attention and feed-forward blocks of the model (and which tokens) are not needed, and
-they are not executed. Trained by {card["run"]["algo"]} on {_trained_on(card)}.
+For each input it decides which attention and feed-forward blocks of the model (and which tokens) to skip. What is
+skipped is not executed. Trained by {card["run"]["algo"]} on {_trained_on(card)}.
 
 On the {result["split"]} split, {result["instances"]:,} instances:
 
@@ -165,12 +155,12 @@ On the {result["split"]} split, {result["instances"]:,} instances:
 
 Difference in quality: {100 * result["quality_difference"]:+.2f} points (95% interval {low:+.2f} to {high:+.2f}).
 Verdict, where {100 * env["reward"]["epsilon"]:g} points may be lost: {result["verdict"]}.
-{_guarantee(result)}
+{guarantee}
 ```python
 {_usage(backbone)}```
 
-Versions that skip more or less, tested on the validation split from the bottom up (`attach(..., max_loss=0.005)` or
-`max_flops=0.4` chooses one):
+Operating points, tested on the validation split from the bottom up (`attach(..., max_loss=0.005)` or `max_flops=0.4`
+chooses one):
 
 | margin | FLOPs | points lost | at most | passed |
 | --- | --- | --- | --- | --- |
@@ -178,13 +168,9 @@ Versions that skip more or less, tested on the validation split from the bottom 
 """
 
 
-def _guarantee(result: dict[str, Any]) -> str:
-    return "" if result["guarantee"] is None else f"Guarantee: {result['guarantee']}.\n"
-
-
 def _usage(backbone: dict[str, Any]) -> str:
     """Python that uses the policy."""
-    if backbone["is_local"]:  # its path is known here, and nowhere else
+    if backbone["is_local"]:  # its path means nothing on another machine
         return """import sd_gym
 
 model = sd_gym.load("PATH OR ID OF THIS POLICY", backbone="WHERE THE BACKBONE IS")
@@ -195,11 +181,11 @@ sd_gym.attach(my_model, "PATH OR ID OF THIS POLICY")  # or inside the backbone i
 from transformers import {backbone["auto_class"]}
 
 model = {backbone["auto_class"]}.from_pretrained({backbone["name"]!r})
-sd_gym.attach(model, "PATH OR ID OF THIS POLICY")  # then use the model as ever
+sd_gym.attach(model, "PATH OR ID OF THIS POLICY")  # then use the model as before
 """
 
 
 def _trained_on(card: dict[str, Any]) -> str:
-    """The env; of a run on a table, also that."""
+    """The env, and the table if the policy was trained on one."""
     env, on = card["env"]["id"], card["run"]["env"]
     return env if on == env else f"{env}, its outcomes in a table ({on})"

@@ -1,4 +1,4 @@
-"""From logits to choices: components of the same size in groups, noise of controls, and codebooks of few decisions."""
+"""From logits to choices: groups of components of the same size, noise for controls, and codebooks."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ Noise = Literal["none", "random", "hash"]
 
 
 class Group(NamedTuple):
-    """Components side by side that have the same number of choices: one tensor operation serves them all."""
+    """Consecutive components with the same number of choices, for one tensor operation."""
 
     components: slice
     columns: slice  # of their logits
     size: int  # choices of each
 
     def of(self, logits: Tensor) -> Tensor:
-        """Their logits ``[n, components, size]``, of those of all components, ``[n, sum(nvec)]``."""
+        """The logits of the group ``[n, components, size]``, of the logits of all components ``[n, sum(nvec)]``."""
         return logits[:, self.columns].unflatten(1, (-1, self.size))
 
 
 def groups_of(nvec: list[int]) -> list[Group]:
-    """The components in as few groups as there are."""
+    """The components in as few groups as possible."""
     groups, component, column = [], 0, 0
-    for size, alike in groupby(nvec):
-        count = len(list(alike))
+    for size, equal in groupby(nvec):
+        count = len(list(equal))
         groups.append(Group(slice(component, component + count), slice(column, column + count * size), size))
         component, column = component + count, column + count * size
     return groups
 
 
 def bounded(logits: Tensor, lowest: float) -> Tensor:
-    """Log-probabilities ``[..., size]`` of the choices with these logits, none less probable than ``lowest``."""
+    """Log-probabilities ``[..., size]`` of the choices with these logits; each probability is at least ``lowest``."""
     log_prob = logits.log_softmax(dim=-1)
     if lowest == 0:
         return log_prob
@@ -42,7 +42,7 @@ def bounded(logits: Tensor, lowest: float) -> Tensor:
 
 
 def with_noise(logits: Tensor, observations: Tensor | dict[str, Tensor], noise: Noise) -> Tensor:
-    """Logits ``[n, columns]`` whose argmax is drawn from their softmax; with ``none``, as they are."""
+    """Logits ``[n, columns]`` with noise, so that their argmax is a draw from their softmax; ``none``: unchanged."""
     if noise == "none":
         return logits
     if noise == "random":
@@ -54,21 +54,21 @@ def with_noise(logits: Tensor, observations: Tensor | dict[str, Tensor], noise: 
 
 
 def _hash_noise(observations: Tensor | dict[str, Tensor], columns: int) -> Tensor:
-    """Noise in [0, 1), ``[n, columns]``, that looks uniform and depends on the observation only."""
+    """Noise in [0, 1), ``[n, columns]``, that is nearly uniform and depends on the observation only."""
     if isinstance(observations, dict):
         parts = [observations[name].flatten(1) for name in ("stage", "tokens") if name in observations]
         observations = torch.cat(parts, dim=1)
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(observations.shape[1], columns, generator=generator, dtype=torch.float64)
-    mixed = observations.cpu().double() @ directions  # on the host, so that it is the same on every device
+    mixed = observations.cpu().double() @ directions  # on the CPU, so that every device gives the same noise
     return torch.frac(torch.sin(mixed) * 43758.5453).abs().to(observations)
 
 
 def greedy_cover(log_likelihood: Tensor, size: int) -> list[int]:
-    """At most ``size`` masks by which inputs' decisions are the most probable in all, mask 0 always among them.
+    """Choose at most ``size`` masks, mask 0 among them, that maximise the sum of the inputs' best log-probabilities.
 
-    Each mask added raises the sum of the inputs' best log-probabilities ``[n, masks]`` the most, which is at least 63%
-    as good as the best choice (Nemhauser, Wolsey and Fisher 1978). Returns the masks' numbers, as they were added.
+    Each step adds the mask that raises the sum over ``[n, masks]`` the most. The result is at least 63% as good as the
+    best choice (Nemhauser, Wolsey and Fisher 1978). Returns the masks' numbers in the order of the steps.
     """
     chosen, best = [0], log_likelihood[:, 0]
     while len(chosen) < size:
@@ -82,6 +82,6 @@ def greedy_cover(log_likelihood: Tensor, size: int) -> list[int]:
 
 
 def codebook_of_each_stage(codebook: Tensor) -> list[Tensor]:
-    """The masks ``[masks, components]`` of each stage: those that have the same components."""
+    """The masks ``[masks, components]`` of each stage; masks of a stage decide the same components."""
     _, group = (codebook >= 0).unique(dim=0, return_inverse=True)
     return [codebook[group == number] for number in range(int(group.max()) + 1)]

@@ -1,4 +1,4 @@
-"""What a policy sees of an input before it decides, and of a pass at a stage."""
+"""Observations of an input before the first layer, and of a pass at a stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sd_gym.projection import OBSERVATION_LIMIT
 from sd_gym.switch import Switchboard, first_layer_input, pooled
 
 Values = TypeVar("Values", NDArray, Tensor)
-MOST_SURE = 1 - 1e-6
+HIGHEST_PROBABILITY = 1 - 1e-6
 
 
 def input_features(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
@@ -25,7 +25,7 @@ def input_features(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
 def pooled_features(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """Mean and maximum of ``hidden [n, length, width]``, the length and its logarithm: ``[n, 2 * width + 2]``.
 
-    They are not standardised. ``mask [n, length]``: which tokens are there; ``None``: all.
+    They are not standardised. ``mask [n, length]``: which tokens are not padding; ``None``: all.
     """
     if mask is None:
         return torch.cat([pooled(hidden, None), _all_of_length(hidden.shape[1], len(hidden), hidden.device)], dim=1)
@@ -35,7 +35,7 @@ def pooled_features(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _all_of_length(length: int, rows: int, device: torch.device) -> Tensor:
-    """A length and its logarithm, ``[rows, 2]``; made once, since a small backbone waits for each call."""
+    """A length and its logarithm, ``[rows, 2]``; cached, as calls take time beside a small backbone."""
     with torch.inference_mode(False):
         lengths = torch.full((rows, 1), float(length), device=device)
         return torch.cat([lengths, lengths.log()], dim=1)
@@ -44,15 +44,20 @@ def _all_of_length(length: int, rows: int, device: torch.device) -> Tensor:
 def token_observations(
     hidden: Tensor, mask: Tensor, mean: NDArray, deviation: NDArray, length: int
 ) -> dict[str, NDArray]:
-    """What a ``TokenEncoder`` reads of texts: their tokens in order, standardised, and which of them are there.
+    """The input of a ``TokenEncoder``: standardised ``tokens``, float32 ``[n, length, width]``, and their ``mask``.
 
-    They are ``tokens``, float32 ``[n, length, width]``, and ``mask``, int8 ``[n, length]``: shorter rows are padded
-    with zeros, longer prompts cut. ``hidden``, the first layer's input, ``[n, longest, width]``, is padded at the
-    right; ``mean`` and ``deviation``, ``[width]``, are those of the training split's tokens.
+    The mask is int8 ``[n, length]``. Shorter rows are padded with zeros, longer prompts cut.
+
+    Args:
+        hidden: The first layer's input, ``[n, longest, width]``, padded at the right.
+        mask: Which of its tokens are not padding, ``[n, longest]``.
+        mean: Of the training split's tokens, ``[width]``.
+        deviation: Of the training split's tokens, ``[width]``.
+        length: Number of tokens of each observation.
     """
-    seen, present = hidden[:, :length].float().cpu().numpy(), mask[:, :length].bool().cpu().numpy()
-    tokens = np.zeros((len(seen), length, len(mean)), dtype=np.float32)
-    tokens[:, : seen.shape[1]] = np.where(present[:, :, None], standardised(seen, mean, deviation), 0)
+    values, present = hidden[:, :length].float().cpu().numpy(), mask[:, :length].bool().cpu().numpy()
+    tokens = np.zeros((len(values), length, len(mean)), dtype=np.float32)
+    tokens[:, : values.shape[1]] = np.where(present[:, :, None], standardised(values, mean, deviation), 0)
     return {"mask": np.pad(present, ((0, 0), (0, length - present.shape[1]))).astype(np.int8), "tokens": tokens}
 
 
@@ -62,17 +67,21 @@ def standardised(features: Values, mean: Values, deviation: Values) -> Values:
 
 
 def stage_observation(number: int, share: NDArray, features: NDArray, mean: NDArray, deviation: NDArray) -> NDArray:
-    """What is seen of a pass at a stage, float32 ``[n, stages + 1 + features]``.
+    """The observation of a pass at a stage, float32 ``[n, stages + 1 + features]``.
 
-    ``share [n]`` of the dense FLOPs will have been taken if all that is left is skipped. The ``features [n, features]``
-    are not standardised; ``mean`` and ``deviation``, ``[stages, features]``, are those of the training split.
+    Args:
+        number: Of the stage.
+        share: The share of the dense FLOPs if all the rest is skipped, ``[n]``.
+        features: Not standardised, ``[n, features]``.
+        mean: Of the training split, ``[stages, features]``.
+        deviation: Of the training split, ``[stages, features]``.
     """
-    known = np.zeros((len(features), len(mean) + 1), dtype=np.float32)
-    known[:, number], known[:, -1] = 1, share
-    return np.concatenate([known, standardised(features, mean[number], deviation[number])], axis=1)
+    progress = np.zeros((len(features), len(mean) + 1), dtype=np.float32)
+    progress[:, number], progress[:, -1] = 1, share
+    return np.concatenate([progress, standardised(features, mean[number], deviation[number])], axis=1)
 
 
 def log_odds(probability: NDArray) -> NDArray:
-    """Of probabilities ``[n]``, which are taken to be at most 1 - 1e-6: float64 ``[n]``."""
-    probability = np.minimum(probability, MOST_SURE)
+    """Log-odds of probabilities ``[n]``, which are clipped at 1 - 1e-6: float64 ``[n]``."""
+    probability = np.minimum(probability, HIGHEST_PROBABILITY)
     return np.log(probability / (1 - probability))

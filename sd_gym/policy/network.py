@@ -1,4 +1,4 @@
-"""The decision network: made, saved, loaded. Agents train it, inference runs it."""
+"""The decision network, which agents train and inference runs."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ class DecisionPolicy(nn.Module):
     The choices are independent given the observation: ``pi(a|x) = prod_i pi_i(a_i|x)`` (Zhang et al. 2024, section 3).
 
     Args:
-        observation_size: Features of an observation; with tokens, numbers that a token has; of several stages, what
-            each shows beside the tokens.
+        observation_size: Features of an observation; with tokens, the width of a token; with tokens and several stages,
+            the features of a stage.
         nvec: Sizes of the action's components.
         switches: Names of the switches, in the action's order.
-        blind: Whether the observation is zeroed, for the control that sees nothing of its input.
-        noise: Decisions are the most probable ones (``none``), or drawn: from a fixed seed (``random``), or from a hash
-            of the observation (``hash``).
-        network: Name of a registered network that gives the logits instead of two hidden layers.
+        blind: Whether the observation is zeroed, for a control that does not use its input.
+        noise: Whether decisions are the most probable ones (``none``), drawn with a fixed seed (``random``), or drawn
+            by a hash of the observation (``hash``).
+        network: Name of a registered network that replaces the hidden layers.
         hidden: Width of the hidden layers.
-        codebook: The only decisions that are made (``reduced``); ``None``: any. Each has all components, or of several
-            stages those of one, and -1 for the others.
-        stages: Names of the stages that it decides at. Of several, an observation begins with the stage, one-hot, and
-            of what is decided there only the stage's own components count.
+        codebook: The only decisions that it makes (``reduced``); ``None``: any. Each has all components, or with
+            several stages those of one stage, and -1 for the others.
+        stages: Names of its stages. With several, an observation begins with the stage, one-hot, and only the stage's
+            own components of a decision count.
         per_stage: Whether each of several stages has its own hidden layers.
-        channels: Of the ``TokenEncoder`` that reads the tokens of a text; ``None``: its observations are flat.
-        token_width: Numbers that a token has, where several stages show tokens; else ``None``.
+        channels: Of the ``TokenEncoder``; ``None``: observations are flat.
+        token_width: Width of a token, with tokens and several stages; else ``None``.
 
     Attributes:
-        token_encoder: Makes features of tokens; of a flat observation it is the identity.
-        features: How many of them the hidden layers see.
+        token_encoder: From tokens to features; the identity for flat observations.
+        features: Number of inputs of the hidden layers.
         body: The hidden layers ``[n, hidden]``, those of each stage (``PerStageMLP``), or the registered network.
-        head: Makes logits of its output: linear, or, of a registered network, a bias for each.
+        head: From the output of ``body`` to logits: linear, or a bias for a registered network.
 
     Raises:
         ValueError: If the network is unknown or its shapes are wrong, or if arguments contradict each other.
     """
 
-    body: Any  # whose parts only those use who know which of the three it is
+    body: Any  # of three types; see above
     head: nn.Linear | Bias
     token_encoder: TokenEncoder | nn.Identity
     codebook: Tensor | None
@@ -84,9 +84,9 @@ class DecisionPolicy(nn.Module):
         super().__init__()
         if (token_width is not None) != (channels is not None and len(stages) > 1):
             got = f"token_width={token_width}, channels={channels}, stages={list(stages)}"
-            raise ValueError(f"expected token_width where several stages show tokens, and there only; got {got}")
+            raise ValueError(f"expected token_width with tokens and several stages, and only then; got {got}")
         if per_stage and (len(stages) == 1 or network is not None):
-            raise ValueError("per_stage=True gives each of several stages hidden layers; expected stages, no network")
+            raise ValueError("per_stage=True: expected several stages, and no network")
         self.observation_size, self.stages = observation_size, list(stages)
         self.nvec, self.switches = [int(size) for size in nvec], list(switches)
         self.blind, self.noise = blind, noise
@@ -108,41 +108,43 @@ class DecisionPolicy(nn.Module):
         self._groups = groups_of(self.nvec)
         ends = np.cumsum(self.nvec)[:, None]
         places = ends - np.array(self.nvec)[:, None] + np.arange(max(self.nvec))
-        # Of each component's choices in the logits; after its last one, the place after them all.
+        # Place of each component's choices in the logits; missing choices have the place after the last logit.
         places = torch.from_numpy(np.where(places < ends, places, ends[-1]))
         self.register_buffer("_places", places, persistent=False)
         self.register_buffer("codebook", None if codebook is None else torch.tensor(codebook), persistent=False)
 
     def forward(self, observations: TensorObservations) -> Tensor:
-        """Logits of all components, side by side, ``[n, sum(nvec)]``, of observations as ``decide`` takes them."""
+        """Logits of all components, concatenated, ``[n, sum(nvec)]``; observations as in ``decide``."""
         if self.blind:
             observations = blinded(observations, self.stages)
         features: Any = observations if self.channels is None else self.token_encoder(observations)
         if self.per_stage or self.network is not None:
             return self.head(self.body(features))
-        first, _, second, _ = self.body  # called without the modules, a fifth of what deciding takes
+        first, _, second, _ = self.body  # functional calls save a fifth of the time of a decision
         hidden = F.linear(features, first.weight, first.bias).tanh()
         return F.linear(F.linear(hidden, second.weight, second.bias).tanh(), self.head.weight, self.head.bias)
 
     def evaluate(self, logits: Tensor, decisions: Tensor, exploration: float = 0.0) -> tuple[Tensor, Tensor]:
         """Log-probabilities ``[tries * n, components]`` of decisions, and the entropy summed over components, ``[n]``.
 
-        Of ``logits [n, sum(nvec)]``; in ``decisions [tries * n, components]`` row ``k * n + i`` is the ``k``-th on
-        observation ``i``. No choice is less probable than ``exploration`` (Wu et al. 2018, BlockDrop, equation 5).
+        Args:
+            logits: ``[n, sum(nvec)]``.
+            decisions: ``[tries * n, components]``; row ``k * n + i`` is the ``k``-th decision on observation ``i``.
+            exploration: Lower bound of each choice's probability (Wu et al. 2018, BlockDrop, equation 5).
         """
         log_probs, entropy = [], torch.zeros(len(logits), device=logits.device)
         for group in self._groups:
-            of_all = bounded(group.of(logits), exploration)
+            log_prob = bounded(group.of(logits), exploration)
             chosen = decisions[:, group.components].unflatten(0, (-1, len(logits)))[..., None]
-            log_probs.append(of_all.expand(len(chosen), -1, -1, -1).gather(3, chosen)[..., 0].flatten(0, 1))
-            entropy = entropy - (of_all.exp() * of_all).sum(dim=(1, 2))
+            log_probs.append(log_prob.expand(len(chosen), -1, -1, -1).gather(3, chosen)[..., 0].flatten(0, 1))
+            entropy = entropy - (log_prob.exp() * log_prob).sum(dim=(1, 2))
         return torch.cat(log_probs, dim=1), entropy
 
     def choose(self, logits: Tensor, pick: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Decisions, int64 ``[n, components]``, for the logits of ``forward``.
 
-        ``pick`` takes logits ``[rows, size]``, each row those of one component, to choices ``[rows]``. ``None``: the
-        most probable ones, of the codebook if there is one.
+        ``pick`` takes logits ``[rows, size]``, one component per row, to choices ``[rows]``. ``None``: the most
+        probable choices, or the most probable decision of the codebook.
         """
         if pick is None and self.codebook is None:
             return self._padded(logits).argmax(dim=2)
@@ -159,67 +161,68 @@ class DecisionPolicy(nn.Module):
         return decisions
 
     def _padded(self, logits: Tensor) -> Tensor:
-        """Logits ``[n, components, longest]`` of all components; minus infinity where one has fewer choices."""
+        """Logits ``[n, components, longest]`` of all components; minus infinity for missing choices."""
         longest = max(self.nvec)
         lacking = longest * len(self.nvec) - logits.shape[1]
-        if lacking == longest - self.nvec[-1]:  # of the last one alone
+        if lacking == longest - self.nvec[-1]:  # only the last component has fewer choices
             return F.pad(logits, (0, lacking), value=-torch.inf).unflatten(1, (-1, longest))
         return torch.cat([logits, logits.new_full((len(logits), 1), -torch.inf)], dim=1)[:, self._places]
 
     def _log_likelihood(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """Of decisions ``[masks, components]`` (-1 does not count), up to a constant a row: ``[n, masks]``."""
+        """Log-likelihood of decisions ``[masks, components]`` (-1 is ignored), up to a constant: ``[n, masks]``."""
         places = self._places.gather(1, masks.T.clamp(min=0))
         chosen = torch.zeros(logits.shape[1], len(masks), device=logits.device)
         return logits @ chosen.scatter_(0, places, (masks.T >= 0).to(chosen.dtype))
 
     @torch.inference_mode()
     def decide(self, observations: Observations | Tensor) -> NDArray:
-        """Decisions, int64 ``[n, components]``, for observations ``[n, features]``, or for ``TokenEncoder``."""
-        shown = to_tensors(observations, self.head.weight.device)
-        return self.choose(with_noise(self(shown), shown, self.noise)).cpu().numpy()
+        """Decisions, int64 ``[n, components]``, for observations ``[n, features]``, or those of ``TokenEncoder``."""
+        tensors = to_tensors(observations, self.head.weight.device)
+        return self.choose(with_noise(self(tensors), tensors, self.noise)).cpu().numpy()
 
     @torch.inference_mode()
     def skip_logits(self, observations: Observations) -> NDArray:
-        """Log-odds of skipping each switch, float32 ``[n, switches]``, of which at a stage only its own count.
+        """Log-odds of skipping each switch, float32 ``[n, switches]``; at a stage, only its own switches count.
 
-        ValueError if the policy has a codebook.
+        Raises:
+            ValueError: If the policy has a codebook.
         """
         if self.codebook is not None:
-            raise ValueError("a policy with a codebook has no odds of a switch by itself")
+            raise ValueError("a policy with a codebook has no odds of a single switch")
         choices = self._padded(self(to_tensors(observations, self.head.weight.device)))[:, : len(self.switches)]
         return (choices[..., 1] - choices[..., 0]).cpu().numpy()
 
     @torch.inference_mode()
     def preference(self, observations: Observations) -> NDArray:
-        """By how much each component prefers another choice to running, log-odds, float32 ``[n, components]``.
+        """Log-odds of each component's best choice against running, float32 ``[n, components]``.
 
-        A margin of as much (``with_margin``) makes it run. Minus infinity where there is no other choice. Of a policy
-        without a codebook, at one stage.
+        With such a margin (``with_margin``) the component runs. Minus infinity if running is the only choice. For a
+        policy with one stage and no codebook.
         """
         choices = self._padded(self(to_tensors(observations, self.head.weight.device)))
         return (F.pad(choices[..., 1:], (0, 1), value=-torch.inf).amax(dim=2) - choices[..., 0]).cpu().numpy()
 
     @torch.no_grad()
     def initialise(self, logits: Tensor) -> None:
-        """Decide by ``logits [sum(nvec)]``, nearly alike for all inputs; a registered network adds its own logits."""
+        """Decide by ``logits [sum(nvec)]``, nearly equal for all inputs; a registered network adds its own logits."""
         if self.network is None:
             self.head.weight.mul_(0.01)
         self.head.bias.copy_(logits)
 
     def with_margin(self, margin: float) -> DecisionPolicy:
-        """A copy that skips only where it prefers skipping by more than ``margin`` in log-odds: a knob for caution.
+        """A copy that skips only where it prefers skipping by more than ``margin`` in log-odds.
 
-        At the answer stage it accepts only where it prefers that by as much.
+        At the answer stage it accepts only where it prefers accepting by as much.
         """
         copy = deepcopy(self)
-        cautious = np.cumsum([0, *self.nvec[:-1]])  # the first choice of each component leaves everything running
-        cautious[-1] += self.stages[-1] == ANSWER  # where it is the second one that goes on
+        cautious = np.cumsum([0, *self.nvec[:-1]])  # the first choice of each component is to run
+        cautious[-1] += self.stages[-1] == ANSWER  # where the second choice is to go on
         with torch.no_grad():
             copy.head.bias[torch.from_numpy(cautious)] += margin
         return copy
 
     def with_sureness(self, margin: float) -> DecisionPolicy:
-        """A copy that accepts an answer only where it prefers that by more than ``margin`` in log-odds."""
+        """A copy that accepts an answer only where it prefers accepting by more than ``margin`` in log-odds."""
         copy = deepcopy(self)
         with torch.no_grad():
             copy.head.bias[-1] += margin
@@ -240,25 +243,31 @@ class DecisionPolicy(nn.Module):
     def reduced(
         self, size: int, observations: Observations, components: Sequence[NDArray] | None = None
     ) -> DecisionPolicy:
-        """A copy that makes at most ``size`` different decisions (at each stage), so that more inputs run together.
+        """A copy that makes at most ``size`` different decisions (per stage), so that more inputs run together.
 
-        They are the dense one and some of its own (``greedy_cover``); each input gets the most probable one. The
-        ``observations`` are of inputs that it shall do well on (a thousand are enough), in the pass at all its stages,
-        and ``components`` what each stage decides, int64. ValueError if one of these is missing.
+        They are the dense one and some of its own (``greedy_cover``); each input gets the most probable one.
+
+        Args:
+            size: Most decisions per stage.
+            observations: Of typical inputs (a thousand are enough), at all stages.
+            components: With several stages, the components that each decides, int64.
+
+        Raises:
+            ValueError: If there is no observation, or ``components`` are missing.
         """
         if self.stages == ["first"]:
             parts = [(observations, np.arange(len(self.nvec)))]
         elif components is not None:
-            shown = observations["stage"] if isinstance(observations, dict) else observations
-            parts = [(select_rows(observations, shown[:, number] == 1), own) for number, own in enumerate(components)]
+            flat = observations["stage"] if isinstance(observations, dict) else observations
+            parts = [(select_rows(observations, flat[:, number] == 1), own) for number, own in enumerate(components)]
         else:
             raise ValueError(f"a policy that decides at {', '.join(self.stages)} needs the components of each stage")
         copy = deepcopy(self)
-        copy.codebook = torch.cat([self._masks_for(size, seen, own) for seen, own in parts])
+        copy.codebook = torch.cat([self._masks_for(size, *part) for part in parts])
         return copy
 
     def _masks_for(self, size: int, observations: Observations, components: NDArray) -> Tensor:
-        """The codebook ``[masks, components]`` of one stage, which decides these components; -1 in the others."""
+        """The codebook ``[masks, components]`` of the stage that decides these components; -1 in the others."""
         decisions = self.decide(observations)
         if size < 1 or not len(decisions):
             raise ValueError(f"expected at least one decision and one observation, got {size} and {len(decisions)}")
@@ -266,14 +275,14 @@ class DecisionPolicy(nn.Module):
         masks = torch.from_numpy(np.unique(decisions, axis=0))
         masks = torch.cat([masks[:1].clamp(max=0), masks])
         if self.stages[-1] == ANSWER and components.tolist() == [len(self.nvec) - 1]:
-            both = masks[:1].repeat(2, 1)  # to accept, and to go on
+            both = masks[:1].repeat(2, 1)  # accept, and go on
             both[1, -1] = 1
             return both
         return masks[greedy_cover(self._log_likelihood(self(to_tensors(observations)), masks), size)].clone()
 
     @property
     def few_decisions(self) -> NDArray | None:
-        """The only decisions that it makes, int64 ``[decisions, components]``; ``None``: it may make any."""
+        """All decisions that it can make, int64 ``[decisions, components]``; ``None``: any."""
         if self.codebook is not None:
             return self.codebook.numpy()
         if len(self.nvec) == 1:
@@ -285,7 +294,7 @@ class DecisionPolicy(nn.Module):
     @property
     def flops(self) -> int:
         """FLOPs of one decision at all stages (``FlopCounterMode``), without ``flops_per_token``."""
-        body = self.body.of_stage[0] if self.per_stage else self.body  # those of all stages are alike
+        body = self.body.of_stage[0] if self.per_stage else self.body  # all stages have the same layers
         counted, _ = counted_flops(nn.Sequential(body, self.head), len(self.stages), self.features)
         if self.codebook is None:
             return counted
@@ -293,13 +302,13 @@ class DecisionPolicy(nn.Module):
 
     @property
     def flops_per_token(self) -> int:
-        """FLOPs of ``token_encoder`` for each token, at all stages; 0 without it, or if blind."""
+        """FLOPs of ``token_encoder`` per token, at all stages; 0 without it, or if blind."""
         if self.channels is None or self.blind:
             return 0
         return len(self.stages) * flops_per_token(self.token_width or self.observation_size, self.channels)
 
     def save(self, folder: Path) -> None:
-        """Write ``policy.safetensors`` and ``policy.json``; each file appears complete or not at all."""
+        """Write ``policy.safetensors`` and ``policy.json``; each file is complete or missing."""
         folder.mkdir(parents=True, exist_ok=True)
         keys = NetworkDescription.model_fields.keys() - {"format", "codebook"}
         description = {"format": FORMAT, **{key: getattr(self, key) for key in sorted(keys)}}
@@ -310,11 +319,13 @@ class DecisionPolicy(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> DecisionPolicy:
-        """Read a policy that ``save`` wrote; FileNotFoundError if a file is missing.
+        """Load a policy that ``save`` wrote.
 
-        ValueError if its network is not registered, or its files are broken; the message names what was expected.
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If its network is not registered, or a file is damaged.
         """
-        folder, file = Path(folder), Path(folder, "policy.json")
+        file = folder / "policy.json"
         if not file.exists():
             raise FileNotFoundError(f"no policy.json in {folder}; expected the folder of a run (sd-gym train)")
         description = read_model(NetworkDescription, file, "not a policy that was saved here")

@@ -1,4 +1,4 @@
-"""The files of a decision network, ``policy.json`` and ``policy.safetensors``: read and checked."""
+"""Read and check the files of a decision network, ``policy.json`` and ``policy.safetensors``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMAT = 1
 
 
 class Strict(BaseModel):
-    """Exactly these fields, of exactly these types."""
+    """Refuses missing and unknown fields, and other types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -26,17 +26,17 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_model(model: type[Model], file: Path, problem: str) -> Model:
-    """What a JSON file holds; ``ValueError`` with the problem and the field if its fields are not the model's."""
+    """The content of a JSON file; ``ValueError`` with the problem and the field if it does not fit the model."""
     try:
         return model.model_validate_json(file.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "all of it"
+        field = ".".join(map(str, first["loc"])) or "whole file"
         raise ValueError(f"{file}: {problem}: {field}: {first['msg']}, got {short(first['input'])}") from error
 
 
 class NetworkDescription(Strict):
-    """What ``policy.json`` says; see ``DecisionPolicy``."""
+    """The content of ``policy.json``; see ``DecisionPolicy``."""
 
     format: Literal[1]
     observation_size: int = Field(ge=1)
@@ -56,7 +56,7 @@ class NetworkDescription(Strict):
     def _one_choice_a_switch(self) -> NetworkDescription:
         if len(set(self.switches)) < len(self.switches):
             raise ValueError("expected switches that are all different")
-        of_table = not self.switches and len(self.nvec) == len(self.stages)  # from how many each stage chooses
+        of_table = not self.switches and len(self.nvec) == len(self.stages)  # one component per stage
         switches, answers = len(self.switches), self.stages[-1] == ANSWER
         fits = len(self.nvec) == switches + 1 + answers and set(self.nvec[:switches]) <= {1, 2}
         if not of_table and not (fits and self.nvec[switches + 1 :] == [2] * answers):
@@ -64,31 +64,31 @@ class NetworkDescription(Strict):
                 f"expected nvec with a 2 for each of the {switches} switches (a 1 where it always runs), then the "
                 f"number of token levels, and a 2 for the stage {ANSWER} if there is one; got {self.nvec}"
             )
-        lowest = 0 if self.stages == ["first"] else -1  # which stands for what other stages decide
+        lowest = 0 if self.stages == ["first"] else -1  # -1: decided at other stages
         for mask in self.codebook or []:
             fits = len(mask) == len(self.nvec)
             if not fits or not all(lowest <= choice < size for choice, size in zip(mask, self.nvec, strict=True)):
                 raise ValueError(f"expected a codebook of decisions, each below {self.nvec}, got {short(mask)}")
-        of_stages = {tuple(at for at, choice in enumerate(mask) if choice >= 0) for mask in self.codebook or []}
-        decided = [component for stage in of_stages for component in stage]
+        stages = {tuple(at for at, choice in enumerate(mask) if choice >= 0) for mask in self.codebook or []}
+        decided = [component for stage in stages for component in stage]
         if len(decided) > len(set(decided)):
-            raise ValueError("expected a codebook whose decisions are of the same components, or of different stages")
+            raise ValueError("expected a codebook in which two decisions share all of their components, or none")
         return self
 
 
 def read_weights(file: Path, policy: nn.Module) -> dict[str, Tensor]:
-    """The weights in a file; ``ValueError`` if names, shapes or types are not the policy's, or numbers not finite."""
+    """The weights in a file; ``ValueError`` if names, shapes or types are not the policy's, or values not finite."""
     weights = read_tensors(file)
     expected, parameters = policy.state_dict(), dict(policy.named_parameters())
     if names := sorted(expected.keys() ^ weights.keys()):
         raise ValueError(
-            f"{file}: expected the weights {', '.join(sorted(expected))}; missing or too many: {', '.join(names)}"
+            f"{file}: expected the weights {', '.join(sorted(expected))}; missing or unknown: {', '.join(names)}"
         )
     for name, weight in weights.items():
         if (weight.shape, weight.dtype) != (expected[name].shape, expected[name].dtype):
             raise ValueError(
-                f"{file}: expected {name} of shape {list(expected[name].shape)} and {expected[name].dtype}, as "
-                f"policy.json says; got {list(weight.shape)} and {weight.dtype}"
+                f"{file}: expected {name} of shape {list(expected[name].shape)} and {expected[name].dtype}, as in "
+                f"policy.json; got {list(weight.shape)} and {weight.dtype}"
             )
         finite = weight.isfinite() if name in parameters else ~weight.isnan()
         if not finite.all():

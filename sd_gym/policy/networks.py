@@ -1,4 +1,4 @@
-"""Networks from observations to logits: the project's layers, those that a user registers, and their FLOPs."""
+"""Networks from observations to logits: built-in layers, networks that a user registers, and their FLOPs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ NETWORKS: Registry[NetworkFactory] = Registry("network", {})
 
 
 def register_network(name: str, factory: NetworkFactory) -> None:
-    """Make a policy network of your own known: then all agents that learn take the setting ``network=name``.
+    """Register a policy network; all learning agents then take the setting ``network=name``.
 
     Args:
-        name: What it is called.
-        factory: Takes (features, logits) to a module from observations float32 ``[n, features]`` to logits
-            ``[n, logits]``, row by row: a module's class, for example. A bias is added to its logits, so that learning
+        name: Of the network.
+        factory: From (features, logits) to a module, for example its class. The module takes observations, float32
+            ``[n, features]``, to logits ``[n, logits]``, row by row. A bias is added to its logits, so that learning
             begins at ``initial_skip_rate``. Its FLOPs count. Only Stable-Baselines3 puts it into training mode.
 
     Raises:
-        ValueError: If there is no name.
+        ValueError: If the name is empty.
     """
     NETWORKS.register(name, factory)
 
@@ -37,7 +37,7 @@ def hidden_layers(features: int, hidden: int) -> nn.Sequential:
 
 
 class PerStageMLP(nn.Module):
-    """Hidden layers for each of several stages, which observations ``[n, features]`` begin with, one-hot."""
+    """Hidden layers per stage; observations ``[n, features]`` begin with the stage, one-hot."""
 
     def __init__(self, features: int, hidden: int, stages: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class PerStageMLP(nn.Module):
         self.of_stage = nn.ModuleList([hidden_layers(features, hidden) for _ in range(stages)])
 
     def forward(self, observations: Tensor) -> Tensor:
-        """The output of each row's stage's layers, ``[n, hidden]``."""
+        """The output of the layers of each row's stage, ``[n, hidden]``."""
         stage = observations[:, : len(self.of_stage)].argmax(dim=1)
         output = observations.new_zeros(len(observations), self.hidden)
         for number, layers in enumerate(self.of_stage):
@@ -56,7 +56,7 @@ class PerStageMLP(nn.Module):
 
 
 class Bias(nn.Module):
-    """Adds a bias to ``size`` logits of a registered network; ``weight`` is 1, or 0 where the bias alone counts."""
+    """Adds a bias to ``size`` logits of a registered network; with a ``weight`` of 0 instead of 1, only the bias."""
 
     weight: Tensor
 
@@ -71,32 +71,33 @@ class Bias(nn.Module):
 
 
 def registered_network(name: str, observation_size: int, n_logits: int) -> tuple[nn.Module, Bias]:
-    """A registered network, made now, and the bias that is added to its logits.
+    """A new registered network, and the bias that is added to its logits.
 
-    ValueError if no network has that name, or its shapes or types are wrong.
+    Raises:
+        ValueError: If no network has that name, or its shapes or types are wrong.
     """
     network = NETWORKS.find(name)(observation_size, n_logits)
-    expected = f"a module from observations [n, {observation_size}] to logits [n, {n_logits}]"
+    expected = (
+        f"the network {name!r}: expected a module from observations [n, {observation_size}] to logits [n, {n_logits}]"
+    )
     if not isinstance(network, nn.Module):
-        raise ValueError(f"the network {name!r} has to be {expected}, got {type(network).__name__}")
+        raise ValueError(f"{expected}, got {type(network).__name__}")
     try:
         _, logits = counted_flops(network, 2, observation_size)
-    except Exception as error:  # whatever a user's module raises
-        raise ValueError(
-            f"the network {name!r} has to be {expected}, on any device (its FLOPs are counted on 'meta'): {error}"
-        ) from error
+    except Exception as error:  # a user's module may raise anything
+        raise ValueError(f"{expected}, on any device (its FLOPs are counted on 'meta'): {error}") from error
     if not isinstance(logits, Tensor) or logits.shape != (2, n_logits):
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the network {name!r} has to be {expected}; of 2 observations it made {got}")
+        raise ValueError(f"{expected}; for 2 observations it returned {got}")
     return network, Bias(n_logits)
 
 
 def counted_flops(module: nn.Module, rows: int, features: int) -> tuple[int, Any]:
-    """FLOPs and output of a module for so many observations, without running it.
+    """FLOPs and output of a module for ``rows`` observations, without running it.
 
-    On torch's device ``meta`` there are no fused kernels, which its counter overlooks (LSTMs and attention on a CPU).
+    It uses torch's device ``meta``, which has no fused kernels: the counter misses those of LSTMs and attention.
     """
     with torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        copy = deepcopy(module).to("meta").eval()  # made here, as the caller may be in inference mode
+        copy = deepcopy(module).to("meta").eval()  # copied here, as the caller may be in inference mode
         output = copy(torch.zeros(rows, features, device="meta"))
     return counter.get_total_flops(), output

@@ -1,4 +1,4 @@
-"""Observations of a batch: arrays ``[n, features]``, or a dictionary of them where a policy sees tokens."""
+"""Observations of a batch: an array ``[n, features]``, or a dictionary of arrays if a policy observes tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def to_tensors(observations: NDArray | Tensor, device: torch.device | str = "cpu
 @overload
 def to_tensors(observations: dict[str, NDArray], device: torch.device | str = "cpu") -> dict[str, Tensor]: ...
 def to_tensors(observations: Observations | Tensor, device: torch.device | str = "cpu") -> TensorObservations:
-    """Observations for a policy: float32, on its device."""
+    """Observations as float32 tensors on a device."""
     return _each(lambda _, values: torch.as_tensor(values, dtype=torch.float32, device=device), observations)
 
 
@@ -29,7 +29,7 @@ def select_rows(observations: Batch, rows: NDArray | Tensor) -> Batch:
 
 
 def blinded(observations: Batch, stages: Sequence[str]) -> Batch:
-    """Observations with nothing of the input; of several stages, with the stage alone."""
+    """Observations with zeros instead of the input; with several stages, only the stage stays."""
 
     def blind(name: str, values: Any) -> Any:
         zeros = values * 0
@@ -41,7 +41,7 @@ def blinded(observations: Batch, stages: Sequence[str]) -> Batch:
 
 
 def _each(function: Callable[[str, Any], Any], observations: Any) -> Any:
-    """What a function of a name and its values makes of observations, in their structure; flat ones are the stage's."""
+    """Apply a function of name and values to each part of observations; a flat array has the name ``stage``."""
     if isinstance(observations, dict):
         return {name: function(name, values) for name, values in observations.items()}
     return function("stage", observations)

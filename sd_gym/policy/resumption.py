@@ -1,4 +1,4 @@
-"""Going on for real: rows of a pass that has answered run densely from in front of their first skipped sublayer."""
+"""Going on in a model: after an answer, rows run densely from their first skipped sublayer."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from sd_gym.switch.stages import BETWEEN, EVERY_LAYER
 
 
 class Resumption:
-    """What a pass keeps of its hidden states, so that its rows can go on (``sd_gym.going_on``).
+    """The hidden states of a pass from which its rows can go on (``sd_gym.going_on``).
 
     Args:
         board: Of the model.
-        points: Numbers of the switches in front of which a pass can be taken up again (``Head.resume_points``).
-        decided: The first switch that is decided on; all before it run.
+        points: Numbers of the switches before which a pass can be resumed (``Head.resume_points``).
+        decided: The first switch that is decided on; all earlier ones run.
 
     Attributes:
-        stages: Names of the stages where the pass has to call ``keep``.
+        stages: Names of the stages at which the pass has to call ``keep``.
     """
 
     def __init__(self, board: Switchboard, points: Sequence[int], decided: int) -> None:
@@ -33,37 +33,38 @@ class Resumption:
         self._point_of = {
             name: columns.start
             for name, columns in board.decided_at([EVERY_LAYER]).items()
-            if columns.start in points and columns.start >= max(decided, 1)  # from the start, nothing is needed
+            if columns.start in points and columns.start >= max(decided, 1)  # at the start there is no state
         }
         self.stages = list(self._point_of)
         self._from = np.zeros(0, dtype=np.int64)  # the switch from which each row would go on
-        self._kept: list[tuple[NDArray, PassState]] = []
+        self._states: list[tuple[NDArray, PassState]] = []  # rows and their state
 
     def decided(self, masks: NDArray) -> None:
-        """Know what was decided so far, int ``[n, switches + 1]``."""
+        """Take the masks so far, int ``[n, switches + 1]``."""
         self._from = resumed_from(masks, self._points)
 
-    def keep(self, seen: PassState, keep: NDArray | Tensor | None) -> None:
-        """Keep the rows whose first skipped sublayer is in the layer that comes now.
+    def keep(self, state: PassState, keep: NDArray | Tensor | None) -> None:
+        """Keep the rows whose first skipped sublayer is in the next layer.
 
         Args:
-            seen: The state at a stage.
+            state: Of the pass at a stage.
             keep: The tokens that the pass keeps, bool ``[n, length]``; ``None``: all.
         """
-        rows = np.flatnonzero(self._from == self._point_of.get(seen.stage, -1))
+        rows = np.flatnonzero(self._from == self._point_of.get(state.stage, -1))
         if not len(rows):
             return
-        state = seen if len(rows) == len(self._from) else seen.rows(torch.from_numpy(rows).to(seen.hidden.device))
-        self._kept.append((rows, state if keep is None else _at_all_positions(state, keep[rows])))
+        if len(rows) < len(self._from):
+            state = state.rows(torch.from_numpy(rows).to(state.hidden.device))
+        self._states.append((rows, state if keep is None else _at_all_positions(state, keep[rows])))
 
     def blocks(self, goes_on: NDArray) -> Iterator[tuple[Tensor, Block]]:
-        """Of rows that go on, bool ``[n]``: their numbers, int64 ``[rows]``, and the block they run in, by where.
+        """Rows that go on from the same switch, int64 ``[rows]``, and the context manager for their pass.
 
-        Rows that have skipped nothing are not among them: their answer is the dense one.
+        ``goes_on``: which rows go on, bool ``[n]``. Rows that skipped nothing are left out: their answer is dense.
         """
         from_start = np.flatnonzero(self._from == 0)
         dense = np.zeros((1, len(self._board)), dtype=np.bool_)
-        for rows, state in [(from_start, None), *self._kept]:
+        for rows, state in [(from_start, None), *self._states]:
             again = np.flatnonzero(goes_on[rows])
             if not len(again):
                 continue
@@ -74,7 +75,7 @@ class Resumption:
 
 
 def _at_all_positions(state: PassState, keep: NDArray | Tensor) -> PassState:
-    """A state of rows that dropped no token, in a pass in which others did: at the positions of the whole input."""
+    """The state of rows without dropped tokens, from a pass in which other rows dropped some: at all positions."""
     order = np.argsort(~np.asarray(torch.as_tensor(keep).cpu(), dtype=np.bool_), axis=1, kind="stable")
 
     def spread(hidden: Tensor) -> Tensor:

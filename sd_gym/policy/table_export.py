@@ -1,4 +1,4 @@
-"""A policy that learned on a table, for the env that the table is of."""
+"""A policy that was trained on a table, for the original env."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ MASKS, PROJECTION = "masks", "projection."  # names of tensors
 
 @dataclass(frozen=True, eq=False)
 class TablePolicy:
-    """Decides on what the env observes just as the network did on what the table shows.
+    """Decides on observations of the original env as its network does on those of the table.
 
     Raises:
         ValueError: If masks or projection do not fit the network.
     """
 
-    network: DecisionPolicy  # learned on the table
+    network: DecisionPolicy  # trained on the table
     nvec: list[int]  # sizes of the components of the env's decision
     switches: list[str]  # names of the switches
-    # Of each of the table's decisions, that of the env, int64 ``[decisions, components]``; ``None``: they are the same.
+    # The env's decision for each of the table's, int64 ``[decisions, components]``; ``None``: they are the same.
     masks: NDArray | None
-    projection: Projection | None  # how the table has reduced what the env observes; ``None``: not at all
-    channels: ClassVar[None] = None  # a table shows no tokens
+    projection: Projection | None  # how the table reduced the observations; ``None``: not at all
+    channels: ClassVar[None] = None  # a table has no tokens
     token_width: ClassVar[None] = None
     flops_per_token: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         masks, projection, size = self.masks, self.projection, self.network.observation_size
         if masks is None and (self.nvec, self.switches) != (self.network.nvec, self.network.switches):
-            raise ValueError("expected masks, as the network decides on something else than the switches")
+            raise ValueError("expected masks, as the network does not decide on the switches")
         if masks is not None:
             expected = math.prod(self.network.nvec), len(self.nvec)
             answers = self.stages[-1] == ANSWER
@@ -63,17 +63,17 @@ class TablePolicy:
 
     @property
     def observation_size(self) -> int:
-        """Features of what the env observes."""
+        """Features of an observation of the original env."""
         return self.network.observation_size if self.projection is None else len(self.projection.mean)
 
     @property
     def flops(self) -> int:
-        """FLOPs of one decision, those of reducing the observation included, unless it is blind."""
+        """FLOPs of one decision, and of reducing the observation unless the network is blind."""
         reducing = 0 if self.projection is None or self.network.blind else len(self.stages) * self.projection.flops
         return self.network.flops + reducing
 
     def decide(self, observations: Observations | Tensor) -> NDArray:
-        """Decisions, int64 ``[n, components]``, for what the env observes, ``[n, features]``."""
+        """Decisions, int64 ``[n, components]``, for observations of the original env, ``[n, features]``."""
         array = observations.cpu().numpy() if isinstance(observations, Tensor) else observations
         if self.projection is not None and not isinstance(array, dict):
             array = self.projection(array)
@@ -82,12 +82,12 @@ class TablePolicy:
 
     @property
     def few_decisions(self) -> NDArray | None:
-        """The only masks that it decides among, int64 ``[masks, switches + 1]``; ``None``: it may make any."""
+        """All masks that it can choose, int64 ``[masks, switches + 1]``; ``None``: any."""
         numbers = self.network.few_decisions
         return numbers if numbers is None or self.masks is None else self._masks_of(numbers)
 
     def _masks_of(self, decisions: NDArray) -> NDArray:
-        assert self.masks is not None  # asked where there are masks
+        assert self.masks is not None  # the callers check it
         return self.masks[np.ravel_multi_index(tuple(decisions.T), self.network.nvec)]
 
     def with_margin(self, margin: float) -> TablePolicy:
@@ -95,7 +95,7 @@ class TablePolicy:
         return replace(self, network=self.network.with_margin(margin))
 
     def save(self, folder: Path) -> None:
-        """Write the files of the network alone."""
+        """Write the files of the network; masks and projection are in ``tensors``."""
         self.network.save(folder)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -107,7 +107,7 @@ class TablePolicy:
 
     @classmethod
     def of_files(cls, network: DecisionPolicy, values: dict[str, Any], tensors: dict[str, Tensor]) -> TablePolicy:
-        """Of its ``nvec`` and ``switches`` and its tensors, which are taken out of those given."""
+        """A policy from its network, its ``nvec`` and ``switches``, and its tensors, which are removed."""
         masks = tensors.pop(MASKS).numpy() if MASKS in tensors else None
         reduced = any(name.startswith(PROJECTION) for name in tensors)
         arrays = (tensors.pop(PROJECTION + name).numpy() for name in Projection._fields)

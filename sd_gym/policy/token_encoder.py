@@ -1,4 +1,4 @@
-"""A small network that reads the tokens of a text in their order, where a policy sees them."""
+"""A small network that reads the tokens of a text in order, for policies that observe tokens."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import torch
 from torch import Tensor, nn
 
 CHANNELS = 48
-KERNEL_SIZE = 3  # tokens side by side that the convolution sees at once
-LEAST_FEATURE_DEVIATION = 1e-3  # of a feature; less says nothing
-FLOPS_SHARE = 0.01  # of the dense FLOPs: what the convolution of a policy costs at most
+KERNEL_SIZE = 3  # consecutive tokens in one step of the convolution
+LEAST_FEATURE_DEVIATION = 1e-3  # features that vary less are not scaled
+FLOPS_SHARE = 0.01  # highest FLOPs of the convolution, over dense FLOPs
 
 
 class TokenEncoder(nn.Module):
     """Features of a text: mean and maximum of a convolution over its tokens, and the text's length.
 
-    Unlike mean and maximum of the tokens, they depend on their order (Kim 2014, section 2). At first they hardly differ
-    between texts, so ``standardise_on`` standardises them before learning (Salimans and Kingma 2016, section 3). A
-    token has ``width`` numbers; of several stages, each shows ``stage_size`` beside, which the features begin with.
+    Unlike mean and maximum of the tokens, they depend on the tokens' order (Kim 2014, section 2). Before training they
+    hardly differ between texts, so ``standardise_on`` standardises them (Salimans and Kingma 2016, section 3).
+
+    Args:
+        width: Numbers per token.
+        channels: Of the convolution.
+        stage_size: With several stages, numbers of the stage's own observation, with which the features begin.
     """
 
     mean: Tensor
@@ -32,11 +36,12 @@ class TokenEncoder(nn.Module):
         self.register_buffer("deviation", torch.ones(size))
 
     def forward(self, observations: dict[str, Tensor]) -> Tensor:
-        """Features ``[n, size]``, each row's own: standardised, and zeros where there is no token.
+        """Standardised features ``[n, size]``; zeros for a text without tokens.
 
         Args:
-            observations: ``tokens [n, length, width]``, zeros after the text, ``mask [n, length]``, and at stages
-                ``stage [n * looks, stage_size]``, what was shown at so many looks at each text, one after the other.
+            observations: ``tokens [n, length, width]``, zeros after the text, and ``mask [n, length]``. With several
+                stages also ``stage [n * stages, stage_size]``, those of the same text one after the other; then there
+                are as many rows of features.
         """
         count = observations["mask"].sum(dim=1, keepdim=True)
         features = (self._read(observations) - self.mean) / self.deviation * (count > 0)
@@ -47,11 +52,11 @@ class TokenEncoder(nn.Module):
 
     def _read(self, observations: dict[str, Tensor]) -> Tensor:
         tokens, mask = observations["tokens"], observations["mask"]
-        longest = max(1, int(mask.any(dim=0).sum()))  # padding that all rows share is not looked at
+        longest = max(1, int(mask.any(dim=0).sum()))  # padding that all rows share is not read
         return self.read(tokens[:, :longest], mask[:, :longest])
 
     def read(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Features ``[n, size - stage_size]`` of tokens that are not standardised yet; arguments as of ``forward``."""
+        """Features ``[n, size - stage_size]`` before standardising; arguments as of ``forward``."""
         count = mask.sum(dim=1, keepdim=True)
         values = self.convolution(tokens.transpose(1, 2)).relu() * mask[:, None].float()
         mean = values.sum(dim=2) / count.clamp(min=1)
@@ -59,7 +64,7 @@ class TokenEncoder(nn.Module):
 
     @torch.no_grad()
     def standardise_on(self, observations: dict[str, Tensor]) -> None:
-        """Standardise features from now on by what they are of these texts, which ``forward`` takes."""
+        """Set the mean and deviation of features to those of these texts; observations as of ``forward``."""
         features = self._read(observations)
         deviation = features.std(dim=0, correction=0)
         self.mean.copy_(features.mean(dim=0))
@@ -67,10 +72,10 @@ class TokenEncoder(nn.Module):
 
 
 def flops_per_token(width: int, channels: int) -> int:
-    """FLOPs of ``TokenEncoder`` for each token of a text, 2 a multiply-add."""
+    """FLOPs of ``TokenEncoder`` per token of a text, 2 per multiply-add."""
     return 2 * KERNEL_SIZE * width * channels
 
 
 def affordable_channels(width: int, dense_flops: float, stages: int = 1) -> int:
-    """Channels that cost at most ``FLOPS_SHARE`` of ``dense_flops`` per token, which has ``width`` numbers."""
+    """Most channels (1 to ``CHANNELS``) that cost at most ``FLOPS_SHARE`` of the ``dense_flops`` per token."""
     return int(np.clip(FLOPS_SHARE * dense_flops / (stages * flops_per_token(width, 1)), 1, CHANNELS))

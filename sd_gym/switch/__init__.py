@@ -4,6 +4,7 @@ from sd_gym.switch.architectures import (
     Architecture,
     Stack,
     Sublayer,
+    Switch,
     UnsupportedArchitectureError,
     register_architecture,
     supported_architectures,
@@ -13,7 +14,6 @@ from sd_gym.switch.context import StaleBoardError
 from sd_gym.switch.first_layer import attention_received, first_layer_input, pooled
 from sd_gym.switch.flops import FlopsModel
 from sd_gym.switch.stages import PassState
-from sd_gym.switch.switch import Switch
 from sd_gym.switch.switchboard import Switchboard
 from sd_gym.switch.tokens import (
     dropped_tokens,

@@ -1,11 +1,11 @@
-"""Which modules of a Hugging Face model are switches, one declarative entry per architecture.
+"""Which modules of a Hugging Face model are switches: one declarative entry per architecture.
 
-An entry names attributes and nothing else: no model code is copied or patched. ``register_architecture`` adds one.
+An entry only names attributes; no model code is copied. ``register_architecture`` adds an entry.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
 
 if TYPE_CHECKING:
@@ -20,16 +20,16 @@ class Sublayer:
     """One residual branch of a layer.
 
     Attributes:
-        kind: What it is; names the switch (``encoder.0.attention``).
-        modules: Paths of the branch's modules inside the layer, in execution order, each one's output the next one's
-            first input, such as a norm and an attention, or BART's ``fc1`` and ``fc2``.
-        adds_residual: Whether the last module adds the branch's input itself, as BERT's output modules do. Then a
-            skipped row passes through unchanged; otherwise it gets zeros and the layer's own residual sum passes it.
-        output: Path of an attention's output projection inside the layer; the module of ``modules`` that holds it is
-            the attention proper.
+        kind: Kind of sublayer; the last part of the switch's name (``encoder.0.attention``).
+        modules: Paths of the branch's modules inside the layer, in execution order. Each output is the next module's
+            first input, as with a norm and an attention, or BART's ``fc1`` and ``fc2``.
+        adds_residual: Whether the last module itself adds the branch's input, as BERT's output modules do. Then a
+            skipped row passes through unchanged. Otherwise it gets zeros, and the layer adds the residual.
+        output: Path of an attention's output projection inside the layer. The attention proper is the module of
+            ``modules`` that contains it.
         source: Paths of the projections that read the encoder's output (keys and values of a cross-attention).
-        position_bias: Path of the module whose ``compute_bias`` makes what the first layer shares with all others (T5's
-            relative positions), as it must exist where the first layer is skipped.
+        position_bias: Path of the module whose ``compute_bias`` makes the bias that all layers share (T5's relative
+            positions). It is needed even where the first layer is skipped.
     """
 
     kind: SublayerKind
@@ -41,10 +41,39 @@ class Sublayer:
 
     @property
     def attention(self) -> str | None:
-        """The module that is the attention proper; ``None`` in a feed-forward."""
-        if self.output is None:
-            return None
-        return next(path for path in self.modules if self.output.startswith(path + "."))
+        """Path of the attention proper; ``None`` in a feed-forward."""
+        return next((path for path in self.modules if self.output and self.output.startswith(path + ".")), None)
+
+
+@dataclass
+class Switch:
+    """The place where one candidate is skipped or run.
+
+    Attributes:
+        name: ``stack.layer.kind``, such as ``decoder.3.cross_attention``.
+        stack: Name of its stack.
+        index: Index of its layer in the stack.
+        layer: Its layer.
+        sublayer: What it switches.
+        reads_input: Whether its stack reads the input, whose tokens can be dropped.
+        modules: The switched modules, in execution order.
+    """
+
+    name: str
+    stack: str
+    index: int
+    layer: nn.Module
+    sublayer: Sublayer
+    reads_input: bool
+    modules: list[nn.Module] = field(init=False, repr=False)
+
+    @property
+    def tags_cache(self) -> bool:
+        """Whether it tags a cache with the decision in force: the first self-attention of a decoder does."""
+        return self.stack == "decoder" and self.index == 0 and self.sublayer.kind == "attention"
+
+    def __post_init__(self) -> None:
+        self.modules = [self.layer.get_submodule(path) for path in self.sublayer.modules]
 
 
 @dataclass(frozen=True)
@@ -52,21 +81,19 @@ class Stack:
     """A list of equal layers.
 
     Attributes:
-        name: ``encoder`` or ``decoder``. After an encoder, a decoder runs on the target; a lone stack of either name
+        name: ``encoder`` or ``decoder``. A decoder after an encoder runs on the target. A single stack of either name
             runs on the input.
         layers: Path of the layer list inside ``model.base_model``.
         sublayers: Residual branches of each layer, in execution order.
-        whole: Whether a layer takes and returns the hidden states alone, unchanged where no sublayer runs (no norm
-            follows a residual sum); then it is skipped as a whole.
-        norms: Paths of all norms that follow residual sums, in execution order, of a layer that takes and returns the
-            hidden states alone: where no sublayer runs, only they do.
+        norms: If a layer takes and returns nothing but hidden states: paths of all norms after residual sums, in
+            execution order. Where no sublayer runs, the layer is skipped and only these norms run. ``None``: the layer
+            has other outputs, so it always runs.
     """
 
     name: str
     layers: str
     sublayers: tuple[Sublayer, ...]
-    whole: bool = False
-    norms: tuple[str, ...] = ()
+    norms: tuple[str, ...] | None = None
 
     def layers_in(self, model: PreTrainedModel) -> nn.ModuleList:
         """The layers of a model."""
@@ -75,15 +102,15 @@ class Stack:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where the switches of an architecture are, and which linears outside its layers always run.
+    """Where the switches of an architecture are, and which linear layers outside of its stacks always run.
 
     Attributes:
         model_types: Values of ``model.config.model_type`` that this entry is for.
         stacks: Layer stacks in execution order; the first reads the input.
-        causal: Whether the first stack's positions see only earlier ones (decoder-only models).
-        token_heads: Paths of linears that run once per target (or source) token, such as ``lm_head``.
-        sequence_heads: Paths of linears that run once per sequence, such as a classifier.
-            Paths that a model does not have are ignored, so one entry serves all heads.
+        causal: Whether positions of the first stack attend only to earlier positions (decoder-only models).
+        token_heads: Paths of linear layers that run once per target (or source) token, such as ``lm_head``.
+        sequence_heads: Paths of linear layers that run once per sequence, such as a classifier. Paths that a model
+            does not have are ignored, so one entry serves all heads.
     """
 
     model_types: tuple[str, ...]
@@ -94,14 +121,14 @@ class Architecture:
 
 
 class UnsupportedArchitectureError(ValueError):
-    """The model's architecture has no entry."""
+    """No architecture is registered for the model type."""
 
 
 _REGISTRY: dict[str, Architecture] = {}
 
 
 def register_architecture(architecture: Architecture) -> None:
-    """Make an architecture known under each of its model types; a later entry replaces an earlier one.
+    """Register an architecture for each of its model types; a later entry replaces an earlier one.
 
     Example:
         >>> from sd_gym.switch import Architecture, Stack, Sublayer, register_architecture
@@ -114,7 +141,7 @@ def register_architecture(architecture: Architecture) -> None:
 
 
 def supported_architectures() -> list[str]:
-    """All known model types, sorted.
+    """All registered model types, sorted.
 
     Example:
         >>> "llama" in supported_architectures()
@@ -124,20 +151,27 @@ def supported_architectures() -> list[str]:
 
 
 def architecture_of(model_type: str) -> Architecture:
-    """The entry for a model type; UnsupportedArchitectureError if it is unknown."""
+    """The entry of a model type; raises ``UnsupportedArchitectureError`` if there is no such entry."""
     if model_type not in _REGISTRY:
         raise UnsupportedArchitectureError(
-            f"no switches are known for the architecture {model_type!r}; known are: "
-            f"{', '.join(supported_architectures())}. Describe yours with sd_gym.switch.register_architecture()."
+            f"unsupported architecture {model_type!r}; supported: {', '.join(supported_architectures())}. "
+            "Describe yours with sd_gym.switch.register_architecture()."
         )
     return _REGISTRY[model_type]
 
 
-def _bart_like(norm: bool) -> tuple[Stack, ...]:
-    """Encoder and decoder layers as BART names them, with the norms before (mBART) or after (BART)."""
+def _encoder_decoder(model_types: tuple[str, ...], stacks: tuple[Stack, ...]) -> None:
+    heads = ("classification_head.dense", "classification_head.out_proj")
+    register_architecture(
+        Architecture(model_types, stacks, token_heads=("lm_head", "qa_outputs"), sequence_heads=heads)
+    )
 
-    def chain(norm_name: str, *modules: str) -> tuple[str, ...]:
-        return (norm_name, *modules) if norm else modules
+
+def _bart_like(model_types: tuple[str, ...], *, pre_norm: bool) -> None:
+    """Layers with BART's names, and norms before (mBART) or after (BART) the sublayers."""
+
+    def chain(norm: str, *modules: str) -> tuple[str, ...]:
+        return (norm, *modules) if pre_norm else modules
 
     attention = Sublayer("attention", chain("self_attn_layer_norm", "self_attn"), output="self_attn.out_proj")
     cross_attention = Sublayer(
@@ -147,69 +181,58 @@ def _bart_like(norm: bool) -> tuple[Stack, ...]:
         source=("encoder_attn.k_proj", "encoder_attn.v_proj"),
     )
     feed_forward = Sublayer("feed_forward", chain("final_layer_norm", "fc1", "fc2"))
-    norms = () if norm else ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm")
-    return (
-        Stack("encoder", "encoder.layers", (attention, feed_forward), whole=norm, norms=norms[::2]),
-        Stack("decoder", "decoder.layers", (attention, cross_attention, feed_forward), whole=norm, norms=norms),
-    )
+    norms = () if pre_norm else ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm")
+    encoder = Stack("encoder", "encoder.layers", (attention, feed_forward), norms=norms[::2])
+    decoder = Stack("decoder", "decoder.layers", (attention, cross_attention, feed_forward), norms=norms)
+    _encoder_decoder(model_types, (encoder, decoder))
 
 
-def _encoder_decoder(model_types: tuple[str, ...], stacks: tuple[Stack, ...]) -> Architecture:
-    heads = ("classification_head.dense", "classification_head.out_proj")
-    return Architecture(model_types, stacks, token_heads=("lm_head", "qa_outputs"), sequence_heads=heads)
-
-
-register_architecture(_encoder_decoder(("bart", "marian"), _bart_like(norm=False)))
-register_architecture(_encoder_decoder(("mbart", "pegasus"), _bart_like(norm=True)))
+_bart_like(("bart", "marian"), pre_norm=False)
+_bart_like(("mbart", "pegasus"), pre_norm=True)
 
 _T5_SELF, _T5_CROSS = "layer.0.SelfAttention", "layer.1.EncDecAttention"
 _T5_ATTENTION = Sublayer("attention", ("layer.0",), True, f"{_T5_SELF}.o", position_bias=_T5_SELF)
-_T5_STACKS = (
-    Stack("encoder", "encoder.block", (_T5_ATTENTION, Sublayer("feed_forward", ("layer.1",), True))),
-    Stack(
-        "decoder",
-        "decoder.block",
-        (
-            _T5_ATTENTION,
-            Sublayer(
-                "cross_attention",
-                ("layer.1",),
-                adds_residual=True,
-                output=f"{_T5_CROSS}.o",
-                source=(f"{_T5_CROSS}.k", f"{_T5_CROSS}.v"),
-                position_bias=_T5_CROSS,
-            ),
-            Sublayer("feed_forward", ("layer.2",), True),
-        ),
-    ),
+_T5_CROSS_ATTENTION = Sublayer(
+    "cross_attention",
+    ("layer.1",),
+    adds_residual=True,
+    output=f"{_T5_CROSS}.o",
+    source=(f"{_T5_CROSS}.k", f"{_T5_CROSS}.v"),
+    position_bias=_T5_CROSS,
 )
-register_architecture(_encoder_decoder(("t5",), _T5_STACKS))
+_T5_ENCODER, _T5_DECODER = (
+    (_T5_ATTENTION, Sublayer("feed_forward", ("layer.1",), True)),
+    (_T5_ATTENTION, _T5_CROSS_ATTENTION, Sublayer("feed_forward", ("layer.2",), True)),
+)
+_encoder_decoder(
+    ("t5",), (Stack("encoder", "encoder.block", _T5_ENCODER), Stack("decoder", "decoder.block", _T5_DECODER))
+)
 
-# Decoder-only models: model types, layers, attention's modules, its output projection, feed-forward's modules.
-_DECODERS = (
-    ("gpt2", "h", "ln_1 attn", "attn.c_proj", "ln_2 mlp"),
-    (
-        "llama mistral qwen2 qwen3 phi3",
-        "layers",
-        "input_layernorm self_attn",
-        "self_attn.o_proj",
-        "post_attention_layernorm mlp",
-    ),
-    (
-        "gemma3_text",
-        "layers",
-        "input_layernorm self_attn post_attention_layernorm",
-        "self_attn.o_proj",
-        "pre_feedforward_layernorm mlp post_feedforward_layernorm",
-    ),
-)
-for _types, _layers, _attention, _output, _feed_forward in _DECODERS:
-    _sublayers = (
-        Sublayer("attention", tuple(_attention.split()), output=_output),
-        Sublayer("feed_forward", tuple(_feed_forward.split())),
+
+def _decoder_only(model_types: str, layers: str, attention: str, output: str, feed_forward: str) -> None:
+    sublayers = (
+        Sublayer("attention", tuple(attention.split()), output=output),
+        Sublayer("feed_forward", tuple(feed_forward.split())),
     )
-    _stacks, _heads = (Stack("decoder", _layers, _sublayers, whole=True),), ("lm_head", "score", "qa_outputs")
-    register_architecture(Architecture(tuple(_types.split()), _stacks, causal=True, token_heads=_heads))
+    stacks, heads = (Stack("decoder", layers, sublayers, norms=()),), ("lm_head", "score", "qa_outputs")
+    register_architecture(Architecture(tuple(model_types.split()), stacks, causal=True, token_heads=heads))
+
+
+_decoder_only("gpt2", "h", "ln_1 attn", "attn.c_proj", "ln_2 mlp")
+_decoder_only(
+    "llama mistral qwen2 qwen3 phi3",
+    "layers",
+    "input_layernorm self_attn",
+    "self_attn.o_proj",
+    "post_attention_layernorm mlp",
+)
+_decoder_only(
+    "gemma3_text",
+    "layers",
+    "input_layernorm self_attn post_attention_layernorm",
+    "self_attn.o_proj",
+    "pre_feedforward_layernorm mlp post_feedforward_layernorm",
+)
 
 _BERT_TOKEN_HEADS = (
     "qa_outputs cls.predictions.transform.dense cls.predictions.decoder lm_head.dense lm_head.decoder "
@@ -219,17 +242,17 @@ _BERT_SUBLAYERS = (
     Sublayer("attention", ("attention",), adds_residual=True, output="attention.output.dense"),
     Sublayer("feed_forward", ("intermediate", "output"), adds_residual=True),
 )
-_DISTILBERT_SUBLAYERS = (
-    Sublayer("attention", ("attention",), output="attention.out_lin"),
-    Sublayer("feed_forward", ("ffn",)),
-)
 register_architecture(
     Architecture(
         model_types=("bert", "roberta", "electra"),
-        stacks=(Stack("encoder", "encoder.layer", _BERT_SUBLAYERS, whole=True),),
+        stacks=(Stack("encoder", "encoder.layer", _BERT_SUBLAYERS, norms=()),),
         token_heads=tuple(_BERT_TOKEN_HEADS.split()),
         sequence_heads=("bert.pooler.dense", "pooler.dense", "classifier", "classifier.dense", "classifier.out_proj"),
     )
+)
+_DISTILBERT_SUBLAYERS = (
+    Sublayer("attention", ("attention",), output="attention.out_lin"),
+    Sublayer("feed_forward", ("ffn",)),
 )
 _DISTILBERT_NORMS = ("sa_layer_norm", "output_layer_norm")
 register_architecture(

@@ -1,7 +1,7 @@
-"""Which rows of a batch run in one forward pass: rows of about the same length, and rows that share a decision.
+"""Which rows of a batch share a forward pass: rows of similar length, and rows with the same decision.
 
-A pass of mixed decisions gathers and scatters rows at every sublayer that only some of them run, and pads short rows to
-the longest. Separate passes for equal decisions or lengths save that, but each makes its own calls.
+A pass of mixed decisions gathers and scatters rows at every sublayer that only some rows run, and pads short rows to
+the longest. Separate passes for equal decisions or lengths save that, but each pass makes its own calls.
 """
 
 from __future__ import annotations
@@ -11,47 +11,47 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# Measured on a CPU; on an accelerator a call costs more, so that fewer passes are better.
-# Both over the width, in what running the sublayer costs a token: that grows faster with the width than they do.
-CALL = 16_000  # what one more call of the sublayer costs
-MIXING = 13  # what gathering and scattering costs a token
-PLAIN_CALL = 4_000  # as CALL, where rows that agree run on a plain model (of a bank)
+# Measured on a CPU. On an accelerator a call costs more, so fewer passes are better. Costs are in units of what a
+# token costs in a sublayer, per width: that cost grows faster with the width than these costs do.
+CALL = 16_000  # cost of one more call of the sublayer
+MIXING = 13  # cost per token of gathering and scattering
+PLAIN_CALL = 4_000  # as CALL, where rows with the same decision run on a plain model (of a bank)
 
 
 def passes(
     skip: NDArray, lengths: NDArray, width: int, steps: int = 0, most: int | None = None, *, plain: bool = False
 ) -> list[NDArray]:
-    """Cut a batch into the forward passes that a cost model finds the cheapest.
+    """Divide a batch into the forward passes that are cheapest by a cost model.
 
-    A pass is cut by length, or the commonest decisions get passes of their own and all other rows share one, whichever
-    saves more; so are its parts, as long as that pays. Every row is in exactly one pass; ``results[rows] = ...`` brings
-    the results back into order. Passes of at most ``most`` rows have rows with like decisions, so that fewer sublayers
-    run: in ``generate()`` reading the weights takes the time.
+    A pass is divided by length, or the commonest decisions get their own passes and all other rows share one. The
+    cheaper division is taken, and its parts are divided again while that saves cost. Every row is in exactly one pass,
+    so ``results[rows] = ...`` restores the order. With ``most``, rows of similar decisions share a pass, so that fewer
+    sublayers run: in ``generate()`` reading the weights takes most of the time.
 
     Args:
         skip: Decisions, integers or booleans ``[n, switches]``; 1 = the row skips the sublayer.
-        lengths: Tokens of each row that run (without padding and dropped ones), int ``[n]``, or ``[n, switches]`` where
-            they differ from switch to switch, as between encoder and decoder.
+        lengths: Tokens of each row that run (without padding and dropped tokens), int ``[n]``; or ``[n, switches]``
+            where they differ per switch, as between encoder and decoder.
         width: The model's hidden size; a wide model computes more per call.
         steps: Tokens that ``generate()`` appends to the input, each of which calls every sublayer again; 0: one pass.
-        most: Rows of a pass at most; ``None``: any number.
-        plain: Whether rows that share a decision run on a plain model, whose calls are quicker.
+        most: Largest number of rows per pass; ``None``: no limit.
+        plain: Whether rows that share a decision run on a plain model, whose calls are faster.
 
     Returns:
         Indices of each pass's rows, int64.
 
     Raises:
-        ValueError: If the shapes disagree, or a pass may have no row.
+        ValueError: If the shapes disagree, or ``most`` is less than 1.
 
     Example:
         >>> skip = np.array([[0, 1], [0, 1], [1, 0], [0, 1]])
         >>> passes(skip, np.array([9, 9, 9, 9]), width=512)  # short rows: one pass
         [array([0, 1, 2, 3])]
-        >>> passes(skip, np.array([900, 900, 900, 900]), width=512)  # long rows: one a decision
+        >>> passes(skip, np.array([900, 900, 900, 900]), width=512)  # long rows: one pass per decision
         [array([0, 1, 3]), array([2])]
-        >>> passes(np.zeros((3, 2)), np.array([900, 9, 9]), width=512)  # the others are not padded to the long row
+        >>> passes(np.zeros((3, 2)), np.array([900, 9, 9]), width=512)  # short rows are not padded to the long one
         [array([1, 2]), array([0])]
-        >>> passes(skip, np.array([9, 9, 9, 9]), width=512, most=3)  # those that agree
+        >>> passes(skip, np.array([9, 9, 9, 9]), width=512, most=3)  # rows with the same decision
         [array([0, 1, 3]), array([2])]
     """
     runs, lengths = ~np.asarray(skip).astype(bool), np.asarray(lengths)
@@ -61,7 +61,7 @@ def passes(
             f"got {list(runs.shape)} and {list(lengths.shape)}"
         )
     if most is not None and most < 1:
-        raise ValueError(f"a pass needs room for a row, got most={most}")
+        raise ValueError(f"most must be at least 1 row per pass, got {most}")
     if len(runs) == 1:
         return [np.zeros(1, dtype=np.int64)]
     lengths = np.broadcast_to(lengths if lengths.ndim == 2 else lengths[:, None], runs.shape)
@@ -75,14 +75,14 @@ def passes(
 
 
 class _Plan(NamedTuple):
-    """Passes, and what they cost."""
+    """Passes and their cost."""
 
     cost: float
     parts: list[NDArray]
 
 
 class _Batch:
-    """A batch, and the costs of cutting it; ``runs`` and ``lengths`` are ``[n, switches]``, rows numbers by length."""
+    """A batch and the costs of dividing it; ``runs`` and ``lengths`` are ``[n, switches]``."""
 
     def __init__(self, runs: NDArray, lengths: NDArray, width: int, steps: int, plain: bool) -> None:
         self._runs, self._lengths, self._steps = runs, lengths, steps
@@ -91,15 +91,15 @@ class _Batch:
         self._group = group.reshape(-1)
 
     def planned(self) -> list[NDArray]:
-        """The rows of each pass."""
+        """The rows of each pass of the cheapest plan."""
         rows = np.argsort(self._lengths.sum(axis=1), kind="stable")
         plan, by_decision = self._cut(rows), self._by_decision(rows)
-        if by_decision.cost < plan.cost:  # cut after cut, the best one each time, may end beside the best plan
+        if by_decision.cost < plan.cost:  # the greedy divisions may have missed the best plan
             plan = self._each_cut(by_decision.parts)
         return plan.parts
 
     def _cut(self, rows: NDArray) -> _Plan:
-        """Rows cut in the way that saves most, and its parts again; one pass where none saves anything."""
+        """Rows divided in the cheaper way, and their parts again; one pass if no division saves cost."""
         runs, lengths = self._runs[rows], self._lengths[rows]
         whole = float(self._cost(runs.sum(axis=0), np.array(len(rows)), lengths.max(axis=0)))
         best = min(self._by_length(rows), self._by_decision(rows), key=lambda plan: plan.cost)
@@ -110,22 +110,22 @@ class _Batch:
         return _Plan(sum(plan.cost for plan in plans), [part for plan in plans for part in plan.parts])
 
     def _by_length(self, rows: NDArray) -> _Plan:
-        """Two passes, of the shorter and of the longer rows."""
+        """Two passes: the shorter rows and the longer rows."""
         if len(rows) < 2:
             return _Plan(np.inf, [rows])
         runs, lengths, size = self._runs[rows], self._lengths[rows], np.arange(1, len(rows) + 1)
         shorter = self._cost(runs.cumsum(axis=0), size, np.maximum.accumulate(lengths))
-        longer = self._cost(_left(runs), size[::-1], _left(lengths, np.maximum))
+        longer = self._cost(_from_here(runs), size[::-1], _from_here(lengths, np.maximum))
         both = shorter[:-1] + longer[1:]
         end = int(both.argmin())
         return _Plan(both[end], [rows[: end + 1], rows[end + 1 :]])
 
     def _by_decision(self, rows: NDArray) -> _Plan:
-        """Passes of the commonest decisions one by one, as many as pay, and one of all other rows."""
-        here, group = np.unique(self._group[rows], return_inverse=True)
-        if len(here) < 2:
+        """One pass for each of the commonest decisions, while that saves cost, and one for all other rows."""
+        present, group = np.unique(self._group[rows], return_inverse=True)
+        if len(present) < 2:
             return _Plan(np.inf, [rows])
-        decisions, lengths = self._decisions[here], self._lengths[rows]
+        decisions, lengths = self._decisions[present], self._lengths[rows]
         common = np.argsort(-np.bincount(group, weights=lengths.sum(axis=1)), kind="stable")  # most tokens first
         group, decisions = np.argsort(common)[group], decisions[common]
         size = np.bincount(group)
@@ -133,22 +133,22 @@ class _Batch:
         np.maximum.at(longest, group, lengths)
         count = size[:, None] * decisions
         own = self._cost(count, size, longest)
-        # The rest when the first 1, 2, ... decisions have passes of their own; an empty rest costs nothing.
-        left = self._cost(_left(count), _left(size), _left(longest, np.maximum))
-        costs = np.append(left[1:], 0) + own.cumsum()
+        # Of all other rows, when the first 1, 2, ... decisions have their own passes; without other rows it is 0.
+        shared = self._cost(_from_here(count), _from_here(size), _from_here(longest, np.maximum))
+        costs = np.append(shared[1:], 0) + own.cumsum()
         separate = int(costs.argmin()) + 1
         parts = [rows[group == number] for number in range(separate)]
         return _Plan(costs[separate - 1], parts + [rows[group >= separate]] * (separate < len(size)))
 
     def _cost(self, count: NDArray, size: NDArray, longest: NDArray) -> NDArray:
-        """Costs of passes: rows that run each sublayer, ``[..., switches]``, rows in all, and the longest of them."""
-        called = (count > 0).sum(axis=-1) + 1  # and what always runs: embeddings and heads
+        """Costs of passes, from the rows that run each sublayer, ``[..., switches]``, all rows, and the longest."""
+        called = (count > 0).sum(axis=-1) + 1  # 1 for embeddings and heads, which always run
         calls = self._call * called * (1 + self._steps)
         size = size[..., None]
         moved = self._mixing * size * (count % size > 0)
         return calls + ((longest + self._steps) * (count + moved)).sum(axis=-1)
 
 
-def _left(values: NDArray, combine: np.ufunc = np.add) -> NDArray:
-    """Sums, or maxima, from each place to the end."""
+def _from_here(values: NDArray, combine: np.ufunc = np.add) -> NDArray:
+    """Sums (or maxima) from each position to the end."""
     return combine.accumulate(values[::-1], dtype=np.int64)[::-1]

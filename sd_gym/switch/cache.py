@@ -1,7 +1,7 @@
 """A key-value cache whose layers hold only the rows that run them.
 
-A decision is made once per sequence, so a row skips the same sublayers at every step: its keys and values are never
-stored. The length so far and the order of the beams must still be right for all rows, also where a layer stores none.
+A decision is made once per sequence, so a row skips the same sublayers at every step. Its keys and values are never
+stored. The length and the order of the beams must still be right for all rows, even in a layer that stores no row.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 
 class RowSubsetLayer(CacheLayerMixin):
-    """One layer of a cache, with the keys and values of some rows of the batch, in the place of Hugging Face's layer.
+    """One layer of a cache that holds the keys and values of some rows; it replaces Hugging Face's layer.
 
-    ``inner``, which is that layer, stores ``[kept, heads, stored length, head size]`` of ``rows`` (int64 ``[kept]``,
-    ``None``: all) of a batch, beams included, under the decision of ``tag``.
+    ``inner`` is that layer. It stores ``[kept, heads, stored length, head size]`` of ``rows`` (int64 ``[kept]``,
+    ``None``: all) of ``batch`` rows, beams included. ``tag`` identifies the decision.
     """
 
     def __init__(self, inner: DynamicLayer, rows: Tensor | None, batch: int, tag: Any) -> None:
         self.inner, self.rows, self.batch, self.tag = inner, rows, batch, tag
-        self.is_open = False  # whether that decision is in force; else it neither stores nor gives anything
+        self.is_open = False  # whether the decision of ``tag`` is in force; otherwise reading and writing are refused
         self.length = 0  # positions so far, dropped tokens included
 
-    # Hugging Face reads keys and values, and only the layer's own ``update`` writes them.
+    # Properties, since Hugging Face only reads keys and values; ``update`` writes them.
     @property
     def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Keys of the kept rows."""
@@ -41,43 +41,43 @@ class RowSubsetLayer(CacheLayerMixin):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether anything was seen."""
+        """Whether the model has run on any position."""
         return self.length > 0
 
     @property
     def is_sliding(self) -> bool:
-        """Whether only a window is stored."""
+        """Whether only a sliding window is stored."""
         return self.inner.is_sliding
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the inner layer begins with its first update."""
+        """Do nothing: the inner layer is initialised by its first update."""
 
     def get_max_length(self) -> int:
         """The inner layer's maximum."""
         return self.inner.get_max_length()
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of the kept rows; ValueError unless the decision of ``tag`` is in force."""
+        """Append the keys and values of the kept rows; raises ``ValueError`` under another decision."""
         self._check_open()
         return self.inner.update(keys, values, *args, **kwargs)
 
     def advance(self, positions: int) -> None:
-        """Count positions that the model has run on, whether or not any row ran this layer."""
+        """Count positions that the model has run on, even if no row ran this layer."""
         self.length += positions
 
     def get_seq_length(self) -> int:
-        """Positions seen so far."""
+        """Positions so far."""
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that the next ``query_length`` positions may look at."""
+        """Length and offset of the keys that the next ``query_length`` positions may attend to."""
         window = getattr(self.inner, "sliding_window", None)
         if window is None:
             return self.length + query_length, 0
         return min(self.length, window - 1) + query_length, max(self.length - window + 1, 0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams: all beams of an input share its decision, so kept rows only ever come from kept rows."""
+        """Reorder rows as the beams: all beams of an input share its decision, so kept rows replace kept rows."""
         if self.rows is None:
             self._take(beam_idx)
         elif len(self.rows):
@@ -86,19 +86,19 @@ class RowSubsetLayer(CacheLayerMixin):
             self._take(place[beam_idx.to(self.rows.device)[self.rows]])
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Empty the cache."""
         self.inner.reset()
         self.length = 0
 
     def crop(self, *_: Any) -> None:
-        """Not possible: NotImplementedError. So assisted decoding, which crops, runs without decisions only."""
+        """Raise ``NotImplementedError``: assisted decoding, which crops, works only without decisions."""
         raise NotImplementedError("a cache that was filled under skip decisions cannot be cropped")
 
     def refuse(self) -> None:
-        """Raise ValueError: another decision is in force."""
+        """Raise ``ValueError``: the decision in force is not that of ``tag``."""
         raise ValueError(
-            f"this cache was filled under a decision for {self.batch} rows, and another one is in force, or none; go "
-            "on under the decision that it was filled under, or start with an empty cache"
+            f"this cache was filled under a decision for {self.batch} rows, which is not in force; go on under the "
+            "decision that filled it, or start with an empty cache"
         )
 
     def _check_open(self) -> None:
@@ -114,15 +114,16 @@ class RowSubsetLayer(CacheLayerMixin):
 def row_subset_layer(
     cache: Cache, layer: int, *, across: bool, rows: Tensor | None, batch: int, whole: bool, tag: Any
 ) -> RowSubsetLayer:
-    """The layer of a cache (of the cross-attention: ``across``) that holds only ``rows``, put there at its first use.
+    """The layer of a cache that holds only ``rows``; it is put into the cache at its first use.
 
-    ``whole``: whether a sliding window must keep everything, as where tokens were dropped; then only the mask limits.
-    ValueError if it was filled outside the decision of ``tag``, NotImplementedError if it has no separate rows.
+    ``across``: whether it is of the cross-attention; ``whole``: whether a sliding window must store all positions, as
+    tokens were dropped (the mask still limits it). Raises ``ValueError`` if it was filled under another decision than
+    that of ``tag``, ``NotImplementedError`` if it is not dynamic.
     """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.cross_attention_cache if across else cache.self_attention_cache
     while len(cache.layers) <= layer:  # as Cache.update does
-        assert cache.layer_class_to_replicate is not None  # else all layers are there from the start
+        assert cache.layer_class_to_replicate is not None  # otherwise all layers exist from the start
         cache.layers.append(cache.layer_class_to_replicate())
     inner = cache.layers[layer]
     if isinstance(inner, RowSubsetLayer):
@@ -134,7 +135,7 @@ def row_subset_layer(
             f"decisions work with dynamic caches, not with {type(inner).__name__}; leave cache_implementation as it is"
         )
     if inner.is_initialized:
-        raise ValueError("this cache was filled outside the decision in force; start with an empty one")
+        raise ValueError("this cache was filled outside the decision in force; start with an empty cache")
     if whole:
         inner = DynamicLayer()
     cache.layers[layer] = subset = RowSubsetLayer(inner, rows, batch, tag)
@@ -146,8 +147,8 @@ def cache_among(args: tuple, kwargs: dict[str, Any]) -> Cache | None:
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
-def untagged(cache: Cache) -> None:
-    """Give a cache its own layers back, where nothing turned out to be skipped."""
+def restore_layers(cache: Cache) -> None:
+    """Put a cache's own layers back; used where the decision turns out to skip nothing."""
     double = isinstance(cache, EncoderDecoderCache)
     for part in (cache.self_attention_cache, cache.cross_attention_cache) if double else (cache,):
         part.layers[:] = [layer.inner if isinstance(layer, RowSubsetLayer) else layer for layer in part.layers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from threading import local
 from types import FrameType
 from typing import NamedTuple
@@ -23,31 +23,33 @@ _CHECKPOINT = torch.utils.checkpoint.__file__
 
 
 class Call(NamedTuple):
-    """A sublayer's first module leaves this to the others of the same forward pass."""
+    """What the first module of a sublayer passes to its later modules."""
 
     hidden: Tensor  # the branch's input, all rows
-    rows: Tensor | None  # that run; None: all
+    rows: Tensor | None  # rows that run; None: all
+    drops: bool  # whether it attends to an input from which tokens are dropped
 
 
 class Pass(local):
-    """The state of a forward pass, from module to module; each thread has its own."""
+    """The state of a forward pass that modules share; each thread has its own."""
+
+    tokens: TokenPass  # set before the first layer, where tokens are dropped
 
     def __init__(self) -> None:
-        self.calls: dict[int, Call] = {}  # while a sublayer runs, by number of the switch
-        # Rows of the encoder's output (output, rows, taken), by number of the switch.
+        self.calls: dict[int, Call] = {}  # of sublayers that are running, by number of the switch
+        # The encoder's output, row indices and the rows selected, by number of the switch.
         self.sources: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self.tokens: TokenPass | None = None  # the tokens that are left, where some are dropped
         self.encoded: Tensor | None = None  # the encoder's output, in a decoder that has a stage
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which rows of a batch run which sublayer. It may be used again: nothing in it is of one pass."""
+    """Which rows of a batch run which sublayer. It holds no state of a pass, so it can be reused."""
 
     batch: int  # rows that are decided on; 1 stands for all rows of any batch
-    tag: bytes  # distinguishes decisions
-    # By how often ``generate()`` repeats each row, and by switch: rows that run, int64 ``[kept]`` on the model's
-    # device; ``None``: all.
+    tag: bytes  # identifies the decision
+    # Rows that run, int64 ``[kept]`` on the model's device (``None``: all), by how often ``generate()`` repeats each
+    # row, and by switch.
     rows: dict[int, list[Tensor | None]]
     empty: frozenset[int]  # numbers of the switches that no row runs
     idle: frozenset[tuple[str, int]]  # stack and index of each layer that is skipped as a whole
@@ -55,42 +57,47 @@ class Plan:
 
     @classmethod
     def of(cls, skip: NDArray, idle: frozenset[tuple[str, int]], needs: tuple[int, ...], device: torch.device) -> Plan:
-        """The plan of ``skip``, bool ``[batch, switches]``: one transfer to the device for all rows."""
+        """The plan of ``skip``, bool ``[batch, switches]``; all row indices go to the device in one transfer."""
         runs = np.ascontiguousarray(~skip.T)
         counts = runs.sum(axis=1)
         mixed = np.flatnonzero((counts > 0) & (counts < len(skip)))
-        with torch.inference_mode(False):  # gradients may be asked for when it is used again
-            taken = torch.from_numpy(np.nonzero(runs[mixed])[1]).to(device)
-            parts = taken.split([*counts[mixed].tolist(), 0])  # the last one for those that no row runs
+        with torch.inference_mode(False):  # when it is reused, gradients may be needed
+            indices = torch.from_numpy(np.nonzero(runs[mixed])[1]).to(device)
+            parts = indices.split([*counts[mixed].tolist(), 0])  # the last part is for switches that no row runs
         rows: list[Tensor | None] = [None if count else parts[-1] for count in counts.tolist()]
-        for number, kept in zip(mixed.tolist(), parts, strict=False):
-            rows[number] = kept
+        for number, part in zip(mixed.tolist(), parts, strict=False):
+            rows[number] = part
         empty = frozenset(np.flatnonzero(counts == 0).tolist())
         return cls(len(skip), skip.tobytes(), {1: rows}, empty, idle, needs)
 
     def repeated(self, repeats: int) -> list[Tensor | None]:
-        """``rows`` where each row of the batch stands so many times."""
+        """``rows`` of a batch in which each row is repeated."""
         if repeats not in self.rows:
             with torch.inference_mode(False):
-                self.rows[repeats] = [_repeated(rows, repeats) for rows in self.rows[1]]
+                self.rows[repeats] = [
+                    None
+                    if rows is None
+                    else (rows[:, None] * repeats + torch.arange(repeats, device=rows.device)).flatten()
+                    for rows in self.rows[1]
+                ]
         return self.rows[repeats]
 
 
 @dataclass(frozen=True, eq=False)
 class PendingDecision:
-    """The part of a decision that is still to be made in the pass."""
+    """The part of a decision that is still to be made during the pass."""
 
     stages: tuple[Stage, ...]  # the stages where it is made, the next one first
-    # Takes the pass's state to the decisions of the stage's switches and to the tokens that are kept.
+    # Maps the pass's state to the decisions of the stage's switches and the tokens that are kept.
     choose: Callable[[PassState], tuple[Tensor | NDArray, Tensor | NDArray | None]]
-    mask: Tensor | None  # mask of the input's tokens, ``[batch, length]``; ``None``: all count
+    mask: Tensor | None  # mask of the input's tokens, ``[batch, length]``; ``None``: no padding
     skip: NDArray  # decisions so far, bool ``[batch, switches]``; switches that are not yet decided run
     # ``settle(decision, hidden, cache)`` makes the next stage's decision, puts it in force and returns it.
     settle: Callable[[Decision, Tensor, Cache | None], Decision | None]
     needs: tuple[int, ...]  # numbers of the patches that it needs
 
-    def seen(self, hidden: Tensor, encoded: Tensor | None, tokens: DroppedTokens | None, repeats: int) -> PassState:
-        """The pass's state at the next stage, where each row stands ``repeats`` times, for its beams or samples."""
+    def state(self, hidden: Tensor, encoded: Tensor | None, tokens: DroppedTokens | None, repeats: int) -> PassState:
+        """The pass's state at the next stage, where each row is repeated for its beams or samples."""
         stage = self.stages[0]
         if repeats > 1:
             hidden, encoded = hidden[::repeats], None if encoded is None else encoded[::repeats]
@@ -102,20 +109,20 @@ class PendingDecision:
         return PassState(stage.name, hidden, mask, encoded)
 
     def grown(self, skip: NDArray) -> NDArray:
-        """Decisions so far and those of the next stage, bool ``[batch, switches]``."""
+        """Decisions so far, with those of the next stage added, bool ``[batch, switches]``."""
         if 1 not in (len(skip), len(self.skip)) and len(skip) != len(self.skip):
             raise ValueError(
-                f"stage {self.stages[0].name!r} decides on {len(skip)} rows, and the stages before it on "
-                f"{len(self.skip)}; give a row for each row of the batch, or a single one for all"
+                f"stage {self.stages[0].name!r} decides on {len(skip)} rows, but earlier stages decided on "
+                f"{len(self.skip)}; give one row per row of the batch, or a single row for all"
             )
-        if skip.shape[1] == self.skip.shape[1]:  # of all switches at once
+        if skip.shape[1] == self.skip.shape[1]:  # this stage decides all switches
             return skip
         grown = self.skip.repeat(len(skip), axis=0) if len(self.skip) == 1 else self.skip.copy()
         grown[:, self.stages[0].switches] = skip
         return grown
 
     def _mask(self, hidden: Tensor, tokens: DroppedTokens | None) -> Tensor:
-        """The mask of the input's tokens, and 0 at later positions."""
+        """The mask of the input's tokens, with 0 at later positions."""
         batch, length = len(hidden), hidden.shape[1] if tokens is None else tokens.length
         mask = self.mask
         if mask is None:
@@ -138,16 +145,16 @@ class Decision:
     """The decisions of a batch, in force."""
 
     plan: Plan  # which rows run which sublayer
-    tokens: DroppedTokens | None  # the tokens that are dropped; ``None``: all stay
-    pending: PendingDecision | None = None  # the part that is still to be decided in the pass
-    resume_from: PassState | None = None  # the state that the pass is resumed from; ``None``: it runs as a whole
-    # Stack and index of the layer that takes the hidden states of ``resume_from`` in the place of its own.
+    tokens: DroppedTokens | None  # ``None``: no token is dropped
+    pending: PendingDecision | None = None  # the part that is still to be decided during the pass
+    resume_from: PassState | None = None  # the state that the pass is resumed from; ``None``: it runs from the start
+    # Stack and index of the layer that takes the hidden states of ``resume_from`` instead of its own.
     resumes: tuple[str, int] | None = None
-    generating: bool = False  # whether this is for one call of ``generate()``
-    repeats: int = 1  # how often that repeats each row, for its beams or samples; else 1
-    replays: int = 0  # calls of ``torch.utils.checkpoint`` that it was put in force inside of
-    state: Pass = field(default_factory=Pass)  # the state of a pass
-    tag_cell: list[bytes] = field(default_factory=list)  # one element, ``plan.tag``; the same list from stage to stage
+    generating: bool = False  # whether it is for one call of ``generate()``
+    repeats: int = 1  # how often ``generate()`` repeats each row, for its beams or samples
+    replays: int = 0  # calls of ``torch.utils.checkpoint`` around the block that put it in force
+    state: Pass = field(default_factory=Pass)
+    tag_cell: list[bytes] = field(default_factory=list)  # holds ``plan.tag``; all stages share the list
 
     def __post_init__(self) -> None:
         self.tag_cell[:] = [self.plan.tag]
@@ -159,90 +166,78 @@ class Decision:
 
     @property
     def tag(self) -> tuple[list[bytes], int, bytes]:
-        """Marks a cache that is filled under this decision; it grows with the decision."""
+        """Identifies a cache that is filled under this decision; later stages change it in place."""
         return self.tag_cell, self.repeats, self.tokens.tag if self.tokens is not None else b""
 
     @property
     def is_uniform(self) -> bool:
-        """Whether it says the same of all rows of any batch."""
+        """Whether it is the same for all rows of any batch."""
         return self.plan.batch == 1 and self.tokens is None
 
     def check(self, total: int) -> None:
-        """``refuse_replays``, ``refuse_tracing`` and ``repeats_in`` where some row of a batch of ``total`` skips."""
+        """Raise an error if a batch of ``total`` rows cannot run under this decision, in which some row skips."""
         self.refuse_replays()
         if not self.is_uniform:
             self.refuse_tracing()
             self.repeats_in(total)
 
-    @property
-    def token_pass(self) -> TokenPass:
-        """What is left of the input, in a pass that drops tokens."""
-        assert self.state.tokens is not None
-        return self.state.tokens
-
     def refuse_tracing(self) -> None:
-        """Raise NotImplementedError where the model is traced or exported under what holds for these rows alone."""
+        """Raise ``NotImplementedError`` if a trace or export would keep the decisions of these rows."""
         if not self.is_uniform and (_is_tracing() or torch.compiler.is_exporting()):
             raise NotImplementedError(
                 f"a traced or exported model would keep the decisions of these {self.plan.batch} rows for any batch; "
-                "trace it under a single row of decisions without dropped tokens, which stands for all, or densely"
+                "trace it densely, or under a single row of decisions, which stands for all, without dropped tokens"
             )
 
     def refuse_replays(self) -> None:
-        """Raise NotImplementedError where what runs now runs again in the backward pass, without the decision."""
+        """Raise ``NotImplementedError`` if the backward pass would run this code again without the decision."""
         if torch.compiler.is_dynamo_compiling() or self.generating or torch.is_inference_mode_enabled():
             return
         if replays(sys._getframe(1)) > self.replays:
             raise NotImplementedError(
-                "gradient checkpointing (torch.utils.checkpoint) runs layers again in the backward pass, where no "
-                "decision is in force, or another one; call model.gradient_checkpointing_disable(), decide inside of "
-                "the function that is checkpointed, or decide nothing"
+                "gradient checkpointing (torch.utils.checkpoint) runs layers again in the backward pass, where this "
+                "decision is not in force; call model.gradient_checkpointing_disable(), or decide inside of the "
+                "function that is checkpointed"
             )
-
-    def for_generating(self) -> Decision:
-        """The same decisions for one call of ``generate()``."""
-        return replace(self, generating=True, repeats=1, state=Pass(), tag_cell=[])
 
     def grown(self, plan: Plan, tokens: DroppedTokens | None, pending: PendingDecision | None) -> Decision:
         """The decision after a stage, for the rest of the same pass."""
-        held = self.resume_from, self.resumes, self.generating, self.repeats, self.replays, self.state, self.tag_cell
-        return Decision(plan, tokens, pending, *held)  # dataclasses.replace would be seen in a small model's time
+        same = self.resume_from, self.resumes, self.generating, self.repeats, self.replays, self.state, self.tag_cell
+        return Decision(plan, tokens, pending, *same)  # faster than dataclasses.replace, which slows small models
 
     def is_at(self, place: tuple[str, int], *, between: bool = False) -> bool:
-        """Whether the next stage stands in front of this layer, or between the encoder and this layer."""
+        """Whether the next stage is right before this layer, or ``between`` the encoder and this layer."""
         if self.pending is None:
             return False
         stage = self.pending.stages[0]
         return stage.place == place and stage.is_between == between
 
     def resumed(self, hidden: Tensor) -> Tensor:
-        """The hidden states that a layer takes in the place of its own, where the pass is resumed."""
-        stopped = self.resume_from
-        assert stopped is not None  # asked of a pass that is resumed
-        if stopped.hidden.shape != hidden.shape:
+        """The hidden states that a layer takes instead of its own, where the pass is resumed."""
+        state = self.resume_from
+        assert state is not None  # only called for a resumed pass
+        if state.hidden.shape != hidden.shape:
             raise ValueError(
-                f"the pass that is resumed at {stopped.stage!r} was stopped with hidden states "
-                f"{list(stopped.hidden.shape)}, but this one has {list(hidden.shape)}; give the model the inputs, and "
-                "the board the tokens, that it was stopped with"
+                f"cannot resume at {state.stage!r}: the stopped pass had hidden states {list(state.hidden.shape)}, "
+                f"this one has {list(hidden.shape)}; pass the same inputs and the same keep as before"
             )
-        return stopped.hidden
+        return state.hidden
 
     def settled(self, hidden: Tensor, cache: Cache | None) -> Decision | None:
-        """The decision after a stage, on ``hidden``: what enters the layer, or the encoder's output."""
+        """The decision after a stage; ``hidden`` is the layer's input, or the encoder's output."""
         if torch.compiler.is_compiling() or _is_tracing():
             raise NotImplementedError("a compiled, traced or exported model cannot decide in the pass; use decide()")
-        assert self.pending is not None  # asked at a stage alone
+        assert self.pending is not None  # only called at a stage
         return self.pending.settle(self, hidden, cache)
 
     def repeats_in(self, total: int) -> int:
-        """How often each row stands in a batch of ``total``; ValueError if it is not the batch that was decided on."""
+        """How often each row is repeated in a batch of ``total``; ``ValueError`` if that is another batch."""
         batch = self.plan.batch
         if batch == 1 or total == batch * self.repeats:
             return 1 if batch == 1 else self.repeats
         raise ValueError(
-            f"decisions are in force for {batch} rows, but the model got {total}; give a row of decisions for "
-            "each row of the batch, in its order, or a single one for all (only in generate() does a row stand for its "
-            "beams and samples)"
+            f"decisions are in force for {batch} rows, but the model got {total}; give one row of decisions per row of "
+            "the batch, in its order, or a single row for all (only in generate() does a row stand for its beams)"
         )
 
     def rows_of(self, number: int, total: int) -> Tensor | None:
@@ -250,11 +245,8 @@ class Decision:
         return self.plan.repeated(self.repeats_in(total))[number]
 
 
-InForce = Decision | None  # what a block puts in force; None: everything runs
-
-
 def replays(frame: FrameType | None) -> int:
-    """Calls of ``torch.utils.checkpoint`` that the code in a frame runs inside of."""
+    """The number of ``torch.utils.checkpoint`` calls that a frame is inside of."""
     count = 0
     while frame is not None:
         count += frame.f_code.co_filename == _CHECKPOINT
@@ -264,9 +256,3 @@ def replays(frame: FrameType | None) -> int:
 
 def _is_tracing() -> bool:
     return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  (documented, but not in __all__)
-
-
-def _repeated(rows: Tensor | None, repeats: int) -> Tensor | None:
-    if rows is None:
-        return None
-    return (rows[:, None] * repeats + torch.arange(repeats, device=rows.device)).flatten()

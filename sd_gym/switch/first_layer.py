@@ -1,9 +1,8 @@
-"""What the first layer of a backbone shows of an input, before any decision is made."""
+"""What the first layer of a backbone computes of an input, before any decision is made."""
 
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,8 @@ from sd_gym.switch.twin import twin_at, twin_of
 def first_layer_input(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
     """Hidden states that enter the first layer, ``[batch, length, width]``; no layer runs.
 
-    The cheapest representation of an input, and the policy's observation (Zhang et al. 2024, section 3). The forward
-    pass is stopped by an exception, which works for any architecture.
+    They are the cheapest representation of an input, and the policy's observation (Zhang et al. 2024, section 3). An
+    exception stops the forward pass, which works for any architecture.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -39,12 +38,12 @@ def first_layer_input(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
 
 @torch.inference_mode()
 def attention_received(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
-    """How much each token is attended to in the first layer, ``[batch, length]``; only that layer's attention runs.
+    """How much each token is attended to in the first layer, ``[batch, length]``; only that attention runs.
 
-    The mean over heads and over the input's tokens (not its padding) that attend, as Learned Token Pruning ranks tokens
-    (Kim et al. 2022, equation 3). The attention is computed eagerly, whatever the model's implementation.
+    It is the mean over heads and over the input's tokens, without padding, as Learned Token Pruning ranks tokens (Kim
+    et al. 2022, equation 3). The attention is computed eagerly, whatever the model's implementation.
 
-    ``attention_mask`` must be among the inputs.
+    ``inputs`` must contain ``attention_mask``.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -53,11 +52,15 @@ def attention_received(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
         >>> board = Switchboard(BertForSequenceClassification(config).eval())
         >>> mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
         >>> received = attention_received(board, {"input_ids": 5 * mask, "attention_mask": mask})
-        >>> received.sum(dim=1).round().tolist()  # each token that attends shares out 1
+        >>> received.sum(dim=1).round().tolist()  # a mean over tokens, each of which attends with a total weight of 1
         [1.0, 1.0]
     """
-    with board.decide(np.zeros((1, len(board)), dtype=bool)):  # whatever else is decided here
-        weights = _first_attention(board, inputs)
+    with board.decide(np.zeros((1, len(board)), dtype=bool)):  # in case another decision is in force here
+        try:
+            _eager_twin(board)(**inputs)
+            raise RuntimeError("the forward pass ended without reaching the first layer")
+        except _WeightsReached as reached:
+            weights = reached.weights
     present = inputs["attention_mask"].to(weights.dtype)
     return (weights.mean(dim=1) * present[:, :, None]).sum(dim=1) / present.sum(dim=1, keepdim=True)
 
@@ -65,7 +68,7 @@ def attention_received(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
 def pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """Mean and maximum over the tokens that ``mask`` keeps: ``[batch, 2 * width]`` (Zhang et al. 2024, section 3).
 
-    Without a mask over all, as under ones, but with half of the calls.
+    ``mask`` ``[batch, length]`` is 0 at padding; ``None``: no padding, which is faster than a mask of ones.
 
     Example:
         >>> pooled(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1, 1, 0]]))
@@ -78,37 +81,29 @@ def pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
     return torch.cat([mean, hidden.masked_fill(~kept, -torch.inf).amax(dim=1)], dim=1)
 
 
-class _WeightsReached(Exception):  # noqa: N818  (no error: it ends the pass on purpose)
-    """The first attention has computed its weights; carries them."""
+class _WeightsReached(Exception):  # noqa: N818  (not an error: it ends the pass on purpose)
+    """Carries the weights of the first attention, ``[batch, heads, length, length]``."""
 
     def __init__(self, weights: Tensor) -> None:
         self.weights = weights
 
 
-def _first_attention(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
-    """Weights of the first attention, ``[batch, heads, length, length]``, which ends the pass."""
-    try:
-        _eager_twin(board)(**inputs)
-    except _WeightsReached as reached:
-        return reached.weights
-    raise RuntimeError("the forward pass ended without reaching the first layer")
-
-
 def _eager_twin(board: Switchboard) -> nn.Module:
-    """The model up to its first attention, which is computed eagerly and ends the pass; it shares all weights.
-
-    Only what leads to the attention is copied, with its configuration, so that other threads see nothing of it.
-    """
+    """A twin of the model whose first attention runs eagerly and ends the pass; other threads are not affected."""
     switch = next(switch for switch in board.switches if switch.sublayer.output is not None)
     twin, attention = twin_of(board.model), f"{board.path_of(switch)}.{switch.sublayer.attention}"
     _make_eager(twin, attention, {})
-    attention = twin.get_submodule(attention)
-    vars(attention)["forward"] = partial(_end_with_weights, attention)
+    module: Any = twin.get_submodule(attention)
+
+    def forward(*args: Any, **kwargs: Any) -> None:
+        raise _WeightsReached(type(module).forward(module, *args, **kwargs)[-1])
+
+    vars(module)["forward"] = forward
     return twin
 
 
 def _make_eager(twin: nn.Module, path: str | None, configs: dict[int, PretrainedConfig]) -> None:
-    """Give a twin and its parts on a path (``None``: all parts) an eager configuration."""
+    """Give a twin, and its parts on a path (``None``: all parts), an eager configuration."""
     config = vars(twin).get("config")
     if config is not None:
         if id(config) not in configs:
@@ -118,7 +113,3 @@ def _make_eager(twin: nn.Module, path: str | None, configs: dict[int, Pretrained
     name, _, rest = (path or "").partition(".")
     for part in [name] if path else [name for name, part in twin._modules.items() if part is not None]:
         _make_eager(twin_at(twin, part), (rest or None) if path else None, configs)
-
-
-def _end_with_weights(attention: nn.Module, *args: Any, **kwargs: Any) -> None:
-    raise _WeightsReached(type(attention).forward(attention, *args, **kwargs)[-1])

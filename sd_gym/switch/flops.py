@@ -1,17 +1,19 @@
 """Analytic FLOPs of a switched backbone, vectorised over instances and decisions.
 
-Counted as ``torch.utils.flop_counter.FlopCounterMode`` counts: 2 per multiply-add of every matrix product, that is
-the linears, the two products of an attention, and the heads. Embedding look-ups, norms and activations count nothing.
+They are counted as by ``torch.utils.flop_counter.FlopCounterMode``: 2 per multiply-add of every matrix product, that
+is of linear layers, the two products of an attention, and the heads. Embeddings, norms and activations count 0.
 """
 
 from __future__ import annotations
+
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sd_gym.switch.switch import Switch
+from sd_gym.switch.architectures import Switch
 from sd_gym.switch.switchboard import Switchboard
 
 
@@ -46,20 +48,20 @@ class FlopsModel:
         self._decodes = self._encoder_decoder or board.architecture.causal
         self._token_head = _head(board.model, board.architecture.token_heads)
         self._sequence_head = _head(board.model, board.architecture.sequence_heads)
-        costs = np.array([_coefficients(switch) for switch in board.switches], dtype=np.int64)
-        self._per_query, self._per_source, self._per_pair = costs.T
+        coefficients = np.array([_coefficients(switch) for switch in board.switches], dtype=np.int64)
+        self._per_query, self._per_source, self._per_pair = coefficients.T
         self._on_target = np.array([not switch.reads_input for switch in board.switches])
         self._across = np.array([switch.sublayer.kind == "cross_attention" for switch in board.switches])
 
     def costs(
         self, source_length: NDArray, target_length: NDArray | None = None, kept_length: NDArray | None = None
     ) -> tuple[NDArray, NDArray]:
-        """One forward pass, teacher-forced where the backbone generates.
+        """FLOPs of one forward pass, teacher-forced where the backbone generates.
 
         Args:
-            source_length: Tokens of the input, int ``[n]``; of a decoder-only model: prompt and answer together.
-            target_length: Tokens that an encoder-decoder's decoder runs on, int ``[n]``; of decoder-only models those
-                that the head runs on (``logits_to_keep``), ``None``: all.
+            source_length: Tokens of the input, int ``[n]``; for a decoder-only model, prompt and answer together.
+            target_length: Tokens that an encoder-decoder's decoder runs on, int ``[n]``. For a decoder-only model, the
+                tokens that the head runs on (``logits_to_keep``); ``None``: all.
             kept_length: Tokens of the input that are not dropped, int ``[n]``; ``None``: all.
 
         Raises:
@@ -72,32 +74,27 @@ class FlopsModel:
         target = source if target_length is None else np.asarray(target_length, dtype=np.int64)[:, None]
         query = np.where(self._on_target, target, kept)
         pairs = query * np.where(self._across, kept, query)
-        # Hidden states of dropped positions come back as zeros, so an encoder's or a lone decoder's head runs on all.
+        # Dropped positions are returned as zeros, so the head of an encoder or single decoder runs on all positions.
         always = self._token_head * (target if self._decodes else source)[:, 0] + self._sequence_head
         return always, self._per_query * query + self._per_source * kept + self._per_pair * pairs
 
 
 def _coefficients(switch: Switch) -> tuple[int, int, int]:
     """FLOPs per query token, per encoder token, and per pair of query and key."""
-    source = sum(_multiply_adds(switch.layer.get_submodule(path)) for path in switch.sublayer.source)
-    query = sum(_multiply_adds(part) for module in switch.modules for part in module.modules()) - source
+    source = sum(prod(_shape(switch.layer.get_submodule(path))) for path in switch.sublayer.source)
+    query = sum(prod(_shape(part)) for module in switch.modules for part in module.modules()) - source
     output = switch.sublayer.output
     heads = 0 if output is None else _shape(switch.layer.get_submodule(output))[0]
-    return 2 * query, 2 * source, 2 * 2 * heads  # of a pair the scores and the weighted sum
+    return 2 * query, 2 * source, 2 * 2 * heads  # per pair: the score and the weighted sum
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    """Input and output width of a linear; (0, 0) for any other module, whose linears are counted one by one."""
+    """Input and output width of a linear layer; (0, 0) for any other module."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     return (module.weight.shape[0], module.weight.shape[1]) if isinstance(module, Conv1D) else (0, 0)
 
 
-def _multiply_adds(module: nn.Module) -> int:
-    width, out = _shape(module)
-    return width * out
-
-
 def _head(model: nn.Module, paths: tuple[str, ...]) -> int:
     modules = dict(model.named_modules())
-    return 2 * sum(_multiply_adds(modules[path]) for path in paths if path in modules)
+    return 2 * sum(prod(_shape(modules[path])) for path in paths if path in modules)

@@ -1,21 +1,21 @@
-"""Stages: the points of a forward pass where it can be looked at, and the switches from there on be decided.
+"""Stages: the points of a forward pass where a policy sees its state and decides the next switches.
 
-What a pass has computed up to a stage is kept as ``PassState``, from which it can be resumed under other decisions.
+A ``PassState`` holds what a pass has computed up to a stage. The pass can be resumed from it under other decisions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-from sd_gym.switch.switch import Switch
+from sd_gym.switch.architectures import Switch
 
-EVERY_LAYER = "every_layer"  # stands for all stages of a backbone
+EVERY_LAYER = "every_layer"  # all stages of a backbone
 BETWEEN = "decoder"  # the stage between encoder and decoder
-MIDDLE = "middle"  # stands for the layer in the middle of the first stack
+MIDDLE = "middle"  # the stage before the middle layer of the first stack
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +26,8 @@ class PassState:
         stage: Name of the stage.
         hidden: Hidden states that enter the layer, ``[batch, positions, width]``, without dropped tokens; at
             ``decoder`` the encoder's output.
-        mask: Which positions count, ``[batch, positions]``: the input's tokens, neither padding nor an answer after a
-            prompt. In the decoder of an encoder-decoder only the first position, as ``generate()`` has no other.
+        mask: 1 at the input's tokens, 0 at padding and at an answer after a prompt, ``[batch, positions]``. In the
+            decoder of an encoder-decoder only the first position is 1, as ``generate()`` has no other.
         encoded: At the decoder's stages, the encoder's output ``[batch, source, width]``; else ``None``.
     """
 
@@ -36,16 +36,14 @@ class PassState:
     mask: Tensor
     encoded: Tensor | None = None
 
-    def rows(self, picked: Tensor) -> PassState:
-        """Some rows of it, by indices int64 ``[rows]``, to resume those alone; they keep the batch's padding."""
-        encoded = None if self.encoded is None else self.encoded.index_select(0, picked)
-        return replace(
-            self, hidden=self.hidden.index_select(0, picked), mask=self.mask.index_select(0, picked), encoded=encoded
-        )
+    def rows(self, indices: Tensor) -> PassState:
+        """The state of some rows, by indices int64 ``[rows]``, to resume only those; the padding stays the same."""
+        encoded = None if self.encoded is None else self.encoded.index_select(0, indices)
+        return PassState(self.stage, self.hidden.index_select(0, indices), self.mask.index_select(0, indices), encoded)
 
 
-class StageReached(Exception):  # noqa: N818  (no error: it ends the pass on purpose)
-    """A pass has reached the stage that it was run to; carries its state there."""
+class StageReached(Exception):  # noqa: N818  (not an error: it ends the pass on purpose)
+    """Carries the state of a pass at the stage that it was run to."""
 
     def __init__(self, state: PassState) -> None:
         self.state = state
@@ -55,44 +53,41 @@ class Stage(NamedTuple):
     """A point of the forward pass."""
 
     name: str  # ``first``, ``decoder``, or stack and index of a layer
-    place: tuple[str, int]  # stack and index of the layer that it stands in front of
-    switches: slice  # those that are decided there, up to the next stage
-    follows_encoder: bool  # whether it is in the decoder of an encoder-decoder, or between the two
+    place: tuple[str, int]  # stack and index of the layer right after it
+    switches: slice  # the switches that are decided there, up to the next stage
+    follows_encoder: bool  # whether it is after the encoder of an encoder-decoder
 
     @property
     def is_between(self) -> bool:
-        """Whether it stands between encoder and decoder, and shows the encoder's output."""
+        """Whether it is between encoder and decoder, where the state is the encoder's output."""
         return self.follows_encoder and self.place[1] == 0
 
 
 def stages_of(switches: Sequence[Switch]) -> list[Stage]:
     """All stages of a backbone, in execution order, from its switches."""
-    stages: list[Stage] = []
-    places = [(switch.stack, switch.index) for switch in switches]
-    for number, (place, switch) in enumerate(zip(places, switches, strict=True)):
-        if number and place == places[number - 1]:
-            continue
-        name = f"{place[0]}.{place[1]}"
-        if place[1] == 0:
-            name = "first" if number == 0 else place[0]
-        stages.append(Stage(name, place, slice(number, number + places.count(place)), not switch.reads_input))
+    layers: dict[tuple[str, int], list[int]] = {}  # numbers of each layer's switches
+    for number, switch in enumerate(switches):
+        layers.setdefault((switch.stack, switch.index), []).append(number)
+    stages = []
+    for (stack, index), (first, *others) in layers.items():
+        name = f"{stack}.{index}" if index else stack
+        span = slice(first, first + 1 + len(others))
+        stages.append(Stage(name if first else "first", (stack, index), span, not switches[first].reads_input))
     return stages
 
 
 def stages_named(known: Sequence[Stage], names: Sequence[str]) -> tuple[Stage, ...]:
-    """Those of the ``known`` stages, in execution order, each with the switches up to the next one.
+    """The named stages among ``known``, in execution order, each with the switches up to the next stage.
 
-    ``every_layer`` stands for all, ``middle`` for the layer in the middle of the first stack. ValueError if there is no
-    name, or one that the backbone does not have.
+    ``every_layer`` means all stages, ``middle`` the middle layer of the first stack. Raises ``ValueError`` if there is
+    no name, or the backbone has no such stage.
     """
     if isinstance(names, str) or not names:
         raise ValueError(f"stages must be a list of one or more names, such as ['first']; got {names!r}")
-    every = [stage.name for stage in known]
-    unknown = [name for name in names if name not in (*every, EVERY_LAYER, MIDDLE)]
+    choices = [*(stage.name for stage in known), MIDDLE, EVERY_LAYER]
+    unknown = [name for name in names if name not in choices]
     if unknown:
-        raise ValueError(
-            f"there is no stage {unknown[0]!r} in this backbone; choose from {every}, '{MIDDLE}' or '{EVERY_LAYER}'"
-        )
+        raise ValueError(f"there is no stage {unknown[0]!r} in this backbone; choose from {choices}")
     first_stack = [stage.name for stage in known if stage.place[0] == known[0].place[0]]
     wanted = {first_stack[len(first_stack) // 2] if name == MIDDLE else name for name in names}
     chosen = [stage for stage in known if stage.name in wanted or EVERY_LAYER in wanted]

@@ -1,41 +1,33 @@
 """Real skipping inside an unmodified Hugging Face model.
 
-A switch stands in front of one sublayer. For each batch it selects the rows that run the sublayer, calls it on those
-rows alone, and scatters the result back; with no row left the sublayer is never called. The model's modules, parameter
-names and outputs stay as they are: only ``forward`` of the switched modules is patched, on the instance, while some
-decision is in force by which a row skips them.
+Each sublayer has a switch. For each batch the switch selects the rows that run the sublayer, calls it on only those
+rows, and scatters the result back. If no row runs it, the sublayer is not called. The model's modules, parameter names
+and outputs do not change: only ``forward`` of the switched modules is patched, on the instance, while a decision is in
+force by which a row skips them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, NoReturn
+from itertools import accumulate
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from sd_gym.switch.architectures import architecture_of
-from sd_gym.switch.cache import untagged
+from sd_gym.switch.architectures import Switch, architecture_of
+from sd_gym.switch.cache import restore_layers
 from sd_gym.switch.context import Block, Scope, StaleBoardError
 from sd_gym.switch.decision import Decision, PendingDecision, Plan
-from sd_gym.switch.module_snapshot import ModuleSnapshot
 from sd_gym.switch.patches import Patches
 from sd_gym.switch.stages import PassState, Stage, StageReached, stages_named, stages_of
-from sd_gym.switch.switch import Switch
 from sd_gym.switch.tokens import DroppedTokens
 
 Values = Tensor | np.ndarray
-PLANS = 64  # that are kept, of decisions that are made again and again
-
-
-class _Stages(NamedTuple):
-    """Stages of a pass, and numbers of the patches that they need."""
-
-    stages: tuple[Stage, ...]
-    needs: tuple[int, ...]
+PLANS = 64  # kept at most, for decisions that are repeated
 
 
 class Switchboard:
@@ -46,13 +38,13 @@ class Switchboard:
 
     Attributes:
         model: The Hugging Face model.
-        architecture: Where its switches are.
-        switches: The switches.
+        architecture: The entry of its architecture.
+        switches: The switches, in the order of the skip vector.
 
     Raises:
         UnsupportedArchitectureError: If the architecture has no entry.
         RuntimeError: If the model already carries a switchboard.
-        TypeError: If the model holds no Hugging Face model, or is one of ``sentence_transformers``, which sort rows.
+        TypeError: If the model contains no Hugging Face model, or is from ``sentence_transformers``, which sorts rows.
 
     Example:
         >>> import torch
@@ -78,7 +70,7 @@ class Switchboard:
         if carried is not None:
             if carried._scope.original is None:
                 raise RuntimeError("this model already carries a Switchboard; call its remove() first")
-            carried.remove()  # came along when the model was copied
+            carried.remove()  # a copy that was made together with the model
         self.model = model
         self.architecture = architecture_of(model.config.model_type)
         stacks = self.architecture.stacks
@@ -90,10 +82,15 @@ class Switchboard:
         ]
         self._stages = stages_of(self.switches)
         self._scope = Scope()
-        ways = {f"{self.path_of(switch)}.{path}" for switch in self.switches for path in switch.sublayer.modules}
-        self._snapshot = ModuleSnapshot.of(model, ways)
+        # Modules on the paths to switched modules, by path: the modules beside each of them, its name, and itself.
+        self._modules: dict[str, tuple[dict[str, nn.Module | None], str, nn.Module | None]] = {}
+        switched = [f"{self.path_of(switch)}.{path}" for switch in self.switches for path in switch.sublayer.modules]
+        for path in sorted({prefix for full in switched for prefix in accumulate(full.split("."), "{}.{}".format)}):
+            parent, _, name = path.rpartition(".")
+            siblings = model.get_submodule(parent)._modules
+            self._modules[path] = siblings, name, siblings[name]
         self._patches = Patches(model, self.architecture, self.switches, self._scope)
-        self._known_stages: dict[str | tuple[str, ...], _Stages] = {}
+        self._known_stages: dict[str | tuple[str, ...], tuple[Stage, ...]] = {}
         self._none = np.zeros((1, len(self)), dtype=bool)
         self._undecided = Plan.of(self._none, frozenset(), (), torch.device("cpu"))
         self._plans: dict[tuple[bytes, int, bool, int | None, torch.device], Plan] = {}
@@ -109,47 +106,48 @@ class Switchboard:
 
     @property
     def stages(self) -> list[str]:
-        """Names of all stages, in execution order: ``first``, then ``encoder.3`` (or ``decoder.3``) before a layer.
+        """Names of all stages, in execution order.
 
-        ``decoder`` stands between encoder and decoder.
+        ``first`` is before the first layer, ``encoder.3`` (or ``decoder.3``) before a later layer, and ``decoder``
+        between encoder and decoder.
         """
         return [stage.name for stage in self._stages]
 
     def decided_at(self, stages: Sequence[str]) -> dict[str, slice]:
-        """Which switches are decided at each of some stages: those from there to the next one, in execution order.
+        """The switches that are decided at each of the given stages: those up to the next given stage.
 
         Args:
-            stages: Names; ``every_layer`` stands for all, ``middle`` for the layer in the middle of the first stack.
+            stages: Names; ``every_layer`` means all stages, ``middle`` the middle layer of the first stack.
 
         Raises:
-            ValueError: If there is no stage of such a name, or the list is empty.
+            ValueError: If there is no stage of that name, or the list is empty.
         """
-        return {stage.name: stage.switches for stage in self._named(stages).stages}
+        return {stage.name: stage.switches for stage in self._named(stages)}
 
     def decide(self, skip: Values, keep: Values | None = None, *, resume_from: PassState | None = None) -> Block:
         """Put decisions in force for the forward passes and ``generate()`` calls inside the ``with`` block.
 
-        They count in the calling thread, task or generator alone. A call of ``generate()`` ends under the decision that
-        it began under. CPU tensors or arrays are the cheapest; nothing synchronises inside the forward pass.
+        They apply only to the calling thread, task or generator. A call of ``generate()`` keeps the decision that was
+        in force at its start. CPU tensors or arrays are cheapest; nothing synchronises inside the forward pass.
 
         Args:
             skip: Integers or booleans ``[batch, len(board)]``; 1 = the row skips the sublayer. A single row stands for
-                all rows of any batch; inside ``generate()`` a row stands for its beams or samples, too.
-            keep: Integers or booleans ``[batch, length]``; 0 = the input's token is dropped, physically, in front of
-                the first layer (``sd_gym.switch.keep_tokens`` ranks). Padding may be kept or not. The model returns
+                all rows of any batch. Inside ``generate()`` a row also stands for its beams or samples.
+            keep: Integers or booleans ``[batch, length]``; 0 = the input's token is physically dropped before the first
+                layer (``sd_gym.switch.keep_tokens`` chooses tokens). Padding may be kept or dropped. The model returns
                 zeros as the hidden states of dropped positions; encoder-decoder models return the encoder's output
-                without them. ``None``: all tokens stay.
-            resume_from: The state where a pass was stopped (``run_to``): forward passes of the same inputs and ``keep``
-                continue there, and only embeddings are looked up again. Decisions on earlier switches do not count.
-                Hidden states of earlier layers cannot be shown, and no cache be continued.
+                without them. ``None``: all tokens are kept.
+            resume_from: The state where a pass was stopped (``run_to``). Forward passes of the same inputs and ``keep``
+                continue there; only embeddings are looked up again. Decisions on earlier switches are ignored. Hidden
+                states of earlier layers are not available, and a cache cannot be continued.
 
         Raises:
-            ValueError: If a shape or a value is wrong, or a row keeps no token. Inside the block the model raises it
-                where its input has other rows or another length than was decided on.
-            StaleBoardError: If the model's modules were replaced since the board was made, or it was removed.
+            ValueError: If a shape or a value is wrong, or a row keeps no token. Inside the block, the model raises it
+                if its input has another number of rows or another length than the decisions.
+            StaleBoardError: If the board was removed, or the model's modules were replaced since it was made.
         """
         self.check_fresh()
-        return self._scope.put(self._decision(skip, keep, resume_from=resume_from))
+        return Block(self._scope, self._decision(skip, keep, resume_from=resume_from))
 
     def decide_in_pass(
         self,
@@ -157,27 +155,24 @@ class Switchboard:
         stages: Sequence[str] = ("first",),
         mask: Tensor | None = None,
     ) -> Block:
-        """Decide in the first forward pass inside the ``with`` block, from stage to stage, on what it has computed.
+        """Decide during the first forward pass inside the ``with`` block, stage by stage, from what it has computed.
 
-        So an input is embedded once. A decision holds to the end of the block, as with ``decide``; a call of
-        ``generate()`` decides while it reads the prompt (or in and after the encoder). Not for compiled models.
+        So an input is embedded only once. A decision stays in force until the end of the block, as with ``decide``. A
+        call of ``generate()`` decides while it reads the prompt (or in and after the encoder). Compiled models cannot.
 
         Args:
-            choose: Called once per stage. Takes the pass's state there to ``skip`` and ``keep`` as for ``decide``: the
-                columns ``decided_at(stages)[state.stage]`` of ``skip``; ``keep`` is ``None`` at any stage but
-                ``first``. In ``generate()`` it decides one row per input, whatever its beams and samples.
-            stages: Names of stages. The switches before the first of them all run.
+            choose: Called once per stage. Maps the pass's state to ``skip`` and ``keep`` as for ``decide``. ``skip``
+                has only the columns ``decided_at(stages)[state.stage]``; ``keep`` must be ``None`` except at ``first``.
+                In ``generate()`` it decides one row per input, whatever the number of beams or samples.
+            stages: Names of stages. All switches before the first of them run.
             mask: Mask of the input's tokens, ``[batch, length]``, 0 at padding; ``None``: ones. It may be narrower than
                 a decoder's input where an answer follows the prompt.
 
         Raises:
-            ValueError, StaleBoardError: See ``decide``; ValueError also if there is no stage of such a name.
+            ValueError, StaleBoardError: See ``decide``; ``ValueError`` also if there is no stage of that name.
         """
         self.check_fresh()
-        named = self._named(stages)
-        needs = (*named.needs, *self._patches.for_generating)
-        pending = PendingDecision(named.stages, choose, mask, self._none, self._settle, needs)
-        return self._scope.put(self._awaiting(pending))
+        return self._pending_block(self._named(stages), choose, mask, self._none)
 
     def run_to(
         self,
@@ -189,76 +184,79 @@ class Switchboard:
         mask: Tensor | None = None,
         resume_from: PassState | None = None,
     ) -> PassState:
-        """Run a forward pass up to a stage and no further; ``decide(..., resume_from=state)`` continues there.
+        """Run a forward pass up to a stage; ``decide(..., resume_from=state)`` continues there.
 
         Args:
             stage: Name of the stage.
-            run: Runs the pass, as ``lambda: model(**inputs)``; it is ended by an exception.
-            skip: See ``decide``; switches from the stage on do not count. ``None``: all run.
+            run: Runs the pass, such as ``lambda: model(**inputs)``; an exception ends it.
+            skip: See ``decide``; switches from the stage on are ignored. ``None``: all sublayers run.
             keep: See ``decide``.
             mask: See ``decide_in_pass``.
             resume_from: The state at an earlier stage; see ``decide``.
 
         Raises:
-            ValueError, StaleBoardError: See ``decide``; ValueError also if there is no such stage.
-            RuntimeError: If the pass ends without reaching it.
+            ValueError, StaleBoardError: See ``decide``; ``ValueError`` also if there is no stage of that name.
+            RuntimeError: If the pass ends without reaching the stage.
         """
         self.check_fresh()
 
-        def stop(seen: PassState) -> NoReturn:
-            raise StageReached(seen)
+        def stop(state: PassState) -> NoReturn:
+            raise StageReached(state)
 
-        named = self._named([stage])
+        stages = self._named([stage])
         skip = self._none if skip is None else self._checked(skip, len(self), "switch").copy()
-        skip[:, named.stages[0].switches.start :] = False
-        pending = PendingDecision(named.stages, stop, mask, skip, self._settle, named.needs)
-        with self._scope.put(self._awaiting(pending, keep, resume_from)):
+        skip[:, stages[0].switches.start :] = False
+        with self._pending_block(stages, stop, mask, skip, keep, resume_from):
             try:
                 run()
             except StageReached as reached:
                 return reached.state
         raise RuntimeError(f"the forward pass ended without reaching the stage {stage!r}")
 
-    def _named(self, names: Sequence[str]) -> _Stages:
-        """Stages by their names, looked up once."""
-        key = tuple(names) if not isinstance(names, str) else names
-        known = self._known_stages.get(key)
-        if known is None:
-            stages = stages_named(self._stages, names)
-            layers = [self._patches.of_layer[stage.place] for stage in stages if not stage.is_between]
-            known = self._known_stages[key] = _Stages(stages, (*layers, *self._patches.for_stacks))
-        return known
+    def _named(self, names: Sequence[str]) -> tuple[Stage, ...]:
+        """Stages by their names; results are kept."""
+        key = names if isinstance(names, str) else tuple(names)
+        if key not in self._known_stages:
+            self._known_stages[key] = stages_named(self._stages, names)
+        return self._known_stages[key]
 
-    def _awaiting(
-        self, pending: PendingDecision, keep: Values | None = None, resume_from: PassState | None = None
-    ) -> Decision:
-        """A decision that is to grow at its stages."""
-        if pending.stages[0].switches.start == 0 and resume_from is None:
-            return Decision(self._undecided, None, pending)
-        decision = self._decision(pending.skip, keep, pending, resume_from)
-        assert decision is not None  # something is still to be decided
-        return decision
+    def _pending_block(
+        self,
+        stages: tuple[Stage, ...],
+        choose: Callable[[PassState], tuple[Values, Values | None]],
+        mask: Tensor | None,
+        skip: np.ndarray,
+        keep: Values | None = None,
+        resume_from: PassState | None = None,
+    ) -> Block:
+        """A block in which ``choose`` decides at ``stages``, and ``skip`` before them."""
+        layers = [self._patches.of_layer[stage.place] for stage in stages if not stage.is_between]
+        needs = (*layers, *self._patches.for_stacks, *self._patches.for_generating)
+        pending = PendingDecision(stages, choose, mask, skip, self._settle, needs)
+        if stages[0].switches.start == 0 and resume_from is None:
+            return Block(self._scope, Decision(self._undecided, None, pending))
+        return Block(self._scope, self._decision(skip, keep, pending, resume_from))
 
     def _settle(self, decision: Decision, hidden: Tensor, cache: Cache | None) -> Decision | None:
-        """Have the next stage of a pass decided, and put that in force."""
+        """Decide at the next stage of a pass, and put that decision in force."""
         pending = decision.pending
         assert pending is not None
         stage = pending.stages[0]
-        skip, keep = pending.choose(pending.seen(hidden, decision.state.encoded, decision.tokens, decision.repeats))
+        skip, keep = pending.choose(pending.state(hidden, decision.state.encoded, decision.tokens, decision.repeats))
         if keep is not None and stage.name != "first":
-            raise ValueError(f"tokens are dropped before the first layer only; at {stage.name!r} keep must be None")
+            raise ValueError(f"tokens are dropped only before the first layer; at {stage.name!r} keep must be None")
         skip = pending.grown(self._checked(skip, stage.switches.stop - stage.switches.start, "switch"))
         tokens = decision.tokens if keep is None else self._tokens(keep, len(skip))
         pending = replace(pending, stages=pending.stages[1:], skip=skip) if len(pending.stages) > 1 else None
         if pending is None:
             decision.state.encoded = None
-        grown = None
+        settled = None
         if pending is not None or tokens is not None or skip.any():
-            grown = decision.grown(self._plan(skip, tokens is not None, device=hidden.device), tokens, pending)
+            settled = decision.grown(self._plan(skip, tokens is not None, device=hidden.device), tokens, pending)
         elif cache is not None:
-            untagged(cache)
-        self._scope.settle(grown)
-        return grown
+            restore_layers(cache)
+        self._scope.settle(settled)
+        return settled
 
     def _decision(
         self,
@@ -267,11 +265,11 @@ class Switchboard:
         pending: PendingDecision | None = None,
         resume_from: PassState | None = None,
     ) -> Decision | None:
-        """The arguments of ``decide`` as a decision; ``None`` where nothing is skipped, to be decided or resumed."""
+        """The arguments of ``decide`` as a decision; ``None`` if nothing is skipped, pending or resumed."""
         skip = self._checked(skip, len(self), "switch")
         tokens = None if keep is None else self._tokens(keep, len(skip))
         if resume_from is not None:
-            stage = self._named([resume_from.stage]).stages[0]
+            stage = self._named([resume_from.stage])[0]
             skip = skip.copy()
             skip[:, : stage.switches.start] = True
             plan = self._plan(skip, tokens is not None, stage.switches.start)
@@ -281,16 +279,16 @@ class Switchboard:
         return Decision(self._plan(skip, tokens is not None), tokens, pending)
 
     def _tokens(self, keep: Values, rows: int) -> DroppedTokens | None:
-        """The tokens that so many rows keep; ``None`` where all stay."""
+        """The tokens that ``rows`` rows drop; ``None`` if they keep all."""
         keep = self._checked(keep, None, "token")
         if len(keep) != rows:
             raise ValueError(f"keep is for {len(keep)} rows and skip for {rows}; they must agree")
         if not keep.any(axis=1).all():
-            raise ValueError("keep leaves a row without any token; protect at least one")
+            raise ValueError("keep leaves a row without any token; keep at least one per row")
         return None if keep.all() else DroppedTokens(keep, self.architecture.causal, self.model.device)
 
     def path_of(self, switch: Switch) -> str:
-        """Where in the model the layer of a switch is."""
+        """Path of a switch's layer in the model."""
         stack = next(stack for stack in self.architecture.stacks if stack.name == switch.stack)
         base = "" if self.model.base_model is self.model else f"{self.model.base_model_prefix}."
         return f"{base}{stack.layers}.{switch.index}"
@@ -298,24 +296,21 @@ class Switchboard:
     @property
     def is_deciding(self) -> bool:
         """Whether a decision is in force here, including one under which everything runs."""
-        return self._scope.is_decided
+        return self._scope.entry() is not None
 
     def remove(self) -> None:
-        """Take all switches out; the model is then exactly what it was, and the board decides no more."""
+        """Remove all switches: the model is unpatched, and the board can no longer decide."""
         self._scope.family.leave(self._scope)
         for patch in self._scope.patches:
-            patch.take_away()
+            patch.uninstall()
         if vars(self.model).get("_switchboard") is self:
             del vars(self.model)["_switchboard"]
 
     def _plan(
         self, skip: np.ndarray, drops: bool, resumes: int | None = None, device: torch.device | None = None
     ) -> Plan:
-        """The plan of ``skip``, bool ``[batch, switches]``; for ``drops`` and ``resumes`` see ``Patches.needs``.
-
-        A model looks for its ``device`` among its parameters, which is slow.
-        """
-        device = self.model.device if device is None else device
+        """The plan of ``skip``, bool ``[batch, switches]``; for ``drops`` and ``resumes`` see ``Patches.needs``."""
+        device = self.model.device if device is None else device  # slow, as the model searches its parameters
         key = skip.tobytes(), len(skip), drops, resumes, device
         plan = self._plans.get(key)
         if plan is None:
@@ -327,15 +322,17 @@ class Switchboard:
         return plan
 
     def check_fresh(self) -> None:
-        """Raise StaleBoardError unless the model's modules are those that the board was made for."""
+        """Raise ``StaleBoardError`` unless the model's modules are those that the board was made for."""
         if vars(self.model).get("_switchboard") is not self:
             raise StaleBoardError("this switchboard was removed from its model; make a new Switchboard(model)")
-        replaced = self._snapshot.replaced()
-        replaced += [f"{patch.name}() of a {type(patch.target).__name__}" for patch in self._scope.lost]
+        replaced = [path for path, (siblings, name, child) in self._modules.items() if siblings.get(name) is not child]
+        replaced += [
+            f"{patch.name}() of a {type(patch.target).__name__}" for patch in self._scope.patches if patch.is_lost
+        ]
         if replaced:
             raise StaleBoardError(
                 f"{replaced[0]} was replaced since the switchboard was made (by an adapter, quantisation or another "
-                "tool), so that decisions would be ignored there; call remove() and make a new Switchboard(model)"
+                "tool), so decisions would be ignored there; call remove() and make a new Switchboard(model)"
             )
 
     def _checked(self, values: Values, columns: int | None, column: str) -> np.ndarray:
@@ -343,7 +340,7 @@ class Switchboard:
         array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
         if array.ndim != 2 or columns not in (None, array.shape[1]):
             raise ValueError(
-                f"{name} must have shape [batch, {columns or 'length'}], one column a {column}; got {list(array.shape)}"
+                f"{name} must have shape [batch, {columns or 'length'}], 1 column per {column}; got {list(array.shape)}"
             )
         if array.dtype == bool:
             return array
@@ -353,17 +350,15 @@ class Switchboard:
 
 
 def _unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model that is given, or that another one holds."""
+    """The Hugging Face model itself, or the one inside of a wrapper."""
     if isinstance(model, PreTrainedModel):
         return model
     if type(model).__module__.startswith("sentence_transformers."):
         raise TypeError(
-            f"{type(model).__name__} sorts its texts by length, so that rows of decisions would go to other rows; give "
-            "the switchboard its transformer, Switchboard(model[0].auto_model), and decide with a single row, which "
-            "stands for all"
+            f"{type(model).__name__} sorts its texts by length, so decisions would apply to the wrong rows; pass its "
+            "transformer, Switchboard(model[0].auto_model), and decide with a single row, which stands for all"
         )
-    parts = model.modules() if isinstance(model, nn.Module) else ()
-    inside = next((part for part in parts if isinstance(part, PreTrainedModel)), None)
-    if inside is None:
-        raise TypeError(f"a switchboard needs a Hugging Face model, a PreTrainedModel; got a {type(model).__name__}")
-    return inside
+    for part in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(part, PreTrainedModel):
+            return part
+    raise TypeError(f"a switchboard needs a Hugging Face model, a PreTrainedModel; got a {type(model).__name__}")

@@ -1,8 +1,8 @@
-"""Physically dropping tokens of the input, in front of the first layer of an unmodified Hugging Face model.
+"""Physically dropping tokens of the input, before the first layer of an unmodified Hugging Face model.
 
-The kept tokens are gathered where the first layer reads them, so they keep their positions; masks and rotary embeddings
-follow. What the model returns keeps its length, with zeros where a token was dropped, but between encoder and decoder,
-where the shorter states make the cross-attention cheaper.
+The kept tokens are gathered after the embedding, so they keep their positions; masks and rotary embeddings follow. The
+model's output has the full length, with zeros at dropped tokens. Only between encoder and decoder the states stay
+short, which makes the cross-attention cheaper.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from sd_gym.switch.cache import cache_among
 
 
 def keep_tokens(scores: NDArray, droppable: NDArray, share: NDArray | float) -> NDArray:
-    """The tokens that stay when each row drops a share of those it may drop, lowest scores first: bool ``[n, length]``.
+    """The tokens that are kept when each row drops a share of its droppable tokens, lowest scores first.
 
     Args:
-        scores: How much a token matters, ``[n, length]``; of equal tokens the later one is dropped.
-        droppable: Whether it may be dropped, bool ``[n, length]``: no special token, no padding, no question.
-        share: Share of the droppable tokens to drop, in ``[0, 1)``, one for all or ``[n]``; rounded down.
+        scores: Importance of each token, ``[n, length]``; of two equal tokens the later one is dropped.
+        droppable: Whether a token may be dropped, bool ``[n, length]``; false at special tokens, padding and questions.
+        share: Share of the droppable tokens to drop, in ``[0, 1)``, for all rows or ``[n]``; rounded down.
+
+    Returns:
+        Whether each token is kept, bool ``[n, length]``.
 
     Raises:
         ValueError: If a share is outside ``[0, 1)`` or the shapes differ.
@@ -54,7 +57,7 @@ def dropped_tokens(droppable: NDArray, share: NDArray | float) -> NDArray:
         >>> dropped_tokens(np.array([[False, True, True, True]]), 0.7)
         array([2])
     """
-    return np.floor(share * droppable.sum(axis=1) + 1e-9).astype(np.int64)  # 0.3 of 10 is 3, whatever floats say
+    return np.floor(share * droppable.sum(axis=1) + 1e-9).astype(np.int64)  # 0.3 of 10 is 3 despite rounding
 
 
 def position_scores(shape: Sequence[int]) -> NDArray:
@@ -68,7 +71,7 @@ def position_scores(shape: Sequence[int]) -> NDArray:
 
 
 def random_scores(shape: Sequence[int], seed: int = 0) -> NDArray:
-    """Random scores, float64 ``[n, length]``: the control.
+    """Random scores, float64 ``[n, length]``: the baseline.
 
     Example:
         >>> random_scores((2, 3)).shape
@@ -78,10 +81,13 @@ def random_scores(shape: Sequence[int], seed: int = 0) -> NDArray:
 
 
 def inverse_document_frequency(corpus: Iterable[NDArray]) -> NDArray:
-    """How rare each token is: ``log((1 + N) / (1 + df))`` over the token ids of documents (Sparck Jones 1972).
+    """Inverse document frequency of each token: ``log((1 + N) / (1 + df))`` (Sparck Jones 1972).
+
+    Args:
+        corpus: Token ids of each document, int ``[length]``.
 
     Returns:
-        float64 ``[largest id + 2]``, by token id; the last one stands for all tokens that no document has.
+        float64 ``[largest id + 2]``, by token id; the last value is for all tokens that are in no document.
 
     Example:
         >>> corpus = [np.array([0, 1]), np.array([0]), np.array([0, 2])]
@@ -110,18 +116,18 @@ def rarity_scores(input_ids: NDArray, present: NDArray, rarity: NDArray) -> NDAr
 
 
 class DroppedTokens:
-    """The tokens that a batch keeps: ``keep``, bool ``[batch, length]``; a single row stands for all of any batch.
+    """The tokens that a batch keeps: ``keep``, bool ``[batch, length]``; a single row stands for all rows.
 
-    ``causal``: whether positions see only what stands before them.
+    ``causal``: whether positions attend only to earlier positions.
     """
 
     def __init__(self, keep: NDArray, causal: bool, device: torch.device) -> None:
         counts = keep.sum(axis=1)
         self.batch, self.length = keep.shape
-        self.kept = int(counts.max())  # tokens of the row that keeps the most
+        self.kept = int(counts.max())  # largest number of tokens that a row keeps
         self.causal = causal
-        self.tag = keep.tobytes()  # distinguishes them from others
-        # After its kept tokens, each row has some of its dropped ones as padding: valid indices, never attended to.
+        self.tag = keep.tobytes()  # identifies the kept tokens
+        # After its kept tokens, each row has some of its dropped tokens as padding, which is never attended to.
         order = np.argsort(~keep, axis=1, kind="stable")[:, : self.kept]
         self._index = torch.from_numpy(order).to(device)
         self._valid = torch.from_numpy(np.arange(self.kept) < counts[:, None]).to(device)
@@ -129,27 +135,27 @@ class DroppedTokens:
         self._views: dict[int, tuple[Tensor, Tensor]] = {1: (self._index, self._valid)}
 
     def view(self, total: int) -> tuple[Tensor, Tensor]:
-        """Indices and validity ``[total, kept]`` for a batch in which each row stands ``total / batch`` times."""
+        """Indices and validity ``[total, kept]`` for a batch in which each row is repeated ``total / batch`` times."""
         repeats = total // self.batch
         if repeats not in self._views:
             pair = (self._index.repeat_interleave(repeats, dim=0), self._valid.repeat_interleave(repeats, dim=0))
             self._views[repeats] = pair
         return self._views[repeats]
 
-    def sign(self, encoded: Tensor) -> None:
-        """Note on an encoder's output that it lost these tokens."""
-        vars(encoded)["_lost_tokens"] = self.tag
+    def mark(self, encoded: Tensor) -> None:
+        """Mark an encoder's output with the tokens that it was computed from."""
+        vars(encoded)["_kept_tokens"] = self.tag
 
     def before_decoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of a decoder: the cross-attention's padding follows the encoder's shorter output."""
+        """Arguments of a decoder, with the mask of the encoder's shorter output."""
         encoded = kwargs.get("encoder_hidden_states")
         if encoded is None:
             return kwargs
-        signed = getattr(encoded, "_lost_tokens", self.tag)  # an expanded or copied output is not signed
-        if encoded.shape[1] != self.kept or signed != self.tag:
+        tag = getattr(encoded, "_kept_tokens", self.tag)  # an expanded or copied output has no mark
+        if encoded.shape[1] != self.kept or tag != self.tag:
             raise ValueError(
-                f"the encoder's output has {encoded.shape[1]} tokens and was made under another decision: the one in "
-                f"force keeps {self.kept} at most; run the encoder under the same keep as the decoder"
+                f"the encoder's output has {encoded.shape[1]} tokens and was made under another decision than the one "
+                f"in force, which keeps up to {self.kept}; run the encoder under the same keep as the decoder"
             )
         index, valid = self.view(len(encoded))
         mask = kwargs.get("encoder_attention_mask")
@@ -161,10 +167,10 @@ class DroppedTokens:
 
 
 class TokenPass:
-    """One forward pass of an input that loses tokens: the shapes are read once, in front of the first layer.
+    """One forward pass that drops tokens; it reads the shapes from the first layer's ``args`` and ``kwargs``.
 
-    ``args`` and ``kwargs`` are the layer's; ``additive``: whether the attention adds its mask to the scores. ValueError
-    if the input has another length than was decided on.
+    ``additive``: whether the attention adds its mask to the scores; ``generating``: whether ``generate()`` runs. Raises
+    ``ValueError`` if the input has another length than ``tokens``.
     """
 
     def __init__(
@@ -173,7 +179,7 @@ class TokenPass:
         hidden = args[0] if args else kwargs["hidden_states"]
         total, self.query_length = hidden.shape[:2]  # positions of the pass, dropped ones included
         self._tokens, self._additive = tokens, additive
-        self._whole = self.query_length >= tokens.length  # else a step of decoding over a cache that holds the prompt
+        self._whole = self.query_length >= tokens.length  # otherwise a decoding step, and the cache holds the prompt
         cache = cache_among(args, kwargs)
         past = cache.get_seq_length() if cache is not None else 0
         fits = past >= tokens.length if past else self.query_length == tokens.length or (generating and self._whole)
@@ -181,13 +187,12 @@ class TokenPass:
             raise ValueError(
                 f"tokens are dropped from inputs of {tokens.length} tokens, but the model got {self.query_length}"
                 + (f" after {past} in its cache" if past else "")
-                + "; give keep a column for each token of the padded input, in its order (1 at padding and at an answer"
-                " after a prompt)"
+                + "; keep needs one column per token of the padded input (1 at padding and at an answer after a prompt)"
             )
         self._keys = past + self.query_length
         self._index_of_keys, self._valid_keys = self._extended(total, self._keys)
         self._memo: list[tuple[Tensor, Tensor]] = []
-        # Without padding, models leave the mask out; rows that keep different numbers of tokens need one.
+        # Without padding, models omit the mask; rows that keep different numbers of tokens need one.
         self._own_mask = None
         if tokens.ragged:
             self._own_mask = self._make_mask(self._index_of_keys, self._valid_keys, hidden.dtype)
@@ -196,13 +201,13 @@ class TokenPass:
         """Rows and columns of kept tokens of ``[1 or total, heads, query, query]``: ``[total, heads, kept, kept]``."""
         index = self._extended(total, self.query_length)[0]
         compact = _take(_take(values.expand(total, -1, -1, -1), index, -1), index, -2)
-        self._memo.append((compact, compact))  # goes to the other layers as it is
+        self._memo.append((compact, compact))  # later layers get it unchanged
         return compact
 
     def before_layer(
         self, layer: nn.Module, first: bool, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        """Arguments of a layer, with the dropped tokens left out."""
+        """Arguments of a layer, without the dropped tokens."""
         if self._own_mask is not None:
             slot = _mask_slot(type(layer))
             if slot >= len(args):
@@ -210,17 +215,16 @@ class TokenPass:
                     kwargs = {**kwargs, "attention_mask": self._own_mask}
             elif args[slot] is None:
                 args = (*args[:slot], self._own_mask, *args[slot + 1 :])
-        # Hidden states come first, or by name; after the first layer they hold kept tokens only.
-        if args:
-            hidden, others = args[:1], args[1:]
-            args = (*(map(self._compact, hidden) if first else hidden), *map(self._compact, others))
+        # The hidden states are the first argument, or named. After the first layer they hold kept tokens only.
+        done = 0 if first else 1
+        args = (*args[:done], *map(self._compact, args[done:]))
         return args, {
             name: value if name == "hidden_states" and not first else self._compact(value)
             for name, value in kwargs.items()
         }
 
     def after_last_layer(self, output: Any) -> Any:
-        """All positions exist again, with zeros for the dropped ones."""
+        """The output with zeros at the dropped positions."""
         if not self._whole:
             return output
         hidden = output[0] if isinstance(output, tuple) else output
@@ -230,7 +234,7 @@ class TokenPass:
         return (full, *output[1:]) if isinstance(output, tuple) else full
 
     def _extended(self, total: int, positions: int) -> tuple[Tensor, Tensor]:
-        """Indices and validity of the kept ones among ``positions``; what was generated is always kept."""
+        """Indices and validity of the kept ones among ``positions``; generated tokens are always kept."""
         index, valid = self._tokens.view(total)
         if positions == self._tokens.length:
             return index, valid
@@ -246,7 +250,7 @@ class TokenPass:
         return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
     def _compact(self, value: Any) -> Any:
-        """A layer's argument with the dropped tokens left out, where it has a dimension of tokens."""
+        """A layer's argument without the dropped tokens, if it has a dimension of tokens."""
         if isinstance(value, tuple):
             return tuple(map(self._compact, value))
         if not isinstance(value, Tensor) or value is self._own_mask:
@@ -276,14 +280,13 @@ class TokenPass:
 
 @lru_cache
 def _mask_slot(layer_class: type[nn.Module]) -> int:
-    """At which place a layer takes its attention mask, if it is passed by place."""
+    """Index of the attention mask among a layer's positional arguments."""
     return list(inspect.signature(layer_class.forward).parameters).index("attention_mask") - 1
 
 
 def _take(values: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Elements of ``values [total, ...]`` along ``dim`` by ``index [total, kept]``, a row's own ones for each row."""
-    shape = [1] * values.ndim
+    """Elements of ``values [total, ...]`` along ``dim``, by each row's indices ``index [total, kept]``."""
+    shape, expanded = [1] * values.ndim, list(values.shape)
     shape[0], shape[dim] = index.shape
-    wanted = list(values.shape)
-    wanted[dim] = index.shape[1]
-    return values.gather(dim, index.view(shape).expand(wanted))
+    expanded[dim] = index.shape[1]
+    return values.gather(dim, index.view(shape).expand(expanded))

@@ -1,4 +1,4 @@
-"""Twins of modules: copies that share all weights, and whose parts can be replaced with nobody seeing it."""
+"""Twins of modules: copies that share all weights, and whose parts can be replaced without changing the original."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def twin_of(module: Module) -> Module:
-    """A copy of a module that has the same parts and the same weights, but no switches.
+    """A copy of a module with the same submodules and weights, but without switches.
 
     Raises:
-        NotImplementedError: If another tool has replaced its ``forward`` or ``generate``, bound to the module itself.
+        NotImplementedError: If another tool has replaced its ``forward`` or ``generate``.
     """
     twin = copy.copy(module)
     own = vars(twin)
-    # The dictionaries of weights stay those of the module: a weight that is replaced there is replaced here.
+    # The dictionaries of weights are shared: a weight that is replaced in the module is replaced in the twin.
     own |= {name: value.copy() for name, value in own.items() if name == "_modules" or name.endswith("_hooks")}
     for name in ("_switchboard", "_attached", "decisions") if "_attached" in own else ("_switchboard",):
         own.pop(name, None)
@@ -30,16 +30,16 @@ def twin_of(module: Module) -> Module:
             method = method.replaced
         if method is not None and not getattr(method, "is_attached", False):
             raise NotImplementedError(
-                f"another tool has replaced {name}() of a {type(module).__name__}, so no copy of it can share its "
-                "weights; remove what that tool has put there"
+                f"another tool has replaced {name}() of a {type(module).__name__}, so a copy cannot share its weights; "
+                "remove that tool's patch"
             )
     return twin
 
 
 def twin_at(twin: nn.Module, path: str) -> Any:
-    """The part of a twin at a path, which is then a twin itself, as are all on the way."""
+    """The submodule of a twin at a path; it and all modules on the path become twins."""
     for name in path.split(".") if path else ():
         part = twin._modules[name]
-        assert part is not None  # a path leads to modules
+        assert part is not None  # paths name modules
         twin._modules[name] = twin = twin_of(part)
     return twin

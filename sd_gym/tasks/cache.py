@@ -1,8 +1,8 @@
 """Encoded data on disk: tokenising a large data set takes a minute, reading its tensors takes no time.
 
 There is one safetensors file per split, in the folder that the environment variable ``SD_GYM_CACHE`` names, or in
-``~/.cache/sd_gym``. Its name is a hash of the texts, the tokenizer and the lengths. The file holds a hash of its name
-and tensors, so one that was changed, cut off or renamed is made again. It may be deleted at any time.
+``~/.cache/sd_gym``. Its name is a hash of the texts, the tokenizer and the lengths. The file also holds a hash of its
+name and tensors, so a changed, cut off or renamed file is written again. The folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -11,26 +11,25 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sd_gym.backbones.heads import Head
 from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
+from sd_gym.files import read_tensors, write_tensors
 from sd_gym.tasks.encoding import encode
 from sd_gym.version import __version__
 
-OF_BACKBONE = ("max_source_length", "max_target_length", "prompt", "stop")  # what encoding depends on
-ARRAYS = ("source_length", "target_length", "source_cut", "target_cut")  # fields that are no tensors
+OF_BACKBONE = ("max_source_length", "max_target_length", "prompt", "stop")  # the config keys that encoding depends on
+ARRAYS = ("source_length", "target_length", "source_cut", "target_cut")  # fields that are arrays, not tensors
 SMALLEST = 2000  # instances; fewer are encoded as fast as they are read
 
 
@@ -43,11 +42,14 @@ def encode_cached(
     settings = {key: getattr(backbone, key) for key in OF_BACKBONE} | {"unanswerable": unanswerable, **head.settings}
     folder = Path(os.environ.get("SD_GYM_CACHE") or Path.home() / ".cache" / "sd_gym")
     file = folder / f"{_key(instances, tokenizer, settings)}.safetensors"
-    if (tensors := _read(file)) is not None:
-        return _from_tensors(tensors)
+    with contextlib.suppress(OSError, ValueError):  # there is no such file, or it is damaged
+        tensors = read_tensors(file)
+        if torch.equal(tensors.pop("hash", torch.empty(0)), _hash(tensors, file)):
+            return _from_tensors(tensors)
     encoded = encode(instances, tokenizer, head, backbone, unanswerable=unanswerable)
-    with contextlib.suppress(OSError, SafetensorError):  # then there is no cache
-        _write(_to_tensors(encoded), file)
+    with contextlib.suppress(OSError):  # then there is no cache
+        tensors = _to_tensors(encoded)
+        write_tensors(file, {**tensors, "hash": _hash(tensors, file)})
     return encoded
 
 
@@ -65,43 +67,21 @@ def _key(instances: Sequence[Instance], tokenizer: Tokenizer, settings: dict[str
     return digest.hexdigest()
 
 
-def _to_tensors(encoded: Encoded) -> dict[str, torch.Tensor]:
-    """All fields as tensors, whole numbers in half the room."""
+def _to_tensors(encoded: Encoded) -> dict[str, Tensor]:
+    """All fields as tensors, whole numbers as int32 to save space."""
     tensors = {name: torch.as_tensor(value) for name, value in vars(encoded).items() if value is not None}
-    return {name: (v.int() if v.dtype == torch.int64 else v).contiguous() for name, v in tensors.items()}
+    return {name: value.int() if value.dtype == torch.int64 else value for name, value in tensors.items()}
 
 
-def _from_tensors(tensors: dict[str, torch.Tensor]) -> Encoded:
+def _from_tensors(tensors: dict[str, Tensor]) -> Encoded:
     long = {name: v.long() for name, v in tensors.items() if v.dtype == torch.int32 and name != "offsets"}
-    read: dict[str, Any] = tensors | long
-    return Encoded(**read | {name: read[name].numpy() for name in ARRAYS})
+    fields: dict[str, Any] = tensors | long
+    return Encoded(**fields | {name: fields[name].numpy() for name in ARRAYS})
 
 
-def _read(file: Path) -> dict[str, torch.Tensor] | None:
-    """The tensors that ``_write`` wrote to this file; ``None`` if there is no such file, or it was changed."""
-    try:
-        with safe_open(file, "pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no mapping)
-            written = (opened.metadata() or {}).get("hash")
-    except (OSError, SafetensorError):
-        return None
-    return tensors if written == _hash(tensors, file) else None
-
-
-def _write(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as temporary:
-        pass
-    try:
-        save_file(tensors, temporary.name, metadata={"hash": _hash(tensors, file)})
-        os.replace(temporary.name, file)
-    finally:
-        Path(temporary.name).unlink(missing_ok=True)
-
-
-def _hash(tensors: dict[str, torch.Tensor], file: Path) -> str:
+def _hash(tensors: dict[str, Tensor], file: Path) -> Tensor:
     digest = hashlib.sha256(file.name.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.numpy().data)
-    return digest.hexdigest()
+        digest.update(tensor.contiguous().numpy().data)
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""A class of a text, or of two; or a score (regression)."""
+"""Classes or scores (regression) of a text or a pair of texts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sd_gym.tasks.family import LARGEST, Task, check_text, is_number
 
 if TYPE_CHECKING:
     from sd_gym.backbones.heads import Head
+    from sd_gym.tasks.family import NewHead
 
 
 class Classification(Task):
@@ -41,17 +42,15 @@ class Classification(Task):
         """The class's name, or the score."""
         return [names[value] if isinstance(value, int) and value in names else str(value)]
 
-    def head_to_prepare(
-        self, stored: type[Head] | None, answers: str | None, train: Sequence[Instance]
-    ) -> tuple[type[Head] | None, dict[str, int] | None]:
-        """One with as many classes as the data have."""
+    def head_to_prepare(self, stored: type[Head] | None, answers: str | None, train: Sequence[Instance]) -> NewHead:
+        """A new one with as many classes as the data."""
         from sd_gym.backbones.heads import LabelHead
 
         return LabelHead, classes(train)
 
 
 def classes(instances: Sequence[Instance]) -> dict[str, int]:
-    """Class index of each label word, in the order of the words or indices; a single "score" for a regression.
+    """Class index of each label, in their order; a single "score" for a regression.
 
     Raises:
         DataError: If there are fewer than two classes, too high indices, or both words and indices.
@@ -65,7 +64,7 @@ def classes(instances: Sequence[Instance]) -> dict[str, int]:
         if max(labels) >= len(instances):
             raise DataError(
                 f"the highest class index is {max(labels)}, but the training split has only {len(instances)} rows; "
-                "number the classes from 0, or give them words"
+                "number the classes from 0, or use words"
             )
         labels = set(range(max(labels) + 1))
     if len(labels) < 2:
@@ -80,7 +79,7 @@ def _label(value: Any, origin: str) -> str | int | float:
     if not is_number(value) or not 0 <= value <= LARGEST:
         raise DataError(
             f"{origin}: label must be a class index from 0, a label word or a score (at most {LARGEST}), got "
-            f"{short(value)}; data sets that hide the labels of their test split give -1 there: test on another split"
+            f"{short(value)}; some data sets hide the labels of their test split as -1: test on another split"
         )
     return value
 

@@ -20,7 +20,7 @@ from sd_gym.tasks.files import DataError, Rows, read_csv, read_jsonl
 from sd_gym.tasks.procedural import generate_split
 
 SPLITS = ("train", "validation", "test")
-DIVISION = {8: "validation", 9: "test"}  # of a single file, by the last digit of the row
+DIVISION = {8: "validation", 9: "test"}  # the split of a row of a single file, by its number's last digit
 FORMATS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -31,21 +31,20 @@ class Instances(list[Instance]):
         super().__init__(instances)
         self.file, self.part = file, part
         self.rows: list[int] = list(range(len(self)))  # their row numbers in the file, from 0
-        self.left_out = 0  # rows that are no instances, since a text that they need is empty
-        self.dropped = 0  # rows that are left out since they also stand in another split (overlap: drop)
-        self.of_backbone = 0  # rows that are left out since the backbone was prepared on them
-        # Those that also stand in another split (overlap: allow), by its name, or among the backbone's rows.
-        self.also_in: dict[str, int] = {}
+        self.left_out = 0  # rows left out because a text that they need is empty
+        self.dropped = 0  # rows left out because they are also in another split (overlap: drop)
+        self.of_backbone = 0  # rows left out because the backbone was prepared on them
+        self.also_in: dict[str, int] = {}  # rows also in another split (overlap: allow) or the backbone's, by its name
 
-    def keep(self, kept: Sequence[int]) -> None:
+    def keep(self, positions: Sequence[int]) -> None:
         """Leave out, in place, all but the instances at some positions."""
-        self.rows = [self.rows[position] for position in kept]
-        self[:] = [self[position] for position in kept]
-        vars(self).pop("hash", None)  # it was that of more
+        self.rows = [self.rows[position] for position in positions]
+        self[:] = [self[position] for position in positions]
+        vars(self).pop("hash", None)  # it has changed
 
     @cached_property
     def hash(self) -> str:
-        """A hash of the instances' fields but their ids, in order."""
+        """A hash of the instances in order, without their ids and origins."""
         digest = hashlib.blake2b(digest_size=8)
         keys = ("source", "source_pair", "target", "difficulty", "protected", "more_targets", "answer_spans")
         for instance in self:
@@ -59,13 +58,13 @@ class Instances(list[Instance]):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """``identity``, and what was left out and is shared with other splits, for a result."""
+        """``identity``, and how many rows were left out or are in other splits too, for ``result.json``."""
         counts = {key: getattr(self, key) for key in ("left_out", "dropped", "of_backbone", "also_in")}
         return {**self.identity, **counts}
 
 
 def check_splits(data: DataConfig) -> None:
-    """Raise ``DataError`` if the config's ``splits`` are wrong."""
+    """Raise ``DataError`` if the config's ``splits`` are malformed."""
     for name, expression in data.splits:
         if name not in SPLITS:
             raise DataError(f"'splits': unknown split {name!r}{_near(name, SPLITS)} There are {', '.join(SPLITS)}.")
@@ -74,7 +73,7 @@ def check_splits(data: DataConfig) -> None:
         except DataError as error:
             raise DataError(f"'splits': {error}") from None
     if data.splits and data.dataset == "procedural":
-        raise DataError("'splits': generated data are not cut; leave it out")
+        raise DataError("'splits': the procedural data set has its own splits; leave the key out")
 
 
 def load_split(
@@ -85,12 +84,12 @@ def load_split(
     *,
     labelled: bool = True,
 ) -> Instances:
-    """The instances of one split, in the data set's order; ``Splits`` has all of them, and compares them.
+    """The instances of one split, in the data set's order; ``Splits`` also compares the splits with each other.
 
-    A row whose needed texts are empty is left out and counted. A single file is divided by row: every tenth row is
-    validation, every tenth test, the rest train; where the config has ``splits``, the whole file is ``train``. ``data``
-    may be a text, its ``dataset``; ``known`` caches the data set's own splits between calls. If not ``labelled``, the
-    references are unknown, and rows need none.
+    A row with an empty text that it needs is left out and counted. A single file is divided by row: every tenth row is
+    validation, every tenth test, the rest train. If the config has ``splits``, the whole file is ``train``. ``data``
+    can be its ``dataset`` alone. ``known`` caches the data set's own splits between calls. If not ``labelled``, rows
+    need no references.
 
     Raises:
         FileNotFoundError: If the file, folder, split or hub id does not exist.
@@ -108,42 +107,42 @@ def load_split(
     base, start, end = _slice(named.get(split, "train" if divided else split))
     known = {} if known is None else known
     if base not in known:
-        where, lines = _read(data, base, split)
-        known[base] = where, list(lines)
+        file, lines = _read(data, base, split)
+        known[base] = file, list(lines)
     file, rows = known[base]
-    cut = set() if split in named else _cut_off(data, base, len(rows))
-    chosen = [row for row in range(len(rows))[start:end] if row not in cut]
+    taken = set() if split in named else _named_rows(data, base, len(rows))
+    chosen = [row for row in range(len(rows))[start:end] if row not in taken]
     if divided:
         chosen = [row for row in chosen if DIVISION.get(row % 10, "train") == split]
     chosen = chosen[:size]
     instances = Instances(file=file, part=_described(base, chosen, len(rows)))
     for number, position in enumerate(chosen):
         origin, row = rows[position]
-        row, identity = _renamed(row, data, family, origin, labelled), f"{split}-{number}"
-        if _is_empty(row, family, task, origin, labelled):
+        fields = _fields(row, data, family, task, origin, labelled)
+        if fields is None:
             instances.left_out += 1
             continue
-        difficulty, may_lack = _difficulty(row.get("difficulty"), origin), data.unanswerable
-        instances.append(family.instance(row, identity, origin, difficulty=difficulty, unanswerable=may_lack))
+        options = {"difficulty": _difficulty(fields.get("difficulty"), origin), "unanswerable": data.unanswerable}
+        instances.append(family.instance(fields, f"{split}-{number}", origin, **options))
         instances.rows.append(position)
     if not instances:
         why = f": all {len(chosen)} rows have empty texts" if chosen else ""
         if rows and not chosen:
-            rest = f"what {named} leaves of {base}" if named else "every tenth row of the file"
-            why = f": {named.get(split) or rest} is none of the {len(rows)} rows"
+            rest = f"the rest of {base} after {named}" if named else "every tenth row of the file"
+            why = f": {named.get(split) or rest} has none of the {len(rows)} rows"
         raise DataError(f"the split {split!r} of {data.dataset!r} is empty{why}")
     return instances
 
 
-def _cut_off(data: DataConfig, base: str, count: int) -> set[int]:
-    """The rows of a data set's own split that the named splits are slices of."""
+def _named_rows(data: DataConfig, base: str, count: int) -> set[int]:
+    """The rows of a data set's own split that the config's splits take slices of."""
     slices = [_slice(expression) for _, expression in data.splits]
-    cut = [range(count)[start:end] for name, start, end in slices if name == base and (start, end) != (None, None)]
-    return set[int]().union(*cut)
+    taken = [range(count)[start:end] for name, start, end in slices if name == base and (start, end) != (None, None)]
+    return set[int]().union(*taken)
 
 
 def _described(base: str, rows: list[int], count: int) -> str:
-    """Rows as slices, ``train[0:30]``; their number, where they are many."""
+    """Rows as slices, ``train[0:30]``; of many slices, their number."""
     breaks = [number for number, (row, following) in enumerate(pairwise(rows), start=1) if following != row + 1]
     if len(breaks) > 2:
         return f"{len(rows)} of the {count} rows of {base}, from {rows[0]} to {rows[-1]}"
@@ -157,7 +156,7 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 def _slice(expression: str) -> tuple[str, int | None, int | None]:
-    """``train[:-2000]`` as a split's name and the ends of a slice."""
+    """The name, start and end in an expression such as ``train[:-2000]``."""
     match = re.fullmatch(r"(\w+)(?:\[(-?\d*):(-?\d*)\])?", expression)
     if match is None:
         raise DataError(f"expected a split such as 'train' or 'train[:-2000]', got {expression!r}")
@@ -166,7 +165,7 @@ def _slice(expression: str) -> tuple[str, int | None, int | None]:
 
 
 def _read(data: DataConfig, base: str, split: str) -> tuple[str, Rows]:
-    """Where the data set's own split ``base`` is, and its rows; ``split`` is what it is needed for."""
+    """The file (or hub id) of the data set's own split ``base``, and its rows; ``split`` is for messages."""
     path, columns = Path(data.dataset), dict(data.columns)
     numeric = {columns.get(name, name) for name in ("label", "difficulty")}
     if path.is_file():
@@ -190,16 +189,16 @@ def _read(data: DataConfig, base: str, split: str) -> tuple[str, Rows]:
 
 
 def _no_split(data: DataConfig, base: str, split: str, known: list[str]) -> FileNotFoundError:
-    """The error where a data set has no split ``base``, which ``split`` is to be."""
-    there = "A single file is all 'train'." if Path(data.dataset).is_file() else f"It has {', '.join(known)}."
+    """The error if a data set has no split ``base``, from which ``split`` is taken."""
+    has = "A single file is all 'train'." if Path(data.dataset).is_file() else f"It has {', '.join(known)}."
     return FileNotFoundError(
-        f"{data.dataset} has no split {base!r}{_near(base, known)} {there} Say which rows {split!r} is, such as "
+        f"{data.dataset} has no split {base!r}{_near(base, known)} {has} Set the rows of {split!r}, such as "
         f'splits={{{split}: "{"train" if "train" in known else known[0]}[-1000:]"}}'
     )
 
 
 def read_rows(file: Path, numeric: Collection[str] = ("label",)) -> Rows:
-    """The rows of a JSONL, CSV or Parquet file (``numeric``: see ``read_csv``); FileNotFoundError, or DataError."""
+    """The rows of a JSONL, CSV or Parquet file; FileNotFoundError or DataError. ``numeric``: see ``read_csv``."""
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}; expected one of the formats {', '.join(FORMATS)}")
     if file.suffix == ".jsonl":
@@ -208,7 +207,7 @@ def read_rows(file: Path, numeric: Collection[str] = ("label",)) -> Rows:
         return read_csv(file, numeric)
     if file.suffix not in FORMATS:
         raise DataError(f"{file}: expected one of the formats {', '.join(FORMATS)}")
-    from datasets import load_dataset  # heavy, and only needed here
+    from datasets import load_dataset  # heavy
 
     try:
         rows: Any = load_dataset("parquet", data_files=str(file), split="train", trust_remote_code=False)
@@ -218,7 +217,7 @@ def read_rows(file: Path, numeric: Collection[str] = ("label",)) -> Rows:
 
 
 def _read_hub(data: DataConfig, base: str, split: str) -> Rows:
-    """From the hub, or from a folder in its form."""
+    """The rows of a split from the hub, or from a local copy of a hub data set."""
     from datasets import get_dataset_split_names, load_dataset, load_dataset_builder
 
     folder = Path(data.dataset).is_dir()
@@ -230,7 +229,7 @@ def _read_hub(data: DataConfig, base: str, split: str) -> Rows:
         if hasattr(builder.config, "keep_default_na"):  # CSV: "NA" and "null" are texts
             options["keep_default_na"] = False
         if folder:
-            # Streamed, with a cache of its own: the library's cache does not tell apart two folders of the same name.
+            # Streamed, with a temporary cache: the library's own cache confuses two folders of the same name.
             with TemporaryDirectory() as cache:
                 parts = load_dataset(data.dataset, data.subset, streaming=True, cache_dir=cache, **options)
                 known = sorted(parts)
@@ -241,7 +240,7 @@ def _read_hub(data: DataConfig, base: str, split: str) -> Rows:
     except Exception as error:  # the library raises errors of many kinds, above all when the hub cannot be reached
         if folder:
             raise FileNotFoundError(
-                f"no {base}.jsonl in {data.dataset}, and as a copy of a hub data set the folder does not give "
+                f"no {base}.jsonl in {data.dataset}, and the folder cannot be read as a copy of a hub data set with "
                 f"the split {base!r} (subset {data.subset}): {one_line(error)}"
             ) from error
         raise FileNotFoundError(
@@ -253,28 +252,27 @@ def _read_hub(data: DataConfig, base: str, split: str) -> Rows:
     return ((f"{data.dataset}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _renamed(row: dict[str, Any], data: DataConfig, family: Task, origin: str, labelled: bool) -> dict[str, Any]:
-    """A row with the task's own names for its fields; a local copy may have these already."""
+def _fields(
+    row: dict[str, Any], data: DataConfig, family: Task, task: str, origin: str, labelled: bool
+) -> dict[str, Any] | None:
+    """A row with the task's names for its columns (a local copy may have them already); ``None``: a text is empty."""
     unknown = {} if labelled else {family.reference: family.unknown}
     row = row | unknown
-    renamed = dict(row)
+    fields = dict(row)
     for name, column in data.columns:
         if column in row:
-            renamed[name] = row[column]
+            fields[name] = row[column]
         elif name in family.fields and name not in row:
             raise DataError(f"{origin}: no column {column!r} (for {name}); the columns are {', '.join(row)}")
-    return renamed | unknown
-
-
-def _is_empty(row: dict[str, Any], family: Task, task: str, origin: str, labelled: bool) -> bool:
-    """Whether a text that the row needs is empty (an empty cell of a CSV file is ``None``)."""
-    missing = [name for name in family.fields if name not in row]
+    fields |= unknown
+    missing = [name for name in family.fields if name not in fields]
     if missing:
         raise DataError(f"{origin}: no field {missing[0]!r}; {task} needs {', '.join(family.fields)}")
     for name in dict.fromkeys((*family.needed, *family.inputs)):
-        if row.get(name) is not None:
-            check_text(row[name], name, origin)
-    return not all((row[name] or "").strip() for name in family.needed if labelled or name != family.reference)
+        if fields.get(name) is not None:  # an empty cell of a CSV file is None
+            check_text(fields[name], name, origin)
+    needed = [name for name in family.needed if labelled or name != family.reference]
+    return fields if all((fields[name] or "").strip() for name in needed) else None
 
 
 def _difficulty(value: Any, origin: str) -> int:
@@ -282,7 +280,7 @@ def _difficulty(value: Any, origin: str) -> int:
         return 0
     if not is_number(value) or not 0 <= value <= LARGEST or value != int(value):
         raise DataError(
-            f"{origin}: difficulty must be a whole number from 1 (trivial) up, or 0 where it is not known, got "
-            f"{short(value)}; a column of another meaning needs another name"
+            f"{origin}: difficulty must be a whole number from 1 (trivial) up, or 0 if it is not known, got "
+            f"{short(value)}; rename a column that means something else"
         )
     return int(value)

@@ -1,4 +1,4 @@
-"""How hard instances are, where the data do not say: quartiles of what is known of them."""
+"""Levels of difficulty if the data have none: quartiles of the dense loss or other facts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 def quartiles(values: NDArray) -> NDArray:
-    """The quartile of each value, 1 (the lowest) to 4, int64 ``[n]``, by its rank (the mean rank of equal values).
+    """The quartile of each value, 1 (the lowest) to 4, int64 ``[n]``; equal values share their mean rank.
 
     Example:
         >>> quartiles(np.array([0.3, 9.0, 0.1, 0.2]))
@@ -21,7 +21,7 @@ def quartiles(values: NDArray) -> NDArray:
 
 
 def means_by(groups: NDArray, columns: dict[str, NDArray]) -> list[dict[str, float]]:
-    """For each group, ascending: its name, its number of instances, and the mean of each column over them."""
+    """For each group, ascending: its name, its number of instances, and the mean of each column."""
     rows = []
     for group in np.unique(groups):
         chosen = groups == group

@@ -1,4 +1,4 @@
-"""Which tokens of a split's inputs are dropped at a token level, in preparing a backbone and in scoring it."""
+"""The tokens of a split's inputs that are dropped at a token level."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from sd_gym.tasks.ranking import RANKINGS
 
 
 class TokenDropping:
-    """The tokens of a split that may be dropped, how much they matter, and those that are left.
+    """The tokens of a split that may be dropped, how much they matter, and those that are kept.
 
-    ``rarity`` gives ``training_rarity``, if the ranking asks for it.
+    ``rarity`` returns ``training_rarity``; it is called only if the ranking needs it.
     """
 
     def __init__(
@@ -42,16 +42,16 @@ class TokenDropping:
 
     @cached_property
     def droppable(self) -> NDArray:
-        """Which tokens may be dropped, bool ``[n, longest]``; not the last one where the model answers from there."""
+        """Which tokens may be dropped, bool ``[n, longest]``; not the last one if the model answers from it."""
         droppable = droppable_tokens(self._instances, self._tokenizer, self._backbone)
         if self._board.architecture.causal:
-            read = self._encoded.input_ids.numpy() != self._tokenizer.pad_token_id
-            droppable[np.arange(len(read)), read.shape[1] - 1 - read[:, ::-1].argmax(axis=1)] = False
+            present = self._encoded.input_ids.numpy() != self._tokenizer.pad_token_id
+            droppable[np.arange(len(present)), present.shape[1] - 1 - present[:, ::-1].argmax(axis=1)] = False
         return droppable
 
     @cached_property
     def scores(self) -> NDArray:
-        """How much each token matters, by the ranking, float ``[n, longest]``; ValueError if a user's gives no such."""
+        """How much each token matters, float ``[n, longest]``; ValueError if a user's ranking gives other values."""
         scores = np.asarray(self.ranking.scores(self._encoded, self._board, self._rarity))
         if scores.shape != tuple(self._encoded.input_ids.shape) or np.isnan(scores).any():
             raise ValueError(
@@ -61,12 +61,12 @@ class TokenDropping:
         return scores
 
     def kept_length(self, rows: NDArray, level: NDArray) -> NDArray:
-        """Tokens of the inputs that are left at the token levels, int64 ``[n]``."""
+        """Tokens of the inputs that are kept at the token levels, int64 ``[n]``."""
         length = self._encoded.source_length[rows]
         return length - dropped_tokens(self.droppable[rows], self.shares[level]) if level.any() else length
 
     def kept(self, rows: NDArray, level: NDArray) -> NDArray | None:
-        """The tokens that a batch of rows keeps, bool ``[n, longest of them]``; ``None``: all."""
+        """The tokens that a batch of rows keeps, bool ``[n, longest of these rows]``; ``None``: all."""
         if not level.any():
             return None
         length = self._encoded.source_length[rows, None]

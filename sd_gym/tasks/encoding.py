@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,14 +21,17 @@ from sd_gym.errors import DataError
 def encode(
     instances: Sequence[Instance], tokenizer: Tokenizer, head: Head, backbone: BackboneConfig, unanswerable: bool = True
 ) -> Encoded:
-    """Tokenise instances; what is longer than the limits is cut: of a question and its context only the context.
+    """Tokenise instances. Texts longer than the limits are cut; of a question and its context, only the context.
 
-    ``backbone`` (from ``Head.prompting``) has lengths, prompt and stop; ``unanswerable``: whether "no answer" may be
-    extracted. DataError if a label is not one of the backbone's classes, a question leaves no room for its context, or
-    an answer that shall be extracted does not stand in its context.
+    ``backbone`` (from ``Head.prompting``) has lengths, prompt and stop. ``unanswerable``: whether "no answer" may be
+    extracted.
+
+    Raises:
+        DataError: If a label is not one of the backbone's classes, a question leaves no room for its context, or an
+            answer to be extracted is not in its context.
     """
-    tokenize = partial(_tokenize_sources, instances, tokenizer, backbone)
-    source, source_cut, targets = head.encode(instances, tokenize, tokenizer, backbone)
+    source, source_cut = _tokenize_sources(instances, tokenizer, backbone, **head.source_options)
+    targets = head.targets(instances, source, tokenizer, backbone)
     if targets.context_mask is not None:
         targets.context_mask[:, 0] = unanswerable  # the first token stands for "no answer"
     return Encoded(
@@ -44,13 +46,15 @@ def encode(
 def droppable_tokens(instances: Sequence[Instance], tokenizer: Tokenizer, backbone: BackboneConfig) -> NDArray:
     """Which tokens of the inputs, as encoded by ``encode``, may be dropped: bool ``[n, longest source]``.
 
-    Special tokens, padding, what an instance protects, and all of a prompt but its document may not. ValueError if the
-    tokenizer cannot tell where its tokens come from.
+    Special tokens, padding, protected parts of an instance, and all of a prompt but its document may not.
+
+    Raises:
+        ValueError: If the tokenizer is slow: it does not give the characters of its tokens.
     """
     if not tokenizer.is_fast:
         raise ValueError(f"dropping tokens needs a fast tokenizer, got {type(tokenizer).__name__}")
-    wanted = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
-    tokens, _ = _tokenize_sources(instances, tokenizer, backbone, **wanted)
+    options = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
+    tokens, _ = _tokenize_sources(instances, tokenizer, backbone, **options)
     droppable = (tokens.special_tokens_mask == 0).numpy()
     start, end = tokens.offset_mapping.numpy()[..., 0], tokens.offset_mapping.numpy()[..., 1]
     for row, instance in enumerate(instances):
@@ -71,10 +75,10 @@ def droppable_tokens(instances: Sequence[Instance], tokenizer: Tokenizer, backbo
 def texts_and_tokens(
     instance: Instance, tokenizer: Tokenizer, backbone: BackboneConfig
 ) -> tuple[list[str], NDArray | None]:
-    """The source and its pair, or the filled prompt, and where the tokens of ``encode`` stand in these texts.
+    """The source and its pair, or the filled prompt, and the place of each token of ``encode`` in these texts.
 
-    Of each token: index of its text, or -1 of special ones, first character, last character + 1, int64 ``[length, 3]``;
-    ``None`` for slow tokenizers.
+    A place is the text's index (-1 for special tokens), the first character, and the last character + 1:
+    int64 ``[length, 3]``; ``None`` for slow tokenizers.
     """
     if backbone.prompt is not None:
         limit = min(backbone.max_source_length, tokenizer.model_max_length)
@@ -84,23 +88,22 @@ def texts_and_tokens(
     if not tokenizer.is_fast:
         return texts, None
     tokens, _ = _tokenize_sources([instance], tokenizer, backbone, return_offsets_mapping=True)
-    number = [-1 if sequence is None else sequence for sequence in tokens.sequence_ids(0)]
-    return texts, np.column_stack([number, tokens.offset_mapping[0].numpy()])
+    text_index = [-1 if index is None else index for index in tokens.sequence_ids(0)]
+    return texts, np.column_stack([text_index, tokens.offset_mapping[0].numpy()])
 
 
 def _tokenize_sources(
-    instances: Sequence[Instance], tokenizer: Tokenizer, backbone: BackboneConfig, **wanted: Any
+    instances: Sequence[Instance], tokenizer: Tokenizer, backbone: BackboneConfig, **options: Any
 ) -> tuple[BatchEncoding, NDArray]:
     """The inputs' tokens, and which inputs were cut, bool ``[n]``."""
     limit = min(backbone.max_source_length, tokenizer.model_max_length)
-    wanted |= {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+    options |= {"padding": True, "padding_side": "right", "return_tensors": "pt"}
     if backbone.prompt is not None:
         prompts, cut = _prompts(instances, tokenizer, limit, backbone.prompt)
-        return tokenizer(prompts, **wanted), cut
+        return tokenizer(prompts, **options), cut
     sources, paired = [instance.source for instance in instances], _paired(instances)
-    # What must not be dropped must not be cut either: a question stays whole.
-    asked = paired and all(instance.protected for instance in instances)
-    if asked:
+    has_questions = paired and all(instance.protected for instance in instances)
+    if has_questions:  # they are not cut
         for instance, ids in zip(instances, tokenizer(sources, [""] * len(sources)).input_ids, strict=True):
             if len(ids) >= limit:
                 raise DataError(
@@ -109,9 +112,9 @@ def _tokenize_sources(
     tokens = tokenizer(
         sources,
         [instance.source_pair or "" for instance in instances] if paired else None,
-        truncation="only_second" if asked else True,
+        truncation="only_second" if has_questions else True,
         max_length=limit,
-        **wanted,
+        **options,
     )
     return tokens, was_cut(tokens, limit)
 
@@ -121,7 +124,7 @@ def _paired(instances: Sequence[Instance]) -> bool:
 
 
 def _document(instance: Instance) -> str:
-    """The field of a prompt that may be long: the context of a question, else the source."""
+    """The field of a prompt that may be cut: the context of a question, else the source."""
     return "source" if instance.source_pair is None else "source_pair"
 
 
@@ -131,14 +134,14 @@ def _prompts(instances: Sequence[Instance], tokenizer: Tokenizer, limit: int, pr
     for instance in instances[:1]:
         if f"{{{_document(instance)}}}" not in prompt or (instance.source_pair and "{source}" not in prompt):
             raise DataError(f"the prompt must name {{source}} (and {{source_pair}}, for a context), got {prompt!r}")
-    frames = [prompt.format(**{"source": instance.source, _document(instance): ""}) for instance in instances]
-    used = [len(ids) for ids in tokenizer(frames).input_ids]
+    without = [prompt.format(**{"source": instance.source, _document(instance): ""}) for instance in instances]
+    used = [len(ids) for ids in tokenizer(without).input_ids]
     offsets = tokenizer(documents, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     texts, cut = [], []
-    for instance, document, taken, places in zip(instances, documents, used, offsets, strict=True):
-        room = limit - taken
+    for instance, document, length, places in zip(instances, documents, used, offsets, strict=True):
+        room = limit - length
         if room < 1:
-            raise DataError(f"{instance.place}: the prompt alone has {taken} of max_source_length {limit} tokens")
+            raise DataError(f"{instance.place}: the prompt alone has {length} of max_source_length {limit} tokens")
         cut.append(len(places) > room)
         text = document[: places[room - 1][1]] if cut[-1] else document
         texts.append(prompt.format(**{"source": instance.source, _document(instance): text}))

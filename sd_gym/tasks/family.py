@@ -1,4 +1,4 @@
-"""What a family of tasks is: the fields of its rows, its kinds of answers, and its metrics."""
+"""Families of tasks: the fields of their rows, their kinds of answers, and their metrics."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from sd_gym.registry import Registry
 if TYPE_CHECKING:
     from sd_gym.backbones.heads import Head
 
-LONGEST_TEXT = 2_000_000  # characters: a longer one is a file whose lines are not rows
-LARGEST = 2**31 - 1  # of labels, scores and levels of difficulty
+    NewHead = tuple[type[Head] | None, dict[str, int] | None]  # see ``Task.head_to_prepare``
+
+LONGEST_TEXT = 2_000_000  # characters; longer ones are whole files, not rows
+LARGEST = 2**31 - 1  # the largest label, score and level of difficulty
 
 
 class Task(ABC):
-    """A family of tasks; one of your own is a subclass, made known by ``sd_gym.register_task``.
+    """A family of tasks; one of your own is a subclass, registered by ``sd_gym.register_task``.
 
     Attributes:
-        texts: The fields of a row that are texts to be read, all of which it needs.
-        optional: A further text, which may be missing; ``None``: no such field.
+        texts: The fields with the texts of an input, all required.
+        optional: The field of a further text, which may be missing; ``None``: no such field.
         reference: The field of the right answer.
-        gives: The heads' ``gives`` of backbones that can do it: ``label``, ``span``, ``text``.
+        gives: The kinds of answers that fit, as in a head's ``gives``: ``label``, ``span``, ``text``.
         metrics: Metrics that apply, the default first.
-        weighs_classes: Whether ``quality=balanced`` makes sense.
-        unknown: Stands for a reference that is not known.
+        weighs_classes: Whether ``quality=balanced`` applies.
+        unknown: The value of a reference that is not known.
     """
 
     texts: tuple[str, ...]
@@ -47,24 +49,24 @@ class Task(ABC):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The fields that are read, the optional one last."""
+        """The fields with the texts of an input, the optional one last."""
         return self.texts if self.optional is None else (*self.texts, self.optional)
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """The fields that are texts without which a row is no instance."""
+        """The fields of texts that must not be empty; other rows are left out."""
         return self.texts
 
     @abstractmethod
     def instance(
         self, row: Mapping[str, Any], identity: str, origin: str, *, difficulty: int = 0, unanswerable: bool = True
     ) -> Instance:
-        """The instance with the id ``identity``, of a row that has all fields and no empty text.
+        """The instance of a row that has all fields and no empty text.
 
         Args:
             row: The row.
             identity: The instance's id.
-            origin: Where it comes from, for messages.
+            origin: File and line, for messages.
             difficulty: From the data; 0: not known.
             unanswerable: Whether there may be no right answer.
 
@@ -73,17 +75,15 @@ class Task(ABC):
         """
 
     def facts(self, instances: Sequence[Instance], head: Head) -> dict[str, NDArray]:
-        """What is known of the right answers, by name, each ``[n]``, to report results by."""
+        """Facts about the right answers that reports group results by, by name, each ``[n]``."""
         return {}
 
     def right(self, value: Any, names: Mapping[int, str]) -> list[str]:
-        """The right answers of a row, in the words of ``SkippingModel``; ``names`` are those of the classes."""
+        """The right answers of a row as texts; ``names`` are those of the classes."""
         return [value] if isinstance(value, str) else [str(answer) for answer in value]
 
-    def head_to_prepare(
-        self, stored: type[Head] | None, answers: str | None, train: Sequence[Instance]
-    ) -> tuple[type[Head] | None, dict[str, int] | None]:
-        """The head that a backbone is prepared with (``None``: the ``stored`` one), and the class indices of a new one.
+    def head_to_prepare(self, stored: type[Head] | None, answers: str | None, train: Sequence[Instance]) -> NewHead:
+        """The head to prepare a backbone with (``None``: the ``stored`` one), and the class indices of a new one.
 
         ``answers`` is the config key, ``train`` the training split.
         """
@@ -101,38 +101,36 @@ TASKS: Registry[Task] = Registry(
 
 
 def register_task(name: str, task: Task) -> None:
-    """Make a family of tasks of your own known: then ``task: name`` works in the YAML files of envs.
+    """Register a family of tasks of your own: ``task: name`` then works in the YAML files of envs.
 
     Args:
-        name: Its name; a later one of the same name replaces it.
-        task: An object of a subclass of ``sd_gym.tasks.family.Task``, such as ``TextToText("field", "field", metrics)``
-            of ``sd_gym.tasks.summarization``.
+        name: Its name. A second one of the same name replaces the first.
+        task: An instance of a subclass of ``sd_gym.tasks.family.Task``, such as
+            ``sd_gym.tasks.summarization.TextToText("field", "field", metrics)``.
 
     Raises:
         TypeError: If it is another object.
         ValueError: If the name is one of the project's.
     """
     if not isinstance(task, Task):
-        raise TypeError(
-            f"the task {name!r} has to be an object of a subclass of sd_gym.tasks.family.Task, got {task!r}"
-        )
+        raise TypeError(f"the task {name!r} has to be an instance of sd_gym.tasks.family.Task, got {task!r}")
     TASKS.register(name, task)
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether a value is a number; a bool is not."""
+    """Whether a value is a number, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_text(value: Any, name: str, origin: str = "") -> None:
-    """Raise DataError if a value is no text that a tokenizer can read; ``origin``: where it stands, for the message."""
+    """Raise DataError if a value is not a text that a tokenizer can read; ``origin``: file and line for the message."""
     name = f"{origin}: {name}" if origin else name
     if not isinstance(value, str):
         raise DataError(f"{name} must be a text, got {short(value)}")
     if len(value) > LONGEST_TEXT:
         raise DataError(
-            f"{name} has {len(value):,} characters, expected at most {LONGEST_TEXT:,}; shorten it, or look "
-            "whether the file has each row on a line of its own"
+            f"{name} has {len(value):,} characters, expected at most {LONGEST_TEXT:,}; shorten it, or check "
+            "that the file has one row per line"
         )
     try:
         value.encode()

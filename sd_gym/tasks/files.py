@@ -1,4 +1,4 @@
-"""Rows of files, each with its place in the file, for error messages."""
+"""Rows of JSONL and CSV files, each with its place in the file, for error messages."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 from sd_gym.errors import DataError
 
-Rows = Iterable[tuple[str, dict[str, Any]]]  # (where it stands, row)
+Rows = Iterable[tuple[str, dict[str, Any]]]  # (place, row)
 
 WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def read_jsonl(file: Path) -> Rows:
-    """The rows of a file of JSON lines; blank lines are skipped. DataError if a line is not a JSON object in UTF-8."""
+    """The rows of a file of JSON lines, without blank lines; DataError if a line is not a JSON object in UTF-8."""
     with file.open("rb") as lines:
         for number, row in json_rows(lines):
             if isinstance(row, DataError):
@@ -27,9 +27,9 @@ def read_jsonl(file: Path) -> Rows:
 
 
 def json_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
-    """The rows of JSON lines, each with the number of its line, from 1; blank lines are skipped, but counted.
+    """The rows of JSON lines, without blank lines, each with the number of its line, from 1.
 
-    A line that is no JSON object, or not UTF-8, gives its error in place of a row, so that it stops no other.
+    A line that is not a JSON object in UTF-8 gives its error in place of a row.
     """
     for number, line in enumerate(lines, start=1):
         try:
@@ -48,10 +48,10 @@ def json_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any] | Da
 
 
 def read_csv(file: Path, numeric: Collection[str]) -> Rows:
-    """Every row below the header; DataError if the file is not CSV, or not UTF-8.
+    """The rows of a CSV file; DataError if it is not CSV in UTF-8.
 
-    Cells are texts, whatever they look like (``NA``, ``null``, ``12``); empty ones are ``None``. Only ``numeric``
-    columns hold numbers, where all their cells look like numbers.
+    Cells are texts, even ``NA``, ``null`` and ``12``; empty ones are ``None``. Only the ``numeric`` columns have
+    numbers, if all their cells look like numbers.
     """
     csv.field_size_limit(2**31 - 1)  # the library's own limit is shorter than many documents
     reader = csv.reader(_lines(file), strict=True)
@@ -64,30 +64,24 @@ def read_csv(file: Path, numeric: Collection[str]) -> Rows:
             origin = f"{file}, line {reader.line_num}"
             if cells and len(cells) != len(header):
                 raise DataError(
-                    f"{origin}: expected {len(header)} cells ({', '.join(header)}), got {len(cells)}; a cell with "
-                    "a comma in it stands in double quotes"
+                    f"{origin}: expected {len(header)} cells ({', '.join(header)}), got {len(cells)}; put a cell with "
+                    "a comma in double quotes"
                 )
             if cells:
                 rows.append((origin, {name: cell or None for name, cell in zip(header, cells, strict=True)}))
     except csv.Error as error:
         raise DataError(f"{file}, line {reader.line_num}: not CSV ({error})") from error
     for name in set(numeric) & set(header):
-        _numbers(rows, name)
+        cells = [row for _, row in rows if row[name] is not None]
+        for pattern, number in ((WHOLE, int), (DECIMAL, float)):
+            if all(pattern.fullmatch(row[name]) for row in cells):
+                for row in cells:
+                    row[name] = number(row[name])
+                break
     return rows
 
 
-def _numbers(rows: list[tuple[str, dict[str, Any]]], name: str) -> None:
-    """Make numbers of a column's cells, in place, if all look like numbers."""
-    cells = [row[name] for _, row in rows if row[name] is not None]
-    for pattern, number in ((WHOLE, int), (DECIMAL, float)):
-        if all(pattern.fullmatch(cell) for cell in cells):
-            for _, row in rows:
-                row[name] = None if row[name] is None else number(row[name])
-            return
-
-
 def _lines(file: Path) -> Iterator[str]:
-    """The lines of a text file."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -99,6 +93,6 @@ def _lines(file: Path) -> Iterator[str]:
 def _decoded(line: bytes, number: int) -> str:
     """The text of a line; DataError if it is not UTF-8."""
     try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")  # some programs mark the beginning
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")  # some programs begin a file with a mark
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8") from error

@@ -1,4 +1,4 @@
-"""An input's text with a mark for each character: read, dropped by a decision, or cut off as too long."""
+"""The texts of an input with a mark per character: read, dropped by a decision, or cut off as too long."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ READ, DROPPED, CUT = 0, 1, 2
 
 
 class MarkedText(NamedTuple):
-    """A text, and its marks."""
+    """A text and its marks."""
 
     text: str
-    marks: NDArray  # ``READ``, ``DROPPED`` or ``CUT`` for each character, int8 ``[len(text)]``
+    marks: NDArray  # ``READ``, ``DROPPED`` or ``CUT`` per character, int8 ``[len(text)]``
 
     def runs(self) -> list[tuple[str, int]]:
         """The text in pieces, each with its mark."""
@@ -32,12 +32,12 @@ class MarkedText(NamedTuple):
 def marked_texts(
     instance: Instance, tokenizer: PreTrainedTokenizerBase, backbone: BackboneConfig, keep: NDArray | None = None
 ) -> list[MarkedText]:
-    """The texts that a backbone is given (source and pair, or the filled prompt), with marks.
+    """The texts that a backbone reads (source and pair, or the filled prompt), with marks.
 
-    With a slow tokenizer all is marked as read, as it cannot tell where its tokens stand. ``keep``: which tokens stay,
-    bool ``[length]``; ``None``: all.
+    With a slow tokenizer all is marked as read: it does not give the characters of its tokens. ``keep``: the tokens
+    that are not dropped, bool ``[length]``; ``None``: all.
     """
-    from sd_gym.tasks.encoding import texts_and_tokens  # for which torch is imported
+    from sd_gym.tasks.encoding import texts_and_tokens  # imports torch
 
     texts, places = texts_and_tokens(instance, tokenizer, backbone)
     if places is None:

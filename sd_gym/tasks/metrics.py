@@ -1,12 +1,10 @@
-"""How good a backbone's output is: the quality of one instance, and the metric of a whole data set.
+"""The quality of one answer, which rewards are made of, and the metric of a whole data set, which reports show.
 
-The quality of an instance is what rewards are made of; the metric is what reports show. Accuracy and exact match are
-the mean quality. F1, Matthews correlation and the correlations of a regression are properties of the whole data set,
-that no single instance has: there the quality is what each instance adds to accuracy (or, for scores, how near it
-comes), and a policy that keeps the mean quality keeps the metric only nearly, so reports show both. With
-``quality=balanced`` a right answer counts inversely to how frequent its class is, and the mean is balanced accuracy B.
-Of two classes, Matthews correlation is (2 B - 1) times the standard deviation of the labels over that of the
-predictions, so this is what keeps it where one class is rare, which accuracy does not.
+Accuracy and exact match are the mean quality. F1, Matthews correlation and the correlations of scores are properties of
+the whole data set: a policy that keeps the mean quality keeps them only nearly, so reports show both. With
+``quality=balanced`` a right answer counts inversely to the frequency of its class, and the mean is balanced accuracy B.
+For two classes, Matthews correlation is (2 B - 1) times the standard deviation of the labels over that of the
+predictions. So ``balanced`` keeps it if one class is rare, which accuracy does not.
 """
 
 from __future__ import annotations
@@ -32,13 +30,13 @@ CorpusMetric = Callable[[NDArray, NDArray], float]
 
 @dataclass(frozen=True)
 class Metric:
-    """How a task is measured: one of the two functions.
+    """A metric: one of two functions.
 
     Attributes:
-        of_text: Takes a text and its references to a score in [0, 1], or to several by name; a data set has the means.
+        of_text: Takes a text and its references to a score in [0, 1], or to several by name. A data set has the means.
         of_all: Takes predictions ``[n]`` and labels ``[n]`` (class indices, or scores) to one number.
-        quality: Which of several scores of a text is its quality; ``None``: their mean.
-        own: Whether it is a user's, which applies to any task.
+        quality: The name of the score that is a text's quality; ``None``: the mean of its scores.
+        own: Whether a user registered it; then it applies to any task.
     """
 
     of_text: TextMetric | None = None
@@ -56,7 +54,7 @@ def text_scores(metric: str, answer: str, references: Sequence[str]) -> dict[str
     """Scores of one text, by name; ValueError if the metric does not compare texts."""
     function = METRICS.find(metric).of_text
     if function is None:
-        raise ValueError(f"the metric {metric!r} is none of texts")
+        raise ValueError(f"the metric {metric!r} does not compare texts")
     scores = function(answer, references or ("",))
     return dict(scores) if isinstance(scores, Mapping) else {metric: float(scores)}
 
@@ -64,8 +62,7 @@ def text_scores(metric: str, answer: str, references: Sequence[str]) -> dict[str
 def text_quality(metric: str, answer: str, references: Sequence[str]) -> float:
     """Quality of one text in [0, 1]: F1 for ``squad``, ``exact_match``, the mean of the three ROUGE for ``rouge``.
 
-    A data set's metric is the mean over its instances, so whoever keeps the mean quality keeps the metric. Of SQuAD's
-    two figures F1 is the one that a reward can grade. Raises: see ``text_scores``.
+    The metric of a data set is the mean over its instances. Raises: see ``text_scores``.
     """
     scores, chosen = text_scores(metric, answer, references), METRICS.find(metric).quality
     return float(np.mean(list(scores.values()))) if chosen is None else scores[chosen]
@@ -81,12 +78,12 @@ def corpus_metric(name: str, predictions: NDArray, labels: NDArray) -> float:
     """The metric of a whole data set, see ``Metric.of_all``; ValueError if the metric compares texts."""
     function = METRICS.find(name).of_all
     if function is None:
-        raise ValueError(f"the metric {name!r} is one of texts")
+        raise ValueError(f"the metric {name!r} compares texts")
     return float(function(predictions, labels))
 
 
 def normalised(text: str) -> str:
-    """Lower case, without punctuation and articles, with single spaces: as SQuAD compares (Rajpurkar et al. 2016)."""
+    """A text in lower case, without punctuation, articles and double spaces, as in SQuAD (Rajpurkar et al. 2016)."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -94,7 +91,7 @@ def normalised(text: str) -> str:
 def answer_scores(answer: str, references: Sequence[str]) -> dict[str, float]:
     """Exact match and token F1 of an answer, each the best over the references.
 
-    Without references the question has no answer (SQuAD 2.0): then only an empty text is right.
+    Without references the question has no answer (SQuAD 2.0), and only an empty text is right.
     """
     references = references or ("",)
     return {
@@ -123,10 +120,6 @@ def _scorer():
     return RougeScorer(list(ROUGE), use_stemmer=True)
 
 
-def _accuracy(predictions: NDArray, labels: NDArray) -> float:
-    return float((predictions == labels).mean())
-
-
 def _f1(predictions: NDArray, labels: NDArray) -> float:
     """Of class 1, as GLUE defines it."""
     from sklearn.metrics import f1_score
@@ -144,23 +137,19 @@ def _correlation(predictions: NDArray, labels: NDArray) -> float:
     """The mean of Pearson's and Spearman's, of scores."""
     from scipy.stats import pearsonr, spearmanr
 
-    if np.ptp(predictions) == 0:  # not defined; a constant score says nothing
+    if np.ptp(predictions) == 0:  # of a constant it is not defined
         return 0.0
     results: list[Any] = [pearsonr(labels, predictions), spearmanr(labels, predictions)]
     return sum(result.statistic for result in results) / 2
 
 
-def _exact_match(answer: str, references: Sequence[str]) -> float:
-    return answer_scores(answer, references)["exact_match"]
-
-
 METRICS: Registry[Metric] = Registry(
     "metric",
     {
-        "exact_match": Metric(of_text=_exact_match),
+        "exact_match": Metric(of_text=lambda answer, references: answer_scores(answer, references)["exact_match"]),
         "squad": Metric(of_text=answer_scores, quality="f1"),
         "rouge": Metric(of_text=summary_scores),
-        "accuracy": Metric(of_all=_accuracy),
+        "accuracy": Metric(of_all=lambda predictions, labels: (predictions == labels).mean()),
         "f1": Metric(of_all=_f1),
         "matthews": Metric(of_all=_matthews),
         "correlation": Metric(of_all=_correlation),
@@ -169,12 +158,12 @@ METRICS: Registry[Metric] = Registry(
 
 
 def register_metric(name: str, *, of_text: TextMetric | None = None, of_all: CorpusMetric | None = None) -> None:
-    """Make a metric of your own known: then ``metric=name`` works in ``gym.make``, YAML files and ``--set``.
+    """Register a metric of your own: ``metric=name`` then works in ``gym.make``, YAML files and ``--set``.
 
     Args:
-        name: Its name; a later one of the same name replaces it.
+        name: Its name. A second one of the same name replaces the first.
         of_text: See ``Metric``; higher is better. With ``quality=metric`` rewards are made of it.
-        of_all: See ``Metric``, where instances are classified or scored.
+        of_all: See ``Metric``; for instances that are classified or scored.
 
     Raises:
         ValueError: If not exactly one of the two is given, or the name is one of the project's.

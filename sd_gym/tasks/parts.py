@@ -1,7 +1,7 @@
-"""Which rows of a training split are the backbone's, and which are left for policies.
+"""The rows of a training split that a backbone is prepared on; the others are for policies.
 
-A backbone knows the rows that it was prepared on: what a mask loses there says little about what it loses elsewhere. So
-``sd-gym prepare`` takes a part of the training split, and writes down which; envs on that backbone learn on the others.
+A backbone has memorised the rows that it was prepared on, so the quality that a mask loses there says little about
+other rows. ``sd-gym prepare`` takes a part of the training split, and saves which; policies learn on the rest.
 """
 
 from __future__ import annotations
@@ -20,23 +20,20 @@ ROWS = "backbone_rows.safetensors"  # in the folder of a prepared backbone: ``ha
 
 
 def row_hashes(instances: Sequence[Instance]) -> NDArray[np.int64]:
-    """Hashes of the texts of instances, int64 ``[n]``; labels and spaces at the ends do not count."""
-    texts = (f"{one.source.strip()}\0{(one.source_pair or '').strip()}" for one in instances)
+    """Hashes of the texts of instances, int64 ``[n]``, without labels and outer spaces."""
+    texts = (f"{instance.source.strip()}\0{(instance.source_pair or '').strip()}" for instance in instances)
     digests = (hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts)
     return np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)
 
 
 def backbone_part(instances: Sequence[Instance], rows: float) -> NDArray[np.bool_]:
-    """Which instances a backbone is prepared on, bool ``[n]``: those with the lowest hashes.
+    """Which instances of a training split a backbone is prepared on, bool ``[n]``: those with the lowest hashes.
 
-    So the part depends neither on the order of the rows nor on a seed, and equal texts are on the same side.
-
-    Args:
-        instances: Those of a training split.
-        rows: The share of them, up to 1.0; above that their number. Equal texts can make it a few more.
+    So the part depends neither on the order of the rows nor on a seed, and equal texts are in the same part. ``rows``
+    is a share, up to 1.0, or above that a number; equal texts can make it a few more.
 
     Raises:
-        ValueError: If ``rows`` is not above 0, or there are not so many.
+        ValueError: If ``rows`` is not above 0, or above the number of instances.
     """
     if not 0 < rows <= max(1, len(instances)):
         raise ValueError(
@@ -49,15 +46,15 @@ def backbone_part(instances: Sequence[Instance], rows: float) -> NDArray[np.bool
 
 
 def write_backbone_rows(folder: Path, hashes: NDArray[np.int64]) -> None:
-    """Write down in a backbone's folder which rows it was prepared on."""
+    """Save in a backbone's folder which rows it was prepared on."""
     write_arrays(folder / ROWS, {"hashes": np.unique(hashes)})
 
 
 def backbone_rows(backbone: str) -> NDArray[np.int64]:
-    """Hashes of the rows that a backbone was prepared on, int64 ``[rows]``; empty where nothing says so.
+    """Hashes of the rows that a backbone was prepared on, int64 ``[rows]``; empty if its folder has no file of them.
 
     Raises:
-        ValueError: If the file that says so is damaged.
+        ValueError: If the file is damaged.
     """
     file = Path(backbone) / ROWS
     if not file.is_file():

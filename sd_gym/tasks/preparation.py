@@ -12,7 +12,7 @@ from copy import copy
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import head_stored_with, load_model, save_backbone
 from sd_gym.backbones.prepare import Recipe, freeze_observation, prepare
 from sd_gym.config import BackboneConfig, DataConfig, QualityConfig, TokensConfig
-from sd_gym.data.instance import Instance
 from sd_gym.files import as_json, read_json, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.switch import Switchboard
@@ -46,9 +45,9 @@ from sd_gym.tasks.splits import Splits, check_unchanged
 from sd_gym.tasks.validation import EncodedSplit, MeanQuality
 from sd_gym.version import __version__
 
-CUT_OFF = "preparing.json"  # the settings, while a preparation runs
+CUT_OFF = "preparing.json"  # has the settings while a preparation runs
 BACKBONE_ROWS = 0.6  # share of the training split
-HELD_OUT = 2000  # rows that it is validated on, at most
+HELD_OUT = 2000  # the most rows that it is validated on
 
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -71,43 +70,42 @@ def prepare_backbone(
 ) -> dict[str, Any]:
     """Fine-tune a backbone on a task so that it is robust to skipping, and save it with its tokenizer and a report.
 
-    Started by ``accelerate launch``, several processes share the work, each with batches of its own; the first one
-    writes. The weights are saved before they are evaluated. It computes in bfloat16 where the processor has that,
-    unless the environment variable ACCELERATE_MIXED_PRECISION says what to compute in (``no``: float32).
+    Processes started by ``accelerate launch`` share the work; the first one writes. The weights are saved before they
+    are evaluated. It computes in bfloat16 if the processor supports that, unless the environment variable
+    ACCELERATE_MIXED_PRECISION sets another format (``no``: float32).
 
     Args:
-        backbone: A supported model, with lengths and perhaps a prompt. For classification it gets a head of the right
-            size, and for extracted answers one that marks spans, if it has none; for other answers it must generate.
-        data: The data set. Nothing is learned or measured on its validation and test splits, but errors in them are
-            raised.
+        backbone: A supported model, with lengths and perhaps a prompt. It gets a new head if the task needs one to
+            classify or extract; for other answers it must generate.
+        data: The data set. Errors in its validation and test splits are raised, too; they are not learned from.
         task: Name of the task.
         output: Folder to write to: the model, ``backbone_rows.safetensors`` (hashes of its rows), ``preparation.json``,
             ``preparation.png`` (quality against skip rate) and TensorBoard's events; ``checkpoint.pt`` and
             ``preparing.json`` while the preparation runs.
-        recipe: Steps, rates and draws; its ``batch_size`` is that of one process. With a ``max_rate`` of 0 and no
-            tokens to drop the backbone is fine-tuned densely, as usual.
-        rows: The share of the training split, up to 1.0, or the number of rows that it is prepared on (see
-            ``backbone_part``); of a backbone that was prepared before, its rows. Policies learn on the others, and the
-            backbone is validated on up to 2,000 of these; where there are no others, on the validation split.
-        tokens: Shares of the tokens to drop that a row draws from, and which go first; by ``attention``, that of the
-            backbone before it is prepared.
-        quality: Only its ``label_range`` counts.
-        skip_logits: To tune it under a policy: for ``train`` and ``validation``, the log-odds by which the policy skips
-            each switch, float32 ``[n, switches]``. See ``decisions_around`` and ``freeze_observation``.
+        recipe: Steps, rates and draws; its ``batch_size`` is per process. With a ``max_rate`` of 0 and no tokens to
+            drop, this is plain dense fine-tuning.
+        rows: Share of the training split, up to 1.0, or number of its rows to prepare on (see ``backbone_part``). A
+            backbone that was prepared before keeps its rows. Policies learn on the others. Up to 2,000 of those are
+            for validation; if there are none, the validation split is.
+        tokens: Shares of the tokens to drop, of which each row draws one, and the ranking of tokens. With
+            ``attention``, it is that of the backbone before it is prepared.
+        quality: Only its ``label_range`` is used.
+        skip_logits: The log-odds by which a policy skips each switch, float32 ``[n, switches]`` for ``train`` and
+            ``validation``, to tune the backbone under it. See ``decisions_around`` and ``freeze_observation``.
         resume: Whether to continue from the checkpoint in ``output``, if there is one.
         checkpoint_minutes: Minutes between two checkpoints.
         on_step: See ``sd_gym.backbones.prepare``; called in the first process.
-        on_phase: Called in the first process with what begins: ``evaluating`` (before and after), ``preparing``; with
-            the number format where that is not float32.
+        on_phase: Called in the first process at the start of a phase: ``evaluating`` (before and after) and
+            ``preparing`` (with the number format, unless float32).
 
     Returns:
-        The report, also in ``preparation.json``: settings; instances that were used, left out (empty) and cut; the
-        held-out quality by step; and mean quality on the held-out rows by random skip rate (drawn as ``layers``: by
-        the share of layers skipped, the least important ones), and by the share of tokens dropped, before and after.
-        ``measure`` says which quality that is; ``importance``, drawn as ``layers``, how much each of them matters.
+        The report, as in ``preparation.json``: settings; instances that were used, left out (empty) and cut; the
+        held-out quality by step; and the mean held-out quality before and after, by random skip rate and by share of
+        tokens dropped. With ``draw="layers"`` the rate is the share of layers skipped, the least important ones, and
+        ``importance`` has a value per layer. ``measure`` names the quality.
 
     Raises:
-        FileExistsError: If ``output`` holds anything but a preparation that was cut off and is to be resumed;
+        FileExistsError: If ``output`` has anything but an interrupted preparation to be resumed;
             ``FolderInUseError`` if another process is writing to it.
         ValueError: If the backbone cannot do the task, or the preparation to resume has other data or settings.
         FloatingPointError: If the loss is not finite.
@@ -128,7 +126,7 @@ def prepare_backbone(
         model, tokenizer, board = _switchable(backbone, task, splits, recipe.seed, skip_logits is not None, accelerator)
         reading = head_of(model).prompting(backbone)
         parts = _parts(splits, backbone.name, rows, skip_logits)
-        encoded = _encoded(splits, parts, data, board, tokenizer, reading, tokens)
+        encoded = _encoded(splits, parts, data.unanswerable, board, tokenizer, reading, tokens)
         settings = {
             MARKER: __version__,
             "backbone": reading.name,
@@ -152,14 +150,14 @@ def prepare_backbone(
                 _check_same(output, cut_off, settings)
             write_json(output / CUT_OFF, settings)
         mean = MeanQuality(board, encoded["held out"], quality, reading, accelerator)
-        say = on_phase if first else lambda phase: None
-        say("evaluating")
+        begin = on_phase if first else lambda phase: None
+        begin("evaluating")
         importance = None
         if recipe.draw == "layers":
             importance = layer_importance(board, next(_batches(encoded["held out"], 32, 0, accelerator)), accelerator)
         before = mean.by_rate(importance), mean.by_share()
         precision = accelerator.mixed_precision
-        say("preparing" if precision == "no" else f"preparing in {precision}")
+        begin("preparing" if precision == "no" else f"preparing in {precision}")
         with _curves(output, on_step, write=first) as log:
             history = prepare(
                 board,
@@ -173,10 +171,10 @@ def prepare_backbone(
                 accelerator=accelerator,
             )
         if first:
-            own = row_hashes(encoded["backbone"].instances)
-            write_backbone_rows(output, np.concatenate([own, backbone_rows(backbone.name)]))  # before it was tuned, too
+            new = row_hashes(encoded["backbone"].instances)
+            write_backbone_rows(output, np.concatenate([new, backbone_rows(backbone.name)]))  # of both preparations
             save_backbone(model, tokenizer, output)
-        say("evaluating")
+        begin("evaluating")
         after = mean.by_rate(history.importance), mean.by_share()
         board.remove()
         report = {
@@ -198,7 +196,7 @@ def prepare_backbone(
 
 
 def _mixed_precision(device: str) -> str | None:
-    """What to compute in; ``None``: what the environment variable says, or what this process computes in already."""
+    """The number format; ``None``: that of the environment variable, or of an earlier Accelerator of this process."""
     if "ACCELERATE_MIXED_PRECISION" in os.environ or is_initialized():
         return None
     return "bf16" if has_bf16(usable_device(device)) else "no"
@@ -207,10 +205,19 @@ def _mixed_precision(device: str) -> str | None:
 def _switchable(
     backbone: BackboneConfig, task: str, splits: Splits, seed: int, has_policy: bool, accelerator: Accelerator
 ) -> tuple[PreTrainedModel, Tokenizer, Switchboard]:
-    """The model on its device, its tokenizer, and its switchboard; as it is where it has a policy."""
-    train, _ = splits["train"], splits["validation"]  # errors in the data come first
+    """The model with the head that the task needs, on its device, its tokenizer, and its switchboard."""
+    train, _ = splits["train"], splits["validation"]  # errors in the data are raised first
     torch.manual_seed(seed)
-    model, tokenizer = load_model(backbone.name) if has_policy else _load(backbone, task, train)
+    head, label2id = None, None
+    if not has_policy:
+        family, stored = TASKS.find(task), head_stored_with(backbone.name)
+        head, label2id = family.head_to_prepare(stored, backbone.answers, train)
+        if head is None and (stored is None or stored.gives not in family.gives):
+            raise ValueError(f"the backbone {backbone.name!r} does not generate text, which {task} needs")
+    model, tokenizer = load_model(backbone.name, head=head, num_labels=label2id and len(label2id))
+    if label2id is not None:
+        model.config.label2id = label2id
+        model.config.id2label = {index: word for word, index in label2id.items()}
     check_positions(backbone, model, tokenizer, head_of(model))
     device = accelerator.device if accelerator.num_processes > 1 else usable_device(backbone.device)
     model.to(device)  # pyright: ignore[reportArgumentType]  (transformers hides the signature of Module.to)
@@ -220,48 +227,43 @@ def _switchable(
     return model, tokenizer, board
 
 
-class _Part(NamedTuple):
-    """Some instances, and the log-odds by which a policy skips their switches, if the backbone is tuned under one."""
-
-    instances: Instances
-    skip_logits: NDArray | None
-
-
-def _parts(splits: Splits, backbone: str, rows: float, skip_logits: Mapping[str, NDArray] | None) -> dict[str, _Part]:
-    """The rows that the backbone is prepared on (``backbone``), and those that it is validated on (``held out``)."""
-    train, logits = splits["train"], None if skip_logits is None else skip_logits["train"]
+def _parts(
+    splits: Splits, backbone: str, rows: float, skip_logits: Mapping[str, NDArray] | None
+) -> dict[str, tuple[Instances, NDArray | None]]:
+    """The rows to prepare on (``backbone``) and to validate on (``held out``), with their ``skip_logits``."""
+    train, logits = splits["train"], skip_logits or {}
     own = np.isin(row_hashes(train), backbone_rows(backbone))
     if not own.any():  # it was not prepared before, or on other data
         own = backbone_part(train, rows)
 
-    def part(positions: NDArray) -> _Part:
+    def part(positions: NDArray) -> tuple[Instances, NDArray | None]:
         chosen = copy(train)
         chosen.keep(positions.tolist())
         chosen.part = f"{len(positions)} rows of {train.part}"
-        return _Part(chosen, None if logits is None else logits[positions])
+        return chosen, None if skip_logits is None else skip_logits["train"][positions]
 
     others = np.flatnonzero(~own)[:HELD_OUT]
-    whole = _Part(splits["validation"], None if skip_logits is None else skip_logits["validation"])
-    return {"backbone": part(np.flatnonzero(own)), "held out": part(others) if len(others) else whole}
+    held_out = part(others) if len(others) else (splits["validation"], logits.get("validation"))
+    return {"backbone": part(np.flatnonzero(own)), "held out": held_out}
 
 
 def _encoded(
     splits: Splits,
-    parts: Mapping[str, _Part],
-    data: DataConfig,
+    parts: Mapping[str, tuple[Instances, NDArray | None]],
+    unanswerable: bool,
     board: Switchboard,
     tokenizer: Tokenizer,
     reading: BackboneConfig,
     tokens: TokensConfig,
 ) -> dict[str, EncodedSplit]:
-    """The parts as the model reads them; errors in later splits are raised, too."""
+    """The parts as the model reads them; errors in the validation and test splits are raised, too."""
     head, encoded = head_of(board.model), {}
     rarity = cache(lambda: training_rarity(tokenizer, splits["train"]))
-    encode = partial(encode_cached, tokenizer=tokenizer, head=head, backbone=reading, unanswerable=data.unanswerable)
+    encode = partial(encode_cached, tokenizer=tokenizer, head=head, backbone=reading, unanswerable=unanswerable)
     for name, (instances, logits) in parts.items():
         tensors = encode(instances)
         dropping = TokenDropping(instances, tensors, board, tokenizer, head, reading, tokens, rarity)
-        if len(tokens.shares) > 1:  # as the backbone ranks them before it is prepared
+        if len(tokens.shares) > 1:  # rank them now, before the backbone is prepared
             _ = dropping.scores, dropping.droppable
         encoded[name] = EncodedSplit(instances, tensors, head, dropping, logits)
     for name in ("validation", "test"):
@@ -272,14 +274,14 @@ def _encoded(
 
 @contextmanager
 def _curves(output: Path, on_step: OnStep, *, write: bool) -> Iterator[OnStep]:
-    """Notes each step for TensorBoard, and passes it on; in the process that writes."""
+    """Logs each step to TensorBoard and calls ``on_step``, in the process that writes."""
     writer: SummaryWriter | None = None
 
     def log(step: int, figures: dict[str, float]) -> None:
         nonlocal writer
         if not write:
             return
-        if writer is None:  # hides what a run that was cut off wrote from here on
+        if writer is None:  # later steps of an interrupted preparation are hidden
             writer = SummaryWriter(output, purge_step=step)
         for name, value in figures.items():
             writer.add_scalar(f"validation/{name}" if name == "quality" else f"train/{name}", value, step)
@@ -287,32 +289,31 @@ def _curves(output: Path, on_step: OnStep, *, write: bool) -> Iterator[OnStep]:
 
     try:
         yield log
-    finally:  # also after an error everything is written, and no thread writes any more
+    finally:
         if writer is not None:
             writer.close()
 
 
 def _cut_off(output: Path, resume: bool) -> dict[str, Any] | None:
-    """The settings of the preparation in the folder that is to be resumed; ``None``: the folder is empty."""
+    """The settings of the interrupted preparation to be resumed; ``None``: the folder is empty."""
     if not contents(output):
         return None
     if not (output / CUT_OFF).exists():
         if (output / "config.json").exists():
             raise FileExistsError(f"{output} holds a model; choose another --output")
-        raise foreign(output, "preparation that was cut off")
+        raise foreign(output, "interrupted preparation")
     if not resume:
         raise FileExistsError(
-            f"{output} holds a preparation that was cut off; go on with --resume, or choose another --output"
+            f"{output} holds an interrupted preparation; continue it with --resume, or choose another --output"
         )
     return read_json(output / CUT_OFF)
 
 
-def _check_same(output: Path, there: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raise ValueError if the preparation in the folder has other settings."""
-    here = json.loads(as_json(settings))
-    # Data that are the same may have moved.
-    named = [key for key in here if key not in (MARKER, "source", "data", "rows")]
-    differ = [f"its {key} is {there.get(key)}, now it is {here[key]}" for key in named if there.get(key) != here[key]]
+def _check_same(output: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise ValueError if the preparation in the folder has other settings; the data files may have moved."""
+    now = json.loads(as_json(settings))
+    keys = [key for key in now if key not in (MARKER, "source", "data", "rows")]
+    differ = [f"its {key} is {before.get(key)}, now it is {now[key]}" for key in keys if before.get(key) != now[key]]
     if differ:
         raise ValueError(f"{output} holds another preparation: {', '.join(differ)}")
 
@@ -321,29 +322,17 @@ def _hash(arrays: Mapping[str, NDArray]) -> str:
     return hashlib.blake2b(b"".join(arrays[name].tobytes() for name in sorted(arrays)), digest_size=8).hexdigest()
 
 
-def _load(backbone: BackboneConfig, task: str, train: list[Instance]) -> tuple[PreTrainedModel, Tokenizer]:
-    """The model with the head that the task needs."""
-    family, stored = TASKS.find(task), head_stored_with(backbone.name)
-    head, label2id = family.head_to_prepare(stored, backbone.answers, train)
-    if head is None and (stored is None or stored.gives not in family.gives):
-        raise ValueError(f"the backbone {backbone.name!r} does not generate text, which {task} needs")
-    if label2id is None:
-        return load_model(backbone.name, head=head)
-    model, tokenizer = load_model(backbone.name, head=head, num_labels=len(label2id))
-    model.config.label2id = label2id
-    model.config.id2label = {index: word for word, index in label2id.items()}
-    return model, tokenizer
-
-
 def _batches(split: EncodedSplit, batch_size: int, seed: int, accelerator: Accelerator) -> Iterator[dict[str, Tensor]]:
     """This process's share of endless shuffled batches, each row at a random token level."""
-    drawn = _draws(split, batch_size, np.random.default_rng(seed))
-    for rows, level in itertools.islice(drawn, accelerator.process_index, None, accelerator.num_processes):
+    batches = _rows_and_levels(split, batch_size, np.random.default_rng(seed))
+    for rows, level in itertools.islice(batches, accelerator.process_index, None, accelerator.num_processes):
         yield split.batch(rows, level)
 
 
-def _draws(split: EncodedSplit, batch_size: int, random: np.random.Generator) -> Iterator[tuple[NDArray, NDArray]]:
-    """Endless shuffled rows with their token levels; in a window of 50 batches, rows of similar length go together."""
+def _rows_and_levels(
+    split: EncodedSplit, batch_size: int, random: np.random.Generator
+) -> Iterator[tuple[NDArray, NDArray]]:
+    """Endless shuffled rows with their token levels; each 50 batches are sorted by length and shuffled again."""
     window, lengths, levels = 50 * batch_size, split.encoded.source_length, len(split.tokens.shares)
     while True:
         order = random.permutation(len(lengths))
@@ -356,7 +345,7 @@ def _draws(split: EncodedSplit, batch_size: int, random: np.random.Generator) ->
 
 
 def plot_preparation(report: dict[str, Any], file: Path) -> None:
-    """Draw quality against skip rate and share of tokens dropped, before and after, and by step, as one PNG."""
+    """Plot quality against skip rate, share of tokens dropped, and step, as one PNG."""
     skipped = "share of layers skipped" if report["draw"] == "layers" else "skip rate of every sublayer"
     panels = {skipped: report["quality"]}
     if report["quality_by_token_share"]["after"]:
@@ -374,6 +363,4 @@ def plot_preparation(report: dict[str, Any], file: Path) -> None:
     for axes in (*curves, by_step):
         axes.set_ylim(0, 1.03)
         axes.grid(alpha=0.3)
-    temporary = file.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=100)
-    os.replace(temporary, file)
+    figure.savefig(file, dpi=100)

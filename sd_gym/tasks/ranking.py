@@ -1,10 +1,9 @@
-"""Which tokens of encoded inputs go first when tokens are dropped."""
+"""Rankings of the tokens of encoded inputs: the lowest ones are dropped first."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,21 +30,21 @@ ScoreTokens = Callable[[Encoded, Switchboard, Callable[[], NDArray]], NDArray]  
 
 
 class TokenRanking(ABC):
-    """One way to say which tokens matter.
+    """A way to rank tokens.
 
     Attributes:
         is_exported: Whether a saved policy can rank by it, without its env.
-        needs_rarity: Whether a saved policy needs ``training_rarity``.
+        needs_rarity: Whether a saved policy needs ``training_rarity`` for it.
         costs_flops: Whether ranking runs a part of the backbone.
     """
 
-    is_exported: ClassVar[bool] = False
-    needs_rarity: ClassVar[bool] = False
-    costs_flops: ClassVar[bool] = False
+    is_exported: bool = False
+    needs_rarity: bool = False
+    costs_flops: bool = False
 
     @abstractmethod
     def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
-        """How much each token matters, float ``[n, longest]``; ``rarity`` gives ``training_rarity``."""
+        """How much each token matters, float ``[n, longest]``; ``rarity`` returns ``training_rarity``."""
 
     def flops(self, flops: FlopsModel, length: NDArray) -> NDArray:
         """FLOPs of ranking the tokens of inputs of ``length [n]`` tokens, int64 ``[n]``."""
@@ -53,7 +52,7 @@ class TokenRanking(ABC):
 
 
 class ByAttention(TokenRanking):
-    """By the attention that each token receives in the first layer, which runs densely beforehand."""
+    """By the attention that each token receives in the first layer, which is run densely first."""
 
     is_exported = True
     costs_flops = True
@@ -64,7 +63,7 @@ class ByAttention(TokenRanking):
         return np.concatenate([np.pad(part, ((0, 0), (0, longest - part.shape[1]))) for part in parts])
 
     def flops(self, flops: FlopsModel, length: NDArray) -> NDArray:
-        """Those of the first attention."""
+        """FLOPs of the first attention."""
         return flops.costs(length, length)[1][:, 0]
 
 
@@ -80,46 +79,37 @@ class ByRarity(TokenRanking):
         return rarity_scores(ids, np.arange(ids.shape[1]) < encoded.source_length[:, None], rarity())
 
 
-class ByPosition(TokenRanking):
-    """By position: the last ones go first."""
-
-    is_exported = True
-
-    def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
-        """See ``position_scores``."""
-        return position_scores(encoded.input_ids.shape)
-
-
 class FunctionRanking(TokenRanking):
-    """By a user's function; see ``register_ranking``."""
+    """By a function that costs no FLOPs; see ``register_ranking``."""
 
-    def __init__(self, function: ScoreTokens) -> None:
-        self._function = function
+    def __init__(self, function: ScoreTokens, *, is_exported: bool = False) -> None:
+        self._function, self.is_exported = function, is_exported
 
     def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
-        """What the function returns."""
+        """The values of the function."""
         return self._function(encoded, board, rarity)
-
-
-def _at_random(encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
-    return random_scores(encoded.input_ids.shape)
 
 
 RANKINGS: Registry[TokenRanking] = Registry(
     "token ranking",
-    {"attention": ByAttention(), "idf": ByRarity(), "position": ByPosition(), "random": FunctionRanking(_at_random)},
+    {
+        "attention": ByAttention(),
+        "idf": ByRarity(),
+        "position": FunctionRanking(lambda encoded, *_: position_scores(encoded.input_ids.shape), is_exported=True),
+        "random": FunctionRanking(lambda encoded, *_: random_scores(encoded.input_ids.shape)),
+    },
 )
 
 
 def register_ranking(name: str, ranking: TokenRanking | ScoreTokens) -> None:
-    """Make a token ranking of your own known: then ``token_ranking=name`` works in ``gym.make``, YAML and ``--set``.
+    """Register a token ranking of your own: ``token_ranking=name`` then works in ``gym.make``, YAML and ``--set``.
 
-    A policy that drops tokens by it decides in the env alone: an artefact knows the project's rankings only.
+    A policy that uses it cannot be saved for use outside its env.
 
     Args:
-        name: Its name; a later one of the same name replaces it.
-        ranking: A ``TokenRanking``, which also says what it costs; or a function that costs nothing. It takes
-            ``(encoded, board, rarity)`` to a number for each token, float ``[n, longest]``; the lowest go first.
+        name: Its name. A second one of the same name replaces the first.
+        ranking: A ``TokenRanking``, or a function that costs no FLOPs. It takes ``(encoded, board, rarity)`` to a
+            number per token, float ``[n, longest]``; the lowest are dropped first.
 
     Raises:
         ValueError: If the name is one of the project's.

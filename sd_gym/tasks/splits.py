@@ -1,17 +1,16 @@
-"""The splits of a data set, compared: no text stands in two of them, or it is known which do."""
+"""The splits of a data set, compared with each other: texts in two of them are refused, dropped or counted."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sd_gym.config import DataConfig, EnvConfig
-from sd_gym.data.instance import Instance
 from sd_gym.tasks.data import SPLITS, DataError, Instances, check_splits, load_split
 from sd_gym.tasks.parts import backbone_rows, row_hashes
 
@@ -19,12 +18,12 @@ BACKBONE = "the backbone's rows"  # in ``Instances.also_in``
 
 
 class Splits:
-    """The splits of a data set, all of them read when the first one is asked for.
+    """The splits of a data set, all read on the first access to one of them.
 
-    An error in a split is raised when that split is asked for, as learning needs no test split. Generated splits are
-    disjoint; each is generated when it is asked for. Policies learn on the rows of ``train`` that ``backbone``, a
-    backbone's name, was not prepared on, unless ``data.policy_rows`` is ``all``; ``None``: all rows. If not
-    ``labelled``, references are unknown. Raises: see ``check_splits`` and ``backbone_rows``.
+    An error in a split is raised on access to that split, as learning needs no test split. Generated splits are
+    disjoint, and each is generated on access. Policies learn on the rows of ``train`` that ``backbone`` (its name) was
+    not prepared on, unless ``data.policy_rows`` is ``all``; ``None``: all rows. If not ``labelled``, references are
+    unknown. Raises: see ``check_splits`` and ``backbone_rows``.
     """
 
     def __init__(self, data: DataConfig, task: str, backbone: str | None = None, *, labelled: bool = True) -> None:
@@ -35,14 +34,13 @@ class Splits:
 
     @classmethod
     def of_env(cls, config: EnvConfig) -> Splits:
-        """Those of an env: with its backbone's rows left out, and without labels where agreement is the quality."""
+        """The splits of an env: without its backbone's rows, and without labels if the quality is agreement."""
         return cls(config.data, config.task, config.backbone.name, labelled=config.quality.kind != "agreement")
 
     def __getitem__(self, name: str) -> Instances:
         """The instances of a split, by its name. Raises: see ``load_split``.
 
-        Where rows stand in two splits, or among the backbone's, DataError (``overlap: error``) or a warning
-        (``overlap: allow``).
+        If rows are in two splits, or among the backbone's: DataError (``overlap: error``) or a warning (``allow``).
         """
         if self._data.dataset == "procedural":
             if name not in self._read:
@@ -52,9 +50,9 @@ class Splits:
         elif not self._read:
             known: dict[str, tuple[str, list]] = {}
             read = {split: self._try(split, known) for split in SPLITS}
-            there = {split: rows for split, rows in read.items() if isinstance(rows, Instances)}
-            self._take_out_backbone_rows(there)
-            _compare(there, self._data)
+            splits = {split: rows for split, rows in read.items() if isinstance(rows, Instances)}
+            self._take_out_backbone_rows(splits)
+            _compare(splits, self._data)
             self._read = read
         instances = self._read[name]
         if isinstance(instances, Exception):
@@ -73,7 +71,7 @@ class Splits:
         return {name: self[name].identity for name in SPLITS}
 
     def _take_out_backbone_rows(self, splits: dict[str, Instances]) -> None:
-        """Leave the backbone's rows out of ``train``, or count them; what to do in later splits ``overlap`` says."""
+        """Leave out, count or refuse the backbone's rows: in ``train`` by ``policy_rows``, elsewhere by ``overlap``."""
         data, size = self._data, self._data.train_size
         for name, instances in splits.items() if len(self._of_backbone) else ():
             known = np.isin(row_hashes(instances), self._of_backbone)
@@ -82,8 +80,8 @@ class Splits:
                 words = f"{known.sum()} of the {len(known)} rows of {name} ({instances.part}) are rows of the backbone"
                 if name != "train" and data.overlap == "error":
                     raise DataError(
-                        f"{words}, which was prepared on them: a result would be of rows that were learned from. Set "
-                        "overlap=drop to leave them out, or overlap=allow to go on all the same"
+                        f"{words}, which was prepared on them, so a result would be too good. Set overlap=drop to "
+                        "leave them out, or overlap=allow to use them all the same"
                     )
                 instances.also_in[BACKBONE] = int(known.sum())
                 if name != "train":
@@ -93,8 +91,8 @@ class Splits:
                 instances.keep(np.flatnonzero(~known)[: size if name == "train" else None].tolist())
                 if not instances:
                     raise DataError(
-                        f"all {len(known)} rows of {name} ({instances.part}) are rows that the backbone was prepared "
-                        "on. Prepare it on fewer (sd-gym prepare --rows 0.6), or set policy_rows=all to learn on them"
+                        f"the backbone was prepared on all {len(known)} rows of {name} ({instances.part}). Prepare it "
+                        "on fewer (sd-gym prepare --rows 0.6), or set policy_rows=all to learn on them too"
                     )
 
     def _try(self, name: str, known: dict[str, tuple[str, list]]) -> Instances | Exception:
@@ -108,7 +106,7 @@ class Splits:
 
 
 def check_unchanged(run: Path, before: Mapping[str, Mapping[str, Any]], data: Splits) -> None:
-    """Raise ``DataError``, naming the splits, if they are not what they were when the run (or preparation) began.
+    """Raise ``DataError`` if splits have changed since a run (or preparation) began.
 
     ``before``: ``Splits.identity`` of some splits then; empty: not known.
     """
@@ -116,53 +114,43 @@ def check_unchanged(run: Path, before: Mapping[str, Mapping[str, Any]], data: Sp
     differ = [name for name, was in before.items() if was["hash"] != now[name]["hash"]]
     if differ:
         shown = "; ".join(f"{name} was {_words(before[name])}, and is {_words(now[name])}" for name in differ)
-        raise DataError(f"{run}: the data have changed: {shown}. Begin again, or bring back those that were there")
+        raise DataError(f"{run}: the data have changed: {shown}. Begin again, or restore the former data")
 
 
 def _words(identity: Mapping[str, Any]) -> str:
     return f"{identity['instances']} instances of {identity['file']} ({identity['part']}, hash {identity['hash']})"
 
 
-def _key(instance: Instance) -> tuple[str, str | None]:
-    return instance.source.strip(), instance.source_pair and instance.source_pair.strip()
-
-
 def _compare(splits: dict[str, Instances], data: DataConfig) -> None:
-    """Drop, refuse or count the texts that stand in two splits, as ``data.overlap`` says."""
-    texts = {name: {_key(instance) for instance in instances} for name, instances in splits.items()}
-    shared = {
-        (name, other): sum(_key(instance) in texts[other] for instance in splits[name])
-        for name, other in combinations(splits, 2)
-        if texts[name] & texts[other]
-    }
-    if not shared:
+    """Drop, refuse or count the texts that are in two splits, by ``data.overlap``."""
+    hashes = {name: row_hashes(instances) for name, instances in splits.items()}
+    shared = {pair: int(np.isin(hashes[pair[0]], hashes[pair[1]]).sum()) for pair in permutations(splits, 2)}
+    if not any(shared.values()):
         return
-    if data.overlap == "drop":
-        for name in splits:
-            later = [texts[other] for other in splits if SPLITS.index(other) > SPLITS.index(name)]
-            _drop(splits[name], set().union(*later), f"the split {name!r} of {data.dataset!r}")
+    if data.overlap == "drop":  # rows stay in the last split that has them
+        for name, instances in splits.items():
+            later = [hashes[other] for other in splits if SPLITS.index(other) > SPLITS.index(name)]
+            dropped = np.isin(hashes[name], np.concatenate([hashes[name][:0], *later]))
+            instances.dropped = int(dropped.sum())
+            instances.keep(np.flatnonzero(~dropped).tolist())
+            if not instances:
+                raise DataError(
+                    f"the split {name!r} of {data.dataset!r} is empty: all its rows are also in a later split"
+                )
         return
     words = "; ".join(
-        f"{count} of the {len(splits[name])} rows of {name} ({splits[name].part}) also stand in {other} "
+        f"{shared[name, other]} of the {len(splits[name])} rows of {name} ({splits[name].part}) are also in {other} "
         f"({splits[other].part})"
-        for (name, other), count in shared.items()
+        for name, other in combinations(splits, 2)
+        if shared[name, other]
     )
     if data.overlap == "error":
         raise DataError(
-            f"splits of {data.dataset!r} overlap: {words} (the same texts, whatever their labels). A result would be "
-            "of rows that were learned from. Cut them apart with splits=..., or set overlap=drop to leave such rows "
-            "out of the first one, or overlap=allow to go on all the same"
+            f"splits of {data.dataset!r} overlap: {words} (the same texts, whatever their labels), so a result would "
+            "be too good. Separate them with splits=..., or set overlap=drop to leave such rows out of the first "
+            "split, or overlap=allow to use them all the same"
         )
-    for pair in shared:
-        for name, other in (pair, pair[::-1]):
-            splits[name].also_in[other] = sum(_key(instance) in texts[other] for instance in splits[name])
+    for (name, other), count in shared.items():
+        if count:
+            splits[name].also_in[other] = count
     warnings.warn(f"splits of {data.dataset!r} overlap, as overlap=allow says: {words}", stacklevel=4)
-
-
-def _drop(instances: Instances, texts: set[tuple[str, str | None]], what: str) -> None:
-    """Leave out, in place, what stands among ``texts``."""
-    kept = [number for number, instance in enumerate(instances) if _key(instance) not in texts]
-    instances.dropped = len(instances) - len(kept)
-    instances.keep(kept)
-    if not kept:
-        raise DataError(f"{what} is empty: all its rows also stand in a later split")

@@ -1,4 +1,4 @@
-"""A text for a text: summarization, and whatever else has two fields."""
+"""Text to text: summarization, translation and similar tasks with two fields."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from sd_gym.tasks.family import Task
 
 
 class TextToText(Task):
-    """A backbone reads one text and generates another.
+    """Tasks in which a backbone reads one text and generates another.
 
     Args:
-        source: The field that is read.
-        target: The field of the text that shall be generated.
+        source: The field of the input.
+        target: The field of the text to be generated.
         metrics: Metrics that apply, the default first.
     """
 

@@ -1,4 +1,4 @@
-"""Quality of a backbone on a split under random decisions, while it is prepared."""
+"""The quality of a backbone on a split under random decisions, measured while it is prepared."""
 
 from __future__ import annotations
 
@@ -26,23 +26,21 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """A split as the model reads it, with what dropping its tokens needs."""
+    """A split as the model reads it."""
 
     instances: Instances
     encoded: Encoded  # their tensors
-    head: Head  # the backbone's head
+    head: Head
     tokens: TokenDropping  # which of their tokens a level drops
-    # Log-odds by which the policy that the backbone is tuned under skips each switch, float32 ``[n, switches]``;
-    # ``None``: no policy.
-    skip_logits: NDArray | None = None
+    skip_logits: NDArray | None = None  # a policy's log-odds of skipping each switch, float32 ``[n, switches]``
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """``Instances.provenance``, and how many had their input or target cut."""
+        """``Instances.provenance``, and how many inputs and targets were cut."""
         return {**self.instances.provenance, **self.encoded.counts}
 
     def batch(self, rows: NDArray, level: NDArray) -> dict[str, Tensor]:
-        """The inputs of some rows, on the CPU; ``keep`` among them where tokens are dropped at their levels."""
+        """The inputs of some rows, on the CPU; with ``skip_logits`` under a policy, and ``keep`` where tokens drop."""
         inputs = self.head.batch(self.encoded, rows, torch.device("cpu"))
         if self.skip_logits is not None:
             inputs["skip_logits"] = torch.from_numpy(self.skip_logits[rows])
@@ -54,7 +52,7 @@ class EncodedSplit:
 
 @dataclass(frozen=True)
 class MeanQuality:
-    """Mean quality on a split, of which each process runs its share."""
+    """Mean quality on a split; each process runs its share."""
 
     board: Switchboard
     split: EncodedSplit
@@ -63,9 +61,9 @@ class MeanQuality:
     accelerator: Accelerator
 
     def by_rate(self, importance: Tensor | None = None) -> dict[str, float]:
-        """Quality with every row skipping each switch at random, by the rate (0: dense).
+        """Quality by skip rate (0: dense), with each switch of each row skipped at random.
 
-        Where the ``importance`` of each layer is known, so many of all layers are skipped, the least important ones.
+        If the ``importance`` of each layer is known, the rate is the share of layers skipped, the least important ones.
         """
         n, generator, layers = len(self.split.encoded), torch.Generator(), layers_of(self.board)
 
@@ -77,13 +75,13 @@ class MeanQuality:
         return {str(rate): self._mean(skip(rate), np.zeros(n, dtype=np.int64)) for rate in REPORTED_RATES}
 
     def by_share(self) -> dict[str, float]:
-        """Quality with every sublayer running, by the share of tokens that every row drops; empty where none may."""
+        """Quality by the share of tokens dropped, with every sublayer running; empty if no share is above 0."""
         n, shares = len(self.split.encoded), self.split.tokens.shares.tolist()[1:]
-        nothing = torch.zeros(n, len(self.board), dtype=torch.int64)
-        return {str(share): self._mean(nothing, np.full(n, level)) for level, share in enumerate(shares, start=1)}
+        dense = torch.zeros(n, len(self.board), dtype=torch.int64)
+        return {str(share): self._mean(dense, np.full(n, level)) for level, share in enumerate(shares, start=1)}
 
     def under_decisions(self, drawing: Drawing) -> float:
-        """Quality with every row drawing its decision as in training, by the same seed at each call."""
+        """Quality under decisions drawn as in training, with the same seed at each call."""
         n, levels = len(self.split.encoded), len(self.split.tokens.shares)
         generator = torch.Generator().manual_seed(0)
         skip = drawing(n, generator)
@@ -113,6 +111,7 @@ class MeanQuality:
         split, measure = self.split, self.split.head.measured_by(None)
         if measure.score is not None:
             return float(measure.score(logits, labels, self.quality.label_range).sum())
-        answers = split.head.in_words(split, rows, logits, self.reading.max_target_length)
+        spans = split.head.best(logits, self.reading.max_target_length).cpu().numpy()
+        answers = split.head.to_texts(split.instances, split.encoded, rows, spans)
         references = [split.instances[row].references for row in rows]
-        return sum(text_quality(measure.metric, text, right) for text, right in zip(answers, references, strict=True))
+        return sum(text_quality("squad", text, right) for text, right in zip(answers, references, strict=True))

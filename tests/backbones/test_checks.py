@@ -1,4 +1,4 @@
-"""What is wrong with the weights, the tokenizer or the positions of a backbone is told when it is loaded."""
+"""Wrong weights, tokenizers and positions of a backbone are refused on loading."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Which decisions a backbone meets while it is prepared."""
+"""The random decisions that a backbone is prepared under."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_layers_are_numbered_through_all_stacks():
 
 @pytest.mark.parametrize("draw", DRAWS)
 @given(rate=st.floats(0, 1), seed=st.integers(0, 2**31))
-def test_they_are_skip_vectors_that_a_seed_tells(draw, rate, seed):
+def test_they_are_skip_vectors_that_depend_on_the_seed_only(draw, rate, seed):
     skip = drawn(draw, rate, seed, rows=7)
     assert skip.shape == (7, len(LAYERS))
     assert skip.dtype == torch.int64
@@ -53,7 +53,7 @@ def test_staged_runs_layers_up_to_a_random_one_and_half_leave_there():
     skip = drawn("staged", rate=0.0).bool()
     assert not skip.any(dim=1).all()
     left = skip[skip.any(dim=1)]
-    first = left.float().argmax(dim=1)  # where nothing else is skipped, a row that skips skips all behind its look
+    first = left.float().argmax(dim=1)  # nothing else is skipped, so a row skips all from its stage on
     assert (left == (torch.arange(len(LAYERS)) >= first[:, None])).all()
     assert (LAYERS[first].bincount() / len(skip)).tolist() == pytest.approx([0.1] * 4, abs=0.02)  # half of 1 in 5
 

@@ -71,11 +71,11 @@ def test_a_gguf_file_of_garbage_is_refused(tmp_path):
         load_model(str(tmp_path / "model.gguf"))
 
 
-def test_code_in_a_folder_is_never_run_and_nobody_is_asked(folder, monkeypatch):
+def test_code_in_a_folder_is_never_run_and_the_user_is_not_asked(folder, monkeypatch):
     marker = folder / "ran"
     (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\n")
     change_config(folder, model_type="own", auto_map={"AutoConfig": "own.C", "AutoModel": "own.M"})
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
     with pytest.raises(BackboneError, match=r"cannot be read"):
         load_model(str(folder))
     assert not marker.exists()

@@ -1,4 +1,4 @@
-"""Training under skipping: what is learned from, which weights stay, and going on after an interruption."""
+"""Training under skipping: the loss, the weights that are kept, and resuming."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def count_steps(board, qualities, patience=None, draw="even", **settings):
         weights.append(board.model.classifier.weight.detach().clone())
         return next(remaining)
 
-    recipe = Recipe(100, 1e-3, patience=patience, draw=draw)
+    recipe = Recipe(40, 1e-3, patience=patience, draw=draw)
     course = prepare(board, iter(lambda: batch, None), recipe, validate=validate, **settings)
     return course, weights
 
@@ -29,12 +29,12 @@ def count_steps(board, qualities, patience=None, draw="even", **settings):
 def test_the_best_weights_stay_and_patience_ends():
     board = Switchboard(make_model("bert"))
     course, weights = count_steps(board, [0.1, 0.5, 0.4, 0.5, 0.3, 0.9], patience=3)
-    assert course.step == 50  # the best quality came after 20 steps, and did not come again in three validations
-    assert course.validation == [(10, 0.1), (20, 0.5), (30, 0.4), (40, 0.5), (50, 0.3)]
+    assert course.step == 20  # the best quality came after 8 steps, and no better one in three validations
+    assert course.validation == [(4, 0.1), (8, 0.5), (12, 0.4), (16, 0.5), (20, 0.3)]
     assert torch.equal(board.model.classifier.weight, weights[3])  # as good, and it learned longer
     assert not torch.equal(weights[3], weights[1])
     course, weights = count_steps(Switchboard(make_model("bert")), np.linspace(0, 1, 10))
-    assert course.step == 100
+    assert course.step == 40
 
 
 @pytest.mark.parametrize("draw", ["even", "layers"])
@@ -43,7 +43,7 @@ def test_patience_and_the_best_weights_survive_an_interruption(draw, tmp_path):
         pass
 
     def cut(step, figures):
-        if step == 35:
+        if step == 14:
             raise CutError
 
     whole, cut_off = Switchboard(make_model("bert")), Switchboard(make_model("bert"))
@@ -61,7 +61,7 @@ def test_patience_and_the_best_weights_survive_an_interruption(draw, tmp_path):
         assert torch.equal(one, other)
 
 
-def test_a_dropped_token_is_not_seen_by_the_switched_half_only():
+def test_a_dropped_token_is_hidden_from_the_switched_half_only():
     board, inputs = Switchboard(make_model("bert")), make_inputs("bert")
     batch = {**inputs, "labels": torch.tensor([0, 1, 0, 1, 0]), "keep": inputs["attention_mask"].bool()}
     batch["keep"][0, 3] = False
@@ -83,14 +83,14 @@ def test_a_policy_decides_on_the_rows_that_are_not_random(share, same):
         board = Switchboard(make_model("bert"))
         logits = torch.full((5, len(board)), log_odds)
         batch = {**make_inputs("bert"), "labels": torch.tensor([0, 1, 0, 1, 0]), "skip_logits": logits}
-        seen = []
+        losses = []
 
         def on_step(step, figures):
-            seen.append(figures["distillation"])
+            losses.append(figures["distillation"])
 
         recipe = Recipe(3, 1e-3, random_share=share, max_rate=0.8)
         prepare(board, iter(lambda: dict(batch), None), recipe, on_step=on_step)
-        return seen
+        return losses
 
     assert (distillations(-9.0) == distillations(9.0)) is same
 

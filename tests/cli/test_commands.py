@@ -100,14 +100,12 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkey
         options = ["--algo", algo, "--steps", 256, "--output", tmp_path / algo]
         assert run("train", "SD/Classification-Custom-v0", *options, *settings).exit_code == 0
     everything = [folder, tmp_path / "hull", tmp_path / "blind-a2c"]
-    picture = tmp_path / "fronts.png"
     result = run("compare", "--fronts", *everything)
     assert "points lost 0.50" in result.output
     assert "…" not in result.output
-    for options in ([], ["--test-size", 3, "--picture", picture]):
+    for options in ([], ["--test-size", 3]):
         result = run("compare", "--fronts", *options, "--markdown", *everything)
         assert "| SD/Classification-Custom-v0 | a2c | 1 |" in result.output
-    assert picture.read_bytes().startswith(b"\x89PNG")
     (fronts,) = score_fronts(everything, 3)
     assert fronts.controls["hull"].quality.shape[1] == 3
 
@@ -128,7 +126,7 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkey
         (["train", "SD/Classification-Custom-v0"], "'dataset' has no value"),
         (["train", "SD/Classification-Custom-v0", "--set", "dataset=./no.jsonl"], "'backbone' has no value"),
         (["evaluate", "nowhere"], "no config.json"),
-        (["evaluate", "nowhere", "--split", "dev"], "expected train, validation or test"),
+        (["evaluate", "nowhere", "--split", "dev"], "'dev' is not one of 'train'"),
         (["compare", "nowhere"], "no result.json"),
         (["prepare", "--backbone", "./no", "--dataset", "./no.jsonl", "--output", "out"], "no data at"),
     ],

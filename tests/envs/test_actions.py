@@ -121,10 +121,10 @@ def test_bad_actions(tiny, action, given, message):
     [
         ("[[0, 0], [1, 0]]", r"have 2 components, expected 7: one for each of 6 switches, and the token level"),
         ("[[0, 0, 0, 0, 0, 2, 0]]", r"components from 0 to 2; expected 0 or 1 for a switch"),
-        ("[[0, 0, 0], [1, 0]]", r"is no list of masks of one length"),
-        ("[]", r"is no list of masks, such as"),
-        ("[[0.5, 0, 0, 0, 0, 0, 0]]", r"is no list of masks, such as"),
-        ("{", r"is no list of masks"),
+        ("[[0, 0, 0], [1, 0]]", r"expected a list of masks of one length"),
+        ("[]", r"expected a list of masks, such as"),
+        ("[[0.5, 0, 0, 0, 0, 0, 0]]", r"expected a list of masks, such as"),
+        ("{", r"expected a list of masks"),
     ],
 )
 def test_wrong_codebooks(tiny, tmp_path, text, message):

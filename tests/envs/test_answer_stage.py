@@ -154,11 +154,11 @@ def test_a_text_is_judged_by_the_tokens_that_were_generated():
     split, rows = core.split("test"), np.arange(8)
     masks = np.zeros((8, len(core.decision_nvec)), dtype=np.int64)
     masks[4:, 6:18] = 1
-    texts, judged = split.passes.generated_and_judged(rows, masks)
+    texts, judged = split.passes.answers_and_judgement(rows, masks)
     assert texts == split.passes.answers(rows, masks)
     assert judged.shape == (8, len(core.backbone.head.judgement))
     assert (judged[:, 1] <= judged[:, 0] + 1e-9).all()  # the least probable token is no more probable than the mean
-    alone = [split.passes.generated_and_judged(rows[[row]], masks[[row]])[1][0] for row in range(8)]
+    alone = [split.passes.answers_and_judgement(rows[[row]], masks[[row]])[1][0] for row in range(8)]
     np.testing.assert_allclose(judged, alone, atol=1e-2)
 
 

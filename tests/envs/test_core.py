@@ -52,7 +52,7 @@ def env_arguments(request, reviews, tiny_backbone, tiny_generator, full_table, t
 
 
 def test_both_checkers_pass_without_a_warning(env_arguments, monkeypatch):
-    """In every render mode, the window included where there is pygame."""
+    """In every render mode."""
     monkeypatch.setitem(SwitchableEnv.metadata, "render_fps", 1000)
     env_id, arguments = env_arguments
     env = gym.make(env_id, **arguments)
@@ -241,5 +241,5 @@ def test_bad_backbones(reviews, tmp_path, tiny_tokenizer):
 def test_labels_that_the_backbone_does_not_know(tmp_path, tiny_backbone):
     file = tmp_path / "data.jsonl"
     file.write_text('{"text": "the food", "label": 7}\n')
-    with pytest.raises(DataError, match="label 7 is none of the backbone's 2 classes"):
+    with pytest.raises(DataError, match="label 7 is not one of the backbone's 2 classes"):
         gym.make("SD/Classification-Custom-v0", dataset=str(file), backbone=str(tiny_backbone))

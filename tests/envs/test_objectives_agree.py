@@ -17,7 +17,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from sd_gym.envs.regret import best_rewards, regret, static_regret
+from sd_gym.envs.exact import best_rewards
 from sd_gym.envs.table import TableSplit
 from sd_gym.envs.wrappers import LagrangianWrapper, SafetyWrapper
 
@@ -42,7 +42,7 @@ def make(small_table, monkeypatch):
         flops = np.append(FLOPS, np.ones(len(core.masks) - len(FLOPS)))
         split = core.split("train")
         scoring = SimpleNamespace(
-            quality=lambda rows, decisions: (quality[rows, core.masks_of(decisions)], quality[rows, DENSE]),
+            quality=lambda rows, decisions, seen: (quality[rows, core.masks_of(decisions)], quality[rows, DENSE]),
             of_masks=lambda rows: quality[rows],
             of_one=lambda row, number: (quality[row, number], quality[row, DENSE]),
         )
@@ -73,7 +73,7 @@ def column(steps, number=0):
 
 
 @pytest.mark.parametrize(("gains", "means"), [("counted", COUNTED), ("ignored", IGNORED)])
-def test_the_reward_and_its_regret(make, gains, means):
+def test_the_reward_and_the_best_reward(make, gains, means):
     env = make(gains=gains)
     rewards = column(outcomes(env))
     np.testing.assert_allclose(rewards.mean(axis=1), means)
@@ -83,9 +83,6 @@ def test_the_reward_and_its_regret(make, gains, means):
     split = env.unwrapped.core.split("train")
     best = [0.8 + 5 * (gains == "counted"), 0, 0.5, 0.8, 0.8]
     np.testing.assert_allclose(best_rewards(split), best)
-    half = regret(split, lambda seen: np.full((len(seen), 1), HALF))
-    np.testing.assert_allclose(half, np.array(best) - rewards[HALF])
-    assert static_regret(split) == pytest.approx(np.mean(best) - max(means))
 
 
 def test_the_highest_and_the_lowest_reward_are_within_the_range(make):  # from -5 to 1 + 5

@@ -137,6 +137,19 @@ def test_nothing_is_answered_or_marked_unless_it_is_shown(monkeypatch):
     assert envs[0].unwrapped.render() is None
 
 
+@pytest.mark.filterwarnings("ignore:.*HumanRendering")
+def test_gymnasium_shows_the_picture_in_a_window():
+    pygame = pytest.importorskip("pygame")
+    env = gym.make(SUMMARIZATION, render_mode="human", **SMALL)
+    env.metadata["render_fps"] = 1000
+    env.reset(seed=0)
+    env.step(action_for(env, [2]))
+    shown = pygame.surfarray.array3d(pygame.display.get_surface()).swapaxes(0, 1)
+    np.testing.assert_array_equal(shown, env.unwrapped.render())
+    env.close()
+    assert not pygame.display.get_init()
+
+
 def test_a_video_can_be_recorded(tmp_path):
     pytest.importorskip("moviepy")
     from gymnasium.wrappers import RecordVideo

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import sd_gym
 from sd_gym.cli import app
 from sd_gym.envs.config import load_config
-from sd_gym.envs.exact import REFERENCES, hull_at, normalised_score
+from sd_gym.envs.exact import REFERENCES, hull, normalised_score
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.table_files import read_description, table_folder
@@ -130,7 +130,7 @@ def test_references_say_what_there_is_to_learn(env_id):
     core = shared_core(load_config(config_of(env_id), {}))
     said, test, epsilon = read_json(core.folder / REFERENCES), core.split("test"), core.config.reward.epsilon
     assert said["losses"] == [0, epsilon / 2, epsilon]
-    assert said["hull"] == pytest.approx([hull_at(test, loss) for loss in said["losses"]])
+    assert said["hull"] == pytest.approx([hull(test).at(loss) for loss in said["losses"]])
     assert said["negative_control"] == any(name in env_id for name in ("QAMR", "SNLI"))
     for loss, masks, full, best in zip(*(said[key] for key in ("losses", *said["curves"])), strict=True):
         assert best < full

@@ -324,7 +324,7 @@ def test_what_may_be_registered(tiny):
     assert gym.make(**tiny, observation="lengths").observation_space.shape == (1,)
     with pytest.raises(ValueError, match="needs a name of its own; 'pooled' is taken"):
         sd_gym.register_observation("pooled", Lengths)
-    with pytest.raises(TypeError, match="'numbers' has to be a subclass of"):
+    with pytest.raises(TypeError, match="'numbers' must be a subclass of"):
         sd_gym.register_observation("numbers", lambda core: None)
 
 

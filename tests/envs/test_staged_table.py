@@ -53,9 +53,8 @@ def test_outcomes_and_looks_are_those_of_the_env(table, source):
     for name in SPLITS:
         ours, theirs = core.split(name), computed.split(name)
         rows = np.arange(len(theirs))
-        np.testing.assert_array_equal(
-            core.stage_observation.judging_flops(ours, rows), computed.stage_observation.judging_flops(theirs, rows)
-        )
+        looking = [each.observing_flops(split, rows, blind=True) for each, split in ((core, ours), (computed, theirs))]
+        np.testing.assert_array_equal(*looking)
         for ways in product(*map(range, core.nvec)):
             decided = np.tile(ways, (len(rows), 1))
             masks = core.to_masks(decided)

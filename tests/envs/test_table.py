@@ -150,7 +150,7 @@ def test_a_run_on_a_table_is_played_again(table, tmp_path):
     ("keys", "words"),
     [
         ({}, "'table' has no value; pass the folder of one"),
-        ({"backbone": "mini"}, "the table .* is of .*, got 'mini'; of a table only split, stages, reward.objective"),
+        ({"backbone": "mini"}, "the table .* was made with .*, got 'mini'; only split, stages, reward.objective"),
         ({"epsilom": 1}, "did you mean 'reward.epsilon'"),
         ({"table": 5}, "expected the folder of a table"),
         ({"epsilon": -1}, "config key 'reward.epsilon'"),
@@ -166,7 +166,7 @@ def test_what_a_table_cannot_be_asked_for(keys, words, full_table):
 
 
 def test_a_table_lists_no_texts(full_table):
-    with pytest.raises(ValueError, match="a table has none of the texts"):
+    with pytest.raises(ValueError, match="a table has no texts"):
         sd_gym.instances(ID, table=full_table)
 
 

@@ -124,8 +124,8 @@ def test_neither_torch_nor_a_data_set_is_needed(table):
         f"            gym.make_vec('SD/Table-v0', num_envs=4, table={table!r})):\n"
         "    env.reset(seed=0)\n"
         "    env.step(env.action_space.sample())\n"
-        "from sd_gym.envs.regret import static_regret\n"
-        "print(static_regret(env.unwrapped.core.split('test')))\n"
+        "from sd_gym.envs.exact import hull\n"
+        "print(hull(env.unwrapped.core.split('test')))\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 

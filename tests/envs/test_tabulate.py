@@ -62,7 +62,7 @@ def test_a_table_that_was_cut_off_goes_on_and_becomes_the_same(tmp_path, monkeyp
         sd_gym.tabulate(env_id, cut, **asked)
     with pytest.raises(ValueError, match="not complete; go on with sd-gym tabulate --resume"):
         gym.make(ID, table=str(cut))
-    with pytest.raises(FileExistsError, match="cut off; go on with --resume"):
+    with pytest.raises(FileExistsError, match="interrupted table; pass --resume"):
         sd_gym.tabulate(env_id, cut, **asked)
     with pytest.raises(ValueError, match="another chosen"):
         sd_gym.tabulate(env_id, cut, resume=True, decisions="random:3", pca=4, **keys)
@@ -93,7 +93,7 @@ def test_another_folder_is_left_alone(tmp_path, table_source):
         ({"instances": 0}, ValueError, "at least one instance"),
         ({"pca": 0}, ValueError, "--pca: expected at least 1 component"),
         ({"pca": 1000}, ValueError, "no more than there are training instances"),
-        ({"observation": "tokens"}, ConfigError, "observations that are one array"),
+        ({"observation": "tokens"}, ConfigError, "observations of a table are one array"),
         ({"epsilom": 1}, ConfigError, "did you mean 'reward.epsilon'"),
     ],
 )

@@ -87,7 +87,7 @@ def test_one_seed_seeds_one_generator_for_all_as_ever():
     *_, infos = env.step(np.zeros(env.action_space.shape, dtype=np.int64))
     assert list(infos["instance"]) == [f"train-{row}" for row in rows[N:]]
     np.testing.assert_array_equal(env.reset(seed=[5, 6, 7])[0], of_list)
-    with pytest.raises(ValueError, match="expected 3 seeds, one an env, got 2"):
+    with pytest.raises(ValueError, match="expected 3 seeds, one per env, got 2"):
         env.reset(seed=[1, 2])
 
 
@@ -100,7 +100,7 @@ def test_bad_reset_masks():
     for mask, error in (([True] * N, TypeError), (some.astype(int), TypeError), (some[:2], ValueError)):
         with pytest.raises(error, match="reset_mask"):
             env.reset(options={"reset_mask": mask})
-    with pytest.raises(ValueError, match="true somewhere"):
+    with pytest.raises(ValueError, match="at least one True"):
         env.reset(options={"reset_mask": ~np.ones(N, dtype=bool)})
     with pytest.raises(ValueError, match="reset to the split 'train' while the others are on 'test'"):
         env.reset(options={"reset_mask": some, "split": "train"})

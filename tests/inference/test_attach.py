@@ -101,7 +101,7 @@ def test_a_call_decides_at_the_stages_of_its_pass(name, ranking, tokens):
     seen = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
     with board.decide(decided[0], policy.kept(board, seen, decided[1])):
         torch.testing.assert_close(logits(model, inputs), came, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="decides in the pass, at first"):
+    with pytest.raises(ValueError, match="decides during the pass, at first"):
         policy.decide(board, seen)
 
 

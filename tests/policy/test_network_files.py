@@ -83,8 +83,8 @@ def test_weights_that_are_no_numbers_are_refused(value, folder):
             r"expected head.bias of shape \[7\] .*got \[3\]",
         ),
         (lambda weights: weights.update({"head.bias": torch.zeros(7).half()}), "torch.float32.*got .*torch.float16"),
-        (lambda weights: weights.pop("head.bias"), "missing or too many: head.bias"),
-        (lambda weights: weights.update({"tail": torch.zeros(1)}), "missing or too many: tail"),
+        (lambda weights: weights.pop("head.bias"), "missing or unknown: head.bias"),
+        (lambda weights: weights.update({"tail": torch.zeros(1)}), "missing or unknown: tail"),
     ],
 )
 def test_weights_of_another_network_are_refused(change, message, folder):

@@ -94,7 +94,7 @@ def test_where_passes_are_small_rows_that_agree_share_them():
 
 
 def test_a_pass_without_room_is_refused():
-    with pytest.raises(ValueError, match="needs room for a row, got most=0"):
+    with pytest.raises(ValueError, match="at least 1 row per pass, got 0"):
         passes(np.zeros((4, 3)), np.ones(4, dtype=int), 512, most=0)
 
 

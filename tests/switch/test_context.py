@@ -237,7 +237,7 @@ def test_interleaved_generators_run_each_under_their_own_decisions(name, order):
     for number in order:  # ends in the order that it began in, or in the other one
         streams[number].close()
         assert jobs[0].runs_densely()
-    assert not board._scope.family.is_open
+    assert not board._scope.family.needs
 
 
 def test_a_generator_may_run_and_end_in_other_contexts():
@@ -255,7 +255,7 @@ def test_a_generator_may_run_and_end_in_other_contexts():
     del steps  # ended by the garbage collector
     gc.collect()
     assert job.runs_densely()
-    assert not board._scope.family.is_open
+    assert not board._scope.family.needs
 
 
 def test_blocks_inside_and_around_generators_nest():
@@ -303,7 +303,7 @@ def test_an_async_generator_has_its_own_decision():
 
     asyncio.run(main())
     assert jobs[0].runs_densely()
-    assert not board._scope.family.is_open
+    assert not board._scope.family.needs
 
 
 def test_a_context_of_two_open_generators_is_refused():
@@ -361,7 +361,7 @@ def test_blocks_that_end_in_another_order_leave_the_model_dense(name):
     assert second.model_is_right()
     other.__exit__(None, None, None)
     assert first.runs_densely()
-    assert not board._scope.family.is_open
+    assert not board._scope.family.needs
 
 
 def test_a_block_may_end_in_another_thread_than_it_began_in():
@@ -414,7 +414,7 @@ def test_deciding_in_the_pass_is_deciding_before_it(name, drop):
         assert torch.equal(job.model(), dense)
     with board.decide_in_pass(choose):
         pass  # no pass, no decision
-    assert not board._scope.family.is_open
+    assert not board._scope.family.needs
     assert not any("forward" in vars(module) for module in board.model.modules())
 
 
@@ -430,7 +430,7 @@ def test_threads_decide_each_in_their_own_pass(name, switching_often):
         return right
 
     assert in_threads(*(functools.partial(run, job) for job in jobs)) == [15] * 4
-    assert not board._scope.family.is_open
+    assert not board._scope.family.needs
 
 
 def test_what_cannot_decide_in_the_pass_is_refused():
@@ -441,7 +441,7 @@ def test_what_cannot_decide_in_the_pass_is_refused():
     def block():
         return board.decide_in_pass(lambda seen: (job.skip, None))
 
-    with block(), pytest.raises(ValueError, match="this pass has no encoder"):
+    with block(), pytest.raises(ValueError, match="in the encoder, which this pass does not run"):
         board.model(encoder_outputs=encoded, decoder_input_ids=job.inputs["decoder_input_ids"])
     compiled = torch.compile(board.model, backend="eager", fullgraph=True)
     with block(), pytest.raises(Exception, match="cannot decide in the pass"):

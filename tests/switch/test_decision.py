@@ -18,7 +18,7 @@ def test_other_rows_than_those_decided_on_are_refused(name):
     for column in range(len(board)):
         skip = np.zeros((4, len(board)), int)
         skip[1:, column] = 1
-        with board.decide(skip), pytest.raises(ValueError, match=r"for 4 rows, but the model got 8; give a row of"):
+        with board.decide(skip), pytest.raises(ValueError, match=r"for 4 rows, but the model got 8; give one row of"):
             model(**inputs)
 
 

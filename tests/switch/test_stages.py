@@ -97,7 +97,7 @@ def test_a_staged_pass_is_the_pass_under_the_same_decisions_and_each_row_alone(n
         assert torch.equal(together, expected)
         assert torch.equal(case.model(), expected)  # holds to the end of the block
     assert [seen.stage for seen in case.seen] == stages
-    assert not board._scope.family.is_open
+    assert not board._scope.family.needs
     assert not any("forward" in vars(module) for module in board.model.modules())
     for row in range(4):
         with case.in_stages(stages, slice(row, row + 1)):
@@ -276,7 +276,7 @@ def test_threads_decide_each_in_their_own_stages(name):
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(run, cases, expected))
-    assert not board._scope.family.is_open
+    assert not board._scope.family.needs
 
 
 def test_gradients_of_a_staged_pass_are_those_of_the_same_decisions(name):
@@ -302,9 +302,9 @@ def test_wrong_choices_are_named():
     two = np.zeros((4, 2))
     with pytest.raises(ValueError, match=r"skip must have shape \[batch, 2\]"):
         run((np.zeros((4, 6)), None))
-    with pytest.raises(ValueError, match="dropped before the first layer only; at"):
+    with pytest.raises(ValueError, match="dropped only before the first layer; at"):
         run((two, None), (np.zeros((4, 4)), np.ones((4, 7))))
-    with pytest.raises(ValueError, match="decides on 3 rows, and the stages before it on 4"):
+    with pytest.raises(ValueError, match="decides on 3 rows, but earlier stages decided on 4"):
         run((two, None), (np.zeros((3, 4)), None))
     with pytest.raises(ValueError, match=r"the mask must have a column.*\[4, 7\].*got \[4, 9\]"):
         run((two, None), mask=torch.ones(4, 9))
@@ -339,7 +339,7 @@ def test_a_pass_that_is_stopped_and_resumed_is_the_whole_pass(name, seed, drop, 
             assert torch.equal(case.model(), expected)
         with case.board.decide(~case.skip, case.keep, resume_from=seen):
             case.model()
-    assert not case.board._scope.family.is_open
+    assert not case.board._scope.family.needs
 
 
 @torch.inference_mode()

@@ -107,7 +107,7 @@ def test_tokens_of_an_input_of_another_length_are_refused(name):
         keep[:, 3] = 0
         with (
             board.decide(np.zeros((5, len(board)), int), keep),
-            pytest.raises(ValueError, match=rf"inputs of {length} tokens.*got 16; give keep a column for each"),
+            pytest.raises(ValueError, match=rf"inputs of {length} tokens.*got 16; keep needs one column per token"),
         ):
             model(**inputs)
 

@@ -41,7 +41,7 @@ def test_ranking_by_attention_costs_nothing_where_nothing_is_dropped():
     core = gym.make("SD/Summarization-Mini-v0", **settings).unwrapped.core
     split, rows = core.split("test"), np.arange(SMALL["test_size"])
     decisions = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
-    decisions[:, -1] = 1  # a thousandth of the tokens is none
+    decisions[:, -1] = 1  # a thousandth of the tokens rounds to 0
     assert (split.tokens.kept_length(rows, decisions[:, -1]) == split.encoded.source_length).all()
     assert (split.costs.flops_ratio(rows, decisions) == 1).all()
     quality, quality_ref = split.scoring.quality(rows, decisions)

@@ -54,5 +54,5 @@ def test_what_cannot_be_registered():
         sd_gym.register_metric("rouge", of_text=len)
     with pytest.raises(ValueError, match="'idf' is taken"):
         sd_gym.register_ranking("idf", len)
-    with pytest.raises(TypeError, match=r"has to be an object of a subclass of sd_gym"):
+    with pytest.raises(TypeError, match=r"has to be an instance of sd_gym"):
         sd_gym.register_task("mine", TextToText)

@@ -84,7 +84,7 @@ def test_a_metric_of_texts_has_its_mean_and_several_scores_by_name():
 
     assert text_metrics("letters", ["aa", "b"], [["x"], ["y"]]) == {"a": 1.0, "b": 0.0}
     assert text_quality("letters", "aa", ["x"]) == 1.0
-    with pytest.raises(ValueError, match="'letters' is one of texts"):
+    with pytest.raises(ValueError, match="'letters' compares texts"):
         corpus_metric("letters", np.zeros(2), np.zeros(2))
 
 

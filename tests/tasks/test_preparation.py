@@ -35,7 +35,7 @@ def reports(tmp_path):
     return str(tmp_path / "reports.jsonl")
 
 
-def test_a_generator_learns_to_bear_skipping(reports, tiny_generator, tmp_path):
+def test_a_generator_becomes_robust_to_skipping(reports, tiny_generator, tmp_path):
     output = tmp_path / "prepared"
     options = [
         "--env",
@@ -81,7 +81,7 @@ def test_a_regression_has_one_output(tmp_path, tiny_backbone):
     assert list(config["label2id"]) == ["score"]
 
 
-def test_a_preparation_that_was_cut_off_goes_on_as_if_nothing_had_happened(tmp_path, reviews, tiny_backbone):
+def test_a_preparation_that_was_cut_off_is_resumed_with_the_same_result(tmp_path, reviews, tiny_backbone):
     class CutError(Exception):
         pass
 
@@ -146,7 +146,7 @@ def test_without_a_terminal_plain_lines_say_what_is_done(tmp_path, reviews, tiny
     ]
 
 
-def test_the_least_important_layers_are_told_and_measured(tmp_path, reviews, tiny_backbone):
+def test_the_least_important_layers_are_reported_and_measured(tmp_path, reviews, tiny_backbone):
     options = ["--backbone", tiny_backbone, "--dataset", reviews, "--output", tmp_path / "out", "--steps", 20]
     options += ["--draw", "layers", "--accumulate", 2]
     result = CliRunner().invoke(app, ["prepare", *map(str, options)])

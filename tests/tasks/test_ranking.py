@@ -1,4 +1,4 @@
-"""Which tokens go first, and what it costs to know."""
+"""Rankings of tokens, and their FLOPs."""
 
 import gymnasium as gym
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 import sd_gym
 import sd_gym.execution.split
 from sd_gym.tasks import ranking
-from sd_gym.tasks.ranking import ByPosition
+from sd_gym.tasks.ranking import ByRarity
 from tests.execution.conftest import SMALL
 from tests.tasks.conftest import CUSTOM, split_of
 
@@ -32,7 +32,7 @@ def test_a_ranking_says_which_tokens_go_first(settings):
 
 @pytest.mark.usefixtures("own_names")
 def test_a_ranking_says_what_it_costs(settings):
-    class Costly(ByPosition):
+    class Costly(ByRarity):
         costs_flops = True
 
         def flops(self, flops, length):

@@ -1,4 +1,4 @@
-"""What a split is: its rows, told and compared; none of them stands in two splits unless a user says so."""
+"""The rows of splits: reported, compared, and in one split only unless the user allows more."""
 
 import json
 
@@ -68,7 +68,7 @@ def test_the_form_of_a_hub_data_set_is_cut_likewise(tmp_path):
 
 
 def test_who_names_both_splits_of_a_row_is_told(reviews):
-    with pytest.raises(DataError, match=r"10 of the 40 rows of train \(train\[0:40\]\) also stand in validation"):
+    with pytest.raises(DataError, match=r"10 of the 40 rows of train \(train\[0:40\]\) are also in validation"):
         splits_of(reviews, splits={"train": "train", "validation": "train[-10:]", "test": "train[:0]"})["train"]
 
 
@@ -81,7 +81,7 @@ def overlapping(tmp_path):
 
 def test_texts_in_two_splits_are_an_error_that_names_them_their_number_and_what_to_do(tmp_path):
     words = (
-        r"1 of the 5 rows of train \(train\[0:5\]\) also stand in validation \(validation\[0:3\]\); 1 of the 5 rows of "
+        r"1 of the 5 rows of train \(train\[0:5\]\) are also in validation \(validation\[0:3\]\); 1 of the 5 rows of "
         r"train .* in test .*; 1 of the 3 rows of validation .* in test .*overlap=drop .*overlap=allow"
     )
     for name in SPLITS:
@@ -136,10 +136,10 @@ def test_a_folder_without_a_test_file_can_be_learned_on_but_not_silently_tested(
     gym.make(CUSTOM, **settings).reset(seed=0)
     with pytest.raises(FileNotFoundError, match="no split 'test'"):
         train(CUSTOM, "dense", tmp_path / "run", steps=1, settings=settings)
-    assert not (tmp_path / "run").exists()  # told before anything is learned or written
-    with pytest.raises(DataError, match=r"2 of the 2 rows of validation .* also stand in test"):
+    assert not (tmp_path / "run").exists()  # refused before anything is learned or written
+    with pytest.raises(DataError, match=r"2 of the 2 rows of validation .* are also in test"):
         sd_gym.train(CUSTOM, "dense", tmp_path / "run", **settings, splits={"test": "validation"})
-    with pytest.warns(UserWarning, match=r"2 of the 2 rows of validation .* also stand in test"):
+    with pytest.warns(UserWarning, match=r"2 of the 2 rows of validation .* are also in test"):
         result = sd_gym.train(
             CUSTOM, "dense", tmp_path / "run", **settings, splits={"test": "validation"}, overlap="allow"
         )
@@ -151,14 +151,14 @@ def test_a_folder_without_a_test_file_can_be_learned_on_but_not_silently_tested(
 def test_a_result_says_which_rows_it_is_of(reviews, tiny_backbone, tmp_path):
     settings = {"dataset": str(reviews), "backbone": str(tiny_backbone), "splits": CUT}
     result = sd_gym.train(CUSTOM, "dense", tmp_path / "run", steps=1, **settings)
-    told = result["data"]["test"]
-    assert (told["file"], told["part"], told["instances"]) == (str(reviews), "train[0:5]", 5)
+    reported = result["data"]["test"]
+    assert (reported["file"], reported["part"], reported["instances"]) == (str(reviews), "train[0:5]", 5)
     written = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
     assert {name: one["hash"] for name, one in written.items()} == {
         name: one["hash"] for name, one in result["data"].items()
     }
     shown = CliRunner().invoke(app, ["evaluate", str(tmp_path / "run")]).output
-    assert f"test:5instances,train[0:5]of{reviews},hash{told['hash']}" in "".join(shown.split())
+    assert f"test:5instances,train[0:5]of{reviews},hash{reported['hash']}" in "".join(shown.split())
     first = sd_gym.instances(CUSTOM, "validation", **settings)[0]
     assert (first["id"], first["row"]) == ("validation-0", f"{reviews}, row 31")
 
@@ -168,8 +168,8 @@ def test_each_split_is_made_once(reviews, monkeypatch):
 
     read, made, inner = [], [], data.read_rows
     monkeypatch.setattr(data, "read_rows", lambda *given: read.append(given[0]) or inner(*given))
-    found = splits_of(reviews, splits=CUT)
-    assert [found[name] is found[name] for name in SPLITS] == [True] * 3
+    cut = splits_of(reviews, splits=CUT)
+    assert [cut[name] is cut[name] for name in SPLITS] == [True] * 3
     assert read == [reviews]
     load = splits.load_split
     monkeypatch.setattr(splits, "load_split", lambda *given, **keys: made.append(given[2]) or load(*given, **keys))

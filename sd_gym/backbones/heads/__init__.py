@@ -1,4 +1,4 @@
-"""One head per kind of output, each in a file of its own; nothing else asks what kind a model's answers are of."""
+"""Heads: one file per kind of output. No other module depends on the kind of a model's answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sd_gym.backbones.heads.score import ScoreHead
 from sd_gym.backbones.heads.seq2seq import Seq2SeqHead
 from sd_gym.backbones.heads.span import SpanHead
 
-# The first one that a model has is its head.
+# The first head that fits a model is used.
 HEADS: tuple[type[Head], ...] = (PromptedHead, Seq2SeqHead, SpanHead, ScoreHead, LabelHead)
 
 __all__ = [
@@ -37,9 +37,9 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def stored_head(config: PretrainedConfig, architectures: list[str], *, generates: bool = False) -> type[Head] | None:
-    """The head that is stored with a model that was saved from classes of these names; ``None``: it has none.
+    """The head of a stored model, by the names of its classes (``architectures``); ``None``: no head.
 
-    ``generates``: whether it generates if the names do not tell, as what GGUF files hold does.
+    ``generates``: whether a model whose class names tell nothing generates texts, as in GGUF files.
     """
     candidates = (architectures, ["ForCausalLM"] if generates else [])
     return next((head for names in candidates for head in HEADS if head._is_stored(config, names)), None)

@@ -1,4 +1,4 @@
-"""What every head can do, whatever kind of answers it gives."""
+"""The base class of heads, and shares of FLOPs."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from sd_gym.switch.stages import EVERY_LAYER
 
 
 class Head(Encoding, Losses, Answers):
-    """One kind of output: how it is loaded, and what a pass of it runs on; what else it does is in three parts.
+    """One kind of output: how such a model is loaded, and how its passes run.
 
-    ``Encoding`` is what comes before a pass, ``Losses`` what is learned from it, ``Answers`` what is said after it.
-    A head has no weights and keeps no model; what it knows of the model stands in its ``settings``.
+    ``Encoding`` has the inputs and targets of a pass, ``Losses`` the losses, ``Answers`` the answers and their quality.
+    A head has no weights and keeps no model; its ``settings`` have all that it depends on.
     """
 
     _auto_class: ClassVar[str]  # the class of ``transformers`` that loads such a model
-    _stored_as: ClassVar[tuple[str, ...]]  # ends of the names of the model classes that have it
+    _stored_as: ClassVar[tuple[str, ...]]  # parts of the names of the model classes that have it
 
     @classmethod
     @abstractmethod
     def _of(cls, model: PreTrainedModel) -> Self | None:
-        """The head of a model; ``None`` if it has no such head. Those before it in ``HEADS`` come first."""
+        """The head of a model; ``None`` if it has no such head. Earlier ones in ``HEADS`` are asked first."""
 
     @classmethod
     def _is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
-        """Whether a model was saved with such a head, if with none of those before it in ``HEADS``."""
+        """Whether a model was saved with such a head. Earlier ones in ``HEADS`` are asked first."""
         return any(part in name for name in architectures for part in cls._stored_as)
 
     @classmethod
@@ -50,20 +50,20 @@ class Head(Encoding, Losses, Answers):
         """Logits of one forward pass under the decisions in force, teacher-forced where texts are generated.
 
         They are ``[batch, target length, vocabulary]``, ``[batch, classes]``, or ``[batch, 2, length]`` (starts and
-        ends). ``call``: what to call instead of the model (the same one, wrapped for several processes).
+        ends). ``call`` is called instead of the model: the same model wrapped, or a static one.
         """
         return (call or board.model)(**model_inputs(batch)).logits
 
     def kept(self, batch: dict[str, Tensor], keep: NDArray | Tensor) -> NDArray | Tensor:
-        """The tokens that a pass keeps, where its inputs keep ``[batch, length]``; the batch is changed to fit."""
+        """The tokens that a pass keeps if the input keeps ``keep [batch, length]``; ``batch`` is adjusted in place."""
         return keep
 
     def resume_points(self, board: Switchboard) -> list[int]:
-        """Numbers of the switches in front of which a pass that has answered can be taken up again, ascending."""
+        """Numbers of the switches from which a pass that has answered can be run again, ascending."""
         return [columns.start for columns in board.decided_at([EVERY_LAYER]).values()]
 
     def lengths(self, source: NDArray, target: NDArray, kept: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-        """What ``FlopsModel.costs`` takes for a pass on inputs (or prompts) and answers of so many tokens, int ``[n]``.
+        """The arguments of ``FlopsModel.costs`` for a pass on inputs and answers of so many tokens, int ``[n]``.
 
         ``kept``: tokens of the input that are not dropped.
         """
@@ -77,18 +77,18 @@ class Head(Encoding, Losses, Answers):
 def reading_ratio(
     head: Head, flops: FlopsModel, source: NDArray, kept: NDArray, skip: NDArray, ranking: NDArray
 ) -> NDArray:
-    """FLOPs to read inputs, and to answer one token where texts are generated, over those of dense: float64 ``[n]``.
+    """FLOPs of reading inputs (and generating one token, if texts are generated) over the dense ones, float64 ``[n]``.
 
-    Of ``source`` tokens ``kept`` are not dropped, and ranking them takes ``ranking`` FLOPs (each int ``[n]``); ``skip``
-    is ``[n, switches]``, 1 = skipped.
+    ``source`` are the tokens of each input, ``kept`` those that are not dropped, ``ranking`` the FLOPs of ranking them,
+    each int ``[n]``. ``skip`` is ``[n, switches]``, 1 = skipped.
     """
-    one = np.ones_like(source)
-    always, switched = flops.costs(*head.lengths(source, one, kept))
-    dense_always, dense = flops.costs(*head.lengths(source, one, source))
+    target = np.ones_like(source)
+    always, switched = flops.costs(*head.lengths(source, target, kept))
+    dense_always, dense = flops.costs(*head.lengths(source, target, source))
     ran = always + (switched * (1 - np.asarray(skip, dtype=np.int64))).sum(axis=1)
     return flops_share(ran + ranking, dense_always + dense.sum(axis=1))
 
 
 def flops_share(ran: NDArray, dense: NDArray) -> NDArray:
-    """FLOPs over dense FLOPs, float64 ``[n]``; 1.0 where the dense model computes nothing, as on padding alone."""
+    """FLOPs over dense FLOPs, float64 ``[n]``; 1.0 where the dense FLOPs are 0, as on padding alone."""
     return np.divide(ran, dense, out=np.ones(len(ran)), where=dense > 0)

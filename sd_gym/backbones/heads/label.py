@@ -1,4 +1,4 @@
-"""A class of the whole input."""
+"""Heads that classify the whole input."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.heads.answers import CHOICE, QualityMeasure, SplitData, judged_choice, log_likelihoods
+from sd_gym.backbones.heads.answers import CHOICE, judged_choice, log_likelihoods
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import nothing_generated
 from sd_gym.config import BackboneConfig
-from sd_gym.data.encoded import Targets
+from sd_gym.data.encoded import Encoded, Targets
 from sd_gym.data.instance import Instance
 from sd_gym.errors import DataError, short
 
@@ -23,13 +23,13 @@ from sd_gym.errors import DataError, short
 class LabelHead(Head):
     """Logits ``[batch, classes]``; labels are class indices, int64 ``[batch]``.
 
-    Its batches are padded at the right. A model that pools the first position, as BERT does, pools that position
-    whatever the mask says: given inputs that are padded at the left it pools padding, with a policy as without.
-    ``names``: name of each class index, if not the inverse of ``label2id``.
+    Its batches are padded at the right. A model that pools the first position, as BERT does, ignores the mask there: it
+    pools padding if inputs are padded at the left. ``names``: name of each class index, by default from ``label2id``.
     """
 
     name = "label"
     gives = "label"
+    validated_by = ("exact_match", "accuracy")
     _auto_class = "AutoModelForSequenceClassification"
     _stored_as = ("ForSequenceClassification",)
 
@@ -39,25 +39,16 @@ class LabelHead(Head):
 
     @classmethod
     def _of(cls, model: PreTrainedModel) -> Self | None:
-        """Of any model that neither generates nor extracts, with the names of its classes."""
+        """Any model that neither generates nor extracts."""
         names = model.config.id2label or {}
         return cls(labels_of(model.config), {int(index): str(name) for index, name in names.items()})
-
-    @classmethod
-    def _is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
-        """By the model's class and its number of outputs."""
-        return super()._is_stored(config, architectures) and cls._has_outputs(len(labels_of(config)))
-
-    @classmethod
-    def _has_outputs(cls, count: int) -> bool:
-        return count != 1
 
     @property
     def settings(self) -> dict[str, Any]:
         """With the names of the classes."""
         return {**super().settings, "label2id": self.label2id}
 
-    def _targets(
+    def targets(
         self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
         """The classes' indices; DataError if a label is not one of the backbone's classes."""
@@ -65,11 +56,6 @@ class LabelHead(Head):
 
     def _labels(self, instances: Sequence[Instance]) -> Tensor:
         return torch.tensor([class_index(instance, self.label2id) for instance in instances])
-
-    @property
-    def _learned_as(self) -> QualityMeasure:
-        """By the accuracy."""
-        return QualityMeasure(self.exact, name="accuracy")
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """1.0 where the most probable class is the right one."""
@@ -91,18 +77,18 @@ class LabelHead(Head):
     judgement = CHOICE
 
     def judge(self, logits: Tensor) -> Tensor:
-        """Of the class."""
+        """See ``judged_choice``."""
         return judged_choice(logits)
 
-    def _said(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
-        """The classes' names."""
-        return [self._in_words(value) for value in values.ravel()]
+    def to_texts(self, instances: Sequence[Instance], encoded: Encoded, rows: NDArray, values: NDArray) -> list[str]:
+        """The classes' names, or the scores."""
+        return [self._to_text(value) for value in values.ravel()]
 
     def reference(self, instance: Instance, labels: Tensor) -> str:
         """The right class's name."""
-        return self._in_words(labels.item())
+        return self._to_text(labels.item())
 
-    def _in_words(self, value: float) -> str:
+    def _to_text(self, value: float) -> str:
         return self._names[int(value)]
 
 
@@ -119,6 +105,6 @@ def class_index(instance: Instance, label2id: Mapping[str, int]) -> int:
     if isinstance(target, int) and target < len(label2id):
         return target
     raise DataError(
-        f"{instance.place}: label {short(target)} is none of the backbone's {len(label2id)} classes: "
+        f"{instance.place}: label {short(target)} is not one of the backbone's {len(label2id)} classes: "
         f"{', '.join([*label2id][:20])}{' ...' if len(label2id) > 20 else ''}"
     )

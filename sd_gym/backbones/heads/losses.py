@@ -1,22 +1,22 @@
-"""What a head teaches: the loss of a task, and the distillation of dense outputs."""
+"""The losses that a backbone is prepared with: the task's, and the distillation of dense outputs."""
 
 from __future__ import annotations
 
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORED = -100  # a label that does not count
+IGNORED = -100  # an ignored label
 
 
 class Losses:
     """Losses of one kind of output."""
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of the labels that count."""
+        """Mean cross-entropy over the labels that are not ``IGNORED``."""
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
     def distillation(self, logits: Tensor, dense_logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean KL divergence from the dense output over the labels that count; no gradient to the dense."""
+        """Mean KL divergence from the dense output over these labels; the dense output gets no gradient."""
         counted = labels != IGNORED
         return divergence(logits[counted], dense_logits.detach()[counted])
 

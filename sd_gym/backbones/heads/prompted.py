@@ -1,4 +1,4 @@
-"""A text, from a lone decoder that continues a prompt."""
+"""Heads that generate a text, by a decoder-only model that continues a prompt."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sd_gym.switch.architectures import architecture_of
 class PromptedHead(Seq2SeqHead):
     """A ``Seq2SeqHead`` whose answer follows the prompt in one pass.
 
-    Prompts are padded at the left, so that all answers begin at the same place.
+    Prompts are padded at the left, so that all answers begin at the same position.
     """
 
     name = "prompted"
@@ -35,26 +35,24 @@ class PromptedHead(Seq2SeqHead):
 
     @classmethod
     def _of(cls, model: PreTrainedModel) -> Self | None:
-        """Of a model that generates, without an encoder."""
+        """Any model without an encoder that generates."""
         return super()._of(model) if model.can_generate() and architecture_of(model.config.model_type).causal else None
 
     @classmethod
     def _is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
-        """By the model's class and whether it has an encoder."""
-        return super(Seq2SeqHead, cls)._is_stored(config, architectures) and not config.is_encoder_decoder
+        """By the model's class, if it has no encoder."""
+        return super()._is_stored(config, architectures) and not config.is_encoder_decoder
 
     def prompting(self, backbone: BackboneConfig) -> BackboneConfig:
-        """Both; ValueError without a prompt."""
+        """With both; ValueError without a prompt."""
         if backbone.prompt is None:
-            raise ValueError(
-                "the backbone is decoder-only; say with 'prompt' what it shall read, such as '{source}\\nLabel:'"
-            )
+            raise ValueError("the backbone is decoder-only, so it needs a 'prompt', such as '{source}\\nLabel:'")
         return backbone
 
-    def _targets(
+    def targets(
         self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
-        """The answer after the prompt: a space, the target, and what ends it."""
+        """The answer after the prompt: a space, the target, and the stop or the tokenizer's end."""
         end = [tokenizer.eos_token_id]
         if backbone.stop is not None:
             end = tokenizer(backbone.stop, add_special_tokens=False).input_ids
@@ -71,9 +69,9 @@ class PromptedHead(Seq2SeqHead):
 
     def forward(self, board: Switchboard, batch: dict[str, Tensor], call: Callable[..., Any] | None = None) -> Tensor:
         """See ``Head.forward``: the logits of the labels after the prompts."""
-        given = batch["labels"][:, :-1]  # nothing follows the last one
-        input_ids = torch.cat([batch["input_ids"], given.clamp(min=0)], dim=1)
-        mask = torch.cat([batch["attention_mask"], (given >= 0).long()], dim=1)
+        answer = batch["labels"][:, :-1]  # the last token is only predicted
+        input_ids = torch.cat([batch["input_ids"], answer.clamp(min=0)], dim=1)
+        mask = torch.cat([batch["attention_mask"], (answer >= 0).long()], dim=1)
         return (call or board.model)(
             input_ids=input_ids,
             attention_mask=mask,
@@ -83,17 +81,17 @@ class PromptedHead(Seq2SeqHead):
         ).logits
 
     def kept(self, batch: dict[str, Tensor], keep: NDArray | Tensor) -> NDArray | Tensor:
-        """All of the answer."""
+        """With all of the answer."""
         return F.pad(torch.as_tensor(keep), (0, batch["labels"].shape[1] - 1), value=1)
 
     def lengths(self, source: NDArray, target: NDArray, kept: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-        """Prompt and answer in one pass, but for the answer's last token."""
+        """Prompt and answer in one pass, without the answer's last token."""
         return source + target - 1, target, kept + target - 1
 
     def positions(self, source: int, target: int) -> dict[str, int]:
-        """Those of both together; the last token of the answer is not read."""
+        """Both together; the last token of the answer is not read."""
         return {"max_source_length + max_target_length - 1": source + target - 1}
 
     def prompt_length(self, inputs: Tensor) -> int:
-        """The prompt's."""
+        """The prompt's tokens."""
         return inputs.shape[1]

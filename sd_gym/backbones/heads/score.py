@@ -1,4 +1,4 @@
-"""A score of the whole input (regression)."""
+"""Heads that score the whole input (regression)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sd_gym.backbones.heads.answers import QualityMeasure
 from sd_gym.backbones.heads.label import LabelHead, labels_of
@@ -23,15 +23,17 @@ class ScoreHead(LabelHead):
 
     name = "score"
     judgement = ()  # a score has no probability
+    validated_by = ("exact_match", "score")
 
     @classmethod
     def _of(cls, model: PreTrainedModel) -> Self | None:
-        """Of a model with a single output."""
-        return super()._of(model) if cls._has_outputs(len(labels_of(model.config))) else None
+        """Any model with a single output that neither generates nor extracts."""
+        return super()._of(model) if len(labels_of(model.config)) == 1 else None
 
     @classmethod
-    def _has_outputs(cls, count: int) -> bool:
-        return count == 1
+    def _is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
+        """By the model's class and its single output."""
+        return super()._is_stored(config, architectures) and len(labels_of(config)) == 1
 
     def _labels(self, instances: Sequence[Instance]) -> Tensor:
         for instance in instances:
@@ -50,25 +52,18 @@ class ScoreHead(LabelHead):
         return F.mse_loss(logits.float(), dense_logits.detach().float())
 
     def measured_by(self, quality: str | None) -> QualityMeasure:
-        """A score has its own graded quality under the name of a likelihood too."""
+        """The quality ``likelihood`` is that of ``exact_match``, which is graded; ValueError for what needs classes."""
         if quality == "balanced":
             raise ValueError("'balanced' weighs classes, not scores")
         if quality == "agreement":
-            raise ValueError("'agreement' compares answers, and two scores are never quite the same")
+            raise ValueError("'agreement' compares answers, and two scores are hardly ever equal")
         return super().measured_by("exact_match" if quality == "likelihood" else quality)
 
-    @property
-    def _learned_as(self) -> QualityMeasure:
-        """By how near the score is."""
-        return QualityMeasure(self.exact, name="score")
-
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
-        """``1 - |score - label| / label_range``, at least 0; the range is that of the scores that there are."""
+        """``1 - |score - label| / label_range``, at least 0; the range is from the lowest to the highest score."""
         return (1 - (self.prediction(logits).float() - labels).abs() / label_range).clamp(min=0)
 
-    def likelihood(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
-        """The same as ``exact``."""
-        return self.exact(logits, labels, label_range)
+    likelihood = exact
 
     def prediction(self, logits: Tensor) -> Tensor:
         """The score, ``[batch]``."""
@@ -76,12 +71,12 @@ class ScoreHead(LabelHead):
 
     @property
     def confidence(self) -> None:
-        """``None``: a score has none."""
+        """``None``: a score has no probability."""
         return None
 
     def classes(self, instances: Sequence[Instance]) -> NDArray:
         """The scores."""
         return np.array([instance.target for instance in instances], dtype=float)
 
-    def _in_words(self, value: float) -> str:
+    def _to_text(self, value: float) -> str:
         return f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""A text, from the decoder of an encoder-decoder."""
+"""Heads that generate a text, by the decoder of an encoder-decoder."""
 
 from __future__ import annotations
 
@@ -10,50 +10,39 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel
+from transformers import BatchEncoding, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.heads.answers import (
-    MOST_UNSURE,
-    AnswerPasses,
-    QualityMeasure,
-    SplitData,
-    log_likelihoods,
-    log_odds_of,
-)
+from sd_gym.backbones.heads.answers import MOST_UNSURE, log_likelihoods, log_odds_of
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import model_inputs
 from sd_gym.backbones.heads.losses import IGNORED
 from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded, Targets
 from sd_gym.data.instance import Instance
-from sd_gym.switch import PassState, Switchboard
+from sd_gym.switch import Switchboard
 from sd_gym.switch.stages import BETWEEN
 
 
 class Seq2SeqHead(Head):
-    """Logits ``[batch, target length, vocabulary]`` of passes that are teacher-forced.
+    """Logits ``[batch, target length, vocabulary]`` of teacher-forced passes.
 
     Labels are tokens, int64 ``[batch, target length]``, -100 where padded.
     """
 
     name = "seq2seq"
     gives = "text"
+    validated_by = ("likelihood", "likelihood")  # few texts match exactly
     answering = "generated"
     _auto_class = "AutoModelForSeq2SeqLM"
     _stored_as = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel", "MTModel")  # the last one is Marian's
 
     @classmethod
     def _of(cls, model: PreTrainedModel) -> Self | None:
-        """Of a model that generates."""
+        """Any model that generates."""
         return cls() if model.can_generate() else None
 
-    @classmethod
-    def _is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
-        """By the model's class and whether it has an encoder."""
-        return super()._is_stored(config, architectures) and config.is_encoder_decoder
-
-    def _targets(
+    def targets(
         self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
         """The texts' tokens, cut to ``max_target_length``."""
@@ -69,40 +58,35 @@ class Seq2SeqHead(Head):
         length = targets.attention_mask.sum(dim=1).numpy()
         return Targets(labels, length, was_cut(targets, backbone.max_target_length))
 
-    def _beside(self, encoded: Encoded, indices: NDArray) -> dict[str, Tensor]:
+    def _further_inputs(self, encoded: Encoded, indices: NDArray) -> dict[str, Tensor]:
         labels = encoded.labels[torch.from_numpy(np.asarray(indices))]
         return {"labels": labels[:, : int(encoded.target_length[indices].max())].contiguous()}
 
     def forward(self, board: Switchboard, batch: dict[str, Tensor], call: Callable[..., Any] | None = None) -> Tensor:
         """See ``Head.forward``; the decoder reads the labels' tokens."""
         model: Any = board.model
-        # Given labels, the model would make a loss as well.
+        # Given labels, the model would compute a loss as well.
         decoder_input_ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
         return (call or model)(**model_inputs(batch), decoder_input_ids=decoder_input_ids, use_cache=False).logits
 
     def resume_points(self, board: Switchboard) -> list[int]:
-        """The beginning, and the decoder after an encoder: a text is generated anew."""
+        """The start, and the start of a decoder after an encoder: a text is always generated from its first token."""
         between = [BETWEEN] if BETWEEN in board.stages else []
         return [columns.start for columns in board.decided_at([board.stages[0], *between]).values()]
 
     def lengths(self, source: NDArray, target: NDArray, kept: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-        """The decoder runs on the answer."""
+        """The decoder runs on the answer's tokens."""
         return source, target, kept
 
     def positions(self, source: int, target: int) -> dict[str, int]:
         """Those of the encoder and of the decoder."""
         return {"max_source_length": source, "max_target_length": target}
 
-    @property
-    def _learned_as(self) -> QualityMeasure:
-        """By the likelihood: a text is rarely right to the letter."""
-        return QualityMeasure(self.likelihood, name="likelihood")
-
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """1.0 where greedy decoding gives the reference, its end included.
 
-        It does if and only if, at every position, the most probable token after the reference's prefix is the
-        reference's next token. So one forward pass tells what generating would.
+        This is so if and only if the reference's next token is the most probable one after each of its prefixes. So
+        one forward pass is enough.
         """
         return ((logits.argmax(dim=-1) == labels) | (labels == IGNORED)).all(dim=1).float()
 
@@ -111,57 +95,25 @@ class Seq2SeqHead(Head):
         counted = labels != IGNORED
         return ((log_likelihoods(logits, labels) * counted).sum(dim=1) / counted.sum(dim=1)).exp()
 
-    def _said(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
-        """ValueError: one pass does not tell what would be generated."""
-        raise ValueError("a text is generated, not read from one pass")
-
+    # Log-odds of the tokens' geometric mean probability and of the lowest one, and the logarithm of their number.
     judgement = ("mean_log_odds", "least_log_odds", "log_length")
-    judges_passes = False  # in a pass it reads the reference
-
-    def answers_and_judgement(
-        self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, seen: PassState | None = None
-    ) -> tuple[list[str], NDArray]:
-        """The generated texts, and how probable their tokens were.
-
-        The log-odds of the geometric mean of their probabilities and of the least one, and the logarithm of their
-        number.
-        """
-        return passes.generated_and_judged(rows, decisions, seen)
-
-    def answers(
-        self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, seen: PassState | None = None
-    ) -> list[str]:
-        """The generated texts."""
-        return passes.generated(rows, decisions, seen)
-
-    def answers_and_likelihood(
-        self, passes: AnswerPasses, rows: NDArray, decisions: NDArray, label_range: float
-    ) -> tuple[list[str], NDArray]:
-        """The generated texts, and the likelihood from passes of their own."""
-        return self.answers(passes, rows, decisions), passes.in_passes(rows, decisions, self.likelihood)
-
-    def answers_under_all(
-        self, passes: AnswerPasses, rows: NDArray, masks: NDArray, label_range: float
-    ) -> tuple[list[list[str]], NDArray]:
-        """The generated texts, and the likelihood from passes of their own; both share what masks agree on."""
-        likely = passes.under_all(rows, masks, lambda logits, labels: self.likelihood(logits, labels)[:, None])
-        return passes.generated_under_all(rows, masks), likely[..., 0]
+    judges_passes = False  # in a pass the decoder reads the reference
 
     def answered(self, instances: Sequence[Instance], answers: Sequence[str]) -> Sequence[Instance]:
-        """With the answers as targets, whose length is known only now."""
+        """The instances with the answers as targets, as FLOPs depend on their lengths."""
         return [replace(instance, target=answer) for instance, answer in zip(instances, answers, strict=True)]
 
     def facts(self, encoded: Encoded) -> dict[str, NDArray]:
-        """The targets' tokens."""
+        """Tokens of each target."""
         return {"target_length": encoded.target_length}
 
 
 def judged_text(model: Any, output: Any, ends: int | Sequence[int] | None) -> Tensor:
-    """The ``judgement`` of what ``generate()`` gave, float64 ``[n, values]``, the end of each text included.
+    """The ``judgement`` of the texts of ``generate()``, up to and with the end of each, float64 ``[n, values]``.
 
     Args:
-        model: Which generated.
-        output: Its ``sequences`` and ``scores``, as with ``return_dict_in_generate`` and ``output_scores``.
+        model: The model that generated them.
+        output: Its output with ``return_dict_in_generate`` and ``output_scores``.
         ends: Tokens that end a text; ``None``: those of the model.
     """
     beams = getattr(output, "beam_indices", None)
@@ -172,12 +124,12 @@ def judged_text(model: Any, output: Any, ends: int | Sequence[int] | None) -> Te
     counted = (ended.cumsum(dim=1) - ended.long()) == 0  # up to the first end
     log_prob = log_prob.double().clamp(min=MOST_UNSURE).masked_fill(~counted, 0.0)
     length = counted.sum(dim=1).clamp(min=1)
-    mean, least = (log_odds_of(values) for values in (log_prob.sum(dim=1) / length, log_prob.amin(dim=1)))
-    return torch.stack([mean, least, length.log()], dim=1).double()
+    mean, least = log_prob.sum(dim=1) / length, log_prob.amin(dim=1)
+    return torch.stack([log_odds_of(mean), log_odds_of(least), length.log()], dim=1).double()
 
 
 def was_cut(tokens: BatchEncoding, limit: int) -> NDArray:
-    """Which texts were longer than the limit, bool ``[n]``; slow tokenizers only tell which ones reach it."""
+    """Which texts were longer than the limit, bool ``[n]``; with slow tokenizers, which reached it."""
     if tokens.encodings is None:
         return (tokens.attention_mask.sum(dim=1) >= limit).numpy()
     return np.array([bool(encoding.overflowing) for encoding in tokens.encodings])

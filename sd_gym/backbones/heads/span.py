@@ -1,4 +1,4 @@
-"""A span of the context: first and last token of the answer."""
+"""Heads that extract a span of the context: the first and the last token of the answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING, BatchEncoding, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.heads.answers import CHOICE, MOST_UNSURE, QualityMeasure, SplitData, judged_choice
+from sd_gym.backbones.heads.answers import CHOICE, MOST_UNSURE, QualityMeasure, judged_choice
 from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import model_inputs, nothing_generated
 from sd_gym.backbones.heads.losses import IGNORED, divergence
@@ -31,15 +31,16 @@ class SpanHead(Head):
     """Logits of starts and ends, float32 ``[batch, 2, length]``, ``NOWHERE`` outside the context.
 
     Labels are the first and last tokens of the right answers, int64 ``[batch, most answers, 2]``, -100 where padded.
-    Beside its inputs a batch has ``context_mask``, bool ``[batch, length]``: where an answer may begin and end.
+    A batch also has ``context_mask``, bool ``[batch, length]``: where an answer may begin and end.
     """
 
     name = "span"
     gives = "span"
+    validated_by = ("metric", "f1")
     answering = "extracted"
     _auto_class = "AutoModelForQuestionAnswering"
     _stored_as = ("ForQuestionAnswering",)
-    _source_options: ClassVar = {"return_offsets_mapping": True}
+    source_options: ClassVar = {"return_offsets_mapping": True}
 
     @classmethod
     def _of(cls, model: PreTrainedModel) -> Self | None:
@@ -48,55 +49,53 @@ class SpanHead(Head):
 
     @classmethod
     def loading(cls, config: PretrainedConfig) -> tuple[str, dict[str, Any]]:
-        """One output for starts and one for ends, however many the stored head has."""
+        """With two outputs, for starts and ends, whatever the stored head has."""
         if type(config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING:
             raise BackboneError(f"the architecture {config.model_type!r} has no head that extracts answers")
         return cls._auto_class, {"num_labels": 2}
 
-    def _targets(
+    def targets(
         self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
-        """The right spans; DataError if a right answer does not stand in its context."""
-        offsets, context_mask = source.offset_mapping.int(), _context_mask(source, len(instances))
-        labels, cut = _spans(instances, context_mask.numpy(), offsets.numpy())
+        """The right spans; DataError if a right answer is not in its context."""
+        # The None of special tokens and padding becomes NaN.
+        parts = np.stack([np.array(source.sequence_ids(row), dtype=np.float32) for row in range(len(instances))])
+        offsets, context_mask = source.offset_mapping.int(), torch.from_numpy(parts == 1)
+        labels, cut = _spans(instances, parts == 1, offsets.numpy())
         return replace(nothing_generated(labels, context_mask=context_mask, offsets=offsets), target_cut=cut)
 
-    def _beside(self, encoded: Encoded, indices: NDArray) -> dict[str, Tensor]:
+    def _further_inputs(self, encoded: Encoded, indices: NDArray) -> dict[str, Tensor]:
         mask, longest = encoded.context_mask, int(encoded.source_length[indices].max())
-        assert mask is not None  # this head has made it
-        return {"context_mask": mask[np.asarray(indices), :longest], **super()._beside(encoded, indices)}
+        assert mask is not None  # from ``targets``
+        return {"context_mask": mask[np.asarray(indices), :longest], **super()._further_inputs(encoded, indices)}
 
     def forward(self, board: Switchboard, batch: dict[str, Tensor], call: Callable[..., Any] | None = None) -> Tensor:
         """See ``Head.forward``."""
         output = (call or board.model)(**model_inputs(batch))
-        return span_logits(output.start_logits, output.end_logits, batch["context_mask"])
+        logits = torch.stack([output.start_logits, output.end_logits], dim=1).float()
+        return logits.masked_fill(~batch["context_mask"][:, None], NOWHERE)
 
     def kept(self, batch: dict[str, Tensor], keep: NDArray | Tensor) -> NDArray | Tensor:
-        """The same; an answer can neither begin nor end where a token is dropped."""
+        """The same tokens; an answer neither begins nor ends at a dropped one."""
         batch["context_mask"] = batch["context_mask"] & torch.as_tensor(keep).to(batch["context_mask"].device)
         return keep
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean negative log-probability of the right spans, over the rows that have any."""
+        """Mean negative log-probability of the right spans, over the rows with one."""
         known = labels[:, 0, 0] >= 0
         return -span_log_likelihood(logits[known], labels[known]).sum() / known.sum().clamp(min=1)
 
     def distillation(self, logits: Tensor, dense_logits: Tensor, labels: Tensor) -> Tensor:
-        """The sum of the divergences of starts and ends, the dense output renormalised over the tokens that are left.
+        """KL divergence of starts plus that of ends, with the dense output renormalised over the tokens that are kept.
 
-        No gradient goes to the dense.
+        The dense output gets no gradient.
         """
         dense_logits = dense_logits.detach().masked_fill(logits <= NOWHERE, NOWHERE)
         return 2 * divergence(logits.flatten(0, 1), dense_logits.flatten(0, 1))
 
     def measured_by(self, quality: str | None) -> QualityMeasure:
-        """Exact match is that of the texts: a right answer may stand in several places."""
-        return QualityMeasure(None) if quality in ("exact_match", "agreement") else super().measured_by(quality)
-
-    @property
-    def _learned_as(self) -> QualityMeasure:
-        """By SQuAD's F1."""
-        return QualityMeasure(None, metric="squad", name="f1")
+        """Exact match compares texts, as the same text may be in several places."""
+        return super().measured_by("metric" if quality in ("exact_match", "agreement") else quality)
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """1.0 where the most probable span is a right one."""
@@ -109,7 +108,7 @@ class SpanHead(Head):
     judgement = (*(f"{place}_{name}" for place in ("start", "end") for name in CHOICE), "answered_log_odds")
 
     def judge(self, logits: Tensor) -> Tensor:
-        """Of the start and the end, and the log-odds of the best span against no answer, which is its first token."""
+        """``judged_choice`` of the start and of the end, and the log-odds of the best span against "no answer"."""
         first, last = best_spans(logits, logits.shape[-1]).T
         log_prob = logits.log_softmax(dim=-1)
         best = log_prob[:, 0].gather(1, first[:, None]) + log_prob[:, 1].gather(1, last[:, None])
@@ -117,32 +116,26 @@ class SpanHead(Head):
         answered = (best - nothing).clamp(max=-MOST_UNSURE)  # 0 where there is no answer
         return torch.cat([judged_choice(logits[:, 0]), judged_choice(logits[:, 1]), answered], dim=1)
 
-    def _read(self, logits: Tensor, longest: int) -> Tensor:
+    def best(self, logits: Tensor, longest: int) -> Tensor:
         """The most probable spans, int64 ``[batch, 2]``."""
         return best_spans(logits, longest)
 
-    def _said(self, split: SplitData, rows: NDArray, values: NDArray) -> list[str]:
-        """The original texts of spans."""
-        contexts = [_context(split.instances[row]) for row in rows]
-        return span_texts(split.encoded, rows, values.astype(np.int64), contexts)
+    def to_texts(self, instances: Sequence[Instance], encoded: Encoded, rows: NDArray, values: NDArray) -> list[str]:
+        """The texts of the spans."""
+        return span_texts(encoded, rows, values.astype(np.int64), [_context(instances[row]) for row in rows])
 
 
 def span_texts(encoded: Encoded, indices: NDArray, spans: NDArray, contexts: Sequence[str]) -> list[str]:
     """The texts of ``spans [n, 2]`` (first and last token) in the contexts of rows ``indices``; empty: no answer."""
-    assert encoded.offsets is not None  # a head that extracts has made them
+    assert encoded.offsets is not None  # from ``SpanHead.targets``
     offsets = encoded.offsets.numpy()
     begin, end = offsets[indices, spans[:, 0], 0], offsets[indices, spans[:, 1], 1]
     places = zip(contexts, begin.tolist(), end.tolist(), (spans[:, 0] > 0).tolist(), strict=True)
     return [context[first:last].strip() if answered else "" for context, first, last, answered in places]
 
 
-def span_logits(start: Tensor, end: Tensor, context_mask: Tensor) -> Tensor:
-    """Start and end logits ``[batch, length]`` as one float32 ``[batch, 2, length]``, ``NOWHERE`` outside the mask."""
-    return torch.stack([start, end], dim=1).float().masked_fill(~context_mask[:, None], NOWHERE)
-
-
 def span_log_likelihood(logits: Tensor, spans: Tensor) -> Tensor:
-    """Log-probability that the answer is one of the right spans, float32 ``[batch]``; ``-inf`` where no span is right.
+    """Log-probability that the answer is one of the right spans, float32 ``[batch]``; ``-inf`` if no span is right.
 
     Logits are ``[batch, 2, length]``, spans (first and last token) int64 ``[batch, spans, 2]``, -100 where padded.
     Start and end are independent, and the probabilities of different spans add up (Clark and Gardner 2018).
@@ -168,15 +161,8 @@ def best_spans(logits: Tensor, max_length: int) -> Tensor:
     return torch.stack([first, first + best % longest], dim=1)
 
 
-def _context_mask(source: BatchEncoding, n: int) -> Tensor:
-    """The context's tokens, bool ``[n, longest]``."""
-    # None (of special tokens and padding) becomes NaN.
-    parts = np.stack([np.array(source.sequence_ids(row), dtype=np.float32) for row in range(n)])
-    return torch.from_numpy(parts == 1)
-
-
 def _spans(instances: Sequence[Instance], context_mask: NDArray, offsets: NDArray) -> tuple[Tensor, NDArray]:
-    """First and last tokens of the right answers, and whether none of them is left: see ``Encoded``."""
+    """First and last tokens of the right answers, and whether all of them were cut off: see ``Encoded``."""
     spans, cut = [], np.zeros(len(instances), dtype=bool)
     for row, instance in enumerate(instances):
         if not instance.references:
@@ -186,30 +172,30 @@ def _spans(instances: Sequence[Instance], context_mask: NDArray, offsets: NDArra
         begin, end = offsets[row, tokens, 0], offsets[row, tokens, 1]
         right = []
         for first, last in _places(instance):
-            # Ends and beginnings ascend: the first token that ends after the answer's beginning, and so on.
-            span = [np.searchsorted(end, first, side="right"), np.searchsorted(begin, last) - 1]
-            if span[0] <= span[1] < len(tokens) and end[span[1]] >= last:
-                right.append([int(tokens[place]) for place in span])
+            # Both ascend: the first token that ends after the answer's start, the last that begins before its end.
+            start, stop = np.searchsorted(end, first, side="right"), np.searchsorted(begin, last) - 1
+            if start <= stop < len(tokens) and end[stop] >= last:
+                right.append([int(tokens[start]), int(tokens[stop])])
         cut[row] = not right
         spans.append(right or [[IGNORED, IGNORED]])
-    most = max(map(len, spans))
-    return torch.tensor([right + [[IGNORED, IGNORED]] * (most - len(right)) for right in spans]), cut
+    rows = [torch.tensor(right) for right in spans]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED), cut
 
 
 def _context(instance: Instance) -> str:
-    assert instance.source_pair is not None  # a question has its context beside it
+    assert instance.source_pair is not None  # that of a question is its context
     return instance.source_pair
 
 
 def _places(instance: Instance) -> list[tuple[int, int]]:
-    """Where the right answers stand: where the data say so, else wherever their texts occur."""
+    """Characters of the right answers: from the data, else all occurrences of their texts."""
     context, references = _context(instance), instance.references
     places = [(start, end) for start, end in instance.answer_spans if context[start:end] in references]
     if not places:
         places = [match.span() for text in references for match in re.finditer(re.escape(text), context)]
     if not places:
         raise DataError(
-            f"{instance.place}: the answer {short(references[0])} does not stand in its context, so it cannot be "
-            "extracted; a backbone that generates could answer"
+            f"{instance.place}: the answer {short(references[0])} is not in its context, so it cannot be extracted; "
+            "use a backbone that generates"
         )
     return places

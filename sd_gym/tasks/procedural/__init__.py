@@ -1,8 +1,7 @@
-"""The embedded default: three generated tasks that need no download.
+"""Three generated tasks, which need no download.
 
-Every instance belongs to exactly one split, decided by a hash of its text, so that the splits are disjoint however
-many instances are drawn. One word-level vocabulary and one small backbone serve all three tasks; a task word in
-front of the input tells which one is asked.
+A hash of an instance's text decides on its split, so the splits are disjoint however many instances are drawn. The
+tasks share one word-level vocabulary and the small bundled backbone. An input begins with a word that names its task.
 """
 
 from sd_gym.tasks.procedural.generate import LEVELS, SPLITS, TASKS, generate_split, stream, vocabulary

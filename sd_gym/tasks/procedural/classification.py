@@ -1,8 +1,8 @@
-"""Generated reviews: is the verdict of the sentences together positive or negative?
+"""Generated reviews, positive or negative.
 
-Each sentence judges one thing. A negation turns its judgement round, two negations cancel out, a comparison (``the soup
-did not match it``) judges as the sentence before it, or against it, and the label is the majority of the sentences.
-What makes an instance hard is therefore how much has to be composed:
+Each sentence judges one thing, and the label is the majority of the judgements. A negation reverses a judgement, and
+two negations cancel out. A comparison (``the soup did not match it``) repeats or reverses the previous judgement.
+Harder instances combine more of these:
 
 * level 1: one plain sentence,
 * level 2: two or three plain sentences that agree,
@@ -27,29 +27,22 @@ ADJECTIVES = {
 }
 NEGATIONS = {0: [""], 1: ["not", "never", "hardly", "anything but"], 2: ["never not", "not hardly"]}
 COMPARISONS = {True: "did match it .", False: "did not match it ."}
-COMPARED = 0.4  # share of the later sentences of a review of level 4
+COMPARED = 0.4  # probability of a comparison at level 4, for each sentence but the first
 WORDS = {word for phrases in NEGATIONS.values() for phrase in phrases for word in phrase.split()}
 WORDS |= {*LABELS, *THINGS, *VERBS, *ADVERBS, *ADJECTIVES[1], *ADJECTIVES[-1], "the", "."} - {""}
 WORDS |= {word for phrase in COMPARISONS.values() for word in phrase.split()}
 
 
 def sentence(random: Random, judgement: int, negations: int) -> str:
-    """A sentence that judges one thing ``judgement`` (1 or -1) through that many negations."""
+    """A sentence with a judgement (1 or -1) and that many negations."""
     word = judgement if negations % 2 == 0 else -judgement
-    parts = [
-        "the",
-        random.choice(THINGS),
-        random.choice(VERBS),
-        random.choice(NEGATIONS[negations]),
-        random.choice(ADVERBS) if negations == 0 else "",
-        random.choice(ADJECTIVES[word]),
-        ".",
-    ]
+    parts = ["the", random.choice(THINGS), random.choice(VERBS), random.choice(NEGATIONS[negations])]
+    parts += [random.choice(ADVERBS) if negations == 0 else "", random.choice(ADJECTIVES[word]), "."]
     return " ".join(part for part in parts if part)
 
 
 def comparison(random: Random, agrees: bool) -> str:
-    """A sentence that judges one thing as the sentence before it, or against it."""
+    """A sentence that repeats or reverses the previous judgement."""
     return f"the {random.choice(THINGS)} {COMPARISONS[agrees]}"
 
 

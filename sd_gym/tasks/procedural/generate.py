@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from random import Random
 
 from sd_gym.data.instance import Instance
@@ -11,9 +11,7 @@ from sd_gym.tasks.procedural import classification, question_answering, summariz
 
 TASKS = {"classification": classification, "question_answering": question_answering, "summarization": summarization}
 TASK_WORDS = {"classification": "classify", "question_answering": "answer", "summarization": "summarize"}
-# A second question about the same facts, asked in training only: it names every person on the way to the answer, which
-# teaches the hops that the answer alone hardly teaches.
-TRACE_WORD = "trace"
+TRACE_WORD = "trace"  # asks for all people on the way to the answer: only in training, to teach the hops
 LEVELS = (1, 2, 3, 4)
 LEVEL_WEIGHTS = (0.3, 0.3, 0.25, 0.15)
 SPLITS = ("train", "validation", "test")
@@ -26,29 +24,23 @@ def vocabulary() -> list[str]:
 
 
 def split_of(source: str) -> str:
-    """The only split that an instance with this text may belong to: 70% train, 10% validation, 20% test."""
+    """The split of the instances with this text: 70% train, 10% validation, 20% test."""
     bucket = hashlib.blake2b(source.encode(), digest_size=2).digest()[0] % 10
     return "train" if bucket < 7 else "validation" if bucket == 7 else "test"
 
 
 def stream(
-    task: str,
-    split: str,
-    seed: int,
-    *,
-    max_level: int = 4,
-    weights: tuple[float, ...] = LEVEL_WEIGHTS,
-    trace: float = 0.0,
+    task: str, split: str, seed: int, *, max_level: int = 4, weights: Sequence[float] = LEVEL_WEIGHTS, trace: float = 0
 ) -> Iterator[Instance]:
-    """An endless seeded stream of instances of one task and split; ValueError if one of these is unknown.
+    """An endless seeded stream of instances of one task and split; ValueError if either is unknown.
 
     Args:
         task: A key of ``TASKS``.
         split: ``train``, ``validation`` or ``test``.
         seed: The same seed gives the same stream.
-        max_level: The hardest difficulty level drawn, for a curriculum.
-        weights: How often each level is drawn, relatively.
-        trace: The share of question answering instances that ask for the whole way instead of the answer.
+        max_level: The highest level drawn, for a curriculum.
+        weights: Relative frequency of each level.
+        trace: Share of the questions that ask for the whole way instead of the answer.
     """
     if task not in TASKS:
         raise ValueError(f"unknown procedural task {task!r}; expected one of {', '.join(TASKS)}")
@@ -66,7 +58,7 @@ def stream(
             word, target = TRACE_WORD, " ".join(way[0])
         source = f"{word} : {text}"
         protected = [(0, len(word) + 2)]
-        if task == "question_answering":  # the question is the only part that asks
+        if task == "question_answering":  # the question follows the facts
             protected.append((source.index("who "), len(source)))
         yield Instance(f"{split}-{number}", source, target, level, protected=tuple(protected))
         number += 1

@@ -1,10 +1,10 @@
-"""Generated facts about who does what to whom, and questions that need one to four of them.
+"""Generated facts about people, and questions that need one to four of the facts.
 
-``dan leads cara . cara helps anna . ... who leads the one who helps anna ?`` is answered with ``dan``. A verb and its
-object name one subject at most, so the answer is always unique. Distractors are about other people, or about a person
-who is asked for, with another verb. The facts stand in random order.
+``dan leads cara . cara helps anna . ... who leads the one who helps anna ?`` is answered with ``dan``. A verb and an
+object have at most one subject, so the answer is unique. Distractors are about other people, or have another verb. The
+facts are in random order.
 
-* level 1: one hop, and whatever is done, the same person does it: up to three distractors,
+* level 1: one hop, up to three distractors, all with the same subject,
 * level 2: one hop, four to eight distractors,
 * level 3: two hops, one to five distractors,
 * level 4: three or four hops, at most three distractors.
@@ -25,20 +25,20 @@ WORDS = {*NAMES, *VERBS, "who", "the", "one", "?", "."}
 def generate(random: Random, level: int) -> tuple[str, str, list[str]]:
     """Facts with a question of difficulty ``level`` (1 to 4), the answer, and the people on the way up to it."""
     hops = random.randint(*HOPS[level])
-    wanted = hops + random.randint(*DISTRACTORS[level])
-    people: list[str] = random.sample(NAMES, min(len(NAMES), wanted + 2))
+    count = hops + random.randint(*DISTRACTORS[level])
+    people: list[str] = random.sample(NAMES, min(len(NAMES), count + 2))
     way = people[: hops + 1]
     verbs = [random.choice(VERBS) for _ in range(hops)]
     facts = {(verbs[i], way[i]): way[i + 1] for i in range(hops)}
     others = [person for person in people if person != way[1]]
-    while level == 1 and len(facts) < wanted:
+    while level == 1 and len(facts) < count:
         facts[random.choice(VERBS), random.choice(others)] = way[1]
-    if len(facts) < wanted and random.random() < TEMPTING:
+    if len(facts) < count and random.random() < TEMPTING:
         # Two facts with the same object: the verb decides which of them is needed.
         obj = random.choice(way[:-1])
         used = [verb for verb, other in facts if other == obj]
         facts[random.choice([verb for verb in VERBS if verb not in used]), obj] = _subject(random, people, obj)
-    while len(facts) < wanted:
+    while len(facts) < count:
         verb, obj = random.choice(VERBS), random.choice(people[hops:])
         if (verb, obj) not in facts:
             facts[verb, obj] = _subject(random, people, obj)

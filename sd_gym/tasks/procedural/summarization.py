@@ -1,8 +1,8 @@
-"""Generated reports of matches; the summary states the outcome, the place, and who was hurt or sent off.
+"""Generated reports of matches; the summary has the outcome, the place, and the players hurt or sent off.
 
-* level 1: the outcome is stated and nothing else happens,
-* level 2: the outcome is stated among sentences that do not matter, and up to one salient fact,
-* level 3: the outcome has to be counted: one to three goals,
+* level 1: only the outcome is stated,
+* level 2: the outcome is stated, with irrelevant sentences and up to one salient fact,
+* level 3: one to three goals have to be counted for the outcome,
 * level 4: three or four goals, some of them disallowed, which do not count, and up to two salient facts.
 """
 
@@ -13,16 +13,10 @@ from random import Random
 TEAMS = "falcons tigers bears wolves sharks eagles lions hawks bulls foxes ravens cobras".split()
 PLACES = "paris rome oslo lima cairo delhi tokyo quito dakar vienna prague dublin".split()
 PLAYERS = "adams brown clark davis evans foster green hill irwin jones klein lopez moore novak owens price".split()
-NOISE = [
-    "rain fell",
-    "fans sang all night",
-    "the grass was wet",
-    "the stands were full",
-    "a dog ran over the field",
-    "the lights went out for a while",
-    "the coach shouted",
-    "tickets were cheap",
-]
+NOISE = (
+    "rain fell, fans sang all night, the grass was wet, the stands were full, a dog ran over the field, "
+    "the lights went out for a while, the coach shouted, tickets were cheap"
+).split(", ")
 SALIENT = ("was hurt", "was sent off")
 WORDS = {word for phrase in (*NOISE, *SALIENT) for word in phrase.split()}
 WORDS |= {*TEAMS, *PLACES, *PLAYERS, "the", "met", "in", ".", "won", "lost", "scored", "for", "but", "it", "did", "not"}
@@ -51,7 +45,7 @@ def generate(random: Random, level: int) -> tuple[str, str]:
     noise = random.sample(
         NOISE, {1: 0, 2: random.randint(1, 3), 3: random.randint(0, 2), 4: random.randint(0, 2)}[level]
     )
-    # Salient facts keep their order in the text, so that the summary's order is determined.
+    # The summary has the salient facts in the order of the text.
     slots = ["salient"] * len(salient) + [f"{n} ." for n in noise] + events
     random.shuffle(slots)
     remaining = iter(salient)

@@ -172,12 +172,12 @@ def test_flops_of_a_decision_are_exact_for_any_network():
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        (lambda size, n: nn.Linear(size, n + 1), r"logits \[n, 13\]; of 2 observations it made \[2, 14\]"),
+        (lambda size, n: nn.Linear(size, n + 1), r"logits \[n, 13\]; for 2 observations it returned \[2, 14\]"),
         (
             lambda size, n: nn.Linear(size + 1, n),
-            r"has to be a module from observations \[n, \d+\] .* counted on 'meta'",
+            r"expected a module from observations \[n, \d+\] .* counted on 'meta'",
         ),
-        (lambda size, n: nn.LSTM(size, n), "of 2 observations it made tuple"),
+        (lambda size, n: nn.LSTM(size, n), "for 2 observations it returned tuple"),
         (lambda size, n: "mlp", "got str"),
     ],
 )

@@ -175,7 +175,7 @@ def test_a_codebook_whose_stages_overlap_is_refused(env, tmp_path):
     assert description["codebook"][0][-2] == -1  # the last stage's
     description["codebook"][0][-2] = 0
     (tmp_path / "policy.json").write_text(json.dumps(description))
-    with pytest.raises(ValueError, match="of the same components, or of different stages"):
+    with pytest.raises(ValueError, match="share all of their components, or none"):
         DecisionPolicy.load(tmp_path)
 
 
@@ -190,7 +190,7 @@ def test_hidden_layers_of_a_stage_see_its_rows_alone(env, tmp_path):
         rows = seen[stage::3]
         assert torch.allclose(loaded(seen)[stage::3], policy.head(policy.body.of_stage[stage](rows)), atol=1e-6)
     assert policy.flops == make_agent("ppo", env).policy().flops
-    with pytest.raises(ValueError, match="per_stage=True gives each of several stages hidden layers"):
+    with pytest.raises(ValueError, match="per_stage=True: expected several stages"):
         DecisionPolicy(size, env.core.nvec.tolist(), env.core.switch_names, per_stage=True)
 
 

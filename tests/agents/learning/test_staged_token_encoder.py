@@ -220,13 +220,13 @@ def test_order_is_told(orders, algo, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_what_does_not_fit_is_named(env, keys, tmp_path):
-    with pytest.raises(ConfigError, match=r"observation tokens is seen at the stage first; got \['encoder.1'\]"):
+    with pytest.raises(ConfigError, match=r"observation tokens needs the stage first; got \['encoder.1'\]"):
         gym.make(CUSTOM, **{**keys, "stages": ["encoder.1"]})
     policy = bold(env)
     pooled = gym.make_vec(CUSTOM, num_envs=2, **{**keys, "observation": "pooled"}).unwrapped
     with pytest.raises(ValueError, match=r"reads .*\(38,\) and tokens of 16 numbers, but .* has .*\(38,\)$"):
         check_fits(policy, pooled.core)
-    with pytest.raises(ValueError, match=r"expected token_width where several stages show tokens"):
+    with pytest.raises(ValueError, match=r"expected token_width with tokens and several stages"):
         DecisionPolicy(38, policy.nvec, policy.switches, stages=STAGES, channels=4)
     policy.save(tmp_path)
     said = json.loads((tmp_path / "policy.json").read_text())

@@ -12,5 +12,5 @@ def test_labels_outside_the_classes():
     assert class_index(Instance("a", "x", "yes"), classes) == 1
     assert class_index(Instance("a", "x", 1), classes) == 1
     for label in (2, "maybe"):
-        with pytest.raises(DataError, match=f"label {label!r} is none of the backbone's 2 classes"):
+        with pytest.raises(DataError, match=f"label {label!r} is not one of the backbone's 2 classes"):
             class_index(Instance("a", "x", label), classes)

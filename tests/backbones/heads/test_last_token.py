@@ -63,8 +63,8 @@ def test_stages_are_in_front_of_its_layers(causal, reviews):
     env = gym.make("SD/Classification-Custom-v0", stages=["first", "middle"], **settings).unwrapped
     assert env.core.stages == ["first", "decoder.1"]
     first, _ = env.reset(seed=0)
-    seen, *_ = env.step(np.zeros_like(env.action_space.sample()))
-    assert not np.array_equal(first[3:], seen[3:])
+    after, *_ = env.step(np.zeros_like(env.action_space.sample()))
+    assert not np.array_equal(first[3:], after[3:])
     assert len({*map(tuple, (env.reset(seed=seed)[0] for seed in range(9)))}) > 1  # texts look different
 
 

@@ -14,8 +14,8 @@ def test_only_labels_that_count_are_learned_from():
     assert losses.loss(logits, labels).item() == pytest.approx(torch.tensor(2.0).log().item())
     divergence = 0.25 * torch.tensor(0.25 / 0.5).log() + 0.75 * torch.tensor(0.75 / 0.5).log()
     logits.requires_grad_()
-    found = losses.distillation(logits, dense, labels)
-    assert found.item() == pytest.approx(divergence.item())
-    found.backward()
+    distillation = losses.distillation(logits, dense, labels)
+    assert distillation.item() == pytest.approx(divergence.item())
+    distillation.backward()
     assert dense.grad is None
     assert not logits.grad[0, 1].any()

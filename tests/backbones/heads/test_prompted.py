@@ -1,4 +1,4 @@
-"""Decoder-only backbones as envs: prompted, padded at the left, scored on what they say behind the prompt."""
+"""Decoder-only backbones as envs: prompted, padded at the left, scored on their answers after the prompt."""
 
 import json
 
@@ -97,7 +97,7 @@ def test_each_mask_of_many_says_what_it_says_alone(data, backbone):
     passes, rows, masks = core.split("test").passes, np.arange(12), decisions_for(core, 5)
     texts = passes.generated_under_all(rows, masks)
     assert texts == [passes.generated(rows, np.tile(mask, (12, 1))) for mask in masks]
-    assert len({tuple(said) for said in texts}) > 1
+    assert len({tuple(answers) for answers in texts}) > 1
 
 
 def test_an_answer_ends_at_the_stop(data, backbone):
@@ -118,10 +118,10 @@ def test_an_answer_ends_at_the_stop(data, backbone):
 
 def test_a_prompt_is_decided_on_in_its_pass_as_before_it(data, backbone):
     core = make(data, backbone, token_shares=[0.0, 0.5]).unwrapped.core
-    split, seen = core.split("train"), []
+    split, recorded = core.split("train"), []
 
     def decide(observations):
-        seen.append(observations)
+        recorded.append(observations)
         return decisions_for(core, 1)
 
     with torch.inference_mode():
@@ -130,7 +130,7 @@ def test_a_prompt_is_decided_on_in_its_pass_as_before_it(data, backbone):
             ((_, logits, _),) = core.decided_logits(split, rows, decide)
             ((_, expected, _),) = split.passes.logits(rows, decide(core.observe(split, rows)))
             assert torch.equal(logits, expected)
-            np.testing.assert_allclose(seen[-2], seen[-1], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(recorded[-2], recorded[-1], rtol=1e-4, atol=1e-4)
 
 
 def test_analytic_flops_are_counted_flops(data, backbone):
@@ -160,17 +160,17 @@ def test_only_the_context_loses_tokens_and_only_the_context_is_cut(data, backbon
         make(data, backbone, max_source_length=7)
     with pytest.raises(DataError, match="the prompt must name"):
         make(data, backbone, prompt="Say it:")
-    with pytest.raises(ConfigError, match="decoder-only; say with 'prompt'"):
+    with pytest.raises(ConfigError, match="decoder-only, so it needs a 'prompt'"):
         make(data, backbone, prompt=None)
 
 
-def test_preparing_teaches_the_answer_behind_the_prompt(backbone, tmp_path):
+def test_preparing_teaches_the_answer_after_the_prompt(backbone, tmp_path):
     rows = [{"document": f"the {w} was {x}", "summary": f"{x} {w}"} for w in ("food", "room") for x in ("good", "bad")]
     (tmp_path / "reports.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 10))
     source = DataConfig(dataset=str(tmp_path / "reports.jsonl"), overlap="allow")
     decoder = BackboneConfig(name=backbone, max_target_length=4)
     settings = {"recipe": Recipe(120, 0.01), "tokens": TokensConfig(shares=(0.0, 0.3)), "rows": 1.0}
-    with pytest.raises(ValueError, match="decoder-only; say with 'prompt' what it shall read"):
+    with pytest.raises(ValueError, match="decoder-only, so it needs a 'prompt'"):
         prepare_backbone(decoder, source, "summarization", tmp_path / "out", **settings)
     prompted = decoder.model_copy(update={"prompt": "Question: {source} Answer:"})
     report = prepare_backbone(prompted, source, "summarization", tmp_path / "out", **settings)

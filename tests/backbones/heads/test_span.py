@@ -37,7 +37,7 @@ def test_the_best_span_is_that_of_an_exhaustive_search(seed, length, longest, un
     allowed = torch.from_numpy(random.random((4, length)) < 0.5)
     allowed[:, 0], allowed[:, -1] = unanswerable, True
     logits = logits.masked_fill(~allowed[:, None], NOWHERE)
-    found = best_spans(logits, longest).tolist()
+    best = best_spans(logits, longest).tolist()
     for row in range(4):
         spans = [
             (first, last)
@@ -45,7 +45,7 @@ def test_the_best_span_is_that_of_an_exhaustive_search(seed, length, longest, un
             for last in range(first, min(length, first + longest))
             if allowed[row, first] and allowed[row, last] and (first > 0 or last == 0)
         ]
-        assert tuple(found[row]) == max(spans, key=lambda span: logits[row, 0, span[0]] + logits[row, 1, span[1]])
+        assert tuple(best[row]) == max(spans, key=lambda span: logits[row, 0, span[0]] + logits[row, 1, span[1]])
 
 
 def test_likelihood_adds_the_probabilities_of_the_right_spans():
@@ -111,7 +111,7 @@ def test_answers_without_a_place_are_looked_for(tiny_tokenizer):
     assert split.labels.tolist() == [[[5, 6], [9, 10], [8, 8]]]
     wrong = encoded([question(context, ["good"], [3])], tiny_tokenizer)  # not at its place: wherever it occurs
     assert wrong.labels.tolist() == [[[8, 8]]]
-    with pytest.raises(DataError, match="the answer 'awful' does not stand in its context"):
+    with pytest.raises(DataError, match="the answer 'awful' is not in its context"):
         encoded([question(context, ["awful"])], tiny_tokenizer)
 
 
@@ -119,7 +119,7 @@ def test_only_the_context_is_cut_and_answers_that_were_cut_off_are_counted(tiny_
     contexts = ["good food was fine", "fine was the food good", "good"]
     instances = [question(context, ["good"], [context.index("good")]) for context in contexts]
     instances.append(question("the food was bad", []))
-    split = encoded(instances, tiny_tokenizer, limit=9)  # 5 before the context, 1 behind it
+    split = encoded(instances, tiny_tokenizer, limit=9)  # 5 before the context, 1 after it
     assert split.source_length.tolist() == [9, 9, 7, 9]
     assert split.labels.tolist() == [[[5, 5]], [[-100, -100]], [[5, 5]], [[0, 0]]]
     assert split.counts == {"instances": 4, "cut_inputs": 3, "cut_targets": 1}
@@ -144,7 +144,7 @@ def test_an_answer_cut_in_two_is_cut_off(tiny_tokenizer):
 )
 def test_malformed_places_are_refused(tmp_path, answers):
     (tmp_path / "qa.jsonl").write_text(json.dumps({"question": "q", "context": "good", "answers": answers}))
-    with pytest.raises(DataError, match="line 1: answer_start must be one character index an answer"):
+    with pytest.raises(DataError, match="line 1: answer_start must have one character index per answer"):
         load_split(str(tmp_path / "qa.jsonl"), "question_answering", "train")
 
 
@@ -153,7 +153,7 @@ def test_malformed_places_are_refused(tmp_path, answers):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The answer is the word behind "was"; every fourth question has none."""
+    """The answer is the word after "was"; every fourth question has no answer."""
     random = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("data")
     for split, size in (("train", 60), ("validation", 24), ("test", 24)):
@@ -230,9 +230,9 @@ def test_quality_comes_with_the_likelihood_from_the_same_passes(quality, data, t
     core.backbone.model.register_forward_hook(lambda *_: passes.append(1))
     expected = split.scoring.run(rows, decisions)
     alone = len(passes)
-    found, probability = split.scoring.quality_and_likelihood(rows, decisions)
+    quality, probability = split.scoring.quality_and_likelihood(rows, decisions)
     assert len(passes) - alone <= alone
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(quality, expected)
     likely = make(data, str(tmp_path), quality="likelihood").unwrapped.core.split("test")
     np.testing.assert_array_equal(probability, likely.scoring.quality_and_likelihood(rows, decisions)[1])
 
@@ -248,10 +248,10 @@ def test_masks_that_agree_up_to_a_layer_share_the_pass_up_to_there(quality, data
     first = []
     early = core.backbone.model.base_model.encoder.layer[0].attention.self.query
     early.register_forward_hook(lambda *_: first.append(1))
-    found = split.scoring.under_all(rows, masks)
+    under_all = split.scoring.under_all(rows, masks)
     assert len(first) == 1
     alone = [split.scoring.quality_and_likelihood(rows, np.tile(mask, (24, 1))) for mask in masks]
-    for values, expected in zip(found, zip(*alone, strict=True), strict=True):
+    for values, expected in zip(under_all, zip(*alone, strict=True), strict=True):
         np.testing.assert_allclose(values, np.stack(expected, axis=1), rtol=1e-5)
 
 
@@ -260,13 +260,13 @@ def test_what_is_extracted_goes_on_from_the_last_look(quality, data, extractor):
     settings = {"quality": quality, "stages": ["first", "middle"], "token_shares": [0.0, 0.5]}
     core = make(data, extractor, **settings, token_ranking="position").unwrapped.core
     split, rows, decisions = core.split("test"), np.arange(24), decisions_for(core, 24)
-    _, seen = core.rollout(split, rows, lambda observations: decisions)
+    _, state = core.rollout(split, rows, lambda observations: decisions)
     split.scoring.run(rows, 0 * decisions)  # so that a dense likelihood is known
     with FlopCounterMode(display=False) as whole:
         expected = split.scoring.run(rows, decisions)
     with FlopCounterMode(display=False) as rest:
-        found = split.scoring.run(rows, decisions, seen)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+        quality = split.scoring.run(rows, decisions, state)
+    np.testing.assert_allclose(quality, expected, rtol=1e-4, atol=1e-6)
     assert rest.get_total_flops() < 0.9 * whole.get_total_flops()
 
 
