@@ -31,7 +31,7 @@ def test_envs_lists_the_ids():
 
 def test_envs_describes_one_of_a_table_and_one_of_ones_own(tmp_path):
     shown = run("envs", "SD/Classification-TREC-Table-v1").output
-    assert "what a question asks for" in shown
+    assert "kind of answer that a question asks for" in shown
     for fact in ("instances    1,224 train", "epsilon      0.02", "decisions    all", "v1 "):
         assert fact in shown
     assert "unknown env 'nope'" in run("envs", "nope").output
