@@ -34,6 +34,12 @@ SHEETS = {"README": "index", "CONTRIBUTING": "contributing", "CHANGELOG": "chang
 SECTIONS = "Description, Action Space, Observation Space, Reward, Episode End, Info, Arguments, Version History"
 FEW = {"train_size": 4, "validation_size": 4, "test_size": 4}
 BART = {"facebook/bart-base": 30, "facebook/bart-large-cnn": 60, "facebook/bart-large-xsum": 60}  # 2 + 3 per layer
+YOURS = "--set dataset=reviews.jsonl --set backbone=my-bert"
+WHERE = {  # an env that an algorithm can run on, where the TREC table is not one
+    "cascade": "SD/Classification-TREC-Staged-Table-v0",
+    "confidence": f"SD/Classification-Custom-Staged-v0 {YOURS}",
+    "early-exit": f"SD/Classification-Custom-v0 {YOURS}",
+}
 MODULES = ["sd_gym", "sd_gym.envs", "sd_gym.envs.wrappers", "sd_gym.envs.sb3", "sd_gym.agents", "sd_gym.policy"]
 MODULES += ["sd_gym.switch", "sd_gym.inference.texts", "sd_gym.inference.onnx", "sd_gym.objectives"]
 MODULES += ["sd_gym.serving"] if find_spec("sd_gym.serving") else []
@@ -279,7 +285,8 @@ def _algorithm_page(name: str) -> str:
     fields = cls.Settings.model_fields.items()
     rows = [[f"`{key}`", f"`{field.default}`", _plain(" ".join(notes.get(key, "").split()))] for key, field in fields]
     text = f"# {name}\n\n{_plain(inspect.getdoc(cls) or '')}\n\n{_plain(module.partition(chr(10))[2])}\n\n"
-    text += f"```bash\nsd-gym train SD/Classification-TREC-Table-v1 --algo {name}\n```\n\n## Settings\n\n"
+    env = WHERE.get(name, "SD/Classification-TREC-Table-v1")
+    text += f"```bash\nsd-gym train {env} --algo {name}\n```\n\n## Settings\n\n"
     text += "Set one with `--set name=value`, or as a keyword of `sd_gym.train`.\n\n"
     return text + _table(["setting", "default", "meaning"], rows) + _results(lambda cells: name in cells[1:3])
 
