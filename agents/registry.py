@@ -1,7 +1,5 @@
 """Agents by name."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from sd_gym.agents.learning.agent import AgentSettings, BaseAgent
@@ -35,10 +33,10 @@ AGENTS: Registry[type[BaseAgent]] = Registry(
 
 
 def register_agent(name: str, cls: type[BaseAgent]) -> None:
-    """Make an agent of your own known: then ``sd_gym.train(env, name)`` and, with ``--import``, ``--algo NAME`` work.
+    """Register an agent of your own for ``sd_gym.train(env, name)`` and, with ``--import``, ``--algo NAME``.
 
-    Unless the class says ``is_control = True``, there is a ``blind-NAME`` as well, and ``compare --fronts`` sets it
-    against the controls.
+    Unless the class has ``is_control = True``, there is a ``blind-NAME`` as well, and ``compare --fronts`` compares it
+    with the controls.
 
     Raises:
         TypeError: If ``cls`` is no subclass of ``sd_gym.agents.Agent`` or ``sd_gym.agents.PrivilegedAgent``.
@@ -49,22 +47,24 @@ def register_agent(name: str, cls: type[BaseAgent]) -> None:
             f"the agent {name!r} has to be a subclass of sd_gym.agents.Agent or PrivilegedAgent, got {cls!r}"
         )
     if name.startswith(BLIND):
-        raise ValueError(f"the agent {name!r} needs another name: {BLIND}NAME is the agent NAME that sees nothing")
+        raise ValueError(
+            f"the agent {name!r} needs another name: {BLIND}NAME is the agent NAME with zeroed observations"
+        )
     AGENTS.register(name, cls)
 
 
 def learning_agents() -> list[str]:
-    """Names of the agents that learn: all but controls."""
+    """Names of all agents but controls."""
     return [name for name in AGENTS.names() if not AGENTS.find(name).is_control]
 
 
 def is_control(name: str) -> bool:
-    """Whether an agent is only there to be compared with: its class says so, or it is blind."""
+    """Whether an agent is a control baseline: its class says so, or it is blind."""
     return name.startswith(BLIND) or agent_class(name).is_control
 
 
 def agent_names() -> list[str]:
-    """All names that ``make_agent`` takes."""
+    """All names for ``make_agent``."""
     return [*AGENTS.names(), *(BLIND + name for name in learning_agents())]
 
 
@@ -81,7 +81,7 @@ def make_settings(name: str, settings: dict[str, Any]) -> AgentSettings:
 
 
 def make_agent(name: str, env: SwitchableVectorEnv, *, seed: int = 0, **settings: Any) -> BaseAgent:
-    """An agent by name (``agent_names``), with ``settings``, that learns on an env; ``seed`` is of all that it draws.
+    """An agent by name (``agent_names``) that learns on an env; ``seed`` is that of all its draws.
 
     Raises:
         ValueError: If the name or a setting is unknown.

@@ -121,7 +121,7 @@ def test_the_command_line_imports_what_is_ones_own(things, tmp_path):
     assert result.exit_code == 0, output
     assert re.search(r"\| Own/Reviews-v0 \| my-ppo \| 4, hash .* [01] of 1 \|", output)  # evaluated twice, trained once
     assert "counted once" in output
-    assert f"passed over, as they hold no result.json of a test split: {tmp_path}, {things}" in output
+    assert f"ignored, as they hold no result.json of a test split: {tmp_path}, {things}" in output
     options = ["--env", "Own/Reviews-v0", "--steps", 2, "--output", tmp_path / "prepared", "--import", things]
     backbone = description["env_config"]["backbone"]["name"]
     result, output = run(

@@ -1,7 +1,5 @@
 """A2C, by Stable-Baselines3, on the env's reward."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from pydantic import Field
@@ -12,7 +10,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 
 class A2CSettings(SB3Settings):
-    """Settings of A2C; a rollout, which is used once, is large enough for a lost instance to weigh what it should."""
+    """Settings of A2C; a rollout is used once, and large enough for the full weight of a lost instance."""
 
     space: ClassVar = LearnerSettings.space | {
         "entropy": [0.0, 0.02, 0.05, 0.1],

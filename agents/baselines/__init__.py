@@ -1,1 +1,1 @@
-"""Controls: agents that do not look at their input."""
+"""Control baselines: agents that do not learn from their observations."""

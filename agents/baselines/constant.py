@@ -1,6 +1,4 @@
-"""Controls that learn nothing: everything runs, every other layer does, or switches are skipped at random."""
-
-from __future__ import annotations
+"""Controls that learn nothing: dense, every other layer, or random decisions."""
 
 from typing import ClassVar, Literal
 
@@ -29,13 +27,11 @@ class RateSettings(AgentSettings):
 
 
 class _FixedPolicyAgent(Agent[SettingsT]):
-    """An agent whose policy is fixed from the start."""
-
     selects = validates = draws = False
     staged = is_control = True
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
-        """There is nothing to learn."""
+        """Nothing."""
 
 
 class DenseAgent(_FixedPolicyAgent[AgentSettings]):
@@ -48,7 +44,7 @@ class DenseAgent(_FixedPolicyAgent[AgentSettings]):
 
 
 class EveryOtherAgent(_FixedPolicyAgent[AgentSettings]):
-    """Every other layer is skipped whole, the first one of each stack runs (LayerDrop, Fan et al. 2020, section 4)."""
+    """Skips every other layer; the first one of each stack runs (LayerDrop, Fan et al. 2020, section 4)."""
 
     def policy(self) -> DecisionPolicy:
         """The same layers for every input."""
@@ -56,22 +52,22 @@ class EveryOtherAgent(_FixedPolicyAgent[AgentSettings]):
         odd = [switch.index % 2 for switch in core.backbone.board.switches]
         if len(core.switch_names) < len(odd):
             raise NotApplicableError("every-other decides on each switch, but this table has some masks only")
-        mask = np.minimum([*odd, 0], core.decision_nvec - 1)  # what is no candidate always runs
+        mask = np.minimum([*odd, 0], core.decision_nvec - 1)  # switches that are no candidates always run
         return self._constant_policy(decision_logits(core.nvec, core.from_masks(mask[None])[0], CERTAIN))
 
 
 class RandomAgent(_FixedPolicyAgent[RateSettings]):
-    """Each switch is skipped with probability ``rate``, whatever the input; the same draws whatever the seed."""
+    """Skips each switch with probability ``rate``, for every input; the draws do not depend on the seed."""
 
     Settings = RateSettings
     noise: ClassVar[Literal["random", "hash"]] = "random"
 
     def policy(self) -> DecisionPolicy:
-        """The same odds for every input."""
+        """The same probabilities for every input."""
         return self._constant_policy(initial_bias(self.env.core.nvec, self.settings.rate), noise=self.noise)
 
 
 class HashAgent(RandomAgent):
-    """Like ``random``, but the same input is always decided on alike: variety that says nothing about the input."""
+    """Like ``random``, but the same input always gets the same decision: decisions vary without any knowledge."""
 
     noise = "hash"

@@ -1,15 +1,12 @@
-"""Confidence-based early exit: run layer by layer, and stop as soon as the head is sure (DeeBERT, Xin et al. 2020)."""
-
-from __future__ import annotations
+"""Early exit by confidence: run layer by layer, and stop as soon as the head is sure (DeeBERT, Xin et al. 2020)."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.learning.agent import AgentSettings, NotApplicableError, OnRollout, PrivilegedAgent
-from sd_gym.agents.learning.decisions import SplitDecisions, Version, policy_rows, score_decisions
-from stable_baselines3.common.logger import Logger
+from sd_gym.agents.learning.agent import AgentSettings, NotApplicableError, PrivilegedAgent
+from sd_gym.agents.learning.decisions import SplitDecisions, Version, policy_rows, score_masks
 
 from sd_gym.envs.protocols import Split
 from sd_gym.envs.table import TableSplit
@@ -18,21 +15,21 @@ from sd_gym.going_on import stages_of_pass
 
 THRESHOLDS = np.r_[np.linspace(0.5, 0.95, 10), 0.97, 0.98, 0.99, 0.995, 0.999, 1.01]  # above 1: never
 SWEEPS = 2  # over all stages, to lower their thresholds
-ALLOWED = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # losses on policy rows that thresholds are searched for, over epsilon
+ALLOWED = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # losses on policy rows, over epsilon, to search thresholds for
 
 
 class Confidences:
-    """Highest class probabilities of rows under decisions, each computed once; of a table, its judgements."""
+    """Highest class probabilities of rows under decisions, each computed once; tables have them stored."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, bytes, bytes], NDArray] = {}
 
     def of(self, split: Split, rows: NDArray, mask: NDArray) -> NDArray:
-        """Of ``rows [n]`` under one decision ``[components]``, float64 ``[n]``; the core ``sees_confidence``."""
+        """Those of ``rows [n]`` under one decision ``[components]``, float64 ``[n]``; the core ``sees_confidence``."""
         key = split.name, rows.tobytes(), mask.tobytes()
         if key not in self._known:
             masks = np.tile(mask, (len(rows), 1))
-            assert isinstance(split, BackboneSplit | TableSplit)  # agents that ask for it refuse other splits
+            assert isinstance(split, BackboneSplit | TableSplit)  # no agent uses it with other splits
             if isinstance(split, TableSplit):
                 self._known[key] = split.confidence(rows, masks)
             else:
@@ -41,9 +38,9 @@ class Confidences:
 
 
 class EarlyExit(PrivilegedAgent[AgentSettings]):
-    """The layers after an exit are skipped; the threshold of confidence is the lowest that keeps the quality.
+    """Skips the layers after an exit; the threshold of confidence is the lowest that keeps the quality.
 
-    The backbone's own head judges at every exit, and its FLOPs count each time. For backbones that classify.
+    The backbone's own head runs at every exit, and its FLOPs count each time. For backbones that classify.
     """
 
     draws = False
@@ -56,21 +53,18 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
             raise NotApplicableError("early exit runs an encoder that classifies, which no table has, nor this env")
         self._confidences = Confidences()
 
-    def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
-        """There is nothing to learn: the thresholds are operating points."""
-
     def operating_points(self) -> list[Version]:
-        """A threshold each."""
-        looks = len(self._ends)
-        return [Version(Exit(self, np.full(looks, threshold))) for threshold in THRESHOLDS if threshold <= 1]
+        """One per threshold."""
+        exits = len(self._ends)
+        return [Version(Exit(self, np.full(exits, threshold))) for threshold in THRESHOLDS if threshold <= 1]
 
     def confidence(self, split: Split, rows: NDArray) -> NDArray:
-        """Highest class probability at each look, ``[n, looks]``."""
+        """Highest class probability at each exit, ``[n, exits]``."""
         masks = self.decisions(np.arange(len(self._ends)))
         return np.stack([self._confidences.of(split, rows, mask) for mask in masks], axis=1)
 
     def decisions(self, exits: NDArray) -> NDArray:
-        """Everything from the exits ``[n]`` on is skipped: decisions ``[n, components]``."""
+        """Decisions ``[n, components]`` that skip everything after the exits ``[n]``."""
         skip = np.arange(self.env.core.n_switches) >= self._ends[exits][:, None]
         return self.env.core.from_masks(np.pad(skip, ((0, 0), (0, 1))).astype(np.int64))
 
@@ -80,26 +74,26 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
 
     @property
     def _ends(self) -> NDArray:
-        """How many switches have run at each look, the last one behind them all, int64 ``[looks]``: at every layer."""
+        """Number of switches in front of each exit, int64 ``[exits]``: one per layer; the last exit is the end."""
         board = self.env.core.backbone.board
         return np.array([columns.stop for columns in board.decided_at(board.stages).values()])
 
 
 @dataclass(frozen=True)
 class Exit:
-    """Exits at the first look whose confidence is at least its threshold; each one before costs the head once more."""
+    """Leaves at the first exit whose confidence reaches its threshold; each earlier exit costs the head once."""
 
     agent: EarlyExit
-    thresholds: NDArray  # [looks]
+    thresholds: NDArray  # [exits]
 
     def decide_split(self, split: Split, rows: NDArray) -> SplitDecisions:
-        """What is left of the layers at the exit is skipped."""
+        """Decisions that skip all later layers."""
         exits = exits_of(self.agent.confidence(split, rows), self.thresholds)
         return SplitDecisions(self.agent.decisions(exits), exits * self.agent.judging_flops(split, rows))
 
 
 def exits_of(confidence: NDArray, thresholds: NDArray) -> NDArray:
-    """The look that each row leaves at, int64 ``[n]``, of confidences ``[n, looks]``; the last look is the end."""
+    """The exit of each row, int64 ``[n]``, of confidences ``[n, exits]``; the last exit is the end."""
     sure = confidence >= thresholds
     sure[:, -1] = True
     return sure.argmax(axis=1)
@@ -108,37 +102,36 @@ def exits_of(confidence: NDArray, thresholds: NDArray) -> NDArray:
 class Confidence(EarlyExit):
     """Early exit at the stages of an env, with a threshold for each.
 
-    For several losses on policy rows: from the best single threshold, that of one stage after the other is lowered as
-    far as this loss allows. These and the single thresholds are the operating points.
+    For several losses on policy rows, the search starts from the best single threshold, and lowers that of one stage
+    after the other as far as the loss allows. These and the single thresholds are the operating points.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if len(self._ends) == 1:
-            raise NotApplicableError("confidence looks at the stages of an env, and this one has none; pass stages")
+            raise NotApplicableError("confidence decides at the stages of an env, but this one has none; pass stages")
 
     def operating_points(self) -> list[Version]:
         """Thresholds of all stages, searched on policy rows."""
-        core, split, looks = self.env.core, self.env.core.split("train"), len(self._ends)
+        core, split, n = self.env.core, self.env.core.split("train"), len(self._ends)
         rows = policy_rows(core)
         confidence = self.confidence(split, rows)
-        scored = [score_decisions(core, split, rows, self.decisions(np.full(len(rows), look))) for look in range(looks)]
-        losses = np.stack([of_look["quality_ref"] - of_look["quality"] for of_look in scored])
-        flops = np.stack([of_look["flops_ratio"] for of_look in scored])
-        judged, every = self.judging_flops(split, rows) / split.costs.dense_flops(rows), np.arange(len(rows))
+        scored = score_masks(core, split, rows, self.decisions(np.arange(n)))
+        losses, flops = scored["quality_ref"] - scored["quality"], scored["flops_ratio"]
+        judging, every = self.judging_flops(split, rows) / split.costs.dense_flops(rows), np.arange(len(rows))
 
         def price(thresholds: NDArray, allowed: float) -> float:
-            """Mean FLOPs; infinite where more is lost than allowed."""
+            """Mean FLOPs; infinite if more is lost than allowed."""
             exits = exits_of(confidence, thresholds)
             lost = losses[exits, every].mean()
-            return float((flops[exits, every] + exits * judged).mean()) if lost <= allowed else np.inf
+            return float((flops[exits, every] + exits * judging).mean()) if lost <= allowed else np.inf
 
         searched = []
         for allowed in core.config.reward.epsilon * np.array(ALLOWED):
-            best = min((np.full(looks, single) for single in THRESHOLDS), key=lambda one: price(one, allowed))
-            for look in [*range(looks - 1)] * SWEEPS:
-                tried = [np.where(np.arange(looks) == look, threshold, best) for threshold in THRESHOLDS]
-                best = min(tried, key=lambda one: price(one, allowed))
+            best = min((np.full(n, single) for single in THRESHOLDS), key=lambda thresholds: price(thresholds, allowed))
+            for number in [*range(n - 1)] * SWEEPS:
+                tried = [np.where(np.arange(n) == number, threshold, best) for threshold in THRESHOLDS]
+                best = min(tried, key=lambda thresholds: price(thresholds, allowed))
             searched.append(Version(Exit(self, best)))
         return [*super().operating_points(), *searched]
 

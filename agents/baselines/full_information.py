@@ -1,6 +1,4 @@
-"""What can be learned on a table if all outcomes of its policy rows are known: the reference of learners."""
-
-from __future__ import annotations
+"""A reference for learners on a table: a policy that learns from all outcomes of the policy rows."""
 
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,16 +13,16 @@ from sd_gym.envs.exact import MULTIPLIERS, ROWS, Curve, lower_hull, outcomes_of_
 from sd_gym.envs.protocols import Split
 from sd_gym.envs.table import TableCore, TableSplit
 
-PARTS = 24  # principal components of the losses under all masks, which are predicted
-TREES, LEAF = 100, 5  # of the forest; rows of a leaf at least
-FOLDS = 5  # that training rows are predicted in: operating points are ordered on them
+PARTS = 24  # predicted principal components of the losses under all masks
+TREES, LEAF = 100, 5  # trees of the forest; rows per leaf, at least
+FOLDS = 5  # for predictions on training rows, which order the operating points
 
 
 class Forecast:
-    """Predicts what each input loses under each mask: extremely randomised trees (Geurts et al. 2006) on observations.
+    """Predicts the loss of each input under each mask: extremely randomised trees (Geurts et al. 2006) on observations.
 
-    They predict the principal components of the losses that the rows of a split have under all masks. Of an MLP, kernel
-    ridge regression and boosting none was better on the bundled tables.
+    They predict the principal components of the losses under all masks. On the bundled tables an MLP, kernel ridge
+    regression and boosting were not better.
     """
 
     def __init__(self, split: TableSplit) -> None:
@@ -35,40 +33,39 @@ class Forecast:
         losses = np.concatenate([loss.astype(np.float32) for _, loss, _ in outcomes_of_all(split)])
         self._parts = PCA(min(PARTS, *losses.shape), svd_solver="randomized", random_state=0)
         trees = ExtraTreesRegressor(TREES, min_samples_leaf=LEAF, max_features=0.5, random_state=0)
-        seen, targets = _seen(split), self._parts.fit_transform(losses)
-        folds = KFold(min(FOLDS, len(seen)), shuffle=True, random_state=0)
-        out_of_fold = cross_val_predict(trees, seen, targets, cv=folds)
-        self._of_train = np.asarray(out_of_fold)  # of rows that were not learned from
-        self._trees = trees.fit(seen, targets)
+        observations, targets = _observations(split), self._parts.fit_transform(losses)
+        folds = KFold(min(FOLDS, len(observations)), shuffle=True, random_state=0)
+        self._of_train = np.asarray(cross_val_predict(trees, observations, targets, cv=folds))
+        self._trees = trees.fit(observations, targets)
 
     def parts(self, split: TableSplit) -> NDArray:
-        """The components that are predicted of each row, ``[n, parts]``; of ``train`` without the row's own fold."""
-        predicted = self._of_train if split.name == "train" else self._trees.predict(_seen(split))
+        """The predicted components of each row, ``[n, parts]``; those of ``train`` are cross-validated."""
+        predicted = self._of_train if split.name == "train" else self._trees.predict(_observations(split))
         return np.asarray(predicted).reshape(len(split), -1)
 
     def losses(self, parts: NDArray) -> NDArray:
-        """The losses that predicted components stand for, ``[n, masks]``; dense loses nothing."""
+        """Losses ``[n, masks]`` from components ``[n, parts]``; dense loses nothing."""
         losses = self._parts.inverse_transform(parts)
         losses[:, 0] = 0
         return losses
 
 
-def _seen(split: TableSplit) -> NDArray:
-    """What is observed at first, float32 ``[n, features]``."""
+def _observations(split: TableSplit) -> NDArray:
+    """Observations at the first stage, float32 ``[n, features]``."""
     return split.tensors["observations"].reshape(len(split), -1).astype(np.float32)
 
 
 @lru_cache(maxsize=4)
 def forecast_of(core: TableCore) -> Forecast:
-    """The forecast that is learned on the training split of a table."""
+    """The forecast learned on the training split of a table."""
     return Forecast(core.split("train"))
 
 
 def full_information(split: TableSplit) -> Curve:
-    """The front, read on a split, of what is learned on all outcomes of the training split.
+    """The front on a split of the policy that has learned from all outcomes of the training split.
 
-    An input gets the mask of the least FLOPs plus multiplier times predicted loss, at each of ``MULTIPLIERS``; dense
-    belongs to the front. What the prediction costs is not counted.
+    An input gets the mask with the least FLOPs plus multiplier times predicted loss, for each of ``MULTIPLIERS``; dense
+    belongs to the front. The cost of the prediction is not counted.
     """
     forecast, sums = forecast_of(split.core), np.zeros((2, len(MULTIPLIERS)))
     parts = forecast.parts(split)
@@ -81,14 +78,14 @@ def full_information(split: TableSplit) -> Curve:
 
 
 class ForecastPoint(NamedTuple):
-    """The mask of the least FLOPs plus multiplier times predicted loss."""
+    """The mask with the least FLOPs plus multiplier times predicted loss."""
 
     core: TableCore
     multiplier: float
 
     def decide_split(self, split: Split, rows: NDArray) -> SplitDecisions:
-        """Its decisions; what the prediction costs is not counted."""
-        assert isinstance(split, TableSplit)  # the agent takes no other env
+        """Its decisions; the cost of the prediction is not counted."""
+        assert isinstance(split, TableSplit)  # the agent refuses other envs
         forecast, numbers = forecast_of(self.core), []
         parts = forecast.parts(split)
         for some in np.split(rows, range(ROWS, len(rows), ROWS)):
@@ -99,7 +96,7 @@ class ForecastPoint(NamedTuple):
 
 
 class FullInformation(PrivilegedAgent[AgentSettings]):
-    """Learns from the outcomes of all masks on all rows, which no env shows: for tables only."""
+    """Learns from the outcomes of all masks on all rows, which no env gives; for tables only."""
 
     draws = False
 
@@ -115,5 +112,5 @@ class FullInformation(PrivilegedAgent[AgentSettings]):
         forecast_of(self._core)
 
     def operating_points(self) -> list[Version]:
-        """One for each price of a lost answer."""
-        return [Version(ForecastPoint(self._core, float(one))) for one in MULTIPLIERS[5::3]]
+        """One per price of a lost answer."""
+        return [Version(ForecastPoint(self._core, float(multiplier))) for multiplier in MULTIPLIERS[5::3]]

@@ -1,7 +1,5 @@
 """Searches over decisions: good static masks, and the cheapest good decision of each instance."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
@@ -14,32 +12,31 @@ from torch.nn import functional as F
 from sd_gym.envs.actions import all_decisions
 from sd_gym.envs.protocols import Core, Split
 
-SCREENED = 200  # instances that every move of a greedy search is tried on
-FINALISTS = 3  # moves of a round that are tried on all instances
+SCREENED = 200  # instances for a first score of every move of a greedy search
+FINALISTS = 3  # moves per round that are scored on all instances
 SMALL_LOSS = 0.004  # smaller losses are noise: among such moves, the one that saves most is the best
-LIKELIHOOD_WEIGHT = 0.2  # beside the quality: the likelihood tells apart what exact match does not
-PRICES = (-1.5, 7.0)  # logarithms of the penalties that a path is learned for: 0.2 to 1,100 a lost instance
+LIKELIHOOD_WEIGHT = 0.2  # the likelihood distinguishes decisions with equal exact matches
+PRICES = (-1.5, 7.0)  # logarithms of the penalties of a learned path: 0.2 to 1,100 per lost instance
 UPDATES = 10  # of the thresholds, for each candidate of the path
 INSTANCES, TRIES = 256, 4  # of an update: drawn instances, at most; decisions for each
-LEARNING_RATE = 0.1  # of the thresholds, falling to a tenth; they are logarithms
-SOFTNESS = (1.5, 0.4)  # of the thresholds, from the first update to the last
-EXHAUSTIVE = 500_000  # scores; up to so many, all decisions are tried on all instances
+LEARNING_RATE = 0.1  # of the thresholds, which are logarithms; it falls to a tenth
+SOFTNESS = (1.5, 0.4)  # of the thresholds, at the first update and at the last
+EXHAUSTIVE = 500_000  # scores up to which all decisions are tried on all instances
 BATCH = 4096  # decisions scored in one call
-ALONG = 1024  # instances that are run along a path in one call
-
+ALONG = 1024  # instances that run under all masks of a path in one call
 CODEBOOK_SIZE = 16
 
 Array = NDArray
-Per = Literal["sublayer", "layer"]  # what a search decides on as one
+Per = Literal["sublayer", "layer"]  # what a step of a search skips
 OnRound = Callable[[int], None]  # called with the decisions scored so far
 IsGood = Callable[[Array, Array], Array]  # of rows [n] and decisions [n, components], bool [n]
 
 
 def skip_units(core: Core, per: Per = "sublayer") -> list[Array]:
-    """The components of a decision, int64, in parts that are raised together: each alone, or those of a layer.
+    """Groups of a decision's components that are raised together, int64: each alone, or those of a layer.
 
-    That of the tokens is alone, and comes last; those of a layer that have no choice are left out. Raises
-    ``ValueError`` if layers are asked for, and decisions are numbers of masks.
+    The token level is a group of its own, the last one. Components of layers without a choice are left out. Raises
+    ``ValueError`` for layers if decisions are numbers of masks.
     """
     alone = [np.array([component]) for component in range(core.n_skips)]
     if per == "sublayer":
@@ -55,7 +52,7 @@ def skip_units(core: Core, per: Per = "sublayer") -> list[Array]:
 
 
 def all_masks(nvec: Array, units: list[Array]) -> list[Array]:
-    """All decisions ``[components]`` whose units each have one choice, the first of them dense."""
+    """All decisions ``[components]`` with one choice per unit, the dense one first."""
     choices = all_decisions(nvec[[unit[0] for unit in units]])
     masks = np.zeros((len(choices), len(nvec)), dtype=np.int64)
     for column, unit in enumerate(units):
@@ -64,10 +61,10 @@ def all_masks(nvec: Array, units: list[Array]) -> list[Array]:
 
 
 def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, per: Per = "sublayer") -> list[Array]:
-    """Greedy search of static masks: one more candidate is skipped each round, the one least missed for what it saves.
+    """Greedy search of static masks: each round skips one more candidate, that with the least loss per saved FLOPs.
 
-    All moves of a round are screened on a few of ``rows [n]``, the best of them are tried on all; then ``on_round`` is
-    called. Returns decisions ``[components]`` from dense to nothing.
+    All moves of a round are scored on a few of ``rows [n]``, the best of them on all; then ``on_round`` is called.
+    Returns decisions ``[components]`` from dense to nothing.
     """
     path, units = [np.zeros_like(core.nvec)], skip_units(core, per)
     scored, known = 0, {}
@@ -75,21 +72,16 @@ def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, per
     def key(decision: Array, on: Array) -> tuple[int, bytes]:
         return len(on), decision.tobytes()
 
-    def score(decisions: list[Array], on: Array) -> None:
-        """Score what is not known yet: a round starts where the one before has ended."""
-        nonlocal scored
-        new = [decision for decision in decisions if key(decision, on) not in known]
-        if not new:
-            return
-        scored += len(on) * len(new)
-        quality, likelihood = split.scoring.under_all(on, np.stack(new))
-        values = (quality + LIKELIHOOD_WEIGHT * likelihood).mean(axis=0)
-        for decision, value in zip(new, values, strict=True):
-            flops = split.costs.flops_ratio(on, np.tile(decision, (len(on), 1))).mean()
-            known[key(decision, on)] = float(value), float(flops)
-
     def best_first(candidates: list[Array], on: Array) -> list[Array]:
-        score([path[-1], *candidates], on)
+        nonlocal scored
+        new = [decision for decision in [path[-1], *candidates] if key(decision, on) not in known]
+        if new:
+            scored += len(on) * len(new)
+            quality, likelihood = split.scoring.under_all(on, np.stack(new))
+            values = (quality + LIKELIHOOD_WEIGHT * likelihood).mean(axis=0)
+            for decision, value in zip(new, values, strict=True):
+                flops = split.costs.flops_ratio(on, np.tile(decision, (len(on), 1))).mean()
+                known[key(decision, on)] = float(value), float(flops)
         start, start_flops = known[key(path[-1], on)]
 
         def price(decision: Array) -> float:
@@ -98,7 +90,8 @@ def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, per
 
         return sorted(candidates, key=price)
 
-    while candidates := _moves(core.nvec, path[-1], units):
+    belongs = np.stack([np.isin(np.arange(len(core.nvec)), unit) for unit in units])
+    while candidates := [moved for moved in path[-1] + belongs if (moved < core.nvec).all()]:
         finalists = best_first(candidates, rows[:SCREENED])[:FINALISTS]
         path.append(best_first(finalists, rows)[0] if len(rows) > SCREENED else finalists[0])
         on_round(scored)
@@ -110,14 +103,13 @@ def learned_path(
 ) -> list[Array]:
     """Learn a path of static masks for all penalties at once, by REINFORCE with the mean of a few tries as baseline.
 
-    Every candidate (a switch, all those of a layer, or a step of the token level) has a threshold: it is skipped where
-    a lost instance costs less than that. Each drawn instance draws a penalty as well and tries some decisions around
-    the thresholds; they are worth the FLOPs that they save less the penalty times the quality that they lose. Sorted by
-    threshold, the candidates are a path. Unlike in a greedy search no choice is final: the thresholds begin alike and
-    soft, so that a candidate is first tried beside many others, and harden.
+    Every candidate (a switch, all those of a layer, or a step of the token level) has a threshold: it is skipped if a
+    lost instance costs less. Each drawn instance draws a penalty and tries some decisions around the thresholds. Their
+    value is the saved FLOPs less the penalty times the lost quality. Sorted by threshold, the candidates are a path.
+    Unlike in a greedy search no choice is final: the thresholds are equal and soft at first, and harden.
 
-    Arguments as in ``greedy_path``; ``seed`` is of all that is drawn. Returns decisions ``[components]`` from dense to
-    nothing, each raising one candidate by one.
+    Arguments as in ``greedy_path``, and the random ``seed``. Returns decisions ``[components]`` from dense to nothing,
+    each raising one candidate by one.
     """
     candidates = [unit for unit in skip_units(core, per) for _ in range(core.nvec[unit[0]] - 1)]
     belongs = np.stack([np.isin(np.arange(len(core.nvec)), unit) for unit in candidates]).astype(np.int64)
@@ -136,7 +128,7 @@ def learned_path(
         quality, likelihood = split.scoring.quality_and_likelihood(drawn, decisions)
         penalty = np.exp(price)
         value = penalty * (quality + LIKELIHOOD_WEIGHT * likelihood) - split.costs.flops_ratio(drawn, decisions)
-        # At a high penalty the same loss weighs more; without a scale, it would be all that the thresholds learn from.
+        # Without this scale the highest penalties would dominate the gradient.
         value = (value / penalty**0.75).reshape(instances, TRIES)
         advantage = torch.from_numpy(value - value.mean(axis=1, keepdims=True)).reshape(-1, 1)
         optimizer.zero_grad()
@@ -150,19 +142,13 @@ def learned_path(
     return path
 
 
-def _moves(nvec: Array, decision: Array, units: list[Array]) -> list[Array]:
-    """The decisions that skip a step more than ``decision`` in one unit."""
-    moves = [decision + np.isin(np.arange(len(nvec)), unit) for unit in units]
-    return [moved for moved in moves if (moved < nvec).all()]
-
-
 def path_steps(path: list[Array]) -> list[Array]:
     """The components that each step of a path raises, int64."""
     return [np.flatnonzero(after != before) for before, after in pairwise(path)]
 
 
 def path_losses(split: Split, rows: Array, path: list[Array], on_round: OnRound) -> Array:
-    """Quality that ``rows [n]`` lose under each mask of a path, the first of them dense; float64 ``[n, masks]``."""
+    """Quality that ``rows [n]`` lose under each mask of a path that begins densely; float64 ``[n, masks]``."""
     masks, quality = np.stack(path), []
     for start in range(0, len(rows), ALONG):
         quality.append(split.scoring.under_all(rows[start : start + ALONG], masks)[0])
@@ -171,18 +157,14 @@ def path_losses(split: Split, rows: Array, path: list[Array], on_round: OnRound)
     return qualities[:, :1] - qualities
 
 
-def beam_search(
-    core: Core, split: Split, rows: Array, order: list[Array], good: IsGood, on_round: OnRound, *, width: int = 1
-) -> Array:
+def beam_search(core: Core, split: Split, rows: Array, order: list[Array], good: IsGood, *, width: int = 1) -> Array:
     """A cheap good decision for each of ``rows [n]``, by beam search: one candidate after another is skipped.
 
-    All instances try the same candidate at the same time, so that similar instances get similar decisions, which a
-    policy can learn. ``order`` has the components of each candidate, ``width`` is how many decisions are kept. Of these
-    the one with the fewest FLOPs is returned, int64 ``[n, components]``; dense where none is good.
+    ``order`` has the components of each candidate. Each instance keeps ``width`` decisions; the one with the fewest
+    FLOPs is returned, int64 ``[n, components]``; dense if no other one is good.
     """
     n, components = len(rows), len(core.nvec)
     beam = np.zeros((n, 1, components), dtype=np.int64)
-    scored = 0
     for raises in order:
         raised = beam.copy()
         raised[:, :, raises] += 1
@@ -193,55 +175,58 @@ def beam_search(
         flops = split.costs.flops_ratio(np.repeat(rows, both.shape[1]), both.reshape(-1, components)).reshape(n, -1)
         flops[:, beam.shape[1] :][~alive] = np.inf
         kept = np.argsort(flops, axis=1, kind="stable")[:, :width]
-        # Where fewer are good than are kept, the best one stands in for the others.
+        # If fewer are good, the best one takes the other places.
         kept = np.where(np.isfinite(np.take_along_axis(flops, kept, axis=1)), kept, kept[:, :1])
         beam = np.take_along_axis(both, kept[:, :, None], axis=1)
-        scored += len(flat)
-        on_round(scored)
     return beam[:, 0]
 
 
 def can_try_all(nvec: Array, instances: int) -> bool:
-    """Whether all decisions can be tried on so many instances (12 switches and 122 of them, say)."""
+    """Whether all decisions can be tried on so many instances, such as 12 switches on 122 instances."""
     return int(np.prod(nvec)) * instances <= EXHAUSTIVE
 
 
-def exhaustive_search(core: Core, split: Split, rows: Array, good: IsGood, on_round: OnRound) -> Array:
-    """The cheapest good decision of ``rows [n]``, int64 ``[n, components]``; dense if none is good."""
+def exhaustive_search(core: Core, split: Split, rows: Array, good: IsGood) -> Array:
+    """The cheapest good decision of ``rows [n]``, int64 ``[n, components]``; dense if no other one is good."""
     best = np.zeros((len(rows), len(core.nvec)), dtype=np.int64)
     lowest = np.ones(len(rows))
-    for number, choice in enumerate(all_decisions(core.nvec), start=1):
+    for choice in all_decisions(core.nvec):
         decisions = np.tile(choice, (len(rows), 1))
         flops = split.costs.flops_ratio(rows, decisions)
         better = good(rows, decisions) & (flops < lowest)
         best[better], lowest[better] = decisions[better], flops[better]
-        on_round(number * len(rows))
     return best
 
 
 def nested_codebook(masks: Array, quality: Array, flops: Array, size: int = CODEBOOK_SIZE) -> list[int]:
-    """The chain of masks, each skipping all that the one before skips and more, from which most is saved.
+    """The best chain of masks, each skipping everything that the previous one skips, and more.
 
-    If every input were given the last mask of the chain that keeps its quality, a step from one mask to the next would
-    save the difference of their FLOPs on as many inputs as the next one keeps right: its mean quality. The chain with
-    the highest sum of these products is found by dynamic programming.
+    Suppose each input gets the last mask of the chain that keeps its quality. Then a step to the next mask saves the
+    difference of their FLOPs on a share of the inputs: the mean quality of the next mask. Dynamic programming finds the
+    chain with the highest sum of these products.
 
-    Of masks ``[masks, components]``, the dense one among them, with their mean quality and FLOPs ratio ``[masks]``;
-    rows of ``masks``, at most ``size``, the dense one first.
+    Args:
+        masks: ``[masks, components]``, with the dense one.
+        quality: Mean quality of each, ``[masks]``.
+        flops: FLOPs ratio of each, ``[masks]``.
+        size: Masks of the chain, at most.
+
+    Returns:
+        Indices of ``masks``, the dense one first.
     """
-    nested = np.ones((len(masks), len(masks)), dtype=bool)  # whether the second skips all that the first does
+    nested = np.ones((len(masks), len(masks)), dtype=bool)  # whether the second mask skips all that the first skips
     for component in masks.T:
         nested &= component[:, None] <= component[None, :]
     saved = flops[:, None] - flops[None, :]
     gain = np.where(nested & (saved > 0), saved * quality, -np.inf)
-    worth = [np.where(masks.any(axis=1), -np.inf, 0.0)]  # of the best chain of so many masks that ends at each
-    before = []
+    values = [np.where(masks.any(axis=1), -np.inf, 0.0)]  # by length, of the best chain that ends at each mask
+    previous = []
     for _ in range(size - 1):
-        longer = worth[-1][:, None] + gain
-        before.append(longer.argmax(axis=0))
-        worth.append(longer.max(axis=0))
-    length, last = np.unravel_index(int(np.argmax(worth)), (size, len(masks)))
+        longer = values[-1][:, None] + gain
+        previous.append(longer.argmax(axis=0))
+        values.append(longer.max(axis=0))
+    length, last = np.unravel_index(int(np.argmax(values)), (size, len(masks)))
     chain = [int(last)]
-    for step in reversed(before[:length]):
+    for step in reversed(previous[:length]):
         chain.append(int(step[chain[-1]]))
     return chain[::-1]

@@ -1,6 +1,4 @@
-"""The best static masks: what pruning gets, searched rather than learned."""
-
-from __future__ import annotations
+"""The best static masks: what pruning reaches, by search instead of learning."""
 
 from functools import partial
 from pathlib import Path
@@ -11,22 +9,23 @@ from numpy.typing import NDArray
 from sd_gym.agents.baselines import search
 from sd_gym.agents.baselines.search import Per
 from sd_gym.agents.learning.agent import Agent, AgentSettings, OnRollout, Rollout, decision_logits
-from sd_gym.agents.learning.decisions import Version, policy_rows, score_decisions
+from sd_gym.agents.learning.decisions import Version, policy_rows, score_masks
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.actions import read_masks, write_masks
+from sd_gym.envs.protocols import Core
 from sd_gym.policy import DecisionPolicy
 
 MASKS = "masks.json"
-CONFIDENCE = 0.9  # in the mask; less than certain, so that learning that starts from it can leave it
+CONFIDENCE = 0.9  # probability of the mask; below 1, so that learning can start from it
 
 
 class StaticSettings(AgentSettings):
     """Settings of the search.
 
     Attributes:
-        path: Folder of a run of ``static``, or of ``imitation``, whose masks are taken; ``None``: search.
-        per: What a searched mask skips as one: a ``sublayer``, or a whole ``layer``, a coarser and faster search.
+        path: Folder of a run of ``static`` or ``imitation`` whose masks are used; ``None``: search.
+        per: What a step of the search skips: a ``sublayer``, or a whole ``layer``, which is coarser and faster.
     """
 
     path: Path | None = None
@@ -36,13 +35,12 @@ class StaticSettings(AgentSettings):
 class StaticAgent(Agent[StaticSettings]):
     """One mask for all inputs, searched on policy rows.
 
-    All masks where they are few enough; else those of a greedy path and of a learned one. They are the operating points
-    of the usual selection.
+    The operating points are all masks if they are few enough; else those of a greedy path and of a learned one.
     """
 
     Settings = StaticSettings
     searches = staged = is_control = True
-    draws = False  # a little of the search does, but minutes of searching again find no other masks to compare with
+    draws = False  # the learned path does, but a search takes minutes and other seeds find much the same masks
     validates = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -50,7 +48,7 @@ class StaticAgent(Agent[StaticSettings]):
         self.masks: list[NDArray] = [np.zeros_like(self.env.core.nvec)]
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
-        """Search; it takes as many decisions as it takes."""
+        """Search; ``total_steps`` plays no part."""
         core = self.env.core
         split, rows = core.split("train"), policy_rows(core)
         if self.settings.path is not None:
@@ -69,26 +67,29 @@ class StaticAgent(Agent[StaticSettings]):
         return self._mask_policy(self.masks[0])
 
     def operating_points(self) -> list[Version]:
-        """All masks that the search found."""
+        """All masks of the search."""
         return [Version(self._mask_policy(mask)) for mask in np.unique(self.masks, axis=0) if mask.any()]
 
     def save_extra(self, folder: Path) -> None:
-        """Write ``masks.json``, and ``codebook.json``, a nested few for an env with ``action="discrete"``."""
+        """Write ``masks.json``, and ``codebook.json``, a few nested ones for an env with ``action="discrete"``."""
         write_masks(np.stack(self.masks), folder / MASKS)
-        core, split = self.env.core, self.env.core.split("train")
-        rows, masks = policy_rows(core), np.unique(self.masks, axis=0)
-        scored = [score_decisions(core, split, rows, np.tile(mask, (len(rows), 1))) for mask in masks]
-        quality, flops = (np.array([of_mask[name].mean() for of_mask in scored]) for name in ("quality", "flops_ratio"))
-        write_masks(masks[search.nested_codebook(masks, quality, flops)], folder / "codebook.json")
+        write_masks(nested_masks(self.env.core, np.unique(self.masks, axis=0)), folder / "codebook.json")
 
     def _mask_policy(self, mask: NDArray) -> DecisionPolicy:
         return self._constant_policy(decision_logits(self.env.core.nvec, mask, CONFIDENCE))
 
 
-def searched_masks(folder: Path, nvec: NDArray) -> list[NDArray]:
-    """The masks that a run of ``static`` has found, or the path that one of ``imitation`` has.
+def nested_masks(core: Core, masks: NDArray) -> NDArray:
+    """The best chain of masks ``[masks, components]`` on policy rows; see ``search.nested_codebook``."""
+    scored = score_masks(core, core.split("train"), policy_rows(core), masks)
+    quality, flops = (np.array([of_mask.mean() for of_mask in scored[name]]) for name in ("quality", "flops_ratio"))
+    return masks[search.nested_codebook(masks, quality, flops)]
 
-    Raises ``FileNotFoundError`` if the folder holds no masks, ``ValueError`` if they are masks of something else.
+
+def searched_masks(folder: Path, nvec: NDArray) -> list[NDArray]:
+    """The masks of a run of ``static``, or the path of a run of ``imitation``.
+
+    Raises ``FileNotFoundError`` if the folder holds no masks, ``ValueError`` if they do not fit ``nvec``.
     """
     file = folder / MASKS
     if not file.exists():
@@ -97,7 +98,7 @@ def searched_masks(folder: Path, nvec: NDArray) -> list[NDArray]:
 
 
 def nested_path(folder: Path, nvec: NDArray) -> list[NDArray]:
-    """The masks of a run from dense to nothing, each skipping one candidate more.
+    """The masks of a run from dense to nothing, each skipping one candidate more than the previous one.
 
     Raises ``ValueError`` if they are no such path; see ``searched_masks``.
     """
@@ -111,5 +112,5 @@ def nested_path(folder: Path, nvec: NDArray) -> list[NDArray]:
 
 
 def report_scored(on_rollout: OnRollout, scored: int) -> None:
-    """Report how many decisions a search has scored; it has no rewards to show."""
+    """Report the number of scored decisions as a rollout without rewards."""
     on_rollout(Rollout(scored, np.zeros(0), {}))

@@ -1,6 +1,4 @@
-"""The picture of one run (``result.png``), and the skip rates that TensorBoard and reports show as well."""
-
-from __future__ import annotations
+"""The picture of a run (``result.png``), and the skip rates, which TensorBoard and reports show as well."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sd_gym.agents.drawing.style import COLOURS, INK, LOST, SKIP_RATE, figure, style, write_png
 
-FEW = 30  # instances of a level, below which a rate is marked as of a small sample
+FEW = 30  # levels with fewer instances are marked
 
 
 def plot_run(result: dict[str, Any], switches: list[str], file: Path) -> None:
@@ -36,7 +34,7 @@ def plot_skip_rates(levels: list[dict[str, Any]], switches: list[str]) -> Figure
 
 
 def draw_skip_rates(axes: Axes, levels: Sequence[dict[str, Any]], switches: Sequence[str]) -> None:
-    """Skip rate of each switch (rows, in execution order) at each level of difficulty: what ran is solid."""
+    """Skip rate of each switch (rows, in execution order) at each level of difficulty; always run is solid."""
     rates = np.array([level["skip_rate"] for level in levels]).T
     mesh = axes.pcolormesh(rates, cmap=SKIP_RATE, vmin=0, vmax=1, edgecolor=INK, linewidth=0.1)
     names = [switch.replace(".", " ").replace("_", " ") for switch in switches]
@@ -58,13 +56,12 @@ def draw_skip_rates(axes: Axes, levels: Sequence[dict[str, Any]], switches: Sequ
 
 
 def _draw_history(quality: Axes, flops: Axes, result: dict[str, Any]) -> None:
-    """The validations, and on the right the result on the test split."""
+    """The validations, and at the end the result on the test split."""
     history = result["history"]
     steps = [entry["step"] for entry in history]
     validation: dict[str, Any] = {"marker": "o", "color": COLOURS[0]}
     quality.axhline(0, color=INK, linewidth=0.8, label="dense")
-    if (epsilon := result.get("epsilon")) is not None:
-        quality.axhline(-100 * epsilon, color=LOST, linestyle="--", linewidth=1, label="as much as may be lost")
+    quality.axhline(-100 * result["epsilon"], color=LOST, linestyle="--", linewidth=1, label="allowed loss")
     lost = [100 * (entry["quality"] - entry["quality_ref"]) for entry in history]
     quality.plot(steps, lost, **validation, label="validation, most probable decisions")
     flops.plot(steps, [100 * entry["flops_ratio"] for entry in history], **validation)

@@ -1,9 +1,7 @@
-"""How pictures look: colours that the colour-blind tell apart, a marker and a line of its own for each agent.
+"""Style of pictures: colours for the colour-blind, and a marker and a line style per agent.
 
-The same figure becomes a PNG on paper, or an SVG inside a page whose ink and paper are the page's own, light or dark.
+A figure becomes a PNG, or an SVG inside a page, with the colours of the page, light or dark.
 """
-
-from __future__ import annotations
 
 import io
 import os
@@ -21,13 +19,12 @@ from matplotlib.figure import Figure
 
 INK, PAPER = "#1f2328", "#fdfdfc"
 RAN, LOST = "#0072b2", "#d55e00"
-# Okabe and Ito (2008), but their yellow, which is no line on paper.
+# Okabe and Ito (2008) without yellow, which is too light for lines.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 MARKERS, CONTROL_MARKERS = ("o", "s", "^", "D", "v", "P", "X"), ("x", "+", "1", "2", "3", "4", "|", "_")
 LINES = ("-", "--", "-.", ":")
-# What ran is solid, what was skipped is paper: so the bright colour is never what was left out.
-SKIP_RATE = LinearSegmentedColormap.from_list("skip rate", [to_rgba(RAN, alpha) for alpha in (1, 0)])
-WIDTH = 4.3  # inches: as wide as a telephone, so that letters stay readable there
+SKIP_RATE = LinearSegmentedColormap.from_list("skip rate", [to_rgba(RAN, alpha) for alpha in (1, 0)])  # solid: ran
+WIDTH = 4.3  # inches, so that letters are readable on a phone
 SETTINGS: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK),
@@ -39,7 +36,7 @@ SETTINGS: dict[Any, Any] = {
 
 
 class AgentStyle(NamedTuple):
-    """How an agent is drawn: colour and marker of its points, and the style of its line."""
+    """Colour and marker of an agent's points, and the style of its line."""
 
     color: str
     marker: str
@@ -47,7 +44,7 @@ class AgentStyle(NamedTuple):
 
 
 def agent_styles(agents: Iterable[str], controls: Iterable[str] = ()) -> dict[str, AgentStyle]:
-    """A style for each agent; controls are ink, with markers of their own, and the oracle is a star."""
+    """A style for each agent; controls have the ink colour and other markers, the oracle a star."""
     styles = {
         name: AgentStyle(COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)], LINES[n % len(LINES)])
         for n, name in enumerate(dict.fromkeys(agents))
@@ -78,10 +75,10 @@ def write_png(picture: Figure, file: Path) -> None:
 
 
 def as_svg(picture: Figure, name: str, words: str) -> str:
-    """A figure as an SVG element for a page: its ink is the page's, its paper ``--paper``, and its blue ``--blue``.
+    """A figure as an SVG element for a page, in the page's colours ``--paper`` and ``--blue``.
 
-    The page has one style sheet for the fonts and line ends of all pictures: one within a picture would apply to the
-    whole page. No other figure of the page has its ``name``; ``words`` describe it for readers who cannot see it.
+    The page has one style sheet for the fonts and line ends of all pictures, as one within a picture would apply to the
+    whole page. ``name`` is unique on the page; ``words`` describe the picture for screen readers.
     """
     buffer = io.StringIO()
     paper = picture.get_facecolor()
@@ -94,31 +91,21 @@ def as_svg(picture: Figure, name: str, words: str) -> str:
     for colour, of_page in ((INK, "currentColor"), (PAPER, "var(--paper)"), (RAN, "var(--blue)")):
         text = text.replace(colour, of_page)
     text = _light(re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL))
-    # Ids get a name, or one picture is drawn with parts of another.
+    # Ids get the name, or one picture is drawn with parts of another.
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     label = words.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
 def _light(svg: str) -> str:
-    """A Matplotlib SVG without invisible parts, which are most of its elements and characters."""
+    """A Matplotlib SVG without unused ids, fonts and digits, and spaces, which are most of its characters."""
     svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
     svg = re.sub(r'transform="rotate\(-?0 [^)]*\)"', "", svg)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]*)', svg))
-    parts, groups = [], []
-    for part in re.split(r"(<[^>]*>)", svg):
-        if not part.startswith("<"):
-            parts.append(part if part.strip() else "")
-            continue
-        tag = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", part)
-        tag = re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), tag)
-        tag = re.sub(r"\s+", " ", tag)
-        if tag == "</g>":
-            tag = groups.pop()
-        elif tag == "<g>":
-            groups.append("")
-            tag = ""
-        elif tag.startswith("<g "):
-            groups.append("</g>")
-        parts.append("" if tag == "<g/>" else tag)
-    return "".join(parts)
+
+    def light_tag(tag: re.Match[str]) -> str:
+        text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", tag[0])
+        text = re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), text)
+        return re.sub(r"\s+", " ", text)
+
+    return re.sub(r">\s+<", "><", re.sub(r"<[^>]*>", light_tag, svg))

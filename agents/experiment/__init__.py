@@ -1,1 +1,1 @@
-"""A run: its folder, training with selection, evaluation, verdict, and what it writes."""
+"""Runs: training, selection, evaluation, comparison, tuning and replay."""

@@ -1,7 +1,5 @@
 """Training and evaluation from Python, as ``sd_gym.train`` and ``sd_gym.evaluate``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -46,7 +44,7 @@ from sd_gym.tasks.splits import check_unchanged
 from sd_gym.version import __version__
 
 Policy = DecisionPolicy | str | Path | Callable[[Observations], Any]
-KEPT = ("steps", "seed", "confidence", "agent_settings", "data")  # of a run's description, by its evaluation
+KEPT = ("steps", "seed", "confidence", "agent_settings", "data")  # keys of a run's config.json that evaluate copies
 
 
 def train(
@@ -72,25 +70,26 @@ def train(
         seed: Of the agent and of the instances drawn.
         confidence: Of the guarantee that the selected policy loses less than the env's ``epsilon``, one-sided.
         resume: Whether to go on with an interrupted run.
-        imports: Modules and files that register what the run needs, to be named by errors where they are missing.
+        imports: Modules and files that register what the run needs; errors name them if they are missing later.
         on_progress: Called after each rollout with (steps so far, figures to show).
         settings: Keys of the env's config and settings of the agent.
 
     Returns:
         The result, as in the folder's ``result.json``: ``quality``, ``quality_ref`` (dense), ``flops_ratio``,
         ``flops_ratio_with_policy``, the verdict ``quality_kept`` at ``epsilon``, ``quality_difference_interval``,
-        ``by_difficulty``, ``time`` by batch size, and more. ``guarantee`` says in words what was selected on how many
-        rows, and ``last_policy`` how the policy as learned does.
+        ``by_difficulty``, ``time`` by batch size, and more. ``guarantee`` is the selection in words, and
+        ``last_policy`` has the results of the policy as learned.
 
     Raises:
         FileExistsError: If the folder holds a finished run, an interrupted one without ``resume``, or anything else.
-        ValueError: If a name or setting is unknown, the data of any split are malformed, or the run to resume is
-            another one, on other data, or damaged.
+        ValueError: If a name or setting is unknown, the data of a split are malformed, or the run to resume is another
+            one, on other data, or damaged.
     """
     folder = default_folder(env_id, algo, seed) if output is None else Path(output)
-    options: dict[str, Any] = {"steps": steps, "seed": seed, "confidence": confidence, "resume": resume}
-    options |= {"settings": settings, "imports": imports, "on_progress": on_progress}
-    return run.train(env_id, algo, folder, **options)
+    options: dict[str, Any] = {"confidence": confidence, "resume": resume, "imports": imports}
+    return run.train(
+        env_id, algo, folder, steps=steps, seed=seed, settings=settings, on_progress=on_progress, **options
+    )
 
 
 def train_all(
@@ -114,17 +113,17 @@ def train_all(
 
     Args:
         env_ids: Registered ids.
-        algos: Agents' names; ``NAME-from-OTHER`` begins with the run of OTHER with the same seed.
+        algos: Agents' names; ``NAME-from-OTHER`` starts from the run of OTHER with the same seed.
         output: The runs are ``OUTPUT/ENV/ALGO-SEED``.
-        controls: Whether controls are trained as well: ``hull``, ``early-exit`` where it applies, ``random``,
-            ``hash``, ``dense``, and the first agent that learns, blind.
-        seeds: How many.
+        controls: Whether to train controls: ``hull``, ``early-exit`` where it applies, ``random``, ``hash``,
+            ``dense``, and the first learning agent, blind.
+        seeds: Number of seeds.
         steps: Decisions to learn from.
         confidence: See ``train``.
         jobs: Processes, of one thread each; 1: this process. With more, guard your script by
             ``if __name__ == "__main__":``.
         ray: Address of a Ray cluster that trains them instead, one thread per run: ``auto``, ``local`` (starts one
-            here), or as ``ray.init`` takes it. It has sd_gym installed, and sees ``output`` under the same path.
+            here), or any address of ``ray.init``. It needs sd_gym, and ``output`` under the same path.
         imports: Modules and files that register what is needed; import them first.
         on_status: Called whenever the status of a run changes.
         settings: Keys of the env's config, and settings of those agents that have them.
@@ -134,8 +133,8 @@ def train_all(
         ``status.message`` if it is ``failed``.
 
     Raises:
-        ValueError: If a name or setting is unknown, or both ``jobs`` and ``ray`` are asked for.
-        ImportError: If Ray is asked for and not installed.
+        ValueError: If a name or setting is unknown, or both ``jobs`` and ``ray`` are given.
+        ImportError: If Ray is needed and not installed.
     """
     more = {"seeds": seeds, "steps": steps, "confidence": confidence}
     runs = plan_comparison(env_ids, algos, output=Path(output), controls=controls, settings=settings, **more)
@@ -164,25 +163,25 @@ def evaluate(
 
     Args:
         env_id: A registered id.
-        policy: A callable from observations, float32 ``[n, features]``, to decisions, integers ``[n, switches + 1]``
-            (with another ``observation`` or ``action``, or several stages: to those actions, of the stage that the
-            observations begin with); a model of Stable-Baselines3 (or anything with its ``predict``); a
-            ``DecisionPolicy``; or the folder of a run, whose settings of the env then hold where ``settings`` give no
-            others (of a run on a table: also on the env that the table is of, where it decides as it did there); or the
-            folder of an export (``sd_gym.export``), whose graphs then decide and answer. To
-            select from: also a list of these (no folders) and of masks, one decision for all inputs each.
+        policy: One of: a callable from observations, float32 ``[n, features]``, to decisions, integers
+            ``[n, switches + 1]`` (with another ``observation`` or ``action``, or several stages: to those actions, of
+            the stage that the observations begin with); a model of Stable-Baselines3, or anything with its
+            ``predict``; a ``DecisionPolicy``; the folder of a run; the folder of an export (``sd_gym.export``), whose
+            graphs then decide and answer. A run's env settings hold where ``settings`` has no others. The folder of a
+            run on a table can also be evaluated on the env that the table was made from. To select: also a list of
+            policies (no folders) and of masks, each one decision for all inputs.
         split: ``train``, ``validation`` or ``test``.
-        output: Folder to write ``result.json``, ``instances.csv``, ``result.png`` and ``config.json`` to, which
-            ``compare`` takes as it takes runs; ``None``: nothing is written.
-        select: Whether an operating point is selected, as ``train`` does; then the result is that point's, and
-            ``last_policy`` describes the policy as it was given. Points are the versions of a run's policy or of a
-            ``DecisionPolicy``, or those of a list; a single callable is one. No point may depend on the validation or
-            test split, else the guarantee is void.
+        output: Folder to write ``result.json``, ``instances.csv``, ``result.png`` and ``config.json`` to;
+            ``compare`` takes it like a run. ``None``: nothing is written.
+        select: Whether to select an operating point, like ``train``. The result is that of the point, and
+            ``last_policy`` has the results of the policy as given. Points are the versions of a run's policy or of a
+            ``DecisionPolicy``, or the policies of a list; a callable is one point. No point may depend on the
+            validation or test split, else the guarantee is void.
         confidence: Of the guarantee; see ``train``.
         policy_flops: FLOPs of one decision; ``None``: the policy's attribute ``flops`` if it has one, else they are not
-            counted, and the result says so (``policy_flops_counted``).
-        name: Of the policy, for ``compare``: results of one name are runs of one agent. ``None``: of a run's folder the
-            agent's name, else the name of ``output``, and the result stands alone.
+            counted (``policy_flops_counted`` in the result).
+        name: Of the policy, for ``compare``: results of one name are runs of one agent. ``None``: the agent's name for
+            a run's folder; else the name of ``output``, and the result stands alone.
         settings: Overrides of the env's config, as for ``gym.make``.
 
     Returns:
@@ -191,8 +190,8 @@ def evaluate(
     Raises:
         FileNotFoundError: If there is no such run.
         FileExistsError: If ``output`` holds a result, or anything else.
-        ValueError: If a name or setting is unknown, the policy's decisions are malformed, a list is given and nothing
-            is to be selected, or the data of a run have changed (where ``settings`` name no other data).
+        ValueError: If a name or setting is unknown, the policy's decisions are malformed, a list is given without
+            ``select``, or the data of a run have changed (unless ``settings`` name other data).
 
     Example:
         >>> import numpy as np, sd_gym
@@ -208,33 +207,26 @@ def evaluate(
             raise FileExistsError(f"{output} holds a result; choose another output")
         if folder is not None and contents(folder):
             raise foreign(folder, "place for a result")
-        exported = OnnxModel(Path(str(policy))) if is_exported(policy) else None
-        if exported is not None and select:
-            raise ValueError("an exported policy has one operating point; select from the run that it was made of")
-        origin = None if exported else _origin(env_id, policy)
-        if exported is not None:
-            core: Core = ExportedCore(exported_config(exported, env_id, settings), exported)
+        origin, same_data = None, False
+        if is_exported(policy):
+            if select:
+                raise ValueError("an exported policy has one operating point; select from the run that it was made of")
+            model = OnnxModel(Path(str(policy)))
+            core: Core = ExportedCore(exported_config(model, env_id, settings), model)
+            evaluated: Any = ExportedPolicy(model)
         else:
+            origin, evaluated = _origin(env_id, policy), policy
             core = shared_core(_config(env_id, origin, settings))
-        given = dotted(settings)  # data, or a backbone, that are named here may differ from the run's
-        same_data = False
         if origin is not None:
-            names_data = any(key == "table" or key.startswith("data.") for key in given)
-            same_data = env_id in (origin.description["env"], origin.table_of) and not names_data
-            if same_data:
-                check_unchanged(origin.folder, origin.description["data"], core.data)
-            if origin.exported or (same_data and "backbone.name" not in given):
-                check_backbone(origin.folder, origin.description["weights"], core.backbone)
-        given_policy = origin.exported.network if origin and origin.exported else policy
-        if isinstance(given_policy, list | tuple) and not select:
+            same_data = _check_origin(origin, env_id, core, dotted(settings))
+            evaluated = origin.exported.network if origin.exported else DecisionPolicy.load(origin.folder)
+        selection, last = Selection(core, confidence) if select else None, None
+        if selection is not None:
+            evaluated, last = _selected(selection, evaluated, policy_flops, split)
+        elif isinstance(evaluated, list | tuple):
             raise ValueError("expected one policy, got a list; to select from it, pass select=True")
-        selection = Selection(core, confidence) if select else None
-        if exported is not None:
-            decides, last = ExportedPolicy(exported), None
-        elif selection is None:
-            decides, last = _policy_like(given_policy, policy_flops, core), None
         else:
-            decides, last = _selected(selection, given_policy, policy_flops, split)
+            evaluated = _policy_like(evaluated, policy_flops, core)
         used = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
         if folder is not None:
             algo = name or (origin.description["algo"] if origin else folder.resolve().name)
@@ -244,17 +236,14 @@ def evaluate(
             description |= run.run_metadata(core.config)
             description["weights"] = core.backbone.weights
             description["data"] = {name: core.data[name].identity for name in used}
-            if origin is not None and same_data:  # next to the run, this is no other seed
+            if origin is not None and same_data:  # compare then counts it as the same seed as the run
                 description |= {key: origin.description[key] for key in KEPT if key in origin.description}
                 was = stored_config(origin.description["env_config"], str(policy))
                 description["env_config"]["reward"]["objective"] = was.reward.objective
             if select:
                 description["confidence"] = confidence
             write_json(folder / "config.json", description)
-        result = run.measure(core, decides, split, folder)
-        result["history"] = []
-        if select:
-            result |= run.selected_result(selection, last, result)
+        result = run.measure(core, evaluated, split, folder, selection, last)
         result["data"] = {name: core.split(name).provenance for name in used}
         if folder is not None:
             run.write_result(result, core, folder)
@@ -264,33 +253,31 @@ def evaluate(
 def _selected(
     selection: Selection, policy: Any, flops: int | None, split: str
 ) -> tuple[PolicyLike | SplitPolicy, dict[str, Any]]:
-    """What decides as selected, and results of the policy as it was given (of a list: as policy rows choose)."""
+    """The selected policy, and the results of the policy as given (of a list: of the best one on policy rows)."""
     core = selection.core
-    if isinstance(policy, str | Path):
-        policy = DecisionPolicy.load(Path(policy))
-    several = policy if isinstance(policy, list | tuple) else [policy]
-    points = [version for one in several for version in _versions(one, flops, core)]
-    chosen, dense = selection.select(points), Version(Dense(core))
+    given = policy if isinstance(policy, list | tuple) else [policy]
+    chosen, dense = selection.select([version for one in given for version in _versions(one, flops, core)]), Dense(core)
     if chosen is None and selection.origin is not None:
-        dense = Version(_policy_like(selection.origin.with_margin(DENSE_MARGIN), flops, core))
-    as_given = (selection.as_searched() or dense).policy if policy is several else _policy_like(policy, flops, core)
-    return (chosen or dense).policy, summary(core, as_given, split)
+        dense = _policy_like(selection.origin.with_margin(DENSE_MARGIN), flops, core)
+    searched = selection.as_searched()
+    as_given = (searched.policy if searched else dense) if policy is given else _policy_like(policy, flops, core)
+    return chosen.policy if chosen else dense, summary(core, as_given, split)
 
 
 def _versions(policy: Any, flops: int | None, core: Core) -> list[Version]:
-    """The operating points that a policy, or a mask, stands for."""
+    """The operating points of a policy or a mask."""
     if isinstance(policy, DecisionPolicy | TablePolicy):
-        return [one._replace(policy=_policy_like(one.policy, flops, core)) for one in versions(core, policy)]
-    if isinstance(policy, list | tuple | np.ndarray):
-        return [
-            Version(_policy_like(lambda observations: np.tile(policy, (len(each(observations)), 1)), flops or 0, core))
-        ]
+        points = versions(core, policy)
+        return [point._replace(policy=_policy_like(point.policy, flops, core)) for point in points]
+    if isinstance(policy, list | tuple | np.ndarray):  # a mask
+        flops, mask = flops or 0, policy
+        policy = lambda observations: np.tile(mask, (len(each(observations)), 1))  # noqa: E731
     return [Version(_policy_like(policy, flops, core))]
 
 
 @dataclass
 class _PolicyFunction:
-    """A function that decides, and the FLOPs of one decision, as ``PolicyLike``."""
+    """A function as ``PolicyLike``, with the FLOPs of one decision."""
 
     function: Callable[[Any], NDArray]
     flops: int | None
@@ -299,14 +286,13 @@ class _PolicyFunction:
         return self.function(observations)
 
 
-def _policy_like(policy: Any, flops: int | None, core: Core) -> PolicyLike:
-    if isinstance(policy, str | Path):
-        policy = DecisionPolicy.load(Path(policy))
-    if isinstance(policy, DecisionPolicy):
+def _policy_like(policy: Any, flops: int | None, core: Core) -> PolicyLike | SplitPolicy:
+    if isinstance(policy, ExportedPolicy):
+        return policy
+    if isinstance(policy, DecisionPolicy | TablePolicy):
         check_fits(policy, core)
-        return policy if flops is None else _PolicyFunction(policy.decide, flops)
-    if isinstance(policy, TablePolicy):
-        check_fits(policy, core)
+        if flops is None and isinstance(policy, DecisionPolicy):
+            return policy
         return _PolicyFunction(policy.decide, policy.flops if flops is None else flops)
     predict: Callable[..., Any] | None = getattr(policy, "predict", None)
     act: Any = (lambda observations: predict(observations, deterministic=True)[0]) if callable(predict) else policy
@@ -323,20 +309,16 @@ def _policy_like(policy: Any, flops: int | None, core: Core) -> PolicyLike:
 
 
 class _Origin(NamedTuple):
-    """The run that a policy is from; ``exported`` is its artefact, if it is a run on a table and the env is not."""
+    """The run of a policy; if the run is on a table and the env is not, its artefact and the env of the artefact."""
 
     folder: Path
     description: dict[str, Any]
     exported: SkipPolicy | None
-
-    @property
-    def table_of(self) -> str | None:
-        """The env that the table is of."""
-        return self.exported and self.exported.card["env"]["id"]
+    exported_env: str | None
 
 
 def _origin(env_id: str, policy: object) -> _Origin | None:
-    """The run, if the policy is a folder; raises ``ValueError`` if it is of a table that no policy can leave."""
+    """The run, if the policy is a folder; raises ``ValueError`` if its table does not say which masks it decides on."""
     if not isinstance(policy, str | Path):
         return None
     folder, exported = Path(policy), None
@@ -346,17 +328,28 @@ def _origin(env_id: str, policy: object) -> _Origin | None:
             exported = SkipPolicy.from_pretrained(folder)
         elif not DecisionPolicy.load(folder).switches:  # else it decides switch by switch, also on the env itself
             raise ValueError(
-                f"{folder}: its policy decides by numbers of masks, and no {FILE} beside it says which these are. "
-                "Its table is one that no policy can leave (docs/tables.md)"
+                f"{folder}: its policy decides by numbers of masks, and no {FILE} beside it says which masks. Its "
+                "table has no export, so evaluate the policy on the table (docs/tables.md)"
             )
-    return _Origin(folder, description, exported)
+    return _Origin(folder, description, exported, exported and exported.card["env"]["id"])
+
+
+def _check_origin(origin: _Origin, env_id: str, core: Core, settings: dict[str, Any]) -> bool:
+    """Whether the env has the run's data; raises ``ValueError`` if they, or the backbone, have changed since."""
+    names_data = any(key == "table" or key.startswith("data.") for key in settings)
+    same_data = env_id in (origin.description["env"], origin.exported_env) and not names_data
+    if same_data:
+        check_unchanged(origin.folder, origin.description["data"], core.data)
+    if origin.exported or (same_data and "backbone.name" not in settings):
+        check_backbone(origin.folder, origin.description["weights"], core.backbone)
+    return same_data
 
 
 def _config(env_id: str, origin: _Origin | None, settings: dict[str, Any]) -> EnvConfig:
-    """The env's config; of a run on this env, or on a table of it, the one that it had there."""
+    """The env's config: that of the run if the run is on this env or on a table of it."""
     if origin is not None and origin.description["env"] == env_id:
         return run.run_config(origin.description, settings)
-    if origin is not None and origin.exported is not None and origin.table_of == env_id:
+    if origin is not None and origin.exported is not None and origin.exported_env == env_id:
         if "backbone.name" not in dotted(settings, env_id):
             origin.exported.check_reachable()
         return make_config({**dotted(origin.exported.card["env"]), **dotted(settings, env_id)}, env_id)

@@ -1,6 +1,4 @@
-"""The runs of a comparison: which there are, where they go, and whether one is finished already."""
-
-from __future__ import annotations
+"""The runs of a comparison: their settings, their folders, and whether they are finished."""
 
 import json
 import shlex
@@ -9,27 +7,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd_gym.agents.experiment.run import check_same_run, is_setting, split_settings, train
+from sd_gym.agents.experiment.run import check_same_run, identity, is_setting, split_settings, train
 from sd_gym.agents.registry import BLIND, agent_class, agent_names, is_control, make_settings
 from sd_gym.agents.runs.folder import read_description
 from sd_gym.agents.runs.verdict import CONFIDENCE
 
-from sd_gym.config import dotted
 from sd_gym.envs.config import load_config
 from sd_gym.files import as_json
 from sd_gym.registration import config_of
 
-CONTROLS = ("hull", "early-exit", "random", "hash", "dense")  # of every comparison, and a blind agent
+CONTROLS = ("hull", "early-exit", "random", "hash", "dense")  # of every comparison, with a blind agent
 FROM = "-from-"
-STARTS = ("start", "path")  # settings that name the run that another one begins with
+STARTS = ("start", "path")  # settings that name the run that another one starts from
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run to be trained.
+    """A run to be trained, with settings of the env and the agent.
 
-    Where ``start`` or ``path`` of its settings (those of the env and of the agent, by key) is the folder of a run that
-    is planned before, that one is trained first.
+    If ``start`` or ``path`` is the folder of another planned run, that one is trained first.
     """
 
     env: str
@@ -42,11 +38,11 @@ class PlannedRun:
 
     @property
     def needs(self) -> list[Path]:
-        """Folders of the runs that it begins with."""
+        """Folders of the runs that it starts from."""
         return [Path(self.settings[key]) for key in STARTS if self.settings.get(key) is not None]
 
     def command(self, imports: Sequence[str] = ()) -> str:
-        """The command that trains it alone."""
+        """The command that trains this run alone."""
         parts = ["sd-gym", "train", self.env, "--algo", self.algo, "--output", str(self.folder), "--resume"]
         parts += ["--steps", str(self.steps), "--seed", str(self.seed)]
         for key, value in self.settings.items():
@@ -56,22 +52,21 @@ class PlannedRun:
         return shlex.join([*parts, *(part for name in imports for part in ("--import", name))])
 
     def train(self, imports: Sequence[str], on_progress: Callable[[int, dict[str, float]], None]) -> None:
-        """Train it, or go on with it. Raises: see ``run.train``."""
+        """Train the run, or resume it. Raises: see ``run.train``."""
         options: dict[str, Any] = {"steps": self.steps, "seed": self.seed, "confidence": self.confidence}
         options |= {"settings": self.settings, "imports": imports, "on_progress": on_progress}
         train(self.env, self.algo, self.folder, resume=True, **options)
 
     def is_finished(self) -> bool:
-        """Whether the folder holds this very run, finished; raises ``ValueError`` if it holds another one."""
+        """Whether the folder holds this run, finished; raises ``ValueError`` if it holds another one."""
         if not (self.folder / "result.json").exists():
             return False
         of_env, of_agent = split_settings(self.algo, self.settings)
-        now = {key: getattr(self, key) for key in ("env", "algo", "steps", "seed", "confidence")}
-        now |= dotted(load_config(config_of(self.env), of_env).model_dump())
-        now |= make_settings(self.algo, of_agent).model_dump()
-        now = json.loads(as_json({key: value for key, value in now.items() if key != "backbone.device"}))
-        there = read_description(self.folder)
-        was = {**there, **dotted(there["env_config"]), **there["agent_settings"]}
+        description = {key: getattr(self, key) for key in ("env", "algo", "steps", "seed", "confidence")}
+        description["env_config"] = load_config(config_of(self.env), of_env).model_dump()
+        description["agent_settings"] = make_settings(self.algo, of_agent).model_dump()
+        was, now = identity(read_description(self.folder)), identity(json.loads(as_json(description)))
+        now.pop("backbone.device")
         for values in (was, now):  # the same folder may be given by another path
             values |= {key: Path(values[key]).name for key in STARTS if values.get(key) is not None}
         check_same_run(self.folder, was, now, "; choose another --output")
@@ -89,10 +84,10 @@ def plan_comparison(
     settings: dict[str, Any] | None = None,
     confidence: float = CONFIDENCE,
 ) -> list[PlannedRun]:
-    """The runs of a comparison, in the order of training: each agent and control on each env, with the same seeds.
+    """The runs of a comparison in the order of training: each agent and control on each env, with the same seeds.
 
-    See ``sd_gym.train_all`` for the arguments. An agent that draws nothing at random (``Agent.draws``) is trained once.
-    Raises ``ValueError`` if a name or a setting is unknown, or an agent cannot begin with another.
+    See ``sd_gym.train_all`` for the arguments. An agent without random draws (``Agent.draws``) is trained once. Raises
+    ``ValueError`` if a name or a setting is unknown, or an agent cannot start from another.
     """
     settings, names = settings or {}, {}
     for name in [*algos, *((*CONTROLS, *_blind(algos)) if controls else ())]:
@@ -123,7 +118,7 @@ def plan_comparison(
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """The agent, and the one whose run it begins with, if any."""
+    """The agent, and the agent whose run it starts from, if any."""
     if name in agent_names():
         return name, ""
     algo, _, start = name.partition(FROM)
@@ -131,15 +126,15 @@ def _parts(name: str) -> tuple[str, str]:
 
 
 def _start_key(algo: str) -> str:
-    """The setting that names the run that an agent begins with; raises ``ValueError`` if it has none."""
+    """The setting that names the run that an agent starts from; raises ``ValueError`` if it has none."""
     for key in reversed(STARTS):
         if key in agent_class(algo).Settings.model_fields:
             return key
-    raise ValueError(f"{algo} begins with no other run")
+    raise ValueError(f"{algo} cannot start from another run")
 
 
 def _blind(algos: Sequence[str]) -> list[str]:
-    """The first agent that learns, blind; if it begins with a run, then with one of static masks."""
+    """The first learning agent, blind; if it starts from a run, then from one of static masks."""
     for algo, start in map(_parts, algos):
         if not is_control(algo):
             return [f"{BLIND}{algo}{FROM}static" if start else f"{BLIND}{algo}"]

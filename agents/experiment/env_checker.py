@@ -1,24 +1,21 @@
 """Checks of an env before anyone learns on it: rewards, optimum, seeds, and the results of constant decisions."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
-from itertools import product
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces.utils import flatten
 from gymnasium.utils.env_checker import check_env as gymnasium_check
-from numpy.typing import NDArray
+from gymnasium.utils.env_checker import data_equivalence
 
+from sd_gym.envs.actions import all_decisions, number_of_decisions
 from sd_gym.envs.report import SCORES
 from sd_gym.envs.single import SwitchableEnv
 
 EPISODES = 32  # of each constant or random decision
 SEEDS = 8  # that are compared with each other
-EXHAUSTIVE, TRIED_ON = 4096, 2  # decisions that are all tried, and on how many instances
+EXHAUSTIVE, TRIED_ON = 4096, 2  # decisions that are all tried, at most, and on how many instances
 SLACK = 1e-6
 
 
@@ -35,19 +32,21 @@ class Check(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """An episode: its observations as one vector, its return and its last info."""
+    """An episode: its observations, its return and its last info."""
 
-    observations: NDArray
+    observations: list[Any]
     total: float
     info: dict[str, Any]
 
 
 def check_env(env_id: str, settings: dict[str, Any] | None = None) -> list[Check]:
-    """Check an env: with Gymnasium's checker, with seeds, and by the results of constant and random decisions.
+    """Check an env: Gymnasium's checker, seeds, rewards, and the results of constant and random decisions.
 
-    So are the rewards, by the infos, and the best of all decisions where they are few. ``settings`` are overrides of
-    its config, by key. Raises ``gymnasium.error.UnregisteredEnv`` if there is no such env, ``ValueError`` if a setting
-    is unknown, or the env gives a ``reward.vector``: the objective's is checked.
+    If the decisions are few, the best one is searched too. ``settings`` are overrides of the env's config, by key.
+
+    Raises:
+        gymnasium.error.UnregisteredEnv: If there is no such env.
+        ValueError: If a setting is unknown, or the env gives a ``reward.vector``: the objective's reward is checked.
     """
     env = gym.make(env_id, disable_env_checker=True, **(settings or {})).unwrapped
     if not isinstance(env, SwitchableEnv):
@@ -65,26 +64,25 @@ def _gymnasium(env: SwitchableEnv) -> Check:
         warnings.simplefilter("always")
         try:
             gymnasium_check(env, skip_render_check=True)
-        except Exception as error:  # whatever it raises is its finding
+        except Exception as error:  # any error is the finding
             return Check("Gymnasium's checker", False, " ".join(str(error).split()) or type(error).__name__)
-    finding = "; ".join(str(warning.message) for warning in noted) or "says nothing"
+    finding = "; ".join(str(warning.message) for warning in noted) or "no objection"
     return Check("Gymnasium's checker", not noted, finding)
 
 
 def _seeds(env: SwitchableEnv) -> list[Check]:
-    def drawn(seed: int) -> Episode:
-        """An episode of random actions, all drawn from one seed."""
+    def random_episode(seed: int) -> Episode:
         env.action_space.seed(seed)
         return _episode(env, env.action_space.sample, seed=seed)
 
-    once, again = ([drawn(seed) for seed in range(SEEDS)] for _ in range(2))
+    first, second = ([random_episode(seed) for seed in range(SEEDS)] for _ in range(2))
     same = all(
-        first.total == second.total
-        and first.info["instance"] == second.info["instance"]
-        and (first.observations == second.observations).all()
-        for first, second in zip(once, again, strict=True)
+        one.total == other.total
+        and one.info["instance"] == other.info["instance"]
+        and data_equivalence(one.observations, other.observations, exact=True)
+        for one, other in zip(first, second, strict=True)
     )
-    instances = {episode.info["instance"] for episode in once}
+    instances = {episode.info["instance"] for episode in first}
     finding = f"{len(instances)} different instances from {SEEDS} seeds"
     return [
         Check("same seed, same episode", same, "observations, instance and reward" if same else "they differ"),
@@ -93,14 +91,13 @@ def _seeds(env: SwitchableEnv) -> list[Check]:
 
 
 def _panel(env: SwitchableEnv) -> dict[str, list[Episode]]:
-    """Episodes of decisions that run everything, skip everything, or are random, on the same instances."""
+    """Episodes that run everything, skip everything, or decide at random, on the same instances."""
     space = env.action_space
     space.seed(0)
     choose: dict[str, Callable[[], Any]] = {"random": space.sample}
-    if isinstance(space, gym.spaces.MultiBinary | gym.spaces.MultiDiscrete):  # of a codebook no mask skips everything
-        most = space.nvec - 1 if isinstance(space, gym.spaces.MultiDiscrete) else np.ones(space.shape, space.dtype)
-        choose["all skipped"] = lambda: most.copy()
-        choose["nothing skipped"] = lambda: np.zeros(space.shape, dtype=space.dtype)
+    if not isinstance(space, gym.spaces.Discrete):  # no mask of a codebook skips everything
+        choose["all skipped"] = lambda: (_sizes(space) - 1).astype(space.dtype)
+        choose["nothing skipped"] = lambda: np.zeros_like(choose["all skipped"]())
     return {name: [_episode(env, act, seed=seed) for seed in range(EPISODES)] for name, act in choose.items()}
 
 
@@ -117,20 +114,20 @@ def _panel_checks(panel: dict[str, list[Episode]]) -> list[Check]:
 
 
 def _rewards(env: SwitchableEnv, panel: dict[str, list[Episode]]) -> Check:
-    """They are those of the objective, of the quality and the FLOPs that the infos tell."""
+    """Whether rewards are those of the objective, computed from the infos."""
     episodes = [episode for of_decision in panel.values() for episode in of_decision]
     totals = np.array([episode.total for episode in episodes])
-    told = [[np.array([episode.info[key]]) for key in SCORES] for episode in episodes]
-    expected = np.concatenate([env.objective.rewards(*one) for one in told])
+    expected = env.objective.rewards(*(np.array([episode.info[key] for episode in episodes]) for key in SCORES))
     finding = f"{totals.min():+.3f} to {totals.max():+.3f}; {env.objective.name} has {expected.min():+.3f} to "
     return Check("rewards", bool(np.allclose(totals, expected, atol=SLACK)), f"{finding}{expected.max():+.3f}")
 
 
 def _optimum(env: SwitchableEnv, panel: dict[str, list[Episode]]) -> Check:
-    """The best of all decisions on a few instances: no decision beats it, and it is no worse than the dense one."""
-    actions = _all_actions(env.action_space)
-    if actions is None or len(env.core.stages) > 1:
+    """Whether the best of all decisions on a few instances is at least as good as those of the panel."""
+    sizes = _sizes(env.action_space)
+    if number_of_decisions(sizes) > EXHAUSTIVE or len(env.core.stages) > 1:
         return Check("best of all decisions", True, "not tried: there are too many, or several stages")
+    actions = list(all_decisions(sizes).astype(env.action_space.dtype).reshape(-1, *env.action_space.shape or ()))
     names = list(dict.fromkeys(episode.info["instance"] for episode in panel["random"]))[:TRIED_ON]
     best = {
         name: max(_episode(env, lambda: action, options={"instance": name}).total for action in actions)  # noqa: B023  (called at once)
@@ -146,14 +143,11 @@ def _optimum(env: SwitchableEnv, panel: dict[str, list[Episode]]) -> Check:
     return Check("best of all decisions", not beaten, "; ".join(beaten) or f"{len(actions)} tried; {finding}")
 
 
-def _all_actions(space: gym.Space) -> list[Any] | None:
-    """All actions, where there are few."""
+def _sizes(space: gym.Space) -> Any:
+    """How many choices each component of an action has, int64 ``[components]``."""
     if isinstance(space, gym.spaces.Discrete):
-        return list(range(int(space.n))) if space.n <= EXHAUSTIVE else None
-    nvec = space.nvec.tolist() if isinstance(space, gym.spaces.MultiDiscrete) else [2] * int(np.prod(space.shape or ()))
-    if np.prod(np.array(nvec, dtype=float)) > EXHAUSTIVE:
-        return None
-    return [np.array(action, dtype=space.dtype) for action in product(*map(range, nvec))]
+        return np.array([space.n])
+    return space.nvec if isinstance(space, gym.spaces.MultiDiscrete) else np.full(space.shape or (), 2)
 
 
 def _episode(
@@ -165,5 +159,4 @@ def _episode(
         observation, reward, over, _, info = env.step(act())
         observations.append(observation)
         total += float(reward)
-    vectors = [np.asarray(flatten(env.observation_space, observation)) for observation in observations]
-    return Episode(np.concatenate(vectors), total, info)
+    return Episode(observations, total, info)

@@ -1,6 +1,4 @@
-"""Results of a policy on a whole split against the dense backbone, with intervals and measured time."""
-
-from __future__ import annotations
+"""Results of a policy on a split compared with the dense backbone, with intervals and measured time."""
 
 import hashlib
 import statistics
@@ -13,16 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.export import leaving
-from sd_gym.agents.learning.decisions import (
-    PolicyLike,
-    SplitDecisions,
-    SplitPolicy,
-    decide_and_score,
-    decision_flops,
-    outcomes,
-    score_decisions,
-)
+from sd_gym.agents.experiment.export import export
+from sd_gym.agents.learning.decisions import PolicyLike, SplitPolicy, outcomes
 from sd_gym.agents.runs.statistics import bootstrap_interval
 from sd_gym.agents.runs.verdict import Verdict, fewest_instances, losses_allowed, verdict
 
@@ -42,34 +32,30 @@ from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.registry import UnknownNameError
 
 WARM_UP, LEAST_TIMED = 2, 3  # batches
-TIMED_SECONDS = 30.0  # after which no further batch is timed: of a large backbone, three batches take minutes
+TIMED_SECONDS = 30.0  # after which no further batch is timed: three batches of a large backbone take minutes
 
 
 def evaluate(
-    core: Core, policy: PolicyLike | SplitDecisions, split_name: str, *, table: Path | None = None
+    core: Core, policy: PolicyLike | SplitPolicy, split_name: str, *, table: Path | None = None
 ) -> dict[str, Any]:
-    """The result on a split, of a policy or of decisions that a ``PrivilegedAgent`` made: in all and by difficulty.
+    """The result of a policy on a split; ``table`` is a CSV file for the results of each instance.
 
-    ``flops_ratio`` is the mean over instances of the backbone's ratio; ``flops_ratio_with_policy`` adds what it costs
-    to decide, if ``policy_flops_counted``; ``goes_on`` is the share of answers that were not accepted. ``return`` is
-    the mean reward, which no FLOPs of deciding lower; ``regret`` is how much more the best masks of a table would
-    earn. Each is ``None`` where it is not known: without a table, or by an objective of a user's own that is not
-    registered here. ``normalised_score`` is 0 on the hull of a table's masks and 1 at what full information reaches
-    (``sd_gym.envs.exact``). ``metrics`` holds the data set's own metric where it is not the mean quality.
-    ``by_difficulty`` has the data's levels, or without levels the quartiles of the dense loss; ``by_fact`` the
-    quartiles of all facts of an instance, and ``table`` (a CSV file to write) each of them.
+    Returns:
+        ``flops_ratio`` is the mean over instances of the backbone's ratio; ``flops_ratio_with_policy`` adds the FLOPs
+        of deciding, if ``policy_flops_counted``. ``goes_on`` is the share of answers that were not accepted. ``return``
+        is the mean reward, which FLOPs of deciding do not lower; ``regret`` is how much more the best masks of a table
+        would earn. Both are ``None`` if unknown: without a table, or with an unregistered objective.
+        ``normalised_score`` is 0 on the hull of a table's masks and 1 for full information (``sd_gym.envs.exact``).
+        ``metrics`` has the data set's own metric if it is not the mean quality. ``by_difficulty`` has the data's
+        levels, or else the quartiles of the dense loss; ``by_fact`` has the quartiles of each fact of the instances.
     """
     split = core.split(split_name)
     split.scoring.score_dense()
-    rows = np.arange(len(split))
-    if isinstance(policy, SplitDecisions):
-        scored, flops = score_decisions(core, split, rows, policy.decisions), policy.flops
-    else:
-        scored, flops = decide_and_score(core, policy, split), decision_flops(core, policy, split, rows)
-    own, masks = flops / split.costs.dense_flops(rows), scored["decision"]
+    rows, scored = np.arange(len(split)), outcomes(core, policy, split)
+    masks = scored["decision"]
     decisions = core.joined(masks, scored["goes_on"])
     if table is not None:
-        write_instances(split, scored | {"flops_ratio_with_policy": scored["flops_ratio"] + own}, table)
+        write_instances(split, scored, table)
     epsilon = core.config.reward.epsilon
     return {
         "metrics": {
@@ -78,13 +64,13 @@ def evaluate(
         },
         "split": split_name,
         "instances": len(split),
-        **_means(core, split, scored, own),
+        **_means(core, split, scored),
         "quality_difference_interval": bootstrap_interval(scored["quality"] - scored["quality_ref"]),
         "fewest_instances": fewest_instances(epsilon),
         "losses_allowed": losses_allowed(len(split), epsilon),
         "decisions_hash": decisions_hash(decisions),
         "epsilon": epsilon,
-        "policy_flops_counted": isinstance(policy, SplitDecisions) or policy.flops is not None,
+        "policy_flops_counted": isinstance(policy, SplitPolicy) or policy.flops is not None,
         "decisions_used": len(np.unique(masks, axis=0)),
         "goes_on": float(scored["goes_on"].mean()),
         "by_difficulty": by_difficulty(scored, split.levels),
@@ -97,39 +83,34 @@ def summary(core: Core, policy: PolicyLike | SplitPolicy, split_name: str) -> di
     """The first part of ``evaluate``: means of quality and FLOPs, and the verdict."""
     split = core.split(split_name)
     split.scoring.score_dense()
-    scored = outcomes(core, policy, split)
-    return _means(core, split, scored, scored["flops_ratio_with_policy"] - scored["flops_ratio"])
+    return _means(core, split, outcomes(core, policy, split))
 
 
-def _means(core: Core, split: Split, scored: dict[str, NDArray], own: NDArray) -> dict[str, Any]:
-    """Means and the verdict, of scored decisions on a split and the FLOPs ratio ``own [n]`` of deciding."""
+def _means(core: Core, split: Split, scored: dict[str, NDArray]) -> dict[str, Any]:
+    """Means and the verdict of ``outcomes`` on a split."""
+    difference = scored["quality"] - scored["quality_ref"]
     judged = verdict(scored["quality"], scored["quality_ref"], core.config.reward.epsilon)
+    flops, score = float(scored["flops_ratio_with_policy"].mean()), None
+    if isinstance(core, TableCore) and split.name == "test":
+        score = normalised_score(core.folder, float(-difference.mean()), flops)
     return {
         "quality": float(scored["quality"].mean()),
         "quality_ref": float(scored["quality_ref"].mean()),
-        "quality_difference": float((scored["quality"] - scored["quality_ref"]).mean()),
+        "quality_difference": float(difference.mean()),
         "quality_kept": judged == Verdict.KEPT,
         "verdict": str(judged),
         "flops_ratio": float(scored["flops_ratio"].mean()),
-        "flops_ratio_with_policy": float((scored["flops_ratio"] + own).mean()),
-        "normalised_score": _normalised_score(core, split, scored, own),
+        "flops_ratio_with_policy": flops,
+        "normalised_score": score,
         **_rewards(core.config.reward, split, scored),
     }
 
 
-def _normalised_score(core: Core, split: Split, scored: dict[str, NDArray], own: NDArray) -> float | None:
-    """How far scored decisions are from the hull to full information; ``None`` but on test rows of a table."""
-    if not isinstance(core, TableCore) or split.name != "test":
-        return None
-    loss, flops = scored["quality_ref"] - scored["quality"], scored["flops_ratio"] + own
-    return normalised_score(core.folder, float(loss.mean()), float(flops.mean()))
-
-
 def _rewards(reward: RewardConfig, split: Split, scored: dict[str, NDArray]) -> dict[str, float | None]:
-    """The return of scored decisions, and their regret."""
+    """The mean reward of scored decisions, and their regret."""
     try:
         objective = Objective(reward)
-    except UnknownNameError:  # it belongs to a run, and was registered there
+    except UnknownNameError:  # a run's own objective, which is registered only where it was trained
         return {"return": None, "regret": None}
     mean = float(objective.rewards(*(scored[name] for name in ("quality", "quality_ref", "flops_ratio"))).mean())
     best = float(best_rewards(split).mean()) if isinstance(split, TableSplit) else None
@@ -137,12 +118,12 @@ def _rewards(reward: RewardConfig, split: Split, scored: dict[str, NDArray]) -> 
 
 
 def decisions_hash(decisions: NDArray) -> str:
-    """A hash of decisions ``[n, switches + 1]``, which shows whether one was changed later."""
+    """A hash of decisions ``[n, switches + 1]``, to detect later changes."""
     return hashlib.sha256(np.ascontiguousarray(decisions, dtype="<i8").tobytes()).hexdigest()[:16]
 
 
 def by_difficulty(scored: dict[str, NDArray], levels: NDArray) -> list[dict[str, Any]]:
-    """Means of scored decisions (see ``decide_and_score``) over the instances of each level, of ``levels [n]``."""
+    """Means of scored decisions (see ``outcomes``) by the instances' ``levels [n]``."""
     entries = []
     for level in np.unique(levels):
         chosen = levels == level
@@ -158,24 +139,24 @@ def time_ratio(
 ) -> dict[str, float | None]:
     """Time of deciding and the switched backbone over that of the dense one, end to end.
 
-    From tokenised texts to logits, of random batches. The dense backbone runs a batch in one pass, padded to its
-    longest row. The policy's side observes, decides, ranks tokens where some are dropped (with statistics of the
-    training split at hand), and runs the passes that the env runs: by decision, and by length where that pays. Passes
-    by length, and cut inputs, save time without any decision; so they are timed as controls. All take turns, after a
-    warm-up; ``batches`` of them, or fewer where they take long.
+    Random batches run from tokenised texts to logits. The dense backbone runs a batch in one pass, padded to its
+    longest row. With the policy, a batch is observed, decided on, its tokens are ranked if some are dropped, and it
+    runs in the passes of the env: by decision, and by length where that pays. Passes by length and shorter inputs save
+    time without any decision, so both are timed as controls. All take turns, after a warm-up; large backbones have
+    fewer than ``batches``.
 
     Returns:
         Medians over batches of times over the dense one: ``time_ratio``; ``dense_by_length``, the dense backbone in
-        passes cut by length alone; ``dense_shortened``, the dense backbone on inputs that are all cut to the share of
-        tokens that the policy keeps (``None`` where an env drops none). And of the same batches, summed:
-        ``flops_ratio`` of the rows alone, and ``executed_ratio``, executed FLOPs, padding included, over those of the
-        dense pass.
+        passes by length alone; ``dense_shortened``, the dense backbone on inputs that are all cut to the share of
+        tokens that the policy keeps (``None`` if the env drops none). And sums over the same batches: ``flops_ratio``
+        of the rows alone, and ``executed_ratio``, executed FLOPs, including padding, over those of the dense pass.
     """
     split = core.split(split_name)
-    # A policy that looks at answers runs as it does elsewhere, in one pass and what goes on; else as in the env.
+    # A policy with an answer stage runs like an artefact, in one pass and the rest for rows that go on; else as in the
+    # env.
     artefact = None
     if core.has_answer_stage and isinstance(policy, DecisionPolicy):
-        artefact = leaving(core, policy, (), {})
+        artefact = export(core, policy, (), {})
     random = np.random.default_rng(0)
     times: list[list[float]] = []
     flops = np.zeros(4)
@@ -191,16 +172,13 @@ def time_ratio(
         if number < WARM_UP:
             continue
         times.append([seconds / dense for seconds in others])
-        nothing, everything = np.zeros_like(decisions), [np.arange(len(rows))]
+        nothing, costs = np.zeros_like(decisions), split.costs
         parts = core.stage_observation.parts(split, rows, decisions)
         if artefact is not None:
             parts = [picked for picked, _ in split.passes.planned(rows, core.to_masks(nothing))]
-        flops += (
-            split.costs.flops(rows, decisions).sum(),
-            split.costs.dense_flops(rows).sum(),
-            split.costs.executed_flops(rows, decisions, parts),
-            split.costs.executed_flops(rows, nothing, everything),
-        )
+        executed = costs.executed_flops(rows, decisions, parts)
+        dense_executed = costs.executed_flops(rows, nothing, [np.arange(len(rows))])
+        flops += costs.flops(rows, decisions).sum(), costs.dense_flops(rows).sum(), executed, dense_executed
     switched, by_length, *shortened = (statistics.median(ratios) for ratios in zip(*times, strict=True))
     return {
         "time_ratio": switched,
@@ -219,9 +197,9 @@ def _contestants(
     rows: NDArray,
     level: NDArray,
 ) -> list[Callable[[], object]]:
-    """Dense; with the policy; dense in passes by length; where tokens are dropped, dense on shorter inputs.
+    """What is timed: dense; with the policy; dense in passes by length; if tokens are dropped, dense on shorter inputs.
 
-    Where the policy judges texts, all but the last one write them.
+    If the policy judges generated texts, all but the last one generate them.
     """
     backbone, everything = core.backbone, np.arange(len(rows))
     unseen, again = split.unseen(rows), split.unseen(rows)
@@ -254,10 +232,10 @@ def _contestants(
 
 
 def _seconds(run: Callable[[], object], backbone: Backbone) -> float:
-    """How long a run takes, dense unless it decides otherwise itself."""
+    """Seconds of a run, which is dense unless it makes decisions of its own."""
     device, board = backbone.model.device, backbone.board
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    with board.decide(np.zeros((1, len(board)), dtype=bool)):  # a policy attached to the model does not count
+    with board.decide(np.zeros((1, len(board)), dtype=bool)):  # ignore a policy attached to the model
         wait()
         started = time.perf_counter()
         run()

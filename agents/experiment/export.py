@@ -1,6 +1,4 @@
-"""A run's policy as an artefact that decides without the env."""
-
-from __future__ import annotations
+"""A policy as an artefact that decides without its env."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,30 +14,23 @@ RESULT_KEYS = ("split", "instances", "quality", "quality_ref", "flops_ratio", "f
 RESULT_KEYS += ("quality_difference", "quality_difference_interval", "verdict", "guarantee")
 
 
-def export(
-    core: Core,
-    policy: DecisionPolicy,
-    operating_points: Sequence[OperatingPoint],
-    result: dict[str, Any],
-    description: dict[str, Any],
-) -> SkipPolicy | None:
-    """The artefact of a run; of one on a table, for the backbone that the table is of.
-
-    ``None`` where a policy cannot leave its env: see ``sd_gym.envs.export``.
-    """
+def run_card(result: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
+    """The parts of an artefact's card about its run: result, selection, and how it was trained."""
     selection = result["selection"]
-    card = {
+    return {
         "result": {key: result[key] for key in RESULT_KEYS},
         "selection": selection and {key: selection[key] for key in ("rows", "epsilon", "confidence")},
         "run": {key: description[key] for key in ("env", "algo", "steps", "seed", "versions", "data")},
     }
-    return leaving(core, policy, operating_points, card)
 
 
-def leaving(
+def export(
     core: Core, policy: DecisionPolicy, operating_points: Sequence[OperatingPoint], card: dict[str, Any]
 ) -> SkipPolicy | None:
-    """A policy as it leaves its env, with this ``card`` and what it says of the env and its backbone; or ``None``."""
+    """The artefact of a policy; on a table, for the backbone of the table. ``card`` extends its card.
+
+    ``None`` if a policy cannot decide without the env: see ``sd_gym.envs.export``.
+    """
     if (exported := core.export()) is None:
         return None
     network: DecisionPolicy | TablePolicy = policy

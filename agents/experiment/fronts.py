@@ -1,6 +1,4 @@
-"""Fronts of quality and FLOPs on a test split, and how much more of the FLOPs agents save than control baselines."""
-
-from __future__ import annotations
+"""Fronts of quality and FLOPs on a test split, and how many more FLOPs agents save than control baselines."""
 
 import warnings
 from collections.abc import Sequence
@@ -9,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.static import searched_masks
-from sd_gym.agents.learning.decisions import check_fits, decide_and_score, decision_flops, evaluator, score_decisions
-from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings, read_run
+from sd_gym.agents.learning.decisions import check_fits, decide_on, decision_flops, outcomes, score_decisions
+from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings
 from sd_gym.agents.runs.folder import BLIND, check_backbone, has_policy
 from sd_gym.agents.runs.fronts import LEAST, EnvFronts, Front, flops_samples
 
@@ -23,16 +21,16 @@ from sd_gym.tasks.splits import Splits, check_unchanged
 
 COLUMNS = ["env", "agent", "seeds", "points lost", "FLOPs of hull / blind", "FLOPs (worst)"]
 COLUMNS += ["saved more than the hull, points (interval; worst)", "above zero", "than blind", "above zero"]
-CONTROLS = ("hull", "blind")  # what learned agents are compared with
-MARGIN_STEP, LARGEST_MARGIN = 0.5, 15.0  # of bolder and more cautious versions of a policy
-COMPARED_LOSSES = (0.25, 0.5)  # as shares of epsilon: about what selected policies lose
+CONTROLS = ("hull", "blind")
+MARGIN_STEP, LARGEST_MARGIN = 0.5, 15.0  # of versions of a policy
+COMPARED_LOSSES = (0.25, 0.5)  # as shares of epsilon: about the losses of selected policies
 
 
 def front_of(core: Core, split: Split, policies: Sequence[DecisionPolicy]) -> Front:
-    """Score policies on a whole split; the dense decision, at its full FLOPs, always belongs to a front."""
+    """Score policies on a whole split; the last point of a front is dense."""
     rows = np.arange(len(split))
-    decided = [evaluator(core).decide(policy, split, rows) for policy in policies]
-    own = [  # a policy that does not look at its input need not run at all
+    decided = [decide_on(core, policy, split, rows) for policy in policies]
+    own = [  # a policy that ignores its input need not run
         decision_flops(core, policy, split, rows) if policy.head.weight.any() and not policy.blind else 0 * rows
         for policy in policies
     ]
@@ -48,17 +46,23 @@ def front_of(core: Core, split: Split, policies: Sequence[DecisionPolicy]) -> Fr
 def score_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFronts]:
     """Score all masks of the hull, and bolder and more cautious versions of each policy, on the test split.
 
-    Of that, at most ``test_size`` instances; ``None``: as many as the runs had. Raises ``FileNotFoundError`` if no
-    folder holds a finished run, ``ValueError`` if there is no env with a learned agent and with a control, or the data
-    of a run have changed. Warns if a folder holds no finished run, or a run has no other to be compared with.
+    Args:
+        folders: Of finished runs.
+        test_size: Instances, at most; ``None``: those of the runs.
+
+    Raises:
+        FileNotFoundError: If no folder holds a finished run.
+        ValueError: If no env has runs of a learned agent and of a control, or the data of a run have changed.
+
+    Warns:
+        UserWarning: If a folder holds no finished run, or there is no other run to compare it with.
     """
     envs: dict[EnvConfig, dict[str, list[Run]]] = {}
-    for folder in finished_runs(folders):
-        run = read_run(folder)
+    for run in finished_runs(folders):
         config, algo = run.config, run.config["algo"]
         name = "blind" if algo.startswith(BLIND) else algo if algo == "hull" else agent_label(config)
-        if name in CONTROLS or (not config["control"] and has_policy(folder)):
-            # What changes no instance and no quality may differ: of the reward, all but epsilon.
+        if name in CONTROLS or (not config["control"] and has_policy(run.folder)):
+            # Rewards may differ, as they change no instance and no quality; only epsilon counts.
             env = run.env.model_copy(update={"reward": RewardConfig(epsilon=run.env.reward.epsilon)})
             envs.setdefault(env, {}).setdefault(name, []).append(run)
     fronts, alone = [], []
@@ -79,8 +83,8 @@ def score_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvF
         raise ValueError("expected runs of a learned agent and, on the same env, of hull or a blind agent")
     if alone:
         warnings.warn(
-            f"left out, as their env's config (the rows that were trained on are part of it) has no run to compare "
-            f"them with: {', '.join(alone)}",
+            "left out, as their env's config (training rows included) has no run to compare them with: "
+            f"{', '.join(alone)}",
             stacklevel=2,
         )
     return fronts
@@ -88,25 +92,21 @@ def score_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvF
 
 def _fronts_of(config: EnvConfig, agents: dict[str, list[Run]]) -> EnvFronts:
     core = shared_core(config)
-
-    def front(policies: list[DecisionPolicy]) -> Front:
-        return front_of(core, core.split("test"), policies)
-
-    def policy_of(run: Run) -> DecisionPolicy:
-        return check_fits(DecisionPolicy.load(run.folder), core)
+    split = core.split("test")
 
     def versions_of(run: Run) -> list[DecisionPolicy]:
-        return policy_versions(core, policy_of(run), config.reward.epsilon, run.result.get("margin", 0.0))
+        policy = check_fits(DecisionPolicy.load(run.folder), core)
+        if run.config["algo"] == "hull":
+            return [policy.with_decision(mask) for mask in searched_masks(run.folder, core.nvec)]
+        return policy_versions(core, policy, config.reward.epsilon, run.result["margin"])
 
-    masks = [
-        policy_of(run).with_decision(mask)
-        for run in agents.get("hull", [])
-        for mask in searched_masks(run.folder, core.nvec)
-    ]
-    blind = [version for run in agents.get("blind", []) for version in versions_of(run)]
-    controls = {name: front(policies) for name, policies in zip(CONTROLS, (masks, blind), strict=True) if policies}
+    controls = {
+        name: front_of(core, split, [version for run in agents[name] for version in versions_of(run)])
+        for name in CONTROLS
+        if name in agents
+    }
     learned = {
-        name: [front(versions_of(run)) for run in runs]
+        name: [front_of(core, split, versions_of(run)) for run in runs]
         for agent, of_agent in agents.items()
         if agent not in CONTROLS
         for name, runs in group_by_settings(agent, of_agent)
@@ -115,14 +115,14 @@ def _fronts_of(config: EnvConfig, agents: dict[str, list[Run]]) -> EnvFronts:
 
 
 def policy_versions(core: Core, policy: DecisionPolicy, epsilon: float, margin: float = 0.0) -> list[DecisionPolicy]:
-    """Versions of a policy, from bolder to more cautious: from a loss of epsilon on the test split to a tenth of it.
+    """Versions of a policy, from bold to cautious: from a loss of epsilon on the test split to a tenth of it.
 
-    ``margin`` is that of ``result.json``, so that a policy that selection made dense has bolder versions too.
+    ``margin`` is that of ``result.json``; it is taken off, so a policy that was made dense has bolder versions too.
     """
     policy = policy.with_margin(-margin)
 
     def loss(margin: float) -> float:
-        scored = decide_and_score(core, policy.with_margin(margin), core.split("test"))
+        scored = outcomes(core, policy.with_margin(margin), core.split("test"))
         return float((scored["quality_ref"] - scored["quality"]).mean())
 
     boldest = cautious = 0.0
@@ -134,10 +134,10 @@ def policy_versions(core: Core, policy: DecisionPolicy, epsilon: float, margin: 
 
 
 def savings_rows(fronts: EnvFronts) -> list[list[str]]:
-    """Rows of ``COLUMNS``: each learned agent against the hull and blind agents of the same env, over seeds.
+    """Rows of ``COLUMNS``: each learned agent compared with the hull and blind agents of the same env, over seeds.
 
-    Their fronts are compared at losses of a quarter and of half of epsilon. Intervals are paired bootstraps over
-    instances (``flops_samples``): the interval of the mean over seeds, and how many seeds' own ones are above zero.
+    Fronts are compared at a loss of a quarter and of half of epsilon. Intervals are paired bootstraps over instances
+    (``flops_samples``): the interval of the mean over seeds, and how many intervals of single seeds are above zero.
     """
     losses = [share * fronts.epsilon for share in COMPARED_LOSSES]
     controls = {name: flops_samples(front, losses) for name, front in fronts.controls.items()}
@@ -155,7 +155,7 @@ def savings_rows(fronts: EnvFronts) -> list[list[str]]:
 
 
 def _compared(own: NDArray, other: NDArray | None) -> tuple[str, str]:
-    """How much more runs ``[runs, 1 + samples]`` save than another front, and how many of them surely do."""
+    """How much more runs ``[runs, 1 + samples]`` save than another front, and how many do so significantly."""
     if other is None:
         return "-", "-"
     more = 100 * (other - own)

@@ -1,7 +1,5 @@
 """Many runs trained in one process, several, or on a Ray cluster."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -23,8 +21,8 @@ from sd_gym.registry import import_own
 class RunStatus(NamedTuple):
     """The status of a run.
 
-    Its ``state`` is ``begun``, ``learning`` or ``searching`` while it goes on; ``kept`` (it was finished before),
-    ``finished``, ``not applicable`` or ``failed`` in the end.
+    Its ``state`` is ``begun``, ``learning`` or ``searching`` while it runs; at the end ``kept`` (it was finished
+    already), ``finished``, ``not applicable`` or ``failed``.
     """
 
     run: PlannedRun
@@ -45,13 +43,13 @@ def train_many(
     imports: Sequence[str] = (),
     on_status: OnStatus = lambda status: None,
 ) -> list[RunStatus]:
-    """Train the runs that are not finished; interrupted ones go on.
+    """Train the runs that are not finished; interrupted ones are resumed.
 
-    A run that fails does not stop the others. A run does not depend on what was trained before it; with ``jobs`` each
+    A run that fails does not stop the others, and no run depends on those trained before it. With several ``jobs`` each
     has one thread, which changes the last bits of sums.
 
-    ``runs`` stand each after those that it begins with; see ``sd_gym.train_all`` for the other arguments and errors.
-    Returns the last status of each run, in their order.
+    ``runs`` come after those that they start from; see ``sd_gym.train_all`` for the other arguments and errors.
+    Returns the last status of each run, in the same order.
     """
     if ray is not None and jobs > 1:
         raise ValueError(f"a Ray cluster has processes of its own; leave out jobs (got {jobs}) or ray (got {ray!r})")
@@ -67,7 +65,7 @@ def train_many(
 
 
 class _Schedule:
-    """Which run is next, and the status of each."""
+    """The waiting runs, and the status of all."""
 
     def __init__(self, runs: Sequence[PlannedRun], on_status: OnStatus) -> None:
         self._on_status = on_status
@@ -87,7 +85,7 @@ class _Schedule:
         self._on_status(status)
 
     def next(self) -> PlannedRun | None:
-        """The first run that can begin now; ``None``: none can."""
+        """The first run that can begin now, if any."""
         unfinished = {run.folder for run in self.waiting}
         unfinished |= {folder for folder, status in self.last.items() if status.state in GOING}
         for run in list(self.waiting):
@@ -98,7 +96,7 @@ class _Schedule:
             if not failed:
                 self.update(RunStatus(run, "begun"))
                 return run
-            self.update(RunStatus(run, "failed", message=f"{failed[0]}, which it begins with, failed"))
+            self.update(RunStatus(run, "failed", message=f"{failed[0]}, which it starts from, failed"))
         return None
 
 
@@ -112,7 +110,7 @@ def _attempt(run: PlannedRun, imports: Sequence[str], on_status: OnStatus) -> Ru
         run.train(imports, on_progress)
     except NotApplicableError as error:
         return RunStatus(run, "not applicable", message=one_line(error))
-    except Exception as error:  # whatever it is, the other runs go on
+    except Exception as error:  # the other runs go on
         return RunStatus(run, "failed", message=_message(error))
     return RunStatus(run, "finished")
 
@@ -143,7 +141,7 @@ def _share(schedule: _Schedule, jobs: int, imports: Sequence[str]) -> None:
 
 
 def _share_on_ray(schedule: _Schedule, address: str, imports: Sequence[str]) -> None:
-    """Train the waiting runs on a cluster, one per core; only their last status is known."""
+    """Train the waiting runs on a cluster, one per core; there is only their last status."""
     try:
         import ray  # pyright: ignore[reportMissingImports]  (an extra)
     except ImportError as error:
@@ -161,12 +159,12 @@ def _share_on_ray(schedule: _Schedule, address: str, imports: Sequence[str]) -> 
         run = running.pop(ended)
         try:
             schedule.update(ray.get(ended))
-        except ray.exceptions.RayError as error:  # its process or its machine has ended
+        except ray.exceptions.RayError as error:  # its process or machine is gone
             schedule.update(RunStatus(run, "failed", message=_message(error)))
 
 
 def _attempt_there(run: PlannedRun, imports: list[str], folder: str) -> RunStatus:
-    """Train a run on another machine, in the folder that its relative paths start from."""
+    """Train a run on another machine; relative paths of the run start from ``folder``."""
     os.chdir(folder)
     _prepare_process(imports)
     return _attempt(run, imports, lambda status: None)
@@ -174,7 +172,7 @@ def _attempt_there(run: PlannedRun, imports: list[str], folder: str) -> RunStatu
 
 def _prepare_process(imports: list[str]) -> None:
     quiet()
-    torch.set_num_threads(1)  # threads of several processes that wait for each other are many times slower
+    torch.set_num_threads(1)  # several processes with several threads each are many times slower
     for name in imports:
         import_own(name)
 
@@ -193,12 +191,12 @@ class _Worker:
 
     def begin(self, run: PlannedRun) -> None:
         self.run = run
-        with suppress(OSError):  # it has ended; its status says so
+        with suppress(OSError):  # the process has ended; ``status`` reports it
             self.connection.send(run)
 
     def status(self) -> RunStatus:
-        """The next status of its run: failed, if the process has ended."""
-        assert self.run is not None  # asked of workers that have a run
+        """The next status of its run; ``failed`` if the process has ended."""
+        assert self.run is not None  # it is called only for workers with a run
         try:
             status = self.connection.recv()
         except (EOFError, OSError):
@@ -217,8 +215,8 @@ class _Worker:
 
 
 def _work(connection: Connection, imports: list[str]) -> None:
-    """Train the runs that come over a connection, until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a whole group of processes: the first one ends the others
+    """Train the runs that come over a connection, until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _prepare_process(imports)
     while True:
@@ -230,8 +228,8 @@ def _work(connection: Connection, imports: list[str]) -> None:
 
 
 def _end_with_parent() -> None:
-    """If the parent is killed, nothing else ends this process, and it would hold the lock of its run folder."""
+    """End this process if the parent is killed; else it would keep the lock of its run folder."""
     parent = parent_process()
-    assert parent is not None  # it was started by another one
+    assert parent is not None
     wait([parent.sentinel])
     os._exit(1)

@@ -1,6 +1,4 @@
-"""Which operating point is kept: tested from dense to bold, with a guarantee; never the highest mean reward."""
-
-from __future__ import annotations
+"""Selection of an operating point: points are tested from dense to bold, with a guarantee."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -17,8 +15,7 @@ from sd_gym.agents.learning.decisions import (
     FEW_ROWS,
     SplitPolicy,
     Version,
-    decide_and_score,
-    evaluator,
+    decide_on,
     outcomes,
     policy_rows,
 )
@@ -31,12 +28,12 @@ from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.card import OperatingPoint
 from sd_gym.policy.table_export import TablePolicy
 
-PASSES = 12  # points of a sequence where each takes passes of a backbone
-CURVE_ROWS = 1000  # of the validation split, that each point of a curve is of
+PASSES = 12  # points of a sequence if each takes passes of a backbone
+CURVE_ROWS = 1000  # of the validation split, for each point of a curve
 
 
 class _Estimate:
-    """What policy rows say of an operating point, as far as it is asked for: losses take passes."""
+    """FLOPs and losses of an operating point on policy rows, computed when needed: losses take passes."""
 
     def __init__(self, core: Core, version: Version, rows: NDArray) -> None:
         self._core, self.version, self._rows = core, version, rows
@@ -47,12 +44,14 @@ class _Estimate:
 
     @cached_property
     def flops(self) -> float:
-        """Over dense FLOPs; what a policy costs itself it also costs where it leaves everything running."""
+        """Over dense FLOPs; those of deciding are left out if they are the same for all versions."""
         core, policy = self._core, self.version.policy
         if isinstance(policy, SplitPolicy):
             return float(self._scored["flops_ratio_with_policy"].mean())
-        ratio = evaluator(core).flops_ratio(policy, core.split("train"), self._rows)
-        return float((self._scored["flops_ratio"] if ratio is None else ratio).mean())
+        if core.is_staged:  # decisions take the pass that gives the losses
+            return float(self._scored["flops_ratio"].mean())
+        split = core.split("train")
+        return float(split.costs.flops_ratio(self._rows, decide_on(core, policy, split, self._rows)).mean())
 
     @cached_property
     def losses(self) -> NDArray:
@@ -66,19 +65,19 @@ class _Estimate:
 
 @dataclass
 class Selection:
-    """Validates the policies of a run during training, and selects an operating point in the end (Learn then Test).
+    """Validates the policies of a run during training, and selects an operating point at the end (Learn then Test).
 
-    Operating points (``BaseAgent.operating_points``) are ordered from dense to bold by what they lose on policy rows,
-    rows of the training split. They are tested in that order on all rows of the validation split, each by ``verdict``
-    at the ``confidence``. The first one that fails ends it, and the last one that passed is selected; dense, if none.
-    So the probability that the selected one truly loses epsilon or more is at most ``1 - confidence``:
-    ``sd_gym.agents.runs.guarantee``. Raises ``ValueError`` if the confidence is none.
+    Operating points (``BaseAgent.operating_points``) are ordered from dense to bold by their losses on policy rows,
+    which are rows of the training split. In that order they are tested on all rows of the validation split, each by
+    ``verdict`` at the ``confidence``. The first failure ends the tests. The last point that passed is selected, or
+    dense. So the selected point truly loses epsilon or more with probability ``1 - confidence`` at most
+    (``sd_gym.agents.runs.guarantee``). Raises ``ValueError`` if the confidence is out of range.
     """
 
     core: Core  # scores the policies
     confidence: float = CONFIDENCE  # one-sided, of each test and so of the guarantee
     history: list[dict[str, Any]] = field(default_factory=list)  # an entry per validation; see ``validate``
-    tested: list[tuple[Version, Tested]] = field(default_factory=list)  # from dense to bold, in the order of the tests
+    tested: list[tuple[Version, Tested]] = field(default_factory=list)  # in the order of the tests
     selected: Version | None = None  # None: dense
     _paths: list[list[_Estimate]] = field(default_factory=list)
 
@@ -86,16 +85,11 @@ class Selection:
         if not 0.5 <= self.confidence < 1:
             raise ValueError(f"expected a confidence of at least 0.5 and below 1, got {self.confidence}")
 
-    def consider(self, step: int, policy: DecisionPolicy, objective: Objective) -> dict[str, Any]:
-        """Validate a policy, and return its entry, which the history now has."""
-        self.history.append(self.validate(step, policy, objective))
-        return self.history[-1]
-
     def validate(self, step: int, policy: DecisionPolicy, objective: Objective) -> dict[str, Any]:
-        """The entry of a policy, on rows of the validation split, drawn evenly: a point of the curves."""
+        """The results of a policy on evenly spaced rows of the validation split: a point of the curves."""
         split = self.core.split("validation")
         rows = np.linspace(0, len(split) - 1, min(len(split), CURVE_ROWS)).round().astype(np.int64)
-        scored = decide_and_score(self.core, policy, split, rows)
+        scored = outcomes(self.core, policy, split, rows)
         names = ("quality", "quality_ref", "flops_ratio")
         return {
             "step": step,
@@ -106,7 +100,7 @@ class Selection:
         }
 
     def select(self, points: Sequence[Version]) -> Version | None:
-        """The operating point to keep, ``None``: dense. Versions of a policy stand together, from cautious to bold."""
+        """Select a point, ``None``: dense. Versions of a policy are neighbours in the list, from cautious to bold."""
         self._paths = self._estimated(points)
         self.tested, self.selected = [], None
         for version in (point.version for point in self._order()):
@@ -120,7 +114,7 @@ class Selection:
     def as_searched(self) -> Version | None:
         """After ``select``: the point that policy rows alone would choose, ``None``: dense.
 
-        It has the fewest FLOPs of those that lose no more than epsilon there, on the mean and without any test.
+        It has the fewest FLOPs of those with a mean loss of at most epsilon there, without any test.
         """
         epsilon = self.core.config.reward.epsilon
         points = sorted((point for path in self._paths for point in path), key=lambda point: point.flops)
@@ -129,21 +123,18 @@ class Selection:
 
     @property
     def margin(self) -> float:
-        """In log-odds, added to the policy that the selected one is a version of; 1,000 leaves everything running."""
+        """The margin of the selected point, in log-odds from its policy; 1,000 for dense."""
         return DENSE_MARGIN if self.selected is None else self.selected.margin
 
     @property
     def origin(self) -> DecisionPolicy | TablePolicy | None:
-        """The policy that the selected one is a version of; of dense, the first that was tested."""
+        """The policy that the selected point is a version of; for dense, that of the first tested point."""
         version = self.selected or next((version for version, _ in self.tested), None)
         of = None if version is None else version.of
         return of if isinstance(of, DecisionPolicy | TablePolicy) else None
 
     def operating_points(self) -> list[OperatingPoint]:
-        """Those of the selected policy's versions that were tested, and dense, the boldest first.
-
-        Margins count from the selected one on.
-        """
+        """The tested versions of the selected policy, and dense, the boldest first; margins are relative to it."""
         points, origin = [OperatingPoint(DENSE_MARGIN - self.margin, 0.0, 0.0, 1.0, True)], self.origin
         for version, result in self.tested:
             if version is self.selected or (version.of is not None and version.of is origin):
@@ -153,20 +144,20 @@ class Selection:
 
     def report(self) -> dict[str, Any]:
         """For ``result.json``: rows, epsilon and confidence of the tests, and the points in the order of the tests."""
+        points = [result._asdict() for _, result in self.tested]
         rows, epsilon = len(self.core.split("validation")), self.core.config.reward.epsilon
-        values = {"rows": rows, "epsilon": epsilon, "confidence": self.confidence}
-        return values | {"points": [result._asdict() for _, result in self.tested]}
+        return {"rows": rows, "epsilon": epsilon, "confidence": self.confidence, "points": points}
 
     @property
     def guarantee(self) -> str:
-        """In words, what is known of the selected point."""
+        """The guarantee of the selected point, in words."""
         rows, epsilon = len(self.core.split("validation")), self.core.config.reward.epsilon
         return guarantee(rows, epsilon, self.confidence, self.selected is None)
 
     def _estimated(self, points: Sequence[Version]) -> list[list[_Estimate]]:
-        """The points by policy; nothing bolder than the first of its versions that policy rows find hopeless."""
+        """The points by policy, up to the first version that is hopeless on policy rows."""
         core, epsilon, few = self.core, self.core.config.reward.epsilon, policy_rows(self.core, FEW_ROWS)
-        rows = policy_rows(core, evaluator(core).rows_of_orders)
+        rows = few if core.is_staged else policy_rows(core)
         paths = []
         for _, path in groupby(points, key=lambda version: id(version if version.of is None else version.of)):
             versions = list(path)
@@ -177,23 +168,18 @@ class Selection:
         return paths
 
     def _order(self) -> list[_Estimate]:
-        """The sequence of the tests. One path alone needs no losses: it is in order as it is."""
+        """The sequence of the tests. A single path is in order already, and needs no losses."""
         points = [point for path in self._paths for point in path]
         if not points:
             return []
         losses = np.zeros((len(points), 1)) if len(self._paths) == 1 else np.stack([point.losses for point in points])
-        number = self._learned()
+        # Variants of one policy do not exclude each other: on rows that it has learned on, its bold versions may seem
+        # to lose less than they do.
+        firsts = [path[0].version for path in self._paths]
+        policies = [id(version if version.learned is None else version.learned) for version in firsts]
+        number = np.repeat(np.unique(policies, return_inverse=True)[1], [len(path) for path in self._paths])
         flops, most = np.array([point.flops for point in points]), PASSES if self.core.config.table is None else POINTS
-        return [points[one] for one in sequence(flops, losses, number, most)]
-
-    def _learned(self) -> NDArray:
-        """Of each point, a number that variants of one policy share, which do not oust each other.
-
-        A policy knows the rows that it has learned on, where its bold versions may seem to lose less than others.
-        """
-        versions = [path[0].version for path in self._paths]
-        known = [id(version if version.learned is None else version.learned) for version in versions]
-        return np.repeat(np.unique(known, return_inverse=True)[1], [len(path) for path in self._paths])
+        return [points[index] for index in sequence(flops, losses, number, most)]
 
     def _test(self, version: Version) -> Tested:
         scored = outcomes(self.core, version.policy, self.core.split("validation"))

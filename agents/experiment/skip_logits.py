@@ -1,6 +1,4 @@
-"""The log-odds with which a run's policy skips, under which a backbone can be prepared."""
-
-from __future__ import annotations
+"""A run's log-odds of skipping, to prepare a backbone under its decisions."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment.run import load_run
-from sd_gym.agents.learning.decisions import evaluator
+from sd_gym.agents.learning.decisions import row_batches
 
 from sd_gym.config import EnvConfig, dotted
 from sd_gym.envs.config import make_config
@@ -20,12 +18,12 @@ from sd_gym.policy import DecisionPolicy
 
 
 def skip_logits_of_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConfig, dict[str, NDArray]]:
-    """The env's config of a run, some keys overridden, and its policy's log-odds of skipping on the data there.
+    """The env's config of a run with ``overrides``, and its policy's log-odds of skipping on that env's data.
 
-    A policy of several stages decides each stage after its own decisions at the earlier ones. ``overrides`` are values
-    by dotted key, such as another ``data.dataset``, but not the backbone, which the policy observes. The log-odds of
-    ``train`` (all its rows) and ``validation`` are float32 ``[n, switches]``, as ``prepare_backbone`` takes them.
-    Raises as ``load_run``, and ``ValueError`` if the policy does not decide switch by switch.
+    A policy of several stages decides each stage after its own earlier decisions. ``overrides`` are values by dotted
+    key, such as another ``data.dataset``, but not the backbone, which the policy observes. The log-odds of ``train``
+    (all its rows) and ``validation`` are float32 ``[n, switches]``, for ``prepare_backbone``. Raises like ``load_run``,
+    and ``ValueError`` if the policy does not decide switch by switch.
     """
     _, core, policy = load_run(folder)
     config = make_config({**dotted(core.config.model_dump()), "data.policy_rows": "all", **overrides}, core.config.id)
@@ -34,13 +32,13 @@ def skip_logits_of_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConf
         raise ValueError(f"{folder} is a run on a table; expected one on an env with a backbone")
     for name in ("train", "validation"):
         split = data.split(name)
-        batches = evaluator(core).batches(np.arange(len(split)))
+        batches = row_batches(core, np.arange(len(split)))
         logits[name] = np.concatenate([_skip_logits(core, policy, split, rows) for rows in batches])
     return config, logits
 
 
 def _skip_logits(core: BackboneCore, policy: DecisionPolicy, split: BackboneSplit, rows: NDArray) -> NDArray:
-    """Log-odds of skipping on rows ``[n]``, float32 ``[n, switches]``; minus infinity where no stage decides."""
+    """Log-odds of skipping on rows ``[n]``, float32 ``[n, switches]``; minus infinity for switches of no stage."""
     logits = np.full((len(rows), core.n_switches), -np.inf, dtype=np.float32)
     stages = iter(core.columns)
 

@@ -1,6 +1,4 @@
-"""Tables from Python, as ``sd_gym.tabulate``: which env, and which decisions."""
-
-from __future__ import annotations
+"""Tables from Python (``sd_gym.tabulate``): which env, which decisions, and the references of a table."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,8 +7,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sd_gym.agents.baselines.full_information import full_information
 from sd_gym.agents.baselines.search import all_masks, greedy_path, skip_units
-from sd_gym.agents.experiment.references import write_references
 from sd_gym.agents.experiment.run import run_config
 from sd_gym.agents.learning.decisions import policy_rows
 from sd_gym.agents.runs.folder import read_description
@@ -18,18 +16,22 @@ from sd_gym.agents.runs.folder import read_description
 from sd_gym.config import ConfigError, EnvConfig
 from sd_gym.envs.actions import codebook_file, number_of_decisions, read_masks
 from sd_gym.envs.config import load_config
+from sd_gym.envs.exact import REFERENCES, hull, oracle
 from sd_gym.envs.protocols import Core
 from sd_gym.envs.shared import shared_core
+from sd_gym.envs.table import table_core
 from sd_gym.envs.table_files import MOST
 from sd_gym.envs.table_files import read_description as read_table
 from sd_gym.envs.tabulate import TableMaker, Units, down_in_flops
+from sd_gym.files import write_json
 from sd_gym.going_on import stages_of_pass
 from sd_gym.registration import config_of
 from sd_gym.tasks.data import SPLITS
 
 TABLE = "SD/Table-v0"  # the env that takes any table
-PATH_INSTANCES = 400  # of the training split, that a path is searched on
+PATH_INSTANCES = 400  # of the training split, for the search of a path
 CHOICES = "all, layers, random:N, path, codebook or codebook:FILE"
+AHEAD = 0.05  # of the FLOPs, by which full information has to beat the hull, or there is nothing to learn
 
 
 def tabulate(
@@ -49,31 +51,30 @@ def tabulate(
     on_progress: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Compute what decisions do to all instances of an env, for ``SD/Table-v0``: ``sd-gym tabulate``.
+    """Compute the outcomes of decisions on all instances of an env, for ``SD/Table-v0``: ``sd-gym tabulate``.
 
     Args:
-        env_or_run: A registered id; or the folder of a run, whose env it is then.
-        output: Folder to write the table to (``sd_gym.envs.table_files`` says what is in it).
-        decisions: ``all``; or one or several of ``random:N`` (N masks, each of a skip rate of its own), ``path``
-            (greedily searched on the training split, from dense to nothing), ``layers`` (all that skip whole layers; if
-            it stands alone, the table's env decides layer by layer), ``codebook`` (the env's) and
-            ``codebook:FILE`` (a list of masks, or the folder of a run of ``static`` or of a table). The dense mask is
-            always among them. ``None``: all where there are at most 4,096, else ``random:64``. Of an env that decides
-            at several stages, what these masks say at each stage is combined with all that they say at the others
-            (``None``: ``path``).
-        instances: At most so many of each split; ``None``: all.
+        env_or_run: A registered id, or the folder of a run on the env.
+        output: Folder to write the table to (its files: ``sd_gym.envs.table_files``).
+        decisions: ``all``; or one or several of ``random:N`` (N masks, each with its own skip rate), ``path`` (a greedy
+            search on the training split, from dense to nothing), ``layers`` (all masks that skip whole layers; if it is
+            the only choice, the table's env decides layer by layer), ``codebook`` (the env's) and ``codebook:FILE``
+            (a list of masks, or the folder of a run of ``static`` or of a table). The dense mask is always added.
+            ``None``: all if there are at most 4,096, else ``random:64``. With several stages, the parts of the masks at
+            each stage are combined with those at the others (``None``: ``path``).
+        instances: Of each split, at most; ``None``: all.
         seed: Of ``random:N``.
-        pca: Principal components of the training split that the observations are reduced to (float16), which makes a
-            table small; ``None``: they are kept as they are.
-        share: Whether to leave out what should not be passed on: the data's own ids (instances are numbered), facts in
-            words, and paths. No table has texts.
+        pca: Principal components of the training split to reduce observations to (float16), for a small table;
+            ``None``: they are not reduced.
+        share: Whether to leave out the data's own ids (instances are numbered), facts in words, and paths. No table has
+            texts.
         bf16: Whether the backbone computes in bfloat16 (``torch.autocast``), which is nearly twice as fast.
-        references: Whether to compute what a learner on the table has to beat and can reach (``references.json``).
+        references: Whether to write the references of the table (``references.json``); see ``write_references``.
         resume: Whether to go on with an interrupted table.
         jobs: Processes, of one thread each; 1: this process. With more, guard your script by
             ``if __name__ == "__main__":``.
         imports: Modules and files that register what the env needs; the other processes import them first.
-        on_progress: Called with the number of decisions that are done, and of all.
+        on_progress: Called with the number of finished decisions, and of all.
         settings: Overrides of the env's config.
 
     Returns:
@@ -81,8 +82,8 @@ def tabulate(
 
     Raises:
         FileExistsError: If the folder holds a table, or anything else.
-        ValueError: If a name or setting is unknown, a choice is malformed, there are not so many components, or the
-            interrupted table is another one.
+        ValueError: If a name or setting is unknown, a choice is malformed, ``pca`` is too large, or the interrupted
+            table is another one.
         ConfigError: If the env is a table itself, or observes more than one array.
 
     Example:
@@ -110,19 +111,19 @@ def tabulate(
 
 
 def _label(asked: Sequence[str], seed: int, share: bool) -> str:
-    """How masks were chosen; of files only the names, if the table is shared."""
+    """How masks were chosen; without folders if the table is shared."""
     names = [f"codebook:{Path(name).name}" if share and name.startswith("codebook:") else name for name in asked]
     return " and ".join(names) + (f", seed {seed}" if any(name.startswith("random:") for name in asked) else "")
 
 
 def _config(env_or_run: str, settings: dict[str, Any], instances: int | None) -> EnvConfig:
-    """The config of an env or of a run, with at most so many instances of each split."""
+    """The config of an env or of a run, with a limit on the instances of each split."""
     if (Path(env_or_run) / "config.json").is_file():
         config = run_config(read_description(Path(env_or_run)), settings)
     else:
         config = load_config(config_of(env_or_run), settings)
     if config.table is not None:
-        raise ConfigError(f"{env_or_run} is a table itself; tabulate the env that it is of")
+        raise ConfigError(f"{env_or_run} is a table itself; tabulate the env that it was made from")
     if instances is not None:
         if instances < 1:
             raise ValueError(f"expected at least one instance of each split, got {instances}")
@@ -132,7 +133,7 @@ def _config(env_or_run: str, settings: dict[str, Any], instances: int | None) ->
 
 
 def _chosen(core: Core, asked: Sequence[str], seed: int) -> NDArray:
-    """Different masks, ``[masks, switches + 1]``, the dense one first, then down in FLOPs; raises as ``_choice``."""
+    """Different masks, ``[masks, switches + 1]``, by falling FLOPs, the dense one first; raises like ``_choice``."""
     dense = np.zeros((1, len(core.decision_nvec)), dtype=np.int64)
     chosen = (core.to_masks(_choice(core, choice, seed)) for choice in asked)
     masks = np.unique(np.concatenate([dense, *chosen]), axis=0)
@@ -140,7 +141,7 @@ def _chosen(core: Core, asked: Sequence[str], seed: int) -> NDArray:
 
 
 def _units(core: Core, layers: NDArray, masks: NDArray) -> Units:
-    """Decisions on whole layers, given in their order, as numbers of masks."""
+    """The decisions on whole layers ``layers [decisions, components]`` as numbers of masks."""
     number_of = {tuple(mask): number for number, mask in enumerate(masks.tolist())}
     units = skip_units(core, "layer")
     names = [core.switch_names[unit[0]].rpartition(".")[0] + ".layer" for unit in units[:-1]]
@@ -151,8 +152,8 @@ def _units(core: Core, layers: NDArray, masks: NDArray) -> Units:
 def combine_stages(core: Core, masks: NDArray) -> tuple[NDArray, list[int]]:
     """All combinations of the parts ("ways") that masks ``[masks, switches + 1]`` have at each stage of an env.
 
-    The combinations, int64 ``[combinations, switches + 1]``, the last stage's ways changing first; and how many ways
-    each stage has: first nothing skipped, then down in FLOPs. Raises ``ValueError`` if there are more than 4,096.
+    Returns the combinations, int64 ``[combinations, switches + 1]``, with the last stage's ways changing first; and the
+    number of ways of each stage, which are sorted by falling FLOPs. Raises ``ValueError`` for more than 4,096.
     """
     of_stages = []
     for components in core.steps.components[: len(stages_of_pass(core.stages))]:
@@ -173,7 +174,7 @@ def combine_stages(core: Core, masks: NDArray) -> tuple[NDArray, list[int]]:
 
 
 def _choice(core: Core, asked: str, seed: int) -> NDArray:
-    """The masks that a value of ``decisions`` stands for; raises ``ValueError`` if it is malformed."""
+    """The masks of a value of ``decisions``; raises ``ValueError`` if it is malformed."""
     kind, _, value = asked.partition(":")
     if kind == "random" and value.isdecimal() and int(value) > 0:
         return random_masks(core.decision_nvec, int(value), seed)
@@ -201,9 +202,33 @@ def _choice(core: Core, asked: str, seed: int) -> NDArray:
 def random_masks(nvec: NDArray, count: int, seed: int) -> NDArray:
     """Different masks, each with a skip rate drawn uniformly from 0 to 1, so that some are near dense.
 
-    int64 ``[count, components]``, or all there are, the dense one first.
+    int64 ``[count, components]``, or fewer if there are no more; the dense one is first.
     """
     random, masks = np.random.default_rng(seed), {(0,) * len(nvec): None}
     while len(masks) < min(count, number_of_decisions(nvec)):
         masks[tuple(random.binomial(nvec - 1, random.random()).tolist())] = None
     return np.array(list(masks), dtype=np.int64)
+
+
+def write_references(env_id: str, **settings: Any) -> dict[str, Any]:
+    """Compute what a learner on a table has to beat and can reach, and write ``references.json`` into its folder.
+
+    Args:
+        env_id: Of an env on the table, whose epsilon gives the losses.
+        settings: Overrides of its config, such as ``table``.
+
+    Returns:
+        ``losses`` (0, epsilon / 2, epsilon) and the test FLOPs ratio of ``hull``, ``full_information`` and ``oracle``
+        at each; ``negative_control``: whether full information beats the hull by less than 5 points; and ``curves``,
+        the corners of each (``sd_gym.envs.exact.Curve``).
+    """
+    core = table_core(load_config(config_of(env_id), settings))
+    split, epsilon = core.split("test"), core.config.reward.epsilon
+    losses = [0.0, epsilon / 2, epsilon]
+    curves = {"hull": hull(split), "full_information": full_information(split), "oracle": oracle(split)}
+    at = {name: [curve.at(loss) for loss in losses] for name, curve in curves.items()}
+    ahead = max(masks - full for masks, full in zip(at["hull"][1:], at["full_information"][1:], strict=True))
+    corners = {name: {"loss": curve.loss, "flops": curve.flops} for name, curve in curves.items()}
+    references = {"losses": losses, **at, "negative_control": ahead < AHEAD, "curves": corners}
+    write_json(core.folder / REFERENCES, references)
+    return references

@@ -1,6 +1,4 @@
-"""What TensorBoard shows of a run beside the curves of its agent: settings, validation and the result."""
-
-from __future__ import annotations
+"""TensorBoard events of a run besides its agent's curves: settings, validation and the result."""
 
 import json
 from pathlib import Path
@@ -17,11 +15,11 @@ from tensorboard.compat.proto.event_pb2 import (
 from sd_gym.config import dotted
 from sd_gym.files import as_json
 
-OF_ENV = ("reward", "quality", "tokens")  # the parts of an env's config that runs are compared by
-RESULTS = ("quality_difference", "flops_ratio_with_policy", "quality_kept")  # that hyperparameters are compared by
+OF_ENV = ("reward", "quality", "tokens")  # parts of an env's config that are hyperparameters
+RESULTS = ("quality_difference", "flops_ratio_with_policy", "quality_kept")  # metrics of the hyperparameters
 VALIDATED = ("reward", "quality", "flops_ratio")
 
-# Charts that lay runs of all agents over each other, in the tab CUSTOM SCALARS.
+# Charts with the runs of all agents, in the tab CUSTOM SCALARS.
 LAYOUT = {
     "all agents": {
         "quality, validation": ["Multiline", ["validation/quality"]],
@@ -34,34 +32,34 @@ LAYOUT = {
 
 
 def open_logger(folder: Path, description: dict[str, Any], done: int | None = None) -> Logger:
-    """A logger into TensorBoard events of a run folder, the run's settings (``config.json``) written to it.
+    """A logger into TensorBoard events of a run folder, with the run's settings (``config.json``).
 
-    Of a run that goes on from a checkpoint, after ``done`` decisions, later events are hidden: they happen again.
+    ``done`` is for a run that goes on from a checkpoint after so many decisions; later events are hidden.
     """
     logger = configure(str(folder), ["tensorboard"])
     (output,) = logger.output_formats
-    assert isinstance(output, TensorBoardOutputFormat)  # the one that was asked for
+    assert isinstance(output, TensorBoardOutputFormat)
     restart = Event(step=0 if done is None else done + 1, session_log=SessionLog(status=SessionLog.START))
-    assert output.writer.file_writer is not None  # the writer is open
+    assert output.writer.file_writer is not None
     output.writer.file_writer.add_event(restart)
     if done is None:
         plain = json.loads(as_json(description))
         text = f"```yaml\n{yaml.safe_dump(plain, sort_keys=False)}```"
-        metrics = {f"test/{name}": 0.0 for name in RESULTS}  # TensorBoard takes their values from the scalars
+        metrics = {f"test/{name}": 0.0 for name in RESULTS}  # their values come from the scalars
         _write(logger, 0, {"config": text, "hparams": HParam(_hyperparameters(plain), metrics)})
         output.writer.add_custom_scalars(LAYOUT)
     return logger
 
 
 def _hyperparameters(description: dict[str, Any]) -> dict[str, str | bool | int | float]:
-    """What runs are compared by: env, agent, seed and steps, all settings of the agent, some of the env."""
+    """Env, agent, seed and steps, all settings of the agent, some of the env."""
     values = {key: description[key] for key in ("env", "algo", "seed", "steps")}
     values |= dotted({part: description["env_config"][part] for part in OF_ENV}) | description["agent_settings"]
     return {key: value if isinstance(value, bool | int | float) else str(value) for key, value in values.items()}
 
 
 def _write(logger: Logger, step: int, values: dict[str, Any]) -> None:
-    """Write values at once, at this very step, and nothing else; ``record`` waits for the agent's next ``dump``."""
+    """Write values at this step at once; ``record`` would wait for the agent's next ``dump``."""
     for output in logger.output_formats:
         output.write(values, dict.fromkeys(values, ()), step)
 

@@ -1,4 +1,4 @@
-"""Tuning an agent's settings on an env: quality first, then the fewest FLOPs, both on the validation split."""
+"""Tuning of an agent's settings on an env: quality first, then FLOPs, both on the validation split."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
 
 STUDY, BEST = "study.db", "best.yaml"
-FOLDER, CUT_OFF = "folder", "cut off"  # of a trial, in the study
+FOLDER, FAILED = "folder", "failed"  # of a trial, in the study
 
 
 class TrialResult(NamedTuple):
-    """A trial that is over: its settings, and its score, the lower the better, or ``None`` and why it failed."""
+    """A finished trial: its settings, and its score (lower is better); or, if it failed, ``None`` and the message."""
 
     number: int
     settings: dict[str, Any]
@@ -53,9 +53,9 @@ def tune(
 ) -> Path:
     """Search an agent's settings on an env with Optuna: ``sd-gym tune``.
 
-    The first trial has the defaults. Trials are scored on the validation split (``score``); the test split plays no
-    part. Each trial's runs are in a folder of their own. An interrupted search goes on, its interrupted trial too;
-    with more trials it goes on from where it ended.
+    The first trial has the defaults. Trials are scored on the validation split (``score``), never on the test split.
+    Each trial's runs are in a folder of their own. An interrupted search is resumed, with its interrupted trial; a
+    finished one can go on with more trials.
 
     Args:
         env_id: A registered id.
@@ -67,10 +67,10 @@ def tune(
         confidence: Of selection.
         imports: Modules and files that register what is needed; import them first.
         on_trial: Called after each trial.
-        settings: Keys of the env's config, and settings of the agent that are not searched then.
+        settings: Keys of the env's config, and settings of the agent, which are then not searched.
 
     Returns:
-        The file with the best settings where they differ from the defaults: a YAML mapping for ``sd_gym.train``.
+        The file with the best settings that differ from the defaults: a YAML mapping for ``sd_gym.train``.
 
     Raises:
         ValueError: If Optuna is not installed, a name or setting is unknown, there is nothing to search, no trial
@@ -92,19 +92,20 @@ def tune(
         what = {"env": env_id, "algo": algo, "seeds": seeds, "steps": steps, "confidence": confidence}
         study = _study(folder, {**what, "settings": settings})
         _begin(study, {key: agent_class(algo).Settings.model_fields[key].default for key in space})
-        while sum(trial.state.is_finished() and CUT_OFF not in trial.user_attrs for trial in study.trials) < trials:
+        while sum(trial.state.name == "COMPLETE" or FAILED in trial.user_attrs for trial in study.trials) < trials:
             trial = study.ask()
             values = {key: _suggest(trial, key, choices) for key, choices in space.items()}
-            place, every = folder / f"trial-{trial.user_attrs.get(FOLDER, trial.number)}", {**settings, **values}
-            runs = [PlannedRun(env_id, algo, place / str(n), steps, n, every, confidence) for n in range(seeds)]
-            on_trial(_tell(study, trial, train_many(runs, imports=imports), values))
+            place = folder / f"trial-{trial.user_attrs.get(FOLDER, trial.number)}"
+            all_settings = {**settings, **values}
+            runs = [PlannedRun(env_id, algo, place / str(n), steps, n, all_settings, confidence) for n in range(seeds)]
+            on_trial(_record(study, trial, train_many(runs, imports=imports), values))
         return _write_best(study, folder / BEST, algo, what)
 
 
 def score(validated: dict[str, Any]) -> float:
-    """The score of a policy on the validation split, the lower the better.
+    """The score of a policy on the validation split; lower is better.
 
-    Where the quality is kept, its share of the FLOPs; else more than any share, growing with the loss.
+    It is the FLOPs ratio if the quality is kept; else 2 plus the loss.
     """
     if validated["quality_kept"]:
         return validated["flops_ratio_with_policy"]
@@ -112,13 +113,13 @@ def score(validated: dict[str, Any]) -> float:
 
 
 def _study(folder: Path, what: dict[str, Any]) -> Study:
-    """The study in a folder, new or to go on with; raises ``ValueError`` if it is another one."""
+    """The study in a folder, new or to resume; raises ``ValueError`` if it is another one."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = f"sqlite:///{folder.resolve() / STUDY}"
     study = optuna.create_study(study_name="sd_gym", storage=storage, load_if_exists=True)
-    study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))  # going on draws nothing twice
+    study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))  # a resumed study draws other numbers
     now, was = as_json(what), study.user_attrs.get("what")
     if was not in (None, now):
         raise ValueError(f"{folder} holds another study, {was}, and this one is {now}; choose another --output")
@@ -127,14 +128,12 @@ def _study(folder: Path, what: dict[str, Any]) -> Study:
 
 
 def _begin(study: Study, defaults: dict[str, Any]) -> None:
-    """The defaults come first; an interrupted trial goes on."""
+    """Enqueue the defaults first, and interrupted trials again, in their folders."""
     from optuna.trial import TrialState
 
     if not study.trials:
         study.enqueue_trial(defaults)
     for trial in study.get_trials(states=[TrialState.RUNNING]):
-        storage = study._storage
-        storage.set_trial_user_attr(trial._trial_id, CUT_OFF, True)
         study.tell(trial.number, state=TrialState.FAIL)
         if trial.params:
             study.enqueue_trial(trial.params, {FOLDER: trial.user_attrs.get(FOLDER, trial.number)})
@@ -146,11 +145,12 @@ def _suggest(trial: Trial, key: str, values: list[Any] | tuple[float, float]) ->
     return trial.suggest_categorical(key, values)
 
 
-def _tell(study: Study, trial: Trial, statuses: list[RunStatus], values: dict[str, Any]) -> TrialResult:
-    """Tell the study the outcome of a trial's runs."""
+def _record(study: Study, trial: Trial, statuses: list[RunStatus], values: dict[str, Any]) -> TrialResult:
+    """Record the outcome of a trial's runs in the study."""
     from optuna.trial import TrialState
 
     if messages := [status.message for status in statuses if status.message]:
+        trial.set_user_attr(FAILED, messages[0])  # an interrupted trial has none, and does not count
         study.tell(trial, state=TrialState.FAIL)
         return TrialResult(trial.number, values, None, messages[0])
     policies = (load_run(status.run.folder)[1:] for status in statuses)
@@ -160,17 +160,17 @@ def _tell(study: Study, trial: Trial, statuses: list[RunStatus], values: dict[st
 
 
 def _write_best(study: Study, file: Path, algo: str, what: dict[str, Any]) -> Path:
-    """Write the best settings where they differ from the defaults."""
-    over = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
-    if not over:
-        raise ValueError(f"no trial of {file.parent} came to an end; the messages say why")
+    """Write the best settings that differ from the defaults."""
+    complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    if not complete:
+        raise ValueError(f"all trials of {file.parent} failed; see their messages")
     fields, best = agent_class(algo).Settings.model_fields, study.best_trial
     settings = {key: value for key, value in best.params.items() if value != fields[key].default}
     lines = [
         f"# Found by: {shlex.join(sys.argv)}",
-        f"# {len(over)} trials of {what['steps']} decisions, seeds {what['seeds']}; on validation the best (trial "
-        f"{best.number}) reached {best.value:.4f},",
-        f"# trial {over[0].number} {over[0].value:.4f}: share of the FLOPs, 2 and more if the quality is not kept.",
+        f"# {len(complete)} trials of {what['steps']} decisions, seeds {what['seeds']}. Score on validation of the "
+        f"best (trial {best.number}): {best.value:.4f},",
+        f"# of trial {complete[0].number}: {complete[0].value:.4f}. FLOPs ratio, or 2 and more if quality is not kept.",
     ]
     write_text(file, "\n".join([*lines, yaml.safe_dump(settings, sort_keys=False)]))
     return file

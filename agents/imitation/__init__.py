@@ -1,1 +1,1 @@
-"""Imitation of decisions that a search found."""
+"""Imitation of searched decisions."""

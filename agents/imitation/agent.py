@@ -1,16 +1,14 @@
-"""Imitation: a search scores training instances under each mask of a path, and the policy learns to foresee it.
+"""Imitation: a search scores training instances under each mask of a path, and the policy learns to predict the scores.
 
 A greedy search orders the candidates: a path of static masks from dense to nothing. All training instances run under
 all masks of this path. A network learns how likely each instance is to lose its quality under each mask (its *risk*).
-Each step down the path saves FLOPs and adds risk, and is worth it as long as the savings outweigh the risk times a
-multiplier. The policy learns these exchange rates, so that a margin on its logits is the logarithm of another
-multiplier: another operating point. (TR-BERT, Ye et al. 2021, and Dr.LLM also begin with searched decisions; their
-target is each instance's own luck under a decision, here it is its risk.)
+Each step down the path saves FLOPs and adds risk. It pays while the savings exceed the risk times a multiplier. The
+policy learns these exchange rates, so a margin on its logits is the logarithm of another multiplier: another operating
+point. (TR-BERT, Ye et al. 2021, and Dr.LLM also start from searched decisions. Their target is the outcome of each
+instance under a decision; here it is the risk.)
 
-Of several stages each decides on what is left of the path: ``sd_gym.agents.imitation.backward_induction``.
+With several stages each decides on its part of the path: ``sd_gym.agents.imitation.backward_induction``.
 """
-
-from __future__ import annotations
 
 import math
 from copy import deepcopy
@@ -27,27 +25,22 @@ from sd_gym.agents.baselines.search import OnRound, Per, greedy_path, path_losse
 from sd_gym.agents.baselines.static import MASKS, nested_path, report_scored
 from sd_gym.agents.imitation.backward_induction import BackwardInduction, Loss, mean_head
 from sd_gym.agents.imitation.path_logits import component_logits, step_logits
-from sd_gym.agents.learning.agent import Agent, LearnerSettings, OnRollout, learning_bias
-from sd_gym.agents.learning.decisions import evaluator
+from sd_gym.agents.learning.agent import Agent, LearnerSettings, OnRollout, observation_layers
+from sd_gym.agents.learning.decisions import row_batches
 from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd_gym.envs.actions import write_masks
 from sd_gym.envs.protocols import Split
-from sd_gym.envs.spaces import flat_size, token_width
-from sd_gym.files import read_tensors, write_tensors
 from sd_gym.going_on import stages_of_pass
 from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
-from sd_gym.policy.networks import hidden_layers
 from sd_gym.policy.observations import to_tensors
-from sd_gym.policy.token_encoder import TokenEncoder
 
-ORDER_INSTANCES = 1000  # that the path of static masks is searched on
-SEARCHED = "searched.safetensors"
-CAUTION = (1.0, 1000.0)  # log-odds by which stages before a later one are more cautious; the last value runs all
-STARTS = 3  # stages at most that may be the first one that skips
-SURE = 6.0  # log-odds of skipping at most: learning that goes on from the policy can still change a decision
+ORDER_INSTANCES = 1000  # for the search of the path
+CAUTION = (1.0, 1000.0)  # log-odds by which earlier stages are more cautious in a version; 1,000: they skip nothing
+STARTS = 3  # versions with other first skipping stages, at most
+SURE = 6.0  # highest log-odds of skipping, so that learning can still change decisions in a warm start
 
 
 class SearchResult(NamedTuple):
@@ -55,18 +48,18 @@ class SearchResult(NamedTuple):
 
     rows: NDArray  # of the training split, int64 [n]
     path: NDArray  # masks from dense to nothing, int64 [masks, components]
-    lost: NDArray  # quality that each instance loses under each mask, float32 [n, masks]; negative where it gains
+    lost: NDArray  # quality that each instance loses under each mask, float32 [n, masks]; negative: gained
 
 
 class ImitationSettings(LearnerSettings):
     """Settings of imitation.
 
     Attributes:
-        path: Folder of a run of ``static`` whose masks are the path, or of ``imitation`` whose search is taken over
-            (between one stage and several, its path); ``None``: the path is searched on the training split.
+        path: Folder of a run of ``static`` or ``imitation`` whose masks are the path; ``None``: search a path on the
+            training split.
         per: What a step of a searched path skips: a ``sublayer``, or a whole ``layer``.
         instances: Training instances that run under the masks of the path, at most.
-        epochs: Passes over them, for the risk and for the policy; the best epoch on a held-out tenth is kept.
+        epochs: Passes over them, for the risk and for the policy; the best epoch on a held-out tenth is used.
         batch_size: Of the supervised learning.
         weight_decay: Of AdamW.
     """
@@ -87,51 +80,44 @@ class ImitationSettings(LearnerSettings):
 
 
 class ImitationAgent(Agent[ImitationSettings]):
-    """Runs training instances under the masks of a path, learns their risk, and which steps are worth it."""
+    """Runs training instances under the masks of a path, and learns their risk and which steps pay."""
 
     Settings = ImitationSettings
-    searched: SearchResult  # once it has learned, of several stages its path alone
+    searched: SearchResult  # after learning; with several stages only its path
     staged = per_stage = True
     validates = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        space = self.env.core.observation_space
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.network = self.new_policy().eval()
-            self.foresight = nn.ModuleList([self._new_foresight() for _ in self.env.core.stages])
+            self.foresight = nn.ModuleList([observation_layers(space, HIDDEN) for _ in self.env.core.stages])
         self._standardise_encoders(self.network, self.foresight)
-        with torch.no_grad():
-            if self.start is not None:
-                self.network.load_state_dict(self.start.state_dict())
-            else:
-                self.network.initialise(learning_bias(self.env.core, self.settings.initial_skip_rate))
+        self._initialise(self.network)
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
-        """Search and learn; it takes as many decisions as it takes."""
+        """Search and learn; ``total_steps`` plays no part."""
         core, on_round = self.env.core, partial(report_scored, on_rollout)
-        split, folder = core.split("train"), self.settings.path
+        split = core.split("train")
         if core.is_staged:
             self._learn_stages(split, logger, on_round)
             return
-        if folder is not None and (folder / SEARCHED).exists():
-            self.searched = read_search(folder, len(split), core.nvec)
-        else:
-            rows, path = self._rows_of(split), self._path(split, on_round)
-            lost = path_losses(split, rows, path, on_round).astype(np.float32)
-            self.searched = SearchResult(rows, np.stack(path), lost)
-        rows, path, lost = self.searched
+        rows, path = self._rows_of(split), np.stack(self._path(split, on_round))
+        lost = path_losses(split, rows, list(path), on_round).astype(np.float32)
+        self.searched = SearchResult(rows, path, lost)
         flops = np.array([split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in path])
         risk = self._foresee(rows, lost[:, 1:], logger)
         multiplier = core.config.reward.penalty / core.config.reward.cost_scale
-        worth = step_logits(F.pad(risk, (1, 0)), torch.from_numpy(flops)) - math.log(multiplier)
-        logger.record("search/flops_ratio", float(flops[(worth > 0).sum(dim=1)].mean()))
-        logits = component_logits(worth.clamp(-SURE, SURE), path, core.nvec)
+        steps = step_logits(F.pad(risk, (1, 0)), torch.from_numpy(flops)) - math.log(multiplier)
+        logger.record("search/flops_ratio", float(flops[(steps > 0).sum(dim=1)].mean()))
+        logits = component_logits(steps.clamp(-SURE, SURE), path, core.nvec)
 
         def loss(chosen: Tensor | slice) -> Tensor:
             return F.mse_loss(self._outputs(self.network, rows[chosen]), logits[chosen])
 
-        self._fit(self.network, loss, len(rows), "imitation/held_out_loss", logger)
+        self._fit(self.network, loss, "imitation/held_out_loss", len(rows), logger)
         self._tie(path)
 
     def _learn_stages(self, split: Split, logger: Logger, on_round: OnRound) -> None:
@@ -139,30 +125,28 @@ class ImitationAgent(Agent[ImitationSettings]):
         rows, path = self._rows_of(split), np.stack(self._path(split, on_round))
         self.searched = SearchResult(rows, path, np.zeros((len(rows), 0), dtype=np.float32))
 
-        def fit(network: nn.Module, loss: Loss, tag: str) -> None:
-            self._fit(network, loss, len(rows), tag, logger)
-
-        tokens, bodies = self.channels is not None, list(self.foresight)
+        fit, tokens = partial(self._fit, instances=len(rows), logger=logger), self.channels is not None
+        bodies = list(self.foresight)
         induction = BackwardInduction(
             self.env.core, rows, path, bodies, fit, self._visible, tokens, on_round, self.seed
         )
         targets, nvec = induction.learn(), self.env.core.nvec
         component = np.repeat(np.arange(len(nvec)), nvec)  # of each logit
-        wanted, counts = [], []  # of each stage: the logits, and which of them are its own
+        stages = []  # of each: observations, target logits, and 1 for logits of the stage, else 0
         for target, choices in zip(targets, induction.stage_choices, strict=True):
             logits = component_logits(target.steps.flatten(0, 1).clamp(-SURE, SURE), choices.ways, nvec)
-            wanted.append(logits.unflatten(0, target.steps.shape[:2]))
-            counts.append(torch.from_numpy(np.isin(component, choices.components)).float())
+            own = torch.from_numpy(np.isin(component, choices.components)).float()
+            stages.append((target.observations, logits.unflatten(0, target.steps.shape[:2]), own))
 
         def loss(chosen: Tensor | slice) -> Tensor:
             errors, counted = torch.zeros(()), torch.zeros(())
-            for target, logits, count in zip(targets, wanted, counts, strict=True):
-                outputs = self.network(target.observations.of(chosen))
-                errors = errors + (((outputs - logits[chosen].flatten(0, 1)) ** 2) * count).sum()
-                counted = counted + len(outputs) * count.sum()
+            for observations, logits, own in stages:
+                outputs = self.network(observations.of(chosen))
+                errors = errors + (((outputs - logits[chosen].flatten(0, 1)) ** 2) * own).sum()
+                counted = counted + len(outputs) * own.sum()
             return errors / counted
 
-        self._fit(self.network, loss, len(rows), "imitation/held_out_loss", logger)
+        fit(self.network, loss, "imitation/held_out_loss")
         for choices in induction.stage_choices:
             self._tie(choices.ways)
 
@@ -170,35 +154,31 @@ class ImitationAgent(Agent[ImitationSettings]):
         return np.random.default_rng(self.seed).permutation(len(split))[: self.settings.instances]
 
     def _path(self, split: Split, on_round: OnRound) -> list[NDArray]:
-        """The masks of the path: those of a run, or searched."""
+        """The path of a run, or a searched one."""
         core, folder = self.env.core, self.settings.path
         if folder is None:
             return greedy_path(core, split, self._rows_of(split)[:ORDER_INSTANCES], on_round, per=self.settings.per)
         return nested_path(folder, core.nvec)
 
     def save_extra(self, folder: Path) -> None:
-        """Write ``masks.json``, the path, and of one stage ``searched.safetensors``, the ``SearchResult``."""
+        """Write the path as ``masks.json``."""
         write_masks(self.searched.path, folder / MASKS)
-        if self.searched.lost.size:
-            arrays = self.searched._asdict().items()
-            tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays}
-            write_tensors(folder / SEARCHED, tensors)
 
     def policy(self) -> DecisionPolicy:
         """A copy of the network."""
         return deepcopy(self.network).eval()
 
     def selectable_policies(self) -> list[DecisionPolicy]:
-        """The policy; of several stages also versions whose first ones are more cautious, or run all.
+        """The policy; with several stages also versions with more cautious first stages, or with later starts.
 
-        Selection finds the margin of each, so that the thresholds of all stages are chosen together.
+        Selection chooses a margin for each, so the thresholds of all stages are chosen together.
         """
         core, policies = self.env.core, [self.policy()]
         deciding = len(stages_of_pass(core.stages))
         if deciding == 1:
             return policies
         later = np.unique(np.linspace(1, deciding - 1, STARTS).round().astype(int))
-        first = np.cumsum([0, *core.nvec[:-1]])  # the choice of each component that runs all
+        first = np.cumsum([0, *core.nvec[:-1]])  # the choice of each component that skips nothing
         for stage, caution in product(later, CAUTION):
             before = np.concatenate(core.steps.components[:stage])
             policies.append(self.policy())
@@ -206,30 +186,22 @@ class ImitationAgent(Agent[ImitationSettings]):
                 policies[-1].head.bias[torch.from_numpy(first[before])] += caution
         return policies
 
-    def _new_foresight(self) -> nn.Sequential:
-        """From observations to ``HIDDEN`` features; its token encoder is wide, as its FLOPs do not count."""
-        width, size = token_width(self.env.core.observation_space), flat_size(self.env.core.observation_space)
-        if width is None:
-            return nn.Sequential(*hidden_layers(size, HIDDEN))
-        encoder = TokenEncoder(width, stage_size=size)
-        return nn.Sequential(encoder, *hidden_layers(encoder.size, HIDDEN))
-
     def _visible(self, observations: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         return blinded(observations, self.env.core.stages) if self.blind else observations
 
     def _outputs(self, network: nn.Module, rows: NDArray) -> Tensor:
         """Outputs ``[n, outputs]`` of a network on ``rows [n]`` of the training split.
 
-        They are observed anew each time: embedding tokens again is cheap, and keeping them all is not.
+        Rows are observed again each time, as all embedded tokens would need too much memory.
         """
         core = self.env.core
-        split, parts = core.split("train"), evaluator(core).batches(rows)
+        split, parts = core.split("train"), row_batches(core, rows)
         return torch.cat([network(self._visible(to_tensors(core.observe(split, part)))) for part in parts])
 
     def _foresee(self, rows: NDArray, lost: NDArray, logger: Logger) -> Tensor:
-        """Learn what ``rows [n]`` lose under masks, ``lost [n, masks]``, and return the expected losses.
+        """Learn to predict the quality ``lost [n, masks]`` of ``rows [n]`` under masks; returns the predictions.
 
-        Losses and gains are foreseen each by itself: where the backbone is often wrong, both may be likely at once.
+        Losses and gains are separate outputs: where the backbone is often wrong, both may be likely.
         """
         targets = torch.from_numpy(np.concatenate([lost, -lost], axis=1)).clamp(0, 1)
         network = nn.Sequential(self.foresight[0], mean_head(targets))
@@ -237,15 +209,15 @@ class ImitationAgent(Agent[ImitationSettings]):
         def loss(chosen: Tensor | slice) -> Tensor:
             return F.binary_cross_entropy_with_logits(self._outputs(network, rows[chosen]), targets[chosen])
 
-        self._fit(network, loss, len(rows), "imitation/risk_loss", logger)
+        self._fit(network, loss, "imitation/risk_loss", len(rows), logger)
         with torch.no_grad():
             losing, gaining = self._outputs(network, rows).sigmoid().chunk(2, dim=1)
         return losing - gaining
 
     @torch.no_grad()
     def _tie(self, path: NDArray) -> None:
-        """Give components that one step raises, those of a layer, their mean logits: they are skipped together."""
-        nvec, head = self.env.core.nvec, self.network.head  # of a network of one's own, a bias alone
+        """Give components that are skipped together, those of a layer, their mean logits."""
+        nvec, head = self.env.core.nvec, self.network.head
         first = np.cumsum([0, *nvec[:-1]])
         for raised in path_steps(list(path)):
             for choice in range(int(nvec[raised].max()) if len(raised) > 1 else 0):
@@ -253,8 +225,8 @@ class ImitationAgent(Agent[ImitationSettings]):
                 for values in head.parameters():
                     values[outputs] = values[outputs].mean(dim=0)
 
-    def _fit(self, network: nn.Module, loss: Loss, instances: int, tag: str, logger: Logger) -> None:
-        """Minimise a loss by AdamW, and keep the epoch, or the beginning, that is best on the first tenth, held out."""
+    def _fit(self, network: nn.Module, loss: Loss, tag: str, instances: int, logger: Logger) -> None:
+        """Minimise a loss by AdamW; the epoch (0: untrained) that is best on the held-out first tenth is used."""
         settings, held_out = self.settings, max(1, instances // 10)
         generator = torch.Generator().manual_seed(self.seed)
         rate, decay = settings.learning_rate, settings.weight_decay
@@ -274,20 +246,3 @@ class ImitationAgent(Agent[ImitationSettings]):
             if error < lowest:
                 lowest, best = error, {name: value.clone() for name, value in network.state_dict().items()}
         network.load_state_dict(best)
-
-
-def read_search(folder: Path, instances: int, nvec: NDArray) -> SearchResult:
-    """What a run of ``imitation`` has searched, for a training split of so many ``instances``.
-
-    Raises ``ValueError`` if it is that of another env, or damaged.
-    """
-    tensors, expected = read_tensors(folder / SEARCHED), {"rows": 1, "path": 2, "lost": 2}  # dimensions
-    if {name: value.ndim for name, value in tensors.items()} != expected:
-        raise ValueError(f"{folder / SEARCHED} holds {', '.join(tensors)}; expected {', '.join(expected)}")
-    searched = SearchResult(**{name: value.numpy() for name, value in tensors.items()})
-    if searched.path.shape[1:] != nvec.shape or searched.rows.max() >= instances:
-        raise ValueError(
-            f"what was searched in {folder} has {searched.path.shape[1]} components and rows up to "
-            f"{searched.rows.max()}; expected {len(nvec)} components, and rows of a training split of {instances}"
-        )
-    return searched

@@ -1,25 +1,28 @@
 """Logits of the steps of a path: FLOPs saved per unit of risk."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.search import path_steps
 from torch import Tensor
 
-LEAST_SAVED = 1e-4  # of the dense FLOPs: what a step saves at least, where it costs as much as it saves
-LEAST_RISK = 1e-6  # a saved FLOPs ratio of 1, so that the exchange rate is finite
-PART = 1024  # instances whose exchange rates are computed at once: each has one for any two masks
+LEAST_SAVED = 1e-4  # least saving of a step, as a share of the dense FLOPs
+LEAST_RISK = 1e-6  # least risk of a step, so that the exchange rate is finite
+PART = 1024  # instances per computation of exchange rates, which each have one for any two masks
 
 
 def step_logits(risk: Tensor, flops: Tensor) -> Tensor:
-    """Logarithm of the FLOPs that each step of a path saves over the risk that it adds.
+    """Logarithm of the exchange rate of each step of a path: saved FLOPs over added risk.
 
-    Steps that only pay together (the next one saves more for less risk) have one exchange rate: that of the lower
-    convex hull of risk over savings. So the rates fall along the path, and a bound on them ends it at the best mask.
-    Of the risk, float32 ``[n, masks]``, the first (of dense) 0, and FLOPs ratios ``[masks]``; float32
-    ``[n, masks - 1]``.
+    If the next step saves more for less risk, both have one exchange rate: that of the lower convex hull of risk over
+    savings. So the rates fall along the path, and a bound on them ends it at the best mask.
+
+    Args:
+        risk: Of each mask, float32 ``[n, masks]``; 0 for the first one, which is dense.
+        flops: FLOPs ratios ``[masks]``.
+
+    Returns:
+        float32 ``[n, masks - 1]``.
     """
     saved = (flops[:, None] - flops[None, :]).clamp(min=LEAST_SAVED).float()  # from one mask to a later one
     masks = torch.arange(len(flops))
@@ -27,8 +30,8 @@ def step_logits(risk: Tensor, flops: Tensor) -> Tensor:
     slopes = []
     for part in risk.split(PART):
         rate = torch.where(later, (part[:, None, :] - part[:, :, None]) / saved, torch.inf)
-        # The slope of a hull, by the minimax formula of isotonic regression: the highest, over where a stretch may
-        # begin, of the lowest over where it may end.
+        # The slope of a hull by the minimax formula of isotonic regression: the maximum over the starts of a segment of
+        # the minimum over its ends.
         lowest = rate.flip(2).cummin(dim=2).values.flip(2)
         slopes.append(lowest.cummax(dim=1).values.diagonal(offset=1, dim1=1, dim2=2))
     return -torch.cat(slopes).clamp(min=LEAST_RISK).log()
@@ -40,10 +43,10 @@ def accepting_logits(risk: Tensor, saved: Tensor) -> Tensor:
 
 
 def component_logits(steps: Tensor, path: NDArray, nvec: NDArray) -> Tensor:
-    """Logits ``[n, sum(nvec)]`` under which a policy takes the ``steps [n, masks - 1]`` of a path that are positive.
+    """Logits ``[n, sum(nvec)]`` of a policy that takes those ``steps [n, masks - 1]`` of a path that are positive.
 
-    A choice of a component has the sum of the steps that lead to it, and that of the first of the path (everything
-    runs, or an answer is not accepted) has 0.
+    The logit of a choice is the sum of the steps that lead to it; that of the path's first choice (everything runs, or
+    an answer is not accepted) is 0.
     """
     first = np.cumsum([0, *nvec[:-1]])
     leads = torch.zeros(steps.shape[1], int(nvec.sum()))
@@ -52,6 +55,6 @@ def component_logits(steps: Tensor, path: NDArray, nvec: NDArray) -> Tensor:
             choice, start = path[step + 1, component], first[component]
             if choice > path[step, component]:
                 leads[step, start + choice : start + nvec[component]] = 1
-            else:  # to accept an answer is the first choice
+            else:  # accepting an answer is the first choice
                 leads[step, start : start + choice + 1] = 1
     return steps @ leads

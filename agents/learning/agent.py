@@ -1,7 +1,5 @@
 """The one interface of all agents."""
 
-from __future__ import annotations
-
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -26,28 +24,29 @@ from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.choices import Noise
+from sd_gym.policy.networks import hidden_layers
 from sd_gym.policy.observations import to_tensors
 from sd_gym.policy.token_encoder import TokenEncoder, affordable_channels
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
 BLIND_REFINING_RATE = 1e-3  # learning rate of a blind agent with a start
-FIRST_LOOK = 256  # texts that untrained token encoders are standardised by
-TOKENS_DROPPED = 0.1  # how often, before anything is learned, of two token levels the one that drops some is chosen
-SURENESS = (-2.0, -1.0, 0.0, 1.0, 2.0)  # log-odds, of versions that accept answers more easily, or less
+FIRST_LOOK = 256  # texts to standardise untrained token encoders on
+TOKENS_DROPPED = 0.1  # initial rate at which the second of two token levels is chosen
+SURENESS = (-2.0, -1.0, 0.0, 1.0, 2.0)  # log-odds, for versions that accept answers more or less easily
 START_FIELDS = ("stages", "observation_size", "channels", "token_width", "nvec", "switches", "network", "hidden")
 INFO_TAGS = ("quality", "quality_ref", "flops_ratio")
 INFO_KEYS = (*INFO_TAGS, "is_success")
 
 
 class NotApplicableError(ValueError):
-    """An agent that cannot be had on an env, such as early exit where a text is generated; nothing is wrong with it."""
+    """An agent that does not apply to an env, such as early exit to text generation; this is no defect."""
 
 
 class AgentSettings(StrictModel):
-    """Settings of an agent; each agent has its own subclass, every field of it can be set by name.
+    """Settings of an agent, set by name. Each agent has its own subclass.
 
     Attributes:
-        num_envs: Instances decided on in one step, scored by one batched run of the backbone.
+        num_envs: Instances of one step, scored by one batched run of the backbone.
         space: What ``sd-gym tune`` searches, by setting: a list of choices, or the bounds of a positive number whose
             logarithm is drawn evenly. Defaults lie within.
     """
@@ -61,17 +60,17 @@ class LearnerSettings(AgentSettings):
     """Settings of all agents that learn.
 
     Attributes:
-        learning_rate: Of Adam at the start; it falls to 0 in a straight line until the last decision: selection makes a
-            policy that still changes over-cautious. With a ``start`` the default is lower.
+        learning_rate: Of Adam, at first. It falls linearly to 0 at the last decision, as selection has to make a policy
+            that still changes over-cautious. With a ``start`` the default is lower.
         entropy: Weight of the entropy bonus.
-        initial_skip_rate: How often each switch is skipped before anything is learned. At even odds every decision
-            tells most about all switches; near the dense backbone learning takes several times as long.
-        start: Folder of a run whose policy learning goes on from (a warm start), such as one of ``static`` or
-            ``imitation``. Then ``initial_skip_rate`` plays no part, and ``learning_rate`` is by default 2e-4 of PPO,
-            5e-5 of A2C and REINFORCE, and 1e-3 of blind agents.
+        initial_skip_rate: How often each switch is skipped at first. At even odds a decision is most informative about
+            all switches; near the dense backbone learning takes several times as long.
+        start: Folder of a run to go on from (a warm start), such as one of ``static`` or ``imitation``. It replaces
+            ``initial_skip_rate``. The default ``learning_rate`` is then 2e-4 for PPO, 5e-5 for A2C and REINFORCE, and
+            1e-3 for blind agents.
         network: Name of a policy network of your own (``sd_gym.register_network``); ``None``: two hidden layers.
-        channels: Of the token encoder that reads tokens where they are observed; ``None``: 48, or as many as cost 1% of
-            the dense FLOPs, or those of the ``start``.
+        channels: Of the encoder of observed tokens; ``None``: 48, or as many as cost 1% of the dense FLOPs, or those of
+            the ``start``.
     """
 
     space: ClassVar = {"learning_rate": (2e-4, 1e-2), "initial_skip_rate": [0.1, 0.3, 0.5]}
@@ -107,17 +106,18 @@ SettingsT = TypeVar("SettingsT", bound=AgentSettings)
 
 
 class BaseAgent(ABC, Generic[SettingsT]):
-    """What ``Agent``, which has a policy, and ``PrivilegedAgent``, whose decisions need more, share.
+    """Base class of ``Agent``, which has a policy, and ``PrivilegedAgent``, which decides by more than observations.
 
-    It learns on ``env``, draws from ``seed`` and, if ``blind``, sees zeros instead of the observation; ``settings`` are
-    fields of ``Settings``. Raises ``ValueError`` if a setting is unknown or out of range.
+    It learns on ``env`` and draws from ``seed``; if ``blind``, it observes zeros. ``settings`` are fields of
+    ``Settings``. Raises ``ValueError`` if a setting is unknown or out of range.
     """
 
     Settings: ClassVar[type[AgentSettings]] = AgentSettings
-    is_control: ClassVar[bool] = False  # whether it is only there to be compared with, and does not learn
-    staged: ClassVar[bool] = False  # whether it takes envs of several stages, else of one before the first layer
-    draws: ClassVar[bool] = True  # whether it is compared with several seeds
+    is_control: ClassVar[bool] = False  # whether it is a control baseline
+    staged: ClassVar[bool] = False  # whether it can decide at several stages, or only before the first layer
+    draws: ClassVar[bool] = True  # whether it depends on the seed, and so is compared with several
     selects: ClassVar[bool] = True  # whether an operating point is selected; else its only one is evaluated
+    searches: ClassVar[bool] = False  # whether it only searches points; as learned, it has the best one on policy rows
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
         self.settings = cast(SettingsT, self.make_settings(settings, blind))  # ``Settings`` is that class
@@ -133,93 +133,93 @@ class BaseAgent(ABC, Generic[SettingsT]):
         for key in settings:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise ValueError(f"unknown setting {key!r} of {cls.__name__}{hint} Known: {', '.join(known)}.")
         return cls.Settings(**settings)
 
     @abstractmethod
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
-        """Learn until ``total_steps`` decisions were made, those before a ``load_state`` included.
+        """Learn until ``total_steps`` decisions were made, including those before a ``load_state``.
 
-        ``on_rollout`` is called after each rollout and its update; ``logger.dump(steps)`` makes a point of a curve.
+        ``on_rollout`` is called after each rollout and its update; ``logger.dump(steps)`` writes a point of the curves.
         """
 
     @abstractmethod
     def operating_points(self) -> Sequence[Version]:
-        """What there is to select from after learning, in any order: policies, or what decides on rows of a split.
+        """The candidates of selection after learning, in any order.
 
         Selection (``sd_gym.agents.experiment.selection``) orders the points on policy rows from dense to bold, and
         tests them in that order on the validation split. So no point may depend on the validation or test split.
-        Dense is always there, and need not be named. ``Version(policy)`` makes a point of a ``DecisionPolicy`` or of
-        a ``SplitPolicy``, and ``versions(core, policy)`` makes those of one policy, from cautious to bold.
+        Dense is always a candidate. ``Version(policy)`` makes a point of a ``DecisionPolicy`` or a ``SplitPolicy``;
+        ``versions(core, policy)`` makes those of one policy, from cautious to bold.
         """
 
     def save_extra(self, folder: Path) -> None:
-        """Write what is kept beside the policy, such as the critic."""
+        """Write further files into the run folder, such as the critic."""
 
 
 class PrivilegedAgent(BaseAgent[SettingsT]):
     """A control that decides by more than the observation: by the answers, or by what the layers compute.
 
-    It is selected as the policies are and evaluated beside them, but cannot be timed, exported or learned from.
+    It is selected and evaluated like policies, but cannot be timed, exported or learned from.
     """
 
-    staged = is_control = True
+    staged = is_control = searches = True
+
+    def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
+        """Nothing, unless a subclass learns."""
 
 
 class Agent(BaseAgent[SettingsT]):
-    """Learns, searches or has a policy: decisions by the observation alone."""
+    """An agent whose policy decides by the observation alone."""
 
-    searches: ClassVar[bool] = False  # whether it has no policy as learned, and policy rows choose one of its points
     per_stage: bool = False  # whether each of several stages has hidden layers of its own
-    validates: ClassVar[bool] = True  # whether the policy grows with every rollout, so that it is validated on the way
-    refining_rate: ClassVar[float | None] = None  # the default learning rate with a start; None: as without one
+    validates: ClassVar[bool] = True  # whether the policy is validated during learning, as it changes with each rollout
+    refining_rate: ClassVar[float | None] = None  # the default learning rate with a start; None: the usual one
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
         super().__init__(env, seed=seed, blind=blind, **settings)
         self._network, self._channels, folder = None, None, None
         if isinstance(self.settings, LearnerSettings):
             self._network, self._channels, folder = self.settings.network, self.settings.channels, self.settings.start
-        self.start: DecisionPolicy | None = None  # kept, as its folder may be gone when learning has ended
         self.per_stage = type(self).per_stage and len(env.core.stages) > 1 and self._network is None
-        if folder is not None:
-            self.start = self._load_start(folder)
+        self.start = None if folder is None else self._load_start(folder)
 
     @classmethod
     def make_settings(cls, settings: dict[str, Any], blind: bool = False) -> AgentSettings:
-        """Checked settings; with a ``start`` the default learning rate is low, to keep what it knows, unless blind."""
+        """Checked settings; with a ``start`` the default learning rate is low, to keep what it has learned."""
         if cls.refining_rate is not None and settings.get("start") is not None:
             settings = {"learning_rate": BLIND_REFINING_RATE if blind else cls.refining_rate, **settings}
         return super().make_settings(settings, blind)
 
     @abstractmethod
     def policy(self) -> DecisionPolicy:
-        """The current policy as an artefact of its own, independent of the agent."""
+        """The current policy, independent of the agent."""
 
     def selectable_policies(self) -> list[DecisionPolicy]:
-        """Policies to select from after learning: the last one, and its start, which refining so never falls below."""
+        """Policies to select from after learning: the last one, and its start, in case refining made it worse."""
         return [self.policy(), *([] if self.start is None else [self.start])]
 
     def operating_points(self) -> list[Version]:
-        """The versions of all policies to select from; of those with an answer stage also surer and less sure ones."""
+        """Versions of all policies to select from; with an answer stage also of their sureness."""
         core, points = self.env.core, list[Version]()
         for policy in self.selectable_policies():
             variants = [policy.with_sureness(margin) for margin in SURENESS] if core.has_answer_stage else [policy]
-            points += [one._replace(learned=policy) for variant in variants for one in versions(core, variant)]
+            points += [point._replace(learned=policy) for variant in variants for point in versions(core, variant)]
         return points
 
     def state(self) -> dict[str, Any]:
-        """All that learning depends on, as tensors and plain values; agents that search have none, and start again."""
+        """All that learning depends on, as tensors and plain values; empty for agents that search: they start again."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what ``state`` gave."""
 
     def new_policy(self, *, blind: bool | None = None, noise: Noise = "none") -> DecisionPolicy:
-        """A policy for this env, untrained; it is blind if the agent is, unless told otherwise."""
+        """An untrained policy for this env; ``blind=None``: blind if the agent is."""
         core, channels = self.env.core, self.channels
         width, flat = token_width(core.observation_space), flat_size(core.observation_space)
-        with torch.random.fork_rng(devices=[]):  # to export a policy draws nothing from the agent's randomness
+        with torch.random.fork_rng(devices=[]):  # exporting a policy does not change the agent's random state
             torch.manual_seed(self.seed)
             return DecisionPolicy(
                 flat or width or 0,
@@ -235,7 +235,7 @@ class Agent(BaseAgent[SettingsT]):
             )
 
     def _standardise_encoders(self, *networks: nn.Module) -> None:
-        """Standardise what untrained token encoders in networks make of the first texts of the training split."""
+        """Standardise the features of untrained token encoders on the first texts of the training split."""
         encoders = [module for network in networks for module in network.modules() if isinstance(module, TokenEncoder)]
         if encoders:
             core, split = self.env.core, self.env.core.split("train")
@@ -245,7 +245,7 @@ class Agent(BaseAgent[SettingsT]):
 
     @cached_property
     def channels(self) -> int | None:
-        """Of a policy's token encoder, where tokens are observed; else ``None``."""
+        """Channels of a policy's token encoder; ``None`` if no tokens are observed."""
         core = self.env.core
         width = token_width(core.observation_space)
         if width is None:
@@ -256,15 +256,24 @@ class Agent(BaseAgent[SettingsT]):
         return self._channels or affordable_channels(width, dense, len(core.stages))
 
     def _constant_policy(self, logits: torch.Tensor, noise: Noise = "none") -> DecisionPolicy:
-        """The same logits ``[sum(nvec)]`` for every input, which it does not look at."""
+        """A policy with the same logits ``[sum(nvec)]`` for every input."""
         policy = self.new_policy(blind=True, noise=noise)
         with torch.no_grad():
             policy.head.weight.zero_()
             policy.head.bias.copy_(logits)
         return policy.eval()
 
+    def _initialise(self, network: DecisionPolicy) -> None:
+        """Give a network the weights of the start, or the initial skip rates."""
+        assert isinstance(self.settings, LearnerSettings)
+        with torch.no_grad():
+            if self.start is not None:
+                network.load_state_dict(self.start.state_dict(), strict=False)
+            else:
+                network.initialise(learning_bias(self.env.core, self.settings.initial_skip_rate))
+
     def _load_start(self, folder: Path) -> DecisionPolicy:
-        """The policy that a warm start begins with; one of a single stage is made one of several."""
+        """The policy of a warm start; one with a single stage is converted to several."""
         start, core = DecisionPolicy.load(folder), self.env.core
         if self.channels is not None and start.channels is not None and self._channels is None:
             self.channels = start.channels
@@ -277,20 +286,16 @@ class Agent(BaseAgent[SettingsT]):
         return start
 
     def _staged_start(self, start: DecisionPolicy, folder: Path) -> DecisionPolicy:
-        """A policy for all stages that decides as nearly as it can as one that decides at the first one."""
+        """A policy for all stages that decides as nearly as possible like ``start``, which has the first one."""
         staged, core = self.new_policy(), self.env.core
-        _check_start(start, staged, folder, ("nvec", "switches", "network", "hidden"))
-        refused = f"the policy in {folder} cannot be a start here:"
-        if start.channels != staged.channels:
-            raise ValueError(
-                f"{refused} its channels are {start.channels}, expected {staged.channels}; both see tokens "
-                "(observation=tokens), or neither"
-            )
-        before = len(staged.stages) + 1  # numbers in front of what the first stage shows
+        _check_start(start, staged, folder, ("nvec", "switches", "network", "hidden", "channels"))
+        before = len(staged.stages) + 1  # numbers in front of the first stage's features
         expected = staged.token_width or staged.observation_size - before - core.stage_observation.judges
         if start.observation_size != expected:
-            kind = f"{start.observation_size} features, expected {expected}, of pooled states or of a token"
-            raise ValueError(f"{refused} it sees {kind}")
+            raise ValueError(
+                f"the policy in {folder} cannot be a start here: it observes {start.observation_size} features, "
+                f"expected {expected}, of pooled states or of a token"
+            )
         if start.channels is not None:
             return staged_from_tokens(start, staged)
         split = core.split("train")
@@ -300,21 +305,33 @@ class Agent(BaseAgent[SettingsT]):
             return staged_from_single(start, staged, core, split, rows)
 
 
+def observation_layers(space: gym.Space, hidden: int) -> nn.Sequential:
+    """Layers from observations to ``hidden`` features; the token encoder is wide, as its FLOPs do not count."""
+    width, size = token_width(space), flat_size(space)
+    if width is None:
+        return hidden_layers(size, hidden)
+    encoder = TokenEncoder(width, stage_size=size)
+    return nn.Sequential(encoder, *hidden_layers(encoder.size, hidden))
+
+
 def token_tensors(observations: Observations) -> dict[str, torch.Tensor]:
     """Observations of tokens as tensors."""
-    made = to_tensors(observations)
-    assert isinstance(made, dict)  # it is asked for only where tokens are observed
-    return made
+    tensors = to_tensors(observations)
+    assert isinstance(tensors, dict)  # it is called only where tokens are observed
+    return tensors
 
 
 def _check_start(
     start: DecisionPolicy, expected: DecisionPolicy, folder: Path, names: tuple[str, ...] = START_FIELDS
 ) -> None:
-    """Raise ``ValueError`` if the start in a folder differs from what is expected in one of these attributes."""
+    """Raise ``ValueError`` if one of these attributes of a start is not the expected one."""
     for name in names:
         has, needs = getattr(start, name), getattr(expected, name)
         if has != needs:
-            raise ValueError(f"the policy in {folder} cannot be a start here: its {name} is {has}, expected {needs}")
+            hint = "; both observe tokens (observation=tokens), or neither" if name == "channels" else ""
+            raise ValueError(
+                f"the policy in {folder} cannot be a start here: its {name} is {has}, expected {needs}{hint}"
+            )
 
 
 def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
@@ -335,7 +352,7 @@ def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
     if token_width(space) is None and (not isinstance(space, gym.spaces.Box) or len(space.shape) != 1):
         raise ValueError(
             "the agents of sd_gym see flat observations or tokens: observation=pooled, observation=tokens, or a "
-            "registered one whose space is a Box of one dimension or such as that of tokens; got "
+            "registered one whose space is a Box of one dimension or like that of tokens; got "
             f"observation={env.config.observation} with the space {space}"
         )
 
@@ -346,19 +363,19 @@ def initial_bias(nvec: NDArray, skip_rate: float) -> torch.Tensor:
 
 
 def learning_bias(core: Core, skip_rate: float) -> torch.Tensor:
-    """Logits, float32 ``[sum(nvec)]``, that learning begins with: switches are skipped with ``skip_rate``.
+    """Initial logits, float32 ``[sum(nvec)]``: switches are skipped with ``skip_rate``.
 
-    Tokens are mostly kept: an input that lost them mostly lost its answer too, which teaches nothing about switches.
+    Most tokens are kept: an input without them mostly loses its answer, which says nothing about the switches.
     """
     parts = [initial_bias(core.nvec[[component]], skip_rate) for component in range(len(core.nvec))]
-    if core.switch_names:  # else there is no token level, but the number of a mask
+    if core.switch_names:  # else the components are numbers of masks
         level = len(core.switch_names)
         parts[level] = initial_bias(core.nvec[[level]], min(skip_rate, TOKENS_DROPPED))
     return torch.cat(parts)
 
 
 def decision_logits(nvec: NDArray, decision: NDArray, confidence: float) -> torch.Tensor:
-    """Logits, float32 ``[sum(nvec)]``, that make a decision ``[components]``; ``confidence`` is that of two choices."""
+    """Logits, float32 ``[sum(nvec)]``, of a decision ``[components]``; of two choices it has the ``confidence``."""
     half = 0.5 * float(np.log(confidence / (1 - confidence)))
     sizes = zip(nvec, decision, strict=True)
     return torch.cat([torch.where(torch.arange(int(size)) == int(choice), half, -half) for size, choice in sizes])

@@ -1,6 +1,4 @@
-"""The curves of learning: all agents make their points at the same decisions, however often they update."""
-
-from __future__ import annotations
+"""Learning curves: all agents write their points at the same decisions, however often they update."""
 
 from typing import Any
 
@@ -10,13 +8,13 @@ POINTS = 100  # of a curve, at most
 
 
 class CurveLogger(Logger):
-    """Writes to another logger's outputs, at most ``POINTS`` times; a point is the mean since the point before.
+    """Writes to another logger's outputs, at most ``POINTS`` times; a point is the mean since the last one.
 
     Args:
-        logger: Its outputs are written to.
+        logger: The logger with the outputs.
         total_steps: Decisions of the whole run.
-        done: Decisions before learning goes on.
-        stages: Steps of a decision; ``dump`` counts steps.
+        done: Decisions made before a resumed run goes on.
+        stages: Steps per decision; ``dump`` counts steps.
     """
 
     def __init__(self, logger: Logger, total_steps: int, done: int = 0, stages: int = 1) -> None:
@@ -25,7 +23,7 @@ class CurveLogger(Logger):
         self._point = self._points(done)
 
     def record(self, key: str, value: Any, exclude: str | tuple[str, ...] | None = None) -> None:
-        """Take a number into the mean of the next point."""
+        """Add a number to the mean of the next point."""
         self.record_mean(key, value, exclude)
 
     def dump(self, step: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""A split under decisions: what a policy decides there, and the outcomes."""
+"""Decisions of a policy on a split, and their outcomes."""
 
 from __future__ import annotations
 
@@ -18,29 +18,33 @@ from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.table_export import TablePolicy
 from sd_gym.switch import PassState
 
-PolicyT = TypeVar("PolicyT", DecisionPolicy, TablePolicy)
+PolicyT = TypeVar("PolicyT", bound=DecisionPolicy | TablePolicy)
 BATCH = 256
 POINTS = 40  # versions of a policy, at most
-# Of versions of a policy whose preferences are not known without a pass, in log-odds.
+# In log-odds, for policies whose preferences cannot be computed without a pass.
 MARGINS = (*np.arange(-1.5, 6, 0.75).tolist(), *np.arange(6, 15, 1.5).tolist(), 17.0, 20.0, 25.0, 32.0, 40.0)
-DENSE_MARGIN = 1000.0  # leaves everything running
-POLICY_ROWS = 2000  # that searches use, and operating points are ordered on, at most
-FEW_ROWS = 500  # the same, where each point takes a pass of its own, and to end a path
+DENSE_MARGIN = 1000.0  # nothing is skipped
+POLICY_ROWS = 2000  # rows for searches and for the order of operating points, at most
+FEW_ROWS = 500  # the same where each point takes a pass of its own, and to find the end of a path
 
 
 class SplitDecisions(NamedTuple):
-    """Decisions on rows of a split, ``[n, components]``, and the FLOPs of deciding, ``[n]``."""
+    """Decisions on rows of a split, ``[n, components]``, and the FLOPs of deciding, ``[n]``: a ``SplitPolicy``."""
 
     decisions: NDArray
     flops: NDArray
 
+    def decide_split(self, split: Split, rows: NDArray) -> SplitDecisions:
+        """Itself; ``rows`` are those that the decisions were made on."""
+        return self
+
 
 class PolicyLike(Protocol):
-    """What can be evaluated: a ``DecisionPolicy``, or anything else that decides."""
+    """A policy that can be evaluated, such as a ``DecisionPolicy``."""
 
     @property
     def flops(self) -> int | None:
-        """FLOPs of one decision; ``None`` where nobody has counted them."""
+        """FLOPs of one decision; ``None``: not counted."""
         ...
 
     def decide(self, observations: Observations) -> NDArray:
@@ -50,15 +54,15 @@ class PolicyLike(Protocol):
 
 @runtime_checkable
 class SplitPolicy(Protocol):
-    """What decides by more than the observation, such as a cascade or a coin that each row has a side of."""
+    """A policy that decides by more than the observation, such as a cascade."""
 
     def decide_split(self, split: Split, rows: NDArray) -> SplitDecisions:
-        """Its decisions on ``rows [n]`` of a split, the same at every call, and what it costs to make them."""
+        """Its decisions on ``rows [n]`` of a split, the same at every call, and their FLOPs."""
         ...
 
 
 class Dense(NamedTuple):
-    """Nothing is skipped, and nobody decides."""
+    """Nothing is skipped; deciding costs nothing."""
 
     core: Core
 
@@ -67,93 +71,51 @@ class Dense(NamedTuple):
         return SplitDecisions(np.zeros((len(rows), len(self.core.nvec)), dtype=np.int64), np.zeros(len(rows)))
 
 
-class Evaluator:
-    """How policies are evaluated on a core that decides before the first layer: they decide before anything runs."""
-
-    rows_of_orders = POLICY_ROWS  # that operating points are ordered on, at most
-
-    def __init__(self, core: Core) -> None:
-        self._core = core
-
-    def margins(self, policy: DecisionPolicy | TablePolicy) -> list[float]:
-        """Ascending, in log-odds, 0 among them: quantiles of what makes a component run, on policy rows."""
-        core = self._core
-        if isinstance(policy, TablePolicy) or policy.codebook is not None:
-            return list(MARGINS)
-        parts = self.batches(policy_rows(core))
-        gaps = np.concatenate([policy.preference(core.observe(core.split("train"), part)).ravel() for part in parts])
-        return np.unique([0.0, *np.quantile(gaps[np.isfinite(gaps)], np.linspace(0, 1, POINTS - 1))]).tolist()
-
-    def decide_and_score(self, policy: PolicyLike, split: Split, rows: NDArray) -> dict[str, NDArray]:
-        """What a policy decides on ``rows [n]`` of a split, and what comes of it; see ``decide_and_score``."""
-        return score_decisions(self._core, split, rows, self.decide(policy, split, rows))
-
-    def flops_ratio(self, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray | None:
-        """FLOPs ratios ``[n]`` of a policy; ``None`` where no less than ``decide_and_score`` tells them."""
-        return split.costs.flops_ratio(rows, self.decide(policy, split, rows))
-
-    def decide(self, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray:
-        """A policy's decisions ``[n, components]`` on ``rows [n]``."""
-        return np.concatenate([self._core.rollout(split, part, policy.decide)[0] for part in self.batches(rows)])
-
-    def batches(self, rows: NDArray) -> list[NDArray]:
-        """Rows ``[n]`` in parts that are observed at once: all, where observations are flat, else batches."""
-        return np.split(rows, range(self._at_once, len(rows), self._at_once))
-
-    @property
-    def _at_once(self) -> int:
-        return sys.maxsize if isinstance(self._core.observation_space, gym.spaces.Box) else BATCH
+def row_batches(core: Core, rows: NDArray) -> list[NDArray]:
+    """Rows ``[n]`` in parts that are observed at once."""
+    size = _at_once(core)
+    return np.split(rows, range(size, len(rows), size))
 
 
-class StagedEvaluator(Evaluator):
-    """How they are evaluated where they decide at stages: a decision takes a pass, which goes on to the outcome."""
-
-    rows_of_orders = FEW_ROWS
-
-    def margins(self, policy: DecisionPolicy | TablePolicy) -> list[float]:
-        """The same for all policies: their preferences are not known without a pass."""
-        return list(MARGINS)
-
-    def decide_and_score(self, policy: PolicyLike, split: Split, rows: NDArray) -> dict[str, NDArray]:
-        """In one pass: what was run to look is not run again to score."""
-        core = self._core
-        return _score(core, split, rows, lambda part: core.rollout(split, rows[part], policy.decide), self._at_once)
-
-    def flops_ratio(self, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray | None:
-        """``None``."""
-        return None
-
-    @property
-    def _at_once(self) -> int:
-        """Rows go through one pass, whose memory is bounded."""
-        return max(1, min(BATCH, PASS_TOKENS // self._core.config.backbone.max_source_length))
+def _at_once(core: Core) -> int:
+    """Rows that are observed at once: tokens take memory, and with stages the pass as well."""
+    if core.is_staged:
+        return max(1, min(BATCH, PASS_TOKENS // core.config.backbone.max_source_length))
+    return sys.maxsize if isinstance(core.observation_space, gym.spaces.Box) else BATCH
 
 
-def evaluator(core: Core) -> Evaluator:
-    """How policies are evaluated on a core."""
-    return StagedEvaluator(core) if core.is_staged else Evaluator(core)
+def decide_on(core: Core, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray:
+    """A policy's decisions ``[n, components]`` on ``rows [n]``."""
+    return np.concatenate([core.rollout(split, part, policy.decide)[0] for part in row_batches(core, rows)])
 
 
 class Version(NamedTuple):
-    """An operating point that selection may choose: a policy and, if it is one of several versions, of which."""
+    """A candidate of selection: a policy and, if it is a version of another one, which."""
 
     policy: PolicyLike | SplitPolicy
     margin: float = 0.0  # in log-odds, from the policy that it is a version of; higher skips less
-    of: Any = (
-        None  # the policy, or whatever else makes a path: its versions stand together, the most cautious one first
-    )
-    learned: Any = None  # what several paths are variants of, if not each a policy of its own
+    of: Any = None  # identifies a path: its versions are neighbours in a list, the most cautious one first
+    learned: Any = None  # identifies the policy that several paths are variants of; None: each path is its own
 
 
 def versions(core: Core, policy: DecisionPolicy | TablePolicy) -> list[Version]:
-    """Operating points of a policy, from cautious to bold, the policy itself among them."""
-    return [Version(policy.with_margin(margin), margin, policy) for margin in evaluator(core).margins(policy)[::-1]]
+    """Operating points of a policy, from cautious to bold, including the policy itself.
+
+    Their margins are quantiles of the policy's preferences on policy rows, if these can be computed without a pass.
+    """
+    margins = list(MARGINS)
+    if not core.is_staged and isinstance(policy, DecisionPolicy) and policy.codebook is None:
+        parts, train = row_batches(core, policy_rows(core)), core.split("train")
+        gaps = np.concatenate([policy.preference(core.observe(train, part)).ravel() for part in parts])
+        quantiles = np.quantile(gaps[np.isfinite(gaps)], np.linspace(0, 1, POINTS - 1))
+        margins = np.unique([0.0, *quantiles]).tolist()
+    return [Version(policy.with_margin(margin), margin, policy) for margin in margins[::-1]]
 
 
 def check_fits(policy: PolicyT, core: Core) -> PolicyT:
-    """The policy, if it observes and decides on what a core has; else raises ``ValueError``."""
+    """The policy; raises ``ValueError`` if its observations, stages or decisions are not those of the core."""
     space, size, width = core.observation_space, policy.observation_size, policy.token_width
-    if policy.channels is not None and width is None:  # of tokens alone
+    if policy.channels is not None and width is None:  # it observes tokens alone
         size, width = 0, size
     for what, has, needs in (
         ("decides on components", policy.nvec, core.nvec.tolist()),
@@ -167,34 +129,34 @@ def check_fits(policy: PolicyT, core: Core) -> PolicyT:
 
 
 def _describe(flat: int, width: int | None) -> str:
-    """What is observed, for messages: so many numbers, and tokens of so many."""
     observations, tokens = f"observations of shape {(flat,)}", f"tokens of {width} numbers"
     return observations if width is None else f"{observations} and {tokens}" if flat else tokens
-
-
-def decide_and_score(core: Core, policy: PolicyLike, split: Split, rows: NDArray | None = None) -> dict[str, NDArray]:
-    """Decide on rows of a split (``None``: all), once, in order, and score the decisions.
-
-    To ``decision`` ``[n, switches + 1]``, ``goes_on``, ``quality``, ``quality_ref`` and ``flops_ratio`` ``[n]``.
-    """
-    return evaluator(core).decide_and_score(policy, split, np.arange(len(split)) if rows is None else rows)
 
 
 def outcomes(
     core: Core, policy: PolicyLike | SplitPolicy, split: Split, rows: NDArray | None = None
 ) -> dict[str, NDArray]:
-    """As ``decide_and_score``, of whatever decides; and ``flops_ratio_with_policy [n]``, with the FLOPs of deciding."""
+    """Decide on rows of a split (``None``: all), once, in order, and score the decisions.
+
+    Returns ``decision [n, switches + 1]``, ``goes_on``, ``quality``, ``quality_ref``, ``flops_ratio`` and
+    ``flops_ratio_with_policy``, which adds the FLOPs of deciding, each ``[n]``.
+    """
     rows = np.arange(len(split)) if rows is None else rows
     if isinstance(policy, SplitPolicy):
         decisions, flops = policy.decide_split(split, rows)
         scored = score_decisions(core, split, rows, decisions)
     else:
-        scored, flops = decide_and_score(core, policy, split, rows), decision_flops(core, policy, split, rows)
+        flops = decision_flops(core, policy, split, rows)
+        if core.is_staged:  # in one pass: sublayers that ran for an observation do not run again
+            size, decide = _at_once(core), policy.decide
+            scored = _score(core, split, rows, lambda part: core.rollout(split, rows[part], decide), size)
+        else:
+            scored = score_decisions(core, split, rows, decide_on(core, policy, split, rows))
     return scored | {"flops_ratio_with_policy": scored["flops_ratio"] + flops / split.costs.dense_flops(rows)}
 
 
 def decision_flops(core: Core, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray:
-    """FLOPs of deciding on rows, ``[n]``: the policy's, as far as they are known, and those of all that it observes."""
+    """FLOPs of deciding on rows, ``[n]``: the policy's own, if they are known, and those of its observations."""
     observing = core.observing_flops(split, rows, blind=getattr(policy, "blind", False))
     if isinstance(policy, DecisionPolicy):
         tokens = np.minimum(split.encoded.source_length[rows], core.config.backbone.max_source_length)
@@ -203,8 +165,14 @@ def decision_flops(core: Core, policy: PolicyLike, split: Split, rows: NDArray) 
 
 
 def score_decisions(core: Core, split: Split, rows: NDArray, decisions: NDArray) -> dict[str, NDArray]:
-    """Outcomes of given decisions ``[n, switches + 1]`` on ``rows [n]``, as ``decide_and_score`` returns them."""
+    """Outcomes of given decisions ``[n, switches + 1]`` on ``rows [n]``: see ``outcomes``."""
     return _score(core, split, rows, lambda part: (decisions[part], None))
+
+
+def score_masks(core: Core, split: Split, rows: NDArray, masks: NDArray) -> dict[str, NDArray]:
+    """Outcomes of ``rows [n]`` under masks ``[masks, components]``: arrays ``[masks, n, ...]``; see ``outcomes``."""
+    scored = [score_decisions(core, split, rows, np.tile(mask, (len(rows), 1))) for mask in masks]
+    return {name: np.stack([of_mask[name] for of_mask in scored]) for name in scored[0]}
 
 
 def _score(
@@ -214,26 +182,24 @@ def _score(
     decide: Callable[[NDArray], tuple[NDArray, PassState | None]],
     size: int = AT_ONCE,
 ) -> dict[str, NDArray]:
-    """Outcomes, ``size`` rows at a time; ``decide`` gives decisions at positions in ``rows``, and the state there."""
-    # Batches of similar length waste little on padding; results are put back in order.
+    """Outcomes, ``size`` rows at a time; ``decide`` maps positions in ``rows`` to decisions and a pass's state."""
+    # Batches of similar length need little padding; the last line restores the order.
     order = np.argsort(split.encoded.source_length[rows], kind="stable")
-    results = []
+    results: dict[str, list[NDArray]] = {}
     for part in np.split(order, range(size, len(order), size)):
         decisions, state = decide(part)
         outcome = core.score(split, rows[part], decisions, state)
-        made = core.to_masks(decisions), core.goes_on(decisions)
-        results.append((*made, outcome.quality, outcome.quality_ref, outcome.flops_ratio))
-    back = np.argsort(order)
-    names = ("decision", "goes_on", "quality", "quality_ref", "flops_ratio")
-    return {
-        name: np.concatenate(of_each)[back] for name, of_each in zip(names, zip(*results, strict=True), strict=True)
-    }
+        values = {"decision": core.to_masks(decisions), "goes_on": core.goes_on(decisions)}
+        values |= {name: getattr(outcome, name) for name in ("quality", "quality_ref", "flops_ratio")}
+        for name, value in values.items():
+            results.setdefault(name, []).append(value)
+    return {name: np.concatenate(parts)[np.argsort(order)] for name, parts in results.items()}
 
 
 def policy_rows(core: Core, most: int = POLICY_ROWS) -> NDArray:
-    """Rows of the training split, at most so many, drawn evenly: searches use them, and selection orders by them.
+    """Rows of the training split, at most ``most``, evenly spaced: for searches, and for the order of selection.
 
-    No row of the validation split is used for this, so all of them are left for the tests of selection.
+    All rows of the validation split are so left for the tests of selection.
     """
     n = len(core.split("train"))
     return np.linspace(0, n - 1, min(n, most)).round().astype(np.int64)

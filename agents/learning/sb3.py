@@ -1,4 +1,4 @@
-"""What the agents of Stable-Baselines3 share: the env shell, logging, state, and the export of their policy."""
+"""Base class of the agents of Stable-Baselines3: env, logging, state, and the export of their policy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, learning_bias
 from sd_gym.agents.learning.curves import CurveLogger
-from sd_gym.agents.learning.vec_envs import BlindVecEnv, NoisyVecEnv, deviation_of
+from sd_gym.agents.learning.vec_envs import ObservationVecEnv, deviation_of
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -32,14 +32,14 @@ from sd_gym.files import write_tensors
 from sd_gym.policy import HIDDEN, DecisionPolicy, PerStageMLP, blinded, registered_network
 from sd_gym.policy.token_encoder import TokenEncoder
 
-# Of the critic's loss. Actor and critic share no layer, but the library clips their gradients together: at its own 0.5,
-# a lost instance (a reward of -20) is an error that leaves the actor hardly a step, just where it has most to learn.
+# Of the critic's loss. Actor and critic share no layer, but the library clips their gradients together. At its default
+# of 0.5 the critic's error on a lost instance (a reward of -20) would leave almost no step for the actor.
 VALUE_WEIGHT = 0.02
-NEVER = -1e9  # logit of a choice that a stage has not
+NEVER = -1e9  # logit of a choice that a stage does not have
 
 
 class StageConditioned(nn.Module):
-    """A body whose output begins with the stage, one-hot, as its input does: ``[n, stages + width]``."""
+    """A body whose output begins with the stage, one-hot, like its input: ``[n, stages + width]``."""
 
     def __init__(self, body: nn.Module, stages: int) -> None:
         super().__init__()
@@ -51,10 +51,11 @@ class StageConditioned(nn.Module):
 
 
 class StageHead(nn.Module):
-    """Logits of an action at each row's stage, out of those of all switches.
+    """Selects the logits of an action at each row's stage from those of all switches.
 
-    What a stage does not decide is chosen with certainty, and adds nothing to log-probabilities and entropy. ``places``
-    is where an action's choices stand in the logits of ``head``, int64 ``[stages, choices]`` (``Steps.of_logits``).
+    Components that a stage does not decide have certain choices, which add nothing to log-probabilities and entropy.
+    ``places`` are the indices of an action's choices in the logits of ``head``, int64 ``[stages, choices]``
+    (``Steps.of_logits``).
     """
 
     places: torch.Tensor
@@ -73,11 +74,11 @@ class StageHead(nn.Module):
 
 
 class TokenExtractor(BaseFeaturesExtractor):
-    """A token encoder of so many channels as the library's features extractor; actor and critic each have their own."""
+    """A token encoder as the library's features extractor; actor and critic each have their own."""
 
     def __init__(self, observation_space: gym.spaces.Dict, channels: int) -> None:
         width = token_width(observation_space)
-        assert width is not None  # it is made only where tokens are observed
+        assert width is not None  # it is used only where tokens are observed
         encoder = TokenEncoder(width, channels, stage_size=flat_size(observation_space))
         super().__init__(observation_space, features_dim=encoder.size)
         self.token_encoder = encoder
@@ -88,10 +89,10 @@ class TokenExtractor(BaseFeaturesExtractor):
 
 
 class DecisionActorCritic(ActorCriticPolicy):
-    """The library's policy with an actor that has the logits of a whole decision; the critic is the usual one.
+    """The library's policy, but the actor has logits of a whole decision.
 
-    ``network`` is the name of a registered one, as the actor; else it has the library's hidden layers, of each stage if
-    ``per_stage``. ``places`` is that of ``StageHead``, where an env has several stages.
+    ``network`` names a registered network for the actor; ``None``: the library's hidden layers, for each stage if
+    ``per_stage``. ``places`` is that of ``StageHead`` if an env has several stages.
     """
 
     def __init__(
@@ -109,9 +110,9 @@ class DecisionActorCritic(ActorCriticPolicy):
             body = self.mlp_extractor.policy_net
             if per_stage:
                 body = PerStageMLP(self.features_dim, self.mlp_extractor.latent_dim_pi, len(places))
-                body.apply(partial(self.init_weights, gain=2**0.5))  # as the library does
+                body.apply(partial(self.init_weights, gain=2**0.5))  # the library's gain
             head = nn.Linear(self.mlp_extractor.latent_dim_pi, n_logits)
-            self.init_weights(head, gain=0.01)  # as the library does
+            self.init_weights(head, gain=0.01)  # the library's gain
         if places is not None:
             body, head = StageConditioned(body, len(places)), StageHead(head, places)
         self.mlp_extractor.policy_net = body  # pyright: ignore[reportAttributeAccessIssue]  # it only calls it
@@ -123,7 +124,7 @@ class DecisionActorCritic(ActorCriticPolicy):
 
 
 class _RolloutCallback(BaseCallback):
-    """Gathers the infos of a rollout, records the project's tags, passes the rollout on when it was learned from."""
+    """Gathers the infos of a rollout; after the update records the tags of the rollout and passes it on."""
 
     def __init__(self, agent: SB3Agent, on_rollout: OnRollout) -> None:
         super().__init__()
@@ -163,8 +164,8 @@ class SB3Settings(LearnerSettings):
 
     Attributes:
         n_steps: Decisions of each env in a rollout.
-        noise: Gaussian noise on flat observations while learning, in deviations of each feature; ``None``: 1.0 where
-            each row is decided on fifty times or more, else 0.
+        noise: Gaussian noise on flat observations while learning, in deviations of each feature; ``None``: 1.0 with
+            fifty decisions per row or more, else 0.
     """
 
     n_steps: int = Field(1, ge=1)
@@ -175,30 +176,27 @@ SB3SettingsT = TypeVar("SB3SettingsT", bound=SB3Settings)
 
 
 class SB3Agent(Agent[SB3SettingsT]):
-    """An on-policy algorithm of Stable-Baselines3; subclasses choose which. Each of several stages is a step of it."""
+    """An on-policy algorithm of Stable-Baselines3, chosen by subclasses. Each of several stages is a step."""
 
     staged = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stages = len(self.env.core.stages)
-        vec_env: VecEnv = SwitchableVecEnv(self._reward_env())
-        self._noisy_env = vec_env = NoisyVecEnv(vec_env)
-        if self.blind:
-            vec_env = BlindVecEnv(vec_env, self.env.core.stages)
-        self.algorithm = self._make_algorithm(vec_env)
+        vec_env = SwitchableVecEnv(self._reward_env())
+        self._vec_env = ObservationVecEnv(vec_env, self.env.core.stages, blind=self.blind)
+        self.algorithm = self._make_algorithm(self._vec_env)
         self._standardise_encoders(*self._networks())
         with torch.no_grad():
             if self.start is not None:
-                start = self.start.token_encoder, self.start.body, self.start.head
-                for theirs, ours in zip(self._actor(), start, strict=True):
+                for theirs, ours in zip(self._actor(), _modules(self.start), strict=True):
                     theirs.load_state_dict(ours.state_dict())
             else:
                 bias = learning_bias(self.env.core, self.settings.initial_skip_rate)
                 self._actor()[-1].get_parameter("bias").copy_(bias)
 
     def _reward_env(self) -> VectorEnv:
-        """The env whose rewards are learned from: the agent's own, or a wrapper around it."""
+        """The env with the rewards to learn from: the agent's own, or a wrapper around it."""
         return self.env
 
     @abstractmethod
@@ -206,7 +204,7 @@ class SB3Agent(Agent[SB3SettingsT]):
         """The algorithm, untrained, on ``vec_env``."""
 
     def _common(self, vec_env: VecEnv) -> dict[str, Any]:
-        """Arguments that the algorithms share. An episode is one decision, so nothing is discounted."""
+        """Arguments of all algorithms. An episode is one decision, so nothing is discounted."""
         settings, core = self.settings, self.env.core
         policy: str | type[ActorCriticPolicy] = "MlpPolicy" if self.channels is None else "MultiInputPolicy"
         own: dict[str, Any] = {}
@@ -222,8 +220,7 @@ class SB3Agent(Agent[SB3SettingsT]):
             "env": vec_env,
             "learning_rate": LinearSchedule(settings.learning_rate, 0.0, 1.0),
             "n_steps": settings.n_steps * self.stages,
-            # The library averages over its last episodes: as many as a rollout has, as in all agents.
-            "stats_window_size": vec_env.num_envs * settings.n_steps,
+            "stats_window_size": vec_env.num_envs * settings.n_steps,  # the episodes of a rollout
             "gamma": 1.0,
             "gae_lambda": 1.0,
             "ent_coef": settings.entropy,
@@ -234,11 +231,10 @@ class SB3Agent(Agent[SB3SettingsT]):
         }
 
     def _networks(self) -> list[nn.Module]:
-        """All that learn."""
         return [self.algorithm.policy]
 
     def _actor(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """What corresponds to ``DecisionPolicy``'s token encoder, body and head."""
+        """The counterparts of ``_modules``."""
         policy = self.algorithm.policy
         body: nn.Module = policy.mlp_extractor.policy_net
         head: nn.Module = policy.action_net
@@ -250,49 +246,48 @@ class SB3Agent(Agent[SB3SettingsT]):
         """Called with a rollout's infos, each ``[steps, envs]``, before the algorithm learns from it."""
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
-        """Learn until ``total_steps`` decisions were made."""
+        """See ``BaseAgent.learn``."""
         algorithm, core = self.algorithm, self.env.core
-        self._noisy_env.deviation = deviation_of(core, self.env.config.split, self.settings.noise, total_steps)
+        self._vec_env.deviation = deviation_of(core, self.env.config.split, self.settings.noise, total_steps)
         done = algorithm.num_timesteps // self.stages
         algorithm.set_logger(CurveLogger(logger, total_steps, done, self.stages))
         algorithm.learn(
             total_steps * self.stages - algorithm.num_timesteps,
             callback=_RolloutCallback(self, on_rollout),
-            log_interval=None,  # pyright: ignore[reportArgumentType]  (never; the callback does, after an update)
+            log_interval=None,  # pyright: ignore[reportArgumentType]  (never; the callback logs, after an update)
             reset_num_timesteps=algorithm.num_timesteps == 0,
         )
 
     def policy(self) -> DecisionPolicy:
-        """The actor's weights in the project's own network, which decides the same."""
+        """The actor's weights in the project's own network, which makes the same decisions."""
         exported = self.new_policy()
-        for ours, theirs in zip((exported.token_encoder, exported.body, exported.head), self._actor(), strict=True):
+        for ours, theirs in zip(_modules(exported), self._actor(), strict=True):
             ours.load_state_dict(theirs.state_dict())
         return exported.eval()
 
     def state(self) -> dict[str, Any]:
-        """Weights, optimizers, counters, the random states that the library draws from, and the env's state."""
+        """Weights, optimizers, counters, the library's random states, and the env's state."""
         algorithm = self.algorithm
-        shuffling = np.random.get_state(legacy=False)  # noqa: NPY002  (what the library shuffles with)
-        keys, position = shuffling["state"].values()
+        _, keys, *rest = np.random.get_state()  # noqa: NPY002  (the library shuffles with it)
         return {
             "parameters": algorithm.get_parameters(),
             "steps": algorithm.num_timesteps,
             "updates": algorithm._n_updates,
             "torch": torch.get_rng_state(),
-            "numpy": (torch.from_numpy(keys.astype(np.int64)), position, shuffling["has_gauss"], shuffling["gauss"]),
+            "numpy": (torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
             "env": self.env.state(),
-            "observed": None if self._noisy_env.deviation is None else torch.from_numpy(algorithm._last_obs),  # pyright: ignore[reportArgumentType]  # flat ones alone have noise
+            "observed": None if self._vec_env.deviation is None else torch.from_numpy(algorithm._last_obs),  # pyright: ignore[reportArgumentType]  # only flat observations have noise
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state`` gave."""
+        """Go on from a ``state``."""
         algorithm = self.algorithm
         algorithm.set_parameters(state["parameters"])
         algorithm.num_timesteps, algorithm._n_updates = state["steps"], state["updates"]
-        assert algorithm.env is not None  # it was made with one
-        algorithm.env.reset()  # what it draws is taken back by the loaded states
+        assert algorithm.env is not None
+        algorithm.env.reset()  # the loaded states undo its random draws
         observations = self.env.load_state(state["env"])
-        if state["observed"] is not None:  # with the noise of then
+        if state["observed"] is not None:  # with their noise
             observations = state["observed"].numpy()
         algorithm._last_obs = blinded(observations, self.env.core.stages) if self.blind else observations
         algorithm._last_episode_starts = np.ones(algorithm.n_envs, dtype=bool)
@@ -301,8 +296,12 @@ class SB3Agent(Agent[SB3SettingsT]):
         torch.set_rng_state(state["torch"])
 
     def save_extra(self, folder: Path) -> None:
-        """Write ``sb3.safetensors``, the parameters of the library's own policy, the critic's too.
+        """Write ``sb3.safetensors``, the parameters of the library's own policy, including the critic's.
 
         ``model = PPO("MlpPolicy", vec_env)``; ``model.policy.load_state_dict(safetensors.torch.load_file(file))``.
         """
         write_tensors(folder / "sb3.safetensors", self.algorithm.policy.state_dict())
+
+
+def _modules(policy: DecisionPolicy) -> tuple[nn.Module, nn.Module, nn.Module]:
+    return policy.token_encoder, policy.body, policy.head

@@ -1,8 +1,4 @@
-"""What agents of Stable-Baselines3 see while they learn: nothing of the input, or the input with noise."""
-
-from __future__ import annotations
-
-from abc import abstractmethod
+"""Observations of Stable-Baselines3 agents while they learn: zeroed, or with noise."""
 
 import gymnasium as gym
 import numpy as np
@@ -15,66 +11,46 @@ from sd_gym.envs.protocols import Core
 from sd_gym.policy import blinded
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
-OFTEN = 50  # decisions a row; from there on PPO and A2C lose on new rows what they gain on the rows they know
+OFTEN = 50  # decisions per row; with more of them PPO and A2C overfit to the rows
 
 
 class ObservationVecEnv(VecEnvWrapper):
-    """A ``VecEnv`` whose observations are changed; Stable-Baselines3 has no such wrapper to subclass."""
+    """Adds Gaussian noise, against overfitting to rows that are decided on often (Bishop 1995); zeros if ``blind``.
 
-    def reset(self) -> VecEnvObs:
-        """The first observations, changed."""
-        return self.changed(self.venv.reset())
-
-    def step_wait(self) -> VecEnvStepReturn:
-        """The step, with changed observations."""
-        observations, rewards, dones, infos = self.venv.step_wait()
-        return self.changed(observations), rewards, dones, infos
-
-    @abstractmethod
-    def changed(self, observations: VecEnvObs) -> VecEnvObs:
-        """What is seen instead of these observations."""
-
-
-class BlindVecEnv(ObservationVecEnv):
-    """It shows nothing of the input, but its stage where there are several ``stages``."""
-
-    def __init__(self, env: VecEnv, stages: list[str]) -> None:
-        super().__init__(env)
-        self.stages = stages
-
-    def changed(self, observations: VecEnvObs) -> VecEnvObs:
-        """Zeros, but for the stage."""
-        assert not isinstance(observations, tuple)  # no space of ours is a tuple
-        return blinded(observations, self.stages)
-
-
-class NoisyVecEnv(ObservationVecEnv):
-    """It adds Gaussian noise (Bishop 1995: a penalty on outputs that change fast with the input).
-
-    Without noise rows that are decided on often are known by heart. ``deviation`` is that of the noise, float32
-    ``[features]``; ``None``: no noise. It draws from torch's random state.
+    ``deviation`` is that of the noise, float32 ``[features]``; ``None``: no noise. It draws from torch's random state.
+    A blind agent observes only the stage, if there are several ``stages``.
     """
 
-    def __init__(self, env: VecEnv) -> None:
+    def __init__(self, env: VecEnv, stages: list[str], *, blind: bool) -> None:
         super().__init__(env)
         self.deviation: NDArray | None = None
+        self._stages, self._blind = stages, blind
 
-    def changed(self, observations: VecEnvObs) -> VecEnvObs:
-        """With noise."""
-        if self.deviation is None:
-            return observations
-        assert isinstance(observations, np.ndarray)  # as ``deviation_of`` makes sure
-        return observations + self.deviation * torch.randn(observations.shape).numpy()
+    def reset(self) -> VecEnvObs:
+        """Reset the inner env."""
+        return self._changed(self.venv.reset())
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """A step of the inner env."""
+        observations, rewards, dones, infos = self.venv.step_wait()
+        return self._changed(observations), rewards, dones, infos
+
+    def _changed(self, observations: VecEnvObs) -> VecEnvObs:
+        if self.deviation is not None:
+            assert isinstance(observations, np.ndarray)  # ``deviation_of`` returns None otherwise
+            observations = observations + self.deviation * torch.randn(observations.shape).numpy()
+        assert not isinstance(observations, tuple)  # no space of sd_gym is a tuple
+        return blinded(observations, self._stages) if self._blind else observations
 
 
 def deviation_of(core: Core, split_name: str, noise: float | None, decisions: int) -> NDArray | None:
-    """The deviation of the noise on each feature, float32 ``[features]``; ``None``: there is no noise.
+    """The deviation of the noise on each feature, float32 ``[features]``; ``None``: no noise.
 
     Args:
         core: The env's core. Only flat observations before the first layer have noise.
-        split_name: The split that is learned on.
-        noise: In deviations of each feature; ``None``: 1.0 where rows are decided on ``OFTEN``, else 0.
-        decisions: All that are learned from.
+        split_name: The split to learn on.
+        noise: In deviations of each feature; ``None``: 1.0 with ``OFTEN`` decisions per row or more, else 0.
+        decisions: Of the whole run.
     """
     split = core.split(split_name)
     if noise is None:
@@ -82,5 +58,5 @@ def deviation_of(core: Core, split_name: str, noise: float | None, decisions: in
     space = core.observation_space
     if not noise or core.stages != ["first"] or not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
         return None
-    seen = np.asarray(core.observe(split, np.arange(min(len(split), STATISTICS_SIZE))))
-    return (noise * seen.std(axis=0)).astype(np.float32)
+    observations = np.asarray(core.observe(split, np.arange(min(len(split), STATISTICS_SIZE))))
+    return (noise * observations.std(axis=0)).astype(np.float32)

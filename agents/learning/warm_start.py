@@ -1,11 +1,9 @@
-"""A warm start of several stages from a policy of one: later stages, which see less, learn to repeat its logits."""
-
-from __future__ import annotations
+"""A warm start of a policy with several stages from one with a single stage: later stages learn to give its logits."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.learning.decisions import evaluator
+from sd_gym.agents.learning.decisions import row_batches
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,23 +16,20 @@ STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 1000, 128, 1e-3, 1e-2  # of each sta
 def staged_from_single(
     start: DecisionPolicy, staged: DecisionPolicy, core: Core, split: Split, rows: NDArray
 ) -> DecisionPolicy:
-    """Have a policy of several stages decide as one that decides before the first layer, on pooled states.
+    """Make a policy of several stages decide like ``start``, which decides before the first layer on pooled states.
 
-    At the first stage it is the same network. A later stage no longer sees what that saw, so its own hidden layers
-    learn the logits of its switches from what the pass shows there, under the decisions before it, on ``rows [n]`` of a
-    split. ``staged``, untrained and ``per_stage``, is changed.
+    At the first stage it is the same network. A later stage has another observation. So its own hidden layers learn the
+    logits of its switches from that, after the decisions at earlier stages, on ``rows [n]`` of a split. ``staged`` is
+    changed; it is untrained and ``per_stage``.
     """
     first, *later = _layers_of_stages(staged)
-    before = len(staged.stages) + 1  # numbers in front of what the stage shows
+    before = len(staged.stages) + 1  # numbers in front of the pooled states
     pooled = slice(before, before + start.observation_size)
     _copy_layers(start, first, pooled)
     with torch.no_grad():
         staged.head.load_state_dict(start.head.state_dict())
     observed: list[list[Tensor]] = [[] for _ in staged.stages]
-    logits_of: list[Tensor] = []
-    for part in evaluator(core).batches(rows):
-        logits_of.append(_rollout(start, core, split, part, pooled, observed))
-    wanted = torch.cat(logits_of)
+    targets = torch.cat([_rollout(start, core, split, part, pooled, observed) for part in row_batches(core, rows)])
     component = np.repeat(np.arange(len(core.nvec)), core.nvec)  # of each logit
     for layers, of_stage, components in zip(later, observed[1:], core.steps.components[1:], strict=True):
         inputs, own = torch.cat(of_stage), torch.from_numpy(np.isin(component, components))
@@ -43,15 +38,15 @@ def staged_from_single(
             picked = torch.randint(len(inputs), (BATCH,))
             logits = staged.head(layers(inputs[picked]))[:, own]
             optimizer.zero_grad()
-            F.mse_loss(logits, wanted[picked][:, own]).backward()
+            F.mse_loss(logits, targets[picked][:, own]).backward()
             optimizer.step()
     return staged.eval()
 
 
 def staged_from_tokens(start: DecisionPolicy, staged: DecisionPolicy) -> DecisionPolicy:
-    """Have a policy of several stages decide just as one that decides at once on tokens, which all stages show.
+    """Make a policy of several stages decide exactly like ``start``, which decides once, on tokens.
 
-    ``staged``, untrained and ``per_stage``, has as many channels; it is changed.
+    All stages observe tokens. ``staged`` is changed; it is untrained, ``per_stage``, and has as many channels.
     """
     staged.token_encoder.load_state_dict(start.token_encoder.state_dict())
     staged.head.load_state_dict(start.head.state_dict())
@@ -66,7 +61,7 @@ def _layers_of_stages(staged: DecisionPolicy) -> list[nn.Module]:
 
 @torch.no_grad()
 def _copy_layers(start: DecisionPolicy, layers: nn.Module, columns: slice) -> None:
-    """Give a stage the hidden layers of ``start``, which see these columns of what the stage sees."""
+    """Give a stage the hidden layers of ``start``, whose observation is these columns of the stage's."""
     weight = layers.get_parameter("0.weight")
     layers.load_state_dict({**start.body.state_dict(), "0.weight": weight})
     weight.zero_()
@@ -77,7 +72,7 @@ def _copy_layers(start: DecisionPolicy, layers: nn.Module, columns: slice) -> No
 def _rollout(
     start: DecisionPolicy, core: Core, split: Split, rows: NDArray, pooled: slice, observed: list[list[Tensor]]
 ) -> Tensor:
-    """Logits ``[n, logits]`` of ``start`` on rows; what the stages show under its decisions goes to ``observed``."""
+    """Logits ``[n, logits]`` of ``start`` on rows; observations under its decisions are appended to ``observed``."""
     logits, stage = torch.zeros(0), iter(observed)
 
     def decide(observations: Observations) -> NDArray:

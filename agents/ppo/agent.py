@@ -1,7 +1,5 @@
 """PPO, by Stable-Baselines3, on the env's reward."""
 
-from __future__ import annotations
-
 from typing import ClassVar, TypeVar
 
 from pydantic import Field
@@ -12,10 +10,10 @@ from stable_baselines3.common.vec_env import VecEnv
 
 
 class PPOSettings(SB3Settings):
-    """Settings of PPO; ``n_steps`` and ``batch_size`` count decisions, whatever number of stages each is made at.
+    """Settings of PPO; ``n_steps`` and ``batch_size`` count decisions, each with all its stages.
 
-    A rollout is small, for many updates, and one minibatch: advantages are normalised by the minibatch, and in a small
-    one a lost instance, which is rare, weighs less than its reward says.
+    A rollout is small, for many updates. It is one minibatch: advantages are normalised per minibatch, and in a small
+    one a rare lost instance weighs less than its reward.
     """
 
     space: ClassVar = LearnerSettings.space | {

@@ -1,25 +1,21 @@
 """PPO with quality first: constraint-rectified policy optimisation."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
+from sd_gym.agents.learning.agent import observation_layers
 from sd_gym.agents.ppo.agent import PPOAgent, PPOSettings
 from stable_baselines3 import PPO
 from torch import nn
 from torch.nn import functional as F
 
-from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.policy import HIDDEN
-from sd_gym.policy.networks import hidden_layers
 from sd_gym.policy.observations import to_tensors
-from sd_gym.policy.token_encoder import TokenEncoder
 
-MEMORY = 512  # decisions over which the quality loss is averaged; over more, a violation is noticed too late
+MEMORY = 512  # decisions over which the quality loss is averaged; more would detect a violation too late
 CRITIC_EPOCHS = 4
 
 
@@ -27,8 +23,8 @@ class RectifiedPPO(PPO):
     """PPO that learns from the savings while the quality is kept, and from the quality alone while it is not.
 
     Constraint-rectified policy optimisation (CRPO, Xu, Liang and Lan 2021, algorithm 1). The library's own value head
-    learns the savings, ``loss_critic`` the quality loss. The advantage is that of savings where the mean loss is within
-    the limit, else that of less loss. The env's own reward plays no part.
+    learns the savings, ``loss_critic`` the quality loss. The advantage is that of savings while the mean loss is within
+    the limit, else that of less loss. The env's own reward is not used.
     """
 
     limit: float = 0.0  # mean quality that may be lost
@@ -40,15 +36,12 @@ class RectifiedPPO(PPO):
     def _setup_model(self) -> None:
         super()._setup_model()
         self.mean_loss = float("nan")
-        width, size = token_width(self.observation_space), flat_size(self.observation_space)
-        encoders = [] if width is None else [TokenEncoder(width, stage_size=size)]
-        for encoder in encoders:
-            size = encoder.size
-        self.loss_critic = nn.Sequential(*encoders, *hidden_layers(size, HIDDEN), nn.Linear(HIDDEN, 1)).to(self.device)
+        layers = observation_layers(self.observation_space, HIDDEN)
+        self.loss_critic = nn.Sequential(*layers, nn.Linear(HIDDEN, 1)).to(self.device)
         self.loss_optimizer = torch.optim.Adam(self.loss_critic.parameters(), lr=self.lr_schedule(1))
 
     def train(self) -> None:
-        """One update, in the direction that the quality allows."""
+        """One update for the savings or for the quality."""
         share = 1.0 if np.isnan(self.mean_loss) else min(1.0, self.losses.size / self.memory)
         before = 0.0 if np.isnan(self.mean_loss) else self.mean_loss
         self.mean_loss = before + share * (float(self.losses.mean()) - before)
@@ -87,8 +80,8 @@ class PPOLexSettings(PPOSettings):
     """Settings of PPO and of its constraint.
 
     Attributes:
-        limit: What drawn decisions may lose at first, of the env's epsilon; it falls to 0 in a straight line. Drawn
-            decisions lose more than the most probable ones, which are what counts in the end.
+        limit: Loss that sampled decisions may have at first, in epsilons of the env; it falls linearly to 0. They lose
+            more than the most probable decisions, which are evaluated.
     """
 
     space: ClassVar = PPOSettings.space | {"limit": (0.5, 4.0)}
@@ -107,11 +100,11 @@ class PPOLexAgent(PPOAgent[PPOLexSettings]):
         return [*super()._networks(), self.algorithm.loss_critic]
 
     def before_update(self, infos: dict[str, NDArray]) -> None:
-        """Hand over the savings and the losses."""
+        """Pass the savings and the losses to the algorithm."""
         progress_left = self.algorithm._current_progress_remaining  # from 1 to 0, like the learning rate
         self.algorithm.limit = self.settings.limit * progress_left * self.env.config.reward.epsilon
         self.algorithm.memory = MEMORY * self.stages
-        # Each step of a decision has its return.
+        # Each step of a decision has the same return.
         self.algorithm.savings = np.repeat(1 - infos["flops_ratio"], self.stages, axis=0)
         self.algorithm.losses = np.repeat(infos["quality_ref"] - infos["quality"], self.stages, axis=0)
 
@@ -120,6 +113,6 @@ class PPOLexAgent(PPOAgent[PPOLexSettings]):
         return {**super().state(), "mean_loss": self.algorithm.mean_loss}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state`` gave."""
+        """Go on from a ``state``."""
         super().load_state(state)
         self.algorithm.mean_loss = state["mean_loss"]

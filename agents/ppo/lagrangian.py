@@ -1,6 +1,4 @@
-"""PPO under a penalty that learns to keep the mean quality."""
-
-from __future__ import annotations
+"""PPO with a penalty that learns to keep the mean quality."""
 
 from typing import Any
 
@@ -17,8 +15,8 @@ class PPOLagrangianSettings(PPOSettings):
     """Settings of PPO and of its multiplier.
 
     Attributes:
-        multiplier_rate: How fast the multiplier, which starts at the env's ``penalty``, moves per decision.
-        limit: Share of the env's epsilon that may be lost: a policy that loses all of it is not shown to keep the
+        multiplier_rate: Change of the multiplier per decision; it starts at the env's ``penalty``.
+        limit: Share of the env's epsilon that may be lost: a policy that loses all of it cannot be shown to keep the
             quality.
     """
 
@@ -27,7 +25,7 @@ class PPOLagrangianSettings(PPOSettings):
 
 
 class PPOLagrangianAgent(PPOAgent[PPOLagrangianSettings]):
-    """PPO on a Lagrangian (Ray, Achiam and Amodei 2019, section 5); the env's own reward plays no part."""
+    """PPO on a Lagrangian (Ray, Achiam and Amodei 2019, section 5); the env's own reward is not used."""
 
     Settings = PPOLagrangianSettings
 
@@ -38,7 +36,7 @@ class PPOLagrangianAgent(PPOAgent[PPOLagrangianSettings]):
 
     @property
     def multiplier(self) -> float:
-        """The multiplier in force."""
+        """The current multiplier."""
         return self._wrapper.lagrangian.multiplier
 
     def before_update(self, infos: dict[str, NDArray]) -> None:
@@ -50,6 +48,6 @@ class PPOLagrangianAgent(PPOAgent[PPOLagrangianSettings]):
         return {**super().state(), "multiplier": self.multiplier}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state`` gave."""
+        """Go on from a ``state``."""
         super().load_state(state)
         self._wrapper.lagrangian.multiplier = state["multiplier"]

@@ -1,18 +1,17 @@
 """REINFORCE (Williams 1992) under the dynamic barrier; reads from top to bottom.
 
 For each drawn instance several decisions are sampled. They give two gradients: that of the FLOPs,
-``E[grad log pi(a|x) * A_flops]``, and that of the quality loss, both advantages as losses minus a baseline, the mean of
-the other samples for the same instance (Kool et al. 2019). The barrier says how much the second weighs (Zhang et al.
-2024, section 3.3): while the quality is kept the FLOPs may fall, and the nearer the limit the less.
+``E[grad log pi(a|x) * A_flops]``, and that of the quality loss. Both advantages are losses minus a baseline, the mean
+of the other samples for the same instance (Kool et al. 2019). The barrier weighs the second gradient (Zhang et al.
+2024, section 3.3): while the quality is kept the FLOPs may fall, but less and less towards the limit.
 
-A lost instance is rare and blames all that its decision skipped, so the gradient of the quality loss is nearly all
-noise. The FLOPs of a decision are known without running it. So a network learns to foresee the quality loss, from all
-that was scored so far, and the gradients are taken over many decisions that are never run. The backbone runs a few
-decisions of the policy at a time; the foresight learns from them, and the barrier judges by them. (A critic of actions,
-as in the model-based methods of contextual bandits; with ``foresight=False`` the few decisions give the gradients.)
+A lost instance is rare, and its loss is attributed to all skipped sublayers. So the gradient of the quality loss is
+mostly noise. The FLOPs of a decision are known without running it. So a network, the foresight, learns the expected
+quality loss from all scored decisions, and the gradients are taken over many decisions that are never run. The backbone
+runs a few decisions of the policy at a time, for the foresight and for the barrier's estimate of the loss. (This is a
+critic of actions, like those of model-based contextual bandits; with ``foresight=False`` the few scored decisions give
+the gradients.)
 """
-
-from __future__ import annotations
 
 import time
 from copy import deepcopy
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, learning_bias
+from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout
 from sd_gym.agents.learning.curves import CurveLogger
 from sd_gym.agents.reinforce.barrier import DynamicBarrier
 from sd_gym.agents.reinforce.foresight import Foresight
@@ -41,20 +40,20 @@ class ReinforceSettings(LearnerSettings):
     """Settings of REINFORCE; a rollout scores ``num_envs * samples`` decisions.
 
     Attributes:
-        samples: Decisions scored for each instance of a rollout.
-        foresight: Whether the quality loss is foreseen (``Foresight``, ``StagedForesight``).
-        imagined: Instances of an update whose losses are foreseen.
+        samples: Decisions scored per instance of a rollout.
+        foresight: Whether a network predicts the quality loss (``Foresight``, ``StagedForesight``).
+        imagined: Instances of an update with predicted losses.
         tries: Decisions for each of them.
-        updates: Of the policy after each rollout, where losses are foreseen, and steps of the foresight.
-        fit_batch: Remembered decisions that the foresight learns from in one step.
-        control: Of the barrier: the quality loss stays within a limit (``constrained``) or is as low as can be
+        updates: Of the policy and steps of the foresight, after each rollout; 1 without foresight.
+        fit_batch: Scored decisions of one step of the foresight.
+        control: Of the barrier: the quality loss stays within a limit (``constrained``) or is minimal
             (``lexicographic``).
-        limit: Share of the env's epsilon that may be lost: a policy that loses all of it is not shown to keep it.
+        limit: Share of the env's epsilon that may be lost: a policy that loses all of it cannot be shown to keep it.
         alpha: Of the barrier: how fast a violated quality is restored.
-        beta: Of the barrier: how fast at most; at 1 the quality would fall for as long as the FLOPs do.
+        beta: Of the barrier: the maximum of that speed; at 1 the quality would fall for as long as the FLOPs do.
         highest_multiplier: Cap of the barrier.
         memory: Of the barrier.
-        exploration: No choice of a component is less probable than this while learning.
+        exploration: Least probability of each choice of a component while learning.
     """
 
     space: ClassVar = LearnerSettings.space | {
@@ -83,12 +82,12 @@ class ReinforceSettings(LearnerSettings):
 
 
 class SampledDecisions(NamedTuple):
-    """Decisions on some instances, several for each: row ``k * instances + i`` is the ``k``-th on instance ``i``."""
+    """Several decisions on each of some instances: row ``k * instances + i`` is the ``k``-th on instance ``i``."""
 
-    logits: Tensor  # with their gradient, [instances, sum(nvec)], or [n, sum(nvec)] of rollouts through several stages
-    decisions: Tensor  # int64 [n, components]; of one stage alone, 0 at what others decide
+    logits: Tensor  # with gradient, [instances, sum(nvec)]; of rollouts through several stages [n, sum(nvec)]
+    decisions: Tensor  # int64 [n, components]; of a single stage, 0 for components of others
     flops: Tensor  # FLOPs ratios, float32 [tries, instances]
-    loss: Tensor  # quality lost, or foreseen to be, float32 [tries, instances]
+    loss: Tensor  # quality lost, scored or predicted, float32 [tries, instances]
 
 
 class ReinforceAgent(Agent[ReinforceSettings]):
@@ -105,21 +104,17 @@ class ReinforceAgent(Agent[ReinforceSettings]):
             torch.manual_seed(self.seed)
             self.network = self.new_policy().eval()
             for layer in self.network.body.modules() if settings.network is None else ():
-                if isinstance(layer, torch.nn.Linear):  # as Stable-Baselines3 does: the features start at full size
+                if isinstance(layer, torch.nn.Linear):  # the initialisation of Stable-Baselines3
                     torch.nn.init.orthogonal_(layer.weight, gain=2**0.5)
                     torch.nn.init.zeros_(layer.bias)
             core, tokens = self.env.core, None if self.channels is None else self._tokens
             if core.is_staged:
                 self._act, new_foresight = self._rollout, partial(StagedForesight, core, self._split, tokens)
             else:
-                self._act, new_foresight = self._first_look, partial(Foresight, core.observation_space, core.nvec)
+                self._act, new_foresight = self._decide_at_once, partial(Foresight, core.observation_space, core.nvec)
             self.foresight = new_foresight() if settings.foresight else None
         self._standardise_encoders(self.network, *([] if self.foresight is None else [self.foresight]))
-        with torch.no_grad():
-            if self.start is not None:
-                self.network.load_state_dict(self.start.state_dict(), strict=False)
-            else:
-                self.network.initialise(learning_bias(self.env.core, settings.initial_skip_rate))
+        self._initialise(self.network)
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings.learning_rate)
         limit, highest = settings.limit * self.env.config.reward.epsilon, settings.highest_multiplier
@@ -129,7 +124,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         self.steps = 0
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
-        """Learn until ``total_steps`` decisions were scored."""
+        """Learn until ``total_steps`` decisions were scored; see ``BaseAgent.learn``."""
         logger = CurveLogger(logger, total_steps, self.steps)
         started, before = time.monotonic(), self.steps
         starts = min(self.foresight.learning_starts, total_steps // 4) if self.foresight else 0
@@ -158,7 +153,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         return deepcopy(self.network).eval()
 
     def state(self) -> dict[str, Any]:
-        """Weights, optimizer, the foresight, the barrier's averages and the random states."""
+        """Weights, optimizer, foresight, the barrier's averages and random states."""
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -170,7 +165,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state`` gave."""
+        """Go on from a ``state``."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.foresight:
@@ -181,7 +176,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         self.steps = state["steps"]
 
     def _explore(self) -> tuple[SampledDecisions, dict[str, NDArray]]:
-        """Score a few decisions of the policy, and remember the outcomes; with the infos of a rollout."""
+        """Score and remember a few decisions of the policy; returns them and the infos of the rollout."""
         settings, core = self.settings, self.env.core
         rows = self.random.integers(len(self._split), size=self.env.num_envs)
         tiled = np.tile(rows, settings.samples)
@@ -197,22 +192,22 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         return SampledDecisions(logits, decisions, flops.view(shape), lost.view(shape)), infos
 
     def _fit(self, foresight: Foresight) -> float:
-        """A step of the foresight on remembered decisions, or some in stages; returns its error."""
+        """A step of the foresight on remembered decisions, or several with stages; returns the last error."""
         size = self.settings.fit_batch
         if isinstance(foresight, StagedForesight):
-            return foresight.fit_stages(size, self.random, lambda seen: self._sample(seen, 1)[1])
+            return foresight.fit_stages(size, self.random, lambda observations: self._sample(observations, 1)[1])
         drawn = torch.from_numpy(self.random.integers(len(foresight.rows), size=size))
         return foresight.fit(self._observe(foresight.rows[drawn].numpy()), drawn)
 
     def _imagine(self, foresight: Foresight) -> SampledDecisions:
-        """Decisions of the policy that are never run: their FLOPs are known, their loss is foreseen."""
+        """Decisions of the policy that are never run: their FLOPs are known, and their loss is predicted."""
         settings, stages = self.settings, len(self.env.core.stages)
         tries, shape = settings.tries, (settings.tries, -1)
-        if isinstance(foresight, StagedForesight):  # of each remembered decision one stage stands for all
+        if isinstance(foresight, StagedForesight):  # one stage of each decision represents all, so it counts for all
             states = foresight.recent(settings.imagined, self.random)
-            logits, choices = self._sample(states.seen, tries)
-            odds, flops = foresight.outlook(states, foresight.with_choices(states, choices))
-            loss = odds[:, 0] - odds[:, 1]
+            logits, choices = self._sample(states.observations, tries)
+            probabilities, flops = foresight.outlook(states, foresight.with_choices(states, choices))
+            loss = probabilities[:, 0] - probabilities[:, 1]
             own = foresight.own_alone(states, logits, choices)
             return SampledDecisions(*own, stages * flops.view(shape), stages * loss.view(shape))
         rows = self.random.integers(len(self._split), size=settings.imagined)
@@ -223,7 +218,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         return SampledDecisions(logits, decisions, torch.from_numpy(ratios).float().view(shape), loss.view(shape))
 
     def _update(self, sampled: SampledDecisions, violated: float, rate: float, logger: Logger) -> None:
-        """One step down both gradients; ``violated`` is the quality that is lost now."""
+        """One step down both gradients; ``violated`` is the current quality loss."""
         log_prob, entropy = self.network.evaluate(sampled.logits, sampled.decisions, self.settings.exploration)
         log_prob, entropy = log_prob.sum(dim=1).view_as(sampled.loss), entropy.mean()
         f_halves = self._halves(log_prob * leave_one_out(sampled.flops))
@@ -242,7 +237,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         return self.env.core.split(self.env.config.split)
 
     def _observe(self, rows: NDArray) -> Tensor | dict[str, Tensor]:
-        """What is seen of ``rows [n]`` of the split before the first layer; zeros for an agent that sees nothing."""
+        """Observations of ``rows [n]`` of the split before the first layer; zeros if blind."""
         observations = to_tensors(self.env.core.observe(self._split, rows))
         return blinded(observations, ["first"]) if self.blind else observations
 
@@ -252,19 +247,18 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         return observations
 
     def _sample(self, observations: Tensor | dict[str, Tensor], tries: int) -> tuple[Tensor, Tensor]:
-        """Logits and decisions of the policy: so many tries on each observation (``SampledDecisions``)."""
+        """Logits, and several decisions of the policy on each observation (``SampledDecisions``)."""
         logits = self.network(observations)
         return logits, self.network.choose(logits.repeat(tries, 1), self._draw)
 
-    def _first_look(self, rows: NDArray) -> tuple[Tensor, Tensor, None, None]:
-        """Logits and decisions of the policy on rows before the first layer, where nothing is run."""
+    def _decide_at_once(self, rows: NDArray) -> tuple[Tensor, Tensor, None, None]:
+        """Logits and decisions of the policy on rows before the first layer."""
         return *self._sample(self._observe(rows), self.settings.samples), None, None
 
     def _rollout(self, rows: NDArray) -> tuple[Tensor, Tensor, PassState | None, Tensor]:
-        """The same from stage to stage, and the state of the pass.
+        """Logits, decisions stage by stage, the state of the pass, and flat observations ``[n, stages, size]``.
 
-        The logits of each component are those of the stage that it was decided at. Last are the observations at each
-        stage but tokens, ``[n, stages, size]``.
+        The logits of each component are those of its stage.
         """
         core, of_stages, observed = self.env.core, [], []
 
@@ -277,15 +271,15 @@ class ReinforceAgent(Agent[ReinforceSettings]):
 
         decisions, state = core.rollout(self._split, np.tile(rows, self.settings.samples), decide)
         parts = [logits.split(core.nvec.tolist(), dim=1) for logits in of_stages]
-        # What no stage decides, the switches before the first one, is certain.
-        chosen = [part.expand(len(decisions), -1) for part in certain(core.nvec).split(core.nvec.tolist())]
+        # Switches before the first stage run.
+        of_components = [part.expand(len(decisions), -1) for part in certain(core.nvec).split(core.nvec.tolist())]
         for components, part in zip(core.steps.components, parts, strict=True):
             for component in components:
-                chosen[component] = part[component]
-        return torch.cat(chosen, dim=1), torch.from_numpy(decisions), state, torch.stack(observed, dim=1)
+                of_components[component] = part[component]
+        return torch.cat(of_components, dim=1), torch.from_numpy(decisions), state, torch.stack(observed, dim=1)
 
     def _draw(self, logits: Tensor) -> Tensor:
-        """Draws ``[rows]`` from logits ``[rows, size]``, by this agent's own generator."""
+        """Draws ``[rows]`` from logits ``[rows, size]`` with the agent's generator."""
         probabilities = bounded(logits, self.settings.exploration).exp()
         return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
 

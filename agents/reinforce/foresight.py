@@ -1,6 +1,4 @@
-"""A loss model: the quality that a decision is expected to lose on an input, learned from all that was scored."""
-
-from __future__ import annotations
+"""A loss model: the expected quality loss of a decision on an input, learned from all scored decisions."""
 
 from typing import Any, ClassVar
 
@@ -17,20 +15,19 @@ from sd_gym.policy.token_encoder import TokenEncoder
 
 HIDDEN = 128
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-2
-SELDOM = -3.0  # log-odds of a loss before anything was learned
+SELDOM = -3.0  # initial log-odds of a loss
 
 
 class Foresight(nn.Module):
-    """A network from an observation and a decision to the quality that is lost, and what it has learned from.
+    """A network from an observation and a decision to the probabilities of a loss and a gain, and its training data.
 
-    Losses and gains are foreseen each by itself, as probabilities: where the backbone is often wrong, both may be
-    likely at once.
+    Loss and gain are separate outputs: where the backbone is often wrong, both may be likely.
 
-    It takes observations of a ``space`` and decisions of components with sizes ``nvec``. Its ``outputs`` are that
-    quality is lost, that it is gained, and more. Its encoder of tokens is wide, as its FLOPs do not count.
+    It takes observations of a ``space`` and decisions of components with sizes ``nvec``. Its first ``outputs`` are the
+    log-odds of a loss and of a gain. Its token encoder is wide, as its FLOPs do not count.
     """
 
-    learning_starts: ClassVar[int] = 0  # decisions that are scored before the policy learns from what is foreseen
+    learning_starts: ClassVar[int] = 0  # scored decisions before the policy learns from predictions
 
     def __init__(self, space: gym.Space, nvec: NDArray, outputs: int = 2) -> None:
         super().__init__()
@@ -41,39 +38,38 @@ class Foresight(nn.Module):
             size = encoder.size
         self._first = torch.from_numpy(np.cumsum([0, *nvec[:-1]]))  # column of each component's first choice
         self._columns = int(nvec.sum())
-        layers = hidden_layers(size + self._columns, HIDDEN)
-        last = nn.Linear(HIDDEN, outputs)
+        layers, last = hidden_layers(size + self._columns, HIDDEN), nn.Linear(HIDDEN, outputs)
         self.network = nn.Sequential(*layers, last)
         nn.init.constant_(last.bias, SELDOM)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        self.rows = torch.zeros(0, dtype=torch.int64)  # of the instances that were scored
-        self.decisions = torch.zeros(0, len(nvec), dtype=torch.int32)  # taken on them; of a table, numbers of masks
-        self.lost = torch.zeros(0)  # quality that they lost, negative where they gained
+        self.rows = torch.zeros(0, dtype=torch.int64)  # of the scored instances
+        self.decisions = torch.zeros(0, len(nvec), dtype=torch.int32)  # on them; on a table, numbers of masks
+        self.lost = torch.zeros(0)  # quality lost, negative: gained
 
-    def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor, seen: Tensor | None = None) -> None:
-        """Add what was scored: rows ``[n]``, decisions ``[n, components]``, the quality lost ``[n]``.
+    def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor, observed: Tensor | None = None) -> None:
+        """Add scored decisions: rows ``[n]``, decisions ``[n, components]``, the quality lost ``[n]``.
 
-        What was ``seen`` before the first layer can be seen again, so it is not remembered.
+        ``observed`` is not used: observations before the first layer can be computed again.
         """
         self.rows = torch.cat([self.rows, torch.from_numpy(rows)])
         self.decisions = torch.cat([self.decisions, decisions.to(torch.int32)])
         self.lost = torch.cat([self.lost, lost])
 
     def fit(self, observations: Tensor | dict[str, Tensor], drawn: Tensor) -> float:
-        """One step of AdamW on the cross-entropy of what was remembered at ``drawn [n]``; returns that."""
+        """One step of AdamW on the cross-entropy of the remembered decisions ``drawn [n]``, which it returns."""
         lost = self.lost[drawn]
         targets = torch.stack([lost, -lost], dim=1).clamp(0, 1)
         return self.step(F.binary_cross_entropy_with_logits(self(observations, self.decisions[drawn]), targets))
 
     def step(self, error: Tensor) -> float:
-        """One step down an error; returns it."""
+        """One step of AdamW on an error, which it returns."""
         self.optimizer.zero_grad()
         error.backward()
         self.optimizer.step()
         return error.item()
 
     def forward(self, observations: Tensor | dict[str, Tensor], decisions: Tensor) -> Tensor:
-        """Log-odds ``[tries * n, 2]`` that quality is lost, and that it is gained, of observations of ``n`` instances.
+        """Log-odds of a loss and of a gain, ``[tries * n, 2]``, from observations of ``n`` instances.
 
         Row ``k * n + i`` of decisions ``[tries * n, components]`` is the ``k``-th on instance ``i``.
         """
@@ -87,7 +83,7 @@ class Foresight(nn.Module):
 
     @torch.no_grad()
     def loss(self, observations: Tensor | dict[str, Tensor], decisions: Tensor) -> Tensor:
-        """The quality ``[tries * n]`` that is expected to be lost; see ``forward``."""
+        """The expected quality loss ``[tries * n]``; see ``forward``."""
         losing, gaining = self(observations, decisions).sigmoid().unbind(dim=1)
         return losing - gaining
 
@@ -100,7 +96,7 @@ class Foresight(nn.Module):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state`` gave."""
+        """Go on from a ``state``."""
         self.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.rows, self.decisions, self.lost = state["memory"]

@@ -1,7 +1,5 @@
 """The charts of reports: quality and FLOPs, curves, single instances and profiles."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -41,7 +39,7 @@ class ExampleDecision(NamedTuple):
 
 
 def draw_results(axes: Axes, points: Mapping[str, Points], styles: Mapping[str, AgentStyle], epsilon: float) -> None:
-    """Quality against FLOPs: filled, each selected policy; hollow, the end of learning; and the front of all runs."""
+    """Quality against FLOPs: selected policies (filled), policies as learned (hollow), and the front of all runs."""
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.axhline(-100 * epsilon, color=LOST, linewidth=1, linestyle="--")
     axes.plot(100, 0, marker="h", markersize=8, color=INK, linestyle="none", zorder=3)
@@ -57,12 +55,12 @@ def draw_results(axes: Axes, points: Mapping[str, Points], styles: Mapping[str, 
         axes.plot(agent.flops, agent.difference, **shared, **filled, zorder=3)
         handles.append(Line2D([], [], label=name, **shared, **filled))
     if reachable := [agent for name, agent in points.items() if not name.startswith("oracle")]:
-        of_runs = [pair for agent in reachable for pair in (agent[:2], agent[2:])]  # of selected and of last policies
-        difference, flops = map(np.concatenate, zip(*of_runs, ([0.0], [100.0]), strict=True))
+        pairs = [pair for agent in reachable for pair in (agent[:2], agent[2:])]  # as selected and as learned
+        difference, flops = map(np.concatenate, zip(*pairs, ([0.0], [100.0]), strict=True))
         front = pareto_front(difference, flops)
         axes.step(flops[front], difference[front], where="post", color=INK, linewidth=0.8, alpha=0.6)
         handles.append(Line2D([], [], color=INK, linewidth=0.8, alpha=0.6, label="front of all runs"))
-    handles.append(Line2D([], [], color=LOST, linestyle="--", linewidth=1, label="as much as may be lost"))
+    handles.append(Line2D([], [], color=LOST, linestyle="--", linewidth=1, label="allowed loss"))
     axes.set(xlabel="FLOPs, % of dense", ylabel="quality against dense, points")
     axes.set_xlim(left=0, right=104)
     axes.figure.legend(handles=handles, loc="outside lower center", ncols=2)
@@ -101,7 +99,7 @@ def _at_steps(
 
 
 def draw_decisions(axes: Axes, decisions: Sequence[ExampleDecision], switches: Sequence[str]) -> None:
-    """A row per instance, a cell per switch: filled where it ran, paper where it was skipped."""
+    """A row per instance, a cell per switch: filled if it ran, empty if it was skipped."""
     skip = np.array([decision.skip for decision in decisions], dtype=float)
     axes.pcolormesh(skip, cmap=SKIP_RATE, vmin=0, vmax=1, edgecolor=INK, linewidth=0.25)
     axes.invert_yaxis()

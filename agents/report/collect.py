@@ -1,6 +1,4 @@
-"""Runs gathered for a report: by env, then by agent, with the figures that sentences and tables need."""
-
-from __future__ import annotations
+"""Runs for a report, by env and agent, with the figures of its sentences and tables."""
 
 import csv
 from collections.abc import Iterable
@@ -12,11 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.report.charts import ExampleDecision, Points
-from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings, read_run
+from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings
 from sd_gym.agents.runs.statistics import aggregate, hypervolume
-from sd_gym.agents.runs.verdict import Verdict, losses_allowed
 
-WORST = 5  # epsilons lost: where the area that runs dominate ends
+WORST = 5  # epsilons lost at which the area of runs ends
 DEFAULT_EPSILON = 0.01
 EXAMPLES_PER_LEVEL, MOST_EXAMPLES = 3, 14
 
@@ -25,8 +22,8 @@ EXAMPLES_PER_LEVEL, MOST_EXAMPLES = 3, 14
 class AgentRuns:
     """The runs of one agent on one env; they differ in their seed only."""
 
-    name: str  # of the agent, and what distinguishes these runs from its others
-    algo: str  # as ``--algo`` takes it
+    name: str  # of the agent, and how these runs differ from its others
+    algo: str  # the name for ``--algo``
     runs: list[Run]
 
     @property
@@ -35,17 +32,12 @@ class AgentRuns:
         return self.runs[0].config["control"]
 
     def values(self, key: str) -> NDArray:
-        """A number of the result of each run that has it, ``[runs]``."""
+        """A value of all results that have it, ``[runs]``."""
         return _numbers([run.result for run in self.runs], key)
 
     def values_as_learned(self, key: str) -> NDArray:
-        """The same of the policies at the end of learning, before selection, ``[runs that have one]``."""
-        return _numbers([run.result["last_policy"] for run in self.runs if run.result.get("last_policy")], key)
-
-    @property
-    def difference(self) -> NDArray:
-        """Quality against dense, in points, ``[runs]``."""
-        return 100 * self.values("quality_difference")
+        """The same for policies at the end of learning, before selection."""
+        return _numbers([run.result["last_policy"] or {} for run in self.runs], key)
 
     @property
     def flops(self) -> NDArray:
@@ -54,35 +46,35 @@ class AgentRuns:
 
     @cached_property
     def kept(self) -> NDArray:
-        """Which runs keep the quality, bool ``[runs]``; false where the instances are too few for any verdict."""
-        return np.array([run.result["quality_kept"] and can_tell(run) for run in self.runs])
+        """Which runs keep the quality, bool ``[runs]``."""
+        return np.array([run.result["quality_kept"] for run in self.runs])
 
     @property
     def verdicts(self) -> list[str]:
         """The verdict of each run."""
-        return [run.result.get("verdict", "-") if can_tell(run) else str(Verdict.TOO_FEW) for run in self.runs]
+        return [run.result["verdict"] for run in self.runs]
 
     @cached_property
     def score(self) -> NDArray:
-        """Quality first: the share of FLOPs that a run saves, and 0 where its quality is not shown to be kept."""
+        """The share of FLOPs that each run saves; 0 if its quality is not shown to be kept."""
         return np.where(self.kept, 1 - self.values("flops_ratio_with_policy"), 0.0)
 
     @property
     def points(self) -> Points:
         """The results to draw."""
-        learned = [100 * self.values_as_learned(key) for key in ("quality_difference", "flops_ratio_with_policy")]
-        return Points(self.difference, self.flops, *learned)
+        keys = ("quality_difference", "flops_ratio_with_policy")
+        return Points(*(100 * values(key) for values in (self.values, self.values_as_learned) for key in keys))
 
     @property
     def areas(self) -> NDArray:
-        """The area that a run's selected and last policies dominate, from 0 (dense) to 1, ``[runs]``.
+        """The area dominated by a run's selected and last policies, from 0 (dense) to 1, ``[runs]``.
 
-        1 is to lose nothing and run nothing; ``WORST`` times epsilon (of 0: of the default) is as good as losing all.
+        1 means no loss and no FLOPs; a loss of ``WORST`` times epsilon (of the default, if it is 0) counts as all.
         """
         areas = []
         for run in self.runs:
-            ends = [run.result, *filter(None, [run.result.get("last_policy")])]
-            worst = WORST * (epsilon_of(run) or DEFAULT_EPSILON)
+            ends = [run.result, *filter(None, [run.result["last_policy"]])]
+            worst = WORST * (run.result["epsilon"] or DEFAULT_EPSILON)
             loss = np.array([end["quality_difference"] for end in ends]) / worst
             areas.append(hypervolume(1 + loss, np.array([end["flops_ratio_with_policy"] for end in ends]), (0.0, 1.0)))
         return np.array(areas)
@@ -99,7 +91,7 @@ class AgentRuns:
     @property
     def histories(self) -> list[list[dict[str, Any]]]:
         """The validations of each run that learned step by step."""
-        return [history for run in self.runs if len(history := run.result.get("history", [])) > 1]
+        return [history for run in self.runs if len(history := run.result["history"]) > 1]
 
     @property
     def median_run(self) -> Run:
@@ -111,8 +103,8 @@ class AgentRuns:
 class EnvRuns:
     """All runs on the same test instances with the same backbone and epsilon."""
 
-    name: str  # the env's id, and what distinguishes these runs from others of that id
-    agents: list[AgentRuns]  # agents first, the cheapest that keeps the quality at the top, then controls
+    name: str  # the env's id, and how these runs differ from others of that id
+    agents: list[AgentRuns]  # agents, then controls, each by falling score
 
     @property
     def runs(self) -> list[tuple[AgentRuns, Run]]:
@@ -132,7 +124,7 @@ class EnvRuns:
     @property
     def epsilon(self) -> float:
         """How much mean quality may be lost."""
-        return epsilon_of(self.first)
+        return self.first.result["epsilon"]
 
     @property
     def instances(self) -> int:
@@ -142,43 +134,32 @@ class EnvRuns:
     @property
     def switches(self) -> list[str]:
         """Names of the switches."""
-        return list(self.first.result.get("skip_rate", {}))
+        return list(self.first.result["skip_rate"])
 
 
 def collect(folders: Iterable[str | Path]) -> list[EnvRuns]:
     """Read runs and sort them; raises and warns as ``sd_gym.compare``."""
     envs: dict[tuple[str, str, str, str], dict[str, list[Run]]] = {}
-    for folder in finished_runs(folders):
-        run = read_run(folder)
+    for run in finished_runs(folders):
         envs.setdefault(_key(run), {}).setdefault(agent_label(run.config), []).append(run)
-    ids, found = [key[0] for key in envs], []
+    ids, collected = [key[0] for key in envs], []
     for (env, data, epsilon, backbone), agents in sorted(envs.items()):
         apart = f" (test rows {data}, epsilon {epsilon}, backbone {backbone[:12]})"
-        found.append(EnvRuns(env if ids.count(env) == 1 else env + apart, _agents(agents)))
-    return found
-
-
-def epsilon_of(run: Run) -> float:
-    """How much mean quality a run may lose."""
-    return run.result.get("epsilon", run.env.reward.epsilon)
-
-
-def can_tell(run: Run) -> bool:
-    """Whether a run has so many test instances that any result could show that the quality is kept."""
-    return losses_allowed(run.result["instances"], epsilon_of(run)) is not None
+        collected.append(EnvRuns(env if ids.count(env) == 1 else env + apart, _agents(agents)))
+    return collected
 
 
 def example_decisions(run: Run) -> list[ExampleDecision]:
-    """Some decisions of a run: on the first instances of each level, then on instances that lost quality.
+    """Decisions of a run on the first instances of each level, then on others that lost quality.
 
     Empty if the folder has no ``instances.csv``.
     """
-    file, switches = run.folder / "instances.csv", len(run.result.get("skip_rate", {}))
+    file, switches = run.folder / "instances.csv", len(run.result["skip_rate"])
     if not file.exists() or not switches:
         return []
     with file.open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
-    allowed, shares = epsilon_of(run), run.env.tokens.shares
+    allowed, shares = run.result["epsilon"], run.env.tokens.shares
 
     def lost(row: dict[str, str]) -> bool:
         return float(row["quality_ref"]) - float(row["quality"]) > allowed
@@ -206,8 +187,8 @@ def _numbers(results: list[dict[str, Any]], key: str) -> NDArray:
 
 def _key(run: Run) -> tuple[str, str, str, str]:
     """Env, test rows, epsilon and backbone."""
-    test = run.result.get("data", {}).get("test", {}).get("hash", run.result["instances"])
-    return run.config["env"], str(test), f"{epsilon_of(run):g}", run.config["weights"]
+    result = run.result
+    return run.config["env"], result["data"]["test"]["hash"], f"{result['epsilon']:g}", run.config["weights"]
 
 
 def _agents(agents: dict[str, list[Run]]) -> list[AgentRuns]:

@@ -1,6 +1,4 @@
-"""One self-contained page about runs, and the same as Markdown, CSV and PNG."""
-
-from __future__ import annotations
+"""A self-contained page about runs, and the same as Markdown, CSV and PNG."""
 
 import csv
 import io
@@ -33,7 +31,7 @@ RUN_COLUMNS += ["quality_kept", "verdict", "instances", "epsilon", "folder"]
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the report: the name of its file, without an ending, its caption, and the figure."""
+    """A picture of the report: the name of its file without suffix, its caption, and the figure."""
 
     name: str
     caption: str
@@ -48,15 +46,15 @@ class Picture:
 def write_report(folders: Iterable[str | Path], output: str | Path, *, also: bool = False) -> list[Path]:
     """Write a page about runs: ``sd-gym report``.
 
-    It needs neither their backbones nor their data, and agents of your own need not be registered.
+    It needs neither backbones nor data, and agents of your own need not be registered.
 
     Args:
-        folders: Of runs, and of what ``sd_gym.evaluate`` wrote.
+        folders: Of runs and results of ``sd_gym.evaluate``.
         output: The page, an HTML file.
-        also: Whether to write the same beside it: a Markdown file, a CSV file with a line per run, and PNG files.
+        also: Whether to write also a Markdown file, a CSV file with a line per run, and PNG files.
 
     Returns:
-        The files that were written.
+        The written files.
 
     Raises:
         FileNotFoundError: If no folder holds a finished run.
@@ -72,7 +70,7 @@ def write_report(folders: Iterable[str | Path], output: str | Path, *, also: boo
     styles, runs = agent_styles(*names), sum(len(agent.runs) for agent in agents)
     with style():
         report = {
-            "title": "What was learned not to compute",
+            "title": "Results of skipping policies",
             "summary": f"{runs:,} run{'s' if runs > 1 else ''} on {len(envs)} env{'s' if len(envs) > 1 else ''}.",
             "overall": _overall(envs, styles),
             "sections": [_section(f"{number:02d}", env, styles) for number, env in enumerate(envs, start=1)],
@@ -99,10 +97,7 @@ def _main_pictures(number: str, env: EnvRuns, styles: dict[str, AgentStyle]) -> 
     """Results of all agents, their curves, and single decisions of the best agent."""
     results = figure(3.9)
     charts.draw_results(results.subplots(), {agent.name: agent.points for agent in env.agents}, styles, env.epsilon)
-    caption = (
-        "Quality and FLOPs on the test split: a filled marker is a run's selected policy, a hollow one the policy at "
-        "the end of learning, before selection."
-    )
+    caption = "Quality and FLOPs on the test split. Filled: policies as selected. Hollow: as learned, before selection."
     pictures = [Picture(f"{number}-plane", caption, results)]
     if histories := {agent.name: agent.histories for agent in env.agents if agent.histories}:
         curves = figure(4.2)
@@ -115,8 +110,8 @@ def _main_pictures(number: str, env: EnvRuns, styles: dict[str, AgentStyle]) -> 
         instances = figure(1.3 + 0.2 * len(decisions))
         charts.draw_decisions(instances.subplots(), decisions, env.switches)
         caption = (
-            f"Where the compute went for single test instances, {best.name}, seed {best.median_run.seed}: a cell per "
-            "switch, in the order of execution; after it the FLOPs. Lost: more quality than may be lost on average."
+            f"Decisions on single test instances, {best.name}, seed {best.median_run.seed}: a cell per switch, in the "
+            "order of execution, and the FLOPs. Lost: more than the allowed mean loss."
         )
         pictures.append(Picture(f"{number}-instances", caption, instances))
     return pictures
@@ -134,7 +129,7 @@ def _level_pictures(number: str, env: EnvRuns) -> list[Picture]:
 
 
 def _overall(envs: Sequence[EnvRuns], styles: dict[str, AgentStyle]) -> dict[str, Any] | None:
-    """The part of the report over all envs; ``None`` where no agent has runs on all envs."""
+    """The part of the report over all envs; ``None`` if no agent has runs on all envs."""
     shared = text.agents_on_all(envs)
     if not shared:
         return None
@@ -142,7 +137,7 @@ def _overall(envs: Sequence[EnvRuns], styles: dict[str, AgentStyle]) -> dict[str
     scores = {name: [agent.score for agent in agents] for name, agents in shared.items()}
     profiles = {name: performance_profile(of_agent, THRESHOLDS) for name, of_agent in scores.items()}
     charts.draw_profiles(picture.subplots(), profiles, styles, THRESHOLDS)
-    caption = "Performance profiles: how many runs save at least so much with the quality kept, over all envs."
+    caption = "Performance profiles: the share of runs with at least these savings and the quality kept, over all envs."
     return {
         "sentences": text.overall_sentences(envs),
         "tables": text.overall_tables(envs),
@@ -173,7 +168,7 @@ def _as_csv(envs: Sequence[EnvRuns]) -> str:
         for agent, run in env.runs:
             low, high = run.result["quality_difference_interval"]
             values = run.config | run.result | {"low": low, "high": high, "epsilon": env.epsilon}
-            values |= {f"learned_{key}": value for key, value in (run.result.get("last_policy") or {}).items()}
+            values |= {f"learned_{key}": value for key, value in (run.result["last_policy"] or {}).items()}
             values |= {"env": env.name, "agent": agent.name, "folder": str(run.folder)}
             writer.writerow([values.get(column) for column in RUN_COLUMNS])
     return lines.getvalue()

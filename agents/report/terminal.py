@@ -1,6 +1,4 @@
-"""Results for the terminal: tables and lines for rich to print."""
-
-from __future__ import annotations
+"""Results for the terminal: rich tables and lines."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,21 +8,21 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-COUNTED = {  # rows of a split that are not as they were in the data, by what happened to them
+COUNTED = {  # changes to rows of a split
     "left_out": "rows left out (an empty text)",
-    "dropped": "rows left out (they stand in a later split too)",
+    "dropped": "rows left out (they are in a later split too)",
     "of_backbone": "rows left out (the backbone was prepared on them)",
     "cut_inputs": "inputs cut",
     "cut_targets": "targets cut, or answers cut off",
 }
-DENSE_TIMES = {"dense_by_length": "dense by length", "dense_shortened": "dense, cut"}  # what times are set beside
+DENSE_TIMES = {"dense_by_length": "dense by length", "dense_shortened": "dense, cut"}
 
 
 def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType]:
-    """A result, as ``sd_gym.train`` and ``evaluate`` give it: quality, FLOPs and time, the data, and the verdict."""
+    """A result of ``sd_gym.train`` or ``evaluate``: quality, FLOPs and time, the data, and the verdict."""
     yield _quality_and_cost(title, result)
     yield from _data(result["data"])
-    if last := result.get("last_policy"):
+    if last := result["last_policy"]:
         yield _dim(f"as learned: the policy at the end of learning, before selection ({last['verdict']}).")
     cut = any(timed.get("dense_shortened") for timed in result["time"].values())
     if result["time"]:
@@ -39,16 +37,16 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
         f"[{low * 100:+.2f}, {high * 100:+.2f}] at epsilon {result['epsilon'] * 100:g} points; "
         f"{result['decisions_used']} different decisions used."
     )
-    if result.get("guarantee"):
+    if result["guarantee"]:
         yield Text(f"Guarantee: {result['guarantee']}.")
     power = f"a verdict takes {result['fewest_instances']:,} instances."
     if (allowed := result["losses_allowed"]) is not None:
-        power = f"{allowed:,} answers may be lost, with none gained, for the quality to be shown to be kept."
+        power = f"{allowed:,} answers may be lost, with none gained, and the quality is still shown to be kept."
     yield _dim(f"Power: {power}")
 
 
 def comparison_tables(title: str, columns: list[str], rows: list[list[str]], by: list[str]) -> Iterator[Table]:
-    """A table for each value of the columns ``by``, which stands in its title: 80 characters are wide enough."""
+    """A table for each value of the columns ``by``, which is its title, so that 80 characters are wide enough."""
     keys = [columns.index(name) for name in by]
     groups: dict[tuple[str, ...], list[list[str]]] = {}
     for row in rows:
@@ -73,57 +71,55 @@ def preparation_tables(output: str, report: dict[str, Any]) -> Iterator[Renderab
     by_layer = report["draw"] == "layers"
     for column in ("skipped" if by_layer else "skipped at random", "before", "after"):
         table.add_column(column, justify="right")
-    for what, key in (
-        ("layers, the least important" if by_layer else "sublayers", "quality"),
-        ("tokens", "quality_by_token_share"),
-    ):
+    sublayers = "layers, the least important" if by_layer else "sublayers"
+    for what, key in ((sublayers, "quality"), ("tokens", "quality_by_token_share")):
         for rate, after in report[key]["after"].items():
             table.add_row(f"{float(rate):.0%} of {what}", f"{report[key]['before'][rate]:.1%}", f"{after:.1%}")
     yield table
 
 
 def _quality_and_cost(title: str, result: dict[str, Any]) -> Table:
-    """Dense, the policy with its controls and levels of difficulty, and the last policy."""
+    """A table of dense, the policy, dense controls of the time, levels of difficulty, and the policy as learned."""
     split, times = result["split"], result["time"]
     shared = (f", {count} of them also in {name}" for name, count in result["data"][split]["also_in"].items())
     table = Table(title=f"{title} ({split} split, {result['instances']} instances{''.join(shared)})")
     rewards = [key for key in ("return", "regret") if result.get(key) is not None]
     for column in ("", "quality", "FLOPs", *rewards, *(f"time {size}" for size in times)):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    table.add_row("dense", f"{result['quality_ref']:.1%}", "100.0%", *[""] * len(rewards), *["100%"] * len(times))
-    own = [f"{timed['time_ratio']:.0%}" for timed in times.values()]
-    earned = [f"{result[key]:+.3f}" for key in rewards]
-    table.add_row("policy", f"{result['quality']:.1%}", f"{result['flops_ratio_with_policy']:.1%}", *earned, *own)
-    for name, shown in DENSE_TIMES.items():
-        controls = [timed.get(name) for timed in times.values()]
+
+    def figures(values: dict[str, Any]) -> list[str]:
+        shares = [f"{values[key]:.1%}" for key in ("quality", "flops_ratio_with_policy")]
+        return [*shares, *(f"{values[key]:+.3f}" for key in rewards)]
+
+    blank = [""] * len(rewards)
+    table.add_row("dense", f"{result['quality_ref']:.1%}", "100.0%", *blank, *["100%"] * len(times))
+    table.add_row("policy", *figures(result), *(f"{timed['time_ratio']:.0%}" for timed in times.values()))
+    for key, name in DENSE_TIMES.items():
+        controls = [timed.get(key) for timed in times.values()]
         if any(controls):
-            table.add_row(
-                f"  {shown}", "", "", *[""] * len(rewards), *(f"{time:.0%}" for time in controls), style="dim"
-            )
-    levels = result["by_difficulty"] if len(result["by_difficulty"]) > 1 else []
-    for level in levels:
-        shown = f"  level {level['difficulty']}", f"{level['quality']:.1%}", f"{level['flops_ratio']:.1%}"
-        table.add_row(*shown, style="dim")
-    if last := result.get("last_policy"):
-        earned = [f"{last[key]:+.3f}" for key in rewards]
-        shown = "as learned", f"{last['quality']:.1%}", f"{last['flops_ratio_with_policy']:.1%}"
-        table.add_row(*shown, *earned, style="dim")
+            table.add_row(f"  {name}", "", "", *blank, *(f"{time:.0%}" for time in controls), style="dim")
+    levels = result["by_difficulty"]
+    for level in levels if len(levels) > 1 else ():
+        cells = f"  level {level['difficulty']}", f"{level['quality']:.1%}", f"{level['flops_ratio']:.1%}"
+        table.add_row(*cells, style="dim")
+    if last := result["last_policy"]:
+        table.add_row("as learned", *figures(last), style="dim")
     return table
 
 
 def _data(data: dict[str, dict[str, Any]]) -> Iterator[Text]:
-    """Which rows each split has, how many were left out or cut, and how many are in another split too."""
+    """The rows of each split, how many were left out or cut, and how many are in another split too."""
     for split, counts in data.items():
-        shown = [f"{counts[key]} {what}" for key, what in COUNTED.items() if counts.get(key)]
+        changes = [f"{counts[key]} {what}" for key, what in COUNTED.items() if counts.get(key)]
         rows = f"{counts['instances']} instances, {counts['part']} of {counts['file']}, hash {counts['hash']}"
-        yield _dim(f"{split}: {', '.join([rows, *shown])}")
+        yield _dim(f"{split}: {', '.join([rows, *changes])}")
         for other, count in counts["also_in"].items():
             line = f"{split} overlaps {other}: {count} of its {counts['instances']} instances stand there too."
             yield Text(line, style="bold yellow")
 
 
 def _broken(cell: str) -> str:
-    """Text in brackets goes to a line of its own."""
+    """Text in brackets gets its own line."""
     return cell.replace(" (", "\n(")
 
 

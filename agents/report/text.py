@@ -1,17 +1,17 @@
-"""What runs show, in sentences and tables: the verdict first, with its power, and no more than the runs show."""
-
-from __future__ import annotations
+"""The findings of runs in sentences and tables: the verdict with its power first, and nothing beyond the evidence."""
 
 from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from sd_gym.agents.report.collect import WORST, AgentRuns, EnvRuns
+from sd_gym.agents.runs.guarantee import in_points
 from sd_gym.agents.runs.statistics import FEWEST_RUNS, aggregate, enough_runs, probability_of_improvement
 from sd_gym.agents.runs.verdict import changes_allowed, fewest_instances, losses_allowed
 
-# Of a result: the key, in what unit it is shown, and how.
+# Keys of a result, with the factor and the format to show them.
 FIGURES = (
     ("quality_difference", 100, "+.2f"),
     ("flops_ratio_with_policy", 100, ".1f"),
@@ -29,30 +29,30 @@ class Table(NamedTuple):
 
 
 def verdict_sentences(env: EnvRuns) -> list[str]:
-    """Sentences about an env: its controls, what can be told at all, who is best, and whether it beats the controls."""
+    """Sentences about an env: its controls, the power of the tests, and the best agent, compared with the others."""
     n, epsilon, dense = env.instances, env.epsilon, env.first.result["quality_ref"]
     fewest, losses = fewest_instances(epsilon), losses_allowed(n, epsilon)
-    points = f"{100 * env.epsilon:g} point{'s' if 100 * env.epsilon != 1 else ''}"
     sentences = [
         _controls(env),
-        f"The dense backbone's quality is {dense:.1%} on {env.instances:,} test instances; {points} may be lost.",
+        f"The dense backbone's quality is {dense:.1%} on {n:,} test instances; {in_points(epsilon)} may be lost.",
     ]
     if losses is None:
-        needed = f"at least {fewest:,}" if env.epsilon else "that some quality may be lost"
+        needed = f"at least {fewest:,}" if epsilon else "that some quality may be lost"
         return [
             *sentences,
-            f"These are too few instances to tell: a verdict takes {needed}. So of no agent is it said that "
-            "it keeps the quality, whatever its figures are.",
+            f"These are too few instances to tell: a verdict takes {needed}. So no agent can be shown to keep the "
+            "quality.",
         ]
     answers = f"{losses:,} answer{'s' if losses != 1 else ''}"
     sentences.append(
         f"A verdict takes {fewest:,} instances. Here {answers} may be lost with none gained, or "
-        f"{changes_allowed(n, epsilon):,} changed with as many gained as lost, for the quality to be shown to be kept."
+        f"{changes_allowed(n, epsilon):,} changed with as many gained as lost, and the quality is still shown to be "
+        "kept."
     )
     keeps = [agent for agent in env.learned if agent.kept.all()]
     best = next(iter(keeps or env.learned), None)
     if best is None:
-        return [*sentences, "There are controls only; no agent has learned here."]
+        return [*sentences, "There are only controls; no agent has learned here."]
     n, (mean, low, high) = len(best.runs), aggregate([best.flops])
     figures = f"{mean:.1f}% of the FLOPs" + (f" ({low:.1f} to {high:.1f})" if n > 1 else "")
     if keeps:
@@ -60,17 +60,16 @@ def verdict_sentences(env: EnvRuns) -> list[str]:
         sentences.append(f"{best.name} keeps the quality in {runs} and runs {figures}: by its mean it saves most.")
     else:
         sentences.append(
-            f"No agent keeps the quality in all its runs; {best.name}, which saves most where it does, keeps it in "
+            f"No agent keeps the quality in all its runs; {best.name}, which has the best score, keeps it in "
             f"{int(best.kept.sum())} of {n} and runs {figures}."
         )
-    if guarantee := best.median_run.result.get("guarantee"):
+    if guarantee := best.median_run.result["guarantee"]:
         sentences.append(f"Its median run: {guarantee}.")
-    sentences += [_against(best, other) for other in env.learned if other is not best]
+    sentences += [_against([best], [other]) for other in env.learned if other is not best]
     return [*sentences, *_against_controls(env, best)]
 
 
 def _controls(env: EnvRuns) -> str:
-    """The controls, with what they reach."""
     reached = [
         f"{agent.name} {agent.flops.mean():.1f}% (kept in {int(agent.kept.sum())} of {len(agent.runs)} runs)"
         for agent in env.agents
@@ -79,47 +78,46 @@ def _controls(env: EnvRuns) -> str:
     return f"FLOPs of the controls: {', '.join(reached)}." if reached else "There are no controls here."
 
 
-def _against(best: AgentRuns, other: AgentRuns) -> str:
-    """How an agent compares with another on an env, as far as their runs tell."""
-    return _ranked([best], [other])
-
-
-def _ranked(agents: list[AgentRuns], others: list[AgentRuns]) -> str:
-    """Whether an agent is ahead of another one, by the probability that a run of it is better; of each env its runs."""
+def _against(agents: list[AgentRuns], others: list[AgentRuns]) -> str:
+    """How an agent compares with another, by the probability that a run of it is better; with its runs on each env."""
     first, second = agents[0].name, others[0].name
-    if not _enough(agents, others):
-        return f"Against {second} nothing can be told: it takes {FEWEST_RUNS} runs each at least."
-    better, low, high = _improvement(agents, others)
+    scores = _scores(agents), _scores(others)
+    if not enough_runs(*scores):
+        return f"The runs are too few to compare it with {second}: that takes {FEWEST_RUNS} runs each."
+    better, low, high = probability_of_improvement(*scores)
     place = "is ahead of" if low > 0.5 else "is behind" if high < 0.5 else "cannot be told apart from"
-    odds = f"{better:.0%} ({low:.0%} to {high:.0%})"
-    return f"It {place} {second}: a run of {first} is better with a probability of {odds}."
+    return f"It {place} {second}: a run of {first} is better with a probability of {_interval(better, low, high)}."
+
+
+def _scores(agents: list[AgentRuns]) -> list[NDArray]:
+    return [agent.score for agent in agents]
+
+
+def _interval(mean: float, low: float, high: float, form: str = ".0%") -> str:
+    return f"{mean:{form}} ({low:{form}} to {high:{form}})"
 
 
 def _against_controls(env: EnvRuns, best: AgentRuns) -> list[str]:
-    """How the best agent compares with coins between static masks and the oracle."""
+    """How the best agent compares with the hull and the oracle."""
     sentences, by_algo = [], {agent.algo: agent for agent in reversed(env.agents)}
     if hull := by_algo.get("hull"):
         every = best.score.min() > hull.score.max()
-        if _enough([best], [hull]):
-            sentences.append(_against(best, hull))
+        if enough_runs([best.score], [hull.score]):
+            sentences.append(_against([best], [hull]))
         else:
             sentences.append(
                 f"{'Every' if every else 'Not every'} run of it saves more than the best coin between masks (hull), "
                 f"{hull.flops.mean():.1f}% of the FLOPs; no interval, as it takes {FEWEST_RUNS} runs each."
             )
         if not every and "is ahead of" not in sentences[-1]:
-            sentences.append(
-                "So it is not shown to have learned anything about its inputs that masks for all have not."
-            )
+            sentences.append("So it is not shown to have learned anything about its inputs: static masks save as much.")
     else:
         sentences.append(
             "There is no run of hull here, so whether it has learned anything about its inputs is not known: "
             "sd-gym train ENV --algo hull."
         )
     if oracle := by_algo.get("oracle"):
-        sentences.append(
-            f"The oracle, which looks at the answers, runs {oracle.flops.mean():.1f}%: a bound, and no target."
-        )
+        sentences.append(f"The oracle, which knows the answers, runs {oracle.flops.mean():.1f}%: a bound, no target.")
     return sentences
 
 
@@ -155,9 +153,9 @@ def _row(agent: AgentRuns) -> list[str]:
     ]
 
 
-def _figures(values: np.ndarray, form: str) -> str:
+def _figures(values: NDArray, form: str) -> str:
     mean, low, high = aggregate([values])
-    return f"{mean:{form}}" + (f" ({low:{form}} to {high:{form}})" if len(values) > 1 else "")
+    return _interval(mean, low, high, form) if len(values) > 1 else f"{mean:{form}}"
 
 
 def agents_on_all(envs: Sequence[EnvRuns]) -> dict[str, list[AgentRuns]]:
@@ -168,21 +166,21 @@ def agents_on_all(envs: Sequence[EnvRuns]) -> dict[str, list[AgentRuns]]:
 
 
 def overall_tables(envs: Sequence[EnvRuns]) -> list[Table]:
-    """Over all envs: who saves most with the quality kept, and how probably one is better than another."""
-    shared = agents_on_all(envs)
+    """Over all envs: savings with the quality kept, and the probability that one agent is better than another."""
+    shared, ranked, means = _ranking(envs)
     rows = []
-    for name, agents in shared.items():
-        mean, low, high = aggregate([agent.score for agent in agents])
+    for name in ranked:
+        agents = shared[name]
         runs, kept = sum(len(agent.runs) for agent in agents), sum(int(agent.kept.sum()) for agent in agents)
-        rows.append((mean, [name, str(runs), f"{mean:z.1%} ({low:z.1%} to {high:z.1%})", f"{kept} of {runs}"]))
-    ranked = [cells for _, cells in sorted(rows, key=lambda row: -row[0])]
-    tables = [Table("FLOPs saved with the quality kept, over all envs", ["agent", "runs", "saved", "kept"], ranked)]
+        rows.append([name, str(runs), _interval(*means[name], "z.1%"), f"{kept} of {runs}"])
+    tables = [Table("FLOPs saved with the quality kept, over all envs", ["agent", "runs", "saved", "kept"], rows)]
     pairs = []
-    for first, second in combinations([cells[0] for cells in ranked], 2):
-        better, low, high = _improvement(shared[first], shared[second])
+    for first, second in combinations(ranked, 2):
+        scores = _scores(shared[first]), _scores(shared[second])
+        better, low, high = probability_of_improvement(*scores)
         differ = "yes" if low > 0.5 or high < 0.5 else "no"
-        differ = differ if _enough(shared[first], shared[second]) else f"takes {FEWEST_RUNS} runs each"
-        pairs.append([first, second, f"{better:.0%} ({low:.0%} to {high:.0%})", differ])
+        differ = differ if enough_runs(*scores) else f"takes {FEWEST_RUNS} runs each"
+        pairs.append([first, second, _interval(better, low, high), differ])
     if pairs:
         columns = ["agent", "better than", "probability", "told apart"]
         tables.append(Table("Probability of improvement, a run against a run on the same env", columns, pairs))
@@ -190,10 +188,8 @@ def overall_tables(envs: Sequence[EnvRuns]) -> list[Table]:
 
 
 def overall_sentences(envs: Sequence[EnvRuns]) -> list[str]:
-    """Who is ahead over all envs, as far as the runs tell; empty where no learned agent has runs on several envs."""
-    shared = agents_on_all(envs)
-    means = {name: aggregate([agent.score for agent in agents]) for name, agents in shared.items()}
-    ranked = sorted(shared, key=lambda name: -means[name][0])
+    """Which agent is best over all envs; empty if no learned agent has runs on several envs."""
+    shared, ranked, means = _ranking(envs)
     learned = [name for name in ranked if not shared[name][0].is_control]
     if len(envs) < 2 or not learned:
         return []
@@ -203,16 +199,17 @@ def overall_sentences(envs: Sequence[EnvRuns]) -> list[str]:
     against = f"; the controls save: {controls}" if controls else ""
     return [
         f"{first} saves most with the quality kept: {mean:.1%} of the FLOPs ({low:.1%} to {high:.1%}){against}.",
-        *(_ranked(shared[first], shared[other]) for other in others),
+        *(_against(shared[first], shared[other]) for other in others),
     ]
 
 
-def _enough(agents: list[AgentRuns], others: list[AgentRuns]) -> bool:
-    return enough_runs([agent.score for agent in agents], [agent.score for agent in others])
-
-
-def _improvement(agents: list[AgentRuns], others: list[AgentRuns]) -> tuple[float, float, float]:
-    return probability_of_improvement([agent.score for agent in agents], [other.score for other in others])
+def _ranking(
+    envs: Sequence[EnvRuns],
+) -> tuple[dict[str, list[AgentRuns]], list[str], dict[str, tuple[float, float, float]]]:
+    """Agents with runs on all envs by name, their names from the best, and their scores with intervals."""
+    shared = agents_on_all(envs)
+    means = {name: aggregate(_scores(agents)) for name, agents in shared.items()}
+    return shared, sorted(shared, key=lambda name: -means[name][0]), means
 
 
 def levels_table(env: EnvRuns) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -11,7 +11,8 @@ from sd_gym.backbones.load import Backbone
 from sd_gym.errors import short
 from sd_gym.files import read_json
 
-BLIND = "blind-"  # in front of the name of an agent that sees zeros instead of the observation
+BLIND = "blind-"  # prefix of an agent's name: it observes zeros
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Data(BaseModel):
@@ -19,7 +20,7 @@ class _Data(BaseModel):
 
 
 class _Description(BaseModel):
-    """Of ``config.json``; ``sd_gym.evaluate`` writes no seed and no steps, and whether it was given a name."""
+    """``config.json``; ``sd_gym.evaluate`` writes no seed and no steps, and ``named`` if it was given a name."""
 
     env: str
     algo: str
@@ -34,7 +35,7 @@ class _Description(BaseModel):
 
 
 class _Level(BaseModel):
-    flops_ratio: float = Field(allow_inf_nan=False)
+    flops_ratio: Finite
 
 
 class _Timed(BaseModel):
@@ -42,29 +43,33 @@ class _Timed(BaseModel):
 
 
 class _Means(BaseModel):
-    """What is compared of a policy as selected, and as learned."""
+    """The compared means of a policy, as selected or as learned."""
 
-    quality_difference: float = Field(allow_inf_nan=False)
-    flops_ratio_with_policy: float = Field(allow_inf_nan=False)
-    mean_reward: float | None = Field(default=None, alias="return", allow_inf_nan=False)
-    regret: float | None = Field(default=None, allow_inf_nan=False)
+    quality_difference: Finite
+    flops_ratio_with_policy: Finite
+    mean_reward: Finite | None = Field(default=None, alias="return")
+    regret: Finite | None = None
 
 
 class _Result(_Means):
-    """Of ``result.json``, what is compared."""
+    """The compared keys of ``result.json``."""
 
     split: str
     instances: int
-    quality_ref: float = Field(allow_inf_nan=False)
+    quality_ref: Finite
     quality_difference_interval: tuple[float, float]
-    last_policy: _Means | None = None
+    epsilon: Finite
+    verdict: str
+    last_policy: _Means | None
     by_difficulty: list[_Level] = Field(min_length=1)
     time: dict[str, _Timed]
     decisions_used: int
     quality_kept: bool
     policy_flops_counted: bool
     decisions_hash: str
-    data: dict[str, dict[str, Any]] = {}
+    skip_rate: dict[str, float]
+    history: list[dict[str, Any]]
+    data: dict[str, _Data]
 
     @model_validator(mode="after")
     def _compared_at_one_size(self) -> _Result:
@@ -74,7 +79,12 @@ class _Result(_Means):
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """A run's ``config.json``; ``FileNotFoundError`` if there is none, ``ValueError`` if damaged, or not of a run."""
+    """A run's ``config.json``.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged, or not of a run.
+    """
     return _read(folder, "config.json", _Description)
 
 
@@ -105,9 +115,9 @@ def _read(folder: Path, name: str, kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def check_backbone(run: Path, before: str, backbone: Backbone) -> None:
-    """Raise ``ValueError`` if a backbone has no longer the weights (a hash) of the ``config.json`` of a run."""
+    """Raise ``ValueError`` if a backbone's weights have another hash than ``before``, of the run's ``config.json``."""
     if before != backbone.weights:
         raise ValueError(
             f"{run}: the backbone {backbone.name!r} has other weights than in training (hash {before[:12]}, now "
-            f"{backbone.weights[:12]}); bring those back, or train again"
+            f"{backbone.weights[:12]}); restore those, or train again"
         )

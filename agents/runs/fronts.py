@@ -1,6 +1,4 @@
-"""Fronts of quality and FLOPs, and how much one saves more than another at the same quality."""
-
-from __future__ import annotations
+"""Fronts of quality and FLOPs, and how much more one saves than another at the same quality."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.runs.statistics import SAMPLES
 
-LEAST = 0.1  # loss that is looked at, as a share of epsilon
+LEAST = 0.1  # the smallest loss at which fronts are compared, as a share of epsilon
 
 
 class Front(NamedTuple):
@@ -26,14 +24,14 @@ class EnvFronts:
 
     env: str  # its id
     epsilon: float  # of its objective
-    controls: dict[str, Front]  # "hull" and "blind", as far as there are runs; all runs of one are one front
-    learned: dict[str, list[Front]]  # the front of each run, by agent
+    controls: dict[str, Front]  # "hull" and "blind", if they have runs; all runs of a control make one front
+    learned: dict[str, list[Front]]  # by agent, a front per run
 
 
 def flops_at(quality: float, front_quality: NDArray, front_flops: NDArray) -> float:
-    """The fewest FLOPs with which points of mean quality ``[m]`` and FLOPs ratio ``[m]`` have a mean quality.
+    """The lowest mean FLOPs ratio at a mean quality, of points with quality ``[m]`` and FLOPs ratio ``[m]``.
 
-    Any two points can be mixed by a coin, so the front is convex. Raises ``ValueError`` if no point is that good.
+    Any two points can be mixed at random, so the front is convex. Raises ``ValueError`` if no point is that good.
     """
     good = front_quality >= quality
     if not good.any():
@@ -44,16 +42,15 @@ def flops_at(quality: float, front_quality: NDArray, front_flops: NDArray) -> fl
 
 
 def flops_at_loss(front: Front, loss: float) -> float:
-    """FLOPs ratio at which a front loses so much of the dense quality."""
+    """FLOPs ratio at which a front loses this much of the dense quality."""
     quality, flops = front.quality.mean(axis=1), front.flops_ratio.mean(axis=1)
     return flops_at(quality[-1] - loss, quality, flops)
 
 
 def flops_samples(front: Front, losses: Sequence[float], *, samples: int = SAMPLES, seed: int = 0) -> NDArray:
-    """FLOPs ratio at which a front loses so much mean quality, and a bootstrap of it over the instances.
+    """FLOPs ratios of a front at mean losses, with a bootstrap over the instances: ``[losses, 1 + samples]``.
 
-    The same seed draws the same instances, so that samples of several fronts are paired. ``[losses, 1 + samples]``; the
-    first column is of the instances as they are.
+    The same seed draws the same instances, so samples of several fronts are paired. The first column is not resampled.
     """
     n = front.quality.shape[1]
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples) / n

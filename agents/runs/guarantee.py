@@ -1,12 +1,10 @@
 """The guarantee of selection: operating points are tested in a fixed sequence, from dense to bold (Learn then Test).
 
-Angelopoulos et al. (2021), "Learn then Test", section 4.2: hypotheses that are ordered without the rows of the tests
-are tested one after the other, each at the full level, until the first that is not rejected. Whatever the order, the
-probability that a selected point loses epsilon or more is then at most one minus the confidence: such a point is
-selected only if the first of them in the sequence passes its test. A good order is a matter of power alone.
+Angelopoulos et al. (2021), "Learn then Test", section 4.2: hypotheses are ordered without the rows of the tests. They
+are tested in this order, each at the full level, until one is not rejected. Whatever the order, the probability that a
+selected point loses epsilon or more is then at most one minus the confidence: such a point is selected only if the
+first of them in the sequence passes its test. The order affects only the power.
 """
-
-from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -14,45 +12,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 POINTS = 30  # of a sequence, at most
-FINER = 2.0  # power of the levels on the way from dense: steps become shorter where losses are likely
-NOISE = 0.5  # standard errors by which a cheaper point has to lose less, for another one to be left out
+FINER = 2.0  # exponent of the levels: steps become shorter towards the boldest point, where losses are likely
+NOISE = 0.5  # a point is left out if a cheaper one loses less by this many standard errors
 
 
 def sequence(flops: NDArray, losses: NDArray, path: NDArray, most: int = POINTS) -> NDArray:
-    """The order to test operating points in, from dense to bold, as far as other rows than those of the tests tell.
+    """The order to test operating points in, from dense to bold; it is estimated on other rows than those of the tests.
 
-    Between dense and the fewest FLOPs lie ``most`` levels, finer and finer; of each level the point that loses least is
-    there. So the first steps lose almost nothing, and the last ones are short. Points that are not Pareto-efficient are
-    left out: a cheaper one loses less, and not by chance alone. Ties stay, as rows that a policy has learned on may
-    show no loss at all; and versions of one policy do not oust each other, as they are a path already.
+    The range from dense to the fewest FLOPs is cut into ``most`` levels, finer towards the end. Each level keeps the
+    point that loses least. So the first steps lose almost nothing, and the last ones are short. A point is left out if
+    a cheaper one loses less, by more than chance. Ties stay, as rows that a policy has learned on may show no loss.
+    Versions of one policy do not exclude each other: they are in order already.
 
     Args:
         flops: Mean FLOPs over dense FLOPs, ``[points]``.
         losses: Quality that each row loses at each point, ``[points, rows]``.
-        path: Of each point, a number that versions of one policy share, ``[points]``.
+        path: A number per point, the same for all versions of one policy, ``[points]``.
         most: Points of the sequence, at most.
 
     Returns:
-        Numbers of the points, int64 ``[at most most]``, down in FLOPs.
+        Indices of the points, int64 ``[at most most]``, by falling FLOPs.
     """
     cheaper = np.flatnonzero(flops < 1)
     if not len(cheaper):
         return cheaper
     loss = losses.mean(axis=1)
-    way = (1 - flops[cheaper]) / (1 - flops[cheaper].min())  # from dense to the boldest
-    level = np.minimum(most * (1 - (1 - way) ** (1 / FINER)), most - 1).astype(np.int64)
+    boldness = (1 - flops[cheaper]) / (1 - flops[cheaper].min())  # 0: dense, 1: the boldest point
+    level = np.minimum(most * (1 - (1 - boldness) ** (1 / FINER)), most - 1).astype(np.int64)
     by_level = np.lexsort((flops[cheaper], loss[cheaper], level))
     best = cheaper[by_level[np.unique(level[by_level], return_index=True)[1]]]  # the first one of each level
-    more = loss[best][:, None] - loss[best]  # that each point loses more than each other one
+    more = loss[best][:, None] - loss[best]  # loss of each point minus that of each other one
     covariance = np.atleast_2d(np.cov(losses[best], bias=True))
     variance = np.diag(covariance)
     error = np.sqrt(np.maximum(variance[:, None] + variance - 2 * covariance, 0) / losses.shape[1])
-    ousted = (more > NOISE * error) & (path[best][:, None] != path[best])
-    kept: list[int] = []  # from bold to dense
-    for one in reversed(range(len(best))):
-        if not ousted[one, kept].any():
-            kept.append(one)
-    return best[kept[::-1]]
+    dominated = (more > NOISE * error) & (path[best][:, None] != path[best])
+    efficient: list[int] = []  # from bold to dense
+    for point in reversed(range(len(best))):
+        if not dominated[point, efficient].any():
+            efficient.append(point)
+    return best[efficient[::-1]]
 
 
 class Tested(NamedTuple):
@@ -60,25 +58,26 @@ class Tested(NamedTuple):
 
     flops_ratio: float  # over dense FLOPs, a mean, without the FLOPs of deciding
     flops_ratio_with_policy: float
-    loss: float  # quality lost, a mean; negative where some is gained
-    highest_loss: float  # the upper bound of the loss, one-sided, at the confidence of the selection
+    loss: float  # mean quality lost; negative: gained
+    highest_loss: float  # the one-sided upper bound of the loss, at the confidence of the selection
     passed: bool  # whether it is shown to lose less than epsilon
 
 
 def guarantee(rows: int, epsilon: float, confidence: float, is_dense: bool) -> str:
-    """In words, what selection says of the point that it has selected."""
-    less = f"less than {_points(epsilon)} with {100 * confidence:g}% confidence"
+    """The guarantee of the selected point, in words."""
+    less = f"less than {in_points(epsilon)} with {100 * confidence:g}% confidence"
     if is_dense:
         return f"dense: on {rows:,} rows no operating point is shown to lose {less}"
     return f"selected on {rows:,} rows: loses {less}"
 
 
 def on_other_rows(instances: int, split: str, difference: float, interval: tuple[float, float]) -> str:
-    """In words, what was lost on other rows, with its 95% interval: ``quality - quality_ref`` is given."""
+    """The loss on other rows, in words; ``difference`` is ``quality - quality_ref``, with its 95% interval."""
     low, high = (100 * bound + 0.0 for bound in (-interval[1], -interval[0]))
     return f"on {instances:,} {split} rows it lost {-100 * difference + 0.0:.1f} ({low:.1f} to {high:.1f})"
 
 
-def _points(epsilon: float) -> str:
+def in_points(epsilon: float) -> str:
+    """A quality in words: 0.01 is ``1 point``."""
     points = 100 * epsilon
     return f"{points:g} point{'' if points == 1 else 's'}"

@@ -1,12 +1,10 @@
 """Statistics of a few runs: robust means with intervals, profiles, and areas under fronts.
 
 Aggregates are those of Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical Precipice":
-runs are drawn anew for each env on its own (a stratified bootstrap). ``scores`` are a list with an array ``[runs]`` per
-env; envs may have different numbers of runs. Intervals are 95% percentile intervals of ``samples`` bootstrap samples.
-The paper's library, rliable, has heavy dependencies and needs an old pandas; the tests compare with it.
+runs are resampled within each env (a stratified bootstrap). ``scores`` are a list with an array ``[runs]`` per env;
+envs may have different numbers of runs. Intervals are 95% percentile intervals of ``samples`` bootstrap samples. The
+paper's library, rliable, has heavy dependencies and needs an old pandas; the tests compare with it.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -15,21 +13,19 @@ from numpy.typing import NDArray
 
 Scores = Sequence[NDArray]
 SAMPLES = 2000  # of a bootstrap
-LEVEL = 0.95
-FEWEST_RUNS = 5  # of each side, for two algorithms to be told apart: a bootstrap of fewer is too sure (Agarwal et al.)
-BOUNDS = 50 * (1 - LEVEL), 50 * (1 + LEVEL)  # percentiles
+FEWEST_RUNS = 5  # per algorithm, to compare two of them: intervals from fewer runs are too narrow (Agarwal et al.)
+BOUNDS = 2.5, 97.5  # percentiles of a 95% interval
 
 
 def bootstrap_interval(values: NDArray, seed: int = 0) -> tuple[float, float]:
     """95% percentile interval of the mean of paired differences ``[n]``."""
     random = np.random.default_rng(seed)
     means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(SAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return interval(np.array(means))
 
 
 def interquartile_mean(scores: NDArray) -> NDArray:
-    """Mean of the middle half of ``[..., runs]``: a quarter is cut off at each end, rounded down to whole runs."""
+    """Mean of the middle half of ``[..., runs]``: each end loses a quarter, rounded down to whole runs."""
     cut = scores.shape[-1] // 4
     return np.sort(scores, axis=-1)[..., cut : scores.shape[-1] - cut].mean(axis=-1)
 
@@ -57,28 +53,28 @@ def performance_profile(
 def probability_of_improvement(
     scores: Scores, others: Scores, *, samples: int = SAMPLES, seed: int = 0
 ) -> tuple[float, float, float]:
-    """How probably a run of one algorithm is better than one of another on the same env, and its interval.
+    """Probability that a run of one algorithm is better than one of another on the same env, and its interval.
 
-    The mean over envs of the Mann-Whitney statistic; equal scores count half. Raises ``ValueError`` if there are not
-    the same envs.
+    The mean over envs of the Mann-Whitney statistic; equal scores count half. Raises ``ValueError`` if the numbers of
+    envs differ.
     """
     if len(scores) != len(others):
         raise ValueError(f"expected scores of the same envs, got {len(scores)} and {len(others)} of them")
-    pairs = list(zip(_drawn(scores, samples, seed), _drawn(others, samples, seed + 1), strict=True))
-    drawn = np.mean([_better(one, other) for one, other in pairs], axis=0)
-    observed = np.mean([_better(one[None], other[None])[0] for one, other in zip(scores, others, strict=True)])
-    return float(observed), *interval(drawn)
+    pairs = zip(_drawn(scores, samples, seed), _drawn(others, samples, seed + 1), strict=True)
+    drawn = np.mean([_better(first, second) for first, second in pairs], axis=0)
+    observed = [_better(first[None], second[None])[0] for first, second in zip(scores, others, strict=True)]
+    return float(np.mean(observed)), *interval(drawn)
 
 
 def enough_runs(scores: Scores, others: Scores) -> bool:
-    """Whether there are runs enough on each env for two algorithms to be told apart."""
+    """Whether both algorithms have enough runs on each env to be compared."""
     return min(map(len, [*scores, *others])) >= FEWEST_RUNS
 
 
 def curve_interval(curves: NDArray, *, samples: int = SAMPLES, seed: int = 0) -> tuple[NDArray, NDArray, NDArray]:
     """Interquartile mean over runs at each point of ``curves [runs, points]``, and its interval, each ``[points]``.
 
-    Whole runs are drawn.
+    The bootstrap resamples whole runs.
     """
     chosen = np.random.default_rng(seed).integers(len(curves), size=(samples, len(curves)))
     low, high = np.percentile(interquartile_mean(curves.T[:, chosen]), BOUNDS, axis=1)
@@ -92,9 +88,9 @@ def interval(values: NDArray) -> tuple[float, float]:
 
 
 def pareto_front(quality: NDArray, flops_ratio: NDArray) -> NDArray:
-    """Points that no other one beats in quality ``[n]`` and FLOPs ``[n]``, int64 ``[front]``, from the cheapest on.
+    """Indices of the Pareto front of quality ``[n]`` and FLOPs ``[n]``, int64 ``[front]``, the cheapest first.
 
-    Of equal points one is there.
+    Of equal points the front has one.
     """
     order = np.lexsort((-quality, flops_ratio))
     best = np.maximum.accumulate(np.concatenate([[-np.inf], quality[order][:-1]])) if len(order) else quality
@@ -106,21 +102,21 @@ def hypervolume(quality: NDArray, flops_ratio: NDArray, reference: tuple[float, 
 
     ``reference`` is a quality and a FLOPs ratio; points that are worse in either add nothing.
     """
-    worst, dearest = reference
-    inside = (quality > worst) & (flops_ratio < dearest)
+    worst, highest = reference
+    inside = (quality > worst) & (flops_ratio < highest)
     quality, flops_ratio = quality[inside], flops_ratio[inside]
     front = pareto_front(quality, flops_ratio)
-    width = np.diff(np.append(flops_ratio[front], dearest))
+    width = np.diff(np.append(flops_ratio[front], highest))
     return float((width * (quality[front] - worst)).sum())
 
 
 def _drawn(scores: Scores, samples: int, seed: int) -> list[NDArray]:
-    """Runs drawn with replacement, for each env on its own: ``[samples, runs]`` an env."""
+    """Runs drawn with replacement within each env: ``[samples, runs]`` per env."""
     random = np.random.default_rng(seed)
-    return [np.asarray(one)[random.integers(len(one), size=(samples, len(one)))] for one in scores]
+    return [np.asarray(runs)[random.integers(len(runs), size=(samples, len(runs)))] for runs in scores]
 
 
-def _better(one: NDArray, other: NDArray) -> NDArray:
-    """Share of the pairs of runs in which one is better, ``[samples]``; of ``[samples, runs]`` each."""
-    above = (one[:, :, None] > other[:, None, :]).mean(axis=(1, 2))
-    return above + 0.5 * (one[:, :, None] == other[:, None, :]).mean(axis=(1, 2))
+def _better(first: NDArray, second: NDArray) -> NDArray:
+    """Share of the pairs of runs ``[samples, runs]`` in which the first is better, ``[samples]``."""
+    above = (first[:, :, None] > second[:, None, :]).mean(axis=(1, 2))
+    return above + 0.5 * (first[:, :, None] == second[:, None, :]).mean(axis=(1, 2))

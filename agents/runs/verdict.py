@@ -1,6 +1,4 @@
-"""Is the quality kept? A non-inferiority test that wants evidence, also where nothing disagrees."""
-
-from __future__ import annotations
+"""Is the quality kept? A non-inferiority test that also works where no answer differs from the dense one."""
 
 import math
 from bisect import bisect_left
@@ -16,7 +14,7 @@ CONFIDENCE = 0.95  # one-sided
 
 
 class Verdict(StrEnum):
-    """A policy's quality is kept, this is not shown, or no result could show it."""
+    """The quality is kept, it is not shown to be kept, or no result on so few instances could show it."""
 
     KEPT = "quality kept"
     NOT_SHOWN = "quality not shown to be kept"
@@ -24,9 +22,9 @@ class Verdict(StrEnum):
 
 
 def fewest_instances(epsilon: float, worst: float = 1.0, confidence: float = CONFIDENCE) -> float:
-    """Instances below which no result, not even one without any loss, shows that the quality is kept.
+    """With fewer instances no result, not even one without any loss, shows that the quality is kept.
 
-    If an instance in ``worst / epsilon`` lost all that it can (``worst``), ``n`` instances would show no loss with
+    If one instance in ``worst / epsilon`` loses all that it can (``worst``), ``n`` instances show no loss with
     probability ``(1 - epsilon / worst)^n``: at one point and 95%, 299 instances are needed (the "rule of three").
     ``confidence`` is one-sided, from 0.5 to below 1.
     """
@@ -36,22 +34,22 @@ def fewest_instances(epsilon: float, worst: float = 1.0, confidence: float = CON
         return math.inf
     errors = norm.ppf(confidence)  # standard errors of a normal distribution
     by_chance = math.log1p(-confidence) / math.log1p(-epsilon / worst)
-    by_score = errors**2 * (worst - epsilon) / epsilon  # what decides where more than 95% is asked for
+    by_score = errors**2 * (worst - epsilon) / epsilon  # the larger one above 95% confidence
     return math.ceil(max(by_chance, by_score))
 
 
 def losses_allowed(n: int, epsilon: float, confidence: float = CONFIDENCE) -> int | None:
-    """How many of ``n`` answers may be lost, none being gained, for the verdict to be "quality kept".
+    """How many of ``n`` answers may be lost, with none gained, for the verdict "quality kept".
 
-    ``None`` if there are too few instances to tell; arguments as in ``verdict``.
+    ``None`` if the instances are too few; arguments as in ``verdict``.
     """
     return _most(n, epsilon, confidence, lambda lost: (-lost / n, lost / n))
 
 
 def changes_allowed(n: int, epsilon: float, confidence: float = CONFIDENCE) -> int | None:
-    """How many of ``n`` answers may change, half of them gained and half lost, for the verdict to be "quality kept".
+    """How many of ``n`` answers may change, half of them gained and half lost, for the verdict "quality kept".
 
-    Two answers change together, so it is an even number; see ``losses_allowed``.
+    They change in pairs, so it is an even number; see ``losses_allowed``.
     """
     most = _most(n, epsilon, confidence, lambda pairs: (0.0, min(1.0, 2 * pairs / n)))
     return None if most is None else min(2 * most, n - n % 2)
@@ -68,10 +66,10 @@ def _most(n: int, epsilon: float, confidence: float, outcome: Callable[[int], tu
 def verdict(quality: NDArray, quality_ref: NDArray, epsilon: float, confidence: float = CONFIDENCE) -> Verdict:
     """Non-inferiority: is the mean of ``quality - quality_ref`` above ``-epsilon``?
 
-    A score test: its variance is that under the hypothesis that just so much is lost, and of all such hypotheses the
-    least favourable, in which some instances lose all that they can (``worst``). Of paired binary outcomes it is close
-    to Tango's (1998, Statistics in Medicine 17, equation 3). It has a variance where nothing disagrees, and holds for
-    graded outcomes too. The exact binomial probability of so small a loss is asked as well, for few instances.
+    A score test. Its variance is that under the hypothesis that exactly epsilon is lost: the least favourable one, in
+    which some instances lose all that they can (``worst``). For paired binary outcomes it is close to Tango's (1998,
+    Statistics in Medicine 17, equation 3). It has a variance where no answer differs, and holds for graded outcomes.
+    For few instances, the exact binomial probability of so small a loss has to be small enough as well.
     ``tests/agents/runs/test_verdict.py`` simulates both. ``quality [n]`` is at least 0, ``quality_ref [n]`` dense, and
     ``confidence`` one-sided.
     """
@@ -86,7 +84,7 @@ def verdict(quality: NDArray, quality_ref: NDArray, epsilon: float, confidence: 
 def highest_loss(quality: NDArray, quality_ref: NDArray, confidence: float = CONFIDENCE) -> float:
     """The upper bound of the mean loss at a one-sided confidence: the least epsilon at which the quality is kept.
 
-    It inverts ``verdict``, by bisection; arguments as there. Without any instance it is the most that can be lost.
+    It inverts ``verdict`` by bisection; arguments as there. Without instances it is the largest possible loss.
     """
     low, high = 0.0, _worst(quality_ref)
     while high - low > 1e-6:
@@ -102,7 +100,7 @@ def _worst(quality_ref: NDArray) -> float:
 
 
 def _shown(mean: float, square: float, n: int, epsilon: float, worst: float, confidence: float) -> bool:
-    """Whether ``n`` differences with this mean, and this mean of their squares, show that less than epsilon is lost."""
+    """Whether ``n`` differences with this mean and mean square show that less than epsilon is lost."""
     if mean <= -epsilon:
         return False
     if epsilon >= worst:

@@ -214,7 +214,7 @@ def _switchable(
         head, label2id = family.head_to_prepare(stored, backbone.answers, train)
         if head is None and (stored is None or stored.gives not in family.gives):
             raise ValueError(f"the backbone {backbone.name!r} does not generate text, which {task} needs")
-    model, tokenizer = load_model(backbone.name, head=head, num_labels=label2id and len(label2id))
+    model, tokenizer = load_model(backbone.name, head=head, num_labels=None if label2id is None else len(label2id))
     if label2id is not None:
         model.config.label2id = label2id
         model.config.id2label = {index: word for word, index in label2id.items()}

@@ -228,7 +228,7 @@ def test_bad_backbones(reviews, tmp_path, tiny_tokenizer):
         gym.make(**arguments, backbone="./missing")
     bloom = tmp_path / "bloom"
     BloomForCausalLM(BloomConfig(vocab_size=10, hidden_size=8, n_layer=1, n_head=2)).save_pretrained(bloom)
-    with pytest.raises(UnsupportedArchitectureError, match=r"'bloom'; known are: bart, bert, distilbert"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"'bloom'; supported: bart, bert, distilbert"):
         gym.make(**arguments, backbone=str(bloom))
     headless = tmp_path / "headless"
     BertModel(BertConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(

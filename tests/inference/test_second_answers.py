@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sd_gym.agents.experiment.export import leaving
+from sd_gym.agents.experiment.export import export
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForSequenceClassification, TextStreamer
 
@@ -197,7 +197,7 @@ def test_the_mini_backbone_writes_on_texts_what_it_writes_in_the_env():
     assert 0 < went_on.sum() < 16
     quality, dense = split.scoring.quality(every, decisions)
     assert (quality[went_on] == dense[went_on]).all()
-    model = sd_gym.load(leaving(core, policy, (), {}))
+    model = sd_gym.load(export(core, policy, (), {}))
     came = model([one.source for one in split.instances])
     inputs = split.passes.inputs(every)
     written = model.model.generate(inputs["input_ids"], max_new_tokens=core.config.backbone.max_target_length)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sd_gym.agents.learning.decisions import decide_and_score
+from sd_gym.agents.learning.decisions import outcomes
 
 from sd_gym.tasks.difficulty import means_by, quartiles
 from tests.conftest import dense_policy
@@ -49,7 +49,7 @@ def test_the_datas_own_levels_come_first(tmp_path, tiny_backbone):
 def test_scoring_is_not_changed_by_looking_at_difficulty(settings):
     core = gym.make("SD/Classification-Custom-v0", **settings).unwrapped.core
     policy = dense_policy("SD/Classification-Custom-v0", **settings)
-    before = decide_and_score(core, policy, core.split("test"))
+    before = outcomes(core, policy, core.split("test"))
     assert core.split("test").levels.shape == (4,)
-    after = decide_and_score(core, policy, core.split("test"))
+    after = outcomes(core, policy, core.split("test"))
     assert all(np.array_equal(before[name], after[name]) for name in before)

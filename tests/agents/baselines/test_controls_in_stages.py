@@ -7,7 +7,7 @@ import torch
 from sd_gym.agents import make_agent
 from sd_gym.agents.baselines.cascade import CascadePoint
 from sd_gym.agents.baselines.early_exit import Confidences, Exit
-from sd_gym.agents.learning.decisions import decide_and_score, score_decisions
+from sd_gym.agents.learning.decisions import outcomes, score_decisions
 
 from sd_gym.envs.spaces import flat_size
 from sd_gym.policy import DecisionPolicy
@@ -48,7 +48,7 @@ def test_a_cascade_is_one(mask, share, keys):
     threshold = np.append(sure, sure[-1] + 1e-4)[round(share * len(rows))] - 1e-6
     decisions, spent = CascadePoint(core.from_masks(mask[None])[0], threshold, Confidences()).decide_split(split, rows)
     wanted = score_decisions(core, split, rows, decisions)
-    came = decide_and_score(core, constant(core, mask, np.log(threshold / (1 - threshold))), split)
+    came = outcomes(core, constant(core, mask, np.log(threshold / (1 - threshold))), split)
     np.testing.assert_array_equal(came["decision"], np.tile(mask, (len(rows), 1)))
     np.testing.assert_array_equal(came["quality"], wanted["quality"])
     np.testing.assert_allclose(came["flops_ratio"], wanted["flops_ratio"] + spent / split.costs.dense_flops(rows))
@@ -65,7 +65,7 @@ def test_an_early_exit_is_the_mask_that_skips_the_rest_and_going_on(layer, keys)
     decisions, spent = Exit(agent, np.array([threshold, 1.01])).decide_split(split, rows)
     assert 0 < (leaves := decisions.any(axis=1)).sum() < len(rows)
     wanted = score_decisions(exits.core, split, rows, decisions)
-    came = decide_and_score(core, constant(core, mask, np.log(threshold / (1 - threshold))), split)
+    came = outcomes(core, constant(core, mask, np.log(threshold / (1 - threshold))), split)
     np.testing.assert_array_equal(came["quality"], wanted["quality"])
     np.testing.assert_allclose(came["flops_ratio"], wanted["flops_ratio"] + spent / split.costs.dense_flops(rows))
     assert ((came["flops_ratio"] > 1) == ~leaves).all()

@@ -49,7 +49,7 @@ def test_confidence_exits_at_the_stages_by_a_threshold_of_each(settings):
     np.testing.assert_array_equal(decided.decisions, expected)
     np.testing.assert_array_equal(decided.flops, np.where(sure, 0, split.costs.head_flops(rows)))
     once = gym.make_vec("SD/Classification-Custom-v0", num_envs=1, **settings).unwrapped
-    with pytest.raises(ValueError, match="confidence looks at the stages"):
+    with pytest.raises(ValueError, match="confidence decides at the stages"):
         make_agent("confidence", once)
 
 
@@ -61,16 +61,13 @@ def test_confidence_has_a_threshold_for_each_stage(settings, monkeypatch):
     env = gym.make_vec("SD/Classification-Custom-Staged-v0", num_envs=1, **keys).unwrapped
     agent = make_agent("confidence", env)
 
-    def score(core, split, rows, decisions):
-        ran = 6 - decisions[:, :-1].sum(axis=1)
-        return {
-            "quality": 1.0 * ((rows % 2 == 0) | (ran == 6)),
-            "quality_ref": np.ones(len(rows)),
-            "flops_ratio": ran / 6,
-        }
+    def score(core, split, rows, masks):
+        ran = np.repeat(6 - masks[:, :-1].sum(axis=1, keepdims=True), len(rows), axis=1)
+        quality = 1.0 * ((rows % 2 == 0) | (ran == 6))
+        return {"quality": quality, "quality_ref": np.ones(ran.shape), "flops_ratio": ran / 6}
 
     sure = np.array([[0.6, 0.6, 0.6], [0.55, 0.9, 0.9]])
-    monkeypatch.setattr(early_exit, "score_decisions", score)
+    monkeypatch.setattr(early_exit, "score_masks", score)
     monkeypatch.setattr(agent, "confidence", lambda split, rows: sure[rows % 2])
     *single, lossless = agent.operating_points()[: len(early_exit.THRESHOLDS)]
     exits = [early_exit.exits_of(sure, point.policy.thresholds).tolist() for point in single]

@@ -3,7 +3,7 @@
 import gymnasium as gym
 import pytest
 from sd_gym.agents import make_agent
-from sd_gym.agents.experiment.references import write_references
+from sd_gym.agents.experiment.tabulation import write_references
 from sd_gym.agents.report.compare import COLUMNS, cells, compare
 
 import sd_gym

@@ -28,7 +28,7 @@ def good_in(core, split):
 def test_exhaustive_search_finds_the_cheapest_good_decision_of_each_instance(env):
     core, split = env.core, env.core.split("train")
     rows = np.arange(len(split))
-    found = exhaustive_search(core, split, rows, good_in(core, split), nobody)
+    found = exhaustive_search(core, split, rows, good_in(core, split))
     _, quality, ratio = everything(core, split)
     cheapest = np.where(quality >= quality[0], ratio, np.inf).min(axis=0)
     np.testing.assert_allclose(split.costs.flops_ratio(rows, found), cheapest)
@@ -37,10 +37,10 @@ def test_exhaustive_search_finds_the_cheapest_good_decision_of_each_instance(env
 def test_a_wider_beam_is_never_worse_and_always_good(env):
     core, split = env.core, env.core.split("train")
     rows, good = np.arange(len(split)), good_in(env.core, env.core.split("train"))
-    best = split.costs.flops_ratio(rows, exhaustive_search(core, split, rows, good, nobody))
+    best = split.costs.flops_ratio(rows, exhaustive_search(core, split, rows, good))
     last = np.ones(len(rows))
     for width in (1, 4, 64):
-        found = beam_search(core, split, rows, list(np.arange(core.n_switches)), good, nobody, width=width)
+        found = beam_search(core, split, rows, list(np.arange(core.n_switches)), good, width=width)
         assert good(rows, found).all()
         ratio = split.costs.flops_ratio(rows, found)
         assert ratio.mean() <= last.mean() + 1e-12

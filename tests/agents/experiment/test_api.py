@@ -90,7 +90,7 @@ def test_what_is_written_stands_beside_runs(custom, tmp_path):
     sd_gym.evaluate(CUSTOM, half, "validation", tmp_path / "validation", **custom)
     sd_gym.train(CUSTOM, "dense", tmp_path / "dense", steps=1, **custom)
     (tmp_path / "notes.txt").write_text("no run")
-    with pytest.warns(UserWarning, match=r"passed over, as they hold no .*/notes.txt, .*/validation$"):
+    with pytest.warns(UserWarning, match=r"ignored, as they hold no .*/notes.txt, .*/validation$"):
         rows = sd_gym.compare(sorted(tmp_path.glob("[dhnv]*")))
     assert [row["agent"] for row in rows] == ["dense", "half (its own FLOPs not counted)"]
     assert rows[1]["flops_ratio"] == result["flops_ratio"]

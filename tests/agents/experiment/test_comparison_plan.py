@@ -36,7 +36,7 @@ def test_a_blind_agent_begins_with_what_sees_nothing_and_settings_go_to_who_has_
     [
         ({"algos": ["pp0"]}, "did you mean 'ppo'"),
         ({"algos": ["ppo-from-statc"]}, "did you mean 'static'"),
-        ({"algos": ["dense-from-static"]}, "dense begins with no other run"),
+        ({"algos": ["dense-from-static"]}, "dense cannot start from another run"),
         ({"envs": [CUSTOM, "SD/Clasification-Mini-v0"]}, "did you mean 'SD/Classification-Mini-v0'"),
         ({"settings": {"n_stepz": 3}}, "unknown setting 'n_stepz'"),
     ],

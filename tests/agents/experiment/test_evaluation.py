@@ -8,7 +8,7 @@ import pytest
 import torch
 from sd_gym.agents.experiment import evaluation
 from sd_gym.agents.experiment.evaluation import time_ratio
-from sd_gym.agents.experiment.export import leaving
+from sd_gym.agents.experiment.export import export
 from torch.utils.flop_counter import FlopCounterMode
 
 import sd_gym.execution.split
@@ -123,7 +123,7 @@ def test_a_policy_that_looks_at_answers_is_timed_going_on(settings):
         parts = [picked for picked, _ in split.passes.planned(rows, 0 * core.to_masks(decisions))]
         executed = split.costs.executed_flops(rows, decisions, parts) + len(rows) * policy.flops
         model = core.backbone.model
-        artefact = leaving(core, policy, (), {})
+        artefact = export(core, policy, (), {})
         run = evaluation._contestants(core, policy, artefact, split, rows, decisions[:, -2])[1]
         model.set_attn_implementation("eager")
         try:

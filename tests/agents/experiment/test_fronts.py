@@ -3,7 +3,7 @@
 import numpy as np
 from sd_gym.agents import make_agent
 from sd_gym.agents.experiment.fronts import _compared, front_of
-from sd_gym.agents.learning.decisions import decide_and_score
+from sd_gym.agents.learning.decisions import outcomes
 
 
 def test_the_interval_is_that_of_the_mean_over_runs():
@@ -22,7 +22,7 @@ def test_a_front_is_what_each_policy_reaches_alone(env):
     split = env.core.split("validation")
     front = front_of(env.core, split, policies)
     for policy, quality, flops in zip(policies, front.quality, front.flops_ratio, strict=False):
-        alone = decide_and_score(env.core, policy, split)
+        alone = outcomes(env.core, policy, split)
         own = policy.flops / split.costs.dense_flops(np.arange(len(split))) if policy.head.weight.any() else 0
         np.testing.assert_array_equal(quality, alone["quality"])
         np.testing.assert_allclose(flops, alone["flops_ratio"] + own)

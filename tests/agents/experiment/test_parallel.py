@@ -114,7 +114,7 @@ def test_what_fails_or_dies_stops_nothing_and_is_done_again_alone(settings, flak
     messages = {word.run.folder.name: word.message for word in words}
     assert messages["fails-0"] == "RuntimeError: the cat sat on it"
     assert "exit code -9" in messages["dies-0"]
-    assert messages["a2c-from-fails-0"].endswith("fails-0, which it begins with, failed")
+    assert messages["a2c-from-fails-0"].endswith("fails-0, which it starts from, failed")
 
     before = written(tmp_path / "two/Classification-Custom/a2c-0")
     states_now = states(train_many(runs, imports=[flaky]))

@@ -113,7 +113,7 @@ def test_a_changed_result_is_caught(run, name):
     else:
         value = not value if isinstance(value, bool) else value * 0.9 if isinstance(value, float) else value + 1
     change_result(run, **{name: value})
-    with pytest.raises(ReplayError, match=rf"result\.json: {name}\b.* is .* there, and .* played again"):
+    with pytest.raises(ReplayError, match=rf"result\.json: {name}\b.* is .* there, and .* replayed"):
         replay(run)
 
 
@@ -132,7 +132,7 @@ def test_what_is_no_decision_is_caught(run, decision):
     rows = rows_of(run)
     rows[0]["decision"] = decision
     write_rows(run, rows)
-    with pytest.raises(ReplayError, match="expected a line an instance"):
+    with pytest.raises(ReplayError, match="expected a line per instance"):
         replay(run)
 
 

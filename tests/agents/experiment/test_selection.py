@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sd_gym.agents import make_agent
 from sd_gym.agents.experiment.selection import Selection
-from sd_gym.agents.learning.decisions import DENSE_MARGIN, MARGINS, Version, decide_and_score, outcomes, versions
+from sd_gym.agents.learning.decisions import DENSE_MARGIN, MARGINS, Version, outcomes, versions
 
 from sd_gym.config import RewardConfig
 from sd_gym.policy import DecisionPolicy
@@ -130,9 +130,9 @@ def test_versions_of_a_policy_go_from_dense_to_bold(env):
 def test_the_validation_reward_is_the_objectives(custom):
     env = gym.make_vec(CUSTOM, num_envs=4, penalty=2.0, **custom).unwrapped
     policy = make_agent("random", env, rate=0.9).policy()
-    entry = Selection(env.core).consider(100, policy, env.objective)
+    entry = Selection(env.core).validate(100, policy, env.objective)
     assert entry["quality"] != entry["quality_ref"]
     saved = 1 - entry["flops_ratio"]
-    scored = decide_and_score(env.core, policy, env.core.split("validation"))
+    scored = outcomes(env.core, policy, env.core.split("validation"))
     lost = (scored["quality_ref"] - scored["quality"]).mean()
     assert entry["reward"] == pytest.approx(saved - 2.0 * lost)

@@ -10,7 +10,6 @@ import torch
 from sd_gym.agents.baselines.search import path_losses
 from sd_gym.agents.baselines.static import MASKS
 from sd_gym.agents.experiment.run import load_run, train
-from sd_gym.agents.imitation.agent import SEARCHED, read_search
 from sd_gym.agents.registry import make_agent
 from stable_baselines3.common.logger import configure
 
@@ -78,7 +77,6 @@ def test_a_path_of_layers_is_learned_from_searched_here_or_by_static(env, custom
     assert len(np.unique(decided, axis=0)) > 1
     np.testing.assert_array_equal(decided[:, :-1:2], decided[:, 1:-1:2])  # layers are skipped whole
     agent.save_extra(tmp_path)
-    (tmp_path / SEARCHED).unlink()
     again = make_agent("imitation", env, epochs=1, path=tmp_path)
     again.learn(1, configure(None, []), lambda rollout: None)
     np.testing.assert_array_equal(again.searched.path, path)
@@ -107,18 +105,6 @@ def test_a_blind_imitation_finds_the_best_mask_of_the_path(env, tmp_path):
     assert len(decided) == 1
     price = flops + 2.0 * learned[1].mean(axis=0)
     assert price[(path == decided).all(axis=1)] <= price.min() + 0.1
-
-
-def test_a_search_can_be_taken_over(custom, tmp_path):
-    runs = {}
-    for name, path in (("first", None), ("again", tmp_path / "first")):
-        train(CUSTOM, "imitation", tmp_path / name, steps=1, settings={**custom, "path": path})
-        runs[name] = [(tmp_path / name / file).read_bytes() for file in ("policy.safetensors", SEARCHED)]
-    assert runs["first"] == runs["again"]
-    with pytest.raises(ValueError, match="7 components and rows up to 31; expected 7 components, and rows of a train"):
-        read_search(tmp_path / "first", 30, np.full(7, 2))
-    with pytest.raises(ValueError, match="expected 6 components"):
-        read_search(tmp_path / "first", 32, np.full(6, 2))
 
 
 @pytest.mark.parametrize("algo", ["imitation", "blind-imitation"])

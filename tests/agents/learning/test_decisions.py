@@ -2,14 +2,14 @@
 
 import numpy as np
 import torch
-from sd_gym.agents.learning.decisions import decide_and_score, decision_flops, score_decisions
+from sd_gym.agents.learning.decisions import decision_flops, outcomes, score_decisions
 from sd_gym.agents.registry import make_agent
 
 
 def test_evaluation_walks_the_split_in_order(env):
     split = env.core.split("train")
     policy = make_agent("random", env).policy()
-    scored = decide_and_score(env.core, policy, split)
+    scored = outcomes(env.core, policy, split)
     rows = np.arange(len(split))
     outcome = env.core.score(split, rows, scored["decision"])
     for name in ("quality", "quality_ref", "flops_ratio"):
@@ -31,9 +31,9 @@ def test_a_walk_is_scored_as_its_decisions_are(staged_env):
     policy = make_agent("ppo", staged_env, seed=3).policy()
     with torch.no_grad():
         policy.head.weight.mul_(100)
-    walked = decide_and_score(core, policy, split)
+    walked = outcomes(core, policy, split)
     assert len(np.unique(walked["decision"], axis=0)) > 1
     split.scoring.load_scores(None)
     scored = score_decisions(core, split, np.arange(len(split)), walked["decision"])
-    for name, values in walked.items():
-        np.testing.assert_allclose(scored[name], values)
+    for name, values in scored.items():
+        np.testing.assert_allclose(walked[name], values)

@@ -14,7 +14,7 @@ from sd_gym.agents import PrivilegedAgent, Rollout, agent_names, make_agent, reg
 from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.learning.decisions import SplitDecisions, Version
 from sd_gym.agents.ppo.agent import PPOAgent
-from sd_gym.agents.runs.finished import read_run
+from sd_gym.agents.runs.finished import finished_runs
 from stable_baselines3.common.logger import configure
 from torch import nn
 
@@ -278,7 +278,7 @@ def test_what_decides_by_more_than_the_observation_is_evaluated_beside_agents(cu
     assert (result["selection"], result["guarantee"]) == (None, None)
     assert (run / "instances.csv").exists()
     assert not {"policy.json", "skip_policy.json", "checkpoint.pt"} & {file.name for file in run.iterdir()}
-    assert read_run(run).result["quality"] == result["quality"]
+    assert finished_runs([run])[0].result["quality"] == result["quality"]
 
 
 @pytest.mark.parametrize("name", ["gradient", "a2c", "reinforce"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sd_gym.agents.experiment.run import load_run, train
-from sd_gym.agents.learning.decisions import decide_and_score
+from sd_gym.agents.learning.decisions import outcomes
 from sd_gym.agents.registry import make_agent
 from sd_gym.agents.reinforce.agent import ReinforceAgent
 from stable_baselines3.common.logger import KVWriter, Logger
@@ -58,7 +58,7 @@ def test_an_agent_learns_to_skip_at_all_stages(env, algo, tmp_path):
     core, split = env.core, env.core.split("test")
     policy = agent.policy()
     assert policy.stages == STAGES
-    assert decide_and_score(core, policy, split)["decision"][:, :-1].mean() > 0.8
+    assert outcomes(core, policy, split)["decision"][:, :-1].mean() > 0.8
 
 
 def test_the_places_of_a_stage_are_those_of_its_switches(reviews, tiny_backbone):
@@ -89,7 +89,7 @@ def test_the_policy_decides_as_the_actor(env, algo, tmp_path):
         assert (result["policy_flops_counted"], own["policy_flops_counted"]) == (False, True)
     env.reset(seed=1, options={"split": "test"})
     rows = env._episodes.rows.copy()
-    expected = decide_and_score(core, policy, split, rows)
+    expected = outcomes(core, policy, split, rows)
     for columns in core.columns:
         chosen = policy.decide(env._episodes.observe())
         action = np.zeros(env.action_space.shape, int)

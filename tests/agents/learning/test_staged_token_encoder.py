@@ -190,7 +190,7 @@ def test_a_start_on_tokens_decides_as_it_did(env, keys, algo, tmp_path):
     np.testing.assert_array_equal(came, start.decide(once.core.observe(split, rows)))
     assert len(np.unique(came, axis=0)) > 1
     pooled = gym.make_vec(CUSTOM, num_envs=2, **{**keys, "observation": "pooled"}).unwrapped
-    with pytest.raises(ValueError, match=r"its channels are \d+, expected None; both see tokens"):
+    with pytest.raises(ValueError, match=r"its channels is \d+, expected None; both observe tokens"):
         make_agent(algo, pooled, start=tmp_path)
 
 

@@ -98,13 +98,13 @@ def test_a_situation_knows_nothing_of_what_is_decided_from_there_on():
         states = new.states(torch.arange(200), torch.full((200,), stage))
         assert not states.decisions[:, stage:].any()
         assert torch.equal(states.decisions[:, :stage].int(), new.decisions[:, :stage])
-        assert (states.seen[:, stage] == 1).all()
+        assert (states.observations[:, stage] == 1).all()
 
 
 def test_only_the_choices_of_its_stage_count_in_the_policy_gradient():
     new, policy = foresight(n=6), DecisionPolicy(SIZE, NVEC.tolist(), ["early", "late"], stages=STAGES)
     states = new.states(torch.arange(6), torch.tensor([0, 1] * 3))
-    logits, choices = policy(states.seen), torch.ones(12, 2, dtype=torch.int64)  # two tries on each
+    logits, choices = policy(states.observations), torch.ones(12, 2, dtype=torch.int64)  # two tries on each
     log_prob, entropy = policy.evaluate(*new.own_alone(states, logits, choices))
     expected, _ = policy.evaluate(logits, choices)
     own = torch.tensor([[True, False], [False, True]] * 6)
@@ -120,7 +120,7 @@ def test_the_oldest_is_forgotten(monkeypatch):
     first = new.rows.clone()
     new.remember(rows, *others)
     assert torch.equal(new.rows, torch.cat([first[-2:], torch.from_numpy(rows)]))
-    assert {len(new.decisions), len(new.lost), len(new.seen)} == {10}
+    assert {len(new.decisions), len(new.lost), len(new.observed)} == {10}
 
 
 def test_its_state_goes_on_as_if_nothing_had_happened():

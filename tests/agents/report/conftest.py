@@ -4,6 +4,7 @@ import json
 
 import pytest
 from sd_gym.agents.registry import agent_names, is_control
+from sd_gym.agents.runs.verdict import Verdict, losses_allowed
 
 ENV, OTHER = "SD/Classification-Mini-v0", "SD/QuestionAnswering-Mini-v0"
 SWITCHES = ["encoder.0.attention", "encoder.0.feed_forward", "encoder.1.attention", "encoder.1.feed_forward"]
@@ -32,6 +33,9 @@ def run(tmp_path):
         last=None,
         returned=None,
     ):
+        verdict = Verdict.KEPT if kept else Verdict.NOT_SHOWN
+        if losses_allowed(instances, epsilon) is None:
+            kept, verdict = False, Verdict.TOO_FEW
         folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         config = {
@@ -60,9 +64,10 @@ def run(tmp_path):
             "regret": None,
             "last_policy": last,
             "quality_kept": kept,
+            "guarantee": None,
             "policy_flops_counted": True,
             "decisions_hash": "0",
-            "verdict": "quality kept" if kept else "quality not shown to be kept",
+            "verdict": str(verdict),
             "by_difficulty": [level(1, instances - 12, 0.7), level(2, 12, 0.3)],
             "skip_rate": dict.fromkeys(SWITCHES, 0.6),
             "time": {},
@@ -71,7 +76,7 @@ def run(tmp_path):
                 {"step": step, "quality": 0.99, "quality_ref": 0.995, "flops_ratio": flops + 10 / step}
                 for step in (25, 50, 100)
             ],
-            "data": {"test": {"hash": f"rows{instances}"}},
+            "data": {"test": {"hash": f"rows{instances}", "also_in": {}}},
         }
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "result.json").write_text(json.dumps(result))

@@ -7,7 +7,7 @@ import pytest
 from sd_gym.agents.registry import agent_names, learning_agents
 from sd_gym.agents.report.collect import collect, example_decisions
 from sd_gym.agents.report.text import results_table, verdict_sentences
-from sd_gym.agents.runs.finished import read_run
+from sd_gym.agents.runs.finished import finished_runs
 
 from tests.agents.report.conftest import ENV
 
@@ -41,7 +41,7 @@ def test_areas_are_between_dense_and_nothing(run):
 
 
 def test_single_instances_are_of_each_level_and_of_what_was_lost(run):
-    first, second = example_decisions(read_run(run("ppo")))
+    first, second = example_decisions(finished_runs([run("ppo")])[0])
     assert (first.label, first.skip.tolist(), first.flops) == ("test-0, level 1", [True, True, False, True], 0.4)
     assert (first.lost, second.lost) == (False, True)
     other = run("a2c")
@@ -50,4 +50,4 @@ def test_single_instances_are_of_each_level_and_of_what_was_lost(run):
     (other / "config.json").write_text(json.dumps(config))
     text = (other / "instances.csv").read_text()
     (other / "instances.csv").write_text(text.replace("11010", "11011"))
-    assert [one.dropped for one in example_decisions(read_run(other))] == [0.25, 0.0]
+    assert [one.dropped for one in example_decisions(finished_runs([other])[0])] == [0.25, 0.0]

@@ -321,7 +321,7 @@ def test_a_backbone_of_the_wrong_kind_is_refused(data, tmp_path, tiny_tokenizer,
 # --- preparing --------------------------------------------------------------------------------------------------------
 
 
-def test_a_bare_encoder_learns_to_extract_and_to_bear_skipping_and_dropping(data, tmp_path, tiny_tokenizer):
+def test_a_bare_encoder_learns_to_extract_and_is_robust_to_skipping_and_dropping(data, tmp_path, tiny_tokenizer):
     make_model("bert").bert.save_pretrained(tmp_path / "bare")
     tiny_tokenizer.save_pretrained(tmp_path / "bare")
     report = prepare_backbone(
