@@ -2,14 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow lint types arrows matrix
+.PHONY: install demo test test-slow lint types arrows linked docs matrix
 
 install: .venv/installed
 
 .venv/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable ".[test,lint]"
+	$(BIN)/pip install --quiet --editable ".[test,lint,docs]"
 	touch $@
 
 # The main job: REINFORCE learns what to skip for each input, and is evaluated on the test split.
@@ -34,11 +34,18 @@ lint: install types arrows
 types: install
 	$(BIN)/basedpyright
 
-# The contracts in pyproject.toml, over all packages as they are installed.
-arrows: install
+# All packages as they are installed, as links.
+linked:
 	rm -rf build/arrows && mkdir -p build/arrows/sd_gym
 	ln -s $(CURDIR)/sd_gym/* $(CURDIR)/agents $(CURDIR)/envs_configs build/arrows/sd_gym/
+
+# The contracts in pyproject.toml.
+arrows: install linked
 	cd build/arrows && $(CURDIR)/$(BIN)/lint-imports $(CURDIR)/pyproject.toml --no-logo
+
+# The site, in build/site; needs no network. A warning, such as about a broken link, is an error.
+docs: install linked
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/mkdocs build --strict
 
 # The seams (switch, env shells, agents) under the oldest and newest allowed versions and each Python that is there.
 matrix:

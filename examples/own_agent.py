@@ -1,4 +1,4 @@
-"""An agent of your own: decisions that earned more than the mean of their batch become more probable.
+"""Your own agent: decisions with a reward above the mean of their batch become more probable.
 
 python examples/own_agent.py
 sd-gym train SD/Classification-Mini-v0 --import examples/own_agent.py --algo gradient --set learning_rate=0.005
@@ -12,7 +12,7 @@ import sd_gym
 
 
 class Gradient(Agent):
-    class Settings(AgentSettings):  # it has num_envs; each field can be set by name
+    class Settings(AgentSettings):  # each field can be set by name; num_envs is inherited
         learning_rate: float = Field(0.003, gt=0)
 
     def __init__(self, *args, **kwargs):
@@ -43,7 +43,7 @@ class Gradient(Agent):
     def policy(self):
         return self.network.with_margin(0.0).eval()  # a copy
 
-    def state(self):  # of a checkpoint; --resume goes on from it
+    def state(self):  # of a checkpoint, from which --resume continues
         learned = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
         return learned | {"random": torch.get_rng_state(), "env": self.env.state(), "steps": self.steps}
 

@@ -1,4 +1,4 @@
-"""An env of your own, from a YAML file, in one call.
+"""Your own env, from a YAML file, in one call.
 
 python examples/own_env.py
 sd-gym envs --import examples/own_env.py

@@ -1,4 +1,4 @@
-"""A policy network of your own: any torch module from observations to logits.
+"""Your own policy network: any torch module from observations to logits.
 
 python examples/own_network.py
 sd-gym train SD/Classification-Mini-v0 --import examples/own_network.py --algo reinforce --set network=wide-and-deep
@@ -11,7 +11,7 @@ import sd_gym
 
 
 class WideAndDeep(nn.Module):
-    """A linear model and a deep one, added up (Cheng et al. 2016)."""
+    """The sum of a linear model and a deep one (Cheng et al. 2016)."""
 
     def __init__(self, observation_size, n_logits):
         super().__init__()
@@ -19,7 +19,7 @@ class WideAndDeep(nn.Module):
         self.deep = nn.Sequential(
             nn.Linear(observation_size, 128), nn.LayerNorm(128), nn.GELU(), nn.Linear(128, n_logits)
         )
-        for layer in (self.wide, self.deep[-1]):  # begins alike for all inputs, at the agent's initial_skip_rate
+        for layer in (self.wide, self.deep[-1]):  # at first the same for all inputs: the agent's initial_skip_rate
             nn.init.normal_(layer.weight, std=0.001)
 
     def forward(self, observations):

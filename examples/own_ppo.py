@@ -1,4 +1,4 @@
-"""A PPO of your own, in one file: nothing of sd_gym but its vector env and ``sd_gym.evaluate``.
+"""Your own RL algorithm on the suite: PPO in one file, with nothing of sd_gym but a vector env and ``sd_gym.evaluate``.
 
     python examples/own_ppo.py --env SD/Classification-Mini-v0 --steps 50000
 
@@ -31,18 +31,18 @@ def network(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 
 
 def choices_of(space: gym.Space) -> list[int]:
-    """How many choices each component of an action has; the number of a mask is one component."""
+    """How many choices each component of an action has; a Discrete space has one component."""
     if isinstance(space, gym.spaces.Discrete):
         return [int(space.n)]
     return [2] * space.n if isinstance(space, gym.spaces.MultiBinary) else space.nvec.tolist()
 
 
 class Policy:
-    """One categorical choice a component of an action, all independent given the observation."""
+    """One categorical choice per component of an action; they are independent given the observation."""
 
     def __init__(self, features: int, space: gym.Space) -> None:
         self.sizes, self.shape = choices_of(space), space.shape
-        self.logits = network(features, sum(self.sizes), gain=0.01)  # begins at even odds
+        self.logits = network(features, sum(self.sizes), gain=0.01)  # starts at even odds
 
     def choices(self, observations: torch.Tensor) -> list[torch.distributions.Categorical]:
         parts = self.logits(observations).split(self.sizes, dim=1)
@@ -58,12 +58,12 @@ class Policy:
         return self.as_actions(torch.stack([part.argmax(dim=1) for part in parts], dim=1))
 
     def as_actions(self, choices: torch.Tensor) -> np.ndarray:
-        """Actions, as the env's space has them, of choices ``[n, components]``."""
+        """Choices ``[n, components]`` as actions of the env's space."""
         return choices.numpy().reshape(len(choices), *self.shape)
 
 
 def learn(env: gym.vector.VectorEnv, total: int, seed: int) -> Iterator[tuple[int, Policy]]:
-    """Yields the decisions made so far and the policy, after each rollout."""
+    """Yields, after each rollout, the number of decisions so far and the policy."""
     torch.manual_seed(seed)
     features = env.single_observation_space.shape[0]
     policy = Policy(features, env.single_action_space)

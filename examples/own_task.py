@@ -1,4 +1,4 @@
-"""A family of tasks of your own, translation, with its metric and token ranking; for any backbone that generates.
+"""Your own family of tasks: translation, with its metric and token ranking, for any backbone that generates.
 
 python examples/own_task.py pairs.jsonl my-opus-mt
 sd-gym train SD/Summarization-Custom-v0 --import examples/own_task.py --set task=translation --set metric=chrf ...
@@ -18,7 +18,7 @@ TOKENS = {"token_shares": [0.0, 0.2], "token_ranking": "frequent-first"}
 
 
 def chrf(text, references):
-    """How much two texts share in runs of three characters: F1, the best over the references."""
+    """F1 of the three-character sequences that two texts share; the best over the references."""
 
     def runs(words):
         return Counter(words[start : start + 3] for start in range(max(1, len(words) - 2)))
@@ -30,7 +30,7 @@ def chrf(text, references):
 
 
 def frequent_first(encoded, board, rarity):
-    """Scores [n, longest], of which the lowest go first: most vocabularies number their words by how rare they are."""
+    """Scores [n, longest]; the lowest are dropped first. Most vocabularies number words from frequent to rare."""
     return encoded.input_ids.numpy()
 
 

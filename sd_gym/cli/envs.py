@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -13,42 +13,43 @@ from sd_gym.cli import terminal
 from sd_gym.cli.terminal import Imports, Settings
 
 
-def envs(imports: Imports = []) -> None:
-    """List the envs.
+def envs(
+    name: Annotated[str | None, Argument(metavar="ENV", help="Env id: only this env, with its facts.")] = None,
+    imports: Imports = [],
+) -> None:
+    """List the envs, or tell what one of them is.
 
-    Example: `sd-gym envs`
+    Example: `sd-gym envs SD/Classification-Mini-v0`
     """
     terminal.import_all(imports)
-    from sd_gym.envs.config import read_values
-    from sd_gym.registration import SERVING, config_files
+    from sd_gym.envs.listing import head
+    from sd_gym.registration import SERVING, registered_ids
 
-    table = Table(title="sd_gym envs", box=SIMPLE_HEAD, padding=0)
-    table.add_column("id", no_wrap=True)  # to be copied in one piece
-    for column in ("data set", "backbone"):
-        table.add_column(column, overflow="fold")
     with terminal.errors_as_lines():
-        for file in config_files():
-            table.add_row(*_row(read_values(file)))
-        for identity, file in SERVING.items():
-            of_table = str(read_values(file)["table"])
-            table.add_row(identity, f"requests to a server, on {of_table}", "-")
-    terminal.console.print(table)
+        if name is not None:
+            found = head(name)
+            terminal.print_line(f"{name}\n\n{found.about}\n")
+            for fact, value in {**found.facts, **dict(line.split(": ", 1) for line in found.versions)}.items():
+                terminal.print_line(f"{fact:12} {value}")
+            return
+        table = Table(title="sd_gym envs", box=SIMPLE_HEAD, padding=0)
+        table.add_column("id", no_wrap=True)  # to be copied in one piece
+        for column in ("data set", "backbone"):
+            table.add_column(column, overflow="fold")
+        for identity in (*registered_ids(), *SERVING):
+            table.add_row(identity, *_data_and_backbone(identity))
+        terminal.console.print(table)
 
 
-def _row(values: dict[str, Any]) -> tuple[str, str, str]:
-    """The id, data set and backbone of a configuration."""
-    if values.get("table") is not None:
-        from sd_gym.config import dotted
-        from sd_gym.envs.table_files import read_description, table_folder
+def _data_and_backbone(identity: str) -> tuple[str, str]:
+    """The data set and the backbone of an env; a missing table is reported in their place."""
+    from sd_gym.envs.listing import head
 
-        folder = table_folder(values["table"])
-        if not folder.is_dir():
-            return str(values["id"]), f"no table at {folder}", "-"
-        was = dotted(read_description(folder)["env_config"], str(folder))
-        return str(values["id"]), f"{was['data.dataset']}, tabulated", str(was["backbone.name"])
-    tested = (values.get("data.splits") or {}).get("test", "test")
-    data = f"{values.get('data.dataset') or 'yours'}{'' if tested == 'test' else f', tested on its {tested}'}"
-    return str(values.get("id")), data, str(values.get("backbone.name") or "yours")
+    try:
+        facts = head(identity).facts
+    except FileNotFoundError as error:
+        return str(error), "-"
+    return facts["data set"], facts["backbone"]
 
 
 def tabulate(

@@ -77,17 +77,23 @@ def load_config(file: str | Path, overrides: Mapping[str, Any]) -> EnvConfig:
         ConfigError: If a key or value is wrong.
     """
     file = Path(file)
-    values = read_values(file)
+    values = located_values(file)
     origin = str(values.get("id", file))
     if overrides.get("table") is not None and "table" not in values:
         raise ConfigError(
             f"{origin}: config key 'table': this env computes outcomes and takes no table; for a folder with a table, "
             "use SD/Table-v0"
         )
+    return make_config({**values, **dotted(overrides, origin)}, origin)
+
+
+def located_values(file: Path) -> dict[str, Any]:
+    """``read_values``, with paths that are relative to a file of one's own made absolute."""
+    values = read_values(file)
     for key in ("data.dataset", "backbone.name", "codebook", "table") if file.parent != CONFIG_FOLDER else ():
         if isinstance(value := values.get(key), str) and (value.startswith(".") or (file.parent / value).exists()):
             values[key] = str((file.parent / value).resolve())
-    return make_config({**values, **dotted(overrides, origin)}, origin)
+    return values
 
 
 def read_values(file: Path, extending: Sequence[Path] = ()) -> dict[str, Any]:

@@ -1,12 +1,91 @@
-"""The instances of an env, without a backbone."""
+"""What an env is about, and its instances, without running anything."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
-from sd_gym.envs.config import load_config
-from sd_gym.registration import config_of
+from sd_gym.config import dotted
+from sd_gym.envs.config import load_config, located_values, read_yaml
+from sd_gym.envs.table_files import read_description, table_folder
+from sd_gym.registration import SERVING, config_of
 from sd_gym.tasks.splits import Splits
+
+_VERSION = re.compile(r"v\d+: ")
+_FACTS = {
+    "metric": "quality.metric",
+    "quality": "quality.kind",
+    "epsilon": "reward.epsilon",
+    "penalty": "reward.penalty",
+    "action": "action",
+    "observation": "observation",
+}
+_SERVING_FACTS = ("arrivals", "load", "requests", "deadline", "epsilon", "penalty")
+
+
+@dataclass
+class Head:
+    """The head of an env's page.
+
+    Attributes:
+        about: What the comment at the top of its YAML file says.
+        versions: The lines of that comment that say what a version changed, such as ``v1: new rows``.
+        facts: What a reader asks first, by name: task, data set, backbone, stages, metric, epsilon and so on.
+    """
+
+    about: str
+    versions: list[str]
+    facts: dict[str, str]
+
+
+def head(env_id: str) -> Head:
+    """The head of an env's page; neither its data nor its backbone are loaded.
+
+    Raises:
+        ValueError: If the id is unknown.
+        FileNotFoundError: If the env's table does not exist.
+
+    Example:
+        >>> from sd_gym.envs.listing import head
+        >>> head("SD/Classification-Mini-v0").facts["stages"]
+        'first'
+    """
+    if env_id in SERVING:
+        values = read_yaml(SERVING[env_id])
+        facts = {"data set": f"requests to a server, on {values['table']}", "backbone": "-"}
+        facts |= {name: str(values[name]) for name in _SERVING_FACTS}
+        return Head(*_comment(SERVING[env_id], env_id), facts)
+    file = config_of(env_id)
+    values = located_values(file)
+    description = read_description(table_folder(values["table"])) if values.get("table") is not None else None
+    if description is not None:
+        given = {key: value for key, value in values.items() if value is not None}
+        values = {**dotted(description["env_config"], env_id), **given}
+    tested = (dict(values.get("data.splits") or {})).get("test", "test")
+    data = f"{values.get('data.dataset') or 'yours'}{'' if tested == 'test' else f', tested on its {tested}'}"
+    facts = {"task": str(values.get("task", "of the table"))}
+    facts["data set"] = f"{data}, tabulated" if "table" in values else data
+    facts["backbone"] = str(values.get("backbone.name") or "yours")
+    facts["stages"] = ", ".join(values.get("stages") or ["of the table"])
+    if description is not None:
+        facts["decisions"] = str(description["masks"] or "all")
+        counts = [f"{split['instances']:,} {name}" for name, split in description["splits"].items()]
+        facts["instances"] = ", ".join(counts)
+    facts |= {name: str(values[key]) for name, key in _FACTS.items() if values.get(key) is not None}
+    about, versions = _comment(file, env_id)
+    return Head(about, versions, facts)
+
+
+def _comment(file: Path, env_id: str) -> tuple[str, list[str]]:
+    """The comment at the top of a YAML file without the id, and its lines about versions."""
+    lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    texts = [line.lstrip("# ") for line in lines]
+    versions = [text for text in texts if _VERSION.match(text)]
+    about = " ".join(text for text in texts if text not in versions).removeprefix(f"{env_id}: ")
+    return about[:1].upper() + about[1:], versions
 
 
 def instances(env_id: str, split: str = "test", **settings: Any) -> list[dict[str, Any]]:

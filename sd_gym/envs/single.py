@@ -20,88 +20,89 @@ _ONE = np.zeros(1, dtype=np.int64)  # the only env of a batch of one
 
 
 class SwitchableEnv(gym.Env):
-    """Decide, for one input, which parts of a transformer to skip.
-
-    With one stage it is a constrained contextual bandit: save FLOPs while the mean of quality_ref - quality is at most
-    epsilon. The reward, savings less a penalty for lost quality, lies in [-penalty, 1 + penalty] at a cost_scale of 1.
+    """Decide, for one input, which parts of a transformer are skipped.
 
     Description:
-        Each episode is one instance of an NLP task and one decision: the backbone runs the instance under the decision,
-        what is skipped is not executed, and the episode terminates. ``copy.deepcopy`` and
-        ``pickle`` keep the running episode and the random state; the backbone is shared, not copied.
+        An episode is one instance of an NLP task. With one stage it is also one decision: the backbone runs the
+        instance under this decision, and the episode ends. What is skipped is not executed. This is a constrained
+        contextual bandit: save FLOPs while the mean of ``quality_ref - quality`` is at most ``epsilon``.
 
-        With several ``stages`` an episode is one instance and as many steps: each looks at what the pass has computed
-        so far and decides the switches up to the next stage.
+        With several ``stages`` an episode has as many steps. Each step observes what the pass has computed so far and
+        decides the switches up to the next stage.
+
+        ``copy.deepcopy`` and ``pickle`` keep the running episode and the random state. The backbone is shared.
 
     Action Space:
-        ``action="multi_discrete"`` (default): ``MultiDiscrete([2] * switches + [token levels])``: 1 = skip the
-        sublayer; the last component chooses the share of tokens to drop, one of the config's ``token_shares``. All
-        zeros = dense. With ``candidates``, switches of other kinds have one choice: they run.
+        ``action="multi_discrete"`` (default) is ``MultiDiscrete([2] * switches + [token levels])``. 1 skips the
+        sublayer. The last component chooses one of ``token_shares``, the share of tokens to drop. All zeros is dense.
+        Switches of kinds that are not in ``candidates`` have one choice: they run.
 
-        ``"multi_binary"``: ``MultiBinary(switches)``, the same where there is one token level only.
+        ``"multi_binary"`` is ``MultiBinary(switches)``; it needs a single token level.
 
-        ``"discrete"``: ``Discrete(K)``, one of the K masks of the config's ``codebook``; in the codebooks of the Mini
-        envs the masks are nested, and the first one is dense.
+        ``"discrete"`` is ``Discrete(K)``: the number of a mask in ``codebook``. In the codebooks of the Mini envs the
+        first mask is dense and the masks are nested.
 
-        With several stages, ``MultiDiscrete`` (or ``MultiBinary``) of the stage that has the most switches; what a
-        stage has fewer is passed over, and so is the token level at any stage but ``first``.
+        With several stages the space is that of the stage with the most switches. Components that a stage does not
+        have are ignored. The token level counts at the stage ``first`` only.
 
     Observation Space:
-        ``observation="pooled"`` (default): ``Box(-10, 10, (2 * width + 2,), float32)``: mean and maximum over tokens of
-        the first layer's input, the length and its logarithm, standardised on the training split.
+        ``observation="pooled"`` (default) is ``Box(-10, 10, (2 * width + 2,), float32)``: mean and maximum over the
+        tokens of the first layer's input, the length and its logarithm, standardised on the training split.
 
-        ``"tokens"``: ``Dict(tokens=Box(-10, 10, (max_source_length, width), float32),
-        mask=MultiBinary(max_source_length))``, the first layer's input itself, standardised too and padded with zeros.
+        ``"tokens"`` is ``Dict(tokens=Box(-10, 10, (max_source_length, width), float32),
+        mask=MultiBinary(max_source_length))``: the first layer's input, standardised and padded with zeros.
 
-        Any name that ``sd_gym.register_observation`` was given: the space of that class.
+        The name of an observation of ``sd_gym.register_observation`` gives the space of its class.
 
-        With several stages, ``Box(-10, 10, (stages + 1 + 2 * width + 2,), float32)``: the stage, one-hot, the share of
-        the FLOPs spent, then mean and maximum of the hidden states there, their number and its logarithm, standardised
-        for each stage, and where the head can judge a layer, the log-odds of its answer (``StageObservation``). With
-        ``observation="tokens"`` that is the ``stage`` of a ``Dict``, beside the ``tokens`` and ``mask`` of the text.
+        With several stages it is ``Box(-10, 10, (stages + 1 + 2 * width + 2,), float32)``: the stage (one-hot), the
+        share of the FLOPs spent, mean and maximum of the hidden states there, their number and its logarithm. Where the
+        head can judge a layer, the log-odds of its answer follow (``StageObservation``). With ``observation="tokens"``
+        this is the entry ``stage`` of a ``Dict``, next to ``tokens`` and ``mask``.
 
     Reward:
         The config's ``objective`` with its ``epsilon``, ``penalty`` and ``cost_scale`` (``sd_gym.objectives``). The
         default is lexicographic: ``1 - flops_ratio - penalty * cost / cost_scale`` with ``cost = quality_ref -
-        quality``, so that an answer gained makes up for one lost. With qualities in [0, 1] and no more FLOPs than dense
-        it lies in ``[-penalty / cost_scale, 1 + penalty / cost_scale]``. (Qualities exceed 1 with ``quality=balanced``;
-        to rank tokens can cost more than it saves.) With ``gains="ignored"`` it lies in [-penalty, 1]. The same outcome
-        always earns the same. A penalty that learns belongs to the agent (``ppo_lagrangian``), or to
+        quality``, so a gained answer makes up for a lost one. With qualities in [0, 1] and no more FLOPs than dense it
+        lies in ``[-penalty / cost_scale, 1 + penalty / cost_scale]``. (Qualities exceed 1 with ``quality="balanced"``;
+        ranking tokens can cost more than it saves.) With ``gains="ignored"`` it lies in [-penalty, 1]. The same outcome
+        always has the same reward. A penalty that learns belongs to the agent (``ppo_lagrangian``) or to
         ``sd_gym.envs.wrappers.LagrangianWrapper``.
 
-        ``vector_reward=True``: ``[quality, -flops_ratio]``, float32, within ``reward_space``, as MO-Gymnasium has it;
-        the objective plays no part. ``sd_gym.envs.wrappers.SafetyWrapper`` steps with the cost beside the reward.
+        ``vector_reward=True`` gives ``[quality, -flops_ratio]``, float32, within ``reward_space``, as in
+        MO-Gymnasium; the objective is not used. ``sd_gym.envs.wrappers.SafetyWrapper`` returns the cost as well.
 
-        With several stages it comes at the end, and is that of the same decision in one step. ``dense_reward=True``:
-        each step pays for what it has saved, the last one the rest.
+        With several stages the reward comes at the end and equals that of the same decision in one step. With
+        ``dense_reward=True`` each step earns what it has saved, and the last step the rest.
 
     Episode End:
-        Terminates after the last stage (of one: after one step); never truncates.
+        The episode terminates after the last stage (with one stage, after one step). It is never truncated.
 
     Info:
-        step: ``quality``, ``quality_ref``, ``cost``, ``flops_ratio``, ``vector_reward`` = [quality, -flops_ratio],
-        ``is_success`` (cost <= epsilon), ``instance`` (id), ``difficulty``, ``decision``. reset: the same keys (so that
-        recorders can stack infos), of which only ``instance`` and ``difficulty`` are known; the others are zeros (and
-        ``is_success`` is ``False``), since nothing was decided yet. With ``info_text`` both also have ``source``,
-        ``reference`` (the right answer, the first of several, empty if there is none) and, where inputs are pairs of
-        texts, ``source_pair``. With several stages both also have ``action_mask``, int8 ``[choices]``: which choices
-        the next step has; a step that is not the last one has the info of a reset, and the ``decision`` so far.
+        A step has ``quality``, ``quality_ref``, ``cost``, ``flops_ratio``, ``vector_reward`` = [quality,
+        -flops_ratio], ``is_success`` (cost <= epsilon), ``instance`` (id), ``difficulty`` and ``decision``. A reset has
+        the same keys, so that recorders can stack infos; all but ``instance`` and ``difficulty`` are zeros there.
+
+        With ``info_text`` both also have ``source``, ``reference`` (the right answer, the first of several, or empty)
+        and, where inputs are pairs of texts, ``source_pair``.
+
+        With several stages both also have ``action_mask``, int8 ``[choices]``: the choices of the next step. Steps
+        before the last one have the info of a reset, and the ``decision`` so far.
 
     Arguments:
         config_file: Name of a file in ``envs_configs/``, or the path of any such file.
         render_mode: ``ansi`` (lines of text), ``rgb_array`` (a picture, 960 by 720), ``human`` (the picture in a
-            window, which pygame opens), or ``None``. Each shows the text and what of it was dropped, which sublayers
-            ran, the answer beside the right one, FLOPs, quality and reward of the last step; after a reset the text
-            alone. Nothing is generated or drawn until it is asked for.
-        info_text: Whether infos hold the texts of the instance; off, since copying them costs.
-        overrides: Any key of the config, ``action``, ``codebook``, ``observation`` and ``vector_reward`` among them.
-            ``reset(options={"split": ..., "instance": id})`` picks what to decide on.
+            window of pygame), or ``None``. Each shows the text, its dropped tokens, the sublayers that ran, the
+            answer and the right one, FLOPs, quality and reward of the last step; after a reset only the text. Nothing
+            is generated or drawn before it is asked for.
+        info_text: Whether infos have the texts of the instance. The default is ``False``: copying them costs time.
+        overrides: Any key of the config, such as ``epsilon``, ``action``, ``codebook`` or ``observation``.
+            ``reset(options={"split": ..., "instance": id})`` chooses the instance.
 
     Version History:
         * v0: first version.
 
     Raises:
-        ConfigError: If a config key or value is wrong; an unknown key's is a ``TypeError`` too.
+        ConfigError: If a config key or value is wrong. For an unknown key it is a ``TypeError`` too.
         FileNotFoundError: If the data set, the backbone or the codebook does not exist.
         DataError: If the data set is malformed.
         UnsupportedArchitectureError: If the backbone cannot be switched.

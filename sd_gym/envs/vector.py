@@ -27,28 +27,46 @@ METADATA: dict[str, Any] = {
 
 
 class SwitchableVectorEnv(VectorEnv):
-    """``SwitchableEnv`` for a batch: one forward pass of the backbone a step serves all ``num_envs`` instances.
+    """A batch of ``SwitchableEnv``: each step runs the backbone once, on all ``num_envs`` instances.
 
-    Every episode has as many steps as stages, so that all end with the same step, but after a masked reset. What comes
-    then is Gymnasium's ``AutoresetMode``, as ``SyncVectorEnv`` has it:
+    Description:
+        All episodes have as many steps as there are stages, so they end together, except after a masked reset. What
+        follows is Gymnasium's ``AutoresetMode``, as in ``SyncVectorEnv``:
 
-    * ``SAME_STEP`` (default): the step resets too. Its observations are those of the next instances and its infos
-      those of their reset; ``infos["final_info"]`` holds the step's info and ``infos["final_obs"]`` the observations
-      that were decided on.
-    * ``NEXT_STEP``: infos and observations are the step's; the next step ignores its actions, resets, and gives no
-      reward, so every other step decides nothing.
-    * ``DISABLED``: ``reset(options={"reset_mask": mask})`` resets the masked envs; before, no step is possible.
+        * ``SAME_STEP`` (default): the step also resets. Observations and infos are those of the next instances.
+          ``infos["final_info"]`` has the info of the step, ``infos["final_obs"]`` the observations decided on.
+        * ``NEXT_STEP``: observations and infos are those of the step. The next step ignores its actions and resets.
+        * ``DISABLED``: ``reset(options={"reset_mask": mask})`` resets the masked envs. Steps before it are refused.
 
-    Args:
-        config_file: As for ``SwitchableEnv``.
+    Action Space:
+        Batched from ``single_action_space``, the space of ``SwitchableEnv``.
+
+    Observation Space:
+        Batched from ``single_observation_space``, the space of ``SwitchableEnv``.
+
+    Reward:
+        As in ``SwitchableEnv``, ``[num_envs]``; with ``vector_reward=True`` ``[num_envs, 2]``.
+
+    Episode End:
+        As in ``SwitchableEnv``; no episode is truncated.
+
+    Info:
+        Arrays of the values of ``SwitchableEnv``.
+
+    Arguments:
+        config_file: As in ``SwitchableEnv``.
         num_envs: Batch size, at least 1.
-        render_mode: As for ``SwitchableEnv``, one picture an env; there are no windows.
-        info_text: As for ``SwitchableEnv``.
+        render_mode: As in ``SwitchableEnv`` without ``human``; one picture per env.
+        info_text: As in ``SwitchableEnv``.
         autoreset_mode: An ``AutoresetMode`` or its value, as in ``gym.make_vec(id, autoreset_mode="NextStep")``.
         overrides: Any key of the config.
 
+    Version History:
+        * v0: first version.
+
     Raises:
-        ValueError: If there is no such autoreset mode, or ``num_envs`` is below 1; else as ``SwitchableEnv``.
+        ValueError: If the autoreset mode is unknown, or ``num_envs`` is below 1. Other errors are those of
+            ``SwitchableEnv``.
     """
 
     metadata = METADATA

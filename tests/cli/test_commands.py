@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from sd_gym.cli import app
 
+pytestmark = pytest.mark.usefixtures("own_names")
 runner = CliRunner()
 
 
@@ -26,6 +27,31 @@ def test_envs_lists_the_ids():
     output = run("envs").output
     assert "SD/Classification-Mini-v0" in output
     assert "SD/Summarization-Custom-v0" in output
+
+
+def test_envs_describes_one_of_a_table_and_one_of_ones_own(tmp_path):
+    shown = run("envs", "SD/Classification-TREC-Table-v1").output
+    assert "kind of answer that a question asks for" in shown
+    for fact in ("instances    1,224 train", "epsilon      0.02", "decisions    all", "v1 "):
+        assert fact in shown
+    assert "unknown env 'nope'" in run("envs", "nope").output
+    file = tmp_path / "own.yaml"
+    file.write_text("# My reviews.\nid: My/Reviews-v0\nextends: classification.yaml\n")
+    own = tmp_path / "own.py"
+    own.write_text(f"import sd_gym\nsd_gym.register_env({str(file)!r})\n")
+    shown = run("envs", "My/Reviews-v0", "--import", own).output
+    assert "My reviews." in shown
+    assert "data set     yours" in shown
+
+
+def test_envs_reports_a_missing_table_in_its_row(tmp_path):
+    (tmp_path / "own.yaml").write_text("id: My/Lost-v0\nextends: table.yaml\ntable: ./nowhere\n")
+    own = tmp_path / "own.py"
+    own.write_text(f"import sd_gym\nsd_gym.register_env({str(tmp_path / 'own.yaml')!r})\n")
+    listed = run("envs", "--import", own)
+    assert listed.exit_code == 0
+    assert "SD/Classification-Mini-v0" in listed.output
+    assert run("envs", "My/Lost-v0", "--import", own).exit_code == 2
 
 
 def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkeypatch):

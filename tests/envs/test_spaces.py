@@ -364,16 +364,17 @@ def test_the_reward_spaces_bounds_hold(tiny, keys, low, high):
         assert all(reward in env.reward_space for reward in env.step(env.action_space.sample())[1])
 
 
-def test_the_page_about_envs_says_what_happens(monkeypatch):
-    """Its examples, on small splits."""
-    for name in ("make", "make_vec"):
-        made = getattr(gym, name)
-        monkeypatch.setattr(gym, name, lambda id, made=made, **keys: made(id, **SMALL | keys))
-    page = (Path(__file__).parents[2] / "docs" / "envs.md").read_text()
+@pytest.mark.parametrize("name", ["envs.md", "stages.md"])
+def test_the_pages_about_envs_say_what_happens(monkeypatch, name):
+    """Their examples, on small splits."""
+    for function in ("make", "make_vec"):
+        made = getattr(gym, function)
+        monkeypatch.setattr(gym, function, lambda id, made=made, **keys: made(id, **SMALL | keys))
+    page = (Path(__file__).parents[2] / "docs" / name).read_text()
     blocks, names = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL), {}
-    assert len(blocks) >= 4
+    assert len(blocks) >= 2
     for block in blocks:
-        examples = doctest.DocTestParser().get_doctest(block, names, "docs/envs.md", None, 0)
+        examples = doctest.DocTestParser().get_doctest(block, names, f"docs/{name}", None, 0)
         runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
         runner.run(examples, clear_globs=False)
         names = examples.globs

@@ -31,7 +31,7 @@ def test_the_exported_policy_decides_as_sb3_does(name, env, tmp_path):
 
 @pytest.mark.parametrize(("name", "library"), [("ppo", PPO), ("a2c", A2C)])
 def test_the_librarys_own_model_takes_the_parameters(name, library, finished, custom):
-    """As docs/agents.md says; the critic's are among them, and no code is run to read them."""
+    """As docs/libraries.md says; the critic's are among them, and no code is run to read them."""
     folder, _, _ = finished(name)
     env = SwitchableVecEnv(gym.make_vec(CUSTOM, num_envs=4, **custom).unwrapped)
     model = library("MlpPolicy", env, n_steps=4)
