@@ -161,7 +161,7 @@ def test_what_a_table_cannot_be_asked_for(keys, words, full_table):
     table = {"table": full_table} if keys else {}
     with pytest.raises(ValueError, match=words):
         gym.make(ID, disable_env_checker=True, **{**table, **keys})
-    with pytest.raises(ValueError, match=f"it is the env {ID} that takes the folder of a table"):
+    with pytest.raises(ValueError, match=f"takes no table; for a folder with a table, use {ID}"):
         gym.make("SD/Classification-Mini-v0", disable_env_checker=True, table=full_table)
 
 
