@@ -1,0 +1,100 @@
+"""Work shared with a Ray cluster, whose machines see the same folders under the same paths."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from sd_gym.registry import import_own
+
+RETRIES = 3  # of a task whose process or machine has died
+
+
+def connect(address: str) -> Any:
+    """The module ``ray``, connected to the cluster at ``address``: ``auto``, ``local``, or as ``ray.init`` takes it.
+
+    Raises:
+        ImportError: If Ray is not installed.
+        ConnectionError: If there is no cluster at the address.
+    """
+    try:
+        import ray  # pyright: ignore[reportMissingImports]  (an extra)
+    except ImportError as error:
+        raise ImportError("a Ray cluster needs Ray, which is not installed: pip install 'sd-gym[ray]'") from error
+    ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
+    return ray
+
+
+def cores(ray: Any) -> int:
+    """Cores of the cluster, at least one."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def submit(ray: Any, function: Callable[..., Any], *arguments: Any, imports: Sequence[str] = ()) -> Any:
+    """Call a function on one core of the cluster; returns a reference to the outcome.
+
+    It is called again where its process or machine dies, so it must be safe to repeat.
+    """
+    task = ray.remote(num_cpus=1, max_retries=RETRIES)(_call)
+    return task.remote(function, arguments, list(imports), os.getcwd())
+
+
+def in_any_order(
+    ray: Any, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], imports: Sequence[str] = ()
+) -> Iterator[Any]:
+    """The outcomes of many calls, each as soon as it is there."""
+    waiting = [submit(ray, function, *call, imports=imports) for call in calls]
+    while waiting:
+        (ended,), waiting = ray.wait(waiting, num_returns=1)
+        yield ray.get(ended)
+
+
+def in_order(
+    ray: Any, make: Callable[[], Callable[[Any], Any]], inputs: Iterable[Any], *, gpus: int = 0
+) -> Iterator[tuple[Any, Any]]:
+    """Each input with its outcome, in their order; two inputs per worker are read ahead.
+
+    Each worker calls ``make`` once, for the function that it applies. A worker whose machine dies is started elsewhere,
+    and its inputs are repeated.
+    """
+    worker = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Worker)
+    count = int(ray.cluster_resources().get("GPU", 0)) // gpus if gpus else cores(ray)
+    if not count:
+        raise ValueError("the Ray cluster has no GPU; run on the CPU, or start it with --num-gpus")
+    workers = [worker.remote(make, os.getcwd()) for _ in range(count)]
+    pending: deque[tuple[Any, Any]] = deque()
+    for number, value in enumerate(inputs):
+        pending.append((value, workers[number % count].apply.remote(value)))
+        if len(pending) == 2 * count:
+            value, outcome = pending.popleft()
+            yield value, ray.get(outcome)
+    for value, outcome in pending:
+        yield value, ray.get(outcome)
+
+
+class _Worker:
+    """A process of the cluster that keeps what it loaded."""
+
+    def __init__(self, make: Callable[[], Callable[[Any], Any]], folder: str) -> None:
+        _prepare(folder, [])
+        self._function = make()
+
+    def apply(self, value: Any) -> Any:
+        return self._function(value)
+
+
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...], imports: list[str], folder: str) -> Any:
+    _prepare(folder, imports)
+    return function(*arguments)
+
+
+def _prepare(folder: str, imports: list[str]) -> None:
+    """Make a process ready: in the folder that relative paths start from, with one thread, with the user's modules."""
+    import torch
+
+    os.chdir(folder)
+    torch.set_num_threads(1)  # threads of several processes that wait for each other are many times slower
+    for name in imports:
+        import_own(name)
