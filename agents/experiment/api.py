@@ -210,7 +210,7 @@ def evaluate(
             raise foreign(folder, "place for a result")
         exported = OnnxModel(Path(str(policy))) if is_exported(policy) else None
         if exported is not None and select:
-            raise ValueError("an exported policy has one operating point; select from the run that it was made of")
+            raise ValueError("an exported policy was selected already; select from the run that it was made of")
         origin = None if exported else _origin(env_id, policy)
         if exported is not None:
             core: Core = ExportedCore(exported_config(exported, env_id, settings), exported)

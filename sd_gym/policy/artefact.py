@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from sd_gym.backbones.load import BUNDLED, can_exit, weights_hash
 from sd_gym.errors import one_line
 from sd_gym.files import read_tensors, write_tensors, write_text
 from sd_gym.going_on import ANSWER, stages_of_pass
-from sd_gym.policy.card import FILE, TENSORS, OperatingPoint, model_card, read_card, write_card
+from sd_gym.operating_points import OperatingPoint, margin_for
+from sd_gym.policy.card import FILE, TENSORS, model_card, read_card, write_card
 from sd_gym.policy.features import pooled_features, standardised, token_observations
 from sd_gym.policy.hub import download, upload
 from sd_gym.policy.network import DecisionPolicy
@@ -179,35 +179,14 @@ class SkipPolicy:
         """The policy at another operating point; itself where no limit is given.
 
         Args:
-            max_loss: Choose the last point, from dense to bold, before the first that may lose more than this, in the
-                task's unit (0.005: half a point), by its upper bound (``highest_loss``).
-            max_flops: Choose the point that skips least, of those that passed their test and run no more than this
-                share of the dense FLOPs.
+            max_loss: See ``sd_gym.operating_points.margin_for``.
+            max_flops: See there.
 
         Raises:
             ValueError: If both are given, or no point fits; the message lists the points.
         """
-        if max_loss is not None and max_flops is not None:
-            raise ValueError("expected max_loss or max_flops, got both; the one follows from the other")
-        if max_loss is not None:
-            asked = f"max_loss={max_loss}"
-            cautious_first = self.operating_points[::-1]
-            fitting = [*takewhile(lambda point: point.highest_loss <= max_loss, cautious_first)]
-            chosen = fitting[-1] if fitting else None
-        elif max_flops is not None:
-            asked = f"max_flops={max_flops}"
-            fitting = [point for point in self.operating_points if point.passed and point.flops_ratio <= max_flops]
-            chosen = max(fitting, key=lambda point: point.margin, default=None)
-        else:
-            return self
-        if chosen is None:
-            known = "; ".join(
-                f"{point.flops_ratio:.0%} of the FLOPs, at most {point.highest_loss:.4f} lost"
-                + ("" if point.passed else " (not passed)")
-                for point in self.operating_points
-            )
-            raise ValueError(f"no version of this policy does {asked}; there are: {known or 'none that was validated'}")
-        return self.with_margin(chosen.margin)
+        margin = margin_for(self.operating_points, max_loss=max_loss, max_flops=max_flops)
+        return self.with_margin(margin) if margin else self
 
     def with_margin(self, margin: float) -> SkipPolicy:
         """A version that skips only what it prefers skipping by ``margin`` more; the operating points move along."""

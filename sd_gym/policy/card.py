@@ -6,27 +6,18 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from sd_gym.config import EnvConfig
 from sd_gym.files import as_json, sha256, write_json
+from sd_gym.operating_points import OperatingPoint
 from sd_gym.policy.network_files import FORMAT, Strict, read_model
 
 FILE, TENSORS = "skip_policy.json", "skip_policy.safetensors"
 HASHED = (TENSORS, "policy.json", "policy.safetensors")
 FILES = (FILE, *HASHED, "README.md")
-
-
-class OperatingPoint(NamedTuple):
-    """A version of a policy that skips more or less, tested on the validation split."""
-
-    margin: float  # in log-odds, from the policy that was selected (0); higher skips less
-    loss: float  # quality lost, a mean
-    highest_loss: float  # its upper bound at the confidence of the selection, one-sided
-    flops_ratio: float  # FLOPs over those of the dense backbone, without the policy's own
-    passed: bool  # whether it is shown to lose less than epsilon
 
 
 class _Protection(Strict):
