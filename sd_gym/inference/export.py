@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sd_gym.backbones.heads import SpanHead
 from sd_gym.data.instance import Instance
 from sd_gym.execution.bank import path_of_layers, without_skipped
 from sd_gym.files import as_json, sha256, write_json, write_text
@@ -50,6 +49,7 @@ from sd_gym.version import __version__
 INLINE = 1024  # bytes of a weight that stays in its graph
 ALIGNED = 4096  # where weights begin in their file, so that it can be mapped into memory
 INSTEAD = "use it by sd_gym.load or sd_gym.attach"  # what to do with a policy that is not exported
+EMBEDDINGS = "embeddings", "embeddings_project"  # modules of an encoder in front of its layers
 TOLERANCE = 1e-3  # of logits, between a graph and the model that it was made of
 
 
@@ -166,12 +166,11 @@ class _Writer:
         looks = self._policy.sees_answer
         if looks:
             graphs[ANSWER] = _AnswerDecider(self._policy, graphs[DECIDE].size, len(self._head.judgement))
-        extracts = isinstance(self._head, SpanHead)
         for number, (mask, first) in enumerate(zip(self._masks, self._resumed, strict=True)):
             resumed = 0 < first < len(self._board) and looks
-            graphs[mask_file(number)] = _Masked(self._board, mask, extracts, first if resumed else None)
+            graphs[mask_file(number)] = _Masked(self._board, mask, first if resumed else None)
             if resumed:
-                graphs[rest_file(first)] = _Rest(self._board, first, extracts)
+                graphs[rest_file(first)] = _Rest(self._board, first)
         with (self._folder / WEIGHTS).open("wb") as file:
             weights = _Weights(file)
             for name, module in graphs.items():
@@ -292,14 +291,14 @@ class _Graph(nn.Module):
 
 
 class _Masked(_Graph):
-    """The logits of a model under a mask; of starts and ends together, where it extracts.
+    """The logits of a model under a mask.
 
     Also the hidden states in front of the layer that has switch ``first``, if one is given.
     """
 
-    def __init__(self, board: Switchboard, mask: NDArray, extracts: bool, first: int | None) -> None:
+    def __init__(self, board: Switchboard, mask: NDArray, first: int | None) -> None:
         super().__init__()
-        self.model, self.extracts = without_skipped(board, mask), extracts
+        self.model = without_skipped(board, mask)
         self.outputs = ["logits"] if first is None else ["logits", "hidden"]
         self._hidden: list[Tensor] = []
         if first is not None:
@@ -313,26 +312,35 @@ class _Masked(_Graph):
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor | tuple[Tensor, ...]:
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask, **types)
-        logits = torch.stack([output.start_logits, output.end_logits], dim=1) if self.extracts else output.logits
+        logits = _logits(self.model(input_ids=input_ids, attention_mask=attention_mask, **types))
         return (logits, *self._hidden) if self._hidden else logits
 
 
-class _Rest(_Masked):
+class _Rest(_Graph):
     """The dense logits, from the hidden states in front of the layer that has switch ``first``."""
 
-    def __init__(self, board: Switchboard, first: int, extracts: bool) -> None:
-        super().__init__(board, np.zeros(len(board), bool), extracts, None)
-        self.before, layers = _StandIn(), _layers(board, self.model)
-        rest = list(layers._modules.items())[board.switches[first].index :]
-        layers._modules = {"before": self.before, **dict(rest)}
+    outputs: ClassVar = ["logits"]
+
+    def __init__(self, board: Switchboard, first: int) -> None:
+        super().__init__()
+        self.model, self.before = without_skipped(board, np.zeros(len(board), bool)), _StandIn()
+        parts = twin_at(self.model, self.model.base_model_prefix)._modules
+        parts.update({name: self.before for name in EMBEDDINGS if name in parts})
+        layers = _layers(board, self.model)
+        layers._modules = dict(list(layers._modules.items())[board.switches[first].index :])
 
     def inputs(self, of_model: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-        return [("hidden", torch.zeros(2, 7, self.model.config.hidden_size)), *of_model.items()]
+        mask = of_model["attention_mask"]
+        return [("hidden", torch.zeros(*mask.shape, self.model.config.hidden_size)), ("attention_mask", mask)]
 
-    def forward(self, hidden: Tensor, *of_model: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         self.before.given = hidden
-        return super().forward(*of_model)
+        return _logits(self.model(inputs_embeds=hidden, attention_mask=attention_mask))
+
+
+def _logits(output: Any) -> Tensor:
+    """Logits; of starts and ends together, where answers are extracted."""
+    return torch.stack([output.start_logits, output.end_logits], dim=1) if "start_logits" in output else output.logits
 
 
 class _Decider(_Graph):
@@ -430,14 +438,16 @@ class _Network(nn.Module):
 
 
 class _StandIn(nn.Module):
-    """Stands in for layers: keeps what enters them, and passes it on, or what is ``given`` instead."""
+    """Stands in for layers or embeddings: gives what is ``given``, or else keeps what enters it and passes it on."""
 
     seen: Tensor
     given: Tensor | None = None
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor | None = None, *_: Any, **__: Any) -> Tensor | None:
+        if self.given is not None:
+            return self.given
         self.seen = hidden_states
-        return hidden_states if self.given is None else self.given
+        return hidden_states
 
 
 def _layers(board: Switchboard, twin: nn.Module) -> nn.Module:
