@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,6 +34,7 @@ from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.metrics import METRICS
 
 BATCH = 256  # inputs that are decided on at once
+DTYPES = "float32", "bfloat16", "float16"
 NOT_NEEDED = ("data", "reward", "action", "codebook")  # of the config, to answer inputs
 
 
@@ -117,6 +119,7 @@ class SkippingModel:
         *,
         check_weights: bool = True,
         compile: bool = False,
+        dtype: str | torch.dtype | None = None,
     ) -> None:
         if backbone is None:
             policy.check_reachable()
@@ -133,6 +136,8 @@ class SkippingModel:
         self._bank = Bank(self._backbone.board, compiles=compile)
         self.tokenizer = self._backbone.tokenizer
         self.model = attach(self._backbone.model, policy, self.tokenizer, check_weights=check_weights)
+        if dtype is not None:  # transformers hides the signature
+            self.model.to(_checked_dtype(dtype))  # pyright: ignore[reportArgumentType]
         self._task = TASKS.find(self._config.task)
         self.fields, self.reference = self._task.inputs, self._task.reference
 
@@ -262,6 +267,7 @@ def load(
     max_flops: float | None = None,
     check_weights: bool = True,
     compile: bool = False,
+    dtype: str | torch.dtype | None = None,
 ) -> SkippingModel:
     """A trained policy and its backbone, ready to be called on texts, without data set or env.
 
@@ -276,6 +282,9 @@ def load(
         check_weights: See ``attach``.
         compile: Whether ``torch.compile`` compiles the model of each mask, when it is first run (tens of seconds): once
             for single inputs, once for batches, of any length. For a policy of few masks that generates no texts.
+        dtype: What the backbone computes in: ``float32``, ``bfloat16`` or ``float16``; ``None``: what it is stored in.
+            The policy decides in float32. To judge it, save the backbone in that type, and pass that folder as
+            ``backbone=`` to ``sd_gym.evaluate``.
 
     Raises:
         FileNotFoundError, ValueError: See ``SkipPolicy.from_pretrained`` and ``attach``; or the backbone cannot be
@@ -289,7 +298,15 @@ def load(
     if not isinstance(policy, SkipPolicy):
         policy = SkipPolicy.from_pretrained(policy)
     chosen = policy.at(max_loss=max_loss, max_flops=max_flops)
-    return SkippingModel(chosen, backbone, device, check_weights=check_weights, compile=compile)
+    return SkippingModel(chosen, backbone, device, check_weights=check_weights, compile=compile, dtype=dtype)
+
+
+def _checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The type of that name; ``ValueError`` if a backbone cannot compute in it."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return getattr(torch, name)
 
 
 def _check_compiles(policy: SkipPolicy, head: Head) -> None:
