@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from sd_gym.policy.artefact import switchboard_of
-from sd_gym.switch import Stack, Switchboard
+from sd_gym.switch import PassState, Stack, Switchboard
 from sd_gym.switch.cache import cache_among
+from sd_gym.switch.stages import StageReached
 from sd_gym.switch.twin import twin_at, twin_of
 
 MODELS = 64  # that a bank keeps
@@ -82,6 +84,25 @@ class Bank:
     def _made(self, mask: bytes) -> Any:
         model = without_skipped(self._board, np.frombuffer(mask, dtype=bool))
         return torch.compile(model.forward, dynamic=True) if self.compiles else model
+
+
+class Float32Input:
+    """What enters the first layer of a board's model, from a copy of its embeddings in float32."""
+
+    def __init__(self, board: Switchboard) -> None:
+        twin = without_skipped(board, np.zeros(len(board), dtype=bool))
+        for stack in board.architecture.stacks:
+            twin_at(twin, path_of_layers(board, stack))._modules = {"0": _End()}
+        self._model = deepcopy(twin).float()
+
+    @torch.inference_mode()
+    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Hidden states, float32 ``[n, length, width]``, for the model's inputs."""
+        try:
+            self._model(**inputs)
+        except StageReached as reached:
+            return reached.state.hidden
+        raise RuntimeError("the forward pass ended without reaching the first layer")
 
 
 def checked_mask(mask: ArrayLike, board: Switchboard) -> NDArray:
@@ -170,6 +191,13 @@ def _count(layer: int | None, hidden: Tensor, args: tuple, kwargs: dict[str, Any
         own: Cache = getattr(cache, "self_attention_cache", cache)
         nothing = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
         own.update(nothing, nothing, layer)
+
+
+class _End(nn.Module):
+    """Stands in for all layers: the pass ends there."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> NoReturn:
+        raise StageReached(PassState("first", hidden_states, hidden_states))
 
 
 class _Unchanged(nn.Module):

@@ -48,7 +48,9 @@ def load(
             points (``sd_gym.operating_points.margin_for``), as in ``sd_gym.load``.
         max_flops: The share of the dense FLOPs to run at most.
         providers: Of ONNX Runtime, the first one that can run an operator runs it.
-        session_options: Of ONNX Runtime, such as the number of threads; one object serves all graphs.
+        session_options: Of ONNX Runtime, such as the number of threads; one object serves all graphs. Each graph that
+            has run keeps its own packed copy of its weights. With the entry ``session.disable_prepacking`` all share
+            one copy, and small batches take longer.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.

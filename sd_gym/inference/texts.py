@@ -19,7 +19,7 @@ from sd_gym.backbones.heads import Head
 from sd_gym.backbones.load import load_own_backbone
 from sd_gym.config import dotted
 from sd_gym.data.instance import Instance
-from sd_gym.execution.bank import MODELS, Bank
+from sd_gym.execution.bank import MODELS, Bank, Float32Input
 from sd_gym.execution.config import checked_config
 from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
@@ -47,9 +47,9 @@ class StagedPasses(Passes):
         first_said: What was said before that, where texts are generated.
     """
 
-    def __init__(self, split: BackboneSplit, policy: SkipPolicy) -> None:
+    def __init__(self, split: BackboneSplit, policy: SkipPolicy, first_input: Float32Input | None = None) -> None:
         vars(self).update(vars(split.passes))
-        self._policy = policy
+        self._policy, self._first_input = policy, first_input
         self.masks = np.zeros((len(split), len(self.backbone.board) + 1), dtype=np.int64)
         self.went_on = np.zeros(len(split), dtype=np.bool_)
         self.first_said = np.full(len(split), "", dtype=object)
@@ -94,7 +94,11 @@ class StagedPasses(Passes):
         def judge() -> Tensor:
             return self.backbone.logits(inputs)
 
-        return StagedRollout(self._policy, board, self.head, self.backbone.flops, length, keeps, judge)
+        first = None
+        if self._first_input is not None:
+            shown = self.encoded.inputs(rows, self.backbone.model.device)
+            first = self._first_input(shown), shown["attention_mask"]
+        return StagedRollout(self._policy, board, self.head, self.backbone.flops, length, keeps, judge, first)
 
     def _note(self, rows: NDArray, rollout: StagedRollout) -> None:
         self.masks[rows], self.went_on[rows] = rollout.decisions, rollout.went_on
@@ -131,6 +135,7 @@ class SkippingModel:
         self.policy, self._warned = policy, False
         self._config = checked_config(values, "the policy")
         self._backbone = load_own_backbone(self._config.backbone.name, device)
+        self._float32_input = None if dtype is None else Float32Input(self._backbone.board)
         if compile:
             _check_compiles(policy, self._backbone.head)
         self._bank = Bank(self._backbone.board, compiles=compile)
@@ -176,14 +181,13 @@ class SkippingModel:
         decisions = np.zeros((len(split), len(split.backbone.board) + 1), dtype=np.int64)
         went_on = np.zeros(len(split), dtype=np.bool_)
         if self.policy.is_staged and not dense:
-            passes = StagedPasses(split, self.policy)
+            passes = StagedPasses(split, self.policy, self._float32_input)
             answers = split.head.answers(passes, rows, decisions)
             decisions, went_on, first_said = passes.masks, passes.went_on, passes.first_said.tolist()
         else:
             by_length = np.argsort(split.encoded.source_length, kind="stable")  # little padding is looked at
             for part in [] if dense else np.split(by_length, rows[BATCH::BATCH]):
-                board = split.backbone.board
-                decisions[part] = self.policy.decide(board, split.encoded.inputs(part, board.model.device))
+                decisions[part] = self._decided(split.encoded.inputs(part, self.model.device))
             answers = first_said = split.passes.answers(rows, decisions)
         costs = self._saying(split, instances, answers).costs
         first_costs = self._saying(split, instances, first_said).costs if went_on.any() else costs
@@ -195,6 +199,12 @@ class SkippingModel:
             Answer(answer, row[:-1].astype(bool), int(row[-1]), float(share), int(count), bool(again))
             for answer, row, share, count, again in zip(answers, decisions, ratio, unknown, went_on, strict=True)
         ]
+
+    def _decided(self, inputs: dict[str, Tensor]) -> NDArray:
+        """Decisions before the first layer, int64 ``[n, switches + 1]``."""
+        if self._float32_input is None:
+            return self.policy.decide(self._backbone.board, inputs)
+        return self.policy.decide_on(self._float32_input(inputs), inputs["attention_mask"])
 
     def _saying(self, split: BackboneSplit, instances: Sequence[Instance], answers: list[str]) -> BackboneSplit:
         """The split with answers as its targets, where these have lengths that are known only now."""
@@ -283,8 +293,8 @@ def load(
         compile: Whether ``torch.compile`` compiles the model of each mask, when it is first run (tens of seconds): once
             for single inputs, once for batches, of any length. For a policy of few masks that generates no texts.
         dtype: What the backbone computes in: ``float32``, ``bfloat16`` or ``float16``; ``None``: what it is stored in.
-            The policy decides in float32. To judge it, save the backbone in that type, and pass that folder as
-            ``backbone=`` to ``sd_gym.evaluate``.
+            Before the first layer the policy decides as in float32, on embeddings of that type. To judge the answers,
+            save the backbone in ``dtype``, and pass that folder as ``backbone=`` to ``sd_gym.evaluate``.
 
     Raises:
         FileNotFoundError, ValueError: See ``SkipPolicy.from_pretrained`` and ``attach``; or the backbone cannot be

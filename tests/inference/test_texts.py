@@ -95,8 +95,8 @@ def test_in_bfloat16_the_policy_decides_in_float32(task, stages, tmp_path, tiny_
     came, wanted = model(texts), sd_gym.load(artefact)(texts)
     assert model.model.dtype == torch.bfloat16
     assert set(observed) == {torch.float32}
-    agree = [(one.skip == other.skip).all() for one, other in zip(came, wanted, strict=True)]
-    assert np.mean(agree) > 0.8  # on embeddings that were rounded
+    first = slice(0, 2 if len(stages) > 1 else 6)  # switches that are decided before anything is rounded
+    np.testing.assert_array_equal([one.skip[first] for one in came], [one.skip[first] for one in wanted])
     assert model.fingerprints["backbone"] != core.backbone.weights
     with pytest.raises(ValueError, match="expected dtype to be one of float32, bfloat16, float16, got 'int8'"):
         sd_gym.load(artefact, dtype="int8")
