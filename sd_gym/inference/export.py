@@ -214,17 +214,16 @@ class _Writer:
         limit = min(config.backbone.max_source_length, tokenizer.model_max_length)
         always, switched = backbone.flops.costs(np.arange(3))  # a parabola of the tokens
         bend = (switched[2] - 2 * switched[1] + switched[0]) // 2
-        names = {int(index): str(name) for index, name in (backbone.model.config.id2label or {}).items()}
         special = (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
         values = {
             "format": 2,
             "sd_gym": __version__,
             "head": self._head.name,
-            "names": [names[index] for index in sorted(names)],
-            "task": config.task,
+            "names": [model.names[index] for index in sorted(model.names)],
+            "task": model.task,
             "metric": model.metric,
             "fields": list(model.fields),
-            "optional": model._task.optional is not None,
+            "optional": model.optional,
             "reference": model.reference,
             "unanswerable": config.data.unanswerable,
             "longest_answer": config.backbone.max_target_length,

@@ -16,7 +16,7 @@ from tokenizers import Encoding, Tokenizer
 from sd_gym.errors import DataError
 from sd_gym.files import read_json, sha256
 from sd_gym.going_on import going_on_flops
-from sd_gym.inference.answer import Answer, Input, check_list, checked_texts
+from sd_gym.inference.answer import Answer, Input, TextModel
 from sd_gym.operating_points import OperatingPoint, margin_for
 
 if TYPE_CHECKING:
@@ -112,14 +112,12 @@ class Decided(NamedTuple):
     seen: NDArray  # what the policy sees again when it judges the answer, float32 [n, features]; without that, empty
 
 
-class OnnxModel:
+class OnnxModel(TextModel):
     """An exported policy; arguments are those of ``load``.
 
     Attributes:
         manifest: What it is: ``env``, ``masks``, ``operating_points`` and more.
         masks: The masks that it decides among, bool ``[masks, switches]``; the first one is dense.
-        fields: Names of an input's texts.
-        reference: Name of the right answer in a row.
     """
 
     def __init__(
@@ -139,7 +137,8 @@ class OnnxModel:
         self._mask_of_choice, self._cautious = np.array(choices["mask"]), np.array(choices["cautious"], np.float32)
         self._resumed_from = np.array(self.manifest["resumed_from"])
         self.looks_at_answer: bool = self.manifest["looks_at_answer"]
-        self.fields, self.reference = tuple(self.manifest["fields"]), self.manifest["reference"]
+        self.task, self.reference, self.optional = (self.manifest[key] for key in ("task", "reference", "optional"))
+        self.fields, self.names = tuple(self.manifest["fields"]), dict(enumerate(self.manifest["names"]))
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         self._tokenizer.no_padding()
         cut = self.manifest["cut"]
@@ -161,10 +160,9 @@ class OnnxModel:
 
     def answers(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
         """The same as a call."""
-        check_list(inputs)
+        texts = self.all_checked(inputs)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
-        texts = [self._checked(number, given) for number, given in enumerate(inputs)]
         if not texts:
             return []
         rows = self._encoded(texts)
@@ -272,32 +270,6 @@ class OnnxModel:
         """The metric by which an answer is compared with its references."""
         return self.manifest["metric"]
 
-    def references(self, row: dict[str, Any]) -> list[str] | None:
-        """The right answers of a row, in the form of ``answer``; ``None`` where it has none, or something else."""
-        from sd_gym.tasks.family import TASKS
-
-        right = row.get(self.reference)
-        try:
-            return (
-                None if right is None else TASKS.find(self.manifest["task"]).right(right, dict(enumerate(self._names)))
-            )
-        except TypeError:
-            return None
-
-    def checked(self, given: Any) -> list[str]:
-        """The texts of an input; ``ValueError`` if it is malformed."""
-        return checked_texts(given, self.fields, optional=self.manifest["optional"])
-
-    def _checked(self, number: int, given: Input) -> list[str]:
-        try:
-            return self.checked(given)
-        except ValueError as error:
-            raise ValueError(f"input {number}: {error}") from None
-
-    @property
-    def _names(self) -> list[str]:
-        return self.manifest["names"]
-
     def _opened(self, name: str) -> Any:
         try:
             import onnxruntime
@@ -364,7 +336,7 @@ class OnnxModel:
         """The answers of one pass in words."""
         kind = self.manifest["head"]
         if kind == "label":
-            return [self._names[index] for index in values.argmax(axis=1)]
+            return [self.names[index] for index in values.argmax(axis=1)]
         if kind == "score":
             return [f"{value:.2f}" for value in values[:, 0]]
         spans = best_spans(values, self.manifest["longest_answer"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,7 @@ from sd_gym.execution.bank import MODELS, Bank, Float32Input
 from sd_gym.execution.config import checked_config
 from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
-from sd_gym.inference.answer import Answer, Input, check_list, checked_texts, unknown_words
+from sd_gym.inference.answer import Answer, Input, TextModel, unknown_words
 from sd_gym.inference.attach import attach
 from sd_gym.inference.choices import choices_of, few_masks, masks_of
 from sd_gym.inference.second_answers import rows_of
@@ -104,15 +104,13 @@ class StagedPasses(Passes):
         self.masks[rows], self.went_on[rows] = rollout.decisions, rollout.went_on
 
 
-class SkippingModel:
+class SkippingModel(TextModel):
     """A backbone and its policy; arguments are those of ``sd_gym.load``.
 
     Attributes:
         policy: The policy.
         model: The Hugging Face model, with the policy attached.
         tokenizer: Its tokenizer.
-        fields: Names of an input's texts.
-        reference: Name of the right answer in a row.
     """
 
     def __init__(
@@ -143,8 +141,13 @@ class SkippingModel:
         self.model = attach(self._backbone.model, policy, self.tokenizer, check_weights=check_weights)
         if dtype is not None:  # transformers hides the signature
             self.model.to(_checked_dtype(dtype))  # pyright: ignore[reportArgumentType]
-        self._task = TASKS.find(self._config.task)
-        self.fields, self.reference = self._task.inputs, self._task.reference
+        self.task, self._task = self._config.task, TASKS.find(self._config.task)
+        self.fields, self.reference, self.optional = (
+            self._task.inputs,
+            self._task.reference,
+            self._task.optional is not None,
+        )
+        self.names = {int(number): str(name) for number, name in (self.model.config.id2label or {}).items()}
 
     def __call__(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
         """Answer inputs, in their order; they run in passes of about the same length, or of the same decision.
@@ -170,8 +173,7 @@ class SkippingModel:
 
     def answers(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
         """The same as a call, without its warning."""
-        check_list(inputs)
-        instances = [self._instance(number, given) for number, given in enumerate(inputs)]
+        instances = [self._instance(number, texts) for number, texts in enumerate(self.all_checked(inputs))]
         if not instances:
             return []
         split = self._split(instances)
@@ -239,19 +241,6 @@ class SkippingModel:
         """The metric by which an answer is compared with its references."""
         return self._config.quality.metric if METRICS.find(self._config.quality.metric).of_texts else "exact_match"
 
-    def references(self, row: Mapping[str, Any]) -> list[str] | None:
-        """The right answers of a row, in the form of ``answer``; ``None`` where it has none, or something else."""
-        right, labels = row.get(self.reference), self.model.config.id2label or {}
-        names = {int(number): name for number, name in labels.items()}
-        try:
-            return None if right is None else self._task.right(right, names)
-        except TypeError:
-            return None
-
-    def checked(self, given: Any) -> list[str]:
-        """The texts of an input; ``ValueError`` if it is malformed, or no tokenizer can read one of its texts."""
-        return checked_texts(given, self.fields, optional=self._task.optional is not None)
-
     def _split(self, instances: Sequence[Instance]) -> BackboneSplit:
         data: Any = {"inputs": Instances(instances)}  # of a data set's splits only this one is asked for
         split = BackboneSplit(self._config, "inputs", data, self._backbone)
@@ -259,11 +248,7 @@ class SkippingModel:
             split.rarity = self.policy.rarity
         return split
 
-    def _instance(self, number: int, given: Input) -> Instance:
-        try:
-            texts = self.checked(given)
-        except ValueError as error:
-            raise ValueError(f"input {number}: {error}") from None
+    def _instance(self, number: int, texts: list[str]) -> Instance:
         row = dict(zip(self.fields, texts, strict=False)) | {self._task.reference: self._task.unknown}
         return self._task.instance(row, str(number), f"input {number}")
 
