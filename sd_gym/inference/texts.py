@@ -44,7 +44,7 @@ class StagedPasses(Passes):
     Attributes:
         masks: What the policy has decided, int64 ``[n, switches + 1]``; zeros at first.
         went_on: Which rows went on after their answer, bool ``[n]``.
-        first_said: What was said before that, where texts are generated.
+        first_texts: The texts before that, if texts are generated.
     """
 
     def __init__(self, split: BackboneSplit, policy: SkipPolicy, first_input: Float32Input | None = None) -> None:
@@ -52,7 +52,7 @@ class StagedPasses(Passes):
         self._policy, self._first_input = policy, first_input
         self.masks = np.zeros((len(split), len(self.backbone.board) + 1), dtype=np.int64)
         self.went_on = np.zeros(len(split), dtype=np.bool_)
-        self.first_said = np.full(len(split), "", dtype=object)
+        self.first_texts = np.full(len(split), "", dtype=object)
 
     def _pass(self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor]) -> Tensor:
         given = dict(inputs)  # which changes where tokens are dropped
@@ -67,21 +67,21 @@ class StagedPasses(Passes):
         self._note(rows, rollout)
         return logits
 
-    def said(
+    def generated_batch(
         self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor], *, judges: bool
     ) -> tuple[list[str], NDArray]:
-        """The texts that are given, and how probable the tokens of the first ones are, if the policy looks at that."""
+        """The texts that are given, and the judgement of the first ones, if the policy looks at that."""
         rollout = self._rollout(rows, inputs, lambda keep: keep)
         deciding = rollout.deciding(inputs["attention_mask"])
-        texts, judged = self._generated(inputs, deciding, judges=self._policy.sees_answer)
-        said = np.array(texts, dtype=object)
-        self.first_said[rows] = said
+        first, judged = self._generated(inputs, deciding, judges=self._policy.sees_answer)
+        texts = np.array(first, dtype=object)
+        self.first_texts[rows] = texts
         if self._policy.sees_answer:
             rollout.answered(judged)
         for picked, block in rollout.going_on():
-            said[picked.cpu().numpy()], _ = self._generated(rows_of(inputs, picked, len(rows)), block, judges=False)
+            texts[picked.cpu().numpy()], _ = self._generated(rows_of(inputs, picked, len(rows)), block, judges=False)
         self._note(rows, rollout)
-        return said.tolist(), judged
+        return texts.tolist(), judged
 
     def _rollout(self, rows: NDArray, inputs: dict[str, Tensor], in_pass: Callable[[NDArray], Keep]) -> StagedRollout:
         """Decides in a pass on these rows; ``in_pass`` makes of the input's tokens that stay those of the pass."""
@@ -185,14 +185,14 @@ class SkippingModel(TextModel):
         if self.policy.is_staged and not dense:
             passes = StagedPasses(split, self.policy, self._float32_input)
             answers = split.head.answers(passes, rows, decisions)
-            decisions, went_on, first_said = passes.masks, passes.went_on, passes.first_said.tolist()
+            decisions, went_on, first_texts = passes.masks, passes.went_on, passes.first_texts.tolist()
         else:
             by_length = np.argsort(split.encoded.source_length, kind="stable")  # little padding is looked at
             for part in [] if dense else np.split(by_length, rows[BATCH::BATCH]):
                 decisions[part] = self._decided(split.encoded.inputs(part, self.model.device))
-            answers = first_said = split.passes.answers(rows, decisions)
+            answers = first_texts = split.passes.answers(rows, decisions)
         costs = self._saying(split, instances, answers).costs
-        first_costs = self._saying(split, instances, first_said).costs if went_on.any() else costs
+        first_costs = self._saying(split, instances, first_texts).costs if went_on.any() else costs
         flops = first_costs.flops(rows, decisions) + went_on * costs.going_on(rows, decisions)
         if not dense:
             flops = flops + self._own_flops(split)
