@@ -89,7 +89,7 @@ def export(
             f"it decides among more than {masks} masks, for each of which a graph is written",
             f"sd-gym reduce RUN --codebook {masks} --output REDUCED makes it decide among few; export that",
         )
-    model = SkippingModel(policy, backbone)
+    model = SkippingModel(policy, backbone, dtype="float32")
     _check_model(model)
     with locked(folder):
         if contents(folder):

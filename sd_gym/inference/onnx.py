@@ -27,6 +27,7 @@ DECIDE, ANSWER = "decide.onnx", "answer.onnx"  # graphs that decide before the f
 DENSE = 0  # number of the mask that skips nothing
 DECIDED = 256  # inputs that are decided on at once
 BATCH = 32  # inputs of one mask that run together, if no other number is given
+PASS = 16  # tokens of padding that take as long as a pass does besides its tokens
 NOWHERE = np.float32(-1e9)  # logit of a position where no answer may begin or end
 LEAST, MOST = np.float32(1e-13), np.float32(30)  # of a probability, and of log-odds, as the heads judge
 Batch = dict[str, NDArray]
@@ -375,6 +376,10 @@ def best_spans(logits: NDArray, max_length: int) -> NDArray:
 
 
 def _parts(rows: NDArray, length: NDArray, size: int) -> Iterator[NDArray]:
-    """Rows in parts of about the same length."""
-    rows = rows[np.argsort(length[rows], kind="stable")]
-    yield from np.split(rows, range(size, len(rows), size))
+    """Rows in parts of at most so many, of about the same length: where a pass costs less than padding, a part ends."""
+    rows, start = rows[np.argsort(length[rows], kind="stable")], 0
+    grows = np.diff(length[rows], append=0).tolist()
+    for end, more in enumerate(grows, start=1):
+        if end == len(rows) or end - start == size or (end - start) * more > PASS:
+            yield rows[start:end]
+            start = end
