@@ -3,12 +3,12 @@
     sd-gym reduce runs/reviews --codebook 8 --output runs/reviews-8
     python benchmarks/deployment.py runs/reviews-8
 
-All answer the same texts, from text to answer, tokenising and deciding included, and take turns. Rows of "1" are single
-texts; "8" and "32" are a queue of 64 texts, which run at most so many together, grouped by mask; the last are a file. It
-has the test rows of the env first. "time" is the median over dense in eager, "own dense" over dense of the same engine;
-promise kept = FLOPs / own dense: 1 is all of it. "agree" is how many answers are those of dense in eager, "quality" the
-difference to it on the test rows, with its paired bootstrap interval. Last, ONNX is compared with sd_gym.load on the
-texts of the file and as many random ones.
+All answer the same texts, from text to answer, tokenising and deciding included, and take turns. Rows "1" are single
+texts. Rows "8" and "32" are a queue of 64 texts, of which at most so many run together, grouped by mask. The last are a
+file, which begins with the env's test rows. "time" is the median over dense in eager, "own dense" over dense of the
+same engine. Promise kept = FLOPs / own dense; 1 is all of it. "agree" is the share of answers that equal those of dense
+in eager. "quality" is the difference to it on the test rows, with its paired bootstrap interval. Last, ONNX is compared
+with sd_gym.load on the texts of the file and as many random ones.
 """
 
 from __future__ import annotations

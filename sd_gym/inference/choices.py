@@ -13,8 +13,14 @@ from sd_gym.policy.table_export import TablePolicy
 
 def few_masks(policy: SkipPolicy, most: int) -> bool:
     """Whether a policy decides among at most so many masks before the first layer, at all its operating points."""
+    masks = decided_masks(policy)
+    return masks is not None and len(masks) <= most
+
+
+def decided_masks(policy: SkipPolicy) -> NDArray | None:
+    """Those masks, int64 ``[masks, switches + 1]``; ``None``: it may decide any."""
     choices = choices_of(policy)
-    return choices is not None and len(np.unique(masks_of(policy, choices), axis=0)) <= most
+    return None if choices is None else np.unique(masks_of(policy, choices), axis=0)
 
 
 def choices_of(policy: SkipPolicy) -> NDArray | None:

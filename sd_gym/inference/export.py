@@ -11,7 +11,7 @@ from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from sd_gym.execution.bank import path_of_layers, without_skipped
 from sd_gym.files import as_json, sha256, write_json, write_text
 from sd_gym.folders import contents, locked
 from sd_gym.going_on import resumed_from
-from sd_gym.inference.choices import choices_of, few_masks, learned_network, masks_of
+from sd_gym.inference.choices import choices_of, decided_masks, few_masks, learned_network, masks_of
 from sd_gym.inference.onnx import (
     ANSWER,
     DECIDE,
@@ -116,8 +116,8 @@ def _check_policy(policy: SkipPolicy) -> None:
         raise _refused(f"it decides in the middle of the pass, at {', '.join(later)}", INSTEAD)
     if network.noise != "none" or network.blind:
         raise _refused("it is a control, which sees nothing or draws its decisions", "export one that has learned")
-    choices = choices_of(policy)
-    if len(policy.token_shares) > 1 if choices is None else masks_of(policy, choices)[:, -1].any():
+    masks = decided_masks(policy)
+    if len(policy.token_shares) > 1 if masks is None else masks[:, -1].any():
         raise _refused("it drops tokens", f"learn one with token_shares=[0.0], or {INSTEAD}")
 
 
@@ -162,7 +162,7 @@ class _Writer:
 
     def written(self) -> dict[str, Any]:
         """Write all; the manifest."""
-        graphs = {DECIDE: _Decider(self._board, self._policy, self._choices)}
+        graphs: dict[str, Any] = {DECIDE: _Decider(self._board, self._policy, self._choices)}
         looks = self._policy.sees_answer
         if looks:
             graphs[ANSWER] = _AnswerDecider(self._policy, graphs[DECIDE].size, len(self._head.judgement))
@@ -198,7 +198,7 @@ class _Writer:
         given = module.inputs(self._inputs)
         axes = {name: {0: "batch", 1: "length"} if value.shape[:2] == (2, 7) else {0: "batch"} for name, value in given}
         axes |= {name: {0: "batch"} for name in module.outputs}
-        names = {"input_names": [name for name, _ in given], "output_names": module.outputs}
+        names = {"input_names": [name for name, _ in given], "output_names": list(module.outputs)}
         with TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing warns of each shape that Python reads, and of itself
             file, options = Path(folder, "traced.onnx"), {"dynamic_axes": axes, "opset_version": 17, **names}
@@ -282,7 +282,7 @@ class _Writer:
 class _Graph(nn.Module):
     """A module that is written as a graph."""
 
-    outputs: ClassVar[list[str]]
+    outputs: tuple[str, ...]
 
     def inputs(self, of_model: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
         """Names and examples of the arguments of ``forward``, from those of the model's inputs."""
@@ -298,7 +298,7 @@ class _Masked(_Graph):
     def __init__(self, board: Switchboard, mask: NDArray, first: int | None) -> None:
         super().__init__()
         self.model = without_skipped(board, mask)
-        self.outputs = ["logits"] if first is None else ["logits", "hidden"]
+        self.outputs = ("logits",) if first is None else ("logits", "hidden")
         self._hidden: list[Tensor] = []
         if first is not None:
             layer = twin_at(_layers(board, self.model), str(board.switches[first].index))
@@ -318,7 +318,7 @@ class _Masked(_Graph):
 class _Rest(_Graph):
     """The dense logits, from the hidden states in front of the layer that has switch ``first``."""
 
-    outputs: ClassVar = ["logits"]
+    outputs = ("logits",)
 
     def __init__(self, board: Switchboard, first: int) -> None:
         super().__init__()
@@ -357,7 +357,7 @@ class _Decider(_Graph):
         padded = np.pad(choices, ((0, 0), (0, int(self.answers))), constant_values=-1)
         likelihood = network._log_likelihood(torch.eye(sum(network.nvec)), torch.from_numpy(padded))
         self.register_buffer("chosen", likelihood)
-        self.outputs = ["scores", "seen"] if self.answers else ["scores"]
+        self.outputs = ("scores", "seen") if self.answers else ("scores",)
 
     def inputs(self, of_model: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
         return [("share", torch.zeros(2)), *of_model.items()]
@@ -382,7 +382,7 @@ class _Decider(_Graph):
 class _AnswerDecider(_Graph):
     """By how much the policy prefers going on to accepting an answer, in log-odds."""
 
-    outputs: ClassVar = ["preference"]
+    outputs = ("preference",)
 
     def __init__(self, policy: SkipPolicy, pooled: int, judged: int) -> None:
         super().__init__()
@@ -439,7 +439,7 @@ class _Network(nn.Module):
 class _StandIn(nn.Module):
     """Stands in for layers or embeddings: gives what is ``given``, or else keeps what enters it and passes it on."""
 
-    seen: Tensor
+    seen: Any  # Tensor
     given: Tensor | None = None
 
     def forward(self, hidden_states: Tensor | None = None, *_: Any, **__: Any) -> Tensor | None:

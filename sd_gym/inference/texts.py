@@ -25,7 +25,7 @@ from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.inference.answer import Answer, Input, TextModel, unknown_words
 from sd_gym.inference.attach import attach
-from sd_gym.inference.choices import choices_of, few_masks, masks_of
+from sd_gym.inference.choices import decided_masks
 from sd_gym.inference.second_answers import rows_of
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.rollout import Keep, StagedRollout
@@ -306,7 +306,8 @@ def _checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def _check_compiles(policy: SkipPolicy, head: Head) -> None:
     """Raise ``ValueError`` if a policy has too many masks to compile a model for each, or generates."""
-    if policy.is_staged or not few_masks(policy, MODELS) or masks_of(policy, choices_of(policy))[:, -1].any():
+    masks = decided_masks(policy)
+    if policy.is_staged or masks is None or len(masks) > MODELS or masks[:, -1].any():
         raise ValueError(
             f"compile=True compiles a model for each of at most {MODELS} masks that drop no tokens, and this policy "
             "decides otherwise; sd-gym reduce makes one of few masks"
