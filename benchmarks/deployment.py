@@ -1,123 +1,199 @@
-"""What a deployment gets of a trained policy: eager, as a bank, compiled, and as ONNX graphs; each over its own dense.
+"""What a deployment gets of a trained policy: attached, as a bank, compiled, in bfloat16, and as ONNX graphs.
 
     sd-gym reduce runs/reviews --codebook 8 --output runs/reviews-8
-    OMP_NUM_THREADS=1 python benchmarks/deployment.py runs/reviews-8 --compile
+    python benchmarks/deployment.py runs/reviews-8
 
-All answer the same texts of the env's test split (and then of its training split), from text to answer, tokenising and
-deciding included, and take turns. "time" is the median over dense in eager, "own dense" over dense of the same engine;
-promise kept = FLOPs / own dense; 1 = all of it. "agree" is how many answers are those of dense in eager.
+All answer the same texts, from text to answer, tokenising and deciding included, and take turns. Rows "1" are single
+texts. Rows "8" and "32" are a queue of 64 texts, of which at most so many run together, grouped by mask. The last are a
+file, which begins with the env's test rows. "time" is the median over dense in eager, "own dense" over dense of the
+same engine. Promise kept = FLOPs / own dense; 1 is all of it. "agree" is the share of answers that equal those of dense
+in eager. "quality" is the difference to it on the test rows, with its paired bootstrap interval. Last, ONNX is compared
+with sd_gym.load on the texts of the file and as many random ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
 import torch
 from rich.console import Console
 from rich.table import Table
+from sd_gym.agents.runs.statistics import bootstrap_interval
 
 import sd_gym
+from sd_gym.backbones.checks import has_bf16
+from sd_gym.data.instance import Instance
 from sd_gym.envs.config import make_config
 from sd_gym.envs.shared import shared_core
 from sd_gym.inference.answer import Answer
-from sd_gym.inference.onnx import OnnxModel
-from sd_gym.inference.texts import SkippingModel
+from sd_gym.inference.onnx import Decided, OnnxModel
 from sd_gym.policy.artefact import SkipPolicy
+from sd_gym.tasks.metrics import text_quality
 
-WARM_UP = 2
+WARM_UP, QUEUE, COLUMNS = 2, 64, ("FLOPs", "time", "own dense", "kept", "agree", "quality")
+Texts = list[Any]
 
 
-class Contestant(NamedTuple):
-    """One way to answer."""
+class Way(NamedTuple):
+    """One way to answer texts, at most so many at once."""
 
     name: str
-    answers: Callable[[list], list[Answer]]
+    answers: Callable[[Texts, int | None], list[Answer]]
     dense: str  # name of the dense of its engine
 
 
 class Static(OnnxModel):
-    """An export that answers everything under the mask that most texts have."""
+    """An export that answers everything under one mask."""
 
     number = 0
 
-    def _decided(self, rows: list, length: np.ndarray) -> np.ndarray:
-        return np.full(len(rows), self.number)
+    def decide(self, batch: dict[str, np.ndarray]) -> Decided:
+        """The same mask for all."""
+        decided = super().decide(batch)
+        return decided._replace(number=np.full_like(decided.number, self.number))
 
-    def own_flops(self, length: np.ndarray) -> np.ndarray:
-        """None: nobody decides."""
-        return np.zeros(len(length))
+    def run_policy(self, number: int, batch: dict, seen: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Nobody looks at the answer."""
+        return super().run_policy(number, batch, None)
 
 
-def contestants(run: Path, texts: list, folder: Path, *, threads: int, compiles: bool) -> list[Contestant]:
-    """All ways to answer."""
-    policy, options = SkipPolicy.from_pretrained(run), onnxruntime.SessionOptions()
+def both(engine: str, model: Any) -> list[Way]:
+    """Dense and the policy on one engine."""
+
+    def dense(texts: Texts, size: int | None) -> list[Answer]:
+        return model.answers(texts, dense=True, batch_size=size)
+
+    own = f"dense, {engine}"
+    policy = Way(f"policy, {engine}", lambda texts, size: model.answers(texts, batch_size=size), own)
+    return [Way(own, dense, own), policy]
+
+
+def attached(policy: SkipPolicy) -> list[Way]:
+    """Dense in eager, and the policy on the switchboard, batches as they come."""
+    model = sd_gym.load(policy)
+    vars(model)["_bank"] = None
+
+    def mixed(texts: Texts, size: int | None) -> list[Answer]:
+        parts = range(0, len(texts), size or len(texts))
+        return [one for start in parts for one in model.answers(texts[start : start + (size or len(texts))])]
+
+    return [both("eager", model)[0], Way("policy, attached", mixed, "dense, eager")]
+
+
+def in_torch(policy: SkipPolicy, *, compiles: bool) -> list[Way]:
+    """All ways that run in torch."""
+    ways = [*attached(policy), both("bank", sd_gym.load(policy))[1]._replace(dense="dense, eager")]
+    if has_bf16(torch.device("cpu")):
+        ways += both("bfloat16", sd_gym.load(policy, dtype="bfloat16"))
+    return ways + both("compiled", sd_gym.load(policy, compile=True)) if compiles else ways
+
+
+def in_onnx(folders: dict[str, Path], texts: Texts, threads: int) -> list[Way]:
+    """All ways that run in ONNX Runtime."""
+    options, ways = onnxruntime.SessionOptions(), []
     options.intra_op_num_threads = threads
-    bank, attached = sd_gym.load(policy), sd_gym.load(policy)
-    vars(attached)["_bank"] = None
-    found = [
-        Contestant("dense, eager", lambda inputs: attached.answers(inputs, dense=True), "dense, eager"),
-        Contestant("policy, switchboard", attached.answers, "dense, eager"),
-        Contestant("policy, bank", bank.answers, "dense, eager"),
-    ]
-    if compiles:
-        compiled: SkippingModel = sd_gym.load(policy, compile=True)
-        found += [
-            Contestant("dense, compiled", lambda inputs: compiled.answers(inputs, dense=True), "dense, compiled"),
-            Contestant("policy, compiled", compiled.answers, "dense, compiled"),
-        ]
-    for name, int8 in (("ONNX", False), ("ONNX int8", True)):
-        sd_gym.export(policy, folder / name, masks=64, int8=int8)
-        model = sd_gym.onnx.load(folder / name, session_options=options)
-        static = Static(folder / name, session_options=options)
+    for name, folder in folders.items():
+        model, static = (kind(folder, session_options=options) for kind in (OnnxModel, Static))
         masks, count = np.unique([answer.skip for answer in model(texts)], axis=0, return_counts=True)
         static.number = int(np.flatnonzero((model.masks == masks[count.argmax()]).all(axis=1))[0])
-        found += [
-            Contestant(
-                f"dense, {name}", lambda inputs, model=model: model.answers(inputs, dense=True), f"dense, {name}"
-            ),
-            Contestant(f"one mask, {name}", static.answers, f"dense, {name}"),
-            Contestant(f"policy, {name}", model.answers, f"dense, {name}"),
-        ]
-    return found
+        dense, own = both(name, model)
+        ways += [dense, both(name, static)[1]._replace(name=f"one mask, {name}"), own]
+    return ways
 
 
-def add_rows(table: Table, ways: list[Contestant], texts: list, size: int, rounds: int) -> None:
-    """Measure batches of a size, on all ways in turn."""
-    random, times = np.random.default_rng(0), {way.name: list[float]() for way in ways}
-    flops, agree = ({way.name: list[float]() for way in ways} for _ in range(2))
-    for number in range(rounds + WARM_UP):
-        batch = [texts[row] for row in random.permutation(len(texts))[:size]]
-        wanted: list[str] = []
+class Sample(NamedTuple):
+    """Texts of an env."""
+
+    instances: list[Instance]
+    tested: int  # how many of them are test rows, which come first
+    metric: str
+
+    def quality(self, answers: list[Answer]) -> np.ndarray:
+        """Of answers to the test rows, ``[n]``."""
+        pairs = zip(answers[: self.tested], self.instances, strict=False)
+        return np.array([text_quality(self.metric, answer.answer, one.references) for answer, one in pairs])
+
+
+def add_rows(table: Table, ways: list[Way], sample: Sample, size: int | None, rounds: int) -> None:
+    """Measure texts in batches of a size, all ways in turn; ``None``: the file, which also has a quality."""
+    random, count = np.random.default_rng(0), len(sample.instances) if size is None else 1 if size == 1 else QUEUE
+    times, flops, agree = ({way.name: list[float]() for way in ways} for _ in range(3))
+    quality = dict[str, np.ndarray]()
+    for number in range(-WARM_UP if size else 0, rounds):
+        rows = random.permutation(len(sample.instances))[:count] if size else range(count)
+        texts, expected = [text_of(sample.instances[row]) for row in rows], list[str]()
         for way in ways:
             started = time.perf_counter()
-            answers = way.answers(batch)
+            answers = way.answers(texts, size)
             seconds = time.perf_counter() - started
-            wanted = wanted or [one.answer for one in answers]
-            if number >= WARM_UP:
+            expected = expected or [one.answer for one in answers]
+            if number >= 0:
                 times[way.name].append(seconds)
                 flops[way.name] += [one.flops_ratio for one in answers]
-                agree[way.name] += [float(one.answer == other) for one, other in zip(answers, wanted, strict=True)]
-    middle = {name: statistics.median(seconds) for name, seconds in times.items()}
+                agree[way.name] += [float(one.answer == other) for one, other in zip(answers, expected, strict=True)]
+            if size is None:
+                quality[way.name] = sample.quality(answers)
+    middle, eager = {name: statistics.median(seconds) for name, seconds in times.items()}, ways[0].name
     for way in ways:
         share = statistics.fmean(flops[way.name])
-        over, own = (middle[way.name] / middle[dense] for dense in ("dense, eager", way.dense))
-        cells = (
-            f"{share:.1%}",
-            f"{over:.1%}",
-            f"{own:.1%}",
-            f"{share / own:.2f}",
-            f"{statistics.fmean(agree[way.name]):.1%}",
-        )
-        table.add_row(f"{size:,}", way.name, f"{1000 * middle[way.name]:.2f} ms", *cells, end_section=way is ways[-1])
+        over, own = (middle[way.name] / middle[dense] for dense in (eager, way.dense))
+        agreed = statistics.fmean(agree[way.name])
+        shown = [f"{share:.1%}", f"{over:.1%}", f"{own:.1%}", f"{share / own:.2f}", f"{agreed:.1%}"]
+        if size is None:
+            difference = quality[way.name] - quality[eager]
+            low, high = bootstrap_interval(difference)
+            shown.append(f"{100 * difference.mean():+.2f} ({100 * low:+.2f} to {100 * high:+.2f})")
+        table.add_row(str(size or count), way.name, f"{1000 * middle[way.name] / count:.2f} ms", *shown)
+    table.add_section()
+
+
+def text_of(instance: Instance) -> Any:
+    """What a user passes."""
+    return instance.source if instance.source_pair is None else (instance.source, instance.source_pair)
+
+
+def random_texts(texts: Texts) -> Texts:
+    """As many of random words: some of one word, some that are cut."""
+    random = np.random.default_rng(0)
+    words = np.array(sorted({word for text in texts for word in np.ravel(text)[0].split()}))
+
+    def text() -> str:
+        return " ".join(random.choice(words, random.integers(1, 200)))
+
+    return [text() if isinstance(one, str) else tuple(text() for _ in one) for one in texts]
+
+
+def equality(policy: SkipPolicy, folder: Path, texts: Texts) -> str:
+    """In how many texts an export equals ``sd_gym.load``, and how far its logits are off."""
+    model, graphs = sd_gym.load(policy), sd_gym.onnx.load(folder)
+    wanted, answers, off = model.answers(texts), graphs(texts), 0.0
+    lines = [f"ONNX and sd_gym.load, on {len(texts):,} texts"]
+    for name in ("answer", "skip", "went_on"):
+        pairs = ((getattr(one, name), getattr(other, name)) for one, other in zip(wanted, answers, strict=True))
+        lines.append(f"{sum(np.array_equal(*pair) for pair in pairs):,} have the same {name}")
+    masks = np.array([one.skip for one in answers])
+    for number, plain in enumerate(sd_gym.bank(model.model, graphs.masks)):
+        own = np.flatnonzero((masks == graphs.masks[number]).all(axis=1))
+        for rows in np.split(own, range(32, len(own), 32)) if len(own) else ():
+            batch = graphs._batch(graphs._encoded([graphs.checked(texts[row]) for row in rows]))
+            batch = {name: batch[name] for name in model.tokenizer.model_input_names}
+            with torch.inference_mode():
+                output = plain(**{name: torch.from_numpy(values) for name, values in batch.items()})
+            spans = "start_logits" in output
+            logits = torch.stack([output.start_logits, output.end_logits], dim=1) if spans else output.logits
+            off = max(off, float(np.abs(graphs.run(number, batch)[0] - logits.numpy()).max()))
+    return ", ".join([*lines, f"logits differ by at most {off:.1e}"])
 
 
 def main() -> None:
@@ -125,29 +201,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run of few masks, of an encoder that classifies, scores or extracts")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=40, help="timed batches of each size")
-    parser.add_argument("--texts", type=int, default=2000, help="texts of the file, which is answered three times")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile, which needs a C++ compiler")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=60, help="timed single texts; a tenth as many queues")
+    parser.add_argument("--texts", type=int, default=2000, help="texts of the file, which is answered twice")
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=shutil.which("c++") is not None)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    env = SkipPolicy.from_pretrained(arguments.run).card["env"]
+    policy = SkipPolicy.from_pretrained(arguments.run)
+    env = policy.card["env"]
     core = shared_core(make_config(env, env["id"]))
-    instances = chain(core.split("test").instances, core.split("train").instances)
-    texts = [
-        one.source if one.source_pair is None else (one.source, one.source_pair)
-        for one in islice(instances, arguments.texts)
-    ]
-    table = Table(title=f"{arguments.run.name}, {arguments.threads} thread(s)")
-    for column in ("rows", "who answers", "median", "FLOPs", "time", "own dense", "kept", "agree"):
-        table.add_column(column, justify="left" if column == "who answers" else "right")
+    test, kind = core.split("test").instances, core.config.quality
+    instances = list(islice(chain(test, core.split("train").instances), arguments.texts))
+    sample = Sample(instances, len(test), kind.metric if kind.kind == "metric" else "exact_match")
+    texts = [text_of(one) for one in instances]
+    console = Console(width=max(130, Console().width))
     with TemporaryDirectory() as folder:
-        options = {"threads": arguments.threads, "compiles": arguments.compile}
-        ways = contestants(arguments.run, texts, Path(folder), **options)
-        for size in arguments.batch_sizes:
-            add_rows(table, ways, texts, size, arguments.rounds)
-        add_rows(table, ways, texts, len(texts), 3)
-    Console(width=max(100, Console().width)).print(table)
+        folders = {name: Path(folder, name) for name in ("ONNX", "ONNX int8")}
+        for name, place in folders.items():
+            sd_gym.export(policy, place, masks=64, int8=name.endswith("int8"))
+        ways = in_torch(policy, compiles=arguments.compile)
+        for threads in arguments.threads:
+            torch.set_num_threads(threads)
+            table = Table(title=f"{arguments.run.name}, {threads} thread(s)")
+            for column in ("rows", "who answers", "a text", *COLUMNS):
+                table.add_column(column, justify="left" if column == "who answers" else "right")
+            every = [*ways, *in_onnx(folders, texts, threads)]
+            for size in arguments.batch_sizes:
+                add_rows(table, every, sample, size, arguments.rounds if size == 1 else -(-arguments.rounds // 10))
+            add_rows(table, every, sample, None, 2)
+            console.print(table)
+        console.print(equality(policy, folders["ONNX"], [*texts, *random_texts(texts)]))
 
 
 if __name__ == "__main__":

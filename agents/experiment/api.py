@@ -210,7 +210,7 @@ def evaluate(
         origin, same_data = None, False
         if is_exported(policy):
             if select:
-                raise ValueError("an exported policy has one operating point; select from the run that it was made of")
+                raise ValueError("an exported policy was selected already; select from the run that it was made of")
             model = OnnxModel(Path(str(policy)))
             core: Core = ExportedCore(exported_config(model, env_id, settings), model)
             evaluated: Any = ExportedPolicy(model)

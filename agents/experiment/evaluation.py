@@ -208,7 +208,7 @@ def _contestants(
 
     def dense() -> None:
         inputs = split.passes.inputs(rows)
-        split.passes.said(rows, nothing, inputs, judges=False) if writes else backbone.logits(inputs)
+        split.passes.generated_batch(rows, nothing, inputs, judges=False) if writes else backbone.logits(inputs)
 
     def by_length(passes: Passes) -> None:
         passes.generated(everything, nothing) if writes else list(passes.logits(everything, nothing))

@@ -5,9 +5,9 @@ from typing import Any
 
 from sd_gym.config import dotted, nested
 from sd_gym.envs.protocols import Core
+from sd_gym.operating_points import OperatingPoint
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.policy.card import OperatingPoint
 from sd_gym.policy.table_export import TablePolicy
 
 RESULT_KEYS = ("split", "instances", "quality", "quality_ref", "flops_ratio", "flops_ratio_with_policy")

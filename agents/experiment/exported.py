@@ -75,12 +75,20 @@ class ExportedPolicy:
     def decide_split(self, split: Any, rows: NDArray) -> SplitDecisions:
         """Its decisions on ``rows [n]``, and the FLOPs of deciding."""
         model, length = self._model, split.encoded.source_length[rows]
-        number = np.empty(len(rows), dtype=np.int64)
+        masks, went_on = np.zeros((len(rows), len(split.backbone.board) + 1), np.int64), np.zeros(len(rows), bool)
         order = np.argsort(length, kind="stable")
         for part in np.split(order, range(DECIDED, len(order), DECIDED)):
-            inputs = split.encoded.inputs(rows[part], torch.device("cpu"))
-            number[part] = model.decide({name: values.numpy() for name, values in inputs.items()})
-        decisions = np.pad(model.masks[number].astype(np.int64), ((0, 0), (0, 1)))
+            inputs = split.passes.inputs(rows[part])
+            batch = {name: values.numpy() for name, values in inputs.items() if name != "labels"}
+            number, seen = model.decide(batch)
+            masks[part, :-1] = model.masks[number]
+            for mask in np.unique(number) if model.looks_at_answer else ():
+                own = number == mask
+                chosen = {name: values[own] for name, values in batch.items()}
+                went_on[part[own]] = model.run_policy(mask, chosen, seen[own])[1]
+        decisions = np.pad(masks, ((0, 0), (0, int(model.looks_at_answer))))
+        if model.looks_at_answer:
+            decisions[:, -1] = went_on
         return SplitDecisions(decisions, model.own_flops(length))
 
 
@@ -98,8 +106,9 @@ class _Graphs:
         number = self._number[mask.tobytes()]
 
         def run(**inputs: Tensor) -> SimpleNamespace:
-            values = self._model.run(number, {name: tensor.numpy() for name, tensor in inputs.items()})
-            logits = torch.from_numpy(values)
+            logits = torch.from_numpy(
+                self._model.run(number, {name: value.numpy() for name, value in inputs.items()})[0]
+            )
             return SimpleNamespace(logits=logits, start_logits=logits[:, 0], end_logits=logits[:, -1])
 
         return run

@@ -24,8 +24,8 @@ from sd_gym.agents.runs.verdict import CONFIDENCE, Verdict, highest_loss, verdic
 
 from sd_gym.envs.protocols import Core
 from sd_gym.objectives import Objective
+from sd_gym.operating_points import OperatingPoint
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.card import OperatingPoint
 from sd_gym.policy.table_export import TablePolicy
 
 PASSES = 12  # points of a sequence if each takes passes of a backbone

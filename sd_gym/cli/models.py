@@ -157,9 +157,9 @@ def run(
         file = None if source == "-" else Path(source)
         total = count_rows(file)
         if Path(policy, MANIFEST).is_file():
-            if backbone or max_loss is not None or max_flops is not None or device != "cpu":
-                raise ValueError(f"{policy} is exported: choose --backbone, --max-loss, --max-flops in sd-gym export")
-            model: Any = OnnxModel(Path(policy))
+            if backbone or device != "cpu":
+                raise ValueError(f"{policy} is exported with its backbone, for the CPU; leave out --backbone, --device")
+            model: Any = OnnxModel(Path(policy), max_loss=max_loss, max_flops=max_flops)
         else:
             model = load(policy, backbone, device=device, max_loss=max_loss, max_flops=max_flops)
 

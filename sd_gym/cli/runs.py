@@ -133,22 +133,21 @@ def export(
         bool, Option("--int8", help="Matrix products of 8-bit integers; decisions stay as they are.")
     ] = False,
     backbone: Annotated[str | None, Option(help="Where the backbone is [default: where it was].")] = None,
-    max_loss: Annotated[float | None, Option(help="Fewest FLOPs within this loss of quality (0.005).")] = None,
-    max_flops: Annotated[float | None, Option(help="Least skipping within this share of the FLOPs (0.4: 40%).")] = None,
     imports: Imports = [],
 ) -> None:
     """Write a policy and a graph for each of its masks for ONNX Runtime, which answers without torch.
 
     Needs `pip install 'sd-gym[onnx]'`, and an encoder that classifies, scores or extracts. A policy that decides among
-    more masks is reduced as by `sd-gym reduce`: its operating point is selected again.
+    more masks is reduced as by `sd-gym reduce`: its operating point is selected again. `sd-gym run` and
+    `sd_gym.onnx.load` choose among the operating points.
 
     Example: `sd-gym export runs/reviews --output reviews-onnx --masks 8 --int8`
     """
     terminal.import_all(imports)
     with terminal.errors_as_lines(), terminal.status("exporting"), TemporaryDirectory() as folder:
         from sd_gym.agents.experiment.run import reduce as reduce_run
+        from sd_gym.inference.choices import few_masks
         from sd_gym.inference.export import export as export_policy
-        from sd_gym.inference.export import few_masks
         from sd_gym.policy.artefact import SkipPolicy
 
         policy = SkipPolicy.from_pretrained(run)
@@ -156,11 +155,9 @@ def export(
             terminal.say(f"the policy decides among more than {masks} masks, so it is reduced to those that fit best")
             reduce_run(run, masks, Path(folder, "reduced"))
             policy = SkipPolicy.from_pretrained(Path(folder, "reduced"))
-        chosen = policy.at(max_loss=max_loss, max_flops=max_flops)
-        manifest = export_policy(chosen, output, masks=masks, int8=int8, backbone=backbone)
-    terminal.print_line(f"{len(manifest['masks'])} masks, dense among them: {output}")
-    for what in manifest["left_out"]:
-        terminal.print_line(f"Left out: {what}.")
+        manifest = export_policy(policy, output, masks=masks, int8=int8, backbone=backbone)
+    points = len(manifest["operating_points"])
+    terminal.print_line(f"{len(manifest['masks'])} masks, dense among them, {points} operating points: {output}")
     terminal.print_line(f"Judge it: sd-gym evaluate {output}")
 
 

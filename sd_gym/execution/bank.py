@@ -1,10 +1,11 @@
-"""A bank of masks: for each a plain model without what the mask skips, all of them on the weights of one."""
+"""A bank of masks: per mask a plain model without the skipped sublayers; all share the weights of one model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -13,22 +14,23 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from sd_gym.policy.artefact import switchboard_of
-from sd_gym.switch import Stack, Switchboard
+from sd_gym.switch import PassState, Stack, Switchboard
 from sd_gym.switch.cache import cache_among
+from sd_gym.switch.stages import StageReached
 from sd_gym.switch.twin import twin_at, twin_of
 
 MODELS = 64  # that a bank keeps
 
 
 def bank(model: PreTrainedModel, masks: Sequence[ArrayLike] | NDArray) -> list[PreTrainedModel]:
-    """For each mask a model that holds neither switches nor skipped sublayers; all share the weights of one model.
+    """Per mask a model with neither switches nor skipped sublayers; all share the weights of one model.
 
-    Each gives what the switched model gives under its mask, bit for bit. Nothing is copied: a change of a weight
+    Outputs equal those of the switched model under the mask, bit for bit. Nothing is copied: a change of a weight
     changes all. Forward passes and ``generate()`` are Hugging Face's own, so static caches, streamers and
     ``torch.compile`` work. ``sd_gym.bake`` makes a model that can be saved.
 
     Args:
-        model: A model of a supported architecture, attached or not; it stays as it is.
+        model: A model of a supported architecture, attached or not; it is not changed.
         masks: Decisions, 1 = skip, each ``[switches]`` or, with token level 0 after it, ``[switches + 1]``.
 
     Raises:
@@ -51,7 +53,7 @@ def bank(model: PreTrainedModel, masks: Sequence[ArrayLike] | NDArray) -> list[P
 
 
 class MaskModels(Protocol):
-    """What runs rows that share a mask."""
+    """Models that run rows that share a mask."""
 
     compiles: bool  # whether no pass may have rows of several masks
 
@@ -61,7 +63,7 @@ class MaskModels(Protocol):
 
 
 class Bank:
-    """The models of a board's masks, made when they are first asked for; the last 64 of them are kept.
+    """The models of a board's masks, made at their first use; the last 64 are kept.
 
     Attributes:
         compiles: Whether each is compiled, once for single inputs and once for batches, of any length. Then no pass may
@@ -84,13 +86,32 @@ class Bank:
         return torch.compile(model.forward, dynamic=True) if self.compiles else model
 
 
+class Float32Input:
+    """What enters the first layer of a board's model, from a copy of its embeddings in float32."""
+
+    def __init__(self, board: Switchboard) -> None:
+        twin = without_skipped(board, np.zeros(len(board), dtype=bool))
+        for stack in board.architecture.stacks:
+            twin_at(twin, path_of_layers(board, stack))._modules = {"0": _End()}
+        self._model = deepcopy(twin).float()
+
+    @torch.inference_mode()
+    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Hidden states, float32 ``[n, length, width]``, for the model's inputs."""
+        try:
+            self._model(**inputs)
+        except StageReached as reached:
+            return reached.state.hidden
+        raise RuntimeError("the forward pass ended without reaching the first layer")
+
+
 def checked_mask(mask: ArrayLike, board: Switchboard) -> NDArray:
-    """A mask that a user gives, bool ``[switches]``; ValueError if it drops tokens, or has another shape."""
+    """A user's mask, bool ``[switches]``; ValueError if it drops tokens, or has another shape."""
     array = np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask)
     if array.shape == (len(board) + 1,):
         if array[-1] != 0:
             raise ValueError(
-                f"a mask that drops tokens (level {array[-1]}) is no model of its own; set its last component to 0, "
+                f"a mask that drops tokens (level {array[-1]}) cannot be a model; set its last component to 0, "
                 "or attach the policy"
             )
         array = array[:-1]
@@ -112,13 +133,13 @@ def without_skipped(board: Switchboard, mask: NDArray) -> PreTrainedModel:
 
 
 def path_of_layers(board: Switchboard, stack: Stack) -> str:
-    """Where in a board's model the layers of a stack are."""
+    """The path of a stack's layers in a board's model."""
     first = next(switch for switch in board.switches if switch.stack == stack.name)
     return board.path_of(first).rpartition(".")[0]
 
 
 def _take_out(board: Switchboard, stack: Stack, mask: NDArray, twin: PreTrainedModel) -> None:
-    """Put stand-ins in the places of what a mask skips in one stack."""
+    """Replace what a mask skips in one stack by stand-ins."""
     switches = [(at, switch) for at, switch in enumerate(board.switches) if switch.stack == stack.name]
     number = {(switch.index, switch.sublayer.kind): at for at, switch in switches}
     layers, original = twin_at(twin, path_of_layers(board, stack)), stack.layers_in(board.model)
@@ -156,7 +177,7 @@ def _share_bias(first: Any, layers: nn.Module, path: str) -> None:
 
 
 def _counting(board: Switchboard, stack: Stack) -> set[int]:
-    """Layers by which a cache tells how many positions it has seen: the first of each type in a decoder."""
+    """Layers from which a cache reads its length: the first of each type in a decoder."""
     if stack.name != "decoder":
         return set()
     types = getattr(board.model.config, "layer_types", None) or [None]
@@ -164,12 +185,19 @@ def _counting(board: Switchboard, stack: Stack) -> set[int]:
 
 
 def _count(layer: int | None, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Have a layer of the cache, if there is one, store a number for each position, which nobody reads."""
+    """Let a layer of the cache, if there is one, store one zero per position, so that its length is right."""
     cache = cache_among(args, kwargs)
     if layer is not None and cache is not None:
         own: Cache = getattr(cache, "self_attention_cache", cache)
         nothing = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
         own.update(nothing, nothing, layer)
+
+
+class _End(nn.Module):
+    """Stands in for all layers: the pass ends there."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> NoReturn:
+        raise StageReached(PassState("first", hidden_states, hidden_states))
 
 
 class _Unchanged(nn.Module):
@@ -180,14 +208,14 @@ class _Unchanged(nn.Module):
 
 
 class _Nothing(nn.Module):
-    """A zero, which the layer adds to the hidden states."""
+    """Gives a zero, which the layer adds to the hidden states."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states.new_zeros(())
 
 
 class _NoAttention(nn.Module):
-    """Stands in for an attention: passes its input on where it adds that itself, else it gives a zero."""
+    """Stands in for an attention: passes its input on if it adds the residual itself, else gives a zero."""
 
     def __init__(self, adds_residual: bool, passes_bias: bool, counts: int | None) -> None:
         super().__init__()
@@ -200,7 +228,7 @@ class _NoAttention(nn.Module):
 
 
 class _PassedLayer(nn.Module):
-    """Stands in for a layer of which nothing runs but its norms."""
+    """Stands in for a layer of which only the norms run."""
 
     def __init__(self, norms: list[nn.Module], counts: int | None) -> None:
         super().__init__()

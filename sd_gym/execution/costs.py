@@ -28,7 +28,7 @@ class Costs:
         return self.flops(rows, decisions) / self.dense_flops(rows)
 
     def reading_ratio(self, rows: Array, decisions: Array) -> Array:
-        """As ``flops_ratio`` if an answer had one token: what is known before it stands, as in a policy's artefact."""
+        """``flops_ratio`` of an answer of one token, since its length is not known before it is given."""
         level, length = decisions[:, -1], self._encoded.source_length[rows]
         kept = self._tokens.kept_length(rows, level)
         ranking = self._ranking(length, kept)
@@ -56,7 +56,7 @@ class Costs:
         return parted(decisions, self._components)[0]
 
     def going_on(self, rows: Array, masks: Array) -> Array:
-        """FLOPs of going on after masks, int64 ``[n]``, whatever decisions say of it; see ``sd_gym.going_on``."""
+        """FLOPs of going on after masks, int64 ``[n]``, for all rows; see ``sd_gym.going_on``."""
         return going_on_flops(self._always[rows], self._switched[rows], resumed_from(self.masks(masks), self.points))
 
     def _of_masks(self, rows: Array, decisions: Array) -> Array:
@@ -66,7 +66,7 @@ class Costs:
         return always + (switched * (1 - decisions[:, :-1])).sum(axis=1) + ranking
 
     def by_level(self) -> tuple[Array, Array]:
-        """What no switch saves of all rows at each token level, int64 ``[n, levels]``, and what each one does, too."""
+        """FLOPs that no switch saves, int64 ``[n, levels]``, and those of each switch, ``[n, levels, switches]``."""
         rows = np.arange(len(self._encoded))
         always, switched = [], []
         for level in range(len(self._tokens.shares)):
@@ -77,9 +77,9 @@ class Costs:
         return np.stack(always, axis=1), np.stack(switched, axis=1)
 
     def executed_flops(self, rows: Array, decisions: Array, parts: list[Array]) -> int:
-        """FLOPs that forward passes on rows really take: each row is padded to the longest that is left in its pass.
+        """FLOPs of forward passes, with padding to the longest row of each, as torch's counter counts them.
 
-        As torch's counter counts them; ``flops`` are those of each row alone.
+        ``flops`` are those of each row alone.
         """
         masks, goes_on = parted(decisions, self._components)
         length = self._encoded.source_length[rows]

@@ -46,10 +46,9 @@ class Passes:
         self._tokens, self._num_beams, self._stop = tokens, settings.num_beams, settings.stop
 
     def answers(self, rows: Array, decisions: Array, seen: PassState | None = None) -> list[str]:
-        """What the backbone says to rows under decisions, to be read: a text, a class's name, or a score.
+        """The backbone's answers to rows under decisions: a text, a class's name, or a score.
 
-        They go on from what a pass has ``seen`` at a stage, but for texts in the middle of a stack, which are generated
-        anew.
+        Passes resume from the state ``seen`` at a stage. In the middle of a stack, texts are generated anew.
         """
         if not self.head.judges_passes:
             return self.generated(rows, decisions, seen)
@@ -109,16 +108,16 @@ class Passes:
         resume_from = seen if seen is not None and seen.stage == BETWEEN else None
         for picked, inputs in self.planned(rows, decisions, self.longest):
             if resume_from is None:
-                said = self.said(rows[picked], decisions[picked], inputs, judges=judges)
+                generated = self.generated_batch(rows[picked], decisions[picked], inputs, judges=judges)
             else:
-                said = self._generated_after(resume_from, rows, decisions, picked, judges=judges)
-            texts[picked], judged[picked] = said
+                generated = self._generated_after(resume_from, rows, decisions, picked, judges=judges)
+            texts[picked], judged[picked] = generated
         return texts.tolist(), judged
 
-    def said(
+    def generated_batch(
         self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor], *, judges: bool
     ) -> tuple[list[str], Array]:
-        """What one ``generate()`` says to a batch of these rows, and how probable its tokens are (see ``_texts``)."""
+        """The texts of one ``generate()`` on a batch of these rows, and their judgement (see ``_texts``)."""
         keep = self._tokens.kept(rows, decisions[:, -1])
         if keep is None and (model := self._model_of(decisions)) is not None:
             return self._generated(inputs, nullcontext(), model, judges=judges)
@@ -127,7 +126,7 @@ class Passes:
     def _generated_after(
         self, seen: PassState, rows: Array, decisions: Array, picked: Array, *, judges: bool
     ) -> tuple[list[str], Array]:
-        """What some of the rows say when the encoder has read all of them: they keep the padding of all."""
+        """The same for some of the rows after the encoder has read all of them; they keep the padding of all."""
         some, keep = torch.from_numpy(picked), self._tokens.kept(rows, decisions[:, -1])
         inputs = {name: tensor[some] for name, tensor in self.inputs(rows).items()}
         kept = None if keep is None else keep[picked]
@@ -164,7 +163,7 @@ class Passes:
         *,
         judges: bool,
     ) -> tuple[list[str], Array]:
-        """What one ``generate()`` says under a decision, of the backbone's model if of no other, and its judgement."""
+        """The texts of one ``generate()`` under a decision, by the backbone's model if no other is given."""
         backbone = self.backbone
         inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         with deciding:
@@ -180,8 +179,8 @@ class Passes:
                 output_scores=judges,
             )
         answers = output.sequences[:, self.head.prompt_length(inputs["input_ids"]) :]
-        said = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        texts = [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in said]
+        texts = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        texts = [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in texts]
         if not judges:
             return texts, np.zeros((len(texts), len(self.head.judgement)))
         return texts, judged_text(backbone.model, output, self._end.get("eos_token_id")).cpu().numpy()
@@ -198,7 +197,7 @@ class Passes:
     def in_passes(self, rows: Array, decisions: Array, value: Value, seen: PassState | None = None) -> Array:
         """A value, or several, of each row's logits and labels, float64 ``[n]`` or ``[n, values]``.
 
-        With what they have ``seen`` at a stage it is one pass, which goes on from there.
+        With the state ``seen`` at a stage it is one pass, which resumes from there.
         """
         if seen is not None:
             return value(*self.resumed(seen, rows, decisions)).double().cpu().numpy()
@@ -239,7 +238,7 @@ class Passes:
             yield picked, self._pass(rows[picked], decisions[picked], inputs), inputs["labels"]
 
     def _pass(self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The logits of one pass; no generator, since a block that is open in one is slower."""
+        """The logits of one pass."""
         keep, board = self._keep_of(rows, decisions, inputs), self.backbone.board
         if keep is None and (model := self._model_of(decisions)) is not None:
             return self.head.forward(board, inputs, model)
@@ -247,7 +246,7 @@ class Passes:
             return self.backbone.logits(inputs)
 
     def _model_of(self, decisions: Array) -> Any:
-        """The bank's model for rows ``[n, switches + 1]``; ``None`` where there is none, as rows disagree."""
+        """The bank's model for rows ``[n, switches + 1]``; ``None`` without a bank, or if the rows disagree."""
         shared = decisions[0, :-1]
         if self.bank is None or self.backbone.board.is_deciding or (decisions[:, :-1] != shared).any():
             return None
@@ -275,9 +274,9 @@ class Passes:
 
     @torch.inference_mode()
     def seen_at(self, stage: str, rows: Array, decisions: Array, resume_from: PassState | None = None) -> PassState:
-        """What one pass of rows shows at a stage; it is run no further.
+        """The state of one pass of rows at a stage, where it ends; it may resume from an earlier stage's state.
 
-        What decisions say of switches from the stage on does not count; the pass goes on from an earlier stage's state.
+        Decisions on switches from the stage on do not count.
         """
         board, inputs = self.backbone.board, self.inputs(rows)
         keep, mask = self._keep_of(rows, decisions, inputs), inputs["attention_mask"]
@@ -286,7 +285,7 @@ class Passes:
 
     @torch.inference_mode()
     def resumed(self, seen: PassState, rows: Array, decisions: Array) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and labels of a pass that goes on from what it has shown at a stage."""
+        """Logits and labels of a pass that resumes from its state at a stage."""
         inputs = self.inputs(rows)
         with self.backbone.board.decide(decisions[:, :-1], self._keep_of(rows, decisions, inputs), resume_from=seen):
             return self.backbone.logits(inputs), inputs["labels"]
@@ -302,7 +301,7 @@ class Passes:
 
     def _confidence(self, logits: torch.Tensor) -> torch.Tensor:
         confidence = self.head.confidence
-        assert confidence is not None  # who asks has seen that there is one (``sees_confidence``, ``can_exit``)
+        assert confidence is not None  # callers check it (``sees_confidence``, ``can_exit``)
         return confidence(logits)
 
     def planned(self, rows: Array, decisions: Array, steps: int = 0) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:

@@ -1,4 +1,4 @@
-"""What the backbone's answers are worth under decisions, computed once for each."""
+"""The quality of the backbone's answers under decisions; each is computed once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Key = tuple[int, bytes]  # a row, and its decision
 
 
 class Scoring:
-    """Qualities of rows under decisions ``[n, switches + 1]``; raises ``ValueError`` if answers have none such.
+    """Qualities of rows under decisions ``[n, switches + 1]``; raises ``ValueError`` if answers have no such quality.
 
     With the answer stage decisions may be ``[n, switches + 2]``: where a row goes on, the answer is the dense one.
     """
@@ -45,8 +45,8 @@ class Scoring:
     def quality(self, rows: Array, decisions: Array, seen: PassState | None = None) -> tuple[Array, Array]:
         """Quality under the decisions and dense quality, each float64 ``[n]``.
 
-        The backbone is frozen, so an (instance, decision) is computed once while it is among the last ``KNOWN`` that
-        were asked for; the dense decisions that are not known yet run in the same forward pass as the others.
+        The backbone is frozen, so the last ``KNOWN`` qualities are remembered. Dense decisions that are not known yet
+        run in the same forward pass as the others.
         """
         decisions = self._answering(decisions)
         both = np.concatenate([decisions, np.zeros_like(decisions)])
@@ -70,9 +70,9 @@ class Scoring:
 
     @torch.inference_mode()
     def judged(self, rows: Array, masks: Array, seen: PassState | None = None) -> Array:
-        """What the head says of its answers under masks ``[n, switches + 1]``, float64 ``[n, values]``.
+        """The head's judgement of its answers under masks ``[n, switches + 1]``, float64 ``[n, values]``.
 
-        It is computed anew in each pass, whose qualities are remembered; passes go on from what they have ``seen``.
+        It is computed anew; the qualities of the pass are remembered. Passes resume from the state ``seen``.
         """
         quality, judged = self._run_and_judge(rows, masks, seen)
         keys = zip(rows.tolist(), map(bytes, _packed(masks)), quality.tolist(), strict=True)
@@ -80,7 +80,7 @@ class Scoring:
         return judged
 
     def _run_and_judge(self, rows: Array, masks: Array, seen: PassState | None) -> tuple[Array, Array]:
-        """Quality ``[n]`` and judgement ``[n, values]``, from one pass but where a text is generated and scored."""
+        """Quality ``[n]`` and judgement ``[n, values]``; one pass gives both, unless a text is generated and scored."""
         head, passes = self._head, self._passes
         if self._measure.score is None:
             texts, judged = passes.answers_and_judgement(rows, masks, seen)
@@ -108,10 +108,9 @@ class Scoring:
         return answering(decisions, len(self._passes.backbone.board) + 1)
 
     def score_dense(self, on_batch: Callable[[], None] = lambda: None) -> None:
-        """Know the dense quality of every row, unless these would be more than half of all that is remembered.
+        """Compute the dense quality of every row, unless these would fill more than half of the memory for qualities.
 
-        Batches of similar length are the fastest way to it. They are the same whoever asks, so to the last bit all runs
-        of a process have the same scores, which are computed once.
+        Batches are always the same, of similar length, so all runs of a process have the same scores to the last bit.
         """
         if len(self._encoded) > KNOWN // 2:
             return
@@ -147,7 +146,7 @@ class Scoring:
         }
 
     def load_scores(self, scores: dict[str, torch.Tensor] | None) -> None:
-        """Know what ``scores`` gave and nothing else; ``None``: nothing."""
+        """Replace the known qualities by those that ``scores`` gave; ``None``: by none."""
         self._scores: OrderedDict[Key, float] = OrderedDict()
         self._dense_log = np.full(len(self._encoded), np.nan)  # of the likelihood, where it is known
         if scores is not None:
@@ -163,8 +162,7 @@ class Scoring:
         Of a likelihood: one plus the logarithm of its ratio to the dense backbone's, between 0 and 2, so that dense has
         1, a loss of 0.01 is one percent of perplexity, and no instance weighs more than any other's loss of all.
 
-        The rows run in the passes that are the cheapest: of about the same length that is left, or the same decision;
-        or they go on from what they have ``seen``.
+        Rows of about the same length, or of the same decision, run together; or they resume from the state ``seen``.
         """
         decisions = self._answering(decisions)
         if self._measure.score is None:
@@ -185,7 +183,7 @@ class Scoring:
     def under_all(self, rows: Array, masks: Array) -> tuple[Array, Array]:
         """``quality_and_likelihood`` of rows ``[n]`` under every mask: each float64 ``[n, masks]``.
 
-        Masks share what they agree on: where an answer is generated, the encoder's pass.
+        Masks that agree on the first switches share their pass; if texts are generated, that of the encoder.
         """
         masks = self._answering(masks)
         if self._measure.score is None:

@@ -1,4 +1,4 @@
-"""One split of a data set: its instances, and what is known of them; what they cost, and are worth, are its parts."""
+"""One split of a data set: its instances, their costs, and their scores under decisions."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ Array = NDArray
 class BackboneSplit:
     """One split of a data set, a ``Split``, with everything about it that never changes.
 
-    Without a backbone it has the one of the config, which all envs of the process share. ``reading`` is the backbone's
-    part of the config with the prompt and stop that the head takes, ``tokens`` says which tokens a decision drops.
+    ``backbone=None`` takes that of the config, which all envs of the process share. ``reading`` is the backbone's part
+    of the config, with the head's prompt and stop; ``tokens`` decides which tokens a token level drops.
     """
 
     def __init__(self, config: EnvConfig, name: str, data: Splits, backbone: Backbone | None = None) -> None:
@@ -102,11 +102,7 @@ class BackboneSplit:
         return len(self.instances)
 
     def unseen(self, rows: Array) -> BackboneSplit:
-        """These rows as a split of their own: tokenised, but neither observed, nor ranked, nor scored yet.
-
-        So everything that comes of the model's inputs is computed anew, as for inputs that nobody has seen before; to
-        measure what that takes.
-        """
+        """These rows as a split that is tokenised, but not yet observed, ranked or scored: to time all of that."""
         part = BackboneSplit.__new__(BackboneSplit)
         part.config, part.name, part._data = self.config, self.name, self._data
         part.task, part.backbone, part.head = self.task, self.backbone, self.head
@@ -157,11 +153,11 @@ class BackboneSplit:
         return {**self.instances.provenance, **self.encoded.counts}
 
     def reference(self, row: int) -> str:
-        """What is right, to be read like an answer; of several right texts the first, empty if there is no answer."""
+        """The right answer in words; of several right texts the first one, empty if there is no answer."""
         return self.head.reference(self.instances[row], self.encoded.labels[row])
 
     def marked_texts(self, row: int, level: int) -> list[MarkedText]:
-        """The texts of an instance, and what of them is read at a token level."""
+        """The texts of an instance, with the parts that are read at a token level."""
         keep, instance = self.tokens.kept(np.array([row]), np.array([level])), self.instances[row]
         if self.reading.prompt is None and self.paired and instance.source_pair is None:  # tokenised as the others are
             instance = replace(instance, source_pair="")
@@ -169,12 +165,12 @@ class BackboneSplit:
 
     @cached_property
     def rarity(self) -> Array:
-        """How rare each token is in the training split, as ``training_rarity`` says it."""
+        """How rare each token is in the training split: ``training_rarity``."""
         return _rarity(self._data, self.backbone.tokenizer)
 
     @cached_property
     def features(self) -> Array:
-        """What ``input_features`` says of each instance, float32 ``[n, features]``: one look at the whole split."""
+        """``input_features`` of each instance, float32 ``[n, features]``."""
         return np.concatenate(list(in_batches(input_features, self.encoded, self.backbone.board)))
 
 

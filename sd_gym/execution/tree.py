@@ -1,4 +1,4 @@
-"""One batch under many masks: what they have in common is run once."""
+"""One batch under many masks: layers that they share run once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = NDArray
 
 
 class MaskTree:
-    """The tree of masks on one batch, gone through depth first: masks that agree on first switches share their pass.
+    """The tree of masks on one batch, depth first: masks that agree on their first switches share that part of a pass.
 
     A skipped sublayer leaves the hidden states as they are, so a layer can be run one sublayer after the other: all
     4,096 masks of 12 switches take 4,095 sublayers. (Of two stacks, or if tokens are dropped, a layer is run as a
@@ -105,7 +105,7 @@ class MaskTree:
             return self._backbone.logits(inputs)
 
     def _reads_first(self, seen: PassState) -> bool:
-        """Whether logits depend on the first position alone, tried once: what stands elsewhere changes no bit."""
+        """Whether logits depend on the first position alone; tried once, by setting all others to zero."""
         if self._first_alone is None:
             others = seen.hidden.clone()
             others[:, 1:] = 0

@@ -24,28 +24,58 @@ class Answer(NamedTuple):
     went_on: bool = False  # whether the answer is the dense one, as that under the skipped switches was not accepted
 
 
-def checked_texts(given: Any, names: Sequence[str], *, optional: bool) -> list[str]:
-    """The texts of an input with these fields, of which the last may be ``optional``.
+class TextModel:
+    """What answers texts: which inputs it takes, and what is right.
 
-    ``ValueError`` if it is malformed, or no tokenizer can read one of its texts.
+    Attributes:
+        task: Name of the task.
+        fields: Names of an input's texts, of which the last one may be ``optional``.
+        reference: Name of the right answer in a row.
+        names: Name of each class, by its index.
     """
-    texts: Any = [given.get(name) for name in names] if isinstance(given, Mapping) else given
-    texts = list(texts) if isinstance(texts, list | tuple) else [texts]
-    if optional and len(texts) == 2 and texts[1] is None:
-        texts = texts[:1]
-    fits = len(names) - optional <= len(texts) <= len(names)
-    if not fits or not all(isinstance(text, str) and text.strip() for text in texts):
-        expected = " and ".join(names) + (" (which may be missing)" if optional else "")
-        raise ValueError(f"expected {expected}, each a text that is not empty; got {short(given)}")
-    for name, text in zip(names, texts, strict=False):
-        check_text(text, name)
-    return texts
 
+    task: str
+    fields: tuple[str, ...]
+    optional: bool
+    reference: str
+    names: dict[int, str]
 
-def check_list(inputs: Any) -> None:
-    """Raise ``ValueError`` if one input is given where a list of them is expected."""
-    if isinstance(inputs, str | Mapping):
-        raise ValueError(f"expected a list of inputs, got one {type(inputs).__name__}; put it in a list")
+    def checked(self, given: Any) -> list[str]:
+        """The texts of an input; ``ValueError`` if it is malformed, or no tokenizer can read one of its texts."""
+        names, optional = self.fields, self.optional
+        texts: Any = [given.get(name) for name in names] if isinstance(given, Mapping) else given
+        texts = list(texts) if isinstance(texts, list | tuple) else [texts]
+        if optional and len(texts) == 2 and texts[1] is None:
+            texts = texts[:1]
+        fits = len(names) - optional <= len(texts) <= len(names)
+        if not fits or not all(isinstance(text, str) and text.strip() for text in texts):
+            expected = " and ".join(names) + (" (which may be missing)" if optional else "")
+            raise ValueError(f"expected {expected}, each a text that is not empty; got {short(given)}")
+        for name, text in zip(names, texts, strict=False):
+            check_text(text, name)
+        return texts
+
+    def all_checked(self, inputs: Sequence[Input]) -> list[list[str]]:
+        """The texts of each input; ``ValueError`` with the number of the first that is malformed."""
+        if isinstance(inputs, str | Mapping):
+            raise ValueError(f"expected a list of inputs, got one {type(inputs).__name__}; put it in a list")
+        checked = []
+        for number, given in enumerate(inputs):
+            try:
+                checked.append(self.checked(given))
+            except ValueError as error:
+                raise ValueError(f"input {number}: {error}") from None
+        return checked
+
+    def references(self, row: Mapping[str, Any]) -> list[str] | None:
+        """The right answers of a row, in the form of ``answer``; ``None`` where it has none, or something else."""
+        from sd_gym.tasks.family import TASKS
+
+        right = row.get(self.reference)
+        try:
+            return None if right is None else TASKS.find(self.task).right(right, self.names)
+        except TypeError:
+            return None
 
 
 def unknown_words(unknown: int, inputs: int) -> str:

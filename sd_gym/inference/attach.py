@@ -1,4 +1,4 @@
-"""A learned policy inside a Hugging Face model: every call decides for each of its rows, and skips for real."""
+"""A learned policy inside a Hugging Face model: each call decides per row, and skipped sublayers do not run."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def attach(
     max_flops: float | None = None,
     check_weights: bool = True,
 ) -> PreTrainedModel:
-    """Have a model decide by a policy, inside ``model(...)`` and ``model.generate(...)``, what each input skips.
+    """Let a policy decide, inside ``model(...)`` and ``model.generate(...)``, which sublayers each input skips.
 
-    Everything else about the model stays as it is: pipelines, streamers and beams work. In ``generate()`` it decides
-    once, on the prompt (of several stages, while that is read). Decisions count in the calling thread or task alone. A
-    ``with board.decide(...)`` block of your own comes first.
+    Nothing else about the model changes: pipelines, streamers and beams work. In ``generate()`` it decides once, on the
+    prompt (at several stages, while the prompt is read). Decisions are those of the calling thread or task. A
+    ``with board.decide(...)`` block of your own takes precedence.
 
     Args:
-        model: The model that the policy was trained on; it is changed in place, until ``detach``. Attached already, it
-            gets the new policy.
-        policy: The policy, or where ``SkipPolicy.from_pretrained`` finds it.
-        tokenizer: Checked to be the policy's, where it is given.
+        model: The model that the policy was trained on; it is changed in place, until ``detach``. If a policy is
+            attached already, it is replaced.
+        policy: The policy, or the argument of ``SkipPolicy.from_pretrained``.
+        tokenizer: If it is given, it is compared with the policy's.
         max_loss: How much quality may be lost at most, in the task's unit: see ``SkipPolicy.at``.
         max_flops: The share of the dense FLOPs to run at most.
         check_weights: Whether the weights have to be those that the policy was trained on; with others of the same
@@ -80,7 +80,7 @@ def attach(
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Take a policy out of a model, which then is exactly what it was.
+    """Remove the policy from a model, which is then exactly what it was.
 
     Raises:
         ValueError: If there is no policy.
@@ -111,12 +111,12 @@ class Attached:
         vars(model).update(self._wrappers, _attached=self, decisions=self._decisions)
 
     def detach(self) -> None:
-        """Put back what was replaced."""
+        """Restore the methods."""
         places = vars(self.model)
         if any(places.get(name) is not wrapper for name, wrapper in self._wrappers.items()):
             raise RuntimeError(
-                "something else stands in the place of forward() or generate(): a call in another thread, or another "
-                "tool that came later; let it end, or take it out first"
+                "forward() or generate() was replaced since: by a call in another thread, or by another tool; let it "
+                "end, or remove it first"
             )
         for name, replaced in self._replaced.items():
             if replaced is None:
@@ -192,7 +192,7 @@ class Attached:
         return output, in_force[0]
 
     def _answered(self, given: dict[str, Any], shown: _PolicyInput) -> Any:
-        """The output of a pass whose answer the policy looks at."""
+        """The output of a pass for a policy that looks at the answer."""
         architecture, run = self.board.architecture, self._inner["forward"]
         caches = architecture.causal or len(architecture.stacks) > 1
         arguments, rollout = pass_arguments(self._head, given, caches=caches), self._rollout(shown, given)
@@ -205,7 +205,7 @@ class Attached:
         return output if (self.model.config.return_dict if as_dict is None else as_dict) else output.to_tuple()
 
     def _judged_logits(self, output: Any, shown: _PolicyInput, keep: Keep) -> Tensor:
-        """What the head judges of a pass."""
+        """The logits of a pass, as the head judges them."""
         batch = {}
         if self._head.gives == "span":
             context = shown.as_given(self.policy.context_of(shown.inputs))
@@ -213,7 +213,7 @@ class Attached:
         return self._head.forward(self.board, batch, lambda **_: output)
 
     def _written(self, given: dict[str, Any], shown: _PolicyInput) -> Tensor:
-        """The texts of ``generate()`` where the policy looks at them."""
+        """The texts of ``generate()`` for a policy that looks at them."""
         arguments, rollout = generate_arguments(self.model, given), self._rollout(shown, given)
 
         def run(**arguments: Any) -> Any:
@@ -263,8 +263,8 @@ class Attached:
         """A step of the caller's own decoding loop, under the decisions on the prompt."""
         if cache not in self._of_cache:
             raise ValueError(
-                "this cache was not filled by the attached model, so nothing was decided for it; begin with an empty "
-                "one, or call model.generate()"
+                "this cache was not filled by the attached model, so there are no decisions for it; begin with an "
+                "empty one, or call model.generate()"
             )
         with self.board.decide(*self._of_cache[cache]):
             return self._inner["forward"](*args, **kwargs)
@@ -287,7 +287,7 @@ class Attached:
         return output
 
     def _inferred_mask(self, ids: Tensor, given: dict[str, Any]) -> Tensor:
-        """The mask that ``generate()`` infers where it is given none: padding is told by its id, unless that ends."""
+        """The mask that ``generate()`` infers without one: tokens with the padding id, unless that ends texts."""
         config = given.get("generation_config") or self.model.generation_config
         pad, end = (given.get(name, getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id"))
         ends = end if isinstance(end, list) else [end]
@@ -318,7 +318,7 @@ class Attached:
 
 
 class _PolicyInput(NamedTuple):
-    """What a policy decides on."""
+    """The input that a policy decides on."""
 
     inputs: dict[str, Tensor]  # of the model, padded at the right
     order: Tensor | None  # where each of their tokens is in what was given, [n, length]; None: in the same place

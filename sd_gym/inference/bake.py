@@ -1,4 +1,4 @@
-"""A static mask made part of a model: a plain, smaller model without the layers that it skips."""
+"""A plain, smaller model without the layers that a static mask skips."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from sd_gym.policy.artefact import switchboard_of
 from sd_gym.switch import Switchboard
 from sd_gym.switch.twin import twin_at
 
-# What configs of transformers call the number of layers: of a lone stack, and of each of two.
+# Names of the number of layers in configs of transformers: of a single stack, and of each of two.
 COUNTS = {
     "lone": ("num_hidden_layers",),
     "encoder": ("encoder_layers", "num_layers"),
     "decoder": ("decoder_layers", "num_decoder_layers"),
 }
-OF_EACH_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists in a config, one value a layer
+OF_EACH_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists in a config, one value per layer
 
 
 def bake(model: PreTrainedModel, mask: ArrayLike) -> PreTrainedModel:
     """A new model, on the same device, without the layers that a mask skips; it needs no ``sd_gym``.
 
-    It gives what the switched model gives under the mask, bit for bit. Transformers saves and loads it, and tools that
-    take a model of its class take it: ONNX, CTranslate2, vLLM.
+    Its outputs equal those of the switched model under the mask, bit for bit. Transformers saves and loads it, and
+    tools for models of its class accept it: ONNX, CTranslate2, vLLM.
 
     Args:
-        model: A model of a supported architecture, attached or not; it stays as it is.
+        model: A model of a supported architecture, attached or not; it is not changed.
         mask: A decision, 1 = skip, ``[switches]`` or, with token level 0 after it, ``[switches + 1]``.
 
     Raises:
-        ValueError: If the mask has another shape, drops tokens, or skips a part of a layer or all of a stack; or if
-            layers of this model cannot be taken out: something always runs in them, or they depend on their number.
+        ValueError: If the mask has another shape, drops tokens, or skips a part of a layer or all of a stack. If layers
+            of this model cannot be removed, because something always runs in them, or they depend on their number.
 
     Example:
         >>> import sd_gym
@@ -56,8 +56,8 @@ def bake(model: PreTrainedModel, mask: ArrayLike) -> PreTrainedModel:
     expected = smaller.state_dict()
     if weights.keys() != expected.keys() or any(weights[name].shape != expected[name].shape for name in expected):
         raise ValueError(
-            f"the weights of this {type(model).__name__} are not those of a plain one of fewer layers (adapters, "
-            "quantisation, or a config that calls its layers otherwise); merge adapters, and bake before quantising"
+            f"the weights of this {type(model).__name__} do not fit a plain one of fewer layers (adapters, "
+            "quantisation, or a config with other names); merge adapters, and bake before quantising"
         )
     smaller.load_state_dict(weights)
     if getattr(model, "generation_config", None) is not None:

@@ -1,4 +1,4 @@
-"""Many inputs from a file, answered into another one: in chunks, in order, and resumable."""
+"""Answers to many inputs from a file, written to another one: in chunks, in order, and resumable."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def run_file(
         if name not in (known := [*model.fields, model.reference]):
             raise ValueError(f"--column: there is no field {name!r}; the task's are {', '.join(known)} (FIELD=COLUMN)")
     rows = _read(source, columns)
-    rows = chain(list(islice(rows, 1)), rows)  # an input that cannot be read leaves no part behind
+    rows = chain(list(islice(rows, 1)), rows)  # an input that cannot be read leaves no part
     prints = model.fingerprints
     made_by = {"policy (or operating point)": prints["policy"], "backbone": prints["backbone"]}
     bulk, part = Bulk(), Part(output, {**made_by, "--column": columns, "version of sd_gym": __version__})
@@ -109,7 +109,7 @@ def run_file(
 
 
 def count_rows(source: Path | None) -> int | None:
-    """How many rows a file of JSON lines has; ``None`` of any other, whose rows cannot be told from its lines."""
+    """The number of rows in a file of JSON lines; ``None`` for other formats, whose rows are not lines."""
     if source is None or source.suffix != ".jsonl" or not source.is_file():
         return None
     with source.open("rb") as lines:
@@ -154,7 +154,7 @@ def _answered(
 def _answers(
     model: SkippingModel, inputs: dict[int, list[str]], batch_size: int | None
 ) -> tuple[dict[int, Answer], dict[int, str]]:
-    """Answers by the number of the line; and of inputs that cannot be encoded (a question that is too long), why."""
+    """Answers by line number, and the errors of inputs that cannot be encoded (a question that is too long)."""
     numbers = list(inputs)
     try:
         return dict(zip(numbers, model.answers(list(inputs.values()), batch_size=batch_size), strict=True)), {}
@@ -173,7 +173,7 @@ def _described(answer: Answer) -> dict[str, Any]:
 
 
 def _read(source: Path | None, columns: dict[str, str]) -> Iterator[Line]:
-    """The rows of a file; of JSON lines each is read by itself, so that one that is broken stops no other."""
+    """The rows of a file; JSON lines are read one by one, so that a broken one does not stop the others."""
     if source is not None and source.suffix != ".jsonl":
         for number, (_, row) in enumerate(read_rows(source), start=1):
             yield Line(number, _renamed(row, columns))

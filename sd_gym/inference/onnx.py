@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,20 +15,29 @@ from tokenizers import Encoding, Tokenizer
 
 from sd_gym.errors import DataError
 from sd_gym.files import read_json, sha256
-from sd_gym.inference.answer import Answer, Input, check_list, checked_texts
+from sd_gym.going_on import going_on_flops
+from sd_gym.inference.answer import Answer, Input, TextModel
+from sd_gym.operating_points import OperatingPoint, margin_for
 
 if TYPE_CHECKING:
     import onnxruntime
 
-MANIFEST, TOKENIZER, DECIDE, WEIGHTS = "sd_gym_onnx.json", "tokenizer.json", "decide.onnx", "weights.bin"
+MANIFEST, TOKENIZER, WEIGHTS = "sd_gym_onnx.json", "tokenizer.json", "weights.bin"
+DECIDE, ANSWER = "decide.onnx", "answer.onnx"  # graphs that decide before the first layer, and on the answer
+DENSE = 0  # number of the mask that skips nothing
 DECIDED = 256  # inputs that are decided on at once
 BATCH = 32  # inputs of one mask that run together, if no other number is given
-NOWHERE = -1e9  # logit of a position where no answer may begin or end
+PASS = 16  # tokens of padding that take as long as a pass does besides its tokens
+NOWHERE = np.float32(-1e9)  # logit of a position where no answer may begin or end
+LEAST, MOST = np.float32(1e-13), np.float32(30)  # of a probability, and of log-odds, as the heads judge
+Batch = dict[str, NDArray]
 
 
 def load(
     folder: str | Path,
     *,
+    max_loss: float | None = None,
+    max_flops: float | None = None,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     session_options: onnxruntime.SessionOptions | None = None,
 ) -> OnnxModel:
@@ -36,19 +45,36 @@ def load(
 
     Args:
         folder: What was exported.
+        max_loss: How much quality may be lost at most, in the task's unit: it chooses among the policy's operating
+            points (``sd_gym.operating_points.margin_for``), as in ``sd_gym.load``.
+        max_flops: The share of the dense FLOPs to run at most.
         providers: Of ONNX Runtime, the first one that can run an operator runs it.
-        session_options: Of ONNX Runtime, such as the number of threads; one object serves all graphs.
+        session_options: Of ONNX Runtime, such as the number of threads; one object serves all graphs. Each graph that
+            has run keeps its own packed copy of its weights. With the entry ``session.disable_prepacking`` all share
+            one copy, and small batches take longer.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
-        ValueError: If a file is not the one that was exported; the message names it.
+        ValueError: If a file is not the one that was exported; the message names it. If no operating point fits.
 
     Example:
         >>> model = load("sentiment-onnx")  # doctest: +SKIP
         >>> [answer.answer for answer in model(["a lovely film", "a waste of time"])]  # doctest: +SKIP
         ['positive', 'negative']
     """
-    return OnnxModel(Path(folder), providers, session_options)
+    return OnnxModel(
+        Path(folder), max_loss=max_loss, max_flops=max_flops, providers=providers, session_options=session_options
+    )
+
+
+def mask_file(number: int) -> str:
+    """The graph of a mask."""
+    return f"mask-{number}.onnx"
+
+
+def rest_file(first: int) -> str:
+    """The graph that goes on densely in front of the layer that has switch ``first``."""
+    return f"rest-{first}.onnx"
 
 
 def own_hash(manifest: dict[str, Any]) -> str:
@@ -80,26 +106,40 @@ def _changed(file: Path) -> str:
     return f"{file} is not the file that was exported: it was changed or damaged; copy the folder again, or export anew"
 
 
-class OnnxModel:
+class Decided(NamedTuple):
+    """What was decided before the first layer."""
+
+    number: NDArray  # of each row's mask, int64 [n]
+    seen: NDArray  # what the policy sees again when it judges the answer, float32 [n, features]; without that, empty
+
+
+class OnnxModel(TextModel):
     """An exported policy; arguments are those of ``load``.
 
     Attributes:
-        manifest: What it is: ``policy``, ``env``, ``masks`` and more.
-        masks: The masks that it decides among, bool ``[masks, switches]``; one of them is dense.
-        fields: Names of an input's texts.
-        reference: Name of the right answer in a row.
+        manifest: What it is: ``env``, ``masks``, ``operating_points`` and more.
+        masks: The masks that it decides among, bool ``[masks, switches]``; the first one is dense.
     """
 
     def __init__(
         self,
         folder: Path,
+        *,
+        max_loss: float | None = None,
+        max_flops: float | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
         session_options: onnxruntime.SessionOptions | None = None,
     ) -> None:
         self.folder, self.manifest = folder, read_manifest(folder)
         self._providers, self._options = list(providers), session_options
-        self.masks = np.array(self.manifest["masks"], dtype=bool)
-        self.fields, self.reference = tuple(self.manifest["fields"]), self.manifest["reference"]
+        points = [OperatingPoint(**point) for point in self.manifest["operating_points"]]
+        self._margin = np.float32(margin_for(points, max_loss=max_loss, max_flops=max_flops))
+        self.masks, choices = np.array(self.manifest["masks"], dtype=bool), self.manifest["choices"]
+        self._mask_of_choice, self._cautious = np.array(choices["mask"]), np.array(choices["cautious"], np.float32)
+        self._resumed_from = np.array(self.manifest["resumed_from"])
+        self.looks_at_answer: bool = self.manifest["looks_at_answer"]
+        self.task, self.reference, self.optional = (self.manifest[key] for key in ("task", "reference", "optional"))
+        self.fields, self.names = tuple(self.manifest["fields"]), dict(enumerate(self.manifest["names"]))
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         self._tokenizer.no_padding()
         cut = self.manifest["cut"]
@@ -121,86 +161,115 @@ class OnnxModel:
 
     def answers(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
         """The same as a call."""
-        check_list(inputs)
+        texts = self.all_checked(inputs)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
-        texts = [self._checked(number, given) for number, given in enumerate(inputs)]
         if not texts:
             return []
         rows = self._encoded(texts)
         length = np.array([len(row) for row in rows])
-        number = np.full(len(rows), self.manifest["dense"]) if dense else self._decided(rows, length)
+        number, seen, went_on = np.full(len(rows), DENSE), None, np.zeros(len(rows), dtype=bool)
+        own = np.zeros(len(rows))
+        if not dense:
+            parts = list(_parts(np.arange(len(rows)), length, DECIDED))
+            order = np.argsort(np.concatenate(parts))
+            decided = zip(*(self.decide(self._batch([rows[row] for row in part])) for part in parts), strict=True)
+            number, seen = (np.concatenate(values)[order] for values in decided)
+            own = self.own_flops(length)
         answers = np.empty(len(rows), dtype=object)
         for mask in np.unique(number):
             for part in _parts(np.flatnonzero(number == mask), length, batch_size or BATCH):
                 batch = self._batch([rows[row] for row in part])
-                answers[part] = self._said([rows[row] for row in part], texts, part, self.run(mask, batch))
-        ratio = self.flops_ratio(number, length, dense=dense)
+                values, went_on[part] = self.run_policy(mask, batch, None if seen is None else seen[part])
+                answers[part] = self._in_words([rows[row] for row in part], [texts[row] for row in part], values)
+        ratio = self._flops_ratio(number, length, went_on) + own / self._dense(length)
         unknown = self.manifest["unknown_token"]
-        return [
-            Answer(answer, self.masks[mask], 0, float(share), 0 if unknown is None else row.ids.count(unknown))
-            for answer, mask, share, row in zip(answers, number, ratio, rows, strict=True)
-        ]
-
-    def decide(self, batch: dict[str, NDArray]) -> NDArray:
-        """The number of each row's mask, int64 ``[n]``, for the model's inputs ``[n, length]``."""
-        return self._run(DECIDE, batch)
-
-    def run(self, number: int, batch: dict[str, NDArray]) -> NDArray:
-        """What the graph of a mask gives: logits ``[n, classes]``, or of starts and ends ``[n, 2, length]``."""
-        return self._run(self.manifest["graphs"][number], batch)
-
-    def flops_ratio(self, number: NDArray, length: NDArray, *, dense: bool = False) -> NDArray:
-        """FLOPs of rows of so many tokens (each ``[n]``) over those of dense, with the policy's own unless dense."""
-        flops, tokens = self.manifest["flops"], length[:, None]
-        always = flops["per_sequence"] + flops["per_token"] * length
-        switched = np.array(flops["per_query"]) * tokens + np.array(flops["per_pair"]) * tokens**2
-        everything = always + switched.sum(axis=1)
-        return (always + (switched * ~self.masks[number]).sum(axis=1)) / everything + (
-            0 if dense else self.own_flops(length) / everything
+        unknowns = [0 if unknown is None else row.ids.count(unknown) for row in rows]
+        columns = (
+            answers,
+            self.masks[number],
+            np.zeros_like(number).tolist(),
+            ratio.tolist(),
+            unknowns,
+            went_on.tolist(),
         )
+        return [Answer(*values) for values in zip(*columns, strict=True)]
+
+    def decide(self, batch: Batch) -> Decided:
+        """What the policy decides before the first layer, for the model's inputs ``[n, length]``."""
+        share = np.zeros(len(batch["input_ids"]))  # of the FLOPs, if all is skipped
+        if self.looks_at_answer:
+            always = self._costs(batch["attention_mask"].sum(axis=1))[0]
+            share = always / self._dense(batch["attention_mask"].sum(axis=1))
+        scores, *seen = self._run(DECIDE, batch | {"share": share.astype(np.float32)})
+        choice = (scores + self._margin * self._cautious).argmax(axis=1)
+        return Decided(self._mask_of_choice[choice], seen[0] if seen else scores[:, :0])
+
+    def run_policy(self, number: int, batch: Batch, seen: NDArray | None) -> tuple[NDArray, NDArray]:
+        """Logits of a batch that shares a mask, and which rows went on after the answer, bool ``[n]``.
+
+        Args:
+            number: Of the mask.
+            batch: The model's inputs; where an answer is a span, with ``context_mask``: where it may begin and end.
+            seen: As ``decide`` gives it; ``None``: nobody looks at the answer.
+        """
+        values, *hidden = self.run(number, batch)
+        went_on = np.zeros(len(values), dtype=bool)
+        if seen is not None and self.looks_at_answer:
+            share = self._flops_ratio(np.full(len(values), number), batch["attention_mask"].sum(axis=1))
+            shown = {"seen": seen, "judged": self._judged(values), "share": share.astype(np.float32)}
+            went_on = self._run(ANSWER, shown)[0] + self._margin > 0
+            if went_on.any() and number != DENSE:
+                part = {name: given[went_on] for name, given in batch.items()}
+                values[went_on] = self.run_rest(number, part, [one[went_on] for one in hidden])
+        return values, went_on
+
+    def run(self, number: int, batch: Batch) -> list[NDArray]:
+        """Logits under a mask, ``[n, classes]``, or of starts and ends ``[n, 2, length]``.
+
+        With them, if rows can go on from the middle, the hidden states there, ``[n, length, width]``.
+        """
+        values, *hidden = self._run(mask_file(number), batch)
+        return [self._in_context(values, batch), *hidden]
+
+    def run_rest(self, number: int, batch: Batch, hidden: list[NDArray]) -> NDArray:
+        """Dense logits: they go on from the hidden states that ``run`` gave under a mask, if it gave any."""
+        if not hidden:
+            return self.run(DENSE, batch)[0]
+        graph = rest_file(self._resumed_from[number])
+        return self._in_context(self._run(graph, batch | {"hidden": hidden[0]})[0], batch)
 
     def own_flops(self, length: NDArray) -> NDArray:
         """FLOPs of deciding on rows of so many tokens, ``[n]``."""
         own = self.manifest["flops"]
         return own["policy"] + own["policy_per_token"] * np.minimum(length, own["policy_longest"])
 
+    def _flops_ratio(self, number: NDArray, length: NDArray, went_on: NDArray | bool = False) -> NDArray:
+        """FLOPs under masks of rows of so many tokens ``[n]`` over dense ones, without the policy's own."""
+        always, switched = self._costs(length)
+        ran = always + (switched * ~self.masks[number]).sum(axis=1)
+        return (ran + went_on * going_on_flops(always, switched, self._resumed_from[number])) / self._dense(length)
+
+    def _dense(self, length: NDArray) -> NDArray:
+        always, switched = self._costs(length)
+        return always + switched.sum(axis=1)
+
+    def _costs(self, length: NDArray) -> tuple[NDArray, NDArray]:
+        """FLOPs that no mask saves, ``[n]``, and those of each switch, ``[n, switches]``."""
+        flops, tokens = self.manifest["flops"], length[:, None]
+        switched = np.array(flops["per_query"]) * tokens + np.array(flops["per_pair"]) * tokens**2
+        return flops["per_sequence"] + flops["per_token"] * length, switched
+
     @property
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of what answers depend on."""
         files = self.manifest["files"]
-        return {"policy": files[MANIFEST], "backbone": files[WEIGHTS]}
+        return {"policy": f"{files[MANIFEST]}, margin {self._margin}", "backbone": files[WEIGHTS]}
 
     @property
     def metric(self) -> str:
         """The metric by which an answer is compared with its references."""
         return self.manifest["metric"]
-
-    def references(self, row: dict[str, Any]) -> list[str] | None:
-        """The right answers of a row, in the form of ``answer``; ``None`` where it has none, or something else."""
-        from sd_gym.tasks.family import TASKS
-
-        right = row.get(self.reference)
-        try:
-            return (
-                None if right is None else TASKS.find(self.manifest["task"]).right(right, dict(enumerate(self._names)))
-            )
-        except TypeError:
-            return None
-
-    def checked(self, given: Any) -> list[str]:
-        """The texts of an input; ``ValueError`` if it is malformed."""
-        return checked_texts(given, self.fields, optional=self.manifest["optional"])
-
-    def _checked(self, number: int, given: Input) -> list[str]:
-        try:
-            return self.checked(given)
-        except ValueError as error:
-            raise ValueError(f"input {number}: {error}") from None
-
-    @property
-    def _names(self) -> list[str]:
-        return self.manifest["names"]
 
     def _opened(self, name: str) -> Any:
         try:
@@ -224,45 +293,72 @@ class OnnxModel:
             if len(row) >= limit:
                 raise DataError(f"input {number}: the question alone has {len(row)} of {limit} tokens; shorten it")
 
-    def _decided(self, rows: list[Encoding], length: NDArray) -> NDArray:
-        number = np.empty(len(rows), dtype=np.int64)
-        for part in _parts(np.arange(len(rows)), length, DECIDED):
-            number[part] = self.decide(self._batch([rows[row] for row in part]))
-        return number
-
-    def _batch(self, rows: list[Encoding]) -> dict[str, NDArray]:
-        """The model's inputs, padded at the right."""
-        longest = max(len(row) for row in rows)
-        shape = len(rows), longest
+    def _batch(self, rows: list[Encoding]) -> Batch:
+        """The model's inputs, padded at the right, and for spans where an answer may begin and end."""
+        shape = len(rows), max(len(row) for row in rows)
         batch = {"input_ids": np.full(shape, self.manifest["padding_token"], dtype=np.int64)}
         batch |= {name: np.zeros(shape, dtype=np.int64) for name in ("attention_mask", "token_type_ids")}
         for at, row in enumerate(rows):
             batch["input_ids"][at, : len(row)] = row.ids
             batch["attention_mask"][at, : len(row)] = 1
             batch["token_type_ids"][at, : len(row)] = row.type_ids
+        if self.manifest["head"] == "span":
+            batch["context_mask"] = np.zeros(shape, dtype=bool)
+            for at, row in enumerate(rows):
+                batch["context_mask"][at, : len(row)] = [number == 1 for number in row.sequence_ids]
+            batch["context_mask"][:, 0] = self.manifest["unanswerable"]
         return batch
 
-    def _run(self, graph: str, batch: dict[str, NDArray]) -> NDArray:
-        """The output of a graph on those of the inputs that it reads; types are zeros where there are none."""
-        session, zeros = self._session(graph), np.zeros_like(batch["input_ids"])
-        return session.run(None, {given.name: batch.get(given.name, zeros) for given in session.get_inputs()})[0]
+    def _run(self, graph: str, batch: Batch) -> list[NDArray]:
+        """The outputs of a graph on those of the inputs that it reads; token types are zeros if there are none."""
+        session = self._session(graph)
+        given = {
+            one.name: batch[one.name] if one.name in batch else np.zeros_like(batch["input_ids"])
+            for one in session.get_inputs()
+        }
+        return session.run(None, given)
 
-    def _said(self, rows: list[Encoding], texts: list[list[str]], part: NDArray, values: NDArray) -> list[str]:
+    def _in_context(self, values: NDArray, batch: Batch) -> NDArray:
+        """Logits, of which those of spans are in the context alone."""
+        inside = batch.get("context_mask")
+        return values if inside is None else np.where(inside[:, None], values, NOWHERE)
+
+    def _judged(self, values: NDArray) -> NDArray:
+        """What a head says of its answers, float32 ``[n, values]``, as ``Head.judge`` does."""
+        if values.ndim == 2:
+            return _judged_choice(_log_softmax(values))
+        log_prob, rows = _log_softmax(values), np.arange(len(values))
+        first, last = best_spans(values, values.shape[2]).T
+        best = log_prob[rows, 0, first] + log_prob[rows, 1, last]
+        answered = np.minimum(best - log_prob[:, 0, 0] - log_prob[:, 1, 0], MOST)
+        return np.concatenate([*(_judged_choice(log_prob[:, place]) for place in (0, 1)), answered[:, None]], axis=1)
+
+    def _in_words(self, rows: list[Encoding], texts: list[list[str]], values: NDArray) -> list[str]:
         """The answers of one pass in words."""
         kind = self.manifest["head"]
         if kind == "label":
-            return [self._names[index] for index in values.argmax(axis=1)]
+            return [self.names[index] for index in values.argmax(axis=1)]
         if kind == "score":
             return [f"{value:.2f}" for value in values[:, 0]]
-        inside = np.zeros((len(rows), values.shape[2]), dtype=bool)
-        for at, row in enumerate(rows):
-            inside[at, : len(row)] = [number == 1 for number in row.sequence_ids]
-        inside[:, 0] = self.manifest["unanswerable"]
-        spans = best_spans(np.where(inside[:, None], values, np.float32(NOWHERE)), self.manifest["longest_answer"])
+        spans = best_spans(values, self.manifest["longest_answer"])
         return [
-            texts[number][1][row.offsets[first][0] : row.offsets[last][1]].strip() if first else ""
-            for number, row, (first, last) in zip(part, rows, spans.tolist(), strict=True)
+            own[1][row.offsets[first][0] : row.offsets[last][1]].strip() if first else ""
+            for own, row, (first, last) in zip(texts, rows, spans.tolist(), strict=True)
         ]
+
+
+def _log_softmax(values: NDArray) -> NDArray:
+    """Along the last axis, in float32 as torch computes it."""
+    shifted = values - values.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def _judged_choice(log_prob: NDArray) -> NDArray:
+    """Log-odds of the best choice, its margin over the next, entropy: ``[n, 3]``, of log-probabilities."""
+    probability, best = np.exp(log_prob), log_prob.max(axis=1)
+    two = np.sort(np.pad(probability, ((0, 0), (1, 0))), axis=1)[:, -2:]
+    odds = np.clip(best - np.log(np.maximum(-np.expm1(best), LEAST)), -MOST, MOST)
+    return np.stack([odds, two[:, 1] - two[:, 0], -(probability * log_prob).sum(axis=1)], axis=1)
 
 
 def best_spans(logits: NDArray, max_length: int) -> NDArray:
@@ -280,6 +376,10 @@ def best_spans(logits: NDArray, max_length: int) -> NDArray:
 
 
 def _parts(rows: NDArray, length: NDArray, size: int) -> Iterator[NDArray]:
-    """Rows in parts of about the same length."""
-    rows = rows[np.argsort(length[rows], kind="stable")]
-    yield from np.split(rows, range(size, len(rows), size))
+    """Rows in parts of at most so many, of about the same length: where a pass costs less than padding, a part ends."""
+    rows, start = rows[np.argsort(length[rows], kind="stable")], 0
+    grows = np.diff(length[rows], append=0).tolist()
+    for end, more in enumerate(grows, start=1):
+        if end == len(rows) or end - start == size or (end - start) * more > PASS:
+            yield rows[start:end]
+            start = end

@@ -1,4 +1,4 @@
-"""The answers of a run over a file that is not complete yet: who writes them, what made them, how far they go."""
+"""The answers of an incomplete run over a file, with what made them and how far they go."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Line(NamedTuple):
 
 
 class State(BaseModel):
-    """What made the answers, by the names that errors use, and how far they go."""
+    """What made the answers, by the names used in errors, and how far they go."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -40,7 +40,7 @@ class State(BaseModel):
 
 
 class Part:
-    """The folder ``OUTPUT.part``: answers, which move to ``output`` when all are there, and their state."""
+    """The folder ``OUTPUT.part``: answers, which move to ``output`` when complete, and their state."""
 
     def __init__(self, output: Path, made_by: dict[str, str | dict[str, str]]) -> None:
         self._output, self._folder = output, output.with_name(output.name + ".part")
@@ -49,14 +49,12 @@ class Part:
 
     @contextmanager
     def held(self, rows: Iterator[Line], *, resume: bool) -> Iterator[None]:
-        """Keep it from other processes meanwhile; before, everything in it is checked, and nothing is changed.
-
-        Where it goes on (``resume``), the answered rows are taken from ``rows``.
+        """Lock the folder, after all of it was checked; with ``resume``, take the answered rows from ``rows``.
 
         Raises:
             FolderInUseError: If another process is writing to it.
-            FileExistsError: If the output is there, or a part of it that shall not be resumed, or was not written here.
-            ValueError: If the part was made by something else, or of other rows.
+            FileExistsError: If the output exists, or a part that is not to be resumed, or that was not written here.
+            ValueError: If the part was made by something else, or from other rows.
         """
         self._check_own()
         with locked(self._folder):
@@ -101,7 +99,7 @@ class Part:
         write_text(self._folder / STATE, self._state.model_dump_json())
 
     def _check_own(self) -> None:
-        """Raise FileExistsError if anything stands in its place, or in it, that ``sd-gym run`` did not write."""
+        """Raise FileExistsError if ``sd-gym run`` did not write the folder and everything in it."""
         if not os.path.lexists(self._folder):
             return
         own = self._folder.is_dir() and not self._folder.is_symlink()
@@ -115,7 +113,7 @@ class Part:
         return FileExistsError(f"{self._folder} was not written by sd-gym run; {remedy}")
 
     def _go_on(self, rows: Iterator[Line]) -> None:
-        """Go on after the last whole chunk; what a run that was cut off has written after it is removed."""
+        """Resume after the last whole chunk; anything that was written after it is removed."""
         try:
             known = State.model_validate_json((self._folder / STATE).read_bytes())
         except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Calls of an attached model whose policy sees the answer: what they may ask for, and outputs with dense rows."""
+"""Calls of an attached model whose policy looks at the answer: their arguments, and outputs with dense rows."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Call = Callable[..., Any]
 
 
 def pass_arguments(head: Head, given: dict[str, Any], *, caches: bool) -> dict[str, Any]:
-    """The arguments of a forward pass whose answer may be replaced; ``caches``: whether it would fill a cache.
+    """The arguments of a forward pass whose answer may be replaced; ``ValueError`` if more than logits are requested.
 
-    ``ValueError`` if it is asked for more than its answer.
+    ``caches``: whether the model fills a cache by default.
     """
     if not head.judges_passes:
         raise ValueError("this policy judges texts that were generated, not a pass; call model.generate()")
@@ -33,19 +33,19 @@ def pass_arguments(head: Head, given: dict[str, Any], *, caches: bool) -> dict[s
 
 
 def generate_arguments(model: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a ``generate()`` whose texts may be written again; ``ValueError`` if it is asked for more."""
+    """The arguments of a ``generate()`` whose texts may be replaced; ``ValueError`` if more is requested."""
     once = {"streamer": None, "num_return_sequences": 1, "return_dict_in_generate": False}
     for name, expected in once.items():
         if (value := _setting(model, given, name)) not in (None, expected):
             raise ValueError(
-                "this policy may write a text again once it stands, so generate() gives the tokens of one text for "
-                f"each input, when all are there; expected {name}={expected}, got {value}"
+                "this policy may replace a text after it was generated, so generate() gives the tokens of one text per "
+                f"input, after all are complete; expected {name}={expected}, got {value}"
             )
     return {**given, "return_dict_in_generate": True, "output_scores": True}
 
 
 def final_output(output: Any, judged: Tensor, rollout: StagedRollout, arguments: dict[str, Any], run: Call) -> Any:
-    """The logits of a pass that was ``judged``, with the dense ones, which ``run`` makes, in the rows that go on."""
+    """The logits of a ``judged`` pass, replaced by dense ones (from ``run``) in the rows that go on."""
     logits = {name: value for name, value in output.items() if name.endswith("logits")}
     rollout.answered(judged)
     for picked, block in rollout.going_on():
@@ -58,7 +58,7 @@ def final_output(output: Any, judged: Tensor, rollout: StagedRollout, arguments:
 def final_texts(
     output: Any, rollout: StagedRollout, arguments: dict[str, Any], run: Call, model: PreTrainedModel
 ) -> tuple[Tensor, int]:
-    """The sequences of ``generate()``, written again in the rows that go on; and how long the longest of these is."""
+    """The sequences of ``generate()``, replaced in the rows that go on, and the longest length of these."""
     rollout.answered(judged_text(model, output, _setting(model, arguments, "eos_token_id")))
     sequences, longest = output.sequences, 0
     pad, end = (_setting(model, arguments, name) for name in ("pad_token_id", "eos_token_id"))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,12 +19,13 @@ from sd_gym.backbones.heads import Head
 from sd_gym.backbones.load import load_own_backbone
 from sd_gym.config import dotted
 from sd_gym.data.instance import Instance
-from sd_gym.execution.bank import MODELS, Bank
+from sd_gym.execution.bank import MODELS, Bank, Float32Input
 from sd_gym.execution.config import checked_config
 from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
-from sd_gym.inference.answer import Answer, Input, check_list, checked_texts, unknown_words
+from sd_gym.inference.answer import Answer, Input, TextModel, unknown_words
 from sd_gym.inference.attach import attach
+from sd_gym.inference.choices import decided_masks
 from sd_gym.inference.second_answers import rows_of
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.rollout import Keep, StagedRollout
@@ -32,6 +34,7 @@ from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.metrics import METRICS
 
 BATCH = 256  # inputs that are decided on at once
+DTYPES = "float32", "bfloat16", "float16"
 NOT_NEEDED = ("data", "reward", "action", "codebook")  # of the config, to answer inputs
 
 
@@ -41,15 +44,15 @@ class StagedPasses(Passes):
     Attributes:
         masks: What the policy has decided, int64 ``[n, switches + 1]``; zeros at first.
         went_on: Which rows went on after their answer, bool ``[n]``.
-        first_said: What was said before that, where texts are generated.
+        first_texts: The texts before that, if texts are generated.
     """
 
-    def __init__(self, split: BackboneSplit, policy: SkipPolicy) -> None:
+    def __init__(self, split: BackboneSplit, policy: SkipPolicy, first_input: Float32Input | None = None) -> None:
         vars(self).update(vars(split.passes))
-        self._policy = policy
+        self._policy, self._first_input = policy, first_input
         self.masks = np.zeros((len(split), len(self.backbone.board) + 1), dtype=np.int64)
         self.went_on = np.zeros(len(split), dtype=np.bool_)
-        self.first_said = np.full(len(split), "", dtype=object)
+        self.first_texts = np.full(len(split), "", dtype=object)
 
     def _pass(self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor]) -> Tensor:
         given = dict(inputs)  # which changes where tokens are dropped
@@ -64,21 +67,21 @@ class StagedPasses(Passes):
         self._note(rows, rollout)
         return logits
 
-    def said(
+    def generated_batch(
         self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor], *, judges: bool
     ) -> tuple[list[str], NDArray]:
-        """The texts that are given, and how probable the tokens of the first ones are, if the policy looks at that."""
+        """The texts that are given, and the judgement of the first ones, if the policy looks at that."""
         rollout = self._rollout(rows, inputs, lambda keep: keep)
         deciding = rollout.deciding(inputs["attention_mask"])
-        texts, judged = self._generated(inputs, deciding, judges=self._policy.sees_answer)
-        said = np.array(texts, dtype=object)
-        self.first_said[rows] = said
+        first, judged = self._generated(inputs, deciding, judges=self._policy.sees_answer)
+        texts = np.array(first, dtype=object)
+        self.first_texts[rows] = texts
         if self._policy.sees_answer:
             rollout.answered(judged)
         for picked, block in rollout.going_on():
-            said[picked.cpu().numpy()], _ = self._generated(rows_of(inputs, picked, len(rows)), block, judges=False)
+            texts[picked.cpu().numpy()], _ = self._generated(rows_of(inputs, picked, len(rows)), block, judges=False)
         self._note(rows, rollout)
-        return said.tolist(), judged
+        return texts.tolist(), judged
 
     def _rollout(self, rows: NDArray, inputs: dict[str, Tensor], in_pass: Callable[[NDArray], Keep]) -> StagedRollout:
         """Decides in a pass on these rows; ``in_pass`` makes of the input's tokens that stay those of the pass."""
@@ -91,21 +94,23 @@ class StagedPasses(Passes):
         def judge() -> Tensor:
             return self.backbone.logits(inputs)
 
-        return StagedRollout(self._policy, board, self.head, self.backbone.flops, length, keeps, judge)
+        first = None
+        if self._first_input is not None:
+            shown = self.encoded.inputs(rows, self.backbone.model.device)
+            first = self._first_input(shown), shown["attention_mask"]
+        return StagedRollout(self._policy, board, self.head, self.backbone.flops, length, keeps, judge, first)
 
     def _note(self, rows: NDArray, rollout: StagedRollout) -> None:
         self.masks[rows], self.went_on[rows] = rollout.decisions, rollout.went_on
 
 
-class SkippingModel:
+class SkippingModel(TextModel):
     """A backbone and its policy; arguments are those of ``sd_gym.load``.
 
     Attributes:
         policy: The policy.
         model: The Hugging Face model, with the policy attached.
         tokenizer: Its tokenizer.
-        fields: Names of an input's texts.
-        reference: Name of the right answer in a row.
     """
 
     def __init__(
@@ -116,6 +121,7 @@ class SkippingModel:
         *,
         check_weights: bool = True,
         compile: bool = False,
+        dtype: str | torch.dtype | None = None,
     ) -> None:
         if backbone is None:
             policy.check_reachable()
@@ -127,13 +133,21 @@ class SkippingModel:
         self.policy, self._warned = policy, False
         self._config = checked_config(values, "the policy")
         self._backbone = load_own_backbone(self._config.backbone.name, device)
+        self._float32_input = None if dtype is None else Float32Input(self._backbone.board)
         if compile:
             _check_compiles(policy, self._backbone.head)
         self._bank = Bank(self._backbone.board, compiles=compile)
         self.tokenizer = self._backbone.tokenizer
         self.model = attach(self._backbone.model, policy, self.tokenizer, check_weights=check_weights)
-        self._task = TASKS.find(self._config.task)
-        self.fields, self.reference = self._task.inputs, self._task.reference
+        if dtype is not None:  # transformers hides the signature
+            self.model.to(_checked_dtype(dtype))  # pyright: ignore[reportArgumentType]
+        self.task, self._task = self._config.task, TASKS.find(self._config.task)
+        self.fields, self.reference, self.optional = (
+            self._task.inputs,
+            self._task.reference,
+            self._task.optional is not None,
+        )
+        self.names = {int(number): str(name) for number, name in (self.model.config.id2label or {}).items()}
 
     def __call__(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
         """Answer inputs, in their order; they run in passes of about the same length, or of the same decision.
@@ -159,8 +173,7 @@ class SkippingModel:
 
     def answers(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
         """The same as a call, without its warning."""
-        check_list(inputs)
-        instances = [self._instance(number, given) for number, given in enumerate(inputs)]
+        instances = [self._instance(number, texts) for number, texts in enumerate(self.all_checked(inputs))]
         if not instances:
             return []
         split = self._split(instances)
@@ -170,17 +183,16 @@ class SkippingModel:
         decisions = np.zeros((len(split), len(split.backbone.board) + 1), dtype=np.int64)
         went_on = np.zeros(len(split), dtype=np.bool_)
         if self.policy.is_staged and not dense:
-            passes = StagedPasses(split, self.policy)
+            passes = StagedPasses(split, self.policy, self._float32_input)
             answers = passes.answers(rows, decisions)
-            decisions, went_on, first_said = passes.masks, passes.went_on, passes.first_said.tolist()
+            decisions, went_on, first_texts = passes.masks, passes.went_on, passes.first_texts.tolist()
         else:
             by_length = np.argsort(split.encoded.source_length, kind="stable")  # little padding is looked at
             for part in [] if dense else np.split(by_length, rows[BATCH::BATCH]):
-                board = split.backbone.board
-                decisions[part] = self.policy.decide(board, split.encoded.inputs(part, board.model.device))
-            answers = first_said = split.passes.answers(rows, decisions)
+                decisions[part] = self._decided(split.encoded.inputs(part, self.model.device))
+            answers = first_texts = split.passes.answers(rows, decisions)
         costs = self._saying(split, instances, answers).costs
-        first_costs = self._saying(split, instances, first_said).costs if went_on.any() else costs
+        first_costs = self._saying(split, instances, first_texts).costs if went_on.any() else costs
         flops = first_costs.flops(rows, decisions) + went_on * costs.going_on(rows, decisions)
         if not dense:
             flops = flops + self._own_flops(split)
@@ -189,6 +201,12 @@ class SkippingModel:
             Answer(answer, row[:-1].astype(bool), int(row[-1]), float(share), int(count), bool(again))
             for answer, row, share, count, again in zip(answers, decisions, ratio, unknown, went_on, strict=True)
         ]
+
+    def _decided(self, inputs: dict[str, Tensor]) -> NDArray:
+        """Decisions before the first layer, int64 ``[n, switches + 1]``."""
+        if self._float32_input is None:
+            return self.policy.decide(self._backbone.board, inputs)
+        return self.policy.decide_on(self._float32_input(inputs), inputs["attention_mask"])
 
     def _saying(self, split: BackboneSplit, instances: Sequence[Instance], answers: list[str]) -> BackboneSplit:
         """The split with answers as its targets, where these have lengths that are known only now."""
@@ -223,19 +241,6 @@ class SkippingModel:
         """The metric by which an answer is compared with its references."""
         return self._config.quality.metric if METRICS.find(self._config.quality.metric).of_texts else "exact_match"
 
-    def references(self, row: Mapping[str, Any]) -> list[str] | None:
-        """The right answers of a row, in the form of ``answer``; ``None`` where it has none, or something else."""
-        right, labels = row.get(self.reference), self.model.config.id2label or {}
-        names = {int(number): name for number, name in labels.items()}
-        try:
-            return None if right is None else self._task.right(right, names)
-        except TypeError:
-            return None
-
-    def checked(self, given: Any) -> list[str]:
-        """The texts of an input; ``ValueError`` if it is malformed, or no tokenizer can read one of its texts."""
-        return checked_texts(given, self.fields, optional=self._task.optional is not None)
-
     def _split(self, instances: Sequence[Instance]) -> BackboneSplit:
         data: Any = {"inputs": Instances(instances)}  # of a data set's splits only this one is asked for
         split = BackboneSplit(self._config, "inputs", data, self._backbone)
@@ -243,11 +248,7 @@ class SkippingModel:
             split.rarity = self.policy.rarity
         return split
 
-    def _instance(self, number: int, given: Input) -> Instance:
-        try:
-            texts = self.checked(given)
-        except ValueError as error:
-            raise ValueError(f"input {number}: {error}") from None
+    def _instance(self, number: int, texts: list[str]) -> Instance:
         row = dict(zip(self.fields, texts, strict=False)) | {self._task.reference: self._task.unknown}
         return self._task.instance(row, str(number), f"input {number}")
 
@@ -261,6 +262,7 @@ def load(
     max_flops: float | None = None,
     check_weights: bool = True,
     compile: bool = False,
+    dtype: str | torch.dtype | None = None,
 ) -> SkippingModel:
     """A trained policy and its backbone, ready to be called on texts, without data set or env.
 
@@ -275,6 +277,9 @@ def load(
         check_weights: See ``attach``.
         compile: Whether ``torch.compile`` compiles the model of each mask, when it is first run (tens of seconds): once
             for single inputs, once for batches, of any length. For a policy of few masks that generates no texts.
+        dtype: What the backbone computes in: ``float32``, ``bfloat16`` or ``float16``; ``None``: what it is stored in.
+            Before the first layer the policy decides as in float32, on embeddings of that type. To judge the answers,
+            save the backbone in ``dtype``, and pass that folder as ``backbone=`` to ``sd_gym.evaluate``.
 
     Raises:
         FileNotFoundError, ValueError: See ``SkipPolicy.from_pretrained`` and ``attach``; or the backbone cannot be
@@ -288,13 +293,21 @@ def load(
     if not isinstance(policy, SkipPolicy):
         policy = SkipPolicy.from_pretrained(policy)
     chosen = policy.at(max_loss=max_loss, max_flops=max_flops)
-    return SkippingModel(chosen, backbone, device, check_weights=check_weights, compile=compile)
+    return SkippingModel(chosen, backbone, device, check_weights=check_weights, compile=compile, dtype=dtype)
+
+
+def _checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The type of that name; ``ValueError`` if a backbone cannot compute in it."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return getattr(torch, name)
 
 
 def _check_compiles(policy: SkipPolicy, head: Head) -> None:
     """Raise ``ValueError`` if a policy has too many masks to compile a model for each, or generates."""
-    decided = policy.network.few_decisions
-    if policy.is_staged or decided is None or len(decided) > MODELS or decided[:, -1].any():
+    masks = decided_masks(policy)
+    if policy.is_staged or masks is None or len(masks) > MODELS or masks[:, -1].any():
         raise ValueError(
             f"compile=True compiles a model for each of at most {MODELS} masks that drop no tokens, and this policy "
             "decides otherwise; sd-gym reduce makes one of few masks"

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from sd_gym.backbones.load import BUNDLED, can_exit, weights_hash
 from sd_gym.errors import one_line
 from sd_gym.files import read_tensors, write_tensors, write_text
 from sd_gym.going_on import ANSWER, stages_of_pass
-from sd_gym.policy.card import FILE, TENSORS, OperatingPoint, model_card, read_card, write_card
+from sd_gym.operating_points import OperatingPoint, margin_for
+from sd_gym.policy.card import FILE, TENSORS, model_card, read_card, write_card
 from sd_gym.policy.features import pooled_features, standardised, token_observations
 from sd_gym.policy.hub import download, upload
 from sd_gym.policy.network import DecisionPolicy
@@ -182,35 +182,14 @@ class SkipPolicy:
         """The policy at another operating point; without a limit, itself.
 
         Args:
-            max_loss: The most quality that may be lost, in the task's unit (0.005: half a point). Points are tried from
-                dense on, until the upper bound of one (``highest_loss``) is above this limit.
-            max_flops: The highest share of the dense FLOPs. Of the points that passed their test and stay within it,
-                the one that skips least is chosen.
+            max_loss: See ``sd_gym.operating_points.margin_for``.
+            max_flops: See there.
 
         Raises:
             ValueError: If both are given, or no point fits; the message lists the points.
         """
-        if max_loss is not None and max_flops is not None:
-            raise ValueError("expected max_loss or max_flops, got both; pass one of them")
-        if max_loss is not None:
-            asked = f"max_loss={max_loss}"
-            cautious_first = self.operating_points[::-1]
-            fitting = [*takewhile(lambda point: point.highest_loss <= max_loss, cautious_first)]
-            chosen = fitting[-1] if fitting else None
-        elif max_flops is not None:
-            asked = f"max_flops={max_flops}"
-            fitting = [point for point in self.operating_points if point.passed and point.flops_ratio <= max_flops]
-            chosen = max(fitting, key=lambda point: point.margin, default=None)
-        else:
-            return self
-        if chosen is None:
-            points = "; ".join(
-                f"{point.flops_ratio:.0%} of the FLOPs, at most {point.highest_loss:.4f} lost"
-                + ("" if point.passed else " (not passed)")
-                for point in self.operating_points
-            )
-            raise ValueError(f"no version of this policy fits {asked}; there are: {points or 'no validated versions'}")
-        return self.with_margin(chosen.margin)
+        margin = margin_for(self.operating_points, max_loss=max_loss, max_flops=max_flops)
+        return self.with_margin(margin) if margin else self
 
     def with_margin(self, margin: float) -> SkipPolicy:
         """A version that skips only where it prefers skipping by ``margin`` more; the operating points shift."""

@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from sd_gym.config import EnvConfig
 from sd_gym.files import as_json, sha256, write_json
+from sd_gym.operating_points import OperatingPoint
 from sd_gym.policy.network_files import FORMAT, Strict, read_model
 from sd_gym.policy.protected_tokens import ProtectedTokens
 
@@ -20,14 +21,10 @@ HASHED = (TENSORS, "policy.json", "policy.safetensors")
 FILES = (FILE, *HASHED, "README.md")
 
 
-class OperatingPoint(NamedTuple):
-    """A version of a policy, tested on the validation split."""
-
-    margin: float  # in log-odds, relative to the selected policy (0); higher skips less
-    loss: float  # mean quality lost
-    highest_loss: float  # its one-sided upper bound, at the confidence of the selection
-    flops_ratio: Annotated[float, Field(ge=0)]  # FLOPs over dense FLOPs, without the policy's own
-    passed: bool  # whether the test shows that less than epsilon is lost
+def _with_flops(point: OperatingPoint) -> OperatingPoint:
+    if point.flops_ratio < 0:
+        raise ValueError(f"flops_ratio: expected at least 0, got {point.flops_ratio}")
+    return point
 
 
 class _Selection(Strict):
@@ -81,7 +78,7 @@ class _Card(Strict):
     protection: ProtectedTokens | None
     context: ProtectedTokens | None
     ranking_costs_flops: bool
-    operating_points: list[OperatingPoint]
+    operating_points: list[Annotated[OperatingPoint, AfterValidator(_with_flops)]]
     table: _Table | None
     env: EnvConfig
     backbone: _Backbone

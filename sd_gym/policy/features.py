@@ -25,8 +25,10 @@ def input_features(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
 def pooled_features(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """Mean and maximum of ``hidden [n, length, width]``, the length and its logarithm: ``[n, 2 * width + 2]``.
 
-    They are not standardised. ``mask [n, length]``: which tokens are not padding; ``None``: all.
+    They are not standardised, and float32 whatever the model computes in. ``mask [n, length]``: which tokens are not
+    padding; ``None``: all.
     """
+    hidden = hidden.float()
     if mask is None:
         return torch.cat([pooled(hidden, None), _all_of_length(hidden.shape[1], len(hidden), hidden.device)], dim=1)
     length = mask.sum(dim=1, keepdim=True).float()

@@ -281,17 +281,6 @@ class DecisionPolicy(nn.Module):
         return masks[greedy_cover(self._log_likelihood(self(to_tensors(observations)), masks), size)].clone()
 
     @property
-    def few_decisions(self) -> NDArray | None:
-        """All decisions that it can make, int64 ``[decisions, components]``; ``None``: any."""
-        if self.codebook is not None:
-            return self.codebook.numpy()
-        if len(self.nvec) == 1:
-            return np.arange(self.nvec[0])[:, None]
-        if not self.head.weight.any():  # one decision for all inputs
-            return self.choose(self.head.bias.detach()[None]).numpy()
-        return None
-
-    @property
     def flops(self) -> int:
         """FLOPs of one decision at all stages (``FlopCounterMode``), without ``flops_per_token``."""
         body = self.body.of_stage[0] if self.per_stage else self.body  # all stages have the same layers

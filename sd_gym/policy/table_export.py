@@ -80,12 +80,6 @@ class TablePolicy:
         decisions = self.network.decide(array)
         return decisions if self.masks is None else self._masks_of(decisions)
 
-    @property
-    def few_decisions(self) -> NDArray | None:
-        """All masks that it can choose, int64 ``[masks, switches + 1]``; ``None``: any."""
-        numbers = self.network.few_decisions
-        return numbers if numbers is None or self.masks is None else self._masks_of(numbers)
-
     def _masks_of(self, decisions: NDArray) -> NDArray:
         assert self.masks is not None  # the callers check it
         return self.masks[np.ravel_multi_index(tuple(decisions.T), self.network.nvec)]

@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import sd_gym
 from sd_gym.cli import app
+from sd_gym.operating_points import OperatingPoint
 from tests.conftest import WORDS
 from tests.envs.conftest import trained
 from tests.inference.conftest import lines_of, write
@@ -30,29 +32,44 @@ def few_masks(task, folder, tokenizer, observation="pooled"):
     return replace(artefact, network=network), texts
 
 
+POINTS = [(-1.0, 0.03, 0.3), (0.0, 0.02, 0.4), (2.0, 0.01, 0.6), (6.0, 0.005, 0.8), (1000.0, 0.0, 1.0)]
+
+
+def with_points(policy):
+    """A policy with operating points of these margins, losses and shares of FLOPs."""
+    return replace(policy, operating_points=tuple(OperatingPoint(*one[:2], *one[1:], True) for one in POINTS))
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, tiny_tokenizer):
     """A policy, the folder that it was exported to, and texts."""
     folder = tmp_path_factory.mktemp("policy")
     policy, texts = few_masks("classification", folder, tiny_tokenizer)
+    policy = with_points(policy)
     sd_gym.export(policy, folder / "onnx")
     return policy, folder / "onnx", texts
 
 
-def check_same(policy, folder, texts):
-    wanted, came = sd_gym.load(policy).answers(texts), onnx.load(folder)(texts)
+def random_texts(count):
+    """Some are cut, some have one word, or words that the tokenizer does not know."""
+    random = np.random.default_rng(0)
+    return [" ".join(random.choice([*WORDS, "strange"], random.integers(1, 40))) for _ in range(count)]
+
+
+def check_same(policy, folder, texts, **limits):
+    wanted, came = sd_gym.load(policy, **limits).answers(texts), onnx.load(folder, **limits)(texts)
     assert [one.answer for one in came] == [one.answer for one in wanted]
     np.testing.assert_array_equal([one.skip for one in came], [one.skip for one in wanted])
     np.testing.assert_allclose([one.flops_ratio for one in came], [one.flops_ratio for one in wanted], rtol=1e-12)
-    assert [one.unknown_tokens for one in came] == [one.unknown_tokens for one in wanted]
+    for name in ("unknown_tokens", "went_on"):
+        assert [getattr(one, name) for one in came] == [getattr(one, name) for one in wanted]
     return came
 
 
 def test_texts_are_answered_as_by_load(exported):
     policy, folder, texts = exported
-    random = np.random.default_rng(0)
-    texts = texts + [" ".join(random.choice([*WORDS, "strange"], random.integers(1, 40))) for _ in range(60)]
-    came = check_same(policy, folder, texts)  # some are cut, some have one word
+    texts = texts + random_texts(200)
+    came = check_same(policy, folder, texts)
     assert len({tuple(one.skip) for one in came}) > 1
     dense = sd_gym.load(policy).answers(texts, dense=True)
     assert [one.answer for one in onnx.load(folder)(texts, dense=True)] == [one.answer for one in dense]
@@ -65,6 +82,51 @@ def test_other_heads_and_observations(task, observation, tmp_path, tiny_tokenize
     policy, texts = few_masks(task, tmp_path, tiny_tokenizer, observation)
     sd_gym.export(policy, tmp_path / "onnx")
     check_same(policy, tmp_path / "onnx", texts)
+
+
+@torch.inference_mode()
+def test_logits_are_those_of_the_bank(exported):
+    policy, folder, texts = exported
+    model, graphs = sd_gym.load(policy), onnx.load(folder)
+    given = dict(model.tokenizer(texts, padding=True, return_tensors="pt"))
+    for number, plain in enumerate(sd_gym.bank(model.model, graphs.masks)):
+        wanted = plain(**given).logits.numpy()
+        came = graphs.run(number, {name: value.numpy() for name, value in given.items()})[0]
+        np.testing.assert_allclose(came, wanted, atol=1e-4)
+
+
+LIMITS = [{}, {"max_loss": 0.01}, {"max_flops": 0.9}]
+
+
+def test_operating_points_are_chosen_as_by_load(exported):
+    policy, folder, texts = exported
+    shares = [check_same(policy, folder, texts, **limits)[0].flops_ratio for limits in LIMITS]
+    assert len(set(shares)) > 1
+    with pytest.raises(ValueError, match=r"no version of this policy does max_flops=0\.1"):
+        onnx.load(folder, max_flops=0.1)
+    one, other = onnx.load(folder), onnx.load(folder, max_flops=0.9)
+    assert one.fingerprints["policy"] != other.fingerprints["policy"]  # a run is not resumed with the other
+
+
+@pytest.mark.parametrize(("task", "observation"), [("classification", "pooled"), ("extracted", "tokens")])
+def test_where_the_answer_is_not_accepted_rows_go_on(task, observation, tmp_path, tiny_tokenizer):
+    *_, policy, texts = trained(task, None, tmp_path, tiny_tokenizer, observation, stages=("first", "answer"))
+    masks = [[0] * 6, [1, 0, 0, 1, 0, 0], [0, 0, 1, 1, 0, 1], [0, 0, 0, 1, 1, 0]]
+    book = [[*mask, 0, -1] for mask in masks] + [[-1] * 7 + [choice] for choice in (0, 1)]
+    policy.network.codebook = torch.tensor(book)
+    policy = with_points(policy)
+    sd_gym.export(policy, tmp_path / "onnx")
+    rest = {file.name for file in (tmp_path / "onnx").glob("rest-*")}
+    assert rest == {"rest-2.onnx"}  # the two masks that skip nothing of the first layer share it
+    for limits in LIMITS[:2]:
+        came = check_same(policy, tmp_path / "onnx", texts, **limits)
+        assert any(one.went_on for one in came)
+    if task == "extracted":
+        return
+    result = sd_gym.evaluate(policy.card["env"]["id"], tmp_path / "onnx")
+    wanted = sd_gym.load(policy).answers(texts)
+    assert result["goes_on"] == np.mean([one.went_on for one in wanted])
+    assert result["flops_ratio_with_policy"] == pytest.approx(np.mean([one.flops_ratio for one in wanted]))
 
 
 def test_in_int8_decisions_stay_the_same(exported, tmp_path):
@@ -146,7 +208,7 @@ def test_what_cannot_be_exported_says_so_and_what_to_do(tmp_path, tiny_tokenizer
         sd_gym.export(artefact, tmp_path / "onnx", masks=5)
     for change, why in (
         ({"noise": "hash"}, "it is a control"),
-        ({"stages": ["first", "encoder.1"]}, "it decides in the pass, at first, encoder.1"),
+        ({"stages": ["first", "encoder.1", "answer"]}, "it decides in the middle of the pass, at encoder.1"),
     ):
         network = artefact.network.with_decision(np.zeros(7, dtype=int))
         vars(network).update(change)
@@ -188,7 +250,7 @@ def test_evaluate_judges_the_graphs_on_any_split(exported):
     rows = [json.loads(line) for line in (folder.parent / "data" / "test.jsonl").read_text().splitlines()]
     right = [one.answer == f"LABEL_{row['label']}" for one, row in zip(wanted, rows, strict=True)]
     assert result["quality"] == np.mean(right)
-    with pytest.raises(ValueError, match="one operating point"):
+    with pytest.raises(ValueError, match="was selected already"):
         sd_gym.evaluate(env, folder, select=True)
 
 
@@ -206,9 +268,11 @@ def test_its_commands(exported, tmp_path):
     assert [one["answer"] for one in lines_of(tmp_path / "out.jsonl")] == [
         one.answer for one in onnx.load(folder)(texts)
     ]
-    done = runner.invoke(app, [*command[:-1], str(tmp_path / "other.jsonl"), "--max-loss", "0.1"])
+    done = runner.invoke(app, [*command[:-1], str(tmp_path / "other.jsonl"), "--backbone", "elsewhere"])
     assert done.exit_code == 2
     assert "is exported" in done.output
+    done = runner.invoke(app, [*command[:-1], str(tmp_path / "other.jsonl"), "--max-flops", "0.1"])
+    assert "no version of this policy does max_flops=0.1" in done.output
     done = runner.invoke(app, ["evaluate", str(folder)])
     assert done.exit_code == 0, done.output
     assert "in ONNX" in done.output

@@ -83,3 +83,33 @@ def test_each_mask_is_compiled_once_for_single_inputs_and_once_for_batches(tmp_p
     assert [one.answer for one in came] == [one.answer for one in wanted]
     masks = {tuple(one.skip) for one in wanted}
     assert 1 < len(masks) <= counter.frame_count <= 2 * len(masks)
+
+
+@pytest.mark.parametrize(
+    ("task", "stages"), [("classification", ("first",)), ("extracted", ("first", "encoder.1", "answer"))]
+)
+def test_in_bfloat16_the_policy_decides_in_float32(task, stages, tmp_path, tiny_tokenizer):
+    core, _, artefact, texts = trained(task, None, tmp_path, tiny_tokenizer, stages=stages)
+    model, observed = sd_gym.load(artefact, dtype="bfloat16"), []
+    artefact.network.register_forward_pre_hook(lambda network, shown: observed.append(shown[0].dtype))
+    came, wanted = model(texts), sd_gym.load(artefact)(texts)
+    assert model.model.dtype == torch.bfloat16
+    assert set(observed) == {torch.float32}
+    first = slice(0, 2 if len(stages) > 1 else 6)  # switches that are decided before anything is rounded
+    np.testing.assert_array_equal([one.skip[first] for one in came], [one.skip[first] for one in wanted])
+    assert model.fingerprints["backbone"] != core.backbone.weights
+    with pytest.raises(ValueError, match="expected dtype to be one of float32, bfloat16, float16, got 'int8'"):
+        sd_gym.load(artefact, dtype="int8")
+
+
+def test_a_backbone_in_bfloat16_is_judged_by_evaluate(tmp_path, tiny_tokenizer):
+    core, policy, artefact, texts = trained("classification", None, tmp_path, tiny_tokenizer)
+    half = type(core.backbone.model).from_pretrained(tmp_path / "backbone", dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    core.backbone.tokenizer.save_pretrained(tmp_path / "half")
+    settings = {"dataset": str(tmp_path / "data"), "splits": {}, "overlap": "allow", "max_source_length": 26}
+    result = sd_gym.evaluate("SD/Classification-Custom-v0", policy, backbone=str(tmp_path / "half"), **settings)
+    model = sd_gym.load(artefact, str(tmp_path / "half"), check_weights=False)
+    assert model.model.dtype == torch.bfloat16
+    shares = [one.flops_ratio for one in model(texts)]
+    assert result["flops_ratio_with_policy"] == pytest.approx(np.mean(shares), rel=0.05)

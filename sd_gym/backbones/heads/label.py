@@ -72,7 +72,7 @@ class LabelHead(Head):
     @property
     def confidence(self) -> Callable[[Tensor], Tensor] | None:
         """The highest class probability."""
-        return lambda logits: logits.softmax(dim=-1).amax(dim=-1)
+        return lambda logits: logits.float().softmax(dim=-1).amax(dim=-1)
 
     judgement = CHOICE
 

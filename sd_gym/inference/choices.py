@@ -1,0 +1,53 @@
+"""The few masks among which a policy decides before the first layer, if they are few."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.artefact import SkipPolicy
+from sd_gym.policy.table_export import TablePolicy
+
+
+def few_masks(policy: SkipPolicy, most: int) -> bool:
+    """Whether a policy decides among at most so many masks before the first layer, at all its operating points."""
+    masks = decided_masks(policy)
+    return masks is not None and len(masks) <= most
+
+
+def decided_masks(policy: SkipPolicy) -> NDArray | None:
+    """Those masks, int64 ``[masks, switches + 1]``; ``None``: it may decide any."""
+    choices = choices_of(policy)
+    return None if choices is None else np.unique(masks_of(policy, choices), axis=0)
+
+
+def choices_of(policy: SkipPolicy) -> NDArray | None:
+    """What a policy chooses among before the first layer, int64 ``[choices, components]``; ``None``: anything."""
+    network = learned_network(policy)
+    size = len(network.nvec) - policy.sees_answer
+    if network.codebook is not None:
+        of_all = network.codebook.numpy()[:, :size]
+        return of_all[of_all[:, 0] >= 0]  # the others are of later stages
+    if size == 1:
+        return np.arange(network.nvec[0])[:, None]
+    if network.head.weight.any():
+        return None
+    margins = {0.0, *(point.margin for point in policy.operating_points)}  # one decision for all inputs at each
+    biases = [network.with_margin(margin).head.bias.detach() for margin in margins]
+    return np.unique(network.choose(torch.stack(biases)).numpy()[:, :size], axis=0)
+
+
+def masks_of(policy: SkipPolicy, choices: NDArray) -> NDArray:
+    """The mask of each choice, int64 ``[choices, switches + 1]``."""
+    network = policy.network
+    if isinstance(network, TablePolicy) and network.masks is not None:
+        accepted = np.pad(choices, ((0, 0), (0, int(policy.sees_answer))))
+        choices = network.masks[np.ravel_multi_index(tuple(accepted.T), network.network.nvec)]
+    return choices[:, : len(network.switches) + 1]
+
+
+def learned_network(policy: SkipPolicy) -> DecisionPolicy:
+    """The network of a policy, on a table or not."""
+    return policy.network.network if isinstance(policy.network, TablePolicy) else policy.network
