@@ -138,9 +138,11 @@ class EnvRuns:
 
 
 def collect(folders: Iterable[str | Path]) -> list[EnvRuns]:
-    """Read runs and sort them; raises and warns as ``sd_gym.compare``."""
+    """Read runs and sort them; raises and warns as ``sd_gym.compare``, and ``ValueError`` for a serving env."""
     envs: dict[tuple[str, str, str, str], dict[str, list[Run]]] = {}
     for run in finished_runs(folders):
+        if run.is_serving:
+            raise ValueError(f"{run.folder} is of a serving env, which a report does not show; use sd-gym compare")
         envs.setdefault(_key(run), {}).setdefault(agent_label(run.config), []).append(run)
     ids, collected = [key[0] for key in envs], []
     for (env, data, epsilon, backbone), agents in sorted(envs.items()):

@@ -28,10 +28,13 @@ SEEDS_OF_A_RUN = 1000
 
 
 class DialSettings(StrictModel):
-    """Settings of PPO and A2C on serving envs; a rollout is ``num_envs * n_steps`` groups."""
+    """Settings of PPO and A2C on serving envs.
+
+    A rollout is ``num_envs * n_steps`` groups; ``n_steps=None`` are 32 of PPO, and 8 of A2C, which updates once for it.
+    """
 
     num_envs: int = Field(256, ge=1)
-    n_steps: int = Field(32, ge=2)
+    n_steps: int | None = Field(None, ge=2)
     learning_rate: float = Field(3e-3, gt=0)
     gamma: float = Field(0.95, gt=0, le=1)
     gae_lambda: float = Field(0.9, ge=0, le=1)
@@ -48,19 +51,18 @@ class PricedQueues(VecEnv):
     """
 
     def __init__(self, env: ServingVectorEnv, seed: int) -> None:
-        self.render_mode = None  # the library asks for it
         space = gym.spaces.Box(-BOUND, BOUND, (len(FEATURES) + 1,), np.float32)
-        super().__init__(env.num_envs, space, env.single_action_space)
         self.env, self._loss = env, expected_loss(env.config)
+        super().__init__(env.num_envs, space, env.single_action_space)
         self._random, self._first = np.random.default_rng(seed), seed * SEEDS_OF_A_RUN
         self._prices = self._drawn()
-        self._actions = np.zeros(0)
+        self._actions = np.zeros(0, dtype=np.int64)
 
     def reset(self) -> Array:
         """Observations of new episodes."""
         return self._priced(self.env.reset(seed=self._first)[0])
 
-    def step_async(self, actions: Array) -> None:
+    def step_async(self, actions: Any) -> None:
         """Take the actions for ``step_wait``."""
         self._actions = actions
 
@@ -136,9 +138,10 @@ def learned(
     on_progress: Callable[[int, dict[str, float]], None],
 ) -> list[Network]:
     """Learn for so many groups; returns the network's versions by price."""
+    n_steps = settings.n_steps or (32 if algo == "ppo" else 8)
     common: dict[str, Any] = {
         "learning_rate": LinearSchedule(settings.learning_rate, 0.0, 1.0),
-        "n_steps": settings.n_steps,
+        "n_steps": n_steps,
         "gamma": settings.gamma,
         "gae_lambda": settings.gae_lambda,
         "ent_coef": settings.entropy,
@@ -149,21 +152,22 @@ def learned(
     queues = PricedQueues(env, seed)
     algorithm: OnPolicyAlgorithm
     if algo == "ppo":
-        minibatch = max(2, settings.num_envs * settings.n_steps // 4)
+        minibatch = max(2, settings.num_envs * n_steps // 4)
         algorithm = PPO("MlpPolicy", queues, batch_size=minibatch, n_epochs=8, **common)
     else:
         algorithm = A2C("MlpPolicy", queues, normalize_advantage=True, use_rms_prop=False, **common)
     algorithm.set_logger(logger)
     algorithm.learn(steps, callback=_Progress(on_progress), log_interval=None)  # pyright: ignore[reportArgumentType]
-    return [priced(algorithm, log_price) for log_price in np.linspace(*np.log(PRICES), VERSIONS)]
+    return [priced(algorithm, log_price) for log_price in np.log(np.geomspace(*PRICES, VERSIONS))]
 
 
 def priced(algorithm: OnPolicyAlgorithm, log_price: float) -> Network:
     """The actor at a price, which becomes a part of the first bias."""
-    first, _, second, _ = algorithm.policy.mlp_extractor.policy_net
+    hidden: Any = algorithm.policy.mlp_extractor.policy_net  # with tanh in between
+    head: Any = algorithm.policy.action_net
     layers = [
         (layer.weight.detach().numpy().T.astype(np.float64), layer.bias.detach().numpy().astype(np.float64))
-        for layer in (first, second, algorithm.policy.action_net)
+        for layer in (hidden[0], hidden[2], head)
     ]
     weight, bias = layers[0]
     return Network([(weight[:-1], bias + shown(log_price) * weight[-1]), *layers[1:]])

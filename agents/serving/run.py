@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.learning.agent import NotApplicableError
@@ -27,8 +26,10 @@ from sd_gym.envs.exact import lower_hull
 from sd_gym.envs.serving.config import ServingConfig, serving_config
 from sd_gym.envs.serving.dial import Dial, Network
 from sd_gym.envs.serving.queues import core_of, expected_loss, outcomes
+from sd_gym.envs.serving.shells import ServingVectorEnv
 from sd_gym.files import write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
+from sd_gym.registration import serving_file
 from sd_gym.version import __version__
 
 Array = NDArray
@@ -116,7 +117,7 @@ def train(
             if of_agent is None:
                 networks = SEARCHED[algo](config)
             else:
-                env = gym.make_vec(env_id, num_envs=of_agent.num_envs, **of_env).unwrapped
+                env = ServingVectorEnv(str(serving_file(env_id)), of_agent.num_envs, **of_env)
                 logger = configure(str(folder), ["tensorboard"])
                 networks = learned(algo, env, of_agent, steps, seed, logger, on_progress or (lambda *_: None))
                 logger.close()

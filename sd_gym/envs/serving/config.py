@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -44,7 +44,7 @@ class ServingConfig(StrictModel):
     epsilon: float = Field(default=0.02, gt=0)
     penalty: float = Field(default=10.0, ge=0)
 
-    if False:  # pydantic makes it, since the model is frozen
+    if TYPE_CHECKING:  # pydantic makes it, since the model is frozen
 
         def __hash__(self) -> int: ...
 

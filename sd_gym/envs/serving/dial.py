@@ -28,7 +28,7 @@ class Network:
     """
 
     def __init__(self, layers: Sequence[tuple[Array, Array]], draws: bool = False) -> None:
-        self.layers, self.draws = [tuple(layer) for layer in layers], draws
+        self.layers, self.draws = list(layers), draws
 
     def choose(self, observed: Array, random: np.random.Generator) -> Array:
         """Points, int64 ``[..., n]``, from features, float ``[..., n, 4]``."""
@@ -43,8 +43,8 @@ class Network:
     def stacked(networks: Sequence[Network]) -> Network:
         """Networks of one shape as one."""
         of_layers = zip(*(network.layers for network in networks), strict=True)
-        layers = [tuple(map(np.stack, zip(*of_layer, strict=True))) for of_layer in of_layers]
-        return Network(layers, networks[0].draws)
+        pairs = [[np.stack(parts) for parts in zip(*of_layer, strict=True)] for of_layer in of_layers]
+        return Network([(weight, bias) for weight, bias in pairs], networks[0].draws)
 
 
 class Dial:
@@ -82,7 +82,7 @@ class Dial:
         try:
             config = checked_serving_config(described["env"], str(file))
             pairs = range(len(arrays) // 2)
-            layers = [tuple(np.array(arrays[f"{n}.{part}"]) for part in PARTS) for n in pairs]
+            layers = [(np.array(arrays[f"{n}.weight"]), np.array(arrays[f"{n}.bias"])) for n in pairs]
             expected = np.array(described["expected_loss"], dtype=np.float64)
             return cls(config, expected, Network(layers, draws=described["draws"] is True))
         except (KeyError, TypeError, ValueError, IndexError) as error:

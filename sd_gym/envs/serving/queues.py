@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +73,7 @@ def features(config: ServingConfig, queue: Array, wait: Array, rate: Array, loss
     return np.stack(np.broadcast_arrays(*units), axis=-1).clip(-BOUND, BOUND).astype(np.float32)
 
 
-def remembered(recent_loss: Array | float, loss: Array | float, answers: Array | int) -> Array | float:
+def remembered(recent_loss: Any, loss: Any, answers: Any) -> Any:
     """The recent loss after so many more answers under a point of this expected loss."""
     return recent_loss - np.expm1(-np.asarray(answers) / MEMORY) * (loss - recent_loss)
 

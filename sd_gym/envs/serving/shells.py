@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import gymnasium as gym
@@ -177,7 +177,7 @@ def _spaces(points: int) -> tuple[gym.spaces.Box, gym.spaces.Discrete]:
     return gym.spaces.Box(-BOUND, BOUND, (len(FEATURES),), np.float32), gym.spaces.Discrete(points)
 
 
-def _split(options: Mapping[str, Any] | None, default: str) -> str:
+def _split(options: dict[str, Any] | None, default: str) -> str:
     """The split of a reset with these options."""
     options = checked_options(options)
     if unknown := sorted(set(options) - {"split"}, key=str):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sd_gym.agents.learning.agent import NotApplicableError
+from sd_gym.agents.report.collect import collect
 from sd_gym.agents.serving import controls
 from sd_gym.agents.serving.learn import DialSettings, learned
 from sd_gym.agents.serving.play import play
@@ -60,11 +61,11 @@ def test_a_staircase_climbs(config):
     assert (np.diff(points) >= 0).all()
 
 
-@pytest.mark.parametrize("algo", ["ppo", "a2c"])
-def test_learning_finds_the_fast_point_where_quality_is_cheap(algo, config):
+@pytest.mark.parametrize(("algo", "steps"), [("ppo", 4_000), ("a2c", 6_000)])
+def test_learning_finds_the_fast_point_where_quality_is_cheap(algo, steps, config):
     env = gym.make_vec(TREC, num_envs=16, **HEAVY).unwrapped
     settings = DialSettings(num_envs=16, n_steps=32, hidden=16)
-    networks = learned(algo, env, settings, 6_000, 0, configure(None, []), lambda *_: None)
+    networks = learned(algo, env, settings, steps, 0, configure(None, []), lambda *_: None)
     cheap, dear = play(config, [networks[0], networks[-1]], "train", 2).shares @ expected_loss(config)
     assert cheap > dear
 
@@ -80,6 +81,8 @@ def test_a_run_is_selected_compared_and_its_dial_loaded(tmp_path):
         assert [one[0] for one in row["goodput_at"]] == sorted(one[0] for one in row["goodput_at"])
     dial = Dial.load(tmp_path / "threshold")
     assert 0 <= dial.choose(500, 0.9, 600.0) < len(dial.config.points)
+    with pytest.raises(ValueError, match="use sd-gym compare"):
+        collect([tmp_path / "fixed"])
     with pytest.raises(FileExistsError, match="finished run"):
         sd_gym.train(TREC, "fixed", tmp_path / "fixed", steps=1, requests=200)
 
