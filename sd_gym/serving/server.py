@@ -1,0 +1,84 @@
+"""A service from files, and the process that runs it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from sd_gym.inference.texts import load
+from sd_gym.serving.app import Service, Settings
+from sd_gym.serving.batcher import Dial, Limits
+from sd_gym.serving.engine import OperatingPoints, TextEngine
+
+CONNECTIONS = 4096  # beyond them clients get 503
+GRACE = 5.0  # seconds above a request's timeout, after which a shutdown waits for no client any more
+
+
+def service(
+    policy: str | Path,
+    limits: Limits,
+    settings: Settings,
+    *,
+    backbone: str | None = None,
+    device: str = "cpu",
+    max_loss: float | None = None,
+    max_flops: float | None = None,
+    allow_loss: float | None = None,
+    allow_flops: float = 1.0,
+    dial: Dial | None = None,
+) -> Service:
+    """A policy as a service.
+
+    Args:
+        policy: See ``sd_gym.load``; so are ``backbone``, ``device``, ``max_loss`` and ``max_flops``.
+        limits: Of the queue and of groups.
+        settings: What the operator allows.
+        backbone: Where the backbone is.
+        device: Where it runs.
+        max_loss: Of the operating point of requests that ask for none.
+        max_flops: The same.
+        allow_loss: See ``OperatingPoints``.
+        allow_flops: See there.
+        dial: Chooses the operating point of each group, by its index among those that are allowed.
+
+    Raises:
+        FileNotFoundError, ValueError: See ``sd_gym.load``.
+    """
+    model = load(policy, backbone, device=device, max_loss=max_loss, max_flops=max_flops)
+    points = OperatingPoints(model.policy, allow_loss, allow_flops)
+    dialled = [points.default] if dial is None else range(len(points.points))
+    return Service(model, points, TextEngine(model, points, dialled), limits, settings, dial)
+
+
+def run(served: Service, host: str, port: int, on_address: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT; ``on_address`` is told where. OSError if the address cannot be had."""
+    with socket.create_server((host, port), backlog=2048, family=_family(host)) as listening:
+        on_address(f"http://{host}:{listening.getsockname()[1]}")
+        config = uvicorn.Config(
+            served.app(),
+            log_level="warning",
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=round(served.settings.timeout + GRACE),
+        )
+        _Server(config, served).run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """Refuses requests as soon as the signal comes, not when the last connection is closed."""
+
+    def __init__(self, config: uvicorn.Config, served: Service) -> None:
+        super().__init__(config)
+        self._served = served
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._served.close()
+        super().handle_exit(sig, frame)
+
+
+def _family(host: str) -> Any:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
