@@ -14,7 +14,7 @@ from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
@@ -263,7 +263,9 @@ class Service:
         }
         routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in gets.items()]
         routes += [Route(path, self._counted(path, endpoint), methods=["POST"]) for path, endpoint in posts.items()]
-        return Starlette(routes=routes, lifespan=self.running)
+        app = Starlette(routes=routes, lifespan=self.running)
+        app.state.service = self
+        return app
 
     def _counted(
         self, path: str, endpoint: Callable[[Request], Awaitable[Response]]
@@ -294,7 +296,7 @@ def _failed(error: Exception, *, openai: bool) -> Response:
             status, kind = 503, "Unhealthy"
         case LateError():
             status, kind = 504, "Overloaded"
-        case GoneError():
+        case GoneError() | ClientDisconnect():
             return Response(status_code=499)  # nobody reads it
         case ValueError():  # of the input, such as a question that leaves no room for its context
             status, kind = 422, "Tokenizer"

@@ -3,10 +3,20 @@
 import asyncio
 import heapq
 import selectors
+from contextlib import contextmanager
+from threading import Event
+from time import sleep
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from starlette.testclient import TestClient
 
-from sd_gym.serving.batcher import Row
+from sd_gym.inference.answer import Answer, checked_texts
+from sd_gym.policy.card import OperatingPoint
+from sd_gym.serving.app import Service, Settings
+from sd_gym.serving.batcher import Limits, Row
+from sd_gym.serving.engine import Served
 
 
 class SimulatedLoop(asyncio.SelectorEventLoop):
@@ -61,3 +71,87 @@ class CountingEngine:
         self.running += 1
         await asyncio.sleep(seconds)
         self.running -= 1
+
+
+class StubModel:
+    """What a service asks of a model; only texts of one field are checked."""
+
+    fields, gives, longest = ("text",), "text", 8
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.model = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=False))
+        self.board = SimpleNamespace(names=["decoder.0.attention", "decoder.0.feed_forward"])
+        self.policy = SimpleNamespace(card={"backbone": {"name": "models/stub"}})
+
+    def checked(self, given):
+        return checked_texts(given, self.fields, optional=False)
+
+
+class StubPoints:
+    """Two operating points, the bold one the usual."""
+
+    points, default = (OperatingPoint(0.0, 0.0, 0.01, 0.4, True), OperatingPoint(5.0, 0.0, 0.0, 1.0, True)), 0
+
+    def index(self, max_loss, max_flops):
+        if max_loss is None and max_flops is None:
+            return None
+        if max_flops is not None and max_flops < 0.4:
+            raise ValueError("no version of this policy does that")
+        return int(max_loss is not None and max_loss < 0.01)
+
+
+class StubEngine:
+    """Answers a text with itself in capitals; "wait" waits for ``going`` to be set, "break" breaks."""
+
+    groups_masks = True
+
+    def __init__(self):
+        self.going, self.started, self.warm = Event(), Event(), Event()
+        self.warm.set()
+        self.ran = []
+
+    def prepare(self, inputs):
+        return [Row(len(asked.texts[0].split()), [asked.point] * 2, asked) for asked in inputs]
+
+    def run(self, rows, point):
+        texts = [row.content.texts[0] for row in rows]
+        self.ran += texts
+        self.started.set()
+        if "wait" in texts:
+            self.going.wait(10)
+        if "break" in texts:
+            raise RuntimeError("it broke")
+        shares = [0.4 if row.content.point in (None, 0) else 1.0 for row in rows]
+        answers = [
+            Answer(" ".join(text.upper().split()[: row.content.longest]), np.array([1, 0]), 0, share, 0)
+            for text, row, share in zip(texts, rows, shares, strict=True)
+        ]
+        return [Served(one, None, 3, 100 * one.flops_ratio, 50.0, 100.0) for one in answers]
+
+    def warm_up(self):
+        self.warm.wait(10)
+        return 8.0
+
+
+@contextmanager
+def client_of(service, *, warm=True):
+    """A client of a service that runs."""
+    with TestClient(service.app(), raise_server_exceptions=False) as client:
+        while warm and client.get("/readyz").status_code != 200:
+            sleep(0.01)
+        yield client
+
+
+@pytest.fixture
+def stub(tiny_tokenizer):
+    """The engine of a service, and a function that makes a client of it under limits and settings."""
+    engine = StubEngine()
+
+    def client(warm=True, **changes):
+        limits = Limits(**{key: changes.pop(key) for key in list(changes) if key in Limits.__dataclass_fields__})
+        service = Service(StubModel(tiny_tokenizer), StubPoints(), engine, limits, Settings(**changes))
+        return client_of(service, warm=warm)
+
+    yield engine, client
+    engine.going.set()

@@ -10,6 +10,7 @@ from sd_gym.serving.batcher import Batcher, ClosedError, Fixed, LateError, Limit
 from tests.serving.conftest import CountingEngine, simulate
 
 LIMITS = Limits(rows=4, tokens=60, queued_rows=12, queued_tokens=200, max_wait=2.0, padding=10)
+ALWAYS = Fixed()
 REQUESTS = st.lists(
     st.fixed_dictionaries(
         {
@@ -38,7 +39,7 @@ async def send(batcher, number, request):
         return error, loop.time()
 
 
-async def play(requests, engine, limits=LIMITS, dial=Fixed(), close_at=None):
+async def play(requests, engine, limits=LIMITS, dial=ALWAYS, close_at=None):
     """Send all requests; their outcomes, and the groups that were reported."""
     reported = []
     batcher = Batcher(engine, limits, dial, reported.append)
@@ -86,9 +87,7 @@ def test_every_request_gets_its_own_answers_or_its_own_error(requests, close_at)
 
 
 def requests_of(*rows, at=0.0, timeout=100.0):
-    return [
-        {"at": at, "rows": [(mask, length)], "timeout": timeout, "cancelled": None} for mask, length in rows
-    ]
+    return [{"at": at, "rows": [(mask, length)], "timeout": timeout, "cancelled": None} for mask, length in rows]
 
 
 def names(engine):
@@ -150,7 +149,8 @@ def test_a_closed_batcher_answers_what_it_took():
 
 def test_the_dial_is_asked_before_each_group():
     class Busy:
-        asked = []
+        def __init__(self):
+            self.asked = []
 
         def choose(self, queue_length, oldest_wait, arrival_rate):
             self.asked.append((queue_length, oldest_wait, arrival_rate))
