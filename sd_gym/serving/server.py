@@ -16,6 +16,7 @@ from sd_gym.serving.batcher import Dial, Limits
 from sd_gym.serving.engine import OperatingPoints, TextEngine
 
 CONNECTIONS = 4096  # beyond them clients get 503
+KEEP_ALIVE = 75  # seconds that a connection may be idle: longer than load balancers leave one
 GRACE = 5.0  # seconds above a request's timeout, after which a shutdown waits for no client any more
 
 
@@ -63,6 +64,7 @@ def run(served: Service, host: str, port: int, on_address: Callable[[str], None]
             served.app(),
             log_level="warning",
             limit_concurrency=CONNECTIONS,
+            timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=round(served.settings.timeout + GRACE),
         )
         _Server(config, served).run(sockets=[listening])

@@ -1,0 +1,310 @@
+"""What grouping by mask is worth under load: highest rates at equal p99 latency, and latency curves as a picture.
+
+    sd-gym reduce runs/reviews --codebook 8 --output runs/reviews-8
+    OMP_NUM_THREADS=1 python benchmarks/serving.py runs/reviews-8 --input texts.jsonl --output serving
+
+Each arm is a server process on loopback. An open-loop client sends single inputs at a known rate, come answers or
+not; latency counts from when a request was due. All arms take turns, so a busy moment hurts all of them. The
+limit of p99 is five times dense's latency of one request alone. One core runs a model, another one the rest.
+With five arms it takes about six minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import math
+import multiprocessing
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+from sd_gym.serving.app import Service, Settings
+from sd_gym.serving.batcher import Limits, Row
+from sd_gym.serving.engine import Asked, OperatingPoints, TextEngine
+from sd_gym.serving.server import run, service
+
+ARMS = ("dense", "dense, by length", "one mask", "policy, ungrouped", "policy, grouped")
+PATTERNS = ("poisson", "constant", "bursts")
+TIMES_DENSE = 5.0  # of dense's latency of one request: the limit of p99
+BACKLOG = 400  # requests under way at which a rate is too high
+BURST = 16  # requests that arrive at once, in bursts
+
+
+class Dense(TextEngine):
+    """Everything runs; rows of any length together, if not ``by_length``."""
+
+    by_length = True
+    decision: Any = None  # bool [switches + 1], of all rows
+
+    def prepare(self, inputs: list[Asked]) -> list[Row]:
+        """Tokenise."""
+        split = self.model.split([asked.texts for asked in inputs])
+        switches = len(self.model.board) + 1
+        decision = np.zeros(switches, dtype=np.int64) if self.decision is None else self.decision
+        return [
+            Row(int(length), [b""] * len(self._policies), (asked, np.tile(decision, (len(self._policies), 1))))
+            for asked, length in zip(inputs, split.encoded.source_length, strict=True)
+        ]
+
+    def warm_up(self) -> float:
+        """Without order by length, padding does not count."""
+        padding = super().warm_up()
+        return padding if self.by_length else math.inf
+
+
+def serve_arm(arm: str, policy: str, backbone: str | None, texts: list[Any], connection: Any) -> None:
+    """The process of one arm; it tells its address."""
+    served = service(policy, Limits(), Settings(), backbone=backbone)
+    engine = engine_of(arm, served, texts)
+    limits = Limits(queued_rows=10_000, queued_tokens=10**7)
+    served = Service(served.model, served.points, engine, limits, Settings())
+    run(served, "127.0.0.1", 0, connection.send)
+
+
+def engine_of(arm: str, served: Service, texts: list[Any]) -> TextEngine:
+    """What answers in an arm."""
+    points: OperatingPoints = served.points
+    if arm.startswith("policy"):
+        engine = TextEngine(served.model, points, [points.default])
+        if arm == "policy, ungrouped":
+            engine._masks, engine.groups_masks = None, False
+            vars(served.model)["_bank"] = None
+        return engine
+    engine = Dense(served.model, points, [points.default])
+    engine.by_length = arm != "dense"
+    if arm == "one mask":
+        some = TextEngine(served.model, points, [points.default]).prepare(
+            [Asked(served.model.checked(text)) for text in texts]
+        )
+        decisions = [row.content[1][points.default] for row in some]
+        commonest = Counter(decision.tobytes() for decision in decisions if decision.any()).most_common(1)
+        if commonest:
+            engine.decision = np.frombuffer(commonest[0][0], dtype=np.int64)
+    return engine
+
+
+class Client:
+    """Keeps connections to one server."""
+
+    def __init__(self, address: str) -> None:
+        self.host, port = address.removeprefix("http://").split(":")
+        self.port = int(port)
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(self, body: bytes, path: str = "/predict") -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and content of a response."""
+        while self._idle and self._idle[-1][0].at_eof():  # the server has closed it
+            self._idle.pop()[1].close()
+        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self.host, self.port)
+        writer.write(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)}
+        content = await reader.readexactly(int(headers["content-length"]))
+        self._idle.append((reader, writer))
+        return int(head[0].split()[1]), headers, content
+
+
+class Probe(NamedTuple):
+    """One rate, tried for some seconds."""
+
+    rate: float  # asked for
+    done: float  # answered a second
+    p50: float  # seconds
+    p99: float
+
+
+@dataclass
+class Arm:
+    """One server, and what was measured of it."""
+
+    name: str
+    client: Client
+    low: float = 0.0  # highest rate known to keep the limit
+    high: float = 0.0  # lowest rate known not to
+    probes: list[Probe] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)  # FLOPs of each answer over those of dense
+    answers: dict[int, str] = field(default_factory=dict)
+    patterns: dict[str, Probe] = field(default_factory=dict)
+
+
+def arrivals(pattern: str, rate: float, seconds: float, seed: int) -> np.ndarray:
+    """Times of requests, in seconds from the start."""
+    random, count = np.random.default_rng(seed), max(1, round(rate * seconds))
+    if pattern == "constant":
+        return np.arange(count) / rate
+    if pattern == "bursts":
+        return np.repeat(random.exponential(BURST / rate, math.ceil(count / BURST)).cumsum(), BURST)[:count]
+    return random.exponential(1 / rate, count).cumsum()
+
+
+async def load(arm: Arm, bodies: list[bytes], times: np.ndarray, seed: int) -> Probe:
+    """Send requests at given times; it ends early where far too many are under way."""
+    random, loop = np.random.default_rng(seed), asyncio.get_running_loop()
+    latencies: list[float] = []
+    under_way: set[asyncio.Task[None]] = set()
+    begun = loop.time() + 0.05
+
+    async def one(row: int, due: float) -> None:
+        status, headers, content = await arm.client.ask(bodies[row])
+        latencies.append(loop.time() - due)
+        if status != 200:
+            raise RuntimeError(f"{arm.name}: {status} {content!r}")
+        arm.shares.append(float(headers["x-flops-ratio"]))
+        said = json.loads(content)
+        said = said[0]["label"] if isinstance(said, list) else said["answer"]
+        if arm.answers.setdefault(row, said) != said:
+            raise RuntimeError(f"{arm.name}: two answers to one text: {said!r} and {arm.answers[row]!r}")
+
+    rows, overloaded = random.integers(len(bodies), size=len(times)), False
+    for row, at in zip(rows.tolist(), times.tolist(), strict=True):
+        if (wait := begun + at - loop.time()) > 0:
+            await asyncio.sleep(wait)
+        if overloaded := len(under_way) > BACKLOG:
+            break
+        task = asyncio.create_task(one(row, begun + at))
+        under_way.add(task)
+        task.add_done_callback(under_way.discard)
+    await asyncio.gather(*under_way)
+    seconds = loop.time() - begun
+    p50, p99 = np.quantile(latencies, [0.5, 0.99])
+    return Probe(len(times) / times[-1], len(latencies) / seconds, p50, math.inf if overloaded else p99)
+
+
+async def capacity(arm: Arm, bodies: list[bytes], seconds: float) -> float:
+    """Requests a second with many clients that wait for their answers."""
+    rows, until, count = itertools.cycle(range(len(bodies))), time.monotonic() + seconds, 0
+
+    async def client() -> None:
+        nonlocal count
+        while time.monotonic() < until:
+            await arm.client.ask(bodies[next(rows)])
+            count += 1
+
+    await asyncio.gather(*(client() for _ in range(64)))
+    return count / seconds
+
+
+async def alone(arm: Arm, bodies: list[bytes], seconds: float) -> float:
+    """Median latency of one request at a time."""
+    until, times = time.monotonic() + seconds, []
+    for body in itertools.cycle(bodies):
+        started = time.monotonic()
+        await arm.client.ask(body)
+        times.append(time.monotonic() - started)
+        if times[-1] + started > until:
+            return float(np.median(times))
+    raise AssertionError("texts never end")
+
+
+async def measure(arms: list[Arm], bodies: list[bytes], probes: int, seconds: float) -> float:
+    """Search the highest rate of each arm, all in turn; returns the limit of p99, in seconds."""
+    for arm in arms:
+        await capacity(arm, bodies, 1.0)  # warms it up
+    limit = TIMES_DENSE * await alone(arms[0], bodies, 3.0)
+    for arm in arms:
+        arm.high = 1.1 * await capacity(arm, bodies, 3.0)
+        arm.low = arm.high / 4
+    for number in range(probes):
+        for arm in arms:
+            probe = await load(arm, bodies, arrivals("poisson", math.sqrt(arm.low * arm.high), seconds, number), number)
+            arm.probes.append(probe)
+            if probe.p99 <= limit:
+                arm.low = probe.rate
+            else:
+                arm.high = probe.rate
+    common = 0.8 * arms[0].low
+    for pattern in PATTERNS:
+        for arm in arms:
+            arm.patterns[pattern] = await load(arm, bodies, arrivals(pattern, common, seconds / 2, 99), 99)
+    return limit
+
+
+def table_of(arms: list[Arm], limit: float) -> Table:
+    """All results."""
+    dense, common = arms[0], arms[0].patterns["poisson"].rate
+    title = f"highest rate with p99 within {1000 * limit:.0f} ms; p99 in ms at {common:.0f} requests a second"
+    table = Table(title=title)
+    for column in ("arm", "FLOPs", "rate", "of dense", "kept", *PATTERNS, "same answers as dense"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for arm in arms:
+        share, rows = float(np.mean(arm.shares)), arm.answers.keys() & dense.answers.keys()
+        same = np.mean([arm.answers[row] == dense.answers[row] for row in rows])
+        gain = arm.low / dense.low
+        p99 = [f"{1000 * arm.patterns[pattern].p99:.0f}" for pattern in PATTERNS]
+        cells = f"{share:.1%}", f"{arm.low:.0f}", f"{gain:.2f}", f"{gain * share:.2f}", *p99, f"{same:.1%}"
+        table.add_row(arm.name, *cells)
+    return table
+
+
+def draw(arms: list[Arm], limit: float, file: Path) -> None:
+    """Latency by rate."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for arm in arms:
+        probes = sorted(probe for probe in arm.probes if math.isfinite(probe.p99))
+        axes.plot([one.rate for one in probes], [1000 * one.p99 for one in probes], "o-", label=arm.name, markersize=4)
+    axes.axhline(1000 * limit, color="grey", linestyle="--", linewidth=1)
+    axes.set(xlabel="requests a second", ylabel="p99 latency, ms", yscale="log")
+    axes.legend()
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    """Print the table and draw the picture; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run of few masks")
+    parser.add_argument("--input", type=Path, required=True, help="JSON lines with the task's fields")
+    parser.add_argument("--output", type=Path, default=Path("serving"), help="folder of picture and figures")
+    parser.add_argument("--backbone", help="where the backbone is, if not where it was")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--texts", type=int, default=1000)
+    parser.add_argument("--probes", type=int, default=6, help="rates that are tried on each arm")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each of them")
+    arguments = parser.parse_args()
+    begun = time.monotonic()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with arguments.input.open() as lines:
+        rows = [json.loads(line) for line in itertools.islice(lines, arguments.texts)]
+    context, arms, processes = multiprocessing.get_context("spawn"), [], []
+    try:
+        for name in dict.fromkeys(["dense", *arguments.arms]):
+            ours, theirs = context.Pipe()
+            options = name, arguments.run, arguments.backbone, rows[:256], theirs
+            processes.append(context.Process(target=serve_arm, args=options, daemon=True))
+            processes[-1].start()
+            arms.append(Arm(name, Client(ours.recv())))
+        bodies = [json.dumps({"inputs": row}).encode() for row in rows]
+        limit = asyncio.run(ready_and_measured(arms, bodies, arguments.probes, arguments.seconds))
+    finally:
+        for process in processes:
+            process.terminate()
+    console = Console(width=max(120, Console().width))
+    console.print(table_of(arms, limit))
+    console.print(f"{time.monotonic() - begun:.0f} s")
+    draw(arms, limit, arguments.output / "latency.png")
+    figures = {arm.name: {"rate": arm.low, "probes": arm.probes, "patterns": arm.patterns} for arm in arms}
+    (arguments.output / "serving.json").write_text(json.dumps({"limit": limit, "arms": figures}, indent=1))
+
+
+async def ready_and_measured(arms: list[Arm], bodies: list[bytes], probes: int, seconds: float) -> float:
+    """Wait until all servers are ready, then measure."""
+    for arm in arms:
+        while (await arm.client.ask(bodies[0]))[0] == 503:
+            await asyncio.sleep(0.1)
+    return await measure(arms, bodies, probes, seconds)
+
+
+if __name__ == "__main__":
+    main()
