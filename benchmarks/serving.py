@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sd_gym.serving.app import Service, Settings
-from sd_gym.serving.batcher import Limits, Row
+from sd_gym.serving.batcher import Limits, PassCost, Row
 from sd_gym.serving.engine import Asked, OperatingPoints, TextEngine
 from sd_gym.serving.server import run, service
 
@@ -55,14 +55,14 @@ class Dense(TextEngine):
         switches = len(self.model.board) + 1
         decision = np.zeros(switches, dtype=np.int64) if self.decision is None else self.decision
         return [
-            Row(int(length), [b""] * len(self._policies), (asked, np.tile(decision, (len(self._policies), 1))))
+            Row(int(length), [b""] * len(self._policies), None, (asked, np.tile(decision, (len(self._policies), 1))))
             for asked, length in zip(inputs, split.encoded.source_length, strict=True)
         ]
 
-    def warm_up(self) -> float:
+    def warm_up(self) -> PassCost:
         """Without order by length, padding does not count."""
-        padding = super().warm_up()
-        return padding if self.by_length else math.inf
+        cost = super().warm_up()
+        return PassCost(cost.one_mask if self.by_length else math.inf)
 
 
 def serve_arm(arm: str, policy: str, backbone: str | None, texts: list[Any], connection: Any) -> None:

@@ -183,7 +183,9 @@ class SkippingModel(TextModel):
 
     def split(self, texts: list[list[str]]) -> BackboneSplit:
         """At least one input that is ``checked``, tokenised; DataError if one cannot be."""
-        return self._split([self._instance(number, own) for number, own in enumerate(texts)])
+        split = self._split([self._instance(number, own) for number, own in enumerate(texts)])
+        split.passes.bank = self._bank
+        return split
 
     def decided(self, split: BackboneSplit) -> NDArray:
         """What the policy decides on each input, int64 ``[n, switches + 1]``; zeros if it decides in the pass."""
@@ -198,7 +200,6 @@ class SkippingModel(TextModel):
         rows = np.arange(len(split))
         decisions = np.zeros((len(split), len(split.backbone.board) + 1), np.int64) if decided is None else decided
         went_on = np.zeros(len(split), dtype=np.bool_)
-        split.passes.bank = self._bank
         if self.policy.is_staged and decided is not None:
             passes = StagedPasses(split, self.policy, self._float32_input)
             answers = split.head.answers(passes, rows, decisions)

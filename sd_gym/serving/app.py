@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Service:
         model: What the texts are checked by, and described to clients.
         points: Its operating points.
         engine: Decides and answers.
-        limits: Of the queue and of groups; the engine's warm-up says how much padding pays.
+        limits: Of the queue and of groups.
         settings: What the operator allows.
         dial: Chooses the operating point of each group; ``None``: the policy's own.
     """
@@ -107,12 +107,11 @@ class Service:
 
     async def _start(self) -> None:
         try:
-            padding = await self._engine.call(self._inner.warm_up)
+            cost = await self._engine.call(self._inner.warm_up)
         except Exception:
             log.exception("the model cannot answer")
             raise
-        limits = replace(self._limits, padding=padding)
-        self.batcher = Batcher(self._engine, limits, self._dial, self.metrics.group)
+        self.batcher = Batcher(self._engine, self._limits, cost, self._dial, self.metrics.group)
         self._work = asyncio.create_task(self.batcher.work())
         self._work.add_done_callback(_log_failure)
 

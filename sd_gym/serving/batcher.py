@@ -38,12 +38,14 @@ class Row(NamedTuple):
 
     Attributes:
         length: Its tokens.
-        keys: For each operating point, what rows that run together have in common: mask, number of texts, ...
+        masks: For each operating point, what it skips.
+        kind: Only rows of one kind can run together.
         content: What the engine needs to answer it.
     """
 
     length: int
-    keys: Sequence[Hashable]
+    masks: Sequence[Hashable]
+    kind: Hashable
     content: Any
 
 
@@ -55,7 +57,7 @@ class Engine(Protocol):
         ...
 
     async def run(self, rows: list[Row], point: int) -> list[Any]:
-        """The answers of rows that share a key at an operating point; of errors the same is true."""
+        """The answers of rows of one kind at an operating point; of errors the same is true."""
         ...
 
 
@@ -97,7 +99,6 @@ class Limits:
         queued_rows: Rows that wait at most.
         queued_tokens: Their tokens at most.
         max_wait: Seconds for which larger groups may be preferred to a row; then the oldest deadline comes first.
-        padding: Tokens of padding that a row may add to a group at most: as many as take the time of a further pass.
     """
 
     rows: int = 32
@@ -105,7 +106,20 @@ class Limits:
     queued_rows: int = 1024
     queued_tokens: int = 131_072
     max_wait: float = 0.05
-    padding: float = 32.0
+
+
+class PassCost(NamedTuple):
+    """What a pass takes beside computing its rows, in the tokens that take as long.
+
+    Attributes:
+        one_mask: If its rows share a mask. A row joins a group if it adds less padding than this.
+        mixed: If they do not; infinite if that is not possible.
+        mixed_row: Each of its rows then.
+    """
+
+    one_mask: float
+    mixed: float = math.inf
+    mixed_row: float = 0.0
 
 
 @dataclass(eq=False)
@@ -127,6 +141,7 @@ class Batcher:
     Args:
         engine: Decides and answers.
         limits: Of the queue and of a group.
+        cost: What a pass takes, by which rows are grouped.
         dial: Chooses the operating point of each group.
         on_group: Is told of each group that was answered.
     """
@@ -135,10 +150,11 @@ class Batcher:
         self,
         engine: Engine,
         limits: Limits,
+        cost: PassCost,
         dial: Dial = Fixed(),  # noqa: B008  (it never changes)
         on_group: Callable[[Group], None] | None = None,
     ) -> None:
-        self._engine, self.limits, self._dial, self._on_group = engine, limits, dial, on_group
+        self._engine, self.limits, self._cost, self._dial, self._on_group = engine, limits, cost, dial, on_group
         self._new: list[_Entry] = []  # not decided yet
         self._queue: list[_Entry] = []
         self._wake = asyncio.Event()
@@ -229,23 +245,30 @@ class Batcher:
         if oldest >= self.limits.max_wait:
             first = next(entry for entry in by_deadline if now - entry.arrived >= self.limits.max_wait)
         else:
-            count = Counter(entry.row.keys[point] for entry in by_deadline)
-            first = max(by_deadline, key=lambda entry: count[entry.row.keys[point]])  # of equal ones the earliest
-        group, key = [first], first.row.keys[point]
-        longest, tokens = first.row.length, first.row.length  # padded
-        for entry in by_deadline:
-            if entry is first or entry.row.keys[point] != key:
-                continue
+            count = Counter(entry.row.masks[point] for entry in by_deadline)
+            first = max(by_deadline, key=lambda entry: count[entry.row.masks[point]])  # of equal ones the earliest
+        of_kind = [entry for entry in by_deadline if entry.row.kind == first.row.kind]
+        of_mask = [entry for entry in of_kind if entry.row.masks[point] == first.row.masks[point]]
+        group, mixed = self._filled(first, of_mask), self._filled(first, of_kind)
+        if self._cost.mixed / len(mixed) + self._cost.mixed_row < self._cost.one_mask / len(group):
+            group = mixed
+        chosen = set(group)
+        self._queue = [entry for entry in self._queue if entry not in chosen]
+        return group, point
+
+    def _filled(self, first: _Entry, candidates: list[_Entry]) -> list[_Entry]:
+        """A group with ``first``, and with as many others as fit, of about its length."""
+        group, longest = [first], first.row.length
+        for entry in candidates:
             if len(group) == self.limits.rows:
                 break
             length = max(longest, entry.row.length)
             padded = (len(group) + 1) * length
-            if padded <= self.limits.tokens and padded - tokens - entry.row.length <= self.limits.padding:
+            padding = padded - len(group) * longest - entry.row.length  # more of it
+            if entry is not first and padded <= self.limits.tokens and padding <= self._cost.one_mask:
                 group.append(entry)
-                longest, tokens = length, padded
-        chosen = set(map(id, group))
-        self._queue = [entry for entry in self._queue if id(entry) not in chosen]
-        return group, point
+                longest = length
+        return group
 
     async def _run(self, group: list[_Entry], point: int) -> None:
         loop = asyncio.get_running_loop()

@@ -20,10 +20,10 @@ from sd_gym.inference.answer import Answer
 from sd_gym.inference.texts import SkippingModel
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.card import OperatingPoint
-from sd_gym.serving.batcher import Row
+from sd_gym.serving.batcher import PassCost, Row
 
-WARM_UP_TEXT = "one two three four five six seven eight"
-WARM_UP_ROWS, WARM_UP_ROUNDS = (1, 8), 5
+WARM_UP_TEXT = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+WARM_UP_ROWS, WARM_UP_ROUNDS = (8, 24), 3
 
 
 class Asked(NamedTuple):
@@ -54,7 +54,7 @@ class BlockingEngine(Protocol):
 
     def run(self, rows: list[Row], point: int) -> list[Served]: ...  # noqa: D102
 
-    def warm_up(self) -> float: ...  # noqa: D102
+    def warm_up(self) -> PassCost: ...  # noqa: D102
 
 
 class InThread:
@@ -153,29 +153,25 @@ class TextEngine:
         return decisions
 
     def _row(self, asked: Asked, length: int, decisions: NDArray) -> Row:
-        points = range(len(decisions)) if asked.point is None else [asked.point] * len(decisions)
-        keys = [
-            (
-                decisions[point].tobytes() if self.groups_masks else b"",
-                point if self._staged else 0,
-                len(asked.texts),
-                asked.longest,
-            )
-            for point in points
-        ]
-        return Row(length, keys, (asked, decisions[list(points)]))
+        if asked.point is not None:
+            decisions = np.repeat(decisions[[asked.point]], len(decisions), axis=0)
+        masks = [decision.tobytes() if self.groups_masks else b"" for decision in decisions]
+        kind = len(asked.texts), asked.longest, asked.point if self._staged else None
+        return Row(length, masks, kind, (asked, decisions))
 
     @torch.inference_mode()
     def run(self, rows: list[Row], point: int) -> list[Served]:
-        """The answers of rows that share a key at an operating point."""
+        """The answers of rows of one kind at an operating point."""
         asked: list[Asked] = [row.content[0] for row in rows]
         self.model.policy = self._policies[point if asked[0].point is None else asked[0].point]
         return self._answered([one.texts for one in asked], np.stack([row.content[1][point] for row in rows]), asked[0])
 
-    def _answered(self, texts: list[list[str]], decided: NDArray | None, asked: Asked) -> list[Served]:
+    def _answered(self, texts: list[list[str]], decided: NDArray, asked: Asked) -> list[Served]:
         split, names = self.model.split(texts), self.model.model.config.id2label or {}
         if asked.longest is not None:
             split.passes.longest = asked.longest
+        if self.groups_masks and (decided != decided[0]).any():
+            split.passes.bank = None  # it is one pass, not one for each mask
         scores: list[dict[str, float] | None] = [None] * len(texts)
 
         def keep(rows: NDArray, logits: torch.Tensor) -> None:
@@ -197,20 +193,37 @@ class TextEngine:
             for row in rows
         ]
 
-    def warm_up(self) -> float:
-        """Run all that is slow the first time; how many tokens take as long as what a pass takes beside its tokens."""
+    def warm_up(self) -> PassCost:
+        """Run what is slow the first time, and measure what passes of one mask and of several take.
+
+        The time of a pass is fitted by a * rows + b. In a pass of several masks each row runs just what its own runs.
+        """
         texts = [WARM_UP_TEXT] * len(self.model.fields)
-        seconds, tokens = list[float](), list[int]()
-        self.prepare([Asked(texts)])
-        for mask in [] if self._masks is None else self._masks:
-            self._answered([texts], mask[None], Asked(texts))
-        for rows in WARM_UP_ROWS:
-            times, served = list[float](), list[Served]()
-            for _ in range(WARM_UP_ROUNDS):
-                started = time.perf_counter()
-                served = self._answered([texts] * rows, None, Asked(texts))
-                times.append(time.perf_counter() - started)
-            seconds.append(statistics.median(times))
-            tokens.append(sum(one.length for one in served))
-        a_token = max((seconds[1] - seconds[0]) / (tokens[1] - tokens[0]), 1e-9)
-        return max(0.0, seconds[0] / a_token - tokens[0])
+        length = self.prepare([Asked(texts)])[0].length
+        dense = np.zeros((1, len(self.model.board) + 1), dtype=np.int64)
+        masks = dense if self._masks is None else self._masks
+
+        def seconds(decisions: NDArray) -> float:
+            started = time.perf_counter()
+            self._answered([texts] * len(decisions), decisions, Asked(texts))
+            return time.perf_counter() - started
+
+        def fitted(of_rows: Callable[[int], list[NDArray]]) -> tuple[float, float]:
+            few, many = WARM_UP_ROWS
+            for decisions in of_rows(few):
+                seconds(decisions)
+            times = [
+                statistics.fmean(
+                    statistics.median(seconds(decisions) for _ in range(WARM_UP_ROUNDS)) for decisions in of_rows(rows)
+                )
+                for rows in WARM_UP_ROWS
+            ]
+            of_row = max((times[1] - times[0]) / (many - few), 1e-9)
+            return of_row, max(0.0, times[0] - few * of_row)
+
+        token = fitted(lambda rows: [np.repeat(dense, rows, axis=0)])[0] / length
+        of_row, of_pass = fitted(lambda rows: [np.repeat(mask[None], rows, axis=0) for mask in masks])
+        if len(masks) == 1:
+            return PassCost(of_pass / token)
+        mixed_row, mixed = fitted(lambda rows: [np.resize(masks, (rows, masks.shape[1]))])
+        return PassCost(of_pass / token, mixed / token, max(0.0, mixed_row - of_row) / token)

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from sd_gym.inference.answer import Answer, checked_texts
 from sd_gym.policy.card import OperatingPoint
 from sd_gym.serving.app import Service, Settings
-from sd_gym.serving.batcher import Limits, Row
+from sd_gym.serving.batcher import Limits, PassCost, Row
 from sd_gym.serving.engine import Served
 
 
@@ -57,7 +57,7 @@ class CountingEngine:
         if any(("prepare", name) in self.broken for name, *_ in inputs):
             raise ValueError("not decided")
         self.decided += [name for name, *_ in inputs]
-        return [Row(length, (mask, mask % 2), name) for name, mask, length in inputs]
+        return [Row(length, (mask, mask % 2), None, name) for name, mask, length in inputs]
 
     async def run(self, rows, point):
         await self._work(self.seconds + len(rows) / 10)
@@ -112,7 +112,7 @@ class StubEngine:
         self.ran = []
 
     def prepare(self, inputs):
-        return [Row(len(asked.texts[0].split()), [asked.point] * 2, asked) for asked in inputs]
+        return [Row(len(asked.texts[0].split()), [asked.point] * 2, None, asked) for asked in inputs]
 
     def run(self, rows, point):
         texts = [row.content.texts[0] for row in rows]
@@ -131,7 +131,7 @@ class StubEngine:
 
     def warm_up(self):
         self.warm.wait(10)
-        return 8.0
+        return PassCost(8.0)
 
 
 @contextmanager

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd_gym.serving.batcher import Batcher, ClosedError, Fixed, LateError, Limits, QueueFullError
+from sd_gym.serving.batcher import Batcher, ClosedError, Fixed, LateError, Limits, PassCost, QueueFullError
 from tests.serving.conftest import CountingEngine, simulate
 
-LIMITS = Limits(rows=4, tokens=60, queued_rows=12, queued_tokens=200, max_wait=2.0, padding=10)
-ALWAYS = Fixed()
+LIMITS = Limits(rows=4, tokens=60, queued_rows=12, queued_tokens=200, max_wait=2.0)
+ALWAYS, COST = Fixed(), PassCost(10)
 REQUESTS = st.lists(
     st.fixed_dictionaries(
         {
@@ -39,10 +39,10 @@ async def send(batcher, number, request):
         return error, loop.time()
 
 
-async def play(requests, engine, limits=LIMITS, dial=ALWAYS, close_at=None):
+async def play(requests, engine, limits=LIMITS, dial=ALWAYS, close_at=None, cost=COST):
     """Send all requests; their outcomes, and the groups that were reported."""
     reported = []
-    batcher = Batcher(engine, limits, dial, reported.append)
+    batcher = Batcher(engine, limits, cost, dial, reported.append)
     working = asyncio.create_task(batcher.work())
     if close_at is not None:
         asyncio.get_running_loop().call_later(close_at, batcher.close)
@@ -80,7 +80,7 @@ def test_every_request_gets_its_own_answers_or_its_own_error(requests, close_at)
     answered = [row.content for rows, _ in engine.groups for row in rows]
     assert len(answered) == len(set(answered))
     for rows, _ in engine.groups:
-        assert len({row.keys[0] for row in rows}) == 1
+        assert len({row.masks[0] for row in rows}) == 1
         assert len(rows) <= LIMITS.rows
         assert len(rows) == 1 or len(rows) * max(row.length for row in rows) <= LIMITS.tokens
     assert sum(len(group.rows) for group in reported) >= len(answered)

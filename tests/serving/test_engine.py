@@ -76,18 +76,18 @@ def test_groups_are_of_one_mask_and_operating_points_decide_at_once(tmp_path, ti
     assert [point.flops_ratio for point in OperatingPoints(policy, allow_flops=0.5).points] == [0.4]
     engine = TextEngine(model, points, range(2))
     usual, dialled, asked = (engine.prepare([Asked([text], point) for text in texts]) for point in (0, None, 1))
-    assert len({row.keys[0] for row in usual}) > 1
-    assert [row.keys[0] for row in dialled] == [row.keys[0] for row in usual] == [row.keys[1] for row in usual]
-    assert {row.keys[1] for row in dialled} == {row.keys[0] for row in asked}
-    assert len({row.keys[0] for row in asked}) == 1
+    assert len({row.masks[0] for row in usual}) > 1
+    assert [row.masks[0] for row in dialled] == [row.masks[0] for row in usual] == [row.masks[1] for row in usual]
+    assert {row.masks[1] for row in dialled} == {row.masks[0] for row in asked}
+    assert len({row.masks[0] for row in asked}) == 1
     dense = engine.run(dialled, 1)
     assert not any(one.answer.skip.any() for one in dense)
     assert [one.answer.answer for one in dense] == [one.answer for one in model(texts, dense=True)]
-    group = [row for row in usual if row.keys[0] == usual[0].keys[0]]
+    group = [row for row in usual if row.masks[0] == usual[0].masks[0]]
     for one in engine.run(group, 0):
         assert one.promised <= one.executed * (1 + 1e-9)  # which has padding
         assert one.promised / one.dense == pytest.approx(one.answer.flops_ratio)
-    assert engine.warm_up() >= 0
+    assert all(value >= 0 for value in engine.warm_up())
 
 
 def test_texts_of_a_generator_are_as_long_as_was_asked_for(tmp_path, tiny_tokenizer):
