@@ -70,7 +70,7 @@ def serve_arm(arm: str, policy: str, backbone: str | None, texts: list[Any], con
     served = service(policy, Limits(), Settings(), backbone=backbone)
     engine = engine_of(arm, served, texts)
     limits = Limits(queued_rows=10_000, queued_tokens=10**7)
-    served = Service(served.model, served.points, engine, limits, Settings())
+    served = Service(engine, served.points, limits, Settings())
     run(served, "127.0.0.1", 0, connection.send)
 
 

@@ -67,7 +67,7 @@ def serve(
                 allow_loss=allow_loss,
                 allow_flops=allow_flops,
             )
-        if not served.groups_masks:
+        if not served.engine.groups_masks:
             terminal.say(
                 "this policy has too many masks to group requests by, or decides in the pass: they run together on the "
                 "switchboard; sd-gym reduce makes a policy of few masks",

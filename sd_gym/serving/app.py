@@ -18,7 +18,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from sd_gym.inference.texts import SkippingModel
 from sd_gym.serving.batcher import Batcher, ClosedError, Dial, Fixed, LateError, Limits, QueueFullError
 from sd_gym.serving.engine import Asked, BlockingEngine, InThread, OperatingPoints, Served
 from sd_gym.serving.metrics import Metrics
@@ -52,9 +51,8 @@ class Service:
     """A model behind HTTP.
 
     Args:
-        model: What the texts are checked by, and described to clients.
+        engine: Checks, decides and answers.
         points: Its operating points.
-        engine: Decides and answers.
         limits: Of the queue and of groups.
         settings: What the operator allows.
         dial: Chooses the operating point of each group; ``None``: the policy's own.
@@ -62,24 +60,18 @@ class Service:
 
     def __init__(
         self,
-        model: SkippingModel,
-        points: OperatingPoints,
         engine: BlockingEngine,
+        points: OperatingPoints,
         limits: Limits,
         settings: Settings,
         dial: Dial | None = None,
     ) -> None:
-        self.model, self.points, self.settings, self._limits = model, points, settings, limits
-        self._engine, self._inner, self._dial = InThread(engine), engine, dial or Fixed(points.default)
+        self.engine, self.points, self.settings, self._limits = engine, points, settings, limits
+        self._thread, self._dial, self._served = InThread(engine), dial or Fixed(points.default), engine.served
         self.metrics = Metrics(lambda: self.batcher.queued if self.batcher else 0)
         self.batcher: Batcher | None = None  # once it is warm
         self._work: asyncio.Task[None] | None = None
         self._is_closing = False
-
-    @property
-    def groups_masks(self) -> bool:
-        """Whether only rows of one mask run together."""
-        return self._inner.groups_masks
 
     @property
     def is_ready(self) -> bool:
@@ -103,15 +95,15 @@ class Service:
             if self.batcher is not None and self._work is not None:
                 self.batcher.close()
                 await asyncio.wait([self._work])
-            self._engine.stop()
+            self._thread.stop()
 
     async def _start(self) -> None:
         try:
-            cost = await self._engine.call(self._inner.warm_up)
+            cost = await self._thread.call(self.engine.warm_up)
         except Exception:
             log.exception("the model cannot answer")
             raise
-        self.batcher = Batcher(self._engine, self._limits, cost, self._dial, self.metrics.group)
+        self.batcher = Batcher(self._thread, self._limits, cost, self._dial, self.metrics.group)
         self._work = asyncio.create_task(self.batcher.work())
         self._work.add_done_callback(_log_failure)
 
@@ -134,7 +126,7 @@ class Service:
 
     def _texts(self, number: int, given: Any) -> list[str]:
         try:
-            return self.model.checked(given)
+            return self.engine.checked(given)
         except ValueError as error:
             raise RefusedError(422, f"input {number}: {error}") from None
 
@@ -180,8 +172,8 @@ class Service:
         served = await self.answer(request, list(prompts), body, longest)
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         texts = [_cut(one.answer.answer, stops) for one in served]
-        tokens = [len(ids) for ids in self.model.tokenizer(texts, add_special_tokens=False).input_ids]
-        most = longest or self.model.longest
+        tokens = [self.engine.tokens(text) for text in texts]
+        most = longest or self._served.longest
         choices = [
             {"index": at, "text": text, "logprobs": None, "finish_reason": "length" if count >= most else "stop"}
             for at, (text, count) in enumerate(zip(texts, tokens, strict=True))
@@ -191,7 +183,7 @@ class Service:
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": body.model or self.name,
+            "model": body.model or self._served.name,
             "choices": choices,
             "usage": {
                 "prompt_tokens": prompt_tokens,
@@ -202,24 +194,19 @@ class Service:
         return _json(content, served)
 
     def _longest(self, asked: int | None, field: str) -> int | None:
-        if asked is not None and asked > self.model.longest:
-            raise RefusedError(422, f"{field}: expected at most {self.model.longest}, got {asked}")
+        if asked is not None and asked > self._served.longest:
+            raise RefusedError(422, f"{field}: expected at most {self._served.longest}, got {asked}")
         return asked
-
-    @property
-    def name(self) -> str:
-        """The backbone's name, without its folder."""
-        return Path(self.model.policy.card["backbone"]["name"]).name
 
     async def info(self, request: Request) -> Response:
         """``GET /info``: what is served."""
         return JSONResponse(
             {
-                "model_id": self.name,
+                "model_id": self._served.name,
                 "version": __version__,
-                "fields": list(self.model.fields),
-                "gives": self.model.gives,
-                "switches": self.model.board.names,
+                "fields": list(self._served.fields),
+                "gives": self._served.gives,
+                "switches": self._served.switches,
                 "operating_points": [
                     {"highest_loss": _number(point.highest_loss), "flops_ratio": _number(point.flops_ratio)}
                     for point in self.points.points
@@ -249,10 +236,10 @@ class Service:
     def app(self) -> Starlette:
         """The application."""
         posts = {"/predict": self.predict}
-        if self.model.gives == "text":
+        if self._served.gives == "text":
             posts["/generate"] = self.generate
-            if len(self.model.fields) == 1 and not self.model.model.config.is_encoder_decoder:
-                posts["/v1/completions"] = self.completions
+        if self._served.completes:
+            posts["/v1/completions"] = self.completions
         gets = {
             "/": self.page,
             "/info": self.info,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,13 +18,15 @@ from numpy.typing import NDArray
 from sd_gym.execution.bank import MODELS
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.inference.answer import Answer
+from sd_gym.inference.choices import choices_of, few_masks, masks_of
+from sd_gym.inference.onnx import OnnxModel
 from sd_gym.inference.texts import SkippingModel
-from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.policy.card import OperatingPoint
+from sd_gym.operating_points import OperatingPoint, margin_for
 from sd_gym.serving.batcher import PassCost, Row
 
 WARM_UP_TEXT = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-WARM_UP_ROWS, WARM_UP_ROUNDS = (8, 24), 3
+WARM_UP_ROWS, WARM_UP_ROUNDS = (8, 24), 5
+LEAST_PADDING = 4.0  # tokens that a row may add to a group, however cheap a pass is
 
 
 class Asked(NamedTuple):
@@ -45,10 +48,26 @@ class Served(NamedTuple):
     dense: float  # FLOPs of the dense backbone on this row alone
 
 
+class Described(NamedTuple):
+    """What is served."""
+
+    name: str  # of the backbone
+    fields: tuple[str, ...]  # names of an input's texts
+    gives: str  # label, score, span or text
+    switches: list[str]  # their names
+    longest: int  # tokens of a generated text at most
+    completes: bool  # whether one text is continued, as by a decoder alone
+
+
 class BlockingEngine(Protocol):
     """A ``sd_gym.serving.batcher.Engine`` whose calls block."""
 
-    groups_masks: bool  # whether only rows of one mask run together
+    served: Described
+    groups_masks: bool  # whether rows of one mask run together, if there are enough of them
+
+    def checked(self, given: Any) -> list[str]: ...  # noqa: D102
+
+    def tokens(self, text: str) -> int: ...  # noqa: D102
 
     def prepare(self, inputs: list[Asked]) -> list[Row]: ...  # noqa: D102
 
@@ -81,36 +100,43 @@ class InThread:
 
 
 class OperatingPoints:
-    """The operating points of a policy that requests, or a dial, may choose among; the one that skips most first.
+    """The operating points that requests, or a dial, may choose among; the one that skips most first.
 
     Args:
-        policy: The policy, at the operating point of requests that ask for none.
+        points: All that the policy has.
+        usual: The margin of the point of requests that ask for none; it is always among them.
         allow_loss: Highest loss that a point may have, by its upper bound; ``None``: points that passed their test.
         allow_flops: Largest share of the FLOPs that a point may run.
 
     Attributes:
-        points: The points. The policy's own is always among them.
-        default: The index of that one.
+        points: The points.
+        default: The index of the usual one.
     """
 
-    def __init__(self, policy: SkipPolicy, allow_loss: float | None = None, allow_flops: float = 1.0) -> None:
+    def __init__(
+        self,
+        points: Sequence[OperatingPoint],
+        usual: float = 0.0,
+        allow_loss: float | None = None,
+        allow_flops: float = 1.0,
+    ) -> None:
         def allowed(point: OperatingPoint) -> bool:
             keeps = point.passed if allow_loss is None else point.highest_loss <= allow_loss
-            return point.margin == 0 or (keeps and point.flops_ratio <= allow_flops)
+            return point.margin == usual or (keeps and point.flops_ratio <= allow_flops)
 
-        self.points = [point for point in policy.operating_points if allowed(point)]
-        self._policy = replace(policy, operating_points=tuple(self.points))
-        if all(point.margin != 0 for point in self.points):  # it was never tested
-            self.points.append(OperatingPoint(0.0, float("nan"), float("nan"), float("nan"), passed=False))
-        self.default = next(number for number, point in enumerate(self.points) if point.margin == 0)
-        self.policies = [policy.with_margin(point.margin) for point in self.points]
+        self.points = [point for point in points if allowed(point)]
+        if all(point.margin != usual for point in self.points):  # it was never tested
+            self.points.append(OperatingPoint(usual, math.nan, math.nan, math.nan, passed=False))
+        self.default = self._at(usual)
 
     def index(self, max_loss: float | None, max_flops: float | None) -> int | None:
-        """The point within a request's limits; ``None`` without a limit; ValueError as of ``SkipPolicy.at``."""
+        """The point within a request's limits; ``None`` without a limit; ValueError as of ``margin_for``."""
         if max_loss is None and max_flops is None:
             return None
-        chosen = self._policy.at(max_loss=max_loss, max_flops=max_flops).operating_points
-        return next(number for number, point in enumerate(chosen) if point.margin == 0)
+        return self._at(margin_for(self.points, max_loss=max_loss, max_flops=max_flops))
+
+    def _at(self, margin: float) -> int:
+        return next(number for number, point in enumerate(self.points) if point.margin == margin)
 
 
 class TextEngine:
@@ -126,10 +152,23 @@ class TextEngine:
     """
 
     def __init__(self, model: SkippingModel, points: OperatingPoints, dialled: Sequence[int]) -> None:
-        self.model, self._policies, self._dialled = model, points.policies, dialled
-        few, self._staged = model.policy.network.few_decisions, model.policy.is_staged
-        self._masks = None if few is None or self._staged or len(few) > MODELS else few
-        self.groups_masks = self._masks is not None
+        policy = model.policy
+        self.model, self._dialled, self._staged = model, dialled, policy.is_staged
+        self._policies = [policy.with_margin(point.margin) for point in points.points]
+        choices = None if self._staged or not few_masks(policy, MODELS) else choices_of(policy)
+        self._masks = None if choices is None else np.unique(masks_of(policy, choices), axis=0)
+        self.groups_masks, config = self._masks is not None, model.model.config
+        completes = model.gives == "text" and len(model.fields) == 1 and not config.is_encoder_decoder
+        name = Path(policy.card["backbone"]["name"]).name
+        self.served = Described(name, model.fields, model.gives, model.board.names, model.longest, completes)
+
+    def checked(self, given: Any) -> list[str]:
+        """See ``SkippingModel``."""
+        return self.model.checked(given)
+
+    def tokens(self, text: str) -> int:
+        """How many tokens a generated text has."""
+        return len(self.model.tokenizer(text, add_special_tokens=False).input_ids)
 
     @torch.inference_mode()
     def prepare(self, inputs: list[Asked]) -> list[Row]:
@@ -176,8 +215,7 @@ class TextEngine:
 
         def keep(rows: NDArray, logits: torch.Tensor) -> None:
             for row, shares in zip(rows.tolist(), logits.float().softmax(dim=-1).tolist(), strict=True):
-                ranked = sorted(enumerate(shares), key=lambda pair: -pair[1])
-                scores[row] = {str(names[number]): share for number, share in ranked}
+                scores[row] = _ranked(shares, names)
 
         if split.head.confidence is not None:
             split.passes.watch = keep
@@ -194,36 +232,132 @@ class TextEngine:
         ]
 
     def warm_up(self) -> PassCost:
-        """Run what is slow the first time, and measure what passes of one mask and of several take.
-
-        The time of a pass is fitted by a * rows + b. In a pass of several masks each row runs just what its own runs.
-        """
+        """Run what is slow the first time, and measure what passes of one mask and of several take."""
         texts = [WARM_UP_TEXT] * len(self.model.fields)
         length = self.prepare([Asked(texts)])[0].length
         dense = np.zeros((1, len(self.model.board) + 1), dtype=np.int64)
         masks = dense if self._masks is None else self._masks
 
-        def seconds(decisions: NDArray) -> float:
-            started = time.perf_counter()
+        def run(decisions: NDArray) -> None:
             self._answered([texts] * len(decisions), decisions, Asked(texts))
-            return time.perf_counter() - started
 
-        def fitted(of_rows: Callable[[int], list[NDArray]]) -> tuple[float, float]:
-            few, many = WARM_UP_ROWS
-            for decisions in of_rows(few):
-                seconds(decisions)
-            times = [
-                statistics.fmean(
-                    statistics.median(seconds(decisions) for _ in range(WARM_UP_ROUNDS)) for decisions in of_rows(rows)
-                )
-                for rows in WARM_UP_ROWS
-            ]
-            of_row = max((times[1] - times[0]) / (many - few), 1e-9)
-            return of_row, max(0.0, times[0] - few * of_row)
+        def repeated(masks: NDArray) -> Callable[[int], list[NDArray]]:
+            return lambda rows: [np.repeat(mask[None], rows, axis=0) for mask in masks]
 
-        token = fitted(lambda rows: [np.repeat(dense, rows, axis=0)])[0] / length
-        of_row, of_pass = fitted(lambda rows: [np.repeat(mask[None], rows, axis=0) for mask in masks])
+        token = _fitted(run, repeated(dense))[0] / length
+        of_row, of_pass = _fitted(run, repeated(masks))
         if len(masks) == 1:
-            return PassCost(of_pass / token)
-        mixed_row, mixed = fitted(lambda rows: [np.resize(masks, (rows, masks.shape[1]))])
-        return PassCost(of_pass / token, mixed / token, max(0.0, mixed_row - of_row) / token)
+            return PassCost(max(LEAST_PADDING, of_pass / token))
+        mixed_row, mixed = _fitted(run, lambda rows: [np.resize(masks, (rows, masks.shape[1]))])
+        return PassCost(max(LEAST_PADDING, of_pass / token), mixed / token, max(0.0, mixed_row - of_row) / token)
+
+
+class GraphEngine:
+    """The same of a policy that ``sd-gym export`` wrote: each mask is a graph, so rows of several never run together.
+
+    Arguments are those of ``TextEngine``.
+    """
+
+    groups_masks = True
+
+    def __init__(self, model: OnnxModel, points: OperatingPoints, dialled: Sequence[int]) -> None:
+        self.model, self._points, self._dialled = model, points.points, dialled
+        manifest = model.manifest
+        name = Path(manifest["backbone"]["name"]).name
+        self.served = Described(name, model.fields, manifest["head"], manifest["switches"], 0, completes=False)
+
+    def checked(self, given: Any) -> list[str]:
+        """See ``OnnxModel``."""
+        return self.model.checked(given)
+
+    def tokens(self, text: str) -> int:
+        """Nothing is generated."""
+        raise NotImplementedError
+
+    def prepare(self, inputs: list[Asked]) -> list[Row]:
+        """As of ``TextEngine``."""
+        rows: dict[int, Row] = {}
+        for count in {len(asked.texts) for asked in inputs}:
+            numbers = [number for number, asked in enumerate(inputs) if len(asked.texts) == count]
+            of_count = [inputs[number] for number in numbers]
+            encoded = self.model._encoded([asked.texts for asked in of_count])
+            batch, masks = self.model._batch(encoded), np.zeros((len(numbers), len(self._points)), dtype=np.int64)
+            seen: NDArray = np.zeros((len(numbers), 0))
+            for at, point in enumerate(self._points):
+                if any(at in self._dialled if asked.point is None else at == asked.point for asked in of_count):
+                    self.model._margin = np.float32(point.margin)
+                    masks[:, at], seen = self.model.decide(batch)
+            for number, asked, row, of_points, shown in zip(numbers, of_count, encoded, masks, seen, strict=True):
+                chosen = of_points if asked.point is None else np.repeat(of_points[asked.point], len(of_points))
+                kind = count, asked.point if self.model.looks_at_answer else None
+                rows[number] = Row(len(row), chosen.tolist(), kind, (asked, row, shown))
+        return [rows[number] for number in range(len(inputs))]
+
+    def run(self, rows: list[Row], point: int) -> list[Served]:
+        """The answers of rows that share a mask at an operating point."""
+        asked: list[Asked] = [row.content[0] for row in rows]
+        encoded, number = [row.content[1] for row in rows], rows[0].masks[point]
+        self.model._margin = np.float32(self._points[point if asked[0].point is None else asked[0].point].margin)
+        seen = np.stack([row.content[2] for row in rows])
+        values, went_on = self.model.run_policy(number, self.model._batch(encoded), seen)
+        said = self.model._in_words(encoded, [one.texts for one in asked], values)
+        lengths = np.array([row.length for row in rows])
+        padded = np.full_like(lengths, lengths.max())
+        dense, own, mask = self.model._dense(lengths), self.model.own_flops(lengths), self.model.masks[number]
+        numbers = np.full_like(lengths, number)
+        ratio = self.model._flops_ratio(numbers, lengths, went_on) + own / dense
+        executed = self.model._flops_ratio(numbers, padded, went_on) * self.model._dense(padded) + own
+        unknown = self.model.manifest["unknown_token"]
+        shares = np.exp(values - values.max(axis=-1, keepdims=True))
+        served = []
+        for at, (text, length) in enumerate(zip(said, lengths.tolist(), strict=True)):
+            unknowns = 0 if unknown is None else encoded[at].ids.count(unknown)
+            answer = Answer(text, mask, 0, float(ratio[at]), unknowns, bool(went_on[at]))
+            scores = None
+            if self.served.gives == "label":
+                scores = _ranked((shares[at] / shares[at].sum()).tolist(), self.model.manifest["names"])
+            promised = float(ratio[at] * dense[at])
+            served.append(Served(answer, scores, length, promised, float(executed[at]), float(dense[at])))
+        return served
+
+    def warm_up(self) -> PassCost:
+        """Open all graphs, and measure what their passes take."""
+        asked = Asked([WARM_UP_TEXT] * len(self.model.fields))
+        row = self.prepare([asked])[0]
+
+        def run(numbers: NDArray) -> None:
+            masks = [numbers[0]] * len(self._points)
+            self.run([row._replace(masks=masks)] * len(numbers), 0)
+
+        def graphs(numbers: Sequence[int]) -> Callable[[int], list[NDArray]]:
+            return lambda rows: [np.full(rows, number) for number in numbers]
+
+        token = _fitted(run, graphs([0]))[0] / row.length
+        return PassCost(max(LEAST_PADDING, _fitted(run, graphs(range(len(self.model.masks))))[1] / token))
+
+
+def _ranked(shares: list[float], names: Any) -> dict[str, float]:
+    """The probability of each class, the highest first."""
+    return {str(names[number]): share for number, share in sorted(enumerate(shares), key=lambda pair: -pair[1])}
+
+
+def _fitted(run: Callable[[NDArray], None], of_rows: Callable[[int], list[NDArray]]) -> tuple[float, float]:
+    """Seconds of a row and of a pass, by ``a * rows + b``; the mean of what ``of_rows`` gives to ``run``.
+
+    Each is the quickest of a few: what else runs on the machine makes the others slower.
+    """
+
+    def seconds(given: NDArray) -> float:
+        started = time.perf_counter()
+        run(given)
+        return time.perf_counter() - started
+
+    few, many = WARM_UP_ROWS
+    for given in of_rows(few):
+        run(given)
+    times = [
+        statistics.fmean(min(seconds(given) for _ in range(WARM_UP_ROUNDS)) for given in of_rows(rows))
+        for rows in WARM_UP_ROWS
+    ]
+    of_row = max((times[1] - times[0]) / (many - few), 1e-9)
+    return of_row, max(0.0, times[0] - few * of_row)

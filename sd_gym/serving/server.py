@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
+from sd_gym.inference.onnx import MANIFEST, OnnxModel
 from sd_gym.inference.texts import load
+from sd_gym.operating_points import OperatingPoint
+from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.serving.app import Service, Settings
 from sd_gym.serving.batcher import Dial, Limits
-from sd_gym.serving.engine import OperatingPoints, TextEngine
+from sd_gym.serving.engine import BlockingEngine, GraphEngine, OperatingPoints, TextEngine
 
 CONNECTIONS = 4096  # beyond them clients get 503
 KEEP_ALIVE = 75  # seconds that a connection may be idle: longer than load balancers leave one
@@ -21,7 +24,7 @@ GRACE = 5.0  # seconds above a request's timeout, after which a shutdown waits f
 
 
 def service(
-    policy: str | Path,
+    policy: str | Path | SkipPolicy,
     limits: Limits,
     settings: Settings,
     *,
@@ -36,11 +39,11 @@ def service(
     """A policy as a service.
 
     Args:
-        policy: See ``sd_gym.load``; so are ``backbone``, ``device``, ``max_loss`` and ``max_flops``.
+        policy: See ``sd_gym.load``, or a folder that ``sd-gym export`` wrote.
         limits: Of the queue and of groups.
         settings: What the operator allows.
-        backbone: Where the backbone is.
-        device: Where it runs.
+        backbone: See ``sd_gym.load``.
+        device: See there.
         max_loss: Of the operating point of requests that ask for none.
         max_flops: The same.
         allow_loss: See ``OperatingPoints``.
@@ -50,10 +53,23 @@ def service(
     Raises:
         FileNotFoundError, ValueError: See ``sd_gym.load``.
     """
-    model = load(policy, backbone, device=device, max_loss=max_loss, max_flops=max_flops)
-    points = OperatingPoints(model.policy, allow_loss, allow_flops)
-    dialled = [points.default] if dial is None else range(len(points.points))
-    return Service(model, points, TextEngine(model, points, dialled), limits, settings, dial)
+    if not isinstance(policy, SkipPolicy) and Path(policy, MANIFEST).is_file():
+        if backbone or device != "cpu":
+            raise ValueError(f"{policy} is exported: it has its own backbone, and runs on the CPU")
+        exported = OnnxModel(Path(policy), max_loss=max_loss, max_flops=max_flops)
+        tested = [OperatingPoint(**point) for point in exported.manifest["operating_points"]]
+        points = OperatingPoints(tested, float(exported._margin), allow_loss, allow_flops)
+        engine: BlockingEngine = GraphEngine(exported, points, _dialled(points, dial))
+    else:
+        model = load(policy, backbone, device=device, max_loss=max_loss, max_flops=max_flops)
+        points = OperatingPoints(model.policy.operating_points, 0.0, allow_loss, allow_flops)
+        engine = TextEngine(model, points, _dialled(points, dial))
+    return Service(engine, points, limits, settings, dial)
+
+
+def _dialled(points: OperatingPoints, dial: Dial | None) -> Sequence[int]:
+    """The points that are chosen from for requests that ask for none."""
+    return [points.default] if dial is None else range(len(points.points))
 
 
 def run(served: Service, host: str, port: int, on_address: Callable[[str], None]) -> None:

@@ -6,17 +6,16 @@ import selectors
 from contextlib import contextmanager
 from threading import Event
 from time import sleep
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
 from sd_gym.inference.answer import Answer, checked_texts
-from sd_gym.policy.card import OperatingPoint
+from sd_gym.operating_points import OperatingPoint
 from sd_gym.serving.app import Service, Settings
 from sd_gym.serving.batcher import Limits, PassCost, Row
-from sd_gym.serving.engine import Served
+from sd_gym.serving.engine import Described, Served
 
 
 class SimulatedLoop(asyncio.SelectorEventLoop):
@@ -73,21 +72,6 @@ class CountingEngine:
         self.running -= 1
 
 
-class StubModel:
-    """What a service asks of a model; only texts of one field are checked."""
-
-    fields, gives, longest = ("text",), "text", 8
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.model = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=False))
-        self.board = SimpleNamespace(names=["decoder.0.attention", "decoder.0.feed_forward"])
-        self.policy = SimpleNamespace(card={"backbone": {"name": "models/stub"}})
-
-    def checked(self, given):
-        return checked_texts(given, self.fields, optional=False)
-
-
 class StubPoints:
     """Two operating points, the bold one the usual."""
 
@@ -105,6 +89,13 @@ class StubEngine:
     """Answers a text with itself in capitals; "wait" waits for ``going`` to be set, "break" breaks."""
 
     groups_masks = True
+    served = Described("stub", ("text",), "text", ["decoder.0.attention", "decoder.0.feed_forward"], 8, completes=True)
+
+    def checked(self, given):
+        return checked_texts(given, ("text",), optional=False)
+
+    def tokens(self, text):
+        return len(text.split())
 
     def __init__(self):
         self.going, self.started, self.warm = Event(), Event(), Event()
@@ -144,13 +135,13 @@ def client_of(service, *, warm=True):
 
 
 @pytest.fixture
-def stub(tiny_tokenizer):
+def stub():
     """The engine of a service, and a function that makes a client of it under limits and settings."""
     engine = StubEngine()
 
     def client(warm=True, **changes):
         limits = Limits(**{key: changes.pop(key) for key in list(changes) if key in Limits.__dataclass_fields__})
-        service = Service(StubModel(tiny_tokenizer), StubPoints(), engine, limits, Settings(**changes))
+        service = Service(engine, StubPoints(), limits, Settings(**changes))
         return client_of(service, warm=warm)
 
     yield engine, client

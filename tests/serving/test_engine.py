@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import sd_gym
-from sd_gym.policy.card import OperatingPoint
-from sd_gym.serving.app import Service, Settings
+from sd_gym.operating_points import OperatingPoint
+from sd_gym.serving.app import Settings
 from sd_gym.serving.batcher import Limits
 from sd_gym.serving.engine import Asked, OperatingPoints, TextEngine
 from sd_gym.serving.server import service
@@ -49,7 +49,7 @@ def test_answers_are_those_of_a_call(task, ranking, stages, few, tmp_path, tiny_
     artefact = few_masks(artefact) if few else artefact
     wanted = sd_gym.load(artefact)(texts)
     own = service(artefact, Limits(rows=4), Settings())
-    assert own.groups_masks == few
+    assert own.engine.groups_masks == few
     with client_of(own) as client, ThreadPoolExecutor(6) as threads:
         given = [list(text) if isinstance(text, tuple) else text for text in texts]
         came = list(threads.map(lambda one: served(client, "/predict", one), given))
@@ -70,10 +70,10 @@ def test_groups_are_of_one_mask_and_operating_points_decide_at_once(tmp_path, ti
     _, _, artefact, texts = trained("classification", None, tmp_path, tiny_tokenizer)
     policy = few_masks(replace(artefact, operating_points=POINTS))
     model = sd_gym.load(policy)
-    points = OperatingPoints(model.policy)
+    points = OperatingPoints(POINTS)
     assert (points.index(None, None), points.index(0.0, None), points.index(None, 0.5)) == (None, 1, 0)
-    assert [point.flops_ratio for point in OperatingPoints(policy, allow_loss=0.0).points] == [0.4, 1]
-    assert [point.flops_ratio for point in OperatingPoints(policy, allow_flops=0.5).points] == [0.4]
+    assert [point.flops_ratio for point in OperatingPoints(POINTS, allow_loss=0.0).points] == [0.4, 1]
+    assert [point.flops_ratio for point in OperatingPoints(POINTS, allow_flops=0.5).points] == [0.4]
     engine = TextEngine(model, points, range(2))
     usual, dialled, asked = (engine.prepare([Asked([text], point) for text in texts]) for point in (0, None, 1))
     assert len({row.masks[0] for row in usual}) > 1
@@ -88,6 +88,31 @@ def test_groups_are_of_one_mask_and_operating_points_decide_at_once(tmp_path, ti
         assert one.promised <= one.executed * (1 + 1e-9)  # which has padding
         assert one.promised / one.dense == pytest.approx(one.answer.flops_ratio)
     assert all(value >= 0 for value in engine.warm_up())
+
+
+@pytest.mark.parametrize("stages", [["first"], ["first", "answer"]])
+def test_exported_graphs_are_served_alike(stages, tmp_path, tiny_tokenizer):
+    _, _, artefact, texts = trained("classification", None, tmp_path, tiny_tokenizer, stages=stages)
+    if len(stages) > 1:
+        artefact.network.codebook = torch.tensor(
+            [[1, 0, 1, 0, 0, 0, 0, -1], [0] * 7 + [-1], [-1] * 7 + [0], [-1] * 7 + [1]]
+        )
+    else:
+        artefact = few_masks(artefact)
+    artefact = replace(artefact, operating_points=POINTS)
+    sd_gym.export(artefact, tmp_path / "onnx")
+    wanted = sd_gym.onnx.load(tmp_path / "onnx")(texts)
+    dense = sd_gym.onnx.load(tmp_path / "onnx", max_loss=0.0)(texts)
+    with client_of(service(tmp_path / "onnx", Limits(rows=4), Settings())) as client, ThreadPoolExecutor(6) as threads:
+        came = list(threads.map(lambda text: served(client, "/predict", text), texts))
+        assert client.get("/info").json()["switches"] == artefact.network.switches
+        safe = client.post("/predict", json={"inputs": [[text] for text in texts], "max_loss": 0.0, "details": True})
+    for answers, offline in ((came, wanted), (safe.json(), dense)):
+        assert [one["answer"] for one in answers] == [one.answer for one in offline]
+        np.testing.assert_array_equal([one["skip"] for one in answers], [one.skip for one in offline])
+        assert [one["went_on"] for one in answers] == [one.went_on for one in offline]
+        np.testing.assert_allclose([one["flops_ratio"] for one in answers], [one.flops_ratio for one in offline])
+    assert next(iter(came[0]["scores"])) == came[0]["answer"]
 
 
 def test_texts_of_a_generator_are_as_long_as_was_asked_for(tmp_path, tiny_tokenizer):
@@ -113,7 +138,6 @@ def test_one_long_question_fails_alone(tmp_path, tiny_tokenizer):
     _, _, artefact, texts = trained("extracted", None, tmp_path, tiny_tokenizer)
     long = {"question": "the food " * 40, "context": "good"}
     own = service(artefact, Limits(), Settings())
-    assert isinstance(own, Service)
     with client_of(own) as client, ThreadPoolExecutor(6) as threads:
         responses = list(threads.map(lambda one: client.post("/predict", json={"inputs": one}), [*texts[:5], long]))
     assert [response.status_code for response in responses] == [200] * 5 + [422]
